@@ -3,10 +3,10 @@
 import gprune
 
 result = gprune.prune(gprune.RunConfig())      # SmolLM2-135M, half of its FFN neurons
-result = gprune.load_run("runs/<name>")        # brings it back
+result = gprune.load_run("runs/<name>")        # loads a finished run
 small = gprune.apply_masks(model, result.masks)  # the same masks on another copy of the model
 
-What needs PyTorch and transformers is imported when it is first used: `gprune --help` takes no seconds.
+Names that need PyTorch or transformers are imported at first use, so that `gprune --help` is fast.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""All commands: `gprune COMMAND ...`, or `python -m gprune COMMAND ...`. `train.py` is `gprune prune`."""
+"""The command line: `gprune COMMAND ...` or `python -m gprune COMMAND ...`. `train.py` is `gprune prune`."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from collections.abc import Sequence
 
 from gprune.console import Parser, guarded, leave
 
-# By name: the module with `run`, which does the work, and `ENDS`, how it ends early; and a line of help.
+# name -> (module, help). The module has `run` and `ENDS`, the keyword arguments of `guarded`.
 COMMANDS = {
-    "prune": ("gprune.cli", "a model, as flags and --config files say"),
-    "report": ("gprune.studies.report_command", "tables and figures from finished runs"),
-    "export": ("gprune.export.command", "the pruned model in the format another program reads"),
-    "evaluate": ("gprune.benchmarks.command", "tasks, perplexity and speed of a run or a model"),
-    "study": ("gprune.studies.command", "a list of configurations, run and tabulated"),
+    "prune": ("gprune.cli", "prune a model, configured by flags and --config files"),
+    "report": ("gprune.studies.report_command", "make tables and figures of finished runs"),
+    "export": ("gprune.export.command", "convert the pruned model of a run for another program"),
+    "evaluate": ("gprune.benchmarks.command", "measure tasks, perplexity and speed of a run or a model"),
+    "study": ("gprune.studies.command", "run a list of configurations and tabulate the results"),
 }
 
 
 def parser() -> Parser:
-    """The command line as far as the name of the command."""
+    """Parser of the command's name alone; the command parses its own arguments."""
     lines = "\n".join(f"  {name:10}{about}" for name, (_, about) in COMMANDS.items())
     about = f"Prune a language model, and work with finished runs.\n\ncommands:\n{lines}"
-    made = Parser("gprune", usage="gprune COMMAND ...", description=about)
-    made.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of these; COMMAND --help says more")
-    return made
+    result = Parser("gprune", usage="gprune COMMAND ...", description=about)
+    help_text = "one of the commands above; COMMAND --help lists its flags"
+    result.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=help_text)
+    return result
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Do what the command line says; returns the exit code, as `guarded`."""
+    """Run the command line and return the exit code (see `guarded`)."""
     args = list(sys.argv[1:] if args is None else args)
     if args and args[0] in COMMANDS:
         return run(args[0], args[1:])
@@ -36,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, args: Sequence[str]) -> int:
-    """Do what the command of this name says with its own arguments; returns the exit code, as `guarded`."""
+    """Run one command with its arguments and return the exit code (see `guarded`)."""
     command = importlib.import_module(COMMANDS[name][0])
     return guarded(f"gprune {name}", lambda: command.run(args), **command.ENDS)
 

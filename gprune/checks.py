@@ -1,4 +1,4 @@
-"""Types of settings with their ranges, and pydantic's refusals as one line: what was expected, what came."""
+"""Types of settings with their ranges, and pydantic's errors as one line: the setting, its type or range, the value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ByteSize, Field, TypeAdapter, ValidationErr
 
 from gprune.errors import UserError
 
-MOST = 10**12  # of any count, and 1e30 of any other number: beyond it are typing errors, and what overflows
+MOST = 10**12  # limit of every count, as 1e30 is of other numbers: larger ones are typing errors, or overflow
 AtLeast0 = Annotated[int, Field(ge=0, le=MOST)]
 AtLeast1 = Annotated[int, Field(ge=1, le=MOST)]
 AtLeast2 = Annotated[int, Field(ge=2, le=MOST)]
@@ -23,52 +23,54 @@ Positive = Annotated[float, Field(gt=0, le=1e30)]
 AtLeast1Float = Annotated[float, Field(ge=1, le=1e30)]
 Quantile = Annotated[float, Field(ge=0, le=1)]
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
-# A path can have no more characters; no name has controls or ends of lines.
+# 4096 is the longest path. Control characters and line separators are invalid in names.
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\p{Cc}\p{Zl}\p{Zp}]*$")]
 Sizes = TypeAdapter(dict[str, Annotated[ByteSize, Field(gt=0, lt=10**15)]])
 
-EXPECTED = {  # by pydantic's type of an error, where its own words are no better
-    "missing": "a value",
-    "missing_argument": "a value",
-    "unexpected_keyword_argument": "no such argument",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "{ge} or more",
-    "less_than_equal": "{le} or less",
-    "dict_type": "values by name",
-    "model_type": "values by name",
-    "extra_forbidden": "no such key",
-    "byte_size": "a size such as 2GiB or 500MB",
-    "byte_size_unit": "a size such as 2GiB or 500MB",
+MUST = {  # what a value must do, by pydantic's type of error; for other types pydantic's own words are used
+    "missing": "be given",
+    "missing_argument": "be given",
+    "unexpected_keyword_argument": "not be given (no such argument)",
+    "greater_than": "be more than {gt}",
+    "greater_than_equal": "be {ge} or more",
+    "less_than_equal": "be {le} or less",
+    "dict_type": "be a mapping of names to values",
+    "model_type": "be a mapping of names to values",
+    "extra_forbidden": "not be given (no such key)",
+    "byte_size": "be a size such as 2GiB or 500MB",
+    "byte_size_unit": "be a size such as 2GiB or 500MB",
 }
 
 
 def refusal(error: ValidationError, prefix: str = "") -> str:
-    """The first of pydantic's errors on one line, `--corpora.num_samples: expected 2 or more, got 1`.
+    """Return pydantic's first error on one line: `--corpora.num_samples must be 2 or more; got 1`.
 
     Args:
-        prefix: stands before the name of the setting, such as `--corpora.`.
+        prefix: put before the name of the setting, such as `--corpora.`.
     """
     first = error.errors(include_url=False)[0]
     context = first.get("ctx", {})
     if isinstance(context.get("error"), UserError):  # raised by a check of ours
-        return str(context["error"])
+        return str(context["error"]).removesuffix(".")
     context = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
     name = f"{prefix}{place.removeprefix('.')}".rstrip(".") or "content"
-    expected = first["msg"].replace("Input should be", "expected", 1)
-    if first["type"] in EXPECTED:
-        expected = f"expected {EXPECTED[first['type']].format(**context)}"
-    return f"{name}: {expected}, got {'none' if first['type'].startswith('missing') else shown(first['input'])}"
+    requirement = MUST.get(first["type"], "").format(**context)
+    if not requirement:  # "Input should be a valid string", "String should have at most 3 characters"
+        subject, should, rest = first["msg"].partition(" should ")
+        requirement = rest if should and " " not in subject else f"be valid: {first['msg']}"
+    got = "" if first["type"].startswith("missing") else f"; got {shown(first['input'])}"
+    return f"{name} must {requirement}{got}"
 
 
 def require(value: Any, kind: type | tuple[type, ...], expected: str) -> None:
-    """Raise UserError unless a value is of a kind; `expected` such as "prune: expected a RunConfig"."""
+    """Raise UserError unless a value has a type; `expected` such as "The argument of prune must be a RunConfig"."""
     if not isinstance(value, kind):
-        raise UserError(f"{expected}, got {shown(value)}.")
+        raise UserError(f"{expected}; got {shown(value)}.")
 
 
 def shown(value: Any) -> str:
-    """A value that came, for an error: one line, and not all of what may be long."""
+    """Format a value for an error: one line, and a long value shortened."""
     try:
         text = "null" if value is None else repr(value)
     except ValueError:  # an int of 5,000 digits
@@ -77,9 +79,9 @@ def shown(value: Any) -> str:
 
 
 def memory_limits(sizes: Mapping[str, str]) -> dict[str | int, int]:
-    """`--model.max_memory` as transformers takes it: bytes by `cpu` or device number."""
+    """Convert `--model.max_memory` to the form of transformers: bytes by `cpu` or device number."""
     if other := [device for device in sizes if device != "cpu" and not str(device).isdecimal()]:
-        raise UserError(f"--model.max_memory: expected cpu or a device number such as 0, got {shown(other[0])}.")
+        raise UserError(f"--model.max_memory must have keys cpu or a device number such as 0; got {shown(other[0])}.")
     try:
         limits = Sizes.validate_python(sizes)
     except ValidationError as error:
@@ -91,9 +93,10 @@ Memory = Annotated[dict[Text, Text], AfterValidator(lambda sizes: memory_limits(
 
 
 def option_types(entry: Any) -> dict[str, Any]:
-    """Types by name of the keyword-only parameters of a function, or of a class and those that its `**kwargs` reach.
+    """Types by name of the keyword-only parameters of a function or a class.
 
-    They are as annotated, `Positive` for instance; without an annotation a number.
+    For a class, base classes are included as far as `**kwargs` are passed on. A parameter has the type of its
+    annotation, `Positive` for instance, or float without an annotation.
     """
     types: dict[str, Any] = {}
     for owner in entry.__mro__ if isinstance(entry, type) else [entry]:
@@ -103,7 +106,7 @@ def option_types(entry: Any) -> dict[str, Any]:
         parameters = inspect.signature(function).parameters.values()
         for p in parameters:
             hint = p.annotation
-            if isinstance(hint, str):  # of a file with `from __future__ import annotations`
+            if isinstance(hint, str):  # the file has `from __future__ import annotations`
                 hint = (vars(builtins) | function.__globals__).get(hint, float)
             if p.kind is p.KEYWORD_ONLY:
                 types.setdefault(p.name, float if hint is p.empty else hint)
@@ -113,21 +116,23 @@ def option_types(entry: Any) -> dict[str, Any]:
 
 
 def accepted(entry: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those settings that a function or class takes as keyword-only parameters, by name."""
+    """Select the settings that are keyword-only parameters of a function or class, by name."""
     return {name: settings[name] for name in option_types(entry) if name in settings}
 
 
 def check_options(
     flag: str, name: str, entry: Any, options: Mapping[str, Any], *, settings: Collection[str] = ()
 ) -> None:
-    """Raise UserError, which begins with the flag, for what is no option of an entry, or of another type or range.
+    """Raise UserError for an option that a registered entry does not have, or a value of wrong type or range.
 
     Args:
-        settings: parameters of the entry that flags of their own set.
+        flag: the flag of the options, which messages begin with.
+        name: the entry's registered name.
+        settings: parameters of the entry that have flags of their own, and so are not options.
     """
     known = {option: kind for option, kind in option_types(entry).items() if option not in settings}
     if unknown := [option for option in options if option not in known]:
-        raise UserError(f"{flag}: expected options of '{name}' ({', '.join(known) or 'none'}), got '{unknown[0]}'.")
+        raise UserError(f"{flag} must name options of '{name}' ({', '.join(known) or 'none'}); got '{unknown[0]}'.")
     for option, value in options.items():
         try:
             TypeAdapter(known[option]).validate_python(value, strict=True)

@@ -1,4 +1,4 @@
-"""The command line of `train.py` and `gprune prune`: flags and YAML to a run, and the table at the end."""
+"""The command line of `train.py` and `gprune prune`: parse flags and YAML, run, and print the result table."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from pathlib import Path
 from gprune.config import RunConfig
 from gprune.config.parse import flags_of, parse
 from gprune.config.run_config import NOT_OF_OTHERS
-from gprune.console import guarded, process_index, quiet, speak
+from gprune.console import guarded, log_to_stdout, process_index, quiet
 from gprune.corpora import lies_here, load_corpus
 from gprune.errors import UserError
 from gprune.models.names import check_model_name
 from gprune.storage.cache import check_writable
 
 log = logging.getLogger("gprune")
-LEARNING = (
+LEARNING = (  # flags of threshold learning
     "corpora.learn", "corpora.learn_samples", "evaluation.curve", "sparsity.learn", "sparsity.loss", "sparsity.epochs",
     "sparsity.centred", "sparsity.learning_rate", "sparsity.learner", "sparsity.offset_learning_rate",
     "sparsity.offset_limit",
 )  # fmt: skip
-ENDS = {  # as for `guarded`
-    "stopped": ". What was finished is kept; the same command takes up from there.",
+ENDS = {  # keyword arguments of `guarded`
+    "stopped": ". Finished steps are kept; the same command resumes the run.",
     "memory": "; lower --corpora.batch_size or --corpora.seq_len.",
 }
 SWITCHING = tuple(f"reliability.{name}" for name in ("everywhere", "metric", "sensitivity_quantile", "score_quantile"))
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run `train.py`; returns the exit code: 0, 2 for something the caller can put right, 130 for Ctrl-C."""
+    """Run `train.py` and return the exit code: 0, 2 for a UserError, 130 for Ctrl-C."""
     return guarded("train.py", lambda: run(args, prog="train.py"), **ENDS)
 
 
 def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
-    """Prune as the flags say; returns what is printed: the table of the first process, nothing of the others."""
+    """Prune with the given flags and return the text to print: a table on rank 0, nothing on other ranks."""
     args = list(sys.argv[1:] if args is None else args)
     cfg = parse(args, prog)
-    speak()
+    log_to_stdout()
     if idle := unread(cfg, flags_of(args)):
-        log.warning("Given, and not read by this run: %s", idle)
+        log.warning("Ignored flags: %s", idle)
     check_early(cfg)
-    if not cfg.dry_run:  # before what takes seconds to import
+    if not cfg.dry_run:  # logged before the imports, which take seconds
         if (other := cfg.model.made_elsewhere) is not None:
-            log.info("%s: measuring %s beside it", cfg.model.name, other)
+            log.info("%s: measuring %s, compared with it", cfg.model.name, other)
         else:
             log.info("%s: pruning %s, target %s", cfg.model.name, cfg.sparsity.scope, cfg.sparsity.target)
     quiet()
@@ -64,8 +64,8 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
     if rank_zero_only.rank != 0:
         return ""
     s = result.summary
-    whose = " of the first process, which has its share of the text" if cfg.processes > 1 else ""
-    removed = "Made elsewhere"  # not by removing units of the dense model, as far as is known
+    whose = " of rank 0, which reads its share of the text" if cfg.processes > 1 else ""
+    removed = "Made elsewhere"  # nothing is known about how it was made
     if "sparsity_of_scope" in s:
         scoped = s["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation
         removed = f"Removed {removed_in_words(*scoped)}, {s['sparsity_of_model']:.2%} of the model"
@@ -75,38 +75,38 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
         f"{removed}: {s['parameters_before']:,} -> {s['parameters_after']:,} parameters.\n"
         + (f"{s['speed']['said']}\n" if "speed" in s else "")
         + f"Tokens{whose}: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
-        f"Everything is in {result.path}"
-        + (", and its page is report.html" if (result.path / "report.html").exists() else "")
+        f"Results: {result.path}"
+        + (", report.html is their page" if (result.path / "report.html").exists() else "")
         + (
             ""
             if cfg.export.format == "none" or cfg.own_row == ("model", "none")
-            else f"; the model in {result.path / 'model'}, in {exported}"
+            else f"; model: {result.path / 'model'}, in {exported}"
         )
         + f".\nCurves: {how_to_look(result.path)}.\n"
     )
 
 
 def check_early(cfg: RunConfig) -> None:
-    """Raise UserError for what can be known without loading libraries for many seconds: names, folder, accelerator."""
+    """Raise UserError for an invalid name, folder or accelerator, before the imports that take seconds."""
     cfg.validate()
     cfg.check_names()
     check_model_name(cfg.model.name)
     if cfg.sparsity.quality:
         for corpus in filter(lies_here, cfg.developed):
-            load_corpus(corpus, "development")  # refuses a corpus that has none
+            load_corpus(corpus, "development")  # raises if the corpus has no development split
     if not cfg.dry_run and process_index() == 0:
         check_writable(Path(cfg.folder))
     if cfg.trainer.accelerator == "gpu" and not cfg.dry_run:
         import torch
 
         if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-            raise UserError("--trainer.accelerator gpu: PyTorch finds no GPU here; expected cpu or auto.")
+            raise UserError("--trainer.accelerator must be cpu or auto if PyTorch finds no GPU; got gpu.")
 
 
 def switched_off(c: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
-    """The table: a reason, whether it holds, and the flags that are then not read. A group's name means all its flags.
+    """Table of ignored flags: (reason, whether it applies, flags). The name of a group means all its flags.
 
-    Of recoveries that are registered from Python nothing is said: nobody knows what they read.
+    Recoveries registered from Python are left out, because the flags that they read are unknown.
     """
     chain, s = set(c.recovery.split("+")), c.sparsity
     yield "--model.made_elsewhere", c.final == "model", ("gprune", *NOT_OF_OTHERS)
@@ -127,7 +127,10 @@ def switched_off(c: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
 
 
 def unread(cfg: RunConfig, names: Iterable[str]) -> str:
-    """Those of `names` that a run with these settings does not read, and why, in one line; empty if none is known."""
+    """Return, in one line, the flags among `names` that a run with these settings ignores, with the reason.
+
+    The line is empty if no flag is known to be ignored.
+    """
     left, reasons = set(names), {}
     for reason, holds, flags in switched_off(cfg):
         if holds and (off := sorted(n for n in left if n in flags or n.partition(".")[0] in flags)):

@@ -1,4 +1,4 @@
-"""What every command line here shares: a parser, one boundary for errors, and libraries that keep quiet."""
+"""Shared parts of all commands: the argument parser, error handling, logging, and silencing of libraries."""
 
 from __future__ import annotations
 
@@ -21,39 +21,40 @@ from typing import NoReturn, TextIO
 from gprune.errors import UserError, printable
 from gprune.imports import Import, import_matplotlib
 
-BOLD = re.compile(r"(\x1b\[[01]m)")  # on and off: all that rich adds to a table, whose cells are printable already
+BOLD = re.compile(r"(\x1b\[[01]m)")  # bold on and off, the only control sequences in a table
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and leave; prints help as it was written."""
+    """Argument parser that raises UserError instead of printing usage and exiting, and keeps line breaks in help."""
 
     def __init__(self, prog: str, **options: object):
         as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(prog, **as_written | options)
-        about = "a module, or a .py file, that is imported first: what it registers is known; may be repeated"
+        about = "a module or .py file to import first, which registers metrics, recoveries or stages; may be repeated"
         self.add_argument("--import", metavar="MODULE", action=Import, default=argparse.SUPPRESS, help=about)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help.")
+        raise UserError(f"Cannot read the command line: {message}. See --help.")
 
 
 def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory: str = ".") -> int:
-    """Do the work of a command and print the text it returns.
+    """Run a command, print the text that it returns, and report expected failures as one line on stderr.
 
-    Whatever goes wrong for a reason outside the code is one line on stderr: UserError, Ctrl-C, SIGTERM, SIGHUP, no
-    memory, a disk that fills up somewhere inside a library, an output that nobody reads.
+    Expected failures are UserError, Ctrl-C, SIGTERM, SIGHUP, out of memory, a full disk (also inside a library) and
+    a closed output pipe. Other exceptions are bugs, and are raised with their traceback.
 
     Args:
-        command: such as `gprune export`; it begins the line.
-        stopped: continues "Interrupted" and "Terminated": what becomes of what was done.
-        memory: continues "Out of memory": what to do.
+        command: such as `gprune export`; the line begins with it.
+        work: runs the command and returns the text to print.
+        stopped: end of the lines "Interrupted" and "Terminated": what happens to finished work.
+        memory: end of the line "Out of memory": what to do.
 
     Returns:
-        The exit code: 0, 2 for something the caller can put right, 129 for SIGHUP, 130 for Ctrl-C, 143 for SIGTERM.
+        The exit code: 0, 2 for an error that the caller can fix, 129 for SIGHUP, 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def fail(message: str, code: int = 2, *, alone: bool = False) -> int:
-        """Say it, unless it went wrong in all processes alike (not `alone`) and the first one says it."""
+        """Print the message and return the code. Rank 0 prints for all ranks unless only this rank failed (`alone`)."""
         _flushed()
         if alone or process_index() == 0:
             with contextlib.suppress(OSError):
@@ -64,7 +65,7 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
     _open_streams()
     with _signals():
         try:
-            say(work())
+            write_stdout(work())
         except UserError as error:
             return fail(str(error), alone=error.alone)
         except KeyboardInterrupt:
@@ -80,33 +81,34 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
             return fail(f"Out of memory{memory}", alone=True)
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
-            reason = "nobody reads the output" if isinstance(error, BrokenPipeError) else error.strerror or error
-            return fail(f"The system refused to work on{where}: {reason}. What was finished is kept.", alone=True)
+            reason = "the output pipe is closed" if isinstance(error, BrokenPipeError) else error.strerror or error
+            return fail(f"Cannot read or write{where}: {reason}. Finished work is kept.", alone=True)
         except RuntimeError as error:
             if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
                 return fail(f"Out of memory{memory}", alone=True)
-            left = "by peer" in str(error) or re.fullmatch(r"Dist\w*Error", type(error).__name__)  # torch.distributed's
-            if not left:
+            # Errors of torch.distributed after another rank has ended.
+            peer_ended = "by peer" in str(error) or re.fullmatch(r"Dist\w*Error", type(error).__name__)
+            if not peer_ended:
                 raise
             if process_index() == 0:
                 return fail(f"Another process of this run has ended; its own error, if any, is above{stopped}")
-            return 2  # the first process has left, and has said why
+            return 2  # rank 0 has ended and has reported the cause
     return 0
 
 
-def say(text: str) -> None:
-    """Print text that a command hands out."""
+def write_stdout(text: str) -> None:
+    """Write a command's result to stdout, without control characters other than bold."""
     sys.stdout.write(printable_or_bold(text))
     sys.stdout.flush()
 
 
 def printable_or_bold(text: str) -> str:
-    """`printable`, with bold let through."""
+    """Escape control characters (`printable`) except those that switch bold on and off."""
     return "".join(part if BOLD.fullmatch(part) else printable(part) for part in BOLD.split(text))
 
 
 def _open_streams() -> None:
-    """Replace closed streams by the null device, and write characters that the locale lacks as escapes."""
+    """Replace closed streams by the null device, and escape characters that the locale cannot encode."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -115,7 +117,7 @@ def _open_streams() -> None:
 
 
 def _flushed() -> None:
-    """Flush stdout; if nobody can take it, send it to the null device, or Python would complain when it exits."""
+    """Flush stdout. If that fails, redirect stdout to the null device, or Python would report an error at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -125,7 +127,7 @@ def _flushed() -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind, as Ctrl-C does; while Lightning trains, it stops at the end of the step."""
+    """Convert SIGTERM and SIGHUP to SystemExit. While Lightning trains, its own handler stops after the step."""
     before = {}
 
     def stop(number: int, _: object) -> None:
@@ -134,7 +136,7 @@ def _signals() -> Iterator[None]:
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
+            if signal.getsignal(number) is signal.SIG_DFL:  # keep a handler that exists: nohup ignores SIGHUP
                 before[number] = signal.signal(number, stop)
     try:
         yield
@@ -144,14 +146,14 @@ def _signals() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit with a code; after Ctrl-C, further ones are ignored while libraries finish their work."""
+    """Exit with a code. After Ctrl-C (130), further ones are ignored while libraries clean up."""
     if code == 130:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(code)
 
 
 class StdoutHandler(logging.StreamHandler):
-    """Writes to the current `sys.stdout`, which notebooks and tests replace."""
+    """Log handler for the current `sys.stdout`, which notebooks and tests replace."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -164,12 +166,12 @@ class StdoutHandler(logging.StreamHandler):
         return printable_or_bold(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802
-        """An output that nobody reads ends the run, where logging would print a traceback for each line."""
+        """End the run if the output pipe is closed; logging would print a traceback for each line."""
         raise
 
 
-def speak() -> None:
-    """Our own progress goes to stdout; stderr is for the one line of an error."""
+def log_to_stdout() -> None:
+    """Log to stdout, which leaves stderr to errors: INFO and above on rank 0, errors on other ranks."""
     handler = StdoutHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     ours = logging.getLogger("gprune")
@@ -178,15 +180,15 @@ def speak() -> None:
 
 
 def quiet() -> None:
-    """Our own progress, and of the libraries' warnings those that matter."""
-    speak()
-    _shelter()
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it says every line of a matplotlibrc that it refuses
+    """Log to stdout, and silence the progress bars and irrelevant warnings of libraries."""
+    log_to_stdout()
+    _set_wandb_cache()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns about every invalid line of a matplotlibrc
     import_matplotlib()
-    import lightning.pytorch.utilities as utilities  # lightning sets how much it says when it is imported
+    import lightning.pytorch.utilities as utilities  # imported first, because lightning sets its log level on import
     import transformers
 
-    utilities.rank_zero_only.rank = process_index()  # else whatever a shell has left over: it would write nothing
+    utilities.rank_zero_only.rank = process_index()  # a rank left over in the shell would disable all output
 
     for name in ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -197,8 +199,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Implicitly cleaning up")  # of W&B's tables, at exit
 
 
-def _shelter() -> None:
-    """Give W&B a folder for its own log where nobody can write in the home: it would be written on stderr."""
+def _set_wandb_cache() -> None:
+    """Give W&B a temporary cache folder if the home folder is not writable; it would log to stderr instead."""
     home = os.path.expanduser("~")
     if "WANDB_CACHE_DIR" not in os.environ and not (os.path.isdir(home) and os.access(home, os.W_OK)):
         os.environ["WANDB_CACHE_DIR"] = tempfile.mkdtemp(prefix="gprune-")
@@ -207,7 +209,7 @@ def _shelter() -> None:
 
 @contextlib.contextmanager
 def quieted(*loggers: str, stderr: bool = False) -> Iterator[None]:
-    """For as long as the context lasts, loggers of libraries say errors only; with `stderr`, nothing reaches stderr."""
+    """Context in which the named loggers report errors only; `stderr=True` discards what is written to stderr."""
     with contextlib.ExitStack() as stack:
         if stderr:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
@@ -218,18 +220,18 @@ def quieted(*loggers: str, stderr: bool = False) -> Iterator[None]:
 
 
 def process_index() -> int:
-    """0 for the first of several processes, by what torchrun, Lightning (which starts a machine's) and SLURM say.
+    """Return this process's rank from the environment variables of torchrun, Lightning and SLURM; 0 without any.
 
-    A number that was left over in a shell, without the address where processes meet, says nothing. The first process of
-    another machine, where nobody numbers all of them, has the number of its machine.
+    RANK and LOCAL_RANK count only together with MASTER_ADDR; alone they may be left over in a shell. Lightning sets
+    only LOCAL_RANK on each machine, so rank 0 of another machine returns its NODE_RANK.
     """
 
     def given(name: str) -> int:
         text = os.environ.get(name, "")
         return int(text) if text.isdecimal() else 0
 
-    meets = "MASTER_ADDR" in os.environ  # Lightning takes WORLD_SIZE away again
-    names = ["RANK", "LOCAL_RANK"] if meets else []
+    distributed = "MASTER_ADDR" in os.environ  # WORLD_SIZE cannot be used: Lightning removes it again
+    names = ["RANK", "LOCAL_RANK"] if distributed else []
     names += ["SLURM_PROCID"] if given("SLURM_NTASKS") > 1 else []
     rank = next((given(name) for name in names if name in os.environ), 0)
-    return rank if rank or not meets or "RANK" in os.environ else given("NODE_RANK")
+    return rank if rank or not distributed or "RANK" in os.environ else given("NODE_RANK")

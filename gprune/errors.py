@@ -1,4 +1,27 @@
-"""Errors for people: one line that says what was expected, what came and what to do."""
+"""User errors: one line with what is wrong, the value, and what to do.
+
+Every message has one of four forms. A place (a file, a row, a flag with its value) and a colon may come first.
+
+1. Invalid value: `SUBJECT must WHAT; got VALUE.`
+
+       --model.dtype must be 'float32', 'bfloat16' or 'float16'; got 'fp8'.
+
+2. Settings that do not fit together: `SUBJECT needs OTHER.` or `SUBJECT cannot DO.`
+
+       --model.max_memory needs --model.device_map.
+       --export gguf cannot be combined with --model.made_elsewhere.
+
+3. Unknown name: `Unknown KIND 'NAME'.`
+
+       Unknown corpus 'c5'. Did you mean 'c4'? Available: c4, wiki.
+
+4. Failure: `Cannot DO: CAUSE.`
+
+       Cannot write runs/a/metrics.json: No space left on device.
+
+A sentence with the remedy may follow. Each message is one line, begins with a flag or a capital letter, and ends with a
+full stop. `tests/test_errors.py` checks this for every message in the source.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +37,18 @@ if TYPE_CHECKING:  # commands that refuse a flag should not wait for PyTorch
     from torch import Tensor
 
 log = logging.getLogger("gprune")
-# Beside newline and tab: controls of a terminal, lone halves of characters, and what turns the direction of text.
+# Control characters of terminals except newline and tab, unpaired surrogates, and marks that change text direction.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
-    """Something the caller can put right: a flag, a corpus, a model, a budget, a file.
+    """An error that the caller can fix: a flag, a corpus, a model, a budget or a file.
 
-    The command line prints the message as a single line on stderr and exits with code 2, so the message
-    carries everything: what was expected, what came, what to do. Invariants of our own are `assert`s.
+    The command line prints the message as a single line on stderr and exits with code 2. The module's docstring has
+    the form of messages. Internal invariants are `assert`s instead.
 
     Args:
-        alone: whether it concerns this process of several alone, and no first one says it.
+        alone: whether only this rank failed, so that it reports the error itself. By default rank 0 reports for all.
     """
 
     def __init__(self, message: str, *, alone: bool = False):
@@ -34,39 +57,47 @@ class UserError(ValueError):
 
 
 class UnregisteredError(UserError):
-    """A name under which nothing is registered."""
+    """An unknown name: nothing is registered under it."""
 
 
 def printable(text: str) -> str:
-    """Text whose control characters are escaped, as `\\x1b`, so that it cannot control a terminal."""
+    """Escape control characters, as `\\x1b`, so that text cannot control a terminal."""
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """A name as text to be shown: `printable`, its newlines escaped as well."""
+    """Escape control characters and newlines of a name."""
     return printable(text).replace("\n", "\\n")
 
 
 def require_finite(what: str, *tensors: Tensor) -> None:
-    """Raise a UserError for NaN or infinity in the tensors. `what`: "activation came up during calibration"."""
+    """Raise UserError if a tensor has NaN or infinity.
+
+    Args:
+        what: what was non-finite and where, such as "activation came up during calibration".
+    """
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise UserError(f"A non-finite {what}. Check the model's weights, or use --model.dtype float32.")
+        remedy = "Check the model's weights, or use --model.dtype float32"
+        raise UserError(f"Cannot compute with NaN or infinity: a non-finite {what}. {remedy}.")
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
-    """The known name that somebody may have meant."""
+    """Return the known name that is most similar to an unknown one, or None."""
     return next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error, to be quoted in one of ours, and the next if it ends in a colon."""
+    """Return the first line of an exception's text without its full stop, to be quoted in a message.
+
+    The second line is added if the first one ends in a colon.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:500]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:500].removesuffix(".")
 
 
 @contextlib.contextmanager
-def quoting(before: str, after: str = "") -> Iterator[None]:
-    """Raise what a library raises, of whatever class, as a UserError: its first line between `before` and `after`."""
+def quoting(before: str, after: str = ".") -> Iterator[None]:
+    """Convert any exception of the block to a UserError that quotes its first line between `before` and `after`."""
     try:
         yield
     except UserError:
@@ -76,13 +107,13 @@ def quoting(before: str, after: str = "") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def dispensable(what: str, remedy: str) -> Iterator[None]:
-    """Work without which a run is whole: where it fails, one line says what is missing, why, and what to do.
+def optional_output(what: str, remedy: str) -> Iterator[None]:
+    """Optional output. If it fails, log one line with the cause and the remedy, and continue.
 
-    A full disk still ends the run, and so does whatever is no `Exception`, such as Ctrl-C.
+    A full disk still ends the run, and so does anything that is not an `Exception`, such as Ctrl-C.
 
     Args:
-        what: is missing then, such as `samples`.
+        what: the output, such as `samples`.
         remedy: a clause, such as `the same command writes them`.
     """
     try:
@@ -90,4 +121,4 @@ def dispensable(what: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         if {getattr(e, "errno", None) for e in (error, error.__cause__)} & {errno.ENOSPC, errno.EDQUOT}:
             raise
-        log.warning("Without %s (%s): the run is whole, and %s.", what, first_line(error), remedy)
+        log.warning("Could not write %s: %s. The run continues; %s.", what, first_line(error), remedy)

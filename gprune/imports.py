@@ -1,4 +1,4 @@
-"""What is imported later than usual: `--import MODULE`, names of packages (PEP 562: help waits for no PyTorch)."""
+"""Deferred imports: `--import MODULE`, and lazy names of packages (PEP 562), so that `--help` does not load PyTorch."""
 
 from __future__ import annotations
 
@@ -13,75 +13,74 @@ from typing import Any
 
 from gprune.errors import UserError, first_line, nearest
 
-IMPORTED: list[str] = []  # as they were named; a run notes them
+IMPORTED: list[str] = []  # names as given to --import; stored in the manifest of a run
 
 
 def use(name: str) -> None:
-    """Import the caller's module, by its name, seen from the working folder, or by the path of its .py file.
+    """Import a module of the user, which registers metrics, recoveries, stages or callbacks.
 
-    It registers metrics, recoveries, stages or callbacks.
+    Args:
+        name: the module's name, looked up from the working folder, or the path of a .py file.
 
     Raises:
-        UserError: for whatever is raised meanwhile.
+        UserError: if there is no such module, or importing it raises any exception.
     """
     file = Path(name).expanduser().absolute() if name.endswith(".py") else None
     if file is None and Path(name).name != name:
-        raise UserError(f"--import {name}: expected the name of a module, or the path of a .py file.")
+        raise UserError(f"--import must be the name of a module or the path of a .py file; got {name}.")
     if file is not None:
         _check_file(name, file)
     sys.path.insert(0, str(Path.cwd() if file is None else file.parent))
     try:
         module = importlib.import_module(name if file is None else file.stem)
     except (Exception, SystemExit) as error:
-        raise UserError(f"--import {name}: {type(error).__name__}: {first_line(error)}") from error
+        raise UserError(f"--import {name}: Cannot import it: {type(error).__name__}: {first_line(error)}.") from error
     if file is not None and not file.samefile(getattr(module, "__file__", None) or "."):
-        raise UserError(f"--import {name}: expected a name of its own; {module.__name__} is another module already.")
+        raise UserError(f"--import {name}: Cannot import it: {module.__name__} is another module. Rename the file.")
     if name not in IMPORTED:
         IMPORTED.append(name)
 
 
 def _check_file(name: str, file: Path) -> None:
-    """Raise UserError for what is not a file, or has a name that Python cannot import."""
+    """Raise UserError unless the path is a regular file with a name that Python can import."""
     try:
         regular = stat.S_ISREG(file.stat().st_mode)
     except (OSError, ValueError) as error:
-        raise UserError(f"--import {name}: {getattr(error, 'strerror', None) or error}.") from error
+        raise UserError(f"--import {name}: Cannot read it: {getattr(error, 'strerror', None) or error}.") from error
     if not regular:
-        raise UserError(f"--import {name}: expected a .py file, got something else of that name.")
+        raise UserError(f"--import must be a regular .py file; got {name}.")
     if "." in file.stem:
-        raise UserError(
-            f"--import {name}: expected a file name without dots before .py, as '{file.stem}' is no module."
-        )
+        raise UserError(f"--import must be a file name without dots before .py; got {name}. Rename the file.")
 
 
 def loaded(path: str) -> Any:
-    """Return what a dotted path, such as `lightning.pytorch.callbacks.Timer`, names in a loaded module.
+    """Look up a dotted path, such as `lightning.pytorch.callbacks.Timer`, in a module that is already imported.
 
-    Nothing is imported and no code runs, not even a module's `__getattr__`: the path may come from a file that somebody
-    else has written.
+    Nothing is imported and no code runs, not even a module's `__getattr__`, because the path may come from an untrusted
+    file.
 
     Raises:
         UserError: if the module is not loaded, or has no such name.
     """
     module, _, name = path.rpartition(".")
     if sys.modules.get(module) is None:
-        raise UserError(f"{path}: module '{module}' is not loaded; add --import {module or name}.")
+        raise UserError(f"{path}: Cannot find it: module '{module}' is not imported. Add --import {module or name}.")
     names = vars(sys.modules[module])
     if name not in names:
-        hint = f"; did you mean '{near}'?" if (near := nearest(name, names)) else "."
-        raise UserError(f"{path}: module '{module}' defines no '{name}'{hint}")
+        hint = f" The closest name is '{near}'." if (near := nearest(name, names)) else ""
+        raise UserError(f"Unknown class '{path}': module '{module}' does not define '{name}'.{hint}")
     return names[name]
 
 
 class Import(argparse.Action):
-    """Imports at once, before other flags are looked up."""
+    """Action of `--import`: import immediately, so that other flags can use registered names."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         use(values)
 
 
 def later(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a package: names that are imported when they are first used.
+    """Return `__getattr__` and `__dir__` for a package with lazy names, which are imported at first use.
 
     Args:
         package: its `__name__`.
@@ -93,19 +92,19 @@ def later(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any]
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
         import_matplotlib()
         found = getattr(importlib.import_module(places[name]), name)
-        setattr(sys.modules[package], name, found)  # the next time it is there
+        setattr(sys.modules[package], name, found)  # `__getattr__` is not called again
         return found
 
     return load, lambda: sorted(sys.modules[package].__all__)
 
 
 def import_matplotlib() -> None:
-    """Import matplotlib, which Lightning does too; without the user's matplotlibrc and backend if it stops at them."""
+    """Import matplotlib before Lightning does; if the user's matplotlibrc or backend is broken, import it without."""
     try:
         import matplotlib
     except Exception:
         for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-            del sys.modules[name]  # it has been imported by half
+            del sys.modules[name]  # partly imported
         before = os.environ.copy()
         os.environ |= {"MPLBACKEND": "", "MATPLOTLIBRC": os.devnull}
         import matplotlib  # noqa: F401

@@ -1,11 +1,11 @@
-"""One small registry, used for metrics, corpora, recoveries and stages; and what every entry of one is held to.
+"""Registry of metrics, corpora, recoveries and stages, with the checks of what registered code returns.
 
 IMPORTANCE = Registry("importance metric")
 
 @IMPORTANCE.register("my_metric")
 def my_metric(...): ...
 
-IMPORTANCE["my_metric"]     # an unknown name lists what there is
+IMPORTANCE["my_metric"]     # for an unknown name the error lists all names
 with IMPORTANCE.running("my_metric", weight):
     scores = IMPORTANCE.checked("my_metric", "scores", my_metric(weight), (48,))
 """
@@ -31,35 +31,43 @@ NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
 class Registry(Generic[T]):
-    """Names to values. `kind` is the word used in messages, such as "corpus"; entries have the method `asked`."""
+    """Map names to registered functions or classes.
 
-    def __init__(self, kind: str, asked: str | None = None):
-        self.kind, self.asked = kind, asked
+    Args:
+        kind: the word for an entry in messages, such as "corpus".
+        method: a method that every entry must have.
+    """
+
+    def __init__(self, kind: str, method: str | None = None):
+        self.kind, self.method = kind, method
         self._entries: dict[str, T | str] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files the decorated object under `name`; or its place, "module:name", until it is asked for.
+        """Return a decorator that registers an object under `name`.
+
+        The decorator may also be called with the text "module:name", which is imported when the entry is first used.
 
         Raises:
-            ValueError: if the name is taken (by another object; re-running a notebook cell is no error).
-            UserError: for a name that could lead out of a folder, or that chains and lists would cut in two.
+            ValueError: if another object has the name (running a notebook cell again is allowed).
+            UserError: if the name has characters that are special in paths, or separate names in chains and lists.
         """
         if not (isinstance(name, str) and NAME.fullmatch(name)):
-            raise UserError(f"A name of {self.kind}: expected letters, digits, _, - and dots, got {name!r:.100}.")
+            raise UserError(f"The name of a {self.kind} must have letters, digits, _, - and dots; got {name!r:.100}.")
 
         def decorate(entry: T) -> T:
-            if self.asked and not isinstance(entry, str) and not callable(getattr(entry, self.asked, None)):
-                raise UserError(f"{self.kind} '{name}': expected a class with the method {self.asked}, got {entry!r}.")
+            if self.method and not isinstance(entry, str) and not callable(getattr(entry, self.method, None)):
+                subject = f"{self.kind.capitalize()} '{name}'"
+                raise UserError(f"{subject} must be a class with the method {self.method}; got {entry!r}.")
             taken = self._entries.setdefault(name, entry)
             if _origin(taken) != _origin(entry):
-                raise ValueError(f"{self.kind} '{name}' is registered already, as {taken!r}; choose another name.")
+                raise ValueError(f"{self.kind} '{name}' is already registered as {taken!r}; choose another name.")
             self._entries[name] = entry
             return entry
 
         return decorate
 
     def check(self, name: str) -> None:
-        """Raise UserError for a name that is not there, without importing what is."""
+        """Raise UserError if the name is not registered. Nothing is imported."""
         if name not in self._entries:
             hint = f" Did you mean '{near}'?" if (near := nearest(name, self._entries)) else ""
             raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
@@ -74,10 +82,10 @@ class Registry(Generic[T]):
 
     @contextmanager
     def running(self, name: str, *inputs: Tensor) -> Iterator[None]:
-        """Around a call of the entry `name`: working folder and default dtype are as before when it returns.
+        """Context for a call of the entry `name`, which restores the working folder and the default dtype.
 
         Raises:
-            UserError: if it has changed one of the inputs, which it shares with others, in place.
+            UserError: if the entry has changed one of the inputs in place; other code uses the same tensors.
         """
         import torch
 
@@ -88,17 +96,20 @@ class Registry(Generic[T]):
             os.chdir(folder)
             torch.set_default_dtype(dtype)
         if versions != [t._version for t in inputs]:
-            raise UserError(f"{self.kind.capitalize()} '{name}' changes inputs in place; expected abs() for abs_().")
+            subject = f"{self.kind.capitalize()} '{name}'"
+            raise UserError(f"{subject} must not change its inputs in place. Use abs() instead of abs_(), for example.")
 
     def checked(self, name: str, what: str, value: Any, *shapes: tuple[int, ...], of: str = "finite numbers") -> Tensor:
-        """What the entry `name` returned, detached, where it is a dense tensor of one of the shapes.
+        """Check a tensor that the entry `name` returned, and return it detached.
 
         Args:
-            what: the word for it, such as "scores".
-            of: what the tensor holds, of `DTYPES`; `finite` before it is looked at, and waits for a device.
+            what: the word for the tensor, such as "scores".
+            shapes: the shapes that are allowed.
+            of: what the tensor has to hold, a key of `DTYPES`; with `finite ` in front values are checked as well,
+                which waits for the device.
 
         Raises:
-            UserError: for anything else; it names the entry, what was expected and what came.
+            UserError: if the value is not a dense tensor with one of the shapes and the dtype.
         """
         import torch
 
@@ -113,7 +124,8 @@ class Registry(Generic[T]):
                     return value.detach()
                 got = f"{bad} of {value.numel()} that are not finite"
         shape = " or ".join(map(str, shapes))
-        raise UserError(f"{self.kind.capitalize()} '{name}': expected {what} {shape}, dense, of {of}; got {got}.")
+        subject = f"{self.kind.capitalize()} '{name}'"
+        raise UserError(f"{subject} must give {what} {shape} as a dense tensor of {of}; got {got}.")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -123,23 +135,24 @@ def _origin(entry: object) -> tuple[str, str]:
     return getattr(entry, "__module__", ""), getattr(entry, "__qualname__", repr(entry))
 
 
-# Stages, and the method of each that the pipeline asks for.
+# Registries of stages, each with the method that the pipeline calls.
 REFINER: Registry[Any] = Registry("refiner", "labels")  # --partition.refiner
 LEARNER: Registry[Any] = Registry("learner", "masks")  # --sparsity.learner
 CALIBRATOR: Registry[Any] = Registry("calibrator", "test_step")  # --corpora.calibrator
 
 
 def refiner(name: str) -> Callable[[T], T]:
-    """Register a LightningModule that refines modules of neurons, as the value `name` of `--partition.refiner`.
+    """Register a LightningModule that refines modules of neurons, as a value of `--partition.refiner`.
 
-    The run makes `Class(inputs, labels, **options)`, fits it on its own `train_dataloader`, and calls `labels()`.
+    A run builds `Class(inputs, labels, **options)`, fits it with the class' own `train_dataloader`, and calls
+    `labels()`.
 
     - inputs: `partition.objective.RefinementInputs` of B blocks, padded to N neurons: embedding (B, N, E), drift
       (B, N, 1), shifts (B, N, D) and valid (B, N), all float32.
-    - labels: of the first partition, (N,) int64 of each block, modules 0 to K - 1.
-    - options: keyword-only parameters. One that is named like a flag of `--partition`, such as `learning_rate`, gets
-      the value of that flag; `--options.NAME.OPTION` sets the others.
-    - labels() -> list of (N,) int64, one per block: modules from 0 to K - 1, each with a neuron at least.
+    - labels: module labels of the initial partition, one (N,) int64 tensor per block with values 0 to K - 1.
+    - options: keyword-only parameters. A parameter with the name of a flag of `--partition`, such as `learning_rate`,
+      gets the value of that flag; `--options.NAME.OPTION` sets the others.
+    - labels() -> list of (N,) int64, one per block, with values 0 to K - 1. Every module has at least one neuron.
 
     Example:
 
@@ -149,28 +162,28 @@ def refiner(name: str) -> Callable[[T], T]:
         @gprune.refiner("merged")
         class Merged(AssignmentRefinement):
             def labels(self):
-                return [y // 2 for y in super().labels()]  # modules 0 and 1 become one, then 2 and 3, ...
+                return [y // 2 for y in super().labels()]  # merges modules 0 and 1, 2 and 3, ...
     """
     return REFINER.register(name)
 
 
 def learner(name: str) -> Callable[[T], T]:
-    """Register a LightningModule that learns what to keep, as the value `name` of `--sparsity.learner`.
+    """Register a LightningModule that learns masks, as a value of `--sparsity.learner`.
 
-    The run makes `Class(model, ranks, start, budget, **options)`, fits it on the text of `--corpora.learn`, and calls
+    A run builds `Class(model, ranks, start, budget, **options)`, fits it on the text of `--corpora.learn`, and calls
     `masks(budget)`. Its `training_step` gets batches with `input_ids` (B, T) int64 and `weight` (B,) float32, which is
-    0 for a window that only fills a batch. A class with a `validation_step`, such as every `FrozenLMStage`, is
-    validated on development text, with its masks on the model.
+    0 for windows that pad a batch. A class with a `validation_step`, such as every `FrozenLMStage`, is validated on
+    development text with its current masks applied to the model.
 
     - model: the frozen language model; a stage must not train it.
-    - ranks: `partition.modules.ModuleRanks`: ffn, p (N,) float64 in (0, 1) of each block; labels, (N,) int64;
-      attention, p (G,) of KV groups.
-    - start: thresholds to begin with, (K,) float64 of each block's modules, and (1,) of its KV groups.
-    - budget: `sparsity.budget.Budget`, what has to go.
-    - options: keyword-only parameters. One that is named like a flag of `--sparsity`, such as `epochs`, gets the value
-      of that flag, and `shard` that of `--model.shard`; `--options.NAME.OPTION` sets the others.
+    - ranks: `partition.modules.ModuleRanks`: ffn, p (N,) float64 in (0, 1) per block; labels, (N,) int64 per block;
+      attention, p (G,) of KV groups per block.
+    - start: initial thresholds: (K,) float64 per block for its modules, and (1,) for its KV groups.
+    - budget: `sparsity.budget.Budget`, how much has to be removed.
+    - options: keyword-only parameters. A parameter with the name of a flag of `--sparsity`, such as `epochs`, gets the
+      value of that flag, and `shard` the value of `--model.shard`; `--options.NAME.OPTION` sets the others.
     - masks(budget) -> `models.masks.Masks` that meet this budget; also called for the sparsities of
-      `--evaluation.curve`. Optional: the attribute `thresholds`, as `start`.
+      `--evaluation.curve`. Optional: the attribute `thresholds`, in the form of `start`.
 
     Example:
 
@@ -187,18 +200,18 @@ def learner(name: str) -> Callable[[T], T]:
 
 
 def calibrator(name: str) -> Callable[[T], T]:
-    """Register a LightningModule that collects statistics, as the value `name` of `--corpora.calibrator`.
+    """Register a LightningModule that collects statistics, as a value of `--corpora.calibrator`.
 
-    The run makes `Class(model, corpora, gram=, saliency=, walk=, store=, shard=, **options)`, tests it
-    (`trainer.test`) with a loader for each corpus, and reads `statistics`. Its `test_step(batch, batch_idx,
-    dataloader_idx)` gets `input_ids` (B, T) int64, and of each window `half` (0 or 1) and `weight`.
+    A run builds `Class(model, corpora, gram=, saliency=, walk=, store=, shard=, **options)`, calls `trainer.test` with
+    one loader per corpus, and reads `statistics`. `test_step(batch, batch_idx, dataloader_idx)` gets `input_ids` (B, T)
+    int64, and per window `half` (0 or 1) and `weight`.
 
-    - model: the frozen language model; corpora: their names, in the order of the loaders.
-    - gram: whether Gram matrices are needed; saliency: scopes (`ffn`, `attention`) whose gradients are needed.
-    - walk, store: whether Gram matrices are collected block by block, and the function that keeps a block's.
-    - shard: whether the model's layers are to be shared by processes.
-    - options: keyword-only parameters, which `--options.NAME.OPTION` sets.
-    - statistics: dict of `calibration.statistics.CorpusStatistics` by corpus.
+    - model: the frozen language model. corpora: names, in the order of the loaders.
+    - gram: whether Gram matrices are needed. saliency: scopes (`ffn`, `attention`) whose gradients are needed.
+    - walk: whether Gram matrices are collected block by block. store: the function that stores those of a block.
+    - shard: whether the layers of the model are sharded over processes.
+    - options: keyword-only parameters, set by `--options.NAME.OPTION`.
+    - statistics: dict from corpus to `calibration.statistics.CorpusStatistics`.
 
     Example:
 

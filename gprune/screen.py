@@ -1,7 +1,7 @@
-"""Progress in a terminal: one bar for the whole run, with the step, its tokens per second, and the time left.
+"""Progress bar of the whole run in a terminal: the step, its tokens per second, and the remaining time.
 
-Lightning's progress bars belong to one Trainer each, and a run has several. Nothing is shown if stdout is not a
-terminal, and by other ranks than 0; the log has the steps.
+Lightning's progress bars show one Trainer each, and a run has several. The bar is disabled if stdout is not a terminal,
+and on ranks other than 0; the log lists the steps in every case.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from gprune.errors import one_line
 
 
 class Screen:
-    """The bar of one run, or of one evaluation; a context manager.
+    """Progress bar of one run or one evaluation; a context manager.
 
     Args:
         work: planned work by number of the step, in any unit.
-        worked: work so far, in that unit; by default the tokens that `advance` has been given.
-        console: by default stdout, if it is a terminal.
+        worked: returns the work done so far, in that unit. Default: the tokens passed to `advance`.
+        console: where the bar is drawn. Default: stdout.
     """
 
     def __init__(
@@ -51,22 +51,22 @@ class Screen:
         self.bar.stop()
 
     def step(self, number: int, what: str) -> str:
-        """Begin a step; return its title, such as `step 3/10 Measuring drift`."""
-        if number != self._number:  # else another part of the same step
+        """Begin a step and return its title, such as `step 3/10 Measuring drift`."""
+        if number != self._number:  # otherwise this is another part of the same step
             self._number, left = number, sum(work for step, work in self._work.items() if step >= number)
-            # Steps may have taken less than was planned. Not by `update`, which would forget the speed.
+            # Earlier steps may have needed less work than planned. `update(total=)` would reset the estimated speed.
             self.bar.tasks[0].total = self._worked() + left
         return self.begin(what)
 
     def begin(self, what: str) -> str:
-        """Begin a part of the step, whose speed is shown; return its title."""
+        """Begin a part of the step, restart the speed that is displayed, and return the title."""
         self._title = one_line(f"step {self._number}/{max(self._work)} {what}" if self._number else what)
         self._began, self._before = time.monotonic(), self._tokens
         self.bar.update(self.bar.tasks[0].id, description=self._title, speed="")
         return self._title
 
     def advance(self, tokens: int = 0, note: str = "") -> None:
-        """Show a finished batch: its tokens over all ranks, and a note such as the loss."""
+        """Advance by a finished batch: its tokens over all ranks, and a note such as the loss."""
         self._tokens += tokens
         rate = (self._tokens - self._before) / max(time.monotonic() - self._began, 1e-9)
         self.bar.update(
@@ -75,12 +75,13 @@ class Screen:
         )  # fmt: skip
 
     def __rich__(self) -> RenderableType:
-        """What a terminal shows at this moment."""
+        """The bar as it is drawn now."""
         return self.bar.get_renderable()
 
 
 class _Bar(Progress):
-    """A bar, and an empty line for `^C`: behind a full line its echo would take one more, and a bar would never go."""
+    """Progress with an empty last line. A terminal echoes `^C` there; on the bar's full line the echo would wrap, and
+    the bar could not be erased."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         return *super().get_renderables(), ""

@@ -60,15 +60,15 @@ def test_a_run_says_what_it_needs_where_that_is_not_registered(here, monkeypatch
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("nowhere_at_all", "", "--import nowhere_at_all: ModuleNotFoundError: No module named 'nowhere_at_all'"),
-        ("raises", "1 / 0", "--import raises: ZeroDivisionError: division by zero"),
-        ("raises", "raise SystemExit(3)", "--import raises: SystemExit: 3"),
-        ("./nowhere.py", "", r"--import ./nowhere.py: No such file or directory\.$"),
-        ("./plugins/", "", "--import ./plugins/: expected the name of a module, or the path of a .py file."),
-        ("./folder.py", "", "--import ./folder.py: expected a .py file, got something else of that name."),
-        ("./loop.py", "", "--import ./loop.py: Too many levels of symbolic links."),
-        ("./my.raises.py", "", "--import ./my.raises.py: expected a file name without dots before .py"),
-        ("./json.py", "", "--import ./json.py: expected a name of its own; json is another module already."),
+        ("nowhere_at_all", "", "--import nowhere_at_all: .* ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("raises", "1 / 0", "--import raises: .* ZeroDivisionError: division by zero"),
+        ("raises", "raise SystemExit(3)", "--import raises: .* SystemExit: 3"),
+        ("./nowhere.py", "", r"--import ./nowhere.py: .* No such file or directory\.$"),
+        ("./plugins/", "", "--import must be the name of a module or the path of a .py file; got ./plugins/"),
+        ("./folder.py", "", "--import must be a regular .py file; got ./folder.py"),
+        ("./loop.py", "", "--import ./loop.py: .* Too many levels of symbolic links."),
+        ("./my.raises.py", "", "--import must be a file name without dots before .py; got ./my.raises.py"),
+        ("./json.py", "", "--import ./json.py: .* json is another module"),
     ],
 )
 def test_a_module_that_cannot_be_imported_is_one_line(name, content, said, here):
@@ -83,6 +83,6 @@ def test_a_module_that_cannot_be_imported_is_one_line(name, content, said, here)
 
 def test_files_of_flags_import_nothing(here):
     (here / "a.yaml").write_text("import: metric_of_mine")
-    with pytest.raises(UserError, match="expected --import as a flag of the command"):
+    with pytest.raises(UserError, match=r"Unknown setting 'import'\. Use the command's flag --import"):
         parse(["--config", "a.yaml"])
     assert "metric_of_mine" not in sys.modules

@@ -68,7 +68,7 @@ def imported(code: str, *args: str, tmp_path: Path) -> tuple[str, set[str]]:
         (IMPORTED + COMMANDS, list(command.COMMANDS), [f"usage: gprune {name}" for name in command.COMMANDS]),
         (IMPORTED + FIRST_LINE, ["--run.name", "first"], ["smollm2-135m: pruning ffn, target 0.5"]),
         (IMPORTED + OWN + MAIN, ["--importance", "mine", "--print_config"], ["importance: mine"]),
-        (TRAIN, ["--model.name", "nothing"], ["--model.name: 'nothing' is neither an embedded model (smollm2-135m, "]),
+        (TRAIN, ["--model.name", "nothing"], ["--model.name", "'nothing'", "smollm2-135m"]),
         (TRAIN, ["--corpora.score", "nothing"], ["Unknown corpus 'nothing'"]),
         (TRAIN, ["--run.dir", "/dev/null/runs"], ["Cannot write /dev/null/runs/smollm2-135m"]),
         (IMPORTED + STUDY, ["LIST", "--table", "--output", "t.xlsx"], ["--output must end in one of .csv, .json, "]),
@@ -91,7 +91,7 @@ def imported(code: str, *args: str, tmp_path: Path) -> tuple[str, set[str]]:
 def test_help_and_refusals_wait_for_no_pytorch(code, args, words, tmp_path):
     said, packages = imported(code, *args, tmp_path=tmp_path)
     assert all(one in said for one in words)
-    assert "Into " not in said
+    assert "Run folder: " not in said
     assert not packages & HEAVY
     assert len(packages) <= MOST, packages
 

@@ -31,7 +31,7 @@ EXAMPLES = {"flags": 20, "study": 20, "text": 40}  # of a surface; of others 12
 def _isolated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, tiny_run.isolated(tmp_path_factory.mktemp("cache")):
         tiny_run.quick(patch)
-        patch.setattr("gprune.pipeline.dry_run.speed", lambda *_: 1e9)  # it measures for half a second
+        patch.setattr("gprune.pipeline.dry_run.matmul_flops", lambda *_: 1e9)  # it measures for half a second
         yield
 
 

@@ -23,8 +23,8 @@ from tests import tiny_run
 )  # fmt: skip
 def test_the_log_says_which_flags_are_given_and_not_read(flags, said, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.yaml").write_text("distill: {rank: 4}\nsparsity.epochs: 3\n")  # a protocol serves many runs
-    monkeypatch.setattr("gprune.pipeline.dry_run.speed", lambda *_: 1e9)
+    monkeypatch.setattr("gprune.pipeline.dry_run.matmul_flops", lambda *_: 1e9)
     args = [f"--config={tmp_path / 'a.yaml'}", *flags.split(), "--model.name=tiny-random", "--dry_run=true"]
     assert tiny_run.main(args) == 0
-    given = [line.partition("not read by this run: ")[2] for line in capsys.readouterr().out.splitlines()]
+    given = [line.partition("Ignored flags: ")[2] for line in capsys.readouterr().out.splitlines()]
     assert [line for line in given if line] == ([said] if said else [])

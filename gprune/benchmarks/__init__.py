@@ -1,1 +1,1 @@
-"""A finished run, or any model, against others: zero-shot tasks and WikiText-2. `gprune evaluate`."""
+"""Benchmarks of runs and models: zero-shot tasks, WikiText-2, C4 and speed (`gprune evaluate`)."""

@@ -1,4 +1,4 @@
-"""A model for lm_eval that computes logits where answers are scored; imported when tasks are measured."""
+"""Model for lm_eval that computes logits of answers only. It is imported when tasks are measured."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 
 from gprune.errors import UserError, require_finite
 
-Request = tuple[tuple[str, str], list[int], list[int]]  # the texts; tokens of the context; tokens of the continuation
+Request = tuple[tuple[str, str], list[int], list[int]]  # (texts, tokens of the context, tokens of the continuation)
 
 
 class AnswerLM(HFLM):
-    """lm_eval's own model for transformers, with log-likelihoods of continuations alone.
+    """lm_eval's `HFLM` for transformers models, without computing logits of contexts.
 
-    Tokens, batches, log-likelihoods and generated texts are those of `HFLM`, without the logits of contexts, which
-    nobody reads. Where a vocabulary is large, they are most of a forward pass: of Gemma-3-270M, whose vocabulary has
-    262,144 words, tasks take 0.6 of the time.
+    Tokens, batches, log-likelihoods and generated texts are the same as with `HFLM`. Logits of contexts are not used,
+    and are most of a forward pass for a large vocabulary: tasks on Gemma-3-270M (262,144 words) take 0.6 of the time.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
-        # A copy, since HFLM gives the tokenizer a token for padding.
+        # Copied, because HFLM sets the tokenizer's padding token.
         super().__init__(model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding gives it) of each continuation."""
-        same_input = defaultdict(list)  # one pass serves all continuations that differ in their last token
+        """Return (log-likelihood in nats, whether greedy decoding gives the text) for each continuation."""
+        same_input = defaultdict(list)  # continuations that differ only in their last token need one pass
         for i, (_, context, continuation) in enumerate(requests):
             same_input[*context, *continuation[:-1]].append(i)
         longest_first = sorted(same_input, key=lambda tokens: (-len(tokens), tokens))
@@ -55,25 +54,32 @@ class AnswerLM(HFLM):
         return [answers[i] for i in range(len(requests))]
 
     def _log_probabilities(self, tokens: Tensor, first: int) -> Tensor:
-        """(batch, length - first, vocabulary) float32 of what follows each position from `first` on; `tokens`
-        (batch, length) int64 are padded on the right, which is not seen from the left."""
+        """Log-probabilities of next tokens at positions from `first` on, (batch, length - first, vocabulary) float32.
+
+        Args:
+            tokens: (batch, length) int64, padded on the right, which does not affect earlier positions.
+            first: the first position.
+        """
         self._check(tokens)
-        # By their indices, which makes a copy: torch multiplies rows that are apart in memory 70 times as slowly on a
-        # CPU in bfloat16.
+        # Indices make a contiguous copy. torch multiplies strided rows 70 times slower on a CPU in bfloat16.
         positions = torch.arange(first, tokens.shape[1], device=self.model.device)
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             logits = self.model(tokens.to(self.model.device), logits_to_keep=positions).logits
-        else:  # a model with code of its own
+        else:  # a model with custom code
             logits = self.model(tokens.to(self.model.device)).logits[:, first:]
         return F.log_softmax(logits, -1, dtype=torch.float32)
 
     def _model_generate(self, context: Tensor, **options: Any) -> Tensor:
-        """(batch, length + generated) int64, of a context (batch, length) padded on the left; refuses NaN, which is the
-        largest of logits."""
+        """Generate tokens, (batch, length + generated) int64, for a context (batch, length) padded on the left.
+
+        Raises:
+            UserError: if a logit is NaN; argmax would choose it.
+        """
         self._check(context)
         finite = [lambda _, logits: require_finite("logit came up in generation", logits.amax(-1)) or logits]
         return super()._model_generate(context, logits_processor=LogitsProcessorList(finite), **options)
 
     def _check(self, tokens: Tensor) -> None:
         if int(tokens.max()) >= self.model.get_input_embeddings().num_embeddings:
-            raise UserError(f"The tokenizer makes tokens that the model has no embeddings for ({int(tokens.max())}).")
+            size = self.model.get_input_embeddings().num_embeddings
+            raise UserError(f"Tokens must be less than {size:,}, the number of embeddings; got {int(tokens.max())}.")

@@ -1,14 +1,15 @@
 """Perplexity on WikiText-2 and C4 in the conventions of the pruning and quantisation literature.
 
-WikiText-2: the raw test file line by line, each line with its line end, a blank line as the empty string, joined by two
-line ends. (With GPT-2's vocabulary the text is 287,644 tokens.)
+WikiText-2: lines of the raw test file, including their line ends, with blank lines as empty strings, joined by two line
+ends. (With GPT-2's vocabulary the text has 287,644 tokens.)
 
 C4: the first 1,100 documents of the validation shard `en/c4-validation.00000-of-00008.json.gz` of allenai/c4, joined by
-a space; the first 256 windows, as in the scripts of SparseGPT and Wanda, and GPTQ's `c4-new` (its `c4` draws windows).
+a space, and the first 256 windows, as in the scripts of SparseGPT and Wanda, and GPTQ's `c4-new` (its `c4` samples
+windows).
 
-Both: tokenised as one string; windows of 2048 tokens (128 in old tables) that do not overlap; the last partial window
-dropped. BOS opens each window where the tokenizer puts one before a text, and no window otherwise. Scripts that let a
-Llama tokenizer put it before the whole text alone have it in the first window only.
+Both: the text is tokenised as one string, and cut into windows of 2048 tokens (128 in old tables) without overlap. The
+last partial window is dropped. Each window begins with BOS if the tokenizer adds it to a text. Scripts in which a Llama
+tokenizer adds it to the whole text have BOS in the first window only.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ from gprune.screen import Screen
 from gprune.storage.reading import expanded, needed_text
 
 MIRROR = "corpora/wikitext2/wiki.test.raw"
-CHARACTERS = 1_294_336  # of WikiText-2, as it is joined
+CHARACTERS = 1_294_336  # length of the joined WikiText-2
 SHARD = "c4-validation.00000-of-00008.json.gz"
-DOCUMENTS, WINDOWS = 1100, 256  # of C4
+DOCUMENTS, WINDOWS = 1100, 256  # numbers of documents and windows of C4
 
 
 def join_lines(raw: str) -> str:
-    """The text that is scored, from the content of `wiki.test.raw`."""
-    # Not splitlines(), which also cuts at characters that are no line ends here.
+    """Join the lines of `wiki.test.raw` to the text that is scored."""
+    # splitlines() would also split at other characters, such as form feeds.
     lines = re.findall(r"[^\n]*\n|[^\n]+", raw)
     return JOIN.join(line if line.strip() else "" for line in lines)
 
 
 def wikitext2() -> str:
-    """The text that is scored, from `$GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw` or the hub."""
+    """Read WikiText-2 from `$GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw` or the hub."""
     root = os.environ.get("GPRUNE_DATA_DIR")
     if root and (path := expanded(root) / MIRROR).is_file():
         return join_lines(needed_text(path, "WikiText-2's raw test file"))
@@ -56,12 +57,12 @@ def wikitext2() -> str:
 
 
 def c4() -> tuple[str, int]:
-    """The text that is scored, of how many documents; from the shard in `$GPRUNE_DATA_DIR/corpora/c4`, or the hub."""
+    """Read C4 from `$GPRUNE_DATA_DIR/corpora/c4` or the hub. Return the text and its number of documents."""
     import datasets
 
     path = expanded(os.environ.get("GPRUNE_DATA_DIR", "")) / "corpora/c4" / SHARD
     source, file = ("json", str(path)) if path.is_file() else ("allenai/c4", f"en/{SHARD}")
-    unread = quoting(f"C4 could not be read from {file} (", f"). Put it into $GPRUNE_DATA_DIR/corpora/c4/{SHARD}.")
+    unread = quoting(f"Cannot read C4 from {file}: ", f". Put the file into $GPRUNE_DATA_DIR/corpora/c4/{SHARD}.")
     with unread, quieted("datasets") if source == "json" else offline_if_unreachable():
         rows = datasets.load_dataset(source, data_files={"validation": file}, split="validation", streaming=True)
         texts = [row["text"] for row in itertools.islice(rows, DOCUMENTS)]
@@ -69,7 +70,7 @@ def c4() -> tuple[str, int]:
 
 
 def literature_windows(text: str, tokenizer: PreTrainedTokenizerBase, task: str, *, seq_len: int, bos: Bos) -> Windows:
-    """(n, seq_len) tokens: all whole windows in order, of C4 the first 256."""
+    """Cut a text into windows, (n, seq_len): all complete windows in order, for C4 the first 256."""
     sample = Sample(None, seq_len, shuffle=False, bos=opening(tokenizer, bos), flags=("--limit", "--seq_len"))
     every = make_windows([text], tokenizer, sample, corpus=task, split="test" if task == WIKITEXT else "validation")
     return every if task == WIKITEXT else replace(every, tokens=every.tokens[:WINDOWS])
@@ -84,19 +85,22 @@ def literature_perplexity(
     bos: Bos = "auto",
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """One record: perplexity on the text with a 95 % interval over windows, and its protocol.
+    """Measure perplexity in the convention of the literature, with a 95 % interval over windows, as a record.
 
     Args:
+        model: the model.
+        tokenizer: its tokenizer.
         task: wikitext2 or c4.
-        bos: whether BOS opens each window, as in `opening`.
-        limit: the first so many windows; None for all. With a limit the number stands beside nobody's.
+        seq_len: tokens per window.
+        bos: whether each window begins with BOS, as in `opening`.
+        limit: use only the first windows. Then the number cannot be compared with published ones.
 
     Raises:
-        UserError: for windows longer than the model's positions, and for text that cannot be had.
+        UserError: if windows are longer than the model's positions, or the text cannot be read.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or seq_len
     if not 2 <= seq_len <= positions:
-        raise UserError(f"--seq_len: expected 2 to {positions} tokens (the model's positions), got {seq_len}.")
+        raise UserError(f"--seq_len must be from 2 to {positions}, the model's positions; got {seq_len}.")
     text, join, note, missing = _convention(task)
     every = literature_windows(text, tokenizer, task, seq_len=seq_len, bos=bos)
     windows = replace(every, tokens=every.tokens[:limit])
@@ -132,7 +136,7 @@ def literature_perplexity(
 
 
 def _convention(task: str) -> tuple[str, str, str, list[str]]:
-    """Of a text: itself, what joins its parts, what is said of the convention, and of what is missing."""
+    """Return the text of a task, the separator of its parts, a note on the convention, and what is missing."""
     if task == WIKITEXT:
         text = wikitext2()
         missing = [] if len(text) == CHARACTERS else [f"{len(text):,} of {CHARACTERS:,} characters"]

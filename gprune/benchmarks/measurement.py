@@ -1,4 +1,4 @@
-"""Benchmarks of a run's pruned model, of its dense model, or of any model by name, and the file of their records."""
+"""Run benchmarks on the models of a run or on any model, and store the records in a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gprune.benchmarks.speed import throughput
 from gprune.benchmarks.subjects import Loaded, subjects_of
 from gprune.benchmarks.tasks import require_lm_eval
 from gprune.benchmarks.zero_shot import zero_shot
-from gprune.errors import dispensable
+from gprune.errors import optional_output
 from gprune.report.model_card import write_card
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import key_part
@@ -28,8 +28,8 @@ NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "e
 NUMBERS += ("tokens_per_second", "seconds")
 
 
-def check(asked: Benchmarks) -> None:
-    """Raise UserError, before a model is loaded or a list of rows runs, where a package is missing for the tasks."""
+def check_tasks(asked: Benchmarks) -> None:
+    """Raise UserError if the tasks need lm_eval and it is not installed."""
     if not {*asked.tasks} <= {*TEXTS, SPEED}:
         require_lm_eval()
 
@@ -40,18 +40,19 @@ def evaluate(
     """Measure a model, or the models of a run.
 
     Args:
-        model: a run's folder, a model folder, an embedded name or a hub id.
-        dense: of a run, its dense model as well, first; and with `pruned` false, that alone.
-        output: JSON file for the records, beside those that are there; by default `evaluation.json` in the run.
+        model: folder of a run or of a model, embedded name or hub id.
+        asked: the tasks and their settings.
+        dense: for a run, whether to measure its dense model too, before the pruned model.
+        pruned: for a run with `dense`, whether to measure the pruned model.
+        output: JSON file to which records are added; by default `evaluation.json` in the run.
 
     Returns:
-        The new records, and the file they are in; None where there is none.
+        The new records, and the path of the file, or None without a file.
 
     Raises:
-        UserError: without lm_eval, for a model, a task or data that cannot be had, and for an output that is no file
-            of records.
+        UserError: if lm_eval is missing, a model, task or data cannot be loaded, or `output` is not a file of records.
     """
-    check(asked)
+    check_tasks(asked)
     subjects, default, key = subjects_of(
         model, dense=dense, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code
     )
@@ -59,7 +60,7 @@ def evaluate(
     about = {"run": folder.name, "origin": key_of(of=key or str(folder))[:12]}
     output, key = (output, None) if output else (default, key)
     if output is not None:
-        read_evaluation(output, run=key)  # what is no such file is not written over
+        read_evaluation(output, run=key)  # raises for another file, which must not be overwritten
     records: list[dict[str, Any]] = []
     subjects, device = subjects if pruned else subjects[:1], "cuda" if torch.cuda.is_available() else "cpu"
     tasks = [task for task in dict.fromkeys(asked.tasks) if task != SPEED]
@@ -68,18 +69,18 @@ def evaluate(
         loaded = loaded.to(device)
         for task in tasks:
             log.info("Evaluating %s", task)
-            records += [r | subject.about | about for r in _measured((loaded, tokenizer), task, asked)]
+            records += [r | subject.about | about for r in _task_records((loaded, tokenizer), task, asked)]
             if output is not None:
-                keep(output, records, run=key)
+                merge_records(output, records, run=key)
     if SPEED in asked.tasks:
         log.info("Evaluating %s", SPEED)
-        models = [subject.load()[0].to(device) for subject in subjects]  # all at once, as they take turns
+        models = [subject.load()[0].to(device) for subject in subjects]  # loaded together, to be timed in alternation
         numbers = throughput(models, batches=asked.speed_batch, prompt=asked.speed_prompt)
         records += [r | subject.about | about for subject, own in zip(subjects, numbers, strict=True) for r in own]
         if output is not None:
-            keep(output, records, run=key)
+            merge_records(output, records, run=key)
     if of_run:
-        with dispensable("its numbers in the model card or in W&B", "evaluation.json has them"):
+        with optional_output("numbers to the model card or to W&B", "evaluation.json has them"):
             if SPEED in asked.tasks:
                 run = finished(folder)
                 write_card(RunFolder(folder), config_of(run), run.records)
@@ -87,18 +88,21 @@ def evaluate(
     return records, output
 
 
-def _measured(loaded: Loaded, task: str, asked: Benchmarks) -> list[dict[str, Any]]:
-    """The records of one task; a group of tasks, and a text in windows of several lengths, has several."""
+def _task_records(loaded: Loaded, task: str, asked: Benchmarks) -> list[dict[str, Any]]:
+    """Measure a task. There are several records for a group of tasks, and for several window lengths."""
     if task not in TEXTS:
         return zero_shot(*loaded, [task], limit=asked.limit, batch_size=asked.batch_size, source=asked.source)
     lengths = dict.fromkeys(asked.seq_len)
     return [literature_perplexity(*loaded, task, seq_len=n, bos=asked.bos, limit=asked.limit) for n in lengths]
 
 
-def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = None) -> None:
-    """Write records beside those that are there, in the place of former ones of the same model and protocol.
+def merge_records(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = None) -> None:
+    """Add records to a file, replacing earlier records of the same model and protocol.
 
-    `run`: the key of the run whose file it is; in other files a record's `run` and `origin` say which model it is of.
+    Args:
+        path: the file.
+        records: the new records.
+        run: key of the run that the file belongs to. In other files `run` and `origin` of a record identify its model.
     """
     protocol = ["model", "stage", "recovery", "task", "content_hash", "dtype", *([] if run else ["run", "origin"])]
     new = {tuple(map(r.get, protocol)) for r in records}
@@ -107,19 +111,21 @@ def keep(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = Non
 
 
 def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Add records to the summary of the W&B run in which a run was logged, if it was."""
+    """Add records to the summary of the run's W&B run, if it has one."""
     if not (known := RunFolder(run).manifest.get("wandb")):
         return
-    from gprune.runs.tracking import taken_up
+    from gprune.runs.tracking import resumed_run
 
-    with taken_up(run, known) as tracked:
+    with resumed_run(run, known) as tracked:
         if tracked is not None:
             tracked.summary.update(task_numbers(records))
 
 
 def task_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """`NUMBERS` of records, as W&B gets them: `final/<task>/acc` of the run's own model, `rows/dense/<task>/acc` of the
-    dense one; behind the task a perplexity has the length of its windows, a speed its batch."""
+    """Return numbers of records by W&B key: `final/<task>/acc` for the main row, `rows/dense/<task>/acc` for dense.
+
+    For a perplexity the window length is added after the task, for a speed the batch size.
+    """
     numbers = {}
     for r in records:
         place = "rows/dense" if r["stage"] == "dense" else "final"

@@ -1,4 +1,4 @@
-"""What is measured, and how; light, so that a wrong flag need not wait for PyTorch."""
+"""Settings of benchmarks. This file does not import PyTorch, so that invalid flags are reported quickly."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from gprune.checks import AtLeast1, AtLeast2, Few, refusal
 from gprune.errors import UserError
 
 WIKITEXT = "wikitext2"
-TEXTS = {WIKITEXT: "WikiText-2", "c4": "C4"}  # whose perplexity the literature reports
+TEXTS = {WIKITEXT: "WikiText-2", "c4": "C4"}  # corpora with perplexities in the literature
 SPEED = "speed"
 
 
 @dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True, extra="forbid"))
 class Benchmarks:
-    """What is measured, and how: the flags of `gprune evaluate`, with their help."""
+    """Flags of `gprune evaluate`, with their help."""
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("piqa", "arc_easy")
-    """tasks by name, wikitext2, c4, and speed"""
+    """names of lm_eval tasks, wikitext2, c4, and speed"""
     limit: AtLeast1 | None = None
-    """first questions or windows of each task (default: all)"""
+    """use only the first questions or windows of each task (default: all)"""
     seq_len: Annotated[tuple[AtLeast2, ...], Field(min_length=1)] = (2048,)
-    """tokens per window of wikitext2 and c4, a number for each"""
+    """tokens per window of wikitext2 and c4; several lengths give a record each"""
     bos: Literal["auto", "always", "never"] = "auto"
-    """opens each window of wikitext2 and c4: auto (as the tokenizer does before a text), always or never"""
+    """whether windows of wikitext2 and c4 begin with BOS: auto (if the tokenizer adds it), always or never"""
     batch_size: AtLeast1 = 4
-    """choices per forward pass; more than a few do not pay on a CPU"""
+    """choices per forward pass; large batches are not faster on a CPU"""
     speed_batch: Annotated[tuple[Few, ...], Field(min_length=1)] = (1, 8)
-    """prompts at once of speed, a number for each"""
+    """batch sizes (prompts) of speed; several sizes give a record each"""
     speed_prompt: AtLeast1 = 128
     """tokens of each prompt of speed"""
     source: Literal["auto", "hub", "local"] = "auto"
-    """of tasks: hub, local, or auto: the hub if it answers"""
+    """source of tasks: hub, local, or auto (the hub if it answers)"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """float32, bfloat16 or float16 (default: the run's own; float32 for other models)"""
+    """float32, bfloat16 or float16 (default: that of the run; float32 for other models)"""
     trust_remote_code: bool = False
-    """run Python code that comes with the model, which you have read"""
+    """run Python code in the model's repository; use it only if you have read that code"""
 
 
 def benchmarks(**settings: Any) -> Benchmarks:
-    """`Benchmarks` of these settings, numbers as text too; raises UserError for what cannot be measured."""
+    """Build `Benchmarks` from settings, in which numbers may be text; UserError if they are invalid."""
     try:
         return Benchmarks(**settings)
     except ValidationError as error:
-        raise UserError(f"{refusal(error, '--').removesuffix('.')}.") from error
+        raise UserError(f"{refusal(error, '--')}.") from error

@@ -1,7 +1,7 @@
-"""How long a model takes on this machine, by the widths of its blocks: a table, measured once for each setting.
+"""Latency table: the time of a model on this machine as a function of its widths, measured once per workload.
 
-A setting is a batch of prompts, and tokens that follow: seconds = prefill + tokens x a step of decoding. Layers are
-timed one behind the other, as in the model: the weights of one alone would stay in the processor's cache.
+A workload is a batch of prompts and a number of generated tokens: seconds = prefill + tokens x decoding step. Whole
+models are timed, because the weights of a single layer would stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
-SPEED_TABLE = "speed.json"  # in a run's folder
-STEPS = 8  # of decoding that are timed
-ROUNDS, LONG = (2, 12), 25.0  # least and most, and seconds after which none begins
-NOISY = 0.1  # a difference of repeats above it is logged, and a table with it is measured again
+SPEED_TABLE = "speed.json"  # file in a run's folder
+STEPS = 8  # number of decoding steps that are timed
+ROUNDS, LONG = (2, 12), 25.0  # smallest and largest number of rounds; seconds after which no round begins
+NOISY = 0.1  # a table with a larger spread of repeats is measured again, and a warning is logged
 DAY = 86_400.0  # seconds after which a table is measured again
-MULTIPLES = (1, 8, 16, 32, 64, 128)  # that `best_multiple` chooses from
-# Seconds of a block by `neurons`, by `groups`, by neurons on `multiples`, as pairs; of the `rest`; `spread` of repeats
+MULTIPLES = (1, 8, 16, 32, 64, 128)  # candidates of `best_multiple`
+# Seconds of a block as pairs (width, seconds) for `neurons`, `groups` and `multiples` of neurons; seconds of the `rest`
+# of the model; `spread` of repeats.
 Table = dict[str, Any]
-Times = tuple[list[float], list[float], list[float]]  # of each model: seconds to the first token, of a step, of all
+Times = tuple[list[float], list[float], list[float]]  # per model: seconds to the first token, per step, in total
 
 
-_checked: set[Path] = set()  # tables that this process has measured, or compared with the machine as it is now
+_checked: set[Path] = set()  # tables that this process has measured or verified
 
 
 def speed_key(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int]) -> str:
-    """A key of everything that a table depends on: machine, threads, versions, shapes, dtype and setting."""
+    """Return the cache key of a table: machine, threads, versions, shapes, dtype and workload."""
     machine = [platform.node(), platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
     machine += [device.type == "cuda" and torch.cuda.get_device_name(device), torch.get_float32_matmul_precision()]
     shapes = {name: list(parameter.shape) for name, parameter in dense.named_parameters()}
@@ -62,13 +63,16 @@ def speed_table(
     dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int], *, measure: bool,
     again: bool = False, own: Path | None = None,
 ) -> Table | None:  # fmt: skip
-    """The table of this machine for a model without weights: the cache's, or measured; None if neither.
-
-    Where a table is to be spent (`measure`), one in the cache is measured again if `outdated` finds a reason.
+    """Return the latency table of this machine, cached or measured; None if it is not cached and `measure` is false.
 
     Args:
-        again: measure in any case.
-        own: where `keep_table` keeps the table of a run; a run that has begun on this machine resumes with that table.
+        dense: the model without weights.
+        device: the device.
+        dtype: the dtype of the weights.
+        setting: the workload.
+        measure: whether to measure a table that is missing or, as `outdated` finds, no longer valid.
+        again: whether to measure in any case.
+        own: the table in a run's folder (`keep_table`); a resumed run uses it.
     """
     key = speed_key(dense, device, dtype, setting)
     if own is not None and (kept := read_json(own, check=_not_kept, sealed=True)) and kept["key"] == key:
@@ -76,14 +80,14 @@ def speed_table(
     path = cache_dir() / "speed" / f"{key}.json"
     if (table := read_json(path, check=MeasuredSpeed.problem, sealed=True)) is None and not measure:
         return None
-    why = "once for these shapes and this setting"
+    why = "once for these shapes and this workload"
     if table is not None and measure:
         why = outdated(table, path, dense, device, dtype, setting, again=again)
     if measure and why:
-        log.info("Measuring how fast this machine is by widths, %s", why)
-        write_json(path, table := measured(dense, device, dtype, setting))
+        log.info("Measuring the latency table of this machine, %s", why)
+        write_json(path, table := measure_table(dense, device, dtype, setting))
         if table["spread"] > NOISY:
-            log.warning("The table of speed is noisy (%.0f %%): the next run measures again.", 100 * table["spread"])
+            log.warning("The latency table is noisy (%.0f %%). The next run measures it again.", 100 * table["spread"])
         _checked.add(path)
     return table
 
@@ -92,44 +96,44 @@ def outdated(
     table: Table, path: Path, dense: PreTrainedModel, device: torch.device, dtype: torch.dtype,
     setting: Mapping[str, int], *, again: bool,
 ) -> str | None:  # fmt: skip
-    """Why a table of the cache is measured again, in words; None if it holds.
+    """Return why a cached table has to be measured again, or None if it is valid.
 
-    Asked for, noisy, older than a day, or wrong about the dense model: one point is measured to compare.
+    Reasons are `again`, a noisy table, an age above a day, and a wrong prediction for the dense model, which is timed.
     """
     if again:
-        return "again, as --speed.measure asks"
+        return "again, because of --speed.measure"
     if path in _checked:
         return None
     if table["spread"] > NOISY:
-        return f"again: repeats of the former table differed by {table['spread']:.0%}"
+        return f"again: repeats of the cached table differed by {table['spread']:.0%}"
     if (age := time.time() - path.stat().st_mtime) > DAY:
-        return f"again: the former table is {age / DAY:.0f} days old"
-    log.info("Comparing the table of speed with one measurement of the dense model")
+        return f"again: the cached table is {age / DAY:.0f} days old"
+    log.info("Comparing the latency table with one measurement of the dense model")
     taken = dense_seconds(dense, device, dtype, setting)
     ratio = taken / (len(decoder_layers(dense)) * table["neurons"][-1][1] + table["rest"])
     _checked.add(path)
     if abs(ratio - 1) > max(NOISY, 2 * table["spread"]):
-        return f"again: the dense model takes {ratio:.2f} times as long as by the former table"
+        return f"again: the dense model takes {ratio:.2f} times as long as in the cached table"
     return None
 
 
 def keep_table(table: Table, key: str, file: Path) -> None:
-    """Keep the table with which a run begins: when the run resumes, its budget is the same."""
+    """Store the table of a run in its folder, so that a resumed run has the same budget."""
     write_json(file, {"key": key, "table": table})
 
 
 def _not_kept(content: Any) -> str | None:
-    """Why the content of a file is not what `keep_table` writes; None if it is."""
+    """Return why the content of a file is not valid for `keep_table`, or None."""
     if not isinstance(content, dict) or not {"key", "table"} <= content.keys():
-        return "not a table of speed"
+        return "not a latency table"
     return MeasuredSpeed.problem(content["table"])
 
 
 def price_by(table: Table, blocks: Sequence[Block]) -> Price:
-    """Picoseconds of blocks by what they keep: linear between the measured widths.
+    """Return the price of units in picoseconds, by linear interpolation between measured widths.
 
-    Where all points lie as near to one line as repeats to each other, it is that line: the points differ by noise.
-    Blocks of one layer, whose widths were measured together, share its seconds in proportion to their parameters.
+    If all points are within the spread of repeats of a straight line, that line is used. Blocks of one layer, whose
+    widths were measured together, share the seconds of the layer in proportion to their parameters.
     """
 
     def saved(points: Sequence[tuple[int, float]], most: int, share: float = 1.0) -> list[int]:
@@ -137,7 +141,7 @@ def price_by(table: Table, blocks: Sequence[Block]) -> Price:
         line = np.polyval(np.polyfit(kept, taken, min(1, len(kept) - 1)), kept)
         if np.abs(taken / line - 1).max() <= table["spread"]:
             taken = line
-        taken = np.interp(range(most + 1), kept, isotonic_regression(taken))  # narrower is no slower, but for noise
+        taken = np.interp(range(most + 1), kept, isotonic_regression(taken))  # except for noise, narrower is faster
         return [round(1e12 * share * (seconds - taken[0])) for seconds in taken]
 
     shares = [[_share(b, own, kind) for own in by_layer(blocks) for b in own] for kind in ("ffn", "attention")]
@@ -159,11 +163,12 @@ def _share(block: Block, of_layer: Sequence[Block], kind: str) -> float:
 
 
 def best_multiple(table: Table) -> int:
-    """The smallest of `MULTIPLES` at which this machine loses nothing; says so.
+    """Return the smallest of `MULTIPLES` at which this machine loses no speed, and log it.
 
-    A width's neurons cost what its block takes beyond a block of one neuron. What each costs more than at the best
-    multiple is lost, unless repeats of one measurement differ by as much. A noisy table hides no more than `NOISY`, and
-    asks for no step above 16, which might make a target impossible.
+    The cost of a neuron is the time of its block beyond that of a block with one neuron, divided by the neurons. The
+    loss of a multiple is the extra cost compared with the best multiple; losses within measurement noise are ignored.
+    With a noisy table at most `NOISY` is ignored, and multiples above 16, which could make a target impossible, are not
+    considered.
     """
     one, points, noise = table["neurons"][0][1], table["multiples"], table["spread"]
     least = min((taken - one) / neurons for neurons, taken in points)
@@ -171,14 +176,14 @@ def best_multiple(table: Table) -> int:
     known = {multiple: share for multiple, share in lost.items() if noise <= NOISY or multiple <= 16}
     best = min((m for m, share in known.items() if share <= min(noise, NOISY)), default=min(known, key=known.get))
     shares = ", ".join(f"{multiple}: {share:.1%}" for multiple, share in lost.items())
-    what = "lose nothing" if round(lost[best], 3) == 0 else f"lose {lost[best]:.1%}"
-    log.info("Widths on multiples of %d %s here (lost: %s; repeats: %.1f %%)", best, what, shares, 100 * noise)
+    what = "lose no speed" if round(lost[best], 3) == 0 else f"lose {lost[best]:.1%} of the speed"
+    log.info("Widths in multiples of %d %s (loss: %s; spread of repeats: %.1f %%)", best, what, shares, 100 * noise)
     return best
 
 
 @torch.no_grad()
 def random_model(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of these shapes with random weights."""
+    """Return a model of the same shapes with random weights."""
     whole = copy.deepcopy(dense).to(dtype).to_empty(device=device).eval().requires_grad_(False)
     for tensor in (*whole.parameters(), *whole.buffers()):
         tensor.copy_(torch.randn(tensor.shape).mul(0.02))
@@ -189,31 +194,33 @@ def random_model(dense: PreTrainedModel, device: torch.device, dtype: torch.dtyp
 def dense_seconds(
     dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int]
 ) -> float:
-    """Seconds of the dense model in a setting, measured in the fewest rounds."""
+    """Measure the seconds of the dense model for a workload in the smallest number of rounds."""
     (_, _, (taken,)), _ = seconds([random_model(dense, device, dtype)], long=0, **setting)
     return taken
 
 
 @torch.no_grad()
-def measured(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int]) -> Table:
-    """The table, measured on random weights."""
+def measure_table(
+    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int]
+) -> Table:
+    """Measure the latency table with random weights."""
     whole = random_model(dense, device, dtype)
     (N, G), narrow = (max(of_blocks) for of_blocks in widths(whole).values()), min(widths(whole)["neurons"])
     neurons, groups = (sorted({1, *(max(1, n * part // 4) for part in range(1, 5))}) for n in (N, G))
-    odd = (m * (2 * round(3 * narrow / m / 8 - 0.5) + 1) for m in MULTIPLES)  # odd multiples, near three quarters
+    odd = (m * (2 * round(3 * narrow / m / 8 - 0.5) + 1) for m in MULTIPLES)  # odd, about 3/4 of the width
     sizes = {"neurons": [(n, G) for n in neurons], "groups": [(N, g) for g in groups]}
     sizes["multiples"] = [(n, G) for n in odd if 0 < n <= narrow]
-    models = {size: shrunk(whole, *size) for of in sizes.values() for size in of}
-    depth, unpruned = len(decoder_layers(whole)), shrunk(whole, N, G)
-    del decoder_layers(unpruned)[:]  # what is never pruned is left
+    models = {size: narrowed(whole, *size) for of in sizes.values() for size in of}
+    depth, unpruned = len(decoder_layers(whole)), narrowed(whole, N, G)
+    del decoder_layers(unpruned)[:]  # leaves the parts that are never pruned
     (_, _, (*taken, rest)), spread = seconds([*models.values(), unpruned], **setting)
     of_block = {size: max((t - rest) / depth, 1e-12) for size, t in zip(models, taken, strict=True)}
     table = {kind: [[size[kind == "groups"], of_block[size]] for size in of] for kind, of in sizes.items()}
     return table | {"rest": rest, "spread": spread}
 
 
-def shrunk(whole: PreTrainedModel, neurons: int, groups: int) -> PreTrainedModel:
-    """A model with narrower blocks in the memory of the whole one: what its weights are does not matter."""
+def narrowed(whole: PreTrainedModel, neurons: int, groups: int) -> PreTrainedModel:
+    """Return a model with narrower blocks that shares memory with the whole one; its weights are arbitrary."""
     blocks = blocks_of(whole)
     ffn = [
         top_of_experts(torch.zeros(b.experts * b.neurons), min(neurons, b.neurons), experts=b.experts) for b in blocks
@@ -225,14 +232,14 @@ def shrunk(whole: PreTrainedModel, neurons: int, groups: int) -> PreTrainedModel
 
 
 def sharing(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with the same tensors, without hooks, that writes as many tokens as it is asked for."""
+    """Return a copy with the same tensors, without hooks, and with a generation config that does not stop early."""
     copied = copy_without_hooks(model, {id(p): p for p in model.parameters()})
     copied.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     return copied.eval()
 
 
 def machine_of(device: torch.device) -> str:
-    """What computes, in words."""
+    """Describe the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
 
 
@@ -240,13 +247,17 @@ def machine_of(device: torch.device) -> str:
 def seconds(
     models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int, long: float | None = None
 ) -> tuple[Times, float]:
-    """`Times` of the models, and by how much repeats differ: the slowest over the fastest, less 1.
+    """Time greedy generation with transformers; return `Times` and the spread of repeats (slowest / fastest - 1).
 
-    As transformers generates, greedily: the fastest of several rounds, in each of which all models take turns, so that
-    what else runs on the machine meets them alike. A step of decoding is the mean of the first ones.
+    The result is the fastest of several rounds. In each round all models are timed in alternation, so that other
+    processes on the machine affect them equally. The time of a decoding step is the mean of the first `STEPS` steps.
 
     Args:
-        long: seconds after which no round begins, but for the first two; `LONG` by default.
+        models: the models.
+        batch: number of prompts.
+        prompt: tokens of each prompt.
+        generate: number of generated tokens after the first one.
+        long: seconds after which no round begins, except the first two. Default: `LONG`.
     """
     long = LONG if long is None else long
     models = [sharing(model) for model in models]
@@ -264,21 +275,22 @@ def seconds(
     best = repeats.amin(0)
     first, step = best[:, 0], (best[:, -1] - best[:, 0]).clamp(min=0) / STEPS
     if (spread := float((repeats.amax(0) / best - 1).median())) > NOISY:
-        log.warning("Repeats of a measured speed differ by %.0f %%: the machine is busy.", 100 * spread)
+        log.warning("Repeated measurements of speed differ by %.0f %%. The machine is busy.", 100 * spread)
     return (first.tolist(), step.tolist(), (first + generate * step).tolist()), spread
 
 
 def throughput(models: Sequence[PreTrainedModel], *, batches: Sequence[int], prompt: int) -> list[list[dict[str, Any]]]:
-    """Records of the task `speed` of each model: `prefill`, whose seconds are those to the first token, and `decode`.
+    """Measure the task `speed`: records `prefill` (seconds to the first token) and `decode` for each model.
 
-    Tokens per second are of a batch together. Numbers of the same `rounds`, in which models took turns, may be divided.
+    Tokens per second are for the whole batch. Only numbers with the same `rounds`, measured in alternation, can be
+    compared.
 
     Raises:
-        UserError: for more tokens than the models have positions.
+        UserError: if prompts are longer than the models' positions.
     """
     most = min(getattr(model.config, "max_position_embeddings", math.inf) for model in models) - STEPS
     if prompt > most:
-        raise UserError(f"--speed_prompt: expected at most {most:,} tokens, got {prompt:,}.")
+        raise UserError(f"--speed_prompt must be {most:,} tokens or less; got {prompt:,}.")
     machine, records = machine_of(device_of(models[0])), [[] for _ in models]
     for batch in dict.fromkeys(batches):
         (first, step, _), spread = seconds(models, batch=batch, prompt=prompt, generate=STEPS)
@@ -291,6 +303,6 @@ def throughput(models: Sequence[PreTrainedModel], *, batches: Sequence[int], pro
         for i, model in enumerate(models):
             shared["dtype"] = str(model.dtype).removeprefix("torch.")
             for task, tokens, spent in (("prefill", batch * prompt, first[i]), ("decode", batch, step[i])):
-                if spent:  # steps that cannot be told from the prefill before them have no speed
+                if spent:  # 0 if decoding steps are too fast compared with prefill
                     records[i].append(shared | {"task": task, "tokens_per_second": tokens / spent, "seconds": spent})
     return records

@@ -1,10 +1,10 @@
-"""Tasks by EleutherAI's lm_eval, of a model in memory: pruned, masked or read from a folder.
+"""Zero-shot tasks by EleutherAI's lm_eval on a model in memory.
 
 from gprune.benchmarks.zero_shot import zero_shot
 records = zero_shot(model, tokenizer, ["piqa", "lambada_openai", "gsm8k"], limit=200)
 
-lm_eval builds the requests and counts; log-likelihoods are computed in gprune/benchmarks/answers.py. Where tasks come
-from: gprune/benchmarks/tasks.py.
+lm_eval builds the requests and computes metrics. gprune/benchmarks/answers.py computes log-likelihoods, and
+gprune/benchmarks/tasks.py loads tasks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.benchmarks.tasks import COUNTED, LoadedTask, content_hash, load_tasks, require_lm_eval
+from gprune.benchmarks.tasks import COUNTED, LoadedTask, load_tasks, questions_hash, require_lm_eval
 from gprune.console import quieted
 from gprune.corpora.windows import opening
 from gprune.errors import quoting, require_finite
@@ -33,21 +33,24 @@ def zero_shot(
     batch_size: int = 4,
     source: str = "auto",
 ) -> list[dict[str, Any]]:
-    """A record per task, and per filter of generated text: numbers with standard errors, and their protocol.
+    """Measure tasks, and return a record per task (and per filter of generated text) with standard errors.
 
-    The log-softmax is taken in float32, whatever the model's dtype. Tokens before the prompt are the tokenizer's own
-    habit (`bos` says whether there is one), as in lm_eval by default; no chat template. Where text is generated, worked
-    examples show the form of an answer, which a base model does not know: as many as lm_eval has by default (5 in
-    GSM8K), drawn with its seed. Elsewhere there are none.
+    The log-softmax is computed in float32, whatever the model's dtype. The tokenizer decides whether BOS is added, as
+    in lm_eval by default, and no chat template is used. Tasks that generate text have few-shot examples, because a base
+    model does not know the format of answers: as many as lm_eval's default (5 in GSM8K), sampled with its seed. Other
+    tasks have none.
 
     Args:
-        tasks: names of tasks; a group of lm_eval's stands for all of its tasks.
-        limit: the first so many questions of each task; None for all.
-        source: hub (lm_eval's own data), local (files under `$GPRUNE_DATA_DIR/tasks`), or auto: the hub if it answers.
+        model: the model.
+        tokenizer: its tokenizer.
+        tasks: names of tasks or of groups of tasks.
+        limit: use only the first questions of each task.
+        batch_size: choices per forward pass.
+        source: hub (lm_eval's data), local (files in `$GPRUNE_DATA_DIR/tasks`), or auto (the hub if it answers).
 
     Raises:
-        UserError: without lm_eval, for an unknown task, for one whose answers are counted otherwise, for data that
-            cannot be had, and for log-likelihoods that are not finite.
+        UserError: if lm_eval is missing, a task is unknown, its metric is not supported, its data cannot be loaded, or
+            a log-likelihood is not finite.
     """
     stamp = {
         "harness": f"lm_eval {require_lm_eval()}",
@@ -60,7 +63,7 @@ def zero_shot(
 
     from gprune.benchmarks.answers import AnswerLM
 
-    # lm_eval's warnings and progress bars only where someone watches: stderr is for the one line of an error.
+    # lm_eval writes warnings and progress bars to stderr, which is kept for errors unless it is a terminal.
     with quieted("lm_eval", stderr=not sys.stderr.isatty()), torch.inference_mode():
         every = (loaded for name in tasks for loaded in load_tasks(name, source))
         by_name = {loaded.task.task_name: loaded for loaded in every}  # groups may overlap
@@ -68,11 +71,11 @@ def zero_shot(
             task = loaded.task
             shots = task.config.num_fewshot or 0 if task.OUTPUT_TYPE == "generate_until" else 0
             task.set_config(key="num_fewshot", value=shots)
-            task.set_fewshot_seed(1234)  # lm_eval's
-            expected = "rows that prompts can be made of" + (f" and {shots} examples in train.jsonl" if shots else "")
-            with quoting(f"Task '{name}': expected {expected} (", ")."):
+            task.set_fewshot_seed(1234)  # the default of lm_eval
+            needed = f" It needs {shots} examples in train.jsonl." if shots else ""
+            with quoting(f"Cannot make prompts of task '{name}': ", f".{needed}"):
                 task.build_all_requests(limit=limit)
-            task.build_all_requests = lambda **_: None  # which lm_eval would do again
+            task.build_all_requests = lambda **_: None  # lm_eval would call it again
         outcome = evaluate(
             AnswerLM(model, tokenizer, batch_size),
             {name: loaded.task for name, loaded in by_name.items()},
@@ -80,17 +83,17 @@ def zero_shot(
             bootstrap_iters=0,
         )
     return [
-        record(loaded, list(own)) | stamp
+        task_record(loaded, list(own)) | stamp
         for name, loaded in by_name.items()
         for _, own in itertools.groupby(outcome["samples"][name], key=lambda sample: sample["filter"])
     ]
 
 
-def record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The numbers of one task from what lm_eval measured, with everything needed to repeat them.
+def task_record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Convert lm_eval's samples of a task to a record with the evaluation protocol.
 
-    `correct` and `correct_norm` hold a digit per question, `answers` the choices or texts, for paired comparisons of
-    models; `content_hash` is that of every string that was scored: records with the same one answer the same questions.
+    `correct` and `correct_norm` have a digit per question, and `answers` the choices or texts, for paired comparisons
+    of models. Records with the same `content_hash` have the same questions.
     """
     from lm_eval.api.metrics import mean, mean_stderr
 
@@ -112,7 +115,7 @@ def record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[str, A
         numbers |= {"answers": right, "perplexity": math.exp(-mean([ll for (ll,) in lls]))}
     if kind == "multiple_choice":
         choices = [task.doc_to_choice(s["doc"]) for s in samples]
-        if task.multiple_input:  # the choices come before the question (winogrande), whose end is lm_eval's target
+        if task.multiple_input:  # choices are in the context (winogrande), and lm_eval's target is the end of the text
             labels = [task.doc_to_text(s["doc"]) for s in samples]
         labels = [own.index(label) if label in own else label for label, own in zip(labels, choices, strict=True)]
         numbers["answers"] = [max(range(len(own)), key=own.__getitem__) for own in lls]
@@ -128,5 +131,5 @@ def record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[str, A
         **numbers,
         "standard_protocol": loaded.complete and not partial,
         "note": (f"only the first {len(samples)} questions; " if partial else "") + loaded.note,
-        "content_hash": content_hash(zip((s["arguments"] for s in samples), labels, strict=True)),
+        "content_hash": questions_hash(zip((s["arguments"] for s in samples), labels, strict=True)),
     }

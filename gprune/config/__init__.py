@@ -1,4 +1,4 @@
-"""Every flag of train.py, with its help; start with `run.py`."""
+"""Flags of train.py with their types and help. `RunConfig` in `run_config.py` has all of them."""
 
 from gprune.config.groups import CorporaConfig, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.parse import (

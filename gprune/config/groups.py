@@ -1,6 +1,6 @@
-"""The groups of flags, as pydantic models whose attribute docstrings are the help.
+"""Groups of flags as pydantic models. The docstring of an attribute is the flag's help.
 
-There is one name per thing: `--sparsity.target` on the command line is `sparsity: {target: ...}` in YAML,
+A setting has the same name everywhere: `--sparsity.target` on the command line is `sparsity: {target: ...}` in YAML,
 `RunConfig(sparsity=SparsityConfig(target=...))` in Python, and `sparsity.target` in W&B.
 """
 
@@ -21,18 +21,18 @@ from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.cost import COST
 from gprune.sparsity.target import Asked, Target
 
-# What modules may switch to besides activation-free metrics: the base metric seen through all drift corpora, as the
-# mean of its ranks or scored on their pooled statistics.
+# Values of --reliability.metric besides activation-free metrics: the mean rank of the base metric over the drift
+# corpora, and the base metric computed from their pooled statistics.
 CONSENSUS, AVERAGED = SEVERAL = ("consensus", "averaged")
 AUTO = BeforeValidator(lambda given: None if given == "auto" else given)  # null in files
 PLACES = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|npu|mps)(:[0-9]{1,3})?")
 
-INSTEAD = {  # of flags of Lightning's that have other names here, for who tries them
+INSTEAD = {  # flags of Lightning that have another name here; errors suggest it
     "seed": "--run.seed",
     "seed_everything": "--run.seed",
-    "ckpt_path": "the same command again, which goes on by itself",
+    "ckpt_path": "the same command again, which resumes the run",
     "optimizer": "--sparsity.learning_rate, --distill.learning_rate, or a stage of your own (docs/extend.md)",
-    "import": "--import as a flag of the command: a file runs nobody's code",
+    "import": "the command's flag --import; files cannot import code",
     "trainer.max_epochs": "--sparsity.epochs (thresholds), --partition.steps (refinement), --distill.tokens",
     "trainer.max_time": "--trainer.callbacks '[{class_path: Timer, init_args: {duration: 00:12:00:00}}]'",
     "trainer.accumulate_grad_batches": "--distill.accumulate, or the callback GradientAccumulationScheduler",
@@ -47,30 +47,31 @@ INSTEAD = {  # of flags of Lightning's that have other names here, for who tries
 class Group(
     BaseModel, strict=True, extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True
 ):
-    """A group of flags. Raises UserError, which names the flag, for what it refuses.
+    """A group of flags. An invalid value raises UserError with the name of the flag.
 
-    Types are checked whenever a value is given, also by assignment. What has to go together (`model_post_init`) is
-    checked when the group is made, and by `validate`.
+    Types and ranges are checked in the constructor and on assignment. Rules that involve several settings
+    (`model_post_init`) are checked in the constructor and by `validate`.
     """
 
-    prefix: ClassVar[str]  # of the flags, with the dot
-    plain_setting: ClassVar[str]  # the setting that a value in place of the whole group is for; empty: there is none
+    prefix: ClassVar[str]  # prefix of the flags, including the dot
+    plain_setting: ClassVar[str]  # field set by a bare value (`--export gguf` sets `export.format`), or empty
 
     def __init_subclass__(cls, prefix: str = "", plain_setting: str = "", **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.prefix, cls.plain_setting = prefix, plain_setting
 
     def __init__(self, **values: Any) -> None:
-        with self._refusing(*values):
+        with self._user_errors(*values):
             super().__init__(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        with self._refusing(name):
+        with self._user_errors(name):
             super().__setattr__(name, value)
 
     @classmethod
     @contextlib.contextmanager
-    def _refusing(cls, *names: str) -> Iterator[None]:
+    def _user_errors(cls, *names: str) -> Iterator[None]:
+        """Check that the settings exist, and convert pydantic's errors to UserError."""
         for name in names:
             cls.check_name(name, cls.__name__)
         try:
@@ -84,7 +85,7 @@ class Group(
     @field_validator("*", mode="before")
     @classmethod
     def plain(cls, value: Any) -> Any:
-        """Numbers and arrays of numpy and torch, paths and tuples as plain data; names in a mapping as text."""
+        """Convert numbers and arrays of numpy and torch, paths and tuples to plain data, and keys to text."""
         if type(value).__module__ in ("numpy", "torch") and hasattr(value, "tolist"):
             return value.tolist()
         if isinstance(value, dict):
@@ -95,98 +96,99 @@ class Group(
 
     @classmethod
     def check_name(cls, name: str, where: str) -> None:
-        """Raise UserError, which begins with `where`, for what is no setting of the group."""
+        """Raise UserError if the group has no such setting; the message begins with `where`."""
         if name not in cls.model_fields:
-            if instead := INSTEAD.get(f"{cls.prefix}{name}"):
-                raise UserError(f"{where}: there is no setting '{cls.prefix}{name}' here; expected {instead}.")
-            near, known = nearest(name, cls.model_fields), ", ".join(cls.model_fields)
-            hint = f"did you mean '{near}'?" if near else f"expected one of {known}."
-            raise UserError(f"{where}: there is no setting '{cls.prefix}{name}'; {hint}")
+            instead, near = INSTEAD.get(f"{cls.prefix}{name}"), nearest(name, cls.model_fields)
+            known = f"Did you mean '{near}'? " if near else ""
+            hint = f"Use {instead}" if instead else f"{known}Available: {', '.join(cls.model_fields)}"
+            raise UserError(f"{where}: Unknown setting '{cls.prefix}{name}'. {hint}.")
 
     def validate(self) -> None:
-        """Check everything again, after assignments and changes inside lists."""
+        """Check all settings again, after assignments and changes inside lists."""
         type(self)(**self.model_dump(warnings=False))
 
 
 class ModelConfig(Group, prefix="model."):
-    """Which model is pruned."""
+    """The model to prune."""
 
     name: Text = "smollm2-135m"
     """Embedded name (smollm2-135m, gemma-3-270m, tiny-random), local Hugging Face folder, or hub id."""
     made_elsewhere: Text | None = None
-    """Measure this model in place of pruning one: a folder or hub id of any causal language model, such as one that
-    another tool has pruned. `name` is the dense model that it is compared with. Takes --recovery none or distill."""
+    """Folder or hub id of a causal language model, such as one pruned by another tool. It is measured, and compared
+    with the dense model --model.name; nothing is pruned. Needs --recovery none or distill."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of the frozen weights; statistics are summed in float64."""
+    """Dtype of the frozen weights; statistics are accumulated in float64."""
     device_map: Text | None = None
-    """Passed to transformers, e.g. auto. Default: the model is on the trainer's device."""
+    """Passed to transformers, e.g. auto. Default: the whole model is on the Trainer's device."""
     max_memory: Memory | None = None
-    """Memory for weights by device number or cpu, e.g. {0: 20GiB, cpu: 60GiB}; needs device_map. Other weights stay on
-    disk and are loaded block by block. Such a model has no gradients, but the pruned model can be distilled."""
+    """Memory for weights by device number or cpu, e.g. {0: 20GiB, cpu: 60GiB}; needs --model.device_map. Weights that
+    do not fit stay on disk and are loaded block by block. Gradients of such a model are not available, but the pruned
+    model can be distilled."""
     shard: bool = False
     """Shard the layers over all processes (PyTorch's fully_shard), for models that do not fit on one device."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models whose code you have read."""
+    """Run Python code in the model's repository. Use it only if you have read that code."""
 
     def model_post_init(self, _: Any) -> None:
         if self.device_map is not None and not PLACES.fullmatch(self.device_map):
-            raise UserError(f"--model.device_map: expected auto or a device such as cuda:0, got '{self.device_map}'.")
+            raise UserError(f"--model.device_map must be auto or a device such as cuda:0; got '{self.device_map}'.")
         if self.max_memory is not None and self.device_map is None:
-            raise UserError("--model.max_memory: expected --model.device_map auto with it.")
+            raise UserError("--model.max_memory needs --model.device_map auto.")
 
 
 class CorporaConfig(Group, prefix="corpora."):
-    """Which text is used for what. A corpus is an embedded name, a hub name, a folder in $GPRUNE_DATA_DIR/corpora, or
-    a path to a .txt, .jsonl, .parquet or folder."""
+    """Corpora for each step. A corpus is an embedded name, a hub name, a folder in $GPRUNE_DATA_DIR/corpora, or the
+    path of a .txt, .jsonl or .parquet file or of a folder."""
 
     score: Text = "wiki"
-    """The one corpus whose activations give the importance scores."""
+    """Corpus for the activations of importance scores."""
     drift: list[Text] = Field(["wiki", "web", "python_code"])
-    """Corpora between which rank drift is measured. With one there is no drift, and no module switches."""
+    """Corpora between which rank drift is measured. With a single corpus drift is 0 and no module switches."""
     learn: list[Text] = Field(["wiki", "web", "python_code"])
-    """Corpora on which thresholds are learned. The scoring corpus alone is our reading of the paper."""
+    """Corpora on which thresholds are learned. In our reading, the paper uses the scoring corpus alone."""
     recover: list[Text] = Field(["wiki", "web", "python_code"])
-    """Corpora that recovery reads: their statistics, or for least_squares_sequential and distill their text."""
+    """Corpora for recovery: their statistics, or their text for least_squares_sequential and distill."""
     evaluate: list[Text] = Field(["wiki", "web", "stories", "technical", "python_docs"])
-    """Corpora on which perplexity is reported (--evaluation.split), seen and unseen apart."""
+    """Corpora on which perplexity is reported (--evaluation.split), with seen and unseen corpora apart."""
     num_samples: AtLeast2 = 16
-    """Calibration windows per corpus; at least two, because drift between their halves is the noise floor."""
+    """Calibration windows per corpus. At least two, because the drift between two halves is the noise floor."""
     seq_len: AtLeast8 = 256
-    """Tokens per window, in calibration and learning."""
+    """Tokens per window in calibration and learning."""
     learn_samples: AtLeast1 | None = None
-    """Windows per learning corpus; default: num_samples. More --sparsity.epochs repeat the same windows."""
+    """Windows per learning corpus. Default: --corpora.num_samples. Every epoch of --sparsity.epochs uses the same
+    windows."""
     batch_size: AtLeast1 = 4
     """Windows per step, over all devices together."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether every window begins with the BOS token, which is never scored. auto: if the tokenizer adds it."""
     collect: list[Literal["gram", "saliency"]] = Field([])
-    """Statistics to cache for later runs: gram (for least_squares), saliency (for taylor)."""
+    """Additional statistics to cache for later runs: gram (for least_squares), saliency (for taylor)."""
     calibrator: Text = "streaming"
-    """What collects statistics. streaming: one pass over each corpus. Or one registered from Python."""
+    """Stage that collects statistics. streaming: one pass over each corpus. Or the name of a registered calibrator."""
 
     def model_post_init(self, _: Any) -> None:
         for role in ("drift", "learn", "recover", "evaluate"):
             names = getattr(self, role)
             if not names:
-                raise UserError(f"--corpora.{role}: expected at least one corpus, got an empty list.")
+                raise UserError(f"--corpora.{role} must name at least one corpus; got an empty list.")
             if len(set(names)) != len(names):
-                raise UserError(f"--corpora.{role}: a corpus is named twice in {names}; name each once.")
+                raise UserError(f"--corpora.{role} must name each corpus once; got {names}.")
 
 
 class PartitionConfig(Group, prefix="partition."):
-    """How each block's neurons are divided into modules."""
+    """Partition of each block's neurons into modules."""
 
     num_modules: AtLeast1 = 8
-    """K, modules per block to start from; those of fewer than max(32, N / 4K) of the N neurons are merged."""
+    """K, the initial number of modules per block. Modules of fewer than max(32, N / 4K) of the N neurons are merged."""
     method: Literal["refined", "initial", "random", "drift_only"] = "refined"
-    """refined: k-means, then differentiable refinement. Ablations: initial (no refinement), random (the refined
-    sizes, random members), drift_only (the refined sizes, by drift alone)."""
+    """refined: k-means, then differentiable refinement. Ablations: initial (k-means alone), random (refined sizes,
+    random members), drift_only (refined sizes, members by drift alone)."""
     embedding_dim: AtLeast1 = 8
-    """Principal directions of the parameter embedding."""
+    """Number of principal components in the parameter embedding."""
     steps: AtLeast1 = 120
     """Optimizer steps of the refinement."""
     learning_rate: Positive = 0.05
-    """Adam step size of the refinement."""
+    """Learning rate of Adam in the refinement."""
     similarity_weight: NonNegative = 1.0
     """Weight of within-module parameter dispersion, in the initial partition and in the refinement."""
     drift_weight: NonNegative = 1.0
@@ -194,119 +196,129 @@ class PartitionConfig(Group, prefix="partition."):
     consistency_weight: NonNegative = 2.0
     """Weight of the reward for rank consistency between corpora inside a module."""
     balance_weight: NonNegative = 0.1
-    """Weight of equal module sizes."""
+    """Weight of the term for equal module sizes."""
     entropy_weight: NonNegative = 0.1
-    """Weight of decided assignments."""
+    """Weight of the entropy of assignments, which makes them hard."""
     refiner: Text = "soft_assignment"
-    """What refines. soft_assignment: gradient descent on soft assignments. Or one registered from Python."""
+    """Stage that refines the partition. soft_assignment: gradient descent on soft assignments. Or the name of a
+    registered refiner."""
 
 
 class ReliabilityConfig(Group, prefix="reliability."):
-    """When a module's own ranking gives way to an activation-free metric."""
+    """Which modules are ranked by another metric because the base metric is unreliable there."""
 
     switch: bool = True
-    """Let sensitive, weakly activated modules switch. False: every module keeps the base metric."""
+    """Rank sensitive, weakly activated modules by --reliability.metric. False: every module keeps the base metric."""
     everywhere: bool = False
-    """Let all modules switch, reliable or not: a control."""
+    """Switch all modules, reliable or not (a control)."""
     metric: Text = "magnitude"
-    """What to switch to: an activation-free metric; or consensus, the base metric's mean rank over the drift corpora;
-    or averaged, the base metric scored on all of them together."""
+    """Metric of modules that switch: an activation-free metric; consensus, the base metric's mean rank over the drift
+    corpora; or averaged, the base metric computed from their pooled statistics."""
     sensitivity_quantile: Quantile = 0.75
-    """Modules above this quantile of standardised sensitivity count as sensitive."""
+    """A module is sensitive if its standardised sensitivity is above this quantile."""
     score_quantile: Quantile = 0.5
-    """Modules below this quantile of mean importance rank count as weakly activated."""
+    """A module is weakly activated if its mean importance rank is below this quantile."""
 
     def model_post_init(self, _: Any) -> None:
         if self.metric not in SEVERAL and not IMPORTANCE[self.metric].activation_free:
             known = ", ".join([name for name in IMPORTANCE if IMPORTANCE[name].activation_free] + [*SEVERAL])
-            raise UserError(f"--reliability.metric: expected an activation-free metric ({known}), got '{self.metric}'.")
+            raise UserError(f"--reliability.metric must be an activation-free metric ({known}); got '{self.metric}'.")
         if self.everywhere and not self.switch:
-            raise UserError("--reliability.everywhere true: expected it without --reliability.switch false.")
+            raise UserError("--reliability.everywhere true cannot be combined with --reliability.switch false.")
 
 
 class SparsityConfig(Group, prefix="sparsity."):
-    """How much goes, from where, and how the sparsity of each module is found."""
+    """The sparsity target, what may be pruned, and how sparsity is allocated to modules."""
 
     target: Asked = 0.5
-    """How much goes: 0.5 of the scope's parameters, 30% of all, until 95M or 200MiB (as exported) are left, or until
-    the model is 1.4x as fast in the setting of --speed. Or how much worse the model may become: +5% removes as much as
-    keeps perplexity on development text, after --recovery, at most 5 % above dense (3% is a share of all parameters,
-    +3% a quality)."""
+    """How much is removed. 0.5: half of the scope's parameters. 30%: 30 % of all parameters. 95M or 200MiB: until so
+    many parameters or bytes (as exported) are left. 1.4x: until the model is 1.4 times as fast in the setting of
+    --speed. +5%: as much as possible while perplexity on development text, after --recovery, is at most 5 % above the
+    dense model (3% is a share of all parameters, +3% a quality)."""
     cost: Text | None = None
-    """What the target counts, in place of what its unit says: parameters, kv_cache (numbers per token), or what is
-    registered from Python."""
+    """What the target counts, instead of the quantity that its unit implies: parameters, kv_cache (numbers per token),
+    or the name of a registered cost."""
     scope: Annotated[
         Literal["ffn", "attention+ffn", "ffn+blocks", "attention+ffn+blocks"],
         BeforeValidator(lambda given: "+".join(sorted(str(given).split("+"), key="attention+ffn+blocks".find))),
     ] = "ffn"
-    """ffn: whole FFN neurons. attention: whole KV groups too. blocks: whole blocks too. All in one budget."""
+    """What may be removed. ffn: FFN neurons. attention: KV groups too. blocks: whole blocks too. They share one
+    budget."""
     block_share: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Share of the target that whole blocks take at most; units of the other blocks make up the rest."""
+    """Largest share of the target that is met by whole blocks; the rest is met by units of the other blocks."""
     block_choice: Literal["loss", "influence"] = "loss"
-    """Which blocks go. loss: the one without which the loss on a window of each of --corpora.drift is lowest, then
-    again with it gone. influence: those that turn hidden states of the scoring corpus least (ShortGPT)."""
+    """How whole blocks are chosen. loss: greedily, each time the block whose removal gives the lowest loss on a window
+    of each of --corpora.drift. influence: the blocks that change hidden states of the scoring corpus least
+    (ShortGPT)."""
     allocation: Text = "learned"
-    """How sparsity is allocated. learned: one threshold per module, trained around the frozen model. Without learning:
-    uniform (every block alike), global (scores standardised per block, one threshold: FLAP), owl (blocks with more
-    outliers lose less), reconstruction (blocks lose what costs the loss least behind least squares, by gradients on a
-    little text), depth (whole blocks by influence: ShortGPT; needs --gprune false); each module then loses as much as
-    the base metric takes from it. equal: every module of the model loses the same fraction."""
+    """How sparsity is allocated. learned: one threshold per module, trained with the model frozen. equal: the same
+    fraction of every module. The others do not learn, and each module loses what the base metric ranks lowest in its
+    block: uniform (the same sparsity in every block), global (scores standardised per block, one threshold: FLAP), owl
+    (blocks with more outliers lose less), reconstruction (blocks lose more where gradients on a little text predict the
+    smallest rise of the loss after least squares), depth (whole blocks by influence: ShortGPT; needs --gprune
+    false)."""
     start: Text = "uniform"
-    """The base metric's allocation if --sparsity.allocation is learned or equal; learning starts from it."""
+    """Allocation of the base metric if --sparsity.allocation is learned or equal; learning starts from it."""
     options: dict[Text, float] = Field({})
-    """Options of the allocation. owl: multiple (outliers are above this multiple of their block's mean; 5) and spread
-    (largest distance of a block's sparsity from the target; 0.08). reconstruction: strength (how far blocks may differ:
-    0 is uniform, 1 as the estimate has it; 0.75)."""
+    """Options of the allocation, with their defaults. owl: multiple (outliers are above this multiple of their block's
+    mean; 5) and spread (largest difference between a block's sparsity and the target; 0.08). reconstruction: strength
+    (from 0, which is uniform, to 1, the estimated optimum; 0.75)."""
     protect: list[int] = Field([])
-    """Decoder layers that keep everything, -1 being the last one. LLM-Pruner keeps [0,1,2,-1]."""
+    """Decoder layers that are not pruned; -1 is the last layer. LLM-Pruner protects [0,1,2,-1]."""
     width_multiple: Annotated[AtLeast1 | None, AUTO] = Field(
         default_factory=lambda given: None if str(given.get("target")).endswith("x") and not given.get("cost") else 1
     )
-    """Widths end up on multiples of this: 64 or 128 suit matrix-multiply tiles and serving kernels (128 if quantised),
-    32 the blocks of q8_0, 8 the grouped kernels of experts. auto, or null: the smallest of 1, 8, 16, ... 128 at which
-    this machine loses nothing, by the table of a target of speed (its default). The overshoot is below a step."""
+    """FFN widths are multiples of this. 64 or 128 suit matrix-multiply tiles and serving kernels (128 if quantised), 32
+    the blocks of q8_0, 8 the grouped kernels of experts. auto, or null: the smallest of 1, 8, 16, ... 128 that costs no
+    speed on this machine, by its latency table (the default for speed targets). The target is overshot by less than one
+    multiple."""
     uniform_width: bool = False
-    """Give every block the same width and as many KV groups, the widest that reach the target: a stock model without
-    code of its own, if the family's config can hold the sizes (gpt2, opt and gpt_neox: not fewer heads)."""
+    """Give all blocks the same width and number of KV groups, the largest that reach the target. The result loads as a
+    stock model without custom code, if the family's config can express the sizes (gpt2, opt and gpt_neox cannot have
+    fewer heads)."""
     learn: Literal["thresholds", "offsets", "both"] = "thresholds"
-    """What is learned. thresholds: one number per module. offsets: one number per neuron, which shifts its rank;
-    modules then only matter at the start. both: thresholds and offsets."""
+    """Learned parameters. thresholds: one number per module. offsets: one number per neuron, which shifts its rank;
+    modules then matter for initialization only. both: thresholds and offsets."""
     loss: Literal["cross_entropy", "kl"] = "cross_entropy"
-    """cross_entropy: of the next token. kl: divergence from the dense model, one more forward pass per step."""
+    """Loss of learning. cross_entropy: of the next token. kl: KL divergence from the dense model, which needs one more
+    forward pass per step."""
     epochs: AtLeast1 = 1
-    """Passes over the learning windows."""
+    """Epochs over the learning windows."""
     learning_rate: Positive = 0.1
-    """Adam step size of the thresholds, in logits."""
+    """Learning rate of Adam for thresholds, in logits."""
     offset_learning_rate: Positive = 0.05
-    """Adam step size of the offsets, in logits."""
+    """Learning rate of Adam for offsets, in logits."""
     offset_limit: Positive = 1.2
-    """Largest shift of a neuron's rank by its offset, in logits: it keeps the neurons that the metric ranks highest,
-    whose loss gradients do not show."""
+    """Largest shift of a neuron's rank by its offset, in logits. It protects the neurons that the metric ranks highest,
+    because gradients underestimate what their removal costs."""
     centred: bool = True
-    """Subtract the mean gradient over all units; otherwise Adam raises all gates together, and no mask changes."""
+    """Subtract the mean gradient over all units. Without it Adam raises all gates together, which changes no mask."""
     learner: Text = "straight_through"
-    """What learns. straight_through: gates that are hard forward and soft backward. Or one registered from Python."""
+    """Stage that learns. straight_through: gates that are hard in the forward and soft in the backward pass. Or the
+    name of a registered learner."""
 
     def model_post_init(self, _: Any) -> None:
-        """Raise UserError for flags that do not go together."""
+        """Raise UserError for settings that contradict each other."""
         rule, start = ALLOCATION[self.allocation], ALLOCATION[self.start]
         if start.modules or start.whole_blocks:
-            raise UserError(f"--sparsity.start: expected an allocation by blocks, such as uniform, got '{self.start}'.")
+            raise UserError(f"--sparsity.start must be an allocation by blocks such as uniform; got '{self.start}'.")
         if self.uniform_width and (self.protect or rule.whole_blocks):
-            raise UserError("--sparsity.uniform_width: expected it without --sparsity.protect and allocation depth.")
+            other = "--sparsity.protect" if self.protect else f"--sparsity.allocation {self.allocation}"
+            raise UserError(f"--sparsity.uniform_width cannot be combined with {other}.")
         if "blocks" in self.scope and rule.whole_blocks:
-            raise UserError(f"--sparsity.scope {self.scope}: expected it without blocks, which allocation depth takes.")
+            depth = f"--sparsity.allocation {self.allocation}"
+            raise UserError(f"--sparsity.scope {self.scope} cannot be combined with {depth}. Remove blocks from it.")
         if self.cost is not None:
             try:
                 COST.check(self.cost)
             except UnregisteredError as error:
                 raise UnregisteredError(f"--sparsity.cost: {error}") from error
         if self.cost and Target.of(self.target).unit == "bytes":
-            raise UserError(f"--sparsity.target {self.target}: expected it without --sparsity.cost {self.cost}.")
+            raise UserError(f"--sparsity.target {self.target} cannot be combined with --sparsity.cost {self.cost}.")
 
     @property
     def quality(self) -> float | None:
-        """The share of the dense perplexity that the target allows on top of it; None for a target in other units."""
+        """Relative rise of perplexity that the target allows (0.05 for `+5%`); None for a target in other units."""
         target = Target.of(self.target)
         return float(target.number) if target.unit == "quality" else None
 

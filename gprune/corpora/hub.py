@@ -1,4 +1,4 @@
-"""Corpora on the Hugging Face hub, as one table; `datasets` 5 loads all of their formats without running code."""
+"""Table of corpora on the Hugging Face hub. `datasets` 5 loads all of their formats without running remote code."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from gprune.errors import quoting
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """Where a corpus is and how a row becomes text."""
+    """Location of a corpus on the hub, and how rows are converted to text."""
 
     name: str  # in gprune
     path: str  # on the hub
     config: str | None = None
     text: str = "{text}"  # format string over the row's columns
-    test: str | None = "test"  # the hub's name of the test split; None: there is only "train", which is cut 70/30
-    limit: int | None = None  # rows to stream, of data sets too large to fetch; None fetches the split
-    documents: Callable[[list[str]], list[str]] = list  # makes documents of rows that are only lines or sentences
+    test: str | None = "test"  # the hub's name of the test split; None if "train" is the only split, which is cut 70/30
+    limit: int | None = None  # number of rows to stream from a large data set; None downloads the split
+    documents: Callable[[list[str]], list[str]] = list  # joins rows into documents, where rows are lines or sentences
 
 
 def join_articles(lines: list[str]) -> list[str]:
-    """Articles from WikiText's lines; an article starts at a ` = Title = ` line (sections have more signs)."""
+    """Join WikiText's lines into articles. An article starts at a line ` = Title = `; sections have more signs."""
     articles: list[list[str]] = [[]]
     for line in lines:
         if re.fullmatch(r" = [^=].*[^=] = \n?", line):
@@ -50,7 +50,7 @@ HUB_CORPORA = (
 
 
 def load_hub(record: HubCorpus, split: str) -> list[str]:
-    """The documents of "train" or "test", in the hub's order; "train" is cut 70/30 where the hub has no test split."""
+    """Load the documents of "train" or "test" in the hub's order. Without a test split "train" is cut 70/30."""
     if record.test is None:
         return contiguous_split(load_hub(replace(record, test="train"), "train"), split)
     import datasets  # takes a second, and only hub corpora need it
@@ -58,22 +58,30 @@ def load_hub(record: HubCorpus, split: str) -> list[str]:
     wanted = record.test if split == "test" else "train"
     mirror = f"a mirror into $GPRUNE_DATA_DIR/corpora/{record.name}/{split}.jsonl (an object with 'text' per line), "
     remedy = f"{mirror}name a text file, or use an embedded corpus such as 'wiki'"
-    with had_from_hub(f"Corpus '{record.name}'", remedy), offline_if_unreachable():
+    with had_from_hub(f"corpus '{record.name}'", remedy), offline_if_unreachable():
         rows = datasets.load_dataset(record.path, record.config, split=wanted, streaming=record.limit is not None)
         texts = [record.text.format(**row) for row in itertools.islice(rows, record.limit)]
     return [document for document in record.documents(texts) if document.strip()]
 
 
 def had_from_hub(what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
-    """Raise what datasets, fsspec, the hub and the HTTP client raise as a UserError; `remedy`: what to put where."""
-    return quoting(f"{what} could not be had from the Hugging Face hub (", f"). Without network put {remedy}.")
+    """Context that converts errors of datasets, fsspec, the hub and the HTTP client to UserError.
+
+    Args:
+        what: what is downloaded, such as "corpus 'c4'".
+        remedy: continues "Without network put", such as "the file into ...".
+    """
+    return quoting(f"Cannot download {what} from the Hugging Face hub: ", f". Without network put {remedy}.")
 
 
 @contextlib.contextmanager
 def offline_if_unreachable() -> Iterator[bool]:
-    """Ask the hub once, with a short timeout, and use cached copies only if it does not answer; yields whether it did.
+    """Ping the hub once with a short timeout, and use only cached copies if it does not answer.
 
-    By itself, `datasets` retries for half a minute per file and warns at each try.
+    `datasets` alone would retry for half a minute per file, with a warning each time.
+
+    Yields:
+        Whether the hub is used.
     """
     import datasets
 
@@ -82,7 +90,7 @@ def offline_if_unreachable() -> Iterator[bool]:
     if not any(before):
         try:
             huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
-        except Exception:  # whatever the http client in use calls it
+        except Exception:  # the class depends on the HTTP client
             constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
         with quieted("datasets", "huggingface_hub"):

@@ -1,8 +1,8 @@
-"""Load a corpus by name: `load_corpus(name, split)` gives a list of documents.
+"""Load a corpus by name: `load_corpus(name, split)` returns a list of documents.
 
-A name is, in this order: a path (`.txt`, `.jsonl`, `.parquet`, or a folder of them), a local mirror in
-`$GPRUNE_DATA_DIR/corpora`, or an entry of `CORPORA`, which holds embedded corpora (no hub needed) and hub data sets. To
-add a corpus, register a function that returns the documents of "train" and "test"; development text is cut from train:
+A name is looked up, in this order, as a path (`.txt`, `.jsonl`, `.parquet`, or a folder of them), as a local mirror in
+`$GPRUNE_DATA_DIR/corpora`, and in `CORPORA`, which has embedded corpora (no hub needed) and hub data sets. To add a
+corpus, register a function that returns the documents of "train" and "test"; development text is taken from train:
 
     @CORPORA.register("my_corpus")
     def my_corpus(split: str) -> list[str]: ...
@@ -22,35 +22,39 @@ from gprune.storage.reading import expanded
 
 SPLITS = ("train", "development", "test")
 DEVELOPMENT_EVERY = 10
-DOWNLOADED = ("code_github", "stackexchange")  # of `experiments/protocol.yaml`, and in no registry
+DOWNLOADED = ("code_github", "stackexchange")  # corpora of `experiments/protocol.yaml` that are not registered
 
 Corpus = Callable[[str], list[str]]
 CORPORA: Registry[Corpus] = Registry("corpus")
 
 
 def read_corpus(name: str, half: str) -> list[str]:
-    """The documents of "train", development text included, or of "test"; a UserError for what is no list of text."""
+    """Read all documents of "train" (development text included) or "test".
+
+    Raises:
+        UserError: if the registered function does not return a list of strings.
+    """
     source = source_of(name)
     with CORPORA.running(name):
         documents = source(half)
     if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
-        raise UserError(f"Corpus '{name}': expected a list of documents, each a str, got {documents!r:.80}.")
+        raise UserError(f"Corpus '{name}' must be a list of documents of type str; got {documents!r:.80}.")
     return documents
 
 
 def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] = read_corpus) -> list[str]:
-    """The documents of one split, in a fixed order.
+    """Load the documents of one split, in a fixed order.
 
-    Settings are chosen on "development": every tenth document of the train text, which "train" then lacks.
+    The split "development", for tuning, is every tenth document of the train text; "train" has the others.
 
     Args:
-        read: `read_corpus`, or what keeps its results, so that both splits of a train text come from one reading.
+        read: `read_corpus`, or a cached version of it, so that "train" and "development" share one reading.
 
     Raises:
-        UserError: for an unknown name or split, text that cannot be read or had, and an empty split.
+        UserError: if the name or the split is unknown, text cannot be read or downloaded, or the split is empty.
     """
     if split not in SPLITS:
-        raise UserError(f"Unknown split '{split}' of corpus '{name}'. Available: {', '.join(SPLITS)}.")
+        raise UserError(f"Corpus '{name}': Unknown split '{split}'. Available: {', '.join(SPLITS)}.")
     documents = read(name, "test" if split == "test" else "train")
     if split != "test":
         development = documents[DEVELOPMENT_EVERY - 1 :: DEVELOPMENT_EVERY]
@@ -58,14 +62,15 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
         documents = development if split == "development" else [d for d in documents if d not in apart]
     if not documents:
         cut = f"Text without a test split is cut 70/30, and every {DEVELOPMENT_EVERY}th train document is development"
-        raise UserError(f"Corpus '{name}' has no {split} documents: too few of them. {cut} text. Give it more.")
+        raise UserError(f"Corpus '{name}' needs more documents: its split {split} is empty. {cut} text.")
     return documents
 
 
 def source_of(name: str) -> Corpus:
-    """The function that returns the "train" or "test" documents of `name`, development text included.
+    """Return the function that reads the "train" or "test" documents of a corpus. No text is read here.
 
-    Reads no text. Raises UserError for a name that stands for nothing.
+    Raises:
+        UserError: if the name is unknown.
     """
     place = _place(name)
     if place is None and name in CORPORA:
@@ -78,36 +83,36 @@ def source_of(name: str) -> Corpus:
             + (f" In a clone, python -m experiments.corpora downloads {name}." if name in DOWNLOADED else "")
         )
     if not place.exists():
-        raise UserError(f"Corpus '{name}' looks like a path, but there is no such file or folder.")
+        raise UserError(f"Cannot read corpus '{name}': there is no such file or folder.")
     if not text_files(place):
-        raise UserError(f"Corpus '{name}': expected {', '.join(SUFFIXES)} files, found none.")
+        raise UserError(f"Corpus '{name}' must have {', '.join(SUFFIXES)} files; got none.")
     return partial(load_files, place)
 
 
 def _place(name: str) -> Path | None:
-    """The file or folder that a name stands for; None for a registered name, and for one that stands for nothing."""
+    """Return the file or folder of a corpus; None for a registered name and for an unknown one."""
     if "/" in name or os.sep in name or name in ("", ".", "..") or name.lower().endswith(SUFFIXES):
         return expanded(name)
-    if NAME.fullmatch(name) and text_files(_mirrors() / name):  # no "..", nor "~"
+    if NAME.fullmatch(name) and text_files(_mirrors() / name):  # the pattern excludes ".." and "~"
         return _mirrors() / name
     return Path(name) if name not in CORPORA and Path(name).is_dir() else None
 
 
 def _mirrors() -> Path:
-    """The folder of mirrors, which may not be there."""
+    """Folder of local mirrors; it may not exist."""
     return expanded(os.environ.get("GPRUNE_DATA_DIR") or os.devnull) / "corpora"
 
 
 def identity(name: str) -> str:
-    """The same string for two names of one corpus, such as two spellings of a path, or a mirror and its path."""
+    """Return a string that is equal for two names of the same corpus, such as a mirror and its path."""
     place = _place(name)
     return name if place is None else os.path.realpath(place)
 
 
 def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
-    """What tables and figures call corpora: a path by its last part, and by as many more as tell it from the others.
+    """Return short labels of corpora for tables and figures: of a path, as many last parts as make it unique.
 
-    Whole paths would squeeze a figure to nothing, and say whose machine it was.
+    Whole paths would be too wide for a figure, and would show user names.
     """
     parts = {corpus: PurePath(corpus).parts for corpus in corpora}
 

@@ -1,6 +1,6 @@
-"""From windows to batches: one loader per corpus, seeded, and sharded exactly.
+"""Data loaders for windows: one per corpus, seeded, and sharded so that every window is seen exactly once.
 
-Every window is seen once, whatever the number of processes; `DistributedSampler` would repeat some.
+`DistributedSampler` would repeat some windows.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from gprune.errors import UserError
 
 
 class TokenDataset(Dataset):
-    """All windows of several corpora, one after the other, indexed by (index, weight)."""
+    """Windows of several corpora, concatenated, and indexed by (index, weight)."""
 
     def __init__(self, windows: Sequence[Windows]):
         self.tokens = torch.cat([w.tokens for w in windows])
         self.corpora = [w.corpus for w in windows]
-        # First and second half, not in turn: neighbouring windows often come from one piece of text, and halves that
-        # share pieces would agree better than two samples of the corpus do.
+        # Halves are contiguous, not alternating: neighbouring windows often come from one piece of text, and halves
+        # that share pieces would agree better than two independent samples.
         self.half = [int(2 * i >= len(w.tokens)) for w in windows for i in range(len(w.tokens))]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, item: tuple[int, float]) -> dict[str, Tensor | int]:
-        """One window: `input_ids` (seq_len,) int64, its `index`, the `half` of its corpus (0 or 1), and `weight` ()
-        float32, 0 for padding."""
+        """Return a window: `input_ids` (seq_len,) int64, its `index`, the `half` of its corpus (0 or 1), and `weight`
+        () float32, 0 for padding."""
         index, weight = item
         window = {"input_ids": self.tokens[index], "index": index, "half": self.half[index]}
         return window | {"weight": torch.tensor(weight)}
@@ -42,12 +42,12 @@ class TokenDataset(Dataset):
 
 @dataclass(eq=False)
 class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
-    """Batches of (index, weight); the global batches are the same whatever the number of processes.
+    """Batches of (index, weight). Global batches do not depend on the number of processes.
 
-    Rank r takes `batch[r::world_size]` of each global batch. With `whole` it takes every `world_size`-th batch instead,
+    Rank r gets `batch[r::world_size]` of each global batch. With `whole` it gets every `world_size`-th batch instead,
     so that a batch has the same windows, and the same bits, for every number of processes. A rank without a share gets
-    the first window of a batch with weight 0, so that all ranks take equally many steps (otherwise collectives would
-    hang) and weighted sums count every window once.
+    the first window of the batch with weight 0. So all ranks take the same number of steps (otherwise collectives would
+    hang), and weighted sums count every window once.
     """
 
     num_windows: int
@@ -59,16 +59,16 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
     whole: bool = False
     seed: int = 0
     epoch: int = field(default=0, init=False)
-    served: int = field(default=0, init=False)  # batches of this epoch so far
-    skip: int = field(default=0, init=False)  # batches that the next epoch leaves out: those before a checkpoint
+    served: int = field(default=0, init=False)  # batches yielded in this epoch
+    skip: int = field(default=0, init=False)  # batches to skip in the next epoch: those before the checkpoint
 
     def set_epoch(self, epoch: int) -> None:
-        """The order is a function of (seed, epoch) alone, so a resumed run sees the same one."""
+        """Set the epoch. The order depends on (seed, epoch) alone, so a resumed run has the same order."""
         self.epoch = epoch
 
     @property
     def sampler(self) -> ShardedBatchSampler:
-        """Lightning calls `set_epoch` on `batch_sampler.sampler`, never on the batch sampler itself."""
+        """This object. Lightning calls `set_epoch` on `batch_sampler.sampler`, not on the batch sampler itself."""
         return self
 
     def __len__(self) -> int:
@@ -89,7 +89,7 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
 
 
 class ResumableLoader(DataLoader):
-    """A loader in one process that Lightning's checkpoints can take up in the middle of an epoch."""
+    """Single-process loader with a state, so that a Lightning checkpoint can resume inside an epoch."""
 
     def state_dict(self) -> dict[str, int]:
         return {"served": self.batch_sampler.served}
@@ -99,20 +99,20 @@ class ResumableLoader(DataLoader):
 
 
 class CorpusDataModule(LightningDataModule):
-    """One shuffled loader over all training windows; one loader per validation corpus and per test corpus, in order.
+    """One shuffled loader over all training windows, and one loader per validation corpus and per test corpus.
 
-    It shards by itself, so use it with `Trainer(use_distributed_sampler=False)`.
+    The data module shards itself, so use it with `Trainer(use_distributed_sampler=False)`.
 
     Args:
-        train: text to learn from, of all corpora.
-        validation: development text, for the perplexity that stages log while they learn.
-        test: text to calibrate on.
+        train: training windows of all corpora.
+        validation: development windows, for the perplexity that stages log.
+        test: calibration windows.
         batch_size: windows per training or test step, over all processes.
         validation_batch_size: windows per validation step of one process; by default `batch_size`.
-        seed: of the order of the training windows.
+        seed: random seed of the order of training windows.
 
     Raises:
-        UserError: for a corpus without windows.
+        UserError: if a corpus has no windows.
     """
 
     def __init__(
@@ -122,11 +122,11 @@ class CorpusDataModule(LightningDataModule):
         super().__init__()
         self.train, self.validation, self.test = tuple(train), tuple(validation), tuple(test)
         self.batch_size, self.validation_batch_size, self.seed = batch_size, validation_batch_size or batch_size, seed
-        if not self.validation:  # not overridden: Lightning warns of an empty list of loaders
+        if not self.validation:  # undo the override, because Lightning warns about an empty list of loaders
             self.val_dataloader = super().val_dataloader
         for windows in (*self.train, *self.validation, *self.test):
             if not len(windows.tokens):
-                raise UserError(f"Corpus '{windows.corpus}': expected at least one window of text, got none.")
+                raise UserError(f"Corpus '{windows.corpus}' must have at least one window; got none.")
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train, shuffle=True)
@@ -144,8 +144,8 @@ class CorpusDataModule(LightningDataModule):
             len(dataset), self.validation_batch_size if whole else self.batch_size, rank=rank, world_size=world_size,
             shuffle=shuffle, whole=whole, seed=self.seed,
         )  # fmt: skip
-        # An iterator draws a number from a generator: from one of its own, so that measuring changes nothing else.
-        drawn = torch.Generator() if whole else None
+        # Iterating draws a random number. A separate generator keeps validation from changing the global random state.
+        generator = torch.Generator() if whole else None
         return (DataLoader if whole else ResumableLoader)(
-            dataset, batch_sampler=sampler, num_workers=0, generator=drawn
+            dataset, batch_sampler=sampler, num_workers=0, generator=generator
         )

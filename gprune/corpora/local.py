@@ -1,8 +1,7 @@
-"""Corpora in local files: which files are which split, and how their text becomes documents.
+"""Corpora in local files: assign files to splits, and split text into documents.
 
-A folder holds `<split>.jsonl` (or .txt, .parquet) for train, validation and test, the layout that
-`datasets.load_dataset("<folder>")` reads too. A missing test split falls back to validation. Text in one piece is cut
-70/30.
+A folder has `<split>.jsonl` (or .txt, .parquet) for train, validation and test, the layout of
+`datasets.load_dataset("<folder>")`. A missing test split falls back to validation. Text without splits is cut 70/30.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from gprune.errors import UserError, quoting
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TRAIN_SHARE = 0.7
-MOST = 2**28  # characters of a corpus that are read: 100,000 windows of 600 tokens
+MOST = 2**28  # limit of characters read from a corpus: 100,000 windows of 600 tokens
 log = logging.getLogger("gprune")
 
 
@@ -26,7 +25,7 @@ def split_text(text: str, size: int = 2000) -> list[str]:
     """Cut running text into documents of about `size` characters, at blank lines.
 
     Text without blank lines is cut at the first line end after twice that size. Only newlines around a document are
-    lost, so code keeps its indentation.
+    removed, so code keeps its indentation.
     """
     documents, lines, length = [], [], 0
     for line in text.splitlines(keepends=True):
@@ -39,10 +38,10 @@ def split_text(text: str, size: int = 2000) -> list[str]:
 
 
 def contiguous_split(documents: Iterable[str], split: str) -> list[str]:
-    """The first 70 % of the (distinct) documents as "train", the rest as "test".
+    """Return the first 70 % of the distinct documents for "train", the others for "test".
 
-    Contiguous, because neighbouring pieces may come from one source: with every other piece of an article in test, the
-    split itself would leak.
+    The split is contiguous, because neighbouring pieces may come from one source: with every other piece of an article
+    in test, train text would leak into test.
     """
     distinct = list(dict.fromkeys(documents))
     cut = round(TRAIN_SHARE * len(distinct))
@@ -50,18 +49,18 @@ def contiguous_split(documents: Iterable[str], split: str) -> list[str]:
 
 
 def text_files(path: Path) -> list[Path]:
-    """A file itself, or the files of a folder that can be read, by name."""
+    """Return the path itself if it is a text file, or the text files of a folder, sorted by name."""
     candidates = sorted(path.iterdir()) if path.is_dir() else [path]
     return [file for file in candidates if file.suffix.lower() in SUFFIXES and file.is_file()]
 
 
 def load_files(path: Path, split: str) -> list[str]:
-    """Documents of a file or folder: the files `<split>.*`, or the split's share of text in one piece, cut 70/30.
+    """Read the documents of one split: the files `<split>.*`, or without such files the split's share of a 70/30 cut.
 
-    Of larger corpora the first `MOST` characters are read, with a warning.
+    At most `MOST` characters are read; a longer corpus is truncated with a warning.
 
     Raises:
-        UserError: naming the file, for text that is empty or cannot be read.
+        UserError: if a file is empty or cannot be read.
     """
     files = text_files(path)
     names = ("train", "validation", "test")
@@ -75,22 +74,22 @@ def load_files(path: Path, split: str) -> list[str]:
 def _read_all(files: list[Path]) -> list[str]:
     documents, left = [], MOST
     for file in files:
-        with quoting(f"Corpus file '{file}' cannot be read as {file.suffix[1:].lower()}: ", "."):
+        with quoting(f"Cannot read corpus file '{file}' as {file.suffix[1:].lower()}: "):
             for document in filter(str.strip, _read(file)):
                 documents.append(document)
                 left -= len(document)
                 if left <= 0:
-                    log.warning("%s: of larger corpora the first %s characters are read.", file, f"{MOST:,}")
+                    log.warning("%s: the corpus is truncated to its first %s characters.", file, f"{MOST:,}")
                     return documents
     if not documents:
-        raise UserError(f"Corpus file '{files[0]}' holds no text; expected at least one document.")
+        raise UserError(f"Corpus file '{files[0]}' must have at least one document; got no text.")
     return documents
 
 
 def _read(path: Path) -> Iterator[str]:
-    """The documents of one file: blank-line pieces of a .txt, the column "text" of a .jsonl or .parquet."""
+    """Yield the documents of a file: pieces of a .txt cut at blank lines, or the column "text" of .jsonl, .parquet."""
     if path.suffix.lower() == ".parquet":
-        from pyarrow.parquet import ParquetFile  # comes with datasets; heavy, so only when needed
+        from pyarrow.parquet import ParquetFile  # a dependency of datasets, slow to import
 
         with ParquetFile(path) as file:
             for batch in file.iter_batches(columns=["text"]):
@@ -107,11 +106,11 @@ def _read(path: Path) -> Iterator[str]:
 
 
 def _document(line: bytes, path: Path, number: int) -> str:
-    """The document on a line of a .jsonl file; a UserError names the line."""
-    with quoting(f"Corpus file '{path}', line {number}, cannot be read as jsonl: ", "."):
+    """Return the document on a line of a .jsonl file. Errors name the line."""
+    with quoting(f"Cannot read line {number} of corpus file '{path}' as jsonl: "):
         try:
             row = json.loads(line.decode("utf-8"))
-        except json.JSONDecodeError as error:  # its own message counts lines inside this one
+        except json.JSONDecodeError as error:  # its own message would say line 1
             raise ValueError(f"{error.msg} at column {error.colno}") from error
         return _text_of(row, f"{path}:{number}")
 
@@ -119,6 +118,6 @@ def _document(line: bytes, path: Path, number: int) -> str:
 def _text_of(row: object, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise UserError(f"{where}: expected an object with a string field 'text', got {row!r:.100}.")
-    text.encode()  # JSON can escape half a surrogate pair, which is no character: a ValueError
+        raise UserError(f"{where}: The row must be an object with a string field 'text'; got {row!r:.100}.")
+    text.encode()  # raises ValueError for an unpaired surrogate, which JSON can escape
     return text

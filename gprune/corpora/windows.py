@@ -1,7 +1,7 @@
-"""From documents to windows: join, tokenise, and cut into windows of `seq_len` tokens.
+"""Windows of tokens: join the documents of a corpus, tokenise them, and cut the tokens into windows of `seq_len`.
 
-Windows are a seeded sample spread over the whole corpus, or the first ones in document order (the usual way to evaluate
-on WikiText).
+Windows are a seeded random sample of the whole corpus, or the first windows in document order (the usual evaluation on
+WikiText).
 """
 
 from __future__ import annotations
@@ -36,39 +36,42 @@ class Windows:
     def __post_init__(self) -> None:
         assert self.tokens.ndim == 2, self.tokens.shape
         assert self.tokens.dtype == torch.int64, self.tokens.dtype
-        # The shape counts: the same tokens cut otherwise are other windows, with other statistics.
+        # The shape is hashed too: the same tokens in windows of another length have other statistics.
         content = f"{tuple(self.tokens.shape)};".encode() + self.tokens.numpy().astype("<i8").tobytes()
         object.__setattr__(self, "content_hash", hashlib.sha256(content).hexdigest()[:16])
 
 
 @dataclass(frozen=True)
 class Sample:
-    """How many windows of a corpus are taken, and which.
+    """Number and choice of the windows of a corpus.
 
-    Shuffled, long documents are cut into pieces of about two windows and the pieces are drawn, so that a few windows
-    come from many documents; else the first windows in document order are taken.
+    With `shuffle`, long documents are cut into pieces of about two windows and the pieces are shuffled, so that a few
+    windows cover many documents. Otherwise the first windows in document order are used.
     """
 
-    num_samples: int | None  # None takes all of them
+    num_samples: int | None  # None: all windows
     seq_len: int
     seed: int = 0
     shuffle: bool = True
-    bos: int | None = None  # a token that opens each window, in the place of its first token of text
-    flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len")  # for errors
+    bos: int | None = None  # first token of each window; the window then has one token of text less
+    flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len")  # named in errors
 
 
 def make_windows(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, sample: Sample, *, corpus: str, split: str
 ) -> Windows:
-    """Windows without overlap from the joined documents; only as much text is tokenised as they need.
+    """Cut joined documents into windows without overlap. Only as much text is tokenised as the windows need.
 
-    Between documents stands a blank line, as inside them. An end-of-sequence token would have to be predicted where
-    nothing in the text says that a sampled piece ends. Raises UserError for too little text.
+    Documents are joined by a blank line. An end-of-sequence token would have to be predicted, though the end of a
+    sampled piece is random.
+
+    Raises:
+        UserError: if there is too little text.
     """
     pieces, seq_len = list(texts), sample.seq_len - (sample.bos is not None)
     if sample.shuffle:
         # About 4 characters make a token, so 8 x seq_len characters make about two windows.
-        pieces = [piece for text in texts for piece in cut(text, limit=8 * seq_len)]
+        pieces = [piece for text in texts for piece in cut_text(text, limit=8 * seq_len)]
         order = np.random.default_rng(sample.seed).permutation(len(pieces))
         pieces = [pieces[i] for i in order]
     needed = None if sample.num_samples is None else sample.num_samples * seq_len
@@ -77,8 +80,8 @@ def make_windows(
     wanted = sample.num_samples or max(available, 1)
     if available < wanted:
         raise UserError(
-            f"Corpus '{corpus}' ({split}) has {available} windows of {sample.seq_len} tokens, but {wanted} were asked "
-            f"for. Lower {' or '.join(sample.flags)}, or name a larger corpus."
+            f"Corpus '{corpus}' ({split}) must have {wanted} windows of {sample.seq_len} tokens; got {available}. "
+            f"Lower {' or '.join(sample.flags)}, or use a larger corpus."
         )
     windows = torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len)
     if sample.bos is not None:
@@ -87,14 +90,14 @@ def make_windows(
 
 
 def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
-    """The token that opens every window, or None; `auto`: BOS where the tokenizer puts it before a text by itself.
+    """Return the first token of every window, or None. `auto`: BOS if the tokenizer adds it to a text.
 
     Raises:
-        UserError: for `always` with a tokenizer that has none.
+        UserError: for `always`, if the tokenizer has no BOS token.
     """
     token = tokenizer.bos_token_id
     if bos == "always" and token is None:
-        raise UserError("--corpora.bos always: the model's tokenizer has no BOS token; expected auto or never.")
+        raise UserError("--corpora.bos must be auto or never if the tokenizer has no BOS token; got always.")
     if bos == "auto":
         plain, own = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
         return token if token is not None and own[:1] == [token] and plain[:1] != [token] else None
@@ -102,16 +105,17 @@ def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
 
 
 def check_tokens(windows: Windows, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
-    """Raise UserError for a token that a model with so many embeddings has no place for."""
+    """Raise UserError if a token is outside the embedding matrix of a model."""
     if (highest := int(windows.tokens.max())) >= embeddings:
+        text = tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
-            f"--model.name: the tokenizer makes token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) of "
-            f"'{windows.corpus}', and the model has {embeddings:,} embeddings; it is another model's tokenizer."
+            f"--model.name: Token {highest} ({text!r}) of corpus '{windows.corpus}' must be less than {embeddings:,}, "
+            "the number of embeddings. The tokenizer belongs to another model."
         )
 
 
-def cut(text: str, limit: int) -> Iterator[str]:
-    """Pieces of at most `limit` characters, cut at the last line end, else space, of the piece's second half."""
+def cut_text(text: str, limit: int) -> Iterator[str]:
+    """Cut text into pieces of at most `limit` characters, at the last line end (or space) in a piece's second half."""
     start = 0
     while len(text) - start > limit:
         ends = (text.rfind(mark, start + limit // 2, start + limit) for mark in ("\n", " "))
@@ -122,9 +126,9 @@ def cut(text: str, limit: int) -> Iterator[str]:
 
 
 def _first_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, needed: int | None) -> list[int]:
-    """Tokens of the joined texts: at least `needed` if the texts have that many, or all of them for None.
+    """Tokenise the joined texts until there are `needed` tokens, or all of them if `needed` is None.
 
-    The joined string is tokenised as one: pieces tokenised apart would differ around each `JOIN`.
+    The joined string is tokenised in one call, because separate calls would give other tokens around each `JOIN`.
     """
     sizes = np.cumsum([len(text) + len(JOIN) for text in texts])
     characters = math.inf if needed is None else 5.0 * needed
@@ -132,7 +136,7 @@ def _first_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, needed: 
         count = int(np.searchsorted(sizes, characters)) + 1
         text = JOIN.join(texts[:count])
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        # The last tokens before a cut may depend on what follows: only those well before it count.
+        # The last tokens before the cut may depend on the text after it, so 16 tokens more are required.
         if count >= len(texts) or (needed is not None and len(tokens) >= needed + 16):
             return tokens
         characters *= 2

@@ -1,7 +1,7 @@
-"""Perplexity of any causal language model and its distance from the dense model, from the logits of both.
+"""Perplexity of any causal language model, and KL divergence and agreement with the dense model.
 
-`gprune.evaluation.perplexity` computes the same numbers faster, for pruned models that have the dense model's head.
-Here nothing is assumed of the model: its own `forward` gives the logits.
+`gprune.evaluation.perplexity` computes the same numbers faster for pruned models, which share the dense model's head.
+This version uses only the logits of `forward`, so it works for every model.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def measured_apart(
     model: PreTrainedModel, windows: Windows, dense: PreTrainedModel | None = None, *,
     progress: Callable[[int], None] | None = None,
 ) -> PerplexityResult:  # fmt: skip
-    """Perplexity as in `perplexity` and, beside a dense model of the same tokenizer, KL(dense || model) and agreement.
+    """Measure perplexity, and with `dense` also KL(dense || model) and agreement, window by window.
 
-    One window at a time goes through both models. Where one vocabulary is padded, both distributions are those over the
-    tokens that the two have in common.
+    If a vocabulary is padded, both distributions are restricted to the tokens that the two models share.
 
     Args:
-        progress: is called after each window with its number of tokens.
+        dense: a model with the same tokenizer.
+        progress: called after each window with its number of tokens.
 
     Raises:
-        UserError: for a loss that is not finite, and for a mean loss whose exp would overflow.
+        UserError: if a loss is not finite, or exp of the mean loss would overflow.
     """
     sums = []
     for window in windows.tokens:
@@ -50,13 +50,16 @@ def measured_apart(
 
 
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
-    """(T - 1, V): the logits that predict tokens 2..T of a window (T,) int64."""
+    """Logits (T - 1, V) for tokens 2..T of a window (T,) int64."""
     return model(input_ids=window[None].to(device_of(model)), use_cache=False).logits[0, :-1]
 
 
 def _sums(logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
-    """(1,) or (3,) float64: the sum over tokens of the negative log-likelihood and, beside the dense model's logits,
-    that of KL(dense || model) in nats, and the number of equal most likely tokens."""
+    """Sums over the tokens of a window, (1,) or (3,) float64.
+
+    The sums are the negative log-likelihood in nats and, if the dense model's logits are given, KL(dense || model) in
+    nats and the number of tokens with the same argmax.
+    """
     rows, parts = rows_at_once(logits), []
     common = None if dense is None else min(dense.shape[-1], logits.shape[-1])
     for start in range(0, len(logits), rows):

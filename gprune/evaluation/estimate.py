@@ -1,4 +1,4 @@
-"""A number with its interval; without numpy and scipy, so that what only names it is imported at once."""
+"""A number with its confidence interval. This file does not import numpy or scipy, so that importing it is fast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Estimate(NamedTuple):
-    """A number with its 95 % interval, if it has one."""
+    """A number with an optional 95 % confidence interval."""
 
     value: float
     low: float | None = None

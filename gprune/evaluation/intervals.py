@@ -1,8 +1,8 @@
-"""Means and ratios of perplexities and the generalisation gap, with 95 % intervals over windows: Student's t.
+"""Means and ratios of perplexities, and the generalisation gap, with 95 % confidence intervals (Student's t).
 
-All of these are exp of a weighted sum of means, one mean over the windows of each corpus. Over few windows intervals by
-bootstrap are too narrow (3 windows of each of 4 corpora: 83 % of them hold the truth, by BCa no more, and 95 % of these
-here: `python -m experiments.intervals`).
+Each quantity is exp of a weighted sum of means over windows, with one mean per corpus. With few windows bootstrap
+intervals are too narrow: for 3 windows of each of 4 corpora 83 % of them contain the true value (BCa is not better),
+compared with 95 % of the intervals here (`python -m experiments.intervals`).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ Nll = Mapping[str, list[float]]  # corpus -> summed negative log-likelihood per 
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """exp of the mean logarithm; NaN without values."""
+    """Geometric mean: exp of the mean logarithm; NaN without values."""
     logs = [math.log(v) for v in values]
     return math.exp(sum(logs) / len(logs)) if logs else float("nan")
 
 
 def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: dict[str, bool]) -> float:
-    """(geometric mean of pruned/dense perplexity over unseen corpora) / (the same over seen corpora).
+    """Geometric mean of pruned/dense perplexity over unseen corpora, divided by the same over seen corpora.
 
-    Above 1, pruning did more harm on text that it had not seen. NaN without corpora of both kinds.
+    Above 1, pruning did more harm on unseen text. NaN unless there are corpora of both kinds.
     """
     ratios = {corpus: pruned[corpus] / dense[corpus] for corpus in pruned}
     unseen = geometric_mean(ratio for corpus, ratio in ratios.items() if not seen[corpus])
@@ -38,19 +38,24 @@ def mean_perplexity(nll: Nll, tokens_per_window: int) -> tuple[float, float, flo
 
 
 def mean_per_token(sums: Nll, tokens_per_window: int) -> tuple[float, float, float]:
-    """Mean over corpora of what sums over windows are per token, such as KL in nats: (mean, lower, upper)."""
+    """Mean over corpora of a quantity per token, such as KL in nats: (mean, lower, upper).
+
+    Args:
+        sums: the quantity, summed over the tokens of each window, by corpus.
+    """
     return _interval(sums, dict.fromkeys(sums, 1 / len(sums)), tokens_per_window)
 
 
 def paired_ratio(a: Nll, b: Nll, tokens_per_window: int) -> tuple[float, float, float]:
-    """Geometric-mean perplexity of model a over model b's on the same windows: (ratio, lower, upper), paired."""
+    """Paired ratio of the geometric-mean perplexities of models a and b on the same windows: (ratio, lower, upper)."""
     return mean_perplexity(differences(a, b), tokens_per_window)
 
 
 def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float | None]:
-    """Accuracy of model a minus accuracy of model b on the same questions, and its standard error (None for n < 2).
+    """Paired difference of the accuracies of models a and b on the same questions, and its standard error.
 
-    Paired: the many questions that both models get right, or both get wrong, add nothing to the difference.
+    Questions that both models answer correctly, or both wrongly, do not contribute. The standard error is None for
+    fewer than two questions.
     """
     difference = [int(x) - int(y) for x, y in zip(a, b, strict=True)]
     n, mean = len(difference), sum(difference) / len(difference)
@@ -58,7 +63,7 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, floa
 
 
 def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_window: int) -> tuple[float, float, float]:
-    """`generalisation_gap` as (gap, lower, upper), paired over windows; NaN without corpora of both kinds."""
+    """Paired `generalisation_gap` over windows: (gap, lower, upper); NaN unless there are corpora of both kinds."""
     known = sum(seen[corpus] for corpus in pruned)
     if known in (0, len(pruned)):
         return (math.nan,) * 3
@@ -67,15 +72,16 @@ def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_win
 
 
 def differences(a: Nll, b: Nll) -> Nll:
-    """What model a has more than model b, window by window."""
+    """Differences a - b by window."""
     return {corpus: [x - y for x, y in zip(a[corpus], b[corpus], strict=True)] for corpus in a}
 
 
 def _interval(nll: Nll, weights: Mapping[str, float], tokens_per_window: int) -> tuple[float, float, float]:
-    """s = sum_c w_c mean_c, and s -+ t(0.975, v) sqrt(sum_c V_c), V_c = w_c^2 var_c / n_c.
+    """Weighted sum of means with its confidence interval.
 
-    The degrees of freedom are Welch and Satterthwaite's, v = (sum V_c)^2 / sum V_c^2 / (n_c - 1). A corpus with one
-    window says nothing of its variance, and counts as certain.
+    s = sum_c w_c mean_c, and s -+ t(0.975, v) sqrt(sum_c V_c), V_c = w_c^2 var_c / n_c.
+    The degrees of freedom are Welch and Satterthwaite's, v = (sum V_c)^2 / sum V_c^2 / (n_c - 1). The variance of a
+    corpus with one window is unknown, and is taken as 0.
     """
     point, parts, freedom = 0.0, [], []
     for corpus, weight in weights.items():

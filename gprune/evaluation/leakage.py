@@ -1,6 +1,6 @@
-"""Leak check: the share of the evaluated text that also occurs in the text a run used.
+"""Leak check: the share of the evaluated text that also occurs in the text that a run used.
 
-A corpus counts as seen, whatever its name, if more than 1 % of its 13-word n-grams were used (13 as in GPT-3's
+A corpus counts as seen if more than 1 % of its 13-word n-grams were used, whatever its name (13 as in GPT-3's
 contamination study, Brown et al. 2020, appendix C).
 """
 
@@ -21,7 +21,7 @@ def leaked_share(evaluated: Sequence[str], used: Sequence[str], n: int = 13) -> 
     """Share in [0, 1] of the n-grams in `evaluated` (each occurrence counts) that occur anywhere in `used`.
 
     Words are lower-cased runs of letters and digits of any script; n-grams of `n` words do not cross documents. Scripts
-    without spaces have few "words", so the check says little about them. Without any n-gram the share is 0.
+    without spaces have few "words", so the check is weak for them. Without any n-gram the share is 0.
     """
     counts = Counter(gram for text in evaluated for gram in _ngrams(text, n))
     total = counts.total()
@@ -33,7 +33,7 @@ def leaked_share(evaluated: Sequence[str], used: Sequence[str], n: int = 13) -> 
 def leaked_share_of_windows(
     evaluated: Sequence[Windows], used: Sequence[Windows], tokenizer: PreTrainedTokenizerBase
 ) -> float:
-    """`leaked_share` of the decoded windows, whose n-grams may cross from a document to the next one in the window."""
+    """Compute `leaked_share` of decoded windows. Their n-grams may cross documents."""
     texts = (
         [text for w in part for text in tokenizer.batch_decode(w.tokens[:, w.bos :].tolist())]
         for part in (evaluated, used)

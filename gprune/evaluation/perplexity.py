@@ -1,4 +1,8 @@
-"""Perplexity of a model on the windows of a corpus, and how far it is from the dense model, window by window."""
+"""Perplexity of a model on the windows of a corpus, with its KL divergence from the dense model.
+
+Each window is summed by itself in float64, so the results have the same bits for every number of processes. KL costs
+almost nothing more than perplexity, because of the dense model only a few numbers per token are kept (`Forecast`).
+"""
 
 from __future__ import annotations
 
@@ -21,25 +25,28 @@ from gprune.models.offload import device_of
 
 
 class Forecast(NamedTuple):
-    """What the dense model predicts of the tokens 2..T of a window: as much as its distance from another one takes.
+    """The quantities of the dense model needed for KL(dense || other) on the tokens 2..T of a window.
 
-    With q and p the next-token distributions of the dense and of the other model, z and y their logits, x and x' their
-    final hidden states, and W the head that both have,
-        KL(q || p) = sum_v q_v (z_v - y_v) - log sum_v exp z_v + log sum_v exp y_v,
-    whose first sum is m (x - x') / s, with m = sum_v q_v W_v: the other model takes H products for it, in place of V H
-    for z. That needs logits that are linear, W x / s. Else x is kept, and z computed again. Where logits are rounded,
-    such as to bfloat16, the first sum is of those that are not.
+    Let q and p be the next-token distributions of the dense and the other model, z and y their logits, x and x' their
+    final hidden states, and W the head, which both share. Then
+        KL(q || p) = sum_v q_v (z_v - y_v) - log sum_v exp z_v + log sum_v exp y_v.
+    If logits are linear, W x / s, the first sum is m (x - x') / s with m = sum_v q_v W_v. It costs H products per
+    token, instead of V H for z. Otherwise x is stored and z is computed again. If logits are rounded, for instance to
+    bfloat16, the first sum uses the unrounded logits.
     """
 
     states: Tensor  # (T - 1, H): m, or x
     top: Tensor  # (T - 1,) int64, the most likely tokens
-    rest: Tensor | None  # (T - 1,) float64: m x / s - log sum_v exp z_v; None where x is kept
+    rest: Tensor | None  # (T - 1,) float64: m x / s - log sum_v exp z_v; None if x is stored
 
     @classmethod
     def of(cls, model: PreTrainedModel, logits: Tensor, hidden: Tensor, log_sum: Tensor) -> Forecast:
-        """The dense model's own, of logits (T - 1, V), which are written over, hidden states and log sum exp."""
+        """Compute the quantities of the dense model from logits (T - 1, V), hidden states and log sum exp.
+
+        `logits` is overwritten.
+        """
         head, transform, top = model.get_output_embeddings(), LogitTransform.of(model), logits.argmax(-1)
-        if transform.softcap is not None or head.weight.is_meta:  # offloaded: the head alone fetches it
+        if transform.softcap is not None or head.weight.is_meta:  # an offloaded weight is loaded only by its module
             return cls(hidden.cpu(), top.cpu(), None)
         for part in logits.split(rows_at_once(logits)):
             part.copy_(part.softmax(-1))
@@ -48,7 +55,14 @@ class Forecast(NamedTuple):
         return cls(mean.cpu(), top.cpu(), rest.cpu())
 
     def kl(self, model: PreTrainedModel, logits: Tensor, hidden: Tensor, log_sum: Tensor) -> Tensor:
-        """KL(dense || model) of each token in nats, (T - 1,), from what the model makes of the same window."""
+        """KL(dense || model) of each token in nats, (T - 1,).
+
+        Args:
+            model: the other model.
+            logits: (T - 1, V), its logits on the same window.
+            hidden: (T - 1, H), its final hidden states.
+            log_sum: (T - 1,) float64, log sum exp of its logits.
+        """
         transform, states, rows = LogitTransform.of(model), self.states.to(logits.device), rows_at_once(logits)
         if self.rest is not None:
             products = (states.double() * hidden.double()).sum(-1) / transform.scaling
@@ -61,16 +75,16 @@ class Forecast(NamedTuple):
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """Perplexity of one model on the windows of one corpus and, beside the dense model's forecasts, its distance."""
+    """Perplexity of a model on a corpus and, if the dense model's forecasts were given, KL and agreement."""
 
     perplexity: float
     nll: float  # mean, nats per predicted token
     tokens: int  # predicted tokens: windows x (seq_len - 1)
     window_nll: list[float]  # sum over the window's predicted tokens, nats
     kl: float | None = None  # KL(dense || model), mean, nats per predicted token
-    window_kl: list[float] | None = None  # sums, as of nll
-    agreement: float | None = None  # share of tokens for which both models have the same most likely token
-    window_agreement: list[float] | None = None  # numbers of such tokens
+    window_kl: list[float] | None = None  # sum over the window's predicted tokens, nats
+    agreement: float | None = None  # share of tokens with the same most likely token in both models
+    window_agreement: list[float] | None = None  # number of such tokens in the window
 
 
 def perplexity(
@@ -82,34 +96,34 @@ def perplexity(
     shared: bool = False,
     forecasts: list[Forecast] | None = None,
 ) -> PerplexityResult:
-    """exp of the mean next-token cross-entropy over non-overlapping windows, each scored from its second token.
+    """Perplexity: exp of the mean next-token cross-entropy over windows, each scored from its second token.
 
     Args:
-        model: in eval mode, within the caller's `masked` context if it is to be masked.
-        progress: is called after each batch with its tokens, such as `Screen.advance`.
-        shared: share the batches out over processes, which all have to call this function with the same model, whole
-            or spread over them. Batches are those of one process, and so are the bits of the result.
-        forecasts: of the dense model, to which this one is compared; an empty list gets this model's. A process has
-            those of its own windows.
+        model: in eval mode, inside the caller's `masked` context if masks should apply.
+        progress: called after each batch with its number of tokens, such as `Screen.advance`.
+        shared: split the batches over ranks. Every rank has to call this function with the same model, whole or
+            sharded. Batches do not depend on the number of ranks, so the result has the same bits.
+        forecasts: forecasts of the dense model for this rank's windows, for KL and agreement. An empty list is filled
+            with the forecasts of this model.
 
     Raises:
-        UserError: for a loss that is not finite, and for a mean loss whose exp would overflow.
+        UserError: if a loss is not finite, or exp of the mean loss would overflow.
     """
     rank, world = processes() if shared else (0, 1)
-    batches = windows.tokens.split(batch_size)  # batch i is of process i % world
-    own, dense, made = [], list(forecasts or ()), None if forecasts else forecasts
+    batches = windows.tokens.split(batch_size)  # batch i belongs to rank i % world
+    own, dense, collected = [], list(forecasts or ()), None if forecasts else forecasts
     for i, batch in enumerate(batches[rank::world]):
-        own.append(_scores(model, batch, dense[i * batch_size :][: len(batch)], made))
+        own.append(_scores(model, batch, dense[i * batch_size :][: len(batch)], collected))
         if progress is not None:
             progress(batch.numel() * world)
     if len(own) < len(batches[::world]):
-        # A model that is spread over processes needs all of them in each pass, and other processes have one more.
+        # Other ranks have one batch more, and every forward pass of a sharded model needs all ranks.
         _scores(model, batches[0][:1])
     by_process: list[Any] = [[scores.cpu() for scores in own]] * world
     if world > 1:
         torch.distributed.all_gather_object(by_process, by_process[rank])
     scores = torch.cat([by_process[i % world][i // world] for i in range(len(batches))])
-    window_nll = scores[:, 0].contiguous()  # the bits of a sum depend on it
+    window_nll = scores[:, 0].contiguous()  # the memory layout affects the last bits of the sum
     tokens = windows.tokens[:, 1:].numel()
     nll = mean_nll(window_nll, tokens, windows.corpus)
     distance = [part for sums in scores.T[1:] for part in (float(sums.sum()) / tokens, sums.tolist())]
@@ -120,23 +134,26 @@ def mean_nll(window_nll: Tensor, tokens: int, corpus: str) -> float:
     """Mean negative log-likelihood in nats per token, from the sums of windows (n,) float64 over `tokens` tokens.
 
     Raises:
-        UserError: for a loss that is not finite, and for a mean whose exp would overflow.
+        UserError: if a sum is not finite, or exp of the mean would overflow.
     """
     require_finite("loss came up in evaluation", window_nll)
     nll = float(window_nll.sum()) / tokens
     if nll > 700:
-        raise UserError(f"The mean loss on {corpus} is {nll:.0f} nats per token; the model is broken.")
+        raise UserError(
+            f"The mean loss on {corpus} must be at most 700 nats per token; got {nll:.0f}. Check the model."
+        )
     return nll
 
 
 class WindowPerplexity(Metric):
-    """Perplexity of a corpus from its windows: exp of the mean next-token cross-entropy, as `perplexity` computes it.
+    """Metric for the perplexity of a corpus: exp of the mean next-token cross-entropy, with the bits of `perplexity`.
 
-    The sum of each window is kept with the window's index and summed in the order of the text. So the result has the
-    same bits for every number of processes. `torchmetrics.text.Perplexity` adds batches as they come, in float32.
+    The sum of each window is stored with the window's index, and the sums are added in the order of the text. So the
+    result has the same bits for every number of processes. `torchmetrics.text.Perplexity` adds batches in float32 in
+    the order in which they arrive.
 
     Args:
-        corpus: for errors.
+        corpus: name of the corpus for errors.
     """
 
     full_state_update = False
@@ -152,17 +169,17 @@ class WindowPerplexity(Metric):
 
         Args:
             nll: (B,) float64, the negative log-likelihood of each window, summed over its predicted tokens, in nats.
-            tokens: (B,) int64, how many tokens of each window are predicted; 0 for a window that only fills a batch.
-            index: (B,) int64, places of the windows in the corpus.
+            tokens: (B,) int64, number of predicted tokens of each window; 0 for a window that pads the batch.
+            index: (B,) int64, positions of the windows in the corpus.
         """
         for state, value in (("nll", nll), ("tokens", tokens), ("index", index)):
             getattr(self, state).append(value)
 
     def compute(self) -> Tensor:
-        """() float64.
+        """Compute the perplexity, () float64.
 
         Raises:
-            UserError: for a loss that is not finite, and for a mean whose exp would overflow.
+            UserError: if a loss is not finite, or exp of the mean would overflow.
         """
         nll, tokens, index = (dim_zero_cat(state).cpu() for state in (self.nll, self.tokens, self.index))
         order = index.argsort(stable=True)
@@ -172,22 +189,27 @@ class WindowPerplexity(Metric):
 
 
 def window_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """(B,) float64: each window's negative log-likelihood in nats, summed over its tokens 2..T; tokens (B, T) int64."""
+    """Sum of the negative log-likelihood of each window's tokens 2..T in nats, (B,) float64; tokens (B, T) int64."""
     return _scores(model, tokens)[:, 0].contiguous()
 
 
 @torch.no_grad()
 def _scores(
-    model: PreTrainedModel, tokens: Tensor, dense: list[Forecast] | None = None, made: list[Forecast] | None = None
+    model: PreTrainedModel, tokens: Tensor, dense: list[Forecast] | None = None, collected: list[Forecast] | None = None
 ) -> Tensor:
-    """(B, 1) float64: each window's negative log-likelihood, summed over its tokens 2..T; tokens (B, T) int64.
+    """Sums over the predicted tokens 2..T of each window: negative log-likelihood in nats, (B, 1) float64.
 
-    Beside the dense model's forecasts (B, 3): KL in nats and the number of equal most likely tokens too. `made` gets
-    the model's own forecasts. Probabilities are float32, whatever the model's dtype.
+    With the dense model's forecasts also KL in nats and the number of tokens with the same argmax, (B, 3) float64.
+    Probabilities are float32, whatever the model's dtype.
+
+    Args:
+        tokens: (B, T) int64.
+        dense: forecasts of the dense model, one per window.
+        collected: a list to which the forecasts of this model are appended.
     """
     sums = []
     for i, window in enumerate(iter_logits(model, tokens.to(device_of(model), non_blocking=True))):
-        # The output embeddings, and with them the logits, may lie on another device.
+        # The output embeddings, and so the logits, may be on another device.
         logits, targets, hidden = (part[0].to(window[0].device) for part in window)
         rows = rows_at_once(logits)
         chunks = zip(logits.split(rows), targets.split(rows), strict=True)
@@ -196,13 +218,13 @@ def _scores(
         log_sum = logits.gather(-1, targets[:, None])[:, 0].double() + nll
         if dense:
             kl, same = dense[i].kl(model, logits, hidden, log_sum), logits.argmax(-1) == dense[i].top.to(logits.device)
-            sums[-1] += [kl.double().sum().clamp_min(0), same.double().sum()]  # rounding may leave less than 0
-        elif made is not None:
-            made.append(Forecast.of(model, logits, hidden, log_sum))
+            sums[-1] += [kl.double().sum().clamp_min(0), same.double().sum()]  # rounding can give a negative sum
+        elif collected is not None:
+            collected.append(Forecast.of(model, logits, hidden, log_sum))
     return torch.stack([torch.stack(of_window) for of_window in sums])
 
 
 def processes() -> tuple[int, int]:
-    """This process's number and how many compute together: 0 and 1 unless a Trainer has brought several together."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
+    """Return (rank, world size) of torch.distributed; (0, 1) if it is not initialized."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)

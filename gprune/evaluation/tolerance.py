@@ -1,4 +1,4 @@
-"""How much can be removed before perplexity rises by so much: read off a curve over shares."""
+"""The largest removed share at which perplexity stays within a limit, interpolated on a curve over shares."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class UpTo(NamedTuple):
-    """A share, and whether the curve ends before the limit is reached."""
+    """A removed share; `at_least` if the curve ends before the limit is reached."""
 
     value: float
     at_least: bool
@@ -22,16 +22,15 @@ class UpTo(NamedTuple):
 def largest_share(perplexity: Mapping[float, float], ratio: float) -> UpTo | None:
     """Return the largest share up to which perplexity stays within `ratio` times that of share 0.
 
-    log perplexity is interpolated linearly between the shares that were measured, after it was made monotone: a point
-    counts at least as much as all points before it. On a curve that bends upwards, as measured ones do, the line lies
-    above the curve, so the share is rather too small than too large.
+    log perplexity is made monotone (running maximum) and interpolated linearly between the measured shares. Measured
+    curves are convex, so the interpolation lies above the curve and the result is a lower estimate.
 
     Args:
-        perplexity: by share; 0 is the dense model.
-        ratio: above 1.
+        perplexity: removed share -> perplexity; share 0 is the dense model.
+        ratio: limit of the perplexity relative to the dense model, above 1.
 
     Returns:
-        The share; None without the dense model or without another point.
+        The share; None if share 0 or all other shares are missing.
     """
     shares = sorted(perplexity)
     if len(shares) < 2 or shares[0] != 0:

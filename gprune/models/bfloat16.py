@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 def multiplies_bfloat16(device: torch.device) -> tuple[bool, str]:
-    """Whether matrix products are faster here in bfloat16 than in float32, and what says so.
+    """Return whether matrix products in bfloat16 are faster than in float32 on this hardware, and the reason.
 
-    Of GPUs those of compute capability 8 and above, where all that this process sees have it. Of processors those with
-    AMX. AVX512-BF16 alone is not enough: on Sapphire Rapids without AMX (`ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`)
-    products of SmolLM2's sizes take 1.4 to 1.9 times as long in bfloat16 as in float32.
+    They are on GPUs if all visible GPUs have compute capability 8 or above, and on CPUs with AMX. AVX512-BF16 alone is
+    not enough: on Sapphire Rapids without AMX (`ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`) products of SmolLM2's sizes take
+    1.4 to 1.9 times as long in bfloat16 as in float32.
     """
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            return True, "taken for granted of a GPU that is planned for"
+            return True, "assumed for the planned GPU"
         if torch.version.hip:
-            return True, "a GPU of AMD"
+            return True, "an AMD GPU"
         least = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
         return least >= (8, 0), f"a GPU of compute capability {least[0]}.{least[1]}"
     if device.type != "cpu" or not _has_amx():
@@ -33,7 +33,7 @@ def multiplies_bfloat16(device: torch.device) -> tuple[bool, str]:
 
 
 def _has_amx() -> bool:
-    """Whether the processor has tiles of bfloat16, and torch the library that uses them."""
+    """Return whether the CPU has AMX for bfloat16, and torch has the library that uses it (oneDNN)."""
     if not torch.backends.mkldnn.is_available():
         return False
     if hasattr(torch.cpu, "get_capabilities"):

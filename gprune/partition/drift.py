@@ -1,4 +1,4 @@
-"""Rank drift: how much a neuron's importance rank varies between text distributions, and how much of that is noise."""
+"""Rank drift, the variation of a neuron's importance rank between text distributions, and its noise floor."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from scipy.stats import kendalltau
 from torch import Tensor
 
-MIN_AGREEMENT_SIZE = 16  # below this, Kendall's tau says more about chance than about the module
+MIN_AGREEMENT_SIZE = 16  # Kendall's tau of fewer neurons is mostly noise
 
 
 def rank_drift(ranks: Tensor) -> Tensor:
-    """Population standard deviation of a neuron's rank over corpora: ranks (D, N) in (0, 1) -> (N,) in [0, 0.5].
+    """Population standard deviation of each neuron's rank over corpora: ranks (D, N) in (0, 1) -> (N,) in [0, 0.5].
 
     Our reading of GPrune-LLM's abstract and its Figure 1 (arXiv 2603.13418).
     """
@@ -21,11 +21,11 @@ def rank_drift(ranks: Tensor) -> Tensor:
 
 
 def noise_floor(half_ranks: Tensor) -> Tensor:
-    """Drift that sampling alone would show: half_ranks (D, 2, N) from two halves of each corpus -> (N,).
+    """Drift caused by sampling alone: half_ranks (D, 2, N) from two halves of each corpus -> (N,).
 
-    A rank from half the tokens has twice the sampling variance of one from all tokens, so (difference / 2)^2 of
-    the two halves estimates the variance v of a full-sample rank. The population variance over D corpora that
-    differ by nothing but sampling has expectation (D - 1)/D * v. Our reading.
+    A rank from half of the tokens has twice the sampling variance of a rank from all tokens, so (difference / 2)^2 of
+    two halves estimates the variance v of a full-sample rank. If D corpora differ by sampling only, their population
+    variance has the expectation (D - 1)/D * v. Our reading.
     """
     D = len(half_ranks)
     variance = ((half_ranks[:, 0] - half_ranks[:, 1]) / 2).square().mean(0)
@@ -33,7 +33,7 @@ def noise_floor(half_ranks: Tensor) -> Tensor:
 
 
 def kendall_agreement(scores: Tensor) -> float:
-    """Kendall's tau-b averaged over pairs of corpora, for the neurons of one set: scores (D, n) -> [-1, 1].
+    """Kendall's tau-b of the scores of n neurons, averaged over pairs of corpora: scores (D, n) -> [-1, 1].
 
     NaN (undefined) for constant scores, fewer than two corpora or fewer than 16 neurons.
     """
@@ -47,17 +47,17 @@ def kendall_agreement(scores: Tensor) -> float:
 
 
 def half_agreement(half_ranks: Tensor) -> Tensor:
-    """Kendall's tau-b between the two halves of a corpus, mean over corpora: half_ranks (D, 2, N) -> () float64.
+    """Kendall's tau-b between the two halves of a corpus, averaged over corpora: half_ranks (D, 2, N) -> () float64.
 
-    The agreement between corpora that sampling alone would leave, estimated too low: a half has twice the sampling
-    variance of the whole. Halves are the earlier and the later windows of a shuffled sample, with at most one piece of
-    text in common. NaN where `kendall_agreement` is.
+    A lower bound for the agreement of corpora that differ by sampling only, because a half has twice the sampling
+    variance of the whole. Halves are the first and the last windows of a shuffled sample, and share at most one piece
+    of text. NaN if `kendall_agreement` is NaN.
     """
     return torch.tensor([kendall_agreement(pair) for pair in half_ranks], dtype=torch.float64).mean()
 
 
 def module_agreements(scores: Tensor, labels: Tensor) -> Tensor:
-    """Kendall agreement inside each module: scores (D, N), labels (N,) in [0, K) -> (K,) float64, NaN if undefined."""
+    """Kendall agreement in each module: scores (D, N), labels (N,) in [0, K) -> (K,) float64, NaN if undefined."""
     return torch.tensor(
         [kendall_agreement(scores[:, labels == k]) for k in range(int(labels.max()) + 1 if len(labels) else 0)],
         dtype=torch.float64,

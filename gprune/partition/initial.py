@@ -1,6 +1,6 @@
-"""The first partition of a block's neurons into modules, and the partitions that are its controls.
+"""Initial partition of a block's neurons into modules, and control partitions.
 
-A *module* is a set of neurons of one block that behave alike; neurons compete for survival only inside it. The first
+A *module* is a set of neurons of one block that behave alike; neurons are ranked only inside their module. The initial
 partition is k-means on data-free parameter similarity and rank drift together. Our reading of GPrune-LLM
 (arXiv 2603.13418).
 """
@@ -15,10 +15,10 @@ from gprune.importance.weights import UnitWeights
 
 
 def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) -> Tensor:
-    """Parameter similarity, without data, in a few dimensions: (N, dim) float32, mean 0, total variance 1.
+    """Embed neurons by parameter similarity, without data: (N, dim) float32 with mean 0 and total variance 1.
 
-    Each neuron's gate row, up row and down column are normalised to length 1 (their size is importance, and says
-    nothing of similarity), concatenated to 3H numbers and projected onto the leading principal directions (randomised
+    Each neuron's gate row, up row and down column are normalised to length 1, because their length is importance rather
+    than similarity. They are concatenated to 3H numbers and projected onto the leading principal components (randomised
     SVD).
     """
     inputs, output = weights.inputs, weights.output.T
@@ -38,15 +38,15 @@ def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) ->
 def _lengths(rows: Tensor) -> Tensor:
     """Euclidean length of each row, (N, H) -> (N,).
 
-    Rows of a transposed matrix are copied 32 at a time: each number of one row lies in another cache line.
+    Rows of a transposed matrix are copied 32 at a time, because the elements of a row are in different cache lines.
     """
     if rows.stride(1) == 1:
         return rows.norm(dim=1)
     return torch.cat([few.T.contiguous().T.norm(dim=1) for few in rows.split(32)])
 
 
-def standardised(x: Tensor) -> Tensor:
-    """Centre columns and scale so that the total variance is 1; constant input becomes 0. (N, d) -> (N, d)."""
+def unit_variance(x: Tensor) -> Tensor:
+    """Centre columns and scale all of them so that the total variance is 1, (N, d) -> (N, d); a constant becomes 0."""
     return _unit_variance(x - x.mean(0))
 
 
@@ -55,13 +55,20 @@ def _unit_variance(x: Tensor) -> Tensor:
 
 
 def minimum_size(neurons: int, num_modules: int) -> int:
-    """max(32, N / 4K), in neurons: the ranks inside smaller modules are too coarse to compare."""
+    """Smallest module size in neurons, max(32, N / 4K). Ranks in smaller modules are too coarse to compare."""
     return max(32, neurons // (4 * num_modules))
 
 
 def merge_small(labels: Tensor, features: Tensor, *, min_size: int) -> Tensor:
-    """Merge modules below `min_size`, smallest first, into the module with the nearest centroid of `features` (N, d):
-    labels (N,) int64 -> 0..K'-1 in order of first appearance, so that equal partitions have equal labels."""
+    """Merge modules below `min_size`, smallest first, into the module with the nearest centroid.
+
+    Args:
+        labels: (N,) int64.
+        features: (N, d), for the centroids.
+
+    Returns:
+        (N,) labels 0..K'-1 in order of first appearance, so that equal partitions have equal labels.
+    """
     labels = labels.clone()
     while True:
         names, sizes = labels.unique(return_counts=True)
@@ -85,12 +92,16 @@ def initial_partition(
     drift_weight: float = 1.0,
     seed: int = 0,
 ) -> Tensor:
-    """k-means on [similarity_weight * embedding (N, d), drift_weight * standardised drift (N,)] -> (N,) labels; of
-    `num_modules` fewer remain if some fall below `minimum_size`."""
+    """Cluster neurons by k-means on [similarity_weight * embedding (N, d), drift_weight * standardised drift (N,)].
+
+    Returns:
+        (N,) labels. There are fewer than `num_modules` modules if some were below `minimum_size` and were merged.
+    """
     N = len(drift)
     num_modules = max(1, min(num_modules, N // 2))
     joint = torch.cat(
-        [similarity_weight * standardised(embedding.double()), drift_weight * standardised(drift[:, None].double())], 1
+        [similarity_weight * unit_variance(embedding.double()), drift_weight * unit_variance(drift[:, None].double())],
+        1,
     )
     if num_modules == 1:
         return torch.zeros(N, dtype=torch.long)
@@ -99,12 +110,12 @@ def initial_partition(
 
 
 def shuffled_partition(labels: Tensor, *, seed: int) -> Tensor:
-    """A partition with the same module sizes and random members: the control for every claim about modules."""
+    """Partition with the same module sizes and random members, the control for every claim about modules."""
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
 
 
 def same_sizes_by_drift(labels: Tensor, drift: Tensor) -> Tensor:
-    """A partition by drift alone with the module sizes of `labels`: neurons sorted by drift, then cut by size."""
+    """Partition by drift alone with the module sizes of `labels`: neurons are sorted by drift and cut by size."""
     out = torch.empty_like(labels)
     out[drift.argsort(stable=True)] = labels.sort().values
     return out

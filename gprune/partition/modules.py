@@ -1,4 +1,4 @@
-"""A partition as a run saves it: rank drift, modules, their reliability and agreement."""
+"""Results of partitioning that a run saves: rank drift, modules, their reliability and agreement."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Drift:
     scores: Tensor  # (D, N) importance per corpus
     ranks: Tensor  # (D, N) in (0, 1)
     drift: Tensor  # (N,) population standard deviation of ranks
-    floor: Tensor  # (N,) the drift that sampling alone would show
+    floor: Tensor  # (N,) noise floor: drift caused by sampling alone
     halves: Tensor  # () Kendall tau between halves of a corpus, mean over corpora
 
 
 @dataclass(frozen=True)
 class ModuleRanks:
-    """Ranks of units inside their modules, on which thresholds act; one entry per block.
+    """Ranks of units inside their modules, one entry per block. Thresholds are applied to these ranks.
 
-    A block's KV groups form one module of their own.
+    The KV groups of a block form a separate module.
     """
 
     ffn: list[Tensor]  # p, (N,) float64 in (0, 1)
@@ -46,24 +46,24 @@ class ModuleRanks:
 
     @cached_property
     def sizes(self) -> list[Tensor]:
-        """(K,) int64: how many neurons each module has."""
+        """(K,) int64: number of neurons of each module."""
         return [torch.bincount(y) for y in self.labels]
 
     def to(self, device: torch.device) -> ModuleRanks:
-        """The same on another device, with the same bits of what follows from them."""
+        """Copy to a device. Cached logits and sizes are copied too, so that they keep the same bits."""
         moved = ModuleRanks(*([t.to(device) for t in getattr(self, name)] for name in ("ffn", "labels", "attention")))
         moved.__dict__["logits"] = tuple([t.to(device) for t in kind] for kind in self.logits)
         moved.__dict__["sizes"] = [t.to(device) for t in self.sizes]
         return moved
 
     def moved(self, offsets: list[Tensor]) -> ModuleRanks:
-        """Every neuron's rank moved by its offset, (N,) in logits: p_i' = sigmoid(logit p_i + o_i)."""
+        """Shift every neuron's rank by its offset, (N,) in logits: p_i' = sigmoid(logit p_i + o_i)."""
         return replace(self, ffn=[torch.sigmoid(x + o) for x, o in zip(self.logits[0], offsets, strict=True)])
 
 
 @dataclass(frozen=True)
 class Modules:
-    """Modules, and all that was measured of them; one entry per block."""
+    """Modules and their measurements, one entry per block."""
 
     ranks: ModuleRanks
     drift: list[Drift]
@@ -88,7 +88,7 @@ class Modules:
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> Modules:
-        """Modules from what `tensors` gave."""
+        """Build from the result of `tensors`."""
 
         def measured(cls: type, b: int, name: str) -> Any:
             return cls(**{field: flat[f"{b}.{name}.{field}"] for field in cls.__dataclass_fields__})

@@ -1,4 +1,4 @@
-"""The objective of refinement: differentiable, over soft assignments of neurons to modules.
+"""Objective of the refinement, differentiable in soft assignments of neurons to modules.
 
 `stages/refinement.py` minimises it. The formulas are our reading of GPrune-LLM (arXiv 2603.13418).
 """
@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from gprune.partition.initial import standardised
+from gprune.partition.initial import unit_variance
 
-TERMS = ("similarity", "drift", "consistency", "balance", "entropy")  # by whose names `weights` go
+TERMS = ("similarity", "drift", "consistency", "balance", "entropy")  # terms of the objective, keys of `weights`
 
 
 @dataclass(frozen=True)
 class RefinementInputs:
-    """The objective's view of B blocks, padded to N neurons; float32."""
+    """Inputs of the objective for B blocks, padded to N neurons; float32."""
 
     embedding: Tensor  # (B, N, E) parameter similarity, total variance 1
     drift: Tensor  # (B, N, 1) standardised rank drift
@@ -28,16 +28,16 @@ class RefinementInputs:
     valid: Tensor  # (B, N) 1 for a neuron, 0 for padding
 
     def to(self, device: torch.device | str) -> RefinementInputs:
-        """The same on another device."""
+        """Copy to a device."""
         return RefinementInputs(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 def dispersion(P: Tensor, x: Tensor) -> Tensor:
-    """Share of the total variance of x that lies inside modules: P (B, N, K), x (B, N, d) -> (B,) in [0, 1].
+    """Within-module share of the total variance of x: P (B, N, K), x (B, N, d) -> (B,) in [0, 1].
 
-    sum_ik P_ik ||x_i - c_k||^2 / sum_i ||x_i - c||^2 with c_k the P-weighted mean; since sum_k P_ik = 1 the
-    numerator is sum_i ||x_i||^2 - sum_k n_k ||c_k||^2, which needs no (N, K, d) tensor. x must be centred and 0
-    where padded. 0/0 (nothing varies) counts as 0.
+    sum_ik P_ik ||x_i - c_k||^2 / sum_i ||x_i - c||^2 with c_k the P-weighted mean. Since sum_k P_ik = 1, the numerator
+    is sum_i ||x_i||^2 - sum_k n_k ||c_k||^2, which does not need a (N, K, d) tensor. x must be centred, and 0 where
+    padded. 0/0 (x is constant) counts as 0.
     """
     n = reduce(P, "b n k -> b k", "sum").clamp_min(1e-6)
     c = torch.einsum("bnk,bnd->bkd", P, x) / rearrange(n, "b k -> b k 1")
@@ -47,14 +47,14 @@ def dispersion(P: Tensor, x: Tensor) -> Tensor:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """-p log p, elementwise, with a finite gradient at 0 (torch.special.entr's is infinite, and 0 * inf is NaN)."""
+    """Elementwise entropy -p log p with a finite gradient at 0 (that of torch.special.entr is infinite there)."""
     return -p * p.clamp_min(1e-9).log()
 
 
 def partition_objective(
     logits: Tensor, tau: float, inputs: RefinementInputs, weights: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """The refinement objective, each term (B,), and their weighted sum under `total`.
+    """Terms of the refinement objective by name, (B,) each, and their weighted sum as `total`.
 
     With P = softmax(A / tau) over K modules, `logits` A (B, N, K):
 
@@ -65,11 +65,11 @@ def partition_objective(
     C <= 1: rank consistency. delta_i^(d) = r_i^(d) - mean_d r_i^(d); neurons whose ranks move together between
         corpora keep their order. C = 1 - dispersion(P, delta) - (n_eff - 1)/(N - 1): the share of the shifts that
         modules explain, minus the share that a random partition would explain, with n_eff = exp(entropy of the module
-        sizes), which is K for equal sizes. Because delta has no mean rank, mixing weak and strong neurons earns
-        nothing. 0 when no rank shifts.
-    B in [0, 1]: 1 - entropy of the module sizes / log K; 0 when all are equally large.
-    H in [0, 1]: mean entropy of P_i / log K; 0 when every neuron is assigned to one module.
-    K in B and H is that of the block with most modules: the B of a block with fewer stays above 0.
+        sizes), which is K for equal sizes. The mean rank is subtracted in delta, so mixing weak and strong neurons is
+        not rewarded. C = 0 if no rank shifts.
+    B in [0, 1]: 1 - entropy of the module sizes / log K; 0 if all sizes are equal.
+    H in [0, 1]: mean entropy of P_i / log K; 0 if every neuron is assigned to one module.
+    K in B and H is that of the block with most modules, so B of a block with fewer modules stays above 0.
     """
     K = logits.shape[-1]
     P = (logits / tau).softmax(-1) * rearrange(inputs.valid, "b n -> b n 1")
@@ -77,7 +77,7 @@ def partition_objective(
     log_k = torch.tensor(float(max(K, 2))).log()
     size = reduce(P, "b n k -> b k", "sum") / rearrange(N, "b -> b 1")
     size_entropy = entropy(size).sum(-1)
-    shifting = inputs.shifts.square().sum((1, 2)) > 0  # one corpus: nothing shifts, nothing to reward
+    shifting = inputs.shifts.square().sum((1, 2)) > 0  # with a single corpus no rank shifts
     terms = {
         "similarity": dispersion(P, inputs.embedding),
         "drift": dispersion(P, inputs.drift),
@@ -91,15 +91,15 @@ def partition_objective(
 
 
 def refinement_inputs(embeddings: list[Tensor], drifts: list[Tensor], ranks: list[Tensor]) -> RefinementInputs:
-    """Stack blocks of possibly unequal width: embeddings (N, E), drifts (N,), ranks (D, N) each."""
+    """Stack and pad blocks of possibly different width: embeddings (N, E), drifts (N,), ranks (D, N) per block."""
     width = max(len(d) for d in drifts)
 
     def padded(features: list[Tensor]) -> Tensor:  # (N_b, d) per block -> (B, width, d) float32
         return torch.stack([F.pad(x.float(), (0, 0, 0, width - len(x))) for x in features])
 
     return RefinementInputs(
-        embedding=padded([standardised(e) for e in embeddings]),
-        drift=padded([standardised(d[:, None]) for d in drifts]),
-        shifts=padded([standardised((r - r.mean(0)).T.contiguous()) for r in ranks]),
+        embedding=padded([unit_variance(e) for e in embeddings]),
+        drift=padded([unit_variance(d[:, None]) for d in drifts]),
+        shifts=padded([unit_variance((r - r.mean(0)).T.contiguous()) for r in ranks]),
         valid=padded([torch.ones(len(d), 1) for d in drifts])[..., 0],
     )

@@ -1,1 +1,1 @@
-"""The method, one call per step: start with `prune.py`."""
+"""The method, one call per step. `prune.py` has the order of the steps."""

@@ -1,4 +1,4 @@
-"""What `--dry_run` prints of a plan: tokens, FLOPs, time and the widths to expect."""
+"""Text of `--dry_run`: tokens, FLOPs, expected time, memory and widths of a plan."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from gprune.sparsity.cut import uniform_masks
 
 
 def describe(plan: Plan) -> str:
-    """A line for each property of the run, ready to be printed."""
+    """Describe a plan, one line per property."""
     cfg, budget, quality = plan.cfg, plan.budget, plan.cfg.sparsity.quality
     most = plan.removed
-    if quality:  # the run finds the share; costs are counted as if hardly anything were removed
+    if quality:  # the sparsity is not known yet; costs are upper bounds, as if almost nothing were removed
         plan = replace(plan, budget=budget.removing(budget.step))
     parameters, scope, dtype = plan.skeleton.num_parameters(), budget.costs.in_parameters.total, plan.exported_dtype
     left = parameters - plan.removed
     lines = {
         "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.by_layer)} blocks",
         "scope": f"{cfg.sparsity.scope}: {scope:,} parameters in units",
-        "blocks": f"{len(budget.costs.gone_layers)} go as a whole" if "blocks" in cfg.sparsity.scope else "",
-        "removes": f"at most {most:,} parameters: the run finds the share that keeps {cfg.sparsity.target}"
+        "blocks": f"{len(budget.costs.gone_layers)} are removed as a whole" if "blocks" in cfg.sparsity.scope else "",
+        "removes": f"at most {most:,} parameters: the run finds the sparsity that keeps {cfg.sparsity.target}"
         if quality
         else f"{plan.removed:,} parameters: {plan.removed / scope:.1%} of the scope, "
         f"{plan.removed / parameters:.1%} of the model",
@@ -61,33 +61,33 @@ def describe(plan: Plan) -> str:
 
 
 def searched(cfg: RunConfig) -> str:
-    """What finding the share takes, in words."""
+    """Describe the cost of the search for a quality target."""
     found = f"at most {searches(cfg) * TRIES} models after {cfg.unlearned_recovery}, usually a third of them"
     if recovery_of(cfg.recovery).learns:
-        found += f", and {LEARNED_TRIES} after {cfg.recovery}, usually 2, or more while none keeps the quality"
+        found += f", and {LEARNED_TRIES} after {cfg.recovery}, usually 2, or more if none keeps the quality"
     return f"{found}, each on {development_tokens(cfg):,} tokens of development text ({', '.join(cfg.developed)})"
 
 
 def counted_text(plan: Plan) -> str:
-    """Windows of the text that lies on this machine, counted as the run does.
+    """Check that corpora on this machine have enough text, by cutting the windows of the run.
 
     Raises:
-        UserError: as the run would, for text that is not there or too short.
+        UserError: if text is missing or too short.
     """
     cfg = plan.cfg
     corpora, m = dict.fromkeys([*cfg.used, *cfg.corpora.evaluate]), cfg.model
     elsewhere = [name for name in corpora if not lies_here(name)]
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate_model(m.name), trust_remote_code=m.trust_remote_code)
-    except Exception:  # tokenizers and the hub each raise their own
-        return f"not counted, as the tokenizer of {m.name} cannot be loaded"
+    except Exception:  # tokenizers and the hub raise many classes
+        return f"not counted, because the tokenizer of {m.name} cannot be loaded"
     prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings, without=elsewhere)
-    said = f"{len(corpora) - len(elsewhere)} corpora have as many windows as are asked for"
-    return f"{said}; not counted, as they are not on this machine: {', '.join(elsewhere)}" if elsewhere else said
+    said = f"{len(corpora) - len(elsewhere)} corpora have enough windows"
+    return f"{said}; not counted, because they are not on this machine: {', '.join(elsewhere)}" if elsewhere else said
 
 
 def predicted_speed(plan: Plan) -> str:
-    """How many times as fast the table says that the pruned model is, at uniform sparsity, if there is a table."""
+    """Predict the speed at uniform sparsity from the latency table, if there is one."""
     if not plan.at_hand or plan.speed is None:
         return "not measured; --sparsity.target 1.2x measures it"
     price = price_by(plan.speed, blocks_of(plan.skeleton))
@@ -96,9 +96,9 @@ def predicted_speed(plan: Plan) -> str:
 
 
 def expected_widths(cfg: RunConfig, budget: Budget) -> str:
-    """Neurons and KV groups that blocks keep if every module is equally sparse."""
+    """Describe how many neurons and KV groups blocks keep if every module has the same sparsity."""
     if ALLOCATION[cfg.base_allocation].whole_blocks:
-        return "whole blocks go, and part of one"
+        return "whole blocks are removed, and part of one"
     masks = uniform_masks(budget.rest)
     n, g = ([int(mask.sum()) for mask in of_blocks] for of_blocks in (masks.ffn, masks.attention))
     neurons, groups = max(map(len, masks.ffn)), max(map(len, masks.attention))
@@ -107,7 +107,7 @@ def expected_widths(cfg: RunConfig, budget: Budget) -> str:
 
 
 def what_stays(plan: Plan) -> str:
-    """What of the layers' FFNs and attention is not pruned, and how large it is; '' where all of it is."""
+    """Describe FFN and attention layers that are not pruned, and their size; empty if all of them are pruned."""
     costs, model = plan.budget.costs, plan.skeleton
     lacking = [("FFN", costs.neurons)] + [("attention", costs.groups)] * ("attention" in plan.cfg.sparsity.scope)
     said = [
@@ -121,10 +121,10 @@ def what_stays(plan: Plan) -> str:
 
 
 def compute_time(*plans: Plan) -> str:
-    """FLOPs, and the time that they take on this machine.
+    """Describe FLOPs and the expected time on this machine.
 
-    Measured on two blocks of the model in the precisions of the run; of large models, or with --plan.tflops, from the
-    speed of matrix products of the first plan's sizes alone.
+    The time is measured on two blocks of the model in the precisions of the run. For large models, or with
+    --plan.tflops, it is computed from the speed of matrix products of the first plan's sizes.
     """
     plan = plans[0]
     cfg, config, total = plan.cfg, plan.skeleton.config.get_text_config(decoder=True), sum(map(flops, plans))
@@ -135,23 +135,24 @@ def compute_time(*plans: Plan) -> str:
         time = timedelta(seconds=math.ceil(sum(measured)))
         return (
             f"at most {total:.2e} FLOP: {time} by two blocks measured on {plan.device} ({', '.join(precisions)}); "
-            "reading, writing and solving least squares come on top"
+            "time for files and for solving least squares is not included"
         )
     elif plan.at_hand:
         shape = max(plan.budget.costs.neurons), config.hidden_size
-        reached = speed(plan.device, getattr(torch, cfg.model.dtype), shape)
+        reached = matmul_flops(plan.device, getattr(torch, cfg.model.dtype), shape)
         how = f"the speed of matrix products of {cfg.model.dtype} on {plan.device}"
     else:
-        return f"at most {total:.2e} FLOP; time: unknown without --plan.tflops, as no GPU is here"
+        return f"at most {total:.2e} FLOP; time: unknown without --plan.tflops, as this machine has no GPU"
     time = timedelta(seconds=math.ceil(total / (reached * cfg.processes)))
-    return f"at most {total:.2e} FLOP: {time} at {reached:.2e} FLOP/s per process, {how}; other work comes on top"
+    return f"at most {total:.2e} FLOP: {time} at {reached:.2e} FLOP/s per process, {how}; other work is not included"
 
 
 def flops(plan: Plan) -> float:
-    """FLOPs of a run's passes and Gram matrices, at most: as if nothing were pruned, and every weight had a gradient.
+    """Upper bound of the FLOPs of a run's passes and Gram matrices: nothing is pruned, all weights have gradients.
 
-    A multiply-add counts 2. A token forward: 2 x weights of the blocks (of experts, the active ones), 4 T C for
-    attention over T tokens, and 2 V H for the head. Backward: twice that. Gram matrices: two thirds of 2 (N^2 + C^2).
+    A multiply-add counts as 2. A forward token needs 2 x weights of the blocks (active experts only), 4 T C for
+    attention over T tokens, and 2 V H for the head. Backward needs twice as much. Gram matrices need two thirds of
+    2 (N^2 + C^2).
     """
     cfg, config, blocks = plan.cfg, plan.skeleton.config.get_text_config(decoder=True), blocks_of(plan.skeleton)
     token = 2.0 * config.vocab_size * config.hidden_size
@@ -168,10 +169,10 @@ def flops(plan: Plan) -> float:
     return total
 
 
-def speed(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], *, seconds: float = 0.5) -> float:
-    """FLOP/s of products of 512 tokens with a weight of this shape (out, in), measured for so long.
+def matmul_flops(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], *, seconds: float = 0.5) -> float:
+    """Measure the FLOP/s of products of 512 tokens with a weight of a shape (out, in).
 
-    A real pass has element-wise work, attention and waiting beside them, and is slower.
+    A forward pass is slower, because of element-wise operations, attention and synchronization.
     """
     tokens, weight = (torch.ones(n, shape[1], dtype=dtype, device=device) for n in (512, shape[0]))
     timer = Timer(

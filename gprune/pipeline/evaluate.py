@@ -1,4 +1,4 @@
-"""Step 10: perplexity of the dense model, the controls and the result, with its protocol."""
+"""Step 10: perplexity of the dense model, the controls and the result, with the evaluation protocol."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gprune.benchmarks.speed import machine_of, seconds
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
-from gprune.errors import dispensable
+from gprune.errors import optional_output
 from gprune.evaluation.distance import measured_apart
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, processes
@@ -34,13 +34,13 @@ from gprune.report.model_card import write_card
 from gprune.report.records import quality_table, result_table
 from gprune.report.run_figures import write_figures
 from gprune.runs import schema, tracking
-from gprune.runs.folder import of_first
+from gprune.runs.folder import broadcast
 from gprune.runs.numbers import means_and_gaps, row_name, run_numbers, unseen_ratios
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
-LEARN = ("learn", "loss", "epochs", "centred", "learner")  # what of `--sparsity` a number says of learned masks
+LEARN = ("learn", "loss", "epochs", "centred", "learner")  # settings of `--sparsity` in records of learned masks
 
 
 def evaluate(
@@ -51,31 +51,33 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Step 10: perplexity of the dense model, the controls and gprune on every evaluated corpus.
 
-    Finished stages are taken from `metrics.json`; the dense model's numbers are shared between runs. Processes share
-    the windows, to the bits of one; with `--model.shard` they share the layers of each model too.
+    Finished rows are read from `metrics.json`; the dense model's numbers are cached for other runs. Windows are split
+    over processes, with the same bits as on one process; with `--model.shard` layers are sharded too.
 
     Args:
-        masks: by stage.
-        pruned: the final stage's model, recovered as asked; the others are made here. None: the rows without recovery
-            alone, whose table is shown before anything recovers.
+        run: the run.
+        statistics: statistics by corpus.
+        masks: masks by stage.
+        pruned: the recovered model of the main row; other models are constructed here. None to evaluate only rows
+            without recovery, whose table is shown before recovery.
 
     Returns:
         Flat records, one per number, as in `metrics.json`.
     """
     cfg, dense, early = run.cfg, ("dense", "none"), pruned is None
-    run.step(9 if early else 10, "Evaluating what is not recovered" if early else "Evaluating")
+    run.step(9 if early else 10, "Evaluating without recovery" if early else "Evaluating")
     rows = [row for row in [dense, *cfg.stages] if not early or row[1] == "none"]
-    records: list[dict[str, Any]] = of_first(run.folder.metrics.get("records", []))
+    records: list[dict[str, Any]] = broadcast(run.folder.metrics.get("records", []))
     done = {(r["stage"], r["recovery"]) for r in records}
     # Without an initialised process group, rank 0 evaluates alone.
     measures = processes()[1] > 1 or rank_zero_only.rank == 0
     leaked = leaks(run) if measures else {}
     with run.folder.step("evaluate_unrecovered" if early else "evaluate"):
         for row in rows:
-            # All processes take part where a recovery learns.
+            # All processes are needed for a recovery that trains.
             if row in done or not (measures or recovery_of(row[1]).learns):
                 continue
-            model = run.model if row == dense else pruned  # frees the model of the row before
+            model = run.model if row == dense else pruned  # frees the model of the previous row
             if row not in (dense, cfg.own_row):
                 with run.folder.part(row_name(*row)):
                     model = shrink(run, masks[row[0]], statistics, row=row)
@@ -86,13 +88,15 @@ def evaluate(
             name = row_name(*row)
             text = run.text.test
             if row[0] == "model":
-                measure, text = apart, run.own_text
+                measure, text = measure_any_model, run.own_text
+            elif row == dense:
+                measure = dense_perplexity
             else:
-                measure = dense_perplexity if row == dense else compared if same_head(model, run.model) else measured
+                measure = measure_with_distance if same_head(model, run.model) else measure_perplexity
             model = spread(run, model)
             results = [measure(run, model, w, name) for w in text]
             pairs = zip(results, text, strict=True)
-            records += [record(run, row, result, w, leaked[w.corpus]) for result, w in pairs]
+            records += [as_record(run, row, result, w, leaked[w.corpus]) for result, w in pairs]
             write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
     if early and measures and not run.folder.finished:
         log.info("Before recovery:\n\n%s\n", result_table(records).shown())
@@ -100,25 +104,25 @@ def evaluate(
 
 
 def leaks(run: Run) -> dict[str, tuple[bool, float]]:
-    """(seen, share of leaked 13-grams) by evaluated corpus."""
+    """Return (seen, share of leaked 13-grams) for each evaluated corpus."""
     used = {identity(name) for name in run.cfg.used}
     by_corpus = {}
     for w in run.text.test:
         share, named = leaked_share_of_windows([w], run.text.used, run.tokenizer), identity(w.corpus) in used
         by_corpus[w.corpus] = (named or share > SEEN_ABOVE, share)
         if share > SEEN_ABOVE and not named:
-            log.warning("%s shares %.1f%% of its 13-grams with used text: counted as seen.", w.corpus, 100 * share)
+            log.warning("%s shares %.1f%% of its 13-grams with used text, so it counts as seen.", w.corpus, 100 * share)
     return by_corpus
 
 
 def spread(run: Run, model: PreTrainedModel) -> PreTrainedModel:
-    """The model, or with `--model.shard` a copy whose layers processes share."""
+    """Return the model, or with `--model.shard` a copy with layers sharded over processes."""
     world = processes()[1]
     return sharded_copy(model, run.plan.device, world) if run.cfg.model.shard and world > 1 else model
 
 
 def same_head(model: PreTrainedModel, other: PreTrainedModel) -> bool:
-    """Whether two models have one output embedding, which a recovery of the user's may have changed."""
+    """Return whether two models have equal output embeddings. A recovery of the user may have changed them."""
     ours, theirs = (stored(m.get_output_embeddings(), "weight") for m in (model, other))
     return torch.equal(ours, theirs.to(ours.device))
 
@@ -127,17 +131,21 @@ def dense_perplexity(
     run: Run, model: PreTrainedModel, windows: Windows, name: str, *,
     measure: Callable[..., PerplexityResult] | None = None,
 ) -> PerplexityResult:  # fmt: skip
-    """As `measured`, of the dense model: shared between runs of the same model and text.
+    """Perplexity of the dense model, cached for all runs with the same model and text.
 
     Args:
-        measure: the function that measures the model unless the cache has its result; by default `forecast`.
+        run: the run.
+        model: the dense model, or its sharded copy.
+        windows: the text.
+        name: name of the row in the progress bar.
+        measure: measures the model if the cache has no result. Default: `forecast`.
     """
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
-    if (cached := of_first(read_json(path, check=schema.Measured.problem, sealed=True))) is not None:
+    if (cached := broadcast(read_json(path, check=schema.Measured.problem, sealed=True))) is not None:
         return PerplexityResult(**cached)
     result = (measure or forecast)(run, model, windows, name)
     write_json(path, {name: value for name, value in vars(result).items() if value is not None})
@@ -145,9 +153,10 @@ def dense_perplexity(
 
 
 def forecast(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
-    """As `measured`, of the dense model, whose forecasts are kept: those of all corpora, or of one if all are too many.
+    """Measure the dense model and keep its forecasts for KL: of all corpora, or of one corpus if all are too large.
 
-    What is kept counts as one pass, that of the dense row, though the cache spared it or a later sitting repeats it.
+    Forecasts that are kept are counted as one pass of the dense row, even if the perplexity was cached or a later
+    session repeats the pass.
     """
     if not (
         all_kept := keeps(
@@ -157,23 +166,27 @@ def forecast(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> P
         run.forecasts.clear()
     kept = run.forecasts.setdefault(windows.content_hash, [])
     with run.folder.step("evaluate_unrecovered" if all_kept and run.cfg.evaluates_early else "evaluate"):
-        return measured(run, model, windows, "dense" if all_kept else name, kept)
+        return measure_perplexity(run, model, windows, "dense" if all_kept else name, kept)
 
 
-def compared(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
-    """As `measured`, and how far the row's model is from the dense one."""
+def measure_with_distance(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
+    """Perplexity of a row's model, with KL and agreement with the dense model."""
     if windows.content_hash not in run.forecasts:
         forecast(run, spread(run, run.model), windows, f"dense beside {name}")
-    return measured(run, model, windows, name, run.forecasts[windows.content_hash])
+    return measure_perplexity(run, model, windows, name, run.forecasts[windows.content_hash])
 
 
-def measured(
+def measure_perplexity(
     run: Run, model: PreTrainedModel, windows: Windows, name: str, dense: list[Forecast] | None = None
 ) -> PerplexityResult:
-    """Perplexity of a row's model, with a bar; processes that compute together share the batches.
+    """Perplexity of a row's model, with a progress bar; batches are split over processes.
 
     Args:
-        dense: `forecasts` of `perplexity`.
+        run: the run.
+        model: the model.
+        windows: the text.
+        name: name of the row in the progress bar.
+        dense: the argument `forecasts` of `perplexity`.
     """
     batch_size, advance = run.cfg.corpora.batch_size, run.screen.advance
     run.screen.begin(f"Evaluating {name} on {windows.corpus}")
@@ -181,8 +194,8 @@ def measured(
         return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True, forecasts=dense)
 
 
-def apart(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
-    """As `compared`, of a model made elsewhere; without a distance where it has windows of its own."""
+def measure_any_model(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
+    """Perplexity of a model of `--model.made_elsewhere`, with KL and agreement unless its tokenizer differs."""
 
     def advance(tokens: int) -> None:
         run.meter.add(tokens)
@@ -194,13 +207,16 @@ def apart(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> Perp
         return measured_apart(model, windows, dense, progress=advance)
 
 
-def record(
+def as_record(
     run: Run, row: tuple[str, str], result: PerplexityResult, w: Windows, leak: tuple[bool, float]
 ) -> dict[str, Any]:
-    """One number with everything needed to repeat it.
+    """Return a perplexity as a record of `metrics.json`, with its evaluation protocol.
 
     Args:
+        run: the run.
         row: stage and recovery.
+        result: the measurement.
+        w: the text.
         leak: whether the corpus counts as seen, and its share of leaked 13-grams.
     """
     (stage, recovery), cfg = row, run.cfg
@@ -243,7 +259,7 @@ def record(
 
 
 def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
-    """Times as fast as dense: asked, predicted by the table, and got, measured beside it; in words."""
+    """Speed relative to the dense model: requested, predicted by the latency table, and measured; also as text."""
     costs, model = run.budget.costs, run.budget.costs.prices.model
     (_, _, (before, after)), spread = seconds([run.model, pruned], **run.cfg.speed.setting())
     asked, predicted = (model / (model - gone) for gone in (run.budget.target, costs.removed(masks)))
@@ -257,11 +273,15 @@ def summarise(
     run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel, modules: Modules | None,
     quality: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """The run's headline: sparsities reached, means, gaps and ratios; into manifest, metrics.json, W&B and figures.
+    """Compute the summary of a run, and write it to manifest, metrics.json, model card, figures and trackers.
 
     Args:
-        masks: of the final stage, and `pruned` its model. None for a model made elsewhere.
-        quality: entries of the summary, as `pipeline.quality` makes them.
+        run: the run.
+        records: records of all rows.
+        masks: masks of the main row; None with `--model.made_elsewhere`.
+        pruned: model of the main row.
+        modules: modules of neurons, if there are any.
+        quality: entries of the summary from `pipeline.quality`.
     """
     before, after, units = run.model.num_parameters(), pruned.num_parameters(), run.budget.costs.in_parameters
     means = {
@@ -288,35 +308,35 @@ def summarise(
     if "quality" in quality:
         log.info("%s:\n\n%s\n", (table := quality_table({run.folder.path.name: summary})).title, table.shown())
     if stopped := run.folder.manifest.get("stopped"):
-        summary["stopped"] = stopped  # stages that a callback has ended early
+        summary["stopped"] = stopped  # stages that a callback stopped early
     run.folder.update_manifest(summary=summary, **({} if masks is None else {"widths": widths(pruned)}))
-    made_up = f"`gprune report {run.folder.path}` writes"
-    with dispensable("a model card", f"{made_up} it"):
+    remedy = f"`gprune report {run.folder.path}` writes"
+    with optional_output("the model card", f"{remedy} it"):
         write_card(run.folder, run.cfg, records)
-    with dispensable("figures", f"{made_up} them"):
+    with optional_output("figures", f"{remedy} them"):
         write_figures(run.folder / "figures", records, modules, masks, summary)
     numbers = run_numbers(records, summary, run.folder.manifest["steps"], run.cfg.own_row)
-    with dispensable("its results in the tracker", "metrics.json has them"):
+    with optional_output("results to the trackers", "metrics.json has them"):
         tracking.log_numbers(run.loggers, numbers)
         figures = sorted((run.folder / "figures").glob("*.png"))
         tracking.log_pictures(run.loggers, figures, "\n\n".join(results_in_words(run, records, summary)))
-    # Last: a run whose metrics.json has a summary, and all rows, is finished, and is not logged again.
+    # Written last, because a run with a summary and all rows in metrics.json is finished and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
     kept = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}
-    with dispensable("artifacts", "its folder has what they hold"):
+    with optional_output("artifacts", "the run folder has their content"):
         tracking.log_artifacts(run.loggers, run.folder.path, run.cfg, kept)
     return summary
 
 
 def results_in_words(run: Run, records: Sequence[dict[str, Any]], summary: Mapping[str, Any]) -> list[str]:
-    """Paragraphs in Markdown: the table of results, and what the summary says of a quality."""
+    """Return paragraphs in Markdown: the result table, and the summary of a quality target."""
     quality = quality_table({run.folder.path.name: summary})
     said = [summary[name]["said"] for name in ("quality", "tolerated") if name in summary]
     return [result_table(records).to_markdown(), *said, *([quality.to_markdown()] if quality.rows else [])]
 
 
 def write_pages(run: Run) -> None:
-    """`report.html` of the run folder, from what lies there now."""
+    """Write `report.html` from the files in the run folder."""
     for logger in run.loggers:
-        logger.save()  # curves that are still in memory
+        logger.save()  # writes curves that are still in memory
     html.write(page.make([run.folder.path]), run.folder / "report.html")

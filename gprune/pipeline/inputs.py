@@ -1,4 +1,4 @@
-"""What a run reads: the frozen model and its tokenizer, and text by role."""
+"""Inputs of a run: the frozen model, its tokenizer, and text by role."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ log = logging.getLogger("gprune")
 
 
 def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
-    """Raise UserError where a gradient is asked of a model whose weights are fetched for each pass."""
+    """Raise UserError if gradients are needed but weights of the model are offloaded."""
     if cfg.backward and not cfg.model.shard and is_offloaded(model):
         raise UserError(
-            f"{cfg.backward}: weights that do not fit --model.max_memory are fetched for each forward pass, without "
-            f"gradients; give the model more memory, or use --sparsity.allocation uniform and --importance wanda_sp."
+            f"{cfg.backward} needs gradients, which offloaded weights do not have. Raise --model.max_memory, or use "
+            "--sparsity.allocation uniform and --importance wanda_sp."
         )
 
 
-def load(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen model, on the trainer's device unless `device_map` places it, and its tokenizer."""
+def load_dense(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the frozen model, on the Trainer's device unless there is a `device_map`, and its tokenizer."""
     m = cfg.model
     log.info("Loading %s", m.name)
     settings = m.model_dump(include={"device_map", "max_memory", "trust_remote_code"})
     model, tokenizer = load_model(m.name, dtype=getattr(torch, m.dtype), **settings)
     check_backward(cfg, model)
     if cfg.export.format == "gguf":
-        tokenizer_keys(tokenizer, model.get_input_embeddings().num_embeddings)  # refuses what GGUF has no words for
-    # To be sharded it stays on the CPU: each process takes its part from there.
+        tokenizer_keys(tokenizer, model.get_input_embeddings().num_embeddings)  # raises if GGUF cannot express it
+    # A model that will be sharded stays on the CPU, from where each process copies its part.
     return model if m.device_map or m.shard else model.to(device), tokenizer
 
 
@@ -49,21 +49,21 @@ class Text:
     """Windows by role."""
 
     train: Mapping[str, Windows]  # score, drift and recover, by corpus
-    # One per learning corpus: `learn_samples` windows, a prefix, or an extension, of those of `train`.
+    # One per learning corpus: `learn_samples` windows, a prefix or an extension of those in `train`.
     learn: list[Windows]
-    # One per recovery corpus, for recoveries that learn: windows for `--distill.tokens`, likewise.
+    # One per recovery corpus, for recoveries that train: windows for `--distill.tokens`.
     fresh: list[Windows]
     development: list[Windows]  # one per corpus of `RunConfig.developed`
     test: list[Windows]  # one per evaluated corpus, of `evaluation.split`
 
     @property
     def used(self) -> list[Windows]:
-        """What no evaluated text may share; curves on development text do not use it, they show it."""
+        """Text that counts as used in the leak check. Evaluation on development text does not count as use."""
         shown = {w.split for w in self.test}
         return [*self.train.values(), *self.learn, *self.fresh, *(w for w in self.development if w.split not in shown)]
 
     def hashes(self) -> dict[str, str]:
-        """Content hash by corpus, split and role: what two sittings at one run must share."""
+        """Content hash by corpus, split and role. The sessions of a run must have the same hashes."""
         roles = {"": self.train.values(), " learned": self.learn, " recovered": self.fresh}
         roles |= {" curve": self.development, " evaluated": self.test}
         return {f"{w.corpus} {w.split}{role}": w.content_hash for role, windows in roles.items() for w in windows}
@@ -72,19 +72,21 @@ class Text:
 def prepare_text(
     cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int, *, without: Collection[str] = ()
 ) -> Text:
-    """Read, tokenise and cut every corpus for its roles.
+    """Read and tokenise every corpus, and cut the windows of its roles.
 
     Args:
-        embeddings: of the model.
+        cfg: the configuration.
+        tokenizer: the model's tokenizer.
+        embeddings: number of embeddings of the model.
         without: corpora that are left out.
 
     Raises:
-        UserError: for text that is not there or too short, and for a tokenizer of another model.
+        UserError: if text is missing or too short, or the tokenizer belongs to another model.
     """
     c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed
     length, how = "--corpora.seq_len", {"bos": opening(tokenizer, c.bos)}
     learned = "--corpora.learn_samples" if c.learn_samples else "--corpora.num_samples"
-    # Text that is measured on stays the same for every --run.seed: seeds compare methods, not test sets.
+    # Text for evaluation does not depend on --run.seed, so that seeds do not change the test set.
     samples = {
         "train": Sample(c.num_samples, c.seq_len, seed, **how, flags=("--corpora.num_samples", length)),
         "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, **how, flags=(learned, length)),
@@ -96,7 +98,7 @@ def prepare_text(
     }
     calibrated = dict.fromkeys([*cfg.calibration, *cfg.roles["recover"]])
     recovered = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
-    # A corpus may have several roles, lie behind a network, and return other text when it is asked again.
+    # Cached, because a corpus may have several roles, be downloaded, and return other text in a second call.
     read = functools.cache(read_corpus)
 
     def windows(names: Iterable[str], split: str, role: str) -> Iterator[Windows]:

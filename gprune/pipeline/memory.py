@@ -1,6 +1,7 @@
-"""Peak memory of a run by step, from formulas that `tests/pipeline/test_memory.py` holds against tensors of real runs.
+"""Peak memory of a run by step, from formulas that `tests/pipeline/test_memory.py` compares with real runs.
 
-Counted are weights, gradients, moments of AdamW, statistics, activations of one batch, and logits of a chunk of tokens.
+The formulas count weights, gradients, moments of AdamW, statistics, activations of a batch, and logits of a chunk of
+tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gprune.pipeline.plan import Plan
 from gprune.recoveries import recovery_of
 
 GIB = 2**30
-LOWER = {  # flags that lower the peak of a step most
+LOWER = {  # step -> flags that lower its peak most
     "calibrate": "--corpora.batch_size 1, --model.dtype bfloat16 or --model.device_map auto",
     "learn": "--corpora.batch_size 1 or --sparsity.allocation uniform",
     "recover": "--distill.targets lora or --recovery least_squares",
@@ -29,10 +30,10 @@ LOWER = {  # flags that lower the peak of a step most
 
 
 def memory_line(plan: Plan) -> str:
-    """The peaks, whether they fit the machine that is planned for, and which flags lower the highest."""
+    """Describe the peaks, whether they fit into memory, and the flags that lower the highest peak."""
     cfg, memory = plan.cfg, plan.cfg.plan.memory
     if cfg.model.device_map is not None or cfg.model.shard:
-        return "not counted with --model.device_map and --model.shard; docs/large_models.md says what lies where"
+        return "not counted with --model.device_map and --model.shard; see docs/large_models.md"
     if memory is None and plan.at_hand:
         cuda, pages = plan.device.type == "cuda", ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
         memory = torch.cuda.mem_get_info(plan.device)[1] if cuda else math.prod(map(os.sysconf, pages))
@@ -40,7 +41,7 @@ def memory_line(plan: Plan) -> str:
     peaks, where = peaks_of(plan), "this machine" if plan.device.type == "cpu" else "each GPU"
     said = f"about {', '.join(f'{peak / GIB:,.1f} ({step})' for step, peak in peaks.items())} GiB of {where}"
     if memory is None:
-        return f"{said}; whether that fits: unknown without --plan.memory, as no GPU is here"
+        return f"{said}; whether that fits: unknown without --plan.memory, as this machine has no GPU"
     if max(peaks.values()) <= memory:
         return f"{said}: fits {memory / GIB:,.1f} GiB"
     ways = LOWER[max(peaks, key=peaks.get)]
@@ -48,9 +49,10 @@ def memory_line(plan: Plan) -> str:
 
 
 def peaks_of(plan: Plan) -> dict[str, float]:
-    """Bytes by step: of each device, or of all processes where they share the memory of a CPU.
+    """Estimate the peak memory in bytes by step: of each device, or of all processes that share main memory.
 
-    H is the hidden size, N the neurons that a token passes in the widest layer, C its attention channels, V the words.
+    H is the hidden size, N the number of active neurons in the widest layer, C its attention channels, V the vocabulary
+    size.
     """
     cfg, costs, blocks = plan.cfg, plan.budget.costs, blocks_of(plan.skeleton)
     config = plan.skeleton.config.get_text_config(decoder=True)
@@ -63,25 +65,25 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     batch, step = (math.ceil(n / cfg.processes) * cfg.corpora.seq_len for n in (cfg.corpora.batch_size, d.batch_size))
     corpora, gram = max(1, len(cfg.calibration)), gram_bytes(blocks) if "gram" in cfg.collects else 0
     walked = walks(plan.skeleton, corpora=corpora, gram=gram > 0)
-    held = 0 if walked or not cpu else gram * corpora  # a GPU keeps none, and where a pass walks they go to files
+    held = 0 if walked or not cpu else gram * corpora  # on a GPU, or block by block, Gram matrices are not kept
 
     def head(width: int, *, teacher: bool) -> int:
-        """Logits of a chunk, and float32 terms of as many rows as are computed at once."""
+        """Bytes of logits of a chunk, and of float32 terms for the rows that are computed at once."""
         return V * (CHUNK * width * (1 + teacher) + (ROWS if cpu else CHUNK) * (8 + 12 * teacher))
 
     dense = w * (left + plan.removed) + held
-    forecasts = w * H * evaluated * (cpu and keeps(cfg, evaluated, H))  # on a GPU they are in the host's memory
-    # Beside a row's model: the dense one, and the final one.
+    forecasts = w * H * evaluated * (cpu and keeps(cfg, evaluated, H))  # in main memory also with a GPU
+    # Memory besides a row's model: the dense model, and the model of the main row.
     others = dense + w * left * (len(cfg.stages) > 1) + forecasts
     autocast = cfg.trainer.precision == "bf16-mixed"
-    copies = 2 * cast_numbers(plan.skeleton) * (autocast and w == 4)  # of frozen weights, in bfloat16
-    a = 2 if autocast else w  # of activations
+    copies = 2 * cast_numbers(plan.skeleton) * (autocast and w == 4)  # bfloat16 copies of frozen weights
+    a = 2 if autocast else w  # bytes of an activation
     learn = dense + copies + L * batch * (8 * H + 4 * a * (N + C)) + head(a, teacher=cfg.sparsity.loss == "kl")
     sums = gram / L + cpu * w * H * cfg.corpora.num_samples * cfg.corpora.seq_len if walked else gram * (not cpu)
     calibrate = dense + sums + batch * ((26 if gram else 2 * w + 8) * N + 4 * H)
     if "saliency" in cfg.collects:
         calibrate = learn + 8 * costs.in_parameters.total
-    if cfg.measures_errors:  # beside a backward pass, what enters the FFN's output projections
+    if cfg.measures_errors:  # a backward pass, and the inputs of the FFN's output projections
         kept_tokens = 2 * L * N * max(error_tokens(cfg, name) for name in measured_for(cfg))
         calibrate = max(calibrate, learn + kept_tokens, dense + kept_tokens + 40 * N**2)
     peaks = {"calibrate": calibrate} | ({"learn": learn} if cfg.learns else {})
@@ -90,10 +92,10 @@ def peaks_of(plan: Plan) -> dict[str, float]:
         layer = step * (24 * H + 16 * (kept * N + C))
         activations = layer + L * step * 4 * H if d.checkpointing else L * layer
         learned = learned_numbers(plan, kept)
-        # On a GPU AdamW steps all parameters at once, by a copy of them.
+        # On a GPU AdamW updates all parameters at once, and needs a copy of them.
         most = max(activations + head(4, teacher=True), 0 if cpu else 4 * learned)
-        best = 4 * learned * cpu  # a copy of the best weights so far, in the host's memory
-        cast = copies + autocast * 2 * (H * V + learned)  # of the student: the head, and what learns for one step
+        best = 4 * learned * cpu  # a copy of the best weights so far, in main memory
+        cast = copies + autocast * 2 * (H * V + learned)  # cast copies of the student's head and trained weights
         peaks["recover"] = others + held / corpora + 4 * left + 12 * learned + best + most + cast
     elif method.needs:
         n, k = max(costs.neurons), kept * max(costs.neurons)
@@ -105,7 +107,7 @@ def peaks_of(plan: Plan) -> dict[str, float]:
 
 
 def learned_numbers(plan: Plan, kept: float) -> float:
-    """How many numbers distillation trains, where this share of the units is kept."""
+    """Number of parameters that distillation trains if a share `kept` of the units is kept."""
     d, blocks = plan.cfg.distill, blocks_of(plan.skeleton)
     parts = [part for block in blocks for part in block.parts.values()]
     return {

@@ -1,4 +1,4 @@
-"""How long a run takes: seconds per token of passes and of learning steps, measured on a few blocks of the model."""
+"""Expected time of a run: seconds per token of forward passes and training steps, measured on a few blocks."""
 
 from __future__ import annotations
 
@@ -34,34 +34,34 @@ from gprune.sparsity.gates import gated
 from gprune.stages.student import Student
 
 log = logging.getLogger("gprune")
-MEASURED = 2  # blocks that are built, at random
-MOST = 3 * 10**8  # numbers in them, the embeddings and the head: with more, a dry run would take minutes itself
+TIMED_BLOCKS = 2  # number of blocks, with random weights, that are timed
+MOST = 3 * 10**8  # limit of the parameters in blocks, embeddings and head, so that a dry run takes less than a minute
 
 
 class Pace(NamedTuple):
     """Seconds per token of one model."""
 
-    forward: float  # through the blocks, in --model.dtype
-    evaluated: float  # the same, and the head with its softmax and KL
-    developed: float  # as evaluated, in the precision of learning
-    taught: float  # through the blocks in the precision of learning, without gradients
-    learned: float  # forward and backward, with the step of the optimizer
+    forward: float  # blocks, in --model.dtype
+    evaluated: float  # blocks, head, softmax and KL, in --model.dtype
+    developed: float  # the same in the precision of training
+    taught: float  # blocks in the precision of training, without gradients
+    learned: float  # forward, backward and optimizer step
 
 
 def run_seconds(plan: Plan) -> float | None:
-    """Seconds that the passes, the learning and the Gram matrices of a run take on this machine; None if not measured.
+    """Estimate the seconds of passes, training and Gram matrices of a run on this machine; None if not measured.
 
-    Not counted: reading, writing, and solving least squares.
+    Reading, writing, and solving least squares are not included.
     """
     cfg, config = plan.cfg, plan.skeleton.config.get_text_config(decoder=True)
-    numbers = sum(block.cost for block in blocks_of(plan.skeleton)) / config.num_hidden_layers * MEASURED
+    numbers = sum(block.cost for block in blocks_of(plan.skeleton)) / config.num_hidden_layers * TIMED_BLOCKS
     too_many = numbers + 2 * config.vocab_size * config.hidden_size > MOST
     if too_many or not plan.at_hand or cfg.model.device_map is not None or ALLOCATION[cfg.base_allocation].whole_blocks:
         return None
     try:
         dense, pruned = _paces(plan)
         gram = _gram_seconds(plan) if "gram" in cfg.collects else 0.0
-    except Exception as error:  # a model's own code raises what it likes; a plan does without its pace
+    except Exception as error:  # code of a model may raise any class; the plan is complete without a time
         log.debug("The time of two blocks cannot be measured: %s", first_line(error))
         return None
     (calibrated, salient), (tried, erred), (curve, learned) = (plan.tokens[step] for step in (1, 2, 7))
@@ -69,7 +69,7 @@ def run_seconds(plan: Plan) -> float | None:
     seconds += calibration_tokens(cfg) * gram
     teacher = learned if cfg.sparsity.loss == "kl" else 0
     seconds += (curve - teacher) * dense.developed + teacher * dense.taught + learned * dense.learned
-    forward, trained = plan.tokens.get(8, (0, 0))  # models that are tried for a quality
+    forward, trained = plan.tokens.get(8, (0, 0))  # trials for a quality target
     seconds += forward * pruned.evaluated + trained * pruned.learned
     forward, trained = (sum(plan.tokens[step][kind] for step in (9, 10)) for kind in (0, 1))
     rows = evaluated_tokens(cfg) * len(cfg.stages)
@@ -82,7 +82,7 @@ def run_seconds(plan: Plan) -> float | None:
 
 
 def _paces(plan: Plan) -> tuple[Pace, Pace]:
-    """Of the dense model with frozen weights that learns gates, and of a pruned one whose weights learn."""
+    """Return the paces of the dense model, which learns gates, and of a pruned model, which is distilled."""
     cfg = plan.cfg
     kept = 1 - plan.removed / plan.budget.costs.in_parameters.total
     batches = cfg.corpora.batch_size, cfg.distill.batch_size, cfg.corpora.seq_len, cfg.evaluation.seq_len
@@ -91,22 +91,23 @@ def _paces(plan: Plan) -> tuple[Pace, Pace]:
         cfg.model.name, cfg.model.dtype, cfg.trainer.precision, *batches, round(kept, 2), cfg.sparsity.scope, d.targets,
         d.rank, d.checkpointing,
     )  # fmt: skip
-    if setting not in _MEASURED:
-        _MEASURED[setting] = _measured(plan)
-    return _MEASURED[setting]
+    if setting not in _PACES:
+        _PACES[setting] = _time_blocks(plan)
+    return _PACES[setting]
 
 
-_MEASURED: dict[tuple, tuple[Pace, Pace]] = {}  # rows of a list share a measurement
+_PACES: dict[tuple, tuple[Pace, Pace]] = {}  # cache, because rows of a study list share settings
 
 
-def _measured(plan: Plan) -> tuple[Pace, Pace]:
+def _time_blocks(plan: Plan) -> tuple[Pace, Pace]:
+    """Time a dense and a pruned model of `TIMED_BLOCKS` blocks with random weights."""
     cfg, budget = plan.cfg, plan.budget
     dtype, vocabulary = getattr(torch, cfg.model.dtype), plan.skeleton.config.get_text_config(decoder=True).vocab_size
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         dense = type(plan.skeleton)(_fewer_blocks(plan.skeleton.config)).to(plan.device, dtype)
         dense = dense.eval().requires_grad_(False)
         masks = uniform_masks(budget)
-        count = sum(len(own) for own in budget.costs.by_layer[:MEASURED])  # blocks
+        count = sum(len(own) for own in budget.costs.by_layer[:TIMED_BLOCKS])  # blocks
         few = Masks(masks.ffn[:count], masks.attention[:count])
         small = prune(dense, few)
 
@@ -118,7 +119,7 @@ def _measured(plan: Plan) -> tuple[Pace, Pace]:
     forecasts: list[Forecast] = []
     perplexity(dense, Windows("random", "test", text.cpu()), forecasts=forecasts)
     steps = {"dense": _gated_step(dense, batch), "pruned": _student_step(small, step, cfg.distill)}
-    paces, scale = [], len(budget.costs.by_layer) / MEASURED
+    paces, scale = [], len(budget.costs.by_layer) / TIMED_BLOCKS
     for name, model, beside, trained in (("dense", dense, [], batch), ("pruned", small, forecasts, step)):
 
         def evaluate(model: PreTrainedModel = model, beside: list[Forecast] = beside) -> None:
@@ -129,7 +130,7 @@ def _measured(plan: Plan) -> tuple[Pace, Pace]:
                 final_hidden(model, text)
 
         def per_token(whole: Callable[[], object], body: Callable[[], object], tokens: int) -> tuple[float, float]:
-            """Seconds per token of all blocks and what is beside them, and of all blocks."""
+            """Return seconds per token of the whole model, and of all its blocks."""
             most, least = _seconds(whole, plan.device), _seconds(body, plan.device)
             return (max(0.0, most - least) + scale * least) / tokens, scale * least / tokens
 
@@ -142,18 +143,18 @@ def _measured(plan: Plan) -> tuple[Pace, Pace]:
 
 
 def _fewer_blocks(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of a model of `MEASURED` blocks."""
+    """Return the configuration of a model with `TIMED_BLOCKS` blocks."""
     few, blocks = copy.deepcopy(config), config.num_hidden_layers
-    few.num_hidden_layers = min(MEASURED, blocks)
+    few.num_hidden_layers = min(TIMED_BLOCKS, blocks)
     for name, value in list(vars(few).items()):
-        if isinstance(value, list) and len(value) == blocks:  # such as layer_types
-            setattr(few, name, value[:MEASURED])
+        if isinstance(value, list) and len(value) == blocks:  # per-layer settings, such as layer_types
+            setattr(few, name, value[:TIMED_BLOCKS])
     return few
 
 
 @contextmanager
 def _learning(plan: Plan, model: PreTrainedModel) -> Iterator[None]:
-    """The precision in which stages learn, with copies of frozen weights."""
+    """Context with the precision of training, including cast copies of frozen weights."""
     if plan.cfg.trainer.precision != "bf16-mixed":
         yield
         return
@@ -162,7 +163,7 @@ def _learning(plan: Plan, model: PreTrainedModel) -> Iterator[None]:
 
 
 def _gated_step(model: PreTrainedModel, ids: Tensor) -> Callable[[bool], None]:
-    """A step that learns gates of a frozen model; without the head, the loss is of its hidden states."""
+    """Return a training step for gates of a frozen model; without `head` the loss is the mean of hidden states."""
     blocks = blocks_of(model)
     gates = [torch.ones(b.neurons * b.experts, device=ids.device, requires_grad=True) for b in blocks]
 
@@ -174,7 +175,7 @@ def _gated_step(model: PreTrainedModel, ids: Tensor) -> Callable[[bool], None]:
 
 
 def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) -> Callable[[bool], None]:
-    """A step that distils a copy of a model from its own hidden states, with AdamW."""
+    """Return a distillation step with AdamW, for a copy of a model with its own hidden states as teacher."""
     with torch.enable_grad():
         student = Student(copy.deepcopy(model), **accepted(Student, dict(settings)))
     learned = list(student.learned.values())
@@ -183,7 +184,7 @@ def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) 
     optimizer = torch.optim.AdamW(learned, lr=1e-12, fused=ids.device.type in ("cpu", "cuda"))
 
     def step(head: bool) -> None:
-        """One step, from the KL behind the head, or from the hidden states alone."""
+        """One step with KL as loss, or without `head` with the mean of hidden states."""
         with torch.enable_grad():
             if head:
                 losses = next_token_losses(student.model, ids, teacher=teacher)
@@ -197,7 +198,7 @@ def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) 
 
 
 def _gram_seconds(plan: Plan) -> float:
-    """Seconds per token of all Gram matrices, float32: two thirds of a product of the inputs with themselves."""
+    """Seconds per token of all float32 Gram matrices; each needs two thirds of a full matrix product."""
     widest = max(block.neurons for block in blocks_of(plan.skeleton))
     inputs = torch.ones(512, widest, device=plan.device)
     squares = sum(b.neurons**2 * b.experts + b.channels**2 for b in blocks_of(plan.skeleton))
@@ -205,7 +206,7 @@ def _gram_seconds(plan: Plan) -> float:
 
 
 def _seconds(call: Callable[[], object], device: torch.device, *, at_least: float = 0.15) -> float:
-    """The median time of a call, repeated for so many seconds, at least three times."""
+    """Median time of a call, which is repeated at least three times and for `at_least` seconds."""
 
     def now() -> float:
         if device.type == "cuda":

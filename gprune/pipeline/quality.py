@@ -1,16 +1,16 @@
-"""A target in quality: the largest cut whose model, recovered as asked, keeps development perplexity near dense.
+"""Quality targets: find the largest sparsity whose recovered model keeps development perplexity near dense.
 
-The share is found by measuring models on development text. Masks of any share follow from one calibration: from scores,
-or from thresholds that were learned at a first share. There are up to four searches, each by `largest_within`:
+Models of several sparsities are measured on development text. Masks of any sparsity follow from one calibration: from
+scores, or from thresholds learned at a first sparsity. There are up to four searches, each by `largest_within`:
 
-1. For the share at which thresholds are learned: of the control `averaged`, else of `base`, recovered by the links of
-   `--recovery` that train nothing.
-2. For each control, recovered in the same way, to report how many parameters it needs for the same quality.
-3. For the run's own masks, recovered in the same way. If `--recovery` trains nothing, this is the result.
-4. From there on for the run's own masks with `--recovery` as it was asked for, in few steps.
+1. For the sparsity at which thresholds are learned: with masks of the control `averaged`, otherwise of `base`, and the
+   parts of `--recovery` that do not train.
+2. For each control with the same recovery, to report how many parameters it needs for the same quality.
+3. For the run's main row with the same recovery. If `--recovery` does not train, this is the result.
+4. Starting from that result, for the main row with the complete `--recovery`, in few steps.
 
-Every model is measured once. Measurements are stored in `quality.json` of the run folder and read from there when a run
-resumes, so that a resumed search takes the same steps to the same bits.
+Every model is measured once. Measurements are stored in `quality.json` of the run folder, so that a resumed search
+takes the same steps and gives the same bits.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from gprune.evaluation.perplexity import PerplexityResult
 from gprune.evaluation.tolerance import largest_share
 from gprune.models.masks import Masks
 from gprune.pipeline.cost import LEARNED_TRIES, TRIES
-from gprune.pipeline.evaluate import dense_perplexity, measured, spread
+from gprune.pipeline.evaluate import dense_perplexity, measure_perplexity, spread
 from gprune.pipeline.recover import Stage, learned_file, shrink
 from gprune.pipeline.run import Run
 from gprune.pipeline.sparsity import MasksOf
 from gprune.recoveries import recovery_of
 from gprune.runs import schema
-from gprune.runs.folder import of_first
+from gprune.runs.folder import broadcast
 from gprune.runs.numbers import Record, estimates, row_name
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.search import Found, largest_within
@@ -42,40 +42,42 @@ from gprune.storage.files import content_hash, read_json, write_json
 log = logging.getLogger("gprune")
 FILE = "quality.json"
 TOLERATED = 3, 10  # percent of perplexity above dense
-FIRST = 0.1  # share of the scope that is tried first
-EXPONENT = 1.5  # of the rise of log perplexity with the share, until two models say more
-# What of the rise that is asked for may stay unused: a share of it, and of the dense perplexity. The curve of SmolLM2
-# goes up and down by 0.001 from one neuron to the next.
+FIRST = 0.1  # sparsity of the first trial
+EXPONENT = 1.5  # assumed exponent of log perplexity in the sparsity, until two models are measured
+# Tolerance of the search: a share of the requested rise, and of the dense perplexity. The curve of SmolLM2 fluctuates
+# by 0.001 from one neuron to the next.
 UNUSED = 0.05, 0.002
-UNUSED_LEARNED = 0.1, 0.005  # where each model has to be trained
+UNUSED_LEARNED = 0.1, 0.005  # if each model has to be trained
 
 
 class Trials:
-    """Models of a run that are tried, with their perplexity on development text.
+    """Trials of the search: models of a run with their perplexity on development text.
 
     Args:
-        run: its budget is the largest that its units allow.
-        statistics: by corpus.
+        run: the run, with the largest budget that its units allow.
+        statistics: statistics by corpus.
     """
 
     def __init__(self, run: Run, statistics: Mapping[str, CorpusStatistics]):
         self.run, self.statistics, self.asked = run, statistics, run.cfg.sparsity.quality
         self.file = run.folder / FILE
-        known = read_json(self.file, run=run.folder.key, check=schema.Trials.problem) or {}
-        self.measured: dict[str, list[dict[str, Any]]] = of_first(known.get("measured", {}))
-        self.trained: dict[str, Masks] = {}  # models that learn, by key, in the order in which they are tried
+        known = read_json(self.file, run=run.folder.key, check=schema.QualityTrials.problem) or {}
+        self.measured: dict[str, list[dict[str, Any]]] = broadcast(known.get("measured", {}))
+        self.trained: dict[str, Masks] = {}  # key -> masks of trials that are trained, in order
         with run.folder.step("quality"):
             model = spread(run, run.model)
-            self.dense = [dense_perplexity(run, model, w, "dense", measure=measured) for w in run.text.development]
+            self.dense = [
+                dense_perplexity(run, model, w, "dense", measure=measure_perplexity) for w in run.text.development
+            ]
         self.step = run.budget.step
         self.most = math.ceil(run.budget.target / self.step)
 
     def budget(self, cut: int) -> Budget:
-        """The budget of so many of the smallest steps, at most the largest budget."""
+        """Return the budget of `cut` smallest steps, at most the largest budget."""
         return self.run.budget.removing(min(cut * self.step, self.run.budget.target))
 
     def results(self, masks: Masks, row: Stage, budget: Budget) -> list[PerplexityResult]:
-        """What a model, recovered, makes of each development text; measured unless it was before."""
+        """Return the perplexity of a recovered model on each development text, measured or from an earlier trial."""
         run, key = self.run, f"{row[1]} {content_hash(masks.tensors())}"
         learns = recovery_of(row[1]).learns
         if learns:
@@ -86,7 +88,7 @@ class Trials:
                 trial = list(self.trained).index(key) if learns else None
                 model = spread(run, shrink(run, masks, self.statistics, row=row, trial=trial))
                 run.meter.watch(model)
-                results = [measured(run, model, w, name) for w in run.text.development]
+                results = [measure_perplexity(run, model, w, name) for w in run.text.development]
             self.measured[key] = [{n: v for n, v in vars(r).items() if v is not None} for r in results]
             self.write(measured=self.measured)
             rise = math.expm1(self.rise(results))
@@ -95,17 +97,17 @@ class Trials:
         return [PerplexityResult(**of_text) for of_text in self.measured[key]]
 
     def write(self, **entries: Any) -> None:
-        """Add entries to the file, unless the run is finished, which is only read."""
+        """Add entries to `quality.json`, unless the run is finished."""
         if not self.run.folder.finished:
-            known = read_json(self.file, run=self.run.folder.key, check=schema.Trials.problem) or {}
+            known = read_json(self.file, run=self.run.folder.key, check=schema.QualityTrials.problem) or {}
             write_json(self.file, known | entries, run=self.run.folder.key)
 
     def rise(self, results: Sequence[PerplexityResult]) -> float:
-        """log of the geometric mean over corpora of perplexity over that of the dense model."""
+        """Return the log of the ratio to dense: the mean over corpora of the difference in nats per token."""
         return sum(r.nll - d.nll for r, d in zip(results, self.dense, strict=True)) / len(self.dense)
 
     def interval(self, results: Sequence[PerplexityResult]) -> tuple[float, float, float]:
-        """exp of `rise` with its 95 % interval, paired over windows."""
+        """Return exp of `rise` with its paired 95 % interval over windows."""
         text = self.run.text.development
         own, dense = ({w.corpus: r.window_nll for w, r in zip(text, of, strict=True)} for of in (results, self.dense))
         return paired_ratio(own, dense, text[0].tokens.shape[1] - 1)
@@ -113,11 +115,13 @@ class Trials:
     def search(
         self, row: Stage, masks_of: MasksOf, *, after: Found | None = None, expected: float | None = None
     ) -> Found:
-        """The largest cut of a row that keeps the quality.
+        """Search the largest cut of a row that keeps the quality.
 
         Args:
-            after: an earlier search of similar models, at whose cut this one begins.
-            expected: the rise that there is reason to expect there.
+            row: (stage, recovery).
+            masks_of: masks of the stage as a function of the budget.
+            after: an earlier search with similar models; this search starts at its result.
+            expected: the rise that is expected there.
         """
         learns = recovery_of(row[1]).learns
         share, of_dense = UNUSED_LEARNED if learns else UNUSED
@@ -135,7 +139,7 @@ class Trials:
         )  # fmt: skip
 
     def controls(self, masks_of: Mapping[str, MasksOf]) -> dict[str, Found]:
-        """Searches for the controls, `averaged` first. Thresholds are learned at the share of the first one."""
+        """Search for all controls, `averaged` first. Thresholds are learned at the sparsity of the first one."""
         cfg = self.run.cfg
         rows = {stage for stage, _ in cfg.stages} - {cfg.final}
         names = [name for name in ("averaged", "base") if name in masks_of and (name in rows or cfg.learns)]
@@ -148,7 +152,10 @@ class Trials:
 
 
 def at_first_share(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
-    """The run at the budget of which thresholds are learned: its own, or for a quality that of the first control."""
+    """Return the run with the budget at which thresholds are learned.
+
+    For a quality target it is the budget found for the first control, otherwise the budget of the run.
+    """
     cfg = run.cfg
     if not (cfg.sparsity.quality and cfg.learns):
         return run
@@ -160,10 +167,10 @@ def at_first_share(run: Run, statistics: Mapping[str, CorpusStatistics], masks_o
 
 
 def at_share_found(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
-    """The run at the largest budget that keeps the quality; the same run where the target is no quality.
+    """Return the run with the largest budget that keeps the quality; the same run if the target is not a quality.
 
     Raises:
-        UserError: if not even the smallest cut keeps it.
+        UserError: if even the smallest cut does not keep the quality.
     """
     cfg, s = run.cfg, run.cfg.sparsity
     if not s.quality:
@@ -179,24 +186,24 @@ def at_share_found(run: Run, statistics: Mapping[str, CorpusStatistics], masks_o
     if found.best is None:
         least = trials.budget(1)
         worse = trials.interval(trials.results(final(least), cfg.own_row, least))[0]
+        removed = f"{least.costs.removed(final(least)):,} {s.currency.replace('_', ' ')}"
         raise UserError(
-            f"--sparsity.target {s.target}: even the smallest cut, {least.costs.removed(final(least)):,} "
-            f"{s.currency.replace('_', ' ')}, changes perplexity on development text by {_percent(worse)} of dense; "
-            f"expected a target above that."
+            f"--sparsity.target must be above {_percent(worse)}, the change of development perplexity by the smallest "
+            f"cut ({removed}); got {s.target}."
         )
     rows = {(name, unlearned[1]): one for name, one in controls.items()} | {unlearned: searched, cfg.own_row: found}
     listed = [stage for stage, _ in cfg.stages]
     same = [_needed(trials, row, one, masks_of[row[0]]) for row, one in rows.items() if row[0] in listed]
     reached = {"asked": s.quality, "largest": found.best.cut == trials.most, "rows": same}
     if reached["largest"]:
-        log.warning("The largest cut that is allowed keeps %s of dense development perplexity: it is taken.", s.target)
+        log.warning("Even the largest possible cut keeps the target %s of development perplexity.", s.target)
     trials.write(reached=reached)
     _forget(trials, found, final)
     return run.within(trials.budget(found.best.cut))
 
 
 def _needed(trials: Trials, row: Stage, found: Found, masks_of: MasksOf) -> dict[str, Any]:
-    """How many parameters a row keeps at the quality that was asked for; without numbers where no cut keeps it."""
+    """Return how many parameters a row keeps at the requested quality (`schema.SameQuality`)."""
     run, name = trials.run, row_name(*row)
     if found.best is None:
         return {"row": name, "models": len(found.points)}
@@ -218,7 +225,7 @@ def _needed(trials: Trials, row: Stage, found: Found, masks_of: MasksOf) -> dict
 
 
 def _forget(trials: Trials, found: Found, masks_of: MasksOf) -> None:
-    """Remove what models have learned that were tried and are not the run's own."""
+    """Remove the learned tensors of trials that are not the result."""
     run, name = trials.run, trials.run.cfg.recovery
     own = learned_file(masks_of(trials.budget(found.best.cut)), name)
     for path in {learned_file(masks, name) for masks in trials.trained.values()} - {own}:
@@ -227,16 +234,18 @@ def _forget(trials: Trials, found: Found, masks_of: MasksOf) -> None:
 
 
 def quality_entries(run: Run, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """What the summary says of quality, each with a line in words as `said`: `quality`, what was reached of a target in
-    quality; `tolerated`, how much can go at little loss. Those that the run has."""
+    """Return entries of the summary on quality, each with a line of text as `said`.
+
+    `quality` is the result for a quality target; `tolerated` is the sparsity at which masks alone cost little.
+    """
     entries = {"quality": quality_reached(run, records), "tolerated": tolerated_shares(run)}
     return {name: entry for name, entry in entries.items() if entry}
 
 
 def tolerated_shares(run: Run) -> dict[str, Any] | None:
-    """How much can go before masks alone cost 3 % and 10 % of development perplexity, in words too.
+    """Return the largest sparsities at which masks alone raise development perplexity by at most 3 % and 10 %.
 
-    By interpolation of the curve that learning has measured; None without one.
+    They are interpolated on the curve that was measured after learning; None without a curve.
     """
     curve = run.folder.manifest.get("learning", {}).get("development_perplexity_by_sparsity") or {}
     means = {float(share): geometric_mean(of.values()) for share, of in curve.items() if of}
@@ -252,13 +261,13 @@ def tolerated_shares(run: Run) -> dict[str, Any] | None:
 
 
 def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any] | None:
-    """Perplexity over dense: asked, predicted and got, on development and on unseen text; in words too.
+    """Return the ratio to dense perplexity: requested, predicted and measured, on development and on unseen text.
 
-    None for a run whose target is no quality.
+    None if the target is not a quality.
     """
     if not run.cfg.sparsity.quality:
         return None
-    reached = read_json(run.folder / FILE, run=run.folder.key, check=schema.Trials.problem)["reached"]
+    reached = read_json(run.folder / FILE, run=run.folder.key, check=schema.QualityTrials.problem)["reached"]
     own, unseen = reached["rows"][-1], estimates(records, run.cfg.own_row, None)["unseen_over_dense"]
     numbers = {name: own[name] for name in ("predicted", "got", "low", "high", "share")}
     got = f"{_percent(own['got'])} [{_percent(own['low'])}, {_percent(own['high'])}]"
@@ -269,11 +278,11 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any] | Non
         numbers |= {"unseen": unseen.value, "unseen_low": unseen.low, "unseen_high": unseen.high}
         ends = _percent(unseen.low), _percent(unseen.high)
         said += [f"on unseen text {_percent(unseen.value)} [{ends[0]}, {ends[1]}]"]
-    limit = "; the largest cut that is allowed" if reached["largest"] else ""
+    limit = "; the largest possible cut" if reached["largest"] else ""
     removed = f"removed {own['share']:.2%} of {run.cfg.sparsity.scope}{limit}"
     return reached | numbers | {"said": f"{', '.join([*said, removed])}."}
 
 
 def _percent(ratio: float) -> str:
-    """A ratio to dense as what it is above 1."""
+    """Format a ratio to dense as a signed percentage."""
     return f"{100 * (ratio - 1):+.2f}%"

@@ -1,4 +1,4 @@
-"""Step 9: really smaller weights, and recovery."""
+"""Step 9: construct the pruned model with smaller weights, and recover it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from gprune.recoveries.contract import Revise, tuned
 from gprune.stages.callbacks import BestWeights
 from gprune.storage.files import content_hash
 
-Stage = tuple[str, str]  # of the run's table: whose masks, and the recovery
+Stage = tuple[str, str]  # row of the result table: (stage whose masks are used, recovery)
 
 
 @torch.no_grad()
@@ -38,18 +38,19 @@ def shrink(
     run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, row: Stage | None = None,
     trial: int | None = None,
 ) -> PreTrainedModel:  # fmt: skip
-    """A copy of the dense model with smaller weights, recovered as asked.
+    """Return a pruned copy of the dense model, after recovery.
 
-    An offloaded model is written block by block below the cache, and its copy is loaded as the model was. Under ddp
-    every process computes all of it, to the same bits.
+    An offloaded model is written to the cache block by block, and the copy is loaded like the model. With DDP every
+    process computes the whole copy, with the same bits.
 
     Args:
-        masks: what stays.
-        statistics: by corpus; those of `corpora.recover` are read.
-        row: the stage whose masks these are (`model`: made elsewhere, without masks), and a recovery: a name in
-            `RECOVERY`, or several joined by `+`. None for the run's own.
-        trial: the number, from 0, of a model that is tried to find the share that keeps a quality. Its curves have a
-            name of their own; what it learns is kept by its masks, so the run's own model finds it.
+        run: the run.
+        masks: keep masks.
+        statistics: statistics by corpus; recovery uses those of `corpora.recover`.
+        row: (stage, recovery). The stage is that of the masks, or `model` for `--model.made_elsewhere`; the recovery is
+            a name in `RECOVERY`, or several joined by `+`. By default the run's main row.
+        trial: number, from 0, of a trial in the search for a quality target. Its metrics have a separate name. Its
+            learned tensors are stored by masks, so that the main row can reuse them.
     """
     free_memory(run.plan.device)
     row = row or run.cfg.own_row
@@ -57,18 +58,18 @@ def shrink(
     name, method = row[1], recovery_of(row[1], run.cfg.recovery_settings)
     revise = method.revise(material)
     if run.cfg.final == "model":
-        small, _ = elsewhere.load(run.cfg, run.plan.device)
+        small, _ = elsewhere.load_other(run.cfg, run.plan.device)
         if name == "none":
             return small
     elif is_offloaded(run.model):
-        # What learns lies on one device, in memory.
+        # A model that is trained has to be in memory on one device.
         small = _sliced_to_files(run, masks, revise, {} if method.learns else placement(run))
     else:
         small = _sliced(run, masks, revise)
     counted = run.meter.watch(small)
-    # What a recovery draws must not depend on what ran before it: calibration, another row, an earlier sitting.
+    # Random numbers of a recovery must not depend on earlier work: calibration, another row, an earlier session.
     torch.manual_seed(run.cfg.run.seed)
-    with torch.enable_grad():  # a recovery of the whole model may learn
+    with torch.enable_grad():  # a recovery may train the model
         small = tuned(name, material, small)
     counted.remove()
     return small
@@ -94,7 +95,7 @@ def _sliced_to_files(run: Run, masks: Masks, revise: Revise | None, where: dict[
 
 
 def placement(run: Run) -> dict[str, Any]:
-    """Where weights go, for what loads a model; nothing where the trainer's device says it all."""
+    """Arguments `device_map` and `max_memory` for loading a model; empty without `--model.device_map`."""
     m = run.cfg.model
     return {} if m.device_map is None else {"device_map": m.device_map, "max_memory": m.max_memory}
 
@@ -102,7 +103,7 @@ def placement(run: Run) -> dict[str, Any]:
 def material_of(
     run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], row: Stage, trial: int | None
 ) -> Material:
-    """What the recovery of a row works with: the statistics and the text of `corpora.recover` that it needs."""
+    """Return the inputs of a row's recovery: model, masks, and the statistics and text of `corpora.recover`."""
     cfg, method = run.cfg, recovery_of(row[1])
     corpora = cfg.corpora.recover
     return Material(
@@ -118,60 +119,61 @@ def material_of(
         fit=fit_once(run, learned_file(masks, row[1]), row, trial),
         shard=cfg.model.shard,
         taught=run.taught,
-        # The first model that is tried pays for the teacher; where none is, the run's own row does.
+        # The teacher's tokens are counted once: in the first trial or, without trials, in the main row.
         paid=trial > 0 if trial is not None else row != cfg.own_row,
     )
 
 
 def learned_file(masks: Masks, recovery: str) -> str:
-    """How the names of the files begin, in the run folder, that hold what a recovery of a pruned model has learned."""
+    """Prefix of the files in the run folder with the tensors that a recovery of a pruned model has learned."""
     return f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"
 
 
 def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Callable[..., None]:
-    """`Material.fit` of one pruned model: trains each stage once, also if the process is killed in between.
+    """Return the function `Material.fit` of one pruned model, which trains each stage once, even over several sessions.
 
-    What a stage has learned is kept in the run folder, and a recovery that is taken up gets it back. The names of files
-    begin with `path`, and are numbered in the order of calls, which is the same each time.
+    Learned tensors are stored in the run folder, and loaded when the recovery is repeated. Files have the prefix `path`
+    and a number in the order of calls, which is the same in each session.
     """
     calls, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
-    name_of_curves = row[0] if trial is None else f"{row[0]} trial {trial + 1}"
+    logged_row = row[0] if trial is None else f"{row[0]} trial {trial + 1}"
 
     def fit(
         what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
         accumulate: int = 1, keep: Literal["last", "best"] = "last", **unknown: Any,
     ) -> None:  # fmt: skip
-        """Train a stage once through the recovery's text, unless an earlier session did.
+        """Train a stage for one epoch on the recovery's text, unless an earlier session did.
 
         Args:
-            what: what the log and the progress bar say.
+            what: text for log and progress bar.
+            stage: the stage.
             batch_size: windows per step; by default `--corpora.batch_size`.
-            clip: the largest norm of the gradient.
+            clip: largest gradient norm.
             accumulate: batches per optimizer step.
             keep: which weights are kept, as in `--distill.keep`.
 
         Raises:
-            UserError: for an argument that there is not.
+            UserError: for an unknown argument.
         """
         if unknown:
             raise UserError(
-                f"material.fit: expected arguments among batch_size, clip, accumulate, keep; got {', '.join(unknown)}. "
-                f"A stage trains for one epoch; --distill.tokens sets how much text it has."
+                f"Arguments of material.fit must be among batch_size, clip, accumulate, keep; got {', '.join(unknown)}."
+                " A stage trains for one epoch; --distill.tokens sets how much text it has."
             )
         number, strategy = next(calls), t.strategy
         name = f"{path}-{type(stage).__name__}-{number}".removesuffix("-0")
-        if run.cfg.model.shard and is_overridden("configure_model", stage):  # it shards what learns
+        if run.cfg.model.shard and is_overridden("configure_model", stage):  # the stage shards the trained model
             strategy = ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
-        if (learned := run.folder.read(name)) is None:  # the step that shrinks or evaluates counts its cost
+        if (learned := run.folder.read(name)) is None:  # its cost is recorded in the enclosing step
             best = BestWeights() if hasattr(stage, "student") else None
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[best] if best else [], strategy=strategy, row=name_of_curves,
+                callbacks=[best] if best else [], strategy=strategy, row=logged_row,
                 control=trial is not None or row != run.cfg.own_row, measured_after=0.25,
             )  # fmt: skip
             if best:
-                best.restore(stage, keep=keep)
+                best.load_best(stage, keep=keep)
             learned = {key: value.detach().cpu().clone() for key, value in stage.state_dict().items()}
             run.folder.write(name, learned)
             run.folder.note()

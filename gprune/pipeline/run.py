@@ -31,13 +31,13 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
 from gprune.pipeline import elsewhere
 from gprune.pipeline.cost import keeps_taught, passes, validation_interval
-from gprune.pipeline.inputs import Text, load, prepare_text
+from gprune.pipeline.inputs import Text, load_dense, prepare_text
 from gprune.pipeline.plan import Plan, check
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import made_loggers, of_row, tracking
 from gprune.runs.trainer import PROFILERS, StageBar, multiplying, plain_interrupts
-from gprune.runs.user_callbacks import UserCallbacks, Witness, retell
+from gprune.runs.user_callbacks import CallbackChecks, UserCallbacks, raise_as_user_error
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
 from gprune.stages.base import curves_of
@@ -49,50 +49,50 @@ log = logging.getLogger("gprune")
 
 
 class TokenMeter:
-    """Counts the tokens that go through the model's decoder, with and without gradients; counted, never estimated.
+    """Counter of the tokens that pass through the model's decoder, with and without gradients.
 
-    Under ddp each process counts its own share.
+    Tokens are counted by a hook, never estimated. With DDP each process counts its own share.
     """
 
     def __init__(self) -> None:
         self.forward = self.forward_backward = 0
-        self._earlier: Counter[str] = Counter()  # of earlier sittings, which a checkpoint holds the result of
+        self._earlier: Counter[str] = Counter()  # tokens counted in earlier sessions, up to the checkpoint
         self.hooks = ExitStack()
 
     def watch(self, model: PreTrainedModel) -> RemovableHandle:
-        """Count what goes through this model's decoder from now on, until the handle is removed or the run ends."""
+        """Count the tokens of a model's decoder until the returned handle is removed or the run ends."""
         handle = model.get_decoder().register_forward_pre_hook(self._count, with_kwargs=True)
         self.hooks.callback(handle.remove)
         return handle
 
     def _count(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else next(iter(args), None)
-        # A model that takes images gives its language model embeddings (B, T, H).
+        # A multimodal model passes embeddings (B, T, H) to its language model.
         tokens = ids.numel() if ids is not None else kwargs["inputs_embeds"].shape[:2].numel()
         self.add(*((0, tokens) if torch.is_grad_enabled() else (tokens, 0)))
 
     def add(self, forward: int, forward_backward: int = 0) -> None:
-        """Count tokens that were passed layer by layer, outside `decoder.forward`."""
+        """Count tokens that are computed layer by layer, outside `decoder.forward`."""
         self.forward += forward
         self.forward_backward += forward_backward
 
     def work(self) -> float:
-        """All tokens so far, by what they cost."""
+        """Work of this session so far, in tokens of a forward pass."""
         return passes(self.forward, self.forward_backward)
 
     def counts(self) -> dict[str, int]:
-        """Tokens by kind, as the manifest has them, with those that were taken up."""
+        """Tokens by kind, in the form of the manifest, including those of the checkpoint that was resumed."""
         here = {"forward_tokens": self.forward, "forward_backward_tokens": self.forward_backward}
         return {kind: count + self._earlier[kind] for kind, count in here.items()}
 
     def take_up(self, earlier: dict[str, int]) -> None:
-        """Count tokens of an earlier sitting as well, but not as work of this one."""
+        """Add the tokens of an earlier session, which do not count as work of this session."""
         self._earlier.update(earlier)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What every step of the method works with."""
+    """Everything that the steps of the method share: plan, model, text, folder and loggers."""
 
     plan: Plan
     model: PreTrainedModel  # dense, frozen
@@ -101,12 +101,12 @@ class Run:
     folder: RunFolder
     loggers: list[Logger]
     meter: TokenMeter
-    fingerprint: str  # of the model
+    fingerprint: str  # hash of the dense model
     screen: Screen
     callbacks: UserCallbacks
-    own_text: list[Windows] | None = None  # what a model made elsewhere is measured on: `text.test` in its own tokens
-    forecasts: dict[str, list[Forecast]] = field(default_factory=dict)  # by hash of windows; empty where none is kept
-    teacher_states: dict[bytes, Tensor] = field(default_factory=dict)  # of `taught`
+    own_text: list[Windows] | None = None  # `text.test` in the tokens of the model of --model.made_elsewhere
+    forecasts: dict[str, list[Forecast]] = field(default_factory=dict)  # hash of windows -> forecasts, if they are kept
+    teacher_states: dict[bytes, Tensor] = field(default_factory=dict)  # the cache that `taught` returns
 
     @property
     def cfg(self) -> RunConfig:
@@ -118,48 +118,54 @@ class Run:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The model's."""
+        """Blocks of the dense model."""
         return blocks_of(self.model)
 
     @property
     def taught(self) -> dict[bytes, Tensor] | None:
-        """`Material.taught` of all rows; None where it is not kept."""
+        """Cache of the teacher's hidden states for all rows (`Material.taught`); None if they are not cached."""
         kept = keeps_taught(self.cfg, self.model.config.get_text_config(decoder=True).hidden_size)
         return self.teacher_states if kept else None
 
     def within(self, budget: Budget) -> Run:
-        """This run with another budget of its units."""
+        """Return a copy with another budget."""
         return replace(self, plan=replace(self.plan, budget=budget))
 
     def step(self, number: int, what: str) -> None:
-        """A step of the method begins: say so, in the log and on the screen."""
+        """Log the beginning of a step of the method, and show it in the progress bar."""
         log.info("%s", self.screen.step(number, what))
 
     def check_weights(self, stage: str) -> None:
         """Raise UserError if a callback has changed the frozen model in this stage.
 
-        Other runs share what is computed from the model, by the fingerprint that it had when this run began.
+        Cached results of the model are shared with other runs by its fingerprint at the start of the run.
         """
         if self.callbacks.names and fingerprint(self.model) != self.fingerprint:
             raise UserError(
-                f"The frozen model changed during {stage}: one of the callbacks ({self.callbacks.names}) has written "
-                f"to its weights, which other runs share the statistics of; expected it to change a copy."
+                f"Callbacks must not change the frozen model, because other runs use its statistics; it changed during "
+                f"{stage} by one of {len(self.callbacks.made)} callbacks ({self.callbacks.names}). Change a copy."
             )
 
     def trainer(
         self, what: str, stage: L.LightningModule, *, name: str = "", role: str = "",
         callbacks: Sequence[L.Callback] = (), **kwargs: Any,
     ) -> L.Trainer:  # fmt: skip
-        """A fresh Trainer for one stage.
+        """Construct the Trainer of one stage.
 
         Args:
-            what: what bar and log say; the first word names the files of the stage if there is no `name`.
-            role: the prefix of what the built-in stage in this place logs, such as `learn`.
+            what: text for log and progress bar. Its first word is the default of `name`.
+            stage: the stage.
+            name: name of the stage's files.
+            role: metric prefix of the built-in stage that `stage` replaces, such as `learn`.
+            callbacks: callbacks in addition to the user's.
+            kwargs: arguments of the Trainer.
         """
         log.info("%s", what)
         t, name = self.cfg.trainer, name or what.split()[0].lower()
         own = self.callbacks.of_stage(stage, role, self.folder / f"checkpoints/{name}")
-        witness = Witness(lambda how_far: self.folder.update_manifest(stopped={name: how_far}), self.check_weights)
+        witness = CallbackChecks(
+            lambda how_far: self.folder.update_manifest(stopped={name: how_far}), self.check_weights
+        )
         callbacks = [*own, witness, *callbacks, StageBar(self.screen, what)]
         kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
         kwargs["log_every_n_steps"] = t.log_every_n_steps or kwargs.get("log_every_n_steps", 1)
@@ -168,9 +174,9 @@ class Run:
             logger=self.loggers, callbacks=callbacks, default_root_dir=self.folder.path,
             deterministic=t.deterministic or None, detect_anomaly=t.detect_anomaly,
             profiler=t.profiler and PROFILERS[t.profiler](self.folder / "profiles", name.replace("/", "-")),
-            # Our samplers shard exactly; Lightning's would repeat windows to fill up the last batch.
+            # Our samplers shard exactly; Lightning's would repeat windows to fill the last batch.
             use_distributed_sampler=False,
-            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),  # else Lightning brings its own
+            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),  # True would add a ModelCheckpoint
             enable_model_summary=False, num_sanity_val_steps=0,
             **{"strategy": t.strategy} | kwargs,
         )  # fmt: skip
@@ -182,17 +188,22 @@ class Run:
     ) -> tuple[L.Trainer, CorpusDataModule]:  # fmt: skip
         """Train a stage on text, from its last checkpoint if an earlier session left one.
 
-        The checkpoint stays until what was learned is written to the folder, under the stage's name. Development text
-        is measured before the first step, by the validation loop, and after the last step.
+        The checkpoint is kept until the learned tensors are written to the folder under the stage's name. Development
+        perplexity is measured before the first step, by the validation loop, and after the last step.
 
         Args:
-            name: of the stage in the run folder.
-            row: of the run's table, whose model learns: its curves have the name.
-            control: whether that row is not the run's own.
+            name: name of the stage in the run folder.
+            what: text for log and progress bar.
+            stage: the stage.
+            text: training windows.
+            batch_size: windows per step; by default `--corpora.batch_size`.
+            callbacks: callbacks in addition to the user's.
+            row: row of the result table whose model is trained; its name is added to logged metrics.
+            control: whether that row is a control.
             role: as in `trainer`.
-            measured_after: the share of an epoch after which development text is measured, unless
+            measured_after: share of an epoch after which development perplexity is measured, unless
                 `--trainer.val_check_interval` is given.
-            kwargs: of the Trainer.
+            kwargs: arguments of the Trainer.
 
         Returns:
             The Trainer and the data, for further validation.
@@ -217,7 +228,7 @@ class Run:
             fast_dev_run=t.fast_dev_run, inference_mode=False, **kwargs,
         )  # fmt: skip
         if (checkpoint := saving.usable()) is not None:
-            log.info("Resuming from %s; what is computed again since then counts once", checkpoint)
+            log.info("Resuming from %s; steps that are repeated are counted once", checkpoint)
         with self.folder.part(name), of_row(self.loggers, row, curves_of(stage), control=control):
             if checkpoint is None and validates:
                 trainer.validate(stage, data, verbose=False)
@@ -235,23 +246,26 @@ class Run:
 def opened(
     cfg: RunConfig, callbacks: Sequence[L.Callback] = (), logger: Logger | Sequence[Logger] = ()
 ) -> Iterator[Run]:
-    """Plan, load model and text, open (or take up) the run folder and the loggers, seed everything, count tokens.
+    """Context with an open run: make the plan, load model and text, create or resume the folder, and open the loggers.
+
+    Random generators are seeded, and tokens are counted from here on.
 
     Args:
-        callbacks: the caller's, beside those of `--trainer.callbacks`.
-        logger: the caller's, beside CSV, W&B and those of `--trainer.logger`.
+        cfg: the configuration.
+        callbacks: callbacks of the user, in addition to `--trainer.callbacks`.
+        logger: loggers of the user, in addition to CSV, W&B and `--trainer.logger`.
 
     Raises:
-        UserError: for settings, a model or text that cannot be; if the folder holds a run with other settings, is in
-            use by another process, or cannot be written; for what a callback that is not ours raises.
+        UserError: if settings, the model or text are invalid; if the folder has a run with other settings, is used by
+            another process, or cannot be written; if a callback of the user raises an exception.
     """
     own, given = UserCallbacks(callbacks, cfg.trainer.callbacks), [logger] if isinstance(logger, Logger) else logger
     for one in given:
-        require(one, Logger, "logger: expected objects of lightning.pytorch.loggers.Logger")
+        require(one, Logger, "Loggers must be objects of lightning.pytorch.loggers.Logger")
     given = [*given, *made_loggers(cfg.trainer.logger, Path(cfg.folder))]
     asked, plan = cfg.trainer.precision, check(cfg, own, together=True)
     cfg = plan.cfg
-    model, tokenizer = load(cfg, plan.device)
+    model, tokenizer = load_dense(cfg, plan.device)
     log.info("Reading %d corpora", len({*cfg.used, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
     L.seed_everything(cfg.run.seed, verbose=False)
@@ -260,14 +274,14 @@ def opened(
     inputs = {"model": fingerprint(model), "text": text.hashes()}
     own_text = None
     if cfg.model.made_elsewhere is not None:
-        other, own_tokenizer = elsewhere.load(cfg, plan.device)
+        other, own_tokenizer = elsewhere.load_other(cfg, plan.device)
         elsewhere.check_teachable(cfg, other, model)
         own_text = elsewhere.text_for(cfg, other, own_tokenizer, tokenizer, text.test)
         inputs["made_elsewhere"] = fingerprint(other)
-        del other  # each row loads its own
-    if callbacks:  # class, and Lightning's key of its state
+        del other  # each row loads its own copy
+    if callbacks:  # identified by class and Lightning's state key
         inputs["callbacks"] = [f"{type(one).__module__}.{one.state_key}" for one in callbacks]
-    if cfg.timed_for:  # another machine's table is another budget
+    if cfg.timed_for:  # another latency table gives another budget
         inputs["speed"] = key_of(table=plan.speed)
     settings = cfg.settings() | {"inputs": inputs}
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
@@ -278,15 +292,15 @@ def opened(
         tracking(folder, cfg, given) as loggers, screen, meter.hooks,
         multiplying(cfg.trainer.float32_matmul_precision),
     ):  # fmt: skip
-        log.info("Into %s", folder.path)
+        log.info("Run folder: %s", folder.path)
         if cfg.timed_for and not folder.finished:
             timed = plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.setting()
             keep_table(plan.speed, speed_key(*timed), folder / SPEED_TABLE)
         if asked == "auto" and not (folder.finished or folder.manifest.get("precision")):
             folder.update_manifest(precision={"asked": asked, "because": plan.why_precision})
-        log.info("Precision of learning: %s (%s)", cfg.trainer.precision, plan.why_precision)
+        log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)
         try:
             yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, own, own_text)
         except (Exception, SystemExit) as error:
-            retell(error, own)
+            raise_as_user_error(error, own)
             raise

@@ -1,4 +1,4 @@
-"""Step 9, checked: masked, sliced and reloaded logits agree before anything is called finished."""
+"""Save masks and the model of step 9, after checking that masked, sliced and reloaded logits agree."""
 
 from __future__ import annotations
 
@@ -24,40 +24,42 @@ from gprune.sparsity.gates import masked
 from gprune.storage.files import file_hashes
 
 log = logging.getLogger("gprune")
-# Masked against sliced logits, in standard deviations: sums of the same terms in another order. float32: the largest
-# difference. 16-bit types, which round at every step of every block: the root mean square. bfloat16 was seen at 0.02 to
-# 0.2 (most where pruning has spoiled the model; the same masks in float32: 1.5e-5); a wrong slice is off by 1 or so.
+# Limits for differences between masked and sliced logits, in standard deviations. Sums have the same terms in another
+# order. float32: largest difference. 16-bit types, which round at every step of every block: root mean square. In
+# bfloat16 we measured 0.02 to 0.2 (most in models that pruning has damaged; 1.5e-5 with the same masks in float32). A
+# wrong slice gives about 1.
 LOGIT_LIMIT = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.5}
 
 
 def masked_logits(model: PreTrainedModel, masks: Masks, input_ids: Tensor) -> Tensor:
-    """(B, T, V) float32 logits of the model as if pruned."""
+    """Logits of the masked model, (B, T, V) float32."""
     with masked(model, masks):
         if not is_offloaded(model):
             return model(input_ids=input_ids, use_cache=False).logits.float()
-        walk = Walk(model)  # masks on experts need the weights there
+        walk = Walk(model)  # masks of experts need loaded weights
         walk.add(input_ids)
         return next(walk.logits()).float()
 
 
 @torch.no_grad()
 def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
-    """Write masks and `model/`, and compare masked, sliced and reloaded logits before anything is called finished.
+    """Write masks and `model/`, and check that masked, sliced and reloaded logits agree.
 
     Args:
-        pruned: the result, recovered as asked.
-        masks: by stage.
+        run: the run.
+        pruned: the model of the main row, after recovery.
+        masks: masks by stage.
     """
-    if run.cfg.own_row == ("model", "none"):  # it is in a folder of its own already
+    if run.cfg.own_row == ("model", "none"):  # the user has this model already
         return
     if run.cfg.final != "model":
         save_masks(run, masks)
     cfg, folder, manifest = run.cfg, run.folder / "model", run.folder.manifest
     exports, written = cfg.export.format != "none", manifest.get("exported_dtype", cfg.model.dtype)
-    changed = cfg.export.dtype not in (None, written)  # a finished export keeps its dtype, unless another one is named
+    changed = cfg.export.dtype not in (None, written)  # without the flag a finished export keeps its dtype
     if "logits" not in manifest or (exports and (changed or manifest.get("model") != file_hashes(folder))):
         run.step(9, "Checking the pruned model")
-        with run.folder.step("save_and_check"), multiplying("highest"):  # as the process that reloads it
+        with run.folder.step("save_and_check"), multiplying("highest"):  # the precision of the process that reloads it
             checks = {} if cfg.final == "model" else check_slices(run, pruned, masks[cfg.final])
             if exports:
                 dtype = run.plan.exported_dtype
@@ -69,32 +71,31 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         run.folder.update_manifest(logits=checks)
     gguf = run.folder / f"model-{cfg.export.type}.gguf"
     if cfg.export.format == "gguf" and not gguf.exists():
-        log.info("Writing %s and checking that llama.cpp computes the same", gguf)
+        log.info("Writing %s and comparing it with llama.cpp", gguf)
         with run.folder.step("export_gguf"):
             export(folder, gguf, type=cfg.export.type)
 
 
 def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
-    """Write the masks of every stage; those of an earlier sitting must be the same."""
+    """Write the masks of every stage. Masks of an earlier session must be equal."""
     for name, of_stage in masks.items():
         if (before := run.folder.read(f"masks/{name}")) is None:
             run.folder.write(f"masks/{name}", of_stage.tensors())
         elif Masks.from_tensors(before) != of_stage:
-            raise UserError(
-                f"{run.folder / f'masks/{name}.safetensors'} holds other masks than these settings give now: another "
-                f"machine, thread count or version wrote it. Choose another --run.name, or remove the folder."
-            )
+            reason = "it has other masks, from another machine, number of threads or version"
+            file = run.folder / f"masks/{name}.safetensors"
+            raise UserError(f"Cannot resume with {file}: {reason}. Choose another --run.name, or remove the folder.")
 
 
 def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, float]:
-    """Logits of the sliced model against those of the dense model under masks, on the first evaluated window."""
+    """Compare logits of the sliced model and of the masked dense model on the first evaluated window."""
     cfg, ids = run.cfg, checked_tokens(run)
     device = device_of(run.model)
-    # Recovery changes weights on purpose: what a mask and its slice must agree on comes before it.
+    # Recovery changes weights, so the comparison uses the model before recovery.
     plain = pruned if cfg.recovery == "none" else shrink(run, masks, {}, row=(cfg.final, "none"))
     sliced = plain(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
     ours = next(iter_logits(plain, ids.to(device)))[0].float().to(device)
-    del plain  # a third model
+    del plain  # frees the memory of a third model
     free_memory(run.plan.device)
     reference = masked_logits(run.model, masks, ids.to(device)).to(device)
 
@@ -104,20 +105,18 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
     off, limit = reference - sliced, LOGIT_LIMIT[cfg.model.dtype] * float(reference.std())
     largest, mean = float(off.abs().max()), rms(off)
     if not (apart := rms(ours - sliced[:, :-1])) <= limit:
-        raise UserError(
-            f"model_type '{run.model.config.model_type}' scales logits in a way that gprune does not know: those of "
-            f"perplexity are off by {apart:.2e}, expected at most {limit:.2e}. Please report it."
-        )
+        subject = f"Logits of model_type '{run.model.config.model_type}' computed for perplexity"
+        raise UserError(f"{subject} must differ by {limit:.2e} or less; got {apart:.2e}. Please report this model.")
     difference = largest if cfg.model.dtype == "float32" else mean
     if not difference <= limit:
+        subject = "Logits of the sliced and the masked model"
         raise UserError(
-            f"The sliced model's logits differ from the masked model's by {difference:.2e}; expected at most "
-            f"{limit:.2e}. Please report this model."
+            f"{subject} must differ by {limit:.2e} or less; got {difference:.2e}. Please report this model."
         )
     std = float(reference.std())
     return {"tokens": ids.numel(), "std": std, "masked_minus_sliced": largest, "masked_minus_sliced_rms": mean}
 
 
 def checked_tokens(run: Run) -> Tensor:
-    """(1, T) token ids on which logits are compared."""
+    """Token ids for comparing logits, (1, T)."""
     return run.text.test[0].tokens[:1, : compared_tokens(run.cfg)]

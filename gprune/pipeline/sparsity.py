@@ -1,4 +1,4 @@
-"""Steps 2, 7 and 8: scores, masks of the base metric, learned thresholds, and the masks that meet the budget."""
+"""Steps 2, 7 and 8: scores, masks of the base metric, learned thresholds, and masks that meet the budget."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from gprune.sparsity.thresholds import (
 )
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 
-MasksOf = Callable[[Budget], Masks]  # the masks of a stage, as a function of the budget
+MasksOf = Callable[[Budget], Masks]  # masks of a stage as a function of the budget
 
 
 def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:
@@ -50,7 +50,7 @@ def _scored(run: Run, statistics: CorpusStatistics) -> Scores:
 
 
 def without_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
-    """The run whose budget knows the blocks that go as a whole; the same run where none may."""
+    """Return the run with a budget in which whole blocks are removed; the same run if blocks are not in scope."""
     cfg, s = run.cfg, run.cfg.sparsity
     if "blocks" not in s.scope:
         return run
@@ -66,16 +66,17 @@ def without_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
         return {"gone": torch.tensor(least_missed(run.budget, loss), dtype=torch.long)}
 
     budget = run.budget.without(run.folder.tensors("blocks", chosen)["gone"].tolist())
-    run.step(2, f"Whole blocks that go: {', '.join(map(str, budget.costs.gone_layers)) or 'none fits its share'}")
+    gone = ", ".join(map(str, budget.costs.gone_layers)) or "none, as a block is more than --sparsity.block_share"
+    run.step(2, f"Removing whole blocks: {gone}")
     return run.within(budget)
 
 
 def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores) -> dict[str, MasksOf]:
-    """Masks of the base metric alone, its sparsity spread over blocks by `--sparsity.allocation` (or `.start`).
+    """Return masks of the base metric, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`).
 
     Returns:
-        Functions of a budget: `base`, by `scores`, unless errors of blocks would be measured for it alone; and
-        `averaged`, where it is a row of the table: by the same metric on all drift corpora together.
+        Functions of a budget: `base`, by `scores`, unless errors of blocks would be measured for these masks only; and
+        `averaged`, if it is a row of the result table, by the same metric on pooled statistics of all drift corpora.
     """
     cfg, masks_of = run.cfg, {}
     if not cfg.measures_errors or "base" in measured_for(cfg):
@@ -89,35 +90,39 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
 def allocated(
     run: Run, name: str, scores: Scores, statistics: Mapping[str, CorpusStatistics], corpora: Sequence[str]
 ) -> MasksOf:
-    """Masks by scores, their sparsity spread over blocks by `--sparsity.allocation` (or `.start`).
+    """Return masks by scores, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`).
 
     Args:
-        name: `base`, `averaged` or `modules`, for errors that the allocation may read.
-        corpora: whose statistics, pooled, the allocation reads.
+        run: the run.
+        name: `base`, `averaged` or `modules`, for allocations that need errors of blocks.
+        scores: of all units.
+        statistics: by corpus.
+        corpora: the corpora whose pooled statistics the allocation reads.
     """
-    cfg, made = run.cfg, {}
+    cfg = run.cfg
+    cached: dict[int, Masks] = {}
 
     def pool() -> CorpusStatistics:
-        """Anew each time: its Gram matrices are as large as those of a corpus."""
+        """Pool the statistics in each call. They are not kept, because of the size of their Gram matrices."""
         return pooled(statistics[corpus] for corpus in corpora)
 
     errors = errors_of(run, name, scores, pool()) if cfg.measures_errors else None
 
     def masks(budget: Budget) -> Masks:
-        if budget.target not in made:
+        if budget.target not in cached:
             read = replace(pool(), errors=errors)
-            made[budget.target] = allocate(
+            cached[budget.target] = allocate(
                 cfg.base_allocation, scores, read, run.blocks, budget, **cfg.sparsity.options
             )
-        return made[budget.target]
+        return cached[budget.target]
 
     return masks
 
 
 def errors_of(run: Run, name: str, scores: Scores, statistics: CorpusStatistics) -> Tensor:
-    """`calibration.errors.block_errors` of the neurons in the order of these scores, once for each run and `name`.
+    """Return `calibration.errors.block_errors` for neurons in the order of scores, computed once per run and `name`.
 
-    The text is that of `cost.measured_for`, `error_windows` windows of each corpus. A float32 model computes in the
+    The text is `error_windows` windows of each corpus of `cost.measured_for`. A float32 model is computed in the
     precision of learning, which is part of the run's key.
     """
     cfg, windows, corpora = run.cfg, error_windows(run.cfg), measured_for(run.cfg)[name]
@@ -127,7 +132,7 @@ def errors_of(run: Run, name: str, scores: Scores, statistics: CorpusStatistics)
 
     def compute() -> dict[str, Tensor]:
         step = 7 if name == "modules" else 2
-        run.step(step, f"Measuring what errors of {name} cost, on {len(corpora) * windows * length:,} tokens")
+        run.step(step, f"Measuring the loss caused by errors of {name} on {len(corpora) * windows * length:,} tokens")
         errors = block_errors(run.model, scores.ffn, statistics, batches, ridge=cfg.ridge, bfloat16=bfloat16)
         return {"errors": errors}
 
@@ -136,34 +141,37 @@ def errors_of(run: Run, name: str, scores: Scores, statistics: CorpusStatistics)
 
 @dataclass(frozen=True)
 class ModuleMasks:
-    """The masks of modules as a function of a budget: what step 7 has found.
+    """Masks of modules as a function of the budget, the result of step 7.
 
     Attributes:
         modules: the modules.
-        thresholds: by budget, thresholds, offsets and masks by the names under which they are saved.
+        thresholds: returns thresholds, offsets and masks for a budget, by the names under which they are saved.
     """
 
     modules: Modules
     thresholds: Callable[[Budget], dict[str, Tensor]]
 
     def __call__(self, budget: Budget) -> Masks:
-        """The masks of the thresholds at this budget, unless the learner's own are kept beside them."""
+        """Return the masks for a budget (see `saved_masks`)."""
         return saved_masks(self.modules.ranks, self.thresholds(budget), budget)
 
 
 def learn_sparsity(
     run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, modules: Modules, base: MasksOf | None
 ) -> ModuleMasks:
-    """Step 7: thresholds per module, which give masks for any budget; learned at the budget of the run, if they are.
+    """Step 7: compute or learn thresholds per module, which give masks for any budget.
 
     Args:
+        run: the run; thresholds are learned at its budget.
+        statistics: by corpus.
         scores: of the base metric.
-        base: its masks. Where the allocation is no rule for modules, every module keeps as much as they keep of it;
-            learning starts there too. An allocation that reads errors gets those of modules in place of these masks,
-            since neurons of modules leave in another order.
+        modules: the modules.
+        base: masks of the base metric. Unless the allocation is a rule for modules, every module keeps as many neurons
+            as these masks keep of it. Learning starts there too. An allocation that needs errors of blocks measures
+            those of the modules instead, whose neurons are removed in another order.
 
     Raises:
-        UserError: where the target is a quality, for a learner whose masks do not follow from its thresholds.
+        UserError: if the target is a quality, and the learner's masks do not follow from its thresholds.
     """
     name, ranks = run.cfg.sparsity.allocation, modules.ranks
     rule = ALLOCATION[name]
@@ -178,15 +186,13 @@ def learn_sparsity(
         return ModuleMasks(modules, lambda budget: named_thresholds(start(budget)))
     tensors = run.folder.tensors("thresholds", lambda: fit_thresholds(run, modules, start(run.budget)))
     if run.cfg.sparsity.quality and "masks.ffn.0" in tensors:
-        raise UserError(
-            "--sparsity.target: the learner's masks do not follow from its thresholds, so they cannot be cut at the "
-            "share that keeps a quality; expected a share, such as 0.3."
-        )
+        reason = "the masks of a quality target must follow from its thresholds"
+        raise UserError(f"--sparsity.learner {run.cfg.sparsity.learner} needs a share such as 0.3 as target: {reason}.")
     return ModuleMasks(modules, lambda _: tensors)
 
 
 def meet_budget(run: Run, masks_of: Mapping[str, MasksOf]) -> tuple[Thresholds | None, dict[str, Masks]]:
-    """Step 8: the thresholds of modules, if there are any, and the masks of every stage that meet the budget."""
+    """Step 8: return the thresholds of modules, if there are any, and masks of all stages that meet the budget."""
     run.step(8, "Meeting the budget")
     masks = {stage: of(run.budget) for stage, of in masks_of.items()}
     if not isinstance(ours := masks_of.get("gprune"), ModuleMasks):
@@ -197,7 +203,7 @@ def meet_budget(run: Run, masks_of: Mapping[str, MasksOf]) -> tuple[Thresholds |
 
 
 def saved_masks(ranks: ModuleRanks, tensors: Mapping[str, Tensor], budget: Budget) -> Masks:
-    """The masks that step 7 has found: those of its thresholds and offsets, unless its own are kept beside them."""
+    """Return the masks of step 7: the learner's masks if they were saved, otherwise masks of thresholds and offsets."""
     if own := {name.removeprefix("masks."): t for name, t in tensors.items() if name.startswith("masks.")}:
         return Masks.from_tensors(own)
     if "offsets.0" in tensors:
@@ -206,15 +212,15 @@ def saved_masks(ranks: ModuleRanks, tensors: Mapping[str, Tensor], budget: Budge
 
 
 def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, Tensor]:
-    """Step 7, computed: fit the learner, with its masks applied whenever development text is measured.
+    """Fit the learner of step 7. Its masks are applied whenever development perplexity is measured.
 
     Returns:
-        Thresholds, and offsets where they were learned, by the names under which they are saved; of a learner whose
-        masks are others than these give, its masks.
+        Thresholds and, if they were learned, offsets, by the names under which they are saved. The masks are included
+        if they do not follow from thresholds and offsets.
     """
     cfg, s = run.cfg, run.cfg.sparsity
     options = cfg.options.get(s.learner, {})
-    for kind in start:  # a block that is gone, and that a point of the curve keeps, is as sparse there as others are
+    for kind in start:  # removed blocks get mean thresholds, as other sparsities of the curve may keep them
         mean = torch.cat([kind[b] for b in run.budget.costs.stay]).mean()
         for b in run.budget.costs.gone:
             kind[b] = torch.full_like(kind[b], mean)
@@ -253,7 +259,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
 
 
 def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> None:
-    """Log what was measured of each module, and its sparsity, the fraction of its neurons that the masks remove."""
+    """Log the measurements of each module, and its sparsity, which is the share of its neurons that masks remove."""
     removed = [module_means(~keep, y) for keep, y in zip(masks.ffn, modules.labels, strict=True)]
     names = ("sensitivity", "noise_floor", "agreement", "sparsity")
     for step, row in enumerate(modules.rows()):

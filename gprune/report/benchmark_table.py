@@ -1,4 +1,4 @@
-"""The table of `evaluation.json`: tasks and perplexity, against the dense model."""
+"""Table of `evaluation.json`: tasks, perplexity and speed, with differences from the dense model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from gprune.runs.numbers import Record, row_name
 
 
 def evaluation_table(records: Sequence[Record]) -> Table:
-    """Accuracies and perplexities; differences to the dense model are paired, where it is there.
+    """Table of accuracies, perplexities and speeds, with paired differences from the dense model if it was measured.
 
     Args:
         records: as in `evaluation.json`, with `run` and `stage` in each.
     """
-    dense = {_identity(r): r for r in reversed(records) if r["stage"] == "dense"}  # the first, where runs share it
-    shown = [r for r in records if r["stage"] != "dense" or dense[_identity(r)] is r]
+    dense = {_pair_key(r): r for r in reversed(records) if r["stage"] == "dense"}  # runs may share a dense model
+    shown = [r for r in records if r["stage"] != "dense" or dense[_pair_key(r)] is r]
     rows: list[list[Cell]] = []
-    # Where a batch was timed, the dense model stays beside the one that it took turns with.
+    # For speed, the dense model stays next to the model that was timed in alternation with it.
     for r in sorted(shown, key=lambda r: (r["kind"] != "zero_shot", r["task"], r.get("batch", r["stage"] != "dense"))):
-        reference = dense.get(_identity(r)) if r["stage"] != "dense" else None
-        rows.append([r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none"), *_numbers(r, reference)])
+        reference = dense.get(_pair_key(r)) if r["stage"] != "dense" else None
+        rows.append([r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none"), *_cells(r, reference)])
     header = ["task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "flips"]
     flips = "Flips: answers other than the dense model's; - right there and wrong here, + the reverse. "
     if all(row[8] is None for row in rows):
@@ -40,15 +40,15 @@ def evaluation_table(records: Sequence[Record]) -> Table:
 
 
 def against(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, str]:
-    """By task, one model's records against another's: difference of accuracy or ratio of perplexity, paired."""
-    others = {_identity(r): r for r in theirs}
-    pairs = [(r, others[_identity(r)]) for r in ours if _identity(r) in others]
+    """Compare the records of two models by task: paired difference of accuracy, or ratio of perplexity or speed."""
+    others = {_pair_key(r): r for r in theirs}
+    pairs = [(r, others[_pair_key(r)]) for r in ours if _pair_key(r) in others]
     of = {"seq_len": ", {}", "batch": ", batch {}"}
     return {r["task"] + "".join(s.format(r[n]) for n, s in of.items() if n in r): _against(r, o) for r, o in pairs}
 
 
 def rated(r: Record) -> str:
-    """The numbers of a speed."""
+    """Format a record of speed."""
     return f"{r['tokens_per_second']:.1f} tokens/s, {r['seconds']:.3f} s"
 
 
@@ -58,13 +58,13 @@ def _against(r: Record, other: Record) -> str:
         return "x {:.3f} [{:.3f}, {:.3f}]".format(*paired_ratio(*nll, r["seq_len"] - 1))
     if r["kind"] == "speed":
         return f"x {r['tokens_per_second'] / other['tokens_per_second']:.3f}"
-    scored = "correct" if "correct" in r else "correct_norm"  # some of lm_eval's tasks have acc_norm alone
+    scored = "correct" if "correct" in r else "correct_norm"  # some tasks of lm_eval have only acc_norm
     digits = ([c == "1" for c in record[scored]] for record in (r, other))
     return _with_error(*paired_difference(*digits), sign="+")
 
 
 def _flips(r: Record, dense: Record) -> str | None:
-    """Shares of the questions: answered otherwise than by the dense model; from right to wrong; from wrong to right."""
+    """Format the shares of questions whose answer changed, changed from right to wrong, and from wrong to right."""
     if not ("correct" in r and r.get("answers") and dense.get("answers")):
         return None
     pairs = list(zip(dense["correct"], r["correct"], strict=True))
@@ -77,14 +77,14 @@ def _with_error(value: float | None, error: float | None, sign: str = "") -> str
     return None if value is None else f"{value:{sign}.3f}" + ("" if error is None else f" +- {error:.3f}")
 
 
-def _identity(r: Record) -> tuple[Cell, ...]:
-    """What two records share that answer the same questions, or read the same windows, with one model and dtype."""
+def _pair_key(r: Record) -> tuple[Cell, ...]:
+    """Return a key that is equal for records that can be paired: same questions or windows, base model and dtype."""
     parts = r.get("rounds") or (len(r["window_nll"]) if r["kind"] == "perplexity" else r["questions"])
     return (r["kind"], parts, "correct" in r, *(r.get(name) for name in ("task", "content_hash", "dtype", "model")))
 
 
-def _numbers(r: Record, dense: Record | None) -> list[Cell]:
-    """The cells of a record after its name: split, n, number, acc_norm, difference to dense, protocol, note."""
+def _cells(r: Record, dense: Record | None) -> list[Cell]:
+    """Cells of a record after its name: split, n, number, acc_norm, difference from dense, flips, protocol, note."""
     about, n = [r["source"]] if "source" in r else [], "questions"
     main = "acc" if r.get("exact_match") is None else "exact_match"
     values = [_with_error(r.get(metric), r.get(f"{metric}_stderr")) for metric in (main, "acc_norm")]

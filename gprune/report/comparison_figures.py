@@ -1,4 +1,4 @@
-"""Figures over several runs: ratios, sparsity per block, what they learned."""
+"""Figures over several runs: ratios, sparsity per block, training curves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gprune.report.curves import line_of, own_row
 from gprune.report.style import canvas, distances, draw_line, plain_ticks, style
 from gprune.report.table import Estimate
 
-# By label: axis and metric of what a run's own model learns; `<row>` is its row.
+# Label -> (x axis, metric) of training curves of the main row, whose name replaces `<row>`.
 LEARNED = {
     "development perplexity": ("development/tokens", "development/perplexity"),
     "loss while sparsity is learned, nats": ("learn/tokens", "learn/loss"),
@@ -23,14 +23,14 @@ LEARNED = {
 
 @style()
 def ratio_figure(rows: Sequence[tuple[str, Estimate]], *, base: str) -> Figure:
-    """Perplexity on unseen text, divided by the base metric's, with paired intervals; left of the line is better."""
+    """Figure of perplexity on unseen text relative to the base metric, with paired intervals; left is better."""
     figure, axes = canvas(4.5 + 0.07 * max(len(label) for label, _ in rows), 1.2 + 0.3 * len(rows))
     draw_ratios(axes, rows, base=base)
     return figure
 
 
 def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) -> None:
-    """`ratio_figure`, on axes that are there."""
+    """Draw `ratio_figure` on existing axes."""
     ratios = [ratio for _, ratio in rows]
     axes.errorbar(
         [ratio.value for ratio in ratios], range(len(rows)), xerr=distances(ratios), ls="none", ms=5, capsize=2.5,
@@ -50,7 +50,7 @@ def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) 
 
 @style()
 def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
-    """Fraction of neurons removed per block, a line per run."""
+    """Figure of the share of neurons removed per block, one line per run."""
     figure, axes = canvas(7, 3.2 + 0.06 * len(masks))
     for i, (name, run_masks) in enumerate(masks.items()):
         removed = [float((~m).float().mean()) for m in run_masks.ffn]
@@ -62,12 +62,12 @@ def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
 
 @style()
 def learning_figure(curves: Mapping[str, pd.DataFrame]) -> Figure | None:
-    """What runs have logged of their own models while those learned: a panel for each of `LEARNED`, a line per run.
+    """Figure of training curves of the main rows: one panel per entry of `LEARNED`, one line per run.
 
-    Losses are means over a twentieth of the steps. None where no run has learned.
+    Losses are moving averages over a twentieth of the steps. None if no run has trained.
 
     Args:
-        curves: by name of a run, as `read_curves` gives them.
+        curves: name of a run -> result of `read_curves`.
     """
     panels = {}
     for label, names in LEARNED.items():

@@ -1,4 +1,4 @@
-"""Curves of a run, read back from the CSV that every run writes: of all its sittings."""
+"""Training curves of a run, read from the CSV files of all its sessions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gprune.report.style import LETTER, canvas, draw_line, plain_ticks, style
 from gprune.storage.reading import read_bytes
 
 log = logging.getLogger("gprune")
-# By title: the axis with its label, and what is drawn over it, with its label. There is a line for each corpus or row
-# that `*` stands for; `<row>` is the run's own.
+# Title -> (x axis, its label, metric, its label). There is a line for each corpus or row that matches `*`; the main row
+# replaces `<row>`.
 CURVES = {
     "Loss while sparsity is learned": ("step", "step", "learn/loss", "loss, nats"),
     "Development perplexity while sparsity is learned": (
@@ -33,19 +33,19 @@ CURVES = {
 
 
 def read_curves(run: Path) -> pd.DataFrame:
-    """What a run logged, a row per call; of several sittings one after the other; empty where there is nothing."""
+    """Read the logged metrics of a run, one row per call. Sessions are concatenated; empty if there are no files."""
     files = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda f: int(re.sub(r"\D", "", f.parent.name) or 0))
     frames = []
     for file in files:
         try:
             frames.append(pd.read_csv(io.BytesIO(read_bytes(file))))
         except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
-            log.warning("%s cannot be read (%s); its curves are left out.", file, " ".join(str(error).split()))
+            log.warning("Cannot read %s: %s. Its curves are left out.", file, " ".join(str(error).split()))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
 def curve_figures(frame: pd.DataFrame) -> dict[str, Figure]:
-    """A figure by title for each of `CURVES` that has two points or more."""
+    """Make a figure for each entry of `CURVES` with at least two points, by title."""
     figures, own = {}, own_row(frame)
     for title, (axis, axis_label, pattern, label) in CURVES.items():
         found = matching(frame, pattern.replace("<row>", own))
@@ -57,20 +57,20 @@ def curve_figures(frame: pd.DataFrame) -> dict[str, Figure]:
 
 
 def matching(frame: pd.DataFrame, pattern: str) -> dict[str, str]:
-    """The columns that a pattern of `CURVES` stands for, by what `*` is in them."""
+    """Return the columns that match a pattern of `CURVES`, by the text that matches `*`."""
     form = re.compile(re.escape(pattern).replace(r"\*", "(.+)"))
     matches = [match for name in frame if (match := form.fullmatch(name))]
     return {"".join(match.groups()): match[0] for match in matches}
 
 
 def own_row(frame: pd.DataFrame) -> str:
-    """The row of the run's table that the run is about: the first that was distilled; empty where none was."""
+    """Return the main row of the run, which is distilled first; empty if no row was distilled."""
     began = {row: frame[name].first_valid_index() for row, name in matching(frame, "distill/*/tokens").items()}
     return min(began, key=began.get, default="")
 
 
 def line_of(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
-    """(x, y) of a metric, sorted by x, none where it is missing; what a later sitting has computed again counts."""
+    """Return (x, y) of a metric, sorted by x, without missing values. Points of later sessions replace earlier ones."""
     points = frame.reindex(columns=[axis, name]).apply(pd.to_numeric, errors="coerce").dropna()
     return points.set_axis(["x", "y"], axis=1).drop_duplicates("x", keep="last").sort_values("x")
 

@@ -1,4 +1,4 @@
-"""Runs under names that tell them apart, and in groups that differ in seed alone."""
+"""Distinct names of runs, and groups of runs that differ only in the seed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gprune.report.table import Table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.reading import expanded
 
-HASH = re.compile(r"-[0-9a-f]{8}$")  # at the end of a name that `RunConfig.run_name` makes
+HASH = re.compile(r"-[0-9a-f]{8}$")  # end of names made by `RunConfig.run_name`
 
 
 def read_runs(paths: Sequence[Path | str | FinishedRun]) -> list[FinishedRun]:
-    """Several finished runs, each once, under names that tell them apart.
+    """Read finished runs, without duplicates, and give them distinct names.
 
-    A name is the folder's own; where two folders share theirs, all are named from the folder they have in common. Runs
-    that have been read, such as records of rows, keep their names and come behind the folders.
+    A run is named after its folder. If two folders have the same name, all names are paths relative to the common
+    parent. Runs that are already read, such as records, keep their names and follow after the folders.
     """
     read = {(run.path.resolve(), run.name): run for run in paths if isinstance(run, FinishedRun)}
     paths = [path for path in paths if not isinstance(path, FinishedRun)]
@@ -40,23 +40,23 @@ def read_runs(paths: Sequence[Path | str | FinishedRun]) -> list[FinishedRun]:
 
 
 def as_small(run: FinishedRun, other: FinishedRun) -> bool:
-    """Whether two pruned models have as many parameters, within one percent of the dense model's."""
+    """Return whether two pruned models have the same number of parameters, within 1 % of the dense model's."""
     one, two = run.summary, other.summary
     return abs(one["parameters_after"] - two["parameters_after"]) <= 0.01 * one["parameters_before"]
 
 
 def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
-    """The runs, as 'NAME, seed S' where several share a name."""
+    """Rename runs with the same name to 'NAME, seed S'."""
     runs = list(runs)
     shared = Counter(run.name for run in runs)
     return [replace(run, name=f"{run.name}, seed {run.seed}") if shared[run.name] > 1 else run for run in runs]
 
 
 def named_by_difference(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
-    """Runs whose names end in a hash, as gprune names them, under the settings in which they differ from the others.
+    """Rename runs with default names, which end in a hash, by the settings in which they differ.
 
-    Of these settings a name has as few as tell all runs apart, seeds aside: `importance flap, target 0.3`. A name that
-    somebody chose stays.
+    A new name has as few settings as distinguish all runs except for seeds: `importance flap, target 0.3`. Names chosen
+    by the user are kept.
     """
     settings = {run.all_but_seed: flags(run) for run in runs}
     words = dict.fromkeys(settings, "")
@@ -74,30 +74,30 @@ def named_by_difference(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
 
 
 def _short(names: Iterable[str]) -> dict[str, str]:
-    """By flag, its last part, or the whole flag where another flag ends in the same part."""
+    """Return flag -> short name: its last part, or the whole flag if the last part is not unique."""
     names = list(names)
     ends = Counter(name.rpartition(".")[2] for name in names)
     return {name: end if ends[end := name.rpartition(".")[2]] == 1 else name for name in names}
 
 
 @dataclass(frozen=True)
-class Group:
-    """Runs that differ in seed alone; most often one."""
+class SeedGroup:
+    """Runs that differ only in the seed; often a single run."""
 
     runs: list[FinishedRun]
 
     @property
     def name(self) -> str:
-        """The run's own or, of several, the first one's, and how many they are."""
+        """Name of the run or, for several, of the first run, with the number of seeds."""
         name, seeds = self.runs[0].name, len(self.runs)
         return name if seeds == 1 else f"{name} ({seeds} seeds)"
 
 
-def groups(runs: Sequence[FinishedRun]) -> list[Group]:
-    """Runs that differ in seed alone together, in the order given; the same seed twice is two groups.
+def groups(runs: Sequence[FinishedRun]) -> list[SeedGroup]:
+    """SeedGroup runs that differ only in the seed, in the given order. Two runs with the same seed are in two groups.
 
-    A corpus that one of a group has seen, by what its own sample shares with it, counts as seen in all of it: a mean
-    over seeds is of one set of corpora.
+    A corpus that one run of a group has seen counts as seen in all of them, so that means over seeds are over the same
+    corpora.
     """
     by_settings: dict[tuple[str, int], list[FinishedRun]] = defaultdict(list)
     times: Counter[tuple[str, int]] = Counter()
@@ -107,21 +107,20 @@ def groups(runs: Sequence[FinishedRun]) -> list[Group]:
         by_settings[settings, times[settings, run.seed]].append(run)
     groups = []
     for members in by_settings.values():
-        members.sort(key=lambda run: run.seed)  # the same sums in whatever order runs are given
-        # a corpus that one of them has seen is seen in all
+        members.sort(key=lambda run: run.seed)  # sums do not depend on the order of runs
         seen = {r["corpus"] for run in members for r in run.records if r["seen"]}
         of_all = ([r | {"seen": r["corpus"] in seen} for r in run.records] for run in members)
-        groups.append(Group([replace(run, records=of) for run, of in zip(members, of_all, strict=True)]))
+        groups.append(SeedGroup([replace(run, records=of) for run, of in zip(members, of_all, strict=True)]))
     return groups
 
 
 def flags(run: FinishedRun) -> dict[str, Any]:
-    """The run's settings by flag, but for its folder and its seed."""
+    """Settings of a run by flag, except those of the run folder and the seed."""
     return applied({group: values for group, values in run.settings.items() if group not in ("inputs", "run")})
 
 
-def settings_table(groups: Sequence[Group]) -> Table:
-    """A row per flag in which the groups differ, and a column for each of them."""
+def settings_table(groups: Sequence[SeedGroup]) -> Table:
+    """Table with a row per flag in which groups differ, and a column per group."""
     settings = [flags(group.runs[0]) | {"run.seed": [run.seed for run in group.runs]} for group in groups]
     different = [
         name for name in dict.fromkeys(chain(*settings)) if any(s.get(name) != settings[0].get(name) for s in settings)
@@ -131,7 +130,7 @@ def settings_table(groups: Sequence[Group]) -> Table:
 
 
 def in_words(value: Any) -> str:
-    """A setting as a flag has it, and paths by their last part."""
+    """Format a setting like a flag; a path is shortened to its last part."""
     if isinstance(value, list):
         return ", ".join(map(in_words, value))
     return PurePath(value).name if isinstance(value, str) else json.dumps(value)

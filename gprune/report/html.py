@@ -1,4 +1,4 @@
-"""The page of one run or several: one file, which needs no network and no script from elsewhere."""
+"""HTML page of one or several runs, in one file without external resources."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from gprune.storage.yaml_text import to_yaml
 if TYPE_CHECKING:
     from gprune.report.page import Report
 
-# The colours of figures that follow the page's theme.
+# Colours of figures -> CSS of the page's theme (light or dark).
 THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--line)", "#555555": "var(--soft)"}
 
 
 def write(report: Report, path: Path | str) -> Path:
-    """Write the page of a report, whole or not at all."""
+    """Write the page of a report atomically, and return its path."""
     path = expanded(path)
     with replacing(path) as temporary:
         temporary.write_text(page(report), encoding="utf-8")
     return path
 
 
-def make_up(report: Report) -> None:
-    """Write figures, model card and page of a single run, as it does itself, where its folder lacks them."""
+def write_missing(report: Report) -> None:
+    """Write figures, model card and page of a single run if its folder lacks them."""
     (run,) = report.runs
     if not any(run.path.glob("figures/*.png")):
         write_figures(run.path / "figures", run.records, run.modules, run.masks, run.summary)
@@ -57,7 +57,7 @@ def make_up(report: Report) -> None:
 
 
 def page(report: Report) -> str:
-    """HTML of a report: what all runs share, and a section for each of them."""
+    """Render a report as HTML: common tables and figures, and a section for each run."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -74,7 +74,7 @@ def page(report: Report) -> str:
 
 
 def section(run: FinishedRun) -> dict[str, Any]:
-    """What the page says of one run."""
+    """Return the values for a run's section of the template."""
     s, model = run.settings, run.path / "model"
     method = "gprune" if s["gprune"] else "the base metric alone"
     asked, summary = s["sparsity"], run.summary
@@ -87,7 +87,7 @@ def section(run: FinishedRun) -> dict[str, Any]:
         title = f"{target} removed from {model_label(s['model']['name'])}"
         about = f"Pruned by {method}, importance {s['importance']}, recovery {s['recovery']}, seed {run.seed}."
     means = means_and_gaps(run.records)
-    last = list(means)[-1]  # the run's own result, which lists may call a control
+    last = list(means)[-1]  # the main row, which a study may declare as a control
     return {
         "name": run.name,
         "title": title,
@@ -108,33 +108,34 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "environment": run.environment,
         "load": loading_code(str(model), stock=not any(model.glob("*.py"))) if model.is_dir() else "",
         "here": shlex.quote(str(run.path)),
-        "folder": run.path.is_dir(),  # not the record of a row
+        "folder": run.path.is_dir(),  # false for a record
     }
 
 
 def ratios_to_base(records: Sequence[Record], row: Stage) -> dict[str, dict[str, float]]:
-    """By name, the ratios of a row to `base`: both of them for a recovered row, for others the one that there is."""
+    """Return the ratios of a row to `base` by name: two for a recovered row, one for a row without recovery."""
     names = {UNRECOVERED: False} | ({} if row[1] == "none" else {SAME_RECOVERY: True})
     ratios = {name: unseen_ratios(records, same_recovery=same).get(row_name(*row)) for name, same in names.items()}
     return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
 
 def drawn(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:
-    """Titles and SVG of figures, and whether they are broad."""
+    """Return (title, SVG, whether it is wide) for each figure."""
     broad = {title: figure.get_figwidth() > 2.2 * figure.get_figheight() for title, figure in figures.items()}
     return [(title, svg(figure, f"{name} {title}"), broad[title]) for title, figure in figures.items()]
 
 
 @style()
 def svg(figure: Figure, name: str) -> Markup:
-    """Inline SVG whose black, white and grey follow the page's theme, with text as text.
+    """Convert a figure to inline SVG with text elements, and with black, white and grey replaced by theme colours.
 
     Args:
-        name: of the figure on its page: references inside the SVG of two figures must not meet.
+        figure: the figure.
+        name: unique name on the page, so that ids in the SVG of different figures differ.
     """
     out, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    text = re.sub('<g id="[^"]*"', "<g", out.getvalue())  # every figure has an axes_1
+    text = re.sub('<g id="[^"]*"', "<g", out.getvalue())  # ids such as axes_1 would be repeated on the page
     text = re.sub("|".join(THEME), lambda match: THEME[match[0].lower()], text, flags=re.IGNORECASE)
     return Markup(text[text.index("<svg") :])

@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported folder."""
+"""Model card: the README.md of an exported folder."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from gprune.runs.results import read_evaluation
 from gprune.storage.files import file_hashes, replacing
 from gprune.storage.reading import expanded
 
-RESULTS = "## Perplexity"  # the heading
+RESULTS = "## Perplexity"  # heading of the results
 
 
 def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, Any]]) -> None:
-    """Write the card of the model that a run exported, if it did, and the card's hash into the manifest."""
+    """Write the card of a run's exported model, if there is one, and store the card's hash in the manifest."""
     if (model := folder / "model").is_dir():
         manifest, stock = folder.manifest, not any(model.glob("*.py"))
         summary = manifest.get("summary", {})
         said, quality = (summary.get(name, {}).get("said") for name in ("speed", "quality"))
         card = model_card(cfg, records, stock=stock, dtype=manifest.get("exported_dtype"))
         card += f"\n{quality}\n" if quality else ""
-        card += speed(read_evaluation(folder / "evaluation.json"), said)
+        card += speed_section(read_evaluation(folder / "evaluation.json"), said)
         with replacing(model / "README.md") as new:
             new.write_text(card, encoding="utf-8")
         folder.update_manifest(model=file_hashes(model, "README.md"))
@@ -43,12 +43,13 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
 def model_card(
     cfg: RunConfig, records: Sequence[dict[str, Any]], *, stock: bool = False, dtype: str | None = None
 ) -> str:
-    """README.md of the exported folder: what it is, how it was made, what it scores, how to load it.
+    """Return the README.md of the exported folder: description, method, results, and how to load the model.
 
     Args:
-        records: of `metrics.json`.
-        stock: whether the folder is a stock model, without code of its own.
-        dtype: of the exported weights; None for that of the run.
+        cfg: the configuration of the run.
+        records: records of `metrics.json`.
+        stock: whether the folder is a stock model without custom code.
+        dtype: dtype of the exported weights; by default `--model.dtype`.
     """
     code = (
         "All blocks have the same shape: a stock model, which needs no code of its own."
@@ -62,7 +63,7 @@ def model_card(
     recovery = "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
     method = "gprune" if cfg.gprune else "base metric alone"
     folder = _folder(cfg)
-    # A path of this machine says nothing to others.
+    # A path on this machine is not useful for others.
     label = in_markdown(one_line(folder.name if folder else model_label(cfg.model.name)))
     labels = corpus_labels([cfg.corpora.score, *cfg.roles["drift"], *(r["corpus"] for r in records)])
     score, drift = labels[cfg.corpora.score], ", ".join(in_markdown(labels[corpus]) for corpus in cfg.roles["drift"])
@@ -95,8 +96,8 @@ Base model: {label}. Licence: {licence}.{notice}
 {_results(cfg, records, labels)}"""
 
 
-def speed(records: Sequence[Record], said: str | None) -> str:
-    """The section on speed: what was asked for and reached, in words, and what `gprune evaluate` has measured."""
+def speed_section(records: Sequence[Record], said: str | None) -> str:
+    """Return the section on speed: the speed target as text, and measurements of `gprune evaluate`."""
     dense = [r for r in records if r["stage"] == "dense"]
     lines = [f"{said}\n"] if said else []
     for r in (r for r in records if r["kind"] == "speed" and r["stage"] != "dense"):
@@ -106,7 +107,7 @@ def speed(records: Sequence[Record], said: str | None) -> str:
 
 
 def loading_code(place: str, *, stock: bool) -> str:
-    """Python that loads the exported folder; a stock model needs no code of its own."""
+    """Return Python code that loads the exported folder; a stock model does not need `trust_remote_code`."""
     arguments = json.dumps(place, ensure_ascii=False) + ("" if stock else ", trust_remote_code=True")
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -116,13 +117,13 @@ def loading_code(place: str, *, stock: bool) -> str:
 
 
 def _folder(cfg: RunConfig) -> Path | None:
-    """Where the base model lies on this machine; None if it has a name that others know."""
+    """Return the folder of the base model on this machine; None for a hub id or an embedded model."""
     path = expanded(cfg.model.name)
     return path.resolve() if path.exists() else None
 
 
 def _metadata(cfg: RunConfig) -> ModelCardData:
-    """What the hub reads: the base model, and the licence where it is known."""
+    """Return the card's metadata for the hub: base model, and licence if it is known."""
     embedded = EMBEDDED_MODELS.get(cfg.model.name)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model.name) and _folder(cfg) is None
     return ModelCardData(

@@ -1,11 +1,11 @@
-"""The report of one run or several: its tables, its figures, and the page that holds them.
+"""Report of one or several runs: tables, figures and files.
 
 from gprune import report
 made = report.make(["runs/a", "runs/b"])
 made.to_markdown(), made.tables[0].rows, made.figures()["ratios"]
 made.write("report")
 
-Runs that differ in seed alone become one row: mean and interval over seeds.
+Runs that differ only in the seed become one row, with mean and interval over seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from gprune.errors import one_line
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import read_curves
-from gprune.report.grouping import Group, groups, named_by_difference, read_runs, settings_table, with_distinct_names
+from gprune.report.grouping import (
+    SeedGroup,
+    groups,
+    named_by_difference,
+    read_runs,
+    settings_table,
+    with_distinct_names,
+)
 from gprune.report.perplexity_tables import comparison_table, distance_table, perplexity_table, summary_table
 from gprune.report.records import caption, quality_table
 from gprune.report.run_figures import write_figures
@@ -33,24 +40,24 @@ from gprune.storage.reading import expanded
 
 FIGURES = ("ratios", "learning", "sparsity", "perplexity", "heterogeneity", "speed")
 TITLE = 80  # characters
-SIDE_BY_SIDE = 40  # runs: beyond, pairs and figures take minutes, and nobody reads them
+SIDE_BY_SIDE = 40  # largest number of runs for pairs and figures, which would take minutes and be unreadable
 
 
 @dataclass(frozen=True)
 class Report:
-    """The tables of some runs, and what their figures are drawn from."""
+    """Tables and figures of runs."""
 
     runs: list[FinishedRun]
-    groups: list[Group]
+    groups: list[SeedGroup]
     tables: list[Table]
     base: FinishedRun | None
 
     def to_markdown(self) -> str:
-        """The tables with titles and notes, then the protocols."""
+        """Format tables with titles and notes, and the protocols, as Markdown."""
         return self._text(Table.to_text, in_markdown)
 
     def shown(self) -> str:
-        """The same for whoever looks: as wide as the terminal, if stdout is one."""
+        """Format tables for the terminal's width; without a terminal, as Markdown."""
         return self._text(Table.shown, str)
 
     def _text(self, text: Callable[[Table], str], line: Callable[[str], str]) -> str:
@@ -65,12 +72,12 @@ class Report:
 
     @property
     def read_tables(self) -> list[Table]:
-        """The tables that are not empty: first in what the runs differ."""
+        """Tables that are not empty; the settings in which runs differ come first."""
         return sorted((t for t in self.tables if t.rows), key=lambda table: table.name != "settings")
 
     @property
     def title(self) -> str:
-        """What is compared: names of a few runs, or how many there are and in which flags they differ."""
+        """Title: names of a few runs, or the number of runs and the flags in which they differ."""
         names = [one_line(group.name) for group in self.groups]
         flags = [str(row[0]) for table in self.tables if table.name == "settings" for row in table.rows]
         if not flags or len(", ".join(names)) <= TITLE:
@@ -80,22 +87,22 @@ class Report:
 
     @property
     def _divisor(self) -> str:
-        """What the ratios of the summary are divided by, in words."""
+        """Name of the denominator of ratios in the summary."""
         words = self.tables[0].columns[-1].removeprefix("unseen / ")
         return f"{words} of {self.base.name}" if self.base is not None and self.base.name != "base" else words
 
     @property
     def many(self) -> bool:
-        """Whether there are too many runs to compare them pair by pair, or to draw them."""
+        """Whether there are too many runs for pairwise comparisons and figures."""
         return len(self.runs) > SIDE_BY_SIDE
 
     @property
     def named_runs(self) -> list[FinishedRun]:
-        """The runs under names of their own."""
+        """Runs with distinct names."""
         return with_distinct_names(self.runs)
 
     def protocols(self) -> list[str]:
-        """One line per protocol by which the numbers were measured, and one with the precision of training."""
+        """Return one line per evaluation protocol, and one with the precision of training."""
         measured = sorted({
             f"Protocol: {r['model']}; windows of {r['seq_len']} tokens, stride {r['stride']}, "
             f"{'with' if r['bos'] else 'no'} BOS, {r['dtype']}, {r['split']} text, scope {r['scope']}."
@@ -110,12 +117,12 @@ class Report:
         return [*measured, f"Precision of training: {usual}{''.join(named)}."]
 
     def figures(self) -> dict[str, Figure]:
-        """Figures over all runs, by name; none of many."""
+        """Make figures over all runs, by name; empty if there are too many runs."""
         if self.many:
             return {}
         runs = self.named_runs
         figures = {}
-        # Of the summary's rows: run, stage, seeds, seen, unseen, gap, unseen / dense, ratio to base.
+        # Columns of the summary: run, stage, seeds, seen, unseen, gap, unseen / dense, ratio to base.
         if ratios := [(_label(*row[:2]), row[-1]) for row in self.tables[0].rows if row[-1] is not None]:
             figures["ratios"] = ratio_figure(ratios, base=self._divisor)
         curves = {run.name: read_curves(run.path) for run in runs}
@@ -128,12 +135,12 @@ class Report:
         return {name: titled(figure, about) for name, figure in figures.items()}
 
     def write(self, folder: Path | str, formats: Sequence[str] = FORMATS) -> list[Path]:
-        """`report.md`, `tables/*.csv` and `figures/*`; what was written, the Markdown file first.
+        """Write `report.md`, `tables/*.csv` and `figures/*`, and return the paths, with the Markdown file first.
 
-        Tables and figures that an earlier report has left in the folder, and this one does not have, go.
+        Tables and figures of an earlier report in the folder are removed.
 
         Raises:
-            UserError: for a folder that cannot be written.
+            UserError: if the folder cannot be written.
         """
         folder = expanded(folder)
         texts = {folder / "report.md": f"# {in_markdown(self.title)}\n\n{self.to_markdown()}"}
@@ -142,7 +149,7 @@ class Report:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         drawn = self.draw(folder / "figures", formats)
-        if len(self.runs) == 1 and (run := self.runs[0]).masks is not None:  # each of several has its own in its folder
+        if len(self.runs) == 1 and (run := self.runs[0]).masks is not None:  # otherwise they are in the run folders
             about = run.records, run.modules, run.masks, run.summary
             drawn += write_figures(folder / "figures", *about, formats=formats)
         ours = {folder / "tables" / f"{name}.csv" for name in get_args(TableName)}
@@ -152,12 +159,12 @@ class Report:
         return [*texts, *drawn]
 
     def draw(self, folder: Path, formats: Sequence[str] = FORMATS, *, prefix: str = "") -> list[Path]:
-        """Files of the figures over all runs."""
+        """Write the figures over all runs, and return their paths."""
         return [p for name, figure in self.figures().items() for p in save(figure, folder, prefix + name, formats)]
 
 
 def _label(run: str, stage: str) -> str:
-    """Of a row in a figure: short where a run is named for its stage."""
+    """Label of a row in a figure; only the run's name if it equals the stage."""
     return run if run == stage else f"{run}: {stage}"
 
 
@@ -165,14 +172,15 @@ def make(
     paths: Sequence[Path | str | FinishedRun],
     *, base: Path | str | FinishedRun | Mapping[Path, FinishedRun] | None = None,
 ) -> Report:  # fmt: skip
-    """Read the runs and make all tables.
+    """Read runs and make the report.
 
     Args:
-        paths: folders of runs, or runs that have been read.
-        base: a run whose stage `base` all others are divided by, or such a run by path; None for each run's own.
+        paths: folders of runs, or runs that are already read.
+        base: a run whose stage `base` is the denominator of ratios, or path of a run -> such a run. By default each
+            run's own base.
 
     Raises:
-        UserError: for a folder that is no finished run.
+        UserError: if a folder is not a finished run.
     """
     runs = named_by_difference(read_runs(paths))
     if base is None or isinstance(base, Mapping):
@@ -184,12 +192,13 @@ def make(
 def of_runs(
     runs: Sequence[FinishedRun], *, bases: Mapping[Path, FinishedRun] | None = None, seen: Sequence[str] | None = None
 ) -> Report:
-    """All tables of runs that have been read, wherever from.
+    """Make the report of runs that are already read.
 
     Args:
-        bases: by path of a run, the run whose stage `base` is the divisor; a run that is missing has no ratio, and
-            with an empty mapping no run has one. None: each run's own.
-        seen: the corpora that count as seen in every row; None: each run's own.
+        runs: the runs.
+        bases: path of a run -> the run whose stage `base` is the denominator. A missing run has no ratio. By default
+            each run's own base.
+        seen: corpora that count as seen in every row; by default those that each run has seen.
     """
     if seen is not None:
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
@@ -200,5 +209,5 @@ def of_runs(
         tables += [comparison_table(rows), settings_table(rows)]
     if evaluated := [r | {"run": run.name} for run in with_distinct_names(runs) for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))
-    of_rows = {base.name: base for base in (bases or {}).values()}  # rows of several budgets have a base each
+    of_rows = {base.name: base for base in (bases or {}).values()}  # rows of different budgets have different bases
     return Report(list(runs), rows, tables, *of_rows.values() if len(of_rows) == 1 else (None,))

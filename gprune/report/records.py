@@ -1,4 +1,4 @@
-"""Tables of one run: its result, from the records of `metrics.json`, and the cost of its steps."""
+"""Tables of a run: results from the records of `metrics.json`, quality targets, and the cost of steps."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from gprune.evaluation.estimate import Estimate
 from gprune.report.table import Cell, Table
 from gprune.runs.numbers import Record, by_stage, means_and_gaps, row_name, unseen_ratios
 
-# The two ratios to the base metric, as tables name them. They differ only for rows that were recovered.
+# Names of the two ratios to the base metric. They differ only for rows with recovery.
 SAME_RECOVERY = "unseen / base, same recovery"
 UNRECOVERED = "unseen / unrecovered base"
 KEPT_OF_BASE = "kept / base, same recovery"
 
 
 def caption(records: Sequence[Record]) -> str:
-    """Model, budget and protocol in three lines, for figures that stand alone."""
+    """Caption of figures: model, budget and protocol in three lines."""
     names = ("model", "scope", "importance", "dtype", "seq_len", "split")
     pruned = [r for r in records if r["stage"] != "dense"]
     text = {name: ", ".join(dict.fromkeys(str(r[name]) for r in pruned)) for name in names}
@@ -33,10 +33,11 @@ def caption(records: Sequence[Record]) -> str:
 
 
 def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = None) -> Table:
-    """A row per stage; a column per corpus (seen ones marked), geometric means and the gap.
+    """Result table of a run: a row per stage; columns of corpora (seen ones have a star), geometric means and the gap.
 
     Args:
-        labels: what the corpora are called; `corpus_labels` of them by default.
+        records: records of `metrics.json`.
+        labels: names of corpora. Default: `corpus_labels`.
     """
     seen = {r["corpus"]: r["seen"] for r in records}
     corpora = sorted(seen, key=lambda c: not seen[c])
@@ -59,7 +60,7 @@ def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = N
 
 
 def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
-    """Seconds, tokens and memory of each step."""
+    """Table of seconds, tokens and memory by step."""
     columns = {"seconds": "seconds", "forward_tokens": "tokens forward", "forward_backward_tokens": "and backward",
                "peak_memory_mib": "peak MiB"}  # fmt: skip
     if any("peak_gpu_memory_mib" in step for step in steps.values()):
@@ -73,10 +74,10 @@ def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def quality_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What was asked, predicted and got, and how many parameters each row keeps at the same quality.
+    """Table of quality targets: requested, predicted and measured quality, and parameters that each row keeps.
 
     Args:
-        summaries: by name of a run; those without a target in quality have no rows. The names are shown where there are
+        summaries: name of a run -> summary. Runs without a quality target have no rows. Names are shown if there are
             several.
     """
     rows: list[list[Cell]] = []
@@ -106,7 +107,7 @@ def quality_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _above(ratios: Sequence[float | None]) -> Cell:
-    """A ratio to dense, or one with its interval, as percent above 1."""
+    """Convert a ratio to dense, optionally with its interval, to percent above 1."""
     if ratios[0] is None:
         return None
     percent = [100 * (ratio - 1) for ratio in ratios]

@@ -1,4 +1,4 @@
-"""Figures of one run: perplexity over dense, rank drift of its modules, sparsity per block, the table of speed."""
+"""Figures of a run: perplexity relative to dense, rank drift of modules, sparsity per block, latency table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gprune.runs.numbers import Record, by_stage, row_name
 
 @style()
 def perplexity_figure(records: Sequence[Record]) -> Figure:
-    """Perplexity relative to dense, per corpus and stage, with paired 95 % intervals; unseen corpora on the right."""
+    """Figure of perplexity relative to dense by corpus and stage, with paired 95 % intervals; seen corpora first."""
     nll, seen = by_stage(records, "window_nll"), {r["corpus"]: r["seen"] for r in records}
     predicted = next(iter(records))["seq_len"] - 1
     corpora = sorted(seen, key=lambda c: not seen[c])
@@ -39,7 +39,7 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
         axes.errorbar(
             x, [ratio.value for ratio in ratios], yerr=distances(ratios), ls="none", ms=5, capsize=2.5, lw=1.2,
             color=colour, marker=MARKERS.get(stage, "D"), label=row_name(stage, recovery),
-            mfc="white" if recovery == "none" else colour,  # recovered: full
+            mfc="white" if recovery == "none" else colour,  # filled markers: with recovery
         )  # fmt: skip
     axes.set_yscale("log")
     plain_ticks(axes.yaxis)
@@ -84,7 +84,7 @@ def heterogeneity_figure(modules: Modules) -> Figure:
 
 @style()
 def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
-    """Fraction of neurons removed per block, and per module where there are modules; a block without FFN has no bar."""
+    """Figure of the share of neurons removed per block and, if there are modules, per module."""
     figure, axes = canvas(9, 3.4)
     per_block = [float((~m).float().mean()) if len(m) else 0.0 for m in masks.ffn]
     axes.bar(range(len(per_block)), per_block, color="#BFDDF0", label="block")
@@ -105,7 +105,7 @@ def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
 
 @style()
 def speed_figure(table: dict[str, Any], depth: int) -> Figure:
-    """Milliseconds of all blocks by the neurons, and by the KV groups, that each keeps, and of what is never pruned."""
+    """Figure of the latency table: milliseconds of all blocks by kept neurons and KV groups, and of other parts."""
     figure = Figure(figsize=(9, 3.4))
     panels = {"neurons": "FFN neurons", "groups": "KV groups"}
     for axes, (kind, units) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
@@ -122,7 +122,7 @@ def speed_figure(table: dict[str, Any], depth: int) -> Figure:
 def run_figures(
     records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict
 ) -> dict[str, Figure]:
-    """All figures that one run has data for, by name."""
+    """Make all figures for which a run has data, by name."""
     labels = None if modules is None else modules.labels
     figures = {"perplexity": perplexity_figure(records)}
     if masks is not None:
@@ -136,5 +136,5 @@ def run_figures(
 
 
 def write_figures(folder: Path, *about: Any, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Files of `run_figures`, with its arguments."""
+    """Write the figures of `run_figures`, and return their paths."""
     return [path for name, figure in run_figures(*about).items() for path in save(figure, folder, name, formats)]

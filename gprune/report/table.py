@@ -1,4 +1,4 @@
-"""A table of anything, with estimates and intervals, as Markdown and CSV."""
+"""Tables with estimates and intervals, as Markdown, CSV and terminal output."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from gprune.evaluation.estimate import Estimate
 
 TableName = Literal[
     "comparison", "distance", "evaluation", "perplexity", "quality", "settings", "summary"
-]  # of a report
+]  # names of the tables of a report
 
 
-# What Markdown does not take as text: a `*` at the end of a name, `_` inside it and most brackets it does.
+# Characters that Markdown would interpret. A `*` at the end of a name, `_` inside it and most brackets are plain text.
 MARKUP = re.compile(r"^\*|[\\`<|~$]|&(?=#?\w+;)|\*(?=[^\s)])|(?<![^\W_])_|_(?![^\W_])|\[(?=[^\]]*\][(\[])")
 Cell = str | int | float | Estimate | None
 
@@ -35,12 +35,12 @@ class Table:
     """A table for people (Markdown) and for programs (CSV), from the same cells.
 
     Attributes:
-        name: of the files.
-        title: of the section.
+        name: name of files.
+        title: title of the section.
         columns: headers; the first column is text.
-        rows: None is an empty cell.
-        digits: by column, digits after the point in Markdown; 2 where nothing is said. CSV has all of them.
-        note: a paragraph under the table, as text.
+        rows: cells; None is an empty cell.
+        digits: column -> decimal places in Markdown, by default 2. CSV has all digits.
+        note: a paragraph of plain text below the table.
     """
 
     name: str
@@ -51,57 +51,57 @@ class Table:
     note: str = ""
 
     def to_markdown(self) -> str:
-        """The table alone, aligned."""
+        """Format the table, without the note, as aligned Markdown."""
         return markdown([list(map(in_markdown, row)) for row in (map(one_line, self.columns), *self.texts())])
 
     def texts(self) -> list[list[str]]:
-        """The cells as people read them."""
+        """Cells as formatted text."""
         return [[self._text(cell, column) for cell, column in zip(row, self.columns, strict=True)] for row in self.rows]
 
     def shown(self) -> str:
-        """For whoever looks: as wide as the terminal; where stdout is none, what files have, but a note as text."""
+        """Format for the terminal's width; without a terminal, as Markdown with the note as plain text."""
         if sys.stdout.isatty():
             return self.to_terminal(shutil.get_terminal_size().columns)
         return f"{self.to_markdown()}\n\n{self.note}".strip()
 
     def to_terminal(self, width: int) -> str:
-        """The table in characters, and its note below: in several parts where it is too wide for one.
+        """Format the table and its note for a terminal. A table that is too wide is split into several parts.
 
-        Cells are text, never rich's markup. Headers are bold if stdout is a terminal and `$NO_COLOR` is not set.
+        Cells are plain text, not rich markup. Headers are bold if stdout is a terminal and `$NO_COLOR` is not set.
 
         Args:
-            width: characters that a line may have.
+            width: characters per line.
         """
         plain = [list(map(one_line, self.columns)), *self.texts()]
         names, parts = _layout(plain, width)
-        colours = None if os.environ.get("NO_COLOR") else "auto"  # rich itself would leave what is bold
+        colours = None if os.environ.get("NO_COLOR") else "auto"  # rich alone would keep bold text
         console = Console(color_system=colours, width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty())
         for part in parts:
-            made = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
+            grid = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
             for column, size in enumerate(names):
-                made.add_column(Text(plain[0][column]), width=size, overflow="fold")
+                grid.add_column(Text(plain[0][column]), width=size, overflow="fold")
             for column in part:
                 least = min(max(len(row[column]) for row in plain), width // 3)
-                made.add_column(Text(plain[0][column]), justify="right", min_width=least)
+                grid.add_column(Text(plain[0][column]), justify="right", min_width=least)
             for row in plain[1:]:
-                made.add_row(*(Text(row[column]) for column in (*range(len(names)), *part)))
-            console.print(made)
+                grid.add_row(*(Text(row[column]) for column in (*range(len(names)), *part)))
+            console.print(grid)
             console.print()
         console.print(Text(printable(self.note)))
         return console.file.getvalue().strip("\n")
 
     def to_text(self) -> str:
-        """The Markdown table, and its note below."""
+        """Format the table and its note as Markdown."""
         return f"{self.to_markdown()}\n\n{in_markdown(self.note)}".strip()
 
     def to_csv(self) -> str:
-        """`wide`, as CSV."""
+        """Format `wide` as CSV."""
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows(self.wide())
         return out.getvalue()
 
     def wide(self) -> list[list[str | int | float | None]]:
-        """Header and rows, with columns `_low` and `_high` beside those with intervals."""
+        """Header and rows, with additional columns `_low` and `_high` for columns with intervals."""
         wide = [any(isinstance(row[c], Estimate) for row in self.rows) for c in range(len(self.columns))]
         header = [(name or "row", f"{name}_low", f"{name}_high") for name in self.columns]
         rows = [[cell if isinstance(cell, Estimate) else Estimate(cell) for cell in row] for row in self.rows]
@@ -120,13 +120,14 @@ class Table:
 
 
 def _layout(rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], list[list[int]]]:
-    """Widths of the first columns, which all parts of a table have, and the other columns of each part.
+    """Split a wide table into parts: return widths of the first columns, which are repeated in each part, and parts.
 
-    One part where the first column can be folded to a fifth of the width, and 12 characters, for it. Else every part
-    begins with the columns that tell the rows apart, as many as leave a third of the width to others.
+    There is one part if the table fits after folding the first column to a fifth of the width (at least 12 characters).
+    Otherwise every part begins with the columns that identify a row, as many as leave a third of the width.
 
     Args:
-        rows: the header, and cells.
+        rows: header and cells.
+        width: characters per line.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     beside = width - sum(w + 2 for w in widths[1:])
@@ -139,7 +140,7 @@ def _layout(rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], list[
         if room >= width // 3:
             break
     parts: list[list[int]] = [[]]
-    for column in range(n, len(widths)):  # in groups that find room, each with a gap of two; a wider one is alone
+    for column in range(n, len(widths)):  # as many columns per part as fit, with a gap of two characters
         if parts[-1] and sum(widths[c] + 2 for c in (*parts[-1], column)) > room:
             parts.append([])
         parts[-1].append(column)
@@ -147,12 +148,12 @@ def _layout(rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], list[
 
 
 def in_markdown(text: str) -> str:
-    """Markdown that shows a name or a number as it is, whatever is in it."""
+    """Escape text for Markdown."""
     return MARKUP.sub(r"\\\g<0>", text)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; the first row is the header, the first column text."""
+    """Format rows as a Markdown table with aligned columns; the first row is the header, the first column text."""
     width = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage that learns, from which a killed run goes on."""
+"""Checkpoints inside a training stage, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ log = logging.getLogger("gprune")
 
 
 class Checkpoints(Checkpoint):
-    """Keeps a checkpoint of a stage that learns, so that a killed one goes on from there, to the same bits.
+    """Callback that saves checkpoints of a training stage, from which a killed stage resumes to the same bits.
 
-    A checkpoint holds what learns (a stage registers nothing else), optimizer, schedule, the place in the text, the
-    states of callbacks and of torch's random generator, and the tokens that the stage has taken. Its hash, over what
-    it belongs to as well, stands in the run's manifest: a file that is not what this stage left is never unpickled.
-    Lightning calls a Checkpoint behind all other callbacks, whose states are then those after the step.
+    A checkpoint has the trained tensors (a stage registers no others), optimizer, schedule, position in the text,
+    states of callbacks, torch's random state, and the tokens of the stage. The manifest stores its hash, which also
+    covers the stage it belongs to, so a foreign or altered file is never unpickled. Lightning calls a `Checkpoint`
+    callback after all others, so their states are those after the step.
 
     Args:
-        folder: of the run; `write` removes the checkpoint when what was learned is there.
-        name: of the stage in the folder.
-        stage: whose class, and names and shapes of what learns, have to be those of the checkpoint.
+        folder: folder of the run; its method `write` removes the checkpoint after the stage.
+        name: name of the stage in the folder.
+        stage: the stage. Its class, and names and shapes of its tensors, have to match the checkpoint.
         meter: the run's `TokenMeter`.
-        seconds: between two checkpoints; 0: one after every step.
+        seconds: time between two checkpoints; 0 saves one after every step.
     """
 
     def __init__(self, folder: RunFolder, name: str, stage: L.LightningModule, meter: Any, seconds: float):
@@ -42,18 +42,18 @@ class Checkpoints(Checkpoint):
         versions = [torch.__version__, L.__version__]
         of = f"{type(stage).__module__}.{type(stage).__qualname__}"
         self._mark = key_of(run=folder.key, fit=name, stage=of, shapes=shapes, versions=versions)
-        self._hashes: list[str] = []  # of the file that is there, if any
+        self._hashes: list[str] = []  # hash of the existing file, if any
         self._last = time.monotonic()
-        self._place: dict[str, int] = {}  # in the text, where it goes on
+        self._place: dict[str, int] = {}  # position in the text after resuming
 
     def usable(self) -> Path | None:
-        """The checkpoint to go on from; None, with a warning unless there is none, if it is not whole, or foreign."""
+        """Return the checkpoint to resume from. Return None if it is missing or, with a warning, invalid."""
         if not self.path.is_file():
             return None
         self._hashes = [self._hash(self.path)]
         if self._hashes[0] in self.folder.manifest.get("checkpoints", {}).get(self.name, []):
             return self.path
-        log.warning(UNUSABLE, self.path, "not what this stage of this run has left")
+        log.warning(UNUSABLE, self.path, "the file is not the checkpoint that this stage saved")
         return None
 
     def _hash(self, file: Path) -> str:
@@ -61,7 +61,7 @@ class Checkpoints(Checkpoint):
             return hashlib.file_digest(content, lambda: hashlib.sha256(self._mark.encode())).hexdigest()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Lightning forgets the place where a schedule has asked for the number of steps before it was loaded.
+        # Lightning loses the position if a schedule asks for the number of steps before the checkpoint is loaded.
         if self._place:
             trainer.train_dataloader.load_state_dict(self._place)
         self._last = time.monotonic()
@@ -69,10 +69,10 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save a checkpoint behind a whole step, once `seconds` have passed.
+        """Save a checkpoint after a complete optimizer step if `seconds` have passed.
 
-        A step that validation follows is saved behind the validation: Lightning does not make up for one that a resumed
-        run has left out.
+        If validation follows the step, the checkpoint is saved after validation, because a resumed Trainer would skip
+        that validation.
         """
         self._stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         validates = trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
@@ -84,22 +84,22 @@ class Checkpoints(Checkpoint):
             self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: L.Trainer) -> None:
-        # No checkpoint holds half a sum of gradients, or a stage that has been told to stop: Lightning would go on.
+        # Not inside gradient accumulation, and not if the stage was told to stop: a resumed Trainer would continue it.
         if not self._stepped or trainer.should_stop or trainer.is_last_batch or trainer.fast_dev_run:
             return
         due = time.monotonic() - self._last >= self.seconds
-        if trainer.strategy.reduce_boolean_decision(due, all=False):  # processes have clocks of their own
+        if trainer.strategy.reduce_boolean_decision(due, all=False):  # clocks of processes differ
             self._save(trainer)
             self._last = time.monotonic()
 
     def _save(self, trainer: L.Trainer) -> None:
         if not trainer.is_global_zero:
-            trainer.save_checkpoint(self.path)  # takes part, and writes nothing
+            trainer.save_checkpoint(self.path)  # a collective call; only rank 0 writes
             return
         with replacing(self.path) as temporary:
             trainer.save_checkpoint(temporary)
             new = self._hash(temporary)
-            # With that of the file there, which stays until the new one has its name.
+            # The hash of the old file stays valid until the new file is renamed.
             self.folder.update_manifest(checkpoints={self.name: [*self._hashes, new]})
         self._hashes = [new]
         self.folder.note()

@@ -1,4 +1,4 @@
-"""Numbers of runs as a pandas DataFrame: a line for each stage of each run, with one stable set of columns."""
+"""Numbers of runs as a pandas DataFrame: one line per stage of a run, with a fixed set of columns."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SUMMARY = (
     "forward_backward_tokens",
 )  # fmt: skip
 SPEEDS = ("asked", "predicted", "got")
-QUALITIES = ("asked", "predicted", "got", "low", "high")  # got, with its interval, on development text
+QUALITIES = ("asked", "predicted", "got", "low", "high")  # low and high are the interval of got, on development text
 ABOUT = ("model", "dtype", "precision", "scope", "target", "importance", "allocation")
-# Columns of every frame. Columns of corpora, settings and tasks come behind them, and `record` is the last one.
+# Columns of every frame. Columns of corpora, settings and tasks follow, and `record` is the last column.
 COLUMNS = [
     "row", "seed", "stage", "recovery", *WITH_INTERVALS, "unseen_dense", "seen_dense", *SUMMARY, "seconds",
     "peak_memory_mib", *(f"speed_{name}" for name in SPEEDS), *(f"quality_{name}" for name in QUALITIES), *ABOUT,
@@ -39,22 +39,24 @@ def lines(
     records: Sequence[Record], settings: Mapping[str, Any], summary: Mapping[str, Any],
     steps: Mapping[str, Mapping[str, float]], *, base: Sequence[Record] | None, labels: Mapping[str, str] | None = None,
 ) -> list[Line]:  # fmt: skip
-    """A line for each stage of a run, its own result last. Numbers that are not defined are missing.
+    """Return one line per stage of a run, with the main row last. Undefined numbers are missing.
 
-    Sizes, tokens, seconds, speed and quality (development perplexity above dense, as a share of it) are those of the
-    run's own result, so other stages have none.
+    Only the main row has sizes, tokens, seconds, speed and quality (the relative rise of development perplexity).
 
     Args:
-        records: as in `metrics.json`; `settings` and `summary` as in `FinishedRun`, `steps` as in the manifest.
+        records: as in `metrics.json`.
+        settings: as in `FinishedRun`.
+        summary: as in `FinishedRun`.
+        steps: as in the manifest.
         base: as for `numbers.estimates`.
-        labels: what corpora are called in columns; by default their `corpus_labels`.
+        labels: names of corpora in columns. Default: `corpus_labels`.
     """
     stages = list(by_stage(records))
     labels = labels or corpus_labels(r["corpus"] for r in records)
     made = [_of_stage(records, stage, settings, base, labels) for stage in stages]
     made[-1] |= {name: summary.get(name) for name in SUMMARY}
     made[-1] |= {f"speed_{name}": summary["speed"][name] for name in SPEEDS if "speed" in summary}
-    if quality := summary.get("quality"):  # asked is how far above dense; the others are over dense
+    if quality := summary.get("quality"):  # `asked` is a relative rise; the others are ratios to dense
         above = {name: None if quality[name] is None else quality[name] - 1 for name in QUALITIES[1:]}
         made[-1] |= {f"quality_{name}": value for name, value in {"asked": quality["asked"], **above}.items()}
     made[-1]["seconds"] = sum(step.get("seconds", 0) for step in steps.values()) if steps else math.nan
@@ -63,7 +65,7 @@ def lines(
 
 
 def frame(lines: Sequence[Line]) -> pandas.DataFrame:
-    """The lines under `COLUMNS` and whatever other columns a line has: empty where a line does not have one."""
+    """Build a DataFrame with `COLUMNS` and all other columns of the lines; missing values are empty."""
     import pandas
 
     more = dict.fromkeys(name for line in lines for name in line if name not in COLUMNS and name != "record")
@@ -104,7 +106,7 @@ def _of_corpora(own: Mapping[str, Record], labels: Mapping[str, str]) -> Iterato
 
 
 def _columns(name: str, estimate: Estimate | None) -> dict[str, float]:
-    """The number, and behind it the ends of its interval."""
+    """Columns of a number and of the ends of its interval."""
     if estimate is None:
         return {}
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

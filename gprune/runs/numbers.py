@@ -1,4 +1,4 @@
-"""Numbers of one run from its records, as in `metrics.json`: by stage, as means, as ratios to dense and to base."""
+"""Numbers of a run, computed from the records in `metrics.json`: by stage, means, ratios to dense and to base."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from gprune.evaluation.intervals import (
     paired_ratio,
 )
 
-Record = dict[str, Any]  # one number with its protocol, as in metrics.json
+Record = dict[str, Any]  # a perplexity with its evaluation protocol, as in metrics.json
 Stage = tuple[str, str]  # stage, recovery
 DENSE, BASE = ("dense", "none"), ("base", "none")
 
 
 def row_name(stage: str, recovery: str) -> str:
-    """What tables call a stage of a run: its name, and its recovery where it has one."""
+    """Return the name of a row in tables: the stage and, if there is one, the recovery."""
     return stage if recovery == "none" else f"{stage} + {recovery}"
 
 
 def key_part(name: str) -> str:
-    """A name as a part of a key: `gprune + least_squares+distill` is `gprune_least_squares_distill`."""
+    """Convert a name to a part of a metric key: `gprune + least_squares` becomes `gprune_least_squares`."""
     return re.sub(r"[^\w.-]+", "_", name)
 
 
 def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[Stage, dict[str, Any]]:
-    """(stage, recovery) -> corpus -> what the record has as `number`, in the order of the records."""
+    """Return (stage, recovery) -> corpus -> the field `number` of the record, in the order of the records."""
     table: dict[Stage, dict[str, Any]] = {}
     for r in records:
         table.setdefault((r["stage"], r["recovery"]), {})[r["corpus"]] = r[number]
@@ -42,16 +42,17 @@ def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[Stag
 
 
 def records_of(records: Sequence[Record], stage: Stage, *, seen: bool | None = None) -> dict[str, Record]:
-    """By corpus, the records of a stage; of seen or unseen corpora only, unless `seen` is None."""
+    """Return the records of a stage by corpus, optionally of seen or of unseen corpora only."""
     own = [r for r in records if (r["stage"], r["recovery"]) == stage]
     return {r["corpus"]: r for r in own if seen is None or r["seen"] == seen}
 
 
 def means_and_gaps(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
-    """(stage, recovery) -> geometric means over `seen` and `unseen` corpora, the generalisation `gap`, and means over
-    unseen corpora of how far a row is from dense: `unseen_kl` in nats per token, `unseen_agreement`.
+    """Return means and gaps by (stage, recovery).
 
-    NaN is what is undefined: means over no corpora, the gap of the dense model to itself, and what was not measured.
+    The keys are the geometric means `seen` and `unseen`, the generalisation `gap`, and over unseen corpora the means
+    `unseen_kl` in nats per token and `unseen_agreement`. Undefined numbers are NaN: means without corpora, the gap of
+    the dense model, and numbers that were not measured.
     """
     table, seen = by_stage(records), {r["corpus"]: r["seen"] for r in records}
     dense = table[("dense", "none")]
@@ -69,13 +70,13 @@ def means_and_gaps(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
 
 
 def on_same_windows(records: Sequence[Record], stage: Stage) -> bool:
-    """Whether a stage was measured on the dense model's windows; a model made elsewhere may have another tokenizer."""
+    """Return whether a stage was measured on the dense model's windows. It was not if the tokenizers differ."""
     own, dense = ({r["corpus"]: r["content_hash"] for r in records_of(records, s).values()} for s in (stage, DENSE))
     return own == dense
 
 
 def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | None]:
-    """How far from dense a stage is on unseen text, `kl` and `agreement`; None without text, or in old records."""
+    """Mean `kl` and `agreement` of a stage with the dense model on unseen text; None if they were not measured."""
     own = records_of(records, stage, seen=False)
     if not own or any(r.get("kl") is None for r in own.values()):
         return {"kl": None, "agreement": None}
@@ -86,12 +87,17 @@ def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | No
 def unseen_ratio(
     records: Sequence[Record], stage: Stage, others: Sequence[Record], other: Stage, number: str = "nll"
 ) -> Estimate | None:
-    """Perplexity of `stage` over that of `other` in `others`, as geometric means over text that neither has seen.
-
-    The 95 % interval is paired over windows. None without such text or `number`, and where windows are not the same.
+    """Ratio of the geometric-mean perplexities of two stages on unseen text, with a paired 95 % interval.
 
     Args:
-        number: nll; or kl, for the ratio of exp(KL(dense || row)).
+        records: records of the run of `stage`.
+        stage: the stage in the numerator.
+        others: records of the run of `other`.
+        other: the stage in the denominator.
+        number: nll, or kl for the ratio of exp(KL(dense || row)).
+
+    Returns:
+        The ratio on text that neither stage has seen; None if there is no such text or number, or the windows differ.
     """
     there = records_of(others, other)
     here = {c: r for c, r in records_of(records, stage, seen=False).items() if c not in there or not there[c]["seen"]}
@@ -104,10 +110,10 @@ def unseen_ratio(
 
 
 def unseen_ratios(records: Sequence[Record], *, same_recovery: bool = True) -> dict[str, dict[str, float]]:
-    """`unseen_ratio` of each pruned row to `base`: {row: {ratio, low, high}}.
+    """Compute `unseen_ratio` of each pruned row to `base`: {row: {ratio, low, high}}.
 
     Args:
-        same_recovery: divide by `base` after the recovery of the row. Otherwise divide by `base` without any recovery.
+        same_recovery: whether to divide by `base` with the recovery of the row, or by `base` without recovery.
     """
     ratios = {}
     for stage, recovery in by_stage(records):
@@ -121,13 +127,15 @@ def unseen_ratios(records: Sequence[Record], *, same_recovery: bool = True) -> d
 def run_numbers(
     records: Sequence[Record], summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]], final: Stage
 ) -> dict[str, float]:
-    """What trackers sort runs by, under keys that do not depend on settings, but for the names of rows and corpora.
+    """Return numbers by which trackers can sort runs. Except for names of rows and corpora, keys are always the same.
 
-    `final/...` is the run's own row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`,
-    `unseen_over_base_same_recovery`, `unseen_over_unrecovered_base`, and `perplexity/<corpus>`, `kl/<corpus>`,
-    `agreement/<corpus>`, those that are defined; `rows/<row>/...` the same of every row. `parameters_after` and other
-    numbers are those of the summary, `quality/...` those of a target in quality, `steps/<step>/...` seconds, tokens and
-    peak memory in MiB.
+    - `final/...`: the run's main row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`,
+      `unseen_over_base_same_recovery`, `unseen_over_unrecovered_base`, `perplexity/<corpus>`, `kl/<corpus>` and
+      `agreement/<corpus>`, if they are defined.
+    - `rows/<row>/...`: the same for every row.
+    - `parameters_after` and other numbers of the summary.
+    - `quality/...`: numbers of a quality target.
+    - `steps/<step>/...`: seconds, tokens and peak memory in MiB.
     """
     means, flat = means_and_gaps(records), {}
     ratios = {
@@ -151,12 +159,13 @@ def run_numbers(
 
 
 def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | None) -> dict[str, Estimate | None]:
-    """Means, gap, ratios and distances of a stage, with intervals over windows; None for what is undefined.
+    """Means, gap, ratios, KL and agreement of a stage, with intervals over windows; None for undefined numbers.
 
     Args:
-        records: of the whole run.
-        base: records whose stage `base`, without recovery, is the divisor of `unseen_over_unrecovered_base`: those of
-            this run, or of another one. None: there is no such ratio.
+        records: records of the whole run.
+        stage: the stage.
+        base: records of the run (this or another one) whose `base` without recovery is the denominator of
+            `unseen_over_unrecovered_base`. Without them this ratio is None.
     """
     predicted, seen = records[0]["seq_len"] - 1, {r["corpus"]: r["seen"] for r in records}
     nll = by_stage(records, "window_nll")

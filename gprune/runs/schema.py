@@ -1,6 +1,6 @@
-"""What the JSON files of runs hold, checked when they are read: types, finite numbers, and records that fit together.
+"""Schemas of the JSON files of runs: types, finite numbers, and consistent records.
 
-A run folder comes from anywhere. What reads one gets plain data of these shapes, or one line that says what is wrong.
+A run folder may come from anywhere. Readers get plain data that is valid by these schemas, or one line with the reason.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from gprune.errors import UserError
 Text = Annotated[str, Field(max_length=4096)]
 Number = Annotated[float, Field(ge=-1e300, le=1e300)]
 Count = Annotated[int, Field(ge=0, le=10**18)]
-Length = Annotated[int, Field(ge=2, le=10**9)]  # tokens of a window
-Digits = Annotated[str, Field(pattern="^[01]*$")]  # of questions, whether the answer is right
+Length = Annotated[int, Field(ge=2, le=10**9)]  # tokens per window
+Digits = Annotated[str, Field(pattern="^[01]*$")]  # a digit per question: 1 for a correct answer
 Points = Annotated[list[Annotated[tuple[Number, Number], Field(strict=False)]], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Shape(BaseModel):
-    """Keys that have to be there; others may be, for later versions and other readers."""
+class Schema(BaseModel):
+    """Required keys of a JSON object. Other keys are ignored, for later versions and other programs."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
     @classmethod
     def problem(cls, content: Any) -> str | None:
-        """What keeps content from having this shape: the place, what was expected, what came; None if it has it."""
+        """Return the first reason why the content is invalid, or None if it is valid."""
         try:
             cls.model_validate(content)
         except ValidationError as error:
@@ -38,33 +38,33 @@ class Shape(BaseModel):
         return None
 
 
-class Measured(Shape):
-    """A perplexity with what it is made of."""
+class Measured(Schema):
+    """A perplexity with the sums over windows."""
 
     perplexity: Annotated[float, Field(ge=1, le=1e300)]
-    nll: Annotated[float, Field(ge=0, le=690)]  # nats per token: exp of it is the largest perplexity
+    nll: Annotated[float, Field(ge=0, le=690)]  # nats per token; exp(690) is about the largest perplexity
     tokens: Annotated[int, Field(ge=1, le=10**15)]
     window_nll: Annotated[list[Annotated[float, Field(ge=0, le=1e12)]], Field(min_length=1)]
 
-    kl: Annotated[float, Field(ge=0, le=1e300)] | None = None  # to the dense model, and agreement with it, if measured
+    kl: Annotated[float, Field(ge=0, le=1e300)] | None = None  # KL and agreement are with the dense model
     window_kl: list[Annotated[float, Field(ge=0, le=1e300)]] | None = None
     agreement: Share | None = None
     window_agreement: list[Annotated[float, Field(ge=0, le=1e12)]] | None = None
 
     @model_validator(mode="after")
     def check_windows(self) -> Self:
-        """Windows, which may be rounded to four digits, add up to the mean of all tokens, and are as many as of nll."""
+        """Check that the sums over windows, which may be rounded to four digits, match the mean and their number."""
         for name in ("nll", "kl", "agreement"):
             mean, sums = getattr(self, name), getattr(self, f"window_{name}")
             total, expected = math.fsum(sums or ()), (mean or 0) * self.tokens
             limit, some = 1e-4 * (1 + total + len(self.window_nll)), mean is not None
             if abs(total - expected) > limit or len(sums or ()) != some * len(self.window_nll):
-                raise UserError(f"window_{name}: expected a sum of {name} x tokens = {expected}, got {total}")
+                raise UserError(f"The sum of window_{name} must be {name} x tokens = {expected}; got {total}.")
         return self
 
 
 class Record(Measured):
-    """A number of `metrics.json` with its protocol."""
+    """A perplexity in `metrics.json` with its evaluation protocol."""
 
     stage: Literal["dense", "base", "averaged", "gprune", "model"]
     recovery: Text
@@ -84,38 +84,38 @@ class Record(Measured):
 
 
 def _of_one_run(records: list[Record]) -> list[Record]:
-    """Raise UserError unless each number is there once, and every row is on the dense model's windows.
+    """Raise UserError if a number is repeated, or a row was not measured on the dense model's windows.
 
-    A model made elsewhere may have another tokenizer, and so other windows of the same text.
+    A model of `--model.made_elsewhere` may have another tokenizer, and so other windows of the same text.
     """
     rows: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {}
     for r in records:
         row = rows.setdefault((r.stage, r.recovery), {})
         if r.corpus in row:
-            raise UserError(f"records: expected each corpus once in a row, got '{r.corpus}' twice")
+            raise UserError(f"The records of a row must have each corpus once; got '{r.corpus}' twice.")
         row[r.corpus] = r.content_hash, r.seen, r.seq_len, len(r.window_nll)
     dense = rows.get(("dense", "none"), {})
     text = {corpus: seen for corpus, (_, seen, *_) in dense.items()}
     others = [{c: seen for c, (_, seen, *_) in row.items()} for key, row in rows.items() if key[0] == "model"]
     ours = [row for key, row in rows.items() if key[0] != "model"]
     if not dense or any(row != dense for row in ours) or any(row != text for row in others):
-        raise UserError("records: expected every row on the windows of the dense model")
+        raise UserError("The records of every row must be on the windows of the dense model.")
     return records
 
 
 Records = Annotated[list[Record], Field(min_length=1), AfterValidator(_of_one_run)]
 
 
-class Ratio(Shape):
-    """Of two perplexities, with its interval."""
+class Ratio(Schema):
+    """Ratio of two perplexities with its confidence interval."""
 
     ratio: Number
     low: Number
     high: Number
 
 
-class SpeedTable(Shape):
-    """Seconds of a block by what it keeps, and of what is never pruned."""
+class SpeedTable(Schema):
+    """Latency table: seconds of a block by its width, and seconds of the rest of the model."""
 
     neurons: Points
     groups: Points
@@ -123,61 +123,61 @@ class SpeedTable(Shape):
 
 
 class MeasuredSpeed(SpeedTable):
-    """A table as the cache has it, which prices are interpolated from."""
+    """A latency table in the cache, which is interpolated."""
 
     multiples: Points
     spread: Annotated[float, Field(ge=0, le=1e300)]
 
     @model_validator(mode="after")
     def check_widths(self) -> Self:
-        """Widths rise, as interpolation expects, and take time."""
+        """Check that widths increase, as interpolation requires, and that times are positive."""
         for name in ("neurons", "groups"):
             kept = [width for width, _ in getattr(self, name)]
             if kept != sorted(set(kept)):
-                raise UserError(f"{name}: expected rising widths, got {kept}")
+                raise UserError(f"The widths of {name} must increase; got {kept}.")
         if any(taken <= 0 or width < 1 for width, taken in [*self.neurons, *self.groups, *self.multiples]):
-            raise UserError("neurons, groups, multiples: expected widths of 1 or more, and seconds above 0")
+            raise UserError("Widths in neurons, groups and multiples must be 1 or more, and seconds more than 0.")
         return self
 
 
-class SameQuality(Shape):
-    """What a row keeps at the quality that was asked for; without numbers where no cut keeps it."""
+class SameQuality(Schema):
+    """Size of a row at the requested quality. There are no numbers if the quality cannot be reached."""
 
     row: Text
-    models: Count  # that were measured
+    models: Count  # number of measured models
     share: Share | None = None
     parameters: Count | None = None
-    predicted: Number | None = None  # perplexity over dense on development text, as are the following
+    predicted: Number | None = None  # ratio to the dense perplexity on development text, like the following
     got: Number | None = None
     low: Number | None = None
     high: Number | None = None
 
     @model_validator(mode="after")
     def check_numbers(self) -> Self:
-        """All numbers are there, except `predicted`, or none."""
+        """Check that all numbers, except `predicted`, are given or none."""
         numbers = [self.share, self.parameters, self.got, self.low, self.high]
         if None in numbers and numbers != [None] * len(numbers):
-            raise UserError("expected share, parameters, got, low and high together")
+            raise UserError("The keys share, parameters, got, low and high must be given together.")
         return self
 
 
-class Reached(Shape):
-    """What a search for a quality has found; the run's own row is the last one."""
+class Reached(Schema):
+    """Result of the search for a quality target; the run's main row is the last one."""
 
     asked: Annotated[float, Field(gt=0, le=10)]
     largest: bool  # whether it is the largest cut that the units allow
     rows: Annotated[list[SameQuality], Field(min_length=1)]
 
 
-class Trials(Shape):
-    """`quality.json`: what models that were tried make of each development text, by recovery and hash of masks."""
+class QualityTrials(Schema):
+    """`quality.json`: perplexity of tried models on development text, by recovery and hash of the masks."""
 
     measured: dict[Text, Annotated[list[Measured], Field(min_length=1)]] = {}
     reached: Reached | None = None
 
 
 class Quality(Reached):
-    """What a summary says of a target in quality."""
+    """Quality target in the summary of a run."""
 
     predicted: Number | None
     got: Number
@@ -190,17 +190,17 @@ class Quality(Reached):
     said: Text
 
 
-class Said(Shape):
-    """A line for people, and the numbers in it."""
+class Said(Schema):
+    """A line of text, and the numbers in it."""
 
     said: Text
     shares: dict[Text, Share]
 
 
-class Summary(Shape):
-    """The headline of `metrics.json`."""
+class Summary(Schema):
+    """Summary in `metrics.json`."""
 
-    # Whole blocks may take more along than the scope has. None for a model made elsewhere.
+    # Above 1 is possible, as whole blocks contain parameters outside the scope. None with --model.made_elsewhere.
     sparsity_of_scope: Annotated[float, Field(ge=0)] | None = None
     sparsity_of_model: Annotated[float, Field(ge=-1e300, le=1)]  # below 0 for a larger model made elsewhere
     parameters_before: Count
@@ -213,35 +213,32 @@ class Summary(Shape):
     tolerated: Said | None = None
 
 
-class Metrics(Shape):
-    """`metrics.json`; without a summary while the run goes on."""
+class Metrics(Schema):
+    """`metrics.json`; without a summary while the run is not finished."""
 
     records: Records
     summary: Summary | None = None
 
 
-class Inputs(Shape):
-    """What a run has read: the dense model's fingerprint, and text by role."""
+class Inputs(Schema):
+    """Inputs of a run: fingerprint of the dense model, and hashes of text by role."""
 
     model: Text
     text: dict[Text, Text]
 
 
-class Settings(Shape):
-    """What of a run's settings no flag describes; `config.check_settings` knows the others."""
+class Settings(Schema):
+    """Entries of a run's settings without a flag; `config.check_settings` checks the others."""
 
-    inputs: Inputs | None = None  # nothing before the first step
+    inputs: Inputs | None = None  # None before the first step
 
 
 def _of_this_version(settings: Any) -> Any:
-    try:
-        check_settings(migrated(settings if isinstance(settings, dict) else {}))
-    except UserError as error:
-        raise UserError(f"settings: {str(error).rstrip('.')}") from error
+    check_settings(migrated(settings if isinstance(settings, dict) else {}))
     return settings
 
 
-class Manifest(Shape):
+class Manifest(Schema):
     """`manifest.json`."""
 
     settings: Annotated[Settings, BeforeValidator(_of_this_version)]
@@ -249,21 +246,21 @@ class Manifest(Shape):
     environment: dict[Text, Any] | None = None
     model: dict[Text, Text] | None = None
     learning: dict[Text, Any] | None = None
-    precision: dict[Text, Text] | None = None  # what was asked for, if that was `auto`, and why it became what it is
-    wandb: dict[Text, Text | None] | None = None  # the run there, if it is logged there
+    precision: dict[Text, Text] | None = None  # how `auto` was resolved, and the reason
+    wandb: dict[Text, Text | None] | None = None  # identity of the W&B run
     parts: dict[Text, dict[Text, Count]] | None = None  # tokens of parts of steps
-    checkpoints: dict[Text, list[Text]] | None = None  # hashes, by what learns
-    learned_tokens: dict[Text, Count] | None = None  # that the run's own model has learned from, by stage
+    checkpoints: dict[Text, list[Text]] | None = None  # hashes by stage
+    learned_tokens: dict[Text, Count] | None = None  # training tokens of the main row's model, by stage
 
 
-class Benchmark(Shape):
-    """What all records of `evaluation.json` say."""
+class Benchmark(Schema):
+    """Common keys of all records in `evaluation.json`."""
 
     task: Text
     stage: Text
     recovery: Text | None = None
     run: Text | None = None
-    origin: Text | None = None  # a hash of the run's key, or of where a model lies: folders may share a name
+    origin: Text | None = None  # hash of the run's key or of the model's path, because folders may share a name
     model: Text | None = None
     split: Text
     dtype: Text
@@ -273,7 +270,7 @@ class Benchmark(Shape):
 
 
 class ZeroShot(Benchmark):
-    """Accuracy on a task, or exact match."""
+    """Accuracy or exact match on a task."""
 
     kind: Literal["zero_shot"]
     questions: Count
@@ -285,14 +282,14 @@ class ZeroShot(Benchmark):
     correct_norm: Digits = ""
     exact_match: Share | None = None
     exact_match_stderr: Number | None = None
-    perplexity: Number | None = None  # of what a context is to be continued with
-    answers: list[Count] | list[str] | None = None  # the most likely choice of each question, or what was generated
+    perplexity: Number | None = None  # perplexity of the correct continuations
+    answers: list[Count] | list[str] | None = None  # most likely choice, or generated text, of each question
 
     @model_validator(mode="after")
     def check_answers(self) -> Self:
-        """By one of the two scores at least, and a digit for each question."""
+        """Check that at least one of the two scores has a digit for each question."""
         if {len(digits) for digits in (self.correct, self.correct_norm) if digits} != {self.questions}:
-            raise UserError(f"correct: expected a digit for each of {self.questions} questions")
+            raise UserError(f"The key correct must have a digit for each of {self.questions} questions.")
         return self
 
 
@@ -306,33 +303,33 @@ class Wikitext(Benchmark, Measured):
 
 
 class Speed(Benchmark):
-    """Tokens per second of a batch together, and seconds to the first token or of a step."""
+    """Tokens per second of a whole batch, and seconds to the first token or per step."""
 
     kind: Literal["speed"]
     batch: Count
     tokens_per_second: Positive
     seconds: Positive
-    rounds: Text  # the same of all that were measured in turns
+    rounds: Text  # equal for models that were measured in alternation
 
 
 Evaluated = list[Annotated[ZeroShot | Wikitext | Speed, Field(discriminator="kind")]]
 
 
-class Evaluation(Shape):
+class Evaluation(Schema):
     """`evaluation.json`."""
 
     records: Evaluated
 
 
-class Packed(Shape):
+class Packed(Schema):
     """Masks in a record of a study."""
 
     sizes: list[Annotated[int, Field(ge=0, le=10**9)]]
     bits: str
 
 
-class Study(Shape):
-    """The record of a row of a list."""
+class Study(Schema):
+    """Record of a row of a study list."""
 
     name: Text
     settings: dict[Text, Any]

@@ -1,4 +1,4 @@
-"""CSV and Weights & Biases: runs begun and taken up, the loggers of all stages, and what they are told."""
+"""Tracking with CSV and Weights & Biases (W&B): open loggers for all stages, resume W&B runs, log results."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from PIL import Image
 
 from gprune.config import LoggingConfig, RunConfig, flat
 from gprune.config.running import ClassPath
-from gprune.errors import UserError, dispensable, first_line
+from gprune.errors import UserError, first_line, optional_output
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import key_part
-from gprune.runs.user_callbacks import class_of, made
+from gprune.runs.user_callbacks import class_of, instantiate
 from gprune.storage.files import key_of
 
 log = messages.getLogger("gprune")
-OF_STAGE = re.compile(r"^(?!(?:development|epoch|trainer)\b)[^/]+")  # how keys begin that are not of the whole run
-TAKEN_UP_BY = ("id", "project", "entity", "name", "group", "job_type")  # what `taken_up` has to know of a run of W&B
-# metric pattern -> its x axis. Lightning restarts its step in every stage, so each has its own; recoveries: `of_row`.
+OF_STAGE = re.compile(r"^(?!(?:development|epoch|trainer)\b)[^/]+")  # prefix of keys that belong to one stage
+RESUME_KEYS = ("id", "project", "entity", "name", "group", "job_type")  # stored for `resumed_run`
+# Metric pattern -> x axis. Lightning's step restarts in every stage, so stages have axes of their own. Those of
+# recoveries are defined in `of_row`.
 AXES = {
     "development/*": "development/tokens",
     "partition/*": "trainer/global_step",
@@ -38,14 +39,14 @@ AXES = {
     "curve/*": "curve/sparsity",
     "modules/*": "modules/index",
 }
-FOLDER = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")  # what `load_run` reads, but the model
-UPLOAD_SECONDS = 600  # that the end of a run waits for W&B; what is left lies in the folder for `wandb sync`
+FOLDER = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")  # files for `load_run`, except the model
+UPLOAD_SECONDS = 600  # longest wait for W&B at the end of a run; `wandb sync` can upload the rest
 
 
 class _ByRow:
-    """`log_metrics` of a logger, with the row of the run's table whose model learns in the names of curves.
+    """Wrapper of a logger's `log_metrics` that adds the row of the result table to metric names.
 
-    `distill/loss` becomes `distill/<row>/loss`. Development perplexity keeps its name for the run's own model and
+    `distill/loss` becomes `distill/<row>/loss`. Development perplexity keeps its name for the run's main row, and
     becomes `controls/<row>/perplexity` for a control.
     """
 
@@ -66,18 +67,18 @@ class _ByRow:
 class _Wandb(WandbLogger):
     """A WandbLogger whose failures do not stop the run."""
 
-    lost = False
+    failed = False
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.tell(lambda run: super(_Wandb, self).log_metrics(metrics, step))
 
     def tell(self, what: Callable[[Any], None]) -> None:
         """Call a function of the W&B run, unless W&B has failed before."""
-        if not self.lost:
-            self.lost = True
-            with dispensable("what W&B would show from now on", "csv/ has its curves"):
+        if not self.failed:
+            self.failed = True
+            with optional_output("to W&B from now on", "csv/ has the curves"):
                 what(self.experiment)
-                self.lost = False
+                self.failed = False
 
 
 def of_wandb(loggers: Sequence[Logger]) -> list[_Wandb]:
@@ -86,55 +87,55 @@ def of_wandb(loggers: Sequence[Logger]) -> list[_Wandb]:
 
 @contextmanager
 def tracking(folder: RunFolder, cfg: RunConfig, own: Sequence[Logger] = ()) -> Iterator[list[Logger]]:
-    """Open the loggers of a run: CSV, W&B unless `--logging` disables it, and the caller's; close them on leaving.
+    """Context with the open loggers of a run: CSV, W&B unless `--logging` disables it, and the user's.
 
-    A finished run has none: it is read and not logged again.
+    A finished run has no loggers, because it is not logged again.
 
     Args:
-        own: the caller's Lightning loggers.
+        own: Lightning loggers of the user.
     """
     if folder.finished:
         yield []
         return
-    # Without a version of its own, a resumed run would delete the curves of its earlier sessions.
+    # CSVLogger chooses a new version, so that a resumed run does not delete the curves of earlier sessions.
     loggers: list[Logger] = [CSVLogger(folder.path, name="csv")]
     with wandb_run(folder.path, cfg.logging, id=id_of(folder.key, cfg), **about(cfg)) as run, ExitStack() as undo:
         if run is not None:
-            # With a run of its own, WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr.
+            # Without `experiment`, WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr.
             loggers.append(_Wandb(save_dir=folder.path, project=run.project, experiment=run))
-            known = {name: getattr(run, name) or None for name in TAKEN_UP_BY}
+            known = {name: getattr(run, name) or None for name in RESUME_KEYS}
             folder.update_manifest(wandb=known | {"mode": run.settings.mode})
         for logger in own:
             try:
                 logger.log_hyperparams(flat(cfg.resolved()))
-            except Exception as error:  # most loggers open their files, or call their server, only now
+            except Exception as error:  # at this point most loggers open their files or call their server
                 cause = error.__cause__ or error.__context__ or error
-                raise UserError(f"Logger {type(logger).__name__}: {first_line(cause)}.") from error
+                raise UserError(f"Cannot log with {type(logger).__name__}: {first_line(cause)}.") from error
         loggers += own
         for logger in loggers:
             logger.log_metrics = _ByRow(logger.log_metrics)
             undo.callback(delattr, logger, "log_metrics")
-            undo.callback(logger.save)  # what was logged after the last Trainer is still in memory
+            undo.callback(logger.save)  # writes metrics that were logged after the last Trainer
         yield loggers
 
 
 def made_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
-    """The loggers of `--trainer.logger`; one that writes files, and was not told where, writes into this folder.
+    """Construct the loggers of `--trainer.logger`. The default of an argument `save_dir` is `folder`.
 
     Raises:
-        UserError: as `made`.
+        UserError: as `instantiate`.
     """
     loggers = []
     for described in paths:
         taken = inspect.signature(class_of(described, "--trainer.logger", Logger)).parameters
         place = {"save_dir": str(folder)} if "save_dir" in taken else {}
         described = described.model_copy(update={"init_args": place | described.init_args})
-        loggers.append(made(described, "--trainer.logger", Logger))
+        loggers.append(instantiate(described, "--trainer.logger", Logger))
     return loggers
 
 
 def about(cfg: RunConfig) -> dict[str, Any]:
-    """What `wandb_run` is told of a run with these settings, but for its id."""
+    """Arguments of `wandb_run` for a run with these settings, except `id`."""
     s, ours = cfg.sparsity, cfg.final != "model"
     tags = [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"]
     return {
@@ -147,9 +148,10 @@ def about(cfg: RunConfig) -> dict[str, Any]:
 
 
 def id_of(key: str, cfg: RunConfig) -> str:
-    """W&B's id of a run with this key, under the name and in the group that flags give it: the same in all sittings.
+    """Return the W&B id of a run, which is the same in all sessions.
 
-    It ends the names of W&B's folders, and begins as the run's name does.
+    The id depends on the run's key and on the name and the group given by flags. It begins with the run's name, because
+    W&B's folders are named after it.
     """
     name = cfg.logging.name or cfg.run_name
     return f"{re.sub('[^A-Za-z0-9_]+', '_', name)[:48]}_{key_of(run=key, name=[cfg.logging.group, name])[:12]}"
@@ -157,11 +159,12 @@ def id_of(key: str, cfg: RunConfig) -> str:
 
 @contextmanager
 def of_row(loggers: Sequence[Logger], row: str, stage: str, *, control: bool = False) -> Iterator[None]:
-    """Name all that is logged meanwhile for this row of the run's table; an empty name changes nothing.
+    """Context in which the name of a row of the result table is added to logged metrics.
 
     Args:
-        stage: the prefix of the stage's curves, which are drawn against its tokens.
-        control: whether the row is not the run's own.
+        row: name of the row; an empty name changes nothing.
+        stage: prefix of the stage's metrics, whose x axis is the number of tokens.
+        control: whether the row is a control.
     """
     curves = f"{stage}/{key_part(row)}"
     for logger in loggers:
@@ -170,7 +173,7 @@ def of_row(loggers: Sequence[Logger], row: str, stage: str, *, control: bool = F
     if control:
         axes[f"controls/{key_part(row)}/*"] = f"controls/{key_part(row)}/tokens"
     for logger in of_wandb(loggers) if row else ():
-        logger.tell(partial(draw, axes=axes))
+        logger.tell(partial(define_axes, axes=axes))
     try:
         yield
     finally:
@@ -179,23 +182,23 @@ def of_row(loggers: Sequence[Logger], row: str, stage: str, *, control: bool = F
 
 
 def how_to_look(folder: Path) -> str:
-    """The command that shows the curves of a run, without an account."""
+    """Return a hint how to view the curves of a run without an account."""
     latest = Path(os.environ.get("WANDB_DIR") or folder) / "wandb" / "latest-run"
     if latest.exists():
         return f"`wandb leet run {latest}` shows them in the terminal"
-    return f"{folder / 'csv'} has them"
+    return f"{folder / 'csv'}"
 
 
 @rank_zero_only
 def log_scalars(loggers: Sequence[Logger], values: dict[str, float], *, step: int) -> None:
-    """Log values at a step of the Trainer, in every logger."""
+    """Log values at a step of the Trainer to all loggers."""
     for logger in loggers:
         logger.log_metrics(values, step=step)
 
 
 @rank_zero_only
 def log_numbers(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None:
-    """Single numbers: those of `final/` as a point of a curve too, which sweeps read; all in the summary of W&B."""
+    """Log single numbers to W&B's summary, and those of `final/` as metrics too, which sweeps can optimise."""
     log_scalars(loggers, {name: value for name, value in numbers.items() if name.startswith("final/")}, step=0)
     for logger in of_wandb(loggers):
         logger.tell(lambda run: run.summary.update(dict(numbers)))
@@ -203,7 +206,7 @@ def log_numbers(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None
 
 @rank_zero_only
 def log_pictures(loggers: Sequence[Logger], figures: Sequence[Path], table: str) -> None:
-    """Figures (PNG files) and the table of results (Markdown), for loggers that take them: W&B, TensorBoard, MLflow."""
+    """Log figures (PNG files) and the result table (Markdown) to W&B, TensorBoard and MLflow."""
     for logger in loggers:
         experiment = None if isinstance(logger, _Wandb) else logger.experiment
         if isinstance(logger, _Wandb):
@@ -222,10 +225,10 @@ def log_pictures(loggers: Sequence[Logger], figures: Sequence[Path], table: str)
 
 @rank_zero_only
 def log_artifacts(loggers: Sequence[Logger], folder: Path, cfg: RunConfig, metadata: Mapping[str, Any]) -> None:
-    """The run folder as artifacts of W&B, such as `smollm2-135m-masks`, whose versions are runs of one dense model.
+    """Upload the run folder as W&B artifacts, such as `smollm2-135m-masks`. Runs of one dense model are its versions.
 
     Args:
-        metadata: tells versions apart, beside the budget.
+        metadata: added to the metadata of the version.
     """
     model = os.path.basename(os.path.normpath(cfg.model.name))
     about = {"model": model, "run": cfg.run_name, "budget": cfg.sparsity.target, **metadata}
@@ -234,7 +237,7 @@ def log_artifacts(loggers: Sequence[Logger], folder: Path, cfg: RunConfig, metad
         for logger in of_wandb(loggers):
             artifact = wandb.Artifact(key_part(f"{model}-{kind}"), type=kind, metadata=about)
             for path in sorted(path for name in patterns for path in folder.glob(name) if path.is_file()):
-                # Tensors are uploaded from where they lie; of what may be written again there is a copy.
+                # Tensors are uploaded without a copy. Other files may be rewritten meanwhile, so W&B copies them.
                 policy = "immutable" if path.suffix == ".safetensors" else "mutable"
                 artifact.add_file(str(path), name=str(path.relative_to(folder)), policy=policy, skip_cache=True)
             logger.tell(methodcaller("log_artifact", artifact))
@@ -245,71 +248,73 @@ def wandb_run(
     folder: Path | str, logging: LoggingConfig, *, id: str, name: str, group: str, job_type: str, tags: Sequence[str],
     config: Mapping[str, Any],
 ) -> Iterator[Any]:  # fmt: skip
-    """A run of W&B, finished when the context is left; or the one that is open, which stays open.
+    """Context with a W&B run, which is finished at the end. A run that is already open is used, and stays open.
 
-    Flags of `logging` come first, then W&B's variables ($WANDB_NAME and so on), then the arguments. An open run keeps
-    its name, group and tags, and gets the configuration as `gprune`.
+    Flags of `logging` have precedence, then W&B's environment variables ($WANDB_NAME and so on), then the arguments. An
+    open run keeps its name, group and tags, and gets the configuration as `gprune`.
 
     Args:
-        folder: W&B writes into `wandb/` in it, unless $WANDB_DIR says where.
-        id: equal ids are one run, also in several files: `wandb sync` puts them together.
+        folder: W&B writes into its subfolder `wandb/`, unless $WANDB_DIR is set.
+        id: id of the run. `wandb sync` merges several files with the same id.
 
     Yields:
-        wandb.Run, or None: where it is disabled, in other processes than the first, and where W&B cannot start.
+        wandb.Run; None if W&B is disabled or cannot start, and on ranks other than 0.
 
     Raises:
-        UserError: online without an account.
+        UserError: in online mode without an account.
     """
     if logging.resolved_mode == "disabled" or rank_zero_only.rank != 0:
         yield None
         return
     if wandb.run is not None:
         wandb.run.config.update({"gprune": dict(config)}, allow_val_change=True)
-        yield draw(wandb.run, AXES)
+        yield define_axes(wandb.run, AXES)
         return
     known = os.environ.get
-    with _begun(
+    with _opened_run(
         folder,
-        # mode=, not offline=True, which leaves WANDB_MODE set in the process for whoever comes next.
+        # offline=True would leave WANDB_MODE set in the process.
         mode=logging.resolved_mode,
         project=logging.project or known("WANDB_PROJECT") or "gprune",
         name=logging.name or known("WANDB_NAME") or name,
         group=logging.resolved_group or group,
         job_type=job_type,
-        tags=list(dict.fromkeys(tag[:64] for tag in (*tags, *logging.resolved_tags))),  # as long as W&B has them
+        tags=list(dict.fromkeys(tag[:64] for tag in (*tags, *logging.resolved_tags))),  # W&B's limit is 64 characters
         config=dict(config),
         id=id,
     ) as run:
-        yield run and draw(run, AXES)
+        yield run and define_axes(run, AXES)
 
 
 @contextmanager
-def taken_up(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | None]:
-    """A run of W&B that has been finished, to add to it; the one that is open where that is it.
+def resumed_run(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | None]:
+    """Context with a finished W&B run, opened again to add results to it. If it is the open run, that is used.
 
-    Online it is resumed. Offline another file with its id is written beside the others, and `wandb sync` puts them
-    together. `wandb/latest-run` stays where it was.
+    In online mode the run is resumed. In offline mode another file with the same id is written, which `wandb sync`
+    merges. The link `wandb/latest-run` is not changed.
 
     Args:
-        known: `wandb` of the manifest.
+        folder: folder of the run.
+        known: the entry `wandb` of the manifest.
     """
     if wandb.run is not None and wandb.run.id == known["id"]:
         yield wandb.run
         return
     mode = os.environ.get("WANDB_MODE") or known["mode"]
-    with _begun(folder, latest=False, reinit="create_new", **known | {"mode": mode}) as run:  # one may be open
+    # `create_new`, because another run may be open.
+    with _opened_run(folder, latest=False, reinit="create_new", **known | {"mode": mode}) as run:
         yield run
 
 
 @contextmanager
-def _begun(folder: Path | str, *, latest: bool = True, **settings: Any) -> Iterator[wandb.Run | None]:
-    """A run of our own, finished when the context is left; `latest`: `wandb/latest-run` leads to it."""
+def _opened_run(folder: Path | str, *, latest: bool = True, **settings: Any) -> Iterator[wandb.Run | None]:
+    """Context with a new W&B run, which is finished at the end. `latest`: whether `wandb/latest-run` points to it."""
     folder = Path(os.environ.get("WANDB_DIR") or folder)
-    with suppress(OSError):  # W&B writes into a temporary one then
+    with suppress(OSError):  # W&B falls back to a temporary folder
         folder.mkdir(parents=True, exist_ok=True)
     run = _started(
         dir=folder,
-        resume="allow",  # offline it is noted for `wandb sync`
+        resume="allow",  # in offline mode it is stored for `wandb sync`
         settings=wandb.Settings(silent=True, console="off", finish_timeout=UPLOAD_SECONDS, symlink=latest),
         **settings,
     )
@@ -321,28 +326,28 @@ def _begun(folder: Path | str, *, latest: bool = True, **settings: Any) -> Itera
         if run is not None:
             try:
                 run.finish(exit_code=exit_code)
-            except Exception:  # its service has died, and would be asked again
+            except Exception:  # W&B's service process has died; teardown stops further calls
                 with suppress(Exception):
                     wandb.teardown()
                 wandb.run = None
 
 
 def _started(mode: str, **settings: Any) -> Any:
-    """A run of W&B; one that cannot reach the server is written offline. None where that fails too."""
+    """Start a W&B run. If the server cannot be reached, start it offline; return None if that fails too."""
     try:
         return wandb.init(mode=mode, **settings)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-        advice = "log in with `wandb login`, or use --logging.mode offline"
-        raise UserError(f"W&B could not start a run ({first_line(error)}); {advice}.") from error
+        advice = "Log in with `wandb login`, or use --logging.mode offline"
+        raise UserError(f"Cannot start a W&B run: {first_line(error)}. {advice}.") from error
     except (wandb.errors.Error, OSError) as error:
-        wandb.teardown()  # it would take the id for one that is in use
-        instead = "the run is logged offline, for `wandb sync`" if mode == "online" else "the run goes on without it"
-        log.warning("W&B could not start a run (%s); %s.", first_line(error), instead)
+        wandb.teardown()  # otherwise W&B would report that the id is in use
+        instead = "The run is logged offline, for `wandb sync`" if mode == "online" else "The run continues without W&B"
+        log.warning("Cannot start a W&B run: %s. %s.", first_line(error), instead)
         return _started("offline", **settings) if mode == "online" else None
 
 
-def draw(run: wandb.Run, axes: Mapping[str, str]) -> wandb.Run:
-    """The run, told what its curves are drawn against."""
+def define_axes(run: wandb.Run, axes: Mapping[str, str]) -> wandb.Run:
+    """Define the x axes of metrics in a W&B run, and return the run."""
     for pattern, axis in axes.items():
         run.define_metric(axis, hidden=True)
         run.define_metric(pattern, step_metric=axis)

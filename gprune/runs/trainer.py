@@ -1,4 +1,4 @@
-"""Lightning's Trainer: settings refused before anything is computed, Ctrl-C as KeyboardInterrupt, a progress bar."""
+"""Lightning's Trainer: check its settings early, keep Ctrl-C a KeyboardInterrupt, and show the progress bar."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ from gprune.screen import Screen
 
 log = logging.getLogger("gprune")
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
-RANKS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK")  # of a process, by its launcher
+RANKS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK")  # rank variables of launchers
 
 
 def check_trainer(*, callbacks: Sequence[L.Callback] = (), **asked: Any) -> torch.device:
-    """Build a Trainer and throw it away: whether this machine can do what is asked for, Lightning knows best.
+    """Check settings of the Trainer by constructing one, and return its device.
 
     Args:
+        callbacks: callbacks of the user.
         asked: `TrainerConfig.lightning`.
 
     Returns:
         The device of this process.
 
     Raises:
-        UserError: for an accelerator that is not there, too many devices, an unknown strategy, or a precision that the
-            device lacks; for callbacks that cannot be together.
+        UserError: if the accelerator is missing, there are too few devices, the strategy is unknown, the device does
+            not support the precision, or callbacks contradict each other.
     """
     _check_processes(asked["accelerator"], asked["devices"], asked["num_nodes"])
     try:
@@ -50,40 +51,42 @@ def check_trainer(*, callbacks: Sequence[L.Callback] = (), **asked: Any) -> torc
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".!")
         settings = ", ".join(f"{name} {value!r}" for name, value in asked.items())
-        raise UserError(f"--trainer: cannot use {settings} here: {reason}.") from error
+        raise UserError(f"--trainer: Cannot use {settings}: {reason}.") from error
     device = trainer.strategy.root_device
     if device.type == "mps":
-        raise UserError("--trainer.accelerator: expected cpu, as statistics are float64, which Apple's GPU lacks.")
+        reason = "Statistics are float64, which Apple's GPU does not support"
+        raise UserError(f"--trainer.accelerator must be cpu on this machine; got {asked['accelerator']}. {reason}.")
     return device
 
 
 def _check_processes(accelerator: str, devices: int, num_nodes: int) -> None:
-    """Raise UserError for more processes than this machine can start, and for nodes that nobody starts."""
+    """Raise UserError for too many processes on this machine, and for several nodes without a launcher."""
     most = max(8, 4 * (os.cpu_count() or 1))
     if devices > most and (accelerator == "cpu" or not torch.cuda.is_available()):
-        raise UserError(f"--trainer.devices: expected at most {most} processes on this machine's cores, got {devices}.")
+        raise UserError(f"--trainer.devices must be {most} or less on the CPU of this machine; got {devices}.")
     launched = {"SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "NODE_RANK", "GROUP_RANK", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID"}
     if num_nodes > 1 and not launched & os.environ.keys():
-        raise UserError("--trainer.num_nodes: expected srun, torchrun, or $NODE_RANK and $MASTER_ADDR; got none.")
-    if why := _alone(devices * num_nodes):
-        instead = f"expected {devices * num_nodes} (--trainer.devices x --trainer.num_nodes)"
-        raise UserError(f"{why}; {instead}: unset the variable if no launcher has set it.", alone=True)
+        raise UserError("--trainer.num_nodes needs a launcher (srun or torchrun), or $NODE_RANK and $MASTER_ADDR.")
+    if variable := _wrong_rank_variable(devices * num_nodes):
+        needed = f"{devices * num_nodes} (--trainer.devices x --trainer.num_nodes)"
+        remedy = "Unset the variable if no launcher has set it"
+        raise UserError(f"The number of processes must be {needed}; got {variable}. {remedy}.", alone=True)
 
 
-def _alone(processes: int) -> str | None:
-    """What says that this process is one of several, where not as many work together; a shell may have it left over."""
+def _wrong_rank_variable(processes: int) -> str | None:
+    """Return an environment variable, with its value, that contradicts the number of processes; it may be left over."""
     env = os.environ
     numbered = [name for name in RANKS if env.get(name, "0") != "0"]
     if processes > 1 and "TORCHELASTIC_RUN_ID" not in env and SLURMEnvironment.detect():
-        return None if env["SLURM_NTASKS"] == str(processes) else f"SLURM_NTASKS is {env['SLURM_NTASKS']}"
-    if processes > 1:  # Lightning starts no others where a process has a LOCAL_RANK, even 0, and would wait for them
-        met = {"TORCHELASTIC_RUN_ID", "MASTER_ADDR"} & env.keys()
-        numbered = [] if met else numbered + [name for name in RANKS[:1] if name in env]
-    return f"{numbered[0]}={env[numbered[0]]} says that this process is one of several" if numbered else None
+        return None if env["SLURM_NTASKS"] == str(processes) else f"SLURM_NTASKS={env['SLURM_NTASKS']}"
+    if processes > 1:  # if LOCAL_RANK is set, even to 0, Lightning starts no processes, and would wait forever
+        launched = {"TORCHELASTIC_RUN_ID", "MASTER_ADDR"} & env.keys()
+        numbered = [] if launched else numbered + [name for name in RANKS[:1] if name in env]
+    return f"{numbered[0]}={env[numbered[0]]}, which is set for one of several processes" if numbered else None
 
 
 def launched(trainer: TrainerConfig) -> Fabric:
-    """Launch the processes of a run, unless they are, and return what they communicate with."""
+    """Launch the processes of a run unless they are running, and return the Fabric for communication."""
     t = trainer
     fabric = Fabric(accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=t.strategy)
     fabric.launch()
@@ -92,10 +95,10 @@ def launched(trainer: TrainerConfig) -> Fabric:
 
 @contextmanager
 def multiplying(precision: str) -> Iterator[None]:
-    """torch's `float32_matmul_precision` while the context lasts; `deterministic` of Trainers ends with it."""
+    """Context with a `float32_matmul_precision` of torch. It also restores torch's deterministic mode at the end."""
     before, algorithms = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     if precision != before:
-        log.info("Products of float32 matrices in precision '%s', before '%s'", precision, before)
+        log.info("float32 matrix products in precision '%s' instead of '%s'", precision, before)
     torch.set_float32_matmul_precision(precision)
     try:
         yield
@@ -106,9 +109,9 @@ def multiplying(precision: str) -> Iterator[None]:
 
 @contextmanager
 def plain_interrupts() -> Iterator[None]:
-    """Ctrl-C inside a Trainer stays a KeyboardInterrupt.
+    """Context in which Ctrl-C inside a Trainer raises KeyboardInterrupt.
 
-    Lightning makes it `sys.exit(1)`, which a notebook reports as a crash, and leaves Ctrl-C ignored from then on.
+    Lightning calls `sys.exit(1)`, which a notebook reports as a crash, and ignores Ctrl-C afterwards.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -121,14 +124,14 @@ def plain_interrupts() -> Iterator[None]:
 
 
 class StageBar(ProgressBar):
-    """Shows the batches of a stage, and its loss, on the screen of the run."""
+    """Progress bar callback that shows batches and loss of a stage on the run's `Screen`."""
 
     def __init__(self, screen: Screen, what: str):
         super().__init__()
         self.screen, self.what = screen, what
 
     def disable(self) -> None:
-        """No-op: a screen shows nothing on other ranks than 0."""
+        """No-op, because a `Screen` is disabled on ranks other than 0."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -137,7 +140,7 @@ class StageBar(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Show the tokens of the batch over all ranks; a batch of the refinement has none."""
+        """Show the tokens of the batch over all ranks. A batch of the refinement has no tokens."""
         is_text = isinstance(batch, dict) and "input_ids" in batch
         tokens = batch["input_ids"].numel() * trainer.world_size if is_text else 0
         self.screen.advance(

@@ -1,7 +1,7 @@
-"""What is trained: LightningModules around a frozen language model, and callbacks. One of them is a recovery."""
+"""Stages: LightningModules with a frozen language model, their callbacks, and the recovery `distill`."""
 
 from gprune.registry import CALIBRATOR, LEARNER, REFINER
-from gprune.stages import distill_recovery  # noqa: F401 - it registers itself
+from gprune.stages import distill_recovery  # noqa: F401 - registers the recovery
 
 CALIBRATOR.register("streaming")("gprune.stages.calibration:CalibrationStage")
 REFINER.register("soft_assignment")("gprune.stages.refinement:AssignmentRefinement")

@@ -1,4 +1,4 @@
-"""How a stage computes under bfloat16 autocast: frozen weights cast once, and float32 where losses are not finite."""
+"""bfloat16 autocast in stages: frozen weights are cast once, with a fallback to float32 for losses that overflow."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ log = logging.getLogger("gprune")
 
 
 class Autocast:
-    """The state of one stage under autocast; in float32 every method calls what it is given, and nothing else.
+    """Autocast state of one stage. Without autocast its methods are no-ops around the computation.
 
     Attributes:
-        in_float32: whether losses under autocast were not finite, so that the stage goes on in float32.
+        in_float32: whether the stage has fallen back to float32 because losses were not finite.
     """
 
     def __init__(self) -> None:
         self.in_float32 = False
-        self._casts: dict[int, CastWeights] = {}  # by the id of the model
+        self._casts: dict[int, CastWeights] = {}  # id of a model -> its cast weights
 
     def losses(
         self, stage: L.LightningModule, compute: Callable[[], Tensor], *models: PreTrainedModel, always: bool = False
     ) -> Tensor:
-        """Return `compute()`, the losses (B,) of a batch, with copies of the frozen weights of `models`.
+        """Return `compute()`, the losses (B,) of a batch, using cast copies of the frozen weights of `models`.
 
-        If any is not finite before the first optimizer step (`always`: at any step), on any process, warn and go on in
-        float32.
+        If a loss is not finite on any process, log a warning, fall back to float32 and compute again. This is checked
+        before the first optimizer step only, or in every step if `always`.
         """
         device = stage.trainer.strategy.root_device.type
         if not torch.is_autocast_enabled(device):
@@ -51,7 +51,7 @@ class Autocast:
 
     @contextmanager
     def cast(self, *models: PreTrainedModel) -> Iterator[None]:
-        """Let models compute with copies of their frozen weights in the dtype of autocast; a no-op without autocast."""
+        """Replace frozen weights of models by copies in the dtype of autocast; a no-op without autocast."""
         with ExitStack() as applied:
             for model in models:
                 copies = self._casts.setdefault(id(model), CastWeights(model))
@@ -59,12 +59,12 @@ class Autocast:
             yield
 
     def fall_back(self, stage: L.LightningModule) -> None:
-        """Learn in float32 from now on, and say so."""
+        """Switch the stage to float32 and log a warning."""
         what = getattr(stage, "purpose", type(stage).__name__)
-        log.warning("The loss of %s is not finite in bfloat16: learning in float32 instead.", what)
+        log.warning("The loss of %s is not finite in bfloat16. Falling back to float32.", what)
         self.in_float32 = True
         self.clear()
 
     def clear(self) -> None:
-        """Free the copies."""
+        """Free the cast copies."""
         self._casts.clear()

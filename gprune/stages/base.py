@@ -1,4 +1,4 @@
-"""FrozenLMStage: a LightningModule around a language model that it must never train, save or move by accident."""
+"""FrozenLMStage, the base class of stages: a LightningModule with a frozen language model that is not saved."""
 
 from __future__ import annotations
 
@@ -21,67 +21,66 @@ from gprune.stages.autocast import Autocast
 
 
 class FrozenLMStage(L.LightningModule):
-    """Holds the language model beside the module, not inside it.
+    """LightningModule with a frozen language model that is not registered as a submodule.
 
-    The model is stored in a tuple, which `nn.Module` does not register as a child. So checkpoints hold the learned
-    tensors only, DDP neither broadcasts nor reduces hundreds of millions of frozen parameters, and `train()` does
-    not enable the model's dropout. The price: Lightning does not move it, hence `setup` and `teardown`.
+    The model is stored in a tuple, which `nn.Module` does not register. So checkpoints contain only learned tensors,
+    DDP neither broadcasts nor reduces hundreds of millions of frozen parameters, and `train()` does not enable the
+    model's dropout. Lightning does not move such a model between devices, so `setup` does it.
 
-    With `shard`, and two or more processes, the stage runs a copy of the model whose layers are sharded over all of
-    them. Lightning's own FSDP does not see the model, and would shard only what is registered.
+    With `shard` and two or more processes, the stage uses a copy of the model whose layers are sharded over all
+    processes. Lightning's FSDP strategy would shard registered modules only.
 
     Validation measures the perplexity of `measured_model` on the windows of each validation loader. It is logged as
     `development/perplexity/<corpus>`, with the geometric mean over corpora as `development/perplexity`, so
     `EarlyStopping(monitor="development/perplexity")` and `ModelCheckpoint` work with stages that inherit this class.
 
     Attributes:
-        curves: the prefix of the names under which a stage logs its training, such as `learn` in `learn/loss`; by
-            default the name of the class.
-        tokens_before: tokens that earlier stages have learned from with this model, for the axis `development/tokens`.
-        development: perplexity by corpus, as the last validation measured it, after optimizer step `measured_at`.
-        measured_as: the prefix of the names under which validation logs; `curve` while masks of several sparsities are
-            compared.
+        curves: prefix of logged training metrics, such as `learn` in `learn/loss`. Default: the name of the class.
+        tokens_before: training tokens of earlier stages with this model, for the axis `development/tokens`.
+        development: perplexity by corpus from the last validation.
+        measured_at: optimizer step of the last validation.
+        validation_prefix: prefix of logged validation metrics; `curve` during the sweep over sparsities.
     """
 
-    purpose = "this stage"  # what it does, for errors
-    last_loss = float("nan")  # of the global batch
+    purpose = "this stage"  # the stage's name in messages
+    last_loss = float("nan")  # loss of the last global batch
     tokens_before = 0
-    measured_as, measured_at = "development", None
+    validation_prefix, measured_at = "development", None
 
     def __init__(self, model: PreTrainedModel, *, shard: bool = False):
         super().__init__()
         assert not any(p.requires_grad for p in model.parameters()), "the language model must be frozen"
         self._frozen = (model,)
         self._shard = shard
-        self._copy: tuple[PreTrainedModel, ...] = ()  # sharded, while the stage runs
-        self._tokens: Tensor | int = 0  # on the device, so that a step does not wait for it
-        self._perplexities: list[WindowPerplexity] = []  # by validation loader; not registered, so not in checkpoints
+        self._copy: tuple[PreTrainedModel, ...] = ()  # the sharded copy while the stage runs
+        self._tokens: Tensor | int = 0  # a tensor on the device, which avoids a synchronization in each step
+        self._perplexities: list[WindowPerplexity] = []  # one per validation loader; a list keeps them unregistered
         self.development: dict[str, float] = {}
         self.autocast = Autocast()
 
     @property
     def lm(self) -> PreTrainedModel:
-        """The language model, or its sharded copy while there is one."""
+        """The language model, or its sharded copy while the stage runs."""
         return (*self._copy, *self._frozen)[0]
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that the stage has learned from, over all processes."""
+        """Number of training tokens so far, over all processes."""
         return int(self._tokens)
 
     @property
     def measured_model(self) -> PreTrainedModel:
-        """The model whose perplexity validation measures: the stage's `student`, or the frozen model."""
+        """The model that validation measures: the stage's `student`, or the frozen model."""
         return getattr(self, "student", self.lm)
 
     def setup(self, stage: str) -> None:
-        """Move the frozen model to the trainer's device, or make its sharded copy."""
+        """Move the frozen model to the Trainer's device, or create its sharded copy."""
         device = self.trainer.strategy.root_device
         if self._shard and self.trainer.world_size > 1:
             if stage == "validate" and self.measured_model is not self.lm:
-                return  # the student alone is measured
+                return  # only the student is measured
             self._copy = (sharded_copy(self._frozen[0], device, self.trainer.world_size),)
-        # An offloaded or sharded model has a place for every layer already.
+        # The layers of an offloaded or sharded model are already on their devices.
         elif not self._shard and getattr(self.lm, "hf_device_map", None) is None:
             self.lm.to(device)
 
@@ -89,21 +88,21 @@ class FrozenLMStage(L.LightningModule):
         self._copy = ()
         self.autocast.clear()
         if not self._shard:
-            # Lightning has moved all that is registered to the CPU, which may be only some weights of a student.
+            # Lightning has moved registered tensors to the CPU. They may be only some of a student's weights.
             self.to(self.trainer.strategy.root_device, non_blocking=True)
 
     def batch_loss(self, losses: Tensor, batch: Mapping[str, Tensor], name: str, *, finite: bool = True) -> Tensor:
-        """The loss of a step from the losses of its windows, logged under `name` as the mean of the global batch.
+        """Compute the loss of a training step from the losses of its windows, and log the mean of the global batch.
 
         Args:
             losses: (B,) float32, nats per token.
-            batch: `input_ids` (B, T); `weight` (B,), 0 for a window that only fills a process's share. Without
-                weights all windows count.
-            name: such as `learn/loss`.
-            finite: raise a UserError unless the loss is finite.
+            batch: `input_ids` (B, T) and optionally `weight` (B,), which is 0 for windows that pad the batch.
+            name: name of the logged metric, such as `learn/loss`.
+            finite: whether to raise UserError if the loss is not finite.
 
         Returns:
-            () float32, whose mean over processes is the mean over the global batch, whatever each process's share.
+            () float32. The mean over processes is the mean over the global batch, even if processes have different
+            numbers of windows.
         """
         weight = batch.get("weight", torch.ones_like(losses))
         windows = self.trainer.strategy.reduce(weight.sum(), reduce_op="sum")
@@ -117,14 +116,14 @@ class FrozenLMStage(L.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Make a metric for each validation loader, named for the corpus of its dataset."""
+        """Create a perplexity metric for the corpus of each validation loader."""
         loaders = self.trainer.val_dataloaders
         loaders = loaders if isinstance(loaders, list) else [loaders]
         names = [getattr(loader.dataset, "corpora", [str(i)])[0] for i, loader in enumerate(loaders)]
         self._perplexities = [WindowPerplexity(name).to(self.device) for name in names]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure a batch of development text: `input_ids` (B, T) int64, optionally `index` and `weight` (B,)."""
+        """Update perplexity by a development batch: `input_ids` (B, T) int64, optionally `index` and `weight` (B,)."""
         ids = batch["input_ids"]
         model = self.measured_model
         nll = self.autocast.losses(self, partial(window_losses, model, ids), model, always=True).to(self.device)
@@ -133,21 +132,21 @@ class FrozenLMStage(L.LightningModule):
         self._perplexities[dataloader_idx].update(nll, counted * (ids.shape[1] - 1), index)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `development/perplexity/<corpus>`, the geometric mean, and the tokens learned from so far."""
+        """Log `development/perplexity/<corpus>`, the geometric mean, and the number of training tokens so far."""
         measured = [metric for metric in self._perplexities if metric.update_called]
         self.development = {metric.corpus: float(metric.compute()) for metric in measured}
         if not self.development:
             return
-        name, labels = f"{self.measured_as}/perplexity", corpus_labels(self.development)
+        name, labels = f"{self.validation_prefix}/perplexity", corpus_labels(self.development)
         values = {f"{name}/{key_part(labels[corpus])}": value for corpus, value in self.development.items()}
         values[name] = geometric_mean(self.development.values())
-        if self.measured_as == "development":
+        if self.validation_prefix == "development":
             self.measured_at = self.global_step
             values |= self.axes()
         log_exactly(self, values)
 
     def axes(self) -> dict[str, float]:
-        """What development perplexity is drawn against, by name."""
+        """Values of the x axes for development perplexity, by name."""
         return {"development/tokens": float(self.tokens_before + self.tokens), f"{curves_of(self)}/tokens": self.tokens}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -158,19 +157,18 @@ class FrozenLMStage(L.LightningModule):
 
 
 def curves_of(stage: L.LightningModule) -> str:
-    """The prefix of a stage's curves: its attribute `curves`, or the name of its class."""
+    """Return the prefix of a stage's logged metrics: its attribute `curves`, or the name of its class."""
     return getattr(stage, "curves", type(stage).__name__)
 
 
 def log_exactly(stage: L.LightningModule, values: Mapping[str, float]) -> None:
-    """Log numbers that all processes agree on, in float64: Lightning would round a Python float to float32."""
+    """Log numbers in float64 that are equal on all processes. Lightning would round a Python float to float32."""
     as_tensors = {name: torch.tensor(value, dtype=torch.float64, device=stage.device) for name, value in values.items()}
     stage.log_dict(as_tensors, sync_dist=True)
 
 
 def require_finite_loss(value: float, what: str) -> None:
-    """Raise a UserError for NaN or infinity, so that no mean hides it."""
+    """Raise UserError if a loss is NaN or infinite. `what` is its name, such as "The loss of distillation"."""
     if not abs(value) < float("inf"):
-        raise UserError(
-            f"{what} is {value}; expected a finite number. Lower the learning rate, or use --model.dtype float32."
-        )
+        remedy = "Lower the learning rate, or use --model.dtype float32"
+        raise UserError(f"{what} must be a finite number; got {value}. {remedy}.")

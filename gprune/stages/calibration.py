@@ -1,4 +1,4 @@
-"""Calibration: one pass of the frozen decoder over each corpus, statistics summed over devices."""
+"""Calibration: one pass of the frozen decoder over each corpus, with statistics summed over devices."""
 
 from __future__ import annotations
 
@@ -20,18 +20,26 @@ Store = Callable[[str, Block, dict[str, Tensor]], dict[str, StoredGram]]
 
 
 class _RemoveHooks(L.Callback):
-    """After an exception Lightning calls hooks of callbacks, and none of the module."""
+    """Remove hooks after an exception. Lightning calls `on_exception` of callbacks only, not of the module."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: CalibrationStage, exception: BaseException) -> None:
         pl_module.hooks.close()
 
 
 class CalibrationStage(FrozenLMStage):
-    """`trainer.test(stage, loaders)` with one loader per corpus; `statistics` then holds one entry per corpus.
+    """Stage that collects statistics: after `trainer.test(stage, loaders)` `statistics` has one entry per corpus.
 
-    With `saliency` the pass goes backward too: the trainer must not be in inference mode. With `walk` a corpus goes
-    through the model block by block (`gprune.calibration.layerwise`), to the same bits, once its last batch has come;
-    `store(corpus, block, matrices by kind)` then writes each block's Gram matrices and returns their places.
+    Args:
+        model: the frozen language model.
+        corpora: names of the corpora, in the order of the loaders.
+        gram: whether to collect Gram matrices.
+        saliency: scopes (`ffn`, `attention`) whose gradients are collected. This needs a backward pass, so the Trainer
+            must not be in inference mode.
+        walk: whether to run a corpus through the model block by block (`gprune.calibration.layerwise`) after its last
+            batch. The results have the same bits.
+        store: with `walk`, `store(corpus, block, matrices by kind)` writes the Gram matrices of a block and returns
+            references to the files.
+        shard: whether to shard the model over processes.
     """
 
     def __init__(
@@ -45,18 +53,18 @@ class CalibrationStage(FrozenLMStage):
         shard: bool = False,
     ):
         super().__init__(model, shard=shard)
-        self.hooks = ExitStack()  # on the model, for the corpus whose batches are coming
-        assert not (walk and saliency), "no gradient goes block by block"
+        self.hooks = ExitStack()  # hooks on the model for the current corpus
+        assert not (walk and saliency), "gradients cannot be collected block by block"
         self.corpora, self.gram, self.saliency, self.walk, self.store = corpora, gram, saliency, walk, store
         self.statistics: dict[str, CorpusStatistics] = {}
-        self._sums: Collector | Walk | None = None  # of the corpus whose batches are coming
+        self._sums: Collector | Walk | None = None  # sums of the current corpus
         self._current: str | None = None
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [_RemoveHooks()]
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Take a batch through the model, or into the walk; a corpus that is over is closed first."""
+        """Process a batch, after finishing the statistics of the previous corpus."""
         if self.corpora[dataloader_idx] != self._current:
             self._close()
             self._current = self.corpora[dataloader_idx]
@@ -65,20 +73,20 @@ class CalibrationStage(FrozenLMStage):
             else:
                 collector = Collector(self.lm, gram=self.gram, saliency=self.saliency)
                 self._sums = self.hooks.enter_context(collector)
-        take = self._sums.add if self.walk else self._sums.observe
-        take(batch["input_ids"], batch["half"], batch["weight"])
+        update = self._sums.add if self.walk else self._sums.observe
+        update(batch["input_ids"], batch["half"], batch["weight"])
 
     def on_test_epoch_end(self) -> None:
         self._close()
 
     def _close(self) -> None:
-        """Compute the statistics of the corpus whose batches have all come, if there is one."""
+        """Compute the statistics of the current corpus, if any, and reset."""
         self.hooks.close()
         corpus, sums, self._sums = self._current, self._sums, None
         if isinstance(sums, Walk):
             store = None if self.store is None else partial(self.store, corpus)
             self.statistics[corpus] = sums.statistics(gram=self.gram, store=store)
-            self.trainer.strategy.barrier()  # the first process writes what all will read
+            self.trainer.strategy.barrier()  # rank 0 writes files that all ranks read
         elif sums is not None:
             self.statistics[corpus] = sums.compute()
             sums.release()

@@ -1,4 +1,4 @@
-"""Lightning callbacks of the stages that learn: masks for validation, curves, and the best weights."""
+"""Lightning callbacks of stages that train: masks during validation, curves, and the best weights."""
 
 from __future__ import annotations
 
@@ -24,24 +24,21 @@ log = logging.getLogger("gprune")
 
 
 class StepCurves(L.Callback):
-    """Log of every step of a stage the tokens so far, tokens per second, the step size and the norm of the gradient.
-
-    The norm is that before clipping.
-    """
+    """Log tokens so far, tokens per second, the learning rate, and the gradient norm before clipping in every step."""
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._began = time.monotonic()
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Log the step size and the norm of the gradient."""
+        """Log the learning rate and the gradient norm."""
         group, stage = optimizer.param_groups[0], curves_of(pl_module)
         if hasattr(pl_module, "gradient_norm"):
             norm = pl_module.gradient_norm()
         else:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        rate = group["lr"] / (group.get("size") or 1)  # for relative step sizes the dimensionless rate
+        rate = group["lr"] / (group.get("size") or 1)  # a relative learning rate is logged without its tensor's scale
         pl_module.log_dict({f"{stage}/gradient_norm": gathered(norm), f"{stage}/learning_rate": float(rate)})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -51,13 +48,13 @@ class StepCurves(L.Callback):
 
 
 class ApplyMasks(L.Callback):
-    """Put hard masks on the frozen model before each validation, and take them off afterwards.
+    """Apply hard masks to the measured model during validation.
 
-    The gates of `ThresholdLearning` are on the model only inside its training step, so that validation sees the masks
-    alone: the pruned model as it will be.
+    The gates of `ThresholdLearning` are applied only inside its training step, so validation measures the model exactly
+    as it would be after pruning.
 
     Args:
-        masks: called at the start of each validation; None: the dense model is measured.
+        masks: returns the masks, called at the start of each validation; None measures the dense model.
     """
 
     def __init__(self, masks: Callable[[], Masks | None]):
@@ -76,17 +73,17 @@ class ApplyMasks(L.Callback):
 
 
 class PerplexityCurve(L.Callback):
-    """Collect development perplexity by corpus: over a fit by optimizer step, and after it against sparsity.
+    """Collect development perplexity by corpus: during a fit by optimizer step, and afterwards by sparsity.
 
     Attributes:
-        by_step: perplexity by corpus, by the optimizer step at which it was measured.
-        by_sparsity: the same by sparsity, from `against_sparsity`.
+        by_step: optimizer step -> corpus -> perplexity.
+        by_sparsity: sparsity -> corpus -> perplexity, filled by `against_sparsity`.
     """
 
     def __init__(self) -> None:
         self.by_step: dict[int, dict[str, float]] = {}
         self.by_sparsity: dict[float, dict[str, float]] = {}
-        self._point: dict[str, float] = {}  # of the curve against sparsity that is measured at the moment
+        self._point: dict[str, float] = {}  # x coordinate of the sparsity that is being measured
 
     def state_dict(self) -> dict[str, Any]:
         return {"by_step": self.by_step}
@@ -105,27 +102,27 @@ class PerplexityCurve(L.Callback):
     def against_sparsity(
         self, trainer: L.Trainer, stage: FrozenLMStage, data: L.LightningDataModule, masks: Mapping[float, Masks | None]
     ) -> None:
-        """Measure perplexity under masks by sparsity with `trainer.validate`, as `curve/perplexity/<corpus>`.
+        """Measure perplexity at several sparsities with `trainer.validate`, and log it as `curve/perplexity/<corpus>`.
 
         Args:
-            trainer: of the fit, with an `ApplyMasks` among its callbacks.
-            masks: by sparsity; None for the dense model.
+            trainer: the Trainer of the fit; one of its callbacks has to be an `ApplyMasks`.
+            masks: sparsity -> masks, or None for the dense model.
         """
-        (apply,) = (one for one in trainer.callbacks if isinstance(one, ApplyMasks))
-        stage.measured_as = "curve"
+        (apply,) = (callback for callback in trainer.callbacks if isinstance(callback, ApplyMasks))
+        stage.validation_prefix = "curve"
         for step, sparsity in enumerate(sorted(masks)):
             apply.masks = lambda sparsity=sparsity: masks[sparsity]
-            self._point = {"curve/sparsity": sparsity, "step": float(step)}  # Lightning's key for the place on the axis
+            self._point = {"curve/sparsity": sparsity, "step": float(step)}  # Lightning reads `step` as the logged step
             trainer.validate(stage, data, verbose=False)
             self.by_sparsity[sparsity] = stage.development
 
 
 class BestWeights(PerplexityCurve):
-    """A `PerplexityCurve` that keeps the weights at which the geometric mean of development perplexity was lowest."""
+    """A `PerplexityCurve` that also stores the weights with the lowest geometric mean of development perplexity."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.best: dict[str, Tensor] = {}  # state of the stage at the lowest mean, whole tensors on the CPU
+        self.best: dict[str, Tensor] = {}  # state dict of the stage at the lowest mean: unsharded tensors on the CPU
 
     def state_dict(self) -> dict[str, Any]:
         return {"by_step": self.by_step, "best": self.best}
@@ -135,7 +132,7 @@ class BestWeights(PerplexityCurve):
 
     @property
     def means(self) -> dict[int, float]:
-        """Geometric mean over corpora by optimizer step, infinite where it is not finite."""
+        """Geometric mean over corpora by optimizer step; NaN is replaced by infinity."""
         means = {step: geometric_mean(values.values()) for step, values in self.by_step.items()}
         return {step: mean if math.isfinite(mean) else math.inf for step, mean in means.items()}
 
@@ -146,22 +143,22 @@ class BestWeights(PerplexityCurve):
             self.best = {name: gathered(value).detach().cpu().clone() for name, value in pl_module.state_dict().items()}
 
     @torch.no_grad()
-    def restore(self, stage: L.LightningModule, *, keep: str) -> None:
-        """Load the best weights if `keep` is `best`, or if perplexity ends above where it began."""
+    def load_best(self, stage: L.LightningModule, *, keep: str) -> None:
+        """Load the best weights if `keep` is `best`, or if perplexity rose during training."""
         steps, means = list(self.means), list(self.means.values())
-        harm = bool(means) and not means[-1] <= means[0]
-        if harm:
+        worse = bool(means) and not means[-1] <= means[0]
+        if worse:
             best = min(self.means, key=self.means.get)
             log.warning(
-                "Development perplexity ends at %.4g, where it began at %.4g: went back to step %d, with %.4g; lower "
-                "--distill.learning_rate.", means[-1], means[0], best, self.means[best],
+                "Development perplexity rose from %.4g to %.4g. Restored the weights of step %d, which had %.4g. Lower "
+                "--distill.learning_rate.", means[0], means[-1], best, self.means[best],
             )  # fmt: skip
-        if steps and (harm or keep == "best"):
+        if steps and (worse or keep == "best"):
             stage.load_state_dict(self.best)
 
 
 def tokens_so_far(trainer: L.Trainer) -> float:
-    """Tokens that a stage has learned from, in all processes together."""
+    """Number of training tokens of the current fit, over all processes."""
     text = trainer.train_dataloader.batch_sampler
     of_batches = [min(n * text.batch_size, text.num_windows) for n in (int(trainer.num_training_batches), text.served)]
     windows = trainer.current_epoch * of_batches[0] + of_batches[1]

@@ -1,4 +1,4 @@
-"""The recovery `distill`; PyTorch and the stage that it trains are imported when it runs."""
+"""The recovery `distill`. PyTorch and `DistillationStage` are imported when it runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @recovery("distill")
 class Distill(Recovery):
-    """KL to the dense model on text of `corpora.recover`, end to end: by a `DistillationStage`."""
+    """Recovery by end-to-end distillation from the dense model on text of `corpora.recover` (`DistillationStage`)."""
 
     learns = taught = True
 
@@ -27,21 +27,21 @@ class Distill(Recovery):
         self.settings = settings or DistillConfig()
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
-        """As `Recovery.refuse`, and for adapters without PEFT or of a sharded model."""
+        """Raise UserError as `Recovery.refuse`, and for LoRA if PEFT is missing or the model is sharded."""
         super().refuse(blocks, shard=shard)
         if self.settings.targets == "lora" and shard:
-            raise UserError("--distill.targets lora: expected mlp or all with --model.shard true.")
+            raise UserError("--distill.targets must be mlp or all with --model.shard true; got lora.")
         if self.settings.targets == "lora" and find_spec("peft") is None:
-            raise UserError("--distill.targets lora needs peft, which is not installed: pip install peft.")
+            raise UserError("--distill.targets lora needs peft, which is not installed. Run pip install peft.")
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-        """Train a `DistillationStage` by `material.fit`; returns the model with what was learned folded in."""
+        """Train a `DistillationStage` with `material.fit`, and return the trained model as a plain model."""
         from accelerate.hooks import remove_hook_from_submodules
 
         from gprune.stages.distillation import DistillationStage
 
         s = self.settings
-        remove_hook_from_submodules(pruned)  # of a dense model on several devices: what learns lies on one
+        remove_hook_from_submodules(pruned)  # hooks of a dense model on several devices; the student is on one device
         count = material.count if material.paid else None
         stage = DistillationStage(
             material.dense, pruned, shard=material.shard, kept=material.taught, count=count,
@@ -52,5 +52,5 @@ class Distill(Recovery):
         return stage.finished()
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
-        """The teacher forward, the student forward and backward."""
+        """Count the teacher's forward tokens, and the student's forward and backward tokens."""
         return fresh, fresh

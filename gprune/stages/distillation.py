@@ -1,4 +1,4 @@
-"""Distillation: what is left of a pruned model learns to predict as the dense model does, end to end."""
+"""Distillation: train a pruned model end to end to predict like the dense model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from gprune.stages.student import Student
 
 log = logging.getLogger("gprune")
 
-BETAS = (0.9, 0.95)  # of AdamW
-REMEMBERED, PROPORTION = 20, 10  # steps of which the median is taken; how many times that a step may be
-IN_A_ROW = 5  # steps left out, after which learning ends
+BETAS = (0.9, 0.95)  # betas of AdamW
+REMEMBERED, PROPORTION = 20, 10  # number of steps in the median; largest multiple of the median
+IN_A_ROW = 5  # number of consecutive skipped steps after which training stops
 
 
 class Proportion:
-    """Tells steps whose loss or gradient is out of proportion.
+    """Detect steps whose loss or gradient norm is an outlier.
 
-    They are not finite, or above `PROPORTION` times the median of the last `REMEMBERED` steps (`IN_A_ROW` or more).
+    A value is an outlier if it is not finite, or above `PROPORTION` times the median of the last `REMEMBERED` steps (if
+    there are at least `IN_A_ROW`).
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class Proportion:
         self.left_out = self.in_a_row = 0
 
     def holds(self, loss: float, norm: float) -> bool:
-        """Whether a step may be taken; one that may not is counted."""
+        """Return whether a step is to be taken; otherwise count it as skipped."""
         pairs = ((loss, self.losses), (norm, self.norms))
         if all(math.isfinite(v) and (len(seen) < IN_A_ROW or v <= PROPORTION * median(seen)) for v, seen in pairs):
             for value, seen in pairs:
@@ -51,33 +52,35 @@ class Proportion:
 
 
 class DistillationStage(FrozenLMStage):
-    """Trains a pruned model (the student) beside the frozen dense one (the teacher).
+    """Stage that trains a pruned model (the student) to predict like the frozen dense model (the teacher).
 
     Loss: mean over windows of
         kl * KL(dense || pruned)           of the next token, in nats,
         + cross_entropy * cross-entropy    of the next token, in nats.
-    Both go through the frozen head, chunk by chunk: no logits of a batch are held, and the teacher runs once
-    per batch. AdamW's step size is relative to the size of each tensor (`Student.sizes`), and so are Adam's epsilon and
-    the norm of the gradient: models that compute one function from weights that differ by factors learn alike. The step
-    size rises linearly, and then falls to 0. A step whose loss or gradient is out of proportion (`Proportion`) is left
-    out, and `IN_A_ROW` of them end the learning. The student learns in float32 and gets its dtype back at the end. Only
-    what learns is registered, so that a checkpoint holds neither the teacher nor the rest of the student.
+    Both terms are computed from hidden states and the frozen head in chunks, so the logits of a batch are never stored,
+    and the teacher runs once per batch. The learning rate of AdamW is relative to the RMS of each tensor
+    (`Student.sizes`), and so are Adam's epsilon and the gradient norm. So training does not depend on factors by which
+    weights can be rescaled without changing the model's function. The learning rate rises linearly and then decays to
+    0. A step with an outlier of loss or gradient (`Proportion`) is skipped; training stops after `IN_A_ROW` consecutive
+    ones. The student is trained in float32 and converted back to its dtype at the end. Only trained tensors are
+    registered, so checkpoints contain neither the teacher nor frozen weights of the student.
 
     Args:
-        dense: the teacher, frozen; its weights may lie on several devices, or off them.
-        student: pruned; changed in place, and moved to the trainer's device as a whole.
-        targets: what is trained: `mlp` (the FFN's weights), `all` (every weight of the decoder layers) or `lora`.
-        rank: of the adapters of `lora`.
-        learning_rate: AdamW's peak step size, relative to the root mean square of each tensor.
-        absolute_learning_rate: the same in the units of the weights; if given, `learning_rate` is ignored.
-        warmup: the share of the steps in which the step size rises.
-        weight_decay: of AdamW.
-        kl: the weight of the divergence from the dense model.
-        cross_entropy: the weight of the next token's cross-entropy.
-        checkpointing: recompute the activations of each layer in the backward pass.
-        shard: shard the layers of both over all processes while the student learns.
-        kept: the final hidden states of `dense` by batch of tokens, which this stage reads and adds to.
-        count: called with minus the tokens of states that are computed again, where another row has counted them.
+        dense: the frozen teacher; its weights may be on several devices, or offloaded.
+        student: the pruned model; changed in place, and moved to the Trainer's device.
+        targets: trained weights: `mlp` (the FFN), `all` (all weights of the decoder layers) or `lora`.
+        rank: rank of the adapters of `lora`.
+        learning_rate: peak learning rate of AdamW, relative to the RMS of each tensor.
+        absolute_learning_rate: peak learning rate in the units of the weights; if given, `learning_rate` is ignored.
+        warmup: share of the steps in which the learning rate rises.
+        weight_decay: weight decay of AdamW.
+        kl: weight of the KL divergence from the dense model.
+        cross_entropy: weight of the next-token cross-entropy.
+        checkpointing: whether to recompute the activations of each layer in the backward pass.
+        shard: whether to shard the layers of both models over all processes.
+        kept: cache of the final hidden states of `dense` by batch of tokens, which this stage reads and extends.
+        count: called with the negative number of tokens whose states are computed again although another row has
+            counted them.
     """
 
     purpose, curves = "distillation", "distill"
@@ -97,15 +100,15 @@ class DistillationStage(FrozenLMStage):
         self._student = Student(student, targets=targets, rank=rank, checkpointing=checkpointing)
         self.learned = self._student.learned
         self.proportion = Proportion()
-        self._norm: Tensor | None = None  # of the gradient, while a step is taken
+        self._norm: Tensor | None = None  # gradient norm of the current step
 
     @property
     def student(self) -> PreTrainedModel:
-        """The pruned model, whose weights are what learns."""
+        """The pruned model that is trained."""
         return self._student.model
 
     def finished(self) -> PreTrainedModel:
-        """The student as a plain frozen model, with what was learned in its weights."""
+        """Return the student as a plain frozen model, with adapters merged."""
         return self._student.plain()
 
     @property
@@ -118,23 +121,23 @@ class DistillationStage(FrozenLMStage):
             self.student.to(self.trainer.strategy.root_device)
 
     def configure_model(self) -> None:
-        """Shard the student's layers over processes, and with them the optimizer's states."""
+        """Shard the student's layers over processes, and so the optimizer's states."""
         if self._shards and not self._student.sharded:
             self._student.shard(self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
             self.learned = self._student.learned
 
     def teardown(self, stage: str) -> None:
-        """A student that was sharded is whole again, on the CPU."""
+        """Gather a sharded student on the CPU."""
         super().teardown(stage)
         if self._student.sharded:
             self._student.gather()
             self.learned = self._student.learned
 
     def on_train_end(self) -> None:
-        """Free gradients and moments: the Trainer would keep them, and the weights that they belong to."""
+        """Free gradients and optimizer states, which the Trainer would keep together with their weights."""
         if self.proportion.left_out:
             log.warning(
-                "Left out %d of %d steps: their loss or gradient was not finite, or %d times the median of %d steps.",
+                "Skipped %d of %d steps: loss or gradient not finite, or above %d times the median of %d steps.",
                 self.proportion.left_out, self.global_step, PROPORTION, REMEMBERED,
             )  # fmt: skip
         for optimizer in self.trainer.optimizers:
@@ -143,16 +146,16 @@ class DistillationStage(FrozenLMStage):
 
     @property
     def sizes(self) -> list[float]:
-        """What the step size of each tensor is relative to, in the order of `learned`."""
+        """Scale of each tensor's learning rate, in the order of `learned`: its RMS, or 1 for absolute rates."""
         absolute = self.absolute_learning_rate is not None
         return [1.0 if absolute else self._student.sizes[name] for name in self.learned]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW, whose step size rises in the first `warmup` of the steps and then falls to 0."""
+        """AdamW with linear warmup over the share `warmup` of the steps and linear decay to 0."""
         steps, rate = self.trainer.estimated_stepping_batches, self.absolute_learning_rate or self.learning_rate
         groups = []
         for parameter, size in zip(self.learned.values(), self.sizes, strict=True):
-            unit = size or 1.0  # a tensor of zeros has no size, and stays
+            unit = size or 1.0  # a tensor of zeros has learning rate 0, so this value has no effect
             rest = {"weight_decay": self.weight_decay / unit, "eps": 1e-8 / unit}
             groups.append({"params": [parameter], "lr": rate * size, "size": size, **rest})
         fused = self.trainer.strategy.root_device.type in ("cpu", "cuda")
@@ -166,7 +169,7 @@ class DistillationStage(FrozenLMStage):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def gradient_norm(self) -> Tensor:
-        """The norm of the gradient, each tensor's times its size, before clipping: () float32, computed once a step."""
+        """Gradient norm before clipping, with each tensor's gradient scaled by its RMS; () float32, cached per step."""
         if self._norm is None:
             sized = zip(self.learned.values(), self.sizes, strict=True)
             norms = [size * p.grad.norm() for p, size in sized if p.grad is not None]
@@ -176,10 +179,10 @@ class DistillationStage(FrozenLMStage):
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any
     ) -> None:
-        """Clip the gradient by its norm; drop it where the step is out of proportion."""
+        """Clip the gradient by its norm, or drop it if the step is an outlier."""
         norm, self._norm = float(self.gradient_norm()), None
         if not self.proportion.holds(self.last_loss, norm):
-            optimizer.zero_grad(set_to_none=True)  # AdamW steps over what has no gradient
+            optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without a gradient
             if self.proportion.in_a_row >= IN_A_ROW:
                 require_finite_loss(self.last_loss if self.proportion.norms else math.nan, "The loss of distillation")
                 self.trainer.should_stop = True
@@ -196,12 +199,12 @@ class DistillationStage(FrozenLMStage):
         vars(self.proportion).update(checkpoint["proportion"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of a batch by KL and cross-entropy, as weighed, () float32."""
+        """Weighted sum of KL and cross-entropy on a batch, () float32."""
         losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm, self.student)
         return self.batch_loss(losses, batch, "distill/loss", finite=False)
 
     def _losses(self, ids: Tensor) -> Tensor:
-        """The loss of each window, (B, T) -> (B,) float32."""
+        """Loss of each window, (B, T) -> (B,) float32."""
         dense = self._taught(ids).flatten(0, 1) if self.kl else None
         hidden = final_hidden(self.student, ids).flatten(0, 1)
         head, transform = self.student.get_output_embeddings(), LogitTransform.of(self.student)
@@ -215,7 +218,7 @@ class DistillationStage(FrozenLMStage):
 
     @torch.no_grad()
     def _taught(self, ids: Tensor) -> Tensor:
-        """The teacher's final hidden states, (B, T - 1, H) in its dtype: those that were kept, or computed."""
+        """Final hidden states of the teacher, (B, T - 1, H) in its dtype, from the cache or computed."""
         if self._kept is None:
             return final_hidden(self.lm, ids)
         key = ids.cpu().numpy().tobytes() + b"float32" * self.autocast.in_float32

@@ -1,4 +1,4 @@
-"""Refinement: improve the assignment of neurons to modules by gradient descent, without the language model."""
+"""Refinement: improve the assignment of neurons to modules by gradient descent. The language model is not used."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from gprune.stages.base import require_finite_loss
 
 
 class AssignmentRefinement(L.LightningModule):
-    """Refines hard labels by gradient descent on `gprune.partition.objective.partition_objective`.
+    """Stage that refines hard labels by gradient descent on `gprune.partition.objective.partition_objective`.
 
     Loss, in the symbols of that function: the mean over blocks of
         w_s S(P) + w_d V(P) - w_c C(P) + w_b B(P) + w_e H(P),  P = softmax(A / tau),
-    with A (B, N, K) the only parameters, Adam, and tau falling geometrically from 1 to `final_tau`. A starts at
-    2 for a neuron's own module and 0 elsewhere: high enough to keep the first partition's structure, low
-    enough for gradients to move neurons.
+    with the parameters A (B, N, K), Adam, and tau decaying geometrically from 1 to `final_tau`. A is initialized to
+    2 for a neuron's own module and 0 elsewhere: large enough to keep the structure of the initial partition, small
+    enough that gradients can move neurons.
 
-    Validation logs `partition/agreement`: the consistency C of the hard labels, 0 for a random partition.
+    Validation logs `partition/agreement`, the consistency C of the hard labels, which is 0 for a random partition.
 
     Args:
-        inputs: of all blocks.
-        labels: of the first partition, (N,) int64 per block.
-        steps: optimizer steps.
-        learning_rate: Adam's step size.
-        similarity_weight: w_s; and `drift_weight` w_d, `consistency_weight` w_c, `balance_weight` w_b, `entropy_weight`
-            w_e.
+        inputs: inputs of the objective for all blocks.
+        labels: labels of the initial partition, (N,) int64 per block.
+        steps: number of optimizer steps.
+        learning_rate: learning rate of Adam.
+        similarity_weight: w_s.
+        drift_weight: w_d.
+        consistency_weight: w_c.
+        balance_weight: w_b.
+        entropy_weight: w_e.
         final_tau: tau at the last step.
     """
 
@@ -53,7 +56,7 @@ class AssignmentRefinement(L.LightningModule):
         A = torch.zeros(*inputs.valid.shape, K)
         for block, y in zip(A, labels, strict=True):
             block[: len(y)] = 2 * F.one_hot(y, K)
-            block[:, int(y.max()) + 1 :] = -20.0  # a block with fewer modules opens no new ones
+            block[:, int(y.max()) + 1 :] = -20.0  # no new modules in a block with fewer than K
         self.logits = nn.Parameter(A)
         self.history: list[dict[str, float]] = []
 
@@ -65,14 +68,14 @@ class AssignmentRefinement(L.LightningModule):
         self.inputs = self.inputs.to(self.trainer.strategy.root_device)
 
     def train_dataloader(self) -> DataLoader:
-        # The loader only counts steps: every step sees all neurons of all blocks.
+        # The loader only counts steps; every step uses all neurons of all blocks.
         return DataLoader(range(self.steps), batch_size=1)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(range(1), generator=torch.Generator())  # an iterator must not draw from the global generator
+        return DataLoader(range(1), generator=torch.Generator())  # keeps the global random state unchanged
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        hard = 1e4 * F.one_hot(self.logits.argmax(-1), self.logits.shape[-1])  # a softmax of 0 and 1
+        hard = 1e4 * F.one_hot(self.logits.argmax(-1), self.logits.shape[-1])  # the softmax is exactly 0 or 1
         terms = partition_objective(hard, 1.0, self.inputs, self.weights)
         self.log("partition/agreement", terms["consistency"].mean())
 
@@ -91,7 +94,7 @@ class AssignmentRefinement(L.LightningModule):
     def labels(self) -> list[Tensor]:
         """Hard labels per block, (N,) int64 each.
 
-        Small modules are merged as in the first partition, K being the number of modules that it has left.
+        Small modules are merged as in the initial partition, with K the number of modules of that partition.
         """
         x, w = self.inputs.to("cpu"), self.weights
         joint = torch.cat([w["similarity"] * x.embedding, w["drift"] * x.drift, w["consistency"] * x.shifts], -1)

@@ -1,4 +1,4 @@
-"""Threshold learning: one sparsity threshold per module, trained around the frozen language model."""
+"""Threshold learning: train one sparsity threshold per module with the language model frozen."""
 
 from __future__ import annotations
 
@@ -22,38 +22,39 @@ from gprune.stages.base import FrozenLMStage
 
 
 class ThresholdLearning(FrozenLMStage):
-    """Learns t, one threshold per module (and one per block for its KV groups, when they are in scope).
+    """Stage that learns a threshold t per module, and one per block for its KV groups if they are in scope.
 
-    With `learn="offsets"` it learns instead o, one number per neuron that moves its rank, p_i' = sigmoid(logit p_i +
-    o_i): a free gate for every neuron, as in GRASPrune (arXiv 2604.19398), warm-started from the margins. With `both`
-    it learns t and o. With `loss="kl"` the loss is KL(dense || pruned), at the price of one more forward pass per step.
+    With `learn="offsets"` it learns o instead, one number per neuron that shifts its rank, p_i' = sigmoid(logit p_i +
+    o_i). This is a free gate for every neuron as in GRASPrune (arXiv 2604.19398), initialized from the margins. With
+    `both` it learns t and o. With `loss="kl"` the loss is KL(dense || pruned), which needs one more forward pass per
+    step.
 
     Loss: L(t) = mean over windows of the next-token cross-entropy, in nats per token, of the frozen model whose
     units are multiplied by g_i = h_i + s_i - stop(s_i), where
         h_i in {0, 1}  the hard keep mask that meets the budget (`cut.keep_masks` on logit p_i - t_m),
         s_i = sigmoid((p_i - sigmoid(t_m)) / T_m)  the soft gate, T_m = max(0.05, 1/n_m),
         p_i in (0, 1)  the unit's rank inside its module, n_m the module's size, stop the gradient stop.
-    So the forward pass is the pruned model at exactly the target sparsity, and the backward pass is the soft gate's
-    (straight-through). Shifting every t_m by the same amount changes no hard mask, only the distance of the soft gates
-    from it. So after every update thresholds are shifted until the budget cuts at margin 0, where s_i crosses 1/2: the
-    gradient is always taken at the units that are about to change sides.
+    So the forward pass is the pruned model at exactly the target sparsity, and the backward pass uses the gradient of
+    the soft gate (straight-through). Adding a constant to all t_m changes no hard mask, only the distance of the soft
+    gates from it. After every update the thresholds are therefore shifted so that the budget cuts at margin 0, where
+    s_i = 1/2. So gradients are largest for the units closest to the cut.
 
-    Opening any unit lowers the loss, and Adam steps by signs more than by sizes: left to itself it moves all thresholds
-    the same way, which changes no mask. With `centred` the mean gradient over units is subtracted first (over the units
-    of a block, where all blocks have to be equally wide).
+    Opening any unit lowers the loss, and Adam's steps depend on signs more than on sizes. Without correction Adam moves
+    all thresholds in the same direction, which changes no mask. With `centred` the mean gradient over units is
+    subtracted first (over the units of a block if all blocks must have the same width).
 
     Args:
-        model: frozen.
-        ranks: of units inside their modules.
-        start: thresholds to begin with, such as `start_thresholds`.
-        budget: the number of parameters that have to go.
-        learn: what is learned: `thresholds`, `offsets` or `both`.
-        loss: `cross_entropy` of the next token, or `kl`: the divergence from the dense model.
-        learning_rate: Adam's step size of the thresholds, in logits.
-        offset_learning_rate: Adam's step size of the offsets, in logits.
-        offset_limit: the largest offset, in logits.
-        centred: subtract the mean gradient over units.
-        shard: shard the model over processes while it learns.
+        model: the frozen language model.
+        ranks: ranks of units inside their modules.
+        start: initial thresholds, such as `start_thresholds`.
+        budget: how much has to be removed.
+        learn: the learned parameters: `thresholds`, `offsets` or `both`.
+        loss: `cross_entropy` of the next token, or `kl`, the KL divergence from the dense model.
+        learning_rate: learning rate of Adam for thresholds, in logits.
+        offset_learning_rate: learning rate of Adam for offsets, in logits.
+        offset_limit: largest offset, in logits.
+        centred: whether to subtract the mean gradient over units.
+        shard: whether to shard the model over processes.
     """
 
     purpose, curves = "threshold learning", "learn"
@@ -70,18 +71,18 @@ class ThresholdLearning(FrozenLMStage):
         self.learn, self.loss, self.centred = learn, loss, centred
         self.learning_rate, self.offset_learning_rate = learning_rate, offset_learning_rate
         self.offset_limit = offset_limit
-        self._cut: Cut | None = None  # of the budget, on the device of the thresholds
+        self._cut: Cut | None = None  # cached cut of the budget, on the device of the thresholds
         ffn, attention = start
-        moves = learn != "offsets"
-        self.ffn_thresholds = nn.ParameterList(nn.Parameter(t.float(), requires_grad=moves) for t in ffn)
+        trained = learn != "offsets"
+        self.ffn_thresholds = nn.ParameterList(nn.Parameter(t.float(), requires_grad=trained) for t in ffn)
         self.ffn_offsets = nn.ParameterList(
             nn.Parameter(torch.zeros(len(p))) for p in (ranks.ffn if learn != "thresholds" else ())
         )
-        # Thresholds of KV groups always exist, but they are learned only in scope.
+        # Thresholds of KV groups always exist, but are trained only if KV groups are in scope.
         self.attention_thresholds = nn.ParameterList(
             nn.Parameter(t.float(), requires_grad=budget.costs.attention) for t in attention
         )
-        for b in budget.costs.gone:  # nothing depends on them
+        for b in budget.costs.gone:  # the loss does not depend on thresholds of removed blocks
             for learned in (self.ffn_thresholds, self.ffn_offsets, self.attention_thresholds):
                 learned[b : b + 1].requires_grad_(False)
         self.ffn_gates: list[Tensor] = []
@@ -89,7 +90,7 @@ class ThresholdLearning(FrozenLMStage):
 
     @property
     def ranks(self) -> ModuleRanks:
-        """On the device of the thresholds, where they stay until Lightning moves those."""
+        """Ranks of units on the device of the thresholds."""
         device = self.ffn_thresholds[0].device
         if self._ranks.labels[0].device != device:
             self._ranks, self._cut = self._ranks.to(device), None
@@ -97,22 +98,22 @@ class ThresholdLearning(FrozenLMStage):
 
     @property
     def thresholds(self) -> Thresholds:
-        """(M,) float32 of each block: those of its neurons' modules, those of its KV groups' modules."""
+        """Thresholds per block, (M,) float32: of modules of neurons, and of modules of KV groups."""
         return list(self.ffn_thresholds), list(self.attention_thresholds)
 
     @property
     def offsets(self) -> list[Tensor] | None:
-        """(N,) per block, or None where none are learned."""
+        """Offsets per block, (N,) float32; None if offsets are not learned."""
         return list(self.ffn_offsets) or None
 
     @property
     def moved_ranks(self) -> ModuleRanks:
-        """The ranks after offsets, differentiable in them."""
+        """Ranks shifted by the offsets, differentiable in the offsets."""
         return self.ranks if self.offsets is None else self.ranks.moved(self.offsets)
 
     @torch.no_grad()
     def masks(self, budget: Budget | None = None) -> Masks:
-        """The hard masks of the current thresholds, for this stage's budget or another one, on their device."""
+        """Compute the hard masks of the current thresholds for a budget; by default the budget of the stage."""
         if budget is not None:
             return masks_from_thresholds(self.moved_ranks, self.thresholds, budget)
         neurons, groups = unit_margins(self.moved_ranks, self.thresholds)
@@ -120,7 +121,7 @@ class ThresholdLearning(FrozenLMStage):
         return self._cut(neurons, groups)
 
     def refresh_gates(self) -> None:
-        """Compute the gates of a training step: (N,) for the neurons of each block, (G,) for its KV groups."""
+        """Compute the gates of a training step: per block (N,) for neurons and (G,) for KV groups."""
         hard, ranks, moved = self.masks(), self.ranks, self.moved_ranks.ffn
         neurons, groups = self._at_the_cut(hard)
         parts = zip(hard.ffn, moved, neurons, ranks.labels, ranks.sizes, strict=True)
@@ -130,9 +131,10 @@ class ThresholdLearning(FrozenLMStage):
             self.attention_gates[:] = [straight_through(h, _group_gate(p.float(), t)) for h, p, t in parts]
 
     def _at_the_cut(self, hard: Masks) -> Thresholds:
-        """The thresholds by which soft gates are steepest where the budget cuts.
+        """Return the thresholds of the soft gates, whose slope is largest at the cut.
 
-        That is margin 0 (`recentre`). Where all blocks have to be equally wide, each block has a cut of its own.
+        `recentre` has moved the cut to margin 0. If all blocks must have the same width, each block has its own cut,
+        and its thresholds are shifted by it.
         """
         if not self.budget.costs.uniform:
             return self.thresholds
@@ -153,25 +155,25 @@ class ThresholdLearning(FrozenLMStage):
         return torch.optim.Adam([group for group in groups if group["params"]])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """() float32: the loss of the gated model on a batch, by cross-entropy or KL, as `--sparsity.loss` says."""
+        """Loss of the gated model on a batch, () float32: cross-entropy or KL (`--sparsity.loss`)."""
         losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm)
         return self.batch_loss(losses, batch, "learn/loss")
 
     def _losses(self, ids: Tensor) -> Tensor:
-        """The loss of each window, (B, T) -> (B,) float32."""
+        """Loss of each window, (B, T) -> (B,) float32."""
         teacher = None
         if self.loss == "kl":
             with torch.no_grad():
                 teacher = final_hidden(self.lm, ids)
-        self.refresh_gates()  # a fresh graph: the last step has used up its own
+        self.refresh_gates()  # the autograd graph of the last step was freed
         gates = gated(self.lm, self.ffn_gates, self.attention_gates)
         with bypassed(self.lm, self.budget.costs.gone), gates:
             return next_token_losses(self.lm, ids, teacher=teacher)
 
     def axes(self) -> dict[str, float]:
-        """The axes of every stage, and epochs so far as `learn/epoch`."""
+        """Values of the x axes, with the number of epochs as `learn/epoch`."""
         trainer, epochs = self.trainer, 0.0
-        if self.global_step:  # else a Trainer may not have seen the training text yet
+        if self.global_step:  # before the first step the Trainer may not know the number of batches
             epochs = self.global_step / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         return super().axes() | {"learn/epoch": epochs}
 
@@ -181,15 +183,15 @@ class ThresholdLearning(FrozenLMStage):
 
     @torch.no_grad()
     def centre(self) -> None:
-        """Take the mean gradient of a unit off the gradients of thresholds, and of offsets, in place.
+        """Subtract the mean gradient over units from the gradients of thresholds and of offsets, in place.
 
-        What moves all units alike changes no mask. Blocks that keep everything take no part. Where all blocks have to
-        be equally wide, neurons compete inside their block, and it is their block's mean that they lose; KV groups, of
-        which every block keeps equally many, compete with all neurons.
+        A shift of all units by the same amount changes no mask. Protected blocks are left out. If all blocks must have
+        the same width, neurons compete inside their block only, so the mean of their block is subtracted. KV groups
+        compete with all neurons in either case.
         """
         costs, ranks = self.budget.costs, self.ranks
         open_blocks = [b for b in range(len(ranks.sizes)) if b not in costs.protected]
-        # Of each block: the gradient (M,), how many units each number moves, and whether they lose their own mean.
+        # Per block: gradient (M,), number of units that each parameter moves, whether the block's own mean is used.
         neurons = [(self.ffn_thresholds[b].grad, ranks.sizes[b], costs.uniform) for b in open_blocks]
         groups = [(self.attention_thresholds[b].grad, len(ranks.attention[b]), False) for b in open_blocks]
         offsets = [(self.ffn_offsets[b].grad, 1, costs.uniform) for b in open_blocks if self.offsets]
@@ -208,7 +210,7 @@ class ThresholdLearning(FrozenLMStage):
 
     @torch.no_grad()
     def recentre(self, hard: Masks) -> None:
-        """Shift all thresholds by the same amount until the budget cuts at margin 0; the masks `hard` do not change."""
+        """Shift all thresholds by the same amount so that the budget cuts at margin 0, without changing `hard`."""
         neurons, groups = unit_margins(self.moved_ranks, self.thresholds)
         shift = cut_margin(hard, neurons, self.budget.costs.of_experts, groups)
         for t in (*self.ffn_thresholds, *self.attention_thresholds):
@@ -216,12 +218,12 @@ class ThresholdLearning(FrozenLMStage):
 
 
 def _unit_mean(blocks: Sequence[tuple[Tensor, Tensor | int, bool]]) -> Tensor:
-    """The mean gradient of a unit, ()."""
+    """Mean gradient over units, ()."""
     total = sum((torch.ones_like(grad) * units).sum() for grad, units, _ in blocks)
     return sum(grad.sum() for grad, *_ in blocks) / total
 
 
 def _group_gate(p: Tensor, threshold: Tensor) -> Tensor:
-    """`soft_gate` of a block's KV groups, which are one module."""
+    """Compute `soft_gate` for the KV groups of a block, which form one module."""
     labels = torch.zeros(len(p), dtype=torch.long, device=p.device)
     return soft_gate(p, threshold, labels, torch.full((1,), len(p), device=p.device))

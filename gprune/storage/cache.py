@@ -1,4 +1,4 @@
-"""The cache folder, and the error for a disk that cannot be written; without PyTorch: checks of flags import this."""
+"""The cache folder, and errors of disks. This file does not import PyTorch, because checks of flags use it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gprune.storage.reading import expanded
 
 
 def cache_dir() -> Path:
-    """The cache root, created if need be: `$GPRUNE_CACHE`, or `~/.cache/gprune`.
+    """Return the cache folder `$GPRUNE_CACHE` or `~/.cache/gprune`, and create it if it does not exist.
 
     Raises:
         UserError: if it cannot be created.
@@ -27,7 +27,7 @@ def cache_dir() -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise UserError unless a folder, or the first one above it that exists, can be written; nothing stays there."""
+    """Raise UserError unless a folder, or its nearest existing parent, is writable. Nothing is left there."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".gprune-", dir=place):
         pass
@@ -35,11 +35,11 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise a UserError that names `path` for a disk that is full, missing or read-only."""
+    """Convert errors of a full, missing or read-only disk to a UserError that names `path`."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         places = "a run's results: --run.dir; records: --records; an export: --output; caches: $GPRUNE_CACHE"
-        remedy = f"Free space or choose another place ({places}); what was finished is kept."
-        raise UserError(f"Cannot write {path}: {reason}. {remedy}") from error
+        remedy = f"Free space or choose another place ({places}). Finished work is kept"
+        raise UserError(f"Cannot write {path}: {reason}. {remedy}.") from error

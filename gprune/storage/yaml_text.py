@@ -1,4 +1,4 @@
-"""The one loader of YAML, for flags, --config files, lists and a run's config.yaml; and its writer."""
+"""Reader and writer of YAML for flags, --config files, study lists and the config.yaml of a run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import yaml
 from gprune.errors import UserError
 from gprune.storage.reading import read_text
 
-BYTES, NODES = 2**18, 20_000  # of one document; the longest list that ships has 6,000 bytes
+BYTES, NODES = 2**18, 20_000  # limits of a document; the longest list in experiments/ has 6,000 bytes
 TAG = "tag:yaml.org,2002:"
 TIME = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?$")  # YAML 1.1 reads 200:00 as 200 x 60, a number
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses repeated keys, leaves dates and times as text, and reads 1e-3 as a number.
+    """SafeLoader that rejects repeated keys, keeps dates and times as text, and reads 1e-3 as a number.
 
-    A few aliases of aliases can stand for gigabytes, so each alias counts as the nodes that it stands for.
+    The number of nodes is limited. Nested aliases can expand to gigabytes, so an alias counts as its expansion.
     """
 
     yaml_implicit_resolvers: ClassVar = {
@@ -30,61 +30,68 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str):
         super().__init__(text)
         self.count = 0
-        self.sizes: dict[yaml.Node, int] = {}  # of nodes that are complete
+        self.sizes: dict[yaml.Node, int] = {}  # number of nodes in each complete node
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         before, alias = self.count, self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
-        self.count += self.sizes.get(node, NODES) if alias else 1  # an alias inside of what it stands for has no end
+        self.count += self.sizes.get(node, NODES) if alias else 1  # the node of a recursive alias is not complete yet
         self.sizes.setdefault(node, self.count - before)
         if self.count > NODES:
-            raise yaml.YAMLError(f"expected at most {NODES:,} keys and values, aliases counted as what they stand for")
+            raise yaml.YAMLError(f"more than {NODES:,} keys and values (aliases are counted expanded)")
         return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != f"{TAG}merge"):
-            if (key.tag, key.value) in seen:  # the second would win, and nobody would know
+            if (key.tag, key.value) in seen:  # PyYAML would silently use the second value
                 line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"expected each key once, got '{key.value}' twice on line {line}")
+                raise yaml.YAMLError(f"the key '{key.value}' is repeated on line {line}")
             seen.add((key.tag, key.value))
         return node
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that puts text which the loader would take for a number into quotes."""
+    """SafeDumper that quotes text which the loader would read as a number."""
 
 
-# YAML 1.1 has no number without a point, a digit before it, and a sign in the exponent: 1e-3 would be text.
+# In YAML 1.1 a float needs a point, a digit before the point, and a sign in the exponent, so 1e-3 would be text.
 FLOAT = re.compile(r"[-+]?(\.\d+|\d[\d_]*\.?\d*)([eE][-+]?\d+)?$")
 yaml.add_implicit_resolver(f"{TAG}float", FLOAT, list("-+.0123456789"), _Loader, _Dumper)
 
 
 def read_yaml(path: Path | str, what: str, *, pipe: bool = False) -> Any:
-    """Read a YAML file, or a pipe; `what` begins the UserError for what is no file of settings: "--config: expected a
-    YAML file of flags, got"."""
+    """Read a YAML file.
+
+    Args:
+        what: begins the UserError, such as "--config must be a YAML file; got".
+        pipe: whether the file may be a pipe.
+
+    Raises:
+        UserError: if the file cannot be read or is not YAML.
+    """
     try:
         return load_yaml(read_text(path, pipe=pipe))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{what} '{path}': {reason(error)}.") from error
+        raise UserError(f"{what} '{path}' ({reason(error)}).") from error
 
 
 def reason(error: Exception) -> str:
-    """What is wrong, on one line and without the loader's name for a text."""
+    """Return the reason of an error on one line, without the placeholder that PyYAML uses for a file name."""
     message = getattr(error, "strerror", None) or " ".join(str(error).split())
     return re.sub(r' in "<[\w ]+>",', "", message)
 
 
 def load_yaml(text: str) -> Any:
-    """Read YAML as plain data; a yaml.YAMLError for what is no YAML, or more than settings can be."""
+    """Parse YAML to plain data; yaml.YAMLError if the text is not YAML or is too large."""
     if len(text) > BYTES:
-        raise yaml.YAMLError(f"expected at most {BYTES:,} characters")
+        raise yaml.YAMLError(f"more than {BYTES:,} characters")
     try:
         return yaml.load(text, _Loader)
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets in brackets
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; deeply nested brackets
         raise yaml.YAMLError(str(error)) from error
 
 
 def to_yaml(content: dict[str, Any]) -> str:
-    """YAML in the order of the keys, with letters of all languages as they are."""
+    """Format YAML in the order of the keys, without escaping non-ASCII letters."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

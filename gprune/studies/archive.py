@@ -1,4 +1,4 @@
-"""Records of rows that have run: where and how they lie, which row each one is of, and what reports read of them."""
+"""Records of finished rows: find, read and write their files, and convert them for reports."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from gprune.runs.results import FinishedRun
 from gprune.storage.files import key_of, read_json, write_json
 from gprune.studies.listing import LISTED_PRECISION, Row
 
-WIDTH = 1000  # characters of a line
-FORMAT = 4  # of the names of records, which stay when the format of caches changes
-CONTROL = "control"  # what tables call the result of a row that the list names as a control
+WIDTH = 1000  # characters per line of a record
+FORMAT = 4  # version in the names of records, independent of the version of caches
+CONTROL = "control"  # stage in tables of rows that the list declares as controls
 
 
 @functools.cache
 def default_settings() -> dict[str, Any]:
-    """The settings of a run without flags, in the precision of rows that name none."""
+    """Settings of a run without flags, with the default precision of rows."""
     return RunConfig(trainer={"precision": LISTED_PRECISION}).settings()
 
 
 def record_of(row: Row) -> dict[str, Any] | None:
-    """The record of the row's settings, if it has the tasks and the masks that the list asks for."""
-    _, record = stored(row)
-    return record if record is not None and _serves(row, record) else None
+    """Return the record of a row if it has the tasks and masks that the list asks for; otherwise None."""
+    _, record = find_record(row)
+    return record if record is not None and _is_complete(row, record) else None
 
 
-def _serves(row: Row, record: dict[str, Any]) -> bool:
-    """Whether a record of the row's settings has the tasks, the dense model's too, and the masks that are asked for."""
+def _is_complete(row: Row, record: dict[str, Any]) -> bool:
+    """Return whether a record has the masks and the tasks of a row, including those of the dense model."""
     if row.masks and record["masks"] is None:
         return False
     asked = row.tasks
     return not asked or (asked == record.get("tasks") and any(r["stage"] == "dense" for r in of_tasks(row, record)))
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """A record as `write` was given it; None, with one warning unless it is missing, for what is none.
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Load a record. Return None if it is missing or, with a warning, if it is not a valid record.
 
-    Its settings are `migrated`; one that did not exist yet has its default's value.
+    Settings of earlier versions are converted (`migrated`); new settings get their default value.
     """
     content = read_json(path, check=lambda content: schema.Study.problem(unfolded(content)))
     if content is None:
@@ -60,40 +60,41 @@ def read(path: Path) -> dict[str, Any] | None:
     return unfolded(content) | {"settings": default | settings | groups}
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a record, with what is the same in all of its numbers, or in all of a stage, once."""
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record in compact form (`folded`)."""
     write_json(path, record | {"records": folded(record["records"])}, width=WIDTH)
 
 
-def stored(row: Row) -> tuple[Path, dict[str, Any] | None]:
-    """Where a row's record is, under whatever name another list gave the row, or where it will be; and the record.
+def find_record(row: Row) -> tuple[Path, dict[str, Any] | None]:
+    """Return the path of a row's record and the record; if there is none, the path for a new record and None.
 
-    Named for people, and told apart by a hash of the settings that are not the defaults, so that a new setting, at its
-    default, leaves the names of records what they were. A record with other tasks is never written over.
+    A name has the row's name, for readability, and a hash of all settings that differ from their defaults. So the name
+    does not depend on how other lists call the row, and new settings do not change names of existing records. A record
+    with other tasks is never overwritten.
     """
     default, settings = flat(default_settings()), row.config.settings()
     unusual = {name: value for name, value in flat(settings).items() if value != default.get(name)}
     key = key_of(format=FORMAT, settings=unusual)[:10]
-    there = [(path, read(path)) for path in sorted((row.records / "runs").glob(f"*-{key}*.json"))]
+    there = [(path, read_record(path)) for path in sorted((row.records / "runs").glob(f"*-{key}*.json"))]
     own = [(path, record) for path, record in there if record is not None and record["settings"] == settings]
     own = [(p, r) for p, r in own if row.tasks in ({}, r.get("tasks", row.tasks))]
-    if own:  # several: of lists with other tasks, of which one may have masks and another none
-        return min(own, key=lambda one: not _serves(row, one[1]))
+    if own:  # several lists may have written records, with other tasks or without masks
+        return min(own, key=lambda one: not _is_complete(row, one[1]))
     slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
-    slug = slug.encode()[:150].decode(errors="ignore")  # the name of a file has 255 bytes at most
+    slug = slug.encode()[:150].decode(errors="ignore")  # a file name has at most 255 bytes
     numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
     names = (row.records / "runs" / f"{slug}-seed{row.seed}-{key}{number}.json" for number in numbers)
     return next(path for path in names if not path.exists()), None
 
 
 def dense_path(row: Row, model: str) -> Path:
-    """Where the row's tasks, measured on its dense model of this fingerprint, are kept for all rows."""
+    """Return the file with results of the row's tasks on its dense model, which all rows share."""
     key = key_of(format=FORMAT, model=[model, row.config.model.dtype], tasks=row.tasks)
     return row.records / "dense" / f"{key}.json"
 
 
 def of_tasks(row: Row, record: dict[str, Any]) -> list[Record]:
-    """Results of the row's tasks, the dense model's first; empty where the list asks for none, or nobody ran them."""
+    """Return the results of the row's tasks, with the dense model's first; empty if there are none."""
     if not (row.tasks and record.get("evaluation")):
         return []
     dense = read_json(dense_path(row, record["inputs"]["model"]), check=schema.Evaluation.problem) or {"records": []}
@@ -101,7 +102,7 @@ def of_tasks(row: Row, record: dict[str, Any]) -> list[Record]:
 
 
 def run_of(path: Path, record: dict[str, Any]) -> FinishedRun:
-    """A record as reports read runs, under its own name."""
+    """Convert a record to a `FinishedRun` with the record's name."""
     return FinishedRun(
         path=path,
         name=record["name"],
@@ -115,10 +116,10 @@ def run_of(path: Path, record: dict[str, Any]) -> FinishedRun:
 
 
 def as_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> FinishedRun:
-    """`run_of` a row's record, with the row's name, its tasks and, for a control, the stage `control`.
+    """Convert a row's record to a `FinishedRun` with the row's name, its tasks and, for a control, the stage `control`.
 
     Raises:
-        UserError: for a record that has seen what the list calls unseen.
+        UserError: if the run has seen a corpus that the list declares unseen.
     """
     own = {"stage": CONTROL} if row.control else {}
     records, evaluation = (
@@ -127,34 +128,34 @@ def as_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> Fini
     )
     if seen is not None and (extra := sorted({r["corpus"] for r in records if r["seen"]} - set(seen))):
         raise UserError(
-            f"Row '{row.name}': expected text that the list calls unseen, got {extra[0]}, which the run used, or "
-            f"which shares text with what it used; add it to `seen` ({', '.join(seen)})."
+            f"Row '{row.name}': The key seen must include {extra[0]}, because the run used text of this corpus; got "
+            f"{', '.join(seen)}."
         )
     evaluation = [r | {"run": row.name} for r in evaluation]
-    return replace(run_of(stored(row)[0], record), name=row.name, records=records, evaluation=evaluation)
+    return replace(run_of(find_record(row)[0], record), name=row.name, records=records, evaluation=evaluation)
 
 
 def learned_tokens(steps: Mapping[str, Mapping[str, float]]) -> int:
-    """Tokens forward and backward of steps that learn: not of scores, which the cache may have had, nor of controls."""
+    """Forward-backward tokens of training steps, without calibration (may be cached) and evaluation (controls)."""
     learning = (step for name, step in steps.items() if name not in ("calibrate", "evaluate"))
     return int(sum(step.get("forward_backward_tokens", 0) for step in learning))
 
 
 def folded(records: Sequence[Record]) -> dict[str, Any]:
-    """Records as {"all": what is the same in all, "stages": [{"all": ..., "each": [what is left], ...}, ...]}.
+    """Factor out common entries: {"all": common entries, "stages": [{"all": ..., "each": [other entries]}, ...]}.
 
-    A stage is what follows each other with one `stage` and `recovery`.
+    A stage is a sequence of consecutive records with the same `stage` and `recovery`.
     """
-    shared, rest = _shared(records)
+    shared, rest = _split_common(records)
     stages = []
     for _, places in itertools.groupby(range(len(rest)), lambda i: (records[i]["stage"], records[i]["recovery"])):
-        own, each = _shared([rest[i] for i in places])
+        own, each = _split_common([rest[i] for i in places])
         stages.append({"all": own, "each": each})
     return {"all": shared, "stages": stages}
 
 
 def unfolded(content: Any) -> Any:
-    """A record of a row whose numbers are records again; whatever is not folded as it is."""
+    """Invert `folded`. Content that is not folded is returned unchanged."""
     try:
         shared, stages = content["records"]["all"], content["records"]["stages"]
         return content | {"records": [shared | stage["all"] | own for stage in stages for own in stage["each"]]}
@@ -162,14 +163,14 @@ def unfolded(content: Any) -> Any:
         return content
 
 
-def _shared(records: Sequence[Record]) -> tuple[Record, list[Record]]:
-    """What is the same in all, and what is left of each."""
+def _split_common(records: Sequence[Record]) -> tuple[Record, list[Record]]:
+    """Return the entries that are equal in all records, and the other entries of each record."""
     same = {k: v for k, v in records[0].items() if all(k in r and r[k] == v for r in records)} if records else {}
     return same, [{k: v for k, v in r.items() if k not in same} for r in records]
 
 
 def packed(masks: Masks) -> dict[str, dict[str, Any]]:
-    """Masks as base64 of their bits: 8 kB for 46,080 neurons."""
+    """Encode masks as base64 of their bits: 8 kB for 46,080 neurons."""
     parts = {}
     for kind, of_kind in vars(masks).items():
         bits = np.packbits(torch.cat(of_kind).numpy())
@@ -178,7 +179,7 @@ def packed(masks: Masks) -> dict[str, dict[str, Any]]:
 
 
 def unpacked(content: dict[str, dict[str, Any]]) -> Masks:
-    """What `packed` was given."""
+    """Invert `packed`."""
     parts = {}
     for kind, value in content.items():
         bits = np.frombuffer(base64.b64decode(value["bits"]), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""`gprune study`: a list of configurations, run on one machine or spread over many."""
+"""`gprune study`: run a list of configurations, on one or several machines."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from gprune.console import Parser, quiet
 from gprune.errors import UserError
 from gprune.storage.reading import expanded
 
-ABOUT = """Run a list of configurations, keep what came out, print tables. What a list is: gprune/studies/listing.py.
+ABOUT = """Run a list of configurations, store the results, and print tables. gprune/studies/listing.py has the format.
 
-After each configuration its numbers and costs are written to the folder of records, and its masks (for lists in
-experiments/ only if the list says so). A configuration that has a record is not run again, whichever list
-asks for it. Run folders share calibration through the cache."""
+After each configuration its numbers and costs are written to the folder of records, and its masks too (for lists in
+experiments/ only with the key masks). A configuration with a record is not run again, even for another list.
+Run folders share calibration through the cache."""
 
-EXAMPLES = """Flags of train.py come after --, and last in every row.
+EXAMPLES = """Flags of train.py come after --, and override the settings of every row.
 
 examples:
   gprune study experiments/questions/parts.yaml             prints token-hours, runs, prints tables
-  gprune study experiments/questions/parts.yaml --table     from the records that are kept
+  gprune study experiments/questions/parts.yaml --table     prints tables from existing records
   gprune study mine.yaml --table --output t.csv             the same as a file: a line for each row and seed
   gprune study mine.yaml --records results                  a list of your own
   gprune study LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
@@ -27,58 +27,56 @@ examples:
   gprune study LIST --part 1/8                              one of eight machines' share (docs/experiments.md)"""
 FORMATS = (".csv", ".json", ".md", ".tex", ".html")
 OUTPUT = (
-    "write the results too: .csv or .json has a line for each row and seed with all numbers, intervals, settings and "
-    "the record's file; .md, .tex or .html has the tables that are printed"
+    "write the results too: .csv or .json with one line per row and seed (all numbers, intervals, settings and the "
+    "record's file); .md, .tex or .html with the tables that are printed"
 )
-ENDS = {"stopped": ". Rows that were finished are kept."}  # as for `guarded`
+ENDS = {"stopped": ". Finished rows are kept."}  # keyword arguments of `guarded`
 
 
 def parser() -> Parser:
-    """The command line, without the flags after `--`."""
-    made = Parser("gprune study", description=ABOUT, epilog=EXAMPLES)
-    made.add_argument("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/questions/parts.yaml")
-    made.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of all rows (default: the list's own)")
-    made.add_argument("--only", nargs="+", metavar="ROW", help="run and print these rows only (default: all)")
-    made.add_argument("--part", metavar="I/N", help="run every N-th row from the I-th on: one machine's share")
-    made.add_argument(
-        "--records", metavar="FOLDER", help="(default: runs/records; experiments/records for lists there)"
-    )
-    made.add_argument("--table", action="store_true", help="print what is there; run nothing")
-    made.add_argument("--output", metavar="FILE", help=OUTPUT)
-    made.add_argument(
-        "--files", action="store_true", help="print which record belongs to each row and seed; run nothing"
-    )
-    made.add_argument("--costs", action="store_true", help="print seconds, tokens and memory of each step as well")
-    made.add_argument("--figures", metavar="FOLDER", help="draw ratios and sparsity per block into this folder")
-    return made
+    """Argument parser of the command, without the flags after `--`."""
+    result = Parser("gprune study", description=ABOUT, epilog=EXAMPLES)
+    add = result.add_argument
+    add("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/questions/parts.yaml")
+    add("--seeds", nargs="+", type=int, metavar="SEED", help="seeds of all rows (default: those of the list)")
+    add("--only", nargs="+", metavar="ROW", help="run and print only these rows (default: all)")
+    add("--part", metavar="I/N", help="run every N-th row from the I-th on, as one of N machines")
+    folder = "folder of records (default: runs/records; experiments/records for lists in experiments/)"
+    add("--records", metavar="FOLDER", help=folder)
+    add("--table", action="store_true", help="print tables from existing records; run nothing")
+    add("--output", metavar="FILE", help=OUTPUT)
+    add("--files", action="store_true", help="print the record's file of each row and seed; run nothing")
+    add("--costs", action="store_true", help="print seconds, tokens and memory of each step too")
+    add("--figures", metavar="FOLDER", help="write figures of ratios and of sparsity per block to this folder")
+    return result
 
 
 def arguments(given: Sequence[str]) -> Namespace:
-    """Options, and as `flags` what comes after `--` (argparse gives that to LIST, or refuses it behind options)."""
+    """Parse the arguments; those after `--` are `flags` (argparse would add them to LIST, or reject them)."""
     own, flags = (given, []) if "--" not in given else (given[: given.index("--")], given[given.index("--") + 1 :])
     return Namespace(**vars(parser().parse_args(own)), flags=list(flags))
 
 
 def check_output(options: Namespace) -> None:
-    """Raise UserError, before anything is computed, for an `--output` that cannot be written."""
+    """Raise UserError if `--output` cannot be written, before anything is computed."""
     if options.output is None:
         return
     path = expanded(options.output)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--output must end in one of {', '.join(FORMATS)}; got '{options.output}'.")
     if path.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
-        raise UserError(f"--output must be a file in a folder; '{options.output}' is not.")
+        raise UserError(f"--output must be the path of a file in a folder; got '{options.output}'.")
     if len(options.lists) > 1:
-        raise UserError(f"--output takes the results of one list; got {len(options.lists)} lists.")
+        raise UserError(f"--output needs exactly one list; got {len(options.lists)} lists.")
 
 
 def run(args: Sequence[str]) -> str:
-    """Do what the arguments ask for; tables are printed as they become ready, so nothing comes back."""
+    """Run the command. Tables are printed when they are ready, so the returned text is empty."""
     options = arguments(args)
     check_output(options)
     from gprune.studies.listing import Listing
 
-    for path in options.lists:  # what is wrong with a list needs none of what takes seconds to import
+    for path in options.lists:  # reports invalid lists before the imports that take seconds
         Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
     quiet()
     from gprune.studies.runner import work

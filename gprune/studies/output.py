@@ -1,4 +1,4 @@
-"""The results of a list as a file: lines for programs (.csv, .json), or tables for people (.md, .tex, .html)."""
+"""Results of a list as a file: one line per row for programs (.csv, .json), or tables (.md, .tex, .html)."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ PAGE = """<!DOCTYPE html>
 """
 
 
-def write(study: StudyResult, path: Path) -> None:
-    """Write the file, whole or not at all, in the format that its suffix names."""
+def write_results(study: StudyResult, path: Path) -> None:
+    """Write a file atomically in the format of its suffix."""
     text = WRITERS[path.suffix.lower()](study)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def title_of(study: StudyResult) -> str:
-    """What the list is about, in its own words."""
+    """Title of a list: its key `about`, or the name of the file."""
     return study.listing.content.about or study.listing.path.stem
 
 
 def notes_of(study: StudyResult) -> list[str]:
-    """What is said below the tables: the protocols, rows of another tokenizer, and which rows have no record."""
+    """Notes below the tables: protocols, rows with another tokenizer, and rows without a record."""
     return [*study.report.protocols(), *filter(None, [study.other_tokens_in_words, study.missing_in_words])]
 
 
@@ -56,7 +56,7 @@ def _markdown(study: StudyResult) -> str:
 
 
 def _latex(study: StudyResult) -> str:
-    """A table environment each; of the package booktabs."""
+    """One LaTeX table environment per table; needs the package booktabs."""
 
     def of(table: Table) -> str:
         frame = _texts(table)
@@ -80,7 +80,7 @@ def _html(study: StudyResult) -> str:
 
 
 def _texts(table: Table):
-    """The cells as people read them."""
+    """Cells of a table as formatted text, in a DataFrame."""
     import pandas
 
     return pandas.DataFrame(table.texts(), columns=table.columns)

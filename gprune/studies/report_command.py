@@ -1,4 +1,4 @@
-"""`gprune report`: tables and figures from finished runs, and from the records of rows."""
+"""`gprune report`: tables and figures of finished runs and of records."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from gprune.runs.results import FinishedRun
     from gprune.studies.result import StudyResult
 
-ABOUT = """Tables (Markdown, CSV) and figures (PNG, SVG) from finished runs, and from records that gprune study keeps.
+ABOUT = """Make tables (Markdown, CSV) and figures (PNG, SVG) of finished runs, and of records that gprune study stores.
 
-Runs that differ in seed alone are summarised as mean and interval over seeds. What the folder of a single run lacks of
-page, figures and model card is written there too."""
+Runs that differ only in the seed are summarised by mean and interval over seeds. If the folder of a single run has no
+page, figures or model card, they are written there too."""
 
 EXAMPLES = """examples:
   gprune report runs/NAME                                        into runs/NAME/report
@@ -27,27 +27,28 @@ EXAMPLES = """examples:
   gprune report runs/ours runs/theirs --base runs/theirs         all divided by one base metric
   gprune report mine.yaml:base mine.yaml:ours runs/a             rows of a list, from their records, beside a run
   gprune report runs/records/runs/ours-seed0-0123abcdef.json     one record"""
-ENDS = {}  # as for `guarded`
-RUN = "a finished run's folder, a record (.json), or LIST.yaml:ROW, all seeds of a row of a list; LIST.yaml is all rows"
+ENDS = {}  # keyword arguments of `guarded`
+RUN = "folder of a finished run, record (.json), LIST.yaml:ROW for all seeds of a row, or LIST.yaml for all rows"
 
 
 def parser() -> Parser:
-    """The command line."""
-    made = Parser("gprune report", description=ABOUT, epilog=EXAMPLES)
-    made.add_argument("runs", metavar="RUN", nargs="+", help=RUN)
-    made.add_argument("--output", metavar="FOLDER", help="(default: report/ in the run, or beside several)")
-    made.add_argument("--html", metavar="FILE", help="write one page with everything, and nothing else")
-    made.add_argument(
+    """Argument parser of the command."""
+    result = Parser("gprune report", description=ABOUT, epilog=EXAMPLES)
+    result.add_argument("runs", metavar="RUN", nargs="+", help=RUN)
+    folder = "folder for tables and figures (default: report/ in the run, or beside several runs)"
+    result.add_argument("--output", metavar="FOLDER", help=folder)
+    result.add_argument("--html", metavar="FILE", help="write a single HTML page instead of a folder")
+    result.add_argument(
         "--base",
         metavar="RUN",
         help="divide by this run's unrecovered base (default: the reference of the list, or each run's own base)",
     )
-    made.add_argument("--records", metavar="FOLDER", help="where the records of a list are (default: as gprune study)")
-    return made
+    result.add_argument("--records", metavar="FOLDER", help="folder of a list's records (default: as gprune study)")
+    return result
 
 
 def run(args: Sequence[str]) -> str:
-    """Write tables and figures; the short tables come back."""
+    """Write tables and figures, and return the short tables as text."""
     options = parser().parse_args(args)
     for name in (*options.runs, *filter(None, [options.base])):
         check_exists(name)
@@ -59,17 +60,17 @@ def run(args: Sequence[str]) -> str:
         base = references(options.runs, options.records)
     else:
         base = base_run(options.base, options.records)
-    made = page.make(runs, base=base)
+    report = page.make(runs, base=base)
     if options.html is not None:
-        return f"{made.shown()}\nWrote {html.write(made, options.html)}.\n"
-    paths = made.write(options.output or default_output([run.path for run in made.runs]))
-    if options.output is None and len(made.runs) == 1 and made.runs[0].path.is_dir():
-        html.make_up(made)
-    return f"{made.shown()}\nWrote {paths[0]} with {len(paths) - 1} tables and figures beside it.\n"
+        return f"{report.shown()}\nWrote {html.write(report, options.html)}.\n"
+    paths = report.write(options.output or default_output([run.path for run in report.runs]))
+    if options.output is None and len(report.runs) == 1 and report.runs[0].path.is_dir():
+        html.write_missing(report)
+    return f"{report.shown()}\nWrote {paths[0]} and {len(paths) - 1} tables and figures.\n"
 
 
 def of_list(name: str) -> tuple[str, str | None] | None:
-    """The list and the row that an argument names, without a row for a whole list; None for folders and records."""
+    """Return (list, row) of an argument, with row None for a whole list; None for folders and records."""
     if expanded(name).is_dir():
         return None
     path, mark, row = name.rpartition(":")
@@ -79,36 +80,36 @@ def of_list(name: str) -> tuple[str, str | None] | None:
 
 
 def check_exists(name: str) -> None:
-    """Raise UserError, before anything is imported that takes seconds, for a run, record or list that is not there."""
+    """Raise UserError if a run, record or list does not exist, before the imports that take seconds."""
     listed = of_list(name)
     path = expanded(name if listed is None else listed[0])
     if not path.exists() and path.suffix in (".json", ".yaml", ".yml"):
-        raise UserError(f"Expected a {'list' if listed else 'record'}, but there is no file '{path}'.")
+        raise UserError(f"Cannot read {'list' if listed else 'record'}: there is no file '{path}'.")
     if not path.exists():
-        raise UserError(f"Expected a run folder, but there is no folder '{name}'; a row of a list is LIST.yaml:ROW.")
+        raise UserError(f"Cannot read run: there is no folder '{name}'. For a row of a list, use LIST.yaml:ROW.")
 
 
 def runs_of(name: str, records: str | None) -> Iterator[Path | FinishedRun]:
-    """What an argument names: the folder of a run, or runs as they are read from records."""
-    from gprune.studies.archive import read, run_of
+    """Yield the runs of an argument: the folder of a run, or runs that are read from records."""
+    from gprune.studies.archive import read_record, run_of
 
     if (listed := of_list(name)) is not None:
         study = study_of(*listed, records)
         found = [run for run in study.runs if listed[1] in (None, run.name)]
         if not found:
-            raise UserError(f"{name}: expected rows that have records; `gprune study {listed[0]}` runs them.")
+            raise UserError(f"{name} must have records; got none. Run them with `gprune study {listed[0]}`.")
         yield from found
     elif expanded(name).is_file():
         path = expanded(name)
-        if (record := read(path)) is None:
-            raise UserError(f"'{name}' is no record of gprune study.")
+        if (record := read_record(path)) is None:
+            raise UserError(f"Cannot read '{name}': the file is not a record of gprune study.")
         yield run_of(path, record)
     else:
         yield expanded(name)
 
 
 def study_of(path: str, row: str | None, records: str | None) -> StudyResult:
-    """The records of one row of a list, by default of all, with those of the list's reference."""
+    """Return the records of a row of a list, or of all rows, together with those of the list's reference."""
     from gprune.studies.listing import Listing
     from gprune.studies.result import chosen, of_listing
 
@@ -117,7 +118,7 @@ def study_of(path: str, row: str | None, records: str | None) -> StudyResult:
 
 
 def references(names: Sequence[str], records: str | None) -> dict[Path, FinishedRun] | None:
-    """By path of a run, the reference of its list; None unless every argument names rows of a list that has one."""
+    """Return path of a run -> reference run of its list; None unless all arguments are lists with a reference."""
     from gprune.studies.tables import bases_of
 
     found: dict[Path, FinishedRun] = {}
@@ -130,15 +131,15 @@ def references(names: Sequence[str], records: str | None) -> dict[Path, Finished
 
 
 def base_run(name: str, records: str | None) -> Path | FinishedRun:
-    """The run that others are divided by; a UserError where an argument names several."""
+    """Return the run of `--base`; UserError if the argument names several runs."""
     runs = list(runs_of(name, records))
     if len(runs) > 1:
-        raise UserError(f"--base {name}: expected one run, got {len(runs)}; name the record of one seed.")
+        raise UserError(f"--base must be one run; got {len(runs)} runs for {name}. Use the record of one seed.")
     return runs[0]
 
 
 def default_output(runs: Sequence[Path]) -> Path:
-    """`report` in the run, or in the folder that several runs share; in the working folder for records."""
+    """Return `report` in the run, or in the common parent of several runs; for records in the working folder."""
     if not all(run.is_dir() for run in runs):
         return Path("report")
     resolved = {run.resolve() for run in runs}

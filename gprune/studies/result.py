@@ -1,4 +1,4 @@
-"""What the records of a list hold: `gprune.load_study("mine.yaml").to_frame()`, and the tables of `gprune study`."""
+"""Results of a study, read from records: `gprune.load_study("mine.yaml").to_frame()`, and tables of `gprune study`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gprune.report.perplexity_tables import base_of
 from gprune.runs import frames
 from gprune.runs.numbers import by_stage, on_same_windows
 from gprune.runs.results import FinishedRun
-from gprune.studies.archive import of_tasks, record_of, stored
+from gprune.studies.archive import find_record, of_tasks, record_of
 from gprune.studies.listing import Listing, Row
 from gprune.studies.tables import bases_of, reported, tables_of
 
@@ -32,12 +32,12 @@ log = logging.getLogger("gprune")
 
 @dataclass(frozen=True)
 class StudyResult:
-    """Rows of a list, with the records of those that have run.
+    """Rows of a list, with the records of finished rows.
 
     Attributes:
-        listing: the list as it was read.
-        rows: the chosen rows, one for each name and seed.
-        done: those that have a record, with the record.
+        listing: the parsed list.
+        rows: the selected rows, one per name and seed.
+        done: finished rows with their records.
     """
 
     listing: Listing
@@ -46,13 +46,13 @@ class StudyResult:
 
     @property
     def missing(self) -> list[Row]:
-        """Rows without a record, or whose record lacks the tasks or the masks that the list asks for."""
+        """Rows without a record, or with a record that lacks tasks or masks of the list."""
         there = {(row.name, row.seed) for row, _ in self.done}
         return [row for row in self.rows if (row.name, row.seed) not in there]
 
     @property
     def missing_in_words(self) -> str:
-        """One line that names the rows and seeds without a record; empty if there is none."""
+        """A line with the rows and seeds that have no record; empty if all have one."""
         if not (missing := self.missing):
             return ""
         seeds: dict[str, list[int]] = {}
@@ -63,7 +63,7 @@ class StudyResult:
 
     @property
     def other_tokens_in_words(self) -> str:
-        """One line that names the rows whose model has another tokenizer than the dense one; empty if there is none."""
+        """A line with the rows whose tokenizer differs from the dense model's; empty if there are none."""
         made = [(row.name, record["records"]) for row, record in self.done]
         apart = [n for n, of in made if any(not on_same_windows(of, stage) for stage in by_stage(of))]
         if not apart:
@@ -73,23 +73,23 @@ class StudyResult:
 
     @cached_property
     def report(self) -> Report:
-        """Tables and figures of the rows that have a record; seeds of a row are one."""
+        """Report of the finished rows; seeds of a row are combined."""
         return reported(self.listing, self.done)
 
     @property
     def runs(self) -> list[FinishedRun]:
-        """The rows that have a record as reports read runs, in the order of the list."""
+        """Finished rows as `FinishedRun`, in the order of the list."""
         by_name = {(run.name, run.seed): run for group in self.report.groups for run in group.runs}
         return [by_name[row.name, row.seed] for row, _ in self.done]
 
     @cached_property
     def tables(self) -> list[Table]:
-        """The tables that the list asks for and that have rows."""
+        """Tables of the list that have rows."""
         return tables_of(self.listing, self.report)
 
     def files(self) -> Table:
-        """For each row and seed the precision in which it was trained, and the file of its record."""
-        found = {(row.name, row.seed): stored(row)[0] for row, _ in self.done}
+        """Table of the training precision and the record's file for each row and seed."""
+        found = {(row.name, row.seed): find_record(row)[0] for row, _ in self.done}
         records = {(row.name, row.seed): record for row, record in self.done}
         cells = [
             [
@@ -103,14 +103,14 @@ class StudyResult:
         return Table("files", "Records", columns, cells)
 
     def to_frame(self, *, stages: bool = False) -> pandas.DataFrame:
-        """A line for each row and seed that has a record: the row's own result, with the ends of 95 % intervals.
+        """Return the results with 95 % intervals as a DataFrame, one line per finished row and seed.
 
-        Behind the columns of `frames.COLUMNS` come those of the corpora, the settings in which rows of the list differ
-        (by flag, such as `sparsity.target`), numbers of tasks (`tasks/piqa/acc`), and `record`, the record's file. The
-        columns do not depend on which rows have run, except for corpora and tasks.
+        The columns are `frames.COLUMNS`, columns of corpora, settings in which rows of the list differ (by flag, such
+        as `sparsity.target`), numbers of tasks (`tasks/piqa/acc`), and `record`, the record's file. Except for corpora
+        and tasks, the columns do not depend on which rows are finished.
 
         Args:
-            stages: a line for each other stage of the rows too, such as `dense` and controls.
+            stages: whether to add a line for each other stage of the rows, such as `dense` and controls.
         """
         runs = self.runs
         bases = bases_of(self.listing.content.reference, runs)
@@ -130,7 +130,7 @@ class StudyResult:
         return frames.frame(made)
 
     def _differing_settings(self) -> dict[str, dict[str, Any]]:
-        """By name of a row, the settings by flag in which any rows of the whole list differ; not the seed."""
+        """Return row name -> settings by flag, for all flags except the seed in which rows of the list differ."""
         settings = {row.name: applied(row.config.settings()) for row in self.listing.rows}
         flags = [flag for flag in dict.fromkeys(chain(*settings.values())) if flag != "run.seed"]
         first = next(iter(settings.values()))
@@ -139,7 +139,7 @@ class StudyResult:
 
 
 def _plain(value: Any) -> str | int | float | bool | None:
-    """A setting as a cell of a frame."""
+    """Convert a setting to a cell of a DataFrame."""
     return value if isinstance(value, str | int | float | None) else in_words(value)
 
 
@@ -147,17 +147,19 @@ def load_study(
     path: Path | str, *, seeds: Sequence[int] | None = None, rows: Iterable[str] | None = None,
     records: Path | str | None = None, flags: Sequence[str] = (),
 ) -> StudyResult:  # fmt: skip
-    """The records of a list. Nothing runs, and no model is loaded. A warning names rows and seeds without a record.
+    """Load the results of a study from its records. Nothing is run, and no model is loaded.
+
+    A warning lists rows and seeds without a record.
 
     Args:
         path: the list, a YAML file.
-        seeds: of all rows; by default the list's own.
-        rows: names of the rows to read; by default all of them.
-        records: the folder of the records; by default where `gprune study` keeps those of this list.
-        flags: of `train.py`, such as `["--sparsity.target=0.3"]`, as behind `--` of `gprune study`.
+        seeds: seeds of all rows; by default those of the list.
+        rows: names of the rows to read; by default all.
+        records: the folder of records; by default that of `gprune study`.
+        flags: flags of `train.py`, such as `["--sparsity.target=0.3"]`, as after `--` of `gprune study`.
 
     Raises:
-        UserError: for a list that cannot be read, and for rows that the list does not have.
+        UserError: if the list cannot be read, or a row is unknown.
     """
     listing = Listing.read(path, seeds=seeds, flags=flags, records=records)
     study = of_listing(listing, chosen(listing, rows))
@@ -166,16 +168,16 @@ def load_study(
     return study
 
 
-def chosen(listing: Listing, names: Iterable[str] | None, *, what: str = "rows") -> list[Row]:
-    """The rows of these names, by default all; a UserError, which begins with `what`, for a name that is not there."""
+def chosen(listing: Listing, names: Iterable[str] | None, *, what: str = "The rows") -> list[Row]:
+    """Select rows by name, by default all; UserError, which begins with `what`, for an unknown name."""
     known = dict.fromkeys(row.name for row in listing.rows)
     wanted = list(known if names is None else names)
     if unknown := [name for name in wanted if name not in known]:
-        raise UserError(f"{what}: expected rows of {listing.path} ({', '.join(known)}), got '{unknown[0]}'.")
+        raise UserError(f"{what} must name rows of {listing.path} ({', '.join(known)}); got '{unknown[0]}'.")
     return [row for row in listing.rows if row.name in wanted]
 
 
 def of_listing(listing: Listing, rows: Sequence[Row]) -> StudyResult:
-    """The records of chosen rows, and of the row that the list divides by."""
+    """Read the records of selected rows and of the list's reference."""
     wanted = [row for row in listing.rows if row in rows or row.name == listing.content.reference]
     return StudyResult(listing, wanted, [(row, record) for row in wanted if (record := record_of(row)) is not None])

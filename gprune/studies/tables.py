@@ -1,4 +1,4 @@
-"""From records of rows to tables: the report's own, comparisons of stages, and of stages on tasks."""
+"""Tables of a study: those of the report, and comparisons of stages by perplexity and on tasks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gprune.report.perplexity_tables import pooled, ratio_to
 from gprune.report.table import Estimate, Table
 from gprune.runs.numbers import Record, by_stage, row_name
 from gprune.runs.results import FinishedRun
-from gprune.studies.archive import as_run, stored
+from gprune.studies.archive import as_run, find_record
 from gprune.studies.listing import Listing, Row
 
-Done = Sequence[tuple[Row, dict[str, Any]]]  # rows that have run, with their records
+Done = Sequence[tuple[Row, dict[str, Any]]]  # finished rows with their records
 
 
 def reported(listing: Listing, done: Done) -> Report:
-    """The report of finished rows; rows that differ in seed alone are one."""
+    """Make the report of finished rows; seeds of a row are combined."""
     content = listing.content
     runs = [as_run(row, kept, content.seen) for row, kept in done]
     _check_text(done)
@@ -29,7 +29,7 @@ def reported(listing: Listing, done: Done) -> Report:
 
 
 def bases_of(reference: str | None, runs: Sequence[FinishedRun]) -> dict[Path, FinishedRun] | None:
-    """By path of a run: the reference of its own seed, if that has as few parameters."""
+    """Return path of a run -> reference run with the same seed, if the reference has as few parameters."""
     if reference is None:
         return None
     bases = {run.seed: run for run in runs if run.name == reference}
@@ -37,7 +37,10 @@ def bases_of(reference: str | None, runs: Sequence[FinishedRun]) -> dict[Path, F
 
 
 def _check_text(done: Done) -> None:
-    """Rows that ask for the same text have had the same: mirrors and the interpreter's own text differ by machine."""
+    """Raise UserError if rows with the same corpus settings have read different text.
+
+    Mirrors, and the text of the Python interpreter, may differ between machines.
+    """
     known: dict[tuple[Any, ...], tuple[Row, str]] = {}
     for row, kept in done:
         corpora, evaluation = kept["settings"]["corpora"], kept["settings"]["evaluation"]
@@ -47,21 +50,22 @@ def _check_text(done: Done) -> None:
         for role, digest in kept["inputs"]["text"].items():
             other, before = known.setdefault((kept["inputs"]["model"], row.seed, role, *amount), (row, digest))
             if before != digest:
+                files = f"{find_record(other)[0].name} or {find_record(row)[0].name}"
                 raise UserError(
-                    f"Rows '{other.name}' and '{row.name}' have read other text as {role}: remove the outdated "
-                    f"record ({stored(other)[0].name} or {stored(row)[0].name}) and its run folder, and run it again."
+                    f"Cannot compare rows '{other.name}' and '{row.name}': they have read different text as {role}. "
+                    f"Remove the outdated record ({files}) and its run folder, and run it again."
                 )
 
 
 def tables_of(listing: Listing, report: Report) -> list[Table]:
-    """Means and ratios, perplexities, comparisons, tasks: those that the list asks for and that have rows."""
+    """Return the tables of a list that have rows: of the report, comparisons of stages, and tasks."""
     runs = report.runs
-    own = comparison_table(listing, runs), task_table(listing, runs)
+    own = stage_comparison_table(listing, runs), task_table(listing, runs)
     return [t for t in (*(t for t in report.tables if t.name in listing.content.tables), *own) if t.rows]
 
 
-def comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
-    """A row for every pair of stages that the list compares and whose rows have run."""
+def stage_comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
+    """Table with a row per pair of stages that the list compares and whose rows are finished."""
     pairs = {(a, b): ratios for a, b in listing.content.compare if (ratios := ratios_of(runs, a, b)) is not None}
     rows = [[" / ".join(p), len(of), pooled(of), pooled(ratios_of(runs, *p, "kl"))] for p, of in pairs.items()]
     none = "No ratio: the two have no seed in common, or were evaluated on other windows."
@@ -74,7 +78,7 @@ def comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
 
 
 def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
-    """A row for every pair that the list compares and every seed whose tasks both have, a column for each task."""
+    """Table with a row per compared pair and seed for which both have tasks, and a column per task."""
     rows: list[tuple[str, int, dict[str, str]]] = []
     for a, b in listing.content.compare:
         (a_runs, a_stage), (b_runs, b_stage) = (_stage(runs, name) for name in (a, b))
@@ -90,15 +94,15 @@ def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
 
 
 def of_stage(records: Sequence[Record], stage: tuple[str, str]) -> list[Record]:
-    """The records of a stage and its recovery."""
+    """Select the records of a (stage, recovery)."""
     return [r for r in records if (r["stage"], r.get("recovery") or "none") == stage]
 
 
 def ratios_of(runs: Sequence[FinishedRun], a: str, b: str, number: str = "nll") -> list[Estimate] | None:
-    """`unseen_ratio` of one stage to another's, `row: stage` each, for every seed that both have.
+    """Compute `unseen_ratio` of two stages, each named `row: stage`, for every common seed.
 
     Returns:
-        None where a row has not run; an empty list unless all are of the same windows.
+        The ratios; None if a row is not finished; an empty list if windows differ.
     """
     (a_runs, a_stage), (b_runs, b_stage) = (_stage(runs, name) for name in (a, b))
     if not a_runs or not b_runs:
@@ -113,5 +117,5 @@ def _stage(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], t
     members = [r for r in runs if r.name == row]
     stages = {row_name(*key): key for r in members for key in by_stage(r.records)}
     if members and stage not in stages:
-        raise UserError(f"compare: expected a stage of '{row}' ({', '.join(stages)}), got '{stage}'.")
+        raise UserError(f"The key compare must name a stage of '{row}' ({', '.join(stages)}); got '{stage}'.")
     return members, stages.get(stage, ("", ""))

@@ -1,7 +1,7 @@
-"""Lists in W&B: each row is a run, named for the row, in the group of its list, and the list itself is one more.
+"""Study lists in W&B: one run per row, named after the row and in the group of its list, and one run for the list.
 
-W&B's folders of all of them lie in `<records>/<list>/wandb/`, which `wandb leet` shows together. Their names end in the
-ids of runs, so that nothing is logged twice. W&B is imported where something is logged.
+The W&B folders of all runs are in `<records>/<list>/wandb/`, so that `wandb leet` shows them together. A folder's name
+ends in the id of its run, so that nothing is logged twice. W&B is imported when something is logged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gprune.studies.tables import Done
 
 
 def named(row: Row) -> RunConfig:
-    """The row's configuration, with a name, a group and tags for W&B by list and row; tags that were given stay."""
+    """Return the row's configuration with W&B name, group and tags of list and row. Tags of the user are kept."""
     given = row.config.logging
     about = {
         "name": f"{_words(row.name)[:100]}, seed {row.seed}",
@@ -36,14 +36,14 @@ def named(row: Row) -> RunConfig:
 
 
 def folder_of(row: Row) -> Path:
-    """Where W&B writes what is logged of a list: beside its records, unless those are in `experiments`."""
+    """Return W&B's folder for a list: beside its records, unless they are in `experiments`."""
     committed = row.records.resolve().is_relative_to(EXPERIMENTS)
     return (OTHER_RECORDS if committed else row.records) / row.study
 
 
 @contextmanager
 def beside_records(row: Row) -> Iterator[Path]:
-    """`folder_of` the row, into which W&B writes meanwhile, unless $WANDB_DIR names another one."""
+    """Context in which W&B writes to `folder_of` the row, unless $WANDB_DIR is set."""
     given = os.environ.get("WANDB_DIR")
     os.environ["WANDB_DIR"] = folder = given or str(folder_of(row))
     try:
@@ -54,10 +54,10 @@ def beside_records(row: Row) -> Iterator[Path]:
 
 
 def log(listing: Listing, done: Done, flags: Sequence[str], report: Report, tables: Sequence[Table]) -> Path | None:
-    """Log what is not in W&B yet: finished rows and, if all of them are, the list with its tables.
+    """Log finished rows that are not in W&B yet and, if all rows are finished, the list with its tables.
 
     Returns:
-        The folder that `wandb leet` shows; None where W&B tracks no row.
+        The folder for `wandb leet`; None if W&B is disabled for all rows.
     """
     tracked = [(row, record) for row, record in done if row.config.logging.resolved_mode != "disabled"]
     if not tracked:
@@ -71,20 +71,20 @@ def log(listing: Listing, done: Done, flags: Sequence[str], report: Report, tabl
 
 
 def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
-    """Log the numbers of a row's record, without curves, unless the row was logged when it ran here.
+    """Log the numbers of a row's record, without curves, unless the row was logged when it ran.
 
-    `record` is true in the configuration of what is logged from a record.
+    The W&B configuration of such a run has `record: true`.
     """
     from gprune.runs.tracking import about, id_of, wandb_run
 
     cfg = named(row)
     id = id_of(key_of(settings=cfg.settings() | {"inputs": record["inputs"]}), cfg)
-    if _is_logged(folder, id):
+    if _has_run(folder, id):
         return
     with wandb_run(folder, cfg.logging, id=id, **about(cfg)) as run:
         if run is None:
             return
-        if not run.resumed:  # online: the row has run elsewhere, and has logged its curves
+        if not run.resumed:  # otherwise the row has run on another machine, and has logged its curves online
             run.config.update({"record": True, "environment": record["environment"]})
         numbers = run_numbers(record["records"], record["summary"], record["steps"], cfg.own_row)
         run.log({name: value for name, value in numbers.items() if name.startswith("final/")})
@@ -92,9 +92,9 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
 
 
 def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Sequence[Table], report: Report) -> None:
-    """The list as a run of type `study`: rows' settings, tables, compared pairs, figures, and the list as an artifact.
+    """Log a list as a run of type `study`: settings of rows, tables, comparisons, figures, and the list file.
 
-    Other tables, or of other rows, are another run.
+    The run's id depends on the tables and the rows.
     """
     import wandb
 
@@ -103,7 +103,7 @@ def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Seque
     stem, first = _words(listing.path.stem), listing.rows[0].config.logging
     rows = {f"{row.name}, seed {row.seed}": row.settings for row in listing.rows}
     id = f"all_{key_of(study=stem, flags=list(flags), rows=rows, tables=[table.to_csv() for table in tables])}"
-    if _is_logged(folder, id):
+    if _has_run(folder, id):
         return
     logging = first.model_copy(update={"name": _words(shlex.join([stem, *flags]))[:128]})
     config = {"rows": rows} | {name: getattr(listing.content, name) for name in ("about", "reference", "seen")}
@@ -125,9 +125,9 @@ def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Seque
 
 
 def _words(name: str) -> str:
-    """A name without the characters that W&B refuses."""
+    """Replace the characters of a name that are invalid in W&B."""
     return "".join(c if c.isprintable() and c not in r"/\#?%:" else " " for c in name)
 
 
-def _is_logged(folder: Path, id: str) -> bool:
+def _has_run(folder: Path, id: str) -> bool:
     return any(folder.glob(f"wandb/*run-*-{id}"))

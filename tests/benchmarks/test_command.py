@@ -121,7 +121,7 @@ def test_one_file_holds_several_runs_and_never_takes_the_place_of_another(quiet_
     assert sorted(r["run"] for r in records_in(output)) == ["kept", "masks", "small", "small"]
     output.write_text('{"a": 1}')
     assert perplexity_of(quiet_world.runs / "kept", output=output) == 2
-    assert "holds no records" in capsys.readouterr().err
+    assert "Cannot read records of gprune evaluate" in capsys.readouterr().err
     assert output.read_text() == '{"a": 1}'
 
 
@@ -130,7 +130,7 @@ def test_a_model_that_is_not_the_runs_is_refused(quiet_world, capsys, tmp_path):
     weights = changed / "model" / "model.safetensors"
     save_file({n: 1.5 * t for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
     assert perplexity_of(changed) == 2
-    assert "is not what the run left there" in capsys.readouterr().err
+    assert "files were changed after the export" in capsys.readouterr().err
     by_hand(changed, lambda settings: settings["inputs"].update(model="another"))
     assert command("evaluate", [str(changed), "--tasks", "wikitext2", "--seq_len", "32", "--dense"]) == 2
     assert "has other weights than the model that" in capsys.readouterr().err
@@ -149,23 +149,23 @@ def test_without_lm_eval_one_line_says_what_to_install_and_wikitext2_is_measured
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["{run}", "--tasks", ","], "--tasks: Tuple should have at least 1 item"),
-        (["{run}", "--limit", "0"], "--limit: expected 1 or more"),
-        (["{run}", "--dtype", "int8"], "--dtype: expected 'float32', 'bfloat16' or 'float16', got 'int8'."),
-        (["{run}", "--tasks", "wikitext2", "--seq_len", "99999"], "--seq_len: expected 2 to"),
-        (["{run}", "--seq_len", "32,many"], "--seq_len[1]: expected a valid integer"),
-        (["{run}", "--seq_len", "32,1"], "--seq_len[1]: expected 2 or more"),
+        (["{run}", "--tasks", ","], "--tasks must have at least 1 item"),
+        (["{run}", "--limit", "0"], "--limit must be 1 or more"),
+        (["{run}", "--dtype", "int8"], "--dtype must be 'float32', 'bfloat16' or 'float16'; got 'int8'."),
+        (["{run}", "--tasks", "wikitext2", "--seq_len", "99999"], "--seq_len must be from 2 to"),
+        (["{run}", "--seq_len", "32,many"], "--seq_len[1] must be a valid integer"),
+        (["{run}", "--seq_len", "32,1"], "--seq_len[1] must be 2 or more"),
         (
             ["{run}", "--tasks", "speed", "--speed_prompt", "249"],
-            "--speed_prompt: expected at most 248 tokens, got 249.",
+            "--speed_prompt must be 248 tokens or less; got 249.",
         ),
-        (["{run}", "--tasks", "speed", "--speed_batch", "1,0"], "--speed_batch[1]: expected 1"),
+        (["{run}", "--tasks", "speed", "--speed_batch", "1,0"], "--speed_batch[1] must be 1"),
         (["{run}", "--colour", "red"], "unrecognized arguments"),
         ([], "required: MODEL"),
-        (["{tmp}", "--tasks", "wikitext2"], "is no run of gprune's"),
-        (["{tmp}/empty", "--tasks", "wikitext2"], "neither a run"),
-        (["{run}/model", "--tasks", "wikitext2", "--dense"], "--dense: expected a run's folder"),
-        (["{tmp}/nowhere", "--tasks", "wikitext2"], "neither an embedded model"),
+        (["{tmp}", "--tasks", "wikitext2"], "not a gprune run"),
+        (["{tmp}/empty", "--tasks", "wikitext2"], "must be a run (manifest.json) or a model folder"),
+        (["{run}/model", "--tasks", "wikitext2", "--dense"], "--dense needs the folder of a run"),
+        (["{tmp}/nowhere", "--tasks", "wikitext2"], "nowhere"),
     ],
 )
 def test_one_line_and_exit_2(args, message, quiet_world, capsys, tmp_path):

@@ -126,9 +126,9 @@ def test_the_protocol_is_in_the_record(raw):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"seq_len": 257}, "expected 2 to 256 tokens"),
+        ({"seq_len": 257}, "must be from 2 to 256"),
         ({"seq_len": 1}, "got 1"),
-        ({"seq_len": 256}, r"0 windows of 256 tokens.*--seq_len"),
+        ({"seq_len": 256}, r"1 windows of 256 tokens; got 0\..*--seq_len"),
     ],
 )
 def test_arguments_that_cannot_be(more, message, raw):
@@ -191,7 +191,7 @@ def test_c4_is_the_usual_scripts_first_windows_of_1100_documents(shard, monkeypa
 )  # fmt: skip
 def test_a_shard_that_is_none_is_one_line_and_without_it_the_hub_is_asked(content, shard, monkeypatch):
     shard[0].write_bytes(content)
-    with pytest.raises(UserError, match=r"C4 could not be read from .*json\.gz \("):
+    with pytest.raises(UserError, match=r"Cannot read C4 from .*json\.gz: "):
         literature_perplexity(make_tiny_llama(), tiny_tokenizer(), "c4", seq_len=16)
     shard[0].unlink()
     monkeypatch.setattr(literature, "offline_if_unreachable", no_hub)

@@ -23,7 +23,7 @@ def test_a_manifest_that_trusts_code_is_not_believed(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text(CODE.format(ran=str(tmp_path / "ran")))
     model = {"name": str(folder), "dtype": "float32", "trust_remote_code": True}
-    with pytest.raises(UserError, match=r"^--model\.name: no usable configuration"):
+    with pytest.raises(UserError, match=r"^--model\.name.* configuration"):
         load_dense(tmp_path, {"model": model, "inputs": {"model": "x"}}, torch.float32)
     assert not (tmp_path / "ran").exists()
 

@@ -24,7 +24,7 @@ def unreachable(monkeypatch):
 @pytest.mark.parametrize("record", hub.HUB_CORPORA, ids=lambda record: record.name)
 def test_no_network_is_one_line_with_a_remedy(record, unreachable, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(UserError, match=f"Corpus '{record.name}'.*GPRUNE_DATA_DIR") as caught:
+    with pytest.raises(UserError, match=f"corpus '{record.name}'.*GPRUNE_DATA_DIR") as caught:
         load_corpus(record.name, "test")
     assert "\n" not in str(caught.value)
     assert not huggingface_hub.constants.HF_HUB_OFFLINE  # put back

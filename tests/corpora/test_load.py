@@ -60,7 +60,7 @@ def test_one_file_is_cut_contiguously(tmp_path, file):
 
 def test_too_few_documents_for_development_text(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", texts("a", 5))
-    with pytest.raises(UserError, match="has no development documents"):
+    with pytest.raises(UserError, match="needs more documents: its split development is empty"):
         load_corpus(str(tmp_path / "x.jsonl"), "development")
 
 
@@ -137,7 +137,7 @@ def test_what_is_no_list_of_documents_is_refused(returned):
     """Of one string every letter would be a document."""
     with built_in.scratch(CORPORA):
         CORPORA.register("given")(lambda split: returned)
-        with pytest.raises(UserError, match=r"^Corpus 'given': expected a list of documents, each a str, got "):
+        with pytest.raises(UserError, match=r"^Corpus 'given' must be a list of documents of type str; got "):
             load_corpus("given", "train")
 
 

@@ -44,7 +44,7 @@ def test_no_more_is_read_than_a_corpus_can_need(name, tmp_path, monkeypatch, cap
     (tmp_path / name).write_text("\n".join(lines))
     train, test = (load_files(tmp_path / name, split) for split in ("train", "test"))
     assert 10_000 <= sum(map(len, train + test)) < 12_500
-    assert "the first 10,000 characters are read" in caplog.text
+    assert "truncated to its first 10,000 characters" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.txt", "one\n\ntwo\n"), ("a.jsonl", '{"text": "one\\n\\ntwo"}')])
@@ -54,21 +54,33 @@ def test_a_byte_order_mark_is_not_part_of_the_first_document(name, content, tmp_
 
 
 FILES = {  # name and content of a file -> what the error says
-    "nothing": ("x.jsonl", b"", "holds no text"),
-    "blanks": ("x.jsonl", b'{"text": "  "}\n', "holds no text"),
-    "another field": ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r":2: expected an object.*got {'body': 'b'}"),
+    "nothing": ("x.jsonl", b"", "got no text"),
+    "blanks": ("x.jsonl", b'{"text": "  "}\n', "got no text"),
+    "another field": (
+        "x.jsonl",
+        b'{"text": "a"}\n{"body": "b"}\n',
+        ":2: The row must be an object",
+    ),
     "a list": ("x.jsonl", b"[1]\n", r"got \[1\]"),
     "an object": ("x.jsonl", b'{"text": {}}\n', "got {'text': {}}"),
     "no JSON": (
         "x.jsonl",
         b'{"text": "a"}\n\n{"text": "a"\n',
-        "line 3, cannot be read as jsonl: Expecting.* at column 13",
+        "Cannot read line 3 .* as jsonl: Expecting.* at column 13",
     ),
-    "no UTF-8": ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2, cannot be read as jsonl: 'utf-8'"),
-    "half a character": ("x.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2, cannot be read as jsonl"),
-    "deep": ("x.jsonl", b"[" * 50_000 + b"\n", "cannot be read as jsonl"),
-    "no parquet": ("x.parquet", b"no parquet", "cannot be read as parquet"),
-    "another column": ("x.parquet", {"body": ["a"]}, "cannot be read as parquet: .*text"),
+    "no UTF-8": (
+        "x.jsonl",
+        b'{"text": "a"}\n{"text": "\xff"}\n',
+        "Cannot read line 2 .* jsonl: 'utf-8'",
+    ),
+    "half a character": (
+        "x.jsonl",
+        b'{"text": "a"}\n{"text": "\\ud800"}\n',
+        "Cannot read line 2 .* as jsonl",
+    ),
+    "deep": ("x.jsonl", b"[" * 50_000 + b"\n", "Cannot read line 1 .* as jsonl"),
+    "no parquet": ("x.parquet", b"no parquet", "Cannot read .* as parquet"),
+    "another column": ("x.parquet", {"body": ["a"]}, "Cannot read .* as parquet: .*text"),
     "a column of lists": ("x.parquet", {"text": [["a", "b"]]}, r"got {'text': \['a', 'b'\]}"),
     "a column of bytes": ("x.parquet", {"text": [b"a"]}, "got {'text': b'a'}"),
 }

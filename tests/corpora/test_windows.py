@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gprune.corpora.loaders import CorpusDataModule, ShardedBatchSampler, TokenDataset
-from gprune.corpora.windows import Sample, Windows, cut, make_windows, opening
+from gprune.corpora.windows import Sample, Windows, cut_text, make_windows, opening
 from gprune.errors import UserError
 
 
@@ -60,11 +60,11 @@ def test_windows_are_the_same_in_every_run_and_their_hash_tells_how_they_are_cut
 
 
 def test_too_little_text_says_how_much_there_is():
-    with pytest.raises(UserError, match=r"'demo' \(test\) has 3 windows of 32 tokens, but 4 were asked.*num_samp"):
+    with pytest.raises(UserError, match=r"'demo' \(test\) must have 4 windows of 32 tokens; got 3\..*num_samp"):
         windows_of(TEXTS[:1], num_samples=4, split="test")
-    with pytest.raises(UserError, match=r"has 0 windows.*--corpora\.seq_len"):
+    with pytest.raises(UserError, match=r"got 0\. .*--corpora\.seq_len"):
         windows_of(TEXTS[:1], num_samples=None, seq_len=101)
-    with pytest.raises(UserError, match="has 0 windows"):
+    with pytest.raises(UserError, match=r"got 0\."):
         windows_of([])
     with pytest.raises(UserError, match=r"Lower --evaluation\.num_samples or --evaluation\.seq_len, or"):
         windows_of([], flags=("--evaluation.num_samples", "--evaluation.seq_len"))
@@ -72,7 +72,7 @@ def test_too_little_text_says_how_much_there_is():
 
 @given(st.text(alphabet="ab \n", max_size=300), st.integers(2, 40))
 def test_cut_loses_only_one_separator_per_cut(text, limit):
-    pieces = list(cut(text, limit))
+    pieces = list(cut_text(text, limit))
     assert all(len(piece) <= limit for piece in pieces)
     assert "".join(pieces).replace(" ", "").replace("\n", "") == text.replace(" ", "").replace("\n", "")
     assert len(text) - sum(map(len, pieces)) < len(pieces)
@@ -192,7 +192,7 @@ def test_bos_takes_the_first_place_of_every_window():
     assert len({plain.content_hash, opened.content_hash, windows_of(shuffle=False).content_hash}) == 3
     sampled = windows_of(bos=3001).tokens
     assert len(sampled[:, 1:].unique()) == 310
-    with pytest.raises(UserError, match=r"has 96 windows of 32 tokens, but 97 were asked"):
+    with pytest.raises(UserError, match=r"must have 97 windows of 32 tokens; got 96\."):
         windows_of(bos=3001, num_samples=97)
 
 
@@ -209,5 +209,5 @@ def test_bos_that_is_not_there_is_refused():
     tokenizer = word_tokenizer(WORDS)
     tokenizer.bos_token = None
     assert opening(tokenizer, "auto") is None
-    with pytest.raises(UserError, match=r"^--corpora\.bos always: the model's tokenizer has no BOS"):
+    with pytest.raises(UserError, match=r"^--corpora\.bos must be auto or never"):
         opening(tokenizer, "always")

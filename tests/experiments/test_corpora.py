@@ -101,7 +101,7 @@ def test_no_network_and_a_folder_that_lacks_a_corpus_are_one_line(tmp_path, monk
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     for arguments, said in (
-        (["--output", str(tmp_path)], "Corpus 'wikitext2' could not be had from the Hugging Face hub (no route"),
+        (["--output", str(tmp_path)], "Cannot download Corpus 'wikitext2' from the Hugging Face hub: no route"),
         (["--output", str(tmp_path), "--check"], "--check: expected the corpus wikitext2 in"),
     ):
         monkeypatch.setattr("sys.argv", ["corpora", *arguments])

@@ -15,7 +15,7 @@ from gprune.partition.initial import (
     parameter_embedding,
     same_sizes_by_drift,
     shuffled_partition,
-    standardised,
+    unit_variance,
 )
 from gprune.partition.objective import (
     RefinementInputs,
@@ -84,9 +84,9 @@ def test_embedding_tells_planted_directions_apart():
 
 
 def test_standardised_has_variance_one_or_is_zero():
-    x = standardised(3 * normal(40, 5) + 7)
+    x = unit_variance(3 * normal(40, 5) + 7)
     assert float(x.square().sum(1).mean()) == pytest.approx(1, rel=1e-5)
-    assert torch.equal(standardised(torch.full((10, 2), 3.0)), torch.zeros(10, 2))
+    assert torch.equal(unit_variance(torch.full((10, 2), 3.0)), torch.zeros(10, 2))
 
 
 @pytest.mark.parametrize(("neurons", "modules", "expected"), [(1536, 8, 48), (11008, 8, 344), (48, 8, 32), (0, 1, 32)])

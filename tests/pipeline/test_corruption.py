@@ -197,8 +197,8 @@ def other_target(file: Path) -> None:
     file.write_text(file.read_text().replace("target: 0.5", "target: 0.4"))
 
 
-DAMAGED, NO_RUN, NO_MODEL = "manifest.json is damaged", "is no run of gprune's", "is not what the run left there"
-LINK, ALTERED = "is a link out of the folder", r"config\.yaml was altered"
+DAMAGED, NO_RUN, NO_MODEL = "manifest.json is damaged", "not a gprune run", "files were changed after the export"
+LINK, ALTERED = "is a link out of the folder", r"config\.yaml, which was altered"
 RUNS: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
     **{f"manifest: {damage.__name__}": (at("manifest.json", damage), DAMAGED, NO_RUN) for damage in DAMAGES},
     "manifest: a list": (written("manifest.json", "[]"), DAMAGED, NO_RUN),
@@ -211,10 +211,10 @@ RUNS: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
     "model: truncated": (at("model/model.safetensors", truncated), None, NO_MODEL),
     "model: one bit": (at("model/model.safetensors", one_bit), None, NO_MODEL),
     "model: another version's": (older_model, None, None),
-    "thresholds: a pickle": (pickled("thresholds.safetensors"), None, "missing or not whole"),
+    "thresholds: a pickle": (pickled("thresholds.safetensors"), None, "missing or damaged"),
     "model: a pickle": (pickled("model/model.safetensors"), None, NO_MODEL),
-    "a link: masks": (linked("masks"), LINK, "missing or not whole"),
-    "a link: thresholds": (linked("thresholds.safetensors"), LINK, "missing or not whole"),
+    "a link: masks": (linked("masks"), LINK, "missing or damaged"),
+    "a link: thresholds": (linked("thresholds.safetensors"), LINK, "missing or damaged"),
     "a link: model": (linked("model"), LINK, NO_MODEL),
     "a pipe": (lambda run: os.mkfifo(run / "pipe"), "is neither file nor folder", None),
 }
@@ -347,7 +347,7 @@ def test_a_folder_in_use_is_refused_and_free_when_its_process_is_killed(copied, 
     child = forked(hold)
     os.read(ready[0], 1)
     assert again(world, copied) == 2
-    assert "Another process works in" in capsys.readouterr().err
+    assert "another process uses the folder" in capsys.readouterr().err
     os.kill(child, 9)
     assert exit_code(child) == -9
     assert again(world, copied) == 0

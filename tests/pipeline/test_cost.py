@@ -9,7 +9,7 @@ from experiments.bench.measure import flops as counted
 from gprune.config.parse import parse
 from gprune.models.losses import next_token_losses
 from gprune.pipeline import pace
-from gprune.pipeline.dry_run import compute_time, flops, speed
+from gprune.pipeline.dry_run import compute_time, flops, matmul_flops
 from gprune.pipeline.plan import check
 from tests.tiny_families import make_tiny
 
@@ -42,7 +42,7 @@ def test_learning_costs_at_most_three_passes(tiny_model, tmp_path):
 
 
 def test_speed_is_measured():
-    assert 1e6 < speed(torch.device("cpu"), torch.float32, (64, 64), seconds=0.02) < 1e14
+    assert 1e6 < matmul_flops(torch.device("cpu"), torch.float32, (64, 64), seconds=0.02) < 1e14
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral"])
@@ -57,10 +57,10 @@ def test_time_is_that_of_two_blocks_scaled_to_the_model(family, precision, tmp_p
         call()  # it works for the family
         calls.append(call)
         # In `per_token` the whole is measured first, then all blocks of it.
-        return 1.0 + pace.MEASURED if len(calls) % 2 else float(pace.MEASURED)
+        return 1.0 + pace.TIMED_BLOCKS if len(calls) % 2 else float(pace.TIMED_BLOCKS)
 
     monkeypatch.setattr(pace, "_seconds", seconds)
-    monkeypatch.setattr(pace, "_MEASURED", {})
+    monkeypatch.setattr(pace, "_PACES", {})
     dense, pruned = pace._paces(plan)
     c, tokens = plan.cfg, plan.cfg.corpora.batch_size * plan.cfg.evaluation.seq_len
     for one, trained in ((dense, c.corpora.batch_size * 64), (pruned, c.distill.batch_size * 64)):
@@ -70,7 +70,7 @@ def test_time_is_that_of_two_blocks_scaled_to_the_model(family, precision, tmp_p
 
 
 def test_time_grows_with_the_text_that_is_learned_from(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(pace, "_MEASURED", {})
+    monkeypatch.setattr(pace, "_PACES", {})
     flags = ("--recovery=distill", "--trainer.precision=32-true")
     less, more = (planned(tiny_model, tmp_path, *flags, f"--distill.tokens={tokens}") for tokens in (12_288, 122_880))
     few, many = pace.run_seconds(less), pace.run_seconds(more)  # of one measurement

@@ -242,7 +242,7 @@ def test_both_processes_refuse_a_run_with_other_settings(world, runs):
     """Or the second would wait for a first one that has left."""
     done = train(world, runs["two"].parent, *uneven(world), "--ridge=0.5")
     assert done.returncode == 2
-    assert "holds a run with other settings: ridge" in done.stderr
+    assert "it has a run with other settings: ridge" in done.stderr
 
 
 def test_when_the_first_process_alone_fails_the_second_leaves_quietly(world, tmp_path):

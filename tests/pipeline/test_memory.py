@@ -107,7 +107,7 @@ def test_a_model_of_8b_is_planned_for_a_machine_that_is_elsewhere(plan_of_8b):
     assert expected in said["memory"]
     assert "0:00:01 at 4.00e+14 FLOP/s per process, --plan.tflops" in said["compute"]
     assert "10,423.4 MB in bfloat16" in said["exports"]
-    assert said["text"].startswith("not counted, as the tokenizer of ")
+    assert said["text"].startswith("not counted, because the tokenizer of ")
     fits = plan_of_8b("--trainer.accelerator=gpu", "--plan.memory=80GiB", "--recovery=least_squares")
     assert fits["memory"].endswith("of each GPU: fits 80.0 GiB")
     assert "not counted" in plan_of_8b("--model.device_map=auto")["memory"]

@@ -578,7 +578,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, mo
     number = r"[\d.]+e\+\d+"
     assert re.match(rf"at most {number} FLOP: 0:0\d:\d\d by two blocks measured on cpu \(float32, ", said["compute"])
     assert re.search(r"\(evaluate\) GiB of this machine: fits \d+", said["memory"])
-    assert said["text"] == "5 corpora have as many windows as are asked for"
+    assert said["text"] == "5 corpora have enough windows"
 
 
 def test_a_plan_refuses_the_text_that_the_run_refuses_and_says_what_it_did_not_read(world, tmp_path, capsys):
@@ -587,9 +587,9 @@ def test_a_plan_refuses_the_text_that_the_run_refuses_and_says_what_it_did_not_r
         assert tiny_run.main(world.args(tmp_path / "runs", *flags)) == 2
         ends.append(capsys.readouterr().err.splitlines()[-1])
     assert ends[0] == ends[1]
-    assert "100000 were asked for" in ends[1]
+    assert "must have 100000 windows" in ends[1]
     assert tiny_run.main(world.args(tmp_path / "runs", "--corpora.evaluate=[c4,stories]", "--dry_run=true")) == 0
-    assert "; not counted, as they are not on this machine: c4, stories\n" in capsys.readouterr().out
+    assert "; not counted, because they are not on this machine: c4, stories\n" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -597,8 +597,8 @@ def test_a_plan_takes_a_gpu_that_is_elsewhere_for_granted_and_no_other_flag(worl
     gpus = ("--dry_run=true", "--trainer.accelerator=gpu", "--trainer.devices=8", "--trainer.num_nodes=2")
     assert tiny_run.main(world.args(tmp_path / "runs", *gpus)) == 0
     out = capsys.readouterr().out
-    assert "FLOP; time: unknown without --plan.tflops, as no GPU is here\n" in out
-    assert "; whether that fits: unknown without --plan.memory, as no GPU is here\n" in out
+    assert "FLOP; time: unknown without --plan.tflops, as this machine has no GPU\n" in out
+    assert "; whether that fits: unknown without --plan.memory, as this machine has no GPU\n" in out
     assert tiny_run.main(world.args(tmp_path / "runs", *gpus, "--trainer.accelerator=abacus")) == 2
 
 

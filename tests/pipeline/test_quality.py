@@ -291,7 +291,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("flags", REFUSED)
 def test_what_no_target_can_be_is_refused_before_anything_is_read(flags, trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gprune.pipeline.run.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("gprune.pipeline.run.load_dense", lambda *_: pytest.fail("a model was loaded"))
     capsys.readouterr()
     assert tiny_run.main(trained.args(tmp_path / "runs", *flags.split())) == 2
     error = capsys.readouterr().err
@@ -302,7 +302,7 @@ def test_what_no_target_can_be_is_refused_before_anything_is_read(flags, trained
 
 
 def test_a_corpus_without_development_text_is_refused_before_a_model_is_loaded(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gprune.pipeline.run.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("gprune.pipeline.run.load_dense", lambda *_: pytest.fail("a model was loaded"))
     few = tmp_path / "few.txt"
     few.write_text("\n\n".join(["bana bani bano banu " * 200] * 5))
     assert tiny_run.main(trained.args(tmp_path / "runs", *asking("+5%", f"--corpora.score={few}"))) == 2

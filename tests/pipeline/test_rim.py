@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from gprune.__main__ import run as command
-from gprune.errors import UserError, dispensable
+from gprune.errors import UserError, optional_output
 from gprune.export.hf import save_pruned
 from gprune.models.loading import load_model
 from gprune.report.run_figures import perplexity_figure
@@ -82,9 +82,9 @@ def test_a_full_disk_and_ctrl_c_end_what_is_dispensable(caplog):
     wrapped = UserError("Cannot write")
     wrapped.__cause__ = full
     for error in (full, wrapped, KeyboardInterrupt()):
-        with pytest.raises(type(error)), dispensable("figures", "they come back"):
+        with pytest.raises(type(error)), optional_output("figures", "they come back"):
             raise error
-    with dispensable("figures", "they come back"):
+    with optional_output("figures", "they come back"):
         raise ValueError("one\ntwo")
     assert caplog.messages == ["Without figures (one): the run is whole, and they come back."]
 

@@ -198,7 +198,7 @@ def test_the_distance_is_that_of_the_records_and_old_records_have_none(run):
     assert [t.rows for t in made.tables if t.name == "distance"] == [[]]
     assert "agreement" not in made.to_markdown()
     edit(run / "metrics.json", lambda content: content["records"][-1].update(kl=1.0, window_kl=[1.0]))
-    with pytest.raises(UserError, match="window_kl: expected a sum of kl x tokens"):
+    with pytest.raises(UserError, match="The sum of window_kl must be kl x tokens"):
         report.make([run])
 
 
@@ -623,12 +623,16 @@ def narrower(file: Path) -> None:
     ("file", "damage", "message"),
     [
         ("metrics.json", lambda file: edit(file, lambda content: content.pop("summary")), "run the same command again"),
-        ("manifest.json", Path.unlink, "is no run of gprune's"),
-        ("manifest.json", lambda file: file.write_text("{half"), "is no run of gprune's"),
-        ("masks/gprune.safetensors", Path.unlink, "missing or not whole"),
+        ("manifest.json", Path.unlink, "not a gprune run"),
+        ("manifest.json", lambda file: file.write_text("{half"), "not a gprune run"),
+        ("masks/gprune.safetensors", Path.unlink, "missing or damaged"),
         ("masks/gprune.safetensors", narrower, "neurons are those of the masks"),
-        ("modules.safetensors", lambda file: file.write_text("x"), "missing or not whole"),
-        ("evaluation.json", lambda file: file.write_text('{"records": [{"task": "piqa"}]}'), "holds no records"),
+        ("modules.safetensors", lambda file: file.write_text("x"), "missing or damaged"),
+        (
+            "evaluation.json",
+            lambda file: file.write_text('{"records": [{"task": "piqa"}]}'),
+            "Cannot read records",
+        ),
     ],
 )
 def test_a_folder_that_cannot_be_reported_on_is_one_line(file, damage, message, run, capsys):

@@ -93,14 +93,14 @@ def test_short_names_of_a_precision_are_understood(given, becomes):
     ("given", "why"), [("bf16-true", "AdamW"), ("16-mixed", "overflows"), (16, "overflows"), ("64-true", "float64")]
 )
 def test_a_precision_that_no_stage_learns_in_is_refused_with_a_reason(given, why):
-    with pytest.raises(UserError, match=f"--trainer.precision: expected auto, 32-true or bf16-mixed, got .*: .*{why}"):
+    with pytest.raises(UserError, match=f"--trainer.precision must be auto, 32-true or bf16-mixed; got .*{why}"):
         RunConfig(trainer={"precision": given})
 
 
 def test_rows_of_a_list_do_not_depend_on_the_hardware():
     assert Row("one", 0, {}).config.trainer.precision == "32-true"
     assert Row("one", 0, {"trainer.precision": "bf16"}).config.trainer.precision == "bf16-mixed"
-    with pytest.raises(UserError, match=r"Row 'one': --trainer.precision: expected 32-true or bf16-mixed in a list"):
+    with pytest.raises(UserError, match=r"Row 'one': --trainer.precision must be 32-true or bf16-mixed in a list"):
         _ = Row("one", 0, {"trainer.precision": "auto"}).config
 
 
@@ -128,7 +128,7 @@ def test_a_run_keeps_on_other_hardware_the_precision_that_it_began_with(tmp_path
     with tiny_run.isolated(tmp_path / "cache"):
         hardware(FAST)
         first = world.run(tmp_path / "runs", *flags)
-        assert "Precision of learning: bf16-mixed (a processor of a test)" in capsys.readouterr().out
+        assert "Precision of training: bf16-mixed (a processor of a test)" in capsys.readouterr().out
         manifest = json.loads((first.path / "manifest.json").read_text())
         assert manifest["settings"]["trainer"]["precision"] == "bf16-mixed"
         assert manifest["precision"] == {"asked": "auto", "because": "a processor of a test"}
@@ -137,7 +137,7 @@ def test_a_run_keeps_on_other_hardware_the_precision_that_it_began_with(tmp_path
         (first.path / "metrics.json").unlink()  # as if it had been killed
         hardware(SLOW)
         again = world.run(tmp_path / "runs", *flags)
-        assert "Precision of learning: bf16-mixed (as the run began)" in capsys.readouterr().out
+        assert "Precision of training: bf16-mixed (the resumed run has this precision)" in capsys.readouterr().out
     assert [r["nll"] for r in again.records] == [r["nll"] for r in first.records]
     assert again.masks == first.masks
 

@@ -97,7 +97,7 @@ def test_a_run_of_an_older_version_says_so_in_one_line(recovered, tmp_path, edit
     settings = manifest["settings"]
     edit(settings)
     write_json(folder / "manifest.json", manifest)
-    with pytest.raises(UserError, match=r"is no run of gprune's, or one of an older version .*settings: .*\w+\)\.$"):
+    with pytest.raises(UserError, match=r"not a gprune run, or of an older version \(manifest\.json: .*\w+\)\.$"):
         gprune.load_run(folder.path)
     with (
         pytest.raises(UserError, match=r"manifest\.json is damaged, or of an older version"),
@@ -129,7 +129,7 @@ def test_a_run_from_before_relative_step_sizes_is_read(recovered, tmp_path):
     ]
     manifest["settings"]["distill"]["hidden"] = 0.1  # what is done no more
     write_json(folder / "manifest.json", manifest)
-    with pytest.raises(UserError, match=r"older version .*which differ in distill\.hidden\)"):
+    with pytest.raises(UserError, match=r"older version .*they differ in distill\.hidden\)"):
         gprune.load_run(folder)
 
 

@@ -160,7 +160,7 @@ def test_an_artifact_is_what_load_run_reads(told, tmp_path):
 def test_an_artifact_that_cannot_be_read_is_refused_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(UserError, match=r"^wandb:a/b/c:v0: expected an artifact, .*wandb login.*$"):
+    with pytest.raises(UserError, match=r"^Cannot download artifact wandb:a/b/c:v0: .*wandb login.*$"):
         load_run("wandb:a/b/c:v0")
 
 

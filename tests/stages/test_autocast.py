@@ -15,7 +15,7 @@ from gprune.models.surgery import prune
 from gprune.stages.distillation import DistillationStage
 from tests.tiny_families import some_masks
 
-SAID = "The loss of distillation is not finite in bfloat16: learning in float32 instead."
+SAID = "The loss of distillation is not finite in bfloat16. Falling back to float32."
 
 
 def distilled(dense, *, precision, measured=False):

@@ -129,14 +129,14 @@ def test_settings_of_runs_without_them_are_what_they_were():
         ({"sparsity.learner": "plane"}, "Unknown learner 'plane'. Did you mean 'plain'? Available: straight_through"),
         ({"partition.refiner": "x"}, "Unknown refiner 'x'. Available: soft_assignment."),
         ({"corpora.calibrator": "x"}, "Unknown calibrator 'x'. Available: streaming."),
-        ({"options.plain.rate": 1}, "--options: expected names that the run uses"),
+        ({"options.plain.rate": 1}, "--options must name stages that the run uses"),
         ({"sparsity.learner": "plain", "options.plain.rat": 1},
-         "--options.plain: expected options of 'plain' (rate, kind), got 'rat'."),
-        ({"sparsity.learner": "plain", "options.plain.rate": 0}, "--options.plain.rate: expected more than 0, got 0."),
-        ({"sparsity.learner": "plain", "options.plain.kind": 1}, "--options.plain.kind: expected a valid string"),
+         "--options.plain must name options of 'plain' (rate, kind); got 'rat'."),
+        ({"sparsity.learner": "plain", "options.plain.rate": 0}, "--options.plain.rate must be more than 0; got 0."),
+        ({"sparsity.learner": "plain", "options.plain.kind": 1}, "--options.plain.kind must be a valid string"),
         ({"options.soft_assignment.tau": 1},
-         "--options.soft_assignment: expected options of 'soft_assignment' (final_tau), got 'tau'."),
-        ({"options": {"x": 1}}, "--options.x: expected values by name, got 1."),
+         "--options.soft_assignment must name options of 'soft_assignment' (final_tau); got 'tau'."),
+        ({"options": {"x": 1}}, "--options.x must be a mapping of names to values; got 1."),
     ],
 )  # fmt: skip
 def test_a_bad_option_is_named(settings, message, own):
@@ -146,15 +146,18 @@ def test_a_bad_option_is_named(settings, message, own):
 
 
 def test_a_class_without_the_method_is_refused(own):
-    with pytest.raises(UserError, match="learner 'x': expected a class with the method masks"):
+    with pytest.raises(UserError, match="Learner 'x' must be a class with the method masks"):
         gprune.learner("x")(L.LightningModule)
 
 
 BAD = {
-    "off budget": (lambda m: Masks([k | True for k in m.ffn], m.attention), "expected masks on budget"),
-    "of another shape": (lambda m: Masks([k[:-1] for k in m.ffn], m.attention), "expected masks of neurons in block 0"),
-    "none": (lambda m: None, "expected Masks, got NoneType"),
-    "thresholds": (lambda m: m, "expected thresholds of neurons in block 0 .* not finite"),
+    "off budget": (lambda m: Masks([k | True for k in m.ffn], m.attention), "masks on budget"),
+    "of another shape": (
+        lambda m: Masks([k[:-1] for k in m.ffn], m.attention),
+        "masks of neurons in block 0",
+    ),
+    "none": (lambda m: None, "got NoneType"),
+    "thresholds": (lambda m: m, "thresholds of neurons in block 0 .* not finite"),
 }
 
 
@@ -171,7 +174,7 @@ def test_a_learner_that_returns_what_cannot_be_is_named(change, message, own, wo
 
     with tiny_run.isolated(cache):
         assert tiny_run.main(world.args(tmp_path, "--sparsity.learner=bad")) == 2
-    assert re.search(f"Learner 'bad': {message}.*", capsys.readouterr().err)
+    assert re.search(f"Learner 'bad'.*{message}", capsys.readouterr().err)
 
 
 # --- under a Trainer of one's own -------------------------------------------------------------------------------

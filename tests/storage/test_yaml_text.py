@@ -44,10 +44,10 @@ REFUSED = {  # and what the error says
     "itself": ("&a [*a]", "keys and values"),
     "keys": ("\n".join(f"k{n}: {n}" for n in range(20_000)), "keys and values"),
     "depth": ("[" * 100_000, "recursion"),
-    "length": ("a" * 2**19, "at most 262,144"),
+    "length": ("a" * 2**19, "more than 262,144"),
     "digits": ("9" * 5000, "digits"),
-    "twice": ("a: 1\na: 2", "'a' twice on line 2"),
-    "twice inside": ("a: {b: 1, b: 2}", "'b' twice on line 1"),
+    "twice": ("a: 1\na: 2", "'a' is repeated on line 2"),
+    "twice inside": ("a: {b: 1, b: 2}", "'b' is repeated on line 1"),
     "python": ("!!python/object/apply:os.system ['touch RAN']", "tag"),
 }
 
@@ -60,8 +60,8 @@ def test_what_is_no_settings_is_refused_at_once(row, tmp_path):
         load_yaml(text)
     assert time.process_time() - started < 2
     (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"a list, got '.*a\.yaml': "):
-        read_yaml(tmp_path / "a.yaml", "a list, got")
+    with pytest.raises(UserError, match=r"a list; got '.*a\.yaml' \("):
+        read_yaml(tmp_path / "a.yaml", "a list; got")
 
 
 NAMES = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=8)
@@ -88,7 +88,7 @@ FILES = {  # content of a --config file -> what the line names
     "a file behind a value": ("corpora: {num_samples: SECRET}", ("corpora.num_samples", "valid integer")),
     "nested and dotted": ("sparsity: {target: 0.3}\nsparsity.target: 0.4", ("sparsity.target", "twice")),
     "a class to call": ("sparsity: {class_path: os.system, init_args: {command: touch RAN}}", ("class_path",)),
-    "no mapping": ("[a]", ("expected settings",)),
+    "no mapping": ("[a]", ("must hold settings",)),
 }
 
 
@@ -106,9 +106,9 @@ def test_a_file_of_flags_names_no_other_file_and_says_what_is_wrong(row, tmp_pat
 def test_no_file_consents_to_run_code(tmp_path):
     (tmp_path / "a.yaml").write_text("model: {trust_remote_code: true}")
     (tmp_path / "list.yaml").write_text("rows: {a: {model.trust_remote_code: true}}")
-    with pytest.raises(UserError, match=r"--model\.trust_remote_code.* as a flag"):
+    with pytest.raises(UserError, match=r"model\.trust_remote_code must be given as a flag"):
         parse(["--config", str(tmp_path / "a.yaml")])
-    with pytest.raises(UserError, match=r"--model\.trust_remote_code.* behind --"):
+    with pytest.raises(UserError, match=r"--model\.trust_remote_code=true must be given after --"):
         Listing.read(tmp_path / "list.yaml")
     consent = "--model.trust_remote_code=true"
     assert parse([consent, "--config", str(tmp_path / "a.yaml")]).model.trust_remote_code
@@ -137,5 +137,5 @@ def test_what_is_no_file_of_text_is_one_line(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=rf"--config: expected a YAML file of flags, .*; got '{place}'"):
+    with pytest.raises(UserError, match=rf"--config must be a YAML file of flags .*; got '{place}'"):
         parse(["--config", place])

@@ -31,25 +31,25 @@ def test_new_settings_at_their_default_leave_records_what_they_were(bench, first
 
 def test_records_are_named_for_people_and_told_apart_by_settings(bench, first):
     named = bench.write("named", {"It's another, 50 %": {}}, common={"sparsity.target": 0.4})
-    paths = [archive.stored(row)[0] for path in (first[0], named) for row in bench.rows(path)]
+    paths = [archive.find_record(row)[0] for path in (first[0], named) for row in bench.rows(path)]
     assert len(set(paths)) == 4
     assert paths[0].name.startswith("plain-seed0-")
     assert paths[3].name.startswith("it-s-another-50-seed0-")
     (same,) = bench.rows(bench.write("same", {"x": {"gprune": False, "ridge": 0.01}}))
-    assert archive.stored(same)[0] == paths[0]  # by another name, with a default written out
+    assert archive.find_record(same)[0] == paths[0]  # by another name, with a default written out
     for row in bench.rows(bench.write("long", {"x" * 300: {}, "\u00e9" * 300: {}}), records=bench.folder / "new"):
-        name = archive.stored(row)[0].name
+        name = archive.find_record(row)[0].name
         assert len(name.encode()) < 255
         assert "-seed0-" in name
 
 
 def test_a_file_that_is_no_record_of_the_row_is_never_the_place_of_its_record(bench, tmp_path):
     (row,) = bench.rows(bench.write("one", {"x": {"gprune": False}}), records=tmp_path)
-    place = archive.stored(row)[0]
+    place = archive.find_record(row)[0]
     place.parent.mkdir()
     place.write_text(json.dumps({"settings": {"ridge": 0.7}}))
     place.with_stem(f"{place.stem}-1").write_text("{half")
-    assert archive.stored(row)[0] == place.with_stem(f"{place.stem}-2")
+    assert archive.find_record(row)[0] == place.with_stem(f"{place.stem}-2")
 
 
 def test_tokens_that_a_row_learned_from_do_not_depend_on_what_the_cache_had(bench, first):
@@ -68,17 +68,17 @@ def test_the_repository_keeps_masks_where_the_list_says_so(bench, first, monkeyp
     (wanted,) = bench.rows(bench.write("of masks", one, masks=True))
     assert (plain.masks, wanted.masks) == (False, True)
     record = record_of(plain)
-    archive.write(archive.stored(plain)[0], record | {"masks": None})
+    archive.write_record(archive.find_record(plain)[0], record | {"masks": None})
     assert record_of(plain) == record | {"masks": None}
     assert record_of(wanted) is None  # there is a record, but without masks
-    assert archive.stored(wanted)[0] == archive.stored(plain)[0]
-    archive.write(archive.stored(plain)[0], record)
+    assert archive.find_record(wanted)[0] == archive.find_record(plain)[0]
+    archive.write_record(archive.find_record(plain)[0], record)
     assert record_of(wanted) == record
 
 
 def test_a_record_is_short_lines(bench, first):
     """So that people and `git diff` can read it."""
-    lines = archive.stored(bench.rows(first[0])[1])[0].read_text().splitlines()
+    lines = archive.find_record(bench.rows(first[0])[1])[0].read_text().splitlines()
     assert len(lines) < 100
     assert max(map(len, lines)) < archive.WIDTH + 50
 

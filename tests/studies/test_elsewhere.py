@@ -289,7 +289,7 @@ def test_code_of_a_model_needs_the_same_consent_as_ours(bench, folders, capsys):
     assert "brings Python code of its own" in said
     assert "--model.trust_remote_code=true" in said
     in_list = bench.write("consent", {"coded": row["coded"] | {"model.trust_remote_code": True}})
-    assert "expected --model.trust_remote_code=true behind --, got it in a list" in bench.refused(capsys, in_list)
+    assert "--model.trust_remote_code=true must be given after --" in bench.refused(capsys, in_list)
     bench(capsys, path, "--", "--model.trust_remote_code=true")
     (consented,) = bench.rows(path, flags=["--model.trust_remote_code=true"])
     assert max(r["kl"] for r in record_of(consented)["records"] if r["stage"] == "model") < 1e-9
@@ -352,9 +352,9 @@ def test_what_is_no_model_or_too_large_is_refused(bench, folders, nothing_runs, 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"recovery": "least_squares"}, "expected --recovery none or distill, got least_squares"),
+        ({"recovery": "least_squares"}, "needs --recovery none or distill; got least_squares"),
         ({"export": "gguf"}, "--export gguf"),
-        ({"trainer.devices": 2}, "expected one process"),
+        ({"trainer.devices": 2}, "needs one process"),
         ({"model.made_elsewhere": 3}, "made_elsewhere"),
     ],
 )

@@ -87,13 +87,13 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("rows: {a: {}}\nrow: 1\n", ["row: expected no such key", "got 1"]),
-        ("about: nothing\n", ["rows: expected a value"]),
-        ("- rows\n", ["values by name"]),
+        ("rows: {a: {}}\nrow: 1\n", ["row must not be given (no such key)", "got 1"]),
+        ("about: nothing\n", ["rows must be given"]),
+        ("- rows\n", ["must be a mapping"]),
         ("rows: [", ["YAML", "bad.yaml", "line 1"]),
         ("rows: {a: {}}\n1: {}\n", ["1"]),
         ("rows: {a: 3}\n", ["rows.a", "got 3"]),
-        ('rows: {"a\\nb": {}}\n', ["rows", "should match pattern", r"'a\nb'"]),
+        ('rows: {"a\\nb": {}}\n', ["rows", "must match pattern", r"'a\nb'"]),
         # settings
         ("rows: {a: {sparsity.target: 2}}\n", ["Row 'a'", "sparsity.target", "got 2"]),
         ("rows: {a: {sparsity.aim: 0.2}}\n", ["row 'a'", "sparsity.aim"]),
@@ -102,10 +102,10 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
         ("protocol: nowhere.yaml\nrows: {a: {}}\n", ["nowhere.yaml"]),
         ("rows: {a: {model: '{name: x/y, trust_remote_code: true}'}}\n", ["row 'a'", "the group model"]),
         # what neither a list nor a flag may set, and consent, which a list cannot give
-        ("rows: {a: {run.seed: 5}}\n", ["row 'a'", "--seeds", "got --run.seed"]),
-        ("rows: {a: {}, b: {}}\ncommon: {run: {name: x}}\n", ["row 'a'", "expected no --run.name"]),
-        ("rows: {a: {dry_run: true}}\n", ["expected no --dry_run"]),
-        ("rows: {a: {model: {trust_remote_code: true}}}\n", ["row 'a'", "behind --"]),
+        ("rows: {a: {run.seed: 5}}\n", ["row 'a'", "--seeds", "--run.seed cannot be set"]),
+        ("rows: {a: {}, b: {}}\ncommon: {run: {name: x}}\n", ["row 'a'", "--run.name cannot be set in a study"]),
+        ("rows: {a: {dry_run: true}}\n", ["--dry_run cannot be set in a study"]),
+        ("rows: {a: {model: {trust_remote_code: true}}}\n", ["row 'a'", "must be given after --"]),
         # rows that there are not
         ("rows: {a: {}}\nreference: b\n", ["reference", "(a)", "'b'"]),
         ("rows: {a: {}}\ncompare: [['a: gprune', 'b: base']]\n", ["compare", "(a)", "'b'"]),
@@ -133,7 +133,7 @@ def test_a_bad_list_is_one_line(content, words, bench, capsys, nothing_runs):
         (["--part", "0/2"], ["--part", "'0/2'"]), (["--part", "3/2"], ["--part", "'3/2'"]),
         (["--part", "half"], ["--part", "'half'"]), (["--part", "1/2/3"], ["--part", "'1/2/3'"]),
         (["--", "--sparsity.target=0"], ["Row 'plain'", "sparsity.target"]),
-        (["--", "--run.seed=1"], ["row 'plain'", "--seeds", "got --run.seed"]),
+        (["--", "--run.seed=1"], ["row 'plain'", "--seeds", "--run.seed cannot be set"]),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_one_line(arguments, words, bench, capsys, nothing_runs):
@@ -146,4 +146,4 @@ def test_files_that_are_not_there_or_set_the_seed_are_one_line(bench, tmp_path, 
     (tmp_path / "seed.yaml").write_text("run: {seed: 7}")
     path = bench.write("seeded", {"plain": {"gprune": False}})
     line = bench.refused(capsys, path, "--", f"--config={tmp_path / 'seed.yaml'}")
-    assert "row 'plain': expected seeds as `seeds` or --seeds, got --run.seed." in line
+    assert "row 'plain': --run.seed cannot be set in a study. Use the key `seeds`, or --seeds." in line

@@ -18,7 +18,7 @@ from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
 from gprune.runs.frames import COLUMNS
 from gprune.studies import output
-from gprune.studies.archive import stored
+from gprune.studies.archive import find_record
 from tests.studies.workbench import ROWS, cells, unseen
 
 TIMES = {".csv", ".json", ".md", ".tex", ".html"}
@@ -42,7 +42,7 @@ def test_a_frame_has_a_line_for_each_row_and_seed_with_the_numbers_of_its_record
         assert line["unseen"] == pytest.approx(np.exp(np.mean([np.mean(v) / 31 for v in own.values()])), rel=1e-6)
         assert line["parameters_after"] == record["summary"]["parameters_after"]
         assert line["seconds"] == pytest.approx(sum(step["seconds"] for step in record["steps"].values()))
-        assert (line["stage"], line["precision"], line["record"]) == (stage, "32-true", str(stored(row)[0]))
+        assert (line["stage"], line["precision"], line["record"]) == (stage, "32-true", str(find_record(row)[0]))
         ratio = [line[f"unseen_over_unrecovered_base{end}"] for end in ("", "_low", "_high")]
         if name == "plain":  # the reference
             assert all(math.isnan(number) for number in ratio)
@@ -86,7 +86,7 @@ def test_all_stages_are_lines_if_asked_for(study):
 def test_columns_do_not_depend_on_the_rows_that_were_chosen(bench, first, study):
     one = gprune.load_study(first[0], records=bench.records, rows=["plain"]).to_frame()
     assert list(one.columns) == list(study.to_frame().columns)
-    with pytest.raises(UserError, match=r"rows: expected rows of .*first\.yaml \(plain, ours, other\), got 'mine'"):
+    with pytest.raises(UserError, match=r"The rows must name rows of .*first\.yaml \(plain, ours, other\); got 'mine'"):
         gprune.load_study(first[0], rows=["mine"])
 
 
@@ -111,7 +111,7 @@ def test_files_name_the_record_of_each_row_and_seed_and_run_nothing(bench, first
     for row in bench.rows(path):
         line = found[row.name, str(row.seed)]
         assert line[2:4] == ["float32", "32-true"]
-        assert line[4] == (str(stored(row)[0]) if row.seed == 0 else "none")
+        assert line[4] == (str(find_record(row)[0]) if row.seed == 0 else "none")
     assert len(found) == 6
 
 
@@ -161,7 +161,7 @@ def test_names_are_escaped_in_latex_and_html(study):
     [
         ("t.xlsx", r"--output must end in one of \.csv, \.json, \.md, \.tex, \.html; got '.*t\.xlsx'\."),
         ("t", r"--output must end in one of"),
-        ("folder.csv", r"--output must be a file in a folder; '.*folder\.csv' is not\."),
+        ("folder.csv", r"--output must be the path of a file in a folder; got '.*folder\.csv'\."),
     ],
 )
 def test_an_output_that_cannot_be_is_refused_before_anything_runs(bench, capsys, tmp_path, name, said, nothing_runs):
@@ -204,7 +204,7 @@ def test_a_report_takes_records_and_names_of_rows(bench, first, study, capsys, t
     for line, texts in zip(expected.rows, expected.texts(), strict=True):
         if line[1] == "gprune" and line[0] == "ours":
             assert found["ours", "gprune"] == texts
-    assert command("report", [str(stored(row)[0]), *args]) == 0  # a record, by its file
+    assert command("report", [str(find_record(row)[0]), *args]) == 0  # a record, by its file
     assert f"{record['records'][-1]['perplexity']:.2f}" in capsys.readouterr().out
     page = tmp_path / "rows.html"
     assert command("report", [*named, "--records", str(bench.records), "--html", str(page)]) == 0
@@ -214,9 +214,9 @@ def test_a_report_takes_records_and_names_of_rows(bench, first, study, capsys, t
     capsys.readouterr()
     for arguments, said in (
         ([f"{first[0]}:mine"], "got 'mine'"),
-        ([f"{tmp_path / 'no.yaml'}:mine"], "Expected a list, but there is no file"),
-        ([str(tmp_path / "no.json")], "Expected a record, but there is no file"),
-        ([str(first[0]), "--base", str(first[0])], "expected one run, got 3"),
+        ([f"{tmp_path / 'no.yaml'}:mine"], "Cannot read list: there is no file"),
+        ([str(tmp_path / "no.json")], "Cannot read record: there is no file"),
+        ([str(first[0]), "--base", str(first[0])], "--base must be one run; got 3"),
     ):
         assert command("report", [*arguments, *args]) == 2
         assert said in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
     assert found["ours", "gprune"] == Estimate(*paired_ratio(nll["ours"], nll["plain"], 31))
     notes = [table.note for table in tables.tables_of(listing, report)]
     assert any("In every row alpha.txt, delta.txt count as seen" in note for note in notes)
-    with pytest.raises(UserError, match=r"Row 'plain': expected text that the list calls unseen, got .*alpha"):
+    with pytest.raises(UserError, match=r"Row 'plain': The key seen must include .*alpha"):
         tables.reported(*bench.done(bench.write("hidden", ROWS, seen=[delta])))
 
 
@@ -72,7 +72,7 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     pairs = [[record for row, record in done if row.seed == seed] for seed in (0, 1, 2)]
     numbers = [(unseen(b, "base", n), unseen(a, "base", n)) for n in ("window_nll", "window_kl") for a, b in pairs]
     ratios, distances = np.reshape([paired_ratio(*both, 31)[0] for both in numbers], (2, 3)).tolist()
-    (compared,) = tables.comparison_table(listing, tables.reported(listing, done).runs).rows
+    (compared,) = tables.stage_comparison_table(listing, tables.reported(listing, done).runs).rows
     assert compared == ["wifv: base / plain: base", 3, over_seeds(ratios), over_seeds(distances)]
     assert len(set(ratios)) == 3
     # each seed is divided by the reference's run of that seed alone
@@ -104,7 +104,7 @@ def test_a_list_says_which_tables_it_wants(bench, first, capsys):
 def test_pairs_whose_rows_have_not_run_wait_and_those_without_common_windows_have_no_ratio(bench, first):
     compare = [["later: gprune", "ours: base"], ["ours: gprune", "plain: base"]]
     listing, done = bench.done(bench.write("apart", ROWS | {"later": {"sparsity.target": 0.1}}, compare=compare))
-    table = tables.comparison_table(listing, tables.reported(listing, done).runs)
+    table = tables.stage_comparison_table(listing, tables.reported(listing, done).runs)
     assert [row[:2] for row in table.rows] == [["ours: gprune / plain: base", 1]]
     assert table.note == "exp(KL): of KL(dense || row) per token on the same windows."
     other = [
@@ -112,10 +112,10 @@ def test_pairs_whose_rows_have_not_run_wait_and_those_without_common_windows_hav
         if row.name == "plain" else (row, record) for row, record in done
     ]  # fmt: skip
     runs = tables.reported(listing, other).runs
-    table = tables.comparison_table(listing, runs)
+    table = tables.stage_comparison_table(listing, runs)
     assert table.rows == [["ours: gprune / plain: base", 0, None]]
     assert table.note == "No ratio: the two have no seed in common, or were evaluated on other windows."
-    with pytest.raises(UserError, match=r"stage of 'ours' \(dense, base, averaged, gprune\), got 'best'"):
+    with pytest.raises(UserError, match=r"stage of 'ours' \(dense, base, averaged, gprune\); got 'best'"):
         tables.ratios_of(runs, "ours: best", "ours: base")
 
 
@@ -123,7 +123,7 @@ def test_rows_that_have_read_other_text_are_refused_unless_their_models_differ(b
     listing, ((row, record), *others) = bench.done(first[0])
     role = next(iter(record["inputs"]["text"]))
     inputs = record["inputs"] | {"text": record["inputs"]["text"] | {role: "other"}}
-    with pytest.raises(UserError, match=rf"have read other text as {role}: remove the outdated record"):
+    with pytest.raises(UserError, match=rf"have read different text as {role}. Remove the outdated record"):
         tables.reported(listing, [*others, (row, record | {"inputs": inputs})])
     another = record | {"inputs": inputs | {"model": "another"}}  # two models cut text in two ways
     assert len(tables.reported(listing, [*others, (row, another)]).runs) == 3

@@ -15,7 +15,7 @@ from gprune.__main__ import run as command
 from gprune.config import LoggingConfig
 from gprune.studies import tracking
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing
-from gprune.studies.tables import comparison_table, reported
+from gprune.studies.tables import reported, stage_comparison_table
 from tests import tiny_run, tracked
 
 ROWS = {"base": {"gprune": False}, "no: switch/50 %": {"reliability.switch": False}}
@@ -68,7 +68,7 @@ def test_rows_and_their_list_are_runs_under_their_own_names(bench, ran, nothing_
     assert (whole.about["job_type"], whole.about["run_group"]) == ("study", "ablations")
     assert whole.config["rows"].keys() == {f"{row.name}, seed 0" for row, _ in done}
     assert whole.config["rows"]["no: switch/50 %, seed 0"]["reliability.switch"] is False
-    (row,) = comparison_table(listing, reported(listing, done).runs).rows
+    (row,) = stage_comparison_table(listing, reported(listing, done).runs).rows
     numbers = {name: value for name, value in whole.summary.items() if name.startswith("compare/")}
     assert sorted(numbers.values()) == pytest.approx(sorted([*row[2], *row[3]]))
     assert {name.split("/")[-2] for name in numbers} > {"exp_kl"}
