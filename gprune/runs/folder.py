@@ -212,7 +212,8 @@ class RunFolder:
     def tensors(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the tensors of a finished step, or call `compute()` and save its tensors.
 
-        All ranks get the tensors of rank 0. All ranks have to call this, and all of them compute, because a step may need them together.
+        All ranks get the tensors of rank 0. All ranks have to call this method, and all of them compute, because a step
+        may need them together.
         """
         tensors = broadcast(self.read(name))
         if tensors is None:
