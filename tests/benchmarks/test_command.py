@@ -93,7 +93,7 @@ def test_a_run_without_a_model_is_evaluated_under_its_masks(quiet_world, tmp_pat
     recovered = Path(shutil.copytree(other, tmp_path / "recovered"))  # masks do not hold what recovery changed
     by_hand(recovered, lambda settings: settings.update(recovery="bias"))
     assert perplexity_of(recovered) == 2
-    assert "repeat it with --export hf" in capsys.readouterr().err
+    assert "Repeat the run with --export hf" in capsys.readouterr().err
 
 
 def by_hand(run: Path, change) -> None:

@@ -198,7 +198,7 @@ def test_a_run_says_asked_predicted_and_got_and_goes_on_by_its_table(measuring, 
         (4.7e-3, 0.4, 8, "multiples of 8 lose no speed (loss: 1: 31.5%, "),  # noise hides no more than a tenth
         (4.7e-3, 0.99, 8, "multiples of 8 lose no speed"),
         (3.4e-3, 0.05, 8, "multiples of 8 lose no speed (loss: 1: 5.3%, "),
-        (3.4e-3, 0.06, 1, "multiples of 1 lose 5.3% here (lost: 1: 5.3%, "),
+        (3.4e-3, 0.06, 1, "multiples of 1 lose 5.3% of the speed (loss: 1: 5.3%, "),
     ],
 )
 def test_auto_is_the_smallest_multiple_whose_loss_repeats_would_hide(taken, spread, multiple, said, caplog):

@@ -25,7 +25,7 @@ from tests.benchmarks.conftest import hub, manager_of, needs_lm_eval, pairs, que
 def test_a_line_that_is_no_question_is_named(line, data):
     with (data / "tasks" / "mine" / "test.jsonl").open("ab") as file:
         file.write(line + b"\n")
-    with pytest.raises(UserError, match=r"mine/test\.jsonl:13: The line must be"):
+    with pytest.raises(UserError, match=r"mine/test\.jsonl:13: Cannot read a JSON object"):
         tasks.load_tasks("mine", "local")
 
 

@@ -622,11 +622,11 @@ def narrower(file: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
-        ("metrics.json", lambda file: edit(file, lambda content: content.pop("summary")), "run the same command again"),
+        ("metrics.json", lambda file: edit(file, lambda content: content.pop("summary")), "is not finished"),
         ("manifest.json", Path.unlink, "not a gprune run"),
         ("manifest.json", lambda file: file.write_text("{half"), "not a gprune run"),
         ("masks/gprune.safetensors", Path.unlink, "missing or damaged"),
-        ("masks/gprune.safetensors", narrower, "neurons are those of the masks"),
+        ("masks/gprune.safetensors", narrower, "different numbers of neurons"),
         ("modules.safetensors", lambda file: file.write_text("x"), "missing or damaged"),
         (
             "evaluation.json",
@@ -657,8 +657,8 @@ def test_what_cannot_be_reported_is_one_line(run, tmp_path, capsys):
     bare = another(run, "bare")
     edit(bare / "metrics.json", without_base)
     for args, message in (
-        ([], "see --help"),
-        ([str(run), "--colour", "red"], "see --help"),
+        ([], "See --help"),
+        ([str(run), "--colour", "red"], "See --help"),
         ([str(tmp_path / "nowhere")], "there is no folder"),
         ([str(run), "--output", str(tmp_path / "file")], "Cannot write"),
         ([str(run), "--base", str(bare)], "'bare' has no stage 'base' to divide by"),

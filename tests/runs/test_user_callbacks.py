@@ -132,7 +132,7 @@ def test_a_callback_that_raises_is_named_and_the_run_goes_on_with_its_state(worl
         return (own := Steps(**how)), prune(cfg, callbacks=[own])
 
     expected, undisturbed = run("undisturbed")
-    said = r"^Callback Steps in on_train_batch_end of ThresholdLearning: KeyError: 'lost' \(test_user_callbacks"
+    said = r"^Cannot finish ThresholdLearning, callback Steps in on_train_batch_end: KeyError: 'lost' \(test_user_callbacks"
     with pytest.raises(UserError, match=said) as caught:
         run("failed", fail=4)
     assert isinstance(caught.value.__cause__, KeyError)
@@ -232,7 +232,7 @@ def test_batches_of_calibration_may_not_be_changed_and_those_of_training_may(wor
 )
 def test_statistics_of_a_model_that_a_callback_has_changed_are_not_shared(hook, kind, world, tmp_path):
     with tiny_run.isolated(tmp_path / "cache"):
-        said = rf"^Callbacks must not change the frozen model .*CalibrationStage.*\(Steps, {kind.__name__}\)"
+        said = rf"^Callbacks must not change the frozen model.*CalibrationStage.*\(Steps, {kind.__name__}\)"
         cfg = parse(flags(world, tmp_path, "--corpora.num_samples=3"))
         with pytest.raises(UserError, match=said):
             prune(cfg, callbacks=[Steps(), kind(hook)])
@@ -293,7 +293,7 @@ def test_a_class_path_runs_no_code_of_the_working_folder(world, tmp_path, monkey
     importlib.import_module(folder.name)  # as mpl_toolkits is: a namespace package, loaded
     described = [{"class_path": f"{folder.name}.evil.A"}]
     assert tiny_run.main(flags(world, tmp_path / "runs", callbacks=described)) == 2
-    assert "is not loaded; add --import mpl_toolkits_of_mine.evil." in capfd.readouterr().err
+    assert "Add --import mpl_toolkits_of_mine.evil." in capfd.readouterr().err
     assert f"{folder.name}.evil" not in sys.modules
 
 

@@ -171,7 +171,7 @@ def test_another_tokenizer_has_its_own_perplexity_and_nothing_that_compares_toke
     assert frame.loc["gpt", ["unseen", "seen"]].notna().all()
     assert frame.loc["plain", "gap"] > 0
     taught = bench.write("taught", {"gpt": {"model": str(folder), "recovery": "distill", "distill.tokens": 96}})
-    assert "another output embedding" in bench.refused(capsys, taught)
+    assert "output embedding differs" in bench.refused(capsys, taught)
 
 
 def test_a_model_that_gprune_cannot_prune_is_measured(bench, folders, capsys):
@@ -346,7 +346,7 @@ def test_what_is_no_model_or_too_large_is_refused(bench, folders, nothing_runs, 
     large = bench.write(
         "large", {"large": {"model": str(bench.world.model)}}, common={"plan.memory": "100KiB", "corpora.bos": "never"}
     )
-    assert "is larger than memory" in bench.refused(capsys, large)
+    assert "into memory" in bench.refused(capsys, large)
 
 
 @pytest.mark.parametrize(

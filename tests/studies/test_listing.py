@@ -100,7 +100,7 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
         ("rows: {a: {config: nowhere.yaml}}\n", ["nowhere.yaml"]),
         ("rows: {a: {config: 5}}\n", ["rows.a.config", "got 5"]),
         ("protocol: nowhere.yaml\nrows: {a: {}}\n", ["nowhere.yaml"]),
-        ("rows: {a: {model: '{name: x/y, trust_remote_code: true}'}}\n", ["row 'a'", "the group model"]),
+        ("rows: {a: {model: '{name: x/y, trust_remote_code: true}'}}\n", ["row 'a'", "model must be a mapping"]),
         # what neither a list nor a flag may set, and consent, which a list cannot give
         ("rows: {a: {run.seed: 5}}\n", ["row 'a'", "--seeds", "--run.seed cannot be set"]),
         ("rows: {a: {}, b: {}}\ncommon: {run: {name: x}}\n", ["row 'a'", "--run.name cannot be set in a study"]),
@@ -111,7 +111,7 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
         ("rows: {a: {}}\ncompare: [['a: gprune', 'b: base']]\n", ["compare", "(a)", "'b'"]),
         ("rows: {a: {}}\ncontrols: [b]\n", ["controls", "(a)", "'b'"]),
         # types
-        ("rows: {a: {}}\ncommon: [x]\n", ["common", "by name"]),
+        ("rows: {a: {}}\ncommon: [x]\n", ["common", "['x']"]),
         ("rows: {a: {}}\nseeds: [a]\n", ["seeds[0]", "a valid integer", "'a'"]),
         ("rows: {a: {}}\ntables: [perplexities]\n", ["tables[0]", "comparison", "perplexities"]),
         ("rows: {a: {}}\ncompare: [['a: gprune']]\n", ["compare[0]", "2 items"]),
