@@ -39,8 +39,8 @@ def check_dense(blocks: Sequence[Block]) -> None:
     """Raise UserError for blocks with experts: errors are measured of dense FFNs alone."""
     if any(block.has_experts for block in blocks):
         raise UserError(
-            f"--sparsity.allocation reconstruction: expected dense blocks, got experts of model_type "
-            f"'{blocks[0].family.model_type}'; use uniform."
+            f"--sparsity.allocation reconstruction cannot measure experts ('{blocks[0].family.model_type}'). "
+            "Use uniform."
         )
 
 

@@ -24,8 +24,8 @@ from gprune.models.blocks import PARTS, Block, Part
 def salient_parts(block: Block, kind: str) -> dict[str, Part]:
     """The parts of a block whose weights enter the terms of its neurons or attention channels, by name."""
     if kind == "ffn" and block.has_experts:
-        expected = "expected dense blocks, or an --importance that needs no gradients, such as wanda_sp"
-        raise UserError(f"Taylor saliency cannot be collected for experts ({block.family.model_type}); {expected}.")
+        remedy = "Use an --importance that needs no gradients, such as wanda_sp"
+        raise UserError(f"Taylor saliency cannot be collected for experts ({block.family.model_type}). {remedy}.")
     return {name: block.parts[name] for name in PARTS[kind] if name in block.parts}
 
 

@@ -38,8 +38,8 @@ class StoredGram:
         for path, name in self.sources:
             tensors = read_tensors(path, once=True)
             if tensors is None or name not in tensors:
-                remedy = "Start again to have it computed; processes on several machines share one $GPRUNE_CACHE."
-                raise UserError(f"{path} is missing or not whole: a Gram matrix of calibration. {remedy}")
+                remedy = "Run the same command again. Processes on several machines need a shared $GPRUNE_CACHE."
+                raise UserError(f"Cannot read a Gram matrix: {path} is missing or incomplete. {remedy}")
             total = tensors[name] if total is None else total.add_(tensors[name])
         return total if self.expert is None else total[self.expert]
 

@@ -53,10 +53,10 @@ def export(
     path = expanded(f"{folder}-{type}.gguf" if output is None else output).absolute()
     check_type(type, unchecked=unchecked)
     if path.exists() and not (overwrite and is_gguf(path)):
-        former = "choose another --output, or, if it is a GGUF file, pass --overwrite"
-        raise UserError(f"Export: '{path}' exists already; {former}.")
+        remedy = "Choose another --output, or replace a GGUF file with --overwrite"
+        raise UserError(f"Cannot write '{path}': the file exists already. {remedy}.")
     if not path.parent.is_dir():
-        raise UserError(f"Export: expected --output in a folder that exists, got '{path}'.")
+        raise UserError(f"--output must be in an existing folder; got '{path}'.")
     from gprune.export.gguf_check import ask_llama_cpp, check_gguf
     from gprune.export.gguf_writer import write_gguf
     from gprune.storage.files import replacing
@@ -86,7 +86,7 @@ def check_type(type: str, *, unchecked: bool) -> None:
         raise UserError(f"Unknown GGUF type '{type}'. Available: {', '.join((*TYPES, *QUANTISED))}.")
     if not has_llama_cpp() and (type in QUANTISED or not unchecked):
         use = f"quantise to {type}" if type in QUANTISED else "check the file (--unchecked of gprune export skips it)"
-        raise UserError(f"Export: expected a llama.cpp build to {use}; got none. Run `pip install {LLAMA_CPP}`.")
+        raise UserError(f"Export to GGUF needs a llama.cpp build to {use}. Run `pip install {LLAMA_CPP}`.")
 
 
 def is_gguf(path: Path) -> bool:
@@ -102,7 +102,7 @@ def model_folder(run_or_folder: str | Path) -> Path:
     path = expanded(run_or_folder)
     is_model, is_run = ((path / name).is_file() for name in ("config.json", "manifest.json"))
     if not (is_model or is_run):
-        raise UserError(f"Export: expected a run (manifest.json) or a model folder (config.json), got '{path}'.")
+        raise UserError(f"RUN must be a run (manifest.json) or a model folder (config.json); got '{path}'.")
     from gprune.runs.results import exported_model, finished
 
     folder = path.resolve()
@@ -112,7 +112,7 @@ def model_folder(run_or_folder: str | Path) -> Path:
         return folder
     finished(path)  # or says why it is not
     if not (path / "model" / "config.json").is_file():
-        raise UserError(f"Export: the run '{path}' kept no model (--export none); repeat it with --export hf.")
+        raise UserError(f"Cannot export '{path}': the run has no model (--export none). Run it again with --export hf.")
     return exported_model(folder)
 
 
@@ -124,5 +124,5 @@ def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         model, tokenizer = load_model(str(folder))
         require_finite("weight was read", *model.parameters())
     except UserError as error:
-        raise UserError(f"Export: '{folder}' cannot be loaded: {error}") from error
+        raise UserError(f"Cannot export '{folder}': {error}") from error
     return model, tokenizer

@@ -47,15 +47,18 @@ def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     ids = tokenizer(CHECK_TEXT).input_ids[: min(CHECK_TOKENS, model.config.max_position_embeddings)]
     got, tokens = in_llama_cpp(path, ids, texts)
     if tokens != [tokenizer(text).input_ids for text in texts]:
-        raise UserError("Export: llama.cpp cuts text into other tokens than the tokenizer does; please report it.")
+        raise UserError(
+            "Cannot export to GGUF: llama.cpp splits text into other tokens than the tokenizer. Please report this."
+        )
     logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
     expected = logits.double().log_softmax(-1).cpu()
     kl = float((expected.exp() * (expected - got)).sum(-1).mean())
     if not kl <= LIMITS[type]:  # so that NaN fails
-        advice = "Please report it." if type == "f32" else "If --type f32 passes, the model does not bear this type."
+        lossy = f"If --type f32 passes, {type} loses too much accuracy for this model."
+        advice = "Please report this." if type == "f32" else lossy
         raise UserError(
-            f"Export: llama.cpp computes something else than the model, and the file was removed: KL {kl:.1e} nats per "
-            f"token, expected at most {LIMITS[type]}. {advice}"
+            f"Cannot export to GGUF: llama.cpp's predictions differ from the model's by KL {kl:.1e} nats per token, "
+            f"more than {LIMITS[type]}. The file was removed. {advice}"
         )
     log.info("Checked in llama.cpp on %d tokens: KL %.1e nats", len(ids), kl)
     return kl
@@ -77,5 +80,5 @@ def ask_llama_cpp(work: str, model: Path, **request: Any) -> Any:
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         cause = next((line for line in lines if "GGML_ASSERT" in line or "error" in line), lines[-1])
-        raise UserError(f"llama.cpp does not run the file: {cause}")
+        raise UserError(f"Cannot run the file in llama.cpp: {cause.removesuffix('.')}.")
     return json.loads(done.stdout.splitlines()[-1])

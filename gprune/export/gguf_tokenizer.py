@@ -17,15 +17,17 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, A
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model, pre = content["model"], word_splitting(content)
     if pre is None:
-        expected = f"a byte-level BPE tokenizer that cuts words as {', '.join(WORDS)} do"
-        raise UserError(f"Export: GGUF takes {expected}; this one ({model['type']}) does otherwise. Export to hf.")
+        needed = f"a byte-level BPE tokenizer that splits words like {', '.join(WORDS)}"
+        raise UserError(f"Export to GGUF needs {needed}; got another one ({model['type']}). Export to hf.")
     tokens = {index: token for token, index in model["vocab"].items()}
     types = dict.fromkeys(tokens, TokenType.NORMAL)
     for added in content["added_tokens"]:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     if max(tokens) >= size:
-        raise UserError(f"Export: the tokenizer has token {max(tokens)}, but the model has {size} embeddings.")
+        raise UserError(
+            f"Cannot export to GGUF: the tokenizer has token {max(tokens)}, but the model has only {size} embeddings."
+        )
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     special = {there: getattr(tokenizer, f"{here}_token_id") for there, here in names.items()}
     bare, full = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))

@@ -117,8 +117,7 @@ def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig, *, unif
     for block in blocks:
         if (reason := unlike_llama(config, block)) is not None:
             raise UserError(
-                f"Export: a GGUF file of gprune computes as Llama does, but this '{config.model_type}' {reason}. "
-                f"{remedy}"
+                f"Cannot export '{config.model_type}' to GGUF: it must compute like Llama, but {reason}. {remedy}"
             )
 
 
@@ -198,5 +197,5 @@ def stored(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     with np.errstate(over="ignore"):
         data = quantize(np.ascontiguousarray(tensor.detach().float().cpu().numpy()), kind)
     if data.dtype == np.float16 and not np.isfinite(data).all():
-        raise UserError(f"Export: '{name}' holds numbers beyond float16; choose --type f32.")
+        raise UserError(f"Cannot write '{name}' in float16: it has larger numbers. Use --type f32.")
     return data

@@ -219,8 +219,8 @@ def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
     Raises:
         ValueError: a mask of the wrong length or dtype, or one that keeps nothing where the other keeps something.
     """
-    require(model, PreTrainedModel, "apply_masks: expected a model of transformers")
-    require(masks, Masks, "apply_masks: expected Masks, such as those of a run's result")
+    require(model, PreTrainedModel, "The model of apply_masks must be a model of transformers")
+    require(masks, Masks, "The masks of apply_masks must be Masks, such as those of a run's result")
     return portable(prune(model, masks, inplace=inplace))
 
 
@@ -247,8 +247,8 @@ def save_pruned(
     folder = expanded(folder).resolve()
     before, card = sorted(folder.glob("*")) if overwrite else [], folder / "README.md"
     if folder.exists() and not (before and card.is_file() and b"gprune" in card.read_bytes()):
-        why = "has no README.md that names gprune" if overwrite else "exists already"
-        raise UserError(f"Export: '{folder}' {why}, so it is not overwritten; move it away.")
+        why = "has no README.md that mentions gprune, so it is not overwritten" if overwrite else "exists already"
+        raise UserError(f"Cannot write the model: '{folder}' {why}. Move it away.")
     exportable = to_exportable(model, dtype)
     with replacing(folder) as new:
         new.mkdir()
@@ -261,7 +261,7 @@ def save_pruned(
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(CARD, encoding="utf-8")
         if others := [p.name for p in before if not (p.match("model*.safetensors*") or (new / p.name).exists())]:
-            raise UserError(f"Export: '{folder}' holds {others[0]}, which would be lost; move it away.")
+            raise UserError(f"Cannot overwrite '{folder}': it contains {others[0]}, which would be lost. Move it away.")
     log.info("wrote %s", folder)
     return folder
 
@@ -308,7 +308,7 @@ def reloaded_logits(
         done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise UserError(f"Export: '{folder}' does not load in a fresh process: {last}")
+            raise UserError(f"Cannot load '{folder}' in a fresh process: {last.removesuffix('.')}.")
         return load_file(logits)["logits"]
 
 
@@ -348,8 +348,10 @@ def check_reload(
         got = reloaded_logits(folder, input_ids, device=device, attn_implementation=attention, **placement)
         difference = max_logit_difference(expected, got)
         if difference != 0:  # also true of NaN
-            got = f"expected the pruned model's logits after reloading, got a difference of {difference}"
-            raise UserError(f"Export: {got}; '{folder}' was removed. Check the disk and export again.")
+            raise UserError(
+                f"Cannot export to '{folder}': logits of the reloaded model differ from the pruned model's by up to "
+                f"{difference}. The folder was removed. Check the disk and export again."
+            )
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

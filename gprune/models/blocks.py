@@ -281,8 +281,8 @@ def check_untied(model: PreTrainedModel) -> None:
             here = f"'{place.path}' of layer {block.layer_index}"
             if (other := owners.setdefault(id(block.parameter(place)), here)) != here:
                 raise UserError(
-                    f"Model type '{model.config.model_type}': {here} and {other} are one tensor, so that a unit of one "
-                    "would take weights of the other along; expected layers with weights of their own."
+                    f"Model type '{model.config.model_type}' cannot be pruned: {here} and {other} are one tensor, so "
+                    "removing a unit of one layer would remove weights of the other."
                 )
 
 

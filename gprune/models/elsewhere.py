@@ -35,12 +35,12 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
     with _named(name):
         location = locate_model(name)
         if (expanded(name) / "manifest.json").is_file():
-            raise UserError(f"{FLAG}: '{name}' is a run of gprune; expected a model folder, such as {name}/model.")
+            raise UserError(f"{FLAG} must be a model folder, such as {name}/model; got the run '{name}'.")
         check_consent(name, location, trust_remote_code)
         config = read_config(name, **consent, prunable=False)
         if getattr(config, "quantization_config", None):
-            expected = "expected weights in float32, bfloat16 or float16"
-            raise UserError(f"{FLAG}: '{name}' is quantised; {expected}.")
+            floats = "float32, bfloat16 or float16"
+            raise UserError(f"{FLAG} must have weights in {floats}; got '{name}', which is quantised.")
         check_stored(skeleton(config, **consent), location)
         settings: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
         with quieted("transformers"):  # its table of missing weights, which follow in one line
@@ -48,14 +48,17 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
         check_complete(report | {"unexpected_keys": ()}, location)
         if mismatched := sorted(report["mismatched_keys"]):
             weight, stored, asked = mismatched[0]
-            of = f"'{location}' has {len(mismatched)} weights of other shapes than its config.json says"
-            raise UserError(f"{FLAG}: {of}, such as {weight}: expected {tuple(asked)}, got {tuple(stored)}.")
+            raise UserError(
+                f"{FLAG}: Cannot load '{location}': {len(mismatched)} weights have other shapes than in config.json, "
+                f"such as {weight}: {tuple(stored)} instead of {tuple(asked)}."
+            )
         if unknown := sorted(report["unexpected_keys"]):
-            of = f"'{location}' has {len(unknown)} weights without a place in the model of its config.json"
-            said = f"{of}, such as {unknown[0]}; loaded without them it would be another model"
-            raise UserError(f"{FLAG}: {said}. Save it with its own code (auto_map).")
+            raise UserError(
+                f"{FLAG}: Cannot load '{location}': {len(unknown)} weights have no place in the model of config.json, "
+                f"such as {unknown[0]}. Without them it would be another model. Save it with its own code (auto_map)."
+            )
         if type(AutoTokenizer.from_pretrained(location, **consent)("a")["input_ids"]) is not list:
-            raise UserError(f"{FLAG}: '{name}' has no usable tokenizer.")
+            raise UserError(f"{FLAG} must have a usable tokenizer; got '{name}'.")
     return model
 
 
@@ -66,8 +69,11 @@ def check_consent(name: str, location: str, given: bool) -> None:
     except Exception:  # of any class: reading the configuration says what is wrong
         return
     if not given and content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING:
-        read = "once you have read that code, add --model.trust_remote_code=true (of a list: behind --)"
-        raise UserError(f"{FLAG}: '{name}' brings Python code of its own; {read}.")
+        flag, remedy = (
+            "--model.trust_remote_code=true",
+            "Read that code, then add the flag (after -- if you run a list)",
+        )
+        raise UserError(f"{FLAG}: '{name}' needs {flag}, because it has Python code of its own. {remedy}.")
 
 
 def load_elsewhere(name: str, **settings: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -87,4 +93,4 @@ def _named(name: str) -> Iterator[None]:
         with quoting(f"{FLAG}: '{name}' cannot be loaded: "):
             yield
     except UserError as error:
-        raise UserError(str(error).replace("--model.name:", f"{FLAG}:", 1)) from error
+        raise UserError(str(error).replace("--model.name", FLAG, 1)) from error

@@ -31,14 +31,14 @@ def check_folder(location: str | Path) -> None:
     blobs = os.path.realpath(os.path.join(location, "../../blobs")) + os.sep
     for what, path in unsafe_entries(location):
         if what.startswith("neither") or not (path.suffix in WEIGHTS or os.path.realpath(path).startswith(blobs)):
-            raise UserError(f"--model.name: {path} is {what}; expected a plain file in its place.")
+            raise UserError(f"--model.name must contain only regular files; got {path}, which is {what}.")
     for index in Path(location).glob("*.index.json"):
         try:
             names = [str(name) for name in json.loads(read_text(index))["weight_map"].values()]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             continue  # transformers says what is wrong with it
         if outside := [name for name in names if os.path.isabs(name) or ".." in Path(name).parts]:
-            raise UserError(f"--model.name: {index} names {shown(outside[0])}; expected files of its own folder.")
+            raise UserError(f"--model.name: {index} must name files of its own folder; got {shown(outside[0])}.")
 
 
 def check_sizes(content: Any, name: str) -> None:
@@ -52,8 +52,8 @@ def check_sizes(content: Any, name: str) -> None:
         if isinstance(value, int | float) and COUNTED.match(str(key)):
             largest = LARGEST.get(key, LARGEST_SIZE)
             if not abs(value) <= largest or (key in POSITIVE and value <= 0):
-                said = f"config.json of '{name}' says {key} {str(value)[:40]}"
-                raise UserError(f"--model.name: {said}; expected 1 to {largest:,}.")
+                got = f"{str(value)[:40]} in config.json of '{name}'"
+                raise UserError(f"--model.name: {key} must be 1 to {largest:,}; got {got}.")
 
 
 def check_stored(model: PreTrainedModel, location: str | Path) -> None:
@@ -64,5 +64,5 @@ def check_stored(model: PreTrainedModel, location: str | Path) -> None:
     stored = sum(path.stat().st_size for path in Path(location).glob("*") if path.suffix in WEIGHTS)
     asked = sum(parameter.numel() for parameter in model.parameters())
     if stored and asked > 8 * stored:  # one bit each is the least
-        has = f"asks for {asked:,} parameters, and its files of weights have {stored:,} bytes"
-        raise UserError(f"--model.name: config.json of '{location}' {has}; expected a config of these weights.")
+        got = f"{asked:,} parameters, for files of weights with {stored:,} bytes"
+        raise UserError(f"--model.name: config.json of '{location}' must describe its weights; got {got}.")

@@ -106,8 +106,8 @@ def read_config(name: str, *, trust_remote_code: bool = False, prunable: bool = 
     family that is not supported."""
     location = locate_model(name)
     register()  # for a family whose record came after the import
-    expected = " Expected a causal language model; without network use an embedded model or a local folder."
-    with quoting(f"--model.name: no usable configuration for '{name}': ", expected):
+    remedy = ". Use a causal language model; without network, an embedded model or a local folder."
+    with quoting(f"--model.name: Cannot read the configuration of '{name}': ", remedy):
         check_folder(location)
         check_sizes(PreTrainedConfig.get_config_dict(location)[0], name)
         named = PreTrainedConfig.get_config_dict(location)[0].get("model_type")
@@ -123,7 +123,7 @@ def skeleton(
     config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A model of this config without weights, on the meta device; `model_class`: not the config's own class."""
-    with quoting("--model.name: the configuration describes no model: "), torch.device("meta"):
+    with quoting("--model.name: Cannot build a model from its configuration: "), torch.device("meta"):
         if model_class is not None:
             return model_class(config)
         return auto_of(config).from_config(config, trust_remote_code=trust_remote_code)
@@ -201,16 +201,19 @@ def check_not_quantised(model: PreTrainedModel, location: str | Path) -> None:
     """Raise UserError for weights that stay quantised in memory: a neuron would go, and its scales would stay."""
     dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32, torch.bfloat16, torch.float16}
     if getattr(model, "hf_quantizer", None) is not None or dtypes:
-        expected = "expected weights in float32, bfloat16 or float16. Prune those, and quantise what is left."
-        raise UserError(f"--model.name: '{location}' is quantised; {expected}")
+        remedy = "Prune the original weights, and quantise the result"
+        raise UserError(
+            f"--model.name must have weights in float32, bfloat16 or float16; got '{location}', which is quantised. "
+            f"{remedy}."
+        )
 
 
 def check_complete(report: Mapping[str, Collection[str]], location: str | Path) -> None:
     """Raise UserError if weights are missing in transformers' report of a load, and warn of those without a place."""
     if missing := sorted(report["missing_keys"]):
-        expected = "expected all that config.json asks for (num_hidden_layers, tie_word_embeddings)"
-        lacks = f"has no weights for {len(missing)} parameters, such as {missing[0]}"
-        raise UserError(f"--model.name: '{location}' {lacks}; {expected}.")
+        remedy = "Check num_hidden_layers and tie_word_embeddings in config.json"
+        lacks = f"it has no weights for {len(missing)} parameters, such as {missing[0]}"
+        raise UserError(f"--model.name: Cannot load '{location}': {lacks}. {remedy}.")
     if unknown := sorted(report["unexpected_keys"]):
         said = "'%s' has %d weights that its config.json has no place for, such as %s; left out."
         log.warning(said, location, len(unknown), unknown[0])

@@ -36,14 +36,13 @@ def check_structure(model: PreTrainedModel) -> None:
             raise _wrong(name, f"layer {block.layer_index}: {why}")
         if why:
             raise UserError(
-                f"Model type '{name}': the structure that was found on a tiny copy does not fit layer "
-                f"{block.layer_index} of this model: {why}. Give it a record by hand: docs/extend.md, 'A model "
-                "family', in a file that "
-                "--import names."
+                f"Model type '{name}' cannot be pruned: the structure of a tiny copy does not fit layer "
+                f"{block.layer_index} of this model: {why}. Write a record in a file that --import names "
+                "(docs/extend.md, 'A model family')."
             )
     check_untied(model)
     if not any(block.neurons for block in blocks_of(model)):
-        raise UserError(f"Model type '{name}': no layer of this model has the FFN that was found on a tiny copy of it.")
+        raise UserError(f"Model type '{name}' cannot be pruned: no layer has the FFN that was found on a tiny copy.")
 
 
 def check_by_copy(config: PreTrainedConfig) -> None:
@@ -96,7 +95,7 @@ def _check_norms(name: str, probe: object, block: Block) -> None:
 
 
 def _wrong(name: str, why: str) -> UserError:
-    return UserError(f"The Family record of model type '{name}' is wrong: {why}. {REMEDY}.")
+    return UserError(f"Cannot use the Family record of model type '{name}': {why}. {REMEDY}.")
 
 
 def _check_paths(name: str, record: Family, layer: nn.Module) -> None:

@@ -167,9 +167,9 @@ def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list
         if was != now:
             name = next(name for name in was | now if was.get(name) != now.get(name))
             raise UserError(
-                f"model_type '{before.config.model_type}' computes from the numbers of its layers, which change when "
-                f"whole blocks go: {name} of layer {old} is {was.get(name)}, and {now.get(name)} as layer {new}. Use "
-                f"--sparsity.scope without blocks, and no --sparsity.allocation depth."
+                f"Model type '{before.config.model_type}' cannot lose whole blocks, because it computes from layer "
+                f"numbers: {name} of layer {old} is {was.get(name)}, but {now.get(name)} as layer {new}. Use "
+                "--sparsity.scope without blocks, and another --sparsity.allocation than depth."
             )
 
 
@@ -191,20 +191,20 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
         own = getattr(masks, scope)
         if [mask.shape for mask in own] != [(size,) for size in expected] or any(m.dtype != torch.bool for m in own):
             got = ", ".join(f"{mask.dtype} {tuple(mask.shape)}" for mask in own)
-            raise UserError(f"masks.{scope}: expected torch.bool of lengths {expected}, got {got}.")
+            raise UserError(f"Masks.{scope} must be torch.bool of lengths {expected}; got {got}.")
     if not any(masks.blocks):
-        raise UserError(f"masks: expected at least 1 of {len(blocks)} blocks kept, got 0.")
+        raise UserError(f"Masks must keep at least 1 of {len(blocks)} blocks; got 0.")
     for block, ffn, attention in zip(blocks, masks.ffn, masks.attention, strict=True):
         if len(ffn) and len(attention) and ffn.any() != attention.any():
-            raise UserError(f"masks of block {block.index}: expected units kept of both scopes, or of none.")
+            raise UserError(f"Masks of block {block.index} must keep units of both scopes, or of neither.")
         counts = set(ffn.view(block.experts, -1).sum(1).tolist())
         if len(counts) > 1:
-            raise UserError(f"masks.ffn[{block.index}]: expected as many neurons in every expert, got {counts}.")
+            raise UserError(f"Masks.ffn[{block.index}] must keep equally many neurons of every expert; got {counts}.")
     stays = masks.blocks
     for own in by_layer(blocks):
         if len({stays[block.index] for block in own}) > 1:
             numbers = f"{own[0].index} to {own[-1].index}, of layer {own[0].layer_index}"
-            raise UserError(f"masks of blocks {numbers}: expected units kept of all of them, or of none.")
+            raise UserError(f"Masks of blocks {numbers}, must keep units of all of these blocks, or of none.")
 
 
 def widths(model: PreTrainedModel) -> dict[str, list[int]]:

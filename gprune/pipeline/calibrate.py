@@ -59,7 +59,7 @@ def agreed(run: Run, lacking: Sequence[bool]) -> list[bool]:
     lacks = (fabric.broadcast(run.folder.key) != run.folder.key, *lacking)
     elsewhere, *lacking = (fabric.strategy.reduce_boolean_decision(mine, all=False) for mine in lacks)
     if elsewhere:
-        raise UserError("The processes of this run are at different runs of a list; run the same command again.")
+        raise UserError("All processes must be at the same run of a list. Run the same command again.")
     return lacking
 
 

@@ -108,7 +108,8 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     pairs = zip(stage.labels(), labels, strict=True)
     refined = [REFINER.checked(p.refiner, "labels", y, old.shape, of="whole numbers") for y, old in pairs]
     if any(y.min() < 0 or not torch.bincount(y).all() for y in refined):
-        raise UserError(f"Refiner '{p.refiner}': expected modules from 0 to K - 1 in each block, and a neuron in each.")
+        needed = "modules from 0 to K - 1 in each block, each with at least one neuron"
+        raise UserError(f"Refiner '{p.refiner}' must return {needed}.")
     refined = [y.long().cpu() for y in refined]
     moved = {"moved": sum(int((y != old).sum()) for y, old in zip(refined, labels, strict=True))}
     moved["neurons"] = sum(map(len, labels))

@@ -78,13 +78,13 @@ class Plan:
         multiple, export = s.width_multiple or best_multiple(self.speed), self.cfg.export
         if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:
             raise UserError(
-                f"--export.type q8_0: expected --sparsity.width_multiple 32, or 64 and so on, got {multiple}."
+                f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
             )
         try:
             return Budget.of(costs, s.target, multiple)
         except UserError as error:
             if s.currency == "bytes" and (narrower := self.narrower_export):
-                raise UserError(f"{str(error).removesuffix('.')}; {narrower}.") from error
+                raise UserError(f"{error} {narrower}.") from error
             raise
 
     @property
@@ -93,8 +93,10 @@ class Plan:
         export = self.cfg.export
         if export.format == "gguf":
             of_type = {"f32": "f16", "f16": "q8_0 --sparsity.width_multiple 32"}.get(export.type)
-            return f"with --export.type {of_type} they take about half" if of_type else ""
-        return "with --export.dtype bfloat16 they take half" if self.exported_dtype == "float32" else ""
+            return f"With --export.type {of_type} the weights take about half the bytes" if of_type else ""
+        return (
+            "With --export.dtype bfloat16 the weights take half the bytes" if self.exported_dtype == "float32" else ""
+        )
 
     def priced(self, currency: str) -> Price:
         """Prices in a registered currency, or half bits of what is exported, for `bytes`."""
@@ -102,7 +104,8 @@ class Plan:
         size = getattr(torch, self.exported_dtype).itemsize * HALF_BITS
         matrix, vector = (int(2 * TYPES[export.type]), 64) if export.format == "gguf" else (size, size)
         of_bytes = partial(weighed, weight=lambda p: matrix if p.ndim > 1 else vector)
-        with quoting(f"Cost '{currency}': expected whole numbers of each block's neuron, KV group and all (", ")."):
+        needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
+        with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):
             costs = (of_bytes if currency == "bytes" else COST[currency])(self.skeleton, blocks)
             return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
 
@@ -117,9 +120,11 @@ class Plan:
         cfg, most = self.cfg, getattr(self.skeleton.config, "max_position_embeddings", math.inf)
         length, measure = cfg.speed.prompt + cfg.speed.generate, bool(cfg.timed_for)
         if measure and length > most:
-            raise UserError(f"--speed.prompt, --speed.generate: expected at most {most:,} positions, got {length:,}.")
+            raise UserError(
+                f"--speed.prompt and --speed.generate must add up to at most {most:,} positions; got {length:,}."
+            )
         if measure and not self.at_hand:
-            raise UserError(f"{cfg.timed_for}: expected a GPU to measure on, got none here.")
+            raise UserError(f"{cfg.timed_for} needs a GPU in this machine to measure on.")
         with multiplying(cfg.trainer.float32_matmul_precision):
             dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.setting()
             how = {"measure": measure, "again": cfg.speed.measure, "own": Path(cfg.folder) / SPEED_TABLE}
@@ -165,8 +170,8 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     blocks = blocks_of(dense)
     if "attention" in cfg.sparsity.scope and not any(block.kv_groups for block in blocks):
         raise UserError(
-            f"--sparsity.scope {cfg.sparsity.scope}: no KV groups that can be removed were found in model type "
-            f"'{config.model_type}'; expected ffn."
+            f"--sparsity.scope {cfg.sparsity.scope} needs KV groups that can be removed; model type "
+            f"'{config.model_type}' has none. Use ffn."
         )
     if not family_of(dense).plain_head:
         raise UserError(
@@ -212,8 +217,8 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
         check_expressible(blocks, config, uniform=cfg.sparsity.uniform_width)
     if cfg.model.device_map is not None and cfg.export.dtype not in (None, cfg.model.dtype):
         raise UserError(
-            f"--export.dtype {cfg.export.dtype}: expected {cfg.model.dtype}, that of --model.dtype, with "
-            f"--model.device_map: weights that come and go are written as they are."
+            f"--export.dtype must be --model.dtype ({cfg.model.dtype}) with --model.device_map, because offloaded "
+            f"weights are not converted; got '{cfg.export.dtype}'."
         )
     recovery_of(cfg.recovery, cfg.recovery_settings).refuse(blocks, shard=cfg.model.shard)
     if "saliency" in cfg.collects:
@@ -224,8 +229,8 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
     longest = max(cfg.corpora.seq_len, cfg.evaluation.seq_len)
     if blocks[0].family.learned_positions and longest > config.max_position_embeddings:
         raise UserError(
-            f"--corpora.seq_len, --evaluation.seq_len: expected at most {config.max_position_embeddings} tokens, the "
-            f"positions that model_type '{config.model_type}' has learned, got {longest}."
+            f"--corpora.seq_len and --evaluation.seq_len must be at most {config.max_position_embeddings} tokens, the "
+            f"number of positions that model type '{config.model_type}' has learned; got {longest}."
         )
 
 
@@ -250,7 +255,7 @@ def within_depth(budget: Budget) -> Budget:
         return replace(budget.removing(min(budget.target, removable)), asked=budget.asked)
     if budget.target > removable:
         raise UserError(
-            f"--sparsity.target: {budget.target:,} cannot go as whole blocks (--sparsity.allocation depth): "
-            f"at most {removable:,} can while one block stays; ask for less."
+            f"--sparsity.allocation depth cannot remove {budget.target:,}: whole blocks are at most {removable:,} if "
+            "one block is kept. Use a lower --sparsity.target."
         )
     return budget

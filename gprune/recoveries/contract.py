@@ -114,12 +114,12 @@ class Recovery:
         others = [n for n in RECOVERY if RECOVERY[n].experts and RECOVERY[n].sharded]
         if shard and not self.sharded:
             raise UserError(
-                f"--recovery {self.name}: every process would take the text through all layers, on its own and from "
-                f"its CPU; expected it without --model.shard true, or one of {', '.join(others)}."
+                f"--recovery {self.name} cannot be combined with --model.shard true, because every process would "
+                f"compute all layers. Use one of {', '.join(others)}."
             )
         if not self.experts and any(block.has_experts for block in blocks):
-            kind = f"the experts of model_type '{blocks[0].family.model_type}'"
-            raise UserError(f"--recovery: '{self.name}' cannot recover {kind}; expected one of {', '.join(others)}.")
+            kind = f"experts (model type '{blocks[0].family.model_type}')"
+            raise UserError(f"--recovery {self.name} cannot recover {kind}. Use one of {', '.join(others)}.")
 
 
 RECOVERY: Registry[Recovery] = Registry("recovery")
@@ -136,8 +136,8 @@ class Chain(Recovery):
         self.sharded = all(one.sharded for one in self.recoveries)
         late = [one.name for one in self.recoveries[1:] if type(one).revise is not Recovery.revise]
         if len(set(names)) < len(names) or "none" in names or late:
-            why = f"'{late[0]}' goes block by block, which only the first can" if late else "each once, and none alone"
-            raise UserError(f"--recovery: expected a chain such as [least_squares,distill], got {name}: {why}.")
+            why = f"'{late[0]}' goes block by block, so it must come first" if late else "each once, and no 'none'"
+            raise UserError(f"--recovery must be a chain such as [least_squares,distill]; got {name} ({why}).")
 
     def revise(self, material: Material) -> Revise | None:
         return self.recoveries[0].revise(material)
@@ -175,7 +175,7 @@ def tuned(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedM
     with RECOVERY.running(name):
         model = recovery_of(name, material.settings).tune(material, pruned)
     if not isinstance(model, PreTrainedModel):
-        raise UserError(f"Recovery '{name}': expected tune to return the pruned model, got {type(model).__name__}.")
+        raise UserError(f"Recovery '{name}' must return the pruned model from tune; got {type(model).__name__}.")
     for place, weight in model.named_parameters():
         if not weight.is_meta:  # offloaded
             RECOVERY.checked(name, place, weight, tuple(weight.shape), of="finite floats")
@@ -232,7 +232,7 @@ class Projection(Recovery):
             parts = zip(weight.chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
             solved = [self._solved(w, k, moments.of_expert(e, experts), ridge) for w, k, e in parts]
         if any(bias is not None for _, bias in solved):
-            raise UserError(f"Recovery '{self.name}': expected None in place of a bias for experts, which have none.")
+            raise UserError(f"Recovery '{self.name}' must return None as the bias of experts, which have no biases.")
         return torch.cat([new for new, _ in solved], 1), None
 
     def _solved(self, weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
@@ -240,7 +240,7 @@ class Projection(Recovery):
             solution = self.solver(weight.float().clone(), keep.clone(), moments.copied(), ridge)
         if not (isinstance(solution, tuple) and len(solution) == 2):
             got = type(solution).__name__
-            raise UserError(f"Recovery '{self.name}': expected a weight and a bias, or None in its place, got {got}.")
+            raise UserError(f"Recovery '{self.name}' must return a weight and a bias, which may be None; got {got}.")
         shape = len(weight), int(keep.sum())
         new = RECOVERY.checked(self.name, "a weight", solution[0], shape, of="floats").to(weight)
         if solution[1] is None:
@@ -279,12 +279,12 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
         experts: whether a function can recover experts, which have no biases.
     """
     if unknown := set(needs) - set(NEEDS):
-        raise ValueError(f"recovery '{name}': needs expected to be of {', '.join(NEEDS)}, got {sorted(unknown)}.")
+        raise ValueError(f"The needs of recovery '{name}' must be among {', '.join(NEEDS)}; got {sorted(unknown)}.")
 
     def decorate(entry: Any) -> Any:
         """Put the class or function into `RECOVERY` under its name, and give it back."""
         if not (issubclass(entry, Recovery) if isinstance(entry, type) else callable(entry)):
-            raise UserError(f"Recovery '{name}': expected a function or a class of Recovery, got {shown(entry)}.")
+            raise UserError(f"Recovery '{name}' must be a function or a subclass of Recovery; got {shown(entry)}.")
 
         def made(**options: Any) -> Recovery:
             solver = functools.partial(entry, **options)

@@ -132,7 +132,7 @@ def unit_costs(
     for index in protect:
         if not -depth <= index < depth:
             raise UserError(
-                f"--sparsity.protect: expected layers from {-depth} to {depth - 1}, got {index}; the model has {depth}."
+                f"--sparsity.protect must name layers from {-depth} to {depth - 1}, as there are {depth}; got {index}."
             )
     kept = {index % depth for index in protect}
     return UnitCosts(
@@ -162,7 +162,9 @@ class Budget:
     asked: float | str | None = None  # what `target` was rounded up from
 
     @classmethod
-    def of(cls, costs: UnitCosts, asked: float | str, width_multiple: int = 1, flag: str = "sparsity.target") -> Budget:
+    def of(
+        cls, costs: UnitCosts, asked: float | str, width_multiple: int = 1, flag: str = "--sparsity.target"
+    ) -> Budget:
         """The budget for what `--sparsity.target` says, such as a share in (0, 1) of the scope's cost, rounded up.
 
         For a quality it is the largest budget that these units allow: a run finds the one that keeps the quality.
@@ -174,24 +176,24 @@ class Budget:
                 unit per block (one `width_multiple` of neurons, one KV group) makes impossible.
         """
         if width_multiple > (narrow := min(filter(None, costs.neurons))):  # of all blocks that have an FFN
-            raise UserError(f"--sparsity.width_multiple: expected 1 to {narrow} neurons, got {width_multiple}.")
+            raise UserError(f"--sparsity.width_multiple must be 1 to {narrow} neurons; got {width_multiple}.")
         goal, total, model = Target.of(asked), costs.total, costs.prices.model
         if goal.unit == "quality" and (largest := cls(costs, 0, width_multiple, asked).largest()).target:
             return largest
         if goal.unit == "quality" or (target := goal.removes(total, model)) < 1:
-            raise UserError(f"--{flag}: {asked} takes nothing from a scope of {total:,} in a model of {model:,}.")
+            raise UserError(f"{flag} {asked} cannot remove anything: the scope has {total:,}, the model {model:,}.")
         costs = replace(costs, gone=costs.fitting(costs.gone, target))
         removable = costs.removable(width_multiple)
         if target > removable:
             raise UserError(
-                f"--{flag}: {asked} cannot be reached: a block keeps {width_multiple} neurons and a KV group, and "
-                f"{len(costs.protected)} keep all, so expected {goal.limit(removable, total, model)}."
+                f"{flag} must be {goal.limit(removable, total, model)}, because each block keeps {width_multiple} "
+                f"neurons and a KV group, and {len(costs.protected)} blocks keep everything; got {asked}."
             )
         return cls(costs, target, width_multiple, asked)
 
     def at(self, sparsity: float) -> Budget:
         """The budget of the same units and grid at another sparsity, one of `--evaluation.curve`."""
-        return Budget.of(self.costs, sparsity, self.width_multiple, flag="evaluation.curve")
+        return Budget.of(self.costs, sparsity, self.width_multiple, flag="--evaluation.curve")
 
     def without(self, blocks: Sequence[int]) -> Budget:
         """This budget with those of these blocks gone, first one first, that fit their share."""

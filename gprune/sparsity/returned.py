@@ -40,8 +40,8 @@ def checked_pair(
         raise
     except (TypeError, ValueError) as error:  # of no lists, and of lists of other lengths
         raise UserError(
-            f"{registry.kind.capitalize()} '{name}': expected {what} as (neurons, KV groups), each a list of a tensor "
-            f"for each of {len(sizes[0])} blocks, got {type(value).__name__}."
+            f"{registry.kind.capitalize()} '{name}' must return {what} as (neurons, KV groups), each a list with a "
+            f"tensor for each of {len(sizes[0])} blocks; got {type(value).__name__}."
         ) from error
 
 
@@ -56,7 +56,7 @@ def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, 
     """
     costs, rest, whose = budget.costs, budget.rest.costs, f"{registry.kind.capitalize()} '{name}'"
     if not isinstance(value, Masks):
-        raise UserError(f"{whose}: expected Masks, got {type(value).__name__}.")
+        raise UserError(f"{whose} must return Masks; got {type(value).__name__}.")
     neurons = [e * n for e, n in zip(costs.of_experts, costs.neurons, strict=True)]
     masks = Masks(*checked_pair(registry, name, "masks", (value.ffn, value.attention), (neurons, costs.groups), "bool"))
     over = sum if costs.uniform else max  # where all blocks are equally wide, a step goes in each of them
@@ -66,6 +66,6 @@ def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, 
     )
     removed, target = costs.removed(masks), budget.target
     if exact and not target <= removed < target + step:
-        expected = f"{target:,} removed, and less than {step:,} more"
-        raise UserError(f"{whose}: expected masks on budget ({expected}), got {removed:,}.")
+        needed = f"at least {target:,}, and less than {target + step:,}"
+        raise UserError(f"{whose} must return masks on budget, which remove {needed}; got {removed:,}.")
     return masks

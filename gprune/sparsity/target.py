@@ -20,8 +20,8 @@ SIZES = {f"{letter}{i}B": base**n for i, base in (("", 1000), ("i", 1024)) for n
 LEFT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9} | SIZES
 HALF_BITS = 16  # of a byte, which budgets of bytes count: GGUF's q8_0 has 8.5 bits a weight
 FORMS = (
-    "a share of the scope inside (0, 1), 30% of all parameters, 95M or 200MiB that are left, 1.4x as fast, or +5% for "
-    "a perplexity at most so far above dense (up to +1000%)"
+    "a share of the scope between 0 and 1, a share of all parameters such as 30%, what is left such as 95M or 200MiB, "
+    "a speedup such as 1.4x, or a rise in perplexity such as +5% (at most +1000%)"
 )
 
 
@@ -46,7 +46,7 @@ class Target:
             return cls(str(asked), left, "bytes" if unit in SIZES else "parameters")
         if (unit == "%" and 0 < number < 100) or (unit == "x" and 1 < number <= 1000):
             return cls(asked, number / (100 if unit == "%" else 1), unit)
-        raise UserError(f"--sparsity.target: expected {FORMS}, got {shown(asked)}.")
+        raise UserError(f"--sparsity.target must be {FORMS}; got {shown(asked)}.")
 
     def removes(self, scope: int, model: int) -> int:
         """What has to go, rounded up, where scope and model cost so much."""
