@@ -4,8 +4,8 @@ For each linear layer, a backward pass over the frozen model gives the input x (
 d (B, T, out). The weight's gradient for window b is d_b^T x_b. A hook computes and sums it window by window, so weights
 stay frozen and no gradients are stored.
 
-Memory: for each half of the corpus, a float32 sum of gradients with the size of the weights. This is 0.64 GB for the FFNs
-of a model with 135M parameters, and about 35 GB for 7B.
+Memory: for each half of the corpus, a float32 sum of gradients with the size of the weights. This is 0.64 GB for the
+FFNs of a model with 135M parameters, and about 35 GB for 7B.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def _by_channel(block: Block, name: str, rows: Tensor) -> Tensor:
     """Convert saliency of rows of query, key or value to saliency of attention channels, (heads x head_dim,).
 
     If a head has several rows per channel, such as a query and its gate, they are added. If the number of rows is not a
-    multiple of channels, as in latent attention, their sum is divided equally among channels. Terms of key and value are
-    divided equally among the query heads of a group.
+    multiple of channels, as in latent attention, their sum is divided equally among channels. Terms of key and value
+    are divided equally among the query heads of a group.
     """
     per_head = rows.view(block.heads if name == "query" else block.kv_groups, -1)
     if per_head.shape[1] % block.head_dim == 0:

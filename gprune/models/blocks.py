@@ -85,7 +85,7 @@ class Block:
         return self.module(self.family.attention_norm)
 
     def joins_residual(self, part: str) -> bool:
-        """Return whether the output of `down` or `output` is added to the residual without a norm between."""
+        """Return whether the output of `down` or `output` is added to the residual without a norm."""
         return self.norm_behind(part) is None
 
     def norm_behind(self, part: str) -> nn.Module | None:
@@ -128,7 +128,7 @@ class Block:
         return 0 if self.output is None else self.output.in_features
 
     def per_query_head(self, values: Tensor) -> Tensor:
-        """Repeat values of key/value rows, (kv_groups x head_dim, ...), for the query heads that share each row. Returns
+        """Repeat values of key/value rows, (kv_groups x head_dim, ...), for the query heads that share each row:
         (heads x head_dim, ...)."""
         q = self.heads // self.kv_groups
         return repeat(values, "(g d) ... -> (g q d) ...", d=self.head_dim, q=q)

@@ -218,8 +218,8 @@ def reconstruction(
     lower convex hull of these points gives every neuron a price: the rise of the loss divided by the neuron's cost in
     the budget. Removing the cheapest neurons of the whole model would remove the fraction S*_b of block b. As the
     estimate is only accurate near the dense model, S_b = S + `strength` (S*_b - S), with S the sparsity. With strength
-    1 the first blocks of a model would lose nothing. KV groups are allocated as by `uniform`. The estimate assumes least
-    squares, whatever the recovery. This rule is ours; the strength was chosen on development text of SmolLM2.
+    1 the first blocks of a model would lose nothing. KV groups are allocated as by `uniform`. The estimate assumes
+    least squares, whatever the recovery. This rule is ours; the strength was chosen on development text of SmolLM2.
     """
     import torch
 
