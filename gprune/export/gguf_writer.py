@@ -60,8 +60,8 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows (heads * head_dim, ...) from rotary pairs (i, i + head_dim / 2) of transformers to neighbouring pairs
-    of llama.cpp."""
+    """Reorder rows (heads * head_dim, ...) from rotary pairs (i, i + head_dim / 2) of transformers to the neighbouring
+    pairs of llama.cpp."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 

@@ -3,7 +3,8 @@
 If all blocks have the same shape, and the family's stock config supports it, the folder is a stock model without custom
 code. Otherwise it has safetensors, a config.json with the table `per_layer_config`, and the modelling file
 `modeling_pruned.py`, the same for all families. Load it with
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, or after `gprune.register()` without remote code.
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, or after `gprune.register()` without remote
+code.
 `check_reload` compares logits of the folder in a fresh process with those of the model in memory.
 """
 
@@ -53,7 +54,7 @@ NOT_CARRIED = {
 }
 KNOWN_CODE = re.compile(r"transformers\..*|.*\bmodeling_pruned")  # modules of model classes that we can export
 SHARD = 5 * 10**9  # largest file in bytes
-CARD = "Pruned by gprune. Where layers differ in width, config.json has a table `per_layer_config`.\n"  # run folders have a longer card
+CARD = "Pruned by gprune. Where layers differ in width, config.json has a table `per_layer_config`.\n"  # a run has more
 
 
 def stock_values(model: PreTrainedModel) -> dict[str, Any]:
@@ -166,8 +167,8 @@ def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> P
 
     Args:
         model: a model of a supported family, dense or pruned. If it is offloaded, the result can only be saved.
-        dtype: dtype of weights; those of another dtype are copied. None: no change. An offloaded model needs None or its
-            own dtype.
+        dtype: dtype of weights; those of another dtype are copied. None: no change. An offloaded model needs None or
+            its own dtype.
     """
     register_type(family_of(model).model_type)  # for records that were added after the import, or discovered
     exportable = stock_skeleton(model) or pruned_skeleton(model)
@@ -199,8 +200,9 @@ def cast(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
 def portable(model: PreTrainedModel) -> PreTrainedModel:
     """Convert a model so that `save_pretrained` writes a folder that loads, also after training.
 
-    Some models are returned unchanged and must be saved by `save_pruned`: models on several devices or offloaded, because
-    they need their hooks; models with code outside of transformers; and models with extra weights, such as adapters.
+    Some models are returned unchanged and must be saved by `save_pruned`: models on several devices or offloaded,
+    because they need their hooks; models with code outside of transformers; and models with extra weights, such as
+    adapters.
     """
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) == 1 and not is_offloaded(model) and KNOWN_CODE.fullmatch(type(model).__module__):

@@ -1,8 +1,8 @@
 """Run GGUF files in llama.cpp (package llama-cpp-py-sync): log-probabilities, tokens, quantisation.
 
-This file is run as a script, `python -P llamacpp.py`, and never imported by gprune, because llama.cpp aborts the process
-on errors and starts threads. It reads a JSON request from stdin and writes the answer as the last line of stdout. The
-request has `work`, `model` (a path), `threads`, and more keys for each kind of work:
+This file is run as a script, `python -P llamacpp.py`, and never imported by gprune, because llama.cpp aborts the
+process on errors and starts threads. It reads a JSON request from stdin and writes the answer as the last line of
+stdout. The request has `work`, `model` (a path), `threads`, and more keys for each kind of work:
 
 score    `ids`, `texts`, and `logprobs`, a file to write (.npy, float32, (T, vocabulary)) with log-probabilities after
          each of the T ids. The answer is a list of tokens for every text.

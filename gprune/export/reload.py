@@ -1,7 +1,7 @@
 """Compute logits of an exported folder without gprune.
 
-This file is run as a script, `python -P reload.py`, in a process that never imports gprune. It shows that the folder and
-its modelling file need only transformers. It reads a JSON request from stdin: `folder`, `tokens` and `logits`
+This file is run as a script, `python -P reload.py`, in a process that never imports gprune. It shows that the folder
+and its modelling file need only transformers. It reads a JSON request from stdin: `folder`, `tokens` and `logits`
 (safetensors files to read and to write), `device`, `load` (arguments of `from_pretrained`; `max_memory` as pairs), and
 `threads`, the caller's number of threads, because it can change the last bits of sums.
 """

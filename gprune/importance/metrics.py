@@ -9,8 +9,8 @@ the group x head_dim). Weights must not be changed; moments are a copy.
         return moments.mean_sq.sqrt()
 
 Symbols in docstrings: W (H, C) is the output projection, and W_:j its column of channel j. V_j are the rows that
-compute the channel (gate and up; value). X_j are the activations of the channel over all n tokens, so ||X_j||_2^2 / n is the
-mean square. Scores are >= 0, and only their order matters.
+compute the channel (gate and up; value). X_j are the activations of the channel over all n tokens, so ||X_j||_2^2 / n
+is the mean square. Scores are >= 0, and only their order matters.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ class UnitWeights:
     """Weights of C channels with H hidden dimensions, float32.
 
     For neurons `inputs` are the rows of gate and up, or of up only without a gate. For attention they are the value
-    rows, repeated for the query heads that share them, because a channel of the output projection's input is a weighted mean
-    over tokens of the value row's output.
+    rows, repeated for the query heads that share them, because a channel of the output projection's input is a weighted
+    mean over tokens of the value row's output.
     """
 
     inputs: tuple[Tensor, ...]  # each (C, H)

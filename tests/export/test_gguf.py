@@ -206,12 +206,12 @@ DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "f
         ("llama", DYNAMIC, "has rope_type dynamic instead of default, linear or llama3"),
         ("llama", {"hidden_act": "gelu"}, "has hidden_act gelu instead of silu"),
         ("mistral", {}, "attends to a window of 16 tokens"),
-        ("qwen3", {}, r"has weights beside Llama's \(self_attn.q_norm.weight\)"),
-        ("gemma2", {}, "normalises elsewhere"),
+        ("qwen3", {}, r"has weights that Llama does not have \(self_attn.q_norm.weight\)"),
+        ("gemma2", {}, "has norms at other places"),
         ("gpt2", {}, "has no gate"),
         ("mixtral", {}, "has experts"),
         ("granite", {}, "has no record in gprune"),
-        ("smollm3", {"no_rope_layers": [1, 0, 1]}, "has layers without rotation"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1]}, "has layers without rotary"),
     ],
 )
 def test_what_llama_cpp_computes_differently_is_refused_by_name(family, settings, message, tmp_path):
@@ -300,7 +300,7 @@ def test_a_run_that_could_write_no_gguf_file_is_refused_before_it_starts(world, 
     args = world("qwen3").args(tmp_path / "runs", "--export=gguf")
     monkeypatch.setattr("gprune.pipeline.inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
     assert main(args) == 2
-    assert "this 'qwen3' has weights beside Llama's" in capsys.readouterr().err
+    assert "Cannot export 'qwen3' to GGUF: it must compute like Llama, but has weights" in capsys.readouterr().err
     monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: False)
     assert main(args) == 2
     assert "Export to GGUF needs a llama.cpp build" in capsys.readouterr().err
