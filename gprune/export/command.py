@@ -29,9 +29,7 @@ def parser() -> Parser:
     command_line.add_argument(
         "--type", type=str.lower, choices=(*TYPES, *QUANTISED), default="f16", help="type of matrices (default: f16)"
     )
-    command_line.add_argument(
-        "--unchecked", action="store_true", help="write the file without checking it if llama.cpp is not installed"
-    )
+    command_line.add_argument("--unchecked", action="store_true", help="do not check the file in llama.cpp")
     return command_line
 
 

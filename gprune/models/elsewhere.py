@@ -1,4 +1,4 @@
-"""Models made elsewhere: any causal language model, which is read back as strictly as gprune's own exports."""
+"""Models of `--model.made_elsewhere`: any causal language model, loaded as strictly as gprune's exports."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ FLAG = "--model.made_elsewhere"
 
 
 def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Refuse a model that does not load exactly as it was saved, before any weight is in memory.
+    """Check that a model loads exactly as it was saved, before weights are loaded.
 
-    Only the headers of the weight files are read. A model on the hub is downloaded.
+    Only headers of weight files are read. A model on the hub is downloaded.
 
     Returns:
-        The model on the meta device: shapes without weights.
+        The model on the meta device, without weights.
 
     Raises:
-        UserError: one line. For weights that are missing, which transformers would initialise at random; for weights of
-            another shape, or without a place in the model, which transformers would drop; for quantised weights; for
-            code that nobody has consented to run; for a folder without a model or a tokenizer.
+        UserError: if weights are missing, which transformers would initialise at random; if weights have another shape
+        or
+            do not belong to the model, which transformers would ignore; if weights are quantised; if the model needs
+            code without consent; if there is no model or no tokenizer.
     """
     consent = {"trust_remote_code": trust_remote_code}
     with _named(name):
@@ -43,7 +44,7 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
             raise UserError(f"{FLAG} must have weights in {floats}; got '{name}', which is quantised.")
         check_stored(skeleton(config, **consent), location)
         settings: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
-        with quieted("transformers"):  # its table of missing weights, which follow in one line
+        with quieted("transformers"):  # its table of missing weights, which are reported below
             model, report = auto_of(config).from_pretrained(location, **consent, **settings)
         check_complete(report | {"unexpected_keys": ()}, location)
         if mismatched := sorted(report["mismatched_keys"]):
@@ -63,10 +64,10 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
 
 
 def check_consent(name: str, location: str, given: bool) -> None:
-    """Raise UserError for a model that is nothing without its own code, unless the user consents to run that code."""
+    """Raise UserError if a model needs its own code, unless the user has consented to run it."""
     try:
         content = PreTrainedConfig.get_config_dict(location)[0]
-    except Exception:  # of any class: reading the configuration says what is wrong
+    except Exception:  # of any class; reading the configuration later reports the error
         return
     if not given and content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING:
         flag, remedy = (
@@ -77,7 +78,7 @@ def check_consent(name: str, location: str, given: bool) -> None:
 
 
 def load_elsewhere(name: str, **settings: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A frozen causal language model and its tokenizer, as `load_model`, whether gprune can prune it or not.
+    """Load a frozen causal language model and its tokenizer like `load_model`, even if gprune cannot prune it.
 
     Raises:
         UserError: as `load_model`.
@@ -88,7 +89,7 @@ def load_elsewhere(name: str, **settings: Any) -> tuple[PreTrainedModel, PreTrai
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Let errors name the flag that the model was given by."""
+    """Replace `--model.name` in errors by the flag of this model."""
     try:
         with quoting(f"{FLAG}: '{name}' cannot be loaded: "):
             yield
