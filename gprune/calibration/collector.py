@@ -1,6 +1,6 @@
-"""Collect the statistics of a corpus in one pass: hooks on the model, and the torchmetrics states that they feed.
+"""Collect the statistics of a corpus in one pass, by hooks on the model that update torchmetrics states.
 
-`gprune.calibration.layerwise` makes the same sums block by block.
+`gprune.calibration.layerwise` computes the same sums block by block.
 
     with Collector(model) as collector:
         for batch in loader:
@@ -33,17 +33,21 @@ from gprune.models.offload import device_of
 
 
 def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
-    """A `dist_sync_fn` for torchmetrics that adds up over processes, instead of gathering a copy from each of them."""
+    """`dist_sync_fn` for torchmetrics that adds over processes, instead of gathering a copy from each."""
     total = tensor.clone()
     torch.distributed.all_reduce(total, group=group)
     return [total]
 
 
 class Collector:
-    """Context manager that watches the inputs of down and output projections; leaving removes the hooks.
+    """Context manager that collects statistics of inputs of down and output projections. Leaving it removes the hooks.
 
-    Gram matrices are summed with `gram`; with `saliency`, scopes (`ffn`, `attention`), the Taylor saliency of their
-    weights by a backward pass. Given some `blocks`, processes add sums up in place of gathering them, in less memory.
+    Args:
+        model: the frozen model.
+        gram: whether to sum Gram matrices.
+        saliency: scopes (`ffn`, `attention`) whose Taylor saliency is collected, by a backward pass.
+        blocks: the blocks; by default all. If given, sums are added over processes instead of gathered, which needs
+            less memory.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class Collector:
         self.gradients: dict[str, list[dict[str, StreamingGradients]]] = {scope: [] for scope in saliency}
         options = {} if blocks is None else {"dist_sync_fn": _sum_of_processes}
         for block in self.blocks:
-            # States lie where they are summed. A backward pass writes into them, which inference mode would refuse.
+            # States are on the layer's device. A backward pass writes to them, which inference tensors do not allow.
             with torch.inference_mode(False), device_of(block.layer):
                 for scope, part in OUTPUT_PROJECTIONS.items():
                     if part == "down" and block.has_experts:
@@ -75,7 +79,7 @@ class Collector:
                     parts = salient_parts(block, scope).items()
                     gradients.append({n: StreamingGradients((p.out_features, p.in_features)) for n, p in parts})
         self._half = self._weight = torch.empty(0)
-        self._halves: list[int | None] = []  # of each window, on the host; None leaves it out
+        self._halves: list[int | None] = []  # half of each window, on the host; None: ignored
         self._length = 0  # tokens per window
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -83,7 +87,7 @@ class Collector:
         for index, block in enumerate(self.blocks):
             for scope, part in OUTPUT_PROJECTIONS.items():
                 metric = self.metrics[scope][index]
-                if part not in block.parts:  # no such units: their tokens are counted nevertheless
+                if part not in block.parts:  # no such units: count tokens only
                     count = partial(self._see_tokens, metric)
                     self._handles.append(block.layer.register_forward_hook(count, with_kwargs=True))
                     continue
@@ -124,15 +128,15 @@ class Collector:
         metric.update(x.detach(), expert, self._half.to(x.device)[window], self._weight.to(x.device)[window])
 
     def _by_window(self, x: Tensor) -> Tensor:
-        """(B, T, C), also for layers that flatten the batch."""
+        """Reshape to (B, T, C), as some layers flatten the batch."""
         return x.reshape(len(self._half), -1, x.shape[-1])
 
     def _see_layer(
         self, metric: StreamingTurn, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         before = args[0] if args else kwargs["hidden_states"]
-        output = output if isinstance(output, Tensor) else output[0]  # some layers return their attention too
-        # The layer's input may still lie on the device of the layer before it.
+        output = output if isinstance(output, Tensor) else output[0]  # some layers return attention too
+        # The input may still be on the device of the previous layer.
         metric.update(before.detach().to(output.device), output.detach(), self._weight.to(output.device))
 
     def _see_gradient(
@@ -148,26 +152,26 @@ class Collector:
         output.register_hook(add)
 
     def expect(self, length: int, half: Tensor, weight: Tensor | None = None) -> None:
-        """Announce a batch of windows of `length` tokens; `half` and `weight` as for `observe`."""
+        """Prepare for a batch of windows with `length` tokens; `half` and `weight` as for `observe`."""
         self._half, self._length = half, length
         self._weight = torch.ones(len(half), device=half.device) if weight is None else weight
-        if self.gradients:  # which are added window by window
+        if self.gradients:  # gradients are added window by window
             pairs = torch.stack([half.double(), self._weight.double()], 1).tolist()
             self._halves = [int(h) if counts else None for h, counts in pairs]
 
     def observe(self, input_ids: Tensor, half: Tensor, weight: Tensor | None = None) -> None:
-        """Run the decoder on (B, T) token ids; `half` (B,) in {0, 1}; `weight` (B,), 0 leaves a window out."""
+        """Run the decoder on (B, T) token ids; `half` (B,) in {0, 1}; windows with `weight` (B,) 0 are ignored."""
         self.expect(input_ids.shape[1], half, weight)
         if self.gradients:
             with torch.inference_mode(False), torch.enable_grad():
-                # The sum over windows: each window's loss is its own mean over tokens, whatever the batch.
+                # Sum over windows of the mean over tokens, which does not depend on the batch size.
                 next_token_losses(self.model, input_ids.clone()).sum().backward()
         else:
             with torch.no_grad():
                 decoder_of(self.model)(input_ids=input_ids, use_cache=False)
 
     def compute(self) -> CorpusStatistics:
-        """Statistics of all batches, summed over processes; they share the Gram matrices of the sums."""
+        """Return statistics of all batches, summed over processes. Gram matrices are not copied."""
         by_scope = {s: [channel_statistics(m.compute()) for m in metrics] for s, metrics in self.metrics.items()}
         for scope, gradients in self.gradients.items():
             for i, (block, metrics) in enumerate(zip(self.blocks, gradients, strict=True)):
@@ -177,7 +181,7 @@ class Collector:
         return CorpusStatistics(**by_scope, turned=turned)
 
     def release(self) -> None:
-        """Free all sums at once: torchmetrics refer to themselves, and would keep theirs until garbage collection."""
+        """Free all sums. Because of reference cycles in torchmetrics they would stay until garbage collection."""
         by_part = [part for gradients in self.gradients.values() for parts in gradients for part in parts.values()]
         for metric in (*self.turns, *chain(*self.metrics.values()), *by_part):
             metric.__dict__.clear()

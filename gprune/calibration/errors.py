@@ -1,13 +1,13 @@
-"""Errors of blocks: how much the loss rises when neurons of a block go, estimated for several widths.
+"""Errors of blocks: estimates of how much the loss rises if a block is cut to a given width, for several widths.
 
-Neurons go in a given order. With the K last of them kept, least squares gives the best output projection V on these,
-and each token t keeps the error r_t = W x_t - V x_t,K, (H,). To second order, with the Fisher information in place of
-the curvature, and for errors of random direction, the loss rises in proportion to
+Neurons are removed in a given order. If the last K of them are kept, least squares gives the best output projection V,
+and token t has the error r_t = W x_t - V x_t,K, (H,). The rise of the loss is estimated to second order, with the
+Fisher information instead of the curvature and for errors of random direction. It is proportional to
 
     E(K) = mean over tokens of ||r_t||^2 ||g_t||^2,    g_t = gradient of the loss by the output of the projection,
 
-so errors of different blocks can be compared. The gradient matters most for the first token of a window: it holds most
-of the energy of the activations, and next to nothing depends on it. Two thousand tokens of each corpus are enough.
+so errors of different blocks are comparable. The factor ||g_t||^2 matters most for the first token of a window, which
+has most of the energy of the activations but hardly influences the loss. Two thousand tokens per corpus are enough.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from gprune.models.offload import device_of
 
 log = logging.getLogger("gprune")
 
-LEVELS = 8  # widths of a block whose errors are computed lie N / LEVELS apart
+LEVELS = 8  # errors are computed for widths that are N / LEVELS apart
 
 
 def check_dense(blocks: Sequence[Block]) -> None:
-    """Raise UserError for blocks with experts: errors are measured of dense FFNs alone."""
+    """Raise UserError for blocks with experts. Errors are only implemented for dense FFNs."""
     if any(block.has_experts for block in blocks):
         raise UserError(
-            f"--sparsity.allocation reconstruction: expected dense blocks, got experts of model_type "
-            f"'{blocks[0].family.model_type}'; use uniform."
+            f"--sparsity.allocation reconstruction cannot measure experts ('{blocks[0].family.model_type}'). "
+            "Use uniform."
         )
 
 
 def tokens_with_gradients(
     model: PreTrainedModel, batches: Sequence[Tensor], *, bfloat16: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
-    """What enters each output projection of an FFN, and how much the loss depends on what leaves it.
+    """Return inputs of each `down` projection, and the squared norm of the gradient by its output.
 
     Args:
-        model: dense and frozen.
-        batches: (B, T) int64 token ids each.
-        bfloat16: multiply matrices in bfloat16 (autocast); in float32 nevertheless if a loss is not finite then.
+        model: the dense, frozen model.
+        batches: batches of (B, T) int64 token ids.
+        bfloat16: multiply matrices in bfloat16 (autocast), with fallback to float32 if a loss is not finite.
 
     Returns:
-        For each block (n, N) bfloat16 activations of all n tokens and (n,) float32 ||g_t||^2 on the CPU; the loss is a
-        window's mean next-token cross-entropy in nats. Two empty tensors for a block without an FFN.
+        For each block, on the CPU: (n, N) bfloat16 inputs of all n tokens, and (n,) float32 ||g_t||^2. The loss is the
+        mean next-token cross-entropy of a window in nats. Blocks without an FFN have two empty tensors.
     """
     blocks, device = blocks_of(model), device_of(model)
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]
@@ -81,7 +81,7 @@ def tokens_with_gradients(
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), casts.applied():
                 losses = next_token_losses(model, ids)
             if bfloat16 and not losses.isfinite().all():
-                log.warning("A loss is not finite in bfloat16: errors of blocks are measured in float32 instead.")
+                log.warning("A loss is not finite in bfloat16. Errors of blocks are measured in float32 instead.")
                 bfloat16, losses = False, next_token_losses(model, ids)
             losses.sum().backward()
     empty = torch.zeros(0, 0, dtype=torch.bfloat16), torch.zeros(0)
@@ -90,18 +90,20 @@ def tokens_with_gradients(
 
 @torch.no_grad()
 def errors_by_width(weight: Tensor, gram: Tensor, x: Tensor, energy: Tensor, *, ridge: float) -> Tensor:
-    """E(K) at K = 0, N / LEVELS, ..., N kept neurons, (LEVELS + 1,) float64 on the CPU, the last of them 0.
+    """Return E(K) at K = 0, N / LEVELS, ..., N kept neurons, (LEVELS + 1,) float64 on the CPU; the last one is 0.
 
-    One factor serves all widths. With G + lambda I = L L^T, P = W L, and R the N - K neurons that go, the error of
-    token t is r_t = P_R (L^-1 x_t)_R, since a leading part of L is the factor of the leading part of the matrix. So
+    All widths share one Cholesky factor: G + lambda I = L L^T, and the leading part of L is the factor of the leading
+    part of G + lambda I. With P = W L and R the N - K removed neurons, the error of token t is r_t = P_R (L^-1 x_t)_R,
+    so
 
         E(K) = sum over i, j in R of (P^T P)_ij (L^-1 S L^-T)_ij,    S = mean over tokens of x_t x_t^T ||g_t||^2.
 
     Args:
-        weight: W (H, N); gram: G, the sum of x x^T over the calibration text, (N, N); x: (n, N) tokens. All of them
-            with neurons in the order in which they leave, the last one first.
+        weight: W, (H, N). Here and in `gram` and `x`, the neuron that is removed first comes last.
+        gram: G, the sum of x x^T over the calibration text, (N, N).
+        x: inputs of n tokens, (n, N).
         energy: ||g_t||^2 of these tokens, (n,).
-        ridge: lambda of least squares over the mean diagonal of `gram`.
+        ridge: lambda of least squares, divided by the mean diagonal of `gram`.
 
     Raises:
         UserError: if an activation or a gradient is not finite.
@@ -109,7 +111,7 @@ def errors_by_width(weight: Tensor, gram: Tensor, x: Tensor, energy: Tensor, *, 
     N = weight.shape[1]
     weighted = torch.zeros(N, N, device=weight.device)
     scaled = x.float() * (energy.float() / max(1, len(x))).sqrt()[:, None]
-    with fast_products(x):  # which rounds them to bfloat16 again: errors change by some 1e-4 of themselves
+    with fast_products(x):  # rounds `scaled` to bfloat16, which changes errors by about 1e-4 of their size
         add_gram(weighted, scaled)
     fill_gram(weighted)
     require_finite("activation or gradient came up while errors were measured", weighted)
@@ -133,13 +135,13 @@ def block_errors(
     ridge: float = 0.01,
     bfloat16: bool = False,
 ) -> Tensor:
-    """E(K) of every block, (blocks, LEVELS + 1) float64 on the CPU, as `errors_by_width` gives it.
+    """Return E(K) of every block by `errors_by_width`, (blocks, LEVELS + 1) float64 on the CPU.
 
     Args:
-        model: dense and frozen, its weights in memory.
-        scores: (N,) of each block's neurons, of which the smallest leave first.
-        statistics: with Gram matrices.
-        batches: the tokens, (B, T) int64 each, to go through the model and back.
+        model: the dense, frozen model, with weights in memory.
+        scores: (N,) scores of each block's neurons. The smallest are removed first.
+        statistics: statistics with Gram matrices.
+        batches: batches of (B, T) int64 token ids for the forward and backward pass.
         bfloat16: as for `tokens_with_gradients`.
     """
     blocks, errors = blocks_of(model), []

@@ -1,12 +1,12 @@
-"""Collect the same statistics block by block: every decoder layer sees the whole corpus before the next one sees any.
+"""Collect statistics layer by layer: the whole corpus passes a decoder layer before the next layer begins.
 
-So the weights of an offloaded layer are fetched once per corpus and not once per batch, and one block's Gram matrices
-are in memory at a time. In exchange the hidden states of the corpus stay on the CPU: tokens x H in the model's dtype,
+Weights of an offloaded layer are then read once per corpus instead of once per batch, and only one layer's Gram
+matrices are in memory. In return, hidden states of the corpus are stored on the CPU: tokens x H in the model's dtype,
 134 MB for 16 windows of 1024 tokens of a 7B model in bfloat16.
 
-Only the decoder knows a layer's other arguments (masks, rotary embeddings). So it runs once per batch while its layers
-stand aside: each notes its arguments, and returns its hidden states unchanged. Later the layers compute with these
-arguments, batch by batch in the same order, so all sums are the same bits.
+Layers have other arguments, such as masks and rotary embeddings, which only the decoder computes. To record them, the
+decoder first runs once per batch with replaced layers, which record their arguments and return hidden states unchanged.
+Then the real layers compute with these arguments, in the same order of batches, so all sums have the same bits.
 """
 
 from __future__ import annotations
@@ -32,27 +32,30 @@ from gprune.models.offload import device_of, is_offloaded, resident
 from gprune.models.outputs import hidden_in, with_hidden
 from gprune.models.tiny import shrunk, stock_config, tiny_model
 
-GRAMS_IN_MEMORY = 4 * 2**30  # bytes; if a run's Gram matrices take more, they go to files block by block
+GRAMS_IN_MEMORY = 4 * 2**30  # bytes; larger Gram matrices of a run are written to files block by block
 Store = Callable[[Block, dict[str, Tensor]], dict[str, StoredGram]]
 
 
 def walks(model: PreTrainedModel, *, corpora: int, gram: bool, sharded: bool = False) -> bool:
-    """Whether calibration goes block by block: the model is offloaded, not sharded, or Gram matrices exceed memory."""
+    """Return whether to calibrate layer by layer: for offloaded, unsharded models and for large Gram matrices."""
     return (is_offloaded(model) and not sharded) or (gram and corpora * gram_bytes(blocks_of(model)) > GRAMS_IN_MEMORY)
 
 
 def check_walk(config: PreTrainedConfig) -> None:
-    """Raise UserError for a type that computes something else layer by layer, as a tiny random copy shows: layers that
-    pass more than hidden states on, or that are called more than once. Types with a record of gprune's own pass."""
+    """Raise UserError if a tiny random model of the type gives other logits layer by layer.
+
+    This is the case if layers pass on more than hidden states, or are called more than once. Types with a built-in
+    record are not checked.
+    """
     if (record := family_of_config(config)) in BUILT_IN.values():
         return
     try:
         model = tiny_model(shrunk(stock_config(config)))
-    except Exception:  # a class that cannot be made small
+    except Exception:  # no tiny model of this class
         return
-    remember(model, record)  # a class from elsewhere would have its structure looked for again
+    remember(model, record)  # avoids another discovery for classes of other packages
     ids = torch.arange(3, 27).view(2, 12)
-    why = "the result is another one"
+    why = "the logits differ"
     try:
         walk = Walk(model)
         walk.add(ids)
@@ -69,29 +72,34 @@ def check_walk(config: PreTrainedConfig) -> None:
 
 @dataclass
 class Call:
-    """One batch on its way through the layers."""
+    """One batch between two layers."""
 
     input_ids: Tensor  # (B, T)
-    hidden: Tensor  # (B, T, H), on the CPU: what enters the next layer
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]  # each layer's, without the hidden states
+    hidden: Tensor  # (B, T, H), on the CPU: input of the next layer
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]  # of each layer, without hidden states
     half: Tensor | None = None  # (B,) in {0, 1}
     weight: Tensor | None = None  # (B,)
 
     def through(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """The output of the decoder's layer number `index`, or a pruned version of it, for hidden states (B, T, H), on
-        the layer's device; its weights have to be there."""
+        """Return the output of a layer for hidden states (B, T, H), on the layer's device.
+
+        Args:
+            layer: layer number `index` of the decoder, or a pruned version of it, with weights on its device.
+            index: number of the layer, whose recorded arguments are used.
+            hidden: hidden states.
+        """
         device = device_of(layer)
-        args, kwargs = send_to_device(self.arguments[index], device)  # noted on the device of the dense layer
+        args, kwargs = send_to_device(self.arguments[index], device)  # recorded on the device of the dense layer
         return hidden_in(layer(hidden.to(device), *args, **kwargs))
 
 
 class _Left(Exception):  # noqa: N818 - no error
-    """A forward pass was left on purpose, with what a layer returned."""
+    """Leaves a forward pass early, with the output of a layer."""
 
 
 @dataclass
 class Walk:
-    """Batches on their way through the layers of a frozen model, all of them through one layer before the next.
+    """Pass batches through a frozen model layer by layer.
 
     walk = Walk(model)
     for batch in loader:
@@ -101,12 +109,12 @@ class Walk:
 
     model: PreTrainedModel
     calls: list[Call] = field(default_factory=list)
-    _pool: dict[tuple, list[Tensor]] = field(default_factory=dict)  # noted tensors, without duplicates
-    _form: Any = None  # what a layer returns: hidden states, or a tuple or list with them
+    _pool: dict[tuple, list[Tensor]] = field(default_factory=dict)  # recorded tensors, without duplicates
+    _form: Any = None  # an output of a layer: hidden states, or a tuple or list with them
 
     @torch.no_grad()
     def add(self, input_ids: Tensor, half: Tensor | None = None, weight: Tensor | None = None) -> None:
-        """Embed (B, T) token ids and note each layer's arguments; `half` and `weight` as for `Collector.observe`."""
+        """Embed (B, T) token ids and record arguments of each layer; `half` and `weight` as for `Collector.observe`."""
         seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -121,7 +129,7 @@ class Walk:
         self.calls.append(Call(input_ids, seen[0][0].cpu(), arguments, half, weight))
 
     def _returned_by_first_layer(self, input_ids: Tensor) -> Any:
-        """What the first layer returns; the decoder is left behind it."""
+        """Return the output of the first layer. The decoder stops after this layer."""
         layer = decoder_layers(self.model)[0]
 
         def leave(_layer: nn.Module, _inputs: Any, out: Any) -> None:
@@ -129,7 +137,7 @@ class Walk:
 
         handle = layer.register_forward_hook(leave)
         try:
-            with resident(layer):  # not by a call, whose hooks would count these tokens
+            with resident(layer):  # not by a call, because hooks would count these tokens
                 decoder_of(self.model).forward(input_ids=input_ids, use_cache=False)
         except _Left as left:
             return left.args[0]
@@ -138,7 +146,7 @@ class Walk:
         raise AssertionError("the decoder does not call its first layer")
 
     def _shared(self, tensor: Tensor) -> Tensor:
-        """An earlier tensor that equals this one, or this one."""
+        """Return an equal tensor that was recorded earlier, or this one."""
         pool = self._pool.setdefault((tensor.shape, tensor.dtype, tensor.device), [])
         for other in pool:
             if other is tensor or torch.equal(other, tensor):
@@ -148,15 +156,19 @@ class Walk:
 
     @torch.no_grad()
     def _pass(self, layer: nn.Module, index: int, collector: Collector | None = None) -> None:
-        """Take all batches through layer number `index`, whose weights are there; a collector is told of each."""
+        """Pass all batches through layer number `index`, with weights in memory, and tell the collector of each."""
         for call in self.calls:
             if collector is not None:
                 collector.expect(call.input_ids.shape[1], call.half, call.weight)
             call.hidden = call.through(layer, index, call.hidden).cpu()
 
     def statistics(self, *, gram: bool = False, store: Store | None = None) -> CorpusStatistics:
-        """Statistics of all batches, the same bits as `Collector`'s, summed over processes; `store` writes one block's
-        Gram matrices, by kind, and returns their places."""
+        """Return statistics of all batches, summed over processes, with the same bits as `Collector`.
+
+        Args:
+            gram: whether to sum Gram matrices.
+            store: writes Gram matrices of a block, by kind, and returns references to the files.
+        """
         ffn, attention, turned = [], [], []
         for index, blocks in enumerate(by_layer(blocks_of(self.model))):
             layer = blocks[0].layer
@@ -176,7 +188,7 @@ class Walk:
 
     @torch.no_grad()
     def logits(self) -> Iterator[Tensor]:
-        """The model's logits of each batch, (B, T, V) in its dtype; hooks on its layers take effect."""
+        """Yield the logits of each batch, (B, T, V) in the model's dtype. Hooks on layers run."""
         for index, layer in enumerate(decoder_layers(self.model)):
             with resident(layer):
                 self._pass(layer, index)
@@ -184,7 +196,7 @@ class Walk:
         for call in self.calls:
             device = device_of(head)
             with self._standing_aside(lambda *_, hidden=call.hidden, device=device: hidden.to(device)):
-                # Not by a call, whose hooks would count these tokens a second time.
+                # Not by a call, because hooks would count these tokens again.
                 decoded = decoder_of(self.model).forward(input_ids=call.input_ids, use_cache=False)
             yield transform(head(decoded.last_hidden_state))
 
@@ -192,7 +204,7 @@ class Walk:
     def _standing_aside(self, stand_in: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
         """Replace every layer by `stand_in(hidden, other arguments, keyword arguments)` while the context lasts."""
         layers = decoder_layers(self.model)
-        before = [layer.__dict__.get("forward") for layer in layers]  # accelerate puts its own there
+        before = [layer.__dict__.get("forward") for layer in layers]  # accelerate may have set one
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")

@@ -1,4 +1,4 @@
-"""What a calibration pass watches and collects, by name; without PyTorch, for flags are checked by these names."""
+"""Names of what calibration observes and collects. Without PyTorch, because flags are checked by these names."""
 
 from __future__ import annotations
 

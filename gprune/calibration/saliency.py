@@ -1,11 +1,11 @@
-"""Taylor saliency: how much the loss depends on the weights of every channel, by their gradients.
+"""Taylor saliency: how much the loss depends on the weights of every channel, computed from gradients.
 
-A backward pass over the frozen model gives, at each linear layer, its input x (B, T, in) and the gradient of its output
-d (B, T, out); the weight's gradient for window b is d_b^T x_b. A hook computes it at once, window by window, without
-autograd, so no weight is unfrozen and no gradient outlives the sums below.
+For each linear layer, a backward pass over the frozen model gives the input x (B, T, in) and the gradient of the output
+d (B, T, out). The weight's gradient for window b is d_b^T x_b. A hook computes and sums it window by window, so weights
+stay frozen and no gradients are stored.
 
-Memory: for each half of the corpus, a sum of gradients as large as the weights, in float32: 0.64 GB for the FFN of a
-model of 135M parameters, some 35 GB for one of 7B.
+Memory: for each half of the corpus, a float32 sum of gradients with the size of the weights. This is 0.64 GB for the
+FFNs of a model with 135M parameters, and about 35 GB for 7B.
 """
 
 from __future__ import annotations
@@ -22,45 +22,56 @@ from gprune.models.blocks import PARTS, Block, Part
 
 
 def salient_parts(block: Block, kind: str) -> dict[str, Part]:
-    """The parts of a block whose weights enter the terms of its neurons or attention channels, by name."""
+    """Return the parts of a block whose weights count for its neurons or attention channels, by name."""
     if kind == "ffn" and block.has_experts:
-        expected = "expected dense blocks, or an --importance that needs no gradients, such as wanda_sp"
-        raise UserError(f"Taylor saliency cannot be collected for experts ({block.family.model_type}); {expected}.")
+        remedy = "Use an --importance that needs no gradients, such as wanda_sp"
+        raise UserError(f"Taylor saliency cannot be collected for experts ({block.family.model_type}). {remedy}.")
     return {name: block.parts[name] for name in PARTS[kind] if name in block.parts}
 
 
 class StreamingGradients(Metric):
-    """torchmetrics state of one linear layer: sums over windows of its weight's gradient."""
+    """torchmetrics state of one linear layer: sum of its weight's gradient over windows."""
 
     full_state_update = False
 
     def __init__(self, shape: tuple[int, int]):
-        super().__init__(compute_with_cache=False)  # the cache is a second copy, as large as the sums
+        super().__init__(compute_with_cache=False)  # the cache would be a second copy of the sums
         self.add_state("count", torch.zeros(2), dist_reduce_fx="sum")
         add_large_state(self, "gradient", 2, *shape)
 
     def update(self, x: Tensor, gradient: Tensor, halves: Sequence[int | None]) -> None:
-        """Add windows with inputs x (B, T, in) and gradients (B, T, out) of each window's own loss by the outputs;
-        `halves`: of each window, 0 or 1; None leaves it out."""
+        """Add windows.
+
+        Args:
+            x: inputs, (B, T, in).
+            gradient: gradient of each window's loss by the outputs, (B, T, out).
+            halves: half of each window, 0 or 1; windows with None are ignored.
+        """
         for b, h in enumerate(halves):
             if h is not None:
                 self.gradient[h] += gradient[b].float().T @ x[b].float()
                 self.count[h] += 1
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Windows (2,) and sums (2, out, in), by half of the corpus."""
+        """Return numbers of windows, (2,), and sums, (2, out, in), by half of the corpus."""
         return self.count, self.gradient
 
 
 def weight_saliency(weight: Tensor, count: Tensor, gradient: Tensor, *, columns: bool) -> tuple[Tensor, ...]:
-    """Terms of one weight (out, in), per row or per column, for the halves of a corpus and for the whole, from what
-    `StreamingGradients.compute` gave."""
+    """Return saliency per row or column of one weight (out, in): for both halves of a corpus, and for the whole.
+
+    Args:
+        weight: the weight.
+        count: numbers of windows, from `StreamingGradients.compute`.
+        gradient: sums of gradients, from `StreamingGradients.compute`.
+        columns: whether to sum over rows, for saliency of columns.
+    """
     w, dim = weight.detach().float().cpu(), 0 if columns else 1
     count, gradient = count.cpu(), gradient.cpu()
     require_finite("gradient came up during calibration", gradient)
 
     def terms(*halves: int) -> Tensor:
-        """What the gradients of these halves of the corpus say of the weight."""
+        """Return saliency from the gradients of these halves."""
         mean = sum(gradient[h] for h in halves) / sum(count[h] for h in halves).clamp_min(1)
         return (w * mean).abs().sum(dim, dtype=torch.float64)
 
@@ -68,7 +79,7 @@ def weight_saliency(weight: Tensor, count: Tensor, gradient: Tensor, *, columns:
 
 
 def channel_saliency(block: Block, kind: str, metrics: Mapping[str, StreamingGradients]) -> tuple[Tensor, ...]:
-    """Terms of a block's neurons (`ffn`) or attention channels, for half 0, half 1 and the whole corpus."""
+    """Return saliency of a block's neurons (`ffn`) or attention channels, for half 0, half 1 and the whole corpus."""
     if not salient_parts(block, kind):
         return (torch.zeros(0, dtype=torch.float64),) * 3
     by_part = []
@@ -81,10 +92,11 @@ def channel_saliency(block: Block, kind: str, metrics: Mapping[str, StreamingGra
 
 
 def _by_channel(block: Block, name: str, rows: Tensor) -> Tensor:
-    """Terms of the rows of query, key or value as terms of attention channels, (heads x head_dim,).
+    """Convert saliency of rows of query, key or value to saliency of attention channels, (heads x head_dim,).
 
-    A head may have several rows for each channel, such as a query and its gate, which are added; or rows that are no
-    multiple of them, as in latent attention, whose sum is spread. The query heads of a group share its key and value.
+    If a head has several rows per channel, such as a query and its gate, they are added. If the number of rows is not a
+    multiple of channels, as in latent attention, their sum is divided equally among channels. Terms of key and value
+    are divided equally among the query heads of a group.
     """
     per_head = rows.view(block.heads if name == "query" else block.kv_groups, -1)
     if per_head.shape[1] % block.head_dim == 0:

@@ -1,9 +1,11 @@
 """Statistics of the inputs of down projections (neurons) and output projections (attention channels).
 
-They come from one pass per corpus over the frozen decoder, without the language-model head. For each channel and each
-half of the corpus: count, sum and sum of squares, in float64; the halves give rank drift its noise floor. For each
-block: how far it turns the hidden state. On demand: Gram matrices, for recovery, and Taylor
-saliency, which takes a backward pass.
+They are collected by one pass per corpus through the frozen decoder, without the language-model head:
+
+- count, sum and sum of squares of each channel in each half of the corpus, in float64. The halves are needed for the
+  noise floor of rank drift;
+- the mean angle between input and output of each block;
+- on demand, Gram matrices for recovery, and Taylor saliency, which needs a backward pass.
 """
 
 from __future__ import annotations
@@ -27,41 +29,41 @@ SUMS = ("count", "sum", "sum_sq")
 
 @dataclass(frozen=True)
 class StoredGram:
-    """A Gram matrix that lies in files and is read anew on each access; with several sources, their sum in order."""
+    """A Gram matrix in files, read again on each access. With several sources it is their sum, added in order."""
 
     sources: tuple[tuple[Path, str], ...]  # file and tensor
-    expert: int | None = None  # the one whose matrix is meant, of a stack
+    expert: int | None = None  # index into a stack of matrices; None: all of them
 
     def read(self) -> Tensor:
-        """(C, C) float32, or (E, C / E, C / E) of E experts."""
+        """Return the matrix, (C, C) float32, or (E, C / E, C / E) for E experts."""
         total: Tensor | None = None
         for path, name in self.sources:
             tensors = read_tensors(path, once=True)
             if tensors is None or name not in tensors:
-                remedy = "Start again to have it computed; processes on several machines share one $GPRUNE_CACHE."
-                raise UserError(f"{path} is missing or not whole: a Gram matrix of calibration. {remedy}")
+                remedy = "Run the same command again. Processes on several machines need a shared $GPRUNE_CACHE."
+                raise UserError(f"Cannot read a Gram matrix: {path} is missing or incomplete. {remedy}")
             total = tensors[name] if total is None else total.add_(tensors[name])
         return total if self.expert is None else total[self.expert]
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens for C channels, float64; `gram` and `saliency` are None unless something needs them."""
+    """Sums over tokens for C channels, float64. `gram` and `saliency` are None unless they were collected."""
 
-    count: Tensor  # (), tokens; (C,) for experts, each of which sees other tokens
+    count: Tensor  # number of tokens, (); (C,) for experts, which see different tokens
     sum: Tensor  # (C,)
     sum_sq: Tensor  # (C,)
-    gram_source: Tensor | StoredGram | None = None  # of the whole corpus only
+    gram_source: Tensor | StoredGram | None = None  # only for the whole corpus
     saliency: Tensor | None = None  # (C,), see `ChannelStatistics`
 
     @property
     def gram(self) -> Tensor | None:
-        """Sum over tokens of x x^T, (C, C) float32, or (E, C / E, C / E) for E experts; a stored one is read anew."""
+        """Sum over tokens of x x^T, (C, C) float32, or (E, C / E, C / E) for E experts; read on access if stored."""
         return self.gram_source.read() if isinstance(self.gram_source, StoredGram) else self.gram_source
 
     @property
     def mean(self) -> Tensor:
-        """(C,) float64."""
+        """Mean of x, (C,) float64."""
         return self.sum / self.count.clamp_min(1)  # 0 without tokens
 
     @property
@@ -71,18 +73,18 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """Population variance over tokens, (C,); clamped at 0, where float rounding would leave -1e-20."""
+        """Population variance over tokens, (C,), clamped at 0 because of rounding."""
         return (self.mean_sq - self.mean.square()).clamp_min(0)
 
     def of_expert(self, index: int, experts: int) -> Moments:
-        """The channels of one of E experts, without saliency."""
+        """Return the moments of one expert, without saliency."""
         sums = (getattr(self, name).view(experts, -1)[index] for name in SUMS)
         gram = self.gram_source
         own = replace(gram, expert=index) if isinstance(gram, StoredGram) else None if gram is None else gram[index]
         return Moments(*sums, own)
 
     def copied(self) -> Moments:
-        """A copy that can be written into; the Gram matrix is shared."""
+        """Return a copy that may be changed. The Gram matrix is shared."""
         return copy.deepcopy(self, {id(self.gram_source): self.gram_source})
 
     def __add__(self, other: Moments) -> Moments:
@@ -91,14 +93,15 @@ class Moments:
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Moments of the two halves of a corpus and, if collected, the Gram matrix and saliency."""
+    """Moments of both halves of a corpus and, if collected, the Gram matrix and saliency."""
 
     halves: tuple[Moments, Moments]
     gram: Tensor | StoredGram | None = None  # of the whole corpus
-    # Taylor terms (C,) float64 of half 0, half 1 and the whole, which is not their sum: sum_k |w_k g_k| over a
-    # channel's weights, g = mean over windows of the gradient of a window's mean next-token cross-entropy (nats). For a
-    # neuron these are the rows of gate and up and the column of down; for an attention channel the rows of query, key
-    # and value and the column of the output projection: query heads that share a key/value head share its terms alike.
+    # Taylor saliency, (C,) float64, of half 0, half 1 and the whole corpus (not the sum of the halves): sum_k |w_k g_k|
+    # over a channel's weights, where g is the mean over windows of the gradient of a window's mean next-token
+    # cross-entropy (nats). Weights of a neuron are the rows of gate and up and the column of down. Weights of an
+    # attention channel are the rows of query, key and value and the column of the output projection; terms of a
+    # key/value head are divided equally among its query heads.
     saliency: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -112,7 +115,7 @@ class ChannelStatistics:
         return replace(self.halves[index], saliency=None if self.saliency is None else self.saliency[index])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Flat names to tensors."""
+        """Return tensors by flat names."""
         flat = {f"{half}.{name}": getattr(m, name) for half, m in enumerate(self.halves) for name in SUMS}
         if self.gram is not None:
             flat["gram"] = self.gram
@@ -120,7 +123,7 @@ class ChannelStatistics:
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> ChannelStatistics:
-        """Statistics from what `tensors` gave."""
+        """Return statistics from the result of `tensors`."""
         halves = tuple(Moments(*(flat[f"{half}.{name}"] for name in SUMS)) for half in (0, 1))
         saliency = tuple(flat[f"saliency.{part}"] for part in range(3)) if "saliency.0" in flat else None
         return cls(halves, flat.get("gram"), saliency)
@@ -133,7 +136,7 @@ class CorpusStatistics:
     ffn: list[ChannelStatistics]
     attention: list[ChannelStatistics]
     turned: Tensor  # (blocks,) float64: sum over tokens of 1 - cos(a block's input, its output)
-    errors: Tensor | None = None  # (blocks, widths) float64, of `calibration.errors`; for rules that ask for it
+    errors: Tensor | None = None  # (blocks, widths) float64, from `calibration.errors`; for rules that need it
 
     @property
     def influence(self) -> Tensor:
@@ -141,7 +144,7 @@ class CorpusStatistics:
         return self.turned / self.attention[0].total.count
 
     def tensors(self) -> dict[str, Tensor]:
-        """Flat names to tensors, as saved in safetensors."""
+        """Return tensors by flat names, as in safetensors files."""
         flat = {"turned": self.turned}
         for kind in OUTPUT_PROJECTIONS:
             for index, channel in enumerate(getattr(self, kind)):
@@ -149,12 +152,12 @@ class CorpusStatistics:
         return flat
 
     def copied(self) -> CorpusStatistics:
-        """A copy that can be written into; Gram matrices are shared."""
+        """Return a copy that may be changed. Gram matrices are shared."""
         return copy.deepcopy(self, {id(c.gram): c.gram for c in (*self.ffn, *self.attention)})
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> CorpusStatistics:
-        """Statistics from what `tensors` gave, in any order; extras may be missing."""
+        """Return statistics from the result of `tensors`, in any order; extras may be missing."""
 
         def channel(prefix: str) -> ChannelStatistics:
             own = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
@@ -166,15 +169,15 @@ class CorpusStatistics:
 
 
 def kind_of(name: str) -> str:
-    """The kind of a tensor of `CorpusStatistics.tensors`, `moments` or one of `EXTRAS`: each is cached by itself."""
+    """Return the kind of a tensor of `CorpusStatistics.tensors`: `moments` or one of `EXTRAS`, which have own files."""
     return next((extra for extra in EXTRAS if f".{extra}" in name), "moments")
 
 
 def pooled(statistics: Iterable[CorpusStatistics]) -> CorpusStatistics:
-    """The statistics of several corpora as one text, in which each corpus counts by its tokens.
+    """Pool statistics of several corpora, weighted by their numbers of tokens.
 
-    Moments and Gram matrices are exact for the joined text. Saliency is averaged over corpora, since each corpus takes
-    absolute values of its own sums.
+    Moments and Gram matrices are exact for the joined text. Saliency is averaged over corpora, because absolute values
+    of gradient sums cannot be added.
     """
 
     def pool(*parts: ChannelStatistics) -> ChannelStatistics:
@@ -192,14 +195,16 @@ def pooled(statistics: Iterable[CorpusStatistics]) -> CorpusStatistics:
 
 
 def _sum(parts: Sequence[Any]) -> Any:
-    """The sum of moments, of saliency or of Gram matrices; stored matrices are added when they are read."""
+    """Add moments, saliency or Gram matrices. Stored matrices are added when they are read."""
     if isinstance(parts[0], StoredGram):
         return StoredGram(tuple(source for gram in parts for source in gram.sources))
     return sum(parts[1:], start=parts[0])
 
 
 def gram_bytes(blocks: Sequence[Block]) -> int:
-    """Bytes of one corpus's Gram matrices: 4 (E N^2 + C^2) per block, with E experts (1 if dense) of N neurons and C
-    attention channels; 485 MB + 67 MB for a block of Llama-2-7B.
+    """Return the size of one corpus's Gram matrices in bytes: 4 (E N^2 + C^2) per block.
+
+    A block has E experts (1 if dense) of N neurons, and C attention channels. A block of Llama-2-7B needs 485 MB for
+    neurons and 67 MB for attention.
     """
     return sum(4 * (b.experts * b.neurons**2 + b.channels**2) for b in blocks)

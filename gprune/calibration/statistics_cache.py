@@ -1,7 +1,7 @@
-"""Keep statistics in the cache, by content: one file per corpus and kind, shared between runs.
+"""Cache of statistics, shared between runs: one file per corpus and kind of statistics.
 
-Each kind has a file of its own: moments are the same bits whatever else was collected in their pass. Gram matrices that
-are collected block by block (`gprune.calibration.layerwise`) have a file per block, which is read on each access.
+Kinds have separate files, because moments are the same bits whatever else was collected in the same pass. Gram matrices
+that are collected block by block (`gprune.calibration.layerwise`) have a file per block, which is read on each access.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from gprune.storage.files import key_of, read_tensors, write_tensors
 
 @dataclass(frozen=True)
 class StatisticsCache:
-    """The cached statistics of one model on some corpora."""
+    """Cached statistics of one model on several corpora."""
 
     texts: Mapping[str, str]  # corpus -> content hash of its windows
-    bits: Mapping[str, Any]  # everything else that determines the numbers, down to their last bits
+    bits: Mapping[str, Any]  # everything else that determines the numbers to the last bit
     scopes: Collection[str]  # scopes (`ffn`, `attention`) whose saliency is collected
-    walked_blocks: int | None  # number of blocks where Gram matrices are collected block by block, else None
-    gram_bits: Mapping[str, Any] = field(default_factory=dict)  # as `bits`, of Gram matrices alone
+    walked_blocks: int | None  # number of blocks if Gram matrices are collected block by block, else None
+    gram_bits: Mapping[str, Any] = field(default_factory=dict)  # like `bits`, but only for Gram matrices
 
     def read(self, corpus: str, kinds: Collection[str]) -> CorpusStatistics | None:
-        """The statistics of a corpus; None unless all kinds are there, and whole."""
+        """Return the statistics of a corpus, or None unless all kinds are cached and valid."""
         parts = [self._read(corpus, kind) for kind in kinds]
         if any(part is None for part in parts):
             return None
         return CorpusStatistics.from_tensors({name: t for part in parts for name, t in part.items()})
 
     def write(self, corpus: str, statistics: CorpusStatistics, kinds: Collection[str]) -> None:
-        """Write these kinds of statistics, except Gram matrices that `store` has written block by block."""
+        """Write kinds of statistics, except Gram matrices that `store` writes block by block."""
         tensors = statistics.tensors()
         for kind in kinds:
             if kind != "gram" or self.walked_blocks is None:
                 write_tensors(self._path(corpus, kind), {n: t for n, t in tensors.items() if kind_of(n) == kind})
 
     def store(self, corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
-        """Write a block's Gram matrices, `ffn` and `attention`, and return their places."""
+        """Write the Gram matrices of a block by kind, `ffn` and `attention`, and return references to the files."""
         for kind, gram in grams.items():
             write_tensors(self._path(corpus, ["gram", kind, block.index]), {"gram": gram})
         return {kind: self._gram(corpus, kind, block.index) for kind in grams}

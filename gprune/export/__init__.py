@@ -1,4 +1,4 @@
-"""A pruned model for other programs: `gprune export`, or from Python `export`."""
+"""Export pruned models for other programs: `gprune export`, or `export` in Python."""
 
 from gprune.export.convert import export
 

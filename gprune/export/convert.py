@@ -1,9 +1,9 @@
-"""The model of a run as one GGUF file for llama.cpp, checked in llama.cpp, written whole or not at all.
+"""Export the model of a run to a GGUF file, which is checked with llama.cpp and written completely or not at all.
 
 from gprune.export import export
 export("runs/NAME", type="q8_0")      # returns the path of the file
 
-Only light modules are imported here: a wrong argument should not have to wait for PyTorch.
+PyTorch is imported late, so that errors in arguments are reported at once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from gprune.storage.reading import expanded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LLAMA_CPP = "llama-cpp-py-sync"  # a package with a ready-built llama.cpp, which runs in a process of its own
-TYPES = {"f32": 32, "f16": 16, "q8_0": 8.5}  # bits of a weight
-QUANTISED = ("q4_k_m",)  # by llama.cpp's own quantiser, from f16
+LLAMA_CPP = "llama-cpp-py-sync"  # a package with a compiled llama.cpp, which runs in a separate process
+TYPES = {"f32": 32, "f16": 16, "q8_0": 8.5}  # bits per weight
+QUANTISED = ("q4_k_m",)  # quantised by llama.cpp from f16
 
 
 def export(
@@ -31,32 +31,32 @@ def export(
     overwrite: bool = False,
     unchecked: bool = False,
 ) -> Path:
-    """Write a pruned model as a GGUF file, and compare what llama.cpp computes of it with the model.
+    """Write a pruned model to a GGUF file, and compare predictions of llama.cpp with those of the model.
 
-    The file calls the model by the name of its run, or of its folder.
+    The model in the file has the name of its run, or of its folder.
 
     Args:
-        run_or_folder: a finished run, or a model folder (of gprune's, or of a stock Llama).
-        output: file to write; by default beside the model.
-        type: of the matrices: f32, f16, q8_0, or q4_k_m, which llama.cpp itself quantises. Vectors stay f32.
-        overwrite: replace a GGUF file; it stays until the new one has been checked.
-        unchecked: write the file although no llama.cpp build is installed to check it with.
+        run_or_folder: a finished run, or a model folder (of gprune, or of a stock Llama).
+        output: file to write; by default next to the model.
+        type: type of matrices: f32, f16, q8_0, or q4_k_m (quantised by llama.cpp). Vectors are always f32.
+        overwrite: replace a GGUF file, after the new one has been checked.
+        unchecked: write the file without checking it in llama.cpp.
 
     Returns:
         The absolute path of the file.
 
     Raises:
-        UserError: before the model is loaded, for an argument, model or output that cannot be; later, for a model
-            that GGUF cannot hold, a disk that cannot be written, or a check that failed.
+        UserError: before the model is loaded, if an argument, the model or the output path is invalid; later, if GGUF
+            does not support the model, the file cannot be written, or the check fails.
     """
     folder = model_folder(run_or_folder)
     path = expanded(f"{folder}-{type}.gguf" if output is None else output).absolute()
     check_type(type, unchecked=unchecked)
     if path.exists() and not (overwrite and is_gguf(path)):
-        former = "choose another --output, or, if it is a GGUF file, pass --overwrite"
-        raise UserError(f"Export: '{path}' exists already; {former}.")
+        remedy = "Choose another --output, or replace a GGUF file with --overwrite"
+        raise UserError(f"Cannot write '{path}': the file exists already. {remedy}.")
     if not path.parent.is_dir():
-        raise UserError(f"Export: expected --output in a folder that exists, got '{path}'.")
+        raise UserError(f"--output must be in an existing folder; got '{path}'.")
     from gprune.export.gguf_check import ask_llama_cpp, check_gguf
     from gprune.export.gguf_writer import write_gguf
     from gprune.storage.files import replacing
@@ -65,7 +65,7 @@ def export(
     name = folder.parent.name if (folder.parent / "manifest.json").is_file() else folder.name
     with replacing(path) as new:
         if type in QUANTISED:
-            whole = new.with_name(f"f16-{new.name}")  # in the scratch folder of `replacing`, which removes it
+            whole = new.with_name(f"f16-{new.name}")  # `replacing` removes its scratch folder
             write_gguf(model, tokenizer, whole, type="f16", name=name)
             ask_llama_cpp("quantise", whole, output=str(new), type=type.upper())
         else:
@@ -76,21 +76,21 @@ def export(
 
 
 def has_llama_cpp() -> bool:
-    """Whether the llama.cpp build that GGUF files are checked with is installed."""
+    """Return whether the llama.cpp build for checking GGUF files is installed."""
     return importlib.util.find_spec(LLAMA_CPP.replace("-", "_")) is not None
 
 
 def check_type(type: str, *, unchecked: bool) -> None:
-    """Refuse a type that is unknown, or that needs a llama.cpp build where none is installed."""
+    """Raise UserError if a type is unknown, or needs a llama.cpp build that is not installed."""
     if type not in (*TYPES, *QUANTISED):
         raise UserError(f"Unknown GGUF type '{type}'. Available: {', '.join((*TYPES, *QUANTISED))}.")
     if not has_llama_cpp() and (type in QUANTISED or not unchecked):
         use = f"quantise to {type}" if type in QUANTISED else "check the file (--unchecked of gprune export skips it)"
-        raise UserError(f"Export: expected a llama.cpp build to {use}; got none. Run `pip install {LLAMA_CPP}`.")
+        raise UserError(f"Export to GGUF needs a llama.cpp build to {use}. Run `pip install {LLAMA_CPP}`.")
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is GGUF: anything else stays, whatever is asked for."""
+    """Return whether a file is GGUF. Other files are never overwritten."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -98,31 +98,31 @@ def is_gguf(path: Path) -> bool:
 
 
 def model_folder(run_or_folder: str | Path) -> Path:
-    """The model folder of a finished run, or the model folder itself; a UserError for any other place."""
+    """Return the model folder of a finished run, or the model folder itself. Raise UserError for other paths."""
     path = expanded(run_or_folder)
     is_model, is_run = ((path / name).is_file() for name in ("config.json", "manifest.json"))
     if not (is_model or is_run):
-        raise UserError(f"Export: expected a run (manifest.json) or a model folder (config.json), got '{path}'.")
+        raise UserError(f"RUN must be a run (manifest.json) or a model folder (config.json); got '{path}'.")
     from gprune.runs.results import exported_model, finished
 
     folder = path.resolve()
     if is_model:
         if folder.name == "model" and (folder.parent / "manifest.json").is_file():
-            exported_model(folder.parent)  # or says why it is not what the run left
+            exported_model(folder.parent)  # raises UserError if the run does not have this model
         return folder
-    finished(path)  # or says why it is not
+    finished(path)  # raises UserError if not
     if not (path / "model" / "config.json").is_file():
-        raise UserError(f"Export: the run '{path}' kept no model (--export none); repeat it with --export hf.")
+        raise UserError(f"Cannot export '{path}': the run has no model (--export none). Run it again with --export hf.")
     return exported_model(folder)
 
 
 def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32, and its tokenizer; a UserError for what cannot be loaded. The folder's code is not run."""
+    """Load the model in float32, and its tokenizer, without running code of the folder. UserError if this fails."""
     from gprune.models.loading import load_model
 
     try:
         model, tokenizer = load_model(str(folder))
         require_finite("weight was read", *model.parameters())
     except UserError as error:
-        raise UserError(f"Export: '{folder}' cannot be loaded: {error}") from error
+        raise UserError(f"Cannot export '{folder}': {error}") from error
     return model, tokenizer

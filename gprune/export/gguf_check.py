@@ -1,7 +1,7 @@
-"""Does llama.cpp compute what was written? A build of it runs the file, in a process of its own.
+"""Check a GGUF file by running it in llama.cpp, in a separate process.
 
-Its log-probabilities and tokens of `CHECK_TEXT` are compared with those of the model and its tokenizer: a wrong order
-of rows or a missing key gives a file that loads and talks nonsense.
+Log-probabilities and tokens of `CHECK_TEXT` are compared with those of the model and its tokenizer. The check detects
+errors such as a wrong order of rows or a missing key, with which a file loads but generates nonsense.
 """
 
 from __future__ import annotations
@@ -23,46 +23,49 @@ from gprune.errors import UserError
 
 log = logging.getLogger("gprune")
 
-# Text with what tokenizers differ in: digits, blanks, other scripts, code, contractions.
+# Text in which tokenizers differ: digits, blanks, other scripts, code, contractions.
 CHECK_TEXT = Path(__file__).with_name("check_text.txt").read_text(encoding="utf-8")
 CHECK_TOKENS = 512
 
-# Largest mean KL(model || file), nats per token. SmolLM2-135M, dense and pruned, was seen at 5e-9 (f32), 7e-5 (f16) and
-# 1e-2 (q8_0) at most; with the rows of one k_proj of 30 in the wrong order at 0.2.
+# Largest mean KL(model || file), nats per token. The largest values of SmolLM2-135M, dense and pruned, were 5e-9 (f32),
+# 7e-5 (f16) and 1e-2 (q8_0). With the rows of one k_proj of 30 in the wrong order it was 0.2.
 LIMITS = {"f32": 1e-6, "f16": 1e-3, "q8_0": 5e-2, "q4_k_m": 0.2}
 
 
 @torch.no_grad()
 def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, type: str) -> float:
-    """Compare what llama.cpp makes of the file with the model: tokens of text, and log-probabilities.
+    """Compare tokens and log-probabilities of llama.cpp with those of the model and its tokenizer.
 
     Returns:
         Mean KL(model || file) over the tokens of `CHECK_TEXT`, in nats.
 
     Raises:
-        UserError: where it is above `LIMITS[type]`, tokens differ, or the file does not load.
+        UserError: if the KL is above `LIMITS[type]`, tokens differ, or the file does not load.
     """
     special = "".join(token for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
     texts = [CHECK_TEXT, f"{special}user\n{CHECK_TEXT[:80]}{special}"]
     ids = tokenizer(CHECK_TEXT).input_ids[: min(CHECK_TOKENS, model.config.max_position_embeddings)]
     got, tokens = in_llama_cpp(path, ids, texts)
     if tokens != [tokenizer(text).input_ids for text in texts]:
-        raise UserError("Export: llama.cpp cuts text into other tokens than the tokenizer does; please report it.")
+        raise UserError(
+            "Cannot export to GGUF: llama.cpp splits text into other tokens than the tokenizer. Please report this."
+        )
     logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
     expected = logits.double().log_softmax(-1).cpu()
     kl = float((expected.exp() * (expected - got)).sum(-1).mean())
-    if not kl <= LIMITS[type]:  # so that NaN fails
-        advice = "Please report it." if type == "f32" else "If --type f32 passes, the model does not bear this type."
+    if not kl <= LIMITS[type]:  # also true for NaN
+        lossy = f"If --type f32 passes, {type} loses too much accuracy for this model."
+        advice = "Please report this." if type == "f32" else lossy
         raise UserError(
-            f"Export: llama.cpp computes something else than the model, and the file was removed: KL {kl:.1e} nats per "
-            f"token, expected at most {LIMITS[type]}. {advice}"
+            f"Cannot export to GGUF: llama.cpp's predictions differ from the model's by KL {kl:.1e} nats per token, "
+            f"more than {LIMITS[type]}. The file was removed. {advice}"
         )
     log.info("Checked in llama.cpp on %d tokens: KL %.1e nats", len(ids), kl)
     return kl
 
 
 def in_llama_cpp(path: Path, ids: list[int], texts: list[str]) -> tuple[Tensor, list[list[int]]]:
-    """Log-probabilities, (T, vocabulary) float64, after each of the tokens `ids`; and the tokens of every text."""
+    """Return log-probabilities after each token of `ids`, (T, vocabulary) float64, and the tokens of every text."""
     with tempfile.TemporaryDirectory(prefix="gprune-llamacpp-") as scratch:
         file = Path(scratch) / "logprobs.npy"
         tokens = ask_llama_cpp("score", path, ids=ids, texts=texts, logprobs=str(file))
@@ -70,12 +73,12 @@ def in_llama_cpp(path: Path, ids: list[int], texts: list[str]) -> tuple[Tensor, 
 
 
 def ask_llama_cpp(work: str, model: Path, **request: Any) -> Any:
-    """What `llamacpp.py` answers to a request: kinds of work and what they take stand there."""
+    """Run `llamacpp.py` with a request, which its docstring describes, and return its answer."""
     asked = json.dumps(request | {"work": work, "model": str(model.absolute()), "threads": torch.get_num_threads()})
     command = [sys.executable, "-P", str(Path(__file__).with_name("llamacpp.py"))]
     done = subprocess.run(command, input=asked, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         cause = next((line for line in lines if "GGML_ASSERT" in line or "error" in line), lines[-1])
-        raise UserError(f"llama.cpp does not run the file: {cause}")
+        raise UserError(f"Cannot run the file in llama.cpp: {cause.removesuffix('.')}.")
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,8 +1,8 @@
-"""A pruned model as one GGUF file, which llama.cpp and what is built on it run: Llama, and what computes as Llama does.
+"""Write a pruned model to a GGUF file for llama.cpp, for models that compute like Llama.
 
-Blocks of different widths are architecture `deci`: its graph is that of `llama`, with sizes per layer. The loader of
-`llama` takes the first layer's sizes for all. A model whose blocks are equal is architecture `llama`, which older
-programs know too.
+Models with blocks of different widths use architecture `deci`, which has the graph of `llama` with sizes per layer; the
+loader of `llama` uses the first layer's sizes for all layers. Models with equal blocks use architecture `llama`, which
+older programs support too.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ PARTS = {
 
 
 def architecture(model: PreTrainedModel) -> str:
-    """`llama` where all blocks have the same shape, else `deci`."""
+    """Return `llama` if all blocks have the same shape, else `deci`."""
     shapes = {(b.neurons, b.query.out_features, b.key.out_features) for b in blocks_of(model)}
     return "llama" if len(shapes) == 1 else "deci"
 
 
 def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """GGUF names and tensors; matrices in PyTorch's (out, in), rows of q and k in llama.cpp's order."""
+    """Yield GGUF names and tensors; matrices are (out, in), with rows of q and k in llama.cpp's order."""
     decoder = model.get_decoder()
     yield "token_embd.weight", decoder.embed_tokens.weight
     yield "output_norm.weight", decoder.norm.weight
@@ -60,13 +60,13 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows (heads * head_dim, ...) from rotary pairs (i, i + head_dim / 2), as transformers has them, to neighbours, as
-    llama.cpp has them."""
+    """Reorder rows (heads * head_dim, ...) from rotary pairs (i, i + head_dim / 2) of transformers to the neighbouring
+    pairs of llama.cpp."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def rope_factors(model: PreTrainedModel) -> Tensor | None:
-    """(head_dim / 2,) divisors of the plain rotary frequencies; None where they are plain."""
+    """Return divisors of the default rotary frequencies, (head_dim / 2,), or None if they are the default."""
     rope = model.config.rope_parameters
     if rope.get("rope_type", "default") == "default":
         return None
@@ -76,7 +76,7 @@ def rope_factors(model: PreTrainedModel) -> Tensor | None:
 
 
 def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
-    """`general.*` and the architecture's keys; sizes are one number for `llama`, one per layer for `deci`."""
+    """Return `general.*` and the architecture's keys. Sizes are numbers for `llama`, and lists by layer for `deci`."""
     config, blocks, arch = model.config, blocks_of(model), architecture(model)
     sizes = {
         "feed_forward_length": [b.neurons for b in blocks],
@@ -89,7 +89,7 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         **{key: values if arch == "deci" else values[0] for key, values in sizes.items()},
-        # Without these llama.cpp divides the embedding length by the first layer's heads.
+        # Without these keys llama.cpp divides the embedding length by the first layer's heads.
         **dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), head_dim),
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
@@ -103,9 +103,11 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
 
 
 def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig, *, uniform: bool) -> None:
-    """Refuse what llama.cpp's graphs of `llama` and `deci` compute differently.
+    """Raise UserError if llama.cpp's graphs of `llama` and `deci` compute something else than the model.
 
     Args:
+        blocks: blocks of the model.
+        config: its configuration.
         uniform: whether all blocks of the model to be exported have the same widths.
     """
     remedy = (
@@ -117,38 +119,37 @@ def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig, *, unif
     for block in blocks:
         if (reason := unlike_llama(config, block)) is not None:
             raise UserError(
-                f"Export: a GGUF file of gprune computes as Llama does, but this '{config.model_type}' {reason}. "
-                f"{remedy}"
+                f"Cannot export '{config.model_type}' to GGUF: it must compute like Llama, but {reason}. {remedy}"
             )
 
 
 def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
-    """How a block differs from Llama's, by the record of its family and by its weights; None if it does not."""
+    """Return how a block differs from a block of Llama, such as "has experts", or None."""
     if block.has_experts:
         return "has experts"
     if block.gate is None:
         return "has no gate"
     if block.ffn_norm is None or block.attention_norm is None or block.family.norm_offset:
-        return "normalises elsewhere or otherwise"
+        return "has norms at other places or of another form"
     if block.family.found:
-        return "has no record in gprune, so nobody has compared it with llama.cpp"
+        return "has no record in gprune, and was not compared with llama.cpp"
     if block.family.logits_scaling:
-        return "scales its logits, and what goes into them"
+        return "scales its logits and hidden states"
     if config.hidden_act not in ("silu", "swish"):
         return f"has hidden_act {config.hidden_act} instead of silu"
     modules = [block.ffn_norm, block.attention_norm, *(part.host for part in block.parts.values())]
     written = {id(parameter) for module in modules for parameter in module.parameters()}
     if other := [name for name, parameter in block.layer.named_parameters() if id(parameter) not in written]:
-        return f"has weights beside Llama's ({other[0]})"
+        return f"has weights that Llama does not have ({other[0]})"
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         return f"attends to a window of {config.sliding_window} tokens"
     if (kind := config.rope_parameters.get("rope_type", "default")) not in ("default", "linear", "llama3"):
         return f"has rope_type {kind} instead of default, linear or llama3"
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        return "rotates a part of each head"
+        return "has rotary embeddings for a part of each head"
     if 0 in (getattr(config, "no_rope_layers", None) or ()):
-        return "has layers without rotation"
-    if not (block.neurons and block.kv_groups):  # where a size is 0, llama.cpp skips more than the FFN or attention
+        return "has layers without rotary embeddings"
+    if not (block.neurons and block.kv_groups):  # for a size of 0 llama.cpp skips more than the FFN or attention
         return f"has no FFN or no attention in layer {block.layer_index}"
     return None
 
@@ -157,18 +158,18 @@ def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
 def write_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, type: str = "f16", name: str = "pruned"
 ) -> None:
-    """Write the file: matrices in `type`, or in float16 where q8_0 cannot divide rows into blocks; vectors in float32.
+    """Write the file, with vectors in float32 and matrices in `type`, or float16 if rows do not fit blocks of q8_0.
 
     Raises:
-        UserError: for a model or tokenizer that llama.cpp does not run, or weights beyond float16.
+        UserError: if llama.cpp does not support the model or tokenizer, or weights overflow float16.
     """
     check_expressible(blocks_of(model), model.config, uniform=architecture(model) == "llama")
     keys = model_keys(model, name, type)
     keys |= tokenizer_keys(tokenizer, model.get_decoder().embed_tokens.num_embeddings)
     types = {tensor_name: stored_type(tensor, type) for tensor_name, tensor in tensors(model)}
     if odd := [tensor_name for tensor_name, kind in types.items() if type == "q8_0" and kind.name == "F16"]:
-        remedy = "pruned with --sparsity.width_multiple 32 they would be in 8 bits"
-        log.info("q8_0 takes rows of multiples of 32 numbers; in float16 instead (%s): %s", remedy, ", ".join(odd))
+        remedy = "prune with --sparsity.width_multiple 32 for 8 bits"
+        log.info("Rows of q8_0 must be multiples of 32; in float16 instead (%s): %s", remedy, ", ".join(odd))
     writer = GGUFWriter(path, architecture(model))
     try:
         for key, value in keys.items():
@@ -180,23 +181,23 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor_name, tensor in tensors(model):  # one at a time: no second copy of the model in memory
+        for tensor_name, tensor in tensors(model):  # one at a time, to avoid a second copy of the model
             writer.write_tensor_data(stored(tensor_name, tensor, types[tensor_name]))
     finally:
         writer.close()
 
 
 def stored_type(tensor: Tensor, type: str) -> GGMLQuantizationType:
-    """float32 for vectors, float16 for matrices whose rows q8_0 cannot divide into its blocks, else `type`."""
+    """Return F32 for vectors, F16 for matrices whose rows do not fit blocks of `type`, else `type`."""
     kind = GGMLQuantizationType["F32" if tensor.ndim == 1 else type.upper()]
     block, _ = GGML_QUANT_SIZES[kind]
     return GGMLQuantizationType.F16 if tensor.shape[-1] % block else kind
 
 
 def stored(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
-    """A tensor's numbers as the file holds them; a UserError for numbers beyond float16."""
+    """Convert a tensor to its form in the file. Raise UserError if numbers overflow float16."""
     with np.errstate(over="ignore"):
         data = quantize(np.ascontiguousarray(tensor.detach().float().cpu().numpy()), kind)
     if data.dtype == np.float16 and not np.isfinite(data).all():
-        raise UserError(f"Export: '{name}' holds numbers beyond float16; choose --type f32.")
+        raise UserError(f"Cannot write '{name}' in float16: it has larger numbers. Use --type f32.")
     return data

@@ -1,10 +1,11 @@
-"""A pruned model as a Hugging Face folder that loads in one line, with or without gprune.
+"""Save a pruned model as a Hugging Face folder that loads with or without gprune.
 
-Where all blocks have the same shape, and the family's stock config can say it, the folder is a stock model and needs
-nobody's code. Else it holds safetensors, a config.json with the table `per_layer_config`, and the modelling file
-`modeling_pruned.py`, one for all families, so `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`
-works wherever transformers does; after `gprune.register()` it works without remote code. An export counts only after
-`check_reload`: a fresh process must get the logits of the model in memory out of it.
+If all blocks have the same shape, and the family's stock config supports it, the folder is a stock model without custom
+code. Otherwise it has safetensors, a config.json with the table `per_layer_config`, and the modelling file
+`modeling_pruned.py`, the same for all families. Load it with
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, or after `gprune.register()` without remote
+code.
+`check_reload` compares logits of the folder in a fresh process with those of the model in memory.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
 
-# Keys of a config that the exported class sets anew, or that mean nothing to it (a de-quantised GGUF's quantiser).
+# Keys of a config that the exported class sets itself, or that do not apply to it (quantiser of a de-quantised GGUF).
 NOT_CARRIED = {
     *("model_type", "architectures", "auto_map", "quantization_config"),
     *("per_layer_config", "pruned_layout", "added_biases"),
     *("rope_theta", "rope_scaling", "transformers_version", "_name_or_path"),
 }
-KNOWN_CODE = re.compile(r"transformers\..*|.*\bmodeling_pruned")  # modules of models that our classes stand for
-SHARD = 5 * 10**9  # bytes; larger models are written in several files
+KNOWN_CODE = re.compile(r"transformers\..*|.*\bmodeling_pruned")  # modules of model classes that we can export
+SHARD = 5 * 10**9  # largest file in bytes
 CARD = "Pruned by gprune. Where layers differ in width, config.json has a table `per_layer_config`.\n"  # a run has more
 
 
 def stock_values(model: PreTrainedModel) -> dict[str, Any]:
-    """What the config of the dense stock model says, with the size of a head and the dtype spelled out."""
+    """Return settings of the dense stock model, with explicit head size and dtype."""
     (first, *_) = blocks_of(model)
     carried = {key: value for key, value in model.config.to_dict().items() if key not in NOT_CARRIED}
     if first.family.found:
@@ -66,7 +67,7 @@ def stock_values(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
-    """A stock model in the shapes of `model`, without weights; None where blocks differ or no config can say how."""
+    """Return a stock model with the shapes of `model`, without weights; None if no stock config has these shapes."""
     blocks = blocks_of(model)
     family, sizes = blocks[0].family, blocks[0].config_values
     if family.found:
@@ -75,7 +76,7 @@ def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
         return None
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for model_type, settings in {family.model_type: {}, **family.same_as}.items():
-        with suppress(ValueError, StrictDataclassError):  # a config may refuse these sizes
+        with suppress(ValueError, StrictDataclassError):  # a config may reject these sizes
             stock = skeleton(CONFIG_MAPPING[model_type](**stock_values(model) | sizes | settings))
             if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
                 return stock
@@ -83,7 +84,7 @@ def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """The pruned class of the model's family in the shapes of `model`, without weights."""
+    """Return a model of the family's pruned class with the shapes of `model`, without weights."""
     blocks, values = blocks_of(model), stock_values(model)
     family = blocks[0].family
     if family.found:
@@ -104,7 +105,7 @@ def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _dense_skeleton(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """The stock model of a discovered type that a pruned one came from, without weights."""
+    """Return the stock model of a discovered type, from which `model` was pruned, without weights."""
     record = family_of(model)
     values = stock_values(model)
     text = values if model.config.get_text_config(decoder=True) is model.config else _text_values(model, values)
@@ -117,18 +118,18 @@ def _dense_skeleton(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreT
 
 
 def _text_values(model: PreTrainedModel, values: dict[str, Any]) -> dict[str, Any]:
-    """The part of a composite configuration's values that describes the text model."""
+    """Return the settings of the text model in those of a composite configuration."""
     text = model.config.get_text_config(decoder=True)
     return next(values[name] for name in model.config.sub_configs if getattr(model.config, name, None) is text)
 
 
 def _found_stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
-    """A stock model of a discovered type in the shapes of `model`, if the config has a key for each size; else None."""
+    """`stock_skeleton` for discovered types: a stock model if the config has a key for each size, else None."""
     blocks, shapes = blocks_of(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
     pairs = {(k, size) for block in blocks for k, size in block.config_values.items() if hasattr(model.config, k)}
     if len(sizes := dict(pairs)) < len(pairs) or not modeling_pruned.experts_aligned(model):
-        return None  # the former: a key with several values
-    with suppress(Exception):  # of any type: a class may refuse these sizes
+        return None  # the first condition: a key with several values
+    with suppress(Exception):  # of any type: a class may reject these sizes
         stock = _dense_skeleton(model, sizes)
         if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
             heads = [(block.heads, block.kv_groups) for block in blocks]
@@ -138,7 +139,7 @@ def _found_stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def _found_skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """The pruned class of a discovered type in the shapes of `model`, without weights; every size is written out."""
+    """`pruned_skeleton` for discovered types, with every size written out."""
     blocks, record, own = blocks_of(model), family_of(model), {}
     stock = _dense_skeleton(model, {})
     of_stock = blocks_of(stock)
@@ -162,22 +163,23 @@ def _found_skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The same network as the class that is saved, a stock one where that can be; weights are shared, not copied.
+    """Convert a model to the class that is saved, if possible a stock class. Weights are shared, not copied.
 
     Args:
-        model: of a supported family, pruned or not, once or twice. An offloaded one gives a model that is only saved.
-        dtype: of the weights, which are copied where they have another one; None or that of an offloaded model.
+        model: a model of a supported family, dense or pruned. If it is offloaded, the result can only be saved.
+        dtype: dtype of weights; those of another dtype are copied. None: no change. An offloaded model needs None or
+            its own dtype.
     """
-    register_type(family_of(model).model_type)  # whose record came after the import, or was discovered
+    register_type(family_of(model).model_type)  # for records that were added after the import, or discovered
     exportable = stock_skeleton(model) or pruned_skeleton(model)
     exportable.load_state_dict(model.state_dict(), strict=True, assign=True)
     exportable.tie_weights()
     for name, parameter in model.named_parameters():
         exportable.get_parameter(name).requires_grad_(parameter.requires_grad)
-    for path, module in list(exportable.named_modules()):  # what no file holds
+    for path, module in list(exportable.named_modules()):  # state that is not saved
         own = model.get_submodule(path)
         if "RotaryEmbedding" in type(module).__name__:
-            exportable.set_submodule(path, own)  # with frequencies that follow the length of the text
+            exportable.set_submodule(path, own)  # its frequencies may depend on the length of the text
         else:
             module._buffers.update(own._buffers)
     for choice in ("_attn_implementation", "_experts_implementation"):
@@ -190,37 +192,41 @@ def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> P
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-    """Give all parameters a dtype, as loading a folder of that dtype does; buffers keep theirs. None: each its own."""
+    """Cast all parameters to a dtype, but not buffers, like loading with that dtype. None: no change."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype or parameter.dtype)
 
 
 def portable(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as `gprune.load_run` gives it: `save_pretrained`, also after training, writes a folder that loads.
+    """Convert a model so that `save_pretrained` writes a folder that loads, also after training.
 
-    Returned as it is, to be saved by `save_pruned`: a model on several devices or offloaded, which needs its hooks; one
-    whose code is not that of transformers; one with weights that no config describes, such as adapters.
+    Some models are returned unchanged and must be saved by `save_pruned`: models on several devices or offloaded,
+    because they need their hooks; models with code outside of transformers; and models with extra weights, such as
+    adapters.
     """
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) == 1 and not is_offloaded(model) and KNOWN_CODE.fullmatch(type(model).__module__):
-        with suppress(RuntimeError):  # load_state_dict's, of weights that have no place
+        with suppress(RuntimeError):  # from load_state_dict, for extra weights
             return to_exportable(model)
     return model
 
 
 def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> PreTrainedModel:
-    """The model without what the masks remove, really smaller; `save_pretrained` of it writes a folder that loads.
+    """Remove masked units from a model, so that its weights become smaller. `save_pretrained` of the result works.
 
     Args:
-        model: of a supported family; a pruned one may be pruned again.
-        masks: per block (neurons,) and (kv_groups,) bool, True = keep, as long as the model's present widths.
-        inplace: slice `model` itself, to save memory: the result shares its weights. Otherwise it is left as it was.
+        model: a model of a supported family, dense or pruned.
+        masks: per block (neurons,) and (kv_groups,) bool, True = keep, for the current widths of the model.
+        inplace: slice `model` itself, to save memory. Otherwise `model` is not changed.
+
+    Returns:
+        The pruned model.
 
     Raises:
-        ValueError: a mask of the wrong length or dtype, or one that keeps nothing where the other keeps something.
+        ValueError: if a mask has a wrong length or dtype, or a block keeps units of one scope only.
     """
-    require(model, PreTrainedModel, "apply_masks: expected a model of transformers")
-    require(masks, Masks, "apply_masks: expected Masks, such as those of a run's result")
+    require(model, PreTrainedModel, "The model of apply_masks must be a model of transformers")
+    require(masks, Masks, "The masks of apply_masks must be Masks, such as those of a run's result")
     return portable(prune(model, masks, inplace=inplace))
 
 
@@ -232,42 +238,44 @@ def save_pruned(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write config, modelling file, weights, generation config, tokenizer and a short README.md, all or nothing.
+    """Write config, modelling file, weights, generation config, tokenizer and a short README.md; all or nothing.
 
     Args:
         model, dtype: as for `to_exportable`.
-        overwrite: replace a model folder; the old one stays until the new one is complete.
+        tokenizer: the tokenizer; None for a folder without one.
+        folder: the folder.
+        overwrite: replace an existing model folder, after the new one is complete.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        UserError: folder taken, not writable or full; family that has no such export.
+        UserError: if the folder exists, or cannot be written.
     """
     folder = expanded(folder).resolve()
     before, card = sorted(folder.glob("*")) if overwrite else [], folder / "README.md"
     if folder.exists() and not (before and card.is_file() and b"gprune" in card.read_bytes()):
-        why = "has no README.md that names gprune" if overwrite else "exists already"
-        raise UserError(f"Export: '{folder}' {why}, so it is not overwritten; move it away.")
+        why = "has no README.md that mentions gprune, so it is not overwritten" if overwrite else "exists already"
+        raise UserError(f"Cannot write the model: '{folder}' {why}. Move it away.")
     exportable = to_exportable(model, dtype)
     with replacing(folder) as new:
         new.mkdir()
-        with warnings.catch_warnings(action="ignore"):  # that shards must fit in memory, which is seen to
+        with warnings.catch_warnings(action="ignore"):  # that shards must fit in memory, which `shard_size` ensures
             exportable.save_pretrained(new, max_shard_size=shard_size(exportable))
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
-        config |= modeling_pruned.rope_of_older(config)  # stock configs of today do not write it
+        config |= modeling_pruned.rope_of_older(config)  # current stock configs do not write it
         (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(CARD, encoding="utf-8")
         if others := [p.name for p in before if not (p.match("model*.safetensors*") or (new / p.name).exists())]:
-            raise UserError(f"Export: '{folder}' holds {others[0]}, which would be lost; move it away.")
-    log.info("wrote %s", folder)
+            raise UserError(f"Cannot overwrite '{folder}': it contains {others[0]}, which would be lost. Move it away.")
+    log.info("Wrote %s", folder)
     return folder
 
 
 def shard_size(model: PreTrainedModel) -> int:
-    """Bytes of a shard of weights: `SHARD`, or about a block of an offloaded model, as it has little in memory."""
+    """Return the size of a file of weights in bytes: `SHARD`, or for offloaded models about one layer."""
     if not is_offloaded(model):
         return SHARD
     layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in decoder_layers(model)]
@@ -282,18 +290,20 @@ def reloaded_logits(
     max_memory: Mapping[str, str] | None = None,
     **load: Any,
 ) -> Tensor:
-    """Logits of a folder's model, computed in a fresh process on `device`, without gprune and without network.
+    """Compute logits of a saved model in a fresh process, without gprune and without network.
 
     Args:
+        folder: the model folder.
         input_ids: (B, T) int64.
+        device: device of the computation.
         max_memory: as for `gprune.models.loading.load_weights`.
-        load: for `from_pretrained`.
+        load: other arguments of `from_pretrained`.
 
     Returns:
         (B, T, vocabulary) logits on the CPU, in the dtype of the weights.
 
     Raises:
-        UserError: with the last line of what the process wrote to stderr.
+        UserError: with the last line of stderr, if the process fails.
     """
     limits = None if max_memory is None else list(memory_limits(max_memory).items())
     with tempfile.TemporaryDirectory(prefix="gprune-reload-") as scratch:
@@ -302,18 +312,22 @@ def reloaded_logits(
         load |= {"max_memory": limits, "offload_folder": f"{scratch}/offload"}
         settings = {"folder": str(folder), "tokens": tokens, "logits": logits, "device": device, "load": load}
         asked = json.dumps(settings | {"threads": torch.get_num_threads()})
-        # A cache of its own for the copied modelling file: two checks at once must not share one.
+        # A separate cache for the copied modelling file, so that concurrent checks do not share one.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
-        command = [sys.executable, "-P", str(Path(__file__).with_name("reload.py"))]  # none of our folders on its path
+        command = [
+            sys.executable,
+            "-P",
+            str(Path(__file__).with_name("reload.py")),
+        ]  # -P: without this folder on sys.path
         done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise UserError(f"Export: '{folder}' does not load in a fresh process: {last}")
+            raise UserError(f"Cannot load '{folder}' in a fresh process: {last.removesuffix('.')}.")
         return load_file(logits)["logits"]
 
 
 def max_logit_difference(a: Tensor, b: Tensor) -> float:
-    """max |a - b| in float32; NaN if either holds one. Shapes must agree."""
+    """Return max |a - b| in float32; NaN if either has NaN. Shapes must be equal."""
     assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
     return (a.detach().float().cpu() - b.detach().float().cpu()).abs().max().item()
 
@@ -322,34 +336,40 @@ def max_logit_difference(a: Tensor, b: Tensor) -> float:
 def check_reload(
     model: PreTrainedModel, folder: str | Path, input_ids: Tensor, *, dtype: torch.dtype | None = None, **placement: Any
 ) -> float:
-    """Compare the logits of the saved model in memory with those that a fresh process computes from the folder.
+    """Check that a fresh process computes the same logits from the folder as the model in memory.
 
-    A folder that fails, or is left before it was compared, is removed.
+    The folder is removed if the check fails or is interrupted.
 
     Args:
+        model: the saved model.
+        folder: its folder.
         input_ids: (B, T) int64.
-        dtype: that the weights were saved in; the model computes in it too, and gets its own back.
-        placement: `device_map` and `max_memory`, where the model was loaded with them.
+        dtype: dtype of the saved weights. The model is cast to it for the check, and then restored.
+        placement: `device_map` and `max_memory`, if the model was loaded with them.
 
     Returns:
-        max |difference of logits|: 0.0.
+        max |difference of logits|, which is 0.0.
 
     Raises:
-        UserError: when they are not the same bits, or when the folder does not load.
+        UserError: if logits are not bit-identical, or the folder does not load.
     """
     training, weights = model.training, [(p, p.data) for p in model.parameters()]
     device, attention = str(device_of(model)), model.config._attn_implementation
     try:
         cast(model, dtype)
-        aligned(model)  # as the fresh process has it; for this pass alone, since it copies what the dense model shares
+        aligned(
+            model
+        )  # as in the fresh process; only for this pass, because it copies weights shared with the dense model
         expected = model.eval()(input_ids.to(device), use_cache=False).logits
         for p, data in weights:
             p.data = data
         got = reloaded_logits(folder, input_ids, device=device, attn_implementation=attention, **placement)
         difference = max_logit_difference(expected, got)
-        if difference != 0:  # also true of NaN
-            got = f"expected the pruned model's logits after reloading, got a difference of {difference}"
-            raise UserError(f"Export: {got}; '{folder}' was removed. Check the disk and export again.")
+        if difference != 0:  # also true for NaN
+            raise UserError(
+                f"Cannot export to '{folder}': logits of the reloaded model differ from the pruned model's by up to "
+                f"{difference}. The folder was removed. Check the disk and export again."
+            )
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

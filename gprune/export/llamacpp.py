@@ -1,12 +1,12 @@
-"""GGUF files in llama.cpp, as `pip install llama-cpp-py-sync` has built it: log-probabilities, tokens, quantising.
+"""Run GGUF files in llama.cpp (package llama-cpp-py-sync): log-probabilities, tokens, quantisation.
 
-Run by path, `python -P llamacpp.py`, never imported by gprune: llama.cpp ends the process where it finds something
-wrong, and brings threads of its own. A JSON request comes by stdin, and the answer is the last line on stdout. The
-request holds `work`, `model` (a path), `threads`, and for each kind of work:
+This file is run as a script, `python -P llamacpp.py`, and never imported by gprune, because llama.cpp aborts the
+process on errors and starts threads. It reads a JSON request from stdin and writes the answer as the last line of
+stdout. The request has `work`, `model` (a path), `threads`, and more keys for each kind of work:
 
-score    `ids`, `texts`, and `logprobs`, a file to write (.npy, float32, (T, vocabulary)): of the token after each of
-         the T ids. The answer is a list of tokens for every text.
-quantise `output`, and `type`, a name of llama.cpp's such as Q4_K_M. The answer is null.
+score    `ids`, `texts`, and `logprobs`, a file to write (.npy, float32, (T, vocabulary)) with log-probabilities after
+         each of the T ids. The answer is a list of tokens for every text.
+quantise `output`, and `type`, a type of llama.cpp such as Q4_K_M. The answer is null.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ ffi, lib = get_ffi(), get_lib()
 
 
 def opened(request: dict[str, Any], length: int) -> Llama:
-    """The model in a context of `length` tokens, its cache in float32: what is checked are the weights."""
+    """Open the model with a context of `length` tokens and a float32 cache, so that only weights are lossy."""
     exact = {"flash_attn_type": 0, "type_k": "f32", "type_v": "f32"}
     return Llama(request["model"], n_ctx=length, n_batch=length, n_threads=request["threads"], **exact)
 
 
 def logprobs_of(model: Llama, ids: Sequence[int]) -> np.ndarray:
-    """(T, vocabulary) float64 log-probabilities after each of the T tokens, which are alone in the context."""
+    """Return log-probabilities after each of T tokens, (T, vocabulary) float64. The context is cleared before."""
     lib.llama_memory_clear(lib.llama_get_memory(model._ctx), True)
     batch = lib.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
@@ -47,14 +47,14 @@ def logprobs_of(model: Llama, ids: Sequence[int]) -> np.ndarray:
 
 
 def score(request: dict[str, Any]) -> list[list[int]]:
-    """Write log-probabilities; return the tokens of every text."""
+    """Write log-probabilities, and return the tokens of every text."""
     model = opened(request, len(request["ids"]))
     np.save(request["logprobs"], logprobs_of(model, request["ids"]).astype(np.float32))
     return [model.tokenize(text, parse_special=True) for text in request["texts"]]
 
 
 def quantise(request: dict[str, Any]) -> None:
-    """Write another file, its matrices quantised by llama.cpp; rows too short for a type's blocks get a larger type."""
+    """Write a file with matrices quantised by llama.cpp, which uses larger types for rows that do not fit blocks."""
     lib.llama_backend_init()
     settings = lib.llama_model_quantize_default_params()
     settings.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{request['type']}")

@@ -1,9 +1,9 @@
-"""Logits of an exported folder, computed by a process that knows nothing of gprune.
+"""Compute logits of an exported folder without gprune.
 
-Run by path, `python -P reload.py`, in a process that never imports gprune: what it proves is that the folder stands on
-its own, with its modelling file, on transformers alone. The request, JSON on stdin, holds `folder`, `tokens` and
-`logits` (safetensors files to read and to write), `device`, `load` (arguments of `from_pretrained`; `max_memory` as
-pairs), and `threads`: as many as the caller has, since the order of a sum decides its last bits.
+This file is run as a script, `python -P reload.py`, in a process that never imports gprune. It shows that the folder
+and its modelling file need only transformers. It reads a JSON request from stdin: `folder`, `tokens` and `logits`
+(safetensors files to read and to write), `device`, `load` (arguments of `from_pretrained`; `max_memory` as pairs), and
+`threads`, the caller's number of threads, because it can change the last bits of sums.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 
 def aligned(model: torch.nn.Module) -> None:
-    """Move weights on the CPU to where memory is aligned, as a mapped file's are not.
+    """Copy CPU weights that are not aligned in memory, such as those of a mapped file.
 
-    The last bits of a product of one row, which an expert with one token is, depend on where the matrix begins.
+    The last bits of a matrix product with a single row, such as an expert with one token, depend on alignment.
     """
     for p in model.parameters():
         if p.device.type == "cpu" and p.data_ptr() % 64:
@@ -28,7 +28,7 @@ def aligned(model: torch.nn.Module) -> None:
 
 
 def main(request: dict[str, Any]) -> None:
-    """Load an exported folder and write the logits that the request asks for."""
+    """Load an exported folder, and write logits."""
     torch.set_num_threads(request["threads"])
     settings = request["load"]
     if settings["max_memory"] is not None:

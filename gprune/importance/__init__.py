@@ -1,4 +1,4 @@
-"""How important each unit is: one pure function per metric, larger = keep."""
+"""Importance of units: one pure function per metric, larger = keep."""
 
 from gprune.importance.metrics import IMPORTANCE, metric
 

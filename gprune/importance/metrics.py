@@ -1,16 +1,16 @@
 """Importance metrics: one pure function each, larger = keep.
 
-A metric gets the weights and moments of the *channels* that enter an output projection (`down_proj` for neurons,
-`o_proj` for attention), and returns one score per channel. A KV group's score is the sum over its channels (its query
-heads x head_dim), so every metric means the same in both scopes. Weights are read only; the moments are a copy.
+A metric gets weights and moments of the *channels* that enter an output projection (`down_proj` for neurons, `o_proj`
+for attention), and returns one score per channel. The score of a KV group is the sum over its channels (query heads of
+the group x head_dim). Weights must not be changed; moments are a copy.
 
     @metric("my_metric")
     def my_metric(weights, moments, generator):
         return moments.mean_sq.sqrt()
 
-Symbols in the docstrings: W (H, C) the output projection, W_:j its column of channel j; V_j the rows that feed the
-channel (gate and up; value); X_j its activations over all n tokens, so that ||X_j||_2^2 / n is the mean square. Scores
-are >= 0, and only their order counts.
+Symbols in docstrings: W (H, C) is the output projection, and W_:j its column of channel j. V_j are the rows that
+compute the channel (gate and up; value). X_j are the activations of the channel over all n tokens, so ||X_j||_2^2 / n
+is the mean square. Scores are >= 0, and only their order matters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from gprune.registry import Registry
 
-if TYPE_CHECKING:  # flags are checked by what is registered here, which should not wait for PyTorch
+if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
     import torch
     from torch import Tensor
 
@@ -36,16 +36,16 @@ def metric(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register an importance metric, a function of one projection, as the value `name` of `--importance`.
 
-    It is called as `function(weights, moments, generator)` for the C neurons (or attention channels) of a block, and
-    returns their scores, (C,) of any float dtype, finite; the smallest are removed first.
+    The metric is called as `function(weights, moments, generator)` for the C neurons (or attention channels) of a
+    block. It returns their scores, (C,) of any float dtype, finite. Units with the smallest scores are removed first.
 
     - weights: `importance.weights.UnitWeights`, float32: output (H, C), the columns that write to the H hidden
       dimensions, and inputs, a tuple of (C, H): gate and up rows, or value rows of attention.
-    - moments: `calibration.statistics.Moments` of what enters the output projection, float64: count (), the tokens;
+    - moments: `calibration.statistics.Moments` of inputs of the output projection, float64: count (), number of tokens;
       sum, sum_sq, mean, mean_sq and variance (C,); saliency (C,) if the metric needs it.
-    - generator: `torch.Generator` of this block, for metrics that draw numbers.
+    - generator: `torch.Generator` of this block, for random metrics.
 
-    Nothing may be changed in place.
+    The function must not change its arguments in place.
 
     Example:
 
@@ -57,12 +57,12 @@ def metric(
 
     Args:
         name: the value of `--importance`.
-        activation_free: whether the score ignores `moments`. Then unreliable modules may switch to the metric, and its
-            rank drift comes from `act_norm`.
-        needs: `["saliency"]` if the function reads `moments.saliency`, which is collected on demand only.
+        activation_free: whether the score ignores `moments`. Such a metric can be used for unreliable modules; as it
+            has no rank drift itself, the drift of `act_norm` is used.
+        needs: `["saliency"]` if the function reads `moments.saliency`, which is collected only on demand.
     """
     if unknown := set(needs) - {"saliency"}:
-        raise ValueError(f"metric '{name}': needs expected to be of saliency, got {sorted(unknown)}.")
+        raise ValueError(f"The needs of metric '{name}' must be among saliency; got {sorted(unknown)}.")
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         function.activation_free = activation_free
@@ -80,9 +80,9 @@ def metric(
 def wanda_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = ||X_j||_2 * sum_i |W_ij|: Wanda's |W| ||X|| (arXiv 2306.11695, eq. 1) summed over a column.
 
-    The norm is divided by sqrt(n), which does not change ranks. FLAP (arXiv 2312.11983) has this structured form as a
-    baseline; its repository prunes each block before it calibrates the next one. Ours sees the same text and the same
-    dense activations as every other metric.
+    The norm is divided by sqrt(n), which does not change ranks. FLAP (arXiv 2312.11983) uses this structured form as a
+    baseline. Its repository prunes each block before it calibrates the next one; here calibration uses the dense model,
+    as for every other metric.
     """
     return moments.mean_sq.sqrt() * weights.output.abs().sum(0)
 
@@ -91,8 +91,8 @@ def wanda_sp(weights: UnitWeights, moments: Moments, generator: torch.Generator)
 def wifv(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = Var(X_j) * ||W_:j||_2^2, FLAP's weighted input feature variance (arXiv 2312.11983, eq. 5).
 
-    The variance is over tokens: the population variance that the paper describes. The authors' code updates a running
-    variance with the new mean in place of the old one, skips the first window, and squares the scores of attention.
+    The population variance over tokens, as in the paper. The authors' code updates a running variance with the new mean
+    instead of the old one, skips the first window, and squares the scores of attention.
     """
     return moments.variance * weights.output.square().sum(0)
 
@@ -107,16 +107,16 @@ def ifv(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> T
 def wifn(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
     """s_j = (||X_j||_2 * mean_i |W_ij|)^2 / n, FLAP's weighted input feature norm (arXiv 2312.11983).
 
-    The mean over rows is that of the authors' repository. So is the square, which it applies to attention channels
-    before their scores are added up to those of heads. Neurons of a block have the same order as by `wanda_sp`; KV
-    groups can have another order because of the square.
+    The mean over rows and the square are those of the authors' repository, which squares scores of attention channels
+    before it adds them per head. Neurons of a block have the same order as by `wanda_sp`. KV groups can have another
+    order because of the square.
     """
     return (moments.mean_sq.sqrt() * weights.output.abs().mean(0)).square()
 
 
 @metric("act_norm")
 def act_norm(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = ||X_j||_2 / sqrt(n): root mean square activation, weights ignored."""
+    """s_j = ||X_j||_2 / sqrt(n): root mean square activation, without weights."""
     return moments.mean_sq.sqrt()
 
 
@@ -134,24 +134,24 @@ def taylor(weights: UnitWeights, moments: Moments, generator: torch.Generator) -
     return moments.saliency
 
 
-# Weights alone
+# Weights only
 
 
 @metric("magnitude", activation_free=True)
 def magnitude(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = ||W_:j||_2 * prod over V_j of ||V_j||_2, which no rescaling that leaves the model alone changes."""
+    """s_j = ||W_:j||_2 * prod over V_j of ||V_j||_2, invariant to rescalings that do not change the model's output."""
     return weights.output.norm(dim=0) * math.prod([rows.norm(dim=1) for rows in weights.inputs])
 
 
 @metric("magnitude_down", activation_free=True)
 def magnitude_down(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = ||W_:j||_2, the L2 norm of the output projection's column alone: FLAP's magnitude baseline (`mag_sp`)."""
+    """s_j = ||W_:j||_2, the L2 norm of the column of the output projection: FLAP's magnitude baseline (`mag_sp`)."""
     return weights.output.norm(dim=0)
 
 
 @metric("random", activation_free=True)
 def random(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j ~ Uniform(0, 1) from the seeded generator: the control that every metric has to beat."""
+    """s_j ~ Uniform(0, 1) from the seeded generator, as a control."""
     import torch
 
     return torch.rand(weights.output.shape[1], generator=generator)

@@ -1,4 +1,4 @@
-"""Score every unit by a metric's name: checked, expert by expert where there are experts, summed over a KV group."""
+"""Scores of all units by a metric: checked, separately for each expert, and summed over the channels of a KV group."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from gprune.models.blocks import Block
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance, float64, one tensor per block."""
+    """Importance scores, float64, one tensor per block."""
 
-    ffn: list[Tensor]  # neurons (N,), or (E x N,) of E experts
+    ffn: list[Tensor]  # neurons (N,), or (E x N,) with E experts
     attention: list[Tensor]  # KV groups (G,): sums over their channels
     channels: list[Tensor]  # attention channels (C,)
 
 
 def score_channels(name: str, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """Scores by the metric `name`, which gets a copy of the moments: (C,) float64.
+    """Return scores by the metric `name`, (C,) float64. The metric gets a copy of the moments.
 
     Raises:
-        UserError: for another shape, what is not dense, real and finite, and for a metric that writes into the weights.
+        UserError: if scores have another shape, or are not dense, real and finite; if the metric changed the weights.
     """
     with IMPORTANCE.running(name, *weights.inputs, weights.output):
         scores = IMPORTANCE[name](weights, moments.copied(), generator)
@@ -38,10 +38,10 @@ def score_channels(name: str, weights: UnitWeights, moments: Moments, generator:
 
 
 def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """Scores of a block's neurons, (experts x neurons,) float64, each expert scored by itself.
+    """Return scores of a block's neurons, (experts x neurons,) float64, each expert scored separately.
 
-    An expert that no token of the text was routed to has no activations to judge. Its neurons rank by `magnitude`, and
-    the score at rank j is the mean of the other experts' scores at rank j. Our reading.
+    Experts without any routed token have no activations. Their neurons are ranked by `magnitude`, and the score at rank
+    j is the mean of the other experts' scores at rank j. This is our choice.
     """
     E = block.experts
     if not block.has_experts:
@@ -58,18 +58,21 @@ def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, g
 
 
 def generator_for(seed: int, block: int, kind: str) -> torch.Generator:
-    """A random generator of its own for every block and kind (`ffn`, `attention`)."""
+    """Return a separate random generator for every block and kind (`ffn`, `attention`)."""
     return torch.Generator().manual_seed(seed * 100_003 + 2 * block + (kind == "attention"))
 
 
 def score_units(
     name: str, blocks: Sequence[Block], statistics: CorpusStatistics, *, seed: int = 0, attention: bool = True
 ) -> Scores:
-    """Importance of every unit by the metric `name`.
+    """Return scores of every unit by the metric `name`.
 
     Args:
-        statistics: of one corpus or of several pooled, with saliency if the metric needs it.
-        attention: False where KV groups are out of scope; their scores are then 0.
+        name: the metric.
+        blocks: blocks of the dense model.
+        statistics: statistics of one corpus, or pooled over several; with saliency if the metric needs it.
+        seed: seed of random metrics.
+        attention: whether KV groups are in scope; otherwise their scores are 0.
     """
 
     def channel_scores(block: Block) -> Tensor:
@@ -93,12 +96,13 @@ def score_units(
 
 
 def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average", "ordinal"] = "average") -> Tensor:
-    """r_i = (rank of s_i + 0.5) / N, ranks from 0: (..., groups x N) -> the same, float64, strictly inside (0, 1).
+    """Return r_i = (rank of s_i + 0.5) / N with ranks from 0: (..., groups x N) float64, strictly inside (0, 1).
 
     Args:
-        groups: number of equal parts that are ranked by themselves: the experts of a block.
-        ties: what equal scores get, such as those of neurons that never fire: their average rank, or one each, in
-            order, so that any share of a block can go.
+        scores: (..., groups x N).
+        groups: number of equal parts that are ranked separately, such as the experts of a block.
+        ties: ranks of equal scores, such as those of neurons that never fire. average: their average rank. ordinal:
+            different ranks in order of index, so that any share of a block can be removed.
     """
     if not scores.shape[-1]:  # a block without such units
         return scores.detach().cpu().double()

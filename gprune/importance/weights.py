@@ -1,4 +1,4 @@
-"""Read the weights of a block's channels, which a metric judges."""
+"""Read the weights of a block's channels for a metric."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from gprune.models.blocks import Block, ExpertPart, Part
 
 @dataclass(frozen=True)
 class UnitWeights:
-    """The weights of C channels with H hidden dimensions, float32.
+    """Weights of C channels with H hidden dimensions, float32.
 
-    For neurons `inputs` are the rows of gate and up, or of up alone where there is no gate. For attention they are the
-    value rows, repeated for the query heads that share them: a channel that enters the output projection is a weighted
-    mean over tokens of that value row's output.
+    For neurons `inputs` are the rows of gate and up, or of up only without a gate. For attention they are the value
+    rows, repeated for the query heads that share them, because a channel of the output projection's input is a weighted
+    mean over tokens of the value row's output.
     """
 
     inputs: tuple[Tensor, ...]  # each (C, H)
     output: Tensor  # (H, C)
 
     def of_expert(self, index: int, experts: int) -> UnitWeights:
-        """The channels of one expert, (C / experts,)."""
+        """Return the weights of one expert, C / experts channels."""
         own = slice(*(self.output.shape[1] // experts * i for i in (index, index + 1)))
         return replace(self, inputs=tuple(rows[own] for rows in self.inputs), output=self.output[:, own])
 
 
 def ffn_weights(block: Block, device: torch.device | str = "cpu") -> UnitWeights:
-    """The (experts x neurons,) channels of one block's FFN, its weights on a device."""
+    """Return weights of the experts x neurons channels of a block's FFN, on a device."""
     parts = [part for part in (block.gate, block.up) if part is not None]
     return UnitWeights(tuple(_weight(part, device) for part in parts), _weight(block.down, device))
 
 
 def attention_weights(block: Block) -> UnitWeights:
-    """The (query heads x head_dim,) channels of one block's attention."""
+    """Return weights of the query heads x head_dim channels of a block's attention."""
     rows = block.per_query_head(_weight(block.value))
     return UnitWeights((rows,), _weight(block.output))
 

@@ -1,7 +1,7 @@
-"""Copies of frozen weights in the dtype of autocast, kept from step to step.
+"""Cache of frozen weights in the dtype of autocast.
 
-Autocast casts a float32 weight to bfloat16 at every matrix product that reads it. For a frozen weight the result is the
-same each time, so one copy saves the cast, and the bits of the product stay the same.
+Autocast casts a float32 weight to bfloat16 for every matrix product. For frozen weights the result is always the same,
+so a cached copy saves the cast without changing a bit.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from transformers.pytorch_utils import Conv1D
 
 from gprune.models.offload import is_sharded
 
-PRODUCTS = (nn.Linear, Conv1D)  # modules whose weights only matrix products read, which autocast casts
+PRODUCTS = (nn.Linear, Conv1D)  # modules whose weights are only used in matrix products, which autocast casts
 
 
 class CastWeights:
     """Copies of a model's frozen weights, made at the first use under autocast.
 
-    Embeddings and norms, which autocast computes in float32, stay as they are; a head that is tied to the embeddings
-    gets a copy of its own. Weights that learn, are offloaded or sharded have no copy.
+    Embeddings and norms have no copy, because autocast computes them in float32; a head that is tied to the embeddings
+    has one. Trained, offloaded and sharded weights have no copy.
 
     Args:
-        model: on its device, when the copies are first used; its modules keep their hooks.
+        model: the model, which must be on its device when copies are first used.
     """
 
     def __init__(self, model: nn.Module):
@@ -34,9 +34,9 @@ class CastWeights:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the modules compute with the copies while the context lasts; a no-op without autocast.
+        """Use the copies while the context lasts. A no-op without autocast.
 
-        The backward pass may run after the context: it uses the tensors of the forward pass.
+        The backward pass may run after the context, because it uses tensors of the forward pass.
         """
         replaced: list[tuple[nn.Module, str, Tensor]] = []
         try:
@@ -51,7 +51,7 @@ class CastWeights:
                 module._parameters[name] = weight
 
     def _copy(self, weight: Tensor) -> Tensor | None:
-        """The copy of a weight; None if autocast would not cast the weight, or the weight may change."""
+        """Return the copy of a weight, or None if autocast does not cast it or it may change."""
         kind, kept = weight.device.type, self._copies.get(id(weight))
         if weight.requires_grad or weight.is_meta or is_sharded(weight) or weight.dtype != torch.float32:
             return None
@@ -64,7 +64,7 @@ class CastWeights:
 
 
 def cast_numbers(model: nn.Module) -> int:
-    """How many numbers `CastWeights` would copy, if all weights were frozen and in float32."""
+    """Return how many numbers `CastWeights` copies if all weights are frozen and in float32."""
     weights = (
         weight for module in model.modules() if type(module) in PRODUCTS for weight in module._parameters.values()
     )

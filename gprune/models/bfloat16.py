@@ -1,4 +1,4 @@
-"""Hardware that multiplies matrices in bfloat16, and float32 products that lose nothing in it."""
+"""Detect fast bfloat16 matrix products, and use them for float32 products of bfloat16 numbers, which are exact."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _has_amx() -> bool:
 
 
 def has_fast_products(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `fast_products` changes how matrices that come from this dtype are multiplied on this device."""
+    """Return whether `fast_products` has an effect for matrices of this dtype on this device."""
     return dtype == torch.bfloat16 and device.type == "cpu" and multiplies_bfloat16(device)[0]
 
 
@@ -50,9 +50,9 @@ def has_fast_products(dtype: torch.dtype, device: torch.device) -> bool:
 def fast_products(of: Tensor) -> Iterator[None]:
     """Multiply float32 matrices in bfloat16 while the context lasts, if `of` is bfloat16 and on a CPU with AMX.
 
-    For products of `of.float()`: the product of two bfloat16 numbers is exact in float32, and the sums are float32 too,
-    so the result has the precision of a float32 product, in a third of the time. A factor that does not come from
-    bfloat16 is rounded to it.
+    Use it for products of `of.float()`. Products of two bfloat16 numbers are exact in float32, and sums are float32
+    too, so the result has the precision of a float32 product, in a third of the time. Other factors are rounded to
+    bfloat16.
     """
     if not has_fast_products(of.dtype, of.device):
         yield

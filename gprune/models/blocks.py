@@ -1,7 +1,7 @@
-"""A model as gprune sees it: blocks of prunable parts, found by the record of the model's family.
+"""Blocks of prunable parts in a model, which are found by the record of the model's family.
 
-A `Slice` is one parameter and the unit that each index along one of its dimensions belongs to: surgery, costs and the
-saved form are made of slices alone.
+A `Slice` maps each index along one dimension of a parameter to the unit that it belongs to. Surgery, costs and the
+format of exports are all defined by slices.
 """
 
 from __future__ import annotations
@@ -31,48 +31,47 @@ HEADS = "num_attention_heads"
 
 @dataclass(frozen=True)
 class Slice:
-    """A parameter that shrinks along `dim` when units go; index i belongs to unit `units[i]`."""
+    """A parameter that shrinks along `dim` when units are removed. Index i belongs to unit `units[i]`."""
 
-    path: str  # relative to the layer, with the parameter's own name
+    path: str  # of the parameter, relative to the layer
     dim: int
     kind: str  # `ffn` or `attention`
-    units: Tensor  # (size along dim,) int64, of one expert
-    sizes: dict[str, int]  # size along dim as multiples of `neurons`, `heads` and `kv_groups`
+    units: Tensor  # (size along dim,) int64; for one expert
+    sizes: dict[str, int]  # size along dim, as multiples of `neurons`, `heads` and `kv_groups`
 
 
 @dataclass(frozen=True)
 class Block:
-    """An FFN and an attention of a decoder layer, or one of them: the unit that masks, statistics and modules speak of.
+    """An FFN and an attention of a decoder layer, or one of them. Masks and statistics have one entry per block.
 
-    Most layers are one block. A layer with several FFNs, such as experts and shared experts, is as many blocks: the
-    first one has the layer's attention and whatever is not pruned, norms included.
+    Most layers are one block. A layer with several FFNs, such as experts and shared experts, has a block for each. The
+    first block also has the layer's attention and everything that is not pruned, such as norms.
 
-    A *neuron* j is row j of gate and up and column j of down, in every expert where there are experts; a *KV group* g
-    is key/value head g with the query heads that share it, i.e. `channels_per_group` consecutive columns of the
-    output projection.
+    *Neuron* j is row j of gate and up and column j of down; each expert has its own neurons. *KV group* g is key/value
+    head g with the query heads that share it, i.e. `channels_per_group` consecutive columns of the output projection.
     """
 
     index: int  # position among the blocks of the model
     layer_index: int  # number of the decoder layer
     layer: nn.Module
-    family: Family  # of a layer with several blocks, the record of this one
+    family: Family  # the record of this block, if the layer has several
     head_dim: int
     order: int = 0  # position among the blocks of its layer
-    beside: tuple[Block, ...] = ()  # of the first block of a layer: the other ones
+    beside: tuple[Block, ...] = ()  # other blocks of the layer; only for the first block
 
     @cached_property
     def parts(self) -> dict[str, Part | ExpertPart]:
-        """The weight matrices that the layer has, by name."""
+        """Weight matrices of the block, by name."""
         return parts_of(self.layer, self.family, self.head_dim)
 
     def __getattr__(self, name: str) -> Any:
-        """`block.down` is `block.parts["down"]`; None for a gate that the family does not have."""
+        """Return a part by name: `block.down` is `block.parts["down"]`, or None without such a part."""
         if any(name in names for names in PARTS.values()):
             return self.parts.get(name)
         raise AttributeError(name)
 
     def module(self, path: str | None) -> nn.Module | None:
-        """The layer's module at a path of the family's record."""
+        """Return the layer's module at a path of the family's record."""
         return None if path is None else attrgetter(path)(self.layer)
 
     @property
@@ -82,15 +81,15 @@ class Block:
 
     @property
     def attention_norm(self) -> nn.Module | None:
-        """The norm before query, key and value; None where norms follow the residual sum: it is the last layer's."""
+        """The norm before query, key and value; None if norms follow the residual sum of the previous layer."""
         return self.module(self.family.attention_norm)
 
     def joins_residual(self, part: str) -> bool:
-        """Whether the output of `down` or `output` is added to the residual directly, without a norm between."""
+        """Return whether the output of `down` or `output` is added to the residual without a norm."""
         return self.norm_behind(part) is None
 
     def norm_behind(self, part: str) -> nn.Module | None:
-        """The norm between `down` or `output` and the residual."""
+        """Return the norm between `down` or `output` and the residual, or None."""
         return self.module(self.family.after_ffn if part == "down" else self.family.after_attention)
 
     @property
@@ -100,64 +99,67 @@ class Block:
 
     @property
     def experts(self) -> int:
-        """Experts of the FFN; 1 where there are none."""
+        """Number of experts of the FFN; 1 without experts."""
         return self.down.shape[0] if self.has_experts else 1
 
     @property
     def neurons(self) -> int:
-        """The width of the FFN, of each expert where there are experts; 0 where no FFN can be pruned."""
+        """Width of the FFN, or of each expert; 0 without a prunable FFN."""
         return 0 if self.down is None else self.down.in_features // self.experts
 
     @property
     def heads(self) -> int:
-        """Query heads; 0 where no attention can be pruned."""
+        """Number of query heads; 0 without prunable attention."""
         return 0 if self.output is None else self.output.in_features // self.head_dim
 
     @property
     def kv_groups(self) -> int:
-        """Key and value heads, each with the query heads that share it; 0 where no attention can be pruned."""
+        """Number of KV groups; 0 without prunable attention."""
         return 0 if self.output is None else self.value.out_features // self.head_dim
 
     @property
     def channels_per_group(self) -> int:
-        """Columns of the output projection (= query heads x head_dim) that belong to one KV group."""
+        """Columns of the output projection per KV group: query heads of the group x head_dim."""
         return 0 if self.output is None else self.output.in_features // self.kv_groups
 
     @property
     def channels(self) -> int:
-        """Columns of the output projection; 0 where no attention can be pruned."""
+        """Number of columns of the output projection; 0 without prunable attention."""
         return 0 if self.output is None else self.output.in_features
 
     def per_query_head(self, values: Tensor) -> Tensor:
-        """Values of key/value rows, (kv_groups x head_dim, ...), repeated for the query heads that share each row:
+        """Repeat values of key/value rows, (kv_groups x head_dim, ...), for the query heads that share each row:
         (heads x head_dim, ...)."""
         q = self.heads // self.kv_groups
         return repeat(values, "(g d) ... -> (g q d) ...", d=self.head_dim, q=q)
 
     @property
     def cost(self) -> int:
-        """Parameters that go when the whole block goes, with all others of its layer."""
+        """Number of parameters of the whole block. The costs of a layer's blocks add up to all its parameters."""
         return self.whole_cost()
 
     def whole_cost(self, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
-        """`cost`, or what these parameters weigh: those of a layer are shared out between its blocks."""
+        """Return `cost`, with each parameter counted `weight(parameter)` times."""
         if self.order == 0:
             layer = sum(weight(parameter) * parameter.numel() for parameter in self.layer.parameters())
             return layer - sum(block.whole_cost(weight) for block in self.beside)
         return self.neurons * self.unit_cost("ffn", weight) + self.kv_groups * self.unit_cost("attention", weight)
 
     def unit_cost(self, kind: str, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
-        """Parameters that go with a neuron (`ffn`; of all experts) or a KV group (`attention`), or what they weigh."""
+        """Return the number of parameters of a neuron (`ffn`; summed over experts) or a KV group (`attention`).
+
+        Each parameter is counted `weight(parameter)` times.
+        """
         units = max(1, self.neurons if kind == "ffn" else self.kv_groups)
         return sum(weight(p) * (p.numel() // units) for p in (self.parameter(s) for s in self.slices if s.kind == kind))
 
     def parameter(self, place: Slice) -> nn.Parameter:
-        """The parameter that a slice is of."""
+        """Return the parameter of a slice."""
         return attrgetter(place.path)(self.layer)
 
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
-        """Every parameter that pruning makes smaller."""
+        """All parameters that become smaller by pruning."""
         family, N, slices = self.family, torch.arange(self.neurons), []
         dim = {path: (int(part.transposed), int(not part.transposed)) for path, part in self._by_path.items()}
         if self.has_experts:
@@ -187,21 +189,21 @@ class Block:
 
     @property
     def _by_path(self) -> dict[str, Part]:
-        """A part of each module that holds some, by the path of the module."""
+        """One part of each module that has parts, by the path of the module."""
         return {getattr(self.family, name): part for name, part in self.parts.items() if isinstance(part, Part)}
 
     def _parameter(self, path: str) -> nn.Parameter | None:
-        """A parameter by its path in the layer; None where this layer does not have it."""
+        """Return a parameter by its path in the layer, or None."""
         module, name = find(self.layer, path)
         return getattr(module, name, None)
 
     def _of_groups(self, length: int, unit: str = "heads") -> tuple[Tensor, dict[str, int]]:
-        """Units and sizes of rows that belong to KV groups in equal parts, group by group."""
+        """Return units and sizes of `length` rows that are divided equally among KV groups, in order."""
         units = torch.arange(self.kv_groups).repeat_interleave(length // self.kv_groups)
         return units, {unit: length // (self.heads if unit == "heads" else self.kv_groups)}
 
     def _rows(self, kind: str, own: Mapping[str, tuple[Tensor, dict[str, int]]]) -> list[Slice]:
-        """Slices of the modules whose rows belong to units; `own`: units and sizes of each part, fused or not."""
+        """Return slices of modules whose rows belong to units, fused or not. `own`: units and sizes of each part."""
         slices, paths = [], {name: getattr(self.family, name) for name in own if name in self.parts}
         for path in dict.fromkeys(paths.values()):
             names = [name for name in paths if paths[name] == path]
@@ -215,7 +217,7 @@ class Block:
         return slices
 
     def config_terms(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Multiples of `neurons`, `heads`, `kv_groups` and `channels` as multiples of the config's own keys."""
+        """Convert multiples of `neurons`, `heads`, `kv_groups` and `channels` to multiples of config keys."""
         width = self.family.width if self.has_experts or self.family.experts is None else "intermediate_size"
         if self.family.found:
             return dict(sizes)
@@ -227,7 +229,7 @@ class Block:
 
     @property
     def config_values(self) -> dict[str, int]:
-        """The layer's sizes by the config's own keys; of a discovered type by names of our own as well."""
+        """Sizes of the block by config key. Blocks of discovered types also have them by our own names."""
         sizes = {"neurons": self.neurons, "heads": self.heads}
         if self.family.found:
             sizes |= {
@@ -243,30 +245,30 @@ class Block:
 
     @property
     def sizes(self) -> SimpleNamespace:
-        """The block's sizes by the names that `attributes` uses."""
+        """Sizes of the block by the names in `attributes`."""
         return SimpleNamespace(**self.config_values)
 
     @property
     def attributes(self) -> dict[str, dict[str, int]]:
-        """Attributes in which stock code keeps sizes: path -> {config key: n}, the size being n times the value."""
+        """Attributes of stock modules that contain sizes: path -> {config key: n}, for the size n x value."""
         return {path: self.config_terms({what: 1}) for path, what in self.family.attributes.items()}
 
 
 def blocks_of(model: PreTrainedModel) -> list[Block]:
-    """The blocks of a supported model, first layer first."""
+    """Return the blocks of a supported model, in order."""
     family, config = family_of(model), model.config.get_text_config(decoder=True)
     if family.kinds:
         blocks: list[Block] = []
         for number, layer in enumerate(decoder_layers(model)):
             blocks += _found_blocks(len(blocks), number, layer, family, config)
         return blocks
-    # `or` keeps it lazy: to read a global head count is an error where layers differ in heads.
+    # `or` is lazy on purpose: reading a global number of heads is an error if layers differ in it.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return [Block(index, index, layer, family, head_dim) for index, layer in enumerate(decoder_layers(model))]
 
 
 def layer_values(blocks: Sequence[Block]) -> dict[str, int]:
-    """`Block.config_values` of a layer, from all of its blocks; the first one's where several have one key."""
+    """Return `Block.config_values` of a layer, merged over its blocks; the first block has precedence."""
     values: dict[str, int] = {}
     for block in reversed(blocks):
         values |= block.config_values
@@ -281,20 +283,20 @@ def check_untied(model: PreTrainedModel) -> None:
             here = f"'{place.path}' of layer {block.layer_index}"
             if (other := owners.setdefault(id(block.parameter(place)), here)) != here:
                 raise UserError(
-                    f"Model type '{model.config.model_type}': {here} and {other} are one tensor, so that a unit of one "
-                    "would take weights of the other along; expected layers with weights of their own."
+                    f"Model type '{model.config.model_type}' cannot be pruned: {here} and {other} are one tensor, so "
+                    "removing a unit of one layer would remove weights of the other."
                 )
 
 
 def by_layer(blocks: Iterable[Block]) -> list[list[Block]]:
-    """The blocks of each layer, first layer first."""
+    """Group blocks by layer, in order."""
     return [list(own) for _, own in groupby(blocks, key=lambda block: block.layer_index)]
 
 
 def _found_blocks(
     first: int, number: int, layer: nn.Module, family: Family, config: PreTrainedConfig
 ) -> list[Block]:  # fmt: skip
-    """The blocks of layer `number` of a type whose layers may differ, the first one at position `first`."""
+    """Return the blocks of layer `number` of a discovered type. The first block has index `first`."""
     ffn, attention = ([kind for kind, stays in kinds_of(layer, kinds) if stays is None] for kinds in family.kinds)
     beside: list[Block] = []
     for order, chosen in reversed(list(enumerate(zip_longest(ffn, attention, fillvalue={})))):
@@ -305,9 +307,9 @@ def _found_blocks(
 
 
 def kinds_of(layer: nn.Module, kinds: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str | None]]:
-    """The kinds of FFN, or of attention, that a layer has, each with the reason why it stays, or None if it is pruned.
+    """Return the kinds of FFN or attention in a layer, each with the reason not to prune it, or None if it is pruned.
 
-    Of several with the same output projection the first one counts, and the first one of a layer is always pruned.
+    The first of several kinds with the same output projection is used. The first kind of a layer is always pruned.
     """
     own: dict[str, Mapping[str, Any]] = {}
     for kind in kinds:
@@ -317,7 +319,7 @@ def kinds_of(layer: nn.Module, kinds: Iterable[Mapping[str, Any]]) -> list[tuple
 
 
 def output_of(kind: Mapping[str, Any]) -> str:
-    """The path of the output projection, or of the experts, of a kind of FFN or attention."""
+    """Return the path of the output projection or of the experts of a kind of FFN or attention."""
     return kind.get("experts") or kind.get("down") or kind["output"]
 
 
@@ -326,12 +328,12 @@ class Staying:
     """An FFN or attention that is not pruned."""
 
     why: str
-    layers: int = 0  # that have it
-    parameters: int = 0  # of its units, in all of them
+    layers: int = 0  # number of layers that have it
+    parameters: int = 0  # parameters of its units, over all these layers
 
 
 def unpruned(model: PreTrainedModel) -> dict[str, Staying]:
-    """FFNs and attention that have units and stay beside a larger one of the layer, by the output projection's path."""
+    """Return FFNs and attentions that are not pruned, because their layer has a larger one, by path of the output."""
     family, config = family_of(model), model.config.get_text_config(decoder=True)
     found: dict[str, Staying] = {}
     for layer in decoder_layers(model):
@@ -347,7 +349,7 @@ def unpruned(model: PreTrainedModel) -> dict[str, Staying]:
 
 
 def _record_of(family: Family, chosen: Sequence[Mapping[str, Any]]) -> Family:
-    """The record of one block, with these kinds of FFN and attention."""
+    """Return the record of one block with these kinds of FFN and attention."""
     own = {name: value for kind in chosen for name, value in kind.items() if name != "classes"}
     for name in ("layout", "attributes", "extras"):
         own[name] = {path: value for kind in chosen for path, value in kind.get(name, {}).items()}
@@ -356,7 +358,7 @@ def _record_of(family: Family, chosen: Sequence[Mapping[str, Any]]) -> Family:
 
 
 def _head_dim(layer: nn.Module, record: Family, config: PreTrainedConfig) -> int:
-    """The size of a value head of a block with this record; 1 without attention."""
+    """Return the size of a value head of a block with this record; 1 without attention."""
     if record.output is None:
         return 1
     module, name = find(layer, record.head_dim or "")
@@ -365,7 +367,7 @@ def _head_dim(layer: nn.Module, record: Family, config: PreTrainedConfig) -> int
 
 
 def _has(layer: nn.Module, kind: Mapping[str, Any]) -> bool:
-    """Whether a layer has the modules of a kind of FFN or attention, of the same classes."""
+    """Return whether a layer has the modules of a kind of FFN or attention, with the same classes."""
     return all(
         (type(module).__name__.removeprefix("Parametrized") if (module := _at(layer, path)) is not None else None)
         == name
@@ -374,7 +376,7 @@ def _has(layer: nn.Module, kind: Mapping[str, Any]) -> bool:
 
 
 def _at(layer: nn.Module, path: str) -> nn.Module | None:
-    """The module of a layer at a path; the layer itself at an empty one."""
+    """Return the module of a layer at a path, or the layer for an empty path."""
     if not path:
         return layer
     module, name = find(layer, path)
@@ -382,5 +384,5 @@ def _at(layer: nn.Module, path: str) -> nn.Module | None:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a supported model, as its decoder holds them."""
+    """Return the decoder layers of a supported model."""
     return attrgetter(family_of(model).layers)(decoder_of(model))

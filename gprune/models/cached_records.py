@@ -1,4 +1,4 @@
-"""Discovered records in the cache: by class, structure and version of transformers, checked before use."""
+"""Cache of discovered records, by class, structure and version of transformers. Records are validated on reading."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gprune.models.families import Family
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
-FORMAT = 6  # raise it when discovery finds other things
+FORMAT = 6  # increase it when results of discovery change
 MAPPINGS = {"layout", "extras", "attributes", "expert_rows", "classes"}
 
 
 def place(config: PreTrainedConfig) -> Path:
-    """Where the record of a tiny configuration is stored."""
+    """Return the file of the record of a tiny configuration."""
     settings = json.dumps(config.to_dict(), sort_keys=True, default=str)
     kind = f"{type(config).__module__}.{type(config).__qualname__}"
     key = key_of(kind=kind, settings=settings, transformers=transformers.__version__, format=FORMAT)
@@ -28,9 +28,9 @@ def place(config: PreTrainedConfig) -> Path:
 
 
 def read(config: PreTrainedConfig) -> Family | None:
-    """The record in the cache; None if there is none, if what is there is no record, and for classes of other packages.
+    """Load a record. Return None if it is missing or invalid, and for classes outside of transformers.
 
-    Code that the caller has imported may change between two runs.
+    Classes of other packages are not cached, because their code may change between runs.
     """
     if type(config).__module__.partition(".")[0] != "transformers":
         return None
@@ -39,12 +39,12 @@ def read(config: PreTrainedConfig) -> Family | None:
 
 
 def write(config: PreTrainedConfig, record: Family) -> None:
-    """Keep a record."""
+    """Write a record to the cache."""
     write_json(place(config), {"record": asdict(record)})
 
 
 def frozen(kinds: Any) -> tuple[tuple[dict[str, Any], ...], ...]:
-    """Kinds as a record has them: the pairs in their mappings are tuples."""
+    """Return kinds in the form of a record, with tuples instead of lists."""
     return tuple(tuple({name: _pairs(name, value) for name, value in kind.items()} for kind in own) for own in kinds)
 
 
@@ -55,7 +55,7 @@ def _pairs(name: str, value: Any) -> Any:
 
 
 def from_json(content: Any) -> Family | None:
-    """A record from what `write` wrote, or None for anything else."""
+    """Parse a record, or return None if it is invalid."""
     record = content.get("record") if isinstance(content, dict) else None
     known = {f.name: f for f in fields(Family)}
     if not isinstance(record, dict) or set(record) != set(known):
@@ -95,5 +95,5 @@ def _is_value(name: str, value: Any) -> bool:
 
 
 def _is_place(value: Any) -> bool:
-    """Whether a value is a dimension and a word, as JSON has them."""
+    """Return whether a JSON value is a dimension and a word."""
     return isinstance(value, (list, tuple)) and len(value) == 2 and type(value[0]) is int and isinstance(value[1], str)

@@ -16,11 +16,11 @@ from gprune.models.offload import stored
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as this one is, pruned or not, on the meta device and without hooks.
+    """Return a copy of a model, pruned or not, on the meta device and without hooks.
 
-    An offloaded model was loaded from a folder, so that its config tells its shapes.
+    An offloaded model was loaded from a folder, so its config determines its shapes.
     """
-    if getattr(model, "hf_device_map", None) is not None:  # its modules are bound to where weights come from
+    if getattr(model, "hf_device_map", None) is not None:  # its modules refer to stored weights
         return skeleton(copy.deepcopy(model.config), type(model))
     memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
@@ -29,22 +29,22 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def copy_without_hooks(model: PreTrainedModel, memo: dict[int, object]) -> PreTrainedModel:
-    """A deep copy of a model, whose hooks stay with the original; `memo` as for `copy.deepcopy`."""
+    """Return a deep copy of a model without its hooks; `memo` as for `copy.deepcopy`."""
     for module in model.modules():
         memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
     copied = copy.deepcopy(model, memo)
-    for module in copied.modules():  # transformers then puts its hooks, by which it returns hidden states, on the copy
+    for module in copied.modules():  # so that transformers installs its own hooks on the copy
         module.__dict__.pop("_output_capturing_hooks_installed", None)
     return copied
 
 
 @torch.no_grad()
 def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -> PreTrainedModel:
-    """A copy of a frozen model whose decoder layers are sharded over all processes: PyTorch's `fully_shard`.
+    """Return a copy of a frozen model with decoder layers sharded over all processes by `fully_shard`.
 
-    Each process holds its part of every layer, and a layer is gathered while it computes, forward and backward.
-    Embeddings, final norm and head are on every process. All processes have to call this function with the same model,
-    in memory or offloaded, each with its own device, and to run the copy equally often.
+    Each process has a part of every layer. A layer is gathered while it computes, forward and backward. Embeddings,
+    final norm and head are on every process. All processes must call this function with the same model, in memory or
+    offloaded, and run the copy equally often.
     """
     # Imported here, because not every build of torch has them.
     from torch.distributed.device_mesh import init_device_mesh
@@ -57,7 +57,9 @@ def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -
     for path, module in copied.named_modules():
         if module not in inside:
             _fill(module, model.get_submodule(path), device)
-    for layer, source in zip(layers, decoder_layers(model), strict=True):  # so that no process holds all of them
+    for layer, source in zip(
+        layers, decoder_layers(model), strict=True
+    ):  # one at a time, so that no process has all of them in memory
         for path, module in layer.named_modules():
             _fill(module, source.get_submodule(path), device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -67,13 +69,13 @@ def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -
 
 
 def share_hooks(copied: nn.Module, module: nn.Module) -> None:
-    """Let hooks that run before a module, such as those that count tokens, run before its copy too."""
+    """Share forward pre-hooks of a module, such as those that count tokens, with its copy."""
     for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
         setattr(copied, hooks, getattr(module, hooks))
 
 
 def _fill(module: nn.Module, source: nn.Module, device: torch.device) -> None:
-    """Copy the parameters and buffers of another module to a module without weights."""
+    """Copy parameters and buffers of `source` to a module without weights."""
     for name, _ in list(module.named_parameters(recurse=False)):
         value = stored(source, name).detach().to(device, copy=True)
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))

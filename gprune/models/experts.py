@@ -1,7 +1,7 @@
-"""Watch what enters the down projections of experts.
+"""Hooks on inputs of the down projections of experts.
 
-transformers computes all of a block's experts in one call, which no hook can look into. While experts are watched, that
-call is replaced by one that computes expert by expert; the original is put back with the last watcher's removal.
+transformers computes all experts of a block in one call, in which hooks are not possible. While experts have a watcher,
+this call is replaced by one that computes expert by expert. Removing the last watcher restores the original call.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Watcher = Callable[[Tensor, int, Tensor], Tensor | None]
 
 @dataclass
 class Watch:
-    """A watcher that is on; `remove` takes it off, like the handle of a hook."""
+    """Handle of a watcher; `remove` removes it, as for hooks."""
 
     experts: nn.Module
     watcher: Watcher
 
     def remove(self) -> None:
-        """Take the watcher off; doing so twice is harmless."""
+        """Remove the watcher. A second call is a no-op."""
         own = self.experts.__dict__
         if self.watcher in own.get("watchers", ()):
             own["watchers"].remove(self.watcher)
@@ -39,15 +39,17 @@ class Watch:
 
 
 def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = ("down_proj", 2)) -> Watch:
-    """Call `watcher(x, expert, tokens)` before each expert's down projection, which then gets what it returns.
+    """Call `watcher(x, expert, tokens)` before each expert's down projection, which then reads the returned tensor.
 
     x (n, N) are the activations of the n tokens that are routed to expert number `expert`; `tokens` (n,) int64 are
-    their places in the flattened batch. A watcher that returns None leaves x as it is. Watchers are called in the order
-    in which they were added. An instance's own forward, such as accelerate's, is replaced too: the weights that it
-    would fetch have to be there (`gprune.models.offload.resident`).
+    their positions in the flattened batch. If a watcher returns None, x is not changed. Watchers are called in the
+    order of their registration. A forward method of the instance, such as accelerate's, is replaced too, so offloaded
+    weights must be in memory (`gprune.models.offload.resident`).
 
     Args:
-        down: the stacked tensor of the down projections, a path in `experts`, and the dimension of neurons.
+        experts: the module of the experts.
+        watcher: the function.
+        down: path of the stacked down projections in `experts`, and the dimension of neurons.
     """
     own = experts.__dict__
     if "watchers" not in own:
@@ -63,7 +65,7 @@ def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = 
 
 
 def plain(experts: nn.Module) -> bool:
-    """Whether experts are act(gate x) * up x without biases, gate above up: then `_run` computes what they compute."""
+    """Return whether experts compute act(gate x) * up x without biases, with gate above up, as `_run` does."""
     wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     same = all(getattr(experts, name, None) is value for name, value in wanted.items())
     gate = getattr(type(experts), "_apply_gate", None)
@@ -71,7 +73,7 @@ def plain(experts: nn.Module) -> bool:
 
 
 def _run(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward pass expert by expert: hidden (n, H), top_k_index and top_k_weights (n, k) -> (n, H)."""
+    """Forward pass, expert by expert: hidden (n, H), top_k_index and top_k_weights (n, k) -> (n, H)."""
     out = torch.zeros_like(hidden)
     for expert in range(len(experts.down_proj)):
         tokens, place = (top_k_index == expert).nonzero(as_tuple=True)
@@ -88,10 +90,10 @@ def _run(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights:
 
 
 def _run_as_stored(down: str, experts: nn.Module, *inputs: Any, **named: Any) -> Tensor:
-    """The forward pass of the class itself, in which products with the down projections are seen."""
+    """Forward pass of the class itself, with products with down projections intercepted."""
     module, name = find(experts, down)
     config = getattr(experts, "config", None)
-    if config is not None:  # the class's own loop, and no grouped kernel
+    if config is not None:  # use the class's loop instead of grouped kernels
         experts.__dict__["config"] = LayerConfig(config, {"_experts_implementation": "eager"})
     try:
         with _Products(getattr(module, name), experts.__dict__["watchers"]):
@@ -108,18 +110,18 @@ VIEWS |= {Tensor.to, Tensor.contiguous, Tensor.type, Tensor.float}
 
 
 class _Products(TorchFunctionMode):
-    """Sees the products of activations with stacked down projections, whichever way they are written in Python.
+    """Intercepts products of activations with stacked down projections, however they are written in Python.
 
-    Which tokens an expert gets is read off the last selection of rows before the product: a loop selects the rows of
-    each expert by themselves, or selects all of them, in the order of experts, and splits them.
+    The tokens of an expert are known from the last selection of rows before the product. A class either selects rows
+    for each expert, or selects the rows of all experts in order and then splits them.
     """
 
     def __init__(self, down: Tensor, watchers: list[Watcher]):
         super().__init__()
         self.watchers = watchers
-        self.experts: dict[int, int | None] = {id(down): None}  # tensors that hold one expert's down projection, or all
+        self.experts: dict[int, int | None] = {id(down): None}  # down projection of one expert, or of all (None), by id
         self.count = len(down)
-        self.kept: list[Tensor] = []  # so that no other tensor gets the id of one that is gone
+        self.kept: list[Tensor] = []  # keeps tensors alive, so that ids stay unique
         self.rows: Tensor | None = None
         self.next = 0
 
@@ -152,7 +154,7 @@ class _Products(TorchFunctionMode):
 
     def _seen(self, x: Tensor, expert: int | None) -> Tensor:
         with torch._C.DisableTorchFunction():
-            if expert is None:  # all experts at once, each of them sees all tokens
+            if expert is None:  # all experts at once, with all tokens each
                 tokens = torch.arange(x.shape[1], device=x.device)
                 return torch.stack([self._watched(x[e], e, tokens) for e in range(self.count)])
             n, start = len(x), self.next

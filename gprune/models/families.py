@@ -1,12 +1,11 @@
-"""Model families are data: one record per `config.model_type`, and nothing else in gprune knows a family's name.
+"""Records of model families, one per `config.model_type`. No other code in gprune depends on a family's name.
 
-A record says where the prunable weights of a decoder layer lie and how they are stored. Widths and head counts are
-read off the shapes of the weights, so a model that is pruned already can be pruned again. To add a family, add its
-record to `FAMILIES`; `tests/models/test_families.py` then covers it by itself, on a tiny model built from the
-configuration class that transformers has for it.
+A record describes where the prunable weights of a decoder layer are and how they are stored. Widths and numbers of
+heads are read from the shapes of weights, so a pruned model can be pruned again. To add a family, add its record to
+`FAMILIES`. `tests/models/test_families.py` then tests it on a tiny model of its configuration class in transformers.
 
-Rows of a linear layer give its outputs, columns take its inputs. Parts that name the same module are fused in it: its
-rows belong to gate, then up (or to query, then key, then value).
+Rows of a linear layer compute its outputs; columns read its inputs. Parts with the same path are fused in one module,
+whose rows belong to gate, then up (or to query, then key, then value).
 """
 
 from __future__ import annotations
@@ -16,27 +15,27 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-PRUNED = "pruned_"  # our own export writes this before the family's name as its model_type
+PRUNED = "pruned_"  # prefix of the model_type of our exports
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps its parts: paths relative to the decoder layer, by default Llama's; None: no such part."""
+    """Paths of a family's parts, relative to the decoder layer, by default those of Llama. None: no such part."""
 
     model_type: str
-    layers: str = "layers"  # of the decoder
-    # FFN. A path through `experts` stands for the stacked tensors gate_up_proj (E, 2N, H) and down_proj (E, H, N).
+    layers: str = "layers"  # path of the layers in the decoder
+    # FFN. `experts` is the module with the stacked tensors gate_up_proj (E, 2N, H) and down_proj (E, H, N).
     gate: str | None = "mlp.gate_proj"
     up: str | None = "mlp.up_proj"
-    down: str | None = "mlp.down_proj"  # None: no FFN that can be pruned
-    experts: str | None = None  # layers without experts have gate, up and down
+    down: str | None = "mlp.down_proj"  # None: no prunable FFN
+    experts: str | None = None  # layers without this module use gate, up and down
     # Attention
     query: str | None = "self_attn.q_proj"
     key: str | None = "self_attn.k_proj"
     value: str | None = "self_attn.v_proj"
-    output: str | None = "self_attn.o_proj"  # None: no attention whose KV groups can be pruned
-    query_norm: str | None = None  # a norm over all heads at once, which shrinks with them;
-    key_norm: str | None = None  # not a norm over each head by itself, which keeps its size
+    output: str | None = "self_attn.o_proj"  # None: no prunable attention
+    query_norm: str | None = None  # a norm over all heads, which becomes smaller with them;
+    key_norm: str | None = None  # not a norm per head, whose size does not change
     # Norms: before the projections, and between an output projection and the residual
     ffn_norm: str | None = "post_attention_layernorm"
     attention_norm: str | None = "input_layernorm"
@@ -44,36 +43,36 @@ class Family:
     after_attention: str | None = None
     norm_offset: float = 0.0  # the norm multiplies by this + weight
     # Configuration
-    width: str = "intermediate_size"  # the key that says how wide the FFN, or an expert, is
-    kv_heads: str | None = "num_key_value_heads"  # None: one key/value head per query head
-    learned_positions: bool = False  # no text may be longer than max_position_embeddings
-    logits_scaling: str | None = None  # the key of what the logits are divided by
-    softcap: str | None = None  # the key of the limit c in c tanh(logits / c)
-    # What discovery finds and no record in this file needs (`gprune.models.discovery`)
-    decoder: str | None = None  # a path in the model; None: what `get_decoder` returns
-    head_dim: str | None = None  # the layer's attribute with the size of a value head; None: the config has it
+    width: str = "intermediate_size"  # key of the width of the FFN or of an expert
+    kv_heads: str | None = "num_key_value_heads"  # key; None: one key/value head per query head
+    learned_positions: bool = False  # whether text must not be longer than max_position_embeddings
+    logits_scaling: str | None = None  # key of the divisor of logits
+    softcap: str | None = None  # key of the limit c in c tanh(logits / c)
+    # Fields of discovered records (`gprune.models.discovery`)
+    decoder: str | None = None  # path in the model; None: the result of `get_decoder`
+    head_dim: str | None = None  # attribute of the layer with the size of a value head; None: from the config
     layout: Mapping[str, str] = field(default_factory=dict)  # fused module -> order of parts: "gate | up" or "gate up"
     expert_rows: Mapping[str, tuple[int, str]] = field(default_factory=lambda: {"gate_up_proj": (1, "gate | up")})
-    expert_down: tuple[str, int] = ("down_proj", 2)  # stacked tensor, and the dimension of neurons
+    expert_down: tuple[str, int] = ("down_proj", 2)  # stacked tensor, dimension of neurons
     extras: Mapping[str, tuple[int, str]] = field(
         default_factory=dict
-    )  # other parameters -> dim and `ffn`, `attention`
-    # Kinds of FFN and of attention, largest first, as fields of a record: a layer has each whose modules it has.
+    )  # other parameters -> dimension of units, `ffn` or `attention`
+    # Kinds of FFN and of attention, largest first, as fields of a record. A layer has the kinds whose modules it has.
     kinds: tuple[tuple[Mapping[str, Any], ...], ...] = ()
-    stays: str | None = None  # of a kind: why it is not pruned beside a larger one of its layer
-    found: bool = False  # discovered; a saved folder then names every size, and not the keys of a config
-    plain_head: bool = True  # logits are those of head times hidden states, divided or capped
-    logits_multiplier: str | None = None  # the key of what the logits are multiplied by
-    # Attributes in which stock code keeps sizes: path -> `heads`, `kv_groups`, `channels` (heads x head_dim), `neurons`
+    stays: str | None = None  # only for kinds: the reason not to prune it next to a larger one
+    found: bool = False  # whether discovered; exports then contain every size instead of config keys
+    plain_head: bool = True  # whether logits are head times hidden states, scaled or capped
+    logits_multiplier: str | None = None  # key of the factor of logits
+    # Attributes of stock modules with sizes: path -> `heads`, `kv_groups`, `channels` (heads x head_dim), `neurons`
     attributes: Mapping[str, str] = field(default_factory=dict)
-    # Families with the same arithmetic whose config allows shapes that this one refuses -> settings it then needs
+    # Families with the same computation whose config allows more shapes -> settings that they need
     same_as: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        # LlamaConfig wants hidden_size to be a multiple of the heads.
+        # LlamaConfig requires that hidden_size is a multiple of the number of heads.
         Family("llama", same_as={"mistral": {"sliding_window": None}}),
         Family("mistral"),
         Family("qwen2"),
@@ -81,4 +80,4 @@ FAMILIES: dict[str, Family] = {
         Family("smollm3"),
     )
 }
-BUILT_IN: Mapping[str, Family] = MappingProxyType(dict(FAMILIES))  # before anybody adds a record
+BUILT_IN: Mapping[str, Family] = MappingProxyType(dict(FAMILIES))  # records of gprune, without those of users

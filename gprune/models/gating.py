@@ -1,7 +1,6 @@
-"""Gates on a running model: units are multiplied by gates in forward hooks, or removed by masks as if the model were
-pruned.
+"""Gates and masks on a running model: forward hooks multiply units by gates, or zero masked units.
 
-Hooks exist only inside context managers; weights are never touched.
+Hooks exist only inside context managers. Weights do not change.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.models.outputs import with_hidden
 
-Gates = Sequence[Tensor | None] | None  # one per block; None lets everything through
+Gates = Sequence[Tensor | None] | None  # one per block; None: no gate
 
 
 @contextmanager
 def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterator[PreTrainedModel]:
     """Multiply each block's FFN channels by its gate (N,), or (E x N,) with experts, and its KV groups by a gate (G,).
 
-    A norm over all heads is computed over the heads that the gate lets through. The lists are read at every forward
-    pass, so gates may be replaced in place between steps. Leaving, also by an exception, restores the model to the bit.
+    Norms over all heads are computed over the heads that pass the gate. The lists are read in every forward pass, so
+    their elements may be replaced between steps. Leaving the context removes all hooks.
     """
     with ExitStack() as taken_off:
         for block in blocks_of(model):
@@ -61,7 +60,7 @@ def _attention_gates(block: Block, gates: Sequence[Tensor | None]) -> Iterator[R
 
 
 def _channels(gates: Sequence[Tensor | None], index: int, *, repeats: int = 1) -> Callable[[Tensor], Tensor | None]:
-    """A function that returns the present gate of each channel of x, in the dtype and on the device of x."""
+    """Return a function that returns the current gate of each channel of x, in its dtype and on its device."""
 
     def gate_for(x: Tensor) -> Tensor | None:
         gate = gates[index]
@@ -79,10 +78,10 @@ def _multiply(module: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | Non
 
 
 def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> Iterator[RemovableHandle]:
-    """Turn a root-mean-square norm over all heads into the norm over the heads that stay.
+    """Convert a root-mean-square norm over all heads to the norm over kept heads.
 
-    Of n channels the gate g lets m = sum g through. With c = sqrt(n / m), rms(x_kept) = rms(c g x): so the norm gets
-    c g x, returns c x_kept / rms(x_kept), and its output is divided by c.
+    The gate g keeps m = sum g of n channels. With c = sqrt(n / m), rms(x_kept) = rms(c g x). So the norm is called with
+    c g x and returns c x_kept / rms(x_kept), and its output is divided by c.
     """
 
     def scale(gate: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
 
 @contextmanager
 def bypassed(model: PreTrainedModel, gone: Iterable[int]) -> Iterator[PreTrainedModel]:
-    """Let the layers of these blocks return their input while the context lasts."""
+    """Skip the layers of blocks while the context lasts: they return their input."""
 
     def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         return with_hidden(output, args[0] if args else kwargs["hidden_states"])
@@ -116,10 +115,10 @@ def bypassed(model: PreTrainedModel, gone: Iterable[int]) -> Iterator[PreTrained
 
 @contextmanager
 def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
-    """Let the model compute as if it were pruned while the context lasts. A block without units returns its input."""
+    """Let the model compute as if it were pruned while the context lasts. Blocks without kept units are skipped."""
     blocks = blocks_of(model)
     whole = bool(torch.stack([m.all() for m in masks.attention]).all())
-    # Moved once, and not at every forward pass.
+    # Moved to the device once, and not in every forward pass.
     ffn, groups = (
         [m.to(device_of(block.layer)) for m, block in zip(kind, blocks, strict=True)]
         for kind in (masks.ffn, masks.attention)

@@ -1,4 +1,4 @@
-"""Read a GGUF file as a plain model and tokenizer, and write them as a Hugging Face folder."""
+"""Convert a GGUF file to a Hugging Face folder with model and tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from gprune.console import quieted
 
-# Ways in which a byte-level BPE cuts text into words before it merges, by llama.cpp's names (`tokenizer.ggml.pre`).
+# Word splitting of byte-level BPE tokenizers, by llama.cpp's names (`tokenizer.ggml.pre`).
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -25,12 +25,12 @@ WORDS: dict[str, PreTokenizer] = {
     "smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
     "llama-bpe": Sequence([Split(Regex(LLAMA3_WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]),
 }
-WHOLE_WORDS = ("llama-bpe",)  # names of ways in which a whole word that is a token is taken before any merge
+WHOLE_WORDS = ("llama-bpe",)  # names for which words that are tokens are used before any merge
 
 
 def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
     """Write the file `gguf` as a Hugging Face folder."""
-    with quieted("transformers", stderr=True), parsed_once():  # its GGUF reader always shows a bar
+    with quieted("transformers", stderr=True), parsed_once():  # its GGUF reader always shows a progress bar
         model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
         model.config.name_or_path = name
         model.config.architectures = [type(model).__name__]
@@ -39,8 +39,11 @@ def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
 
 
 def parsed_once() -> AbstractContextManager[None]:
-    """Let transformers parse a file once, and not for each of config, weights and tokenizer, which takes seconds; and
-    make the map of tensors' names once and not for each module."""
+    """Cache parsed files and name maps of the gguf library while the context lasts.
+
+    Otherwise transformers parses a file for config, weights and tokenizer again, and makes the name map for each
+    module.
+    """
     return patch.multiple(
         library,
         GGUFReader=functools.cache(library.GGUFReader),
@@ -49,9 +52,9 @@ def parsed_once() -> AbstractContextManager[None]:
 
 
 def load_gguf(path: Path) -> PreTrainedModel:
-    """A GGUF file as a plain float32 model: no quantiser, no `quantization_config`, ready to be saved.
+    """Load a GGUF file as a plain float32 model, without quantiser and `quantization_config`.
 
-    transformers refuses to save a model that it de-quantised, so the weights move to a freshly built one.
+    transformers cannot save a model that it de-quantised, so the weights are moved to a new model.
     """
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     settings = loaded.config.to_dict()
@@ -66,10 +69,13 @@ def load_gguf(path: Path) -> PreTrainedModel:
 
 
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """A GGUF file's tokenizer; a byte-level BPE cuts text into words as the file says, a KeyError if not in `WORDS`.
+    """Load the tokenizer of a GGUF file, with the word splitting of the file.
 
-    The file holds only a name for that. transformers knows some names, and for others, such as SmolLM2's, silently cuts
-    as GPT-2 does: blanks before a digit then become other tokens than the model was trained on.
+    The file has only a name for the word splitting. For names that transformers does not know, such as SmolLM2's, it
+    silently splits like GPT-2, and blanks before a digit become other tokens than in training.
+
+    Raises:
+        KeyError: if the word splitting of a byte-level BPE is not in `WORDS`.
     """
     keys, fields = library.Keys.Tokenizer, library.GGUFReader(path).fields
     name = fields[keys.PRE].contents() if fields[keys.MODEL].contents() == "gpt2" else None

@@ -1,4 +1,4 @@
-"""Find a model by name, refuse it before anything is loaded, load it frozen, and tell models apart by content."""
+"""Find, check and load models, and compute fingerprints of their content."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ log = logging.getLogger("gprune")
 
 
 def register() -> None:
-    """Let transformers' Auto classes load our exports without remote code. Calling it again changes nothing."""
+    """Register our exports in transformers' Auto classes, so that they load without remote code. Idempotent."""
     for family in FAMILIES:
         register_type(family)
 
 
 def register_type(model_type: str) -> None:
-    """Let transformers' Auto classes load exports of one type."""
+    """Register exports of one model type in transformers' Auto classes."""
     config, base, complete = pruned_classes(model_type)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     if base is not None:
@@ -63,7 +63,7 @@ def register_type(model_type: str) -> None:
 
 
 def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
-    """The pruned config, base model and causal language model of a family."""
+    """Return the pruned classes of a family: config, base model and causal language model."""
     base = MODEL_MAPPING_NAMES.get(family)
     complete = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
     config = f"Pruned{CONFIG_MAPPING[family].__name__}"
@@ -73,18 +73,18 @@ def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrained
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 (16 hex digits) over names, shapes, dtypes and bytes of all parameters, the configuration, and the class
-    where a model brings its own code (transformers puts a hash of that into the module's name).
+    """Return a SHA-256 (16 hex digits) of a model's configuration and all parameters (names, shapes, dtypes, bytes).
 
-    Two models with the same fingerprint give the same statistics; caches are keyed by it.
+    For models with code of their own it includes the class, whose module name contains a hash of the code. Models with
+    equal fingerprints have equal statistics; the fingerprint is part of cache keys.
     """
     settings = model.config.to_diff_dict()
-    for place in ("_name_or_path", "transformers_version"):  # where a model lies does not change what it computes
+    for place in ("_name_or_path", "transformers_version"):  # the location of a model does not matter
         settings.pop(place, None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     if type(model).__module__.startswith("transformers_modules."):
         digest.update(f"{type(model).__module__}.{type(model).__qualname__}".encode())
-    weights = StoredWeights(model)  # one at a time where they are offloaded
+    weights = StoredWeights(model)  # loaded one at a time if offloaded
     for name in sorted(model.state_dict()):
         parameter = weights[name]
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -93,7 +93,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def locate_model(name: str) -> str:
-    """The folder or hub id of a model: an embedded name becomes the folder in the cache."""
+    """Return the folder or hub id of a model. For an embedded model this is its folder in the cache."""
     if name in assets.EMBEDDED_MODELS:
         return str(assets.embedded_model_dir(name))
     path = expanded(name)
@@ -102,12 +102,16 @@ def locate_model(name: str) -> str:
 
 
 def read_config(name: str, *, trust_remote_code: bool = False, prunable: bool = True) -> PreTrainedConfig:
-    """Read a model's configuration alone; a UserError for sizes out of range and, unless `prunable` is false, for a
-    family that is not supported."""
+    """Read the configuration of a model.
+
+    Raises:
+        UserError: if there is none, if sizes are out of range, or, unless `prunable` is false, if the family is not
+            supported.
+    """
     location = locate_model(name)
-    register()  # for a family whose record came after the import
-    expected = " Expected a causal language model; without network use an embedded model or a local folder."
-    with quoting(f"--model.name: no usable configuration for '{name}': ", expected):
+    register()  # for records that were added after the import
+    remedy = ". Use a causal language model; without network, an embedded model or a local folder."
+    with quoting(f"--model.name: Cannot read the configuration of '{name}': ", remedy):
         check_folder(location)
         check_sizes(PreTrainedConfig.get_config_dict(location)[0], name)
         named = PreTrainedConfig.get_config_dict(location)[0].get("model_type")
@@ -122,8 +126,8 @@ def read_config(name: str, *, trust_remote_code: bool = False, prunable: bool = 
 def skeleton(
     config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A model of this config without weights, on the meta device; `model_class`: not the config's own class."""
-    with quoting("--model.name: the configuration describes no model: "), torch.device("meta"):
+    """Return a model without weights, on the meta device. `model_class` overrides the class of the config."""
+    with quoting("--model.name: Cannot build a model from its configuration: "), torch.device("meta"):
         if model_class is not None:
             return model_class(config)
         return auto_of(config).from_config(config, trust_remote_code=trust_remote_code)
@@ -132,16 +136,16 @@ def skeleton(
 def load_model(
     name: str, *, trust_remote_code: bool = False, **settings: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model by embedded name, folder or hub id, as `load_weights` loads it with these settings, and its tokenizer.
+    """Load a model by embedded name, folder or hub id, and its tokenizer. Settings are those of `load_weights`.
 
     Raises:
-        UserError: before any weight is read, for an unsupported family; later, for weights that cannot be read.
+        UserError: before weights are read, if the family is not supported; later, if weights cannot be read.
     """
     location = locate_model(name)
     with quoting(f"--model.name: '{name}' cannot be loaded: "):
         model = load_weights(location, trust_remote_code=trust_remote_code, **settings)
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
-        tokenizer("a")  # its settings may be of other types
+        tokenizer("a")  # fails if its settings have wrong types
         return model, tokenizer
 
 
@@ -154,18 +158,21 @@ def load_weights(
     trust_remote_code: bool = False,
     prunable: bool = True,
 ) -> PreTrainedModel:
-    """A frozen causal language model from a folder or the hub, in eval mode.
+    """Load a frozen causal language model from a folder or the hub, in eval mode.
 
-    Offloaded weights are read from the model's own files. Those that are stored in another form than the one they
-    compute in are written below the cache, and removed with the model.
+    Offloaded weights are read from the files of the model. If weights need conversion, converted files are written to
+    the cache, and removed with the model.
 
     Args:
-        device_map: handed to transformers as it is.
-        max_memory: sizes by `cpu` or device number; weights beyond them stay on disk.
-        prunable: whether gprune has to know the model's structure.
+        location: folder or hub id.
+        dtype: dtype of the weights.
+        device_map: argument of transformers.
+        max_memory: sizes by `cpu` or device number; other weights stay on disk.
+        trust_remote_code: whether to run code of the model.
+        prunable: whether the family must be supported.
 
     Raises:
-        UserError: where weights of the model are missing, which transformers would draw at random, or quantised.
+        UserError: if weights are missing, which transformers would initialise at random, or quantised.
     """
     config = read_config(str(location), trust_remote_code=trust_remote_code, prunable=prunable)
     check_stored(skeleton(config, trust_remote_code=trust_remote_code), location)
@@ -177,7 +184,7 @@ def load_weights(
             settings |= {"device_map": device_map, "max_memory": limits, "offload_folder": folder}
         if not usable_generation_config(location):
             settings["generation_config"] = GenerationConfig.from_model_config(config)
-        with quieted("accelerate.big_modeling"):  # it warns that parameters are offloaded, which was asked for
+        with quieted("accelerate.big_modeling"):  # warns of offloaded parameters, which are intended
             model, report = auto_of(config).from_pretrained(location, **settings)
         check_complete(report, location)
         check_not_quantised(model, location)
@@ -186,34 +193,37 @@ def load_weights(
 
 
 def usable_generation_config(location: str | Path) -> bool:
-    """Whether transformers takes generation_config.json as it is, or there is none; else one warning."""
+    """Return whether generation_config.json is valid or missing. Otherwise log a warning."""
     try:
         GenerationConfig.from_pretrained(location)
-    except OSError:  # there is none, or no JSON in it: transformers makes one of config.json
+    except OSError:  # missing or not JSON: transformers uses config.json
         pass
-    except Exception as error:  # of any type, for values of any type
-        log.warning("'%s': generation_config.json is left out: %s", location, first_line(error))
+    except Exception as error:  # of any type, because values may have any type
+        log.warning("'%s': generation_config.json is ignored: %s", location, first_line(error))
         return False
     return True
 
 
 def check_not_quantised(model: PreTrainedModel, location: str | Path) -> None:
-    """Raise UserError for weights that stay quantised in memory: a neuron would go, and its scales would stay."""
+    """Raise UserError if weights are quantised in memory, because scales cannot be sliced with their neurons."""
     dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32, torch.bfloat16, torch.float16}
     if getattr(model, "hf_quantizer", None) is not None or dtypes:
-        expected = "expected weights in float32, bfloat16 or float16. Prune those, and quantise what is left."
-        raise UserError(f"--model.name: '{location}' is quantised; {expected}")
+        remedy = "Prune the original weights, and quantise the result"
+        raise UserError(
+            f"--model.name must have weights in float32, bfloat16 or float16; got '{location}', which is quantised. "
+            f"{remedy}."
+        )
 
 
 def check_complete(report: Mapping[str, Collection[str]], location: str | Path) -> None:
-    """Raise UserError if weights are missing in transformers' report of a load, and warn of those without a place."""
+    """Raise UserError for missing weights in transformers' report of a load, and warn of unexpected weights."""
     if missing := sorted(report["missing_keys"]):
-        expected = "expected all that config.json asks for (num_hidden_layers, tie_word_embeddings)"
-        lacks = f"has no weights for {len(missing)} parameters, such as {missing[0]}"
-        raise UserError(f"--model.name: '{location}' {lacks}; {expected}.")
+        remedy = "Check num_hidden_layers and tie_word_embeddings in config.json"
+        lacks = f"it has no weights for {len(missing)} parameters, such as {missing[0]}"
+        raise UserError(f"--model.name: Cannot load '{location}': {lacks}. {remedy}.")
     if unknown := sorted(report["unexpected_keys"]):
-        said = "'%s' has %d weights that its config.json has no place for, such as %s; left out."
+        said = "'%s' has %d weights that do not belong to the model of its config.json, such as %s. They are ignored."
         log.warning(said, location, len(unknown), unknown[0])
 
 
-register()  # whoever loads models here may load exports
+register()  # so that exports load after importing this module

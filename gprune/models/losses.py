@@ -1,7 +1,7 @@
-"""Next-token losses that hold neither the logits of a whole batch nor a gradient for a frozen head.
+"""Next-token losses in chunks, without logits of a whole batch and without a gradient for the frozen head.
 
-The logits of 1,024 tokens over 49,152 words are 200 MB in float32. The head is frozen, so learning needs only
-d loss / d hidden, which each chunk of tokens yields in the forward pass already.
+Logits of 1,024 tokens over 49,152 words need 200 MB in float32. As the head is frozen, training needs only
+d loss / d hidden, which is computed for each chunk of tokens in the forward pass.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ from transformers import PreTrainedModel
 
 from gprune.models.lookup import decoder_of, family_of
 
-CHUNK = 256  # tokens of one matrix product
-ROWS = 32  # tokens of an element-wise step over logits: on a CPU so few stay in its cache, three times as fast
+CHUNK = 256  # tokens per matrix product
+ROWS = 32  # tokens per element-wise operation on a CPU; they fit its cache, which is three times faster
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a family does to the product x of hidden states and head: y = x / s, then, where there is a limit c,
-    c tanh(y / c)."""
+    """Transform of the product x of hidden states and head: y = x / s; with a limit c, c tanh(y / c)."""
 
     scaling: float = 1.0  # s
     softcap: float | None = None  # c
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LogitTransform:
-        """A model's own, by the keys that its family's record names."""
+        """Return the transform of a model, by the config keys in its family's record."""
         family, config = family_of(model), model.config.get_text_config(decoder=True)
         scaling = getattr(config, family.logits_scaling) if family.logits_scaling else 1.0
         if family.logits_multiplier:
@@ -40,12 +39,12 @@ class LogitTransform:
         return cls(scaling, getattr(config, family.softcap) if family.softcap else None)
 
     def __call__(self, product: Tensor) -> Tensor:
-        """The logits, in the dtype of the product."""
+        """Return logits, in the dtype of the product."""
         logits = product if self.scaling == 1 else product / self.scaling
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
     def pull_back(self, error: Tensor, logits: Tensor) -> None:
-        """Turn a gradient by the logits into that by the product, in place; (n, V) float32 and (n, V)."""
+        """Convert a gradient by logits to one by the product, in place; (n, V) float32 and (n, V)."""
         if self.softcap is not None:
             error.mul_(1 - (logits.float() / self.softcap).square())
         if self.scaling != 1:
@@ -55,17 +54,17 @@ class LogitTransform:
 class _FrozenHeadLosses(torch.autograd.Function):
     """`frozen_head_losses`, with d loss / d hidden computed chunk by chunk in the forward pass.
 
-    For both losses the gradient by the logits is our distribution minus the target's.
+    For both losses the gradient by logits is our distribution minus the target's.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
     ) -> Tensor:
-        """The loss of each token, (n,) float32; saves the gradient by `hidden` for `backward`."""
+        """Return the loss of each token, (n,) float32, and save the gradient by `hidden` for `backward`."""
         gradient = torch.empty_like(hidden)
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-        if torch.is_autocast_enabled(hidden.device.type):  # once, in place of once for each product
+        if torch.is_autocast_enabled(hidden.device.type):  # once instead of for each product
             head = head.to(torch.get_autocast_dtype(hidden.device.type))
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
@@ -88,9 +87,11 @@ class _FrozenHeadLosses(torch.autograd.Function):
 
 
 def _losses_and_errors(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each token, (n,), and its gradient by the logits, (n, V) float32; `targets` (n,) ids or (n, V) logits
-    of a teacher."""
-    log_p = logits.log_softmax(-1)  # one fused pass, where logsumexp takes four over 49,152 columns
+    """Return the loss of each token, (n,), and its gradient by logits, (n, V) float32.
+
+    `targets` are ids (n,), or logits (n, V) of a teacher.
+    """
+    log_p = logits.log_softmax(-1)  # one fused pass; logsumexp needs four
     if targets.dim() == 1:
         losses = -log_p.gather(-1, targets[:, None])[:, 0]
         error = log_p.exp_()
@@ -103,17 +104,19 @@ def _losses_and_errors(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 def rows_at_once(logits: Tensor) -> int:
-    """How many tokens an element-wise step over logits takes at once."""
+    """Return the number of tokens per element-wise operation on logits."""
     return ROWS if logits.device.type == "cpu" else CHUNK
 
 
 def frozen_head_losses(
     hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
 ) -> Tensor:
-    """Next-token loss of each token in nats, (n,) float32, differentiable in `hidden` (n, H) alone.
+    """Return the next-token loss of each token in nats, (n,) float32, differentiable only by `hidden` (n, H).
 
     Args:
-        head: (V, H) frozen output embedding; bias: (V,) or None.
+        hidden: (n, H) hidden states.
+        head: (V, H) frozen output embedding.
+        bias: (V,) or None.
         targets: (n,) int64 token ids, for the cross-entropy; or (n, H) hidden states of a teacher with the same head,
             for KL(teacher || ours).
     """
@@ -121,31 +124,32 @@ def frozen_head_losses(
 
 
 def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Tensor | None = None) -> Tensor:
-    """Mean loss of each window's tokens 2..T, (B, T) -> (B,) float32, in nats: cross-entropy; or KL(teacher || model),
-    where `teacher` is the `final_hidden` of these tokens without gates."""
+    """Return the mean loss of each window's tokens 2..T in nats, (B, T) -> (B,) float32.
+
+    The loss is cross-entropy; or KL(teacher || model), if `teacher` is the teacher's `final_hidden` of these tokens.
+    """
     head = model.get_output_embeddings()
     targets = input_ids[:, 1:].flatten() if teacher is None else teacher.flatten(0, 1)
-    # Of a model on several devices the last layer lies on one, and a head that is tied to the embeddings on another.
+    # If a model is on several devices, a head that is tied to the embeddings is not on that of the last layer.
     hidden, targets = (t.to(head.weight.device) for t in (final_hidden(model, input_ids).flatten(0, 1), targets))
     losses = frozen_head_losses(hidden, head.weight, head.bias, targets, LogitTransform.of(model))
     return losses.view(len(input_ids), -1).mean(1)
 
 
 def differentiable(model: PreTrainedModel) -> RemovableHandle:
-    """Let activations ask for gradients while frozen weights do not, by the embedding's output, until the handle is
-    removed."""
+    """Make activations of a frozen model require gradients, by a hook on the embedding. Return its handle."""
     return model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """The hidden states that predict tokens 2..T of each window: (B, T - 1, H) in the model's dtype."""
+    """Return hidden states that predict tokens 2..T of each window: (B, T - 1, H) in the model's dtype."""
     return decoder_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
 
 
 @torch.no_grad()
 def iter_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """A batch, one window at a time: logits (1, T - 1, V) in the model's dtype, targets (1, T - 1) int64, and the final
-    hidden states (1, T - 1, H) that the logits are computed from."""
+    """Yield for each window: logits (1, T - 1, V) in the model's dtype, targets (1, T - 1) int64, and the final hidden
+    states (1, T - 1, H)."""
     hidden = final_hidden(model, input_ids)
     head, transform = model.get_output_embeddings(), LogitTransform.of(model)
     for row, ids in zip(hidden, input_ids, strict=True):

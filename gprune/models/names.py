@@ -1,4 +1,4 @@
-"""What `--model.name` can be, checked without PyTorch, so that a wrong name is refused at once."""
+"""Check `--model.name` without PyTorch, so that a wrong name is reported at once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ EMBEDDED = ("smollm2-135m", "gemma-3-270m", "tiny-random")  # the keys of `embed
 
 
 def check_model_name(name: str) -> None:
-    """Raise UserError for a name that is no embedded model, no folder and no id of the hub."""
+    """Raise UserError unless a name is an embedded model, a folder or an id on the hub."""
     path = expanded(name)
     if name in EMBEDDED or path.is_dir():
         return
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        known = f"an embedded model ({', '.join(EMBEDDED)})"
-        raise UserError(f"--model.name: '{name}' is neither {known}, nor a model folder, nor a hub id 'owner/name'.")
+        known = f"an embedded model ({', '.join(EMBEDDED)}), a model folder or a hub id 'owner/name'"
+        raise UserError(f"--model.name must be {known}; got '{name}'.")

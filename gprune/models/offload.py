@@ -27,7 +27,7 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     """The parameter `name` of a module, or None if it has none.
 
     An offloaded parameter is fetched to the CPU. A sharded one is gathered from all processes, which all have to ask.
-    A parameter of a model without weights (on the meta device, and without a hook) is returned as it is.
+    A parameter on the meta device without a hook is returned unchanged.
     """
     parameter = gathered(getattr(module, name))
     if parameter is None or not parameter.is_meta:
@@ -37,18 +37,20 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of the tensor alone: a DTensor, told by its method, because not every build of
-    torch has `torch.distributed.tensor`."""
+    """Return whether a tensor is a DTensor, of which this process has a part.
+
+    DTensors are recognised by a method, because some builds of torch lack `torch.distributed.tensor`.
+    """
     return hasattr(tensor, "full_tensor")
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor. A sharded one is gathered from all processes, which all have to ask."""
+    """Return the full tensor. For sharded tensors all processes must call this function."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def free_memory(device: torch.device) -> None:
-    """Collect garbage, such as models that refer to themselves through hooks, and empty CUDA's cache; not on a CPU."""
+    """Collect garbage, such as models in reference cycles of hooks, and empty CUDA's cache. A no-op on a CPU."""
     if device.type != "cpu":
         gc.collect()
     if device.type == "cuda":
@@ -56,18 +58,18 @@ def free_memory(device: torch.device) -> None:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """accelerate's hooks on one module that move weights."""
+    """Return accelerate's hooks on a module that move weights."""
     hook = getattr(module, "_hf_hook", None)
     return [h for h in getattr(hook, "hooks", [hook]) if hasattr(h, "weights_map")]
 
 
 def is_offloaded(model: PreTrainedModel) -> bool:
-    """Whether some parameters are fetched each time they are needed."""
+    """Return whether some parameters are loaded each time they are needed."""
     return getattr(model, "hf_device_map", None) is not None and any(p.is_meta for p in model.parameters())
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device on which a module (the first one with weights) computes: its hook's, or else its weights'."""
+    """Return the device on which a module computes: that of the hook or weights of its first part with weights."""
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
             devices = [hook.execution_device for hook in _hooks(part) if hook.execution_device is not None]
@@ -77,9 +79,9 @@ def device_of(module: nn.Module) -> torch.device:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The state of a module, each tensor fetched when it is asked for by name.
+    """The state of a module, whose tensors are loaded on access by name.
 
-    A fetched tensor is copied: as safetensors gives it, it keeps the whole file mapped as long as it lives.
+    Loaded tensors are copied, because a tensor from safetensors keeps the whole file mapped.
     """
 
     module: nn.Module
@@ -92,10 +94,10 @@ class StoredWeights:
 
 
 def lend(model: nn.Module, weights: Mapping[str, Tensor] | StoredWeights) -> None:
-    """Let the modules of a model (or a layer) on the meta device fetch their parameters from `weights`, by name.
+    """Attach `weights`, by name, to the modules of a model or layer on the meta device.
 
-    In accelerate's form: `stored` reads it, and so does `save_pretrained` of a model with an `hf_device_map`. No hook
-    runs, so the modules cannot compute.
+    The weights are attached in accelerate's form, which `stored` reads, and `save_pretrained` if the model has an
+    `hf_device_map`. No hooks run, so the modules cannot compute.
     """
     for path, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
@@ -104,23 +106,25 @@ def lend(model: nn.Module, weights: Mapping[str, Tensor] | StoredWeights) -> Non
 
 
 def lend_all(model: PreTrainedModel, source: PreTrainedModel) -> None:
-    """Let a model without weights fetch them from `source`, by the same names; `source` may be offloaded."""
+    """Attach the weights of `source`, which may be offloaded, to a model without weights, by the same names."""
     model.hf_device_map = {"": "disk"}
     lend(model, StoredWeights(source))
 
 
 @contextmanager
 def resident(module: nn.Module) -> Iterator[None]:
-    """Fetch all offloaded weights of a module once, to where it computes; leaving the context offloads them again.
+    """Load all offloaded weights of a module to its device while the context lasts.
 
-    Otherwise accelerate fetches each weight again for every batch.
+    Without it accelerate loads each weight again for every batch.
     """
     with ExitStack() as back:
         for part in module.modules():
             for hook in _hooks(part):
                 if hook.offload:
                     for name, empty in part.named_parameters(recurse=False):
-                        value = hook.weights_map[name].to(hook.execution_device, copy=True)  # as in `StoredWeights`
+                        value = hook.weights_map[name].to(
+                            hook.execution_device, copy=True
+                        )  # a copy, as in `StoredWeights`
                         back.callback(part._parameters.__setitem__, name, empty)
                         part._parameters[name] = nn.Parameter(value, requires_grad=False)
                     back.callback(setattr, hook, "offload", True)
@@ -129,5 +133,5 @@ def resident(module: nn.Module) -> Iterator[None]:
 
 
 def offload_folder() -> AbstractContextManager[Path]:
-    """A new folder below the cache, removed at the end, as are those that killed processes left."""
+    """Return a new folder in the cache, which is removed at the end. Folders of killed processes are removed too."""
     return scratch_folder(cache_dir() / "offload" / "weights")

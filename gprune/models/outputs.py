@@ -1,4 +1,4 @@
-"""What decoder layers return: hidden states, alone or first in a tuple or list."""
+"""Outputs of decoder layers: hidden states, or a tuple or list that begins with them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def hidden_in(out: Any) -> Tensor:
-    """The hidden states in what a module returns."""
+    """Return the hidden states in the output of a module."""
     return out if isinstance(out, Tensor) else hidden_in(out[0])
 
 
 def with_hidden(out: Any, hidden: Tensor) -> Any:
-    """What a module returns, with other hidden states in place of its own."""
+    """Return the output of a module with other hidden states."""
     return hidden if isinstance(out, Tensor) else type(out)([hidden, *out[1:]])

@@ -1,6 +1,6 @@
-"""The parts of a decoder layer: logical weight matrices, however they are stored.
+"""Parts of a decoder layer: logical weight matrices, independently of how they are stored.
 
-A weight may lie alone, in one matrix with others (fused), transposed, or in one tensor with those of all experts.
+A weight may be stored alone, in one matrix with others (fused), transposed, or in one tensor for all experts.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ PARTS = {"ffn": FFN, "attention": ATTENTION}
 
 @dataclass(frozen=True)
 class Part:
-    """One logical weight matrix of a block: rows give outputs, columns take inputs."""
+    """One logical weight matrix of a block. Rows compute outputs; columns read inputs."""
 
-    host: nn.Module  # the linear layer, or the experts
-    rows: Tensor | None = None  # (out,) int64: the part's rows in a fused host; None: all rows
+    host: nn.Module  # the linear layer
+    rows: Tensor | None = None  # (out,) int64: rows of the part in a fused host; None: all rows
     transposed: bool = False
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), in the model's dtype; a view where the part is stored alone, fetched where it is offloaded."""
+        """Weight (out, in) in the model's dtype: a view if the part is stored alone, loaded if it is offloaded."""
         weight = stored(self.host, "weight")
         weight = weight.T if self.transposed else weight
         return weight if self.rows is None else weight[self.rows.to(weight.device)]
 
     @property
     def bias(self) -> Tensor | None:
-        """(out,)"""
+        """Bias (out,), or None."""
         bias = stored(self.host, "bias")
         return bias if bias is None or self.rows is None else bias[self.rows.to(bias.device)]
 
     @property
     def in_features(self) -> int:
-        """Columns of the weight as (out, in)."""
+        """Number of columns of the weight (out, in)."""
         return self.host.weight.shape[0 if self.transposed else 1]
 
     @property
     def out_features(self) -> int:
-        """Rows of the weight as (out, in); of this part alone, where parts are stored together."""
+        """Number of rows of the weight (out, in), of this part only if it is fused."""
         return self.host.weight.shape[1 if self.transposed else 0] if self.rows is None else len(self.rows)
 
     def set(self, weight: Tensor, added_bias: Tensor | None) -> None:
-        """Write the weight of a part stored alone, and add to its bias, which is created if there is none."""
+        """Write the weight of a part that is stored alone, and add to its bias, which is created if missing."""
         self.host.weight.copy_(weight.T if self.transposed else weight)
         if added_bias is not None:
             added = added_bias.to(self.host.weight)
@@ -64,25 +64,27 @@ class Part:
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """One weight matrix of all E experts, stacked in one tensor; by default (E, N, H) for gate and up, (E, H, N) for
-    down."""
+    """One logical weight matrix of all E experts, stacked in a tensor.
+
+    By default the tensor is (E, 2N, H) for gate and up, and (E, H, N) for down.
+    """
 
     host: nn.Module
-    name: str  # of `gate`, `up`, `down`
-    tensor: str = "gate_up_proj"  # that holds the part, a path in the host
-    dim: int = 1  # of neurons in that tensor
-    layout: str = "gate | up"  # order of the parts along that dimension
+    name: str  # `gate`, `up` or `down`
+    tensor: str = "gate_up_proj"  # path of the tensor in the host
+    dim: int = 1  # dimension of neurons in the tensor
+    layout: str = "gate | up"  # order of parts along this dimension
     bias: None = None
 
     def _stored(self) -> Tensor:
-        """The tensor that holds the part, with neurons in its second dimension where it holds rows: (E, n, H)."""
+        """Return the tensor as (E, n, H) for gate and up, or (E, H, N) for down."""
         module, name = find(self.host, self.tensor)
         tensor = stored(module, name)
         return tensor if self.dim == (2 if self.name == "down" else 1) else tensor.transpose(1, 2)
 
     @property
     def weight(self) -> Tensor:
-        """Rows of gate and up (E x N, H), columns of down (H, E x N): expert by expert."""
+        """Rows of gate or up, (E x N, H), or columns of down, (H, E x N), with experts concatenated."""
         if self.name == "down":
             return rearrange(self._stored(), "e h n -> h (e n)")
         if self.layout == "gate | up":
@@ -94,29 +96,29 @@ class ExpertPart:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Experts, size of the hidden states or neurons, as the tensor of the part has them: (E, n, H) or (E, H, N)."""
+        """Shape of the tensor as (E, n, H) for gate and up, or (E, H, N) for down."""
         module, name = find(self.host, self.tensor)
         E, a, b = getattr(module, name).shape
         return (E, a, b) if self.dim == (2 if self.name == "down" else 1) else (E, b, a)
 
     @property
     def neurons(self) -> int:
-        """Neurons of an expert."""
+        """Number of neurons of an expert."""
         return self.shape[2] if self.name == "down" else self.shape[1] // len(names_in(self.layout))
 
     @property
     def in_features(self) -> int:
-        """Columns, those of all experts side by side in `down`."""
+        """Number of columns; summed over experts for `down`."""
         E, _H, N = self.shape
         return E * N if self.name == "down" else N
 
     @property
     def out_features(self) -> int:
-        """Rows, those of all experts below each other but in `down`."""
+        """Number of rows; summed over experts except for `down`."""
         return self.shape[1] if self.name == "down" else self.shape[0] * self.neurons
 
     def set(self, weight: Tensor, added_bias: None) -> None:
-        """Write the columns of down, (H, E x N)."""
+        """Write the columns of `down`, (H, E x N)."""
         assert added_bias is None, "experts have no bias"
         module, name = find(self.host, self.tensor)
         whole = rearrange(weight, "h (e n) -> e h n", e=self.shape[0])
@@ -124,17 +126,17 @@ class ExpertPart:
 
 
 def names_in(layout: str) -> list[str]:
-    """The parts that a layout such as `gate | up` or `query key value` names, in order."""
+    """Return the parts in a layout such as `gate | up` or `query key value`, in order."""
     return layout.replace("|", " ").split()
 
 
 def part_rows(layout: str, sizes: Mapping[str, int], units: int) -> dict[str, Tensor]:
-    """Rows of each part in a tensor that holds several, in the order of units.
+    """Return rows of each part in a fused tensor, in the order of units.
 
     Args:
         layout: `gate | up`: all rows of gate, then all of up; `gate up`: unit by unit, gate before up.
-        sizes: rows of each part.
-        units: neurons or KV groups.
+        sizes: number of rows of each part.
+        units: number of neurons or KV groups.
     """
     rows, start = {}, 0
     for segment in layout.split("|"):
@@ -147,7 +149,7 @@ def part_rows(layout: str, sizes: Mapping[str, int], units: int) -> dict[str, Te
 
 
 def layouts(family: Family) -> dict[str, str]:
-    """The order of parts in each module of a layer that holds several: of the record, or what its paths imply."""
+    """Return the order of parts in each fused module, from the record or implied by its paths."""
     found = dict(family.layout)
     if family.gate is not None and family.gate == family.up:
         found.setdefault(family.up, "gate | up")
@@ -157,7 +159,7 @@ def layouts(family: Family) -> dict[str, str]:
 
 
 def parts_of(layer: nn.Module, family: Family, head_dim: int) -> dict[str, Part | ExpertPart]:
-    """The parts that a decoder layer has, by name."""
+    """Return the parts of a decoder layer, by name."""
     orders = layouts(family)
 
     def part(name: str, rows: Tensor | None = None) -> Part:
@@ -169,7 +171,7 @@ def parts_of(layer: nn.Module, family: Family, head_dim: int) -> dict[str, Part 
 
     parts: dict[str, Part | ExpertPart] = {}
     experts, name = find(layer, family.experts or "")
-    if hasattr(experts, name):  # not a dense layer, such as those between layers with experts
+    if hasattr(experts, name):  # the layer has experts; others of the model may be dense
         host = getattr(experts, name)
         for tensor, (dim, layout) in family.expert_rows.items():
             if not tensor.endswith("bias"):

@@ -1,5 +1,5 @@
-"""Check a record against a model before anything is learned: paths and sizes on the model without weights, and what a
-record by hand says of norms and logits on a tiny random copy."""
+"""Check the record of a model: paths and sizes on the model without weights, and for records of users also norms and
+logits on a tiny random copy."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gprune.models.losses import LogitTransform
 from gprune.models.modeling_pruned import find
 
 REMEDY = (
-    "Correct the record (docs/extend.md, 'A model family'), or leave it out: gprune then looks for the structure itself"
+    "Correct the record (docs/extend.md, 'A model family'), or remove it, so that gprune finds the structure itself"
 )
 
 
 def check_structure(model: PreTrainedModel) -> None:
-    """Raise UserError unless the record of a model's type fits all of its layers; the model may be without weights."""
+    """Raise UserError unless the record of a model fits all its layers. The model may have no weights."""
     name, record = model.config.model_type, family_of(model)
     try:
         layers = [block.layer for block in blocks_of(model)]
@@ -36,18 +36,17 @@ def check_structure(model: PreTrainedModel) -> None:
             raise _wrong(name, f"layer {block.layer_index}: {why}")
         if why:
             raise UserError(
-                f"Model type '{name}': the structure that was found on a tiny copy does not fit layer "
-                f"{block.layer_index} of this model: {why}. Give it a record by hand: docs/extend.md, 'A model "
-                "family', in a file that "
-                "--import names."
+                f"Model type '{name}' cannot be pruned: the structure of a tiny copy does not fit layer "
+                f"{block.layer_index} of this model: {why}. Write a record in a file that --import names "
+                "(docs/extend.md, 'A model family')."
             )
     check_untied(model)
     if not any(block.neurons for block in blocks_of(model)):
-        raise UserError(f"Model type '{name}': no layer of this model has the FFN that was found on a tiny copy of it.")
+        raise UserError(f"Model type '{name}' cannot be pruned: no layer has the FFN that was found on a tiny copy.")
 
 
 def check_by_copy(config: PreTrainedConfig) -> None:
-    """Check a record that is not gprune's own on a tiny random copy; a UserError names what it has wrong."""
+    """Check a record of a user on a tiny random copy. Raise UserError that names the wrong field."""
     name = config.model_type.removeprefix(PRUNED)
     if name not in FAMILIES or BUILT_IN.get(name) is FAMILIES[name]:
         return
@@ -59,7 +58,7 @@ def check_by_copy(config: PreTrainedConfig) -> None:
         model = tiny_model(shrunk(stock_config(config)))
         probe = Probe(model)
         probe.check_forward()
-    except Exception:  # a class that cannot be made small has its record checked by shapes alone
+    except Exception:  # no tiny copy of this class: only shapes are checked
         return
     check_structure(model)
     record = family_of(model)
@@ -81,7 +80,7 @@ def check_by_copy(config: PreTrainedConfig) -> None:
 
 
 def _check_norms(name: str, probe: object, block: Block) -> None:
-    """Raise UserError where the record of a layer is wrong about a norm that its FFN's output or input passes."""
+    """Raise UserError if the record of a block is wrong about the norm before or after its FFN."""
     from gprune.models.discovery.surroundings import joins_residual, norm_offset
 
     if block.down is not None and not block.has_experts:
@@ -96,11 +95,11 @@ def _check_norms(name: str, probe: object, block: Block) -> None:
 
 
 def _wrong(name: str, why: str) -> UserError:
-    return UserError(f"The Family record of model type '{name}' is wrong: {why}. {REMEDY}.")
+    return UserError(f"Cannot use the Family record of model type '{name}': {why}. {REMEDY}.")
 
 
 def _check_paths(name: str, record: Family, layer: nn.Module) -> None:
-    """Raise UserError for a path of a record by hand that the first layer does not have."""
+    """Raise UserError for a path in a record of a user that the first layer does not have."""
     known = [path for path, _ in layer.named_modules() if path]
     fields = ["query", "key", "value", "output", "query_norm", "key_norm", "ffn_norm", "attention_norm"]
     fields += ["after_ffn", "after_attention"]
@@ -112,11 +111,11 @@ def _check_paths(name: str, record: Family, layer: nn.Module) -> None:
         if path is not None and path not in known:
             close = nearest(path, known)
             meant = f"; did you mean '{close}'?" if close else f"; it has {', '.join(known)}"
-            raise _wrong(name, f"{field}='{path}' is no module of a {type(layer).__name__}{meant}")
+            raise _wrong(name, f"{field}='{path}' is not a module of {type(layer).__name__}{meant}")
 
 
 def _unfit(block: Block) -> str | None:
-    """What of a block's sizes does not divide or agree; None if all is well."""
+    """Return why the sizes of a block do not fit its record, or None if they do."""
     if block.output is not None:
         columns, rows = block.output.in_features, block.value.out_features
         if not block.kv_groups or rows % block.head_dim or columns % block.head_dim or columns % block.kv_groups:

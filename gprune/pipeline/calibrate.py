@@ -25,12 +25,12 @@ log = logging.getLogger("gprune")
 
 
 def calibrate(run: Run) -> dict[str, CorpusStatistics]:
-    """Statistics by corpus, from the cache where model, text and kind of statistics are the same."""
+    """Return statistics by corpus, from the cache if model, text and kind of statistics are the same."""
     run.step(1, "Calibrating")
     cfg, cache = run.cfg, statistics_cache(run)
     statistics = {corpus: cache.read(corpus, ["moments", *sorted(cfg.collects)]) for corpus in cfg.calibration}
     lacking = [of_corpus is None for of_corpus in statistics.values()]
-    if cfg.processes > 1:  # another run may be filling the cache meanwhile
+    if cfg.processes > 1:  # another run may write to the cache at the same time
         lacking = agreed(run, lacking)
     missing = [corpus for corpus, lacks in zip(statistics, lacking, strict=True) if lacks]
     if missing:
@@ -47,10 +47,10 @@ def calibrate(run: Run) -> dict[str, CorpusStatistics]:
 
 
 def agreed(run: Run, lacking: Sequence[bool]) -> list[bool]:
-    """Launch the processes of the run, and return what any of them lacks.
+    """Launch the processes of the run, and return which corpora any of them lacks.
 
-    Each process sees the disk for itself, perhaps a moment later. Deciding alone, one would compute a corpus while
-    another waits for it elsewhere.
+    Processes may see different files in the cache. If each decided alone, one could wait for another in a different
+    collective operation.
 
     Raises:
         UserError: if the processes are at different runs of a list.
@@ -59,26 +59,26 @@ def agreed(run: Run, lacking: Sequence[bool]) -> list[bool]:
     lacks = (fabric.broadcast(run.folder.key) != run.folder.key, *lacking)
     elsewhere, *lacking = (fabric.strategy.reduce_boolean_decision(mine, all=False) for mine in lacks)
     if elsewhere:
-        raise UserError("The processes of this run are at different runs of a list; run the same command again.")
+        raise UserError("All processes must be at the same run of a list. Run the same command again.")
     return lacking
 
 
 def statistics_cache(run: Run) -> StatisticsCache:
-    """Where the statistics of this run's model and text lie, for this run and for others."""
+    """Return the cache of statistics for this run's model and text."""
     cfg = run.cfg
     by_block = "saliency" not in cfg.collects and walks(
         run.model, corpora=len(cfg.calibration), gram="gram" in cfg.collects, sharded=cfg.model.shard
     )
     if by_block:
         check_walk(run.model.config)
-    # Other statistics than ours have keys of their own.
+    # Calibrators of users have their own keys.
     other = cfg.settings()["corpora"].get("calibrator")
     own = {"calibrator": other, "options": cfg.options.get(other, {})} if other else {}
-    # A sharded model computes where the trainer is, whatever device it is taken from.
+    # A sharded model computes on the trainer's device, wherever it was loaded.
     device = check_trainer(**cfg.trainer.lightning) if cfg.model.shard else device_of(run.model)
     return StatisticsCache(
         texts={corpus: run.text.train[corpus].content_hash for corpus in cfg.calibration},
-        # Also what can change the last bits: a run has the same bits whoever filled the cache.
+        # Includes all that can change the last bits, so that a run does not depend on who filled the cache.
         bits={
             "model": run.fingerprint, "dtype": cfg.model.dtype, "device": device.type,
             "batch_size": cfg.corpora.batch_size, "world_size": cfg.processes,
@@ -91,13 +91,13 @@ def statistics_cache(run: Run) -> StatisticsCache:
 
 
 def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, CorpusStatistics]:
-    """One pass over each of these corpora, for this run and for those that find it in the cache."""
+    """Collect statistics of corpora in one pass over each, and write them to the cache."""
     cfg = run.cfg
     collected = ["moments", *sorted(cfg.collects)]
     saliency = cache.scopes if "saliency" in collected else ()
 
     def store(corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
-        if block.index == 0:  # of each corpus, before anything of it is shared
+        if block.index == 0:  # once per corpus, before anything is cached
             run.check_weights(f"calibration on {corpus}")
         return cache.store(corpus, block, grams)
 
@@ -111,7 +111,7 @@ def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, C
             test=[run.text.train[c] for c in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
         )
         trainer = run.trainer(f"Calibrating on {', '.join(corpora)}", stage, inference_mode=not saliency)
-        with run.folder.part(*corpora):  # which have as many tokens each
+        with run.folder.part(*corpora):  # all have the same number of tokens
             trainer.test(stage, data, verbose=False)
     for corpus in corpora:
         cache.write(corpus, stage.statistics[corpus], collected)

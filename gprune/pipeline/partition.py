@@ -1,4 +1,4 @@
-"""Steps 3 to 6: drift, modules, and which of them can be trusted."""
+"""Steps 3 to 6: drift, modules, and their reliability."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ log = logging.getLogger("gprune")
 def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[Drift]:
     """Step 3: rank drift of every neuron and its split-half noise floor, per block.
 
-    A metric that ignores activations has no drift of its own: another one stands in (`IMPORTANCE[name].drift`). One
-    corpus has no drift at all.
+    Metrics that ignore activations have no drift; the drift of another metric is used (`IMPORTANCE[name].drift`). With
+    one corpus there is no drift.
     """
     run.step(3, "Measuring drift")
     corpora = run.cfg.corpora.drift
     drift = [_drift_of(run, block, [statistics[corpus] for corpus in corpora]) for block in run.blocks]
     mean = float(torch.cat([d.drift for d in drift]).mean())
     noise = float(torch.cat([d.floor for d in drift]).mean())
-    log.info("Rank drift %.3f on average, of which sampling alone would show %.3f", mean, noise)
+    log.info("Mean rank drift %.3f; sampling noise alone gives %.3f", mean, noise)
     return drift
 
 
 def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) -> Drift:
-    """Rank drift of one block's neurons between corpora, and its noise floor."""
+    """Return the rank drift of one block's neurons between corpora, and its noise floor."""
     if block.down is None:
         none = torch.zeros(len(statistics), 0, dtype=torch.float64)
         return Drift(none, none, none[0], none[0], torch.tensor(float("nan"), dtype=torch.float64))
@@ -67,7 +67,7 @@ def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) ->
 
 
 def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
-    """Steps 4 and 5: module labels per block, (N,) int64, by the method of `--partition.method`."""
+    """Steps 4 and 5: module labels per block, (N,) int64, by `--partition.method`."""
     run.step(4, "Partitioning")
     tensors = run.folder.tensors(
         "assignment", lambda: {f"labels.{b}": y for b, y in enumerate(partitioned(run, drift))}
@@ -76,7 +76,7 @@ def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
 
 
 def partitioned(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
-    """The partition, computed; the controls take the refined sizes. Blocks without an FFN have no labels."""
+    """Compute the partition. Control methods use the sizes of refined modules. Blocks without an FFN have no labels."""
     p, seed = run.cfg.partition, run.cfg.run.seed
     own = [block.index for block in run.blocks if block.neurons]
     log.info("Partitioning %d blocks into modules", len(own))
@@ -96,7 +96,7 @@ def partitioned(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
 
 
 def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: list[Tensor]) -> list[Tensor]:
-    """Step 5: fit the refiner."""
+    """Step 5: fit the refiner, and return refined labels per block."""
     run.step(5, "Refining")
     p = run.cfg.partition
     inputs = refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift])
@@ -108,7 +108,8 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     pairs = zip(stage.labels(), labels, strict=True)
     refined = [REFINER.checked(p.refiner, "labels", y, old.shape, of="whole numbers") for y, old in pairs]
     if any(y.min() < 0 or not torch.bincount(y).all() for y in refined):
-        raise UserError(f"Refiner '{p.refiner}': expected modules from 0 to K - 1 in each block, and a neuron in each.")
+        needed = "modules from 0 to K - 1 in each block, each with at least one neuron"
+        raise UserError(f"Refiner '{p.refiner}' must return {needed}.")
     refined = [y.long().cpu() for y in refined]
     moved = {"moved": sum(int((y != old).sum()) for y, old in zip(refined, labels, strict=True))}
     moved["neurons"] = sum(map(len, labels))
@@ -120,8 +121,8 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
 def assess(
     run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, drift: list[Drift], labels: list[Tensor]
 ) -> Modules:
-    """Step 6: which modules switch to `--reliability.metric`, and every unit's rank inside its module."""
-    run.step(6, "Judging modules")
+    """Step 6: decide which modules switch to `--reliability.metric`, and rank units inside their modules."""
+    run.step(6, "Assessing reliability of modules")
     r, switch = run.cfg.reliability, "off"
     if r.switch and len(run.cfg.corpora.drift) > 1:
         switch = "everywhere" if r.everywhere else "unreliable"
@@ -150,13 +151,13 @@ def assess(
 
 
 def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[Tensor]:
-    """Ranks inside blocks by what unreliable modules switch to, `--reliability.metric`: (N,) per block."""
+    """Return ranks inside blocks by `--reliability.metric`, to which unreliable modules switch: (N,) per block."""
     cfg, name = run.cfg, run.cfg.reliability.metric
     sources = [statistics[cfg.corpora.score]]
     if name in (CONSENSUS, AVERAGED):
         sources = [statistics[corpus] for corpus in cfg.corpora.drift]
         sources = [pooled(sources)] if name == AVERAGED else sources
-        name = cfg.importance  # not drift's ranks, which may be those of a metric that stands in
+        name = cfg.importance  # not the ranks of drift, which may be of another metric
     scores = [score_units(name, run.blocks, s, seed=cfg.run.seed, attention=False).ffn for s in sources]
     return [
         fractional_ranks(torch.stack(of_block), groups=b.experts).mean(0)

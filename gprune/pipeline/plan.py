@@ -1,4 +1,4 @@
-"""Before anything is loaded: refuse what cannot work, and plan the budget and the tokens of the rest."""
+"""Check settings, and plan budget and tokens of a run, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -42,35 +42,35 @@ from gprune.sparsity.target import HALF_BITS, Target
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, known before any weight is read."""
+    """The plan of a run, made before weights are read."""
 
     cfg: RunConfig
     skeleton: PreTrainedModel  # the dense model without weights
     device: torch.device
-    budget: Budget | None = None  # None while this is planned
-    why_precision: str = ""  # in words
+    budget: Budget | None = None  # None while the budget is planned
+    why_precision: str = ""  # reason for the precision, in words
 
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
-        """(forward, forward and backward) by step, at most."""
+        """Largest numbers of tokens (forward, forward and backward), by step."""
         return tokens_by_step(
             self.cfg, self.skeleton.config.get_text_config(decoder=True).hidden_size, self.budget.costs
         )
 
     @property
     def at_hand(self) -> bool:
-        """Whether the device is in this machine; else it is one that a dry run was told of."""
+        """Whether this machine has the device. A dry run can plan for another one."""
         return self.device.type == "cpu" or torch.cuda.is_available()
 
     @property
     def exported_dtype(self) -> str:
         """Dtype of the exported weights, such as bfloat16."""
-        m, published = self.cfg.model, self.skeleton.config.dtype  # None where the config does not say
+        m, published = self.cfg.model, self.skeleton.config.dtype  # None if the config has no dtype
         own = m.dtype == "float32" and m.device_map is None and published in (torch.bfloat16, torch.float16)
         return self.cfg.export.dtype or (str(published).removeprefix("torch.") if own else m.dtype)
 
     def asked(self) -> Budget:
-        """The budget that is asked for; a UserError where it cannot be."""
+        """Return the requested budget. Raise UserError if it is impossible."""
         s, blocks = self.cfg.sparsity, blocks_of(self.skeleton)
         price = price_by(self.speed, blocks) if s.currency == "seconds" else self.priced(s.currency)
         how = {"protect": s.protect, "uniform": s.uniform_width, "block_share": s.block_share, "price": price}
@@ -78,48 +78,53 @@ class Plan:
         multiple, export = s.width_multiple or best_multiple(self.speed), self.cfg.export
         if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:
             raise UserError(
-                f"--export.type q8_0: expected --sparsity.width_multiple 32, or 64 and so on, got {multiple}."
+                f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
             )
         try:
             return Budget.of(costs, s.target, multiple)
         except UserError as error:
             if s.currency == "bytes" and (narrower := self.narrower_export):
-                raise UserError(f"{str(error).removesuffix('.')}; {narrower}.") from error
+                raise UserError(f"{error} {narrower}.") from error
             raise
 
     @property
     def narrower_export(self) -> str:
-        """The flag with which the same weights take fewer bytes, in words; empty if there is none."""
+        """A hint about a flag with which weights need fewer bytes; empty if there is none."""
         export = self.cfg.export
         if export.format == "gguf":
             of_type = {"f32": "f16", "f16": "q8_0 --sparsity.width_multiple 32"}.get(export.type)
-            return f"with --export.type {of_type} they take about half" if of_type else ""
-        return "with --export.dtype bfloat16 they take half" if self.exported_dtype == "float32" else ""
+            return f"With --export.type {of_type} the weights take about half the bytes" if of_type else ""
+        return (
+            "With --export.dtype bfloat16 the weights take half the bytes" if self.exported_dtype == "float32" else ""
+        )
 
     def priced(self, currency: str) -> Price:
-        """Prices in a registered currency, or half bits of what is exported, for `bytes`."""
+        """Return costs in a registered currency; for `bytes`, in 1/16 byte of the export."""
         blocks, export = blocks_of(self.skeleton), self.cfg.export
         size = getattr(torch, self.exported_dtype).itemsize * HALF_BITS
         matrix, vector = (int(2 * TYPES[export.type]), 64) if export.format == "gguf" else (size, size)
         of_bytes = partial(weighed, weight=lambda p: matrix if p.ndim > 1 else vector)
-        with quoting(f"Cost '{currency}': expected whole numbers of each block's neuron, KV group and all (", ")."):
+        needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
+        with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):
             costs = (of_bytes if currency == "bytes" else COST[currency])(self.skeleton, blocks)
             return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
 
     @cached_property
     def removed(self) -> int:
-        """Parameters that go if every block is equally sparse: of budgets in other currencies an estimate."""
+        """Number of removed parameters if all blocks are equally sparse; only estimated in other currencies."""
         return self.budget.costs.in_parameters.removed(uniform_masks(self.budget))
 
     @cached_property
     def speed(self) -> Table | None:
-        """The table of this machine in the setting of `--speed`: measured where the run needs it, else cached."""
+        """Latency table of this machine at the `--speed` settings: measured if needed, else from the cache, or None."""
         cfg, most = self.cfg, getattr(self.skeleton.config, "max_position_embeddings", math.inf)
         length, measure = cfg.speed.prompt + cfg.speed.generate, bool(cfg.timed_for)
         if measure and length > most:
-            raise UserError(f"--speed.prompt, --speed.generate: expected at most {most:,} positions, got {length:,}.")
+            raise UserError(
+                f"--speed.prompt and --speed.generate must add up to at most {most:,} positions; got {length:,}."
+            )
         if measure and not self.at_hand:
-            raise UserError(f"{cfg.timed_for}: expected a GPU to measure on, got none here.")
+            raise UserError(f"{cfg.timed_for} needs a GPU in this machine to measure on.")
         with multiplying(cfg.trainer.float32_matmul_precision):
             dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.setting()
             how = {"measure": measure, "again": cfg.speed.measure, "own": Path(cfg.folder) / SPEED_TABLE}
@@ -127,33 +132,34 @@ class Plan:
 
     @property
     def forward_tokens(self) -> int:
-        """Tokens that go forward alone, over all steps."""
+        """Number of tokens that pass forward only, over all steps."""
         return sum(forward for forward, _ in self.tokens.values())
 
     @property
     def forward_backward_tokens(self) -> int:
-        """Tokens that go forward and backward, over all steps."""
+        """Number of tokens that pass forward and backward, over all steps."""
         return sum(trained for _, trained in self.tokens.values())
 
 
 def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: bool = False) -> Plan:
-    """Refuse before anything is loaded, and plan.
+    """Check settings, model and device, and return the plan, before weights are loaded.
 
-    The model is built from its configuration on the meta device: shapes without weights.
+    The model is constructed from its configuration on the meta device, without weights.
 
     Args:
-        callbacks: the caller's; None for those of `--trainer.callbacks` alone.
-        together: let the processes of several nodes agree on a precision.
+        cfg: the settings.
+        callbacks: callbacks of the caller; by default those of `--trainer.callbacks`.
+        together: whether processes of several nodes agree on a precision.
 
     Returns:
-        The plan; its `cfg` has the precision of the hardware in place of `auto`.
+        The plan. In its `cfg` precision `auto` is replaced by that of the hardware.
 
     Raises:
-        UserError: for settings, a device or a model that cannot be.
+        UserError: if settings, device or model do not work.
     """
     cfg.validate()
     if cfg.model.made_elsewhere is not None:
-        cfg.measure_only()  # it may have been assigned after the rest
+        cfg.measure_only()  # the flag may have been set after construction
     cfg.check_names()
     callbacks = callbacks or UserCallbacks(paths=cfg.trainer.callbacks)
     device = device_for(cfg, callbacks.of_stage(None))
@@ -165,8 +171,8 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     blocks = blocks_of(dense)
     if "attention" in cfg.sparsity.scope and not any(block.kv_groups for block in blocks):
         raise UserError(
-            f"--sparsity.scope {cfg.sparsity.scope}: no KV groups that can be removed were found in model type "
-            f"'{config.model_type}'; expected ffn."
+            f"--sparsity.scope {cfg.sparsity.scope} needs KV groups that can be removed; model type "
+            f"'{config.model_type}' has none. Use ffn."
         )
     if not family_of(dense).plain_head:
         raise UserError(
@@ -177,7 +183,7 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     first = Plan(cfg, dense, device, why_precision=why)
     budget, depth = first.asked(), ALLOCATION[cfg.base_allocation].whole_blocks
     plan = replace(first, budget=(budget := within_depth(budget) if depth else budget))
-    vars(plan).update(vars(first) | vars(plan))  # and the table of speed that was read, or measured
+    vars(plan).update(vars(first) | vars(plan))  # copies cached properties, such as the latency table
     if depth or budget.costs.gone:
         check_renumbering(dense, budget)
     if cfg.learns:
@@ -189,48 +195,48 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
         check_walk(config)
     if cfg.model.made_elsewhere is not None:
         elsewhere.refuse(cfg, dense, device)
-    _ = plan.tokens  # refuses an interval of validation that no stage has
+    _ = plan.tokens  # raises UserError for an impossible validation interval
     return plan
 
 
 def device_for(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:
-    """The trainer's device; a dry run takes for granted the GPUs and the nodes that it is told of."""
+    """Return the trainer's device. A dry run assumes that the requested GPUs and nodes exist."""
     asked = cfg.trainer.lightning | {"callbacks": callbacks}
     try:
         return check_trainer(**asked)
     except UserError:
         if not (cfg.dry_run and asked["accelerator"] in ("gpu", "cuda")):
             raise
-        check_trainer(**asked | {"accelerator": "cpu", "devices": 1, "num_nodes": 1})  # refuses the rest of it
+        check_trainer(**asked | {"accelerator": "cpu", "devices": 1, "num_nodes": 1})  # checks the other settings
         return torch.device("cuda")
 
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
-    """Raise UserError where this model's blocks or positions, or this machine, cannot do what the flags ask for."""
+    """Raise UserError if flags do not fit the model's blocks or positions, or this machine."""
     if cfg.export.format == "gguf":
         check_type(cfg.export.type, unchecked=False)
         check_expressible(blocks, config, uniform=cfg.sparsity.uniform_width)
     if cfg.model.device_map is not None and cfg.export.dtype not in (None, cfg.model.dtype):
         raise UserError(
-            f"--export.dtype {cfg.export.dtype}: expected {cfg.model.dtype}, that of --model.dtype, with "
-            f"--model.device_map: weights that come and go are written as they are."
+            f"--export.dtype must be --model.dtype ({cfg.model.dtype}) with --model.device_map, because offloaded "
+            f"weights are not converted; got '{cfg.export.dtype}'."
         )
     recovery_of(cfg.recovery, cfg.recovery_settings).refuse(blocks, shard=cfg.model.shard)
     if "saliency" in cfg.collects:
         for block in blocks:
-            salient_parts(block, "ffn")  # refuses experts
+            salient_parts(block, "ffn")  # raises UserError for experts
     if cfg.measures_errors:
         check_dense(blocks)
     longest = max(cfg.corpora.seq_len, cfg.evaluation.seq_len)
     if blocks[0].family.learned_positions and longest > config.max_position_embeddings:
         raise UserError(
-            f"--corpora.seq_len, --evaluation.seq_len: expected at most {config.max_position_embeddings} tokens, the "
-            f"positions that model_type '{config.model_type}' has learned, got {longest}."
+            f"--corpora.seq_len and --evaluation.seq_len must be at most {config.max_position_embeddings} tokens, the "
+            f"number of positions that model type '{config.model_type}' has learned; got {longest}."
         )
 
 
 def check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
-    """Raise UserError if this model's other layers would change without the first block that may go."""
+    """Raise UserError if other layers would change when the first removable layer is removed."""
     blocks = blocks_of(dense)
     first = min(b.layer_index for b in blocks if b.index not in budget.costs.protected)
     ffn = [torch.full((b.experts * b.neurons,), b.layer_index != first) for b in blocks]
@@ -238,10 +244,12 @@ def check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
 
 
 def within_depth(budget: Budget) -> Budget:
-    """The budget, or for a quality the largest one, that whole blocks can meet with one left.
+    """Limit a budget to what whole blocks can remove while one block is kept.
+
+    A quality target is lowered to that limit.
 
     Raises:
-        UserError: if they cannot meet the target.
+        UserError: if another target exceeds the limit.
     """
     protected, prices = budget.costs.protected, budget.costs.prices.blocks
     gone = [sum(prices[b] for b in own) for own in budget.costs.by_layer if protected.isdisjoint(own)]
@@ -250,7 +258,7 @@ def within_depth(budget: Budget) -> Budget:
         return replace(budget.removing(min(budget.target, removable)), asked=budget.asked)
     if budget.target > removable:
         raise UserError(
-            f"--sparsity.target: {budget.target:,} cannot go as whole blocks (--sparsity.allocation depth): "
-            f"at most {removable:,} can while one block stays; ask for less."
+            f"--sparsity.allocation depth cannot remove {budget.target:,}: whole blocks are at most {removable:,} if "
+            "one block is kept. Use a lower --sparsity.target."
         )
     return budget

@@ -1,4 +1,4 @@
-"""Recovery: make up for what pruning removed, by the units that stay. One file per method, all with one contract."""
+"""Recoveries: change weights of kept units to compensate for removed ones. One file per method, one interface."""
 
 from gprune.recoveries import bias, least_squares, sequential  # noqa: F401 - they register themselves
 from gprune.recoveries.contract import RECOVERY, Material, Recovery, recovery, recovery_of

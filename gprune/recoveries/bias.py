@@ -1,4 +1,4 @@
-"""Bias recovery: add the mean contribution of the removed units, as FLAP does (arXiv 2312.11983, eq. 8)."""
+"""Recovery `bias`: add the mean contribution of the removed units, as FLAP does (arXiv 2312.11983, eq. 8)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ if TYPE_CHECKING:
 
 @recovery("bias", experts=False)
 def bias(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
-    """W' = W_K, b = W_R mean(x_R): the removed channels R are replaced by their mean over tokens."""
+    """W' = W_K, b = W_R mean(x_R): removed channels R are replaced by their mean over tokens."""
     mean = moments.mean.to(weight)
     return weight[:, keep], weight[:, ~keep] @ mean[~keep]

@@ -1,15 +1,15 @@
-"""The contract of recoveries, which change the weights of a pruned model to make up for what pruning removed.
+"""The interface of recoveries, which change weights of a pruned model to compensate for the removed units.
 
-A recovery says what it needs, what it costs and what it refuses; the pipeline asks, and knows no recovery by its name.
-Most are a function of one output projection:
+A recovery declares the statistics it needs, its cost in tokens, and the models it does not support. The pipeline has no
+code for particular recoveries. Most are a function of one output projection:
 
     @recovery("rescale")
     def rescale(weight, keep, moments, ridge):
         energy = moments.mean_sq.to(weight)
         return weight[:, keep] * (energy.sum() / energy[keep].sum()).sqrt(), None
 
-Others are a class: `revise` goes block by block, `tune` takes the whole pruned model, for instance through a
-LightningModule:
+Others are a class. `revise` changes one block at a time; `tune` changes the whole pruned model, for example by training
+a LightningModule:
 
     @recovery("heal")
     class Heal(Recovery):
@@ -22,7 +22,7 @@ LightningModule:
             material.fit("Healing", MyStage(material.dense, pruned, self.rate))
             return pruned
 
-Several make a chain: `--recovery [least_squares,distill]` is the recovery `least_squares+distill`.
+A list is a chain of recoveries: `--recovery [least_squares,distill]` is the recovery `least_squares+distill`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from gprune.checks import shown
 from gprune.errors import UserError
 from gprune.registry import Registry
 
-if TYPE_CHECKING:  # flags are checked by what is registered here, which should not wait for PyTorch
+if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -55,78 +55,84 @@ Solver = Callable[["Tensor", "Tensor", "Moments", float], tuple["Tensor", "Tenso
 
 @dataclass(frozen=True)
 class Material:
-    """The inputs of a recovery, beside the pruned model."""
+    """Inputs of a recovery, in addition to the pruned model."""
 
-    dense: PreTrainedModel  # frozen; read only, as statistics and text are
+    dense: PreTrainedModel  # frozen; read only, like statistics and text
     masks: Masks
     ridge: float = 0.01
-    statistics: CorpusStatistics | None = None  # of the dense model, `corpora.recover` pooled; if needed
+    statistics: CorpusStatistics | None = None  # of the dense model, pooled over `corpora.recover`; if needed
     text: Sequence[Windows] = ()  # of `corpora.recover`; if needed
     batch_size: int = 4
-    # Gets the numbers of tokens that went through layers one by one: forward, and forward and backward.
+    # Called with numbers of tokens that passed layers one by one: forward, and forward and backward.
     count: Callable[..., None] = lambda forward, forward_backward=0: None
-    fresh: Sequence[Windows] = ()  # text of `corpora.recover` to learn from: `--distill.tokens` of it
-    settings: Mapping[str, Any] = field(default_factory=dict)  # groups of flags and options, by names of recoveries
-    # Trains a stage on `fresh`, else on `text`. Its state_dict is what it learns: a run taken up gives it back.
+    fresh: Sequence[Windows] = ()  # `--distill.tokens` of training text from `corpora.recover`
+    settings: Mapping[str, Any] = field(default_factory=dict)  # groups of flags, or options, by name of the recovery
+    # Trains a stage on `fresh`, or on `text` without it. A resumed run restores the state_dict of a finished stage.
     fit: Callable[..., None] | None = None
-    shard: bool = False  # whether layers are sharded over processes while something learns
-    # What the dense model's final hidden states are, by batch of tokens, for all rows of a run; None: not kept.
+    shard: bool = False  # whether layers are sharded over processes during training
+    # Cache of the dense model's final hidden states by batch, shared by all rows of a run; None: no cache.
     taught: dict[bytes, Tensor] | None = None
-    paid: bool = False  # whether another row has counted the tokens of `taught`, perhaps in an earlier sitting
+    paid: bool = False  # whether the tokens of `taught` are counted already
 
     @property
     def batches(self) -> list[Tensor]:
-        """The text as (B, T) int64 token ids, corpus by corpus."""
+        """The text in batches of (B, T) int64 token ids, corpus by corpus."""
         return [ids for windows in self.text for ids in windows.tokens.split(self.batch_size)]
 
 
 class Recovery:
-    """A recovery that does nothing: `none`, the paper's method. Others inherit it and override what they change."""
+    """Base class of recoveries. It changes nothing, and is itself the recovery `none`, as in the paper."""
 
     name = ""  # set when it is registered
-    needs: frozenset[str] = frozenset()  # of `NEEDS`: statistics of the dense model, or the text they are taken from
-    learns = False  # whether it trains on text of its own
-    taught = False  # whether the dense model's pass over that text is kept in `Material.taught` for other rows
+    needs: frozenset[str] = frozenset()  # which of `NEEDS` (statistics of the dense model, or text) it reads
+    learns = False  # whether it trains on text
+    taught = False  # whether it uses the cache `Material.taught`
     experts = True  # whether it can recover experts
-    sharded = True  # whether it works while the dense model is sharded over processes: False if it goes layer by layer
-    origin: Any = None  # the class or function that was registered; its keyword-only parameters are options
-    made: Callable[..., Recovery]  # makes the same recovery with options
+    sharded = True  # whether it works with a dense model that is sharded over processes
+    origin: Any = None  # the registered class or function, whose keyword-only parameters are options
+    made: Callable[..., Recovery]  # constructs the recovery with options
 
     def revise(self, material: Material) -> Revise | None:
-        """A function that is called for each sliced block, first block first, and changes it; None: nothing changes."""
+        """Return a function that changes each sliced block, called in the order of blocks, or None."""
         return None
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-        """The pruned model, recovered as a whole, in place or not."""
+        """Return the recovered model; `pruned` may be changed in place."""
         return pruned
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
-        """At most (forward, forward and backward) tokens for one pruned model, from those of its texts."""
+        """Return the largest numbers of tokens (forward, forward and backward) for one pruned model.
+
+        Args:
+            text: tokens of `Material.text`.
+            fresh: tokens of `Material.fresh`.
+            attention: whether attention is in scope.
+        """
         return 0, 0
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
-        """Raise a UserError, before anything is loaded, if this recovery cannot work.
+        """Raise UserError if this recovery does not support a model; called before weights are loaded.
 
         Args:
-            blocks: of the dense model, without weights.
+            blocks: blocks of the dense model, without weights.
             shard: whether the dense model is sharded over processes.
         """
         others = [n for n in RECOVERY if RECOVERY[n].experts and RECOVERY[n].sharded]
         if shard and not self.sharded:
             raise UserError(
-                f"--recovery {self.name}: every process would take the text through all layers, on its own and from "
-                f"its CPU; expected it without --model.shard true, or one of {', '.join(others)}."
+                f"--recovery {self.name} cannot be combined with --model.shard true, because every process would "
+                f"compute all layers. Use one of {', '.join(others)}."
             )
         if not self.experts and any(block.has_experts for block in blocks):
-            kind = f"the experts of model_type '{blocks[0].family.model_type}'"
-            raise UserError(f"--recovery: '{self.name}' cannot recover {kind}; expected one of {', '.join(others)}.")
+            kind = f"experts (model type '{blocks[0].family.model_type}')"
+            raise UserError(f"--recovery {self.name} cannot recover {kind}. Use one of {', '.join(others)}.")
 
 
 RECOVERY: Registry[Recovery] = Registry("recovery")
 
 
 class Chain(Recovery):
-    """Several recoveries, one after the other, with the contract of one."""
+    """Several recoveries in sequence, with the interface of one."""
 
     def __init__(self, name: str, settings: Mapping[str, Any] = NOTHING):
         self.name, names = name, name.split("+")
@@ -136,8 +142,8 @@ class Chain(Recovery):
         self.sharded = all(one.sharded for one in self.recoveries)
         late = [one.name for one in self.recoveries[1:] if type(one).revise is not Recovery.revise]
         if len(set(names)) < len(names) or "none" in names or late:
-            why = f"'{late[0]}' goes block by block, which only the first can" if late else "each once, and none alone"
-            raise UserError(f"--recovery: expected a chain such as [least_squares,distill], got {name}: {why}.")
+            why = f"'{late[0]}' goes block by block, so it must come first" if late else "each once, and no 'none'"
+            raise UserError(f"--recovery must be a chain such as [least_squares,distill]; got {name} ({why}).")
 
     def revise(self, material: Material) -> Revise | None:
         return self.recoveries[0].revise(material)
@@ -157,7 +163,7 @@ class Chain(Recovery):
 
 
 def recovery_of(name: str, settings: Mapping[str, Any] = NOTHING) -> Recovery:
-    """The recovery by a name of `RECOVERY`, or the chain of several that are joined by `+`, with these settings."""
+    """Return a recovery by its name, or a chain of names joined by `+`, with these settings."""
     if "+" in name:
         return Chain(name, settings)
     one, own = RECOVERY[name], settings.get(name)
@@ -165,17 +171,17 @@ def recovery_of(name: str, settings: Mapping[str, Any] = NOTHING) -> Recovery:
 
 
 def tuned(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-    """The pruned model as a recovery, or a chain, gives it back.
+    """Return the pruned model after `tune` of a recovery or a chain.
 
     Raises:
-        UserError: for something else than a model, and for weights that are not dense, real and finite.
+        UserError: if `tune` returns no model, or weights that are not dense, real and finite.
     """
     from transformers import PreTrainedModel
 
     with RECOVERY.running(name):
         model = recovery_of(name, material.settings).tune(material, pruned)
     if not isinstance(model, PreTrainedModel):
-        raise UserError(f"Recovery '{name}': expected tune to return the pruned model, got {type(model).__name__}.")
+        raise UserError(f"Recovery '{name}' must return the pruned model from tune; got {type(model).__name__}.")
     for place, weight in model.named_parameters():
         if not weight.is_meta:  # offloaded
             RECOVERY.checked(name, place, weight, tuple(weight.shape), of="finite floats")
@@ -183,17 +189,17 @@ def tuned(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedM
 
 
 class Projection(Recovery):
-    """A recovery that solves each output projection that lost channels by itself, from the dense model's statistics."""
+    """A recovery that solves each output projection separately, from statistics of the dense model."""
 
     def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool):
         self.solver, self.needs, self.experts = solver, frozenset(needs), experts
 
     def revise(self, material: Material) -> Revise:
-        """What is done to each block as it is sliced: the correction of its two output projections."""
+        """Return a function that corrects the output projections of a sliced block."""
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:
-            """Correct a sliced block's output projections that lost channels, by the dense block's statistics."""
+            """Correct those output projections of a sliced block that lost channels."""
             keeps = material.masks.channels(dense)
             for kind, part in OUTPUT_PROJECTIONS.items():
                 if not bool(keeps[kind].all()):
@@ -208,31 +214,32 @@ class Projection(Recovery):
     def solve(
         self, weight: Tensor, keep: Tensor, moments: Moments, *, experts: int = 1, ridge: float = 0.01
     ) -> tuple[Tensor, Tensor | None]:
-        """New weight and added bias of an output projection whose channels are cut down to `keep`.
+        """Return the new weight and the added bias of an output projection that keeps the channels `keep`.
 
         Args:
-            weight: (H, C) dense projection, any float dtype; solvers get a copy in float32.
-            keep: (C,) bool, True = keep; solvers get a copy.
-            moments: of the dense input channels over `corpora.recover`; solvers get a copy, save for the Gram matrix.
-            experts: number of experts whose columns lie side by side; each is recovered by itself.
-            ridge: lambda over the mean diagonal of the Gram matrix.
+            weight: (H, C) dense projection, any float dtype; the solver gets a float32 copy.
+            keep: (C,) bool, True = keep; the solver gets a copy.
+            moments: moments of the C dense inputs over `corpora.recover`; the solver gets a copy, except of the Gram
+                matrix.
+            experts: number of experts whose columns are concatenated; each expert is solved separately.
+            ridge: lambda divided by the mean diagonal of the Gram matrix.
 
         Returns:
             (H, kept) weight and (H,) bias to add, or None, in the dtype of `weight`.
 
         Raises:
-            UserError: if the solver returns other shapes, or what is not dense and real; for a bias of experts.
+            UserError: if the solver returns other shapes, tensors that are not dense and real, or a bias for experts.
         """
         import torch
 
         with torch.no_grad():
             if not moments.count.dim():
                 return self._solved(weight, keep, moments, ridge)
-            # Experts have a count each.
+            # Each expert has its own token count.
             parts = zip(weight.chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
             solved = [self._solved(w, k, moments.of_expert(e, experts), ridge) for w, k, e in parts]
         if any(bias is not None for _, bias in solved):
-            raise UserError(f"Recovery '{self.name}': expected None in place of a bias for experts, which have none.")
+            raise UserError(f"Recovery '{self.name}' must return None as the bias of experts, which have no biases.")
         return torch.cat([new for new, _ in solved], 1), None
 
     def _solved(self, weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
@@ -240,7 +247,7 @@ class Projection(Recovery):
             solution = self.solver(weight.float().clone(), keep.clone(), moments.copied(), ridge)
         if not (isinstance(solution, tuple) and len(solution) == 2):
             got = type(solution).__name__
-            raise UserError(f"Recovery '{self.name}': expected a weight and a bias, or None in its place, got {got}.")
+            raise UserError(f"Recovery '{self.name}' must return a weight and a bias, which may be None; got {got}.")
         shape = len(weight), int(keep.sum())
         new = RECOVERY.checked(self.name, "a weight", solution[0], shape, of="floats").to(weight)
         if solution[1] is None:
@@ -249,7 +256,7 @@ class Projection(Recovery):
 
 
 def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool = True) -> Callable[[Any], Any]:
-    """Register a recovery, a function of one projection or a class of `Recovery`, as a value `name` of `--recovery`.
+    """Register a recovery as the value `name` of `--recovery`: a function, or a subclass of `Recovery`.
 
     A function is called as `function(weight, keep, moments, ridge, **options)` for each output projection that lost
     channels, and returns `(new weight, bias)`; the bias may be None.
@@ -260,9 +267,9 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
     - ridge: `--ridge`.
     - new weight: (H, kept); bias: (H,), added to the projection's output.
 
-    A class overrides `revise` (a block at a time) or `tune` (the whole model, for instance by `material.fit` of a
-    LightningModule); `Recovery` describes them. Its `learns` says that it trains on `--distill.tokens` of text, and
-    `tokens` how many pass through the model.
+    A class overrides `revise` (one block at a time) or `tune` (the whole model, for example with `material.fit` and a
+    LightningModule). It sets `learns` if it trains on the `--distill.tokens` of text, and overrides `tokens` to return
+    the number of tokens that pass through the model.
 
     Example:
 
@@ -275,16 +282,16 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
 
     Args:
         name: the value of `--recovery`.
-        needs: which of `NEEDS` a function's `moments` have to hold. A class says so itself.
-        experts: whether a function can recover experts, which have no biases.
+        needs: which of `NEEDS` a function reads from `moments`. A class has its own attribute.
+        experts: whether a function supports experts, which have no biases. A class has its own attribute.
     """
     if unknown := set(needs) - set(NEEDS):
-        raise ValueError(f"recovery '{name}': needs expected to be of {', '.join(NEEDS)}, got {sorted(unknown)}.")
+        raise ValueError(f"The needs of recovery '{name}' must be among {', '.join(NEEDS)}; got {sorted(unknown)}.")
 
     def decorate(entry: Any) -> Any:
-        """Put the class or function into `RECOVERY` under its name, and give it back."""
+        """Register the class or function in `RECOVERY`, and return it."""
         if not (issubclass(entry, Recovery) if isinstance(entry, type) else callable(entry)):
-            raise UserError(f"Recovery '{name}': expected a function or a class of Recovery, got {shown(entry)}.")
+            raise UserError(f"Recovery '{name}' must be a function or a subclass of Recovery; got {shown(entry)}.")
 
         def made(**options: Any) -> Recovery:
             solver = functools.partial(entry, **options)

@@ -1,4 +1,4 @@
-"""Least squares: solve every output projection again on the units that stay, by the dense model's Gram matrices."""
+"""Recovery `least_squares`: solve every output projection on the kept units, with Gram matrices of the dense model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 def least_squares(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
     """W' = argmin_V E ||W x - V x_K||^2 + lambda ||V - W_K||^2 = W_K + W_R G_RK (G_KK + lambda I)^-1.
 
-    G = sum over tokens of x x^T on dense activations, lambda = ridge * mean diagonal of G_KK. A large lambda leads to
-    W_K, which is `none`, and not to zero. Solved in float64 by Cholesky, where the weight lies.
+    G = sum over tokens of x x^T on dense activations, lambda = ridge * mean diagonal of G_KK. For large lambda W'
+    approaches W_K, which is `none`, and not zero. Solved in float64 by Cholesky, on the device of the weight.
     """
-    gram = moments.gram  # read once: it may lie in a file
+    gram = moments.gram  # read once: it may be stored in a file
     assert gram is not None, "least_squares needs Gram matrices"
     gram = gram.to(weight.device)
     stay, go = (which.nonzero()[:, 0].to(weight.device) for which in (keep, ~keep))
-    # Only the parts that are needed become float64: the whole matrix is half a gigabyte at 7B, and would double.
+    # Convert only the needed parts to float64: the whole matrix has half a gigabyte at 7B in float32.
     G_kk, G_rk = gram[stay][:, stay].double(), gram[go][:, stay].double()
     del gram
     correction = ridge_correction(G_kk, weight[:, go].double() @ G_rk, ridge)
@@ -31,17 +31,17 @@ def least_squares(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) 
 
 
 def ridge_correction(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """D = E (G + lambda I)^-1, (H, K) float64: the correction that minimises sum ||(W + D) x - y||^2 + lambda ||D||^2.
+    """D = E (G + lambda I)^-1, (H, K) float64, which minimises sum ||(W + D) x - y||^2 + lambda ||D||^2.
 
     Args:
-        gram: G = sum x x^T, (K, K) float64; its diagonal is changed.
+        gram: G = sum x x^T, (K, K) float64; its diagonal is changed in place.
         cross: E = sum (y - W x) x^T, (H, K) float64.
-        ridge: lambda over the mean diagonal of G.
+        ridge: lambda divided by the mean diagonal of G.
     """
     import torch
 
-    # A float32 Gram matrix of few tokens is not quite positive semidefinite: lambda stays above its rounding, which
-    # goes with its largest eigenvalue, and that is at most the trace: K times the mean diagonal.
+    # Due to rounding, a float32 Gram matrix of few tokens is not quite positive semidefinite. The rounding error is
+    # proportional to the largest eigenvalue, which is at most the trace (K times the mean diagonal); lambda exceeds it.
     floor = torch.finfo(torch.float32).eps * len(gram)
     damping = max(max(ridge, floor) * float(gram.diagonal().mean()), 1e-12)
     gram.diagonal().add_(damping)

@@ -1,33 +1,32 @@
-"""Least squares along the pruned prefix: every output projection is solved again on the pruned model's own activations.
+"""Least squares along the pruned prefix: solve every output projection on activations of the pruned model.
 
-`least_squares` solves each projection by itself, on activations of the dense model, and does not see the errors of
-earlier blocks. Here the calibration text goes through both models side by side, block by block. Once the blocks before
-it are pruned and recovered, a projection that lost channels gets the weights
+`least_squares` solves each projection separately on activations of the dense model, so it cannot correct errors of
+earlier blocks. Here the calibration text passes both models block by block. When all earlier blocks are pruned and
+recovered, a projection that lost channels gets the weights
 
     V = argmin_V  sum_t ||y*_t - V x_t||^2 + lambda ||V - W_K||^2  =  W_K + E (G + lambda I)^-1,
     G = sum_t x_t x_t^T,  E = sum_t (y*_t - W_K x_t) x_t^T,  lambda = ridge x mean diagonal of G,
 
-with x_t (K,) the kept channels as the pruned model computes them, W_K (H, K) their dense weights, and y*_t the output
-with which the pruned residual stream equals the dense one right behind the projection, all earlier errors corrected.
+where x_t (K,) are the kept channels in the pruned model, W_K (H, K) their dense weights, and y*_t is the output with
+which the pruned residual stream equals the dense one directly after the projection, so that all earlier errors are
+corrected.
 
-Where an RMS norm n(y) = g y / rms(y) stands between projection and residual (Gemma 2 and 3), V solves the same problem
+If there is an RMS norm n(y) = g y / rms(y) between projection and residual (Gemma 2 and 3), V solves the same problem
 for x_t / r_t and
 
     y*_t = (g d_t + m y^d_t / r_t) / (g^2 + m),    r_t = rms of the dense projection's output y^d_t,
 
-with d_t what the norm has to return for equal streams, and m a tenth of the median of g^2. So errors count as they
-enter the stream, and channels of little gain stay near the dense output instead of making up for what they hardly
-reach. Behind any other norm, and in layers of several blocks, where more stands between one projection and the end of
-the layer, y*_t is the dense projection's output.
+where d_t is the norm's output that makes the streams equal, and m is a tenth of the median of g^2. Errors are thereby
+weighted as they enter the stream. The term with m keeps channels of small gain near the dense output. After any other
+norm, and in layers with several blocks, y*_t is the output of the dense projection.
 
-A block's attention comes before its FFN. A bias does not change: both y*
-and W_K x + bias contain it, so that it cancels in E. Our reading: the paper recovers nothing. All tokens of all corpora
-count equally.
+Attention is solved before the FFN of the same block. Biases do not change: both y* and W_K x + bias contain the bias,
+so it cancels in E. All tokens of all corpora have equal weight. This recovery is ours; the paper has none.
 
-G and E are summed in float32 and solved in float64; of a bfloat16 model, on a CPU with AMX, the error y* - W_K x is
-rounded to bfloat16 in E. Hidden states lie on the CPU in the model's dtype, and so does what enters the projection that
-is solved last. The cost is one pass through the dense layers, and one through the pruned layers for each projection of
-a block; where a norm stands behind the FFN, or `down` keeps its weights, one more.
+G and E are summed in float32, and the system is solved in float64. For a bfloat16 model on a CPU with AMX, the error
+y* - W_K x is rounded to bfloat16 in E. Hidden states are stored on the CPU in the model's dtype, and so are inputs of
+the projection that is solved last. The cost is one pass through the dense layers and one pass through the pruned layers
+for each projection of a block; one more if there is a norm after the FFN, or if `down` keeps its weights.
 """
 
 from __future__ import annotations
@@ -50,8 +49,14 @@ from gprune.recoveries.least_squares import ridge_correction
 
 
 def lost(masks: Masks, alone: Sequence[bool] | None = None) -> list[tuple[str, ...]]:
-    """For each block that stays, the output projections that lose channels, in the order of computation; behind blocks
-    that are gone `down` too, whatever it keeps, if the block is `alone` in its layer (by default each is)."""
+    """Return for each block the names of projections to solve, in the order of computation.
+
+    These are the projections that lose channels. After a removed block also `down`, even if it keeps all channels.
+
+    Args:
+        masks: the masks.
+        alone: whether each block is the only one of its layer; by default all are.
+    """
     near = [True, *masks.blocks[:-1]]
     near = near if alone is None else [stays or not only for stays, only in zip(near, alone, strict=True)]
     blocks = zip(masks.attention, masks.ffn, masks.blocks, near, strict=True)
@@ -65,22 +70,22 @@ def lost(masks: Masks, alone: Sequence[bool] | None = None) -> list[tuple[str, .
     ]
 
 
-# Of one batch: the dense stream behind a projection, (tokens, H), and the output of the projection if that is fitted
+# Of one batch, (tokens, H): the dense stream after a projection, and the projection's output if that is the target
 Target = tuple[Tensor, Tensor | None]
 
 
 class PrunedPrefix:
-    """The text on its way through a dense model and, beside it, through pruned and recovered blocks.
+    """Pass text through a dense model and through pruned blocks, which are recovered one after the other.
 
     prefix = PrunedPrefix(model, masks, windows)
-    for dense, block in ...:  # blocks that stay, first one first
+    for dense, block in ...:  # kept blocks, in order
         prefix.recover(dense, block)
 
     Args:
-        model: dense, without experts; left as it is, and its weights may be offloaded.
-        masks: of both kinds; the next block, and later ones, make up for blocks that the masks drop.
-        windows: the text, (B, T) int64 token ids each.
-        ridge: lambda over the mean diagonal of G.
+        model: the dense model, without experts. It is not changed, and may be offloaded.
+        masks: masks of both kinds. Later blocks compensate for blocks that the masks remove.
+        windows: the text, batches of (B, T) int64 token ids.
+        ridge: lambda divided by the mean diagonal of G.
     """
 
     @torch.no_grad()
@@ -88,29 +93,35 @@ class PrunedPrefix:
         self.blocks = blocks_of(model)
         assert not any(block.has_experts for block in self.blocks), "experts are not recovered along the prefix"
         layers = by_layer(self.blocks)
-        self.alone = [len(own) == 1 for own in layers for _ in own]  # of each block, whether its layer has no other
-        self.ends = [block is own[-1] for own in layers for block in own]  # whether it is the last one of its layer
+        self.alone = [
+            len(own) == 1 for own in layers for _ in own
+        ]  # for each block: whether it is the only one of its layer
+        self.ends = [
+            block is own[-1] for own in layers for block in own
+        ]  # for each block: whether it is the last one of its layer
         self.ridge, self.lost = ridge, lost(masks, self.alone)
-        self.scale = getattr(self.blocks[0].layer, "residual_multiplier", 1.0)  # Granite's, of what joins the residual
-        # Before the first block that differs both streams are the same; after the last projection nothing is needed.
+        self.scale = getattr(
+            self.blocks[0].layer, "residual_multiplier", 1.0
+        )  # Granite's factor of what is added to the residual
+        # Both streams are equal before block `first`. After block `last` no stream is needed.
         self.first = min((i for i, b in enumerate(self.lost) if b or not masks.blocks[i]), default=len(self.lost))
         self.last = max((i for i, b in enumerate(self.lost) if b), default=-1)
         walk = Walk(model)
         for ids in windows:
             walk.add(ids.to(device_of(model)))
-        self.calls = walk.calls  # of each batch; `hidden`, (B, T, H), is the dense stream
-        self.passed = 0  # layers that the dense stream has been through
-        self.targets: dict[int, dict[str, list[Target]]] = {}  # of each block of the last layer passed, by part
-        self.hidden = [call.hidden for call in self.calls]  # (B, T, H) each, the pruned stream
-        self.tokens = 0  # sum over passes through pruned layers
+        self.calls = walk.calls  # one per batch; `hidden`, (B, T, H), is the dense stream
+        self.passed = 0  # number of layers that the dense stream has passed
+        self.targets: dict[int, dict[str, list[Target]]] = {}  # targets of blocks of the last passed layer, by part
+        self.hidden = [call.hidden for call in self.calls]  # the pruned stream, (B, T, H) for each batch
+        self.tokens = 0  # number of tokens over all passes through pruned layers
 
     @torch.no_grad()
     def recover(self, dense: Block, block: Block) -> None:
-        """Solve the projections of the next pruned block in place and let the text go through it.
+        """Solve the projections of the next pruned block in place, and pass the text through the block.
 
         Args:
-            dense: the same block before pruning; the blocks between it and the `dense` of the last call were dropped.
-            block: pruned, its weights in memory.
+            dense: the same block before pruning. Blocks between this one and the previous call's were removed.
+            block: the pruned block, with weights in memory.
 
         Raises:
             UserError: if an activation is not finite.
@@ -124,9 +135,9 @@ class PrunedPrefix:
             self.hidden = [call.hidden for call in self.calls]
             return
         home = device_of(block.layer)
-        block.layer.to(device_of(dense.layer))  # where the layer's other arguments are
+        block.layer.to(device_of(dense.layer))  # the device of the layer's other arguments
         try:
-            # With `down` solved, and no norm behind it, what it adds to the stream is exchanged without another pass.
+            # If `down` is solved and no norm follows, its output in the stream is replaced without another pass.
             ends = self.ends[dense.index] and dense.index < self.last
             exchanged = ends and "down" in self.lost[dense.index] and self._joins(dense, "down")
             for part in self.lost[dense.index]:
@@ -139,8 +150,7 @@ class PrunedPrefix:
             block.layer.to(home)
 
     def _pass_dense(self, blocks: Sequence[Block]) -> dict[int, dict[str, list[Target]]]:
-        """Take the dense stream through the blocks of a layer; returns targets of the projections of each, by its
-        index, one of each batch."""
+        """Pass the dense stream through a layer. Return targets by block index and projection, one per batch."""
         layer, index = blocks[0].layer, blocks[0].layer_index
         targets = {block.index: {part: [] for part in self.lost[block.index]} for block in blocks}
         with resident(layer), ExitStack() as hooks:
@@ -156,14 +166,14 @@ class PrunedPrefix:
         return targets
 
     def _solve(self, part: str, block: Block, dense: Block, targets: list[Target], *, exchange: bool) -> None:
-        """Take the pruned stream through a block with its present weights, and solve one of its projections.
+        """Pass the pruned stream through a block with its current weights, and solve one of its projections.
 
-        With `exchange`, for `down`, the stream is then the one behind the block, with the new weights.
+        With `exchange`, for `down`, the stream is advanced to the end of the block, with the new weights.
         """
         place, device = block.parts[part], device_of(block.layer)
         gram = torch.zeros(place.in_features, place.in_features, device=device)
         cross = torch.zeros(place.out_features, place.in_features, device=device)
-        entered = []  # the projection, of each batch
+        entered = []  # inputs of the projection, one per batch
         norm = block.norm_behind(part) if self.alone[dense.index] else None
         gain = None if norm is None else gain_of(norm, place.out_features, like=gram)
         damping = None if gain is None else 0.1 * gain.square().median()
@@ -182,7 +192,7 @@ class PrunedPrefix:
                         error = wanted - y.float()
                     else:
                         size = wanted.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-                        returned = norm(y).float() + error  # what the norm has to return
+                        returned = norm(y).float() + error  # the required output of the norm
                         wanted = (gain * returned + damping * wanted / size) / (gain.square() + damping)
                         rows, error = rows / size, wanted - y.float() / size
                 with fast_products(x):
@@ -197,9 +207,14 @@ class PrunedPrefix:
             self.hidden[i] = (before + place.host(x.to(device)).reshape(before.shape) * self.scale).cpu()
 
     def _behind(self, block: Block, part: str, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """The residual stream behind a projection, (tokens, H).
+        """Return the residual stream after a projection, (tokens, H).
 
-        `before` enters the block, and `after` leaves it, with both parts where attention and FFN stand side by side.
+        Args:
+            block: the block.
+            part: `down` or `output`.
+            output: the projection's output.
+            before: the input of the block.
+            after: the output of the block.
         """
         if part == "down":
             return after.flatten(0, -2)
@@ -208,7 +223,7 @@ class PrunedPrefix:
         return (before.to(output.device).reshape(output.shape) + output * self.scale).flatten(0, -2)
 
     def _joins(self, block: Block, part: str) -> bool:
-        """Whether the residual stream alone is compared, and not the projection's output."""
+        """Return whether the target is the residual stream and not the output of the projection."""
         return self.alone[block.index] and block.joins_residual(part)
 
     def _through(self, block: Block, index: int, batch: int, hidden: Tensor) -> Tensor:
@@ -217,7 +232,7 @@ class PrunedPrefix:
 
 
 def gain_of(norm: nn.Module, width: int, *, like: Tensor) -> Tensor | None:
-    """g of a norm n(y) = g y / rms(y), (width,) float32, found by calling the norm; None for a norm of another form."""
+    """Return g of a norm n(y) = g y / rms(y), (width,) float32, by calling the norm; None for other norms."""
     dtype = next((parameter.dtype for parameter in norm.parameters()), like.dtype)
     ones = torch.ones(1, width, dtype=dtype, device=like.device)
     signs = ones * (1 - 2 * (torch.arange(width, device=like.device) % 2)).to(dtype)
@@ -227,7 +242,7 @@ def gain_of(norm: nn.Module, width: int, *, like: Tensor) -> Tensor | None:
 
 @contextmanager
 def watched(block: Block, parts: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """(input, output) of each of these parts of a block in its last forward pass, by name."""
+    """Record (input, output) of parts of a block in the last forward pass, by name."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(part: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -1,4 +1,4 @@
-"""Least squares along the pruned prefix, as a recovery of runs; the mathematics is in `prefix.py`."""
+"""Recovery `least_squares_sequential`: least squares along the pruned prefix, which `prefix.py` computes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 @recovery("least_squares_sequential")
 class SequentialLeastSquares(Recovery):
-    """The recovery of a run by `PrunedPrefix`: reads the text of `corpora.recover`, and no statistics."""
+    """Recover with `PrunedPrefix`. Reads the text of `corpora.recover`, and no statistics."""
 
     needs = frozenset({"text"})
     experts = sharded = False
 
     def revise(self, material: Material) -> Revise:
-        """Solve each block's projections behind the blocks that are recovered already."""
+        """Return a function that solves projections of each block after all earlier blocks."""
         from gprune.recoveries.prefix import PrunedPrefix
 
         prefix = PrunedPrefix(material.dense, material.masks, material.batches, ridge=material.ridge)
@@ -31,5 +31,5 @@ class SequentialLeastSquares(Recovery):
         return revise
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
-        """One pass through the dense layers, one through the pruned ones, and another for each projection."""
+        """One pass through the dense layers, and at most one plus one per projection through the pruned layers."""
         return (3 + attention) * text, 0

@@ -1,12 +1,12 @@
-"""Allocation rules: how sparse each block, or module, becomes; one function per rule.
+"""Allocation rules, one function each: they determine the sparsity of every block or module.
 
-A rule turns scores and statistics into a margin for every unit; the budget then removes the lowest margins over the
-whole model, to the parameter. A rule may return keep masks in place of margins (`depth`). A rule for modules
-(`learned`, `equal`) turns such masks and the ranks inside modules into a threshold for each module.
+A rule computes a margin for every unit from scores and statistics. Units with the lowest margins in the whole model are
+then removed until the budget is met. A rule may return keep masks instead of margins (`depth`). Rules for modules
+(`learned`, `equal`) compute a threshold for each module from such masks and the ranks inside modules.
 
     @allocation("mine")
     def mine(scores, statistics, blocks, budget, *, power=1.0):      # --sparsity.options.power 2
-        return [s**power for s in scores.ffn], scores.attention      # scores compared across blocks
+        return [s**power for s in scores.ffn], scores.attention      # scores are compared across blocks
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gprune.checks import AtLeast1Float, NonNegative
 from gprune.registry import Registry
 
-if TYPE_CHECKING:  # flags are checked by what is registered here, which should not wait for PyTorch
+if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
     from torch import Tensor
 
     from gprune.calibration.statistics import CorpusStatistics
@@ -30,7 +30,9 @@ if TYPE_CHECKING:  # flags are checked by what is registered here, which should 
     from gprune.sparsity.budget import Budget
     from gprune.sparsity.thresholds import Thresholds
 
-Margins = tuple[list["Tensor"], list["Tensor"]]  # neurons (N,), KV groups (G,) per block, float64; smallest goes first
+Margins = tuple[
+    list["Tensor"], list["Tensor"]
+]  # per block: neurons (N,), KV groups (G,); float64; smallest is removed first
 Rule = Callable[..., Any]
 ALLOCATION: Registry[Rule] = Registry("allocation")
 
@@ -38,16 +40,16 @@ ALLOCATION: Registry[Rule] = Registry("allocation")
 def allocation(
     name: str, *, modules: bool = False, learned: bool = False, whole_blocks: bool = False, errors: bool = False
 ) -> Callable[[Rule], Rule]:
-    """Register a rule that spreads the sparsity over blocks, as the value `name` of `--sparsity.allocation`.
+    """Register a rule that distributes the sparsity over blocks, as the value `name` of `--sparsity.allocation`.
 
-    It is called as `function(scores, statistics, blocks, budget, **options)`, and returns margins, of which the
-    smallest are removed until the budget is met, or `models.masks.Masks` that meet it.
+    The rule is called as `function(scores, statistics, blocks, budget, **options)`. It returns margins, of which the
+    smallest are removed until the budget is met, or `models.masks.Masks` that meet the budget.
 
-    - scores: `importance.scores.Scores`, float64: ffn, (N,) of each block's neurons; attention, (G,) of its KV groups.
+    - scores: `importance.scores.Scores`, float64, per block: ffn, (N,) for neurons; attention, (G,) for KV groups.
     - statistics: `calibration.statistics.CorpusStatistics` of the scoring corpus.
     - blocks: `models.blocks.Block` of the dense model; budget: `sparsity.budget.Budget`.
-    - options: keyword-only parameters, numbers that `--sparsity.options.OPTION` sets.
-    - margins: a pair of lists, as scores.ffn and scores.attention, of any float dtype, finite.
+    - options: numbers from `--sparsity.options.OPTION`; the rule has them as keyword-only parameters.
+    - margins: a pair of lists with the shapes of scores.ffn and scores.attention; any float dtype, finite.
 
     Example:
 
@@ -59,11 +61,12 @@ def allocation(
 
     Args:
         name: the value of `--sparsity.allocation`.
-        modules: the rule is a `function(masks, ranks)` that returns thresholds of modules, given the masks of
-            `--sparsity.start`.
-        learned: learning starts at these thresholds.
-        whole_blocks: the rule removes whole blocks, and there are no modules.
-        errors: the rule reads `statistics.errors`, which a pass forward and backward measures on a little text.
+        modules: whether the rule is instead a `function(masks, ranks)` that returns thresholds of modules, from the
+            masks of `--sparsity.start`.
+        learned: whether thresholds are learned, starting from the returned ones.
+        whole_blocks: whether the rule removes whole blocks; then there are no modules.
+        errors: whether the rule reads `statistics.errors`, which are measured by a forward and backward pass over a
+            few tokens.
     """
 
     def decorate(function: Rule) -> Rule:
@@ -78,10 +81,11 @@ def allocation(
 def allocate(
     name: str, scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, **options: float
 ) -> Masks:
-    """Keep masks by the rule `name`, which gets copies of scores and statistics.
+    """Return keep masks by the rule `name`. The rule is called with copies of scores and statistics.
 
     Raises:
-        UserError: for margins that are not shaped as the scores, dense, real and finite, and for masks off budget.
+        UserError: if margins have other shapes than the scores, or are not dense, real and finite; if masks miss the
+            budget.
     """
     from gprune.models.masks import Masks
     from gprune.sparsity.cut import keep_masks
@@ -97,7 +101,7 @@ def allocate(
 
 
 def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """Thresholds by the rule for modules `name`, which gets copies; a UserError unless they are finite numbers."""
+    """Return thresholds by the rule for modules `name`, called with copies; UserError unless they are finite."""
     from gprune.sparsity.returned import checked_pair
 
     with ALLOCATION.running(name):
@@ -106,14 +110,14 @@ def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds
 
 
 def removed_in_words(share: float, scope: str, rule: str, digits: int = 2) -> str:
-    """'50.00% of ffn'; where a rule removes whole blocks, attention and norms too, what that is as much as."""
+    """Format a share as '50.00% of ffn', or as 'as many parameters as ...' for a rule that removes whole blocks."""
     removed = f"{share:.{digits}%} of {scope}"
     return f"as many parameters as {removed}" if rule in ALLOCATION and ALLOCATION[rule].whole_blocks else removed
 
 
 @allocation("learned", modules=True, learned=True)
 def learned(masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """One threshold per module, trained around the frozen model; learning starts at the masks of `--sparsity.start`."""
+    """One threshold per module, learned with frozen weights, starting from the masks of `--sparsity.start`."""
     from gprune.sparsity.thresholds import start_thresholds
 
     return start_thresholds(masks, ranks)
@@ -121,7 +125,7 @@ def learned(masks: Masks, ranks: ModuleRanks) -> Thresholds:
 
 @allocation("equal", modules=True)
 def equal(masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """The same threshold for all modules, which then lose the same fraction each, whatever the masks keep of them."""
+    """The same threshold for all modules, so that each module loses the same fraction, independently of the masks."""
     import torch
 
     zeros = functools.partial(torch.zeros, dtype=torch.float64)
@@ -135,7 +139,7 @@ def uniform(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block
 
 
 def _ranks(scores: Scores, blocks: Sequence[Block]) -> Margins:
-    """The rank of every neuron inside its block or expert, and of every KV group inside its block, in (0, 1)."""
+    """Return ranks in (0, 1): of every neuron in its block or expert, and of every KV group in its block."""
     from gprune.importance.scores import fractional_ranks
 
     pairs = zip(scores.ffn, blocks, strict=True)
@@ -145,16 +149,16 @@ def _ranks(scores: Scores, blocks: Sequence[Block]) -> Margins:
 
 @allocation("global")
 def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Margins:
-    """m_i = (s_i - mean s) / std s inside the block, then one threshold: FLAP's adaptive search (arXiv 2312.11983).
+    """m_i = (s_i - mean s) / std s per block, with one threshold for all: FLAP's adaptive search (arXiv 2312.11983).
 
-    As in the authors' repository, attention channels are standardised before each KV group averages its channels.
-    Constant scores have margin 0. The repository counts a head as 512/3 neurons, which is right for LLaMA's shapes; our
+    As in the authors' repository, attention channels are standardised first and then averaged over each KV group.
+    Constant scores have margin 0. The authors count a head as 512/3 neurons, which is correct for LLaMA's shapes; our
     budget counts parameters.
     """
 
     def z(s: Tensor) -> Tensor:
         std = s.std(correction=0)
-        # by rounding, equal numbers can have a standard deviation above 0
+        # due to rounding, equal numbers can have a standard deviation above 0
         return (s - s.mean()) / std if std > 0 and s.min() < s.max() else s.new_zeros(s.shape)
 
     pairs = zip(scores.channels, scores.attention, strict=True)
@@ -172,18 +176,18 @@ def outlier_weighted(
     multiple: AtLeast1Float = 5.0,
     spread: NonNegative = 0.08,
 ) -> Margins:
-    """m_i = r_i - S_b: block b loses the fraction S_b, less where it has more outliers (OWL, arXiv 2310.05175).
+    """m_i = r_i - S_b: block b loses the fraction S_b, which is lower with more outliers (OWL, arXiv 2310.05175).
 
-    D_b = share of the elements A_ij = |W_ij| ||X_j||_2 that exceed `multiple` x mean A (the paper's M). S_b is the
-    sparsity minus D_b, scaled to [0, 2 `spread`] and centred: it averages to the sparsity and spans 2 `spread` (the
-    paper's lambda). The defaults of M and lambda are the authors' for LLaMA. A comes from the projection whose units go
-    (down for neurons, output for KV groups); the paper, which removes single weights, takes all linear layers.
+    D_b is the share of elements A_ij = |W_ij| ||X_j||_2 that exceed `multiple` x mean A (M in the paper). D_b is scaled
+    to [0, 2 `spread`] (lambda in the paper) and centred, and S_b = sparsity - D_b. So S_b averages to the sparsity. The
+    defaults of M and lambda are the authors' for LLaMA. A is computed from the projection that loses columns: down for
+    neurons, output for KV groups. The paper removes single weights and computes A from all linear layers.
     """
 
     import torch
 
     def sparsities(kind: str, part: str) -> Tensor:
-        """S_b of each block, (L,) float64, by what enters `down` (kind `ffn`) or `output` (`attention`)."""
+        """Return S_b per block, (L,) float64, from inputs of `down` (kind `ffn`) or `output` (`attention`)."""
         D = torch.zeros(len(blocks), dtype=torch.float64)
         stay = [b for b in budget.costs.stay if part in blocks[b].parts]
         for block, channel in zip(blocks, getattr(statistics, kind), strict=True):
@@ -208,14 +212,14 @@ def reconstruction(
     *,
     strength: NonNegative = 0.75,
 ) -> Margins:
-    """m_i = r_i - S_b: block b loses the fraction S_b whose error costs the loss least, on one scale for all blocks.
+    """m_i = r_i - S_b: block b loses the fraction S_b, chosen to minimise the estimated rise of the loss.
 
-    `statistics.errors` estimates what each block's error costs at a few widths (`calibration.errors`). On the lower
-    convex hull of these points every neuron has a price, what its error adds by what it costs in the budget; neurons
-    go in the order of prices over the whole model. So block b would lose the fraction S*_b. S_b = S + `strength`
-    (S*_b - S), S the sparsity, since the estimate holds near the dense model alone: at a strength of 1 blocks early in
-    the model lose nothing. KV groups go as by `uniform`. Behind other recoveries than least squares, or none, the
-    estimate is the same. Our own; the strength was chosen on development text of SmolLM2.
+    `statistics.errors` estimates how much the loss rises if a block is cut to a few widths (`calibration.errors`). The
+    lower convex hull of these points gives every neuron a price: the rise of the loss divided by the neuron's cost in
+    the budget. Removing the cheapest neurons of the whole model would remove the fraction S*_b of block b. As the
+    estimate is only accurate near the dense model, S_b = S + `strength` (S*_b - S), with S the sparsity. With strength
+    1 the first blocks of a model would lose nothing. KV groups are allocated as by `uniform`. The estimate assumes
+    least squares, whatever the recovery. This rule is ours; the strength was chosen on development text of SmolLM2.
     """
     import torch
 
@@ -226,7 +230,9 @@ def reconstruction(
     costs = {b: cost for b, cost in costs.items() if cost and b not in budget.costs.protected}
     prices = {b: _prices(errors[b], budget.costs.neurons[b]) / cost for b, cost in costs.items()}
     ffn, attention = _ranks(scores, blocks)
-    share = rest.target / rest.costs.total  # of neurons and KV groups of blocks that stay, protected ones included
+    share = (
+        rest.target / rest.costs.total
+    )  # of neurons and KV groups in blocks that are not removed, including protected ones
     shares = [share] * len(blocks)
     if prices:
         joined = torch.cat(list(prices.values()))
@@ -241,17 +247,17 @@ def reconstruction(
 
 
 def _prices(errors: Tensor, neurons: int) -> Tensor:
-    """What each neuron adds to the error when it goes, (N,) float64, the first one to go first.
+    """Return how much removing each neuron adds to the error, (N,) float64, in order of removal.
 
     Args:
-        errors: at equally spaced widths from no neuron to all of them; their lower convex hull is taken.
+        errors: E(K) at equally spaced widths K from 0 to all neurons; the lower convex hull of them is used.
     """
     import numpy
     import torch
     from scipy.optimize import isotonic_regression
 
-    steps = isotonic_regression((errors[:-1] - errors[1:]).numpy(), increasing=False).x  # the slopes of the hull
-    # Between the middles of two steps log prices change linearly, so that neurons of a block have different prices.
+    steps = isotonic_regression((errors[:-1] - errors[1:]).numpy(), increasing=False).x  # slopes of the hull
+    # Interpolate log prices between the middles of steps, so that neurons of a block have different prices.
     middles = (numpy.arange(len(steps)) + 0.5) / len(steps)
     places = (numpy.arange(neurons) + 0.5) / neurons
     logs = numpy.interp(places, middles, numpy.log(numpy.maximum(steps, 1e-300)))
@@ -260,12 +266,12 @@ def _prices(errors: Tensor, neurons: int) -> Tensor:
 
 @allocation("depth", whole_blocks=True)
 def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Masks:
-    """Whole blocks go, the least influential first: ShortGPT (arXiv 2403.03853), BI_b = 1 - E cos(x_b, x_b+1).
+    """Remove whole blocks, least influential first: ShortGPT (arXiv 2403.03853), BI_b = 1 - E cos(x_b, x_b+1).
 
-    Blocks go until the next one would remove more than the target. That block stays, but loses its neurons of lowest
-    score until the target is met, so that the baseline removes as many parameters as other methods; if its FFN is not
-    enough, it goes too, attention and norms included. Attention goes with its block whatever the scope. A width that
-    changes ends up on a multiple of the budget's. `pipeline.plan` refuses targets that would leave no block.
+    Blocks are removed until the next one would exceed the target. The next block only loses its lowest-scoring neurons,
+    so that the baseline removes as many parameters as other methods. If its FFN is too small for that, the block is
+    removed too. A removed block includes attention and norms, whatever the scope. A width that changes becomes a
+    multiple of the budget's `width_multiple`. `pipeline.plan` rejects targets that would leave no block.
     """
     import torch
 
@@ -275,11 +281,11 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
     masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
     left, prices = budget.target, budget.costs.prices
-    own_layer = {b: own for own in budget.costs.by_layer for b in own}  # its blocks turn hidden states alike
+    own_layer = {b: own for own in budget.costs.by_layer for b in own}  # all blocks of a layer have the same influence
     for layer in {own_layer[b][0]: own_layer[b] for b in statistics.influence.argsort(stable=True).tolist()}.values():
         if left <= 0 or not budget.costs.protected.isdisjoint(layer):
             continue
-        index = max(layer, key=lambda b: prices.neurons[b][-1])  # whose FFN is the largest
+        index = max(layer, key=lambda b: prices.neurons[b][-1])  # the block with the largest FFN
         block, whole = blocks[index], sum(prices.blocks[b] for b in layer)
         table, grid = prices.neurons[index], range(0, block.neurons, budget.width_multiple)
         kept = max((width for width in grid if table[-1] - table[width] >= left), default=0)

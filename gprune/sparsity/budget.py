@@ -1,4 +1,4 @@
-"""The budget: the cost of every unit, its parameters, and how much has to go; counted, never estimated."""
+"""The budget: the exact cost of every unit, such as its number of parameters, and the cost to be removed."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from gprune.sparsity.target import Target
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """Parameters per unit, numbers of units, and what units cost in the currency of the budget, per block.
+    """Per block: parameters per unit, numbers of units, and costs of units in the currency of the budget.
 
-    Where a block has experts, its neurons go in *slots*: slot j is the j-th neuron of every expert, in the order of
-    each expert's own margins, so that experts stay equally wide. A slot has the parameters of all its neurons.
+    In blocks with experts neurons are removed in *slots*, so that experts stay equally wide. Slot j has the j-th neuron
+    of every expert, in the order of that expert's margins. The cost of a slot is the sum over its neurons.
     """
 
     neuron: list[int]  # parameters of a neuron or slot
     group: list[int]  # parameters of a KV group
     neurons: list[int]  # neurons or slots
     groups: list[int]  # KV groups
-    attention: bool  # whether KV groups may go
-    experts: tuple[int, ...] = ()  # empty: one each
+    attention: bool  # whether KV groups may be removed
+    experts: tuple[int, ...] = ()  # experts of each block; empty: 1 each
     protected: frozenset[int] = frozenset()  # blocks that keep everything
-    uniform: bool = False  # all blocks end up equally wide
+    uniform: bool = False  # whether all blocks must have the same widths
     block: tuple[int, ...] = ()  # parameters of a whole block, norms included
-    block_share: float = 0.0  # of a target, that whole blocks may take; 0: they are not in scope
-    gone: tuple[int, ...] = ()  # blocks that go as a whole, in the order in which they were chosen
-    layers: tuple[int, ...] = ()  # number of each block's layer, which goes with all of its blocks; empty: one each
-    price: Price | None = None  # None: parameters are the currency
+    block_share: float = 0.0  # share of the target that may be removed as whole blocks; 0: not in scope
+    gone: tuple[int, ...] = ()  # blocks that are removed as a whole, in the order of choice
+    layers: tuple[int, ...] = ()  # layer of each block (a layer is removed with all its blocks); empty: one each
+    price: Price | None = None  # None: the currency is parameters
 
     @cached_property
     def prices(self) -> Price:
-        """What blocks cost in the budget's currency, by what they keep."""
+        """Costs of blocks in the budget's currency, by the number of kept units."""
         costs = [*zip(self.neuron, self.group, self.block or self.group, strict=True)]
         return self.price or Price.by_unit((costs, 0), self.neurons, self.groups)
 
     @property
     def in_parameters(self) -> UnitCosts:
-        """The same units, their parameters being what they cost."""
+        """The same units with parameters as the currency."""
         return replace(self, price=None)
 
     @property
     def stay(self) -> list[int]:
-        """Blocks that do not go as a whole."""
+        """Blocks that are not removed as a whole."""
         return [b for b in range(len(self.neurons)) if b not in self.gone]
 
     @cached_property
@@ -61,12 +61,12 @@ class UnitCosts:
 
     @property
     def gone_layers(self) -> list[int]:
-        """Layers that go as a whole, in the order in which they were chosen."""
+        """Layers that are removed as a whole, in the order of choice."""
         return list(dict.fromkeys(next(i for i, own in enumerate(self.by_layer) if b in own) for b in self.gone))
 
     @property
     def open_layers(self) -> list[list[int]]:
-        """The blocks of each layer that may go as a whole: one that is not protected and has units."""
+        """The blocks of each layer that may be removed as a whole: it has units and no protected block."""
         return [
             own for own in self.by_layer
             if not self.protected.intersection(own) and any(self.neurons[b] + self.groups[b] for b in own)
@@ -74,18 +74,21 @@ class UnitCosts:
 
     @property
     def of_experts(self) -> tuple[int, ...]:
-        """Experts of each block, 1 where there are none."""
+        """Number of experts of each block; 1 without experts."""
         return self.experts or (1,) * len(self.neuron)
 
     @property
     def total(self) -> int:
-        """Cost of all units in the scope (biases of down and output projections belong to no neuron or group)."""
+        """Cost of all units in scope. Biases of down and output projections belong to no unit."""
         if self.block_share:
             return sum(self.prices.blocks)
         return sum(n[-1] + self.attention * g[-1] for n, g in zip(self.prices.neurons, self.prices.groups, strict=True))
 
     def removable(self, width_multiple: int) -> int:
-        """Cost that can go while each open block that stays keeps `width_multiple` neurons and one KV group."""
+        """Return the largest removable cost, if every block keeps at least `width_multiple` neurons and one KV group.
+
+        Protected blocks keep everything, and blocks in `gone` nothing.
+        """
         p = self.prices
         return sum(p.blocks[b] for b in self.gone) + sum(
             p.neurons[b][-1] - p.neurons[b][min(width_multiple, self.neurons[b])]
@@ -94,7 +97,7 @@ class UnitCosts:
         )  # fmt: skip
 
     def removed(self, masks: Masks) -> int:
-        """Cost that the masks remove: of units where a block stays, and of all of a block that goes, norms included."""
+        """Return the cost that masks remove. For a block that keeps nothing this is the whole block with its norms."""
         removed, p = 0, self.prices
         for b, stays in enumerate(masks.blocks):
             neurons, groups = (int(kind[b].sum()) for kind in (masks.ffn, masks.attention))
@@ -103,7 +106,7 @@ class UnitCosts:
         return removed
 
     def fitting(self, blocks: Sequence[int], target: int) -> tuple[int, ...]:
-        """Blocks of the layers that these are of, first one first, that fit the share of a target for whole blocks."""
+        """Return as many of these blocks, in this order and by whole layers, as fit the target's `block_share`."""
         layer_of = {b: own for own in self.open_layers for b in own}
         layers = list({own[0]: own for own in (layer_of[b] for b in blocks if b in layer_of)}.values())
         spent = accumulate(sum(self.prices.blocks[b] for b in own) for own in layers)
@@ -111,7 +114,7 @@ class UnitCosts:
         return tuple(b for own in fit for b in own)
 
     def with_gone(self, masks: Masks) -> Masks:
-        """Masks of all blocks, from masks of those that stay."""
+        """Return masks of all blocks, from masks of the blocks that are not removed as a whole."""
         ffn, attention = list(masks.ffn), list(masks.attention)
         for b in sorted(self.gone):
             ffn.insert(b, masks.ffn[0].new_zeros(self.of_experts[b] * self.neurons[b]))
@@ -123,16 +126,16 @@ def unit_costs(
     blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), uniform: bool = False,
     block_share: float = 1.0, price: Price | None = None,
 ) -> UnitCosts:  # fmt: skip
-    """Costs of a model's units for a `--sparsity.scope`.
+    """Return the costs of a model's units for a `--sparsity.scope`.
 
     Args:
-        protect: layers whose blocks keep everything; they may be counted from the end (-1).
+        protect: layers whose blocks keep everything; negative numbers count from the end.
     """
     depth, whole = len(by_layer(blocks)), "blocks" in scope
     for index in protect:
         if not -depth <= index < depth:
             raise UserError(
-                f"--sparsity.protect: expected layers from {-depth} to {depth - 1}, got {index}; the model has {depth}."
+                f"--sparsity.protect must name layers from {-depth} to {depth - 1}, as there are {depth}; got {index}."
             )
     kept = {index % depth for index in protect}
     return UnitCosts(
@@ -144,7 +147,7 @@ def unit_costs(
         experts=tuple(b.experts for b in blocks),
         block=tuple(b.cost for b in blocks),
         block_share=block_share if whole else 0.0,
-        gone=tuple(range(len(blocks))) if whole else (),  # the first that fit stand in until they are chosen
+        gone=tuple(range(len(blocks))) if whole else (),  # placeholders until blocks are chosen
         protected=frozenset(b.index for b in blocks if b.layer_index in kept),
         uniform=uniform,
         price=price,
@@ -154,59 +157,66 @@ def unit_costs(
 
 @dataclass(frozen=True)
 class Budget:
-    """How much has to go, the units it may come from, and the grid of widths."""
+    """The cost to be removed, the units that may be removed, and the grid of widths."""
 
     costs: UnitCosts
-    target: int  # to remove, in the currency of the costs
-    width_multiple: int = 1  # widths that change end up on multiples of it
-    asked: float | str | None = None  # what `target` was rounded up from
+    target: int  # cost to be removed, in the currency of `costs`
+    width_multiple: int = 1  # widths that change become multiples of it
+    asked: float | str | None = None  # `--sparsity.target`, before it was rounded up to `target`
 
     @classmethod
-    def of(cls, costs: UnitCosts, asked: float | str, width_multiple: int = 1, flag: str = "sparsity.target") -> Budget:
-        """The budget for what `--sparsity.target` says, such as a share in (0, 1) of the scope's cost, rounded up.
+    def of(
+        cls, costs: UnitCosts, asked: float | str, width_multiple: int = 1, flag: str = "--sparsity.target"
+    ) -> Budget:
+        """Return the budget for a `--sparsity.target`, such as a share in (0, 1) of the scope's cost, rounded up.
 
-        For a quality it is the largest budget that these units allow: a run finds the one that keeps the quality.
+        For a quality target this is the largest possible budget; the run then searches for one that keeps the quality.
+        Blocks in `costs.gone` are removed as a whole, in their order, as far as they fit into `block_share`.
 
-        Of the blocks that are to go as a whole, as many go, first chosen first, as fit their share of it.
+        Args:
+            costs: costs of the units.
+            asked: the target.
+            width_multiple: the grid of widths.
+            flag: the flag that errors name.
 
         Raises:
-            UserError: for a width multiple that does not fit; and naming `--flag`, for a target that the rule of one
-                unit per block (one `width_multiple` of neurons, one KV group) makes impossible.
+            UserError: if the width multiple is larger than a block; if the target removes nothing; or if it leaves a
+                block less than `width_multiple` neurons or one KV group.
         """
         if width_multiple > (narrow := min(filter(None, costs.neurons))):  # of all blocks that have an FFN
-            raise UserError(f"--sparsity.width_multiple: expected 1 to {narrow} neurons, got {width_multiple}.")
+            raise UserError(f"--sparsity.width_multiple must be 1 to {narrow} neurons; got {width_multiple}.")
         goal, total, model = Target.of(asked), costs.total, costs.prices.model
         if goal.unit == "quality" and (largest := cls(costs, 0, width_multiple, asked).largest()).target:
             return largest
         if goal.unit == "quality" or (target := goal.removes(total, model)) < 1:
-            raise UserError(f"--{flag}: {asked} takes nothing from a scope of {total:,} in a model of {model:,}.")
+            raise UserError(f"{flag} {asked} cannot remove anything: the scope has {total:,}, the model {model:,}.")
         costs = replace(costs, gone=costs.fitting(costs.gone, target))
         removable = costs.removable(width_multiple)
         if target > removable:
             raise UserError(
-                f"--{flag}: {asked} cannot be reached: a block keeps {width_multiple} neurons and a KV group, and "
-                f"{len(costs.protected)} keep all, so expected {goal.limit(removable, total, model)}."
+                f"{flag} must be {goal.limit(removable, total, model)}, because each block keeps {width_multiple} "
+                f"neurons and a KV group, and {len(costs.protected)} blocks keep everything; got {asked}."
             )
         return cls(costs, target, width_multiple, asked)
 
     def at(self, sparsity: float) -> Budget:
-        """The budget of the same units and grid at another sparsity, one of `--evaluation.curve`."""
-        return Budget.of(self.costs, sparsity, self.width_multiple, flag="evaluation.curve")
+        """Return the budget of the same units and grid at a sparsity of `--evaluation.curve`."""
+        return Budget.of(self.costs, sparsity, self.width_multiple, flag="--evaluation.curve")
 
     def without(self, blocks: Sequence[int]) -> Budget:
-        """This budget with those of these blocks gone, first one first, that fit their share."""
+        """Return this budget with as many of these blocks removed as a whole, in this order, as fit."""
         return Budget.of(replace(self.costs, gone=tuple(blocks)), self.asked or self.sparsity, self.width_multiple)
 
     def removing(self, target: int) -> Budget:
-        """The budget of the same units and grid that removes this cost, which the units allow."""
+        """Return the budget of the same units and grid that removes this cost, which must be possible."""
         costs = replace(self.costs, gone=self.costs.fitting(self.costs.gone, target))
         return Budget(costs, target, self.width_multiple)
 
     def largest(self) -> Budget:
-        """The largest budget of the same units and grid.
+        """Return the largest possible budget of the same units and grid.
 
-        How much can go depends on the whole blocks that go, and they on how much has to go: from above, the first cost
-        that the blocks that fit its share allow.
+        The removable cost depends on the blocks that are removed as a whole, and these depend on the target. The target
+        is lowered from the total cost until it is removable.
         """
         target, allowed = 0, self.costs.total
         while target != allowed:
@@ -216,16 +226,18 @@ class Budget:
 
     @property
     def step(self) -> int:
-        """The smallest cost by which masks differ, such as that of `width_multiple` neurons of one block, or of all."""
+        """The smallest difference in cost between masks: `width_multiple` neurons of a block, or of all if uniform."""
         p, costs, grid = self.costs.prices, self.costs, self.width_multiple
-        odd = [(len(table) - 1) % grid or grid for table in p.neurons]  # neurons of the first step, onto the grid
+        odd = [
+            (len(table) - 1) % grid or grid for table in p.neurons
+        ]  # neurons of the first step, which reaches the grid
         tables = [*zip(p.neurons, odd, strict=True), *((table, 1) for table in p.groups if costs.attention)]
         steps = [table[-1] - table[-1 - size] for table, size in tables if size < len(table)]
         return (sum if costs.uniform else min)([cost for cost in steps if cost > 0] or [1])
 
     @property
     def rest(self) -> Budget:
-        """What whole blocks leave of the target, for the units of the blocks that stay."""
+        """The remaining budget for units of other blocks, after blocks were removed as a whole."""
         costs, p = self.costs, self.costs.prices
         kinds = costs.neuron, costs.group, costs.neurons, costs.groups, costs.of_experts, p.neurons, p.groups, p.blocks
         neuron, group, neurons, groups, experts, *price = ([kind[b] for b in costs.stay] for kind in kinds)
@@ -237,13 +249,13 @@ class Budget:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the scope's cost that has to go."""
+        """Fraction of the scope's cost that is to be removed."""
         return self.asked if isinstance(self.asked, float) else self.target / self.costs.total
 
 
 def least_missed(budget: Budget, loss: Callable[[list[int]], float]) -> list[int]:
-    """Blocks that go as a whole, as many as fit: those of the layer without which the loss is lowest, then again with
-    it gone."""
+    """Choose blocks to remove as a whole, greedily: the layer without which the loss is lowest, then the next one, as
+    long as they fit."""
     costs, gone = budget.costs, []
     while fit := [
         own for own in costs.by_layer

@@ -1,4 +1,4 @@
-"""Soft gates, by which thresholds are learned; gates and masks on a running model are in `gprune.models.gating`."""
+"""Soft gates for learning thresholds. `gprune.models.gating` applies gates and masks to a model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["bypassed", "gated", "masked", "soft_gate", "straight_through"]
 
 
 def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
-    """sigmoid((p_i - sigmoid(t_m)) / T_m) with T_m = max(0.05, 1 / n_m), (N,): the gradient's view of the mask.
+    """Differentiable mask, (N,): sigmoid((p_i - sigmoid(t_m)) / T_m) with T_m = max(0.05, 1 / n_m).
 
     Args:
         p: (N,) within-module ranks in (0, 1).
         thresholds: t, (K,) in logit space; sigmoid(t_m) is the fraction of the module removed.
-        labels: (N,) modules in [0, K).
+        labels: (N,) module of each unit, in [0, K).
         sizes: n, (K,) units per module.
     """
     temperature = (1 / sizes.to(p.dtype)).clamp_min(0.05)
@@ -24,5 +24,5 @@ def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> T
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """The value of `hard` with the gradient of `soft` (Bengio et al., arXiv 1308.3432)."""
+    """Return the value of `hard` with the gradient of `soft` (Bengio et al., arXiv 1308.3432)."""
     return (soft - soft.detach()) + hard.to(soft.dtype)  # in this order the value is exactly 0 or 1

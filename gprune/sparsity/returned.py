@@ -1,4 +1,4 @@
-"""Masks, margins and thresholds that registered functions and stages return, checked before anything is cut by them."""
+"""Check masks, margins and thresholds that registered functions and stages return."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from gprune.models.masks import Masks
 from gprune.registry import Registry
 from gprune.sparsity.budget import Budget
 
-Pair = tuple[list[Tensor], list[Tensor]]  # of each block: of its neurons, of its KV groups
+Pair = tuple[list[Tensor], list[Tensor]]  # neurons per block, KV groups per block
 
 
 def checked_pair(
     registry: Registry, name: str, what: str, value: Any, sizes: Sequence[Sequence[int]], of: str = "finite numbers"
 ) -> Pair:
-    """What the entry `name` returned as (neurons, KV groups), a tensor for each block, on the CPU.
+    """Check that a value is (neurons, KV groups) with a tensor for each block, and return it on the CPU.
 
     Args:
-        what: the word for it, such as "margins".
-        sizes: of each block's tensor, of both kinds.
-        of: what the tensors hold, as in `Registry.checked`.
+        registry: the registry of the entry.
+        name: the entry that returned the value.
+        what: the word for the value in errors, such as "margins".
+        value: the value.
+        sizes: sizes of each block's tensors, for neurons and for KV groups.
+        of: what the tensors must contain, as for `Registry.checked`.
 
     Raises:
-        UserError: for anything else; it names the entry, what was expected and what came.
+        UserError: if the value has another form.
     """
     try:
         return tuple(
@@ -38,34 +41,38 @@ def checked_pair(
         )
     except UserError:
         raise
-    except (TypeError, ValueError) as error:  # of no lists, and of lists of other lengths
+    except (TypeError, ValueError) as error:  # not lists, or lists of other lengths
         raise UserError(
-            f"{registry.kind.capitalize()} '{name}': expected {what} as (neurons, KV groups), each a list of a tensor "
-            f"for each of {len(sizes[0])} blocks, got {type(value).__name__}."
+            f"{registry.kind.capitalize()} '{name}' must return {what} as (neurons, KV groups), each a list with a "
+            f"tensor for each of {len(sizes[0])} blocks; got {type(value).__name__}."
         ) from error
 
 
 def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, exact: bool = True) -> Masks:
-    """What the entry `name` returned as masks: of the units of a budget and on it.
+    """Check that a value is masks that fit the units of a budget and meet it, and return them.
 
     Args:
-        exact: whether they have to remove the target, and less than one more unit (or step of widths).
+        registry: the registry of the entry.
+        name: the entry that returned the value.
+        value: the value.
+        budget: the budget.
+        exact: whether masks must remove the target and less than one more unit (or step of widths).
 
     Raises:
-        UserError: for anything else; it names the entry, what was expected and what came.
+        UserError: if the value is something else, or misses the budget.
     """
     costs, rest, whose = budget.costs, budget.rest.costs, f"{registry.kind.capitalize()} '{name}'"
     if not isinstance(value, Masks):
-        raise UserError(f"{whose}: expected Masks, got {type(value).__name__}.")
+        raise UserError(f"{whose} must return Masks; got {type(value).__name__}.")
     neurons = [e * n for e, n in zip(costs.of_experts, costs.neurons, strict=True)]
     masks = Masks(*checked_pair(registry, name, "masks", (value.ffn, value.attention), (neurons, costs.groups), "bool"))
-    over = sum if costs.uniform else max  # where all blocks are equally wide, a step goes in each of them
+    over = sum if costs.uniform else max  # with equal widths a step is removed in every block
     kinds = [(rest.prices.neurons, budget.width_multiple), *[(rest.prices.groups, 1)] * costs.attention]
     step = max(
         over(max((b - a for a, b in zip(t, t[size:], strict=False)), default=0) for t in kind) for kind, size in kinds
     )
     removed, target = costs.removed(masks), budget.target
     if exact and not target <= removed < target + step:
-        expected = f"{target:,} removed, and less than {step:,} more"
-        raise UserError(f"{whose}: expected masks on budget ({expected}), got {removed:,}.")
+        needed = f"at least {target:,}, and less than {target + step:,}"
+        raise UserError(f"{whose} must return masks on budget, which remove {needed}; got {removed:,}.")
     return masks

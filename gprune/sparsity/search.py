@@ -1,4 +1,4 @@
-"""The largest cut that keeps a quality, found by few measurements of a curve that rises with the cut."""
+"""Search for the largest cut that keeps a quality, with few measurements of a curve that rises with the cut."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-STEEPEST, FLATTEST = 4.0, 0.7  # exponents of the curve that are believed when they come from two measurements
-GROWTH = 4.0  # by how many times a cut grows at most before one is too large
-LEAST = 0.05  # by what share it changes at least in the first step to one side; twice that in the next, and so on
-FLOOR = 0.02  # of the limit, which a smaller rise, or a fall, counts as: logarithms need a number above 0
+STEEPEST, FLATTEST = 4.0, 0.7  # limits of the exponent that is estimated from two measurements
+GROWTH = 4.0  # largest factor between cuts until one is too large
+LEAST = 0.05  # smallest relative change of the first step to one side; doubled in each next step
+FLOOR = 0.02  # share of the limit that replaces smaller rises, because logarithms need positive numbers
 
 
 class Point(NamedTuple):
-    """A cut that was measured."""
+    """A measured cut."""
 
     cut: int
-    rise: float  # of the log perplexity over that of the dense model
-    predicted: float | None  # the rise that earlier points gave reason to expect
+    rise: float  # of log perplexity over the dense model
+    predicted: float | None  # the rise that earlier points predicted
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has measured, in order.
+    """The measurements of a search, in order.
 
     Attributes:
-        points: all cuts that were measured.
-        limit: the largest rise that was allowed.
+        points: all measured cuts.
+        limit: the largest allowed rise.
     """
 
     points: list[Point]
@@ -35,17 +35,17 @@ class Found:
 
     @property
     def best(self) -> Point | None:
-        """The largest cut that was measured within the limit; None if there is none."""
+        """The largest measured cut within the limit, or None."""
         return max((p for p in self.points if p.rise <= self.limit), key=lambda p: p.cut, default=None)
 
     @property
     def above(self) -> Point | None:
-        """The smallest cut beyond `best` that was measured above the limit."""
+        """The smallest measured cut that is larger than `best` and above the limit, or None."""
         least = self.best.cut if self.best else 0
         return min((p for p in self.points if p.rise > self.limit and p.cut > least), key=lambda p: p.cut, default=None)
 
     def exponent(self, usual: float) -> float:
-        """p of rise ~ cut^p, from the two measured cuts whose rises are nearest to the limit; `usual` without two."""
+        """Estimate p of rise ~ cut^p from the two rises nearest to the limit. Return `usual` with fewer than two."""
         near = sorted(self.points, key=lambda p: abs(math.log(self._floored(p.rise) / self.limit)))[:2]
         if len(near) < 2 or near[0].cut == near[1].cut:
             return usual
@@ -56,10 +56,10 @@ class Found:
         return max(rise, FLOOR * self.limit)
 
     def proposal(self, aim: float, usual: float, most: int) -> tuple[int, float]:
-        """The next cut to measure, at most `most`, and the rise to expect there.
+        """Return the next cut to measure, at most `most`, and the predicted rise.
 
-        Rises are taken for a power of the cut: between a cut within the limit and one above it for the power that goes
-        through both, else for that of `exponent`.
+        The rise is assumed to be a power of the cut: through the two points next to the limit if there are points on
+        both sides, else with the exponent of `exponent`.
         """
         best, above = self.best, self.above
         if best is not None and above is not None:
@@ -79,7 +79,7 @@ class Found:
 
     @property
     def _stuck(self) -> bool:
-        """Whether the last two cuts between one within the limit and one above it have left more than half the gap."""
+        """Whether the last two measurements have not halved the gap, in logarithms, between `best` and `above`."""
         gaps = []
         for n in range(max(1, len(self.points) - 2), len(self.points) + 1):
             earlier = Found(self.points[:n], self.limit)
@@ -92,20 +92,21 @@ def largest_within(
     measure: Callable[[int], float], limit: float, most: int, *, first: int, expected: float | None = None,
     exponent: float = 1.5, unused: float = 0.0, tries: int | None = None,
 ) -> Found:  # fmt: skip
-    """Measure cuts until one is found that rises by at most `limit`, and the next larger one by more.
+    """Search for the largest cut whose rise is at most `limit`.
 
     Args:
-        measure: the rise of the log perplexity by a cut.
-        limit: above 0.
+        measure: measures the rise of log perplexity of a cut.
+        limit: the largest allowed rise, above 0.
         most: the largest cut; cuts are 1 to `most`.
-        first: the cut that is measured first, and `expected`, the rise that there is reason to expect of it.
+        first: the cut to measure first.
+        expected: the predicted rise of the first cut.
         exponent: p of rise ~ cut^p, until two cuts have been measured.
-        unused: share of the limit that the best cut may leave unused; the search ends there. 0: it ends at the last
-            cut that keeps the limit, of which a curve that rises has one.
-        tries: measurements after which the best cut so far will do; more follow while there is none.
+        unused: share of the limit that may stay unused; the search ends when the best cut is that near. With 0 it ends
+            when the next larger cut exceeds the limit.
+        tries: number of measurements after which the search ends, if a cut within the limit was found.
 
     Returns:
-        What was measured; without a `best`, not even a cut of 1 keeps the limit.
+        All measurements. Its `best` is None if even a cut of 1 exceeds the limit.
     """
     found, cut = Found([], limit), min(most, max(1, first))
     while True:

@@ -1,4 +1,4 @@
-"""Thresholds of modules: where they start, and the masks that they give under a budget."""
+"""Thresholds of modules: initial values, and conversion to masks under a budget."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import keep_masks
 
-# Logits per module of every block: (K,) for neurons, and (1,) for the block's KV groups, which are one module.
+# Per block, in logits: (K,) for modules of neurons, and (1,) for the KV groups, which are one module.
 Thresholds = tuple[list[Tensor], list[Tensor]]
 
 
 def start_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """Thresholds under which each module keeps as many units as the masks keep of it, float64.
+    """Return thresholds, float64, at which each module keeps as many units as in the masks.
 
-    t_m = logit(removed fraction), a quarter of a rank inside (0, 1) where it would be infinite. If modules rank by the
-    base metric itself, these thresholds give the base mask, unit for unit.
+    t_m = logit(removed fraction); the fraction is kept a quarter of a rank away from 0 and 1, where the logit is
+    infinite. If all modules rank by the base metric, these thresholds reproduce the base masks exactly.
     """
 
     def thresholds(keep: Tensor, labels: Tensor, K: int) -> Tensor:
-        n = torch.bincount(labels, minlength=K).double().clamp_min(1)  # no KV groups: the threshold of none is finite
+        n = torch.bincount(labels, minlength=K).double().clamp_min(1)  # finite without KV groups
         removed = torch.bincount(labels[~keep], minlength=K).double()
         return torch.logit(removed.clamp(min=torch.tensor(0.25), max=n - 0.25) / n)
 
@@ -32,7 +32,7 @@ def start_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
 
 
 def unit_margins(ranks: ModuleRanks, thresholds: Thresholds) -> tuple[list[Tensor], list[Tensor]]:
-    """logit p_i - t_m per block, of neurons and of KV groups, float64; ranks and thresholds on one device."""
+    """Return margins logit p_i - t_m per block, of neurons and of KV groups, float64. All inputs are on one device."""
     ffn, attention = ([t.detach() for t in kind] for kind in thresholds)
     neurons, groups = ranks.logits
     return (
@@ -42,18 +42,18 @@ def unit_margins(ranks: ModuleRanks, thresholds: Thresholds) -> tuple[list[Tenso
 
 
 def masks_from_thresholds(ranks: ModuleRanks, thresholds: Thresholds, budget: Budget) -> Masks:
-    """Keep masks that meet the budget, from thresholds per module."""
+    """Return keep masks that meet the budget, from thresholds per module."""
     return keep_masks(budget, *unit_margins(ranks, thresholds))
 
 
 def named_thresholds(thresholds: Thresholds) -> dict[str, Tensor]:
-    """Thresholds by the names under which safetensors hold them: `ffn.<block>` and `attention.<block>`."""
+    """Return thresholds by their names in safetensors files: `ffn.<block>` and `attention.<block>`."""
     pairs = zip(("ffn", "attention"), thresholds, strict=True)
     return {f"{kind}.{b}": t.detach().cpu() for kind, group in pairs for b, t in enumerate(group)}
 
 
 def thresholds_from_named(tensors: dict[str, Tensor]) -> Thresholds | None:
-    """Thresholds from what `named_thresholds` gave, None where it gave none; other names are ignored."""
+    """Return thresholds from the result of `named_thresholds`, or None without any. Other names are ignored."""
     depth = sum(name.startswith("ffn.") for name in tensors)
     kinds = ("ffn", "attention")
     return tuple([tensors[f"{kind}.{b}"] for b in range(depth)] for kind in kinds) if depth else None

@@ -1,4 +1,4 @@
-"""The student of a distillation: what of a pruned model learns, and the way back to a plain frozen model."""
+"""The student of a distillation: select the trained weights of a pruned model, and convert it back afterwards."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:  # not every build of torch has it
 
 
 class Student:
-    """A pruned model of which `learned` learns, in float32; `plain` ends the learning.
+    """A pruned model whose parameters in `learned` are trained in float32. `plain` ends the training.
 
-    It is no `nn.Module`, so that a stage that holds one does not register its weights. `sizes` has the size of each
-    tensor that learns, by its name, when learning begins: what a relative step size is relative to. Matrices that a
-    family stores in one tensor (gate and up, or query, key and value) learn as tensors of their own.
+    This is not an `nn.Module`, so a stage with a student as attribute does not register all its weights. `sizes` has
+    the RMS of each trained tensor before training, by name, to which learning rates are relative. Matrices that a
+    family stores in one tensor (gate and up, or query, key and value) are trained as separate tensors.
 
     Args:
-        model: changed in place.
-        targets: `mlp`: the FFN's weights; `all`: every weight of the decoder layers; `lora`: adapters.
-        rank: of the adapters.
+        model: the pruned model, which is changed in place.
+        targets: `mlp`: weights of FFNs; `all`: all weights of decoder layers; `lora`: adapters.
+        rank: rank of adapters.
         checkpointing: recompute the activations of each layer in the backward pass.
     """
 
@@ -46,13 +46,13 @@ class Student:
         self.model, self.targets, self.rank, self.checkpointing = model, targets, rank, checkpointing
         self.learned = nn.ParameterDict()
         self._sizes: dict[str, Tensor] = {}
-        self._paths: list[tuple[int, str]] = []  # of weights that learn: the layer, and the name in it
-        self._norm_offset = blocks_of(model)[0].family.norm_offset  # such norms multiply by it + weight
+        self._paths: list[tuple[int, str]] = []  # of trained weights: number of the layer, and name in it
+        self._norm_offset = blocks_of(model)[0].family.norm_offset  # norms multiply by this + weight
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        self._unsharded: PreTrainedModel | None = None  # the model without weights, while its layers are sharded
+        self._unsharded: PreTrainedModel | None = None  # copy without weights, while layers are sharded
         self._undo = ExitStack()  # removes hooks and restores attributes
-        self._merge: Callable[[], PreTrainedModel] | None = None  # multiplies adapters into the weights
-        for parameter in model.parameters():  # steps of AdamW are smaller than what bfloat16 tells apart
+        self._merge: Callable[[], PreTrainedModel] | None = None  # merges adapters into the weights
+        for parameter in model.parameters():  # steps of AdamW are below the resolution of bfloat16
             parameter.data = parameter.data.float()
         if targets == "lora":
             self._learn_adapters()
@@ -60,13 +60,13 @@ class Student:
             self._take_apart()
             self._learn_weights()
         sizes = [size.to(next(iter(self._sizes.values())).device) for size in self._sizes.values()]
-        self.sizes = dict(zip(self._sizes, torch.stack(sizes).tolist(), strict=True))  # the host waits once
+        self.sizes = dict(zip(self._sizes, torch.stack(sizes).tolist(), strict=True))  # synchronises only once
         if checkpointing:
             self._recompute()
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds only its part of every layer."""
+        """Whether each process has only a part of every layer."""
         return self._unsharded is not None
 
     def _learn(self, name: str, parameter: nn.Parameter, size: Tensor | None = None) -> None:
@@ -75,25 +75,25 @@ class Student:
         self._sizes[key] = rms(parameter + self._norm_offset if is_gain else parameter) if size is None else size
 
     def _learn_weights(self) -> None:
-        """All weights of decoder layers, or those of their FFNs."""
+        """Train all weights of decoder layers, or only those of FFNs."""
         for block in blocks_of(self.model):
             ffn = {place.path.rpartition(".")[0] for place in block.slices if place.kind == "ffn"}
             for name, parameter in block.layer.named_parameters():
                 host = name.rpartition(".parametrizations." if ".parametrizations." in name else ".")[0]
-                tied = any(parameter is other for other in self.learned.values())  # with another layer's
+                tied = any(parameter is other for other in self.learned.values())  # tied to another layer
                 if not tied and (self.targets == "all" or host in ffn):
                     self._learn(f"{block.layer_index}.{name}", parameter)
                     self._paths.append((block.layer_index, name))
 
     def _learn_again(self) -> None:
-        """Register weights that have taken the places of those that learned."""
+        """Register weights that have replaced the trained ones."""
         layers, self.learned = decoder_layers(self.model), nn.ParameterDict()
         for index, name in self._paths:
             weight = layers[index].get_parameter(name)
             self.learned[f"{index}.{name}".replace(".", "_")] = weight.requires_grad_()
 
     def _take_apart(self) -> None:
-        """Let the parts that a block stores in one tensor learn as tensors of their own, until `plain`."""
+        """Split fused tensors into their parts, which are trained separately, until `plain`."""
         for block in blocks_of(self.model):
             for host, rows in fused_rows(block).items():
                 self._register(host, "weight", Pieces(rows, int(isinstance(host, Conv1D))))
@@ -110,7 +110,7 @@ class Student:
         parametrize.register_parametrization(host, name, pieces.to(getattr(host, name).device))
 
     def _learn_adapters(self) -> None:
-        """PEFT's adapters of rank `rank` on the linear layers of blocks."""
+        """Add PEFT's LoRA adapters to the linear layers of blocks."""
         import peft
 
         blocks = blocks_of(self.model)
@@ -121,7 +121,7 @@ class Student:
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names,
             fan_in_fan_out=any(part.transposed for part in blocks[0].parts.values() if isinstance(part, Part)),
         )  # fmt: skip
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT's, about transformers
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # from PEFT, about transformers
             adapted = peft.get_peft_model(self.model, config)
         sizes = {}
         for path, host in list(self.model.named_modules()):
@@ -137,29 +137,29 @@ class Student:
         self.model, self._merge = adapted.get_base_model(), adapted.merge_and_unload
 
     def _recompute(self) -> None:
-        """Let layers compute their activations again in the backward pass, in place of keeping them."""
+        """Enable activation checkpointing of layers."""
         _checkpointing(self.model, "enable")({"use_reentrant": False})
         for hook in getattr(self.model, "_require_grads_hooks", ()):  # transformers 5.24 removes it only for PEFT
             self._undo.callback(hook.remove)
-        for block in blocks_of(self.model):  # only a layer in training mode recomputes; its dropout stays off
+        for block in blocks_of(self.model):  # only layers in training mode recompute; dropout stays off
             block.layer.training = True
-            if hasattr(block.layer, "dropout"):  # OPT's layers have it as a number of their own
+            if hasattr(block.layer, "dropout"):  # OPT's layers have it as a number
                 self._undo.callback(setattr, block.layer, "dropout", block.layer.dropout)
                 block.layer.dropout = 0.0
 
     def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
-        """Shard the decoder layers over processes by PyTorch's `fully_shard`; only weights can learn then."""
+        """Shard the decoder layers over processes by PyTorch's `fully_shard`. Not possible with adapters."""
         from torch.distributed.fsdp import fully_shard  # not every build of torch has it
 
         self._unsharded = without_weights(self.model)
-        for layer in decoder_layers(self.model):  # each moves to its device by itself: no device holds all of them
-            # By default a layer that is a root stays gathered after its forward pass: on the device, and for readers.
+        for layer in decoder_layers(self.model):  # one at a time, so that no device has all of them in memory
+            # By default a root module stays gathered after its forward pass.
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         self.model.to(device)
         self._learn_again()
 
     def gather(self) -> None:
-        """Put sharded layers together again, on the CPU."""
+        """Gather sharded layers on the CPU."""
         whole = self._unsharded
         for kind, tensors in (("_parameters", self.model.named_parameters()), ("_buffers", self.model.named_buffers())):
             for name, tensor in tensors:
@@ -174,14 +174,14 @@ class Student:
 
     @torch.no_grad()
     def plain(self) -> PreTrainedModel:
-        """The model with what was learned in its weights: frozen, without hooks, in the dtypes that it came in."""
+        """Return the trained model: frozen, without adapters and hooks, in its original dtypes."""
         self._undo.close()
         if self.checkpointing:
             _checkpointing(self.model, "disable")()
         for host in [module for module in self.model.modules() if parametrize.is_parametrized(module)]:
             for name in list(host.parametrizations):
                 parametrize.remove_parametrizations(host, name, leave_parametrized=True)
-                setattr(host, name, nn.Parameter(getattr(host, name)))  # of several pieces PyTorch leaves a buffer
+                setattr(host, name, nn.Parameter(getattr(host, name)))  # PyTorch leaves a buffer for several pieces
         if self._merge is not None:
             self.model = self._merge()
         for name, parameter in self.model.named_parameters():
@@ -190,7 +190,7 @@ class Student:
 
 
 def fused_rows(block: Block) -> dict[nn.Module, list[Tensor]]:
-    """Rows of each part in the layers that hold several of a block's parts."""
+    """Return rows of each part in the fused linear layers of a block."""
     hosts: dict[nn.Module, list[Tensor]] = {}
     for part in block.parts.values():
         if isinstance(part, Part) and part.rows is not None:
@@ -199,7 +199,7 @@ def fused_rows(block: Block) -> dict[nn.Module, list[Tensor]]:
 
 
 class Pieces(nn.Module):
-    """Parametrization of a tensor by the parts that lie in it along `dim`, at `rows` of each."""
+    """Parametrization of a fused tensor by its parts, which have `rows` along `dim`."""
 
     def __init__(self, rows: list[Tensor], dim: int):
         super().__init__()
@@ -207,23 +207,23 @@ class Pieces(nn.Module):
         self.register_buffer("order", torch.cat(rows).argsort(), persistent=False)
 
     def forward(self, *parts: Tensor) -> Tensor:
-        """The whole tensor."""
+        """Return the fused tensor."""
         return torch.cat(parts, self.dim).index_select(self.dim, self.order)
 
     def right_inverse(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """The parts, each contiguous, as AdamW's fused steps need them."""
+        """Return the parts, contiguous as needed by fused AdamW."""
         return tuple(whole.index_select(self.dim, rows.to(whole.device)).contiguous() for rows in self.rows)
 
 
 def rms(tensor: Tensor) -> Tensor:
-    """Root mean square, () float32."""
+    """Return the root mean square, () float32."""
     return tensor.detach().float().square().mean().sqrt()
 
 
 def factor_sizes(host: nn.Module, fused: list[Tensor]) -> list[Tensor]:
-    """Sizes for the factor B of PEFT's W + s B A, one for each part of W's rows; B itself begins at zero.
+    """Return the size of the factor B of PEFT's W + s B A, for each part of the rows of W; B itself starts at zero.
 
-    By rms(W) / (s sqrt(rank) rms(A)) a step of B changes W as much as a step of W would.
+    With rms(W) / (s sqrt(rank) rms(A)), a step of B changes W as much as a step of W would.
     """
     A, W = host.lora_A["default"].weight, host.base_layer.weight
     W = W.T if host.fan_in_fan_out else W
@@ -232,6 +232,6 @@ def factor_sizes(host: nn.Module, fused: list[Tensor]) -> list[Tensor]:
 
 
 def _checkpointing(model: PreTrainedModel, what: Literal["enable", "disable"]) -> Callable[..., None]:
-    """The method that transformers 5.24 has renamed."""
+    """Return a method to enable or disable checkpointing, which transformers 5.24 has renamed."""
     old, new = f"gradient_checkpointing_{what}", f"activation_checkpointing_{what}"
     return getattr(model, new if hasattr(model, new) else old)

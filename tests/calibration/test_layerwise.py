@@ -117,7 +117,7 @@ def test_a_gram_matrix_that_has_gone_is_one_line(tmp_path):
     statistics = stored(make_tiny("llama"), tmp_path, 1)
     (tmp_path / "1-ffn-1.safetensors").unlink()
     assert statistics.ffn[1].total is not None  # not looked at yet
-    with pytest.raises(UserError, match=r"1-ffn-1\.safetensors is missing or not whole.*Start again"):
+    with pytest.raises(UserError, match=r"1-ffn-1\.safetensors is missing or incomplete.*Run the same command again"):
         _ = statistics.ffn[1].total.gram
 
 

@@ -156,7 +156,7 @@ def test_a_finished_run_is_measured_against_its_own_dense_model(tmp_path, monkey
         (["--batch_sizes", "0"], "--batch_sizes: expected at least 1"),
         (["--device", "abacus"], "--device: 'abacus' is not there"),
         (["--sparsity", "1.5", "--model", "tiny"], "--sparsity.target: expected a share of the scope"),
-        (["--model", "nowhere"], "'nowhere' is neither an embedded model"),
+        (["--model", "nowhere"], "--model.name must be an embedded model"),
     ],
 )
 def test_what_cannot_be_is_one_line(arguments, message, capsys):

@@ -86,7 +86,7 @@ def test_a_file_gets_its_name_only_where_a_build_agrees(run, monkeypatch, capsys
         monkeypatch.setattr(gguf_check, "in_llama_cpp", as_in_llama_cpp(model, tokenizer, change))
 
     computed(lambda logprobs: logprobs.roll(1))
-    assert "computes something else than the model" in refused(capsys, run)
+    assert "differ from the model's by KL" in refused(capsys, run)
     assert listing(run) == before
     path = run / "model-f16.gguf"
     path.write_text(FORMER)
@@ -102,8 +102,8 @@ def test_a_file_gets_its_name_only_where_a_build_agrees(run, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], r"expected a llama.cpp build to check the file \(--unchecked .*`pip install llama-cpp-py-sync`"),
-        (["--unchecked", "--type", "q4_k_m"], "expected a llama.cpp build to quantise to q4_k_m; got none"),
+        ([], r"needs a llama.cpp build to check the file \(--unchecked .*`pip install llama-cpp-py-sync`"),
+        (["--unchecked", "--type", "q4_k_m"], "needs a llama.cpp build to quantise to q4_k_m"),
         (["--unchecked", "--type", "q4"], r"--type: invalid choice: 'q4' \(choose from '?f32'?, '?f16"),
         (["--unchecked", "--output", "no/such/folder/x"], "in a folder that exists"),
         (["--unchecked", "--output", "DIARY"], "exists already"),
@@ -126,7 +126,7 @@ def test_arguments_that_cannot_be(args, message, run, tmp_path, capsys, monkeypa
 def test_places_that_hold_no_finished_model(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for name in ("nothing", "empty"):
-        expected = "expected a run (manifest.json) or a model folder (config.json), got"
+        expected = "must be a run (manifest.json) or a model folder (config.json); got"
         assert f"{expected} '{tmp_path / name}'" in refused(capsys, tmp_path / name)
     shutil.rmtree(run / "model")
     assert "kept no model (--export none)" in refused(capsys, run)
@@ -138,7 +138,7 @@ def test_models_that_cannot_be_written_are_named(run, tmp_path, capsys):
     config, weights = run / "model" / "config.json", run / "model" / "model.safetensors"
     before, content = listing(run), config.read_text()
     config.write_text(json.dumps({"model_type": "bert"}))
-    assert "Model type 'bert' is an encoder" in refused(capsys, run, "--unchecked")
+    assert "Model type 'bert' must be a decoder; got an encoder" in refused(capsys, run, "--unchecked")
     config.write_text(content)
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "cannot be loaded" in refused(capsys, run, "--unchecked")

@@ -358,6 +358,6 @@ def test_a_users_metric_that_writes_into_weights_is_named_in_one_line(tiny_model
 
 @pytest.mark.usefixtures("scratch_registry")
 def test_an_unknown_need_is_refused_before_anything_is_registered():
-    with pytest.raises(ValueError, match=r"metric 'mine': needs expected to be of saliency, got \['gram'\]"):
+    with pytest.raises(ValueError, match=r"metric 'mine' must be among saliency; got \['gram'\]"):
         gprune.metric("mine", needs=("gram", "saliency"))
     assert "mine" not in IMPORTANCE

@@ -53,7 +53,7 @@ def test_a_quantised_checkpoint_is_refused(method, folder, tmp_path, capsys):
     options = {"gptq": {"bits": 4}, "awq": {"bits": 4}, "bitsandbytes": {"load_in_4bit": True}, "bitnet": {}}[method]
     config["quantization_config"] = {"quant_method": method, **options}
     (folder / "config.json").write_text(json.dumps(config))
-    assert f"the checkpoint is quantised ({method})" in refusal(folder, tmp_path, capsys)
+    assert f"got a quantised checkpoint ({method})" in refusal(folder, tmp_path, capsys)
 
 
 def test_a_type_that_only_its_own_code_knows_is_refused(folder, tmp_path, capsys):
@@ -61,7 +61,7 @@ def test_a_type_that_only_its_own_code_knows_is_refused(folder, tmp_path, capsys
     (folder / "config.json").write_text(json.dumps({"model_type": "own_type", "auto_map": own}))
     (folder / "code.py").write_text(CODE)
     line = refusal(folder, tmp_path, capsys, "--model.trust_remote_code=true")
-    assert "Model type 'own_type' has no class in transformers that predicts next tokens" in line
+    assert "Model type 'own_type' needs a class in transformers that predicts next tokens" in line
     assert "docs/extend.md" in line
 
 

@@ -241,10 +241,10 @@ def without_causal_class():
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (encoder_decoder, "is an encoder-decoder"),
-        (quantised, r"the checkpoint is quantised \(gptq\)"),
-        (without_causal_class, "has no class in transformers that predicts next tokens"),
-        (BertConfig, "is an encoder as it is configured"),
+        (encoder_decoder, "must be a decoder; got an encoder-decoder"),
+        (quantised, r"got a quantised checkpoint \(gptq\)"),
+        (without_causal_class, "needs a class in transformers that predicts next tokens"),
+        (BertConfig, "must be a decoder; got an encoder, "),
         (CONFIG_MAPPING["mamba"], "found 3 layers in 'layers' of the tiny copy, but"),
         pytest.param(CONFIG_MAPPING["zamba"], r"of layer \d are one tensor", marks=pytest.mark.slow),
     ],
@@ -258,7 +258,7 @@ def test_a_type_that_cannot_be_pruned_is_refused_in_one_line(config, reason):
 def test_a_forward_pass_that_is_not_deterministic_is_refused():
     model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
     model.model.layers[0].mlp.register_forward_hook(lambda _m, _i, out: out + torch.randn_like(out))
-    with pytest.raises(UserError, match="two forward passes differ"):
+    with pytest.raises(UserError, match="two forward passes of the same input"):
         record_of(model)
 
 

@@ -401,7 +401,7 @@ def test_masks_with_unequal_experts_are_refused():
     masks = some_masks(model, attention=False)
     masks.ffn[0][:] = True
     masks.ffn[0][0] = False
-    with pytest.raises(ValueError, match=r"masks\.ffn\[0\]: expected as many neurons in every expert"):
+    with pytest.raises(ValueError, match=r"Masks\.ffn\[0\] must keep equally many neurons of every expert"):
         prune(model, masks)
 
 
@@ -433,7 +433,7 @@ def test_a_family_that_scales_its_logits_is_refused_where_it_does(overrides, wor
     monkeypatch.setitem(FAMILIES, "granite", Family("granite"))
     args = worlds("granite", **overrides).args(tmp_path, "--gprune=false", "--evaluation.controls=[]")
     assert tiny_run.main([*args, "--export=none"]) == (0 if overrides else 2)
-    assert ("'granite' is wrong: logits are not head times hidden states" in capsys.readouterr().err) is (not overrides)
+    assert ("'granite': logits are not head times hidden states" in capsys.readouterr().err) is (not overrides)
 
 
 # One family of each kind: gated, ungated and stored transposed, and with experts.
@@ -468,7 +468,7 @@ def test_a_run_from_the_command_line(family, worlds, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--recovery=bias"], "'bias' cannot recover the experts of model_type"),
+        (["--recovery=bias"], "--recovery bias cannot recover experts"),
         (["--importance=taylor"], "Taylor saliency cannot be collected for experts"),
     ],
 )
@@ -483,7 +483,7 @@ def test_what_experts_cannot_do_is_refused_at_once(family, flags, reason, worlds
 def test_text_longer_than_the_learned_positions_is_refused(family, worlds, tmp_path, capsys):
     assert main(worlds(family).args(tmp_path, f"--corpora.seq_len={SIZES['max_position_embeddings'] + 1}")) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "expected at most 256 tokens" in line
+    assert "at most 256 tokens" in line
 
 
 def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
@@ -491,5 +491,5 @@ def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path, mon
     monkeypatch.setattr(
         "gprune.models.loading.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded")
     )
-    with pytest.raises(UserError, match=r"Model type 'bert' is an encoder as it is configured"):
+    with pytest.raises(UserError, match=r"Model type 'bert' must be a decoder; got an encoder"):
         read_config(str(tmp_path))

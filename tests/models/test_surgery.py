@@ -112,12 +112,12 @@ def units(*keep: bool) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("kind", "index", "mask", "message"),
     [
-        ("ffn", 1, units(*[True] * 47), r"masks.ffn: expected torch.bool of lengths \[48, 48, 48\], got .*47"),
-        ("ffn", 0, torch.ones(48), r"masks.ffn: expected torch.bool .*, got torch.float32 \(48,\)"),
-        ("ffn", 2, units(*[False] * 48), r"masks of block 2: expected units kept of both scopes"),
-        ("attention", 2, units(False, False), r"masks of block 2: expected units kept of both scopes"),
-        ("attention", 0, units(*[True] * 4), r"masks.attention: .* lengths \[2, 2, 2\], got .*\(4,\)"),
-        ("attention", 2, None, r"masks.attention: expected .* \[2, 2, 2\], got"),
+        ("ffn", 1, units(*[True] * 47), r"Masks.ffn must be torch.bool of lengths \[48, 48, 48\]; got .*47"),
+        ("ffn", 0, torch.ones(48), r"Masks.ffn must be torch.bool .*; got torch.float32 \(48,\)"),
+        ("ffn", 2, units(*[False] * 48), r"Masks of block 2 must keep units of both scopes"),
+        ("attention", 2, units(False, False), r"Masks of block 2 must keep units of both scopes"),
+        ("attention", 0, units(*[True] * 4), r"Masks.attention must .* lengths \[2, 2, 2\]; got .*\(4,\)"),
+        ("attention", 2, None, r"Masks.attention must .* \[2, 2, 2\]; got"),
     ],
 )
 def test_bad_masks_are_refused_before_anything_is_cut(tiny_model, kind, index, mask, message):
@@ -225,7 +225,7 @@ def test_pruned_without_a_block_and_then_again_equals_pruned_once(token_batch):
 
 
 def test_masks_that_keep_no_block_are_refused(tiny_model):
-    with pytest.raises(ValueError, match="expected at least 1 of 3 blocks kept, got 0"):
+    with pytest.raises(ValueError, match="keep at least 1 of 3 blocks; got 0"):
         prune(tiny_model, depth(tiny_model, 0, 1, 2))
 
 

@@ -58,7 +58,7 @@ FLAGS = {  # flags -> what the line names; types and ranges are those of `tests/
     "--sparsity.width_multiple=161": ("sparsity.width_multiple", "160", "161"),
     "--sparsity.target=0.85 --sparsity.allocation=depth --gprune=false": ("39,168", "depth", "at most 36,992"),
     "--sparsity.protect=[0,3]": ("sparsity.protect", "from -3 to 2", "got 3"),
-    "--sparsity.protect=[0,-1]": ("sparsity.target", "2 keep all", "at most 0.33"),
+    "--sparsity.protect=[0,-1]": ("sparsity.target", "2 blocks keep everything", "at most 0.33"),
     "--reliability.everywhere=true --reliability.switch=false": ("reliability.everywhere", "reliability.switch"),
     "--distill.targets=lora --recovery=[distill] --model.shard=true --trainer.devices=2": ("distill.targets", "shard"),
     "--evaluation.controls=[none]": ("evaluation.controls", "averaged", "none"),
@@ -76,7 +76,7 @@ def test_whole_blocks_of_a_model_that_computes_from_their_numbers(flags, refused
     make_tiny("gpt2", neurons=tiny_run.NEURONS, scale_attn_by_inverse_layer_idx=True).save_pretrained(tmp_path / "gpt2")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
     line = refused(f"--model.name={tmp_path / 'gpt2'}", *flags.split())
-    assert "model_type 'gpt2' computes from the numbers of its layers" in line
+    assert "Model type 'gpt2' cannot lose whole blocks" in line
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -143,7 +143,7 @@ MODELS = {  # damage to a model folder, what the line says, whether the run has 
     "a link to a device": (lambda f: (f / "notes").symlink_to("/dev/zero"), "neither file nor folder", False),
     "weights elsewhere": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}'),
-        "names '../b.safetensors'", False,
+        "got '../b.safetensors'", False,
     ),
     "weights that are not finite": (poison, "non-finite activation", True),
 }  # fmt: skip

@@ -299,7 +299,7 @@ def test_a_callback_that_changes_the_masks_of_a_stage_is_found(world, tmp_path):
 
     with (
         built_in.scratch(LEARNER),
-        pytest.raises(UserError, match=r"^Learner 'straight_through': expected masks on budget"),
+        pytest.raises(UserError, match=r"^Learner 'straight_through' must return masks on budget"),
     ):
         prune(parse(flags(world, tmp_path)), callbacks=[Changer()])
 

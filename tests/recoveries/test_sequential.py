@@ -364,8 +364,8 @@ def test_experts_and_a_sharded_model_are_refused_at_once(world, tmp_path, capsys
     make_tiny("mixtral").save_pretrained(tmp_path / "mixtral")
     sharded = ["--model.shard=true", "--trainer.devices=2", "--trainer.strategy=ddp"]
     for flags, words in (
-        ([f"--model.name={tmp_path / 'mixtral'}"], "cannot recover the experts of model_type 'mixtral'"),
-        (sharded, "--recovery least_squares_sequential: every process would take the text"),
+        ([f"--model.name={tmp_path / 'mixtral'}"], "cannot recover experts (model type 'mixtral')"),
+        (sharded, "--recovery least_squares_sequential cannot be combined with --model.shard true"),
     ):
         assert main(world.args(tmp_path / "runs", *FLAGS, *flags)) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -77,7 +77,7 @@ def test_processes_agree_on_what_any_of_them_lacks(of_the_first, lacking, monkey
     fabric = SimpleNamespace(launch=lambda: None, broadcast=strategy.broadcast, strategy=strategy)
     monkeypatch.setattr(calibrate, "launched", lambda _: fabric)
     run = SimpleNamespace(cfg=RunConfig(), folder=SimpleNamespace(key="one"))
-    with nullcontext() if lacking else pytest.raises(UserError, match="at different runs of a list"):
+    with nullcontext() if lacking else pytest.raises(UserError, match="at the same run of a list"):
         assert calibrate.agreed(run, [False, False]) == lacking
 
 

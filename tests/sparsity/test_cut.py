@@ -54,20 +54,20 @@ PROTECTED = {"protected": frozenset({0, 2})}
 def test_impossible_budgets_say_what_is_possible(costs, width_multiple, most):
     possible = most[0] / most[1]
     assert Budget.of(costs, possible - 1e-6, width_multiple).target == most[0]
-    kept = f"{width_multiple} neurons and a KV group, and {len(costs.protected)} keep all"
-    said = f"^--sparsity.target: 0.99 .* keeps {kept}, so expected at most {possible:.4f}"
+    kept = f"{width_multiple} neurons and a KV group, and {len(costs.protected)} blocks keep everything"
+    said = f"^--sparsity.target must be at most {possible:.4f}, because .* keeps {kept}; got 0.99"
     with pytest.raises(UserError, match=said):
         Budget.of(costs, 0.99, width_multiple)
 
 
 def test_width_multiples_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match=r"--sparsity\.width_multiple: expected 1 to 10 .*, got"):
+    with pytest.raises(UserError, match=r"--sparsity\.width_multiple must be 1 to 10 neurons; got"):
         Budget.of(costs_of([1, 1], [30, 10]), 0.1, 11)
 
 
 @pytest.mark.parametrize("index", [3, -4, 99])
 def test_protecting_a_block_that_there_is_not_is_refused(index, tiny_model):
-    with pytest.raises(UserError, match=rf"--sparsity\.protect: expected layers from -3 to 2, got {index}; .* has 3"):
+    with pytest.raises(UserError, match=rf"--sparsity\.protect must name layers from -3 to 2, .*; got {index}"):
         unit_costs(blocks_of(tiny_model), scope="ffn", protect=[0, index])
 
 

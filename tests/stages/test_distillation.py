@@ -176,7 +176,7 @@ def test_a_chain_has_the_contract_of_one_recovery():
 @pytest.mark.parametrize(
     ("chain", "why"),
     [
-        (["distill", "least_squares"], "'least_squares' goes block by block, which only the first can"),
+        (["distill", "least_squares"], "'least_squares' goes block by block, so it must come first"),
         (["bias", "least_squares"], "'least_squares' goes block by block"),
         (["distill", "distill"], "each once"),
         (["none", "distill"], "none alone"),

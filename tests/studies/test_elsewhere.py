@@ -251,9 +251,9 @@ def biased(weights):
     [
         (without("mlp.up_proj.weight", "mlp.down_proj.weight"), {},
          f"has no weights for 2 parameters, such as {LAYER}mlp.down_proj.weight"),
-        (narrower, {}, f"of other shapes than its config.json says, such as {LAYER}mlp.down_proj.weight: "
-         "expected (32, 160), got (32, 159)"),
-        (biased, {}, f"without a place in the model of its config.json, such as {LAYER}mlp.down_proj.bias"),
+        (narrower, {}, f"weights have other shapes than in config.json, such as {LAYER}mlp.down_proj.weight: "
+         "(32, 159) instead of (32, 160)"),
+        (biased, {}, f"have no place in the model of config.json, such as {LAYER}mlp.down_proj.bias"),
         (None, {"num_hidden_layers": 9}, "has no weights for"),
         (None, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantised"),
         (None, {"model_type": "unheard_of"}, "unheard_of"),
@@ -286,7 +286,7 @@ def test_code_of_a_model_needs_the_same_consent_as_ours(bench, folders, capsys):
     row = {"coded": {"model": str(folder)}}
     path = bench.write("coded", row)
     said = bench.refused(capsys, path)
-    assert "brings Python code of its own" in said
+    assert "it has Python code of its own" in said
     assert "--model.trust_remote_code=true" in said
     in_list = bench.write("consent", {"coded": row["coded"] | {"model.trust_remote_code": True}})
     assert "--model.trust_remote_code=true must be given after --" in bench.refused(capsys, in_list)
@@ -338,7 +338,7 @@ def test_what_is_no_model_or_too_large_is_refused(bench, folders, nothing_runs, 
     (folders / "a run").mkdir()
     (folders / "a run/manifest.json").write_text("{}")
     run = bench.write("a run", {"run": {"model": str(folders / "a run")}})
-    assert "is a run of gprune; expected a model folder, such as" in bench.refused(capsys, run)
+    assert "--model.made_elsewhere must be a model folder, such as" in bench.refused(capsys, run)
     bare = saved(bench, folders, "bare")
     for file in bare.glob("tokenizer*"):
         file.unlink()

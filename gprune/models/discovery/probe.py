@@ -91,7 +91,9 @@ class Probe:
         depth = getattr(self.config, "num_hidden_layers", None)
         lists = {path: layers for path, layers in lists.items() if len(layers) == depth} or lists
         if not lists:
-            raise UserError(f"Model type '{self.name}': no nn.ModuleList of decoder layers was found. {REMEDY}.")
+            raise UserError(
+                f"Cannot find the structure of model type '{self.name}': no nn.ModuleList of decoder layers. {REMEDY}."
+            )
         return max(lists, key=lambda path: sum(p.numel() for p in lists[path].parameters()))
 
     @cached_property
@@ -203,21 +205,21 @@ class Probe:
 
     def check_forward(self) -> None:
         """Raise UserError for a forward pass that fails, is not deterministic, or is not causal."""
-        named = f"Model type '{self.name}'"
+        failed = f"Cannot find the structure of model type '{self.name}'"
         try:
             first, second = self.logits(), self.logits()
         except Exception as error:
-            raise UserError(f"{named}: a tiny copy does not run: {first_line(error)}. {REMEDY}.") from error
+            raise UserError(f"{failed}: a tiny copy does not run: {first_line(error)}. {REMEDY}.") from error
         if not torch.equal(first, second):
-            raise UserError(f"{named}: two forward passes differ, so no check could tell what pruning does.")
+            raise UserError(f"{failed}: two forward passes of the same input give different logits.")
         if not first.isfinite().all():
-            raise UserError(f"{named}: a tiny copy with random weights gives infinite logits. {REMEDY}.")
+            raise UserError(f"{failed}: logits of a tiny copy with random weights are not finite. {REMEDY}.")
         changed = self.ids.clone()
         changed[:, -1] = (changed[:, -1] + 1) % 100
         if (self.logits(changed)[:, :-4] - first[:, :-4]).abs().max() > 1e-3 * first.abs().max():
             raise UserError(
-                f"{named} is an encoder as it is configured: later tokens change what is predicted from earlier ones; "
-                "expected a decoder (some types have is_decoder in config.json)."
+                f"Model type '{self.name}' must be a decoder; got an encoder, in which later tokens change predictions "
+                "from earlier ones. Some types have is_decoder in config.json."
             )
 
 

@@ -49,7 +49,7 @@ def discover(config: PreTrainedConfig) -> Family:
         UserError: one line with what was found, what did not agree, and what to do.
     """
     check_supported(config)
-    with quoting(f"Model type '{name_of(config)}': no tiny copy can be configured: ", f". {REMEDY}."):
+    with quoting(f"Cannot configure a tiny copy of model type '{name_of(config)}': ", f". {REMEDY}."):
         tiny = shrunk(stock_config(config))
     if (record := cached_records.read(tiny)) is None:
         record = discovered(tiny)
@@ -60,9 +60,10 @@ def discover(config: PreTrainedConfig) -> Family:
 
 def discovered(tiny: PreTrainedConfig) -> Family:
     """The record of a tiny configuration's type; UserError as for `discover`."""
-    with quoting(f"Model type '{tiny.model_type}': a tiny copy cannot be made: ", f". {REMEDY}."):
+    with quoting(f"Cannot make a tiny copy of model type '{tiny.model_type}': ", f". {REMEDY}."):
         model = tiny_model(tiny)
-    with quoting(f"Model type '{tiny.model_type}': its structure was not found: ", f". {REMEDY}."), torch.enable_grad():
+    doing = f"Cannot find the structure of model type '{tiny.model_type}': "
+    with quoting(doing, f". {REMEDY}."), torch.enable_grad():
         return record_of(model)
 
 
@@ -94,10 +95,10 @@ def record_of(model: PreTrainedModel) -> Family:
         else:
             refused.append(output_of(kind))
     if not kept["ffn"]:
-        why = f"{', '.join(refused)} compute something else when they are sliced" if refused else "no FFN"
+        why = f"slicing and masking {', '.join(refused)} give different results" if refused else "they have no FFN"
         raise UserError(
-            f"Model type '{probe.name}': found {len(probe.layers)} layers in '{probe.layers_path}' of the tiny copy, "
-            f"but {why}; expected an FFN whose neurons can be removed. {REMEDY}."
+            f"Cannot find the structure of model type '{probe.name}': no FFN whose neurons can be removed. A tiny copy "
+            f"has {len(probe.layers)} layers in '{probe.layers_path}', but {why}. {REMEDY}."
         )
     for scope, index, kind in beside_larger_ones(probe, kept):
         if scope == "ffn" and (why := why_it_stays(probe, index, kind)) is not None:
@@ -108,7 +109,10 @@ def record_of(model: PreTrainedModel) -> Family:
             kind["stays"] = "it does not agree together with a larger one of its layer"
         record = whole_record(probe, base, kept)
         if not agrees(probe, record):
-            raise UserError(f"Model type '{probe.name}': the parts that were found do not agree together. {REMEDY}.")
+            raise UserError(
+                f"Cannot find the structure of model type '{probe.name}': slicing and masking all parts together give "
+                f"different results. {REMEDY}."
+            )
     check_untied(probe.model)
     return record
 
@@ -250,14 +254,13 @@ def check_supported(config: PreTrainedConfig) -> None:
     if (method := getattr(config, "quantization_config", None)) is not None:
         method = (method if isinstance(method, Mapping) else vars(method)).get("quant_method")
         raise UserError(
-            f"{named}: the checkpoint is quantised ({getattr(method, 'value', method)}); expected weights in float32, "
-            "bfloat16 or float16. Prune those, and quantise what is left."
+            f"{named} must have weights in float32, bfloat16 or float16; got a quantised checkpoint "
+            f"({getattr(method, 'value', method)}). Prune the original weights, and quantise the result."
         )
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{named} is an encoder-decoder; expected a decoder alone, which predicts next tokens.")
+        raise UserError(f"{named} must be a decoder; got an encoder-decoder.")
     stock = type(stock_config(config))
     if stock not in MODEL_FOR_CAUSAL_LM_MAPPING and stock not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(
-            f"{named} has no class in transformers that predicts next tokens (AutoModelForCausalLM); expected a "
-            f"decoder. {REMEDY}."
+            f"{named} needs a class in transformers that predicts next tokens (AutoModelForCausalLM). {REMEDY}."
         )
