@@ -243,10 +243,10 @@ TWO = "--trainer.devices=2"
         ([AUTO, "--model.max_memory={cpu: 0GB}"], ".cpu must be more than 0; got '0GB'"),
         ([AUTO, "--model.max_memory={disk: 2GB}"], "cpu or a device number such as 0"),
         (["--model.shard=true"], "--model.shard needs two or more processes"),
-        ([AUTO, TWO], "--model.device_map auto: expected one process"),
+        ([AUTO, TWO], "--model.device_map auto needs one process"),
         (
             [AUTO, TWO, "--model.shard=true", "--model.max_memory={0: 2GiB, cpu: 2GiB}"],
-            "expected --model.max_memory with a limit for cpu alone",
+            "needs --model.max_memory for cpu alone",
         ),
     ],
 )
