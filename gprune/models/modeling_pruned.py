@@ -123,7 +123,7 @@ class PrunedModel:
             missing = sorted(info["missing_keys"])
             raise ValueError(
                 f"Cannot load {cls.__name__}: the folder has no weights for {len(missing)} parameters, such as "
-                f"'{missing[0]}' (transformers {transformers.__version__}). Use a newer transformers, or a complete folder."
+                f"'{missing[0]}' (transformers {transformers.__version__}). Use a newer version, or a complete folder."
             )
         return (model, info) if output_loading_info else model
 

@@ -21,8 +21,8 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 
 log = logging.getLogger("gprune")
-NOISE = 1e-4  # share of the largest logit that may be rounding; masks change logits of types in transformers by at
-least 0.07 SMALL = 1e-3  # allowed share of the change by a mask; types in transformers differ by at most 2e-5
+NOISE = 1e-4  # share of the largest logit that may be rounding; masks change types in transformers by 0.07 or more
+SMALL = 1e-3  # allowed share of the change by a mask; types in transformers differ by at most 2e-5
 
 
 @dataclass(frozen=True)
