@@ -94,8 +94,8 @@ class PrunedModel:
                 cut_to(layer, text, layout["own"][str(index)])
         else:
             decoder, place = self.get_decoder(), layout["layers"]
-            layers = getattr(decoder if hasattr(decoder, place) else self.base_model, place)  # base_model before
-            version 5 for layer, own in zip(layers, layer_configs(config), strict=True):
+            layers = getattr(decoder if hasattr(decoder, place) else self.base_model, place)  # base_model: before 5
+            for layer, own in zip(layers, layer_configs(config), strict=True):
                 cut(layer, config, own)
         if not experts_aligned(self):
             config._experts_implementation = "eager"
