@@ -352,7 +352,7 @@ def test_what_a_run_collects_is_what_its_metrics_say_they_need():
 def test_a_users_metric_that_writes_into_weights_is_named_in_one_line(tiny_model, token_batch):
     """Beside what `tests/test_registry.py` has."""
     gprune.metric("mine")(lambda w, m, g: w.output.abs_().sum(0))
-    with pytest.raises(UserError, match=r"^Importance metric 'mine' changes inputs in place[^\n]*$"):
+    with pytest.raises(UserError, match=r"^Importance metric 'mine' must not change its inputs in place[^\n]*$"):
         score_units("mine", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
 
 
