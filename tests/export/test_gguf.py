@@ -228,7 +228,7 @@ def test_what_llama_cpp_computes_differently_is_refused_by_name(family, settings
 def test_a_layer_without_ffn_is_refused():
     model = make_pruned()
     model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 0), requires_grad=False)
-    with pytest.raises(UserError, match="'llama' to GGUF: .* has no FFN or no attention in layer 1"):
+    with pytest.raises(UserError, match=r"'llama' to GGUF: .* has no FFN or no attention in layer 1"):
         gguf_writer.check_expressible(blocks_of(model), model.config, uniform=False)
 
 
