@@ -1,16 +1,16 @@
-"""Models of transformers whose layers differ in width: fewer FFN neurons here, fewer key/value groups there.
+"""Models of transformers with layers of different widths: fewer FFN neurons or key/value groups in some layers.
 
-This one file needs transformers alone, and serves every family. gprune copies it beside the weights it exports, where
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` finds it. `PrunedLlamaForCausalLM` is the
-`LlamaForCausalLM` of transformers, built as its config says and then cut down to size; so is `Pruned` before any
-other name. All arithmetic stays that of transformers. What config.json says beyond the stock config:
+This file needs only transformers, and supports every family. gprune copies it into exported folders for
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. `PrunedLlamaForCausalLM` is the
+`LlamaForCausalLM` of transformers, constructed from its config and then sliced to the sizes of each layer. Classes
+exist for all other names too. All computations are those of transformers. Additional keys in config.json:
 
-per_layer_config  what a layer has different from the global values: widths, head counts, and `added_biases`, the
-                  projections that got a bias to make up for what went
-pruned_layout     `layers`: where the decoder holds them
-                  `sizes`: parameter of a layer -> [dim, {config key: n}]: along dim it has the sum of n x value
-                  `attributes`: what stock code reads sizes from -> {config key: n}, the same sum
-                  `own`: of a type without a table of config keys, in place of both: number of a layer -> its `sizes`
+per_layer_config  values of layers that differ from the global ones: widths, numbers of heads, and `added_biases`, the
+                  projections to which recovery has added a bias
+pruned_layout     `layers`: path of the layers in the decoder
+                  `sizes`: parameter of a layer -> [dim, {config key: n}]; its size along dim is the sum of n x value
+                  `attributes`: attribute with a size in stock modules -> {config key: n}, the same sum
+                  `own`: for discovered types, instead of `sizes` and `attributes`: number of a layer -> its `sizes`
                   (parameter -> [dim, size]), `attributes` (path -> value), `values` (config key -> value) and
                   `added_biases`
 """
@@ -25,7 +25,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 PREFIX = "pruned_"
-AUTO = {  # the Auto classes that load a folder, and their tables: type -> stock class
+AUTO = {  # Auto classes, and their tables: type -> stock class
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForImageTextToText": getattr(modeling_auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {}),
@@ -33,16 +33,16 @@ AUTO = {  # the Auto classes that load a folder, and their tables: type -> stock
 
 
 class PrunedConfig:
-    """Mixed into a stock config class."""
+    """Mixin for stock config classes."""
 
     def validate(self):
-        """Leaves out checks of the global head counts, which have no meaning when layers differ."""
+        """Skip checks of global numbers of heads, which do not apply if layers differ."""
 
     def to_dict(self):
-        """Adds what older transformers read, and where this file lies."""
+        """Add keys for older versions of transformers, and the name of this file."""
         output = super().to_dict()
         output |= rope_of_older(output)
-        # Written whole each time: saving a model by itself records only the class that is being saved.
+        # Complete, because saving a model records only the class of that model.
         module, family = __name__.rsplit(".", 1)[-1], self.model_type.removeprefix(PREFIX)
         output["auto_map"] = {"AutoConfig": f"{module}.{type(self).__name__}"}
         for auto, names in AUTO.items():
@@ -52,15 +52,17 @@ class PrunedConfig:
 
 
 def pruned_name(stock, config):
-    """The name of the pruned class of a stock model class that is built from a pruned config class; some types share
-    the model class of another type and have a config class of their own."""
+    """Return the name of the pruned class of a stock model class, for a pruned config class.
+
+    Some types use the model class of another type with their own config class.
+    """
     known = getattr(transformers, stock, None)
     own = getattr(getattr(known, "config_class", None), "__name__", None)
     return f"Pruned{stock}" if own is None or f"Pruned{own}" == config else f"Pruned{stock}Of{config}"
 
 
 def rope_of_older(settings):
-    """What transformers before 5 read in place of `rope_parameters`: without `rope_theta` they silently use 10000."""
+    """Return the rope settings of transformers before version 5, which silently use 10000 without `rope_theta`."""
     rope = settings.get("rope_parameters") or {}
     if "rope_theta" not in rope:
         return {}
@@ -70,18 +72,18 @@ def rope_of_older(settings):
 
 
 class PrunedModel:
-    """Mixed into a stock model class: builds the dense model, on the meta device when weights are loaded, and cuts."""
+    """Mixin for stock model classes: constructs the dense model, and slices it to the sizes of each layer."""
 
     def __init__(self, config):
         dense = copy.copy(config)
-        for place in ("_heterogeneity_spec", "per_layer_config"):  # where transformers keep the table, new and old
+        for place in ("_heterogeneity_spec", "per_layer_config"):  # the table in new and old versions of transformers
             dense.__dict__.pop(place, None)
         super().__init__(dense)
         for choice in ("_attn_implementation", "_experts_implementation"):
             if hasattr(dense, choice):
                 setattr(config, choice, getattr(dense, choice))
-        # The model's own config, not a copy: switching the attention implementation must reach every layer. Rotary
-        # embeddings keep the dense one, which has one number of heads.
+        # Modules refer to the model's config, not a copy, so that a changed attention implementation applies to all
+        # layers. Rotary embeddings keep the dense config, which has a single number of heads.
         for module in self.modules():
             if getattr(module, "config", None) is dense and "RotaryEmbedding" not in type(module).__name__:
                 module.config = config
@@ -92,7 +94,7 @@ class PrunedModel:
                 cut_to(layer, text, layout["own"][str(index)])
         else:
             decoder, place = self.get_decoder(), layout["layers"]
-            layers = getattr(decoder if hasattr(decoder, place) else self.base_model, place)  # the latter before 5
+            layers = getattr(decoder if hasattr(decoder, place) else self.base_model, place)  # base_model: before 5
             for layer, own in zip(layers, layer_configs(config), strict=True):
                 cut(layer, config, own)
         if not experts_aligned(self):
@@ -100,39 +102,41 @@ class PrunedModel:
 
     @classmethod
     def is_custom_code(cls):
-        """False: weights are initialised by the stock class. transformers would leave out what custom code computes for
-        modules without parameters of their own, such as buffers of layers that the decoder fills."""
+        """Return False, so that the stock class initialises everything.
+
+        For custom code transformers would skip modules without parameters, such as those with computed buffers.
+        """
         return False
 
     @classmethod
     def _can_set_experts_implementation(cls):
-        """What the stock class answers: transformers looks for a decorator in the source file of a class."""
+        """Return the answer of the stock class, because transformers looks for a decorator in the file of a class."""
         return next(
             c for c in cls.__mro__ if c.__module__.startswith("transformers.")
         )._can_set_experts_implementation()
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
-        """Refuses what transformers only warns of: weights that the folder has under other names would be random."""
+        """Raise ValueError for missing weights, for which transformers only warns and uses random values."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(
-                f"no weights in the folder for {len(missing)} parameters of {cls.__name__}, such as '{missing[0]}', as "
-                f"transformers {transformers.__version__} names them; expected a newer transformers, or a whole folder."
+                f"Cannot load {cls.__name__}: the folder has no weights for {len(missing)} parameters, such as "
+                f"'{missing[0]}' (transformers {transformers.__version__}). Use a newer version, or a complete folder."
             )
         return (model, info) if output_loading_info else model
 
 
 def experts_aligned(model):
-    """Whether the experts' widths suit grouped kernels, which want rows of 16 bytes: multiples of 8 do in any dtype."""
+    """Return whether widths of experts are multiples of 8, because grouped kernels need rows of 16 bytes."""
     convolutions = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv1d)}
     stacked = (p for p in model.parameters() if p.dim() == 3 and id(p) not in convolutions)
     return all(parameter.shape[-1] % 8 == 0 for parameter in stacked)
 
 
 def layer_configs(config):
-    """One config per layer, with the layer's own values in place of the global ones."""
+    """Return one config per layer, with the values of the layer."""
     table = getattr(config, "per_layer_config", None) or {}
     if not isinstance(table, dict):  # transformers >= 5.15 resolves the table itself
         return [copy.copy(table[index]) for index in range(config.num_hidden_layers)]
@@ -145,12 +149,12 @@ def layer_configs(config):
 
 
 def cut(layer, config, own):
-    """Give a dense layer the sizes that its own config asks for."""
+    """Slice a dense layer to the sizes in its config."""
     layout = config.pruned_layout
     for path, (dim, terms) in layout["sizes"].items():
         module, name = find(layer, path)
         parameter = getattr(module, name, None)
-        if parameter is not None:  # not every layer has every parameter: dense ones between experts
+        if parameter is not None:  # some layers lack parameters, such as dense layers between layers with experts
             smaller = parameter.detach().narrow(dim, 0, size(terms, own)).clone()
             setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
             tell_sizes(module)
@@ -162,7 +166,7 @@ def cut(layer, config, own):
 
 
 def cut_to(layer, config, own):
-    """Give a dense layer the sizes that are written out for it."""
+    """Slice a dense layer to explicit sizes."""
     for path, (dim, length) in own["sizes"].items():
         module, name = find(layer, path)
         parameter = getattr(module, name)
@@ -180,12 +184,12 @@ def cut_to(layer, config, own):
 
 
 def size(terms, own):
-    """Sum of n x value over {config key: n}."""
+    """Return the sum of n x value over {config key: n}."""
     return sum(times * getattr(own, key) for key, times in terms.items())
 
 
 def find(layer, path):
-    """The module that holds what a dotted path names, or None, and the name in it."""
+    """Return the module of a dotted path, or None, and the last name of the path."""
     *modules, name = path.split(".")
     for part in modules:
         layer = getattr(layer, part, None)
@@ -193,7 +197,7 @@ def find(layer, path):
 
 
 def tell_sizes(module):
-    """Let a linear layer say what its weight is."""
+    """Set the size attributes of a linear layer from its weight."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, Conv1D):
@@ -201,8 +205,7 @@ def tell_sizes(module):
 
 
 def tell_layer(layer, config, values, attributes):
-    """Let stock code find a layer's own sizes, `values` by config key: in its attributes, and in the config that its
-    modules read."""
+    """Set the sizes of a layer, `values` by config key, in attributes and in the config of its modules."""
     own = LayerConfig(config, values)
     for path, terms in attributes.items():
         module, name = find(layer, path)
@@ -214,20 +217,20 @@ def tell_layer(layer, config, values, attributes):
 
 
 class LayerConfig:
-    """The model's config as one layer sees it: its own sizes, all else as the model's config has it at the moment."""
+    """Config of one layer: its own sizes, and other values from the model's current config."""
 
     def __init__(self, config, values):
         self.__dict__.update(model=config, values=values)
 
     def __getattr__(self, name):
-        if name.startswith("__") or "values" not in self.__dict__:  # while a copy is being made
+        if name.startswith("__") or "values" not in self.__dict__:  # during copying
             raise AttributeError(name)
         values = self.__dict__["values"]
         return values[name] if name in values else getattr(self.__dict__["model"], name)
 
 
 def __getattr__(name):
-    """The pruned class of any stock class that transformers knows by the rest of its name, made when asked for."""
+    """Make the pruned class of a stock class of transformers, on first access of its name."""
     stock_name, _, of_config = name.removeprefix("Pruned").partition("OfPruned")
     stock = getattr(transformers, stock_name, None) if name.startswith("Pruned") else None
     if not isinstance(stock, type):
@@ -242,6 +245,6 @@ def __getattr__(name):
         made = type(name, (PrunedModel, stock), body | {"config_class": config_class})
         names = (auto for auto, known in AUTO.items() if stock.__name__ in known.values())
         auto = next(names, "AutoModelForCausalLM")
-    made.register_for_auto_class(auto)  # so that save_pretrained copies this file along
+    made.register_for_auto_class(auto)  # so that save_pretrained copies this file
     globals()[name] = made
     return made

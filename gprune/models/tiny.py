@@ -1,8 +1,8 @@
-"""Make a configuration of transformers tiny: same structure, same flags, small sizes.
+"""Make a tiny configuration of transformers: same structure and flags, small sizes.
 
-Sizes are found by the names of the fields. The numbers are chosen so that a size says what it is: no two of heads,
-key/value heads, head size, width of an FFN and of an expert, and hidden size are equal or multiples by two of another.
-Per-layer lists are shortened so that each kind of layer that the configuration has is still there.
+Sizes are recognised by names of fields. The small sizes are distinguishable: no two of heads, key/value heads, head
+size, widths of FFN and expert, and hidden size are equal, or one twice the other. Lists by layer are shortened such
+that every kind of layer remains.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gprune.models.modeling_pruned import PREFIX
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, NEURONS, EXPERT_NEURONS, SHARED_NEURONS = 48, 6, 3, 8, 44, 20, 28
 VOCABULARY, POSITIONS, EXPERTS, ROUTED, LAYERS = 136, 128, 4, 2, 3
 
-# Name of a field (the whole of it) -> its value in a tiny configuration; the first rule that matches counts.
+# Pattern of the full name of a field -> its value in a tiny configuration. The first match is used.
 RULES: tuple[tuple[str, int], ...] = (
     (r".*_group_vocab|.*vocab_size_base|.*_vocab_size.*", VOCABULARY),
     (r"n_(input|output)_layers", 1),
@@ -77,10 +77,10 @@ PER_LAYER = re.compile(r".*layers?.*|.*types|.*windows?|.*pattern|.*sparsity.*|.
 
 
 def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A tiny configuration of the same class with the same structure; the argument is left as it is.
+    """Return a tiny configuration of the same class with the same structure.
 
     Raises:
-        Exception: of whatever class, if the class refuses the sizes.
+        Exception: of any class, if the configuration class rejects the sizes.
     """
     content = copy.deepcopy(config.to_dict())
     for name in ("quantization_config", "architectures", "auto_map", "transformers_version", "_name_or_path"):
@@ -92,16 +92,16 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A random model of a tiny configuration, on the CPU in float32; the caller's random numbers stay as they were.
+    """Return a random model of a tiny configuration, on the CPU in float32, without changing global random state.
 
-    Weights are large, so that every part counts, and norms and biases are random too.
+    Weights are large, so that every part has an effect. Norms and biases are random too.
     """
     config = copy.deepcopy(config)
     for name in ("_attn_implementation", "_experts_implementation"):
         with suppress(Exception):
             setattr(config, name, "eager")
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # of the CPU alone, whose state is restored
+        torch.default_generator.manual_seed(seed)  # only the CPU generator, whose state is restored
         model = auto_of(config).from_config(config, dtype=torch.float32).eval().float()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -111,7 +111,7 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the stock class that a pruned model's class was made from; any other one as it is."""
+    """Return the stock configuration of a pruned model's configuration; others are returned unchanged."""
     if not config.model_type.startswith(PREFIX):
         return config
     left_out = ("pruned_layout", "per_layer_config", "added_biases", "auto_map", "model_type", "architectures")
@@ -120,13 +120,13 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _depth(content: Mapping[str, Any]) -> int | None:
-    """The number of layers that a configuration names."""
+    """Return the number of layers of a configuration, or None."""
     names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
     return next((content[n] for n in names if isinstance(content.get(n), int)), None)
 
 
 def _chosen(content: Mapping[str, Any], depth: int) -> list[int]:
-    """The layers that stay: the first of each kind, and the first ones up to `LAYERS`, in order."""
+    """Return the layers to keep, in order: the first of each kind, and others up to `LAYERS`."""
     lists = _lists(content, depth)
     table = {int(index): value for index, value in (content.get("per_layer_config") or {}).items()}
     numbered = _numbered(content, lists).values()
@@ -135,7 +135,9 @@ def _chosen(content: Mapping[str, Any], depth: int) -> list[int]:
         for i in range(depth)
     ]
     chosen = {kinds.index(kind) for kind in kinds}
-    chosen |= {i for i, kind in enumerate(kinds) if "hybrid" in kind and kinds[:i].count(kind) == 1}  # they share
+    chosen |= {
+        i for i, kind in enumerate(kinds) if "hybrid" in kind and kinds[:i].count(kind) == 1
+    }  # hybrid layers share weights
     chosen = sorted(chosen)[: 2 * LAYERS]
     others = [index for index in range(depth) if index not in chosen]
     return sorted([*chosen, *others[: max(0, min(LAYERS, depth) - len(chosen))]])
@@ -150,7 +152,7 @@ def _lists(content: Mapping[str, Any], depth: int) -> dict[str, list[Any]]:
 
 
 def _numbered(content: Mapping[str, Any], lists: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Lists with the numbers of some layers, such as those with attention."""
+    """Return lists of layer numbers, such as those of layers with attention."""
     return {
         name: value
         for name, value in content.items()
@@ -160,7 +162,7 @@ def _numbered(content: Mapping[str, Any], lists: Mapping[str, Any]) -> dict[str,
 
 
 def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Make the sizes of one configuration small, in place, and those of the configurations in it."""
+    """Make sizes of a configuration and its nested configurations small, in place."""
     depth, before = _depth(content), dict(content)
     if depth:
         lists, chosen = _lists(content, depth), _chosen(content, depth)
@@ -168,7 +170,7 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
             content[name] = [_smaller(name, values[index]) for index in chosen]
         for name, values in _numbered(content, lists).items():
             content[name] = [new for new, old in enumerate(chosen) if old in values]
-        for name in [name for name in content if name.endswith("_layer_period")]:  # layers of both kinds stay
+        for name in [name for name in content if name.endswith("_layer_period")]:  # so that layers of both kinds remain
             offset = name.replace("_period", "_offset")
             if content[name] > 2 and content.get(offset, depth) < depth:
                 content[name], content[offset] = 2, 1
@@ -177,7 +179,7 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
         smaller = {i: {n: _smaller(n, v) for n, v in own.items()} for i, own in table.items()}
         content["per_layer_config"] = {new: smaller[old] for new, old in enumerate(chosen) if old in smaller}
     for rope in _dicts_with(content, "mrope_section"):
-        if rope["mrope_section"] is not None:  # half of a head's size in three parts
+        if rope["mrope_section"] is not None:  # three parts of half the head size
             rope["mrope_section"] = [2, 1, 1]
     for name, value in content.items():
         if isinstance(value, dict):
@@ -197,7 +199,7 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
     if "mamba_headdim" in content and "n_mamba_heads" in content:
         content["n_mamba_heads"] = 2 * HIDDEN // HEAD_DIM
     if "attention_hidden_size" in content and before["attention_hidden_size"] == 2 * before.get("hidden_size", 0):
-        content["attention_hidden_size"] = 2 * HIDDEN  # Zamba attends over hidden states beside the embeddings
+        content["attention_hidden_size"] = 2 * HIDDEN  # Zamba concatenates hidden states and embeddings
         content["attention_head_dim"] = 2 * HIDDEN // content["num_attention_heads"]
     if "expand" in content and isinstance(content.get("num_heads"), int) and "state_size" in content:
         content["num_heads"] = 2 * HIDDEN // HEAD_DIM
@@ -205,12 +207,12 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
         content["n_recurrent_layers"] = content["num_hidden_layers"] - 2
     heads, groups = (next((before[n] for n in names if type(before.get(n)) is int), 0) for names in _HEAD_NAMES)
     for name in _HEAD_NAMES[1]:
-        if name in content and groups and groups in (1, heads):  # one key/value head for all query heads, or for each
+        if name in content and groups and groups in (1, heads):  # one key/value head in total, or one per query head
             content[name] = 1 if groups == 1 else next(content[n] for n in _HEAD_NAMES[0] if n in content)
 
 
 def _dicts_with(content: Any, key: str) -> Iterator[dict[str, Any]]:
-    """The dictionaries in a configuration that have a key, at any depth."""
+    """Yield dictionaries with a key in a configuration, at any depth."""
     if isinstance(content, dict):
         if key in content:
             yield content
@@ -225,7 +227,7 @@ _HEAD_NAMES = (
 
 
 def _smaller(name: str, value: Any) -> Any:
-    """The value of a field in a tiny configuration."""
+    """Return the value of a field in a tiny configuration."""
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         return value
     for pattern, small in COMPILED:
@@ -235,7 +237,7 @@ def _smaller(name: str, value: Any) -> Any:
 
 
 def _token(name: str, value: Any) -> Any:
-    """A token id inside the tiny vocabulary."""
+    """Return a token id in the tiny vocabulary."""
     order = ("pad", "bos", "eos")
     small = next((i for i, word in enumerate(order) if word in name), VOCABULARY - 1 - sum(map(ord, name)) % 32)
     if isinstance(value, (list, tuple)):

@@ -105,11 +105,11 @@ def test_a_file_gets_its_name_only_where_a_build_agrees(run, monkeypatch, capsys
         ([], r"needs a llama.cpp build to check the file \(--unchecked .*`pip install llama-cpp-py-sync`"),
         (["--unchecked", "--type", "q4_k_m"], "needs a llama.cpp build to quantise to q4_k_m"),
         (["--unchecked", "--type", "q4"], r"--type: invalid choice: 'q4' \(choose from '?f32'?, '?f16"),
-        (["--unchecked", "--output", "no/such/folder/x"], "in a folder that exists"),
+        (["--unchecked", "--output", "no/such/folder/x"], "--output must be in an existing folder"),
         (["--unchecked", "--output", "DIARY"], "exists already"),
         (["--unchecked", "--output", "DIARY", "--overwrite"], "exists already"),
         (["--unchecked", "--output", "MODEL", "--overwrite"], "exists already"),
-        (["--colour", "red"], "unrecognized arguments: --colour red; see --help"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )
 def test_arguments_that_cannot_be(args, message, run, tmp_path, capsys, monkeypatch):
@@ -129,7 +129,7 @@ def test_places_that_hold_no_finished_model(run, tmp_path, capsys):
         expected = "must be a run (manifest.json) or a model folder (config.json); got"
         assert f"{expected} '{tmp_path / name}'" in refused(capsys, tmp_path / name)
     shutil.rmtree(run / "model")
-    assert "kept no model (--export none)" in refused(capsys, run)
+    assert "the run has no model (--export none)" in refused(capsys, run)
     (run / "metrics.json").write_text(json.dumps({"records": []}))
     assert "is not finished" in refused(capsys, run)
 
@@ -145,7 +145,7 @@ def test_models_that_cannot_be_written_are_named(run, tmp_path, capsys):
     assert listing(run) == before
     hf.save_pruned(make_pruned(), tiny_tokenizer(), tmp_path / "words")
     before = listing(tmp_path)
-    assert "this one (WordLevel) does otherwise" in refused(capsys, tmp_path / "words", "--unchecked")
+    assert "got another one (WordLevel)" in refused(capsys, tmp_path / "words", "--unchecked")
     assert listing(tmp_path) == before
 
 

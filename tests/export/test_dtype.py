@@ -65,7 +65,7 @@ def test_export_is_a_plain_word_or_a_group_and_no_setting_of_results(tmp_path):
         == "none"
     )
     assert short.settings() == long.settings() == RunConfig().settings()
-    with pytest.raises(UserError, match=r"--export.format: expected 'hf', 'gguf' or 'none', got 'onnx'\."):
+    with pytest.raises(UserError, match=r"--export.format must be 'hf', 'gguf' or 'none'; got 'onnx'\."):
         parse(["--export", "onnx"])
-    with pytest.raises(UserError, match=r"--model.dtype, with --model.device_map"):
+    with pytest.raises(UserError, match=r"--model.dtype \(float32\) with --model.device_map"):
         check(parse(["--model.name=tiny-random", "--model.device_map=auto", "--export.dtype=float16"]))

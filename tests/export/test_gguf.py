@@ -217,10 +217,10 @@ DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "f
 def test_what_llama_cpp_computes_differently_is_refused_by_name(family, settings, message, tmp_path):
     model = make_tiny(family, **settings)
     with pytest.raises(
-        UserError, match=rf"this '{family}' {message}.*\. Export to hf; as its layers have equal widths"
+        UserError, match=rf"'{family}' to GGUF: .* but {message}.*\. Export to hf; as its layers have equal widths"
     ):
         write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf")
-    with pytest.raises(UserError, match=f"this '{family}' {message}.* Export to hf, or prune with"):
+    with pytest.raises(UserError, match=f"'{family}' to GGUF: .* but {message}.* Export to hf, or prune with"):
         gguf_writer.check_expressible(blocks_of(model), model.config, uniform=False)
     assert not (tmp_path / "m.gguf").exists()
 
@@ -228,7 +228,7 @@ def test_what_llama_cpp_computes_differently_is_refused_by_name(family, settings
 def test_a_layer_without_ffn_is_refused():
     model = make_pruned()
     model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 0), requires_grad=False)
-    with pytest.raises(UserError, match="this 'llama' has no FFN or no attention in layer 1"):
+    with pytest.raises(UserError, match=r"'llama' to GGUF: .* has no FFN or no attention in layer 1"):
         gguf_writer.check_expressible(blocks_of(model), model.config, uniform=False)
 
 
@@ -356,9 +356,9 @@ def test_tokenizers_that_gguf_has_no_words_for_are_refused():
         PreTrainedTokenizerFast(tokenizer_object=Tokenizer(unusual)),
         stripping,
     ):
-        with pytest.raises(UserError, match="byte-level BPE tokenizer that cuts words as gpt-2, smollm, llama-bpe do"):
+        with pytest.raises(UserError, match="byte-level BPE tokenizer that splits words like gpt-2, smollm, llama-bpe"):
             tokenizer_keys(tokenizer, SIZE)
-    with pytest.raises(UserError, match="has token 264, but the model has 200 embeddings"):
+    with pytest.raises(UserError, match="has token 264, but the model has only 200 embeddings"):
         tokenizer_keys(byte_tokenizer(), 200)
 
 

@@ -245,7 +245,7 @@ def without_causal_class():
         (quantised, r"got a quantised checkpoint \(gptq\)"),
         (without_causal_class, "needs a class in transformers that predicts next tokens"),
         (BertConfig, "must be a decoder; got an encoder, "),
-        (CONFIG_MAPPING["mamba"], "found 3 layers in 'layers' of the tiny copy, but"),
+        (CONFIG_MAPPING["mamba"], "no FFN .* 3 layers in 'layers', but"),
         pytest.param(CONFIG_MAPPING["zamba"], r"of layer \d are one tensor", marks=pytest.mark.slow),
     ],
 )
@@ -265,7 +265,7 @@ def test_a_forward_pass_that_is_not_deterministic_is_refused():
 def test_a_layer_list_that_is_no_module_list_is_refused():
     model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
     model.model.layers = nn.Sequential(*model.model.layers)
-    with pytest.raises(UserError, match=r"no nn\.ModuleList of decoder layers was found.*docs/extend\.md.*--import"):
+    with pytest.raises(UserError, match=r"no nn\.ModuleList of decoder layers\..*--import names.*docs/extend\.md"):
         record_of(model)
 
 
@@ -275,7 +275,7 @@ def test_a_layer_list_that_is_no_module_list_is_refused():
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        (Family("gemma", up="mlp.wrong"), r"up='mlp\.wrong' is no module of a GemmaDecoderLayer"),
+        (Family("gemma", up="mlp.wrong"), r"up='mlp\.wrong' is not a module of GemmaDecoderLayer"),
         (Family("gemma", layers="h"), "its decoder has no layers 'h'"),
         (Family("gemma"), r"it needs norm_offset=1\.0"),
         (Family("glm4", gate="mlp.gate_up_proj", up="mlp.gate_up_proj"), "it needs after_ffn"),

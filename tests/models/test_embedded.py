@@ -65,12 +65,12 @@ def test_wheel_is_fetched_once_and_only_that_version(cache, index):
 def test_a_wheel_that_is_not_the_one_leaves_nothing_behind(cache, index):
     wheel, calls = index
     wrong = dataclasses.replace(wheel, sha256="0" * 64)
-    with pytest.raises(UserError, match=f"expected sha256 {'0' * 64}, got {wheel.sha256}.*run again"):
+    with pytest.raises(UserError, match=f"sha256 must be {'0' * 64}; got {wheel.sha256}"):
         wheels.fetch_wheel(wrong)
     assert fetched(cache) == []
     cached = wheels.fetch_wheel(wheel)
     cached.write_bytes(cached.read_bytes()[:-7])
-    with pytest.raises(UserError, match="expected sha256"):
+    with pytest.raises(UserError, match="sha256 must be"):
         wheels.fetch_wheel(wheel)
     assert fetched(cache) == []
     assert wheels.read_member(wheel, MEMBER) == b"hello"

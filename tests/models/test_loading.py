@@ -57,7 +57,8 @@ def test_weights_without_a_place_are_named(tmp_path, caplog):
     model, _ = load_model(str(folder))
     assert len(model.model.layers) == 2
     (said,) = [r.getMessage() for r in caplog.records if r.name == "gprune"]
-    assert "has 9 weights that do not belong to the model of its config.json, such as model.layers.2.input_layernorm" in said
+    assert "has 9 weights that do not belong to the model" in said
+    assert "such as model.layers.2.input_layernorm.weight." in said
 
 
 @pytest.mark.parametrize("how", ["float8", "quantizer"])

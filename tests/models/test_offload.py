@@ -238,15 +238,15 @@ TWO = "--trainer.devices=2"
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--model.max_memory={cpu: 2GiB}"], "--model.max_memory: expected --model.device_map auto with it"),
-        ([AUTO, "--model.max_memory={cpu: lots}"], ".cpu: expected a size such as 2GiB or 500MB, got 'lots'"),
-        ([AUTO, "--model.max_memory={cpu: 0GB}"], ".cpu: expected more than 0, got '0GB'"),
-        ([AUTO, "--model.max_memory={disk: 2GB}"], "expected cpu or a device number such as 0"),
-        (["--model.shard=true"], "--model.shard: expected two or more processes"),
-        ([AUTO, TWO], "--model.device_map auto: expected one process"),
+        (["--model.max_memory={cpu: 2GiB}"], "--model.max_memory needs --model.device_map auto"),
+        ([AUTO, "--model.max_memory={cpu: lots}"], ".cpu must be a size such as 2GiB or 500MB; got 'lots'"),
+        ([AUTO, "--model.max_memory={cpu: 0GB}"], ".cpu must be more than 0; got '0GB'"),
+        ([AUTO, "--model.max_memory={disk: 2GB}"], "cpu or a device number such as 0"),
+        (["--model.shard=true"], "--model.shard needs two or more processes"),
+        ([AUTO, TWO], "--model.device_map auto needs one process"),
         (
             [AUTO, TWO, "--model.shard=true", "--model.max_memory={0: 2GiB, cpu: 2GiB}"],
-            "expected --model.max_memory with a limit for cpu alone",
+            "needs --model.max_memory for cpu alone",
         ),
     ],
 )

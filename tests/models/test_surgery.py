@@ -199,7 +199,7 @@ def test_experts_in_every_second_layer_stay_where_they_are(tmp_path, token_batch
 
 def test_a_model_that_computes_from_the_numbers_of_its_layers_keeps_all_of_them(token_batch):
     model = make_tiny("gpt2", num_hidden_layers=4, scale_attn_by_inverse_layer_idx=True)
-    said = r"^model_type 'gpt2' computes from .*: attn\.scaling of layer 2 is 0\.1\d+, and 0\.1\d+ as layer 1\."
+    said = r"^Model type 'gpt2' .*: attn\.scaling of layer 2 is 0\.1\d+, but 0\.1\d+ as layer 1\."
     with pytest.raises(UserError, match=said):
         prune(model, depth(model, 1))
     masks = depth(model, 3)  # no other layer gets another number

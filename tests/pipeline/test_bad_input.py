@@ -54,7 +54,7 @@ FLAGS = {  # flags -> what the line names; types and ranges are those of `tests/
     "--sparsity.target=0.999": ("sparsity.target", "0.999", "at most"),
     "--sparsity.target": ("sparsity.target", "--help"),
     "--sparsity=3": ("sparsity", "3"),
-    "--nonsense=1": ("nonsense", "expected one of model, "),
+    "--nonsense=1": ("nonsense", "model, "),
     "--sparsity.width_multiple=161": ("sparsity.width_multiple", "160", "161"),
     "--sparsity.target=0.85 --sparsity.allocation=depth --gprune=false": ("39,168", "depth", "at most 36,992"),
     "--sparsity.protect=[0,3]": ("sparsity.protect", "from -3 to 2", "got 3"),

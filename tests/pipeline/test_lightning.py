@@ -268,7 +268,7 @@ def test_controls_have_curves_of_their_own(world, tmp_path):
         (["--trainer.logger=[{class_path: TensorBoardLogger, init_args: {x: 1}}]"], "Logger TensorBoardLogger:"),
         (["--trainer.val_check_interval=99"], "val_check_interval must be at most 2, the batches of an epoch"),
         (["--trainer.val_check_interval=1.5"], "--trainer.val_check_interval must be a number of batches, or a share"),
-        (["--trainer.val_check_interval=0"], "--trainer.val_check_interval: expected more than 0"),
+        (["--trainer.val_check_interval=0"], "--trainer.val_check_interval must be more than 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(more, said, world, tmp_path, capfd):
@@ -279,14 +279,14 @@ def test_what_cannot_be_is_one_line(more, said, world, tmp_path, capfd):
 
 
 def test_a_logger_that_is_none_is_refused(world, tmp_path):
-    with pytest.raises(UserError, match=r"^logger: expected objects of lightning\.pytorch\.loggers\.Logger, got 7"):
+    with pytest.raises(UserError, match=r"^Loggers must be objects of lightning\.pytorch\.loggers\.Logger; got 7"):
         prune(parse(flags(world, tmp_path)), logger=[7])
     assert not (tmp_path / "run").exists()
 
 
 def test_a_validation_corpus_without_windows_is_refused(tiny_model):
     empty = Windows("nothing", "development", torch.zeros(0, 8, dtype=torch.long))
-    with pytest.raises(UserError, match=r"^Corpus 'nothing': expected at least one window of text, got none"):
+    with pytest.raises(UserError, match=r"^Corpus 'nothing' must have at least one window; got none"):
         CorpusDataModule(train=[], validation=[empty], batch_size=2, seed=0)
 
 

@@ -559,7 +559,7 @@ def test_forecasts_that_are_not_kept_or_come_after_the_cache_give_the_same_dista
 def test_from_python_a_plan_is_not_a_run(tmp_path):
     cfg = gprune.RunConfig(dry_run=True)
     cfg.run.dir = str(tmp_path)
-    with pytest.raises(UserError, match="expected false where a run is asked for"):
+    with pytest.raises(UserError, match=r"--dry_run must be false for gprune\.prune"):
         gprune.prune(cfg)
     assert not [*tmp_path.iterdir()]
 

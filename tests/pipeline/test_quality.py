@@ -283,7 +283,7 @@ REFUSED = {
     "--sparsity.target=+5": "got 5",
     "--sparsity.target=+1e9%": "got '+1e9%'",
     "--sparsity.target=+1001%": "got '+1001%'",
-    "--sparsity.target=+5% --sparsity.target=1.4x": "got both, +5% and 1.4x",
+    "--sparsity.target=+5% --sparsity.target=1.4x": "got both +5% and 1.4x",
     "--sparsity.target=[+5%,1.4x]": "got",
     "--sparsity.target=+5% --evaluation.development_samples=1": "two or more --evaluation.development_samples",
 }

@@ -33,7 +33,7 @@ def test_a_generation_config_that_nothing_takes_is_left_out(tmp_path, caplog, co
     (folder / "generation_config.json").write_text(json.dumps(content))
     with caplog.at_level(logging.WARNING, "gprune"):
         model, tokenizer = load_model(str(folder))
-    assert ["generation_config.json is left out" in line for line in caplog.messages] == [True]
+    assert ["generation_config.json is ignored" in line for line in caplog.messages] == [True]
     again = AutoModelForCausalLM.from_pretrained(save_pruned(model, tokenizer, tmp_path / "export"))
     assert again.generation_config.eos_token_id == model.config.eos_token_id
 

@@ -163,8 +163,8 @@ def test_a_cost_of_parameters_gives_the_masks_of_no_cost(scored):
 @pytest.mark.parametrize(
     ("asked", "cost", "said"),
     [
-        ("200M", "parameters", "200M cannot remove anything: the scope has 13,824, the model"),
-        (0.3, "kv_cache", "0.3 cannot remove anything: the scope has 0, the model 96"),
+        ("200M", "parameters", "cannot remove anything: the scope has 13,824, the model"),
+        (0.3, "kv_cache", "cannot remove anything: the scope has 0, the model 96"),
         ("90%", "parameters", r"must be at most \d\d\.\d\d%, .*; got 90%\."),
         ("2K", "parameters", r"must be at least \d+,\d{3}, .*; got 2K\."),
         ("30%", "kv_cache", r"must be at most 0\.00%, .*; got 30%\."),
@@ -172,7 +172,7 @@ def test_a_cost_of_parameters_gives_the_masks_of_no_cost(scored):
 )  # fmt: skip
 def test_more_than_there_is_says_what_there_is(asked, cost, said, tiny_model):
     costs = unit_costs(blocks_of(tiny_model), scope="ffn", price=priced(tiny_model, cost))
-    with pytest.raises(UserError, match=f"^--sparsity.target: {asked} .*{said}"):
+    with pytest.raises(UserError, match=f"^--sparsity.target .*{said}"):
         Budget.of(costs, asked)
 
 
@@ -203,7 +203,7 @@ def test_a_cost_that_is_none_is_one_line_with_its_name(costs, world, tmp_path, c
     ("export", "way_out"),
     [
         ({"format": "hf", "dtype": "float32"}, " With --export.dtype bfloat16 the weights take half the bytes."),
-        ({"format": "hf", "dtype": "bfloat16"}, "."),
+        ({"format": "hf", "dtype": "bfloat16"}, ""),
         (
             {"format": "gguf"},
             " With --export.type q8_0 --sparsity.width_multiple 32 the weights take about half the bytes.",
@@ -214,4 +214,4 @@ def test_bytes_that_do_not_fit_name_the_way_out(export, way_out):
     sparsity = {"target": "100KiB", "width_multiple": 32}
     with pytest.raises(UserError) as error:
         check(RunConfig(model={"name": "tiny-random"}, export=export, sparsity=sparsity))
-    assert re.search(r"100KiB cannot be reached: .* at least [\d.]+MiB(.*)$", str(error.value))[1] == way_out
+    assert re.search(r"at least [\d.]+MiB, .*; got 100KiB\.(.*)$", str(error.value))[1] == way_out

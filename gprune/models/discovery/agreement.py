@@ -1,4 +1,4 @@
-"""Whether a record is right: a tiny model computes the same masked by hooks and sliced."""
+"""Check a record on a tiny model: masking by hooks and slicing must give the same logits."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 
 log = logging.getLogger("gprune")
-NOISE = 1e-4  # of the largest logit: less may be rounding; types of transformers move by 0.07 and more
-SMALL = 1e-3  # of what a mask changes: types of transformers differ by 2e-5 and less
+NOISE = 1e-4  # share of the largest logit that may be rounding; masks change types in transformers by 0.07 or more
+SMALL = 1e-3  # allowed share of the change by a mask; types in transformers differ by at most 2e-5
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Largest differences of logits, as shares of the largest logit."""
+    """Largest differences of logits, relative to the largest logit."""
 
-    moved: float  # masked and dense
-    differs: float  # masked and sliced
+    moved: float  # between masked and dense
+    differs: float  # between masked and sliced
 
     @property
     def holds(self) -> bool:
-        """Whether masked and sliced differ by little of what the mask changes."""
+        """Whether masked and sliced logits agree, and the mask has an effect."""
         return self.moved > NOISE and self.differs <= SMALL * self.moved
 
 
 def agreement(probe: Probe, record: Family) -> Agreement:
-    """How far the masked and the sliced model agree, with random masks and by this record."""
+    """Compare the masked and the sliced model by a record, with random masks."""
     remember(probe.model, record)
     masks = random_masks(probe.model)
     with masked(probe.model, masks):
@@ -50,7 +50,7 @@ def agreement(probe: Probe, record: Family) -> Agreement:
 
 
 def agrees(probe: Probe, record: Family) -> bool:
-    """Whether a record is right; False where the model cannot be sliced by it at all."""
+    """Return whether a record is correct; False if slicing fails."""
     try:
         return agreement(probe, record).holds and watchers_get_tokens(probe)
     except Exception as error:
@@ -59,8 +59,10 @@ def agrees(probe: Probe, record: Family) -> bool:
 
 
 def watchers_get_tokens(probe: Probe) -> bool:
-    """Whether watchers of experts are told which tokens their activations are of: nothing changes before the token from
-    which on a watcher zeroes them, and something afterwards."""
+    """Return whether watchers of experts are called with the correct tokens.
+
+    A watcher zeroes activations from a given token on. Logits must change after this token, and not before.
+    """
     experts = [block for block in blocks_of(probe.model) if block.has_experts]
     first = probe.ids.numel() * 3 // 4
 
@@ -75,8 +77,7 @@ def watchers_get_tokens(probe: Probe) -> bool:
 
 
 def random_masks(model: PreTrainedModel, seed: int = 5) -> Masks:
-    """Masks that remove a few neurons of each block, one more of each next one, and a KV group of each block that has
-    several."""
+    """Return masks that remove three or more neurons of each block, and one KV group of blocks that have several."""
     generator = torch.Generator().manual_seed(seed)
     ffn, attention = [], []
     for block in blocks_of(model):

@@ -1,4 +1,4 @@
-"""The attention whose output projection is known: KV groups, and which rows of which parameters belong to them."""
+"""Find attention by its output projection: KV groups, and the rows of parameters that belong to them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from torch import Tensor, nn
 from gprune.models.discovery.probe import Probe, Rows, is_linear, is_norm, owner_of, row_dim
 from gprune.models.discovery.surroundings import completed
 
-COUNT = re.compile("head|group|kv")  # in names of what a configuration has several of
+COUNT = re.compile("head|group|kv")  # in names of config keys with numbers of heads
 ROLES = ("query", "key", "value")
 
 
 def attention_kinds(
     probe: Probe, path: str, places: Mapping[int, tuple[Tensor, int]], size: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Kinds of attention with this output projection, by number of the layer: its KV groups are the smallest blocks of
-    columns for which rows of query, key and value vanish; with fewer columns only those of value do.
+    """Yield (number of a layer, kind of attention) for an output projection.
+
+    A KV group is the smallest group of columns for which rows of query, key and value vanish. With fewer columns only
+    rows of value vanish.
 
     Args:
-        path: of the output projection, a parameter of layers.
+        probe: the tiny model.
+        path: path of the output projection in a layer.
         places: number of a layer -> the projection and its dimension of columns.
-        size: columns.
+        size: number of columns.
     """
     left, numbers = dict(places), probe.config.to_dict().items()
     counts = {n for name, n in numbers if type(n) is int and COUNT.search(name) and "dim" not in name}
@@ -49,13 +52,15 @@ def attention_kinds(
 def _kind(
     probe: Probe, index: int, path: str, size: int, width: int, rows: Rows, values: Mapping[tuple[str, int], set[int]]
 ) -> dict[str, Any] | None:
-    """The kind of attention, from the rows of its first KV group; None if rows of query, key or value are not among
-    them, or not in a known order."""
+    """Return the kind of attention, from rows of its first KV group.
+
+    Returns None if there are no rows of query, key or value, or their order is unknown.
+    """
     layer, output, groups = probe.layers[index], owner_of(path), size // width
     linear = {path: module for path, module in layer.named_modules() if is_linear(module)}
     owners = dict.fromkeys(owner_of(name) for name, _ in rows)
     local = _rows_of_own_token(probe, index, output, [path for path in owners if path in linear])
-    # Others come later: rows of a neuron that by chance no token reaches any more.
+    # Ignore other rows, such as those of an FFN neuron that no longer fires for any token.
     rows = {key: r for key, r in rows.items() if (owner := owner_of(key[0])) not in linear or owner in local}
     hosts = {path: rows[key] for path in local if (key := (f"{path}.weight", row_dim(linear[path]))) in rows}
     roles: dict[str, list[str]] = {}
@@ -67,7 +72,7 @@ def _kind(
     by_role = {role: [host for host in hosts if role in roles[host]] for role in ROLES}
     if not by_role["query"] or len(by_role["key"]) != 1 or len(by_role["value"]) != 1:
         return None
-    # A gate on attention's output reads its own token too: query is named so, or is the larger one.
+    # A gate of the attention output also depends on its own token only. Query has a q in its name, or is larger.
     by_role["query"].sort(key=lambda host: ("q" not in host.rpartition(".")[2], -len(hosts[host])))
     chosen = {role: by_role[role][0] for role in ROLES}
     layout = {}
@@ -96,14 +101,16 @@ def _kind(
 
 
 def _rows(layer: nn.Module, host: str) -> int:
-    """Outputs of a linear layer."""
+    """Return the number of outputs of a linear layer."""
     module = layer.get_submodule(host)
     return module.weight.shape[row_dim(module)]
 
 
 def _order(found: Sequence[int], roles: Sequence[str], groups: int, length: int) -> str | None:
-    """The order of the parts in a parameter of `length` rows, from the rows of its first KV group and their roles:
-    `query | key | value`, `query key value`, or one part alone; None for any other order."""
+    """Return the order of parts in a parameter, from rows of its first KV group and their roles.
+
+    The order is `query | key | value`, `query key value`, or a single part; None for any other order.
+    """
     runs: list[tuple[str, int, int]] = []  # role, first row, length
     for row, role in zip(found, roles, strict=True):
         if runs and runs[-1][0] == role and runs[-1][1] + runs[-1][2] == row:
@@ -120,7 +127,7 @@ def _order(found: Sequence[int], roles: Sequence[str], groups: int, length: int)
 
 
 def _norm_over_heads(layer: nn.Module, extras: Mapping[str, Any], length: int, role: str) -> str | None:
-    """The path of a norm over all heads at once whose weight is among these parameters."""
+    """Return the path of a norm over all heads whose weight is in `extras`, or None."""
     for name in extras:
         path, _, own = name.rpartition(".")
         over_all = own == "weight" and layer.get_parameter(name).shape == (length,)
@@ -130,12 +137,9 @@ def _norm_over_heads(layer: nn.Module, extras: Mapping[str, Any], length: int, r
 
 
 def _rows_of_own_token(probe: Probe, index: int, output: str, hosts: Sequence[str]) -> dict[str, set[int]]:
-    """Of each module that attention's output depends on, which outputs reach it at their own token alone: those of
-    queries."""
+    """Return for each module which of its outputs affect attention only at their own token, as those of queries do."""
     calls = probe.in_layer(index, [*hosts, output], gradients=True)
-    seen = {
-        call.path: call for call in calls
-    }  # the last ones: recurrent types may compute the others without gradients
+    seen = {call.path: call for call in calls}  # last calls: recurrent types may compute earlier ones without gradients
     B, T = probe.ids.shape
     if output not in seen or not seen[output].entering.requires_grad:
         return {}
@@ -151,7 +155,7 @@ def _rows_of_own_token(probe: Probe, index: int, output: str, hosts: Sequence[st
 
 
 def _head_dim(layer: nn.Module, owner: str, size: int) -> str | None:
-    """The attribute of a layer that has the size of a value head."""
+    """Return the path of the attribute with the size of a value head, or None."""
     attributes = vars(layer.get_submodule(owner)).items()
     names = [n for n, v in attributes if type(v) is int and v == size and "head" in n and "num" not in n]
     names.sort(key=lambda n: (n != "v_head_dim", n != "head_dim", n))

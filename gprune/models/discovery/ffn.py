@@ -1,4 +1,4 @@
-"""The FFN whose output projection is known: which rows of which parameters belong to its neurons."""
+"""Find an FFN by its output projection: the rows of parameters that belong to its neurons."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from gprune.models.discovery.surroundings import completed
 
 
 def ffn_kind(probe: Probe, index: int, path: str, size: int, neuron: int, rows: Rows) -> dict[str, Any] | None:
-    """The kind of FFN with this output projection; None if its rows are in no known order.
+    """Return the kind of FFN with an output projection, or None if the order of its rows is unknown.
 
     Args:
-        path: of the output projection, a parameter of layer number `index`.
+        probe: the tiny model.
+        index: number of the layer.
+        path: path of the output projection in the layer.
         size: number of neurons.
-        neuron: one of them.
-        rows: what belongs to it.
+        neuron: one of the neurons.
+        rows: rows of parameters that belong to this neuron.
     """
     layer, layouts, j = probe.layers[index], {}, neuron
     orders = {(j,): "up", (j, j + size): "gate | up", (2 * j, 2 * j + 1): "gate up"}
@@ -32,11 +34,11 @@ def ffn_kind(probe: Probe, index: int, path: str, size: int, neuron: int, rows: 
 
 
 def _dense(probe: Probe, index: int, path: str, layouts: dict[str, tuple[int, str]]) -> dict[str, Any] | None:
-    """An FFN of linear layers."""
+    """Return the kind of an FFN of linear layers, or None."""
     layer, down = probe.layers[index], owner_of(path)
     hosts = [owner_of(n) for n in layouts if n.endswith(".weight") and is_linear(layer.get_submodule(owner_of(n)))]
     if not probe.is_called(index, down) or any(owner_of(name) not in hosts for name in layouts):
-        return None  # the latter: a norm over neurons, whose statistics change when neurons go
+        return None  # second condition: a norm over neurons, whose statistics change by pruning
     weights = {f"{host}.weight": layouts[f"{host}.weight"] for host in hosts}
     if (roles := _roles(probe, index, weights, lambda: probe.entering(index, down))) is None:
         return None
@@ -49,7 +51,7 @@ def _dense(probe: Probe, index: int, path: str, layouts: dict[str, tuple[int, st
 
 
 def _experts(probe: Probe, index: int, path: str, layouts: dict[str, tuple[int, str]]) -> dict[str, Any] | None:
-    """Experts whose projections are stacked in tensors (E, n, H) or (E, H, n)."""
+    """Return the kind of experts with projections stacked in tensors (E, n, H) or (E, H, n), or None."""
     layer = probe.layers[index]
     if not (experts := common_module([path, *layouts])) or not probe.is_called(index, experts):
         return None
@@ -58,7 +60,7 @@ def _experts(probe: Probe, index: int, path: str, layouts: dict[str, tuple[int, 
         return probe.returned(index, experts)
 
     down = layer.get_parameter(path)
-    # Without a gate up and down look alike from their gradients; only down enters linearly.
+    # Without a gate, gradients do not distinguish up from down, but the output is linear only in down.
     if not probe.is_affine(down, output, lambda weight: weight):
         return None
     weights = {name: place for name, place in layouts.items() if layer.get_parameter(name).dim() == 3}
@@ -77,7 +79,7 @@ def _experts(probe: Probe, index: int, path: str, layouts: dict[str, tuple[int, 
 def _roles(
     probe: Probe, index: int, weights: dict[str, tuple[int, str]], measure: Callable[[], Tensor]
 ) -> dict[str, str] | None:
-    """The parts in each weight, in order: up enters the neuron linearly, and gate does not; None if neither does."""
+    """Return the parts in each weight, in order. Neurons are linear in up but not in gate. None if in neither."""
     layer = probe.layers[index]
 
     def linear(name: str, part: Callable[[Tensor], Tensor] = lambda weight: weight) -> bool:
@@ -92,7 +94,7 @@ def _roles(
     ((name, (dim, order)),) = weights.items()
     if order == "up":
         return {name: order}
-    halves = order, " ".join(reversed(order.split(" ")))  # the same rows, up in the other half
+    halves = order, " ".join(reversed(order.split(" ")))  # the same rows with gate and up exchanged
     for second, found in zip((1, 0), halves, strict=True):
         if linear(name, lambda weight, second=second: _half(weight, order, dim, second)):
             return {name: found}
@@ -100,7 +102,7 @@ def _roles(
 
 
 def _half(tensor: Tensor, layout: str, dim: int, which: int) -> Tensor:
-    """A view of the first (0) or second (1) part of a fused tensor."""
+    """Return a view of the first (0) or second (1) part of a fused tensor."""
     if "|" in layout:
         return tensor.chunk(2, dim=dim)[which]
     return tensor.unflatten(dim, (-1, 2)).select(dim + 1, which)

@@ -1,4 +1,4 @@
-"""Measure a tiny random model: where its layers are, what modules read and return, which rows depend on columns."""
+"""Measure a tiny random model: paths of layers, inputs and outputs of modules, dependencies of rows on columns."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from gprune.errors import UserError, first_line
 from gprune.models.outputs import hidden_in, with_hidden
 
-TOKENS = (2, 32)  # windows and tokens of the text that the model reads
+TOKENS = (2, 32)  # number of windows, and tokens per window
 REMEDY = (
-    "Give it a record by hand: docs/extend.md, 'A model family', shows how, in a file that --import names; or choose a "
-    "type of the table in docs/architectures.md"
+    "Write a record in a file that --import names (docs/extend.md, 'A model family'), or choose a type in "
+    "docs/architectures.md"
 )
 Rows = dict[tuple[str, int], Tensor]  # parameter of a layer, dimension -> indices along it
 
@@ -30,18 +30,18 @@ class Call:
     """One call of a module during a forward pass."""
 
     path: str
-    entering: Tensor | None  # the hidden states that it gets
+    entering: Tensor | None  # input hidden states
     returned: Tensor
 
 
 @dataclass
 class Probe:
-    """A tiny random model and a text; weights that a measurement changes are put back."""
+    """A tiny random model and a text. Measurements restore the weights that they change."""
 
     model: PreTrainedModel
 
     def __post_init__(self) -> None:
-        words = min(100, max(4, getattr(self.config, "vocab_size", 100)))  # few where tokens are letters
+        words = min(100, max(4, getattr(self.config, "vocab_size", 100)))  # few if tokens are letters
         self.ids = torch.randint(3, words, TOKENS, generator=torch.Generator().manual_seed(1))
 
     @property
@@ -55,39 +55,39 @@ class Probe:
         return self.model.config.get_text_config(decoder=True)
 
     def logits(self, ids: Tensor | None = None, model: PreTrainedModel | None = None) -> Tensor:
-        """(B, T, V) of the text, or of other ids, by this model or another one."""
+        """Return logits, (B, T, V), of the text or other ids, by this or another model."""
         with torch.no_grad():
             return (model or self.model)(input_ids=self.ids if ids is None else ids, use_cache=False).logits
 
     @cached_property
     def dense(self) -> Tensor:
-        """The logits of the model as it is, (B, T, V)."""
+        """Logits of the unchanged model, (B, T, V)."""
         return self.logits()
 
-    # Where things are
+    # Paths
 
     @cached_property
     def decoder(self) -> nn.Module:
-        """What turns ids into the hidden states that the head reads."""
+        """The module that maps ids to the hidden states for the head."""
         decoder = self.model.get_decoder()
         return decoder if isinstance(decoder, PreTrainedModel) else self.model.base_model
 
     @property
     def decoder_path(self) -> str | None:
-        """Where the model has it; None for what `get_decoder` returns."""
+        """Path of the decoder in the model; None if `get_decoder` returns it."""
         if self.decoder is self.model.get_decoder():
             return None
         return next(path for path, module in self.model.named_modules() if module is self.decoder) or None
 
     @cached_property
     def layers_path(self) -> str:
-        """Where the decoder has its layers: the largest list of modules that the text passes."""
+        """Path of the layers in the decoder: the largest list of modules that the text passes."""
         lists = {
             path: module for path, module in self.decoder.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) and len(list(module[0].modules())) > 3
         }  # fmt: skip
         passed = {call.path for call in self.calls({path: layers[0] for path, layers in lists.items()})}
-        lists = {path: layers for path, layers in lists.items() if path in passed}  # a vision tower sees no text
+        lists = {path: layers for path, layers in lists.items() if path in passed}  # excludes vision towers
         depth = getattr(self.config, "num_hidden_layers", None)
         lists = {path: layers for path, layers in lists.items() if len(layers) == depth} or lists
         if not lists:
@@ -106,10 +106,10 @@ class Probe:
         """Size of the hidden states that leave a layer."""
         return self.returned(0, "").shape[-1]
 
-    # What modules read and return
+    # Inputs and outputs of modules
 
     def calls(self, modules: Mapping[str, nn.Module], *, gradients: bool = False) -> list[Call]:
-        """The calls of these modules in one forward pass, in the order in which they return."""
+        """Return the calls of modules in one forward pass, in the order in which they return."""
         calls: list[Call] = []
 
         def note(path: str) -> Callable[..., None]:
@@ -126,28 +126,28 @@ class Probe:
         return calls
 
     def in_layer(self, index: int, paths: Iterable[str], **settings: bool) -> list[Call]:
-        """`calls` of modules of a layer, by their paths in it; '' is the layer."""
+        """Return `calls` of modules in a layer, by path; '' is the layer."""
         return self.calls({path: self.layers[index].get_submodule(path) for path in paths}, **settings)
 
     def is_called(self, index: int, path: str) -> bool:
-        """Whether hooks on a module of a layer run; some classes only read the weights of a module."""
+        """Return whether a module of a layer is called; some classes only read its weights."""
         return bool(self.in_layer(index, [path]))
 
     def returned(self, index: int, path: str) -> Tensor:
-        """What a module of a layer returns for the text."""
+        """Return the output of a module of a layer."""
         return self.in_layer(index, [path])[0].returned
 
     def entering(self, index: int, path: str) -> Tensor:
-        """What enters a module of a layer."""
+        """Return the input of a module of a layer."""
         return self.in_layer(index, [path])[0].entering
 
-    # What depends on what
+    # Dependencies
 
     def is_affine(self, weight: Tensor, measure: Callable[[], Tensor], part: Callable[[Tensor], Tensor]) -> bool:
-        """Whether what is measured is affine in a scale of a part (a view) of a weight."""
+        """Return whether a measurement is affine in the scale of a part (a view) of a weight."""
         with torch.no_grad():
             saved, values = weight.clone(), []
-            for scale in (-0.1, 0.0, 0.1):  # small: some classes clamp, and signs tell ReLU
+            for scale in (-0.1, 0.0, 0.1):  # small, because some classes clamp; both signs, to detect ReLU
                 weight.copy_(saved)
                 part(weight).mul_(scale)
                 values.append(measure())
@@ -156,11 +156,12 @@ class Probe:
         return bool((first - second).abs().max() <= 1e-4 * (first.abs().max() + second.abs().max()) + 1e-7)
 
     def vanishing(self, places: Mapping[int, tuple[Tensor, int]], columns: Tensor, skip: str) -> dict[int, Rows]:
-        """Rows of parameters whose gradient is not zero, and vanishes with columns of an output projection at zero.
+        """Return rows of parameters whose gradient vanishes if columns of an output projection are zero, by layer.
 
         Args:
             places: number of a layer -> its output projection and the dimension of columns.
-            skip: the parameter that is the projection.
+            columns: the columns.
+            skip: path of the projection, which is ignored.
         """
         with torch.no_grad(), ExitStack() as restored:
             for weight, dim in places.values():
@@ -178,19 +179,19 @@ class Probe:
         return found
 
     def live(self, index: int, name: str, dim: int) -> Tensor:
-        """Which indices of a parameter of a layer have a gradient, (size along dim,) bool."""
+        """Return which indices of a parameter have a nonzero gradient, (size along dim,) bool."""
         size = self.layers[index].get_parameter(name).shape[dim]
         return self._before[index].get((name, dim), torch.zeros(size, dtype=torch.bool))
 
     @cached_property
     def _before(self) -> list[dict[tuple[str, int], Tensor]]:
-        # Key biases shift all scores of a token alike: their gradients are zero but for rounding.
+        # Gradients of key biases are only rounding errors, because they shift all scores of a token equally.
         gradients = self._gradients()
         least = [1e-6 * max((float(g.abs().max()) for g in own.values()), default=0.0) for own in gradients]
         return [_live(own, least=bound) for own, bound in zip(gradients, least, strict=True)]
 
     def _gradients(self) -> list[dict[str, Tensor]]:
-        """Of each layer, the gradients of its parameters by a fixed random weighting of the logits."""
+        """Return gradients of a fixed random weighting of the logits by the parameters of each layer."""
         generator = torch.Generator().manual_seed(2)
         with torch.enable_grad():
             logits = self.model(input_ids=self.ids, use_cache=False).logits
@@ -204,7 +205,7 @@ class Probe:
     # Checks
 
     def check_forward(self) -> None:
-        """Raise UserError for a forward pass that fails, is not deterministic, or is not causal."""
+        """Raise UserError if the forward pass fails, is not deterministic, not finite or not causal."""
         failed = f"Cannot find the structure of model type '{self.name}'"
         try:
             first, second = self.logits(), self.logits()
@@ -235,8 +236,10 @@ def changed(module: nn.Module, change: Callable[[Tensor], Tensor]):
 
 @contextmanager
 def separable_norms(layers: nn.ModuleList):
-    """Let no gradient pass the statistics of norms inside attention and FFN while the context lasts: by those of a norm
-    over all heads each head would use the rows of all others."""
+    """Stop gradients through statistics of norms inside attention and FFN while the context lasts.
+
+    Otherwise, with a norm over all heads, each head would depend on rows of all others.
+    """
 
     def separable(module: nn.Module) -> Callable[..., Tensor]:
         return lambda x, *_rest, **_named: x * module.weight / x.detach().square().mean(-1, keepdim=True).sqrt()
@@ -251,23 +254,23 @@ def separable_norms(layers: nn.ModuleList):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm with one weight for each channel."""
+    """Return whether a module is a norm with one weight per channel."""
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, whichever way its weight is stored."""
+    """Return whether a module is a linear layer, with its weight in either orientation."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 
 def row_dim(module: nn.Module) -> int:
-    """The dimension of a linear layer's weight that has its outputs."""
+    """Return the dimension of outputs in a linear layer's weight."""
     return int(isinstance(module, Conv1D))
 
 
 def _live(gradients: Mapping[str, Tensor], *, least: float = 0.0) -> dict[tuple[str, int], Tensor]:
-    """Of each parameter and dimension, which indices have a gradient that is larger than this."""
+    """Return for each parameter and dimension which indices have a gradient larger than `least`."""
     live = {}
     for name, gradient in gradients.items():
         large = gradient.abs() > least
@@ -278,12 +281,12 @@ def _live(gradients: Mapping[str, Tensor], *, least: float = 0.0) -> dict[tuple[
 
 
 def owner_of(path: str) -> str:
-    """The path of the module that has the parameter or module at a path."""
+    """Return the path of the module that contains the parameter or module at a path."""
     return path.rpartition(".")[0]
 
 
 def common_module(names: Sequence[str]) -> str:
-    """The path of the deepest module that has all of these parameters; '' for the layer."""
+    """Return the path of the deepest module that contains all these parameters; '' for the layer."""
     shared = []
     for parts in zip(*(owner_of(name).split(".") for name in names), strict=False):
         if len(set(parts)) > 1:

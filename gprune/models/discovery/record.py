@@ -1,11 +1,11 @@
 """Discover the structure of a type that has no record, on a tiny random copy of its class.
 
-Set one column of an output projection to zero: every row of a parameter whose gradient was not zero before, and is
-exactly zero now, belongs to the unit of that column, since nothing else can use it. One column is enough for a neuron
-of an FFN. For attention, the smallest block of columns for which rows of query, key and value vanish is a KV group.
+One column of an output projection is set to zero. Rows of parameters whose gradient becomes exactly zero belong to the
+unit of that column, because nothing else uses them. One column is enough to find a neuron of an FFN. For attention, the
+smallest group of columns for which rows of query, key and value vanish is a KV group.
 
-`record_of` is the method. What is found is sliced on the tiny copy and has to compute what the copy computes under a
-mask of the same units; a candidate that does not is left alone. So a record holds nothing that was not checked.
+`record_of` implements the method. Each candidate is checked on the tiny copy: slicing and masking the same units must
+give the same logits. A record has only candidates that pass this check.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ Kind = dict[str, Any]  # fields of a record for one kind of FFN or attention
 
 
 def discover(config: PreTrainedConfig) -> Family:
-    """The record of a configuration's type, from the cache or found now.
+    """Return the record of a configuration's type, from the cache or by discovery.
 
     Raises:
-        UserError: one line with what was found, what did not agree, and what to do.
+        UserError: if discovery fails.
     """
     check_supported(config)
     with quoting(f"Cannot configure a tiny copy of model type '{name_of(config)}': ", f". {REMEDY}."):
@@ -54,12 +54,12 @@ def discover(config: PreTrainedConfig) -> Family:
     if (record := cached_records.read(tiny)) is None:
         record = discovered(tiny)
         cached_records.write(tiny, record)
-        log.info("found the structure of model type '%s' on a tiny copy", record.model_type)
+        log.info("Found the structure of model type '%s' on a tiny copy", record.model_type)
     return record
 
 
 def discovered(tiny: PreTrainedConfig) -> Family:
-    """The record of a tiny configuration's type; UserError as for `discover`."""
+    """Return the record of a tiny configuration's type; UserError as for `discover`."""
     with quoting(f"Cannot make a tiny copy of model type '{tiny.model_type}': ", f". {REMEDY}."):
         model = tiny_model(tiny)
     doing = f"Cannot find the structure of model type '{tiny.model_type}': "
@@ -68,14 +68,14 @@ def discovered(tiny: PreTrainedConfig) -> Family:
 
 
 def record_of(model: PreTrainedModel) -> Family:
-    """The record of a tiny random model; UserError where no FFN can be pruned.
+    """Return the record of a tiny random model. Raise UserError if no FFN can be pruned.
 
     1. Every weight that returns hidden states may be an output projection.
-    2. Rows that vanish with one of its columns are a neuron's; rows that vanish with a block of columns are a KV
-       group's. Together with the norms around them they are a candidate (`candidates`).
-    3. A candidate is kept if the masked and the sliced model agree.
-    4. The kept ones are one record, with what the head does to hidden states, which has to agree as a whole. Beside the
-       largest FFN of a layer others may have to stay (`why_it_stays`).
+    2. Rows that vanish with one of its columns belong to a neuron. Rows that vanish with a group of columns belong to a
+       KV group. Together with the norms around them they are a candidate (`candidates`).
+    3. A candidate is accepted if the masked and the sliced model agree.
+    4. The record has all accepted candidates and the computation of logits, and is checked as a whole. FFNs next to a
+       larger one of the same layer may not be prunable (`why_it_stays`).
     """
     probe = Probe(model)
     probe.check_forward()
@@ -106,7 +106,7 @@ def record_of(model: PreTrainedModel) -> Family:
     record = whole_record(probe, base, kept)
     if not agrees(probe, record):
         for _, _, kind in beside_larger_ones(probe, kept):
-            kind["stays"] = "it does not agree together with a larger one of its layer"
+            kind["stays"] = "slicing and masking disagree together with a larger one of its layer"
         record = whole_record(probe, base, kept)
         if not agrees(probe, record):
             raise UserError(
@@ -118,7 +118,7 @@ def record_of(model: PreTrainedModel) -> Family:
 
 
 def beside_larger_ones(probe: Probe, kept: Mapping[str, list[Kind]]) -> Iterator[tuple[str, int, Kind]]:
-    """Kinds that are not the largest of their scope in some layer, each once: scope, number of the layer, the kind."""
+    """Yield (scope, number of a layer, kind) for kinds that are not the largest in some layer, each once."""
     seen: list[Kind] = []
     for index, layer in enumerate(probe.layers):
         for scope, kinds in kept.items():
@@ -129,7 +129,7 @@ def beside_larger_ones(probe: Probe, kept: Mapping[str, list[Kind]]) -> Iterator
 
 
 def whole_record(probe: Probe, base: Family, kept: Mapping[str, list[Kind]]) -> Family:
-    """The record with these kinds, sizes by the keys of the configuration, and what surrounds the layers' parts."""
+    """Return the record with these kinds, config keys of sizes, norms, positions and logits."""
     for kind in kept["ffn"]:
         kind.pop("width", None)
     sizes = sizes_in_config(probe, with_kinds(base, kept))
@@ -138,12 +138,12 @@ def whole_record(probe: Probe, base: Family, kept: Mapping[str, list[Kind]]) -> 
     return replace(with_kinds(base, kept), **around(probe, kept), **sizes)
 
 
-PATHS = ("gate", "up", "down", "query", "key", "value", "output")  # of a record; each kind has its own
+PATHS = ("gate", "up", "down", "query", "key", "value", "output")  # fields of a record that differ between kinds
 
 
 def candidates(probe: Probe) -> Iterator[tuple[str, Kind, int]]:
-    """Every kind of FFN or attention that may be one: its scope, fields of a record, and size of its projection."""
-    alike: dict[tuple[Any, ...], dict[int, tuple[Tensor, int]]] = {}  # layers with the same output projection
+    """Yield candidates of FFN and attention: scope, fields of a record, and size of the projection."""
+    alike: dict[tuple[Any, ...], dict[int, tuple[Tensor, int]]] = {}  # layers by output projection
     for index, layer in enumerate(probe.layers):
         for path, weight, dim in output_projections(layer, probe.hidden_size):
             owner = type(layer.get_submodule(owner_of(owner_of(path)))).__name__
@@ -157,7 +157,7 @@ def candidates(probe: Probe) -> Iterator[tuple[str, Kind, int]]:
 
 
 def output_projections(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str, Tensor, int]]:
-    """Weights of a layer that may be output projections, with the dimension of their columns."""
+    """Yield possible output projections of a layer: path, weight, dimension of columns."""
     for path, module in layer.named_modules():
         if is_linear(module):
             rows = row_dim(module)
@@ -172,10 +172,10 @@ def output_projections(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str
 
 
 def kinds_at(probe: Probe, path: str, places: Mapping[int, tuple[Tensor, int]]) -> Iterator[tuple[str, int, Kind]]:
-    """Kinds of FFN or attention with this output projection: scope, number of the layer, fields of a record."""
+    """Yield kinds of FFN or attention with an output projection: scope, number of the layer, fields of a record."""
     weight, dim = next(iter(places.values()))
     size = weight.shape[dim]
-    live = {index: probe.live(index, path, dim) for index in places}  # not the columns of a ReLU that no token reaches
+    live = {index: probe.live(index, path, dim) for index in places}  # excludes neurons with ReLU that never fire
     in_all = torch.stack(list(live.values())).all(0)
     neuron = int(in_all[1:].int().argmax()) + 1
     one, half = (
@@ -183,7 +183,7 @@ def kinds_at(probe: Probe, path: str, places: Mapping[int, tuple[Tensor, int]]) 
     )
     rest = {}
     for index, rows in one.items():
-        # Of an FFN each neuron has rows of its own: with half of the columns as many vanish for each.
+        # In an FFN each neuron has its own rows, so the number of vanishing rows is proportional to columns.
         neurons = int(live[index][1 : 1 + size // 2].sum())
         of_neurons = rows and {key: len(r) * neurons for key, r in rows.items()} == {
             key: len(r) for key, r in half[index].items()
@@ -198,12 +198,12 @@ def kinds_at(probe: Probe, path: str, places: Mapping[int, tuple[Tensor, int]]) 
 
 
 def with_kinds(base: Family, kinds: Mapping[str, list[Kind]]) -> Family:
-    """A record with these kinds of FFN and attention."""
+    """Return a record with these kinds of FFN and attention."""
     return replace(base, kinds=cached_records.frozen((kinds["ffn"], kinds["attention"])))
 
 
 def drop_needless_attributes(probe: Probe, base: Family, kind: Kind, kinds: Mapping[str, list[Kind]]) -> None:
-    """Leave out attributes with sizes that the model computes the same without."""
+    """Remove attributes with sizes that do not affect the result."""
     for path in list(kind["attributes"]):
         meaning = kind["attributes"].pop(path)
         if not agrees(probe, with_kinds(base, kinds)):
@@ -211,7 +211,7 @@ def drop_needless_attributes(probe: Probe, base: Family, kind: Kind, kinds: Mapp
 
 
 def around(probe: Probe, kinds: Mapping[str, list[Kind]]) -> dict[str, Any]:
-    """Fields of a record for what surrounds the layers' parts: norms, positions and the head."""
+    """Return fields of a record for norms, positions and logits."""
     found: dict[str, Any] = logit_transform(probe)
     for path in (kind["ffn_norm"] for kind in kinds["ffn"]):
         layer = next((layer for layer in probe.layers if path and dict(layer.named_modules()).get(path)), None)
@@ -224,8 +224,10 @@ def around(probe: Probe, kinds: Mapping[str, list[Kind]]) -> dict[str, Any]:
 
 
 def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
-    """Keys of the configuration that have the sizes of units; a stock folder can be written by them. `widths` has the
-    key of each kind of FFN."""
+    """Return config keys of numbers of units, which are needed to export stock folders.
+
+    `widths` has the key of each kind of FFN.
+    """
     remember(probe.model, record)
     blocks = blocks_of(probe.model)
     sizes = {n: v for n, v in probe.config.to_dict().items() if type(v) is int}
@@ -244,12 +246,12 @@ def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
 
 
 def name_of(config: PreTrainedConfig) -> str:
-    """The type of a configuration, of the stock class where gprune exported it."""
+    """Return the type of a configuration; for exports of gprune, the type of the stock class."""
     return config.model_type.removeprefix(PREFIX)
 
 
 def check_supported(config: PreTrainedConfig) -> None:
-    """Raise UserError for a configuration that no decoder of next tokens is made from."""
+    """Raise UserError unless a configuration is of an unquantised decoder that predicts next tokens."""
     named = f"Model type '{name_of(config)}'"
     if (method := getattr(config, "quantization_config", None)) is not None:
         method = (method if isinstance(method, Mapping) else vars(method)).get("quant_method")

@@ -1,4 +1,4 @@
-"""What surrounds a projection: norms, the residual, attributes with sizes; and what the head does to hidden states."""
+"""Find norms, residual and size attributes around a projection, and how logits are computed from hidden states."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ def completed(
     probe: Probe, index: int, kind: dict[str, Any], scope: str, hosts: Sequence[str], output: str,
     sizes: Mapping[int, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """A kind with its norms, the attributes that keep sizes, and the classes by which its layers are known.
+    """Add norms, attributes with sizes, and classes of modules to a kind, and return it.
 
     Args:
+        probe: the tiny model.
+        index: number of the layer.
         kind: fields of a record.
         scope: `ffn` or `attention`.
-        hosts: modules that read the hidden states; the norm before them is looked for.
+        hosts: modules that read the hidden states, after a norm.
         output: the output projection, or the experts.
-        sizes: values of attributes that change when units go -> what they count.
+        sizes: values of attributes that change by pruning -> the meaning of the value, such as `neurons`.
     """
     layer = probe.layers[index]
     owner = kind.get("experts") or owner_of(output)
@@ -43,7 +45,7 @@ def completed(
 
 
 def norms_around(probe: Probe, index: int, host: str, output: str) -> tuple[str | None, str | None]:
-    """The norm whose output a module reads, and the first norm after the output projection."""
+    """Return the norm whose output a module reads, and the first norm after the output projection."""
     norms = _norms(probe.layers[index])
     calls = probe.in_layer(index, dict.fromkeys([*norms, host, output]))
     x = next((call.entering for call in calls if call.path == host), None)
@@ -54,21 +56,20 @@ def norms_around(probe: Probe, index: int, host: str, output: str) -> tuple[str 
 
 
 def joins_residual(probe: Probe, index: int, output: str) -> bool:
-    """Whether an output projection's output is added to the residual, times a number, without a norm before or after.
+    """Return whether the output of a projection, times a constant, is added to the residual without a norm between.
 
-    With random numbers added to that output, and every later norm of the layer held at what it returned without them,
-    the output of the layer moves by the same numbers, times a number.
+    Random numbers are added to the output, while later norms of the layer return their previous outputs. If there is no
+    norm between, the output of the layer changes by these numbers times a constant.
     """
     moved, shift = _moved(probe, index, output)
     return 0 < moved.numel() == shift.numel() and bool(moved.abs().max() > 0) and _multiple(moved, shift)
 
 
 def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | None:
-    """Why an FFN beside a larger one of its layer is not pruned; None if nothing speaks against it.
+    """Return why an FFN next to a larger one of its layer is not pruned, or None if it can be pruned.
 
-    Its neurons are judged by what enters its output projection, for all tokens, and by what this adds to the residual:
-    directly, times a number for each token (a gate), or behind a norm. A small network inside a norm or a router
-    changes what others compute.
+    Metrics assume that an FFN sees all tokens, and that its output is added to the residual: directly, times a number
+    for each token (a gate), or after a norm. This is not true for a small network inside of a norm or a router.
     """
     experts, output = kind.get("experts"), kind.get("experts") or kind["down"]
     calls = probe.in_layer(index, [output])
@@ -77,7 +78,7 @@ def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | Non
     moved, shift = _moved(probe, index, output)
     if not moved.numel() or not shift.numel() or moved.numel() % shift.numel():
         return "its output does not join the residual"
-    each = shift.reshape(-1, 1, shift.shape[-1])  # a token; some types have several residual streams
+    each = shift.reshape(-1, 1, shift.shape[-1])  # one row per token; some types have several residual streams
     streams = moved.reshape(len(each), -1, shift.shape[-1])
     times = (streams * each).sum(-1, keepdim=True) / each.square().sum(-1, keepdim=True)
     if bool((streams - times * each).abs().max() <= 1e-3 * moved.abs().max()):
@@ -86,8 +87,11 @@ def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | Non
 
 
 def _moved(probe: Probe, index: int, output: str) -> tuple[Tensor, Tensor]:
-    """By how much the output of a layer moves when random numbers are added to what a module of it returns, later norms
-    held; and these numbers. Both are empty where the module or the layer is not called exactly once."""
+    """Return the change of a layer's output if random numbers are added to the output of a module; and these numbers.
+
+    Later norms of the layer return their previous outputs. Both tensors are empty unless module and layer are called
+    exactly once.
+    """
     layer = probe.layers[index]
     norms, module = _norms(layer), layer.get_submodule(output)
     still = probe.in_layer(index, dict.fromkeys([output, *norms, ""]))
@@ -105,7 +109,7 @@ def _moved(probe: Probe, index: int, output: str) -> tuple[Tensor, Tensor]:
 
 
 def _multiple(x: Tensor, of: Tensor) -> bool:
-    """Whether a tensor is another one times a number."""
+    """Return whether a tensor is a multiple of another one."""
     x, of = x.flatten(), of.flatten()
     return bool((x - (x @ of) / (of @ of) * of).abs().max() <= 1e-3 * x.abs().max())
 
@@ -115,7 +119,7 @@ def _norms(layer: nn.Module) -> list[str]:
 
 
 def norm_offset(norm: nn.Module) -> float:
-    """1.0 where a norm multiplies by 1 + its weight, else 0.0."""
+    """Return 1.0 if a norm multiplies by 1 + its weight, else 0.0."""
     with torch.no_grad():
         before = norm.weight.clone()
         norm.weight.zero_()
@@ -126,7 +130,7 @@ def norm_offset(norm: nn.Module) -> float:
 
 
 def logit_transform(probe: Probe) -> dict[str, Any]:
-    """How the model's logits follow from head times hidden states, by the keys of its configuration."""
+    """Return how logits are computed from head times hidden states, as fields of a record with config keys."""
     unknown = {"plain_head": False}
     product = None
     with suppress(Exception), torch.no_grad():
