@@ -270,7 +270,7 @@ def save_pruned(
         (new / "README.md").write_text(CARD, encoding="utf-8")
         if others := [p.name for p in before if not (p.match("model*.safetensors*") or (new / p.name).exists())]:
             raise UserError(f"Cannot overwrite '{folder}': it contains {others[0]}, which would be lost. Move it away.")
-    log.info("Wrote %s", folder)
+    log.info("Saved the model to %s", folder)
     return folder
 
 
