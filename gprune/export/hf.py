@@ -270,7 +270,7 @@ def save_pruned(
         (new / "README.md").write_text(CARD, encoding="utf-8")
         if others := [p.name for p in before if not (p.match("model*.safetensors*") or (new / p.name).exists())]:
             raise UserError(f"Cannot overwrite '{folder}': it contains {others[0]}, which would be lost. Move it away.")
-    log.info("Wrote %s", folder)
+    log.info("Saved the model to %s", folder)
     return folder
 
 
@@ -314,11 +314,12 @@ def reloaded_logits(
         asked = json.dumps(settings | {"threads": torch.get_num_threads()})
         # A separate cache for the copied modelling file, so that concurrent checks do not share one.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
+        # -P: without this folder on sys.path.
         command = [
             sys.executable,
             "-P",
             str(Path(__file__).with_name("reload.py")),
-        ]  # -P: without this folder on sys.path
+        ]
         done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -357,9 +358,8 @@ def check_reload(
     device, attention = str(device_of(model)), model.config._attn_implementation
     try:
         cast(model, dtype)
-        aligned(
-            model
-        )  # as in the fresh process; only for this pass, because it copies weights shared with the dense model
+        # As in the fresh process; only for this pass, because it copies weights shared with the dense model.
+        aligned(model)
         expected = model.eval()(input_ids.to(device), use_cache=False).logits
         for p, data in weights:
             p.data = data

@@ -57,9 +57,8 @@ def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -
     for path, module in copied.named_modules():
         if module not in inside:
             _fill(module, model.get_submodule(path), device)
-    for layer, source in zip(
-        layers, decoder_layers(model), strict=True
-    ):  # one at a time, so that no process has all of them in memory
+    # One at a time, so that no process has all of them in memory.
+    for layer, source in zip(layers, decoder_layers(model), strict=True):
         for path, module in layer.named_modules():
             _fill(module, source.get_submodule(path), device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)

@@ -54,9 +54,8 @@ class Family:
     layout: Mapping[str, str] = field(default_factory=dict)  # fused module -> order of parts: "gate | up" or "gate up"
     expert_rows: Mapping[str, tuple[int, str]] = field(default_factory=lambda: {"gate_up_proj": (1, "gate | up")})
     expert_down: tuple[str, int] = ("down_proj", 2)  # stacked tensor, dimension of neurons
-    extras: Mapping[str, tuple[int, str]] = field(
-        default_factory=dict
-    )  # other parameters -> dimension of units, `ffn` or `attention`
+    # Other parameters -> dimension of units, `ffn` or `attention`.
+    extras: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     # Kinds of FFN and of attention, largest first, as fields of a record. A layer has the kinds whose modules it has.
     kinds: tuple[tuple[Mapping[str, Any], ...], ...] = ()
     stays: str | None = None  # only for kinds: the reason not to prune it next to a larger one

@@ -122,9 +122,8 @@ def resident(module: nn.Module) -> Iterator[None]:
             for hook in _hooks(part):
                 if hook.offload:
                     for name, empty in part.named_parameters(recurse=False):
-                        value = hook.weights_map[name].to(
-                            hook.execution_device, copy=True
-                        )  # a copy, as in `StoredWeights`
+                        # A copy, as in `StoredWeights`.
+                        value = hook.weights_map[name].to(hook.execution_device, copy=True)
                         back.callback(part._parameters.__setitem__, name, empty)
                         part._parameters[name] = nn.Parameter(value, requires_grad=False)
                     back.callback(setattr, hook, "offload", True)

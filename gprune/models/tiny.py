@@ -135,9 +135,8 @@ def _chosen(content: Mapping[str, Any], depth: int) -> list[int]:
         for i in range(depth)
     ]
     chosen = {kinds.index(kind) for kind in kinds}
-    chosen |= {
-        i for i, kind in enumerate(kinds) if "hybrid" in kind and kinds[:i].count(kind) == 1
-    }  # hybrid layers share weights
+    # Hybrid layers share weights.
+    chosen |= {i for i, kind in enumerate(kinds) if "hybrid" in kind and kinds[:i].count(kind) == 1}
     chosen = sorted(chosen)[: 2 * LAYERS]
     others = [index for index in range(depth) if index not in chosen]
     return sorted([*chosen, *others[: max(0, min(LAYERS, depth) - len(chosen))]])

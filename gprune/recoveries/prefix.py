@@ -93,16 +93,13 @@ class PrunedPrefix:
         self.blocks = blocks_of(model)
         assert not any(block.has_experts for block in self.blocks), "experts are not recovered along the prefix"
         layers = by_layer(self.blocks)
-        self.alone = [
-            len(own) == 1 for own in layers for _ in own
-        ]  # for each block: whether it is the only one of its layer
-        self.ends = [
-            block is own[-1] for own in layers for block in own
-        ]  # for each block: whether it is the last one of its layer
+        # For each block: whether it is the only one of its layer.
+        self.alone = [len(own) == 1 for own in layers for _ in own]
+        # For each block: whether it is the last one of its layer.
+        self.ends = [block is own[-1] for own in layers for block in own]
         self.ridge, self.lost = ridge, lost(masks, self.alone)
-        self.scale = getattr(
-            self.blocks[0].layer, "residual_multiplier", 1.0
-        )  # Granite's factor of what is added to the residual
+        # Granite's factor of what is added to the residual.
+        self.scale = getattr(self.blocks[0].layer, "residual_multiplier", 1.0)
         # Both streams are equal before block `first`. After block `last` no stream is needed.
         self.first = min((i for i, b in enumerate(self.lost) if b or not masks.blocks[i]), default=len(self.lost))
         self.last = max((i for i, b in enumerate(self.lost) if b), default=-1)

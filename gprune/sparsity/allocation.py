@@ -30,9 +30,8 @@ if TYPE_CHECKING:  # this registry is imported to check flags, which should not 
     from gprune.sparsity.budget import Budget
     from gprune.sparsity.thresholds import Thresholds
 
-Margins = tuple[
-    list["Tensor"], list["Tensor"]
-]  # per block: neurons (N,), KV groups (G,); float64; smallest is removed first
+# Per block: neurons (N,), KV groups (G,); float64; smallest is removed first.
+Margins = tuple[list["Tensor"], list["Tensor"]]
 Rule = Callable[..., Any]
 ALLOCATION: Registry[Rule] = Registry("allocation")
 
@@ -230,9 +229,8 @@ def reconstruction(
     costs = {b: cost for b, cost in costs.items() if cost and b not in budget.costs.protected}
     prices = {b: _prices(errors[b], budget.costs.neurons[b]) / cost for b, cost in costs.items()}
     ffn, attention = _ranks(scores, blocks)
-    share = (
-        rest.target / rest.costs.total
-    )  # of neurons and KV groups in blocks that are not removed, including protected ones
+    # Of neurons and KV groups in blocks that are not removed, including protected ones.
+    share = rest.target / rest.costs.total
     shares = [share] * len(blocks)
     if prices:
         joined = torch.cat(list(prices.values()))

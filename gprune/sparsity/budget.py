@@ -228,9 +228,8 @@ class Budget:
     def step(self) -> int:
         """The smallest difference in cost between masks: `width_multiple` neurons of a block, or of all if uniform."""
         p, costs, grid = self.costs.prices, self.costs, self.width_multiple
-        odd = [
-            (len(table) - 1) % grid or grid for table in p.neurons
-        ]  # neurons of the first step, which reaches the grid
+        # Neurons of the first step, which reaches the grid.
+        odd = [(len(table) - 1) % grid or grid for table in p.neurons]
         tables = [*zip(p.neurons, odd, strict=True), *((table, 1) for table in p.groups if costs.attention)]
         steps = [table[-1] - table[-1 - size] for table, size in tables if size < len(table)]
         return (sum if costs.uniform else min)([cost for cost in steps if cost > 0] or [1])

@@ -106,9 +106,8 @@ class Cut:
         # For each step, (steps,): number of neurons, place of the last one in `Segments.sort`, cost, block.
         self.size, self.end, self.cost = (t.to(device, non_blocking=True) for t in (sizes, ends, cost))
         self.step_block = repeated(range(len(steps)), steps, device)
-        removable = [
-            0 if b in costs.protected else max(0, n - 1) for b, n in enumerate(costs.groups)
-        ]  # the best group is kept
+        # The best group is kept.
+        removable = [0 if b in costs.protected else max(0, n - 1) for b, n in enumerate(costs.groups)]
         pairs = zip(self.groups.starts, removable, strict=True)
         ends = torch.cat([torch.arange(start, start + n) for start, n in pairs])
         self.group_end = ends.to(device, non_blocking=True)
