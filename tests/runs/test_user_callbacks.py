@@ -132,7 +132,7 @@ def test_a_callback_that_raises_is_named_and_the_run_goes_on_with_its_state(worl
         return (own := Steps(**how)), prune(cfg, callbacks=[own])
 
     expected, undisturbed = run("undisturbed")
-    said = r"^Cannot finish ThresholdLearning, callback Steps in on_train_batch_end: KeyError: 'lost' \(test_user_callbacks"
+    said = r"^Cannot finish ThresholdLearning, callback Steps in on_train_batch_end: KeyError: 'lost' \(test_user_"
     with pytest.raises(UserError, match=said) as caught:
         run("failed", fail=4)
     assert isinstance(caught.value.__cause__, KeyError)
