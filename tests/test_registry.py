@@ -177,11 +177,11 @@ def test_margins_that_are_no_lists_of_blocks(returned, tiny):
 
 MASKS = {
     "one neuron more": (lambda m: replace(m, ffn=[flipped(m.ffn[0]), *m.ffn[1:]]), "on budget"),
-    "nothing removed": (lambda m: replace(m, ffn=[torch.ones_like(f) for f in m.ffn]), "on budget .*, got 0"),
+    "nothing removed": (lambda m: replace(m, ffn=[torch.ones_like(f) for f in m.ffn]), "on budget.*; got 0"),
     "numbers": (lambda m: replace(m, ffn=[f.float() for f in m.ffn]), "of bool; got .48,. of float32"),
     "too few": (lambda m: replace(m, ffn=[f[1:] for f in m.ffn]), "got .47,. of bool"),
-    "a block less": (lambda m: Masks(m.ffn[1:], m.attention[1:]), "3 blocks, got tuple"),
-    "a list": (lambda m: m.ffn, "Masks, got list"),
+    "a block less": (lambda m: Masks(m.ffn[1:], m.attention[1:]), "3 blocks; got tuple"),
+    "a list": (lambda m: m.ffn, "Masks; got list"),
 }
 
 

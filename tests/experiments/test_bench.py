@@ -155,7 +155,7 @@ def test_a_finished_run_is_measured_against_its_own_dense_model(tmp_path, monkey
         (["--repeats", "0"], "--repeats: expected at least 1, got 0."),
         (["--batch_sizes", "0"], "--batch_sizes: expected at least 1"),
         (["--device", "abacus"], "--device: 'abacus' is not there"),
-        (["--sparsity", "1.5", "--model", "tiny"], "--sparsity.target: expected a share of the scope"),
+        (["--sparsity", "1.5", "--model", "tiny"], "--sparsity.target must be a share of the scope"),
         (["--model", "nowhere"], "--model.name must be an embedded model"),
     ],
 )

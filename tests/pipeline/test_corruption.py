@@ -113,7 +113,7 @@ def test_every_damage_to_every_file_is_noticed_by_the_readers(whole, tmp_path, c
             assert read(copy) is None, (file, damage)
             (line,) = [record.getMessage() for record in caplog.records]
             assert str(copy) in line
-            assert "not usable" in line
+            assert "Ignored " in line
             assert "\n" not in line
 
 
@@ -126,7 +126,7 @@ def test_damaged_files_are_computed_again_to_the_same_bits(damage, copied, world
         for file in copied.glob(pattern):
             damage(file)
     assert again(world, copied) == 0
-    assert "not usable" in capsys.readouterr().out
+    assert "Ignored " in capsys.readouterr().out
     assert digests(copied / "runs/run") == digests(whole / "runs/run")
 
 
@@ -141,7 +141,7 @@ def test_files_of_another_run_are_not_taken_for_this_ones(copied, world, whole, 
         load_run(own)
     capsys.readouterr()
     assert again(world, copied) == 0
-    assert capsys.readouterr().out.count("it belongs to another run") >= 3
+    assert capsys.readouterr().out.count("the file belongs to another run") >= 3
     assert digests(own) == digests(whole / "runs/run")
 
 
@@ -204,10 +204,14 @@ RUNS: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
     "manifest: a list": (written("manifest.json", "[]"), DAMAGED, NO_RUN),
     "manifest: deep": (written("manifest.json", "[" * 100_000), DAMAGED, NO_RUN),
     "manifest: other types": (written("manifest.json", '{"settings": {}, "steps": []}'), DAMAGED, NO_RUN),
-    "settings: others": (at("config.yaml", other_target), None, rf"{ALTERED}: sparsity\.target: 0\.5 there, 0\.4 here"),
+    "settings: others": (
+        at("config.yaml", other_target),
+        None,
+        rf"{ALTERED}: .* sparsity\.target: 0\.5 there, 0\.4 here",
+    ),
     "settings: none": (written("config.yaml", ""), None, ALTERED),
     "settings: unknown": (written("config.yaml", "nonsense: 1"), None, ALTERED),
-    "masks: others": (other_masks, "holds other masks", None),
+    "masks: others": (other_masks, "has other masks", None),
     "model: truncated": (at("model/model.safetensors", truncated), None, NO_MODEL),
     "model: one bit": (at("model/model.safetensors", one_bit), None, NO_MODEL),
     "model: another version's": (older_model, None, None),

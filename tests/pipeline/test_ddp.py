@@ -64,7 +64,7 @@ def runs(world, tmp_path_factory):
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         assert done.stdout.count("Removed ") == 1  # only the first process speaks
-        assert ("Tokens of the first process" in done.stdout) == (name == "two")
+        assert ("Tokens of rank 0" in done.stdout) == (name == "two")
         folders[name] = folder / "run"
     return folders
 

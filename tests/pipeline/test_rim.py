@@ -65,7 +65,7 @@ def test_a_run_is_whole_without_figures_card_and_page(tmp_path, monkeypatch, cap
             (whole.path / "model/config.json").unlink()  # it is written anew, and so is its card
             capsys.readouterr()
             assert tiny_run.main(args) == 0
-        said = re.findall(r"Without (.+?) \(.+\): the run is whole, and .+\.", capsys.readouterr().out)
+        said = re.findall(r"Could not write (.+?): .+\. The run continues; .+\.", capsys.readouterr().out)
         assert said == ["a model card", "figures", "a page"]
         again = load_run(whole.path)
         assert (again.records, again.masks) == (whole.records, whole.masks)
@@ -86,7 +86,7 @@ def test_a_full_disk_and_ctrl_c_end_what_is_dispensable(caplog):
             raise error
     with optional_output("figures", "they come back"):
         raise ValueError("one\ntwo")
-    assert caplog.messages == ["Without figures (one): the run is whole, and they come back."]
+    assert caplog.messages == ["Could not write figures: one. The run continues; they come back."]
 
 
 def test_figures_are_the_same_whatever_the_user_has_set(tmp_path):

@@ -179,7 +179,7 @@ def test_a_chain_has_the_contract_of_one_recovery():
         (["distill", "least_squares"], "'least_squares' goes block by block, so it must come first"),
         (["bias", "least_squares"], "'least_squares' goes block by block"),
         (["distill", "distill"], "each once"),
-        (["none", "distill"], "none alone"),
+        (["none", "distill"], "no 'none'"),
         (["least_squares", "heal"], "Unknown recovery 'heal'"),
     ],
 )
