@@ -207,7 +207,7 @@ RUNS: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
     "settings: others": (
         at("config.yaml", other_target),
         None,
-        rf"{ALTERED}: .* sparsity\.target: 0\.5 there, 0\.4 here",
+        rf"{ALTERED}: .*sparsity\.target: 0\.5 there, 0\.4 here",
     ),
     "settings: none": (written("config.yaml", ""), None, ALTERED),
     "settings: unknown": (written("config.yaml", "nonsense: 1"), None, ALTERED),

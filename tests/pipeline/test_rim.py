@@ -66,7 +66,7 @@ def test_a_run_is_whole_without_figures_card_and_page(tmp_path, monkeypatch, cap
             capsys.readouterr()
             assert tiny_run.main(args) == 0
         said = re.findall(r"Could not write (.+?): .+\. The run continues; .+\.", capsys.readouterr().out)
-        assert said == ["a model card", "figures", "a page"]
+        assert said == ["the model card", "figures", "report.html"]
         again = load_run(whole.path)
         assert (again.records, again.masks) == (whole.records, whole.masks)
         for path in blocked:

@@ -661,7 +661,7 @@ def test_what_cannot_be_reported_is_one_line(run, tmp_path, capsys):
         ([str(run), "--colour", "red"], "See --help"),
         ([str(tmp_path / "nowhere")], "there is no folder"),
         ([str(run), "--output", str(tmp_path / "file")], "Cannot write"),
-        ([str(run), "--base", str(bare)], "'bare' has no stage 'base' to divide by"),
+        ([str(run), "--base", str(bare)], "'bare': it has no stage 'base'"),
     ):
         assert message in refused(args, capsys)
     assert (tmp_path / "file").read_text() == "mine"
