@@ -50,9 +50,7 @@ def test_a_weight_that_the_folder_has_under_another_name_is_no_random_one(tmp_pa
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.down.weight"] = weights.pop("model.layers.1.mlp.down_proj.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"no weights for 1 parameters, .*layers\.1\.mlp\.down_proj\.weight'"
-    ):
+    with pytest.raises(ValueError, match=r"no weights for 1 parameters, .*layers\.1\.mlp\.down_proj\.weight'"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
