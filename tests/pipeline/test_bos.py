@@ -78,4 +78,4 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_one_line(world, tmp_pat
     tiny_run.save_tiny_model(folder, vocab_size=100)
     assert main(world.args(tmp_path / "runs", f"--model.name={folder}")) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the model has 100 embeddings; it is another model's tokenizer" in line
+    assert "must be less than 100, the number of embeddings" in line
