@@ -262,8 +262,7 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
         for number, layer in enumerate(decoder_layers(model)):
             blocks += _found_blocks(len(blocks), number, layer, family, config)
         return blocks
-    # `or` is lazy on purpose: reading a global number of heads is an error if layers differ in it.
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = _config_head_dim(config)
     return [Block(index, index, layer, family, head_dim) for index, layer in enumerate(decoder_layers(model))]
 
 
@@ -293,9 +292,7 @@ def by_layer(blocks: Iterable[Block]) -> list[list[Block]]:
     return [list(own) for _, own in groupby(blocks, key=lambda block: block.layer_index)]
 
 
-def _found_blocks(
-    first: int, number: int, layer: nn.Module, family: Family, config: PreTrainedConfig
-) -> list[Block]:  # fmt: skip
+def _found_blocks(first: int, number: int, layer: nn.Module, family: Family, config: PreTrainedConfig) -> list[Block]:
     """Return the blocks of layer `number` of a discovered type. The first block has index `first`."""
     ffn, attention = ([kind for kind, stays in kinds_of(layer, kinds) if stays is None] for kinds in family.kinds)
     beside: list[Block] = []
@@ -362,8 +359,13 @@ def _head_dim(layer: nn.Module, record: Family, config: PreTrainedConfig) -> int
     if record.output is None:
         return 1
     module, name = find(layer, record.head_dim or "")
-    head_dim = getattr(module, name, None) or getattr(config, "head_dim", None)
-    return head_dim or config.hidden_size // config.num_attention_heads
+    return getattr(module, name, None) or _config_head_dim(config)
+
+
+def _config_head_dim(config: PreTrainedConfig) -> int:
+    """Return the size of a head by the config, for all layers."""
+    # `or` is lazy on purpose: reading a global number of heads is an error if layers differ in it.
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _has(layer: nn.Module, kind: Mapping[str, Any]) -> bool:

@@ -91,9 +91,8 @@ def measured_for(cfg: RunConfig) -> dict[str, list[str]]:
     if not cfg.measures_errors:
         return {}
     rows, drift = dict(cfg.stages), cfg.corpora.drift
-    first = (
-        cfg.learns and bool(cfg.sparsity.quality) and "averaged" not in rows
-    )  # the share to learn at is that of base
+    # Without the control `averaged`, the sparsity at which thresholds are learned is found with masks of `base`.
+    first = cfg.learns and bool(cfg.sparsity.quality) and "averaged" not in rows
     needed = {"base": "base" in rows or first, "averaged": "averaged" in rows, "modules": cfg.gprune}
     return {name: [cfg.corpora.score] if name == "base" else drift for name, need in needed.items() if need}
 

@@ -173,25 +173,14 @@ class PrunedPrefix:
         entered = []  # inputs of the projection, one per batch
         norm = block.norm_behind(part) if self.alone[dense.index] else None
         gain = None if norm is None else gain_of(norm, place.out_features, like=gram)
-        damping = None if gain is None else 0.1 * gain.square().median()
         with watched(block, (part,)) as seen:
-            for i, (hidden, (stream, output)) in enumerate(zip(self.hidden, targets, strict=True)):
+            for i, (hidden, target) in enumerate(zip(self.hidden, targets, strict=True)):
                 after = self._through(block, dense.layer_index, i, hidden)
                 x, y = seen[part]
                 if exchange:
                     entered.append(x.cpu())
                     self.hidden[i] = (after.float() - y.reshape(after.shape).float() * self.scale).to(after.dtype).cpu()
-                rows = x.flatten(0, -2).float()
-                error = (stream.to(device).float() - self._behind(block, part, y, hidden, after).float()) / self.scale
-                if output is not None:
-                    wanted, y = output.to(device).flatten(0, -2).float(), y.flatten(0, -2)
-                    if gain is None:
-                        error = wanted - y.float()
-                    else:
-                        size = wanted.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-                        returned = norm(y).float() + error  # the required output of the norm
-                        wanted = (gain * returned + damping * wanted / size) / (gain.square() + damping)
-                        rows, error = rows / size, wanted - y.float() / size
+                rows, error = self._equations(block, part, gain, target, (x, y), hidden, after)
                 with fast_products(x):
                     add_gram(gram, rows)
                     cross.addmm_(error.T, rows)
@@ -202,6 +191,34 @@ class PrunedPrefix:
         for i, x in enumerate(entered):
             before = self.hidden[i].to(device)
             self.hidden[i] = (before + place.host(x.to(device)).reshape(before.shape) * self.scale).cpu()
+
+    def _equations(
+        self, block: Block, part: str, gain: Tensor | None, target: Target, seen: tuple[Tensor, Tensor],
+        before: Tensor, after: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return x_t, (tokens, K), and y*_t - W_K x_t, (tokens, H), of one batch, as in the docstring of this module.
+
+        Args:
+            block: the pruned block.
+            part: `down` or `output`.
+            gain: g of the RMS norm after the projection, (H,), if there is one.
+            target: the target of the projection.
+            seen: input and output of the projection.
+            before: the input of the block.
+            after: the output of the block.
+        """
+        (stream, wanted), (x, y) = target, (tensor.flatten(0, -2) for tensor in seen)
+        if wanted is not None:
+            wanted = wanted.to(y.device).flatten(0, -2).float()
+            if gain is None:
+                return x.float(), wanted - y.float()
+        missing = (stream.to(y.device).float() - self._behind(block, part, seen[1], before, after).float()) / self.scale
+        if wanted is None:
+            return x.float(), missing
+        size = wanted.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        returned, damping = block.norm_behind(part)(y).float() + missing, 0.1 * gain.square().median()
+        wanted = (gain * returned + damping * wanted / size) / (gain.square() + damping)
+        return x.float() / size, wanted - y.float() / size
 
     def _behind(self, block: Block, part: str, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Return the residual stream after a projection, (tokens, H).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,9 @@ from gprune.storage.reading import expanded
 
 if TYPE_CHECKING:
     from gprune.runs.results import FinishedRun
-    from gprune.studies.result import StudyResult
+
+    # Runs, or folders of runs; and path of a run -> reference run of its list, if the list has a reference
+    Named = tuple[list[Path | FinishedRun], dict[Path, FinishedRun] | None]
 
 ABOUT = """Make tables (Markdown, CSV) and figures (PNG, SVG) of finished runs, and of records that gprune study stores.
 
@@ -55,12 +57,9 @@ def run(args: Sequence[str]) -> str:
     quiet()  # warnings go to stdout
     from gprune.report import html, page
 
-    runs = [run for name in options.runs for run in runs_of(name, options.records)]
-    if options.base is None:
-        base = references(options.runs, options.records)
-    else:
-        base = base_run(options.base, options.records)
-    report = page.make(runs, base=base)
+    named = [runs_of(name, options.records) for name in options.runs]
+    base = references(named) if options.base is None else base_run(options.base, options.records)
+    report = page.make([run for runs, _ in named for run in runs], base=base)
     if options.html is not None:
         return f"{report.shown()}\nWrote {html.write(report, options.html)}.\n"
     paths = report.write(options.output or default_output([run.path for run in report.runs]))
@@ -89,50 +88,37 @@ def check_exists(name: str) -> None:
         raise UserError(f"Cannot read run: there is no folder '{name}'. For a row of a list, use LIST.yaml:ROW.")
 
 
-def runs_of(name: str, records: str | None) -> Iterator[Path | FinishedRun]:
-    """Yield the runs of an argument: the folder of a run, or runs that are read from records."""
+def runs_of(name: str, records: str | None) -> Named:
+    """Return the runs of an argument, which is a run folder, a record, or rows of a list, and their references."""
     from gprune.studies.archive import read_record, run_of
-
-    if (listed := of_list(name)) is not None:
-        study = study_of(*listed, records)
-        found = [run for run in study.runs if listed[1] in (None, run.name)]
-        if not found:
-            raise UserError(f"{name} must have records; got none. Run them with `gprune study {listed[0]}`.")
-        yield from found
-    elif expanded(name).is_file():
-        path = expanded(name)
-        if (record := read_record(path)) is None:
-            raise UserError(f"Cannot read '{name}': the file is not a record of gprune study.")
-        yield run_of(path, record)
-    else:
-        yield expanded(name)
-
-
-def study_of(path: str, row: str | None, records: str | None) -> StudyResult:
-    """Return the records of a row of a list, or of all rows, together with those of the list's reference."""
     from gprune.studies.listing import Listing
     from gprune.studies.result import chosen, of_listing
-
-    listing = Listing.read(expanded(path), records=records)
-    return of_listing(listing, chosen(listing, None if row is None else [row]))
-
-
-def references(names: Sequence[str], records: str | None) -> dict[Path, FinishedRun] | None:
-    """Return path of a run -> reference run of its list; None unless all arguments are lists with a reference."""
     from gprune.studies.tables import bases_of
 
-    found: dict[Path, FinishedRun] = {}
-    for name in names:
-        study = None if (listed := of_list(name)) is None else study_of(*listed, records)
-        if study is None or (bases := bases_of(study.listing.content.reference, study.runs)) is None:
-            return None
-        found |= bases
-    return found
+    path = expanded(name)
+    if (listed := of_list(name)) is not None:
+        listing = Listing.read(expanded(listed[0]), records=records)
+        runs = of_listing(listing, chosen(listing, None if listed[1] is None else [listed[1]])).runs
+        if not (found := [run for run in runs if listed[1] in (None, run.name)]):
+            raise UserError(f"{name} must have records; got none. Run them with `gprune study {listed[0]}`.")
+        return found, bases_of(listing.content.reference, runs)
+    if not path.is_file():
+        return [path], None
+    if (record := read_record(path)) is None:
+        raise UserError(f"Cannot read '{name}': the file is not a record of gprune study.")
+    return [run_of(path, record)], None
+
+
+def references(named: Sequence[Named]) -> dict[Path, FinishedRun] | None:
+    """Return path of a run -> reference run of its list; None unless all arguments are lists with a reference."""
+    if any(bases is None for _, bases in named):
+        return None
+    return {path: base for _, bases in named for path, base in bases.items()}
 
 
 def base_run(name: str, records: str | None) -> Path | FinishedRun:
     """Return the run of `--base`; UserError if the argument names several runs."""
-    runs = list(runs_of(name, records))
+    runs, _ = runs_of(name, records)
     if len(runs) > 1:
         raise UserError(f"--base must be one run; got {len(runs)} runs for {name}. Use the record of one seed.")
     return runs[0]
