@@ -70,8 +70,10 @@ def lost(masks: Masks, alone: Sequence[bool] | None = None) -> list[tuple[str, .
     ]
 
 
-# Of one batch, (tokens, H): the dense stream after a projection, and the projection's output if that is the target
-Target = tuple[Tensor, Tensor | None]
+# Input and output of a projection, and the input of the norm after it, if there is one
+Seen = tuple[Tensor, Tensor, Tensor | None]
+# Of one batch, (tokens, H): the dense stream after a projection, and the projection's output; None if it is not needed
+Target = tuple[Tensor | None, Tensor | None]
 
 
 class PrunedPrefix:
@@ -109,6 +111,7 @@ class PrunedPrefix:
         self.calls = walk.calls  # one per batch; `hidden`, (B, T, H), is the dense stream
         self.passed = 0  # number of layers that the dense stream has passed
         self.targets: dict[int, dict[str, list[Target]]] = {}  # targets of blocks of the last passed layer, by part
+        self.gains: dict[tuple[int, str], Tensor | None] = {}  # `gain_of`, by block index and part
         self.hidden = [call.hidden for call in self.calls]  # the pruned stream, (B, T, H) for each batch
         self.tokens = 0  # number of tokens over all passes through pruned layers
 
@@ -156,11 +159,20 @@ class PrunedPrefix:
                 after = call.through(layer, index, call.hidden)
                 for block in blocks:
                     for part, of_part in targets[block.index].items():
-                        output = seen[block.index][part][1]
-                        stream = self._behind(block, part, output, call.hidden, after)
-                        of_part.append((stream.cpu(), None if self._joins(block, part) else output.cpu()))
+                        of_part.append(self._target(block, part, seen[block.index][part], call.hidden, after))
                 call.hidden = after.cpu()
         return targets
+
+    def _target(self, block: Block, part: str, seen: Seen, before: Tensor, after: Tensor) -> Target:
+        """Return the target of a projection of the dense model for one batch."""
+        joins, key = self._joins(block, part), (block.index, part)
+        if key not in self.gains:
+            self.gains[key] = gain_of(block.norm_behind(part), seen) if self.alone[block.index] and not joins else None
+        stream = joins or self.gains[key] is not None
+        return (
+            self._behind(block, part, seen[1], before, after).cpu() if stream else None,
+            None if joins else seen[1].cpu(),
+        )
 
     def _solve(self, part: str, block: Block, dense: Block, targets: list[Target], *, exchange: bool) -> None:
         """Pass the pruned stream through a block with its current weights, and solve one of its projections.
@@ -171,16 +183,14 @@ class PrunedPrefix:
         gram = torch.zeros(place.in_features, place.in_features, device=device)
         cross = torch.zeros(place.out_features, place.in_features, device=device)
         entered = []  # inputs of the projection, one per batch
-        norm = block.norm_behind(part) if self.alone[dense.index] else None
-        gain = None if norm is None else gain_of(norm, place.out_features, like=gram)
         with watched(block, (part,)) as seen:
             for i, (hidden, target) in enumerate(zip(self.hidden, targets, strict=True)):
                 after = self._through(block, dense.layer_index, i, hidden)
-                x, y = seen[part]
+                x, y, _ = seen[part]
                 if exchange:
                     entered.append(x.cpu())
                     self.hidden[i] = (after.float() - y.reshape(after.shape).float() * self.scale).to(after.dtype).cpu()
-                rows, error = self._equations(block, part, gain, target, (x, y), hidden, after)
+                rows, error = self._equations(block, dense, part, target, (x, y), hidden, after)
                 with fast_products(x):
                     add_gram(gram, rows)
                     cross.addmm_(error.T, rows)
@@ -193,15 +203,15 @@ class PrunedPrefix:
             self.hidden[i] = (before + place.host(x.to(device)).reshape(before.shape) * self.scale).cpu()
 
     def _equations(
-        self, block: Block, part: str, gain: Tensor | None, target: Target, seen: tuple[Tensor, Tensor],
+        self, block: Block, dense: Block, part: str, target: Target, seen: tuple[Tensor, Tensor],
         before: Tensor, after: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return x_t, (tokens, K), and y*_t - W_K x_t, (tokens, H), of one batch, as in the docstring of this module.
 
         Args:
             block: the pruned block.
+            dense: the block before pruning.
             part: `down` or `output`.
-            gain: g of the RMS norm after the projection, (H,), if there is one.
             target: the target of the projection.
             seen: input and output of the projection.
             before: the input of the block.
@@ -210,11 +220,12 @@ class PrunedPrefix:
         (stream, wanted), (x, y) = target, (tensor.flatten(0, -2) for tensor in seen)
         if wanted is not None:
             wanted = wanted.to(y.device).flatten(0, -2).float()
-            if gain is None:
-                return x.float(), wanted - y.float()
+        if stream is None:
+            return x.float(), wanted - y.float()
         missing = (stream.to(y.device).float() - self._behind(block, part, seen[1], before, after).float()) / self.scale
         if wanted is None:
             return x.float(), missing
+        gain = self.gains[dense.index, part].to(y.device)
         size = wanted.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         returned, damping = block.norm_behind(part)(y).float() + missing, 0.1 * gain.square().median()
         wanted = (gain * returned + damping * wanted / size) / (gain.square() + damping)
@@ -245,24 +256,34 @@ class PrunedPrefix:
         return self.calls[batch].through(block.layer, index, hidden)
 
 
-def gain_of(norm: nn.Module, width: int, *, like: Tensor) -> Tensor | None:
-    """Return g of a norm n(y) = g y / rms(y), (width,) float32, by calling the norm; None for other norms."""
-    dtype = next((parameter.dtype for parameter in norm.parameters()), like.dtype)
-    ones = torch.ones(1, width, dtype=dtype, device=like.device)
-    signs = ones * (1 - 2 * (torch.arange(width, device=like.device) % 2)).to(dtype)
+def gain_of(norm: nn.Module, seen: Seen) -> Tensor | None:
+    """Return g of a norm n(y) = g y / rms(y) of a projection's output, (H,) float32, by calling the norm.
+
+    Returns None for other norms, and for a norm of something else, such as the sum with the residual.
+    """
+    _, output, normed = seen
+    if normed is None or not torch.equal(normed.flatten(0, -2), output.flatten(0, -2)):
+        return None
+    ones = torch.ones_like(output.flatten(0, -2)[:1])
+    signs = ones * (1 - 2 * (torch.arange(ones.shape[-1], device=ones.device) % 2)).to(ones.dtype)
     gain = norm(ones)
     return gain[0].float() if torch.equal(norm(signs), gain * signs) else None
 
 
 @contextmanager
-def watched(block: Block, parts: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record (input, output) of parts of a block in the last forward pass, by name."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+def watched(block: Block, parts: Iterable[str]) -> Iterator[dict[str, Seen]]:
+    """Record what projections of a block compute in the last forward pass, by name."""
+    seen: dict[str, Seen] = {}
 
-    def hook(part: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, inputs, output: seen.__setitem__(part, (inputs[0], output))
+    def projected(part: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _module, inputs, output: seen.__setitem__(part, (inputs[0], output, None))
+
+    def normed(part: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: seen.__setitem__(part, (*seen[part][:2], inputs[0])) if part in seen else None
 
     with ExitStack() as hooks:
         for part in parts:
-            hooks.callback(block.parts[part].host.register_forward_hook(hook(part)).remove)
+            hooks.callback(block.parts[part].host.register_forward_hook(projected(part)).remove)
+            if (norm := block.norm_behind(part)) is not None:
+                hooks.callback(norm.register_forward_pre_hook(normed(part)).remove)
         yield seen

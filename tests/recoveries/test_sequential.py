@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from experiments.architectures import example
 from gprune.cli import main
 from gprune.config.parse import parse
 from gprune.errors import UserError
@@ -78,8 +79,14 @@ def trace(model, layer, paths: dict[str, str], ids: list[torch.Tensor]) -> dict[
     return {name: torch.cat(parts).numpy() for name, parts in rows.items()}
 
 
-def solved_by_lstsq(model, masks: Masks, ids: list[torch.Tensor], target: str = "residual", ridge: float = RIDGE):
-    """The pruned model in float64, its projections solved one after the other."""
+def solved_by_lstsq(
+    model, masks: Masks, ids: list[torch.Tensor], target: str | dict[str, str] = "residual", ridge: float = RIDGE
+):
+    """The pruned model in float64, its projections solved one after the other.
+
+    Args:
+        target: what equals the dense model's, `residual` or `output` of the projection; of each part, if they differ.
+    """
     block = blocks_of(model)[0]
     family = block.family
     dense = prune(model, Masks(*([torch.ones_like(m) for m in kind] for kind in (masks.ffn, masks.attention)))).double()
@@ -96,12 +103,14 @@ def solved_by_lstsq(model, masks: Masks, ids: list[torch.Tensor], target: str = 
             host = attrgetter(paths[part])(layer)
             W = (host.weight.T if block.output.transposed else host.weight).numpy()
             y, x = wanted[f"y {part}"], there[f"x {part}"]
-            if target == "residual":
+            if (target if isinstance(target, str) else target[part]) == "residual":
                 scale = getattr(layer, "residual_multiplier", 1.0)
 
                 def entered(part, y, layer=layer):
                     """What a projection's output adds to the stream: itself, or what its norm makes of it."""
-                    return attrgetter(normed[part])(layer)(torch.from_numpy(y)).numpy() if normed[part] else y
+                    if normed[part] in (None, paths[part]):
+                        return y
+                    return attrgetter(normed[part])(layer)(torch.from_numpy(y)).numpy()
 
                 r_d, r_p = wanted["before"], there["before"]
                 if part == "down":
@@ -200,6 +209,15 @@ def test_it_ends_nearer_to_the_dense_model_than_projection_by_projection(family,
     ends = [errors(model, m, ids) for m in (*small.values(), recovered(model, masks, ids, ridge=1e-3))]
     for none, parallel, sequential in zip(*ends, strict=True):
         assert sequential < parallel < none
+
+
+@pytest.mark.parametrize("model_type", ["olmo", "nanochat"])
+def test_outputs_are_fitted_if_a_norm_after_the_projection_is_not_found(model_type):
+    model = example(model_type)
+    masks = some_masks(model, [n // 2 for n in (block.neurons for block in blocks_of(model))], attention=True)
+    assert not blocks_of(model)[0].joins_residual("output")
+    expected = weights(solved_by_lstsq(model, masks, windows(), {"output": "output", "down": "residual"}))
+    assert_near(weights(recovered(model, masks)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
