@@ -49,7 +49,7 @@ IN_THE_BOX = (
     *("opened", "calibrate", "score", "base_masks", "measure_drift", "partition", "assess", "learn_sparsity"),
     *("at_first_share", "at_share_found", "meet_budget", "shrink", "save", "evaluate", "summarise"),
 )
-STEPS = {"load": opening, "prepare_text": opening} | dict.fromkeys(IN_THE_BOX, pipeline)  # where each is looked up
+STEPS = {"load_dense": opening, "prepare_text": opening} | dict.fromkeys(IN_THE_BOX, pipeline)  # where each is looked up
 BATCHES = (
     (CalibrationStage, "test_step"),
     (AssignmentRefinement, "training_step"),

@@ -39,7 +39,7 @@ def test_killed_five_times_a_run_ends_with_the_same_bits(tmp_path):
         artifacts.write_tensors(file, masks)
         tally.compare(life, kills.digests(life / "run"), before)
         assert tally.differing == ["undisturbed: masks/base.safetensors"]
-        with pytest.raises(SystemExit, match="holds other masks"):
+        with pytest.raises(SystemExit, match="it has other masks"):
             bench.end(life, tmp_path / "cache")
 
 
