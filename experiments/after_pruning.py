@@ -85,10 +85,10 @@ def in_transformers(model: PreTrainedModel) -> Callable[[Windows], float]:
 
 def in_llama_cpp(path: Path, windows: Windows) -> list[float]:
     """Nats of each window, alone in the context, from its second token on, as `gprune.evaluation.perplexity` does."""
-    from gprune.export.llamacpp import logprobs_of, opened  # which gprune itself runs in a process of its own
+    from gprune.export.llamacpp import load_llama, logprobs_of  # which gprune itself runs in a process of its own
 
     ids = windows.tokens.numpy()
-    model = opened({"model": str(path), "threads": torch.get_num_threads()}, ids.shape[1])
+    model = load_llama({"model": str(path), "threads": torch.get_num_threads()}, ids.shape[1])
     steps = range(ids.shape[1] - 1)
     return [-float(logprobs_of(model, own.tolist())[steps, own[1:]].sum()) for own in ids]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from gprune.studies.archive import record_of
+from gprune.studies.archive import finished_record
 from gprune.studies.listing import Listing
 
 HEADLINE = Path(__file__).parent / "headline.yaml"
@@ -29,7 +29,7 @@ Interval = tuple[float, float]
 
 def losses() -> list[dict[str, np.ndarray]]:
     """(32,) nats per token by corpus, of `gates` and of `base` of the headline, seed 0, on the same windows."""
-    records = {row.name: record_of(row) for row in Listing.read(HEADLINE, seeds=[0]).rows}
+    records = {row.name: finished_record(row) for row in Listing.read(HEADLINE, seeds=[0]).rows}
     return [
         {
             r["corpus"]: np.array(r["window_nll"]) / (r["seq_len"] - 1)

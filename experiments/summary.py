@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 
 from gprune.console import Parser, guarded, quiet
 from gprune.report.comparison_figures import draw_ratios
-from gprune.report.perplexity_tables import pooled, ratio_to
+from gprune.report.perplexity_tables import pool_estimates, ratio_to
 from gprune.report.style import FORMATS, LINES, canvas, distances, plain_ticks, save, style, titled
 from gprune.report.table import Estimate
 from gprune.runs.numbers import by_stage
 from gprune.runs.results import FinishedRun
-from gprune.studies.archive import CONTROL, as_run, record_of
+from gprune.studies.archive import CONTROL, as_run, finished_record
 from gprune.studies.listing import Listing
 from gprune.studies.tables import ratios_of
 
@@ -75,7 +75,9 @@ Lines = dict[tuple[str, str], list[tuple[float, Estimate]]]
 def runs_of(name: str) -> list[FinishedRun]:
     """The rows of a list that have run, by its path below `experiments`."""
     listing = Listing.read(HERE / name)
-    return [as_run(row, kept, listing.content.seen) for row in listing.rows if (kept := record_of(row)) is not None]
+    return [
+        as_run(row, kept, listing.content.seen) for row in listing.rows if (kept := finished_record(row)) is not None
+    ]
 
 
 def by_budget(lists: Mapping[str, Collection[str] | None]) -> Lines:
@@ -129,7 +131,7 @@ def parts() -> list[tuple[str, Estimate]]:
     """Perplexity of the headline's rows over that of unrecovered base, over seeds."""
     runs = runs_of("headline.yaml")
     by_part = [(label, ratios_of(runs, stage, "base: base")) for stage, label in PARTS.items()]
-    return [("the base metric", Estimate(1.0)), *((label, pooled(ratios)) for label, ratios in by_part if ratios)]
+    return [("the base metric", Estimate(1.0))] + [(label, pool_estimates(of)) for label, of in by_part if of]
 
 
 @style()

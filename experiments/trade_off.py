@@ -71,9 +71,9 @@ def ratio_in_llama_cpp(run: FinishedRun, file: Path) -> Estimate | None:
 
 def seconds_in_llama_cpp(files: Sequence[Path]) -> list[float]:
     """Of a prompt and the tokens after it, the fastest of four rounds in which the files take turns."""
-    from gprune.export.llamacpp import opened  # which gprune itself runs in a process of its own
+    from gprune.export.llamacpp import load_llama  # which gprune itself runs in a process of its own
 
-    models = [opened({"model": str(f), "threads": torch.get_num_threads()}, PROMPT + GENERATE) for f in files]
+    models = [load_llama({"model": str(f), "threads": torch.get_num_threads()}, PROMPT + GENERATE) for f in files]
 
     def seconds(model: object) -> float:
         began = time.perf_counter()

@@ -53,10 +53,10 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
         The exit code: 0, 2 for an error that the caller can fix, 129 for SIGHUP, 130 for Ctrl-C, 143 for SIGTERM.
     """
 
-    def fail(message: str, code: int = 2, *, alone: bool = False) -> int:
-        """Print the message and return the code. Rank 0 prints for all ranks unless only this rank failed (`alone`)."""
+    def fail(message: str, code: int = 2, *, rank_local: bool = False) -> int:
+        """Print the message and return the code. Rank 0 prints for all ranks, unless only this rank failed."""
         _flushed()
-        if alone or process_index() == 0:
+        if rank_local or process_index() == 0:
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"{command}: {printable(' '.join(message.split()))}\n")
                 sys.stderr.flush()
@@ -67,7 +67,7 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
         try:
             write_stdout(work())
         except UserError as error:
-            return fail(str(error), alone=error.alone)
+            return fail(str(error), rank_local=error.rank_local)
         except KeyboardInterrupt:
             return fail(f"Interrupted{stopped}", 130)
         except SystemExit as error:
@@ -78,14 +78,14 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
             _flushed()
             raise
         except MemoryError:
-            return fail(f"Out of memory{memory}", alone=True)
+            return fail(f"Out of memory{memory}", rank_local=True)
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
             reason = "the output pipe is closed" if isinstance(error, BrokenPipeError) else error.strerror or error
-            return fail(f"Cannot read or write{where}: {reason}. Finished work is kept.", alone=True)
+            return fail(f"Cannot read or write{where}: {reason}. Finished work is kept.", rank_local=True)
         except RuntimeError as error:
             if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
-                return fail(f"Out of memory{memory}", alone=True)
+                return fail(f"Out of memory{memory}", rank_local=True)
             # Errors of torch.distributed after another rank has ended.
             peer_ended = "by peer" in str(error) or re.fullmatch(r"Dist\w*Error", type(error).__name__)
             if not peer_ended:

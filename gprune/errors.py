@@ -48,12 +48,12 @@ class UserError(ValueError):
     the form of messages. Internal invariants are `assert`s instead.
 
     Args:
-        alone: whether only this rank failed, so that it reports the error itself. By default rank 0 reports for all.
+        rank_local: whether only this rank failed, so that it reports the error itself; otherwise rank 0 reports it.
     """
 
-    def __init__(self, message: str, *, alone: bool = False):
+    def __init__(self, message: str, *, rank_local: bool = False):
         super().__init__(printable(" ".join(message.split())))
-        self.alone = alone
+        self.rank_local = rank_local
 
 
 class UnregisteredError(UserError):

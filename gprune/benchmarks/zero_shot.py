@@ -13,7 +13,7 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +22,9 @@ from gprune.benchmarks.tasks import COUNTED, LoadedTask, load_tasks, questions_h
 from gprune.console import quieted
 from gprune.corpora.windows import opening
 from gprune.errors import quoting, require_finite
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
 
 
 def zero_shot(
@@ -68,14 +71,7 @@ def zero_shot(
         every = (loaded for name in tasks for loaded in load_tasks(name, source))
         by_name = {loaded.task.task_name: loaded for loaded in every}  # groups may overlap
         for name, loaded in by_name.items():
-            task = loaded.task
-            shots = task.config.num_fewshot or 0 if task.OUTPUT_TYPE == "generate_until" else 0
-            task.set_config(key="num_fewshot", value=shots)
-            task.set_fewshot_seed(1234)  # the default of lm_eval
-            needed = f" It needs {shots} examples in train.jsonl." if shots else ""
-            with quoting(f"Cannot make prompts of task '{name}': ", f".{needed}"):
-                task.build_all_requests(limit=limit)
-            task.build_all_requests = lambda **_: None  # lm_eval would call it again
+            _build_requests(name, loaded.task, limit)
         outcome = evaluate(
             AnswerLM(model, tokenizer, batch_size),
             {name: loaded.task for name, loaded in by_name.items()},
@@ -87,6 +83,21 @@ def zero_shot(
         for name, loaded in by_name.items()
         for _, own in itertools.groupby(outcome["samples"][name], key=lambda sample: sample["filter"])
     ]
+
+
+def _build_requests(name: str, task: Task, limit: int | None) -> None:
+    """Build the prompts of a task, with few-shot examples if the task generates text.
+
+    Raises:
+        UserError: if prompts cannot be built.
+    """
+    shots = task.config.num_fewshot or 0 if task.OUTPUT_TYPE == "generate_until" else 0
+    task.set_config(key="num_fewshot", value=shots)
+    task.set_fewshot_seed(1234)  # the default of lm_eval
+    needed = f" It needs {shots} examples in train.jsonl." if shots else ""
+    with quoting(f"Cannot make prompts of task '{name}': ", f".{needed}"):
+        task.build_all_requests(limit=limit)
+    task.build_all_requests = lambda **_: None  # lm_eval would call it again
 
 
 def task_record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def check_walk(config: PreTrainedConfig) -> None:
 
 
 @dataclass
-class Call:
+class LayerCall:
     """One batch between two layers."""
 
     input_ids: Tensor  # (B, T)
@@ -108,7 +108,7 @@ class Walk:
     """
 
     model: PreTrainedModel
-    calls: list[Call] = field(default_factory=list)
+    calls: list[LayerCall] = field(default_factory=list)
     _pool: dict[tuple, list[Tensor]] = field(default_factory=dict)  # recorded tensors, without duplicates
     _form: Any = None  # an output of a layer: hidden states, or a tuple or list with them
 
@@ -126,7 +126,7 @@ class Walk:
         with self._standing_aside(note):
             decoder_of(self.model)(input_ids=input_ids, use_cache=False)
         arguments = [(args, kwargs) for _, args, kwargs in seen]
-        self.calls.append(Call(input_ids, seen[0][0].cpu(), arguments, half, weight))
+        self.calls.append(LayerCall(input_ids, seen[0][0].cpu(), arguments, half, weight))
 
     def _returned_by_first_layer(self, input_ids: Tensor) -> Any:
         """Return the output of the first layer. The decoder stops after this layer."""

@@ -24,7 +24,7 @@ from scipy.special import log_softmax
 ffi, lib = get_ffi(), get_lib()
 
 
-def opened(request: dict[str, Any], length: int) -> Llama:
+def load_llama(request: dict[str, Any], length: int) -> Llama:
     """Open the model with a context of `length` tokens and a float32 cache, so that only weights are lossy."""
     exact = {"flash_attn_type": 0, "type_k": "f32", "type_v": "f32"}
     return Llama(request["model"], n_ctx=length, n_batch=length, n_threads=request["threads"], **exact)
@@ -48,7 +48,7 @@ def logprobs_of(model: Llama, ids: Sequence[int]) -> np.ndarray:
 
 def score(request: dict[str, Any]) -> list[list[int]]:
     """Write log-probabilities, and return the tokens of every text."""
-    model = opened(request, len(request["ids"]))
+    model = load_llama(request, len(request["ids"]))
     np.save(request["logprobs"], logprobs_of(model, request["ids"]).astype(np.float32))
     return [model.tokenize(text, parse_special=True) for text in request["texts"]]
 

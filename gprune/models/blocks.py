@@ -297,10 +297,10 @@ def _found_blocks(first: int, number: int, layer: nn.Module, family: Family, con
     ffn, attention = ([kind for kind, stays in kinds_of(layer, kinds) if stays is None] for kinds in family.kinds)
     beside: list[Block] = []
     for order, chosen in reversed(list(enumerate(zip_longest(ffn, attention, fillvalue={})))):
-        own = _record_of(family, chosen)
+        own = _with_kinds(family, chosen)
         rest = tuple(beside) if order == 0 else ()
         beside.insert(0, Block(first + order, number, layer, own, _head_dim(layer, own, config), order, rest))
-    return beside or [Block(first, number, layer, _record_of(family, ()), 1)]
+    return beside or [Block(first, number, layer, _with_kinds(family, ()), 1)]
 
 
 def kinds_of(layer: nn.Module, kinds: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str | None]]:
@@ -337,7 +337,7 @@ def unpruned(model: PreTrainedModel) -> dict[str, Staying]:
         for scope, kinds in zip(PARTS, family.kinds, strict=False):
             for kind, why in kinds_of(layer, kinds):
                 if why is not None:
-                    record = _record_of(family, [kind])
+                    record = _with_kinds(family, [kind])
                     block = Block(0, 0, layer, record, _head_dim(layer, record, config))
                     one = found.setdefault(output_of(kind), Staying(why))
                     one.layers += 1
@@ -345,7 +345,7 @@ def unpruned(model: PreTrainedModel) -> dict[str, Staying]:
     return found
 
 
-def _record_of(family: Family, chosen: Sequence[Mapping[str, Any]]) -> Family:
+def _with_kinds(family: Family, chosen: Sequence[Mapping[str, Any]]) -> Family:
     """Return the record of one block with these kinds of FFN and attention."""
     own = {name: value for kind in chosen for name, value in kind.items() if name != "classes"}
     for name in ("layout", "attributes", "extras"):

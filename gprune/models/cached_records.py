@@ -27,7 +27,7 @@ def place(config: PreTrainedConfig) -> Path:
     return cache_dir() / "structures" / f"{key}.json"
 
 
-def read(config: PreTrainedConfig) -> Family | None:
+def read_record(config: PreTrainedConfig) -> Family | None:
     """Load a record. Return None if it is missing or invalid, and for classes outside of transformers.
 
     Classes of other packages are not cached, because their code may change between runs.
@@ -38,7 +38,7 @@ def read(config: PreTrainedConfig) -> Family | None:
     return None if content is None else from_json(content)
 
 
-def write(config: PreTrainedConfig, record: Family) -> None:
+def write_record(config: PreTrainedConfig, record: Family) -> None:
     """Write a record to the cache."""
     write_json(place(config), {"record": asdict(record)})
 

@@ -12,7 +12,7 @@ from gprune.console import quieted
 from gprune.errors import UserError, quoting
 from gprune.models.folders import check_stored
 from gprune.models.loading import check_complete, load_model, locate_model, read_config, skeleton
-from gprune.models.lookup import auto_of
+from gprune.models.lookup import auto_class
 from gprune.storage.reading import expanded
 
 FLAG = "--model.made_elsewhere"
@@ -45,7 +45,7 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
         check_stored(skeleton(config, **consent), location)
         settings: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
         with quieted("transformers"):  # its table of missing weights, which are reported below
-            model, report = auto_of(config).from_pretrained(location, **consent, **settings)
+            model, report = auto_class(config).from_pretrained(location, **consent, **settings)
         check_complete(report | {"unexpected_keys": ()}, location)
         if mismatched := sorted(report["mismatched_keys"]):
             weight, stored, asked = mismatched[0]

@@ -37,7 +37,7 @@ from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, PRUNED
 from gprune.models.folders import check_folder, check_sizes, check_stored
-from gprune.models.lookup import auto_of, family_of_config
+from gprune.models.lookup import auto_class, family_of_config
 from gprune.models.names import check_model_name
 from gprune.models.offload import StoredWeights, offload_folder
 from gprune.storage.files import as_bytes
@@ -130,7 +130,7 @@ def skeleton(
     with quoting("--model.name: Cannot build a model from its configuration: "), torch.device("meta"):
         if model_class is not None:
             return model_class(config)
-        return auto_of(config).from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -185,7 +185,7 @@ def load_weights(
         if not usable_generation_config(location):
             settings["generation_config"] = GenerationConfig.from_model_config(config)
         with quieted("accelerate.big_modeling"):  # warns of offloaded parameters, which are intended
-            model, report = auto_of(config).from_pretrained(location, **settings)
+            model, report = auto_class(config).from_pretrained(location, **settings)
         check_complete(report, location)
         check_not_quantised(model, location)
         weakref.finalize(model, removal.pop_all().close)

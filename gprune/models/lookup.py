@@ -21,7 +21,7 @@ RECORD = "_gprune_record"  # attribute of a model that caches its record, also f
 _known: dict[tuple[type, str], Family] = {}  # records that this process has discovered or loaded
 
 
-def auto_of(config: PreTrainedConfig) -> type:
+def auto_class(config: PreTrainedConfig) -> type:
     """Return the Auto class of a configuration: for causal language models, or else for images and text."""
     with_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if with_images and not is_causal(config) else AutoModelForCausalLM

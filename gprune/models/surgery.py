@@ -106,7 +106,7 @@ def _write_layer(
     for name, _ in list(whole.named_parameters()):
         owner, _, own = name.rpartition(".")
         value = stored(whole.get_submodule(owner), own).detach()
-        value = _sliced(*places[name], masks, value) if name in places else value.clone()
+        value = _slice_parameter(*places[name], masks, value) if name in places else value.clone()
         setattr(layer.get_submodule(owner), own, nn.Parameter(value.cpu().contiguous(), requires_grad=False))
     for pair in zip(dense, blocks, strict=True) if revise is not None else ():
         revise(*pair)
@@ -221,7 +221,7 @@ def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks
         for place in block.slices:
             path, _, name = place.path.rpartition(".")
             module, parameter = block.module(path), block.parameter(place)
-            smaller = _sliced(block, place, masks, stored(module, name).detach())
+            smaller = _slice_parameter(block, place, masks, stored(module, name).detach())
             setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
             tell_sizes(module)
     blocks = [replace(block) for block in blocks]  # resets cached properties
@@ -230,7 +230,7 @@ def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks
         tell_layer(block.layer, config, values | block.config_values, block.attributes)
 
 
-def _sliced(block: Block, place: Slice, masks: Masks, parameter: Tensor) -> Tensor:
+def _slice_parameter(block: Block, place: Slice, masks: Masks, parameter: Tensor) -> Tensor:
     """Return the kept part of a parameter as a new tensor."""
     keep = getattr(masks, place.kind)[block.index]
     if place.kind == "ffn" and block.has_experts:

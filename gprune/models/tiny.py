@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from gprune.models.lookup import auto_of
+from gprune.models.lookup import auto_class
 from gprune.models.modeling_pruned import PREFIX
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, NEURONS, EXPERT_NEURONS, SHARED_NEURONS = 48, 6, 3, 8, 44, 20, 28
@@ -102,7 +102,7 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
             setattr(config, name, "eager")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # only the CPU generator, whose state is restored
-        model = auto_of(config).from_config(config, dtype=torch.float32).eval().float()
+        model = auto_class(config).from_config(config, dtype=torch.float32).eval().float()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():

@@ -15,7 +15,7 @@ ERROR_TOKENS = 2048  # tokens per corpus for errors of blocks; 16,384 tokens do 
 KEPT = 2**32  # limit in bytes of the dense model's hidden states that are cached for other rows
 
 
-def keeps_taught(cfg: RunConfig, hidden_size: int) -> bool:
+def caches_teacher(cfg: RunConfig, hidden_size: int) -> bool:
     """Return whether the teacher's hidden states are cached: several models are distilled and the states are small."""
     models = sum(recovery_of(row[1]).learns for row in cfg.stages)
     several = models > 1 or (models and cfg.sparsity.quality)
@@ -29,7 +29,7 @@ def keeps(cfg: RunConfig, tokens: int, hidden_size: int) -> bool:
 
 def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[int, tuple[int, int]]:
     """Return upper bounds of (forward, forward and backward) tokens for each step of the method that needs any."""
-    c, e, s, taught = cfg.corpora, cfg.evaluation, cfg.sparsity, keeps_taught(cfg, hidden_size)
+    c, e, s, cached = cfg.corpora, cfg.evaluation, cfg.sparsity, caches_teacher(cfg, hidden_size)
     text, fresh = len(c.recover) * c.num_samples * c.seq_len, fresh_tokens(cfg)
     learns = {recovery: recovery_of(recovery).learns for _, recovery in cfg.stages}
     development = development_tokens(cfg)
@@ -41,7 +41,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
         of_epochs = measurements(*validation_interval(cfg, learned_windows(cfg), c.batch_size, 1.0), epochs=s.epochs)
         curve = (1 + of_epochs + 2 + len(e.curve)) * development
     open_blocks = sum(costs.protected.isdisjoint(own) for own in costs.by_layer)
-    rounds = len(costs.gone_layers) if s.block_choice == "loss" else 0
+    rounds = len(costs.removed_layers) if s.block_choice == "loss" else 0
     tried = sum(range(open_blocks, open_blocks - rounds, -1)) * len(c.drift) * c.seq_len
     evaluated = evaluated_tokens(cfg)  # for each model
     once = keeps(cfg, evaluated, hidden_size) and cfg.final != "model"
@@ -62,7 +62,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
     for step, name, counts_teacher in models:
         recovery = recovery_of(name, cfg.recovery_settings)
         recovered = recovery.tokens(text, fresh, attention=cfg.attention)
-        if taught and recovery.taught and not counts_teacher:
+        if cached and recovery.uses_teacher and not counts_teacher:
             forward[step] -= fresh
         forward[step] += recovered[0]
         if recovery.learns:

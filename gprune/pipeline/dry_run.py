@@ -37,7 +37,9 @@ def describe(plan: Plan) -> str:
     lines = {
         "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.by_layer)} blocks",
         "scope": f"{cfg.sparsity.scope}: {scope:,} parameters in units",
-        "blocks": f"{len(budget.costs.gone_layers)} are removed as a whole" if "blocks" in cfg.sparsity.scope else "",
+        "blocks": f"{len(budget.costs.removed_layers)} are removed as a whole"
+        if "blocks" in cfg.sparsity.scope
+        else "",
         "removes": f"at most {most:,} parameters: the run finds the sparsity that keeps {cfg.sparsity.target}"
         if quality
         else f"{plan.removed:,} parameters: {plan.removed / scope:.1%} of the scope, "

@@ -13,6 +13,7 @@ from gprune.config import RunConfig
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.models.elsewhere import FLAG, check_elsewhere, load_elsewhere
+from gprune.models.loading import fingerprint
 from gprune.models.lookup import family_of
 from gprune.models.losses import LogitTransform
 from gprune.models.structure import check_structure
@@ -60,6 +61,27 @@ def _memory(device: torch.device) -> float:
     return math.prod(map(os.sysconf, ("SC_PHYS_PAGES", "SC_PAGE_SIZE")))
 
 
+def prepare(
+    cfg: RunConfig, device: torch.device, dense: PreTrainedModel, dense_tokenizer: PreTrainedTokenizerBase,
+    test: list[Windows],
+) -> tuple[list[Windows], str]:  # fmt: skip
+    """Check the model against the dense model, and return the evaluated text in its tokens and its fingerprint.
+
+    Args:
+        cfg: the configuration.
+        device: the device of this process.
+        dense: the dense model.
+        dense_tokenizer: its tokenizer.
+        test: the evaluated text in the dense model's tokens.
+
+    Raises:
+        UserError: as in `_check_head` and `_text_for`.
+    """
+    model, tokenizer = load_other(cfg, device)
+    _check_head(cfg, model, dense)
+    return _text_for(cfg, model, tokenizer, dense_tokenizer, test), fingerprint(model)
+
+
 def load_other(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the frozen model on a device, and its tokenizer."""
     settings = {"dtype": getattr(torch, cfg.model.dtype), "trust_remote_code": cfg.model.trust_remote_code}
@@ -67,7 +89,7 @@ def load_other(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, P
     return model.to(device), tokenizer
 
 
-def check_teachable(cfg: RunConfig, model: PreTrainedModel, dense: PreTrainedModel) -> None:
+def _check_head(cfg: RunConfig, model: PreTrainedModel, dense: PreTrainedModel) -> None:
     """Raise UserError if a model is to be distilled but its output embedding differs from the dense model's.
 
     Distillation computes the logits of both models with the same head.
@@ -80,7 +102,7 @@ def check_teachable(cfg: RunConfig, model: PreTrainedModel, dense: PreTrainedMod
         raise UserError(f"{FLAG}: Cannot distil '{cfg.model.made_elsewhere}': {reason}. Use --recovery none.")
 
 
-def text_for(
+def _text_for(
     cfg: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dense: PreTrainedTokenizerBase,
     test: list[Windows],
 ) -> list[Windows]:  # fmt: skip

@@ -339,4 +339,4 @@ def write_pages(run: Run) -> None:
     """Write `report.html` from the files in the run folder."""
     for logger in run.loggers:
         logger.save()  # writes curves that are still in memory
-    html.write(page.make([run.folder.path]), run.folder / "report.html")
+    html.write_report(page.make([run.folder.path]), run.folder / "report.html")

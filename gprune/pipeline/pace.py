@@ -25,7 +25,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
-from gprune.pipeline.cost import calibration_tokens, evaluated_tokens, fresh_tokens, keeps_taught
+from gprune.pipeline.cost import caches_teacher, calibration_tokens, evaluated_tokens, fresh_tokens
 from gprune.pipeline.plan import Plan
 from gprune.recoveries import recovery_of
 from gprune.sparsity.allocation import ALLOCATION
@@ -44,7 +44,7 @@ class Pace(NamedTuple):
     forward: float  # blocks, in --model.dtype
     evaluated: float  # blocks, head, softmax and KL, in --model.dtype
     developed: float  # the same in the precision of training
-    taught: float  # blocks in the precision of training, without gradients
+    teacher: float  # blocks in the precision of training, without gradients
     learned: float  # forward, backward and optimizer step
 
 
@@ -68,16 +68,16 @@ def run_seconds(plan: Plan) -> float | None:
     seconds = (calibrated + tried) * dense.forward + (salient + erred) * dense.learned
     seconds += calibration_tokens(cfg) * gram
     teacher = learned if cfg.sparsity.loss == "kl" else 0
-    seconds += (curve - teacher) * dense.developed + teacher * dense.taught + learned * dense.learned
+    seconds += (curve - teacher) * dense.developed + teacher * dense.teacher + learned * dense.learned
     forward, trained = plan.tokens.get(8, (0, 0))  # trials for a quality target
     seconds += forward * pruned.evaluated + trained * pruned.learned
     forward, trained = (sum(plan.tokens[step][kind] for step in (9, 10)) for kind in (0, 1))
     rows = evaluated_tokens(cfg) * len(cfg.stages)
     of_dense = min(max(0, forward - rows), evaluated_tokens(cfg))
-    distilled = sum(recovery_of(recovery).taught for _, recovery in cfg.stages)
-    teacher = fresh_tokens(cfg) * (min(1, distilled) if keeps_taught(cfg, config.hidden_size) else distilled)
+    distilled = sum(recovery_of(recovery).uses_teacher for _, recovery in cfg.stages)
+    teacher = fresh_tokens(cfg) * (min(1, distilled) if caches_teacher(cfg, config.hidden_size) else distilled)
     rest = max(0, forward - rows - of_dense - teacher)  # development text
-    seconds += rows * pruned.evaluated + of_dense * dense.evaluated + teacher * dense.taught
+    seconds += rows * pruned.evaluated + of_dense * dense.evaluated + teacher * dense.teacher
     return (seconds + rest * pruned.developed + trained * pruned.learned) / cfg.processes
 
 
@@ -136,9 +136,9 @@ def _time_blocks(plan: Plan) -> tuple[Pace, Pace]:
 
         evaluated, alone = per_token(evaluate, forward, text.numel())
         with _learning(plan, model):
-            developed, taught = per_token(evaluate, forward, text.numel())
+            developed, teacher = per_token(evaluate, forward, text.numel())
             learned, _ = per_token(partial(steps[name], True), partial(steps[name], False), trained.numel())
-        paces.append(Pace(alone, evaluated, developed, taught, learned))
+        paces.append(Pace(alone, evaluated, developed, teacher, learned))
     return tuple(paces)
 
 

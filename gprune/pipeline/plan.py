@@ -30,7 +30,7 @@ from gprune.models.surgery import prune
 from gprune.pipeline import elsewhere
 from gprune.pipeline.cost import tokens_by_step
 from gprune.recoveries import recovery_of
-from gprune.runs.precision import settled
+from gprune.runs.precision import resolve_precision
 from gprune.runs.trainer import check_trainer, multiplying
 from gprune.runs.user_callbacks import UserCallbacks
 from gprune.sparsity.allocation import ALLOCATION
@@ -179,12 +179,12 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
             f"Model type '{config.model_type}': its logits do not follow from head times hidden states, so perplexity "
             "cannot be measured; gprune.apply_masks can prune it. See docs/extend.md, 'A model family'."
         )
-    cfg, why = settled(cfg, device, together=together)
+    cfg, why = resolve_precision(cfg, device, together=together)
     first = Plan(cfg, dense, device, why_precision=why)
     budget, depth = first.asked(), ALLOCATION[cfg.base_allocation].whole_blocks
     plan = replace(first, budget=(budget := within_depth(budget) if depth else budget))
     vars(plan).update(vars(first) | vars(plan))  # copies cached properties, such as the latency table
-    if depth or budget.costs.gone:
+    if depth or budget.costs.removed_blocks:
         check_renumbering(dense, budget)
     if cfg.learns:
         for sparsity in cfg.evaluation.curve:

@@ -28,9 +28,9 @@ from gprune.models.masks import Masks
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate, summarise, write_pages
 from gprune.pipeline.partition import assess, measure_drift, partition
-from gprune.pipeline.quality import at_first_share, at_share_found, quality_entries
+from gprune.pipeline.quality import quality_entries, with_learning_budget, with_quality_budget
 from gprune.pipeline.recover import shrink
-from gprune.pipeline.run import opened
+from gprune.pipeline.run import open_run
 from gprune.pipeline.save import save
 from gprune.pipeline.sparsity import base_masks, learn_sparsity, meet_budget, score, without_blocks
 from gprune.runs.results import PruningResult
@@ -55,7 +55,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
     require(cfg, RunConfig, "The configuration must be a RunConfig, such as gprune.RunConfig(importance='wifv')")
     if cfg.dry_run:
         raise UserError("--dry_run must be false for gprune.prune; got true. Use `python train.py --dry_run true`.")
-    with opened(cfg, callbacks, logger) as run:  # plan, model, tokenizer, text, blocks, budget
+    with open_run(cfg, callbacks, logger) as run:  # plan, model, tokenizer, text, blocks, budget
         modules = thresholds = None
         if cfg.final == "model":  # --model.made_elsewhere: evaluated, and optionally distilled
             statistics, masks = {}, {"model": Masks([], [])}
@@ -68,9 +68,9 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
                 drift = measure_drift(run, statistics)  # 3
                 labels = partition(run, drift)  # 4, 5
                 modules = assess(run, statistics, scores, drift, labels)  # 6
-                learning = at_first_share(run, statistics, masks_of)
+                learning = with_learning_budget(run, statistics, masks_of)
                 masks_of["gprune"] = learn_sparsity(learning, statistics, scores, modules, masks_of.get("base"))  # 7
-            run = at_share_found(run, statistics, masks_of)  # no-op unless the target is a quality
+            run = with_quality_budget(run, statistics, masks_of)  # no-op unless the target is a quality
             thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:
             evaluate(run, statistics, masks)  # all rows without recovery

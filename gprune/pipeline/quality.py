@@ -151,7 +151,7 @@ class Trials:
         return found
 
 
-def at_first_share(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
+def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
     """Return the run with the budget at which thresholds are learned.
 
     For a quality target it is the budget found for the first control, otherwise the budget of the run.
@@ -166,7 +166,7 @@ def at_first_share(run: Run, statistics: Mapping[str, CorpusStatistics], masks_o
     return run.within(trials.budget(best.cut if best else 1))
 
 
-def at_share_found(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
+def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
     """Return the run with the largest budget that keeps the quality; the same run if the target is not a quality.
 
     Raises:

@@ -63,9 +63,9 @@ def shrink(
             return small
     elif is_offloaded(run.model):
         # A model that is trained has to be in memory on one device.
-        small = _sliced_to_files(run, masks, revise, {} if method.learns else placement(run))
+        small = _slice_to_files(run, masks, revise, {} if method.learns else placement(run))
     else:
-        small = _sliced(run, masks, revise)
+        small = _slice_in_memory(run, masks, revise)
     counted = run.meter.watch(small)
     # Random numbers of a recovery must not depend on earlier work: calibration, another row, an earlier session.
     torch.manual_seed(run.cfg.run.seed)
@@ -75,7 +75,7 @@ def shrink(
     return small
 
 
-def _sliced(run: Run, masks: Masks, revise: Revise | None) -> PreTrainedModel:
+def _slice_in_memory(run: Run, masks: Masks, revise: Revise | None) -> PreTrainedModel:
     small = prune(run.model, masks)
     if revise is not None:
         stay = [dense for dense, kept in zip(run.blocks, masks.blocks, strict=True) if kept]
@@ -84,7 +84,7 @@ def _sliced(run: Run, masks: Masks, revise: Revise | None) -> PreTrainedModel:
     return small
 
 
-def _sliced_to_files(run: Run, masks: Masks, revise: Revise | None, where: dict[str, Any]) -> PreTrainedModel:
+def _slice_to_files(run: Run, masks: Masks, revise: Revise | None, where: dict[str, Any]) -> PreTrainedModel:
     with ExitStack() as removal:
         folder = removal.enter_context(offload_folder())
         save_pruned(prune_to_files(run.model, masks, folder / "blocks", revise), None, folder / "model")
@@ -118,9 +118,9 @@ def material_of(
         settings=cfg.recovery_settings,
         fit=fit_once(run, learned_file(masks, row[1]), row, trial),
         shard=cfg.model.shard,
-        taught=run.taught,
+        teacher_states=run.cached_teacher_states,
         # The teacher's tokens are counted once: in the first trial or, without trials, in the main row.
-        paid=trial > 0 if trial is not None else row != cfg.own_row,
+        already_counted=trial > 0 if trial is not None else row != cfg.own_row,
     )
 
 

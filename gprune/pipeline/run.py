@@ -30,7 +30,7 @@ from gprune.evaluation.perplexity import Forecast
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
 from gprune.pipeline import elsewhere
-from gprune.pipeline.cost import keeps_taught, passes, validation_interval
+from gprune.pipeline.cost import caches_teacher, passes, validation_interval
 from gprune.pipeline.inputs import Text, load_dense, prepare_text
 from gprune.pipeline.plan import Plan, check
 from gprune.runs.checkpoints import Checkpoints
@@ -106,7 +106,7 @@ class Run:
     callbacks: UserCallbacks
     own_text: list[Windows] | None = None  # `text.test` in the tokens of the model of --model.made_elsewhere
     forecasts: dict[str, list[Forecast]] = field(default_factory=dict)  # hash of windows -> forecasts, if they are kept
-    teacher_states: dict[bytes, Tensor] = field(default_factory=dict)  # the cache that `taught` returns
+    teacher_states: dict[bytes, Tensor] = field(default_factory=dict)  # the cache that `cached_teacher_states` returns
 
     @property
     def cfg(self) -> RunConfig:
@@ -122,9 +122,9 @@ class Run:
         return blocks_of(self.model)
 
     @property
-    def taught(self) -> dict[bytes, Tensor] | None:
-        """Cache of the teacher's hidden states for all rows (`Material.taught`); None if they are not cached."""
-        kept = keeps_taught(self.cfg, self.model.config.get_text_config(decoder=True).hidden_size)
+    def cached_teacher_states(self) -> dict[bytes, Tensor] | None:
+        """Cache of the teacher's hidden states for all rows; None if they are not cached."""
+        kept = caches_teacher(self.cfg, self.model.config.get_text_config(decoder=True).hidden_size)
         return self.teacher_states if kept else None
 
     def within(self, budget: Budget) -> Run:
@@ -243,7 +243,7 @@ class Run:
 
 
 @contextmanager
-def opened(
+def open_run(
     cfg: RunConfig, callbacks: Sequence[L.Callback] = (), logger: Logger | Sequence[Logger] = ()
 ) -> Iterator[Run]:
     """Context with an open run: make the plan, load model and text, create or resume the folder, and open the loggers.
@@ -274,11 +274,7 @@ def opened(
     inputs = {"model": fingerprint(model), "text": text.hashes()}
     own_text = None
     if cfg.model.made_elsewhere is not None:
-        other, own_tokenizer = elsewhere.load_other(cfg, plan.device)
-        elsewhere.check_teachable(cfg, other, model)
-        own_text = elsewhere.text_for(cfg, other, own_tokenizer, tokenizer, text.test)
-        inputs["made_elsewhere"] = fingerprint(other)
-        del other  # each row loads its own copy
+        own_text, inputs["made_elsewhere"] = elsewhere.prepare(cfg, plan.device, model, tokenizer, text.test)
     if callbacks:  # identified by class and Lightning's state key
         inputs["callbacks"] = [f"{type(one).__module__}.{one.state_key}" for one in callbacks]
     if cfg.timed_for:  # another latency table gives another budget
@@ -288,7 +284,7 @@ def opened(
     work = {step: passes(*tokens) for step, tokens in plan.tokens.items()}
     screen = Screen(work, meter.work)
     with (
-        folder.opened(settings, to_yaml(cfg.resolved())), plain_interrupts(),
+        folder.in_use(settings, to_yaml(cfg.resolved())), plain_interrupts(),
         tracking(folder, cfg, given) as loggers, screen, meter.hooks,
         multiplying(cfg.trainer.float32_matmul_precision),
     ):  # fmt: skip

@@ -66,7 +66,7 @@ def without_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
         return {"gone": torch.tensor(least_missed(run.budget, loss), dtype=torch.long)}
 
     budget = run.budget.without(run.folder.tensors("blocks", chosen)["gone"].tolist())
-    gone = ", ".join(map(str, budget.costs.gone_layers)) or "none, as a block is more than --sparsity.block_share"
+    gone = ", ".join(map(str, budget.costs.removed_layers)) or "none, as a block is more than --sparsity.block_share"
     run.step(2, f"Removing whole blocks: {gone}")
     return run.within(budget)
 
@@ -222,7 +222,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     options = cfg.options.get(s.learner, {})
     for kind in start:  # removed blocks get mean thresholds, as other sparsities of the curve may keep them
         mean = torch.cat([kind[b] for b in run.budget.costs.stay]).mean()
-        for b in run.budget.costs.gone:
+        for b in run.budget.costs.removed_blocks:
             kind[b] = torch.full_like(kind[b], mean)
     learner, settings = LEARNER[s.learner], dict(s) | {"shard": cfg.model.shard}
     stage = learner(run.model, modules.ranks, start, run.budget, **accepted(learner, settings) | options)

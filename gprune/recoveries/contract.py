@@ -71,8 +71,8 @@ class Material:
     fit: Callable[..., None] | None = None
     shard: bool = False  # whether layers are sharded over processes during training
     # Cache of the dense model's final hidden states by batch, shared by all rows of a run; None: no cache.
-    taught: dict[bytes, Tensor] | None = None
-    paid: bool = False  # whether the tokens of `taught` are counted already
+    teacher_states: dict[bytes, Tensor] | None = None
+    already_counted: bool = False  # whether the tokens of `teacher_states` are counted already
 
     @property
     def batches(self) -> list[Tensor]:
@@ -86,7 +86,7 @@ class Recovery:
     name = ""  # set when it is registered
     needs: frozenset[str] = frozenset()  # which of `NEEDS` (statistics of the dense model, or text) it reads
     learns = False  # whether it trains on text
-    taught = False  # whether it uses the cache `Material.taught`
+    uses_teacher = False  # whether it uses the cache `Material.teacher_states`
     experts = True  # whether it can recover experts
     sharded = True  # whether it works with a dense model that is sharded over processes
     origin: Any = None  # the registered class or function, whose keyword-only parameters are options
@@ -138,7 +138,8 @@ class Chain(Recovery):
         self.name, names = name, name.split("+")
         self.recoveries = [recovery_of(name, settings) for name in names]
         self.needs = frozenset().union(*(one.needs for one in self.recoveries))
-        self.learns, self.taught = (any(getattr(one, name) for one in self.recoveries) for name in ("learns", "taught"))
+        self.learns = any(one.learns for one in self.recoveries)
+        self.uses_teacher = any(one.uses_teacher for one in self.recoveries)
         self.sharded = all(one.sharded for one in self.recoveries)
         late = [one.name for one in self.recoveries[1:] if type(one).revise is not Recovery.revise]
         if len(set(names)) < len(names) or "none" in names or late:

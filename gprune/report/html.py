@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--line)", "#555555": "var(--soft)"}
 
 
-def write(report: Report, path: Path | str) -> Path:
+def write_report(report: Report, path: Path | str) -> Path:
     """Write the page of a report atomically, and return its path."""
     path = expanded(path)
     with replacing(path) as temporary:
-        temporary.write_text(page(report), encoding="utf-8")
+        temporary.write_text(render(report), encoding="utf-8")
     return path
 
 
@@ -53,10 +53,10 @@ def write_missing(report: Report) -> None:
     if card.is_file() and RESULTS not in card.read_text(encoding="utf-8"):
         write_card(RunFolder(run.path), config_of(run), run.records)
     if not (run.path / "report.html").exists():
-        write(report, run.path / "report.html")
+        write_report(report, run.path / "report.html")
 
 
-def page(report: Report) -> str:
+def render(report: Report) -> str:
     """Render a report as HTML: common tables and figures, and a section for each run."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,

@@ -38,7 +38,7 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
 
 
-def pooled(estimates: Sequence[Estimate | None]) -> Estimate | None:
+def pool_estimates(estimates: Sequence[Estimate | None]) -> Estimate | None:
     """Combine estimates of seeds: that of a single run, or `over_seeds` of several; None if any is missing."""
     if not estimates or None in estimates:
         return None
@@ -112,7 +112,7 @@ def comparison_table(groups: Sequence[SeedGroup]) -> Table:
         by_seed = {run.seed: run for run in b.runs}
         pairs = [(run, by_seed[run.seed]) for run in a.runs if run.seed in by_seed] or [(a.runs[0], b.runs[0])]
         ratios = [ratio_to(run, stages(run)[-1], other, stages(other)[-1]) for run, other in pairs]
-        if (ratio := pooled(ratios)) is not None:
+        if (ratio := pool_estimates(ratios)) is not None:
             names = (f"{g.name}: {row_name(*stages(g.runs[0])[-1])}" for g in (a, b))
             rows.append([*names, len(ratios), ratio])
     columns, title = ["unseen perplexity of", "over that of", "seeds", "ratio"], "Pruned models, pair by pair"
@@ -182,7 +182,7 @@ def _stage_rows(
         for stage in stages(group.runs[0]):
             dense = stage[0] == "dense"
             runs, name = (group.runs[:1], group.runs[0].records[0]["model"]) if dense else (group.runs, group.name)
-            row = list(map(pooled, zip(*(numbers(run, stage) for run in runs), strict=True)))
+            row = list(map(pool_estimates, zip(*(numbers(run, stage) for run in runs), strict=True)))
             key: tuple[Any, ...] = (group.name, stage)  # the main row of a group is never merged
             if dense or stage != stages(runs[0])[-1]:
                 key = (stage, *(_rounded_results(run, stage) for run in runs))

@@ -68,7 +68,7 @@ class RunFolder:
         return self.path / name
 
     @contextmanager
-    def opened(self, settings: dict[str, Any], config_yaml: str) -> Iterator[None]:
+    def in_use(self, settings: dict[str, Any], config_yaml: str) -> Iterator[None]:
         """Create the folder or resume the run in it, and lock it against other processes.
 
         Raises:

@@ -16,7 +16,7 @@ from gprune.storage.files import read_json
 Precision = Literal["32-true", "bf16-mixed"]
 
 
-def settled(cfg: RunConfig, device: torch.device, *, together: bool = False) -> tuple[RunConfig, str]:
+def resolve_precision(cfg: RunConfig, device: torch.device, *, together: bool = False) -> tuple[RunConfig, str]:
     """Replace the precision `auto` in a configuration, and return the reason for the choice.
 
     A resumed run keeps its precision on any hardware. With float16 weights training uses float32, because bfloat16 has

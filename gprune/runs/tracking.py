@@ -271,7 +271,7 @@ def wandb_run(
         yield define_axes(wandb.run, AXES)
         return
     known = os.environ.get
-    with _opened_run(
+    with _wandb_run(
         folder,
         # offline=True would leave WANDB_MODE set in the process.
         mode=logging.resolved_mode,
@@ -302,12 +302,12 @@ def resumed_run(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | 
         return
     mode = os.environ.get("WANDB_MODE") or known["mode"]
     # `create_new`, because another run may be open.
-    with _opened_run(folder, latest=False, reinit="create_new", **known | {"mode": mode}) as run:
+    with _wandb_run(folder, latest=False, reinit="create_new", **known | {"mode": mode}) as run:
         yield run
 
 
 @contextmanager
-def _opened_run(folder: Path | str, *, latest: bool = True, **settings: Any) -> Iterator[wandb.Run | None]:
+def _wandb_run(folder: Path | str, *, latest: bool = True, **settings: Any) -> Iterator[wandb.Run | None]:
     """Context with a new W&B run, which is finished at the end. `latest`: whether `wandb/latest-run` points to it."""
     folder = Path(os.environ.get("WANDB_DIR") or folder)
     with suppress(OSError):  # W&B falls back to a temporary folder

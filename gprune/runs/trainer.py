@@ -70,7 +70,7 @@ def _check_processes(accelerator: str, devices: int, num_nodes: int) -> None:
     if variable := _wrong_rank_variable(devices * num_nodes):
         needed = f"{devices * num_nodes} (--trainer.devices x --trainer.num_nodes)"
         remedy = "Unset the variable if no launcher has set it"
-        raise UserError(f"The number of processes must be {needed}; got {variable}. {remedy}.", alone=True)
+        raise UserError(f"The number of processes must be {needed}; got {variable}. {remedy}.", rank_local=True)
 
 
 def _wrong_rank_variable(processes: int) -> str | None:

@@ -33,7 +33,7 @@ class UnitCosts:
     uniform: bool = False  # whether all blocks must have the same widths
     block: tuple[int, ...] = ()  # parameters of a whole block, norms included
     block_share: float = 0.0  # share of the target that may be removed as whole blocks; 0: not in scope
-    gone: tuple[int, ...] = ()  # blocks that are removed as a whole, in the order of choice
+    removed_blocks: tuple[int, ...] = ()  # blocks that are removed as a whole, in the order of choice
     layers: tuple[int, ...] = ()  # layer of each block (a layer is removed with all its blocks); empty: one each
     price: Price | None = None  # None: the currency is parameters
 
@@ -51,7 +51,7 @@ class UnitCosts:
     @property
     def stay(self) -> list[int]:
         """Blocks that are not removed as a whole."""
-        return [b for b in range(len(self.neurons)) if b not in self.gone]
+        return [b for b in range(len(self.neurons)) if b not in self.removed_blocks]
 
     @cached_property
     def by_layer(self) -> list[list[int]]:
@@ -60,9 +60,10 @@ class UnitCosts:
         return [[b for b, _ in own] for _, own in groupby(enumerate(layers), key=lambda pair: pair[1])]
 
     @property
-    def gone_layers(self) -> list[int]:
+    def removed_layers(self) -> list[int]:
         """Layers that are removed as a whole, in the order of choice."""
-        return list(dict.fromkeys(next(i for i, own in enumerate(self.by_layer) if b in own) for b in self.gone))
+        layer_of = {block: layer for layer, own in enumerate(self.by_layer) for block in own}
+        return list(dict.fromkeys(layer_of[block] for block in self.removed_blocks))
 
     @property
     def open_layers(self) -> list[list[int]]:
@@ -87,10 +88,10 @@ class UnitCosts:
     def removable(self, width_multiple: int) -> int:
         """Return the largest removable cost, if every block keeps at least `width_multiple` neurons and one KV group.
 
-        Protected blocks keep everything, and blocks in `gone` nothing.
+        Protected blocks keep everything, and blocks in `removed_blocks` nothing.
         """
         p = self.prices
-        return sum(p.blocks[b] for b in self.gone) + sum(
+        return sum(p.blocks[b] for b in self.removed_blocks) + sum(
             p.neurons[b][-1] - p.neurons[b][min(width_multiple, self.neurons[b])]
             + self.attention * (p.groups[b][-1] - p.groups[b][min(1, self.groups[b])])
             for b in self.stay if b not in self.protected
@@ -116,7 +117,7 @@ class UnitCosts:
     def with_gone(self, masks: Masks) -> Masks:
         """Return masks of all blocks, from masks of the blocks that are not removed as a whole."""
         ffn, attention = list(masks.ffn), list(masks.attention)
-        for b in sorted(self.gone):
+        for b in sorted(self.removed_blocks):
             ffn.insert(b, masks.ffn[0].new_zeros(self.of_experts[b] * self.neurons[b]))
             attention.insert(b, masks.attention[0].new_zeros(self.groups[b]))
         return Masks(ffn, attention)
@@ -147,7 +148,7 @@ def unit_costs(
         experts=tuple(b.experts for b in blocks),
         block=tuple(b.cost for b in blocks),
         block_share=block_share if whole else 0.0,
-        gone=tuple(range(len(blocks))) if whole else (),  # placeholders until blocks are chosen
+        removed_blocks=tuple(range(len(blocks))) if whole else (),  # placeholders until blocks are chosen
         protected=frozenset(b.index for b in blocks if b.layer_index in kept),
         uniform=uniform,
         price=price,
@@ -171,7 +172,7 @@ class Budget:
         """Return the budget for a `--sparsity.target`, such as a share in (0, 1) of the scope's cost, rounded up.
 
         For a quality target this is the largest possible budget; the run then searches for one that keeps the quality.
-        Blocks in `costs.gone` are removed as a whole, in their order, as far as they fit into `block_share`.
+        Blocks in `costs.removed_blocks` are removed as a whole, in their order, as far as they fit into `block_share`.
 
         Args:
             costs: costs of the units.
@@ -190,7 +191,7 @@ class Budget:
             return largest
         if goal.unit == "quality" or (target := goal.removes(total, model)) < 1:
             raise UserError(f"{flag} {asked} cannot remove anything: the scope has {total:,}, the model {model:,}.")
-        costs = replace(costs, gone=costs.fitting(costs.gone, target))
+        costs = replace(costs, removed_blocks=costs.fitting(costs.removed_blocks, target))
         removable = costs.removable(width_multiple)
         if target > removable:
             raise UserError(
@@ -205,11 +206,13 @@ class Budget:
 
     def without(self, blocks: Sequence[int]) -> Budget:
         """Return this budget with as many of these blocks removed as a whole, in this order, as fit."""
-        return Budget.of(replace(self.costs, gone=tuple(blocks)), self.asked or self.sparsity, self.width_multiple)
+        return Budget.of(
+            replace(self.costs, removed_blocks=tuple(blocks)), self.asked or self.sparsity, self.width_multiple
+        )
 
     def removing(self, target: int) -> Budget:
         """Return the budget of the same units and grid that removes this cost, which must be possible."""
-        costs = replace(self.costs, gone=self.costs.fitting(self.costs.gone, target))
+        costs = replace(self.costs, removed_blocks=self.costs.fitting(self.costs.removed_blocks, target))
         return Budget(costs, target, self.width_multiple)
 
     def largest(self) -> Budget:
@@ -220,8 +223,8 @@ class Budget:
         """
         target, allowed = 0, self.costs.total
         while target != allowed:
-            target, gone = allowed, self.costs.fitting(self.costs.gone, allowed)
-            allowed = min(target, replace(self.costs, gone=gone).removable(self.width_multiple))
+            target, removed = allowed, self.costs.fitting(self.costs.removed_blocks, allowed)
+            allowed = min(target, replace(self.costs, removed_blocks=removed).removable(self.width_multiple))
         return replace(self.removing(target), asked=self.asked)
 
     @property
@@ -244,7 +247,7 @@ class Budget:
         left = UnitCosts(
             neuron, group, neurons, groups, costs.attention, tuple(experts), protected, costs.uniform, price=price
         )
-        return Budget(left, self.target - sum(p.blocks[b] for b in costs.gone), self.width_multiple)
+        return Budget(left, self.target - sum(p.blocks[b] for b in costs.removed_blocks), self.width_multiple)
 
     @property
     def sparsity(self) -> float:
@@ -255,10 +258,10 @@ class Budget:
 def least_missed(budget: Budget, loss: Callable[[list[int]], float]) -> list[int]:
     """Choose blocks to remove as a whole, greedily: the layer without which the loss is lowest, then the next one, as
     long as they fit."""
-    costs, gone = budget.costs, []
+    costs, removed = budget.costs, []
     while fit := [
         own for own in costs.by_layer
-        if own[0] not in gone and own[0] in costs.fitting([*gone, own[0]], budget.target)
+        if own[0] not in removed and own[0] in costs.fitting([*removed, own[0]], budget.target)
     ]:  # fmt: skip
-        gone += min(fit, key=lambda own: loss([*gone, *own]))
-    return gone
+        removed += min(fit, key=lambda own: loss([*removed, *own]))
+    return removed

@@ -166,9 +166,9 @@ def keep_masks(
     and neurons make up the rest. So the overshoot is less than one step of `width_multiple` neurons, and no group is
     removed that exceeds the target by far. Each block keeps at least `width_multiple` neurons and one KV group.
 
-    Blocks in `UnitCosts.gone` are removed as a whole, and units of other blocks make up the rest of the target.
-    Protected blocks keep everything. If all blocks must have the same widths, see `equal_widths`; then the overshoot is
-    less than one step in every block.
+    Blocks in `UnitCosts.removed_blocks` are removed as a whole, and units of other blocks make up the rest of the
+    target. Protected blocks keep everything. If all blocks must have the same widths, see `equal_widths`; then the
+    overshoot is less than one step in every block.
 
     Args:
         budget: costs of the units, the target and the grid of widths.

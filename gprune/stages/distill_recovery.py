@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Distill(Recovery):
     """Recovery by end-to-end distillation from the dense model on text of `corpora.recover` (`DistillationStage`)."""
 
-    learns = taught = True
+    learns = uses_teacher = True
 
     def __init__(self, settings: DistillConfig | None = None):
         self.settings = settings or DistillConfig()
@@ -42,9 +42,9 @@ class Distill(Recovery):
 
         s = self.settings
         remove_hook_from_submodules(pruned)  # hooks of a dense model on several devices; the student is on one device
-        count = material.count if material.paid else None
+        count = material.count if material.already_counted else None
         stage = DistillationStage(
-            material.dense, pruned, shard=material.shard, kept=material.taught, count=count,
+            material.dense, pruned, shard=material.shard, kept=material.teacher_states, count=count,
             **accepted(DistillationStage, dict(s)),
         )  # fmt: skip
         what = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"

@@ -205,7 +205,7 @@ class DistillationStage(FrozenLMStage):
 
     def _losses(self, ids: Tensor) -> Tensor:
         """Loss of each window, (B, T) -> (B,) float32."""
-        dense = self._taught(ids).flatten(0, 1) if self.kl else None
+        dense = self._teacher_hidden(ids).flatten(0, 1) if self.kl else None
         hidden = final_hidden(self.student, ids).flatten(0, 1)
         head, transform = self.student.get_output_embeddings(), LogitTransform.of(self.student)
         losses = torch.zeros(len(ids), device=hidden.device)
@@ -217,7 +217,7 @@ class DistillationStage(FrozenLMStage):
         return losses
 
     @torch.no_grad()
-    def _taught(self, ids: Tensor) -> Tensor:
+    def _teacher_hidden(self, ids: Tensor) -> Tensor:
         """Final hidden states of the teacher, (B, T - 1, H) in its dtype, from the cache or computed."""
         if self._kept is None:
             return final_hidden(self.lm, ids)

@@ -82,7 +82,7 @@ class ThresholdLearning(FrozenLMStage):
         self.attention_thresholds = nn.ParameterList(
             nn.Parameter(t.float(), requires_grad=budget.costs.attention) for t in attention
         )
-        for b in budget.costs.gone:  # the loss does not depend on thresholds of removed blocks
+        for b in budget.costs.removed_blocks:  # the loss does not depend on thresholds of removed blocks
             for learned in (self.ffn_thresholds, self.ffn_offsets, self.attention_thresholds):
                 learned[b : b + 1].requires_grad_(False)
         self.ffn_gates: list[Tensor] = []
@@ -167,7 +167,7 @@ class ThresholdLearning(FrozenLMStage):
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # the autograd graph of the last step was freed
         gates = gated(self.lm, self.ffn_gates, self.attention_gates)
-        with bypassed(self.lm, self.budget.costs.gone), gates:
+        with bypassed(self.lm, self.budget.costs.removed_blocks), gates:
             return next_token_losses(self.lm, ids, teacher=teacher)
 
     def axes(self) -> dict[str, float]:

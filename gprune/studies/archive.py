@@ -33,7 +33,7 @@ def default_settings() -> dict[str, Any]:
     return RunConfig(trainer={"precision": LISTED_PRECISION}).settings()
 
 
-def record_of(row: Row) -> dict[str, Any] | None:
+def finished_record(row: Row) -> dict[str, Any] | None:
     """Return the record of a row if it has the tasks and masks that the list asks for; otherwise None."""
     _, record = find_record(row)
     return record if record is not None and _is_complete(row, record) else None

@@ -61,7 +61,7 @@ def run(args: Sequence[str]) -> str:
     base = references(named) if options.base is None else base_run(options.base, options.records)
     report = page.make([run for runs, _ in named for run in runs], base=base)
     if options.html is not None:
-        return f"{report.shown()}\nWrote {html.write(report, options.html)}.\n"
+        return f"{report.shown()}\nWrote {html.write_report(report, options.html)}.\n"
     paths = report.write(options.output or default_output([run.path for run in report.runs]))
     if options.output is None and len(report.runs) == 1 and report.runs[0].path.is_dir():
         html.write_missing(report)

@@ -20,7 +20,7 @@ from gprune.report.perplexity_tables import base_of
 from gprune.runs import frames
 from gprune.runs.numbers import by_stage, on_same_windows
 from gprune.runs.results import FinishedRun
-from gprune.studies.archive import find_record, of_tasks, record_of
+from gprune.studies.archive import find_record, finished_record, of_tasks
 from gprune.studies.listing import Listing, Row
 from gprune.studies.tables import bases_of, reported, tables_of
 
@@ -180,4 +180,6 @@ def chosen(listing: Listing, names: Iterable[str] | None, *, what: str = "The ro
 def of_listing(listing: Listing, rows: Sequence[Row]) -> StudyResult:
     """Read the records of selected rows and of the list's reference."""
     wanted = [row for row in listing.rows if row in rows or row.name == listing.content.reference]
-    return StudyResult(listing, wanted, [(row, record) for row in wanted if (record := record_of(row)) is not None])
+    return StudyResult(
+        listing, wanted, [(row, record) for row in wanted if (record := finished_record(row)) is not None]
+    )

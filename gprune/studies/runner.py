@@ -29,7 +29,7 @@ from gprune.runs.folder import RunFolder
 from gprune.storage.cache import disk_errors
 from gprune.storage.files import read_json, scratch_folder, write_json
 from gprune.storage.reading import expanded
-from gprune.studies.archive import dense_path, find_record, learned_tokens, packed, record_of, write_record
+from gprune.studies.archive import dense_path, find_record, finished_record, learned_tokens, packed, write_record
 from gprune.studies.listing import Listing, Row, asked_of, select_part
 from gprune.studies.output import notes_of, title_of, write_results
 from gprune.studies.result import StudyResult, chosen, of_listing
@@ -41,7 +41,7 @@ def work(options: Namespace) -> None:
     for path in options.lists:
         listing = Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
         rows = select_part(chosen(listing, options.only, what="--only"), options.part)
-        pending = [row for row in rows if record_of(row) is None]
+        pending = [row for row in rows if finished_record(row) is None]
         if pending and not (options.table or options.files):
             run_all(pending)
         if process_index() == 0:  # Lightning may have started other processes with the same command

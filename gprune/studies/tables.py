@@ -10,7 +10,7 @@ from gprune.errors import UserError
 from gprune.report import Report, of_runs
 from gprune.report.benchmark_table import against
 from gprune.report.grouping import as_small
-from gprune.report.perplexity_tables import pooled, ratio_to
+from gprune.report.perplexity_tables import pool_estimates, ratio_to
 from gprune.report.table import Estimate, Table
 from gprune.runs.numbers import Record, by_stage, row_name
 from gprune.runs.results import FinishedRun
@@ -67,7 +67,10 @@ def tables_of(listing: Listing, report: Report) -> list[Table]:
 def stage_comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
     """Table with a row per pair of stages that the list compares and whose rows are finished."""
     pairs = {(a, b): ratios for a, b in listing.content.compare if (ratios := ratios_of(runs, a, b)) is not None}
-    rows = [[" / ".join(p), len(of), pooled(of), pooled(ratios_of(runs, *p, "kl"))] for p, of in pairs.items()]
+    rows = [
+        [" / ".join(p), len(of), pool_estimates(of), pool_estimates(ratios_of(runs, *p, "kl"))]
+        for p, of in pairs.items()
+    ]
     none = "No ratio: the two have no seed in common, or were evaluated on other windows."
     columns, note = ["unseen perplexity of", "seeds", "ratio", "of exp(KL)"], [none] * any(not row[1] for row in rows)
     if all(row[-1] is None for row in rows):

@@ -12,7 +12,7 @@ from gprune.benchmarks import speed
 from gprune.benchmarks.measurement import task_numbers
 from gprune.report.benchmark_table import rated
 from gprune.runs.results import load_run
-from gprune.studies.archive import record_of
+from gprune.studies.archive import finished_record
 from tests import tiny_run
 from tests.studies.workbench import Workbench, cells
 
@@ -77,7 +77,7 @@ def test_a_list_measures_each_row_beside_the_dense_model(bench, timed, capsys):
     assert timed == [(2, 1, 128), (2, 8, 128)]
     assert out.count(" x 2.000 |") == 4
     (row,) = bench.rows(path)
-    assert [r["stage"] for r in record_of(row)["evaluation"]] == ["dense"] * 4 + ["base"] * 4
+    assert [r["stage"] for r in finished_record(row)["evaluation"]] == ["dense"] * 4 + ["base"] * 4
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from scipy.stats import t
 
 from experiments import summary
 from gprune.errors import UserError
-from gprune.studies.archive import record_of
+from gprune.studies.archive import finished_record
 from gprune.studies.listing import Listing
 
 UNSEEN = ("stackexchange", "gsm8k", "stories", "python_docs")
@@ -22,9 +22,9 @@ def test_the_last_part_is_what_its_records_say():
         nll = {}
         for row in Listing.read(summary.HERE / "headline.yaml", seeds=[seed]).rows:
             if row.name in ("base", "best"):
-                last = record_of(row)["records"][-1]["stage"]
+                last = finished_record(row)["records"][-1]["stage"]
                 nll[row.name] = [
-                    r["nll"] for r in record_of(row)["records"] if r["stage"] == last and r["corpus"] in UNSEEN
+                    r["nll"] for r in finished_record(row)["records"] if r["stage"] == last and r["corpus"] in UNSEEN
                 ]
         logs.append(sum(a - b for a, b in zip(nll["best"], nll["base"], strict=True)) / len(UNSEEN))
     mean = sum(logs) / 3

@@ -11,7 +11,7 @@ from gprune.errors import UserError
 from gprune.models import experts
 from gprune.models.blocks import blocks_of
 from gprune.models.discovery.agreement import Agreement
-from gprune.models.discovery.record import record_of
+from gprune.models.discovery.record import discover_record
 from gprune.models.lookup import remember
 from gprune.models.tiny import shrunk, tiny_model
 
@@ -47,7 +47,7 @@ def without_calling_down(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("forward", [faint_and_by_width, two_gates, without_calling_down])
 def test_an_ffn_that_cannot_be_sliced_or_masked_is_not_found(forward):
     with pytest.raises(UserError, match=r"no FFN .* 3 layers in 'layers'"):
-        record_of(with_mlp(forward))
+        discover_record(with_mlp(forward))
 
 
 def test_a_difference_counts_by_what_the_mask_changes():
@@ -71,11 +71,11 @@ def mixing_up_tokens(watch):
 def test_experts_that_cannot_be_watched_are_left_alone(broken, monkeypatch):
     """Such as those of a class that computes its products in a kernel of its own."""
     model = tiny("deepseek_v3")
-    record = record_of(model)
+    record = discover_record(model)
     assert any("experts" in kind for kind in record.kinds[0])
     for module in ("gprune.models.gating", "gprune.models.discovery.agreement"):
         monkeypatch.setattr(f"{module}.watch_experts", broken)
-    record = record_of(model)
+    record = discover_record(model)
     assert record.kinds[0]
     assert not any("experts" in kind for kind in record.kinds[0])
     remember(model, record)

@@ -22,7 +22,7 @@ from gprune.models import cached_records, lookup
 from gprune.models.blocks import blocks_of
 from gprune.models.discovery import record as discovery
 from gprune.models.discovery.agreement import random_masks
-from gprune.models.discovery.record import discovered, record_of
+from gprune.models.discovery.record import discover_record, discovered
 from gprune.models.families import FAMILIES, Family
 from gprune.models.lookup import family_of, remember
 from gprune.models.losses import iter_logits
@@ -259,14 +259,14 @@ def test_a_forward_pass_that_is_not_deterministic_is_refused():
     model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
     model.model.layers[0].mlp.register_forward_hook(lambda _m, _i, out: out + torch.randn_like(out))
     with pytest.raises(UserError, match="two forward passes of the same input"):
-        record_of(model)
+        discover_record(model)
 
 
 def test_a_layer_list_that_is_no_module_list_is_refused():
     model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
     model.model.layers = nn.Sequential(*model.model.layers)
     with pytest.raises(UserError, match=r"no nn\.ModuleList of decoder layers\..*--import names.*docs/extend\.md"):
-        record_of(model)
+        discover_record(model)
 
 
 # Records by hand

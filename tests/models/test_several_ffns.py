@@ -25,7 +25,7 @@ from gprune.importance.scores import score_units
 from gprune.models import lookup
 from gprune.models.blocks import blocks_of, by_layer, decoder_layers, unpruned
 from gprune.models.discovery.agreement import random_masks
-from gprune.models.discovery.record import record_of
+from gprune.models.discovery.record import discover_record
 from gprune.models.lookup import remember
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune, prune_to_files
@@ -83,7 +83,7 @@ def twice(monkeypatch):
             for parameter in layer.mlp.parameters():
                 nn.init.normal_(parameter, std=0.3)
     with torch.enable_grad():
-        remember(model, record_of(model))
+        remember(model, discover_record(model))
     return model.requires_grad_(False)
 
 
@@ -239,8 +239,8 @@ def test_whole_layers_are_chosen_by_the_loss_of_the_model_without_them(shared):
     assert least_missed(budget, loss) == [4, 5]
     assert tried == [(0, 1), (2, 3), (4, 5)]
     chosen = budget.without([3, 0])  # in an order of blocks; the target has room for one layer
-    assert chosen.costs.gone == (2, 3)
-    assert chosen.costs.gone_layers == [1]
+    assert chosen.costs.removed_blocks == (2, 3)
+    assert chosen.costs.removed_layers == [1]
 
 
 @pytest.mark.parametrize("rule", ["uniform", "global", "owl"])

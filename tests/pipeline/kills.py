@@ -46,10 +46,10 @@ from gprune.storage import files as artifacts
 
 ROOT = Path(__file__).parents[2]
 IN_THE_BOX = (
-    *("opened", "calibrate", "score", "base_masks", "measure_drift", "partition", "assess", "learn_sparsity"),
-    *("at_first_share", "at_share_found", "meet_budget", "shrink", "save", "evaluate", "summarise"),
+    *("open_run", "calibrate", "score", "base_masks", "measure_drift", "partition", "assess", "learn_sparsity"),
+    *("with_learning_budget", "with_quality_budget", "meet_budget", "shrink", "save", "evaluate", "summarise"),
 )
-STEPS = {"load_dense": opening, "prepare_text": opening} | dict.fromkeys(IN_THE_BOX, pipeline)  # where each is looked up
+STEPS = {"load_dense": opening, "prepare_text": opening} | dict.fromkeys(IN_THE_BOX, pipeline)  # step -> caller
 BATCHES = (
     (CalibrationStage, "test_step"),
     (AssignmentRefinement, "training_step"),

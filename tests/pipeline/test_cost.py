@@ -77,7 +77,7 @@ def test_time_grows_with_the_text_that_is_learned_from(tiny_model, tmp_path, mon
     dense, pruned = pace._paces(less)
     rows = sum(recovery == "distill" for _, recovery in less.cfg.stages)
     added = less.cfg.distilled_windows * 9 * 3 * 64
-    assert many - few == pytest.approx(added * (rows * pruned.learned + dense.taught), rel=1e-6)
+    assert many - few == pytest.approx(added * (rows * pruned.learned + dense.teacher), rel=1e-6)
 
 
 def test_time_of_a_large_model_is_not_measured(tiny_model, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.pipeline import evaluate as outcome
 from gprune.pipeline.plan import check
-from gprune.pipeline.run import opened
+from gprune.pipeline.run import open_run
 from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
 from tests import tiny_run
@@ -546,7 +546,7 @@ def test_forecasts_that_are_not_kept_or_come_after_the_cache_give_the_same_dista
         assert runs[-1].summary["forward_tokens"] <= check(runs[-1].config).forward_tokens
         assert runs[-1].records == runs[0].records
     dense = AutoModelForCausalLM.from_pretrained(world.model)
-    with opened(runs[0].config) as run:
+    with open_run(runs[0].config) as run:
         text = {w.corpus: w.tokens for w in run.text.test}
     for record in runs[0].records:
         assert ("kl" in record) == (record["stage"] != "dense")

@@ -340,7 +340,7 @@ def test_what_was_reached_is_in_every_result(trained, tmp_path):
     assert [row[0] for row in table.rows] == ["averaged", "base", "gprune"]
     assert table.rows[-1][2] == result.summary["parameters_after"]
     assert table.rows[-1][4] == pytest.approx(table.rows[-1][2] / table.rows[1][2])
-    page = html.page(made)
+    page = html.render(made)
     assert found["said"] in page
     assert "Parameters at the same quality" in page
 

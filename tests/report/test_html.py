@@ -84,7 +84,7 @@ def test_figures_follow_the_theme_of_the_page_and_the_same_run_gives_the_same_pa
     for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         assert "currentColor" in drawing
         assert not re.search("#000000|#ffffff", drawing)
-    assert html.write(report.make([finished.path]), tmp_path / "again.html").read_text() == text
+    assert html.write_report(report.make([finished.path]), tmp_path / "again.html").read_text() == text
 
 
 def test_curves_of_all_sittings_are_one(tmp_path):

@@ -171,7 +171,7 @@ def test_the_two_ratios_to_base_have_names_of_their_own(run):
     numbers = run_numbers(metrics["records"], metrics["summary"], {}, ("gprune", "bias"))
     assert numbers["final/unseen_over_base_same_recovery"] == pytest.approx(expected["same"], rel=1e-9)
     assert numbers["final/unseen_over_unrecovered_base"] == pytest.approx(expected["unrecovered"], rel=1e-9)
-    page = html.page(report.make([run]))
+    page = html.render(report.make([run]))
     for name, ratio in (("base, same recovery", "same"), ("unrecovered base", "unrecovered")):
         assert f"<dt>unseen / {name}</dt><dd><strong>{expected[ratio]:.3f}</strong>" in page
 

@@ -15,7 +15,7 @@ from gprune.models import bfloat16
 from gprune.models.bfloat16 import multiplies_bfloat16
 from gprune.pipeline.plan import check
 from gprune.runs import precision
-from gprune.runs.precision import settled
+from gprune.runs.precision import resolve_precision
 from gprune.studies.listing import Row
 from tests import tiny_run
 
@@ -69,17 +69,17 @@ def test_processors_multiply_bfloat16_with_amx_alone(amx, limit, expected, monke
 def test_auto_becomes_the_precision_of_the_hardware_under_one_name(found, chosen, hardware):
     hardware(found)
     asked = RunConfig()
-    cfg, why = settled(asked, CPU)
+    cfg, why = resolve_precision(asked, CPU)
     assert (cfg.trainer.precision, why) == (chosen, "a processor of a test")
     assert (asked.trainer.precision, cfg.folder) == ("auto", asked.folder)
     assert cfg.settings()["trainer"]["precision"] == chosen
-    named, why = settled(RunConfig(trainer={"precision": "32-true"}), CPU)
+    named, why = resolve_precision(RunConfig(trainer={"precision": "32-true"}), CPU)
     assert (named.trainer.precision, named.run.name, why) == ("32-true", None, "--trainer.precision")
 
 
 def test_float16_weights_learn_in_float32(hardware):
     hardware(FAST)
-    cfg, why = settled(RunConfig(model={"dtype": "float16"}, gprune=False), CPU)
+    cfg, why = resolve_precision(RunConfig(model={"dtype": "float16"}, gprune=False), CPU)
     assert cfg.trainer.precision == "32-true"
     assert "--model.dtype float16" in why
 
@@ -119,7 +119,7 @@ def test_processes_of_unlike_nodes_take_the_weakest(here, elsewhere, began, chos
 
     monkeypatch.setattr(precision, "launched", launched)
     cfg = RunConfig(trainer={"num_nodes": 2, "strategy": "ddp"})
-    assert settled(cfg, CPU, together=True)[0].trainer.precision == chosen
+    assert resolve_precision(cfg, CPU, together=True)[0].trainer.precision == chosen
 
 
 def test_a_run_keeps_on_other_hardware_the_precision_that_it_began_with(tmp_path, hardware, capsys):

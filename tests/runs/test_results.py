@@ -84,7 +84,7 @@ def test_taking_a_run_up_removes_what_writers_left_and_nothing_of_the_users(reco
         path.mkdir()
         (path / "file").touch()
     settings = folder.manifest["settings"]
-    with folder.opened(settings, (folder / "config.yaml").read_text()):
+    with folder.in_use(settings, (folder / "config.yaml").read_text()):
         assert all((path / "file").exists() for path in mine)
         assert not any(path.exists() for path in left)
 
@@ -101,7 +101,7 @@ def test_a_run_of_an_older_version_says_so_in_one_line(recovered, tmp_path, edit
         gprune.load_run(folder.path)
     with (
         pytest.raises(UserError, match=r"manifest\.json is damaged, or of an older version"),
-        folder.opened(settings, ""),
+        folder.in_use(settings, ""),
     ):
         pass
 

@@ -65,7 +65,7 @@ def start(tmp_path, monkeypatch):
     @contextmanager
     def enter():
         cfg, folder = RunConfig(), RunFolder(tmp_path, key="abc")
-        with folder.opened(cfg.settings(), ""), tracking(folder, cfg) as loggers:
+        with folder.in_use(cfg.settings(), ""), tracking(folder, cfg) as loggers:
             yield loggers
 
     return enter

@@ -48,7 +48,7 @@ def test_a_rank_without_its_peers_is_noticed(variables, devices, said, monkeypat
         nullcontext() if said is None else pytest.raises(UserError, match=f"; got {said}.*Unset the variable") as error
     ):
         check_trainer(accelerator="cpu", devices=devices, num_nodes=1, strategy="auto")
-    assert said is None or error.value.alone
+    assert said is None or error.value.rank_local
 
 
 @pytest.mark.slow

@@ -322,7 +322,7 @@ def test_what_whole_blocks_leave_is_spent_as_if_the_others_were_the_model(gone, 
     costs = costs_for(4, protected=protected, block=(700,) * 4, block_share=0.85, gone=(3, 0, 2))
     margins = [[torch.rand(n, generator=generator) for _ in range(4)] for n in (48 * experts, 4)]
     budget = Budget.of(costs, 0.62, multiple).without(gone)
-    assert (budget.target, budget.costs.gone) == (1736, gone)
+    assert (budget.target, budget.costs.removed_blocks) == (1736, gone)
     masks, step = keep_masks(budget, *margins), multiple * 6 * (len(stay) if uniform else 1)
     assert masks.blocks == [b in stay for b in range(4)]
     assert 0 <= costs.removed(masks) - budget.target < step
@@ -333,7 +333,7 @@ def test_what_whole_blocks_leave_is_spent_as_if_the_others_were_the_model(gone, 
     # at another target as many go, first chosen first, as fit their share of it
     for sparsity in (0.1, 0.3, 0.5):
         at = budget.at(sparsity)
-        assert at.costs.gone == gone[: int(0.85 * sparsity * 4)]
+        assert at.costs.removed_blocks == gone[: int(0.85 * sparsity * 4)]
         assert 0 <= costs.removed(keep_masks(at, *margins)) - at.target < multiple * 6 * (4 if uniform else 1)
 
 

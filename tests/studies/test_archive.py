@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from gprune.models.masks import Masks
 from gprune.studies import archive, listing
-from gprune.studies.archive import record_of
+from gprune.studies.archive import finished_record
 from tests.studies.workbench import ROWS
 
 
 def test_new_settings_at_their_default_leave_records_what_they_were(bench, first, monkeypatch):
     """And a default that has changed since does not: its record was made with the old one."""
     row = bench.rows(first[0])[1]
-    record = record_of(row)
+    record = finished_record(row)
     settings = record["settings"]
     older = {name: value for name, value in settings.items() if name != "ridge"}
     older["sparsity"] = {name: value for name, value in settings["sparsity"].items() if name != "width_multiple"}
@@ -26,7 +26,7 @@ def test_new_settings_at_their_default_leave_records_what_they_were(bench, first
         (older, True), (older | {"ridge": 0.5}, False), (settings | {"gone": 1}, False), (older | absolute, False),
     ):  # fmt: skip
         monkeypatch.setattr(archive, "read_json", lambda path, there=there, **_: record | {"settings": there})
-        assert (record_of(row) == record) == counts
+        assert (finished_record(row) == record) == counts
 
 
 def test_records_are_named_for_people_and_told_apart_by_settings(bench, first):
@@ -54,7 +54,7 @@ def test_a_file_that_is_no_record_of_the_row_is_never_the_place_of_its_record(be
 
 def test_tokens_that_a_row_learned_from_do_not_depend_on_what_the_cache_had(bench, first):
     """Those of scores, which the first row alone pays for, and of controls are left out."""
-    record = record_of(bench.rows(first[0])[1])
+    record = finished_record(bench.rows(first[0])[1])
     own = record["summary"]["learned_tokens"]
     assert own == record["steps"]["thresholds"]["forward_backward_tokens"] > 0
     more = {name: {"forward_backward_tokens": 100} for name in ("calibrate", "evaluate", "shrink")}
@@ -67,13 +67,13 @@ def test_the_repository_keeps_masks_where_the_list_says_so(bench, first, monkeyp
     (plain,) = bench.rows(bench.write("without", one))
     (wanted,) = bench.rows(bench.write("of masks", one, masks=True))
     assert (plain.masks, wanted.masks) == (False, True)
-    record = record_of(plain)
+    record = finished_record(plain)
     archive.write_record(archive.find_record(plain)[0], record | {"masks": None})
-    assert record_of(plain) == record | {"masks": None}
-    assert record_of(wanted) is None  # there is a record, but without masks
+    assert finished_record(plain) == record | {"masks": None}
+    assert finished_record(wanted) is None  # there is a record, but without masks
     assert archive.find_record(wanted)[0] == archive.find_record(plain)[0]
     archive.write_record(archive.find_record(plain)[0], record)
-    assert record_of(wanted) == record
+    assert finished_record(wanted) == record
 
 
 def test_a_record_is_short_lines(bench, first):

@@ -18,7 +18,7 @@ import gprune
 from gprune.__main__ import run as command
 from gprune.benchmarks.subjects import subjects_of
 from gprune.config import parse
-from gprune.studies.archive import record_of, run_of
+from gprune.studies.archive import finished_record, run_of
 from tests import tiny_run, tracked
 from tests.studies.workbench import cells
 
@@ -115,7 +115,7 @@ def test_such_a_row_is_read_like_any_other(bench, together, nothing_runs, capsys
     assert loaded.masks is None
     assert loaded.config.final == "model"
     assert "made elsewhere" in repr(loaded)
-    assert run_of(tmp_path, record_of(row)).final == "model"
+    assert run_of(tmp_path, finished_record(row)).final == "model"
 
 
 def test_the_dense_model_is_at_no_distance_from_itself(bench, capsys):
@@ -292,7 +292,7 @@ def test_code_of_a_model_needs_the_same_consent_as_ours(bench, folders, capsys):
     assert "--model.trust_remote_code=true must be given after --" in bench.refused(capsys, in_list)
     bench(capsys, path, "--", "--model.trust_remote_code=true")
     (consented,) = bench.rows(path, flags=["--model.trust_remote_code=true"])
-    assert max(r["kl"] for r in record_of(consented)["records"] if r["stage"] == "model") < 1e-9
+    assert max(r["kl"] for r in finished_record(consented)["records"] if r["stage"] == "model") < 1e-9
 
 
 @pytest.mark.parametrize("how", ["several files", "pickled"])

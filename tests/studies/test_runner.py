@@ -12,7 +12,7 @@ from gprune.benchmarks import measurement
 from gprune.errors import UserError
 from gprune.report.records import caption
 from gprune.studies import archive, runner
-from gprune.studies.archive import record_of
+from gprune.studies.archive import finished_record
 from tests.studies.workbench import ROWS, cells
 
 
@@ -21,7 +21,7 @@ def test_it_runs_keeps_records_and_prints(bench, first):
     assert out.startswith("3 configurations: at most")
     for row in bench.rows(path):
         assert f"{row.name}, seed 0: " in out
-        record = record_of(row)
+        record = finished_record(row)
         result = gprune.load_run(Path(row.config.run.dir) / row.config.run_name)
         assert archive.unpacked(record["masks"]) == result.masks
         assert record["settings"] == row.config.settings()
@@ -74,7 +74,7 @@ def test_parts_cover_all_rows_once_whenever_each_of_them_starts(count, bench, fi
     monkeypatch.setattr(runner, "run", lambda row: done.setdefault(archive.find_record(row)[0], []).append(row))
     monkeypatch.setattr(runner, "token_hours", lambda pending: "")
     monkeypatch.setattr(runner, "finish", lambda *_: None)
-    monkeypatch.setattr(runner, "record_of", lambda row: {} if archive.find_record(row)[0] in done else None)
+    monkeypatch.setattr(runner, "finished_record", lambda row: {} if archive.find_record(row)[0] in done else None)
     for i in range(count):
         bench(capsys, first[0], "--seeds", "0", "1", "--part", f"{i + 1}/{count}")
     ran = [(row.name, row.seed) for rows in done.values() for row in rows]
@@ -125,14 +125,14 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
         assert [r["stage"] for r in record["evaluation"]] == ["base"] * 2
         both = archive.as_run(row, record, None).evaluation
         assert [(r["stage"], r["run"]) for r in both] == [(s, row.name) for s in ("dense", "dense", "base", "base")]
-    assert all(record_of(row) for row in rows)
+    assert all(finished_record(row) for row in rows)
     # a list without tasks is content with that, and prints none; one with others, or of another model, is not
     without = bench.rows(bench.write("none", MENDED, **own))
     assert archive.as_run(without[0], records[0], None).evaluation == []
-    assert all(record_of(row) for row in without)
+    assert all(finished_record(row) for row in without)
     more = bench.rows(bench.write("more", MENDED, tasks=tasks | {"limit": 9}, **own))
     low = bench.rows(path, flags=["--model.dtype=bfloat16"])
-    assert not any(map(record_of, [*more, *low]))
+    assert not any(map(finished_record, [*more, *low]))
     with_tasks(low[0])
     assert [stages for *_, stages in calls[-2:]] == [["dense"], ["base"]]  # a dense model of its own
     # other tasks lie beside these, not in their place
@@ -140,7 +140,7 @@ def test_tasks_are_measured_once_and_the_dense_model_is_shared(bench, measured):
     assert all(record["tasks"]["limit"] == 9 for _, record in others.values())
     for row in bench.rows(path):
         assert archive.find_record(row)[0] != others[row.name][0]
-        assert record_of(row)["tasks"]["limit"] == 4
+        assert finished_record(row)["tasks"]["limit"] == 4
 
 
 def test_tasks_of_a_budget_of_bytes_are_of_the_row_that_asks_for_it(bench, measured):
@@ -148,7 +148,7 @@ def test_tasks_of_a_budget_of_bytes_are_of_the_row_that_asks_for_it(bench, measu
     (row,) = bench.rows(bench.write("bytes", rows, tasks=tasks))
     record = with_tasks(row)
     assert record["settings"] == row.config.settings()
-    assert record_of(row) is not None
+    assert finished_record(row) is not None
     assert {r.get("cost") for r in record["records"]} == {"bytes"}
     assert "of the bytes of ffn removed" in caption(record["records"])
 
@@ -160,9 +160,9 @@ def test_a_list_that_wants_masks_keeps_the_tasks_and_one_that_wants_tasks_the_ma
         for name, content in (("masked", {"masks": True}), ("tasked", {"tasks": tasks}))
     )
     for row in (masked, tasked, masked):
-        if record_of(row) is None:
+        if finished_record(row) is None:
             with_tasks(row)
-    assert record_of(masked) == record_of(tasked) is not None
+    assert finished_record(masked) == finished_record(tasked) is not None
     assert len([*(tmp_path / "runs").iterdir()]) == 1
 
 
@@ -185,7 +185,7 @@ def test_rows_are_compared_on_tasks_pair_by_pair(bench, measured, capsys, tmp_pa
     path = bench.write("compared", MENDED, tasks={"names": ["piqa"], "limit": 4}, compare=compare)
     bench(capsys, path, "--records", tmp_path)
     for row in bench.rows(path, records=tmp_path):
-        record, mended = record_of(row), row.name == "mended"
+        record, mended = finished_record(row), row.name == "mended"
         answers = {"recovery": "bias", "correct": "1110"} if mended else {"recovery": "none", "correct": "0110"}
         one = record["evaluation"][0] | answers
         nll = [3.0, 7.0] if mended else [2.0, 6.0]  # of two windows, each with two tokens to predict
@@ -211,7 +211,7 @@ def test_tasks_that_fail_leave_the_run_and_tasks_that_cannot_be_measured_run_not
     assert "no such task" in bench.refused(capsys, path)
     (row,) = bench.rows(path)
     assert len(archive.read_record(archive.find_record(row)[0])["records"]) > 0
-    assert record_of(row) is None
+    assert finished_record(row) is None
     monkeypatch.setattr(gprune, "prune", lambda cfg: pytest.fail("it ran"))
     monkeypatch.setattr(measurement, "require_lm_eval", fails)
     assert "no such task" in bench.refused(capsys, path)

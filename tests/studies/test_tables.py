@@ -13,7 +13,7 @@ from gprune.evaluation.intervals import paired_ratio
 from gprune.report.perplexity_tables import over_seeds
 from gprune.report.table import Estimate
 from gprune.studies import tables
-from gprune.studies.archive import record_of
+from gprune.studies.archive import finished_record
 from tests.studies.workbench import COMPARE, ROWS, cells, unseen
 from tests.tiny_run import on_a_terminal
 
@@ -135,7 +135,7 @@ def test_rows_are_divided_by_the_reference_if_that_has_as_few_parameters(bench, 
     common = {"evaluation.controls": [], "importance": "wifv"}
     path = bench.write("budgets", rows, reference="plain", common=common)
     out = bench(capsys, path, "--records", tmp_path)
-    records = {row.name: record_of(row) for row in bench.rows(path, records=tmp_path)}
+    records = {row.name: finished_record(row) for row in bench.rows(path, records=tmp_path)}
 
     def ratio(name: str) -> str:
         (line,) = [line for line in out.splitlines() if line.startswith(f"| {name} ") and "[" in line][:1]

@@ -12,7 +12,7 @@ import yaml
 from gprune.__main__ import run as command
 from gprune.models.masks import Masks
 from gprune.runs.results import FinishedRun
-from gprune.studies.archive import record_of
+from gprune.studies.archive import finished_record
 from gprune.studies.listing import Listing, Row
 from tests import tiny_run
 
@@ -40,7 +40,7 @@ class Workbench:
     def done(self, path: Path) -> tuple[Listing, list[tuple[Row, dict[str, Any]]]]:
         """A list, and its rows that have a record."""
         listing = Listing.read(path, records=self.records)
-        return listing, [(row, record) for row in listing.rows if (record := record_of(row)) is not None]
+        return listing, [(row, record) for row in listing.rows if (record := finished_record(row)) is not None]
 
     def __call__(self, capsys: pytest.CaptureFixture, *arguments: object) -> str:
         arguments = [*map(str, arguments)]

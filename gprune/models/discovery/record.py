@@ -4,8 +4,8 @@ One column of an output projection is set to zero. Rows of parameters whose grad
 unit of that column, because nothing else uses them. One column is enough to find a neuron of an FFN. For attention, the
 smallest group of columns for which rows of query, key and value vanish is a KV group.
 
-`record_of` implements the method. Each candidate is checked on the tiny copy: slicing and masking the same units must
-give the same logits. A record has only candidates that pass this check.
+`discover_record` implements the method. Each candidate is checked on the tiny copy: slicing and masking the same units
+must give the same logits. A record has only candidates that pass this check.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def discover(config: PreTrainedConfig) -> Family:
     check_supported(config)
     with quoting(f"Cannot configure a tiny copy of model type '{name_of(config)}': ", f". {REMEDY}."):
         tiny = shrunk(stock_config(config))
-    if (record := cached_records.read(tiny)) is None:
+    if (record := cached_records.read_record(tiny)) is None:
         record = discovered(tiny)
-        cached_records.write(tiny, record)
+        cached_records.write_record(tiny, record)
         log.info("Found the structure of model type '%s' on a tiny copy", record.model_type)
     return record
 
@@ -64,10 +64,10 @@ def discovered(tiny: PreTrainedConfig) -> Family:
         model = tiny_model(tiny)
     doing = f"Cannot find the structure of model type '{tiny.model_type}': "
     with quoting(doing, f". {REMEDY}."), torch.enable_grad():
-        return record_of(model)
+        return discover_record(model)
 
 
-def record_of(model: PreTrainedModel) -> Family:
+def discover_record(model: PreTrainedModel) -> Family:
     """Return the record of a tiny random model. Raise UserError if no FFN can be pruned.
 
     1. Every weight that returns hidden states may be an output projection.
