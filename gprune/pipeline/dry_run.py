@@ -32,7 +32,8 @@ def describe(plan: Plan) -> str:
     most = plan.removed
     if quality:  # the sparsity is not known yet; costs are upper bounds, as if almost nothing were removed
         plan = replace(plan, budget=budget.removing(budget.step))
-    parameters, scope, dtype = plan.skeleton.num_parameters(), budget.costs.in_parameters.total, plan.exported_dtype
+    parameters, scope = plan.skeleton.num_parameters(), budget.costs.in_parameters.total
+    dtype = plan.pricing.exported_dtype
     left = parameters - plan.removed
     lines = {
         "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.by_layer)} blocks",
@@ -90,9 +91,9 @@ def counted_text(plan: Plan) -> str:
 
 def predicted_speed(plan: Plan) -> str:
     """Predict the speed at uniform sparsity from the latency table, if there is one."""
-    if not plan.at_hand or plan.speed is None:
+    if not plan.pricing.device_available or plan.pricing.speed is None:
         return "not measured; --sparsity.target 1.2x measures it"
-    price = price_by(plan.speed, blocks_of(plan.skeleton))
+    price = price_by(plan.pricing.speed, blocks_of(plan.skeleton))
     gone = replace(plan.budget.costs, price=price).removed(uniform_masks(plan.budget))
     return f"{price.model / (price.model - gone):.2f}x of dense by the table ({plan.cfg.speed})"
 
@@ -139,7 +140,7 @@ def compute_time(*plans: Plan) -> str:
             f"at most {total:.2e} FLOP: {time} by two blocks measured on {plan.device} ({', '.join(precisions)}); "
             "time for files and for solving least squares is not included"
         )
-    elif plan.at_hand:
+    elif plan.pricing.device_available:
         shape = max(plan.budget.costs.neurons), config.hidden_size
         reached = matmul_flops(plan.device, getattr(torch, cfg.model.dtype), shape)
         how = f"the speed of matrix products of {cfg.model.dtype} on {plan.device}"

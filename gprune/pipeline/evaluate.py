@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
-from gprune.benchmarks.speed import machine_of, seconds
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
-from gprune.errors import optional_output
 from gprune.evaluation.distance import measured_apart
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, processes
@@ -23,19 +20,14 @@ from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, stored
-from gprune.models.surgery import widths
-from gprune.partition.modules import Modules
 from gprune.pipeline.cost import evaluated_tokens, keeps
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
-from gprune.report import html, page
-from gprune.report.model_card import write_card
-from gprune.report.records import quality_table, result_table
-from gprune.report.run_figures import write_figures
-from gprune.runs import schema, tracking
+from gprune.report.records import result_table
+from gprune.runs import schema
 from gprune.runs.folder import broadcast
-from gprune.runs.numbers import means_and_gaps, row_name, run_numbers, unseen_ratios
+from gprune.runs.numbers import row_name
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
@@ -256,87 +248,3 @@ def as_record(
         "float32_matmul_precision": cfg.trainer.float32_matmul_precision,
         "content_hash": w.content_hash,
     }
-
-
-def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
-    """Speed relative to the dense model: requested, predicted by the latency table, and measured; also as text."""
-    costs, model = run.budget.costs, run.budget.costs.prices.model
-    (_, _, (before, after)), spread = seconds([run.model, pruned], **run.cfg.speed.setting())
-    asked, predicted = (model / (model - gone) for gone in (run.budget.target, costs.removed(masks)))
-    reached = {"asked": asked, "predicted": predicted, "got": before / after}
-    said = ", ".join(f"{name} {times:.2f}x" for name, times in reached.items())
-    said = f"Speed: {said} of dense ({run.cfg.speed}, {machine_of(run.model.device)})."
-    return reached | {"said": said, "spread": spread, "seconds": [before, after]}
-
-
-def summarise(
-    run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel, modules: Modules | None,
-    quality: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """Compute the summary of a run, and write it to manifest, metrics.json, model card, figures and trackers.
-
-    Args:
-        run: the run.
-        records: records of all rows.
-        masks: masks of the main row; None with `--model.made_elsewhere`.
-        pruned: model of the main row.
-        modules: modules of neurons, if there are any.
-        quality: entries of the summary from `pipeline.quality`.
-    """
-    before, after, units = run.model.num_parameters(), pruned.num_parameters(), run.budget.costs.in_parameters
-    means = {
-        row_name(*row): {name: v if math.isfinite(v) else None for name, v in values.items()}  # JSON has no NaN
-        for row, values in means_and_gaps(records).items()
-    }
-    summary = {
-        **({} if masks is None else {"sparsity_of_scope": units.removed(masks) / units.total}),
-        "sparsity_of_model": 1 - after / before,
-        "parameters_before": before,
-        "parameters_after": after,
-        "geometric_means": means,
-        "unseen_over_base_same_recovery": unseen_ratios(records),
-        **run.folder.total_tokens(),
-    }
-    if run.cfg.timed_for:
-        summary["speed_table"] = run.plan.speed
-    if run.cfg.sparsity.currency == "seconds":
-        summary["speed"] = run.folder.manifest.get("summary", {}).get("speed") or speed_reached(run, masks, pruned)
-        log.info("%s", summary["speed"]["said"])
-    summary |= quality
-    for entry in quality.values():
-        log.info("%s", entry["said"])
-    if "quality" in quality:
-        log.info("%s:\n\n%s\n", (table := quality_table({run.folder.path.name: summary})).title, table.shown())
-    if stopped := run.folder.manifest.get("stopped"):
-        summary["stopped"] = stopped  # stages that a callback stopped early
-    run.folder.update_manifest(summary=summary, **({} if masks is None else {"widths": widths(pruned)}))
-    remedy = f"`gprune report {run.folder.path}` writes"
-    with optional_output("the model card", f"{remedy} it"):
-        write_card(run.folder, run.cfg, records)
-    with optional_output("figures", f"{remedy} them"):
-        write_figures(run.folder / "figures", records, modules, masks, summary)
-    numbers = run_numbers(records, summary, run.folder.manifest["steps"], run.cfg.own_row)
-    with optional_output("results to the trackers", "metrics.json has them"):
-        tracking.log_numbers(run.loggers, numbers)
-        figures = sorted((run.folder / "figures").glob("*.png"))
-        tracking.log_pictures(run.loggers, figures, "\n\n".join(results_in_words(run, records, summary)))
-    # Written last, because a run with a summary and all rows in metrics.json is finished and is not logged again.
-    write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
-    kept = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}
-    with optional_output("artifacts", "the run folder has their content"):
-        tracking.log_artifacts(run.loggers, run.folder.path, run.cfg, kept)
-    return summary
-
-
-def results_in_words(run: Run, records: Sequence[dict[str, Any]], summary: Mapping[str, Any]) -> list[str]:
-    """Return paragraphs in Markdown: the result table, and the summary of a quality target."""
-    quality = quality_table({run.folder.path.name: summary})
-    said = [summary[name]["said"] for name in ("quality", "tolerated") if name in summary]
-    return [result_table(records).to_markdown(), *said, *([quality.to_markdown()] if quality.rows else [])]
-
-
-def write_pages(run: Run) -> None:
-    """Write `report.html` from the files in the run folder."""
-    for logger in run.loggers:
-        logger.save()  # writes curves that are still in memory
-    html.write_report(page.make([run.folder.path]), run.folder / "report.html")

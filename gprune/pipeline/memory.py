@@ -34,7 +34,7 @@ def memory_line(plan: Plan) -> str:
     cfg, memory = plan.cfg, plan.cfg.plan.memory
     if cfg.model.device_map is not None or cfg.model.shard:
         return "not counted with --model.device_map and --model.shard; see docs/large_models.md"
-    if memory is None and plan.at_hand:
+    if memory is None and plan.pricing.device_available:
         cuda, pages = plan.device.type == "cuda", ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
         memory = torch.cuda.mem_get_info(plan.device)[1] if cuda else math.prod(map(os.sysconf, pages))
 

@@ -56,7 +56,8 @@ def run_seconds(plan: Plan) -> float | None:
     cfg, config = plan.cfg, plan.skeleton.config.get_text_config(decoder=True)
     numbers = sum(block.cost for block in blocks_of(plan.skeleton)) / config.num_hidden_layers * TIMED_BLOCKS
     too_many = numbers + 2 * config.vocab_size * config.hidden_size > MOST
-    if too_many or not plan.at_hand or cfg.model.device_map is not None or ALLOCATION[cfg.base_allocation].whole_blocks:
+    whole_blocks = ALLOCATION[cfg.base_allocation].whole_blocks
+    if too_many or whole_blocks or not plan.pricing.device_available or cfg.model.device_map is not None:
         return None
     try:
         dense, pruned = _paces(plan)

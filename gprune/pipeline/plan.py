@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 
 import torch
 from lightning import Callback
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_by, speed_table
 from gprune.calibration.errors import check_dense
 from gprune.calibration.layerwise import check_walk, walks
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
-from gprune.errors import UserError, quoting
-from gprune.export.convert import TYPES, check_type
+from gprune.errors import UserError
+from gprune.export.convert import check_type
 from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.folders import check_stored
@@ -29,26 +26,37 @@ from gprune.models.structure import check_by_copy, check_structure
 from gprune.models.surgery import prune
 from gprune.pipeline import elsewhere
 from gprune.pipeline.cost import tokens_by_step
+from gprune.pipeline.pricing import Pricing
 from gprune.recoveries import recovery_of
 from gprune.runs.precision import resolve_precision
-from gprune.runs.trainer import check_trainer, multiplying
+from gprune.runs.trainer import check_trainer
 from gprune.runs.user_callbacks import UserCallbacks
 from gprune.sparsity.allocation import ALLOCATION
-from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.cost import COST, Price, weighed
+from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.target import HALF_BITS, Target
+from gprune.sparsity.target import Target
 
 
 @dataclass(frozen=True)
 class Plan:
     """The plan of a run, made before weights are read."""
 
-    cfg: RunConfig
-    skeleton: PreTrainedModel  # the dense model without weights
-    device: torch.device
-    budget: Budget | None = None  # None while the budget is planned
-    why_precision: str = ""  # reason for the precision, in words
+    pricing: Pricing
+    budget: Budget
+    why_precision: str  # reason for the precision, in words
+
+    @property
+    def cfg(self) -> RunConfig:
+        return self.pricing.cfg
+
+    @property
+    def skeleton(self) -> PreTrainedModel:
+        """The dense model without weights."""
+        return self.pricing.skeleton
+
+    @property
+    def device(self) -> torch.device:
+        return self.pricing.device
 
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
@@ -57,78 +65,10 @@ class Plan:
             self.cfg, self.skeleton.config.get_text_config(decoder=True).hidden_size, self.budget.costs
         )
 
-    @property
-    def at_hand(self) -> bool:
-        """Whether this machine has the device. A dry run can plan for another one."""
-        return self.device.type == "cpu" or torch.cuda.is_available()
-
-    @property
-    def exported_dtype(self) -> str:
-        """Dtype of the exported weights, such as bfloat16."""
-        m, published = self.cfg.model, self.skeleton.config.dtype  # None if the config has no dtype
-        own = m.dtype == "float32" and m.device_map is None and published in (torch.bfloat16, torch.float16)
-        return self.cfg.export.dtype or (str(published).removeprefix("torch.") if own else m.dtype)
-
-    def asked(self) -> Budget:
-        """Return the requested budget. Raise UserError if it is impossible."""
-        s, blocks = self.cfg.sparsity, blocks_of(self.skeleton)
-        price = price_by(self.speed, blocks) if s.currency == "seconds" else self.priced(s.currency)
-        how = {"protect": s.protect, "uniform": s.uniform_width, "block_share": s.block_share, "price": price}
-        costs = unit_costs(blocks, scope=s.scope, **how)
-        multiple, export = s.width_multiple or best_multiple(self.speed), self.cfg.export
-        if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:
-            raise UserError(
-                f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
-            )
-        try:
-            return Budget.of(costs, s.target, multiple)
-        except UserError as error:
-            if s.currency == "bytes" and (narrower := self.narrower_export):
-                raise UserError(f"{error} {narrower}.") from error
-            raise
-
-    @property
-    def narrower_export(self) -> str:
-        """A hint about a flag with which weights need fewer bytes; empty if there is none."""
-        export = self.cfg.export
-        if export.format == "gguf":
-            of_type = {"f32": "f16", "f16": "q8_0 --sparsity.width_multiple 32"}.get(export.type)
-            return f"With --export.type {of_type} the weights take about half the bytes" if of_type else ""
-        return (
-            "With --export.dtype bfloat16 the weights take half the bytes" if self.exported_dtype == "float32" else ""
-        )
-
-    def priced(self, currency: str) -> Price:
-        """Return costs in a registered currency; for `bytes`, in 1/16 byte of the export."""
-        blocks, export = blocks_of(self.skeleton), self.cfg.export
-        size = getattr(torch, self.exported_dtype).itemsize * HALF_BITS
-        matrix, vector = (int(2 * TYPES[export.type]), 64) if export.format == "gguf" else (size, size)
-        of_bytes = partial(weighed, weight=lambda p: matrix if p.ndim > 1 else vector)
-        needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
-        with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):
-            costs = (of_bytes if currency == "bytes" else COST[currency])(self.skeleton, blocks)
-            return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
-
     @cached_property
     def removed(self) -> int:
         """Number of removed parameters if all blocks are equally sparse; only estimated in other currencies."""
         return self.budget.costs.in_parameters.removed(uniform_masks(self.budget))
-
-    @cached_property
-    def speed(self) -> Table | None:
-        """Latency table of this machine at the `--speed` settings: measured if needed, else from the cache, or None."""
-        cfg, most = self.cfg, getattr(self.skeleton.config, "max_position_embeddings", math.inf)
-        length, measure = cfg.speed.prompt + cfg.speed.generate, bool(cfg.timed_for)
-        if measure and length > most:
-            raise UserError(
-                f"--speed.prompt and --speed.generate must add up to at most {most:,} positions; got {length:,}."
-            )
-        if measure and not self.at_hand:
-            raise UserError(f"{cfg.timed_for} needs a GPU in this machine to measure on.")
-        with multiplying(cfg.trainer.float32_matmul_precision):
-            dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.setting()
-            how = {"measure": measure, "again": cfg.speed.measure, "own": Path(cfg.folder) / SPEED_TABLE}
-            return speed_table(self.skeleton, self.device, dtype, setting, **how)
 
     @property
     def forward_tokens(self) -> int:
@@ -180,10 +120,10 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
             "cannot be measured; gprune.apply_masks can prune it. See docs/extend.md, 'A model family'."
         )
     cfg, why = resolve_precision(cfg, device, together=together)
-    first = Plan(cfg, dense, device, why_precision=why)
-    budget, depth = first.asked(), ALLOCATION[cfg.base_allocation].whole_blocks
-    plan = replace(first, budget=(budget := within_depth(budget) if depth else budget))
-    vars(plan).update(vars(first) | vars(plan))  # copies cached properties, such as the latency table
+    pricing = Pricing(cfg, dense, device)
+    budget, depth = pricing.budget(), ALLOCATION[cfg.base_allocation].whole_blocks
+    if depth:
+        budget = within_depth(budget)
     if depth or budget.costs.removed_blocks:
         check_renumbering(dense, budget)
     if cfg.learns:
@@ -195,6 +135,7 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
         check_walk(config)
     if cfg.model.made_elsewhere is not None:
         elsewhere.refuse(cfg, dense, device)
+    plan = Plan(pricing, budget, why)
     _ = plan.tokens  # raises UserError for an impossible validation interval
     return plan
 

@@ -26,13 +26,14 @@ from gprune.errors import UserError, optional_output
 from gprune.export.hf import portable
 from gprune.models.masks import Masks
 from gprune.pipeline.calibrate import calibrate
-from gprune.pipeline.evaluate import evaluate, summarise, write_pages
+from gprune.pipeline.evaluate import evaluate
 from gprune.pipeline.partition import assess, measure_drift, partition
 from gprune.pipeline.quality import quality_entries, with_learning_budget, with_quality_budget
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import open_run
 from gprune.pipeline.save import save
 from gprune.pipeline.sparsity import base_masks, learn_sparsity, meet_budget, score, without_blocks
+from gprune.pipeline.summary import summarise, write_pages
 from gprune.runs.results import PruningResult
 
 

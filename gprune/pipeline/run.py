@@ -278,7 +278,7 @@ def open_run(
     if callbacks:  # identified by class and Lightning's state key
         inputs["callbacks"] = [f"{type(one).__module__}.{one.state_key}" for one in callbacks]
     if cfg.timed_for:  # another latency table gives another budget
-        inputs["speed"] = key_of(table=plan.speed)
+        inputs["speed"] = key_of(table=plan.pricing.speed)
     settings = cfg.settings() | {"inputs": inputs}
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
     work = {step: passes(*tokens) for step, tokens in plan.tokens.items()}
@@ -291,7 +291,7 @@ def open_run(
         log.info("Run folder: %s", folder.path)
         if cfg.timed_for and not folder.finished:
             timed = plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.setting()
-            keep_table(plan.speed, speed_key(*timed), folder / SPEED_TABLE)
+            keep_table(plan.pricing.speed, speed_key(*timed), folder / SPEED_TABLE)
         if asked == "auto" and not (folder.finished or folder.manifest.get("precision")):
             folder.update_manifest(precision={"asked": asked, "because": plan.why_precision})
         log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)

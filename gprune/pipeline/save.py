@@ -62,7 +62,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         with run.folder.step("save_and_check"), multiplying("highest"):  # the precision of the process that reloads it
             checks = {} if cfg.final == "model" else check_slices(run, pruned, masks[cfg.final])
             if exports:
-                dtype = run.plan.exported_dtype
+                dtype = run.plan.pricing.exported_dtype
                 save_pruned(pruned, run.tokenizer, folder, overwrite=True, dtype=getattr(torch, dtype))
                 checks["sliced_minus_reloaded"] = check_reload(
                     pruned, folder, checked_tokens(run), dtype=getattr(torch, dtype), **placement(run)
