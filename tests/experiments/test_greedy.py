@@ -14,9 +14,9 @@ from gprune import imports
 from gprune.cli import main
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import ALLOCATION
-from tests import built_in, tiny_run
+from tests import registries, tiny_run
 
-with built_in.scratch(ALLOCATION):  # tests over every allocation are not to meet this one
+with registries.restored(ALLOCATION):  # tests over every allocation are not to meet this one
     from experiments.greedy import removal_order
 
 RIDGE = 0.01
@@ -103,7 +103,7 @@ def imported(monkeypatch):
     """What `--import` changes is forgotten."""
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(imports, "IMPORTED", [])
-    with built_in.scratch(ALLOCATION):
+    with registries.restored(ALLOCATION):
         yield
     sys.modules.pop("greedy", None)
 

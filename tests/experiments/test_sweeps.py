@@ -14,7 +14,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from gprune.cli import main
 from gprune.config.parse import parse
-from tests import tiny_run, tracked
+from tests import tiny_run, wandb_files
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "experiments/sweeps").glob("*.yaml"))
@@ -120,7 +120,7 @@ def test_a_budget_as_an_agent_starts_it(tmp_path, monkeypatch):
     assert not (run / "model").exists()
 
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")  # in $WANDB_DIR, which agents set
-    told = tracked.read(file)
+    told = wandb_files.read(file)
     assert (told.about["run_id"], told.about["sweep_id"]) == ("given", "sweep")
     # The sweep's own entry stands beside ours, which are nested.
     assert told.config["sparsity.target"] == told.config["sparsity"]["target"] == point["sparsity.target"]

@@ -24,7 +24,7 @@ from gprune.pipeline.prune import prune
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import load_run
 from gprune.runs.tracking import how_to_look, log_numbers, log_scalars, tracking, wandb_run
-from tests import tiny_run, tracked
+from tests import tiny_run, wandb_files
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def told(world, tmp_path_factory):
         tiny_run.quick(patch)
         run = world.run(runs, *flags)
         assert os.environ["WANDB_MODE"] == "disabled"
-    (file,) = tracked.files(run.path)
-    told = tracked.read(file)
+    (file,) = wandb_files.find(run.path)
+    told = wandb_files.read(file)
     told.run = run
     return told
 
@@ -170,9 +170,9 @@ def test_an_evaluation_is_in_the_run_that_it_is_of(told):
     text = {"kind": "perplexity", "task": "wikitext2", "seq_len": 128, "perplexity": 9.0, "stage": "gprune"}
     latest = os.readlink(told.run.path / "wandb/latest-run")
     log_evaluation(told.run.path, [about | {"stage": "dense"}, about | {"stage": "gprune"}, text])
-    first, second = tracked.files(told.run.path)
+    first, second = wandb_files.find(told.run.path)
     assert first.name == second.name
-    found = tracked.read(second)
+    found = wandb_files.read(second)
     assert found.about["resume"]
     assert {name: value for name, value in found.summary.items() if not name.startswith("_")} == {
         "rows/dense/piqa/acc": 0.5, "rows/dense/piqa/acc_stderr": 0.1, "final/piqa/acc": 0.5,
@@ -197,7 +197,7 @@ def test_variables_of_wandb_count_where_no_flag_does(tmp_path):
         wandb.teardown()  # a process reads the environment once
         with environment(tmp_path, **variables), wandb_run(tmp_path / "elsewhere", LoggingConfig(**flags), **about):
             pass
-        told = tracked.read(tracked.files(tmp_path)[-1]).about
+        told = wandb_files.read(wandb_files.find(tmp_path)[-1]).about
         assert [told[name] for name in ("project", "display_name", "run_group", "tags", "entity")] == expected
     wandb.teardown()
     assert not (tmp_path / "elsewhere").exists()
@@ -215,7 +215,7 @@ def test_an_open_run_is_logged_into_and_stays_open_as_it_was(world, tmp_path, mo
         mine.log({"loss": 1.0})
         mine.finish()
     assert not (result.path / "wandb").exists()
-    told = tracked.read(*tracked.files(tmp_path))
+    told = wandb_files.read(*wandb_files.find(tmp_path))
     assert [row["loss"] for row in told.history if "loss" in row] == [2, 1]
     assert [row["_step"] for row in told.history] == list(range(len(told.history)))
     assert (told.about["project"], told.about.get("run_group"), told.about.get("tags")) == ("mine", None, None)
@@ -250,7 +250,7 @@ def test_a_server_that_cannot_be_reached_makes_a_run_offline(tmp_path, caplog):
     with environment(tmp_path, **variables), wandb_run(tmp_path, LoggingConfig(), **about) as run:
         run.log({"a": 1})
     wandb.teardown()
-    assert tracked.read(tracked.files(tmp_path)[-1]).summary["a"] == 1
+    assert wandb_files.read(wandb_files.find(tmp_path)[-1]).summary["a"] == 1
     (line,) = [record.message for record in caplog.records if record.name == "gprune"]
     assert "The run is logged offline, for `wandb sync`" in line
 

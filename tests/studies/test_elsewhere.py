@@ -19,7 +19,7 @@ from gprune.__main__ import run as command
 from gprune.benchmarks.subjects import subjects_of
 from gprune.config import parse
 from gprune.studies.archive import record_of, run_of
-from tests import tiny_run, tracked
+from tests import tiny_run, wandb_files
 from tests.studies.workbench import cells
 
 PLAIN = {"plain": {"gprune": False, "importance": "magnitude"}}
@@ -215,8 +215,8 @@ def test_such_a_row_is_a_run_of_wandb(bench, exported):
     path = bench.write("logged", {"theirs": {"model": str(exported[0])}}, common={"corpora.batch_size": 2})
     arguments = [str(path), "--records", str(bench.records), "--", "--logging.mode=offline"]
     assert command("study", arguments) == 0
-    found = {file.parent.name.split("-")[3].partition("_")[0]: tracked.read(file)
-             for file in tracked.files(bench.records / "logged")}  # fmt: skip
+    found = {file.parent.name.split("-")[3].partition("_")[0]: wandb_files.read(file)
+             for file in wandb_files.find(bench.records / "logged")}  # fmt: skip
     assert found.keys() == {"theirs", "all"}
     assert found["theirs"].about["job_type"] == "model"
     assert {"logged", "theirs", "made elsewhere"} <= set(found["theirs"].about["tags"])

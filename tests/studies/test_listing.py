@@ -10,7 +10,7 @@ import yaml
 
 from gprune.config import parse
 from gprune.studies.listing import Listing
-from tests import built_in
+from tests import registries
 from tests.studies.workbench import ROWS
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -39,9 +39,10 @@ def test_all_ablations_are_rows_of_their_list():
 def test_every_built_in_metric_except_wifn_is_a_row():
     (listing,) = (Listing.read(path) for path in LISTS if path.name == "metrics.yaml")
     rows = {row.name for row in listing.rows}
-    assert {name for name in built_in.METRICS if f"{name} 0.5" not in rows} == {"wifn"}  # orders neurons as wanda_sp
+    # wifn orders neurons like wanda_sp
+    assert {name for name in registries.BUILT_IN_METRICS if f"{name} 0.5" not in rows} == {"wifn"}
     for row in listing.rows:
-        assert row.name.split(" ")[0] not in built_in.METRICS or row.name.startswith(row.config.importance)
+        assert row.name.split(" ")[0] not in registries.BUILT_IN_METRICS or row.name.startswith(row.config.importance)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from gprune.config import LoggingConfig
 from gprune.studies import tracking
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing
 from gprune.studies.tables import reported, stage_comparison_table
-from tests import tiny_run, tracked
+from tests import tiny_run, wandb_files
 
 ROWS = {"base": {"gprune": False}, "no: switch/50 %": {"reliability.switch": False}}
 COMPARE = [["no: switch/50 %: gprune", "base: base"]]
@@ -24,8 +24,8 @@ COMPARE = [["no: switch/50 %: gprune", "base: base"]]
 
 def logged(folder: Path) -> dict[str, SimpleNamespace]:
     """By the first word of the run's id, with which W&B's folders end."""
-    files = tracked.files(folder)
-    return {path.parent.name.split("-")[3].partition("_")[0]: tracked.read(path) for path in files}
+    files = wandb_files.find(folder)
+    return {path.parent.name.split("-")[3].partition("_")[0]: wandb_files.read(path) for path in files}
 
 
 OFFLINE = ["--", "--logging.mode=offline", "--logging.tags=[mine]"]
