@@ -58,7 +58,7 @@ def test_load_run_names_the_import_that_registers_its_metric(here, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("nowhere_at_all", "", "--import nowhere_at_all: .* ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("raises", "1 / 0", "--import raises: .* ZeroDivisionError: division by zero"),
@@ -71,13 +71,13 @@ def test_load_run_names_the_import_that_registers_its_metric(here, monkeypatch):
         ("./json.py", "", "--import ./json.py: .* json is another module"),
     ],
 )
-def test_a_module_that_cannot_be_imported_is_refused_in_one_line(name, content, said, here):
+def test_a_module_that_cannot_be_imported_is_refused_in_one_line(name, content, message, here):
     (here / f"{name.removesuffix('.py') if 'json' in name else 'raises'}.py").write_text(content)
     (here / "my.raises.py").touch()
     (here / "loop.py").symlink_to(here / "loop.py")
     for folder in ("plugins", "folder.py"):
         (here / folder).mkdir()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         parse(["--import", name])
 
 

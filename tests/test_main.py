@@ -39,9 +39,9 @@ def test_help_of_prune_is_that_of_train_py(capsys):
     assert text.startswith("usage: gprune prune [--config FILE] [--FLAG VALUE ...]")
     with pytest.raises(SystemExit):
         parse(["--help"])
-    ours = capsys.readouterr().out
-    assert ours.startswith("usage: train.py ")
-    assert text.partition("\n")[2] == ours.partition("\n")[2]
+    expected = capsys.readouterr().out
+    assert expected.startswith("usage: train.py ")
+    assert text.partition("\n")[2] == expected.partition("\n")[2]
 
 
 def test_gprune_prune_behaves_like_train_py(capsys):

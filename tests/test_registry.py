@@ -168,13 +168,13 @@ def test_harmless_side_effects_do_not_change_results(kind, harmless, tiny):
 
 
 def test_a_metric_can_return_integers():
-    @metric("whole")
-    def whole(weights, moments, generator):
+    @metric("integers")
+    def integers(weights, moments, generator):
         return torch.arange(weights.output.shape[1])
 
     model = make_tiny_llama()
     statistics = collect(model, batches(torch.randint(3, 128, (2, 8)), 2))
-    assert score_units("whole", blocks_of(model), statistics).ffn[0].tolist() == list(range(48))
+    assert score_units("integers", blocks_of(model), statistics).ffn[0].tolist() == list(range(48))
 
 
 @pytest.mark.parametrize(

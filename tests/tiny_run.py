@@ -120,8 +120,8 @@ def make_world(folder: Path) -> World:
 @contextmanager
 def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
     """Use the given cache and environment variables, and restore them and the logging setup at the end."""
-    ours = logging.getLogger("gprune")
-    before = ours.handlers, ours.propagate, ours.level
+    logger = logging.getLogger("gprune")
+    before = logger.handlers, logger.propagate, logger.level
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_MODE", "GPRUNE_DATA_DIR", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
@@ -131,8 +131,8 @@ def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
         try:
             yield
         finally:
-            ours.handlers, ours.propagate = before[:2]
-            ours.setLevel(before[2])
+            logger.handlers, logger.propagate = before[:2]
+            logger.setLevel(before[2])
 
 
 def in_this_process(command: list[str], *, input: str, **_: object) -> CompletedProcess[str]:

@@ -79,8 +79,8 @@ def test_the_three_models_have_the_widths_of_their_names(work):
     for name in models.MODELS:
         by_name[name] = widths(AutoModelForCausalLM.from_pretrained(work / name / "hf"))
         assert all(n % models.WIDTH_MULTIPLE == 0 for n in by_name[name]["neurons"])
-        gone = 1 - sum(by_name[name]["neurons"]) / whole
-        assert models.SPARSITY <= gone < models.SPARSITY + 3 * models.WIDTH_MULTIPLE / whole
+        removed = 1 - sum(by_name[name]["neurons"]) / whole
+        assert models.SPARSITY <= removed < models.SPARSITY + 3 * models.WIDTH_MULTIPLE / whole
         assert any((work / name / "hf").glob("*.py")) == (name != "uniform")
     assert len(set(by_name["ffn"]["neurons"])) > 1
     assert by_name["ffn"]["kv_groups"] == by_name["uniform"]["kv_groups"] == [2, 2, 2]

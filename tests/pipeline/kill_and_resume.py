@@ -52,9 +52,7 @@ PIPELINE_STEPS = (
     *("at_first_share", "at_share_found", "meet_budget", "shrink", "save", "evaluate", "summarise"),
 )
 # Step -> the module in which it is looked up
-STEPS = {"load_dense": run_module, "prepare_text": run_module} | dict.fromkeys(
-    PIPELINE_STEPS, pipeline
-)  # where each is looked up
+STEPS = {"load_dense": run_module, "prepare_text": run_module} | dict.fromkeys(PIPELINE_STEPS, pipeline)
 BATCHES = (
     (CalibrationStage, "test_step"),
     (AssignmentRefinement, "training_step"),
@@ -135,10 +133,10 @@ class Watch:
         def wrapper(*args, **kwargs):
             result = call(*args, **kwargs)
             path = file_of(*args, **kwargs)
-            whole = path.read_bytes()
-            os.truncate(path, len(whole) // 2)
+            content = path.read_bytes()
+            os.truncate(path, len(content) // 2)
             self("half written", path.name)
-            path.write_bytes(whole)
+            path.write_bytes(content)
             return result
 
         return wrapper

@@ -300,17 +300,17 @@ def test_loading_a_run_never_executes_python_code_of_its_model_folder(copied, mo
 def test_a_file_size_limit_ends_the_run_in_one_line_and_the_run_resumes_without_it(world, tmp_path, uninterrupted):
     """RLIMIT_FSIZE makes the first larger write fail with EFBIG, in whichever library that is."""
     with tiny_run.isolated(tmp_path / "cache"):
-        said = os.pipe()
+        pipe = os.pipe()
         child = os.fork()
         if child == 0:
-            sys.stderr, sys.stdout = os.fdopen(said[1], "w"), open(os.devnull, "w")  # noqa: SIM115
+            sys.stderr, sys.stdout = os.fdopen(pipe[1], "w"), open(os.devnull, "w")  # noqa: SIM115
             resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.RLIM_INFINITY))
             code = start_again(world, tmp_path, "--export=none")
             sys.stderr.flush()
             os._exit(code)
         assert exit_code(child) == 2
-        os.close(said[1])
-        (line,) = os.read(said[0], 10_000).decode().splitlines()
+        os.close(pipe[1])
+        (line,) = os.read(pipe[0], 10_000).decode().splitlines()
         assert line.startswith("train.py: ")
         assert "too large" in line
         assert not leftover_files(tmp_path)

@@ -15,8 +15,8 @@ from tests.pipeline import method_parts as parts
 from tests.pipeline.method_parts import EXPERTS, LEARNING, PARTS, close, model_of, run
 from tests.simulated_devices import TYPE, place_on_devices, simulate_devices
 
-# Maximum number of host synchronisations for a model with three blocks and two batches. Terms that grow with the number
-# of blocks are written as 3 * n, terms that grow with batches or windows as 2 * n.
+# Maximum number of host synchronisations for a model with three blocks and two batches. Terms with the factor 3
+# grow with the number of blocks, and terms with the factor 2 with the number of batches or windows.
 MAX_WAITS = {
     "calibration": 3 * 7 + 2,
     "calibration with Gram matrices": 3 * 9 + 2,

@@ -73,17 +73,19 @@ def test_training_tokens_before_a_kill_are_counted_in_the_resumed_run(tmp_path):
         (done,) = tiny_run.train(world.args(tmp_path, *flags, name=name), tmp_path, script=script, MORE=more)
         assert done.returncode == code, done.stderr
 
-    ends(0, "whole", "")
+    ends(0, "uninterrupted", "")
     ends(137, "killed", "once")
     ends(0, "killed", "")
-    whole, killed = (RunFolder(tmp_path / name).manifest["steps"]["shrink"] for name in ("whole", "killed"))
-    assert whole["forward_backward_tokens"] == 576
-    assert {kind: killed[kind] for kind in whole if kind.endswith("tokens")} == {
-        kind: whole[kind] for kind in whole if kind.endswith("tokens")
+    uninterrupted, killed = (
+        RunFolder(tmp_path / name).manifest["steps"]["shrink"] for name in ("uninterrupted", "killed")
+    )
+    assert uninterrupted["forward_backward_tokens"] == 576
+    assert {kind: killed[kind] for kind in uninterrupted if kind.endswith("tokens")} == {
+        kind: uninterrupted[kind] for kind in uninterrupted if kind.endswith("tokens")
     }
-    before = RunFolder(tmp_path / "whole").manifest["steps"]
-    ends(0, "whole", "")  # loading the result of a finished run does not add to its costs
-    assert RunFolder(tmp_path / "whole").manifest["steps"] == before
+    before = RunFolder(tmp_path / "uninterrupted").manifest["steps"]
+    ends(0, "uninterrupted", "")  # loading the result of a finished run does not add to its costs
+    assert RunFolder(tmp_path / "uninterrupted").manifest["steps"] == before
 
 
 # --- independence of undefined orders --------------------------------------------------------------------------------

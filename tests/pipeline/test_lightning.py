@@ -261,7 +261,7 @@ def test_controls_log_development_curves_of_their_own(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: development/perplexety}}]"],
          "Early stopping conditioned on metric `development/perplexety` which is not available"),
@@ -275,11 +275,11 @@ def test_controls_log_development_curves_of_their_own(world, tmp_path):
         (["--trainer.val_check_interval=0"], "--trainer.val_check_interval must be more than 0"),
     ],
 )  # fmt: skip
-def test_invalid_trainer_flags_are_refused_in_one_line(more, said, world, tmp_path, capfd):
+def test_invalid_trainer_flags_are_refused_in_one_line(more, message, world, tmp_path, capfd):
     assert tiny_run.main(flags(world, tmp_path, *more)) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
-    assert said in error
+    assert message in error
 
 
 def test_an_object_that_is_not_a_logger_is_refused(world, tmp_path):

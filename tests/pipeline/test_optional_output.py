@@ -40,10 +40,10 @@ def test_an_invalid_generation_config_is_ignored_with_one_warning(tmp_path, capl
 
 def test_a_valid_generation_config_is_exported(tmp_path):
     folder = tiny_run.save_tiny_model(tmp_path / "model")
-    asked = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3]}  # without do_sample, like that of Llama 2
-    (folder / "generation_config.json").write_text(json.dumps(asked))
+    settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3]}  # without do_sample, like that of Llama 2
+    (folder / "generation_config.json").write_text(json.dumps(settings))
     export = save_pruned(*load_model(str(folder)), tmp_path / "export")
-    assert asked.items() <= json.loads((export / "generation_config.json").read_text()).items()
+    assert settings.items() <= json.loads((export / "generation_config.json").read_text()).items()
 
 
 @pytest.mark.slow
@@ -52,29 +52,29 @@ def test_a_run_finishes_if_figures_model_card_and_page_cannot_be_written(tmp_pat
         tiny_run.quick(monkeypatch, draw=True)
         world = tiny_run.make_world(tmp_path)
         args = world.args(tmp_path, "--gprune=false")
-        whole = world.run(tmp_path, "--gprune=false")
-        card = (whole.path / "model/README.md").read_text()
-        (whole.path / "metrics.json").unlink()
-        blocked = [whole.path / name for name in ("report.html", "figures")]
+        first = world.run(tmp_path, "--gprune=false")
+        card = (first.path / "model/README.md").read_text()
+        (first.path / "metrics.json").unlink()
+        blocked = [first.path / name for name in ("report.html", "figures")]
         for path in blocked:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         blocked[0].mkdir()  # os.replace cannot replace a folder by a file
         blocked[1].touch()
         with monkeypatch.context() as patch:
             patch.setattr("gprune.report.model_card.ModelCardData", lambda **_: 1 / 0)
-            (whole.path / "model/config.json").unlink()  # the export is written again, with its model card
+            (first.path / "model/config.json").unlink()  # the export is written again, with its model card
             capsys.readouterr()
             assert tiny_run.main(args) == 0
-        said = re.findall(r"Could not write (.+?): .+\. The run continues; .+\.", capsys.readouterr().out)
-        assert said == ["the model card", "figures", "report.html"]
-        again = load_run(whole.path)
-        assert (again.records, again.masks) == (whole.records, whole.masks)
+        not_written = re.findall(r"Could not write (.+?): .+\. The run continues; .+\.", capsys.readouterr().out)
+        assert not_written == ["the model card", "figures", "report.html"]
+        again = load_run(first.path)
+        assert (again.records, again.masks) == (first.records, first.masks)
         for path in blocked:
             path.rmdir() if path.is_dir() else path.unlink()
-        assert command("report", [str(whole.path)]) == 0
-        assert (whole.path / "figures/perplexity.png").is_file()
-        assert (whole.path / "model/README.md").read_text() == card
-        assert "<svg" in (whole.path / "report.html").read_text()
+        assert command("report", [str(first.path)]) == 0
+        assert (first.path / "figures/perplexity.png").is_file()
+        assert (first.path / "model/README.md").read_text() == card
+        assert "<svg" in (first.path / "report.html").read_text()
 
 
 def test_optional_output_raises_for_a_full_disk_or_ctrl_c_and_logs_other_errors(caplog):

@@ -107,13 +107,13 @@ def test_a_run_folder_is_complete(finished):
 def test_files_of_a_run_and_of_the_cache_have_the_permissions_of_the_umask(finished):
     umask = os.umask(0o022)
     os.umask(umask)
-    ours, cached = (
+    run_files, cached = (
         [file for file in folder.rglob("*") if file.is_file()]
         for folder in (finished.path, Path(os.environ["GPRUNE_CACHE"]))
     )
-    assert {file.stat().st_mode & 0o777 for file in (*ours, *cached)} == {0o666 & ~umask}
+    assert {file.stat().st_mode & 0o777 for file in (*run_files, *cached)} == {0o666 & ~umask}
     if os.getuid() == 0 and umask == 0o022:
-        names = [file.relative_to(finished.path) for file in ours]  # `nobody` cannot enter the folders above
+        names = [file.relative_to(finished.path) for file in run_files]  # `nobody` cannot enter the folders above
         nobody = {"user": 65534, "group": 65534, "extra_groups": []}
         subprocess.run(["cat", *names], cwd=finished.path, stdout=subprocess.DEVNULL, check=True, **nobody)
 
@@ -374,7 +374,7 @@ def test_every_pruned_row_is_evaluated_with_and_without_recovery(recovery, run_w
 
 @pytest.mark.slow
 @pytest.mark.parametrize("controls", ["[averaged]", "[]"])
-def test_rows_without_recovery_are_omitted_unless_base_is_a_control(controls, world, tmp_path, run_with_option):
+def test_rows_without_recovery_are_omitted_unless_unrecovered_is_a_control(controls, world, tmp_path, run_with_option):
     """Also if averaged is a control, which is then evaluated only with recovery."""
     result = world.run(tmp_path, "--recovery=bias", f"--evaluation.controls={controls}")
     stages = [*yaml.safe_load(controls), "gprune"]
@@ -569,16 +569,16 @@ def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, mo
     monkeypatch.setattr("gprune.pipeline.inputs.load_model", lambda *_, **__: pytest.fail("loaded"), raising=False)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert tiny_run.main(world.args(tmp_path / "runs", "--dry_run=true")) == 0
-    said = {line[:12].strip(): line[13:] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    lines = {line[:12].strip(): line[13:] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert not (tmp_path / "runs").exists()
-    assert {"model", "scope", "removes", "forward", "results"} <= said.keys()
-    assert said["and backward"] == "256 tokens"
-    assert said["widths"].startswith("80 to 80 of 160 neurons and 2 to 2 of 2 KV groups per block")
-    assert said["evaluates"] == "4 models on 3 corpora"
+    assert {"model", "scope", "removes", "forward", "results"} <= lines.keys()
+    assert lines["and backward"] == "256 tokens"
+    assert lines["widths"].startswith("80 to 80 of 160 neurons and 2 to 2 of 2 KV groups per block")
+    assert lines["evaluates"] == "4 models on 3 corpora"
     number = r"[\d.]+e\+\d+"
-    assert re.match(rf"at most {number} FLOP: 0:0\d:\d\d by two blocks measured on cpu \(float32, ", said["compute"])
-    assert re.search(r"\(evaluate\) GiB of this machine: fits \d+", said["memory"])
-    assert said["text"] == "5 corpora have enough windows"
+    assert re.match(rf"at most {number} FLOP: 0:0\d:\d\d by two blocks measured on cpu \(float32, ", lines["compute"])
+    assert re.search(r"\(evaluate\) GiB of this machine: fits \d+", lines["memory"])
+    assert lines["text"] == "5 corpora have enough windows"
 
 
 def test_a_dry_run_refuses_short_corpora_like_a_run_and_names_corpora_not_counted(world, tmp_path, capsys):

@@ -313,10 +313,10 @@ def test_a_corpus_without_development_text_is_refused_before_a_model_is_loaded(t
 def test_a_dry_run_prints_the_cost_of_the_search(trained, tmp_path, capsys):
     flags = with_target("+5%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--dry_run=true")
     assert tiny_run.main(trained.args(tmp_path, *flags)) == 0
-    said = capsys.readouterr().out
-    assert "the run finds the sparsity that keeps +5%" in said
-    assert "at most 36 models after least_squares" in said
-    assert f"each on {3 * DEVELOPMENT * 32:,} tokens of development text" in said
+    output = capsys.readouterr().out
+    assert "the run finds the sparsity that keeps +5%" in output
+    assert "at most 36 models after least_squares" in output
+    assert f"each on {3 * DEVELOPMENT * 32:,} tokens of development text" in output
 
 
 @pytest.mark.parametrize("recovery", ["none", "[least_squares,distill]"])

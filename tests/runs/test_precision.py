@@ -70,10 +70,10 @@ def test_processors_multiply_bfloat16_only_with_amx(amx, limit, expected, monkey
 @pytest.mark.parametrize(("found", "chosen"), [(FAST, "bf16-mixed"), (SLOW, "32-true")])
 def test_auto_becomes_the_precision_of_the_hardware_and_keeps_the_run_name(found, chosen, hardware):
     hardware(found)
-    asked = RunConfig()
-    cfg, why = settled(asked, CPU)
+    requested = RunConfig()
+    cfg, why = settled(requested, CPU)
     assert (cfg.trainer.precision, why) == (chosen, "a processor of a test")
-    assert (asked.trainer.precision, cfg.folder) == ("auto", asked.folder)
+    assert (requested.trainer.precision, cfg.folder) == ("auto", requested.folder)
     assert cfg.settings()["trainer"]["precision"] == chosen
     named, why = settled(RunConfig(trainer={"precision": "32-true"}), CPU)
     assert (named.trainer.precision, named.run.name, why) == ("32-true", None, "--trainer.precision")

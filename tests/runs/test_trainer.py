@@ -38,17 +38,16 @@ LEFT_OVER = [  # variables, devices, words of the message or None
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("variables", "devices", "said"), LEFT_OVER)
-def test_rank_variables_without_other_processes_are_refused(variables, devices, said, monkeypatch):
+@pytest.mark.parametrize(("variables", "devices", "message"), LEFT_OVER)
+def test_rank_variables_without_other_processes_are_refused(variables, devices, message, monkeypatch):
     for name in (*RANKS, "WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with (
-        nullcontext() if said is None else pytest.raises(UserError, match=f"; got {said}.*Unset the variable") as error
-    ):
+    refused = pytest.raises(UserError, match=f"; got {message}.*Unset the variable")
+    with nullcontext() if message is None else refused as error:
         check_trainer(accelerator="cpu", devices=devices, num_nodes=1, strategy="auto")
-    assert said is None or error.value.alone
+    assert message is None or error.value.alone
 
 
 @pytest.mark.slow
@@ -83,12 +82,12 @@ def test_what_any_process_lacks_counts_as_missing_for_all_processes(run_of_rank_
 
 def test_the_progress_bar_shows_the_stage_its_loss_and_tokens_per_second(tiny_model):
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
-    said = []
+    bars = []
 
     class RecordBar(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             console.print(screen)
-            said.append([line for line in console.file.getvalue().splitlines() if line.strip()][-1])
+            bars.append([line for line in console.file.getvalue().splitlines() if line.strip()][-1])
 
     stage = DistillationStage(tiny_model, prune(tiny_model, some_masks(tiny_model, attention=False)))
     text = [Windows("demo", "train", torch.arange(64).view(4, 16))]
@@ -98,5 +97,5 @@ def test_the_progress_bar_shows_the_stage_its_loss_and_tokens_per_second(tiny_mo
         use_distributed_sampler=False, callbacks=[StageBar(screen, "Distilling 3 numbers"), RecordBar()],
     )  # fmt: skip
     trainer.fit(stage, CorpusDataModule(train=text, batch_size=2, seed=0))
-    assert [line.startswith("Distilling 3 numbers, distill/loss ") for line in said] == [True, True]
-    assert all("tokens/s" in line for line in said), said
+    assert [line.startswith("Distilling 3 numbers, distill/loss ") for line in bars] == [True, True]
+    assert all("tokens/s" in line for line in bars), bars

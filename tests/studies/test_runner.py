@@ -89,15 +89,17 @@ def measured(monkeypatch, bench):
     """Replace `gprune evaluate`, and return the calls to it and the configurations that ran."""
     calls, configs, real = [], [], gprune.prune
 
-    def evaluate(model, asked, *, dense=False, pruned=True):
+    def evaluate(model, options, *, dense=False, pruned=True):
         stages = [*(["dense"] if dense else []), *(["base"] if pruned else [])]
-        calls.append((asked.tasks, asked.limit, stages))
+        calls.append((options.tasks, options.limit, stages))
         about = {
-            "kind": "zero_shot", "limit": asked.limit, "correct": "0110", "recovery": "none", "content_hash": "c",
+            "kind": "zero_shot", "limit": options.limit, "correct": "0110", "recovery": "none", "content_hash": "c",
             "split": "test", "dtype": "float32", "note": "", "standard_protocol": False, "questions": 4,
             **dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"), 0.5),
         }  # fmt: skip
-        return [about | {"stage": s, "task": t} for s in stages for t in asked.tasks], bench.folder / "evaluation.json"
+        return [
+            about | {"stage": s, "task": t} for s in stages for t in options.tasks
+        ], bench.folder / "evaluation.json"
 
     monkeypatch.setattr(measurement, "evaluate", evaluate)
     monkeypatch.setattr(measurement, "require_lm_eval", lambda: "0")
