@@ -47,7 +47,7 @@ print_imports()
 """
 
 
-STUDY = "from gprune.__main__ import run\nrun('study', sys.argv[1:])\ntold()\n"
+STUDY = "from gprune.__main__ import run\nrun('study', sys.argv[1:])\nprint_imports()\n"
 REPORT = STUDY.replace("study", "report")
 
 
