@@ -1,11 +1,11 @@
-"""Tiny models from configs: no download, no weights, milliseconds."""
+"""Fixtures and helpers of all tests: tiny random models without downloads."""
 
 from __future__ import annotations
 
 import os
 
-# One thread per test process, and per process a test starts: tiny models gain nothing from two, and `-n auto` has
-# one process per core already.
+# One thread for each test process, and for each process that a test starts: tiny models are not faster with two, and
+# `-n auto` already starts one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
@@ -17,22 +17,22 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import gprune.pipeline.prune  # noqa: F401 - all that runs import, before `pytest_collection_finish`
+import gprune.pipeline.prune  # noqa: F401 - import everything before `pytest_collection_finish`
 from gprune.calibration.collector import Collector
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.importance import IMPORTANCE
-from tests import built_in
+from tests import registries
 
-# A deadline measures the machine and what else runs on it.
+# Deadlines would depend on the load of the machine.
 hypothesis.settings.register_profile("gprune", deadline=None)
 hypothesis.settings.load_profile("gprune")
 
 
 def pytest_collection_finish() -> None:
-    """Take what has been imported out of the garbage collector's sight.
+    """Exclude imported objects from garbage collection.
 
-    Calibration collects garbage after each corpus. Walking all objects of torch, transformers and lightning each time
-    took 40 % of the time of a tiny run.
+    Calibration collects garbage after each corpus. Traversing all objects of torch, transformers and lightning each
+    time took 40 % of a tiny run.
     """
     gc.collect()
     gc.freeze()
@@ -52,7 +52,7 @@ def make_tiny_llama(**overrides) -> LlamaForCausalLM:
         "tie_word_embeddings": True,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        # Large weights: with the usual 0.02 a random model's logits hardly depend on the FFN at all.
+        # With the usual 0.02, the logits of a random model hardly depend on the FFN.
         "initializer_range": 0.25,
     } | overrides
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def make_tiny_llama(**overrides) -> LlamaForCausalLM:
 def collect(
     model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], *, gram: bool = False, saliency=()
 ) -> CorpusStatistics:
-    """Statistics of a corpus from one pass over its batches; without `half` its windows take turns by `index`."""
+    """Statistics of a corpus from one pass over its batches. Without `half`, windows alternate by `index`."""
     with Collector(model, gram=gram, saliency=saliency) as collector:
         for batch in batches:
             half = batch["half"] if "half" in batch else batch["index"] % 2
@@ -87,21 +87,21 @@ def token_batch() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny model and made-up text, on disk: `tiny_run.World`."""
-    from tests import tiny_run  # it imports this module
+    """Return a `tiny_run.World`: a tiny model and synthetic text on disk."""
+    from tests import tiny_run  # imported here, because it imports this module
 
     return tiny_run.make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """A folder for the cache of a module's runs."""
+    """Return the cache folder for the runs of a module."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
 def shared_cache(cache):
-    """A module's runs share one cache: calibration is paid for once per kind of statistics."""
+    """Share one cache among the runs of a module, so each kind of statistics is collected once."""
     from tests import tiny_run
 
     with tiny_run.isolated(cache), pytest.MonkeyPatch.context() as patch:
@@ -111,6 +111,6 @@ def shared_cache(cache):
 
 @pytest.fixture
 def scratch_registry():
-    """What a test registers as a metric is forgotten after it."""
-    with built_in.scratch(IMPORTANCE):
+    """Remove metrics that a test registers after the test."""
+    with registries.restored(IMPORTANCE):
         yield

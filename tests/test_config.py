@@ -1,4 +1,4 @@
-"""The registry's messages, one check of settings for all ways in, and names of runs."""
+"""Registration, validation of settings however they are set, and names of runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ YAML = {
 }
 
 
-def test_only_the_same_function_takes_a_name_again():
+def test_a_name_can_be_registered_again_only_for_the_same_function():
     registry = Registry("colour")
 
     def cell(value: int, module: str):
@@ -41,24 +41,24 @@ def test_only_the_same_function_takes_a_name_again():
         registry.register("red")(red)
 
     cell(1, "here")
-    cell(2, "here")  # the cell of a notebook that is run again
+    cell(2, "here")  # a notebook cell that is run again
     with pytest.raises(ValueError, match="colour 'red' is already registered"):
         cell(3, "notebook")
     assert (registry["red"](), "red" in registry, "blue" in registry) == (2, True, False)
 
 
-def test_what_replaces_a_flag_of_lightnings_is_a_flag():
+def test_replacements_of_lightning_flags_are_existing_flags():
     named = re.findall(r"--([\w.]+)", " ".join(INSTEAD.values()))
     assert len(named) > len(INSTEAD) / 2
     assert set(named) - {"config", "import"} <= HINTS.keys()
     assert not INSTEAD.keys() & HINTS.keys()
 
 
-# --- one declaration for all ways in ------------------------------------------------------------------------------
+# --- the same validation for every way to set a value --------------------------------------------------------------
 
 
-def ways(name: str, value: object, folder: Path):
-    """The ways in which a setting comes, each of which gives its value as it was taken."""
+def ways_to_set(name: str, value: object, folder: Path):
+    """Return functions that set a value in different ways, and return the resulting value."""
     group, _, leaf = name.partition(".")
     nested = {group: {leaf: value}} if leaf else {group: value}
 
@@ -95,13 +95,13 @@ def ways(name: str, value: object, folder: Path):
         ("model.device_map", "cuda:0"), ("evaluation.curve", []), ("recovery", "bias"),
     ],
 )  # fmt: skip
-def test_a_setting_is_the_same_by_all_ways(name, value, tmp_path):
-    for way, take in ways(name, value, tmp_path).items():
-        assert take() == value, way
+def test_a_setting_has_the_same_value_however_it_is_set(name, value, tmp_path):
+    for way, get_value in ways_to_set(name, value, tmp_path).items():
+        assert get_value() == value, way
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("ridge", -1, "--ridge must be 0 or more; got -1."),
         ("ridge", float("nan"), "--ridge must be a finite number; got nan."),
@@ -124,17 +124,17 @@ def test_a_setting_is_the_same_by_all_ways(name, value, tmp_path):
         ("logging.project", "a/b", "--logging.project must match pattern '^[^/"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_refused_in_the_same_words_by_all_ways(name, value, said, tmp_path):
-    for way, take in ways(name, value, tmp_path).items():
-        if way == "command line" and value != value:  # YAML writes it .nan
+def test_an_invalid_value_gives_the_same_message_however_it_is_set(name, value, message, tmp_path):
+    for way, get_value in ways_to_set(name, value, tmp_path).items():
+        if way == "command line" and value != value:  # YAML writes NaN as .nan
             continue
         with pytest.raises(UserError) as error:
-            take()
-        assert str(error.value).startswith(said), way
+            get_value()
+        assert str(error.value).startswith(message), way
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("sparsity.targt", "Unknown setting 'sparsity.targt'. Did you mean 'target'? Available: target, "),
         ("run.zzz", "Unknown setting 'run.zzz'. Available: dir, name, seed, checkpoint_minutes."),
@@ -143,16 +143,16 @@ def test_a_wrong_value_is_refused_in_the_same_words_by_all_ways(name, value, sai
         ("seed", "Unknown setting 'seed'. Use --run.seed."),
     ],
 )
-def test_a_misspelt_name_is_refused_by_all_ways(name, said, tmp_path):
-    for way, take in ways(name, 0.3, tmp_path).items():
+def test_a_misspelt_name_is_refused_however_it_is_set(name, message, tmp_path):
+    for way, get_value in ways_to_set(name, 0.3, tmp_path).items():
         with pytest.raises(UserError) as error:
-            take()
+            get_value()
         version = f"The settings must be those of this version; they differ in {name}."
-        assert (version if way == "stored" else said) in str(error.value), way
+        assert (version if way == "stored" else message) in str(error.value), way
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"recovery": "leastsquares"}, "Unknown recovery 'leastsquares'. Did you mean 'least_squares'?"),
         ({"corpora.drift": ["wiki"], "reliability.everywhere": True},
@@ -181,13 +181,13 @@ def test_a_misspelt_name_is_refused_by_all_ways(name, said, tmp_path):
          "--distill.keep best cannot be combined with --evaluation.split development"),
     ],
 )  # fmt: skip
-def test_what_cannot_go_together_names_the_flags(settings, said):
+def test_incompatible_settings_are_refused_with_the_names_of_their_flags(settings, message):
     with pytest.raises(UserError) as error:
         configured(settings, where="Row 'x'")
-    assert str(error.value).startswith(f"Row 'x': {said}")
+    assert str(error.value).startswith(f"Row 'x': {message}")
 
 
-def test_what_was_assigned_is_checked_again():
+def test_validate_checks_assigned_values():
     cfg = RunConfig()
     cfg.sparsity.allocation = "depth"
     with pytest.raises(UserError, match=r"--sparsity\.allocation depth needs --gprune false"):
@@ -199,7 +199,7 @@ def test_what_was_assigned_is_checked_again():
         cfg.validate()
 
 
-def test_layers_merge_left_to_right(tmp_path):
+def test_files_and_flags_merge_from_left_to_right(tmp_path):
     (tmp_path / "a.yaml").write_text("importance: wifv\nsparsity: {target: 0.2, epochs: 3, start: owl}\n")
     (tmp_path / "b.yaml").write_text("sparsity: {target: 0.4}\nsparsity.options: {multiple: 3}\n")
     files = ["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]
@@ -209,7 +209,7 @@ def test_layers_merge_left_to_right(tmp_path):
     assert parse([*files, "--sparsity.options={spread: 0.1}"]).sparsity.options == {"spread": 0.1}
 
 
-def test_printed_settings_are_a_file_of_flags(tmp_path, capsys):
+def test_the_output_of_print_config_is_a_valid_file_of_flags(tmp_path, capsys):
     flags = ["--sparsity.target=0.3", "--recovery=[bias]", "--run.name=a #b"]
     with pytest.raises(SystemExit) as left:
         parse([*flags, "--print_config"])
@@ -218,31 +218,31 @@ def test_printed_settings_are_a_file_of_flags(tmp_path, capsys):
     assert parse(["--config", str(tmp_path / "a.yaml")]) == parse(flags) != parse([])
 
 
-# --- what follows from the settings -------------------------------------------------------------------------------
+# --- values derived from the settings -----------------------------------------------------------------------------
 
 
-def test_a_run_needs_no_flags_and_no_account(monkeypatch):
+def test_the_default_configuration_is_valid_and_logs_offline(monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert parse([]) == RunConfig()
     RunConfig().check_names()
     assert (RunConfig().logging.resolved_mode, RunConfig().model.trust_remote_code) == ("offline", False)
 
 
-def test_settings_leave_out_where_results_go_and_how_they_are_logged():
+def test_settings_exclude_the_run_folder_logging_and_export():
     plain = RunConfig()
-    elsewhere = RunConfig(
+    other_folder = RunConfig(
         run=RunFolderConfig(dir="/somewhere", name="mine"), logging=LoggingConfig(mode="disabled", tags=["x"]),
         corpora=CorporaConfig(collect=["gram", "saliency"]), export="none", dry_run=True,
     )  # fmt: skip
     assert "logging" not in plain.settings()
-    assert plain.settings() == elsewhere.settings()
-    assert elsewhere.run_name == "mine"
-    assert elsewhere.model_copy(update={"run": RunFolderConfig(dir="/somewhere")}).run_name == plain.run_name
+    assert plain.settings() == other_folder.settings()
+    assert other_folder.run_name == "mine"
+    assert other_folder.model_copy(update={"run": RunFolderConfig(dir="/somewhere")}).run_name == plain.run_name
     one, two = (RunConfig(trainer=t) for t in (TrainerConfig(devices=2), TrainerConfig(num_nodes=2)))
     assert one.settings() == two.settings() != plain.settings()
 
 
-def test_equal_settings_share_a_name_and_different_ones_do_not():
+def test_run_names_are_equal_only_for_equal_settings():
     changes = [
         {}, {"sparsity.target": 0.4}, {"sparsity.target": 0.5000001}, {"sparsity.epochs": 5}, {"gprune": False},
         {"sparsity.width_multiple": 8}, {"sparsity.scope": "attention+ffn"}, {"sparsity.allocation": "owl"},
@@ -263,8 +263,8 @@ def test_equal_settings_share_a_name_and_different_ones_do_not():
     assert configured({"gprune": False}).run_name.startswith("smollm2-135m-base-")
 
 
-def test_kinds_of_units_have_one_order_and_only_blocks_bring_their_settings():
-    """Records of the two old scopes are found by settings that know nothing of blocks."""
+def test_scopes_are_sorted_and_only_scopes_with_blocks_have_block_settings():
+    """So the settings of older records with the two scopes without blocks still match."""
     old, new = (configured({"sparsity.scope": scope}) for scope in ("ffn+attention", "blocks+ffn+attention"))
     assert (old.sparsity.scope, new.sparsity.scope) == ("attention+ffn", "attention+ffn+blocks")
     assert new.settings()["sparsity"].keys() - old.settings()["sparsity"].keys() == {"block_share", "block_choice"}
@@ -279,12 +279,12 @@ def test_kinds_of_units_have_one_order_and_only_blocks_bring_their_settings():
         ("taylor", "least_squares", {"gram", "saliency"}),
     ],
 )  # fmt: skip
-def test_a_run_needs_what_its_metric_and_its_recovery_need(importance, recovery, needs):
+def test_needed_statistics_are_those_of_the_metric_and_the_recovery(importance, recovery, needs):
     collected = RunConfig(importance=importance, recovery=recovery, corpora=CorporaConfig(collect=["gram", "saliency"]))
     assert collected.needs == RunConfig(importance=importance, recovery=recovery).needs == needs
 
 
-def test_train_text_that_calibrates_is_not_measured_on():
+def test_calibration_corpora_are_refused_for_evaluation_on_train_text():
     cfg = configured({"evaluation.split": "train", "corpora.evaluate": ["stories", "web"]})
     with pytest.raises(UserError, match=r"--evaluation\.split train needs .*; got 'web'"):
         cfg.check_names()
@@ -293,17 +293,17 @@ def test_train_text_that_calibrates_is_not_measured_on():
 
 
 @pytest.mark.parametrize("path", [path for path in YAML if not re.search("^(rows|parameters):", YAML[path], re.M)])
-def test_every_file_of_flags_that_ships_parses(path):
-    """Of lists and sweeps other tests parse every row."""
+def test_every_shipped_file_of_flags_parses(path):
+    """Other tests parse the rows of lists and sweeps."""
     assert (parse(["--config", str(ROOT / path)]) == RunConfig()) == path.endswith("/default.yaml")
 
 
 @pytest.mark.parametrize("name", ["best", "gates", "paper", "protocol", "smoke"])
-def test_shipped_configurations_are_known_by_name_and_a_file_of_that_path_comes_first(name, tmp_path, monkeypatch):
+def test_shipped_configurations_load_by_name_unless_a_file_has_that_path(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     by_path = parse(["--config", str(ROOT / f"gprune/configs/{name}.yaml")])
     assert parse(["--config", name]) == by_path != RunConfig()
-    (tmp_path / name).mkdir()  # a folder is no file of flags
+    (tmp_path / name).mkdir()  # a folder of that name is ignored
     assert parse([f"--config={name}"]) == by_path
     (tmp_path / name).rmdir()
     (tmp_path / name).write_text("ridge: 0.5")
@@ -313,40 +313,43 @@ def test_shipped_configurations_are_known_by_name_and_a_file_of_that_path_comes_
     assert "configs/*.yaml" in package
 
 
-def test_a_misspelt_configuration_is_told_the_names_that_ship():
+def test_a_misspelt_configuration_is_refused_with_the_shipped_names():
     with pytest.raises(
         UserError, match=r"or one of best, gates, paper, protocol, smoke, untrained; got 'bset' \(No such file"
     ):
         parse(["--config", "bset"])
 
 
-class Odd:
-    """Stands for what nobody expects."""
+class Unexpected:
+    """An object of an unexpected type."""
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (
             lambda: RunConfig(sparsity=CorporaConfig()),
             "--sparsity must be a mapping of names to values; got CorporaConfig",
         ),
-        (lambda: RunConfig(ridge=Odd()), "--ridge must be a valid number; got <"),
+        (lambda: RunConfig(ridge=Unexpected()), "--ridge must be a valid number; got <"),
         (lambda: SparsityConfig(target=np.array([0.5])), "--sparsity.target"),
         (lambda: gprune.prune({}), "The configuration must be a RunConfig"),
         (lambda: gprune.load_run(None), "The run must be the path of a run folder"),
-        (lambda: gprune.prune(RunConfig(), [Odd]), "Callbacks must be objects of lightning.pytorch.Callback; got <"),
-        (lambda: gprune.apply_masks(Odd(), None), "a model of transformers; got <"),
+        (
+            lambda: gprune.prune(RunConfig(), [Unexpected]),
+            "Callbacks must be objects of lightning.pytorch.Callback; got <",
+        ),
+        (lambda: gprune.apply_masks(Unexpected(), None), "a model of transformers; got <"),
     ],
 )
-def test_misuse_from_python_is_one_line(call, said):
+def test_misuse_of_the_python_api_is_refused_in_one_line(call, message):
     with pytest.raises(UserError) as error:
         call()
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_numbers_and_paths_of_libraries_are_plain():
+def test_numpy_torch_and_path_values_become_plain_python_values():
     cfg = RunConfig(
         importance=np.str_("wifv"), ridge=np.float64(0.5), gprune=np.bool_(False), run={"dir": Path("a/b")},
         sparsity={"protect": np.array([0, 1]), "epochs": np.int64(3), "width_multiple": torch.tensor(8)},
@@ -361,7 +364,7 @@ def test_numbers_and_paths_of_libraries_are_plain():
     assert (type(cfg.ridge), type(cfg.gprune), type(cfg.sparsity.epochs)) == (float, bool, int)
 
 
-def test_a_budget_of_bytes_is_told_apart_by_what_a_byte_holds_alone():
+def test_settings_of_a_byte_budget_include_only_export_flags_that_change_bytes():
     def of(**export):
         return configured({"sparsity": {"target": "200MiB"}, "export": export}).settings()
 
@@ -372,7 +375,7 @@ def test_a_budget_of_bytes_is_told_apart_by_what_a_byte_holds_alone():
         configured({"sparsity": {"target": "9KiB", "cost": "kv_cache"}})
 
 
-def test_a_target_of_speed_takes_the_width_multiple_of_the_machine_and_no_other_setting_changes():
+def test_a_speed_target_or_auto_takes_the_width_multiple_from_the_machine():
     multiples = [({}, 1), ({"target": "1.4x"}, None), ({"target": "1.4x", "width_multiple": 4}, 4)]
     multiples += [({"width_multiple": "auto"}, None), ({"target": "1.4x", "cost": "kv_cache"}, 1)]
     for given, multiple in multiples:

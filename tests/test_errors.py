@@ -27,7 +27,7 @@ FORMS = {
     "failure": re.compile(rf"{PLACE}Cannot .+?: .+[.]{MORE}", re.DOTALL),
 }
 BEGINNING = re.compile(rf"--[a-z]|[A-Z$'{X}]")
-RIDDLES = re.compile(
+DIALECT = re.compile(
     r"\b(?:expected|is none|are none|that is no|could not be had|is not there|was asked|were asked|sittings?|takes? up|"
     r"but for|stands? for|what came|brings|lies)\b"
 )
@@ -77,19 +77,19 @@ def messages(path: Path) -> list[tuple[int, str]]:
         if call.func.id == "quoting" and len(parts) == 1:
             text += f"{X}."
         text += ENDINGS.get(call.func.id, "")
-        if text.strip(X):  # a message that another function has made
+        if text.strip(X):  # not only a message that another function has made
             found.append((call.lineno, text))
     return found
 
 
 def faults(text: str) -> list[str]:
-    """What is wrong with a message."""
+    """Return the faults of a message."""
     rules = {
         "is not one line": "\n" in text or text != text.strip(),
         "does not begin with a flag or a capital letter": not BEGINNING.match(text),
         "does not end with a full stop": not text.endswith("."),
         "has none of the four forms": not any(form.fullmatch(text) for form in FORMS.values()),
-        "has a word of the old dialect": bool(RIDDLES.search(text)),
+        "has a word of the old dialect": bool(DIALECT.search(text)),
         "has two full stops": ".." in text.replace("...", ""),
     }
     return [fault for fault, holds in rules.items() if holds]
@@ -104,11 +104,11 @@ def wrong(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in files() if messages(ROOT / name)])
-def test_every_message_of_a_file_has_one_of_the_forms(name):
+def test_every_message_in_a_file_has_one_of_the_four_forms(name):
     assert wrong(name) == []
 
 
-def test_messages_are_found_in_many_files():
+def test_more_than_200_messages_are_found():
     assert sum(len(messages(ROOT / name)) for name in files()) > 200
 
 
@@ -128,7 +128,7 @@ def test_messages_are_found_in_many_files():
         ("Cannot read it: broken..", "has two full stops"),
     ],
 )
-def test_the_rules_themselves(text, fault):
+def test_the_rules_detect_each_fault(text, fault):
     assert faults(text) == [] if fault is None else fault in faults(text)
 
 
@@ -152,7 +152,7 @@ def fail_in_a_library():
         (fail_in_a_library, "Cannot read it: first line."),
     ],
 )  # fmt: skip
-def test_messages_that_are_made_from_values_have_the_forms_too(call, text):
+def test_messages_made_at_run_time_have_one_of_the_four_forms(call, text):
     with pytest.raises(UserError) as error:
         call()
     assert str(error.value).startswith(text)

@@ -1,4 +1,4 @@
-"""`help(gprune.metric)` and its like describe what to write, and their examples run."""
+"""The help of the registration decorators, such as `help(gprune.metric)`: contents and examples."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import gprune
 from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
-from tests import built_in
+from tests import registries
 
-EXAMPLES = {  # decorator -> flags that choose its example
+EXAMPLES = {  # decorator -> flags that select its example
     "metric": ["--importance=energy", "--gprune=false"],
     "allocation": ["--sparsity.start=powers", "--sparsity.allocation=equal", "--sparsity.options.power=3"],
     "recovery": ["--recovery=rescaled", "--gprune=false"],
@@ -27,15 +27,15 @@ def help_of(name: str) -> str:
 
 
 @pytest.fixture
-def _forgotten(shared_cache):
+def _restore_registries(shared_cache):
     names = gprune.IMPORTANCE, ALLOCATION, RECOVERY, gprune.CALIBRATOR, gprune.REFINER, gprune.LEARNER
-    with built_in.scratch(*names):
+    with registries.restored(*names):
         yield
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.usefixtures("_forgotten")
-def test_the_example_runs_by_the_flag_that_the_help_names(name, world, tmp_path):
+@pytest.mark.usefixtures("_restore_registries")
+def test_the_example_in_the_help_runs_with_the_flag_that_the_help_names(name, world, tmp_path):
     about, example = help_of(name).partition("Example:")[::2]
     exec(textwrap.dedent(example.partition("\nArgs:")[0]), {"__name__": "example"})
     run = world.run(tmp_path, "--export=none", "--evaluation.controls=[]", *EXAMPLES[name])

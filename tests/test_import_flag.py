@@ -1,4 +1,4 @@
-"""`--import`: what a module of the caller's registers is known to commands, and nobody else's code runs."""
+"""`--import`: commands know what the imported module registers, and no other code is executed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gprune.config import parse
 from gprune.errors import UserError
 from gprune.importance import IMPORTANCE
 from gprune.runs.results import load_run
-from tests import built_in, tiny_run
+from tests import registries, tiny_run
 
 METRIC = """
 import gprune
@@ -25,12 +25,12 @@ def rows_of_mine(weights, moments, generator):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working folder with a module; what is imported from it is forgotten."""
+    """Change to a folder with a module, and undo its import afterwards."""
     (tmp_path / "metric_of_mine.py").write_text(METRIC)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     imports.IMPORTED.clear()
-    with built_in.scratch(IMPORTANCE):
+    with registries.restored(IMPORTANCE):
         yield tmp_path
     imports.IMPORTED.clear()
     for name in ("metric_of_mine", "raises"):
@@ -38,27 +38,27 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["metric_of_mine", "./metric_of_mine.py"])
-def test_a_module_is_known_by_name_or_path_wherever_the_flag_stands(name, here):
+def test_import_accepts_a_module_name_or_path_at_any_position(name, here):
     assert parse(["--importance=rows_of_mine", "--import", name]).importance == "rows_of_mine"
 
 
-def test_a_run_says_what_it_needs_where_that_is_not_registered(here, monkeypatch):
+def test_load_run_names_the_import_that_registers_its_metric(here, monkeypatch):
     world = tiny_run.make_world(here)
     tiny_run.quick(monkeypatch)
-    with tiny_run.isolated(here / "cache"), built_in.scratch(IMPORTANCE):
+    with tiny_run.isolated(here / "cache"), registries.restored(IMPORTANCE):
         flags = ("--import=metric_of_mine", "--importance=rows_of_mine", "--gprune=false", "--export=none")
         assert world.run(here / "runs", *flags).config.importance == "rows_of_mine"
     sys.modules.pop("metric_of_mine")
     with pytest.raises(UserError, match=r"run: .*Unknown importance metric.* Register it first: import metric_of_mine"):
         load_run(here / "runs/run")
-    assert "metric_of_mine" not in sys.modules  # nobody asked for its code
+    assert "metric_of_mine" not in sys.modules  # load_run does not import modules
     (here / "list.yaml").write_text("rows: {a: {importance: rows_of_mine, gprune: false}}")
     assert main(["study", "list.yaml", "--table", "--import", "metric_of_mine"]) == 0
     assert load_run(here / "runs/run").config.importance == "rows_of_mine"
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("nowhere_at_all", "", "--import nowhere_at_all: .* ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("raises", "1 / 0", "--import raises: .* ZeroDivisionError: division by zero"),
@@ -71,17 +71,17 @@ def test_a_run_says_what_it_needs_where_that_is_not_registered(here, monkeypatch
         ("./json.py", "", "--import ./json.py: .* json is another module"),
     ],
 )
-def test_a_module_that_cannot_be_imported_is_one_line(name, content, said, here):
+def test_a_module_that_cannot_be_imported_is_refused_in_one_line(name, content, message, here):
     (here / f"{name.removesuffix('.py') if 'json' in name else 'raises'}.py").write_text(content)
     (here / "my.raises.py").touch()
     (here / "loop.py").symlink_to(here / "loop.py")
     for folder in ("plugins", "folder.py"):
         (here / folder).mkdir()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         parse(["--import", name])
 
 
-def test_files_of_flags_import_nothing(here):
+def test_the_key_import_is_refused_in_files_of_flags(here):
     (here / "a.yaml").write_text("import: metric_of_mine")
     with pytest.raises(UserError, match=r"Unknown setting 'import'\. Use the command's flag --import"):
         parse(["--config", "a.yaml"])

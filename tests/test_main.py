@@ -1,4 +1,4 @@
-"""One command beside train.py, and one boundary where errors become a line and an exit code."""
+"""The command `gprune`, and `guarded`, which turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from tests.tiny_run import environment
 ROOT = Path(__file__).parent.parent
 
 
-def helped(capsys, *args: str) -> str:
+def help_text(capsys, *args: str) -> str:
     with pytest.raises(SystemExit) as stop:
         command.main([*args, "--help"])
     assert stop.value.code == 0
     return capsys.readouterr().out
 
 
-WITH_PARSERS = [name for name in command.COMMANDS if name != "prune"]  # whose flags are settings
+WITH_PARSERS = [name for name in command.COMMANDS if name != "prune"]  # the flags of prune are settings
 
 
 def test_help_of_prune_is_that_of_train_py(capsys):
-    text = helped(capsys, "prune")
+    text = help_text(capsys, "prune")
     assert text.startswith("usage: gprune prune [--config FILE] [--FLAG VALUE ...]")
     with pytest.raises(SystemExit):
         parse(["--help"])
-    ours = capsys.readouterr().out
-    assert ours.startswith("usage: train.py ")
-    assert text.partition("\n")[2] == ours.partition("\n")[2]
+    expected = capsys.readouterr().out
+    assert expected.startswith("usage: train.py ")
+    assert text.partition("\n")[2] == expected.partition("\n")[2]
 
 
-def test_prune_is_train_py_by_another_name(capsys):
+def test_gprune_prune_behaves_like_train_py(capsys):
     assert command.main(["prune", "--config", "smoke", "--model.name=nothing"]) == 2
     assert re.match("gprune prune: --model.name.*'nothing'", capsys.readouterr().err)
     assert command.main(["prune", "--colour", "red"]) == 2
@@ -52,10 +52,10 @@ def test_prune_is_train_py_by_another_name(capsys):
 
 
 @pytest.mark.parametrize("name", WITH_PARSERS)
-def test_help_of_a_command_has_examples_and_tells_every_default(name, capsys):
+def test_help_of_a_command_has_examples_and_every_default(name, capsys):
     module, about = command.COMMANDS[name]
-    assert re.search(rf"\n  {name} +{re.escape(about)}\n", helped(capsys))
-    text = helped(capsys, name)
+    assert re.search(rf"\n  {name} +{re.escape(about)}\n", help_text(capsys))
+    text = help_text(capsys, name)
     assert text.startswith(f"usage: gprune {name} ")
     assert f"\n  gprune {name} " in text.partition("examples:")[2]
     assert max(map(len, text.splitlines())) <= 120
@@ -76,14 +76,14 @@ def test_help_of_a_command_has_examples_and_tells_every_default(name, capsys):
                      "'prune', 'report', 'export', 'evaluate', 'study'). See --help."),
     ],
 )  # fmt: skip
-def test_what_is_no_command_and_no_flag_is_one_line(args, line, capsys):
+def test_an_unknown_command_or_flag_is_refused_in_one_line(args, line, capsys):
     assert command.main(args) == 2
     plain = line.replace("'prune', 'report', 'export', 'evaluate', 'study'", "prune, report, export, evaluate, study")
-    assert capsys.readouterr().err in {f"gprune{line}\n", f"gprune{plain}\n"}  # as of Python 3.13.1
+    assert capsys.readouterr().err in {f"gprune{line}\n", f"gprune{plain}\n"}  # Python 3.13.1 and later
 
 
 @pytest.mark.slow
-def test_python_runs_it_and_the_console_script_is_the_same_function(tmp_path):
+def test_python_m_gprune_and_the_console_script_call_the_same_function(tmp_path):
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"gprune": f"{command.__name__}:{command.main.__name__}"}
     args = [sys.executable, "-m", "gprune", "report", "no/such/run"]
@@ -94,13 +94,13 @@ def test_python_runs_it_and_the_console_script_is_the_same_function(tmp_path):
     assert "no/such/run" in line
 
 
-def failing(error: BaseException, **said: str) -> int:
-    """The exit code of a command that raises this."""
+def failing(error: BaseException, **messages: str) -> int:
+    """Return the exit code of a command that raises an error."""
 
     def work():
         raise error
 
-    return guarded("a verb", work, **said)
+    return guarded("a verb", work, **messages)
 
 
 class SIGTERMException(SystemExit):
@@ -124,19 +124,19 @@ class OutOfMemoryError(RuntimeError):
          "Cannot read or write x/y: No space left on device. Finished work is kept."),
     ],
 )  # fmt: skip
-def test_the_boundary(error, code, line, capsys):
+def test_guarded_turns_errors_into_one_line_and_an_exit_code(error, code, line, capsys):
     assert failing(error, stopped=". All is kept.", memory="; ask for less.") == code
     assert capsys.readouterr().err == f"a verb: {line}\n"
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), RuntimeError("a bug"), ValueError("a bug")])
-def test_the_boundary_hides_no_bug_and_no_exit(error):
+def test_guarded_does_not_catch_bugs_and_system_exit(error):
     with pytest.raises(type(error)):
         failing(error)
 
 
-def in_a_child(work, stdout: int | None) -> tuple[int, str]:
-    """Exit code and stderr of a command in a process whose stdout is this descriptor, or closed."""
+def in_a_child_process(work, stdout: int | None) -> tuple[int, str]:
+    """Run a command in a child process with the given stdout, None for closed. Return its exit code and stderr."""
     read, write = os.pipe()
     sys.stdout.flush()
     child = os.fork()
@@ -150,47 +150,49 @@ def in_a_child(work, stdout: int | None) -> tuple[int, str]:
         os._exit(code)
     os.close(write)
     with os.fdopen(read) as pipe:
-        said = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+        messages = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), messages
 
 
-def progress() -> str:
-    """Lines of the log and a text, as a run has them."""
+def log_and_return_text() -> str:
+    """Write lines to the log and return a text, like a run."""
     log_to_stdout()
     for n in range(300):
         logging.getLogger("gprune").info("line %d", n)
     return "a table\n" * 10_000
 
 
-def test_an_output_that_takes_nothing_is_one_line():
+def test_an_output_that_cannot_be_written_ends_the_command_in_one_line():
     with open("/dev/full", "wb") as full:
-        for work in (progress, lambda: parse(["--print_config"])):
-            code, said = in_a_child(work, full.fileno())
-            assert (code, said.count("\n")) == (2, 1)
-            assert "No space left" in said
+        for work in (log_and_return_text, lambda: parse(["--print_config"])):
+            code, messages = in_a_child_process(work, full.fileno())
+            assert (code, messages.count("\n")) == (2, 1)
+            assert "No space left" in messages
     read, write = os.pipe()
     os.close(read)
-    code, said = in_a_child(progress, write)
+    code, messages = in_a_child_process(log_and_return_text, write)
     os.close(write)
-    assert (code, said.count("\n")) == (2, 1)
-    assert "the output pipe is closed" in said
-    assert in_a_child(progress, None) == (0, "")
+    assert (code, messages.count("\n")) == (2, 1)
+    assert "the output pipe is closed" in messages
+    assert in_a_child_process(log_and_return_text, None) == (0, "")
 
 
 @pytest.mark.parametrize(
     ("signum", "code", "word"), [(signal.SIGTERM, 143, "Terminated"), (signal.SIGHUP, 129, "Hung up")]
 )
-def test_signals_outside_a_trainer_are_one_line(signum, code, word):
-    before = signal.signal(signum, signal.SIG_DFL)  # `nohup pytest` would have it ignored, which is respected
+def test_signals_outside_a_trainer_end_the_command_in_one_line(signum, code, word):
+    before = signal.signal(
+        signum, signal.SIG_DFL
+    )  # under `nohup pytest` the signal is ignored, and gprune respects that
     try:
         with open(os.devnull, "wb") as nowhere:
-            found = in_a_child(lambda: os.kill(os.getpid(), signum) or "x", nowhere.fileno())
+            found = in_a_child_process(lambda: os.kill(os.getpid(), signum) or "x", nowhere.fileno())
     finally:
         signal.signal(signum, before)
     assert found == (code, f"a verb: {word}. All is kept.\n")
 
 
-def test_what_controls_a_terminal_is_shown(capsys):
+def test_control_characters_are_escaped_in_output_and_log(capsys):
     assert guarded("a verb", lambda: "a \x1b[31mname\x07, a\ttab\n") == 0
     log_to_stdout()
     logging.getLogger("gprune").info("\x1b]0;title\x07")
@@ -199,7 +201,7 @@ def test_what_controls_a_terminal_is_shown(capsys):
     assert "\x1b" not in out + err
 
 
-def test_of_several_processes_the_first_speaks_unless_one_fails_alone(capsys, monkeypatch):
+def test_only_rank_0_prints_errors_unless_a_single_rank_fails(capsys, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "here")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert failing(UserError("all of us")) == 2
@@ -209,17 +211,17 @@ def test_of_several_processes_the_first_speaks_unless_one_fails_alone(capsys, mo
     assert capsys.readouterr().err == "a verb: Out of memory.\n"
 
 
-def test_the_first_process_says_in_one_line_that_another_has_ended(capsys, monkeypatch):
+def test_rank_0_reports_in_one_line_that_another_process_has_ended(capsys, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "here")
     monkeypatch.setenv("RANK", "0")
     assert failing(RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")) == 2
-    said = "a verb: Another process of this run has ended; its own error, if any, is above.\n"
-    assert capsys.readouterr().err == said
+    messages = "a verb: Another process of this run has ended; its own error, if any, is above.\n"
+    assert capsys.readouterr().err == messages
     with pytest.raises(RuntimeError, match="a bug"):
         failing(RuntimeError("a bug"))
 
 
-def test_libraries_speak_again_afterwards(capsys):
+def test_quieted_libraries_print_again_afterwards(capsys):
     logger = logging.getLogger("some.library")
     logger.setLevel(logging.INFO)
     with pytest.raises(KeyError), quieted("some.library", stderr=True):  # noqa: PT012
@@ -231,20 +233,20 @@ def test_libraries_speak_again_afterwards(capsys):
     assert capsys.readouterr().err == "heard"
 
 
-MEET = {"MASTER_ADDR": "here"}
+DISTRIBUTED = {"MASTER_ADDR": "here"}
 
 
 @pytest.mark.parametrize(
     ("given", "number"),
     [
-        ({}, 0), (MEET | {"LOCAL_RANK": "1"}, 1), (MEET | {"LOCAL_RANK": "x"}, 0),
-        (MEET | {"LOCAL_RANK": "0", "RANK": "8"}, 8),  # torchrun, on the second machine
-        (MEET | {"NODE_RANK": "1"}, 1), (MEET | {"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1),
-        (MEET | {"NODE_RANK": "1", "RANK": "0"}, 0), ({"SLURM_NTASKS": "16", "SLURM_PROCID": "9"}, 9),
-        ({"RANK": "1", "LOCAL_RANK": "1", "NODE_RANK": "1", "SLURM_PROCID": "9"}, 0),  # left over in a shell
+        ({}, 0), (DISTRIBUTED | {"LOCAL_RANK": "1"}, 1), (DISTRIBUTED | {"LOCAL_RANK": "x"}, 0),
+        (DISTRIBUTED | {"LOCAL_RANK": "0", "RANK": "8"}, 8),  # torchrun on the second machine
+        (DISTRIBUTED | {"NODE_RANK": "1"}, 1), (DISTRIBUTED | {"NODE_RANK": "1", "LOCAL_RANK": "0"}, 1),
+        (DISTRIBUTED | {"NODE_RANK": "1", "RANK": "0"}, 0), ({"SLURM_NTASKS": "16", "SLURM_PROCID": "9"}, 9),
+        ({"RANK": "1", "LOCAL_RANK": "1", "NODE_RANK": "1", "SLURM_PROCID": "9"}, 0),  # left over from another launcher
     ],
 )  # fmt: skip
-def test_the_first_of_several_processes_is_told_by_whoever_numbers_them(given, number, monkeypatch):
+def test_the_process_index_comes_from_the_variables_of_the_launcher(given, number, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "SLURM_NTASKS", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():

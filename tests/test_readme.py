@@ -1,4 +1,4 @@
-"""README, pages, --help and the tree tell the same story, and what the pages show how to add can be added."""
+"""The documentation matches the code, and the recipes of docs/extend.md work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gprune.pipeline.plan import check
 from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.gates import masked
-from tests import built_in, tiny_run
+from tests import registries, tiny_run
 from tests.stages.test_threshold_learning import make_stage, trainer_of
 from tests.tiny_families import make_tiny, some_masks
 
@@ -38,12 +38,14 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 )}  # fmt: skip
 README = PAGES["README.md"]
 RECIPES = PAGES["docs/extend.md"]
-USER_PAGES = [name for name in PAGES if name not in ("CHANGELOG.md", "experiments/README.md")]  # that tell no history
+USER_PAGES = [
+    name for name in PAGES if name not in ("CHANGELOG.md", "experiments/README.md")
+]  # pages without a history
 
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A tiny model and tiny corpora, and a run whose export is checked in this process."""
+    """Return a tiny model and tiny corpora; exports of runs are checked in this process."""
     tiny_run.quick(monkeypatch)
     (tmp_path / "world").mkdir()
     with tiny_run.isolated(tmp_path / "cache"):
@@ -51,28 +53,28 @@ def world(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _forgotten():
-    """Registries and families forget what a test adds."""
+def _restore_registries():
+    """Restore registries and families after each test."""
     families = set(FAMILIES)
-    with built_in.scratch(gprune.IMPORTANCE, gprune.CORPORA, gprune.LEARNER, ALLOCATION, RECOVERY):
+    with registries.restored(gprune.IMPORTANCE, gprune.CORPORA, gprune.LEARNER, ALLOCATION, RECOVERY):
         yield
     for added in FAMILIES.keys() - families:
         del FAMILIES[added]
 
 
 def run_block(word: str) -> dict[str, object]:
-    """Execute the recipe that contains `word`; returns its names."""
+    """Execute the recipe that contains `word`, and return its namespace."""
     (block,) = [b for b in re.findall(r"^```python\n(.*?)^```", RECIPES, re.M | re.S) if word in b]
     names = {"__name__": "recipe"}
     exec(block, names)
     return names
 
 
-# What the pages name is there
+# Pages and the code
 
 
 @pytest.mark.parametrize("page", USER_PAGES)
-def test_flags_that_pages_name_exist(page):
+def test_every_flag_on_a_page_exists(page):
     flag = r"(?<![\w-])--[a-z][a-z0-9_-]*(?:\.[a-z0-9_]+)*"
     others = "--print_config --help --sparsity.options.power --options.sgd.momentum --work --fetch --small --reference "
     others += "--array --wrap --minutes --check --trust-remote-code --summary --json --name --root --private "
@@ -82,10 +84,10 @@ def test_flags_that_pages_name_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_that_pages_print_exist(page):
-    """Modules, sub-commands, and files below experiments/; where a script is gone, the log says `...` of commit."""
+def test_every_command_and_file_on_a_page_exists(page):
+    """Modules, subcommands, and files below experiments/. A removed script is written as `...` of commit."""
     text = " ".join(PAGES[page].split())
-    if page == "CHANGELOG.md":  # it tells what commands were called once
+    if page == "CHANGELOG.md":  # its section Renamed has old commands
         text = text.partition("### Renamed")[0]
     for module in re.findall(r"python -m ([a-z_.]+[a-z])\b(?![^`]*` of commit)", text):
         assert find_spec(module) or module in ("venv", "pip"), f"{page}: python -m {module}"
@@ -96,8 +98,8 @@ def test_commands_that_pages_print_exist(page):
 
 
 @pytest.mark.parametrize("page", USER_PAGES)
-def test_train_commands_that_pages_print_parse(page):
-    """Every flag with its value, as `train.py` would read it."""
+def test_every_train_command_on_a_page_parses(page):
+    """Parse the flags of every command with their values."""
     text = PAGES[page].replace("\\\n", " ")
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).splitlines()
     found = [line for line in [*blocks, *re.findall(r"`([^`\n]+)`", text)] if "python train.py --" in line]
@@ -109,7 +111,7 @@ def test_train_commands_that_pages_print_parse(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files_and_headings(page):
+def test_every_link_leads_to_an_existing_file_and_heading(page):
     def anchors(text: str) -> set[str]:
         heads = re.findall(r"^#+ (.*)$", text, re.M)
         return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
@@ -122,12 +124,12 @@ def test_links_lead_to_files_and_headings(page):
             assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{page}: {target}"
 
 
-def test_the_readme_is_short():
+def test_the_readme_has_at_most_1400_words_and_180_lines():
     assert len([word for word in README.split() if re.search("[A-Za-z]", word)]) <= 1400
     assert len(README.splitlines()) <= 180
 
 
-def test_keys_of_speed_that_the_page_names_are_written():
+def test_every_documented_speed_metric_is_logged():
     shared = {"kind": "speed", "stage": "base", "batch": 8, "tokens_per_second": 1.0, "seconds": 1.0}
     written = task_numbers([shared | {"task": task} for task in ("prefill", "decode")])
     named = re.findall(r"`(final/(?:speed|prefill|decode)/[^`]*)`", PAGES["docs/experiments.md"])
@@ -136,44 +138,44 @@ def test_keys_of_speed_that_the_page_names_are_written():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebooks_distil_by_relative_step_sizes(path):
-    """1e-4 was a step size in units of weights; of a relative one it is a sixteenth of the default."""
+def test_notebooks_set_no_absolute_step_size_for_distillation(path):
+    """1e-4 was an absolute step size. As a relative one, it is a sixteenth of the default."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert not re.search(r"distill\.[^\n]*learning_rate[^\n]*1e-4", code)
 
 
-def test_the_readme_names_all_notebooks_and_pages():
+def test_the_readme_links_all_notebooks_and_pages():
     for path in (*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "docs").glob("*.md")):
         assert f"]({path.relative_to(ROOT)})" in README, path
 
 
-def test_what_the_readme_adds_is_one_of_the_recipes():
+def test_the_extension_in_the_readme_is_a_recipe_of_extend_md():
     (block,) = [b for b in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "@gprune" in b]
     assert block in RECIPES
 
 
-def test_rooms_of_the_architecture_are_those_of_the_contract():
+def test_the_layers_in_architecture_md_are_those_of_the_import_contract():
     contract = re.findall(r"^layers = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[0]
     rows = re.findall(r"^\| (`.*?) \|", PAGES["docs/architecture.md"], re.M)
     named = [re.findall(r"`(\w+)`", row) for row in rows]
     assert [name for row in named for name in row] == re.findall(r"\w+", contract)
 
 
-def test_the_page_of_flags_is_what_its_script_writes():
+def test_flags_md_is_the_output_of_its_script():
     assert PAGES["docs/flags.md"] == runpy.run_path(str(ROOT / "docs/flags.py"))["page"]()
 
 
-def test_the_table_of_families_is_made_from_the_records():
+def test_families_md_contains_the_table_of_its_script():
     assert runpy.run_path(str(ROOT / "docs/families.py"))["table"]() in PAGES["docs/families.md"]
 
 
-def test_the_picture_is_what_its_script_draws():
+def test_method_svg_is_the_output_of_its_script():
     drawn = runpy.run_path(str(ROOT / "docs/method.py"))["picture"]()
     assert (ROOT / "docs/method.svg").read_text(encoding="utf-8") == drawn
 
 
-def test_the_first_notebook_is_stored_with_what_comes_out():
+def test_the_first_notebook_is_stored_with_its_outputs_and_without_errors():
     text = (ROOT / "notebooks/01_prune_and_look_inside.ipynb").read_text(encoding="utf-8")
     outputs = [out for cell in json.loads(text)["cells"] for out in cell.get("outputs", [])]
     assert sum("image/png" in out.get("data", {}) for out in outputs) == 3
@@ -183,10 +185,10 @@ def test_the_first_notebook_is_stored_with_what_comes_out():
     assert not re.search(r"/(home|root|tmp|work)/", text)
 
 
-# What the pages show how to add
+# Recipes of docs/extend.md
 
 
-def test_the_recipe_for_a_corpus_registers_and_reads(tmp_path, monkeypatch):
+def test_the_recipe_for_a_corpus_loads_disjoint_splits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
         (tmp_path / f"poems.{split}.txt").write_text("\n\n".join(f"{split} poem {i}" for i in range(20)))
@@ -214,14 +216,14 @@ def test_the_recipes_for_a_metric_and_an_allocation_run_through_the_command_line
     assert torch.equal(torch.stack(run.masks.ffn), kept.view_as(norms))
 
 
-def test_the_recipe_for_a_recovery_of_a_projection_registers_and_recovers():
+def test_the_recipe_for_a_recovery_of_a_projection_rescales_the_weight():
     run_block('recovery("rescale")')
     assert gprune.RunConfig(recovery="rescale").recovery == "rescale"
     four = torch.full((4,), 4.0, dtype=torch.float64)
     weight, bias = RECOVERY["rescale"].solve(
         torch.ones(2, 4), torch.tensor([True, False, False, False]), Moments(four[0], four, four)
     )
-    assert weight.tolist() == [[2.0], [2.0]]  # a quarter of the energy is kept
+    assert weight.tolist() == [[2.0], [2.0]]  # the kept input has a quarter of the energy
     assert bias is None
 
 
@@ -245,14 +247,14 @@ def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run(world, tmp_pat
     ids = torch.arange(4, 68).view(2, 32)
     masks = some_masks(dense, attention=False)
     stage = Distillation(dense, prune(dense, masks))
-    assert {name.partition(".")[0] for name in stage.state_dict()} == {"student"}  # the dense model stays outside
+    assert {name.partition(".")[0] for name in stage.state_dict()} == {"student"}  # without the dense model
     losses = []
-    noted = LambdaCallback(on_train_batch_end=lambda *_: losses.append(stage.last_loss))
-    trainer_of(noted).fit(stage, batches(ids, 1.0, 1.0, times=4))
+    callback = LambdaCallback(on_train_batch_end=lambda *_: losses.append(stage.last_loss))
+    trainer_of(callback).fit(stage, batches(ids, 1.0, 1.0, times=4))
     assert losses == sorted(losses, reverse=True)
-    ids[1], first = 5, losses[0]  # a window that does not count
+    ids[1], first = 5, losses[0]  # with weight 0 below
     stage.student = prune(dense, masks).requires_grad_()
-    trainer_of(noted).fit(stage, batches(ids, 1.0, 0.0))
+    trainer_of(callback).fit(stage, batches(ids, 1.0, 0.0))
     alone = Distillation(dense, prune(dense, masks))
     trainer_of().fit(alone, batches(ids[:1], 1.0))
     assert losses[-1] == pytest.approx(alone.last_loss) != first
@@ -266,10 +268,10 @@ def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run(world, tmp_pat
     assert tiny_run.main(flags) == 0
     run = gprune.load_run(tmp_path / "run")
     untouched, tuned = (blocks_of(model)[0].down.weight for model in (dense, run.model))
-    assert untouched.shape == tuned.shape  # the block is protected: what differs was learned
+    assert untouched.shape == tuned.shape  # a protected block: only distillation changes it
     assert not torch.equal(untouched, tuned)
     assert {r["recovery"] for r in run.records if r["stage"] == "base"} == {"distil"}
-    assert run.summary["forward_backward_tokens"] == 3 * 16 * 32  # corpora, windows, tokens: the pruned model learns
+    assert run.summary["forward_backward_tokens"] == 3 * 16 * 32  # corpora, windows, tokens
     assert json.loads((tmp_path / "run/metrics.json").read_text())["summary"]["forward_tokens"] <= sum(
         forward for forward, _ in planned.values()
     )
@@ -289,8 +291,8 @@ def test_the_recipe_for_a_family_prunes_and_reloads(family, tmp_path):
 
 
 def test_the_recipe_for_a_callback_logs_a_curve(world, tmp_path):
-    noted = run_block("L.Callback")["Thresholds"]()
+    callback = run_block("L.Callback")["Thresholds"]()
     cfg = gprune.config.parse(world.args(tmp_path, "--export=none", "--evaluation.controls=[]"))
-    (curves,) = gprune.prune(cfg, callbacks=[noted]).path.glob("csv/*/metrics.csv")
-    assert len(noted.spread) == 2
+    (curves,) = gprune.prune(cfg, callbacks=[callback]).path.glob("csv/*/metrics.csv")
+    assert len(callback.spread) == 2
     assert re.search(r"^(.*,)?learn/(gprune/)?spread", curves.read_text())

@@ -1,4 +1,4 @@
-"""What users register: cause x registry. Wrong results are one line, and what is harmless changes nothing."""
+"""Functions that users register: invalid return values are refused, and harmless side effects do not matter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gprune.recoveries.contract import tuned
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, module_thresholds
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.returned import checked_masks
-from tests import built_in
+from tests import registries
 from tests.calibration.test_collector import batches
 from tests.conftest import collect, make_tiny_llama
 from tests.tiny_families import some_masks
@@ -28,7 +28,7 @@ from tests.tiny_families import some_masks
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Model, statistics, scores of units, and a budget of half of them."""
+    """Return a model, its statistics, the scores of units, and a budget of half of the FFN."""
     model = make_tiny_llama()
     tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
     statistics = collect(model, batches(tokens, 2))
@@ -37,12 +37,12 @@ def tiny():
 
 
 @pytest.fixture(autouse=True)
-def _forgotten():
-    with built_in.scratch(IMPORTANCE, ALLOCATION, RECOVERY):
+def _restore_registries():
+    with registries.restored(IMPORTANCE, ALLOCATION, RECOVERY):
         yield
 
 
-# --- surfaces: each hands a good tensor to `spoil`, which also gets the inputs, and gives what comes of it ------------
+# --- kinds of functions: each registers one that returns `spoil(valid tensor, input)`, and returns the result ---------
 
 
 def by_metric(tiny, spoil):
@@ -88,14 +88,14 @@ def by_model(tiny, spoil):
     return tuned("mine", Material(model, masks), prune(model, masks)).model.layers[0].mlp.down_proj.weight
 
 
-SURFACES = {
+KINDS = {
     "Importance metric 'mine' must give scores": by_metric,
     "Allocation 'mine' must give Masks, or margins": by_margins,
     "Allocation 'mine' must give thresholds": by_thresholds,
     "Recovery 'mine' must give a weight": by_projection,
     "Recovery 'mine' must give model.layers.0.mlp.down_proj.weight": by_model,
 }
-WRONG = {
+INVALID = {
     "sparse": (lambda t: t.to_sparse(), "sparse_coo"),
     "on meta": (lambda t: t.to("meta"), "without values"),
     "complex": (lambda t: t.to(torch.complex64), "complex64"),
@@ -103,31 +103,37 @@ WRONG = {
     "bool": (lambda t: t > 0, "bool"),
     "nan": (lambda t: t * float("nan"), "that are not finite"),
     "inf": (lambda t: t.index_fill(0, torch.tensor([1]), float("inf")), "that are not finite"),
-    "a matrix of a vector": (lambda t: t[None], r"got \(1, "),
-    "too few": (lambda t: t[:-1], r"got \("),
-    "an array": (lambda t: t.numpy(), "got ndarray"),
-    "nothing": (lambda t: None, "got NoneType"),
+    "one dimension too many": (lambda t: t[None], r"got \(1, "),
+    "one element too few": (lambda t: t[:-1], r"got \("),
+    "an ndarray": (lambda t: t.numpy(), "got ndarray"),
+    "None": (lambda t: None, "got NoneType"),
 }
-OF_A_MODEL = {"nan", "inf", "complex", "sparse"}  # of a parameter; it may have any shape
+INVALID_IN_A_MODEL = {"nan", "inf", "complex", "sparse"}  # for parameters, which may have any shape
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("surface", SURFACES)
-def test_what_is_returned_wrongly_is_one_line_that_names_who_did(surface, wrong, tiny):
-    spoil, got = WRONG[wrong]
-    by, not_finite = SURFACES[surface], wrong in ("nan", "inf")  # of a projection it is found in the model
-    if (by is by_model and wrong not in OF_A_MODEL) or (by is by_projection and not_finite):
-        return
-    with pytest.raises(UserError, match=rf"^{surface}.*{got}[^\n]*\.$"):
-        by(tiny, lambda t, *_: spoil(t))
+def applies(kind: str, invalid: str) -> bool:
+    """Whether a wrong value is possible here; a projection that is not finite is detected later, in the model."""
+    by = KINDS[kind]
+    return (by is not by_model or invalid in INVALID_IN_A_MODEL) and not (
+        by is by_projection and invalid in ("nan", "inf")
+    )
 
 
-def in_place(t, given):
+@pytest.mark.parametrize(
+    ("kind", "invalid"), [(kind, invalid) for kind in KINDS for invalid in INVALID if applies(kind, invalid)]
+)
+def test_an_invalid_return_value_is_refused_with_the_name_of_its_function(kind, invalid, tiny):
+    spoil, got = INVALID[invalid]
+    with pytest.raises(UserError, match=rf"^{kind}.*{got}[^\n]*\.$"):
+        KINDS[kind](tiny, lambda t, *_: spoil(t))
+
+
+def zero_input(t, given):
     given.mul_(0)
     return t
 
 
-def elsewhere(t, *_):
+def change_global_state(t, *_):
     os.chdir("/")
     torch.set_default_dtype(torch.float64)
     return t
@@ -136,39 +142,45 @@ def elsewhere(t, *_):
 HARMLESS = {
     "with a graph": lambda t, *_: t.clone().requires_grad_() * 1,
     "in another dtype": lambda t, *_: t.double(),
-    "moves away": elsewhere,
-    "writes into its input": in_place,
+    "changes folder and default dtype": change_global_state,
+    "writes into its input": zero_input,
 }
 
 
-@pytest.mark.parametrize("harmless", HARMLESS)
-@pytest.mark.parametrize("surface", SURFACES)
-def test_what_is_harmless_changes_nothing(surface, harmless, tiny):
-    if (by := SURFACES[surface]) is by_model and harmless == "writes into its input":
-        return  # its inputs are the models
+@pytest.mark.parametrize(
+    ("kind", "harmless"),
+    [
+        (kind, harmless)
+        for kind in KINDS
+        for harmless in HARMLESS
+        if KINDS[kind] is not by_model or harmless != "writes into its input"  # the inputs of `tune` are models
+    ],
+)
+def test_harmless_side_effects_do_not_change_results(kind, harmless, tiny):
+    by = KINDS[kind]
     folder, expected = os.getcwd(), by(tiny, lambda t, *_: t)
     with torch.enable_grad():
         found = by(tiny, HARMLESS[harmless])
     assert torch.equal(found, expected.to(found.dtype))
     assert not found.requires_grad
     assert (os.getcwd(), torch.get_default_dtype()) == (folder, torch.float32)
-    assert torch.equal(by(tiny, lambda t, *_: t), expected)  # what they are given the next time is as it was
+    assert torch.equal(by(tiny, lambda t, *_: t), expected)  # the inputs of the next call are unchanged
 
 
-def test_a_metric_may_count():
-    @metric("whole")
-    def whole(weights, moments, generator):
+def test_a_metric_can_return_integers():
+    @metric("integers")
+    def integers(weights, moments, generator):
         return torch.arange(weights.output.shape[1])
 
     model = make_tiny_llama()
     statistics = collect(model, batches(torch.randint(3, 128, (2, 8)), 2))
-    assert score_units("whole", blocks_of(model), statistics).ffn[0].tolist() == list(range(48))
+    assert score_units("integers", blocks_of(model), statistics).ffn[0].tolist() == list(range(48))
 
 
 @pytest.mark.parametrize(
     "returned", [lambda good: None, lambda good: [*good, []], lambda good: (good[0][:-1], good[1])]
 )
-def test_margins_that_are_no_lists_of_blocks(returned, tiny):
+def test_margins_with_the_wrong_structure_are_refused(returned, tiny):
     model, statistics, scores, budget = tiny
     allocation("mine")(lambda s, *_: returned((s.ffn, s.attention)))
     with pytest.raises(UserError, match=r"^Allocation 'mine'.* Masks, or margins .* of 3 blocks.* got "):
@@ -176,7 +188,7 @@ def test_margins_that_are_no_lists_of_blocks(returned, tiny):
 
 
 MASKS = {
-    "one neuron more": (lambda m: replace(m, ffn=[flipped(m.ffn[0]), *m.ffn[1:]]), "on budget"),
+    "one neuron more": (lambda m: replace(m, ffn=[with_one_more_neuron(m.ffn[0]), *m.ffn[1:]]), "on budget"),
     "nothing removed": (lambda m: replace(m, ffn=[torch.ones_like(f) for f in m.ffn]), "on budget.*; got 0"),
     "numbers": (lambda m: replace(m, ffn=[f.float() for f in m.ffn]), "of bool; got .48,. of float32"),
     "too few": (lambda m: replace(m, ffn=[f[1:] for f in m.ffn]), "got .47,. of bool"),
@@ -185,16 +197,16 @@ MASKS = {
 }
 
 
-def flipped(keep):
-    """The first removed neuron stays."""
+def with_one_more_neuron(keep):
+    """Return the mask with the first removed neuron kept."""
     return keep | (torch.arange(len(keep)) == int((~keep).nonzero()[0]))
 
 
 @pytest.mark.parametrize("row", MASKS)
-def test_masks_of_others_are_of_the_units_and_on_budget(row, tiny):
+def test_masks_of_a_registered_allocation_must_be_valid_and_on_budget(row, tiny):
     model, statistics, scores, budget = tiny
     good = allocate("uniform", scores, statistics, blocks_of(model), budget)
-    change, said = MASKS[row]
+    change, message = MASKS[row]
     assert checked_masks(ALLOCATION, "mine", good, budget) == good
-    with pytest.raises(UserError, match=f"^Allocation 'mine'.* {said}"):
+    with pytest.raises(UserError, match=f"^Allocation 'mine'.* {message}"):
         checked_masks(ALLOCATION, "mine", change(good), budget)

@@ -1,4 +1,4 @@
-"""What a terminal shows: steps, bars, the time that is left; nothing where there is none."""
+"""Terminal output: progress bars, tables and escaping. Without a terminal there are no bars."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gprune.benchmarks import measurement
 from gprune.errors import one_line
 from gprune.report import Estimate, Report, Table
 from gprune.screen import Screen
-from tests import made_up
+from tests import synthetic_run
 from tests.tiny_run import isolated, on_a_terminal
 
 
@@ -26,7 +26,7 @@ def terminal(width: int) -> Console:
 
 
 def shown(screen: Screen, width: int) -> list[str]:
-    """The lines of a screen at this moment."""
+    """Return the current lines of a screen."""
     console = terminal(width)
     console.print(screen)
     return console.file.getvalue().splitlines()
@@ -47,7 +47,7 @@ def test_the_bar_fits_and_shows_step_speed_and_time_left(width):
     assert len(line) == width
 
 
-def test_the_run_is_as_far_as_its_work_whatever_the_cache_had():
+def test_progress_is_the_share_of_work_also_if_a_step_takes_less_than_planned():
     worked = [0.0]
     screen = Screen({1: 100, 2: 100, 3: 200}, lambda: worked[0], console=terminal(80))
     run = screen.bar.tasks[0]
@@ -84,7 +84,7 @@ TABLE = Table(
 
 
 @pytest.mark.parametrize("width", [50, 60, 80, 100, 120, 200])
-def test_a_table_fits_any_terminal_and_loses_nothing(width):
+def test_a_table_fits_every_terminal_width_and_shows_all_cells(width):
     text = TABLE.to_terminal(width)
     assert max(map(len, text.splitlines())) <= width
     for cell in ("wiki*", "[/b]", "python_docs", "1.50", "333.12", "4444.00", "0.500 [0.250, 0.750]", "unseen / base"):
@@ -93,7 +93,7 @@ def test_a_table_fits_any_terminal_and_loses_nothing(width):
     assert text.count("dense") == {50: 3, 60: 2}.get(width, 1)
 
 
-def test_every_part_of_a_table_has_what_tells_its_rows_apart():
+def test_every_part_of_a_split_table_repeats_the_identifying_columns():
     columns = ["run", "stage", "seeds", *(f"perplexity of corpus {n}" for n in range(6))]
     rows = [[run, stage, 1, *(float(n) for n in range(6))] for run in ("one", "two") for stage in ("dense", "averaged")]
     lines = Table("t", "", columns, rows).to_terminal(80).splitlines()
@@ -111,18 +111,18 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_markdown_shows_a_name_as_it_is(name):
+def test_markdown_shows_special_characters_of_names_literally(name):
     reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     table = Table("t", "", ["run", name], [[name, 1.5], ["b*", Estimate(2.0, 1.0, 3.0)]])
     cells = [t.children for t in reader.parse(table.to_markdown()) if t.type == "inline"]
     assert {piece.type for pieces in cells for piece in pieces} == {"text"}
-    said = ["".join(piece.content for piece in pieces) for pieces in cells]
+    texts = ["".join(piece.content for piece in pieces) for pieces in cells]
     shown = one_line(name)
-    assert said == ["run", shown, shown, "1.50", "b*", "2.00 [1.00, 3.00]"]
+    assert texts == ["run", shown, shown, "1.50", "b*", "2.00 [1.00, 3.00]"]
 
 
 def screen_after(written: str, width: int) -> list[str]:
-    """The lines of a terminal so wide after what was written to it, as far as Python and rich write."""
+    """Return the lines of a terminal after some output, for the control sequences that Python and rich use."""
     lines, row, column = [""], 0, 0
     for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|.", written, re.DOTALL):
         if part[0] == "\x1b":
@@ -150,19 +150,19 @@ def test_ctrl_c_leaves_one_line_and_no_bar():
     assert screen_after(written, 80) == ["train.py: Interrupted."]
 
 
-HOSTILE, PRINTED = "[b]\x1b[2J.txt", r"[b]\x1b[2J.txt"
+HOSTILE, ESCAPED = "[b]\x1b[2J.txt", r"[b]\x1b[2J.txt"
 
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """Commands that end in a table with the name of a hostile file in it, without the work before it."""
-    records = [r | {"corpus": r["corpus"].replace("stories", HOSTILE)} for r in made_up.records()]
-    monkeypatch.setattr(made_up, "records", lambda: records)
-    run = made_up.write_run(tmp_path / "run")
-    result = SimpleNamespace(records=records, summary=made_up.SUMMARY, path=run)
+    """Return commands that print a table with a hostile file name, with the work before it replaced."""
+    records = [r | {"corpus": r["corpus"].replace("stories", HOSTILE)} for r in synthetic_run.records()]
+    monkeypatch.setattr(synthetic_run, "records", lambda: records)
+    run = synthetic_run.write_run(tmp_path / "run")
+    result = SimpleNamespace(records=records, summary=synthetic_run.SUMMARY, path=run)
     monkeypatch.setattr("gprune.pipeline.prune.prune", lambda cfg: result)
     monkeypatch.setattr(Report, "write", lambda report, folder: [Path(folder) / "report.md"])
-    measured = made_up.ANSWERS | {"task": HOSTILE, "run": "a run"}
+    measured = synthetic_run.ANSWERS | {"task": HOSTILE, "run": "a run"}
     monkeypatch.setattr(measurement, "evaluate", lambda *args, **options: ([measured], None))
     with isolated(tmp_path / "cache"):
         yield {
@@ -174,17 +174,17 @@ def commands(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("name", ["train.py", "gprune report", "gprune evaluate"])
-def test_a_terminal_shows_tables_with_bold_headers_and_names_as_text(name, width, commands):
+def test_commands_print_tables_with_bold_headers_and_escaped_names_on_a_terminal(name, width, commands):
     for variables in ({}, {"NO_COLOR": "1"}):
         text = on_a_terminal(commands[name], width, **variables)
         plain = re.sub(r"\x1b\[[01]m", "", text)
         assert ("\x1b[1m" in text) is not bool(variables)
         assert "\x1b" not in plain
         assert "\\x1b[1m" not in text
-        assert PRINTED in plain
-        assert max(len(line) for line in plain.splitlines() if "\u2500" in line) <= width  # the rule is as wide as all
+        assert ESCAPED in plain
+        assert max(len(line) for line in plain.splitlines() if "\u2500" in line) <= width  # the rule has the full width
 
 
-def test_where_stdout_is_no_terminal_tables_are_markdown():
+def test_without_a_terminal_tables_are_markdown():
     assert TABLE.shown() == TABLE.to_text().replace("\\*", "*")
-    assert "\n\n\\* seen: a note" in TABLE.to_text()  # which Markdown would take for an item of a list
+    assert "\n\n\\* seen: a note" in TABLE.to_text()  # a leading * would be a list item in Markdown

@@ -1,4 +1,4 @@
-"""Tiny random models of sixteen families, from the configuration classes that transformers has for them."""
+"""Tiny random models of sixteen families, made from the configuration classes of transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TYPES = (
     "gpt_neox", "gpt2", "mixtral", "qwen3_moe", "olmoe",
 )  # fmt: skip
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe")
-WIDTHS = {"opt": "ffn_dim", "gpt2": "n_inner", "qwen3_moe": "moe_intermediate_size"}  # other than intermediate_size
+WIDTHS = {"opt": "ffn_dim", "gpt2": "n_inner", "qwen3_moe": "moe_intermediate_size"}  # if not intermediate_size
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -34,7 +34,7 @@ SIZES = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    # of Granite, where they are 1 by default
+    # Granite has 1 by default
     "logits_scaling": 4.0,
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.7,
@@ -43,7 +43,7 @@ SIZES = {
 
 
 def make_tiny(family: str, *, neurons: int = 48, **overrides: Any) -> PreTrainedModel:
-    """A random model in float32, frozen; random biases and norms too, so that forgetting one shows."""
+    """A random model in float32, frozen. Biases and norms are random too, so that tests detect an ignored one."""
     config_class, offset = CONFIG_MAPPING[family], float(family.startswith("gemma"))
     known = config_class()
     settings = {name: value for name, value in SIZES.items() if hasattr(known, name)}
@@ -52,15 +52,17 @@ def make_tiny(family: str, *, neurons: int = 48, **overrides: Any) -> PreTrained
     model = AutoModelForCausalLM.from_config(config_class(**settings | overrides)).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
-        # Large weights: with the usual 0.02 a random model's logits hardly depend on the FFN at all.
+        # With the usual 0.02, the logits of a random model hardly depend on the FFN.
         scale, centre = (0.25, 0.0) if parameter.dim() > 1 or name.endswith("bias") else (0.3, 1 - offset)
         parameter.copy_(centre + scale * torch.randn(parameter.shape, generator=generator))
     return model
 
 
 def some_masks(model: nn.Module, kept: tuple[int, ...] = (17, 48, 33), *, attention: bool, seed: int = 3) -> Masks:
-    """That many neurons of each block (of each expert), at random; with attention all groups but one, where there are
-    two or more, in the first and the last block."""
+    """Keep random neurons: `kept` of each block, or of each of its experts.
+
+    With `attention`, also remove one KV group from the first and the last block if they have two or more.
+    """
     generator = torch.Generator().manual_seed(seed)
     ffn, groups = [], []
     for block, n in zip(blocks_of(model), kept, strict=True):

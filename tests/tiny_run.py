@@ -1,4 +1,4 @@
-"""A whole run in seconds: a tiny model folder, tiny corpora, and flags of `train.py` that use them.
+"""Run gprune in seconds: a tiny model folder, tiny corpora, and flags of `train.py` that use them.
 
 world = make_world(folder)
 assert main(world.args(folder / "runs")) == 0
@@ -42,11 +42,11 @@ ROOT = Path(__file__).parents[1]
 WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrst"][:124]
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 SEEN, UNSEEN = ("alpha", "beta", "gamma"), ("delta", "epsilon")
-NEURONS = 160  # five modules of the smallest size, 32
+NEURONS = 160  # five modules of the minimum size, 32
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of `WORDS`: 128 tokens with the special ones."""
+    """Return a tokenizer with one token per word of `WORDS`: 128 tokens with the special ones."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -56,14 +56,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_model(folder: Path, **overrides: Any) -> Path:
-    """A random Llama with its tokenizer, as a Hugging Face folder."""
+    """Save a random Llama with its tokenizer as a Hugging Face folder."""
     make_tiny_llama(**{"intermediate_size": NEURONS, **overrides}).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 def write_corpus(path: Path, *, seed: int, documents: int = 36, words: int = 560) -> Path:
-    """Sentences of words whose frequencies follow Zipf's law in an order that depends on the seed."""
+    """Write random words with frequencies by Zipf's law. The order of the words by frequency depends on the seed."""
     generator = random.Random(seed)
     order = generator.sample(WORDS, len(WORDS))
     weights = [1 / (rank + 3) for rank in range(len(order))]
@@ -71,14 +71,14 @@ def write_corpus(path: Path, *, seed: int, documents: int = 36, words: int = 560
     for _ in range(documents):
         drawn = generator.choices(order, weights, k=words)
         texts.append("\n".join(" ".join(drawn[i : i + 12]) for i in range(0, words, 12)))
-    # `corpora.local.split_text` cuts at the first blank line after 2000 characters.
+    # `corpora.local.split_text` splits at the first blank line after 2000 characters.
     path.write_text("\n\n".join(texts), encoding="utf-8")
     return path
 
 
 @dataclass(frozen=True)
 class World:
-    """What a tiny run reads: a model folder and corpora by name."""
+    """The inputs of tiny runs: a model folder, and corpora by name."""
 
     model: Path
     corpora: dict[str, Path]
@@ -87,7 +87,7 @@ class World:
         return "[" + ",".join(str(self.corpora[c]) for c in corpora) + "]"
 
     def args(self, runs: Path, *more: str, name: str = "run") -> list[str]:
-        """Flags of a run of a few seconds; `more` are further flags, the last of equal ones wins."""
+        """Return the flags of a run of a few seconds. Flags in `more` override them."""
         return [
             f"--model.name={self.model}",
             f"--corpora.score={self.corpora['alpha']}",
@@ -104,13 +104,13 @@ class World:
         ]  # fmt: skip
 
     def run(self, runs: Path, *more: str, name: str = "run") -> PruningResult:
-        """Run the command line in this process, and read the run folder back."""
+        """Run the command line in this process, and load the run folder."""
         assert main(self.args(runs, *more, name=name)) == 0
         return load_run(runs / name)
 
 
 def make_world(folder: Path) -> World:
-    """Model and corpora, written into a folder."""
+    """Write a model and corpora into a folder."""
     corpora = {}
     for seed, name in enumerate([*SEEN, *UNSEEN]):
         corpora[name] = write_corpus(folder / f"{name}.txt", seed=seed)
@@ -119,9 +119,9 @@ def make_world(folder: Path) -> World:
 
 @contextmanager
 def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
-    """A cache and an environment of its own, and logging as it was: the command line sets both up for itself."""
-    ours = logging.getLogger("gprune")
-    before = ours.handlers, ours.propagate, ours.level
+    """Use the given cache and environment variables, and restore them and the logging setup at the end."""
+    logger = logging.getLogger("gprune")
+    before = logger.handlers, logger.propagate, logger.level
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_MODE", "GPRUNE_DATA_DIR", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
@@ -131,12 +131,12 @@ def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
         try:
             yield
         finally:
-            ours.handlers, ours.propagate = before[:2]
-            ours.setLevel(before[2])
+            logger.handlers, logger.propagate = before[:2]
+            logger.setLevel(before[2])
 
 
 def in_this_process(command: list[str], *, input: str, **_: object) -> CompletedProcess[str]:
-    """`subprocess.run` of the export's check, without the fresh process."""
+    """Replacement for `subprocess.run` in the export's reload check, without a fresh process."""
     reload.main(json.loads(input))
     return CompletedProcess(command, 0)
 
@@ -146,10 +146,10 @@ PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQV
 
 
 def quick(patch: pytest.MonkeyPatch, *, draw: bool = False) -> None:
-    """Spare runs what takes longer than the rest together: the one place where tests say so.
+    """Replace the two slowest parts of tiny runs.
 
-    - The export is reloaded in this process. `tests/export/test_hf.py` and the scripts' own tests start a fresh one.
-    - Figures are files of one pixel and there is no page, unless `draw`. `tests/report` draws them.
+    - The export is reloaded in this process. `tests/export/test_hf.py` and tests of scripts start a fresh process.
+    - Unless `draw`, figures are files of one pixel, and no page is written. `tests/report` tests figures and pages.
     """
     patch.setattr("gprune.export.hf.subprocess", SimpleNamespace(run=in_this_process))
     if not draw:
@@ -158,13 +158,13 @@ def quick(patch: pytest.MonkeyPatch, *, draw: bool = False) -> None:
 
 
 def _not_drawn(_: Figure, file: Path | TextIO, **options: Any) -> None:
-    """A figure that a page holds is empty."""
+    """Write a PNG of one pixel to a path, and an empty SVG to a file object."""
     file.write_bytes(PIXEL) if isinstance(file, Path) else file.write("<svg/>")
 
 
 @dataclass(frozen=True)
 class Started:
-    """A process that was forked from this one, in a session of its own, with its output in two files."""
+    """A forked process in its own session, with stdout and stderr in two files."""
 
     id: int
     output: tuple[Path, Path]
@@ -183,15 +183,15 @@ def start(
     caches: Sequence[Path] | None = None,
     **more: str,
 ) -> list[Started]:
-    """A script in processes of their own, forked from this one, which spares each of them seconds of importing.
+    """Start a script in forked processes, which saves each of them seconds of importing.
 
-    Two or more find each other by the variables that Lightning sets for the processes that it starts. A single one that
-    is told `--trainer.devices=2` starts the second process itself.
+    With two or more processes, set the environment variables that Lightning sets for the processes that it starts. A
+    single process with `--trainer.devices=2` starts the second one itself.
 
     Args:
-        folder: for its cache, in `cache`, and its output.
-        caches: of each process, in place of the one of all.
-        more: further variables of its environment.
+        folder: for the output, and for the cache in `cache`.
+        caches: one cache folder for each process, instead of a shared one.
+        more: additional environment variables.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -211,16 +211,16 @@ def start(
         if child == 0:
             try:
                 os._exit(_started(script, args, variables, rank, output))
-            finally:  # whatever goes wrong, a child must not go on as this process
+            finally:  # the child must never return from here
                 os._exit(1)
         children.append(Started(child, output))
     return children
 
 
 def _started(script: Path, args: Sequence[str], variables: dict[str, str], rank: int, output: tuple[Path, Path]) -> int:
-    """The exit code of the script, run by this process."""
+    """Run the script in this process, and return its exit code."""
     os.setsid()
-    # A job in the background of a script inherits SIGINT as ignored, behind nohup SIGHUP, and Python then leaves it so.
+    # Background jobs inherit SIGINT as ignored, and nohup makes SIGHUP ignored. Python keeps ignored signals ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number, path in enumerate(output, start=1):
@@ -244,17 +244,17 @@ def _started(script: Path, args: Sequence[str], variables: dict[str, str], rank:
 
 
 def train(args: Sequence[str], folder: Path, **how: Any) -> list[CompletedProcess[str]]:
-    """As `start`, waiting for the end."""
+    """Call `start`, and wait for the processes to end."""
     return [child.wait() for child in start(args, folder, **how)]
 
 
 def on_a_terminal(
     work: Callable[[], object], width: int, *, press: tuple[str, bytes] | None = None, **variables: str
 ) -> str:
-    """What a command writes to a terminal so wide, in a process forked from this one.
+    """Run a command on a terminal of the given width in a forked process, and return its output.
 
     Args:
-        press: keys, after the text that is waited for.
+        press: a text to wait for, and the keys to press then.
     """
     child, screen = pty.fork()
     if child == 0:
@@ -270,11 +270,11 @@ def on_a_terminal(
             traceback.print_exc()
             os._exit(1)
     written = b""
-    with suppress(OSError):  # at the end
+    with suppress(OSError):  # raised at the end of the output
         while part := os.read(screen, 65536):
             written += part
             if press is not None and press[0].encode() in written:
-                time.sleep(0.3)  # until the interpreter waits again
+                time.sleep(0.3)  # until the interpreter is waiting again
                 os.write(screen, press[1])
                 press = None
     os.close(screen)
@@ -283,6 +283,6 @@ def on_a_terminal(
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:
-    """Of a subprocess: one thread, its own cache, no account and no network."""
+    """Return the environment of a subprocess: one thread, the given cache, no W&B account and no network."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "GPRUNE", "LOCAL_RANK"))}
     return inherited | {"GPRUNE_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more

@@ -7,7 +7,7 @@ import pytest
 from gprune.corpora.embedded import EMBEDDED_CORPORA
 from gprune.corpora.load import CORPORA, SPLITS, identity, load_corpus, source_of
 from gprune.errors import UserError
-from tests import built_in
+from tests import registries
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_unknown_split():
 
 
 def test_registering_a_corpus_is_one_function():
-    with built_in.scratch(CORPORA):
+    with registries.restored(CORPORA):
         CORPORA.register("mine")(lambda split: texts(split, 10))
         assert load_corpus("mine", "development") == ["train 9"]
         assert load_corpus("mine", "train") == texts("train", 9)
@@ -135,7 +135,7 @@ def test_wheel_corpora_are_disjoint(name, monkeypatch):
 @pytest.mark.parametrize("returned", ["one text", None, ["a", 3]])
 def test_what_is_no_list_of_documents_is_refused(returned):
     """Of one string every letter would be a document."""
-    with built_in.scratch(CORPORA):
+    with registries.restored(CORPORA):
         CORPORA.register("given")(lambda split: returned)
         with pytest.raises(UserError, match=r"^Corpus 'given' must be a list of documents of type str; got "):
             load_corpus("given", "train")

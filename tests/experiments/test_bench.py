@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, on shapes that take seconds; the figures themselves mean nothing here."""
+"""The benchmark measures the right quantities, on shapes that take seconds. The measured times are not tested."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ linux = pytest.mark.skipif(not measure.STATUS.exists(), reason="resident memory 
 
 
 @pytest.fixture(autouse=True)
-def _apart(tmp_path):
-    """`main` sets up logging, which is put back."""
+def _isolated(tmp_path):
+    """Restore the logging setup that `main` changes."""
     with tiny_run.isolated(tmp_path / "cache"):
         yield
 
 
-# FLOPs, worked out by hand
+# FLOPs, compared with a calculation by hand
 
 
 def by_hand(*, tokens: int, pairs: int, neurons: list[int], kv: int, hidden=32, heads=4, vocabulary=256) -> int:
-    """2 per multiply-add: projections, head, attention with `pairs` of query and key, those of the batch counted."""
+    """Count 2 per multiply-add in projections, head, and attention over `pairs` of query and key in the batch."""
     linear = sum(3 * hidden * n + 2 * hidden * hidden + 2 * hidden * kv * hidden // heads for n in neurons)
     return 2 * tokens * (linear + hidden * vocabulary) + 2 * 2 * pairs * hidden * len(neurons)
 
 
 @pytest.mark.parametrize("groups", [4, 2])
-def test_flops_of_prefill_are_those_worked_out_by_hand(groups):
+def test_flops_of_prefill_equal_a_calculation_by_hand(groups):
     dense = models.random_llama(neurons=256, blocks=2, groups=groups)
     small = gprune.apply_masks(dense, models.random_masks(dense, replace(SMALL, widths="uniform")))
     B, T = 3, SMALL.seq_len
@@ -47,17 +47,17 @@ def test_flops_of_prefill_are_those_worked_out_by_hand(groups):
     assert counted == [by_hand(tokens=B * T, pairs=B * T * T, neurons=[n, n], kv=groups) for n in (256, 128)]
 
 
-def test_flops_of_decoding_count_what_attention_looks_back_on():
+def test_flops_of_decoding_include_attention_to_all_earlier_tokens():
     B, T, N = 3, SMALL.seq_len, SMALL.new_tokens
     pairs = B * sum(T + step + 1 for step in range(N))
     expected = by_hand(tokens=B * N, pairs=pairs, neurons=[256, 256], kv=2)
     assert measure.flops(speed.decode(models.model_of(SMALL), SMALL, B)) == expected
 
 
-# The calls that are timed
+# Timed calls
 
 
-def test_decoding_gives_the_logits_of_the_whole_text_every_time():
+def test_repeated_decoding_gives_the_logits_of_a_full_forward_pass():
     dense = models.model_of(SMALL)
     small = gprune.apply_masks(dense, models.random_masks(dense, SMALL))
     for model in (dense, small):
@@ -71,9 +71,9 @@ def test_decoding_gives_the_logits_of_the_whole_text_every_time():
 # Measuring
 
 
-def test_calls_run_in_turn_and_ratios_stay_inside_a_round(monkeypatch):
+def test_calls_alternate_and_ratios_are_taken_within_a_round(monkeypatch):
     order, clock = [], [0.0]
-    load = iter([100, 100, 1, 1, 7, 7, 2, 2])  # a machine whose speed changes from round to round
+    load = iter([100, 100, 1, 1, 7, 7, 2, 2])  # the speed of the machine changes between rounds
     monkeypatch.setattr(measure.gc, "collect", lambda: None)
 
     def call(name, seconds):
@@ -90,32 +90,32 @@ def test_calls_run_in_turn_and_ratios_stay_inside_a_round(monkeypatch):
     assert (timing.ratio("a", "b"), timing.range("a", "b")) == (1.5, "1.5 to 1.5")
 
 
-def test_the_ratio_is_the_median_over_rounds_not_of_medians():
+def test_the_ratio_is_the_median_of_the_ratios_of_rounds():
     timing = Timing({"a": [1.0, 10.0, 5.0], "b": [2.0, 4.0, 5.0]})
     assert (timing.ratio("a", "b"), timing.range("a", "b")) == (1.0, "0.5 to 2.5")
 
 
 @linux
-def test_peak_memory_is_what_a_call_takes_and_gives_back():
+def test_peak_memory_is_that_of_the_call_and_not_of_earlier_ones():
     def take(mib):
         return torch.ones(mib * measure.MIB // 4).sum()
 
-    take(100)  # an earlier peak does not count
+    take(100)  # an earlier, higher peak
     for mib in (16, 48):
         assert mib - 1 <= measure.peak_above(lambda mib=mib: take(mib), CPU) / measure.MIB < mib + 8
 
 
-# What people ask for
+# Commands
 
 
 def numbers(out: str, begins: str) -> list[float]:
-    """Cells of one row that are one number each."""
+    """Return the cells of a row that contain a single number."""
     (line,) = [line for line in out.splitlines() if line.startswith(f"| {begins} ")]
     return [float(cell.replace(",", "")) for cell in re.findall(r"\| +([\d,.]+) +(?=\|)", line)]
 
 
 @pytest.mark.slow
-def test_dense_beside_random_masks_or_a_pruned_folder(tmp_path, capsys):
+def test_inference_compares_the_dense_model_with_random_masks_or_a_pruned_folder(tmp_path, capsys):
     assert main(["inference", "--small", "--repeats", "1", "--batch_sizes", "2", "--widths", "uniform"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("**Inference, speed.** a tiny random Llama, uniform masks at 50% of the FFN, widths of 64, ")
@@ -137,7 +137,7 @@ def test_dense_beside_random_masks_or_a_pruned_folder(tmp_path, capsys):
     assert numbers(out, "weights")[-1] == pytest.approx(share, abs=1e-3)
 
 
-def test_a_finished_run_is_measured_against_its_own_dense_model(tmp_path, monkeypatch):
+def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     (tmp_path / "world").mkdir()
     world = tiny_run.make_world(tmp_path / "world")
@@ -159,7 +159,7 @@ def test_a_finished_run_is_measured_against_its_own_dense_model(tmp_path, monkey
         (["--model", "nowhere"], "--model.name must be an embedded model"),
     ],
 )
-def test_what_cannot_be_is_one_line(arguments, message, capsys):
+def test_invalid_arguments_are_refused_in_one_line(arguments, message, capsys):
     assert main(["inference", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("experiments.bench: ")
@@ -167,19 +167,19 @@ def test_what_cannot_be_is_one_line(arguments, message, capsys):
 
 
 @pytest.mark.slow
-def test_learning_steps_beside_bare_ones(capsys):
+def test_learning_compares_training_steps_with_plain_pytorch_steps(capsys):
     assert main(["learning", "--small", "--repeats", "1", "--clock", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "`--trainer.precision auto` is " in out
     for step in ("distillation, 1 x 16 tokens", "thresholds, 8 x 16 tokens"):
-        bare, mixed, full, over, goal, gained = numbers(out, step)
-        assert (over, gained, goal) == (
-            pytest.approx(mixed / bare, rel=2e-3),
+        plain, mixed, full, overhead, goal, speedup = numbers(out, step)
+        assert (overhead, speedup, goal) == (
+            pytest.approx(mixed / plain, rel=2e-3),
             pytest.approx(mixed / full, rel=2e-3),
             1.15,
         )
 
 
-def test_flags_of_train_are_for_whole_runs_alone(capsys):
+def test_flags_of_train_py_are_accepted_only_for_whole_runs(capsys):
     assert main(["learning", "--small", "--", "--recovery", "none"]) == 2
     assert "expected flags of train.py for `run` alone, got --recovery none" in capsys.readouterr().err

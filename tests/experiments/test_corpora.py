@@ -1,4 +1,4 @@
-"""The folder of standard corpora: rows of the `datasets` library become its documents, and hashes are compared."""
+"""The folder of standard corpora: documents from rows of the `datasets` library, and comparison of hashes."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def words(seed: int, documents: int = 40) -> list[str]:
 
 @pytest.fixture
 def library(monkeypatch):
-    """`datasets.load_dataset` with rows of our own, and what it was asked for; and the tiny tokenizer."""
-    asked = []
+    """Replace `datasets.load_dataset` and the tokenizer, and return the calls to `load_dataset`."""
+    calls = []
 
     def load_dataset(path, name=None, *, split, data_files=None):
-        asked.append((path, name, split, data_files))
+        calls.append((path, name, split, data_files))
         if path == "Salesforce/wikitext":
             return [{"text": line} for line in LINES]
         if path == "openai/gsm8k":
             return [{"question": text, "answer": f"{split} {i}"} for i, text in enumerate(words(3))]
-        return [{"text": text, "meta": {}} for text in words(len(asked))]
+        return [{"text": text, "meta": {}} for text in words(len(calls))]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(corpora, "embedded_model_dir", lambda name: name)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda place: tiny_tokenizer())
-    return asked
+    return calls
 
 
 def records(folder, **hashes: str) -> dict[corpora.Recorded, set[str]]:
@@ -49,7 +49,7 @@ def expected(texts: list[str]) -> str:
     return make_windows(texts, tiny_tokenizer(), Sample(2, 16), corpus="x", split="test").content_hash
 
 
-def test_rows_become_the_folder_that_runs_read(library, tmp_path, monkeypatch):
+def test_downloaded_rows_become_corpora_that_load_corpus_reads(library, tmp_path, monkeypatch):
     gsm8k = [f"Question: {text}\nAnswer: test {i}" for i, text in enumerate(words(3))]
     monkeypatch.setattr(corpora, "recorded", lambda: records(tmp_path, gsm8k=expected(gsm8k)))
     assert "as in the records" in corpora.work(["--output", str(tmp_path / "data")])
@@ -66,7 +66,7 @@ def test_rows_become_the_folder_that_runs_read(library, tmp_path, monkeypatch):
     assert re.fullmatch(r"https://raw\.githubusercontent\.com/.*/c4-rp/sample_c4-rp1\.jsonl", url)
 
 
-def test_other_text_than_the_records_have_is_one_line_and_named(library, tmp_path, monkeypatch, capsys):
+def test_text_that_differs_from_the_records_is_an_error_that_names_the_corpus(library, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(corpora, "recorded", lambda: records(tmp_path, gsm8k="0" * 16, c4=expected(words(4))))
     monkeypatch.setattr("sys.argv", ["corpora", "--output", str(tmp_path)])
     assert corpora.main() == 2
@@ -76,7 +76,7 @@ def test_other_text_than_the_records_have_is_one_line_and_named(library, tmp_pat
     assert [line.split("|")[7].strip() for line in out.splitlines() if line.startswith("| ")][1:] == ["NO", "yes"]
 
 
-def test_articles_begin_at_titles_and_not_at_formulas():
+def test_wikitext_articles_begin_at_titles_and_not_at_formulas():
     train, test = corpora.wikitext_articles(LINES, LINES)
     first = " = First = \n{0} text of it \n{0} = = Section = = \n{0} = 1 rad and k = \n more \n{0}"
     assert train == [first.format("").removesuffix("\n"), " = Second One = \n the rest \n"]
@@ -84,34 +84,34 @@ def test_articles_begin_at_titles_and_not_at_formulas():
     assert len(test) == 2
 
 
-def test_the_first_megabyte_of_whole_lines_is_read(monkeypatch):
+def test_only_whole_lines_within_the_size_limit_are_read(monkeypatch):
     monkeypatch.setattr(corpora, "MOST", len("".join(LINES[:9]).encode()) + 3)
     train, test = corpora.wikitext_articles(LINES, LINES)
     assert train == ["".join(LINES[:9])]
     assert len(test) == 2
 
 
-def test_a_document_is_there_once():
+def test_duplicate_documents_are_removed_within_and_across_splits():
     assert corpora.distinct(["a", "b", "a"], ["c", "b", "c"]) == (["a", "b"], ["c"])
 
 
-def test_no_network_and_a_folder_that_lacks_a_corpus_are_one_line(tmp_path, monkeypatch, capsys):
+def test_a_failed_download_and_a_missing_corpus_are_reported_in_one_line(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    for arguments, said in (
+    for arguments, message in (
         (["--output", str(tmp_path)], "Cannot download Corpus 'wikitext2' from the Hugging Face hub: no route"),
         (["--output", str(tmp_path), "--check"], "--check: expected the corpus wikitext2 in"),
     ):
         monkeypatch.setattr("sys.argv", ["corpora", *arguments])
         assert corpora.main() == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_committed_records_agree_with_one_another():
-    """One hash for each sample of windows: all records have read the same text."""
+def test_the_committed_records_have_one_hash_for_each_text_sample():
+    """So all records were made with the same text."""
     found = corpora.recorded()
     assert {(what.corpus, what.split) for what in found} >= {
         ("wikitext2", "train"), ("wikitext2", "test"), ("c4", "train"), ("code_github", "train"),

@@ -1,4 +1,4 @@
-"""Who reads what we export: older transformers, vLLM (without vLLM), the table on a tiny model."""
+"""Consumers of exports: older transformers, vLLM (simulated), and the table of formats on a tiny model."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.models.test_surgery import random_masks
 INSTALLED = importlib.metadata.version("transformers")
 
 
-# What older transformers read
+# Exports for older transformers
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 777.0}, LLAMA3_ROPE], ids=["plain", "llama3"])
-def test_a_stock_folder_has_the_rotary_frequencies_where_older_transformers_look(rope, tmp_path, token_batch):
+def test_a_standard_export_has_the_rotary_settings_in_the_fields_of_older_transformers(rope, tmp_path, token_batch):
     model = prune(make_tiny_llama(rope_parameters=rope), random_masks([20] * 3, [2] * 3))
     folder = hf.save_pruned(model, None, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -40,12 +40,12 @@ def test_a_stock_folder_has_the_rotary_frequencies_where_older_transformers_look
     assert config["rope_theta"] == rope["rope_theta"]
     assert config["rope_scaling"] == (None if rope["rope_type"] == "default" else scaling)
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert loaded.config.rope_parameters == rope  # and today's transformers is not misled by it
+    assert loaded.config.rope_parameters == rope  # the additional fields do not affect this version of transformers
     assert torch.equal(loaded(token_batch).logits, model(token_batch).logits)
 
 
-def test_a_weight_that_the_folder_has_under_another_name_is_no_random_one(tmp_path):
-    """As older transformers name some: they warn, draw random numbers, and go on."""
+def test_a_weight_under_another_name_is_an_error_and_not_a_random_weight(tmp_path):
+    """Older transformers have other names for some weights. They warn and continue with random weights."""
     folder = hf.save_pruned(make_pruned(), None, tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.down.weight"] = weights.pop("model.layers.1.mlp.down_proj.weight")
@@ -58,7 +58,7 @@ def test_a_weight_that_the_folder_has_under_another_name_is_no_random_one(tmp_pa
 
 
 def tiny():
-    """A random Llama over bytes, and text of it."""
+    """Return a random Llama over bytes, its tokenizer, and token ids."""
     settings = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "vocab_size": 288}
     ids = torch.randint(256, (1, 48), generator=torch.Generator().manual_seed(0))
     return make_tiny_llama(**settings), byte_tokenizer(), ids
@@ -66,21 +66,21 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """The work folder with its three models."""
+    """Return the work folder with its three models."""
     folder = tmp_path_factory.mktemp("formats")
     models.make(folder, tiny)
     return folder
 
 
-def test_the_three_models_are_what_their_names_say(work):
+def test_the_three_models_have_the_widths_of_their_names(work):
     dense, _, _ = tiny()
     whole = sum(b.neurons for b in blocks_of(dense))
     by_name = {}
     for name in models.MODELS:
         by_name[name] = widths(AutoModelForCausalLM.from_pretrained(work / name / "hf"))
         assert all(n % models.WIDTH_MULTIPLE == 0 for n in by_name[name]["neurons"])
-        gone = 1 - sum(by_name[name]["neurons"]) / whole
-        assert models.SPARSITY <= gone < models.SPARSITY + 3 * models.WIDTH_MULTIPLE / whole
+        removed = 1 - sum(by_name[name]["neurons"]) / whole
+        assert models.SPARSITY <= removed < models.SPARSITY + 3 * models.WIDTH_MULTIPLE / whole
         assert any((work / name / "hf").glob("*.py")) == (name != "uniform")
     assert len(set(by_name["ffn"]["neurons"])) > 1
     assert by_name["ffn"]["kv_groups"] == by_name["uniform"]["kv_groups"] == [2, 2, 2]
@@ -93,12 +93,12 @@ def test_the_three_models_are_what_their_names_say(work):
 
 @pytest.fixture
 def reference(work):
-    """What the model in memory computes, as vLLM is held against it."""
+    """Return the paths of a model and of its reference for vLLM."""
     return SimpleNamespace(folder=work / "ffn+kv/hf", path=work / "ffn+kv/reference.json")
 
 
 def fake_vllm(monkeypatch, reference: dict, added: float) -> None:
-    """A vLLM that answers with the reference, and `added` to the log-probability of the fifth token."""
+    """Replace vLLM by a class that returns the reference, with `added` to the log-probability of the fifth token."""
 
     class LLM:
         def __init__(self, folder, **settings):
@@ -119,7 +119,7 @@ def fake_vllm(monkeypatch, reference: dict, added: float) -> None:
 
 
 @pytest.mark.parametrize(("added", "code"), [(0.0, 0), (0.005, 0), (-0.02, 2), (math.nan, 2)])
-def test_vllm_is_held_against_the_reference(added, code, reference, monkeypatch, capsys):
+def test_vllm_check_compares_log_probabilities_with_the_reference(added, code, reference, monkeypatch, capsys):
     content = json.loads(reference.path.read_text())
     fake_vllm(monkeypatch, content, added)
     assert vllm_check.main([str(reference.folder), str(reference.path)]) == code
@@ -142,7 +142,7 @@ def test_agreement_on_the_most_likely_token_is_counted():
     assert figures["perplexity"] == pytest.approx(math.exp(10.5 / 4))
 
 
-def test_without_vllm_or_a_reference_it_says_so_in_one_line(reference, tmp_path, monkeypatch, capsys):
+def test_missing_vllm_and_a_missing_reference_are_reported_in_one_line(reference, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vllm", None)
     assert vllm_check.main([str(reference.folder), str(reference.path)]) == 2
     assert vllm_check.main([str(reference.folder), str(tmp_path / "none.json")]) == 2
@@ -155,35 +155,35 @@ def test_without_vllm_or_a_reference_it_says_so_in_one_line(reference, tmp_path,
 
 
 def table(work, capsys, *arguments):
-    """Exit code, and cells of the rows."""
+    """Run the command, and return its exit code and the cells of the rows."""
     code = formats.main(["--work", str(work), *arguments])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| hf")]
     return code, rows
 
 
 @pytest.mark.slow
-def test_what_a_process_computes_is_a_row(work, capsys):
+def test_a_consumer_with_the_same_logits_is_a_row_with_result_ok(work, capsys):
     code, (row,) = table(work, capsys, "--only", f"hf ffn+kv transformers {INSTALLED}")
     assert code == 0
     assert row[3:6] == ["0.0e+00 logit", "0.0e+00", "1.0000"]
     assert row[-2:] == ["`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`", "ok"]
 
 
-def test_who_is_not_there_is_a_row_that_says_so(work, capsys):
+def test_a_missing_consumer_is_a_row_with_result_not_installed(work, capsys):
     for consumer in ("4.57.6", "vLLM"):
         code, rows = table(work, capsys, "--only", consumer)
         assert (code, [row[-1] for row in rows]) == (0, ["not installed"] * 3)
 
 
 @pytest.mark.parametrize(("added", "result", "code"), [(1e-5, "ok", 0), (1e-3, "FAILS: logits differ by 1.0e-03", 1)])
-def test_who_computes_something_else_fails(added, result, code, work, capsys, monkeypatch):
+def test_a_consumer_with_other_logits_is_a_failure(added, result, code, work, capsys, monkeypatch):
     expected = load_file(work / "ffn/reference.safetensors")["logits"]
     monkeypatch.setattr(hf, "reloaded_logits", lambda folder, ids: (expected + added)[None])
     found, (row,) = table(work, capsys, "--only", f"hf ffn transformers {INSTALLED}")
     assert (found, row[-1]) == (code, result)
 
 
-def test_who_fails_is_quoted(work, capsys):
+def test_the_row_of_a_failed_consumer_has_its_last_line_on_stderr(work, capsys):
     program = work / "python"
     program.write_text("#!/bin/sh\necho x >&2\necho 'no, thanks' >&2\nexit 2\n")
     program.chmod(0o755)

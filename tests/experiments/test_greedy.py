@@ -1,4 +1,4 @@
-"""Greedy removal against all choices of neurons, on a tiny block in float64."""
+"""Greedy removal compared with all choices of neurons, on a tiny block in float64."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from gprune import imports
 from gprune.cli import main
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import ALLOCATION
-from tests import built_in, tiny_run
+from tests import registries, tiny_run
 
-with built_in.scratch(ALLOCATION):  # tests over every allocation are not to meet this one
+with registries.restored(ALLOCATION):  # so that tests of every allocation do not include this one
     from experiments.greedy import removal_order
 
 RIDGE = 0.01
 
 
 def block(seed: int, *, neurons: int = 10, tokens: int = 40, orthogonal: bool = False):
-    """W (4, N), and x (tokens, N) whose neurons are correlated, or orthogonal, and of unequal size."""
+    """Return W (4, N), and x (tokens, N) with correlated or orthogonal neurons of unequal size."""
     generator = torch.Generator().manual_seed(seed)
     weight, x, mix = (
         torch.randn(*size, generator=generator, dtype=torch.float64)
@@ -33,11 +33,11 @@ def block(seed: int, *, neurons: int = 10, tokens: int = 40, orthogonal: bool = 
     return weight, x * torch.rand(neurons, generator=generator, dtype=torch.float64)
 
 
-def error(weight: torch.Tensor, x: torch.Tensor, gone: tuple[int, ...], ridge: float = RIDGE) -> float:
-    """What is left without these neurons: rows of x and of the ridge, stacked, and solved by NumPy."""
+def error(weight: torch.Tensor, x: torch.Tensor, removed: tuple[int, ...], ridge: float = RIDGE) -> float:
+    """Return the squared error without some neurons, from rows of x and of the ridge, solved by NumPy."""
     W, N = weight.numpy(), x.shape[1]
     rows = np.vstack([x.numpy(), np.sqrt(ridge * np.square(x.numpy()).sum(0).mean()) * np.eye(N)])
-    kept = [n for n in range(N) if n not in gone]
+    kept = [n for n in range(N) if n not in removed]
     y = rows @ W.T
     V = np.linalg.lstsq(rows[:, kept], y, rcond=None)[0]
     return float(np.square(y - rows[:, kept] @ V).sum())
@@ -48,46 +48,46 @@ def order_of(weight, x, removed: int, ridge: float = RIDGE) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_step_removes_what_adds_least_to_the_error(seed):
+def test_every_step_removes_the_neuron_that_adds_least_to_the_error(seed):
     weight, x = block(seed)
     order = order_of(weight, x, 6)
     assert sorted(order) == list(range(10))
     for k in range(6):
-        gone = tuple(order[:k])
-        costs = {j: error(weight, x, (*gone, j)) for j in range(10) if j not in gone}
+        removed_so_far = tuple(order[:k])
+        costs = {j: error(weight, x, (*removed_so_far, j)) for j in range(10) if j not in removed_so_far}
         assert order[k] == min(costs, key=costs.get)
-    gone = tuple(order[:6])
-    costs = [error(weight, x, (*gone, j)) for j in order[6:]]
-    assert costs == sorted(costs)  # those that stay, in the order of what they would cost
+    removed_so_far = tuple(order[:6])
+    costs = [error(weight, x, (*removed_so_far, j)) for j in order[6:]]
+    assert costs == sorted(costs)  # the kept neurons are sorted by the error that their removal would add
 
 
-def test_the_greedy_choice_is_mostly_the_best_of_all_choices():
-    """Of the 252 sets of five neurons out of ten, of twelve blocks: the best of ten, and never 2.5 times its error."""
+def test_the_greedy_choice_is_optimal_for_10_of_12_blocks():
+    """Among all 252 sets of five of ten neurons. The error is never more than 2.5 times that of the best set."""
     ratios, typical = [], []
     for seed in range(12):
         weight, x = block(seed)
-        errors = [error(weight, x, gone) for gone in combinations(range(10), 5)]
+        errors = [error(weight, x, subset) for subset in combinations(range(10), 5)]
         ratios.append(error(weight, x, tuple(order_of(weight, x, 5)[:5])) / min(errors))
         typical.append(float(np.median(errors)) / min(errors))
     assert min(ratios) >= 1 - 1e-9
     assert sum(ratio <= 1 + 1e-9 for ratio in ratios) == 10
     assert max(ratios) <= 2.5
-    assert min(typical) >= 2.5  # of a set drawn at random
+    assert min(typical) >= 2.5  # a random set is typically worse
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_of_orthogonal_neurons_the_greedy_choice_is_the_best(seed):
+def test_the_greedy_choice_is_optimal_for_orthogonal_neurons(seed):
     weight, x = block(seed, orthogonal=True)
     order = order_of(weight, x, 5)
-    best = min(combinations(range(10), 5), key=lambda gone: error(weight, x, gone))
+    best = min(combinations(range(10), 5), key=lambda subset: error(weight, x, subset))
     assert set(order[:5]) == set(best)
     energy = x.square().sum(0)
     alone = (energy + RIDGE * energy.mean()) * weight.square().sum(0)
     assert order == alone.argsort().tolist()
 
 
-def test_idle_and_equal_neurons_go_first():
-    """Singular Gram matrices, without a ridge: neurons that are idle, and one of two that are equal, cost nothing."""
+def test_idle_and_duplicate_neurons_are_removed_first():
+    """With singular Gram matrices and without a ridge, removing idle and duplicate neurons adds no error."""
     weight, x = block(0, neurons=12, tokens=200)
     x[:, [2, 7]] = 0
     x[:, 5] = x[:, 4]
@@ -100,15 +100,15 @@ def test_idle_and_equal_neurons_go_first():
 
 @pytest.fixture
 def imported(monkeypatch):
-    """What `--import` changes is forgotten."""
+    """Undo the effects of `--import`."""
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(imports, "IMPORTED", [])
-    with built_in.scratch(ALLOCATION):
+    with registries.restored(ALLOCATION):
         yield
     sys.modules.pop("greedy", None)
 
 
-def test_a_run_takes_the_same_share_of_every_block(tmp_path, monkeypatch, imported, capsys):
+def test_a_run_with_greedy_allocation_removes_the_same_share_of_every_block(tmp_path, monkeypatch, imported, capsys):
     world = tiny_run.make_world(tmp_path)
     tiny_run.quick(monkeypatch)
     script = Path(__file__).parents[2] / "experiments/greedy.py"

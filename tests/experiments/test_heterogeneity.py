@@ -1,4 +1,4 @@
-"""The script behind question 1, on tiny runs and on planted numbers."""
+"""The script `experiments.heterogeneity`, on tiny runs and on synthetic numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests import tiny_run
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folder of finished runs: `run` with three drift corpora, `two` with two, `base` without modules."""
+    """Return the folder of finished runs: `run` with three drift corpora, `two` with two, `base` without modules."""
     world = tiny_run.make_world(tmp_path_factory.mktemp("world"))
     folder = tmp_path_factory.mktemp("runs")
     with tiny_run.isolated(folder / "cache"):
@@ -43,29 +43,29 @@ def finished(runs):
 
 
 def main(capsys, monkeypatch, *arguments):
-    """Exit code, stdout and stderr of the command."""
+    """Run the command, and return its exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["heterogeneity", *map(str, arguments)])
     code = heterogeneity.main()
     return code, *capsys.readouterr()
 
 
 def rows(text):
-    """First cell -> other cells, of all tables."""
+    """Return first cell -> other cells of the rows of all tables."""
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
     return {row[0]: row[1:] for row in cells}
 
 
-def test_a_row_per_third_block_or_per_block_and_the_mean(runs, capsys, monkeypatch):
+def test_the_table_has_every_third_block_or_all_blocks_and_the_mean(runs, capsys, monkeypatch):
     code, short, _ = main(capsys, monkeypatch, runs / "run", "--permutations", "1")
     assert code == 0
     assert [name for name in rows(short) if name.isdigit() or name == "mean"] == ["0", "mean"]
     _, full, _ = main(capsys, monkeypatch, runs / "run", "--all", "--no-data-free")
     assert [name for name in rows(full) if name.isdigit() or name == "mean"] == ["0", "1", "2", "mean"]
-    assert rows(full)["mean"] == rows(short)["mean"]  # over all blocks, whichever are shown
+    assert rows(full)["mean"] == rows(short)["mean"]  # over all blocks, also over those that are not shown
 
 
 def agreement_of_halves(folder) -> list[float]:
-    """Kendall's tau between halves of a corpus, mean over corpora, by block: from the statistics that the run kept."""
+    """Return by block Kendall's tau between halves of a corpus, mean over corpora, from the statistics of the run."""
     result = gprune.load_run(folder)
     model, _ = load_model(result.config.model.name)
     found = []
@@ -81,7 +81,7 @@ def agreement_of_halves(folder) -> list[float]:
     return np.mean(found, axis=0).tolist()
 
 
-def test_numbers_are_those_of_an_independent_computation(finished, runs, capsys, monkeypatch):
+def test_printed_numbers_match_an_independent_computation(finished, runs, capsys, monkeypatch):
     _, text, _ = main(capsys, monkeypatch, runs / "run", "--all", "--no-data-free")
     shown = rows(text)
     halves = agreement_of_halves(runs / "run")
@@ -100,7 +100,7 @@ def test_numbers_are_those_of_an_independent_computation(finished, runs, capsys,
         assert shown[str(b)][9] == f"{int(switched.sum())} of {len(switched)}"
 
 
-def test_modules_weigh_by_their_pairs():
+def test_the_mean_over_modules_is_weighted_by_pairs_of_neurons():
     values = torch.tensor([0.5, float("nan"), 0.1], dtype=torch.float64)
     sizes = torch.tensor([20, 500, 100])
     expected = (0.5 * 190 + 0.1 * 4950) / (190 + 4950)
@@ -108,7 +108,7 @@ def test_modules_weigh_by_their_pairs():
     assert math.isnan(heterogeneity.pair_weighted_mean(values[1:2], sizes[1:2]))
 
 
-def test_eta_squared_is_what_an_f_test_is_made_of():
+def test_eta_squared_gives_the_f_statistic_of_scipy():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(4, (200,), generator=generator)
     values = torch.randn(200, generator=generator).double() + 0.3 * labels
@@ -119,7 +119,7 @@ def test_eta_squared_is_what_an_f_test_is_made_of():
     assert heterogeneity.eta_squared(torch.ones(200), labels) == 0
 
 
-def test_random_partitions_have_the_expectation_of_chance_and_follow_the_seed():
+def test_eta_squared_of_random_partitions_has_the_expected_mean_and_follows_the_seed():
     values = torch.randn(400, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(400) % 8
     found = heterogeneity.separation(values, labels, permutations=200, seed=0)
@@ -129,8 +129,8 @@ def test_random_partitions_have_the_expectation_of_chance_and_follow_the_seed():
     assert not torch.equal(found.random, heterogeneity.separation(values, labels, permutations=200, seed=9).random)
 
 
-def test_share_above_the_floor_is_small_for_noise_alone():
-    """Scores of two halves of three corpora: one importance, sampling noise, and what corpora differ by."""
+def test_the_share_above_the_noise_floor_is_small_for_noise_and_large_for_drift():
+    """Scores of two halves of three corpora: a common term, a term of the corpus, and sampling noise."""
     generator = torch.Generator().manual_seed(0)
 
     def share(planted, N=2000):
@@ -144,7 +144,7 @@ def test_share_above_the_floor_is_small_for_noise_alone():
     assert share(2.0) > 0.5
 
 
-def test_given_rank_takes_out_what_ranks_alone_give():
+def test_given_rank_removes_the_part_that_ranks_explain():
     ranks = fractional_ranks(torch.rand(3, 640, generator=torch.Generator().manual_seed(0)))
     mean = ranks.mean(0)
     by_rank = mean * (1 - mean)
@@ -152,14 +152,14 @@ def test_given_rank_takes_out_what_ranks_alone_give():
     assert heterogeneity.eta_squared(by_rank, labels) > 0.2
     left = heterogeneity.given_rank(by_rank, ranks)
     assert float(left.var()) < 0.05 * float(by_rank.var())
-    own = torch.randn(640, generator=torch.Generator().manual_seed(1)).double()  # has nothing to do with rank
+    own = torch.randn(640, generator=torch.Generator().manual_seed(1)).double()  # independent of the ranks
     assert float(heterogeneity.given_rank(own, ranks).var()) > 0.9 * float(own.var())
 
 
-def test_the_runs_own_modules_look_separate_even_in_a_random_model_and_data_free_ones_do_not(
+def test_drift_differs_by_modules_of_the_run_even_in_a_random_model_but_not_by_data_free_ones(
     runs, capsys, monkeypatch
 ):  # fmt: skip
-    """Why eta squared of the run's modules is called circular."""
+    """This is why the output calls eta squared of the run's own modules circular."""
     _, text, _ = main(capsys, monkeypatch, runs / "run")
     shown = rows(text)
     own, _, largest, blocks = shown["the run's (circular): drift"]
@@ -169,7 +169,7 @@ def test_the_runs_own_modules_look_separate_even_in_a_random_model_and_data_free
     assert float(free) < 2 * float(largest)
 
 
-def test_figures_are_drawn_in_both_formats(runs, tmp_path, capsys, monkeypatch):
+def test_the_figure_is_written_as_svg_and_png(runs, tmp_path, capsys, monkeypatch):
     file = tmp_path / "drift.svg"
     code, out, _ = main(capsys, monkeypatch, runs / "run", "--no-data-free", "--figure", file)
     assert code == 0
@@ -178,7 +178,7 @@ def test_figures_are_drawn_in_both_formats(runs, tmp_path, capsys, monkeypatch):
     assert b"<svg" in file.read_bytes()
 
 
-def test_another_model_under_the_same_name_is_refused(runs, capsys, monkeypatch):
+def test_a_model_with_other_weights_is_refused(runs, capsys, monkeypatch):
     monkeypatch.setattr(heterogeneity, "fingerprint", lambda model: "0" * 16)
     code, _, err = main(capsys, monkeypatch, runs / "run")
     assert code == 2
@@ -186,7 +186,7 @@ def test_another_model_under_the_same_name_is_refused(runs, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "said"),
+    ("name", "arguments", "message"),
     [
         ("base", (), "no modules"),
         ("two", (), "2 drift corpora"),
@@ -196,8 +196,8 @@ def test_another_model_under_the_same_name_is_refused(runs, capsys, monkeypatch)
         ("run", ("--what",), "--help"),
     ],
 )
-def test_refused_with_one_line(runs, capsys, monkeypatch, name, arguments, said):
+def test_invalid_runs_and_arguments_are_refused_in_one_line(runs, capsys, monkeypatch, name, arguments, message):
     code, out, err = main(capsys, monkeypatch, runs / name, *arguments)
     assert (code, out) == (2, "")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1

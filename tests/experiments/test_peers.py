@@ -1,4 +1,4 @@
-"""The common parts of the drivers for other tools, on tiny models and clones made here: no network, no peer's code."""
+"""The common parts of the drivers for other tools, on tiny models and local clones, without code of these tools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gprune.pipeline.inputs import prepare_text
 from tests import tiny_run
 
 PEER = common.Peer("peer", "owner/tool", "0" * 40, "MIT", "2401.00001")
-# What the driver of OSSCAR imports: keeps the neurons with the largest sum of squared inputs, and halves the weights
+# Replaces the class of OSSCAR: keep the neurons with the largest sum of squared inputs, and halve the weights
 STAND_IN = """
 class OSSCAR_prune:
     def __init__(self, layer, algo, nsamples, seqlen, update_iter, lambda2, layername):
@@ -39,7 +39,7 @@ class OSSCAR_prune:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny Llama, tiny corpora, and the file of calibration windows for the drivers."""
+    """Return a tiny Llama, flags with tiny corpora, and the file of calibration windows for the drivers."""
     folder = tmp_path_factory.mktemp("peers")
     made = tiny_run.make_world(folder)
     windows, flags = folder / "windows.safetensors", made.args(folder / "runs")
@@ -49,7 +49,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A repository with the two files of OSSCAR that its driver imports, at the commit that the driver asks for."""
+    """Return a repository with the two files that the OSSCAR driver imports, at the commit that it requires."""
     folder = tmp_path / "clone"
     folder.mkdir()
     (folder / "prune_algo.py").write_text("")
@@ -74,7 +74,7 @@ def test_the_windows_are_those_that_gprune_calibrates_on(world):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text"])
-def test_a_file_that_is_no_file_of_windows_is_refused_in_one_line(content, tmp_path, capsys):
+def test_an_invalid_file_of_windows_is_refused_in_one_line(content, tmp_path, capsys):
     path = tmp_path / "windows"
     if content is not None:
         path.write_bytes(content)
@@ -84,7 +84,7 @@ def test_a_file_that_is_no_file_of_windows_is_refused_in_one_line(content, tmp_p
     assert capsys.readouterr().err.startswith(f"error: --windows: '{path}'")
 
 
-def test_a_clone_that_is_absent_or_at_another_commit_is_refused_with_the_commands(clone, tmp_path, capsys):
+def test_a_missing_clone_or_another_commit_is_refused_with_the_git_commands(clone, tmp_path, capsys):
     for folder in (tmp_path / "nowhere", clone):
         with pytest.raises(SystemExit) as stopped:
             common.check_clone(PEER, folder)
@@ -95,8 +95,8 @@ def test_a_clone_that_is_absent_or_at_another_commit_is_refused_with_the_command
     assert common.check_clone(osscar.PEER, clone) == clone
 
 
-def test_a_driver_prunes_to_the_budget_saves_what_loads_and_records_it(world, clone, tmp_path):
-    """The driver of OSSCAR with a stand-in for the peer's class: against the same choice made on the dense model."""
+def test_a_driver_prunes_to_the_budget_and_saves_a_loadable_model_with_a_record(world, clone, tmp_path):
+    """Compares the OSSCAR driver, with a replaced class, with the same choice of neurons on the dense model."""
     output = tmp_path / "out"
     osscar.main(["--clone", str(clone), "--windows", str(world.windows), "--output", str(output)])
     record = json.loads((output / common.RECORD).read_text())
@@ -120,13 +120,13 @@ def test_a_driver_prunes_to_the_budget_saves_what_loads_and_records_it(world, cl
     assert tokenizer.get_vocab() == load_model(str(world.model))[1].get_vocab()
 
 
-def test_an_output_that_exists_is_refused(world, clone, tmp_path, capsys):
+def test_an_existing_output_folder_is_refused(world, clone, tmp_path, capsys):
     with pytest.raises(SystemExit):
         osscar.main(["--clone", str(clone), "--windows", str(world.windows), "--output", str(tmp_path)])
     assert "--output" in capsys.readouterr().err
 
 
-def test_expressions_are_replaced_everywhere_and_must_be_there(tmp_path, capsys):
+def test_import_with_replaces_all_occurrences_and_refuses_missing_expressions(tmp_path, capsys):
     path = tmp_path / "theirs.py"
     path.write_text("A = [128, x(128), 512.0 / 3]\ndef f(device='cuda:0'):\n    return device\n")
     replaced = {"128": "width + 1", "512.0 / 3": "cost", "'cuda:0'": "'cpu'"}
@@ -138,8 +138,8 @@ def test_expressions_are_replaced_everywhere_and_must_be_there(tmp_path, capsys)
     assert "`129`" in capsys.readouterr().err
 
 
-def test_blocks_that_go_take_their_entries_of_the_config_with_them(tmp_path):
-    """Gemma has an entry for each layer, and masks of its own for each kind of layer."""
+def test_removing_blocks_removes_their_entries_of_the_config(tmp_path):
+    """Gemma has a config entry for each layer, and other attention masks for each kind of layer."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     config = Gemma3TextConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
@@ -152,7 +152,7 @@ def test_blocks_that_go_take_their_entries_of_the_config_with_them(tmp_path):
     assert common.blocks_for(model, common.count(model) - 2 * layer + 1) == 1
     with torch.no_grad():
         states, settings = common.entering(model, [window])
-        for index in (1, 2):  # the reference: these blocks alone, one after another
+        for index in (1, 2):  # reference: only these blocks, one after another
             states = [model.model.layers[index](states[0], **settings[index])]
         expected = model.lm_head(model.model.norm(states[0]))
         common.keep_blocks(model, [1, 2])
@@ -163,7 +163,7 @@ def test_blocks_that_go_take_their_entries_of_the_config_with_them(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 1, 7, 8])
-def test_the_width_is_the_smallest_that_keeps_the_parameters(left, world):
+def test_width_for_is_the_smallest_width_with_at_least_the_given_parameters(left, world):
     model = common.load(world.model)
     block = common.neuron_size(model) * model.config.num_hidden_layers
     width = common.width_for(model, common.count(model) - 7 * block - left)
@@ -173,8 +173,8 @@ def test_the_width_is_the_smallest_that_keeps_the_parameters(left, world):
     )
 
 
-def test_what_a_driver_has_cut_becomes_a_folder_that_computes_the_same(world, tmp_path):
-    """Unequal widths, KV groups gone, biases added: against the dense model with zeros in place of what is gone."""
+def test_save_writes_a_model_that_computes_the_same_as_the_cut_layers(world, tmp_path):
+    """With unequal widths, removed KV groups and added biases. The reference has zeros instead of removed units."""
     dense, _ = load_model(str(world.model))
     config, cut, masked = dense.config, {}, common.load(world.model)
     channels = config.head_dim * config.num_attention_heads // config.num_key_value_heads
@@ -203,13 +203,13 @@ def test_what_a_driver_has_cut_becomes_a_folder_that_computes_the_same(world, tm
     assert record == {"parameters_after": 1, "reload_difference": 0.0}
 
 
-def test_a_folder_that_no_driver_wrote_is_refused(tmp_path, capsys):
+def test_a_folder_without_the_files_of_a_driver_is_refused(tmp_path, capsys):
     assert main(["save", "--cut", str(tmp_path), "--output", str(tmp_path / "model")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--cut" in line
 
 
-def test_committed_records_are_of_the_commits_that_the_drivers_ask_for():
+def test_committed_records_have_the_commits_of_their_drivers():
     rows = table().rows
     assert rows
     for row in rows:

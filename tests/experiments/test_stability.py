@@ -1,4 +1,4 @@
-"""Jaccard index of masks against sets, and its expectation under chance against enumeration and drawing."""
+"""Jaccard index of masks, and its expectation by chance, compared with enumeration and sampling."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_jaccard_is_that_of_sets(seed):
 
 
 @pytest.mark.parametrize(("units", "a", "b"), [(6, 3, 3), (6, 2, 4), (7, 5, 6), (5, 0, 3), (5, 5, 2), (4, 4, 4)])
-def test_chance_is_the_mean_over_all_pairs_of_sets(units, a, b):
+def test_chance_jaccard_is_the_mean_over_all_pairs_of_sets(units, a, b):
     found = [
         len(set(x) & set(y)) / len(set(x) | set(y))
         for x in combinations(range(units), a)
@@ -47,12 +47,12 @@ def test_chance_is_the_mean_over_all_pairs_of_sets(units, a, b):
     assert chance_jaccard(units, b, a) == pytest.approx(chance_jaccard(units, a, b), abs=1e-12)
 
 
-def test_empty_masks():
+def test_the_jaccard_index_of_empty_masks_is_1():
     assert chance_jaccard(8, 0, 0) == 1
     assert jaccard(torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)) == 1
 
 
-def test_independent_masks_are_at_chance_and_equal_ones_far_above():
+def test_the_stability_of_independent_masks_is_near_0_and_of_equal_masks_1():
     widths = [40, 100, 160]
     a, b = ([draw(200, w, seed + i) for i, w in enumerate(widths)] for seed in (0, 50))
     index, chance, beyond = stability(a, b)
@@ -64,13 +64,13 @@ def test_independent_masks_are_at_chance_and_equal_ones_far_above():
     assert abs(np.mean(drawn)) < 0.015  # unbiased
 
 
-def test_agreement_on_widths_alone_is_no_stability():
-    # both runs prune block 0 hard and block 1 little, and agree on nothing else
+def test_the_stability_of_masks_that_agree_only_in_widths_is_near_0():
+    # both runs keep 10 % of block 0 and 90 % of block 1, and are independent otherwise
     a, b = ([draw(100, 10, s), draw(100, 90, s + 1)] for s in (0, 7))
     assert stability(a, b)[2] < 0.1
 
 
-def test_blocks_that_say_nothing_are_left_out():
+def test_full_and_empty_blocks_are_excluded():
     whole, none = torch.ones(20, dtype=torch.bool), torch.zeros(20, dtype=torch.bool)
     a, b = draw(20, 8, 0), draw(20, 8, 1)
     agreement = stability([whole, a, none, whole, none], [whole, b, none, a, b])
@@ -78,8 +78,8 @@ def test_blocks_that_say_nothing_are_left_out():
     assert stability([whole], [whole]) is None
 
 
-def test_every_pair_of_runs_of_one_model_once_and_the_mean_within_a_group():
-    """Attention is out of scope: nothing was chosen there."""
+def test_every_pair_of_runs_with_the_same_model_is_compared_once():
+    """Attention is not in scope, so it has no stability."""
     runs = [run_of(i, draw(20, 8, i), draw(20, 12, i)) for i in range(3)]
     found = list(pairs([*runs, run_of(3, draw(24, 8, 0), model="another"), replace(runs[0], masks=None)]))
     names = [f"a, seed {i}" for i in range(3)]

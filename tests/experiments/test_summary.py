@@ -1,4 +1,4 @@
-"""The page for a talk, from the records of the repository."""
+"""The summary figures for a talk, from the committed records."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gprune.studies.listing import Listing
 UNSEEN = ("stackexchange", "gsm8k", "stories", "python_docs")
 
 
-def test_the_last_part_is_what_its_records_say():
-    """Best over base: geometric means over corpora, Student's t over seeds, all from the records' own numbers."""
+def test_the_ratio_of_the_distillation_part_is_that_of_its_records():
+    """Best over base: geometric mean over corpora, and Student's t interval over seeds."""
     logs = []
     for seed in (0, 1, 2):
         nll = {}
@@ -35,11 +35,11 @@ def test_the_last_part_is_what_its_records_say():
 
 
 @pytest.mark.parametrize("lists", [summary.SMOLLM2, summary.GEMMA])
-def test_lines_go_up_with_what_is_removed_and_recovery_is_below(lists):
+def test_perplexity_rises_with_the_removed_share_and_is_lower_with_recovery(lists):
     lines = {name: {x: r.value for x, r in points} for (name, _), points in summary.by_budget(lists).items()}
     assert {"base metric", "averaged scores", "averaged, least squares", "and gates, 49k tokens"} <= lines.keys()
     for values in lines.values():
-        assert list(values) == sorted(set(values))  # one row for each budget
+        assert list(values) == sorted(set(values))  # one point for each budget
         assert list(values.values()) == sorted(values.values())
     gates, squares, scores, base = (lines[name][0.5] for name in (
         "and gates, 49k tokens", "averaged, least squares", "averaged scores", "base metric",
@@ -47,14 +47,14 @@ def test_lines_go_up_with_what_is_removed_and_recovery_is_below(lists):
     assert gates < squares < scores < base
 
 
-def test_every_row_that_is_drawn_is_in_its_list():
+def test_every_drawn_row_is_in_its_list():
     by_tokens = {"questions/distill.yaml": [row for rows in summary.BY_TOKENS.values() for row in rows]}
     for name, rows in [*summary.SMOLLM2.items(), *summary.GEMMA.items(), *by_tokens.items()]:
         assert set(rows or ()) <= {row.name for row in Listing.read(summary.HERE / name).rows}
 
 
 @pytest.mark.slow
-def test_the_page_is_drawn(tmp_path):
+def test_the_command_writes_all_figures(tmp_path):
     assert summary.work([str(tmp_path)]).startswith(f"Drawn: {tmp_path / 'summary.png'}, {tmp_path / 'summary.svg'}, ")
     names = {f"{name}.{kind}" for name in ("summary", "distill-tokens", "sparsity-curve") for kind in ("png", "svg")}
     assert {path.name for path in tmp_path.iterdir()} == names

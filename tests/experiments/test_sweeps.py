@@ -1,4 +1,4 @@
-"""Sweeps of W&B: the command lines its agent would start, all of their runs apart, on one calibration."""
+"""W&B sweeps: the command lines of the agent parse, run names are unique, and runs share calibration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from gprune.cli import main
 from gprune.config.parse import parse
-from tests import tiny_run, tracked
+from tests import tiny_run, wandb_files
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "experiments/sweeps").glob("*.yaml"))
@@ -32,7 +32,7 @@ def points(sweep: dict) -> list[dict]:
 
 
 def flags(sweep: dict, point: dict) -> list[str]:
-    """What of the command that W&B's agent starts for a point `train.py` sees: `True`, `['a', 'b']` as Python does."""
+    """Return the flags that W&B's agent passes to `train.py` for a point, in Python notation (`['a', 'b']`)."""
     args = create_sweep_command_args({"args": {name: {"value": value} for name, value in point.items()}})["args"]
     python, *line = [word for part in sweep["command"][1:] for word in (args if part == "${args}" else [part])]
     assert (sweep["command"][0], python, line.pop(0)) == ("${env}", "${interpreter}", "${program}")
@@ -40,31 +40,31 @@ def flags(sweep: dict, point: dict) -> list[str]:
     return line
 
 
-@functools.cache  # parsing is most of what these tests take
+@functools.cache  # parsing takes most of the time of these tests
 def configs(path: Path) -> list:
-    """One per point of the grid. Called in the repository's folder, where agents are started."""
+    """Return one configuration per point of the grid. Call this in the folder of the repository, as agents do."""
     sweep = read(path)
     return [parse(flags(sweep, point)) for point in points(sweep)]
 
 
 def calibration(cfg) -> str:
-    """Everything on which statistics in the cache depend, for a given machine."""
+    """Return everything on which cached statistics depend on one machine."""
     c = cfg.corpora
     text = (sorted(cfg.calibration), c.num_samples, c.seq_len, cfg.run.seed)
     bits = (cfg.model.name, cfg.model.dtype, c.batch_size, cfg.trainer.devices * cfg.trainer.num_nodes)
     return repr((text, bits, sorted(cfg.collects), cfg.sparsity.scope))
 
 
-def test_there_are_sweeps():
+def test_budgets_and_ablations_exist_and_budgets_has_ten_targets():
     assert {path.stem for path in SWEEPS} >= {"budgets", "ablations"}
     budgets = points(read(ROOT / "experiments/sweeps/budgets.yaml"))
     assert len({point["sparsity.target"] for point in budgets}) == len(budgets) == 10
 
 
 @every_sweep
-def test_every_command_line_is_one_of_ours_and_no_two_runs_collide(path, monkeypatch):
+def test_every_command_line_parses_and_run_names_are_unique(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WANDB_MODE", "offline")  # which an agent's runs must not heed
+    monkeypatch.setenv("WANDB_MODE", "offline")  # has no effect on runs of an agent
     sweep, found = read(path), configs(path)
     assert sweep["method"] == "grid"
     assert len({cfg.run_name for cfg in found}) == len(found) > 1
@@ -72,17 +72,17 @@ def test_every_command_line_is_one_of_ours_and_no_two_runs_collide(path, monkeyp
         cfg.check_names()
         assert cfg.run.name is None
         assert cfg.logging.resolved_mode == "online"
-        assert cfg.logging.project is None  # W&B takes the sweep's
+        assert cfg.logging.project is None  # W&B uses the project of the sweep
         assert cfg.export.format == "none"
 
 
 @every_sweep
 def test_the_order_of_parameters_does_not_matter(path, monkeypatch):
-    """W&B promises none, and later flags win."""
+    """W&B does not define the order, and later flags override earlier ones."""
     monkeypatch.chdir(ROOT)
     sweep = read(path)
-    turned = [dict(reversed(point.items())) for point in points(sweep)[-8:]]
-    assert [parse(flags(sweep, point)) for point in turned] == configs(path)[-8:]
+    reversed_points = [dict(reversed(point.items())) for point in points(sweep)[-8:]]
+    assert [parse(flags(sweep, point)) for point in reversed_points] == configs(path)[-8:]
 
 
 @every_sweep
@@ -92,8 +92,8 @@ def test_runs_of_one_seed_share_their_calibration(path, monkeypatch):
     assert len({calibration(cfg) for cfg in configs(path)}) == len(seeds)
 
 
-def test_truth_values_and_lists_arrive():
-    """For sweeps of one's own: what `${args}` makes of them is understood."""
+def test_booleans_and_lists_of_sweep_parameters_are_parsed():
+    """In the format that `${args}` gives them."""
     sweep = {"program": "train.py", "command": ["${env}", "${interpreter}", "${program}", "${args}"]}
     point = {"reliability.switch": False, "corpora.drift": ["wiki", "web"], "sparsity.protect": [0, -1]}
     cfg = parse(flags(sweep, point))
@@ -101,8 +101,8 @@ def test_truth_values_and_lists_arrive():
 
 
 @pytest.mark.slow
-def test_a_budget_as_an_agent_starts_it(tmp_path, monkeypatch):
-    """The agent's id and both settings in W&B; and what is optimised is logged."""
+def test_a_run_started_by_an_agent_belongs_to_the_sweep_and_logs_its_metric(tmp_path, monkeypatch):
+    """Checks run id, sweep id, the settings in W&B and the optimised metric."""
     tiny_run.quick(monkeypatch)
     (tmp_path / "world").mkdir()
     world, sweep = tiny_run.make_world(tmp_path / "world"), read(ROOT / "experiments/sweeps/budgets.yaml")
@@ -112,7 +112,7 @@ def test_a_budget_as_an_agent_starts_it(tmp_path, monkeypatch):
         "wandb_version: 1\n" + yaml.safe_dump({name: {"value": value} for name, value in point.items()})
     )
     agent = {"WANDB_SWEEP_ID": "sweep", "WANDB_RUN_ID": "given", "WANDB_DIR": str(tmp_path)}
-    wandb.teardown()  # an agent starts a process, and a process reads the environment once
+    wandb.teardown()  # wandb reads the environment once per process, and an agent starts a new process
     with tiny_run.isolated(tmp_path / "cache", **agent, WANDB_SWEEP_PARAM_PATH=str(tmp_path / "point.yaml")):
         assert main(line) == 0
     wandb.teardown()
@@ -120,16 +120,16 @@ def test_a_budget_as_an_agent_starts_it(tmp_path, monkeypatch):
     assert not (run / "model").exists()
 
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")  # in $WANDB_DIR, which agents set
-    told = tracked.read(file)
-    assert (told.about["run_id"], told.about["sweep_id"]) == ("given", "sweep")
-    # The sweep's own entry stands beside ours, which are nested.
-    assert told.config["sparsity.target"] == told.config["sparsity"]["target"] == point["sparsity.target"]
+    logged = wandb_files.read(file)
+    assert (logged.about["run_id"], logged.about["sweep_id"]) == ("given", "sweep")
+    # The config has the flat entry of the sweep, and gprune's nested entry.
+    assert logged.config["sparsity.target"] == logged.config["sparsity"]["target"] == point["sparsity.target"]
     ratios = json.loads((run / "metrics.json").read_text())["summary"]["unseen_over_base_same_recovery"]
     for path in SWEEPS:
         metric = read(path)["metric"]
         assert metric["goal"] == "minimize"  # perplexity over that of the base metric
-        values = [row[metric["name"]] for row in told.history if metric["name"] in row]
-        assert values == [told.summary[metric["name"]]] == [ratios["gprune"]["ratio"]]
-    while_learning = [row for row in told.history if "development/perplexity" in row]
+        values = [row[metric["name"]] for row in logged.history if metric["name"] in row]
+        assert values == [logged.summary[metric["name"]]] == [ratios["gprune"]["ratio"]]
+    while_learning = [row for row in logged.history if "development/perplexity" in row]
     assert len(while_learning) > 1
-    assert max(row["_step"] for row in while_learning) < next(r["_step"] for r in told.history if "final/unseen" in r)
+    assert max(row["_step"] for row in while_learning) < next(r["_step"] for r in logged.history if "final/unseen" in r)

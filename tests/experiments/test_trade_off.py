@@ -1,4 +1,4 @@
-"""Rows of a list and GGUF files, by what they lose, how fast they are and what they weigh."""
+"""Rows of a list and GGUF files, compared by perplexity, speed and size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIST = {
 }  # fmt: skip
 
 
-def test_a_row_is_as_fast_as_a_prompt_and_what_follows_it():
+def test_the_speedup_of_a_row_includes_prefill_and_decoding():
     run = fake_run("share, 20 %", {"dense": {"a": [20.0, 30.0]}, "base": {"a": [22.0, 33.0]}})
     taken = {("dense", "prefill"): 4.0, ("dense", "decode"): 0.5, ("base", "prefill"): 2.0, ("base", "decode"): 0.25}
     records = [{"stage": s, "task": t, "batch": b, "seconds": v * b} for (s, t), v in taken.items() for b in (1, 8)]
@@ -33,7 +33,7 @@ def test_a_row_is_as_fast_as_a_prompt_and_what_follows_it():
     assert (name, ratio.value, faster, mib) == ("share, 20 %", pytest.approx(math.exp(0.25)), 2.0, 2.0)
 
 
-def test_each_panel_has_the_points_of_all_that_were_measured():
+def test_each_panel_has_the_points_of_all_measured_rows_and_files():
     rows = [["share, 50 %", Estimate(2.0, 1.9, 2.1), 1.4, 90.0], ["share, 20 %", Estimate(1.2, 1.1, 1.3), 1.1, 110.0]]
     rows += [["dense, GGUF q8_0", Estimate(1.01, 1.0, 1.02), 1.5, 140.0], ["dense, GGUF q4_k_m", None, None, 100.0]]
     panels = trade_off.drawn(rows).axes
@@ -44,8 +44,8 @@ def test_each_panel_has_the_points_of_all_that_were_measured():
 
 
 @pytest.mark.slow
-def test_a_list_beside_its_dense_model_in_fewer_bits(tmp_path, monkeypatch):
-    """Without llama.cpp files have sizes alone; in it, f16 loses nothing on the row's own windows."""
+def test_a_list_is_compared_with_quantized_files_of_its_dense_model(tmp_path, monkeypatch):
+    """Without llama.cpp, files have only sizes. With llama.cpp, f16 has the perplexity of the dense model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "list.yaml"

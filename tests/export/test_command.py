@@ -15,7 +15,7 @@ import pytest
 from gprune.__main__ import run as command
 from gprune.export import convert, export, gguf_check, hf
 from gprune.export.convert import load_folder
-from tests import made_up
+from tests import synthetic_run
 from tests.export.test_gguf import as_in_llama_cpp, byte_tokenizer, make_pruned
 from tests.tiny_run import isolated, tiny_tokenizer
 
@@ -35,7 +35,7 @@ def _isolated(tmp_path_factory, monkeypatch):
 def pristine(tmp_path_factory):
     """A finished run, as far as an export reads it."""
     run = tmp_path_factory.mktemp("runs") / "mine"
-    made_up.write_run(run)
+    synthetic_run.write_run(run)
     hf.save_pruned(make_pruned(), byte_tokenizer(), run / "model")
     return run
 

@@ -25,11 +25,11 @@ from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import fractional_ranks, score_units
 from gprune.models.blocks import blocks_of
-from tests import built_in
+from tests import registries
 from tests.calibration.test_collector import batches, recorded
 from tests.conftest import collect, make_tiny_llama
 
-BUILT_IN = built_in.METRICS
+BUILT_IN = registries.BUILT_IN_METRICS
 BOTH = ("ffn", "attention")
 # grouped-query, multi-query and multi-head attention; heads that are not hidden/heads wide
 SHAPES = [{}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4}, {"head_dim": 12}]

@@ -1,4 +1,4 @@
-"""Whatever goes wrong outside the code: one line on stderr, exit code 2 (130 for Ctrl-C), nothing half-written."""
+"""Invalid input and failures of the system: one line on stderr, exit code 2 (130 for Ctrl-C), no partial files."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.usefixtures("shared_cache")
 
 @pytest.fixture
 def refused(world, tmp_path, capfd):
-    """Run with further flags, expect the one line, and return it. `begun`: whether the run folder may exist."""
+    """Run with additional flags, and return the one line on stderr. `started`: whether the run folder may exist."""
     runs = tmp_path / "runs"
 
-    def run(*flags, code=2, begun=False, args=None):
+    def run(*flags, code=2, started=False, args=None):
         capfd.readouterr()
         assert tiny_run.main(world.args(runs, *flags) if args is None else args) == code
         out, err = capfd.readouterr()
@@ -35,14 +35,14 @@ def refused(world, tmp_path, capfd):
         assert err.count("\n") == 1, err
         assert err.startswith("train.py: ")
         assert not [file for file in tmp_path.rglob("*") if ".tmp" in file.name or file.name.startswith(".run")]
-        if not begun:
+        if not started:
             assert not runs.exists()
         return err
 
     return run
 
 
-FLAGS = {  # flags -> what the line names; types and ranges are those of `tests/test_config.py`
+FLAGS = {  # flags -> words of the message; types and ranges are tested in `tests/test_config.py`
     "--corpora.score=wikki": ("'wikki'", "wiki"),
     "--corpora.score=/nowhere/a.txt": ("/nowhere/a.txt", "no such file"),
     "--corpora.score=~nobodyhere/a.txt": ("~nobodyhere/a.txt", "no such file"),
@@ -72,7 +72,7 @@ FLAGS = {  # flags -> what the line names; types and ranges are those of `tests/
 @pytest.mark.parametrize(
     "flags", ["--sparsity.scope=ffn+blocks --sparsity.block_share=0.8", "--sparsity.allocation=depth --gprune=false"]
 )
-def test_whole_blocks_of_a_model_that_computes_from_their_numbers(flags, refused, tmp_path):
+def test_block_pruning_is_refused_if_the_forward_pass_depends_on_the_block_index(flags, refused, tmp_path):
     make_tiny("gpt2", neurons=tiny_run.NEURONS, scale_attn_by_inverse_layer_idx=True).save_pretrained(tmp_path / "gpt2")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
     line = refused(f"--model.name={tmp_path / 'gpt2'}", *flags.split())
@@ -80,23 +80,23 @@ def test_whole_blocks_of_a_model_that_computes_from_their_numbers(flags, refused
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_bad_flags(flags, refused):
+def test_an_invalid_flag_is_refused_in_one_line_that_names_it(flags, refused):
     line = refused(*flags.split())
     assert all(words in line for words in FLAGS[flags]), line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_gpu_that_is_not_there(refused):
+def test_accelerator_gpu_is_refused_on_a_machine_without_a_gpu(refused):
     assert "gpu" in refused("--trainer.accelerator=gpu")
 
 
-def test_wandb_as_the_environment_has_it(refused, world, tmp_path, monkeypatch):
+def test_a_missing_wandb_login_and_an_invalid_wandb_mode_are_refused(refused, world, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
-    assert "wandb login" in refused("--logging.mode=online", begun=True)
+    assert "wandb login" in refused("--logging.mode=online", started=True)
     monkeypatch.setenv("WANDB_MODE", "loud")
-    line = refused(args=[a for a in world.args(tmp_path / "runs") if not a.startswith("--logging.mode")], begun=True)
+    line = refused(args=[a for a in world.args(tmp_path / "runs") if not a.startswith("--logging.mode")], started=True)
     assert "WANDB_MODE" in line
     assert "'loud'" in line
 
@@ -109,7 +109,7 @@ def set_config(**entries):
     return lambda folder: edit_json(folder / "config.json", **entries)
 
 
-def poison(folder):
+def write_nan_weight(folder):
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -124,49 +124,49 @@ def remove(*names):
     return lambda folder: [(folder / name).unlink() for name in names]
 
 
-MODELS = {  # damage to a model folder, what the line says, whether the run has begun by then
+MODELS = {  # damage to a model folder, words of the message, whether the run has started by then
     "no config": (remove("config.json"), "config.json", False),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config", False),
+    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "config", False),
     "config is deep": (lambda f: (f / "config.json").write_text("[" * 10**5), "config", False),
     "config is a pipe": (lambda f: [(f / "config.json").unlink(), os.mkfifo(f / "config.json")], "config.json", False),
-    "other family": (set_config(model_type="bert"), "'bert'", False),
-    "unheard-of family": (set_config(model_type="quantum"), "quantum", False),
-    "endless layers": (set_config(num_hidden_layers=10**9), "num_hidden_layers", False),
-    "no width": (set_config(intermediate_size=0), "intermediate_size", False),
-    "a size in words": (set_config(hidden_size="large"), "hidden_size", False),
+    "unsupported family": (set_config(model_type="bert"), "'bert'", False),
+    "unknown family": (set_config(model_type="quantum"), "quantum", False),
+    "too many layers": (set_config(num_hidden_layers=10**9), "num_hidden_layers", False),
+    "width 0": (set_config(intermediate_size=0), "intermediate_size", False),
+    "a size that is text": (set_config(hidden_size="large"), "hidden_size", False),
     "heads that do not fit": (set_config(num_key_value_heads=3), "--model.name", False),
-    "text for tensors": (lambda f: (f / "model.safetensors").write_text("text"), "files of weights", True),
+    "text instead of tensors": (lambda f: (f / "model.safetensors").write_text("text"), "files of weights", True),
     "truncated weights": (truncate, "cannot be loaded", True),
     "no weights": (remove("model.safetensors"), "cannot be loaded", True),
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "cannot be loaded", True),
     "a link to text": (lambda f: (f / "chat_template.jinja").symlink_to("/etc/hostname"), "a link out of", False),
     "a link to a device": (lambda f: (f / "notes").symlink_to("/dev/zero"), "neither file nor folder", False),
-    "weights elsewhere": (
+    "weights in another folder": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}'),
         "got '../b.safetensors'", False,
     ),
-    "weights that are not finite": (poison, "non-finite activation", True),
+    "weights that are not finite": (write_nan_weight, "non-finite activation", True),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("row", MODELS)
-def test_model_folders(row, refused, world, tmp_path):
-    damage, expected, begun = MODELS[row]
+def test_a_damaged_model_folder_is_refused_with_the_cause(row, refused, world, tmp_path):
+    damage, expected, started = MODELS[row]
     folder = tmp_path / "model"
     folder.mkdir()
     for file in world.model.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     damage(folder)
-    assert expected in refused(f"--model.name={folder}", begun=begun)
+    assert expected in refused(f"--model.name={folder}", started=started)
 
 
-def test_a_non_finite_loss_in_learning_leaves_the_finished_steps(refused, world, tmp_path, monkeypatch):
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_finished_steps(refused, world, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
             "gprune.stages.threshold_learning.next_token_losses",
             lambda *a, **k: torch.full((4,), torch.nan, requires_grad=True),
         )
-        assert "loss of threshold learning must be a finite number; got nan" in refused(begun=True)
+        assert "loss of threshold learning must be a finite number; got nan" in refused(started=True)
     folder = tmp_path / "runs/run"
     assert (folder / "assignment.safetensors").is_file()
     assert not (folder / "thresholds.safetensors").exists()
@@ -175,60 +175,60 @@ def test_a_non_finite_loss_in_learning_leaves_the_finished_steps(refused, world,
     assert (folder / "assignment.safetensors").stat().st_mtime_ns == before
 
 
-def test_no_text(refused, tmp_path):
+def test_a_corpus_without_text_is_refused(refused, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     assert "no text" in refused(f"--corpora.score={tmp_path / 'empty.txt'}")
 
 
-def test_a_run_folder_made_with_other_settings(refused, world, tmp_path):
+def test_a_run_folder_with_other_settings_is_refused_and_left_unchanged(refused, world, tmp_path):
     done = world.run(tmp_path / "runs", "--gprune=false")
     before = {file: file.read_bytes() for file in done.path.rglob("*") if file.is_file()}
-    line = refused("--gprune=false", "--sparsity.target=0.4", begun=True)
+    line = refused("--gprune=false", "--sparsity.target=0.4", started=True)
     assert "sparsity.target: 0.5 there, 0.4 here" in line
     assert "--run.name" in line
     assert {file: file.read_bytes() for file in done.path.rglob("*") if file.is_file()} == before
     assert load_run(done.path).masks == done.masks
 
 
-def test_a_run_folder_that_is_something_else(refused, tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused_and_left_unchanged(refused, tmp_path):
     folder = tmp_path / "runs/run"
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("precious")
-    assert "is not a gprune run" in refused(begun=True)
+    assert "is not a gprune run" in refused(started=True)
     assert [file.name for file in folder.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("place", ["file", "/proc/nowhere"])
-def test_places_that_cannot_be_written(place, refused, tmp_path, monkeypatch):
+def test_an_unwritable_run_or_cache_folder_is_refused(place, refused, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     place = tmp_path / place
     line = refused(f"--run.dir={place}")
     assert str(place) in line
     assert "--run.dir" in line
     monkeypatch.setenv("GPRUNE_CACHE", str(place / "cache"))
-    assert "GPRUNE_CACHE" in refused(begun=True)
+    assert "GPRUNE_CACHE" in refused(started=True)
 
 
-def full(*args, **kwargs):
+def raise_disk_full(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("write", ["gprune.storage.files.save_file", "lightning.pytorch.loggers.CSVLogger.save"])
-def test_a_full_disk(write, refused, world, tmp_path, monkeypatch):
+def test_a_full_disk_ends_the_run_in_one_line_and_the_run_resumes_later(write, refused, world, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-        patch.setattr(write, full)
-        assert "No space left" in refused(begun=True)
-    assert world.run(tmp_path / "runs").summary["sparsity_of_scope"] >= 0.5  # with space again, it goes on
+        patch.setattr(write, raise_disk_full)
+        assert "No space left" in refused(started=True)
+    assert world.run(tmp_path / "runs").summary["sparsity_of_scope"] >= 0.5  # the run resumes on a disk with space
 
 
-def test_the_model_folder_is_removed_when_it_does_not_reload(refused, tmp_path, monkeypatch):
+def test_an_export_that_reloads_with_other_logits_is_removed(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("gprune.export.hf.reloaded_logits", lambda folder, ids, **_: torch.zeros(*ids.shape, 128))
-    assert "logits of" in refused(begun=True)
+    assert "logits of" in refused(started=True)
     assert not (tmp_path / "runs/run/model").exists()
 
 
-def test_no_network(refused, tmp_path, monkeypatch):
+def test_a_failed_model_download_is_reported_in_one_line(refused, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     lines = "WARNING: Retrying\nERROR: Could not find a version that satisfies the requirement\n"
     failed = subprocess.CompletedProcess([], 1, "", lines)
@@ -238,7 +238,7 @@ def test_no_network(refused, tmp_path, monkeypatch):
     assert "network" in line
 
 
-def interrupt(*args, **kwargs):
+def raise_keyboard_interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
@@ -249,21 +249,21 @@ def interrupt(*args, **kwargs):
         "gprune.stages.threshold_learning.ThresholdLearning.training_step",  # inside fit
     ],
 )
-def test_ctrl_c(place, refused, world, tmp_path, monkeypatch):
+def test_ctrl_c_ends_the_run_with_code_130_and_the_run_resumes(place, refused, world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(place, interrupt)
-        assert "Interrupted" in refused(code=130, begun=True)
-    assert signal.getsignal(signal.SIGINT) is handler  # a second Ctrl-C, in a notebook, still works
+        patch.setattr(place, raise_keyboard_interrupt)
+        assert "Interrupted" in refused(code=130, started=True)
+    assert signal.getsignal(signal.SIGINT) is handler  # so that a second Ctrl-C works in a notebook
     assert world.run(tmp_path / "runs").summary["sparsity_of_scope"] >= 0.5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(  # a pause between three of the signals; None: one alone
+@pytest.mark.parametrize(  # the pause between three signals; None sends one signal
     ("signum", "code", "pause"), [(signal.SIGINT, 130, None), (signal.SIGTERM, 143, 0.02)]
 )
-def test_a_real_signal_while_fit_is_running(signum, code, pause, world, tmp_path):
+def test_a_signal_during_fit_ends_the_run_in_one_line_and_keeps_finished_steps(signum, code, pause, world, tmp_path):
     (child,) = tiny_run.start(world.args(tmp_path, "--sparsity.epochs=100000", "--logging.mode=offline"), tmp_path)
     end = time.monotonic() + 180
     while "Learning" not in child.output[0].read_text() and time.monotonic() < end:
@@ -284,7 +284,7 @@ def test_a_real_signal_while_fit_is_running(signum, code, pause, world, tmp_path
 
 
 @pytest.mark.parametrize(("flag", "code", "lines"), [("--sparsity.target=2", 2, 1), ("--help", 0, 0)])
-def test_the_script_itself(flag, code, lines, world, tmp_path):
+def test_train_py_exits_with_2_for_an_invalid_flag_and_with_0_for_help(flag, code, lines, world, tmp_path):
     (done,) = tiny_run.train(world.args(tmp_path, flag), tmp_path)
     assert done.returncode == code, done.stderr
     assert done.stderr.count("\n") == lines, done.stderr

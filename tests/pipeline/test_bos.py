@@ -1,4 +1,4 @@
-"""Models whose tokenizer puts BOS before a text: every window of a run begins with it, in every role."""
+"""Tokenizers that add BOS: every window of a run begins with BOS, in every role."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def world(tmp_path_factory):
 LEARNS = ("--recovery=[least_squares,distill]", "--distill.tokens=192")
 
 
-def test_every_window_of_every_role_begins_with_it_and_no_loss_counts_it(world, tmp_path):
+def test_every_window_begins_with_bos_and_no_loss_includes_bos(world, tmp_path):
     result = world.run(tmp_path, *LEARNS)
     model, tokenizer = load_model(str(world.model))
     text = prepare_text(result.config, tokenizer, 128)
@@ -43,7 +43,7 @@ def test_every_window_of_every_role_begins_with_it_and_no_loss_counts_it(world, 
         assert windows.tokens.shape[1] == 32
         assert bool((windows.tokens[:, 0] == 1).all())
         assert not bool((windows.tokens[:, 1:] == 1).any())
-    # by stock logits: what is predicted is the text alone, the first token of it from BOS
+    # reference from the logits: only text tokens are predicted, the first of them from BOS
     (record,) = [r for r in result.records if r["stage"] == "dense" and r["corpus"] == str(world.corpora["alpha"])]
     (windows,) = [w for w in text.test if w.corpus == record["corpus"]]
     with torch.no_grad():
@@ -56,8 +56,8 @@ def test_every_window_of_every_role_begins_with_it_and_no_loss_counts_it(world, 
 
 
 @pytest.mark.slow
-def test_runs_with_and_without_share_nothing(world, tmp_path):
-    """In one cache; `always` is what `auto` does here, to the same bits."""
+def test_runs_with_and_without_bos_share_no_text_and_no_statistics(world, tmp_path):
+    """All runs use one cache. For this tokenizer, `auto` and `always` give identical results."""
     flags = ("--gprune=false", "--export=none")
     found = {bos: world.run(tmp_path, *flags, f"--corpora.bos={bos}", name=bos) for bos in ("auto", "never", "always")}
     inputs = {bos: json.loads((run.path / "manifest.json").read_text())["settings"]["inputs"]["text"]
@@ -73,7 +73,7 @@ def test_runs_with_and_without_share_nothing(world, tmp_path):
     assert not torch.allclose(statistics[0], statistics[1])
 
 
-def test_a_tokenizer_with_more_tokens_than_embeddings_is_one_line(world, tmp_path, capsys):
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(world, tmp_path, capsys):
     folder = tmp_path / "model"
     tiny_run.save_tiny_model(folder, vocab_size=100)
     assert main(world.args(tmp_path / "runs", f"--model.name={folder}")) == 2

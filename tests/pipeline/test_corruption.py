@@ -1,5 +1,8 @@
-"""A run's folder that is truncated, altered, foreign, in use, or from a stranger: noticed, said in one line, computed
-again or refused; never used in silence, never a way out of the folder, and never code that runs."""
+"""Run folders with damaged, changed, foreign or malicious files, and run folders in use by another process.
+
+Each damage is reported in one line. Damaged files are recomputed or the run is refused. No file outside the run folder
+is written, and no code from the run folder is executed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from gprune.errors import UserError
 from gprune.runs.results import load_run
 from gprune.storage.files import locked, read_json, read_tensors, write_json, write_tensors
 from tests import tiny_run
-from tests.pipeline.kills import digests, left_behind
+from tests.pipeline.kill_and_resume import digests, leftover_files
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +33,9 @@ def _in_process(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole(world, tmp_path_factory):
-    """A folder with an undisturbed run in `runs/run` and its cache in `cache`; never written to again."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(world, tmp_path_factory):
+    """Return a folder with a finished run in `runs/run` and its cache in `cache`. Tests do not write to it."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch, tiny_run.isolated(folder / "cache"):
         tiny_run.quick(patch)
         world.run(folder / "runs")
@@ -40,36 +43,36 @@ def whole(world, tmp_path_factory):
 
 
 @pytest.fixture
-def copied(whole, tmp_path):
-    """A copy of it, with its cache in use, and a folder `outside` that nobody may write to."""
+def copied(uninterrupted, tmp_path):
+    """Return a copy of `uninterrupted` whose cache is used, with a folder `outside` that must stay empty."""
     for name in ("runs", "cache"):
-        shutil.copytree(whole / name, tmp_path / name)
+        shutil.copytree(uninterrupted / name, tmp_path / name)
     (tmp_path / "outside").mkdir()
     with tiny_run.isolated(tmp_path / "cache"):
         yield tmp_path
     assert list((tmp_path / "outside").iterdir()) == []
 
 
-def again(world, folder, *flags, name="run"):
-    """Exit code of the same run, started once more."""
+def start_again(world, folder, *flags, name="run"):
+    """Start the same run again, and return the exit code."""
     return tiny_run.main(world.args(folder / "runs", *flags, name=name))
 
 
-# --- what one file may have gone through -------------------------------------------------------------------------
+# --- damage to one file ------------------------------------------------------------------------------------------
 
 
-def truncated(file: Path) -> None:
+def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def emptied(file: Path) -> None:
+def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
-def one_bit(file: Path) -> None:
-    """The lowest bit of a byte in the payload: in JSON of the first digit of a number, so that it still parses.
+def flip_one_bit(file: Path) -> None:
+    """Flip the lowest bit of one byte of the payload. In JSON, flip it in the first digit of a number.
 
-    Of the last digit it may change nothing: a float of 17 digits is the same with 8 and with 9 at its end.
+    The file then still parses. The last digit would not do: with 17 digits, 8 and 9 as last digit give the same float.
     """
     content = bytearray(file.read_bytes())
     digits = [match.start() for match in re.finditer(rb"(?<![\w.+-])[2468]", content)]
@@ -78,12 +81,12 @@ def one_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-def text(file: Path) -> None:
+def write_text(file: Path) -> None:
     file.write_text("No number in here.")
 
 
-def of_another_name(file: Path) -> None:
-    """A sound file of ours with other content, which somebody gave this name."""
+def write_other_content(file: Path) -> None:
+    """Replace a file by a valid gprune file with other content."""
     other = file.with_name(f"x{file.suffix}")
     if file.suffix == ".safetensors":
         tensors = safetensors.torch.load_file(file)
@@ -93,15 +96,15 @@ def of_another_name(file: Path) -> None:
     os.replace(other, file)
 
 
-DAMAGES = [truncated, emptied, one_bit, text, of_another_name]
-RESULTS = (  # what is computed again
+DAMAGES = [truncate, empty, flip_one_bit, write_text, write_other_content]
+RESULTS = (  # files that are recomputed
     "cache/statistics/*.safetensors", "cache/evaluations/*.json", "runs/run/*.safetensors", "runs/run/metrics.json",
     "runs/run/statistics/*.safetensors", "runs/run/masks/*.safetensors",
 )  # fmt: skip
 
 
-def test_every_damage_to_every_file_is_noticed_by_the_readers(whole, tmp_path, caplog):
-    for file in sorted(file for pattern in RESULTS for file in whole.glob(pattern)):
+def test_readers_ignore_every_damaged_file_with_one_warning(uninterrupted, tmp_path, caplog):
+    for file in sorted(file for pattern in RESULTS for file in uninterrupted.glob(pattern)):
         read = read_tensors if file.suffix == ".safetensors" else read_json
         assert read(file) is not None
         for damage in DAMAGES:
@@ -118,21 +121,21 @@ def test_every_damage_to_every_file_is_noticed_by_the_readers(whole, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    "damage", [one_bit, pytest.param(of_another_name, marks=pytest.mark.slow)]
-)  # the others are noticed by the same two readers
-def test_damaged_files_are_computed_again_to_the_same_bits(damage, copied, world, whole, capsys):
-    """All files at once: whatever of them is read is said to be damaged, and all of them are as they were."""
+    "damage", [flip_one_bit, pytest.param(write_other_content, marks=pytest.mark.slow)]
+)  # the same two readers detect the other kinds of damage
+def test_damaged_files_are_recomputed_with_identical_contents(damage, copied, world, uninterrupted, capsys):
+    """All files are damaged at once. Afterwards all have their original contents."""
     for pattern in RESULTS:
         for file in copied.glob(pattern):
             damage(file)
-    assert again(world, copied) == 0
+    assert start_again(world, copied) == 0
     assert "Ignored " in capsys.readouterr().out
-    assert digests(copied / "runs/run") == digests(whole / "runs/run")
+    assert digests(copied / "runs/run") == digests(uninterrupted / "runs/run")
 
 
-def test_files_of_another_run_are_not_taken_for_this_ones(copied, world, whole, capsys):
-    """Sound files under the right names, made with another seed."""
-    assert again(world, copied, "--run.seed=1", "--export=none", name="other") == 0
+def test_files_of_another_run_are_ignored_and_recomputed(copied, world, uninterrupted, capsys):
+    """The foreign files are valid and have the right names, and come from a run with another seed."""
+    assert start_again(world, copied, "--run.seed=1", "--export=none", name="other") == 0
     own, other = copied / "runs/run", copied / "runs/other"
     for name in ("assignment.safetensors", "thresholds.safetensors", "modules.safetensors", "metrics.json"):
         assert (own / name).read_bytes() != (other / name).read_bytes()
@@ -140,24 +143,24 @@ def test_files_of_another_run_are_not_taken_for_this_ones(copied, world, whole, 
     with pytest.raises(UserError, match="is not finished"):
         load_run(own)
     capsys.readouterr()
-    assert again(world, copied) == 0
+    assert start_again(world, copied) == 0
     assert capsys.readouterr().out.count("the file belongs to another run") >= 3
-    assert digests(own) == digests(whole / "runs/run")
+    assert digests(own) == digests(uninterrupted / "runs/run")
 
 
-# --- one table: what happens to a run, what the same command says of it, and what `load_run` says -----------------
+# --- damage to a run folder: the damage, the error when the run is started again, and the error of `load_run` ------
 
 
 def at(name: str, damage: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda run: damage(run / name)
 
 
-def written(name: str, content: str) -> Callable[[Path], object]:
+def overwrite(name: str, content: str) -> Callable[[Path], object]:
     return lambda run: (run / name).write_text(content)
 
 
-def linked(name: str) -> Callable[[Path], object]:
-    """A link in the place of a file or folder of the run, to the folder that nobody may write to."""
+def replace_by_link(name: str) -> Callable[[Path], object]:
+    """Replace a file or folder of the run by a link to the folder `outside`."""
 
     def link(run: Path) -> None:
         shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
@@ -166,8 +169,8 @@ def linked(name: str) -> Callable[[Path], object]:
     return link
 
 
-class Evil:
-    """Its pickle opens a file for writing when it is read."""
+class OpensAFile:
+    """Opens a file for writing when it is unpickled."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -176,97 +179,98 @@ class Evil:
         return open, (str(self.file), "w")
 
 
-def pickled(name: str) -> Callable[[Path], object]:
-    return lambda run: (run / name).write_bytes(pickle.dumps(Evil(run.parents[1] / "outside/RAN")))
+def replace_by_pickle(name: str) -> Callable[[Path], object]:
+    return lambda run: (run / name).write_bytes(pickle.dumps(OpensAFile(run.parents[1] / "outside/RAN")))
 
 
-def other_masks(run: Path) -> None:
+def change_masks(run: Path) -> None:
     file = run / "masks/gprune.safetensors"
     write_tensors(file, {name: ~t for name, t in read_tensors(file).items()})
 
 
-def older_model(run: Path) -> None:
-    """As another version left it: the model is gone, and the manifest has the hash of a file that no version writes."""
+def remove_model_of_older_version(run: Path) -> None:
+    """Remove the model, and add the hash of an unknown file to the manifest, as a run of another version would have."""
     manifest = read_json(run / "manifest.json")
     manifest["model"]["of_another_version.json"] = "0" * 16
     write_json(run / "manifest.json", manifest)
     shutil.rmtree(run / "model")
 
 
-def other_target(file: Path) -> None:
+def change_target(file: Path) -> None:
     file.write_text(file.read_text().replace("target: 0.5", "target: 0.4"))
 
 
-DAMAGED, NO_RUN, NO_MODEL = "manifest.json is damaged", "not a gprune run", "files were changed after the export"
-LINK, ALTERED = "is a link out of the folder", r"config\.yaml, which was altered"
+DAMAGED, NOT_A_RUN = "manifest.json is damaged", "not a gprune run"
+MODEL_CHANGED = "files were changed after the export"
+LINK, CHANGED_CONFIG = "is a link out of the folder", r"config\.yaml, which was altered"
 RUNS: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
-    **{f"manifest: {damage.__name__}": (at("manifest.json", damage), DAMAGED, NO_RUN) for damage in DAMAGES},
-    "manifest: a list": (written("manifest.json", "[]"), DAMAGED, NO_RUN),
-    "manifest: deep": (written("manifest.json", "[" * 100_000), DAMAGED, NO_RUN),
-    "manifest: other types": (written("manifest.json", '{"settings": {}, "steps": []}'), DAMAGED, NO_RUN),
-    "settings: others": (
-        at("config.yaml", other_target),
+    **{f"manifest: {damage.__name__}": (at("manifest.json", damage), DAMAGED, NOT_A_RUN) for damage in DAMAGES},
+    "manifest: a list": (overwrite("manifest.json", "[]"), DAMAGED, NOT_A_RUN),
+    "manifest: deep": (overwrite("manifest.json", "[" * 100_000), DAMAGED, NOT_A_RUN),
+    "manifest: other types": (overwrite("manifest.json", '{"settings": {}, "steps": []}'), DAMAGED, NOT_A_RUN),
+    "settings: changed": (
+        at("config.yaml", change_target),
         None,
-        rf"{ALTERED}: .*sparsity\.target: 0\.5 there, 0\.4 here",
+        rf"{CHANGED_CONFIG}: .*sparsity\.target: 0\.5 there, 0\.4 here",
     ),
-    "settings: none": (written("config.yaml", ""), None, ALTERED),
-    "settings: unknown": (written("config.yaml", "nonsense: 1"), None, ALTERED),
-    "masks: others": (other_masks, "has other masks", None),
-    "model: truncated": (at("model/model.safetensors", truncated), None, NO_MODEL),
-    "model: one bit": (at("model/model.safetensors", one_bit), None, NO_MODEL),
-    "model: another version's": (older_model, None, None),
-    "thresholds: a pickle": (pickled("thresholds.safetensors"), None, "missing or damaged"),
-    "model: a pickle": (pickled("model/model.safetensors"), None, NO_MODEL),
-    "a link: masks": (linked("masks"), LINK, "missing or damaged"),
-    "a link: thresholds": (linked("thresholds.safetensors"), LINK, "missing or damaged"),
-    "a link: model": (linked("model"), LINK, NO_MODEL),
-    "a pipe": (lambda run: os.mkfifo(run / "pipe"), "is neither file nor folder", None),
+    "settings: empty": (overwrite("config.yaml", ""), None, CHANGED_CONFIG),
+    "settings: unknown": (overwrite("config.yaml", "nonsense: 1"), None, CHANGED_CONFIG),
+    "masks: changed": (change_masks, "has other masks", None),
+    "model: truncated": (at("model/model.safetensors", truncate), None, MODEL_CHANGED),
+    "model: one flipped bit": (at("model/model.safetensors", flip_one_bit), None, MODEL_CHANGED),
+    "model: another version's": (remove_model_of_older_version, None, None),
+    "thresholds: a pickle": (replace_by_pickle("thresholds.safetensors"), None, "missing or damaged"),
+    "model: a pickle": (replace_by_pickle("model/model.safetensors"), None, MODEL_CHANGED),
+    "a link: masks": (replace_by_link("masks"), LINK, "missing or damaged"),
+    "a link: thresholds": (replace_by_link("thresholds.safetensors"), LINK, "missing or damaged"),
+    "a link: model": (replace_by_link("model"), LINK, MODEL_CHANGED),
+    "a FIFO": (lambda run: os.mkfifo(run / "pipe"), "is neither file nor folder", None),
 }
 
 
 @pytest.mark.parametrize("row", RUNS)
-def test_a_run_that_is_damaged(row, copied, world, whole, capsys):
-    damage, refused, not_loaded = RUNS[row]
+def test_a_damaged_run_folder_is_recomputed_or_refused(row, copied, world, uninterrupted, capsys):
+    damage, refused, load_error = RUNS[row]
     run = copied / "runs/run"
     damage(run)
-    if not_loaded is None:
+    if load_error is None:
         load_run(run)
     else:
-        with pytest.raises(UserError, match=not_loaded):
+        with pytest.raises(UserError, match=load_error):
             load_run(run)
 
     def content() -> dict[Path, bytes]:
-        """But for the settings, which say where the folder lies."""
+        """All files except config.yaml, which contains the path of the folder."""
         return {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "config.yaml"}
 
     before = content()
     capsys.readouterr()
     if refused is None:
-        assert again(world, copied) == 0
-        assert digests(run) == digests(whole / "runs/run")
+        assert start_again(world, copied) == 0
+        assert digests(run) == digests(uninterrupted / "runs/run")
         assert load_run(run).model is not None
     else:
-        assert again(world, copied) == 2
+        assert start_again(world, copied) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert refused in line
         assert content() == before
 
 
-def test_links_that_stay_inside_and_those_of_wandb_are_no_matter(copied, world):
+def test_links_inside_the_run_folder_and_links_of_wandb_are_allowed(copied, world):
     run = copied / "runs/run"
     (run / "masks").rename(run / "real")
     (run / "masks").symlink_to("real")
     (run / "wandb").mkdir()
     (run / "wandb/debug.log").symlink_to(copied / "outside/log")
-    assert again(world, copied) == 0
+    assert start_again(world, copied) == 0
 
 
-def test_a_model_folder_with_code_in_it_is_loaded_without_running_it(copied, monkeypatch):
-    """Neither for model nor tokenizer, not even after a question: there is nobody to ask."""
-    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("it asked"))
+def test_loading_a_run_never_executes_python_code_of_its_model_folder(copied, monkeypatch):
+    """Neither for the model nor for the tokenizer, and `load_run` asks no question either."""
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("load_run called input()"))
     run, model = copied / "runs/run", copied / "runs/run/model"
     manifest = json.loads((run / "manifest.json").read_text())
-    for place in ("model", "checksum"):  # a stranger's manifest says nothing of the files
+    for place in ("model", "checksum"):  # without hashes, as an attacker would write the manifest
         manifest.pop(place, None)
     (run / "manifest.json").write_text(json.dumps(manifest))
     for file in [*model.glob("*.py"), model / "evil.py"]:
@@ -284,38 +288,38 @@ def test_a_model_folder_with_code_in_it_is_loaded_without_running_it(copied, mon
     with suppress(UserError):
         load_run(run)
     (model / "model.safetensors").unlink()
-    pickled("model/pytorch_model.bin")(run)
+    replace_by_pickle("model/pytorch_model.bin")(run)
     with pytest.raises(UserError, match="model"):
         load_run(run)
 
 
-# --- disks and neighbours ------------------------------------------------------------------------------------------
+# --- file size limits and concurrent processes ---------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_limit_on_file_sizes_stops_the_run_in_one_line_and_without_it_the_run_ends(world, tmp_path, whole):
-    """The system's own refusal (EFBIG) to write more than so many bytes, wherever in the libraries that happens."""
+def test_a_file_size_limit_ends_the_run_in_one_line_and_the_run_resumes_without_it(world, tmp_path, uninterrupted):
+    """RLIMIT_FSIZE makes the first larger write fail with EFBIG, in whichever library that is."""
     with tiny_run.isolated(tmp_path / "cache"):
-        said = os.pipe()
+        pipe = os.pipe()
         child = os.fork()
         if child == 0:
-            sys.stderr, sys.stdout = os.fdopen(said[1], "w"), open(os.devnull, "w")  # noqa: SIM115
+            sys.stderr, sys.stdout = os.fdopen(pipe[1], "w"), open(os.devnull, "w")  # noqa: SIM115
             resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.RLIM_INFINITY))
-            code = again(world, tmp_path, "--export=none")
+            code = start_again(world, tmp_path, "--export=none")
             sys.stderr.flush()
             os._exit(code)
         assert exit_code(child) == 2
-        os.close(said[1])
-        (line,) = os.read(said[0], 10_000).decode().splitlines()
+        os.close(pipe[1])
+        (line,) = os.read(pipe[0], 10_000).decode().splitlines()
         assert line.startswith("train.py: ")
         assert "too large" in line
-        assert not left_behind(tmp_path)
-        assert again(world, tmp_path) == 0
-        assert digests(tmp_path / "runs/run") == digests(whole / "runs/run")
+        assert not leftover_files(tmp_path)
+        assert start_again(world, tmp_path) == 0
+        assert digests(tmp_path / "runs/run") == digests(uninterrupted / "runs/run")
 
 
 def forked(call) -> int:
-    """The id of a child that ends with the exit code `call` returns, and says nothing."""
+    """Fork a child without output that exits with the return value of `call`. Return its process id."""
     child = os.fork()
     if child == 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -328,18 +332,18 @@ def exit_code(child: int) -> int:
 
 
 @pytest.mark.slow
-def test_runs_that_share_a_cache_at_once_have_the_bits_of_runs_alone(world, tmp_path, whole):
+def test_concurrent_runs_with_one_cache_have_the_results_of_a_single_run(world, tmp_path, uninterrupted):
     with tiny_run.isolated(tmp_path / "cache"):
-        children = [forked(lambda n=n: again(world, tmp_path, name=n)) for n in ("a", "b")]
+        children = [forked(lambda n=n: start_again(world, tmp_path, name=n)) for n in ("a", "b")]
         assert [exit_code(child) for child in children] == [0, 0]
     for name in ("a", "b"):
-        assert digests(tmp_path / "runs" / name) == digests(whole / "runs/run")
+        assert digests(tmp_path / "runs" / name) == digests(uninterrupted / "runs/run")
     for folder in ("statistics", "evaluations"):
         files = {file.name: file.read_bytes() for file in (tmp_path / "cache" / folder).iterdir()}
-        assert files == {file.name: file.read_bytes() for file in (whole / "cache" / folder).iterdir()}
+        assert files == {file.name: file.read_bytes() for file in (uninterrupted / "cache" / folder).iterdir()}
 
 
-def test_a_folder_in_use_is_refused_and_free_when_its_process_is_killed(copied, world, capsys):
+def test_a_locked_run_folder_is_refused_until_its_process_is_killed(copied, world, capsys):
     ready, done = os.pipe(), os.pipe()
 
     def hold() -> int:
@@ -350,8 +354,8 @@ def test_a_folder_in_use_is_refused_and_free_when_its_process_is_killed(copied, 
 
     child = forked(hold)
     os.read(ready[0], 1)
-    assert again(world, copied) == 2
+    assert start_again(world, copied) == 2
     assert "another process uses the folder" in capsys.readouterr().err
     os.kill(child, 9)
     assert exit_code(child) == -9
-    assert again(world, copied) == 0
+    assert start_again(world, copied) == 0

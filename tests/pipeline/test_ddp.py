@@ -1,4 +1,4 @@
-"""Two processes on CPU (ddp, gloo) agree with one: statistics, thresholds, masks; the last batch is uneven."""
+"""Two processes on the CPU (DDP, gloo) give the results of one process; the last batch is uneven."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from gprune.calibration.statistics import kind_of
 from gprune.runs.results import load_run
 from gprune.storage.files import read_json, read_tensors
 from tests import tiny_run
-from tests.pipeline.test_bad_input import poison
+from tests.pipeline.test_bad_input import write_nan_weight
 
 pytestmark = pytest.mark.slow
 UNEVEN = [
-    "--corpora.num_samples=5",  # batches of 4 and 1: in the second one a process has nothing to do, nor in learning
+    "--corpora.num_samples=5",  # batches of 4 and 1: one process has no window in the second batch, also in training
     "--sparsity.epochs=2",
     "--sparsity.scope=attention+ffn+blocks",
-    "--sparsity.block_share=0.8",  # one block goes as a whole
+    "--sparsity.block_share=0.8",  # one whole block is removed
     "--recovery=least_squares",
     "--logging.mode=offline",
 ]
 
 
-def uneven(world):
+def uneven_flags(world):
     return [*UNEVEN, f"--corpora.learn={world.names('alpha')}"]
 
 
@@ -33,13 +33,13 @@ TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
 def launched(world, folder, *flags):
-    """A fork of this process, which starts the second process itself, as `train.py` does: that one imports anew."""
+    """Start one process, which starts the second one itself as `train.py` does by default."""
     (done,) = tiny_run.train(world.args(folder, *flags, *TWO), folder)
     return done
 
 
 def train(world, folder, *flags, processes=2, **how):
-    """As many forks of this process, of which the first may speak; what the first one says."""
+    """Fork all ranks. Assert that only rank 0 prints, and return its result."""
     two = TWO if processes > 1 else []
     first, *others = tiny_run.train(world.args(folder, *flags, *two), folder, processes=processes, **how)
     assert all((other.stdout, other.stderr) == ("", "") for other in others)
@@ -56,51 +56,51 @@ def _quick():
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
-    """The same run by one process and by two, each with its own cache."""
+    """Return the folders of the same run by one process and by two, each with its own cache."""
     folders = {}
     for name, start in (("one", functools.partial(train, processes=1)), ("two", launched)):
         folder = tmp_path_factory.mktemp(name)
-        done = start(world, folder, *uneven(world))
+        done = start(world, folder, *uneven_flags(world))
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
-        assert done.stdout.count("Removed ") == 1  # only the first process speaks
+        assert done.stdout.count("Removed ") == 1  # only rank 0 prints
         assert ("Tokens of rank 0" in done.stdout) == (name == "two")
         folders[name] = folder / "run"
     return folders
 
 
-def test_the_work_was_shared(runs):
-    """Of windows 0 to 3 and 4 the first process has two and one, in each of two epochs of learning."""
+def test_two_processes_share_the_windows(runs):
+    """Rank 0 has two windows of the batch 0 to 3, and window 4, in each of two epochs of training."""
     one, two = (read_json(runs[n] / "manifest.json")["steps"] for n in ("one", "two"))
     assert one["thresholds"]["forward_backward_tokens"] == 2 * 5 * 32
     assert two["thresholds"]["forward_backward_tokens"] == 2 * 3 * 32
     assert two["calibrate"]["forward_tokens"] == one["calibrate"]["forward_tokens"] * 3 // 5
 
 
-def test_the_numbers_agree_and_where_nothing_was_learned_they_are_the_same_bits(runs):
-    """Two windows of each corpus are one batch here: the second process has none of its own."""
+def test_losses_agree_and_are_identical_for_rows_without_training(runs):
+    """The two evaluation windows of a corpus are one batch, so rank 1 has none."""
     one, two = (read_json(runs[n] / "metrics.json")["records"] for n in ("one", "two"))
-    for mine, theirs in zip(one, two, strict=True):
-        same = [[r[name] for name in ("stage", "recovery", "corpus", "content_hash")] for r in (mine, theirs)]
+    for of_one, of_two in zip(one, two, strict=True):
+        same = [[r[name] for name in ("stage", "recovery", "corpus", "content_hash")] for r in (of_one, of_two)]
         assert same[0] == same[1]
-        assert mine["nll"] == pytest.approx(theirs["nll"], rel=1e-4)
-        if mine["stage"] in ("dense", "base") and mine["recovery"] == "none":
+        assert of_one["nll"] == pytest.approx(of_two["nll"], rel=1e-4)
+        if of_one["stage"] in ("dense", "base") and of_one["recovery"] == "none":
             for name in ("nll", "window_nll", "kl", "window_kl", "agreement", "window_agreement"):
-                assert mine.get(name) == theirs.get(name), name
-            assert ("kl" in mine) == (mine["stage"] == "base")
+                assert of_one.get(name) == of_two.get(name), name
+            assert ("kl" in of_one) == (of_one["stage"] == "base")
 
 
-def test_development_perplexity_agrees_to_the_digits_that_are_printed(runs):
-    """The validation loop, with a window of each corpus; the same bits where nothing was learned."""
+def test_development_perplexity_agrees_to_two_decimals(runs):
+    """In validation with one window of each corpus. The values before training are identical."""
     one, two = (read_json(runs[n] / "manifest.json")["learning"] for n in ("one", "two"))
     dense, *others = (f"development_perplexity_by_{axis}" for axis in ("sparsity", "epoch"))
     assert one[dense]["0"] == two[dense]["0"]
     assert one[others[0]][0] == two[others[0]][0]  # the masks at the start
-    for mine, theirs in zip(one[others[0]], two[others[0]], strict=True):
-        assert {c: f"{v:.2f}" for c, v in mine.items()} == {c: f"{v:.2f}" for c, v in theirs.items()}
+    for of_one, of_two in zip(one[others[0]], two[others[0]], strict=True):
+        assert {c: f"{v:.2f}" for c, v in of_one.items()} == {c: f"{v:.2f}" for c, v in of_two.items()}
 
 
-def test_statistics_agree(runs):
+def test_statistics_of_one_and_two_processes_agree(runs):
     worst = 0.0
     for file in sorted((runs["one"] / "statistics").iterdir()):
         one, two = read_tensors(file), read_tensors(runs["two"] / "statistics" / file.name)
@@ -109,37 +109,37 @@ def test_statistics_agree(runs):
             assert two[name].dtype == value.dtype
             if name.endswith("count"):
                 assert torch.equal(two[name], value), name  # every window counted once
-            scale = value.abs().max()  # a sum of both signs may nearly vanish
+            scale = value.abs().max()  # a sum of positive and negative terms may be nearly 0
             worst = max(worst, float((two[name] - value).abs().max() / scale))
     assert worst <= 1e-6
 
 
-def test_modules_and_thresholds_agree(runs):
+def test_modules_are_equal_and_thresholds_agree(runs):
     one, two = (read_tensors(runs[n] / "assignment.safetensors") for n in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     one, two = (read_tensors(runs[n] / "thresholds.safetensors") for n in ("one", "two"))
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-3
     start = {float(t) for value in one.values() for t in value}
-    assert len(start) > 6  # they were learned, not left where they began
+    assert len(start) > 6  # training has changed the thresholds
 
 
-def changed(one, two):
-    """Units of which two masks decide otherwise."""
+def differing_units(one, two):
+    """Count the units that only one of two masks keeps."""
     kinds = ((one.ffn, two.ffn), (one.attention, two.attention))
-    return sum(int((a != b).sum()) for mine, theirs in kinds for a, b in zip(mine, theirs, strict=True))
+    return sum(int((a != b).sum()) for of_one, of_two in kinds for a, b in zip(of_one, of_two, strict=True))
 
 
-def test_masks_agree_but_for_units_inside_the_noise(runs):
+def test_masks_differ_in_at_most_two_units(runs):
     one, two = (load_run(runs[n]) for n in ("one", "two"))
     assert one.masks.blocks == two.masks.blocks
     assert one.masks.blocks.count(False) == 1
-    assert changed(one.masks, two.masks) <= 2  # one goes in the place of another
+    assert differing_units(one.masks, two.masks) <= 2  # one unit is exchanged for another
 
 
 @pytest.fixture(scope="module")
 def taylor(world, tmp_path_factory):
-    """A run from gradients by one process and by two, nothing learned."""
+    """Return the folders of a run with a gradient metric and without training, by one process and by two."""
     flags = ["--importance=taylor", "--gprune=false", "--export=none", "--sparsity.scope=attention+ffn"]
     folders = {}
     for processes, name in enumerate(("one", "two"), start=1):
@@ -150,19 +150,19 @@ def taylor(world, tmp_path_factory):
     return folders
 
 
-def test_saliency_and_masks_agree(taylor):
+def test_saliency_agrees_and_masks_differ_in_at_most_two_units(taylor):
     one, two = (load_run(taylor[n]) for n in ("one", "two"))
     steps = [read_json(taylor[n] / "manifest.json")["steps"]["calibrate"] for n in ("one", "two")]
     assert [step["forward_backward_tokens"] for step in steps] == [5 * 32, 3 * 32]  # the work was shared
-    mine, theirs = (r.statistics[r.config.corpora.score].tensors() for r in (one, two))
-    assert mine.keys() == theirs.keys()
-    assert sum(kind_of(name) == "saliency" for name in mine) == 3 * 2 * 3
-    for name, value in mine.items():  # an absolute value of a signed sum may nearly vanish
-        assert (theirs[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
-    assert changed(one.masks, two.masks) <= 2
+    of_one, of_two = (r.statistics[r.config.corpora.score].tensors() for r in (one, two))
+    assert of_one.keys() == of_two.keys()
+    assert sum(kind_of(name) == "saliency" for name in of_one) == 3 * 2 * 3
+    for name, value in of_one.items():  # the absolute value of a signed sum may be nearly 0
+        assert (of_two[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
+    assert differing_units(one.masks, two.masks) <= 2
 
 
-def test_only_the_first_process_wrote(runs):
+def test_only_rank_0_writes_files(runs):
     one, two = (
         {str(f.relative_to(runs[n])) for f in runs[n].rglob("*") if f.is_file() and "wandb" not in f.parts}
         for n in ("one", "two")
@@ -171,17 +171,17 @@ def test_only_the_first_process_wrote(runs):
     assert len(list((runs["two"] / "wandb").glob("offline-run-*"))) == 1
 
 
-def test_started_again_after_a_part_is_lost_two_processes_end_with_the_same_bits(world, runs):
+def test_two_processes_restore_lost_files_with_identical_contents(world, runs):
     before = {file: file.read_bytes() for file in runs["two"].rglob("*.safetensors")}
     for file in [*(runs["two"] / "masks").iterdir(), runs["two"] / "thresholds.safetensors"]:
         file.unlink()
-    done = train(world, runs["two"].parent, *uneven(world))
+    done = train(world, runs["two"].parent, *uneven_flags(world))
     assert done.returncode == 0, done.stderr
     assert {file: file.read_bytes() for file in before} == before
 
 
-def test_statistics_that_one_process_alone_finds_are_collected_by_all(world, tmp_path):
-    """As when another run fills the cache between the first process's look and the second's."""
+def test_statistics_in_the_cache_of_rank_0_only_are_collected_again_by_all_ranks(world, tmp_path):
+    """This happens if another run fills the cache after one rank has looked and before the other one looks."""
     caches = [tmp_path / "first", tmp_path / "second"]
     base = ["--gprune=false", "--export=none"]
     assert train(world, tmp_path, *base, "--run.name=before", caches=[caches[0]] * 2).returncode == 0
@@ -192,8 +192,8 @@ def test_statistics_that_one_process_alone_finds_are_collected_by_all(world, tmp
     assert read_json(tmp_path / "after/manifest.json")["steps"]["calibrate"]["forward_tokens"] > 0
 
 
-# A run in which the processes measure other errors of blocks, as rounding may do it; each notes its masks.
-APART = """
+# A run in which the ranks measure different errors of blocks, as can happen by rounding. Each rank writes its widths.
+DIFFERENT_ERRORS = """
 import sys
 from pathlib import Path
 import torch
@@ -201,7 +201,7 @@ from gprune.cli import main
 from gprune.pipeline import sparsity
 from gprune.pipeline import prune as pipeline
 
-def apart(*args, measure=sparsity.block_errors, **how):
+def different(*args, measure=sparsity.block_errors, **how):
     errors = measure(*args, **how)
     return errors.flip(0) if torch.distributed.get_rank() else errors
 
@@ -211,41 +211,41 @@ def noted(run, masks_of, meet=pipeline.meet_budget):
     Path(sys.argv[1], f"widths.{torch.distributed.get_rank()}").write_text(str(widths))
     return thresholds, masks
 
-sparsity.block_errors, pipeline.meet_budget = apart, noted
+sparsity.block_errors, pipeline.meet_budget = different, noted
 if __name__ == "__main__":
     raise SystemExit(main(sys.argv[2:]))
 """
 
 
-def test_processes_that_measure_other_errors_of_blocks_have_the_masks_of_the_first(world, tmp_path):
-    (tmp_path / "apart.py").write_text(APART)
+def test_all_ranks_use_the_block_errors_of_rank_0(world, tmp_path):
+    (tmp_path / "different_errors.py").write_text(DIFFERENT_ERRORS)
     flags = ["--gprune=false", "--export=none", "--sparsity.allocation=reconstruction", "--recovery=least_squares"]
     args = [str(tmp_path), *world.args(tmp_path, *flags, *TWO)]
-    done, _ = tiny_run.train(args, tmp_path, processes=2, script=tmp_path / "apart.py")
+    done, _ = tiny_run.train(args, tmp_path, processes=2, script=tmp_path / "different_errors.py")
     assert done.returncode == 0, done.stderr
     first, second = ((tmp_path / f"widths.{rank}").read_text() for rank in (0, 1))
     assert first == second
     errors = read_tensors(tmp_path / "run/errors_base.safetensors")["errors"]
-    assert not torch.equal(errors, errors.flip(0))  # each on its own, the two would have cut other widths
+    assert not torch.equal(errors, errors.flip(0))  # each rank's own errors would give other widths
 
 
-def test_an_error_in_two_processes_is_still_one_line(world, tmp_path):
+def test_an_error_in_both_processes_is_printed_once(world, tmp_path):
     broken = shutil.copytree(world.model, tmp_path / "model")
-    poison(broken)
+    write_nan_weight(broken)
     done = train(world, tmp_path, f"--model.name={broken}")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert "non-finite activation" in done.stderr
 
 
-def test_both_processes_refuse_a_run_with_other_settings(world, runs):
-    """Or the second would wait for a first one that has left."""
-    done = train(world, runs["two"].parent, *uneven(world), "--ridge=0.5")
+def test_both_ranks_refuse_a_run_with_other_settings(world, runs):
+    """Otherwise rank 1 would wait forever for rank 0."""
+    done = train(world, runs["two"].parent, *uneven_flags(world), "--ridge=0.5")
     assert done.returncode == 2
     assert "it has a run with other settings: ridge" in done.stderr
 
 
-def test_when_the_first_process_alone_fails_the_second_leaves_quietly(world, tmp_path):
+def test_if_only_rank_0_fails_the_other_rank_exits_without_output(world, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/statistics").write_text("in the way")
     done = train(world, tmp_path)

@@ -1,4 +1,4 @@
-"""Every part of the method on one device and on two, which are pretended: what meets, what waits, and the numbers."""
+"""Every part of the method on one and two simulated devices: same results as on the CPU, and few synchronisations."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from gprune.cli import main
 from gprune.pipeline import inputs
 from gprune.runs.results import load_run
 from tests import tiny_run
-from tests.pipeline import devices as parts
-from tests.pipeline.devices import EXPERTS, LEARNING, PARTS, model_of, run, same
-from tests.pretend import TYPE, placed, pretend
+from tests.pipeline import method_parts as parts
+from tests.pipeline.method_parts import EXPERTS, LEARNING, PARTS, close, model_of, run
+from tests.simulated_devices import TYPE, place_on_devices, simulate_devices
 
-# Waits of the host at most, for a model of three blocks and two batches. What grows with blocks alone is written down
-# per block, what grows with batches or windows beside it.
-CEILING = {
+# Maximum number of host synchronisations for a model with three blocks and two batches. Terms with the factor 3
+# grow with the number of blocks, and terms with the factor 2 with the number of batches or windows.
+MAX_WAITS = {
     "calibration": 3 * 7 + 2,
     "calibration with Gram matrices": 3 * 9 + 2,
     "calibration block by block": 3 * 9 + 3 * 2 * 2 + 20,
     "saliency": 3 * 35 + 2 * 2,
     "bias": 74,
     "least_squares": 72,
-    "least_squares_sequential": 119,  # what enters `down` goes to the CPU, which spares a pass
+    "least_squares_sequential": 119,  # inputs of `down` are copied to the CPU, which saves a pass
     "distill mlp": 30 + 2,  # two steps: the norm of the gradient
     "distill all, with all losses": 30 + 2,
     "distill lora": 30 + 2 + 3 * 14,  # PEFT makes its adapters on the CPU
@@ -32,13 +32,13 @@ CEILING = {
     "perplexity": 10,
     "export check": 90,
 }
-A_STEP = {"cross_entropy": 2, "kl": 3}  # one of them in transformers, at every forward pass
+MAX_WAITS_OF_A_STEP = {"cross_entropy": 2, "kl": 3}  # one of them in transformers, in each forward pass
 FAST = ("calibration with Gram matrices", "calibration block by block", "saliency", "least_squares",
         "distill all, with all losses", "pruning", "perplexity", "thresholds, cross_entropy")  # fmt: skip
 
 
-def marked(names):
-    """All of them; those that are not in `FAST` are slow."""
+def with_slow_marks(names):
+    """Return all names as parameters; names that are not in `FAST` are marked slow."""
     return [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in names]
 
 
@@ -47,58 +47,61 @@ def models():
     return {(family, tied): model_of(family, tied=tied) for family in ("llama", "mixtral") for tied in (True, False)}
 
 
-def check(part, model, devices, ceiling=None):
+def check_part(part, model, devices, max_waits=None):
     expected, _ = run(part, model, 0)
     found, counted = run(part, model, devices)
-    assert same(found, expected)
-    if ceiling is not None:
-        assert 0 < counted.waits <= ceiling, counted.by_place
+    assert close(found, expected)
+    if max_waits is not None:
+        assert 0 < counted.waits <= max_waits, counted.by_place
 
 
 PLACES = [(1, False), pytest.param(2, False, marks=pytest.mark.slow), (2, True)]
 
 
 @pytest.mark.parametrize(("devices", "tied"), PLACES)
-@pytest.mark.parametrize("name", marked(PARTS))
-def test_a_part_finds_the_same_wherever_layers_lie(name, devices, tied, models):
-    check(PARTS[name], models["llama", tied], devices, CEILING[name])
+@pytest.mark.parametrize("name", with_slow_marks(PARTS))
+def test_a_part_gives_the_same_result_on_every_placement_with_few_synchronisations(name, devices, tied, models):
+    check_part(PARTS[name], models["llama", tied], devices, MAX_WAITS[name])
 
 
 @pytest.mark.parametrize(("devices", "tied"), [(1, False), (2, True)])
-@pytest.mark.parametrize("name", marked(LEARNING))
-def test_a_step_of_learning_waits_as_often_whatever_the_model_and_the_text(name, devices, tied, models):
+@pytest.mark.parametrize("name", with_slow_marks(LEARNING))
+def test_synchronisations_of_a_threshold_learning_step_do_not_exceed_the_limit(name, devices, tied, models):
     how, model = LEARNING[name], models["llama", tied]
     expected, _ = run(lambda place: parts.learn(place, **how), model, 0)
-    found, waits = parts.learned(how, model, devices)
-    assert same(found, expected)
-    assert 0 < waits <= A_STEP[how["loss"]]
+    found, waits = parts.learn_and_count_waits(how, model, devices)
+    assert close(found, expected)
+    assert 0 < waits <= MAX_WAITS_OF_A_STEP[how["loss"]]
 
 
-@pytest.mark.parametrize("name", marked(EXPERTS))
-def test_experts(name, models):
-    check(PARTS[name], models["mixtral", False], 2)
+@pytest.mark.parametrize("name", with_slow_marks(EXPERTS))
+def test_a_part_gives_the_same_result_for_experts_on_two_devices(name, models):
+    check_part(PARTS[name], models["mixtral", False], 2)
 
 
-def test_learning_with_experts(models):
-    check(lambda place: parts.learn(place, attention=True), models["mixtral", False], 2)
+def test_threshold_learning_gives_the_same_result_for_experts_on_two_devices(models):
+    check_part(lambda place: parts.learn(place, attention=True), models["mixtral", False], 2)
 
 
-def test_more_blocks_cost_a_step_nothing():
+def test_more_blocks_add_no_synchronisations_to_a_training_step():
     model = parts.make_tiny("llama", num_hidden_layers=5)
-    assert parts.learned(LEARNING["both, cross_entropy, attention"], model, 2)[1] <= A_STEP["cross_entropy"]
+    assert (
+        parts.learn_and_count_waits(LEARNING["both, cross_entropy, attention"], model, 2)[1]
+        <= MAX_WAITS_OF_A_STEP["cross_entropy"]
+    )
 
 
-# The simulation sees mistakes
+# The simulation detects mistakes
 
 
-def careless(self, metric, _module, given):
-    """`Collector._see_input` with the mistake that it must not make: weights on the CPU, wherever activations are."""
+def see_input_with_mistake(self, metric, _module, given):
+    """`Collector._see_input` with a mistake: the weights are on the CPU, on whichever device the activations are."""
     metric.update(self._by_window(given[0].detach()), self._half, torch.ones(len(self._half)))
 
 
-def test_a_tensor_made_on_the_cpu_is_seen(models, monkeypatch):
-    monkeypatch.setattr(Collector, "_see_input", careless)
-    run(PARTS["calibration"], models["llama", False], 0)  # on the CPU nobody notices
+def test_the_simulation_detects_a_tensor_on_the_wrong_device(models, monkeypatch):
+    monkeypatch.setattr(Collector, "_see_input", see_input_with_mistake)
+    run(PARTS["calibration"], models["llama", False], 0)  # no error on the CPU
     with pytest.raises(RuntimeError, match="different devices"):
         run(PARTS["calibration"], models["llama", False], 1)
 
@@ -111,16 +114,16 @@ def test_a_tensor_made_on_the_cpu_is_seen(models, monkeypatch):
         lambda x: torch.tensor(1.0, device=x.device),
     ],
 )  # fmt: skip
-def test_each_question_is_one_wait(ask):
-    with pretend() as counted:
+def test_each_read_of_a_value_counts_as_one_synchronisation(ask):
+    with simulate_devices() as counted:
         x = torch.arange(3.0).to(f"{TYPE}:0", non_blocking=True)
         assert counted.waits == 0
-        y = (x + 1).to(f"{TYPE}:1")  # from one device to the other the host need not wait
+        y = (x + 1).to(f"{TYPE}:1")  # a copy between devices does not synchronise the host
         assert (y * 2).device == torch.device(TYPE, 1)
         assert counted.waits == 0
         ask(x)
     assert counted.waits == 1
-    assert [place.partition(":")[0] for place in counted.by_place] == ["elsewhere"]
+    assert [place.partition(":")[0] for place in counted.by_place] == ["outside"]
 
 
 # The whole run
@@ -135,8 +138,8 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_whole_run(world, tmp_path, monkeypatch):
-    """The default run: thresholds, least squares, distillation, export; KV groups too."""
+def test_the_default_run_on_two_devices_matches_the_cpu(world, tmp_path, monkeypatch):
+    """With thresholds, least squares, distillation, export and KV groups."""
     tiny_run.quick(monkeypatch)
     flags = ("--sparsity.scope=attention+ffn", "--recovery=[least_squares,distill]", "--distill.tokens=384")
     flags += ("--evaluation.controls=[]", "--evaluation.curve=[]", "--partition.steps=5")
@@ -144,20 +147,20 @@ def test_a_whole_run(world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     load = inputs.load_model
 
-    def loaded(name, **how):
+    def load_on_devices(name, **how):
         model, tokenizer = load(name, **{k: v for k, v in how.items() if k not in ("device_map", "max_memory")})
-        return placed(model, 2), tokenizer
+        return place_on_devices(model, 2), tokenizer
 
-    def again(folder, input_ids, *, device, **_):
-        model = placed(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval(), 2)
+    def reload(folder, input_ids, *, device, **_):
+        model = place_on_devices(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval(), 2)
         with torch.inference_mode():
             return model(input_ids.to(device), use_cache=False).logits
 
-    monkeypatch.setattr(inputs, "load_model", loaded)
-    monkeypatch.setattr("gprune.export.hf.reloaded_logits", again)
-    with pretend():
-        assert main(world.args(tmp_path, *flags, "--model.device_map=auto", name="pretended")) == 0
-    found = load_run(tmp_path / "pretended")
+    monkeypatch.setattr(inputs, "load_model", load_on_devices)
+    monkeypatch.setattr("gprune.export.hf.reloaded_logits", reload)
+    with simulate_devices():
+        assert main(world.args(tmp_path, *flags, "--model.device_map=auto", name="simulated")) == 0
+    found = load_run(tmp_path / "simulated")
     assert found.masks == expected.masks
     for mine, theirs in zip(found.records, expected.records, strict=True):
         assert mine["nll"] == pytest.approx(theirs["nll"], rel=1e-4)

@@ -1,4 +1,4 @@
-"""Lightning's everyday habits: a validation loop, EarlyStopping, ModelCheckpoint, loggers, fast_dev_run."""
+"""Features of Lightning: validation, EarlyStopping, ModelCheckpoint, loggers and fast_dev_run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gprune.sparsity.gates import masked
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.threshold_learning import ThresholdLearning
-from tests import built_in, tiny_run
+from tests import registries, tiny_run
 from tests.stages.test_threshold_learning import data_of, make_stage, sampled_tokens, trainer_of
 from tests.tiny_families import some_masks
 
@@ -42,12 +42,12 @@ def flags(world, folder, *more, name="run"):
 
 
 def logged(folder: Path, name: str) -> list[float]:
-    """A metric in the CSV files of a run."""
+    """Return the values of a metric in the CSV files of a run."""
     rows = [row for file in sorted(folder.rglob("metrics.csv")) for row in csv.DictReader(file.open())]
     return [float(row[name]) for row in rows if row.get(name)]
 
 
-# --- under a Trainer of one's own ---------------------------------------------------------------------------------
+# --- under any Trainer ------------------------------------------------------------------------------------------
 
 
 def corpora_of(model) -> list[Windows]:
@@ -59,11 +59,11 @@ def data_with_validation(model, batch_size: int = 4) -> CorpusDataModule:
     return CorpusDataModule(train=train, validation=corpora_of(model), batch_size=batch_size, seed=0)
 
 
-def test_a_stage_stops_early_saves_its_best_and_comes_back_under_any_trainer(tiny_model, tmp_path):
+def test_a_stage_supports_early_stopping_and_checkpoints_under_any_trainer(tiny_model, tmp_path):
     made = make_stage(tiny_model, lr=0.5)
     start = [t.detach().clone() for t in made.ffn_thresholds], [t.detach().clone() for t in made.attention_thresholds]
-    things = {"model": tiny_model, "ranks": made.ranks, "start": start, "budget": made.budget}
-    stage = ThresholdLearning(**things, learning_rate=0.5, centred=False)
+    arguments = {"model": tiny_model, "ranks": made.ranks, "start": start, "budget": made.budget}
+    stage = ThresholdLearning(**arguments, learning_rate=0.5, centred=False)
     stopping, saving = EarlyStopping(**NEVER_BETTER), ModelCheckpoint(tmp_path, monitor="development/perplexity")
     trainer = L.Trainer(
         max_epochs=9, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -71,7 +71,7 @@ def test_a_stage_stops_early_saves_its_best_and_comes_back_under_any_trainer(tin
     )  # fmt: skip
     trainer.fit(stage, data_with_validation(tiny_model))
     assert (trainer.current_epoch, stopping.stopped_epoch) == (2, 1)
-    back = ThresholdLearning.load_from_checkpoint(saving.best_model_path, **things)
+    back = ThresholdLearning.load_from_checkpoint(saving.best_model_path, **arguments)
     assert (back.learning_rate, back.centred, back.loss) == (0.5, False, "cross_entropy")
     corpora = corpora_of(tiny_model)
     with masked(tiny_model, back.masks()):
@@ -79,8 +79,8 @@ def test_a_stage_stops_early_saves_its_best_and_comes_back_under_any_trainer(tin
     assert float(saving.best_model_score) == math.prod(measured) ** 0.5
 
 
-def test_validation_measures_what_perplexity_measures_to_the_bit(tiny_model):
-    """Of the masked model for thresholds, of the student for distillation; geometric mean by its formula."""
+def test_validation_perplexity_is_identical_to_that_of_the_function_perplexity(tiny_model):
+    """Of the masked model in threshold learning, and of the student in distillation."""
     stage, student = make_stage(tiny_model), sliced(tiny_model, some_masks(tiny_model, attention=False))
     distillation, corpora = DistillationStage(tiny_model, student), corpora_of(tiny_model)
     for one, callbacks in ((stage, [ApplyMasks(stage.masks)]), (distillation, [])):
@@ -94,7 +94,7 @@ def test_validation_measures_what_perplexity_measures_to_the_bit(tiny_model):
         assert found["development/perplexity"] == pytest.approx(math.prod(expected.values()) ** 0.5, rel=1e-12)
 
 
-def test_perplexity_of_windows_in_any_order_and_batches_has_the_same_bits(tiny_model):
+def test_window_perplexity_is_identical_for_any_order_and_batching(tiny_model):
     windows = Windows("demo", "development", sampled_tokens(tiny_model, windows=7))
     expected = perplexity(tiny_model, windows).perplexity
     losses = torch.cat([window_losses(tiny_model, batch) for batch in windows.tokens.split(4)])
@@ -102,11 +102,13 @@ def test_perplexity_of_windows_in_any_order_and_batches_has_the_same_bits(tiny_m
         metric = WindowPerplexity("demo")
         for part in order.split(3):
             metric.update(losses[part], torch.full((len(part),), windows.tokens.shape[1] - 1), part)
-        metric.update(torch.tensor([1e9], dtype=torch.float64), torch.tensor([0]), torch.tensor([0]))  # fills a batch
+        metric.update(
+            torch.tensor([1e9], dtype=torch.float64), torch.tensor([0]), torch.tensor([0])
+        )  # padding of a batch
         assert float(metric.compute()) == expected
 
 
-def test_validation_is_in_the_precision_of_the_trainer(tiny_model):
+def test_validation_uses_the_precision_of_the_trainer(tiny_model):
     values = []
     for precision in ("32-true", "bf16-mixed"):
         trainer = trainer_of(precision=precision)
@@ -116,15 +118,15 @@ def test_validation_is_in_the_precision_of_the_trainer(tiny_model):
     assert values[0] == pytest.approx(values[1], rel=0.01)
 
 
-def test_masks_are_on_the_model_during_validation_alone(tiny_model, token_batch):
+def test_masks_are_applied_only_during_validation(tiny_model, token_batch):
     stage, dense, seen = make_stage(tiny_model), tiny_model(token_batch).logits, []
 
-    class Look(L.Callback):
+    class CompareWithDense(L.Callback):
         def on_validation_batch_end(self, trainer, pl_module, *_):
             seen.append(torch.equal(tiny_model(token_batch).logits, dense))
 
     curve = PerplexityCurve()
-    trainer = trainer_of(ApplyMasks(stage.masks), Look(), curve, epochs=2)
+    trainer = trainer_of(ApplyMasks(stage.masks), CompareWithDense(), curve, epochs=2)
     data = data_with_validation(tiny_model)
     trainer.fit(stage, data)
     assert torch.equal(tiny_model(token_batch).logits, dense)
@@ -136,7 +138,7 @@ def test_masks_are_on_the_model_during_validation_alone(tiny_model, token_batch)
     assert seen == [True] * 4 + [False] * 4  # dense first
 
 
-def test_an_exception_in_validation_takes_the_masks_off(tiny_model, token_batch):
+def test_an_exception_in_validation_removes_the_masks(tiny_model, token_batch):
     stage, dense = make_stage(tiny_model), tiny_model(token_batch).logits
 
     class Failing(L.Callback):
@@ -148,17 +150,17 @@ def test_an_exception_in_validation_takes_the_masks_off(tiny_model, token_batch)
     assert torch.equal(tiny_model(token_batch).logits, dense)
 
 
-def test_measuring_changes_nothing_of_what_is_learned(tiny_model):
+def test_validation_does_not_change_training(tiny_model):
     learned = {}
     for name, data in (("without", data_of(sampled_tokens(tiny_model))), ("with", data_with_validation(tiny_model))):
         torch.manual_seed(0)
         stage = make_stage(tiny_model, lr=0.5)
         trainer_of(ApplyMasks(stage.masks), epochs=3, val_check_interval=1).fit(stage, data)
-        learned[name] = [*stage.ffn_thresholds, torch.rand(1)]  # nothing is drawn either
+        learned[name] = [*stage.ffn_thresholds, torch.rand(1)]  # no random number was drawn either
     assert all(torch.equal(*pair) for pair in zip(*learned.values(), strict=True))
 
 
-def test_fast_dev_run_takes_one_batch_of_any_stage(tiny_model):
+def test_fast_dev_run_trains_every_stage_on_one_batch(tiny_model):
     student = sliced(tiny_model, some_masks(tiny_model, attention=False))
     for stage in (make_stage(tiny_model), DistillationStage(tiny_model, student)):
         trainer = trainer_of(fast_dev_run=True)
@@ -170,11 +172,11 @@ def test_fast_dev_run_takes_one_batch_of_any_stage(tiny_model):
 # --- in a run -----------------------------------------------------------------------------------------------------
 
 
-def test_objects_of_lightning_serve_a_run_from_python(world, tmp_path):
+def test_a_run_from_python_uses_callback_and_logger_objects(world, tmp_path):
     stopping, saving = EarlyStopping(**NEVER_BETTER), ModelCheckpoint(monitor="development/perplexity", save_top_k=2)
-    tracked = TensorBoardLogger(tmp_path / "tb", name="", version="")
-    result = prune(parse(flags(world, tmp_path, *LEARNS)), callbacks=[stopping, saving], logger=tracked)
-    # both stages that read text were stopped at the second measurement, after 2 x 2 batches
+    tensorboard = TensorBoardLogger(tmp_path / "tb", name="", version="")
+    result = prune(parse(flags(world, tmp_path, *LEARNS)), callbacks=[stopping, saving], logger=tensorboard)
+    # both stages that train on text were stopped at the second validation, after 2 x 2 batches
     assert [how["batches"] for how in result.summary["stopped"].values()] == [4, 4]
     assert Path(saving.best_model_path).is_file()
     assert "DistillationStage" in saving.best_model_path
@@ -188,7 +190,7 @@ def test_objects_of_lightning_serve_a_run_from_python(world, tmp_path):
     assert any(name.startswith("figures/") for name in events.Tags()["images"])
 
 
-def test_class_paths_serve_a_run_from_the_command_line(world, tmp_path):
+def test_a_run_from_the_command_line_uses_callbacks_and_loggers_by_class_path(world, tmp_path):
     callbacks = [
         {"class_path": "EarlyStopping", "init_args": NEVER_BETTER},
         {"class_path": "ModelCheckpoint", "init_args": {"monitor": "development/perplexity"}},
@@ -204,9 +206,11 @@ def test_class_paths_serve_a_run_from_the_command_line(world, tmp_path):
     assert list(run.rglob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize(("kind", "life"), [(ThresholdLearning, 4), (DistillationStage, 4)])
-def test_a_run_that_stops_early_is_killed_and_resumed_to_the_same_bits(kind, life, world, tmp_path, monkeypatch):
-    """Killed in place of a training step: after a validation, and before the stage is stopped by the next one."""
+@pytest.mark.parametrize(("kind", "killed_at"), [(ThresholdLearning, 4), (DistillationStage, 4)])
+def test_an_early_stopped_run_that_is_killed_resumes_to_identical_results(
+    kind, killed_at, world, tmp_path, monkeypatch
+):
+    """An exception replaces a training step after one validation, and before the next one stops the stage."""
 
     class KilledError(Exception):
         pass
@@ -217,11 +221,11 @@ def test_a_run_that_stops_early_is_killed_and_resumed_to_the_same_bits(kind, lif
         callbacks = [EarlyStopping(**NEVER_BETTER | {"patience": 2}), saving]
         return prune(parse(flags(world, tmp_path, *more, name=name)), callbacks=callbacks), saving
 
-    expected, best = run("undisturbed")
-    left, real = iter(range(life - 1)), kind.training_step
+    expected, best = run("uninterrupted")
+    steps, real = iter(range(killed_at - 1)), kind.training_step
 
     def training_step(self, *args):
-        if next(left, None) is None:
+        if next(steps, None) is None:
             raise KilledError
         return real(self, *args)
 
@@ -237,7 +241,7 @@ def test_a_run_that_stops_early_is_killed_and_resumed_to_the_same_bits(kind, lif
     assert all(torch.equal(*pair) for pair in pairs)
 
 
-def test_a_fast_dev_run_learns_from_one_batch_and_leaves_statistics_whole(world, tmp_path):
+def test_a_fast_dev_run_trains_on_one_batch_and_calibrates_on_all_windows(world, tmp_path):
     result = prune(parse(flags(world, tmp_path, *LEARNS[:3], "--trainer.fast_dev_run=true")))
     manifest = json.loads((result.path / "manifest.json").read_text())
     assert manifest["learning"]["steps"] == 1
@@ -245,19 +249,19 @@ def test_a_fast_dev_run_learns_from_one_batch_and_leaves_statistics_whole(world,
     assert not list((result.path / "checkpoints").rglob("*.ckpt"))
 
 
-def test_controls_have_curves_of_their_own(world, tmp_path):
+def test_controls_log_development_curves_of_their_own(world, tmp_path):
     more = ("--evaluation.controls=[averaged]", "--logging.mode=disabled", *LEARNS[1:3])
     run = prune(parse(world.args(tmp_path, "--export=none", *more))).path
-    assert (
-        logged(run / "csv", "controls/averaged/tokens") == logged(run / "csv", "distill/averaged/tokens")[-0:] or True
-    )
-    assert len(logged(run / "csv", "controls/averaged/perplexity")) > 2
+    tokens, perplexities = (logged(run / "csv", f"controls/averaged/{name}") for name in ("tokens", "perplexity"))
+    assert len(tokens) == len(perplexities) > 2
+    assert [tokens[0], tokens[-1]] == [0, 576]
+    assert tokens == sorted(set(tokens))
     assert len(logged(run / "csv", "development/perplexity")) > 2
     assert not logged(run / "csv", "controls/gprune/perplexity")
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--trainer.callbacks=[{class_path: EarlyStopping, init_args: {monitor: development/perplexety}}]"],
          "Early stopping conditioned on metric `development/perplexety` which is not available"),
@@ -271,14 +275,14 @@ def test_controls_have_curves_of_their_own(world, tmp_path):
         (["--trainer.val_check_interval=0"], "--trainer.val_check_interval must be more than 0"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_one_line(more, said, world, tmp_path, capfd):
+def test_invalid_trainer_flags_are_refused_in_one_line(more, message, world, tmp_path, capfd):
     assert tiny_run.main(flags(world, tmp_path, *more)) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
-    assert said in error
+    assert message in error
 
 
-def test_a_logger_that_is_none_is_refused(world, tmp_path):
+def test_an_object_that_is_not_a_logger_is_refused(world, tmp_path):
     with pytest.raises(UserError, match=r"^Loggers must be objects of lightning\.pytorch\.loggers\.Logger; got 7"):
         prune(parse(flags(world, tmp_path)), logger=[7])
     assert not (tmp_path / "run").exists()
@@ -290,7 +294,7 @@ def test_a_validation_corpus_without_windows_is_refused(tiny_model):
         CorpusDataModule(train=[], validation=[empty], batch_size=2, seed=0)
 
 
-def test_a_callback_that_changes_the_masks_of_a_stage_is_found(world, tmp_path):
+def test_a_callback_that_changes_the_masks_of_a_stage_is_reported(world, tmp_path):
     class Changer(L.Callback):
         def on_train_end(self, trainer, pl_module):
             if isinstance(pl_module, ThresholdLearning):
@@ -298,13 +302,13 @@ def test_a_callback_that_changes_the_masks_of_a_stage_is_found(world, tmp_path):
                 pl_module.masks = lambda budget=None: type(whole)([k | True for k in whole.ffn], whole.attention)
 
     with (
-        built_in.scratch(LEARNER),
+        registries.restored(LEARNER),
         pytest.raises(UserError, match=r"^Learner 'straight_through' must return masks on budget"),
     ):
         prune(parse(flags(world, tmp_path)), callbacks=[Changer()])
 
 
-def test_a_logger_of_ones_own_is_left_as_it_was(world, tmp_path):
-    mine = CSVLogger(tmp_path, name="mine")
-    prune(parse(flags(world, tmp_path)), logger=mine)
-    assert "log_metrics" not in vars(mine)
+def test_a_logger_object_of_the_caller_is_not_modified(world, tmp_path):
+    logger = CSVLogger(tmp_path, name="mine")
+    prune(parse(flags(world, tmp_path)), logger=logger)
+    assert "log_metrics" not in vars(logger)

@@ -1,4 +1,4 @@
-"""What the plan says of memory: beside what the tensors of real runs take, and on the screen."""
+"""Peak memory in a dry run: against the bytes of the tensors of real runs, and as printed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LLAMA_8B = {
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all tensors that live, and the most that they were."""
+    """Count the bytes of all live tensors, and their peak."""
 
     def __init__(self):
         super().__init__()
@@ -60,32 +60,32 @@ class Live(TorchDispatchMode):
         ("--importance=taylor", "--recovery=least_squares", "--gprune=false"),
     ],
 )
-def test_peaks_are_within_a_quarter_of_what_tensors_take(flags, tmp_path, monkeypatch):
+def test_predicted_memory_peaks_are_within_25_percent_of_measured_ones(flags, tmp_path, monkeypatch):
     world, live, measured, step = tiny_run.make_world(tmp_path), Live(), {}, RunFolder.step
     tiny_run.save_tiny_model(world.model, **SIZES, initializer_range=0.05)
 
     @contextmanager
-    def watched(self, name):
+    def measured_step(self, name):
         live.peak = live.now
         with step(self, name):
             yield
         measured[name] = live.peak
 
-    monkeypatch.setattr(RunFolder, "step", watched)
+    monkeypatch.setattr(RunFolder, "step", measured_step)
     args = ("--corpora.seq_len=256", "--evaluation.seq_len=256", "--recovery=least_squares+distill", "--export=none")
     cfg = parse(world.args(tmp_path / "runs", *args, "--distill.tokens=3072", *flags))
     with tiny_run.isolated(tmp_path / "cache"), live:
         gprune.prune(cfg)
     expected = {"calibrate": measured["calibrate"], "recover": max(measured["shrink"], measured["evaluate"])}
     expected |= {"learn": measured["thresholds"]} if cfg.learns else {}
-    said = peaks_of(check(cfg))
-    assert {name: said[name] for name in expected} == pytest.approx(expected, rel=0.25)
-    assert said["evaluate"] <= max(measured.values())
+    predicted = peaks_of(check(cfg))
+    assert {name: predicted[name] for name in expected} == pytest.approx(expected, rel=0.25)
+    assert predicted["evaluate"] <= max(measured.values())
 
 
 @pytest.fixture
 def plan_of_8b(tmp_path, capsys):
-    """Lines of the plan for a Llama of 8B, of which the configuration alone is there."""
+    """Return the lines of a dry run for an 8B Llama that has a config.json and no weights."""
     (tmp_path / "8b").mkdir()
     (tmp_path / "8b/config.json").write_text(json.dumps(LLAMA_8B))
 
@@ -98,16 +98,16 @@ def plan_of_8b(tmp_path, capsys):
     return plan
 
 
-def test_a_model_of_8b_is_planned_for_a_machine_that_is_elsewhere(plan_of_8b):
-    said = plan_of_8b(
+def test_a_dry_run_predicts_the_memory_of_an_8b_model_for_another_machine(plan_of_8b):
+    predicted = plan_of_8b(
         "--trainer.accelerator=gpu", "--trainer.devices=8", "--trainer.num_nodes=2", "--plan.memory=80GiB"
     )
-    assert "114.8 (recover)" in said["memory"]
+    assert "114.8 (recover)" in predicted["memory"]
     expected = "GiB of each GPU: does not fit 80.0 GiB; try --distill.targets lora or --recovery least_squares"
-    assert expected in said["memory"]
-    assert "0:00:01 at 4.00e+14 FLOP/s per process, --plan.tflops" in said["compute"]
-    assert "10,423.4 MB in bfloat16" in said["exports"]
-    assert said["text"].startswith("not counted, because the tokenizer of ")
+    assert expected in predicted["memory"]
+    assert "0:00:01 at 4.00e+14 FLOP/s per process, --plan.tflops" in predicted["compute"]
+    assert "10,423.4 MB in bfloat16" in predicted["exports"]
+    assert predicted["text"].startswith("not counted, because the tokenizer of ")
     fits = plan_of_8b("--trainer.accelerator=gpu", "--plan.memory=80GiB", "--recovery=least_squares")
     assert fits["memory"].endswith("of each GPU: fits 80.0 GiB")
     assert "not counted" in plan_of_8b("--model.device_map=auto")["memory"]

@@ -1,4 +1,4 @@
-"""Whole runs of the command line on a tiny model: what they leave behind, that they resume, and every switch."""
+"""Whole runs of the command line on a tiny model: the run folder, resuming, and every option."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ FIELDS = {
     "nll", "tokens", "seq_len", "stride", "bos", "join", "seed", "dtype", "precision", "float32_matmul_precision",
     "content_hash", "corpora",
 }  # fmt: skip
-# One metric for each way in which a run meets it: by what is collected for it, and by where its drift comes from.
+# One metric of each kind: by the statistics that it needs, and by the source of its drift.
 METRICS = ["wanda_sp", "taylor", "magnitude", "random"]
 
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory, cache):
-    """An undisturbed run with the default method."""
+    """Return the result of a run with the default method."""
     return world.run(tmp_path_factory.mktemp("runs"))
 
 
@@ -70,7 +70,7 @@ RESULTS = ("masks/*.safetensors", "thresholds.safetensors", "assignment.safetens
 
 @contextmanager
 def counted_forwards():
-    """Tokens that go through any language model, by its class's forward."""
+    """Record the number of tokens of each forward pass of any language model."""
     seen = []
 
     def hook(module, args, kwargs, output):
@@ -84,7 +84,7 @@ def counted_forwards():
         handle.remove()
 
 
-def test_run_folder_is_complete(finished):
+def test_a_run_folder_is_complete(finished):
     path = finished.path
     for name in ("config.yaml", "manifest.json", "assignment.safetensors", "thresholds.safetensors", "metrics.json"):
         assert (path / name).is_file(), name
@@ -104,27 +104,27 @@ def test_run_folder_is_complete(finished):
     assert manifest["logits"]["masked_minus_sliced"] <= 1e-4
 
 
-def test_other_users_read_a_run_and_the_cache(finished):
+def test_files_of_a_run_and_of_the_cache_have_the_permissions_of_the_umask(finished):
     umask = os.umask(0o022)
     os.umask(umask)
-    ours, cached = (
+    run_files, cached = (
         [file for file in folder.rglob("*") if file.is_file()]
         for folder in (finished.path, Path(os.environ["GPRUNE_CACHE"]))
     )
-    assert {file.stat().st_mode & 0o777 for file in (*ours, *cached)} == {0o666 & ~umask}
+    assert {file.stat().st_mode & 0o777 for file in (*run_files, *cached)} == {0o666 & ~umask}
     if os.getuid() == 0 and umask == 0o022:
-        names = [file.relative_to(finished.path) for file in ours]  # nobody may enter the folder of pytest's folders
+        names = [file.relative_to(finished.path) for file in run_files]  # `nobody` cannot enter the folders above
         nobody = {"user": 65534, "group": 65534, "extra_groups": []}
         subprocess.run(["cat", *names], cwd=finished.path, stdout=subprocess.DEVNULL, check=True, **nobody)
 
 
-def test_config_is_resolved_and_repeats_the_run(finished):
+def test_config_yaml_has_all_defaults_and_parses_to_the_same_configuration(finished):
     content = yaml.safe_load((finished.path / "config.yaml").read_text())
     assert content["sparsity"]["learning_rate"] == 0.1  # a default, written out
     assert gprune.config.parse(["--config", str(finished.path / "config.yaml")]) == finished.config
 
 
-def test_records_say_everything_about_each_number(finished, world):
+def test_every_record_has_all_fields(finished, world):
     records = json.loads((finished.path / "metrics.json").read_text())["records"]
     assert all(set(r) >= FIELDS for r in records)
     table = {(r["stage"], r["corpus"]): r for r in records}
@@ -139,7 +139,7 @@ def test_records_say_everything_about_each_number(finished, world):
         assert r["sparsity"] == (0.0 if r["stage"] == "dense" else 0.5)
 
 
-def test_sparsity_is_reached_and_counted(finished, dense):
+def test_the_target_sparsity_is_reached_and_matches_the_parameter_counts(finished, dense):
     costs = unit_costs(blocks_of(dense), scope="ffn")
     removed = costs.removed(finished.masks)
     assert 0 <= removed - costs.total / 2 < max(costs.neuron)
@@ -149,8 +149,8 @@ def test_sparsity_is_reached_and_counted(finished, dense):
     assert finished.summary["sparsity_of_model"] == pytest.approx(removed / before)
 
 
-def test_load_run_brings_back_what_prune_returned(finished, token_batch, tmp_path):
-    found = gprune.prune(finished.config)  # every step is finished: this reads
+def test_load_run_returns_the_same_result_as_prune(finished, token_batch, tmp_path):
+    found = gprune.prune(finished.config)  # every step is finished and only loaded
     back = gprune.load_run(finished.path)
     assert back.masks == found.masks
     assert all(torch.equal(a, b) for a, b in zip(back.modules.labels, found.modules.labels, strict=True))
@@ -169,7 +169,7 @@ def test_load_run_brings_back_what_prune_returned(finished, token_batch, tmp_pat
         assert path.read_bytes() == (tmp_path / "found" / path.name).read_bytes(), path.name
 
 
-def test_running_again_computes_nothing_changes_nothing_and_prints_the_table(finished, world, capsys):
+def test_a_finished_run_that_is_started_again_computes_nothing_and_prints_the_table(finished, world, capsys):
     before = digests(finished.path, *RESULTS, "metrics.json", "model/*", "statistics/*")
     capsys.readouterr()
     with counted_forwards() as forwards:
@@ -184,9 +184,9 @@ def test_running_again_computes_nothing_changes_nothing_and_prints_the_table(fin
     assert str(finished.path / "model") in out
 
 
-def test_same_seed_same_bits_elsewhere_and_another_seed_differs(finished, world, tmp_path, monkeypatch):
+def test_the_same_seed_gives_identical_results_and_another_seed_other_masks(finished, world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    again = world.run(tmp_path, name="elsewhere")
+    again = world.run(tmp_path, name="again")
     assert digests(again.path, *RESULTS) == digests(finished.path, *RESULTS)
     assert [r["nll"] for r in again.records] == [r["nll"] for r in finished.records]
     other = world.run(tmp_path, "--run.seed=1", name="other")
@@ -196,13 +196,13 @@ def test_same_seed_same_bits_elsewhere_and_another_seed_differs(finished, world,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
-def test_metrics_run_and_meet_the_budget(metric, world, tmp_path, dense):
+def test_every_kind_of_metric_meets_the_budget(metric, world, tmp_path, dense):
     result = world.run(tmp_path, f"--importance={metric}")
     check_budget(result, dense)
     assert {r["importance"] for r in result.records} == {None, metric}
 
 
-SWITCHES = {
+OPTIONS = {
     "random": "--partition.method=random",
     "drift_only": "--partition.method=drift_only",
     "no_switch": "--reliability.switch=false",
@@ -226,7 +226,7 @@ SWITCHES = {
 
 
 def run_once(world, runs, flags_of):
-    """name -> the result of the run with the flags of that name, which is made when it is first asked for."""
+    """Return a cached function from a name to the result of the run with the flags of that name."""
 
     @functools.cache
     def run(name):
@@ -236,9 +236,9 @@ def run_once(world, runs, flags_of):
 
 
 @pytest.fixture(scope="module")
-def switched(world, tmp_path_factory, cache):
-    """The result of a switch, run once."""
-    return run_once(world, tmp_path_factory.mktemp("switched"), lambda name: SWITCHES[name].split())
+def run_with_option(world, tmp_path_factory, cache):
+    """Return the result of a run with an option of `OPTIONS`, run once."""
+    return run_once(world, tmp_path_factory.mktemp("switched"), lambda name: OPTIONS[name].split())
 
 
 def check_budget(result, dense, slack=1):
@@ -255,37 +255,37 @@ def masks_of(result, stage):
     return Masks.from_tensors(gprune.storage.files.read_tensors(result.path / f"masks/{stage}.safetensors"))
 
 
-# One switch of each kind in the fast tests: how modules are made, what learns, where sparsity goes, what recovers.
+# One option of each kind in the fast tests: partition, training, allocation and recovery.
 FAST = ("random", "kl_on_fresh_text", "width_multiple", "attention_both", "equal", "bias")
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SWITCHES])
-def test_every_switch_runs_and_meets_the_budget(name, switched, dense):
-    check_budget(switched(name), dense, slack={"width_multiple": 4, "uniform_width": 3}.get(name, 1))
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS])
+def test_every_option_meets_the_budget(name, run_with_option, dense):
+    check_budget(run_with_option(name), dense, slack={"width_multiple": 4, "uniform_width": 3}.get(name, 1))
 
 
-def test_partition_controls_keep_the_refined_sizes(switched, finished):
+def test_control_partitions_have_the_module_sizes_of_the_refined_partition(run_with_option, finished):
     for name in ("random", "drift_only"):
-        for mine, refined in zip(switched(name).modules.labels, finished.modules.labels, strict=True):
+        for mine, refined in zip(run_with_option(name).modules.labels, finished.modules.labels, strict=True):
             assert torch.equal(mine.bincount(), refined.bincount())
             assert not torch.equal(mine, refined)
 
 
-def test_no_switch_switches_nothing(switched, finished):
-    assert not any(row["switched"] for row in switched("no_switch").modules.rows())
+def test_without_the_reliability_switch_no_module_is_switched(run_with_option, finished):
+    assert not any(row["switched"] for row in run_with_option("no_switch").modules.rows())
     assert any(row["switched"] for row in finished.modules.rows())
 
 
-def test_equal_removes_alike_from_every_module(switched):
-    result = switched("equal")
+def test_equal_allocation_removes_the_same_share_of_every_module(run_with_option):
+    result = run_with_option("equal")
     for labels, mask in zip(result.modules.labels, result.masks.ffn, strict=True):
         for k in range(int(labels.max()) + 1):
             assert (~mask[labels == k]).float().mean() == pytest.approx(0.5, abs=1 / int((labels == k).sum()))
 
 
 @pytest.mark.parametrize("name", ["uniform", "global", "owl"])
-def test_under_a_named_allocation_modules_keep_as_much_as_the_base_metric_keeps_of_them(name, switched):
-    result = switched(name)
+def test_with_a_fixed_allocation_modules_keep_as_many_neurons_as_in_the_base_masks(name, run_with_option):
+    result = run_with_option(name)
     base = masks_of(result, "base")
     for labels, mine, theirs in zip(result.modules.labels, result.masks.ffn, base.ffn, strict=True):
         assert torch.equal(labels[mine].bincount(), labels[theirs].bincount())
@@ -294,50 +294,50 @@ def test_under_a_named_allocation_modules_keep_as_much_as_the_base_metric_keeps_
     }  # fmt: skip
 
 
-def test_learning_starts_where_it_is_told_to(switched):
-    result = switched("started")
-    assert masks_of(result, "base") == masks_of(switched("global"), "base")
+def test_sparsity_start_is_the_allocation_of_the_base_masks(run_with_option):
+    result = run_with_option("started")
+    assert masks_of(result, "base") == masks_of(run_with_option("global"), "base")
     assert {r["allocation"] for r in result.records if r["stage"] == "base"} == {"global"}
     assert {r["allocation"] for r in result.records if r["stage"] == "gprune"} == {"learned"}
 
 
-def test_a_protected_block_loses_nothing_in_learning_or_in_the_controls(switched):
-    result = switched("protected")
+def test_a_protected_block_keeps_all_neurons_in_every_row(run_with_option):
+    result = run_with_option("protected")
     for stage in ("base", "averaged", "gprune"):
         masks = masks_of(result, stage)
         assert bool(masks.ffn[0].all())
         assert sum(int(m.sum()) for m in masks.ffn[1:]) == 80
 
 
-def test_attention_in_scope_removes_groups_in_the_base_too(switched, world):
-    result = switched("attention_both")
+def test_with_attention_in_scope_the_base_masks_remove_kv_groups_too(run_with_option, world):
+    result = run_with_option("attention_both")
     for masks in (result.masks, masks_of(result, "base")):
         assert not all(bool(m.all()) for m in masks.attention)
         assert all(bool(m.any()) for m in (*masks.attention, *masks.ffn))
-    # offsets are taken up like thresholds
-    again = world.run(result.path.parent, *SWITCHES["attention_both"].split(), name="attention_both")
+    # offsets are loaded like thresholds when the run is started again
+    again = world.run(result.path.parent, *OPTIONS["attention_both"].split(), name="attention_both")
     assert again.masks == result.masks
 
 
 @pytest.mark.slow
-def test_whole_blocks_go_in_the_budget_and_the_rest_is_learned(switched, world, dense, token_batch):
-    result = switched("blocks")
-    gone = [b for b, stays in enumerate(result.masks.blocks) if not stays]
-    assert gone in ([1], [2])  # block 0 is protected
+def test_removed_blocks_count_in_the_budget_and_are_missing_in_the_export(run_with_option, world, dense, token_batch):
+    result = run_with_option("blocks")
+    removed = [b for b, stays in enumerate(result.masks.blocks) if not stays]
+    assert removed in ([1], [2])  # block 0 is protected
     thresholds = load_file(result.path / "thresholds.safetensors")
-    # as others are, where a point of the curve keeps it
-    assert abs(thresholds[f"ffn.{gone[0]}"]).max() < 3 < torch.logit(torch.tensor(47.75 / 48))
+    # finite thresholds: a point of the sparsity curve may keep this block
+    assert abs(thresholds[f"ffn.{removed[0]}"]).max() < 3 < torch.logit(torch.tensor(47.75 / 48))
     assert [masks_of(result, "base").blocks, masks_of(result, "averaged").blocks] == [result.masks.blocks] * 2
     assert "\n50.12% of attention+ffn+blocks removed" in repr(result)
-    # two candidates, a window of each of three corpora: counted, foreseen, and paid once
-    paid = json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"]
-    assert paid["forward_tokens"] == check(result.config).tokens[2][0] == 2 * 3 * 32
+    # two candidate blocks, a window of each of three corpora: the tokens are planned, and counted once
+    cost = json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"]
+    assert cost["forward_tokens"] == check(result.config).tokens[2][0] == 2 * 3 * 32
     assert result.summary["forward_tokens"] <= check(result.config).forward_tokens
     for file in ("metrics.json", "thresholds.safetensors"):
         (result.path / file).unlink()
-    again = world.run(result.path.parent, *SWITCHES["blocks"].split(), name="blocks")
+    again = world.run(result.path.parent, *OPTIONS["blocks"].split(), name="blocks")
     assert again.masks == result.masks
-    assert json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"] == paid
+    assert json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"] == cost
     with masked(dense, result.masks), torch.inference_mode():
         expected = dense(token_batch).logits
     assert torch.allclose(expected, again.model(token_batch).logits, atol=1e-4)
@@ -346,21 +346,21 @@ def test_whole_blocks_go_in_the_budget_and_the_rest_is_learned(switched, world, 
     assert torch.allclose(expected, exported(token_batch).logits, atol=1e-4)
 
 
-def test_uniform_width_is_a_stock_model(switched):
-    """One shape for all blocks: a folder that loads without anybody's code."""
-    result = switched("uniform_width")
+def test_uniform_width_exports_a_standard_llama_without_custom_code(run_with_option):
+    """All blocks have one shape, so transformers loads the folder without `trust_remote_code`."""
+    result = run_with_option("uniform_width")
     assert {int(m.sum()) for m in result.masks.ffn} == {80}
     config = json.loads((result.path / "model" / "config.json").read_text())
     assert (config["model_type"], config["intermediate_size"]) == ("llama", 80)
     assert "auto_map" not in config
     assert not list((result.path / "model").glob("*.py"))
-    cards = [(run.path / "model/README.md").read_text() for run in (result, switched("equal"))]
+    cards = [(run.path / "model/README.md").read_text() for run in (result, run_with_option("equal"))]
     assert [card.count("trust_remote_code=True") for card in cards] == [0, 2]
 
 
 @pytest.mark.parametrize("recovery", ["bias", "least_squares"])
-def test_recovery_stands_beside_the_same_without_and_the_base_with_it(recovery, switched, finished):
-    result = switched(recovery)
+def test_every_pruned_row_is_evaluated_with_and_without_recovery(recovery, run_with_option, finished):
+    result = run_with_option(recovery)
     rows = {(r["stage"], r["recovery"]): r["nll"] for r in result.records}
     assert set(rows) == {("dense", "none")} | {
         (stage, r) for stage in ("base", "averaged", "gprune") for r in ("none", recovery)
@@ -374,18 +374,18 @@ def test_recovery_stands_beside_the_same_without_and_the_base_with_it(recovery, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("controls", ["[averaged]", "[]"])
-def test_rows_without_recovery_are_left_out_where_nobody_asks(controls, world, tmp_path, switched):
-    """Also where averaged, which then comes with recovery alone, is still to be scored."""
+def test_rows_without_recovery_are_omitted_unless_unrecovered_is_a_control(controls, world, tmp_path, run_with_option):
+    """Also if averaged is a control, which is then evaluated only with recovery."""
     result = world.run(tmp_path, "--recovery=bias", f"--evaluation.controls={controls}")
     stages = [*yaml.safe_load(controls), "gprune"]
     assert {(r["stage"], r["recovery"]) for r in result.records} == {
         ("dense", "none"), *((stage, "bias") for stage in stages)
     }  # fmt: skip
-    full = {(r["stage"], r["recovery"], r["corpus"]): r["nll"] for r in switched("bias").records}
+    full = {(r["stage"], r["recovery"], r["corpus"]): r["nll"] for r in run_with_option("bias").records}
     assert all(r["nll"] == full[r["stage"], r["recovery"], r["corpus"]] for r in result.records)
 
 
-def test_one_drift_corpus_turns_drift_and_the_switch_off(world, tmp_path, dense):
+def test_with_one_drift_corpus_drift_is_zero_and_no_module_is_switched(world, tmp_path, dense):
     alpha = world.names("alpha")
     flags = ("--recovery=least_squares", f"--corpora.recover={alpha}")
     result = world.run(tmp_path, f"--corpora.drift={alpha}", *flags)
@@ -394,7 +394,7 @@ def test_one_drift_corpus_turns_drift_and_the_switch_off(world, tmp_path, dense)
     assert all(bool((d.drift == 0).all()) for d in result.modules.drift)
 
 
-# Methods of others, each one line of flags.
+# Published methods as flags.
 PRESETS = {
     "FLAP": (
         "--importance=wifv", "--sparsity.allocation=global", "--recovery=bias", "--sparsity.scope=attention+ffn",
@@ -408,13 +408,13 @@ PRESETS = {
 
 @pytest.fixture(scope="module")
 def preset(world, tmp_path_factory, cache):
-    """The result of a preset, run once."""
+    """Return the result of a run with a preset, run once."""
     return run_once(world, tmp_path_factory.mktemp("presets"), lambda name: ["--gprune=false", *PRESETS[name]])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "ShortGPT"])
-def test_presets_run_and_meet_the_budget(name, preset, dense, token_batch):
+def test_presets_meet_the_budget(name, preset, dense, token_batch):
     result = preset(name)
     check_budget(result, dense)
     assert result.modules is None
@@ -424,10 +424,10 @@ def test_presets_run_and_meet_the_budget(name, preset, dense, token_batch):
     }
     with masked(dense, result.masks), torch.inference_mode():
         difference = (dense(token_batch).logits - result.model(token_batch).logits).abs().max()
-    assert (difference <= 1e-4) == (name != "FLAP")  # whose biases make up for what is gone
+    assert (difference <= 1e-4) == (name != "FLAP")  # FLAP adds biases to compensate for removed units
 
 
-def test_flap_adds_a_bias_where_units_are_gone(preset):
+def test_flap_adds_a_bias_to_every_projection_that_lost_inputs(preset):
     result = preset("FLAP")
     for block, neurons, groups in zip(blocks_of(result.model), result.masks.ffn, result.masks.attention, strict=True):
         assert (block.down.bias is not None) == (not neurons.all())
@@ -435,7 +435,7 @@ def test_flap_adds_a_bias_where_units_are_gone(preset):
     assert not all(bool(m.all()) for m in result.masks.ffn)
 
 
-def test_shortgpt_drops_blocks_and_narrows_one_to_the_same_number_of_parameters(preset, dense, token_batch):
+def test_shortgpt_removes_blocks_and_narrows_one_to_reach_the_parameter_count(preset, dense, token_batch):
     result = preset("ShortGPT")
     costs, blocks = unit_costs(blocks_of(dense), scope="ffn"), blocks_of(dense)
     influence = next(iter(result.statistics.values())).influence
@@ -449,7 +449,7 @@ def test_shortgpt_drops_blocks_and_narrows_one_to_the_same_number_of_parameters(
     assert result.summary["sparsity_of_scope"] == (before - after) / costs.total >= 0.5
     assert result.model.config.num_hidden_layers == len(result.model.model.layers) == 2
     assert {r["allocation"] for r in result.records} == {None, "depth"}
-    assert "\nas many parameters as 50." in repr(result)  # of the FFN: attention and norms went too
+    assert "\nas many parameters as 50." in repr(result)  # in units of the FFN: attention and norms were removed too
     with masked(dense, result.masks), torch.inference_mode():
         assert torch.allclose(dense(token_batch).logits, result.model(token_batch).logits, atol=1e-4)
 
@@ -458,13 +458,13 @@ def test_shortgpt_drops_blocks_and_narrows_one_to_the_same_number_of_parameters(
 
 
 def calibration_tokens(result):
-    """(forward, forward and backward) that this run paid for its statistics."""
+    """Return the numbers of (forward, forward and backward) tokens that a run used for calibration."""
     step = json.loads((result.path / "manifest.json").read_text())["steps"].get("calibrate", {})
     return step.get("forward_tokens", 0), step.get("forward_backward_tokens", 0)
 
 
 @pytest.mark.slow
-def test_several_metrics_share_one_pass_and_have_the_bits_of_their_own(world, tmp_path, monkeypatch):
+def test_several_metrics_share_one_calibration_pass_with_identical_results(world, tmp_path, monkeypatch):
     tokens = 4 * 32  # of one corpus
     shared = tmp_path / "shared"
     monkeypatch.setenv("GPRUNE_CACHE", str(shared))
@@ -474,7 +474,7 @@ def test_several_metrics_share_one_pass_and_have_the_bits_of_their_own(world, tm
     later = {"wanda_sp": ("--recovery=least_squares",), "taylor": ("--recovery=least_squares",)}
     collected = digests(shared / "statistics", "*.safetensors")
     assert len(collected) == 3 * 3  # corpora, kinds
-    with monkeypatch.context() as patch:  # also where the cache has what the run itself needs
+    with monkeypatch.context() as patch:  # also if the cache already has the statistics that the run itself needs
         patch.setenv("GPRUNE_CACHE", str(tmp_path / "twice"))
         world.run(tmp_path, *nothing, name="moments")
         world.run(tmp_path, "--corpora.collect=[gram,saliency]", *nothing, name="second")
@@ -495,7 +495,7 @@ def test_several_metrics_share_one_pass_and_have_the_bits_of_their_own(world, tm
         assert own.items() <= collected.items()
         assert mine.masks == other.masks
         assert [r["nll"] for r in mine.records] == [r["nll"] for r in other.records]
-    assert digests(shared / "statistics", "*.safetensors") == collected  # nothing was written again
+    assert digests(shared / "statistics", "*.safetensors") == collected  # no file was written again
 
 
 @pytest.mark.slow
@@ -506,7 +506,7 @@ def test_dry_run_bounds_the_tokens_of_a_gradient_metric(world, tmp_path, monkeyp
     plan = check(result.config)
     assert calibration_tokens(result) == (0, calibrated)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == calibrated + learned
-    # a bound that does not count the calibration twice
+    # the bound does not count calibration twice
     assert 0 <= plan.forward_tokens - result.summary["forward_tokens"] < calibrated
     cached = world.run(tmp_path, *flags, "--gprune=false", "--sparsity.target=0.4", name="cached")
     bound = check(cached.config)
@@ -516,12 +516,12 @@ def test_dry_run_bounds_the_tokens_of_a_gradient_metric(world, tmp_path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gprune_", ["true", "false"])
-def test_reconstruction_takes_what_its_plan_says_and_the_same_masks_when_taken_up(gprune_, world, tmp_path):
+def test_reconstruction_uses_the_planned_tokens_and_has_the_same_masks_after_resuming(gprune_, world, tmp_path):
     flags = ["--sparsity.allocation=reconstruction", "--recovery=least_squares", f"--gprune={gprune_}"]
     result = world.run(tmp_path, *flags)
     plan = check(result.config)
     drift, averaged = len(result.config.corpora.drift), gprune_ == "true"
-    windows = min(4, 2048 // 32) * (1 + 2 * drift * averaged)  # base on one corpus; averaged and modules on all
+    windows = min(4, 2048 // 32) * (1 + 2 * drift * averaged)  # base: one corpus; averaged and modules: all
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == windows * 32
     assert result.summary["forward_tokens"] <= plan.forward_tokens
     widths = [int(keep.sum()) for keep in result.masks.ffn]
@@ -535,8 +535,8 @@ def test_reconstruction_takes_what_its_plan_says_and_the_same_masks_when_taken_u
 
 
 @pytest.mark.slow
-def test_forecasts_that_are_not_kept_or_come_after_the_cache_give_the_same_distance(world, tmp_path, monkeypatch):
-    """By what the masked model's logits are; the dense model's pass is counted once, whether the cache has its row."""
+def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world, tmp_path, monkeypatch):
+    """The reference is computed from logits. The dense model's forward pass is counted once in all three cases."""
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     flags, runs = ("--gprune=false", "--export=hf"), []
     for name, kept in (("first", 2**32), ("cached", 2**32), ("not_kept", 0)):
@@ -556,7 +556,7 @@ def test_forecasts_that_are_not_kept_or_come_after_the_cache_give_the_same_dista
             assert record["window_kl"] == pytest.approx((log_q.exp() * (log_q - log_p)).sum((1, 2)).tolist(), rel=1e-4)
 
 
-def test_from_python_a_plan_is_not_a_run(tmp_path):
+def test_prune_refuses_a_dry_run_configuration(tmp_path):
     cfg = gprune.RunConfig(dry_run=True)
     cfg.run.dir = str(tmp_path)
     with pytest.raises(UserError, match=r"--dry_run must be false for gprune\.prune"):
@@ -569,19 +569,19 @@ def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, mo
     monkeypatch.setattr("gprune.pipeline.inputs.load_model", lambda *_, **__: pytest.fail("loaded"), raising=False)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert tiny_run.main(world.args(tmp_path / "runs", "--dry_run=true")) == 0
-    said = {line[:12].strip(): line[13:] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    lines = {line[:12].strip(): line[13:] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert not (tmp_path / "runs").exists()
-    assert {"model", "scope", "removes", "forward", "results"} <= said.keys()
-    assert said["and backward"] == "256 tokens"
-    assert said["widths"].startswith("80 to 80 of 160 neurons and 2 to 2 of 2 KV groups per block")
-    assert said["evaluates"] == "4 models on 3 corpora"
+    assert {"model", "scope", "removes", "forward", "results"} <= lines.keys()
+    assert lines["and backward"] == "256 tokens"
+    assert lines["widths"].startswith("80 to 80 of 160 neurons and 2 to 2 of 2 KV groups per block")
+    assert lines["evaluates"] == "4 models on 3 corpora"
     number = r"[\d.]+e\+\d+"
-    assert re.match(rf"at most {number} FLOP: 0:0\d:\d\d by two blocks measured on cpu \(float32, ", said["compute"])
-    assert re.search(r"\(evaluate\) GiB of this machine: fits \d+", said["memory"])
-    assert said["text"] == "5 corpora have enough windows"
+    assert re.match(rf"at most {number} FLOP: 0:0\d:\d\d by two blocks measured on cpu \(float32, ", lines["compute"])
+    assert re.search(r"\(evaluate\) GiB of this machine: fits \d+", lines["memory"])
+    assert lines["text"] == "5 corpora have enough windows"
 
 
-def test_a_plan_refuses_the_text_that_the_run_refuses_and_says_what_it_did_not_read(world, tmp_path, capsys):
+def test_a_dry_run_refuses_short_corpora_like_a_run_and_names_corpora_not_counted(world, tmp_path, capsys):
     short, ends = "--evaluation.num_samples=100000", []
     for flags in ([short], [short, "--dry_run=true"]):
         assert tiny_run.main(world.args(tmp_path / "runs", *flags)) == 2
@@ -593,7 +593,7 @@ def test_a_plan_refuses_the_text_that_the_run_refuses_and_says_what_it_did_not_r
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_plan_takes_a_gpu_that_is_elsewhere_for_granted_and_no_other_flag(world, tmp_path, capsys):
+def test_a_dry_run_accepts_gpus_that_this_machine_lacks_and_no_invalid_accelerator(world, tmp_path, capsys):
     gpus = ("--dry_run=true", "--trainer.accelerator=gpu", "--trainer.devices=8", "--trainer.num_nodes=2")
     assert tiny_run.main(world.args(tmp_path / "runs", *gpus)) == 0
     out = capsys.readouterr().out
@@ -602,9 +602,7 @@ def test_a_plan_takes_a_gpu_that_is_elsewhere_for_granted_and_no_other_flag(worl
     assert tiny_run.main(world.args(tmp_path / "runs", *gpus, "--trainer.accelerator=abacus")) == 2
 
 
-def test_a_config_that_asks_for_more_than_its_weights_can_be_is_refused_before_anything_is_loaded(
-    world, tmp_path, capsys
-):
+def test_a_config_with_more_parameters_than_the_weight_files_can_hold_is_refused(world, tmp_path, capsys):
     folder = shutil.copytree(world.model, tmp_path / "model")
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"vocab_size": 10**6}))
@@ -613,12 +611,12 @@ def test_a_config_that_asks_for_more_than_its_weights_can_be_is_refused_before_a
 
 
 @pytest.mark.parametrize("name", ["", "kl_on_fresh_text"])
-def test_dry_run_bounds_the_tokens_of_the_run(name, finished, switched):
-    result, windows = (switched(name), 7) if name else (finished, 4)
+def test_dry_run_bounds_the_tokens_of_the_run(name, finished, run_with_option):
+    result, windows = (run_with_option(name), 7) if name else (finished, 4)
     plan = check(result.config)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * windows * 32
     assert result.summary["forward_tokens"] <= plan.forward_tokens
-    if name:  # the teacher goes forward too
+    if name:  # plus a forward pass of the teacher
         plain = check(
             gprune.config.parse(["--config", str(result.path / "config.yaml"), "--sparsity.loss=cross_entropy"])
         )
@@ -626,10 +624,12 @@ def test_dry_run_bounds_the_tokens_of_the_run(name, finished, switched):
 
 
 @pytest.mark.parametrize("importance", ["wanda_sp", "magnitude"])
-def test_switched_modules_may_rank_by_the_consensus_of_the_drift_corpora(importance, world, tmp_path, dense):
-    """With every module switched and the same fraction kept of each, the mean rank over corpora decides.
+def test_switched_modules_with_metric_consensus_rank_by_the_mean_rank_over_drift_corpora(
+    importance, world, tmp_path, dense
+):
+    """All modules are switched and keep the same fraction, so the mean rank over corpora decides.
 
-    It is that of the metric itself, also where another one stands in for its drift.
+    The ranks are those of the metric itself, also if its drift is measured with another metric.
     """
     everywhere = ["--reliability.sensitivity_quantile=0", "--reliability.score_quantile=1"]
     flags = [f"--importance={importance}", "--reliability.metric=consensus", "--sparsity.allocation=equal"]
@@ -649,12 +649,12 @@ def test_switched_modules_may_rank_by_the_consensus_of_the_drift_corpora(importa
         own, result.modules.labels, result.modules.reliability, result.masks.ffn, strict=True
     ):
         for k in record.switched.nonzero()[:, 0].tolist():
-            kept, gone = consensus[mask & (labels == k)], consensus[~mask & (labels == k)]
-            assert len(kept) == 0 or len(gone) == 0 or kept.min() >= gone.max()
+            kept, removed = consensus[mask & (labels == k)], consensus[~mask & (labels == k)]
+            assert len(kept) == 0 or len(removed) == 0 or kept.min() >= removed.max()
 
 
-def test_all_modules_may_rank_as_the_base_metric_scores_the_averaged_corpora(world, tmp_path, dense):
-    """With the same fraction kept of each, units go in the order of `averaged`'s scores inside every module."""
+def test_switched_modules_with_metric_averaged_rank_by_scores_of_the_pooled_corpora(world, tmp_path, dense):
+    """All modules keep the same fraction, so units are removed in the order of the scores of `averaged`."""
     flags = ("--reliability.metric=averaged", "--reliability.everywhere=true", "--sparsity.allocation=equal")
     result = world.run(tmp_path, *flags)
     pool = pooled(result.statistics[corpus] for corpus in result.config.corpora.drift)
@@ -666,16 +666,16 @@ def test_all_modules_may_rank_as_the_base_metric_scores_the_averaged_corpora(wor
     for b, (labels, mask) in enumerate(zip(result.modules.labels, result.masks.ffn, strict=True)):
         assert bool(result.modules.reliability[b].switched.all())
         for k in range(int(labels.max()) + 1):
-            kept, gone = mask & (labels == k), ~mask & (labels == k)
-            assert scores[b][kept].min() >= scores[b][gone].max()
-            ordered.append(bool(own.ffn[b][kept].min() >= own.ffn[b][gone].max()))
-    assert not all(ordered)  # the scoring corpus alone has another order
-    # what averaged itself keeps is the best of the same scores, block by block
+            kept, removed = mask & (labels == k), ~mask & (labels == k)
+            assert scores[b][kept].min() >= scores[b][removed].max()
+            ordered.append(bool(own.ffn[b][kept].min() >= own.ffn[b][removed].max()))
+    assert not all(ordered)  # the order by the scoring corpus alone differs
+    # the masks of `averaged` keep the highest of the same scores in each block
     for s, mask in zip(scores, masks_of(result, "averaged").ffn, strict=True):
         assert s[mask].min() >= s[~mask].max()
 
 
-# --- which text -------------------------------------------------------------------------------------------------
+# --- text of each role ------------------------------------------------------------------------------------------
 
 
 def text_of(world, *flags):
@@ -685,7 +685,7 @@ def text_of(world, *flags):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_learning_goes_on_from_calibration_text_to_fresh_text(seed, world):
+def test_training_windows_are_the_calibration_windows_followed_by_new_ones(seed, world):
     _, text, _ = text_of(world, "--corpora.learn_samples=11", f"--run.seed={seed}")
     _, plain, _ = text_of(world, f"--run.seed={seed}")
     _, few, _ = text_of(world, "--corpora.learn_samples=3", f"--run.seed={seed}")
@@ -704,12 +704,12 @@ def test_learning_goes_on_from_calibration_text_to_fresh_text(seed, world):
 
 
 def as_run(cfg, text, tokenizer):
-    """What the leak check reads of an open run."""
+    """Return the attributes of an open run that the leak check uses."""
     return SimpleNamespace(cfg=cfg, text=text, tokenizer=tokenizer)
 
 
-def test_text_that_was_only_learned_from_counts_as_seen_where_it_is_evaluated(world):
-    """The leak check covers fresh windows, which no calibration reads."""
+def test_training_text_that_occurs_in_an_evaluation_corpus_marks_it_as_seen(world):
+    """The leak check covers the new training windows, which are not calibration text."""
     cfg, text, tokenizer = text_of(world, "--corpora.learn_samples=11")
     copied = Windows(str(world.corpora["delta"]), "test", text.learn[1].tokens[6:8])
     for found, leaked in ((text, True), (text_of(world)[1], False)):
@@ -718,11 +718,11 @@ def test_text_that_was_only_learned_from_counts_as_seen_where_it_is_evaluated(wo
         assert share > 0.9 if leaked else share < 0.1
 
 
-def test_development_text_to_choose_by_is_other_text_and_says_so(switched, finished, world):
-    result = switched("development")
+def test_development_text_differs_from_test_text_and_is_recorded_as_development(run_with_option, finished, world):
+    result = run_with_option("development")
     assert {r["split"] for r in result.records} == {"development"}
     assert {r["split"] for r in finished.records} == {"test"}
-    assert result.masks == finished.masks  # it is only measured on
+    assert result.masks == finished.masks  # evaluation text does not affect the masks
     there, here = ({r["corpus"]: r["content_hash"] for r in run.records} for run in (finished, result))
     assert there.keys() == here.keys()
     assert not set(there.values()) & set(here.values())
@@ -730,7 +730,7 @@ def test_development_text_to_choose_by_is_other_text_and_says_so(switched, finis
 
 
 @pytest.mark.parametrize("split", ["test", "development", "train"])
-def test_text_that_is_measured_on_is_the_same_for_every_seed(split, world):
+def test_evaluation_text_is_the_same_for_every_seed(split, world):
     (_, one, _), (_, two, _) = (text_of(world, f"--evaluation.split={split}", f"--run.seed={s}") for s in (0, 1))
     for role, alike in (("test", True), ("development", True), ("learn", False)):
         for a, b in zip(getattr(one, role), getattr(two, role), strict=True):
@@ -739,8 +739,8 @@ def test_text_that_is_measured_on_is_the_same_for_every_seed(split, world):
 
 
 @pytest.mark.parametrize("split", ["development", "test"])
-def test_windows_of_curves_are_used_text_only_beside_test_text(split, world):
-    """On development text they would make every learning corpus's own windows leak."""
+def test_windows_of_curves_count_as_used_only_when_test_text_is_evaluated(split, world):
+    """On development text, they would make the windows of every training corpus leak."""
     flags = (
         f"--evaluation.split={split}",
         "--evaluation.development_samples=2",
@@ -754,14 +754,14 @@ def test_windows_of_curves_are_used_text_only_beside_test_text(split, world):
     assert (curve <= used) == (split == "test")
     shares = {corpus: share for corpus, (_, share) in outcome.leaks(as_run(cfg, text, tokenizer)).items()}
     assert max(shares.values()) < 0.1
-    # the windows of a curve are the first ones of those that are evaluated
+    # the windows of a curve are the first evaluated windows
     if split == "development":
         alpha = next(w for w in text.test if w.corpus == str(world.corpora["alpha"]))
         assert torch.equal(text.development[0].tokens, alpha.tokens)
 
 
-def test_float32_products_are_as_precise_as_asked(world, tmp_path, capsys):
-    """Said in the log and in the records; the process has its own setting back, and results are kept apart."""
+def test_float32_matmul_precision_is_applied_recorded_and_restored(world, tmp_path, capsys):
+    """Log, records and settings contain the value. Afterwards the process has its old setting."""
     flags = ("--gprune=false", "--trainer.float32_matmul_precision=high")
     result = world.run(tmp_path, *flags)
     assert "float32 matrix products in precision 'high'" in capsys.readouterr().out
@@ -771,18 +771,18 @@ def test_float32_products_are_as_precise_as_asked(world, tmp_path, capsys):
     assert settings["float32_matmul_precision"] == "high"
     assert (
         "float32_matmul_precision" not in gprune.RunConfig().settings()["trainer"]
-    )  # runs of before are the same runs
+    )  # so settings of older runs do not change
 
 
-def test_a_corpus_of_several_roles_is_read_once(world, monkeypatch):
-    """It may lie behind a network, or shuffle itself: development text is cut from the train text that was read."""
-    asked = []
+def test_a_corpus_with_several_roles_is_loaded_once(world, monkeypatch):
+    """Loading may be slow or random, so development text is cut from the train text that was already loaded."""
+    splits = []
 
-    def counted(split):
-        asked.append(split)
+    def load_and_count(split):
+        splits.append(split)
         return [f"{split} text number {i} " * 30 for i in range(40)]
 
-    monkeypatch.setitem(CORPORA._entries, "counted", counted)
+    monkeypatch.setitem(CORPORA._entries, "counted", load_and_count)
     roles = [f"--corpora.{role}=[counted]" for role in ("drift", "learn", "recover", "evaluate")]
     text_of(world, "--corpora.score=counted", *roles, "--recovery=distill", "--distill.tokens=64")
-    assert sorted(asked) == ["test", "train"]
+    assert sorted(splits) == ["test", "train"]

@@ -1,4 +1,4 @@
-"""A target in quality: the largest cut that keeps development perplexity near dense, on a tiny trained model."""
+"""Quality targets: the largest cut within a rise of development perplexity, on a tiny trained model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEVELOPMENT = 4  # windows of each corpus
 
 
 def write_chain(path, successors, *, seed, documents=36, words=560):
-    """Text in which a word says which one is likely to be next: what an FFN can learn, and pruning takes away."""
+    """Write text in which each word predicts the next one. An FFN can learn this, and loses it by pruning."""
     generator = random.Random(seed)
     texts = []
     for _ in range(documents):
@@ -51,7 +51,7 @@ def write_chain(path, successors, *, seed, documents=36, words=560):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> World:
-    """A tiny model that was trained on text like that of its corpora, in some seconds."""
+    """Return a tiny model that was trained for some seconds on text like that of its corpora."""
     folder, generator = tmp_path_factory.mktemp("trained"), random.Random(0)
     successors = dict(zip(WORDS, generator.sample(WORDS, len(WORDS)), strict=True))
     names = [*tiny_run.SEEN, *tiny_run.UNSEEN]
@@ -76,15 +76,15 @@ pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 @pytest.fixture
-def to_the_step(monkeypatch):
-    """Searches that end at the last step of the grid that keeps the quality."""
+def search_to_the_last_step(monkeypatch):
+    """Make searches continue to the last grid point that meets the target."""
     monkeypatch.setattr(quality, "UNUSED", (0.0, 0.0))
     monkeypatch.setattr(quality, "TRIES", 100)
 
 
 @contextmanager
 def counted_stages():
-    """Names of the stages that are trained."""
+    """Record the class names of the stages that are trained."""
     names, fit = [], L.Trainer.fit
 
     def counting(trainer, stage, *args, **kwargs):
@@ -96,13 +96,13 @@ def counted_stages():
         yield names
 
 
-def asking(target, *more):
+def with_target(target, *more):
     return [f"--sparsity.target={target}", f"--evaluation.development_samples={DEVELOPMENT}", *more]
 
 
 @torch.no_grad()
 def log_perplexity(world, corpora, model) -> float:
-    """log of the geometric mean over corpora of perplexity on development text, in float64 from the model's logits."""
+    """Return the mean over corpora of log perplexity on development text, in float64 from the logits."""
     tokenizer, losses = tiny_run.tiny_tokenizer(), []
     for corpus in corpora:
         sample = Sample(DEVELOPMENT, 32, bos=None, flags=("", ""))
@@ -118,8 +118,8 @@ def dense(trained):
     return AutoModelForCausalLM.from_pretrained(trained.model).double().eval()
 
 
-def test_the_share_is_that_of_a_scan_over_all_shares(trained, dense, tmp_path, to_the_step):
-    result = trained.run(tmp_path, *asking("+20%", "--gprune=false"))
+def test_the_removed_share_equals_that_of_an_exhaustive_search(trained, dense, tmp_path, search_to_the_last_step):
+    result = trained.run(tmp_path, *with_target("+20%", "--gprune=false"))
     statistics, blocks = result.statistics[result.config.corpora.score], blocks_of(dense)
     scores = score_units("wanda_sp", blocks_of(AutoModelForCausalLM.from_pretrained(trained.model)), statistics, seed=0)
     whole, neuron = Budget.of(unit_costs(blocks, scope="ffn"), "+20%"), blocks[0].unit_cost("ffn")
@@ -127,17 +127,17 @@ def test_the_share_is_that_of_a_scan_over_all_shares(trained, dense, tmp_path, t
     for cut in range(1, 2 * tiny_run.NEURONS):
         with masked(dense, allocate("uniform", scores, statistics, blocks, whole.removing(cut * neuron))):
             ratios[cut] = math.exp(log_perplexity(trained, ["alpha"], dense) - own)
-    gone = sum(int((~keep).sum()) for keep in result.masks.ffn)
-    assert ratios[gone] <= 1.2 < ratios[gone + 1]
-    assert gone == max(cut for cut, ratio in ratios.items() if ratio <= 1.2), (
-        "the curve rises here, so it is the largest"
+    removed = sum(int((~keep).sum()) for keep in result.masks.ffn)
+    assert ratios[removed] <= 1.2 < ratios[removed + 1]
+    assert removed == max(cut for cut, ratio in ratios.items() if ratio <= 1.2), (
+        "the curve is monotonic here, so the last share within the target is the largest one"
     )
-    assert result.summary["quality"]["got"] == pytest.approx(ratios[gone], rel=1e-5)
-    assert result.summary["sparsity_of_scope"] == result.summary["quality"]["share"] == gone / (3 * tiny_run.NEURONS)
+    assert result.summary["quality"]["got"] == pytest.approx(ratios[removed], rel=1e-5)
+    assert result.summary["sparsity_of_scope"] == result.summary["quality"]["share"] == removed / (3 * tiny_run.NEURONS)
 
 
-def test_after_training_the_quality_is_kept_and_nothing_is_trained_twice(trained, dense, tmp_path):
-    flags = asking("+10%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--sparsity.epochs=2")
+def test_the_target_holds_after_training_and_no_model_is_trained_twice(trained, dense, tmp_path):
+    flags = with_target("+10%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--sparsity.epochs=2")
     with counted_stages() as trained_stages:
         result = trained.run(tmp_path, *flags)
     found = result.summary["quality"]
@@ -148,13 +148,13 @@ def test_after_training_the_quality_is_kept_and_nothing_is_trained_twice(trained
     assert 1 < found["got"] <= 1.1
     assert math.exp(ratio) == pytest.approx(found["got"], rel=1e-4), "the saved model is the one that was measured"
     assert found["low"] < found["got"] < found["high"]
-    assert trained_stages.count("DistillationStage") == own["models"] + 2, "its own trials, and two controls"
+    assert trained_stages.count("DistillationStage") == own["models"] + 2, "the trials of the search, and two controls"
     left = list((result.path / "recovery").glob("*.safetensors"))
-    assert len(left) == 3, "what the other trials have learned is gone"
+    assert len(left) == 3, "weights of other trials are deleted"
     with counted_forwards() as seen:
         again = trained.run(tmp_path, *flags)
     assert again.summary == result.summary
-    assert sum(seen) < 500, "a finished run is read"
+    assert sum(seen) < 500, "a finished run is loaded"
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_after_training_the_quality_is_kept_and_nothing_is_trained_twice(trained
     ],
     ids=lambda flags: flags[-1],
 )
-def test_it_joins_with_what_else_decides_on_the_masks(flags, trained, dense, tmp_path):
-    result = trained.run(tmp_path, *asking("+15%", *flags))
+def test_a_quality_target_holds_with_every_other_setting_of_the_masks(flags, trained, dense, tmp_path):
+    result = trained.run(tmp_path, *with_target("+15%", *flags))
     found, corpora = result.summary["quality"], tiny_run.SEEN if result.config.gprune else ["alpha"]
     rise = log_perplexity(trained, corpora, result.model) - log_perplexity(trained, corpora, dense)
     assert math.exp(rise) == pytest.approx(found["got"], rel=1e-4)
@@ -199,7 +199,7 @@ def test_it_joins_with_what_else_decides_on_the_masks(flags, trained, dense, tmp
 def test_thresholds_are_learned_at_the_share_of_the_averaged_control(trained, tmp_path, monkeypatch):
     budgets, learn = [], sparsity.fit_thresholds
     monkeypatch.setattr(sparsity, "fit_thresholds", lambda run, *args: budgets.append(run.budget) or learn(run, *args))
-    result = trained.run(tmp_path, *asking("+15%"))
+    result = trained.run(tmp_path, *with_target("+15%"))
     averaged, base, own = result.summary["quality"]["rows"]
     assert [row["row"] for row in (averaged, base, own)] == ["averaged", "base", "gprune"]
     assert [budget.sparsity for budget in budgets] == [pytest.approx(averaged["share"])]
@@ -208,37 +208,38 @@ def test_thresholds_are_learned_at_the_share_of_the_averaged_control(trained, tm
 
 
 class Killed(BaseException):
-    """What ends a process, and no code catches."""
+    """Simulates a killed process: no code catches it."""
 
 
 @pytest.mark.parametrize("after", [1, 4, 9])
-def test_a_run_that_is_killed_while_it_searches_ends_with_the_same_bits(after, trained, tmp_path, monkeypatch):
-    flags = asking(
+def test_a_run_killed_during_the_search_resumes_to_identical_results(after, trained, tmp_path, monkeypatch):
+    flags = with_target(
         "+10%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--evaluation.controls=[base]"
     )
-    warm = asking("+50%", "--gprune=false", "--recovery=least_squares")  # measures the dense model for all
-    trained.run(tmp_path, *warm, name="warm")
-    undisturbed = trained.run(tmp_path, *flags, name="undisturbed")
+    # Fill the cache with the measurements of the dense model.
+    filler = with_target("+50%", "--gprune=false", "--recovery=least_squares")
+    trained.run(tmp_path, *filler, name="fills-the-cache")
+    uninterrupted = trained.run(tmp_path, *flags, name="uninterrupted")
     calls, shrink = [], quality.shrink
 
-    def dying(*args, **kwargs):
+    def shrink_and_kill(*args, **kwargs):
         calls.append(kwargs)
         if len(calls) > after:
             raise Killed
         return shrink(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quality, "shrink", dying)
+        patch.setattr(quality, "shrink", shrink_and_kill)
         with pytest.raises(Killed):
             trained.run(tmp_path, *flags)
     with counted_stages() as stages:
         resumed = trained.run(tmp_path, *flags)
-    assert resumed.summary["quality"] == undisturbed.summary["quality"]
+    assert resumed.summary["quality"] == uninterrupted.summary["quality"]
     for name in ("masks/*.safetensors", "thresholds.safetensors", "recovery/*"):
-        ours, theirs = (contents(result.path, name) for result in (resumed, undisturbed))
-        assert ours == theirs, name
-    assert resumed.records == undisturbed.records
-    assert [resumed.summary[n] for n in TOKENS] == [undisturbed.summary[n] for n in TOKENS]
+        of_resumed, of_uninterrupted = (contents(result.path, name) for result in (resumed, uninterrupted))
+        assert of_resumed == of_uninterrupted, name
+    assert resumed.records == uninterrupted.records
+    assert [resumed.summary[n] for n in TOKENS] == [uninterrupted.summary[n] for n in TOKENS]
     assert "CalibrationStage" not in stages
 
 
@@ -246,21 +247,21 @@ TOKENS = ("forward_tokens", "forward_backward_tokens")
 
 
 def contents(folder, pattern):
-    """The tensors of files by name; not the keys of runs in them."""
+    """Return the tensors of files by name, without the metadata."""
     return {file.name: {k: v.tolist() for k, v in load_file(file).items()} for file in sorted(folder.glob(pattern))}
 
 
-def test_the_dense_model_is_measured_once_for_all_runs(trained, tmp_path):
-    trained.run(tmp_path, *asking("+12%", "--gprune=false"), name="first")
-    second = trained.run(tmp_path, *asking("+13%", "--gprune=false"), name="second")
+def test_the_perplexity_of_the_dense_model_is_cached_for_later_runs(trained, tmp_path):
+    trained.run(tmp_path, *with_target("+12%", "--gprune=false"), name="first")
+    second = trained.run(tmp_path, *with_target("+13%", "--gprune=false"), name="second")
     steps = json.loads((second.path / "manifest.json").read_text())["steps"]
     assert steps["quality"]["forward_tokens"] == second.summary["quality"]["rows"][0]["models"] * DEVELOPMENT * 32
     assert "calibrate" not in steps
 
 
-def test_the_smallest_cut_may_cost_too_much(trained, tmp_path, capsys):
+def test_a_target_that_the_smallest_cut_misses_is_refused(trained, tmp_path, capsys):
     grid = "--gprune=false", "--sparsity.width_multiple=128", "--sparsity.uniform_width=true"
-    args = trained.args(tmp_path, *asking("+0.0000001%", *grid))
+    args = trained.args(tmp_path, *with_target("+0.0000001%", *grid))
     capsys.readouterr()
     assert tiny_run.main(args) == 2
     error = capsys.readouterr().err
@@ -269,8 +270,8 @@ def test_the_smallest_cut_may_cost_too_much(trained, tmp_path, capsys):
     assert not (tmp_path / "run/masks").exists()
 
 
-def test_the_largest_cut_may_keep_the_quality(trained, tmp_path):
-    result = trained.run(tmp_path, *asking("+1000%", "--gprune=false"))
+def test_a_very_loose_target_gives_the_largest_possible_cut(trained, tmp_path):
+    result = trained.run(tmp_path, *with_target("+1000%", "--gprune=false"))
     found = result.summary["quality"]
     assert found["largest"]
     assert "the largest possible cut" in found["said"]
@@ -290,7 +291,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("flags", REFUSED)
-def test_what_no_target_can_be_is_refused_before_anything_is_read(flags, trained, tmp_path, capsys, monkeypatch):
+def test_an_invalid_quality_target_is_refused_before_a_model_is_loaded(flags, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("gprune.pipeline.run.load_dense", lambda *_: pytest.fail("a model was loaded"))
     capsys.readouterr()
     assert tiny_run.main(trained.args(tmp_path / "runs", *flags.split())) == 2
@@ -305,30 +306,30 @@ def test_a_corpus_without_development_text_is_refused_before_a_model_is_loaded(t
     monkeypatch.setattr("gprune.pipeline.run.load_dense", lambda *_: pytest.fail("a model was loaded"))
     few = tmp_path / "few.txt"
     few.write_text("\n\n".join(["bana bani bano banu " * 200] * 5))
-    assert tiny_run.main(trained.args(tmp_path / "runs", *asking("+5%", f"--corpora.score={few}"))) == 2
+    assert tiny_run.main(trained.args(tmp_path / "runs", *with_target("+5%", f"--corpora.score={few}"))) == 2
     assert "needs more docume" in capsys.readouterr().err
 
 
-def test_a_dry_run_prints_what_the_search_takes(trained, tmp_path, capsys):
-    flags = asking("+5%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--dry_run=true")
+def test_a_dry_run_prints_the_cost_of_the_search(trained, tmp_path, capsys):
+    flags = with_target("+5%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--dry_run=true")
     assert tiny_run.main(trained.args(tmp_path, *flags)) == 0
-    said = capsys.readouterr().out
-    assert "the run finds the sparsity that keeps +5%" in said
-    assert "at most 36 models after least_squares" in said
-    assert f"each on {3 * DEVELOPMENT * 32:,} tokens of development text" in said
+    output = capsys.readouterr().out
+    assert "the run finds the sparsity that keeps +5%" in output
+    assert "at most 36 models after least_squares" in output
+    assert f"each on {3 * DEVELOPMENT * 32:,} tokens of development text" in output
 
 
 @pytest.mark.parametrize("recovery", ["none", "[least_squares,distill]"])
-def test_tokens_that_a_run_takes_are_at_most_those_that_were_planned(recovery, trained, tmp_path):
-    flags = asking("+10%", f"--recovery={recovery}", "--distill.tokens=1536")
+def test_a_run_processes_at_most_the_planned_tokens(recovery, trained, tmp_path):
+    flags = with_target("+10%", f"--recovery={recovery}", "--distill.tokens=1536")
     plan = check(parse(trained.args(tmp_path, *flags)))
     summary = trained.run(tmp_path, *flags).summary
     assert 0 < summary["forward_tokens"] <= plan.forward_tokens
     assert summary["forward_backward_tokens"] <= plan.forward_backward_tokens
 
 
-def test_what_was_reached_is_in_every_result(trained, tmp_path):
-    result = trained.run(tmp_path, *asking("+10%", "--sparsity.target=+10%"))
+def test_the_reached_quality_is_in_the_summary_frame_report_and_page(trained, tmp_path):
+    result = trained.run(tmp_path, *with_target("+10%", "--sparsity.target=+10%"))
     found, frame = result.summary["quality"], result.to_frame()
     assert frame["quality_got"].iloc[-1] == pytest.approx(found["got"] - 1)
     assert frame["quality_asked"].iloc[-1] == 0.1
@@ -345,7 +346,7 @@ def test_what_was_reached_is_in_every_result(trained, tmp_path):
     assert "Parameters at the same quality" in page
 
 
-def test_a_run_of_another_target_says_how_much_little_loss_allows(trained, tmp_path):
+def test_a_run_with_a_sparsity_curve_reports_the_shares_within_a_loss_tolerance(trained, tmp_path):
     curve = "--evaluation.curve=[0.1,0.2,0.4]"
     result = trained.run(tmp_path, curve, "--evaluation.development_samples=4")
     learning = json.loads((result.path / "manifest.json").read_text())["learning"]
@@ -357,20 +358,20 @@ def test_a_run_of_another_target_says_how_much_little_loss_allows(trained, tmp_p
     assert result.summary["tolerated"]["said"].startswith("Development perplexity stays within 3 % of dense up to")
     assert "quality" not in result.summary
     alone = trained.run(tmp_path, "--gprune=false", name="alone")
-    assert "tolerated" not in alone.summary, "there is no curve"
+    assert "tolerated" not in alone.summary, "a run without a sparsity curve"
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_share_of_one(trained, tmp_path):
-    flags = asking("+15%", "--recovery=[least_squares,distill]", "--distill.tokens=1536")
+def test_two_processes_find_the_same_share_as_one(trained, tmp_path):
+    flags = with_target("+15%", "--recovery=[least_squares,distill]", "--distill.tokens=1536")
     flags += ["--evaluation.controls=[base]", "--trainer.devices=2", "--trainer.strategy=ddp"]
     first, second = tiny_run.train(trained.args(tmp_path, *flags), tmp_path, processes=2)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     found = load_run(tmp_path / "run").summary["quality"]
     alone = trained.run(tmp_path, *flags[:-2], name="alone").summary["quality"]
     assert found["got"] <= 1.15
-    mine, theirs = found["rows"][0], alone["rows"][0]
-    assert mine.keys() == theirs.keys()
-    assert mine["parameters"] == theirs["parameters"]
-    for name in ("got", "low", "high", "predicted"):  # Gram matrices that processes add up have other last bits
-        assert mine[name] == pytest.approx(theirs[name], rel=1e-6)
+    of_two, of_one = found["rows"][0], alone["rows"][0]
+    assert of_two.keys() == of_one.keys()
+    assert of_two["parameters"] == of_one["parameters"]
+    for name in ("got", "low", "high", "predicted"):  # sums of Gram matrices over processes differ by rounding
+        assert of_two[name] == pytest.approx(of_one[name], rel=1e-6)

@@ -1,4 +1,4 @@
-"""The page and the README of a run folder: whole by themselves, complete, and working in a browser."""
+"""The page of a run folder: self-contained, complete, and working in a browser."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests import tiny_run
 pytestmark = pytest.mark.slow  # whole runs, and a browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-ODD = "<b>&'odd.txt"  # a name of a corpus that HTML must not take for its own
+ODD = "<b>&'odd.txt"  # a corpus name that has to be escaped in HTML
 
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
-    """Two runs that draw their figures and write their pages."""
+    """Return two runs with figures and pages."""
     folder = tmp_path_factory.mktemp("page")
     odd = Path(shutil.copy(world.corpora["delta"], folder / ODD))
     evaluate = f"--corpora.evaluate={json.dumps([str(world.corpora['alpha']), str(odd)])}"
@@ -42,7 +42,7 @@ def finished(runs):
 
 @pytest.fixture(scope="module")
 def compared(runs):
-    """The page of both."""
+    """Return the page that compares both runs."""
     path = runs[0].path.parent / "compared.html"
     with tiny_run.isolated(path.parent / "cache"):
         assert command("report", [*(str(run.path) for run in runs), "--html", str(path)]) == 0
@@ -50,14 +50,14 @@ def compared(runs):
 
 
 def parsed(path: Path) -> ElementTree.Element:
-    """The page as XML, which it is but for a few elements."""
+    """Parse a page as XML, without the few elements that are not XML."""
     return ElementTree.fromstring(
         re.sub(r"<(script|style)>.*?</\1>|<(meta|!DOC)[^>]*>", "", path.read_text(), flags=re.S)
     )
 
 
 @pytest.mark.parametrize("which", ["one", "both"])
-def test_a_page_is_one_file_of_sound_html(which, finished, compared):
+def test_a_page_is_one_self_contained_file_with_valid_references(which, finished, compared):
     path = compared if which == "both" else finished.path / "report.html"
     found = [(name.rpartition("}")[2], value) for element in parsed(path).iter() for name, value in element.items()]
     ids = [value for name, value in found if name == "id"]
@@ -67,19 +67,19 @@ def test_a_page_is_one_file_of_sound_html(which, finished, compared):
     assert "<b>&'odd" not in path.read_text()
 
 
-def test_the_page_of_a_run_says_all_of_it(finished):
+def test_the_page_of_a_run_has_its_numbers_figures_settings_and_commands(finished):
     text = (finished.path / "report.html").read_text()
-    said = " ".join(parsed(finished.path / "report.html").itertext())
+    text_of_page = " ".join(parsed(finished.path / "report.html").itertext())
     for r in finished.records:
-        assert f"{r['perplexity']:.2f}" in said
+        assert f"{r['perplexity']:.2f}" in text_of_page
     for what in (f"{finished.summary['parameters_after']:,}", ODD, "seed: 0", "what next", "save_and_check"):
-        assert what.lower() in said.lower(), what
-    assert f'from_pretrained("{finished.path / "model"}", trust_remote_code=True)' in said
-    assert text.count("<svg") == 3 + 3  # its figures, and curves of what learned
-    assert f"windows of {finished.records[0]['seq_len']} tokens" in said
+        assert what.lower() in text_of_page.lower(), what
+    assert f'from_pretrained("{finished.path / "model"}", trust_remote_code=True)' in text_of_page
+    assert text.count("<svg") == 3 + 3  # figures of the run, and curves of training
+    assert f"windows of {finished.records[0]['seq_len']} tokens" in text_of_page
 
 
-def test_figures_follow_the_theme_of_the_page_and_the_same_run_gives_the_same_page(finished, tmp_path):
+def test_figures_use_the_text_colour_of_the_page_and_pages_are_reproducible(finished, tmp_path):
     text = (finished.path / "report.html").read_text()
     for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         assert "currentColor" in drawing
@@ -87,7 +87,7 @@ def test_figures_follow_the_theme_of_the_page_and_the_same_run_gives_the_same_pa
     assert html.write_report(report.make([finished.path]), tmp_path / "again.html").read_text() == text
 
 
-def test_curves_of_all_sittings_are_one(tmp_path):
+def test_curves_of_a_resumed_run_are_concatenated(tmp_path):
     for version, rows in enumerate([{"step": [0, 1], "learn/loss": [3.0, 2.0]}, {"step": [2], "learn/loss": [1.0]}]):
         (tmp_path / f"csv/version_{version}").mkdir(parents=True)
         pd.DataFrame(rows).to_csv(tmp_path / f"csv/version_{version}/metrics.csv", index=False)
@@ -96,8 +96,8 @@ def test_curves_of_all_sittings_are_one(tmp_path):
     assert list(curve_figures(read_curves(tmp_path))) == ["Loss while sparsity is learned"]
 
 
-def test_the_curve_is_the_runs_own_however_sittings_went():
-    """The run's own row, gone on before where it had ended, and a control, which has a line beside it."""
+def test_curves_of_a_resumed_run_drop_repeated_steps_and_are_separate_from_controls():
+    """The run resumed from a checkpoint before its last logged step. The control has its own line."""
     nan = [float("nan")]
     own, control = "distill/gprune_distill", "distill/base_distill"
     frame = pd.DataFrame(
@@ -117,7 +117,7 @@ def test_the_curve_is_the_runs_own_however_sittings_went():
 
 
 @pytest.mark.parametrize("content", ["", "step,learn/loss\n1,2,3,4\n1\n", "a,b\n1,2\n", "step,learn/loss\nx,y\nz,1\n"])
-def test_curves_that_cannot_be_read_are_left_out(content, tmp_path):
+def test_unreadable_curves_are_omitted(content, tmp_path):
     (tmp_path / "csv/version_0").mkdir(parents=True)
     (tmp_path / "csv/version_0/metrics.csv").write_text(content)
     assert curve_figures(read_curves(tmp_path)) == {}
@@ -140,16 +140,18 @@ def browser():
 @pytest.mark.parametrize(
     ("which", "scheme", "width"), [("one", "light", 390), ("one", "dark", 1280), ("both", "dark", 390)]
 )
-def test_a_browser_shows_it_without_network_and_faults(browser, which, scheme, width, finished, compared):
+def test_a_browser_shows_a_page_without_requests_messages_or_accessibility_violations(
+    browser, which, scheme, width, finished, compared
+):
     path = compared if which == "both" else finished.path / "report.html"
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    asked, said = [], []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda message: said.append(message.text))
+    requests, messages = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: messages.append(message.text))
     page.goto(path.as_uri())
     for details in page.query_selector_all("details"):
         details.evaluate("element => element.open = true")
-    assert (asked, said) == ([path.as_uri()], [])
+    assert (requests, messages) == ([path.as_uri()], [])
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # only tables and figures scroll sideways
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
@@ -159,7 +161,7 @@ def test_a_browser_shows_it_without_network_and_faults(browser, which, scheme, w
     page.close()
 
 
-def test_a_click_sorts_a_table(browser, compared):
+def test_a_click_or_the_enter_key_sorts_a_table(browser, compared):
     page = browser.new_page()
     page.goto(compared.as_uri())
     table = page.locator("table").first
@@ -180,7 +182,7 @@ def test_a_click_sorts_a_table(browser, compared):
     page.close()
 
 
-def test_tables_are_whole_on_a_screen_and_say_so_where_they_scroll_on_a_phone(browser, compared):
+def test_tables_fit_a_wide_screen_and_show_a_scroll_hint_on_a_narrow_one(browser, compared):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(compared.as_uri())
     boxes = page.locator(".wide:has(table):visible")

@@ -1,4 +1,4 @@
-"""Reports against numbers computed from the records by hand; folders that cannot be reported on; what is written."""
+"""Reports: numbers compared with calculations from the records, invalid folders, and written files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from tests.tiny_run import isolated
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """A run of gprune with both controls and with recovery."""
+    """Return the folder of a run with both controls and with recovery."""
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch, isolated(folder / "cache"):
         tiny_run.quick(patch)
@@ -69,12 +69,12 @@ def run(pristine, tmp_path):
 
 def edit(path: Path, change) -> None:
     content = json.loads(path.read_text())
-    content.pop("checksum", None)  # by hand: files without one are taken as they are
+    content.pop("checksum", None)  # files without a checksum are accepted
     change(content)
     path.write_text(json.dumps(content))
 
 
-def more(record: dict, nats: float) -> None:
+def raise_loss(record: dict, nats: float) -> None:
     """Raise the loss of every predicted token."""
     record["perplexity"] *= math.exp(nats)
     record["nll"] += nats
@@ -82,7 +82,7 @@ def more(record: dict, nats: float) -> None:
 
 
 def another(run: Path, name: str, *, seed: int | None = None, setting: float | None = None, shift: float = 0.0) -> Path:
-    """A copy of a run with another seed or setting, other masks, and pruned losses that are `shift` nats higher."""
+    """Copy a run, with another seed or setting, other masks, and losses of pruned rows that are `shift` nats higher."""
     copy = Path(shutil.copytree(run, run.parent / name))
 
     def settings(manifest):
@@ -96,12 +96,12 @@ def another(run: Path, name: str, *, seed: int | None = None, setting: float | N
         for r in metrics["records"]:
             r["seed"] = r["seed"] if seed is None else seed
             if r["stage"] != "dense":
-                more(r, shift)
+                raise_loss(r, shift)
 
     edit(copy / "manifest.json", settings)
     edit(copy / "metrics.json", losses)
     modules = copy / "modules.safetensors"
-    write_tensors(modules, read_tensors(modules))  # without the mark of the run whose settings these were
+    write_tensors(modules, read_tensors(modules))  # without the key of the original run
     masks = read_tensors(copy / "masks" / "gprune.safetensors")
     generator = torch.Generator().manual_seed(seed or 0)
     shuffled = {n: m[torch.randperm(len(m), generator=generator)] for n, m in masks.items()}
@@ -156,8 +156,8 @@ def test_numbers_of_one_run_are_those_of_its_records(run):
     assert dense[5:] == [None, None, None]
 
 
-def test_the_two_ratios_to_base_have_names_of_their_own(run):
-    """A recovered row over base as it is, and over base after the same recovery: tables, page and W&B's keys agree."""
+def test_ratios_to_the_recovered_and_the_unrecovered_base_have_different_names(run):
+    """A recovered row is divided by the unrecovered base, or by the base after the same recovery."""
     base = {recovery: geometric(records_of(run, "base", recovery, seen=False)) for recovery in ("none", "bias")}
     own = geometric(records_of(run, "gprune", "bias", seen=False))
     expected = {"same": own / base["bias"], "unrecovered": own / base["none"]}
@@ -176,7 +176,7 @@ def test_the_two_ratios_to_base_have_names_of_their_own(run):
         assert f"<dt>unseen / {name}</dt><dd><strong>{expected[ratio]:.3f}</strong>" in page
 
 
-def test_the_distance_is_that_of_the_records_and_old_records_have_none(run):
+def test_kl_and_agreement_are_those_of_the_records_and_missing_for_old_records(run):
     table = next(t for t in report.make([run]).tables if t.name == "distance")
     assert "dense" not in [cells[1] for cells in table.rows]
     own = records_of(run, "gprune", seen=False)
@@ -202,7 +202,7 @@ def test_the_distance_is_that_of_the_records_and_old_records_have_none(run):
         report.make([run])
 
 
-def test_perplexity_by_corpus_marks_what_was_seen(run):
+def test_the_table_by_corpus_marks_seen_corpora_with_a_star(run):
     table = report.make([run]).tables[1]
     assert table.columns[3] == "alpha.txt*"
     assert [c.endswith("*") for c in table.columns[3:]] == [True, False, False]
@@ -214,7 +214,7 @@ def test_perplexity_by_corpus_marks_what_was_seen(run):
 # --- several runs
 
 
-def test_seeds_become_mean_and_interval(run):
+def test_runs_that_differ_in_the_seed_become_a_mean_with_an_interval(run):
     shifts = [0.0, 0.2, 0.5]
     runs = [run, *(another(run, f"one-seed{i}", seed=i, shift=s) for i, s in enumerate(shifts) if i)]
     made = report.make(runs)
@@ -225,27 +225,29 @@ def test_seeds_become_mean_and_interval(run):
     low, high = stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs))
     assert found["seeds"] == 3
     np.testing.assert_allclose(found["unseen"], np.exp([logs.mean(), low, high]), rtol=1e-9)
-    # base moves with gprune here, so the ratio does not vary
+    # base has the same shift as gprune, so the ratio is constant
     ratio = unseen_ratios(json.loads((run / "metrics.json").read_text())["records"])["gprune"]["ratio"]
     np.testing.assert_allclose(found["unseen / base, same recovery"], [ratio] * 3, rtol=1e-9)
     dense = made.tables[0].rows[0]
     assert (dense[1], dense[2]) == ("dense", None)
-    assert dense[4].low < dense[4].value < dense[4].high  # the same windows for every seed: an interval over windows
+    assert (
+        dense[4].low < dense[4].value < dense[4].high
+    )  # the windows are the same for every seed, so the interval is over windows
     corpus = records_of(run, "gprune")[0]
     cell = row(made.tables[1], "one (3 seeds)", "gprune")[Path(corpus["corpus"]).name + "*"]
     assert cell.value == pytest.approx(corpus["perplexity"] * math.exp(np.mean(shifts)))
 
 
-def test_only_runs_that_differ_in_seed_alone_are_one_row(run):
+def test_only_runs_with_equal_settings_and_text_are_grouped_over_seeds(run):
     again, other = another(run, "again"), another(run, "other", seed=1, setting=0.5)
     second = another(run, "second", seed=1)
     names = [g.name for g in report.make([run, again, other, second]).groups]
     assert len(names) == 3
     assert names[1:] == ["again", "other"]
     assert names[0].endswith("(2 seeds)")
-    elsewhere = another(run, "elsewhere", seed=2)
-    edit(elsewhere / "metrics.json", lambda m: [r.update(content_hash="0") for r in m["records"]])
-    assert len(report.make([run, elsewhere]).groups) == 2  # evaluated on other text
+    other_text = another(run, "other-text", seed=2)
+    edit(other_text / "metrics.json", lambda m: [r.update(content_hash="0") for r in m["records"]])
+    assert len(report.make([run, other_text]).groups) == 2  # other evaluation text
 
 
 def test_a_row_over_seeds_has_the_name_of_the_first_run(run):
@@ -256,8 +258,8 @@ def test_a_row_over_seeds_has_the_name_of_the_first_run(run):
     assert names == {group.name for group in made.groups}
 
 
-def test_what_one_of_the_seeds_has_seen_counts_as_seen_in_the_mean_over_them(run):
-    """Which corpora share text with a sample goes with the seed; a mean is over one set of them."""
+def test_a_corpus_seen_by_one_seed_counts_as_seen_in_the_mean_over_seeds(run):
+    """Which corpora contain text of a sample depends on the seed. A mean over seeds uses one set of corpora."""
     other = another(run, "one-seed1", seed=1)
     leaked = records_of(run, "gprune", seen=False)[0]["corpus"]
     edit(other / "metrics.json", lambda m: [r.update(seen=True) for r in m["records"] if r["corpus"] == leaked])
@@ -269,14 +271,14 @@ def test_what_one_of_the_seeds_has_seen_counts_as_seen_in_the_mean_over_them(run
     )
 
 
-def test_a_run_named_twice_counts_once(run, monkeypatch):
+def test_a_run_given_twice_is_counted_once(run, monkeypatch):
     monkeypatch.chdir(run.parent)
     assert [r.name for r in read_runs([run, "one", "./one/"])] == ["one"]
     copy = shutil.copytree(run, run.parent / "more" / "one")
     assert [r.name for r in read_runs([run, copy])] == ["one", "more/one"]
 
 
-def test_the_dense_row_is_there_once(run):
+def test_equal_dense_rows_appear_once(run):
     made = report.make([run, another(run, "other", setting=0.5)])
     assert [cells[1] for cells in made.tables[0].rows].count("dense") == 1
     third = another(run, "third", setting=0.7)
@@ -287,12 +289,14 @@ def test_the_dense_row_is_there_once(run):
 
     edit(third / "metrics.json", seen_all)
     table = report.make([run, third])
-    assert [cells[1] for cells in table.tables[0].rows].count("dense") == 2  # means over other sets of corpora
+    assert [cells[1] for cells in table.tables[0].rows].count(
+        "dense"
+    ) == 2  # their means are over different sets of corpora
     assert [c.rstrip("*)").endswith("(") for c in table.tables[1].columns[3:]] == [False, True, True]
     assert row(table.tables[0], "third", "gprune")["unseen"] is None
 
 
-def test_in_which_flags_runs_differ_stands_first(run):
+def test_the_report_begins_with_the_flags_in_which_runs_differ(run):
     other = another(run, "other", setting=0.5, seed=3)
     made = report.make([run, another(run, "two", seed=1), other])
     (table,) = [table for table in made.tables if table.name == "settings"]
@@ -307,8 +311,8 @@ def test_in_which_flags_runs_differ_stands_first(run):
 HASHED = "tiny-gprune-wanda_sp-0.5-"
 
 
-def test_runs_with_names_of_gprunes_are_named_by_what_differs(run):
-    """No hash in the title or in a row; a name that somebody chose stays."""
+def test_runs_with_generated_names_are_named_by_the_flags_that_differ(run):
+    """Titles and rows have no hash. A name given by the user is kept."""
     runs = [another(run, f"{HASHED}{i:08x}", seed=i % 2, setting=ridge) for i, ridge in enumerate((0.1, 0.1, 0.5))]
     made = report.make(runs)
     assert [group.name for group in made.groups] == ["ridge 0.1 (2 seeds)", "ridge 0.5"]
@@ -323,13 +327,13 @@ def test_runs_with_names_of_gprunes_are_named_by_what_differs(run):
     assert len({group.name for group in report.make([runs[0], copy]).groups}) == 2
 
 
-def test_a_title_of_many_runs_says_in_which_flags_they_differ(run):
+def test_the_title_for_many_runs_has_the_flags_that_differ(run):
     runs = [another(run, f"a name that takes some room {i}", setting=0.1 * i) for i in range(1, 5)]
     assert report.make(runs).title == "4 runs that differ in ridge"
 
 
-def test_rows_are_equal_whatever_the_order_of_seeds(run):
-    """Means over seeds add up in one order, so that the controls of two runs are one row."""
+def test_rows_do_not_depend_on_the_order_of_seeds(run):
+    """Means over seeds are summed in one order, so equal controls of two runs become one row."""
     ones = [another(run, f"one-{s}", seed=s, shift=0.137 * s) for s in range(3)]
     others = [another(run, f"other-{s}", seed=s, shift=0.137 * s, setting=0.5) for s in (2, 0, 1)]
     table = report.make([*ones, *others]).tables[0]
@@ -342,8 +346,8 @@ def test_rows_are_equal_whatever_the_order_of_seeds(run):
     ]
 
 
-def test_rows_that_are_equal_in_several_runs_stand_once(run):
-    """What a run is about has a row of its own, and so has what differs in one number."""
+def test_equal_rows_of_several_runs_are_merged(run):
+    """The main row of each run stays separate, and so do rows that differ in a number."""
     moved = another(run, "moved", setting=0.7, shift=0.1)
     made = report.make([run, another(run, "other", setting=0.5), moved])
     for table in made.tables[:2]:
@@ -361,11 +365,14 @@ def test_rows_that_are_equal_in_several_runs_stand_once(run):
     assert {cells[0] for cells in report.make([run, moved.parent / "other"]).tables[0].rows} >= {"all runs"}
     pair = read_runs([run, run.parent / "other"])
     apart = report.of_runs(pair, bases={pair[0].path: pair[0], pair[1].path: read_runs([moved])[0]})
-    assert [cells[0] for cells in apart.tables[0].rows if cells[1] == "averaged"] == ["one", "other"]  # other divisors
+    assert [cells[0] for cells in apart.tables[0].rows if cells[1] == "averaged"] == [
+        "one",
+        "other",
+    ]  # their ratios have different references
 
 
-def test_learning_curves_of_several_runs_are_one_figure():
-    """Of each run's own row, where there are two points or more; losses are running means."""
+def test_learning_curves_of_several_runs_are_in_one_figure():
+    """They are those of the main row with at least two points. Losses are running means."""
     runs = {}
     for name, own in (("a", "gprune"), ("b", "base")):
         tokens, other = list(range(0, 400, 10)), {"gprune": "base", "base": "gprune"}[own]
@@ -386,17 +393,17 @@ def test_another_run_can_be_the_base(run):
     assert row(report.make([run], base=run).tables[0], "one", "base")["unseen / unrecovered base"] is None
     unseen = records_of(run, "base", seen=False)[0]["corpus"]
 
-    def elsewhere(metrics):
+    def change_windows(metrics):
         for r in metrics["records"]:
             if r["corpus"] == unseen:
                 r["content_hash"] = "other windows"
 
-    edit(run / "metrics.json", elsewhere)
+    edit(run / "metrics.json", change_windows)
     assert row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / unrecovered base"] is None
 
 
-def test_pairs_are_compared_on_text_that_both_have_not_seen(run):
-    """Whichever of the two comes first."""
+def test_pairs_are_compared_on_corpora_that_are_unseen_for_both(run):
+    """In either order of the two runs."""
     other = another(run, "other", setting=0.5, shift=0.3)
     first, second = [r["corpus"] for r in records_of(run, "gprune", seen=False)]
 
@@ -408,7 +415,7 @@ def test_pairs_are_compared_on_text_that_both_have_not_seen(run):
     assert both[:3] == ["one: gprune + bias", "other: gprune + bias", 1]
     np.testing.assert_allclose(both[3], [math.exp(-0.3)] * 3)
     for corpus, rows in ((second, 1), (first, 0)):
-        edit(other / "metrics.json", lambda m, corpus=corpus: [r.update(seen=True) or more(r, 0.5)
+        edit(other / "metrics.json", lambda m, corpus=corpus: [r.update(seen=True) or raise_loss(r, 0.5)
              for r in m["records"] if r["corpus"] == corpus])  # fmt: skip
         for runs in ((run, other), (other, run)):
             found = comparison(*runs)
@@ -416,7 +423,7 @@ def test_pairs_are_compared_on_text_that_both_have_not_seen(run):
             assert all(abs(math.log(ratio.value)) == pytest.approx(0.3) for *_, ratio in found)
 
 
-def test_a_reference_that_is_not_there_yet_leaves_the_ratios_blank(run):
+def test_a_missing_reference_leaves_the_ratios_empty(run):
     runs = read_runs([run, another(run, "two", seed=1)])
     own, blank = report.of_runs(runs).tables[0], report.of_runs(runs, bases={})
     assert any(cells[-1] is not None for cells in own.rows)
@@ -425,7 +432,7 @@ def test_a_reference_that_is_not_there_yet_leaves_the_ratios_blank(run):
     assert "ratios" not in blank.figures()
 
 
-def test_a_model_card_says_nothing_of_this_machine_nor_of_drift_that_nobody_measured(run, tmp_path):
+def test_a_model_card_has_no_local_paths_and_mentions_drift_only_if_it_was_measured(run, tmp_path):
     records = json.loads((run / "metrics.json").read_text())["records"]
     seen = records[0]["corpus"]
     corpora = CorporaConfig(score=f"{tmp_path}/law/alpha.txt", drift=[f"{tmp_path}/two.txt", seen])
@@ -451,15 +458,15 @@ def test_a_model_card_says_nothing_of_this_machine_nor_of_drift_that_nobody_meas
         (".", None, None),
     ],
 )
-def test_the_hub_reads_base_model_and_licence_in_a_card(run, name, base, licence):
+def test_a_model_card_has_base_model_and_licence_as_metadata_of_the_hub(run, name, base, licence):
     records = json.loads((run / "metrics.json").read_text())["records"]
     cfg = RunConfig(model=ModelConfig(name=name), recovery="none")
     data = ModelCard(model_card(cfg, records)).data
     assert (data.base_model, data.license, data.library_name) == (base, licence, "transformers")
 
 
-def test_runs_that_share_a_name_have_a_line_each(run):
-    """Seeds under one name, as lists of configurations have them."""
+def test_runs_with_the_same_name_have_separate_lines_in_the_figure(run):
+    """Seeds of a row in a list have the same name."""
     runs = [replace(r, name="same") for r in read_runs([run, another(run, "other", seed=1)])]
     lines = report.of_runs(runs).figures()["sparsity"].axes[0].get_lines()
     assert [line.get_label() for line in lines] == ["same, seed 0", "same, seed 1"]
@@ -467,27 +474,27 @@ def test_runs_that_share_a_name_have_a_line_each(run):
         assert line.get_ydata()[0] == float((~r.masks.ffn[0]).float().mean())
 
 
-def zero_shot_record(**more: object) -> dict:
+def zero_shot_record(**changes: object) -> dict:
     common = {"kind": "zero_shot", "task": "piqa", "split": "validation", "source": "local", "questions": 6,
               "acc": 0.5, "acc_stderr": 0.2, "acc_norm": None, "acc_norm_stderr": None, "standard_protocol": False,
               "note": "a note", "recovery": "none", "content_hash": "h", "dtype": "float32", "model": "a"}  # fmt: skip
-    return common | more
+    return common | changes
 
 
-def test_zero_shot_records_are_taken_up(run):
-    """Beside the dense model of their own name, dtype and questions alone."""
+def test_zero_shot_results_are_compared_with_the_matching_dense_results(run):
+    """Dense results match if model, dtype and questions are the same."""
     dense = zero_shot_record(stage="dense", correct="110110", answers=[0, 1, 3, 0, 2, 1])
     pruned = zero_shot_record(stage="gprune", correct="100110", answers=[0, 2, 0, 0, 2, 1])
-    strangers = [dense | {key: "other", "correct": "000000"} for key in ("model", "dtype", "content_hash")]
-    (run / "evaluation.json").write_text(json.dumps({"records": [*strangers, pruned, dense]}))
+    not_matching = [dense | {key: "other", "correct": "000000"} for key in ("model", "dtype", "content_hash")]
+    (run / "evaluation.json").write_text(json.dumps({"records": [*not_matching, pruned, dense]}))
     made = report.make([run])
     cells = row(made.tables[-1], "piqa", "one", "gprune")
     difference, error = paired_difference([1, 0, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0])
     assert cells["against dense"] == f"{difference:+.3f} +- {error:.3f}"
-    assert cells["flips"] == "33.3%: -16.7% +0.0%"  # one that was right, and one that is wrong in another way
+    assert cells["flips"] == "33.3%: -16.7% +0.0%"  # one correct answer became wrong, and one wrong answer changed
     assert (cells["acc or perplexity"], cells["standard protocol"]) == ("0.500 +- 0.200", "no")
     assert "a note" in made.to_markdown()
-    (alone,) = [r for r in evaluation_table([pruned | {"run": "r"}, *(s | {"run": "r"} for s in strangers)]).rows
+    (alone,) = [r for r in evaluation_table([pruned | {"run": "r"}, *(s | {"run": "r"} for s in not_matching)]).rows
                 if r[2] == "gprune"]  # fmt: skip
     assert made.tables[-1].columns[7] == "against dense"
     assert alone[7] is None
@@ -499,7 +506,7 @@ def test_zero_shot_records_are_taken_up(run):
 # --- tables
 
 
-def test_csv_and_markdown_say_the_same():
+def test_csv_and_markdown_contain_the_same_values():
     table = Table(
         "t", "T", ["", "n", "x", "y"],
         [["a, b", 3, Estimate(1 / 3, 0.25, 0.5), 0.125], ["c", None, None, Estimate(2.0)]], {"x": 3},
@@ -514,12 +521,12 @@ def test_csv_and_markdown_say_the_same():
     assert second == ["c", "", "", "", "", "2.0", "", ""]
 
 
-def test_files_are_called_by_as_much_of_their_path_as_tells_them_apart():
-    called = {
+def test_labels_of_corpus_files_are_the_shortest_unique_paths():
+    labels = {
         "wiki": "wiki", "/home/me/text/one.txt": "one.txt", "/home/me/text/two.txt": "text/two.txt",
         "/home/me/other/two.txt": "other/two.txt", "two.txt": "two.txt", "data/wiki": "data/wiki", "./law/": "law",
     }  # fmt: skip
-    assert corpus_labels(called) == called
+    assert corpus_labels(labels) == labels
     for alike in (["wiki", "./wiki"], ["/two.txt", "two.txt"], ["/a/b.txt", "a/b.txt"]):
         assert len(set(corpus_labels(alike).values())) == 2
 
@@ -527,11 +534,13 @@ def test_files_are_called_by_as_much_of_their_path_as_tells_them_apart():
 # --- figures and files
 
 
-def test_nothing_is_told_by_colour_alone(run):
+def test_lines_and_points_differ_in_more_than_colour(run):
     masks = {str(i): Masks([torch.tensor([True, False])], []) for i in range(3 * len(LINES))}
     drawn = sparsity_lines(masks).axes[0].lines[: len(masks)]
     assert len({(line.get_linestyle(), line.get_marker()) for line in drawn[: len(LINES)]}) == len(LINES)
-    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == len(masks)  # also beyond the first seven
+    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == len(
+        masks
+    )  # also with more lines than styles
     records = json.loads((run / "metrics.json").read_text())["records"]
     points = [c.lines[0] for c in perplexity_figure(records).axes[0].containers]
     looks = {(point.get_marker(), point.get_markerfacecolor() == "white") for point in points}
@@ -539,7 +548,7 @@ def test_nothing_is_told_by_colour_alone(run):
 
 
 def test_an_estimate_just_outside_its_interval_is_drawn():
-    """One window per corpus has an interval without width, and rounding may put the value outside of it."""
+    """With one window per corpus the interval has no width, and the value may be outside by rounding."""
     low = np.nextafter(0.7, 1)
     figure = ratio_figure([("a", Estimate(0.7, low, low))], base="base")
     assert figure.axes[0].containers[0].lines[0].get_xdata().tolist() == [0.7]
@@ -557,8 +566,8 @@ def test_every_axis_is_labelled(run):
     assert len(axes["ratios"].get_yticklabels()) == sum(cells[7] is not None for cells in made.tables[0].rows)
 
 
-def test_files_far_down_leave_figures_their_width(run):
-    """A path for a label squeezed the axes to nothing, about which matplotlib warns, and warnings are errors here."""
+def test_long_corpus_paths_do_not_shrink_the_figures(run):
+    """A long path as label would leave no width for the axes; matplotlib warns, and warnings are errors in tests."""
     far = "/srv/" + 8 * "a/long/way/" + "down/"
     frame = pd.DataFrame({"learn/epoch": [0, 1]} | {f"development/perplexity/{far}{c}.txt": [9.0, 8.0] for c in "abc"})
     (curves,) = curve_figures(frame).values()
@@ -576,7 +585,7 @@ def written(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_what_the_command_writes(run, capsys):
+def test_gprune_report_writes_markdown_csv_and_figures_reproducibly(run, capsys):
     made, output = report.make([run]), run / "report"
     assert command("report", [str(run)]) == 0
     out = capsys.readouterr().out
@@ -590,11 +599,11 @@ def test_what_the_command_writes(run, capsys):
             assert image.width > 400
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
     made.write(output)
-    assert {p: p.read_bytes() for p in before} == before  # the same bytes, so that they can be kept in a repository
+    assert {p: p.read_bytes() for p in before} == before  # identical files
 
 
 @pytest.mark.slow
-def test_a_report_of_several_runs_and_nothing_of_the_one_before_it(run, tmp_path, capsys):
+def test_a_new_report_replaces_the_files_of_the_previous_one_and_keeps_others(run, tmp_path, capsys):
     other, output = another(run, "other", setting=0.5), tmp_path / "report"
     report.make([run, other]).write(output, ("png",))
     (output / "tables" / "mine.csv").write_text("kept")
@@ -635,7 +644,7 @@ def narrower(file: Path) -> None:
         ),
     ],
 )
-def test_a_folder_that_cannot_be_reported_on_is_one_line(file, damage, message, run, capsys):
+def test_an_invalid_run_folder_is_refused_in_one_line_and_nothing_is_written(file, damage, message, run, capsys):
     good, bad = Path(shutil.copytree(run, run.parent / "good")), another(run, "bad")
     damage(bad / file)
     before = written(run.parent)
@@ -645,14 +654,14 @@ def test_a_folder_that_cannot_be_reported_on_is_one_line(file, damage, message, 
 
 
 def refused(args: list[str], capsys) -> str:
-    """The one line on stderr."""
+    """Run a command that has to fail, and return its one line on stderr."""
     assert command("report", args) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("gprune report: ")
     return line
 
 
-def test_what_cannot_be_reported_is_one_line(run, tmp_path, capsys):
+def test_invalid_arguments_are_refused_in_one_line(run, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     bare = another(run, "bare")
     edit(bare / "metrics.json", without_base)
@@ -667,7 +676,7 @@ def test_what_cannot_be_reported_is_one_line(run, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_reading_needs_neither_the_model_nor_the_corpora(run, monkeypatch):
+def test_a_report_reads_neither_the_model_nor_the_corpora(run, monkeypatch):
     for name in (
         "transformers.AutoModelForCausalLM.from_pretrained",
         "gprune.corpora.load.load_corpus",

@@ -1,4 +1,4 @@
-"""The figure of removed neurons, where layers differ."""
+"""The figure of removed neurons for a model whose layers differ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gprune.models.masks import Masks
 from gprune.report.run_figures import sparsity_figure
 
 
-def test_a_block_without_an_ffn_has_no_bar():
+def test_a_block_without_an_ffn_has_a_bar_of_height_0():
     ffn = [torch.tensor([True, False, False, True]), torch.zeros(0, dtype=torch.bool)]
     masks = Masks(ffn, [torch.zeros(0, dtype=torch.bool)] * 2)
     (axes,) = sparsity_figure(masks, [torch.tensor([0, 0, 1, 1]), torch.zeros(0, dtype=torch.int64)]).axes

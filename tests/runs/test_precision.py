@@ -1,4 +1,4 @@
-"""What `--trainer.precision auto` becomes, on simulated hardware."""
+"""The resolution of `--trainer.precision auto`, on simulated hardware."""
 
 from __future__ import annotations
 
@@ -25,24 +25,26 @@ FAST, SLOW = (True, "a processor of a test"), (False, "a processor of a test")
 
 @pytest.fixture
 def hardware(monkeypatch):
-    """Sets what the hardware is said to be."""
+    """Return a function that sets the simulated hardware."""
 
-    def pretend(found):
+    def set_hardware(found):
         monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: found)
 
-    return pretend
+    return set_hardware
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "fast", "said"),
+    ("capabilities", "fast", "capability"),
     [([(8, 0)], True, "8.0"), ([(9, 0), (7, 5)], False, "7.5"), ([(7, 0)], False, "7.0")],
 )
-def test_gpus_multiply_bfloat16_from_capability_8_on_and_the_weakest_decides(capabilities, fast, said, monkeypatch):
+def test_gpus_multiply_bfloat16_from_capability_8_on_and_the_weakest_decides(
+    capabilities, fast, capability, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
     monkeypatch.setattr(torch.version, "hip", None)
-    assert multiplies_bfloat16(CUDA) == (fast, f"a GPU of compute capability {said}")
+    assert multiplies_bfloat16(CUDA) == (fast, f"a GPU of compute capability {capability}")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_gpus_multiply_bfloat16_from_capability_8_on_and_the_weakest_decides(cap
         (False, None, (False, "a processor without AMX")),
     ],
 )
-def test_processors_multiply_bfloat16_with_amx_alone(amx, limit, expected, monkeypatch):
+def test_processors_multiply_bfloat16_only_with_amx(amx, limit, expected, monkeypatch):
     monkeypatch.setattr(bfloat16, "_has_amx", lambda: amx)
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     if limit is None:
@@ -66,18 +68,18 @@ def test_processors_multiply_bfloat16_with_amx_alone(amx, limit, expected, monke
 
 
 @pytest.mark.parametrize(("found", "chosen"), [(FAST, "bf16-mixed"), (SLOW, "32-true")])
-def test_auto_becomes_the_precision_of_the_hardware_under_one_name(found, chosen, hardware):
+def test_auto_becomes_the_precision_of_the_hardware_and_keeps_the_run_name(found, chosen, hardware):
     hardware(found)
-    asked = RunConfig()
-    cfg, why = resolve_precision(asked, CPU)
+    requested = RunConfig()
+    cfg, why = resolve_precision(requested, CPU)
     assert (cfg.trainer.precision, why) == (chosen, "a processor of a test")
-    assert (asked.trainer.precision, cfg.folder) == ("auto", asked.folder)
+    assert (requested.trainer.precision, cfg.folder) == ("auto", requested.folder)
     assert cfg.settings()["trainer"]["precision"] == chosen
     named, why = resolve_precision(RunConfig(trainer={"precision": "32-true"}), CPU)
     assert (named.trainer.precision, named.run.name, why) == ("32-true", None, "--trainer.precision")
 
 
-def test_float16_weights_learn_in_float32(hardware):
+def test_models_with_float16_weights_are_trained_in_float32(hardware):
     hardware(FAST)
     cfg, why = resolve_precision(RunConfig(model={"dtype": "float16"}, gprune=False), CPU)
     assert cfg.trainer.precision == "32-true"
@@ -85,19 +87,19 @@ def test_float16_weights_learn_in_float32(hardware):
 
 
 @pytest.mark.parametrize(("given", "becomes"), [("bf16", "bf16-mixed"), ("32", "32-true"), (32, "32-true")])
-def test_short_names_of_a_precision_are_understood(given, becomes):
+def test_short_names_of_precisions_are_accepted(given, becomes):
     assert RunConfig(trainer={"precision": given}).trainer.precision == becomes
 
 
 @pytest.mark.parametrize(
     ("given", "why"), [("bf16-true", "AdamW"), ("16-mixed", "overflows"), (16, "overflows"), ("64-true", "float64")]
 )
-def test_a_precision_that_no_stage_learns_in_is_refused_with_a_reason(given, why):
+def test_an_unsupported_training_precision_is_refused_with_the_reason(given, why):
     with pytest.raises(UserError, match=f"--trainer.precision must be auto, 32-true or bf16-mixed; got .*{why}"):
         RunConfig(trainer={"precision": given})
 
 
-def test_rows_of_a_list_do_not_depend_on_the_hardware():
+def test_the_precision_of_rows_in_a_list_does_not_depend_on_the_hardware():
     assert Row("one", 0, {}).config.trainer.precision == "32-true"
     assert Row("one", 0, {"trainer.precision": "bf16"}).config.trainer.precision == "bf16-mixed"
     with pytest.raises(UserError, match=r"Row 'one': --trainer.precision must be 32-true or bf16-mixed in a list"):
@@ -105,24 +107,26 @@ def test_rows_of_a_list_do_not_depend_on_the_hardware():
 
 
 @pytest.mark.parametrize(
-    ("here", "elsewhere", "began", "chosen"),
+    ("here", "other_lacks_bfloat16", "resumed_precision", "chosen"),
     [(FAST, False, None, "bf16-mixed"), (FAST, True, None, "32-true"), (SLOW, False, "bf16-mixed", "bf16-mixed")],
 )
-def test_processes_of_unlike_nodes_take_the_weakest(here, elsewhere, began, chosen, hardware, monkeypatch):
-    """A stand-in for the group: whether another process lacks bfloat16, and what rank 0 has begun with."""
+def test_processes_on_different_hardware_use_the_precision_of_the_slowest(
+    here, other_lacks_bfloat16, resumed_precision, chosen, hardware, monkeypatch
+):
+    """With a simulated process group: whether another process lacks bfloat16, and the precision of a resumed run."""
     hardware(here)
 
     def launched(trainer):
         assert trainer.num_nodes == 2
-        strategy = SimpleNamespace(reduce_boolean_decision=lambda mine, all: mine or elsewhere)
-        return SimpleNamespace(strategy=strategy, broadcast=lambda mine: began)
+        strategy = SimpleNamespace(reduce_boolean_decision=lambda mine, all: mine or other_lacks_bfloat16)
+        return SimpleNamespace(strategy=strategy, broadcast=lambda mine: resumed_precision)
 
     monkeypatch.setattr(precision, "launched", launched)
     cfg = RunConfig(trainer={"num_nodes": 2, "strategy": "ddp"})
     assert resolve_precision(cfg, CPU, together=True)[0].trainer.precision == chosen
 
 
-def test_a_run_keeps_on_other_hardware_the_precision_that_it_began_with(tmp_path, hardware, capsys):
+def test_a_resumed_run_keeps_its_precision_on_other_hardware(tmp_path, hardware, capsys):
     world = tiny_run.make_world(tmp_path)
     flags = ["--trainer.precision=auto", "--export=none", "--evaluation.controls=[]", "--evaluation.curve=[]"]
     with tiny_run.isolated(tmp_path / "cache"):
@@ -134,7 +138,7 @@ def test_a_run_keeps_on_other_hardware_the_precision_that_it_began_with(tmp_path
         assert manifest["precision"] == {"asked": "auto", "because": "a processor of a test"}
         assert {r["precision"] for r in first.records} == {"bf16-mixed"}
         assert first.config.trainer.precision == "bf16-mixed"
-        (first.path / "metrics.json").unlink()  # as if it had been killed
+        (first.path / "metrics.json").unlink()  # like a killed run
         hardware(SLOW)
         again = world.run(tmp_path / "runs", *flags)
         assert "Precision of training: bf16-mixed (the resumed run has this precision)" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Run folders: results that show themselves, folders that are taken up, and runs of older versions."""
+"""Run folders: display of results, resuming, and runs of older versions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests import tiny_run
 
 @pytest.fixture(scope="module")
 def recovered(tmp_path_factory):
-    """A run with recovery, of which the model and all rows are there."""
+    """Return the result of a run with recovery, with its model and all rows."""
     folder = tmp_path_factory.mktemp("results")
     with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
         tiny_run.quick(patch)
@@ -28,7 +28,7 @@ def recovered(tmp_path_factory):
         yield world.run(folder / "runs", "--sparsity.allocation=uniform", "--recovery=bias", "--export=none")
 
 
-def test_a_result_shows_itself_in_ten_lines_and_as_tables(recovered):
+def test_a_result_has_a_repr_of_at_most_ten_lines_a_table_and_html(recovered):
     shown = repr(recovered).splitlines()
     assert len(shown) <= 10
     assert str(recovered.path) in shown[0]
@@ -68,7 +68,7 @@ def test_the_frame_of_a_result_has_the_numbers_of_its_tables(recovered):
     assert own["unseen_dense"] == dense["unseen"] == pytest.approx(means["dense"]["unseen"], rel=1e-9)
     assert own["parameters_after"] == recovered.summary["parameters_after"]
     assert own["seconds"] > 0
-    assert pd.isna(dense["parameters_after"])  # which is of the run's own result
+    assert pd.isna(dense["parameters_after"])  # only the main row has it
     assert pd.isna(dense["gap"])
     for r in recovered.records:
         (line,) = frame[(frame["stage"] == r["stage"]) & (frame["recovery"] == r["recovery"])].to_dict("records")
@@ -76,22 +76,22 @@ def test_the_frame_of_a_result_has_the_numbers_of_its_tables(recovered):
     assert own["record"] == str(recovered.path / "metrics.json")
 
 
-def test_taking_a_run_up_removes_what_writers_left_and_nothing_of_the_users(recovered, tmp_path):
+def test_resuming_a_run_removes_temporary_files_of_gprune_and_no_user_files(recovered, tmp_path):
     folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "copy"), key=None)
-    mine = [folder / ".model.backup", folder / "masks/.notes.x.tmp", folder / "model.tmp"]
-    left = [folder / ".model.ab12_xyz.tmp", folder / "masks/.base.safetensors.q1w2e3r4.tmp"]
-    for path in (*mine, *left):
+    of_user = [folder / ".model.backup", folder / "masks/.notes.x.tmp", folder / "model.tmp"]
+    temporary = [folder / ".model.ab12_xyz.tmp", folder / "masks/.base.safetensors.q1w2e3r4.tmp"]
+    for path in (*of_user, *temporary):
         path.mkdir()
         (path / "file").touch()
     settings = folder.manifest["settings"]
     with folder.in_use(settings, (folder / "config.yaml").read_text()):
-        assert all((path / "file").exists() for path in mine)
-        assert not any(path.exists() for path in left)
+        assert all((path / "file").exists() for path in of_user)
+        assert not any(path.exists() for path in temporary)
 
 
 @pytest.mark.parametrize("edit", [lambda s: s.pop("ridge"), lambda s: s["sparsity"].pop("centred"),
                                   lambda s: s["sparsity"].update(through="none")])  # fmt: skip
-def test_a_run_of_an_older_version_says_so_in_one_line(recovered, tmp_path, edit):
+def test_a_run_of_an_older_version_is_refused_in_one_line(recovered, tmp_path, edit):
     folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "older"))
     manifest = read_json(folder / "manifest.json")
     settings = manifest["settings"]
@@ -106,8 +106,8 @@ def test_a_run_of_an_older_version_says_so_in_one_line(recovered, tmp_path, edit
         pass
 
 
-def test_a_run_from_before_relative_step_sizes_is_read(recovered, tmp_path):
-    """Its step size was in the units of the weights; files bear the key of its settings as they are stored."""
+def test_a_run_from_before_relative_step_sizes_loads(recovered, tmp_path):
+    """Its step size was absolute. Its files have the key of the stored settings."""
     folder = shutil.copytree(recovered.path, tmp_path / "older")
     manifest, config = read_json(folder / "manifest.json"), read_yaml(folder / "config.yaml", "")
     for settings in (manifest["settings"], config):
@@ -127,14 +127,14 @@ def test_a_run_from_before_relative_step_sizes_is_read(recovered, tmp_path):
     assert settings_table(groups(read_runs([recovered.path, folder]))).rows == [
         ["distill.absolute_learning_rate", "null", "0.0005"]
     ]
-    manifest["settings"]["distill"]["hidden"] = 0.1  # what is done no more
+    manifest["settings"]["distill"]["hidden"] = 0.1  # a removed feature
     write_json(folder / "manifest.json", manifest)
     with pytest.raises(UserError, match=r"older version .*they differ in distill\.hidden\)"):
         gprune.load_run(folder)
 
 
-def test_a_run_whose_import_is_missing_says_so_in_one_line(recovered, tmp_path, monkeypatch):
-    """Its model may be of a family that the module registers; transformers speaks of custom code."""
+def test_a_run_whose_import_is_missing_is_refused_with_the_import_flag(recovered, tmp_path, monkeypatch):
+    """The missing module may register the model family. The message replaces that of transformers about custom code."""
     folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "of a family"))
     (folder / "model").mkdir()
     environment = folder.manifest["environment"] | {"imports": ["no_such_families", "json"]}
@@ -146,10 +146,10 @@ def test_a_run_whose_import_is_missing_says_so_in_one_line(recovered, tmp_path, 
     monkeypatch.setattr("gprune.runs.results.load_weights", refuse)
     with pytest.raises(UserError) as error:
         gprune.load_run(folder.path)
-    said = str(error.value)
-    assert "the run imported no_such_families, which may register its model's family" in said
-    assert "--import no_such_families" in said
-    assert "custom code" not in said
+    message = str(error.value)
+    assert "the run imported no_such_families, which may register its model's family" in message
+    assert "--import no_such_families" in message
+    assert "custom code" not in message
     folder.update_manifest(environment=environment | {"imports": ["json"]})
     with pytest.raises(UserError, match="contains custom code"):
         gprune.load_run(folder.path)

@@ -1,4 +1,4 @@
-"""What trackers are told: W&B by its own reader, curves in the CSV beside it."""
+"""Logging to W&B, read from offline files with wandb's own reader, and to CSV files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from gprune.pipeline.prune import prune
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import load_run
 from gprune.runs.tracking import how_to_look, log_numbers, log_scalars, tracking, wandb_run
-from tests import tiny_run, tracked
+from tests import tiny_run, wandb_files
 
 
 @pytest.fixture(scope="module")
-def told(world, tmp_path_factory):
-    """A run that says offline although the environment says disabled, the flag wins; and what W&B's file has of it."""
+def logged(world, tmp_path_factory):
+    """Return the W&B file of a run with mode offline. The flag overrides WANDB_MODE=disabled."""
     runs = tmp_path_factory.mktemp("runs")
     flags = ["--logging.mode=offline", "--logging.group=tiny", "--logging.tags=[ours]", "--sparsity.epochs=3"]
     flags.append("--logging.artifacts=[masks,model]")
@@ -40,18 +40,18 @@ def told(world, tmp_path_factory):
         tiny_run.quick(patch)
         run = world.run(runs, *flags)
         assert os.environ["WANDB_MODE"] == "disabled"
-    (file,) = tracked.files(run.path)
-    told = tracked.read(file)
-    told.run = run
-    return told
+    (file,) = wandb_files.find(run.path)
+    logged = wandb_files.read(file)
+    logged.run = run
+    return logged
 
 
 @pytest.fixture(scope="module")
-def curves(told):
-    """(x, y) of each metric over the axis that W&B is told of, from the run's own CSV."""
-    frame, found = pd.read_csv(told.run.path / "csv/version_0/metrics.csv"), defaultdict(list)
+def curves(logged):
+    """Return the (x, y) values of each metric from the CSV file, with the x axis that W&B has for the metric."""
+    frame, found = pd.read_csv(logged.run.path / "csv/version_0/metrics.csv"), defaultdict(list)
     for name in frame:
-        for pattern, axis in told.axes.items():
+        for pattern, axis in logged.axes.items():
             if name.startswith(pattern.removesuffix("*")) and axis in frame:
                 found[name] = list(frame[[axis, name]].dropna().itertuples(index=False, name=None))
     return found
@@ -59,7 +59,7 @@ def curves(told):
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """`tracking` with settings that do not matter here."""
+    """Return a context manager that starts `tracking` with default settings."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
 
     @contextmanager
@@ -71,8 +71,8 @@ def start(tmp_path, monkeypatch):
     return enter
 
 
-def test_perplexity_is_a_curve_against_tokens_and_against_sparsity_from_the_dense_model_on(told, curves):
-    manifest = json.loads((told.run.path / "manifest.json").read_text())
+def test_development_perplexity_is_logged_against_tokens_and_against_sparsity(logged, curves):
+    manifest = json.loads((logged.run.path / "manifest.json").read_text())
     learning, epoch = manifest["learning"], 2 * 4 * 32
     by_epoch, by_sparsity = (learning[f"development_perplexity_by_{axis}"] for axis in ("epoch", "sparsity"))
     for corpus in by_epoch[0]:
@@ -85,27 +85,27 @@ def test_perplexity_is_a_curve_against_tokens_and_against_sparsity_from_the_dens
     assert of_run == [(i * epoch, pytest.approx(math.prod(y.values()) ** 0.5)) for i, y in enumerate(by_epoch)]
 
 
-def test_wandb_is_told_what_the_csv_says(told):
-    """Every scalar of every row: the one file is read for the other."""
-    frame = pd.read_csv(told.run.path / "csv/version_0/metrics.csv")
+def test_the_wandb_history_has_the_values_of_the_csv_file(logged):
+    """Compares all values of some metrics."""
+    frame = pd.read_csv(logged.run.path / "csv/version_0/metrics.csv")
     for name in ("partition/temperature", "learn/loss", "learn/gradient_norm", "curve/sparsity", "final/unseen"):
-        given = [row[name] for row in told.history if name in row]
-        assert given == pytest.approx(frame[name].dropna().tolist()), name
-        assert given
+        values = [row[name] for row in logged.history if name in row]
+        assert values == pytest.approx(frame[name].dropna().tolist()), name
+        assert values
     temperatures = frame["partition/temperature"].dropna()
     assert list(temperatures) == sorted(temperatures, reverse=True)
     assert list(frame["learn/learning_rate"].dropna()) == pytest.approx([0.1] * 6)
 
 
-def test_a_run_table_has_the_runs_numbers_under_keys_that_hold_still(told):
-    run, summary = told.run, told.summary
+def test_the_wandb_summary_has_the_results_under_fixed_keys(logged):
+    run, summary = logged.run, logged.summary
     means = run.summary["geometric_means"]
     ratio = run.summary["unseen_over_base_same_recovery"]["gprune"]["ratio"]
     for kind in ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement"):
         assert summary[f"final/{kind}"] == summary[f"rows/gprune/{kind}"] == means["gprune"][kind]
         assert summary[f"rows/averaged/{kind}"] == means["averaged"][kind]
     assert summary["final/unseen_over_base_same_recovery"] == ratio
-    assert summary["final/unseen_over_unrecovered_base"] == ratio  # nothing was recovered
+    assert summary["final/unseen_over_unrecovered_base"] == ratio  # a run without recovery
     for record in run.records:
         row, corpus = f"rows/{record['stage']}", Path(record["corpus"]).name
         assert summary[f"{row}/perplexity/{corpus}"] == record["perplexity"]
@@ -119,8 +119,8 @@ def test_a_run_table_has_the_runs_numbers_under_keys_that_hold_still(told):
     assert all(summary[f"steps/{step}/{k}"] == v for step, costs in steps.items() for k, v in costs.items())
 
 
-def test_modules_are_scalars(told, curves):
-    result, expected = told.run, told.run.modules.rows()
+def test_numbers_of_modules_are_logged_against_their_index(logged, curves):
+    result, expected = logged.run, logged.run.modules.rows()
     assert len(expected) > 3
     kept = [m[y == row["module"]].float().mean() for row in expected
             for m, y in [(result.masks.ffn[row["block"]], result.modules.labels[row["block"]])]]  # fmt: skip
@@ -130,103 +130,103 @@ def test_modules_are_scalars(told, curves):
         assert dict(curves[f"modules/{name}"]) == pytest.approx(known)
 
 
-def test_wandb_knows_config_group_job_type_and_tags(told):
-    config = {name: value for name, value in told.config.items() if name != "_wandb"}
-    assert config == told.run.config.model_dump()
-    assert config["sparsity"]["learning_rate"] == 0.1  # a default that no flag named
-    about = told.about
+def test_a_wandb_run_has_config_group_job_type_and_tags(logged):
+    config = {name: value for name, value in logged.config.items() if name != "_wandb"}
+    assert config == logged.run.config.model_dump()
+    assert config["sparsity"]["learning_rate"] == 0.1  # a default value
+    about = logged.about
     assert (about["display_name"], about["run_group"], about["job_type"]) == ("run", "tiny", "gprune")
     assert {"wanda_sp", "ffn", "learned", "refined", "target 0.5", "ours"} == set(about["tags"])
-    assert told.exit_code == 0
+    assert logged.exit_code == 0
 
 
-def test_an_artifact_is_what_load_run_reads(told, tmp_path):
-    """The files that W&B would upload, laid out as a download would."""
-    masks, model = (made for made in told.artifacts if made["type"] in ("masks", "model"))
+def test_load_run_loads_downloaded_artifacts(logged, tmp_path):
+    """The files that W&B would upload are copied to the layout of a download."""
+    masks, model = (made for made in logged.artifacts if made["type"] in ("masks", "model"))
     assert [made["name"] for made in (masks, model)] == ["tiny-llama-masks", "tiny-llama-model"]
     about = json.loads(masks["metadata"])
     key = "final/unseen_over_base_same_recovery"
-    assert (about["budget"], about[key]) == (0.5, told.summary[key])
+    assert (about["budget"], about[key]) == (0.5, logged.summary[key])
     for made in (masks, model):
         for entry in made["manifest"]["contents"]:
             path = tmp_path / made["type"] / entry["path"]
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(entry["local_path"], path)
         loaded = load_run(tmp_path / made["type"])
-        assert (loaded.masks, loaded.records) == (told.run.masks, told.run.records)
+        assert (loaded.masks, loaded.records) == (logged.run.masks, logged.run.records)
         assert (loaded.model is None) is (made is masks)
 
 
-def test_an_artifact_that_cannot_be_read_is_refused_in_a_line(tmp_path, monkeypatch):
+def test_an_artifact_that_cannot_be_downloaded_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(UserError, match=r"^Cannot download artifact wandb:a/b/c:v0: .*wandb login.*$"):
         load_run("wandb:a/b/c:v0")
 
 
-def test_an_evaluation_is_in_the_run_that_it_is_of(told):
-    """Another file of the same run, which `wandb sync` puts together; `latest-run` is where the curves are."""
+def test_task_results_are_logged_to_the_wandb_run_of_their_run(logged):
+    """They are in another file of the same W&B run. `latest-run` still points to the file with the curves."""
     about = {"kind": "zero_shot", "task": "piqa", "acc": 0.5, "acc_norm": None, "acc_stderr": 0.1}
     text = {"kind": "perplexity", "task": "wikitext2", "seq_len": 128, "perplexity": 9.0, "stage": "gprune"}
-    latest = os.readlink(told.run.path / "wandb/latest-run")
-    log_evaluation(told.run.path, [about | {"stage": "dense"}, about | {"stage": "gprune"}, text])
-    first, second = tracked.files(told.run.path)
+    latest = os.readlink(logged.run.path / "wandb/latest-run")
+    log_evaluation(logged.run.path, [about | {"stage": "dense"}, about | {"stage": "gprune"}, text])
+    first, second = wandb_files.find(logged.run.path)
     assert first.name == second.name
-    found = tracked.read(second)
+    found = wandb_files.read(second)
     assert found.about["resume"]
     assert {name: value for name, value in found.summary.items() if not name.startswith("_")} == {
         "rows/dense/piqa/acc": 0.5, "rows/dense/piqa/acc_stderr": 0.1, "final/piqa/acc": 0.5,
         "final/piqa/acc_stderr": 0.1, "final/wikitext2/128/perplexity": 9.0,
     }  # fmt: skip
-    assert os.readlink(told.run.path / "wandb/latest-run") == latest
+    assert os.readlink(logged.run.path / "wandb/latest-run") == latest
     shutil.rmtree(second.parent)
 
 
 def environment(folder, **variables):
-    """Variables of W&B, without their prefix."""
+    """Set environment variables of W&B, given without their prefix."""
     return tiny_run.isolated(folder, **{f"WANDB_{name}": value for name, value in variables.items()})
 
 
-def test_variables_of_wandb_count_where_no_flag_does(tmp_path):
+def test_wandb_variables_apply_unless_a_flag_is_given(tmp_path):
     variables = {"PROJECT": "p", "NAME": "n", "TAGS": "x,y", "RUN_GROUP": "g", "DIR": str(tmp_path), "ENTITY": "e"}
     about = {"id": "abc", "name": "ours", "group": "ours", "job_type": "j", "tags": ["t"], "config": {}}
     for flags, expected in (
         ({}, ["p", "n", "g", ["t", "x", "y"], "e"]),
         ({"project": "q", "name": "m", "group": "h", "tags": ["z"]}, ["q", "m", "h", ["t", "z"], "e"]),
     ):
-        wandb.teardown()  # a process reads the environment once
-        with environment(tmp_path, **variables), wandb_run(tmp_path / "elsewhere", LoggingConfig(**flags), **about):
+        wandb.teardown()  # wandb reads the environment once per process
+        with environment(tmp_path, **variables), wandb_run(tmp_path / "unused", LoggingConfig(**flags), **about):
             pass
-        told = tracked.read(tracked.files(tmp_path)[-1]).about
-        assert [told[name] for name in ("project", "display_name", "run_group", "tags", "entity")] == expected
+        logged = wandb_files.read(wandb_files.find(tmp_path)[-1]).about
+        assert [logged[name] for name in ("project", "display_name", "run_group", "tags", "entity")] == expected
     wandb.teardown()
-    assert not (tmp_path / "elsewhere").exists()
+    assert not (tmp_path / "unused").exists()
 
 
-def test_an_open_run_is_logged_into_and_stays_open_as_it_was(world, tmp_path, monkeypatch):
+def test_an_open_wandb_run_is_used_and_stays_open(world, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     with tiny_run.isolated(tmp_path / "cache"):
         about = {"project": "mine", "mode": "offline", "config": {"model": "x"}, "dir": tmp_path / "mine"}
-        mine = wandb.init(**about, settings=wandb.Settings(silent=True))
-        mine.log({"loss": 2.0})
+        open_run = wandb.init(**about, settings=wandb.Settings(silent=True))
+        open_run.log({"loss": 2.0})
         args = world.args(tmp_path, "--recovery=[distill]", "--distill.tokens=192", "--gprune=false")
         result = prune(parse([a for a in args if not a.startswith("--logging")]))
-        assert wandb.run is mine
-        mine.log({"loss": 1.0})
-        mine.finish()
+        assert wandb.run is open_run
+        open_run.log({"loss": 1.0})
+        open_run.finish()
     assert not (result.path / "wandb").exists()
-    told = tracked.read(*tracked.files(tmp_path))
-    assert [row["loss"] for row in told.history if "loss" in row] == [2, 1]
-    assert [row["_step"] for row in told.history] == list(range(len(told.history)))
-    assert (told.about["project"], told.about.get("run_group"), told.about.get("tags")) == ("mine", None, None)
-    assert (told.config["model"], told.config["gprune"]["importance"]) == ("x", "wanda_sp")
-    assert not any(fnmatch(name, pattern) for pattern in told.axes for name in ("loss", "epoch"))
-    assert told.axes["distill/base/*"] == "distill/base/tokens"
-    assert told.summary["final/unseen"] == result.summary["geometric_means"]["base + distill"]["unseen"]
+    logged = wandb_files.read(*wandb_files.find(tmp_path))
+    assert [row["loss"] for row in logged.history if "loss" in row] == [2, 1]
+    assert [row["_step"] for row in logged.history] == list(range(len(logged.history)))
+    assert (logged.about["project"], logged.about.get("run_group"), logged.about.get("tags")) == ("mine", None, None)
+    assert (logged.config["model"], logged.config["gprune"]["importance"]) == ("x", "wanda_sp")
+    assert not any(fnmatch(name, pattern) for pattern in logged.axes for name in ("loss", "epoch"))
+    assert logged.axes["distill/base/*"] == "distill/base/tokens"
+    assert logged.summary["final/unseen"] == result.summary["geometric_means"]["base + distill"]["unseen"]
 
 
 @pytest.mark.slow
-def test_a_tracker_that_is_lost_in_the_middle_costs_a_line(start, tmp_path, caplog):
+def test_a_wandb_failure_during_a_run_is_one_warning(start, tmp_path, caplog):
     with start() as loggers:
         log_scalars(loggers, {"a": 1.0}, step=0)
         for child in psutil.Process().children(recursive=True):
@@ -243,19 +243,19 @@ def test_a_tracker_that_is_lost_in_the_middle_costs_a_line(start, tmp_path, capl
 
 
 @pytest.mark.slow
-def test_a_server_that_cannot_be_reached_makes_a_run_offline(tmp_path, caplog):
+def test_a_run_is_logged_offline_if_the_server_cannot_be_reached(tmp_path, caplog):
     variables = {"API_KEY": 40 * "a", "BASE_URL": "http://127.0.0.1:9", "INIT_TIMEOUT": "2", "MODE": "online"}
     about = {"id": "abc", "name": "n", "group": "g", "job_type": "j", "tags": [], "config": {}}
     wandb.teardown()
     with environment(tmp_path, **variables), wandb_run(tmp_path, LoggingConfig(), **about) as run:
         run.log({"a": 1})
     wandb.teardown()
-    assert tracked.read(tracked.files(tmp_path)[-1]).summary["a"] == 1
+    assert wandb_files.read(wandb_files.find(tmp_path)[-1]).summary["a"] == 1
     (line,) = [record.message for record in caplog.records if record.name == "gprune"]
     assert "The run is logged offline, for `wandb sync`" in line
 
 
-def test_offline_is_the_default_and_the_environment_is_heard(world, tmp_path, monkeypatch):
+def test_logging_is_offline_by_default_and_follows_wandb_mode(world, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     args = [a for a in world.args(tmp_path, "--gprune=false") if not a.startswith("--logging")]
     for name, mode in (("quiet", "disabled"), ("default", None)):
@@ -267,7 +267,7 @@ def test_offline_is_the_default_and_the_environment_is_heard(world, tmp_path, mo
     assert len(list((tmp_path / "default").glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
-def test_an_exception_closes_the_run_as_failed_and_the_command_that_shows_curves_names_it(start, tmp_path, monkeypatch):
+def test_an_exception_closes_the_wandb_run_as_failed_and_how_to_look_has_its_path(start, tmp_path, monkeypatch):
     codes, finish = [], wandb.Run.finish
     monkeypatch.setattr(wandb.Run, "finish", lambda self, exit_code=None: (codes.append(exit_code), finish(self))[1])
     with pytest.raises(ZeroDivisionError), start():
@@ -279,34 +279,34 @@ def test_an_exception_closes_the_run_as_failed_and_the_command_that_shows_curves
     assert len(list((tmp_path / "wandb/latest-run").glob("*.wandb"))) == 1
 
 
-def sittings(path):
-    """The ids of W&B's runs in a run folder, and the versions of its CSV."""
-    # offline-run-DATE-ID, and a number behind it for a sitting that began in the same second
+def wandb_ids_and_csv_versions(path):
+    """Return the W&B run ids in a run folder, and the versions of its CSV files."""
+    # offline-run-DATE-ID, followed by a number if two were started in the same second
     ids = [folder.name.split("-")[3] for folder in (path / "wandb").glob("offline-run-*")]
     return ids, sorted(folder.name for folder in (path / "csv").iterdir())
 
 
-def test_a_finished_run_is_read_and_not_logged_again(world, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_logged_again(world, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     with tiny_run.isolated(tmp_path / "cache"):
         flags = ("--logging.mode=offline", "--gprune=false")
         first = world.run(tmp_path, *flags)
-        before = sittings(first.path)
+        before = wandb_ids_and_csv_versions(first.path)
         again = world.run(tmp_path, *flags)
-        assert sittings(again.path) == before
+        assert wandb_ids_and_csv_versions(again.path) == before
         assert again.records == first.records
-        (first.path / "metrics.json").unlink()  # no longer finished: another sitting, of the same run of W&B's
-        ids, versions = sittings(world.run(tmp_path, *flags).path)
+        (first.path / "metrics.json").unlink()  # no longer finished: resume, with the same W&B run id
+        ids, versions = wandb_ids_and_csv_versions(world.run(tmp_path, *flags).path)
     assert set(ids) == set(before[0])
     assert versions == ["version_0", "version_1"]
 
 
-def test_a_run_that_is_stopped_while_figures_are_drawn_logs_its_summary_when_it_goes_on(world, tmp_path, monkeypatch):
+def test_a_run_interrupted_while_drawing_figures_logs_its_summary_after_resuming(world, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     with tiny_run.isolated(tmp_path / "cache"):
         args = world.args(tmp_path, "--gprune=false")
         with monkeypatch.context() as patch:
-            patch.setattr("gprune.pipeline.evaluate.write_figures", interrupt)
+            patch.setattr("gprune.pipeline.evaluate.write_figures", raise_keyboard_interrupt)
             assert tiny_run.main(args) == 130
         assert "summary" not in json.loads((tmp_path / "run/metrics.json").read_text())
         assert tiny_run.main(args) == 0
@@ -314,5 +314,5 @@ def test_a_run_that_is_stopped_while_figures_are_drawn_logs_its_summary_when_it_
     assert sum("final/unseen" in frame for frame in frames) == 1
 
 
-def interrupt(*args, **kwargs):
+def raise_keyboard_interrupt(*args, **kwargs):
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What the bar of a stage says while something is learned."""
+"""Trainer checks for distributed runs, and the progress bar of a stage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gprune.stages.distillation import DistillationStage
 from tests import tiny_run
 from tests.tiny_families import some_masks
 
-LEFT_OVER = [  # variables, devices, and what the line says, if there is one
+LEFT_OVER = [  # variables, devices, words of the message or None
     ({"RANK": "1"}, 1, "RANK=1,"), ({"LOCAL_RANK": "2", "WORLD_SIZE": "4"}, 1, "LOCAL_RANK=2,"),
     ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, 1, "SLURM_PROCID=3,"), ({"NODE_RANK": "1"}, 1, "NODE_RANK=1,"),
     ({"LOCAL_RANK": "0"}, 2, "LOCAL_RANK=0,"), ({"RANK": "1"}, 2, "RANK=1,"),
@@ -38,21 +38,20 @@ LEFT_OVER = [  # variables, devices, and what the line says, if there is one
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("variables", "devices", "said"), LEFT_OVER)
-def test_a_rank_without_its_peers_is_noticed(variables, devices, said, monkeypatch):
+@pytest.mark.parametrize(("variables", "devices", "message"), LEFT_OVER)
+def test_rank_variables_without_other_processes_are_refused(variables, devices, message, monkeypatch):
     for name in (*RANKS, "WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with (
-        nullcontext() if said is None else pytest.raises(UserError, match=f"; got {said}.*Unset the variable") as error
-    ):
+    refused = pytest.raises(UserError, match=f"; got {message}.*Unset the variable")
+    with nullcontext() if message is None else refused as error:
         check_trainer(accelerator="cpu", devices=devices, num_nodes=1, strategy="auto")
-    assert said is None or error.value.rank_local
+    assert message is None or error.value.alone
 
 
 @pytest.mark.slow
-def test_a_rank_that_was_left_over_in_a_fresh_process(tmp_path):
+def test_a_leftover_rank_variable_ends_train_py_in_one_line(tmp_path):
     args = tiny_run.make_world(tmp_path).args(tmp_path, "--gprune=false", "--export=none", "--dry_run=true")
     done = subprocess.run(
         [sys.executable, "train.py", *args], cwd=tiny_run.ROOT, capture_output=True, text=True, check=False,
@@ -62,13 +61,13 @@ def test_a_rank_that_was_left_over_in_a_fresh_process(tmp_path):
     assert done.stderr.startswith("train.py: The number of processes must be 1 ")
 
 
-@pytest.mark.parametrize(("of_the_first", "lacking"), [("one", [False, True]), ("another", None)])
-def test_processes_agree_on_what_any_of_them_lacks(of_the_first, lacking, monkeypatch):
-    """A stand-in for the first of two processes: it lacks the second thing, and is at a run of its own."""
+@pytest.mark.parametrize(("run_of_rank_0", "missing"), [("one", [False, True]), ("another", None)])
+def test_what_any_process_lacks_counts_as_missing_for_all_processes(run_of_rank_0, missing, monkeypatch):
+    """With a simulated rank 0 that lacks the second item, or works on another run."""
 
     class Strategy:
         def broadcast(self, mine):
-            return of_the_first
+            return run_of_rank_0
 
         def reduce_boolean_decision(self, mine, all):
             return mine or next(others)
@@ -77,26 +76,26 @@ def test_processes_agree_on_what_any_of_them_lacks(of_the_first, lacking, monkey
     fabric = SimpleNamespace(launch=lambda: None, broadcast=strategy.broadcast, strategy=strategy)
     monkeypatch.setattr(calibrate, "launched", lambda _: fabric)
     run = SimpleNamespace(cfg=RunConfig(), folder=SimpleNamespace(key="one"))
-    with nullcontext() if lacking else pytest.raises(UserError, match="at the same run of a list"):
-        assert calibrate.agreed(run, [False, False]) == lacking
+    with nullcontext() if missing else pytest.raises(UserError, match="at the same run of a list"):
+        assert calibrate.agreed(run, [False, False]) == missing
 
 
-def test_the_bar_says_what_is_going_on_and_how_fast(tiny_model):
+def test_the_progress_bar_shows_the_stage_its_loss_and_tokens_per_second(tiny_model):
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
-    said = []
+    bars = []
 
-    class Look(L.Callback):
+    class RecordBar(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             console.print(screen)
-            said.append([line for line in console.file.getvalue().splitlines() if line.strip()][-1])
+            bars.append([line for line in console.file.getvalue().splitlines() if line.strip()][-1])
 
     stage = DistillationStage(tiny_model, prune(tiny_model, some_masks(tiny_model, attention=False)))
     text = [Windows("demo", "train", torch.arange(64).view(4, 16))]
     screen = Screen({0: 64}, console=console)
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
-        use_distributed_sampler=False, callbacks=[StageBar(screen, "Distilling 3 numbers"), Look()],
+        use_distributed_sampler=False, callbacks=[StageBar(screen, "Distilling 3 numbers"), RecordBar()],
     )  # fmt: skip
     trainer.fit(stage, CorpusDataModule(train=text, batch_size=2, seed=0))
-    assert [line.startswith("Distilling 3 numbers, distill/loss ") for line in said] == [True, True]
-    assert all("tokens/s" in line for line in said), said
+    assert [line.startswith("Distilling 3 numbers, distill/loss ") for line in bars] == [True, True]
+    assert all("tokens/s" in line for line in bars), bars

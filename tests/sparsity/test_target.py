@@ -24,8 +24,8 @@ from gprune.sparsity.cost import COST, Price, weighed
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.returned import checked_masks
 from gprune.sparsity.target import HALF_BITS, Target
-from tests.built_in import scratch
 from tests.conftest import collect, make_tiny_llama
+from tests.registries import restored
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_more_than_there_is_says_what_there_is(asked, cost, said, tiny_model):
 
 def test_a_cost_that_a_notebook_registers_is_what_the_budget_counts(scored):
     model, _, _ = scored
-    with scratch(COST):
+    with restored(COST):
 
         @COST.register("groups_alone")
         def groups_alone(model, blocks):
@@ -193,7 +193,7 @@ def test_a_cost_that_a_notebook_registers_is_what_the_budget_counts(scored):
 
 @pytest.mark.parametrize("costs", [(1.5, 2, 3), ([(1, 1, 4)] * 9, 0), ([(1.5, 1, 4)] * 3, 0)])
 def test_a_cost_that_is_none_is_one_line_with_its_name(costs, world, tmp_path, capsys):
-    with scratch(COST):
+    with restored(COST):
         COST.register("odd")(lambda model, blocks: costs)
         assert main(world.args(tmp_path, "--sparsity.cost=odd")) == 2
     assert "Cannot compute cost 'odd': " in capsys.readouterr().err

@@ -24,7 +24,7 @@ from gprune.stages.calibration import CalibrationStage
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement
 from gprune.stages.threshold_learning import ThresholdLearning
-from tests import built_in, tiny_run
+from tests import registries, tiny_run
 from tests.conftest import hooks_of
 from tests.stages.test_refinement import planted, refinement
 from tests.stages.test_threshold_learning import make_stage, sampled_tokens, trainer_of
@@ -59,7 +59,7 @@ class Plain(L.LightningModule):
 @pytest.fixture
 def own():
     """Registries as they were, afterwards."""
-    with built_in.scratch(REFINER, LEARNER, CALIBRATOR, gprune.RECOVERY):
+    with registries.restored(REFINER, LEARNER, CALIBRATOR, gprune.RECOVERY):
         yield
 
 

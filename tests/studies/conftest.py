@@ -1,4 +1,4 @@
-"""A tiny world for the tests of lists, and a list of three rows that has run."""
+"""Fixtures for tests of lists: a tiny world, and a finished list of three rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def bench(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def first(bench):
-    """A list of three rows, and what its first run printed."""
+    """Return a list of three rows, and the output of its first run."""
     path = bench.write("first", ROWS, about="Three rows", reference="plain", compare=COMPARE)
     with pytest.MonkeyPatch.context() as patch:
         written = []
@@ -34,4 +34,4 @@ def first(bench):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    monkeypatch.setattr(gprune, "prune", lambda cfg: pytest.fail("it ran"))
+    monkeypatch.setattr(gprune, "prune", lambda cfg: pytest.fail("a row was run"))

@@ -1,4 +1,4 @@
-"""Records: which row each is of, under what name, and what their files hold."""
+"""Records: matching with rows, file names and contents."""
 
 from __future__ import annotations
 
@@ -14,36 +14,42 @@ from gprune.studies.archive import finished_record
 from tests.studies.workbench import ROWS
 
 
-def test_new_settings_at_their_default_leave_records_what_they_were(bench, first, monkeypatch):
-    """And a default that has changed since does not: its record was made with the old one."""
+def test_a_record_without_newer_settings_matches_a_row_with_their_defaults(bench, first, monkeypatch):
+    """If a default has changed since, the record does not match, because it was made with the old one."""
     row = bench.rows(first[0])[1]
     record = finished_record(row)
     settings = record["settings"]
     older = {name: value for name, value in settings.items() if name != "ridge"}
     older["sparsity"] = {name: value for name, value in settings["sparsity"].items() if name != "width_multiple"}
-    absolute = {"distill": {"learning_rate": settings["distill"]["learning_rate"]}}  # of a version that had no others
-    for there, counts in (
+    absolute = {
+        "distill": {"learning_rate": settings["distill"]["learning_rate"]}
+    }  # from a version with absolute learning rates only
+    for stored_settings, matches in (
         (older, True), (older | {"ridge": 0.5}, False), (settings | {"gone": 1}, False), (older | absolute, False),
     ):  # fmt: skip
-        monkeypatch.setattr(archive, "read_json", lambda path, there=there, **_: record | {"settings": there})
-        assert (finished_record(row) == record) == counts
+        monkeypatch.setattr(
+            archive,
+            "read_json",
+            lambda path, stored_settings=stored_settings, **_: record | {"settings": stored_settings},
+        )
+        assert (finished_record(row) == record) == matches
 
 
-def test_records_are_named_for_people_and_told_apart_by_settings(bench, first):
+def test_record_names_contain_row_and_seed_and_differ_by_settings(bench, first):
     named = bench.write("named", {"It's another, 50 %": {}}, common={"sparsity.target": 0.4})
     paths = [archive.find_record(row)[0] for path in (first[0], named) for row in bench.rows(path)]
     assert len(set(paths)) == 4
     assert paths[0].name.startswith("plain-seed0-")
     assert paths[3].name.startswith("it-s-another-50-seed0-")
     (same,) = bench.rows(bench.write("same", {"x": {"gprune": False, "ridge": 0.01}}))
-    assert archive.find_record(same)[0] == paths[0]  # by another name, with a default written out
+    assert archive.find_record(same)[0] == paths[0]  # another name, and an explicit default value
     for row in bench.rows(bench.write("long", {"x" * 300: {}, "\u00e9" * 300: {}}), records=bench.folder / "new"):
         name = archive.find_record(row)[0].name
         assert len(name.encode()) < 255
         assert "-seed0-" in name
 
 
-def test_a_file_that_is_no_record_of_the_row_is_never_the_place_of_its_record(bench, tmp_path):
+def test_a_file_that_is_not_the_record_of_the_row_is_never_overwritten(bench, tmp_path):
     (row,) = bench.rows(bench.write("one", {"x": {"gprune": False}}), records=tmp_path)
     place = archive.find_record(row)[0]
     place.parent.mkdir()
@@ -52,8 +58,8 @@ def test_a_file_that_is_no_record_of_the_row_is_never_the_place_of_its_record(be
     assert archive.find_record(row)[0] == place.with_stem(f"{place.stem}-2")
 
 
-def test_tokens_that_a_row_learned_from_do_not_depend_on_what_the_cache_had(bench, first):
-    """Those of scores, which the first row alone pays for, and of controls are left out."""
+def test_learned_tokens_do_not_depend_on_the_cache(bench, first):
+    """Excluded are the tokens of controls, and those of scores, which only the first row with an empty cache needs."""
     record = finished_record(bench.rows(first[0])[1])
     own = record["summary"]["learned_tokens"]
     assert own == record["steps"]["thresholds"]["forward_backward_tokens"] > 0
@@ -61,7 +67,7 @@ def test_tokens_that_a_row_learned_from_do_not_depend_on_what_the_cache_had(benc
     assert archive.learned_tokens(record["steps"] | more) == own + 100
 
 
-def test_the_repository_keeps_masks_where_the_list_says_so(bench, first, monkeypatch):
+def test_committed_records_have_masks_only_if_the_list_asks_for_them(bench, first, monkeypatch):
     monkeypatch.setattr(listing, "EXPERIMENTS", bench.folder)
     one = {"plain": ROWS["plain"]}
     (plain,) = bench.rows(bench.write("without", one))
@@ -70,14 +76,14 @@ def test_the_repository_keeps_masks_where_the_list_says_so(bench, first, monkeyp
     record = finished_record(plain)
     archive.write_record(archive.find_record(plain)[0], record | {"masks": None})
     assert finished_record(plain) == record | {"masks": None}
-    assert finished_record(wanted) is None  # there is a record, but without masks
+    assert finished_record(wanted) is None  # the record has no masks
     assert archive.find_record(wanted)[0] == archive.find_record(plain)[0]
     archive.write_record(archive.find_record(plain)[0], record)
     assert finished_record(wanted) == record
 
 
-def test_a_record_is_short_lines(bench, first):
-    """So that people and `git diff` can read it."""
+def test_a_record_is_written_in_short_lines(bench, first):
+    """So that `git diff` is readable."""
     lines = archive.find_record(bench.rows(first[0])[1])[0].read_text().splitlines()
     assert len(lines) < 100
     assert max(map(len, lines)) < archive.WIDTH + 50
@@ -91,7 +97,7 @@ NUMBERS = st.fixed_dictionaries(
 
 
 @given(numbers=st.lists(NUMBERS, max_size=8))
-def test_what_is_the_same_in_several_numbers_is_kept_once_and_comes_back(numbers):
+def test_folding_stores_common_fields_once_and_unfolding_restores_them(numbers):
     content = json.loads(json.dumps({"name": "x", "records": archive.folded(numbers)}))
     assert archive.unfolded(content) == {"name": "x", "records": numbers}
     for stage in content["records"]["stages"]:
@@ -101,12 +107,12 @@ def test_what_is_the_same_in_several_numbers_is_kept_once_and_comes_back(numbers
 
 
 @given(data=st.data(), depth=st.integers(1, 4))
-def test_packed_masks_come_back(data, depth):
-    def drawn() -> list[torch.Tensor]:
+def test_unpacking_packed_masks_returns_the_same_masks(data, depth):
+    def draw_masks() -> list[torch.Tensor]:
         sizes = [data.draw(st.integers(1, 37)) for _ in range(depth)]
         return [torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in sizes]
 
-    masks = Masks(drawn(), drawn())
+    masks = Masks(draw_masks(), draw_masks())
     again = archive.unpacked(json.loads(json.dumps(archive.packed(masks))))
     assert again == masks
     assert all(m.dtype == torch.bool for m in (*again.ffn, *again.attention))

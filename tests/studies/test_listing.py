@@ -1,4 +1,4 @@
-"""List files: each one that ships parses; settings reach the configuration in their order; what is refused."""
+"""List files: shipped lists parse, settings override each other in order, and invalid lists are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 from gprune.config import parse
 from gprune.studies.listing import Listing
-from tests import built_in
+from tests import registries
 from tests.studies.workbench import ROWS
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -18,7 +18,7 @@ LISTS = [p for p in sorted(EXPERIMENTS.rglob("*.yaml")) if "rows" in yaml.safe_l
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
-def test_every_list_that_ships_parses(path):
+def test_every_shipped_list_parses(path):
     listing = Listing.read(path)
     settings = [json.dumps(row.config.settings(), sort_keys=True) for row in listing.rows]
     assert len(set(settings)) == len(settings) == len({(row.name, row.seed) for row in listing.rows})
@@ -36,18 +36,19 @@ def test_all_ablations_are_rows_of_their_list():
     assert listing.rows[1].config.settings() == default.settings()
 
 
-def test_every_built_in_metric_except_wifn_is_a_row():
+def test_every_built_in_metric_except_wifn_is_a_row_of_metrics_yaml():
     (listing,) = (Listing.read(path) for path in LISTS if path.name == "metrics.yaml")
     rows = {row.name for row in listing.rows}
-    assert {name for name in built_in.METRICS if f"{name} 0.5" not in rows} == {"wifn"}  # orders neurons as wanda_sp
+    # wifn orders neurons like wanda_sp
+    assert {name for name in registries.BUILT_IN_METRICS if f"{name} 0.5" not in rows} == {"wifn"}
     for row in listing.rows:
-        assert row.name.split(" ")[0] not in built_in.METRICS or row.name.startswith(row.config.importance)
+        assert row.name.split(" ")[0] not in registries.BUILT_IN_METRICS or row.name.startswith(row.config.importance)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------
 
 
-def test_later_settings_win_protocol_file_common_row_and_command_line(bench):
+def test_settings_override_in_the_order_protocol_file_common_row_command_line(bench):
     (bench.folder / "p.yaml").write_text("ridge: 0.1\nsparsity: {epochs: 3, target: 0.1}\nexport: hf\n")
     (bench.folder / "r.yaml").write_text("sparsity: {target: 0.3}\n")
     path = bench.write(
@@ -60,13 +61,13 @@ def test_later_settings_win_protocol_file_common_row_and_command_line(bench):
     assert (cfg.sparsity.epochs, cfg.export.format) == (3, "none")
 
 
-def test_rows_of_a_protocol_with_a_name_have_names_of_their_own(bench):
+def test_rows_of_a_named_protocol_have_different_run_folders(bench):
     rows = {"a": {}, "b": {"gprune": False}, "c": {"config": "smoke", "ridge": 1}}
     path = bench.write("named", rows, protocol="smoke")
     assert len({row.config.folder for row in bench.rows(path, seeds=[0, 1])}) == 6
 
 
-def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
+def test_empty_keys_equal_missing_keys_and_row_names_can_be_numbers(bench):
     path = bench.folder / "empty.yaml"
     empty = ("common", "compare", "controls", "seeds", "tables", "tasks", "seen", "protocol", "reference")
     path.write_text("".join(f"{key}:\n" for key in empty) + "about: x\nrows: {a: , b: {}}\n")
@@ -81,7 +82,7 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
     assert found.content.reference == "0.5"
 
 
-# --- what is refused --------------------------------------------------------------------------------------------
+# --- invalid lists and arguments --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,12 +102,12 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
         ("rows: {a: {config: 5}}\n", ["rows.a.config", "got 5"]),
         ("protocol: nowhere.yaml\nrows: {a: {}}\n", ["nowhere.yaml"]),
         ("rows: {a: {model: '{name: x/y, trust_remote_code: true}'}}\n", ["row 'a'", "model must be a mapping"]),
-        # what neither a list nor a flag may set, and consent, which a list cannot give
+        # settings that a list cannot contain
         ("rows: {a: {run.seed: 5}}\n", ["row 'a'", "--seeds", "--run.seed cannot be set"]),
         ("rows: {a: {}, b: {}}\ncommon: {run: {name: x}}\n", ["row 'a'", "--run.name cannot be set in a study"]),
         ("rows: {a: {dry_run: true}}\n", ["--dry_run cannot be set in a study"]),
         ("rows: {a: {model: {trust_remote_code: true}}}\n", ["row 'a'", "must be given after --"]),
-        # rows that there are not
+        # missing rows
         ("rows: {a: {}}\nreference: b\n", ["reference", "(a)", "'b'"]),
         ("rows: {a: {}}\ncompare: [['a: gprune', 'b: base']]\n", ["compare", "(a)", "'b'"]),
         ("rows: {a: {}}\ncontrols: [b]\n", ["controls", "(a)", "'b'"]),
@@ -119,7 +120,7 @@ def test_empty_keys_are_as_good_as_none_and_names_may_be_numbers(bench):
         ("rows: {a: {}}\ntasks: {names: [piqa], limt: 100}\n", ["--limt", "100"]),
     ],
 )  # fmt: skip
-def test_a_bad_list_is_one_line(content, words, bench, capsys, nothing_runs):
+def test_an_invalid_list_is_refused_in_one_line(content, words, bench, capsys, nothing_runs):
     path = bench.folder / "bad.yaml"
     path.write_text(content)
     line = bench.refused(capsys, path)
@@ -136,12 +137,12 @@ def test_a_bad_list_is_one_line(content, words, bench, capsys, nothing_runs):
         (["--", "--run.seed=1"], ["row 'plain'", "--seeds", "--run.seed cannot be set"]),
     ],
 )  # fmt: skip
-def test_bad_arguments_are_one_line(arguments, words, bench, capsys, nothing_runs):
+def test_invalid_arguments_are_refused_in_one_line(arguments, words, bench, capsys, nothing_runs):
     line = bench.refused(capsys, bench.write("refused", ROWS), *arguments)
     assert all(word in line for word in words), line
 
 
-def test_files_that_are_not_there_or_set_the_seed_are_one_line(bench, tmp_path, capsys):
+def test_missing_files_and_files_that_set_the_seed_are_refused_in_one_line(bench, tmp_path, capsys):
     assert "nowhere.yaml" in bench.refused(capsys, bench.folder / "nowhere.yaml")
     (tmp_path / "seed.yaml").write_text("run: {seed: 7}")
     path = bench.write("seeded", {"plain": {"gprune": False}})

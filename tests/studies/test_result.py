@@ -1,4 +1,4 @@
-"""Results of lists as frames and files, against the records; what is missing has a name."""
+"""Results of lists as frames and files, compared with the records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gprune.studies import output
 from gprune.studies.archive import find_record
 from tests.studies.workbench import ROWS, cells, unseen
 
-TIMES = {".csv", ".json", ".md", ".tex", ".html"}
+SUFFIXES = {".csv", ".json", ".md", ".tex", ".html"}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_frame_has_a_line_for_each_row_and_seed_with_the_numbers_of_its_record
                 assert line[f"perplexity/{label}"] == r["perplexity"]
 
 
-def test_a_frame_names_the_settings_in_which_rows_differ_and_no_others(study):
+def test_a_frame_has_columns_only_for_settings_in_which_rows_differ(study):
     differ = study.to_frame().set_index("row")[["gprune", "sparsity.epochs", "reliability.switch"]]
     assert differ.loc["plain", "gprune"] == False  # noqa: E712 - numpy's
     assert list(differ["sparsity.epochs"]) == [1, 1, 2]
@@ -71,7 +71,7 @@ def test_a_report_on_a_row_divides_by_the_reference_of_its_list(bench, first, st
     assert float(ratio) == pytest.approx(line["unseen_over_unrecovered_base"], rel=1e-6)
 
 
-def test_all_stages_are_lines_if_asked_for(study):
+def test_a_frame_with_stages_has_a_line_for_each_stage(study):
     frame = study.to_frame(stages=True)
     assert list(frame[frame["row"] == "ours"]["stage"]) == ["dense", "base", "averaged", "gprune"]
     dense = frame[frame["stage"] == "dense"]
@@ -83,18 +83,20 @@ def test_all_stages_are_lines_if_asked_for(study):
     )  # fmt: skip
 
 
-def test_columns_do_not_depend_on_the_rows_that_were_chosen(bench, first, study):
+def test_columns_do_not_depend_on_the_selected_rows(bench, first, study):
     one = gprune.load_study(first[0], records=bench.records, rows=["plain"]).to_frame()
     assert list(one.columns) == list(study.to_frame().columns)
     with pytest.raises(UserError, match=r"The rows must name rows of .*first\.yaml \(plain, ours, other\); got 'mine'"):
         gprune.load_study(first[0], rows=["mine"])
 
 
-def test_rows_and_seeds_without_a_record_are_named(bench, first, capsys, nothing_runs, caplog):
+def test_rows_and_seeds_without_a_record_are_listed(bench, first, capsys, nothing_runs, caplog):
     path = bench.write("gaps", ROWS | {"later": {"sparsity.target": 0.1}}, seeds=[0, 7], reference="plain")
     out = bench(capsys, path, "--table")
-    said = "Without a record, so left out: 5 of 8 rows and seeds: later (seeds 0, 7); plain (seed 7); ours (seed 7); "
-    assert said + "other (seed 7)." in out
+    message = (
+        "Without a record, so left out: 5 of 8 rows and seeds: later (seeds 0, 7); plain (seed 7); ours (seed 7); "
+    )
+    assert message + "other (seed 7)." in out
     with caplog.at_level("WARNING", logger="gprune"):
         missing = gprune.load_study(path, records=bench.records).missing
     assert [(row.name, row.seed) for row in missing] == [
@@ -104,7 +106,7 @@ def test_rows_and_seeds_without_a_record_are_named(bench, first, capsys, nothing
     assert "Without a record" not in bench(capsys, first[0], "--table")
 
 
-def test_files_name_the_record_of_each_row_and_seed_and_run_nothing(bench, first, capsys, nothing_runs):
+def test_files_prints_the_record_of_each_row_and_seed_and_runs_nothing(bench, first, capsys, nothing_runs):
     path = bench.write("files", ROWS, seeds=[0, 7])
     lines = [cells(line) for line in bench(capsys, path, "--files").splitlines() if line.startswith("| ")]
     found = {(line[0], line[1]): line for line in lines[1:]}
@@ -115,7 +117,7 @@ def test_files_name_the_record_of_each_row_and_seed_and_run_nothing(bench, first
     assert len(found) == 6
 
 
-@pytest.mark.parametrize("suffix", sorted(TIMES))
+@pytest.mark.parametrize("suffix", sorted(SUFFIXES))
 def test_the_results_are_written_in_every_format(bench, first, study, capsys, tmp_path, suffix, nothing_runs):
     path = tmp_path / f"new/t{suffix}"
     out = bench(capsys, first[0], "--table", "--output", path)
@@ -149,7 +151,7 @@ def test_names_are_escaped_in_latex_and_html(study):
     table = study.tables[0]
     renamed = type(table)(**vars(table) | {"rows": [[odd, *cells[1:]] for cells in table.rows], "note": odd})
     other = replace(study)
-    vars(other)["tables"] = [renamed]  # where the property keeps them
+    vars(other)["tables"] = [renamed]  # the cache of the property
     assert output.WRITERS[".tex"](other).count(r"50 \% \& <b>\_\{x\}") >= 2
     page = output.WRITERS[".html"](other)
     assert "<b>" not in page
@@ -157,28 +159,28 @@ def test_names_are_escaped_in_latex_and_html(study):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("t.xlsx", r"--output must end in one of \.csv, \.json, \.md, \.tex, \.html; got '.*t\.xlsx'\."),
         ("t", r"--output must end in one of"),
         ("folder.csv", r"--output must be the path of a file in a folder; got '.*folder\.csv'\."),
     ],
 )
-def test_an_output_that_cannot_be_is_refused_before_anything_runs(bench, capsys, tmp_path, name, said, nothing_runs):
+def test_an_invalid_output_path_is_refused_before_any_row_runs(bench, capsys, tmp_path, name, message, nothing_runs):
     (tmp_path / "folder.csv").mkdir()
     path = bench.write("never", {"new": {"sparsity.target": 0.2}})
-    assert re.search(said, bench.refused(capsys, path, "--output", tmp_path / name))
+    assert re.search(message, bench.refused(capsys, path, "--output", tmp_path / name))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder.csv"]
 
 
-def test_one_output_takes_one_list_that_has_records(bench, first, capsys, tmp_path, nothing_runs):
+def test_output_needs_exactly_one_list_and_records(bench, first, capsys, tmp_path, nothing_runs):
     path = bench.write("empty", {"new": {"sparsity.target": 0.2}})
     assert "one list; got 2 lists" in bench.refused(capsys, first[0], path, "--output", tmp_path / "t.csv")
     assert "none yet" in bench.refused(capsys, path, "--table", "--output", tmp_path / "t.csv")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_cannot_be_made_leaves_the_former_one(bench, first, capsys, tmp_path, monkeypatch, nothing_runs):
+def test_a_failed_write_keeps_the_existing_file(bench, first, capsys, tmp_path, monkeypatch, nothing_runs):
     path = tmp_path / "t.csv"
     path.write_text("former")
 
@@ -191,7 +193,7 @@ def test_a_file_that_cannot_be_made_leaves_the_former_one(bench, first, capsys, 
     assert [file.name for file in tmp_path.iterdir()] == ["t.csv"]
 
 
-def test_a_report_takes_records_and_names_of_rows(bench, first, study, capsys, tmp_path):
+def test_gprune_report_accepts_record_files_and_row_names(bench, first, study, capsys, tmp_path):
     row, record = study.done[1]
     args = ["--records", str(bench.records), "--output", str(tmp_path / "report")]
     named = [f"{first[0]}:plain", f"{first[0]}:ours"]
@@ -210,13 +212,13 @@ def test_a_report_takes_records_and_names_of_rows(bench, first, study, capsys, t
     assert command("report", [*named, "--records", str(bench.records), "--html", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     assert "<title>plain, ours</title>" in text
-    assert "config.yaml" not in text  # which a record has not
+    assert "config.yaml" not in text  # a record has no config.yaml
     capsys.readouterr()
-    for arguments, said in (
+    for arguments, message in (
         ([f"{first[0]}:mine"], "got 'mine'"),
         ([f"{tmp_path / 'no.yaml'}:mine"], "Cannot read list: there is no file"),
         ([str(tmp_path / "no.json")], "Cannot read record: there is no file"),
         ([str(first[0]), "--base", str(first[0])], "--base must be one run; got 3"),
     ):
         assert command("report", [*arguments, *args]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err

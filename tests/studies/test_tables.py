@@ -1,4 +1,4 @@
-"""Tables of lists, against the records and by hand."""
+"""Tables of lists, compared with the records and with calculations by hand."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_comparisons_are_paired_over_windows(bench, first):
         assert line in [cells(one) for one in first[1].splitlines()]
 
 
-def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
-    """`seen` replaces what each row has used; unseen means are over the other corpora."""
+def test_the_key_seen_sets_the_seen_corpora_of_all_rows(bench, first):
+    """`seen` replaces the seen corpora of each row; means over unseen corpora use the remaining ones."""
     delta, alpha = (str(bench.world.corpora[c]) for c in ("delta", "alpha"))
     listing, done = bench.done(bench.write("divided", ROWS, seen=[alpha, delta], reference="plain"))
     report = tables.reported(listing, done)
@@ -53,7 +53,7 @@ def test_one_division_into_seen_and_unseen_for_all_rows(bench, first):
         tables.reported(*bench.done(bench.write("hidden", ROWS, seen=[delta])))
 
 
-def test_a_terminal_shows_bold_headers(bench, first):
+def test_tables_have_bold_headers_on_a_terminal(bench, first):
     args = [str(first[0]), "--table", "--costs", "--records", str(bench.records)]
     text = on_a_terminal(lambda: command("study", args), 100)
     assert re.search(r"\x1b\[1m *peak MiB", text)
@@ -75,14 +75,14 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     (compared,) = tables.stage_comparison_table(listing, tables.reported(listing, done).runs).rows
     assert compared == ["wifv: base / plain: base", 3, over_seeds(ratios), over_seeds(distances)]
     assert len(set(ratios)) == 3
-    # each seed is divided by the reference's run of that seed alone
+    # each seed is divided by the run of the reference with the same seed
     column = table.columns.index("unseen / unrecovered base")
     assert by_stage["wifv (3 seeds)", "base"][column] == over_seeds(ratios)
     assert by_stage["plain (3 seeds)", "base"][column] is None
-    for missing, there in ((("plain", 2), False), (("wifv", 2), True)):
+    for missing, has_ratio in ((("plain", 2), False), (("wifv", 2), True)):
         fewer = [(row, record) for row, record in done if (row.name, row.seed) != missing]
         rows = tables.reported(listing, fewer).tables[0].rows
-        assert {row[column] is not None for row in rows if row[0].startswith("wifv")} == {there}
+        assert {row[column] is not None for row in rows if row[0].startswith("wifv")} == {has_ratio}
 
 
 def test_costs_of_every_step_are_printed(bench, first, capsys, nothing_runs):
@@ -95,20 +95,20 @@ def test_costs_of_every_step_are_printed(bench, first, capsys, nothing_runs):
             assert line[1:] == [f"{used['seconds']:.1f}", *map(str, counts)]
 
 
-def test_a_list_says_which_tables_it_wants(bench, first, capsys):
+def test_the_key_tables_selects_the_printed_tables(bench, first, capsys):
     out = bench(capsys, bench.write("wanted", {"plain": ROWS["plain"]}, tables=["perplexity"]))
     assert "unrecovered base" not in out
     assert "* seen: the corpus" in out
 
 
-def test_pairs_whose_rows_have_not_run_wait_and_those_without_common_windows_have_no_ratio(bench, first):
+def test_pairs_with_missing_rows_are_omitted_and_pairs_without_common_windows_have_no_ratio(bench, first):
     compare = [["later: gprune", "ours: base"], ["ours: gprune", "plain: base"]]
     listing, done = bench.done(bench.write("apart", ROWS | {"later": {"sparsity.target": 0.1}}, compare=compare))
     table = tables.stage_comparison_table(listing, tables.reported(listing, done).runs)
     assert [row[:2] for row in table.rows] == [["ours: gprune / plain: base", 1]]
     assert table.note == "exp(KL): of KL(dense || row) per token on the same windows."
     other = [
-        (row, record | {"records": [r | {"content_hash": "elsewhere"} for r in record["records"]]})
+        (row, record | {"records": [r | {"content_hash": "other"} for r in record["records"]]})
         if row.name == "plain" else (row, record) for row, record in done
     ]  # fmt: skip
     runs = tables.reported(listing, other).runs
@@ -119,18 +119,18 @@ def test_pairs_whose_rows_have_not_run_wait_and_those_without_common_windows_hav
         tables.ratios_of(runs, "ours: best", "ours: base")
 
 
-def test_rows_that_have_read_other_text_are_refused_unless_their_models_differ(bench, first):
+def test_rows_with_different_text_are_refused_unless_their_models_differ(bench, first):
     listing, ((row, record), *others) = bench.done(first[0])
     role = next(iter(record["inputs"]["text"]))
     inputs = record["inputs"] | {"text": record["inputs"]["text"] | {role: "other"}}
     with pytest.raises(UserError, match=rf"have read different text as {role}. Remove the outdated record"):
         tables.reported(listing, [*others, (row, record | {"inputs": inputs})])
-    another = record | {"inputs": inputs | {"model": "another"}}  # two models cut text in two ways
+    another = record | {"inputs": inputs | {"model": "another"}}  # another tokenizer gives other windows
     assert len(tables.reported(listing, [*others, (row, another)]).runs) == 3
 
 
 @pytest.mark.slow
-def test_rows_are_divided_by_the_reference_if_that_has_as_few_parameters(bench, capsys, tmp_path):
+def test_only_rows_with_as_few_parameters_as_the_reference_have_a_ratio(bench, capsys, tmp_path):
     rows = {"plain": {"gprune": False}, "ours": {}, "larger": {"sparsity.target": 0.3}}
     common = {"evaluation.controls": [], "importance": "wifv"}
     path = bench.write("budgets", rows, reference="plain", common=common)
@@ -146,7 +146,7 @@ def test_rows_are_divided_by_the_reference_if_that_has_as_few_parameters(bench, 
     assert ratio("plain") == ratio("larger") == ""
 
 
-def test_figures_are_drawn_from_records_with_masks_or_without(bench, first, capsys, tmp_path, nothing_runs):
+def test_figures_are_drawn_from_records_with_and_without_masks(bench, first, capsys, tmp_path, nothing_runs):
     bench(capsys, first[0], "--table", "--figures", tmp_path)
     assert {f"first-{name}.png" for name in ("ratios", "sparsity")} <= {p.name for p in tmp_path.iterdir()}
     listing, done = bench.done(first[0])

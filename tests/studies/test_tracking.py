@@ -1,4 +1,4 @@
-"""Lists in W&B, as its own reader gives offline files back: rows that ran, rows of records, and the list."""
+"""Lists in W&B: new rows, rows from records, and the list, read from offline files with wandb's own reader."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from gprune.config import LoggingConfig
 from gprune.studies import tracking
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing
 from gprune.studies.tables import reported, stage_comparison_table
-from tests import tiny_run, tracked
+from tests import tiny_run, wandb_files
 
 ROWS = {"base": {"gprune": False}, "no: switch/50 %": {"reliability.switch": False}}
 COMPARE = [["no: switch/50 %: gprune", "base: base"]]
 
 
 def logged(folder: Path) -> dict[str, SimpleNamespace]:
-    """By the first word of the run's id, with which W&B's folders end."""
-    files = tracked.files(folder)
-    return {path.parent.name.split("-")[3].partition("_")[0]: tracked.read(path) for path in files}
+    """Return the W&B runs by the first word of the run id, which is part of the folder name."""
+    files = wandb_files.find(folder)
+    return {path.parent.name.split("-")[3].partition("_")[0]: wandb_files.read(path) for path in files}
 
 
 OFFLINE = ["--", "--logging.mode=offline", "--logging.tags=[mine]"]
 
 
 @pytest.fixture(scope="module")
-def ran(bench):
-    """A list that has run."""
+def finished_list(bench):
+    """Return a finished list."""
     path = bench.write("ablations", ROWS, reference="base", compare=COMPARE)
     with tiny_run.isolated(bench.folder / "cache"):
-        assert tracking_main(path, bench.records) == 0
+        assert run_study(path, bench.records) == 0
     return path, bench.records / "ablations"
 
 
-def tracking_main(path: Path, records: Path, *flags: str) -> int:
+def run_study(path: Path, records: Path, *flags: str) -> int:
     return command("study", [str(path), "--records", str(records), *OFFLINE, *flags])
 
 
 @pytest.mark.slow
-def test_rows_and_their_list_are_runs_under_their_own_names(bench, ran, nothing_runs):
-    path, folder = ran
+def test_rows_and_the_list_are_wandb_runs_with_their_names(bench, finished_list, nothing_runs):
+    path, folder = finished_list
     found = logged(folder)
     assert set(found) == {"base", "no", "all"}
     about, config = found["no"].about, found["no"].config
@@ -64,56 +64,56 @@ def test_rows_and_their_list_are_runs_under_their_own_names(bench, ran, nothing_
         assert {n for n in summary if n.startswith("final/perplexity/")} >= {
             f"final/perplexity/{Path(c).name}" for c in final
         }
-    whole = found["all"]
-    assert (whole.about["job_type"], whole.about["run_group"]) == ("study", "ablations")
-    assert whole.config["rows"].keys() == {f"{row.name}, seed 0" for row, _ in done}
-    assert whole.config["rows"]["no: switch/50 %, seed 0"]["reliability.switch"] is False
+    list_run = found["all"]
+    assert (list_run.about["job_type"], list_run.about["run_group"]) == ("study", "ablations")
+    assert list_run.config["rows"].keys() == {f"{row.name}, seed 0" for row, _ in done}
+    assert list_run.config["rows"]["no: switch/50 %, seed 0"]["reliability.switch"] is False
     (row,) = stage_comparison_table(listing, reported(listing, done).runs).rows
-    numbers = {name: value for name, value in whole.summary.items() if name.startswith("compare/")}
+    numbers = {name: value for name, value in list_run.summary.items() if name.startswith("compare/")}
     assert sorted(numbers.values()) == pytest.approx(sorted([*row[2], *row[3]]))
     assert {name.split("/")[-2] for name in numbers} > {"exp_kl"}
-    tables = {name.split("/")[1].split(".")[0] for name in whole.summary if name.startswith("tables/")}
+    tables = {name.split("/")[1].split(".")[0] for name in list_run.summary if name.startswith("tables/")}
     assert tables == {"summary", "perplexity", "distance", "compare"}
-    (entry,) = whole.artifacts[-1]["manifest"]["contents"]
+    (entry,) = list_run.artifacts[-1]["manifest"]["contents"]
     assert Path(entry["local_path"]).read_text() == path.read_text()
     assert "WANDB_DIR" not in os.environ
     assert not list((bench.folder / "runs").glob("*ablations*/wandb"))
     before = sorted(folder.rglob("*"))
-    assert tracking_main(path, bench.records) == 0
+    assert run_study(path, bench.records) == 0
     assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.slow
-def test_rows_of_records_are_logged_as_that_with_the_same_numbers(bench, ran, nothing_runs, tmp_path):
-    path, folder = ran
+def test_rows_from_records_are_logged_as_records_with_the_same_numbers(bench, finished_list, nothing_runs, tmp_path):
+    path, folder = finished_list
     shutil.copytree(bench.records / "runs", tmp_path / "runs")
-    elsewhere = f"--run.dir={tmp_path / 'elsewhere'}"
-    assert tracking_main(path, tmp_path, elsewhere, "--logging.mode=disabled") == 0
+    other_run_dir = f"--run.dir={tmp_path / 'other'}"
+    assert run_study(path, tmp_path, other_run_dir, "--logging.mode=disabled") == 0
     assert not (tmp_path / "ablations").exists()
-    assert tracking_main(path, tmp_path, elsewhere) == 0
+    assert run_study(path, tmp_path, other_run_dir) == 0
     before, after = logged(folder), logged(tmp_path / "ablations")
     for row in ("base", "no"):
         assert after[row].config["record"] is True
         assert after[row].config["environment"]["git_revision"]
         assert len(after[row].history) == 1
-        for what in ("run_id", "display_name", "run_group", "tags", "job_type"):
-            assert after[row].about[what] == before[row].about[what]
+        for name in ("run_id", "display_name", "run_group", "tags", "job_type"):
+            assert after[row].about[name] == before[row].about[name]
         final = {name for name in after[row].summary if name.startswith(("final/", "rows/", "parameters"))}
         assert len(final) > 10
         for name in final:
             assert after[row].summary[name] == pytest.approx(before[row].summary[name], rel=1e-4)
-    assert tracking_main(path, tmp_path, elsewhere, "--sparsity.target=0.5") == 0
+    assert run_study(path, tmp_path, other_run_dir, "--sparsity.target=0.5") == 0
     assert logged(tmp_path / "ablations").keys() == after.keys()
 
 
 @pytest.mark.slow
-def test_tables_of_records_need_no_wandb(bench, ran):
+def test_tables_of_records_do_not_import_wandb(bench, finished_list):
     code = "import sys; from gprune.__main__ import main; main(sys.argv[1:]); sys.exit('wandb' in sys.modules)"
-    command = [sys.executable, "-c", code, "study", str(ran[0]), "--table", "--records", str(bench.records)]
+    command = [sys.executable, "-c", code, "study", str(finished_list[0]), "--table", "--records", str(bench.records)]
     assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
 
 
-def test_names_are_such_as_a_configuration_may_have(bench, monkeypatch):
+def test_names_groups_and_tags_of_rows_are_valid_logging_settings(bench, monkeypatch):
     monkeypatch.setenv("WANDB_TAGS", "a,b")
     row = bench.rows(bench.write("ablations", ROWS | {"long" * 50: {}}), seeds=[3])
     for cfg in map(tracking.named, row):
@@ -125,4 +125,6 @@ def test_names_are_such_as_a_configuration_may_have(bench, monkeypatch):
     assert tracking.named(row[0]).logging.group == "lab"
     assert tracking.named(row[0]).settings() == row[0].config.settings()
     (committed, *_) = Listing.read(EXPERIMENTS / "ablations.yaml").rows
-    assert tracking.folder_of(committed) == OTHER_RECORDS / "ablations"  # nothing is logged beside committed records
+    assert (
+        tracking.folder_of(committed) == OTHER_RECORDS / "ablations"
+    )  # W&B files are not written next to committed records

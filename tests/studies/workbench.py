@@ -1,4 +1,4 @@
-"""Lists on a tiny world, and runs of which nothing is known but the losses of windows."""
+"""Write and run lists on a tiny world, and make runs from the losses of windows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMPARE = [["ours: gprune", "ours: averaged"], ["ours: gprune", "plain: base"]]
 
 
 class Workbench:
-    """Writes lists on the tiny world, and runs the command line on them with records of its own."""
+    """Writes lists for the tiny world, and runs `gprune study` on them with a separate folder of records."""
 
     def __init__(self, world: tiny_run.World, folder: Path):
         self.world, self.folder, self.records = world, folder, folder / "records"
@@ -38,7 +38,7 @@ class Workbench:
         return Listing.read(path, **{"records": self.records, **options}).rows
 
     def done(self, path: Path) -> tuple[Listing, list[tuple[Row, dict[str, Any]]]]:
-        """A list, and its rows that have a record."""
+        """Return a list, and its rows with a record."""
         listing = Listing.read(path, records=self.records)
         return listing, [(row, record) for row in listing.rows if (record := finished_record(row)) is not None]
 
@@ -51,7 +51,7 @@ class Workbench:
         return capsys.readouterr().out
 
     def refused(self, capsys: pytest.CaptureFixture, *arguments: object) -> str:
-        """The one line on stderr."""
+        """Run a command that has to fail, and return its one line on stderr."""
         with pytest.raises(SystemExit) as stop:
             self(capsys, *arguments)
         assert stop.value.code == 2
@@ -62,19 +62,19 @@ class Workbench:
 
 
 def cells(line: str) -> list[str]:
-    """The cells of a row of a Markdown table."""
+    """Return the cells of a row of a Markdown table."""
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
 def unseen(record: Mapping[str, Any], stage: str, number: str = "window_nll") -> dict[str, list[float]]:
-    """Losses of windows, or their other `number`, by corpus that the run has not used."""
+    """Return the losses of windows, or another `number`, by corpus for the unseen corpora of a stage."""
     return {r["corpus"]: r[number] for r in record["records"] if r["stage"] == stage and not r["seen"]}
 
 
 def fake_run(
     name: str, stages: Mapping[str, Mapping[str, Sequence[float]]], *, seed: int = 0, recovery: str = "none"
 ) -> FinishedRun:
-    """A run of which nothing is known but losses of windows of 10 tokens by stage and corpus."""
+    """Return a run with losses of windows of 10 tokens by stage and corpus, and nothing else."""
     records = [
         {
             "stage": stage, "recovery": recovery, "seen": False, "corpus": corpus, "seq_len": 11,

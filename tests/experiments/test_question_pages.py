@@ -1,4 +1,4 @@
-"""The log: each table of a page is what its command prints from the records, and each list has a page."""
+"""Pages of questions: tables are the output of commands on the committed records, and every list has a page."""
 
 import re
 import shlex
@@ -22,18 +22,18 @@ TABLES = [(page, *match.groups()) for page in PAGES for match in OUTPUT.finditer
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "command", "args", "pasted"), TABLES, ids=[args for *_, args, _ in TABLES])
-def test_tables_are_what_the_records_say(page, command, args, pasted, monkeypatch, capsys):
+def test_every_table_on_a_page_is_the_output_of_its_command(page, command, args, pasted, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert COMMANDS[command](shlex.split(args)) == 0
-    assert capsys.readouterr().out.strip() == pasted, f"paste what `{command} {args}` prints into {page.name}"
+    assert capsys.readouterr().out.strip() == pasted, f"paste the output of `{command} {args}` into {page.name}"
 
 
-def test_every_list_is_named_by_a_page():
-    said = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    assert [p.name for p in LISTS if str(p.relative_to(ROOT)) not in said] == []
+def test_every_list_is_mentioned_on_a_page():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [p.name for p in LISTS if str(p.relative_to(ROOT)) not in text] == []
 
 
-def test_the_index_names_every_page_and_stays_short():
+def test_the_index_links_every_page_and_has_at_most_5000_words():
     index = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if f"(questions/{page.name})" not in index] == []
     assert len(index.split()) <= 5000

@@ -1,4 +1,4 @@
-"""Every part of the method as a function of a place: on the CPU, on one pretended device, on two (`tests.pretend`)."""
+"""Every part of the method as a function of a `Place`: on the CPU, or on one or two simulated devices."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning
 from tests.conftest import collect
-from tests.pretend import TYPE, Devices, placed, pretend
+from tests.simulated_devices import TYPE, Devices, place_on_devices, simulate_devices
 from tests.tiny_families import make_tiny, some_masks
 
-WINDOWS, LENGTH = 2, 16  # of a batch
-STEPS = 2  # batches of a part; learning is run over twice as many too, and a step is the difference
+WINDOWS, LENGTH = 2, 16  # windows in a batch, tokens in a window
+STEPS = 2  # batches of a part; the waits of one training step are measured from STEPS and 2 * STEPS batches
 
 
 @dataclass(frozen=True)
 class Place:
-    """A model and how many pretended devices it lies on; 0: none, it is on the CPU."""
+    """A model and the number of simulated devices that it is on; 0 is the CPU."""
 
     model: PreTrainedModel
     devices: int
 
     def batches(self, steps: int = STEPS) -> list[dict[str, Tensor]]:
-        """Where the trainer would have put them: on the first device."""
+        """Return batches on the first device, where the trainer puts them."""
         ids = torch.randint(3, 128, (WINDOWS * steps, LENGTH), generator=torch.Generator().manual_seed(1))
         half = torch.arange(WINDOWS * steps) % 2
         batches = [
@@ -83,8 +83,8 @@ def walk(place: Place) -> CorpusStatistics:
     return found.statistics(gram=True)
 
 
-def learn(place: Place, *, attention: bool, steps: int = STEPS, **how: Any) -> list[Tensor]:
-    """Thresholds and offsets after so many steps under Lightning's Trainer."""
+def learn(place: Place, *, attention: bool, steps: int = STEPS, **settings: Any) -> list[Tensor]:
+    """Return thresholds and offsets after `steps` steps under Lightning's Trainer."""
     blocks = blocks_of(place.model)
     generator = torch.Generator().manual_seed(0)
     labels = [torch.arange(b.experts * b.neurons) % 3 for b in blocks]
@@ -93,7 +93,7 @@ def learn(place: Place, *, attention: bool, steps: int = STEPS, **how: Any) -> l
     ranks = ModuleRanks(p, labels, groups)
     budget = Budget.of(unit_costs(blocks, scope="attention+ffn" if attention else "ffn"), 0.4)
     start = start_thresholds(keep_masks(budget, p, groups), ranks)
-    stage = ThresholdLearning(place.model, ranks, start, budget, **{"centred": False} | how)
+    stage = ThresholdLearning(place.model, ranks, start, budget, **{"centred": False} | settings)
     train(stage, DataLoader(place.batches(steps), batch_size=None))
     return [t.detach().cpu() for t in stage.state_dict().values()]
 
@@ -107,10 +107,10 @@ def train(stage: L.LightningModule, loader: DataLoader, **kwargs: Any) -> None:
 
 
 def recover(place: Place, name: str, **settings: Any) -> Tensor:
-    """Logits of a pruned and recovered model."""
+    """Return the logits of a pruned and recovered model."""
     method, masks = recovery_of(name), place.masks
     statistics = calibrate(place, gram="gram" in method.needs) if method.needs - {"text"} else None
-    gc.collect()  # torchmetrics refer to themselves
+    gc.collect()  # metrics of torchmetrics contain reference cycles
 
     def fit(what: str, stage: L.LightningModule, *, clip: float | None = None, **_: Any) -> None:
         train(stage, DataLoader(place.batches(), batch_size=None), gradient_clip_val=clip)
@@ -139,27 +139,27 @@ def logits(model: PreTrainedModel, place: Place) -> Tensor:
     return model(input_ids=place.batches()[0]["input_ids"], use_cache=False).logits.cpu()
 
 
-def pruned(place: Place) -> list[Tensor]:
+def prune_and_mask(place: Place) -> list[Tensor]:
     masks = place.masks
     with torch.no_grad():
         under = masked_logits(place.model, masks, place.batches()[0]["input_ids"]).cpu()
     return [under, logits(prune(place.model, masks), place)]
 
 
-def evaluated(place: Place) -> Tensor:
+def window_losses(place: Place) -> Tensor:
     return torch.tensor(perplexity(place.model, place.windows, batch_size=WINDOWS).window_nll)
 
 
-def exported(place: Place) -> float:
-    """Of the pruned model's logits and those of its folder, loaded and placed alike, the largest difference."""
+def export_difference(place: Place) -> float:
+    """Return the largest difference between the logits of the pruned model and of its reloaded export."""
     small = prune(place.model, place.masks)
 
-    def again(folder: Path, input_ids: Tensor, *, device: str, **_: Any) -> Tensor:
+    def reload(folder: Path, input_ids: Tensor, *, device: str, **_: Any) -> Tensor:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
-        model = placed(model, place.devices) if place.devices else model
+        model = place_on_devices(model, place.devices) if place.devices else model
         return model(input_ids.to(device), use_cache=False).logits
 
-    before, hf.reloaded_logits = hf.reloaded_logits, again
+    before, hf.reloaded_logits = hf.reloaded_logits, reload
     try:
         with tempfile.TemporaryDirectory() as folder:
             saved = hf.save_pruned(small, None, Path(folder) / "model")
@@ -168,8 +168,8 @@ def exported(place: Place) -> float:
         hf.reloaded_logits = before
 
 
-def distil(place: Place, **settings: Any) -> Tensor:
-    torch.manual_seed(0)  # of LoRA's start
+def distill(place: Place, **settings: Any) -> Tensor:
+    torch.manual_seed(0)  # for the initial LoRA weights
     return recover(place, "distill", distill=DistillConfig(**settings))
 
 
@@ -181,12 +181,12 @@ PARTS: dict[str, Part] = {
     "bias": lambda place: recover(place, "bias"),
     "least_squares": lambda place: recover(place, "least_squares"),
     "least_squares_sequential": lambda place: recover(place, "least_squares_sequential"),
-    "distill mlp": lambda place: distil(place, targets="mlp"),
-    "distill all, with all losses": lambda place: distil(place, targets="all", cross_entropy=0.5),
-    "distill lora": lambda place: distil(place, targets="lora", rank=2),
-    "pruning": pruned,
-    "perplexity": evaluated,
-    "export check": exported,
+    "distill mlp": lambda place: distill(place, targets="mlp"),
+    "distill all, with all losses": lambda place: distill(place, targets="all", cross_entropy=0.5),
+    "distill lora": lambda place: distill(place, targets="lora", rank=2),
+    "pruning": prune_and_mask,
+    "perplexity": window_losses,
+    "export check": export_difference,
 }
 LEARNING: dict[str, dict[str, Any]] = {
     f"{learn}, {loss}{', attention' if attention else ''}": {"learn": learn, "loss": loss, "attention": attention}
@@ -195,7 +195,7 @@ LEARNING: dict[str, dict[str, Any]] = {
         ("both", "cross_entropy", True),
     )
 }  # fmt: skip
-# Of models with experts: nothing has a bias or a scale of its own, and nothing goes along the prefix.
+# Parts for models with experts: without biases, saliency and sequential recovery.
 EXPERTS = ("calibration with Gram matrices", "calibration block by block", "least_squares", "distill mlp",
            "pruning", "perplexity", "export check")  # fmt: skip
 
@@ -205,33 +205,33 @@ def model_of(family: str, *, tied: bool = False) -> PreTrainedModel:
 
 
 def run(part: Part, model: PreTrainedModel, devices: int) -> tuple[Any, Devices]:
-    """What a part finds on so many devices, and what was counted; the model's own placing does not count."""
+    """Return the result of a part on so many devices, and the counted waits without those of placing the model."""
     model = copy.deepcopy(model)
     if devices == 0:
         return part(Place(model, 0)), Devices()
-    with pretend() as counted:
-        place = Place(placed(model, devices), devices)
+    with simulate_devices() as counted:
+        place = Place(place_on_devices(model, devices), devices)
         counted.by_place.clear()
         return part(place), counted
 
 
-def learned(how: dict[str, Any], model: PreTrainedModel, devices: int) -> tuple[list[Tensor], int]:
-    """What learning finds, and the waits of one step: of twice as many steps, what the further ones take."""
+def learn_and_count_waits(settings: dict[str, Any], model: PreTrainedModel, devices: int) -> tuple[list[Tensor], int]:
+    """Return the result of training, and the waits of one step: the difference between 2 * STEPS and STEPS steps."""
     (found, few), (_, many) = (
-        run(lambda place, n=n: learn(place, steps=n, **how), model, devices) for n in (STEPS, 2 * STEPS)
+        run(lambda place, n=n: learn(place, steps=n, **settings), model, devices) for n in (STEPS, 2 * STEPS)
     )
     return found, (many.waits - few.waits) // STEPS
 
 
 def tensors(found: Any) -> Iterator[Tensor]:
-    """All numbers of a result."""
+    """Yield all numbers of a result as tensors."""
     if isinstance(found, CorpusStatistics):
         found = list(found.tensors().values())
     for item in found if isinstance(found, list) else [found]:
         yield torch.as_tensor(item)
 
 
-def same(found: Any, expected: Any) -> bool:
-    """To float32's rounding: a device multiplies in another order."""
+def close(found: Any, expected: Any) -> bool:
+    """Return whether two results agree within float32 rounding."""
     pairs = zip(tensors(found), tensors(expected), strict=True)
     return all(torch.allclose(a.double(), b.double(), rtol=2e-4, atol=2e-4) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""Flags that are given and not read: named in one line, with the reason."""
+"""Flags on the command line that have no effect are listed in one line of the log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests import tiny_run
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "expected"),
     [
         ("--distill.rank=8", "--distill.rank (--distill.targets all)"),
         ("--export=none --export.dtype=float16", "--export.dtype (--export none)"),
@@ -21,10 +21,10 @@ from tests import tiny_run
         ("--sparsity.start=owl --sparsity.options.spread=0.1 --distill.targets=lora --distill.rank=8", ""),
     ],
 )  # fmt: skip
-def test_the_log_says_which_flags_are_given_and_not_read(flags, said, tmp_path, monkeypatch, capsys):
-    (tmp_path / "a.yaml").write_text("distill: {rank: 4}\nsparsity.epochs: 3\n")  # a protocol serves many runs
+def test_the_log_lists_given_flags_that_have_no_effect_with_the_reason(flags, expected, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.yaml").write_text("distill: {rank: 4}\nsparsity.epochs: 3\n")  # flags from a file are not listed
     monkeypatch.setattr("gprune.pipeline.dry_run.matmul_flops", lambda *_: 1e9)
     args = [f"--config={tmp_path / 'a.yaml'}", *flags.split(), "--model.name=tiny-random", "--dry_run=true"]
     assert tiny_run.main(args) == 0
     given = [line.partition("Ignored flags: ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert [line for line in given if line] == ([said] if said else [])
+    assert [line for line in given if line] == ([expected] if expected else [])

@@ -1,4 +1,4 @@
-"""Rows `model: FOLDER`: a model made elsewhere is measured by the protocol of the list, beside gprune's own rows."""
+"""Rows with `model: FOLDER`: a model that another tool has made is evaluated like gprune's own rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gprune.__main__ import run as command
 from gprune.benchmarks.subjects import subjects_of
 from gprune.config import parse
 from gprune.studies.archive import finished_record, run_of
-from tests import tiny_run, tracked
+from tests import tiny_run, wandb_files
 from tests.studies.workbench import cells
 
 PLAIN = {"plain": {"gprune": False, "importance": "magnitude"}}
@@ -27,20 +27,20 @@ PLAIN = {"plain": {"gprune": False, "importance": "magnitude"}}
 
 @pytest.fixture(scope="module")
 def folders(bench, tmp_path_factory):
-    """Where models made elsewhere are saved."""
+    """Return the folder for models made elsewhere."""
     return tmp_path_factory.mktemp("elsewhere")
 
 
 @pytest.fixture(scope="module")
 def exported(bench, folders):
-    """The model that the row `plain` makes, exported as a folder, and the run that made it."""
+    """Return the exported model of the row `plain`, and the run that made it."""
     flags = ("--gprune=false", "--importance=magnitude", "--export=hf", "--export.dtype=float32")
     result = bench.world.run(folders / "runs", *flags, name="plain")
     return result.path / "model", result
 
 
 def saved(bench, folders, name, change=None, **config):
-    """A copy of the dense model's folder whose weights, and config.json, are changed."""
+    """Copy the folder of the dense model, and change its weights and config.json."""
     folder = folders / name
     shutil.copytree(bench.world.model, folder, dirs_exist_ok=True)
     weights = load_file(folder / "model.safetensors")
@@ -53,10 +53,10 @@ def saved(bench, folders, name, change=None, **config):
 
 
 @pytest.fixture(scope="module")
-def together(bench, exported):
-    """A list with the row `plain`, and its model as a row of its own, and what its run printed."""
+def list_with_export(bench, exported):
+    """Return a list with the row `plain` and its exported model as another row, and the output of its run."""
     rows = PLAIN | {"theirs": {"model": str(exported[0])}}
-    path = bench.write("ours back", rows, compare=[["theirs: model", "plain: base"]], reference="plain")
+    path = bench.write("export as row", rows, compare=[["theirs: model", "plain: base"]], reference="plain")
     with pytest.MonkeyPatch.context() as patch:
         written = []
         patch.setattr(sys.stdout, "write", written.append)
@@ -64,22 +64,22 @@ def together(bench, exported):
     return path, "".join(written)
 
 
-def test_our_own_model_as_a_row_has_the_numbers_of_the_row_that_made_it(bench, exported, together):
-    (_, made), (path, out) = exported, together
+def test_an_exported_model_as_a_row_has_the_numbers_of_the_row_that_made_it(bench, exported, list_with_export):
+    (_, made), (path, out) = exported, list_with_export
     _, ((_, plain), (row, theirs)) = bench.done(path)
-    ours = [r for r in plain["records"] if r["stage"] == "base"]
-    back = [r for r in theirs["records"] if r["stage"] == "model"]
-    assert [r["corpus"] for r in back] == [r["corpus"] for r in ours]
-    for one, two in zip(ours, back, strict=True):
+    of_plain = [r for r in plain["records"] if r["stage"] == "base"]
+    of_export = [r for r in theirs["records"] if r["stage"] == "model"]
+    assert [r["corpus"] for r in of_export] == [r["corpus"] for r in of_plain]
+    for one, two in zip(of_plain, of_export, strict=True):
         for number in ("nll", "kl", "agreement"):
             assert two[number] == pytest.approx(one[number], rel=1e-4, abs=1e-6)
         assert (two["seen"], two["content_hash"]) == (one["seen"], one["content_hash"])
-    assert max(r["kl"] for r in back) > 0
+    assert max(r["kl"] for r in of_export) > 0
     for number in ("parameters_before", "parameters_after", "sparsity_of_model"):
         assert theirs["summary"][number] == plain["summary"][number] == made.summary[number]
     assert "sparsity_of_scope" not in theirs["summary"]
     assert theirs["masks"] is None
-    assert row.config.sparsity == type(row.config.sparsity)()  # what prunes does not count
+    assert row.config.sparsity == type(row.config.sparsity)()  # settings of pruning have their defaults
     lines = [cells(line) for line in out.splitlines() if line.startswith("| ")]
     (ratio,) = [line for line in lines if line[0] == "theirs: model / plain: base"]
     assert ratio[2].startswith("1.000")
@@ -88,9 +88,9 @@ def test_our_own_model_as_a_row_has_the_numbers_of_the_row_that_made_it(bench, e
     assert "Another tokenizer" not in out
 
 
-def test_such_a_row_is_read_like_any_other(bench, together, nothing_runs, capsys, tmp_path):
-    """From its record alone: frames, files, the report, and the run folder."""
-    test_path = together[0]
+def test_frames_files_reports_and_load_run_accept_a_model_row(bench, list_with_export, nothing_runs, capsys, tmp_path):
+    """All of them read only the record of the row."""
+    test_path = list_with_export[0]
     study = gprune.load_study(test_path, records=bench.records)
     frame = study.to_frame().set_index("row")
     assert frame.loc["theirs", "stage"] == "model"
@@ -118,7 +118,7 @@ def test_such_a_row_is_read_like_any_other(bench, together, nothing_runs, capsys
     assert run_of(tmp_path, finished_record(row)).final == "model"
 
 
-def test_the_dense_model_is_at_no_distance_from_itself(bench, capsys):
+def test_the_dense_model_as_a_row_has_kl_0_and_agreement_1(bench, capsys):
     path = bench.write("itself", {"itself": {"model": str(bench.world.model)}})
     bench(capsys, path)
     _, ((_, record),) = bench.done(path)
@@ -130,7 +130,7 @@ def test_the_dense_model_is_at_no_distance_from_itself(bench, capsys):
     assert record["summary"]["sparsity_of_model"] == 0
 
 
-def test_distilled_it_comes_nearer_to_the_dense_model(bench, exported, capsys):
+def test_distillation_reduces_the_kl_of_a_model_row(bench, exported, capsys):
     distil = {"recovery": "distill", "distill.tokens": 96 * 32, "distill.learning_rate": 0.02}
     path = bench.write("distilled", {"theirs": {"model": str(exported[0]), **distil}})
     bench(capsys, path)
@@ -143,7 +143,7 @@ def test_distilled_it_comes_nearer_to_the_dense_model(bench, exported, capsys):
 
 
 def other_model(folder):
-    """A GPT-2 with a vocabulary of its own."""
+    """Save a GPT-2 with another vocabulary."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=90, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(folder)
@@ -156,7 +156,7 @@ def other_model(folder):
     return folder
 
 
-def test_another_tokenizer_has_its_own_perplexity_and_nothing_that_compares_tokens(bench, folders, capsys):
+def test_a_model_with_another_tokenizer_has_perplexity_but_no_kl_gap_or_ratio(bench, folders, capsys):
     folder = other_model(folders / "other")
     path = bench.write("tokens", PLAIN | {"gpt": {"model": str(folder)}}, reference="plain")
     out = bench(capsys, path)
@@ -170,12 +170,14 @@ def test_another_tokenizer_has_its_own_perplexity_and_nothing_that_compares_toke
     assert frame.loc["gpt", missing].isna().all()
     assert frame.loc["gpt", ["unseen", "seen"]].notna().all()
     assert frame.loc["plain", "gap"] > 0
-    taught = bench.write("taught", {"gpt": {"model": str(folder), "recovery": "distill", "distill.tokens": 96}})
-    assert "output embedding differs" in bench.refused(capsys, taught)
+    distilled = bench.write(
+        "other tokenizer distilled", {"gpt": {"model": str(folder), "recovery": "distill", "distill.tokens": 96}}
+    )
+    assert "output embedding differs" in bench.refused(capsys, distilled)
 
 
-def test_a_model_that_gprune_cannot_prune_is_measured(bench, folders, capsys):
-    """Without attention, FFN or anything that gprune knows; and it cannot be distilled, in one line."""
+def test_a_model_type_that_gprune_cannot_prune_is_evaluated(bench, folders, capsys):
+    """Mamba has neither attention nor an FFN. Its distillation is refused in one line."""
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=128, hidden_size=16, state_size=4, num_hidden_layers=1)
     MambaForCausalLM(config).save_pretrained(folders / "mamba")
@@ -185,10 +187,10 @@ def test_a_model_that_gprune_cannot_prune_is_measured(bench, folders, capsys):
     _, ((_, record),) = bench.done(path)
     assert all(r["kl"] > 0 for r in record["records"] if r["stage"] == "model")
     learns = {"model": str(folders / "mamba"), "recovery": "distill", "distill.tokens": 96}
-    assert "mamba" in bench.refused(capsys, bench.write("taught mamba", {"mamba": learns}))
+    assert "mamba" in bench.refused(capsys, bench.write("distilled mamba", {"mamba": learns}))
 
 
-def test_tasks_are_of_the_model_itself_or_of_what_it_has_learned(bench, exported, folders, capsys, monkeypatch):
+def test_tasks_evaluate_the_given_model_or_its_distilled_version(bench, exported, folders, capsys, monkeypatch):
     monkeypatch.setattr("gprune.benchmarks.speed.ROUNDS", (1, 1))
     tasks = {"names": ["speed"], "speed_batch": [1], "speed_prompt": 8}
     learned = {"model": str(exported[0]), "recovery": "distill", "distill.tokens": 96}
@@ -211,12 +213,12 @@ def test_tasks_are_of_the_model_itself_or_of_what_it_has_learned(bench, exported
 
 
 @pytest.mark.slow
-def test_such_a_row_is_a_run_of_wandb(bench, exported):
+def test_a_model_row_is_logged_as_a_wandb_run(bench, exported):
     path = bench.write("logged", {"theirs": {"model": str(exported[0])}}, common={"corpora.batch_size": 2})
     arguments = [str(path), "--records", str(bench.records), "--", "--logging.mode=offline"]
     assert command("study", arguments) == 0
-    found = {file.parent.name.split("-")[3].partition("_")[0]: tracked.read(file)
-             for file in tracked.files(bench.records / "logged")}  # fmt: skip
+    found = {file.parent.name.split("-")[3].partition("_")[0]: wandb_files.read(file)
+             for file in wandb_files.find(bench.records / "logged")}  # fmt: skip
     assert found.keys() == {"theirs", "all"}
     assert found["theirs"].about["job_type"] == "model"
     assert {"logged", "theirs", "made elsewhere"} <= set(found["theirs"].about["tags"])
@@ -224,7 +226,7 @@ def test_such_a_row_is_a_run_of_wandb(bench, exported):
     assert found["theirs"].config["model"]["made_elsewhere"] == str(exported[0])
 
 
-# --- what is refused, in one line and before any row runs ----------------------------------------------------------
+# --- models and settings that are refused before any row runs ------------------------------------------------------
 
 
 LAYER = "model.layers.1."
@@ -247,7 +249,7 @@ def biased(weights):
 
 
 @pytest.mark.parametrize(
-    ("change", "config", "said"),
+    ("change", "config", "message"),
     [
         (without("mlp.up_proj.weight", "mlp.down_proj.weight"), {},
          f"has no weights for 2 parameters, such as {LAYER}mlp.down_proj.weight"),
@@ -259,14 +261,14 @@ def biased(weights):
         (None, {"model_type": "unheard_of"}, "unheard_of"),
     ],
 )  # fmt: skip
-def test_a_folder_that_does_not_load_as_it_was_saved_is_refused(
-    bench, folders, request, change, config, said, nothing_runs, capsys
+def test_a_folder_whose_weights_do_not_match_its_config_is_refused(
+    bench, folders, request, change, config, message, nothing_runs, capsys
 ):
     folder = saved(bench, folders, request.node.callspec.id, change, **config)
     path = bench.write("broken", {"first": {"gprune": False, "ridge": 0.9}, "broken": {"model": str(folder)}})
     line = bench.refused(capsys, path)
     assert "--model.made_elsewhere" in line
-    assert said in line
+    assert message in line
 
 
 CODE = """from transformers import LlamaConfig, LlamaForCausalLM
@@ -280,14 +282,14 @@ class Model(LlamaForCausalLM):
 AUTO = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
 
 
-def test_code_of_a_model_needs_the_same_consent_as_ours(bench, folders, capsys):
+def test_custom_code_of_a_model_needs_trust_remote_code_on_the_command_line(bench, folders, capsys):
     folder = saved(bench, folders, "code", model_type="own_code", auto_map=AUTO)
     (folder / "code.py").write_text(CODE)
     row = {"coded": {"model": str(folder)}}
     path = bench.write("coded", row)
-    said = bench.refused(capsys, path)
-    assert "it has Python code of its own" in said
-    assert "--model.trust_remote_code=true" in said
+    message = bench.refused(capsys, path)
+    assert "it has Python code of its own" in message
+    assert "--model.trust_remote_code=true" in message
     in_list = bench.write("consent", {"coded": row["coded"] | {"model.trust_remote_code": True}})
     assert "--model.trust_remote_code=true must be given after --" in bench.refused(capsys, in_list)
     bench(capsys, path, "--", "--model.trust_remote_code=true")
@@ -296,7 +298,7 @@ def test_code_of_a_model_needs_the_same_consent_as_ours(bench, folders, capsys):
 
 
 @pytest.mark.parametrize("how", ["several files", "pickled"])
-def test_other_files_of_weights_are_checked_and_read_too(bench, folders, how, capsys):
+def test_sharded_and_pickled_weights_are_loaded(bench, folders, how, capsys):
     folder = saved(bench, folders, how)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -313,17 +315,17 @@ def test_other_files_of_weights_are_checked_and_read_too(bench, folders, how, ca
     assert max(r["kl"] for r in record["records"] if r["stage"] == "model") < 1e-9
 
 
-def test_the_command_line_measures_it_without_a_list(bench, exported, folders, capsys):
+def test_train_py_evaluates_a_model_made_elsewhere_without_a_list(bench, exported, folders, capsys):
     made = bench.world.run(folders / "runs", f"--model.made_elsewhere={exported[0]}", "--ridge=0.5", name="given")
     out = capsys.readouterr().out
     assert f"Made elsewhere: {made.summary['parameters_before']:,} -> {made.summary['parameters_after']:,}" in out
     assert re.search(r"--ridge.*\(--model.made_elsewhere\)", out)  # ignored
     assert "Removed" not in out
-    assert "the model in" not in out  # none was exported
+    assert "the model in" not in out  # nothing was exported
     assert repr(made).splitlines()[1].startswith("made elsewhere: ")
 
 
-def test_assigned_in_python_it_is_measured_and_not_pruned(bench, tmp_path):
+def test_prune_evaluates_a_model_made_elsewhere_without_pruning_it(bench, tmp_path):
     cfg = parse(bench.world.args(tmp_path))
     cfg.model.made_elsewhere = str(bench.world.model)
     result = gprune.prune(cfg)
@@ -332,9 +334,9 @@ def test_assigned_in_python_it_is_measured_and_not_pruned(bench, tmp_path):
     assert result.table().index.tolist() == ["dense", "model"]
 
 
-def test_what_is_no_model_or_too_large_is_refused(bench, folders, nothing_runs, capsys):
-    gone = bench.write("gone", {"gone": {"model": str(folders / "nowhere")}})
-    assert "nowhere" in bench.refused(capsys, gone)
+def test_missing_invalid_and_too_large_models_are_refused(bench, folders, nothing_runs, capsys):
+    missing = bench.write("missing", {"missing": {"model": str(folders / "nowhere")}})
+    assert "nowhere" in bench.refused(capsys, missing)
     (folders / "a run").mkdir()
     (folders / "a run/manifest.json").write_text("{}")
     run = bench.write("a run", {"run": {"model": str(folders / "a run")}})
@@ -350,7 +352,7 @@ def test_what_is_no_model_or_too_large_is_refused(bench, folders, nothing_runs, 
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"recovery": "least_squares"}, "needs --recovery none or distill; got least_squares"),
         ({"export": "gguf"}, "--export gguf"),
@@ -358,13 +360,13 @@ def test_what_is_no_model_or_too_large_is_refused(bench, folders, nothing_runs, 
         ({"model.made_elsewhere": 3}, "made_elsewhere"),
     ],
 )
-def test_settings_that_need_our_own_masks_are_refused(bench, more, said, nothing_runs, capsys):
+def test_settings_that_do_not_apply_to_a_model_row_are_refused(bench, more, message, nothing_runs, capsys):
     path = bench.write("needy", {"theirs": {"model": str(bench.world.model)} | more})
-    assert said in bench.refused(capsys, path)
+    assert message in bench.refused(capsys, path)
 
 
-def test_the_group_of_settings_stays_what_it_was(bench):
-    """`model:` with settings below it is not a model made elsewhere; both ways of writing it are one row."""
+def test_the_key_model_can_be_a_path_or_a_group_of_settings(bench):
+    """`model:` with settings is not a model made elsewhere. `model: PATH` equals `model: {made_elsewhere: PATH}`."""
     (group,) = bench.rows(bench.write("group", {"x": {"model": {"dtype": "bfloat16"}}}))
     assert group.config.model.dtype == "bfloat16"
     assert group.config.model.made_elsewhere is None

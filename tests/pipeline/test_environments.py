@@ -1,4 +1,4 @@
-"""The same numbers, and at most a line on stderr, wherever a run takes place: a fresh process in each surrounding."""
+"""Results are the same in every environment, with at most one line on stderr. Each test starts a fresh process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 from tests.tiny_run import ROOT, environment, on_a_terminal
 
 pytestmark = pytest.mark.slow
-GERMAN = "import locale\nlocale.setlocale(locale.LC_ALL, '')\nassert locale.localeconv()['decimal_point'] == ','\n"
-RC = "text.usetex: True\nfont.family: Comic Sans MS\nsavefig.format: pdf\nbackend: QtAgg\n"
+SET_LOCALE = "import locale\nlocale.setlocale(locale.LC_ALL, '')\nassert locale.localeconv()['decimal_point'] == ','\n"
+MATPLOTLIBRC = "text.usetex: True\nfont.family: Comic Sans MS\nsavefig.format: pdf\nbackend: QtAgg\n"
 
 
-# A run of W&B of somebody's own, who goes on with it afterwards.
-OPEN = """
+# A script that calls gprune inside its own W&B run, and continues to log to that run afterwards.
+INSIDE_A_WANDB_RUN = """
 import sys, wandb
 run = wandb.init(project="mine", mode="offline", dir=sys.argv[1], settings=wandb.Settings(silent=True))
 from gprune.cli import main
@@ -41,15 +41,15 @@ def command(folder: Path, *program: object) -> list[object]:
     ]
 
 
-def outcome(folder: Path) -> tuple[Any, bytes]:
-    """The records of the run in this folder, and the weights of its model."""
+def records_and_weights(folder: Path) -> tuple[Any, bytes]:
+    """Return the records of the run in this folder, and the bytes of its weights."""
     run = folder / "runs/smoke"
     records = json.loads((run / "metrics.json").read_text())["records"]
     return records, (run / "model/model.safetensors").read_bytes()
 
 
 def smoke(folder: Path, *program: object, umask: int = -1, **variables: str) -> str:
-    """What a smoke run in a fresh process says on stderr."""
+    """Start a smoke run in a fresh process, and return its stderr."""
     own = environment(folder / "cache", **variables)
     done = subprocess.run(
         command(folder, *program), cwd=ROOT, env=own, umask=umask, capture_output=True, text=True, check=False
@@ -59,51 +59,53 @@ def smoke(folder: Path, *program: object, umask: int = -1, **variables: str) -> 
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def expected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     assert smoke(folder) == ""
-    return outcome(folder)
+    return records_and_weights(folder)
 
 
-def german(folder: Path) -> dict[str, str]:
-    """A German locale that the interpreter takes up, with decimal commas; built where the machine has none."""
+def german_locale(folder: Path) -> dict[str, str]:
+    """Build a German locale with decimal commas, and make the interpreter use it."""
     if shutil.which("localedef") is None:
         pytest.skip("a German locale needs localedef")
     subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", folder / "de_DE.UTF-8"], check=True)
-    (folder / "sitecustomize.py").write_text(GERMAN)
+    (folder / "sitecustomize.py").write_text(SET_LOCALE)
     return {"LOCPATH": str(folder), "LC_ALL": "de_DE.UTF-8", "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 
-def homeless(folder: Path) -> dict[str, str]:
-    """A home in which nobody can write, not even root: it is a file."""
+def home_is_a_file(folder: Path) -> dict[str, str]:
+    """Set HOME to a file, so that not even root can write there."""
     (folder / "home").touch()
     return {"HOME": str(folder / "home")}
 
 
-def drawing(folder: Path) -> dict[str, str]:
-    (folder / "matplotlibrc").write_text(RC)
+def matplotlibrc(folder: Path) -> dict[str, str]:
+    (folder / "matplotlibrc").write_text(MATPLOTLIBRC)
     return {"MATPLOTLIBRC": str(folder / "matplotlibrc")}
 
 
-def strict(_: Path) -> dict[str, str]:
+def warnings_as_errors(_: Path) -> dict[str, str]:
     return {"PYTHONWARNINGS": "error"}
 
 
-@pytest.mark.parametrize(("surroundings", "umask"), [((homeless, strict), 0o002), ((german, drawing), 0o077)])
-def test_a_run_is_the_same_in_other_surroundings(surroundings, umask, plain, tmp_path):
-    variables = {name: value for surrounding in surroundings for name, value in surrounding(tmp_path).items()}
-    said = smoke(tmp_path, umask=umask, **variables)
-    assert said.count("\n") <= 1, said
-    assert outcome(tmp_path) == plain
+@pytest.mark.parametrize(
+    ("environments", "umask"), [((home_is_a_file, warnings_as_errors), 0o002), ((german_locale, matplotlibrc), 0o077)]
+)
+def test_results_do_not_depend_on_home_warnings_locale_matplotlibrc_or_umask(environments, umask, expected, tmp_path):
+    variables = {name: value for make_variables in environments for name, value in make_variables(tmp_path).items()}
+    stderr = smoke(tmp_path, umask=umask, **variables)
+    assert stderr.count("\n") <= 1, stderr
+    assert records_and_weights(tmp_path) == expected
 
 
-def test_a_run_is_the_same_inside_an_open_run_of_wandb(plain, tmp_path):
-    (tmp_path / "mine.py").write_text(OPEN)
+def test_results_do_not_depend_on_an_open_wandb_run(expected, tmp_path):
+    (tmp_path / "mine.py").write_text(INSIDE_A_WANDB_RUN)
     assert smoke(tmp_path, tmp_path / "mine.py", tmp_path, PYTHONPATH=str(ROOT)).count("\n") <= 1
-    assert outcome(tmp_path) == plain
+    assert records_and_weights(tmp_path) == expected
 
 
-def test_a_run_is_the_same_on_a_terminal(plain, tmp_path):
+def test_results_do_not_depend_on_a_terminal(expected, tmp_path):
     def work() -> None:
         os.chdir(ROOT)
         os.dup2(os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT), 2)
@@ -113,4 +115,4 @@ def test_a_run_is_the_same_on_a_terminal(plain, tmp_path):
     assert "python_help" in screen
     assert "gprune + least_squares+distill" in screen
     assert (tmp_path / "stderr").read_text().count("\n") <= 1
-    assert outcome(tmp_path) == plain
+    assert records_and_weights(tmp_path) == expected

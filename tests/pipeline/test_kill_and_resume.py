@@ -1,6 +1,6 @@
-"""The same bits, whatever happens: five SIGKILLs, another hash order, another order of files.
+"""Results are identical after SIGKILLs, with another hash seed and with another order of directory listings.
 
-`python -m tests.pipeline.kills` kills fifty times and more.
+`python -m tests.pipeline.kill_and_resume` tests fifty kills and more.
 """
 
 from __future__ import annotations
@@ -19,53 +19,53 @@ from gprune.runs.folder import RunFolder
 from gprune.storage import files as artifacts
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
-from tests.pipeline import kills
+from tests.pipeline.kill_and_resume import KINDS, ROOT, Launcher, digests, kill_and_resume, tiny_run_flags
 
 
 @pytest.mark.slow
-def test_killed_five_times_a_run_ends_with_the_same_bits(tmp_path):
-    """Each kind of point once, in runs that spare themselves the fresh process of the export's check."""
+def test_a_run_that_is_killed_at_five_points_and_resumed_has_the_same_results(tmp_path):
+    """Each kind of point is tested once. The export is checked in the same process, to save time."""
     with tiny_run.isolated(tmp_path / "none"):
-        flags = kills.tiny(tmp_path)
-        bench = kills.Bench(tmp_path, flags, prepare=lambda: tiny_run.quick(pytest.MonkeyPatch()))
-        tally = kills.torture(bench, count=5, length=5, seed=0)
+        flags = tiny_run_flags(tmp_path)
+        launcher = Launcher(tmp_path, flags, prepare=lambda: tiny_run.quick(pytest.MonkeyPatch()))
+        tally = kill_and_resume(launcher, count=5, length=5, seed=0)
         assert tally.differing == []
-        assert {kind for _, kind in tally.kills} == set(kills.KINDS)
+        assert {kind for _, kind in tally.kills} == set(KINDS)
         assert len({step for step, _ in tally.kills}) == tally.kills.total() == 5
-        # the comparison sees other masks, and the run refuses them
-        life, file = tmp_path / "undisturbed", tmp_path / "undisturbed/run/masks/base.safetensors"
-        before, masks = kills.digests(life / "run"), artifacts.read_tensors(file)
+        # the comparison detects other masks, and the run refuses them
+        trial, file = tmp_path / "uninterrupted", tmp_path / "uninterrupted/run/masks/base.safetensors"
+        before, masks = digests(trial / "run"), artifacts.read_tensors(file)
         masks["ffn.0"][0] ^= True
         artifacts.write_tensors(file, masks)
-        tally.compare(life, kills.digests(life / "run"), before)
-        assert tally.differing == ["undisturbed: masks/base.safetensors"]
+        tally.compare(trial, digests(trial / "run"), before)
+        assert tally.differing == ["uninterrupted: masks/base.safetensors"]
         with pytest.raises(SystemExit, match="it has other masks"):
-            bench.end(life, tmp_path / "cache")
+            launcher.end(trial, tmp_path / "cache")
 
 
-DIES = """
+KILLED_AT_CHECKPOINT = """
 import os, sys
 from gprune.cli import main
 from gprune.runs.checkpoints import Checkpoints
 
 save = Checkpoints._save
 
-def dies(self, trainer):
+def save_and_exit(self, trainer):
     save(self, trainer)
     if trainer.global_step == 3 and "distill" in str(self.path):
         os._exit(137)
 
 if "once" in os.environ["MORE"]:
-    Checkpoints._save = dies
+    Checkpoints._save = save_and_exit
 raise SystemExit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
-def test_what_a_killed_run_had_learned_from_counts(tmp_path):
-    """No `finally` runs in a process that is killed: its tokens are noted with each checkpoint."""
-    world, script = tiny_run.make_world(tmp_path), tmp_path / "dies.py"
-    script.write_text(DIES)
+def test_training_tokens_before_a_kill_are_counted_in_the_resumed_run(tmp_path):
+    """A killed process runs no `finally` block, so each checkpoint contains the token count."""
+    world, script = tiny_run.make_world(tmp_path), tmp_path / "save_and_exit.py"
+    script.write_text(KILLED_AT_CHECKPOINT)
     flags = ["--recovery=distill", "--distill.tokens=576", "--run.checkpoint_minutes=0", "--export=none"]
     flags += ["--gprune=false", "--evaluation.controls=[]"]
 
@@ -73,35 +73,37 @@ def test_what_a_killed_run_had_learned_from_counts(tmp_path):
         (done,) = tiny_run.train(world.args(tmp_path, *flags, name=name), tmp_path, script=script, MORE=more)
         assert done.returncode == code, done.stderr
 
-    ends(0, "whole", "")
+    ends(0, "uninterrupted", "")
     ends(137, "killed", "once")
     ends(0, "killed", "")
-    whole, killed = (RunFolder(tmp_path / name).manifest["steps"]["shrink"] for name in ("whole", "killed"))
-    assert whole["forward_backward_tokens"] == 576
-    assert {kind: killed[kind] for kind in whole if kind.endswith("tokens")} == {
-        kind: whole[kind] for kind in whole if kind.endswith("tokens")
+    uninterrupted, killed = (
+        RunFolder(tmp_path / name).manifest["steps"]["shrink"] for name in ("uninterrupted", "killed")
+    )
+    assert uninterrupted["forward_backward_tokens"] == 576
+    assert {kind: killed[kind] for kind in uninterrupted if kind.endswith("tokens")} == {
+        kind: uninterrupted[kind] for kind in uninterrupted if kind.endswith("tokens")
     }
-    before = RunFolder(tmp_path / "whole").manifest["steps"]
-    ends(0, "whole", "")  # what a finished run computes again, to give it back, is no cost of its own
-    assert RunFolder(tmp_path / "whole").manifest["steps"] == before
+    before = RunFolder(tmp_path / "uninterrupted").manifest["steps"]
+    ends(0, "uninterrupted", "")  # loading the result of a finished run does not add to its costs
+    assert RunFolder(tmp_path / "uninterrupted").manifest["steps"] == before
 
 
-# --- order that nobody has promised ---------------------------------------------------------------------------------
+# --- independence of undefined orders --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_fresh_process_says_nothing_on_stderr_and_does_not_depend_on_the_order_of_hashes(tmp_path, monkeypatch):
-    """A fresh process with a hash seed of its own, and this one with another.
+def test_a_fresh_process_prints_nothing_on_stderr_and_ignores_the_hash_seed(tmp_path, monkeypatch):
+    """Compares a fresh process with this process, which has another hash seed.
 
-    Progress, warnings and W&B's own words all stay off stderr. Libraries that the fresh process imports late, such as
-    Lightning, say nothing on stdout either.
+    Progress, warnings and W&B's messages are not printed to stderr. Libraries that the fresh process imports late, such
+    as Lightning, print nothing to stdout either.
     """
     world = tiny_run.make_world(tmp_path)
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     scope = "--sparsity.scope=attention+ffn"
     done = subprocess.run(
         [sys.executable, "train.py", *world.args(tmp_path / "there", scope, "--logging.mode=offline")],
-        cwd=kills.ROOT, env=tiny_run.environment(tmp_path / "cache", PYTHONHASHSEED=seed),
+        cwd=ROOT, env=tiny_run.environment(tmp_path / "cache", PYTHONHASHSEED=seed),
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
@@ -109,11 +111,11 @@ def test_a_fresh_process_says_nothing_on_stderr_and_does_not_depend_on_the_order
     tiny_run.quick(monkeypatch)
     with tiny_run.isolated(tmp_path / "other-cache"):
         assert tiny_run.main(world.args(tmp_path / "here", scope)) == 0
-    assert kills.digests(tmp_path / "there/run") == kills.digests(tmp_path / "here/run")
+    assert digests(tmp_path / "there/run") == digests(tmp_path / "here/run")
 
 
 class Listing(contextlib.nullcontext):
-    """What `os.scandir` returns, of an iterator in an order of our own."""
+    """A replacement for the return value of `os.scandir`, with the order of a given iterator."""
 
     def __iter__(self):
         return self.enter_result
@@ -123,8 +125,8 @@ class Listing(contextlib.nullcontext):
 
 
 @pytest.mark.slow
-def test_results_do_not_depend_on_the_order_of_files(tmp_path, monkeypatch):
-    """Corpora that are folders of several files, a model in several files, a cache and a folder that are taken up."""
+def test_results_do_not_depend_on_the_order_of_directory_listings(tmp_path, monkeypatch):
+    """Corpora and model consist of several files, and the second run uses the cache of the first."""
     world = tiny_run.make_world(tmp_path)
     shards = tmp_path / "shards"
     make_tiny_llama(intermediate_size=tiny_run.NEURONS).save_pretrained(shards, max_shard_size="40KB")
@@ -146,7 +148,7 @@ def test_results_do_not_depend_on_the_order_of_files(tmp_path, monkeypatch):
             orders.append([file.name for file in Path(world.corpora["alpha"]).iterdir()])
             for name in ("run", "shares-the-cache"):
                 assert tiny_run.main(world.args(runs, f"--model.name={shards}", name=name)) == 0
-        found.append(kills.digests(runs / "run"))
-        assert kills.digests(runs / "shares-the-cache") == found[-1]
+        found.append(digests(runs / "run"))
+        assert digests(runs / "shares-the-cache") == found[-1]
     assert orders[0] == orders[1][::-1] != orders[1]
     assert found[0] == found[1]

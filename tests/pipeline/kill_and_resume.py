@@ -1,14 +1,16 @@
-"""Killed anywhere (SIGKILL) and started again, does a run end with the same bits? Prints how often it was tried where.
+"""Kill runs with SIGKILL at many points, resume them, and compare the results byte by byte.
 
-python -m tests.pipeline.kills --count 50     # kills on a tiny model: minutes
+python -m tests.pipeline.kill_and_resume --count 50     # kills on a tiny model: minutes
 
-A process takes seconds to import what a run needs, so this one imports it once and forks; the child runs `train.py`.
-An undisturbed run notes every point it passes: steps entered, batches, and each write when its file is half written,
-when it is whole but has not got its name, and when it has just got it. Points are then drawn evenly from each kind. A
-life of a run folder, with a cache of its own, is a chain of kills at later and later points, each followed by a start
-that must take up what is there, and a last start that must end. Every other
-life shares one cache with those before it. Results are compared byte by byte: masks, thresholds, modules, statistics,
-model, records; and the count of tokens, save where others have filled the cache.
+This process imports everything that a run needs once, and forks; each child runs `train.py`. An uninterrupted run
+records every point it passes: the start of each step, each batch, and for each written file three moments: the
+temporary file is half written, it is complete but not yet renamed, and it has just been renamed. Points are then
+sampled evenly from each kind.
+
+A trial is one run folder. Its run is killed at later and later points. After each kill the run is started again and
+has to resume. The last start has to finish. Every other trial has its own cache; the remaining trials share one cache.
+Compared are masks, thresholds, modules, statistics, model and records, and the token counts if the trial has its own
+cache.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ from typing import Any
 import lightning as L
 from transformers import LlamaForCausalLM
 
-from gprune.pipeline import evaluate as outcome
+from gprune.pipeline import evaluate as evaluate_module
 from gprune.pipeline import prune as pipeline
-from gprune.pipeline import run as opening
+from gprune.pipeline import run as run_module
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement
@@ -45,31 +47,32 @@ from gprune.stages.threshold_learning import ThresholdLearning
 from gprune.storage import files as artifacts
 
 ROOT = Path(__file__).parents[2]
-IN_THE_BOX = (
+PIPELINE_STEPS = (
     *("open_run", "calibrate", "score", "base_masks", "measure_drift", "partition", "assess", "learn_sparsity"),
     *("with_learning_budget", "with_quality_budget", "meet_budget", "shrink", "save", "evaluate", "summarise"),
 )
-STEPS = {"load_dense": opening, "prepare_text": opening} | dict.fromkeys(IN_THE_BOX, pipeline)  # step -> caller
+# Step -> the module in which it is looked up
+STEPS = {"load_dense": run_module, "prepare_text": run_module} | dict.fromkeys(PIPELINE_STEPS, pipeline)
 BATCHES = (
     (CalibrationStage, "test_step"),
     (AssignmentRefinement, "training_step"),
     (ThresholdLearning, "training_step"),
     (DistillationStage, "training_step"),
-    (outcome, "perplexity"),
+    (evaluate_module, "perplexity"),
 )
-KINDS = ("step entered", "batch", "half written", "not renamed", "renamed")
+KINDS = ("step entered", "batch", "half written", "before rename", "after rename")
 TOKENS = "metrics.json: tokens"
 RESULTS = ("masks/*", "statistics/*", "recovery/*", "*.safetensors", "model/*.safetensors", "model/config.json")
 
 
 @dataclass(frozen=True)
 class Point:
-    """A moment in a run that comes again in every run that gets there."""
+    """A moment that occurs again in every run with the same settings."""
 
     step: str
     kind: str
     what: str  # the file, or the batch's method
-    count: int  # among those alike, in this process
+    count: int  # how often this step, kind and file (or method) have occurred in this process
 
     def line(self) -> str:
         return json.dumps([self.step, self.kind, self.what, self.count])
@@ -77,9 +80,9 @@ class Point:
 
 @dataclass
 class Watch:
-    """Notes each point in a file and kills the process at `target`. Lives in the child only."""
+    """Write each point to a file, and kill the process at `target`. Used in the child only."""
 
-    notes: int  # file descriptor
+    notes: int  # file descriptor of the file of points
     target: Point | None
     step: str = "start"
     counts: Counter = field(default_factory=Counter)
@@ -98,91 +101,91 @@ class Watch:
             setattr(owner, name, self.entering(name, getattr(owner, name)))
         for owner, name in BATCHES:
             setattr(owner, name, self.before("batch", name, getattr(owner, name)))
-        artifacts.save_file = self.halving(artifacts.save_file, lambda tensors, file, **_: file)
-        Path.write_text = self.halving(Path.write_text, lambda file, *_, **__: file)
-        LlamaForCausalLM.save_pretrained = self.halving(
+        artifacts.save_file = self.truncating(artifacts.save_file, lambda tensors, file, **_: file)
+        Path.write_text = self.truncating(Path.write_text, lambda file, *_, **__: file)
+        LlamaForCausalLM.save_pretrained = self.truncating(
             LlamaForCausalLM.save_pretrained, lambda model, folder, **_: folder / "model.safetensors"
         )
-        L.Trainer.save_checkpoint = self.halving(L.Trainer.save_checkpoint, lambda _trainer, file, **_: Path(file))
+        L.Trainer.save_checkpoint = self.truncating(L.Trainer.save_checkpoint, lambda _trainer, file, **_: Path(file))
         os.replace = self.renaming(os.replace)
 
     def entering(self, name: str, call: Callable) -> Callable:
         @functools.wraps(call)
-        def inside(*args, **kwargs):
+        def wrapper(*args, **kwargs):
             self.step = name
             self("step entered", "")
             return call(*args, **kwargs)
 
-        return inside
+        return wrapper
 
     def before(self, kind: str, what: str, call: Callable) -> Callable:
         @functools.wraps(call)
-        def inside(*args, **kwargs):
+        def wrapper(*args, **kwargs):
             self(kind, what)
             return call(*args, **kwargs)
 
-        return inside
+        return wrapper
 
-    def halving(self, call: Callable, file_of: Callable[..., Path]) -> Callable:
-        """After the file is written it is cut in half for as long as the point lasts."""
+    def truncating(self, call: Callable, file_of: Callable[..., Path]) -> Callable:
+        """Truncate the written file to half its size at the point, and restore it afterwards."""
 
         @functools.wraps(call)
-        def inside(*args, **kwargs):
+        def wrapper(*args, **kwargs):
             result = call(*args, **kwargs)
             path = file_of(*args, **kwargs)
-            whole = path.read_bytes()
-            os.truncate(path, len(whole) // 2)
+            content = path.read_bytes()
+            os.truncate(path, len(content) // 2)
             self("half written", path.name)
-            path.write_bytes(whole)
+            path.write_bytes(content)
             return result
 
-        return inside
+        return wrapper
 
     def renaming(self, call: Callable) -> Callable:
         @functools.wraps(call)
-        def inside(source, target, **kwargs):
-            self("not renamed", Path(target).name)
+        def wrapper(source, target, **kwargs):
+            self("before rename", Path(target).name)
             call(source, target, **kwargs)
-            self("renamed", Path(target).name)
+            self("after rename", Path(target).name)
 
-        return inside
+        return wrapper
 
 
 @dataclass
-class Bench:
-    """Starts runs in forked processes: where they work, and what their flags are."""
+class Launcher:
+    """Starts runs with the same flags in forked processes."""
 
     folder: Path
     flags: Sequence[str]
     prepare: Callable[[], None] = lambda: None  # called in the child
 
-    def start(self, life: Path, cache: Path, target: Point | None = None) -> bool:
-        """One sitting at the run in `life`; whether it was killed at its target. SystemExit if it fails otherwise."""
+    def start(self, trial: Path, cache: Path, target: Point | None = None) -> bool:
+        """Start the run in `trial`. Return whether it was killed at `target`. Any other failure is a SystemExit."""
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
             try:
-                os._exit(self.sit(life, cache, target))
-            finally:  # whatever goes wrong, a child must not go on as this process
+                os._exit(self.run_script(trial, cache, target))
+            finally:  # the child must never return from here
                 traceback.print_exc()
                 os._exit(1)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code not in (0, -signal.SIGKILL):
-            tail = (life / "output.txt").read_text()[-2000:]
-            raise SystemExit(f"{life}: a sitting ended with status {code}:\n{tail}")
+            tail = (trial / "output.txt").read_text()[-2000:]
+            raise SystemExit(f"{trial}: a process ended with status {code}:\n{tail}")
         return code != 0
 
-    def sit(self, life: Path, cache: Path, target: Point | None) -> int:
-        life.mkdir(parents=True, exist_ok=True)
-        out = os.open(life / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    def run_script(self, trial: Path, cache: Path, target: Point | None) -> int:
+        trial.mkdir(parents=True, exist_ok=True)
+        out = os.open(trial / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout = sys.stderr = open(out, "w", buffering=1)  # noqa: SIM115
         cache.mkdir(parents=True, exist_ok=True)
         os.environ["GPRUNE_CACHE"] = str(cache)
-        sys.argv = ["train.py", *self.flags, f"--run.dir={life}", "--run.name=run"]
+        sys.argv = ["train.py", *self.flags, f"--run.dir={trial}", "--run.name=run"]
         self.prepare()
-        Watch(os.open(life / "points.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target).install()
+        Watch(os.open(trial / "points.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target).install()
         try:
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         except SystemExit as stop:
@@ -191,20 +194,20 @@ class Bench:
             sys.stdout.flush()
         return 1
 
-    def end(self, life: Path, cache: Path) -> dict[str, Any]:
-        """Start without a kill; the digests of what it leaves."""
-        assert not self.start(life, cache)
-        return digests(life / "run", tokens=True)
+    def end(self, trial: Path, cache: Path) -> dict[str, Any]:
+        """Run to the end without a kill, and return the digests of the results."""
+        assert not self.start(trial, cache)
+        return digests(trial / "run", tokens=True)
 
 
-def points_of(life: Path) -> list[Point]:
-    """The points that the last sitting passed."""
-    notes = life / "points.txt"
+def points_of(trial: Path) -> list[Point]:
+    """Return the points that the last process in `trial` passed."""
+    notes = trial / "points.txt"
     return [Point(*json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
 
 
 def digests(run: Path, *, tokens: bool = False) -> dict[str, Any]:
-    """File (or part of metrics.json) -> SHA-256 of everything in a run folder that is a result; and its tokens."""
+    """Return file (or part of metrics.json) -> SHA-256 for the results of a run, and its token counts if asked."""
     found = {
         str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest()
         for pattern in RESULTS
@@ -213,19 +216,19 @@ def digests(run: Path, *, tokens: bool = False) -> dict[str, Any]:
     }
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     summary = metrics["summary"]
-    paid = {name: summary.pop(name) for name in list(summary) if name.endswith("_tokens")}
+    tokens_by_kind = {name: summary.pop(name) for name in list(summary) if name.endswith("_tokens")}
     for name, part in {"records": metrics["records"], "summary": summary}.items():
         found[f"metrics.json: {name}"] = hashlib.sha256(json.dumps(part).encode()).hexdigest()
-    return found | ({TOKENS: paid} if tokens else {})
+    return found | ({TOKENS: tokens_by_kind} if tokens else {})
 
 
-def left_behind(folder: Path) -> list[Path]:
-    """Scratch files and folders of writes that did not end."""
+def leftover_files(folder: Path) -> list[Path]:
+    """Return temporary files and folders of interrupted writes."""
     return [path for path in folder.rglob(".*") if path.name.endswith((".tmp", ".new", ".old"))]
 
 
-def drawn(points: Sequence[Point], count: int, generator: random.Random) -> list[Point]:
-    """`count` of the points, in the order of the run: kinds in turn, each time in the step that had fewest of them."""
+def sample_points(points: Sequence[Point], count: int, generator: random.Random) -> list[Point]:
+    """Sample `count` points in the order of the run: kinds in turn, each from the step with fewest samples."""
     left, chosen = generator.sample(points, len(points)), []
     for kind in itertools.islice(itertools.cycle(KINDS), min(count, len(points))):
         alike, steps = (Counter(p.step for p in chosen if p.kind in kinds) for kinds in ([kind], KINDS))
@@ -236,60 +239,60 @@ def drawn(points: Sequence[Point], count: int, generator: random.Random) -> list
 
 
 def chains(points: Sequence[Point], length: int) -> Iterator[list[Point]]:
-    """The points dealt out to as many lives as it takes for no life to have more than `length`."""
-    lives = -(-len(points) // length)
-    yield from (list(points[first::lives]) for first in range(lives))
+    """Distribute the points over trials of at most `length` points each."""
+    trials = -(-len(points) // length)
+    yield from (list(points[first::trials]) for first in range(trials))
 
 
 @dataclass
 class Tally:
-    """Kills by step and kind, and what became of the lives."""
+    """Kills by step and kind, and the trials with other results."""
 
     kills: Counter = field(default_factory=Counter)
-    lives: int = 0
+    trials: int = 0
     differing: list[str] = field(default_factory=list)
 
-    def compare(self, life: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-        self.lives += 1
+    def compare(self, trial: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+        self.trials += 1
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         if wrong:
-            self.differing.append(f"{life.name}: {', '.join(wrong)}")
+            self.differing.append(f"{trial.name}: {', '.join(wrong)}")
 
     def lines(self) -> list[str]:
-        """Kills by step, and the lives that ended otherwise."""
+        """Return the lines of the final report."""
         steps = [f"{step}: {count} {kind}" for (step, kind), count in self.kills.items()]
-        same = self.lives - len({line.split(":")[0] for line in self.differing})
-        total = f"{self.kills.total()} kills in {self.lives} lives, of which {same} ended bit for bit alike."
+        same = self.trials - len({line.split(":")[0] for line in self.differing})
+        total = f"{self.kills.total()} kills in {self.trials} trials, {same} of them with identical results."
         return [*steps, total, *(f"differs: {line}" for line in self.differing)]
 
 
-def torture(bench: Bench, *, count: int, length: int, seed: int) -> Tally:
-    """Kill `count` sittings at drawn points, at most `length` in a life; compare the results of every life."""
-    tally, shared = Tally(), bench.folder / "shared-cache"
-    expected = bench.end(bench.folder / "undisturbed", bench.folder / "cache")
-    points = drawn(points_of(bench.folder / "undisturbed"), count, random.Random(seed))
+def kill_and_resume(launcher: Launcher, *, count: int, length: int, seed: int) -> Tally:
+    """Kill `count` processes at sampled points, at most `length` in each trial, and compare the results."""
+    tally, shared = Tally(), launcher.folder / "shared-cache"
+    expected = launcher.end(launcher.folder / "uninterrupted", launcher.folder / "cache")
+    points = sample_points(points_of(launcher.folder / "uninterrupted"), count, random.Random(seed))
     todo = [(chain, shared if place % 2 else None) for place, chain in enumerate(chains(points, length))]
     while todo:
-        life = bench.folder / f"life-{tally.lives}"
+        trial = launcher.folder / f"trial-{tally.trials}"
         chain, cache = todo.pop(0)
         for place, target in enumerate(chain):
-            if not bench.start(life, cache or life / "cache", target):
-                # Finished by an earlier sitting, or in the shared cache: such a point takes a life of its own.
+            if not launcher.start(trial, cache or trial / "cache", target):
+                # An earlier process finished this work, or the shared cache has it: test the point in another trial.
                 assert place or cache, f"{target} was not reached"
                 todo.append((chain[place:], None))
                 break
             tally.kills[target.step, target.kind] += 1
-        found = bench.end(life, cache or life / "cache")
-        if cache:  # filled by others, for whom it counts
+        found = launcher.end(trial, cache or trial / "cache")
+        if cache:  # other trials filled it, and counted the tokens
             found[TOKENS] = expected[TOKENS]
-        tally.compare(life, found, expected)
-        tally.differing += [f"{life.name}: left {path.relative_to(life)}" for path in left_behind(life)]
-        shutil.rmtree(life)
+        tally.compare(trial, found, expected)
+        tally.differing += [f"{trial.name}: left {path.relative_to(trial)}" for path in leftover_files(trial)]
+        shutil.rmtree(trial)
     return tally
 
 
-def tiny(folder: Path) -> list[str]:
-    """Flags of a run of seconds."""
+def tiny_run_flags(folder: Path) -> list[str]:
+    """Return the flags of a run that takes seconds."""
     from tests import tiny_run
 
     world = tiny_run.make_world(folder)
@@ -305,8 +308,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gprune-kills-") as folder:
-        bench = Bench(Path(folder), tiny(Path(folder)))
-        tally = torture(bench, count=options.count, length=6, seed=options.seed)
+        launcher = Launcher(Path(folder), tiny_run_flags(Path(folder)))
+        tally = kill_and_resume(launcher, count=options.count, length=6, seed=options.seed)
     print("\n".join(tally.lines()))
     return bool(tally.differing)
 

@@ -1,6 +1,6 @@
-"""What strangers hand over, drawn from a random generator, and the surfaces that take it.
+"""Random invalid input for every entry point that reads a file or a flag.
 
-Whatever comes, a surface succeeds without a word on stderr, or ends with code 2 and exactly one line.
+For any input, an entry point either succeeds without output on stderr, or ends with code 2 and exactly one line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gprune.corpora.local import load_files
 from gprune.errors import UserError
 from gprune.runs.results import load_run
 from gprune.storage.files import json_hash
-from tests import made_up
+from tests import synthetic_run
 
 Outcome = tuple[int, list[str]]
 SCALARS = (
@@ -38,29 +38,29 @@ SCALARS = (
 )  # fmt: skip
 
 
-def tree(rng: Random, depth: int = 3) -> Any:
-    """A small JSON tree."""
+def random_json(rng: Random, depth: int = 3) -> Any:
+    """Return a small random JSON value."""
     draw = rng.random()
     if depth == 0 or draw < 0.6:
         return rng.choice(SCALARS)
     if draw < 0.8:
-        return [tree(rng, depth - 1) for _ in range(rng.randrange(4))]
-    return {str(rng.choice(SCALARS)): tree(rng, depth - 1) for _ in range(rng.randrange(4))}
+        return [random_json(rng, depth - 1) for _ in range(rng.randrange(4))]
+    return {str(rng.choice(SCALARS)): random_json(rng, depth - 1) for _ in range(rng.randrange(4))}
 
 
-def places(content: Any) -> Iterator[tuple[Any, Any]]:
-    """All parts of a tree but its root: what holds each, and its key or index there."""
+def parts_of(content: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield (container, key or index) of each value in a JSON value, except of the root."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         yield content, key
-        yield from places(value)
+        yield from parts_of(value)
 
 
-def changed(rng: Random, content: Any) -> Any:
-    """A tree in which one to three parts are others, gone, or there twice."""
+def mutated_json(rng: Random, content: Any) -> Any:
+    """Return a copy of a JSON value with one to three parts replaced, removed or duplicated."""
     content = json.loads(json.dumps(content))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        if not (parts := list(places(content))):
+        if not (parts := list(parts_of(content))):
             break
         (holder, key), draw = rng.choice(parts), rng.random()
         if draw < 0.2:
@@ -68,19 +68,19 @@ def changed(rng: Random, content: Any) -> Any:
         elif draw < 0.3 and isinstance(holder, list):
             holder.append(holder[key])
         else:
-            holder[key] = tree(rng, 2)
+            holder[key] = random_json(rng, 2)
     return content
 
 
-def flipped(rng: Random, content: bytes) -> bytes:
-    """Bytes with some changed, cut out or put in."""
+def corrupted_bytes(rng: Random, content: bytes) -> bytes:
+    """Return bytes of which some are replaced, removed or inserted."""
     for _ in range(rng.randrange(1, 5)):
-        at, gone = rng.randrange(len(content) + 1), rng.randrange(9)
-        content = content[:at] + rng.randbytes(rng.randrange(9)) + content[at + gone :]
+        at, removed = rng.randrange(len(content) + 1), rng.randrange(9)
+        content = content[:at] + rng.randbytes(rng.randrange(9)) + content[at + removed :]
     return content
 
 
-INSTEAD: dict[str, Callable[[Path], object]] = {  # of a file
+REPLACEMENTS: dict[str, Callable[[Path], object]] = {  # ways to replace a file
     "a FIFO": os.mkfifo,
     "a device": lambda path: path.symlink_to("/dev/zero"),
     "a folder": Path.mkdir,
@@ -90,32 +90,32 @@ INSTEAD: dict[str, Callable[[Path], object]] = {  # of a file
 }
 
 
-def replaced(path: Path, what: str) -> None:
-    """Put one of `INSTEAD` in the place of a file."""
+def replace_file(path: Path, what: str) -> None:
+    """Replace a file by one of `REPLACEMENTS`."""
     path.unlink(missing_ok=True)
-    INSTEAD[what](path)
+    REPLACEMENTS[what](path)
 
 
 def damage_json(rng: Random, path: Path) -> None:
-    """A JSON file as a stranger may have left it; often with a checksum that is right."""
-    way = rng.random()
-    if way < 0.08:
-        replaced(path, rng.choice(sorted(INSTEAD)))
-    elif way < 0.2:
-        path.write_bytes(flipped(rng, path.read_bytes()))
-    elif way < 0.25:
+    """Damage a JSON file, often with a correct checksum."""
+    draw = rng.random()
+    if draw < 0.08:
+        replace_file(path, rng.choice(sorted(REPLACEMENTS)))
+    elif draw < 0.2:
+        path.write_bytes(corrupted_bytes(rng, path.read_bytes()))
+    elif draw < 0.25:
         path.write_text(rng.choice(("[" * 100_000, "9" * 10_000, '{"a":' * 5000, "NaN", "\ufeff{}", '"\\ud800"', "")))
     else:
         content = json.loads(path.read_text())
         checksum = content.pop("checksum", None)
-        content = changed(rng, content) if way < 0.9 else tree(rng)
+        content = mutated_json(rng, content) if draw < 0.9 else random_json(rng)
         if checksum and isinstance(content, dict) and rng.random() < 0.5:
             content["checksum"] = json_hash(json.loads(json.dumps(content)), path.name)
         path.write_text(json.dumps(content))
 
 
 def outcome(call: Callable[[], int | None]) -> Outcome:
-    """Exit code of a command, and its lines on stderr."""
+    """Return the exit code of a command, and its lines on stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -127,13 +127,13 @@ def outcome(call: Callable[[], int | None]) -> Outcome:
     return code, err.getvalue().splitlines()
 
 
-def sound(result: Outcome) -> bool:
-    """Whether it is success in silence, or code 2 and one line that has not too much to say."""
+def is_acceptable(result: Outcome) -> bool:
+    """Return whether an outcome is success without output, or code 2 with one line of reasonable length."""
     code, lines = result
     return (code == 0 and not lines) or (code == 2 and len(lines) == 1 and 20 < len(lines[0]) < 6000)
 
 
-# --- surfaces: each makes something in a folder, hands it over, and gives the outcome -----------------------------
+# --- entry points: each function writes an input into a folder, passes it on, and returns the outcome --------------
 
 READERS: dict[str, Callable[[Path], int | None]] = {  # of run folders
     "report": lambda run: command("report", [str(run)]),
@@ -144,15 +144,19 @@ READERS: dict[str, Callable[[Path], int | None]] = {  # of run folders
 
 
 def run_folder(reader: str, rng: Random, folder: Path) -> Outcome:
-    """A run's folder."""
-    run = made_up.write_run(folder / "run", **{"model": {**made_up.settings()["model"], "name": "/nowhere/model"}})
-    answers = [made_up.ANSWERS, made_up.ANSWERS | {"stage": "dense"}]
+    """Damage files of a run folder."""
+    run = synthetic_run.write_run(
+        folder / "run", **{"model": {**synthetic_run.settings()["model"], "name": "/nowhere/model"}}
+    )
+    answers = [synthetic_run.ANSWERS, synthetic_run.ANSWERS | {"stage": "dense"}]
     (run / "evaluation.json").write_text(json.dumps({"records": answers}))
     (run / "config.yaml").write_text(yaml.safe_dump(RunConfig(gprune=False, recovery="none").resolved()))
     for name in rng.sample(("manifest.json", "metrics.json", "evaluation.json"), rng.choice((1, 1, 2))):
         damage_json(rng, run / name)
     if rng.random() < 0.2:
-        replaced(run / rng.choice(("config.yaml", "masks/base.safetensors", "report")), rng.choice(sorted(INSTEAD)))
+        replace_file(
+            run / rng.choice(("config.yaml", "masks/base.safetensors", "report")), rng.choice(sorted(REPLACEMENTS))
+        )
     result = outcome(lambda: READERS[reader](run))
     if reader == "report" and result[0] == 0:
         text = (run / "report/report.md").read_text().replace("finite", "")
@@ -164,27 +168,27 @@ DEFAULTS = flat(RunConfig().resolved())
 
 
 def flags(rng: Random, folder: Path) -> Outcome:
-    """Values of the right and of the wrong type, as the command line gives them."""
+    """Pass values of the right and of the wrong type on the command line."""
     args = []
     for name in rng.sample(sorted(DEFAULTS), rng.randrange(1, 4)):
-        value = DEFAULTS[name] if rng.random() < 0.7 else tree(rng, 2)
+        value = DEFAULTS[name] if rng.random() < 0.7 else random_json(rng, 2)
         text = value if isinstance(value, str) else rng.choice((json.dumps, str))(value)
-        args.append(f"--{name}={text}".replace("\0", ""))  # no command line can have it
+        args.append(f"--{name}={text}".replace("\0", ""))  # a command line cannot contain NUL
     if rng.random() < 0.1:
         args.append(rng.choice(("--config", "--config=", "--conf=x", "--sparsity", "--sparsity=3", "x")))
     return outcome(lambda: cli.main([*args, "--dry_run=true", "--model.name=tiny-random", f"--run.dir={folder}"]))
 
 
 def settings_files(rng: Random, folder: Path) -> Outcome:
-    """A YAML file of flags."""
+    """Damage a YAML file of flags."""
     content = RunConfig().resolved() | {"dry_run": True}
     content["model"]["name"], content["run"]["dir"] = "tiny-random", str(folder)
     _write_yaml(rng, folder / "a.yaml", content)
     return outcome(lambda: cli.main(["--config", f"{folder}/a.yaml", "--dry_run=true", "--model.name=tiny-random"]))
 
 
-def lists(rng: Random, folder: Path) -> Outcome:
-    """A list of configurations."""
+def study_lists(rng: Random, folder: Path) -> Outcome:
+    """Damage a list of configurations."""
     content = {
         "about": "a list", "common": {"model.name": "tiny-random"}, "seeds": [0], "reference": "a", "seen": ["wiki"],
         "rows": {"a": {"gprune": False}, "b": {"sparsity": {"target": 0.4}}}, "compare": [["a: base", "b: gprune"]],
@@ -195,37 +199,40 @@ def lists(rng: Random, folder: Path) -> Outcome:
 
 
 def _write_yaml(rng: Random, file: Path, content: Any) -> None:
-    content = changed(rng, content) if rng.random() < 0.8 else tree(rng)
+    content = mutated_json(rng, content) if rng.random() < 0.8 else random_json(rng)
     text = yaml.safe_dump(content, allow_unicode=rng.random() < 0.5)
-    file.write_bytes(flipped(rng, text.encode()) if rng.random() < 0.2 else text.encode())
+    file.write_bytes(corrupted_bytes(rng, text.encode()) if rng.random() < 0.2 else text.encode())
 
 
-def models(rng: Random, folder: Path, pristine: Path) -> Outcome:
-    """A model folder, as far as a plan reads it."""
+def model_folders(rng: Random, folder: Path, pristine: Path) -> Outcome:
+    """Damage a file of a model folder that a dry run reads."""
     model = Path(shutil.copytree(pristine, folder / "model"))
     name = rng.choice(("config.json", "config.json", "tokenizer_config.json", "model.safetensors"))
     if name.endswith(".json"):
         damage_json(rng, model / name)
     else:
-        (model / name).write_bytes(flipped(rng, (model / name).read_bytes()[:400]))
+        (model / name).write_bytes(corrupted_bytes(rng, (model / name).read_bytes()[:400]))
     return outcome(lambda: cli.main([f"--model.name={model}", "--dry_run=true", f"--run.dir={folder}"]))
 
 
-def texts(rng: Random, folder: Path) -> Outcome:
-    """A corpus file."""
+def corpus_files(rng: Random, folder: Path) -> Outcome:
+    """Write a corpus file with random content, and often damage it."""
     file = folder / f"a{rng.choice(('.txt', '.jsonl', '.parquet'))}"
     if file.suffix == ".parquet":
         table = {rng.choice(("text", "texts")): ["one", "two", None] * rng.randrange(4)}
         parquet.write_table(pyarrow.table(table), file)
     else:
-        rows = (json.dumps(tree(rng) if rng.random() < 0.3 else {"text": "word " * 9}) for _ in range(rng.randrange(9)))
+        rows = (
+            json.dumps(random_json(rng) if rng.random() < 0.3 else {"text": "word " * 9})
+            for _ in range(rng.randrange(9))
+        )
         file.write_text("\n".join(rows))
     if rng.random() < 0.6:
-        file.write_bytes(flipped(rng, file.read_bytes()))
+        file.write_bytes(corrupted_bytes(rng, file.read_bytes()))
     return outcome(lambda: load_files(file, "train") and 0)
 
 
-SURFACES: dict[str, Callable[..., Outcome]] = {
+ENTRY_POINTS: dict[str, Callable[..., Outcome]] = {
     **{reader: partial(run_folder, reader) for reader in READERS},
-    "flags": flags, "--config": settings_files, "study": lists, "model": models, "text": texts,
+    "flags": flags, "--config": settings_files, "study": study_lists, "model": model_folders, "text": corpus_files,
 }  # fmt: skip

@@ -1,6 +1,6 @@
-"""Properties of what takes files and flags from strangers, and every damage to a run at every surface that reads one.
+"""Entry points accept or refuse any input in the documented way: random input, and a table of damaged runs.
 
-The surfaces and what is handed over are in `strangers.py`; `TRIES=1000` multiplies how much is tried.
+`fuzzing.py` contains the entry points and their input. `TRIES=1000` tries a thousand times as many inputs.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gprune.runs import schema
-from tests import made_up, tiny_run
-from tests.strangers import READERS, SURFACES, outcome, replaced, sound
+from tests import synthetic_run, tiny_run
+from tests.fuzzing import ENTRY_POINTS, READERS, is_acceptable, outcome, replace_file
 
 TRIES = int(os.environ.get("TRIES", "1"))
-EXAMPLES = {"flags": 20, "study": 20, "text": 40}  # of a surface; of others 12
+EXAMPLES = {"flags": 20, "study": 20, "text": 40}  # for an entry point; 12 for the others
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _isolated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, tiny_run.isolated(tmp_path_factory.mktemp("cache")):
         tiny_run.quick(patch)
-        patch.setattr("gprune.pipeline.dry_run.matmul_flops", lambda *_: 1e9)  # it measures for half a second
+        patch.setattr("gprune.pipeline.dry_run.matmul_flops", lambda *_: 1e9)  # the measurement takes half a second
         yield
 
 
@@ -42,14 +42,14 @@ def tiny(tmp_path_factory):
 
 @contextmanager
 def bounded(seconds: int = 20, memory: int = 3 * 2**30) -> Iterator[None]:
-    """Little time and little more memory than there is now, for what hangs or grows."""
+    """Limit the time and the additional memory, to detect code that hangs or allocates without bound."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limits = resource.getrlimit(resource.RLIMIT_AS)
 
-    def hangs(*_: object) -> None:
-        raise AssertionError(f"it takes more than {seconds} s")
+    def fail_on_timeout(*_: object) -> None:
+        raise AssertionError(f"took more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, hangs)
+    before = signal.signal(signal.SIGALRM, fail_on_timeout)
     resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + memory, limits[1]))
     signal.alarm(seconds)
     try:
@@ -60,27 +60,27 @@ def bounded(seconds: int = 20, memory: int = 3 * 2**30) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-@pytest.mark.parametrize("surface", SURFACES)
-def test_whatever_comes_is_success_or_one_line(surface, tiny):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_random_input_is_accepted_without_output_or_refused_in_one_line(entry_point, tiny):
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
     @settings(
-        max_examples=TRIES * EXAMPLES.get(surface, 12), deadline=None, suppress_health_check=checks, database=None
+        max_examples=TRIES * EXAMPLES.get(entry_point, 12), deadline=None, suppress_health_check=checks, database=None
     )
     @given(rng=st.randoms(use_true_random=False))
-    def surfaces(rng):
+    def run_example(rng):
         with tempfile.TemporaryDirectory() as folder, bounded():
-            result = SURFACES[surface](rng, Path(folder), *([tiny] if surface == "model" else []))
-        assert sound(result), result
+            result = ENTRY_POINTS[entry_point](rng, Path(folder), *([tiny] if entry_point == "model" else []))
+        assert is_acceptable(result), result
 
-    surfaces()
+    run_example()
 
 
-# --- every damage at every surface --------------------------------------------------------------------------------
+# --- every damage for every reader --------------------------------------------------------------------------------
 
 
 def edited(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    """Changes a JSON file by hand, without its checksum."""
+    """Return a function that changes a JSON file and removes its checksum."""
 
     def damage(path: Path) -> None:
         content = json.loads(path.read_text())
@@ -95,16 +95,16 @@ def with_number(name: str, value: object) -> Callable[[Path], None]:
     return edited(lambda content: content["records"][1].update({name: value}))
 
 
-TEXTS = {"null": "null", "a list": "[]", "text": '"x"', "nothing": "", "deep": "[" * 10**5, "no JSON": "{"}
-PLACES = ("a FIFO", "a device", "a folder", "a loop")
+TEXTS = {"null": "null", "a list": "[]", "text": '"x"', "empty": "", "deep": "[" * 10**5, "not JSON": "{"}
+REPLACED = ("a FIFO", "a device", "a folder", "a loop")
 NUMBERS = {"perplexity": (None, "x", 0, float("nan"), float("inf")), "tokens": (-1,), "window_nll": (None, "x", [])}
 SETTINGS = {"run": None, "sparsity": 3.5, "model": [], "inputs": 3, "gprune": "x", "recovery": 3}
 Damage = tuple[str, Callable[[Path], object], str]
-DAMAGES: dict[str, Damage] = {  # the file, what happens to it, what every surface names
+DAMAGES: dict[str, Damage] = {  # the file, the damage, a word of the message of every reader
     **{f"{name} is {what}": (name, lambda path, text=text: path.write_text(text), name)
        for name in ("manifest.json", "metrics.json") for what, text in TEXTS.items()},
-    **{f"{name} is {what}": (name, partial(replaced, what=what), name)
-       for name in ("manifest.json", "metrics.json") for what in PLACES},
+    **{f"{name} is {what}": (name, partial(replace_file, what=what), name)
+       for name in ("manifest.json", "metrics.json") for what in REPLACED},
     **{f"{name} is {value}": ("metrics.json", with_number(name, value), name)
        for name, values in NUMBERS.items() for value in values},
     **{f"without {name}": ("metrics.json", edited(lambda c, name=name: c["records"][1].pop(name)), name)
@@ -119,20 +119,20 @@ DAMAGES: dict[str, Damage] = {  # the file, what happens to it, what every surfa
 
 
 @pytest.mark.parametrize("row", DAMAGES)
-def test_every_damage_to_a_run_is_one_line_at_every_surface(row, tmp_path):
+def test_every_damage_to_a_run_is_refused_in_one_line_by_every_reader(row, tmp_path):
     name, damage, expected = DAMAGES[row]
-    run = made_up.write_run(tmp_path / "run")
+    run = synthetic_run.write_run(tmp_path / "run")
     damage(run / name)
-    for surface, read in READERS.items():
+    for entry_point, read in READERS.items():
         with bounded():
             code, lines = outcome(lambda read=read: read(run))
-        assert (code, len(lines)) == (2, 1), (surface, code, lines)
-        assert expected in lines[0], (surface, lines)
+        assert (code, len(lines)) == (2, 1), (entry_point, code, lines)
+        assert expected in lines[0], (entry_point, lines)
         assert not list(tmp_path.rglob("report.md"))
 
 
-def test_the_run_that_is_damaged_here_is_read(tmp_path):
-    run = made_up.write_run(tmp_path / "run")
+def test_the_undamaged_run_is_accepted(tmp_path):
+    run = synthetic_run.write_run(tmp_path / "run")
     assert outcome(lambda: READERS["report"](run)) == (0, [])
 
 
@@ -140,6 +140,6 @@ def test_the_run_that_is_damaged_here_is_read(tmp_path):
     ("name", "value"),
     [("correct", 5), ("correct", None), ("correct", "012"), ("correct", "01"), ("correct_norm", []), ("acc", "x")],
 )
-def test_answers_that_are_none_are_named(name, value):
-    assert schema.Evaluation.problem({"records": [made_up.ANSWERS]}) is None
-    assert name in schema.Evaluation.problem({"records": [made_up.ANSWERS | {name: value}]})
+def test_invalid_task_results_are_reported_with_the_name_of_the_field(name, value):
+    assert schema.Evaluation.problem({"records": [synthetic_run.ANSWERS]}) is None
+    assert name in schema.Evaluation.problem({"records": [synthetic_run.ANSWERS | {name: value}]})

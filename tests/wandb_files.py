@@ -1,4 +1,4 @@
-"""What a file of an offline W&B run holds, as wandb's own reader (`wandb leet inspect`) tells it."""
+"""Read the files of offline W&B runs with wandb's own reader, `wandb leet inspect`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from wandb.util import get_core_path
 
 
 def read(file: Path) -> SimpleNamespace:
-    """Its `about` (name, group, tags ...), `config`, `history` by row, `summary`, `axes` by pattern, `artifacts`.
+    """Return `about` (name, group, tags ...), `config`, `history` by row, `summary`, `axes` by pattern and `artifacts`.
 
-    A file that was not closed is read as far as it goes; `exit_code` is None then.
+    A file that was not closed is read to its last complete record; its `exit_code` is None.
     """
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", file, file.parent]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -39,6 +39,6 @@ def read(file: Path) -> SimpleNamespace:
     return found
 
 
-def files(folder: Path) -> list[Path]:
-    """Files of runs below a folder, in the order in which they were begun."""
+def find(folder: Path) -> list[Path]:
+    """Return the files of runs below a folder, in the order of their start."""
     return sorted(folder.rglob("offline-run-*/*.wandb"))

@@ -1,4 +1,4 @@
-"""A finished run made by hand in milliseconds, as far as its files are read: for tests of those who read runs."""
+"""Write the files of a finished run in milliseconds, without running anything: for tests of code that reads runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BLOCKS, NEURONS, GROUPS = 2, 8, 2
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """Settings of a run of the base metric, as its manifest has them."""
+    """Return the settings of a run of the base metric, as in a manifest."""
     plain = json.loads(json.dumps(RunConfig(gprune=False, recovery="none").settings()))
     return plain | {"inputs": {"model": "0123456789abcdef", "text": {"wiki train": "fedcba9876543210"}}} | changes
 
 
 def record(stage: str, corpus: str, *, seen: bool, nll: float = 2.0, windows: int = 4) -> dict[str, Any]:
-    """A number of `metrics.json`."""
+    """Return a record of `metrics.json`."""
     sums = [nll * 15 * (1 + 0.1 * (-1) ** n) for n in range(windows)]
     return {
         "stage": stage, "importance": None if stage == "dense" else "wanda_sp", "allocation": None, "partition": None,
@@ -35,7 +35,7 @@ def record(stage: str, corpus: str, *, seen: bool, nll: float = 2.0, windows: in
 
 
 def records(stages: Sequence[str] = ("dense", "base")) -> list[dict[str, Any]]:
-    """Numbers of a run on a seen and an unseen corpus; every stage half a nat above the one before."""
+    """Return records on a seen and an unseen corpus. The loss rises by half a nat from stage to stage."""
     return [
         record(stage, corpus, seen=corpus == "wiki", nll=2 + n / 2)
         for n, stage in enumerate(stages)
@@ -55,7 +55,7 @@ SUMMARY = {
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
-    """Write manifest, metrics and masks; `changes` are of the settings."""
+    """Write manifest, metrics and masks; `changes` replace settings."""
     own = settings(**changes)
     key = key_of(settings=own)
     steps = {"evaluate": {"seconds": 1.5, "forward_tokens": 10, "forward_backward_tokens": 0, "peak_memory_mib": 5}}

@@ -1,4 +1,4 @@
-"""What is around a run does not cost the run: figures, card and page may fail, and are made up for."""
+"""Optional output: a run finishes without figures, model card, page and generation config, and `report` adds them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from gprune.models.loading import load_model
 from gprune.report.run_figures import perplexity_figure
 from gprune.report.style import save
 from gprune.runs.results import load_run
-from tests import made_up, tiny_run
+from tests import synthetic_run, tiny_run
 
-REFUSED = {"sequences": {"num_return_sequences": 4}, "words": {"max_new_tokens": "many"}, "no object": [1]}
+INVALID = {"sequences": {"num_return_sequences": 4}, "words": {"max_new_tokens": "many"}, "not an object": [1]}
 
 
-@pytest.mark.parametrize("content", REFUSED.values(), ids=REFUSED)
-def test_a_generation_config_that_nothing_takes_is_left_out(tmp_path, caplog, content):
+@pytest.mark.parametrize("content", INVALID.values(), ids=INVALID)
+def test_an_invalid_generation_config_is_ignored_with_one_warning(tmp_path, caplog, content):
     folder = tiny_run.save_tiny_model(tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps(content))
     with caplog.at_level(logging.WARNING, "gprune"):
@@ -38,46 +38,46 @@ def test_a_generation_config_that_nothing_takes_is_left_out(tmp_path, caplog, co
     assert again.generation_config.eos_token_id == model.config.eos_token_id
 
 
-def test_a_generation_config_that_transformers_takes_goes_along(tmp_path):
+def test_a_valid_generation_config_is_exported(tmp_path):
     folder = tiny_run.save_tiny_model(tmp_path / "model")
-    asked = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3]}  # without do_sample: as Llama 2 was published
-    (folder / "generation_config.json").write_text(json.dumps(asked))
+    settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3]}  # without do_sample, like that of Llama 2
+    (folder / "generation_config.json").write_text(json.dumps(settings))
     export = save_pruned(*load_model(str(folder)), tmp_path / "export")
-    assert asked.items() <= json.loads((export / "generation_config.json").read_text()).items()
+    assert settings.items() <= json.loads((export / "generation_config.json").read_text()).items()
 
 
 @pytest.mark.slow
-def test_a_run_is_whole_without_figures_card_and_page(tmp_path, monkeypatch, capsys):
+def test_a_run_finishes_if_figures_model_card_and_page_cannot_be_written(tmp_path, monkeypatch, capsys):
     with tiny_run.isolated(tmp_path / "cache"):
         tiny_run.quick(monkeypatch, draw=True)
         world = tiny_run.make_world(tmp_path)
         args = world.args(tmp_path, "--gprune=false")
-        whole = world.run(tmp_path, "--gprune=false")
-        card = (whole.path / "model/README.md").read_text()
-        (whole.path / "metrics.json").unlink()
-        blocked = [whole.path / name for name in ("report.html", "figures")]
+        first = world.run(tmp_path, "--gprune=false")
+        card = (first.path / "model/README.md").read_text()
+        (first.path / "metrics.json").unlink()
+        blocked = [first.path / name for name in ("report.html", "figures")]
         for path in blocked:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        blocked[0].mkdir()  # no file can take its place
+        blocked[0].mkdir()  # os.replace cannot replace a folder by a file
         blocked[1].touch()
         with monkeypatch.context() as patch:
             patch.setattr("gprune.report.model_card.ModelCardData", lambda **_: 1 / 0)
-            (whole.path / "model/config.json").unlink()  # it is written anew, and so is its card
+            (first.path / "model/config.json").unlink()  # the export is written again, with its model card
             capsys.readouterr()
             assert tiny_run.main(args) == 0
-        said = re.findall(r"Could not write (.+?): .+\. The run continues; .+\.", capsys.readouterr().out)
-        assert said == ["the model card", "figures", "report.html"]
-        again = load_run(whole.path)
-        assert (again.records, again.masks) == (whole.records, whole.masks)
+        not_written = re.findall(r"Could not write (.+?): .+\. The run continues; .+\.", capsys.readouterr().out)
+        assert not_written == ["the model card", "figures", "report.html"]
+        again = load_run(first.path)
+        assert (again.records, again.masks) == (first.records, first.masks)
         for path in blocked:
             path.rmdir() if path.is_dir() else path.unlink()
-        assert command("report", [str(whole.path)]) == 0
-        assert (whole.path / "figures/perplexity.png").is_file()
-        assert (whole.path / "model/README.md").read_text() == card
-        assert "<svg" in (whole.path / "report.html").read_text()
+        assert command("report", [str(first.path)]) == 0
+        assert (first.path / "figures/perplexity.png").is_file()
+        assert (first.path / "model/README.md").read_text() == card
+        assert "<svg" in (first.path / "report.html").read_text()
 
 
-def test_a_full_disk_and_ctrl_c_end_what_is_dispensable(caplog):
+def test_optional_output_raises_for_a_full_disk_or_ctrl_c_and_logs_other_errors(caplog):
     full = OSError(errno.ENOSPC, "No space left on device")
     wrapped = UserError("Cannot write")
     wrapped.__cause__ = full
@@ -89,21 +89,21 @@ def test_a_full_disk_and_ctrl_c_end_what_is_dispensable(caplog):
     assert caplog.messages == ["Could not write figures: one. The run continues; they come back."]
 
 
-def test_figures_are_the_same_whatever_the_user_has_set(tmp_path):
-    (plain,) = save(perplexity_figure(made_up.records()), tmp_path, "plain")
+def test_figures_do_not_depend_on_matplotlib_settings_of_the_user(tmp_path):
+    (plain,) = save(perplexity_figure(synthetic_run.records()), tmp_path, "plain")
     own = {"text.usetex": True, "font.family": "no such font", "figure.dpi": 30, "savefig.bbox": "tight"}
     with matplotlib.rc_context(own | {"axes.facecolor": "red"}):
         before = dict(matplotlib.rcParams)
-        (other,) = save(perplexity_figure(made_up.records()), tmp_path, "other")
+        (other,) = save(perplexity_figure(synthetic_run.records()), tmp_path, "other")
         assert dict(matplotlib.rcParams) == before
     assert other.read_bytes() == plain.read_bytes()
 
 
 @pytest.mark.slow
-def test_what_matplotlib_refuses_to_be_imported_with_ends_nothing(tmp_path):
+def test_invalid_matplotlib_settings_do_not_prevent_its_import(tmp_path):
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe\x80")
     then = "; import matplotlib.pyplot, os; print(os.environ['MPLBACKEND'])"
-    public = "import gprune; gprune.load_run"  # the other one is what it calls, without seconds of importing torch
+    public = "import gprune; gprune.load_run"  # load_run calls import_matplotlib, which needs no torch
     for first, backend, file in (
         (public, "QtAgg", str(tmp_path / "matplotlibrc")),
         ("from gprune.imports import import_matplotlib; import_matplotlib()", "nonsense", os.devnull),

@@ -1,19 +1,19 @@
-"""Several devices without having one: tensors that say they lie on a GPU, compute on the CPU, and count what waits.
+"""Simulate several devices on the CPU, and count how often the host waits for a device.
 
-    with pretend() as devices:
-        model = placed(make_tiny("llama"), 2)      # accelerate's own dispatch over lazy:0 and lazy:1
+    with simulate_devices() as devices:
+        model = place_on_devices(make_tiny("llama"), 2)      # accelerate's own dispatch over lazy:0 and lazy:1
         collect(model, batches)
     assert devices.waits <= 40, devices.by_place
 
-As with CUDA, tensors of different devices may not meet: only a number (0 dimensions) of the CPU, an index of the CPU,
-and a copy may. And the host waits for the device where it asks for a value (`.item()`, `bool()`, `.cpu()`, `nonzero`,
-`x[mask]`, ...), and where it hands over memory that is not pinned without `non_blocking`; each such moment is counted,
-by the place in our code that asked.
+A `SimulatedTensor` reports the device `lazy:N` and computes on the CPU. As with CUDA, an operation on tensors of
+different devices fails; allowed are 0-dimensional tensors of the CPU, an index on the CPU, and copies. Counted are host
+synchronisations: the host reads a value (`.item()`, `bool()`, `.cpu()`, `nonzero`, `x[mask]`, ...), or copies memory
+that is not pinned to a device without `non_blocking`. They are counted by the place in the code of gprune.
 
-The devices are of torch's type `lazy`, which this build has no backend for: nothing is registered in the process, and
-autograd runs such tensors in the thread that calls it. `PrivateUse1` in Python knows one device and has to be there
-before the first backward pass of a process. All work goes through a `TorchDispatchMode`; outside of it these tensors
-compute nothing.
+The devices have the type `lazy`, for which this build of torch has no backend: so nothing is registered in the process,
+and autograd runs such tensors in the calling thread. `PrivateUse1` in Python has only one device, and has to be
+registered before the first backward pass of a process. A `TorchDispatchMode` executes all operations; outside of it an
+operation on these tensors is an error.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ import gprune
 from gprune.models.blocks import decoder_layers
 
 TYPE = "lazy"
-OURS = str(Path(gprune.__file__).parent)
+PACKAGE = str(Path(gprune.__file__).parent)
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-# What CUDA cannot answer before all work is done: its result, or the size of its result, has to come to the host.
-WAITS = {
+# Operations for which CUDA has to wait: the host needs their result, or the size of their result.
+SYNCHRONISING = {
     aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.bincount.default,
     aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default,
     aten.repeat_interleave.Tensor, aten.linalg_cholesky_ex.default, aten.is_nonzero.default,
@@ -53,13 +53,13 @@ WAITS = {
 }  # fmt: skip
 
 
-class Pretended(Tensor):
-    """A tensor of a pretended device; its values are `inner`, on the CPU."""
+class SimulatedTensor(Tensor):
+    """A tensor of a simulated device. Its values are in `inner`, on the CPU."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: Tensor, device: torch.device) -> Pretended:
+    def __new__(cls, inner: Tensor, device: torch.device) -> SimulatedTensor:
         return Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
             device=device,
@@ -70,7 +70,7 @@ class Pretended(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise RuntimeError(f"{func} on {TYPE} outside of `pretend()`")
+        raise RuntimeError(f"{func} on {TYPE} outside of `simulate_devices()`")
 
     @property
     def data(self) -> Tensor:
@@ -99,11 +99,11 @@ class Pretended(Tensor):
         return self.detach().cpu().tolist()
 
     def __repr__(self) -> str:
-        return f"Pretended({self.inner}, device='{self.device}')"
+        return f"SimulatedTensor({self.inner}, device='{self.device}')"
 
 
 class Devices(TorchDispatchMode):
-    """The mode, and what it has counted."""
+    """Execute operations on simulated devices, and count host synchronisations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,90 +111,92 @@ class Devices(TorchDispatchMode):
 
     @property
     def waits(self) -> int:
-        """How often the host has waited, for whatever our code asked."""
+        """Number of host synchronisations, without those that Lightning caused."""
         return sum(count for place, count in self.by_place.items() if not place.startswith("lightning"))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        pretended: dict[int, Pretended] = {}
+        simulated: dict[int, SimulatedTensor] = {}
         places: list[torch.device] = []
-        guests: list[Tensor] = []
+        others: list[Tensor] = []
 
-        def unwrapped(x: Tensor) -> Tensor:
-            if isinstance(x, Pretended):
-                pretended[id(x.inner)] = x
+        def unwrap(x: Tensor) -> Tensor:
+            if isinstance(x, SimulatedTensor):
+                simulated[id(x.inner)] = x
                 places.append(x.device)
                 return x.inner
-            guests.append(x)
+            others.append(x)
             return x
 
-        args, kwargs = (tree_map_only(Tensor, unwrapped, value) for value in (args, kwargs or {}))
-        asked = kwargs.get("device")
-        if not places and (asked is None or torch.device(asked).type != TYPE):
+        args, kwargs = (tree_map_only(Tensor, unwrap, value) for value in (args, kwargs or {}))
+        requested = kwargs.get("device")
+        if not places and (requested is None or torch.device(requested).type != TYPE):
             return func(*args, **kwargs)
-        device = places[0] if asked is None else torch.device(asked)
+        device = places[0] if requested is None else torch.device(requested)
         if func in COPIES:
-            device = self._copied(func, places, guests, device, non_blocking=bool(kwargs.get("non_blocking")))
+            device = self._device_of_copy(func, places, others, device, non_blocking=bool(kwargs.get("non_blocking")))
         else:
-            self._meet(func, places, guests)
-        if asked is not None:
+            self._check_devices(func, places, others)
+        if requested is not None:
             kwargs["device"] = torch.device("cpu")
-        if func in WAITS or (func in INDEXED and any(t is not None and t.dtype == torch.bool for t in args[1])):
-            self._wait(str(func).removeprefix("aten."))
-        if func is aten.histc.default:  # of whole numbers, which the CPU does not count
-            return Pretended(func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype), device)
+        if func in SYNCHRONISING or (func in INDEXED and any(t is not None and t.dtype == torch.bool for t in args[1])):
+            self._count_wait(str(func).removeprefix("aten."))
+        if func is aten.histc.default:  # the CPU has no histc for integers
+            return SimulatedTensor(func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype), device)
         out = func(*args, **kwargs)
         if device.type == "cpu" or func is aten._local_scalar_dense.default:
             return out
-        return tree_map_only(Tensor, lambda x: pretended[id(x)] if id(x) in pretended else Pretended(x, device), out)
+        return tree_map_only(
+            Tensor, lambda x: simulated[id(x)] if id(x) in simulated else SimulatedTensor(x, device), out
+        )
 
-    def _meet(self, func: Any, places: Sequence[torch.device], guests: Sequence[Tensor]) -> None:
-        strangers = [t for t in guests if t.dim() > 0]
-        if func in INDEXED and all(t.dtype in (torch.bool, torch.long) for t in strangers):
-            if strangers:
-                self._wait(f"{func} by an index of the CPU")
-            strangers = []
-        met = {*places, *(t.device for t in strangers)}
+    def _check_devices(self, func: Any, places: Sequence[torch.device], others: Sequence[Tensor]) -> None:
+        cpu_tensors = [t for t in others if t.dim() > 0]
+        if func in INDEXED and all(t.dtype in (torch.bool, torch.long) for t in cpu_tensors):
+            if cpu_tensors:
+                self._count_wait(f"{func} by an index of the CPU")
+            cpu_tensors = []
+        met = {*places, *(t.device for t in cpu_tensors)}
         if len(met) > 1:
             names = " and ".join(sorted(map(str, met)))
             raise RuntimeError(f"Expected all tensors to be on the same device, but {func} found {names}")
 
-    def _copied(
-        self, func: Any, places: Sequence[torch.device], guests: Sequence[Tensor], device: torch.device, *,
+    def _device_of_copy(
+        self, func: Any, places: Sequence[torch.device], others: Sequence[Tensor], device: torch.device, *,
         non_blocking: bool,
     ) -> torch.device:  # fmt: skip
-        """The device of a copy's result; one between host and device waits, unless it is told not to."""
-        if func is aten.copy_.default and guests:
-            self._wait("copy_")
+        """Return the device of a copy. Copies between host and device wait, unless they are non-blocking."""
+        if func is aten.copy_.default and others:
+            self._count_wait("copy_")
             return places[0]
         if func is aten._to_copy.default:
             source = places[0].type if places else "cpu"
             if source != device.type and not (non_blocking and source == "cpu"):
-                self._wait("to cpu" if device.type == "cpu" else "from cpu")
+                self._count_wait("to cpu" if device.type == "cpu" else "from cpu")
         return device
 
-    def _wait(self, what: str) -> None:
+    def _count_wait(self, what: str) -> None:
         frame = sys._getframe(2)
         while frame is not None:
             name = frame.f_code.co_filename
             if "/lightning/" in name:
                 self.by_place[f"lightning {frame.f_code.co_name}: {what}"] += 1
                 return
-            if name.startswith(OURS):
-                self.by_place[f"{name.removeprefix(OURS)[1:]} {frame.f_code.co_name}: {what}"] += 1
+            if name.startswith(PACKAGE):
+                self.by_place[f"{name.removeprefix(PACKAGE)[1:]} {frame.f_code.co_name}: {what}"] += 1
                 return
             frame = frame.f_back
-        self.by_place[f"elsewhere: {what}"] += 1
+        self.by_place[f"outside: {what}"] += 1
 
 
 @contextmanager
-def pretend() -> Iterator[Devices]:
-    """Devices `lazy:0`, `lazy:1`, ... while the context lasts; Lightning's `cpu` is then the first of them."""
-    asked, attention = torch.is_autocast_enabled, F.scaled_dot_product_attention
+def simulate_devices() -> Iterator[Devices]:
+    """Provide the devices `lazy:0`, `lazy:1`, ... inside the context. Lightning's `cpu` is `lazy:0` there."""
+    is_autocast_enabled, attention = torch.is_autocast_enabled, F.scaled_dot_product_attention
 
-    def fused(query, key, value, mask=None, *, is_causal=False, enable_gqa=False, attn_mask=None, **options):
-        """As on a GPU, no matrix of tokens by tokens is held."""
+    def fused_attention(query, key, value, mask=None, *, is_causal=False, enable_gqa=False, attn_mask=None, **options):
+        """Compute attention without a (tokens, tokens) matrix, as on a GPU."""
         mask = attn_mask if mask is None else mask
-        if not isinstance(query, Pretended):
+        if not isinstance(query, SimulatedTensor):
             return attention(query, key, value, mask, is_causal=is_causal, enable_gqa=enable_gqa, **options)
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
@@ -206,30 +208,30 @@ def pretend() -> Iterator[Devices]:
 
     with pytest.MonkeyPatch.context() as patch, Devices() as mode:
         patch.setattr(torch, TYPE, torch.cpu, raising=False)
-        patch.setattr(F, "scaled_dot_product_attention", fused)
-        # Torch asks about autocast on devices that it has a backend for alone.
-        patch.setattr(torch, "is_autocast_enabled", lambda *types: types != (TYPE,) and asked(*types))
-        # Torch lets nobody write into a view of a tensor such as these in inference mode.
+        patch.setattr(F, "scaled_dot_product_attention", fused_attention)
+        # Torch checks autocast only for devices that have a backend.
+        patch.setattr(torch, "is_autocast_enabled", lambda *types: types != (TYPE,) and is_autocast_enabled(*types))
+        # In inference mode torch does not allow writes to a view of a wrapper tensor.
         patch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext())
-        optimizers = sys.modules["torch.optim.optimizer"]  # of which torch.optim takes the name away
+        optimizers = sys.modules["torch.optim.optimizer"]  # torch.optim deletes this name
         patch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [TYPE, "cpu"])
         patch.setattr(CPUAccelerator, "setup_device", lambda self, device: None)
         chosen = lambda self: SingleDeviceStrategy(torch.device(TYPE, 0))  # noqa: E731
         patch.setattr(_AcceleratorConnector, "_choose_strategy", chosen)
-        # As with CUDA, a module that moves keeps its parameters, and so moves them wherever else they are held.
+        # As with CUDA, `module.to` keeps the Parameter objects, so other references to them move too.
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
         before = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(x, device=...)` then moves where the mode sees it
+        torch._C._set_only_lift_cpu_tensors(True)  # so the mode sees the copy of `torch.tensor(x, device=...)`
         try:
             yield mode
         finally:
             torch._C._set_only_lift_cpu_tensors(before)
 
 
-def placed(model: nn.Module, devices: int) -> nn.Module:
-    """A model on one pretended device; or on several, its layers shared out by accelerate as `device_map auto` does.
+def place_on_devices(model: nn.Module, devices: int) -> nn.Module:
+    """Place a model on one simulated device, or distribute its layers with accelerate as `device_map auto` does.
 
-    The last device has the last layers, the final norm, and an output projection that is not tied.
+    The last device gets the last layers, the final norm, and an untied output projection.
     """
     if devices == 1:
         return model.to(f"{TYPE}:0")
@@ -246,7 +248,7 @@ def placed(model: nn.Module, devices: int) -> nn.Module:
         (head,) = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
         where[head] = f"{TYPE}:0"
     parts = {n.rpartition(".")[0] for n, _ in model.named_buffers()}
-    for name in parts:  # such as rotary frequencies
+    for name in parts:  # buffers such as rotary frequencies
         if name and not any(name == p or name.startswith(p + ".") for p in where):
             where[name] = f"{TYPE}:0"
     model = dispatch_model(model, where, main_device=f"{TYPE}:0")
