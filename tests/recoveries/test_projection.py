@@ -17,7 +17,7 @@ from gprune.models.surgery import prune
 from gprune.pipeline.recover import fit_once
 from gprune.recoveries import RECOVERY, Material, recovery
 from gprune.recoveries.contract import Projection
-from tests.calibration.test_collector import batches, recorded
+from tests.calibration.test_collector import batches, projection_inputs
 from tests.conftest import collect
 from tests.tiny_families import some_masks
 
@@ -135,7 +135,7 @@ def test_of_a_models_blocks_both_projections_are_solved(tiny_model, token_batch)
     """Against raw activations; whole KV groups go."""
     masks = some_masks(tiny_model, attention=True)
     material = Material(tiny_model, masks, statistics=collect(tiny_model, batches(token_batch, 6), gram=True))
-    raw, small = recorded(tiny_model, token_batch), prune(tiny_model, masks)
+    raw, small = projection_inputs(tiny_model, token_batch), prune(tiny_model, masks)
     revise = RECOVERY["least_squares"].revise(material)
     for dense, block in zip(blocks_of(tiny_model), blocks_of(small), strict=True):
         revise(dense, block)

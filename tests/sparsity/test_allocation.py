@@ -19,7 +19,7 @@ from gprune.sparsity.budget import Budget, least_missed, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import bypassed
 from tests import tiny_run
-from tests.calibration.test_collector import batches, recorded
+from tests.calibration.test_collector import batches, projection_inputs
 from tests.conftest import collect, make_tiny_llama
 from tests.models.test_surgery import depth as without
 
@@ -117,7 +117,7 @@ def test_global_gives_constant_scores_no_margin(value, spiky):
 
 def outlier_share(model, tokens, multiple: float) -> dict[str, np.ndarray]:
     """D per block from raw activations: the share of |W_ij| rms_j above `multiple` times their mean."""
-    raw, found = recorded(model, tokens), {}
+    raw, found = projection_inputs(model, tokens), {}
     for kind, part in (("ffn", lambda x: x.mlp.down_proj), ("attention", lambda x: x.self_attn.o_proj)):
         shares = []
         for index, layer in enumerate(model.model.layers):
