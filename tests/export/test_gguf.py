@@ -31,7 +31,7 @@ from tests import tiny_run
 from tests.conftest import make_tiny_llama
 from tests.export.test_hf import LLAMA3_ROPE
 from tests.export.test_hf import make_pruned as pruned_llama
-from tests.models.test_surgery import depth, random_masks
+from tests.models.test_surgery import masks_without, random_masks
 from tests.tiny_families import make_tiny, some_masks
 from tests.tiny_run import tiny_tokenizer
 
@@ -114,7 +114,7 @@ def test_a_gguf_file_contains_every_tensor_with_the_row_order_of_llama_cpp(varia
 
 
 def test_layers_are_renumbered_after_a_whole_block_was_removed(tmp_path):
-    model = prune(make_pruned(), depth(make_pruned(), 1, narrow=True))
+    model = prune(make_pruned(), masks_without(make_pruned(), 1, narrow=True))
     keys, tensors = written(model, tmp_path, type="f32")
     assert (keys["deci.block_count"], keys["deci.feed_forward_length"]) == (2, [1, 31])
     assert set(tensors) == set(expected_tensors(model))

@@ -21,7 +21,7 @@ from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
-from tests.models.test_surgery import GREEDY, depth, random_masks
+from tests.models.test_surgery import GREEDY, masks_without, random_masks
 from tests.tiny_families import make_tiny
 from tests.tiny_run import WORDS, tiny_tokenizer
 
@@ -218,7 +218,7 @@ def test_apply_masks_keeps_the_class_of_subclasses_and_of_models_with_added_modu
 
 def test_reloaded_models_can_lose_whole_blocks_and_their_config_follows(tmp_path, token_batch):
     loaded = load(hf.save_pruned(make_pruned(recovered=True), None, tmp_path / "model"))
-    masks = depth(loaded, 0)
+    masks = masks_without(loaded, 0)
     shallow = prune(loaded, masks)
     # Both configs describe their own layers in order.
     for model, neurons, groups in ((loaded, NEURONS, GROUPS), (shallow, NEURONS[1:], GROUPS[1:])):
@@ -229,9 +229,9 @@ def test_reloaded_models_can_lose_whole_blocks_and_their_config_follows(tmp_path
         biases = [layer.mlp.down_proj.bias is not None for layer in model.model.layers]
         assert ["mlp.down_proj" in layer.added_biases for layer in layers] == biases
     # Narrower and then with fewer layers, saved and reloaded each time.
-    narrow = prune(shallow, depth(shallow, narrow=True))
+    narrow = prune(shallow, masks_without(shallow, narrow=True))
     again = load(hf.save_pruned(narrow, None, tmp_path / "narrow"))
-    last_masks = depth(again, 0)
+    last_masks = masks_without(again, 0)
     last = prune(again, last_masks)
     assert last.config.num_hidden_layers == len(last.model.layers) == 1
     folder = hf.save_pruned(last, None, tmp_path / "last")
@@ -309,7 +309,7 @@ def test_a_failing_reload_is_reported_by_the_last_line_of_its_process(tmp_path, 
 @pytest.mark.slow
 def test_a_fresh_process_reloads_a_twice_saved_model_with_fewer_layers_and_all_biases(tmp_path, token_batch):
     model = make_pruned(recovered=True, **VARIANTS["biases"])
-    model = prune(model, depth(model, 0))  # also one layer fewer
+    model = prune(model, masks_without(model, 0))  # also one layer fewer
     load(hf.save_pruned(model, None, tmp_path / "model")).save_pretrained(tmp_path / "again")
     assert hf.check_reload(model, tmp_path / "again", token_batch) == 0.0
 

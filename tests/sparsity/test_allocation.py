@@ -21,7 +21,7 @@ from gprune.sparsity.gates import bypassed
 from tests import tiny_run
 from tests.calibration.test_collector import batches, projection_inputs
 from tests.conftest import collect, make_tiny_llama
-from tests.models.test_surgery import depth as without
+from tests.models.test_surgery import masks_without
 
 BUILT_IN = [name for name in ALLOCATION if not ALLOCATION[name].modules and name != "depth"]
 
@@ -320,7 +320,7 @@ def test_blocks_are_chosen_by_the_loss_of_the_model_that_lacks_them(share, prote
 
     expected, left = [], share * 0.45 * sum(b.cost for b in blocks)
     while fit := [b for b in range(4 - len(protect)) if b not in expected and blocks[b].cost <= left]:
-        expected.append(min(fit, key=lambda b: loss(prune(model, without(model, *expected, b)))))
+        expected.append(min(fit, key=lambda b: loss(prune(model, masks_without(model, *expected, b)))))
         left -= blocks[expected[-1]].cost
     assert least_missed(budget, bypassing) == expected
     assert bool(expected) == (share > 0.1)
