@@ -199,7 +199,7 @@ def test_bos_is_the_first_token_of_every_window():
 
 
 @pytest.mark.parametrize(
-    ("bos", "by_itself", "token"),
+    ("bos", "adds_bos", "token"),
     [("auto", False, None), ("auto", True, 3001), ("never", True, None), ("always", False, 3001)],
 )
 def test_bos_auto_follows_the_tokenizer_and_other_values_override_it(bos, adds_bos, token):
