@@ -216,21 +216,21 @@ def test_every_built_in_metric_has_a_reference():
 @pytest.mark.parametrize("shape", range(len(SHAPES)))
 @pytest.mark.parametrize("name", REFERENCES)
 def test_metrics_equal_their_formula(name, shape, shared):
-    mine = shared.scored(name, shape, 4)
+    mine = shared.scores_of(name, shape, 4)
     assert [len(s) for s in mine] == [48] * 3 + [shared.model(shape).config.num_key_value_heads] * 3
     assert_scores(name, mine, reference_scores(shared.raw(shape, None), name))
 
 
 def test_wifn_and_wanda_sp_rank_neurons_equally(shared):
     """A mean instead of a sum, and a square, preserve the order of non-negative scores."""
-    wifn, wanda_sp = (shared.scored(name, 0, 4)[:3] for name in ("wifn", "wanda_sp"))  # neurons of three blocks
+    wifn, wanda_sp = (shared.scores_of(name, 0, 4)[:3] for name in ("wifn", "wanda_sp"))  # neurons of three blocks
     assert all(torch.equal(a.argsort(), b.argsort()) for a, b in zip(wifn, wanda_sp, strict=True))
 
 
 @pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("half", [0, 1])
 def test_scores_of_a_half_equal_the_formula_on_its_windows(name, half, shared):
-    assert_scores(name, shared.scored(name, 0, 6, half=half), reference_scores(shared.raw(0, half), name))
+    assert_scores(name, shared.scores_of(name, 0, 6, half=half), reference_scores(shared.raw(0, half), name))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -240,7 +240,7 @@ def test_metrics_are_documented_and_name_a_corpus_dependent_metric_for_drift(nam
     substitute = IMPORTANCE[function.drift]
     assert not substitute.activation_free  # its ranks would not depend on the corpus
     assert substitute.needs <= function.needs  # other statistics are not collected
-    one, two = (shared.scored(function.drift, 0, 6, half=half) for half in (0, 1))
+    one, two = (shared.scores_of(function.drift, 0, 6, half=half) for half in (0, 1))
     assert not any(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     if not function.activation_free:
         assert function.drift == name
@@ -294,7 +294,7 @@ def test_metrics_read_only_the_statistics_that_they_declare(name, shared):
     assert gprune.RunConfig(importance=name, gprune=False, recovery="none").needs == needs
     saliency = BOTH if "saliency" in needs else ()
     enough = collect(shared.model(0), batches(shared.tokens, 6), saliency=saliency)
-    pairs = zip(scores_of(name, shared.model(0), enough), shared.scored(name, 0, 6), strict=True)
+    pairs = zip(scores_of(name, shared.model(0), enough), shared.scores_of(name, 0, 6), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
