@@ -296,9 +296,8 @@ def test_a_run_with_an_offloaded_model_has_the_same_results(world, tmp_path, mon
     offloaded = world.run(tmp_path, *FLAGS, *placement(model), name="away")
     assert_same_run(offloaded, whole)
     distances = ([r["kl"] for r in run.records if r["stage"] != "dense"] for run in (offloaded, whole))
-    assert next(distances) == pytest.approx(
-        next(distances), rel=1e-4
-    )  # KL is computed from other quantities with an offloaded head
+    # With an offloaded head, KL is computed from other quantities.
+    assert next(distances) == pytest.approx(next(distances), rel=1e-4)
     assert offloaded.summary["parameters_before"] == whole.summary["parameters_before"]
     assert (tmp_path / "away" / "model" / "model.safetensors.index.json").exists()
     checks = read_json(tmp_path / "away" / "manifest.json")["logits"]

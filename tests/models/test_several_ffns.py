@@ -124,9 +124,8 @@ def test_each_ffn_of_a_layer_is_a_block_and_the_first_block_has_the_attention(sh
     assert [b.has_experts for b in blocks] == [True, False] * 3
     assert [b.kv_groups > 0 for b in blocks] == [True, False] * 3
     assert unpruned(shared_expert_model) == {}
-    assert (
-        what_stays(plan_of(shared_expert_model)) == ""
-    )  # blocks without attention are not reported, since their layers have attention
+    # Blocks without attention are not reported, since their layers have attention.
+    assert what_stays(plan_of(shared_expert_model)) == ""
     for own, layer in zip(by_layer(blocks), layers, strict=True):
         assert all(block.layer is layer for block in own)
         assert sum(block.cost for block in own) == sum(p.numel() for p in layer.parameters())
@@ -406,6 +405,5 @@ def test_a_command_line_run_prunes_layers_with_several_ffns(model_type, layers, 
     assert manifest["logits"]["sliced_minus_reloaded"] == 0.0
     assert manifest["logits"]["masked_minus_sliced"] <= 1e-4
     assert result.model.config.num_hidden_layers == layers
-    assert len(manifest["widths"]["neurons"]) == 2 * layers - (
-        model_type == "deepseek_v3"
-    )  # whose first layer is dense
+    # The first layer of DeepSeek-V3 is dense.
+    assert len(manifest["widths"]["neurons"]) == 2 * layers - (model_type == "deepseek_v3")

@@ -342,9 +342,8 @@ def test_a_run_recovers_its_controls_within_the_planned_tokens(world, tmp_path, 
 def test_a_resumed_run_has_the_same_bits(world, tmp_path, quick):
     flags = [*FLAGS, "--gprune=false", f"--corpora.recover={world.names('beta')}"]
     first = world.run(tmp_path, *flags)
-    assert list(first.statistics) == [
-        str(world.corpora["alpha"])
-    ]  # no statistics of corpora that are used for recovery only
+    # There are no statistics of corpora that are used for recovery only.
+    assert list(first.statistics) == [str(world.corpora["alpha"])]
     model = (tmp_path / "run/model/model.safetensors").read_bytes()
     other = world.run(tmp_path, *flags, name="other")
     assert_same_run(other, first)
