@@ -213,7 +213,7 @@ def test_auto_multiple_is_the_smallest_one_whose_loss_is_within_measurement_nois
     assert line in caplog.text
 
 
-def test_auto_multiple_of_a_noisy_table_is_not_the_largest():
+def test_a_noisy_table_does_not_select_a_large_width_multiple():
     multiples = [[37, 2.7e-3], [40, 6.4e-3], [48, 6.4e-3], [32, 4.2e-3], [64, 3e-3]]
     noisy = TABLE | {"spread": 0.99, "multiples": multiples}
     assert [speed.best_multiple(noisy), speed.best_multiple(noisy | {"spread": 0.01})] == [1, 64]
