@@ -602,9 +602,9 @@ raise SystemExit(main(sys.argv[2:]))
 
 @pytest.mark.slow
 def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_path):
-    """Four batches of four windows and one of a single window, of which rank 1 has none.
+    """Four batches of four windows and one of two. Step 2 is skipped, and the run is killed after it.
 
-    Step 2 is skipped, then the run is killed. In the end the weights of the best step are restored.
+    In the end, the weights of the best step are restored.
     """
     (tmp_path / "killed_run.py").write_text(KILLED_RUN)
     flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--distill.batch_size=4", "--export=none"]
