@@ -16,7 +16,7 @@ from gprune.__main__ import run as command
 from gprune.export import convert, export, gguf_check, hf
 from gprune.export.convert import load_folder
 from tests import made_up
-from tests.export.test_gguf import as_in_llama_cpp, byte_tokenizer, make_pruned
+from tests.export.test_gguf import fake_in_llama_cpp, byte_tokenizer, make_pruned
 from tests.tiny_run import isolated, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def test_a_gguf_file_that_fails_the_check_in_llama_cpp_is_not_written(run, monke
 
     def fake_llama_cpp(change):
         monkeypatch.setattr(convert, "has_llama_cpp", lambda: True)
-        monkeypatch.setattr(gguf_check, "in_llama_cpp", as_in_llama_cpp(model, tokenizer, change))
+        monkeypatch.setattr(gguf_check, "in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
 
     fake_llama_cpp(lambda logprobs: logprobs.roll(1))
     assert "differ from the model's by KL" in error_line(capsys, run)
