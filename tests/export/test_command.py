@@ -16,7 +16,7 @@ from gprune.__main__ import run as command
 from gprune.export import convert, export, gguf_check, hf
 from gprune.export.convert import load_folder
 from tests import made_up
-from tests.export.test_gguf import fake_in_llama_cpp, byte_tokenizer, make_pruned
+from tests.export.test_gguf import byte_tokenizer, fake_in_llama_cpp, make_pruned
 from tests.tiny_run import isolated, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
