@@ -1,20 +1,20 @@
-"""Try every causal language model type of transformers on a tiny random model, and write the table of them.
+"""Prune a tiny random model of each causal language model type of transformers, and print a table of the results.
 
     python -m experiments.architectures                        # all types; about 15 minutes on one core
-    python -m experiments.architectures qwen3_next gpt_oss     # some types, printed
-    python -m experiments.architectures --write                # all, into docs/architectures.md
+    python -m experiments.architectures qwen3_next gpt_oss     # some types
+    python -m experiments.architectures --write                # all types, written to docs/architectures.md
 
-A tiny model is made from the default configuration of the type (`DEFAULTS` has what some need beyond it), with other
-widths and other weights than the copy that discovery looks at. Of each type the table says:
+Tiny models have the default configuration of their type (with the additions in `DEFAULTS`), but other widths and
+weights than the copies that discovery makes. Columns of the table:
 
-FFN, attention   what was found: separate or fused, experts, KV groups
-agrees           logits of the masked and of the sliced model: largest difference over largest logit
-budget           whether the parameters that went are those that the budget counts
-stays            an FFN beside a larger one of its layer that adds nothing to the residual, such as a router's: its
-                 share of the tiny model's parameters
-generation       whether greedy generation with a cache gives the same tokens masked and sliced; *dense fails* where the
-                 dense model cannot generate either
-reloaded         the largest difference of logits of the saved model in a process without gprune: 0.0
+FFN, attention   the discovered structure: separate or fused projections, experts, KV groups
+agrees           largest difference between logits of the masked and the sliced model, over the largest logit
+budget           whether the number of removed parameters is the one counted by the budget
+stays            FFNs that are not pruned because their output does not join the residual stream, such as a router's,
+                 with their share of the tiny model's parameters
+generation       whether greedy generation with a cache gives the same tokens with the masked and the sliced model;
+                 *dense fails* if the dense model cannot generate
+reloaded         largest difference of logits of the saved model, loaded in a process without gprune; 0.0 is required
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ VISION = (
 )  # fmt: skip
 
 
-def pictures(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """What models take for one picture, in the forms that transformers has."""
+def image_inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """Yield the inputs for one image in the different formats of models in transformers."""
     vision, generator = getattr(model.config, "vision_config", None), torch.Generator().manual_seed(2)
     size = getattr(vision, "image_size", None) or 32
     size = size if isinstance(size, int) else size[0]
@@ -97,26 +97,26 @@ def pictures(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def with_picture(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """Arguments of a forward pass with one picture that changes the logits; None if no form is accepted."""
+def image_arguments(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """Return arguments of a forward pass with one image that affects the logits; None if no format is accepted."""
     config = model.config
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-    for picture in pictures(model):
-        with contextlib.suppress(Exception):  # of whatever class, for the forms of other types
-            count = len(_features(model.get_image_features(**picture)))
+    for image in image_inputs(model):
+        with contextlib.suppress(Exception):  # formats of other types raise exceptions of any class
+            count = len(_features(model.get_image_features(**image)))
             ids = torch.tensor([[3, 4, *[token] * count, 5, 6, 7]])
-            arguments = {"input_ids": ids, **picture}
+            arguments = {"input_ids": ids, **image}
             if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
                 arguments["mm_token_type_ids"] = (ids == token).long()
             own = model(**arguments).logits
-            other = model(**arguments | {"pixel_values": picture["pixel_values"].flip(-1) / 2}).logits
+            other = model(**arguments | {"pixel_values": image["pixel_values"].flip(-1) / 2}).logits
             if (own - other).abs().max() > 1e-4:
                 return arguments
     return None
 
 
 def _features(found: Any) -> Tensor:
-    """Image features (n, H) in what `get_image_features` returns."""
+    """Return the image features (n, H) in the output of `get_image_features`."""
     for name in ("pooler_output", "last_hidden_state"):
         if getattr(found, name, None) is not None:
             found = getattr(found, name)
@@ -126,7 +126,7 @@ def _features(found: Any) -> Tensor:
 
 
 def default_config(model_type: str) -> PreTrainedConfig:
-    """The default configuration of a type, as a decoder where it may also be an encoder."""
+    """Return the default configuration of a type, as a decoder if the type has encoders too."""
     config = CONFIG_MAPPING[model_type](**DEFAULTS.get(model_type, {}))
     for name, value in (("is_decoder", True), ("is_encoder_decoder", False)):
         if isinstance(config.__dict__.get(name), bool):
@@ -135,7 +135,7 @@ def default_config(model_type: str) -> PreTrainedConfig:
 
 
 def example(model_type: str) -> PreTrainedModel:
-    """A tiny random model of a type, wider than the copies that discovery makes."""
+    """Make a tiny random model of a type, wider than the copies that discovery makes."""
     config = shrunk(default_config(model_type))
     for own in (config, *(v for v in vars(config).values() if isinstance(v, PreTrainedConfig))):
         for name, value in list(vars(own).items()):
@@ -144,24 +144,27 @@ def example(model_type: str) -> PreTrainedModel:
     return tiny_model(config, seed=7).requires_grad_(False)
 
 
-def described(model: PreTrainedModel) -> tuple[str, str]:
-    """What was found of a model's FFN and attention."""
+def describe(model: PreTrainedModel) -> tuple[str, str]:
+    """Describe the discovered FFN and attention of a model, as in the table."""
     ffn: dict[str, int] = {}
     attention: dict[str, int] = {}
     layers = by_layer(blocks_of(model))
     for own in layers:
-        words = [_ffn_in_words(block) for block in own if block.down is not None]
+        ffns = [_ffn_name(block) for block in own if block.down is not None]
         groups = ["heads" if b.heads == b.kv_groups else "KV groups" for b in own if b.output is not None]
-        for said, counts in ((words, ffn), (groups, attention)):
-            word = " + ".join(said) or "none"
-            counts[word] = counts.get(word, 0) + 1
+        for names, counts in ((ffns, ffn), (groups, attention)):
+            name = " + ".join(names) or "none"
+            counts[name] = counts.get(name, 0) + 1
     depth = len(layers)
-    said = [", ".join(w if n == depth else f"{w} ({n} of {depth})" for w, n in own.items()) for own in (ffn, attention)]
-    return said[0], said[1]
+    ffn_text, attention_text = (
+        ", ".join(name if n == depth else f"{name} ({n} of {depth})" for name, n in counts.items())
+        for counts in (ffn, attention)
+    )
+    return ffn_text, attention_text
 
 
-def _ffn_in_words(block: Block) -> str:
-    """How a block stores its FFN."""
+def _ffn_name(block: Block) -> str:
+    """Name the projections of a block's FFN."""
     if block.has_experts:
         return f"{block.experts} experts"
     fused = block.parts["up"].rows is not None
@@ -169,7 +172,7 @@ def _ffn_in_words(block: Block) -> str:
 
 
 def row_of(model_type: str, folder: Path, *, vision: bool = False) -> dict[str, Any]:
-    """One row of the table; the pruned model is saved below `folder`, its logits beside it."""
+    """Make a row of the table, and save the pruned model and its logits in a folder below `folder`."""
     row: dict[str, Any] = {"type": model_type, "record": model_type in FAMILIES}
     try:
         model = example(model_type)
@@ -177,12 +180,12 @@ def row_of(model_type: str, folder: Path, *, vision: bool = False) -> dict[str, 
         return row | {"reason": f"no tiny model: {first_line(error)}", "built": False}
     row["built"] = True
     try:
-        started = time.process_time()  # of one core, whatever else runs
+        started = time.process_time()  # CPU time does not depend on other processes
         family_of(model)
         row["seconds"] = round(time.process_time() - started, 1)
-        row["ffn"], row["attention"] = described(model)
+        row["ffn"], row["attention"] = describe(model)
         row["stays"] = {p: s.parameters / model.num_parameters() for p, s in unpruned(model).items()}
-        row |= _compared(model, folder / model_type, vision=vision)
+        row |= _compare(model, folder / model_type, vision=vision)
     except TimeoutError:
         raise
     except UserError as error:
@@ -192,11 +195,11 @@ def row_of(model_type: str, folder: Path, *, vision: bool = False) -> dict[str, 
     return row
 
 
-def _compared(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> dict[str, Any]:
-    """Masked against sliced, the budget and generation; the sliced model is saved."""
+def _compare(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> dict[str, Any]:
+    """Compare the masked with the sliced model, check budget and generation, and save the sliced model."""
     blocks, masks, found = blocks_of(model), random_masks(model), {}
     ids = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
-    inputs = with_picture(model) if vision else {"input_ids": ids}
+    inputs = image_arguments(model) if vision else {"input_ids": ids}
     if inputs is None:
         return {"reason": "no picture that the tiny model takes was made"}
     with torch.no_grad():
@@ -207,18 +210,18 @@ def _compared(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> 
         logits = small(**inputs, use_cache=False).logits
     found["moved"] = float((expected - dense).abs().max() / dense.abs().max())
     found["agrees"] = float((expected - logits).abs().max() / expected.abs().max())
-    gone = model.num_parameters() - small.num_parameters()
+    removed = model.num_parameters() - small.num_parameters()
     costs = unit_costs(blocks, scope="attention+ffn")
-    found["budget"] = gone == costs.removed(masks)
+    found["budget"] = removed == costs.removed(masks)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     try:
         model.generate(ids[:, :9], **settings)
-    except Exception as error:  # of any class: of the type, and not of its pruning
+    except Exception as error:  # a failure of the dense model, which is no failure of pruning
         found["generation"] = f"dense fails: {first_line(error)}"
     else:
         with masked(model, masks):
-            wanted = model.generate(ids[:, :9], **settings)
-        found["generation"] = torch.equal(wanted, small.generate(ids[:, :9], **settings))
+            expected_tokens = model.generate(ids[:, :9], **settings)
+        found["generation"] = torch.equal(expected_tokens, small.generate(ids[:, :9], **settings))
     save_pruned(small, None, folder)
     tensors = {name: value.contiguous() for name, value in inputs.items()}
     save_file(tensors | {"logits": logits.contiguous()}, folder / "expected.safetensors")
@@ -252,7 +255,7 @@ assert "gprune" not in sys.modules
 
 
 def reloaded(folder: Path) -> dict[str, Any]:
-    """The largest difference of logits of every saved model, in one process that cannot import gprune."""
+    """Load all saved models in a process that cannot import gprune. Returns the largest difference of logits each."""
     script = folder.parent / "load.py"
     script.write_text(LOADER)
     done = subprocess.run(
@@ -262,18 +265,18 @@ def reloaded(folder: Path) -> dict[str, Any]:
     return dict(rows)
 
 
-def measured(types: Sequence[str], *, vision: bool = False) -> list[dict[str, Any]]:
-    """The rows of the table."""
+def measure(types: Sequence[str], *, vision: bool = False) -> list[dict[str, Any]]:
+    """Make the rows of the table."""
 
-    def late(*_: Any) -> None:
+    def raise_timeout(*_: Any) -> None:
         raise TimeoutError
 
     rows = []
     with tempfile.TemporaryDirectory(prefix="gprune-architectures-") as scratch:
-        os.environ["GPRUNE_CACHE"] = f"{scratch}/cache"  # so that every structure is found anew
+        os.environ["GPRUNE_CACHE"] = f"{scratch}/cache"  # empty, so that each structure is discovered
         folder = Path(scratch) / "models"
         folder.mkdir()
-        signal.signal(signal.SIGALRM, late)
+        signal.signal(signal.SIGALRM, raise_timeout)
         for name in types:
             signal.alarm(LIMIT)
             try:
@@ -293,12 +296,12 @@ def measured(types: Sequence[str], *, vision: bool = False) -> list[dict[str, An
 
 
 def passed(row: Mapping[str, Any]) -> bool:
-    """Whether a type is pruned in its FFN, masked = sliced = reloaded."""
+    """Return whether the FFN of a type is pruned, and masked, sliced and reloaded models agree."""
     return row.get("reloaded") == 0.0 and row.get("agrees", 1) <= 1e-4 and row.get("ffn") != "none" and row["budget"]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Format the rows of types that are pruned as Markdown."""
     lines = [
         "| type | FFN | attention | stays | masked = sliced | budget | generation | reloaded | seconds |",
         "|" + "---|" * 9,
@@ -316,7 +319,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def reasons(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Types that are not pruned, and why not."""
+    """Format the types that are not pruned, with the reasons, as Markdown."""
     lines = ["| type | why not |", "|---|---|"]
     for row in rows:
         if not passed(row):
@@ -330,13 +333,13 @@ def reasons(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def failures(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Types whose dense model does not generate, and why."""
+    """Format the types whose dense model cannot generate, with the reasons, as Markdown."""
     failing = {row["type"]: row["generation"] for row in rows if passed(row) and type(row["generation"]) is str}
     return "\n".join(f"- `{name}`: {why.removeprefix('dense fails: ')}" for name, why in failing.items())
 
 
 def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]]) -> str:
-    """docs/architectures.md."""
+    """Return the content of docs/architectures.md."""
     good = [row for row in rows if passed(row)]
     heads = [row for row in good if row["attention"] != "none"]
     built = [row for row in rows if row["built"]]
@@ -369,13 +372,13 @@ def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]])
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command. Returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", help="model types; by default all, and those with images")
+    parser.add_argument("types", nargs="*", help="model types; by default all, including those with images")
     parser.add_argument("--images", action="store_true", help="only the types with images")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
-    parser.add_argument("--rows", type=Path, help="write the rows as JSON, or add to those that are there")
-    parser.add_argument("--from-rows", action="store_true", help="make the page from --rows alone")
+    parser.add_argument("--rows", type=Path, help="JSON file to add the rows to")
+    parser.add_argument("--from-rows", action="store_true", help="make the page from --rows without running models")
     settings = parser.parse_args(args)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -385,11 +388,11 @@ def main(args: Sequence[str] | None = None) -> int:
         known = json.loads(settings.rows.read_text())
     types = settings.types or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if settings.images:
-        known |= {f"{row['type']} (images)": row for row in measured(settings.types or VISION, vision=True)}
+        known |= {f"{row['type']} (images)": row for row in measure(settings.types or VISION, vision=True)}
     elif not settings.from_rows:
-        known |= {row["type"]: row for row in measured(types)}
+        known |= {row["type"]: row for row in measure(types)}
         if not settings.types:
-            known |= {f"{row['type']} (images)": row for row in measured(VISION, vision=True)}
+            known |= {f"{row['type']} (images)": row for row in measure(VISION, vision=True)}
     if settings.rows:
         settings.rows.write_text(json.dumps(known, indent=1))
     rows = [known[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in known]

@@ -1,12 +1,13 @@
-"""Make the folder of the standard corpora, which `protocol.yaml` reads, and check it against the committed records.
+"""Download the corpora of the standard protocol, and check that they have the text of the committed records.
 
     python -m experiments.corpora --output data && export GPRUNE_DATA_DIR=data
 
-The folder has `corpora/NAME/train.jsonl` and `test.jsonl` for wikitext2, c4, code_github, stackexchange and gsm8k: an
-object with `text` per line. The documents come through the `datasets` library: WikiText-2 (raw) and GSM8K from the hub,
-the others from the samples of RedPajama in LLM-Shearing's repository. The check draws the windows that the records of
-`experiments/records` have read, and compares their hashes: equal hashes mean equal tokens. It needs SmolLM2's
-tokenizer, so it fetches the embedded model unless that is in the cache. `--check` checks a folder that exists.
+Writes `corpora/NAME/train.jsonl` and `test.jsonl` for wikitext2, c4, code_github, stackexchange and gsm8k, with an
+object with the key `text` per line. Documents are loaded with the `datasets` library: WikiText-2 (raw) and GSM8K from
+the Hugging Face hub, the others from the samples of RedPajama in the repository of LLM-Shearing. The check makes the
+same windows as the records in `experiments/records`, and compares their hashes: equal hashes mean equal tokens. It
+needs the tokenizer of SmolLM2, so it downloads the embedded model if it is not cached. `--check` checks an existing
+folder.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ SHEARING = (
     "llmshearing/data/sample_redpajama"
 )
 SPLITS = ("train", "test")
-MODEL = "smollm2-135m"  # whose tokens the hashes are of
+MODEL = "smollm2-135m"  # its tokenizer determines the hashes
 TITLE = re.compile(r" = [^=\n]+ = \n")
 MOST = 1_000_000  # bytes of WikiText-2's train text
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a corpus comes from, and how its rows become documents.
+    """Data set of a corpus, and the conversion of its rows to documents.
 
     Attributes:
-        arguments: of `datasets.load_dataset`, by split.
-        documents: from the rows' text of the train and of the test split, the documents of both.
-        text: format string over the columns of a row.
+        arguments: a function from the split to arguments of `datasets.load_dataset`.
+        documents: a function from the rows' texts of the train and the test split to the documents of both splits.
+        text: format string for the columns of a row.
     """
 
     arguments: Callable[[str], dict]
@@ -56,18 +57,18 @@ class Source:
 
 
 def distinct(train: list[str], test: list[str]) -> tuple[list[str], list[str]]:
-    """Each document once; those of train are not in test."""
+    """Remove duplicates inside the splits, and documents of train from test."""
     train = list(dict.fromkeys(train))
     return train, [text for text in dict.fromkeys(test) if text not in set(train)]
 
 
 def wikitext_articles(train: list[str], test: list[str]) -> tuple[list[str], list[str]]:
-    """Articles of WikiText-2: of train the first megabyte without blank lines, of test all with blank lines."""
-    return _articles(_first(train, MOST), ""), _articles(test, " \n")
+    """Articles of WikiText-2: the first megabyte of train without blank lines, and all of test with blank lines."""
+    return _split_articles(_first_lines(train, MOST), ""), _split_articles(test, " \n")
 
 
-def _first(lines: Sequence[str], most: int) -> list[str]:
-    """As many whole lines from the beginning as fit into `most` bytes."""
+def _first_lines(lines: Sequence[str], most: int) -> list[str]:
+    """Return the first lines with at most `most` bytes in total."""
     size, kept = 0, []
     for line in lines:
         size += len(line.encode())
@@ -77,10 +78,10 @@ def _first(lines: Sequence[str], most: int) -> list[str]:
     return kept
 
 
-def _articles(lines: Sequence[str], blank: str) -> list[str]:
-    """Lines from each title to the next one, without the last line end, save that of the last article.
+def _split_articles(lines: Sequence[str], blank: str) -> list[str]:
+    """Split lines into articles, each from its title to the next title. Only the last article ends in a newline.
 
-    A title is followed by a blank line; a formula that looks like a title is not.
+    A title is followed by a blank line. Formulas with the same pattern are not.
     """
     articles: list[list[str]] = []
     for line, after in zip(lines, [*lines[1:], ""], strict=True):
@@ -115,10 +116,10 @@ SOURCES = {
 
 
 def download(name: str) -> dict[str, list[str]]:
-    """Documents of a corpus by split.
+    """Download a corpus. Returns its documents by split.
 
     Raises:
-        UserError: where the hub or the repository cannot be reached.
+        UserError: if the hub or the repository cannot be reached.
     """
     import datasets
 
@@ -134,7 +135,7 @@ def download(name: str) -> dict[str, list[str]]:
 
 
 def write(folder: Path, name: str, documents: dict[str, list[str]]) -> None:
-    """Write `corpora/NAME/<split>.jsonl`, the folder of the corpus whole or not at all."""
+    """Write `corpora/NAME/<split>.jsonl`, replacing the folder of the corpus atomically."""
     with replacing(folder / "corpora" / name) as temporary:
         temporary.mkdir()
         for split, texts in documents.items():
@@ -144,7 +145,7 @@ def write(folder: Path, name: str, documents: dict[str, list[str]]) -> None:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Windows that records have read: of which corpus and split, how many, how long, by which seed."""
+    """Windows of a record: their corpus, split, number, length and seed."""
 
     corpus: str
     split: str
@@ -154,7 +155,7 @@ class Recorded:
 
 
 def recorded(folder: Path = RECORDS) -> dict[Recorded, set[str]]:
-    """Hashes of windows by what they are, from all records of `MODEL`."""
+    """Collect the hashes of all windows in the records of `MODEL`."""
     found: dict[Recorded, set[str]] = defaultdict(set)
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
@@ -172,8 +173,8 @@ def recorded(folder: Path = RECORDS) -> dict[Recorded, set[str]]:
     return found
 
 
-def compared(folder: Path, expected: dict[Recorded, set[str]]) -> Iterator[tuple[Recorded, str, bool]]:
-    """The hash of the same windows from the folder's text, and whether records have that hash and no other."""
+def compare(folder: Path, expected: dict[Recorded, set[str]]) -> Iterator[tuple[Recorded, str, bool]]:
+    """Hash the same windows of the folder's text. Yields windows, hash, and whether it is the only one in records."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir(MODEL))
@@ -185,30 +186,30 @@ def compared(folder: Path, expected: dict[Recorded, set[str]]) -> Iterator[tuple
 
 
 def work(arguments: Sequence[str] | None = None) -> str:
-    """What the command prints."""
+    """Run the command. Returns the text to print."""
     parser = Parser("python -m experiments.corpora", description=__doc__)
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="what $GPRUNE_DATA_DIR will name")
-    parser.add_argument("--check", action="store_true", help="check the folder as it is; download nothing")
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="folder for $GPRUNE_DATA_DIR")
+    parser.add_argument("--check", action="store_true", help="check an existing folder without downloading")
     options = parser.parse_args(arguments)
     folder = expanded(options.output)
     if missing := [name for name in SOURCES if options.check and not (folder / "corpora" / name).is_dir()]:
-        raise UserError(f"--check: expected the corpus {missing[0]} in {folder / 'corpora' / missing[0]}.")
+        raise UserError(f"--check needs the corpus {missing[0]} in '{folder / 'corpora' / missing[0]}'.")
     quiet()
     for name in () if options.check else SOURCES:
         write(folder, name, download(name))
-    found = list(compared(folder, recorded()))
+    found = list(compare(folder, recorded()))
     rows = [[w.corpus, w.split, w.num_samples, w.seq_len, w.seed, h, "yes" if same else "NO"] for w, h, same in found]
     columns = ["corpus", "split", "windows", "tokens", "seed", "hash", "as in the records"]
     text = Table("corpora", "Corpora", columns, rows).shown()
     if other := [what for what, _, same in found if not same]:
         names = ", ".join(dict.fromkeys(f"{what.corpus} ({what.split})" for what in other))
         print(f"\n{text}\n")
-        raise UserError(f"{folder}: expected the text of the committed records, got other text of {names}.")
+        raise UserError(f"'{folder}' must have the text of the committed records; got other text of {names}.")
     return f"\n{text}\n\nThe text is that of the records. Use it: export GPRUNE_DATA_DIR={folder}\n"
 
 
 def main() -> int:
-    """Exit code 2 and one line for what a user can mend."""
+    """Run the command. A user error is one line on stderr and exit code 2."""
     return guarded("experiments.corpora", work)
 
 

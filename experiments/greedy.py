@@ -1,12 +1,13 @@
-"""Greedy removal with compensation, as an allocation: is it better than scores of neurons, behind least squares?
+"""Greedy removal of neurons with compensation, as an allocation, to compare with scores before least squares.
 
     python train.py --config protocol --config untrained --model.name smollm2-135m --import experiments/greedy.py \\
         --sparsity.allocation greedy --evaluation.controls [averaged] --recovery least_squares
 
-In each block, one neuron after the other goes: the one whose loss raises the error of the output projection least, once
-the neurons that stay have made up for it. OSSCAR (arXiv 2403.12983), ZipLM (2302.04089) and SlimGPT (2412.18110) remove
-by this objective. Blocks lose the same fraction each. The rows `base` and `averaged` have these masks, from the Gram
-matrices of `corpora.score` and of `corpora.drift`; the row `gprune` ranks by the metric, here averaged `act_norm`.
+In each block, neurons are removed one by one: each time the neuron whose removal increases the error of the output
+projection least, after the remaining neurons have compensated for it. OSSCAR (arXiv 2403.12983), ZipLM (2302.04089) and
+SlimGPT (2412.18110) have this objective. All blocks lose the same fraction. The rows `base` and `averaged` use these
+masks, from the Gram matrices of `corpora.score` and of `corpora.drift`. The row `gprune` ranks by the metric, here
+averaged `act_norm`.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from gprune.sparsity.budget import Budget
 
 @torch.no_grad()
 def removal_order(weight: Tensor, gram: Tensor, removed: int, *, ridge: float) -> Tensor:
-    """Order the neurons of a block, (N,) int64: the `removed` ones that go greedily, the first one first.
+    """Order the neurons of a block, (N,) int64: first the `removed` greedily removed neurons in order of removal.
 
-    Then those that stay, by what the loss of each alone would cost. Least squares leaves the error
+    The remaining neurons follow, ordered by the error that each would add. After least squares, the error is
 
         E(R) = min over V of tr (W - V) A (W - V)^T = tr W_R (M_RR)^-1 W_R^T,    A = G + lambda I,  M = A^-1,
 
-    where V is zero in the neurons R that are gone. With the V and M that R leaves, neuron j adds ||V_j||^2 / M_jj; then
-    V becomes V - V_j M_j / M_jj, and M becomes M - M_j M_j^T / M_jj. Of both only the diagonal of M and the squared
-    norms of V are kept: V_j and M_j are made when j goes, from those that went before. float64.
+    where V is zero in the removed neurons R. Given V and M after the removal of R, neuron j adds ||V_j||^2 / M_jj. Then
+    V becomes V - V_j M_j / M_jj, and M becomes M - M_j M_j^T / M_jj. Only the diagonal of M and the squared norms of V
+    are stored; V_j and M_j are computed from the earlier ones when j is removed. float64.
 
     Args:
         weight: W (H, N); gram: G, the sum of x x^T, (N, N).
@@ -46,18 +47,22 @@ def removal_order(weight: Tensor, gram: Tensor, removed: int, *, ridge: float) -
     (H, N), damping = W.shape, max(ridge, torch.finfo(torch.float32).eps * len(A))
     damping *= float(A.diagonal().mean().clamp_min(1e-12))
     M = torch.cholesky_inverse(torch.linalg.cholesky(A + damping * torch.eye(N, dtype=A.dtype)))
-    left, norms, gone = M.diagonal().clone(), W.square().sum(0), torch.zeros(N, dtype=torch.bool)  # of M and V
+    diagonal, norms, is_removed = (
+        M.diagonal().clone(),
+        W.square().sum(0),
+        torch.zeros(N, dtype=torch.bool),
+    )  # of M and V
     rows, columns, order = torch.zeros(removed, N, dtype=A.dtype), torch.zeros(removed, H, dtype=A.dtype), []
     for k in range(removed):  # V = W - columns^T rows, M = A^-1 - rows^T rows
-        j = int((norms / left).masked_fill_(gone, math.inf).argmin())
-        column = (W[:, j] - rows[:k, j] @ columns[:k]) / left[j].sqrt()
+        j = int((norms / diagonal).masked_fill_(is_removed, math.inf).argmin())
+        column = (W[:, j] - rows[:k, j] @ columns[:k]) / diagonal[j].sqrt()
         of_m, of_v = torch.stack([rows[:k, j], columns[:k] @ column]) @ rows[:k]
-        row = (M[j] - of_m) / left[j].sqrt()
+        row = (M[j] - of_m) / diagonal[j].sqrt()
         norms = (norms - 2 * row * (column @ W - of_v) + row.square() * column.square().sum()).clamp_min(0)
-        left = (left - row.square()).clamp_min(torch.finfo(A.dtype).tiny)
-        rows[k], columns[k], gone[j] = row, column, True
+        diagonal = (diagonal - row.square()).clamp_min(torch.finfo(A.dtype).tiny)
+        rows[k], columns[k], is_removed[j] = row, column, True
         order.append(j)
-    rest = (norms / left).masked_fill_(gone, math.inf).argsort(stable=True)[: N - removed]
+    rest = (norms / diagonal).masked_fill_(is_removed, math.inf).argsort(stable=True)[: N - removed]
     return torch.cat([torch.tensor(order, dtype=torch.long), rest])
 
 
@@ -65,13 +70,13 @@ def removal_order(weight: Tensor, gram: Tensor, removed: int, *, ridge: float) -
 def greedy(
     scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, *, ridge: NonNegative = 0.01
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """m_i = (place in the order of removal) / N: every block loses the same fraction, whatever the scores."""
+    """m_i = (position in the order of removal) / N. All blocks lose the same fraction, and scores are ignored."""
     margins = []
     for block, channels in zip(blocks, statistics.ffn, strict=True):
         gram = channels.total.gram
         if block.has_experts or gram is None or budget.costs.attention:
             needed = "--sparsity.scope ffn, dense blocks and --recovery least_squares"
-            raise UserError(f"--sparsity.allocation greedy: expected {needed}.")
+            raise UserError(f"--sparsity.allocation greedy needs {needed}.")
         weight, N = block.down.weight.detach().cpu(), block.neurons
         order = removal_order(weight, gram.cpu(), min(N, math.ceil(budget.sparsity * N) + 1), ridge=ridge)
         places = torch.empty(N, dtype=torch.float64)

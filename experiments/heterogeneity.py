@@ -1,30 +1,30 @@
-"""Are neurons heterogeneous? What a finished run with three or more drift corpora says, block by block.
+"""Test whether neurons are heterogeneous, with the results of a finished run with three or more drift corpora.
 
     python -m experiments.heterogeneity runs/NAME                            # Markdown: every third block, the mean
     python -m experiments.heterogeneity runs/NAME --all --figure drift.svg   # all blocks; drift.png and drift.svg
 
-Per block of N neurons, K modules and D drift corpora; drift and its noise floor as in `gprune/partition/drift.py`:
+For each block of N neurons, K modules and D drift corpora, with drift and noise floor of `gprune/partition/drift.py`:
 
 drift         mean rank drift: standard deviation of a neuron's importance rank over the corpora, ranks in (0, 1)
-floor         mean split-half noise floor: the drift that sampling alone would show
+floor         mean split-half noise floor: the drift expected from sampling alone
 ratio         drift / floor
 above floor   share of neurons whose drift exceeds the 95th percentile of the block's N floors. With sampling noise
               alone it would be somewhat above 0.05: a drift has D - 1 degrees of freedom, a floor D
-tau           Kendall's tau-b averaged over pairs of corpora, over the whole block
-tau halves    the same between the two halves of one corpus, mean over corpora: what sampling alone leaves of agreement
-              (somewhat too low, since half the tokens rank with twice the sampling variance)
-tau inside    that between corpora inside modules, mean weighted by pairs of neurons. It falls by itself where a module
-              holds neurons of like importance, and rises where it mixes weak and strong ones, so that a difference from
-              tau proves nothing
+tau           Kendall's tau-b of the whole block, mean over pairs of corpora
+tau halves    the same between the two halves of one corpus, mean over corpora: the agreement with sampling noise alone
+              (somewhat too low, since ranks from half of the tokens have twice the sampling variance)
+tau inside    tau between corpora inside modules, mean weighted by pairs of neurons. Modules of neurons with similar
+              importance decrease it, modules of weak and strong neurons increase it, so a difference from tau proves
+              nothing
 least, most   smallest and largest sensitivity (mean drift) of a module
-switched      modules that rank by the metric switched to
+switched      modules that rank by the activation-free metric
 
-The test is of eta squared, the share of the variance of drift that lies between modules, against random partitions of
-the same sizes. For the run's own modules it is circular: they were made to hold neurons of equal drift. So modules are
-made again from the parameters alone (k-means on the embedding of gate, up and down, with no weight on drift), which
-never saw an activation; for this the dense model is loaded (`--no-data-free` does without). And a neuron ranked at
-either end has no room to drift, so that modules which differ in importance differ in drift: `given rank` is eta squared
-of what is left of drift when the mean of neurons ranked alike (32 quantiles of mean rank) is taken out.
+The test compares eta squared, the share of the variance of drift between modules, with random partitions of the same
+sizes. For the run's modules the test is circular, since they were chosen to have neurons of equal drift. Therefore
+data-free modules are made from the parameters alone (k-means on the embedding of gate, up and down, without weight on
+drift), independent of activations. This requires the dense model (`--no-data-free` skips it). Besides, the drift of
+neurons with very high or low ranks is limited, so modules that differ in importance differ in drift. `given rank` is
+eta squared of drift minus its mean over neurons of similar rank (32 quantiles of mean rank).
 """
 
 from __future__ import annotations
@@ -62,26 +62,26 @@ RANK_BINS = 32
 
 @dataclass(frozen=True)
 class Separation:
-    """How much of something differs between the modules of one block: eta squared, and of random partitions."""
+    """Eta squared of the modules of one block, and of random partitions."""
 
     eta_squared: float
     random: Tensor  # (permutations,)
 
 
 def pair_weighted_mean(values: Tensor, sizes: Tensor) -> float:
-    """Mean of per-module values (K,) weighted by the n(n-1)/2 pairs of each module; undefined modules left out."""
+    """Mean of values per module (K,), weighted by the n(n-1)/2 pairs of each module. NaN values are ignored."""
     defined = ~values.isnan()
     pairs = (sizes * (sizes - 1) / 2).double()[defined]
     return float((values[defined] * pairs).sum() / pairs.sum()) if bool(defined.any()) else float("nan")
 
 
 def block_numbers(modules: Modules) -> Tensor:
-    """(blocks, 10) float64: the columns of the first table but for the ratio, and K beside the modules switched."""
+    """(blocks, 10) float64: the columns of the first table without the ratio, and the number of modules K."""
     rows = []
     for d, y, reliability, agreement, tau in zip(
         modules.drift, modules.labels, modules.reliability, modules.agreement, modules.block_agreement, strict=True
     ):
-        # Not `d.drift`, from which a run may have subtracted the floor.
+        # `d.drift` is not used, since a run may have subtracted the floor from it.
         drift, floor = rank_drift(d.ranks), d.floor
         sensitivity = module_means(drift, y)
         inside = pair_weighted_mean(agreement, reliability.size)
@@ -97,7 +97,7 @@ def share_above(drift: Tensor, floor: Tensor) -> float:
 
 
 def eta_squared(values: Tensor, labels: Tensor) -> float:
-    """Variance of the modules' means, weighted by size, over the variance of values (N,): in [0, 1], 0 if constant."""
+    """Variance of module means, weighted by size, over the variance of values (N,): in [0, 1]; 0 if constant."""
     values = values.double()
     total = float((values - values.mean()).square().sum())
     between = float((module_means(values, labels)[labels] - values.mean()).square().sum())
@@ -105,7 +105,7 @@ def eta_squared(values: Tensor, labels: Tensor) -> float:
 
 
 def given_rank(drift: Tensor, ranks: Tensor) -> Tensor:
-    """Drift (N,) less its mean among neurons ranked alike; ranks (D, N): quantiles of the mean over corpora."""
+    """Drift (N,) minus its mean over neurons of similar rank, by quantiles of the mean of ranks (D, N) over corpora."""
     order = ranks.mean(0).argsort(stable=True)
     bins = torch.empty_like(order)
     bins[order] = torch.arange(len(order)) * min(RANK_BINS, len(order)) // len(order)
@@ -113,24 +113,24 @@ def given_rank(drift: Tensor, ranks: Tensor) -> Tensor:
 
 
 def separation(values: Tensor, labels: Tensor, *, permutations: int, seed: int) -> Separation:
-    """Eta squared of the partition, and of `permutations` random ones with its sizes."""
+    """Eta squared of a partition, and of `permutations` random partitions with the same sizes."""
     shuffled = (shuffled_partition(labels, seed=seed + i) for i in range(permutations))
     random = torch.tensor([eta_squared(values, y) for y in shuffled], dtype=torch.float64)
     return Separation(eta_squared(values, labels), random)
 
 
 def data_free_modules(run: FinishedRun) -> list[Tensor]:
-    """Module labels per block from the dense model's parameters alone, with the run's own settings otherwise.
+    """Module labels per block from the dense model's parameters alone, with the run's other settings.
 
     Raises:
-        UserError: where the model cannot be had, or is another one than the run's.
+        UserError: if the model cannot be loaded, or is not the model of the run.
     """
     model_settings, p = run.settings["model"], run.settings["partition"]
     model, _ = load_model(model_settings["name"], dtype=getattr(torch, model_settings["dtype"]))
     if fingerprint(model) != run.model:
         raise UserError(
-            f"The model '{model_settings['name']}' has other weights than the one '{run.path}' pruned; expected the "
-            f"same. --no-data-free does without it."
+            f"Run '{run.path}' needs the dense model that it pruned, but '{model_settings['name']}' has other weights. "
+            f"Add --no-data-free to skip data-free modules."
         )
     weights = map(ffn_weights, blocks_of(model))
     embeddings = [parameter_embedding(w, dim=p["embedding_dim"], seed=run.seed) for w in weights]
@@ -139,7 +139,7 @@ def data_free_modules(run: FinishedRun) -> list[Tensor]:
 
 
 def block_table(values: Tensor, *, every: int) -> Table:
-    """Every `every`-th row of `block_numbers`, and the mean over all where it is defined; counts are summed."""
+    """Every `every`-th row of `block_numbers`, and the mean over all rows without NaN. Counts are summed."""
     columns = ["block", "drift", "floor", "ratio", "above floor", "tau", "tau halves", "tau inside", "least", "most"]
     columns += ["switched"]
 
@@ -158,7 +158,7 @@ def block_table(values: Tensor, *, every: int) -> Table:
 def separation_table(
     ranks: Sequence[Tensor], partitions: dict[str, list[Tensor]], *, permutations: int, seed: int
 ) -> Table:
-    """A row per partition and quantity: means over blocks, and how many blocks lie above all their random ones."""
+    """A row per partition and quantity: means over blocks, and the number of blocks above all random partitions."""
     drifts = [rank_drift(r) for r in ranks]
     quantities = {"drift": drifts, "drift given rank": list(map(given_rank, drifts, ranks))}
     rows: list[list[Cell]] = []
@@ -179,17 +179,18 @@ def separation_table(
 
 
 def text_of(run: FinishedRun, *, every: int, data_free: bool, permutations: int, seed: int) -> str:
-    """Both tables with what they say, as Markdown.
+    """Both tables with a description, as Markdown.
 
     Raises:
-        UserError: for a run without modules, or with fewer than three drift corpora.
+        UserError: if the run has no modules, or fewer than three drift corpora.
     """
     modules, corpora = run.modules, run.settings["corpora"]["drift"]
     if modules is None:
-        raise UserError(f"'{run.path}' is a run of the base metric, which has no modules; expected one with --gprune.")
+        raise UserError(f"RUN must be a run with --gprune true; got '{run.path}', which has no modules.")
     if len(corpora) < 3:
         raise UserError(
-            f"'{run.path}' has {len(corpora)} drift corpora ({', '.join(corpora)}); expected three or more."
+            f"RUN must have three or more drift corpora; got '{run.path}' with {len(corpora)} drift corpora "
+            f"({', '.join(corpora)})."
         )
     partitions = {"the run's (circular)": modules.labels}
     if data_free:
@@ -209,7 +210,7 @@ def text_of(run: FinishedRun, *, every: int, data_free: bool, permutations: int,
 
 
 def draw(run: FinishedRun, file: Path) -> list[Path]:
-    """Drift and Kendall tau of every module in every block, as PNG and SVG under the file's name."""
+    """Draw drift and Kendall's tau of all modules, as PNG and SVG with the file's name. Returns the paths."""
     figure = titled(heterogeneity_figure(run.modules), caption(run.records))
     for axes in figure.axes:
         if axes.get_xlabel() == "block":
@@ -219,27 +220,27 @@ def draw(run: FinishedRun, file: Path) -> list[Path]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     command_line = Parser("python -m experiments.heterogeneity", description=__doc__)
     command_line.add_argument("run", metavar="RUN", help="folder of a finished run, such as runs/NAME")
-    command_line.add_argument("--all", action="store_true", help=f"print all blocks, not every {EVERY}rd")
-    command_line.add_argument("--figure", type=Path, metavar="FILE", help="draw into FILE, as .png and as .svg")
+    command_line.add_argument("--all", action="store_true", help=f"print all blocks instead of every {EVERY}rd")
+    command_line.add_argument("--figure", type=Path, metavar="FILE", help="draw a figure to FILE as .png and .svg")
     command_line.add_argument("--permutations", type=int, default=20, help="random partitions per block; default 20")
-    command_line.add_argument("--seed", type=int, default=0, help="of the random partitions")
+    command_line.add_argument("--seed", type=int, default=0, help="seed of the random partitions")
     command_line.add_argument(
         "--data-free", action=argparse.BooleanOptionalAction, default=True,
-        help="load the dense model, and make modules from its parameters alone (default)",
+        help="also test modules made from the dense model's parameters alone (default)",
     )  # fmt: skip
     return command_line
 
 
 def work(arguments: Sequence[str] | None = None) -> str:
-    """What the command prints."""
+    """Run the command. Returns the text to print."""
     options = parser().parse_args(arguments)
     if options.permutations < 1:
-        raise UserError(f"--permutations: expected 1 or more, got {options.permutations}.")
+        raise UserError(f"--permutations must be 1 or more; got {options.permutations}.")
     if not 0 <= options.seed < 2**63:
-        raise UserError(f"--seed: expected 0 or more and less than 2^63, got {options.seed}.")
+        raise UserError(f"--seed must be from 0 to 2^63 - 1; got {options.seed}.")
     quiet()
     run = read_run(options.run)
     text = text_of(
@@ -252,7 +253,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
 
 
 def main() -> int:
-    """Exit code 2 and one line for what a user can mend."""
+    """Run the command. A user error is one line on stderr and exit code 2."""
     return guarded("experiments.heterogeneity", work)
 
 

@@ -1,10 +1,10 @@
-"""How often 95 % intervals over few windows hold the truth: percentile bootstrap, BCa, and Student's t.
+"""Coverage of 95 % intervals over few windows: percentile bootstrap, BCa, and Student's t.
 
 python -m experiments.intervals [--repeats 1000]
 
-The truth is known because windows are drawn, with replacement, from the windows of a record that is kept: losses of
-gates and of base in the headline, on four corpora. Three numbers: the perplexity of one model, the
-ratio of two (paired), and the gap, which sets two corpora against the other two.
+The true value is known, since windows are drawn with replacement from those of a committed record: losses of the rows
+`gates` and `base` of the headline, on four corpora. Intervals of three quantities are tested: the perplexity of one
+model, the paired ratio of two models, and the gap between two corpora and the other two.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Interval = tuple[float, float]
 
 
 def losses() -> list[dict[str, np.ndarray]]:
-    """(32,) nats per token by corpus, of `gates` and of `base` of the headline, seed 0, on the same windows."""
+    """Losses (32,) in nats per token by corpus, of the headline's `gates` and `base`, seed 0, on the same windows."""
     records = {row.name: finished_record(row) for row in Listing.read(HEADLINE, seeds=[0]).rows}
     return [
         {
@@ -40,17 +40,17 @@ def losses() -> list[dict[str, np.ndarray]]:
 
 
 def percentile(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.random.Generator) -> Interval:
-    """Percentiles of 2,000 resamples, each corpus by itself."""
+    """Percentile bootstrap interval of 2,000 resamples. Corpora are resampled separately."""
     return bootstrapped(samples, weights, rng, "percentile")
 
 
 def bca(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.random.Generator) -> Interval:
-    """The same draws, corrected for bias and skewness: Efron's BCa."""
+    """Efron's BCa bootstrap interval, which corrects for bias and skewness."""
     return bootstrapped(samples, weights, rng, "BCa")
 
 
 def bootstrapped(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.random.Generator, method: str) -> Interval:
-    """An interval of `scipy.stats.bootstrap`."""
+    """Bootstrap interval by `scipy.stats.bootstrap`."""
 
     def statistic(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
         return sum(w * part.mean(axis=axis) for w, part in zip(weights, parts, strict=True))
@@ -62,7 +62,7 @@ def bootstrapped(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.ran
 
 
 def student(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.random.Generator) -> Interval:
-    """Student's t with the degrees of freedom of Welch and Satterthwaite."""
+    """Student's t interval with the degrees of freedom of Welch and Satterthwaite."""
     parts = np.array([w**2 * part.var(ddof=1) / len(part) for w, part in zip(weights, samples, strict=True)])
     freedom = parts.sum() ** 2 / (parts**2 / (np.array([len(part) for part in samples]) - 1)).sum()
     half = stats.t.ppf(0.975, freedom) * math.sqrt(parts.sum())
@@ -73,17 +73,17 @@ def student(samples: Sequence[np.ndarray], weights: np.ndarray, rng: np.random.G
 METHODS: dict[str, Callable[..., Interval]] = {"percentile": percentile, "BCa": bca, "Student's t": student}
 
 
-def covered(population: Sequence[np.ndarray], weights: np.ndarray, windows: int, repeats: int) -> list[float]:
-    """The share of intervals that hold the truth, by method; all methods see the same samples."""
+def coverage(population: Sequence[np.ndarray], weights: np.ndarray, windows: int, repeats: int) -> list[float]:
+    """Share of intervals that contain the true value, by method. All methods get the same samples."""
     rng = np.random.default_rng(0)
     truth = sum(w * part.mean() for w, part in zip(weights, population, strict=True))
-    held = np.zeros(len(METHODS))
+    hits = np.zeros(len(METHODS))
     for _ in range(repeats):
         samples = [rng.choice(part, windows) for part in population]
         for i, method in enumerate(METHODS.values()):
             low, high = method(samples, weights, rng)
-            held[i] += low <= truth <= high
-    return (held / repeats).tolist()
+            hits[i] += low <= truth <= high
+    return (hits / repeats).tolist()
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=1000, help="samples per row (default: %(default)s)")
     repeats = parser.parse_args().repeats
-    warnings.simplefilter("ignore")  # three windows may be one and the same: an interval of NaN, which holds nothing
+    warnings.simplefilter("ignore")  # samples of three equal windows give NaN intervals, which count as misses
     one, other = losses()
     ratio, mean = [one[c] - other[c] for c in UNSEEN], np.full(4, 0.25)
     rows = {
@@ -103,7 +103,7 @@ def main() -> None:
     print(f"| number | windows of each | {' | '.join(METHODS)} |\n|---|---:|{'---:|' * len(METHODS)}")
     for name, (population, weights) in rows.items():
         for windows in (3, 6, 12, 32):
-            shares = covered(population, weights, windows, repeats)
+            shares = coverage(population, weights, windows, repeats)
             print(f"| {name} | {windows} | {' | '.join(f'{share:.1%}' for share in shares)} |", flush=True)
 
 

@@ -1,16 +1,17 @@
-"""A model larger than the memory it is given: calibration, recovery and pruning block by block.
+"""Prune a model that is larger than the available memory: calibration, recovery and pruning layer by layer.
 
     python -m experiments.large                    # a random Llama of 1.04B parameters in bfloat16; minutes
-    python -m experiments.large --small            # a tiny one, and the same run in memory: the masks must be equal
-    python -m experiments.large --whole 7b         # a random Llama 2 7B in bfloat16, everything learned, on a GPU
+    python -m experiments.large --small            # a tiny model, also pruned in memory, with equal masks
+    python -m experiments.large --whole 7b         # a random Llama 2 7B in bfloat16, learning included, on a GPU
 
-Writes a random Llama to disk, one shard per block and never whole in memory, and prunes it with the flags of `train.py`
-in a child process whose private memory the kernel limits (RLIMIT_DATA) to less than the weights take. Prints seconds
-and the peak of resident memory (VmHWM: with files that are mapped) and of private memory (RssAnon, sampled ten times a
-second) beside the sizes of weights and Gram matrices. Text is the interpreter's own: nothing is downloaded.
+Writes a random Llama to disk with one shard per block, so that it is never in memory as a whole. Prunes it with flags
+of `train.py` in a child process whose private memory is limited (RLIMIT_DATA) to less than the size of the weights.
+Prints seconds, the peak of resident memory (VmHWM, which includes mapped files), the peak of private memory (RssAnon,
+sampled ten times per second), and the sizes of weights and Gram matrices. Corpora are those of the Python interpreter,
+so nothing is downloaded.
 
-transformers maps all shards at once while it loads a model. That takes no memory, but the limit counts it, so in the
-child they are read instead.
+transformers maps all shards at once while loading a model. This needs no memory, but counts for the limit. Therefore
+the child process reads the shards instead.
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Size:
-    """A model, what of it may be resident, what its process may have, and the text."""
+    """A model, memory limits, and the size of corpora."""
 
     config: LlamaConfig
     dtype: torch.dtype
-    max_memory: str
-    limit: str | None  # private memory of the child: RLIMIT_DATA
+    max_memory: str  # --model.max_memory for the CPU
+    limit: str | None  # private memory of the child process: RLIMIT_DATA
     windows: int
     length: int
 
 
-def shape(hidden: int, neurons: int, layers: int, heads: int, groups: int, vocabulary: int) -> LlamaConfig:
+def llama_config(hidden: int, neurons: int, layers: int, heads: int, groups: int, vocabulary: int) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=groups, head_dim=hidden // heads, vocab_size=vocabulary, tie_word_embeddings=True,
@@ -68,24 +69,24 @@ def shape(hidden: int, neurons: int, layers: int, heads: int, groups: int, vocab
     )  # fmt: skip
 
 
-LARGE = Size(shape(2048, 8192, 16, 32, 8, 32_000), torch.bfloat16, "300MB", "1900MB", 4, 128)
-SMALL = Size(shape(64, 160, 6, 4, 2, 300), torch.float32, "420kB", None, 4, 32)
-# The whole pipeline in memory, thresholds learned, by shape: Llama 2 7B's with FLAP's amount of text, 1B's, a tiny one
+LARGE = Size(llama_config(2048, 8192, 16, 32, 8, 32_000), torch.bfloat16, "300MB", "1900MB", 4, 128)
+SMALL = Size(llama_config(64, 160, 6, 4, 2, 300), torch.float32, "420kB", None, 4, 32)
+# Models for the whole pipeline in memory, including learning: Llama 2 7B with FLAP's amount of text, 1B, tiny.
 WHOLE = {
-    "7b": Size(shape(4096, 11_008, 32, 32, 32, 32_000), torch.bfloat16, "", None, 128, 2048),
-    "1b": Size(shape(2048, 8192, 16, 32, 8, 32_000), torch.bfloat16, "", None, 16, 512),
+    "7b": Size(llama_config(4096, 11_008, 32, 32, 32, 32_000), torch.bfloat16, "", None, 128, 2048),
+    "1b": Size(llama_config(2048, 8192, 16, 32, 8, 32_000), torch.bfloat16, "", None, 16, 512),
     "tiny": SMALL,
 }
 
 
 def write_model(size: Size, folder: Path) -> None:
-    """Config, tokenizer and random weights, one shard per block."""
+    """Write config, tokenizer and random weights, with one shard per block."""
     folder.mkdir(parents=True)
     model = skeleton(size.config).to(size.dtype)
     size.config.dtype, size.config.architectures = size.dtype, ["LlamaForCausalLM"]
     size.config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    names = [name for name, _ in model.named_parameters()]  # tied ones once
+    names = [name for name, _ in model.named_parameters()]  # tied weights occur once
     shards = [[name for name in names if ".layers." not in name]]  # the embeddings and the last norm
     shards += [[name for name in names if f".layers.{b}." in name] for b in range(size.config.num_hidden_layers)]
     places, total = {}, 0
@@ -100,7 +101,7 @@ def write_model(size: Size, folder: Path) -> None:
 
 
 def _random(name: str, like: Tensor, seed: int) -> Tensor:
-    """N(0, 1 / inputs) for matrices, so that activations keep their size; norms 1."""
+    """Draw matrices from N(0, 1 / inputs), so that activations keep their scale. Norms are ones."""
     if like.dim() == 1:
         return torch.ones(like.shape, dtype=like.dtype)
     generator = torch.Generator().manual_seed(1000 * seed + sum(name.encode()))
@@ -109,7 +110,7 @@ def _random(name: str, like: Tensor, seed: int) -> Tensor:
 
 @dataclass
 class Peak:
-    """What one run took."""
+    """Time and peak memory of a run."""
 
     seconds: float
     resident: float = 0.0  # VmHWM, bytes
@@ -117,7 +118,7 @@ class Peak:
 
 
 def flags_of(size: Size, folder: Path) -> list[str]:
-    """Model, text and places of every run."""
+    """Flags of all runs: model, corpora and folders."""
     return [
         f"--model.name={folder / 'model'}", f"--model.dtype={str(size.dtype).removeprefix('torch.')}",
         "--corpora.score=python_docs", "--corpora.drift=[python_docs,python_code]", "--corpora.recover=[python_docs]",
@@ -128,12 +129,12 @@ def flags_of(size: Size, folder: Path) -> list[str]:
 
 
 def train(flags: list[str], cache: Path, limit: str | None) -> Peak:
-    """A run in a process of its own, watched.
+    """Run `train.py` in a subprocess, and measure its time and peak memory.
 
     Raises:
-        SystemExit: with what it wrote to stderr, if it fails.
+        SystemExit: if the run fails, with its stderr.
     """
-    # One arena: each thread's own would count against the limit without being used.
+    # A single malloc arena, since unused memory of an arena per thread would count for the limit.
     environment = os.environ | {"GPRUNE_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1"}
     started, peak = time.monotonic(), Peak(0.0)
     with tempfile.TemporaryFile() as errors:
@@ -150,12 +151,12 @@ def train(flags: list[str], cache: Path, limit: str | None) -> Peak:
         peak.seconds = time.monotonic() - started
         errors.seek(0)
         if child.returncode:
-            raise SystemExit(f"The run ended with {child.returncode}:\n{errors.read().decode()[-3000:]}")
+            raise SystemExit(f"The run failed with exit code {child.returncode}:\n{errors.read().decode()[-3000:]}")
     return peak
 
 
 def child(limit: str, flags: list[str]) -> int:
-    """What `train.py` does, with little memory."""
+    """Run `train.py` with limited memory."""
     from transformers import modeling_utils
 
     from gprune.cli import main as run
@@ -170,7 +171,7 @@ def child(limit: str, flags: list[str]) -> int:
 
 
 def _status(pid: int) -> dict[str, float]:
-    """Bytes by name, from /proc."""
+    """Memory of a process in bytes by name, from /proc."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     pairs = (line.split(":", 1) for line in lines if line.endswith(" kB"))
     return {name: 1024.0 * int(value.split()[0]) for name, value in pairs}
@@ -181,9 +182,9 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[:1] == ["--child"]:
         raise SystemExit(child(arguments[1], arguments[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--whole", choices=WHOLE, help="the default pipeline, learning included, without limits")
-    parser.add_argument("--folder", help="where model, cache and runs go; a temporary folder otherwise")
+    parser.add_argument("--small", action="store_true", help="a tiny model, compared with a run in memory")
+    parser.add_argument("--whole", choices=WHOLE, help="the default pipeline including learning, without memory limits")
+    parser.add_argument("--folder", help="folder for model, cache and runs; default: a temporary folder")
     args = parser.parse_args(arguments)
     size = WHOLE[args.whole] if args.whole else SMALL if args.small else LARGE
     with tempfile.TemporaryDirectory() as temporary:
@@ -191,13 +192,13 @@ def main(arguments: list[str] | None = None) -> None:
         if not (folder / "model").exists():
             write_model(size, folder / "model")
         if args.whole:
-            whole(size, folder)
+            run_whole_pipeline(size, folder)
         else:
             measure(size, folder, compare=args.small)
 
 
-def whole(size: Size, folder: Path) -> None:
-    """Run the default pipeline on whatever accelerator there is; print seconds and peak memory of each step."""
+def run_whole_pipeline(size: Size, folder: Path) -> None:
+    """Run the default pipeline on the available accelerator, and print seconds and peak memory of each step."""
     own = ["--corpora.learn=[python_docs]", "--corpora.batch_size=1", "--run.name=whole"]
     peak = train([*flags_of(size, folder), *own], folder / "cache", None)
     manifest = json.loads((folder / "runs" / "whole" / "manifest.json").read_text())
@@ -210,7 +211,7 @@ def whole(size: Size, folder: Path) -> None:
 
 
 def measure(size: Size, folder: Path, *, compare: bool) -> None:
-    """Run everything and print a table; with `compare` also in memory, and the masks must be the same bits."""
+    """Run all of `RUNS` and print a table. With `compare`, run the first one also in memory and compare the masks."""
     model = skeleton(size.config).to(size.dtype)
     weights = model.get_memory_footprint(return_buffers=False)
     print(f"weights {weights / MB:,.1f} MB ({model.num_parameters():,} parameters, {size.dtype}), ")

@@ -1,7 +1,7 @@
-"""How far the rows of a list keep the same units, by the Jaccard index of their masks, against chance.
+"""Stability of masks between the runs of a list: Jaccard index of kept units, compared with chance.
 
 python -m experiments.stability experiments/headline.yaml                        between the seeds of each row
-python -m experiments.stability experiments/questions/stability.yaml --pairs     and for each pair of runs
+python -m experiments.stability experiments/questions/stability.yaml --pairs     also for each pair of runs
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NOTE = (
 
 
 def jaccard(a: Tensor, b: Tensor) -> float:
-    """|A and B| / |A or B| of two keep masks (N,) bool; 1 where neither keeps anything."""
+    """|A and B| / |A or B| of two keep masks (N,) bool; 1 if both masks are empty."""
     union = int((a | b).sum())
     return int((a & b).sum()) / union if union else 1.0
 
@@ -41,9 +41,9 @@ def jaccard(a: Tensor, b: Tensor) -> float:
 def chance_jaccard(units: int, kept_a: int, kept_b: int) -> float:
     """Expected Jaccard index of two sets of these sizes, drawn independently and uniformly from N units.
 
-    The intersection X is hypergeometric, so E[J] = sum over x of P(X = x) x / (kept_a + kept_b - x). This is exact; the
-    ratio of expectations is not. P comes from log-gamma, because `scipy.stats.hypergeom.pmf` is slow: it took most of
-    the time of a table.
+    The intersection X is hypergeometric, so E[J] = sum over x of P(X = x) x / (kept_a + kept_b - x). This is exact,
+    unlike the ratio of expectations. P is computed from log-gamma, because `scipy.stats.hypergeom.pmf` is slow: it took
+    most of the time of a table.
     """
     if kept_a == kept_b == 0:
         return 1.0
@@ -59,12 +59,12 @@ def chance_jaccard(units: int, kept_a: int, kept_b: int) -> float:
 def stability(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, float, float] | None:
     """Agreement of two runs' keep masks of one kind of unit, one (N,) bool per block, as means over blocks.
 
-    Chance is computed from each block's own widths, so two runs do not agree because they prune the same blocks hard.
-    A block is left out if one run keeps all of its units, or none: the widths alone then give the index.
+    Chance is computed from the widths of each block, so that pruning the same blocks more does not count as agreement.
+    Blocks of which one run keeps all units or none are ignored, because their index depends on the widths only.
 
     Returns:
-        Jaccard index, that of independent masks of the same widths, and beyond chance, (index - chance) / (1 - chance):
-        0 for independent masks, 1 for equal ones. None if all blocks are left out.
+        Jaccard index, its expectation for independent masks of the same widths (chance), and (index - chance) /
+        (1 - chance): 0 for independent masks, 1 for equal masks. None if all blocks are ignored.
     """
     open_blocks = [(x, y) for x, y in zip(a, b, strict=True) if all(0 < int(m.sum()) < len(m) for m in (x, y))]
     if not open_blocks:
@@ -75,7 +75,7 @@ def stability(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[float, float, f
 
 
 def pairs(runs: Iterable[FinishedRun]) -> Iterator[tuple[Any, ...]]:
-    """Names, kind of unit (`ffn`, `attention`) and agreement of each two runs of one model whose masks were kept."""
+    """Names, kind of unit (`ffn`, `attention`) and agreement of each pair of runs of one model with stored masks."""
     for one, other in combinations([run for run in with_distinct_names(runs) if run.masks is not None], 2):
         for units in ("ffn", "attention") if one.model == other.model else ():
             if (agreement := stability(getattr(one.masks, units), getattr(other.masks, units))) is not None:
@@ -83,7 +83,7 @@ def pairs(runs: Iterable[FinishedRun]) -> Iterator[tuple[Any, ...]]:
 
 
 def tables(runs: Sequence[FinishedRun], *, of_pairs: bool) -> Iterator[Table]:
-    """Agreement of each pair, and between runs that differ in seed alone: a row per group, means over its pairs."""
+    """Tables of agreement of each pair of runs, and of runs that differ only in the seed, as means over pairs."""
     of_seeds = groups(runs)
     if of_pairs:
         rows = list(map(list, pairs(run for group in of_seeds for run in group.runs)))
@@ -98,7 +98,7 @@ def tables(runs: Sequence[FinishedRun], *, of_pairs: bool) -> Iterator[Table]:
 
 
 def main(args: Sequence[str]) -> int:
-    """Print the tables of a list; returns 0."""
+    """Print the tables of a list. Returns 0."""
     path, *options = args
     runs = runs_of(str(Path(path).resolve()))
     print("\n\n".join(table.shown() for table in tables(runs, of_pairs=options == ["--pairs"])))

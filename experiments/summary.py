@@ -1,8 +1,8 @@
-"""One page for a talk, from the records that are kept: perplexity on unseen text against what is removed of two models,
-and of the first against what is learned from, and what each part adds.
+"""A figure for a talk from the committed records: perplexity on unseen text against the share of removed neurons of two
+models, against the number of distillation tokens of the first model, and the effect of each part of the method.
 
-Rows without a record are left out. `python -m experiments.summary FOLDER` draws it there as summary.png and .svg,
-what is learned from alone as distill-tokens, and metrics over their own base as sparsity-curve.
+`python -m experiments.summary FOLDER` writes it as summary.png and .svg, the curve of tokens as distill-tokens, and
+metrics relative to their base as sparsity-curve. Rows without a record are ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gprune.studies.tables import ratios_of
 
 HERE = Path(__file__).resolve().parent
 DENSE = ("dense", "none")
-# Stages of the headline's rows, as its comparisons name them, in the order in which parts are added.
+# Stages of the headline's rows by the names in its comparisons, in the order in which parts are added.
 PARTS = {
     "paper: gprune": "the paper: modules, thresholds",
     "paper, centred: gprune": "the same, centred gradient",
@@ -38,7 +38,7 @@ PARTS = {
     "best: control + least_squares+distill": "or distillation, 98k tokens",
     "base: dense": "the dense model",
 }
-# (stage, recovery, tokens of distillation) -> what the page calls it
+# (stage, recovery, tokens of distillation): label in the figure
 LINES_BY_BUDGET = {
     ("base", "none", None): "base metric",
     ("gprune", "none", None): "the paper",
@@ -73,7 +73,7 @@ Lines = dict[tuple[str, str], list[tuple[float, Estimate]]]
 
 @cache
 def runs_of(name: str) -> list[FinishedRun]:
-    """The rows of a list that have run, by its path below `experiments`."""
+    """Runs of the rows of a list that have a record. `name` is the path of the list below `experiments`."""
     listing = Listing.read(HERE / name)
     return [
         as_run(row, kept, listing.content.seen) for row in listing.rows if (kept := finished_record(row)) is not None
@@ -81,32 +81,32 @@ def runs_of(name: str) -> list[FinishedRun]:
 
 
 def by_budget(lists: Mapping[str, Collection[str] | None]) -> Lines:
-    """Perplexity over dense against the share of neurons removed, a line for each way to choose or to recover.
+    """Perplexity relative to dense against the share of removed neurons, with a line per method.
 
     Args:
-        lists: their rows by name; None for all that remove neurons of the FFN alone.
+        lists: names of rows by list; None for all rows that prune only the FFN.
     """
     lines: Lines = {}
     runs = [run for name, rows in lists.items() for run in runs_of(name) if rows is None or run.name in rows]
     for run in runs:
         of = run.settings["sparsity"]
         for stage in by_stage(run.records):
-            label, ratio = _what(run, stage), ratio_to(run, stage, run, DENSE)
+            label, ratio = _label(run, stage), ratio_to(run, stage, run, DENSE)
             if of["scope"] == "ffn" and label is not None and ratio is not None:
                 lines.setdefault((label, ""), []).append((of["target"], ratio))
     order = [(label, "") for label in LINES_BY_BUDGET.values() if (label, "") in lines]
     return {name: sorted(lines[name], key=lambda point: point[0]) for name in order}
 
 
-def _what(run: FinishedRun, stage: tuple[str, str]) -> str | None:
-    """What a stage of a run is called; None for what is not drawn."""
+def _label(run: FinishedRun, stage: tuple[str, str]) -> str | None:
+    """Label of a stage of a run; None if the stage is not drawn."""
     name, recovery = stage
     learned = run.settings["distill"]["tokens"] if recovery.endswith("distill") else None
     return LINES_BY_BUDGET.get(({"averaged": CONTROL}.get(name, name), recovery, learned))
 
 
 def by_tokens() -> Lines:
-    """Perplexity of what comes out of each row over dense, against the tokens that the row learned from."""
+    """Perplexity of the result of each row relative to dense, against the number of training tokens."""
     runs = {run.name: run for run in runs_of("questions/distill.yaml")}
     lines: Lines = {}
     for line, rows in BY_TOKENS.items():
@@ -117,7 +117,7 @@ def by_tokens() -> Lines:
 
 
 def over_base() -> Lines:
-    """Perplexity over each row's own base against the share removed: thresholds and averaged scores, by metric."""
+    """Perplexity relative to the row's base against the share removed: thresholds and averaged scores by metric."""
     lines: Lines = {}
     for run in runs_of("questions/sparsity.yaml"):
         for stage in ("averaged", "gprune"):
@@ -128,7 +128,7 @@ def over_base() -> Lines:
 
 
 def parts() -> list[tuple[str, Estimate]]:
-    """Perplexity of the headline's rows over that of unrecovered base, over seeds."""
+    """Perplexity of the headline's rows relative to the unrecovered base, pooled over seeds."""
     runs = runs_of("headline.yaml")
     by_part = [(label, ratios_of(runs, stage, "base: base")) for stage, label in PARTS.items()]
     return [("the base metric", Estimate(1.0))] + [(label, pool_estimates(of)) for label, of in by_part if of]
@@ -136,7 +136,7 @@ def parts() -> list[tuple[str, Estimate]]:
 
 @style()
 def curve_figure(lines: Lines, **labels: str) -> Figure:
-    """`draw_curves`, with a legend."""
+    """Make a figure of `draw_curves` with a legend."""
     figure, axes = canvas(6, 3.8)
     draw_curves(axes, lines, **labels)
     figure.legend(loc="outside right center")
@@ -144,14 +144,14 @@ def curve_figure(lines: Lines, **labels: str) -> Figure:
 
 
 def draw_curves(axes: Axes, lines: Lines, *, over: str, ticks: str, reference: str) -> None:
-    """Unseen perplexity over a reference's, against a number, with paired intervals; lower is better.
+    """Draw unseen perplexity relative to a reference against a number, with paired intervals. Lower is better.
 
     Args:
-        lines: (subject, stage) -> (number, ratio). Each subject has a colour and a marker; the stages `gprune` and none
-            ("") have full markers, any other stage hollow ones and dashes.
+        lines: (subject, stage): points (number, ratio). Each subject has a colour and a marker. The stage `gprune` and
+            the empty stage have filled markers and solid lines, other stages hollow markers and dashed lines.
         over: name of the number.
         ticks: format of its values.
-        reference: what perplexities are divided by.
+        reference: name of the reference.
     """
     subjects = list(dict.fromkeys(subject for subject, _ in lines))
     for (subject, stage), points in lines.items():
@@ -175,7 +175,7 @@ def draw_curves(axes: Axes, lines: Lines, *, over: str, ticks: str, reference: s
 
 @style()
 def drawn() -> Figure:
-    """The page: two pairs of axes above two."""
+    """Draw the figure: two rows of two panels."""
     figure = Figure(figsize=(11, 8))
     (removed, second), (tokens, added) = figure.subplots(2, 2)
     for axes, lists in ((removed, SMOLLM2), (second, GEMMA)):
@@ -201,9 +201,9 @@ def drawn() -> Figure:
 
 
 def work(arguments: Sequence[str] | None = None) -> str:
-    """What the command prints."""
+    """Run the command. Returns the text to print."""
     parser = Parser("python -m experiments.summary", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the figures go")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder for the figures")
     folder = parser.parse_args(arguments).folder
     quiet()
     removed = {"over": "parameters of the scope removed", "ticks": "{x:.0%}", "reference": "unrecovered base"}
@@ -217,7 +217,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
 
 
 def main() -> int:
-    """Exit code 2 and one line for what a user can mend."""
+    """Run the command. A user error is one line on stderr and exit code 2."""
     return guarded("experiments.summary", work)
 
 

@@ -1,10 +1,11 @@
-"""Prune or quantise? What the rows of a list lose, and the dense model in fewer bits, against speed and size.
+"""Prune or quantize? Perplexity of the rows of a list and of the quantized dense model, against speed and size.
 
-    pip install llama-cpp-py-sync        # without it GGUF files have their sizes alone
+    pip install llama-cpp-py-sync        # without it, only the sizes of GGUF files are known
     python -m experiments.trade_off experiments/questions/trade_off.yaml FOLDER
 
-Prints a table, and draws trade-off.png and .svg into FOLDER. How many times as fast a prompt of 128 tokens and 32 more
-are: rows over the dense model that took turns with them in transformers, GGUF files over f16 in llama.cpp.
+Prints a table, and writes trade-off.png and .svg to FOLDER. Speed is the speedup of a prompt of 128 tokens and 32
+generated tokens: of rows relative to the dense model, measured alternately in transformers, and of GGUF files relative
+to f16 in llama.cpp.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ NOTE = "Rows: timed in transformers in their list's dtype; MiB of 16 bits. GGUF:
 
 
 def pruned(run: FinishedRun) -> list[Cell]:
-    """`COLUMNS` of a row of the list."""
+    """Cells of a row of the list, by `COLUMNS`."""
     seconds = {(r["stage"] == "dense", r["task"]): r["seconds"] for r in run.evaluation if r.get("batch") == 1}
     dense, own = (seconds[of, "prefill"] + GENERATE * seconds[of, "decode"] for of in (True, False))
     ratio = unseen_ratio(run.records, list(by_stage(run.records, "window_nll"))[-1], run.records, DENSE)
@@ -48,19 +49,19 @@ def pruned(run: FinishedRun) -> list[Cell]:
 
 
 def quantised(run: FinishedRun, scratch: Path) -> list[list[Cell]]:
-    """`COLUMNS` of the dense model of a row as GGUF files."""
-    folder, here = locate_model(run.settings["model"]["name"]), has_llama_cpp()
-    types = [kind for kind in GGUF_TYPES if here or kind in TYPES]
-    files = [export(folder, scratch / f"{kind}.gguf", type=kind, unchecked=not here) for kind in types]
-    seconds = seconds_in_llama_cpp(files) if here else []
+    """Cells of the dense model of a row as GGUF files, by `COLUMNS`."""
+    folder, has_build = locate_model(run.settings["model"]["name"]), has_llama_cpp()
+    types = [kind for kind in GGUF_TYPES if has_build or kind in TYPES]
+    files = [export(folder, scratch / f"{kind}.gguf", type=kind, unchecked=not has_build) for kind in types]
+    seconds = seconds_in_llama_cpp(files) if has_build else []
     faster = [seconds[0] / own for own in seconds] or [None] * len(files)
-    ratios = [ratio_in_llama_cpp(run, file) if here else None for file in files]
+    ratios = [ratio_in_llama_cpp(run, file) if has_build else None for file in files]
     sizes = [file.stat().st_size / 2**20 for file in files]
     return [[f"dense, GGUF {kind}", *of] for kind, *of in zip(types, ratios, faster, sizes, strict=True)]
 
 
 def ratio_in_llama_cpp(run: FinishedRun, file: Path) -> Estimate | None:
-    """Unseen perplexity of a file over that of the row's dense model, on the same windows."""
+    """Unseen perplexity of a GGUF file relative to the row's dense model, on the same windows."""
     own, tokenizer = [], AutoTokenizer.from_pretrained(locate_model(run.settings["model"]["name"]))
     for r in (r for r in run.records if r["stage"] == "dense" and not r["seen"]):
         sample = Sample(len(r["window_nll"]), r["seq_len"], bos=opening(tokenizer, run.settings["corpora"]["bos"]))
@@ -70,32 +71,32 @@ def ratio_in_llama_cpp(run: FinishedRun, file: Path) -> Estimate | None:
 
 
 def seconds_in_llama_cpp(files: Sequence[Path]) -> list[float]:
-    """Of a prompt and the tokens after it, the fastest of four rounds in which the files take turns."""
-    from gprune.export.llamacpp import load_llama  # which gprune itself runs in a process of its own
+    """Seconds of each file for the prompt and the generated tokens: the fastest of four rounds over all files."""
+    from gprune.export.llamacpp import load_llama  # gprune itself uses it only in a subprocess
 
     models = [load_llama({"model": str(f), "threads": torch.get_num_threads()}, PROMPT + GENERATE) for f in files]
 
     def seconds(model: object) -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         model._clear_context_state()
         for at in (0, *range(PROMPT, PROMPT + GENERATE)):
             model._eval_tokens([1] * (1 if at else PROMPT), at)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     return [min(own) for own in zip(*([seconds(model) for model in models] for _ in range(4)), strict=True)]
 
 
 @style()
 def drawn(rows: Sequence[Sequence[Cell]]) -> Figure:
-    """Two panels: unseen perplexity over dense against speed, and against size; a line for what names begin with."""
+    """Draw unseen perplexity relative to dense against speed and against size. Lines are prefixes of rows' names."""
     figure, shown = Figure(figsize=(10, 4.2)), [row for row in rows if None not in row]
     for axes, column in zip(figure.subplots(1, 2, sharey=True), (2, 3), strict=True):
         lines: Lines = {(row[0].partition(", ")[0], ""): [] for row in shown}
         for row in sorted(shown, key=lambda row: row[column]):
             line, _, name = row[0].partition(", ")
             lines[line, ""].append((row[column], row[1]))
-            if (line, column) != ("speed", 3):  # which is no size
-                at = (4, -12) if line in ("distilled", "dense") else (-4 if column == 2 else 4, 4)  # lines meet
+            if (line, column) != ("speed", 3):  # rows with a speed target have no size
+                at = (4, -12) if line in ("distilled", "dense") else (-4 if column == 2 else 4, 4)  # where lines cross
                 side = {"ha": "right" if at[0] < 0 else "left", "textcoords": "offset points"}
                 axes.annotate(name, (row[column], row[1].value), at, fontsize=7, **side)
         draw_curves(axes, lines, over=COLUMNS[column], ticks="{x:g}", reference="dense")
@@ -106,14 +107,14 @@ def drawn(rows: Sequence[Sequence[Cell]]) -> Figure:
 
 
 def work(arguments: Sequence[str] | None = None) -> str:
-    """What the command prints."""
+    """Run the command. Returns the text to print."""
     parser = Parser("python -m experiments.trade_off", description=__doc__)
-    parser.add_argument("list", metavar="LIST")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the figure goes")
+    parser.add_argument("list", metavar="LIST", help="YAML list with records")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder for the figure")
     options = parser.parse_args(arguments)
     quiet()
     if not (runs := runs_of(str(Path(options.list).resolve()))):
-        raise UserError(f"{options.list}: expected records of its rows, got none; run `gprune study` with it.")
+        raise UserError(f"List '{options.list}' needs records of its rows. Run `gprune study {options.list}`.")
     with tempfile.TemporaryDirectory(prefix="trade-off-") as scratch:
         rows = [*map(pruned, runs), *quantised(runs[0], Path(scratch))]
     table = Table("trade_off", "", COLUMNS, rows, {"unseen / dense": 3}, NOTE)

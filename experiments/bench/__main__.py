@@ -1,16 +1,16 @@
-"""How fast is the pruned model, and gprune? Ratios measured side by side in one run, as Markdown tables.
+"""Benchmark pruned models and gprune. Ratios are measured alternately in one process and printed as Markdown tables.
 
     OMP_NUM_THREADS=1 python -m experiments.bench inference                # random masks, some minutes on one core
-    python -m experiments.bench inference --run runs/NAME                  # dense against what a run has pruned
+    python -m experiments.bench inference --run runs/NAME                  # dense model and pruned model of a run
     python -m experiments.bench inference --device cuda --dtype bfloat16 --model HUB/ID
-    python -m experiments.bench inference --small                          # tiny shapes: only tries it
-    python -m experiments.bench learning --seq_len 256 --batch_sizes 1 4   # a learning step beside a bare one
+    python -m experiments.bench inference --small                          # tiny shapes, as a smoke test
+    python -m experiments.bench learning --seq_len 256 --batch_sizes 1 4   # training steps and plain PyTorch steps
     python -m experiments.bench run --repeats 1 -- --logging.mode disabled # train.py in 32-true, auto, bfloat16
 
-inference: prefill, decoding, memory and file size of the dense and the pruned model, beside the bound that FLOPs give.
-learning: steps of distillation (windows: the first of --batch_sizes) and of thresholds (the last one) beside bare steps
-under bfloat16 autocast, and evaluation beside calibration. run: seconds, results and plans of whole runs in three
-precisions; flags behind -- are those of train.py.
+inference: prefill, decoding, memory and file size of the dense and the pruned model, and the bound from their FLOPs.
+learning: training steps of distillation (batch size: the first of --batch_sizes) and of thresholds (the last one),
+compared with plain PyTorch steps under bfloat16 autocast; throughput of evaluation compared with calibration.
+run: seconds, results and plans of whole runs in three precisions, with the flags of train.py after --.
 """
 
 from __future__ import annotations
@@ -33,43 +33,45 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def parser() -> Parser:
-    """The command line."""
+    """Return the parser of the command line."""
     default = Settings()
     flags = Parser("python -m experiments.bench", description=__doc__)
-    flags.add_argument("what", choices=("inference", "learning", "run"))
-    flags.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of all threads, where others compute too")
-    flags.add_argument("--small", action="store_true", help="tiny shapes, on which figures mean nothing")
-    flags.add_argument("--model", default=default.model, help="embedded name, folder or hub id, or `tiny`")
-    flags.add_argument("--run", help="a finished run, or a pruned model folder (dense: --model)")
+    flags.add_argument("what", choices=("inference", "learning", "run"), help="the benchmark")
+    flags.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: CPU time of all threads, for busy machines"
+    )
+    flags.add_argument("--small", action="store_true", help="tiny shapes, as a smoke test")
+    flags.add_argument("--model", default=default.model, help="embedded name, folder, hub id, or `tiny`")
+    flags.add_argument("--run", help="a finished run, or a pruned model folder (then --model is the dense model)")
     flags.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     flags.add_argument("--dtype", choices=DTYPES, default="float32")
-    flags.add_argument("--threads", type=int, help="of the processor; else what OMP_NUM_THREADS says")
-    flags.add_argument("--repeats", type=int, default=default.repeats, help="rounds; medians are reported")
+    flags.add_argument("--threads", type=int, help="CPU threads; default: OMP_NUM_THREADS")
+    flags.add_argument("--repeats", type=int, default=default.repeats, help="rounds, of which medians are reported")
     flags.add_argument("--seed", type=int, default=default.seed)
-    flags.add_argument("--sparsity", type=float, default=default.sparsity, help="of the FFN, for masks drawn at random")
+    flags.add_argument("--sparsity", type=float, default=default.sparsity, help="of the FFN, for random masks")
     flags.add_argument("--widths", choices=("random", "uniform"), default=default.widths)
     flags.add_argument("--width_multiple", type=int, default=default.width_multiple)
     flags.add_argument("--batch_sizes", type=int, nargs="+", default=default.batch_sizes)
-    flags.add_argument("--seq_len", type=int, default=default.seq_len, help="tokens of prefill and prompt")
+    flags.add_argument("--seq_len", type=int, default=default.seq_len, help="tokens of prefill and of prompts")
     flags.add_argument("--new_tokens", type=int, default=default.new_tokens)
     return flags
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """Checked settings.
+    """Validate the flags and convert them to settings.
 
     Raises:
-        UserError: for a number that cannot be, or a device that is not there.
+        UserError: for an invalid number or an unavailable device.
     """
     counts = {name: getattr(args, name) for name in ("repeats", "threads", "seq_len", "new_tokens")}
     for name, value in (counts | {"batch_sizes": min(args.batch_sizes)}).items():
         if value is not None and value < 1:
-            raise UserError(f"--{name}: expected at least 1, got {value}.")
+            raise UserError(f"--{name} must be 1 or more; got {value}.")
     try:
         device = torch.device(args.device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: '{args.device}' is not there; expected cpu or cuda.") from error
+        raise UserError(f"--device must be an available device, such as cpu or cuda; got '{args.device}'.") from error
     known = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
     known |= {"device": device, "dtype": DTYPES[args.dtype], "batch_sizes": tuple(args.batch_sizes)}
     settings = Settings(**known)
@@ -77,14 +79,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print Markdown; returns the exit code, as `guarded`."""
+    """Print Markdown tables. Returns the exit code."""
 
     def work() -> str:
         given = list(sys.argv[1:] if arguments is None else arguments)
         own, train = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
         args = parser().parse_args(own)
         if train and args.what != "run":
-            raise UserError(f"--: expected flags of train.py for `run` alone, got {' '.join(train)}.")
+            raise UserError(f"'{args.what}' cannot have flags of train.py after --; got {' '.join(train)}.")
         settings = settings_of(args)
         quiet()
         if args.threads:

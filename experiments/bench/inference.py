@@ -1,4 +1,4 @@
-"""Dense and pruned side by side: prefill, decoding with the cache, peak memory, file size."""
+"""Benchmark of dense and pruned models: prefill, decoding with a KV cache, peak memory, file size."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transformers import DynamicCache, PreTrainedModel
 from .measure import MIB, Table, flops, in_turn, peak_above
 from .models import Settings, pair_of, tokens
 
-GOAL = 0.9  # speed-up over bound: prefill at the largest batch
+GOAL = 0.9  # speed-up relative to its bound, for prefill with the largest batch
 
 
 def inference(settings: Settings) -> list[Table]:
-    """Tokens/s and peak memory of both models, and how much of the bound the speed-up reaches."""
+    """Measure tokens/s and peak memory of both models, and the speed-up relative to its bound."""
     pair = pair_of(settings)
     models = pair.models
     weights = {key: model.get_memory_footprint(return_buffers=False) for key, model in models.items()}
@@ -54,7 +54,7 @@ def inference(settings: Settings) -> list[Table]:
 
 
 def prefill(model: PreTrainedModel, settings: Settings, batch: int) -> Callable[[], Tensor]:
-    """A call that gives the logits of all positions, (batch, seq_len, vocabulary)."""
+    """Return a function that computes the logits of all positions, (batch, seq_len, vocabulary)."""
     ids = tokens(model, batch, settings.seq_len, settings.seed)
 
     @torch.inference_mode()
@@ -65,10 +65,10 @@ def prefill(model: PreTrainedModel, settings: Settings, batch: int) -> Callable[
 
 
 def decode(model: PreTrainedModel, settings: Settings, batch: int) -> Callable[[], Tensor]:
-    """A call that feeds `new_tokens` tokens, one by one, after a prompt of `seq_len` in the key/value cache."""
+    """Return a function that decodes `new_tokens` tokens one by one, after a prompt of `seq_len` in the KV cache."""
     ids = tokens(model, batch, settings.seq_len + settings.new_tokens, settings.seed)
     cache = DynamicCache()
-    # transformers 5.2x renames the argument
+    # The argument was renamed in transformers 5.2x.
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with torch.inference_mode():
         model(input_ids=ids[:, : settings.seq_len], use_cache=True, logits_to_keep=1, **{name: cache})
@@ -77,14 +77,14 @@ def decode(model: PreTrainedModel, settings: Settings, batch: int) -> Callable[[
     def call() -> Tensor:
         for at in range(settings.seq_len, ids.shape[1]):
             logits = model(input_ids=ids[:, at : at + 1], use_cache=True, **{name: cache}).logits
-        cache.crop(-settings.new_tokens)  # the next call starts after the prompt again
+        cache.crop(-settings.new_tokens)  # so that the next call starts after the prompt
         return logits
 
     return call
 
 
 def file_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the model as a safetensors file, written and thrown away."""
+    """Size of the model as a safetensors file in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_model(model, str(path))

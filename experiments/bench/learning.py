@@ -1,7 +1,7 @@
-"""A learning step of gprune beside a bare one under bfloat16 autocast, and a whole run in both precisions.
+"""Compare training steps of gprune with plain PyTorch steps under bfloat16 autocast, and whole runs in each precision.
 
-A bare step is what a plain loop in PyTorch does: forward, loss over all logits, backward, AdamW. Both distil the same
-pruned model from the same dense one; for thresholds the dense model is frozen, and its input has a gradient.
+A bare step is that of a plain PyTorch loop: forward, loss over all logits, backward, AdamW. Both distil the same pruned
+model from the same dense model. For thresholds, the dense model is frozen, and its input has a gradient.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .measure import Table, in_turn
 from .models import Settings, pair_of, random_masks, tokens
 
 STEP, RUN, EVALUATION, PLAN = 1.15, 0.55, 0.8, 0.25  # goals
-# Whole runs: a name, and its flags. `--model.dtype` is the precision of statistics and evaluation too.
+# Names and flags of whole runs. `--model.dtype` is also the precision of statistics and evaluation.
 PRECISIONS = (
     ("32-true", ("--trainer.precision", "32-true")),
     ("auto", ("--trainer.precision", "auto")),
@@ -56,7 +56,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Steps(L.Callback):
-    """A fit in a thread of its own, which takes one step of the Trainer for each call, loggers' curves included."""
+    """A `Trainer.fit` in a separate thread, which does one training step per call, including logged curves."""
 
     def __init__(self, stage: L.LightningModule, data: L.LightningDataModule, device: torch.device, precision: str):
         self.error: BaseException | None = None
@@ -77,12 +77,12 @@ class Steps(L.Callback):
         self.done.release()
 
     def begin(self) -> None:
-        """Go to the beginning of the first step."""
+        """Start the fit, and wait until its first step begins."""
         self.thread.start()
         self._wait()
 
     def __call__(self) -> None:
-        """Go from the beginning of a step to that of the next one."""
+        """Run a step until the next one begins."""
         self.go.release()
         self._wait()
 
@@ -93,7 +93,7 @@ class Steps(L.Callback):
         assert self.thread.is_alive(), "the fit has ended"
 
     def end(self) -> None:
-        """Let the fit end."""
+        """Stop the fit."""
         if self.thread.is_alive():
             self.ended = True
             self.go.release()
@@ -107,10 +107,10 @@ class Steps(L.Callback):
 
 
 def learning(settings: Settings, clock: Callable[[], float] = time.perf_counter) -> list[Table]:
-    """Steps of distillation and of threshold learning beside bare ones, and evaluation beside calibration."""
+    """Compare steps of distillation and threshold learning with bare steps, and evaluation with calibration."""
     pair, device = pair_of(settings), settings.device
     dense, pruned = pair.models.values()
-    kept = [settings.batch_sizes[0], settings.batch_sizes[-1]]  # windows of a step: distillation, thresholds
+    kept = [settings.batch_sizes[0], settings.batch_sizes[-1]]  # batch sizes of distillation and of thresholds
     rows = []
     for name, batch, bare, make in (
         ("distillation", kept[0], bare_distillation, distillation),
@@ -142,7 +142,7 @@ def learning(settings: Settings, clock: Callable[[], float] = time.perf_counter)
 def passes(
     settings: Settings, dense: PreTrainedModel, pruned: PreTrainedModel, protocol: str, clock: Callable[[], float]
 ) -> Table:
-    """Calibration, and evaluation of the dense model and of a row beside its forecasts, in --dtype."""
+    """Time calibration, and evaluation of the dense model and of a row with KL from it, in --dtype."""
     text = Windows("random", "test", tokens(dense, settings.batch_sizes[-1], settings.seq_len, settings.seed).cpu())
     halves, forecasts = torch.arange(len(text.tokens)) % 2, []
     perplexity(dense, text, forecasts=forecasts)
@@ -157,7 +157,7 @@ def passes(
     }  # fmt: skip
     timing, count = in_turn(calls, settings.repeats, settings.device, clock=clock), text.tokens.numel()
     rates = {name: count / timing.median(name) for name in calls}
-    # As the default run's first table: the dense model and three rows.
+    # The first table of a default run has the dense model and three rows.
     share = 4 * timing.median("calibration") / (timing.median("dense") + 3 * timing.median("row"))
     header = ["calibration, tokens/s", "dense, tokens/s", "row, tokens/s", "evaluation / calibration", "goal", "met"]
     return Table(
@@ -169,7 +169,7 @@ def passes(
 def distillation(
     dense: PreTrainedModel, pruned: PreTrainedModel, settings: Settings, text: list[Windows], batch: int, precision: str
 ) -> Steps:
-    """Steps of a `DistillationStage`, the teacher's pass included."""
+    """Steps of a `DistillationStage`, including the teacher's forward pass."""
     stage = DistillationStage(dense, copy.deepcopy(pruned))
     return Steps(stage, CorpusDataModule(train=text, batch_size=batch, seed=settings.seed), settings.device, precision)
 
@@ -177,7 +177,7 @@ def distillation(
 def thresholds(
     dense: PreTrainedModel, pruned: PreTrainedModel, settings: Settings, text: list[Windows], batch: int, precision: str
 ) -> Steps:
-    """Steps of `ThresholdLearning` with eight modules in each block, ranked at random."""
+    """Steps of `ThresholdLearning` with eight modules per block and random ranks."""
     masks, generator = random_masks(dense, settings), torch.Generator().manual_seed(settings.seed)
     budget = Budget.of(unit_costs(blocks_of(dense), scope="ffn"), settings.sparsity, settings.width_multiple)
 
@@ -186,13 +186,13 @@ def thresholds(
 
     labels = [torch.arange(len(mask)) % min(8, len(mask)) for mask in masks.ffn]
     modules = ModuleRanks([ranks(len(mask)) for mask in masks.ffn], labels, [ranks(len(m)) for m in masks.attention])
-    # A copy: gates of another stage would act on this one too.
+    # The model is copied, since gates of another stage would also affect this one.
     stage = ThresholdLearning(copy.deepcopy(dense), modules, start_thresholds(masks, modules), budget)
     return Steps(stage, CorpusDataModule(train=text, batch_size=batch, seed=settings.seed), settings.device, precision)
 
 
 def bare_distillation(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor) -> Callable[[], None]:
-    """A step that distils by autocast alone: both models' logits, KL, backward, fused AdamW."""
+    """Return a plain distillation step with autocast: logits of both models, KL, backward, fused AdamW."""
     student = copy.deepcopy(pruned).float()
     learned = list(student.get_decoder().layers.parameters())
     optimizer = torch.optim.AdamW([p.requires_grad_() for p in learned], lr=1e-9, fused=True)
@@ -200,9 +200,11 @@ def bare_distillation(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tens
     def step() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16):
             with torch.no_grad():
-                wanted = dense(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-            ours = student(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-            loss = F.kl_div(ours.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
+                teacher = dense(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            student_logits = student(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            loss = F.kl_div(
+                student_logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean"
+            )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -211,7 +213,7 @@ def bare_distillation(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tens
 
 
 def bare_thresholds(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor) -> Callable[[], None]:
-    """Forward and backward through the frozen dense model by autocast alone, down to its first layer's input."""
+    """Return a plain step with autocast: forward and backward through the frozen dense model to its first layer."""
     embedded = dense.get_input_embeddings()(ids).detach().requires_grad_()
 
     def step() -> None:
@@ -225,16 +227,16 @@ def bare_thresholds(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor
 
 
 def hardware(device: torch.device) -> str:
-    """What `--trainer.precision auto` is here, in a sentence."""
+    """A sentence about the value of `--trainer.precision auto` on this machine."""
     fast, why = multiplies_bfloat16(device)
     return f"`--trainer.precision auto` is {'bf16-mixed' if fast else '32-true'} here: {why}."
 
 
 def whole_runs(flags: list[str], repeats: int) -> list[Table]:
-    """`train.py` with these flags in several precisions, in turn, each with an empty cache of statistics.
+    """Run `train.py` alternately in several precisions, each time with an empty cache of statistics.
 
     Raises:
-        UserError: for a run that fails.
+        UserError: if a run fails.
     """
     rows = []
     for turn in range(repeats):
@@ -255,11 +257,11 @@ def whole_runs(flags: list[str], repeats: int) -> list[Table]:
 
 
 def one_run(flags: list[str]) -> dict[str, Any]:
-    """Seconds of a run from its manifest, its result, and the seconds that a dry run plans for it."""
+    """Run `train.py` once. Returns its seconds, results, and the seconds planned by a dry run."""
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "cache"
         cache.mkdir()
-        for kept in ("models", "wheels"):  # what a first run would download
+        for kept in ("models", "wheels"):  # downloaded files
             (cache_dir() / kept).mkdir(parents=True, exist_ok=True)
             (cache / kept).symlink_to(cache_dir() / kept)
         own = ["--run.dir", scratch, "--run.name", "run"]
@@ -270,7 +272,7 @@ def one_run(flags: list[str]) -> dict[str, Any]:
                 check=False, env=os.environ | {"GPRUNE_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
             if done.returncode:
-                raise UserError(f"train.py ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+                raise UserError(f"Cannot run train.py: {done.stderr.strip().splitlines()[-1].removesuffix('.')}.")
             return done.stdout
 
         planned = re.search(r"FLOP: (?:(\d+) days?, )?(\d+):(\d+):(\d+)", train("--dry_run", "true"))

@@ -1,7 +1,7 @@
-"""What the benchmark shares: calls timed in turn, the memory a call takes, FLOPs, and tables that say how.
+"""Measurements of the benchmark: time, memory and FLOPs of calls, and tables with the protocol.
 
-Whoever else uses the machine slows down what runs at the same moment. So the calls that are compared run in turn,
-round after round, and a ratio is the median over rounds of the ratio inside a round.
+Other processes on the machine slow down whatever runs at the same time. Therefore the compared calls run alternately in
+several rounds, and ratios are medians over rounds of the ratio in a round.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call, by name, one entry per round."""
+    """Seconds per call by name, with one entry per round."""
 
     seconds: Mapping[str, list[float]]
 
@@ -35,15 +35,15 @@ class Timing:
         return statistics.median(self.seconds[name])
 
     def ratios(self, over: str, under: str) -> list[float]:
-        """Seconds of `over` divided by seconds of `under`, round by round."""
+        """Seconds of `over` divided by seconds of `under`, by round."""
         return [a / b for a, b in zip(self.seconds[over], self.seconds[under], strict=True)]
 
     def ratio(self, over: str, under: str) -> float:
-        """The median over rounds."""
+        """Median of `ratios`."""
         return statistics.median(self.ratios(over, under))
 
     def range(self, over: str, under: str) -> str:
-        """The smallest and the largest ratio of a round."""
+        """Smallest and largest of `ratios`, as text."""
         ratios = self.ratios(over, under)
         return f"{show(min(ratios))} to {show(max(ratios))}"
 
@@ -52,14 +52,14 @@ def in_turn(
     calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, *, at_least: float = 0.05,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:  # fmt: skip
-    """Time calls in turn, every second round backwards, after one round that does not count.
+    """Time calls alternately, every second round in reverse order, after one warm-up call each.
 
     Args:
-        calls: by name.
+        calls: functions by name.
         repeats: rounds, at least 1.
-        device: which has to be done before a call is.
-        at_least: seconds for which a call is repeated inside a round.
-        clock: seconds; `time.process_time` on a machine that others use as well.
+        device: is synchronized before the clock is read.
+        at_least: seconds for which a call is repeated in a round.
+        clock: returns seconds; use `time.process_time` on a busy machine.
     """
 
     def now() -> float:
@@ -85,9 +85,9 @@ def in_turn(
 
 
 def flops(call: Callable[[], object]) -> int:
-    """FLOPs of a call: matrix products and attention, 2 per multiply-add, as FlopCounterMode counts them.
+    """FLOPs of a call by FlopCounterMode: matrix products and attention, 2 per multiply-add.
 
-    On the CPU it does not know fused attention, which is counted here as it counts a GPU's: all T x T products.
+    FlopCounterMode does not count fused attention on the CPU. It is counted here as on a GPU: all T x T products.
     """
 
     def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
@@ -101,10 +101,10 @@ def flops(call: Callable[[], object]) -> int:
 
 
 def peak_above(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes of memory that a call takes at its peak above what was taken before; at least one page.
+    """Peak memory of a call in bytes minus the memory before it; at least one page.
 
-    On a GPU of its allocator; else of the whole process (resident), which must have made such a call before: weights
-    that were mapped and never touched would count.
+    On a GPU, memory of PyTorch's allocator. On a CPU, resident memory of the process. On a CPU, the call must have run
+    before, since mapped weights would count when they are first read.
     """
     gc.collect()
     if device.type == "cuda":
@@ -113,24 +113,24 @@ def peak_above(call: Callable[[], object], device: torch.device) -> int:
         call()
         return max(torch.cuda.max_memory_allocated(device) - before, 4096)
     if not STATUS.exists():
-        return 4096  # no figure, rather than a wrong one
+        return 4096  # unknown
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
-        trim(0)  # what malloc keeps for later use would hide what the call takes
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is that from now on
+        trim(0)  # freed memory that malloc keeps would hide the memory of the call
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the peak
     before = resident("VmRSS")
     call()
     return max(resident("VmHWM") - before, 4096)
 
 
 def resident(kind: str) -> int:
-    """Bytes of this process in memory: now (VmRSS), or at their peak (VmHWM)."""
+    """Resident memory of this process in bytes: current (VmRSS) or peak (VmHWM)."""
     lines = STATUS.read_text(encoding="ascii").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers with the protocol they were measured under."""
+    """A table with the protocol of its measurements."""
 
     title: str
     protocol: str
@@ -143,7 +143,7 @@ class Table:
 
 
 def show(cell: Any) -> str:
-    """A cell of a table: numbers to four digits."""
+    """Format a cell of a table. Numbers have four digits."""
     match cell:
         case None:
             return ""
@@ -158,7 +158,7 @@ def show(cell: Any) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """Processor, threads and torch, for a protocol."""
+    """Describe processor, threads and torch version for a protocol."""
     threads = torch.get_num_threads()
     on = f"{processor()}, {threads} thread{'' if threads == 1 else 's'}"
     if device.type == "cuda":
@@ -167,7 +167,7 @@ def machine(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """What the processor calls itself, and whether it multiplies bfloat16."""
+    """Name of the processor, and its extensions for bfloat16."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

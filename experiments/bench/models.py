@@ -1,4 +1,4 @@
-"""Models, masks, tokens and settings of the benchmark. Speed does not depend on what the weights are."""
+"""Models, masks, tokens and settings of the benchmark. Speed does not depend on the values of weights."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how often."""
+    """Settings of a benchmark."""
 
-    model: str = "smollm2-135m"  # or `tiny`: random, from a config
+    model: str = "smollm2-135m"  # or `tiny`, a random Llama
     run: str | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     dtype: torch.dtype = torch.float32
@@ -41,17 +41,17 @@ class Settings:
     new_tokens: int = 16
 
     def shrunk(self) -> Settings:
-        """Everything as it is, on shapes that take seconds and mean nothing."""
+        """Return the settings with tiny shapes, for a smoke test of a few seconds."""
         return replace(self, model="tiny", run=None, repeats=min(self.repeats, 2), seq_len=16, new_tokens=4)
 
     def protocol(self, model: PreTrainedModel, name: str) -> str:
-        """The sentence before a table."""
+        """Return the sentence before a table."""
         dtype = str(model.dtype).removeprefix("torch.")
         return f"{name}, {dtype}; {machine(self.device)}; calls in turn, median of {self.repeats} rounds."
 
 
 def random_llama(*, neurons: int, blocks: int, groups: int = 4, seed: int = 0) -> LlamaForCausalLM:
-    """A random Llama in float32, frozen: 32 dimensions, 4 query heads, 256 tokens."""
+    """Make a frozen random Llama in float32: hidden size 32, 4 query heads, a vocabulary of 256."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=256, hidden_size=32, intermediate_size=neurons, num_hidden_layers=blocks, num_attention_heads=4,
@@ -61,7 +61,7 @@ def random_llama(*, neurons: int, blocks: int, groups: int = 4, seed: int = 0) -
 
 
 def model_of(settings: Settings) -> PreTrainedModel:
-    """The dense model on its device."""
+    """Load the dense model to its device."""
     if settings.model == "tiny":
         model = random_llama(neurons=256, blocks=2, groups=2, seed=settings.seed).to(settings.dtype)
     else:
@@ -70,7 +70,7 @@ def model_of(settings: Settings) -> PreTrainedModel:
 
 
 def random_masks(model: PreTrainedModel, settings: Settings) -> Masks:
-    """Masks that remove `sparsity` of the FFN, drawn at random: `uniform` widths, or widths that differ by block."""
+    """Draw random masks that remove `sparsity` of the FFN, with equal (`uniform`) or different widths of blocks."""
     blocks = blocks_of(model)
     costs = unit_costs(blocks, scope="ffn", uniform=settings.widths == "uniform")
     budget = Budget.of(costs, settings.sparsity, settings.width_multiple)
@@ -81,17 +81,17 @@ def random_masks(model: PreTrainedModel, settings: Settings) -> Masks:
 
 @dataclass(frozen=True)
 class Pair:
-    """The dense and the pruned model, in that order, and how the pruned one came about."""
+    """The dense and the pruned model, in this order, and a description."""
 
     models: dict[str, PreTrainedModel]
     how: str
 
 
 def pair_of(settings: Settings) -> Pair:
-    """From a finished run, from a pruned model folder beside `model`, or by masks drawn at random.
+    """Make the pair from a finished run, from a pruned model folder and `model`, or with random masks.
 
     Raises:
-        UserError: for a run that kept no model, or a folder that holds none.
+        UserError: if the run has no exported model, or the folder has no model.
     """
     name = settings.model
     if settings.run is None:
@@ -103,7 +103,7 @@ def pair_of(settings: Settings) -> Pair:
         if (folder / "manifest.json").is_file():
             result = gprune.load_run(folder)
             if result.model is None:
-                raise UserError(f"--run: the run '{folder}' kept no model; repeat it with --export hf.")
+                raise UserError(f"--run needs an exported model; '{folder}' has none. Repeat the run with --export hf.")
             small, name = result.model, result.config.model.name
         else:
             small, _ = load_model(str(folder))
@@ -114,7 +114,7 @@ def pair_of(settings: Settings) -> Pair:
 
 
 def tokens(model: PreTrainedModel, count: int, length: int, seed: int = 0) -> Tensor:
-    """(count, length) random token ids on the model's device."""
+    """Random token ids (count, length) on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     size = model.get_input_embeddings().num_embeddings
     return torch.randint(3, size, (count, length), generator=generator).to(model.device)

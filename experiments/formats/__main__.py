@@ -1,15 +1,15 @@
-"""What we export, and who can read it: one Markdown table, format by consumer.
+"""Check which programs load exported models. Prints a Markdown table of formats and consumers.
 
     OMP_NUM_THREADS=1 python -m experiments.formats --work runs/formats --fetch   # minutes on one core, 8 GB
 
-Three models are made of the embedded SmolLM2-135M, 30 % of the FFN gone, widths of 32: `ffn` with unequal widths,
-`ffn+kv` with KV groups gone too, `uniform` with one width. Every consumer reads them in a process of its own and
-computes the same few hundred tokens, in float32; what comes back is compared with the pruned model in memory. It is a
-check of formats: the text is the one the masks were made from, so perplexity says nothing about pruning.
+Three pruned models are made from the embedded SmolLM2-135M, without 30 % of the FFN, with widths in multiples of 32:
+`ffn` has unequal widths, `ffn+kv` also lacks KV groups, and `uniform` has equal widths. Each consumer loads them in a
+separate process and computes the same few hundred tokens in float32. The results are compared with the pruned model in
+memory. Perplexities are no results about pruning, because the text is the calibration text of the masks.
 
-`--fetch` gets consumers from the package index into the work folder: older transformers, to be laid over this
-environment, and vLLM in an environment of its own. llama.cpp is asked where it is installed (`pip install
-llama-cpp-py-sync`). Models stay in the work folder too.
+`--fetch` installs consumers from the package index to the work folder: older versions of transformers, as overlays of
+this environment, and vLLM in a separate environment. llama.cpp is used if it is installed (`pip install
+llama-cpp-py-sync`). Models are also stored in the work folder.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from gprune.export.gguf_writer import write_gguf
 from .models import MODELS, SPARSITY, WIDTH_MULTIPLE, embedded, make
 from .packages import OLDER, fetch
 
-CONVERTED = ("ffn+kv", "uniform")  # to GGUF: `ffn` asks nothing of it that `ffn+kv` does not
-LIMIT = 1e-4  # largest |difference of logits| in transformers; GGUF and vLLM have limits where they are checked
+CONVERTED = ("ffn+kv", "uniform")  # models converted to GGUF; `ffn+kv` covers all features of `ffn`
+LIMIT = 1e-4  # largest |difference of logits| in transformers; the checks of GGUF and vLLM have limits of their own
 VLLM = Path(__file__).resolve().parents[1] / "vllm_check.py"
 COLUMNS = ("format", "model", "consumer", "max diff.", "KL, nats", "top-1", "perplexity", "expected", "tokens", "load")
 Figures = dict[str, Any]  # cells of the table by column
 
 
 def rows(work: Path, vllm: Path) -> Iterator[tuple[str, str, str, str, Callable[[], Figures] | None]]:
-    """Format, model, consumer, how it loads, and what computes the figures; None where the consumer is not there."""
+    """Format, model, consumer, the call that loads it, and a function for the figures; None if not installed."""
     installed = importlib.metadata.version("transformers")
     for name in MODELS:
         folder = work / name / "hf"
@@ -53,8 +53,8 @@ def rows(work: Path, vllm: Path) -> Iterator[tuple[str, str, str, str, Callable[
         load = f"AutoModelForCausalLM.from_pretrained(FOLDER{code})"
         for version in (*OLDER, installed):
             overlay = None if version == installed else work / "packages" / f"transformers-{version}"
-            there = overlay is None or overlay.exists()
-            read = (lambda folder=folder, overlay=overlay: in_transformers(folder, overlay)) if there else None
+            available = overlay is None or overlay.exists()
+            read = (lambda folder=folder, overlay=overlay: in_transformers(folder, overlay)) if available else None
             yield "hf", name, f"transformers {version}", load, read
         read = (lambda folder=folder: in_vllm(folder, vllm)) if vllm.exists() else None
         yield "hf", name, "vLLM", f"LLM(FOLDER{code})", read
@@ -65,44 +65,44 @@ def rows(work: Path, vllm: Path) -> Iterator[tuple[str, str, str, str, Callable[
 
 
 def in_transformers(folder: Path, overlay: Path | None) -> Figures:
-    """Logits from a fresh process without gprune, where `overlay` has packages that go before those installed."""
+    """Compare logits of a new process without gprune. Packages in `overlay` take precedence."""
     expected = load_file(folder.with_name("reference.safetensors"))
     with patch.dict(os.environ, {} if overlay is None else {"PYTHONPATH": str(overlay)}):
         got = hf.reloaded_logits(folder, expected["ids"][None])[0]
     difference = hf.max_logit_difference(got, expected["logits"])
     if not difference <= LIMIT:  # also true of NaN
-        raise UserError(f"logits differ by {difference:.1e}")
-    return compared(expected, got.double().log_softmax(-1)) | {"max diff.": f"{difference:.1e} logit"}
+        raise UserError(f"Logits must be within {LIMIT:.0e}; got a difference of {difference:.1e}.")
+    return compare(expected, got.double().log_softmax(-1)) | {"max diff.": f"{difference:.1e} logit"}
 
 
 def in_llama_cpp(folder: Path, type: str) -> Figures:
-    """A file of this type, checked as an export is."""
+    """Export a GGUF file of this type, check it like any export, and compare its log-probabilities."""
     model, tokenizer = load_folder(folder)
     file, expected = folder.with_name(f"{type}.gguf"), load_file(folder.with_name("reference.safetensors"))
     write_gguf(model, tokenizer, file, type=type)
     gguf_check.check_gguf(model, tokenizer, file, type=type)
     got, _ = gguf_check.in_llama_cpp(file, expected["ids"].tolist(), [])
-    return compared(expected, got)
+    return compare(expected, got)
 
 
 def in_vllm(folder: Path, python: Path) -> Figures:
-    """What `vllm_check.py` prints, run by the Python of the environment that has vLLM."""
+    """Run `vllm_check.py` with the Python of vLLM's environment. Returns the figures that it prints."""
     command = [str(python), "-I", str(VLLM), str(folder), str(folder.with_name("reference.json"))]
     done = subprocess.run(
         command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         raise UserError(done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}")
-    said = json.loads(done.stdout.strip().splitlines()[-1])
+    got = json.loads(done.stdout.strip().splitlines()[-1])
     return {
-        "consumer": f"vLLM {said['vllm']}, {said['class']}", "max diff.": f"{said['difference']:.1e} log-prob.",
-        "top-1": f"{said['top1']:.4f}", "perplexity": f"{said['perplexity']:.4f}",
-        "expected": f"{said['perplexity_of_reference']:.4f}", "tokens": said["tokens"],
+        "consumer": f"vLLM {got['vllm']}, {got['class']}", "max diff.": f"{got['difference']:.1e} log-prob.",
+        "top-1": f"{got['top1']:.4f}", "perplexity": f"{got['perplexity']:.4f}",
+        "expected": f"{got['perplexity_of_reference']:.4f}", "tokens": got["tokens"],
     }  # fmt: skip
 
 
-def compared(expected: dict[str, Tensor], got: Tensor) -> Figures:
-    """The reference, token ids (T,) and logits (T, V), against log-probabilities (T, V) float64 of a consumer."""
+def compare(expected: dict[str, Tensor], got: Tensor) -> Figures:
+    """Compare the reference, ids (T,) and logits (T, V), with a consumer's log-probabilities (T, V), in float64."""
     own, ids = expected["logits"].double().log_softmax(-1), expected["ids"]
 
     def perplexity(logprobs: Tensor) -> float:
@@ -117,15 +117,15 @@ def compared(expected: dict[str, Tensor], got: Tensor) -> Figures:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; the exit code is 1 where a consumer that is there fails or is off, else 0."""
+    """Print the table. Returns exit code 1 if an installed consumer fails or differs from the reference, else 0."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.formats", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("runs/formats"), help="folder of models and packages")
-    parser.add_argument("--only", default="", help="rows whose name (format, model, consumer) contains this")
-    parser.add_argument("--fetch", action="store_true", help="get consumers from the package index")
-    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment that has vLLM")
+    parser.add_argument("--only", default="", help="only rows whose name (format, model, consumer) contains this")
+    parser.add_argument("--fetch", action="store_true", help="install consumers from the package index")
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="Python of an environment with vLLM")
     args = parser.parse_args(arguments)
     work = args.work.absolute()
     if args.fetch:

@@ -1,4 +1,4 @@
-"""The models that every consumer reads, as folders, and what the models in memory compute."""
+"""Folders of the models that consumers load, with reference logits of the models in memory."""
 
 from __future__ import annotations
 
@@ -23,19 +23,23 @@ from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 
-MODELS = {"ffn": (False, False), "ffn+kv": (False, True), "uniform": (True, False)}  # one width; KV groups gone
+MODELS = {
+    "ffn": (False, False),
+    "ffn+kv": (False, True),
+    "uniform": (True, False),
+}  # equal widths; without some KV groups
 SPARSITY, WIDTH_MULTIPLE = 0.3, 32
 Dense = tuple[PreTrainedModel, PreTrainedTokenizerBase, Tensor]
 
 
 def embedded() -> Dense:
-    """SmolLM2-135M, its tokenizer, and (1, T) tokens of the text that GGUF files are checked with."""
+    """SmolLM2-135M, its tokenizer, and tokens (1, T) of the text for checking GGUF files."""
     model, tokenizer = load_model("smollm2-135m")
     return model, tokenizer, tokenizer(CHECK_TEXT, return_tensors="pt").input_ids
 
 
 def make(work: Path, load: Callable[[], Dense]) -> None:
-    """Every model as a folder, with what it computes; those that are complete stay."""
+    """Write the folders of all models with their references. Complete folders are kept."""
     missing = [name for name in MODELS if not (work / name / "reference.json").exists()]
     dense, tokenizer, ids = load() if missing else (None, None, None)
     for name in missing:
@@ -48,21 +52,21 @@ def make(work: Path, load: Callable[[], Dense]) -> None:
         save_file({"ids": ids[0], "logits": logits.contiguous()}, folder / "reference.safetensors")
         logprobs, tokens = logits[:-1].double().log_softmax(-1), ids[0].tolist()
         own = logprobs[range(len(tokens) - 1), tokens[1:]].tolist()
-        content = {"ids": tokens, "logprobs": own, "top1": logprobs.argmax(-1).tolist()}  # as `vllm_check` reads it
+        content = {"ids": tokens, "logprobs": own, "top1": logprobs.argmax(-1).tolist()}  # the input of `vllm_check`
         (folder / "reference.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def pruned(dense: PreTrainedModel, ids: Tensor, uniform: bool, groups: bool) -> PreTrainedModel:
-    """`SPARSITY` of the FFN gone, in widths that random offsets (seed 0) make differ by block unless `uniform`.
+    """Remove `SPARSITY` of the FFN. Random offsets (seed 0) make widths differ between blocks, unless `uniform`.
 
-    What goes is what `wanda_sp` ranks lowest on the very text of the check: entirely random masks leave a model that
-    finds all tokens equally likely, and such a model hides errors. With `groups`, every third block loses the lowest
-    of its KV groups too.
+    Neurons with the lowest `wanda_sp` scores on the text of the check are removed. With random masks, all tokens would
+    be equally likely, which would hide errors. With `groups`, every third block also loses the KV group with the lowest
+    score.
     """
-    half = ids[:, : ids.shape[1] // 2 * 2].view(2, -1)
+    halves = ids[:, : ids.shape[1] // 2 * 2].view(2, -1)
     blocks, generator = blocks_of(dense), torch.Generator().manual_seed(0)
     with Collector(dense) as collector:
-        collector.observe(half, torch.arange(2))
+        collector.observe(halves, torch.arange(2))
     scores = score_units("wanda_sp", blocks, collector.compute())
     budget = Budget.of(unit_costs(blocks, scope="ffn", uniform=uniform), SPARSITY, WIDTH_MULTIPLE)
     margins = [(s / s.mean()).log() + torch.randn(1, generator=generator) / 4 for s in scores.ffn]

@@ -1,13 +1,13 @@
-"""The peers' own code on our calibration windows: what the drivers read, and what becomes of what they write.
+"""Run the code of other tools (peers) on gprune's calibration windows: input and output of their drivers.
 
     python -m experiments.peers windows --output runs/peers/smollm2.safetensors --config protocol
     python -m experiments.peers.osscar --clone OSSCAR --windows FILE --output runs/peers/osscar
     python -m experiments.peers save --cut runs/peers/flap-cut --output runs/peers/flap
     python -m experiments.peers table
 
-windows: calibration windows of a configuration (flags as for `python train.py`), in one file for all drivers. save: a
-model folder with blocks of unequal width, in gprune's format, of what a driver has cut. table: the committed records of
-the drivers as Markdown.
+windows: write the calibration windows of a configuration (flags of `python train.py`) to a file for all drivers.
+save: make a model folder in gprune's format, with blocks of unequal width, from the output of a driver.
+table: print the committed records of the drivers as Markdown.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DIGITS = {"CPU s": 0, "peak MiB": 0}
 
 
 def windows(output: Path, flags: Sequence[str]) -> str:
-    """Write the training windows of a configuration's calibration corpora: int64 (n, seq_len) by corpus."""
+    """Write the training windows of a configuration's calibration corpora, int64 (n, seq_len) by corpus."""
     import torch
     from safetensors.torch import save_file
 
@@ -54,10 +54,10 @@ def windows(output: Path, flags: Sequence[str]) -> str:
 
 
 def save(cut: Path, output: Path) -> str:
-    """Slice the dense model by the masks of a driver, put the peer's weights and biases in, save, and load again.
+    """Slice the dense model by the masks of a driver, insert the peer's weights and biases, save, and reload.
 
     Raises:
-        UserError: for a folder that is no driver's, and as `save_pruned` and `check_reload`.
+        UserError: if the folder is not the output of a driver, or saving or reloading fails.
     """
     import torch
     from safetensors import safe_open
@@ -69,7 +69,7 @@ def save(cut: Path, output: Path) -> str:
     from gprune.models.surgery import prune
 
     if not (cut / CUT).is_file() or not (cut / RECORD).is_file():
-        raise UserError(f"--cut: '{cut}' has no {CUT} and {RECORD}; expected the output of a driver such as flap.")
+        raise UserError(f"--cut must be the output of a driver such as flap, with {CUT} and {RECORD}; got '{cut}'.")
     with safe_open(cut / CUT, "pt") as file:
         source, tensors = file.metadata()["model"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weights = {name: tensors.pop(name) for name in list(tensors) if name.endswith((".weight", ".bias"))}
@@ -86,7 +86,7 @@ def save(cut: Path, output: Path) -> str:
 
 
 def table(folder: Path = RECORDS) -> Table:
-    """What each driver needed, from the records that were copied from the folders that the drivers wrote."""
+    """Table of cost and results of the drivers, from their committed records."""
     rows: list[list[Cell]] = []
     for path in sorted(folder.glob("*.json")):
         record: dict[str, Any] = read_json(path)
@@ -105,26 +105,26 @@ def table(folder: Path = RECORDS) -> Table:
 
 
 def run(args: Sequence[str]) -> str:
-    """Do what the first argument names; returns what is printed."""
+    """Run a subcommand. Returns the text to print."""
     flags = Parser("python -m experiments.peers", description=__doc__)
     what = flags.add_subparsers(dest="what", required=True)
-    first = what.add_parser("windows", help="calibration windows for the drivers; flags of train.py follow")
-    first.add_argument("--output", type=Path, required=True)
-    second = what.add_parser("save", help="a folder in gprune's format of what a driver has cut")
-    second.add_argument("--cut", type=Path, required=True)
-    second.add_argument("--output", type=Path, required=True)
-    what.add_parser("table", help="the committed records of the drivers")
+    first = what.add_parser("windows", help="write calibration windows for the drivers; accepts flags of train.py")
+    first.add_argument("--output", type=Path, required=True, help="file for the windows")
+    second = what.add_parser("save", help="make a model folder in gprune's format from the output of a driver")
+    second.add_argument("--cut", type=Path, required=True, help="output folder of a driver")
+    second.add_argument("--output", type=Path, required=True, help="folder for the model")
+    what.add_parser("table", help="print the committed records of the drivers")
     known, others = flags.parse_known_args(args)
     quiet()
     if known.what == "windows":
         return windows(known.output, others)
     if others:
-        raise UserError(f"unknown flag: {others[0]}")
+        raise UserError(f"Unknown flag '{others[0]}'.")
     return save(known.cut, known.output) if known.what == "save" else table().shown()
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command. Returns the exit code."""
     return guarded("experiments.peers", lambda: run(sys.argv[1:] if args is None else args))
 
 

@@ -1,8 +1,8 @@
-"""What the drivers share: the peer's clone, calibration windows, the budget, layers one after another, the result.
+"""Common parts of the drivers: the peer's clone, calibration windows, budget, hidden states, slicing, and the result.
 
-A driver needs torch, transformers and safetensors, and nothing of gprune, so it runs in an environment that suits the
-peer. The peer's code is imported from a clone at one commit. Where it has to be changed to run on a CPU or on another
-model, `import_with` changes expressions of the syntax tree while it imports, and stops if an expression is not there.
+A driver needs torch, transformers and safetensors, but not gprune, so that it can run in an environment for the peer.
+The peer's code is imported from a clone at a fixed commit. If the code has to be changed to run on a CPU or on another
+model, `import_with` replaces expressions of the syntax tree while importing, and stops if an expression is missing.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-RECORD = "peer.json"  # in the folder that a driver writes
-CUT = "cut.safetensors"  # there, in place of a model: masks, and weights and biases that the peer has changed
+RECORD = "peer.json"  # in the output folder of a driver
+CUT = "cut.safetensors"  # instead of a model in the output folder: masks, and weights and biases changed by the peer
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab*", "merges.txt")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A repository at the commit that a driver was written for."""
+    """A repository and the commit that its driver supports."""
 
     name: str
     repository: str  # owner/name on GitHub
@@ -46,7 +46,7 @@ class Peer:
 
     @property
     def obtain(self) -> str:
-        """The commands that make the clone."""
+        """Commands that clone the repository at the commit."""
         folder = self.repository.rpartition("/")[2]
         url = f"https://github.com/{self.repository}"
         return f"git clone {url} {folder} && git -C {folder} checkout {self.commit}"
@@ -54,26 +54,26 @@ class Peer:
 
 @dataclass
 class Calibration:
-    """The windows that a driver calibrates on, and the dense model they were cut for."""
+    """Calibration windows of a driver, and the dense model whose tokenizer they have."""
 
-    model: str  # a folder
+    model: str  # folder
     corpora: dict[str, Tensor]  # (n, seq_len) int64 by corpus
 
     @property
     def windows(self) -> list[Tensor]:
-        """(1, seq_len) each; the corpora take turns, so the first few windows have all of them."""
+        """Windows (1, seq_len) that alternate between corpora, so that the first few windows have all corpora."""
         longest = max(map(len, self.corpora.values()))
         return [w[i : i + 1] for i in range(longest) for w in self.corpora.values() if i < len(w)]
 
     @property
     def tokens(self) -> int:
-        """Of all windows."""
+        """Number of tokens of all windows."""
         return sum(w.numel() for w in self.corpora.values())
 
 
 @dataclass
 class Record:
-    """What a driver has to say about its run; JSON in the folder of the model."""
+    """Record of a driver's run, stored as JSON in its output folder."""
 
     peer: dict[str, Any]
     model: str
@@ -83,75 +83,77 @@ class Record:
     packages: dict[str, str]
     parameters_before: int = 0
     parameters_after: int = 0
-    parameters_stored: int = 0  # of the folder, which may hold zeros in place of what was removed
-    cpu_seconds: float = 0.0  # of the peer's work: without loading and saving
+    parameters_stored: int = 0  # in the folder, which may have zeros for removed parameters
+    cpu_seconds: float = 0.0  # of the peer's code, without loading and saving
     wall_seconds: float = 0.0
     peak_memory_mib: float = 0.0  # resident, of the whole process
-    reload_difference: float | None = None  # max |difference of logits| of the folder, loaded again
+    reload_difference: float | None = None  # max |difference of logits| of the reloaded folder
     notes: list[str] = field(default_factory=list)
 
 
 def stop(message: str) -> SystemExit:
-    """The exit of a driver for something that its user can put right: one line, exit code 2."""
+    """Print a user error as one line. Returns the exception that exits with code 2."""
     print(f"error: {message}", file=sys.stderr)
     return SystemExit(2)
 
 
 def check_clone(peer: Peer, clone: Path) -> Path:
-    """Return the folder of the peer's clone; stop in one line if it is absent or at another commit."""
-    expected = f"expected {peer.repository} at {peer.commit[:8]}: {peer.obtain}"
+    """Return the folder of the peer's clone. Stop if it is missing, modified or at another commit."""
+    expected = f"--clone must be an unmodified clone of {peer.repository} at {peer.commit[:8]}"
+    remedy = f"Run `{peer.obtain}`."
     if not (clone / ".git").exists():
-        raise stop(f"--clone: '{clone}' is not a git clone; {expected}")
+        raise stop(f"{expected}; got '{clone}', which is not a clone. {remedy}")
     command = ["git", "-C", str(clone), "rev-parse", "HEAD"]
     head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     if head != peer.commit:
-        raise stop(f"--clone: '{clone}' is at {head[:8] or 'no commit'}; {expected}")
+        raise stop(f"{expected}; got '{clone}' at {head[:8] or 'no commit'}. {remedy}")
     command = ["git", "-C", str(clone), "status", "--porcelain", "--untracked-files=no"]
     if changed := subprocess.run(command, capture_output=True, text=True, check=False).stdout.split():
-        raise stop(f"--clone: '{clone}' has files that were changed, such as {changed[1]}; {expected}")
+        raise stop(f"{expected}; got '{clone}' with modified files, such as {changed[1]}. {remedy}")
     return clone.resolve()
 
 
 def read_windows(path: Path) -> Calibration:
-    """Read the file that `python -m experiments.peers windows` wrote; stop in one line if it is no such file."""
+    """Read a file written by `python -m experiments.peers windows`. Stop if the file is invalid."""
+    expected = f"--windows: '{path}' must be a file written by `python -m experiments.peers windows`"
     if not path.is_file():
-        raise stop(f"--windows: '{path}' is not a file; write it with: python -m experiments.peers windows")
+        raise stop(f"{expected}; got no file.")
     try:
         with safe_open(path, "pt") as file:
             model = (file.metadata() or {})["model"]
             names = json.loads(file.metadata()["corpora"])
             corpora = {name: file.get_tensor(name) for name in names}
-    except Exception as error:  # of safetensors, which has classes of its own
-        raise stop(f"--windows: '{path}' was not written by experiments.peers: {error}") from error
+    except Exception as error:  # safetensors has exception classes of its own
+        raise stop(f"{expected}; got another file ({error}).") from error
     return Calibration(model, corpora)
 
 
 def parser(peer: Peer, description: str, *, mixed: bool = True) -> argparse.ArgumentParser:
-    """The flags of every driver; `mixed`: whether its peer may compute matrix products in bfloat16."""
+    """Return a parser with the flags of all drivers. With `mixed`, --precision offers bfloat16 matrix products."""
     flags = argparse.ArgumentParser(prog=f"python -m experiments.peers.{peer.name}", description=description)
-    flags.add_argument("--clone", type=Path, required=True, help=f"of {peer.repository} at {peer.commit[:8]}")
+    flags.add_argument("--clone", type=Path, required=True, help=f"clone of {peer.repository} at {peer.commit[:8]}")
     flags.add_argument("--windows", type=Path, required=True, help="written by `python -m experiments.peers windows`")
     flags.add_argument("--output", type=Path, required=True, help="folder for the pruned model; must not exist")
-    flags.add_argument("--model", help="folder of the dense model; by default the one that the windows were cut for")
-    flags.add_argument("--parameters", type=int, help="at least as many stay; default: without half of the FFN")
+    flags.add_argument("--model", help="folder of the dense model; default: the model of the windows")
+    flags.add_argument("--parameters", type=int, help="minimum of remaining parameters; default: without half the FFN")
     if mixed:
-        what = "of matrix products (autocast); several times as fast on processors with AMX"
+        what = "of matrix products (autocast); bfloat16 is several times as fast on processors with AMX"
         flags.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help=what)
     return flags
 
 
 class Work:
-    """One run of a driver: `with Work(peer, args) as work`, `work.timed()` around the peer's part, `work.save(...)`."""
+    """A run of a driver: `work = Work(peer, args)`, the peer's code inside `work.timed()`, then `work.save(...)`."""
 
     def __init__(self, peer: Peer, args: argparse.Namespace) -> None:
         self.clone = check_clone(peer, args.clone)
         self.calibration = read_windows(args.windows)
         self.output = args.output
         if self.output.exists():
-            raise stop(f"--output: '{self.output}' exists already; move it away.")
+            raise stop(f"--output must be a new folder; got '{self.output}', which exists.")
         self.source = Path(args.model or self.calibration.model)
         if not (self.source / "config.json").is_file():
-            raise stop(f"--model: '{self.source}' has no config.json; expected the folder of the dense model.")
+            raise stop(f"--model must be the folder of the dense model, with config.json; got '{self.source}'.")
         self.model = load(self.source)
         self.parameters = args.parameters or without_half_of_ffn(self.model)
         self.autocast = getattr(args, "precision", "float32") == "bfloat16"
@@ -165,7 +167,7 @@ class Work:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """Count the seconds of the block as the peer's."""
+        """Add the time of the block to the record."""
         cpu, wall = time.process_time(), time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             yield
@@ -173,16 +175,16 @@ class Work:
         self.record.wall_seconds += time.perf_counter() - wall
 
     def save_narrowed(self, model: PreTrainedModel, width: int) -> None:
-        """As `save`, of a model that was given gradients and an FFN of this width."""
+        """Save a model whose parameters have gradients and whose FFN was narrowed to `width`."""
         model.zero_grad(set_to_none=True)
-        tell_width(model.requires_grad_(False), width)
+        set_width(model.requires_grad_(False), width)
         self.save(model)
 
     def save(self, model: PreTrainedModel, *, removed: int = 0, notes: Sequence[str] = ()) -> None:
-        """Write the model as a stock Hugging Face folder, load it again, compare logits, and write the record.
+        """Save the model as a stock Hugging Face folder, reload it, compare logits, and write the record.
 
         Args:
-            removed: parameters that the peer has removed and the folder holds as zeros.
+            removed: number of removed parameters that are zeros in the folder.
         """
         partial = self.output.with_name(self.output.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -197,7 +199,7 @@ class Work:
         self.finish(partial, notes)
 
     def finish(self, partial: Path, notes: Sequence[str] = ()) -> None:
-        """Write the record into a folder, give the folder its name, and print the record."""
+        """Write the record to a folder, rename the folder to the output, and print the record."""
         self.record.notes += notes
         self.record.peak_memory_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         text = json.dumps(asdict(self.record), indent=1) + "\n"
@@ -207,60 +209,61 @@ class Work:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """A causal language model in float32, frozen and without cache."""
+    """Load a causal language model in float32, frozen and without KV cache."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the files of a tokenizer into another model folder."""
+    """Copy the files of a tokenizer to another model folder."""
     for pattern in TOKENIZER:
         for path in source.glob(pattern):
             shutil.copy(path, folder)
 
 
 def count(model: nn.Module) -> int:
-    """Parameters; tied ones count once."""
+    """Number of parameters. Tied parameters count once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def without_half_of_ffn(model: PreTrainedModel) -> int:
-    """Parameters that stay if every block loses half of its neurons."""
+    """Number of parameters if each block loses half of its neurons."""
     config = model.config
     return count(model) - config.num_hidden_layers * neuron_size(model) * (config.intermediate_size // 2)
 
 
 def neuron_size(model: PreTrainedModel) -> int:
-    """Parameters of one gated FFN neuron: a row of gate and of up, a column of down."""
+    """Number of parameters of a gated FFN neuron: a row of gate, a row of up, a column of down."""
     return 3 * model.config.hidden_size
 
 
 def width_for(model: PreTrainedModel, parameters: int) -> int:
-    """The fewest neurons of every block with which at least so many parameters stay."""
+    """Smallest number of neurons per block with which at least `parameters` remain."""
     layer, full = model.config.num_hidden_layers * neuron_size(model), model.config.intermediate_size
     width = full - (count(model) - parameters) // layer
     if not 0 < width <= full:
         least = count(model) - (full - 1) * layer
         raise stop(
-            f"--parameters: expected {least:,} to {count(model):,} with a neuron in each block, got {parameters:,}."
+            f"--parameters must be from {least:,} to {count(model):,}, for one neuron or more per block; "
+            f"got {parameters:,}."
         )
     return width
 
 
 @torch.no_grad()
 def keep_neurons(model: PreTrainedModel, kept: Sequence[Tensor]) -> None:
-    """Slice the FFN of each block down to the neurons with these indices, as many in every block, in place."""
+    """Slice the FFN of each block to the neurons with these indices, in place. All blocks keep equally many."""
     (width,) = {len(index) for index in kept}
     for layer, index in zip(model.model.layers, kept, strict=True):
         for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
             linear = getattr(layer.mlp, name)
             linear.weight = nn.Parameter(linear.weight.index_select(dim, index), requires_grad=False)
-    tell_width(model, width)
+    set_width(model, width)
 
 
-def tell_width(model: PreTrainedModel, width: int) -> None:
-    """Let a model whose FFN was sliced say how wide it is, to itself and in its config."""
+def set_width(model: PreTrainedModel, width: int) -> None:
+    """Set the width of a sliced FFN in its modules and in the config."""
     for layer in model.model.layers:
         layer.mlp.intermediate_size = width
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -271,7 +274,7 @@ def tell_width(model: PreTrainedModel, width: int) -> None:
 
 @torch.no_grad()
 def keep_blocks(model: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Leave only these blocks in the decoder, in place, with their entries of the config."""
+    """Keep only these blocks of the decoder and their entries of the config, in place."""
     before = model.config.num_hidden_layers
     layers = [model.model.layers[i] for i in kept]
     for name, value in list(vars(model.config).items()):
@@ -286,44 +289,45 @@ def keep_blocks(model: PreTrainedModel, kept: Sequence[int]) -> None:
 
 
 def blocks_for(model: PreTrainedModel, parameters: int) -> int:
-    """How many whole blocks can go so that at least so many parameters stay."""
+    """Largest number of whole blocks that can be removed so that at least `parameters` remain."""
     return (count(model) - parameters) // count(model.model.layers[0])
 
 
 @torch.no_grad()
-def entering(model: PreTrainedModel, windows: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """What enters the first block, one (1, T, H) per window, and the other arguments of every block.
+def first_block_inputs(model: PreTrainedModel, windows: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Hidden states at the input of the first block, (1, T, H) per window, and the other arguments of each block.
 
-    The latter (positions, masks) are those of the first window: all windows are equally long and not padded.
+    The other arguments (positions, masks) are those of the first window, since all windows have the same length and no
+    padding.
     """
     settings: list[dict[str, Any]] = []
 
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def record_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         settings.append(kwargs)
 
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in model.model.layers]
+    hooks = [layer.register_forward_pre_hook(record_arguments, with_kwargs=True) for layer in model.model.layers]
     model(windows[0], use_cache=False)
     for hook in hooks:
         hook.remove()
     states: list[Tensor] = []
 
-    class Entered(Exception):  # noqa: N818
-        """Stops the forward pass at the first block."""
+    class StopForward(Exception):  # noqa: N818
+        """Ends the forward pass at the first block."""
 
-    def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def record_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         states.append(args[0])
-        raise Entered
+        raise StopForward
 
-    hook = model.model.layers[0].register_forward_pre_hook(take, with_kwargs=True)
+    hook = model.model.layers[0].register_forward_pre_hook(record_input, with_kwargs=True)
     for window in windows:
-        with contextlib.suppress(Entered):
+        with contextlib.suppress(StopForward):
             model(window, use_cache=False)
     hook.remove()
     return states, settings
 
 
 def accumulate_gradients(model: PreTrainedModel, windows: Sequence[Tensor]) -> None:
-    """Leave in every parameter's `.grad` the gradient of the mean next-token loss over all windows."""
+    """Add the gradient of the mean next-token loss over all windows to the `.grad` of each parameter."""
     for window in windows:
         (model(window, labels=window, use_cache=False).loss / len(windows)).backward()
 
@@ -332,15 +336,15 @@ def import_with(name: str, path: Path, replaced: Mapping[str, str], **names: Any
     """Import a file of a peer with some expressions of its syntax tree replaced.
 
     Args:
-        name: of the module, in `sys.modules` too.
-        replaced: Python expressions, and what stands in their places: all places, and at least one.
-        names: what the new expressions may refer to.
+        name: of the module, also in `sys.modules`.
+        replaced: new Python expressions by old ones. All occurrences are replaced; at least one is required.
+        names: variables for the new expressions.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    swap = _Swap({ast.dump(_expression(old)): _expression(new) for old, new in replaced.items()})
-    tree = ast.fix_missing_locations(swap.visit(tree))
-    if missing := [old for old in replaced if ast.dump(_expression(old)) not in swap.found]:
-        raise stop(f"{path} has no expression `{missing[0]}`, which the driver replaces.")
+    replacer = _Replacer({ast.dump(_expression(old)): _expression(new) for old, new in replaced.items()})
+    tree = ast.fix_missing_locations(replacer.visit(tree))
+    if missing := [old for old in replaced if ast.dump(_expression(old)) not in replacer.found]:
+        raise stop(f"Cannot patch '{path}': it has no expression `{missing[0]}`.")
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
     vars(module).update(names)
     sys.modules[name] = module
@@ -352,14 +356,14 @@ def _expression(source: str) -> ast.expr:
     return ast.parse(source, mode="eval").body
 
 
-class _Swap(ast.NodeTransformer):
-    """Replaces expressions by others, outermost first."""
+class _Replacer(ast.NodeTransformer):
+    """Replaces expressions by others, outermost expressions first."""
 
     def __init__(self, replaced: Mapping[str, ast.expr]) -> None:
         self.replaced, self.found = replaced, set()
 
     def visit(self, node: ast.AST) -> ast.AST:
-        """Replace a node, or look into it."""
+        """Replace a node or, if it is not to be replaced, visit its children."""
         content = ast.dump(node) if isinstance(node, ast.expr) else ""
         if content in self.replaced:
             self.found.add(content)
@@ -367,8 +371,8 @@ class _Swap(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-def stand_in(name: str, **content: Any) -> ModuleType:
-    """A module under a name that the peer imports and this run has no need of."""
+def stub_module(name: str, **content: Any) -> ModuleType:
+    """Register a stub for a module that the peer imports but that is not needed."""
     module = ModuleType(name)
     vars(module).update(content)
     sys.modules[name] = module

@@ -1,10 +1,10 @@
-"""Torch-Pruning (DepGraph, Fang et al. 2023): FFN neurons by its group Taylor importance.
+"""Torch-Pruning (DepGraph, Fang et al. 2023): FFN neurons by group Taylor importance.
 
     python -m experiments.peers.torch_pruning --clone Torch-Pruning --windows FILE --output FOLDER
 
-The peer builds the dependency graph, scores the groups of gate, up and down, and slices them: nothing is patched. The
-gradient is of the mean loss over all windows. Its `examples/LLMs/prune_llm.py` prunes the hidden size and heads too, by
-magnitude; here the budget goes to the FFN, where a half of every block goes.
+The peer builds the dependency graph, computes scores of the groups of gate, up and down, and slices them, without
+patches. The gradient is that of the mean loss over all windows. The peer's `examples/LLMs/prune_llm.py` also prunes the
+hidden size and heads, by magnitude. Here only the FFN is pruned, by a half in each block.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PEER = common.Peer(
 
 
 def prune(args: argparse.Namespace) -> None:
-    """Prune, and write the folder."""
+    """Prune, and write the model folder."""
     work = common.Work(PEER, args)
     model, windows = work.model, work.calibration.windows
     sys.path.insert(0, str(work.clone))

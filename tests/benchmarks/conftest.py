@@ -1,4 +1,4 @@
-"""Local tasks of words that the tiny tokenizer knows."""
+"""Local tasks whose text is made of words in the tiny tokenizer's vocabulary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def needs_lm_eval():
 
 
 def manager_of(*folders: str):
-    """lm_eval's, of the tasks in a few of its folders, since it takes seconds to read all."""
+    """lm_eval's TaskManager for the tasks in these folders only. Reading all of its folders takes seconds."""
     root = Path(needs_lm_eval().__file__).parent / "tasks"
     manager = pytest.importorskip("lm_eval.tasks").TaskManager
     return manager(include_defaults=False, include_path=[str(root / name) for name in folders])
@@ -30,7 +30,7 @@ def sentence(rng: np.random.Generator, words: int) -> str:
 
 
 def questions(n: int, seed: int = 0) -> list[dict]:
-    """With three to five choices, as in ARC."""
+    """Questions with three to five choices, as in ARC."""
     rng, rows = np.random.default_rng(seed), []
     for i in range(n):
         choices = [sentence(rng, int(rng.integers(1, 6))) for _ in range(3 + i % 3)]
@@ -55,22 +55,22 @@ def write_task(root: Path, name: str, split: str, rows: list[dict]) -> Path:
     return path
 
 
-def hub(monkeypatch, *, reachable: bool, manager: object = None) -> None:
+def fake_hub(monkeypatch, *, reachable: bool, manager: object = None) -> None:
     @contextmanager
-    def answers() -> Iterator[bool]:
+    def is_reachable() -> Iterator[bool]:
         yield reachable
 
-    monkeypatch.setattr(tasks, "offline_if_unreachable", answers)
+    monkeypatch.setattr(tasks, "offline_if_unreachable", is_reachable)
     monkeypatch.setattr(tasks, "_manager", lambda: manager)
 
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """A folder of local tasks, and a hub that does not answer."""
+    """A folder of local tasks. The Hugging Face hub is unreachable."""
     needs_lm_eval()
     for name, split in (("piqa", "validation"), ("arc_easy", "test"), ("sciq", "validation"), ("mine", "test")):
         write_task(tmp_path, name, split, questions(12))
     write_task(tmp_path, "blimp", "test", pairs())
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
-    hub(monkeypatch, reachable=False)
+    fake_hub(monkeypatch, reachable=False)
     return tmp_path

@@ -1,4 +1,4 @@
-"""`gprune evaluate`: runs, folders and names that can be evaluated, and the files of their records."""
+"""`gprune evaluate`: the runs, folders and names that it accepts, and the files that it writes records to."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from gprune.__main__ import run as command
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.evaluation.intervals import paired_difference
 from tests import tiny_run
-from tests.benchmarks.conftest import hub, needs_lm_eval, questions, sentence, write_task
+from tests.benchmarks.conftest import fake_hub, needs_lm_eval, questions, sentence, write_task
 from tests.tiny_run import isolated
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A tiny run with its model, one without, and local data; in an environment of their own."""
+    """A tiny run with an exported model, a tiny run without one, and local data, in an isolated environment."""
     folder = tmp_path_factory.mktemp("zero-shot")
     with pytest.MonkeyPatch.context() as patch, isolated(folder / "cache"):
         tiny_run.quick(patch)
@@ -38,14 +38,14 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def quiet_world(finished, monkeypatch):
-    hub(monkeypatch, reachable=False)
+def offline_runs(finished, monkeypatch):
+    fake_hub(monkeypatch, reachable=False)
     (finished.runs / "kept" / "evaluation.json").unlink(missing_ok=True)
     with isolated(finished.folder / "cache", GPRUNE_DATA_DIR=str(finished.folder)):
         yield finished
 
 
-def perplexity_of(*places: Path, **options: Path) -> int:
+def exit_code_of_wikitext2(*places: Path, **options: Path) -> int:
     """The exit code of `gprune evaluate` on WikiText-2 in windows of 32 tokens."""
     more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return command("evaluate", [*map(str, places), "--tasks", "wikitext2", "--seq_len", "32", *more])
@@ -55,14 +55,14 @@ def records_in(path: Path) -> list[dict]:
     return json.loads(path.read_text())["records"]
 
 
-def test_a_runs_model_and_its_dense_model(quiet_world, capsys):
+def test_evaluate_dense_records_and_prints_a_run_next_to_its_dense_model(offline_runs, capsys):
     needs_lm_eval()
-    run = quiet_world.runs / "kept"
+    run = offline_runs.runs / "kept"
     assert command("evaluate", [str(run), "--tasks", "mine,wikitext2", "--seq_len", "32", "--dense"]) == 0
     out = capsys.readouterr().out
     found = {(r["stage"], r["task"]): r for r in records_in(run / "evaluation.json")}
     assert set(found) == {(stage, task) for stage in ("dense", "gprune") for task in ("mine", "wikitext2")}
-    (in_memory,) = zero_shot(quiet_world.result.model, quiet_world.result.tokenizer, ["mine"])
+    (in_memory,) = zero_shot(offline_runs.result.model, offline_runs.result.tokenizer, ["mine"])
     exported = found["gprune", "mine"]
     assert in_memory.items() <= exported.items()
     assert exported["sparsity"] == 0.5
@@ -74,30 +74,30 @@ def test_a_runs_model_and_its_dense_model(quiet_world, capsys):
     assert f"x {ratio:.3f} [" in out
 
 
-def test_records_are_kept_and_replaced_by_protocol(quiet_world):
-    path = quiet_world.runs / "kept" / "evaluation.json"
+def test_a_record_is_replaced_only_by_a_record_of_the_same_protocol(offline_runs):
+    path = offline_runs.runs / "kept" / "evaluation.json"
     for seq_len, limit, expected in ((32, 2, 1), (32, 2, 1), (16, 2, 2), (32, 3, 3)):
         args = ["--tasks", "wikitext2", "--seq_len", str(seq_len), "--limit", str(limit)]
         assert command("evaluate", [str(path.parent), *args]) == 0
         assert len(records_in(path)) == expected
     assert command("evaluate", [str(path.parent), "--tasks", "wikitext2", "--seq_len", "32,16,32", "--limit", "3"]) == 0
     assert [r["seq_len"] for r in records_in(path)[-2:]] == [32, 16]
-    assert len(records_in(path)) == 4  # 32 in the place of the same
+    assert len(records_in(path)) == 4  # the record of 32 tokens was replaced, that of 16 tokens was added
 
 
-def test_a_run_without_a_model_is_evaluated_under_its_masks(quiet_world, tmp_path, capsys):
-    one, other = (quiet_world.runs / name for name in ("kept", "masks"))
-    assert perplexity_of(one) == perplexity_of(other) == 0
+def test_a_run_without_exported_model_is_evaluated_with_the_masked_dense_model(offline_runs, tmp_path, capsys):
+    one, other = (offline_runs.runs / name for name in ("kept", "masks"))
+    assert exit_code_of_wikitext2(one) == exit_code_of_wikitext2(other) == 0
     first, second = (records_in(run / "evaluation.json")[0] for run in (one, other))
     assert first["window_nll"] == pytest.approx(second["window_nll"], rel=1e-6)
-    recovered = Path(shutil.copytree(other, tmp_path / "recovered"))  # masks do not hold what recovery changed
-    by_hand(recovered, lambda settings: settings.update(recovery="bias"))
-    assert perplexity_of(recovered) == 2
+    recovered = Path(shutil.copytree(other, tmp_path / "recovered"))  # the masks do not contain recovered weights
+    edit_settings(recovered, lambda settings: settings.update(recovery="bias"))
+    assert exit_code_of_wikitext2(recovered) == 2
     assert "Repeat the run with --export hf" in capsys.readouterr().err
 
 
-def by_hand(run: Path, change) -> None:
-    """Change the settings in a manifest; files without a checksum are taken as they are."""
+def edit_settings(run: Path, change) -> None:
+    """Edit the settings in a manifest and remove the checksums, since files without one are not verified."""
     for name in ("manifest", "metrics"):
         content = json.loads((run / f"{name}.json").read_text())
         content.pop("checksum", None)
@@ -106,42 +106,42 @@ def by_hand(run: Path, change) -> None:
         (run / f"{name}.json").write_text(json.dumps(content))
 
 
-def test_one_file_holds_several_runs_and_never_takes_the_place_of_another(quiet_world, capsys, tmp_path):
+def test_an_output_file_collects_several_runs_and_other_files_are_not_overwritten(offline_runs, capsys, tmp_path):
     output = tmp_path / "out.json"
     for name in ("kept", "masks", "kept"):
-        assert perplexity_of(quiet_world.runs / name, output=output) == 0
-    folder = quiet_world.runs / "kept" / "model"
+        assert exit_code_of_wikitext2(offline_runs.runs / name, output=output) == 0
+    folder = offline_runs.runs / "kept" / "model"
     before = sorted(folder.iterdir())
-    assert perplexity_of(folder) == 0  # a folder: printed alone
+    assert exit_code_of_wikitext2(folder) == 0  # for a model folder, results are only printed
     assert "| wikitext2 " in capsys.readouterr().out
     assert sorted(folder.iterdir()) == before
     for place in ("here", "there", "here"):
-        folder = shutil.copytree(quiet_world.runs / "kept" / "model", tmp_path / place / "small", dirs_exist_ok=True)
-        assert perplexity_of(folder, output=output) == 0
+        folder = shutil.copytree(offline_runs.runs / "kept" / "model", tmp_path / place / "small", dirs_exist_ok=True)
+        assert exit_code_of_wikitext2(folder, output=output) == 0
     assert sorted(r["run"] for r in records_in(output)) == ["kept", "masks", "small", "small"]
     output.write_text('{"a": 1}')
-    assert perplexity_of(quiet_world.runs / "kept", output=output) == 2
+    assert exit_code_of_wikitext2(offline_runs.runs / "kept", output=output) == 2
     assert "Cannot read records of gprune evaluate" in capsys.readouterr().err
     assert output.read_text() == '{"a": 1}'
 
 
-def test_a_model_that_is_not_the_runs_is_refused(quiet_world, capsys, tmp_path):
-    changed = Path(shutil.copytree(quiet_world.runs / "kept", tmp_path / "changed"))
+def test_weights_that_changed_after_the_run_are_refused(offline_runs, capsys, tmp_path):
+    changed = Path(shutil.copytree(offline_runs.runs / "kept", tmp_path / "changed"))
     weights = changed / "model" / "model.safetensors"
     save_file({n: 1.5 * t for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    assert perplexity_of(changed) == 2
+    assert exit_code_of_wikitext2(changed) == 2
     assert "files were changed after the export" in capsys.readouterr().err
-    by_hand(changed, lambda settings: settings["inputs"].update(model="another"))
+    edit_settings(changed, lambda settings: settings["inputs"].update(model="another"))
     assert command("evaluate", [str(changed), "--tasks", "wikitext2", "--seq_len", "32", "--dense"]) == 2
     assert "has other weights than the model that" in capsys.readouterr().err
     assert not (changed / "evaluation.json").exists()
 
 
-def test_without_lm_eval_one_line_says_what_to_install_and_wikitext2_is_measured(quiet_world, monkeypatch, capsys):
+def test_wikitext2_works_without_lm_eval_and_other_tasks_name_the_package_to_install(offline_runs, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert perplexity_of(quiet_world.runs / "kept") == 0
+    assert exit_code_of_wikitext2(offline_runs.runs / "kept") == 0
     monkeypatch.setattr("gprune.benchmarks.subjects.load_model", lambda *_, **__: pytest.fail("loaded a model first"))
-    assert command("evaluate", [str(quiet_world.runs / "kept"), "--tasks", "piqa"]) == 2
+    assert command("evaluate", [str(offline_runs.runs / "kept"), "--tasks", "piqa"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install 'gprune[lm-eval]'" in line
 
@@ -168,9 +168,9 @@ def test_without_lm_eval_one_line_says_what_to_install_and_wikitext2_is_measured
         (["{tmp}/nowhere", "--tasks", "wikitext2"], "nowhere"),
     ],
 )
-def test_one_line_and_exit_2(args, message, quiet_world, capsys, tmp_path):
+def test_invalid_arguments_end_with_one_line_and_exit_code_2(args, message, offline_runs, capsys, tmp_path):
     (tmp_path / "manifest.json").write_text('{"settings": {}}')
     (tmp_path / "empty").mkdir()
-    assert command("evaluate", [arg.format(run=quiet_world.runs / "kept", tmp=tmp_path) for arg in args]) == 2
+    assert command("evaluate", [arg.format(run=offline_runs.runs / "kept", tmp=tmp_path) for arg in args]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line

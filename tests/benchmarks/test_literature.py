@@ -1,4 +1,4 @@
-"""WikiText-2 and C4 in the conventions of the literature, against the usual script written out."""
+"""WikiText-2 and C4 by the protocol of the literature, compared with that protocol's script in float64."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from tests.tiny_run import WORDS, tiny_tokenizer
 
 
 @contextmanager
-def no_hub():
+def unreachable_hub():
     yield False
 
 
 @pytest.fixture
 def raw(tmp_path, monkeypatch):
-    """A file of 30 lines in the place where the mirror has it."""
+    """A WikiText-2 file of 30 lines in the local mirror. The hub is unreachable."""
     rng = np.random.default_rng(0)
     lines = [" \n" if i % 4 == 0 else " " + " ".join(rng.choice(WORDS, 20)) + " \n" for i in range(30)]
     path = tmp_path / "corpora" / "wikitext2" / "wiki.test.raw"
     path.parent.mkdir(parents=True)
     path.write_text("".join(lines), encoding="utf-8")
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(literature, "offline_if_unreachable", no_hub)
+    monkeypatch.setattr(literature, "offline_if_unreachable", unreachable_hub)
     monkeypatch.setattr(literature, "CHARACTERS", len(join_lines("".join(lines))))
     return path
 
 
 def rows_of_the_data_set(raw: str) -> list[str]:
-    """As the data set on the hub was made: a row per line of the file, blank ones emptied."""
+    """The rows of the data set on the hub: one per line of the file, with blank lines made empty."""
     return [line if line.strip() else "" for line in io.StringIO(raw, newline="\n")]
 
 
@@ -54,11 +54,11 @@ def rows_of_the_data_set(raw: str) -> list[str]:
         "\n", "a\n \t \nb",
     ],
 )  # fmt: skip
-def test_lines_keep_their_end_and_blank_ones_are_empty(raw):
+def test_lines_keep_their_newline_and_blank_lines_become_empty(raw):
     assert join_lines(raw) == "\n\n".join(rows_of_the_data_set(raw))
 
 
-def test_the_mirror_has_the_rows_of_the_data_set():
+def test_the_local_mirror_of_wikitext2_has_the_rows_of_the_data_set():
     path = Path(os.environ.get("GPRUNE_DATA_DIR", "")) / literature.MIRROR
     if not os.environ.get("GPRUNE_DATA_DIR") or not path.is_file():
         pytest.skip("no $GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw")
@@ -68,7 +68,7 @@ def test_the_mirror_has_the_rows_of_the_data_set():
     assert len(literature.wikitext2()) == literature.CHARACTERS
 
 
-def test_windows_are_whole_in_order_and_open_with_bos_as_the_tokenizer_does():
+def test_windows_are_consecutive_and_start_with_bos_if_the_tokenizer_adds_it():
     text = " ".join(np.random.default_rng(1).choice(WORDS, 100))
     tokenizer = tiny_tokenizer()
     plain = tokenizer(text).input_ids
@@ -81,8 +81,8 @@ def test_windows_are_whole_in_order_and_open_with_bos_as_the_tokenizer_does():
         assert without.tokens.tolist() == [plain[i : i + 16] for i in range(0, 96, 16)]
 
 
-def usual_script(model, tokenizer, text: str, seq_len: int) -> float:
-    """The loop of the pruning and quantisation literature, in float64."""
+def literature_script(model, tokenizer, text: str, seq_len: int) -> float:
+    """Perplexity by the loop of the pruning and quantization literature, in float64."""
     ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
     samples = ids.numel() // seq_len
     total = 0.0
@@ -95,10 +95,10 @@ def usual_script(model, tokenizer, text: str, seq_len: int) -> float:
 
 
 @pytest.mark.parametrize("seq_len", [16, 128])
-def test_perplexity_is_that_of_the_usual_script(seq_len, raw):
+def test_wikitext2_perplexity_equals_the_literatures_script(seq_len, raw):
     model, tokenizer = make_tiny_llama(), tiny_tokenizer()
     record = literature_perplexity(model, tokenizer, seq_len=seq_len)
-    expected = usual_script(model, tokenizer, join_lines(raw.read_text()), seq_len)
+    expected = literature_script(model, tokenizer, join_lines(raw.read_text()), seq_len)
     assert record["perplexity"] == pytest.approx(expected, rel=1e-6)
     assert record["low"] < record["perplexity"] < record["high"]
     assert record["windows"] * (seq_len - 1) == record["tokens"]
@@ -106,7 +106,7 @@ def test_perplexity_is_that_of_the_usual_script(seq_len, raw):
     json.dumps(record, allow_nan=False)
 
 
-def test_the_protocol_is_in_the_record(raw):
+def test_records_contain_the_protocol_and_whether_it_is_the_standard_one(raw):
     whole = literature_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32)
     stamp = {"seq_len": 32, "stride": 32, "bos": False, "join": "\n\n", "split": "test", "dtype": "float32"}
     assert stamp.items() <= whole.items()
@@ -131,13 +131,13 @@ def test_the_protocol_is_in_the_record(raw):
         ({"seq_len": 256}, r"1 windows of 256 tokens; got 0\..*--seq_len"),
     ],
 )
-def test_arguments_that_cannot_be(more, message, raw):
+def test_invalid_window_lengths_are_refused(more, message, raw):
     raw.write_text("a few words\n")
     with pytest.raises(UserError, match=message):
         literature_perplexity(make_tiny_llama(), tiny_tokenizer(), **({"seq_len": 32} | more))
 
 
-def test_without_mirror_and_hub_one_line_says_where_the_file_goes(raw, monkeypatch):
+def test_without_mirror_and_hub_the_error_names_the_path_of_the_missing_file(raw, monkeypatch):
     import datasets
 
     def unreachable(*_, **__):
@@ -154,7 +154,7 @@ def test_without_mirror_and_hub_one_line_says_where_the_file_goes(raw, monkeypat
 
 @pytest.fixture
 def shard(tmp_path, monkeypatch):
-    """C4's documents, one more than are read, in a file of the shard's name."""
+    """A local C4 shard with one document more than the protocol reads."""
     rng = np.random.default_rng(1)
     texts = [" ".join(rng.choice(WORDS, 9)) for _ in range(literature.DOCUMENTS + 1)]
     path = tmp_path / "corpora" / "c4" / literature.SHARD
@@ -165,13 +165,13 @@ def shard(tmp_path, monkeypatch):
     return path, texts
 
 
-def test_c4_is_the_usual_scripts_first_windows_of_1100_documents(shard, monkeypatch):
+def test_c4_perplexity_equals_the_literatures_script_on_the_first_1100_documents(shard, monkeypatch):
     assert (literature.DOCUMENTS, literature.WINDOWS) == (1100, 256)
     monkeypatch.setattr(literature, "WINDOWS", 16)
     model, tokenizer, (path, texts) = make_tiny_llama(), tiny_tokenizer(), shard
     record = literature_perplexity(model, tokenizer, "c4", seq_len=32)
-    text = " ".join(" ".join(texts[:1100]).split()[: 16 * 32])  # a word is a token
-    assert record["perplexity"] == pytest.approx(usual_script(model, tokenizer, text, 32), rel=1e-6)
+    text = " ".join(" ".join(texts[:1100]).split()[: 16 * 32])  # each word is one token
+    assert record["perplexity"] == pytest.approx(literature_script(model, tokenizer, text, 32), rel=1e-6)
     assert (record["windows"], record["task"], record["split"], record["join"]) == (16, "c4", "validation", " ")
     assert record["standard_protocol"]
     assert "SparseGPT and Wanda: up to 16 windows of the first 1,100 documents" in record["note"]
@@ -189,11 +189,11 @@ def test_c4_is_the_usual_scripts_first_windows_of_1100_documents(shard, monkeypa
     ],
     ids=["plain", "number", "no text", "truncated"],
 )  # fmt: skip
-def test_a_shard_that_is_none_is_one_line_and_without_it_the_hub_is_asked(content, shard, monkeypatch):
+def test_an_invalid_c4_shard_is_refused_and_a_missing_one_is_downloaded(content, shard, monkeypatch):
     shard[0].write_bytes(content)
     with pytest.raises(UserError, match=r"Cannot read C4 from .*json\.gz: "):
         literature_perplexity(make_tiny_llama(), tiny_tokenizer(), "c4", seq_len=16)
     shard[0].unlink()
-    monkeypatch.setattr(literature, "offline_if_unreachable", no_hub)
+    monkeypatch.setattr(literature, "offline_if_unreachable", unreachable_hub)
     monkeypatch.setattr("datasets.load_dataset", lambda path, **_: [{"text": path}] * 2000)
     assert literature.c4() == (" ".join(["allenai/c4"] * 1100), 1100)

@@ -1,4 +1,4 @@
-"""lm_eval's own tasks on rows in local files, against lm_eval with its own model and its own reading of the files."""
+"""lm_eval's tasks on local files, compared with lm_eval's evaluator, model class and data loading."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gprune.benchmarks.zero_shot import zero_shot
 from gprune.errors import UserError
 from gprune.report.benchmark_table import evaluation_table
 from gprune.runs.schema import ZeroShot
-from tests.benchmarks.conftest import hub, manager_of, sentence, write_task
+from tests.benchmarks.conftest import fake_hub, manager_of, sentence, write_task
 from tests.conftest import make_tiny_llama
 from tests.tiny_run import SPECIAL, WORDS
 
@@ -23,7 +23,7 @@ SPLIT = {"lambada_openai": "test", "hellaswag": "validation", "winogrande": "val
 
 
 def rows_of(task: str, n: int) -> list[dict]:
-    """Invented rows with the columns of the data set."""
+    """Random rows with the columns of the task's data set."""
     rng = np.random.default_rng(n)
     a, b, c, *ends = ([sentence(rng, words) for _ in range(n)] for words in (5, 1, 1, 2, 3, 1))
     columns = {
@@ -46,7 +46,7 @@ def rows_of(task: str, n: int) -> list[dict]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token per number up to 77, per word of GSM8K's prompts, and for forty other words."""
+    """One token for each number up to 77, for each word of GSM8K's prompts, and for 40 other words."""
     words = [*SPECIAL, *map(str, range(78)), "####", "Question", "Answer", ":", "?", *WORDS[:40]]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -55,9 +55,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def manager(tmp_path, monkeypatch):
-    """lm_eval's, a hub that does not answer, and rows of five tasks."""
+    """lm_eval's TaskManager, an unreachable hub, and local rows of five tasks."""
     made = manager_of("lambada", "hellaswag", "winogrande", "arc", "gsm8k")
-    hub(monkeypatch, reachable=False, manager=made)
+    fake_hub(monkeypatch, reachable=False, manager=made)
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
     for task, split in [*SPLIT.items(), ("gsm8k", "train"), ("gsm8k", "test")]:
         write_task(tmp_path, task, split, rows_of(task, 9 if split != "test" else 8))
@@ -65,7 +65,7 @@ def manager(tmp_path, monkeypatch):
 
 
 def reference(manager, model, folder: Path, *names: str) -> dict:
-    """What lm_eval's command finds with the files as data sets."""
+    """Results of lm_eval's evaluator with the local files as data sets."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -80,9 +80,9 @@ def reference(manager, model, folder: Path, *names: str) -> dict:
 
 
 @pytest.mark.slow
-def test_numbers_are_lm_evals(manager, tmp_path):
+def test_accuracies_and_perplexity_equal_lm_evals(manager, tmp_path):
     model, rows = make_tiny_llama(), rows_of("lambada_openai", 8)
-    for row in rows[::2]:  # end as the model goes on
+    for row in rows[::2]:  # the last word is the model's prediction, so that half of the answers are correct
         context = row["text"].rsplit(" ", 1)[0]
         best = model(torch.tensor([tokenizer()(context).input_ids])).logits[0, -1].argmax()
         row["text"] = f"{context} {tokenizer().decode(best)}"
@@ -98,8 +98,8 @@ def test_numbers_are_lm_evals(manager, tmp_path):
 
 
 @pytest.mark.slow
-def test_generated_answers_are_lm_evals(manager, tmp_path, monkeypatch):
-    """With five examples from the training rows, by both filters; half of the rows expect what the model says."""
+def test_exact_match_of_generated_answers_equals_lm_evals(manager, tmp_path, monkeypatch):
+    """Five examples from the training rows, both filters. Half of the expected answers are the model's answers."""
     model, rows = make_tiny_llama(max_position_embeddings=512), rows_of("gsm8k", 4)
     for _ in range(2):
         write_task(tmp_path, "gsm8k", "test", rows)
@@ -112,7 +112,7 @@ def test_generated_answers_are_lm_evals(manager, tmp_path, monkeypatch):
         assert record["exact_match"] == theirs[f"exact_match,{name}"] == record["correct"].count("1") / 4
         ZeroShot.model_validate(record | {"stage": "model"})
     assert record["correct"] == "1010"
-    for examples, whole in ((9, True), (10, False)):  # of other training rows the prompt is another
+    for examples, whole in ((9, True), (10, False)):  # with other training rows, the prompts differ
         monkeypatch.setitem(tasks.WHOLE, "gsm8k", (4, examples))
         of_rows = zero_shot(model, tokenizer(), ["gsm8k"], limit=None, source="local")
         assert {r["standard_protocol"] for r in of_rows} == {whole}
@@ -122,7 +122,7 @@ def test_generated_answers_are_lm_evals(manager, tmp_path, monkeypatch):
     assert cells[5:9] == ["0.500 +- 0.289", None, "-0.250 +- 0.250", "25.0%: -25.0% +0.0%"]
 
 
-def test_generation_refuses_what_is_no_number(manager):
+def test_generation_refuses_non_finite_logits(manager):
     model = make_tiny_llama(max_position_embeddings=512)
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
@@ -141,7 +141,7 @@ def test_generation_refuses_what_is_no_number(manager):
         ("sciq", "test", [{"support": "s"}], r"sciq/test\.jsonl:1: The line must be .* or a row of lm_eval's"),
     ],
 )  # fmt: skip
-def test_rows_that_are_none_of_the_task_are_one_line(task, split, rows, message, manager, tmp_path, monkeypatch):
+def test_unreadable_task_rows_are_refused(task, split, rows, message, manager, tmp_path, monkeypatch):
     monkeypatch.setitem(tasks.WHOLE, "hellaswag", 9)
     assert (tasks.load_tasks("hellaswag", "local")[0].note) == "lm_eval's own task"
     write_task(tmp_path, task, split, rows)

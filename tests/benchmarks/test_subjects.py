@@ -1,4 +1,4 @@
-"""What a run's files say of its model is no consent to run the model's code."""
+"""Models loaded from a run's files: `trust_remote_code` in a manifest is ignored, and changed weights are refused."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from tests import tiny_run
 CODE = "from pathlib import Path\nPath({ran!r}).touch()\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
 
 
-def test_a_manifest_that_trusts_code_is_not_believed(tmp_path):
-    """Code that leaves a trace."""
+def test_trust_remote_code_in_a_manifest_does_not_run_the_models_code(tmp_path):
     folder = tiny_run.save_tiny_model(tmp_path / "model")
-    own = {"AutoConfig": "code.LlamaConfig", "AutoModelForCausalLM": "code.LlamaForCausalLM"}
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "strange", "auto_map": own}
+    auto_map = {"AutoConfig": "code.LlamaConfig", "AutoModelForCausalLM": "code.LlamaForCausalLM"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "strange", "auto_map": auto_map}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text(CODE.format(ran=str(tmp_path / "ran")))
     model = {"name": str(folder), "dtype": "float32", "trust_remote_code": True}
@@ -29,7 +28,7 @@ def test_a_manifest_that_trusts_code_is_not_believed(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_model_made_elsewhere_that_has_changed_since_is_refused(dtype, tmp_path, monkeypatch):
+def test_an_externally_pruned_model_that_changed_after_the_run_is_refused(dtype, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     run = tmp_path / "runs" / "run"
     with tiny_run.isolated(tmp_path / "cache"):

@@ -1,4 +1,4 @@
-"""Where tasks come from: local questions against lm_eval's own task, and the hub where it answers."""
+"""Sources of tasks: local files, compared with lm_eval's task on the same questions, and the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from gprune.benchmarks import tasks
 from gprune.errors import UserError
-from tests.benchmarks.conftest import hub, manager_of, needs_lm_eval, pairs, questions, write_task
+from tests.benchmarks.conftest import fake_hub, manager_of, needs_lm_eval, pairs, questions, write_task
 
 # --- local files
 
@@ -22,7 +22,7 @@ from tests.benchmarks.conftest import hub, manager_of, needs_lm_eval, pairs, que
         b'{"prompt": 1, "choices": ["a", "b"], "label": 0}', b'{"good": "g", "bad": 3}',
     ],
 )  # fmt: skip
-def test_a_line_that_is_no_question_is_named(line, data):
+def test_an_invalid_line_of_a_task_is_refused_with_its_number(line, data):
     with (data / "tasks" / "mine" / "test.jsonl").open("ab") as file:
         file.write(line + b"\n")
     with pytest.raises(UserError, match=r"mine/test\.jsonl:13: (Cannot read a JSON object|The line must be)"):
@@ -32,19 +32,19 @@ def test_a_line_that_is_no_question_is_named(line, data):
 @pytest.mark.parametrize(
     ("content", "message"), [(b"", "empty file"), (b"\xe9", "Cannot read .* must hold a question")]
 )
-def test_a_file_without_questions_is_one_line(content, message, data):
+def test_empty_and_undecodable_task_files_are_refused(content, message, data):
     (data / "tasks" / "mine" / "test.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
         tasks.load_tasks("mine", "local")
 
 
-def test_any_limit_covers_the_paradigms(data):
+def test_questions_of_blimp_alternate_between_paradigms(data):
     (task,) = tasks.load_tasks("blimp", "local")
     of = {(row["good"], row["bad"]): row["paradigm"] for row in pairs()}
     assert [of[tuple(doc["choices"])] for doc in task.task.eval_docs] == ["island", "binding", "ellipsis"] * 4
 
 
-def test_names_do_not_lead_out_of_the_folder_and_the_test_split_comes_first(data):
+def test_task_names_cannot_leave_the_tasks_folder_and_the_test_split_is_preferred(data):
     write_task(data / "tasks" / "x", "secret", "test", questions(2))
     for name in ("x/tasks/secret", "../tasks/mine", ".", "", "/etc"):
         assert tasks.local_file(name) is None
@@ -52,7 +52,7 @@ def test_names_do_not_lead_out_of_the_folder_and_the_test_split_comes_first(data
     assert tasks.local_file("mine").name == "test.jsonl"
 
 
-def test_only_all_questions_of_lm_evals_task_are_standard(data, monkeypatch):
+def test_only_the_complete_question_set_of_lm_eval_counts_as_standard(data, monkeypatch):
     assert not any(tasks.load_tasks(name, "local")[0].complete for name in ("piqa", "arc_easy", "sciq", "blimp"))
     rows = questions(12)
     scored = tasks.questions_hash(([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
@@ -68,11 +68,11 @@ def test_only_all_questions_of_lm_evals_task_are_standard(data, monkeypatch):
         assert f"{len(changed)} questions, not known to be all of lm_eval's" in part.note
 
 
-# --- lm_eval's own task on the same questions
+# --- lm_eval's task on the same questions
 
 
-def as_on_the_hub(task: str, row: dict) -> dict:
-    """A question as the columns of the data set that lm_eval reads."""
+def hub_columns(task: str, row: dict) -> dict:
+    """A question in the columns of the data set that lm_eval reads."""
     asked = row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
     if task == "piqa":
         return {"goal": asked, "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["label"]}
@@ -81,11 +81,11 @@ def as_on_the_hub(task: str, row: dict) -> dict:
     return {"question": asked, "choices": choices, "answerKey": letters[row["label"]]}
 
 
-def own_task(task: str, rows: list[dict]):
-    """lm_eval's own task, with these questions in place of those on the hub."""
+def lm_evals_task(task: str, rows: list[dict]):
+    """lm_eval's task, with these questions instead of those on the hub."""
     import datasets
 
-    columns = datasets.Dataset.from_list([as_on_the_hub(task, row) for row in rows])
+    columns = datasets.Dataset.from_list([hub_columns(task, row) for row in rows])
     own = {"task": task, "custom_dataset": lambda **_: dict.fromkeys(("train", "validation", "test"), columns)}
     return manager_of("piqa", "arc").load([{"group": "own", "task": [own]}])["tasks"][task]
 
@@ -97,25 +97,25 @@ def requests_of(task) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("task", ["piqa", "arc_easy"])
-def test_local_questions_are_scored_as_lm_evals_own(task, data):
+def test_local_questions_give_the_requests_and_metrics_of_lm_evals_task(task, data):
     rows = [row | {"choices": row["choices"][:2], "label": row["label"] % 2} for row in questions(12)]
     write_task(data, task, tasks.local_file(task).stem, rows)
     (local,) = tasks.load_tasks(task, "local")
-    own = own_task(task, rows)
+    own = lm_evals_task(task, rows)
     assert requests_of(local.task) == requests_of(own)  # character for character
     assert requests_of(local.task)[0][1].startswith(" ")
     assert list(local.task._metric_fn_list) == list(own._metric_fn_list) == ["acc", "acc_norm"]
-    assert str(own.VERSION) == "1.0"  # as whole files have
+    assert str(own.VERSION) == "1.0"  # the version of complete local files
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["piqa", "arc_easy"])
-def test_the_questions_of_the_mirror_are_lm_evals(task):
+def test_questions_of_the_local_mirror_are_the_complete_set_of_lm_eval(task):
     needs_lm_eval()
     path = tasks.local_file(task)
     if path is None:
         pytest.skip(f"no $GPRUNE_DATA_DIR/tasks/{task}")
-    own = own_task(task, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    own = lm_evals_task(task, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
     choices, requests = [own.doc_to_choice(doc) for doc in own.eval_docs], iter(requests_of(own))
     labels = [own.doc_to_target(doc) for doc in own.eval_docs]
     scored = [([next(requests) for _ in each], label) for each, label in zip(choices, labels, strict=True)]
@@ -127,7 +127,7 @@ def test_the_questions_of_the_mirror_are_lm_evals(task):
 
 
 class Manager:
-    """lm_eval's TaskManager, as far as it is used."""
+    """The part of lm_eval's TaskManager that gprune uses."""
 
     all_tasks = ("piqa", "gsm8k")
 
@@ -146,17 +146,17 @@ def fake_task(output_type="multiple_choice", metrics=None, process_results=None,
     return SimpleNamespace(task_name="cola", OUTPUT_TYPE=output_type, config=config, aggregation=lambda: counted)
 
 
-def test_the_hub_comes_first_if_it_answers(data, monkeypatch):
-    hub(monkeypatch, reachable=True, manager=Manager(fake_task()))
+def test_a_reachable_hub_is_preferred_to_local_files(data, monkeypatch):
+    fake_hub(monkeypatch, reachable=True, manager=Manager(fake_task()))
     (task,) = tasks.load_tasks("piqa", "auto")
     assert (task.source, task.note, task.complete) == ("hub", "lm_eval's own task", True)
     assert tasks.load_tasks("piqa", "local")[0].source == "local"
-    assert tasks.load_tasks("mine", "auto")[0].source == "local"  # lm_eval knows no such task
+    assert tasks.load_tasks("mine", "auto")[0].source == "local"  # lm_eval has no such task
 
 
 @pytest.mark.parametrize("reachable", [True, False])
-def test_without_the_hub_local_files_serve(reachable, data, monkeypatch):
-    hub(monkeypatch, reachable=reachable, manager=Manager())
+def test_local_files_are_the_fallback_for_an_unreachable_hub(reachable, data, monkeypatch):
+    fake_hub(monkeypatch, reachable=reachable, manager=Manager())
     assert tasks.load_tasks("piqa", "auto")[0].source == "local"
     with pytest.raises(UserError, match=r"Cannot download task .* from the Hugging Face hub: Couldn't reach it\."):
         tasks.load_tasks("piqa", "hub")
@@ -174,7 +174,7 @@ def test_without_the_hub_local_files_serve(reachable, data, monkeypatch):
         ("piqa", "hub", {"repeats": 3}, "Task 'cola' .* must have lm_eval's metric"),
     ],
 )  # fmt: skip
-def test_tasks_that_cannot_be(name, source, task, message, data, monkeypatch):
-    hub(monkeypatch, reachable=True, manager=Manager(fake_task(**task)))
+def test_unknown_and_unsupported_tasks_are_refused(name, source, task, message, data, monkeypatch):
+    fake_hub(monkeypatch, reachable=True, manager=Manager(fake_task(**task)))
     with pytest.raises(UserError, match=message):
         tasks.load_tasks(name, source)

@@ -1,4 +1,4 @@
-"""The task `speed`: rates from seconds, beside the dense model, in table, card, tracker and records of lists."""
+"""The task `speed`: tokens per second and ratios to the dense model in table, model card, tracker and study records."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.studies.workbench import Workbench, cells
 
 
 @pytest.fixture
-def timed(monkeypatch):
-    """The n-th measurement: the first model takes n seconds for prompts and 0.5 for a step, the second half of both."""
+def timings(monkeypatch):
+    """Fake times: in call n, the first model takes n s for prefill and 0.5 s to decode, the second takes half."""
     calls = []
 
     def seconds(models, *, batch, prompt, generate):
@@ -32,19 +32,21 @@ def timed(monkeypatch):
 
 
 def evaluated(capsys, *args) -> dict[str, list[str]]:
-    """Numbers and ratios of the table by task, stage and batch."""
+    """The rate and the ratio of each row of the table, by task, stage and batch."""
     capsys.readouterr()
     assert command("evaluate", [str(args[0]), "--tasks", "speed", *args[1:]]) == 0
     rows = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     return {" ".join((row[0], row[2], row[4])): [row[5], row[7]] for row in rows[1:]}
 
 
-def test_rates_are_of_a_batch_together_and_divided_where_both_took_turns(world, tmp_path, timed, capsys, monkeypatch):
+def test_rates_are_for_the_whole_batch_and_have_a_ratio_if_the_dense_model_was_timed_too(
+    world, tmp_path, timings, capsys, monkeypatch
+):
     tiny_run.quick(monkeypatch)
     run = tmp_path / "run"
     world.run(tmp_path, "--gprune=false")
     rows = evaluated(capsys, run, "--dense", "--speed_prompt", "20", "--speed_batch", "1,4")
-    assert timed == [(2, 1, 20), (2, 4, 20)]
+    assert timings == [(2, 1, 20), (2, 4, 20)]
     assert rows == {
         "decode dense 1": ["2.0 tokens/s, 0.500 s", ""], "decode base 1": ["4.0 tokens/s, 0.250 s", "x 2.000"],
         "decode dense 4": ["8.0 tokens/s, 0.500 s", ""], "decode base 4": ["16.0 tokens/s, 0.250 s", "x 2.000"],
@@ -56,12 +58,12 @@ def test_rates_are_of_a_batch_together_and_divided_where_both_took_turns(world, 
         "- prefill, batch 4: 80.0 tokens/s, 1.000 s, x 2.000 of dense (float32, prompts of 20 tokens, CPU, threads: 1)"
     )
     assert line in (run / "model/README.md").read_text()
-    assert load_run(run).model is not None  # whose card is the run's own
+    assert load_run(run).model is not None  # the new card does not invalidate the model
     numbers = task_numbers(json.loads((run / "evaluation.json").read_text())["records"])
     assert (numbers["rows/dense/prefill/4/tokens_per_second"], numbers["final/decode/1/seconds"]) == (40.0, 0.25)
     alone = evaluated(capsys, run, "--speed_prompt", "20", "--speed_batch", "1")
-    assert alone["prefill base 1"] == ["6.7 tokens/s, 3.000 s", ""]  # at another time
-    assert len(json.loads((run / "evaluation.json").read_text())["records"]) == 8  # in the place of the former ones
+    assert alone["prefill base 1"] == ["6.7 tokens/s, 3.000 s", ""]  # no ratio to an earlier dense model
+    assert len(json.loads((run / "evaluation.json").read_text())["records"]) == 8  # earlier records were replaced
 
 
 @pytest.fixture
@@ -71,23 +73,23 @@ def bench(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_list_measures_each_row_beside_the_dense_model(bench, timed, capsys):
+def test_a_study_measures_the_speed_of_each_row_and_its_dense_model(bench, timings, capsys):
     path = bench.write("fast", {"plain": {"gprune": False}}, tasks={"names": ["speed"]})
     out = bench(capsys, path)
-    assert timed == [(2, 1, 128), (2, 8, 128)]
+    assert timings == [(2, 1, 128), (2, 8, 128)]
     assert out.count(" x 2.000 |") == 4
     (row,) = bench.rows(path)
     assert [r["stage"] for r in finished_record(row)["evaluation"]] == ["dense"] * 4 + ["base"] * 4
 
 
 @pytest.mark.slow
-def test_two_models_take_turns(world, tmp_path, capsys, monkeypatch):
+def test_measured_rates_of_two_models_are_consistent_with_their_seconds(world, tmp_path, capsys, monkeypatch):
     tiny_run.quick(monkeypatch)
     monkeypatch.setattr(speed, "LONG", 0.1)
     world.run(tmp_path, "--gprune=false")
     rows = evaluated(capsys, tmp_path / "run", "--dense", "--speed_prompt", "200", "--speed_batch", "2")
     records = json.loads((tmp_path / "run/evaluation.json").read_text())["records"]
-    own = {r["task"]: (r["tokens_per_second"], r["seconds"]) for r in records if r["stage"] == "base"}  # not rounded
+    own = {r["task"]: (r["tokens_per_second"], r["seconds"]) for r in records if r["stage"] == "base"}  # unrounded
     for task, tokens in (("prefill", 400), ("decode", 2)):
         assert own[task][0] == pytest.approx(tokens / own[task][1], rel=0.2)
         assert rows[f"{task} base 2"][0] == rated(dict(zip(("tokens_per_second", "seconds"), own[task], strict=True)))

@@ -1,4 +1,4 @@
-"""Zero-shot records against log-likelihoods of our own and lm_eval's own model, and what they say of their protocol."""
+"""Zero-shot records: answers compared with float64 log-likelihoods and lm_eval's HFLM, and the recorded protocol."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def measured(*names, **options) -> list[dict]:
     return zero_shot.zero_shot(make_tiny_llama(), tiny_tokenizer(), names, **options)
 
 
-def own_loglikelihoods(model, tokenizer, row) -> np.ndarray:
-    """Sum of the float64 log-probabilities of each choice's tokens after the prompt."""
+def float64_loglikelihoods(model, tokenizer, row) -> np.ndarray:
+    """Sums of the float64 log-probabilities of each choice's tokens after the prompt."""
     found = []
     for choice in row["choices"]:
         context, whole = tokenizer(row["prompt"]).input_ids, tokenizer(f"{row['prompt']} {choice}").input_ids
@@ -37,9 +37,9 @@ def own_loglikelihoods(model, tokenizer, row) -> np.ndarray:
     return np.array(found)
 
 
-def test_accuracies_are_those_of_our_own_loglikelihoods():
+def test_accuracies_equal_those_of_float64_loglikelihoods():
     (record,), rows = measured("mine"), questions(12)
-    lls = [own_loglikelihoods(make_tiny_llama(), tiny_tokenizer(), row) for row in rows]
+    lls = [float64_loglikelihoods(make_tiny_llama(), tiny_tokenizer(), row) for row in rows]
     normed = [ll / [len(choice) for choice in row["choices"]] for ll, row in zip(lls, rows, strict=True)]
     for suffix, scores in (("", lls), ("_norm", normed)):
         right = [int(np.argmax(score) == row["label"]) for score, row in zip(scores, rows, strict=True)]
@@ -51,8 +51,8 @@ def test_accuracies_are_those_of_our_own_loglikelihoods():
 
 
 @pytest.mark.parametrize(("batch_size", "keeps"), [(1, True), (3, True), (8, False)])
-def test_answers_are_hflms_and_contexts_have_no_logits(batch_size, keeps, monkeypatch):
-    """Continuations of one token and of many, of one context and of several, and longer than the model's positions."""
+def test_answers_equal_hflms_and_logits_are_computed_for_continuations_only(batch_size, keeps, monkeypatch):
+    """Continuations of one or more tokens, several for one context, and some longer than the model's positions."""
     from lm_eval.models.huggingface import HFLM
 
     from gprune.benchmarks.answers import AnswerLM
@@ -66,7 +66,7 @@ def test_answers_are_hflms_and_contexts_have_no_logits(batch_size, keeps, monkey
     ]
     model, rows = make_tiny_llama(max_position_embeddings=32), []
     model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[:-1].numel()))
-    if not keeps:  # a model with code of its own
+    if not keeps:  # a model whose forward has no `logits_to_keep`
         forward = model.forward
         monkeypatch.setattr(model, "forward", lambda tokens: forward(tokens))
     answers = {}
@@ -81,13 +81,13 @@ def test_answers_are_hflms_and_contexts_have_no_logits(batch_size, keeps, monkey
     assert [ll for ll, _ in ours] == pytest.approx([ll for ll, _ in theirs], abs=1e-4)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert fewer < 0.9 * all_rows if keeps else fewer == all_rows
-    # One input with two beginnings of its continuation, of which HFLM takes the second from the row of the first.
+    # The same tokens, split into context and continuation at two places. HFLM scores the second with the first's row.
     same = (("same", "input"), requests[3][1] + requests[3][2][:1], requests[3][2][1:])
     both, alone = (lm._loglikelihood_tokens(asked, disable_tqdm=True) for asked in ([requests[3], same], [same]))
     assert both[1] == pytest.approx(alone[0], abs=1e-5)
 
 
-def test_one_metric_alone(monkeypatch):
+def test_a_task_with_acc_norm_only_has_no_acc(monkeypatch):
     (task,) = tasks.load_tasks("mine", "local")
     del task.task._metric_fn_list["acc"]
     monkeypatch.setattr(zero_shot, "load_tasks", lambda *_: [task])
@@ -98,7 +98,7 @@ def test_one_metric_alone(monkeypatch):
     assert "+0.000" in evaluation_table([about | {"stage": "dense"}, about | {"stage": "gprune"}]).to_markdown()
 
 
-def test_loglikelihoods_that_are_no_numbers_are_no_answers():
+def test_non_finite_loglikelihoods_are_refused():
     model = make_tiny_llama()
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
@@ -106,13 +106,13 @@ def test_loglikelihoods_that_are_no_numbers_are_no_answers():
         zero_shot.zero_shot(model, tiny_tokenizer(), ["piqa"])
 
 
-def test_tokens_without_embeddings_are_one_line():
+def test_tokens_beyond_the_embedding_are_refused():
     model = make_tiny_llama(vocab_size=100)
     with pytest.raises(UserError, match=r"Tokens must be less than 100, the number of embeddings; got 1\d\d\."):
         zero_shot.zero_shot(model, tiny_tokenizer(), ["piqa"])
 
 
-def test_records_carry_their_protocol():
+def test_records_contain_their_protocol():
     records = measured("piqa", "sciq", "blimp")
     whole, _, pairs = records
     assert [r["split"] for r in records] == ["validation", "validation", "test"]
@@ -130,7 +130,7 @@ def test_records_carry_their_protocol():
     assert measured("piqa", limit=1)[0]["acc_stderr"] is None
 
 
-def test_masked_and_sliced_models_answer_alike_and_nothing_is_left_behind(data, capfd):
+def test_masked_and_sliced_models_answer_alike_and_evaluation_has_no_side_effects(data, capfd):
     write_task(data, "many", "test", questions(60))
     generator = torch.Generator().manual_seed(0)
     masks = Masks([torch.rand(48, generator=generator) < 0.2 for _ in range(3)], [torch.ones(2, dtype=torch.bool)] * 3)

@@ -1,4 +1,4 @@
-"""Streaming statistics against raw activations, recorded by hooks of our own and summed by NumPy in float64."""
+"""Streaming statistics against raw activations, recorded by hooks of the tests and summed by NumPy in float64."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.conftest import collect, hooks_of, make_tiny_llama
 KINDS = {"ffn": lambda layer: layer.mlp.down_proj, "attention": lambda layer: layer.self_attn.o_proj}
 
 
-def recorded(model, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]:
-    """What enters each projection, float64 (windows, T, C) per block."""
+def projection_inputs(model, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]:
+    """Inputs of the projections by kind: per block (windows, T, C) in float64."""
     inputs: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     handles = [
         part(layer).register_forward_hook(lambda _m, x, _y, kind=kind: inputs[kind].append(x[0].double().numpy()))
@@ -35,8 +35,8 @@ def recorded(model, tokens: torch.Tensor) -> dict[str, list[np.ndarray]]:
     return inputs
 
 
-def turned(model, tokens: torch.Tensor) -> np.ndarray:
-    """1 - cos(what enters a decoder layer, what leaves it), float64 (blocks, windows, T), by hooks of our own."""
+def cosine_distances(model, tokens: torch.Tensor) -> np.ndarray:
+    """1 - cosine similarity of each decoder layer's input and output, (blocks, windows, T) in float64."""
     found = []
 
     def hook(_module, args, kwargs, output):
@@ -58,7 +58,7 @@ def batches(tokens: torch.Tensor, size: int, start: int = 0):
 
 
 def assert_moments(moments: Moments, x: np.ndarray, rtol: float = 1e-6) -> None:
-    """x (windows, T, C). Signed sums cancel, so their error is measured against the sum of absolute values."""
+    """Compare moments with x (windows, T, C). Signed sums cancel, so their errors are relative to sums of absolutes."""
     x = x.reshape(-1, x.shape[-1])
     assert float(moments.count) == len(x)
     scale = np.abs(x).sum(0)
@@ -67,19 +67,19 @@ def assert_moments(moments: Moments, x: np.ndarray, rtol: float = 1e-6) -> None:
     np.testing.assert_allclose(moments.variance.numpy(), x.var(0), rtol=1e-5, atol=1e-6 * (x**2).mean())
 
 
-def same(a: CorpusStatistics, b: CorpusStatistics, rtol: float) -> None:
+def assert_same_statistics(a: CorpusStatistics, b: CorpusStatistics, rtol: float) -> None:
     left, right = a.tensors(), b.tensors()
     assert left.keys() == right.keys()
     for name, value in left.items():
-        # relative to the largest entry of the same kind: signed sums and Gram entries may cancel to about zero
+        # Errors are relative to the largest entry, since signed sums and Gram entries may cancel to about zero.
         scale = value.abs().max()
         if name.endswith(".sum"):
             scale = (left[f"{name}_sq"] * left[name.removesuffix("sum") + "count"]).sqrt().max()
         assert (value - right[name]).abs().max() <= rtol * scale, name
 
 
-def test_moments_and_gram_equal_raw_activations(tiny_model, token_batch):
-    raw = recorded(tiny_model, token_batch)
+def test_moments_and_gram_matrices_equal_those_of_raw_activations(tiny_model, token_batch):
+    raw = projection_inputs(tiny_model, token_batch)
     statistics = collect(tiny_model, batches(token_batch, 4), gram=True)
     for kind in KINDS:
         assert len(getattr(statistics, kind)) == 3
@@ -91,14 +91,14 @@ def test_moments_and_gram_equal_raw_activations(tiny_model, token_batch):
             flat = x.reshape(-1, x.shape[-1])
             gram = flat.T @ flat
             np.testing.assert_allclose(channel.gram.numpy(), gram, rtol=0, atol=2e-6 * np.abs(gram).max())
-    # neurons and attention channels are not mixed up, nor is one block taken for another
+    # Neurons are distinguished from attention channels, and blocks from each other.
     assert [len(c.total.sum) for c in statistics.ffn] == [48] * 3
     assert [len(c.total.sum) for c in statistics.attention] == [32] * 3
     assert not torch.allclose(statistics.ffn[0].total.sum, statistics.ffn[1].total.sum)
 
 
-def test_halves_go_by_the_index_in_the_corpus_not_in_the_batch(tiny_model, token_batch):
-    raw = recorded(tiny_model, token_batch)["ffn"][2]
+def test_halves_depend_on_the_window_index_in_the_corpus_not_in_the_batch(tiny_model, token_batch):
+    raw = projection_inputs(tiny_model, token_batch)["ffn"][2]
     index = torch.tensor([4, 2, 8, 1, 6, 0])
     statistics = collect(tiny_model, [{"input_ids": token_batch, "index": index}])
     assert_moments(statistics.ffn[2].halves[0], raw[index % 2 == 0])
@@ -112,9 +112,9 @@ COLLECTED = pytest.mark.parametrize(
 
 @COLLECTED
 @pytest.mark.parametrize("size", [1, 4])
-def test_many_batches_equal_one(tiny_model, token_batch, size, extras, rtol):
+def test_statistics_do_not_depend_on_the_batch_size(tiny_model, token_batch, size, extras, rtol):
     one, many = (collect(tiny_model, batches(token_batch, n), **extras) for n in (6, size))
-    same(one, many, rtol)
+    assert_same_statistics(one, many, rtol)
 
 
 @COLLECTED
@@ -126,35 +126,37 @@ def test_windows_of_weight_zero_do_not_count(tiny_model, token_batch, extras, rt
     ]
     kept = torch.tensor([0, 2, 5])
     statistics = collect(tiny_model, padded, **extras)
-    same(statistics, collect(tiny_model, [{"input_ids": token_batch[kept], "index": kept}], **extras), rtol)
+    assert_same_statistics(
+        statistics, collect(tiny_model, [{"input_ids": token_batch[kept], "index": kept}], **extras), rtol
+    )
     assert float(statistics.ffn[0].total.count) == 3 * 32
 
 
-def test_pooled_equals_concatenated_corpora(tiny_model, token_batch):
+def test_pooled_statistics_equal_those_of_concatenated_corpora(tiny_model, token_batch):
     other = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(2))
     parts = [collect(tiny_model, batches(tokens, 3), gram=True) for tokens in (token_batch, other)]
-    # six windows come first, so the parity of the second corpus' windows stays what it was
+    # The first corpus has an even number of windows, so windows of the second corpus remain in the same half.
     whole = collect(tiny_model, batches(torch.cat([token_batch, other]), 5), gram=True)
-    same(pooled(parts), whole, rtol=1e-6)
+    assert_same_statistics(pooled(parts), whole, rtol=1e-6)
     assert pooled(iter(parts[:1])).tensors().keys() == parts[0].tensors().keys()
 
 
-def test_pooled_has_no_extras_unless_all_have(tiny_model, token_batch):
+def test_pooled_statistics_have_only_extras_that_all_corpora_have(tiny_model, token_batch):
     extras = ({"gram": True, "saliency": ("ffn", "attention")}, {"saliency": ("ffn",)})
     pool = pooled([collect(tiny_model, batches(token_batch, 6), **extra) for extra in extras])
     assert all(channel.gram is None and channel.saliency is not None for channel in pool.ffn)
     assert all(channel.gram is None and channel.saliency is None for channel in pool.attention)
 
 
-def test_influence_equals_raw_hidden_states(tiny_model, token_batch):
+def test_influence_is_the_mean_cosine_distance_of_raw_hidden_states(tiny_model, token_batch):
     statistics = collect(tiny_model, batches(token_batch, 4))
-    expected = turned(tiny_model, token_batch)
+    expected = cosine_distances(tiny_model, token_batch)
     np.testing.assert_allclose(statistics.influence.numpy(), expected.mean((1, 2)), rtol=1e-6)
     assert statistics.influence.dtype == torch.float64
     assert len(set(statistics.influence.tolist())) == 3
 
 
-def test_a_block_that_does_nothing_has_no_influence_and_one_that_turns_back_has_two(tiny_model, token_batch):
+def test_influence_is_0_for_an_identity_block_and_2_for_reversed_hidden_states(tiny_model, token_batch):
     idle = tiny_model.model.layers[1]
     idle.mlp.down_proj.weight.data.zero_()
     idle.self_attn.o_proj.weight.data.zero_()
@@ -163,31 +165,31 @@ def test_a_block_that_does_nothing_has_no_influence_and_one_that_turns_back_has_
     assert influence[[0, 2]].min() > 0.01
     turn, x = StreamingTurn(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     turn.update(x, -3 * x, torch.ones(2))
-    assert float(turn.compute()) == pytest.approx(2 * 10, rel=1e-6)  # the length of a vector does not matter
+    assert float(turn.compute()) == pytest.approx(2 * 10, rel=1e-6)  # opposite direction, any length: 2 per token
     turn.update(torch.zeros(1, 5, 8), x[:1], torch.ones(1))
-    assert float(turn.compute()) == pytest.approx(2 * 10 + 5, rel=1e-6)  # no direction at all: at right angles
+    assert float(turn.compute()) == pytest.approx(2 * 10 + 5, rel=1e-6)  # a zero vector counts as orthogonal
 
 
-def test_hooks_live_only_inside_the_context(tiny_model, token_batch):
+def test_hooks_exist_only_inside_the_context(tiny_model, token_batch):
     before = tiny_model(token_batch).logits
     with Collector(tiny_model) as collector:
-        assert hooks_of(tiny_model) == 9  # two projections and the layer itself, of three blocks
+        assert hooks_of(tiny_model) == 9  # for each of three blocks: two projections and the layer
         collector.observe(token_batch, torch.zeros(6, dtype=torch.long))
     assert hooks_of(tiny_model) == 0
-    with pytest.raises(IndexError):  # in the forward pass
+    with pytest.raises(IndexError):  # raised by the forward pass
         collect(tiny_model, [{"input_ids": torch.full((2, 4), 999), "index": torch.arange(2)}])
     assert hooks_of(tiny_model) == 0
     assert torch.equal(tiny_model(token_batch).logits, before)
 
 
-def test_the_head_is_not_run(tiny_model, token_batch):
+def test_collecting_does_not_run_the_language_model_head(tiny_model, token_batch):
     tiny_model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the language-model head was run"))
     collect(tiny_model, batches(token_batch, 6))
 
 
 @pytest.mark.parametrize(("gram", "saliency"), [(False, ()), (True, ("ffn",)), (False, ("ffn", "attention"))])
-def test_tensors_round_trip_in_any_order(gram, saliency):
-    model = make_tiny_llama(num_hidden_layers=11)  # more than ten: "10" sorts before "2"
+def test_statistics_round_trip_through_tensors_in_any_order(gram, saliency):
+    model = make_tiny_llama(num_hidden_layers=11)  # more than ten layers, since "10" sorts before "2"
     flat = collect(model, batches(torch.arange(3, 19).view(2, 8), 2), gram=gram, saliency=saliency).tensors()
     assert len(flat) == 1 + 2 * 11 * (2 * 3 + gram) + len(saliency) * 11 * 3
     statistics = CorpusStatistics.from_tensors({name: flat[name].clone() for name in sorted(flat)})
@@ -198,13 +200,13 @@ def test_tensors_round_trip_in_any_order(gram, saliency):
         assert (part.saliency is not None) == ("attention" in saliency)
 
 
-def test_kinds_partition_the_tensors_and_moments_stand_alone(tiny_model, token_batch):
+def test_each_tensor_has_one_kind_and_moments_combine_with_separately_collected_extras(tiny_model, token_batch):
     extras = {"gram": True, "saliency": ("ffn", "attention")}
     full = collect(tiny_model, batches(token_batch, 6), **extras).tensors()
     by_kind = {kind: {n: t for n, t in full.items() if kind_of(n) == kind} for kind in ("moments", *EXTRAS)}
     assert sum(map(len, by_kind.values())) == len(full)
     plain = collect(tiny_model, batches(token_batch, 6)).tensors()
-    assert by_kind["moments"].keys() == plain.keys()  # what a pass that collects nothing else would have cached
+    assert by_kind["moments"].keys() == plain.keys()  # as cached by a pass without extras
     for extra in EXTRAS:
         alone = collect(tiny_model, batches(token_batch, 6), **{extra: extras[extra]}).tensors()
         together = CorpusStatistics.from_tensors(by_kind["moments"] | by_kind[extra]).tensors()
@@ -213,14 +215,14 @@ def test_kinds_partition_the_tensors_and_moments_stand_alone(tiny_model, token_b
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_non_finite_activation_is_an_error_for_the_user(tiny_model, token_batch, bad):
+def test_a_non_finite_activation_raises_a_user_error(tiny_model, token_batch, bad):
     tiny_model.model.layers[1].mlp.up_proj.weight.data[7, 3] = bad
     with pytest.raises(UserError, match=r"non-finite activation.*--model\.dtype float32"):
         collect(tiny_model, batches(token_batch, 6))
 
 
 def test_bfloat16_activations_are_summed_in_higher_precision():
-    # 4096 tokens of 1 + 2^-7 (a bfloat16 number): a bfloat16 sum would stop growing at 256.
+    # 4096 tokens of 1 + 2^-7, which is exact in bfloat16. A bfloat16 sum would stop growing at 256.
     x = torch.full((2, 2048, 3), 1 + 2**-7, dtype=torch.bfloat16)
     metric = StreamingMoments(3)
     metric.update(x, torch.tensor([0, 1]), torch.ones(2))

@@ -1,4 +1,4 @@
-"""What errors of blocks cost the loss: against token by token computations in float64."""
+"""Errors of blocks by width, weighted by squared gradients, against token-by-token computations in float64."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.conftest import collect, hooks_of, make_tiny_llama
 
 @pytest.fixture(scope="module")
 def measured():
-    """A tiny model, its tokens, statistics with Gram matrices, and act_norm scores."""
+    """A tiny model, tokens, statistics with Gram matrices, and `act_norm` scores."""
     model = make_tiny_llama()
     tokens = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
     statistics = collect(model, batches(tokens, 6), gram=True)
     return model, tokens, statistics, score_units("act_norm", blocks_of(model), statistics)
 
 
-def test_errors_are_those_of_least_squares_token_by_token():
+def test_errors_by_width_equal_those_of_least_squares_token_by_token():
     generator = torch.Generator().manual_seed(0)
     N, H, n, ridge = 24, 10, 200, 0.01
     weight, x = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((H, N), (n, N)))
@@ -42,7 +42,7 @@ def test_errors_are_those_of_least_squares_token_by_token():
 
 
 def reference(weight, x, energy, ridge, floor):
-    """E(K) token by token in float64, with the damping that `floor`, a share of the trace, is the least of."""
+    """E(K) token by token in float64. `floor` is the minimum of the damping as a share of the Gram matrix's trace."""
     N, gram, errors = x.shape[1], x.T @ x, []
     damping = max(max(ridge, floor * N) * float(gram.diagonal().mean()), 1e-15)
     for level in range(LEVELS + 1):
@@ -57,9 +57,9 @@ def reference(weight, x, energy, ridge, floor):
 @pytest.mark.parametrize(
     "case", ["idle neurons", "all idle", "fewer tokens than neurons", "equal neurons", "one token"]
 )
-def test_singular_gram_matrices_have_the_errors_of_damped_least_squares(case, ridge):
+def test_errors_of_singular_gram_matrices_equal_damped_least_squares(case, ridge):
     generator = torch.Generator().manual_seed(0)
-    n = {"few tokens": 7, "one token": 1}.get(case, 100)
+    n = {"fewer tokens than neurons": 7, "one token": 1}.get(case, 100)
     weight, x = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((5, 32), (n, 32)))
     energy = torch.rand(n, generator=generator, dtype=torch.float64)
     if case == "idle neurons":
@@ -73,7 +73,7 @@ def test_singular_gram_matrices_have_the_errors_of_damped_least_squares(case, ri
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6 * float(expected[0]))
 
 
-def test_bfloat16_finds_nearly_the_same_errors(measured):
+def test_errors_measured_in_bfloat16_are_close_to_float32(measured):
     model, tokens, statistics, scores = measured
     exact = block_errors(model, scores.ffn, statistics, tokens.split(2))
     found = block_errors(model, scores.ffn, statistics, tokens.split(2), bfloat16=True)
@@ -83,7 +83,7 @@ def test_bfloat16_finds_nearly_the_same_errors(measured):
     torch.testing.assert_close(found, exact, rtol=0.05, atol=0)
 
 
-def test_a_loss_that_is_not_finite_in_bfloat16_is_measured_in_float32(measured, monkeypatch, caplog):
+def test_a_loss_that_overflows_in_bfloat16_is_computed_in_float32(measured, monkeypatch, caplog):
     model, tokens, statistics, scores = measured
     exact = block_errors(model, scores.ffn, statistics, tokens.split(2))
     losses = errors_module.next_token_losses
@@ -113,8 +113,8 @@ def test_energies_are_squared_gradients_of_each_windows_loss(measured):
         torch.testing.assert_close(energy.double(), shift.grad.flatten(0, 1).square().sum(1), rtol=1e-3, atol=1e-12)
 
 
-def test_no_other_widths_have_a_smaller_sum_of_errors(measured):
-    """At a strength of 1, on errors that are convex, against all widths that cost the same."""
+def test_reconstruction_allocation_minimizes_the_sum_of_errors(measured):
+    """With strength 1 and convex errors, compared with all combinations of widths of the same cost."""
     model, _, statistics, scores = measured
     blocks = blocks_of(model)
     generator = torch.Generator().manual_seed(2)
@@ -128,7 +128,7 @@ def test_no_other_widths_have_a_smaller_sum_of_errors(measured):
     N = blocks[0].neurons
 
     def cost(widths) -> float:
-        """Errors between levels lie on straight lines."""
+        """Sum of the blocks' errors, interpolated linearly between levels."""
         return sum(
             float(
                 e[int(w * LEVELS // N)]
@@ -139,14 +139,14 @@ def test_no_other_widths_have_a_smaller_sum_of_errors(measured):
 
     levels = [N * level // LEVELS for level in range(LEVELS + 1)]
     best = min(cost(w) for w in itertools.product(levels, repeat=len(blocks)) if sum(w) == sum(widths))
-    # Prices change inside a level too, so that widths lie between levels.
+    # Chosen widths may be between levels, whereas the scan has levels only, so the comparison has a tolerance.
     assert cost(widths) <= best + 0.05 * float(errors[:, 0].sum())
     uniform = allocate("uniform", scores, statistics, blocks, budget)
     assert cost(widths) < cost([int(keep.sum()) for keep in uniform.ffn])
     assert allocate("reconstruction", scores, statistics, blocks, budget, strength=0.0) == uniform
 
 
-def test_a_block_without_influence_goes_first(measured):
+def test_a_block_with_negligible_output_is_pruned_first(measured):
     model, tokens, statistics, scores = measured
     model = make_tiny_llama()
     model.model.layers[1].mlp.down_proj.weight.data.mul_(1e-4)
@@ -160,12 +160,12 @@ def test_a_block_without_influence_goes_first(measured):
     )
     budget = Budget.of(unit_costs(blocks, scope="ffn"), 1 / 3)
     masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
-    assert [int(keep.sum()) for keep in masks.ffn] == [47, 1, 48]  # each block keeps a neuron
+    assert [int(keep.sum()) for keep in masks.ffn] == [47, 1, 48]  # each block keeps at least one neuron
     assert ALLOCATION["reconstruction"].errors
 
 
 def idle_model():
-    """All neurons of block 0 are idle, and a third of block 1's; so little text that every Gram matrix is singular."""
+    """A model with idle neurons (all of block 0, a third of block 1), and so few tokens that Grams are singular."""
     model = make_tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.data.zero_()
     model.model.layers[1].mlp.up_proj.weight.data[::3] = 0
@@ -173,7 +173,7 @@ def idle_model():
 
 
 @pytest.mark.parametrize("strength", [0.75, 1.0])
-def test_idle_neurons_and_fewer_tokens_than_neurons_end_in_masks_on_budget(strength):
+def test_idle_neurons_with_few_tokens_still_give_masks_that_meet_the_budget(strength):
     model, tokens = idle_model()
     blocks, statistics = blocks_of(model), collect(model, batches(tokens, 2), gram=True)
     scores = score_units("act_norm", blocks, statistics)
@@ -186,13 +186,13 @@ def test_idle_neurons_and_fewer_tokens_than_neurons_end_in_masks_on_budget(stren
     masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=strength)
     widths = [int(keep.sum()) for keep in masks.ffn]
     assert sum(widths) == 2 * 48
-    assert widths[0] == min(widths)  # what costs nothing goes first
+    assert widths[0] == min(widths)  # a block without error is pruned first
     assert widths[0] == 1 or strength < 1
-    assert masks.ffn[1][1::3].all() or strength < 1  # of block 1 the idle neurons at most
+    assert masks.ffn[1][1::3].all() or strength < 1  # block 1 loses only idle neurons
 
 
-def test_blocks_that_are_protected_take_no_part(measured):
-    """A cheap block that may not go leaves what it would have lost to the others, in the order of their prices."""
+def test_protected_blocks_are_not_pruned_by_reconstruction_allocation(measured):
+    """The cheapest block is protected, so the next cheapest is pruned instead."""
     model, _, statistics, scores = measured
     blocks = blocks_of(model)
     steps = torch.tensor([[1e-6] * LEVELS, [1.0] * LEVELS, [3.0] * LEVELS], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The walk block by block: the same bits as the pass through the whole decoder, for every family."""
+"""Layer-by-layer calibration gives the same bits as a pass through the whole decoder, for every family."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXPERTS = WITH_EXPERTS
 
 
 def batches(seed: int = 1) -> list[dict[str, torch.Tensor]]:
-    """Windows 0 to 9 in batches of 4, 4 and 2, longer than the sliding window; window 6 is left out."""
+    """Windows 0 to 9 in batches of 4, 4 and 2, longer than the sliding window. Window 6 has weight 0."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 128, (10, 24), generator=generator)
     weight = torch.ones(10)
@@ -46,16 +46,16 @@ def assert_same_bits(one: CorpusStatistics, two: CorpusStatistics) -> None:
 
 
 @pytest.mark.parametrize("family", TYPES)
-def test_statistics_are_the_same_bits(family):
+def test_layerwise_statistics_equal_those_of_whole_forward_passes_bit_for_bit(family):
     model = make_tiny(family)
     expected = collect(model, batches(), gram=True)
     assert_same_bits(walk_over(model, batches()).statistics(gram=True), expected)
     assert float(expected.attention[0].total.count) == 9 * 24
-    assert not any("forward" in module.__dict__ for module in model.modules())  # nothing is left behind
+    assert not any("forward" in module.__dict__ for module in model.modules())  # no patched forward remains
 
 
 @pytest.mark.parametrize("family", TYPES)
-def test_logits_are_the_models_own_with_masks_too(family):
+def test_layerwise_logits_equal_the_models_with_and_without_masks(family):
     model, batch = make_tiny(family), batches()[0]["input_ids"]
     walk = Walk(model)
     walk.add(batch)
@@ -68,14 +68,14 @@ def test_logits_are_the_models_own_with_masks_too(family):
     assert not torch.equal(logits, model(batch, use_cache=False).logits)
 
 
-def test_masks_and_embeddings_are_kept_once():
+def test_attention_masks_and_position_embeddings_are_stored_once_for_all_batches():
     model = make_tiny("gemma2")  # two kinds of layers
     one, many = walk_over(model, batches()[:1]), walk_over(model, batches()[:1] * 5)
     size = {id(t) for walk in (one,) for pool in walk._pool.values() for t in pool}
     assert len({id(t) for pool in many._pool.values() for t in pool}) == len(size)
 
 
-def test_layers_are_restored_when_one_fails():
+def test_layers_are_restored_after_an_exception():
     model = make_tiny("llama")
     handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
     walk = walk_over(model, batches())
@@ -86,10 +86,10 @@ def test_layers_are_restored_when_one_fails():
     assert_same_bits(walk_over(model, batches()).statistics(), collect(model, batches()))
 
 
-# Gram matrices in files
+# --- Gram matrices in files
 
 
-def stored(model, tmp_path: Path, seed: int) -> CorpusStatistics:
+def statistics_with_stored_grams(model, tmp_path: Path, seed: int) -> CorpusStatistics:
     def store(block, grams):
         places = {kind: tmp_path / f"{seed}-{kind}-{block.index}.safetensors" for kind in grams}
         for kind, gram in grams.items():
@@ -100,9 +100,9 @@ def stored(model, tmp_path: Path, seed: int) -> CorpusStatistics:
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_stored_gram_matrices_are_read_as_if_they_were_there(family, tmp_path):
+def test_gram_matrices_read_from_files_equal_those_in_memory(family, tmp_path):
     model = make_tiny(family)
-    lazy = [stored(model, tmp_path, seed) for seed in (1, 2, 3)]
+    lazy = [statistics_with_stored_grams(model, tmp_path, seed) for seed in (1, 2, 3)]
     eager = [collect(model, batches(seed), gram=True) for seed in (1, 2, 3)]
     for one, two in [*zip(lazy, eager, strict=True), (pooled(lazy), pooled(eager))]:
         for kind in OUTPUT_PROJECTIONS:
@@ -113,22 +113,22 @@ def test_stored_gram_matrices_are_read_as_if_they_were_there(family, tmp_path):
                     assert torch.equal(mine.total.of_expert(2, 4).gram, theirs.gram[2])
 
 
-def test_a_gram_matrix_that_has_gone_is_one_line(tmp_path):
-    statistics = stored(make_tiny("llama"), tmp_path, 1)
+def test_a_missing_gram_matrix_file_raises_a_user_error(tmp_path):
+    statistics = statistics_with_stored_grams(make_tiny("llama"), tmp_path, 1)
     (tmp_path / "1-ffn-1.safetensors").unlink()
-    assert statistics.ffn[1].total is not None  # not looked at yet
+    assert statistics.ffn[1].total is not None  # the file is read on access of `gram` only
     with pytest.raises(UserError, match=r"1-ffn-1\.safetensors is missing or incomplete.*Run the same command again"):
         _ = statistics.ffn[1].total.gram
 
 
-def test_gram_bytes_are_those_of_the_tensors():
+def test_gram_bytes_equals_the_size_of_the_gram_tensors():
     for family in ("llama", "mixtral"):
         model = make_tiny(family)
         found = collect(model, batches(), gram=True).tensors()
         assert gram_bytes(blocks_of(model)) == sum(t.nbytes for name, t in found.items() if name.endswith("gram"))
 
 
-# The whole run
+# --- whole runs
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def assert_same_run(one, two) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_with_gram_matrices_in_files_is_the_same_run(world, ordinary, tmp_path, monkeypatch):
+def test_a_run_with_gram_matrices_in_files_has_the_same_bits(world, ordinary, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     monkeypatch.setattr(walking, "GRAMS_IN_MEMORY", 1)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
@@ -168,7 +168,7 @@ def test_a_run_with_gram_matrices_in_files_is_the_same_run(world, ordinary, tmp_
     assert_same_run(result, ordinary)
     grams = [path for path in (tmp_path / "cache" / "statistics").iterdir() if read_tensors(path).keys() == {"gram"}]
     assert len(grams) == 3 * 3 * 2  # corpora, blocks, kinds
-    # Again, from the cache, of which one file is damaged: noticed, and computed anew.
+    # From the cache, and then with a damaged file in the cache, which is detected and computed again.
     with monkeypatch.context() as patch:
         patch.setattr(Walk, "add", lambda *_: pytest.fail("calibrated"))
         assert_same_run(world.run(tmp_path, *FLAGS, name="again"), ordinary)

@@ -1,6 +1,6 @@
-"""Taylor saliency: by hand, against autograd on an unfrozen model, and what collecting it must leave alone.
+"""Taylor saliency: values computed by hand, and no side effects of collecting it on the model or other statistics.
 
-The metrics that read it are held against per-window gradients in `test_importance.py`; here are its parts.
+`tests/importance/test_metrics.py` compares the metrics that use saliency with gradients per window.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from gprune.calibration.collector import Collector
 from gprune.calibration.saliency import StreamingGradients, weight_saliency
 from gprune.calibration.statistics import kind_of, pooled
 from gprune.errors import UserError
-from tests.calibration.test_collector import batches, recorded
+from tests.calibration.test_collector import batches, projection_inputs
 from tests.conftest import collect, hooks_of, make_tiny_llama
 
 BOTH = ("ffn", "attention")
 
 
-def terms(statistics) -> dict[str, torch.Tensor]:
+def saliency_tensors(statistics) -> dict[str, torch.Tensor]:
     return {name: t for name, t in statistics.tensors().items() if kind_of(name) == "saliency"}
 
 
-def test_terms_by_hand():
+def test_weight_saliency_equals_values_computed_by_hand():
     metric = StreamingGradients((2, 3))
     # One token per window: its weight gradient is the outer product of output gradient and input.
     x = torch.tensor([[[1.0, 0, 2]], [[0, 1.0, 0]], [[1.0, 1, 1]]])
@@ -42,7 +42,7 @@ def test_terms_by_hand():
     assert by_column.dtype == torch.float64
 
 
-def test_a_half_without_windows_is_zero():
+def test_saliency_of_a_half_without_windows_is_zero():
     metric = StreamingGradients((2, 3))
     metric.update(torch.ones(1, 4, 3), torch.ones(1, 4, 2), [0])
     one, zero, whole = weight_saliency(torch.ones(2, 3), *metric.compute(), columns=False)
@@ -50,7 +50,7 @@ def test_a_half_without_windows_is_zero():
     assert torch.equal(one, whole)
 
 
-def test_halves_are_those_of_their_own_windows_alone(tiny_model, token_batch):
+def test_saliency_of_a_half_equals_that_of_its_windows_alone(tiny_model, token_batch):
     both = collect(tiny_model, batches(token_batch, 6), saliency=BOTH)
     for half in (0, 1):
         alone = collect(tiny_model, batches(token_batch[half::2], 3), saliency=BOTH)
@@ -58,15 +58,15 @@ def test_halves_are_those_of_their_own_windows_alone(tiny_model, token_batch):
             for mine, theirs in zip(getattr(both, kind), getattr(alone, kind), strict=True):
                 own = theirs.total.saliency  # against the largest channel: signed sums may cancel
                 torch.testing.assert_close(mine.half(half).saliency, own, rtol=0, atol=1e-5 * float(own.max()))
-    # absolute values: the whole is not the mean of the halves
+    # Saliency is an absolute value, so the total is less than the mean of the halves.
     one, two, whole = both.ffn[0].saliency
     assert bool((whole < (one + two) / 2).all())
 
 
-def test_pooled_saliency_is_the_mean(tiny_model, token_batch):
+def test_pooled_saliency_is_the_mean_over_corpora(tiny_model, token_batch):
     other = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(2))
     parts = [collect(tiny_model, batches(tokens, 3), saliency=BOTH) for tokens in (token_batch, other, token_batch[:2])]
-    pool, each = terms(pooled(iter(parts))), [terms(part) for part in parts]
+    pool, each = saliency_tensors(pooled(iter(parts))), [saliency_tensors(part) for part in parts]
     assert pool.keys() == each[0].keys()
     for name, value in pool.items():
         np.testing.assert_allclose(value.numpy(), np.mean([e[name].numpy() for e in each], axis=0), rtol=1e-12)
@@ -75,7 +75,7 @@ def test_pooled_saliency_is_the_mean(tiny_model, token_batch):
 @pytest.mark.parametrize(
     ("overrides", "dtype"), [({"head_dim": 12}, torch.float32), ({"tie_word_embeddings": False}, torch.bfloat16)]
 )
-def test_other_statistics_are_the_same_bits_with_and_without(overrides, dtype, token_batch):
+def test_collecting_saliency_does_not_change_other_statistics(overrides, dtype, token_batch):
     model, text = make_tiny_llama(**overrides).to(dtype), list(batches(token_batch[:, :29], 4))
     plain = collect(model, text, gram=True).tensors()
     both = collect(model, text, gram=True, saliency=BOTH).tensors()
@@ -88,10 +88,10 @@ def test_other_statistics_are_the_same_bits_with_and_without(overrides, dtype, t
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
-def test_it_does_not_matter_what_the_caller_does_about_gradients(tiny_model, token_batch, mode):
+def test_saliency_does_not_depend_on_the_callers_gradient_mode(tiny_model, token_batch, mode):
     expected = collect(tiny_model, batches(token_batch, 4), saliency=BOTH).tensors()
     with Collector(tiny_model, saliency=BOTH) as collector, mode():
-        for batch in batches(token_batch.clone(), 4):  # made here: tensors of inference mode under inference mode
+        for batch in batches(token_batch.clone(), 4):  # cloned here, so inference tensors in inference mode
             collector.observe(batch["input_ids"], batch["index"] % 2)
         assert torch.is_grad_enabled() == (mode is torch.enable_grad)
     mine = collector.compute().tensors()
@@ -99,11 +99,11 @@ def test_it_does_not_matter_what_the_caller_does_about_gradients(tiny_model, tok
     assert all(torch.equal(mine[name], value) for name, value in expected.items())
 
 
-def test_the_model_is_left_as_it_was(tiny_model, token_batch):
+def test_collecting_saliency_leaves_the_model_unchanged(tiny_model, token_batch):
     before = {name: p.clone() for name, p in tiny_model.named_parameters()}
     logits = tiny_model(token_batch).logits
     with Collector(tiny_model, saliency=BOTH) as collector:
-        # also while collecting: per block two projections and the layer, three and four weights; the embedding
+        # Hooks per block: two projections and the layer, three FFN weights, four attention weights. One: the embedding.
         assert hooks_of(tiny_model) == 3 * (3 + 3 + 4) + 1
         collector.observe(token_batch, torch.zeros(6, dtype=torch.long))
         assert not any(p.requires_grad for p in tiny_model.parameters())
@@ -113,12 +113,12 @@ def test_the_model_is_left_as_it_was(tiny_model, token_batch):
     assert not any(p.requires_grad or p.grad is not None for p in tiny_model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in tiny_model.named_parameters())
     again = tiny_model(token_batch).logits
-    assert not again.requires_grad  # the embedding does not ask for a gradient any more
+    assert not again.requires_grad  # the embedding's output no longer requires a gradient
     assert torch.equal(again, logits)
 
 
 @pytest.mark.parametrize("where", ["backward", "between batches"])
-def test_an_exception_leaves_nothing_behind(tiny_model, token_batch, where):
+def test_an_exception_leaves_no_hooks_and_no_gradients(tiny_model, token_batch, where):
     class StopError(RuntimeError):
         pass
 
@@ -141,20 +141,20 @@ def test_an_exception_leaves_nothing_behind(tiny_model, token_batch, where):
     assert not tiny_model(token_batch).logits.requires_grad
 
 
-def test_gradients_of_what_is_dead_are_zero_and_finite(tiny_model, token_batch):
-    for layer in tiny_model.model.layers:  # nothing but the embedding speaks
+def test_saliency_is_zero_where_gradients_vanish(tiny_model, token_batch):
+    for layer in tiny_model.model.layers:  # the hidden states are the embeddings
         layer.mlp.gate_proj.weight.data.zero_()
         layer.self_attn.o_proj.weight.data.zero_()
         layer.self_attn.v_proj.weight.data.zero_()
     statistics = collect(tiny_model, batches(token_batch, 6), saliency=BOTH)
-    for name, value in terms(statistics).items():
+    for name, value in saliency_tensors(statistics).items():
         assert torch.equal(value, torch.zeros_like(value)), name
 
 
-def test_a_non_finite_gradient_is_an_error_for_the_user(token_batch):
+def test_a_non_finite_gradient_raises_a_user_error(token_batch):
     model = make_tiny_llama(tie_word_embeddings=False)
-    model.lm_head.weight.data *= 1e38  # logits overflow, what enters the projections does not
-    assert all(np.isfinite(x).all() for x in recorded(model, token_batch)["ffn"])
+    model.lm_head.weight.data *= 1e38  # the logits overflow, the inputs of the projections do not
+    assert all(np.isfinite(x).all() for x in projection_inputs(model, token_batch)["ffn"])
     assert collect(model, batches(token_batch, 6)).ffn[0].total.count == 192
     with pytest.raises(UserError, match=r"non-finite gradient.*--model\.dtype float32"):
         collect(model, batches(token_batch, 6), saliency=BOTH)

@@ -22,34 +22,34 @@ def unreachable(monkeypatch):
 
 
 @pytest.mark.parametrize("record", hub.HUB_CORPORA, ids=lambda record: record.name)
-def test_no_network_is_one_line_with_a_remedy(record, unreachable, tmp_path, monkeypatch):
+def test_without_network_one_line_names_the_corpus_and_the_remedy(record, unreachable, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(UserError, match=f"corpus '{record.name}'.*GPRUNE_DATA_DIR") as caught:
         load_corpus(record.name, "test")
     assert "\n" not in str(caught.value)
-    assert not huggingface_hub.constants.HF_HUB_OFFLINE  # put back
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE  # restored
 
 
 @pytest.mark.parametrize("record", hub.HUB_CORPORA, ids=lambda record: record.name)
-def test_rows_become_documents(record, unreachable, monkeypatch):
+def test_hub_corpora_format_rows_as_documents_of_the_requested_split(record, unreachable, monkeypatch):
     fields = [field for _, field, _, _ in string.Formatter().parse(record.text) if field]
-    asked = {}
+    requested = {}
 
     def rows(path, name, **options):
-        asked.update(options, where=(path, name))
+        requested.update(options, where=(path, name))
         return ({field: f"{field} {options['split']} {i}" for field in fields} for i in range(3000))
 
     monkeypatch.setattr(datasets, "load_dataset", rows)
     documents = load_corpus(record.name, "test")
-    assert asked["split"] == (record.test or "train")
-    assert asked["streaming"] == (record.limit is not None)
+    assert requested["split"] == (record.test or "train")
+    assert requested["streaming"] == (record.limit is not None)
     assert all(field in documents[0] for field in fields)
-    assert asked["where"] == (record.path, record.config)
-    if record.test is None:  # cut 70/30 after the limit
+    assert requested["where"] == (record.path, record.config)
+    if record.test is None:  # split 70/30 after the limit
         assert len(documents) == 0.3 * (record.limit or 3000)
         assert not set(documents) & set(load_corpus(record.name, "train"))
 
 
-def test_wikitext_lines_become_articles():
+def test_wikitext_lines_are_joined_to_articles():
     one, two = [" = One = \n", "", " text = \n", " = = Section = = \n", " more \n"], [" = Two Words = \n", " x \n"]
     assert hub.join_articles(["", *one, *two]) == ["".join(one), "".join(two)]

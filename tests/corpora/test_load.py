@@ -32,7 +32,7 @@ def assert_disjoint(parts):
             assert a == b or not set(parts[a]) & set(parts[b])
 
 
-def test_mirror_comes_before_the_registry(data_dir):
+def test_the_local_mirror_takes_precedence_over_the_registry(data_dir):
     write_jsonl(data_dir / "corpora" / "wikitext2" / "train.jsonl", texts("a", 25))
     write_jsonl(data_dir / "corpora" / "wikitext2" / "test.jsonl", texts("b", 4))
     assert load_corpus("wikitext2", "test") == texts("b", 4)
@@ -41,14 +41,14 @@ def test_mirror_comes_before_the_registry(data_dir):
     assert train == [text for text in texts("a", 25) if text not in ("a 9", "a 19")]
 
 
-def test_a_mirror_whose_test_split_is_called_validation(data_dir):
+def test_a_mirrored_validation_file_is_the_test_split(data_dir):
     write_jsonl(data_dir / "corpora/mine/train.jsonl", texts("a", 2))
     write_jsonl(data_dir / "corpora/mine/validation.jsonl", texts("v", 2))
     assert load_corpus("mine", "test") == texts("v", 2)
 
 
 @pytest.mark.parametrize("file", ["train.jsonl", "test.jsonl", "anything.jsonl"])
-def test_one_file_is_cut_contiguously(tmp_path, file):
+def test_a_single_file_is_split_contiguously_without_duplicates(tmp_path, file):
     write_jsonl(tmp_path / "folder" / file, [*texts("a", 100), "a 0"])
     for name in (str(tmp_path / "folder"), str(tmp_path / "folder" / file)):
         parts = {split: load_corpus(name, split) for split in SPLITS}
@@ -58,14 +58,14 @@ def test_one_file_is_cut_contiguously(tmp_path, file):
         assert len(parts["development"]) == 7
 
 
-def test_too_few_documents_for_development_text(tmp_path):
+def test_too_few_documents_for_a_development_split_are_refused(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", texts("a", 5))
     with pytest.raises(UserError, match="needs more documents: its split development is empty"):
         load_corpus(str(tmp_path / "x.jsonl"), "development")
 
 
 @pytest.mark.parametrize("name", ["../../secret", "corpora/../../secret", ".hidden", "~nobody-at-all", ""])
-def test_names_do_not_lead_out_of_the_mirror(name, data_dir, tmp_path, monkeypatch):
+def test_corpus_names_cannot_leave_the_mirror(name, data_dir, tmp_path, monkeypatch):
     for folder in ("secret", ".", "data/corpora/.hidden", "data/corpora/ok"):
         write_jsonl(tmp_path / folder / "train.jsonl", texts("s", 20))
     (tmp_path / "elsewhere").mkdir()
@@ -74,7 +74,7 @@ def test_names_do_not_lead_out_of_the_mirror(name, data_dir, tmp_path, monkeypat
         load_corpus(name, "train")
 
 
-def test_unknown_name_lists_what_there_is(data_dir):
+def test_an_unknown_corpus_lists_the_available_ones(data_dir):
     write_jsonl(data_dir / "corpora" / "local_one" / "train.jsonl", ["a"])
     with pytest.raises(UserError, match=r"Unknown corpus 'c5'.*python_docs.*local_one"):
         source_of("c5")
@@ -84,12 +84,12 @@ def test_unknown_name_lists_what_there_is(data_dir):
         source_of(name)
 
 
-def test_unknown_split():
+def test_an_unknown_split_is_refused():
     with pytest.raises(UserError, match=r"Unknown split 'dev'.*development"):
         load_corpus("python_docs", "dev")
 
 
-def test_registering_a_corpus_is_one_function():
+def test_a_registered_function_is_a_corpus():
     with registries.restored(CORPORA):
         CORPORA.register("mine")(lambda split: texts(split, 10))
         assert load_corpus("mine", "development") == ["train 9"]
@@ -98,15 +98,15 @@ def test_registering_a_corpus_is_one_function():
 
 
 @pytest.mark.parametrize(("name", "least"), [("python_docs", 50_000), ("python_code", 50_000), ("python_help", 10_000)])
-def test_corpora_of_the_interpreter_are_disjoint_and_deterministic(name, least):
+def test_splits_of_interpreter_corpora_are_disjoint_and_deterministic(name, least):
     parts = {split: load_corpus(name, split) for split in SPLITS}
     assert_disjoint(parts)
     assert parts == {split: load_corpus(name, split) for split in SPLITS}
     assert sum(map(len, parts["test"])) > least
 
 
-def test_help_is_in_neither_sources_nor_documentation():
-    """What is evaluated as unseen by a run that has read both."""
+def test_python_help_shares_no_text_with_python_code_and_python_docs():
+    """The corpus `python_help` serves as unseen text for runs calibrated on the other two."""
     helped, *others = (
         " ".join(" ".join(load_corpus(name, split)) for split in ("train", "test"))
         for name in ("python_help", "python_docs", "python_code")
@@ -116,7 +116,7 @@ def test_help_is_in_neither_sources_nor_documentation():
     assert sum(any(text in other for other in others) for text in paragraphs) <= 2
 
 
-def test_python_docs_topics_share_no_paragraph():
+def test_documents_of_python_docs_share_no_paragraph():
     documents = [document for split in SPLITS for document in load_corpus("python_docs", split)]
     paragraphs = [{" ".join(p.split()) for p in document.split("\n\n")} for document in documents]
     assert sum(map(len, paragraphs)) == len(set().union(*paragraphs)) > 1000
@@ -124,7 +124,7 @@ def test_python_docs_topics_share_no_paragraph():
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", EMBEDDED_CORPORA)
-def test_wheel_corpora_are_disjoint(name, monkeypatch):
+def test_splits_of_embedded_corpora_are_disjoint(name, monkeypatch):
     monkeypatch.delenv("GPRUNE_DATA_DIR", raising=False)
     parts = {split: load_corpus(name, split) for split in SPLITS}
     assert_disjoint(parts)
@@ -133,16 +133,16 @@ def test_wheel_corpora_are_disjoint(name, monkeypatch):
 
 
 @pytest.mark.parametrize("returned", ["one text", None, ["a", 3]])
-def test_what_is_no_list_of_documents_is_refused(returned):
-    """Of one string every letter would be a document."""
+def test_a_corpus_function_must_return_a_list_of_strings(returned):
+    """In a single string, each character would be a document."""
     with registries.restored(CORPORA):
         CORPORA.register("given")(lambda split: returned)
         with pytest.raises(UserError, match=r"^Corpus 'given' must be a list of documents of type str; got "):
             load_corpus("given", "train")
 
 
-def test_names_of_one_corpus_are_one(tmp_path, monkeypatch):
-    """A bare folder of the working directory, and a mirror that has no text and so stands for nothing."""
+def test_different_spellings_of_a_corpus_have_one_identity(tmp_path, monkeypatch):
+    """Two spellings of a folder, two spellings of a mirrored corpus, and a mirror folder without text."""
     for folder, file in (("texts", "a.txt"), ("data/corpora/wiki", "note.pdf"), ("data/corpora/mine", "b.txt")):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / file).write_text("some text")

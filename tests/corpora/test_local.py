@@ -15,12 +15,12 @@ from gprune.errors import UserError
 
 
 @given(st.lists(st.sampled_from(["word", "    indented", "", "a much longer line " * 5]), max_size=80))
-def test_split_text_loses_only_newlines(lines):
+def test_split_text_drops_only_newlines(lines):
     text = "\n".join(lines)
     documents = split_text(text, size=50)
     assert "".join(documents).replace("\n", "") == text.replace("\n", "")
     assert all(document.strip() for document in documents)
-    assert all(len(document) < 100 + 96 for document in documents)  # twice the size and one line
+    assert all(len(document) < 100 + 96 for document in documents)  # at most twice the size plus one line
 
 
 def test_split_text_prefers_blank_lines():
@@ -30,14 +30,14 @@ def test_split_text_prefers_blank_lines():
 
 
 @given(st.lists(st.text(max_size=2)))
-def test_contiguous_split_is_a_partition(documents):
+def test_contiguous_split_partitions_the_distinct_documents_70_to_30(documents):
     train, test = contiguous_split(documents, "train"), contiguous_split(documents, "test")
     assert train + test == list(dict.fromkeys(documents))
     assert abs(len(train) - 0.7 * len(train + test)) <= 0.5
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_no_more_is_read_than_a_corpus_can_need(name, tmp_path, monkeypatch, caplog):
+def test_large_files_are_truncated_with_a_warning(name, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(local, "MOST", 10_000)
     texts = [f"{n} " * 100 for n in range(1000)]
     lines = (json.dumps({"text": text}) for text in texts) if name == "a.jsonl" else (f"{text}\n" for text in texts)
@@ -48,12 +48,12 @@ def test_no_more_is_read_than_a_corpus_can_need(name, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.txt", "one\n\ntwo\n"), ("a.jsonl", '{"text": "one\\n\\ntwo"}')])
-def test_a_byte_order_mark_is_not_part_of_the_first_document(name, content, tmp_path):
+def test_a_byte_order_mark_is_removed_from_the_first_document(name, content, tmp_path):
     (tmp_path / name).write_text(content, encoding="utf-8-sig")
     assert local._read_all([tmp_path / name]) == ["one\n\ntwo"]
 
 
-FILES = {  # name and content of a file -> what the error says
+INVALID_FILES = {  # file name, content, expected error
     "nothing": ("x.jsonl", b"", "got no text"),
     "blanks": ("x.jsonl", b'{"text": "  "}\n', "got no text"),
     "another field": (
@@ -86,20 +86,20 @@ FILES = {  # name and content of a file -> what the error says
 }
 
 
-@pytest.mark.parametrize("row", FILES)
-def test_what_is_no_corpus_is_named_with_its_file(row, tmp_path):
-    name, content, expected = FILES[row]
+@pytest.mark.parametrize("row", INVALID_FILES)
+def test_an_invalid_corpus_file_is_refused_by_name(row, tmp_path):
+    name, content, expected = INVALID_FILES[row]
     if isinstance(content, dict):
         parquet.write_table(pyarrow.table(content), tmp_path / name)
     else:
         (tmp_path / name).write_bytes(content)
-    source_of(str(tmp_path / name))  # reads no text
+    source_of(str(tmp_path / name))  # does not read the text
     with pytest.raises(UserError, match=expected) as error:
         load_files(tmp_path / name, "train")
     assert name in str(error.value)
 
 
-def test_a_column_of_parquet_is_a_corpus_without_its_nulls(tmp_path):
+def test_a_parquet_text_column_is_a_corpus_without_nulls(tmp_path):
     texts = [f"a {n}" for n in range(10)]
     parquet.write_table(pyarrow.table({"text": [*texts[:4], None, *texts[4:]]}), tmp_path / "x.parquet")
     assert load_corpus(str(tmp_path / "x.parquet"), "test") == texts[7:]

@@ -14,7 +14,7 @@ from gprune.errors import UserError
 
 
 def word_tokenizer(words):
-    """One id a word (its position + 1; 0 is unknown), with a BOS that must never appear."""
+    """A tokenizer with one id per word (its position + 1; 0 is unknown) and a BOS that it does not add itself."""
     vocabulary = {"[UNK]": 0} | {word: i for i, word in enumerate(words, 1)} | {"<s>": len(words) + 1}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -31,35 +31,35 @@ def windows_of(texts=TEXTS, **overrides):
     return make_windows(texts, word_tokenizer(WORDS), Sample(**settings), **named)
 
 
-def test_first_windows_are_the_start_of_the_text_and_all_are_what_is_whole():
+def test_without_shuffling_windows_are_the_consecutive_full_windows_of_the_text():
     windows = windows_of(shuffle=False)
     assert torch.equal(windows.tokens, torch.arange(1, 321).view(10, 32))
     assert (windows.corpus, windows.split) == ("demo", "train")
     assert torch.equal(windows_of(shuffle=False, num_samples=None).tokens, torch.arange(1, 93 * 32 + 1).view(93, 32))
 
 
-def test_sample_is_without_overlap_spread_and_without_bos():
+def test_sampled_windows_do_not_overlap_are_spread_over_documents_and_have_no_bos():
     windows = windows_of()
     assert windows.tokens.shape == (10, 32)
     tokens = windows.tokens.flatten()
-    assert len(tokens.unique()) == 320  # every word of the corpus is different
+    assert len(tokens.unique()) == 320  # all words of the corpus are distinct, so no overlap
     assert tokens.min() > 0
     assert tokens.max() <= 3000
-    assert len(((tokens - 1) // 100).unique()) >= 5  # of 30 documents; the first windows see 4
+    assert len(((tokens - 1) // 100).unique()) >= 5  # of 30 documents; the first ten windows cover 4
 
 
-def test_windows_are_the_same_in_every_run_and_their_hash_tells_how_they_are_cut():
-    # Written down once: results are stored under these hashes, so a change here throws caches away.
+def test_content_hashes_are_reproducible_and_depend_on_seed_and_shape():
+    # Results are cached under these hashes, so a change here invalidates caches.
     assert windows_of().content_hash == "00fa0c0647dce3c3"
     assert windows_of(shuffle=False).content_hash == "5b7c7dfd054da562"
     assert windows_of(seed=1).content_hash != windows_of().content_hash
     assert windows_of(shuffle=False, seed=1).content_hash == windows_of(shuffle=False).content_hash
-    # Statistics and perplexities are stored under it: 4 x 8 and 8 x 4 windows of the same tokens differ in both.
+    # Statistics and perplexities of the same tokens differ between 4 x 8 and 8 x 4 windows, and so must the hashes.
     shapes = [Windows("c", "train", torch.arange(32).reshape(shape)) for shape in ((4, 8), (8, 4), (2, 16))]
     assert len({windows.content_hash for windows in shapes}) == 3
 
 
-def test_too_little_text_says_how_much_there_is():
+def test_too_little_text_is_refused_with_the_number_of_windows():
     with pytest.raises(UserError, match=r"'demo' \(test\) must have 4 windows of 32 tokens; got 3\..*num_samp"):
         windows_of(TEXTS[:1], num_samples=4, split="test")
     with pytest.raises(UserError, match=r"got 0\. .*--corpora\.seq_len"):
@@ -71,7 +71,7 @@ def test_too_little_text_says_how_much_there_is():
 
 
 @given(st.text(alphabet="ab \n", max_size=300), st.integers(2, 40))
-def test_cut_loses_only_one_separator_per_cut(text, limit):
+def test_cut_text_drops_at_most_one_separator_per_cut(text, limit):
     pieces = list(cut_text(text, limit))
     assert all(len(piece) <= limit for piece in pieces)
     assert "".join(pieces).replace(" ", "").replace("\n", "") == text.replace(" ", "").replace("\n", "")
@@ -85,7 +85,9 @@ def test_cut_loses_only_one_separator_per_cut(text, limit):
     shuffle=st.booleans(),
     epoch=st.integers(0, 3),
 )
-def test_shards_are_the_one_process_batches(num_windows, batch_size, world_size, shuffle, epoch):
+def test_shards_of_all_ranks_together_are_the_batches_of_one_process(
+    num_windows, batch_size, world_size, shuffle, epoch
+):
     def batches(rank, world_size):
         sampler = ShardedBatchSampler(
             num_windows, batch_size, rank=rank, world_size=world_size, shuffle=shuffle, seed=5
@@ -112,7 +114,7 @@ def demo_windows(start, count, seq_len=4):
     return Windows(f"corpus{start}", "train", tokens)
 
 
-def test_items_know_their_window_and_half():
+def test_items_contain_their_window_index_and_half():
     """The halves of a corpus are its earlier and its later windows."""
     dataset = TokenDataset([demo_windows(0, 3), demo_windows(3, 4), demo_windows(7, 1)])
     items = [dataset[(index, 0.0)] for index in range(len(dataset))]
@@ -122,23 +124,23 @@ def test_items_know_their_window_and_half():
     assert items[4]["weight"].dtype == torch.float32
 
 
-def test_halves_have_at_most_one_piece_of_text_in_common():
-    """Windows that take turns would have most of theirs in common, and agree better than two samples of a corpus do."""
-    texts = [" ".join(WORDS[start : start + 40]) for start in range(0, 3000, 40)]  # none longer than a piece
+def test_halves_of_a_corpus_share_at_most_one_document():
+    """Alternating windows would share most documents, so that halves would agree more than two independent samples."""
+    texts = [" ".join(WORDS[start : start + 40]) for start in range(0, 3000, 40)]  # each text is one piece
     windows = windows_of(texts, num_samples=20)
     piece = (windows.tokens - 1) // 40
     half = torch.tensor([TokenDataset([windows])[(i, 1.0)]["half"] for i in range(20)])
 
-    def in_common(half):
+    def shared_pieces(half):
         one, two = (set(piece[half == h].flatten().tolist()) for h in (0, 1))
         return len(one & two)
 
-    assert in_common(half) <= 1
-    assert in_common(torch.arange(20) % 2) >= 8
+    assert shared_pieces(half) <= 1
+    assert shared_pieces(torch.arange(20) % 2) >= 8
 
 
 class Recorder(pl.LightningModule):
-    """Learns nothing, and writes down what it is given."""
+    """A module that records its batches."""
 
     def __init__(self):
         super().__init__()
@@ -157,7 +159,7 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_loaders_under_a_trainer(tmp_path):
+def test_trainer_loaders_reshuffle_training_windows_each_epoch_and_keep_test_order(tmp_path):
     module = Recorder()
     windows = [demo_windows(0, 3), demo_windows(3, 4)]
     data = CorpusDataModule(train=windows, test=windows, batch_size=3, seed=0)
@@ -168,22 +170,22 @@ def test_loaders_under_a_trainer(tmp_path):
     trainer.fit(module, data)
     epochs = [[i for at, batch in module.train_indices if at == epoch for i in batch] for epoch in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7))
-    assert epochs[0] != epochs[1]  # Lightning reaches set_epoch
+    assert epochs[0] != epochs[1]  # Lightning calls set_epoch
     trainer.test(module, data, verbose=False)
     assert module.test_ids == {0: [0, 4, 8], 1: [12, 16, 20, 24]}
 
 
-# BOS
+# --- BOS
 
 
-def putting_bos(tokenizer):
-    """The same tokenizer, which puts BOS before every text by itself."""
+def adding_bos(tokenizer):
+    """Make a tokenizer add BOS to every text, in place."""
     token = ("<s>", tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[token])
     return tokenizer
 
 
-def test_bos_takes_the_first_place_of_every_window():
+def test_bos_is_the_first_token_of_every_window():
     plain, opened = windows_of(shuffle=False, seq_len=31), windows_of(shuffle=False, bos=3001)
     assert (plain.bos, opened.bos) == (False, True)
     assert opened.tokens.shape == (10, 32)
@@ -197,15 +199,15 @@ def test_bos_takes_the_first_place_of_every_window():
 
 
 @pytest.mark.parametrize(
-    ("bos", "by_itself", "token"),
+    ("bos", "adds_bos", "token"),
     [("auto", False, None), ("auto", True, 3001), ("never", True, None), ("always", False, 3001)],
 )
-def test_whether_bos_opens_windows_is_the_tokenizers_habit_or_a_flag(bos, by_itself, token):
+def test_bos_auto_follows_the_tokenizer_and_other_values_override_it(bos, adds_bos, token):
     tokenizer = word_tokenizer(WORDS)
-    assert opening(putting_bos(tokenizer) if by_itself else tokenizer, bos) == token
+    assert opening(adding_bos(tokenizer) if adds_bos else tokenizer, bos) == token
 
 
-def test_bos_that_is_not_there_is_refused():
+def test_bos_always_is_refused_for_a_tokenizer_without_bos():
     tokenizer = word_tokenizer(WORDS)
     tokenizer.bos_token = None
     assert opening(tokenizer, "auto") is None

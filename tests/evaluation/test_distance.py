@@ -1,4 +1,4 @@
-"""Perplexity and distance of a model with another head, or a padded vocabulary, against float64."""
+"""Perplexity and KL divergence of a model with another head or a padded vocabulary, against float64."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gprune.evaluation.perplexity import perplexity
 from tests.conftest import make_tiny_llama
 
 
-def in_float64(model, tokens, words=None):
+def float64_log_probabilities(model, tokens, words=None):
     """(B, T - 1, V) log-probabilities over the first `words` tokens."""
     return model(tokens).logits[:, :-1, :words].double().log_softmax(-1)
 
 
 @pytest.fixture
 def other():
-    """A model with other weights everywhere, its head included."""
+    """A model whose weights all differ from those of `tiny_model`, including the head."""
     model = make_tiny_llama(tie_word_embeddings=False)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
@@ -26,8 +26,8 @@ def other():
     return model.eval().requires_grad_(False)
 
 
-def test_kl_and_agreement_beside_a_model_with_another_head_are_those_of_float64(tiny_model, other, token_batch):
-    p, q = in_float64(other, token_batch), in_float64(tiny_model, token_batch)
+def test_kl_and_agreement_of_models_with_different_heads_equal_float64(tiny_model, other, token_batch):
+    p, q = float64_log_probabilities(other, token_batch), float64_log_probabilities(tiny_model, token_batch)
     kl, same = (q.exp() * (q - p)).sum(-1), p.argmax(-1) == q.argmax(-1)
     result = measured_apart(other, Windows("demo", "test", token_batch), tiny_model)
     assert result.kl == pytest.approx(float(kl.mean()), rel=1e-4)
@@ -37,7 +37,7 @@ def test_kl_and_agreement_beside_a_model_with_another_head_are_those_of_float64(
     assert kl.mean() > 0.01
 
 
-def test_perplexity_is_that_of_our_own_rows(other, token_batch):
+def test_perplexity_measured_apart_equals_perplexity_of_a_run(other, token_batch):
     windows, done = Windows("demo", "test", token_batch), []
     ours, apart = perplexity(other, windows), measured_apart(other, windows, progress=done.append)
     assert apart.window_nll == pytest.approx(ours.window_nll, rel=1e-6)
@@ -46,10 +46,10 @@ def test_perplexity_is_that_of_our_own_rows(other, token_batch):
     assert done == [token_batch.shape[1]] * len(token_batch)
 
 
-def test_of_a_padded_vocabulary_the_tokens_that_both_have_are_compared(tiny_model, token_batch):
+def test_a_padded_vocabulary_is_compared_on_the_tokens_of_both_models(tiny_model, token_batch):
     padded = make_tiny_llama(vocab_size=tiny_model.config.vocab_size + 8, tie_word_embeddings=True)
     words, windows = tiny_model.config.vocab_size, Windows("demo", "test", token_batch)
-    p, q = in_float64(padded, token_batch, words), in_float64(tiny_model, token_batch)
+    p, q = float64_log_probabilities(padded, token_batch, words), float64_log_probabilities(tiny_model, token_batch)
     result = measured_apart(padded, windows, tiny_model)
     assert result.kl == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-4)
-    assert result.nll == pytest.approx(perplexity(padded, windows).nll, rel=1e-6)  # of all its tokens
+    assert result.nll == pytest.approx(perplexity(padded, windows).nll, rel=1e-6)  # over the whole padded vocabulary

@@ -11,13 +11,13 @@ def words(start, stop):
     return [f"w{i}" for i in range(start, stop)]
 
 
-def test_known_overlap():
+def test_leaked_share_is_the_share_of_common_ngrams():
     evaluated = " ".join(words(0, 32))  # 20 n-grams of 13 words
     used = "Other text. " + ", ".join(words(0, 18)).upper() + "!"  # the first 6 of them
     assert leaked_share([evaluated], [used]) == pytest.approx(6 / 20)
 
 
-def test_no_overlap_short_text_and_everything():
+def test_leaked_share_of_disjoint_equal_and_short_texts():
     text = " ".join(words(0, 40))
     assert leaked_share([text], [" ".join(words(40, 90))]) == 0.0
     assert leaked_share([text], [text]) == 1.0
@@ -25,17 +25,17 @@ def test_no_overlap_short_text_and_everything():
     assert leaked_share([], []) == 0.0
 
 
-def test_ngrams_do_not_cross_documents_and_repeats_count():
+def test_ngrams_do_not_cross_documents_and_repetitions_count():
     text = " ".join(words(0, 13))
     assert leaked_share([text], [" ".join(words(0, 7)), " ".join(words(7, 13))]) == 0.0
     assert leaked_share([text, text, " ".join(words(50, 63))], [text, text]) == pytest.approx(2 / 3)
 
 
-def test_unicode_words():
+def test_leakage_ignores_case_and_punctuation_of_unicode_words():
     assert leaked_share(["Ähre_ÖL naïve — 42"], ["ähre, öl; NAÏVE 42"], n=4) == 1.0
 
 
-def test_decoded_windows():
+def test_leakage_of_windows_is_measured_on_their_decoded_text():
     tokenizer = word_tokenizer(words(0, 200))
     make = {"tokenizer": tokenizer, "sample": Sample(None, 20, shuffle=False), "corpus": "x", "split": "test"}
     evaluated = make_windows([" ".join(words(0, 40))], **make)

@@ -1,4 +1,4 @@
-"""Perplexity against a float64 cross-entropy in NumPy, and the statistics built on it."""
+"""Perplexity against a float64 cross-entropy in NumPy, and confidence intervals of ratios, gaps and means."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.tiny_families import make_tiny
 
 
 def nll_in_float64(logits: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-    """(B, T) nats."""
+    """Cross-entropy (B, T) in nats."""
     z = logits.double().numpy()
     top = z.max(-1, keepdims=True)
     log_z = top[..., 0] + np.log(np.exp(z - top).sum(-1))
@@ -65,10 +65,10 @@ def test_bfloat16_logits_are_not_summed_in_bfloat16(token_batch):
     assert perplexity(model, windows_of(token_batch)).nll == pytest.approx(nll.mean(), rel=5e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])  # plain, with a limit on logits, and scaled
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])  # plain logits, soft-capped logits, scaled logits
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_distance_is_that_of_all_logits_in_float64(family, dtype):
-    """Seven windows, in other batches than the dense model's; a model is at no distance from itself."""
+def test_kl_and_agreement_with_the_dense_model_equal_float64(family, dtype):
+    """Seven windows, in batches of another size than the dense model's. The distance to itself is zero."""
     generator = torch.Generator().manual_seed(4)
     windows = windows_of(torch.randint(3, 128, (7, 32), generator=generator))
     dense, other = (make_tiny(family).to(dtype) for _ in range(2))
@@ -88,7 +88,7 @@ def test_the_distance_is_that_of_all_logits_in_float64(family, dtype):
     assert replace(found, kl=None, window_kl=None, agreement=None, window_agreement=None) == perplexity(
         other, windows, batch_size=2
     )
-    # Of rounded logits, the mean under the dense model is that of logits that are not.
+    # In bfloat16 the reference has rounded logits, but the expectation under the dense model uses unrounded ones.
     near = 1e-4 if dtype == torch.float32 or family == "gemma2" else 1e-2
     np.testing.assert_allclose(found.window_kl, kl.sum(1), rtol=near)
     assert found.window_agreement == same.sum(1).tolist()
@@ -99,27 +99,27 @@ def test_the_distance_is_that_of_all_logits_in_float64(family, dtype):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_loss_is_an_error_and_never_skipped(tiny_model, token_batch, bad):
+def test_a_non_finite_loss_raises_a_user_error(tiny_model, token_batch, bad):
     tiny_model.model.norm.weight.data[3] = bad
     with pytest.raises(UserError, match="non-finite loss"):
         perplexity(tiny_model, windows_of(token_batch))
 
 
-def test_a_perplexity_beyond_float64_is_an_error_for_the_user(token_batch):
+def test_a_perplexity_that_overflows_float64_raises_a_user_error(token_batch):
     model = make_tiny_llama(tie_word_embeddings=False)
     model.lm_head.weight.data *= 1e4  # thousands of nats per token: exp overflows
     with pytest.raises(UserError):
         perplexity(model, windows_of(token_batch))
 
 
-def test_geometric_mean():
+def test_geometric_mean_of_known_values_without_overflow():
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4)
     assert geometric_mean([7.0]) == pytest.approx(7)
     assert math.isnan(geometric_mean([]))
-    assert geometric_mean([1e200, 1e200]) == pytest.approx(1e200)  # no overflow on the way
+    assert geometric_mean([1e200, 1e200]) == pytest.approx(1e200)  # no intermediate overflow
 
 
-def test_the_interval_of_a_gap_is_that_of_two_independent_ratios():
+def test_the_interval_of_a_gap_equals_that_of_two_independent_ratios():
     generator = np.random.default_rng(0)
     dense = {c: generator.normal(90, 9, 300).tolist() for c in "abcd"}
     pruned = {c: (np.array(v) + generator.normal(12 if c in "ab" else 6, 5, 300)).tolist() for c, v in dense.items()}
@@ -134,7 +134,7 @@ def test_the_interval_of_a_gap_is_that_of_two_independent_ratios():
     assert math.isnan(paired_gap(pruned, dense, dict.fromkeys(dense, True), 31)[0])
 
 
-def test_generalisation_gap_by_hand():
+def test_generalisation_gap_equals_values_computed_by_hand():
     dense = {"a": 10.0, "b": 20.0, "c": 5.0, "d": 8.0}
     pruned = {"a": 20.0, "b": 40.0, "c": 20.0, "d": 72.0}  # ratios 2, 2 | 4, 9
     seen = {"a": True, "b": True, "c": False, "d": False}
@@ -144,7 +144,7 @@ def test_generalisation_gap_by_hand():
     assert math.isnan(generalisation_gap(pruned, dense, dict.fromkeys(dense, False)))
 
 
-def test_the_ratio_is_that_of_geometric_means():
+def test_paired_ratio_is_the_ratio_of_geometric_means():
     rng = np.random.default_rng(0)
     a, b = ({c: rng.uniform(50, 150, n).tolist() for c, n in (("x", 12), ("y", 5))} for _ in range(2))
 
@@ -156,12 +156,12 @@ def test_the_ratio_is_that_of_geometric_means():
     assert low < ratio < high
     assert paired_ratio(a, b, 31) == (ratio, low, high)
     assert paired_ratio(a, a, 31) == (1.0, 1.0, 1.0)
-    # swapping the models turns the ratio over
+    # Swapping the models inverts the ratio.
     assert paired_ratio(b, a, 31)[0] == pytest.approx(1 / ratio, rel=1e-12)
 
 
-def test_a_ratio_is_paired():
-    # Windows differ widely, the models by nearly the same amount on each: a paired interval is narrow.
+def test_the_interval_of_a_ratio_uses_paired_windows():
+    # Windows differ a lot, but the models differ by nearly the same amount on each, so a paired interval is narrow.
     rng = np.random.default_rng(1)
     base = rng.uniform(50, 500, 40)
     a, b = {"x": (base + 3.1 + 0.05 * rng.normal(size=40)).tolist()}, {"x": base.tolist()}
@@ -170,8 +170,8 @@ def test_a_ratio_is_paired():
     assert high - low < 0.003
 
 
-def test_processes_that_share_the_windows_find_the_bits_of_one(tiny_model, monkeypatch):
-    """Seven windows in batches of two: of three processes the first has two batches, and the last window alone."""
+def test_perplexity_shared_by_several_ranks_has_the_bits_of_one_process(tiny_model, monkeypatch):
+    """Seven windows in batches of two: the first of three ranks has two batches, the last one of a single window."""
     windows = Windows("text", "test", torch.randint(3, 128, (7, 16), generator=torch.Generator().manual_seed(2)))
     dense: list[Forecast] = []
     perplexity(make_tiny_llama(initializer_range=0.2), windows, forecasts=dense)
@@ -181,25 +181,25 @@ def test_processes_that_share_the_windows_find_the_bits_of_one(tiny_model, monke
     monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
     tiny_model.lm_head.register_forward_hook(lambda *_: passes.append(distributed.get_rank()))
 
-    def gather(parts, own):
+    def fake_gather(parts, own):
         sent[distributed.get_rank()] = own
         parts[:] = [sent.get(rank, [torch.zeros(2, 3), torch.zeros(1, 3)]) for rank in range(3)]
 
-    monkeypatch.setattr(distributed, "all_gather_object", gather)
+    monkeypatch.setattr(distributed, "all_gather_object", fake_gather)
     for rank in (2, 1, 0):
         monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
         own = [dense[i] for i in of_rank[rank]]
         result = perplexity(tiny_model, windows, batch_size=2, shared=True, forecasts=own)
     assert [[len(nll) for nll in sent[rank]] for rank in range(3)] == [[2, 1], [2], [2]]
     assert result == expected
-    assert sorted(passes) == [0] * 3 + [1] * 3 + [2] * 3  # windows; the last one of 1 and 2 counts for nothing
-    assert perplexity(tiny_model, windows, batch_size=2, forecasts=dense) == expected  # who is not to share asks nobody
+    assert sorted(passes) == [0] * 3 + [1] * 3 + [2] * 3  # one per window; the last of ranks 1 and 2 is padding
+    assert perplexity(tiny_model, windows, batch_size=2, forecasts=dense) == expected  # without `shared`, no gather
 
 
-def test_a_paired_difference_is_as_certain_as_the_pairs_are():
+def test_the_standard_error_of_a_paired_difference_is_that_of_the_pairs():
     rng = np.random.default_rng(2)
     a = rng.random(400) < 0.5
-    b = np.where(rng.random(400) < 0.05, ~a, a)  # the same answers but for a few
+    b = np.where(rng.random(400) < 0.05, ~a, a)  # mostly the same answers
     difference, error = paired_difference(a.tolist(), b.tolist())
     assert difference == pytest.approx(a.mean() - b.mean(), abs=1e-14)
     assert error == pytest.approx((a.astype(int) - b.astype(int)).std(ddof=1) / 20, rel=1e-12)
@@ -207,14 +207,14 @@ def test_a_paired_difference_is_as_certain_as_the_pairs_are():
     assert paired_difference([True], [False]) == (1.0, None)
 
 
-def test_one_corpus_is_the_usual_interval_of_a_mean():
+def test_the_interval_of_one_corpus_is_students_t_interval():
     values = np.random.default_rng(3).normal(100, 20, 30)
     expected = stats.t.interval(0.95, 29, loc=values.mean() / 31, scale=stats.sem(values) / 31)
     found = mean_perplexity({"x": values.tolist()}, 31)
     np.testing.assert_allclose(np.log(found), [values.mean() / 31, *expected], rtol=1e-12)
 
 
-def test_two_corpora_are_welchs_interval_of_a_difference():
+def test_the_interval_of_two_corpora_is_welchs_interval():
     rng = np.random.default_rng(4)
     a, b = rng.normal(100, 20, 7), rng.normal(90, 5, 12)
     welch = stats.ttest_ind(a / 31, b / 31, equal_var=False).confidence_interval(0.95)
@@ -223,7 +223,7 @@ def test_two_corpora_are_welchs_interval_of_a_difference():
     np.testing.assert_allclose(np.log([low, high]), [welch.low, welch.high], rtol=1e-9)
 
 
-def test_one_window_has_an_interval_without_width():
+def test_the_interval_of_single_windows_has_width_zero():
     assert mean_perplexity({"x": [31.0], "y": [31.0]}, 31) == (math.exp(1),) * 3
-    value, low, high = mean_perplexity({"x": [31.0], "y": [20.0, 42.0]}, 31)  # only y says how far it varies
+    value, low, high = mean_perplexity({"x": [31.0], "y": [20.0, 42.0]}, 31)  # the variance is that of y
     assert low < value < high

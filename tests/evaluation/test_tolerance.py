@@ -1,4 +1,4 @@
-"""How much can go before perplexity rises by so much: interpolation of a curve over shares."""
+"""The largest pruned share within a perplexity ratio, interpolated from a curve."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gprune.evaluation.tolerance import largest_share
 
 
 @given(st.lists(st.floats(-0.2, 1.0), min_size=1, max_size=6), st.floats(1.01, 3.0))
-def test_the_share_is_that_of_a_fine_scan_of_the_monotone_line(rises, ratio):
+def test_largest_share_equals_a_fine_scan_of_the_monotone_interpolation(rises, ratio):
     shares = np.arange(len(rises) + 1) / 10
     logs = np.concatenate([[0], np.cumsum(rises)])
     found = largest_share(dict(zip(shares, 20 * np.exp(logs), strict=True)), ratio)
@@ -22,7 +22,7 @@ def test_the_share_is_that_of_a_fine_scan_of_the_monotone_line(rises, ratio):
     assert found.at_least == bool(np.maximum.accumulate(logs)[-1] <= np.log(ratio))
 
 
-def test_a_curve_that_bends_upwards_is_not_overestimated():
+def test_largest_share_of_a_convex_curve_is_not_overestimated():
     def curve(share):
         return 15 * np.exp(3 * share**1.8)
 
@@ -31,10 +31,10 @@ def test_a_curve_that_bends_upwards_is_not_overestimated():
 
 
 @pytest.mark.parametrize("curve", [{}, {0.0: 12.0}, {0.2: 12.0, 0.5: 30.0}])
-def test_without_the_dense_model_or_another_point_there_is_no_share(curve):
+def test_largest_share_needs_the_dense_model_and_another_point(curve):
     assert largest_share(curve, 1.1) is None
 
 
-def test_in_words():
+def test_largest_share_prints_as_a_percentage():
     curve = {0.0: 10.0, 0.2: 12.0, 0.5: 40.0}
     assert [str(largest_share(curve, ratio)) for ratio in (1.0002, 1.1, 9.0)] == ["0.0 %", "10 %", "at least 50 %"]

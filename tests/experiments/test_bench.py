@@ -152,9 +152,9 @@ def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--repeats", "0"], "--repeats: expected at least 1, got 0."),
-        (["--batch_sizes", "0"], "--batch_sizes: expected at least 1"),
-        (["--device", "abacus"], "--device: 'abacus' is not there"),
+        (["--repeats", "0"], "--repeats must be 1 or more; got 0."),
+        (["--batch_sizes", "0"], "--batch_sizes must be 1 or more"),
+        (["--device", "abacus"], "--device must be an available device, such as cpu or cuda; got 'abacus'"),
         (["--sparsity", "1.5", "--model", "tiny"], "--sparsity.target must be a share of the scope"),
         (["--model", "nowhere"], "--model.name must be an embedded model"),
     ],
@@ -182,4 +182,4 @@ def test_learning_compares_training_steps_with_plain_pytorch_steps(capsys):
 
 def test_flags_of_train_py_are_accepted_only_for_whole_runs(capsys):
     assert main(["learning", "--small", "--", "--recovery", "none"]) == 2
-    assert "expected flags of train.py for `run` alone, got --recovery none" in capsys.readouterr().err
+    assert "'learning' cannot have flags of train.py after --; got --recovery none" in capsys.readouterr().err

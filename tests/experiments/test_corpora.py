@@ -71,7 +71,7 @@ def test_text_that_differs_from_the_records_is_an_error_that_names_the_corpus(li
     monkeypatch.setattr("sys.argv", ["corpora", "--output", str(tmp_path)])
     assert corpora.main() == 2
     out, err = capsys.readouterr()
-    assert err.endswith("expected the text of the committed records, got other text of gsm8k (test).\n")
+    assert err.endswith("must have the text of the committed records; got other text of gsm8k (test).\n")
     assert err.count("\n") == 1
     assert [line.split("|")[7].strip() for line in out.splitlines() if line.startswith("| ")][1:] == ["NO", "yes"]
 
@@ -102,7 +102,7 @@ def test_a_failed_download_and_a_missing_corpus_are_reported_in_one_line(tmp_pat
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     for arguments, message in (
         (["--output", str(tmp_path)], "Cannot download Corpus 'wikitext2' from the Hugging Face hub: no route"),
-        (["--output", str(tmp_path), "--check"], "--check: expected the corpus wikitext2 in"),
+        (["--output", str(tmp_path), "--check"], "--check needs the corpus wikitext2 in"),
     ):
         monkeypatch.setattr("sys.argv", ["corpora", *arguments])
         assert corpora.main() == 2

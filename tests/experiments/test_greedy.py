@@ -119,4 +119,4 @@ def test_a_run_with_greedy_allocation_removes_the_same_share_of_every_block(tmp_
         assert max(widths) - min(widths) <= 1
         capsys.readouterr()
         assert main(world.args(tmp_path, *flags, name="none")) == 2
-        assert "expected --sparsity.scope ffn, dense blocks and --recovery least_squares" in capsys.readouterr().err
+        assert "needs --sparsity.scope ffn, dense blocks and --recovery least_squares" in capsys.readouterr().err

@@ -151,8 +151,8 @@ def test_removing_blocks_removes_their_entries_of_the_config(tmp_path):
     assert common.blocks_for(model, common.count(model) - 2 * layer) == 2
     assert common.blocks_for(model, common.count(model) - 2 * layer + 1) == 1
     with torch.no_grad():
-        states, settings = common.entering(model, [window])
-        for index in (1, 2):  # reference: only these blocks, one after another
+        states, settings = common.first_block_inputs(model, [window])
+        for index in (1, 2):  # the reference: these blocks alone, one after another
             states = [model.model.layers[index](states[0], **settings[index])]
         expected = model.lm_head(model.model.norm(states[0]))
         common.keep_blocks(model, [1, 2])

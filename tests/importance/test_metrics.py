@@ -1,7 +1,7 @@
-"""Every metric against a formula written in NumPy on raw activations, gradients and weights, for neurons and KV groups.
+"""Each metric against its formula in NumPy on raw activations, gradients and weights, for neurons and KV groups.
 
-Activations are recorded by hooks of our own and summed in float64; gradients come from autograd on an unfrozen
-float64 copy of the model, one backward pass per window.
+Activations are recorded by hooks of the tests and summed in float64. Gradients are from autograd on an unfrozen float64
+copy of the model, with one backward pass per window.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import fractional_ranks, score_units
 from gprune.models.blocks import blocks_of
 from tests import registries
-from tests.calibration.test_collector import batches, recorded
+from tests.calibration.test_collector import batches, projection_inputs
 from tests.conftest import collect, make_tiny_llama
 
 BUILT_IN = registries.BUILT_IN_METRICS
 BOTH = ("ffn", "attention")
-# grouped-query, multi-query and multi-head attention; heads that are not hidden/heads wide
+# Grouped-query, multi-query and multi-head attention; a head size other than hidden size / heads.
 SHAPES = [{}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4}, {"head_dim": 12}]
 
 
-def lively(**overrides):
-    """A tiny model whose normalisations scale every hidden dimension differently, as those of trained models do."""
+def with_random_norms(**overrides):
+    """A tiny model whose norms scale hidden dimensions differently, like those of trained models."""
     model = make_tiny_llama(**overrides)
     generator = torch.Generator().manual_seed(5)
     for layer in model.model.layers:
@@ -45,19 +45,19 @@ def lively(**overrides):
     return model
 
 
-def everything(model, tokens: torch.Tensor, size: int = 6) -> CorpusStatistics:
-    """Statistics with all that any metric needs."""
+def all_statistics(model, tokens: torch.Tensor, size: int = 6) -> CorpusStatistics:
+    """Statistics with the extras of all metrics."""
     return collect(model, batches(tokens, size), saliency=BOTH)
 
 
-def scored(name: str, model, statistics: CorpusStatistics, **options) -> list[torch.Tensor]:
-    """Scores of all neurons and then of all KV groups, block by block."""
+def scores_of(name: str, model, statistics: CorpusStatistics, **options) -> list[torch.Tensor]:
+    """Scores of the neurons of each block, and then of the KV groups of each block."""
     scores = score_units(name, blocks_of(model), statistics, **options)
     return [*scores.ffn, *scores.attention]
 
 
 def window_gradients(model, tokens: torch.Tensor) -> dict[str, np.ndarray]:
-    """Gradient of every window's own mean cross-entropy, (windows, *shape) float64 by parameter name."""
+    """Gradients of each window's mean cross-entropy by parameter name, (windows, *shape) in float64."""
     free = copy.deepcopy(model).double().requires_grad_(True)
     found = {name: [] for name, _ in free.named_parameters()}
     for window in tokens:
@@ -69,12 +69,12 @@ def window_gradients(model, tokens: torch.Tensor) -> dict[str, np.ndarray]:
 
 
 @dataclass
-class Raw:
-    """What a reference may look at: one scope of one block. Plain NumPy, float64."""
+class BlockInputs:
+    """Inputs of a reference formula for the neurons or the KV groups of one block, as NumPy arrays in float64."""
 
     x: np.ndarray  # (n, C) activations of all tokens
     W: np.ndarray  # (H, C)
-    rows: list[np.ndarray]  # (C, H) each: what feeds channel c
+    rows: list[np.ndarray]  # (C, H) each: row c computes channel c
     units: list[list[tuple[str, int, list[int]]]]  # per unit: (projection, axis, its rows or columns)
     weights: dict[str, np.ndarray]
     windows: Callable[[], dict[str, np.ndarray]]
@@ -93,9 +93,9 @@ class Raw:
         ]
 
 
-def raw_of(model, tokens: torch.Tensor, half: int | None = None) -> dict[str, list[Raw]]:
+def reference_inputs(model, tokens: torch.Tensor, half: int | None = None) -> dict[str, list[BlockInputs]]:
     tokens_of_half = tokens[slice(None) if half is None else slice(half, None, 2)]
-    activations, config = recorded(model, tokens_of_half), model.config
+    activations, config = projection_inputs(model, tokens_of_half), model.config
     heads = config.num_attention_heads // config.num_key_value_heads  # query heads per group
     d = config.head_dim
     gradients: dict[str, np.ndarray] = {}
@@ -116,7 +116,7 @@ def raw_of(model, tokens: torch.Tensor, half: int | None = None) -> dict[str, li
         names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
         w = linear(layer.mlp, names)
         found["ffn"].append(
-            Raw(
+            BlockInputs(
                 x=activations["ffn"][index].reshape(-1, config.intermediate_size),
                 W=w["down"],
                 rows=[w["gate"], w["up"]],
@@ -133,7 +133,7 @@ def raw_of(model, tokens: torch.Tensor, half: int | None = None) -> dict[str, li
             shared, own = list(range(g * d, (g + 1) * d)), list(range(g * heads * d, (g + 1) * heads * d))
             units.append([("query", 0, own), ("key", 0, shared), ("value", 0, shared), ("output", 1, own)])
         found["attention"].append(
-            Raw(
+            BlockInputs(
                 x=activations["attention"][index].reshape(-1, config.num_attention_heads * d),
                 W=w["output"],
                 rows=[w["value"][fed_by]],
@@ -149,13 +149,13 @@ def norms(m: np.ndarray, axis: int) -> np.ndarray:
     return np.sqrt((m**2).sum(axis))
 
 
-def per_vector(r: Raw, term: Callable[[np.ndarray, np.ndarray], float]) -> np.ndarray:
-    """Per unit the sum over its rows and columns of term(w, g): a KV group's key and value rows come once."""
+def per_vector(r: BlockInputs, term: Callable[[np.ndarray, np.ndarray], float]) -> np.ndarray:
+    """Per unit, the sum of term(w, g) over its rows and columns. Shared key and value rows count once."""
     return np.array([sum(term(w, g) for w, g in unit) for unit in r.vectors])
 
 
 # Per channel (C,) or per unit.
-REFERENCES: dict[str, Callable[[Raw], np.ndarray]] = {
+REFERENCES: dict[str, Callable[[BlockInputs], np.ndarray]] = {
     "wanda_sp": lambda r: np.sqrt((r.x**2).mean(0)) * np.abs(r.W).sum(0),
     "wifv": lambda r: ((r.x - r.x.mean(0)) ** 2).mean(0) * (r.W**2).sum(0),
     "ifv": lambda r: ((r.x - r.x.mean(0)) ** 2).mean(0),
@@ -165,38 +165,35 @@ REFERENCES: dict[str, Callable[[Raw], np.ndarray]] = {
     "magnitude": lambda r: norms(r.W, 0) * np.prod([norms(rows, 1) for rows in r.rows], axis=0),
     "magnitude_down": lambda r: norms(r.W, 0),
 }
-# Relative to the score, and to the largest score of its block: a float32 backward pass, and signed sums that cancel.
+# (rtol, atol relative to the largest score of the block). Gradients have the precision of a float32 backward pass.
 TOLERANCE = dict.fromkeys(REFERENCES, (2e-6, 0.0)) | {
     "taylor": (1e-5, 0.0),
 }  # fmt: skip
 
 
-class Shared:
-    """What the metrics share: lively models by shape, their statistics by batch size, and what references look at.
-
-    Each is made once for all metrics, and no test may change it.
-    """
+class Cached:
+    """Cached models by shape, statistics by batch size, and inputs of references. Tests must not change them."""
 
     def __init__(self, tokens: torch.Tensor):
         self.tokens = tokens
-        self.model = functools.cache(lambda shape: lively(**SHAPES[shape]))
-        self.statistics = functools.cache(lambda shape, size: everything(self.model(shape), self.tokens, size))
-        self.raw = functools.cache(lambda shape, half: raw_of(self.model(shape), self.tokens, half))
+        self.model = functools.cache(lambda shape: with_random_norms(**SHAPES[shape]))
+        self.statistics = functools.cache(lambda shape, size: all_statistics(self.model(shape), self.tokens, size))
+        self.raw = functools.cache(lambda shape, half: reference_inputs(self.model(shape), self.tokens, half))
 
-    def scored(self, name: str, shape: int, size: int, *, half: int | None = None) -> list[torch.Tensor]:
+    def scores_of(self, name: str, shape: int, size: int, *, half: int | None = None) -> list[torch.Tensor]:
         statistics = self.statistics(shape, size)
         if half is not None:
             halves = {k: [SimpleNamespace(total=c.half(half)) for c in getattr(statistics, k)] for k in BOTH}
             statistics = SimpleNamespace(**halves)
-        return scored(name, self.model(shape), statistics)
+        return scores_of(name, self.model(shape), statistics)
 
 
 @pytest.fixture(scope="module")
-def shared() -> Shared:
-    return Shared(torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1)))
+def shared() -> Cached:
+    return Cached(torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1)))
 
 
-def reference_scores(raw: dict[str, list[Raw]], name: str) -> list[np.ndarray]:
+def reference_scores(raw: dict[str, list[BlockInputs]], name: str) -> list[np.ndarray]:
     found = []
     for kind in BOTH:
         for r in raw[kind]:
@@ -218,40 +215,40 @@ def test_every_built_in_metric_has_a_reference():
 
 @pytest.mark.parametrize("shape", range(len(SHAPES)))
 @pytest.mark.parametrize("name", REFERENCES)
-def test_metrics_equal_the_formula(name, shape, shared):
-    mine = shared.scored(name, shape, 4)
+def test_metrics_equal_their_formula(name, shape, shared):
+    mine = shared.scores_of(name, shape, 4)
     assert [len(s) for s in mine] == [48] * 3 + [shared.model(shape).config.num_key_value_heads] * 3
     assert_scores(name, mine, reference_scores(shared.raw(shape, None), name))
 
 
-def test_wifn_orders_neurons_as_wanda_sp_does(shared):
-    """A mean in place of a sum, and a square, change no order of scores that are not negative."""
-    wifn, wanda_sp = (shared.scored(name, 0, 4)[:3] for name in ("wifn", "wanda_sp"))  # neurons of three blocks
+def test_wifn_and_wanda_sp_rank_neurons_equally(shared):
+    """A mean instead of a sum, and a square, preserve the order of non-negative scores."""
+    wifn, wanda_sp = (shared.scores_of(name, 0, 4)[:3] for name in ("wifn", "wanda_sp"))  # neurons of three blocks
     assert all(torch.equal(a.argsort(), b.argsort()) for a, b in zip(wifn, wanda_sp, strict=True))
 
 
 @pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("half", [0, 1])
-def test_a_half_scores_from_its_own_windows(name, half, shared):
-    assert_scores(name, shared.scored(name, 0, 6, half=half), reference_scores(shared.raw(0, half), name))
+def test_scores_of_a_half_equal_the_formula_on_its_windows(name, half, shared):
+    assert_scores(name, shared.scores_of(name, 0, 6, half=half), reference_scores(shared.raw(0, half), name))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_metric_is_documented_and_its_drift_comes_from_one_that_can_score_half_a_corpus(name, shared):
+def test_metrics_are_documented_and_name_a_corpus_dependent_metric_for_drift(name, shared):
     function = IMPORTANCE[name]
     assert inspect.getdoc(function).startswith("s_")
-    stands_in = IMPORTANCE[function.drift]
-    assert not stands_in.activation_free  # its ranks would be the same on every corpus
-    assert stands_in.needs <= function.needs  # nothing else was collected
-    one, two = (shared.scored(function.drift, 0, 6, half=half) for half in (0, 1))
+    substitute = IMPORTANCE[function.drift]
+    assert not substitute.activation_free  # its ranks would not depend on the corpus
+    assert substitute.needs <= function.needs  # other statistics are not collected
+    one, two = (shared.scores_of(function.drift, 0, 6, half=half) for half in (0, 1))
     assert not any(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     if not function.activation_free:
         assert function.drift == name
 
 
-def test_groups_out_of_scope_score_zero_and_neurons_the_same(tiny_model, token_batch):
+def test_kv_groups_out_of_scope_score_zero_and_neuron_scores_do_not_change(tiny_model, token_batch):
     statistics = collect(tiny_model, batches(token_batch, 6), saliency=("ffn",))
-    full = everything(tiny_model, token_batch)
+    full = all_statistics(tiny_model, token_batch)
     for name in BUILT_IN:
         scores = score_units(name, blocks_of(tiny_model), statistics, attention=False)
         both = score_units(name, blocks_of(tiny_model), full)
@@ -260,7 +257,7 @@ def test_groups_out_of_scope_score_zero_and_neurons_the_same(tiny_model, token_b
         assert all(torch.equal(s, nothing) for s in [*scores.attention, *scores.channels]), name
 
 
-# What has a product with the gate row, the activation or the gradient; what lacks the output column's weights.
+# Metrics whose scores do not depend on the gate row, and metrics that do not depend on the output column.
 GATE_BLIND = {"magnitude_down", "random"}
 DOWN_BLIND = {"act_norm", "ifv", "random"}
 
@@ -274,12 +271,12 @@ def ranked(scores: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_dead_neurons_score_zero_where_the_metric_can_see_that(name, tiny_model, token_batch):
+def test_dead_neurons_score_zero_by_metrics_that_depend_on_the_dead_weights(name, tiny_model, token_batch):
     mlp = tiny_model.model.layers[0].mlp
     mlp.gate_proj.weight.data[3] = 0.0
     mlp.down_proj.weight.data[:, 4] = 0.0
     tiny_model.model.layers[1].mlp.gate_proj.weight.data.zero_()  # a whole dead block
-    scores = scored(name, tiny_model, everything(tiny_model, token_batch))
+    scores = scores_of(name, tiny_model, all_statistics(tiny_model, token_batch))
     ranks = ranked(scores)
     assert (float(scores[0][3]) == 0) == (name not in GATE_BLIND)
     assert (float(scores[0][4]) == 0) == (name not in DOWN_BLIND)
@@ -290,18 +287,18 @@ def test_dead_neurons_score_zero_where_the_metric_can_see_that(name, tiny_model,
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_metrics_read_no_more_than_they_say(name, shared):
-    """`needs` decides what is collected: without the rest a metric must give the same bits."""
+def test_metrics_read_only_the_statistics_that_they_declare(name, shared):
+    """Only the extras in `needs` are collected. Without the other extras, scores have the same bits."""
     needs = IMPORTANCE[name].needs
     assert not (needs and IMPORTANCE[name].activation_free)
     assert gprune.RunConfig(importance=name, gprune=False, recovery="none").needs == needs
     saliency = BOTH if "saliency" in needs else ()
     enough = collect(shared.model(0), batches(shared.tokens, 6), saliency=saliency)
-    pairs = zip(scored(name, shared.model(0), enough), shared.scored(name, 0, 6), strict=True)
+    pairs = zip(scores_of(name, shared.model(0), enough), shared.scores_of(name, 0, 6), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_random_is_seeded_and_differs_between_blocks_and_scopes(tiny_model, token_batch):
+def test_random_scores_are_seeded_and_differ_between_blocks(tiny_model, token_batch):
     blocks, statistics = blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6))
 
     def draw(seed: int) -> list[torch.Tensor]:
@@ -312,16 +309,16 @@ def test_random_is_seeded_and_differs_between_blocks_and_scopes(tiny_model, toke
     assert len({tuple(s.tolist()) for s in streams}) == 6
     state = torch.random.get_rng_state()
     draw(5)
-    assert torch.equal(torch.random.get_rng_state(), state)  # the global stream is left alone
+    assert torch.equal(torch.random.get_rng_state(), state)  # the global random state is unchanged
 
 
 @pytest.mark.usefixtures("scratch_registry")
-def test_a_users_own_metric(tiny_model, token_batch):
+def test_a_registered_metric_scores_neurons_channels_and_kv_groups(tiny_model, token_batch):
     @gprune.metric("mean_square")
     def mean_square(weights, moments, generator):
         return (moments.sum_sq / moments.count).float()
 
-    raw = recorded(tiny_model, token_batch)
+    raw = projection_inputs(tiny_model, token_batch)
     scores = score_units("mean_square", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
     for index in range(3):
         neurons, channels = ((raw[kind][index] ** 2).mean((0, 1)) for kind in BOTH)
@@ -338,7 +335,7 @@ def test_a_users_own_metric(tiny_model, token_batch):
 
 
 @pytest.mark.usefixtures("scratch_registry")
-def test_what_a_run_collects_is_what_its_metrics_say_they_need():
+def test_a_run_needs_the_extras_of_its_metrics():
     gprune.metric("mine", needs=("saliency",))(lambda w, m, g: m.saliency)
     gprune.metric("instead", activation_free=True, needs=("saliency",))(lambda w, m, g: m.saliency)
     config = functools.partial(gprune.RunConfig, recovery="none")
@@ -349,15 +346,14 @@ def test_what_a_run_collects_is_what_its_metrics_say_they_need():
 
 
 @pytest.mark.usefixtures("scratch_registry")
-def test_a_users_metric_that_writes_into_weights_is_named_in_one_line(tiny_model, token_batch):
-    """Beside what `tests/test_registry.py` has."""
+def test_a_metric_that_modifies_weights_is_refused_by_name(tiny_model, token_batch):
     gprune.metric("mine")(lambda w, m, g: w.output.abs_().sum(0))
     with pytest.raises(UserError, match=r"^Importance metric 'mine' must not change its inputs[^\n]*$"):
         score_units("mine", blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6)))
 
 
 @pytest.mark.usefixtures("scratch_registry")
-def test_an_unknown_need_is_refused_before_anything_is_registered():
+def test_a_metric_with_an_unknown_need_is_not_registered():
     with pytest.raises(ValueError, match=r"metric 'mine' must be among saliency; got \['gram'\]"):
         gprune.metric("mine", needs=("gram", "saliency"))
     assert "mine" not in IMPORTANCE

@@ -1,4 +1,4 @@
-"""Records that were written by hand for types whose structure gprune finds today: what discovery has to find."""
+"""Records written by hand for types whose structure gprune discovers. They are the expected results of discovery."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from gprune.models.families import FAMILIES, Family
 
 
 def fused(path: str) -> dict[str, str]:
-    """The paths of query, key and value that are one module."""
+    """Paths of query, key and value if one module computes all three."""
     return {"query": path, "key": path, "value": path}
 
 

@@ -1,4 +1,4 @@
-"""Discovered types after pruning: fine-tuned, adapted, merged, saved by themselves, and read without gprune."""
+"""Discovered types after pruning: fine-tuning, LoRA, merging, `save_pretrained`, and loading without gprune."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ IDS = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.slow
-def test_tuned_adapted_and_merged_models_load_without_gprune(tmp_path):
-    """One with stacked experts, one hybrid with linear attention and shared experts."""
+def test_fine_tuned_and_merged_models_load_without_gprune(tmp_path):
+    """A type with stacked experts, and a hybrid with linear attention and shared experts."""
     for model_type in ("gpt_oss", "qwen3_next"):
         model = example(model_type)
         small = gprune.apply_masks(model, random_masks(model)).requires_grad_(True)
@@ -44,8 +44,8 @@ def test_tuned_adapted_and_merged_models_load_without_gprune(tmp_path):
     assert rows == ['ROW ["gpt_oss", 0.0]', 'ROW ["qwen3_next", 0.0]'], done.stderr[-2000:]
 
 
-class Sums:
-    """Gradients of one window, as `StreamingGradients` has them."""
+class FixedGradients:
+    """`StreamingGradients` with the gradient of a single window."""
 
     def __init__(self, gradient: torch.Tensor):
         self.gradient = gradient
@@ -56,14 +56,14 @@ class Sums:
 
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "deepseek_v3"])
 def test_saliency_counts_every_row_of_a_head(model_type):
-    """A gate beside each query, and key heads larger than value heads: no row is lost, whatever its channel."""
+    """Types with a gate per query row, and with key heads larger than value heads. Every row counts for a channel."""
     (block, *_) = [block for block in blocks_of(example(model_type)) if block.output is not None]
     generator, total = torch.Generator().manual_seed(0), torch.zeros(())
     metrics = {}
     for name in ("query", "key", "value", "output"):
         weight = block.parts[name].weight
         gradient = torch.randn(weight.shape, generator=generator)
-        metrics[name] = Sums(gradient)
+        metrics[name] = FixedGradients(gradient)
         total = total + (weight * gradient).abs().double().sum()
     whole = channel_saliency(block, "attention", metrics)[2]
     assert whole.shape == (block.channels,)
@@ -71,21 +71,21 @@ def test_saliency_counts_every_row_of_a_head(model_type):
     assert block.query.out_features > block.channels or block.key.out_features > block.value.out_features
 
 
-KERNEL = """
+PRINT_KERNEL = """
 import sys
 from transformers import AutoModelForCausalLM
 print(AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).config._experts_implementation)
 """
 
 
-def test_experts_are_computed_by_the_same_kernel_without_gprune(tmp_path, monkeypatch):
-    """transformers reads the source file of a class to tell whether its experts have another kernel."""
+def test_experts_use_the_same_kernel_without_gprune(tmp_path, monkeypatch):
+    """transformers reads the source file of a class to find out whether its experts have several kernels."""
     model = example("gpt_oss")
     masks = random_masks(model)
     for index, (block, ffn) in enumerate(zip(blocks_of(model), masks.ffn, strict=True)):
         ffn.view(block.experts, -1)[:] = torch.arange(block.neurons) < (16 if index else 8)
     gprune.apply_masks(model, masks).save_pretrained(tmp_path / "model")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-P", "-c", KERNEL, str(tmp_path / "model")]
+    command = [sys.executable, "-P", "-c", PRINT_KERNEL, str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == model.get_correct_experts_implementation(None) != "eager"

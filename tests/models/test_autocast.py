@@ -1,4 +1,4 @@
-"""Copies of frozen weights under autocast: the bits of autocast alone, and weights that are put back."""
+"""bfloat16 copies of frozen weights give the same bits as autocast, and the original weights are restored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gprune.sparsity.gates import gated
 
 
 def step(model, ids, copies=None):
-    """Losses, and the gradient of a gate of the last block."""
+    """Losses, and the gradient of the gates of the last block."""
     gate = torch.ones(model.config.intermediate_size, requires_grad=True)
     gates = [None] * (model.config.num_hidden_layers - 1) + [gate]
     with torch.autocast("cpu", torch.bfloat16), gated(model, gates):
@@ -20,11 +20,11 @@ def step(model, ids, copies=None):
         else:
             with copies.applied():
                 losses = next_token_losses(model, ids)
-    losses.mean().backward()  # outside of the context: it reads what the forward pass has saved
+    losses.mean().backward()  # outside of the context, with the tensors saved by the forward pass
     return losses.detach(), gate.grad
 
 
-def test_copies_give_the_bits_of_autocast_and_are_made_once(tiny_model):
+def test_bfloat16_copies_give_the_bits_of_autocast_and_are_made_once(tiny_model):
     ids = torch.arange(24).view(2, 12)
     copies = CastWeights(tiny_model)
     alone, first = step(tiny_model, ids), step(tiny_model, ids, copies)
@@ -37,7 +37,7 @@ def test_copies_give_the_bits_of_autocast_and_are_made_once(tiny_model):
     assert {p.dtype for p in tiny_model.parameters()} == {torch.float32}
 
 
-def test_a_weight_that_has_changed_is_cast_again(tiny_model):
+def test_a_modified_weight_is_cast_again(tiny_model):
     ids = torch.arange(24).view(2, 12)
     copies = CastWeights(tiny_model)
     before, _ = step(tiny_model, ids, copies)
@@ -47,7 +47,7 @@ def test_a_weight_that_has_changed_is_cast_again(tiny_model):
     assert not torch.equal(after, before)
 
 
-def test_weights_that_learn_and_float32_have_no_copies(tiny_model):
+def test_trainable_weights_and_float32_passes_use_no_copies(tiny_model):
     copies = CastWeights(tiny_model)
     weight = tiny_model.get_output_embeddings().weight
     with copies.applied():
@@ -58,7 +58,7 @@ def test_weights_that_learn_and_float32_have_no_copies(tiny_model):
         assert tiny_model.get_decoder().layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
 
 
-def test_an_exception_puts_the_weights_back(tiny_model):
+def test_an_exception_restores_the_float32_weights(tiny_model):
     with pytest.raises(KeyError), torch.autocast("cpu", torch.bfloat16), CastWeights(tiny_model).applied():
         raise KeyError
     assert tiny_model.get_decoder().layers[0].mlp.down_proj.weight.dtype == torch.float32

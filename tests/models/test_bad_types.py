@@ -1,4 +1,4 @@
-"""Types and checkpoints that cannot be pruned: one line that says why, before anything is loaded."""
+"""Types and checkpoints that cannot be pruned are refused in one line with the reason, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def folder(tmp_path):
     return tiny_run.save_tiny_model(tmp_path / "model")
 
 
-def refusal(folder, tmp_path, capsys, *more: str) -> str:
-    """What the command line prints of a model folder, as its only line on stderr."""
+def error_line(folder, tmp_path, capsys, *more: str) -> str:
+    """The error line of the command line for a model folder. Nothing else about the model is on stderr."""
     tiny_run.write_corpus(tmp_path / "alpha.txt", seed=1)
     args = [f"--model.name={folder}", f"--run.dir={tmp_path / 'runs'}", "--logging.mode=disabled", *more]
     with tiny_run.isolated(tmp_path / "cache"):
@@ -48,30 +48,30 @@ def refusal(folder, tmp_path, capsys, *more: str) -> str:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "bitnet"])
-def test_a_quantised_checkpoint_is_refused(method, folder, tmp_path, capsys):
+def test_a_quantized_checkpoint_is_refused(method, folder, tmp_path, capsys):
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "gemma", "architectures": ["x"]}
     options = {"gptq": {"bits": 4}, "awq": {"bits": 4}, "bitsandbytes": {"load_in_4bit": True}, "bitnet": {}}[method]
     config["quantization_config"] = {"quant_method": method, **options}
     (folder / "config.json").write_text(json.dumps(config))
-    assert f"got a quantised checkpoint ({method})" in refusal(folder, tmp_path, capsys)
+    assert f"got a quantised checkpoint ({method})" in error_line(folder, tmp_path, capsys)
 
 
-def test_a_type_that_only_its_own_code_knows_is_refused(folder, tmp_path, capsys):
-    own = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnForCausalLM"}
-    (folder / "config.json").write_text(json.dumps({"model_type": "own_type", "auto_map": own}))
+def test_a_type_that_exists_only_in_custom_code_is_refused(folder, tmp_path, capsys):
+    auto_map = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own_type", "auto_map": auto_map}))
     (folder / "code.py").write_text(CODE)
-    line = refusal(folder, tmp_path, capsys, "--model.trust_remote_code=true")
+    line = error_line(folder, tmp_path, capsys, "--model.trust_remote_code=true")
     assert "Model type 'own_type' needs a class in transformers that predicts next tokens" in line
     assert "docs/extend.md" in line
 
 
-def test_a_class_that_breaks_when_it_is_made_small_is_refused():
+def test_a_type_whose_tiny_copy_does_not_run_is_refused():
     with pytest.raises(UserError, match=r"'xlstm': a tiny copy does not run: .*docs/extend\.md"):
         discover(default_config("xlstm"))
 
 
-def test_sizes_that_do_not_divide_are_refused():
-    """By the real model's shapes, where the tiny copy was well."""
+def test_projections_that_do_not_divide_into_heads_are_refused():
+    """The shapes of the real model are checked, even if the tiny copy is correct."""
     model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
     check_structure(model)
     model.model.layers[1].self_attn.v_proj.weight.data = model.model.layers[1].self_attn.v_proj.weight.data[:-3]
@@ -79,7 +79,7 @@ def test_sizes_that_do_not_divide_are_refused():
         check_structure(model)
 
 
-def test_tied_experts_are_refused():
+def test_experts_shared_between_layers_are_refused():
     model = tiny_model(shrunk(CONFIG_MAPPING["gpt_oss"]()))
     first, second = (layer.mlp.experts for layer in model.model.layers[:2])
     second.down_proj = first.down_proj

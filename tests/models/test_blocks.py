@@ -1,4 +1,4 @@
-"""Families, blocks and fingerprints."""
+"""Fingerprints of models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gprune.models.loading import fingerprint, load_model
 from tests.tiny_run import save_tiny_model
 
 
-def test_a_fingerprint_is_the_content_not_the_place(tmp_path):
+def test_a_fingerprint_depends_on_weights_and_config_but_not_on_the_path(tmp_path):
     here, there = (load_model(str(save_tiny_model(tmp_path / name)))[0] for name in ("a", "b"))
     assert fingerprint(here) == fingerprint(there)
     with torch.no_grad():
@@ -21,8 +21,8 @@ def test_a_fingerprint_is_the_content_not_the_place(tmp_path):
     assert fingerprint(here) != fingerprint(there)
 
 
-def test_the_code_that_a_model_brings_is_in_its_fingerprint(tmp_path):
-    """The same weights and configuration, and another activation in the class that comes with them."""
+def test_a_fingerprint_includes_the_models_custom_code(tmp_path):
+    """Two models with the same weights and config, whose custom classes have different activations."""
     prints = []
     for name, code in (("one", "silu"), ("two", "relu")):
         save_tiny_model(tmp_path / name)
@@ -34,5 +34,5 @@ def test_the_code_that_a_model_brings_is_in_its_fingerprint(tmp_path):
             f"class Own(LlamaForCausalLM):\n    act = torch.nn.functional.{code}\n"
         )
         prints += [fingerprint(load_model(str(tmp_path / name), trust_remote_code=trust)[0]) for trust in (False, True)]
-    assert prints[0] == prints[2]  # stock code reads both alike
+    assert prints[0] == prints[2]  # both load as the stock class
     assert len(set(prints)) == 3

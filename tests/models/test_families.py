@@ -1,6 +1,6 @@
-"""Sixteen well-known families: statistics, masks, slices, saved form and the whole run, on tiny random models.
+"""Well-known families: statistics, masking, slicing, exporting and whole runs, on tiny random models.
 
-Some have a record, the structure of the others is found.
+Some families have a record. The structure of the others is discovered.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from tests.conftest import collect
 from tests.tiny_families import SIZES, TYPES, WITH_EXPERTS, make_tiny, some_masks
 
 EXPERTS = WITH_EXPERTS
-NEURONS = 48  # no other size of the tiny models is this one
+NEURONS = 48  # differs from all other sizes of the tiny models
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_parallel_residual")
 
 
 def variants() -> list[tuple[str, dict]]:
-    """Every family as it is; with each flag of its config turned over; with other numbers of key/value heads."""
+    """Each family with its defaults, with each boolean flag of its config inverted, and with 1 and 4 KV heads."""
     rows: list[tuple[str, dict]] = [("qwen3_moe", {"mlp_only_layers": [1]})]  # a dense layer between experts
     rows.append(("smollm3", {"no_rope_layers": [1, 0, 1]}))
     for name in TYPES:
@@ -63,7 +63,7 @@ def name_of(overrides: object) -> str:
 
 
 def down_modules(layer: nn.Module) -> list[nn.Module]:
-    """Found by shape alone, without a record: what takes as many inputs as there are neurons."""
+    """Modules with one input per neuron, found by shape without a record."""
     return [
         m
         for m in layer.modules()
@@ -74,30 +74,30 @@ def down_modules(layer: nn.Module) -> list[nn.Module]:
 
 @pytest.fixture
 def ids() -> torch.Tensor:
-    """(4, 24), longer than the sliding window."""
+    """Tokens (4, 24), longer than the sliding window."""
     return torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(1))
 
 
-# Statistics
+# --- statistics
 
 
 @pytest.mark.parametrize("family", [f for f in TYPES if f not in EXPERTS])
-def test_statistics_equal_those_of_a_forward_hook(family, ids):
-    model, seen = make_tiny(family), {"ffn": [], "attention": []}
+def test_statistics_equal_those_of_forward_hooks(family, ids):
+    model, recorded = make_tiny(family), {"ffn": [], "attention": []}
     record, handles = blocks_of(model)[0].family, []
     for layer in decoder_layers(model):
         (down,) = down_modules(layer)
         output = layer.get_submodule(record.output)
         for kind, module in (("ffn", down), ("attention", output)):
             x = []
-            seen[kind].append(x)
+            recorded[kind].append(x)
             handles.append(module.register_forward_pre_hook(lambda _m, inputs, x=x: x.append(inputs[0].clone())))
     model(ids)
     for handle in handles:
         handle.remove()
     found = collect(model, [{"input_ids": ids, "index": torch.arange(4)}], gram=True)
     for kind, channels in (("ffn", found.ffn), ("attention", found.attention)):
-        for (x,), channel in zip(seen[kind], channels, strict=True):
+        for (x,), channel in zip(recorded[kind], channels, strict=True):
             x = x.double().view(4, 24, -1)
             for half in (0, 1):
                 own, sums = x[half::2].flatten(0, 1).numpy(), channel.halves[half]
@@ -109,7 +109,7 @@ def test_statistics_equal_those_of_a_forward_hook(family, ids):
 
 
 def expert_activations(model: nn.Module, ids: torch.Tensor) -> list[dict[int, tuple[np.ndarray, np.ndarray]]]:
-    """Per block and expert: windows (n,) and float64 activations (n, N) of its tokens, from a hook on the experts."""
+    """Per block and expert, the windows (n,) and activations (n, N) of its tokens in float64, from forward hooks."""
     calls = []
     handles = [
         layer.mlp.experts.register_forward_pre_hook(lambda m, inputs: calls.append((m, *(i.clone() for i in inputs))))
@@ -131,7 +131,7 @@ def expert_activations(model: nn.Module, ids: torch.Tensor) -> list[dict[int, tu
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_statistics_of_experts_equal_those_of_a_forward_hook(family, ids):
+def test_statistics_of_experts_equal_those_of_forward_hooks(family, ids):
     model = make_tiny(family)
     expected = expert_activations(model, ids)
     found = collect(model, [{"input_ids": ids, "index": torch.arange(4)}], gram=True)
@@ -145,12 +145,12 @@ def test_statistics_of_experts_equal_those_of_a_forward_hook(family, ids):
                 np.testing.assert_allclose(mine.sum_sq, (own**2).sum(0), rtol=1e-4, atol=1e-9)
         for expert, (_, x) in experts.items():
             np.testing.assert_allclose(channel.gram[expert], x.T @ x, rtol=1e-3, atol=1e-3)
-    assert sum(len(w) for w, _ in expected[0].values()) == 2 * ids.numel()  # two experts a token
+    assert sum(len(w) for w, _ in expected[0].values()) == 2 * ids.numel()  # two experts per token
 
 
 @pytest.mark.parametrize("family", TYPES)
-def test_value_rows_feed_the_query_heads_of_their_own_group(family, ids):
-    """However query, key and value are stored: zero one group's rows, and see which channels stay silent."""
+def test_value_rows_of_a_group_feed_the_channels_of_that_group_only(family, ids):
+    """Zero the value rows of one group, and compare the channels that become zero. Projections may be fused."""
     model, inputs = make_tiny(family), []
     block = blocks_of(model)[1]
     value, group = block.value, block.kv_groups - 1
@@ -161,11 +161,11 @@ def test_value_rows_feed_the_query_heads_of_their_own_group(family, ids):
         value.host.bias[rows] = 0
     block.output.host.register_forward_pre_hook(lambda _m, x: inputs.append(x[0].flatten(0, -2)))
     model(ids)
-    silent = (inputs[0] == 0).all(0)
-    assert torch.equal(silent, torch.arange(len(silent)) // block.channels_per_group == group)
+    is_zero = (inputs[0] == 0).all(0)
+    assert torch.equal(is_zero, torch.arange(len(is_zero)) // block.channels_per_group == group)
 
 
-# Masked, sliced, reloaded
+# --- masked, sliced and reloaded models
 
 
 @pytest.mark.parametrize(
@@ -173,17 +173,19 @@ def test_value_rows_feed_the_query_heads_of_their_own_group(family, ids):
     [pytest.param(*row, marks=[pytest.mark.slow] if row[1] else []) for row in variants()],
     ids=name_of,
 )
-def test_masked_sliced_and_reloaded_agree(family, overrides, ids, tmp_path):
+def test_masked_sliced_and_reloaded_models_agree(family, overrides, ids, tmp_path):
     model = make_tiny(family, **overrides)
     dense = model(ids).logits
     masks = some_masks(model, attention=True)
     with masked(model, masks):
         reference = model(ids).logits
     assert torch.equal(model(ids).logits, dense)
-    assert (reference - dense).abs().max() > 0.1  # the masks are not idle
+    assert (reference - dense).abs().max() > 0.1  # the masks have an effect
     pruned = prune(model, masks)
     assert widths(pruned)["neurons"] == [17, 48, 33]
-    for before, after in zip(blocks_of(model), blocks_of(pruned), strict=True):  # KV groups go whole
+    for before, after in zip(
+        blocks_of(model), blocks_of(pruned), strict=True
+    ):  # KV groups are removed with all of their heads
         assert after.heads * before.kv_groups == before.heads * after.kv_groups
         assert after.head_dim == before.head_dim
     removed = model.num_parameters() - pruned.num_parameters()
@@ -195,7 +197,7 @@ def test_masked_sliced_and_reloaded_agree(family, overrides, ids, tmp_path):
     assert type(again).__name__.startswith("Pruned")
     assert widths(again) == widths(pruned)
     assert torch.equal(again(ids).logits, sliced)
-    # Generation, with a KV cache and without
+    # Generation with and without a KV cache
     prompt = ids[:2, :9]
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = pruned.generate(prompt, **settings)
@@ -207,7 +209,7 @@ def test_masked_sliced_and_reloaded_agree(family, overrides, ids, tmp_path):
 
 
 @pytest.mark.parametrize("family", TYPES)
-def test_equal_blocks_make_a_stock_model(family, ids, tmp_path):
+def test_equal_blocks_are_exported_as_the_stock_class(family, ids, tmp_path):
     model = make_tiny(family)
     pruned = prune(model, some_masks(model, (24, 24, 24), attention=False))
     folder = save_pruned(pruned, None, tmp_path / "model")
@@ -221,13 +223,13 @@ def test_equal_blocks_make_a_stock_model(family, ids, tmp_path):
 
 
 def reloaded(model: nn.Module, folder: Path) -> nn.Module:
-    """What `save_pretrained` of the model alone writes."""
+    """Save a model with its `save_pretrained` and load it again."""
     model.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
 
 
 def train_a_step(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """One step of fine-tuning, without dropout, so that losses can be compared; gives the loss before it."""
+    """Train one step without dropout, so that losses are comparable. Returns the loss before the step."""
     optimizer = torch.optim.SGD(model.requires_grad_(True).parameters(), lr=1e-3)
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
@@ -235,9 +237,9 @@ def train_a_step(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return loss.detach()
 
 
-def adapted(model: nn.Module, family: str) -> nn.Module:
-    """With random LoRA on every linear layer of attention and FFN, which must have the sizes they say."""
-    peft = pytest.importorskip("peft", reason="LoRA needs peft, which the extra `test` brings")
+def with_lora(model: nn.Module, family: str) -> nn.Module:
+    """Add random LoRA adapters to all linear layers of attention and FFN. They require correct `in_features`."""
+    peft = pytest.importorskip("peft", reason="LoRA needs peft, which the extra `test` installs")
     block = blocks_of(model)[0]
     record = block.family
     targets = {path.rpartition(".")[2] for path in (record.query, record.key, record.value, record.output)}
@@ -251,8 +253,8 @@ def adapted(model: nn.Module, family: str) -> nn.Module:
 
 
 @pytest.mark.slow
-def test_folders_load_without_gprune(ids, worlds, tmp_path, monkeypatch):
-    """Exports, a run's result, and trained models that saved themselves: in one process that cannot import gprune."""
+def test_exported_and_fine_tuned_models_load_without_gprune(ids, worlds, tmp_path, monkeypatch):
+    """Exports, the result of a run, and fine-tuned models, loaded by a process that cannot import gprune."""
     tiny_run.quick(monkeypatch)
     folders, models = tmp_path / "folders", {}
     for family in TYPES:
@@ -261,7 +263,7 @@ def test_folders_load_without_gprune(ids, worlds, tmp_path, monkeypatch):
         save_pruned(small, None, folders / family)
         tuned = copy.deepcopy(small)
         train_a_step(tuned, ids)
-        models[f"{family}-tuned"] = adapted(tuned, family).merge_and_unload()
+        models[f"{family}-tuned"] = with_lora(tuned, family).merge_and_unload()
     flags = worlds("llama").args(tmp_path, "--gprune=false", "--sparsity.allocation=owl")
     models["run"] = gprune.prune(parse(flags)).model
     for name, model in models.items():
@@ -291,11 +293,11 @@ def test_folders_load_without_gprune(ids, worlds, tmp_path, monkeypatch):
     assert {name: float(value) for name, value in rows.items()} == dict.fromkeys(models, 0.0)
 
 
-# What comes after pruning
+# --- after pruning
 
 
 @pytest.mark.parametrize("family", TYPES)
-def test_a_pruned_model_is_saved_pruned_again_trained_and_adapted(family, ids, tmp_path):
+def test_a_pruned_model_can_be_saved_pruned_again_fine_tuned_and_adapted(family, ids, tmp_path):
     model = make_tiny(family)
     masks = some_masks(model, attention=True)
     once = gprune.apply_masks(model, masks)
@@ -308,7 +310,7 @@ def test_a_pruned_model_is_saved_pruned_again_trained_and_adapted(family, ids, t
         assert torch.equal(other(ids).logits, twice(ids).logits)
     before = train_a_step(once, ids)
     assert once(input_ids=ids, labels=ids).loss < before
-    adapter = adapted(once, family)
+    adapter = with_lora(once, family)
     with_adapter = adapter(ids).logits
     merged = adapter.merge_and_unload()
     torch.testing.assert_close(merged(ids).logits, with_adapter, atol=1e-3, rtol=0)
@@ -316,8 +318,8 @@ def test_a_pruned_model_is_saved_pruned_again_trained_and_adapted(family, ids, t
 
 
 @pytest.mark.parametrize("family", TYPES)
-def test_losses_are_the_models_own(family, ids):
-    """Through the head chunk by chunk, with whatever the family does to its logits."""
+def test_chunked_losses_and_logits_equal_the_models(family, ids):
+    """The head is applied in chunks, with the family's scaling or softcap of logits."""
     model = make_tiny(family)
     own = model(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(next_token_losses(model, ids).mean(), own, atol=1e-5, rtol=1e-5)
@@ -327,7 +329,7 @@ def test_losses_are_the_models_own(family, ids):
 
 
 @pytest.mark.parametrize(("family", "overrides"), [("gemma2", {"final_logit_softcapping": 3.0}), ("granite", {})])
-def test_the_gradient_goes_through_what_is_done_to_the_logits(family, overrides, ids):
+def test_gradients_include_the_softcap_and_the_scaling_of_logits(family, overrides, ids):
     model = make_tiny(family, **overrides)
 
     def gradient(loss_of) -> torch.Tensor:
@@ -343,15 +345,15 @@ def test_the_gradient_goes_through_what_is_done_to_the_logits(family, overrides,
     for own, of_teacher in ((lambda: model(input_ids=ids, labels=ids).loss, None), (divergence, teacher)):
         expected = gradient(own)
         assert float(expected.abs().max()) > 1e-4
-        ours = gradient(lambda of=of_teacher: next_token_losses(model, ids, teacher=of).mean())
+        ours = gradient(lambda teacher=of_teacher: next_token_losses(model, ids, teacher=teacher).mean())
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-3)
 
 
-# Experts
+# --- experts
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_each_expert_keeps_its_own_best_and_all_are_equally_wide(family):
+def test_each_expert_keeps_its_best_neurons_and_all_have_equal_widths(family):
     model = make_tiny(family)
     costs = unit_costs(blocks_of(model), scope="ffn")
     assert costs.neuron == [4 * 3 * 32] * 3
@@ -363,40 +365,40 @@ def test_each_expert_keeps_its_own_best_and_all_are_equally_wide(family):
         assert len({int(k.sum()) for k in kept}) == 1
         for row, keep in zip(rows, kept, strict=True):
             assert row[keep].min() > row[~keep].max()
-    # The slots that went are those with the smallest means over experts, over all blocks.
+    # The removed slots of all blocks are those with the smallest means over experts.
     slots = [margin.view(4, -1).sort(1).values.mean(0) for margin in margins]
-    gone = torch.cat([s[: NEURONS - int(m.sum()) // 4] for s, m in zip(slots, masks.ffn, strict=True)])
-    stay = torch.cat([s[NEURONS - int(m.sum()) // 4 :] for s, m in zip(slots, masks.ffn, strict=True)])
-    assert gone.max() < stay.min()
+    removed = torch.cat([s[: NEURONS - int(m.sum()) // 4] for s, m in zip(slots, masks.ffn, strict=True)])
+    kept_slots = torch.cat([s[NEURONS - int(m.sum()) // 4 :] for s, m in zip(slots, masks.ffn, strict=True)])
+    assert removed.max() < kept_slots.min()
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_an_expert_that_no_token_reaches_has_activation_free_ranks(family, ids):
+def test_an_expert_without_tokens_is_ranked_by_an_activation_free_metric(family, ids):
     model = make_tiny(family)
     experts = decoder_layers(model)[0].mlp
     bias = torch.tensor([2.0, 1.0, 0.0, -9.0])
-    handle = experts.gate.register_forward_hook(lambda _m, _i, out: _routed(bias, out))
+    handle = experts.gate.register_forward_hook(lambda _m, _i, out: constant_routing(bias, out))
     statistics = collect(model, [{"input_ids": ids, "index": torch.arange(4)}])
     handle.remove()
     count = statistics.ffn[0].total.count.view(4, -1)[:, 0]
     assert count.tolist() == [ids.numel(), ids.numel(), 0, 0]
     blocks = blocks_of(model)
     scores = score_units("wanda_sp", blocks, statistics, attention=False).ffn[0].view(4, -1)
-    free = score_units("magnitude", blocks, statistics, attention=False).ffn[0].view(4, -1)
+    activation_free = score_units("magnitude", blocks, statistics, attention=False).ffn[0].view(4, -1)
     busy = scores[:2].sort(1).values.mean(0)
     for expert in (2, 3):
-        assert torch.equal(scores[expert].argsort(), free[expert].argsort())
+        assert torch.equal(scores[expert].argsort(), activation_free[expert].argsort())
         torch.testing.assert_close(scores[expert].sort().values, busy)
-    assert not torch.equal(scores[0].argsort(), free[0].argsort())
+    assert not torch.equal(scores[0].argsort(), activation_free[0].argsort())
 
 
-def _routed(bias: torch.Tensor, out: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """What a router returns when it sends every token to the two experts of the largest bias."""
+def constant_routing(bias: torch.Tensor, out: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A router's output if every token is routed to the two experts with the largest bias."""
     logits, weights, index = out
     return logits, weights, bias.topk(2).indices.expand_as(index)
 
 
-def test_masks_with_unequal_experts_are_refused():
+def test_masks_with_experts_of_unequal_widths_are_refused():
     model = make_tiny("mixtral")
     masks = some_masks(model, attention=False)
     masks.ffn[0][:] = True
@@ -405,30 +407,30 @@ def test_masks_with_unequal_experts_are_refused():
         prune(model, masks)
 
 
-# The whole run
+# --- whole runs
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """A world whose model is of any family."""
+    """A function that returns a tiny world with a model of a family."""
     folder = tmp_path_factory.mktemp("families")
     world = tiny_run.make_world(folder)
 
-    def of(family: str, **overrides) -> tiny_run.World:
+    def make(family: str, **overrides) -> tiny_run.World:
         path = folder / "-".join([family, *overrides])
         if not path.exists():
-            # Bytes for tokens: some families' tokenizer classes rebuild whatever they are given as byte-level BPE.
+            # A byte-level tokenizer, since tokenizer classes of some families convert any tokenizer to byte-level BPE.
             make_tiny(family, neurons=tiny_run.NEURONS, vocab_size=264, **overrides).save_pretrained(path)
             byte_tokenizer().save_pretrained(path)
         return tiny_run.World(path, world.corpora)
 
     with tiny_run.isolated(folder / "cache"):
-        yield of
+        yield make
 
 
 @pytest.mark.parametrize("overrides", [{"logits_scaling": 1.0}, {}], ids=["by_1", "by_4"])
-def test_a_family_that_scales_its_logits_is_refused_where_it_does(overrides, worlds, tmp_path, monkeypatch, capsys):
-    """By its record alone: perplexity would be that of other logits, without a word."""
+def test_a_record_without_the_models_logit_scaling_is_refused(overrides, worlds, tmp_path, monkeypatch, capsys):
+    """The record lacks the scale, so perplexity would silently be that of other logits."""
     tiny_run.quick(monkeypatch)
     monkeypatch.setitem(FAMILIES, "granite", Family("granite"))
     args = worlds("granite", **overrides).args(tmp_path, "--gprune=false", "--evaluation.controls=[]")
@@ -436,12 +438,12 @@ def test_a_family_that_scales_its_logits_is_refused_where_it_does(overrides, wor
     assert ("'granite': logits are not head times hidden states" in capsys.readouterr().err) is (not overrides)
 
 
-# One family of each kind: gated, ungated and stored transposed, and with experts.
+# One family of each kind: gated; ungated with transposed weights; with experts.
 KINDS = ("llama", "gpt2", "mixtral")
 
 
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in TYPES if f != "llama")])
-def test_a_run_from_the_command_line(family, worlds, tmp_path, monkeypatch):
+def test_a_command_line_run_meets_budget_and_exports_each_family(family, worlds, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     result = worlds(family).run(
         tmp_path, "--sparsity.scope=attention+ffn", "--recovery=least_squares", "--sparsity.width_multiple=8"
@@ -457,7 +459,7 @@ def test_a_run_from_the_command_line(family, worlds, tmp_path, monkeypatch):
     rows = {(r["stage"], r["recovery"]) for r in result.records}
     assert {("dense", "none"), ("base", "none"), ("gprune", "least_squares")} <= rows
     assert all(np.isfinite(r["perplexity"]) for r in result.records)
-    if family in KINDS:  # the exported folder is a model like any other: prune it again
+    if family in KINDS:  # an exported folder can be pruned again
         again = tiny_run.World(tmp_path / "run" / "model", worlds(family).corpora)
         twice = again.run(tmp_path, "--sparsity.target=0.2", name="again")
         assert twice.summary["parameters_before"] == result.summary["parameters_after"]
@@ -472,7 +474,7 @@ def test_a_run_from_the_command_line(family, worlds, tmp_path, monkeypatch):
         (["--importance=taylor"], "Taylor saliency cannot be collected for experts"),
     ],
 )
-def test_what_experts_cannot_do_is_refused_at_once(family, flags, reason, worlds, tmp_path, capsys):
+def test_options_that_experts_do_not_support_are_refused(family, flags, reason, worlds, tmp_path, capsys):
     assert main(worlds(family).args(tmp_path, *flags)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line
@@ -480,14 +482,14 @@ def test_what_experts_cannot_do_is_refused_at_once(family, flags, reason, worlds
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
-def test_text_longer_than_the_learned_positions_is_refused(family, worlds, tmp_path, capsys):
+def test_windows_longer_than_the_learned_positions_are_refused(family, worlds, tmp_path, capsys):
     assert main(worlds(family).args(tmp_path, f"--corpora.seq_len={SIZES['max_position_embeddings'] + 1}")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "at most 256 tokens" in line
 
 
-def test_an_unsupported_model_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    BertConfig().save_pretrained(tmp_path)  # no weights at all
+def test_an_unsupported_model_is_refused_before_weights_are_loaded(tmp_path, monkeypatch):
+    BertConfig().save_pretrained(tmp_path)  # without weights
     monkeypatch.setattr(
         "gprune.models.loading.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded")
     )

@@ -1,4 +1,4 @@
-"""The chunked loss against transformers' own, and its gradient against autograd through all logits."""
+"""The chunked loss and its gradient against autograd through all logits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokens(request) -> torch.Tensor:
     return batch
 
 
-def test_a_head_with_a_bias():
+def test_loss_and_gradient_of_a_head_with_bias_equal_cross_entropy():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(400, 16, generator=generator).requires_grad_()
     head, bias = torch.randn(50, 16, generator=generator), torch.randn(50, generator=generator)
@@ -42,7 +42,7 @@ def test_a_head_with_a_bias():
     torch.testing.assert_close(mine, hidden.grad, atol=1e-5, rtol=1e-5)
 
 
-def test_extreme_logits_stay_finite():
+def test_loss_and_gradient_of_extreme_logits_are_finite():
     hidden = torch.tensor([[1.0]]).requires_grad_()
     head = torch.tensor([[1000.0], [-1000.0]])
     loss = frozen_head_losses(hidden, head, None, torch.tensor([1]), LogitTransform()).sum()
@@ -51,16 +51,16 @@ def test_extreme_logits_stay_finite():
     assert float(hidden.grad) == 2000.0
 
 
-def test_frozen_weights_get_no_gradient(tiny_model, token_batch):
+def test_gates_get_gradients_and_frozen_weights_do_not(tiny_model, token_batch):
     gates = random_gates()
     with gated(tiny_model, gates):
         next_token_losses(tiny_model, token_batch).mean().backward()
     assert all(p.grad is None for p in tiny_model.parameters())
     assert all(g.grad is not None and bool(g.grad.abs().sum() > 0) for g in gates)
-    assert not next_token_losses(tiny_model, token_batch).requires_grad  # without gates there is nothing to learn
+    assert not next_token_losses(tiny_model, token_batch).requires_grad  # without gates, nothing requires a gradient
 
 
-def test_bfloat16_models_have_a_float32_loss(token_batch):
+def test_losses_of_bfloat16_models_are_float32(token_batch):
     losses = []
     for dtype in (torch.bfloat16, torch.float32):
         model, gates = make_tiny_llama().to(dtype), random_gates()
@@ -75,7 +75,7 @@ def test_bfloat16_models_have_a_float32_loss(token_batch):
 @pytest.mark.parametrize("divergence", [False, True], ids=["cross_entropy", "kl"])
 @pytest.mark.parametrize(("dtype", "tied"), [(torch.float32, True), (torch.float32, False), (torch.float64, True)])
 def test_losses_and_gradients_equal_autograd_through_all_logits(dtype, tied, divergence, tokens):
-    """Per window, and the gradient under weights of both signs, in float64."""
+    """Losses per window, and the gradient of their weighted sum with weights of both signs, against float64."""
     model, double = (make_tiny_llama(tie_word_embeddings=tied).to(t) for t in (dtype, torch.float64))
     weight = torch.linspace(-0.5, 1, len(tokens), dtype=torch.float64)
     with torch.no_grad():

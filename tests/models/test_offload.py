@@ -1,4 +1,4 @@
-"""Models whose weights are fetched when they are needed: nothing but memory may differ from the model in memory."""
+"""Models with offloaded or sharded weights give the same results as models in memory."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ def bytes_in(module: torch.nn.Module) -> int:
 
 
 def limit_for(model: torch.nn.Module) -> str:
-    """Everything but the layers, the largest layer (which accelerate keeps room for) and half of another one."""
+    """Memory for all weights outside of layers, the largest layer (which accelerate reserves) and half a layer."""
     layers = [bytes_in(layer) for layer in decoder_layers(model)]
     return f"{bytes_in(model) - sum(layers) + int(1.5 * max(layers))}B"
 
 
 @pytest.fixture(scope="module")
 def placed(tmp_path_factory):
-    """A family's tiny model in memory, and the same with most layers left on disk, from a sharded folder."""
+    """A function that returns a family's tiny model in memory, and the same model with most layers on disk."""
     folder = tmp_path_factory.mktemp("offload")
 
-    def of(family: str, **overrides):
+    def load(family: str, **overrides):
         path = folder / "-".join([family, *overrides])
         model = make_tiny(family, **overrides)
         if not path.exists():
@@ -70,7 +70,7 @@ def placed(tmp_path_factory):
         return load_weights(path, dtype=torch.float32), load_weights(path, dtype=torch.float32, **place)
 
     with tiny_run.isolated(folder / "cache"):
-        yield of
+        yield load
 
 
 @pytest.fixture
@@ -78,43 +78,43 @@ def ids() -> torch.Tensor:
     return torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-# What lies where
+# --- equality with models in memory
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TYPES)
-def test_an_offloaded_model_is_the_same_model(family, placed, ids):
-    whole, away = placed(family)
-    assert is_offloaded(away)
+def test_an_offloaded_model_has_the_same_weights_statistics_and_logits(family, placed, ids):
+    whole, offloaded = placed(family)
+    assert is_offloaded(offloaded)
     assert not is_offloaded(whole)
-    assert sum(p.is_meta for p in away.parameters()) > sum(not p.is_meta for p in away.parameters())
-    assert fingerprint(away) == fingerprint(whole)
-    assert device_of(away) == device_of(blocks_of(away)[2].layer) == torch.device("cpu")
-    for mine, theirs in zip(blocks_of(away), blocks_of(whole), strict=True):
+    assert sum(p.is_meta for p in offloaded.parameters()) > sum(not p.is_meta for p in offloaded.parameters())
+    assert fingerprint(offloaded) == fingerprint(whole)
+    assert device_of(offloaded) == device_of(blocks_of(offloaded)[2].layer) == torch.device("cpu")
+    for mine, theirs in zip(blocks_of(offloaded), blocks_of(whole), strict=True):
         for name, part in theirs.parts.items():
             assert torch.equal(mine.parts[name].weight, part.weight)
             assert (mine.parts[name].bias is None) == (part.bias is None)
             assert part.bias is None or torch.equal(mine.parts[name].bias, part.bias)
-    # Statistics in one walk, and every metric that reads weights, norms and their biases
+    # Statistics layer by layer, and a metric that reads weights
     expected = collect(whole, batches(), gram=True)
-    found = walk_over(away, batches()).statistics(gram=True)
+    found = walk_over(offloaded, batches()).statistics(gram=True)
     assert_same_bits(found, expected)
-    scores = (score_units("magnitude", blocks_of(m), expected) for m in (away, whole))
+    scores = (score_units("magnitude", blocks_of(m), expected) for m in (offloaded, whole))
     for one, two in zip(*((*s.ffn, *s.attention) for s in scores), strict=True):
         assert torch.equal(one, two)
-    # Nothing has been moved or unhooked
-    assert sum(p.is_meta for p in away.parameters()) > sum(not p.is_meta for p in away.parameters())
-    assert torch.equal(away(ids).logits, whole(ids).logits)
+    # No weight has been moved, and no hook removed.
+    assert sum(p.is_meta for p in offloaded.parameters()) > sum(not p.is_meta for p in offloaded.parameters())
+    assert torch.equal(offloaded(ids).logits, whole(ids).logits)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TYPES)
-def test_an_offloaded_model_is_pruned_into_the_same_folder(family, placed, ids, tmp_path):
-    whole, away = placed(family)
+def test_an_offloaded_model_is_exported_like_the_model_in_memory(family, placed, ids, tmp_path):
+    whole, offloaded = placed(family)
     masks = some_masks(whole, attention=True)
-    assert torch.equal(masked_logits(away, masks, ids), masked_logits(whole, masks, ids))
+    assert torch.equal(masked_logits(offloaded, masks, ids), masked_logits(whole, masks, ids))
     one = prune(whole, masks)
-    two = prune_to_files(away, masks, tmp_path / "blocks")
+    two = prune_to_files(offloaded, masks, tmp_path / "blocks")
     assert all(p.is_meta for p in two.parameters())
     assert two.num_parameters() == one.num_parameters()
     folders = [save_pruned(small, None, tmp_path / name) for name, small in (("one", one), ("two", two))]
@@ -126,19 +126,19 @@ def test_an_offloaded_model_is_pruned_into_the_same_folder(family, placed, ids, 
     again = AutoModelForCausalLM.from_pretrained(folders[1]).eval()
     assert {n: t.dtype for n, t in again.state_dict().items()} == {n: t.dtype for n, t in one.state_dict().items()}
     assert torch.equal(again(ids).logits, one(ids).logits)
-    # Loaded as the dense one was, and saved once more from there
+    # Offloaded like the dense model, and saved again
     place = {"device_map": "auto", "max_memory": {"cpu": limit_for(again)}}
     small = load_weights(folders[1], dtype=torch.float32, **place)
     assert is_offloaded(small)
     assert torch.equal(small(ids).logits, one(ids).logits)
     third = AutoModelForCausalLM.from_pretrained(save_pruned(small, None, tmp_path / "three")).eval()
     assert torch.equal(third(ids).logits, one(ids).logits)
-    assert torch.equal(away(ids).logits, whole(ids).logits)
+    assert torch.equal(offloaded(ids).logits, whole(ids).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_whole_blocks_and_added_biases(family, placed, ids, tmp_path):
-    whole, away = placed(family)
+def test_offloaded_models_can_lose_whole_blocks_and_gain_biases(family, placed, ids, tmp_path):
+    whole, offloaded = placed(family)
     masks = some_masks(whole, attention=False)
     masks.ffn[1][:] = False
     masks.attention[1][:] = False
@@ -150,16 +150,16 @@ def test_whole_blocks_and_added_biases(family, placed, ids, tmp_path):
     one = prune(whole, masks)
     for dense, block in zip([b for b in blocks_of(whole) if b.index != 1], blocks_of(one), strict=True):
         revise(dense, block)
-    two = prune_to_files(away, masks, tmp_path / "blocks", revise)
+    two = prune_to_files(offloaded, masks, tmp_path / "blocks", revise)
     again = AutoModelForCausalLM.from_pretrained(save_pruned(two, None, tmp_path / "model")).eval()
     assert len(blocks_of(again)) == 2
     assert torch.equal(again(ids).logits, one(ids).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", *EXPERTS[:1]])
-def test_resident_weights_are_there_and_go_again(family, placed):
-    whole, away = placed(family)
-    layer, own = decoder_layers(away)[2], decoder_layers(whole)[2]
+def test_resident_loads_offloaded_weights_for_the_duration_of_the_context(family, placed):
+    whole, offloaded = placed(family)
+    layer, own = decoder_layers(offloaded)[2], decoder_layers(whole)[2]
     with resident(layer):
         for name, parameter in own.named_parameters():
             assert torch.equal(layer.get_parameter(name), parameter)
@@ -167,25 +167,25 @@ def test_resident_weights_are_there_and_go_again(family, placed):
     with pytest.raises(ZeroDivisionError), resident(layer):
         _ = 1 / 0
     assert all(p.is_meta for p in layer.parameters())
-    weights = StoredWeights(away)
+    weights = StoredWeights(offloaded)
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.state_dict().items())
 
 
-def test_forwards_are_put_back(placed, ids):
-    """Whoever watches experts takes the place of accelerate's own forward, and leaves none."""
-    whole, away = placed("mixtral")
+def test_accelerates_forward_is_restored_after_observing_experts(placed, ids):
+    """Observing experts replaces accelerate's forward, which is restored afterwards."""
+    whole, offloaded = placed("mixtral")
     masks = some_masks(whole, attention=False)
     for _ in range(2):
-        masked_logits(away, masks, ids)
-        assert torch.equal(away(ids).logits, whole(ids).logits)
-    experts = decoder_layers(away)[2].mlp.experts
+        masked_logits(offloaded, masks, ids)
+        assert torch.equal(offloaded(ids).logits, whole(ids).logits)
+    experts = decoder_layers(offloaded)[2].mlp.experts
     own = experts.__dict__["forward"]
     watch_experts(experts, lambda *_: None).remove()
     assert experts.__dict__["forward"] is own
-    assert torch.equal(away(ids).logits, whole(ids).logits)
+    assert torch.equal(offloaded(ids).logits, whole(ids).logits)
 
 
-def test_what_has_no_hook_stays_without_weights():
+def test_stored_returns_meta_weights_of_modules_without_a_hook():
     with torch.device("meta"):
         linear = torch.nn.Linear(2, 3, bias=False)
     assert stored(linear, "weight").is_meta
@@ -193,8 +193,8 @@ def test_what_has_no_hook_stays_without_weights():
     assert not is_offloaded(linear)
 
 
-def test_a_model_spread_over_devices_is_pruned_and_collected_as_ever(ids):
-    """Hooks on every module, as with several devices, but nothing offloaded."""
+def test_a_model_with_device_hooks_is_pruned_and_calibrated_as_without(ids):
+    """accelerate's hooks on each module, as with several devices, without offloaded weights."""
     model, spread = make_tiny("llama"), make_tiny("llama")
     dispatch_model(spread, {"": "cpu"}, force_hooks=True)
     masks = some_masks(model, attention=True)
@@ -204,10 +204,10 @@ def test_a_model_spread_over_devices_is_pruned_and_collected_as_ever(ids):
     assert torch.equal(spread(ids).logits, model(ids).logits)
 
 
-# Folders and flags
+# --- folders and flags
 
 
-def test_the_scratch_folder_goes_with_its_model_and_after_a_kill(tmp_path):
+def test_offload_folders_are_removed_with_their_model_and_after_a_kill(tmp_path):
     with tiny_run.isolated(tmp_path):
         removal = ExitStack()
         folder = removal.enter_context(offload_folder())
@@ -216,7 +216,7 @@ def test_the_scratch_folder_goes_with_its_model_and_after_a_kill(tmp_path):
         left = tmp_path / "offload" / ".weights.left.tmp"
         left.mkdir()
         with offload_folder() as other:
-            assert folder.exists()  # it is in use
+            assert folder.exists()  # it is locked
             assert not left.exists()
             with pytest.raises(TimeoutError), locked(other):
                 pass
@@ -224,12 +224,12 @@ def test_the_scratch_folder_goes_with_its_model_and_after_a_kill(tmp_path):
         assert list((tmp_path / "offload").iterdir()) == []
 
 
-def test_sizes():
+def test_memory_limits_parse_sizes_with_units():
     sizes = {"cpu": "2GiB", "0": "500MB", "1": "1.5 kib", "2": "10", "3": "3B"}
     assert memory_limits(sizes) == {"cpu": 2**31, 0: 5 * 10**8, 1: 1536, 2: 10, 3: 3}
     flags = ["--model.device_map=auto", "--model.max_memory={cpu: 2GiB, 0: 1GB}"]
     assert memory_limits(parse(flags).model.max_memory) == {"cpu": 2**31, 0: 10**9}
-    assert parse(flags).settings() == parse(flags[:1]).settings()  # memory changes no result
+    assert parse(flags).settings() == parse(flags[:1]).settings()  # memory limits do not affect results
 
 
 TWO = "--trainer.devices=2"
@@ -250,14 +250,14 @@ TWO = "--trainer.devices=2"
         ),
     ],
 )
-def test_placements_that_cannot_be_are_one_line(flags, line, capsys):
+def test_invalid_placements_are_refused_in_one_line(flags, line, capsys):
     assert main(flags) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert line in error
     parse([AUTO, TWO, "--model.shard=true", "--model.max_memory={cpu: 2GiB}"])
 
 
-def test_an_ordinary_model_is_saved_in_several_files_above_a_size(tmp_path, monkeypatch, ids):
+def test_a_model_above_the_shard_size_is_saved_in_several_files(tmp_path, monkeypatch, ids):
     monkeypatch.setattr(hf, "SHARD", 20_000)
     model = make_tiny("llama")
     small = prune(model, some_masks(model, attention=True))
@@ -266,7 +266,7 @@ def test_an_ordinary_model_is_saved_in_several_files_above_a_size(tmp_path, monk
     assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits, small(ids).logits)
 
 
-# The whole run
+# --- whole runs
 
 
 @pytest.fixture(scope="module")
@@ -288,16 +288,17 @@ def placement(model: torch.nn.Module) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_run_with_most_of_the_model_on_disk_is_the_same_run(world, tmp_path, monkeypatch):
+def test_a_run_with_an_offloaded_model_has_the_same_results(world, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     whole = world.run(tmp_path, *FLAGS)
     model = AutoModelForCausalLM.from_pretrained(world.model)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    away = world.run(tmp_path, *FLAGS, *placement(model), name="away")
-    assert_same_run(away, whole)
-    distances = ([r["kl"] for r in run.records if r["stage"] != "dense"] for run in (away, whole))
-    assert next(distances) == pytest.approx(next(distances), rel=1e-4)  # the head is away: all logits, or none
-    assert away.summary["parameters_before"] == whole.summary["parameters_before"]
+    offloaded = world.run(tmp_path, *FLAGS, *placement(model), name="away")
+    assert_same_run(offloaded, whole)
+    distances = ([r["kl"] for r in run.records if r["stage"] != "dense"] for run in (offloaded, whole))
+    # With an offloaded head, KL is computed from other quantities.
+    assert next(distances) == pytest.approx(next(distances), rel=1e-4)
+    assert offloaded.summary["parameters_before"] == whole.summary["parameters_before"]
     assert (tmp_path / "away" / "model" / "model.safetensors.index.json").exists()
     checks = read_json(tmp_path / "away" / "manifest.json")["logits"]
     assert checks["masked_minus_sliced"] <= 1e-4
@@ -312,7 +313,7 @@ def test_a_run_with_most_of_the_model_on_disk_is_the_same_run(world, tmp_path, m
         (["--importance=taylor", "--gprune=false"], "--importance taylor needs gradients"),
     ],
 )
-def test_no_gradient_is_asked_of_an_offloaded_model(flags, line, world, tmp_path, capsys):
+def test_options_that_need_gradients_are_refused_for_offloaded_models(flags, line, world, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(world.model)
     assert main(world.args(tmp_path, *flags, *placement(model))) == 2
     (found,) = [text for text in capsys.readouterr().err.splitlines() if "--" in text]
@@ -321,11 +322,11 @@ def test_no_gradient_is_asked_of_an_offloaded_model(flags, line, world, tmp_path
 
 
 @pytest.mark.slow
-def test_the_experiment_of_a_large_model(monkeypatch, capsys):
-    """It asserts by itself that masks and perplexities are those of the run in memory."""
+def test_the_large_model_experiment_runs_on_a_small_model(monkeypatch, capsys):
+    """The script itself asserts that masks and perplexities equal those of a run in memory."""
 
     def train(flags, cache, limit):
-        """In this process, to save the seconds of importing."""
+        """Run in this process, to avoid the time of imports."""
         assert limit is None
         monkeypatch.setenv("GPRUNE_CACHE", str(cache))
         assert main(flags) == 0
@@ -337,11 +338,13 @@ def test_the_experiment_of_a_large_model(monkeypatch, capsys):
     assert capsys.readouterr().out.count("| the same in memory |") == 1
 
 
-GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs, or one process has all of the model")
+TWO_GPUS = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two GPUs, or one process has all of the model"
+)
 
 
-# A run that notes how many numbers a sharded copy has on this process, sends all Gram matrices through files, and whose
-# first process is late with `metrics.json`: the other is to ask it for what is done, not the disk.
+# A run that records how many numbers of a sharded model this rank has, and writes all Gram matrices to files. Rank 0 is
+# late with `metrics.json`: rank 1 must ask rank 0 which steps are finished, instead of reading the disk.
 SHARDED = """
 import sys
 import time
@@ -352,10 +355,10 @@ from gprune.cli import main
 from gprune.pipeline import evaluate
 from gprune.stages import base
 
-def noted(*args):
+def counted(*args):
     copy = sharded_copy(*args)
-    here = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in copy.parameters())
-    Path(sys.argv[1], f"{args[1]}.{torch.distributed.get_rank()}").write_text(str(here))
+    numel = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in copy.parameters())
+    Path(sys.argv[1], f"{args[1]}.{torch.distributed.get_rank()}").write_text(str(numel))
     return copy
 
 def late(*args, write=evaluate.write_json, **marks):
@@ -363,18 +366,16 @@ def late(*args, write=evaluate.write_json, **marks):
     write(*args, **marks)
 
 evaluate.write_json = late
-sharded_copy, base.sharded_copy, gprune.calibration.layerwise.GRAMS_IN_MEMORY = base.sharded_copy, noted, 1
+sharded_copy, base.sharded_copy, gprune.calibration.layerwise.GRAMS_IN_MEMORY = base.sharded_copy, counted, 1
 if __name__ == "__main__":
     raise SystemExit(main(sys.argv[2:]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=GPUS)])
-def test_a_model_sharded_over_two_processes_learns_the_same(accelerator, world, tmp_path):
-    """Block by block, against whole models and the ordinary pass: windows 0 to 4 in batches of 4 and 1, so that in the
-    second one a process has nothing to do.
-    """
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=TWO_GPUS)])
+def test_a_model_sharded_over_two_processes_has_the_results_of_whole_models(accelerator, world, tmp_path):
+    """Layer by layer with sharded models, compared with whole models. Of the second batch, one rank has no window."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     results = {}
     for name, script, more in (("whole", ROOT / "train.py", []), ("sharded", tmp_path / "sharded.py", [str(tmp_path)])):
@@ -387,7 +388,7 @@ def test_a_model_sharded_over_two_processes_learns_the_same(accelerator, world, 
         args = [*more, *world.args(tmp_path, *flags, name=name)]
         if accelerator == "cpu":
             done, _ = tiny_run.train(args, tmp_path / f"{name}-process", processes=2, script=script)
-        else:  # a fork has no use of a GPU that its parent has seen
+        else:  # CUDA cannot be used in a forked process
             done = subprocess.run(
                 [sys.executable, script, *args], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
                 env=tiny_run.environment(tmp_path / f"{name}-process/cache", PYTHONPATH=str(ROOT)),
@@ -400,35 +401,35 @@ def test_a_model_sharded_over_two_processes_learns_the_same(accelerator, world, 
     for mine, theirs in zip(sharded.thresholds, whole.thresholds, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert sharded.masks == whole.masks
-    for name in ("nll", "kl", "agreement"):  # recovered from files, too
+    for name in ("nll", "kl", "agreement"):  # recovered with Gram matrices from files
         assert [r.get(name) for r in sharded.records] == [r.get(name) for r in whole.records]
     whole, sharded = (read_json(tmp_path / name / "manifest.json") for name in results)
-    assert sharded["learning"] == whole["learning"]  # with the curves
-    for step in ("thresholds", "evaluate"):  # the first process's part, which is the larger one
+    assert sharded["learning"] == whole["learning"]  # including learning curves
+    for step in ("thresholds", "evaluate"):  # tokens of rank 0, which has the larger part
         assert sharded["steps"][step]["forward_tokens"] == whole["steps"][step]["forward_tokens"]
         assert sharded["steps"][step]["forward_backward_tokens"] == whole["steps"][step]["forward_backward_tokens"]
     model = AutoModelForCausalLM.from_pretrained(world.model)
     inside = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
-    here = [int(path.read_text()) for path in tmp_path.glob("c*.[01]")]
-    assert len(here) == 2
-    assert all(number <= model.num_parameters() - 0.4 * inside for number in here)
+    numel = [int(path.read_text()) for path in tmp_path.glob("c*.[01]")]
+    assert len(numel) == 2
+    assert all(number <= model.num_parameters() - 0.4 * inside for number in numel)
 
 
 @pytest.mark.slow
-def test_a_sharded_run_that_lacks_a_recovery_and_all_numbers_gets_the_same_again(world, tmp_path):
-    """Nothing but that recovery brings processes together then, in the middle of evaluation if it is a control's."""
+def test_a_sharded_run_recomputes_a_missing_recovery_and_metrics_to_the_same_bits(world, tmp_path):
+    """Then the recovery is the only collective step, and a control is recovered during evaluation."""
     flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--export=none", "--model.shard=true"]
     flags += ["--evaluation.controls=[base]", "--trainer.devices=2", "--trainer.strategy=ddp"]
     args = world.args(tmp_path, *flags, name="run")
 
-    def numbers():
+    def losses_of_run():
         done, _ = tiny_run.train(args, tmp_path, processes=2)
         assert done.returncode == 0, done.stderr
         return [r["nll"] for r in load_run(tmp_path / "run").records]
 
-    first = numbers()
+    first = losses_of_run()
     learned = list((tmp_path / "run/recovery").iterdir())
     assert len(learned) == 2
-    max(learned, key=lambda path: path.stat().st_mtime_ns).unlink()  # the control's
+    max(learned, key=lambda path: path.stat().st_mtime_ns).unlink()  # the recovery of the control
     (tmp_path / "run/metrics.json").unlink()
-    assert numbers() == first
+    assert losses_of_run() == first

@@ -1,5 +1,4 @@
-"""Layers with several FFNs, such as experts and a shared expert: each FFN is a block, and a layer goes with all of its
-blocks."""
+"""Layers with several FFNs, such as experts and a shared expert. Each FFN is a block, and a removed layer loses all."""
 
 from __future__ import annotations
 
@@ -46,16 +45,16 @@ HALF = torch.tensor([0, 1, 0, 1])
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """A model of 3 layers with 4 experts and a shared expert behind a gate each: Qwen2-MoE."""
+def shared_expert_model(tmp_path_factory):
+    """A tiny Qwen2-MoE: three layers, each with four experts and a gated shared expert."""
     with tiny_run.isolated(tmp_path_factory.mktemp("cache")):
         model = example("qwen2_moe")
-        blocks_of(model)  # while the cache is there
+        blocks_of(model)  # discovery, while the isolated cache exists
     return model
 
 
 class TwoMLPs(nn.Module):
-    """The sum of two FFNs of different width."""
+    """The sum of two FFNs with different widths."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -68,8 +67,8 @@ class TwoMLPs(nn.Module):
 
 
 @pytest.fixture
-def twice(monkeypatch):
-    """A Llama whose layers have two dense FFNs, and the structure that is found of it."""
+def two_ffn_model(monkeypatch):
+    """A Llama whose layers have two dense FFNs, with its discovered structure."""
     monkeypatch.setattr(lookup, "FAMILIES", {})
     config = LlamaConfig(
         vocab_size=128, hidden_size=48, intermediate_size=44, num_hidden_layers=3, num_attention_heads=6,
@@ -92,7 +91,7 @@ def logits(model, ids=IDS) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
+def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, atol=2e-5 * float(b.abs().max()), rtol=0)
 
 
@@ -102,72 +101,73 @@ def statistics_of(model, **collects):
     return collector.compute()
 
 
-def planned(model) -> SimpleNamespace:
-    """What `what_stays` reads of a plan with attention in scope."""
+def plan_of(model) -> SimpleNamespace:
+    """The part of a plan that `what_stays` reads, with attention in scope."""
     budget = SimpleNamespace(costs=unit_costs(blocks_of(model), scope="attention+ffn"))
     sparsity = SimpleNamespace(scope="attention+ffn")
     return SimpleNamespace(budget=budget, skeleton=model, cfg=SimpleNamespace(sparsity=sparsity))
 
 
-def without_layers(model, *gone: int) -> Masks:
-    """Masks that keep all of the other layers."""
+def masks_without_layers(model, *removed: int) -> Masks:
+    """Masks that remove these layers and keep all units of the others."""
     blocks = blocks_of(model)
     return Masks(
-        [torch.full((b.experts * b.neurons,), b.layer_index not in gone) for b in blocks],
-        [torch.full((b.kv_groups,), b.layer_index not in gone) for b in blocks],
+        [torch.full((b.experts * b.neurons,), b.layer_index not in removed) for b in blocks],
+        [torch.full((b.kv_groups,), b.layer_index not in removed) for b in blocks],
     )
 
 
-def test_each_ffn_of_a_layer_is_a_block_and_the_first_has_the_attention(shared):
-    blocks, layers = blocks_of(shared), decoder_layers(shared)
+def test_each_ffn_of_a_layer_is_a_block_and_the_first_block_has_the_attention(shared_expert_model):
+    blocks, layers = blocks_of(shared_expert_model), decoder_layers(shared_expert_model)
     assert [b.index for b in blocks] == list(range(6))
     assert [b.layer_index for b in blocks] == [0, 0, 1, 1, 2, 2]
     assert [b.has_experts for b in blocks] == [True, False] * 3
     assert [b.kv_groups > 0 for b in blocks] == [True, False] * 3
-    assert unpruned(shared) == {}
-    assert what_stays(planned(shared)) == ""  # a block without attention is no layer without attention
+    assert unpruned(shared_expert_model) == {}
+    # Blocks without attention are not reported, since their layers have attention.
+    assert what_stays(plan_of(shared_expert_model)) == ""
     for own, layer in zip(by_layer(blocks), layers, strict=True):
         assert all(block.layer is layer for block in own)
         assert sum(block.cost for block in own) == sum(p.numel() for p in layer.parameters())
-        assert own[1].cost == 32 * 3 * 48  # a neuron of the shared expert has a row of gate, of up, a column of down
+        assert own[1].cost == 32 * 3 * 48  # per neuron: a row of gate, a row of up, a column of down
 
 
-def test_two_dense_ffns_of_a_layer_are_found(twice):
-    wide, narrow = by_layer(blocks_of(twice))[1]
+def test_two_dense_ffns_of_a_layer_are_discovered_as_two_blocks(two_ffn_model):
+    wide, narrow = by_layer(blocks_of(two_ffn_model))[1]
     assert (wide.family.down, wide.neurons, wide.kv_groups) == ("mlp.wide.down_proj", 44, 3)
     assert (narrow.family.down, narrow.neurons, narrow.kv_groups) == ("mlp.narrow.down_proj", 28, 0)
-    masks = random_masks(twice)
-    with masked(twice, masks):
-        expected = logits(twice)
-    close(logits(prune(twice, masks)), expected)
+    masks = random_masks(two_ffn_model)
+    with masked(two_ffn_model, masks):
+        expected = logits(two_ffn_model)
+    assert_close(logits(prune(two_ffn_model, masks)), expected)
 
 
-def test_a_network_inside_a_router_stays_and_is_named(tmp_path):
-    """Zaya's router is an FFN: it says which expert computes, and adds nothing to the residual."""
+def test_an_ffn_inside_a_router_is_not_pruned_and_is_reported(tmp_path):
+    """The router of Zaya is an FFN whose output selects experts and is not added to the residual stream."""
     with tiny_run.isolated(tmp_path):
         model = example("zaya")
-        found, said = unpruned(model), what_stays(planned(model))
-    ((path, staying),) = found.items()
-    share = staying.parameters / model.num_parameters()
-    assert said.endswith(f"{path} in 3 layers (its output does not join the residual): {share:.1%} of the model")
+        found, text = unpruned(model), what_stays(plan_of(model))
+    ((path, unpruned_module),) = found.items()
+    share = unpruned_module.parameters / model.num_parameters()
+    assert text.endswith(f"{path} in 3 layers (its output does not join the residual): {share:.1%} of the model")
     assert "router" in path
-    assert "does not join the residual" in staying.why
-    assert staying.parameters > 0
+    assert "does not join the residual" in unpruned_module.why
+    assert unpruned_module.parameters > 0
     assert not any(path == block.family.down for block in blocks_of(model))
 
 
-def test_statistics_of_a_shared_expert_are_those_of_all_tokens(shared):
+def test_statistics_of_a_shared_expert_count_all_tokens(shared_expert_model):
     seen = {}
     handles = [
         layer.mlp.shared_expert.down_proj.register_forward_pre_hook(
             lambda _m, x, index=index: seen.__setitem__(index, x[0].double().flatten(0, -2))
         )
-        for index, layer in enumerate(decoder_layers(shared))
+        for index, layer in enumerate(decoder_layers(shared_expert_model))
     ]
-    logits(shared)
+    logits(shared_expert_model)
     for handle in handles:
         handle.remove()
-    found = statistics_of(shared, gram=True)
+    found = statistics_of(shared_expert_model, gram=True)
     assert len(found.ffn) == len(found.turned) == 6
     for index, x in seen.items():
         moments = found.ffn[2 * index + 1].total
@@ -176,86 +176,87 @@ def test_statistics_of_a_shared_expert_are_those_of_all_tokens(shared):
         assert moments.count == IDS.numel()
 
 
-def test_layer_by_layer_gives_the_same_bits(shared):
-    walk = Walk(shared)
+def test_layerwise_statistics_of_several_ffns_have_the_same_bits(shared_expert_model):
+    walk = Walk(shared_expert_model)
     walk.add(IDS, HALF)
     layerwise = walk.statistics(gram=True).tensors()
     assert all(
-        torch.equal(tensor, layerwise[name]) for name, tensor in statistics_of(shared, gram=True).tensors().items()
+        torch.equal(tensor, layerwise[name])
+        for name, tensor in statistics_of(shared_expert_model, gram=True).tensors().items()
     )
-    walk = Walk(shared)
+    walk = Walk(shared_expert_model)
     walk.add(IDS)
-    close(next(walk.logits()), logits(shared))
+    assert_close(next(walk.logits()), logits(shared_expert_model))
 
 
-def test_masks_that_keep_one_block_of_a_layer_alone_are_refused(shared):
-    masks = without_layers(shared)
+def test_masks_that_remove_one_of_several_blocks_of_a_layer_are_refused(shared_expert_model):
+    masks = masks_without_layers(shared_expert_model)
     masks.ffn[3][:] = False
     with pytest.raises(UserError, match=r"Masks of blocks 2 to 3, of layer 1, must keep units of all"):
-        prune(shared, masks)
+        prune(shared_expert_model, masks)
 
 
-def test_a_layer_goes_with_all_of_its_blocks(shared):
-    masks = without_layers(shared, 1)
-    with masked(shared, masks):
-        expected = logits(shared)
-    with bypassed(shared, [2]):
-        assert torch.equal(logits(shared), expected)
-    small = prune(shared, masks)
+def test_a_removed_layer_loses_all_of_its_blocks(shared_expert_model):
+    masks = masks_without_layers(shared_expert_model, 1)
+    with masked(shared_expert_model, masks):
+        expected = logits(shared_expert_model)
+    with bypassed(shared_expert_model, [2]):
+        assert torch.equal(logits(shared_expert_model), expected)
+    small = prune(shared_expert_model, masks)
     assert small.config.num_hidden_layers == 2
-    close(logits(small), expected)
-    gone = shared.num_parameters() - small.num_parameters()
-    assert gone == unit_costs(blocks_of(shared), scope="ffn+blocks").removed(masks)
+    assert_close(logits(small), expected)
+    removed = shared_expert_model.num_parameters() - small.num_parameters()
+    assert removed == unit_costs(blocks_of(shared_expert_model), scope="ffn+blocks").removed(masks)
 
 
-def test_the_budget_is_met_to_the_unit_over_all_ffns(shared):
-    blocks = blocks_of(shared)
+def test_the_budget_over_all_ffns_is_met_within_one_unit(shared_expert_model):
+    blocks = blocks_of(shared_expert_model)
     costs = unit_costs(blocks, scope="attention+ffn")
     budget = Budget.of(costs, 0.4)
     masks = uniform_masks(budget)
-    gone = shared.num_parameters() - prune(shared, masks).num_parameters()
-    assert budget.target <= gone < budget.target + max(costs.neuron)
+    removed = shared_expert_model.num_parameters() - prune(shared_expert_model, masks).num_parameters()
+    assert budget.target <= removed < budget.target + max(costs.neuron)
     assert all(0 < int(keep.sum()) < len(keep) for keep in masks.ffn)
 
 
-def test_protected_layers_keep_all_of_their_blocks(shared):
-    costs = unit_costs(blocks_of(shared), scope="ffn", protect=[-1])
+def test_protected_layers_keep_all_of_their_blocks(shared_expert_model):
+    costs = unit_costs(blocks_of(shared_expert_model), scope="ffn", protect=[-1])
     assert costs.protected == {4, 5}
     assert all(uniform_masks(Budget.of(costs, 0.3)).ffn[b].all() for b in (4, 5))
     with pytest.raises(UserError, match=r"--sparsity.protect .* from -3 to 2.*; got 3"):
-        unit_costs(blocks_of(shared), scope="ffn", protect=[3])
+        unit_costs(blocks_of(shared_expert_model), scope="ffn", protect=[3])
 
 
-def test_whole_layers_are_chosen_by_the_loss_of_the_model_without_them(shared):
-    costs = unit_costs(blocks_of(shared), scope="ffn+blocks")
+def test_whole_layers_are_chosen_by_the_loss_without_them(shared_expert_model):
+    costs = unit_costs(blocks_of(shared_expert_model), scope="ffn+blocks")
     layer = sum(costs.block[:2])
     budget = Budget.of(costs, (layer + 1) / costs.total)
     tried = []
 
-    def loss(gone: list[int]) -> float:
-        tried.append(tuple(gone))
-        return -sum(gone)
+    def loss(removed: list[int]) -> float:
+        tried.append(tuple(removed))
+        return -sum(removed)
 
     assert least_missed(budget, loss) == [4, 5]
     assert tried == [(0, 1), (2, 3), (4, 5)]
-    chosen = budget.without([3, 0])  # in an order of blocks; the target has room for one layer
+    chosen = budget.without([3, 0])  # the order is one of blocks; the target allows one layer
     assert chosen.costs.removed_blocks == (2, 3)
     assert chosen.costs.removed_layers == [1]
 
 
 @pytest.mark.parametrize("rule", ["uniform", "global", "owl"])
-def test_allocations_meet_the_budget_where_blocks_have_no_attention(rule, shared):
-    blocks, statistics = blocks_of(shared), statistics_of(shared)
+def test_allocations_meet_the_budget_with_blocks_without_attention(rule, shared_expert_model):
+    blocks, statistics = blocks_of(shared_expert_model), statistics_of(shared_expert_model)
     costs = unit_costs(blocks, scope="attention+ffn")
     scores = score_units("wanda_sp", blocks, statistics, attention=True)
     masks = allocate(rule, scores, statistics, blocks, Budget.of(costs, 0.4))
-    gone = shared.num_parameters() - prune(shared, masks).num_parameters()
-    assert 0 <= gone - Budget.of(costs, 0.4).target < max(costs.neuron)
+    removed = shared_expert_model.num_parameters() - prune(shared_expert_model, masks).num_parameters()
+    assert 0 <= removed - Budget.of(costs, 0.4).target < max(costs.neuron)
 
 
 @pytest.mark.parametrize("extra", [0, 2000])
-def test_depth_removes_layers_and_narrows_the_largest_ffn_of_one(extra, shared):
-    statistics, blocks = statistics_of(shared), blocks_of(shared)
+def test_depth_allocation_removes_layers_and_narrows_the_largest_ffn_of_one(extra, shared_expert_model):
+    statistics, blocks = statistics_of(shared_expert_model), blocks_of(shared_expert_model)
     tokens = float(statistics.ffn[1].total.count)
     influence = torch.tensor([0.5, 0.5, 0.1, 0.1, 0.9, 0.9], dtype=torch.float64)
     statistics = replace(statistics, turned=influence * tokens)
@@ -269,20 +270,25 @@ def test_depth_removes_layers_and_narrows_the_largest_ffn_of_one(extra, shared):
     assert target <= costs.removed(masks) < target + costs.neuron[0]
 
 
-def test_the_seconds_of_a_layer_are_divided_between_its_ffns(shared):
+def test_the_measured_time_of_a_layer_is_divided_among_its_ffns(shared_expert_model):
     neurons, groups = [[1, 1.0], [16, 2.0], [32, 3.5]], [[1, 3.0], [6, 3.5]]
-    blocks, table = blocks_of(shared), {"neurons": neurons, "groups": groups, "rest": 0.5, "spread": 0.0}
+    blocks, table = blocks_of(shared_expert_model), {"neurons": neurons, "groups": groups, "rest": 0.5, "spread": 0.0}
     price = price_by(table, blocks)
     for own in by_layer(blocks):
         assert sum(price.blocks[b.index] for b in own) == pytest.approx(3.5e12)
-        saved = [price.neurons[b.index][-1] / b.neurons for b in own]  # of a neuron, experts having most parameters
+        saved = [price.neurons[b.index][-1] / b.neurons for b in own]  # per neuron; the experts have most parameters
         assert saved[0] > saved[1] > 0
     assert price.model == pytest.approx(11e12)
 
 
-def test_stock_class_where_its_configuration_has_a_key_for_each_width(shared, tmp_path):
-    keep = [torch.arange(b.neurons).repeat(b.experts) < (16 if b.has_experts else 8) for b in blocks_of(shared)]
-    small = prune(shared, Masks(keep, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks_of(shared)]))
+def test_equal_widths_of_each_kind_of_ffn_are_exported_as_the_stock_class(shared_expert_model, tmp_path):
+    keep = [
+        torch.arange(b.neurons).repeat(b.experts) < (16 if b.has_experts else 8) for b in blocks_of(shared_expert_model)
+    ]
+    small = prune(
+        shared_expert_model,
+        Masks(keep, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks_of(shared_expert_model)]),
+    )
     save_pruned(small, None, tmp_path / "model")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
     assert type(again).__name__ == "Qwen2MoeForCausalLM"
@@ -290,28 +296,35 @@ def test_stock_class_where_its_configuration_has_a_key_for_each_width(shared, tm
     assert torch.equal(logits(again), logits(small))
 
 
-def test_layers_are_written_to_files_with_all_of_their_blocks(shared, tmp_path):
-    masks, pairs = without_layers(shared, 0), []
-    for kind, other in ((masks.ffn, random_masks(shared).ffn), (masks.attention, random_masks(shared).attention)):
+def test_prune_to_files_writes_one_file_per_layer_with_all_of_its_blocks(shared_expert_model, tmp_path):
+    masks, pairs = masks_without_layers(shared_expert_model, 0), []
+    for kind, other in (
+        (masks.ffn, random_masks(shared_expert_model).ffn),
+        (masks.attention, random_masks(shared_expert_model).attention),
+    ):
         kind[2:] = other[2:]
-    small = prune_to_files(shared, masks, tmp_path, lambda dense, block: pairs.append((dense.index, block.index)))
+    small = prune_to_files(
+        shared_expert_model, masks, tmp_path, lambda dense, block: pairs.append((dense.index, block.index))
+    )
     assert pairs == [(2, 0), (3, 1), (4, 2), (5, 3)]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["0.safetensors", "1.safetensors"]
     save_pruned(small, None, tmp_path / "model")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
-    close(logits(again), logits(prune(shared, masks)))
+    assert_close(logits(again), logits(prune(shared_expert_model, masks)))
 
 
-def solved(W: torch.Tensor, keep: torch.Tensor, x: torch.Tensor, y: torch.Tensor, ridge: float) -> torch.Tensor:
-    """W_K + (y - W_K x) x^T (x x^T + lambda)^-1 in float64, from all tokens: x (n, kept), y (n, H)."""
+def least_squares_reference(
+    W: torch.Tensor, keep: torch.Tensor, x: torch.Tensor, y: torch.Tensor, ridge: float
+) -> torch.Tensor:
+    """W_K + (y - W_K x) x^T (x x^T + lambda)^-1 in float64, with all tokens x (n, kept) and y (n, H)."""
     W, x, y = W.double()[:, keep], x.double(), y.double()
     gram = x.T @ x
     damped = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     return W + torch.linalg.solve(damped, (y - x @ W.T).T.matmul(x).T).T
 
 
-def entering(model, paths: list[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(input, output) of modules for the text, (tokens, size)."""
+def inputs_and_outputs(model, paths: list[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and outputs of modules for `IDS`, (tokens, size) each."""
     seen, handles = {}, []
     for path in paths:
 
@@ -325,44 +338,48 @@ def entering(model, paths: list[str]) -> dict[str, tuple[torch.Tensor, torch.Ten
     return seen
 
 
-def test_least_squares_solves_each_ffn_against_its_own_output(shared):
-    masks, path = random_masks(shared), "model.layers.{}.mlp.shared_expert.down_proj"
-    small = prune(shared, masks)
-    material = Material(shared, masks, ridge=0.05, statistics=statistics_of(shared, gram=True))
+def test_least_squares_fits_each_ffn_to_its_dense_output(shared_expert_model):
+    masks, path = random_masks(shared_expert_model), "model.layers.{}.mlp.shared_expert.down_proj"
+    small = prune(shared_expert_model, masks)
+    material = Material(
+        shared_expert_model, masks, ridge=0.05, statistics=statistics_of(shared_expert_model, gram=True)
+    )
     revise = RECOVERY["least_squares"].revise(material)
-    for dense, block in zip(blocks_of(shared), blocks_of(small), strict=True):
+    for dense, block in zip(blocks_of(shared_expert_model), blocks_of(small), strict=True):
         revise(dense, block)
     for index in range(3):
         keep, place = masks.ffn[2 * index + 1], path.format(index)
-        x, y = entering(shared, [place])[place]
-        expected = solved(shared.get_submodule(place).weight, keep, x[:, keep], y, 0.05)
+        x, y = inputs_and_outputs(shared_expert_model, [place])[place]
+        expected = least_squares_reference(shared_expert_model.get_submodule(place).weight, keep, x[:, keep], y, 0.05)
         got = small.get_submodule(place).weight.double()
         torch.testing.assert_close(got, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
-def test_least_squares_along_the_prefix_solves_each_ffn_on_the_pruned_models_activations(twice):
-    masks = random_masks(twice)
+def test_sequential_least_squares_fits_each_ffn_on_activations_of_the_pruned_model(two_ffn_model):
+    masks = random_masks(two_ffn_model)
     masks = Masks(masks.ffn, [torch.ones_like(groups) for groups in masks.attention])
-    small = prune(twice, masks)
-    prefix = PrunedPrefix(twice, masks, [IDS], ridge=0.05)
-    for dense, block in zip(blocks_of(twice), blocks_of(small), strict=True):
+    small = prune(two_ffn_model, masks)
+    prefix = PrunedPrefix(two_ffn_model, masks, [IDS], ridge=0.05)
+    for dense, block in zip(blocks_of(two_ffn_model), blocks_of(small), strict=True):
         prefix.recover(dense, block)
     paths = [f"model.layers.{i}.mlp.{name}.down_proj" for i in range(3) for name in ("wide", "narrow")]
-    of_dense, of_small = entering(twice, paths), entering(small, paths)
+    of_dense, of_small = inputs_and_outputs(two_ffn_model, paths), inputs_and_outputs(small, paths)
     for keep, path in zip(masks.ffn, paths, strict=True):
-        expected = solved(twice.get_submodule(path).weight, keep, of_small[path][0], of_dense[path][1], 0.05)
+        expected = least_squares_reference(
+            two_ffn_model.get_submodule(path).weight, keep, of_small[path][0], of_dense[path][1], 0.05
+        )
         got = small.get_submodule(path).weight.double()
         torch.testing.assert_close(got, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("targets", ["mlp", "all"])
-def test_a_student_learns_the_weights_of_every_ffn_once(targets, shared):
-    student = Student(copy.deepcopy(shared), targets=targets)
+def test_a_student_trains_the_weights_of_each_ffn_once(targets, shared_expert_model):
+    student = Student(copy.deepcopy(shared_expert_model), targets=targets)
     learned = [name for name in student.learned if "shared_expert_down_proj" in name]
     assert learned == [f"{layer}_mlp_shared_expert_down_proj_weight" for layer in range(3)]
     assert any("experts" in name for name in student.learned)
     student.plain()
-    close(logits(student.model), logits(shared))
+    assert_close(logits(student.model), logits(shared_expert_model))
 
 
 @pytest.mark.slow
@@ -377,7 +394,7 @@ def test_a_student_learns_the_weights_of_every_ffn_once(targets, shared):
         ("deepseek_v3", 3, ["--sparsity.scope=ffn", "--sparsity.target=0.4", "--recovery=least_squares"]),
     ],
 )  # fmt: skip
-def test_a_run_from_the_command_line(model_type, layers, flags, tmp_path, monkeypatch):
+def test_a_command_line_run_prunes_layers_with_several_ffns(model_type, layers, flags, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     example(model_type).save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -388,4 +405,5 @@ def test_a_run_from_the_command_line(model_type, layers, flags, tmp_path, monkey
     assert manifest["logits"]["sliced_minus_reloaded"] == 0.0
     assert manifest["logits"]["masked_minus_sliced"] <= 1e-4
     assert result.model.config.num_hidden_layers == layers
-    assert len(manifest["widths"]["neurons"]) == 2 * layers - (model_type == "deepseek_v3")  # its first layer is dense
+    # The first layer of DeepSeek-V3 is dense.
+    assert len(manifest["widths"]["neurons"]) == 2 * layers - (model_type == "deepseek_v3")

@@ -1,4 +1,4 @@
-"""Ranks, drift and its noise floor, Kendall agreement: against scipy, NumPy and simulations with a known answer."""
+"""Ranks, drift, its noise floor, and Kendall agreement, against SciPy, NumPy and simulations with known results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 40), (2, 3, 25)])
-def test_fractional_ranks_against_scipy_row_by_row(shape):
+def test_fractional_ranks_equal_scipys_in_each_row(shape):
     scores = normal(*shape).mul(2).round()  # with ties
     ranks = fractional_ranks(scores)
     assert ranks.dtype == torch.float64
@@ -35,12 +35,12 @@ def test_fractional_ranks_against_scipy_row_by_row(shape):
         np.testing.assert_allclose(mine.numpy(), (rankdata(row.numpy()) - 0.5) / N, rtol=1e-15)
 
 
-def test_fractional_ranks_by_hand():
+def test_fractional_ranks_equal_values_computed_by_hand():
     expected = torch.tensor([0.125, 0.5, 0.5, 0.875], dtype=torch.float64)
     assert torch.equal(fractional_ranks(torch.tensor([-1.0, 2.0, 2.0, 5.0])), expected)
     assert fractional_ranks(torch.tensor([3.0, 3.0, 1.0, 2.0]), groups=2).tolist() == [0.5, 0.5, 0.25, 0.75]
     assert fractional_ranks(torch.tensor([3.0, 3.0]), ties="ordinal").tolist() == [0.25, 0.75]
-    # scores that float32 cannot tell apart are not tied
+    # Scores that are equal only in float32 are not tied.
     assert fractional_ranks(torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)).tolist() == [0.25, 0.75]
 
 
@@ -48,27 +48,27 @@ def test_rank_drift_is_the_population_standard_deviation():
     ranks = fractional_ranks(normal(4, 100))
     np.testing.assert_allclose(rank_drift(ranks).numpy(), ranks.numpy().std(axis=0), rtol=1e-12)
     assert rank_drift(torch.tensor([[0.1, 0.4], [0.5, 0.4]], dtype=torch.float64)).tolist() == pytest.approx([0.2, 0])
-    assert torch.equal(rank_drift(ranks[:1]), torch.zeros(100, dtype=torch.float64))  # one corpus has no drift
+    assert torch.equal(rank_drift(ranks[:1]), torch.zeros(100, dtype=torch.float64))  # a single corpus has no drift
 
 
 @pytest.mark.parametrize("D", [2, 3, 6])
-def test_the_noise_floor_is_the_drift_of_noise_alone(D):
-    """Small beside the spread of scores: there ranks are linear in scores, as the estimate assumes."""
-    half = normal(20000, seed=1) + 0.1 * normal(D, 2, 20000, seed=3)  # whose mean is the full-sample score
+def test_the_noise_floor_equals_the_drift_caused_by_noise(D):
+    """Noise is small relative to the spread of scores, so ranks are linear in scores, as the estimate assumes."""
+    half = normal(20000, seed=1) + 0.1 * normal(D, 2, 20000, seed=3)  # the mean of halves is the full-sample score
     drift, floor = rank_drift(fractional_ranks(half.mean(1))), noise_floor(fractional_ranks(half))
     assert drift.mean() > 0.01
     assert float(drift.square().mean() / floor.square().mean()) == pytest.approx(1, abs=0.05)
 
 
-def test_noise_floor_by_hand():
+def test_the_noise_floor_equals_a_value_computed_by_hand():
     half_ranks = torch.tensor([[[0.5], [0.9]], [[0.2], [0.2]], [[0.4], [0.2]]], dtype=torch.float64)
     expected = math.sqrt((2 / 3) * (0.2**2 + 0 + 0.1**2) / 3)
     assert float(noise_floor(half_ranks)) == pytest.approx(expected, rel=1e-12)
-    assert float(noise_floor(half_ranks[:1])) == 0  # one corpus shows no drift, noise or not
+    assert float(noise_floor(half_ranks[:1])) == 0  # a single corpus has no drift and no noise floor
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_kendall_agreement_is_the_mean_over_pairs(ties):
+def test_kendall_agreement_is_the_mean_over_pairs_of_corpora(ties):
     scores = normal(4, 60) + 2 * normal(60, seed=9)
     if ties:
         scores = scores.round()
@@ -76,7 +76,7 @@ def test_kendall_agreement_is_the_mean_over_pairs(ties):
     assert kendall_agreement(scores) == pytest.approx(np.mean(pairs), rel=1e-12)
 
 
-def test_kendall_agreement_where_it_is_undefined():
+def test_kendall_agreement_is_nan_for_few_neurons_one_corpus_or_constant_scores():
     scores = normal(3, 16)
     assert not math.isnan(kendall_agreement(scores))
     assert math.isnan(kendall_agreement(scores[:, :15]))  # too few neurons
@@ -85,11 +85,11 @@ def test_kendall_agreement_where_it_is_undefined():
     assert math.isnan(kendall_agreement(scores))  # constant
 
 
-def test_module_agreements_look_inside_modules_only():
+def test_module_agreements_compare_neurons_of_the_same_module_only():
     labels = torch.arange(70) % 3
-    labels[labels == 2] = torch.where(torch.arange(int((labels == 2).sum())) < 10, 2, 0)  # a module too small
+    labels[labels == 2] = torch.where(torch.arange(int((labels == 2).sum())) < 10, 2, 0)  # module 2 is too small
     scores = normal(3, 70)
-    scores[:, labels == 1] = normal(int((labels == 1).sum()), seed=4)  # the same on all corpora
+    scores[:, labels == 1] = normal(int((labels == 1).sum()), seed=4)  # equal on all corpora
     agreements = module_agreements(scores, labels)
     assert agreements.shape == (3,)
     assert float(agreements[0]) == pytest.approx(kendall_agreement(scores[:, labels == 0]))
@@ -97,7 +97,7 @@ def test_module_agreements_look_inside_modules_only():
     assert math.isnan(agreements[2])
 
 
-def test_agreement_of_halves_is_the_mean_over_corpora():
+def test_half_agreement_is_the_mean_over_corpora():
     halves = normal(3, 2, 40)
     halves[:, 1] += halves[:, 0]
     taus = [kendalltau(a, b).statistic for a, b in halves.numpy()]

@@ -1,4 +1,4 @@
-"""Partition: embeddings, first modules, controls, and the objective against NumPy loops and stated ranges."""
+"""Partition: embeddings, initial modules, controls, and the objective against NumPy loops and documented ranges."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weights(N: int = 120, H: int = 16, seed: int = 0) -> UnitWeights:
     return UnitWeights((gate, up), down.T.contiguous())
 
 
-def test_embedding_is_standardised_and_leaves_the_global_stream_alone():
+def test_the_embedding_is_standardized_seeded_and_keeps_the_global_random_state():
     state = torch.random.get_rng_state()
     embedding = parameter_embedding(weights(), dim=8, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -44,10 +44,10 @@ def test_embedding_is_standardised_and_leaves_the_global_stream_alone():
     assert embedding.shape == (120, 8)
     assert embedding.mean(0).abs().max() < 1e-5
     assert float(embedding.square().sum(1).mean()) == pytest.approx(1, rel=1e-5)
-    assert parameter_embedding(weights(N=5), dim=8).shape == (5, 5)  # no more directions than neurons
+    assert parameter_embedding(weights(N=5), dim=8).shape == (5, 5)  # at most one direction per neuron
 
 
-def test_embedding_sees_direction_and_not_size():
+def test_the_embedding_depends_on_the_direction_of_weights_and_not_on_their_norm():
     w = weights()
     scale = normal(4, 120, seed=5).exp()
     scaled = UnitWeights((w.inputs[0] * scale[0][:, None], w.inputs[1] * scale[1][:, None]), w.output * scale[2])
@@ -57,15 +57,15 @@ def test_embedding_sees_direction_and_not_size():
 
 
 def planted_weights() -> tuple[UnitWeights, torch.Tensor]:
-    """Rows and columns around three directions, and which one each neuron belongs to."""
+    """Weights of neurons around three directions, and the direction of each neuron."""
     w, truth = weights(), torch.arange(120) % 3
     centres = 2 * normal(3, 3, 16, seed=8)
     gate, up = w.inputs
     return UnitWeights((gate + centres[0, truth], up + centres[1, truth]), w.output + centres[2, truth].T), truth
 
 
-def test_embedding_keeps_the_leading_directions():
-    # Against an exact SVD in float64: inner products in the embedding, which do not depend on signs.
+def test_the_embedding_has_the_leading_singular_directions():
+    # Against an exact SVD in float64. Inner products are compared, since they do not depend on signs.
     w, _ = planted_weights()
     parts = [t.double().numpy() for t in (*w.inputs, w.output.T)]
     features = np.concatenate([p / np.linalg.norm(p, axis=1, keepdims=True) for p in parts], axis=1)
@@ -77,28 +77,28 @@ def test_embedding_keeps_the_leading_directions():
     np.testing.assert_allclose(mine @ mine.T, exact @ exact.T, atol=2e-3)
 
 
-def test_embedding_tells_planted_directions_apart():
+def test_neurons_of_planted_directions_are_separated():
     w, truth = planted_weights()
     labels = initial_partition(parameter_embedding(w), torch.zeros(120), num_modules=3)
     assert adjusted_rand_score(truth, labels) == 1
 
 
-def test_standardised_has_variance_one_or_is_zero():
+def test_unit_variance_returns_variance_one_or_zeros():
     x = unit_variance(3 * normal(40, 5) + 7)
     assert float(x.square().sum(1).mean()) == pytest.approx(1, rel=1e-5)
     assert torch.equal(unit_variance(torch.full((10, 2), 3.0)), torch.zeros(10, 2))
 
 
 @pytest.mark.parametrize(("neurons", "modules", "expected"), [(1536, 8, 48), (11008, 8, 344), (48, 8, 32), (0, 1, 32)])
-def test_minimum_size(neurons, modules, expected):
+def test_the_minimum_size_of_modules_is_a_quarter_of_the_mean_but_at_least_32(neurons, modules, expected):
     assert minimum_size(neurons, modules) == expected
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_first_modules_are_deterministic_large_enough_and_numbered_by_appearance(seed):
+def test_initial_modules_are_deterministic_large_enough_and_numbered_by_first_member(seed):
     N, K = 640, 8
     embedding, drift = normal(N, 8, seed=seed), normal(N, seed=seed + 100).abs()
-    embedding[:5] += 100  # outliers that k-means makes a module of
+    embedding[:5] += 100  # outliers, which are a module of k-means
     labels = initial_partition(embedding, drift, num_modules=K, seed=seed)
     np.random.seed(seed + 1)
     assert torch.equal(initial_partition(embedding, drift, num_modules=K, seed=seed), labels)
@@ -109,7 +109,7 @@ def test_first_modules_are_deterministic_large_enough_and_numbered_by_appearance
     assert first == sorted(first)
 
 
-def test_weights_of_the_first_partition_choose_the_view():
+def test_initial_modules_follow_parameters_or_drift_by_their_weights():
     truth_similar, truth_drift = torch.arange(200) % 2, (torch.arange(200) >= 100).long()
     embedding = normal(2, 4, seed=1)[truth_similar] * 5 + 0.1 * normal(200, 4)
     drift = truth_drift + 0.05 * normal(200, seed=2)
@@ -120,26 +120,26 @@ def test_weights_of_the_first_partition_choose_the_view():
 
 
 @pytest.mark.parametrize("N", [1, 2, 3, 48])
-def test_few_neurons_form_one_module(N):
+def test_blocks_with_few_neurons_have_one_module(N):
     assert torch.equal(initial_partition(normal(N, 4), normal(N, seed=1), num_modules=8), torch.zeros(N).long())
 
 
-def test_merge_small_goes_to_the_nearest_smallest_first():
+def test_merge_small_merges_the_smallest_module_first_into_its_nearest():
     #          a: 40 at 0      b: 35 at 10      c: 5 at 7 (nearest b)     d: 2 at 3.6 (nearest c before c is merged)
     places = [0.0] * 40 + [10.0] * 35 + [7.0] * 5 + [3.6] * 2
     labels = torch.tensor([9] * 40 + [4] * 35 + [7] * 5 + [2] * 2)
     features = torch.tensor(places)[:, None]
     merged = merge_small(labels, features, min_size=6)
-    # d goes to c (distance 3.4 against 3.6), which then has 7 neurons and stays
+    # d is merged into c (distance 3.4, and 3.6 to a), which then has 7 neurons and is kept.
     assert torch.equal(merged, torch.tensor([0] * 40 + [1] * 35 + [2] * 7))
-    # with a larger minimum c, by then with a centre of 6.03, goes on to b
+    # With a larger minimum size, c (whose centre is then 6.03) is merged into b.
     assert torch.equal(merge_small(labels, features, min_size=8), torch.tensor([0] * 40 + [1] * 42))
     assert torch.equal(merge_small(labels, features, min_size=1), torch.tensor([0] * 40 + [1] * 35 + [2] * 5 + [3] * 2))
     assert torch.equal(merge_small(labels, features, min_size=1000), torch.zeros(82).long())
-    assert torch.equal(labels[:3], torch.tensor([9, 9, 9]))  # the argument is left alone
+    assert torch.equal(labels[:3], torch.tensor([9, 9, 9]))  # the argument is unchanged
 
 
-def test_controls_keep_sizes_and_move_members():
+def test_partition_controls_keep_module_sizes_and_change_members():
     labels, drift = torch.tensor([0] * 50 + [1] * 30 + [2] * 20), normal(100).abs()
     shuffled, cut = shuffled_partition(labels, seed=1), same_sizes_by_drift(labels, drift)
     assert torch.bincount(shuffled).tolist() == torch.bincount(cut).tolist() == [50, 30, 20]
@@ -170,7 +170,7 @@ def random_inputs(sizes: list[int], seed: int = 0) -> RefinementInputs:
 
 @pytest.mark.parametrize("sharpness", [0.01, 1.0, 30.0])
 @pytest.mark.parametrize("K", [1, 2, 5])
-def test_terms_lie_in_their_stated_ranges(sharpness, K):
+def test_terms_of_the_objective_are_within_their_documented_ranges(sharpness, K):
     terms = partition_objective(sharpness * normal(2, 90, K), 0.7, random_inputs([90, 70]), WEIGHTS)
     for name in ("similarity", "drift", "balance", "entropy"):
         assert ((terms[name] >= -1e-5) & (terms[name] <= 1 + 1e-5)).all(), name
@@ -180,7 +180,7 @@ def test_terms_lie_in_their_stated_ranges(sharpness, K):
     torch.testing.assert_close(terms["total"], total)
 
 
-def test_terms_at_their_ends():
+def test_terms_of_the_objective_reach_the_ends_of_their_ranges():
     K, N = 4, 80
     labels = torch.arange(N) % K
     shifts = normal(3, K, seed=4)
@@ -199,7 +199,7 @@ def test_terms_at_their_ends():
     assert float(partition_objective(one, 1.0, inputs, WEIGHTS)["balance"]) == pytest.approx(1, abs=1e-4)
 
 
-def test_objective_against_float64_loops():
+def test_terms_of_the_objective_equal_float64_loops():
     logits, inputs, tau = normal(1, 50, 3), random_inputs([50]), 0.6
     terms = partition_objective(logits, tau, inputs, WEIGHTS)
     A = logits[0].double().numpy() / tau
@@ -219,9 +219,9 @@ def test_objective_against_float64_loops():
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.2])
-def test_gradient_is_finite_where_probabilities_underflow_and_zero_at_padding(tau):
+def test_gradients_are_finite_if_probabilities_underflow_and_zero_at_padding(tau):
     logits = 3 * normal(2, 90, 4)
-    logits[:, :, 3] = -20.0  # how AssignmentRefinement closes a module
+    logits[:, :, 3] = -20.0  # AssignmentRefinement disables a module this way
     logits[0, :10, 0] = 200.0  # the others underflow to 0
     logits.requires_grad_()
     partition_objective(logits, tau, random_inputs([90, 61]), WEIGHTS)["total"].sum().backward()
@@ -230,7 +230,7 @@ def test_gradient_is_finite_where_probabilities_underflow_and_zero_at_padding(ta
     assert logits.grad[1, :61].abs().sum() > 0
 
 
-def test_gradient_against_finite_differences():
+def test_gradients_of_the_objective_equal_finite_differences():
     inputs = RefinementInputs(**{name: v.double() for name, v in vars(random_inputs([20, 15])).items()})
     logits = normal(2, 20, 3).double().requires_grad_()
     assert torch.autograd.gradcheck(
@@ -238,7 +238,7 @@ def test_gradient_against_finite_differences():
     )
 
 
-def test_padding_changes_nothing():
+def test_padding_does_not_change_the_objective():
     wide, narrow = random_inputs([90, 61]), random_inputs([90, 61])
     alone = RefinementInputs(
         narrow.embedding[1:, :61], narrow.drift[1:, :61], narrow.shifts[1:, :61], narrow.valid[1:, :61]
@@ -250,7 +250,7 @@ def test_padding_changes_nothing():
         assert float(batched[name][1]) == pytest.approx(float(single[name][0]), abs=1e-6), name
 
 
-def test_consistency_of_random_partitions_is_zero():
+def test_the_mean_consistency_of_random_partitions_is_zero():
     inputs = random_inputs([400])
     values = []
     for seed in range(10):
@@ -261,8 +261,8 @@ def test_consistency_of_random_partitions_is_zero():
     assert max(map(abs, values)) < 0.02
 
 
-def test_mixing_weak_and_strong_neurons_earns_nothing():
-    # Levels and independent noise: modules of extremes have a high plain tau, and no consistency.
+def test_mixing_weak_and_strong_neurons_does_not_increase_consistency():
+    # Scores are levels plus independent noise. Modules of extremes have a high Kendall tau, but no consistency.
     level = torch.rand(600, generator=torch.Generator().manual_seed(0))
     ranks = level + 0.05 * normal(3, 600)
     quarter = (level.argsort().argsort() * 8 // 600).long()

@@ -1,4 +1,4 @@
-"""When modules switch to the activation-free metric, on cases made by hand; ranks inside modules."""
+"""Which modules switch to the activation-free metric, in cases made by hand, and ranks inside modules."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ LAST, NONE, ALL = [False] * 3 + [True], [False] * 4, [True] * 4
 
 
 def per_neuron(per_module: list[float]) -> torch.Tensor:
-    """One value per module, given to all of its neurons."""
+    """Repeat the value of each module for all of its neurons."""
     return torch.tensor(per_module, dtype=torch.float64)[FOUR]
 
 
-def test_module_means():
+def test_module_means_are_those_of_their_members():
     values = torch.rand(50, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(4, (50,), generator=torch.Generator().manual_seed(1))
     expected = [values.double().numpy()[labels.numpy() == k].mean() for k in range(4)]
@@ -36,7 +36,7 @@ def test_module_means():
 
 
 @pytest.mark.parametrize(
-    ("drift", "score", "floor", "settings_", "switched"),
+    ("drift", "score", "floor", "options", "switched"),
     [
         pytest.param(DRIFT, SCORE, [0.0] * 4, {}, LAST, id="sensitive and weak"),
         pytest.param(DRIFT, [0.1, 0.2, 0.3, 0.9], [0.0] * 4, {}, NONE, id="as sensitive but strong"),
@@ -54,23 +54,23 @@ def test_module_means():
         pytest.param(DRIFT, SCORE, [1.0] * 4, {"switch": "everywhere"}, ALL, id="everywhere"),
     ],
 )  # fmt: skip
-def test_modules_that_switch(drift, score, floor, settings_, switched):
-    (found,) = assess_reliability([FOUR], [per_neuron(score)], [per_neuron(drift)], [per_neuron(floor)], **settings_)
+def test_sensitive_and_weak_modules_switch(drift, score, floor, options, switched):
+    (found,) = assess_reliability([FOUR], [per_neuron(score)], [per_neuron(drift)], [per_neuron(floor)], **options)
     assert found.switched.tolist() == switched
-    # what was compared is kept
+    # The compared values are part of the result.
     assert found.size.tolist() == [10] * 4
     for values, kept in ((score, found.score), (drift, found.sensitivity), (floor, found.noise)):
         np.testing.assert_allclose(kept.numpy(), values)
 
 
-def test_sensitivity_is_standardised_inside_each_block_and_quantiles_span_the_model():
-    # The second block drifts ten times as much throughout; after standardising, both have one sensitive module.
+def test_sensitivity_is_standardized_per_block_and_quantiles_are_over_the_model():
+    # All modules of block 1 drift ten times as much. After standardization, both blocks have one sensitive module.
     drifts = [per_neuron([0.01, 0.02, 0.03, 0.04]), per_neuron([0.1, 0.2, 0.3, 0.4])]
     scores = [per_neuron([0.6, 0.6, 0.6, 0.1]), per_neuron([0.7, 0.7, 0.7, 0.2])]
     floors = [torch.zeros(40)] * 2
     blocks = assess_reliability([FOUR, FOUR], scores, drifts, floors)
     assert [r.switched.tolist() for r in blocks] == [[False, False, False, True]] * 2
-    # One block whose scores are low throughout: the score's quantile is taken over the model, not the block.
+    # Block 1 has high scores only. The quantile of scores is that of the model, not of each block.
     scores[1] = per_neuron([0.95, 0.95, 0.95, 0.9])
     blocks = assess_reliability([FOUR, FOUR], scores, drifts, floors)
     assert [r.switched.tolist() for r in blocks] == [[False, False, False, True], [False] * 4]
@@ -99,7 +99,7 @@ def reference_ranks(scores, fallback, labels, switched) -> list[float]:
 
 @settings(max_examples=60)
 @given(data=st.data(), K=st.integers(1, 4), extra=st.integers(0, 30))
-def test_within_module_ranks(data, K, extra):
+def test_ranks_inside_modules_use_the_fallback_scores_in_switched_modules(data, K, extra):
     N = K + extra
     labels = list(range(K)) + data.draw(st.lists(st.integers(0, K - 1), min_size=extra, max_size=extra))
     numbers = st.lists(st.integers(-3, 3).map(float), min_size=N, max_size=N)  # many ties
@@ -108,7 +108,7 @@ def test_within_module_ranks(data, K, extra):
     p = within_module_ranks(*map(torch.tensor, (scores, fallback, labels, switched)))
     assert p.dtype == torch.float64
     assert p.tolist() == pytest.approx(reference_ranks(scores, fallback, labels, switched), rel=1e-14)
-    for k in range(K):  # every rank once
+    for k in range(K):  # each rank occurs once
         n = labels.count(k)
         inside = sorted((p[torch.tensor(labels) == k] * n - 0.5).tolist())
         np.testing.assert_allclose(inside, np.arange(n), atol=1e-9)

@@ -1,4 +1,4 @@
-"""Recovery against NumPy: ridge regression as one stacked least-squares problem, means by hand."""
+"""Recovery of projections against NumPy: ridge regression as a stacked least-squares problem, and mean biases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gprune.models.surgery import prune
 from gprune.pipeline.recover import fit_once
 from gprune.recoveries import RECOVERY, Material, recovery
 from gprune.recoveries.contract import Projection
-from tests.calibration.test_collector import batches, recorded
+from tests.calibration.test_collector import batches, projection_inputs
 from tests.conftest import collect
 from tests.tiny_families import some_masks
 
@@ -26,7 +26,7 @@ BY_PROJECTION = [name for name in RECOVERY if isinstance(RECOVERY[name], Project
 
 
 def statistics_of(x: np.ndarray) -> ChannelStatistics:
-    """Statistics of activations x (tokens, C), built without the collector."""
+    """Statistics of activations x (tokens, C), computed without the collector."""
 
     def moments(part: np.ndarray) -> Moments:
         sums = (part.sum(0), (part**2).sum(0))
@@ -48,7 +48,7 @@ def solve(method: str, weight: torch.Tensor, keep: torch.Tensor, x: np.ndarray, 
     return RECOVERY[method].solve(weight, keep, statistics_of(x).total, **settings)
 
 
-def ridge_by_lstsq(x: np.ndarray, weight: np.ndarray, keep: np.ndarray, ridge: float) -> np.ndarray:
+def ridge_reference(x: np.ndarray, weight: np.ndarray, keep: np.ndarray, ridge: float) -> np.ndarray:
     """argmin_V ||X W^T - X_K V^T||^2 + lambda ||V - W_K||^2, as lstsq of the stacked rows [X_K; sqrt(lambda) I]."""
     lam = ridge * (x[:, keep] ** 2).sum(0).mean()  # mean diagonal of the Gram matrix of kept channels
     A = np.vstack([x[:, keep], np.sqrt(lam) * np.eye(keep.sum())])
@@ -57,16 +57,16 @@ def ridge_by_lstsq(x: np.ndarray, weight: np.ndarray, keep: np.ndarray, ridge: f
 
 
 @pytest.mark.parametrize("ridge", [1e-4, 0.01, 0.3, 10.0])
-def test_least_squares_against_numpy(problem, ridge):
+def test_least_squares_equals_ridge_regression_in_numpy(problem, ridge):
     x, weight, keep = problem
     new, bias = solve("least_squares", weight, keep, x, ridge=ridge)
-    expected = ridge_by_lstsq(x, weight.double().numpy(), keep.numpy(), ridge)
+    expected = ridge_reference(x, weight.double().numpy(), keep.numpy(), ridge)
     assert bias is None
     assert new.dtype == weight.dtype
     np.testing.assert_allclose(new.numpy(), expected, atol=1e-3 * np.abs(expected).max())
 
 
-def test_a_large_ridge_leads_back_to_none_and_not_to_zero(problem):
+def test_a_large_ridge_gives_the_original_weights(problem):
     x, weight, keep = problem
     solved = [solve("least_squares", weight, keep, x, ridge=ridge)[0] for ridge in (1e-3, 1e-1, 10.0, 1e3, 1e9)]
     distances = [float((new - weight[:, keep]).norm()) for new in solved]
@@ -74,19 +74,19 @@ def test_a_large_ridge_leads_back_to_none_and_not_to_zero(problem):
     torch.testing.assert_close(solved[-1], weight[:, keep], atol=1e-6, rtol=0)
 
 
-def test_dead_kept_channels_do_not_break_the_solution(problem):
+def test_kept_channels_without_activations_keep_their_weights(problem):
     x, weight, keep = problem
     x[:, keep.nonzero()[:3, 0]] = 0.0
     new, _ = solve("least_squares", weight, keep, x)
     assert bool(torch.isfinite(new).all())
-    torch.testing.assert_close(new[:, :3], weight[:, keep][:, :3])  # nothing is known about them: they stay
+    torch.testing.assert_close(new[:, :3], weight[:, keep][:, :3])  # without activations, weights are unchanged
     new, _ = solve("least_squares", weight, keep, np.zeros_like(x))
     torch.testing.assert_close(new, weight[:, keep])
 
 
 @pytest.mark.parametrize("tokens", [2, 6, 10])
-def test_fewer_tokens_than_channels_without_a_ridge(problem, tokens):
-    # --ridge 0 is allowed, and a float32 Gram matrix of low rank has slightly negative eigenvalues.
+def test_least_squares_without_ridge_fits_fewer_tokens_than_channels(problem, tokens):
+    # --ridge 0 is valid, although a float32 Gram matrix of low rank has slightly negative eigenvalues.
     x, weight, keep = problem
     x = x[:tokens]
     new, _ = solve("least_squares", weight, keep, x, ridge=0.0)
@@ -95,8 +95,8 @@ def test_fewer_tokens_than_channels_without_a_ridge(problem, tokens):
 
 
 @pytest.mark.parametrize(("channels", "tokens"), [(768, 256), (256, 200), (768, 2048)])
-def test_a_massive_activation_without_a_ridge(channels, tokens):
-    """One channel a few hundred times as large as the others, as language models have: float32 rounds by its square."""
+def test_least_squares_without_ridge_is_stable_with_a_massive_activation(channels, tokens):
+    """Language models have channels a few hundred times as large as others. float32 rounds relative to the square."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, channels, generator=generator)
     x[:, 0] *= 300
@@ -107,12 +107,12 @@ def test_a_massive_activation_without_a_ridge(channels, tokens):
     weight, keep = torch.randn(8, channels, generator=generator), torch.arange(channels) < channels - 5
     new, _ = RECOVERY["least_squares"].solve(weight, keep, found, ridge=0.0)
     assert bool(torch.isfinite(new).all())
-    lost = (x @ weight.T - x[:, keep] @ new.T).norm() / (x[:, ~keep] @ weight[:, ~keep].T).norm()
-    assert float(lost) < 1  # better than cutting alone
+    remaining_error = (x @ weight.T - x[:, keep] @ new.T).norm() / (x[:, ~keep] @ weight[:, ~keep].T).norm()
+    assert float(remaining_error) < 1  # better than slicing without recovery
 
 
 @pytest.mark.parametrize("method", BY_PROJECTION)
-def test_shapes_and_dtypes_and_keeping_everything(problem, method):
+def test_recoveries_keep_dtypes_and_do_nothing_if_all_channels_are_kept(problem, method):
     x, weight, keep = problem
     new, bias = solve(method, weight, torch.ones(C, dtype=torch.bool), x)
     assert torch.equal(new, weight)
@@ -122,7 +122,7 @@ def test_shapes_and_dtypes_and_keeping_everything(problem, method):
     assert bias is None or (bias.dtype, bias.shape) == (torch.bfloat16, (H,))
 
 
-def test_bias_against_numpy(problem):
+def test_bias_recovery_adds_the_mean_output_of_removed_channels(problem):
     x, weight, keep = problem
     new, bias = solve("bias", weight, keep, x)
     assert torch.equal(new, weight[:, keep])
@@ -131,23 +131,23 @@ def test_bias_against_numpy(problem):
     np.testing.assert_allclose(bias.numpy(), expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_of_a_models_blocks_both_projections_are_solved(tiny_model, token_batch):
-    """Against raw activations; whole KV groups go."""
+def test_least_squares_recovers_down_and_output_projections_of_a_model(tiny_model, token_batch):
+    """Compared with raw activations. The masks remove whole KV groups."""
     masks = some_masks(tiny_model, attention=True)
     material = Material(tiny_model, masks, statistics=collect(tiny_model, batches(token_batch, 6), gram=True))
-    raw, small = recorded(tiny_model, token_batch), prune(tiny_model, masks)
+    raw, small = projection_inputs(tiny_model, token_batch), prune(tiny_model, masks)
     revise = RECOVERY["least_squares"].revise(material)
     for dense, block in zip(blocks_of(tiny_model), blocks_of(small), strict=True):
         revise(dense, block)
         for part, kind in (("down", "ffn"), ("output", "attention")):
             keep, x = masks.channels(dense)[kind], raw[kind][dense.index]
             weight = dense.parts[part].weight.double().numpy()
-            expected = ridge_by_lstsq(x.reshape(-1, len(keep)), weight, keep.numpy(), material.ridge)
+            expected = ridge_reference(x.reshape(-1, len(keep)), weight, keep.numpy(), material.ridge)
             found = block.parts[part].weight.numpy()
             np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
-# The contract
+# --- the contract of recoveries
 
 
 @pytest.fixture
@@ -163,24 +163,24 @@ def scratch_registry(monkeypatch):
         (lambda w, k, m, r: (w[:, k], w[0]), r"a bias \(10,\) .* of floats; got \(24,\)"),
     ],
 )
-def test_what_a_users_own_recovery_returns_is_checked(problem, broken, got):
+def test_an_invalid_result_of_a_registered_recovery_is_refused(problem, broken, got):
     x, weight, keep = problem
     recovery("broken")(broken)
     with pytest.raises(UserError, match=rf"^Recovery 'broken'.* {got}"):
         solve("broken", weight, keep, x)
 
 
-def test_needs_that_there_are_not_are_refused():
+def test_a_recovery_with_unknown_needs_is_refused():
     with pytest.raises(
         ValueError, match=r"needs of recovery 'mine' must be among moments, gram, text; got \['grams'\]"
     ):
         recovery("mine", needs=("grams",))
 
 
-def test_a_bias_of_experts_is_refused_and_not_dropped(problem):
+def test_a_recovery_that_returns_a_bias_of_experts_is_refused(problem):
     x, weight, keep = problem
     sums = statistics_of(x).total
-    experts = Moments(sums.count.expand(2), sums.sum, sums.sum_sq)  # two of them, half of the columns each
+    experts = Moments(sums.count.expand(2), sums.sum, sums.sum_sq)  # two experts with half of the columns each
 
     def shifted(weight, keep, moments, ridge):
         return weight[:, keep], torch.zeros(len(weight))
@@ -193,7 +193,7 @@ def test_a_bias_of_experts_is_refused_and_not_dropped(problem):
     assert torch.equal(plain.solve(weight, keep, experts, experts=2)[0], weight[:, keep])
 
 
-def test_an_argument_that_fit_does_not_have_is_one_line():
+def test_unknown_arguments_of_material_fit_are_refused():
     run = SimpleNamespace(cfg=SimpleNamespace(corpora=None, trainer=None))
     fit = fit_once(run, "recovery/mine", ("gprune", "mine"))
     with pytest.raises(UserError, match=r"^Arguments of material\.fit must be among batch_size, .*; got max_epochs\."):

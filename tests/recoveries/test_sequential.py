@@ -1,4 +1,4 @@
-"""Recovery along the pruned prefix, against an independent float64 reference, and on every family with plain blocks."""
+"""Sequential least squares against an independent float64 reference, on each family without experts."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-# The reference: whole forward passes for every projection, residuals written out, one stacked least-squares problem
+# --- the reference: whole forward passes per projection, explicit residuals, and a stacked least-squares problem
 
 
 def trace(model, layer, paths: dict[str, str], ids: list[torch.Tensor]) -> dict[str, np.ndarray]:
-    """What enters a layer (`before`), and what enters (`x`) and leaves (`y`) its projections, in float64 by tokens."""
+    """Inputs of a layer (`before`), inputs (`x`) and outputs (`y`) of its projections, (tokens, size) in float64."""
     rows: dict[str, list[torch.Tensor]] = {}
 
     def keep(name, tensor):
         rows.setdefault(name, []).append(tensor.reshape(-1, tensor.shape[-1]).double())
 
-    def entering(_module, args, kwargs):
+    def record_input(_module, args, kwargs):
         keep("before", args[0] if args else kwargs["hidden_states"])
 
     def projection(part):
@@ -70,7 +70,7 @@ def trace(model, layer, paths: dict[str, str], ids: list[torch.Tensor]) -> dict[
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(entering, with_kwargs=True)]
+    handles = [layer.register_forward_pre_hook(record_input, with_kwargs=True)]
     handles += [attrgetter(path)(layer).register_forward_hook(projection(part)) for part, path in paths.items()]
     for batch in ids:
         model(batch, use_cache=False)
@@ -79,13 +79,13 @@ def trace(model, layer, paths: dict[str, str], ids: list[torch.Tensor]) -> dict[
     return {name: torch.cat(parts).numpy() for name, parts in rows.items()}
 
 
-def solved_by_lstsq(
+def solved_reference(
     model, masks: Masks, ids: list[torch.Tensor], target: str | dict[str, str] = "residual", ridge: float = RIDGE
 ):
-    """The pruned model in float64, its projections solved one after the other.
+    """The pruned model in float64 with projections solved one after the other.
 
     Args:
-        target: what equals the dense model's, `residual` or `output` of the projection; of each part, if they differ.
+        target: fit the dense model's `residual` stream or the `output` of the projection; a dict has one per part.
     """
     block = blocks_of(model)[0]
     family = block.family
@@ -93,36 +93,36 @@ def solved_by_lstsq(
     small = prune(model, masks).double()
     paths = {"output": family.output, "down": family.down}
     normed = {"output": family.after_attention, "down": family.after_ffn}
-    left = [i for i, stays in enumerate(masks.blocks) if stays]
-    for index, layer in zip(left, decoder_layers(small), strict=True):
+    remaining = [i for i, stays in enumerate(masks.blocks) if stays]
+    for index, layer in zip(remaining, decoder_layers(small), strict=True):
         for part, mask in (("output", masks.attention[index]), ("down", masks.ffn[index])):
             if mask.all() and (part == "output" or masks.blocks[index - 1]):
                 continue
-            there = trace(small, layer, paths, ids)
-            wanted = trace(dense, decoder_layers(dense)[index], paths, ids)
+            pruned_rows = trace(small, layer, paths, ids)
+            dense_rows = trace(dense, decoder_layers(dense)[index], paths, ids)
             host = attrgetter(paths[part])(layer)
             W = (host.weight.T if block.output.transposed else host.weight).numpy()
-            y, x = wanted[f"y {part}"], there[f"x {part}"]
+            y, x = dense_rows[f"y {part}"], pruned_rows[f"x {part}"]
             if (target if isinstance(target, str) else target[part]) == "residual":
                 scale = getattr(layer, "residual_multiplier", 1.0)
 
-                def entered(part, y, layer=layer):
-                    """What a projection's output adds to the stream: itself, or what its norm makes of it."""
+                def summand(part, y, layer=layer):
+                    """The summand of the residual stream: a projection's output, normalized if a norm follows."""
                     if normed[part] in (None, paths[part]):
                         return y
                     return attrgetter(normed[part])(layer)(torch.from_numpy(y)).numpy()
 
-                r_d, r_p = wanted["before"], there["before"]
+                r_d, r_p = dense_rows["before"], pruned_rows["before"]
                 if part == "down":
-                    r_d = r_d + scale * entered("output", wanted["y output"])
-                    r_p = r_p + scale * entered("output", there["y output"])
-                missing = (r_d + scale * entered(part, y) - r_p) / scale
+                    r_d = r_d + scale * summand("output", dense_rows["y output"])
+                    r_p = r_p + scale * summand("output", pruned_rows["y output"])
+                missing = (r_d + scale * summand(part, y) - r_p) / scale
                 if normed[part] is None:
                     y = missing
                 else:
                     size = np.sqrt(np.square(y).mean(1, keepdims=True))
                     unit = np.ones((1, y.shape[1]))
-                    g = entered(part, unit)  # of an RMS norm, whose input has a root mean square of 1
+                    g = summand(part, unit)  # the gain of an RMS norm, by an input whose root mean square is 1
                     m = 0.1 * np.sort(np.square(g).ravel())[(g.size - 1) // 2]
                     x, y = x / size, (g * missing + m * y / size) / (g**2 + m)
             if host.bias is not None:
@@ -134,7 +134,7 @@ def solved_by_lstsq(
     return small
 
 
-def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_close_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Within a thousandth of the largest weight of each tensor."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -142,44 +142,44 @@ def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_against_stacked_rows_and_whole_forward_passes(family):
+def test_sequential_least_squares_equals_the_float64_reference(family):
     model, ids = make_tiny(family), windows()
     masks = some_masks(model, attention=True)
-    expected = weights(solved_by_lstsq(model, masks, ids))
+    expected = weights(solved_reference(model, masks, ids))
     plain, found = weights(prune(model, masks)), weights(recovered(model, masks, ids, ridge=RIDGE))
-    assert_near(found, expected)
+    assert_close_weights(found, expected)
     solved = {name for name, tensor in found.items() if not torch.equal(tensor, plain[name])}
     record = blocks_of(make_tiny(family))[0].family
-    # Of the second block every neuron stays, and every group: it keeps its weights.
+    # The second block keeps all neurons and groups, and hence its weights.
     prefix = f"{model.base_model_prefix}.{'decoder.' * (family == 'opt')}{record.layers}."
     assert solved == {f"{prefix}{i}.{path}.weight" for i in (0, 2) for path in (record.down, record.output)}
 
 
-def test_dropped_blocks_are_made_up_for_by_later_ones():
+def test_blocks_after_a_removed_block_are_fitted_to_the_dense_residual():
     model, ids = make_tiny("llama"), windows()
     masks = some_masks(model, (17, model.config.intermediate_size, 24), attention=False)
-    masks.ffn[0][:], masks.attention[0][:] = False, False  # the next block, of which nothing goes, makes up for it
+    masks.ffn[0][:], masks.attention[0][:] = False, False  # block 1, which keeps all units, is fitted
     assert lost(masks) == [(), ("down",), ("down",)]
-    expected, found = solved_by_lstsq(model, masks, ids), recovered(model, masks, ids)
-    assert_near(weights(found), weights(expected))
+    expected, found = solved_reference(model, masks, ids), recovered(model, masks, ids)
+    assert_close_weights(weights(found), weights(expected))
 
 
-def test_gram_matrices_that_are_summed_in_several_panels():
+def test_gram_matrices_summed_in_several_panels_give_the_reference():
     model, ids = make_tiny("llama", neurons=600, num_hidden_layers=1), windows((10,) * 8)
     masks = some_masks(model, (400,), attention=False)
-    expected, found = solved_by_lstsq(model, masks, ids), recovered(model, masks, ids)
-    assert_near(weights(found), weights(expected))
+    expected, found = solved_reference(model, masks, ids), recovered(model, masks, ids)
+    assert_close_weights(weights(found), weights(expected))
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_a_norm_behind_the_sum_is_no_residual_to_meet(flag):
+def test_outputs_are_fitted_if_a_norm_follows_the_residual_sum(flag):
     model = make_tiny("opt", do_layer_norm_before=flag)
     masks = some_masks(model, attention=True)
-    expected = solved_by_lstsq(model, masks, windows(), "residual" if flag else "output")
-    assert_near(weights(recovered(model, masks)), weights(expected))
+    expected = solved_reference(model, masks, windows(), "residual" if flag else "output")
+    assert_close_weights(weights(recovered(model, masks)), weights(expected))
 
 
-# What must hold
+# --- properties
 
 
 def errors(model, small, ids) -> tuple[float, float]:
@@ -195,10 +195,10 @@ def errors(model, small, ids) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("family", "attention"), [("llama", False), ("llama", True), ("gemma3_text", False)])
-def test_it_ends_nearer_to_the_dense_model_than_projection_by_projection(family, attention):
+def test_sequential_recovery_is_closer_to_the_dense_model_than_parallel_recovery(family, attention):
     model, ids = make_tiny(family, num_hidden_layers=4), windows((10,) * 4)
     for block in blocks_of(model):
-        if norm := block.norm_behind("down"):  # channels reach the stream with different gains
+        if norm := block.norm_behind("down"):  # gains that differ between channels
             norm.weight.uniform_(-0.9, 4, generator=torch.Generator().manual_seed(block.index))
     masks = some_masks(model, (24, 30, 24, 30), attention=attention)
     small = {name: prune(model, masks) for name in ("none", "least_squares")}
@@ -212,17 +212,17 @@ def test_it_ends_nearer_to_the_dense_model_than_projection_by_projection(family,
 
 
 @pytest.mark.parametrize("model_type", ["olmo", "nanochat"])
-def test_outputs_are_fitted_if_a_norm_after_the_projection_is_not_found(model_type):
+def test_outputs_are_fitted_if_a_norm_after_the_projection_is_unknown(model_type):
     model = example(model_type)
     masks = some_masks(model, [n // 2 for n in (block.neurons for block in blocks_of(model))], attention=True)
     assert not blocks_of(model)[0].joins_residual("output")
-    expected = weights(solved_by_lstsq(model, masks, windows(), {"output": "output", "down": "residual"}))
-    assert_near(weights(recovered(model, masks)), expected)
+    expected = weights(solved_reference(model, masks, windows(), {"output": "output", "down": "residual"}))
+    assert_close_weights(weights(recovered(model, masks)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits(dtype):
-    """The same weights as in float32 but for the rounding of activations; G and E are summed in float32."""
+def test_recovery_of_16_bit_models_is_close_to_float32(dtype):
+    """The same weights as in float32 except for rounding of activations. G and E are summed in float32."""
     model, ids = make_tiny("llama"), windows((10,) * 6)
     masks = some_masks(model, attention=True)
     exact = weights(recovered(model, masks, ids, ridge=0.1))
@@ -234,28 +234,29 @@ def test_sixteen_bits(dtype):
         assert float((tensor.float() - exact[name]).norm()) <= 0.1 * correction + 0.01 * float(exact[name].norm()), name
 
 
-def test_the_same_bits_twice_and_the_dense_model_as_it_was():
+def test_sequential_recovery_is_deterministic_and_does_not_change_the_dense_model():
     model = make_tiny("llama")
     masks, before = some_masks(model, attention=True), weights(model)
     one, two = weights(recovered(model, masks)), weights(recovered(model, masks))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    # The batches that the text is cut into are rounding.
-    assert_near(weights(recovered(model, masks, [torch.cat(windows())])), one)
+    # Other batch sizes change only rounding.
+    assert_close_weights(weights(recovered(model, masks, [torch.cat(windows())])), one)
 
 
 @pytest.mark.parametrize(
     ("kept", "attention", "passes"),
     [
         ((48,) * 5, False, 0),
-        # block 1 for attention and for the FFN, which takes the text on too; 2 on; 3, the last one, for the FFN
+        # Block 1: a pass for attention, a pass for the FFN that also gives its output. Block 2: a pass for its output.
+        # Block 3, the last that is recovered: a pass for the FFN.
         ((48, 30, 48, 20, 48), True, 2 + 1 + 1),
-        # behind block 1, of which attention alone loses something, the text goes on with another pass
+        # Only attention of block 1 is recovered, so its output needs another pass.
         ((48, 48, 48, 20, 48), True, 2 + 1 + 1),
     ],
 )
-def test_only_what_is_needed_goes_through_the_pruned_layers(kept, attention, passes):
+def test_pruned_layers_run_only_the_passes_that_are_needed(kept, attention, passes):
     model = make_tiny("llama", num_hidden_layers=5)
     masks = some_masks(model, kept, attention=False)
     masks.attention[1][0] = not attention
@@ -266,8 +267,8 @@ def test_only_what_is_needed_goes_through_the_pruned_layers(kept, attention, pas
 
 
 @pytest.mark.parametrize("ridge", [0.0, RIDGE])
-def test_idle_neurons_and_fewer_tokens_than_neurons_end_in_the_least_correction(ridge):
-    """Singular Gram matrices: what is kept of idle neurons keeps its weights, and the text itself is met."""
+def test_idle_neurons_keep_their_weights_and_few_tokens_are_fitted(ridge):
+    """With singular Gram matrices, idle neurons keep their weights, and the error on the text is small."""
     model, ids = make_tiny("llama"), [windows()[0][:1, :10]]
     model.model.layers[0].mlp.up_proj.weight.data.zero_()
     model.model.layers[1].mlp.up_proj.weight.data[::3] = 0
@@ -285,7 +286,7 @@ def test_idle_neurons_and_fewer_tokens_than_neurons_end_in_the_least_correction(
     assert ends[1] < 0.1 * ends[0]
 
 
-def test_what_is_not_finite_is_one_line():
+def test_a_non_finite_activation_of_the_pruned_model_raises_a_user_error():
     model = make_tiny("llama")
     model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     masks = some_masks(model, (48, 24, 24), attention=False)
@@ -294,7 +295,7 @@ def test_what_is_not_finite_is_one_line():
         recovered(model, masks)
 
 
-# The whole run
+# --- whole runs
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +314,7 @@ def quick(monkeypatch):
 FLAGS = ["--recovery=least_squares_sequential", "--sparsity.scope=attention+ffn"]
 
 
-def test_a_run_recovers_its_controls_too_and_stays_below_its_plan(world, tmp_path, quick):
+def test_a_run_recovers_its_controls_within_the_planned_tokens(world, tmp_path, quick):
     result = world.run(tmp_path, *FLAGS)
     stages = ("base", "averaged", "gprune")
     assert {(r["stage"], r["recovery"]) for r in result.records} == {("dense", "none")} | {
@@ -325,23 +326,24 @@ def test_a_run_recovers_its_controls_too_and_stays_below_its_plan(world, tmp_pat
     parts = {"output": "self_attn.o_proj", "down": "mlp.down_proj"}
     assert moved == {f"model.layers.{i}.{parts[p]}.weight" for i, found in enumerate(lost(result.masks)) for p in found}
     assert "recovery `least_squares_sequential`" in (tmp_path / "run/model/README.md").read_text()
-    # Tokens: what went through the layers was counted, and foreseen.
+    # Tokens of forward passes are counted and planned.
     plan = preparation.check(result.config)
     step = read_json(tmp_path / "run/manifest.json")["steps"]["shrink"]
     tokens = 3 * 4 * 32
     parts = lost(result.masks)
-    on = sum("down" not in found for found in parts[:-1])  # the last block's output nobody needs
-    assert step["forward_tokens"] == tokens + tokens * (sum(map(len, parts)) + on) // 3
+    outputs_needed = sum("down" not in found for found in parts[:-1])  # the output of the last block is not needed
+    assert step["forward_tokens"] == tokens + tokens * (sum(map(len, parts)) + outputs_needed) // 3
     none = preparation.check(parse(world.args(tmp_path, FLAGS[1])))
     assert plan.forward_tokens == none.forward_tokens + 3 * (4 * tokens + 3 * 2 * 32)
     assert result.summary["forward_tokens"] <= plan.forward_tokens
 
 
 @pytest.mark.slow
-def test_a_run_taken_up_has_the_same_bits(world, tmp_path, quick):
+def test_a_resumed_run_has_the_same_bits(world, tmp_path, quick):
     flags = [*FLAGS, "--gprune=false", f"--corpora.recover={world.names('beta')}"]
     first = world.run(tmp_path, *flags)
-    assert list(first.statistics) == [str(world.corpora["alpha"])]  # no statistics of what is only recovered on
+    # There are no statistics of corpora that are used for recovery only.
+    assert list(first.statistics) == [str(world.corpora["alpha"])]
     model = (tmp_path / "run/model/model.safetensors").read_bytes()
     other = world.run(tmp_path, *flags, name="other")
     assert_same_run(other, first)
@@ -352,7 +354,7 @@ def test_a_run_taken_up_has_the_same_bits(world, tmp_path, quick):
     assert (tmp_path / "other/model/model.safetensors").read_bytes() == model
 
 
-def test_whole_blocks_that_go_are_made_up_for(world, tmp_path, quick):
+def test_a_run_recovers_models_without_whole_blocks(world, tmp_path, quick):
     flags = ["--gprune=false", "--sparsity.allocation=depth", "--recovery=least_squares_sequential"]
     result = world.run(tmp_path, *flags, "--model.dtype=bfloat16")
     assert result.model.config.num_hidden_layers == 2
@@ -360,32 +362,32 @@ def test_whole_blocks_that_go_are_made_up_for(world, tmp_path, quick):
 
 
 @pytest.mark.slow
-def test_an_offloaded_model_is_recovered_to_the_same_bits(world, tmp_path, quick, monkeypatch):
+def test_recovery_of_an_offloaded_model_has_the_same_bits(world, tmp_path, quick, monkeypatch):
     monkeypatch.setattr("gprune.pipeline.save.check_reload", lambda *_, **__: 0.0)
     flags = [*FLAGS, "--gprune=false"]
     whole = world.run(tmp_path, *flags)
     model = AutoModelForCausalLM.from_pretrained(world.model)
     layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
     limit = sum(p.nbytes for p in model.parameters()) - sum(layers) + int(1.5 * max(layers))
-    seen = []
+    pruned = []
     monkeypatch.setattr(
         "gprune.pipeline.recover.prune_to_files",
-        lambda model, *args: seen.append(model) or prune_to_files(model, *args),
+        lambda model, *args: pruned.append(model) or prune_to_files(model, *args),
     )
     place = ["--model.device_map=auto", f"--model.max_memory={{cpu: {limit}B}}"]
     assert_same_run(world.run(tmp_path, *flags, *place, name="away"), whole)
-    assert seen
-    assert all(is_offloaded(model) for model in seen)
+    assert pruned
+    assert all(is_offloaded(model) for model in pruned)
 
 
-def test_experts_and_a_sharded_model_are_refused_at_once(world, tmp_path, capsys):
+def test_sequential_recovery_refuses_experts_and_sharded_models(world, tmp_path, capsys):
     make_tiny("mixtral").save_pretrained(tmp_path / "mixtral")
     sharded = ["--model.shard=true", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    for flags, words in (
+    for flags, message in (
         ([f"--model.name={tmp_path / 'mixtral'}"], "cannot recover experts (model type 'mixtral')"),
         (sharded, "--recovery least_squares_sequential cannot be combined with --model.shard true"),
     ):
         assert main(world.args(tmp_path / "runs", *FLAGS, *flags)) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert words in line
+        assert message in line
         assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""Allocations against formulas in NumPy, the budget behind every one of them, and whole blocks by influence."""
+"""Allocations against formulas in NumPy, the budget that all of them meet, and removal of whole blocks."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from gprune.sparsity.budget import Budget, least_missed, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import bypassed
 from tests import tiny_run
-from tests.calibration.test_collector import batches, recorded
+from tests.calibration.test_collector import batches, projection_inputs
 from tests.conftest import collect, make_tiny_llama
-from tests.models.test_surgery import depth as without
+from tests.models.test_surgery import masks_without
 
 BUILT_IN = [name for name in ALLOCATION if not ALLOCATION[name].modules and name != "depth"]
 
 
-def spiky_model(**overrides):
-    """Blocks that differ in outliers: block b has b large columns in its output projections."""
+def make_model_with_outliers(**overrides):
+    """A model whose block b has 2b large columns in its down and output projections."""
     model = make_tiny_llama(**overrides)
     for index, layer in enumerate(model.model.layers):
         for linear in (layer.mlp.down_proj, layer.self_attn.o_proj):
@@ -36,30 +36,32 @@ def spiky_model(**overrides):
 
 
 @pytest.fixture(scope="module")
-def spiky():
+def with_outliers():
     """Model, tokens, statistics and wanda_sp scores."""
-    model = spiky_model()
+    model = make_model_with_outliers()
     tokens = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
     return model, tokens, *measured(model, tokens)
 
 
 def measured(model, tokens):
-    """Statistics with all that a rule may read, and wanda_sp scores."""
+    """Statistics with all extras that allocations may read, and wanda_sp scores."""
     statistics = collect(model, batches(tokens, 6), gram=True)
     scores = score_units("wanda_sp", blocks_of(model), statistics)
     return replace(statistics, errors=block_errors(model, scores.ffn, statistics, tokens.split(2))), scores
 
 
-def half(model) -> Budget:
+def half_budget(model) -> Budget:
     return Budget.of(unit_costs(blocks_of(model), scope="attention+ffn"), 0.5)
 
 
-def margins_of(name: str, spiky, scores: Scores | None = None, **options):
-    model, _, statistics, own = spiky
-    return ALLOCATION[name](own if scores is None else scores, statistics, blocks_of(model), half(model), **options)
+def margins_of(name: str, with_outliers, scores: Scores | None = None, **options):
+    model, _, statistics, default = with_outliers
+    return ALLOCATION[name](
+        default if scores is None else scores, statistics, blocks_of(model), half_budget(model), **options
+    )
 
 
-def equal_numbers(mine: list[torch.Tensor], theirs: list[np.ndarray], rtol: float = 1e-12) -> None:
+def assert_equal_margins(mine: list[torch.Tensor], theirs: list[np.ndarray], rtol: float = 1e-12) -> None:
     for a, b in zip(mine, theirs, strict=True):
         assert a.dtype == torch.float64
         np.testing.assert_allclose(a.numpy(), b, rtol=rtol, atol=1e-14)
@@ -69,55 +71,56 @@ def ranks(s: torch.Tensor) -> np.ndarray:
     return (rankdata(s.numpy()) - 0.5) / len(s)
 
 
-def test_uniform_is_the_rank_inside_the_block(spiky):
-    scores = spiky[3]
-    neurons, groups = margins_of("uniform", spiky)
-    equal_numbers(neurons, [ranks(s) for s in scores.ffn])
-    equal_numbers(groups, [ranks(s) for s in scores.attention])
+def test_uniform_margins_are_ranks_inside_the_block(with_outliers):
+    scores = with_outliers[3]
+    neurons, groups = margins_of("uniform", with_outliers)
+    assert_equal_margins(neurons, [ranks(s) for s in scores.ffn])
+    assert_equal_margins(groups, [ranks(s) for s in scores.attention])
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
-def test_uniform_takes_the_same_from_a_block_with_dead_neurons(share, spiky):
-    """Equal scores have a rank each, so that any share of them can go."""
-    model, _, statistics, scores = spiky
+def test_uniform_removes_equally_many_neurons_from_a_block_with_dead_neurons(share, with_outliers):
+    """Equal scores have different ranks, so that any share of them can be removed."""
+    model, _, statistics, scores = with_outliers
     dead = replace(scores, ffn=[scores.ffn[0].clone(), *scores.ffn[1:]])
     dead.ffn[0][5:25] = 0.0
     budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), share)
     masks = allocate("uniform", dead, statistics, blocks_of(model), budget)
-    gone = [int((~m).sum()) for m in masks.ffn]
-    assert max(gone) - min(gone) <= 1
-    assert not masks.ffn[0][5 : 5 + min(gone[0], 20)].any()
+    removed = [int((~m).sum()) for m in masks.ffn]
+    assert max(removed) - min(removed) <= 1
+    assert not masks.ffn[0][5 : 5 + min(removed[0], 20)].any()
 
 
-def test_global_is_the_z_score_inside_the_block_and_its_mean_over_a_groups_channels(spiky):
-    scores = spiky[3]
+def test_global_margins_are_z_scores_inside_the_block_averaged_over_channels_of_groups(with_outliers):
+    scores = with_outliers[3]
     assert [len(c) for c in scores.channels] == [32] * 3
     z = [(c.numpy() - c.numpy().mean()) / c.numpy().std() for c in [*scores.ffn, *scores.channels]]
-    neurons, groups = margins_of("global", spiky)
-    equal_numbers(neurons, z[:3])
-    equal_numbers(groups, [np.array([c[:16].mean(), c[16:].mean()]) for c in z[3:]])  # 2 heads of 8 channels each
+    neurons, groups = margins_of("global", with_outliers)
+    assert_equal_margins(neurons, z[:3])
+    # A KV group has two heads of eight channels.
+    assert_equal_margins(groups, [np.array([c[:16].mean(), c[16:].mean()]) for c in z[3:]])
 
 
-def test_global_standardises_the_groups_of_a_metric_that_scores_groups(spiky):
+def test_global_standardizes_scores_of_groups_if_the_metric_scores_groups(with_outliers):
     groups = [torch.tensor([3.0, 1.0]).double(), torch.tensor([0.0, 5.0]).double(), torch.tensor([2.0, 2.0]).double()]
-    _, found = margins_of("global", spiky, replace(spiky[3], attention=groups, channels=groups))
-    equal_numbers(found, [np.array([1.0, -1.0]), np.array([-1.0, 1.0]), np.zeros(2)])
+    _, found = margins_of("global", with_outliers, replace(with_outliers[3], attention=groups, channels=groups))
+    assert_equal_margins(found, [np.array([1.0, -1.0]), np.array([-1.0, 1.0]), np.zeros(2)])
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-200, 1e200])
-def test_global_gives_constant_scores_no_margin(value, spiky):
-    ffn, channels = [*spiky[3].ffn], [*spiky[3].channels]
+def test_global_margins_of_constant_scores_are_zero(value, with_outliers):
+    ffn, channels = [*with_outliers[3].ffn], [*with_outliers[3].channels]
     ffn[1] = torch.full_like(ffn[1], value)
     channels[2] = torch.full_like(channels[2], value)
-    neurons, groups = margins_of("global", spiky, replace(spiky[3], ffn=ffn, channels=channels))
+    neurons, groups = margins_of("global", with_outliers, replace(with_outliers[3], ffn=ffn, channels=channels))
     assert bool((neurons[1] == 0).all())
     assert bool((groups[2] == 0).all())
     assert bool((neurons[0] != 0).any())
 
 
 def outlier_share(model, tokens, multiple: float) -> dict[str, np.ndarray]:
-    """D per block from raw activations: the share of |W_ij| rms_j above `multiple` times their mean."""
-    raw, found = recorded(model, tokens), {}
+    """D of each block from raw activations: the share of |W_ij| rms_j above `multiple` times their mean."""
+    raw, found = projection_inputs(model, tokens), {}
     for kind, part in (("ffn", lambda x: x.mlp.down_proj), ("attention", lambda x: x.self_attn.o_proj)):
         shares = []
         for index, layer in enumerate(model.model.layers):
@@ -129,36 +132,36 @@ def outlier_share(model, tokens, multiple: float) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("options", [{}, {"multiple": 3.0, "spread": 0.2}], ids=["the paper's", "others"])
-def test_owl_takes_less_from_blocks_with_more_outliers(options, spiky):
-    model, tokens, _, scores = spiky
+def test_owl_removes_less_from_blocks_with_more_outliers(options, with_outliers):
+    model, tokens, _, scores = with_outliers
     multiple, spread = options.get("multiple", 5.0), options.get("spread", 0.08)
     shares = outlier_share(model, tokens, multiple)
-    found = margins_of("owl", spiky, **options)
+    found = margins_of("owl", with_outliers, **options)
     for kind, margins in zip(("ffn", "attention"), found, strict=True):
         D = shares[kind]
-        assert len(set(D)) == 3  # the model was made so
+        assert len(set(D)) == 3  # by construction of the model
         S = 0.5 - (2 * spread * (D - D.min()) / (D.max() - D.min()) - (2 * spread * (D - D.min()) / np.ptp(D)).mean())
-        equal_numbers(margins, [ranks(s) - x for s, x in zip(getattr(scores, kind), S, strict=True)])
+        assert_equal_margins(margins, [ranks(s) - x for s, x in zip(getattr(scores, kind), S, strict=True)])
 
 
 @pytest.mark.parametrize("options", [{"multiple": 1e9}, {"spread": 0.0}], ids=["no outlier at all", "no spread"])
-def test_owl_without_a_difference_is_uniform(options, spiky):
-    costs = unit_costs(blocks_of(spiky[0]), scope="attention+ffn")
+def test_owl_without_differences_between_blocks_equals_uniform(options, with_outliers):
+    costs = unit_costs(blocks_of(with_outliers[0]), scope="attention+ffn")
     owl, uniform = (
-        keep_masks(Budget.of(costs, 0.4), *margins_of(name, spiky, **more))
+        keep_masks(Budget.of(costs, 0.4), *margins_of(name, with_outliers, **more))
         for name, more in (("owl", options), ("uniform", {}))
     )
     assert owl == uniform
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_dead_block_leaves_every_margin_finite(name, token_batch):
-    model = spiky_model()
+def test_margins_are_finite_for_a_dead_block(name, token_batch):
+    model = make_model_with_outliers()
     model.model.layers[1].mlp.gate_proj.weight.data.zero_()
     model.model.layers[1].self_attn.v_proj.weight.data.zero_()
     statistics, scores = measured(model, token_batch)
     assert bool((scores.ffn[1] == 0).all())
-    neurons, groups = ALLOCATION[name](scores, statistics, blocks_of(model), half(model))
+    neurons, groups = ALLOCATION[name](scores, statistics, blocks_of(model), half_budget(model))
     assert all(bool(torch.isfinite(m).all()) for m in [*neurons, *groups])
     assert [len(m) for m in neurons] == [48] * 3
     assert [len(m) for m in groups] == [2] * 3
@@ -168,11 +171,11 @@ def test_a_dead_block_leaves_every_margin_finite(name, token_batch):
     ("scope", "width_multiple", "protect"), [("ffn", 1, []), ("attention+ffn", 4, []), ("attention+ffn", 1, [0, -1])]
 )
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_masks_of_every_allocation_meet_the_budget(name, scope, width_multiple, protect, spiky):
-    model = spiky[0]
+def test_masks_of_all_allocations_meet_the_budget(name, scope, width_multiple, protect, with_outliers):
+    model = with_outliers[0]
     costs = unit_costs(blocks_of(model), scope=scope, protect=protect)
     budget = Budget.of(costs, 0.23, width_multiple)
-    masks = keep_masks(budget, *margins_of(name, spiky))
+    masks = keep_masks(budget, *margins_of(name, with_outliers))
     removed = model.num_parameters() - prune(model, masks).num_parameters()
     assert removed == costs.removed(masks)
     assert 0 <= removed - budget.target < width_multiple * 3 * 32
@@ -183,34 +186,36 @@ def test_masks_of_every_allocation_meet_the_budget(name, scope, width_multiple, 
 
 
 @pytest.mark.parametrize("name", [*BUILT_IN, "mine"])
-def test_allocations_spend_what_whole_blocks_leave_on_the_others(name, spiky, monkeypatch):
-    """By the margins of the model that lacks the block: with the most outliers, the others are compared alone."""
+def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(name, with_outliers, monkeypatch):
+    """Margins are those of the model without the removed block, which has the most outliers."""
     monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
     allocation("mine")(lambda scores, statistics, blocks, budget: (scores.ffn, scores.attention))
-    model, _, statistics, scores = spiky
+    model, _, statistics, scores = with_outliers
     costs = unit_costs(blocks_of(model), scope="attention+ffn+blocks", block_share=0.9)
     budget = Budget.of(costs, 0.6).without([2])
     masks = allocate(name, scores, statistics, blocks_of(model), budget)
     keep = [[torch.full((n,), b != 2) for b in range(3)] for n in (48, 2)]
     shallow = prune(model, Masks(*keep))
-    own = [replace(one, **{kind: values[:2] for kind, values in vars(one).items()}) for one in (scores, statistics)]
-    left = unit_costs(blocks_of(shallow), scope="attention+ffn")
-    rest = Budget(left, budget.target - costs.block[2])
+    of_others = [
+        replace(one, **{kind: values[:2] for kind, values in vars(one).items()}) for one in (scores, statistics)
+    ]
+    remaining = unit_costs(blocks_of(shallow), scope="attention+ffn")
+    rest = Budget(remaining, budget.target - costs.block[2])
     assert masks.blocks == [True, True, False]
-    assert Masks(masks.ffn[:2], masks.attention[:2]) == allocate(name, *own, blocks_of(shallow), rest)
+    assert Masks(masks.ffn[:2], masks.attention[:2]) == allocate(name, *of_others, blocks_of(shallow), rest)
     removed = model.num_parameters() - prune(model, masks).num_parameters()
     assert removed == costs.removed(masks)
     assert 0 <= removed - budget.target < costs.neuron[0]
 
 
-# --- a user's own -----------------------------------------------------------------------------------------------
+# --- registered allocations
 
 
 @pytest.mark.slow
-def test_a_users_own_allocation_works_through_the_command_line(tmp_path, monkeypatch, capsys):
+def test_a_registered_allocation_works_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
     tiny_run.quick(monkeypatch)
-    world, seen = tiny_run.make_world(tmp_path), []
+    world, calls = tiny_run.make_world(tmp_path), []
     with tiny_run.isolated(tmp_path / "cache"):
         args = world.args(tmp_path / "runs", "--gprune=false", "--sparsity.allocation=mine")
         assert tiny_run.main(args) == 2
@@ -218,30 +223,30 @@ def test_a_users_own_allocation_works_through_the_command_line(tmp_path, monkeyp
 
         @allocation("mine")
         def mine(scores, statistics, blocks, budget, *, offset=0.0):
-            seen.append((budget.sparsity, offset))
+            calls.append((budget.sparsity, offset))
             return [torch.full_like(s, float(b)) for b, s in enumerate(scores.ffn)], scores.attention
 
         result = world.run(tmp_path / "runs", "--gprune=false", "--sparsity.allocation=mine")
-        # from the first block on, as its margins say: all but one neuron there, the rest from the second
+        # Margins rise with the block index: block 0 keeps one neuron, and block 1 loses the rest.
         assert [int(m.sum()) for m in result.masks.ffn] == [1, 79, 160]
         assert {r["allocation"] for r in result.records if r["stage"] == "base"} == {"mine"}
         learned = world.run(tmp_path / "runs", "--sparsity.start=mine", "--sparsity.options.offset=2", name="learned")
         assert {r["allocation"] for r in learned.records if r["stage"] == "base"} == {"mine"}
-    assert seen == [(0.5, 0.0), (0.5, 2.0), (0.5, 2.0)]  # base; base and averaged
+    assert calls == [(0.5, 0.0), (0.5, 2.0), (0.5, 2.0)]  # first run: base; second run: base and averaged
 
 
-# --- whole blocks -----------------------------------------------------------------------------------------------
+# --- whole blocks
 
 
 def with_influence(statistics, influence: list[float]):
-    """The statistics as if the blocks turned the hidden state this much."""
+    """The statistics with other influences of blocks."""
     tokens = float(statistics.ffn[0].total.count)
     return replace(statistics, turned=torch.tensor(influence, dtype=torch.float64) * tokens)
 
 
 @pytest.fixture(scope="module")
 def uneven():
-    """A model of four blocks of different cost, statistics and scores; the order by influence is 2, 0, 3, 1."""
+    """A model of four blocks with different costs, its statistics and scores. The order by influence is 2, 0, 3, 1."""
     model = make_tiny_llama(num_hidden_layers=4, attention_bias=True, mlp_bias=True)
     keep = [torch.arange(48) < n for n in (48, 20, 48, 7)]
     model = prune(model, Masks(keep, [torch.arange(2) < n for n in (2, 2, 1, 2)]))
@@ -257,7 +262,7 @@ def depth(model, scores, statistics, target: int, protected=frozenset(), width_m
 
 
 @pytest.mark.parametrize("protected", [frozenset(), frozenset({0}), frozenset({2, 1})])
-def test_depth_removes_blocks_by_influence_and_meets_the_budget(protected, uneven):
+def test_depth_removes_blocks_in_order_of_influence_and_meets_the_budget(protected, uneven):
     model, statistics, scores = uneven
     blocks = blocks_of(model)
     order = [b for b in (2, 0, 3, 1) if b not in protected]
@@ -265,48 +270,48 @@ def test_depth_removes_blocks_by_influence_and_meets_the_budget(protected, uneve
     kinds = set()
     for target in range(1, most + 1, 311):
         masks = depth(model, scores, statistics, target, protected)
-        gone = [b for b, stays in enumerate(masks.blocks) if not stays]
-        assert gone == sorted(order[: len(gone)])
+        removed = [b for b, kept in enumerate(masks.blocks) if not kept]
+        assert removed == sorted(order[: len(removed)])
         narrowed = [b for b in range(4) if masks.blocks[b] and not (masks.ffn[b].all() and masks.attention[b].all())]
         over = unit_costs(blocks, scope="ffn").removed(masks) - target
         assert over >= 0
         if narrowed:
             (b,) = narrowed
-            assert b == order[len(gone)]
+            assert b == order[len(removed)]
             assert over < blocks[b].unit_cost("ffn")
             assert bool(masks.attention[b].all())
             dropped, kept = scores.ffn[b][~masks.ffn[b]], scores.ffn[b][masks.ffn[b]]
             assert dropped.max() <= kept.min()
-        else:  # short of the last block by more than its FFN has to give while one neuron stays
-            last = blocks[order[len(gone) - 1]]
+        else:  # without the last block, narrowing its FFN to one neuron would not meet the target
+            last = blocks[order[len(removed) - 1]]
             assert over < last.cost - last.unit_cost("ffn") * (last.neurons - 1)
         for b in protected:
             assert bool(masks.ffn[b].all())
             assert bool(masks.attention[b].all())
-        kinds.add((len(gone), bool(narrowed)))
+        kinds.add((len(removed), bool(narrowed)))
     assert {len(order) - (not protected)} <= {count for count, _ in kinds}
     assert {True, False} <= {narrow for _, narrow in kinds}
 
 
 @pytest.mark.parametrize(
-    ("influence", "target", "stays"),
+    ("influence", "target", "kept"),
     [
         ([0.2, 0.9, 0.1, 0.5], (2, 0), [False, True, False, True]),
-        ([0.5] * 4, (0,), [False, True, True, True]),  # ties go by position
+        ([0.5] * 4, (0,), [False, True, True, True]),  # ties are resolved by position
         ([0.5] * 4, (), [True] * 4),
     ],
 )
-def test_depth_removes_exactly_whole_blocks_where_they_are_the_target(influence, target, stays, uneven):
+def test_depth_removes_only_whole_blocks_if_they_meet_the_target_exactly(influence, target, kept, uneven):
     model, statistics, scores = uneven
     cost = sum(blocks_of(model)[b].cost for b in target)
     masks = depth(model, scores, with_influence(statistics, influence), cost)
-    assert masks.blocks == stays
+    assert masks.blocks == kept
     assert unit_costs(blocks_of(model), scope="ffn").removed(masks) == cost
 
 
 @pytest.mark.parametrize(("share", "protect"), [(0.9, []), (0.6, [-1]), (0.1, [])])
-def test_blocks_are_chosen_by_the_loss_of_the_model_that_lacks_them(share, protect, uneven):
-    """Greedily, as long as one fits; against models whose decoder has these layers no more."""
+def test_blocks_are_removed_greedily_by_the_loss_without_them(share, protect, uneven):
+    """Greedily, as long as a block fits. The reference removes layers from the decoder."""
     model, ids = uneven[0], torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(4))
     blocks = blocks_of(model)
     budget = Budget.of(unit_costs(blocks, scope="ffn+blocks", protect=protect, block_share=share), 0.45)
@@ -314,19 +319,19 @@ def test_blocks_are_chosen_by_the_loss_of_the_model_that_lacks_them(share, prote
     def loss(lm) -> float:
         return float(lm(ids, labels=ids).loss)
 
-    def bypassing(gone: list[int]) -> float:
-        with bypassed(model, gone):
+    def bypassing(removed: list[int]) -> float:
+        with bypassed(model, removed):
             return loss(model)
 
-    expected, left = [], share * 0.45 * sum(b.cost for b in blocks)
-    while fit := [b for b in range(4 - len(protect)) if b not in expected and blocks[b].cost <= left]:
-        expected.append(min(fit, key=lambda b: loss(prune(model, without(model, *expected, b)))))
-        left -= blocks[expected[-1]].cost
+    expected, remaining = [], share * 0.45 * sum(b.cost for b in blocks)
+    while fit := [b for b in range(4 - len(protect)) if b not in expected and blocks[b].cost <= remaining]:
+        expected.append(min(fit, key=lambda b: loss(prune(model, masks_without(model, *expected, b)))))
+        remaining -= blocks[expected[-1]].cost
     assert least_missed(budget, bypassing) == expected
     assert bool(expected) == (share > 0.1)
 
 
-def test_depth_narrows_its_last_block_to_a_multiple(tiny_model, token_batch):
+def test_depth_narrows_its_last_block_to_the_width_multiple(tiny_model, token_batch):
     blocks = blocks_of(tiny_model)
     statistics = collect(tiny_model, batches(token_batch, 6))
     scores = score_units("wanda_sp", blocks, statistics)

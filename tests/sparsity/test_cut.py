@@ -1,4 +1,4 @@
-"""Budgets, and the masks that meet them exactly."""
+"""Budgets, and masks that meet them within one step."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def costs_of(neuron, neurons, group=None, groups=None, **more) -> UnitCosts:
     return UnitCosts(neuron=neuron, group=group, neurons=neurons, groups=groups, attention=attention, **more)
 
 
-LARGE = 3 * 4096 * 11008 * 32  # the FFN of a model of 7B
+FFN_OF_7B = 3 * 4096 * 11008 * 32  # parameters
 
-# --- the budget -------------------------------------------------------------------------------------------------
+# --- budgets
 
 
 @pytest.mark.parametrize(
     ("neurons", "sparsity", "target"),
     [(30, 0.1, 3), (30, 0.101, 4), (10, 0.7, 7), (1000, 0.29, 290), (3, 0.333, 1), (100, 1e-9, 1), (1100, 0.07, 77),
-     (LARGE, 0.3, math.ceil(Fraction(3, 10) * LARGE))],
+     (FFN_OF_7B, 0.3, math.ceil(Fraction(3, 10) * FFN_OF_7B))],
 )  # fmt: skip
-def test_the_target_is_counted_exactly(neurons, sparsity, target):
+def test_the_target_is_the_exact_ceiling_of_the_share(neurons, sparsity, target):
     assert Budget.of(costs_of([1], [neurons]), sparsity).target == target
 
 
@@ -51,33 +51,33 @@ PROTECTED = {"protected": frozenset({0, 2})}
         (costs_of([2] * 3, [10] * 3, [5] * 3, [2] * 3, **PROTECTED), 1, (23, 90)),
     ],
 )
-def test_impossible_budgets_say_what_is_possible(costs, width_multiple, most):
+def test_impossible_budgets_are_refused_with_the_maximum(costs, width_multiple, most):
     possible = most[0] / most[1]
     assert Budget.of(costs, possible - 1e-6, width_multiple).target == most[0]
     kept = f"{width_multiple} neurons and a KV group, and {len(costs.protected)} blocks keep everything"
-    said = f"^--sparsity.target must be at most {possible:.4f}, because .* keeps {kept}; got 0.99"
-    with pytest.raises(UserError, match=said):
+    message = f"^--sparsity.target must be at most {possible:.4f}, because .* keeps {kept}; got 0.99"
+    with pytest.raises(UserError, match=message):
         Budget.of(costs, 0.99, width_multiple)
 
 
-def test_width_multiples_that_do_not_fit_are_refused():
+def test_a_width_multiple_above_the_narrowest_block_is_refused():
     with pytest.raises(UserError, match=r"--sparsity\.width_multiple must be 1 to 10 neurons; got"):
         Budget.of(costs_of([1, 1], [30, 10]), 0.1, 11)
 
 
 @pytest.mark.parametrize("index", [3, -4, 99])
-def test_protecting_a_block_that_there_is_not_is_refused(index, tiny_model):
+def test_protecting_a_missing_block_is_refused(index, tiny_model):
     with pytest.raises(UserError, match=rf"--sparsity\.protect must name layers from -3 to 2, .*; got {index}"):
         unit_costs(blocks_of(tiny_model), scope="ffn", protect=[0, index])
 
 
-def test_protected_blocks_may_be_counted_from_the_end(tiny_model):
+def test_protected_blocks_can_be_negative_indices(tiny_model):
     blocks = blocks_of(tiny_model)
     assert unit_costs(blocks, scope="ffn", protect=[0, -1, 2, -3]).protected == {0, 2}
     assert unit_costs(blocks, scope="ffn").protected == frozenset()
 
 
-def test_costs_of_a_model_are_its_parameters(tiny_model):
+def test_unit_costs_are_numbers_of_parameters(tiny_model):
     costs = unit_costs(blocks_of(tiny_model), scope="ffn")
     layer = tiny_model.model.layers[0]
     ffn = sum(p.numel() for layer in tiny_model.model.layers for p in layer.mlp.parameters())
@@ -89,13 +89,13 @@ def test_costs_of_a_model_are_its_parameters(tiny_model):
     assert costs.removed(masks) == ffn * 8 // 48 + attention // 2
 
 
-# --- keep masks -------------------------------------------------------------------------------------------------
+# --- masks
 
 sparsities = st.one_of(st.sampled_from([0.333, 0.47, 0.1, 0.9]), st.floats(0.001, 0.97))
 
 
 def draw_margins(data, lengths: list[int]) -> list[torch.Tensor]:
-    """Margins with many ties, all equal, or spread out."""
+    """Margins with many ties, equal margins, or margins over a wide range."""
     kind = data.draw(st.sampled_from(["ties", "equal", "spread"]))
     values = {
         "ties": st.integers(-3, 3).map(float), "equal": st.just(0.5), "spread": st.floats(-9, 9, width=32)
@@ -139,32 +139,32 @@ def solve(problem, data):
 
 @settings(max_examples=120)
 @given(problem=problems(), data=st.data())
-def test_masks_meet_the_budget_on_the_grid_and_in_order(problem, data):
+def test_masks_meet_the_budget_with_widths_in_multiples_and_units_in_order_of_margins(problem, data):
     costs, width_multiple, _ = problem
     masks, neuron, group, target = solve(problem, data)
-    # the budget, counted by hand
+    # The budget is met, counted independently.
     removed = costs.removed(masks)
     pairs = [*zip(costs.neuron, masks.ffn, strict=True), *zip(costs.group, masks.attention, strict=True)]
     assert removed == sum(cost * int((~mask).sum()) for cost, mask in pairs)
     step = width_multiple * max(costs.neuron)
     if costs.attention and removable_neurons(costs, width_multiple) < max(costs.group):
-        step = max(step, *costs.group)  # neurons too few to stand in for a group
+        step = max(step, *costs.group)  # too few neurons to replace a group
     assert 0 <= removed - target < step
-    # every block keeps something, and widths are on the grid
+    # Each block keeps at least one unit, and widths are multiples.
     for mask, n in zip(masks.ffn, costs.neurons, strict=True):
         kept = int(mask.sum())
         assert (mask.dtype, len(mask)) == (torch.bool, n)
         assert kept >= width_multiple
-        assert kept % width_multiple == 0 or kept == n  # a block that loses nothing keeps an odd width
+        assert kept % width_multiple == 0 or kept == n  # an unpruned block may have another width
     assert [len(mask) for mask in masks.attention] == costs.groups
     assert all(bool(mask.any()) if costs.attention else bool(mask.all()) for mask in masks.attention)
     assert all(bool(masks.ffn[b].all() and masks.attention[b].all()) for b in costs.protected)
-    # inside a block removed units come first in order of (margin, index)
+    # Removed units of a block are the first by (margin, index).
     for mask, margin in zip([*masks.ffn, *masks.attention], [*neuron, *(group or [])], strict=False):
         order = sorted(range(len(mask)), key=lambda i, m=margin: (float(m[i]), i))
         kept = [bool(mask[i]) for i in order]
         assert kept == sorted(kept)
-    # and in the whole model, but for the best neuron of each block, which has to stay
+    # The same holds in the whole model, except for the best neuron of each block, which is always kept.
     if width_multiple == 1 and not costs.attention:
         free = [
             (m, keep) for b, (m, keep) in enumerate(zip(neuron, masks.ffn, strict=True)) if b not in costs.protected
@@ -174,7 +174,7 @@ def test_masks_meet_the_budget_on_the_grid_and_in_order(problem, data):
 
 
 def reference_masks(costs, neuron, group, target, width_multiple) -> Masks:
-    """The rule as it is written down, one step at a time, on Python lists."""
+    """The documented rule, one step at a time, on Python lists."""
     ordered = [sorted(range(len(m)), key=lambda i, m=m: (float(m[i]), i)) for m in neuron]
     steps = []  # (margin, kind, block, position, members, cost)
     open_blocks = [b for b in range(len(neuron)) if b not in costs.protected]
@@ -201,7 +201,7 @@ def reference_masks(costs, neuron, group, target, width_multiple) -> Masks:
     at_most = removable_neurons(costs, width_multiple)
     total = sum(unit[5] for unit in taken)
     while taken and total > target and at_most >= target - (total - taken[-1][5]):
-        total -= taken.pop()[5]  # the last in order, if neurons can fill the gap
+        total -= taken.pop()[5]  # restore the last group if neurons can replace it
     masks = Masks(
         [torch.ones(n, dtype=torch.bool) for n in costs.neurons],
         [torch.ones(n, dtype=torch.bool) for n in costs.groups],
@@ -217,7 +217,7 @@ def reference_masks(costs, neuron, group, target, width_multiple) -> Masks:
 
 @settings(max_examples=120)
 @given(problem=problems(width_multiples=(1, 2, 3), largest=9), data=st.data())
-def test_small_cases_against_the_rule_step_by_step(problem, data):
+def test_masks_of_small_problems_equal_the_documented_rule(problem, data):
     costs, width_multiple, _ = problem
     masks, neuron, group, target = solve(problem, data)
     assert masks == reference_masks(costs, neuron, group, target, width_multiple)
@@ -228,24 +228,24 @@ EXAMPLE = ([torch.tensor([0.9, 0.1, 0.5, 0.2, 0.7]), torch.tensor([0.3, 0.8, 0.4
 
 
 @pytest.mark.parametrize(
-    ("costs", "target", "width_multiple", "margins", "gone", "gone_groups"),
+    ("costs", "target", "width_multiple", "margins", "removed", "removed_groups"),
     [
-        # the example in the docstring of `Cut`
+        # The example in the docstring of `Cut`
         (costs_of([3, 3], [5, 4]), 8, 2, EXAMPLE, [[1], [0, 2]], [[], []]),
         (costs_of([1, 1], [9, 5]), 0, 1, ([ZEROS(9), ZEROS(5)], [ZEROS(1)] * 2), [[], []], [[], []]),
-        # a block as wide as the multiple stays whole
+        # A block whose width is the multiple is not pruned.
         (costs_of([1, 1], [4, 8]), 3, 4, ([ZEROS(4), RISING(8)], [ZEROS(1)] * 2), [[], [0, 1, 2, 3]], [[], []]),
-        # one neuron of cost 1 can go, and two groups of cost 100: 150 needs both groups
+        # Removable are one neuron of cost 1 and two groups of cost 100. A target of 150 needs both groups.
         (costs_of([1], [2], [100], [3]), 150, 1, ([ZEROS(2)], [RISING(3)]), [[]], [[0, 1]]),
-        # both groups come first and overshoot 50; ties go by block, so that block 1 keeps its own
+        # Both groups come first, but one and a neuron are enough. Ties are resolved by block: block 1 keeps its group.
         (costs_of([1, 1], [30, 40], [30, 30], [2, 2]), 31, 1, ([RISING(30), 99 + RISING(40)], [ZEROS(2) - 1] * 2),
          [[0], []], [[0], []]),
     ],
 )  # fmt: skip
-def test_by_hand(costs, target, width_multiple, margins, gone, gone_groups):
+def test_masks_equal_examples_computed_by_hand(costs, target, width_multiple, margins, removed, removed_groups):
     masks = keep_masks(Budget(costs, target, width_multiple), *margins)
-    assert [(~m).nonzero()[:, 0].tolist() for m in masks.ffn] == gone
-    assert [(~m).nonzero()[:, 0].tolist() for m in masks.attention] == gone_groups
+    assert [(~m).nonzero()[:, 0].tolist() for m in masks.ffn] == removed
+    assert [(~m).nonzero()[:, 0].tolist() for m in masks.attention] == removed_groups
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -259,11 +259,11 @@ def test_masks_do_not_depend_on_the_dtype_or_gradient_of_margins(dtype):
     [
         ([[1, 0, 0], [1, 1]], [[3.0, -1.0, 0.5], [0.1, 0.2]], None, 0.5),
         ([[1, 1, 1], [1, 1]], [[3.0, -1.0, 0.5], [0.1, 0.2]], None, 0.0),
-        # two experts lose one neuron each: slot 0, whose margin is the mean of their smallest
+        # Two experts lose one neuron each: slot 0, whose margin is the mean of their smallest margins.
         ([[0, 1, 1, 1, 0, 1]], [[-1.0, 0.0, 2.0, 1.0, 0.5, 3.0]], [2], -0.25),
     ],
 )
-def test_the_margin_of_the_cut(keep, margins, experts, expected):
+def test_cut_margin_is_the_highest_margin_of_removed_neurons(keep, margins, experts, expected):
     masks = Masks([torch.tensor(k).bool() for k in keep], [])
     assert cut_margin(masks, [torch.tensor(m) for m in margins], experts) == expected
 
@@ -285,7 +285,7 @@ def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, at
     (width,), (kept,) = ({int(m.sum()) for m in part} for part in (masks.ffn, masks.attention))
     assert width == 48 or width % multiple == 0
     assert costs.removed(masks) >= target
-    if width < 48:  # one step wider would not do
+    if width < 48:  # one step wider would not meet the budget
         step = width % multiple or multiple
         assert costs.removed(masks) - step * sum(costs.neuron) < target
     assert kept == 4 or attention
@@ -295,8 +295,8 @@ def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, at
 
 @pytest.mark.parametrize("sparsity", [0.01, 0.02, 0.1, 0.6])
 @pytest.mark.parametrize("low", ["neurons", "groups"])
-def test_equal_widths_go_beyond_the_budget_by_less_than_a_step_wherever_margins_lie(sparsity, low):
-    """One common KV group less is more than a small target: it stays, and neurons make up for it."""
+def test_equal_widths_exceed_the_budget_by_less_than_a_step(sparsity, low):
+    """One KV group less per block costs more than a small target, so neurons are removed instead."""
     costs = equal_widths_costs("attention+ffn")
     neurons, groups = [torch.arange(48.0)] * 3, [torch.arange(4.0)] * 3
     shift = {"neurons": neurons, "groups": groups}[low]
@@ -309,11 +309,11 @@ def test_equal_widths_go_beyond_the_budget_by_less_than_a_step_wherever_margins_
 @pytest.mark.parametrize("experts", [1, 2])
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("gone", [(), (2,), (3, 0)])
-def test_what_whole_blocks_leave_is_spent_as_if_the_others_were_the_model(gone, multiple, uniform, experts):
-    """On units of the other blocks, whose masks are those of a model without the blocks that go."""
-    generator, stay = torch.Generator().manual_seed(len(gone)), [b for b in range(4) if b not in gone]
-    protected = frozenset({1} if len(gone) == 2 and not uniform else ())
+@pytest.mark.parametrize("removed", [(), (2,), (3, 0)])
+def test_after_removing_whole_blocks_masks_equal_those_of_the_shallower_model(removed, multiple, uniform, experts):
+    """Masks of the other blocks are those of a model without the removed blocks."""
+    generator, kept = torch.Generator().manual_seed(len(removed)), [b for b in range(4) if b not in removed]
+    protected = frozenset({1} if len(removed) == 2 and not uniform else ())
 
     def costs_for(depth: int, **more) -> UnitCosts:
         lists = ([number] * depth for number in (6, 48, 90, 4))
@@ -321,24 +321,24 @@ def test_what_whole_blocks_leave_is_spent_as_if_the_others_were_the_model(gone, 
 
     costs = costs_for(4, protected=protected, block=(700,) * 4, block_share=0.85, gone=(3, 0, 2))
     margins = [[torch.rand(n, generator=generator) for _ in range(4)] for n in (48 * experts, 4)]
-    budget = Budget.of(costs, 0.62, multiple).without(gone)
-    assert (budget.target, budget.costs.removed_blocks) == (1736, gone)
-    masks, step = keep_masks(budget, *margins), multiple * 6 * (len(stay) if uniform else 1)
-    assert masks.blocks == [b in stay for b in range(4)]
+    budget = Budget.of(costs, 0.62, multiple).without(removed)
+    assert (budget.target, budget.costs.removed_blocks) == (1736, removed)
+    masks, step = keep_masks(budget, *margins), multiple * 6 * (len(kept) if uniform else 1)
+    assert masks.blocks == [b in kept for b in range(4)]
     assert 0 <= costs.removed(masks) - budget.target < step
-    left = costs_for(len(stay), protected=frozenset(map(stay.index, protected)))
-    of_stay = ([kind[b] for b in stay] for kind in margins)
-    others = keep_masks(Budget(left, budget.target - 700 * len(gone), multiple), *of_stay)
-    assert Masks([masks.ffn[b] for b in stay], [masks.attention[b] for b in stay]) == others
-    # at another target as many go, first chosen first, as fit their share of it
+    left = costs_for(len(kept), protected=frozenset(map(kept.index, protected)))
+    of_stay = ([kind[b] for b in kept] for kind in margins)
+    others = keep_masks(Budget(left, budget.target - 700 * len(removed), multiple), *of_stay)
+    assert Masks([masks.ffn[b] for b in kept], [masks.attention[b] for b in kept]) == others
+    # With another target, as many blocks are removed, in the chosen order, as fit into their share of it.
     for sparsity in (0.1, 0.3, 0.5):
         at = budget.at(sparsity)
-        assert at.costs.removed_blocks == gone[: int(0.85 * sparsity * 4)]
+        assert at.costs.removed_blocks == removed[: int(0.85 * sparsity * 4)]
         assert 0 <= costs.removed(keep_masks(at, *margins)) - at.target < multiple * 6 * (4 if uniform else 1)
 
 
-def test_equal_widths_after_blocks_that_differ():
-    """Pruned before: the common width is no wider than the narrowest block, whatever little is asked."""
+def test_equal_widths_are_at_most_the_narrowest_width_of_a_pruned_model():
+    """In a model that was pruned before, the common width is at most that of the narrowest block."""
     costs = UnitCosts([6, 6], [8, 8], [10, 7], [2, 2], attention=False, uniform=True)
     masks = keep_masks(Budget(costs, 1), [torch.arange(10.0), torch.arange(7.0)])
     assert [int(m.sum()) for m in masks.ffn] == [7, 7]

@@ -1,4 +1,4 @@
-"""Masks, gates, and masks on a running model."""
+"""Masks, soft gates, and masking a model by hooks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def some_masks(seed: int = 0, depth: int = 3) -> Masks:
 
 
 @pytest.mark.parametrize("depth", [1, 3, 12])
-def test_masks_round_trip(depth):
+def test_masks_round_trip_through_tensors(depth):
     masks = some_masks(depth=depth)
     flat = masks.tensors()
     assert len(flat) == 2 * depth
@@ -31,12 +31,12 @@ def test_masks_round_trip(depth):
     assert Masks.from_tensors({name: mask.to(torch.uint8) for name, mask in flat.items()}) == masks
 
 
-def test_a_block_goes_when_its_masks_keep_neither_neuron_nor_group():
+def test_a_block_is_removed_if_its_masks_keep_no_unit():
     yes, no = torch.tensor([False, True]), torch.zeros(2, dtype=torch.bool)
     assert Masks([yes, no, yes, no], [yes, yes, no, no]).blocks == [True, True, True, False]
 
 
-def test_masks_are_equal_when_every_bit_is():
+def test_masks_are_equal_only_if_all_bits_are_and_are_not_hashable():
     masks, other, shorter = some_masks(), some_masks(), some_masks()
     assert masks == other
     other.attention[1][0] = False
@@ -47,13 +47,13 @@ def test_masks_are_equal_when_every_bit_is():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_soft_gate_against_numpy(dtype):
+def test_soft_gate_equals_the_formula_in_numpy(dtype):
     labels = torch.tensor([0] * 5 + [1] * 50)
     sizes = torch.bincount(labels)
     p = torch.cat([(torch.arange(n) + 0.5) / n for n in (5, 50)]).to(dtype)
     t = torch.tensor([-0.4, 0.7], dtype=dtype)
     cut = 1 / (1 + np.exp(-t.double().numpy()))
-    temperature = np.array([0.2, 0.05])  # 1/5, and the floor for 1/50
+    temperature = np.array([0.2, 0.05])  # 1/5, and the minimum instead of 1/50
     y = labels.numpy()
     expected = 1 / (1 + np.exp(-(p.double().numpy() - cut[y]) / temperature[y]))
     gate = soft_gate(p, t, labels, sizes)
@@ -61,7 +61,7 @@ def test_soft_gate_against_numpy(dtype):
     np.testing.assert_allclose(gate.numpy(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
-def test_soft_gate_falls_with_its_own_threshold_only():
+def test_soft_gates_decrease_with_the_threshold_of_their_module_only():
     labels, sizes = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2])
     t = torch.tensor([0.1, -0.3], dtype=torch.float64, requires_grad=True)
     p = torch.tensor([0.25, 0.75, 0.25, 0.75], dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_straight_through_has_hard_values_and_soft_gradients(dtype):
 
 
 def zeroed(model, masks: Masks):
-    """A copy whose removed units have zero columns in the output projections."""
+    """A copy in which removed units have zero columns in the down and output projections."""
     model = copy.deepcopy(model)
     for layer, neurons, groups in zip(model.model.layers, masks.ffn, masks.attention, strict=True):
         layer.mlp.down_proj.weight.data[:, ~neurons] = 0
@@ -95,7 +95,7 @@ def zeroed(model, masks: Masks):
 
 
 @pytest.mark.parametrize("overrides", [{}, {"num_key_value_heads": 4}, {"mlp_bias": True, "attention_bias": True}])
-def test_masked_equals_zeroed_weights(overrides, token_batch):
+def test_a_masked_model_equals_one_with_zeroed_weights(overrides, token_batch):
     model = make_tiny_llama(**overrides)
     groups = model.config.num_key_value_heads
     masks = Masks(some_masks().ffn, [torch.arange(groups) != b for b in range(3)])
@@ -107,27 +107,27 @@ def test_masked_equals_zeroed_weights(overrides, token_batch):
     assert (logits - dense).abs().max() > 0.1
 
 
-def without_blocks(masks: Masks, *gone: int) -> Masks:
-    """The masks, but for these blocks, which go whole."""
+def without_blocks(masks: Masks, *removed: int) -> Masks:
+    """The masks with these blocks removed."""
     none = {"ffn": torch.zeros(48, dtype=torch.bool), "attention": torch.zeros(2, dtype=torch.bool)}
-    kept = ([none[k] if b in gone else m for b, m in enumerate(getattr(masks, k))] for k in ("ffn", "attention"))
+    kept = ([none[k] if b in removed else m for b, m in enumerate(getattr(masks, k))] for k in ("ffn", "attention"))
     return Masks(*kept)
 
 
 @pytest.mark.parametrize(
-    ("gone", "narrow"), [((0,), True), ((1,), False), ((2,), True), ((0, 2), False), ((0, 2), True)]
+    ("removed", "narrow"), [((0,), True), ((1,), False), ((2,), True), ((0, 2), False), ((0, 2), True)]
 )
-def test_masked_equals_a_model_without_the_layer(gone, narrow, token_batch):
+def test_a_model_with_masked_blocks_equals_one_without_these_layers(removed, narrow, token_batch):
     model = make_tiny_llama(attention_bias=True, mlp_bias=True)
     for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.bias", "down_proj.bias")):  # a layer without units would still add these
+        if name.endswith(("o_proj.bias", "down_proj.bias")):  # biases, which a layer without units would add
             parameter.data.fill_(0.5)
-    everything = Masks([torch.ones(48, dtype=torch.bool)] * 3, [torch.ones(2, dtype=torch.bool)] * 3)
-    masks = without_blocks(some_masks() if narrow else everything, *gone)
+    all_kept = Masks([torch.ones(48, dtype=torch.bool)] * 3, [torch.ones(2, dtype=torch.bool)] * 3)
+    masks = without_blocks(some_masks() if narrow else all_kept, *removed)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     dense = model(token_batch).logits
     reference = zeroed(model, masks)
-    for index in reversed(gone):
+    for index in reversed(removed):
         del reference.model.layers[index]
     expected = reference(token_batch, use_cache=False).logits
     with masked(model, masks):
@@ -139,7 +139,7 @@ def test_masked_equals_a_model_without_the_layer(gone, narrow, token_batch):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_attention_gates_alone(tiny_model, token_batch):
+def test_gates_of_attention_only_equal_zeroed_weights(tiny_model, token_batch):
     masks = Masks([torch.ones(48, dtype=torch.bool)] * 3, [torch.tensor([False, True])] * 3)
     with gated(tiny_model, None, masks.attention):
         logits = tiny_model(token_batch).logits
@@ -147,18 +147,18 @@ def test_attention_gates_alone(tiny_model, token_batch):
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_leaving_restores_the_model_bit_for_bit(tiny_model, token_batch, failing):
+def test_leaving_masked_restores_the_model_bit_for_bit(tiny_model, token_batch, failing):
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     dense = tiny_model(token_batch).logits
     with pytest.raises(IndexError) if failing else nullcontext(), masked(tiny_model, without_blocks(some_masks(), 1)):
-        assert hooks_of(tiny_model) == 7  # a gate of each projection, and of the block that is gone
+        assert hooks_of(tiny_model) == 7  # two projections in each of three blocks, and the removed block
         tiny_model(torch.full((1, 4), 999) if failing else token_batch)
     assert hooks_of(tiny_model) == 0
     assert torch.equal(tiny_model(token_batch).logits, dense)
     assert all(torch.equal(before[name], tensor) for name, tensor in tiny_model.state_dict().items())
 
 
-def test_a_model_that_cannot_be_watched_is_left_without_hooks(tiny_model):
+def test_gated_leaves_no_hooks_on_a_model_with_a_missing_projection(tiny_model):
     broken = tiny_model.model.layers[2].mlp.down_proj
     tiny_model.model.layers[2].mlp.down_proj = None
     with pytest.raises(AttributeError), gated(tiny_model, some_masks().ffn):
@@ -167,16 +167,16 @@ def test_a_model_that_cannot_be_watched_is_left_without_hooks(tiny_model):
     assert hooks_of(tiny_model) == 0
 
 
-def test_gates_are_read_at_every_pass_and_carry_gradients(tiny_model, token_batch):
+def test_gates_are_read_in_each_forward_pass_and_get_gradients(tiny_model, token_batch):
     gates = [torch.ones(48) for _ in range(3)]
     dense = tiny_model(token_batch).logits
     masks = some_masks()
     masks.attention[:] = [torch.ones(2, dtype=torch.bool)] * 3
     with gated(tiny_model, gates):
-        assert torch.equal(tiny_model(token_batch).logits, dense)  # gates that keep everything change nothing
+        assert torch.equal(tiny_model(token_batch).logits, dense)  # gates of ones have no effect
         gates[:] = [m.float().requires_grad_() for m in masks.ffn]
         logits = tiny_model(token_batch).logits
         logits.square().mean().backward()
     torch.testing.assert_close(logits, zeroed(tiny_model, masks)(token_batch).logits, atol=1e-5, rtol=0)
-    assert all(bool((g.grad != 0).all()) for g in gates)  # removed units have gradients too
+    assert all(bool((g.grad != 0).all()) for g in gates)  # also for removed units
     assert all(p.grad is None for p in tiny_model.parameters())

@@ -1,4 +1,4 @@
-"""Budgets in what the user pays in: what is accepted, and that every currency is met, to the unit."""
+"""Targets in shares, parameters, bytes and other costs: which values are valid, and that each is met within a step."""
 
 from __future__ import annotations
 
@@ -29,64 +29,64 @@ from tests.registries import restored
 
 
 @pytest.mark.parametrize(
-    ("asked", "unit", "number"),
+    ("value", "unit", "number"),
     [
         (0.1, "share", Fraction(1, 10)), (1e-9, "share", Fraction(1, 10**9)), ("30%", "%", Fraction(3, 10)),
         ("95M", "parameters", 95 * 10**6), ("1.5B", "parameters", 15 * 10**8), (95000000, "parameters", 95 * 10**6),
         ("200MiB", "bytes", 200 * 2**20), ("1.5GB", "bytes", 15 * 10**8), ("3KiB", "bytes", 3072),
     ],
 )  # fmt: skip
-def test_what_is_asked_for_is_read_once_and_for_all(asked, unit, number):
-    target = Target.of(asked)
+def test_targets_with_units_are_parsed_exactly(value, unit, number):
+    target = Target.of(value)
     assert (target.unit, target.number) == (unit, number)
     assert Target.of(target.asked) == target
-    kept = parse(["--sparsity.target", str(asked)]).sparsity.target
-    assert kept == (asked if unit == "share" else str(asked))
+    parsed = parse(["--sparsity.target", str(value)]).sparsity.target
+    assert parsed == (value if unit == "share" else str(value))
 
 
-NONSENSE = [
+INVALID = [
     "-3M", "1e400", "200 MiB", "30 %", "0%", "100%", "half", "%", "M", "0M", "3", "1e3M", "٣M", "5TiB", "0x",
     "1x", "0.9x", "x", "2X",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("asked", [*NONSENSE, 0, 1, 1.5, -1, True, None, [0.5], float("nan"), float("inf"), 10**20])
-def test_nonsense_is_refused_in_one_line(asked):
+@pytest.mark.parametrize("value", [*INVALID, 0, 1, 1.5, -1, True, None, [0.5], float("nan"), float("inf"), 10**20])
+def test_invalid_targets_are_refused_in_one_line(value):
     with pytest.raises(UserError, match=r"\A--sparsity\.target must be a share .*; got .*\.\Z"):
-        RunConfig(sparsity={"target": asked})
+        RunConfig(sparsity={"target": value})
 
 
-def test_a_new_unit_leaves_old_runs_where_they_are():
+def test_settings_of_runs_by_share_have_no_keys_of_other_units():
     assert (
         RunConfig(sparsity={"target": 0.4}).settings()["sparsity"].keys() == RunConfig().settings()["sparsity"].keys()
     )
     assert "cost" not in RunConfig().settings()["sparsity"]
     assert "export" not in RunConfig().settings()
     bytes_of = [RunConfig(sparsity={"target": "9MiB"}, export={"dtype": dtype}) for dtype in ("float32", "float16")]
-    assert bytes_of[0].run_name != bytes_of[1].run_name  # other units go
+    assert bytes_of[0].run_name != bytes_of[1].run_name  # other units are removed
     assert RunConfig(sparsity={"target": "30%", "cost": "kv_cache"}).settings()["sparsity"]["cost"] == "kv_cache"
 
 
-# --- every currency, to the unit --------------------------------------------------------------------------------
+# --- each cost is met within a step
 
 
 @pytest.fixture(scope="module")
 def scored():
-    """A tiny model of 4 KV groups, statistics and scores."""
+    """A tiny model with 4 KV groups, its statistics and scores."""
     model = make_tiny_llama(num_key_value_heads=4)
     tokens = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
     statistics = collect(model, [{"input_ids": tokens, "index": torch.arange(6)}])
     return model, statistics, score_units("wanda_sp", blocks_of(model), statistics, attention=True)
 
 
-def priced(model, name: str, **weights) -> Price:
+def price_of(model, name: str, **weights) -> Price:
     blocks = blocks_of(model)
     costs = weighed(model, blocks, **weights) if weights else COST[name](model, blocks)
     return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
 
 
-def curved(model) -> Price:
-    """What is the more the wider it is, in irregular steps, some of which cost nothing."""
+def irregular_price(model) -> Price:
+    """A cost that increases with the width in irregular steps, some of which are zero."""
     generator = torch.Generator().manual_seed(3)
 
     def table(units: int) -> list[int]:
@@ -99,35 +99,35 @@ def curved(model) -> Price:
 
 @pytest.mark.parametrize("name", ["uniform", "global", "owl"])
 @pytest.mark.parametrize("uniform", [False, True])
-@pytest.mark.parametrize(("asked", "cost"), [
+@pytest.mark.parametrize(("value", "cost"), [
     ("30%", "parameters"), ("24K", "parameters"), ("40KiB", "bytes"), (0.4, "kv_cache"), (0.4, "curved"),
     ("20%", "curved"),
 ])  # fmt: skip
-def test_every_currency_is_met_to_the_step_by_every_allocation(asked, cost, uniform, name, scored):
+def test_all_allocations_meet_targets_in_each_cost_within_a_step(value, cost, uniform, name, scored):
     model, statistics, scores = scored
     blocks = blocks_of(model)
     size = {"weight": lambda p: HALF_BITS * (4 if p.ndim < 2 else 2)} if cost == "bytes" else {}
-    price = curved(model) if cost == "curved" else priced(model, cost, **size)
+    price = irregular_price(model) if cost == "curved" else price_of(model, cost, **size)
     costs = unit_costs(blocks, scope="attention+ffn", uniform=uniform, price=price)
     for multiple in (1, 8):
-        budget = Budget.of(costs, asked, multiple)
+        budget = Budget.of(costs, value, multiple)
         masks = allocate(name, scores, statistics, blocks, budget)
-        checked_masks(COST, name, masks, budget)  # at least the target, and less than a step more
+        checked_masks(COST, name, masks, budget)  # meets the target, and exceeds it by less than a step
         small = prune(model, masks)
-        left, number = price.model - costs.removed(masks), Target.of(asked).number
+        remaining, number = price.model - costs.removed(masks), Target.of(value).number
         if cost == "bytes":
-            assert left == sum(p.numel() * size["weight"](p) for p in small.parameters()) <= HALF_BITS * number
+            assert remaining == sum(p.numel() * size["weight"](p) for p in small.parameters()) <= HALF_BITS * number
         if cost == "parameters":
-            assert left == small.num_parameters() <= (number if asked == "24K" else (1 - number) * price.model)
+            assert remaining == small.num_parameters() <= (number if value == "24K" else (1 - number) * price.model)
         if cost == "kv_cache":
-            assert all(bool(m.all()) for m in masks.ffn)  # neurons hold none of it
+            assert all(bool(m.all()) for m in masks.ffn)  # neurons have no KV cache
         assert costs.in_parameters.removed(masks) == model.num_parameters() - small.num_parameters()
 
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_masks_by_a_cost_of_widths_are_those_of_the_rule_written_down(data):
-    """One step at a time: the lowest margin next, until what the tables say has gone."""
+def test_masks_for_a_cost_by_width_equal_the_documented_rule(data):
+    """One unit at a time, lowest margin first, until the tables' costs add up to the target."""
     neurons = data.draw(st.lists(st.integers(2, 12), min_size=1, max_size=3))
     tables = [[0, *torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=n, max_size=n))).cumsum(0).tolist()]
               for n in neurons]  # fmt: skip
@@ -139,20 +139,20 @@ def test_masks_by_a_cost_of_widths_are_those_of_the_rule_written_down(data):
     margins = [torch.tensor(data.draw(st.lists(st.integers(-3, 3), min_size=n, max_size=n))).double() for n in neurons]
     masks = keep_masks(Budget(costs, target), margins)
     order = sorted((float(m[i]), b, i) for b, m in enumerate(margins) for i in range(len(m)))
-    gone, spent = [0] * len(neurons), 0
+    removed, spent = [0] * len(neurons), 0
     for _, b, _ in order:
-        if spent < target and gone[b] < neurons[b] - 1:
-            spent += tables[b][-1 - gone[b]] - tables[b][-2 - gone[b]]
-            gone[b] += 1
-    assert [int((~m).sum()) for m in masks.ffn] == gone
+        if spent < target and removed[b] < neurons[b] - 1:
+            spent += tables[b][-1 - removed[b]] - tables[b][-2 - removed[b]]
+            removed[b] += 1
+    assert [int((~m).sum()) for m in masks.ffn] == removed
     assert costs.removed(masks) == spent >= target
 
 
-def test_a_cost_of_parameters_gives_the_masks_of_no_cost(scored):
+def test_the_cost_parameters_gives_the_same_masks_as_no_cost(scored):
     model, statistics, scores = scored
     blocks = blocks_of(model)
     for scope, share in (("ffn", 0.41), ("attention+ffn", 0.29)):
-        plain, priced_costs = (unit_costs(blocks, scope=scope, price=p) for p in (None, priced(model, "parameters")))
+        plain, priced_costs = (unit_costs(blocks, scope=scope, price=p) for p in (None, price_of(model, "parameters")))
         one, other = (
             allocate("global", scores, statistics, blocks, Budget.of(c, share)) for c in (plain, priced_costs)
         )
@@ -161,7 +161,7 @@ def test_a_cost_of_parameters_gives_the_masks_of_no_cost(scored):
 
 
 @pytest.mark.parametrize(
-    ("asked", "cost", "said"),
+    ("value", "cost", "message"),
     [
         ("200M", "parameters", "cannot remove anything: the scope has 13,824, the model"),
         (0.3, "kv_cache", "cannot remove anything: the scope has 0, the model 96"),
@@ -170,13 +170,13 @@ def test_a_cost_of_parameters_gives_the_masks_of_no_cost(scored):
         ("30%", "kv_cache", r"must be at most 0\.00%, .*; got 30%\."),
     ],
 )  # fmt: skip
-def test_more_than_there_is_says_what_there_is(asked, cost, said, tiny_model):
-    costs = unit_costs(blocks_of(tiny_model), scope="ffn", price=priced(tiny_model, cost))
-    with pytest.raises(UserError, match=f"^--sparsity.target .*{said}"):
-        Budget.of(costs, asked)
+def test_impossible_targets_are_refused_with_the_limit(value, cost, message, tiny_model):
+    costs = unit_costs(blocks_of(tiny_model), scope="ffn", price=price_of(tiny_model, cost))
+    with pytest.raises(UserError, match=f"^--sparsity.target .*{message}"):
+        Budget.of(costs, value)
 
 
-def test_a_cost_that_a_notebook_registers_is_what_the_budget_counts(scored):
+def test_a_registered_cost_is_counted_by_the_budget(scored):
     model, _, _ = scored
     with restored(COST):
 
@@ -184,7 +184,7 @@ def test_a_cost_that_a_notebook_registers_is_what_the_budget_counts(scored):
         def groups_alone(model, blocks):
             return [(0, 1, b.kv_groups) for b in blocks], 0
 
-        costs = unit_costs(blocks_of(model), scope="attention+ffn", price=priced(model, "groups_alone"))
+        costs = unit_costs(blocks_of(model), scope="attention+ffn", price=price_of(model, "groups_alone"))
         margins = [torch.zeros(48)] * 3, [torch.arange(4.0)] * 3
         masks = keep_masks(Budget.of(costs, "50%"), *margins)
         assert [int(m.sum()) for m in masks.attention] == [2, 2, 2]
@@ -192,7 +192,7 @@ def test_a_cost_that_a_notebook_registers_is_what_the_budget_counts(scored):
 
 
 @pytest.mark.parametrize("costs", [(1.5, 2, 3), ([(1, 1, 4)] * 9, 0), ([(1.5, 1, 4)] * 3, 0)])
-def test_a_cost_that_is_none_is_one_line_with_its_name(costs, world, tmp_path, capsys):
+def test_an_invalid_registered_cost_is_refused_by_name(costs, world, tmp_path, capsys):
     with restored(COST):
         COST.register("odd")(lambda model, blocks: costs)
         assert main(world.args(tmp_path, "--sparsity.cost=odd")) == 2
@@ -200,7 +200,7 @@ def test_a_cost_that_is_none_is_one_line_with_its_name(costs, world, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("export", "way_out"),
+    ("export", "remedy"),
     [
         ({"format": "hf", "dtype": "float32"}, " With --export.dtype bfloat16 the weights take half the bytes."),
         ({"format": "hf", "dtype": "bfloat16"}, ""),
@@ -210,8 +210,8 @@ def test_a_cost_that_is_none_is_one_line_with_its_name(costs, world, tmp_path, c
         ),
     ],
 )
-def test_bytes_that_do_not_fit_name_the_way_out(export, way_out):
+def test_an_impossible_byte_target_names_a_smaller_export_format(export, remedy):
     sparsity = {"target": "100KiB", "width_multiple": 32}
     with pytest.raises(UserError) as error:
         check(RunConfig(model={"name": "tiny-random"}, export=export, sparsity=sparsity))
-    assert re.search(r"at least [\d.]+MiB, .*; got 100KiB\.(.*)$", str(error.value))[1] == way_out
+    assert re.search(r"at least [\d.]+MiB, .*; got 100KiB\.(.*)$", str(error.value))[1] == remedy

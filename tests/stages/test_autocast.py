@@ -1,4 +1,4 @@
-"""A stage whose losses are not finite under autocast goes on in float32, and says so."""
+"""A stage whose losses are not finite under autocast continues in float32 with a warning."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from gprune.models.surgery import prune
 from gprune.stages.distillation import DistillationStage
 from tests.tiny_families import some_masks
 
-SAID = "The loss of distillation is not finite in bfloat16. Falling back to float32."
+WARNING = "The loss of distillation is not finite in bfloat16. Falling back to float32."
 
 
-def distilled(dense, *, precision, measured=False):
-    """What a student has learned from eight windows, `measured` on development text before, and its stage."""
+def distill(dense, *, precision, validated=False):
+    """Train a student on eight windows, optionally after a validation. Returns its learned state and its stage."""
     stage = DistillationStage(dense, prune(dense, some_masks(dense, attention=False)))
     text = [Windows("demo", "train", torch.arange(128).view(8, 16))]
-    development = [Windows("demo", "development", torch.arange(32).view(2, 16))] if measured else []
+    development = [Windows("demo", "development", torch.arange(32).view(2, 16))] if validated else []
     data = CorpusDataModule(train=text, validation=development, batch_size=2, seed=0)
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
         enable_progress_bar=False, use_distributed_sampler=False, precision=precision,
     )  # fmt: skip
-    if measured:
+    if validated:
         trainer.validate(stage, data, verbose=False)
     trainer.fit(stage, data)
     return {name: t.clone() for name, t in stage.state_dict().items()}, stage
 
 
-def said(caplog):
-    """Warnings of gprune."""
+def warnings_of(caplog):
+    """Warnings of gprune's logger."""
     return [r.message for r in caplog.records if r.name == "gprune" and r.levelno >= logging.WARNING]
 
 
 @pytest.fixture
 def overflowing(tiny_model):
-    """A dense model whose second block overflows in bfloat16 alone."""
+    """A dense model whose second block overflows only in bfloat16."""
 
     def overflow(_module, _inputs, output):
         return output * float("inf") if torch.is_autocast_enabled("cpu") else output
@@ -51,26 +51,26 @@ def overflowing(tiny_model):
     handle.remove()
 
 
-@pytest.mark.parametrize("measured", [False, True])
-def test_losses_that_bfloat16_cannot_hold_are_learned_in_float32(measured, overflowing, caplog):
+@pytest.mark.parametrize("validated", [False, True])
+def test_distillation_falls_back_to_float32_if_losses_overflow_in_bfloat16(validated, overflowing, caplog):
     with caplog.at_level(logging.WARNING, logger="gprune"):
-        learned, stage = distilled(overflowing, precision="bf16-mixed", measured=measured)
-    assert said(caplog) == [SAID]
+        learned, stage = distill(overflowing, precision="bf16-mixed", validated=validated)
+    assert warnings_of(caplog) == [WARNING]
     assert stage.autocast.in_float32
-    expected, other = distilled(overflowing, precision="32-true", measured=measured)
+    expected, other = distill(overflowing, precision="32-true", validated=validated)
     assert not other.autocast.in_float32
     assert all(torch.equal(learned[name], t) for name, t in expected.items())
 
 
-def test_finite_losses_stay_in_bfloat16(tiny_model, caplog):
-    learned, stage = distilled(tiny_model, precision="bf16-mixed")
-    expected, _ = distilled(tiny_model, precision="32-true")
-    assert (said(caplog), stage.autocast.in_float32) == ([], False)
+def test_distillation_with_finite_losses_uses_bfloat16(tiny_model, caplog):
+    learned, stage = distill(tiny_model, precision="bf16-mixed")
+    expected, _ = distill(tiny_model, precision="32-true")
+    assert (warnings_of(caplog), stage.autocast.in_float32) == ([], False)
     assert any(not torch.equal(learned[name], t) for name, t in expected.items())
 
 
-def test_a_checkpoint_remembers_float32(overflowing):
-    _, stage = distilled(overflowing, precision="bf16-mixed")
+def test_the_fallback_to_float32_is_saved_in_checkpoints(overflowing):
+    _, stage = distill(overflowing, precision="bf16-mixed")
     checkpoint = {}
     stage.on_save_checkpoint(checkpoint)
     resumed = DistillationStage(overflowing, prune(overflowing, some_masks(overflowing, attention=False)))

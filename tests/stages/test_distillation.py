@@ -1,4 +1,4 @@
-"""Distillation: its loss, what learns and what does not, and the plain model that comes out."""
+"""Distillation: its loss, trained and frozen weights, resuming, and the resulting plain model."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ TARGETS = ("mlp", "all", "lora")
 
 
 def divergence(dense, pruned, tokens: torch.Tensor) -> float:
-    """KL(dense || pruned) of the next token in nats, by stock logits in float64."""
+    """KL(dense || pruned) of the next token in nats, from the models' logits in float64."""
     with torch.no_grad():
         logs = [m(tokens, use_cache=False).logits[:, :-1].double().log_softmax(-1) for m in (dense, pruned)]
     return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
 
 
-def fitted(stage: DistillationStage, tokens: torch.Tensor, *, epochs: int = 1, batch_size: int = 4, **how) -> L.Trainer:
-    trainer = trainer_of(epochs=epochs, **how)
+def fit(
+    stage: DistillationStage, tokens: torch.Tensor, *, epochs: int = 1, batch_size: int = 4, **options
+) -> L.Trainer:
+    trainer = trainer_of(epochs=epochs, **options)
     trainer.fit(stage, data_of(tokens, batch_size))
     return trainer
 
@@ -53,35 +55,36 @@ def problem(tiny_model):
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-def test_it_ends_nearer_to_the_dense_model_as_a_plain_one(targets, problem):
+def test_distillation_reduces_the_kl_divergence_and_returns_a_plain_model(targets, problem):
     dense, pruned, tokens = problem
     before = {name: t.clone() for name, t in dense.state_dict().items()}
     plain = {name: t.clone() for name, t in pruned.state_dict().items()}
     start = divergence(dense, pruned, tokens)
     stage = DistillationStage(dense, pruned, targets=targets, learning_rate=0.02)
-    assert divergence(dense, stage.student, tokens) == pytest.approx(start, rel=1e-5)  # nothing is learned yet
-    fitted(stage, tokens, epochs=8)
+    assert divergence(dense, stage.student, tokens) == pytest.approx(start, rel=1e-5)  # before training
+    fit(stage, tokens, epochs=8)
     with torch.no_grad():
-        learned = stage.student(tokens).logits
+        expected = stage.student(tokens).logits
         small = stage.finished()
-        torch.testing.assert_close(small(tokens).logits, learned, atol=2e-4, rtol=1e-4)  # folded, or merged
+        # The result has folded scales or merged adapters.
+        torch.testing.assert_close(small(tokens).logits, expected, atol=2e-4, rtol=1e-4)
     assert divergence(dense, small, tokens) < 0.8 * start
-    # the dense model is what it was; the student is a plain frozen model of the same shapes
+    # The dense model is unchanged. The result is a plain frozen model with the same shapes.
     assert all(torch.equal(before[name], t) for name, t in dense.state_dict().items())
     assert {name: t.shape for name, t in small.state_dict().items()} == {n: t.shape for n, t in plain.items()}
     assert not any(p.requires_grad for p in small.parameters())
-    assert not any(m._forward_pre_hooks for m in small.modules())  # private, but nothing else tells of hooks
-    # what does not learn stays bit for bit
+    assert not any(m._forward_pre_hooks for m in small.modules())  # private, but there is no public way to list hooks
+    # Frozen weights keep their bits.
     same = {name for name, t in small.state_dict().items() if torch.equal(t, plain[name])}
     assert {"model.embed_tokens.weight", "model.norm.weight"} <= same
     assert all((".self_attn." in name and "norm" not in name) <= (name in same) for name in plain) == (targets == "mlp")
 
 
 @pytest.mark.parametrize(("kl", "cross_entropy"), [(1, 0), (1, 0.5), (0, 2)])
-def test_the_loss_is_the_sum_of_its_terms(kl, cross_entropy, problem):
+def test_the_loss_is_the_weighted_sum_of_kl_and_cross_entropy(kl, cross_entropy, problem):
     dense, pruned, tokens = problem
     settings = {"learning_rate": 1e-9, "kl": kl, "cross_entropy": cross_entropy}
-    trainer = fitted(DistillationStage(dense, pruned, **settings), tokens, batch_size=len(tokens))
+    trainer = fit(DistillationStage(dense, pruned, **settings), tokens, batch_size=len(tokens))
     with torch.no_grad():
         expected = kl * divergence(dense, pruned, tokens) + cross_entropy * float(pruned(tokens, labels=tokens).loss)
     assert float(trainer.callback_metrics["distill/loss"]) == pytest.approx(expected, rel=1e-4)
@@ -92,18 +95,18 @@ def test_the_loss_is_the_sum_of_its_terms(kl, cross_entropy, problem):
     [({"checkpointing": True}, "llama"), ({"checkpointing": True}, "opt"), ({"precision": "bf16-mixed"}, "llama"),
      ({"accumulate": 2}, "llama")],
 )  # fmt: skip
-def test_what_saves_memory_or_time_learns_the_same(settings, family, problem):
+def test_checkpointing_accumulation_and_mixed_precision_train_the_same_weights(settings, family, problem):
     dense, _, tokens = problem
     if family != "llama":
         dense = make_tiny(family)
-    learned = []
+    changes = []
     for more in ({}, settings):
         own = {name: value for name, value in more.items() if name == "checkpointing"}
         pruned = prune(dense, some_masks(dense, attention=True))
         before = {name: t.clone() for name, t in pruned.state_dict().items()}
         stage = DistillationStage(dense, pruned, learning_rate=1e-3, warmup=0.5, **own)
-        how = {"precision": more.get("precision", "32-true"), "accumulate_grad_batches": more.get("accumulate", 1)}
-        trainer = fitted(stage, tokens, batch_size=4 // more.get("accumulate", 1), **how)
+        options = {"precision": more.get("precision", "32-true"), "accumulate_grad_batches": more.get("accumulate", 1)}
+        trainer = fit(stage, tokens, batch_size=4 // more.get("accumulate", 1), **options)
         assert trainer.global_step == 2
         after = stage.finished().state_dict()
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in stage.student.modules())
@@ -111,43 +114,43 @@ def test_what_saves_memory_or_time_learns_the_same(settings, family, problem):
         if family == "opt":
             assert [block.layer.dropout for block in blocks_of(pruned)] == [0.1] * 3
         assert {t.dtype for t in after.values()} == {torch.float32}
-        learned.append(torch.cat([(t - before[name]).flatten() for name, t in after.items()]))
-    apart = float((learned[0] - learned[1]).norm() / learned[0].norm())
-    assert apart < (0.2 if "precision" in settings else 1e-3)
+        changes.append(torch.cat([(t - before[name]).flatten() for name, t in after.items()]))
+    difference = float((changes[0] - changes[1]).norm() / changes[0].norm())
+    assert difference < (0.2 if "precision" in settings else 1e-3)
 
 
 @pytest.mark.parametrize(
     ("family", "targets"),
     [("gpt2", "all"), ("gpt2", "lora"), ("mixtral", "mlp"), ("mixtral", "lora"), ("gemma3_text", "all")],
 )
-def test_other_families_learn_too(family, targets):
+def test_distillation_works_for_other_families(family, targets):
     dense = make_tiny(family)
     pruned, tokens = prune(dense, some_masks(dense, attention=False)), sampled_tokens(dense)
     start = divergence(dense, pruned, tokens)
     stage = DistillationStage(dense, pruned, targets=targets, learning_rate=0.01)
-    fitted(stage, tokens, epochs=4)
+    fit(stage, tokens, epochs=4)
     finished = stage.finished()
     assert divergence(dense, finished, tokens) < start
     names = {name for name, _ in pruned.named_parameters()}
-    assert {name for name, _ in finished.named_parameters()} == names  # fused weights too, none is left a buffer
+    assert {name for name, _ in finished.named_parameters()} == names  # no fused weight became a buffer
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize(("dtype", "finest"), [(torch.bfloat16, 256), (torch.float16, 2048)])
-def test_it_learns_in_float32_what_is_stored_in_fewer_bits(dtype, finest, targets, problem):
+@pytest.mark.parametrize(("dtype", "resolution"), [(torch.bfloat16, 256), (torch.float16, 2048)])
+def test_16_bit_weights_are_trained_in_float32(dtype, resolution, targets, problem):
     dense, pruned, tokens = (part.to(dtype) if isinstance(part, torch.nn.Module) else part for part in problem)
     plain = {name: t.clone() for name, t in pruned.state_dict().items()}
     stage = DistillationStage(dense, pruned, targets=targets, learning_rate=1e-3)
-    fitted(stage, tokens)
+    fit(stage, tokens)
     assert {parameter.dtype for parameter in stage.learned.values()} == {torch.float32}
-    # less than the stored dtype tells apart beside 1, and yet not lost
-    assert all(torch.frac(p.float() * finest).any() for p in stage.learned.values() if p.abs().max() > 0.5)
+    # Updates below the resolution of the stored dtype near 1 are not lost.
+    assert all(torch.frac(p.float() * resolution).any() for p in stage.learned.values() if p.abs().max() > 0.5)
     small = stage.finished()
     assert {t.dtype for t in small.state_dict().values()} == {dtype}
     assert any(not torch.equal(plain[name], t) for name, t in small.state_dict().items())
 
 
-def test_what_cannot_be_learned_is_refused(tiny_model):
+def test_invalid_distillation_settings_are_refused(tiny_model):
     with pytest.raises(UserError, match=r"^--distill\.targets must be mlp or all with --model\.shard"):
         Distill(DistillConfig(targets="lora")).refuse(blocks_of(tiny_model), shard=True)
     with pytest.raises(UserError, match=r"--distill\.kl or --distill\.cross_entropy must be more than 0"):
@@ -155,16 +158,18 @@ def test_what_cannot_be_learned_is_refused(tiny_model):
 
 
 @pytest.mark.slow
-def test_adapters_begin_alike_whatever_the_cache_holds(world, tmp_path, quick):
+def test_initial_adapters_do_not_depend_on_the_cache(world, tmp_path, quick):
     with tiny_run.isolated(tmp_path / "cache"):
-        cold, warm = (learned(world.run(tmp_path, *FLAGS, *ALONE, "--distill.targets=lora", name=n).path) for n in "ab")
+        cold, warm = (
+            learned_of(world.run(tmp_path, *FLAGS, *ONE_ROW, "--distill.targets=lora", name=n).path) for n in "ab"
+        )
     assert_same_tensors(cold, warm)
 
 
-# Chains
+# --- chains of recoveries
 
 
-def test_a_chain_has_the_contract_of_one_recovery():
+def test_a_chain_of_recoveries_is_a_recovery():
     chain = recovery_of("least_squares+distill")
     assert isinstance(chain, Recovery)
     assert (chain.needs, chain.learns) == (RECOVERY["least_squares"].needs, True)
@@ -174,7 +179,7 @@ def test_a_chain_has_the_contract_of_one_recovery():
 
 
 @pytest.mark.parametrize(
-    ("chain", "why"),
+    ("chain", "reason"),
     [
         (["distill", "least_squares"], "'least_squares' goes block by block, so it must come first"),
         (["bias", "least_squares"], "'least_squares' goes block by block"),
@@ -183,19 +188,19 @@ def test_a_chain_has_the_contract_of_one_recovery():
         (["least_squares", "heal"], "Unknown recovery 'heal'"),
     ],
 )
-def test_chains_that_cannot_be_are_one_line(chain, why):
-    with pytest.raises(UserError, match=why):
+def test_invalid_chains_of_recoveries_are_refused(chain, reason):
+    with pytest.raises(UserError, match=reason):
         RunConfig(recovery=chain)
 
 
-def test_too_few_tokens_are_refused_before_anything_is_loaded():
+def test_too_few_distillation_tokens_are_refused():
     cfg = RunConfig(recovery=["least_squares", "distill"])
     cfg.distill.tokens = 100
     with pytest.raises(UserError, match=r"--distill\.tokens must be 768 or more .*; got 100"):
         cfg.validate()
 
 
-# The whole run
+# --- whole runs
 
 
 @pytest.fixture(scope="module")
@@ -217,13 +222,13 @@ FLAGS = (
     "--distill.batch_size=2",
     "--distill.learning_rate=0.003",
 )
-ALONE = ("--gprune=false", "--evaluation.controls=[]", "--export=none")
-OFTEN = "--run.checkpoint_minutes=0"
-TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
+ONE_ROW = ("--gprune=false", "--evaluation.controls=[]", "--export=none")
+EVERY_STEP = "--run.checkpoint_minutes=0"
+TWO_PROCESSES = ("--trainer.devices=2", "--trainer.strategy=ddp")
 CURVES = "distill/base"
 
 
-def learned(run) -> dict[str, torch.Tensor]:
+def learned_of(run) -> dict[str, torch.Tensor]:
     (file,) = (run / "recovery").glob("*.safetensors")
     return read_tensors(file)
 
@@ -234,18 +239,18 @@ def assert_same_tensors(one: dict[str, torch.Tensor], two: dict[str, torch.Tenso
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world, tmp_path_factory):
-    """A run that only distils, once through."""
+def uninterrupted(world, tmp_path_factory):
+    """An uninterrupted run with distillation of a single row."""
     with pytest.MonkeyPatch.context() as patch:
         tiny_run.quick(patch)
-        return world.run(tmp_path_factory.mktemp("undisturbed"), *FLAGS, *ALONE)
+        return world.run(tmp_path_factory.mktemp("uninterrupted"), *FLAGS, *ONE_ROW)
 
 
-def test_a_run_distils_every_row_and_takes_up_what_was_learned(
-    undisturbed, world, tmp_path, quick, monkeypatch, capsys
+def test_a_run_distills_all_rows_and_resumes_without_training_again(
+    uninterrupted, world, tmp_path, quick, monkeypatch, capsys
 ):
     result = world.run(tmp_path, *FLAGS)
-    first, then = capsys.readouterr().out.split("Distilling", 1)  # the method alone is shown before anything recovers
+    first, then = capsys.readouterr().out.split("Distilling", 1)  # the first table has no recovery
     assert [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("| ")][1:] == [
         "dense", "base", "averaged", "gprune",
     ]  # fmt: skip
@@ -256,15 +261,16 @@ def test_a_run_distils_every_row_and_takes_up_what_was_learned(
     assert all((r["distill"] is not None) == (r["recovery"] == chain) for r in result.records)
     plan = check(result.config)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens
-    assert result.summary["forward_tokens"] <= plan.forward_tokens  # the teacher runs for one row of three
-    alone = {r["corpus"]: r["nll"] for r in undisturbed.records if r["recovery"] == chain}
+    # The teacher's tokens are counted for one of three rows.
+    assert result.summary["forward_tokens"] <= plan.forward_tokens
+    alone = {r["corpus"]: r["nll"] for r in uninterrupted.records if r["recovery"] == chain}
     assert {r["corpus"]: r["nll"] for r in result.records if (r["stage"], r["recovery"]) == ("base", chain)} == alone
-    # all of the text counts as used
+    # All training text is recorded as used.
     manifest = json.loads((result.path / "manifest.json").read_text())
     assert sum(name.endswith(" recovered") for name in manifest["settings"]["inputs"]["text"]) == 3
     saved = AutoModelForCausalLM.from_pretrained(result.path / "model", dtype="auto", trust_remote_code=False)
-    # taken up, nothing is learned again
-    monkeypatch.setattr(DistillationStage, "training_step", lambda *_: pytest.fail("learned again"))
+    # A resumed run does not train again.
+    monkeypatch.setattr(DistillationStage, "training_step", lambda *_: pytest.fail("trained again"))
     (result.path / "metrics.json").unlink()
     again = world.run(tmp_path, *FLAGS)
     assert [r["nll"] for r in again.records] == [r["nll"] for r in result.records]
@@ -272,19 +278,19 @@ def test_a_run_distils_every_row_and_takes_up_what_was_learned(
     assert torch.equal(again.model(ids).logits, saved(ids).logits)
 
 
-def test_the_plan_counts_the_measurements_of_a_run(undisturbed):
-    """At the start and after 3, 6 and 9 batches, on a window of each of three corpora, beside the teacher's tokens."""
-    steps = json.loads((undisturbed.path / "manifest.json").read_text())["steps"]
-    forward, _ = check(undisturbed.config).tokens[9]
+def test_the_plan_counts_the_tokens_of_validation(uninterrupted):
+    """Validation is at the start and after 3, 6 and 9 batches, on one window of each of three corpora."""
+    steps = json.loads((uninterrupted.path / "manifest.json").read_text())["steps"]
+    forward, _ = check(uninterrupted.config).tokens[9]
     assert forward - 3 * 32 == steps["shrink"]["forward_tokens"] == 576 + 4 * 3 * 32  # 3 x 32: the check of the export
 
 
 class KilledError(Exception):
-    """Stands for a kill in the middle of learning."""
+    """Simulates a kill during training."""
 
 
 def steps_of(world, runs, *flags) -> list[int]:
-    """Run to the end; the batches that were still learned from."""
+    """Run to the end, and return the indices of the batches that were trained on."""
     steps, real = [], DistillationStage.training_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DistillationStage, "training_step", lambda self, *a: steps.append(a[1]) or real(self, *a))
@@ -292,9 +298,9 @@ def steps_of(world, runs, *flags) -> list[int]:
     return steps
 
 
-def killed(world, runs, *flags, life: int) -> None:
-    """A sitting that ends in place of its `life`-th training step."""
-    left, real = iter(range(life - 1)), DistillationStage.training_step
+def run_killed_at(step: int, world, runs, *flags) -> None:
+    """Run a session that is killed before training step number `step` of the session, counted from 1."""
+    left, real = iter(range(step - 1)), DistillationStage.training_step
 
     def training_step(self, *args):
         if next(left, None) is None:
@@ -308,20 +314,20 @@ def killed(world, runs, *flags, life: int) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_in_the_middle_it_goes_on_to_the_same_bits(accumulate, undisturbed, world, tmp_path, quick):
-    flags = (*FLAGS, *ALONE, f"--distill.accumulate={accumulate}", OFTEN)
-    whole = undisturbed if accumulate == 1 else world.run(tmp_path, *flags, name="whole")
-    for life in (6, 3):  # nine batches in all
-        killed(world, tmp_path, *flags, life=life)
+def test_distillation_resumed_after_kills_has_the_same_bits(accumulate, uninterrupted, world, tmp_path, quick):
+    flags = (*FLAGS, *ONE_ROW, f"--distill.accumulate={accumulate}", EVERY_STEP)
+    whole = uninterrupted if accumulate == 1 else world.run(tmp_path, *flags, name="whole")
+    for step in (6, 3):  # of nine batches
+        run_killed_at(step, world, tmp_path, *flags)
     assert steps_of(world, tmp_path, *flags) == list(range(7 if accumulate == 1 else 6, 9))
     again = load_run(tmp_path / "run")
-    assert_same_tensors(learned(whole.path), learned(again.path))
+    assert_same_tensors(learned_of(whole.path), learned_of(again.path))
     assert [r["nll"] for r in again.records] == [r["nll"] for r in whole.records]
-    assert not list(again.path.rglob("*.ckpt"))  # it goes when the stage is done
+    assert not list(again.path.rglob("*.ckpt"))  # removed after the stage
 
 
-def test_a_checkpoint_stays_until_what_was_learned_is_written(world, tmp_path, quick, monkeypatch):
-    flags = (*FLAGS, *ALONE, OFTEN)
+def test_a_checkpoint_is_kept_until_the_learned_weights_are_written(world, tmp_path, quick, monkeypatch):
+    flags = (*FLAGS, *ONE_ROW, EVERY_STEP)
     real = folder.write_tensors
 
     def full(path, tensors, metadata=None):
@@ -338,8 +344,8 @@ def test_a_checkpoint_stays_until_what_was_learned_is_written(world, tmp_path, q
 
 
 @pytest.mark.slow
-def test_a_recovery_may_train_in_two_phases(world, tmp_path, quick, monkeypatch):
-    """Each is trained, kept, and given back to a second sitting."""
+def test_a_recovery_with_two_training_phases_resumes_after_both(world, tmp_path, quick, monkeypatch):
+    """Each phase is trained once, stored, and loaded by a second session."""
     monkeypatch.setattr(RECOVERY, "_entries", dict(RECOVERY._entries))
     trained = []
 
@@ -361,7 +367,7 @@ def test_a_recovery_may_train_in_two_phases(world, tmp_path, quick, monkeypatch)
         def tokens(self, text, fresh, *, attention):
             return 2 * fresh, 2 * fresh
 
-    flags = (*ALONE, "--recovery=two_phases")
+    flags = (*ONE_ROW, "--recovery=two_phases")
     first = world.run(tmp_path, *flags)
     assert len(list((first.path / "recovery").iterdir())) == 2
     (first.path / "metrics.json").unlink()
@@ -371,12 +377,12 @@ def test_a_recovery_may_train_in_two_phases(world, tmp_path, quick, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_is_not_what_was_left_is_not_taken(undisturbed, world, tmp_path, quick, capsys):
-    """Cut, of another run, with one bit or what it holds changed: one line, and the stage begins anew."""
-    flags = (*FLAGS, *ALONE, OFTEN)
+def test_a_damaged_or_foreign_checkpoint_is_ignored(uninterrupted, world, tmp_path, quick, capsys):
+    """Truncated, from another run, or with changed bits or content: one line, and the stage starts again."""
+    flags = (*FLAGS, *ONE_ROW, EVERY_STEP)
     content = {}
     for name, more in (("other", ["--distill.learning_rate=0.004"]), ("good", [])):
-        killed(world, tmp_path / name, *flags, *more, life=4)
+        run_killed_at(4, world, tmp_path / name, *flags, *more)
         (file,) = (tmp_path / name).rglob("*.ckpt")
         content[name] = file.read_bytes()
     good = content["good"]
@@ -392,15 +398,17 @@ def test_a_checkpoint_that_is_not_what_was_left_is_not_taken(undisturbed, world,
         capsys.readouterr()
         again = world.run(tmp_path / "copy", *flags)
         assert capsys.readouterr().out.count("the file is not the checkpoint that this stage saved") == 1
-        assert [r["nll"] for r in again.records] == [r["nll"] for r in undisturbed.records]
-        assert again.summary["forward_backward_tokens"] == undisturbed.summary["forward_backward_tokens"]
+        assert [r["nll"] for r in again.records] == [r["nll"] for r in uninterrupted.records]
+        assert again.summary["forward_backward_tokens"] == uninterrupted.summary["forward_backward_tokens"]
         shutil.rmtree(tmp_path / "copy")
     assert steps_of(world, tmp_path / "good", *flags) == list(range(3, 9))
 
 
 @pytest.mark.parametrize(("keep", "last", "point"), [("last", 4.5, 3), ("last", 6, 1), ("best", 4.5, 1)])
-def test_the_curve_is_logged_and_decides_what_is_kept(keep, last, point, world, tmp_path, quick, monkeypatch, capsys):
-    """What ends above where it began is not handed on."""
+def test_the_validation_curve_is_logged_and_selects_the_final_weights(
+    keep, last, point, world, tmp_path, quick, monkeypatch, capsys
+):
+    """Weights that are worse than at the start are not kept."""
     students, real = [], DistillationStage.on_validation_epoch_end
 
     def measured(stage):
@@ -412,7 +420,7 @@ def test_the_curve_is_logged_and_decides_what_is_kept(keep, last, point, world, 
     points = [5.0, 3.0, 4.0, last]
     monkeypatch.setattr(WindowPerplexity, "compute", lambda _: torch.tensor(points[len(students) - 1]))
     flags = [f"--distill.keep={keep}", "--trainer.val_check_interval=3"]
-    result = world.run(tmp_path, *FLAGS, *ALONE[:2], *flags)
+    result = world.run(tmp_path, *FLAGS, *ONE_ROW[:2], *flags)
     worse = (
         "Development perplexity rose from 5 to 6. Restored the weights of step 3, which had 3. Lower --distill.learning"
     )
@@ -430,11 +438,11 @@ def test_the_curve_is_logged_and_decides_what_is_kept(keep, last, point, world, 
     assert not torch.equal(*(s["model.layers.0.mlp.up_proj.weight"] for s in (students[1], students[3])))
 
 
-# Step sizes
+# --- step sizes
 
 
 def scaled(parts: dict[str, float], model: torch.nn.Module) -> torch.nn.Module:
-    """A copy whose blocks have parts (rows of a layer, with their bias) times a factor, another one in each block."""
+    """A copy in which parts (rows of a layer with their bias) are multiplied by a factor, another one in each block."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for block, power in zip(blocks_of(model), (3, -3, 1), strict=True):
@@ -453,11 +461,12 @@ def scaled(parts: dict[str, float], model: torch.nn.Module) -> torch.nn.Module:
 
 
 def gains_folded(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy whose norms have gains and biases smaller by a factor, and the matrices behind them larger."""
+    """A copy in which gains and biases of norms are divided by a factor, and the matrices after them multiplied."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for block, c in zip(blocks_of(model), (8.0, 1 / 8, 2.0), strict=True):
-            names = ("query", "key", "value", *(() if block.has_experts else ("gate", "up")))  # a router is behind it
+            # The FFN's norm also feeds the router of experts.
+            names = ("query", "key", "value", *(() if block.has_experts else ("gate", "up")))
             for norm in (block.attention_norm, *(() if block.has_experts else (block.ffn_norm,))):
                 norm.weight.copy_((norm.weight + block.family.norm_offset) / c - block.family.norm_offset)
                 if getattr(norm, "bias", None) is not None:
@@ -476,25 +485,25 @@ UP, VALUE = {"up": 1, "down": -1}, {"value": 1, "output": -1}
      ("gemma3_text", {**UP, **VALUE}), ("mixtral", {**UP, **VALUE}), ("gpt_neox", VALUE)],
 )  # fmt: skip
 @pytest.mark.parametrize("targets", ["all", "lora"])
-def test_models_that_compute_the_same_learn_the_same(family, parts, targets):
-    """Whatever the scale of their weights: factors are powers of two between 1/8 and 8, another one in each block."""
+def test_training_is_invariant_to_rescaling_of_weights(family, parts, targets):
+    """Training does not depend on the scale of weights. Factors are powers of two, 1/8 to 8, different per block."""
     dense = make_tiny(family)
     tokens = sampled_tokens(dense)
-    ends = []
+    divergences = []
     for model in (dense, gains_folded(scaled(parts, dense))):
         start = divergence(dense, model, tokens)
         assert start < 1e-9
         pruned = prune(model, some_masks(dense, attention=False))
         torch.manual_seed(0)
         stage = DistillationStage(model, pruned, targets=targets, learning_rate=0.01)
-        fitted(stage, tokens, epochs=2)
-        ends.append(divergence(model, stage.finished(), tokens))
-    assert ends[1] == pytest.approx(ends[0], rel=1e-3 if targets == "all" else 0.02)
-    assert ends[0] < 0.95 * divergence(dense, prune(dense, some_masks(dense, attention=False)), tokens)
+        fit(stage, tokens, epochs=2)
+        divergences.append(divergence(model, stage.finished(), tokens))
+    assert divergences[1] == pytest.approx(divergences[0], rel=1e-3 if targets == "all" else 0.02)
+    assert divergences[0] < 0.95 * divergence(dense, prune(dense, some_masks(dense, attention=False)), tokens)
 
 
-@pytest.mark.parametrize(("bad", "steps", "left_out"), [({2}, 6, 1), ({2, 3, 4, 5, 6}, 7, 5)])
-def test_a_step_that_is_not_finite_is_left_out_and_several_in_a_row_end_learning(bad, steps, left_out, problem, caplog):
+@pytest.mark.parametrize(("bad", "steps", "skipped"), [({2}, 6, 1), ({2, 3, 4, 5, 6}, 7, 5)])
+def test_non_finite_steps_are_skipped_and_several_in_a_row_end_training(bad, steps, skipped, problem, caplog):
     dense, pruned, tokens = problem
 
     class Broken(DistillationStage):
@@ -505,28 +514,28 @@ def test_a_step_that_is_not_finite_is_left_out_and_several_in_a_row_end_learning
     stage = Broken(dense, pruned, learning_rate=0.01)
     windows = tokens[:1].repeat(9 if len(bad) > 1 else 6, 1)
     start = divergence(dense, pruned, tokens[:1])
-    trainer = fitted(stage, windows, batch_size=1)
+    trainer = fit(stage, windows, batch_size=1)
     assert trainer.global_step == steps
-    assert f"Skipped {left_out} of {steps} steps" in caplog.text
+    assert f"Skipped {skipped} of {steps} steps" in caplog.text
     assert divergence(dense, stage.finished(), tokens[:1]) < start
 
 
-def test_nothing_finite_is_one_line(problem):
+def test_training_without_a_finite_loss_raises_a_user_error(problem):
     dense, pruned, tokens = problem
     stage = DistillationStage(dense, pruned, learning_rate=0.01)
     with torch.no_grad():
         pruned.model.layers[0].mlp.up_proj.weight[0] = math.nan
     with pytest.raises(UserError, match="The loss of distillation must be a finite number; got nan"):
-        fitted(stage, tokens.repeat(5, 1), batch_size=1)
+        fit(stage, tokens.repeat(5, 1), batch_size=1)
 
 
-def test_a_tensor_of_zeros_stays_and_one_rate_is_enough(problem):
+def test_a_zero_tensor_stays_zero_and_two_kinds_of_learning_rates_are_refused(problem):
     dense, pruned, tokens = problem
     with torch.no_grad():
         pruned.model.layers[0].mlp.up_proj.weight.zero_()
         pruned.model.layers[1].input_layernorm.weight.fill_(1e4)
     stage = DistillationStage(dense, pruned, learning_rate=0.01, weight_decay=0.1)
-    fitted(stage, tokens)
+    fit(stage, tokens)
     after = stage.finished().state_dict()
     assert not after["model.layers.0.mlp.up_proj.weight"].any()
     assert all(bool(t.isfinite().all()) for t in after.values())
@@ -534,41 +543,42 @@ def test_a_tensor_of_zeros_stays_and_one_rate_is_enough(problem):
         DistillConfig(learning_rate=0.01, absolute_learning_rate=5e-4)
 
 
-def test_a_part_that_is_frozen_stays_and_one_window_is_a_step(problem):
+def test_frozen_layers_do_not_change_and_one_window_is_one_step(problem):
     dense, pruned, tokens = problem
     start, before = divergence(dense, pruned, tokens[:1]), copy.deepcopy(pruned.model.layers[0].state_dict())
     stage = DistillationStage(dense, pruned, learning_rate=0.01, weight_decay=0.1)
     stage.student.model.layers[0].requires_grad_(False)
-    assert fitted(stage, tokens[:1]).global_step == 1
+    assert fit(stage, tokens[:1]).global_step == 1
     assert_same_tensors(stage.finished().model.layers[0].state_dict(), before)
     assert divergence(dense, stage.finished(), tokens[:1]) < start
 
 
-def test_weights_that_layers_share_learn_once(tiny_model):
+def test_weights_shared_between_layers_remain_shared(tiny_model):
     tokens, student = sampled_tokens(tiny_model), copy.deepcopy(tiny_model)
     first, last = (student.model.layers[i].self_attn for i in (0, 2))
     first.o_proj.weight = last.o_proj.weight
     start = divergence(tiny_model, student, tokens)
     stage = DistillationStage(tiny_model, student, learning_rate=0.01)
-    fitted(stage, tokens)
+    fit(stage, tokens)
     assert stage.finished().model.layers[0].self_attn.o_proj.weight is last.o_proj.weight
     assert divergence(tiny_model, stage.finished(), tokens) < start
 
 
 @pytest.mark.slow
-def test_a_rate_of_ten_hands_on_what_it_began_with(world, tmp_path, quick, capsys):
-    model = tiny_run.save_tiny_model(tmp_path / "model", initializer_range=0.02)  # about as good as knowing nothing
-    flags = (*FLAGS, *ALONE, f"--model.name={model}", "--distill.learning_rate=10")
-    plain, harmed = (
+def test_diverging_distillation_restores_the_initial_weights(world, tmp_path, quick, capsys):
+    # The perplexity of this model is about that of a uniform distribution.
+    model = tiny_run.save_tiny_model(tmp_path / "model", initializer_range=0.02)
+    flags = (*FLAGS, *ONE_ROW, f"--model.name={model}", "--distill.learning_rate=10")
+    plain, diverged = (
         world.run(tmp_path, *flags, *more, name=str(len(more))) for more in (["--recovery=least_squares"], [])
     )
-    assert [r["nll"] for r in harmed.records] == [r["nll"] for r in plain.records]
+    assert [r["nll"] for r in diverged.records] == [r["nll"] for r in plain.records]
     assert "Restored the weights of step 0" in " ".join(capsys.readouterr().out.split())
 
 
-# Elsewhere than in the memory of one process
+# --- several processes and offloaded models
 
-DYING = """
+KILLED_RUN = """
 import os, sys
 from gprune.cli import main
 from gprune.stages.distill_recovery import Distill
@@ -591,34 +601,37 @@ raise SystemExit(main(sys.argv[2:]))
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does_and_go_on_to_the_same_bits(world, tmp_path):
-    """Five batches of four windows, the last one of one: the second process has nothing to do there. The second step is
-    left out, before a kill, and perplexity ends where learning goes back to the best."""
-    (tmp_path / "dying.py").write_text(DYING)
+def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_path):
+    """Four batches of four windows and one of two. Step 2 is skipped, and the run is killed after it.
+
+    In the end, the weights of the best step are restored.
+    """
+    (tmp_path / "killed_run.py").write_text(KILLED_RUN)
     flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--distill.batch_size=4", "--export=none"]
     flags += ["--run.checkpoint_minutes=0", "--distill.learning_rate=0.001", "--gprune=false"]
-    two, spread, found = [*TWO], ["--model.shard=true"], {}
-    for name, more, lives in (
-        ("one", [], [99]), ("two", two, [99]), ("killed", two, [2, 99]), ("sharded", two + spread, [99]),
-        ("sharded and killed", two + spread, [2, 99]),
+    two, sharded, found = [*TWO_PROCESSES], ["--model.shard=true"], {}
+    for name, more, sessions in (
+        ("one", [], [99]), ("two", two, [99]), ("killed", two, [2, 99]),
+        ("sharded", two + sharded, [99]), ("sharded and killed", two + sharded, [2, 99]),
     ):  # fmt: skip
         place, processes = tmp_path / f"{name}-process", 2 if more else 1
         place.mkdir()
-        for life in lives:
-            args = [str(life), *world.args(tmp_path, *flags, *more, name=name)]
-            ended = tiny_run.train(args, place, processes=processes, script=tmp_path / "dying.py")
-            assert [done.returncode for done in ended] == [0 if life == 99 else 9] * processes, ended[0].stderr
-        said = " ".join(ended[0].stdout.split())
-        assert "Skipped 1 of 5 steps" in said
-        assert "rose from 7 to 8. Restored the weights of step 2, which had 5." in said
-        found[name] = learned(tmp_path / name)
+        for steps in sessions:
+            args = [str(steps), *world.args(tmp_path, *flags, *more, name=name)]
+            ended = tiny_run.train(args, place, processes=processes, script=tmp_path / "killed_run.py")
+            assert [done.returncode for done in ended] == [0 if steps == 99 else 9] * processes, ended[0].stderr
+        text = " ".join(ended[0].stdout.split())
+        assert "Skipped 1 of 5 steps" in text
+        assert "rose from 7 to 8. Restored the weights of step 2, which had 5." in text
+        found[name] = learned_of(tmp_path / name)
         tokens = [
             float(row[f"{CURVES}/tokens"])
             for file in sorted((tmp_path / name / "csv").rglob("metrics.csv"))
             for row in csv.DictReader(file.open())
             if row.get(f"{CURVES}/tokens")
         ]
-        assert sorted({*tokens}) == [0, 128, 256, 384, 512, 576], name  # of both processes, in how many sittings ever
+        # Tokens are those of all ranks and all sessions.
+        assert sorted({*tokens}) == [0, 128, 256, 384, 512, 576], name
     for whole, killed in (("two", "killed"), ("sharded", "sharded and killed")):
         assert all(torch.equal(found[whole][name], t) for name, t in found[killed].items())
         for name, t in found["one"].items():
@@ -627,23 +640,23 @@ def test_two_processes_learn_what_one_does_and_go_on_to_the_same_bits(world, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
-def test_matrices_that_are_stored_in_one_tensor_may_be_sharded(family, world, tmp_path):
+def test_fused_matrices_can_be_sharded(family, world, tmp_path):
     make_tiny(family).save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
-    flags, found = (*FLAGS, *ALONE, f"--model.name={tmp_path / 'model'}", "--distill.learning_rate=0.001"), {}
-    for name, more in (("one", []), ("sharded", [*TWO, "--model.shard=true"])):
+    flags, found = (*FLAGS, *ONE_ROW, f"--model.name={tmp_path / 'model'}", "--distill.learning_rate=0.001"), {}
+    for name, more in (("one", []), ("sharded", [*TWO_PROCESSES, "--model.shard=true"])):
         (tmp_path / name).mkdir()
         args = world.args(tmp_path / "runs", *flags, *more, name=name)
         ended = tiny_run.train(args, tmp_path / name, processes=2 if more else 1)
         assert [done.returncode for done in ended] == [0] * len(ended), ended[0].stderr
         run = tmp_path / "runs" / name
-        found[name] = [learned(run), [r["nll"] for r in load_run(run).records]]
+        found[name] = [learned_of(run), [r["nll"] for r in load_run(run).records]]
     assert any("_parametrizations_" in name for name in found["one"][0])
     torch.testing.assert_close(found["sharded"], found["one"], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.slow
-def test_the_dense_model_may_lie_on_disk(undisturbed, world, tmp_path, quick):
-    """Most of it, by accelerate; what learns is in memory."""
+def test_distillation_with_an_offloaded_dense_model_has_the_same_bits(uninterrupted, world, tmp_path, quick):
+    """Most layers are offloaded by accelerate. Trained weights are in memory."""
     flags = ["--model.device_map=auto", '--model.max_memory={"cpu": "100KiB"}']
-    assert_same_tensors(learned(undisturbed.path), learned(world.run(tmp_path, *FLAGS, *ALONE, *flags).path))
+    assert_same_tensors(learned_of(uninterrupted.path), learned_of(world.run(tmp_path, *FLAGS, *ONE_ROW, *flags).path))

@@ -1,4 +1,4 @@
-"""Assignment refinement on planted modules: found from a poor start, the same bits for the same seed."""
+"""Assignment refinement recovers planted modules from a poor start and is deterministic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.stages.test_threshold_learning import trainer_of
 
 
 def planted_block(N: int, K: int, generator: torch.Generator, noise: float = 0.5):
-    """Neurons around K centres of embedding, drift and rank shift, in random order: what the stage is given."""
+    """Labels, embedding, drift and ranks of neurons around K centres, in random order."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -23,17 +23,17 @@ def planted_block(N: int, K: int, generator: torch.Generator, noise: float = 0.5
     truth = (torch.arange(N) % K)[torch.randperm(N, generator=generator)]
     embedding = normal(K, 8)[truth] + noise * normal(N, 8)
     drift = torch.linspace(0.05, 0.25, K)[truth] + noise * 0.05 * normal(N)
-    # Shifts of three corpora that sum to 0 lie in a plane: the centres stand on a circle in it.
+    # Shifts on three corpora sum to 0 and are therefore in a plane. The centres are on a circle in this plane.
     angle = 2 * torch.pi * (torch.arange(K) + torch.rand(1, generator=generator)) / K
     plane = torch.tensor([[1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]) / torch.tensor([[2.0], [6.0]]).sqrt()
     centres = 0.15 * torch.stack([angle.cos(), angle.sin()], 1) @ plane
     shifts = centres[truth].T + noise * 0.1 * normal(3, N)
-    ranks = torch.rand(N, generator=generator) + shifts - shifts.mean(0)  # the mean rank says nothing about modules
+    ranks = torch.rand(N, generator=generator) + shifts - shifts.mean(0)  # the mean rank does not depend on the module
     return truth, embedding, drift.abs(), ranks
 
 
 def planted(sizes: list[int], modules: list[int], seed: int, wrong: float = 0.3):
-    """Inputs, true labels and a start in which a fraction `wrong` of labels is drawn among the other modules."""
+    """Inputs, true labels, and initial labels of which a fraction `wrong` is replaced by other modules."""
     generator = torch.Generator().manual_seed(seed)
     blocks = [planted_block(N, K, generator) for N, K in zip(sizes, modules, strict=True)]
     start = []
@@ -56,7 +56,7 @@ def refine(inputs, start, **options) -> AssignmentRefinement:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_planted_modules_are_recovered(seed):
+def test_refinement_recovers_planted_modules(seed):
     inputs, truth, start = planted([240, 200], [4, 4], seed)
     at_start = [adjusted_rand_score(t, y) for t, y in zip(truth, start, strict=True)]
     assert max(at_start) < 0.6
@@ -65,13 +65,13 @@ def test_planted_modules_are_recovered(seed):
     assert min(found) >= 0.9, found
 
 
-def test_the_consistency_term_alone_finds_modules_that_move_together():
+def test_consistency_alone_recovers_modules_with_common_rank_shifts():
     inputs, truth, start = planted([240], [4], seed=3)
     stage = refine(inputs, start, similarity_weight=0.0, drift_weight=0.0, consistency_weight=1.0)
     assert adjusted_rand_score(truth[0], stage.labels()[0]) >= 0.9
 
 
-def test_same_inputs_same_bits():
+def test_refinement_is_deterministic():
     inputs, _, start = planted([120, 90], [3, 2], seed=0)
     torch.manual_seed(1)
     first = refine(inputs, start, steps=30)
@@ -80,39 +80,39 @@ def test_same_inputs_same_bits():
     assert torch.equal(first.logits, second.logits)
     assert first.history == second.history
     assert all(torch.equal(a, b) for a, b in zip(first.labels(), second.labels(), strict=True))
-    # the start is left alone, and a checkpoint holds logits alone
+    # The initial labels are unchanged, and a checkpoint contains only logits.
     assert all(torch.equal(a, b) for a, b in zip(start, planted([120, 90], [3, 2], seed=0)[2], strict=True))
     assert list(first.state_dict()) == ["logits"]
 
 
-def test_the_objective_falls_and_every_step_is_recorded():
+def test_the_objective_decreases_and_all_steps_are_recorded():
     inputs, _, start = planted([240, 200], [4, 4], seed=1)
     stage = refine(inputs, start, steps=80)
     assert len(stage.history) == 80
     assert stage.history[-1]["total"] < stage.history[0]["total"] - 0.1
-    # and at a fixed temperature, step by step but for Adam's jitter
+    # With a fixed temperature the objective decreases in each step, except for fluctuations by Adam.
     fixed = refine(inputs, start, steps=80, final_tau=1.0)
     totals = [h["total"] for h in fixed.history]
     assert all(b < a + 1e-3 for a, b in pairwise(totals))
     assert totals[-1] < totals[0] - 0.1
 
 
-def test_temperature_falls_from_one_to_its_end():
-    seen = []
+def test_the_temperature_decreases_geometrically_from_one_to_its_final_value():
+    temperatures = []
 
-    class Watched(AssignmentRefinement):
+    class Recorded(AssignmentRefinement):
         def training_step(self, batch, batch_idx):
-            seen.append(self.tau)
+            temperatures.append(self.tau)
             return super().training_step(batch, batch_idx)
 
     inputs, _, start = planted([100], [2], seed=0)
-    trainer_of().fit(refinement(inputs, start, kind=Watched, steps=11, final_tau=0.1))
-    assert seen[0] == 1.0
-    assert seen[-1] == pytest.approx(0.1)
-    assert seen[5] == pytest.approx(0.1**0.5)  # geometrically
+    trainer_of().fit(refinement(inputs, start, kind=Recorded, steps=11, final_tau=0.1))
+    assert temperatures[0] == 1.0
+    assert temperatures[-1] == pytest.approx(0.1)
+    assert temperatures[5] == pytest.approx(0.1**0.5)  # geometric schedule
 
 
-def test_a_block_with_fewer_modules_opens_no_new_ones():
+def test_a_block_with_fewer_modules_gets_no_additional_ones():
     inputs, _, start = planted([240, 150], [5, 2], seed=0)
     stage = refine(inputs, start)
     assert int(stage.labels()[1].max()) <= 1
@@ -120,7 +120,7 @@ def test_a_block_with_fewer_modules_opens_no_new_ones():
     assert len(stage.labels()[1]) == 150
 
 
-def test_small_modules_are_merged_as_in_the_start():
+def test_small_modules_are_merged_after_refinement():
     inputs, _, start = planted([160], [4], seed=0)
     start[0][:] = 0
     start[0][:3] = 1  # a module of three neurons

@@ -1,4 +1,4 @@
-"""Stages of one's own in place of ours, by flags of a run; ours under a Trainer of one's own, and from checkpoints."""
+"""Registered stages in a run, and built-in stages with any Trainer and from checkpoints."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.stages.test_threshold_learning import make_stage, sampled_tokens, tra
 from tests.tiny_families import some_masks
 
 
-class Plain(L.LightningModule):
-    """A learner that inherits nothing of ours: a sigmoid gate per neuron."""
+class GateLearner(L.LightningModule):
+    """A learner without a base class of gprune: a sigmoid gate per neuron."""
 
     made: tuple = ()
 
@@ -57,27 +57,27 @@ class Plain(L.LightningModule):
 
 
 @pytest.fixture
-def own():
-    """Registries as they were, afterwards."""
+def scratch_registries():
+    """Restore the registries afterwards."""
     with registries.restored(REFINER, LEARNER, CALIBRATOR, gprune.RECOVERY):
         yield
 
 
 @pytest.mark.slow
-def test_a_run_of_stages_of_ones_own(own, world, cache, tmp_path, monkeypatch):
-    seen = []
+def test_a_run_uses_registered_stages_with_their_options(scratch_registries, world, cache, tmp_path, monkeypatch):
+    calls = []
 
     @gprune.refiner("swapped")
     class Swapped(AssignmentRefinement):
         def labels(self):
-            seen.append(("steps", self.steps, self.final_tau))
+            calls.append(("steps", self.steps, self.final_tau))
             return [int(y.max()) - y for y in self.start]
 
     @gprune.calibrator("doubled")
     class Doubled(CalibrationStage):
         def __init__(self, *args, times: int = 2, **kwargs):
             super().__init__(*args, **kwargs)
-            seen.append(("times", times))
+            calls.append(("times", times))
 
     @recovery("heal")
     class Heal(Recovery):
@@ -85,15 +85,15 @@ def test_a_run_of_stages_of_ones_own(own, world, cache, tmp_path, monkeypatch):
             self.factor = factor
 
         def tune(self, material, pruned):
-            seen.append(("factor", self.factor))
+            calls.append(("factor", self.factor))
             return pruned
 
     @recovery("scaled")
     def scaled(weight, keep, moments, ridge, *, by=1):
         return weight[:, keep] * by, None
 
-    gprune.learner("plain")(Plain)
-    monkeypatch.setattr(Plain, "made", ())
+    gprune.learner("plain")(GateLearner)
+    monkeypatch.setattr(GateLearner, "made", ())
     tiny_run.quick(monkeypatch)
     flags = ["--partition.refiner=swapped", "--sparsity.learner=plain", "--corpora.calibrator=doubled",
              "--recovery=[scaled,heal]", "--options.plain.rate=30", "--options={plain: {rate: 50, kind: b}}",
@@ -101,15 +101,15 @@ def test_a_run_of_stages_of_ones_own(own, world, cache, tmp_path, monkeypatch):
              "--options.swapped.final_tau=0.5", "--evaluation.controls=[]"]  # fmt: skip
     with tiny_run.isolated(cache):
         first = world.run(tmp_path, *flags)
-        assert Plain.made[-1] == (50, "b", 1)
-        assert {("times", 3), ("factor", 2), ("steps", 20, 0.5)} == set(seen)
+        assert GateLearner.made[-1] == (50, "b", 1)
+        assert {("times", 3), ("factor", 2), ("steps", 20, 0.5)} == set(calls)
         again = world.run(tmp_path, *flags)
-        assert (len(Plain.made), again.masks) == (1, first.masks)  # read, not learned again
+        assert (len(GateLearner.made), again.masks) == (1, first.masks)  # loaded instead of trained again
         unlearned = world.run(tmp_path, *flags, "--options.plain.rate=1e-9", name="unlearned")
         ours = world.run(tmp_path, "--evaluation.controls=[]", name="ours")
     assert first.thresholds is None
     assert ours.thresholds is not None
-    assert first.masks != unlearned.masks  # 50 is a rate at which masks move
+    assert first.masks != unlearned.masks  # with a rate of 50 the masks change
     assert [int(y.max()) for y in first.modules.labels] == [int(y.max()) for y in ours.modules.labels]
     row = next(r for r in first.records if r["recovery"] == "scaled+heal")
     assert (row["scaled"], row["heal"], row["learn"]["learner"]) == ({"by": 1.5}, {"factor": 2}, "plain")
@@ -117,7 +117,7 @@ def test_a_run_of_stages_of_ones_own(own, world, cache, tmp_path, monkeypatch):
     assert (settings["sparsity"]["learner"], settings["options"]["heal"]) == ("plain", {"factor": 2})
 
 
-def test_settings_of_runs_without_them_are_what_they_were():
+def test_default_settings_have_no_keys_of_registered_stages():
     settings = RunConfig().settings()
     names = {*settings, *settings["corpora"], *settings["partition"], *settings["sparsity"].keys() - {"options"}}
     assert not names & {"options", "calibrator", "refiner", "learner"}
@@ -139,18 +139,18 @@ def test_settings_of_runs_without_them_are_what_they_were():
         ({"options": {"x": 1}}, "--options.x must be a mapping of names to values; got 1."),
     ],
 )  # fmt: skip
-def test_a_bad_option_is_named(settings, message, own):
-    gprune.learner("plain")(Plain)
+def test_invalid_stages_and_options_are_refused_by_name(settings, message, scratch_registries):
+    gprune.learner("plain")(GateLearner)
     with pytest.raises(UserError, match="^" + re.escape(message)):
         configured(settings)
 
 
-def test_a_class_without_the_method_is_refused(own):
+def test_a_learner_without_masks_is_refused(scratch_registries):
     with pytest.raises(UserError, match="Learner 'x' must be a class with the method masks"):
         gprune.learner("x")(L.LightningModule)
 
 
-BAD = {
+INVALID = {
     "off budget": (lambda m: Masks([k | True for k in m.ffn], m.attention), "masks on budget"),
     "of another shape": (
         lambda m: Masks([k[:-1] for k in m.ffn], m.attention),
@@ -161,10 +161,12 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
-def test_a_learner_that_returns_what_cannot_be_is_named(change, message, own, world, cache, tmp_path, capsys):
+@pytest.mark.parametrize(("change", "message"), INVALID.values(), ids=INVALID)
+def test_invalid_masks_and_thresholds_of_a_learner_are_refused(
+    change, message, scratch_registries, world, cache, tmp_path, capsys
+):
     @gprune.learner("bad")
-    class Bad(Plain):
+    class Invalid(GateLearner):
         thresholds = property(
             lambda self: ([float("nan") * torch.ones(k) for k in self.ranks.modules], [torch.ones(1)] * 3)
         )
@@ -177,7 +179,7 @@ def test_a_learner_that_returns_what_cannot_be_is_named(change, message, own, wo
     assert re.search(f"Learner 'bad'.*{message}", capsys.readouterr().err)
 
 
-# --- under a Trainer of one's own -------------------------------------------------------------------------------
+# --- built-in stages with any Trainer
 
 
 class Tempered(ThresholdLearning):
@@ -195,40 +197,43 @@ def windows_of(model) -> DataLoader:
     return DataLoader([{"input_ids": ids} for ids in sampled_tokens(model)], batch_size=4)
 
 
-def test_thresholds_learn_under_any_trainer_and_come_back(tiny_model, tmp_path):
+def test_threshold_learning_works_with_any_trainer_and_reloads_from_a_checkpoint(tiny_model, tmp_path):
     made = make_stage(tiny_model, centred=True, lr=0.5)
-    start = [t.detach().clone() for t in made.ffn_thresholds], [t.detach().clone() for t in made.attention_thresholds]
-    things = {"model": tiny_model, "ranks": made.ranks, "start": start, "budget": made.budget}
-    stage, hooks = Tempered(**things, learning_rate=0.5, loss="kl", beta=0.5), Hooks()
+    start = (
+        [t.detach().clone() for t in made.ffn_thresholds],
+        [t.detach().clone() for t in made.attention_thresholds],
+    )
+    inputs = {"model": tiny_model, "ranks": made.ranks, "start": start, "budget": made.budget}
+    stage, hooks = Tempered(**inputs, learning_rate=0.5, loss="kl", beta=0.5), Hooks()
     trainer = trainer_of(hooks)
     trainer.fit(stage, windows_of(tiny_model))
-    assert (hooks.count, hooks_of(tiny_model)) == (0, 0)  # gates are on the model inside a training step alone
+    assert (hooks.count, hooks_of(tiny_model)) == (0, 0)  # gates are attached only during a training step
     assert stage.masks() != made.masks()
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    back = Tempered.load_from_checkpoint(tmp_path / "a.ckpt", **things)
-    assert (back.masks(), back.learning_rate, back.loss, back.beta) == (stage.masks(), 0.5, "kl", 0.5)
+    loaded = Tempered.load_from_checkpoint(tmp_path / "a.ckpt", **inputs)
+    assert (loaded.masks(), loaded.learning_rate, loaded.loss, loaded.beta) == (stage.masks(), 0.5, "kl", 0.5)
 
 
-def test_a_refinement_comes_back(tmp_path):
+def test_assignment_refinement_reloads_from_a_checkpoint(tmp_path):
     inputs, _, start = planted([120, 90], [3, 2], seed=0)
     stage = refinement(inputs, start, steps=30, final_tau=0.5)
     trainer = trainer_of()
     trainer.fit(stage)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    back = AssignmentRefinement.load_from_checkpoint(tmp_path / "a.ckpt", inputs=inputs, labels=start)
-    assert (back.steps, back.final_tau) == (30, 0.5)
-    assert all(torch.equal(a, b) for a, b in zip(back.labels(), stage.labels(), strict=True))
+    loaded = AssignmentRefinement.load_from_checkpoint(tmp_path / "a.ckpt", inputs=inputs, labels=start)
+    assert (loaded.steps, loaded.final_tau) == (30, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.labels(), stage.labels(), strict=True))
 
 
-def test_a_distillation_comes_back(tiny_model, tmp_path):
+def test_distillation_reloads_from_a_checkpoint(tiny_model, tmp_path):
     def pruned():
         return prune(tiny_model, some_masks(tiny_model, attention=False))
 
     stage, trainer = DistillationStage(tiny_model, pruned(), learning_rate=0.01), trainer_of()
     trainer.fit(stage, windows_of(tiny_model))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    back = DistillationStage.load_from_checkpoint(tmp_path / "a.ckpt", dense=tiny_model, student=pruned())
-    assert back.hparams == stage.hparams
-    ours, theirs = (one.finished().state_dict() for one in (stage, back))
+    loaded = DistillationStage.load_from_checkpoint(tmp_path / "a.ckpt", dense=tiny_model, student=pruned())
+    assert loaded.hparams == stage.hparams
+    ours, theirs = (one.finished().state_dict() for one in (stage, loaded))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert not torch.equal(ours["model.layers.0.mlp.up_proj.weight"], pruned().model.layers[0].mlp.up_proj.weight)

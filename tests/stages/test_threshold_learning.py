@@ -1,4 +1,4 @@
-"""Threshold learning: its start, its invariances, its gradient, and what a fit leaves behind."""
+"""Threshold learning: its start, invariances, gradients, and absence of side effects."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def generator_of(seed: int) -> torch.Generator:
 
 
 def random_problem(neurons: list[int], groups: list[int], seed: int, kind: str = ""):
-    """Scores, labels with all K modules present, and the ranks when no module is switched.
+    """Scores of neurons and of groups, and ranks in K modules, none of which is switched.
 
     Args:
-        kind: ties: many scores are equal. sorted: modules lie one above the other, so that some go whole.
+        kind: ties: many scores are equal. sorted: scores of modules do not overlap, so that whole modules are removed.
     """
     generator = generator_of(seed)
     scores = [torch.rand(n, generator=generator, dtype=torch.float64) for n in neurons]
@@ -44,9 +44,9 @@ def random_problem(neurons: list[int], groups: list[int], seed: int, kind: str =
     if kind == "sorted":
         scores = [s + y for s, y in zip(scores, labels, strict=True)]
     group_scores = [torch.rand(n, generator=generator, dtype=torch.float64) for n in groups]
-    keep_own = torch.zeros(K, dtype=torch.bool)
+    not_switched = torch.zeros(K, dtype=torch.bool)
     ranks = ModuleRanks(
-        ffn=[within_module_ranks(s, torch.zeros_like(s), y, keep_own) for s, y in zip(scores, labels, strict=True)],
+        ffn=[within_module_ranks(s, torch.zeros_like(s), y, not_switched) for s, y in zip(scores, labels, strict=True)],
         labels=labels,
         attention=[fractional_ranks(s) for s in group_scores],
     )
@@ -60,7 +60,7 @@ def base_masks(budget: Budget, scores, group_scores) -> Masks:
 @pytest.mark.parametrize("sparsity", [0.1, 0.333, 0.9])
 @pytest.mark.parametrize(("attention", "width_multiple"), [(False, 1), (True, 1), (False, 4), (True, 8)])
 @pytest.mark.parametrize("kind", ["", "ties", "sorted"])
-def test_the_start_is_the_base_mask_unit_for_unit(kind, attention, width_multiple, sparsity):
+def test_initial_thresholds_reproduce_the_base_masks(kind, attention, width_multiple, sparsity):
     neurons, groups = [50, 64, 33], [4, 2, 3]
     scores, group_scores, ranks = random_problem(neurons, groups, seed=0, kind=kind)
     costs = UnitCosts(neuron=[7] * 3, group=[90] * 3, neurons=neurons, groups=groups, attention=attention)
@@ -71,12 +71,12 @@ def test_the_start_is_the_base_mask_unit_for_unit(kind, attention, width_multipl
     again = masks_from_thresholds(ranks, start, budget)
     assert again == base
     assert costs.removed(base) >= budget.target
-    # in float32 too, which is what the stage learns in
+    # The same holds in float32, the dtype of training.
     low = tuple([t.float() for t in kind] for kind in start)
     assert masks_from_thresholds(ranks, low, budget) == base
 
 
-def test_start_thresholds_of_modules_kept_or_removed_entirely():
+def test_initial_thresholds_of_fully_kept_or_removed_modules_are_finite():
     labels = torch.arange(40) % 4
     _, _, ranks = random_problem([40], [2], seed=0)
     ranks = ModuleRanks(ranks.ffn, [labels], ranks.attention)
@@ -87,11 +87,11 @@ def test_start_thresholds_of_modules_kept_or_removed_entirely():
     (ffn,), (attention,) = start_thresholds(Masks([keep], [torch.tensor([True, False])]), ranks)
     fractions = np.array([0.25 / 10, 9.75 / 10, 3 / 10, 0.25 / 10])
     np.testing.assert_allclose(ffn.numpy(), np.log(fractions / (1 - fractions)), rtol=1e-12)
-    assert float(attention) == 0  # one of two
+    assert float(attention) == 0  # one of two groups
     assert bool(torch.isfinite(ffn).all())
 
 
-# --- a fit on the tiny model ------------------------------------------------------------------------------------
+# --- training on the tiny model
 
 
 def make_stage(
@@ -107,7 +107,7 @@ def make_stage(
 
 
 def sampled_tokens(model, windows: int = 8, length: int = 24, seed: int = 0) -> torch.Tensor:
-    """Text in the dense model's own words, so that there is something to keep."""
+    """Tokens sampled from the dense model, so that pruning increases the loss."""
     generator = generator_of(seed)
     tokens = torch.randint(3, 128, (windows, 1), generator=generator)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def pruned_loss(model, masks: Masks, tokens: torch.Tensor) -> float:
 
 
 def shifts(stage, before: list[torch.Tensor]) -> torch.Tensor:
-    """How far each threshold of neurons has moved."""
+    """Changes of the thresholds of neurons."""
     return torch.cat([t.detach() - b for t, b in zip(stage.ffn_thresholds, before, strict=True)])
 
 
@@ -149,7 +149,9 @@ def shifts(stage, before: list[torch.Tensor]) -> torch.Tensor:
         ("attention+ffn+blocks", 8, {"learn": "both", "gone": (1,), "sparsity": 0.6, "centred": True}),
     ],
 )
-def test_a_fit(scope, width_multiple, options, tiny_model):
+def test_training_meets_the_budget_reduces_the_loss_and_leaves_the_model_unchanged(
+    scope, width_multiple, options, tiny_model
+):
     tokens, learn = sampled_tokens(tiny_model), options.get("learn", "thresholds")
     own = {name: value for name, value in options.items() if name in ("gone", "sparsity")}
     stage = make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **options)
@@ -158,26 +160,26 @@ def test_a_fit(scope, width_multiple, options, tiny_model):
     first = stage.masks()
     assert first == make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **own).masks()  # offsets are 0
     trainer_of(epochs=6).fit(stage, data_of(tokens))
-    # the model is what it was, bit for bit
+    # The model is unchanged bit for bit.
     assert all(torch.equal(before[name], t) for name, t in tiny_model.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in tiny_model.parameters())
     assert hooks_of(tiny_model) == 0
-    # what learns has moved, and not all alike; where thresholds only follow the cut, they move alike
+    # Trained parameters have changed by different amounts. If only offsets are trained, thresholds change equally.
     assert (shifts(stage, start).std() < 1e-5) if learn == "offsets" else (shifts(stage, start).std() > 0.05)
     assert (stage.offsets is None) if learn == "thresholds" else (torch.cat(stage.offsets).std() > 0.05)
-    assert learn != "offsets" or torch.cat(stage.offsets).abs().max() == 0.5  # the limit
-    # the budget is met exactly
+    assert learn != "offsets" or torch.cat(stage.offsets).abs().max() == 0.5  # the limit of offsets
+    # The budget is met.
     masks = stage.masks()
     assert masks != first
     excess = stage.budget.costs.removed(masks) - stage.budget.target
     assert 0 <= excess < width_multiple * stage.budget.costs.neuron[0]
     assert all(int(m.sum()) % width_multiple == 0 for m in masks.ffn)
     assert [b for b, stays in enumerate(masks.blocks) if not stays] == list(options.get("gone", ()))
-    learns = [scope != "ffn" and stays for stays in masks.blocks]
-    assert [t.requires_grad for t in stage.attention_thresholds] == learns
-    # learning is good for something on the text it learned from
+    trainable = [scope != "ffn" and stays for stays in masks.blocks]
+    assert [t.requires_grad for t in stage.attention_thresholds] == trainable
+    # The loss on the training text decreases.
     assert pruned_loss(tiny_model, masks, tokens) < pruned_loss(tiny_model, first, tokens)
-    # a checkpoint holds what learns and nothing else, and gives the masks again
+    # A checkpoint contains only trained parameters and gives the same masks.
     kinds = ["ffn_thresholds", "attention_thresholds", *([] if learn == "thresholds" else ["ffn_offsets"])]
     assert set(stage.state_dict()) == {f"{kind}.{b}" for kind in kinds for b in range(3)}
     again = make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **options)
@@ -185,8 +187,8 @@ def test_a_fit(scope, width_multiple, options, tiny_model):
     assert again.masks() == masks
 
 
-def test_offsets_let_neurons_change_places_inside_their_modules(tiny_model):
-    """Which thresholds alone cannot do."""
+def test_offsets_can_change_the_order_of_neurons_inside_modules(tiny_model):
+    """Thresholds alone cannot change the order of neurons inside a module."""
     stage = make_stage(tiny_model, learn="offsets")
     trainer_of(epochs=6).fit(stage, data_of(sampled_tokens(tiny_model)))
     parts = zip(stage.ranks.ffn, stage.masks().ffn, stage.ranks.labels, strict=True)
@@ -196,8 +198,8 @@ def test_offsets_let_neurons_change_places_inside_their_modules(tiny_model):
 
 @pytest.mark.parametrize(("uniform", "scope"), [(False, "attention+ffn"), (True, "ffn"), (True, "attention+ffn")])
 @pytest.mark.parametrize("learn", ["thresholds", "offsets", "both"])
-def test_centred_gradients_move_no_units_alike(learn, uniform, scope, tiny_model):
-    """The mean over units is gone, for neurons their block's where blocks are equally wide; differences are left."""
+def test_centring_subtracts_the_mean_gradient_over_units(learn, uniform, scope, tiny_model):
+    """The mean gradient over units is subtracted: that of the block for equal widths, else that of the model."""
     stage = make_stage(tiny_model, learn=learn, uniform=uniform, scope=scope, centred=True)
     stage.refresh_gates()
     with gated(tiny_model, stage.ffn_gates, stage.attention_gates):
@@ -208,13 +210,13 @@ def test_centred_gradients_move_no_units_alike(learn, uniform, scope, tiny_model
         + [(t, torch.tensor([2.0]).double()) for t in stage.attention_thresholds],
         "offsets": [(o, torch.ones(48).double()) for o in stage.ffn_offsets],
     }
-    # (parameter, units, gradient before); parameters that do not learn have none
+    # (parameter, units, gradient before centring) of trained parameters
     found = {k: [(p, n, p.grad.double().clone()) for p, n in v if p.grad is not None] for k, v in kinds.items()}
     stage.centre()
     for name, kind in found.items():
         assert bool(kind) == (learn in (name, "both") or (name == "thresholds" and scope != "ffn"))
         for one in kind:
-            together = [one] if uniform and len(one[0]) > 1 else kind  # a block's KV groups have one threshold
+            together = [one] if uniform and len(one[0]) > 1 else kind  # KV groups of a block have one threshold
             mean = sum(before.sum() for *_, before in together) / sum(n.sum() for _, n, _ in together)
             assert abs(float(mean)) > 1e-6
             p, n, before = one
@@ -222,12 +224,12 @@ def test_centred_gradients_move_no_units_alike(learn, uniform, scope, tiny_model
             assert float(p.grad.abs().max()) > 1e-7
 
 
-def test_centred_thresholds_learn_where_all_would_move_alike(tiny_model):
-    """Adam's first step goes by signs: without centring all go one way here, and no mask changes."""
+def test_centring_lets_thresholds_learn_if_all_gradients_have_one_sign(tiny_model):
+    """Adam's first step depends on signs only. Without centring, all thresholds change equally, and no mask changes."""
 
     class Toy(ThresholdLearning):
         def training_step(self, batch, batch_idx):
-            self.refresh_gates()  # opening a unit helps, in block 0 more than in the others
+            self.refresh_gates()  # larger gates reduce the loss, most of all in block 0
             return -sum(weight * g.sum() for weight, g in zip((3.0, 1.0, 1.0), self.ffn_gates, strict=True))
 
     tokens, changed = sampled_tokens(tiny_model, windows=4), {}
@@ -245,7 +247,7 @@ def test_centred_thresholds_learn_where_all_would_move_alike(tiny_model):
 @pytest.mark.parametrize("more", [{}, {"scope": "ffn+blocks", "gone": (1,)}], ids=["", "a block is gone"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
 def test_the_logged_loss_is_that_of_the_hard_masks(loss, more, tiny_model):
-    """From logits of stock transformers, in float64."""
+    """The reference is computed from the model's logits in float64."""
     tokens = sampled_tokens(tiny_model, windows=4)
     stage = make_stage(tiny_model, loss=loss, lr=1e-9, **more)
     assert stage.masks().blocks == [True, not more, True]
@@ -269,7 +271,7 @@ def slopes(p: torch.Tensor, t: torch.Tensor, T: float) -> torch.Tensor:
     return -(soft * (1 - soft) / T) * at * (1 - at)
 
 
-def test_equal_widths_stay_equal_while_learning(tiny_model):
+def test_equal_widths_stay_equal_during_training(tiny_model):
     tokens = sampled_tokens(tiny_model)
     stage = make_stage(tiny_model, uniform=True)
     first = stage.masks()
@@ -281,13 +283,13 @@ def test_equal_widths_stay_equal_while_learning(tiny_model):
     stage.refresh_gates()
     sum(gate.sum() for gate in stage.ffn_gates).backward()
     for p, y, m, t in zip(stage.ranks.ffn, stage.ranks.labels, masks.ffn, stage.ffn_thresholds, strict=True):
-        # every block is cut where its soft gates are steepest: at margin 0 there
+        # The cut of each block is at margin 0, where soft gates are steepest.
         at = t.detach().double()[y]
-        expected = slopes(p, at + (torch.logit(p) - at)[~m].max(), 1 / 12)  # twelve neurons a module
+        expected = slopes(p, at + (torch.logit(p) - at)[~m].max(), 1 / 12)  # twelve neurons per module
         np.testing.assert_allclose(t.grad, torch.zeros(K).double().index_add(0, y, expected), rtol=1e-3)
 
 
-def test_windows_of_weight_zero_do_not_count(tiny_model):
+def test_windows_of_weight_zero_do_not_affect_the_loss(tiny_model):
     tokens = sampled_tokens(tiny_model, windows=4)
     stage = make_stage(tiny_model)
     losses = {}
@@ -314,7 +316,7 @@ def test_an_exception_inside_fit_leaves_no_hooks(hook, tiny_model, token_batch):
 
     with pytest.raises(RuntimeError, match="stop"):
         trainer_of(type("Failing", (L.Callback,), {hook: fail})()).fit(make_stage(tiny_model), data_of(tokens))
-    assert hooks == [0]  # gates are on the model inside a training step alone
+    assert hooks == [0]  # gates are attached only during a training step
     assert hooks_of(tiny_model) == 0
     assert torch.equal(tiny_model(token_batch).logits, dense)
 
@@ -329,14 +331,14 @@ def test_an_exception_inside_a_gated_forward_pass_leaves_no_hooks(tiny_model, to
     monkeypatch.setattr("gprune.stages.threshold_learning.next_token_losses", fail)
     with pytest.raises(RuntimeError, match="stop"):
         trainer_of().fit(make_stage(tiny_model), data_of(sampled_tokens(tiny_model)))
-    assert hooks == [3]  # one on each block
+    assert hooks == [3]  # one per block
     assert hooks_of(tiny_model) == 0
     assert torch.equal(tiny_model(token_batch).logits, dense)
 
 
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("scope", ["ffn", "attention+ffn"])
-def test_recentring_changes_no_mask_and_cuts_at_zero(scope, uniform, tiny_model):
+def test_recentring_moves_the_cut_to_margin_zero_without_changing_masks(scope, uniform, tiny_model):
     stage = make_stage(tiny_model, scope=scope, uniform=uniform)
     for seed in range(4):
         with torch.no_grad():
@@ -345,14 +347,14 @@ def test_recentring_changes_no_mask_and_cuts_at_zero(scope, uniform, tiny_model)
         masks, before = stage.masks(), [t.detach().clone() for t in stage.ffn_thresholds]
         stage.recentre(masks)
         assert stage.masks() == masks
-        assert shifts(stage, before).std() < 1e-5  # all alike
+        assert shifts(stage, before).std() < 1e-5  # all change equally
         parts = zip(stage.ranks.ffn, stage.ffn_thresholds, stage.ranks.labels, masks.ffn, strict=True)
         removed = torch.cat([(torch.logit(p) - t.detach().double()[y])[~keep] for p, t, y, keep in parts])
         assert abs(float(removed.max())) < 1e-5
 
 
-def test_recentring_cuts_at_zero_among_kv_groups_where_they_alone_cost_something(tiny_model):
-    """Of a cost of the KV cache no neuron goes; thresholds drifted away from the cut, where soft gates are steepest."""
+def test_recentring_uses_kv_groups_if_neurons_have_no_cost(tiny_model):
+    """With the cost `kv_cache` no neuron is removed, so the cut is that of KV groups."""
     blocks = blocks_of(tiny_model)
     neurons, groups = [b.neurons for b in blocks], [b.kv_groups for b in blocks]
     price = Price.by_unit(COST["kv_cache"](tiny_model, blocks), neurons, groups)
@@ -373,8 +375,8 @@ def test_recentring_cuts_at_zero_among_kv_groups_where_they_alone_cost_something
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_the_gradient_is_that_of_hard_gates_times_the_slope_of_soft_ones(seed, tiny_model):
-    """By the chain rule: stock transformers in float64 with gates as leaves, and the slope by its formula."""
+def test_gradients_are_those_of_hard_gates_times_the_slope_of_soft_gates(seed, tiny_model):
+    """By the chain rule: gradients of gates in a float64 model times the slope of soft gates by its formula."""
     tokens = sampled_tokens(tiny_model, seed=seed)
     stage = make_stage(tiny_model, sparsity=0.3, scope="attention+ffn", seed=seed)
     stage.refresh_gates()
@@ -388,7 +390,7 @@ def test_the_gradient_is_that_of_hard_gates_times_the_slope_of_soft_ones(seed, t
     modules = [*stage.ranks.labels, *[torch.zeros(2, dtype=torch.long)] * 3]  # KV groups are one module
     thresholds = [*stage.ffn_thresholds, *stage.attention_thresholds]
     for ours, gate, p, t, y in zip(gates, [*ffn, *attention], ranks, thresholds, modules, strict=True):
-        assert torch.equal(ours.detach().double(), gate.detach())  # hard
+        assert torch.equal(ours.detach().double(), gate.detach())  # hard gates
         slope = slopes(p, t.detach().double()[y], max(0.05, len(t) / len(p)))
         expected = torch.zeros(len(t)).double().index_add(0, y, gate.grad * slope)
         np.testing.assert_allclose(t.grad, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))

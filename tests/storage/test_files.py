@@ -1,5 +1,4 @@
-"""A file or a folder is there whole or not at all, what stood in its place stays until then, and what is read is what
-was written, or nothing."""
+"""Files and folders are replaced atomically, and damaged files are detected when they are read."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ KINDS = ("file", "folder")
 
 
 def put(kind, place, text):
-    """A file, or a folder with two files."""
+    """Create a file, or a folder with two files."""
     if kind == "folder":
         place.mkdir()
         (place / f"{text}.txt").write_text(text)
@@ -29,26 +28,26 @@ def put(kind, place, text):
     place.write_text(text)
 
 
-def said(kind, place):
+def content_of(kind, place):
     return (place / "content.txt" if kind == "folder" else place).read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_new_one_takes_the_place_of_the_old_one_and_nothing_else_is_left(kind, tmp_path):
+def test_replacing_leaves_only_the_new_file_or_folder(kind, tmp_path):
     path = tmp_path / "deep" / "thing"
     for text in ("old", "new"):
         with replacing(path) as place:
             assert place.name == "thing"
             assert not place.exists()
             put(kind, place, text)
-        assert said(kind, path) == text
+        assert content_of(kind, path) == text
         assert list(path.parent.iterdir()) == [path]
     assert kind == "file" or not (path / "old.txt").exists()
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
-def test_modes_of_files_follow_the_umask(umask, mode, tmp_path):
-    """safetensors' own is 0600."""
+def test_file_modes_follow_the_umask(umask, mode, tmp_path):
+    """safetensors itself writes files with mode 0600."""
     before = os.umask(umask)
     try:
         write_json(tmp_path / "a.json", {"x": 1})
@@ -64,29 +63,29 @@ def test_modes_of_files_follow_the_umask(umask, mode, tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError("ours"), KeyboardInterrupt(), SystemExit(143)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_breaks_off_leaves_the_old_one(kind, error, tmp_path):
+def test_an_exception_while_writing_keeps_the_old_content(kind, error, tmp_path):
     put(kind, tmp_path / "thing", "old")
     with pytest.raises(type(error)), replacing(tmp_path / "thing") as place:  # noqa: PT012
         put(kind, place, "half")
         raise error
-    assert said(kind, tmp_path / "thing") == "old"
+    assert content_of(kind, tmp_path / "thing") == "old"
     assert list(tmp_path.iterdir()) == [tmp_path / "thing"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fails_at", [1, 2])
-def test_an_exchange_that_fails_puts_the_old_one_back(kind, fails_at, tmp_path, monkeypatch):
-    """A file is exchanged by one rename, a folder by two."""
+def test_a_failed_rename_restores_the_old_content(kind, fails_at, tmp_path, monkeypatch):
+    """Replacing a file is one rename, replacing a folder two."""
     put(kind, tmp_path / "thing", "old")
     fail_renames(monkeypatch, {min(fails_at, 1 if kind == "file" else 2)})
     with pytest.raises(UserError, match=r"Cannot write .*thing: No space left"), replacing(tmp_path / "thing") as place:
         put(kind, place, "new")
-    assert said(kind, tmp_path / "thing") == "old"
+    assert content_of(kind, tmp_path / "thing") == "old"
     assert list(tmp_path.iterdir()) == [tmp_path / "thing"]
 
 
 def fail_renames(monkeypatch, which):
-    """Let the renames of these numbers fail."""
+    """Make the renames with these numbers fail, counted from 1."""
     calls, replace = [], os.replace
 
     def failing(source, target):
@@ -98,8 +97,8 @@ def fail_renames(monkeypatch, which):
     monkeypatch.setattr(files.os, "replace", failing)
 
 
-def test_what_cannot_be_put_back_at_once_is_kept_and_put_back_by_the_next_write(tmp_path, monkeypatch):
-    """As after a kill between the two renames."""
+def test_a_folder_that_could_not_be_restored_is_restored_by_the_next_write(tmp_path, monkeypatch):
+    """The same state as after a kill between the two renames."""
     put("folder", tmp_path / "thing", "old")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="Cannot write"):  # noqa: PT012
         fail_renames(patch, {2, 3})
@@ -108,18 +107,18 @@ def test_what_cannot_be_put_back_at_once_is_kept_and_put_back_by_the_next_write(
     assert not (tmp_path / "thing").exists()
     with pytest.raises(RuntimeError), replacing(tmp_path / "thing"):
         raise RuntimeError
-    assert said("folder", tmp_path / "thing") == "old"
+    assert content_of("folder", tmp_path / "thing") == "old"
     assert list(tmp_path.iterdir()) == [tmp_path / "thing"]
 
 
-def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
+def test_a_file_does_not_replace_a_folder(tmp_path):
     put("folder", tmp_path / "thing", "old")
     with pytest.raises(UserError, match="Cannot write"), replacing(tmp_path / "thing") as place:
         place.write_text("new")
-    assert said("folder", tmp_path / "thing") == "old"
+    assert content_of("folder", tmp_path / "thing") == "old"
 
 
-def test_a_link_in_the_place_of_a_file_is_replaced(tmp_path):
+def test_writing_replaces_a_symbolic_link_and_not_its_target(tmp_path):
     (tmp_path / "outside").write_text("precious")
     (tmp_path / "a.json").symlink_to(tmp_path / "outside")
     write_json(tmp_path / "a.json", {"x": 1})
@@ -127,7 +126,7 @@ def test_a_link_in_the_place_of_a_file_is_replaced(tmp_path):
     assert not (tmp_path / "a.json").is_symlink()
 
 
-def test_what_killed_writers_left_goes_with_the_next_write_and_what_others_write_stays(tmp_path):
+def test_temporary_folders_of_killed_writers_are_removed_and_locked_ones_are_kept(tmp_path):
     dead, alive, other = (tmp_path / f".{name}.tmp" for name in ("a.json.dead", "a.json.alive", "b.json.dead"))
     for folder in (dead, alive, other):
         folder.mkdir()
@@ -138,7 +137,7 @@ def test_what_killed_writers_left_goes_with_the_next_write_and_what_others_write
     assert read_json(tmp_path / "a.json") == {"x": 1}
 
 
-# --- what is read ---------------------------------------------------------------------------------------------------
+# --- reading damaged files
 
 CONTENT = {"settings": {"a": 1.5}, "steps": {"b": {"seconds": 2}}}
 TENSORS = {"x": torch.arange(6.0).view(2, 3), "y": torch.tensor([True, False])}
@@ -149,16 +148,16 @@ TENSORS = {"x": torch.arange(6.0).view(2, 3), "y": torch.tensor([True, False])}
     edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 8), st.binary(max_size=8)), min_size=1, max_size=4),
     flips=st.lists(st.floats(0, 1, exclude_max=True), max_size=2),
 )
-def test_whatever_bytes_become_of_a_file_it_is_what_was_written_or_nothing(edits, flips, tmp_path):
-    """But for JSON without the word "checksum", which is taken as it is."""
+def test_a_damaged_file_reads_as_the_written_content_or_none(edits, flips, tmp_path):
+    """JSON without the word "checksum" is an exception: it is not verified."""
 
     def damage(file):
         content = bytearray(file.read_bytes())
         for place in flips:
             content[int(place * len(content))] ^= 1
-        for place, gone, new in edits:
+        for place, length, new in edits:
             start = int(place * len(content))
-            content[start : start + gone] = new
+            content[start : start + length] = new
         file.write_bytes(content)
         return bytes(content)
 
@@ -177,7 +176,7 @@ def safetensors_file(header: object, payload: bytes = bytes(8), length: int | No
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-LIES = {
+INVALID_FILES = {
     "a length without end": safetensors_file({}, length=2**63),
     "a header that is a list": safetensors_file([1]),
     "a deep header": safetensors_file(b"[" * 100_000),
@@ -190,7 +189,7 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_tensors_whose_header_lies_are_none(lie, tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(LIES[lie])
+@pytest.mark.parametrize("case", INVALID_FILES)
+def test_safetensors_files_with_invalid_headers_read_as_none(case, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(INVALID_FILES[case])
     assert read_tensors(tmp_path / "a.safetensors") is None
