@@ -63,7 +63,7 @@ class CastWeights:
         return kept[2]
 
 
-def cast_numbers(model: nn.Module) -> int:
+def count_cast_weights(model: nn.Module) -> int:
     """Return how many numbers `CastWeights` copies if all weights are frozen and in float32."""
     weights = (
         weight for module in model.modules() if type(module) in PRODUCTS for weight in module._parameters.values()

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gprune.errors import UserError
 from gprune.models.families import Family
 from gprune.models.lookup import decoder_of, family_of
-from gprune.models.modeling_pruned import find
+from gprune.models.modeling_pruned import find_parent
 from gprune.models.parts import PARTS, ExpertPart, Part, names_in, parts_of
 
 HEADS = "num_attention_heads"
@@ -194,7 +194,7 @@ class Block:
 
     def _parameter(self, path: str) -> nn.Parameter | None:
         """Return a parameter by its path in the layer, or None."""
-        module, name = find(self.layer, path)
+        module, name = find_parent(self.layer, path)
         return getattr(module, name, None)
 
     def _of_groups(self, length: int, unit: str = "heads") -> tuple[Tensor, dict[str, int]]:
@@ -358,7 +358,7 @@ def _head_dim(layer: nn.Module, record: Family, config: PreTrainedConfig) -> int
     """Return the size of a value head of a block with this record; 1 without attention."""
     if record.output is None:
         return 1
-    module, name = find(layer, record.head_dim or "")
+    module, name = find_parent(layer, record.head_dim or "")
     return getattr(module, name, None) or _config_head_dim(config)
 
 
@@ -381,7 +381,7 @@ def _at(layer: nn.Module, path: str) -> nn.Module | None:
     """Return the module of a layer at a path, or the layer for an empty path."""
     if not path:
         return layer
-    module, name = find(layer, path)
+    module, name = find_parent(layer, path)
     return getattr(module, name, None)
 
 

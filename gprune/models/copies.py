@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from gprune.models.blocks import decoder_layers
 from gprune.models.loading import skeleton
 from gprune.models.lookup import decoder_of
-from gprune.models.offload import stored
+from gprune.models.offload import load_parameter
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -76,7 +76,7 @@ def share_hooks(copied: nn.Module, module: nn.Module) -> None:
 def _fill(module: nn.Module, source: nn.Module, device: torch.device) -> None:
     """Copy parameters and buffers of `source` to a module without weights."""
     for name, _ in list(module.named_parameters(recurse=False)):
-        value = stored(source, name).detach().to(device, copy=True)
+        value = load_parameter(source, name).detach().to(device, copy=True)
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))
     for name, buffer in source.named_buffers(recurse=False):
         module._buffers[name] = buffer.to(device, copy=True)

@@ -152,35 +152,35 @@ def cut(layer, config, own):
     """Slice a dense layer to the sizes in its config."""
     layout = config.pruned_layout
     for path, (dim, terms) in layout["sizes"].items():
-        module, name = find(layer, path)
+        module, name = find_parent(layer, path)
         parameter = getattr(module, name, None)
         if parameter is not None:  # some layers lack parameters, such as dense layers between layers with experts
             smaller = parameter.detach().narrow(dim, 0, size(terms, own)).clone()
             setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
-            tell_sizes(module)
+            update_linear_sizes(module)
     for path in own.added_biases:
         linear = attrgetter(path)(layer)
         linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
     keys = {key for _, terms in layout["sizes"].values() for key in terms}
-    tell_layer(layer, config, {key: getattr(own, key, None) for key in keys}, layout["attributes"])
+    set_layer_sizes(layer, config, {key: getattr(own, key, None) for key in keys}, layout["attributes"])
 
 
 def cut_to(layer, config, own):
     """Slice a dense layer to explicit sizes."""
     for path, (dim, length) in own["sizes"].items():
-        module, name = find(layer, path)
+        module, name = find_parent(layer, path)
         parameter = getattr(module, name)
         smaller = parameter.detach().narrow(dim, 0, length).clone()
         setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
-        tell_sizes(module)
+        update_linear_sizes(module)
     for path in own["added_biases"]:
         linear = attrgetter(path)(layer)
         rows = linear.weight.shape[1 if isinstance(linear, Conv1D) else 0]
         linear.bias = nn.Parameter(linear.weight.new_zeros(rows))
     for path, value in own["attributes"].items():
-        module, name = find(layer, path)
+        module, name = find_parent(layer, path)
         setattr(module, name, value)
-    tell_layer(layer, config, own["values"], {})
+    set_layer_sizes(layer, config, own["values"], {})
 
 
 def size(terms, own):
@@ -188,7 +188,7 @@ def size(terms, own):
     return sum(times * getattr(own, key) for key, times in terms.items())
 
 
-def find(layer, path):
+def find_parent(layer, path):
     """Return the module of a dotted path, or None, and the last name of the path."""
     *modules, name = path.split(".")
     for part in modules:
@@ -196,7 +196,7 @@ def find(layer, path):
     return layer, name
 
 
-def tell_sizes(module):
+def update_linear_sizes(module):
     """Set the size attributes of a linear layer from its weight."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
@@ -204,11 +204,11 @@ def tell_sizes(module):
         module.nx, module.nf = module.weight.shape
 
 
-def tell_layer(layer, config, values, attributes):
+def set_layer_sizes(layer, config, values, attributes):
     """Set the sizes of a layer, `values` by config key, in attributes and in the config of its modules."""
     own = LayerConfig(config, values)
     for path, terms in attributes.items():
-        module, name = find(layer, path)
+        module, name = find_parent(layer, path)
         if hasattr(module, name):
             setattr(module, name, size(terms, own))
     for module in layer.modules():

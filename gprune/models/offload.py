@@ -23,7 +23,7 @@ from gprune.storage.cache import cache_dir
 from gprune.storage.files import scratch_folder
 
 
-def stored(module: nn.Module, name: str) -> Tensor | None:
+def load_parameter(module: nn.Module, name: str) -> Tensor | None:
     """The parameter `name` of a module, or None if it has none.
 
     An offloaded parameter is fetched to the CPU. A sharded one is gathered from all processes, which all have to ask.
@@ -89,11 +89,11 @@ class StoredWeights:
     def __getitem__(self, name: str) -> Tensor:
         path, _, own = name.rpartition(".")
         module = self.module.get_submodule(path)
-        value = stored(module, own)
+        value = load_parameter(module, own)
         return value if value is getattr(module, own) else value.clone()
 
 
-def lend(model: nn.Module, weights: Mapping[str, Tensor] | StoredWeights) -> None:
+def attach_weights(model: nn.Module, weights: Mapping[str, Tensor] | StoredWeights) -> None:
     """Attach `weights`, by name, to the modules of a model or layer on the meta device.
 
     The weights are attached in accelerate's form, which `stored` reads, and `save_pretrained` if the model has an
@@ -105,10 +105,10 @@ def lend(model: nn.Module, weights: Mapping[str, Tensor] | StoredWeights) -> Non
             module._hf_hook = SimpleNamespace(weights_map=own, execution_device="cpu", offload=True)
 
 
-def lend_all(model: PreTrainedModel, source: PreTrainedModel) -> None:
+def attach_all_weights(model: PreTrainedModel, source: PreTrainedModel) -> None:
     """Attach the weights of `source`, which may be offloaded, to a model without weights, by the same names."""
     model.hf_device_map = {"": "disk"}
-    lend(model, StoredWeights(source))
+    attach_weights(model, StoredWeights(source))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from gprune.models.blocks import Block, blocks_of, check_untied
 from gprune.models.families import BUILT_IN, FAMILIES, PRUNED, Family
 from gprune.models.lookup import decoder_of, family_of
 from gprune.models.losses import LogitTransform
-from gprune.models.modeling_pruned import find
+from gprune.models.modeling_pruned import find_parent
 
 REMEDY = (
     "Correct the record (docs/extend.md, 'A model family'), or remove it, so that gprune finds the structure itself"
@@ -103,7 +103,7 @@ def _check_paths(name: str, record: Family, layer: nn.Module) -> None:
     known = [path for path, _ in layer.named_modules() if path]
     fields = ["query", "key", "value", "output", "query_norm", "key_norm", "ffn_norm", "attention_norm"]
     fields += ["after_ffn", "after_attention"]
-    module, own = find(layer, record.experts or "")
+    module, own = find_parent(layer, record.experts or "")
     if not hasattr(module, own):
         fields += ["gate", "up", "down"]
     for field in fields:

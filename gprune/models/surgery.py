@@ -31,8 +31,8 @@ from gprune.models.copies import copy_without_hooks
 from gprune.models.loading import skeleton
 from gprune.models.lookup import decoder_of, family_of, remember
 from gprune.models.masks import Masks
-from gprune.models.modeling_pruned import experts_aligned, find, tell_layer, tell_sizes
-from gprune.models.offload import lend, lend_all, stored
+from gprune.models.modeling_pruned import experts_aligned, find_parent, set_layer_sizes, update_linear_sizes
+from gprune.models.offload import attach_all_weights, attach_weights, load_parameter
 
 
 @torch.no_grad()
@@ -78,8 +78,8 @@ def prune_to_files(
         revise: called with the dense and the sliced block before it is written; changes the sliced block in place.
 
     Returns:
-        The pruned model on the meta device. `gprune.models.offload.stored` reads parameters of blocks from the files,
-        and other parameters from `model`. The model can be saved, but not run.
+        The pruned model on the meta device. `gprune.models.offload.load_parameter` reads parameters of blocks from the
+        files, and other parameters from `model`. The model can be saved, but not run.
     """
     check_masks(model, masks)
     small = skeleton(copy.deepcopy(model.config), type(model)).eval().requires_grad_(False)
@@ -87,7 +87,7 @@ def prune_to_files(
         parameter.data = parameter.data.to(model.get_parameter(name).dtype)
     small.generation_config = model.generation_config
     prune(small, masks, inplace=True)
-    lend_all(small, model)
+    attach_all_weights(small, model)
     folder.mkdir(parents=True, exist_ok=True)
     stays = masks.blocks
     kept = [blocks for blocks in by_layer(blocks_of(model)) if stays[blocks[0].index]]
@@ -105,7 +105,7 @@ def _write_layer(
     whole, layer = dense[0].layer, blocks[0].layer
     for name, _ in list(whole.named_parameters()):
         owner, _, own = name.rpartition(".")
-        value = stored(whole.get_submodule(owner), own).detach()
+        value = load_parameter(whole.get_submodule(owner), own).detach()
         value = _slice_parameter(*places[name], masks, value) if name in places else value.clone()
         setattr(layer.get_submodule(owner), own, nn.Parameter(value.cpu().contiguous(), requires_grad=False))
     for pair in zip(dense, blocks, strict=True) if revise is not None else ():
@@ -113,7 +113,7 @@ def _write_layer(
     weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     save_file(weights, path)
     layer.to("meta")
-    lend(layer, OffloadedWeightsLoader(index={name: {"safetensors_file": path} for name in weights}))
+    attach_weights(layer, OffloadedWeightsLoader(index={name: {"safetensors_file": path} for name in weights}))
 
 
 def _drop_layers(model: PreTrainedModel, stays: list[bool]) -> None:
@@ -122,7 +122,7 @@ def _drop_layers(model: PreTrainedModel, stays: list[bool]) -> None:
     before = skeleton(copy.deepcopy(model.config), type(model))
     kept = [index for index, keep in enumerate(stays) if keep]
     remaining = nn.ModuleList(layers[index] for index in kept)
-    holder, name = find(decoder_of(model), family_of(model).layers)
+    holder, name = find_parent(decoder_of(model), family_of(model).layers)
     setattr(holder, name, remaining)
     content = config.to_dict()  # plain lists and dicts, unlike some attributes
     table = content.get("per_layer_config")
@@ -221,13 +221,13 @@ def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks
         for place in block.slices:
             path, _, name = place.path.rpartition(".")
             module, parameter = block.module(path), block.parameter(place)
-            smaller = _slice_parameter(block, place, masks, stored(module, name).detach())
+            smaller = _slice_parameter(block, place, masks, load_parameter(module, name).detach())
             setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
-            tell_sizes(module)
+            update_linear_sizes(module)
     blocks = [replace(block) for block in blocks]  # resets cached properties
     values = layer_values(blocks)
     for block in reversed(blocks):  # the first block has precedence
-        tell_layer(block.layer, config, values | block.config_values, block.attributes)
+        set_layer_sizes(block.layer, config, values | block.config_values, block.attributes)
 
 
 def _slice_parameter(block: Block, place: Slice, masks: Masks, parameter: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gprune.errors import UserError
-from gprune.models.loading import check_not_quantised, load_model
+from gprune.models.loading import check_weight_dtypes, load_model
 from tests import tiny_run
 
 
@@ -64,11 +64,11 @@ def test_weights_without_a_place_are_named(tmp_path, caplog):
 @pytest.mark.parametrize("how", ["float8", "quantizer"])
 def test_weights_that_stay_quantised_are_refused(how, tiny_model):
     """Their scales would stay where rows go. A checkpoint that transformers de-quantises as it loads is welcome."""
-    check_not_quantised(tiny_model, "here")
+    check_weight_dtypes(tiny_model, "here")
     if how == "float8":
         linear = tiny_model.model.layers[1].mlp.up_proj
         linear.weight = torch.nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
     else:
         tiny_model.hf_quantizer = object()
     with pytest.raises(UserError, match=r"weights in float32, bfloat16 or float16; got 'here', which is quantised"):
-        check_not_quantised(tiny_model, "here")
+        check_weight_dtypes(tiny_model, "here")

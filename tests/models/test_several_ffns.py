@@ -23,7 +23,7 @@ from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.models import lookup
-from gprune.models.blocks import blocks_of, by_layer, decoder_layers, unpruned
+from gprune.models.blocks import blocks_of, by_layer, decoder_layers, find_unpruned
 from gprune.models.discovery.agreement import random_masks
 from gprune.models.discovery.record import discover_record
 from gprune.models.lookup import remember
@@ -124,7 +124,7 @@ def test_each_ffn_of_a_layer_is_a_block_and_the_first_has_the_attention(shared):
     assert [b.layer_index for b in blocks] == [0, 0, 1, 1, 2, 2]
     assert [b.has_experts for b in blocks] == [True, False] * 3
     assert [b.kv_groups > 0 for b in blocks] == [True, False] * 3
-    assert unpruned(shared) == {}
+    assert find_unpruned(shared) == {}
     assert what_stays(planned(shared)) == ""  # a block without attention is no layer without attention
     for own, layer in zip(by_layer(blocks), layers, strict=True):
         assert all(block.layer is layer for block in own)
@@ -146,7 +146,7 @@ def test_a_network_inside_a_router_stays_and_is_named(tmp_path):
     """Zaya's router is an FFN: it says which expert computes, and adds nothing to the residual."""
     with tiny_run.isolated(tmp_path):
         model = example("zaya")
-        found, said = unpruned(model), what_stays(planned(model))
+        found, said = find_unpruned(model), what_stays(planned(model))
     ((path, staying),) = found.items()
     share = staying.parameters / model.num_parameters()
     assert said.endswith(f"{path} in 3 layers (its output does not join the residual): {share:.1%} of the model")
