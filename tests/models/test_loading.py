@@ -72,3 +72,8 @@ def test_weights_that_stay_quantised_are_refused(how, tiny_model):
         tiny_model.hf_quantizer = object()
     with pytest.raises(UserError, match=r"weights in float32, bfloat16 or float16; got 'here', which is quantised"):
         check_weight_dtypes(tiny_model, "here")
+
+
+def test_weights_in_float64_are_refused_as_float64_and_not_as_quantized(tiny_model):
+    with pytest.raises(UserError, match=r"got 'here', which has weights in float64\. Convert them to float32\."):
+        check_weight_dtypes(tiny_model.double(), "here")
