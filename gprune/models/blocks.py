@@ -66,7 +66,7 @@ class Block:
 
     def __getattr__(self, name: str) -> Any:
         """Return a part by name: `block.down` is `block.parts["down"]`, or None without such a part."""
-        if any(name in names for names in PARTS.values()):
+        if name in (*PARTS["ffn"], *PARTS["attention"]):
             return self.parts.get(name)
         raise AttributeError(name)
 

@@ -51,7 +51,7 @@ def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = 
         watcher: the function.
         down: path of the stacked down projections in `experts`, and the dimension of neurons.
     """
-    attributes = experts.__dict__  # set directly, because nn.Module.__setattr__ does more
+    attributes = experts.__dict__  # a forward method in it hides that of the class
     if "watchers" not in attributes:
         before = {"forward": attributes["forward"]} if "forward" in attributes else {}
         run = _forward_standard if has_standard_forward(experts) else partial(_forward_of_class, down[0])
