@@ -45,7 +45,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gprune.errors import UserError, first_line
 from gprune.export.hf import save_pruned
-from gprune.models.blocks import Block, blocks_of, by_layer, unpruned
+from gprune.models.blocks import Block, blocks_of, by_layer, find_unpruned
 from gprune.models.discovery.agreement import random_masks
 from gprune.models.families import FAMILIES
 from gprune.models.lookup import family_of
@@ -184,7 +184,7 @@ def row_of(model_type: str, folder: Path, *, vision: bool = False) -> dict[str, 
         family_of(model)
         row["seconds"] = round(time.process_time() - started, 1)
         row["ffn"], row["attention"] = describe(model)
-        row["stays"] = {p: s.parameters / model.num_parameters() for p, s in unpruned(model).items()}
+        row["stays"] = {p: s.parameters / model.num_parameters() for p, s in find_unpruned(model).items()}
         row |= _compare(model, folder / model_type, vision=vision)
     except TimeoutError:
         raise

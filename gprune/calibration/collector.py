@@ -28,7 +28,7 @@ from gprune.calibration.statistics import CorpusStatistics
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.experts import watch_experts
 from gprune.models.lookup import decoder_of
-from gprune.models.losses import differentiable, next_token_losses
+from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.offload import device_of
 
 
@@ -106,7 +106,7 @@ class Collector:
                     rows = None if part.rows is None else part.rows.to(device_of(part.host))
                     self._handles.append(part.host.register_forward_hook(partial(self._see_gradient, metric, rows)))
         if self.gradients:
-            self._handles.append(differentiable(self.model))
+            self._handles.append(require_activation_gradients(self.model))
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -27,7 +27,7 @@ from gprune.errors import UserError, require_finite
 from gprune.models.autocast import CastWeights
 from gprune.models.bfloat16 import fast_products
 from gprune.models.blocks import Block, blocks_of
-from gprune.models.losses import differentiable, next_token_losses
+from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.offload import device_of
 
 log = logging.getLogger("gprune")
@@ -71,7 +71,7 @@ def tokens_with_gradients(
 
     casts = CastWeights(model)
     with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
-        hooks.callback(differentiable(model).remove)
+        hooks.callback(require_activation_gradients(model).remove)
         for block in blocks:
             if block.down is not None:
                 host = block.parts["down"].host

@@ -39,7 +39,7 @@ from gprune.models.blocks import blocks_of, by_layer, decoder_layers, layer_valu
 from gprune.models.loading import pruned_classes, register_type, skeleton
 from gprune.models.lookup import family_of, remember
 from gprune.models.masks import Masks
-from gprune.models.offload import device_of, is_offloaded, lend_all
+from gprune.models.offload import attach_all_weights, device_of, is_offloaded
 from gprune.models.surgery import prune
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
@@ -149,7 +149,8 @@ def _found_skeleton(model: PreTrainedModel) -> PreTrainedModel:
         biases: list[str] = []
         for block in of_layer:
             sizes |= {place.path: [place.dim, block.parameter(place).shape[place.dim]] for place in block.slices}
-            attributes |= {path: modeling_pruned.size(terms, block.sizes) for path, terms in block.attributes.items()}
+            for path, terms in block.attributes.items():
+                attributes[path] = modeling_pruned.weighted_sum(terms, block.sizes)
             added = [part for part in ("down", "output") if part in block.parts and block.parts[part].bias is not None]
             dense = of_stock[block.index].parts
             biases += [getattr(block.family, part) for part in added if dense[part].bias is None]
@@ -187,7 +188,7 @@ def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> P
     cast(exportable, dtype)
     exportable.generation_config = copy.deepcopy(model.generation_config)
     if is_offloaded(model):
-        lend_all(exportable, model)
+        attach_all_weights(exportable, model)
     return exportable.train(model.training)
 
 
@@ -263,7 +264,7 @@ def save_pruned(
         with warnings.catch_warnings(action="ignore"):  # that shards must fit in memory, which `shard_size` ensures
             exportable.save_pretrained(new, max_shard_size=shard_size(exportable))
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
-        config |= modeling_pruned.rope_of_older(config)  # current stock configs do not write it
+        config |= modeling_pruned.legacy_rope_settings(config)  # current stock configs do not write it
         (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)

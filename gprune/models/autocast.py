@@ -41,7 +41,9 @@ class CastWeights:
         replaced: list[tuple[nn.Module, str, Tensor]] = []
         try:
             for module in self.model.modules():
-                for name, weight in module._parameters.items() if type(module) in PRODUCTS else ():
+                if type(module) not in PRODUCTS:
+                    continue
+                for name, weight in module._parameters.items():
                     if weight is not None and (copy := self._copy(weight)) is not None:
                         replaced.append((module, name, weight))
                         module._parameters[name] = copy
@@ -51,21 +53,32 @@ class CastWeights:
                 module._parameters[name] = weight
 
     def _copy(self, weight: Tensor) -> Tensor | None:
-        """Return the copy of a weight, or None if autocast does not cast it or it may change."""
-        kind, kept = weight.device.type, self._copies.get(id(weight))
+        """Return the copy of a weight, or None if autocast does not cast it or it may change.
+
+        A copy is made at the first call, and again if the weight has changed since.
+        """
         if weight.requires_grad or weight.is_meta or is_sharded(weight) or weight.dtype != torch.float32:
             return None
-        if not torch.is_autocast_enabled(kind):
+        device_type = weight.device.type
+        if not torch.is_autocast_enabled(device_type):
             return None
-        if kept is None or kept[0] is not weight or kept[1] != weight._version or kept[2].device != weight.device:
-            copy = nn.Parameter(weight.detach().to(torch.get_autocast_dtype(kind)), requires_grad=False)
-            kept = self._copies[id(weight)] = (weight, weight._version, copy)
-        return kept[2]
+        if id(weight) in self._copies:
+            source, version, copy = self._copies[id(weight)]
+            # Ids are reused, so the tensor itself is compared too.
+            if source is weight and version == weight._version and copy.device == weight.device:
+                return copy
+        copy = nn.Parameter(weight.detach().to(torch.get_autocast_dtype(device_type)), requires_grad=False)
+        self._copies[id(weight)] = (weight, weight._version, copy)
+        return copy
 
 
-def cast_numbers(model: nn.Module) -> int:
-    """Return how many numbers `CastWeights` copies if all weights are frozen and in float32."""
-    weights = (
-        weight for module in model.modules() if type(module) in PRODUCTS for weight in module._parameters.values()
-    )
-    return sum(weight.numel() for weight in {id(w): w for w in weights if w is not None}.values())
+def count_cast_weights(model: nn.Module) -> int:
+    """Return how many numbers `CastWeights` copies if all weights are frozen and in float32.
+
+    Shared weights are counted once.
+    """
+    weights: dict[int, Tensor] = {}
+    for module in model.modules():
+        if type(module) in PRODUCTS:
+            weights |= {id(weight): weight for weight in module._parameters.values() if weight is not None}
+    return sum(weight.numel() for weight in weights.values())

@@ -22,10 +22,13 @@ def multiplies_bfloat16(device: torch.device) -> tuple[bool, str]:
             return True, "assumed for the planned GPU"
         if torch.version.hip:
             return True, "an AMD GPU"
-        least = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-        return least >= (8, 0), f"a GPU of compute capability {least[0]}.{least[1]}"
-    if device.type != "cpu" or not _has_amx():
-        return False, f"{'a processor' if device.type == 'cpu' else device.type} without AMX"
+        lowest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+        return lowest >= (8, 0), f"a GPU of compute capability {lowest[0]}.{lowest[1]}"
+    if device.type != "cpu":
+        return False, f"{device.type} without AMX"
+    if not _has_amx():
+        return False, "a processor without AMX"
+    # Limits of oneDNN's instruction set, in new and old versions.
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if limit not in ("", "ALL", "DEFAULT") and "AMX" not in limit:
         return False, f"ONEDNN_MAX_CPU_ISA={limit}"
@@ -47,19 +50,19 @@ def has_fast_products(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 @contextmanager
-def fast_products(of: Tensor) -> Iterator[None]:
-    """Multiply float32 matrices in bfloat16 while the context lasts, if `of` is bfloat16 and on a CPU with AMX.
+def fast_products(operand: Tensor) -> Iterator[None]:
+    """Multiply float32 matrices in bfloat16 while the context lasts, if `operand` is bfloat16 and on a CPU with AMX.
 
-    Use it for products of `of.float()`. Products of two bfloat16 numbers are exact in float32, and sums are float32
-    too, so the result has the precision of a float32 product, in a third of the time. Other factors are rounded to
-    bfloat16.
+    Use it for products of `operand.float()`. Products of two bfloat16 numbers are exact in float32, and sums are
+    float32 too, so the result has the precision of a float32 product, in a third of the time. Other factors are rounded
+    to bfloat16.
     """
-    if not has_fast_products(of.dtype, of.device):
+    if not has_fast_products(operand.dtype, operand.device):
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # PyTorch's name for products in bfloat16
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(previous)

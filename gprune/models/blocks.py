@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gprune.errors import UserError
 from gprune.models.families import Family
 from gprune.models.lookup import decoder_of, family_of
-from gprune.models.modeling_pruned import find
+from gprune.models.modeling_pruned import find_parent
 from gprune.models.parts import PARTS, ExpertPart, Part, names_in, parts_of
 
 HEADS = "num_attention_heads"
@@ -57,7 +57,7 @@ class Block:
     family: Family  # the record of this block, if the layer has several
     head_dim: int
     order: int = 0  # position among the blocks of its layer
-    beside: tuple[Block, ...] = ()  # other blocks of the layer; only for the first block
+    other_blocks: tuple[Block, ...] = ()  # other blocks of the layer; only for the first block
 
     @cached_property
     def parts(self) -> dict[str, Part | ExpertPart]:
@@ -66,12 +66,12 @@ class Block:
 
     def __getattr__(self, name: str) -> Any:
         """Return a part by name: `block.down` is `block.parts["down"]`, or None without such a part."""
-        if any(name in names for names in PARTS.values()):
+        if name in (*PARTS["ffn"], *PARTS["attention"]):
             return self.parts.get(name)
         raise AttributeError(name)
 
     def module(self, path: str | None) -> nn.Module | None:
-        """Return the layer's module at a path of the family's record."""
+        """Return the layer's module at a path of the family's record; None for None."""
         return None if path is None else attrgetter(path)(self.layer)
 
     @property
@@ -130,8 +130,8 @@ class Block:
     def per_query_head(self, values: Tensor) -> Tensor:
         """Repeat values of key/value rows, (kv_groups x head_dim, ...), for the query heads that share each row:
         (heads x head_dim, ...)."""
-        q = self.heads // self.kv_groups
-        return repeat(values, "(g d) ... -> (g q d) ...", d=self.head_dim, q=q)
+        heads_per_group = self.heads // self.kv_groups
+        return repeat(values, "(g d) ... -> (g q d) ...", d=self.head_dim, q=heads_per_group)
 
     @property
     def cost(self) -> int:
@@ -139,10 +139,13 @@ class Block:
         return self.whole_cost()
 
     def whole_cost(self, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
-        """Return `cost`, with each parameter counted `weight(parameter)` times."""
+        """Return `cost`, with each parameter counted `weight(parameter)` times.
+
+        The first block of a layer has all parameters that are in no other block.
+        """
         if self.order == 0:
-            layer = sum(weight(parameter) * parameter.numel() for parameter in self.layer.parameters())
-            return layer - sum(block.whole_cost(weight) for block in self.beside)
+            whole_layer = sum(weight(parameter) * parameter.numel() for parameter in self.layer.parameters())
+            return whole_layer - sum(block.whole_cost(weight) for block in self.other_blocks)
         return self.neurons * self.unit_cost("ffn", weight) + self.kv_groups * self.unit_cost("attention", weight)
 
     def unit_cost(self, kind: str, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
@@ -151,76 +154,113 @@ class Block:
         Each parameter is counted `weight(parameter)` times.
         """
         units = max(1, self.neurons if kind == "ffn" else self.kv_groups)
-        return sum(weight(p) * (p.numel() // units) for p in (self.parameter(s) for s in self.slices if s.kind == kind))
+        parameters = [self.parameter(slice_) for slice_ in self.slices if slice_.kind == kind]
+        return sum(weight(parameter) * (parameter.numel() // units) for parameter in parameters)
 
-    def parameter(self, place: Slice) -> nn.Parameter:
+    def parameter(self, slice_: Slice) -> nn.Parameter:
         """Return the parameter of a slice."""
-        return attrgetter(place.path)(self.layer)
+        return attrgetter(slice_.path)(self.layer)
 
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
         """All parameters that become smaller by pruning."""
-        family, N, slices = self.family, torch.arange(self.neurons), []
-        dim = {path: (int(part.transposed), int(not part.transposed)) for path, part in self._by_path.items()}
+        return (*self._ffn_slices(), *self._attention_slices())
+
+    def _ffn_slices(self) -> list[Slice]:
+        """Return the parameters that become smaller if neurons are removed."""
+        family = self.family
+        if self.down is None:
+            return []
+        neurons = torch.arange(self.neurons)
+        slices = []
         if self.has_experts:
-            for tensor, (along, layout) in family.expert_rows.items():
-                units = torch.cat([N.repeat_interleave(len(names.split())) for names in layout.split("|")])
+            for tensor, (dim, layout) in family.expert_rows.items():
+                units = torch.cat([neurons.repeat_interleave(len(names.split())) for names in layout.split("|")])
                 size = {"neurons": len(names_in(layout))}
-                slices.append(Slice(f"{family.experts}.{tensor}", along, "ffn", units, size))
-            tensor, along = family.expert_down
-            slices.append(Slice(f"{family.experts}.{tensor}", along, "ffn", N, {"neurons": 1}))
-        elif self.down is not None:
-            neurons = N, {"neurons": 1}
-            slices += self._rows("ffn", {"gate": neurons, "up": neurons})
-            slices.append(Slice(f"{family.down}.weight", dim[family.down][1], "ffn", *neurons))
+                slices.append(Slice(f"{family.experts}.{tensor}", dim, "ffn", units, size))
+            tensor, dim = family.expert_down
+            slices.append(Slice(f"{family.experts}.{tensor}", dim, "ffn", neurons, {"neurons": 1}))
+            return slices
+        one_row = neurons, {"neurons": 1}
+        slices += self._row_slices("ffn", {"gate": one_row, "up": one_row})
+        slices.append(Slice(f"{family.down}.weight", self._column_dim("down"), "ffn", *one_row))
+        return slices
+
+    def _attention_slices(self) -> list[Slice]:
+        """Return the parameters that become smaller if KV groups are removed."""
+        family = self.family
         if self.output is None:
-            return tuple(slices)
-        groups = torch.arange(self.kv_groups)
-        query = groups.repeat_interleave(self.channels_per_group), {"heads": self.head_dim}
-        own = {"query": self._of_groups(self.query.out_features)}
-        own |= {name: self._of_groups(self.parts[name].out_features, "kv_groups") for name in ("key", "value")}
-        slices += self._rows("attention", own)
-        for path, (along, kind) in family.extras.items():
-            if (parameter := self._parameter(path)) is not None:
-                slices.append(Slice(path, along, kind, *self._of_groups(parameter.shape[along])))
-        norms = ((family.query_norm, own["query"]), (family.key_norm, own["key"]))
-        slices += [Slice(f"{path}.weight", 0, "attention", *sizes) for path, sizes in norms if path is not None]
-        return (*slices, Slice(f"{family.output}.weight", dim[family.output][1], "attention", *query))
+            return []
+        rows = {
+            "query": self._units_of_groups(self.query.out_features),
+            "key": self._units_of_groups(self.key.out_features, "kv_groups"),
+            "value": self._units_of_groups(self.value.out_features, "kv_groups"),
+        }
+        slices = self._row_slices("attention", rows)
+        for path, (dim, kind) in family.extras.items():
+            parameter = self._parameter_at(path)
+            if parameter is not None:
+                slices.append(Slice(path, dim, kind, *self._units_of_groups(parameter.shape[dim])))
+        for norm, part in ((family.query_norm, "query"), (family.key_norm, "key")):
+            if norm is not None:
+                slices.append(Slice(f"{norm}.weight", 0, "attention", *rows[part]))
+        columns = torch.arange(self.kv_groups).repeat_interleave(self.channels_per_group)
+        size = {"heads": self.head_dim}
+        slices.append(Slice(f"{family.output}.weight", self._column_dim("output"), "attention", columns, size))
+        return slices
 
-    @property
-    def _by_path(self) -> dict[str, Part]:
-        """One part of each module that has parts, by the path of the module."""
-        return {getattr(self.family, name): part for name, part in self.parts.items() if isinstance(part, Part)}
+    def _column_dim(self, name: str) -> int:
+        """Return the dimension of columns in the stored weight of a part."""
+        return 0 if self.parts[name].transposed else 1
 
-    def _parameter(self, path: str) -> nn.Parameter | None:
+    def _parameter_at(self, path: str) -> nn.Parameter | None:
         """Return a parameter by its path in the layer, or None."""
-        module, name = find(self.layer, path)
+        module, name = find_parent(self.layer, path)
         return getattr(module, name, None)
 
-    def _of_groups(self, length: int, unit: str = "heads") -> tuple[Tensor, dict[str, int]]:
-        """Return units and sizes of `length` rows that are divided equally among KV groups, in order."""
+    def _units_of_groups(self, length: int, unit: str = "heads") -> tuple[Tensor, dict[str, int]]:
+        """Return `units` and `sizes` of a slice of `length` rows that are divided equally among KV groups, in order.
+
+        The size is a multiple of `unit`, which is `heads` or `kv_groups`.
+        """
         units = torch.arange(self.kv_groups).repeat_interleave(length // self.kv_groups)
         return units, {unit: length // (self.heads if unit == "heads" else self.kv_groups)}
 
-    def _rows(self, kind: str, own: Mapping[str, tuple[Tensor, dict[str, int]]]) -> list[Slice]:
-        """Return slices of modules whose rows belong to units, fused or not. `own`: units and sizes of each part."""
-        slices, paths = [], {name: getattr(self.family, name) for name in own if name in self.parts}
+    def _row_slices(self, kind: str, rows: Mapping[str, tuple[Tensor, dict[str, int]]]) -> list[Slice]:
+        """Return slices of weights and biases of modules whose rows belong to units, fused or not.
+
+        Args:
+            kind: `ffn` or `attention`.
+            rows: name of a part -> `units` and `sizes` of its rows. Parts that the block does not have are ignored.
+        """
+        slices = []
+        paths = {name: getattr(self.family, name) for name in rows if name in self.parts}
         for path in dict.fromkeys(paths.values()):
-            names = [name for name in paths if paths[name] == path]
-            units, part = torch.cat([own[name][0] for name in names]), self.parts[names[0]]
-            if part.rows is not None:
-                units = units[torch.cat([self.parts[name].rows for name in names]).argsort()]
-            sizes = dict(sum((Counter(own[name][1]) for name in names), Counter()))
-            slices.append(Slice(f"{path}.weight", int(part.transposed), kind, units, sizes))
+            names = [name for name in paths if paths[name] == path]  # several if fused
+            first_part = self.parts[names[0]]
+            units = torch.cat([rows[name][0] for name in names])
+            if first_part.rows is not None:  # in the order in which they are stored
+                stored_order = torch.cat([self.parts[name].rows for name in names]).argsort()
+                units = units[stored_order]
+            sizes: Counter[str] = Counter()
+            for name in names:
+                sizes += Counter(rows[name][1])
+            row_dim = 1 if first_part.transposed else 0
+            slices.append(Slice(f"{path}.weight", row_dim, kind, units, dict(sizes)))
             if self.module(path).bias is not None:
-                slices.append(Slice(f"{path}.bias", 0, kind, units, sizes))
+                slices.append(Slice(f"{path}.bias", 0, kind, units, dict(sizes)))
         return slices
 
     def config_terms(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Convert multiples of `neurons`, `heads`, `kv_groups` and `channels` to multiples of config keys."""
-        width = self.family.width if self.has_experts or self.family.experts is None else "intermediate_size"
+        """Convert multiples of `neurons`, `heads`, `kv_groups` and `channels` to multiples of config keys.
+
+        Multiples for discovered types are returned unchanged.
+        """
         if self.family.found:
             return dict(sizes)
+        # `Family.width` is the width of experts if the family has any. Dense layers between them have another key.
+        is_dense_layer = self.family.experts is not None and not self.has_experts
+        width = "intermediate_size" if is_dense_layer else self.family.width
         keys = {"neurons": width, "heads": HEADS, "kv_groups": self.family.kv_heads or HEADS, "channels": HEADS}
         terms: Counter[str] = Counter()
         for name, times in sizes.items():
@@ -237,8 +277,8 @@ class Block:
                 "channels": self.channels,
                 "kv_channels": self.kv_groups * self.head_dim,
             }
-            keys = (self.family.width, "neurons"), (HEADS, "heads"), (self.family.kv_heads, "kv_groups")
-            return sizes | {key: sizes[own] for key, own in keys if key and sizes[own]}
+            names_by_key = {self.family.width: "neurons", HEADS: "heads", self.family.kv_heads: "kv_groups"}
+            return sizes | {key: sizes[name] for key, name in names_by_key.items() if key and sizes[name]}
         if self.family.kv_heads is not None:
             sizes["kv_groups"] = self.kv_groups
         return self.config_terms(sizes)
@@ -251,19 +291,20 @@ class Block:
     @property
     def attributes(self) -> dict[str, dict[str, int]]:
         """Attributes of stock modules that contain sizes: path -> {config key: n}, for the size n x value."""
-        return {path: self.config_terms({what: 1}) for path, what in self.family.attributes.items()}
+        return {path: self.config_terms({size: 1}) for path, size in self.family.attributes.items()}
 
 
 def blocks_of(model: PreTrainedModel) -> list[Block]:
     """Return the blocks of a supported model, in order."""
     family, config = family_of(model), model.config.get_text_config(decoder=True)
+    layers = decoder_layers(model)
     if family.kinds:
         blocks: list[Block] = []
-        for number, layer in enumerate(decoder_layers(model)):
-            blocks += _found_blocks(len(blocks), number, layer, family, config)
+        for layer_index, layer in enumerate(layers):
+            blocks += _discovered_blocks(len(blocks), layer_index, layer, family, config)
         return blocks
     head_dim = _config_head_dim(config)
-    return [Block(index, index, layer, family, head_dim) for index, layer in enumerate(decoder_layers(model))]
+    return [Block(index, index, layer, family, head_dim) for index, layer in enumerate(layers)]
 
 
 def layer_values(blocks: Sequence[Block]) -> dict[str, int]:
@@ -276,31 +317,51 @@ def layer_values(blocks: Sequence[Block]) -> dict[str, int]:
 
 def check_untied(model: PreTrainedModel) -> None:
     """Raise UserError if two layers share a tensor that units are sliced from."""
-    owners: dict[int, str] = {}
+    owners: dict[int, str] = {}  # id of a parameter -> the first place where it is used
     for block in blocks_of(model):
-        for place in block.slices:
-            here = f"'{place.path}' of layer {block.layer_index}"
-            if (other := owners.setdefault(id(block.parameter(place)), here)) != here:
+        for slice_ in block.slices:
+            place = f"'{slice_.path}' of layer {block.layer_index}"
+            first_place = owners.setdefault(id(block.parameter(slice_)), place)
+            if first_place != place:
                 raise UserError(
-                    f"Model type '{model.config.model_type}' cannot be pruned: {here} and {other} are one tensor, so "
-                    "removing a unit of one layer would remove weights of the other."
+                    f"Model type '{model.config.model_type}' cannot be pruned: {place} and {first_place} are one "
+                    "tensor, so removing a unit of one layer would remove weights of the other."
                 )
 
 
 def by_layer(blocks: Iterable[Block]) -> list[list[Block]]:
     """Group blocks by layer, in order."""
-    return [list(own) for _, own in groupby(blocks, key=lambda block: block.layer_index)]
+    return [list(group) for _, group in groupby(blocks, key=lambda block: block.layer_index)]
 
 
-def _found_blocks(first: int, number: int, layer: nn.Module, family: Family, config: PreTrainedConfig) -> list[Block]:
-    """Return the blocks of layer `number` of a discovered type. The first block has index `first`."""
-    ffn, attention = ([kind for kind, stays in kinds_of(layer, kinds) if stays is None] for kinds in family.kinds)
-    beside: list[Block] = []
-    for order, chosen in reversed(list(enumerate(zip_longest(ffn, attention, fillvalue={})))):
-        own = _with_kinds(family, chosen)
-        rest = tuple(beside) if order == 0 else ()
-        beside.insert(0, Block(first + order, number, layer, own, _head_dim(layer, own, config), order, rest))
-    return beside or [Block(first, number, layer, _with_kinds(family, ()), 1)]
+def _discovered_blocks(
+    first_index: int, layer_index: int, layer: nn.Module, family: Family, config: PreTrainedConfig
+) -> list[Block]:
+    """Return the blocks of a layer of a discovered type, at least one.
+
+    Block number i has FFN number i and attention number i of the layer, among those that are pruned.
+
+    Args:
+        first_index: index of the first block in the model.
+        layer_index: number of the layer.
+        layer: the layer.
+        family: the record of the type.
+        config: the config of the text model.
+    """
+    ffn_kinds, attention_kinds = family.kinds
+    pruned_ffns = [kind for kind, stays in kinds_of(layer, ffn_kinds) if stays is None]
+    pruned_attentions = [kind for kind, stays in kinds_of(layer, attention_kinds) if stays is None]
+    pairs = list(zip_longest(pruned_ffns, pruned_attentions, fillvalue={}))
+    if not pairs:
+        return [Block(first_index, layer_index, layer, _record_of_block(family, ()), head_dim=1)]
+    blocks: list[Block] = []
+    for order, pair in reversed(list(enumerate(pairs))):  # the first block last, because it refers to the others
+        record = _record_of_block(family, pair)
+        other_blocks = tuple(blocks) if order == 0 else ()
+        head_dim = _head_dim(layer, record, config)
+        block = Block(first_index + order, layer_index, layer, record, head_dim, order, other_blocks)
+        blocks.insert(0, block)
+    return blocks
 
 
 def kinds_of(layer: nn.Module, kinds: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str | None]]:
@@ -308,11 +369,11 @@ def kinds_of(layer: nn.Module, kinds: Iterable[Mapping[str, Any]]) -> list[tuple
 
     The first of several kinds with the same output projection is used. The first kind of a layer is always pruned.
     """
-    own: dict[str, Mapping[str, Any]] = {}
+    kind_by_output: dict[str, Mapping[str, Any]] = {}
     for kind in kinds:
-        if _has(layer, kind):
-            own.setdefault(output_of(kind), kind)
-    return [(kind, kind.get("stays") if number else None) for number, kind in enumerate(own.values())]
+        if _has_kind(layer, kind):
+            kind_by_output.setdefault(output_of(kind), kind)
+    return [(kind, kind.get("stays") if position else None) for position, kind in enumerate(kind_by_output.values())]
 
 
 def output_of(kind: Mapping[str, Any]) -> str:
@@ -321,7 +382,7 @@ def output_of(kind: Mapping[str, Any]) -> str:
 
 
 @dataclass
-class Staying:
+class Unpruned:
     """An FFN or attention that is not pruned."""
 
     why: str
@@ -329,36 +390,41 @@ class Staying:
     parameters: int = 0  # parameters of its units, over all these layers
 
 
-def unpruned(model: PreTrainedModel) -> dict[str, Staying]:
+def find_unpruned(model: PreTrainedModel) -> dict[str, Unpruned]:
     """Return FFNs and attentions that are not pruned, because their layer has a larger one, by path of the output."""
     family, config = family_of(model), model.config.get_text_config(decoder=True)
-    found: dict[str, Staying] = {}
+    by_output: dict[str, Unpruned] = {}
+    if not family.kinds:
+        return by_output
     for layer in decoder_layers(model):
-        for scope, kinds in zip(PARTS, family.kinds, strict=False):
+        for scope, kinds in zip(PARTS, family.kinds, strict=True):
             for kind, why in kinds_of(layer, kinds):
-                if why is not None:
-                    record = _with_kinds(family, [kind])
-                    block = Block(0, 0, layer, record, _head_dim(layer, record, config))
-                    one = found.setdefault(output_of(kind), Staying(why))
-                    one.layers += 1
-                    one.parameters += (block.neurons if scope == "ffn" else block.kv_groups) * block.unit_cost(scope)
-    return found
+                if why is None:
+                    continue
+                record = _record_of_block(family, [kind])
+                block = Block(0, 0, layer, record, _head_dim(layer, record, config))
+                units = block.neurons if scope == "ffn" else block.kv_groups
+                unpruned = by_output.setdefault(output_of(kind), Unpruned(why))
+                unpruned.layers += 1
+                unpruned.parameters += units * block.unit_cost(scope)
+    return by_output
 
 
-def _with_kinds(family: Family, chosen: Sequence[Mapping[str, Any]]) -> Family:
-    """Return the record of one block with these kinds of FFN and attention."""
-    own = {name: value for kind in chosen for name, value in kind.items() if name != "classes"}
+def _record_of_block(family: Family, kinds: Sequence[Mapping[str, Any]]) -> Family:
+    """Return the record of one block with these kinds, at most one FFN and one attention."""
+    fields: dict[str, Any] = dict.fromkeys(("gate", "up", "down", "query", "key", "value", "output"))
+    for kind in kinds:
+        fields |= {name: value for name, value in kind.items() if name != "classes"}
     for name in ("layout", "attributes", "extras"):
-        own[name] = {path: value for kind in chosen for path, value in kind.get(name, {}).items()}
-    own = {"gate": None, "up": None, "down": None, "query": None, "key": None, "value": None, "output": None} | own
-    return replace(family, kinds=(), **own)
+        fields[name] = {path: value for kind in kinds for path, value in kind.get(name, {}).items()}
+    return replace(family, kinds=(), **fields)
 
 
 def _head_dim(layer: nn.Module, record: Family, config: PreTrainedConfig) -> int:
     """Return the size of a value head of a block with this record; 1 without attention."""
     if record.output is None:
         return 1
-    module, name = find(layer, record.head_dim or "")
+    module, name = find_parent(layer, record.head_dim or "")
     return getattr(module, name, None) or _config_head_dim(config)
 
 
@@ -368,20 +434,25 @@ def _config_head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _has(layer: nn.Module, kind: Mapping[str, Any]) -> bool:
+def _has_kind(layer: nn.Module, kind: Mapping[str, Any]) -> bool:
     """Return whether a layer has the modules of a kind of FFN or attention, with the same classes."""
-    return all(
-        (type(module).__name__.removeprefix("Parametrized") if (module := _at(layer, path)) is not None else None)
-        == name
-        for path, name in kind["classes"].items()
-    )
+    return all(_class_at(layer, path) == name for path, name in kind["classes"].items())
 
 
-def _at(layer: nn.Module, path: str) -> nn.Module | None:
-    """Return the module of a layer at a path, or the layer for an empty path."""
+def _class_at(layer: nn.Module, path: str) -> str | None:
+    """Return the name of the class of a layer's module, or None if there is no such module.
+
+    PyTorch's parametrizations change the class. Their prefix is removed.
+    """
+    module = _module_at(layer, path)
+    return None if module is None else type(module).__name__.removeprefix("Parametrized")
+
+
+def _module_at(layer: nn.Module, path: str) -> nn.Module | None:
+    """Return the module of a layer at a path, or the layer for an empty path; None if there is no such module."""
     if not path:
         return layer
-    module, name = find(layer, path)
+    module, name = find_parent(layer, path)
     return getattr(module, name, None)
 
 

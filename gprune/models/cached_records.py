@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
 FORMAT = 6  # increase it when results of discovery change
-MAPPINGS = {"layout", "extras", "attributes", "expert_rows", "classes"}
+MAPPINGS = {"layout", "extras", "attributes", "expert_rows", "classes"}  # fields with a dictionary
+PAIR_MAPPINGS = {"extras", "expert_rows"}  # those whose values are pairs (dimension, word); other values are strings
 
 
-def place(config: PreTrainedConfig) -> Path:
+def record_path(config: PreTrainedConfig) -> Path:
     """Return the file of the record of a tiny configuration."""
     settings = json.dumps(config.to_dict(), sort_keys=True, default=str)
     kind = f"{type(config).__module__}.{type(config).__qualname__}"
@@ -32,68 +33,87 @@ def read_record(config: PreTrainedConfig) -> Family | None:
 
     Classes of other packages are not cached, because their code may change between runs.
     """
-    if type(config).__module__.partition(".")[0] != "transformers":
+    package = type(config).__module__.partition(".")[0]
+    if package != "transformers":
         return None
-    content = read_json(place(config), sealed=True)
-    return None if content is None else from_json(content)
+    content = read_json(record_path(config), sealed=True)
+    return None if content is None else parse_record(content)
 
 
 def write_record(config: PreTrainedConfig, record: Family) -> None:
     """Write a record to the cache."""
-    write_json(place(config), {"record": asdict(record)})
+    write_json(record_path(config), {"record": asdict(record)})
 
 
-def frozen(kinds: Any) -> tuple[tuple[dict[str, Any], ...], ...]:
-    """Return kinds in the form of a record, with tuples instead of lists."""
-    return tuple(tuple({name: _pairs(name, value) for name, value in kind.items()} for kind in own) for own in kinds)
+def freeze_kinds(kinds: Iterable[Iterable[Mapping[str, Any]]]) -> tuple[tuple[dict[str, Any], ...], ...]:
+    """Convert kinds of FFN and of attention to the form of `Family.kinds`, with tuples instead of lists.
 
-
-def _pairs(name: str, value: Any) -> Any:
-    if name in MAPPINGS and isinstance(value, Mapping):
-        return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
-    return tuple(value) if name == "expert_down" else value
-
-
-def from_json(content: Any) -> Family | None:
-    """Parse a record, or return None if it is invalid."""
-    record = content.get("record") if isinstance(content, dict) else None
-    known = {f.name: f for f in fields(Family)}
-    if not isinstance(record, dict) or set(record) != set(known):
-        return None
-    kinds = record["kinds"]
-    if not isinstance(kinds, list) or len(kinds) != 2 or not all(isinstance(own, list) for own in kinds):
-        return None
-    if not all(_is_kind(kind, known) for own in kinds for kind in own):
-        return None
-    plain = {n: v for n, v in record.items() if n != "kinds"}
-    if not all(_is_value(n, v) for n, v in plain.items()) or not isinstance(record["model_type"], str):
-        return None
-    return Family(**{n: _pairs(n, v) for n, v in plain.items()}, kinds=frozen(kinds))
-
-
-def _is_kind(kind: Any, known: Mapping[str, Any]) -> bool:
-    return (
-        isinstance(kind, dict)
-        and isinstance(kind.get("classes"), dict)
-        and all(n in known or n == "classes" for n in kind)
-        and all(_is_value(n, v) for n, v in kind.items())
+    Args:
+        kinds: two lists, kinds of FFN and kinds of attention. A kind is a dictionary of fields of a record.
+    """
+    return tuple(
+        tuple({name: _lists_to_tuples(name, value) for name, value in kind.items()} for kind in of_scope)
+        for of_scope in kinds
     )
 
 
-def _is_value(name: str, value: Any) -> bool:
+def _lists_to_tuples(name: str, value: Any) -> Any:
+    """Convert pairs in a field of a record to tuples. JSON has only lists."""
+    if name in MAPPINGS and isinstance(value, Mapping):
+        return {key: tuple(inner) if isinstance(inner, list) else inner for key, inner in value.items()}
+    return tuple(value) if name == "expert_down" else value
+
+
+def parse_record(content: Any) -> Family | None:
+    """Return the record in the content of a cache file, or None if it is invalid.
+
+    Args:
+        content: any JSON value. The form of `write_record` is {"record": fields of `Family`}, where `kinds` is a list
+            of two lists, kinds of FFN and kinds of attention, and a kind is a dictionary with fields of `Family` and
+            `classes` (path of a module -> name of its class).
+    """
+    record = content.get("record") if isinstance(content, dict) else None
+    known = {field.name for field in fields(Family)}
+    if not isinstance(record, dict) or set(record) != known:
+        return None
+    kinds = record["kinds"]
+    if not isinstance(kinds, list) or len(kinds) != 2 or not all(isinstance(of_scope, list) for of_scope in kinds):
+        return None
+    if not all(_is_kind(kind, known) for of_scope in kinds for kind in of_scope):
+        return None
+    other_fields = {name: value for name, value in record.items() if name != "kinds"}
+    if not isinstance(record["model_type"], str):
+        return None
+    if not all(_is_valid_value(name, value) for name, value in other_fields.items()):
+        return None
+    frozen_fields = {name: _lists_to_tuples(name, value) for name, value in other_fields.items()}
+    return Family(**frozen_fields, kinds=freeze_kinds(kinds))
+
+
+def _is_kind(kind: Any, known: Collection[str]) -> bool:
+    """Return whether a JSON value is a kind: a dictionary of valid values of known fields, and with `classes`."""
+    if not isinstance(kind, dict) or not isinstance(kind.get("classes"), dict):
+        return False
+    if any(name not in known and name != "classes" for name in kind):
+        return False
+    return all(_is_valid_value(name, value) for name, value in kind.items())
+
+
+def _is_valid_value(name: str, value: Any) -> bool:
+    """Return whether a JSON value has the type of a field of a record or kind."""
     if name == "same_as":
         return value == {}
     if name in MAPPINGS:
-        pairs = name in ("extras", "expert_rows")
-        good = _is_place if pairs else lambda v: isinstance(v, str)
-        return isinstance(value, dict) and all(isinstance(k, str) and good(v) for k, v in value.items())
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            return False
+        if name in PAIR_MAPPINGS:
+            return all(_is_pair(inner, int, str) for inner in value.values())
+        return all(isinstance(inner, str) for inner in value.values())
     if name == "expert_down":
-        return (
-            isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], str) and type(value[1]) is int
-        )
+        return _is_pair(value, str, int)
     return value is None or type(value) in (str, bool, float, int)
 
 
-def _is_place(value: Any) -> bool:
-    """Return whether a JSON value is a dimension and a word."""
-    return isinstance(value, (list, tuple)) and len(value) == 2 and type(value[0]) is int and isinstance(value[1], str)
+def _is_pair(value: Any, first: type, second: type) -> bool:
+    """Return whether a JSON value is a pair of these two types. A bool is not an int."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and type(value[0]) is first and type(value[1]) is second

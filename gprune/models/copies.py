@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from gprune.models.blocks import decoder_layers
 from gprune.models.loading import skeleton
 from gprune.models.lookup import decoder_of
-from gprune.models.offload import stored
+from gprune.models.offload import load_parameter
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -30,8 +30,9 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 def copy_without_hooks(model: PreTrainedModel, memo: dict[int, object]) -> PreTrainedModel:
     """Return a deep copy of a model without its hooks; `memo` as for `copy.deepcopy`."""
-    for module in model.modules():
-        memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
+    for module in model.modules():  # the copy gets new, empty dictionaries of hooks
+        memo[id(module._forward_hooks)] = OrderedDict()
+        memo[id(module._forward_pre_hooks)] = OrderedDict()
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():  # so that transformers installs its own hooks on the copy
         module.__dict__.pop("_output_capturing_hooks_installed", None)
@@ -53,14 +54,14 @@ def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -
     mesh = init_device_mesh(device.type, (processes,))
     copied = without_weights(model).eval()
     layers = list(decoder_layers(copied))
-    inside = {module for layer in layers for module in layer.modules()}
+    modules_of_layers = {module for layer in layers for module in layer.modules()}
     for path, module in copied.named_modules():
-        if module not in inside:
-            _fill(module, model.get_submodule(path), device)
-    # One at a time, so that no process has all of them in memory.
+        if module not in modules_of_layers:
+            _copy_weights(module, model.get_submodule(path), device)
+    # One layer at a time, so that no process has all of them in memory.
     for layer, source in zip(layers, decoder_layers(model), strict=True):
         for path, module in layer.named_modules():
-            _fill(module, source.get_submodule(path), device)
+            _copy_weights(module, source.get_submodule(path), device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     copied.tie_weights()
     share_hooks(decoder_of(copied), decoder_of(model))
@@ -69,14 +70,14 @@ def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -
 
 def share_hooks(copied: nn.Module, module: nn.Module) -> None:
     """Share forward pre-hooks of a module, such as those that count tokens, with its copy."""
-    for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-        setattr(copied, hooks, getattr(module, hooks))
+    for attribute in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        setattr(copied, attribute, getattr(module, attribute))
 
 
-def _fill(module: nn.Module, source: nn.Module, device: torch.device) -> None:
-    """Copy parameters and buffers of `source` to a module without weights."""
+def _copy_weights(module: nn.Module, source: nn.Module, device: torch.device) -> None:
+    """Copy parameters and buffers of `source`, without those of its submodules, to a module without weights."""
     for name, _ in list(module.named_parameters(recurse=False)):
-        value = stored(source, name).detach().to(device, copy=True)
+        value = load_parameter(source, name).detach().to(device, copy=True)
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))
     for name, buffer in source.named_buffers(recurse=False):
         module._buffers[name] = buffer.to(device, copy=True)

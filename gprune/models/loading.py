@@ -36,7 +36,7 @@ from gprune.errors import UserError, first_line, quoting
 from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, PRUNED
-from gprune.models.folders import check_folder, check_sizes, check_stored
+from gprune.models.folders import check_folder, check_parameter_count, check_sizes
 from gprune.models.lookup import auto_class, family_of_config
 from gprune.models.names import check_model_name
 from gprune.models.offload import StoredWeights, offload_folder
@@ -44,6 +44,7 @@ from gprune.storage.files import as_bytes
 from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def register() -> None:
@@ -54,21 +55,33 @@ def register() -> None:
 
 def register_type(model_type: str) -> None:
     """Register exports of one model type in transformers' Auto classes."""
-    config, base, complete = pruned_classes(model_type)
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    if base is not None:
-        AutoModel.register(config, base, exist_ok=True)
-    causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    (AutoModelForCausalLM if causal else AutoModelForImageTextToText).register(config, complete, exist_ok=True)
+    config_class, base_class, model_class = pruned_classes(model_type)
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    if base_class is not None:
+        AutoModel.register(config_class, base_class, exist_ok=True)
+    is_causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto_model = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+    auto_model.register(config_class, model_class, exist_ok=True)
 
 
-def pruned_classes(family: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]:
-    """Return the pruned classes of a family: config, base model and causal language model."""
+def pruned_classes(
+    family: str,
+) -> tuple[type[PreTrainedConfig], type[PreTrainedModel] | None, type[PreTrainedModel] | None]:
+    """Return the pruned classes of a family: config, base model, and language model (with images if only that exists).
+
+    A model class is None if transformers does not list exactly one class for the family.
+    """
+    config_name = f"Pruned{CONFIG_MAPPING[family].__name__}"
+
+    def pruned_class(stock_name: str | tuple[str, ...] | None) -> type[PreTrainedModel] | None:
+        if not isinstance(stock_name, str):  # a tuple: transformers chooses by other values of the config
+            return None
+        return getattr(modeling_pruned, modeling_pruned.pruned_name(stock_name, config_name))
+
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
+    with_head = causal or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
     base = MODEL_MAPPING_NAMES.get(family)
-    complete = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]
-    config = f"Pruned{CONFIG_MAPPING[family].__name__}"
-    names = [modeling_pruned.pruned_name(name, config) if isinstance(name, str) else None for name in (base, complete)]
-    return tuple(None if name is None else getattr(modeling_pruned, name) for name in (config, *names))
+    return getattr(modeling_pruned, config_name), pruned_class(base), pruned_class(with_head)
 
 
 @torch.no_grad()
@@ -79,8 +92,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     equal fingerprints have equal statistics; the fingerprint is part of cache keys.
     """
     settings = model.config.to_diff_dict()
-    for place in ("_name_or_path", "transformers_version"):  # the location of a model does not matter
-        settings.pop(place, None)
+    for key in ("_name_or_path", "transformers_version"):  # where a model is stored and what wrote it do not matter
+        settings.pop(key, None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     if type(model).__module__.startswith("transformers_modules."):
         digest.update(f"{type(model).__module__}.{type(model).__qualname__}".encode())
@@ -104,19 +117,26 @@ def locate_model(name: str) -> str:
 def read_config(name: str, *, trust_remote_code: bool = False, prunable: bool = True) -> PreTrainedConfig:
     """Read the configuration of a model.
 
+    Args:
+        name: embedded name, folder or hub id.
+        trust_remote_code: whether to run code of the model.
+        prunable: whether the family must be supported.
+
     Raises:
-        UserError: if there is none, if sizes are out of range, or, unless `prunable` is false, if the family is not
-            supported.
+        UserError: if there is no configuration, if sizes are out of range, or if the family is not supported.
     """
     location = locate_model(name)
     register()  # for records that were added after the import
     remedy = ". Use a causal language model; without network, an embedded model or a local folder."
     with quoting(f"--model.name: Cannot read the configuration of '{name}': ", remedy):
         check_folder(location)
-        check_sizes(PreTrainedConfig.get_config_dict(location)[0], name)
-        named = PreTrainedConfig.get_config_dict(location)[0].get("model_type")
-        if isinstance(named, str) and named.startswith(PRUNED) and named.removeprefix(PRUNED) in CONFIG_MAPPING:
-            register_type(named.removeprefix(PRUNED))
+        content = PreTrainedConfig.get_config_dict(location)[0]
+        check_sizes(content, name)
+        model_type = content.get("model_type")
+        if isinstance(model_type, str) and model_type.startswith(PRUNED):
+            dense_type = model_type.removeprefix(PRUNED)
+            if dense_type in CONFIG_MAPPING:
+                register_type(dense_type)
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
         if prunable:
             family_of_config(config)
@@ -134,16 +154,16 @@ def skeleton(
 
 
 def load_model(
-    name: str, *, trust_remote_code: bool = False, **settings: Any
+    name: str, *, trust_remote_code: bool = False, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model by embedded name, folder or hub id, and its tokenizer. Settings are those of `load_weights`.
+    """Load a model by embedded name, folder or hub id, and its tokenizer. Options are those of `load_weights`.
 
     Raises:
         UserError: before weights are read, if the family is not supported; later, if weights cannot be read.
     """
     location = locate_model(name)
     with quoting(f"--model.name: '{name}' cannot be loaded: "):
-        model = load_weights(location, trust_remote_code=trust_remote_code, **settings)
+        model = load_weights(location, trust_remote_code=trust_remote_code, **options)
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
         tokenizer("a")  # fails if its settings have wrong types
         return model, tokenizer
@@ -167,7 +187,7 @@ def load_weights(
         location: folder or hub id.
         dtype: dtype of the weights.
         device_map: argument of transformers.
-        max_memory: sizes by `cpu` or device number; other weights stay on disk.
+        max_memory: sizes by `cpu` or device number; weights that do not fit stay on disk.
         trust_remote_code: whether to run code of the model.
         prunable: whether the family must be supported.
 
@@ -175,39 +195,51 @@ def load_weights(
         UserError: if weights are missing, which transformers would initialise at random, or quantised.
     """
     config = read_config(str(location), trust_remote_code=trust_remote_code, prunable=prunable)
-    check_stored(skeleton(config, trust_remote_code=trust_remote_code), location)
-    settings = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
-    with ExitStack() as removal:
+    check_parameter_count(skeleton(config, trust_remote_code=trust_remote_code), location)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    with ExitStack() as cleanup:
         if device_map is not None:
             limits = None if max_memory is None else memory_limits(max_memory)
-            folder = removal.enter_context(offload_folder())
-            settings |= {"device_map": device_map, "max_memory": limits, "offload_folder": folder}
-        if not usable_generation_config(location):
-            settings["generation_config"] = GenerationConfig.from_model_config(config)
+            folder = cleanup.enter_context(offload_folder())
+            options |= {"device_map": device_map, "max_memory": limits, "offload_folder": folder}
+        if not has_usable_generation_config(location):
+            options["generation_config"] = GenerationConfig.from_model_config(config)
         with quieted("accelerate.big_modeling"):  # warns of offloaded parameters, which are intended
-            model, report = auto_class(config).from_pretrained(location, **settings)
+            model, report = auto_class(config).from_pretrained(location, **options)
         check_complete(report, location)
-        check_not_quantised(model, location)
-        weakref.finalize(model, removal.pop_all().close)
+        check_weight_dtypes(model, location)
+        # Loading has succeeded, so the offload folder is removed with the model, and not at the end of this block.
+        weakref.finalize(model, cleanup.pop_all().close)
     return model.eval().requires_grad_(False)
 
 
-def usable_generation_config(location: str | Path) -> bool:
-    """Return whether generation_config.json is valid or missing. Otherwise log a warning."""
+def has_usable_generation_config(location: str | Path) -> bool:
+    """Return whether generation_config.json is valid, or missing and thus made from config.json by transformers.
+
+    Otherwise log a warning.
+    """
     try:
         GenerationConfig.from_pretrained(location)
     except OSError:  # missing or not JSON: transformers uses config.json
         pass
-    except Exception as error:  # of any type, because values may have any type
+    except Exception as error:  # of any class, because values may have any type
         log.warning("'%s': generation_config.json is ignored: %s", location, first_line(error))
         return False
     return True
 
 
-def check_not_quantised(model: PreTrainedModel, location: str | Path) -> None:
-    """Raise UserError if weights are quantised in memory, because scales cannot be sliced with their neurons."""
-    dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32, torch.bfloat16, torch.float16}
-    if getattr(model, "hf_quantizer", None) is not None or dtypes:
+def check_weight_dtypes(model: PreTrainedModel, location: str | Path) -> None:
+    """Raise UserError unless all parameters are float32, bfloat16 or float16 and no quantizer is attached.
+
+    Quantization scales cannot be sliced with neurons.
+    """
+    other_dtypes = {parameter.dtype for parameter in model.parameters()}.difference(WEIGHT_DTYPES)
+    if getattr(model, "hf_quantizer", None) is None and other_dtypes == {torch.float64}:
+        raise UserError(
+            f"--model.name must have weights in float32, bfloat16 or float16; got '{location}', which has weights in "
+            "float64. Convert them to float32."
+        )
+    if getattr(model, "hf_quantizer", None) is not None or other_dtypes:
         remedy = "Prune the original weights, and quantise the result"
         raise UserError(
             f"--model.name must have weights in float32, bfloat16 or float16; got '{location}', which is quantised. "
@@ -216,14 +248,23 @@ def check_not_quantised(model: PreTrainedModel, location: str | Path) -> None:
 
 
 def check_complete(report: Mapping[str, Collection[str]], location: str | Path) -> None:
-    """Raise UserError for missing weights in transformers' report of a load, and warn of unexpected weights."""
-    if missing := sorted(report["missing_keys"]):
+    """Raise UserError if weights are missing, and warn of unexpected weights.
+
+    Args:
+        report: the loading info of `from_pretrained`: `missing_keys` and `unexpected_keys`.
+        location: folder or hub id, for the messages.
+    """
+    missing = sorted(report["missing_keys"])
+    if missing:
         remedy = "Check num_hidden_layers and tie_word_embeddings in config.json"
         lacks = f"it has no weights for {len(missing)} parameters, such as {missing[0]}"
         raise UserError(f"--model.name: Cannot load '{location}': {lacks}. {remedy}.")
-    if unknown := sorted(report["unexpected_keys"]):
-        said = "'%s' has %d weights that do not belong to the model of its config.json, such as %s. They are ignored."
-        log.warning(said, location, len(unknown), unknown[0])
+    unknown = sorted(report["unexpected_keys"])
+    if unknown:
+        warning = (
+            "'%s' has %d weights that do not belong to the model of its config.json, such as %s. They are ignored."
+        )
+        log.warning(warning, location, len(unknown), unknown[0])
 
 
 register()  # so that exports load after importing this module

@@ -6,6 +6,7 @@ import json
 from importlib import import_module
 from operator import attrgetter
 
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -18,23 +19,26 @@ from transformers import (
 from gprune.models.families import FAMILIES, PRUNED, Family
 
 RECORD = "_gprune_record"  # attribute of a model that caches its record, also for copies
-_known: dict[tuple[type, str], Family] = {}  # records that this process has discovered or loaded
+# Records that this process has discovered or loaded, by class of the config and its content as JSON.
+_known: dict[tuple[type, str], Family] = {}
 
 
 def auto_class(config: PreTrainedConfig) -> type:
     """Return the Auto class of a configuration: for causal language models, or else for images and text."""
-    with_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if with_images and not is_causal(config) else AutoModelForCausalLM
+    has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if has_images and not is_causal(config) else AutoModelForCausalLM
 
 
 def is_causal(config: PreTrainedConfig) -> bool:
     """Return whether AutoModelForCausalLM supports a configuration, natively or by remote code."""
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    has_remote_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return has_remote_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """Return the record of a model's type. For exports of gprune this is the record of the dense type.
+    """Return the record of a model's type, and register it for the model if it was discovered.
+
+    For exports of gprune this is the record of the dense type.
 
     Raises:
         UserError: if the type has no record, and discovery fails.
@@ -48,7 +52,11 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 def family_of_config(config: PreTrainedConfig) -> Family:
-    """Return the record of a configuration's type; UserError as for `family_of`."""
+    """Return the record of a configuration's type.
+
+    Raises:
+        UserError: if the type has no record, and discovery fails.
+    """
     name = config.model_type.removeprefix(PRUNED)
     if name in FAMILIES:
         return FAMILIES[name]
@@ -64,7 +72,7 @@ def remember(model: PreTrainedModel, record: Family) -> None:
     model.__dict__[RECORD] = record
 
 
-def decoder_of(model: PreTrainedModel):
+def decoder_of(model: PreTrainedModel) -> nn.Module:
     """Return the decoder of a model, which maps token ids to the hidden states for the head."""
     record = model.__dict__.get(RECORD)
     if record is not None and record.decoder is not None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from gprune.models.lookup import decoder_of, family_of
 
 CHUNK = 256  # tokens per matrix product
-ROWS = 32  # tokens per element-wise operation on a CPU; they fit its cache, which is three times faster
+ROWS = 32  # tokens per element-wise operation on a CPU, whose logits fit its cache; this is three times faster
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ class LogitTransform:
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
     def pull_back(self, error: Tensor, logits: Tensor) -> None:
-        """Convert a gradient by logits to one by the product, in place; (n, V) float32 and (n, V)."""
+        """Convert a gradient by logits to one by the product, in place.
+
+        Args:
+            error: (n, V) float32, the gradient.
+            logits: (n, V), the result of the transform.
+        """
         if self.softcap is not None:
             error.mul_(1 - (logits.float() / self.softcap).square())
         if self.scaling != 1:
@@ -66,22 +71,26 @@ class _FrozenHeadLosses(torch.autograd.Function):
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         if torch.is_autocast_enabled(hidden.device.type):  # once instead of for each product
             head = head.to(torch.get_autocast_dtype(hidden.device.type))
+        step = rows_at_once(hidden)
         for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
-            ours = transform(F.linear(hidden[part], head, bias))
-            wanted = targets[part] if targets.dim() == 1 else transform(F.linear(targets[part], head, bias))
-            step = rows_at_once(hidden)
-            for first in range(0, len(ours), step):
-                few = slice(first, first + step)
-                losses[part][few], error = _losses_and_errors(ours[few].float(), wanted[few])
-                transform.pull_back(error, ours[few])
-                ours[few] = error  # the logits are no longer needed
-            gradient[part] = (ours @ head).to(gradient.dtype)
+            chunk = slice(start, start + CHUNK)
+            logits = transform(F.linear(hidden[chunk], head, bias))
+            chunk_targets = targets[chunk]
+            if targets.dim() == 2:  # hidden states of a teacher
+                chunk_targets = transform(F.linear(chunk_targets, head, bias))
+            chunk_losses = losses[chunk]  # a view
+            for first in range(0, len(logits), step):
+                rows = slice(first, first + step)
+                chunk_losses[rows], error = _losses_and_errors(logits[rows].float(), chunk_targets[rows])
+                transform.pull_back(error, logits[rows])
+                logits[rows] = error  # the logits are no longer needed, so their memory gets the gradient
+            gradient[chunk] = (logits @ head).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient by `hidden`, (n, H). Other arguments have none."""
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output[:, None].to(gradient.dtype), None, None, None, None
 
@@ -91,6 +100,7 @@ def _losses_and_errors(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
     `targets` are ids (n,), or logits (n, V) of a teacher.
     """
+    # p is our distribution, and q that of the teacher.
     log_p = logits.log_softmax(-1)  # one fused pass; logsumexp needs four
     if targets.dim() == 1:
         losses = -log_p.gather(-1, targets[:, None])[:, 0]
@@ -119,6 +129,7 @@ def frozen_head_losses(
         bias: (V,) or None.
         targets: (n,) int64 token ids, for the cross-entropy; or (n, H) hidden states of a teacher with the same head,
             for KL(teacher || ours).
+        transform: from products of hidden states and head to logits.
     """
     return _FrozenHeadLosses.apply(hidden, head, bias, targets, transform)
 
@@ -129,14 +140,16 @@ def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Ten
     The loss is cross-entropy; or KL(teacher || model), if `teacher` is the teacher's `final_hidden` of these tokens.
     """
     head = model.get_output_embeddings()
-    targets = input_ids[:, 1:].flatten() if teacher is None else teacher.flatten(0, 1)
     # If a model is on several devices, a head that is tied to the embeddings is not on that of the last layer.
-    hidden, targets = (t.to(head.weight.device) for t in (final_hidden(model, input_ids).flatten(0, 1), targets))
+    device = head.weight.device
+    targets = input_ids[:, 1:].flatten() if teacher is None else teacher.flatten(0, 1)
+    targets = targets.to(device)
+    hidden = final_hidden(model, input_ids).flatten(0, 1).to(device)
     losses = frozen_head_losses(hidden, head.weight, head.bias, targets, LogitTransform.of(model))
     return losses.view(len(input_ids), -1).mean(1)
 
 
-def differentiable(model: PreTrainedModel) -> RemovableHandle:
+def require_activation_gradients(model: PreTrainedModel) -> RemovableHandle:
     """Make activations of a frozen model require gradients, by a hook on the embedding. Return its handle."""
     return model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
 
@@ -148,9 +161,11 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def iter_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield for each window: logits (1, T - 1, V) in the model's dtype, targets (1, T - 1) int64, and the final hidden
-    states (1, T - 1, H)."""
+    """Yield logits, targets and final hidden states of each window.
+
+    Logits (1, T - 1, V) and hidden states (1, T - 1, H) are in the model's dtype, targets (1, T - 1) are int64.
+    """
     hidden = final_hidden(model, input_ids)
     head, transform = model.get_output_embeddings(), LogitTransform.of(model)
-    for row, ids in zip(hidden, input_ids, strict=True):
-        yield transform(head(row[None])), ids[None, 1:], row[None]
+    for window_hidden, window_ids in zip(hidden, input_ids, strict=True):
+        yield transform(head(window_hidden[None])), window_ids[None, 1:], window_hidden[None]

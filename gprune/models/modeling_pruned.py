@@ -25,7 +25,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 PREFIX = "pruned_"
-AUTO = {  # Auto classes, and their tables: type -> stock class
+AUTO_TABLES = {  # Auto class -> its table, type -> name of the stock class
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForImageTextToText": getattr(modeling_auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {}),
@@ -41,62 +41,74 @@ class PrunedConfig:
     def to_dict(self):
         """Add keys for older versions of transformers, and the name of this file."""
         output = super().to_dict()
-        output |= rope_of_older(output)
-        # Complete, because saving a model records only the class of that model.
-        module, family = __name__.rsplit(".", 1)[-1], self.model_type.removeprefix(PREFIX)
-        output["auto_map"] = {"AutoConfig": f"{module}.{type(self).__name__}"}
-        for auto, names in AUTO.items():
-            if isinstance(names.get(family), str):
-                output["auto_map"][auto] = f"{module}.{pruned_name(names[family], type(self).__name__)}"
+        output |= legacy_rope_settings(output)
+        module = __name__.rsplit(".", 1)[-1]
+        family = self.model_type.removeprefix(PREFIX)
+        config_name = type(self).__name__
+        # Lists all Auto classes, because saving a model records only the class of that model.
+        output["auto_map"] = {"AutoConfig": f"{module}.{config_name}"}
+        for auto_name, stock_names in AUTO_TABLES.items():
+            stock_name = stock_names.get(family)
+            if isinstance(stock_name, str):
+                output["auto_map"][auto_name] = f"{module}.{pruned_name(stock_name, config_name)}"
         return output
 
 
-def pruned_name(stock, config):
+def pruned_name(stock_name, config_name):
     """Return the name of the pruned class of a stock model class, for a pruned config class.
 
-    Some types use the model class of another type with their own config class.
+    Some types use the model class of another type with their own config class. Then the name contains both, as in
+    `PrunedAForCausalLMOfPrunedBConfig`.
     """
-    known = getattr(transformers, stock, None)
-    own = getattr(getattr(known, "config_class", None), "__name__", None)
-    return f"Pruned{stock}" if own is None or f"Pruned{own}" == config else f"Pruned{stock}Of{config}"
+    stock = getattr(transformers, stock_name, None)
+    stock_config = getattr(getattr(stock, "config_class", None), "__name__", None)
+    if stock_config is None or f"Pruned{stock_config}" == config_name:
+        return f"Pruned{stock_name}"
+    return f"Pruned{stock_name}Of{config_name}"
 
 
-def rope_of_older(settings):
-    """Return the rope settings of transformers before version 5, which silently use 10000 without `rope_theta`."""
+def legacy_rope_settings(settings):
+    """Return the rope settings of transformers before version 5, which silently use 10000 without `rope_theta`.
+
+    `settings` is the content of a config.json of version 5.
+    """
     rope = settings.get("rope_parameters") or {}
     if "rope_theta" not in rope:
         return {}
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    plain = rope.get("rope_type", "default") == "default"
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
+    is_default = rope.get("rope_type", "default") == "default"
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if is_default else scaling}
 
 
 class PrunedModel:
     """Mixin for stock model classes: constructs the dense model, and slices it to the sizes of each layer."""
 
     def __init__(self, config):
-        dense = copy.copy(config)
-        for place in ("_heterogeneity_spec", "per_layer_config"):  # the table in new and old versions of transformers
-            dense.__dict__.pop(place, None)
-        super().__init__(dense)
-        for choice in ("_attn_implementation", "_experts_implementation"):
-            if hasattr(dense, choice):
-                setattr(config, choice, getattr(dense, choice))
+        """Construct the dense model of a pruned config, and slice its layers."""
+        dense_config = copy.copy(config)
+        for attribute in ("_heterogeneity_spec", "per_layer_config"):  # the table in new and old transformers
+            dense_config.__dict__.pop(attribute, None)
+        super().__init__(dense_config)
+        for attribute in ("_attn_implementation", "_experts_implementation"):
+            if hasattr(dense_config, attribute):
+                setattr(config, attribute, getattr(dense_config, attribute))
         # Modules refer to the model's config, not a copy, so that a changed attention implementation applies to all
         # layers. Rotary embeddings keep the dense config, which has a single number of heads.
         for module in self.modules():
-            if getattr(module, "config", None) is dense and "RotaryEmbedding" not in type(module).__name__:
+            if getattr(module, "config", None) is dense_config and "RotaryEmbedding" not in type(module).__name__:
                 module.config = config
         layout = config.pruned_layout
+        path = layout["layers"]
         if "own" in layout:
-            text = config.get_text_config(decoder=True)
-            for index, layer in enumerate(attrgetter(layout["layers"])(self)):
-                cut_to(layer, text, layout["own"][str(index)])
+            text_config = config.get_text_config(decoder=True)
+            for index, layer in enumerate(attrgetter(path)(self)):
+                slice_to_sizes(layer, text_config, layout["own"][str(index)])
         else:
-            decoder, place = self.get_decoder(), layout["layers"]
-            layers = getattr(decoder if hasattr(decoder, place) else self.base_model, place)  # base_model: before 5
-            for layer, own in zip(layers, layer_configs(config), strict=True):
-                cut(layer, config, own)
+            decoder = self.get_decoder()
+            if not hasattr(decoder, path):  # transformers before 5
+                decoder = self.base_model
+            for layer, layer_config in zip(getattr(decoder, path), layer_configs(config), strict=True):
+                slice_to_config(layer, config, layer_config)
         if not experts_aligned(self):
             config._experts_implementation = "eager"
 
@@ -111,13 +123,12 @@ class PrunedModel:
     @classmethod
     def _can_set_experts_implementation(cls):
         """Return the answer of the stock class, because transformers looks for a decorator in the file of a class."""
-        return next(
-            c for c in cls.__mro__ if c.__module__.startswith("transformers.")
-        )._can_set_experts_implementation()
+        stock = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+        return stock._can_set_experts_implementation()
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
-        """Raise ValueError for missing weights, for which transformers only warns and uses random values."""
+        """Load a model. Raise ValueError if weights are missing; transformers only warns and uses random values."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
@@ -129,10 +140,13 @@ class PrunedModel:
 
 
 def experts_aligned(model):
-    """Return whether widths of experts are multiples of 8, because grouped kernels need rows of 16 bytes."""
+    """Return whether all stacked weights of experts have rows of a multiple of 8 elements; True without experts.
+
+    Grouped kernels need rows of a multiple of 16 bytes, which are 8 elements of two bytes.
+    """
     convolutions = {id(module.weight) for module in model.modules() if isinstance(module, nn.Conv1d)}
-    stacked = (p for p in model.parameters() if p.dim() == 3 and id(p) not in convolutions)
-    return all(parameter.shape[-1] % 8 == 0 for parameter in stacked)
+    stacked = (weight for weight in model.parameters() if weight.dim() == 3 and id(weight) not in convolutions)
+    return all(weight.shape[-1] % 8 == 0 for weight in stacked)
 
 
 def layer_configs(config):
@@ -140,63 +154,71 @@ def layer_configs(config):
     table = getattr(config, "per_layer_config", None) or {}
     if not isinstance(table, dict):  # transformers >= 5.15 resolves the table itself
         return [copy.copy(table[index]) for index in range(config.num_hidden_layers)]
-    table = {int(index): values for index, values in table.items()}
-    layers = [copy.copy(config) for _ in range(config.num_hidden_layers)]
-    for index, layer in enumerate(layers):
-        for name, value in table.get(index, {}).items():
-            setattr(layer, name, value)
-    return layers
+    values_by_layer = {int(index): values for index, values in table.items()}
+    configs = [copy.copy(config) for _ in range(config.num_hidden_layers)]
+    for index, layer_config in enumerate(configs):
+        for key, value in values_by_layer.get(index, {}).items():
+            setattr(layer_config, key, value)
+    return configs
 
 
-def cut(layer, config, own):
-    """Slice a dense layer to the sizes in its config."""
+def slice_to_config(layer, config, layer_config):
+    """Slice a dense layer in place to the sizes in its own config, and add biases that recovery has added.
+
+    `config` is that of the model, whose `pruned_layout` relates config keys to sizes of parameters.
+    """
     layout = config.pruned_layout
     for path, (dim, terms) in layout["sizes"].items():
-        module, name = find(layer, path)
-        parameter = getattr(module, name, None)
-        if parameter is not None:  # some layers lack parameters, such as dense layers between layers with experts
-            smaller = parameter.detach().narrow(dim, 0, size(terms, own)).clone()
-            setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
-            tell_sizes(module)
-    for path in own.added_biases:
+        module, name = find_parent(layer, path)
+        # Some layers lack parameters, such as dense layers between layers with experts.
+        if getattr(module, name, None) is not None:
+            narrow_parameter(module, name, dim, weighted_sum(terms, layer_config))
+    for path in layer_config.added_biases:
         linear = attrgetter(path)(layer)
         linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
     keys = {key for _, terms in layout["sizes"].values() for key in terms}
-    tell_layer(layer, config, {key: getattr(own, key, None) for key in keys}, layout["attributes"])
+    values = {key: getattr(layer_config, key, None) for key in keys}
+    set_layer_sizes(layer, config, values, layout["attributes"])
 
 
-def cut_to(layer, config, own):
-    """Slice a dense layer to explicit sizes."""
+def slice_to_sizes(layer, config, own):
+    """Slice a dense layer in place to explicit sizes, `own` of its layout, and add biases that recovery has added."""
     for path, (dim, length) in own["sizes"].items():
-        module, name = find(layer, path)
-        parameter = getattr(module, name)
-        smaller = parameter.detach().narrow(dim, 0, length).clone()
-        setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
-        tell_sizes(module)
+        module, name = find_parent(layer, path)
+        narrow_parameter(module, name, dim, length)
     for path in own["added_biases"]:
         linear = attrgetter(path)(layer)
         rows = linear.weight.shape[1 if isinstance(linear, Conv1D) else 0]
         linear.bias = nn.Parameter(linear.weight.new_zeros(rows))
     for path, value in own["attributes"].items():
-        module, name = find(layer, path)
+        module, name = find_parent(layer, path)
         setattr(module, name, value)
-    tell_layer(layer, config, own["values"], {})
+    set_layer_sizes(layer, config, own["values"], {})
 
 
-def size(terms, own):
-    """Return the sum of n x value over {config key: n}."""
-    return sum(times * getattr(own, key) for key, times in terms.items())
+def narrow_parameter(module, name, dim, length):
+    """Replace a parameter by its first `length` indices along `dim`, and update size attributes of the module."""
+    parameter = getattr(module, name)
+    smaller = parameter.detach().narrow(dim, 0, length).clone()
+    setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
+    update_linear_sizes(module)
 
 
-def find(layer, path):
-    """Return the module of a dotted path, or None, and the last name of the path."""
-    *modules, name = path.split(".")
-    for part in modules:
-        layer = getattr(layer, part, None)
-    return layer, name
+def weighted_sum(terms, values):
+    """Return the sum of n x value over `terms`, {config key: n}. `values` has the config keys as attributes."""
+    return sum(n * getattr(values, key) for key, n in terms.items())
 
 
-def tell_sizes(module):
+def find_parent(layer, path):
+    """Return the module, or None, that contains the attribute at a dotted path, and the name of the attribute."""
+    *parents, name = path.split(".")
+    module = layer
+    for parent in parents:
+        module = getattr(module, parent, None)
+    return module, name
+
+
+def update_linear_sizes(module):
     """Set the size attributes of a linear layer from its weight."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
@@ -204,25 +226,39 @@ def tell_sizes(module):
         module.nx, module.nf = module.weight.shape
 
 
-def tell_layer(layer, config, values, attributes):
-    """Set the sizes of a layer, `values` by config key, in attributes and in the config of its modules."""
-    own = LayerConfig(config, values)
+def set_layer_sizes(layer, config, values, attributes):
+    """Set the sizes of a layer in attributes of its modules, and in their config.
+
+    Args:
+        layer: the decoder layer.
+        config: the config of the model.
+        values: config key -> size in this layer.
+        attributes: path of an attribute -> {config key: n}; its value becomes the sum of n x size.
+    """
+    layer_config = LayerConfig(config, values)
     for path, terms in attributes.items():
-        module, name = find(layer, path)
+        module, name = find_parent(layer, path)
         if hasattr(module, name):
-            setattr(module, name, size(terms, own))
+            setattr(module, name, weighted_sum(terms, layer_config))
     for module in layer.modules():
-        if getattr(module, "config", None) is config or isinstance(getattr(module, "config", None), LayerConfig):
-            module.config = own
+        module_config = getattr(module, "config", None)
+        if module_config is config or isinstance(module_config, LayerConfig):
+            module.config = layer_config
 
 
 class LayerConfig:
-    """Config of one layer: its own sizes, and other values from the model's current config."""
+    """Config of one layer: its own sizes, and other values from the model's current config.
+
+    Args:
+        config: the config of the model.
+        values: config key -> value in this layer.
+    """
 
     def __init__(self, config, values):
         self.__dict__.update(model=config, values=values)
 
     def __getattr__(self, name):
+        """Return the value of the layer, or else of the model's config."""
         if name.startswith("__") or "values" not in self.__dict__:  # during copying
             raise AttributeError(name)
         values = self.__dict__["values"]
@@ -230,21 +266,24 @@ class LayerConfig:
 
 
 def __getattr__(name):
-    """Make the pruned class of a stock class of transformers, on first access of its name."""
-    stock_name, _, of_config = name.removeprefix("Pruned").partition("OfPruned")
+    """Create the pruned class of a stock class of transformers, on first access of its name.
+
+    Names are those of `pruned_name`.
+    """
+    stock_name, _, explicit_config = name.removeprefix("Pruned").partition("OfPruned")
     stock = getattr(transformers, stock_name, None) if name.startswith("Pruned") else None
     if not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     body = {"__module__": __name__, "__doc__": f"{stock.__name__} with layers of different width."}
     if issubclass(stock, transformers.PretrainedConfig):
-        made = type(name, (PrunedConfig, stock), body | {"model_type": PREFIX + stock.model_type})
-        auto = "AutoConfig"
+        pruned_class = type(name, (PrunedConfig, stock), body | {"model_type": PREFIX + stock.model_type})
+        auto_name = "AutoConfig"
     else:
-        config = f"Pruned{of_config or stock.config_class.__name__}"
-        config_class = globals().get(config) or __getattr__(config)
-        made = type(name, (PrunedModel, stock), body | {"config_class": config_class})
-        names = (auto for auto, known in AUTO.items() if stock.__name__ in known.values())
-        auto = next(names, "AutoModelForCausalLM")
-    made.register_for_auto_class(auto)  # so that save_pretrained copies this file
-    globals()[name] = made
-    return made
+        config_name = f"Pruned{explicit_config or stock.config_class.__name__}"
+        config_class = globals().get(config_name) or __getattr__(config_name)
+        pruned_class = type(name, (PrunedModel, stock), body | {"config_class": config_class})
+        matching = (auto for auto, stock_names in AUTO_TABLES.items() if stock.__name__ in stock_names.values())
+        auto_name = next(matching, "AutoModelForCausalLM")
+    pruned_class.register_for_auto_class(auto_name)  # so that save_pretrained copies this file
+    globals()[name] = pruned_class
+    return pruned_class

@@ -14,5 +14,5 @@ def check_model_name(name: str) -> None:
     if name in EMBEDDED or path.is_dir():
         return
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        known = f"an embedded model ({', '.join(EMBEDDED)}), a model folder or a hub id 'owner/name'"
-        raise UserError(f"--model.name must be {known}; got '{name}'.")
+        allowed = f"an embedded model ({', '.join(EMBEDDED)}), a model folder or a hub id 'owner/name'"
+        raise UserError(f"--model.name must be {allowed}; got '{name}'.")

@@ -23,20 +23,20 @@ from gprune.storage.cache import cache_dir
 from gprune.storage.files import scratch_folder
 
 
-def stored(module: nn.Module, name: str) -> Tensor | None:
-    """The parameter `name` of a module, or None if it has none.
+def load_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return the parameter `name` of a module with its values; None if it is None, such as a missing bias.
 
-    An offloaded parameter is fetched to the CPU. A sharded one is gathered from all processes, which all have to ask.
+    An offloaded parameter is fetched to the CPU. A sharded one is gathered, so all processes must call this function.
     A parameter on the meta device without a hook is returned unchanged.
     """
     parameter = gathered(getattr(module, name))
     if parameter is None or not parameter.is_meta:
         return parameter
-    weights = [hook.weights_map for hook in _hooks(module) if hook.weights_map is not None]
-    return weights[0][name] if weights else parameter
+    weight_maps = [hook.weights_map for hook in _offload_hooks(module) if hook.weights_map is not None]
+    return weight_maps[0][name] if weight_maps else parameter
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
     """Return whether a tensor is a DTensor, of which this process has a part.
 
     DTensors are recognised by a method, because some builds of torch lack `torch.distributed.tensor`.
@@ -44,8 +44,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """Return the full tensor. For sharded tensors all processes must call this function."""
+def gathered(tensor: Tensor | None) -> Tensor | None:
+    """Return the full tensor of a sharded one; other values are returned unchanged.
+
+    For sharded tensors all processes must call this function.
+    """
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -57,10 +60,11 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _hooks(module: nn.Module) -> list[Any]:
+def _offload_hooks(module: nn.Module) -> list[Any]:
     """Return accelerate's hooks on a module that move weights."""
     hook = getattr(module, "_hf_hook", None)
-    return [h for h in getattr(hook, "hooks", [hook]) if hasattr(h, "weights_map")]
+    hooks = getattr(hook, "hooks", [hook])  # a hook may be a sequence of hooks
+    return [hook for hook in hooks if hasattr(hook, "weights_map")]
 
 
 def is_offloaded(model: PreTrainedModel) -> bool:
@@ -69,17 +73,22 @@ def is_offloaded(model: PreTrainedModel) -> bool:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device on which a module computes: that of the hook or weights of its first part with weights."""
-    for part in module.modules():
-        for parameter in part.parameters(recurse=False):
-            devices = [hook.execution_device for hook in _hooks(part) if hook.execution_device is not None]
-            return torch.device(devices[0]) if devices and parameter.is_meta else parameter.device
+    """Return the device on which a module computes, by its first parameter; the CPU without parameters.
+
+    For an offloaded parameter this is the device of its hook.
+    """
+    for submodule in module.modules():
+        parameter = next(submodule.parameters(recurse=False), None)
+        if parameter is None:
+            continue
+        devices = [hook.execution_device for hook in _offload_hooks(submodule) if hook.execution_device is not None]
+        return torch.device(devices[0]) if devices and parameter.is_meta else parameter.device
     return torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The state of a module, whose tensors are loaded on access by name.
+    """Parameters and buffers of a module by name in its state dictionary. Each one is loaded on access.
 
     Loaded tensors are copied, because a tensor from safetensors keeps the whole file mapped.
     """
@@ -87,13 +96,14 @@ class StoredWeights:
     module: nn.Module
 
     def __getitem__(self, name: str) -> Tensor:
-        path, _, own = name.rpartition(".")
+        path, _, attribute = name.rpartition(".")
         module = self.module.get_submodule(path)
-        value = stored(module, own)
-        return value if value is getattr(module, own) else value.clone()
+        value = load_parameter(module, attribute)
+        is_in_memory = value is getattr(module, attribute)
+        return value if is_in_memory else value.clone()
 
 
-def lend(model: nn.Module, weights: Mapping[str, Tensor] | StoredWeights) -> None:
+def attach_weights(model: nn.Module, weights: Mapping[str, Tensor] | StoredWeights) -> None:
     """Attach `weights`, by name, to the modules of a model or layer on the meta device.
 
     The weights are attached in accelerate's form, which `stored` reads, and `save_pretrained` if the model has an
@@ -101,14 +111,14 @@ def lend(model: nn.Module, weights: Mapping[str, Tensor] | StoredWeights) -> Non
     """
     for path, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
-            own = PrefixedDataset(weights, f"{path}." if path else "")
-            module._hf_hook = SimpleNamespace(weights_map=own, execution_device="cpu", offload=True)
+            weights_of_module = PrefixedDataset(weights, f"{path}." if path else "")
+            module._hf_hook = SimpleNamespace(weights_map=weights_of_module, execution_device="cpu", offload=True)
 
 
-def lend_all(model: PreTrainedModel, source: PreTrainedModel) -> None:
+def attach_all_weights(model: PreTrainedModel, source: PreTrainedModel) -> None:
     """Attach the weights of `source`, which may be offloaded, to a model without weights, by the same names."""
     model.hf_device_map = {"": "disk"}
-    lend(model, StoredWeights(source))
+    attach_weights(model, StoredWeights(source))
 
 
 @contextmanager
@@ -117,20 +127,24 @@ def resident(module: nn.Module) -> Iterator[None]:
 
     Without it accelerate loads each weight again for every batch.
     """
-    with ExitStack() as back:
-        for part in module.modules():
-            for hook in _hooks(part):
-                if hook.offload:
-                    for name, empty in part.named_parameters(recurse=False):
-                        # A copy, as in `StoredWeights`.
-                        value = hook.weights_map[name].to(hook.execution_device, copy=True)
-                        back.callback(part._parameters.__setitem__, name, empty)
-                        part._parameters[name] = nn.Parameter(value, requires_grad=False)
-                    back.callback(setattr, hook, "offload", True)
-                    hook.offload = False
+    with ExitStack() as restored:
+        for submodule in module.modules():
+            for hook in _offload_hooks(submodule):
+                if not hook.offload:
+                    continue
+                for name, empty in submodule.named_parameters(recurse=False):
+                    # A copy, as in `StoredWeights`.
+                    value = hook.weights_map[name].to(hook.execution_device, copy=True)
+                    restored.callback(submodule._parameters.__setitem__, name, empty)
+                    submodule._parameters[name] = nn.Parameter(value, requires_grad=False)
+                restored.callback(setattr, hook, "offload", True)
+                hook.offload = False
         yield
 
 
 def offload_folder() -> AbstractContextManager[Path]:
-    """Return a new folder in the cache, which is removed at the end. Folders of killed processes are removed too."""
+    """Return a context manager with a new folder in the cache, which is removed at the end.
+
+    Folders of killed processes are removed too.
+    """
     return scratch_folder(cache_dir() / "offload" / "weights")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gprune.models.families import Family
-from gprune.models.modeling_pruned import find
-from gprune.models.offload import stored
+from gprune.models.modeling_pruned import find_parent
+from gprune.models.offload import load_parameter
 
 FFN, ATTENTION = ("gate", "up", "down"), ("query", "key", "value", "output")
 PARTS = {"ffn": FFN, "attention": ATTENTION}
@@ -33,14 +33,14 @@ class Part:
     @property
     def weight(self) -> Tensor:
         """Weight (out, in) in the model's dtype: a view if the part is stored alone, loaded if it is offloaded."""
-        weight = stored(self.host, "weight")
+        weight = load_parameter(self.host, "weight")
         weight = weight.T if self.transposed else weight
         return weight if self.rows is None else weight[self.rows.to(weight.device)]
 
     @property
     def bias(self) -> Tensor | None:
         """Bias (out,), or None."""
-        bias = stored(self.host, "bias")
+        bias = load_parameter(self.host, "bias")
         return bias if bias is None or self.rows is None else bias[self.rows.to(bias.device)]
 
     @property
@@ -57,9 +57,10 @@ class Part:
         """Write the weight of a part that is stored alone, and add to its bias, which is created if missing."""
         self.host.weight.copy_(weight.T if self.transposed else weight)
         if added_bias is not None:
-            added = added_bias.to(self.host.weight)
-            added = added if self.host.bias is None else added + self.host.bias
-            self.host.bias = nn.Parameter(added, requires_grad=False)
+            bias = added_bias.to(self.host.weight)
+            if self.host.bias is not None:
+                bias = bias + self.host.bias
+            self.host.bias = nn.Parameter(bias, requires_grad=False)
 
 
 @dataclass(frozen=True)
@@ -69,37 +70,44 @@ class ExpertPart:
     By default the tensor is (E, 2N, H) for gate and up, and (E, H, N) for down.
     """
 
-    host: nn.Module
+    host: nn.Module  # the module of the experts
     name: str  # `gate`, `up` or `down`
     tensor: str = "gate_up_proj"  # path of the tensor in the host
     dim: int = 1  # dimension of neurons in the tensor
     layout: str = "gate | up"  # order of parts along this dimension
     bias: None = None
 
-    def _stored(self) -> Tensor:
-        """Return the tensor as (E, n, H) for gate and up, or (E, H, N) for down."""
-        module, name = find(self.host, self.tensor)
-        tensor = stored(module, name)
-        return tensor if self.dim == (2 if self.name == "down" else 1) else tensor.transpose(1, 2)
+    @property
+    def _is_transposed(self) -> bool:
+        """Whether the last two dimensions of the tensor are exchanged, compared with the default."""
+        default_dim = 2 if self.name == "down" else 1
+        return self.dim != default_dim
+
+    def _stacked_weight(self) -> Tensor:
+        """Return the tensor as (E, n, H) for gate and up, or (E, H, N) for down; loaded if it is offloaded."""
+        module, name = find_parent(self.host, self.tensor)
+        tensor = load_parameter(module, name)
+        return tensor.transpose(1, 2) if self._is_transposed else tensor
 
     @property
     def weight(self) -> Tensor:
         """Rows of gate or up, (E x N, H), or columns of down, (H, E x N), with experts concatenated."""
         if self.name == "down":
-            return rearrange(self._stored(), "e h n -> h (e n)")
+            return rearrange(self._stacked_weight(), "e h n -> h (e n)")
         if self.layout == "gate | up":
-            gate, up = self._stored().chunk(2, dim=1)
+            gate, up = self._stacked_weight().chunk(2, dim=1)  # views
             return rearrange(up if self.name == "up" else gate, "e n h -> (e n) h")
-        whole = self._stored()
-        rows = part_rows(self.layout, dict.fromkeys(names_in(self.layout), self.neurons), self.neurons)[self.name]
-        return rearrange(whole[:, rows.to(whole.device)], "e n h -> (e n) h")
+        weight = self._stacked_weight()
+        sizes = dict.fromkeys(names_in(self.layout), self.neurons)
+        rows = part_row_indices(self.layout, sizes, self.neurons)[self.name]
+        return rearrange(weight[:, rows.to(weight.device)], "e n h -> (e n) h")
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of the tensor as (E, n, H) for gate and up, or (E, H, N) for down."""
-        module, name = find(self.host, self.tensor)
+        module, name = find_parent(self.host, self.tensor)
         E, a, b = getattr(module, name).shape
-        return (E, a, b) if self.dim == (2 if self.name == "down" else 1) else (E, b, a)
+        return (E, b, a) if self._is_transposed else (E, a, b)
 
     @property
     def neurons(self) -> int:
@@ -120,9 +128,9 @@ class ExpertPart:
     def set(self, weight: Tensor, added_bias: None) -> None:
         """Write the columns of `down`, (H, E x N)."""
         assert added_bias is None, "experts have no bias"
-        module, name = find(self.host, self.tensor)
-        whole = rearrange(weight, "h (e n) -> e h n", e=self.shape[0])
-        getattr(module, name).copy_(whole if self.dim == 2 else whole.transpose(1, 2))
+        module, name = find_parent(self.host, self.tensor)
+        stacked = rearrange(weight, "h (e n) -> e h n", e=self.shape[0])
+        getattr(module, name).copy_(stacked.transpose(1, 2) if self._is_transposed else stacked)
 
 
 def names_in(layout: str) -> list[str]:
@@ -130,68 +138,94 @@ def names_in(layout: str) -> list[str]:
     return layout.replace("|", " ").split()
 
 
-def part_rows(layout: str, sizes: Mapping[str, int], units: int) -> dict[str, Tensor]:
-    """Return rows of each part in a fused tensor, in the order of units.
+def part_row_indices(layout: str, sizes: Mapping[str, int], units: int) -> dict[str, Tensor]:
+    """Return the row indices of each part in a fused weight, int64, ordered by unit.
 
     Args:
         layout: `gate | up`: all rows of gate, then all of up; `gate up`: unit by unit, gate before up.
         sizes: number of rows of each part.
         units: number of neurons or KV groups.
     """
-    rows, start = {}, 0
+    indices: dict[str, Tensor] = {}
+    start = 0
     for segment in layout.split("|"):
         names = segment.split()
-        per_unit = [sizes[name] // units for name in names]
-        table = torch.arange(start, start + units * sum(per_unit)).view(units, -1).split(per_unit, dim=1)
-        rows |= {name: own.flatten() for name, own in zip(names, table, strict=True)}
-        start += units * sum(per_unit)
-    return rows
+        rows_per_unit = [sizes[name] // units for name in names]
+        end = start + units * sum(rows_per_unit)
+        rows_by_unit = torch.arange(start, end).view(units, -1)  # one row per unit
+        for name, rows_of_part in zip(names, rows_by_unit.split(rows_per_unit, dim=1), strict=True):
+            indices[name] = rows_of_part.flatten()
+        start = end
+    return indices
 
 
 def layouts(family: Family) -> dict[str, str]:
-    """Return the order of parts in each fused module, from the record or implied by its paths."""
-    found = dict(family.layout)
+    """Return the order of parts in each fused module, by path, from the record or implied by its paths.
+
+    The form of an order is that of `part_row_indices`.
+    """
+    orders = dict(family.layout)
     if family.gate is not None and family.gate == family.up:
-        found.setdefault(family.up, "gate | up")
+        orders.setdefault(family.up, "gate | up")
     if family.query is not None and family.query == family.key:
-        found.setdefault(family.query, "query | key | value")
-    return found
+        orders.setdefault(family.query, "query | key | value")
+    return orders
 
 
 def parts_of(layer: nn.Module, family: Family, head_dim: int) -> dict[str, Part | ExpertPart]:
-    """Return the parts of a decoder layer, by name."""
+    """Return the parts of a decoder layer by name, in the order of `PARTS`.
+
+    Args:
+        layer: the decoder layer.
+        family: the record of its FFN and attention.
+        head_dim: size of a value head.
+    """
     orders = layouts(family)
-
-    def part(name: str, rows: Tensor | None = None) -> Part:
-        host = attrgetter(getattr(family, name))(layer)
-        return Part(host, rows, isinstance(host, Conv1D))
-
-    def fused(path: str, sizes: Mapping[str, int], units: int) -> dict[str, Part]:
-        return {name: part(name, rows) for name, rows in part_rows(orders[path], sizes, units).items()}
-
     parts: dict[str, Part | ExpertPart] = {}
-    experts, name = find(layer, family.experts or "")
-    if hasattr(experts, name):  # the layer has experts; others of the model may be dense
-        host = getattr(experts, name)
-        for tensor, (dim, layout) in family.expert_rows.items():
-            if not tensor.endswith("bias"):
-                parts |= {part: ExpertPart(host, part, tensor, dim, layout) for part in names_in(layout)}
-        parts = {name: parts[name] for name in FFN if name in parts}
-        parts["down"] = ExpertPart(host, "down", *family.expert_down)
+    experts_parent, experts_name = find_parent(layer, family.experts or "")
+    if hasattr(experts_parent, experts_name):  # the layer has experts; others of the model may be dense
+        parts |= _expert_parts(getattr(experts_parent, experts_name), family)
     elif family.down is not None:
-        down = part("down")
+        parts["down"] = _part(layer, family, "down")
         if family.up in orders:
-            N = down.in_features
-            parts |= fused(family.up, dict.fromkeys(names_in(orders[family.up]), N), N)
-        parts |= {n: part(n) for n in FFN if getattr(family, n) is not None and n not in parts}
-        parts = {name: parts[name] for name in FFN if name in parts}
+            neurons = parts["down"].in_features
+            sizes = dict.fromkeys(names_in(orders[family.up]), neurons)
+            parts |= _fused_parts(layer, family, orders[family.up], sizes, neurons)
+        for name in FFN:
+            if getattr(family, name) is not None and name not in parts:
+                parts[name] = _part(layer, family, name)
     if family.output is not None:
-        output = part("output")
         if family.value in orders:
-            names, query = names_in(orders[family.value]), output.in_features
-            total = part("value").out_features - (query if "query" in names else 0)
-            own = total // (len(names) - ("query" in names))
-            sizes = {name: query if name == "query" else own for name in names}
-            parts |= fused(family.value, sizes, own // head_dim)
-        parts |= {name: part(name) for name in ATTENTION if name not in parts}
+            names = names_in(orders[family.value])
+            query_rows = _part(layer, family, "output").in_features
+            total_rows = _part(layer, family, "value").out_features  # of the whole fused module
+            if "query" in names:
+                key_value_rows = (total_rows - query_rows) // (len(names) - 1)
+            else:
+                key_value_rows = total_rows // len(names)
+            sizes = {name: query_rows if name == "query" else key_value_rows for name in names}
+            parts |= _fused_parts(layer, family, orders[family.value], sizes, key_value_rows // head_dim)
+        for name in ATTENTION:
+            if name not in parts:
+                parts[name] = _part(layer, family, name)
     return {name: parts[name] for name in (*FFN, *ATTENTION) if name in parts}
+
+
+def _part(layer: nn.Module, family: Family, name: str, rows: Tensor | None = None) -> Part:
+    """Return the part `name` of a layer. `rows` are its rows in a fused module; None: all rows."""
+    host = attrgetter(getattr(family, name))(layer)
+    return Part(host, rows, isinstance(host, Conv1D))
+
+
+def _fused_parts(layer: nn.Module, family: Family, order: str, sizes: Mapping[str, int], units: int) -> dict[str, Part]:
+    """Return the parts of a fused module by name. `order`, `sizes` and `units` are as for `part_row_indices`."""
+    return {name: _part(layer, family, name, rows) for name, rows in part_row_indices(order, sizes, units).items()}
+
+
+def _expert_parts(experts: nn.Module, family: Family) -> dict[str, ExpertPart]:
+    """Return the parts of experts by name."""
+    parts = {"down": ExpertPart(experts, "down", *family.expert_down)}
+    for tensor, (dim, layout) in family.expert_rows.items():
+        if not tensor.endswith("bias"):
+            parts |= {name: ExpertPart(experts, name, tensor, dim, layout) for name in names_in(layout)}
+    return parts

@@ -31,17 +31,21 @@ from gprune.models.copies import copy_without_hooks
 from gprune.models.loading import skeleton
 from gprune.models.lookup import decoder_of, family_of, remember
 from gprune.models.masks import Masks
-from gprune.models.modeling_pruned import experts_aligned, find, tell_layer, tell_sizes
-from gprune.models.offload import lend, lend_all, stored
+from gprune.models.modeling_pruned import experts_aligned, find_parent, set_layer_sizes, update_linear_sizes
+from gprune.models.offload import attach_all_weights, attach_weights, load_parameter
 
 
 @torch.no_grad()
 def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> PreTrainedModel:
-    """Slice the weights of every block down to the kept units.
+    """Slice the weights of every block down to the kept units, and return the pruned model.
 
     Biases are sliced with their rows; biases of the down and output projection do not change. Parameters keep dtype,
-    device and `requires_grad`, and the model keeps its class. Arguments are those of `gprune.apply_masks`. Unless
-    `inplace`, peak memory is the dense model plus the pruned one.
+    device and `requires_grad`, and the model keeps its class.
+
+    Args:
+        model: a supported model, dense or already pruned.
+        masks: one keep mask per block and scope.
+        inplace: whether to change `model` itself. Otherwise peak memory is the dense model plus the pruned one.
 
     Raises:
         UserError: if a mask has a wrong length or dtype, or a block keeps units of one scope only.
@@ -50,14 +54,17 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
     was_aligned = experts_aligned(model)
     if not inplace:
         # The copy shares weights that will be replaced by smaller ones.
-        shared = [block.parameter(place) for block in blocks_of(model) for place in block.slices]
+        shared = [block.parameter(slice_) for block in blocks_of(model) for slice_ in block.slices]
         model = copy_without_hooks(model, {id(parameter): parameter for parameter in shared})
-    layers, stays = by_layer(blocks_of(model)), masks.blocks
-    for blocks in layers:
-        if stays[blocks[0].index]:
-            _slice_layer(blocks, model.config.get_text_config(decoder=True), masks)
-    if not all(stays):
-        _drop_layers(model, [stays[blocks[0].index] for blocks in layers])
+    text_config = model.config.get_text_config(decoder=True)
+    layers = by_layer(blocks_of(model))
+    block_is_kept = masks.blocks
+    layer_is_kept = [block_is_kept[blocks[0].index] for blocks in layers]  # blocks of a layer are kept together
+    for blocks, is_kept in zip(layers, layer_is_kept, strict=True):
+        if is_kept:
+            _slice_layer(blocks, text_config, masks)
+    if not all(block_is_kept):
+        _drop_layers(model, layer_is_kept)
     if not experts_aligned(model):
         model.config._experts_implementation = "eager"  # grouped kernels do not support these widths
     elif not was_aligned:  # reset the value of an earlier pruning
@@ -73,84 +80,120 @@ def prune_to_files(
 
     Args:
         model: the offloaded model.
-        masks: the masks.
+        masks: as for `prune`.
         folder: folder of the files, which must exist as long as the result is in use.
-        revise: called with the dense and the sliced block before it is written; changes the sliced block in place.
+        revise: called with each dense and sliced block before it is written; changes the sliced block in place.
 
     Returns:
-        The pruned model on the meta device. `gprune.models.offload.stored` reads parameters of blocks from the files,
-        and other parameters from `model`. The model can be saved, but not run.
+        The pruned model on the meta device. `gprune.models.offload.load_parameter` reads parameters of blocks from the
+        files, and other parameters from `model`. The model can be saved, but not run.
     """
     check_masks(model, masks)
-    small = skeleton(copy.deepcopy(model.config), type(model)).eval().requires_grad_(False)
-    for name, parameter in small.named_parameters():
+    pruned = skeleton(copy.deepcopy(model.config), type(model)).eval().requires_grad_(False)
+    for name, parameter in pruned.named_parameters():
         parameter.data = parameter.data.to(model.get_parameter(name).dtype)
-    small.generation_config = model.generation_config
-    prune(small, masks, inplace=True)
-    lend_all(small, model)
+    pruned.generation_config = model.generation_config
+    prune(pruned, masks, inplace=True)
+    attach_all_weights(pruned, model)  # those of layers are replaced below
     folder.mkdir(parents=True, exist_ok=True)
-    stays = masks.blocks
-    kept = [blocks for blocks in by_layer(blocks_of(model)) if stays[blocks[0].index]]
-    for index, (dense, blocks) in enumerate(zip(kept, by_layer(blocks_of(small)), strict=True)):
-        _write_layer(dense, blocks, masks, folder / f"{index}.safetensors", revise)
-    return small
+    block_is_kept = masks.blocks
+    dense_layers = [blocks for blocks in by_layer(blocks_of(model)) if block_is_kept[blocks[0].index]]
+    pruned_layers = by_layer(blocks_of(pruned))
+    for index, (dense_blocks, pruned_blocks) in enumerate(zip(dense_layers, pruned_layers, strict=True)):
+        _write_layer(dense_blocks, pruned_blocks, masks, folder / f"{index}.safetensors", revise)
+    return pruned
 
 
 def _write_layer(
-    dense: Sequence[Block], blocks: Sequence[Block], masks: Masks, path: Path,
+    dense_blocks: Sequence[Block], pruned_blocks: Sequence[Block], masks: Masks, path: Path,
     revise: Callable[[Block, Block], None] | None,
 ) -> None:  # fmt: skip
-    """Load and slice the weights of a layer, revise its blocks, write them, and free the weights."""
-    places = {place.path: (block, place) for block in dense for place in block.slices}
-    whole, layer = dense[0].layer, blocks[0].layer
-    for name, _ in list(whole.named_parameters()):
-        owner, _, own = name.rpartition(".")
-        value = stored(whole.get_submodule(owner), own).detach()
-        value = _slice_parameter(*places[name], masks, value) if name in places else value.clone()
-        setattr(layer.get_submodule(owner), own, nn.Parameter(value.cpu().contiguous(), requires_grad=False))
-    for pair in zip(dense, blocks, strict=True) if revise is not None else ():
-        revise(*pair)
-    weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    """Load and slice the weights of a layer, revise its blocks, write them, and free the weights.
+
+    Args:
+        dense_blocks: blocks of the dense, offloaded layer.
+        pruned_blocks: blocks of the pruned layer without weights, which reads its weights from the file afterwards.
+        masks: as for `prune`.
+        path: file to write.
+        revise: as for `prune_to_files`.
+    """
+    slices = {slice_.path: (block, slice_) for block in dense_blocks for slice_ in block.slices}
+    dense_layer, pruned_layer = dense_blocks[0].layer, pruned_blocks[0].layer
+    for path_in_layer, _ in list(dense_layer.named_parameters()):
+        module_path, _, name = path_in_layer.rpartition(".")
+        dense_weight = load_parameter(dense_layer.get_submodule(module_path), name).detach()
+        if path_in_layer in slices:
+            block, slice_ = slices[path_in_layer]
+            weight = _slice_parameter(block, slice_, masks, dense_weight)
+        else:
+            weight = dense_weight.clone()
+        parameter = nn.Parameter(weight.cpu().contiguous(), requires_grad=False)
+        setattr(pruned_layer.get_submodule(module_path), name, parameter)
+    if revise is not None:
+        for dense_block, pruned_block in zip(dense_blocks, pruned_blocks, strict=True):
+            revise(dense_block, pruned_block)
+    weights = {name: parameter.detach() for name, parameter in pruned_layer.named_parameters()}
     save_file(weights, path)
-    layer.to("meta")
-    lend(layer, OffloadedWeightsLoader(index={name: {"safetensors_file": path} for name in weights}))
+    pruned_layer.to("meta")
+    files = {name: {"safetensors_file": path} for name in weights}
+    attach_weights(pruned_layer, OffloadedWeightsLoader(index=files))
 
 
-def _drop_layers(model: PreTrainedModel, stays: list[bool]) -> None:
-    """Remove layers from the decoder, and their entries from the config."""
-    config, layers = model.config.get_text_config(decoder=True), decoder_layers(model)
+def _drop_layers(model: PreTrainedModel, layer_is_kept: list[bool]) -> None:
+    """Remove layers from the decoder, and their entries from the config.
+
+    Raises:
+        UserError: if a kept layer would compute something else under its new number.
+    """
     before = skeleton(copy.deepcopy(model.config), type(model))
-    kept = [index for index, keep in enumerate(stays) if keep]
+    kept = [index for index, is_kept in enumerate(layer_is_kept) if is_kept]
+    layers = decoder_layers(model)
     remaining = nn.ModuleList(layers[index] for index in kept)
-    holder, name = find(decoder_of(model), family_of(model).layers)
+    holder, name = find_parent(decoder_of(model), family_of(model).layers)
     setattr(holder, name, remaining)
-    content = config.to_dict()  # plain lists and dicts, unlike some attributes
-    table = content.get("per_layer_config")
-    if (step := content.get("decoder_sparse_step", 1)) > 1:  # layer numbers determine which layers have experts
-        dense = [i for i in range(len(stays)) if (i + 1) % step or i in content["mlp_only_layers"]]
-        content["mlp_only_layers"], config.decoder_sparse_step = dense, 1
-    config.num_hidden_layers = len(remaining)
-    for name, value in content.items():
-        if name.endswith("_only_layers") and value:  # a list of layer numbers
-            setattr(config, name, [new for new, old in enumerate(kept) if old in value])
-        elif "layer" in name and isinstance(value, list) and len(value) == len(stays):  # an entry for each layer
-            setattr(config, name, [value[index] for index in kept])
-    if table:  # pruned before: renumber values of layers
-        values = {int(index): value for index, value in table.items()}
-        config.per_layer_config = {str(new): values[old] for new, old in enumerate(kept) if old in values}
-    layout = getattr(model.config, "pruned_layout", None)
-    if layout and "own" in layout:  # sizes of layers of a discovered type
-        own = {str(new): layout["own"][str(old)] for new, old in enumerate(kept)}
-        model.config.pruned_layout = {**layout, "own": own}
+    _drop_layers_from_config(model.config, kept, len(layer_is_kept))
     after = skeleton(copy.deepcopy(model.config), type(model))
-    for one in (before, after):  # avoids another discovery for the changed number of layers
-        remember(one, family_of(model))
+    for model_without_weights in (before, after):  # avoids another discovery for the changed number of layers
+        remember(model_without_weights, family_of(model))
     _check_numbering(before, after, kept)
-    for index, (layer, built) in enumerate(zip(remaining, decoder_layers(after), strict=True)):
-        made = dict(built.named_modules())
+    for index, (layer, new_layer) in enumerate(zip(remaining, decoder_layers(after), strict=True)):
+        new_modules = dict(new_layer.named_modules())
         for path, module in layer.named_modules():
             if hasattr(module, "layer_idx"):  # index of the layer in the KV cache
-                module.layer_idx = getattr(made.get(path), "layer_idx", index)
+                module.layer_idx = getattr(new_modules.get(path), "layer_idx", index)
+
+
+def _drop_layers_from_config(config: PreTrainedConfig, kept: list[int], depth: int) -> None:
+    """Remove entries of layers from a model's config, and renumber the others, in place.
+
+    Args:
+        config: the config of the model, which may contain that of the text model.
+        kept: previous numbers of the kept layers.
+        depth: previous number of layers.
+    """
+    text_config = config.get_text_config(decoder=True)
+    content = text_config.to_dict()  # plain lists and dicts, unlike some attributes
+    table = content.get("per_layer_config")
+    step = content.get("decoder_sparse_step", 1)
+    if step > 1:  # layer numbers determine which layers have experts, so list the others instead
+        without_experts = [i for i in range(depth) if (i + 1) % step or i in content["mlp_only_layers"]]
+        content["mlp_only_layers"] = without_experts
+        text_config.decoder_sparse_step = 1
+    text_config.num_hidden_layers = len(kept)
+    for name, value in content.items():
+        if name.endswith("_only_layers") and value:  # a list of layer numbers
+            setattr(text_config, name, [new for new, old in enumerate(kept) if old in value])
+        elif "layer" in name and isinstance(value, list) and len(value) == depth:  # an entry for each layer
+            setattr(text_config, name, [value[index] for index in kept])
+    if table:  # pruned before: renumber values of layers
+        values_by_layer = {int(index): values for index, values in table.items()}
+        text_config.per_layer_config = {
+            str(new): values_by_layer[old] for new, old in enumerate(kept) if old in values_by_layer
+        }
+    layout = getattr(config, "pruned_layout", None)
+    if layout and "own" in layout:  # sizes of layers of a discovered type
+        own = {str(new): layout["own"][str(old)] for new, old in enumerate(kept)}
+        config.pruned_layout = {**layout, "own": own}
 
 
 def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list[int]) -> None:
@@ -165,34 +208,44 @@ def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list
         kept: previous numbers of kept layers.
     """
     for new, old in enumerate(kept):
-        was, now = (_built(decoder_layers(model)[index]) for model, index in ((before, old), (after, new)))
-        if was != now:
-            name = next(name for name in was | now if was.get(name) != now.get(name))
+        old_values = _shapes_and_attributes(decoder_layers(before)[old])
+        new_values = _shapes_and_attributes(decoder_layers(after)[new])
+        if old_values != new_values:
+            all_names = old_values | new_values
+            name = next(name for name in all_names if old_values.get(name) != new_values.get(name))
             raise UserError(
                 f"Model type '{before.config.model_type}' cannot lose whole blocks, because it computes from layer "
-                f"numbers: {name} of layer {old} is {was.get(name)}, but {now.get(name)} as layer {new}. Use "
-                "--sparsity.scope without blocks, and another --sparsity.allocation than depth."
+                f"numbers: {name} of layer {old} is {old_values.get(name)}, but {new_values.get(name)} as layer {new}. "
+                "Use --sparsity.scope without blocks, and another --sparsity.allocation than depth."
             )
 
 
-def _built(layer: nn.Module) -> dict[str, object]:
-    """Return shapes and plain attributes of a layer, except its number."""
-    made: dict[str, object] = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+def _shapes_and_attributes(layer: nn.Module) -> dict[str, object]:
+    """Return shapes of parameters and plain attributes of all modules of a layer, by path, except its number."""
+    values: dict[str, object] = {name: tuple(p.shape) for name, p in layer.named_parameters()}
     for path, module in layer.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, bool | int | float | str | tuple) and name != "layer_idx":
-                made[f"{path}.{name}".removeprefix(".")] = value
-    return made
+                values[f"{path}.{name}".removeprefix(".")] = value
+    return values
 
 
 def check_masks(model: PreTrainedModel, masks: Masks) -> None:
-    """Raise UserError unless masks are bool, fit the widths, and keep all or no blocks of each layer."""
+    """Raise UserError unless masks are bool, fit the widths, and can be applied by slicing.
+
+    The latter needs at least one block; units of both scopes or of neither in each block; equally many neurons of all
+    experts of a block; and all or none of the blocks of a layer.
+    """
     blocks = blocks_of(model)
-    sizes = {"ffn": [b.experts * b.neurons for b in blocks], "attention": [b.kv_groups for b in blocks]}
+    sizes = {
+        "ffn": [block.experts * block.neurons for block in blocks],
+        "attention": [block.kv_groups for block in blocks],
+    }
     for scope, expected in sizes.items():
-        own = getattr(masks, scope)
-        if [mask.shape for mask in own] != [(size,) for size in expected] or any(m.dtype != torch.bool for m in own):
-            got = ", ".join(f"{mask.dtype} {tuple(mask.shape)}" for mask in own)
+        of_scope = getattr(masks, scope)
+        shapes_fit = [mask.shape for mask in of_scope] == [(size,) for size in expected]
+        if not shapes_fit or any(mask.dtype != torch.bool for mask in of_scope):
+            got = ", ".join(f"{mask.dtype} {tuple(mask.shape)}" for mask in of_scope)
             raise UserError(f"Masks.{scope} must be torch.bool of lengths {expected}; got {got}.")
     if not any(masks.blocks):
         raise UserError(f"Masks must keep at least 1 of {len(blocks)} blocks; got 0.")
@@ -202,43 +255,57 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
         counts = set(ffn.view(block.experts, -1).sum(1).tolist())
         if len(counts) > 1:
             raise UserError(f"Masks.ffn[{block.index}] must keep equally many neurons of every expert; got {counts}.")
-    stays = masks.blocks
-    for own in by_layer(blocks):
-        if len({stays[block.index] for block in own}) > 1:
-            numbers = f"{own[0].index} to {own[-1].index}, of layer {own[0].layer_index}"
+    block_is_kept = masks.blocks
+    for layer_blocks in by_layer(blocks):
+        first, last = layer_blocks[0], layer_blocks[-1]
+        if len({block_is_kept[block.index] for block in layer_blocks}) > 1:
+            numbers = f"{first.index} to {last.index}, of layer {first.layer_index}"
             raise UserError(f"Masks of blocks {numbers}, must keep units of all of these blocks, or of none.")
 
 
 def widths(model: PreTrainedModel) -> dict[str, list[int]]:
-    """`{"neurons": [...], "kv_groups": [...]}`, one entry per block, from shapes of the weights."""
+    """Return `{"neurons": [...], "kv_groups": [...]}` with one entry per block, from shapes of the weights.
+
+    The width of a block with experts is that of each expert.
+    """
     blocks = blocks_of(model)
-    return {"neurons": [b.neurons for b in blocks], "kv_groups": [b.kv_groups for b in blocks]}
+    return {"neurons": [block.neurons for block in blocks], "kv_groups": [block.kv_groups for block in blocks]}
 
 
 def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks) -> None:
-    """Slice the blocks of a layer in place, and update size attributes of its modules."""
+    """Slice the blocks of a layer in place, and update size attributes of its modules.
+
+    Args:
+        blocks: all blocks of the layer.
+        config: the config of the text model.
+        masks: as for `prune`.
+    """
     for block in blocks:
-        for place in block.slices:
-            path, _, name = place.path.rpartition(".")
-            module, parameter = block.module(path), block.parameter(place)
-            smaller = _slice_parameter(block, place, masks, stored(module, name).detach())
+        for slice_ in block.slices:
+            module_path, _, name = slice_.path.rpartition(".")
+            module, parameter = block.module(module_path), block.parameter(slice_)
+            smaller = _slice_parameter(block, slice_, masks, load_parameter(module, name).detach())
             setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
-            tell_sizes(module)
-    blocks = [replace(block) for block in blocks]  # resets cached properties
-    values = layer_values(blocks)
-    for block in reversed(blocks):  # the first block has precedence
-        tell_layer(block.layer, config, values | block.config_values, block.attributes)
+            update_linear_sizes(module)
+    sliced_blocks = [replace(block) for block in blocks]  # without the cached properties of the dense blocks
+    values = layer_values(sliced_blocks)
+    for block in reversed(sliced_blocks):  # the first block has precedence
+        set_layer_sizes(block.layer, config, values | block.config_values, block.attributes)
 
 
-def _slice_parameter(block: Block, place: Slice, masks: Masks, parameter: Tensor) -> Tensor:
-    """Return the kept part of a parameter as a new tensor."""
-    keep = getattr(masks, place.kind)[block.index]
-    if place.kind == "ffn" and block.has_experts:
-        kept = rearrange(keep, "(e n) -> e n", e=block.experts)[:, place.units]
-        return torch.stack([_take(p, place.dim - 1, k) for p, k in zip(parameter, kept, strict=True)])
-    return _take(parameter, place.dim, keep[place.units])
+def _slice_parameter(block: Block, slice_: Slice, masks: Masks, weight: Tensor) -> Tensor:
+    """Return the kept part of a weight as a new tensor. `slice_` says which indices belong to which units."""
+    keep = getattr(masks, slice_.kind)[block.index]
+    if slice_.kind == "ffn" and block.has_experts:
+        keep_by_expert = rearrange(keep, "(e n) -> e n", e=block.experts)[:, slice_.units]
+        dim = slice_.dim - 1  # without the dimension of experts
+        return torch.stack([_select(w, dim, k) for w, k in zip(weight, keep_by_expert, strict=True)])
+    return _select(weight, slice_.dim, keep[slice_.units])
 
 
-def _take(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
-    """Return kept indices along `dim` as a new contiguous tensor. `index_select` copies even if all are kept."""
+def _select(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
+    """Return the indices along `dim` where `keep` (bool) is True, as a new contiguous tensor.
+
+    `index_select` copies even if all are kept.
+    """
     return tensor.index_select(dim, keep.nonzero().squeeze(1).to(tensor.device))

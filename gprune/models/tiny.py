@@ -22,7 +22,7 @@ from gprune.models.modeling_pruned import PREFIX
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, NEURONS, EXPERT_NEURONS, SHARED_NEURONS = 48, 6, 3, 8, 44, 20, 28
 VOCABULARY, POSITIONS, EXPERTS, ROUTED, LAYERS = 136, 128, 4, 2, 3
 
-# Pattern of the full name of a field -> its value in a tiny configuration. The first match is used.
+# Pattern of the full name of a field -> its largest value in a tiny configuration. The first match is used.
 RULES: tuple[tuple[str, int], ...] = (
     (r".*_group_vocab|.*vocab_size_base|.*_vocab_size.*", VOCABULARY),
     (r"n_(input|output)_layers", 1),
@@ -69,11 +69,15 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"image_size|input_size", 32),
     (r"patch_size", 8),
 )  # fmt: skip
-COMPILED = tuple((re.compile(pattern), value) for pattern, value in RULES)
-TOKENS = re.compile(r"(.*_)?(token_id|token_index|tokens?_ids?)")
-KINDS = re.compile(r".*layer.*(types?|pattern)|.*block_types?|.*pattern|attention_types|.*_types")
-NUMBERS = re.compile(r"(mlp_only|dense|moe|full_attn|attn).*(idxs|indices|layers)")
+COMPILED_RULES = tuple((re.compile(pattern), value) for pattern, value in RULES)
+# Patterns of names of fields with token ids, with layer numbers, and with one value per layer.
+TOKEN_IDS = re.compile(r"(.*_)?(token_id|token_index|tokens?_ids?)")
+LAYER_NUMBERS = re.compile(r"(mlp_only|dense|moe|full_attn|attn).*(idxs|indices|layers)")
 PER_LAYER = re.compile(r".*layers?.*|.*types|.*windows?|.*pattern|.*sparsity.*|.*widths?|.*(intermediate|heads).*")
+# Names of fields with the number of layers, query heads, and key/value heads. The first that exists is used.
+DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
+KV_HEAD_NAMES = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "kv_n_heads")
 
 
 def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -86,19 +90,20 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     for name in ("quantization_config", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         content.pop(name, None)
     _shrink(content, config)
-    made = type(config)(**content)
-    made.dtype = torch.float32
-    return made
+    tiny = type(config)(**content)
+    tiny.dtype = torch.float32
+    return tiny
 
 
 def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Return a random model of a tiny configuration, on the CPU in float32, without changing global random state.
 
-    Weights are large, so that every part has an effect. Norms and biases are random too.
+    Weights are large, so that every part has an effect. Norms and biases are random too. Attention and experts use the
+    implementation `eager`.
     """
     config = copy.deepcopy(config)
     for name in ("_attn_implementation", "_experts_implementation"):
-        with suppress(Exception):
+        with suppress(Exception):  # some classes do not have both
             setattr(config, name, "eager")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # only the CPU generator, whose state is restored
@@ -106,7 +111,8 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():
-                    parameter.add_(torch.randn(parameter.shape) * (0.2 if parameter.dim() > 1 else 0.3))
+                    scale = 0.2 if parameter.dim() > 1 else 0.3
+                    parameter.add_(torch.randn(parameter.shape) * scale)
     return model
 
 
@@ -114,35 +120,44 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the stock configuration of a pruned model's configuration; others are returned unchanged."""
     if not config.model_type.startswith(PREFIX):
         return config
-    left_out = ("pruned_layout", "per_layer_config", "added_biases", "auto_map", "model_type", "architectures")
-    values = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    excluded = ("pruned_layout", "per_layer_config", "added_biases", "auto_map", "model_type", "architectures")
+    values = {name: value for name, value in config.to_dict().items() if name not in excluded}
     return CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)](**values)
 
 
 def _depth(content: Mapping[str, Any]) -> int | None:
     """Return the number of layers of a configuration, or None."""
-    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
-    return next((content[n] for n in names if isinstance(content.get(n), int)), None)
+    return next((content[name] for name in DEPTH_NAMES if isinstance(content.get(name), int)), None)
 
 
-def _chosen(content: Mapping[str, Any], depth: int) -> list[int]:
-    """Return the layers to keep, in order: the first of each kind, and others up to `LAYERS`."""
-    lists = _lists(content, depth)
-    table = {int(index): value for index, value in (content.get("per_layer_config") or {}).items()}
-    numbered = _numbered(content, lists).values()
-    kinds = [
-        (*(str(values[i]) for values in lists.values()), str(table.get(i)), *(i in own for own in numbered))
-        for i in range(depth)
-    ]
-    chosen = {kinds.index(kind) for kind in kinds}
-    # Hybrid layers share weights.
-    chosen |= {i for i, kind in enumerate(kinds) if "hybrid" in kind and kinds[:i].count(kind) == 1}
-    chosen = sorted(chosen)[: 2 * LAYERS]
-    others = [index for index in range(depth) if index not in chosen]
-    return sorted([*chosen, *others[: max(0, min(LAYERS, depth) - len(chosen))]])
+def _layers_to_keep(content: Mapping[str, Any], depth: int) -> list[int]:
+    """Return the layers to keep, in order: the first of each kind, and others up to `LAYERS`.
+
+    Two layers are of the same kind if they have equal values in all lists by layer.
+
+    Args:
+        content: a configuration.
+        depth: its number of layers.
+    """
+    per_layer = _per_layer_lists(content, depth)
+    layer_numbers = _lists_of_layer_numbers(content, per_layer).values()
+    values_by_layer = {int(index): values for index, values in (content.get("per_layer_config") or {}).items()}
+    kinds = []
+    for index in range(depth):
+        values = [str(values[index]) for values in per_layer.values()]
+        is_listed = [index in numbers for numbers in layer_numbers]
+        kinds.append((*values, str(values_by_layer.get(index)), *is_listed))
+    kept = {kinds.index(kind) for kind in kinds}
+    # Hybrid layers share weights, so the second one is kept too.
+    kept |= {index for index, kind in enumerate(kinds) if "hybrid" in kind and kinds[:index].count(kind) == 1}
+    first_kept = sorted(kept)[: 2 * LAYERS]
+    others = [index for index in range(depth) if index not in first_kept]
+    number_of_others = max(0, min(LAYERS, depth) - len(first_kept))
+    return sorted([*first_kept, *others[:number_of_others]])
 
 
-def _lists(content: Mapping[str, Any], depth: int) -> dict[str, list[Any]]:
+def _per_layer_lists(content: Mapping[str, Any], depth: int) -> dict[str, list[Any]]:
+    """Return the fields of a configuration with one value for each of its `depth` layers, such as `layer_types`."""
     return {
         name: value
         for name, value in content.items()
@@ -150,64 +165,98 @@ def _lists(content: Mapping[str, Any], depth: int) -> dict[str, list[Any]]:
     }
 
 
-def _numbered(content: Mapping[str, Any], lists: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return lists of layer numbers, such as those of layers with attention."""
+def _lists_of_layer_numbers(content: Mapping[str, Any], per_layer: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the fields of a configuration with layer numbers, such as those of layers with attention.
+
+    `per_layer` is the result of `_per_layer_lists`, whose fields are excluded.
+    """
     return {
         name: value
         for name, value in content.items()
-        if name not in lists and NUMBERS.fullmatch(name) and isinstance(value, list)
+        if name not in per_layer and LAYER_NUMBERS.fullmatch(name) and isinstance(value, list)
         and all(isinstance(number, int) for number in value)
     }  # fmt: skip
 
 
 def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Make sizes of a configuration and its nested configurations small, in place."""
-    depth, before = _depth(content), dict(content)
-    if depth:
-        lists, chosen = _lists(content, depth), _chosen(content, depth)
-        for name, values in lists.items():
-            content[name] = [_smaller(name, values[index]) for index in chosen]
-        for name, values in _numbered(content, lists).items():
-            content[name] = [new for new, old in enumerate(chosen) if old in values]
-        for name in [name for name in content if name.endswith("_layer_period")]:  # so that layers of both kinds remain
-            offset = name.replace("_period", "_offset")
-            if content[name] > 2 and content.get(offset, depth) < depth:
-                content[name], content[offset] = 2, 1
-    if depth and content.get("per_layer_config"):
-        table = {int(index): value for index, value in content["per_layer_config"].items()}
-        smaller = {i: {n: _smaller(n, v) for n, v in own.items()} for i, own in table.items()}
-        content["per_layer_config"] = {new: smaller[old] for new, old in enumerate(chosen) if old in smaller}
+    """Make sizes of a configuration and its nested configurations small, in place.
+
+    Args:
+        content: the configuration as a dictionary.
+        config: the configuration as an object, which tells nested configurations from other dictionaries.
+    """
+    original = dict(content)
+    depth = _depth(content)
+    kept = _keep_few_layers(content, depth) if depth else []
     for rope in _dicts_with(content, "mrope_section"):
         if rope["mrope_section"] is not None:  # three parts of half the head size
             rope["mrope_section"] = [2, 1, 1]
     for name, value in content.items():
         if isinstance(value, dict):
-            sub = config.__dict__.get(name)
-            if isinstance(sub, PreTrainedConfig):
-                _shrink(value, sub)
+            nested = config.__dict__.get(name)
+            if isinstance(nested, PreTrainedConfig):
+                _shrink(value, nested)
             elif name in ("ffn_config", "attn_config"):
                 _shrink(value, config)
-        elif TOKENS.fullmatch(name):
-            content[name] = _token(name, value)
+        elif TOKEN_IDS.fullmatch(name):
+            content[name] = _tiny_token_id(name, value)
         elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            content[name] = _smaller(name, value)
+            content[name] = _tiny_value(name, value)
     if depth:
-        for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"):
+        for name in DEPTH_NAMES:
             if isinstance(content.get(name), int):
-                content[name] = len(chosen)
+                content[name] = len(kept)
+    _restore_relations(content, original)
+
+
+def _keep_few_layers(content: dict[str, Any], depth: int) -> list[int]:
+    """Shorten all lists by layer of a configuration to the layers to keep, in place, and return the numbers of these.
+
+    Values of layers in the lists and in `per_layer_config` become small.
+    """
+    kept = _layers_to_keep(content, depth)
+    per_layer = _per_layer_lists(content, depth)
+    for name, values in per_layer.items():
+        content[name] = [_tiny_value(name, values[index]) for index in kept]
+    for name, numbers in _lists_of_layer_numbers(content, per_layer).items():
+        content[name] = [new for new, old in enumerate(kept) if old in numbers]
+    for period in [name for name in content if name.endswith("_layer_period")]:
+        offset = period.replace("_period", "_offset")
+        if content[period] > 2 and content.get(offset, depth) < depth:  # so that layers of both kinds remain
+            content[period], content[offset] = 2, 1
+    if content.get("per_layer_config"):
+        values_by_layer = {int(index): values for index, values in content["per_layer_config"].items()}
+        content["per_layer_config"] = {
+            new: {name: _tiny_value(name, value) for name, value in values_by_layer[old].items()}
+            for new, old in enumerate(kept) if old in values_by_layer
+        }  # fmt: skip
+    return kept
+
+
+def _restore_relations(content: dict[str, Any], original: Mapping[str, Any]) -> None:
+    """Change small sizes in place, so that they have relations that classes of transformers require.
+
+    Args:
+        content: a configuration with small sizes.
+        original: the configuration before.
+    """
+    number_of_wide_heads = 2 * HIDDEN // HEAD_DIM  # of Mamba and others with inner states of 2 x the hidden size
     if "mamba_headdim" in content and "n_mamba_heads" in content:
-        content["n_mamba_heads"] = 2 * HIDDEN // HEAD_DIM
-    if "attention_hidden_size" in content and before["attention_hidden_size"] == 2 * before.get("hidden_size", 0):
+        content["n_mamba_heads"] = number_of_wide_heads
+    if "attention_hidden_size" in content and original["attention_hidden_size"] == 2 * original.get("hidden_size", 0):
         content["attention_hidden_size"] = 2 * HIDDEN  # Zamba concatenates hidden states and embeddings
         content["attention_head_dim"] = 2 * HIDDEN // content["num_attention_heads"]
     if "expand" in content and isinstance(content.get("num_heads"), int) and "state_size" in content:
-        content["num_heads"] = 2 * HIDDEN // HEAD_DIM
+        content["num_heads"] = number_of_wide_heads
     if "num_hidden_layers" in content and "n_recurrent_layers" in content:
         content["n_recurrent_layers"] = content["num_hidden_layers"] - 2
-    heads, groups = (next((before[n] for n in names if type(before.get(n)) is int), 0) for names in _HEAD_NAMES)
-    for name in _HEAD_NAMES[1]:
-        if name in content and groups and groups in (1, heads):  # one key/value head in total, or one per query head
-            content[name] = 1 if groups == 1 else next(content[n] for n in _HEAD_NAMES[0] if n in content)
+    heads = next((original[name] for name in HEAD_NAMES if type(original.get(name)) is int), 0)
+    kv_heads = next((original[name] for name in KV_HEAD_NAMES if type(original.get(name)) is int), 0)
+    for name in KV_HEAD_NAMES:
+        if name in content and kv_heads == 1:  # one key/value head in total
+            content[name] = 1
+        elif name in content and kv_heads and kv_heads == heads:  # one key/value head per query head
+            content[name] = next(content[head_name] for head_name in HEAD_NAMES if head_name in content)
 
 
 def _dicts_with(content: Any, key: str) -> Iterator[dict[str, Any]]:
@@ -219,26 +268,24 @@ def _dicts_with(content: Any, key: str) -> Iterator[dict[str, Any]]:
             yield from _dicts_with(value, key)
 
 
-_HEAD_NAMES = (
-    ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
-    ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "kv_n_heads"),
-)
-
-
-def _smaller(name: str, value: Any) -> Any:
-    """Return the value of a field in a tiny configuration."""
+def _tiny_value(name: str, value: Any) -> Any:
+    """Return the value of a field in a tiny configuration, by the rule for its name; unchanged without a rule."""
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         return value
-    for pattern, small in COMPILED:
+    for pattern, largest in COMPILED_RULES:
         if pattern.fullmatch(name):
-            return min(value, small)
+            return min(value, largest)
     return value
 
 
-def _token(name: str, value: Any) -> Any:
-    """Return a token id in the tiny vocabulary."""
-    order = ("pad", "bos", "eos")
-    small = next((i for i, word in enumerate(order) if word in name), VOCABULARY - 1 - sum(map(ord, name)) % 32)
+def _tiny_token_id(name: str, value: Any) -> Any:
+    """Return a token id, or a list with one id, in the tiny vocabulary. Other values are returned unchanged.
+
+    Ids of pad, bos and eos are 0, 1 and 2. Others are among the last 32 ids, and depend on the name of the field.
+    """
+    small_ids = ("pad", "bos", "eos")
+    last_ids = VOCABULARY - 1 - sum(map(ord, name)) % 32
+    token_id = next((index for index, word in enumerate(small_ids) if word in name), last_ids)
     if isinstance(value, (list, tuple)):
-        return [small] * min(1, len(value))
-    return value if value is None or not isinstance(value, int) or value < 0 else small
+        return [token_id] * min(1, len(value))
+    return value if value is None or not isinstance(value, int) or value < 0 else token_id

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from gprune.benchmarks.speed import price_by
 from gprune.config import RunConfig
 from gprune.corpora import lies_here
-from gprune.models.blocks import PARTS, blocks_of, unpruned
+from gprune.models.blocks import PARTS, blocks_of, find_unpruned
 from gprune.models.loading import locate_model
 from gprune.pipeline.cost import LEARNED_TRIES, TRIES, calibration_tokens, development_tokens, passes, searches
 from gprune.pipeline.inputs import prepare_text
@@ -117,7 +117,7 @@ def what_stays(plan: Plan) -> str:
         f"{name} of {missing} of {len(costs.by_layer)} layers, without units that can be removed"
         for name, units in lacking if (missing := sum(not any(units[b] for b in own) for own in costs.by_layer))
     ]  # fmt: skip
-    for path, staying in unpruned(model).items():
+    for path, staying in find_unpruned(model).items():
         share = staying.parameters / model.num_parameters()
         said.append(f"{path} in {staying.layers} layers ({staying.why}): {share:.1%} of the model")
     return "; ".join(said)

@@ -19,7 +19,7 @@ from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity,
 from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
-from gprune.models.offload import device_of, stored
+from gprune.models.offload import device_of, load_parameter
 from gprune.pipeline.cost import evaluated_tokens, keeps
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
@@ -115,7 +115,7 @@ def spread(run: Run, model: PreTrainedModel) -> PreTrainedModel:
 
 def same_head(model: PreTrainedModel, other: PreTrainedModel) -> bool:
     """Return whether two models have equal output embeddings. A recovery of the user may have changed them."""
-    ours, theirs = (stored(m.get_output_embeddings(), "weight") for m in (model, other))
+    ours, theirs = (load_parameter(m.get_output_embeddings(), "weight") for m in (model, other))
     return torch.equal(ours, theirs.to(ours.device))
 
 

@@ -13,7 +13,7 @@ import torch
 
 from gprune.calibration.layerwise import walks
 from gprune.calibration.statistics import gram_bytes
-from gprune.models.autocast import cast_numbers
+from gprune.models.autocast import count_cast_weights
 from gprune.models.blocks import blocks_of, by_layer
 from gprune.models.losses import CHUNK, ROWS
 from gprune.pipeline.cost import error_tokens, evaluated_tokens, keeps, measured_for
@@ -76,7 +76,7 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     # Memory besides a row's model: the dense model, and the model of the main row.
     others = dense + w * left * (len(cfg.stages) > 1) + forecasts
     autocast = cfg.trainer.precision == "bf16-mixed"
-    copies = 2 * cast_numbers(plan.skeleton) * (autocast and w == 4)  # bfloat16 copies of frozen weights
+    copies = 2 * count_cast_weights(plan.skeleton) * (autocast and w == 4)  # bfloat16 copies of frozen weights
     a = 2 if autocast else w  # bytes of an activation
     learn = dense + copies + L * batch * (8 * H + 4 * a * (N + C)) + head(a, teacher=cfg.sparsity.loss == "kl")
     sums = gram / L + cpu * w * H * cfg.corpora.num_samples * cfg.corpora.seq_len if walked else gram * (not cpu)

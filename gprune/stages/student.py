@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
 from gprune.models.copies import share_hooks, without_weights
 from gprune.models.lookup import decoder_of
-from gprune.models.modeling_pruned import find
+from gprune.models.modeling_pruned import find_parent
 from gprune.models.offload import gathered
-from gprune.models.parts import names_in, part_rows
+from gprune.models.parts import names_in, part_row_indices
 
 if TYPE_CHECKING:  # not every build of torch has it
     from torch.distributed.device_mesh import DeviceMesh
@@ -102,8 +102,8 @@ class Student:
             if block.has_experts:
                 for tensor, (dim, layout) in block.family.expert_rows.items():
                     if len(names := names_in(layout)) > 1:  # gate and up in one tensor
-                        host, name = find(block.down.host, tensor)
-                        rows = part_rows(layout, dict.fromkeys(names, block.neurons), block.neurons)
+                        host, name = find_parent(block.down.host, tensor)
+                        rows = part_row_indices(layout, dict.fromkeys(names, block.neurons), block.neurons)
                         self._register(host, name, Pieces(list(rows.values()), dim))
 
     def _register(self, host: nn.Module, name: str, pieces: Pieces) -> None:

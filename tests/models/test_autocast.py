@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gprune.models.autocast import CastWeights, cast_numbers
+from gprune.models.autocast import CastWeights, count_cast_weights
 from gprune.models.losses import next_token_losses
 from gprune.sparsity.gates import gated
 
@@ -33,7 +33,7 @@ def test_bfloat16_copies_give_the_bits_of_autocast_and_are_made_once(tiny_model)
     for made in (first, second):
         assert all(torch.equal(a, b) for a, b in zip(alone, made, strict=True))
     assert all(copies._copies[key][2] is copy for key, copy in held.items())
-    assert sum(copy.numel() for copy in held.values()) == cast_numbers(tiny_model) > 0
+    assert sum(copy.numel() for copy in held.values()) == count_cast_weights(tiny_model) > 0
     assert {p.dtype for p in tiny_model.parameters()} == {torch.float32}
 
 

@@ -51,9 +51,9 @@ def test_an_ffn_that_cannot_be_sliced_or_masked_is_rejected(forward):
 
 
 def test_agreement_is_relative_to_the_change_by_the_mask():
-    assert Agreement(moved=0.5, differs=1e-4).holds
-    assert not Agreement(moved=1e-3, differs=1e-4).holds
-    assert not Agreement(moved=0.0, differs=0.0).holds
+    assert Agreement(mask_effect=0.5, slicing_error=1e-4).holds
+    assert not Agreement(mask_effect=1e-3, slicing_error=1e-4).holds
+    assert not Agreement(mask_effect=0.0, slicing_error=0.0).holds
 
 
 def without_calls(_experts: nn.Module, _watcher: experts.Watcher, _down: tuple[str, int]) -> experts.Watch:

@@ -22,7 +22,7 @@ from gprune.models import cached_records, lookup
 from gprune.models.blocks import blocks_of
 from gprune.models.discovery import record as discovery
 from gprune.models.discovery.agreement import random_masks
-from gprune.models.discovery.record import discover_record, discovered
+from gprune.models.discovery.record import discover_from_tiny, discover_record
 from gprune.models.families import FAMILIES, Family
 from gprune.models.lookup import family_of, remember
 from gprune.models.losses import iter_logits
@@ -155,7 +155,7 @@ def test_discovery_finds_the_same_structure_as_a_record_by_hand(family, monkeypa
     """The same tensors for parts, slices and norms, and the same transform of logits."""
     monkeypatch.setattr(lookup, "FAMILIES", {})
     config = shrunk(default_config(family))
-    record, model = discovered(config), tiny_model(config)
+    record, model = discover_from_tiny(config), tiny_model(config)
     other = copy.deepcopy(model)
     remember(model, BY_HAND[family])
     remember(other, record)
@@ -189,7 +189,7 @@ def test_discovery_finds_the_same_structure_as_a_record_by_hand(family, monkeypa
 def test_a_discovered_record_is_loaded_from_the_cache(monkeypatch):
     config = CONFIG_MAPPING["gemma"]()
     found = discovery.discover(config)
-    monkeypatch.setattr(discovery, "discovered", lambda _: pytest.fail("discovered again"))
+    monkeypatch.setattr(discovery, "discover_from_tiny", lambda _: pytest.fail("discovered again"))
     assert discovery.discover(config) == found
 
 
@@ -203,19 +203,19 @@ def test_the_layerwise_check_uses_the_discovered_record(monkeypatch):
 @pytest.mark.parametrize("change", ["kinds", "layers", "extras", "all"])
 def test_a_damaged_record_in_the_cache_is_ignored(change):
     config = shrunk(CONFIG_MAPPING["gemma"]())
-    record = discovered(config)
+    record = discover_from_tiny(config)
     content = json.loads(json.dumps(asdict(record)))
-    assert cached_records.from_json({"record": content}) == record
+    assert cached_records.parse_record({"record": content}) == record
     damaged = {"kinds": [["x"], {}], "layers": ["h"], "extras": {"a": [1, 2]}}
     wrong = [] if change == "all" else content | {change: damaged[change]}
-    assert cached_records.from_json({"record": wrong}) is None
+    assert cached_records.parse_record({"record": wrong}) is None
 
 
 def test_discovery_does_not_change_the_global_random_state():
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    discovered(shrunk(CONFIG_MAPPING["gemma"]()))
+    discover_from_tiny(shrunk(CONFIG_MAPPING["gemma"]()))
     assert torch.equal(torch.rand(4), expected)
 
 

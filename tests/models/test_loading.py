@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gprune.errors import UserError
-from gprune.models.loading import check_not_quantised, load_model
+from gprune.models.loading import check_weight_dtypes, load_model
 from tests import tiny_run
 
 
@@ -64,11 +64,16 @@ def test_unexpected_weights_are_reported_in_a_warning(tmp_path, caplog):
 @pytest.mark.parametrize("how", ["float8", "quantizer"])
 def test_weights_that_remain_quantized_after_loading_are_refused(how, tiny_model):
     """Pruning would not slice their scales. Checkpoints that transformers dequantizes while loading are accepted."""
-    check_not_quantised(tiny_model, "here")
+    check_weight_dtypes(tiny_model, "here")
     if how == "float8":
         linear = tiny_model.model.layers[1].mlp.up_proj
         linear.weight = torch.nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
     else:
         tiny_model.hf_quantizer = object()
     with pytest.raises(UserError, match=r"weights in float32, bfloat16 or float16; got 'here', which is quantised"):
-        check_not_quantised(tiny_model, "here")
+        check_weight_dtypes(tiny_model, "here")
+
+
+def test_weights_in_float64_are_refused_as_float64_and_not_as_quantized(tiny_model):
+    with pytest.raises(UserError, match=r"got 'here', which has weights in float64\. Convert them to float32\."):
+        check_weight_dtypes(tiny_model.double(), "here")

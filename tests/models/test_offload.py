@@ -28,9 +28,9 @@ from gprune.models.offload import (
     StoredWeights,
     device_of,
     is_offloaded,
+    load_parameter,
     offload_folder,
     resident,
-    stored,
 )
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.save import masked_logits
@@ -188,8 +188,8 @@ def test_accelerates_forward_is_restored_after_observing_experts(placed, ids):
 def test_stored_returns_meta_weights_of_modules_without_a_hook():
     with torch.device("meta"):
         linear = torch.nn.Linear(2, 3, bias=False)
-    assert stored(linear, "weight").is_meta
-    assert stored(linear, "bias") is None
+    assert load_parameter(linear, "weight").is_meta
+    assert load_parameter(linear, "bias") is None
     assert not is_offloaded(linear)
 
 

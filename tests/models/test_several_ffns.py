@@ -22,7 +22,7 @@ from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.models import lookup
-from gprune.models.blocks import blocks_of, by_layer, decoder_layers, unpruned
+from gprune.models.blocks import blocks_of, by_layer, decoder_layers, find_unpruned
 from gprune.models.discovery.agreement import random_masks
 from gprune.models.discovery.record import discover_record
 from gprune.models.lookup import remember
@@ -123,7 +123,7 @@ def test_each_ffn_of_a_layer_is_a_block_and_the_first_block_has_the_attention(sh
     assert [b.layer_index for b in blocks] == [0, 0, 1, 1, 2, 2]
     assert [b.has_experts for b in blocks] == [True, False] * 3
     assert [b.kv_groups > 0 for b in blocks] == [True, False] * 3
-    assert unpruned(shared_expert_model) == {}
+    assert find_unpruned(shared_expert_model) == {}
     # Blocks without attention are not reported, since their layers have attention.
     assert what_stays(plan_of(shared_expert_model)) == ""
     for own, layer in zip(by_layer(blocks), layers, strict=True):
@@ -146,7 +146,7 @@ def test_an_ffn_inside_a_router_is_not_pruned_and_is_reported(tmp_path):
     """The router of Zaya is an FFN whose output selects experts and is not added to the residual stream."""
     with tiny_run.isolated(tmp_path):
         model = example("zaya")
-        found, text = unpruned(model), what_stays(plan_of(model))
+        found, text = find_unpruned(model), what_stays(plan_of(model))
     ((path, unpruned_module),) = found.items()
     share = unpruned_module.parameters / model.num_parameters()
     assert text.endswith(f"{path} in 3 layers (its output does not join the residual): {share:.1%} of the model")

@@ -21,68 +21,86 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 
 log = logging.getLogger("gprune")
-NOISE = 1e-4  # share of the largest logit that may be rounding; masks change types in transformers by 0.07 or more
-SMALL = 1e-3  # allowed share of the change by a mask; types in transformers differ by at most 2e-5
+# Both bounds were measured on all types in transformers: masks change logits by 0.07 or more of the largest logit, and
+# masked and sliced models differ by at most 2e-5 of that change.
+MIN_MASK_EFFECT = 1e-4  # relative to the largest logit; smaller changes may be rounding errors
+MAX_SLICING_ERROR = 1e-3  # relative to the mask effect
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Largest differences of logits, relative to the largest logit."""
+    """Largest differences of logits, relative to the largest logit of the masked model."""
 
-    moved: float  # between masked and dense
-    differs: float  # between masked and sliced
+    mask_effect: float  # between the masked and the dense model
+    slicing_error: float  # between the masked and the sliced model
 
     @property
     def holds(self) -> bool:
-        """Whether masked and sliced logits agree, and the mask has an effect."""
-        return self.moved > NOISE and self.differs <= SMALL * self.moved
+        """Whether the mask has an effect, and the masked and the sliced model agree."""
+        has_effect = self.mask_effect > MIN_MASK_EFFECT
+        return has_effect and self.slicing_error <= MAX_SLICING_ERROR * self.mask_effect
 
 
-def agreement(probe: Probe, record: Family) -> Agreement:
-    """Compare the masked and the sliced model by a record, with random masks."""
+def compare_masked_and_sliced(probe: Probe, record: Family) -> Agreement:
+    """Register `record` for the probe's model, and compare logits with random masks applied by hooks and slicing.
+
+    The registration remains after the call. Weights of the model do not change.
+    """
     remember(probe.model, record)
     masks = random_masks(probe.model)
     with masked(probe.model, masks):
-        expected = probe.logits()
-    sliced = probe.logits(model=prune(probe.model, masks))
-    moved, differs = (float((other - expected).abs().max() / expected.abs().max()) for other in (probe.dense, sliced))
-    return Agreement(moved, differs)
+        masked_logits = probe.logits()
+    sliced_logits = probe.logits(model=prune(probe.model, masks))
+    largest = masked_logits.abs().max()
+    mask_effect = (probe.dense - masked_logits).abs().max() / largest
+    slicing_error = (sliced_logits - masked_logits).abs().max() / largest
+    return Agreement(float(mask_effect), float(slicing_error))
 
 
-def agrees(probe: Probe, record: Family) -> bool:
-    """Return whether a record is correct; False if slicing fails."""
+def is_correct(probe: Probe, record: Family) -> bool:
+    """Return whether a record is correct, and register it for the probe's model.
+
+    A record is correct if the masked and the sliced model agree and watchers of experts get the correct tokens. Any
+    exception, such as a failed slicing, means that it is not.
+    """
     try:
-        return agreement(probe, record).holds and watchers_get_tokens(probe)
+        return compare_masked_and_sliced(probe, record).holds and watchers_get_tokens(probe)
     except Exception as error:
         log.debug("%s: %s", record, first_line(error))
         return False
 
 
 def watchers_get_tokens(probe: Probe) -> bool:
-    """Return whether watchers of experts are called with the correct tokens.
+    """Return whether watchers of experts are called with the correct tokens; True without experts.
 
-    A watcher zeroes activations from a given token on. Logits must change after this token, and not before.
+    A watcher sets activations to zero from a given token on. The logits of this or a later token must change, and those
+    of earlier tokens must not.
     """
-    experts = [block for block in blocks_of(probe.model) if block.has_experts]
-    first = probe.ids.numel() * 3 // 4
+    blocks = [block for block in blocks_of(probe.model) if block.has_experts]
+    first_zeroed = probe.ids.numel() * 3 // 4  # any position with tokens on both sides
 
-    def only_before(x: Tensor, _expert: int, tokens: Tensor) -> Tensor:
-        return x * (tokens < first)[:, None]
+    def zero_later_tokens(x: Tensor, _expert: int, tokens: Tensor) -> Tensor:
+        return x * (tokens < first_zeroed)[:, None]
 
     with ExitStack() as watches:
-        for block in experts:
-            watches.callback(watch_experts(block.down.host, only_before, block.family.expert_down).remove)
-        changed = (probe.logits() - probe.dense).abs().flatten(0, 1).amax(-1) > NOISE * probe.dense.abs().max()
-    return not experts or bool(changed[first:].any() and not changed[:first].any())
+        for block in blocks:
+            watches.callback(watch_experts(block.down.host, zero_later_tokens, block.family.expert_down).remove)
+        difference = (probe.logits() - probe.dense).abs().flatten(0, 1).amax(-1)  # (B x T,)
+        is_changed = difference > MIN_MASK_EFFECT * probe.dense.abs().max()
+    return not blocks or bool(is_changed[first_zeroed:].any() and not is_changed[:first_zeroed].any())
 
 
 def random_masks(model: PreTrainedModel, seed: int = 5) -> Masks:
-    """Return masks that remove three or more neurons of each block, and one KV group of blocks that have several."""
+    """Return random keep masks, which remove neurons in every block and one KV group if a block has several.
+
+    The number of removed neurons is 3 plus the index of the block, so that blocks get different widths.
+    """
     generator = torch.Generator().manual_seed(seed)
     ffn, attention = [], []
     for block in blocks_of(model):
         order = torch.rand(block.experts, block.neurons, generator=generator).argsort(1)
-        ffn.append((order >= min(block.neurons - 1, 3 + block.index)).flatten())
+        removed = min(block.neurons - 1, 3 + block.index)  # keeps at least one neuron
+        ffn.append((order >= removed).flatten())
         keep = torch.ones(block.kv_groups, dtype=torch.bool)
         if block.kv_groups > 1:
             keep[block.index % block.kv_groups] = False

@@ -30,19 +30,25 @@ class Call:
     """One call of a module during a forward pass."""
 
     path: str
-    entering: Tensor | None  # input hidden states
-    returned: Tensor
+    entering: Tensor | None  # input hidden states; None if they are not a tensor
+    returned: Tensor  # output hidden states
 
 
 @dataclass
 class Probe:
-    """A tiny random model and a text. Measurements restore the weights that they change."""
+    """A tiny random model and a random text. Measurements restore the weights that they change.
+
+    Attributes:
+        model: the model.
+        ids: the text, (B, T) int64.
+    """
 
     model: PreTrainedModel
 
     def __post_init__(self) -> None:
-        words = min(100, max(4, getattr(self.config, "vocab_size", 100)))  # few if tokens are letters
-        self.ids = torch.randint(3, words, TOKENS, generator=torch.Generator().manual_seed(1))
+        # Ids below 3 may be special tokens. Some vocabularies are small, such as those of letters.
+        end = min(100, max(4, getattr(self.config, "vocab_size", 100)))
+        self.ids = torch.randint(3, end, TOKENS, generator=torch.Generator().manual_seed(1))
 
     @property
     def name(self) -> str:
@@ -55,9 +61,11 @@ class Probe:
         return self.model.config.get_text_config(decoder=True)
 
     def logits(self, ids: Tensor | None = None, model: PreTrainedModel | None = None) -> Tensor:
-        """Return logits, (B, T, V), of the text or other ids, by this or another model."""
+        """Return logits, (B, T, V), of `ids` by `model`; by default of the probe's text and by its model."""
+        model = model or self.model
+        ids = self.ids if ids is None else ids
         with torch.no_grad():
-            return (model or self.model)(input_ids=self.ids if ids is None else ids, use_cache=False).logits
+            return model(input_ids=ids, use_cache=False).logits
 
     @cached_property
     def dense(self) -> Tensor:
@@ -86,10 +94,11 @@ class Probe:
             path: module for path, module in self.decoder.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) and len(list(module[0].modules())) > 3
         }  # fmt: skip
-        passed = {call.path for call in self.calls({path: layers[0] for path, layers in lists.items()})}
-        lists = {path: layers for path, layers in lists.items() if path in passed}  # excludes vision towers
+        called = {call.path for call in self.calls({path: layers[0] for path, layers in lists.items()})}
+        called_lists = {path: layers for path, layers in lists.items() if path in called}  # excludes vision towers
         depth = getattr(self.config, "num_hidden_layers", None)
-        lists = {path: layers for path, layers in lists.items() if len(layers) == depth} or lists
+        of_depth = {path: layers for path, layers in called_lists.items() if len(layers) == depth}
+        lists = of_depth or called_lists
         if not lists:
             raise UserError(
                 f"Cannot find the structure of model type '{self.name}': no nn.ModuleList of decoder layers. {REMEDY}."
@@ -109,115 +118,147 @@ class Probe:
     # Inputs and outputs of modules
 
     def calls(self, modules: Mapping[str, nn.Module], *, gradients: bool = False) -> list[Call]:
-        """Return the calls of modules in one forward pass, in the order in which they return."""
+        """Return the calls of modules in one forward pass, in the order in which they return.
+
+        Args:
+            modules: path, which is only used as a name -> module.
+            gradients: whether tensors of the calls have gradients.
+        """
         calls: list[Call] = []
 
-        def note(path: str) -> Callable[..., None]:
-            def after(_module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
-                x = args[0] if args else kwargs.get("hidden_states")
-                calls.append(Call(path, x if isinstance(x, Tensor) else None, hidden_in(out)))
+        def recorder(path: str) -> Callable[..., None]:
+            """Return a forward hook that records a call."""
 
-            return after
+            def record(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+                x = args[0] if args else kwargs.get("hidden_states")
+                calls.append(Call(path, x if isinstance(x, Tensor) else None, hidden_in(output)))
+
+            return record
 
         with ExitStack() as hooks, torch.set_grad_enabled(gradients):
             for path, module in modules.items():
-                hooks.callback(module.register_forward_hook(note(path), with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(recorder(path), with_kwargs=True).remove)
             self.model(input_ids=self.ids, use_cache=False)
         return calls
 
-    def in_layer(self, index: int, paths: Iterable[str], **settings: bool) -> list[Call]:
-        """Return `calls` of modules in a layer, by path; '' is the layer."""
-        return self.calls({path: self.layers[index].get_submodule(path) for path in paths}, **settings)
+    def in_layer(self, index: int, paths: Iterable[str], *, gradients: bool = False) -> list[Call]:
+        """Return `calls` of modules at paths in layer number `index`; '' is the layer itself."""
+        modules = {path: self.layers[index].get_submodule(path) for path in paths}
+        return self.calls(modules, gradients=gradients)
 
     def is_called(self, index: int, path: str) -> bool:
         """Return whether a module of a layer is called; some classes only read its weights."""
         return bool(self.in_layer(index, [path]))
 
     def returned(self, index: int, path: str) -> Tensor:
-        """Return the output of a module of a layer."""
+        """Return the output of a module of a layer in its first call."""
         return self.in_layer(index, [path])[0].returned
 
     def entering(self, index: int, path: str) -> Tensor:
-        """Return the input of a module of a layer."""
+        """Return the input of a module of a layer in its first call."""
         return self.in_layer(index, [path])[0].entering
 
     # Dependencies
 
     def is_affine(self, weight: Tensor, measure: Callable[[], Tensor], part: Callable[[Tensor], Tensor]) -> bool:
-        """Return whether a measurement is affine in the scale of a part (a view) of a weight."""
+        """Return whether `measure()` is affine in a factor on `part(weight)`, a view of the weight."""
         with torch.no_grad():
-            saved, values = weight.clone(), []
-            for scale in (-0.1, 0.0, 0.1):  # small, because some classes clamp; both signs, to detect ReLU
-                weight.copy_(saved)
-                part(weight).mul_(scale)
+            original, values = weight.clone(), []
+            # Small, because some models clamp activations; both signs, because ReLU is linear on each side of 0.
+            for factor in (-0.1, 0.0, 0.1):
+                weight.copy_(original)
+                part(weight).mul_(factor)
                 values.append(measure())
-            weight.copy_(saved)
+            weight.copy_(original)
+        # An affine function has equal differences for equal steps.
         first, second = values[1] - values[0], values[2] - values[1]
         return bool((first - second).abs().max() <= 1e-4 * (first.abs().max() + second.abs().max()) + 1e-7)
 
-    def vanishing(self, places: Mapping[int, tuple[Tensor, int]], columns: Tensor, skip: str) -> dict[int, Rows]:
-        """Return rows of parameters whose gradient vanishes if columns of an output projection are zero, by layer.
+    def vanishing(self, projections: Mapping[int, tuple[Tensor, int]], columns: Tensor, skip: str) -> dict[int, Rows]:
+        """Return rows of parameters whose gradient vanishes if columns of output projections are zero, by layer.
+
+        A parameter is omitted if none or all of its rows vanish.
 
         Args:
-            places: number of a layer -> its output projection and the dimension of columns.
+            projections: number of a layer -> its output projection and the dimension of columns.
             columns: the columns.
-            skip: path of the projection, which is ignored.
+            skip: path of the projections in their layers, which are ignored.
         """
         with torch.no_grad(), ExitStack() as restored:
-            for weight, dim in places.values():
+            for weight, dim in projections.values():
                 restored.callback(weight.copy_, weight.clone())
                 weight.index_fill_(dim, columns, 0)
-            after = self._gradients()
-        found: dict[int, Rows] = {}
-        for index in places:
-            live, rows = _live(after[index]), {}
-            for key, was in self._before[index].items():
-                gone = (was & ~live[key]).nonzero().flatten() if key in live else was.nonzero().flatten()
-                if key[0] != skip and len(gone) and len(gone) < len(was):
-                    rows[key] = gone
-            found[index] = rows
-        return found
+            gradients = self._gradients()
+        vanishing_rows: dict[int, Rows] = {}
+        for index in projections:
+            still_live = _live(gradients[index])
+            rows = {}
+            for (name, dim), live in self._live_rows[index].items():
+                # A parameter without a gradient is not in `still_live`.
+                vanished = live & ~still_live[name, dim] if (name, dim) in still_live else live
+                indices = vanished.nonzero().flatten()
+                if name != skip and 0 < len(indices) < len(live):
+                    rows[name, dim] = indices
+            vanishing_rows[index] = rows
+        return vanishing_rows
 
     def live(self, index: int, name: str, dim: int) -> Tensor:
-        """Return which indices of a parameter have a nonzero gradient, (size along dim,) bool."""
+        """Return which indices of a layer's parameter have a nonzero gradient, (size along dim,) bool."""
         size = self.layers[index].get_parameter(name).shape[dim]
-        return self._before[index].get((name, dim), torch.zeros(size, dtype=torch.bool))
+        return self._live_rows[index].get((name, dim), torch.zeros(size, dtype=torch.bool))
 
     @cached_property
-    def _before(self) -> list[dict[tuple[str, int], Tensor]]:
-        # Gradients of key biases are only rounding errors, because they shift all scores of a token equally.
-        gradients = self._gradients()
-        least = [1e-6 * max((float(g.abs().max()) for g in own.values()), default=0.0) for own in gradients]
-        return [_live(own, least=bound) for own, bound in zip(gradients, least, strict=True)]
+    def _live_rows(self) -> list[dict[tuple[str, int], Tensor]]:
+        """For each layer: (parameter, dimension) -> which indices have a nonzero gradient in the unchanged model.
+
+        Gradients up to 1e-6 of the largest one of the layer count as zero, such as those of key biases: these shift all
+        scores of a token equally, so their gradients are only rounding errors.
+        """
+        live_rows = []
+        for by_name in self._gradients():
+            largest = max((float(gradient.abs().max()) for gradient in by_name.values()), default=0.0)
+            live_rows.append(_live(by_name, threshold=1e-6 * largest))
+        return live_rows
 
     def _gradients(self) -> list[dict[str, Tensor]]:
-        """Return gradients of a fixed random weighting of the logits by the parameters of each layer."""
+        """Return gradients of a fixed random weighting of the logits by the parameters of each layer, by name.
+
+        Parameters that do not affect the logits are omitted.
+        """
         generator = torch.Generator().manual_seed(2)
         with torch.enable_grad():
             logits = self.model(input_ids=self.ids, use_cache=False).logits
             loss = (logits * torch.randn(logits.shape, generator=generator)).sum()
-            named = [dict(layer.named_parameters()) for layer in self.layers]
-            parameters = list({id(p): p for own in named for p in own.values() if p.requires_grad}.values())
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        by_id = {id(p): g for p, g in zip(parameters, gradients, strict=True) if g is not None}
-        return [{name: by_id[id(p)] for name, p in own.items() if id(p) in by_id} for own in named]
+            by_layer = [dict(layer.named_parameters()) for layer in self.layers]
+            # By id, because layers may share parameters.
+            trainable = {id(p): p for by_name in by_layer for p in by_name.values() if p.requires_grad}
+            gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
+        gradient_by_id = {
+            key: gradient for key, gradient in zip(trainable, gradients, strict=True) if gradient is not None
+        }
+        return [
+            {name: gradient_by_id[id(p)] for name, p in by_name.items() if id(p) in gradient_by_id}
+            for by_name in by_layer
+        ]
 
     # Checks
 
     def check_forward(self) -> None:
         """Raise UserError if the forward pass fails, is not deterministic, not finite or not causal."""
-        failed = f"Cannot find the structure of model type '{self.name}'"
+        failure = f"Cannot find the structure of model type '{self.name}'"
         try:
             first, second = self.logits(), self.logits()
         except Exception as error:
-            raise UserError(f"{failed}: a tiny copy does not run: {first_line(error)}. {REMEDY}.") from error
+            raise UserError(f"{failure}: a tiny copy does not run: {first_line(error)}. {REMEDY}.") from error
         if not torch.equal(first, second):
-            raise UserError(f"{failed}: two forward passes of the same input give different logits.")
+            raise UserError(f"{failure}: two forward passes of the same input give different logits.")
         if not first.isfinite().all():
-            raise UserError(f"{failed}: logits of a tiny copy with random weights are not finite. {REMEDY}.")
-        changed = self.ids.clone()
-        changed[:, -1] = (changed[:, -1] + 1) % 100
-        if (self.logits(changed)[:, :-4] - first[:, :-4]).abs().max() > 1e-3 * first.abs().max():
+            raise UserError(f"{failure}: logits of a tiny copy with random weights are not finite. {REMEDY}.")
+        other_ids = self.ids.clone()
+        other_ids[:, -1] = (other_ids[:, -1] + 1) % 100
+        # Only tokens well before the changed one are compared.
+        change = (self.logits(other_ids)[:, :-4] - first[:, :-4]).abs().max()
+        if change > 1e-3 * first.abs().max():
             raise UserError(
                 f"Model type '{self.name}' must be a decoder; got an encoder, in which later tokens change predictions "
                 "from earlier ones. Some types have is_decoder in config.json."
@@ -226,8 +267,10 @@ class Probe:
 
 @contextmanager
 def changed(module: nn.Module, change: Callable[[Tensor], Tensor]):
-    """Change the hidden states that a module returns, while the context lasts."""
-    handle = module.register_forward_hook(lambda _module, _inputs, out: with_hidden(out, change(hidden_in(out))))
+    """Replace the hidden states h that a module returns by `change(h)` while the context lasts."""
+    handle = module.register_forward_hook(
+        lambda _module, _inputs, output: with_hidden(output, change(hidden_in(output)))
+    )
     try:
         yield
     finally:
@@ -238,17 +281,18 @@ def changed(module: nn.Module, change: Callable[[Tensor], Tensor]):
 def separable_norms(layers: nn.ModuleList):
     """Stop gradients through statistics of norms inside attention and FFN while the context lasts.
 
-    Otherwise, with a norm over all heads, each head would depend on rows of all others.
+    Otherwise, with a norm over all heads, each head would depend on rows of all others. All these norms compute an RMS
+    norm meanwhile, because only the dependencies of rows on columns are measured.
     """
 
-    def separable(module: nn.Module) -> Callable[..., Tensor]:
-        return lambda x, *_rest, **_named: x * module.weight / x.detach().square().mean(-1, keepdim=True).sqrt()
+    def separable_forward(module: nn.Module) -> Callable[..., Tensor]:
+        return lambda x, *_args, **_kwargs: x * module.weight / x.detach().square().mean(-1, keepdim=True).sqrt()
 
     with ExitStack() as stack:
         for layer in layers:
             for path, module in layer.named_modules():
-                if "." in path and is_norm(module):
-                    module.__dict__["forward"] = separable(module)
+                if "." in path and is_norm(module):  # norms of the layer itself have no dot in their path
+                    module.__dict__["forward"] = separable_forward(module)
                     stack.callback(module.__dict__.pop, "forward")
         yield
 
@@ -269,14 +313,18 @@ def row_dim(module: nn.Module) -> int:
     return int(isinstance(module, Conv1D))
 
 
-def _live(gradients: Mapping[str, Tensor], *, least: float = 0.0) -> dict[tuple[str, int], Tensor]:
-    """Return for each parameter and dimension which indices have a gradient larger than `least`."""
+def _live(gradients: Mapping[str, Tensor], *, threshold: float = 0.0) -> dict[tuple[str, int], Tensor]:
+    """Return for each parameter and dimension which indices have a gradient larger than `threshold`.
+
+    Returns:
+        (name of a parameter, dimension) -> (size along the dimension,) bool.
+    """
     live = {}
     for name, gradient in gradients.items():
-        large = gradient.abs() > least
+        is_large = gradient.abs() > threshold
         for dim in range(gradient.dim()):
-            others = [d for d in range(gradient.dim()) if d != dim]
-            live[name, dim] = large.any(others) if others else large
+            other_dims = [d for d in range(gradient.dim()) if d != dim]
+            live[name, dim] = is_large.any(other_dims) if other_dims else is_large
     return live
 
 
@@ -287,9 +335,9 @@ def owner_of(path: str) -> str:
 
 def common_module(names: Sequence[str]) -> str:
     """Return the path of the deepest module that contains all these parameters; '' for the layer."""
-    shared = []
-    for parts in zip(*(owner_of(name).split(".") for name in names), strict=False):
-        if len(set(parts)) > 1:
+    common = []
+    for components in zip(*(owner_of(name).split(".") for name in names), strict=False):
+        if len(set(components)) > 1:
             break
-        shared.append(parts[0])
-    return ".".join(shared)
+        common.append(components[0])
+    return ".".join(common)

@@ -28,7 +28,7 @@ from transformers import (
 from gprune.errors import UserError, quoting
 from gprune.models import cached_records
 from gprune.models.blocks import blocks_of, by_layer, check_untied, kinds_of, output_of
-from gprune.models.discovery.agreement import agrees
+from gprune.models.discovery.agreement import is_correct
 from gprune.models.discovery.attention import attention_kinds
 from gprune.models.discovery.ffn import ffn_kind
 from gprune.models.discovery.probe import REMEDY, Probe, is_linear, owner_of, row_dim, separable_norms
@@ -40,6 +40,7 @@ from gprune.models.tiny import shrunk, stock_config, tiny_model
 
 log = logging.getLogger("gprune")
 Kind = dict[str, Any]  # fields of a record for one kind of FFN or attention
+PATHS = ("gate", "up", "down", "query", "key", "value", "output")  # fields of a record that differ between kinds
 
 
 def discover(config: PreTrainedConfig) -> Family:
@@ -49,21 +50,26 @@ def discover(config: PreTrainedConfig) -> Family:
         UserError: if discovery fails.
     """
     check_supported(config)
-    with quoting(f"Cannot configure a tiny copy of model type '{name_of(config)}': ", f". {REMEDY}."):
+    with quoting(f"Cannot configure a tiny copy of model type '{dense_type(config)}': ", f". {REMEDY}."):
         tiny = shrunk(stock_config(config))
-    if (record := cached_records.read_record(tiny)) is None:
-        record = discovered(tiny)
+    record = cached_records.read_record(tiny)
+    if record is None:
+        record = discover_from_tiny(tiny)
         cached_records.write_record(tiny, record)
         log.info("Found the structure of model type '%s' on a tiny copy", record.model_type)
     return record
 
 
-def discovered(tiny: PreTrainedConfig) -> Family:
-    """Return the record of a tiny configuration's type; UserError as for `discover`."""
+def discover_from_tiny(tiny: PreTrainedConfig) -> Family:
+    """Build a random model from a tiny configuration, and return the record of its type.
+
+    Raises:
+        UserError: if the model cannot be built, or discovery fails.
+    """
     with quoting(f"Cannot make a tiny copy of model type '{tiny.model_type}': ", f". {REMEDY}."):
         model = tiny_model(tiny)
-    doing = f"Cannot find the structure of model type '{tiny.model_type}': "
-    with quoting(doing, f". {REMEDY}."), torch.enable_grad():
+    failure = f"Cannot find the structure of model type '{tiny.model_type}': "
+    with quoting(failure, f". {REMEDY}."), torch.enable_grad():
         return discover_record(model)
 
 
@@ -73,7 +79,7 @@ def discover_record(model: PreTrainedModel) -> Family:
     1. Every weight that returns hidden states may be an output projection.
     2. Rows that vanish with one of its columns belong to a neuron. Rows that vanish with a group of columns belong to a
        KV group. Together with the norms around them they are a candidate (`candidates`).
-    3. A candidate is accepted if the masked and the sliced model agree.
+    3. A candidate is accepted if the masked and the sliced model agree (`accept_candidates`).
     4. The record has all accepted candidates and the computation of logits, and is checked as a whole. FFNs next to a
        larger one of the same layer may not be prunable (`why_it_stays`).
     """
@@ -83,32 +89,17 @@ def discover_record(model: PreTrainedModel) -> Family:
         probe.name, layers=probe.layers_path, decoder=probe.decoder_path, found=True,
         **dict.fromkeys((*PATHS, "ffn_norm", "attention_norm")),
     )  # fmt: skip
-    with separable_norms(probe.layers):
-        proposed = sorted(candidates(probe), key=lambda row: -row[2])
-    kept: dict[str, list[Kind]] = {"ffn": [], "attention": []}
-    refused = []
-    for scope, kind, _ in proposed:
-        alone = {"ffn": [], "attention": []} | {scope: [kind]}
-        if agrees(probe, with_kinds(base, alone)):
-            drop_needless_attributes(probe, base, kind, alone)
-            kept[scope].append(kind)
-        else:
-            refused.append(output_of(kind))
-    if not kept["ffn"]:
-        why = f"slicing and masking {', '.join(refused)} give different results" if refused else "they have no FFN"
-        raise UserError(
-            f"Cannot find the structure of model type '{probe.name}': no FFN whose neurons can be removed. A tiny copy "
-            f"has {len(probe.layers)} layers in '{probe.layers_path}', but {why}. {REMEDY}."
-        )
-    for scope, index, kind in beside_larger_ones(probe, kept):
+    accepted = accept_candidates(probe, base)
+    for scope, index, kind in kinds_beside_larger_ones(probe, accepted):
         if scope == "ffn" and (why := why_it_stays(probe, index, kind)) is not None:
             kind["stays"] = why
-    record = whole_record(probe, base, kept)
-    if not agrees(probe, record):
-        for _, _, kind in beside_larger_ones(probe, kept):
+    record = build_record(probe, base, accepted)
+    if not is_correct(probe, record):
+        # Try again with only the largest FFN and attention of each layer.
+        for _, _, kind in kinds_beside_larger_ones(probe, accepted):
             kind["stays"] = "slicing and masking disagree together with a larger one of its layer"
-        record = whole_record(probe, base, kept)
-        if not agrees(probe, record):
+        record = build_record(probe, base, accepted)
+        if not is_correct(probe, record):
             raise UserError(
                 f"Cannot find the structure of model type '{probe.name}': slicing and masking all parts together give "
                 f"different results. {REMEDY}."
@@ -117,147 +108,229 @@ def discover_record(model: PreTrainedModel) -> Family:
     return record
 
 
-def beside_larger_ones(probe: Probe, kept: Mapping[str, list[Kind]]) -> Iterator[tuple[str, int, Kind]]:
-    """Yield (scope, number of a layer, kind) for kinds that are not the largest in some layer, each once."""
-    seen: list[Kind] = []
+def accept_candidates(probe: Probe, base: Family) -> dict[str, list[Kind]]:
+    """Return the candidates for which the masked and the sliced model agree, by scope, largest projection first.
+
+    Args:
+        probe: the tiny model.
+        base: a record without FFN and attention. Each candidate is checked alone in it.
+
+    Raises:
+        UserError: if no FFN is accepted.
+    """
+    with separable_norms(probe.layers):
+        largest_first = sorted(candidates(probe), key=lambda candidate: -candidate[2])
+    accepted: dict[str, list[Kind]] = {"ffn": [], "attention": []}
+    refused = []
+    for scope, kind, _ in largest_first:
+        alone = {"ffn": [], "attention": []} | {scope: [kind]}
+        if is_correct(probe, with_kinds(base, alone)):
+            drop_needless_attributes(probe, base, kind, alone)
+            accepted[scope].append(kind)
+        else:
+            refused.append(output_of(kind))
+    if not accepted["ffn"]:
+        why = f"slicing and masking {', '.join(refused)} give different results" if refused else "they have no FFN"
+        raise UserError(
+            f"Cannot find the structure of model type '{probe.name}': no FFN whose neurons can be removed. A tiny copy "
+            f"has {len(probe.layers)} layers in '{probe.layers_path}', but {why}. {REMEDY}."
+        )
+    return accepted
+
+
+def kinds_beside_larger_ones(probe: Probe, kinds: Mapping[str, list[Kind]]) -> Iterator[tuple[str, int, Kind]]:
+    """Yield each kind once that is not the largest of its scope in some layer: scope, number of that layer, kind.
+
+    `kinds` has the accepted kinds by scope, largest first.
+    """
+    yielded: list[Kind] = []
     for index, layer in enumerate(probe.layers):
-        for scope, kinds in kept.items():
-            for kind, _ in kinds_of(layer, kinds)[1:]:
-                if not any(kind is other for other in seen):
-                    seen.append(kind)
+        for scope, of_scope in kinds.items():
+            for kind, _ in kinds_of(layer, of_scope)[1:]:
+                if not any(kind is other for other in yielded):  # `in` would compare contents
+                    yielded.append(kind)
                     yield scope, index, kind
 
 
-def whole_record(probe: Probe, base: Family, kept: Mapping[str, list[Kind]]) -> Family:
-    """Return the record with these kinds, config keys of sizes, norms, positions and logits."""
-    for kind in kept["ffn"]:
+def build_record(probe: Probe, base: Family, kinds: Mapping[str, list[Kind]]) -> Family:
+    """Return `base` with these kinds, the config keys of their sizes, norms, positions and logits.
+
+    The config key of the width of each kind of FFN is also written into the kind.
+    """
+    for kind in kinds["ffn"]:
         kind.pop("width", None)
-    sizes = sizes_in_config(probe, with_kinds(base, kept))
-    for kind, key in zip(kept["ffn"], sizes.pop("widths"), strict=True):
-        kind |= {"width": key}
-    return replace(with_kinds(base, kept), **around(probe, kept), **sizes)
-
-
-PATHS = ("gate", "up", "down", "query", "key", "value", "output")  # fields of a record that differ between kinds
+    keys = sizes_in_config(probe, with_kinds(base, kinds))
+    for kind, width_key in zip(kinds["ffn"], keys.pop("widths"), strict=True):
+        kind["width"] = width_key
+    return replace(with_kinds(base, kinds), **model_wide_fields(probe, kinds), **keys)
 
 
 def candidates(probe: Probe) -> Iterator[tuple[str, Kind, int]]:
-    """Yield candidates of FFN and attention: scope, fields of a record, and size of the projection."""
-    alike: dict[tuple[Any, ...], dict[int, tuple[Tensor, int]]] = {}  # layers by output projection
+    """Yield candidates of FFN and attention: scope, fields of a record, and number of weights of the projection.
+
+    Output projections with the same path, class of the module around them, and shape are examined together.
+    """
+    # (path, class, shape) -> number of a layer -> the projection and its dimension of columns
+    projections: dict[tuple[Any, ...], dict[int, tuple[Tensor, int]]] = {}
     for index, layer in enumerate(probe.layers):
         for path, weight, dim in output_projections(layer, probe.hidden_size):
-            owner = type(layer.get_submodule(owner_of(owner_of(path)))).__name__
-            alike.setdefault((path, owner, weight.shape), {})[index] = (weight, dim)
-    seen: set[str] = set()
-    for (path, _, _), places in alike.items():
-        for scope, index, kind in kinds_at(probe, path, places):
-            if (text := json.dumps(kind, sort_keys=True)) not in seen:
-                seen.add(text)
-                yield scope, kind, places[index][0].numel()
+            parent = layer.get_submodule(owner_of(owner_of(path)))
+            similar = projections.setdefault((path, type(parent).__name__, weight.shape), {})
+            similar[index] = weight, dim
+    yielded: set[str] = set()
+    for (path, _, _), by_index in projections.items():
+        for scope, index, kind in kinds_at(probe, path, by_index):
+            text = json.dumps(kind, sort_keys=True)
+            if text not in yielded:
+                yielded.add(text)
+                weight, _ = by_index[index]
+                yield scope, kind, weight.numel()
 
 
 def output_projections(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield possible output projections of a layer: path, weight, dimension of columns."""
+    """Yield weights of a layer that may be output projections: path, weight, dimension of columns.
+
+    They are matrices of linear layers with `hidden_size` outputs, and stacked parameters (E, n, H) or (E, H, n).
+    """
     for path, module in layer.named_modules():
         if is_linear(module):
             rows = row_dim(module)
-            if module.weight.shape[rows] == hidden_size and module.weight.shape[1 - rows] > 1:
-                yield f"{path}.weight", module.weight, 1 - rows
+            columns = 1 - rows
+            if module.weight.shape[rows] == hidden_size and module.weight.shape[columns] > 1:
+                yield f"{path}.weight", module.weight, columns
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and parameter.shape[0] > 1 and hidden_size in parameter.shape[1:]:
                 _E, a, b = parameter.shape
-                if a != b:
-                    yield f"{path}.{name}".lstrip("."), parameter, 2 if a == hidden_size else 1
+                if a != b:  # else it is unknown which dimension has the hidden states
+                    columns = 2 if a == hidden_size else 1
+                    yield f"{path}.{name}".lstrip("."), parameter, columns
 
 
-def kinds_at(probe: Probe, path: str, places: Mapping[int, tuple[Tensor, int]]) -> Iterator[tuple[str, int, Kind]]:
-    """Yield kinds of FFN or attention with an output projection: scope, number of the layer, fields of a record."""
-    weight, dim = next(iter(places.values()))
+def kinds_at(probe: Probe, path: str, projections: Mapping[int, tuple[Tensor, int]]) -> Iterator[tuple[str, int, Kind]]:
+    """Yield kinds of FFN or attention with an output projection: scope, number of the layer, fields of a record.
+
+    In an FFN each neuron has its own rows, so the number of vanishing rows is proportional to the number of columns.
+    Other projections may be those of attention.
+
+    Args:
+        probe: the tiny model.
+        path: path of the projection in a layer.
+        projections: number of a layer -> the projection and its dimension of columns.
+    """
+    weight, dim = next(iter(projections.values()))
     size = weight.shape[dim]
-    live = {index: probe.live(index, path, dim) for index in places}  # excludes neurons with ReLU that never fire
-    in_all = torch.stack(list(live.values())).all(0)
-    neuron = int(in_all[1:].int().argmax()) + 1
-    one, half = (
-        probe.vanishing(places, torch.arange(*ends), path) for ends in ((neuron, neuron + 1), (1, 1 + size // 2))
-    )
-    rest = {}
-    for index, rows in one.items():
-        # In an FFN each neuron has its own rows, so the number of vanishing rows is proportional to columns.
-        neurons = int(live[index][1 : 1 + size // 2].sum())
-        of_neurons = rows and {key: len(r) * neurons for key, r in rows.items()} == {
-            key: len(r) for key, r in half[index].items()
-        }
-        if of_neurons and (kind := ffn_kind(probe, index, path, size, neuron, rows)) is not None:
+    live = {index: probe.live(index, path, dim) for index in projections}  # excludes neurons with ReLU that never fire
+    live_in_all = torch.stack(list(live.values())).all(0)
+    # Not column 0: its rows come first in every order of gate and up.
+    neuron = int(live_in_all[1:].int().argmax()) + 1
+    half = slice(1, 1 + size // 2)
+    rows_of_neuron = probe.vanishing(projections, torch.arange(neuron, neuron + 1), path)
+    rows_of_half = probe.vanishing(projections, torch.arange(half.start, half.stop), path)
+    maybe_attention = {}
+    for index, rows in rows_of_neuron.items():
+        live_neurons = int(live[index][half].sum())
+        expected = {key: len(indices) * live_neurons for key, indices in rows.items()}
+        is_proportional = expected == {key: len(indices) for key, indices in rows_of_half[index].items()}
+        kind = ffn_kind(probe, index, path, size, neuron, rows) if rows and is_proportional else None
+        if kind is not None:
             yield "ffn", index, kind
         elif weight.dim() == 2:
-            rest[index] = places[index]
-    if rest:
-        for index, kind in attention_kinds(probe, path, rest, size):
+            maybe_attention[index] = projections[index]
+    if maybe_attention:
+        for index, kind in attention_kinds(probe, path, maybe_attention, size):
             yield "attention", index, kind
 
 
 def with_kinds(base: Family, kinds: Mapping[str, list[Kind]]) -> Family:
     """Return a record with these kinds of FFN and attention."""
-    return replace(base, kinds=cached_records.frozen((kinds["ffn"], kinds["attention"])))
+    return replace(base, kinds=cached_records.freeze_kinds((kinds["ffn"], kinds["attention"])))
 
 
 def drop_needless_attributes(probe: Probe, base: Family, kind: Kind, kinds: Mapping[str, list[Kind]]) -> None:
-    """Remove attributes with sizes that do not affect the result."""
+    """Remove attributes of a kind in place if slicing stays correct without updating them.
+
+    `kinds`, by scope, contains only `kind`.
+    """
     for path in list(kind["attributes"]):
         meaning = kind["attributes"].pop(path)
-        if not agrees(probe, with_kinds(base, kinds)):
+        if not is_correct(probe, with_kinds(base, kinds)):
             kind["attributes"][path] = meaning
 
 
-def around(probe: Probe, kinds: Mapping[str, list[Kind]]) -> dict[str, Any]:
-    """Return fields of a record for norms, positions and logits."""
-    found: dict[str, Any] = logit_transform(probe)
+def model_wide_fields(probe: Probe, kinds: Mapping[str, list[Kind]]) -> dict[str, Any]:
+    """Return the model-wide fields of a record: norm_offset, learned_positions, and how logits are scaled or capped."""
+    fields: dict[str, Any] = logit_transform(probe)
     for path in (kind["ffn_norm"] for kind in kinds["ffn"]):
-        layer = next((layer for layer in probe.layers if path and dict(layer.named_modules()).get(path)), None)
-        if layer is not None and isinstance(getattr(layer.get_submodule(path), "weight", None), Tensor):
-            found["norm_offset"] = norm_offset(layer.get_submodule(path))
+        norm = _first_norm(probe, path)
+        if norm is not None:
+            fields["norm_offset"] = norm_offset(norm)
             break
+    fields["learned_positions"] = False
     limit = getattr(probe.config, "max_position_embeddings", None)
-    tables = [m.num_embeddings for m in probe.decoder.modules() if isinstance(m, nn.Embedding) and type(limit) is int]
-    return found | {"learned_positions": any(limit <= rows <= limit + 2 for rows in tables)}
+    if type(limit) is int:
+        tables = [module.num_embeddings for module in probe.decoder.modules() if isinstance(module, nn.Embedding)]
+        # The table of OPT has two more rows than positions.
+        fields["learned_positions"] = any(limit <= rows <= limit + 2 for rows in tables)
+    return fields
+
+
+def _first_norm(probe: Probe, path: str | None) -> nn.Module | None:
+    """Return the module at a path in the first layer that has it, or None if there is none or it has no weight."""
+    if not path:
+        return None
+    for layer in probe.layers:
+        module = dict(layer.named_modules()).get(path)
+        if module is not None:
+            return module if isinstance(getattr(module, "weight", None), Tensor) else None
+    return None
 
 
 def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
     """Return config keys of numbers of units, which are needed to export stock folders.
 
-    `widths` has the key of each kind of FFN.
+    Returns:
+        `width`: ''; `widths`: the key for each kind of FFN, or ''; `kv_heads`: the key of the number of KV heads, or
+        None.
     """
     remember(probe.model, record)
     blocks = blocks_of(probe.model)
-    sizes = {n: v for n, v in probe.config.to_dict().items() if type(v) is int}
+    config_values = {name: value for name, value in probe.config.to_dict().items() if type(value) is int}
 
-    def key(counts: set[int], words: tuple[str, ...]) -> str | None:
-        return next((n for n, v in sizes.items() if {v} == counts and any(word in n for word in words)), None)
+    def matching_key(counts: set[int], words: tuple[str, ...]) -> str | None:
+        """Return the first key with one of the words in its name, if its value is the only count."""
+        for name, value in config_values.items():
+            if {value} == counts and any(word in name for word in words):
+                return name
+        return None
 
-    counts: list[set[int]] = [set() for _ in record.kinds[0]]
-    for own, layer in zip(by_layer(blocks), probe.layers, strict=True):
-        pruned = [kind for kind, stays in kinds_of(layer, record.kinds[0]) if stays is None]
-        for block, kind in zip(own, pruned, strict=False):
-            counts[record.kinds[0].index(kind)].add(block.neurons)
-    widths = [key(of_kind, ("inter", "ffn", "inner", "d_ff")) or "" for of_kind in counts]
-    groups = {block.kv_groups for block in blocks if block.kv_groups}
-    return {"width": "", "widths": widths, "kv_heads": key(groups, ("kv", "key_value", "multi_query"))}
+    ffn_kinds = record.kinds[0]
+    neurons: list[set[int]] = [set() for _ in ffn_kinds]  # numbers of neurons of each kind
+    for layer_blocks, layer in zip(by_layer(blocks), probe.layers, strict=True):
+        pruned = [kind for kind, stays in kinds_of(layer, ffn_kinds) if stays is None]
+        for block, kind in zip(layer_blocks, pruned, strict=False):
+            neurons[ffn_kinds.index(kind)].add(block.neurons)
+    widths = [matching_key(counts, ("inter", "ffn", "inner", "d_ff")) or "" for counts in neurons]
+    kv_groups = {block.kv_groups for block in blocks if block.kv_groups}
+    return {"width": "", "widths": widths, "kv_heads": matching_key(kv_groups, ("kv", "key_value", "multi_query"))}
 
 
-def name_of(config: PreTrainedConfig) -> str:
-    """Return the type of a configuration; for exports of gprune, the type of the stock class."""
+def dense_type(config: PreTrainedConfig) -> str:
+    """Return the model type of a configuration, without the prefix of exports of gprune."""
     return config.model_type.removeprefix(PREFIX)
 
 
 def check_supported(config: PreTrainedConfig) -> None:
     """Raise UserError unless a configuration is of an unquantised decoder that predicts next tokens."""
-    named = f"Model type '{name_of(config)}'"
-    if (method := getattr(config, "quantization_config", None)) is not None:
-        method = (method if isinstance(method, Mapping) else vars(method)).get("quant_method")
+    named = f"Model type '{dense_type(config)}'"
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        settings = quantization if isinstance(quantization, Mapping) else vars(quantization)
+        method = settings.get("quant_method")
+        method_name = getattr(method, "value", method)  # a member of an enum, or a string
         raise UserError(
             f"{named} must have weights in float32, bfloat16 or float16; got a quantised checkpoint "
-            f"({getattr(method, 'value', method)}). Prune the original weights, and quantise the result."
+            f"({method_name}). Prune the original weights, and quantise the result."
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{named} must be a decoder; got an encoder-decoder.")

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from gprune.models.discovery.probe import Probe, changed, is_linear, is_norm, owner_of
 from gprune.models.outputs import hidden_in
 
+# Attributes with these names are not updated by pruning, whatever their value is.
+FIXED_PREFIXES = ("_", "num_key_value_groups", "layer_idx")
 
-def completed(
+
+def complete_kind(
     probe: Probe, index: int, kind: dict[str, Any], scope: str, hosts: Sequence[str], output: str,
     sizes: Mapping[int, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Add norms, attributes with sizes, and classes of modules to a kind, and return it.
+    """Add norms, attributes with sizes, and classes of modules to a kind in place, and return it.
 
     Args:
         probe: the tiny model.
@@ -30,29 +33,42 @@ def completed(
     """
     layer = probe.layers[index]
     owner = kind.get("experts") or owner_of(output)
-    paths = [path for path in (*hosts, output, owner) if path] + ([] if owner else [""])
+    paths = [path for path in (*hosts, output, owner) if path]
+    if not owner:
+        paths.append("")  # the layer itself
     kind["classes"] = {path: type(layer.get_submodule(path)).__name__ for path in dict.fromkeys(paths)}
-    before, after = norms_around(probe, index, hosts[0], output)
-    kind[f"{scope}_norm"] = before
-    kind[f"after_{scope}"] = None if joins_residual(probe, index, output) else after or output
+    norm_before, norm_after = norms_around(probe, index, hosts[0], output)
+    kind[f"{scope}_norm"] = norm_before
+    kind[f"after_{scope}"] = None if joins_residual(probe, index, output) else norm_after or output
     kind["attributes"] = {}
     for path, module in layer.get_submodule(owner).named_modules():
-        for name, value in {} if is_linear(module) else vars(module).items():
-            fixed = name.startswith(("_", "num_key_value_groups", "layer_idx")) or "hidden_size" in name
-            if type(value) is int and value in sizes and not fixed:
-                kind["attributes"][".".join(p for p in (owner, path, name) if p)] = sizes[value]
+        if is_linear(module):
+            continue
+        for name, value in vars(module).items():
+            is_fixed = name.startswith(FIXED_PREFIXES) or "hidden_size" in name
+            if type(value) is int and value in sizes and not is_fixed:
+                attribute = ".".join(part for part in (owner, path, name) if part)
+                kind["attributes"][attribute] = sizes[value]
     return kind
 
 
 def norms_around(probe: Probe, index: int, host: str, output: str) -> tuple[str | None, str | None]:
-    """Return the norm whose output a module reads, and the first norm after the output projection."""
-    norms = _norms(probe.layers[index])
+    """Return the norm whose output a module reads, and the first norm after the output projection.
+
+    Args:
+        probe: the tiny model.
+        index: number of the layer.
+        host: path of the module that reads the output of the first norm.
+        output: path of the output projection.
+    """
+    norms = _norm_paths(probe.layers[index])
     calls = probe.in_layer(index, dict.fromkeys([*norms, host, output]))
-    x = next((call.entering for call in calls if call.path == host), None)
-    produced = {call.returned.data_ptr(): call.path for call in calls if call.path in norms}
-    left = next((place for place, call in enumerate(calls) if call.path == output), len(calls))
-    after = next((call.path for call in calls[left:] if call.path in norms), None)
-    return None if x is None else produced.get(x.data_ptr()), after
+    host_input = next((call.entering for call in calls if call.path == host), None)
+    norm_by_address = {call.returned.data_ptr(): call.path for call in calls if call.path in norms}
+    norm_before = None if host_input is None else norm_by_address.get(host_input.data_ptr())
+    output_position = next((position for position, call in enumerate(calls) if call.path == output), len(calls))
+    norm_after = next((call.path for call in calls[output_position:] if call.path in norms), None)
+    return norm_before, norm_after
 
 
 def joins_residual(probe: Probe, index: int, output: str) -> bool:
@@ -61,8 +77,10 @@ def joins_residual(probe: Probe, index: int, output: str) -> bool:
     Random numbers are added to the output, while later norms of the layer return their previous outputs. If there is no
     norm between, the output of the layer changes by these numbers times a constant.
     """
-    moved, shift = _moved(probe, index, output)
-    return 0 < moved.numel() == shift.numel() and bool(moved.abs().max() > 0) and _multiple(moved, shift)
+    response, shift = _response_to_shift(probe, index, output)
+    if response.numel() == 0 or response.numel() != shift.numel():
+        return False
+    return bool(response.abs().max() > 0) and _is_multiple(response, shift)
 
 
 def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | None:
@@ -72,89 +90,107 @@ def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | Non
     for each token (a gate), or after a norm. This is not true for a small network inside of a norm or a router.
     """
     experts, output = kind.get("experts"), kind.get("experts") or kind["down"]
-    calls = probe.in_layer(index, [output])
-    if experts is None and (len(calls) != 1 or calls[0].returned.numel() != probe.ids.numel() * probe.hidden_size):
-        return "it does not see all tokens once"
-    moved, shift = _moved(probe, index, output)
-    if not moved.numel() or not shift.numel() or moved.numel() % shift.numel():
+    if experts is None:
+        calls = probe.in_layer(index, [output])
+        if len(calls) != 1 or calls[0].returned.numel() != probe.ids.numel() * probe.hidden_size:
+            return "it does not see all tokens once"
+    response, shift = _response_to_shift(probe, index, output)
+    if not response.numel() or not shift.numel() or response.numel() % shift.numel():
         return "its output does not join the residual"
-    each = shift.reshape(-1, 1, shift.shape[-1])  # one row per token; some types have several residual streams
-    streams = moved.reshape(len(each), -1, shift.shape[-1])
-    times = (streams * each).sum(-1, keepdim=True) / each.square().sum(-1, keepdim=True)
-    if bool((streams - times * each).abs().max() <= 1e-3 * moved.abs().max()):
+    shift = shift.reshape(-1, 1, shift.shape[-1])  # (tokens, 1, H)
+    streams = response.reshape(len(shift), -1, shift.shape[-1])  # (tokens, residual streams, H)
+    # The factor of each token is fitted by least squares. If there is a constant one, the remainder is zero.
+    factors = (streams * shift).sum(-1, keepdim=True) / shift.square().sum(-1, keepdim=True)
+    remainder = (streams - factors * shift).abs().max()
+    if bool(remainder <= 1e-3 * response.abs().max()):
         return None
     return "its output does not join the residual"
 
 
-def _moved(probe: Probe, index: int, output: str) -> tuple[Tensor, Tensor]:
-    """Return the change of a layer's output if random numbers are added to the output of a module; and these numbers.
+def _response_to_shift(probe: Probe, index: int, output: str) -> tuple[Tensor, Tensor]:
+    """Return how a layer's output changes if random numbers are added to the output of a module, and these numbers.
 
     Later norms of the layer return their previous outputs. Both tensors are empty unless module and layer are called
     exactly once.
     """
     layer = probe.layers[index]
-    norms, module = _norms(layer), layer.get_submodule(output)
-    still = probe.in_layer(index, dict.fromkeys([output, *norms, ""]))
-    paths = [call.path for call in still]
+    calls = probe.in_layer(index, dict.fromkeys([output, *_norm_paths(layer), ""]))
+    paths = [call.path for call in calls]
     if paths.count(output) != 1 or paths.count("") != 1:
         return torch.zeros(0), torch.zeros(0)
-    first = paths.index(output)
-    later = {call.path: call.returned for call in reversed(still[first + 1 :]) if call.path}
-    shift = torch.randn(still[first].returned.shape, generator=torch.Generator().manual_seed(4))
+    position = paths.index(output)
+    shift = torch.randn(calls[position].returned.shape, generator=torch.Generator().manual_seed(4))
+    # Reversed, so that a norm that is called several times returns its first output.
+    later_norms = {call.path: call.returned for call in reversed(calls[position + 1 :]) if call.path}
+    layer_output = calls[-1].returned  # the layer returns last
     with ExitStack() as hooks:
-        hooks.enter_context(changed(module, lambda y: y + shift))
-        for path, returned in later.items():
-            hooks.enter_context(changed(layer.get_submodule(path), lambda _, returned=returned: returned))
-        return probe.returned(index, "") - still[-1].returned, shift
+        hooks.enter_context(changed(layer.get_submodule(output), lambda y: y + shift))
+        for path, previous in later_norms.items():
+            hooks.enter_context(changed(layer.get_submodule(path), lambda _, previous=previous: previous))
+        return probe.returned(index, "") - layer_output, shift
 
 
-def _multiple(x: Tensor, of: Tensor) -> bool:
-    """Return whether a tensor is a multiple of another one."""
-    x, of = x.flatten(), of.flatten()
-    return bool((x - (x @ of) / (of @ of) * of).abs().max() <= 1e-3 * x.abs().max())
+def _is_multiple(x: Tensor, reference: Tensor) -> bool:
+    """Return whether a tensor is a multiple of a reference of the same number of elements, except for rounding."""
+    x, reference = x.flatten(), reference.flatten()
+    factor = (x @ reference) / (reference @ reference)  # least squares
+    return bool((x - factor * reference).abs().max() <= 1e-3 * x.abs().max())
 
 
-def _norms(layer: nn.Module) -> list[str]:
+def _norm_paths(layer: nn.Module) -> list[str]:
     return [path for path, module in layer.named_modules() if is_norm(module)]
 
 
 def norm_offset(norm: nn.Module) -> float:
-    """Return 1.0 if a norm multiplies by 1 + its weight, else 0.0."""
+    """Return 1.0 if a norm multiplies by 1 + its weight, else 0.0.
+
+    With a weight of zero the former still has an output.
+    """
     with torch.no_grad():
-        before = norm.weight.clone()
+        weight = norm.weight.clone()
         norm.weight.zero_()
-        x = torch.randn(1, 1, len(before), generator=torch.Generator().manual_seed(0))
-        out = hidden_in(norm(x)) - (0 if getattr(norm, "bias", None) is None else norm.bias)
-        norm.weight.copy_(before)
-    return float(bool(out.abs().max() > 1e-3))
+        x = torch.randn(1, 1, len(weight), generator=torch.Generator().manual_seed(0))
+        bias = getattr(norm, "bias", None)
+        output = hidden_in(norm(x)) - (0 if bias is None else bias)
+        norm.weight.copy_(weight)
+    return float(bool(output.abs().max() > 1e-3))
 
 
 def logit_transform(probe: Probe) -> dict[str, Any]:
-    """Return how logits are computed from head times hidden states, as fields of a record with config keys."""
-    unknown = {"plain_head": False}
+    """Return how logits are computed from head times hidden states, as fields of a record with config keys.
+
+    Each config value whose name suggests a factor or limit is tried: division, multiplication, then c tanh(x / c).
+
+    Returns:
+        {field: config key} with one of `logits_scaling`, `logits_multiplier`, `softcap`; {} if logits are the plain
+        product; {"plain_head": False} if their computation is unknown.
+    """
     product = None
     with suppress(Exception), torch.no_grad():
         hidden = probe.decoder(input_ids=probe.ids, use_cache=False).last_hidden_state
         product = probe.model.get_output_embeddings()(hidden)
     logits = probe.dense
     if product is None or product.shape != logits.shape:
-        return unknown
-    numbers = {n: float(v) for n, v in probe.config.to_dict().items() if type(v) in (int, float) and v > 0}
-    if _close(logits, product):
-        named = [n for n in numbers if n in ("logits_scaling", "logit_scale", "logits_scale") and numbers[n] == 1]
-        return {"logits_scaling": named[0]} if named == ["logits_scaling"] else {}
-    keys = [n for n in numbers if any(word in n for word in ("log", "head", "scal", "cap", "mult"))]
-    for name in keys:
-        if _close(logits, product / numbers[name]):
-            return {"logits_scaling": name}
-        if _close(logits, product * numbers[name]):
-            return {"logits_multiplier": name}
-    for name in keys:
-        c = numbers[name]
-        if _close(logits, (product / c).tanh() * c):
-            return {"softcap": name}
-    return unknown
+        return {"plain_head": False}
+    settings = probe.config.to_dict()
+    numbers = {name: float(value) for name, value in settings.items() if type(value) in (int, float) and value > 0}
+    if _is_close(logits, product):
+        # A scale of 1 has no effect here, but other models of this type may have another value.
+        scales = [name for name in ("logits_scaling", "logit_scale", "logits_scale") if numbers.get(name) == 1]
+        return {"logits_scaling": "logits_scaling"} if scales == ["logits_scaling"] else {}
+    keys = [name for name in numbers if any(word in name for word in ("log", "head", "scal", "cap", "mult"))]
+    for key in keys:
+        if _is_close(logits, product / numbers[key]):
+            return {"logits_scaling": key}
+        if _is_close(logits, product * numbers[key]):
+            return {"logits_multiplier": key}
+    for key in keys:
+        limit = numbers[key]
+        if _is_close(logits, (product / limit).tanh() * limit):
+            return {"softcap": key}
+    return {"plain_head": False}
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= 1e-4 * a.abs().max())
+def _is_close(x: Tensor, reference: Tensor) -> bool:
+    """Return whether two tensors are equal except for rounding, relative to the largest element of the first one."""
+    return bool((x - reference).abs().max() <= 1e-4 * x.abs().max())
