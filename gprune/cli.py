@@ -56,7 +56,7 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
     from gprune.report.records import result_table
     from gprune.runs.folder import RunFolder
     from gprune.runs.tracking import how_to_look
-    from gprune.sparsity.allocation import removed_in_words
+    from gprune.sparsity.allocation import format_removed
 
     if cfg.dry_run:
         return describe(check(cfg)) + "\n"
@@ -68,7 +68,7 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
     removed = "Made elsewhere"  # nothing is known about how it was made
     if "sparsity_of_scope" in s:
         scoped = s["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation
-        removed = f"Removed {removed_in_words(*scoped)}, {s['sparsity_of_model']:.2%} of the model"
+        removed = f"Removed {format_removed(*scoped)}, {s['sparsity_of_model']:.2%} of the model"
     exported = RunFolder(result.path).manifest.get("exported_dtype", cfg.model.dtype)
     return (
         f"\n{result_table(result.records).shown()}\n\n"

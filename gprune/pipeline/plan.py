@@ -195,8 +195,8 @@ def within_depth(budget: Budget) -> Budget:
     protected, prices = budget.costs.protected, budget.costs.prices.blocks
     gone = [sum(prices[b] for b in own) for own in budget.costs.by_layer if protected.isdisjoint(own)]
     removable = sum(gone) - (0 if protected else max(gone))
-    if Target.of(budget.asked).unit == "quality":
-        return replace(budget.removing(min(budget.target, removable)), asked=budget.asked)
+    if Target.of(budget.setting).unit == "quality":
+        return replace(budget.removing(min(budget.target, removable)), setting=budget.setting)
     if budget.target > removable:
         raise UserError(
             f"--sparsity.allocation depth cannot remove {budget.target:,}: whole blocks are at most {removable:,} if "

@@ -23,7 +23,7 @@ from gprune.pipeline.run import Run
 from gprune.registry import LEARNER
 from gprune.runs.tracking import log_scalars
 from gprune.sparsity.allocation import ALLOCATION, allocate, module_thresholds
-from gprune.sparsity.budget import Budget, least_missed
+from gprune.sparsity.budget import Budget, choose_blocks
 from gprune.sparsity.gates import bypassed
 from gprune.sparsity.returned import checked_masks, checked_pair
 from gprune.sparsity.thresholds import (
@@ -63,7 +63,7 @@ def without_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
     def chosen() -> dict[str, Tensor]:
         if s.block_choice == "influence":
             return {"gone": statistics[cfg.corpora.score].influence.argsort(stable=True)}
-        return {"gone": torch.tensor(least_missed(run.budget, loss), dtype=torch.long)}
+        return {"gone": torch.tensor(choose_blocks(run.budget, loss), dtype=torch.long)}
 
     budget = run.budget.without(run.folder.tensors("blocks", chosen)["gone"].tolist())
     gone = ", ".join(map(str, budget.costs.removed_layers)) or "none, as a block is more than --sparsity.block_share"
@@ -221,7 +221,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     cfg, s = run.cfg, run.cfg.sparsity
     options = cfg.options.get(s.learner, {})
     for kind in start:  # removed blocks get mean thresholds, as other sparsities of the curve may keep them
-        mean = torch.cat([kind[b] for b in run.budget.costs.stay]).mean()
+        mean = torch.cat([kind[b] for b in run.budget.costs.remaining_blocks]).mean()
         for b in run.budget.costs.removed_blocks:
             kind[b] = torch.full_like(kind[b], mean)
     learner, settings = LEARNER[s.learner], dict(s) | {"shard": cfg.model.shard}

@@ -27,7 +27,7 @@ from gprune.partition.modules import Modules
 from gprune.runs import frames, schema
 from gprune.runs.folder import RunFolder, changed_settings
 from gprune.runs.numbers import Record, row_name
-from gprune.sparsity.allocation import removed_in_words
+from gprune.sparsity.allocation import format_removed
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import file_hashes, inspected_json, key_of, read_tensors
@@ -126,7 +126,7 @@ class PruningResult:
             asked, sizes = self.config.sparsity, f"{s['parameters_before']:,} -> {s['parameters_after']:,}"
             removed = "made elsewhere"
             if "sparsity_of_scope" in s:
-                of_scope = removed_in_words(s["sparsity_of_scope"], asked.scope, asked.allocation)
+                of_scope = format_removed(s["sparsity_of_scope"], asked.scope, asked.allocation)
                 removed = f"{of_scope} removed, {s['sparsity_of_model']:.2%} of the model"
             lines.append(f"{removed}: {sizes}")
         if self.records:

@@ -212,7 +212,7 @@ class ThresholdLearning(FrozenLMStage):
     def recentre(self, hard: Masks) -> None:
         """Shift all thresholds by the same amount so that the budget cuts at margin 0, without changing `hard`."""
         neurons, groups = unit_margins(self.moved_ranks, self.thresholds)
-        shift = cut_margin(hard, neurons, self.budget.costs.of_experts, groups)
+        shift = cut_margin(hard, neurons, self.budget.costs.experts_per_block, groups)
         for t in (*self.ffn_thresholds, *self.attention_thresholds):
             t += shift.to(t.dtype)
 

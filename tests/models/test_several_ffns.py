@@ -35,7 +35,7 @@ from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
 from gprune.recoveries.prefix import PrunedPrefix
 from gprune.sparsity.allocation import allocate
-from gprune.sparsity.budget import Budget, least_missed, unit_costs
+from gprune.sparsity.budget import Budget, choose_blocks, unit_costs
 from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.gates import bypassed, masked
 from gprune.stages.student import Student
@@ -236,7 +236,7 @@ def test_whole_layers_are_chosen_by_the_loss_of_the_model_without_them(shared):
         tried.append(tuple(gone))
         return -sum(gone)
 
-    assert least_missed(budget, loss) == [4, 5]
+    assert choose_blocks(budget, loss) == [4, 5]
     assert tried == [(0, 1), (2, 3), (4, 5)]
     chosen = budget.without([3, 0])  # in an order of blocks; the target has room for one layer
     assert chosen.costs.removed_blocks == (2, 3)
