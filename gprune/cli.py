@@ -11,7 +11,7 @@ from gprune.config import RunConfig
 from gprune.config.parse import flags_of, parse
 from gprune.config.run_config import NOT_OF_OTHERS
 from gprune.console import guarded, log_to_stdout, process_index, quiet
-from gprune.corpora import lies_here, load_corpus
+from gprune.corpora import is_local, load_corpus
 from gprune.errors import UserError
 from gprune.models.names import check_model_name
 from gprune.storage.cache import check_writable
@@ -92,7 +92,7 @@ def check_early(cfg: RunConfig) -> None:
     cfg.check_names()
     check_model_name(cfg.model.name)
     if cfg.sparsity.quality:
-        for corpus in filter(lies_here, cfg.developed):
+        for corpus in filter(is_local, cfg.developed):
             load_corpus(corpus, "development")  # raises if the corpus has no development split
     if not cfg.dry_run and process_index() == 0:
         check_writable(Path(cfg.folder))

@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gprune.corpora.hub import had_from_hub, offline_if_unreachable
+from gprune.corpora.hub import hub_errors, offline_if_unreachable
 from gprune.errors import UserError, quoting
 from gprune.storage.reading import expanded, needed_text
 
@@ -88,7 +88,7 @@ def hub_tasks(name: str) -> list[LoadedTask]:
     if name not in manager.all_tasks:
         remedy = f"`lm-eval ls tasks` lists all tasks; local files go to $GPRUNE_DATA_DIR/tasks/{name}"
         raise UserError(f"Unknown task '{name}'. {remedy}.")
-    with had_from_hub(f"task '{name}'", f"its questions into $GPRUNE_DATA_DIR/tasks/{name}/test.jsonl"):
+    with hub_errors(f"task '{name}'", f"its questions into $GPRUNE_DATA_DIR/tasks/{name}/test.jsonl"):
         tasks = manager.load([name])["tasks"].values()
     return [_admitted(task, "hub", "") for task in tasks]
 

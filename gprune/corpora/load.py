@@ -28,15 +28,15 @@ Corpus = Callable[[str], list[str]]
 CORPORA: Registry[Corpus] = Registry("corpus")
 
 
-def read_corpus(name: str, half: str) -> list[str]:
-    """Read all documents of "train" (development text included) or "test".
+def read_corpus(name: str, split: str) -> list[str]:
+    """Read all documents of a corpus for `split`: "train", which includes development text, or "test".
 
     Raises:
         UserError: if the registered function does not return a list of strings.
     """
     source = source_of(name)
     with CORPORA.running(name):
-        documents = source(half)
+        documents = source(split)
     if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
         raise UserError(f"Corpus '{name}' must be a list of documents of type str; got {documents!r:.80}.")
     return documents
@@ -48,6 +48,8 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
     The split "development", for tuning, is every tenth document of the train text; "train" has the others.
 
     Args:
+        name: name of the corpus, or a path.
+        split: "train", "development" or "test".
         read: `read_corpus`, or a cached version of it, so that "train" and "development" share one reading.
 
     Raises:
@@ -58,8 +60,11 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
     documents = read(name, "test" if split == "test" else "train")
     if split != "test":
         development = documents[DEVELOPMENT_EVERY - 1 :: DEVELOPMENT_EVERY]
-        apart = set(development)
-        documents = development if split == "development" else [d for d in documents if d not in apart]
+        if split == "development":
+            documents = development
+        else:
+            excluded = set(development)  # also removes repetitions of a development document
+            documents = [document for document in documents if document not in excluded]
     if not documents:
         cut = f"Text without a test split is cut 70/30, and every {DEVELOPMENT_EVERY}th train document is development"
         raise UserError(f"Corpus '{name}' needs more documents: its split {split} is empty. {cut} text.")
@@ -77,10 +82,10 @@ def source_of(name: str) -> Corpus:
         return CORPORA[name]
     if place is None:
         mirrors = sorted(folder.name for folder in _mirrors().glob("*") if text_files(folder))
+        remedy = f" In a clone, python -m experiments.corpora downloads {name}." if name in DOWNLOADED else ""
         raise UserError(
             f"Unknown corpus '{name}'. Available: {', '.join(CORPORA)}; mirrors under $GPRUNE_DATA_DIR/corpora: "
-            f"{', '.join(mirrors) or 'none'}; or a path to {', '.join(SUFFIXES)} files."
-            + (f" In a clone, python -m experiments.corpora downloads {name}." if name in DOWNLOADED else "")
+            f"{', '.join(mirrors) or 'none'}; or a path to {', '.join(SUFFIXES)} files.{remedy}"
         )
     if not place.exists():
         raise UserError(f"Cannot read corpus '{name}': there is no such file or folder.")
@@ -93,13 +98,16 @@ def _place(name: str) -> Path | None:
     """Return the file or folder of a corpus; None for a registered name and for an unknown one."""
     if "/" in name or os.sep in name or name in ("", ".", "..") or name.lower().endswith(SUFFIXES):
         return expanded(name)
-    if NAME.fullmatch(name) and text_files(_mirrors() / name):  # the pattern excludes ".." and "~"
-        return _mirrors() / name
-    return Path(name) if name not in CORPORA and Path(name).is_dir() else None
+    mirror = _mirrors() / name
+    if NAME.fullmatch(name) and text_files(mirror):  # the pattern excludes ".." and "~"
+        return mirror
+    if name not in CORPORA and Path(name).is_dir():
+        return Path(name)
+    return None
 
 
 def _mirrors() -> Path:
-    """Folder of local mirrors; it may not exist."""
+    """Return the folder of local mirrors, which may not exist."""
     return expanded(os.environ.get("GPRUNE_DATA_DIR") or os.devnull) / "corpora"
 
 

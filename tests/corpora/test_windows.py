@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gprune.corpora.loaders import CorpusDataModule, ShardedBatchSampler, TokenDataset
-from gprune.corpora.windows import Sample, Windows, cut_text, make_windows, opening
+from gprune.corpora.windows import Sample, Windows, cut_text, leading_token, make_windows
 from gprune.errors import UserError
 
 
@@ -202,12 +202,12 @@ def test_bos_takes_the_first_place_of_every_window():
 )
 def test_whether_bos_opens_windows_is_the_tokenizers_habit_or_a_flag(bos, by_itself, token):
     tokenizer = word_tokenizer(WORDS)
-    assert opening(putting_bos(tokenizer) if by_itself else tokenizer, bos) == token
+    assert leading_token(putting_bos(tokenizer) if by_itself else tokenizer, bos) == token
 
 
 def test_bos_that_is_not_there_is_refused():
     tokenizer = word_tokenizer(WORDS)
     tokenizer.bos_token = None
-    assert opening(tokenizer, "auto") is None
+    assert leading_token(tokenizer, "auto") is None
     with pytest.raises(UserError, match=r"^--corpora\.bos must be auto or never"):
-        opening(tokenizer, "always")
+        leading_token(tokenizer, "always")
