@@ -26,7 +26,7 @@ from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline import elsewhere
 from gprune.pipeline.run import Run
 from gprune.recoveries import Material, recovery_of
-from gprune.recoveries.contract import Revise, tuned
+from gprune.recoveries.contract import Revise, apply_tune
 from gprune.stages.callbacks import BestWeights
 from gprune.storage.files import content_hash
 
@@ -70,7 +70,7 @@ def shrink(
     # Random numbers of a recovery must not depend on earlier work: calibration, another row, an earlier session.
     torch.manual_seed(run.cfg.run.seed)
     with torch.enable_grad():  # a recovery may train the model
-        small = tuned(name, material, small)
+        small = apply_tune(name, material, small)
     counted.remove()
     return small
 
