@@ -33,7 +33,7 @@ def score_channels(name: str, weights: UnitWeights, moments: Moments, generator:
         UserError: if scores have another shape, or are not dense, real and finite; if the metric changed the weights.
     """
     with IMPORTANCE.running(name, *weights.inputs, weights.output):
-        scores = IMPORTANCE[name](weights, moments.copied(), generator)
+        scores = IMPORTANCE[name](weights, moments.copy(), generator)
     return IMPORTANCE.checked(name, "scores", scores, weights.output.shape[1:]).cpu().double()
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers import PreTrainedModel
 
-from gprune.calibration.statistics import CorpusStatistics, pooled
+from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
@@ -110,7 +110,7 @@ def material_of(
         run.model,
         masks,
         ridge=cfg.ridge,
-        statistics=pooled(statistics[corpus] for corpus in corpora) if method.needs - {"text"} else None,
+        statistics=pool_statistics(statistics[corpus] for corpus in corpora) if method.needs - {"text"} else None,
         text=[run.text.train[corpus] for corpus in corpora] if "text" in method.needs else (),
         batch_size=cfg.corpora.batch_size,
         count=run.meter.add,

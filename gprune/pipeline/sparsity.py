@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from gprune.calibration.errors import block_errors
-from gprune.calibration.statistics import CorpusStatistics, pooled
+from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.checks import accepted
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
@@ -82,7 +82,7 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
     if not cfg.measures_errors or "base" in measured_for(cfg):
         masks_of["base"] = allocated(run, "base", scores, statistics, [cfg.corpora.score])
     if "averaged" in dict(cfg.stages):
-        averaged = _scored(run, pooled(statistics[corpus] for corpus in cfg.corpora.drift))
+        averaged = _scored(run, pool_statistics(statistics[corpus] for corpus in cfg.corpora.drift))
         masks_of["averaged"] = allocated(run, "averaged", averaged, statistics, cfg.corpora.drift)
     return masks_of
 
@@ -104,7 +104,7 @@ def allocated(
 
     def pool() -> CorpusStatistics:
         """Pool the statistics in each call. They are not kept, because of the size of their Gram matrices."""
-        return pooled(statistics[corpus] for corpus in corpora)
+        return pool_statistics(statistics[corpus] for corpus in corpora)
 
     errors = errors_of(run, name, scores, pool()) if cfg.measures_errors else None
 

@@ -273,7 +273,7 @@ class Projection(Recovery):
     def _solve_one(self, weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
         """Call the solver for one projection or one expert, and check its result; see `solve`."""
         with RECOVERY.running(self.name):
-            solution = self.solver(weight.float().clone(), keep.clone(), moments.copied(), ridge)
+            solution = self.solver(weight.float().clone(), keep.clone(), moments.copy(), ridge)
         if not (isinstance(solution, tuple) and len(solution) == 2):
             got = type(solution).__name__
             raise UserError(f"Recovery '{self.name}' must return a weight and a bias, which may be None; got {got}.")

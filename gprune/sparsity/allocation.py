@@ -91,7 +91,7 @@ def allocate(
 
     rule = ALLOCATION[name]
     with ALLOCATION.running(name):
-        result = rule(copy.deepcopy(scores), statistics.copied(), blocks, budget, **options)
+        result = rule(copy.deepcopy(scores), statistics.copy(), blocks, budget, **options)
     if isinstance(result, Masks):
         return checked_masks(ALLOCATION, name, result, budget, exact=not rule.whole_blocks)
     sizes = [len(s) for s in scores.ffn], [len(s) for s in scores.attention]

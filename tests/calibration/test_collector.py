@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from gprune.calibration.collector import Collector
-from gprune.calibration.moments import StreamingMoments, StreamingTurn
+from gprune.calibration.moments import StreamingCosineChange, StreamingMoments
 from gprune.calibration.projections import EXTRAS
-from gprune.calibration.statistics import CorpusStatistics, Moments, kind_of, pooled
+from gprune.calibration.statistics import CorpusStatistics, Moments, kind_of, pool_statistics
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
@@ -135,13 +135,13 @@ def test_pooled_equals_concatenated_corpora(tiny_model, token_batch):
     parts = [collect(tiny_model, batches(tokens, 3), gram=True) for tokens in (token_batch, other)]
     # six windows come first, so the parity of the second corpus' windows stays what it was
     whole = collect(tiny_model, batches(torch.cat([token_batch, other]), 5), gram=True)
-    same(pooled(parts), whole, rtol=1e-6)
-    assert pooled(iter(parts[:1])).tensors().keys() == parts[0].tensors().keys()
+    same(pool_statistics(parts), whole, rtol=1e-6)
+    assert pool_statistics(iter(parts[:1])).tensors().keys() == parts[0].tensors().keys()
 
 
 def test_pooled_has_no_extras_unless_all_have(tiny_model, token_batch):
     extras = ({"gram": True, "saliency": ("ffn", "attention")}, {"saliency": ("ffn",)})
-    pool = pooled([collect(tiny_model, batches(token_batch, 6), **extra) for extra in extras])
+    pool = pool_statistics([collect(tiny_model, batches(token_batch, 6), **extra) for extra in extras])
     assert all(channel.gram is None and channel.saliency is not None for channel in pool.ffn)
     assert all(channel.gram is None and channel.saliency is None for channel in pool.attention)
 
@@ -161,7 +161,7 @@ def test_a_block_that_does_nothing_has_no_influence_and_one_that_turns_back_has_
     influence = collect(tiny_model, batches(token_batch, 6)).influence
     assert abs(float(influence[1])) < 1e-6
     assert influence[[0, 2]].min() > 0.01
-    turn, x = StreamingTurn(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    turn, x = StreamingCosineChange(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     turn.update(x, -3 * x, torch.ones(2))
     assert float(turn.compute()) == pytest.approx(2 * 10, rel=1e-6)  # the length of a vector does not matter
     turn.update(torch.zeros(1, 5, 8), x[:1], torch.ones(1))

@@ -92,12 +92,12 @@ def test_more_blocks_cost_a_step_nothing():
 
 
 def careless(self, metric, _module, given):
-    """`Collector._see_input` with the mistake that it must not make: weights on the CPU, wherever activations are."""
+    """`Collector._add_input` with the mistake that it must not make: weights on the CPU, wherever activations are."""
     metric.update(self._by_window(given[0].detach()), self._half, torch.ones(len(self._half)))
 
 
 def test_a_tensor_made_on_the_cpu_is_seen(models, monkeypatch):
-    monkeypatch.setattr(Collector, "_see_input", careless)
+    monkeypatch.setattr(Collector, "_add_input", careless)
     run(PARTS["calibration"], models["llama", False], 0)  # on the CPU nobody notices
     with pytest.raises(RuntimeError, match="different devices"):
         run(PARTS["calibration"], models["llama", False], 1)
