@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gprune.config import flat
 from gprune.errors import UserError
-from gprune.evaluation.perplexity import processes
+from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.runs import schema
 from gprune.storage.cache import disk_errors
 from gprune.storage.environment import environment, peak_memory
@@ -41,7 +41,7 @@ def broadcast(value: Any) -> Any:
     differently.
     """
     values = [value]
-    if processes()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         torch.distributed.broadcast_object_list(values)
     return values[0]
 

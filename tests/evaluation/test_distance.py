@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gprune.corpora.windows import Windows
-from gprune.evaluation.distance import measured_apart
+from gprune.evaluation.distance import perplexity_from_logits
 from gprune.evaluation.perplexity import perplexity
 from tests.conftest import make_tiny_llama
 
@@ -29,7 +29,7 @@ def other():
 def test_kl_and_agreement_beside_a_model_with_another_head_are_those_of_float64(tiny_model, other, token_batch):
     p, q = in_float64(other, token_batch), in_float64(tiny_model, token_batch)
     kl, same = (q.exp() * (q - p)).sum(-1), p.argmax(-1) == q.argmax(-1)
-    result = measured_apart(other, Windows("demo", "test", token_batch), tiny_model)
+    result = perplexity_from_logits(other, Windows("demo", "test", token_batch), tiny_model)
     assert result.kl == pytest.approx(float(kl.mean()), rel=1e-4)
     assert result.window_kl == pytest.approx(kl.sum(-1).tolist(), rel=1e-4)
     assert result.window_agreement == same.double().sum(-1).tolist()
@@ -39,7 +39,7 @@ def test_kl_and_agreement_beside_a_model_with_another_head_are_those_of_float64(
 
 def test_perplexity_is_that_of_our_own_rows(other, token_batch):
     windows, done = Windows("demo", "test", token_batch), []
-    ours, apart = perplexity(other, windows), measured_apart(other, windows, progress=done.append)
+    ours, apart = perplexity(other, windows), perplexity_from_logits(other, windows, progress=done.append)
     assert apart.window_nll == pytest.approx(ours.window_nll, rel=1e-6)
     assert (apart.perplexity, apart.tokens) == (pytest.approx(ours.perplexity, rel=1e-6), ours.tokens)
     assert apart.kl is None
@@ -50,6 +50,6 @@ def test_of_a_padded_vocabulary_the_tokens_that_both_have_are_compared(tiny_mode
     padded = make_tiny_llama(vocab_size=tiny_model.config.vocab_size + 8, tie_word_embeddings=True)
     words, windows = tiny_model.config.vocab_size, Windows("demo", "test", token_batch)
     p, q = in_float64(padded, token_batch, words), in_float64(tiny_model, token_batch)
-    result = measured_apart(padded, windows, tiny_model)
+    result = perplexity_from_logits(padded, windows, tiny_model)
     assert result.kl == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-4)
     assert result.nll == pytest.approx(perplexity(padded, windows).nll, rel=1e-6)  # of all its tokens
