@@ -56,7 +56,7 @@ class ModuleRanks:
         moved.__dict__["sizes"] = [t.to(device) for t in self.sizes]
         return moved
 
-    def moved(self, offsets: list[Tensor]) -> ModuleRanks:
+    def with_offsets(self, offsets: list[Tensor]) -> ModuleRanks:
         """Shift every neuron's rank by its offset, (N,) in logits: p_i' = sigmoid(logit p_i + o_i)."""
         return replace(self, ffn=[torch.sigmoid(x + o) for x, o in zip(self.logits[0], offsets, strict=True)])
 

@@ -207,7 +207,7 @@ def saved_masks(ranks: ModuleRanks, tensors: Mapping[str, Tensor], budget: Budge
     if own := {name.removeprefix("masks."): t for name, t in tensors.items() if name.startswith("masks.")}:
         return Masks.from_tensors(own)
     if "offsets.0" in tensors:
-        ranks = ranks.moved([tensors[f"offsets.{b}"] for b in range(len(ranks.ffn))])
+        ranks = ranks.with_offsets([tensors[f"offsets.{b}"] for b in range(len(ranks.ffn))])
     return masks_from_thresholds(ranks, thresholds_from_named(tensors), budget)
 
 

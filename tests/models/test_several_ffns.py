@@ -361,7 +361,7 @@ def test_a_student_learns_the_weights_of_every_ffn_once(targets, shared):
     learned = [name for name in student.learned if "shared_expert_down_proj" in name]
     assert learned == [f"{layer}_mlp_shared_expert_down_proj_weight" for layer in range(3)]
     assert any("experts" in name for name in student.learned)
-    student.plain()
+    student.to_plain_model()
     close(logits(student.model), logits(shared))
 
 
