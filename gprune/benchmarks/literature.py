@@ -30,7 +30,7 @@ from gprune.errors import UserError, quoting
 from gprune.evaluation.intervals import mean_perplexity
 from gprune.evaluation.perplexity import perplexity
 from gprune.screen import Screen
-from gprune.storage.reading import expanded, needed_text
+from gprune.storage.reading import expanded, read_required_text
 
 MIRROR = "corpora/wikitext2/wiki.test.raw"
 CHARACTERS = 1_294_336  # length of the joined WikiText-2
@@ -49,7 +49,7 @@ def wikitext2() -> str:
     """Read WikiText-2 from `$GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw` or the hub."""
     root = os.environ.get("GPRUNE_DATA_DIR")
     if root and (path := expanded(root) / MIRROR).is_file():
-        return join_lines(needed_text(path, "WikiText-2's raw test file"))
+        return join_lines(read_required_text(path, "WikiText-2's raw test file"))
     import datasets
 
     with hub_errors("WikiText-2", f"the raw test file into $GPRUNE_DATA_DIR/{MIRROR}"), offline_if_unreachable():

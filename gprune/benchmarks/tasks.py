@@ -25,7 +25,7 @@ from typing import Any
 
 from gprune.corpora.hub import hub_errors, offline_if_unreachable
 from gprune.errors import UserError, quoting
-from gprune.storage.reading import expanded, needed_text
+from gprune.storage.reading import expanded, read_required_text
 
 log = logging.getLogger("gprune")
 # Type of a task -> metrics that are used. acc of loglikelihood: whether greedy decoding gives the text.
@@ -169,7 +169,7 @@ def _of_rows(folder: Path) -> LoadedTask:
 def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """Read the JSON objects on the lines of a file, by "file:line"."""
     rows = {}
-    for i, line in enumerate(needed_text(path, "a question per line in UTF-8").split("\n"), 1):
+    for i, line in enumerate(read_required_text(path, "a question per line in UTF-8").split("\n"), 1):
         if line.strip():
             with quoting(f"{path}:{i}: Cannot read a JSON object: "):
                 rows[f"{path}:{i}"] = {**json.loads(line)}
