@@ -38,7 +38,7 @@ from gprune.models.offload import device_of
 
 
 def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
-    """`dist_sync_fn` for torchmetrics that adds over processes, instead of gathering a copy from each."""
+    """Add a state over processes; a `dist_sync_fn` for torchmetrics that does not gather a copy from each process."""
     total = tensor.clone()
     torch.distributed.all_reduce(total, group=group)
     return [total]

@@ -118,7 +118,7 @@ class ChannelStatistics:
         return replace(self.halves[0] + self.halves[1], gram_source=self.gram, saliency=saliency)
 
     def half(self, index: int) -> Moments:
-        """Moments of half 0 or 1 of the corpus, without a Gram matrix."""
+        """Return the moments of half 0 or 1 of the corpus, without a Gram matrix."""
         return replace(self.halves[index], saliency=None if self.saliency is None else self.saliency[index])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -155,9 +155,9 @@ class CorpusStatistics:
     def tensors(self) -> dict[str, Tensor]:
         """Return tensors by flat names, as in safetensors files."""
         flat = {"turned": self.turned}
-        for kind in OUTPUT_PROJECTIONS:
-            for index, channel in enumerate(getattr(self, kind)):
-                flat |= {f"{kind}.{index}.{name}": value for name, value in channel.tensors().items()}
+        for scope in OUTPUT_PROJECTIONS:
+            for block, channels in enumerate(getattr(self, scope)):
+                flat |= {f"{scope}.{block}.{name}": tensor for name, tensor in channels.tensors().items()}
         return flat
 
     def copy(self) -> CorpusStatistics:

@@ -73,7 +73,7 @@ PYTHON_MODULES = (
 
 @CORPORA.register("python_code")
 def python_code(split: str) -> list[str]:
-    """Sources of the interpreter's standard library (`PYTHON_MODULES`), one document per module."""
+    """Return the sources of the interpreter's standard library (`PYTHON_MODULES`), one document per module."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = [folder / f"{module}.py" for module in PYTHON_MODULES]
     documents = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
@@ -82,7 +82,7 @@ def python_code(split: str) -> list[str]:
 
 @CORPORA.register("python_docs")
 def python_docs(split: str) -> list[str]:
-    """Language reference of the interpreter (`help("TOPIC")`), one document per topic.
+    """Return the language reference of the interpreter (`help("TOPIC")`), one document per topic.
 
     Topics overlap, because a chapter contains its sections. A paragraph is kept only in the longest topic that has it;
     otherwise train and test would overlap.
@@ -104,7 +104,7 @@ def python_docs(split: str) -> list[str]:
 
 @CORPORA.register("python_help")
 def python_help(split: str) -> list[str]:
-    """Documentation of built-in types and functions (`help(str)`), one document per name.
+    """Return the documentation of built-in types and functions (`help(str)`), one document per name.
 
     Built-ins are written in C, so this text does not overlap with `python_code`. Repeated docstrings are kept once.
     """

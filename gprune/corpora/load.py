@@ -11,7 +11,7 @@ corpus, register a function that returns the documents of "train" and "test"; de
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path, PurePath
 
@@ -77,24 +77,24 @@ def source_of(name: str) -> Corpus:
     Raises:
         UserError: if the name is unknown.
     """
-    place = _place(name)
-    if place is None and name in CORPORA:
+    path = _path_of(name)
+    if path is None and name in CORPORA:
         return CORPORA[name]
-    if place is None:
+    if path is None:
         mirrors = sorted(folder.name for folder in _mirrors().glob("*") if text_files(folder))
         remedy = f" In a clone, python -m experiments.corpora downloads {name}." if name in DOWNLOADED else ""
         raise UserError(
             f"Unknown corpus '{name}'. Available: {', '.join(CORPORA)}; mirrors under $GPRUNE_DATA_DIR/corpora: "
             f"{', '.join(mirrors) or 'none'}; or a path to {', '.join(SUFFIXES)} files.{remedy}"
         )
-    if not place.exists():
+    if not path.exists():
         raise UserError(f"Cannot read corpus '{name}': there is no such file or folder.")
-    if not text_files(place):
+    if not text_files(path):
         raise UserError(f"Corpus '{name}' must have {', '.join(SUFFIXES)} files; got none.")
-    return partial(load_files, place)
+    return partial(load_files, path)
 
 
-def _place(name: str) -> Path | None:
+def _path_of(name: str) -> Path | None:
     """Return the file or folder of a corpus; None for a registered name and for an unknown one."""
     if "/" in name or os.sep in name or name in ("", ".", "..") or name.lower().endswith(SUFFIXES):
         return expanded(name)
@@ -113,8 +113,8 @@ def _mirrors() -> Path:
 
 def identity(name: str) -> str:
     """Return a string that is equal for two names of the same corpus, such as a mirror and its path."""
-    place = _place(name)
-    return name if place is None else os.path.realpath(place)
+    path = _path_of(name)
+    return name if path is None else os.path.realpath(path)
 
 
 def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
@@ -124,9 +124,12 @@ def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
     """
     parts = {corpus: PurePath(corpus).parts for corpus in corpora}
 
-    def unique_ends(own: tuple[str, ...]) -> Iterator[str]:
-        for n in range(1, len(own) + 1):
-            if sum(other[-n:] == own[-n:] for other in parts.values()) == 1:
-                yield str(PurePath(*own[-n:]))
+    def shortest_unique_end(corpus: str) -> str:
+        """Return as few last parts of a path as no other path ends with, or the whole path."""
+        for n in range(1, len(parts[corpus]) + 1):
+            end = parts[corpus][-n:]
+            if sum(path[-n:] == end for path in parts.values()) == 1:
+                return str(PurePath(*end))
+        return corpus
 
-    return {corpus: one_line(next(unique_ends(own), corpus)) for corpus, own in parts.items()}
+    return {corpus: one_line(shortest_unique_end(corpus)) for corpus in parts}

@@ -99,6 +99,7 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
         return math.ceil(batches / self.world_size) if self.whole else batches
 
     def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+        """Yield the share of this rank of each global batch: pairs (index, weight)."""
         order = np.arange(self.num_windows)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_windows)

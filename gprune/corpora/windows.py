@@ -67,6 +67,13 @@ def make_windows(
     Documents are joined by a blank line. An end-of-sequence token would have to be predicted, though the end of a
     sampled piece is random.
 
+    Args:
+        texts: documents.
+        tokenizer: the tokenizer of the model.
+        sample: number and choice of the windows.
+        corpus: name of the corpus.
+        split: split of the corpus.
+
     Raises:
         UserError: if there is too little text.
     """
@@ -80,15 +87,15 @@ def make_windows(
     needed = None if sample.num_samples is None else sample.num_samples * seq_len
     tokens = _first_tokens(pieces, tokenizer, needed)
     available = len(tokens) // seq_len
-    wanted = sample.num_samples or max(available, 1)
-    if available < wanted:
+    num_windows = sample.num_samples or max(available, 1)
+    if available < num_windows:
         raise UserError(
-            f"Corpus '{corpus}' ({split}) must have {wanted} windows of {sample.seq_len} tokens; got {available}. "
+            f"Corpus '{corpus}' ({split}) must have {num_windows} windows of {sample.seq_len} tokens; got {available}. "
             f"Lower {' or '.join(sample.flags)}, or use a larger corpus."
         )
-    windows = torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len)
+    windows = torch.tensor(tokens[: num_windows * seq_len]).view(num_windows, seq_len)
     if sample.bos is not None:
-        windows = torch.cat([torch.full((wanted, 1), sample.bos), windows], 1)
+        windows = torch.cat([torch.full((num_windows, 1), sample.bos), windows], 1)
     return Windows(corpus, split, windows, bos=sample.bos is not None)
 
 

@@ -17,7 +17,7 @@ Nll = Mapping[str, list[float]]  # corpus -> summed negative log-likelihood per 
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Geometric mean: exp of the mean logarithm; NaN without values."""
+    """Return the geometric mean: exp of the mean logarithm; NaN without values."""
     logs = [math.log(value) for value in values]
     if not logs:
         return math.nan
@@ -25,9 +25,14 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: dict[str, bool]) -> float:
-    """Geometric mean of pruned/dense perplexity over unseen corpora, divided by the same over seen corpora.
+    """Return the geometric mean of pruned/dense perplexity over unseen corpora, divided by that over seen corpora.
 
     Above 1, pruning did more harm on unseen text. NaN unless there are corpora of both kinds.
+
+    Args:
+        pruned: perplexity of the pruned model by corpus.
+        dense: perplexity of the dense model by corpus.
+        seen: whether a run has used the corpus.
     """
     ratios = {corpus: pruned[corpus] / dense[corpus] for corpus in pruned}
     unseen_ratio = geometric_mean(ratio for corpus, ratio in ratios.items() if not seen[corpus])
@@ -36,12 +41,12 @@ def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: 
 
 
 def mean_perplexity(nll: Nll, tokens_per_window: int) -> tuple[float, float, float]:
-    """Geometric-mean perplexity of one model over corpora: (perplexity, lower, upper)."""
+    """Return the geometric-mean perplexity of one model over corpora: (perplexity, lower, upper)."""
     return tuple(map(math.exp, mean_per_token(nll, tokens_per_window)))
 
 
 def mean_per_token(sums: Nll, tokens_per_window: int) -> tuple[float, float, float]:
-    """Mean over corpora of a quantity per token, such as KL in nats: (mean, lower, upper).
+    """Return the mean over corpora of a quantity per token, such as KL in nats: (mean, lower, upper).
 
     Args:
         sums: the quantity, summed over the tokens of each window, by corpus.
@@ -52,15 +57,25 @@ def mean_per_token(sums: Nll, tokens_per_window: int) -> tuple[float, float, flo
 
 
 def paired_ratio(a: Nll, b: Nll, tokens_per_window: int) -> tuple[float, float, float]:
-    """Paired ratio of the geometric-mean perplexities of models a and b on the same windows: (ratio, lower, upper)."""
+    """Return the ratio of the geometric-mean perplexities of models a and b: (ratio, lower, upper).
+
+    Args:
+        a: negative log-likelihood of model a.
+        b: negative log-likelihood of model b on the same windows.
+        tokens_per_window: number of predicted tokens in a window.
+    """
     return mean_perplexity(differences(a, b), tokens_per_window)
 
 
 def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float | None]:
-    """Paired difference of the accuracies of models a and b on the same questions, and its standard error.
+    """Return the difference of the accuracies of models a and b on the same questions, and its standard error.
 
     Questions that both models answer correctly, or both wrongly, do not contribute. The standard error is None for
     fewer than two questions.
+
+    Args:
+        a: whether model a answers each question correctly.
+        b: whether model b does.
     """
     differences = [int(x) - int(y) for x, y in zip(a, b, strict=True)]
     n = len(differences)
@@ -72,7 +87,16 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, floa
 
 
 def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_window: int) -> tuple[float, float, float]:
-    """Paired `generalisation_gap` over windows: (gap, lower, upper); NaN unless there are corpora of both kinds."""
+    """Return `generalisation_gap`, paired over windows: (gap, lower, upper).
+
+    NaN unless there are both seen and unseen corpora.
+
+    Args:
+        pruned: negative log-likelihood of the pruned model.
+        dense: negative log-likelihood of the dense model on the same windows.
+        seen: whether a run has used the corpus.
+        tokens_per_window: number of predicted tokens in a window.
+    """
     seen_corpora = sum(seen[corpus] for corpus in pruned)
     unseen_corpora = len(pruned) - seen_corpora
     if not seen_corpora or not unseen_corpora:

@@ -127,7 +127,7 @@ def perplexity(
     shared: bool = False,
     forecasts: list[Forecast] | None = None,
 ) -> PerplexityResult:
-    """Perplexity: exp of the mean next-token cross-entropy over windows, each scored from its second token.
+    """Return the perplexity: exp of the mean next-token cross-entropy over windows, each scored from its second token.
 
     Args:
         model: in eval mode, inside the caller's `masked` context if masks should apply.

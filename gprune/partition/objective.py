@@ -50,7 +50,7 @@ def dispersion(P: Tensor, x: Tensor) -> Tensor:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Elementwise entropy -p log p with a finite gradient at 0 (that of torch.special.entr is infinite there)."""
+    """Return the elementwise entropy -p log p, with a finite gradient at 0. That of torch.special.entr is infinite."""
     return -p * p.clamp_min(1e-9).log()
 
 

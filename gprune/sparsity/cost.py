@@ -59,11 +59,12 @@ def parameter_costs(model: Any, blocks: Sequence[Any], weight: Callable[[Any], i
         blocks: its blocks.
         weight: returns the cost of one number of a tensor, such as its size in half-bits.
     """
-    neuron = [block.unit_cost("ffn", weight) for block in blocks]
-    group = [block.unit_cost("attention", weight) for block in blocks]
-    whole = [block.whole_cost(weight) for block in blocks]
+    by_block = [
+        (block.unit_cost("ffn", weight), block.unit_cost("attention", weight), block.whole_cost(weight))
+        for block in blocks
+    ]
     total = sum(weight(parameter) * parameter.numel() for parameter in model.parameters())
-    return list(zip(neuron, group, whole, strict=True)), total - sum(whole)
+    return by_block, total - sum(whole for _, _, whole in by_block)
 
 
 @COST.register("kv_cache")

@@ -293,8 +293,9 @@ def _widest(budget: Budget, target: int) -> int:
     widths = list(range(narrowest // multiple * multiple, 0, -multiple))
     if narrowest == widest:
         widths.insert(0, widest)  # an unchanged width need not be a multiple of `width_multiple`
-    place = bisect_left(widths, target, key=lambda width: _removed_cost(costs.prices.neurons, width))
-    return [*widths, 0][place]
+    # Costs rise along the descending widths, so the first width that removes enough is the largest one.
+    index = bisect_left(widths, target, key=lambda width: _removed_cost(costs.prices.neurons, width))
+    return widths[index] if index < len(widths) else 0
 
 
 def _equal_groups(budget: Budget, kept_groups: int) -> int:

@@ -127,7 +127,7 @@ class SearchResult:
 
 
 def find_largest_cut(
-    measure: Callable[[int], float], limit: float, most: int, *, first: int, expected: float | None = None,
+    measure: Callable[[int], float], limit: float, max_cut: int, *, first: int, expected: float | None = None,
     exponent: float = 1.5, unused: float = 0.0, tries: int | None = None,
 ) -> SearchResult:  # fmt: skip
     """Search for the largest cut whose rise is at most `limit`.
@@ -135,7 +135,7 @@ def find_largest_cut(
     Args:
         measure: measures the rise of log perplexity of a cut.
         limit: the largest allowed rise, above 0.
-        most: the largest cut; cuts are 1 to `most`.
+        max_cut: the largest cut; cuts are 1 to `max_cut`.
         first: the cut to measure first.
         expected: the predicted rise of the first cut.
         exponent: p of rise ~ cut^p, until two cuts have been measured.
@@ -147,7 +147,7 @@ def find_largest_cut(
         All measurements. Its `best` is None if even a cut of 1 exceeds the limit.
     """
     result = SearchResult([], limit)
-    cut = min(most, max(1, first))
+    cut = min(max_cut, max(1, first))
     while True:
         result.points.append(Point(cut, measure(cut), expected))
         best, above = result.best, result.above
@@ -155,9 +155,9 @@ def find_largest_cut(
             if cut == 1:
                 return result
         else:
-            is_largest = best.cut == most or (above is not None and above.cut - best.cut == 1)
+            is_largest = best.cut == max_cut or (above is not None and above.cut - best.cut == 1)
             is_close_enough = unused > 0 and best.rise >= limit * (1 - unused)
             tries_are_spent = tries is not None and len(result.points) >= tries
             if is_largest or is_close_enough or tries_are_spent:
                 return result
-        cut, expected = result.proposal(limit * (1 - unused / 2), exponent, most)
+        cut, expected = result.proposal(limit * (1 - unused / 2), exponent, max_cut)

@@ -164,7 +164,7 @@ class FrozenLMStage(L.LightningModule):
         log_exactly(self, values)
 
     def axes(self) -> dict[str, float]:
-        """Values of the x axes for development perplexity, by name."""
+        """Return the values of the x axes for development perplexity, by name."""
         return {"development/tokens": float(self.tokens_before + self.tokens), f"{curves_of(self)}/tokens": self.tokens}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

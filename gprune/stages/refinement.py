@@ -99,7 +99,7 @@ class AssignmentRefinement(L.LightningModule):
 
     @torch.no_grad()
     def labels(self) -> list[Tensor]:
-        """Hard labels per block, (N,) int64 each.
+        """Return the hard labels of each block, (N,) int64.
 
         Small modules are merged as in the initial partition, with K the number of modules of that partition.
         """

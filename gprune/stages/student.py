@@ -91,7 +91,7 @@ class Student:
     def _learn_weights(self) -> None:
         """Train all weights of decoder layers, or only those of FFNs."""
         for block in blocks_of(self.model):
-            ffn_modules = {place.path.rpartition(".")[0] for place in block.slices if place.kind == "ffn"}
+            ffn_modules = {tensor.path.rpartition(".")[0] for tensor in block.slices if tensor.kind == "ffn"}
             for name, parameter in block.layer.named_parameters():
                 separator = ".parametrizations." if ".parametrizations." in name else "."
                 module_name = name.rpartition(separator)[0]

@@ -181,7 +181,7 @@ class ThresholdLearning(FrozenLMStage):
             return next_token_losses(self.lm, ids, teacher=teacher)
 
     def axes(self) -> dict[str, float]:
-        """Values of the x axes, with the number of epochs as `learn/epoch`."""
+        """Return the values of the x axes, with the number of epochs as `learn/epoch`."""
         trainer, epochs = self.trainer, 0.0
         if self.global_step:  # before the first step the Trainer may not know the number of batches
             steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
