@@ -71,8 +71,9 @@ class Segments:
 
 def repeat_values(values: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
     """Repeat `values[i]` `counts[i]` times, int64. This is done on the CPU to avoid synchronising with a GPU."""
-    as_tensors = [torch.tensor(list(numbers), dtype=torch.long) for numbers in (values, counts)]
-    return as_tensors[0].repeat_interleave(as_tensors[1]).to(device, non_blocking=True)
+    value_tensor = torch.tensor(list(values), dtype=torch.long)
+    count_tensor = torch.tensor(list(counts), dtype=torch.long)
+    return value_tensor.repeat_interleave(count_tensor).to(device, non_blocking=True)
 
 
 def _select_until(keys: Tensor, cost: Tensor, target: int | Tensor) -> Tensor:
@@ -115,6 +116,10 @@ class Cut:
 
     The step with key 0.1 is removed first, then the one with key 0.4: 9 parameters, which is enough. Block 0 keeps
     neurons 0, 2, 3 and 4, and block 1 neurons 1 and 3.
+
+    Args:
+        budget: costs of the units, the target and the grid of widths.
+        device: device of the margins.
     """
 
     def __init__(self, budget: Budget, device: torch.device):
