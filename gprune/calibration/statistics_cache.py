@@ -76,7 +76,10 @@ class StatisticsCache:
             corpus: name of the corpus.
             kind: kind of statistics; for Gram matrices in a file per block `["gram", scope, block]`.
         """
-        is_gram = kind == "gram" or kind[0] == "gram"
-        kind = ["taylor", *self.scopes] if kind == "saliency" else kind
-        key = key_of(text=self.texts[corpus], kind=kind, **self.bits, **(self.gram_bits if is_gram else {}))
+        bits = dict(self.bits)
+        if kind == "gram" or kind[0] == "gram":
+            bits |= self.gram_bits
+        if kind == "saliency":
+            kind = ["taylor", *self.scopes]
+        key = key_of(text=self.texts[corpus], kind=kind, **bits)
         return cache_dir() / "statistics" / f"{key}.safetensors"

@@ -84,13 +84,15 @@ def partition_objective(
     P = (logits / tau).softmax(-1) * rearrange(inputs.valid, "b n -> b n 1")
     N = inputs.valid.sum(1)
     log_k = torch.tensor(float(max(K, 2))).log()
-    size = reduce(P, "b n k -> b k", "sum") / rearrange(N, "b -> b 1")
-    size_entropy = entropy(size).sum(-1)
-    shifting = inputs.shifts.square().sum((1, 2)) > 0  # with a single corpus no rank shifts
+    size_shares = reduce(P, "b n k -> b k", "sum") / rearrange(N, "b -> b 1")
+    size_entropy = entropy(size_shares).sum(-1)
+    ranks_shift = inputs.shifts.square().sum((1, 2)) > 0  # with a single corpus no rank shifts
+    explained_share = 1 - dispersion(P, inputs.shifts)
+    random_share = (size_entropy.exp() - 1) / (N - 1).clamp_min(1)  # a random partition would explain it
     terms = {
         "similarity": dispersion(P, inputs.embedding),
         "drift": dispersion(P, inputs.drift),
-        "consistency": shifting * (1 - dispersion(P, inputs.shifts) - (size_entropy.exp() - 1) / (N - 1).clamp_min(1)),
+        "consistency": ranks_shift * (explained_share - random_share),
         "balance": 1 - size_entropy / log_k,
         "entropy": entropy(P).sum((1, 2)) / (N * log_k),
     }

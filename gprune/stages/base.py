@@ -91,8 +91,8 @@ class FrozenLMStage(L.LightningModule):
     def teardown(self, stage: str) -> None:
         """Free the copies of the model, and move registered tensors back to the Trainer's device.
 
-        This hook is the last one of a fit or validation. Only now does nothing use the copies any more, and has
-        Lightning moved the stage to the CPU.
+        Lightning calls this hook last, after the final forward pass. The copies are then no longer used, and Lightning
+        has already moved the stage to the CPU.
         """
         self._copy = ()
         self.autocast.clear()

@@ -100,7 +100,7 @@ def _remove(scratch: Path, path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Context manager that holds the lock of a folder: a file `.lock` in the folder, which is not removed.
+    """Context manager that holds the lock of a folder. The lock is a file `.lock` in the folder, and is not removed.
 
     Raises:
         TimeoutError: if another process holds the lock.
