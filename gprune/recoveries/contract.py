@@ -57,17 +57,19 @@ Solver = Callable[["Tensor", "Tensor", "Moments", float], tuple["Tensor", "Tenso
 class Material:
     """Inputs of a recovery, in addition to the pruned model."""
 
-    dense: PreTrainedModel  # frozen; read only, like statistics and text
-    masks: Masks
-    ridge: float = 0.01
-    statistics: CorpusStatistics | None = None  # of the dense model, pooled over `corpora.recover`; if needed
-    text: Sequence[Windows] = ()  # of `corpora.recover`; if needed
-    batch_size: int = 4
-    # Called with numbers of tokens that passed layers one by one: forward, and forward and backward.
+    dense: PreTrainedModel  # the frozen dense model; a recovery must not change it
+    masks: Masks  # the masks of the pruned model
+    ridge: float = 0.01  # `--ridge`
+    # Statistics of the dense model, pooled over `corpora.recover`; None unless the recovery needs them.
+    statistics: CorpusStatistics | None = None
+    text: Sequence[Windows] = ()  # calibration windows of `corpora.recover`; empty unless the recovery needs them
+    batch_size: int = 4  # windows in a batch of `batches`
+    # Counts tokens that pass layers one by one: forward, and forward and backward.
     count: Callable[..., None] = lambda forward, forward_backward=0: None
     fresh: Sequence[Windows] = ()  # `--distill.tokens` of training text from `corpora.recover`
     settings: Mapping[str, Any] = field(default_factory=dict)  # groups of flags, or options, by name of the recovery
-    # Trains a stage on `fresh`, or on `text` without it. A resumed run restores the state_dict of a finished stage.
+    # Trains a stage on `fresh`, or on `text` if there is no fresh text. A resumed run restores the state_dict of a
+    # finished stage.
     fit: Callable[..., None] | None = None
     shard: bool = False  # whether layers are sharded over processes during training
     # Cache of the dense model's final hidden states by batch, shared by all rows of a run; None: no cache.
