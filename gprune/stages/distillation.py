@@ -97,8 +97,8 @@ class DistillationStage(FrozenLMStage):
         shard: whether to shard the layers of both models over all processes.
         teacher_states: cache of the final hidden states of `dense` by batch of tokens, which this stage reads and
             extends; None: no cache.
-        count: called with the negative number of tokens of states that this stage computes although another row has
-            counted them; None if no other row has.
+        count: adds a number to the token count of the run. It is given if another row has counted the teacher's tokens
+            already; this stage then subtracts the tokens whose states it computes again.
     """
 
     purpose, curves = "distillation", "distill"
