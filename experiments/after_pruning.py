@@ -24,7 +24,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from gprune.corpora.load import load_corpus
-from gprune.corpora.windows import Sample, Windows, make_windows, opening
+from gprune.corpora.windows import Sample, Windows, leading_token, make_windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import export
@@ -51,7 +51,7 @@ class Text:
             raise UserError(
                 f"--own must be one of several unseen corpora of the run ({', '.join(unseen)}); got '{tuned}'."
             )
-        bos = opening(run.tokenizer, c.bos)
+        bos = leading_token(run.tokenizer, c.bos)
 
         def windows_of(corpus: str, split: str, count: int) -> Windows:
             sample = Sample(count, e.seq_len, bos=bos)

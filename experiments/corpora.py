@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gprune.console import Parser, guarded, quiet
-from gprune.corpora.hub import had_from_hub, offline_if_unreachable
+from gprune.corpora.hub import hub_errors, offline_if_unreachable
 from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, make_windows
 from gprune.errors import UserError
@@ -125,7 +125,7 @@ def download(name: str) -> dict[str, list[str]]:
 
     source = SOURCES[name]
     with (
-        had_from_hub(f"Corpus '{name}'", "its files into corpora/NAME of the folder, and add --check"),
+        hub_errors(f"Corpus '{name}'", "its files into corpora/NAME of the folder, and add --check"),
         offline_if_unreachable(),
     ):
         rows = [

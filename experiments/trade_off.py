@@ -25,7 +25,7 @@ from experiments.after_pruning import GGUF_TYPES, in_llama_cpp
 from experiments.summary import DENSE, Lines, draw_curves, runs_of
 from gprune.console import Parser, guarded, quiet
 from gprune.corpora.load import load_corpus
-from gprune.corpora.windows import Sample, make_windows, opening
+from gprune.corpora.windows import Sample, leading_token, make_windows
 from gprune.errors import UserError
 from gprune.export import export
 from gprune.export.convert import TYPES, has_llama_cpp
@@ -64,7 +64,8 @@ def ratio_in_llama_cpp(run: FinishedRun, file: Path) -> Estimate | None:
     """Unseen perplexity of a GGUF file relative to the row's dense model, on the same windows."""
     own, tokenizer = [], AutoTokenizer.from_pretrained(locate_model(run.settings["model"]["name"]))
     for r in (r for r in run.records if r["stage"] == "dense" and not r["seen"]):
-        sample = Sample(len(r["window_nll"]), r["seq_len"], bos=opening(tokenizer, run.settings["corpora"]["bos"]))
+        bos = leading_token(tokenizer, run.settings["corpora"]["bos"])
+        sample = Sample(len(r["window_nll"]), r["seq_len"], bos=bos)
         w = make_windows(load_corpus(r["corpus"], r["split"]), tokenizer, sample, corpus=r["corpus"], split=r["split"])
         own.append(r | {"content_hash": w.content_hash, "window_nll": in_llama_cpp(file, w)})
     return unseen_ratio(own, DENSE, run.records, DENSE)

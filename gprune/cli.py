@@ -11,7 +11,7 @@ from gprune.config import RunConfig
 from gprune.config.parse import flags_of, parse
 from gprune.config.run_config import NOT_OF_OTHERS
 from gprune.console import guarded, log_to_stdout, process_index, quiet
-from gprune.corpora import lies_here, load_corpus
+from gprune.corpora import is_local, load_corpus
 from gprune.errors import UserError
 from gprune.models.names import check_model_name
 from gprune.storage.cache import check_writable
@@ -56,7 +56,7 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
     from gprune.report.records import result_table
     from gprune.runs.folder import RunFolder
     from gprune.runs.tracking import how_to_look
-    from gprune.sparsity.allocation import removed_in_words
+    from gprune.sparsity.allocation import format_removed
 
     if cfg.dry_run:
         return describe(check(cfg)) + "\n"
@@ -68,7 +68,7 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
     removed = "Made elsewhere"  # nothing is known about how it was made
     if "sparsity_of_scope" in s:
         scoped = s["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation
-        removed = f"Removed {removed_in_words(*scoped)}, {s['sparsity_of_model']:.2%} of the model"
+        removed = f"Removed {format_removed(*scoped)}, {s['sparsity_of_model']:.2%} of the model"
     exported = RunFolder(result.path).manifest.get("exported_dtype", cfg.model.dtype)
     return (
         f"\n{result_table(result.records).shown()}\n\n"
@@ -92,7 +92,7 @@ def check_early(cfg: RunConfig) -> None:
     cfg.check_names()
     check_model_name(cfg.model.name)
     if cfg.sparsity.quality:
-        for corpus in filter(lies_here, cfg.developed):
+        for corpus in filter(is_local, cfg.developed):
             load_corpus(corpus, "development")  # raises if the corpus has no development split
     if not cfg.dry_run and process_index() == 0:
         check_writable(Path(cfg.folder))

@@ -16,7 +16,7 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.partition.modules import ModuleRanks
 from gprune.recoveries import RECOVERY, Material, Recovery, recovery
-from gprune.recoveries.contract import tuned
+from gprune.recoveries.contract import apply_tune
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, module_thresholds
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.returned import checked_masks
@@ -85,7 +85,7 @@ def by_model(tiny, spoil):
 
     recovery("mine")(Mine)
     masks = some_masks(model, attention=False)
-    return tuned("mine", Material(model, masks), prune(model, masks)).model.layers[0].mlp.down_proj.weight
+    return apply_tune("mine", Material(model, masks), prune(model, masks)).model.layers[0].mlp.down_proj.weight
 
 
 KINDS = {

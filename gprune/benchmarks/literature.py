@@ -24,13 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.settings import TEXTS, WIKITEXT
 from gprune.console import quieted
-from gprune.corpora.hub import had_from_hub, offline_if_unreachable
-from gprune.corpora.windows import JOIN, Bos, Sample, Windows, check_tokens, make_windows, opening
+from gprune.corpora.hub import hub_errors, offline_if_unreachable
+from gprune.corpora.windows import JOIN, Bos, Sample, Windows, check_tokens, leading_token, make_windows
 from gprune.errors import UserError, quoting
 from gprune.evaluation.intervals import mean_perplexity
 from gprune.evaluation.perplexity import perplexity
 from gprune.screen import Screen
-from gprune.storage.reading import expanded, needed_text
+from gprune.storage.reading import expanded, read_required_text
 
 MIRROR = "corpora/wikitext2/wiki.test.raw"
 CHARACTERS = 1_294_336  # length of the joined WikiText-2
@@ -49,10 +49,10 @@ def wikitext2() -> str:
     """Read WikiText-2 from `$GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw` or the hub."""
     root = os.environ.get("GPRUNE_DATA_DIR")
     if root and (path := expanded(root) / MIRROR).is_file():
-        return join_lines(needed_text(path, "WikiText-2's raw test file"))
+        return join_lines(read_required_text(path, "WikiText-2's raw test file"))
     import datasets
 
-    with had_from_hub("WikiText-2", f"the raw test file into $GPRUNE_DATA_DIR/{MIRROR}"), offline_if_unreachable():
+    with hub_errors("WikiText-2", f"the raw test file into $GPRUNE_DATA_DIR/{MIRROR}"), offline_if_unreachable():
         return JOIN.join(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
 
 
@@ -71,7 +71,7 @@ def c4() -> tuple[str, int]:
 
 def literature_windows(text: str, tokenizer: PreTrainedTokenizerBase, task: str, *, seq_len: int, bos: Bos) -> Windows:
     """Cut a text into windows, (n, seq_len): all complete windows in order, for C4 the first 256."""
-    sample = Sample(None, seq_len, shuffle=False, bos=opening(tokenizer, bos), flags=("--limit", "--seq_len"))
+    sample = Sample(None, seq_len, shuffle=False, bos=leading_token(tokenizer, bos), flags=("--limit", "--seq_len"))
     every = make_windows([text], tokenizer, sample, corpus=task, split="test" if task == WIKITEXT else "validation")
     return every if task == WIKITEXT else replace(every, tokens=every.tokens[:WINDOWS])
 
@@ -92,7 +92,7 @@ def literature_perplexity(
         tokenizer: its tokenizer.
         task: wikitext2 or c4.
         seq_len: tokens per window.
-        bos: whether each window begins with BOS, as in `opening`.
+        bos: whether each window begins with BOS, as in `leading_token`.
         limit: use only the first windows. Then the number cannot be compared with published ones.
 
     Raises:

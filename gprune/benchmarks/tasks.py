@@ -23,9 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gprune.corpora.hub import had_from_hub, offline_if_unreachable
+from gprune.corpora.hub import hub_errors, offline_if_unreachable
 from gprune.errors import UserError, quoting
-from gprune.storage.reading import expanded, needed_text
+from gprune.storage.reading import expanded, read_required_text
 
 log = logging.getLogger("gprune")
 # Type of a task -> metrics that are used. acc of loglikelihood: whether greedy decoding gives the text.
@@ -88,7 +88,7 @@ def hub_tasks(name: str) -> list[LoadedTask]:
     if name not in manager.all_tasks:
         remedy = f"`lm-eval ls tasks` lists all tasks; local files go to $GPRUNE_DATA_DIR/tasks/{name}"
         raise UserError(f"Unknown task '{name}'. {remedy}.")
-    with had_from_hub(f"task '{name}'", f"its questions into $GPRUNE_DATA_DIR/tasks/{name}/test.jsonl"):
+    with hub_errors(f"task '{name}'", f"its questions into $GPRUNE_DATA_DIR/tasks/{name}/test.jsonl"):
         tasks = manager.load([name])["tasks"].values()
     return [_admitted(task, "hub", "") for task in tasks]
 
@@ -169,7 +169,7 @@ def _of_rows(folder: Path) -> LoadedTask:
 def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """Read the JSON objects on the lines of a file, by "file:line"."""
     rows = {}
-    for i, line in enumerate(needed_text(path, "a question per line in UTF-8").split("\n"), 1):
+    for i, line in enumerate(read_required_text(path, "a question per line in UTF-8").split("\n"), 1):
         if line.strip():
             with quoting(f"{path}:{i}: Cannot read a JSON object: "):
                 rows[f"{path}:{i}"] = {**json.loads(line)}

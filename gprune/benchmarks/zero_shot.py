@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.tasks import COUNTED, LoadedTask, load_tasks, questions_hash, require_lm_eval
 from gprune.console import quieted
-from gprune.corpora.windows import opening
+from gprune.corpora.windows import leading_token
 from gprune.errors import quoting, require_finite
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def zero_shot(
     stamp = {
         "harness": f"lm_eval {require_lm_eval()}",
         "limit": limit,
-        "bos": opening(tokenizer, "auto") is not None,
+        "bos": leading_token(tokenizer, "auto") is not None,
         "chat_template": False,
         "dtype": str(model.dtype).removeprefix("torch."),
     }

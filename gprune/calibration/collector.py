@@ -21,11 +21,16 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from gprune.calibration.moments import StreamingExpertMoments, StreamingMoments, StreamingTurn, channel_statistics
+from gprune.calibration.moments import (
+    StreamingCosineChange,
+    StreamingExpertMoments,
+    StreamingMoments,
+    channel_statistics,
+)
 from gprune.calibration.projections import OUTPUT_PROJECTIONS
 from gprune.calibration.saliency import StreamingGradients, channel_saliency, salient_parts
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.models.blocks import Block, blocks_of
+from gprune.models.blocks import Block, Part, blocks_of
 from gprune.models.experts import watch_experts
 from gprune.models.lookup import decoder_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
@@ -33,7 +38,7 @@ from gprune.models.offload import device_of
 
 
 def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
-    """`dist_sync_fn` for torchmetrics that adds over processes, instead of gathering a copy from each."""
+    """Add a state over processes; a `dist_sync_fn` for torchmetrics that does not gather a copy from each process."""
     total = tensor.clone()
     torch.distributed.all_reduce(total, group=group)
     return [total]
@@ -60,8 +65,9 @@ class Collector:
     ):
         self.model = model
         self.blocks = blocks_of(model) if blocks is None else list(blocks)
+        # Sums, one entry per block: by scope; of changes of the residual stream; by scope and part of the block.
         self.metrics: dict[str, list[Metric]] = {scope: [] for scope in OUTPUT_PROJECTIONS}
-        self.turns: list[StreamingTurn] = []
+        self.cosine_changes: list[StreamingCosineChange] = []
         self.gradients: dict[str, list[dict[str, StreamingGradients]]] = {scope: [] for scope in saliency}
         options = {} if blocks is None else {"dist_sync_fn": _sum_of_processes}
         for block in self.blocks:
@@ -74,56 +80,67 @@ class Collector:
                         channels = block.parts[part].in_features if part in block.parts else 0
                         sums = StreamingMoments(channels, gram=gram, **options)
                     self.metrics[scope].append(sums)
-                self.turns.append(StreamingTurn())
+                self.cosine_changes.append(StreamingCosineChange())
                 for scope, gradients in self.gradients.items():
-                    parts = salient_parts(block, scope).items()
-                    gradients.append({n: StreamingGradients((p.out_features, p.in_features)) for n, p in parts})
-        self._half = self._weight = torch.empty(0)
+                    parts = salient_parts(block, scope)
+                    gradients.append(
+                        {name: StreamingGradients((p.out_features, p.in_features)) for name, p in parts.items()}
+                    )
+        # The current batch, see `start_batch`.
+        self._half = torch.empty(0)
+        self._weight = torch.empty(0)
         self._halves: list[int | None] = []  # half of each window, on the host; None: ignored
         self._length = 0  # tokens per window
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Collector:
+        """Add the hooks to the model."""
         for index, block in enumerate(self.blocks):
             for scope, part in OUTPUT_PROJECTIONS.items():
-                metric = self.metrics[scope][index]
-                if part not in block.parts:  # no such units: count tokens only
-                    count = partial(self._see_tokens, metric)
-                    self._handles.append(block.layer.register_forward_hook(count, with_kwargs=True))
-                    continue
-                host = block.parts[part].host
-                if isinstance(metric, StreamingExpertMoments):
-                    self._handles.append(
-                        watch_experts(host, partial(self._see_expert, metric), block.family.expert_down)
-                    )
-                else:
-                    self._handles.append(host.register_forward_pre_hook(partial(self._see_input, metric)))
-            see_layer = partial(self._see_layer, self.turns[index])
-            self._handles.append(block.layer.register_forward_hook(see_layer, with_kwargs=True))
+                self._watch_projection(block, part, self.metrics[scope][index])
+            add_change = partial(self._add_cosine_change, self.cosine_changes[index])
+            self._handles.append(block.layer.register_forward_hook(add_change, with_kwargs=True))
             for gradients in self.gradients.values():
                 for name, metric in gradients[index].items():
-                    part = block.parts[name]
-                    rows = None if part.rows is None else part.rows.to(device_of(part.host))
-                    self._handles.append(part.host.register_forward_hook(partial(self._see_gradient, metric, rows)))
+                    self._watch_gradient(block.parts[name], metric)
         if self.gradients:
             self._handles.append(require_activation_gradients(self.model))
         return self
+
+    def _watch_projection(self, block: Block, part: str, metric: Metric) -> None:
+        """Add the hook that updates a metric by the inputs of an output projection."""
+        if part not in block.parts:  # the block has no units of this scope: only count its tokens
+            count_tokens = partial(self._count_tokens, metric)
+            handle = block.layer.register_forward_hook(count_tokens, with_kwargs=True)
+        elif isinstance(metric, StreamingExpertMoments):
+            add_input = partial(self._add_expert_input, metric)
+            handle = watch_experts(block.parts[part].host, add_input, block.family.expert_down)
+        else:
+            handle = block.parts[part].host.register_forward_pre_hook(partial(self._add_input, metric))
+        self._handles.append(handle)
+
+    def _watch_gradient(self, part: Part, metric: StreamingGradients) -> None:
+        """Add the hook that updates a metric by the gradient of a linear layer."""
+        rows = None if part.rows is None else part.rows.to(device_of(part.host))
+        self._handles.append(part.host.register_forward_hook(partial(self._add_gradient, metric, rows)))
 
     def __exit__(self, *exception: object) -> None:
         while self._handles:
             self._handles.pop().remove()
 
-    def _see_input(self, metric: StreamingMoments, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _add_input(self, metric: StreamingMoments, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = self._by_window(inputs[0].detach())
         metric.update(x, self._half.to(x.device), self._weight.to(x.device))
 
-    def _see_tokens(
+    def _count_tokens(
         self, metric: StreamingMoments, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
     ) -> None:
-        x = self._by_window((args[0] if args else kwargs["hidden_states"]).detach())[..., :0]
-        metric.update(x, self._half.to(x.device), self._weight.to(x.device))
+        hidden = args[0] if args else kwargs["hidden_states"]
+        no_channels = self._by_window(hidden.detach())[..., :0]
+        metric.update(no_channels, self._half.to(hidden.device), self._weight.to(hidden.device))
 
-    def _see_expert(self, metric: StreamingExpertMoments, x: Tensor, expert: int, tokens: Tensor) -> None:
+    def _add_expert_input(self, metric: StreamingExpertMoments, x: Tensor, expert: int, tokens: Tensor) -> None:
+        """Add inputs x (n, N) of the down projection of an expert; `tokens` (n,) are their positions in the batch."""
         window = tokens // self._length
         metric.update(x.detach(), expert, self._half.to(x.device)[window], self._weight.to(x.device)[window])
 
@@ -131,19 +148,22 @@ class Collector:
         """Reshape to (B, T, C), as some layers flatten the batch."""
         return x.reshape(len(self._half), -1, x.shape[-1])
 
-    def _see_layer(
-        self, metric: StreamingTurn, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
+    def _add_cosine_change(
+        self, metric: StreamingCosineChange, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+        output: Tensor | tuple[Any, ...],
+    ) -> None:  # fmt: skip
         before = args[0] if args else kwargs["hidden_states"]
-        output = output if isinstance(output, Tensor) else output[0]  # some layers return attention too
+        after = output if isinstance(output, Tensor) else output[0]  # some layers return attention too
         # The input may still be on the device of the previous layer.
-        metric.update(before.detach().to(output.device), output.detach(), self._weight.to(output.device))
+        metric.update(before.detach().to(after.device), after.detach(), self._weight.to(after.device))
 
-    def _see_gradient(
+    def _add_gradient(
         self, metric: StreamingGradients, rows: Tensor | None, _module: nn.Module, inputs: tuple[Tensor, ...],
         output: Tensor,
     ) -> None:  # fmt: skip
-        x, halves = self._by_window(inputs[0].detach()), self._halves
+        """Update a metric in the backward pass; `rows` are the part's rows in a fused linear layer."""
+        x = self._by_window(inputs[0].detach())
+        halves = self._halves
 
         def add(gradient: Tensor) -> None:
             gradient = self._by_window(gradient)
@@ -151,17 +171,29 @@ class Collector:
 
         output.register_hook(add)
 
-    def expect(self, length: int, half: Tensor, weight: Tensor | None = None) -> None:
-        """Prepare for a batch of windows with `length` tokens; `half` and `weight` as for `observe`."""
+    def start_batch(self, length: int, half: Tensor, weight: Tensor | None = None) -> None:
+        """Prepare the hooks for a batch.
+
+        Args:
+            length: number of tokens of each window.
+            half: as for `observe`.
+            weight: as for `observe`.
+        """
         self._half, self._length = half, length
         self._weight = torch.ones(len(half), device=half.device) if weight is None else weight
         if self.gradients:  # gradients are added window by window
             pairs = torch.stack([half.double(), self._weight.double()], 1).tolist()
-            self._halves = [int(h) if counts else None for h, counts in pairs]
+            self._halves = [int(h) if is_counted else None for h, is_counted in pairs]
 
     def observe(self, input_ids: Tensor, half: Tensor, weight: Tensor | None = None) -> None:
-        """Run the decoder on (B, T) token ids; `half` (B,) in {0, 1}; windows with `weight` (B,) 0 are ignored."""
-        self.expect(input_ids.shape[1], half, weight)
+        """Run the decoder on a batch. The hooks add the batch to all sums.
+
+        Args:
+            input_ids: (B, T) token ids.
+            half: (B,) in {0, 1}, the half of the corpus to which each window belongs.
+            weight: (B,); windows with weight 0 are ignored. By default none is.
+        """
+        self.start_batch(input_ids.shape[1], half, weight)
         if self.gradients:
             with torch.inference_mode(False), torch.enable_grad():
                 # Sum over windows of the mean over tokens, which does not depend on the batch size.
@@ -172,16 +204,19 @@ class Collector:
 
     def compute(self) -> CorpusStatistics:
         """Return statistics of all batches, summed over processes. Gram matrices are not copied."""
-        by_scope = {s: [channel_statistics(m.compute()) for m in metrics] for s, metrics in self.metrics.items()}
+        by_scope = {
+            scope: [channel_statistics(metric.compute()) for metric in metrics]
+            for scope, metrics in self.metrics.items()
+        }
         for scope, gradients in self.gradients.items():
             for i, (block, metrics) in enumerate(zip(self.blocks, gradients, strict=True)):
-                terms = channel_saliency(block, scope, metrics)
-                by_scope[scope][i] = replace(by_scope[scope][i], saliency=terms)
-        turned = torch.stack([metric.compute().cpu().clone() for metric in self.turns])
+                saliency = channel_saliency(block, scope, metrics)
+                by_scope[scope][i] = replace(by_scope[scope][i], saliency=saliency)
+        turned = torch.stack([metric.compute().cpu().clone() for metric in self.cosine_changes])
         return CorpusStatistics(**by_scope, turned=turned)
 
     def release(self) -> None:
         """Free all sums. Because of reference cycles in torchmetrics they would stay until garbage collection."""
-        by_part = [part for gradients in self.gradients.values() for parts in gradients for part in parts.values()]
-        for metric in (*self.turns, *chain(*self.metrics.values()), *by_part):
+        gradients = [metric for blocks in self.gradients.values() for parts in blocks for metric in parts.values()]
+        for metric in (*self.cosine_changes, *chain(*self.metrics.values()), *gradients):
             metric.__dict__.clear()

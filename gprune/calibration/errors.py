@@ -47,7 +47,7 @@ def check_dense(blocks: Sequence[Block]) -> None:
 def tokens_with_gradients(
     model: PreTrainedModel, batches: Sequence[Tensor], *, bfloat16: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return inputs of each `down` projection, and the squared norm of the gradient by its output.
+    """Return the inputs of each `down` projection, and the squared norm of the loss's gradient by its output.
 
     Args:
         model: the dense, frozen model.
@@ -59,15 +59,17 @@ def tokens_with_gradients(
         mean next-token cross-entropy of a window in nats. Blocks without an FFN have two empty tensors.
     """
     blocks, device = blocks_of(model), device_of(model)
-    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]
+    recorded: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]  # one pair per batch
 
-    def see(index: int, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(index: int, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Record a batch of block `index` when the backward pass reaches the projection."""
         x = inputs[0].detach().flatten(0, -2).bfloat16().cpu()
 
-        def keep(gradient: Tensor) -> None:
-            seen[index].append((x, gradient.flatten(0, -2).float().square().sum(1).cpu()))
+        def record_gradient(gradient: Tensor) -> None:
+            energy = gradient.flatten(0, -2).float().square().sum(1).cpu()
+            recorded[index].append((x, energy))
 
-        output.register_hook(keep)
+        output.register_hook(record_gradient)
 
     casts = CastWeights(model)
     with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
@@ -75,17 +77,24 @@ def tokens_with_gradients(
         for block in blocks:
             if block.down is not None:
                 host = block.parts["down"].host
-                hooks.callback(host.register_forward_hook(partial(see, block.index)).remove)
+                hooks.callback(host.register_forward_hook(partial(record, block.index)).remove)
         for ids in batches:
             ids = ids.to(device).clone()
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), casts.applied():
                 losses = next_token_losses(model, ids)
             if bfloat16 and not losses.isfinite().all():
                 log.warning("A loss is not finite in bfloat16. Errors of blocks are measured in float32 instead.")
-                bfloat16, losses = False, next_token_losses(model, ids)
+                bfloat16 = False  # for the following batches too
+                losses = next_token_losses(model, ids)
             losses.sum().backward()
-    empty = torch.zeros(0, 0, dtype=torch.bfloat16), torch.zeros(0)
-    return [tuple(torch.cat(part) for part in zip(*of, strict=True)) if of else empty for of in seen]
+    by_block = []
+    for pairs in recorded:
+        if pairs:
+            inputs, energies = zip(*pairs, strict=True)
+            by_block.append((torch.cat(inputs), torch.cat(energies)))
+        else:
+            by_block.append((torch.zeros(0, 0, dtype=torch.bfloat16), torch.zeros(0)))
+    return by_block
 
 
 @torch.no_grad()
@@ -109,18 +118,18 @@ def errors_by_width(weight: Tensor, gram: Tensor, x: Tensor, energy: Tensor, *, 
         UserError: if an activation or a gradient is not finite.
     """
     N = weight.shape[1]
-    weighted = torch.zeros(N, N, device=weight.device)
+    S = torch.zeros(N, N, device=weight.device)
     scaled = x.float() * (energy.float() / max(1, len(x))).sqrt()[:, None]
     with fast_products(x):  # rounds `scaled` to bfloat16, which changes errors by about 1e-4 of their size
-        add_gram(weighted, scaled)
-    fill_gram(weighted)
-    require_finite("activation or gradient came up while errors were measured", weighted)
-    damped = gram.double()
-    damping = max(ridge, torch.finfo(torch.float32).eps * N) * damped.diagonal().mean().clamp_min(1e-12)
-    factor = torch.linalg.cholesky(damped + damping * torch.eye(N, device=damped.device)).float()
-    whitened = torch.linalg.solve_triangular(factor, weighted, upper=False)
-    whitened = torch.linalg.solve_triangular(factor, whitened.T, upper=False)  # S is symmetric
-    P = weight.float() @ factor
+        add_gram(S, scaled)
+    fill_gram(S)
+    require_finite("activation or gradient came up while errors were measured", S)
+    G = gram.double()
+    damping = max(ridge, torch.finfo(torch.float32).eps * N) * G.diagonal().mean().clamp_min(1e-12)
+    L = torch.linalg.cholesky(G + damping * torch.eye(N, device=G.device)).float()
+    half_whitened = torch.linalg.solve_triangular(L, S, upper=False)  # L^-1 S
+    whitened = torch.linalg.solve_triangular(L, half_whitened.T, upper=False)  # L^-1 S L^-T, as S is symmetric
+    P = weight.float() @ L
     products = (P.T @ P).mul_(whitened)
     widths = [level * N // LEVELS for level in range(LEVELS + 1)]
     return torch.stack([products[K:, K:].sum(dtype=torch.float64) for K in widths]).cpu()
@@ -135,24 +144,30 @@ def block_errors(
     ridge: float = 0.01,
     bfloat16: bool = False,
 ) -> Tensor:
-    """Return E(K) of every block by `errors_by_width`, (blocks, LEVELS + 1) float64 on the CPU.
+    """Return E(K) of each block at K = 0, N / LEVELS, ..., N: (blocks, LEVELS + 1) float64 on the CPU.
+
+    The errors of a block without an FFN are zeros.
 
     Args:
         model: the dense, frozen model, with weights in memory.
         scores: (N,) scores of each block's neurons. The smallest are removed first.
         statistics: statistics with Gram matrices.
         batches: batches of (B, T) int64 token ids for the forward and backward pass.
+        ridge: lambda of least squares, divided by the mean diagonal of the Gram matrix.
         bfloat16: as for `tokens_with_gradients`.
+
+    Raises:
+        UserError: if an activation or a gradient is not finite.
     """
-    blocks, errors = blocks_of(model), []
+    errors = []
     tokens = tokens_with_gradients(model, batches, bfloat16=bfloat16)
-    for block, of_block, (x, energy) in zip(blocks, scores, tokens, strict=True):
+    for block, block_scores, (x, energy) in zip(blocks_of(model), scores, tokens, strict=True):
         if block.down is None:
             errors.append(torch.zeros(LEVELS + 1, dtype=torch.float64))
             continue
         weight, gram = block.down.weight.detach(), statistics.ffn[block.index].total.gram
         assert gram is not None, "errors are measured behind least squares, which needs Gram matrices"
-        order = of_block.argsort(descending=True, stable=True).to(weight.device)
+        order = block_scores.argsort(descending=True, stable=True).to(weight.device)
         gram, x, energy = (tensor.to(weight.device) for tensor in (gram, x, energy))
         errors.append(errors_by_width(weight[:, order], gram[order][:, order], x[:, order], energy, ridge=ridge))
     return torch.stack(errors)

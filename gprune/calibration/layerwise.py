@@ -36,9 +36,18 @@ GRAMS_IN_MEMORY = 4 * 2**30  # bytes; larger Gram matrices of a run are written 
 Store = Callable[[Block, dict[str, Tensor]], dict[str, StoredGram]]
 
 
-def walks(model: PreTrainedModel, *, corpora: int, gram: bool, sharded: bool = False) -> bool:
-    """Return whether to calibrate layer by layer: for offloaded, unsharded models and for large Gram matrices."""
-    return (is_offloaded(model) and not sharded) or (gram and corpora * gram_bytes(blocks_of(model)) > GRAMS_IN_MEMORY)
+def needs_walk(model: PreTrainedModel, *, corpora: int, gram: bool, sharded: bool = False) -> bool:
+    """Return whether to calibrate layer by layer: for offloaded, unsharded models and for large Gram matrices.
+
+    Args:
+        model: the dense model; it may be without weights.
+        corpora: number of corpora.
+        gram: whether Gram matrices are collected.
+        sharded: whether the model is sharded over processes.
+    """
+    if is_offloaded(model) and not sharded:
+        return True
+    return gram and corpora * gram_bytes(blocks_of(model)) > GRAMS_IN_MEMORY
 
 
 def check_walk(config: PreTrainedConfig) -> None:
@@ -47,7 +56,8 @@ def check_walk(config: PreTrainedConfig) -> None:
     This is the case if layers pass on more than hidden states, or are called more than once. Types with a built-in
     record are not checked.
     """
-    if (record := family_of_config(config)) in BUILT_IN.values():
+    record = family_of_config(config)
+    if record in BUILT_IN.values():
         return
     try:
         model = tiny_model(shrunk(stock_config(config)))
@@ -55,7 +65,7 @@ def check_walk(config: PreTrainedConfig) -> None:
         return
     remember(model, record)  # avoids another discovery for classes of other packages
     ids = torch.arange(3, 27).view(2, 12)
-    why = "the logits differ"
+    reason = "the logits differ"
     try:
         walk = Walk(model)
         walk.add(ids)
@@ -63,16 +73,16 @@ def check_walk(config: PreTrainedConfig) -> None:
         if (logits - expected).abs().max() <= 1e-4 * expected.abs().max():
             return
     except Exception as error:
-        why = first_line(error)
+        reason = first_line(error)
     raise UserError(
-        f"Model type '{config.model_type}' cannot be computed layer by layer ({why}), which offloaded weights, Gram "
+        f"Model type '{config.model_type}' cannot be computed layer by layer ({reason}), which offloaded weights, Gram "
         "matrices beyond memory and --recovery least_squares_sequential need; use more memory or another --recovery."
     )
 
 
 @dataclass
 class LayerCall:
-    """One batch between two layers."""
+    """A batch that passes the layers one by one, with the arguments of each layer."""
 
     input_ids: Tensor  # (B, T)
     hidden: Tensor  # (B, T, H), on the CPU: input of the next layer
@@ -80,21 +90,21 @@ class LayerCall:
     half: Tensor | None = None  # (B,) in {0, 1}
     weight: Tensor | None = None  # (B,)
 
-    def through(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """Return the output of a layer for hidden states (B, T, H), on the layer's device.
+    def run_layer(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Return the output of a layer for hidden states, (B, T, H), on the layer's device.
 
         Args:
             layer: layer number `index` of the decoder, or a pruned version of it, with weights on its device.
             index: number of the layer, whose recorded arguments are used.
-            hidden: hidden states.
+            hidden: (B, T, H) hidden states.
         """
         device = device_of(layer)
         args, kwargs = send_to_device(self.arguments[index], device)  # recorded on the device of the dense layer
         return hidden_in(layer(hidden.to(device), *args, **kwargs))
 
 
-class _Left(Exception):  # noqa: N818 - no error
-    """Leaves a forward pass early, with the output of a layer."""
+class _StopForward(Exception):  # noqa: N818 - no error
+    """Stops a forward pass early. The argument is the output of a layer."""
 
 
 @dataclass
@@ -105,84 +115,101 @@ class Walk:
     for batch in loader:
         walk.add(batch["input_ids"], batch["half"])
     statistics = walk.statistics(gram=True)
+
+    Args:
+        model: the frozen model, which may be offloaded.
     """
 
     model: PreTrainedModel
-    calls: list[LayerCall] = field(default_factory=list)
+    calls: list[LayerCall] = field(default_factory=list)  # one per batch
     _pool: dict[tuple, list[Tensor]] = field(default_factory=dict)  # recorded tensors, without duplicates
-    _form: Any = None  # an output of a layer: hidden states, or a tuple or list with them
+    _example_output: Any = None  # an output of a layer: hidden states, or a tuple or list with them
 
     @torch.no_grad()
     def add(self, input_ids: Tensor, half: Tensor | None = None, weight: Tensor | None = None) -> None:
-        """Embed (B, T) token ids and record arguments of each layer; `half` and `weight` as for `Collector.observe`."""
-        seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+        """Embed a batch and record the arguments of each layer.
 
-        def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            seen.append((hidden, *recursively_apply(self._shared, (args, kwargs))))
+        Args:
+            input_ids: (B, T) token ids.
+            half: as for `Collector.observe`.
+            weight: as for `Collector.observe`.
+        """
+        embedded: list[Tensor] = []  # input of each layer; all are equal
+        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            embedded.append(hidden)
+            arguments.append(recursively_apply(self._without_duplicates, (args, kwargs)))
             return hidden
 
-        if self._form is None:
-            self._form = self._returned_by_first_layer(input_ids[:1])
-        with self._standing_aside(note):
+        if self._example_output is None:
+            self._example_output = self._run_first_layer(input_ids[:1])
+        with self._replaced_layers(record):
             decoder_of(self.model)(input_ids=input_ids, use_cache=False)
-        arguments = [(args, kwargs) for _, args, kwargs in seen]
-        self.calls.append(LayerCall(input_ids, seen[0][0].cpu(), arguments, half, weight))
+        self.calls.append(LayerCall(input_ids, embedded[0].cpu(), arguments, half, weight))
 
-    def _returned_by_first_layer(self, input_ids: Tensor) -> Any:
+    def _run_first_layer(self, input_ids: Tensor) -> Any:
         """Return the output of the first layer. The decoder stops after this layer."""
         layer = decoder_layers(self.model)[0]
 
-        def leave(_layer: nn.Module, _inputs: Any, out: Any) -> None:
-            raise _Left(out)
+        def stop(_layer: nn.Module, _inputs: Any, output: Any) -> None:
+            raise _StopForward(output)
 
-        handle = layer.register_forward_hook(leave)
+        handle = layer.register_forward_hook(stop)
         try:
-            with resident(layer):  # not by a call, because hooks would count these tokens
+            with resident(layer):
+                # `forward` and not a call, because hooks of the decoder would count these tokens.
                 decoder_of(self.model).forward(input_ids=input_ids, use_cache=False)
-        except _Left as left:
-            return left.args[0]
+        except _StopForward as stopped:
+            return stopped.args[0]
         finally:
             handle.remove()
         raise AssertionError("the decoder does not call its first layer")
 
-    def _shared(self, tensor: Tensor) -> Tensor:
+    def _without_duplicates(self, tensor: Tensor) -> Tensor:
         """Return an equal tensor that was recorded earlier, or this one."""
         pool = self._pool.setdefault((tensor.shape, tensor.dtype, tensor.device), [])
-        for other in pool:
-            if other is tensor or torch.equal(other, tensor):
-                return other
+        for recorded in pool:
+            if recorded is tensor or torch.equal(recorded, tensor):
+                return recorded
         pool.append(tensor)
         return tensor
 
     @torch.no_grad()
-    def _pass(self, layer: nn.Module, index: int, collector: Collector | None = None) -> None:
-        """Pass all batches through layer number `index`, with weights in memory, and tell the collector of each."""
+    def _run_layer(self, layer: nn.Module, index: int, collector: Collector | None = None) -> None:
+        """Pass all batches through layer number `index`, with weights in memory.
+
+        Args:
+            layer: the layer.
+            index: its number.
+            collector: a collector with hooks on the layer, which is prepared for each batch.
+        """
         for call in self.calls:
             if collector is not None:
-                collector.expect(call.input_ids.shape[1], call.half, call.weight)
-            call.hidden = call.through(layer, index, call.hidden).cpu()
+                collector.start_batch(call.input_ids.shape[1], call.half, call.weight)
+            call.hidden = call.run_layer(layer, index, call.hidden).cpu()
 
     def statistics(self, *, gram: bool = False, store: Store | None = None) -> CorpusStatistics:
         """Return statistics of all batches, summed over processes, with the same bits as `Collector`.
 
         Args:
             gram: whether to sum Gram matrices.
-            store: writes Gram matrices of a block, by kind, and returns references to the files.
+            store: writes Gram matrices of a block, by scope, and returns references to the files.
         """
         ffn, attention, turned = [], [], []
         for index, blocks in enumerate(by_layer(blocks_of(self.model))):
             layer = blocks[0].layer
             with resident(layer), Collector(self.model, gram=gram, blocks=blocks) as collector:
-                self._pass(layer, index, collector)
+                self._run_layer(layer, index, collector)
             statistics = collector.compute()
             collector.release()
-            for block, *channels in zip(blocks, statistics.ffn, statistics.attention, strict=True):
-                own = dict(zip(("ffn", "attention"), channels, strict=True))
+            for block, neurons, channels in zip(blocks, statistics.ffn, statistics.attention, strict=True):
                 if gram and store is not None:
-                    places = store(block, {kind: channels.gram for kind, channels in own.items()})
-                    own = {kind: replace(channels, gram=places[kind]) for kind, channels in own.items()}
-                ffn.append(own["ffn"])
-                attention.append(own["attention"])
+                    stored = store(block, {"ffn": neurons.gram, "attention": channels.gram})
+                    neurons = replace(neurons, gram=stored["ffn"])
+                    channels = replace(channels, gram=stored["attention"])
+                ffn.append(neurons)
+                attention.append(channels)
             turned.append(statistics.turned)
         return CorpusStatistics(ffn, attention, torch.cat(turned))
 
@@ -191,31 +218,35 @@ class Walk:
         """Yield the logits of each batch, (B, T, V) in the model's dtype. Hooks on layers run."""
         for index, layer in enumerate(decoder_layers(self.model)):
             with resident(layer):
-                self._pass(layer, index)
+                self._run_layer(layer, index)
         head, transform = self.model.get_output_embeddings(), LogitTransform.of(self.model)
         for call in self.calls:
             device = device_of(head)
-            with self._standing_aside(lambda *_, hidden=call.hidden, device=device: hidden.to(device)):
-                # Not by a call, because hooks would count these tokens again.
+            with self._replaced_layers(lambda *_, hidden=call.hidden, device=device: hidden.to(device)):
+                # `forward` and not a call, because hooks of the decoder would count these tokens again.
                 decoded = decoder_of(self.model).forward(input_ids=call.input_ids, use_cache=False)
             yield transform(head(decoded.last_hidden_state))
 
     @contextmanager
-    def _standing_aside(self, stand_in: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
-        """Replace every layer by `stand_in(hidden, other arguments, keyword arguments)` while the context lasts."""
+    def _replaced_layers(self, compute: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+        """Context manager that replaces every layer by `compute`.
+
+        Args:
+            compute: returns hidden states from hidden states, other positional arguments and keyword arguments.
+        """
         layers = decoder_layers(self.model)
-        before = [layer.__dict__.get("forward") for layer in layers]  # accelerate may have set one
+        former = [layer.__dict__.get("forward") for layer in layers]  # accelerate may have set one
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            return with_hidden(self._form, stand_in(hidden, args[1:], kwargs))
+            return with_hidden(self._example_output, compute(hidden, args[1:], kwargs))
 
         for layer in layers:
             layer.__dict__["forward"] = forward
         try:
             yield
         finally:
-            for layer, own in zip(layers, before, strict=True):
+            for layer, former_forward in zip(layers, former, strict=True):
                 layer.__dict__.pop("forward")
-                if own is not None:
-                    layer.__dict__["forward"] = own
+                if former_forward is not None:
+                    layer.__dict__["forward"] = former_forward

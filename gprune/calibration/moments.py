@@ -13,10 +13,12 @@ from gprune.calibration.statistics import SUMS, ChannelStatistics, Moments
 from gprune.errors import require_finite
 from gprune.models.bfloat16 import fast_products
 
+PANEL_WIDTH = 192  # channels in a panel of a Gram matrix: narrow, so that little below the diagonal is computed
 
-def _panels(channels: int, width: int = 192) -> list[slice]:
-    """Return consecutive groups of channels, narrow so that little below the diagonal is computed."""
-    return [slice(start, min(start + width, channels)) for start in range(0, channels, width)]
+
+def _panels(channels: int) -> list[slice]:
+    """Return slices of `PANEL_WIDTH` consecutive channels that together have all channels."""
+    return [slice(start, min(start + PANEL_WIDTH, channels)) for start in range(0, channels, PANEL_WIDTH)]
 
 
 def add_gram(gram: Tensor, x: Tensor) -> None:
@@ -32,9 +34,9 @@ def fill_gram(gram: Tensor) -> None:
 
 
 def add_large_state(metric: Metric, name: str, *shape: int) -> None:
-    """Add a float32 state of zeros, summed over processes.
+    """Add a float32 state of zeros to a metric, summed over processes.
 
-    The default that torchmetrics stores for resets is one expanded number, which needs no memory.
+    The default value, to which torchmetrics resets the state, is one expanded number, which needs no memory.
     """
     metric.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
     setattr(metric, name, torch.zeros(shape))
@@ -42,7 +44,13 @@ def add_large_state(metric: Metric, name: str, *shape: int) -> None:
 
 
 class _Sums(Metric):
-    """torchmetrics state of a projection's input channels: `sizes` (C,), or (E, N) for N neurons of E experts."""
+    """Metric with the states `count`, `sum` and `sum_sq` of a projection's input channels by half of a corpus.
+
+    Args:
+        sizes: C, the number of channels; or E and N, for N neurons of each of E experts.
+        gram: whether to sum Gram matrices.
+        options: keyword arguments of `Metric`.
+    """
 
     full_state_update = False
 
@@ -61,17 +69,23 @@ class StreamingMoments(_Sums):
     """Sums of one projection's input with C channels."""
 
     def update(self, x: Tensor, half: Tensor, weight: Tensor) -> None:
-        """Add activations x (B, T, C) of windows that belong to `half` (B,) in {0, 1}; `weight` (B,) in {0, 1}."""
-        entered, x = x, x.float()
-        assign = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)  # (half, window)
-        assign[half, torch.arange(len(x), device=x.device)] = weight.double()
-        self.count += assign.sum(1) * x.shape[1]
-        self.sum += assign @ x.sum(1).double()
+        """Add activations of a batch of windows.
+
+        Args:
+            x: (B, T, C) activations.
+            half: (B,) in {0, 1}, the half of the corpus to which each window belongs.
+            weight: (B,) in {0, 1}; 0 for windows that are ignored.
+        """
+        values = x.float()
+        weight_by_half = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)  # (half, window)
+        weight_by_half[half, torch.arange(len(x), device=x.device)] = weight.double()
+        self.count += weight_by_half.sum(1) * x.shape[1]
+        self.sum += weight_by_half @ values.sum(1).double()
         # On a CPU an einsum or a vector norm over the middle dimension is ten times slower.
-        self.sum_sq += assign @ x.square().sum(1).double()
+        self.sum_sq += weight_by_half @ values.square().sum(1).double()
         if self.with_gram:
-            with fast_products(entered):
-                add_gram(self.gram, (x * weight[:, None, None]).flatten(0, 1))
+            with fast_products(x):
+                add_gram(self.gram, (values * weight[:, None, None]).flatten(0, 1))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the sums by name: `count` (2,), others (2, C), and `gram` (C, C) if enabled."""
@@ -86,25 +100,37 @@ class StreamingExpertMoments(_Sums):
     """Sums of inputs of the down projections of E experts with N neurons each."""
 
     def update(self, x: Tensor, expert: int, half: Tensor, weight: Tensor) -> None:
-        """Add activations x (n, N) of tokens that are routed to `expert` and belong to `half` (n,) in {0, 1}."""
-        x = x.float()
-        assign = torch.stack([(half == h) * weight for h in (0, 1)]).double()  # (half, token)
-        self.count[:, expert] += assign.sum(1)
-        self.sum[:, expert] += assign @ x.double()
-        self.sum_sq[:, expert] += assign @ x.square().double()
+        """Add activations of the tokens that are routed to an expert.
+
+        Args:
+            x: (n, N) activations.
+            expert: index of the expert.
+            half: (n,) in {0, 1}, the half of the corpus to which each token belongs.
+            weight: (n,) in {0, 1}; 0 for tokens that are ignored.
+        """
+        values = x.float()
+        weight_by_half = torch.stack([(half == h) * weight for h in (0, 1)]).double()  # (half, token)
+        self.count[:, expert] += weight_by_half.sum(1)
+        self.sum[:, expert] += weight_by_half @ values.double()
+        self.sum_sq[:, expert] += weight_by_half @ values.square().double()
         if self.with_gram:
-            weighted = x * weight[:, None]
+            weighted = values * weight[:, None]
             self.gram[expert].addmm_(weighted.T, weighted)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the sums by name, with experts concatenated: each (2, E x N), and `gram` (E, N, N) if enabled."""
-        count = self.count[..., None].expand_as(self.sum)
-        sums = {"count": count} | {name: getattr(self, name) for name in SUMS[1:]}
-        return {n: t.flatten(1) for n, t in sums.items()} | ({"gram": self.gram} if self.with_gram else {})
+        sums = {
+            "count": self.count[..., None].expand_as(self.sum).flatten(1),
+            "sum": self.sum.flatten(1),
+            "sum_sq": self.sum_sq.flatten(1),
+        }
+        if self.with_gram:
+            sums["gram"] = self.gram
+        return sums
 
 
-class StreamingTurn(Metric):
-    """torchmetrics state of one block: the sum over tokens of 1 - cos(its input, its output)."""
+class StreamingCosineChange(Metric):
+    """Metric of one block: the sum over tokens of 1 - cos(input of the block, output of the block)."""
 
     full_state_update = False
 
@@ -113,9 +139,15 @@ class StreamingTurn(Metric):
         self.add_state("sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, before: Tensor, after: Tensor, weight: Tensor) -> None:
-        """Add hidden states (B, T, H). Windows with `weight` (B,) 0 are ignored."""
-        turned = 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
-        self.sum += (turned.sum(1).double() * weight).sum()
+        """Add a batch of windows.
+
+        Args:
+            before: (B, T, H), input of the block.
+            after: (B, T, H), output of the block.
+            weight: (B,) in {0, 1}; 0 for windows that are ignored.
+        """
+        change = 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
+        self.sum += (change.sum(1).double() * weight).sum()
 
     def compute(self) -> Tensor:
         """Return the sum, () float64."""
@@ -123,7 +155,11 @@ class StreamingTurn(Metric):
 
 
 def channel_statistics(sums: dict[str, Tensor]) -> ChannelStatistics:
-    """Convert sums of `StreamingMoments.compute` to statistics on the CPU. A Gram matrix on the CPU is not copied."""
+    """Convert sums of `StreamingMoments.compute` to statistics on the CPU. A Gram matrix on the CPU is not copied.
+
+    Raises:
+        UserError: if an activation was not finite.
+    """
     sums = {name: total.cpu() for name, total in sums.items()}
     require_finite("activation came up during calibration", sums["sum_sq"])
     halves = tuple(Moments(*(sums[name][h].clone() for name in SUMS)) for h in (0, 1))

@@ -22,7 +22,11 @@ from gprune.models.blocks import PARTS, Block, Part
 
 
 def salient_parts(block: Block, kind: str) -> dict[str, Part]:
-    """Return the parts of a block whose weights count for its neurons or attention channels, by name."""
+    """Return the parts of a block whose weights count for its neurons (`ffn`) or attention channels, by name.
+
+    Raises:
+        UserError: for the neurons of experts.
+    """
     if kind == "ffn" and block.has_experts:
         remedy = "Use an --importance that needs no gradients, such as wanda_sp"
         raise UserError(f"Taylor saliency cannot be collected for experts ({block.family.model_type}). {remedy}.")
@@ -30,7 +34,11 @@ def salient_parts(block: Block, kind: str) -> dict[str, Part]:
 
 
 class StreamingGradients(Metric):
-    """torchmetrics state of one linear layer: sum of its weight's gradient over windows."""
+    """Metric of one linear layer: sum of its weight's gradient over windows, by half of the corpus.
+
+    Args:
+        shape: shape of the weight, (out, in).
+    """
 
     full_state_update = False
 
@@ -47,10 +55,10 @@ class StreamingGradients(Metric):
             gradient: gradient of each window's loss by the outputs, (B, T, out).
             halves: half of each window, 0 or 1; windows with None are ignored.
         """
-        for b, h in enumerate(halves):
-            if h is not None:
-                self.gradient[h] += gradient[b].float().T @ x[b].float()
-                self.count[h] += 1
+        for window, half in enumerate(halves):
+            if half is not None:
+                self.gradient[half] += gradient[window].float().T @ x[window].float()
+                self.count[half] += 1
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return numbers of windows, (2,), and sums, (2, out, in), by half of the corpus."""
@@ -58,37 +66,57 @@ class StreamingGradients(Metric):
 
 
 def weight_saliency(weight: Tensor, count: Tensor, gradient: Tensor, *, columns: bool) -> tuple[Tensor, ...]:
-    """Return saliency per row or column of one weight (out, in): for both halves of a corpus, and for the whole.
+    """Return the Taylor saliency of a weight's rows (out,) or columns (in,), float64 on the CPU.
 
     Args:
-        weight: the weight.
-        count: numbers of windows, from `StreamingGradients.compute`.
-        gradient: sums of gradients, from `StreamingGradients.compute`.
-        columns: whether to sum over rows, for saliency of columns.
-    """
-    w, dim = weight.detach().float().cpu(), 0 if columns else 1
-    count, gradient = count.cpu(), gradient.cpu()
-    require_finite("gradient came up during calibration", gradient)
+        weight: the weight, (out, in).
+        count: number of windows in each half of the corpus, (2,), from `StreamingGradients.compute`.
+        gradient: sum of gradients in each half of the corpus, (2, out, in), from `StreamingGradients.compute`.
+        columns: whether to return the saliency of columns instead of rows.
 
-    def terms(*halves: int) -> Tensor:
+    Returns:
+        Three tensors: for half 0, half 1 and the whole corpus.
+
+    Raises:
+        UserError: if a gradient is not finite.
+    """
+    weight, count, gradient = weight.detach().float().cpu(), count.cpu(), gradient.cpu()
+    require_finite("gradient came up during calibration", gradient)
+    summed_dim = 0 if columns else 1
+
+    def saliency(*halves: int) -> Tensor:
         """Return saliency from the gradients of these halves."""
         mean = sum(gradient[h] for h in halves) / sum(count[h] for h in halves).clamp_min(1)
-        return (w * mean).abs().sum(dim, dtype=torch.float64)
+        return (weight * mean).abs().sum(summed_dim, dtype=torch.float64)
 
-    return terms(0), terms(1), terms(0, 1)
+    return saliency(0), saliency(1), saliency(0, 1)
 
 
 def channel_saliency(block: Block, kind: str, metrics: Mapping[str, StreamingGradients]) -> tuple[Tensor, ...]:
-    """Return saliency of a block's neurons (`ffn`) or attention channels, for half 0, half 1 and the whole corpus."""
-    if not salient_parts(block, kind):
+    """Return the saliency of a block's channels: the sum over the block's parts, (C,) float64 on the CPU.
+
+    Args:
+        block: the block.
+        kind: `ffn` for neurons, or `attention` for attention channels.
+        metrics: gradients of the parts, by their names.
+
+    Returns:
+        Three tensors: for half 0, half 1 and the whole corpus. They are empty if the block has no such channels.
+
+    Raises:
+        UserError: if a gradient is not finite.
+    """
+    parts = salient_parts(block, kind)
+    if not parts:
         return (torch.zeros(0, dtype=torch.float64),) * 3
     by_part = []
-    for name, part in salient_parts(block, kind).items():
-        terms = weight_saliency(part.weight, *metrics[name].compute(), columns=name in ("down", "output"))
+    for name, part in parts.items():
+        count, gradient = metrics[name].compute()
+        saliency = weight_saliency(part.weight, count, gradient, columns=name in ("down", "output"))
         if name in ("query", "key", "value"):
-            terms = tuple(_by_channel(block, name, term) for term in terms)
-        by_part.append(terms)
-    return tuple(sum(parts[1:], start=parts[0]) for parts in zip(*by_part, strict=True))
+            saliency = tuple(_by_channel(block, name, rows) for rows in saliency)
+        by_part.append(saliency)
+    return tuple(sum(terms[1:], start=terms[0]) for terms in zip(*by_part, strict=True))
 
 
 def _by_channel(block: Block, name: str, rows: Tensor) -> Tensor:
@@ -104,4 +132,6 @@ def _by_channel(block: Block, name: str, rows: Tensor) -> Tensor:
     else:
         per_head = (per_head.sum(1, keepdim=True) / block.head_dim).expand(-1, block.head_dim)
     channels = per_head.flatten()
-    return channels if name == "query" else block.per_query_head(channels) / (block.heads // block.kv_groups)
+    if name == "query":
+        return channels
+    return block.per_query_head(channels) / (block.heads // block.kv_groups)

@@ -31,11 +31,15 @@ SUMS = ("count", "sum", "sum_sq")
 class StoredGram:
     """A Gram matrix in files, read again on each access. With several sources it is their sum, added in order."""
 
-    sources: tuple[tuple[Path, str], ...]  # file and tensor
+    sources: tuple[tuple[Path, str], ...]  # path of a file, name of a tensor
     expert: int | None = None  # index into a stack of matrices; None: all of them
 
     def read(self) -> Tensor:
-        """Return the matrix, (C, C) float32, or (E, C / E, C / E) for E experts."""
+        """Return the matrix, (C, C) float32, or (E, C / E, C / E) for E experts.
+
+        Raises:
+            UserError: if a file is missing or invalid.
+        """
         total: Tensor | None = None
         for path, name in self.sources:
             tensors = read_tensors(path, once=True)
@@ -78,12 +82,15 @@ class Moments:
 
     def of_expert(self, index: int, experts: int) -> Moments:
         """Return the moments of one expert, without saliency."""
-        sums = (getattr(self, name).view(experts, -1)[index] for name in SUMS)
+        count, total, total_sq = (getattr(self, name).view(experts, -1)[index] for name in SUMS)
         gram = self.gram_source
-        own = replace(gram, expert=index) if isinstance(gram, StoredGram) else None if gram is None else gram[index]
-        return Moments(*sums, own)
+        if isinstance(gram, StoredGram):
+            gram = replace(gram, expert=index)
+        elif gram is not None:
+            gram = gram[index]
+        return Moments(count, total, total_sq, gram)
 
-    def copied(self) -> Moments:
+    def copy(self) -> Moments:
         """Return a copy that may be changed. The Gram matrix is shared."""
         return copy.deepcopy(self, {id(self.gram_source): self.gram_source})
 
@@ -111,7 +118,7 @@ class ChannelStatistics:
         return replace(self.halves[0] + self.halves[1], gram_source=self.gram, saliency=saliency)
 
     def half(self, index: int) -> Moments:
-        """Moments of half 0 or 1 of the corpus, without a Gram matrix."""
+        """Return the moments of half 0 or 1 of the corpus, without a Gram matrix."""
         return replace(self.halves[index], saliency=None if self.saliency is None else self.saliency[index])
 
     def tensors(self) -> dict[str, Tensor]:
@@ -119,7 +126,9 @@ class ChannelStatistics:
         flat = {f"{half}.{name}": getattr(m, name) for half, m in enumerate(self.halves) for name in SUMS}
         if self.gram is not None:
             flat["gram"] = self.gram
-        return flat | {f"saliency.{part}": terms for part, terms in enumerate(self.saliency or ())}
+        if self.saliency is not None:
+            flat |= {f"saliency.{part}": saliency for part, saliency in enumerate(self.saliency)}
+        return flat
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> ChannelStatistics:
@@ -135,7 +144,7 @@ class CorpusStatistics:
 
     ffn: list[ChannelStatistics]
     attention: list[ChannelStatistics]
-    turned: Tensor  # (blocks,) float64: sum over tokens of 1 - cos(a block's input, its output)
+    turned: Tensor  # (blocks,) float64: sum over tokens of 1 - cos(input of the block, output of the block)
     errors: Tensor | None = None  # (blocks, widths) float64, from `calibration.errors`; for rules that need it
 
     @property
@@ -146,12 +155,12 @@ class CorpusStatistics:
     def tensors(self) -> dict[str, Tensor]:
         """Return tensors by flat names, as in safetensors files."""
         flat = {"turned": self.turned}
-        for kind in OUTPUT_PROJECTIONS:
-            for index, channel in enumerate(getattr(self, kind)):
-                flat |= {f"{kind}.{index}.{name}": value for name, value in channel.tensors().items()}
+        for scope in OUTPUT_PROJECTIONS:
+            for block, channels in enumerate(getattr(self, scope)):
+                flat |= {f"{scope}.{block}.{name}": tensor for name, tensor in channels.tensors().items()}
         return flat
 
-    def copied(self) -> CorpusStatistics:
+    def copy(self) -> CorpusStatistics:
         """Return a copy that may be changed. Gram matrices are shared."""
         return copy.deepcopy(self, {id(c.gram): c.gram for c in (*self.ffn, *self.attention)})
 
@@ -159,46 +168,61 @@ class CorpusStatistics:
     def from_tensors(cls, flat: dict[str, Tensor]) -> CorpusStatistics:
         """Return statistics from the result of `tensors`, in any order; extras may be missing."""
 
-        def channel(prefix: str) -> ChannelStatistics:
-            own = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
-            return ChannelStatistics.from_tensors(own)
+        def channel_statistics(prefix: str) -> ChannelStatistics:
+            """Return the statistics of the tensors whose names have this prefix."""
+            return ChannelStatistics.from_tensors(
+                {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
+            )
 
         blocks = range(len(flat["turned"]))
-        by_scope = ([channel(f"{scope}.{b}.") for b in blocks] for scope in OUTPUT_PROJECTIONS)
-        return cls(*by_scope, turned=flat["turned"])
+        by_scope = {scope: [channel_statistics(f"{scope}.{b}.") for b in blocks] for scope in OUTPUT_PROJECTIONS}
+        return cls(**by_scope, turned=flat["turned"])
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of a tensor of `CorpusStatistics.tensors`: `moments` or one of `EXTRAS`, which have own files."""
+    """Return the kind of a tensor of `CorpusStatistics.tensors`: `moments`, or the one of `EXTRAS` in its name.
+
+    Each kind is stored in a file of its own.
+    """
     return next((extra for extra in EXTRAS if f".{extra}" in name), "moments")
 
 
-def pooled(statistics: Iterable[CorpusStatistics]) -> CorpusStatistics:
+def pool_statistics(statistics: Iterable[CorpusStatistics]) -> CorpusStatistics:
     """Pool statistics of several corpora, weighted by their numbers of tokens.
 
     Moments and Gram matrices are exact for the joined text. Saliency is averaged over corpora, because absolute values
     of gradient sums cannot be added.
     """
 
-    def pool(*parts: ChannelStatistics) -> ChannelStatistics:
-        halves = tuple(_sum([part.halves[h] for part in parts]) for h in (0, 1))
-        grams, salient = [part.gram for part in parts], [part.saliency for part in parts]
-        gram = None if any(g is None for g in grams) else _sum(grams)
-        if any(terms is None for terms in salient):
-            return ChannelStatistics(halves, gram)
-        return ChannelStatistics(halves, gram, tuple(_sum(same) / len(parts) for same in zip(*salient, strict=True)))
-
     statistics = list(statistics)
-    by_kind = (zip(*(getattr(s, kind) for s in statistics), strict=True) for kind in OUTPUT_PROJECTIONS)
-    ffn, attention = ([pool(*parts) for parts in blocks] for blocks in by_kind)
+    ffn, attention = (
+        [_pool_channels(of_block) for of_block in zip(*(getattr(s, scope) for s in statistics), strict=True)]
+        for scope in OUTPUT_PROJECTIONS
+    )
     return CorpusStatistics(ffn, attention, torch.stack([s.turned for s in statistics]).sum(0))
 
 
-def _sum(parts: Sequence[Any]) -> Any:
+def _pool_channels(corpora: Sequence[ChannelStatistics]) -> ChannelStatistics:
+    """Pool the statistics of one block over corpora; see `pool_statistics`.
+
+    A Gram matrix or saliency that one corpus lacks is None.
+    """
+    halves = tuple(_sum([corpus.halves[h] for corpus in corpora]) for h in (0, 1))
+    grams = [corpus.gram for corpus in corpora]
+    saliencies = [corpus.saliency for corpus in corpora]
+    gram = saliency = None
+    if all(g is not None for g in grams):
+        gram = _sum(grams)
+    if all(s is not None for s in saliencies):
+        saliency = tuple(_sum(of_part) / len(corpora) for of_part in zip(*saliencies, strict=True))
+    return ChannelStatistics(halves, gram, saliency)
+
+
+def _sum(terms: Sequence[Any]) -> Any:
     """Add moments, saliency or Gram matrices. Stored matrices are added when they are read."""
-    if isinstance(parts[0], StoredGram):
-        return StoredGram(tuple(source for gram in parts for source in gram.sources))
-    return sum(parts[1:], start=parts[0])
+    if isinstance(terms[0], StoredGram):
+        return StoredGram(tuple(source for gram in terms for source in gram.sources))
+    return sum(terms[1:], start=terms[0])
 
 
 def gram_bytes(blocks: Sequence[Block]) -> int:

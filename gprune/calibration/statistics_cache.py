@@ -32,10 +32,13 @@ class StatisticsCache:
 
     def read(self, corpus: str, kinds: Collection[str]) -> CorpusStatistics | None:
         """Return the statistics of a corpus, or None unless all kinds are cached and valid."""
-        parts = [self._read(corpus, kind) for kind in kinds]
-        if any(part is None for part in parts):
+        by_kind = [self._read(corpus, kind) for kind in kinds]
+        if any(tensors is None for tensors in by_kind):
             return None
-        return CorpusStatistics.from_tensors({name: t for part in parts for name, t in part.items()})
+        flat: dict[str, Tensor | StoredGram] = {}
+        for tensors in by_kind:
+            flat |= tensors
+        return CorpusStatistics.from_tensors(flat)
 
     def write(self, corpus: str, statistics: CorpusStatistics, kinds: Collection[str]) -> None:
         """Write kinds of statistics, except Gram matrices that `store` writes block by block."""
@@ -45,24 +48,38 @@ class StatisticsCache:
                 write_tensors(self._path(corpus, kind), {n: t for n, t in tensors.items() if kind_of(n) == kind})
 
     def store(self, corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
-        """Write the Gram matrices of a block by kind, `ffn` and `attention`, and return references to the files."""
-        for kind, gram in grams.items():
-            write_tensors(self._path(corpus, ["gram", kind, block.index]), {"gram": gram})
-        return {kind: self._gram(corpus, kind, block.index) for kind in grams}
+        """Write the Gram matrices of a block by scope, `ffn` and `attention`, and return references to the files."""
+        for scope, gram in grams.items():
+            write_tensors(self._path(corpus, ["gram", scope, block.index]), {"gram": gram})
+        return {scope: self._gram(corpus, scope, block.index) for scope in grams}
 
     def _read(self, corpus: str, kind: str) -> dict[str, Tensor | StoredGram] | None:
+        """Return the tensors of one kind by their names in `CorpusStatistics.tensors`, or None if any is missing."""
         if kind != "gram" or self.walked_blocks is None:
             return read_tensors(self._path(corpus, kind))
-        places = [(k, b) for b in range(self.walked_blocks) for k in OUTPUT_PROJECTIONS]
-        if any(read_tensors(self._path(corpus, ["gram", k, b]), once=True) is None for k, b in places):  # one at a time
-            return None
-        return {f"{k}.{b}.gram": self._gram(corpus, k, b) for k, b in places}
+        grams: dict[str, StoredGram] = {}
+        for block in range(self.walked_blocks):
+            for scope in OUTPUT_PROJECTIONS:
+                # Each file is verified once, and the matrix is freed again.
+                if read_tensors(self._path(corpus, ["gram", scope, block]), once=True) is None:
+                    return None
+                grams[f"{scope}.{block}.gram"] = self._gram(corpus, scope, block)
+        return grams
 
-    def _gram(self, corpus: str, kind: str, block: int) -> StoredGram:
-        return StoredGram(((self._path(corpus, ["gram", kind, block]), "gram"),))
+    def _gram(self, corpus: str, scope: str, block: int) -> StoredGram:
+        return StoredGram(((self._path(corpus, ["gram", scope, block]), "gram"),))
 
     def _path(self, corpus: str, kind: str | list[str | int]) -> Path:
-        own = self.gram_bits if kind == "gram" or kind[0] == "gram" else {}
-        kind = ["taylor", *self.scopes] if kind == "saliency" else kind
-        key = key_of(text=self.texts[corpus], kind=kind, **self.bits, **own)
+        """Return the path of a file.
+
+        Args:
+            corpus: name of the corpus.
+            kind: kind of statistics; for Gram matrices in a file per block `["gram", scope, block]`.
+        """
+        bits = dict(self.bits)
+        if kind == "gram" or kind[0] == "gram":
+            bits |= self.gram_bits
+        if kind == "saliency":
+            kind = ["taylor", *self.scopes]
+        key = key_of(text=self.texts[corpus], kind=kind, **bits)
         return cache_dir() / "statistics" / f"{key}.safetensors"

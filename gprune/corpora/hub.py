@@ -52,20 +52,21 @@ HUB_CORPORA = (
 def load_hub(record: HubCorpus, split: str) -> list[str]:
     """Load the documents of "train" or "test" in the hub's order. Without a test split "train" is cut 70/30."""
     if record.test is None:
-        return contiguous_split(load_hub(replace(record, test="train"), "train"), split)
+        whole_corpus = load_hub(replace(record, test="train"), "train")
+        return contiguous_split(whole_corpus, split)
     import datasets  # takes a second, and only hub corpora need it
 
-    wanted = record.test if split == "test" else "train"
+    hub_split = record.test if split == "test" else "train"
     mirror = f"a mirror into $GPRUNE_DATA_DIR/corpora/{record.name}/{split}.jsonl (an object with 'text' per line), "
     remedy = f"{mirror}name a text file, or use an embedded corpus such as 'wiki'"
-    with had_from_hub(f"corpus '{record.name}'", remedy), offline_if_unreachable():
-        rows = datasets.load_dataset(record.path, record.config, split=wanted, streaming=record.limit is not None)
+    with hub_errors(f"corpus '{record.name}'", remedy), offline_if_unreachable():
+        rows = datasets.load_dataset(record.path, record.config, split=hub_split, streaming=record.limit is not None)
         texts = [record.text.format(**row) for row in itertools.islice(rows, record.limit)]
     return [document for document in record.documents(texts) if document.strip()]
 
 
-def had_from_hub(what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
-    """Context that converts errors of datasets, fsspec, the hub and the HTTP client to UserError.
+def hub_errors(what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
+    """Context manager that converts errors of datasets, fsspec, the hub and the HTTP client to UserError.
 
     Args:
         what: what is downloaded, such as "corpus 'c4'".
@@ -76,7 +77,7 @@ def had_from_hub(what: str, remedy: str) -> contextlib.AbstractContextManager[No
 
 @contextlib.contextmanager
 def offline_if_unreachable() -> Iterator[bool]:
-    """Ping the hub once with a short timeout, and use only cached copies if it does not answer.
+    """Context manager that sends the hub one request, and allows only cached copies if the hub does not answer.
 
     `datasets` alone would retry for half a minute per file, with a warning each time.
 
@@ -86,8 +87,8 @@ def offline_if_unreachable() -> Iterator[bool]:
     import datasets
 
     constants, config = huggingface_hub.constants, datasets.config
-    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    if not any(before):
+    former = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    if not any(former):
         try:
             huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
         except Exception:  # the class depends on the HTTP client
@@ -96,7 +97,7 @@ def offline_if_unreachable() -> Iterator[bool]:
         with quieted("datasets", "huggingface_hub"):
             yield not (constants.HF_HUB_OFFLINE or config.HF_HUB_OFFLINE)
     finally:
-        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = former
 
 
 for _record in HUB_CORPORA:

@@ -11,7 +11,7 @@ corpus, register a function that returns the documents of "train" and "test"; de
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path, PurePath
 
@@ -28,15 +28,15 @@ Corpus = Callable[[str], list[str]]
 CORPORA: Registry[Corpus] = Registry("corpus")
 
 
-def read_corpus(name: str, half: str) -> list[str]:
-    """Read all documents of "train" (development text included) or "test".
+def read_corpus(name: str, split: str) -> list[str]:
+    """Read all documents of a corpus for `split`: "train", which includes development text, or "test".
 
     Raises:
         UserError: if the registered function does not return a list of strings.
     """
     source = source_of(name)
     with CORPORA.running(name):
-        documents = source(half)
+        documents = source(split)
     if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
         raise UserError(f"Corpus '{name}' must be a list of documents of type str; got {documents!r:.80}.")
     return documents
@@ -48,6 +48,8 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
     The split "development", for tuning, is every tenth document of the train text; "train" has the others.
 
     Args:
+        name: name of the corpus, or a path.
+        split: "train", "development" or "test".
         read: `read_corpus`, or a cached version of it, so that "train" and "development" share one reading.
 
     Raises:
@@ -58,8 +60,11 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
     documents = read(name, "test" if split == "test" else "train")
     if split != "test":
         development = documents[DEVELOPMENT_EVERY - 1 :: DEVELOPMENT_EVERY]
-        apart = set(development)
-        documents = development if split == "development" else [d for d in documents if d not in apart]
+        if split == "development":
+            documents = development
+        else:
+            excluded = set(development)  # also removes repetitions of a development document
+            documents = [document for document in documents if document not in excluded]
     if not documents:
         cut = f"Text without a test split is cut 70/30, and every {DEVELOPMENT_EVERY}th train document is development"
         raise UserError(f"Corpus '{name}' needs more documents: its split {split} is empty. {cut} text.")
@@ -72,41 +77,44 @@ def source_of(name: str) -> Corpus:
     Raises:
         UserError: if the name is unknown.
     """
-    place = _place(name)
-    if place is None and name in CORPORA:
+    path = _path_of(name)
+    if path is None and name in CORPORA:
         return CORPORA[name]
-    if place is None:
+    if path is None:
         mirrors = sorted(folder.name for folder in _mirrors().glob("*") if text_files(folder))
+        remedy = f" In a clone, python -m experiments.corpora downloads {name}." if name in DOWNLOADED else ""
         raise UserError(
             f"Unknown corpus '{name}'. Available: {', '.join(CORPORA)}; mirrors under $GPRUNE_DATA_DIR/corpora: "
-            f"{', '.join(mirrors) or 'none'}; or a path to {', '.join(SUFFIXES)} files."
-            + (f" In a clone, python -m experiments.corpora downloads {name}." if name in DOWNLOADED else "")
+            f"{', '.join(mirrors) or 'none'}; or a path to {', '.join(SUFFIXES)} files.{remedy}"
         )
-    if not place.exists():
+    if not path.exists():
         raise UserError(f"Cannot read corpus '{name}': there is no such file or folder.")
-    if not text_files(place):
+    if not text_files(path):
         raise UserError(f"Corpus '{name}' must have {', '.join(SUFFIXES)} files; got none.")
-    return partial(load_files, place)
+    return partial(load_files, path)
 
 
-def _place(name: str) -> Path | None:
+def _path_of(name: str) -> Path | None:
     """Return the file or folder of a corpus; None for a registered name and for an unknown one."""
     if "/" in name or os.sep in name or name in ("", ".", "..") or name.lower().endswith(SUFFIXES):
         return expanded(name)
-    if NAME.fullmatch(name) and text_files(_mirrors() / name):  # the pattern excludes ".." and "~"
-        return _mirrors() / name
-    return Path(name) if name not in CORPORA and Path(name).is_dir() else None
+    mirror = _mirrors() / name
+    if NAME.fullmatch(name) and text_files(mirror):  # the pattern excludes ".." and "~"
+        return mirror
+    if name not in CORPORA and Path(name).is_dir():
+        return Path(name)
+    return None
 
 
 def _mirrors() -> Path:
-    """Folder of local mirrors; it may not exist."""
+    """Return the folder of local mirrors, which may not exist."""
     return expanded(os.environ.get("GPRUNE_DATA_DIR") or os.devnull) / "corpora"
 
 
 def identity(name: str) -> str:
     """Return a string that is equal for two names of the same corpus, such as a mirror and its path."""
-    place = _place(name)
-    return name if place is None else os.path.realpath(place)
+    path = _path_of(name)
+    return name if path is None else os.path.realpath(path)
 
 
 def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
@@ -116,9 +124,12 @@ def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
     """
     parts = {corpus: PurePath(corpus).parts for corpus in corpora}
 
-    def unique_ends(own: tuple[str, ...]) -> Iterator[str]:
-        for n in range(1, len(own) + 1):
-            if sum(other[-n:] == own[-n:] for other in parts.values()) == 1:
-                yield str(PurePath(*own[-n:]))
+    def shortest_unique_end(corpus: str) -> str:
+        """Return as few last parts of a path as no other path ends with, or the whole path."""
+        for n in range(1, len(parts[corpus]) + 1):
+            end = parts[corpus][-n:]
+            if sum(path[-n:] == end for path in parts.values()) == 1:
+                return str(PurePath(*end))
+        return corpus
 
-    return {corpus: one_line(next(unique_ends(own), corpus)) for corpus, own in parts.items()}
+    return {corpus: one_line(shortest_unique_end(corpus)) for corpus in parts}

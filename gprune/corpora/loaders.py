@@ -20,7 +20,11 @@ from gprune.errors import UserError
 
 
 class TokenDataset(Dataset):
-    """Windows of several corpora, concatenated, and indexed by (index, weight)."""
+    """Windows of several corpora, concatenated. The batch sampler requests an item with a pair (index, weight).
+
+    Args:
+        windows: windows of each corpus, all of the same length.
+    """
 
     def __init__(self, windows: Sequence[Windows]):
         self.tokens = torch.cat([w.tokens for w in windows])
@@ -33,11 +37,21 @@ class TokenDataset(Dataset):
         return len(self.tokens)
 
     def __getitem__(self, item: tuple[int, float]) -> dict[str, Tensor | int]:
-        """Return a window: `input_ids` (seq_len,) int64, its `index`, the `half` of its corpus (0 or 1), and `weight`
-        () float32, 0 for padding."""
+        """Return a window.
+
+        Args:
+            item: index of the window, and its weight: 1, or 0 for a window that pads a batch.
+
+        Returns:
+            `input_ids` (seq_len,) int64, `index`, `half` of the corpus (0 or 1), and `weight` () float32.
+        """
         index, weight = item
-        window = {"input_ids": self.tokens[index], "index": index, "half": self.half[index]}
-        return window | {"weight": torch.tensor(weight)}
+        return {
+            "input_ids": self.tokens[index],
+            "index": index,
+            "half": self.half[index],
+            "weight": torch.tensor(weight),
+        }
 
 
 @dataclass(eq=False)
@@ -48,6 +62,15 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
     so that a batch has the same windows, and the same bits, for every number of processes. A rank without a share gets
     the first window of the batch with weight 0. So all ranks take the same number of steps (otherwise collectives would
     hang), and weighted sums count every window once.
+
+    Attributes:
+        num_windows: number of windows of the data set.
+        batch_size: windows in a global batch; with `whole`, in the batch of one rank.
+        rank: number of this process.
+        world_size: number of processes.
+        shuffle: whether the order is random, by `seed` and `epoch`.
+        whole: whether batches are divided among ranks as a whole.
+        seed: seed of the order.
     """
 
     num_windows: int
@@ -76,6 +99,7 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
         return math.ceil(batches / self.world_size) if self.whole else batches
 
     def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+        """Yield the share of this rank of each global batch: pairs (index, weight)."""
         order = np.arange(self.num_windows)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_windows)
@@ -85,7 +109,11 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
             batch = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
             share = batch if self.whole else batch[self.rank :: self.world_size]
             self.served += 1
-            yield [(index, 1.0) for index in share] or [(int((batch or order)[0]), 0.0)]
+            if share:
+                yield [(index, 1.0) for index in share]
+            else:  # with `whole` the batch of this rank may be empty too
+                padding = batch[0] if batch else int(order[0])
+                yield [(padding, 0.0)]
 
 
 class ResumableLoader(DataLoader):
@@ -138,14 +166,15 @@ class CorpusDataModule(LightningDataModule):
         return [self._loader([windows]) for windows in self.test]
 
     def _loader(self, windows: Sequence[Windows], *, shuffle: bool = False, whole: bool = False) -> DataLoader:
+        """Return a loader over windows. With `whole`, for validation, batches are divided among ranks as a whole."""
         dataset = TokenDataset(windows)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        batch_size = self.validation_batch_size if whole else self.batch_size
         sampler = ShardedBatchSampler(
-            len(dataset), self.validation_batch_size if whole else self.batch_size, rank=rank, world_size=world_size,
-            shuffle=shuffle, whole=whole, seed=self.seed,
-        )  # fmt: skip
-        # Iterating draws a random number. A separate generator keeps validation from changing the global random state.
-        generator = torch.Generator() if whole else None
-        return (DataLoader if whole else ResumableLoader)(
-            dataset, batch_sampler=sampler, num_workers=0, generator=generator
+            len(dataset), batch_size, rank=rank, world_size=world_size, shuffle=shuffle, whole=whole, seed=self.seed
         )
+        if whole:
+            # Iterating draws a random number. With a separate generator, validation does not change the global random
+            # state.
+            return DataLoader(dataset, batch_sampler=sampler, num_workers=0, generator=torch.Generator())
+        return ResumableLoader(dataset, batch_sampler=sampler, num_workers=0)

@@ -17,7 +17,7 @@ from gprune.errors import UserError, quoting
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TRAIN_SHARE = 0.7
-MOST = 2**28  # limit of characters read from a corpus: 100,000 windows of 600 tokens
+MAX_CHARACTERS = 2**28  # limit of characters read from a corpus: 100,000 windows of 600 tokens
 log = logging.getLogger("gprune")
 
 
@@ -57,56 +57,82 @@ def text_files(path: Path) -> list[Path]:
 def load_files(path: Path, split: str) -> list[str]:
     """Read the documents of one split: the files `<split>.*`, or without such files the split's share of a 70/30 cut.
 
-    At most `MOST` characters are read; a longer corpus is truncated with a warning.
+    A corpus is truncated, with a warning, after the document that reaches `MAX_CHARACTERS` characters.
 
     Raises:
         UserError: if a file is empty or cannot be read.
     """
     files = text_files(path)
-    names = ("train", "validation", "test")
-    train, validation, test = ([f for f in files if re.match(rf"{name}([.-]|$)", f.name)] for name in names)
-    train, test = train or validation or test or files, test or validation or train or files
-    if train == test:
-        return contiguous_split(_read_all(train), split)
-    return _read_all(train if split == "train" else test)
+    train, validation, test = (
+        [file for file in files if re.match(rf"{name}([.-]|$)", file.name)] for name in ("train", "validation", "test")
+    )
+    train_files = train or validation or test or files
+    test_files = test or validation or train or files
+    if train_files == test_files:
+        return contiguous_split(_read_all(train_files), split)
+    return _read_all(train_files if split == "train" else test_files)
 
 
 def _read_all(files: list[Path]) -> list[str]:
-    documents, left = [], MOST
+    """Read the documents of all files, up to the document that reaches `MAX_CHARACTERS` characters.
+
+    Raises:
+        UserError: if a file cannot be read, or no file has any text.
+    """
+    documents, remaining = [], MAX_CHARACTERS
     for file in files:
         with quoting(f"Cannot read corpus file '{file}' as {file.suffix[1:].lower()}: "):
             for document in filter(str.strip, _read(file)):
-                documents.append(document)
-                left -= len(document)
-                if left <= 0:
-                    log.warning("%s: the corpus is truncated to its first %s characters.", file, f"{MOST:,}")
+                if remaining <= 0:
+                    log.warning("%s: the corpus is truncated to its first %s characters.", file, f"{MAX_CHARACTERS:,}")
                     return documents
+                documents.append(document)
+                remaining -= len(document)
     if not documents:
-        raise UserError(f"Corpus file '{files[0]}' must have at least one document; got no text.")
+        names = ", ".join(f"'{file}'" for file in files)
+        noun = "file" if len(files) == 1 else "files"
+        raise UserError(f"Corpus {noun} {names} must have at least one document; got no text.")
     return documents
 
 
 def _read(path: Path) -> Iterator[str]:
-    """Yield the documents of a file: pieces of a .txt cut at blank lines, or the column "text" of .jsonl, .parquet."""
-    if path.suffix.lower() == ".parquet":
-        from pyarrow.parquet import ParquetFile  # a dependency of datasets, slow to import
+    """Yield the documents of a file.
 
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=["text"]):
-                yield from (_text_of({"text": t}, str(path)) for t in batch["text"].to_pylist() if t is not None)
-        return
-    if path.suffix.lower() == ".txt":
+    A .txt file is cut at blank lines. A .jsonl or .parquet file has one document per row, in the column `text`.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif suffix == ".txt":
         with path.open(encoding="utf-8-sig") as file:  # without a byte order mark
-            yield from split_text(file.read(2 * MOST))
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line := line.removeprefix(BOM_UTF8).strip():
-                yield _document(line, path, number)
+            # Newlines between documents do not count as characters of the corpus, so a file of the maximal size has
+            # more characters. Twice the limit is enough unless half of the file are blank lines.
+            yield from split_text(file.read(2 * MAX_CHARACTERS))
+    else:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                row = line.removeprefix(BOM_UTF8).strip()
+                if row:
+                    yield _parse_line(row, path, number)
 
 
-def _document(line: bytes, path: Path, number: int) -> str:
-    """Return the document on a line of a .jsonl file. Errors name the line."""
+def _read_parquet(path: Path) -> Iterator[str]:
+    """Yield the column `text` of a .parquet file, without missing values."""
+    from pyarrow.parquet import ParquetFile  # a dependency of datasets, slow to import
+
+    with ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["text"]):
+            for text in batch["text"].to_pylist():
+                if text is not None:
+                    yield _text_of({"text": text}, str(path))
+
+
+def _parse_line(line: bytes, path: Path, number: int) -> str:
+    """Return the document on a line of a .jsonl file.
+
+    Raises:
+        UserError: if the line is not JSON, or not an object with a string `text`. The error names the line.
+    """
     with quoting(f"Cannot read line {number} of corpus file '{path}' as jsonl: "):
         try:
             row = json.loads(line.decode("utf-8"))
@@ -116,8 +142,18 @@ def _document(line: bytes, path: Path, number: int) -> str:
 
 
 def _text_of(row: object, where: str) -> str:
+    """Return the field `text` of a row.
+
+    Args:
+        row: a row of a file.
+        where: the file, or the file and line, for errors.
+
+    Raises:
+        UserError: if the row is not an object with a string `text`.
+        ValueError: if the text has an unpaired surrogate, which JSON can escape but UTF-8 cannot encode.
+    """
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UserError(f"{where}: The row must be an object with a string field 'text'; got {row!r:.100}.")
-    text.encode()  # raises ValueError for an unpaired surrogate, which JSON can escape
+    text.encode()  # raises ValueError for an unpaired surrogate
     return text

@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from gprune.errors import UserError
 
 JOIN = "\n\n"  # between documents
+CHARACTERS_PER_TOKEN = 5.0  # first guess of how much text the needed tokens take; doubled until it is enough
+SPARE_TOKENS = 16  # tokenised beyond the needed ones: the last tokens before a cut may depend on the text after it
 Bos = Literal["auto", "always", "never"]
 
 
@@ -65,10 +67,18 @@ def make_windows(
     Documents are joined by a blank line. An end-of-sequence token would have to be predicted, though the end of a
     sampled piece is random.
 
+    Args:
+        texts: documents.
+        tokenizer: the tokenizer of the model.
+        sample: number and choice of the windows.
+        corpus: name of the corpus.
+        split: split of the corpus.
+
     Raises:
         UserError: if there is too little text.
     """
-    pieces, seq_len = list(texts), sample.seq_len - (sample.bos is not None)
+    pieces = list(texts)
+    seq_len = sample.seq_len - (sample.bos is not None)  # tokens of text in a window
     if sample.shuffle:
         # About 4 characters make a token, so 8 x seq_len characters make about two windows.
         pieces = [piece for text in texts for piece in cut_text(text, limit=8 * seq_len)]
@@ -77,20 +87,24 @@ def make_windows(
     needed = None if sample.num_samples is None else sample.num_samples * seq_len
     tokens = _first_tokens(pieces, tokenizer, needed)
     available = len(tokens) // seq_len
-    wanted = sample.num_samples or max(available, 1)
-    if available < wanted:
+    num_windows = sample.num_samples or max(available, 1)
+    if available < num_windows:
         raise UserError(
-            f"Corpus '{corpus}' ({split}) must have {wanted} windows of {sample.seq_len} tokens; got {available}. "
+            f"Corpus '{corpus}' ({split}) must have {num_windows} windows of {sample.seq_len} tokens; got {available}. "
             f"Lower {' or '.join(sample.flags)}, or use a larger corpus."
         )
-    windows = torch.tensor(tokens[: wanted * seq_len]).view(wanted, seq_len)
+    windows = torch.tensor(tokens[: num_windows * seq_len]).view(num_windows, seq_len)
     if sample.bos is not None:
-        windows = torch.cat([torch.full((wanted, 1), sample.bos), windows], 1)
+        windows = torch.cat([torch.full((num_windows, 1), sample.bos), windows], 1)
     return Windows(corpus, split, windows, bos=sample.bos is not None)
 
 
-def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
-    """Return the first token of every window, or None. `auto`: BOS if the tokenizer adds it to a text.
+def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
+    """Return the token that is put before the text of every window, or None.
+
+    Args:
+        tokenizer: the tokenizer.
+        bos: `always` for the BOS token; `never` for none; `auto` for BOS if the tokenizer adds it to a text.
 
     Raises:
         UserError: for `always`, if the tokenizer has no BOS token.
@@ -99,8 +113,10 @@ def opening(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
     if bos == "always" and token is None:
         raise UserError("--corpora.bos must be auto or never if the tokenizer has no BOS token; got always.")
     if bos == "auto":
-        plain, own = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
-        return token if token is not None and own[:1] == [token] and plain[:1] != [token] else None
+        without_special = tokenizer("a", add_special_tokens=False)["input_ids"]
+        with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
+        adds_bos = token is not None and with_special[:1] == [token] and without_special[:1] != [token]
+        return token if adds_bos else None
     return token if bos == "always" else None
 
 
@@ -118,10 +134,15 @@ def cut_text(text: str, limit: int) -> Iterator[str]:
     """Cut text into pieces of at most `limit` characters, at the last line end (or space) in a piece's second half."""
     start = 0
     while len(text) - start > limit:
-        ends = (text.rfind(mark, start + limit // 2, start + limit) for mark in ("\n", " "))
-        end = next((end for end in ends if end >= 0), None)
-        yield text[start : start + limit if end is None else end]
-        start = start + limit if end is None else end + 1
+        end = text.rfind("\n", start + limit // 2, start + limit)
+        if end < 0:
+            end = text.rfind(" ", start + limit // 2, start + limit)
+        if end >= 0:
+            yield text[start:end]
+            start = end + 1  # the line end or space is dropped
+        else:
+            yield text[start : start + limit]
+            start += limit
     yield text[start:]
 
 
@@ -130,13 +151,12 @@ def _first_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, needed: 
 
     The joined string is tokenised in one call, because separate calls would give other tokens around each `JOIN`.
     """
-    sizes = np.cumsum([len(text) + len(JOIN) for text in texts])
-    characters = math.inf if needed is None else 5.0 * needed
+    ends = np.cumsum([len(text) + len(JOIN) for text in texts])  # of each text in the joined string
+    characters = math.inf if needed is None else CHARACTERS_PER_TOKEN * needed
     while True:
-        count = int(np.searchsorted(sizes, characters)) + 1
+        count = int(np.searchsorted(ends, characters)) + 1
         text = JOIN.join(texts[:count])
         tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        # The last tokens before the cut may depend on the text after it, so 16 tokens more are required.
-        if count >= len(texts) or (needed is not None and len(tokens) >= needed + 16):
+        if count >= len(texts) or (needed is not None and len(tokens) >= needed + SPARE_TOKENS):
             return tokens
         characters *= 2

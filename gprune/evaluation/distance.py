@@ -6,7 +6,6 @@ This version uses only the logits of `forward`, so it works for every model.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -15,13 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.corpora.windows import Windows
-from gprune.evaluation.perplexity import PerplexityResult, mean_nll
+from gprune.evaluation.perplexity import PerplexityResult
 from gprune.models.losses import rows_at_once
 from gprune.models.offload import device_of
 
 
 @torch.no_grad()
-def measured_apart(
+def perplexity_from_logits(
     model: PreTrainedModel, windows: Windows, dense: PreTrainedModel | None = None, *,
     progress: Callable[[int], None] | None = None,
 ) -> PerplexityResult:  # fmt: skip
@@ -30,6 +29,8 @@ def measured_apart(
     If a vocabulary is padded, both distributions are restricted to the tokens that the two models share.
 
     Args:
+        model: a causal language model in eval mode.
+        windows: the text.
         dense: a model with the same tokenizer.
         progress: called after each window with its number of tokens.
 
@@ -38,37 +39,43 @@ def measured_apart(
     """
     sums = []
     for window in windows.tokens:
-        logits, targets = _logits(model, window), window[1:]
-        theirs = None if dense is None else _logits(dense, window).to(logits.device)
-        sums.append(_sums(logits, targets.to(logits.device), theirs))
+        logits = _logits(model, window)
+        targets = window[1:].to(logits.device)
+        dense_logits = None if dense is None else _logits(dense, window).to(logits.device)
+        sums.append(_window_sums(logits, targets, dense_logits))
         if progress is not None:
             progress(window.numel())
-    scores, tokens = torch.stack(sums).cpu(), windows.tokens[:, 1:].numel()
-    nll = mean_nll(scores[:, 0].contiguous(), tokens, windows.corpus)
-    distance = [part for of in scores.T[1:] for part in (float(of.sum()) / tokens, of.tolist())]
-    return PerplexityResult(math.exp(nll), nll, tokens, scores[:, 0].tolist(), *distance)
+    return PerplexityResult.from_window_sums(torch.stack(sums).cpu(), windows)
 
 
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
-    """Logits (T - 1, V) for tokens 2..T of a window (T,) int64."""
+    """Return the logits (T - 1, V) for tokens 2..T of a window (T,) int64."""
     return model(input_ids=window[None].to(device_of(model)), use_cache=False).logits[0, :-1]
 
 
-def _sums(logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
-    """Sums over the tokens of a window, (1,) or (3,) float64.
+def _window_sums(logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -> Tensor:
+    """Return sums over the predicted tokens of a window, (1,) or (3,) float64.
 
     The sums are the negative log-likelihood in nats and, if the dense model's logits are given, KL(dense || model) in
     nats and the number of tokens with the same argmax.
+
+    Args:
+        logits: (T - 1, V), logits of the model.
+        targets: (T - 1,) int64, the predicted tokens.
+        dense_logits: (T - 1, V'), logits of the dense model. V' may differ from V if a vocabulary is padded.
     """
-    rows, parts = rows_at_once(logits), []
-    common = None if dense is None else min(dense.shape[-1], logits.shape[-1])
+    rows = rows_at_once(logits)
+    chunk_sums = []
     for start in range(0, len(logits), rows):
-        ours, wanted = logits[start : start + rows].float(), targets[start : start + rows]
-        part = [F.cross_entropy(ours, wanted, reduction="none").double().sum()]
-        if dense is not None:
-            ours, theirs = ours[:, :common], dense[start : start + rows, :common].float()
-            logs = ours.log_softmax(-1), theirs.log_softmax(-1)
-            kl = F.kl_div(*logs, reduction="none", log_target=True).sum(-1).double().sum().clamp_min(0)
-            part += [kl, (ours.argmax(-1) == theirs.argmax(-1)).double().sum()]
-        parts.append(torch.stack(part))
-    return torch.stack(parts).sum(0)
+        chunk = slice(start, start + rows)
+        chunk_logits = logits[chunk].float()
+        sums = [F.cross_entropy(chunk_logits, targets[chunk], reduction="none").double().sum()]
+        if dense_logits is not None:
+            common = min(dense_logits.shape[-1], logits.shape[-1])  # tokens that both models have
+            ours, theirs = chunk_logits[:, :common], dense_logits[chunk, :common].float()
+            log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+            kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).double().sum().clamp_min(0)
+            same = (ours.argmax(-1) == theirs.argmax(-1)).double().sum()
+            sums += [kl, same]
+        chunk_sums.append(torch.stack(sums))
+    return torch.stack(chunk_sums).sum(0)

@@ -17,82 +17,127 @@ Nll = Mapping[str, list[float]]  # corpus -> summed negative log-likelihood per 
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Geometric mean: exp of the mean logarithm; NaN without values."""
-    logs = [math.log(v) for v in values]
-    return math.exp(sum(logs) / len(logs)) if logs else float("nan")
+    """Return the geometric mean: exp of the mean logarithm; NaN without values."""
+    logs = [math.log(value) for value in values]
+    if not logs:
+        return math.nan
+    return math.exp(sum(logs) / len(logs))
 
 
 def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: dict[str, bool]) -> float:
-    """Geometric mean of pruned/dense perplexity over unseen corpora, divided by the same over seen corpora.
+    """Return the geometric mean of pruned/dense perplexity over unseen corpora, divided by that over seen corpora.
 
     Above 1, pruning did more harm on unseen text. NaN unless there are corpora of both kinds.
+
+    Args:
+        pruned: perplexity of the pruned model by corpus.
+        dense: perplexity of the dense model by corpus.
+        seen: whether a run has used the corpus.
     """
     ratios = {corpus: pruned[corpus] / dense[corpus] for corpus in pruned}
-    unseen = geometric_mean(ratio for corpus, ratio in ratios.items() if not seen[corpus])
-    return unseen / geometric_mean(ratio for corpus, ratio in ratios.items() if seen[corpus])
+    unseen_ratio = geometric_mean(ratio for corpus, ratio in ratios.items() if not seen[corpus])
+    seen_ratio = geometric_mean(ratio for corpus, ratio in ratios.items() if seen[corpus])
+    return unseen_ratio / seen_ratio
 
 
 def mean_perplexity(nll: Nll, tokens_per_window: int) -> tuple[float, float, float]:
-    """Geometric-mean perplexity of one model over corpora: (perplexity, lower, upper)."""
+    """Return the geometric-mean perplexity of one model over corpora: (perplexity, lower, upper)."""
     return tuple(map(math.exp, mean_per_token(nll, tokens_per_window)))
 
 
 def mean_per_token(sums: Nll, tokens_per_window: int) -> tuple[float, float, float]:
-    """Mean over corpora of a quantity per token, such as KL in nats: (mean, lower, upper).
+    """Return the mean over corpora of a quantity per token, such as KL in nats: (mean, lower, upper).
 
     Args:
         sums: the quantity, summed over the tokens of each window, by corpus.
+        tokens_per_window: number of these tokens.
     """
-    return _interval(sums, dict.fromkeys(sums, 1 / len(sums)), tokens_per_window)
+    equal_weights = dict.fromkeys(sums, 1 / len(sums))
+    return _interval(sums, equal_weights, tokens_per_window)
 
 
 def paired_ratio(a: Nll, b: Nll, tokens_per_window: int) -> tuple[float, float, float]:
-    """Paired ratio of the geometric-mean perplexities of models a and b on the same windows: (ratio, lower, upper)."""
+    """Return the ratio of the geometric-mean perplexities of models a and b: (ratio, lower, upper).
+
+    Args:
+        a: negative log-likelihood of model a.
+        b: negative log-likelihood of model b on the same windows.
+        tokens_per_window: number of predicted tokens in a window.
+    """
     return mean_perplexity(differences(a, b), tokens_per_window)
 
 
 def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float | None]:
-    """Paired difference of the accuracies of models a and b on the same questions, and its standard error.
+    """Return the difference of the accuracies of models a and b on the same questions, and its standard error.
 
     Questions that both models answer correctly, or both wrongly, do not contribute. The standard error is None for
     fewer than two questions.
+
+    Args:
+        a: whether model a answers each question correctly.
+        b: whether model b does.
     """
-    difference = [int(x) - int(y) for x, y in zip(a, b, strict=True)]
-    n, mean = len(difference), sum(difference) / len(difference)
-    return mean, math.sqrt(sum((d - mean) ** 2 for d in difference) / (n - 1) / n) if n > 1 else None
+    differences = [int(x) - int(y) for x, y in zip(a, b, strict=True)]
+    n = len(differences)
+    mean = sum(differences) / n
+    if n < 2:
+        return mean, None
+    variance = sum((difference - mean) ** 2 for difference in differences) / (n - 1)
+    return mean, math.sqrt(variance / n)
 
 
 def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_window: int) -> tuple[float, float, float]:
-    """Paired `generalisation_gap` over windows: (gap, lower, upper); NaN unless there are corpora of both kinds."""
-    known = sum(seen[corpus] for corpus in pruned)
-    if known in (0, len(pruned)):
+    """Return `generalisation_gap`, paired over windows: (gap, lower, upper).
+
+    NaN unless there are both seen and unseen corpora.
+
+    Args:
+        pruned: negative log-likelihood of the pruned model.
+        dense: negative log-likelihood of the dense model on the same windows.
+        seen: whether a run has used the corpus.
+        tokens_per_window: number of predicted tokens in a window.
+    """
+    seen_corpora = sum(seen[corpus] for corpus in pruned)
+    unseen_corpora = len(pruned) - seen_corpora
+    if not seen_corpora or not unseen_corpora:
         return (math.nan,) * 3
-    weights = {corpus: -1 / known if seen[corpus] else 1 / (len(pruned) - known) for corpus in pruned}
+    weights = {corpus: -1 / seen_corpora if seen[corpus] else 1 / unseen_corpora for corpus in pruned}
     return tuple(map(math.exp, _interval(differences(pruned, dense), weights, tokens_per_window)))
 
 
 def differences(a: Nll, b: Nll) -> Nll:
-    """Differences a - b by window."""
+    """Return the differences a - b by window."""
     return {corpus: [x - y for x, y in zip(a[corpus], b[corpus], strict=True)] for corpus in a}
 
 
-def _interval(nll: Nll, weights: Mapping[str, float], tokens_per_window: int) -> tuple[float, float, float]:
-    """Weighted sum of means with its confidence interval.
+def _interval(sums: Nll, weights: Mapping[str, float], tokens_per_window: int) -> tuple[float, float, float]:
+    """Return a weighted sum of means over windows with its 95 % confidence interval: (sum, lower, upper).
 
-    s = sum_c w_c mean_c, and s -+ t(0.975, v) sqrt(sum_c V_c), V_c = w_c^2 var_c / n_c.
-    The degrees of freedom are Welch and Satterthwaite's, v = (sum V_c)^2 / sum V_c^2 / (n_c - 1). The variance of a
-    corpus with one window is unknown, and is taken as 0.
+    With mean m_c and variance s_c^2 of the n_c windows of corpus c, and its weight w_c:
+        S = sum_c w_c m_c,    V_c = w_c^2 s_c^2 / n_c,
+        interval S -+ t(0.975, v) sqrt(sum_c V_c),
+        v = (sum_c V_c)^2 / sum_c (V_c^2 / (n_c - 1)), Welch-Satterthwaite.
+    The variance of a corpus with a single window cannot be estimated and is taken as 0.
+
+    Args:
+        sums: a quantity, summed over the tokens of each window, by corpus.
+        weights: weight of each corpus.
+        tokens_per_window: number of these tokens.
     """
-    point, parts, freedom = 0.0, [], []
+    point = 0.0
+    variances: list[float] = []  # V_c
+    window_freedoms: list[int] = []  # n_c - 1
     for corpus, weight in weights.items():
-        values = np.array(nll[corpus]) / tokens_per_window
-        point += weight * float(values.mean())
-        if len(values) > 1:
-            parts.append(weight**2 * float(values.var(ddof=1)) / len(values))
-            freedom.append(len(values) - 1)
-    variance = sum(parts)
+        per_token = np.array(sums[corpus]) / tokens_per_window
+        point += weight * float(per_token.mean())
+        if len(per_token) > 1:
+            variances.append(weight**2 * float(per_token.var(ddof=1)) / len(per_token))
+            window_freedoms.append(len(per_token) - 1)
+    variance = sum(variances)
     if not variance > 0:
         return (point,) * 3
-    v = variance**2 / sum(part**2 / f for part, f in zip(parts, freedom, strict=True))
-    half = float(student.ppf(0.975, v)) * math.sqrt(variance)
-    return point, point - half, point + half
+    degrees_of_freedom = variance**2 / sum(
+        V**2 / freedom for V, freedom in zip(variances, window_freedoms, strict=True)
+    )
+    half_width = float(student.ppf(0.975, degrees_of_freedom)) * math.sqrt(variance)
+    return point, point - half_width, point + half_width

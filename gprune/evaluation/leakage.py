@@ -18,10 +18,15 @@ SEEN_ABOVE = 0.01
 
 
 def leaked_share(evaluated: Sequence[str], used: Sequence[str], n: int = 13) -> float:
-    """Share in [0, 1] of the n-grams in `evaluated` (each occurrence counts) that occur anywhere in `used`.
+    """Return the share of the n-grams in `evaluated` (each occurrence counts) that occur anywhere in `used`, in [0, 1].
 
     Words are lower-cased runs of letters and digits of any script; n-grams of `n` words do not cross documents. Scripts
     without spaces have few "words", so the check is weak for them. Without any n-gram the share is 0.
+
+    Args:
+        evaluated: documents of the evaluated text.
+        used: documents of the text that a run used.
+        n: number of words in an n-gram.
     """
     counts = Counter(gram for text in evaluated for gram in _ngrams(text, n))
     total = counts.total()
@@ -34,13 +39,19 @@ def leaked_share_of_windows(
     evaluated: Sequence[Windows], used: Sequence[Windows], tokenizer: PreTrainedTokenizerBase
 ) -> float:
     """Compute `leaked_share` of decoded windows. Their n-grams may cross documents."""
-    texts = (
-        [text for w in part for text in tokenizer.batch_decode(w.tokens[:, w.bos :].tolist())]
-        for part in (evaluated, used)
-    )
-    return leaked_share(*texts)
+
+    def decode(corpora: Sequence[Windows]) -> list[str]:
+        """Return the text of each window, without a BOS token."""
+        texts = []
+        for windows in corpora:
+            first_token = 1 if windows.bos else 0
+            texts += tokenizer.batch_decode(windows.tokens[:, first_token:].tolist())
+        return texts
+
+    return leaked_share(decode(evaluated), decode(used))
 
 
 def _ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
+    """Return the n-grams of words in a text. Words are lower-cased runs of letters and digits of any script."""
     words = re.findall(r"[^\W_]+", text.lower())
     return zip(*(words[i:] for i in range(n)), strict=False)

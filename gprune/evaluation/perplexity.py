@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -45,17 +45,18 @@ class Forecast(NamedTuple):
 
         `logits` is overwritten.
         """
-        head, transform, top = model.get_output_embeddings(), LogitTransform.of(model), logits.argmax(-1)
+        head, transform = model.get_output_embeddings(), LogitTransform.of(model)
+        top = logits.argmax(-1)
         if transform.softcap is not None or head.weight.is_meta:  # an offloaded weight is loaded only by its module
             return cls(hidden.cpu(), top.cpu(), None)
-        for part in logits.split(rows_at_once(logits)):
-            part.copy_(part.softmax(-1))
-        mean = logits @ head.weight
-        rest = (mean.double() * hidden.double()).sum(-1) / transform.scaling - log_sum
-        return cls(mean.cpu(), top.cpu(), rest.cpu())
+        for chunk in logits.split(rows_at_once(logits)):
+            chunk.copy_(chunk.softmax(-1))
+        mean_row = logits @ head.weight  # m, the mean of the rows of W by the probabilities q
+        rest = (mean_row.double() * hidden.double()).sum(-1) / transform.scaling - log_sum
+        return cls(mean_row.cpu(), top.cpu(), rest.cpu())
 
     def kl(self, model: PreTrainedModel, logits: Tensor, hidden: Tensor, log_sum: Tensor) -> Tensor:
-        """KL(dense || model) of each token in nats, (T - 1,).
+        """Return KL(dense || model) of each token in nats, (T - 1,).
 
         Args:
             model: the other model.
@@ -63,14 +64,17 @@ class Forecast(NamedTuple):
             hidden: (T - 1, H), its final hidden states.
             log_sum: (T - 1,) float64, log sum exp of its logits.
         """
-        transform, states, rows = LogitTransform.of(model), self.states.to(logits.device), rows_at_once(logits)
+        transform, states = LogitTransform.of(model), self.states.to(logits.device)
         if self.rest is not None:
             products = (states.double() * hidden.double()).sum(-1) / transform.scaling
             return self.rest.to(logits.device) + log_sum - products
-        theirs = transform(model.get_output_embeddings()(states[None]))[0]
-        pairs = zip(logits.split(rows), theirs.split(rows), strict=True)
-        logs = (tuple(part.float().log_softmax(-1) for part in pair) for pair in pairs)
-        return torch.cat([F.kl_div(*pair, reduction="none", log_target=True).sum(-1) for pair in logs])
+        dense_logits = transform(model.get_output_embeddings()(states[None]))[0]
+        rows = rows_at_once(logits)
+        chunks = []
+        for ours, theirs in zip(logits.split(rows), dense_logits.split(rows), strict=True):
+            log_p, log_q = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+            chunks.append(F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1))
+        return torch.cat(chunks)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,33 @@ class PerplexityResult:
     agreement: float | None = None  # share of tokens with the same most likely token in both models
     window_agreement: list[float] | None = None  # number of such tokens in the window
 
+    @classmethod
+    def from_window_sums(cls, sums: Tensor, windows: Windows) -> PerplexityResult:
+        """Return the result for sums over the predicted tokens of each window.
+
+        Args:
+            sums: (n, 1) or (n, 3) float64 on the CPU: negative log-likelihood in nats and, if measured, KL in nats and
+                the number of tokens with the same argmax.
+            windows: the n windows.
+
+        Raises:
+            UserError: if a loss is not finite, or exp of the mean loss would overflow.
+        """
+        tokens = windows.tokens[:, 1:].numel()
+        window_nll = sums[:, 0].contiguous()  # the memory layout affects the last bits of the sum
+        nll = mean_nll(window_nll, tokens, windows.corpus)
+        result = cls(math.exp(nll), nll, tokens, window_nll.tolist())
+        if sums.shape[1] == 1:
+            return result
+        _, window_kl, window_agreement = sums.T
+        return replace(
+            result,
+            kl=float(window_kl.sum()) / tokens,
+            window_kl=window_kl.tolist(),
+            agreement=float(window_agreement.sum()) / tokens,
+            window_agreement=window_agreement.tolist(),
+        )
+
 
 def perplexity(
     model: PreTrainedModel,
@@ -96,10 +127,12 @@ def perplexity(
     shared: bool = False,
     forecasts: list[Forecast] | None = None,
 ) -> PerplexityResult:
-    """Perplexity: exp of the mean next-token cross-entropy over windows, each scored from its second token.
+    """Return the perplexity: exp of the mean next-token cross-entropy over windows, each scored from its second token.
 
     Args:
         model: in eval mode, inside the caller's `masked` context if masks should apply.
+        windows: the text.
+        batch_size: number of windows in a forward pass.
         progress: called after each batch with its number of tokens, such as `Screen.advance`.
         shared: split the batches over ranks. Every rank has to call this function with the same model, whole or
             sharded. Batches do not depend on the number of ranks, so the result has the same bits.
@@ -109,29 +142,33 @@ def perplexity(
     Raises:
         UserError: if a loss is not finite, or exp of the mean loss would overflow.
     """
-    rank, world = processes() if shared else (0, 1)
-    batches = windows.tokens.split(batch_size)  # batch i belongs to rank i % world
-    own, dense, collected = [], list(forecasts or ()), None if forecasts else forecasts
-    for i, batch in enumerate(batches[rank::world]):
-        own.append(_scores(model, batch, dense[i * batch_size :][: len(batch)], collected))
+    rank, world_size = rank_and_world_size() if shared else (0, 1)
+    batches = windows.tokens.split(batch_size)  # batch i belongs to rank i % world_size
+    dense_forecasts = list(forecasts or ())
+    collected = None if forecasts else forecasts
+    own_sums = []
+    for i, batch in enumerate(batches[rank::world_size]):
+        of_batch = dense_forecasts[i * batch_size :][: len(batch)]
+        own_sums.append(_window_sums(model, batch, of_batch, collected))
         if progress is not None:
-            progress(batch.numel() * world)
-    if len(own) < len(batches[::world]):
+            progress(batch.numel() * world_size)
+    if len(own_sums) < len(batches[::world_size]):
         # Other ranks have one batch more, and every forward pass of a sharded model needs all ranks.
-        _scores(model, batches[0][:1])
-    by_process: list[Any] = [[scores.cpu() for scores in own]] * world
-    if world > 1:
-        torch.distributed.all_gather_object(by_process, by_process[rank])
-    scores = torch.cat([by_process[i % world][i // world] for i in range(len(batches))])
-    window_nll = scores[:, 0].contiguous()  # the memory layout affects the last bits of the sum
-    tokens = windows.tokens[:, 1:].numel()
-    nll = mean_nll(window_nll, tokens, windows.corpus)
-    distance = [part for sums in scores.T[1:] for part in (float(sums.sum()) / tokens, sums.tolist())]
-    return PerplexityResult(math.exp(nll), nll, tokens, window_nll.tolist(), *distance)
+        _window_sums(model, batches[0][:1])
+    by_rank: list[Any] = [[sums.cpu() for sums in own_sums]] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(by_rank, by_rank[rank])
+    sums = torch.cat([by_rank[i % world_size][i // world_size] for i in range(len(batches))])
+    return PerplexityResult.from_window_sums(sums, windows)
 
 
 def mean_nll(window_nll: Tensor, tokens: int, corpus: str) -> float:
-    """Mean negative log-likelihood in nats per token, from the sums of windows (n,) float64 over `tokens` tokens.
+    """Return the mean negative log-likelihood in nats per token.
+
+    Args:
+        window_nll: (n,) float64, the sum of each window in nats.
+        tokens: number of predicted tokens in all windows.
+        corpus: name of the corpus for errors.
 
     Raises:
         UserError: if a sum is not finite, or exp of the mean would overflow.
@@ -189,42 +226,51 @@ class WindowPerplexity(Metric):
 
 
 def window_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Sum of the negative log-likelihood of each window's tokens 2..T in nats, (B,) float64; tokens (B, T) int64."""
-    return _scores(model, tokens)[:, 0].contiguous()
+    """Return the negative log-likelihood of each window, summed over tokens 2..T, in nats: (B,) float64.
+
+    Args:
+        model: a causal language model in eval mode.
+        tokens: (B, T) int64.
+    """
+    return _window_sums(model, tokens)[:, 0].contiguous()
 
 
 @torch.no_grad()
-def _scores(
+def _window_sums(
     model: PreTrainedModel, tokens: Tensor, dense: list[Forecast] | None = None, collected: list[Forecast] | None = None
 ) -> Tensor:
-    """Sums over the predicted tokens 2..T of each window: negative log-likelihood in nats, (B, 1) float64.
+    """Return sums over the predicted tokens 2..T of each window: negative log-likelihood in nats, (B, 1) float64.
 
     With the dense model's forecasts also KL in nats and the number of tokens with the same argmax, (B, 3) float64.
     Probabilities are float32, whatever the model's dtype.
 
     Args:
+        model: the model.
         tokens: (B, T) int64.
         dense: forecasts of the dense model, one per window.
         collected: a list to which the forecasts of this model are appended.
     """
-    sums = []
+    by_window = []
     for i, window in enumerate(iter_logits(model, tokens.to(device_of(model), non_blocking=True))):
         # The output embeddings, and so the logits, may be on another device.
         logits, targets, hidden = (part[0].to(window[0].device) for part in window)
         rows = rows_at_once(logits)
         chunks = zip(logits.split(rows), targets.split(rows), strict=True)
-        nll = torch.cat([F.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in chunks])
-        sums.append([nll.double().sum()])
+        nll = torch.cat([F.cross_entropy(chunk.float(), target, reduction="none") for chunk, target in chunks])
+        sums = [nll.double().sum()]
         log_sum = logits.gather(-1, targets[:, None])[:, 0].double() + nll
         if dense:
-            kl, same = dense[i].kl(model, logits, hidden, log_sum), logits.argmax(-1) == dense[i].top.to(logits.device)
-            sums[-1] += [kl.double().sum().clamp_min(0), same.double().sum()]  # rounding can give a negative sum
+            kl = dense[i].kl(model, logits, hidden, log_sum)
+            same = logits.argmax(-1) == dense[i].top.to(logits.device)
+            sums += [kl.double().sum().clamp_min(0), same.double().sum()]  # rounding can give a negative sum
         elif collected is not None:
             collected.append(Forecast.of(model, logits, hidden, log_sum))
-    return torch.stack([torch.stack(of_window) for of_window in sums])
+        by_window.append(torch.stack(sums))
+    return torch.stack(by_window)
 
 
-def processes() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Return (rank, world size) of torch.distributed; (0, 1) if it is not initialized."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()

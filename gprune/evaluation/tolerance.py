@@ -8,18 +8,19 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 
-class UpTo(NamedTuple):
-    """A removed share; `at_least` if the curve ends before the limit is reached."""
+class LargestShare(NamedTuple):
+    """The largest removed share within a limit."""
 
     value: float
-    at_least: bool
+    at_least: bool  # whether the curve ends before the limit is reached
 
     def __str__(self) -> str:
         digits = 1 if self.value < 0.01 else 0
-        return f"{'at least ' * self.at_least}{100 * self.value:.{digits}f} %"
+        prefix = "at least " if self.at_least else ""
+        return f"{prefix}{100 * self.value:.{digits}f} %"
 
 
-def largest_share(perplexity: Mapping[float, float], ratio: float) -> UpTo | None:
+def largest_share(perplexity: Mapping[float, float], ratio: float) -> LargestShare | None:
     """Return the largest share up to which perplexity stays within `ratio` times that of share 0.
 
     log perplexity is made monotone (running maximum) and interpolated linearly between the measured shares. Measured
@@ -35,9 +36,12 @@ def largest_share(perplexity: Mapping[float, float], ratio: float) -> UpTo | Non
     shares = sorted(perplexity)
     if len(shares) < 2 or shares[0] != 0:
         return None
-    limit, rise = math.log(ratio), 0.0
-    for before, share in itertools.pairwise(shares):
-        last, rise = rise, max(rise, math.log(perplexity[share] / perplexity[0]))
+    limit = math.log(ratio)
+    rise = 0.0  # running maximum of log(perplexity / dense perplexity)
+    for former_share, share in itertools.pairwise(shares):
+        former_rise = rise
+        rise = max(former_rise, math.log(perplexity[share] / perplexity[0]))
         if rise > limit:
-            return UpTo(before + (share - before) * (limit - last) / (rise - last), False)
-    return UpTo(shares[-1], True)
+            crossing = former_share + (share - former_share) * (limit - former_rise) / (rise - former_rise)
+            return LargestShare(crossing, at_least=False)
+    return LargestShare(shares[-1], at_least=True)

@@ -16,6 +16,8 @@ from gprune.importance.metrics import IMPORTANCE, magnitude
 from gprune.importance.weights import UnitWeights, attention_weights, ffn_weights
 from gprune.models.blocks import Block
 
+SEED_STRIDE = 100_003  # a prime; seeds of two runs differ by a multiple of it
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -33,7 +35,7 @@ def score_channels(name: str, weights: UnitWeights, moments: Moments, generator:
         UserError: if scores have another shape, or are not dense, real and finite; if the metric changed the weights.
     """
     with IMPORTANCE.running(name, *weights.inputs, weights.output):
-        scores = IMPORTANCE[name](weights, moments.copied(), generator)
+        scores = IMPORTANCE[name](weights, moments.copy(), generator)
     return IMPORTANCE.checked(name, "scores", scores, weights.output.shape[1:]).cpu().double()
 
 
@@ -43,23 +45,26 @@ def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, g
     Experts without any routed token have no activations. Their neurons are ranked by `magnitude`, and the score at rank
     j is the mean of the other experts' scores at rank j. This is our choice.
     """
-    E = block.experts
     if not block.has_experts:
         return score_channels(name, weights, moments, generator)
+    E = block.experts
     scores = torch.stack(
         [score_channels(name, weights.of_expert(e, E), moments.of_expert(e, E), generator) for e in range(E)]
     )
-    idle = moments.count.view(E, -1)[:, 0] == 0
+    idle = moments.count.view(E, -1)[:, 0] == 0  # (E,) experts without any routed token
     if not IMPORTANCE[name].activation_free and idle.any() and not idle.all():
-        scale = scores[~idle].sort(1).values.mean(0)
-        free = rearrange(magnitude(weights, moments, generator), "(e n) -> e n", e=E)
-        scores[idle] = scale[free[idle].argsort(dim=1, stable=True).argsort(dim=1)]
+        score_of_rank = scores[~idle].sort(1).values.mean(0)
+        magnitudes = rearrange(magnitude(weights, moments, generator), "(e n) -> e n", e=E)
+        ranks = magnitudes[idle].argsort(dim=1, stable=True).argsort(dim=1)
+        scores[idle] = score_of_rank[ranks]
     return scores.flatten()
 
 
 def generator_for(seed: int, block: int, kind: str) -> torch.Generator:
     """Return a separate random generator for every block and kind (`ffn`, `attention`)."""
-    return torch.Generator().manual_seed(seed * 100_003 + 2 * block + (kind == "attention"))
+    is_attention = int(kind == "attention")
+    # Different for all blocks and kinds, and for different seeds of a model with fewer than 50,000 blocks.
+    return torch.Generator().manual_seed(seed * SEED_STRIDE + 2 * block + is_attention)
 
 
 def score_units(
@@ -85,13 +90,18 @@ def score_units(
     def neuron_scores(block: Block) -> Tensor:
         if block.down is None:
             return torch.zeros(0, dtype=torch.float64)
-        moments, generator = statistics.ffn[block.index].total, generator_for(seed, block.index, "ffn")
+        generator = generator_for(seed, block.index, "ffn")
+        moments = statistics.ffn[block.index].total
         return score_ffn(name, block, ffn_weights(block), moments, generator)
 
-    ffn = [neuron_scores(b) for b in blocks]
-    channels = [channel_scores(b) for b in blocks]
-    pairs = zip(channels, blocks, strict=True)
-    groups = [reduce(c, "(g c) -> g", "sum", g=b.kv_groups) if b.kv_groups else c for c, b in pairs]
+    def group_scores(block: Block, channels: Tensor) -> Tensor:
+        if not block.kv_groups:
+            return channels  # empty
+        return reduce(channels, "(g c) -> g", "sum", g=block.kv_groups)
+
+    ffn = [neuron_scores(block) for block in blocks]
+    channels = [channel_scores(block) for block in blocks]
+    groups = [group_scores(*pair) for pair in zip(blocks, channels, strict=True)]
     return Scores(ffn, groups, channels)
 
 
@@ -106,6 +116,6 @@ def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average"
     """
     if not scores.shape[-1]:  # a block without such units
         return scores.detach().cpu().double()
-    scores = scores.detach().cpu().double().unflatten(-1, (groups, -1))
-    ranks = rankdata(scores.numpy(), method=ties, axis=-1)  # from 1
-    return torch.from_numpy((ranks - 0.5) / scores.shape[-1]).flatten(-2)
+    by_group = scores.detach().cpu().double().unflatten(-1, (groups, -1))
+    ranks = rankdata(by_group.numpy(), method=ties, axis=-1)  # from 1
+    return torch.from_numpy((ranks - 0.5) / by_group.shape[-1]).flatten(-2)

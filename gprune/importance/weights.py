@@ -24,8 +24,10 @@ class UnitWeights:
 
     def of_expert(self, index: int, experts: int) -> UnitWeights:
         """Return the weights of one expert, C / experts channels."""
-        own = slice(*(self.output.shape[1] // experts * i for i in (index, index + 1)))
-        return replace(self, inputs=tuple(rows[own] for rows in self.inputs), output=self.output[:, own])
+        per_expert = self.output.shape[1] // experts
+        channels = slice(per_expert * index, per_expert * (index + 1))
+        inputs = tuple(rows[channels] for rows in self.inputs)
+        return replace(self, inputs=inputs, output=self.output[:, channels])
 
 
 def ffn_weights(block: Block, device: torch.device | str = "cpu") -> UnitWeights:

@@ -9,23 +9,31 @@ import torch
 from scipy.stats import kendalltau
 from torch import Tensor
 
+from gprune.partition.reliability import count_modules
+
 MIN_AGREEMENT_SIZE = 16  # Kendall's tau of fewer neurons is mostly noise
 
 
 def rank_drift(ranks: Tensor) -> Tensor:
-    """Population standard deviation of each neuron's rank over corpora: ranks (D, N) in (0, 1) -> (N,) in [0, 0.5].
+    """Return the population standard deviation of each neuron's rank over corpora, (N,) in [0, 0.5].
 
     Our reading of GPrune-LLM's abstract and its Figure 1 (arXiv 2603.13418).
+
+    Args:
+        ranks: (D, N) in (0, 1), the ranks of N neurons on D corpora.
     """
     return ranks.std(dim=0, correction=0)
 
 
 def noise_floor(half_ranks: Tensor) -> Tensor:
-    """Drift caused by sampling alone: half_ranks (D, 2, N) from two halves of each corpus -> (N,).
+    """Return the drift that sampling alone causes, (N,).
 
     A rank from half of the tokens has twice the sampling variance of a rank from all tokens, so (difference / 2)^2 of
     two halves estimates the variance v of a full-sample rank. If D corpora differ by sampling only, their population
     variance has the expectation (D - 1)/D * v. Our reading.
+
+    Args:
+        half_ranks: (D, 2, N), the ranks of N neurons on the two halves of D corpora.
     """
     D = len(half_ranks)
     variance = ((half_ranks[:, 0] - half_ranks[:, 1]) / 2).square().mean(0)
@@ -33,9 +41,12 @@ def noise_floor(half_ranks: Tensor) -> Tensor:
 
 
 def kendall_agreement(scores: Tensor) -> float:
-    """Kendall's tau-b of the scores of n neurons, averaged over pairs of corpora: scores (D, n) -> [-1, 1].
+    """Return Kendall's tau-b between corpora, averaged over pairs of corpora, in [-1, 1].
 
-    NaN (undefined) for constant scores, fewer than two corpora or fewer than 16 neurons.
+    NaN (undefined) for constant scores, fewer than two corpora or fewer than `MIN_AGREEMENT_SIZE` neurons.
+
+    Args:
+        scores: (D, n), the scores of n neurons on D corpora.
     """
     D, n = scores.shape
     if n < MIN_AGREEMENT_SIZE or D < 2:
@@ -43,22 +54,30 @@ def kendall_agreement(scores: Tensor) -> float:
     values = scores.detach().cpu().numpy()
     if (values.min(1) == values.max(1)).any():
         return float("nan")
-    return float(np.mean([kendalltau(values[a], values[b]).statistic for a, b in combinations(range(D), 2)]))
+    taus = [kendalltau(values[a], values[b]).statistic for a, b in combinations(range(D), 2)]
+    return float(np.mean(taus))
 
 
 def half_agreement(half_ranks: Tensor) -> Tensor:
-    """Kendall's tau-b between the two halves of a corpus, averaged over corpora: half_ranks (D, 2, N) -> () float64.
+    """Return Kendall's tau-b between the two halves of a corpus, averaged over corpora, () float64.
 
     A lower bound for the agreement of corpora that differ by sampling only, because a half has twice the sampling
     variance of the whole. Halves are the first and the last windows of a shuffled sample, and share at most one piece
     of text. NaN if `kendall_agreement` is NaN.
+
+    Args:
+        half_ranks: (D, 2, N), the ranks of N neurons on the two halves of D corpora.
     """
-    return torch.tensor([kendall_agreement(pair) for pair in half_ranks], dtype=torch.float64).mean()
+    by_corpus = [kendall_agreement(halves) for halves in half_ranks]
+    return torch.tensor(by_corpus, dtype=torch.float64).mean()
 
 
 def module_agreements(scores: Tensor, labels: Tensor) -> Tensor:
-    """Kendall agreement in each module: scores (D, N), labels (N,) in [0, K) -> (K,) float64, NaN if undefined."""
-    return torch.tensor(
-        [kendall_agreement(scores[:, labels == k]) for k in range(int(labels.max()) + 1 if len(labels) else 0)],
-        dtype=torch.float64,
-    )
+    """Return `kendall_agreement` in each module, (K,) float64; NaN if undefined.
+
+    Args:
+        scores: (D, N), the scores of N neurons on D corpora.
+        labels: (N,) modules in [0, K).
+    """
+    by_module = [kendall_agreement(scores[:, labels == k]) for k in range(count_modules(labels))]
+    return torch.tensor(by_module, dtype=torch.float64)

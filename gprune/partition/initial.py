@@ -13,6 +13,8 @@ from torch import Tensor
 
 from gprune.importance.weights import UnitWeights
 
+OVERSAMPLING = 8  # additional components that make the randomised SVD more accurate
+
 
 def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) -> Tensor:
     """Embed neurons by parameter similarity, without data: (N, dim) float32 with mean 0 and total variance 1.
@@ -21,41 +23,42 @@ def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) ->
     than similarity. They are concatenated to 3H numbers and projected onto the leading principal components (randomised
     SVD).
     """
-    inputs, output = weights.inputs, weights.output.T
-    features = inputs[0].new_empty(len(output), sum(rows.shape[1] for rows in (*inputs, output)))
-    places = features.split([rows.shape[1] for rows in (*inputs, output)], 1)
-    for rows, place in zip((*inputs, output), places, strict=True):
-        lengths = _lengths(rows).clamp_min(1e-12)
-        torch.div(rows.contiguous(), lengths[:, None], out=place)
+    matrices = [*weights.inputs, weights.output.T]  # gate and up rows and down columns, (N, H) each
+    widths = [matrix.shape[1] for matrix in matrices]
+    features = matrices[0].new_empty(len(matrices[0]), sum(widths))
+    for matrix, columns in zip(matrices, features.split(widths, 1), strict=True):
+        lengths = _row_lengths(matrix).clamp_min(1e-12)
+        torch.div(matrix.contiguous(), lengths[:, None], out=columns)
     features -= features.mean(0)
     dim = min(dim, *features.shape)
+    rank = min(dim + OVERSAMPLING, *features.shape)
     with torch.random.fork_rng(devices=[features.device] if features.is_cuda else []):
         torch.manual_seed(seed)
-        U, S, _ = torch.svd_lowrank(features, q=min(dim + 8, *features.shape), niter=2)
-    return _unit_variance(U[:, :dim] * S[:dim]).cpu()
+        U, S, _ = torch.svd_lowrank(features, q=rank, niter=2)
+    return _scale_to_unit_variance(U[:, :dim] * S[:dim]).cpu()
 
 
-def _lengths(rows: Tensor) -> Tensor:
-    """Euclidean length of each row, (N, H) -> (N,).
+def _row_lengths(matrix: Tensor) -> Tensor:
+    """Return the Euclidean length of each row, (N, H) -> (N,).
 
     Rows of a transposed matrix are copied 32 at a time, because the elements of a row are in different cache lines.
     """
-    if rows.stride(1) == 1:
-        return rows.norm(dim=1)
-    return torch.cat([few.T.contiguous().T.norm(dim=1) for few in rows.split(32)])
+    if matrix.stride(1) == 1:
+        return matrix.norm(dim=1)
+    return torch.cat([rows.T.contiguous().T.norm(dim=1) for rows in matrix.split(32)])
 
 
 def unit_variance(x: Tensor) -> Tensor:
     """Centre columns and scale all of them so that the total variance is 1, (N, d) -> (N, d); a constant becomes 0."""
-    return _unit_variance(x - x.mean(0))
+    return _scale_to_unit_variance(x - x.mean(0))
 
 
-def _unit_variance(x: Tensor) -> Tensor:
-    return x / x.square().sum(1).mean().sqrt().clamp_min(1e-12)
+def _scale_to_unit_variance(centred: Tensor) -> Tensor:
+    return centred / centred.square().sum(1).mean().sqrt().clamp_min(1e-12)
 
 
 def minimum_size(neurons: int, num_modules: int) -> int:
-    """Smallest module size in neurons, max(32, N / 4K). Ranks in smaller modules are too coarse to compare."""
+    """Return the smallest module size in neurons, max(32, N / 4K). Ranks in smaller modules are too coarse."""
     return max(32, neurons // (4 * num_modules))
 
 
@@ -65,22 +68,23 @@ def merge_small(labels: Tensor, features: Tensor, *, min_size: int) -> Tensor:
     Args:
         labels: (N,) int64.
         features: (N, d), for the centroids.
+        min_size: smallest size of a module, in neurons.
 
     Returns:
         (N,) labels 0..K'-1 in order of first appearance, so that equal partitions have equal labels.
     """
     labels = labels.clone()
     while True:
-        names, sizes = labels.unique(return_counts=True)
-        small = sizes.argmin()
-        if len(names) == 1 or int(sizes[small]) >= min_size:
+        modules, sizes = labels.unique(return_counts=True)
+        smallest = sizes.argmin()
+        if len(modules) == 1 or int(sizes[smallest]) >= min_size:
             break
-        centroids = torch.stack([features[labels == name].mean(0) for name in names])
-        distance = (centroids - centroids[small]).norm(dim=1)
-        distance[small] = torch.inf
-        labels[labels == names[small]] = names[distance.argmin()]
-    order: dict[int, int] = {}
-    return torch.tensor([order.setdefault(int(label), len(order)) for label in labels])
+        centroids = torch.stack([features[labels == module].mean(0) for module in modules])
+        distance = (centroids - centroids[smallest]).norm(dim=1)
+        distance[smallest] = torch.inf
+        labels[labels == modules[smallest]] = modules[distance.argmin()]
+    new_labels: dict[int, int] = {}  # old label -> new label
+    return torch.tensor([new_labels.setdefault(int(label), len(new_labels)) for label in labels])
 
 
 def initial_partition(
@@ -92,30 +96,42 @@ def initial_partition(
     drift_weight: float = 1.0,
     seed: int = 0,
 ) -> Tensor:
-    """Cluster neurons by k-means on [similarity_weight * embedding (N, d), drift_weight * standardised drift (N,)].
+    """Cluster neurons by k-means on [similarity_weight * embedding, drift_weight * standardised drift].
+
+    Args:
+        embedding: (N, d) parameter embedding.
+        drift: (N,) rank drift.
+        num_modules: number of clusters of k-means.
+        similarity_weight: weight of the embedding.
+        drift_weight: weight of drift.
+        seed: random seed of k-means.
 
     Returns:
         (N,) labels. There are fewer than `num_modules` modules if some were below `minimum_size` and were merged.
     """
     N = len(drift)
     num_modules = max(1, min(num_modules, N // 2))
-    joint = torch.cat(
-        [similarity_weight * unit_variance(embedding.double()), drift_weight * unit_variance(drift[:, None].double())],
-        1,
-    )
     if num_modules == 1:
         return torch.zeros(N, dtype=torch.long)
-    labels = KMeans(num_modules, n_init=4, random_state=seed).fit_predict(joint.numpy())
-    return merge_small(torch.from_numpy(labels).long(), joint, min_size=min(minimum_size(N, num_modules), N))
+    scaled_embedding = similarity_weight * unit_variance(embedding.double())
+    scaled_drift = drift_weight * unit_variance(drift[:, None].double())
+    features = torch.cat([scaled_embedding, scaled_drift], 1)
+    labels = KMeans(num_modules, n_init=4, random_state=seed).fit_predict(features.numpy())
+    min_size = min(minimum_size(N, num_modules), N)
+    return merge_small(torch.from_numpy(labels).long(), features, min_size=min_size)
 
 
 def shuffled_partition(labels: Tensor, *, seed: int) -> Tensor:
-    """Partition with the same module sizes and random members, the control for every claim about modules."""
-    return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    """Return a partition with the same module sizes and random members: the control for every claim about modules."""
+    generator = torch.Generator().manual_seed(seed)
+    return labels[torch.randperm(len(labels), generator=generator)]
 
 
 def same_sizes_by_drift(labels: Tensor, drift: Tensor) -> Tensor:
-    """Partition by drift alone with the module sizes of `labels`: neurons are sorted by drift and cut by size."""
-    out = torch.empty_like(labels)
-    out[drift.argsort(stable=True)] = labels.sort().values
-    return out
+    """Return a partition by drift alone, with the module sizes of `labels`.
+
+    Neurons are sorted by drift; the first ones are module 0, the next ones module 1, and so on.
+    """
+    by_drift = torch.empty_like(labels)
+    by_drift[drift.argsort(stable=True)] = labels.sort().values
+    return by_drift

@@ -37,28 +37,36 @@ class ModuleRanks:
     @property
     def modules(self) -> list[int]:
         """K, the number of modules of each block."""
-        return [count_modules(y) for y in self.labels]
+        return [count_modules(block_labels) for block_labels in self.labels]
 
     @cached_property
     def logits(self) -> tuple[list[Tensor], list[Tensor]]:
-        """logit p of neurons and of KV groups."""
+        """logit p per block, of neurons (N,) and of KV groups (G,)."""
         return [torch.logit(p) for p in self.ffn], [torch.logit(p) for p in self.attention]
 
     @cached_property
     def sizes(self) -> list[Tensor]:
         """(K,) int64: number of neurons of each module."""
-        return [torch.bincount(y) for y in self.labels]
+        return [torch.bincount(block_labels) for block_labels in self.labels]
 
     def to(self, device: torch.device) -> ModuleRanks:
         """Copy to a device. Cached logits and sizes are copied too, so that they keep the same bits."""
-        moved = ModuleRanks(*([t.to(device) for t in getattr(self, name)] for name in ("ffn", "labels", "attention")))
-        moved.__dict__["logits"] = tuple([t.to(device) for t in kind] for kind in self.logits)
-        moved.__dict__["sizes"] = [t.to(device) for t in self.sizes]
-        return moved
 
-    def moved(self, offsets: list[Tensor]) -> ModuleRanks:
+        def copy(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensor.to(device) for tensor in tensors]
+
+        result = ModuleRanks(copy(self.ffn), copy(self.labels), copy(self.attention))
+        neuron_logits, group_logits = self.logits
+        # Fill the cached properties, which cannot be assigned to a frozen dataclass.
+        result.__dict__["logits"] = copy(neuron_logits), copy(group_logits)
+        result.__dict__["sizes"] = copy(self.sizes)
+        return result
+
+    def with_offsets(self, offsets: list[Tensor]) -> ModuleRanks:
         """Shift every neuron's rank by its offset, (N,) in logits: p_i' = sigmoid(logit p_i + o_i)."""
-        return replace(self, ffn=[torch.sigmoid(x + o) for x, o in zip(self.logits[0], offsets, strict=True)])
+        neuron_logits, _ = self.logits
+        ffn = [torch.sigmoid(logits + offset) for logits, offset in zip(neuron_logits, offsets, strict=True)]
+        return replace(self, ffn=ffn)
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Modules:
         return self.ranks.labels
 
     def tensors(self) -> dict[str, Tensor]:
-        """Flat names to tensors, as saved in safetensors."""
+        """Return tensors by flat names, as in safetensors files."""
         flat = {"block_agreement": torch.tensor(self.block_agreement, dtype=torch.float64)}
         for b, labels in enumerate(self.labels):
             flat |= {f"{b}.labels": labels, f"{b}.agreement": self.agreement[b]}
@@ -88,33 +96,38 @@ class Modules:
 
     @classmethod
     def from_tensors(cls, flat: dict[str, Tensor]) -> Modules:
-        """Build from the result of `tensors`."""
+        """Return modules from the result of `tensors`."""
+        blocks = range(len(flat["block_agreement"]))
 
-        def measured(cls: type, b: int, name: str) -> Any:
-            return cls(**{field: flat[f"{b}.{name}.{field}"] for field in cls.__dataclass_fields__})
+        def by_block(name: str) -> list[Tensor]:
+            return [flat[f"{b}.{name}"] for b in blocks]
 
-        depth = range(len(flat["block_agreement"]))
-        ffn, labels, attention, agreement = (
-            [flat[f"{b}.{name}"] for b in depth] for name in ("rank", "labels", "group_rank", "agreement")
+        def records_by_block(record: type, name: str) -> list[Any]:
+            """Return a dataclass of each block, whose fields are tensors."""
+            fields = record.__dataclass_fields__
+            return [record(**{field: flat[f"{b}.{name}.{field}"] for field in fields}) for b in blocks]
+
+        return cls(
+            ranks=ModuleRanks(by_block("rank"), by_block("labels"), by_block("group_rank")),
+            drift=records_by_block(Drift, "drift"),
+            reliability=records_by_block(ModuleReliability, "reliability"),
+            agreement=by_block("agreement"),
+            block_agreement=flat["block_agreement"].tolist(),
         )
-        drift = [measured(Drift, b, "drift") for b in depth]
-        reliability = [measured(ModuleReliability, b, "reliability") for b in depth]
-        ranks = ModuleRanks(ffn, labels, attention)
-        return cls(ranks, drift, reliability, agreement, flat["block_agreement"].tolist())
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat row per module, for tables and figures; undefined agreement is None."""
-        return [
-            {
-                "block": index,
-                "module": k,
-                "neurons": int(reliability.size[k]),
-                "score": float(reliability.score[k]),
-                "sensitivity": float(reliability.sensitivity[k]),
-                "noise_floor": float(reliability.noise[k]),
-                "agreement": None if agreement[k].isnan() else float(agreement[k]),
-                "switched": bool(reliability.switched[k]),
-            }
-            for index, (reliability, agreement) in enumerate(zip(self.reliability, self.agreement, strict=True))
-            for k in range(len(reliability.size))
-        ]
+        """Return one flat row per module, for tables and figures; undefined agreement is None."""
+        rows = []
+        for block, (reliability, agreement) in enumerate(zip(self.reliability, self.agreement, strict=True)):
+            for k in range(len(reliability.size)):
+                rows.append({
+                    "block": block,
+                    "module": k,
+                    "neurons": int(reliability.size[k]),
+                    "score": float(reliability.score[k]),
+                    "sensitivity": float(reliability.sensitivity[k]),
+                    "noise_floor": float(reliability.noise[k]),
+                    "agreement": None if agreement[k].isnan() else float(agreement[k]),
+                    "switched": bool(reliability.switched[k]),
+                })  # fmt: skip
+        return rows

@@ -33,11 +33,14 @@ class RefinementInputs:
 
 
 def dispersion(P: Tensor, x: Tensor) -> Tensor:
-    """Within-module share of the total variance of x: P (B, N, K), x (B, N, d) -> (B,) in [0, 1].
+    """Return the within-module share of the total variance of x, (B,) in [0, 1].
 
     sum_ik P_ik ||x_i - c_k||^2 / sum_i ||x_i - c||^2 with c_k the P-weighted mean. Since sum_k P_ik = 1, the numerator
-    is sum_i ||x_i||^2 - sum_k n_k ||c_k||^2, which does not need a (N, K, d) tensor. x must be centred, and 0 where
-    padded. 0/0 (x is constant) counts as 0.
+    is sum_i ||x_i||^2 - sum_k n_k ||c_k||^2, which does not need a (N, K, d) tensor. 0/0 (x is constant) counts as 0.
+
+    Args:
+        P: (B, N, K) soft assignments.
+        x: (B, N, d) features, centred, and 0 for padding.
     """
     n = reduce(P, "b n k -> b k", "sum").clamp_min(1e-6)
     c = torch.einsum("bnk,bnd->bkd", P, x) / rearrange(n, "b k -> b k 1")
@@ -47,14 +50,14 @@ def dispersion(P: Tensor, x: Tensor) -> Tensor:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Elementwise entropy -p log p with a finite gradient at 0 (that of torch.special.entr is infinite there)."""
+    """Return the elementwise entropy -p log p, with a finite gradient at 0. That of torch.special.entr is infinite."""
     return -p * p.clamp_min(1e-9).log()
 
 
 def partition_objective(
     logits: Tensor, tau: float, inputs: RefinementInputs, weights: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """Terms of the refinement objective by name, (B,) each, and their weighted sum as `total`.
+    """Return the terms of the refinement objective by name, (B,) each, and their weighted sum as `total`.
 
     With P = softmax(A / tau) over K modules, `logits` A (B, N, K):
 
@@ -70,36 +73,51 @@ def partition_objective(
     B in [0, 1]: 1 - entropy of the module sizes / log K; 0 if all sizes are equal.
     H in [0, 1]: mean entropy of P_i / log K; 0 if every neuron is assigned to one module.
     K in B and H is that of the block with most modules, so B of a block with fewer modules stays above 0.
+
+    Args:
+        logits: A, (B, N, K).
+        tau: temperature of the softmax.
+        inputs: features of the neurons.
+        weights: w_s, w_d, w_c, w_b and w_e, by the names in `TERMS`.
     """
     K = logits.shape[-1]
     P = (logits / tau).softmax(-1) * rearrange(inputs.valid, "b n -> b n 1")
     N = inputs.valid.sum(1)
     log_k = torch.tensor(float(max(K, 2))).log()
-    size = reduce(P, "b n k -> b k", "sum") / rearrange(N, "b -> b 1")
-    size_entropy = entropy(size).sum(-1)
-    shifting = inputs.shifts.square().sum((1, 2)) > 0  # with a single corpus no rank shifts
+    size_shares = reduce(P, "b n k -> b k", "sum") / rearrange(N, "b -> b 1")
+    size_entropy = entropy(size_shares).sum(-1)
+    ranks_shift = inputs.shifts.square().sum((1, 2)) > 0  # with a single corpus no rank shifts
+    explained_share = 1 - dispersion(P, inputs.shifts)
+    random_share = (size_entropy.exp() - 1) / (N - 1).clamp_min(1)  # a random partition would explain it
     terms = {
         "similarity": dispersion(P, inputs.embedding),
         "drift": dispersion(P, inputs.drift),
-        "consistency": shifting * (1 - dispersion(P, inputs.shifts) - (size_entropy.exp() - 1) / (N - 1).clamp_min(1)),
+        "consistency": ranks_shift * (explained_share - random_share),
         "balance": 1 - size_entropy / log_k,
         "entropy": entropy(P).sum((1, 2)) / (N * log_k),
     }
-    sign = {"consistency": -1.0}
-    terms["total"] = sum(weights[name] * sign.get(name, 1.0) * value for name, value in terms.items())
+    signs = {"consistency": -1.0}  # consistency is maximised; all other terms are minimised
+    terms["total"] = sum(weights[name] * signs.get(name, 1.0) * value for name, value in terms.items())
     return terms
 
 
 def refinement_inputs(embeddings: list[Tensor], drifts: list[Tensor], ranks: list[Tensor]) -> RefinementInputs:
-    """Stack and pad blocks of possibly different width: embeddings (N, E), drifts (N,), ranks (D, N) per block."""
-    width = max(len(d) for d in drifts)
+    """Stack and pad the features of blocks, which may have different widths.
 
-    def padded(features: list[Tensor]) -> Tensor:  # (N_b, d) per block -> (B, width, d) float32
+    Args:
+        embeddings: parameter embedding of each block, (N, E).
+        drifts: rank drift of each block, (N,).
+        ranks: ranks of each block on D corpora, (D, N).
+    """
+    width = max(len(drift) for drift in drifts)
+
+    def pad_and_stack(features: list[Tensor]) -> Tensor:
+        """Return (B, width, d) float32 from (N, d) for each block."""
         return torch.stack([F.pad(x.float(), (0, 0, 0, width - len(x))) for x in features])
 
     return RefinementInputs(
-        embedding=padded([unit_variance(e) for e in embeddings]),
-        drift=padded([unit_variance(d[:, None]) for d in drifts]),
-        shifts=padded([unit_variance((r - r.mean(0)).T.contiguous()) for r in ranks]),
-        valid=padded([torch.ones(len(d), 1) for d in drifts])[..., 0],
+        embedding=pad_and_stack([unit_variance(embedding) for embedding in embeddings]),
+        drift=pad_and_stack([unit_variance(drift[:, None]) for drift in drifts]),
+        shifts=pad_and_stack([unit_variance((r - r.mean(0)).T.contiguous()) for r in ranks]),
+        valid=pad_and_stack([torch.ones(len(drift), 1) for drift in drifts])[..., 0],
     )

@@ -27,12 +27,12 @@ class ModuleReliability:
 
 
 def count_modules(labels: Tensor) -> int:
-    """Number of modules K of labels (N,) in [0, K); 0 for a block without neurons."""
+    """Return the number of modules K of labels (N,) in [0, K); 0 for a block without neurons."""
     return int(labels.max()) + 1 if len(labels) else 0
 
 
 def module_means(values: Tensor, labels: Tensor) -> Tensor:
-    """Mean of values (N,) in each module, (K,) float64; labels (N,) in [0, K)."""
+    """Return the mean of values (N,) in each module, (K,) float64; labels (N,) in [0, K)."""
     K = count_modules(labels)
     total = torch.zeros(K, dtype=torch.float64).index_add_(0, labels, values.double())
     return total / torch.bincount(labels, minlength=K)
@@ -55,47 +55,58 @@ def assess_reliability(
     `score_quantile`; its mean drift is above its mean noise floor.
 
     Args:
-        labels, ranks, drifts, floors: (N,) per block: modules, fractional ranks on `corpora.score`, rank drift and its
-            noise floor.
+        labels: modules of each block's neurons, (N,) int64.
+        ranks: fractional ranks on `corpora.score`, (N,) per block.
+        drifts: rank drift, (N,) per block.
+        floors: noise floor of rank drift, (N,) per block.
+        sensitivity_quantile: quantile over all modules of the model.
+        score_quantile: quantile over all modules of the model.
         switch: which modules switch: none, the unreliable ones, or all (a control).
     """
-    scores = [module_means(r, y) for r, y in zip(ranks, labels, strict=True)]
-    sensitivity = [module_means(d, y) for d, y in zip(drifts, labels, strict=True)]
-    noise = [module_means(f, y) for f, y in zip(floors, labels, strict=True)]
-    pairs = zip(sensitivity, drifts, strict=True)
-    # A block may have no FFN.
-    standard = [(s - d.mean()) / d.std().clamp_min(1e-12) if len(d) else s for s, d in pairs]
-    high = torch.cat(standard).quantile(sensitivity_quantile)
-    low = torch.cat(scores).quantile(score_quantile)
+    scores = [module_means(*pair) for pair in zip(ranks, labels, strict=True)]
+    sensitivities = [module_means(*pair) for pair in zip(drifts, labels, strict=True)]
+    noises = [module_means(*pair) for pair in zip(floors, labels, strict=True)]
+    standardised = []  # sensitivities, in standard deviations over the neurons of their block
+    for sensitivity, drift in zip(sensitivities, drifts, strict=True):
+        if len(drift):
+            sensitivity = (sensitivity - drift.mean()) / drift.std().clamp_min(1e-12)
+        standardised.append(sensitivity)  # empty for a block without an FFN
+    sensitivity_limit = torch.cat(standardised).quantile(sensitivity_quantile)
+    score_limit = torch.cat(scores).quantile(score_quantile)
     reliability = []
-    for y, score, s, z, floor in zip(labels, scores, sensitivity, standard, noise, strict=True):
+    blocks = zip(labels, scores, sensitivities, standardised, noises, strict=True)
+    for block_labels, score, sensitivity, standardised_sensitivity, noise in blocks:
         if switch == "unreliable":
-            switched = (z >= high) & (score <= low) & (s > floor)
+            is_sensitive = standardised_sensitivity >= sensitivity_limit
+            switched = is_sensitive & (score <= score_limit) & (sensitivity > noise)
         else:
-            switched = torch.full_like(z, switch == "everywhere", dtype=torch.bool)
-        reliability.append(ModuleReliability(torch.bincount(y), score, s, floor, switched))
+            switched = torch.full_like(score, switch == "everywhere", dtype=torch.bool)
+        reliability.append(ModuleReliability(torch.bincount(block_labels), score, sensitivity, noise, switched))
     return reliability
 
 
 def switched_share(reliability: list[ModuleReliability]) -> float:
-    """Share of all neurons that are ranked by the fallback `--reliability.metric`."""
-    switched = sum(int(r.size[r.switched].sum()) for r in reliability)
-    return switched / sum(int(r.size.sum()) for r in reliability)
+    """Return the share of all neurons that are ranked by the fallback `--reliability.metric`."""
+    switched = sum(int(block.size[block.switched].sum()) for block in reliability)
+    neurons = sum(int(block.size.sum()) for block in reliability)
+    return switched / neurons
 
 
 def within_module_ranks(scores: Tensor, fallback: Tensor, labels: Tensor, switched: Tensor) -> Tensor:
-    """Fractional rank of each neuron in its module: p_i = (rank + 0.5) / n_m in (0, 1), (N,) float64; larger is kept.
+    """Return the rank of each neuron in its module, p_i = (rank + 0.5) / n_m in (0, 1), (N,) float64; larger = keep.
 
     Ties are broken by index, so the ranks of a module are always 0..n_m - 1, as a budget requires a total order.
 
     Args:
-        scores, fallback: (N,) importance on `corpora.score`, and by `--reliability.metric`.
+        scores: (N,) importance on `corpora.score`.
+        fallback: (N,) importance by `--reliability.metric`.
         labels: (N,) modules in [0, K).
         switched: (K,) bool, the modules that are ranked by the fallback.
     """
     p = torch.empty(len(scores), dtype=torch.float64)
-    for k, other in enumerate(switched.tolist()):
+    for k, uses_fallback in enumerate(switched.tolist()):
         members = (labels == k).nonzero()[:, 0]
-        order = (fallback if other else scores)[members].argsort(stable=True)
+        importance = fallback if uses_fallback else scores
+        order = importance[members].argsort(stable=True)
         p[members[order]] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
     return p

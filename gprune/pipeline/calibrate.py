@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gprune.calibration.layerwise import check_walk, walks
+from gprune.calibration.layerwise import check_walk, needs_walk
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, kind_of
 from gprune.calibration.statistics_cache import StatisticsCache
 from gprune.corpora.loaders import CorpusDataModule
@@ -66,7 +66,7 @@ def agreed(run: Run, lacking: Sequence[bool]) -> list[bool]:
 def statistics_cache(run: Run) -> StatisticsCache:
     """Return the cache of statistics for this run's model and text."""
     cfg = run.cfg
-    by_block = "saliency" not in cfg.collects and walks(
+    by_block = "saliency" not in cfg.collects and needs_walk(
         run.model, corpora=len(cfg.calibration), gram="gram" in cfg.collects, sharded=cfg.model.shard
     )
     if by_block:

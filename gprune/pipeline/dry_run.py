@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from gprune.benchmarks.speed import price_by
 from gprune.config import RunConfig
-from gprune.corpora import lies_here
+from gprune.corpora import is_local
 from gprune.models.blocks import PARTS, blocks_of, find_unpruned
 from gprune.models.loading import locate_model
 from gprune.pipeline.cost import LEARNED_TRIES, TRIES, calibration_tokens, development_tokens, passes, searches
@@ -79,7 +79,7 @@ def counted_text(plan: Plan) -> str:
     """
     cfg = plan.cfg
     corpora, m = dict.fromkeys([*cfg.used, *cfg.corpora.evaluate]), cfg.model
-    elsewhere = [name for name in corpora if not lies_here(name)]
+    elsewhere = [name for name in corpora if not is_local(name)]
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate_model(m.name), trust_remote_code=m.trust_remote_code)
     except Exception:  # tokenizers and the hub raise many classes

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
-from gprune.evaluation.distance import measured_apart
+from gprune.evaluation.distance import perplexity_from_logits
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
-from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, processes
+from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, rank_and_world_size
 from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
@@ -62,7 +62,7 @@ def evaluate(
     records: list[dict[str, Any]] = broadcast(run.folder.metrics.get("records", []))
     done = {(r["stage"], r["recovery"]) for r in records}
     # Without an initialised process group, rank 0 evaluates alone.
-    measures = processes()[1] > 1 or rank_zero_only.rank == 0
+    measures = rank_and_world_size()[1] > 1 or rank_zero_only.rank == 0
     leaked = leaks(run) if measures else {}
     with run.folder.step("evaluate_unrecovered" if early else "evaluate"):
         for row in rows:
@@ -109,7 +109,7 @@ def leaks(run: Run) -> dict[str, tuple[bool, float]]:
 
 def spread(run: Run, model: PreTrainedModel) -> PreTrainedModel:
     """Return the model, or with `--model.shard` a copy with layers sharded over processes."""
-    world = processes()[1]
+    world = rank_and_world_size()[1]
     return sharded_copy(model, run.plan.device, world) if run.cfg.model.shard and world > 1 else model
 
 
@@ -196,7 +196,7 @@ def measure_any_model(run: Run, model: PreTrainedModel, windows: Windows, name: 
     run.screen.begin(f"Evaluating {name} on {windows.corpus}")
     dense = run.model if any(windows is of_dense for of_dense in run.text.test) else None
     with run.folder.part(f"{name} on {windows.corpus}"):
-        return measured_apart(model, windows, dense, progress=advance)
+        return perplexity_from_logits(model, windows, dense, progress=advance)
 
 
 def as_record(

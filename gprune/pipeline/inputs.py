@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.config import RunConfig
 from gprune.corpora.load import load_corpus, read_corpus
-from gprune.corpora.windows import Sample, Windows, check_tokens, make_windows, opening
+from gprune.corpora.windows import Sample, Windows, check_tokens, leading_token, make_windows
 from gprune.errors import UserError
 from gprune.export.gguf_tokenizer import tokenizer_keys
 from gprune.models.loading import load_model
@@ -84,7 +84,7 @@ def prepare_text(
         UserError: if text is missing or too short, or the tokenizer belongs to another model.
     """
     c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed
-    length, how = "--corpora.seq_len", {"bos": opening(tokenizer, c.bos)}
+    length, how = "--corpora.seq_len", {"bos": leading_token(tokenizer, c.bos)}
     learned = "--corpora.learn_samples" if c.learn_samples else "--corpora.num_samples"
     # Text for evaluation does not depend on --run.seed, so that seeds do not change the test set.
     samples = {

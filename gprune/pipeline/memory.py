@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from gprune.calibration.layerwise import walks
+from gprune.calibration.layerwise import needs_walk
 from gprune.calibration.statistics import gram_bytes
 from gprune.models.autocast import count_cast_weights
 from gprune.models.blocks import blocks_of, by_layer
@@ -64,7 +64,7 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     kept, left = 1 - plan.removed / costs.in_parameters.total, plan.skeleton.num_parameters() - plan.removed
     batch, step = (math.ceil(n / cfg.processes) * cfg.corpora.seq_len for n in (cfg.corpora.batch_size, d.batch_size))
     corpora, gram = max(1, len(cfg.calibration)), gram_bytes(blocks) if "gram" in cfg.collects else 0
-    walked = walks(plan.skeleton, corpora=corpora, gram=gram > 0)
+    walked = needs_walk(plan.skeleton, corpora=corpora, gram=gram > 0)
     held = 0 if walked or not cpu else gram * corpora  # on a GPU, or block by block, Gram matrices are not kept
 
     def head(width: int, *, teacher: bool) -> int:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from gprune.calibration.statistics import CorpusStatistics, Moments, pooled
+from gprune.calibration.statistics import CorpusStatistics, Moments, pool_statistics
 from gprune.checks import accepted
 from gprune.config.groups import AVERAGED, CONSENSUS
 from gprune.errors import UserError
@@ -156,7 +156,7 @@ def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list
     sources = [statistics[cfg.corpora.score]]
     if name in (CONSENSUS, AVERAGED):
         sources = [statistics[corpus] for corpus in cfg.corpora.drift]
-        sources = [pooled(sources)] if name == AVERAGED else sources
+        sources = [pool_statistics(sources)] if name == AVERAGED else sources
         name = cfg.importance  # not the ranks of drift, which may be of another metric
     scores = [score_units(name, run.blocks, s, seed=cfg.run.seed, attention=False).ffn for s in sources]
     return [

@@ -11,7 +11,7 @@ from lightning import Callback
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.calibration.errors import check_dense
-from gprune.calibration.layerwise import check_walk, walks
+from gprune.calibration.layerwise import check_walk, needs_walk
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
 from gprune.errors import UserError
@@ -130,7 +130,7 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)
     check_blocks(cfg, blocks, config)
-    by_block = walks(dense, corpora=len(cfg.calibration), gram="gram" in cfg.collects, sharded=cfg.model.shard)
+    by_block = needs_walk(dense, corpora=len(cfg.calibration), gram="gram" in cfg.collects, sharded=cfg.model.shard)
     if by_block or not recovery_of(cfg.recovery, cfg.recovery_settings).sharded:
         check_walk(config)
     if cfg.model.made_elsewhere is not None:
@@ -195,8 +195,8 @@ def within_depth(budget: Budget) -> Budget:
     protected, prices = budget.costs.protected, budget.costs.prices.blocks
     gone = [sum(prices[b] for b in own) for own in budget.costs.by_layer if protected.isdisjoint(own)]
     removable = sum(gone) - (0 if protected else max(gone))
-    if Target.of(budget.asked).unit == "quality":
-        return replace(budget.removing(min(budget.target, removable)), asked=budget.asked)
+    if Target.of(budget.setting).unit == "quality":
+        return replace(budget.removing(min(budget.target, removable)), setting=budget.setting)
     if budget.target > removable:
         raise UserError(
             f"--sparsity.allocation depth cannot remove {budget.target:,}: whole blocks are at most {removable:,} if "

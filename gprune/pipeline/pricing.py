@@ -17,7 +17,7 @@ from gprune.export.convert import TYPES
 from gprune.models.blocks import blocks_of
 from gprune.runs.trainer import multiplying
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.cost import COST, Price, weighed
+from gprune.sparsity.cost import COST, Price, parameter_costs
 from gprune.sparsity.target import HALF_BITS
 
 
@@ -75,7 +75,7 @@ class Pricing:
         blocks, export = blocks_of(self.skeleton), self.cfg.export
         size = getattr(torch, self.exported_dtype).itemsize * HALF_BITS
         matrix, vector = (int(2 * TYPES[export.type]), 64) if export.format == "gguf" else (size, size)
-        of_bytes = partial(weighed, weight=lambda p: matrix if p.ndim > 1 else vector)
+        of_bytes = partial(parameter_costs, weight=lambda p: matrix if p.ndim > 1 else vector)
         needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
         with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):
             costs = (of_bytes if currency == "bytes" else COST[currency])(self.skeleton, blocks)

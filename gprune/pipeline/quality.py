@@ -1,7 +1,7 @@
 """Quality targets: find the largest sparsity whose recovered model keeps development perplexity near dense.
 
 Models of several sparsities are measured on development text. Masks of any sparsity follow from one calibration: from
-scores, or from thresholds learned at a first sparsity. There are up to four searches, each by `largest_within`:
+scores, or from thresholds learned at a first sparsity. There are up to four searches, each by `find_largest_cut`:
 
 1. For the sparsity at which thresholds are learned: with masks of the control `averaged`, otherwise of `base`, and the
    parts of `--recovery` that do not train.
@@ -36,7 +36,7 @@ from gprune.runs import schema
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import Record, estimates, row_name
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.search import Found, largest_within
+from gprune.sparsity.search import SearchResult, find_largest_cut
 from gprune.storage.files import content_hash, read_json, write_json
 
 log = logging.getLogger("gprune")
@@ -113,8 +113,8 @@ class Trials:
         return paired_ratio(own, dense, text[0].tokens.shape[1] - 1)
 
     def search(
-        self, row: Stage, masks_of: MasksOf, *, after: Found | None = None, expected: float | None = None
-    ) -> Found:
+        self, row: Stage, masks_of: MasksOf, *, after: SearchResult | None = None, expected: float | None = None
+    ) -> SearchResult:
         """Search the largest cut of a row that keeps the quality.
 
         Args:
@@ -132,19 +132,19 @@ class Trials:
 
         begun = after is not None and after.best is not None
         first = after.best.cut if begun else round(FIRST * self.run.budget.costs.total / self.step)
-        return largest_within(
+        return find_largest_cut(
             rise, math.log1p(self.asked), self.most, first=first, expected=expected,
             exponent=after.exponent(EXPONENT) if begun else EXPONENT, unused=min(share, of_dense / self.asked),
             tries=LEARNED_TRIES if learns else TRIES,
         )  # fmt: skip
 
-    def controls(self, masks_of: Mapping[str, MasksOf]) -> dict[str, Found]:
+    def controls(self, masks_of: Mapping[str, MasksOf]) -> dict[str, SearchResult]:
         """Search for all controls, `averaged` first. Thresholds are learned at the sparsity of the first one."""
         cfg = self.run.cfg
         rows = {stage for stage, _ in cfg.stages} - {cfg.final}
         names = [name for name in ("averaged", "base") if name in masks_of and (name in rows or cfg.learns)]
         names = [name for i, name in enumerate(names) if name in rows or i == 0]
-        found: dict[str, Found] = {}
+        found: dict[str, SearchResult] = {}
         for name in names:
             row = name, cfg.unlearned_recovery
             found[name] = self.search(row, masks_of[name], after=next(iter(found.values()), None))
@@ -202,7 +202,7 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
     return run.within(trials.budget(found.best.cut))
 
 
-def _needed(trials: Trials, row: Stage, found: Found, masks_of: MasksOf) -> dict[str, Any]:
+def _needed(trials: Trials, row: Stage, found: SearchResult, masks_of: MasksOf) -> dict[str, Any]:
     """Return how many parameters a row keeps at the requested quality (`schema.SameQuality`)."""
     run, name = trials.run, row_name(*row)
     if found.best is None:
@@ -224,7 +224,7 @@ def _needed(trials: Trials, row: Stage, found: Found, masks_of: MasksOf) -> dict
     }
 
 
-def _forget(trials: Trials, found: Found, masks_of: MasksOf) -> None:
+def _forget(trials: Trials, found: SearchResult, masks_of: MasksOf) -> None:
     """Remove the learned tensors of trials that are not the result."""
     run, name = trials.run, trials.run.cfg.recovery
     own = learned_file(masks_of(trials.budget(found.best.cut)), name)

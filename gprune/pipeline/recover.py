@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from transformers import PreTrainedModel
 
-from gprune.calibration.statistics import CorpusStatistics, pooled
+from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
@@ -26,7 +26,7 @@ from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline import elsewhere
 from gprune.pipeline.run import Run
 from gprune.recoveries import Material, recovery_of
-from gprune.recoveries.contract import Revise, tuned
+from gprune.recoveries.contract import Revise, apply_tune
 from gprune.stages.callbacks import BestWeights
 from gprune.storage.files import content_hash
 
@@ -70,7 +70,7 @@ def shrink(
     # Random numbers of a recovery must not depend on earlier work: calibration, another row, an earlier session.
     torch.manual_seed(run.cfg.run.seed)
     with torch.enable_grad():  # a recovery may train the model
-        small = tuned(name, material, small)
+        small = apply_tune(name, material, small)
     counted.remove()
     return small
 
@@ -110,7 +110,7 @@ def material_of(
         run.model,
         masks,
         ridge=cfg.ridge,
-        statistics=pooled(statistics[corpus] for corpus in corpora) if method.needs - {"text"} else None,
+        statistics=pool_statistics(statistics[corpus] for corpus in corpora) if method.needs - {"text"} else None,
         text=[run.text.train[corpus] for corpus in corpora] if "text" in method.needs else (),
         batch_size=cfg.corpora.batch_size,
         count=run.meter.add,

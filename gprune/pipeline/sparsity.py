@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from gprune.calibration.errors import block_errors
-from gprune.calibration.statistics import CorpusStatistics, pooled
+from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.checks import accepted
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
@@ -23,7 +23,7 @@ from gprune.pipeline.run import Run
 from gprune.registry import LEARNER
 from gprune.runs.tracking import log_scalars
 from gprune.sparsity.allocation import ALLOCATION, allocate, module_thresholds
-from gprune.sparsity.budget import Budget, least_missed
+from gprune.sparsity.budget import Budget, choose_blocks
 from gprune.sparsity.gates import bypassed
 from gprune.sparsity.returned import checked_masks, checked_pair
 from gprune.sparsity.thresholds import (
@@ -63,7 +63,7 @@ def without_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
     def chosen() -> dict[str, Tensor]:
         if s.block_choice == "influence":
             return {"gone": statistics[cfg.corpora.score].influence.argsort(stable=True)}
-        return {"gone": torch.tensor(least_missed(run.budget, loss), dtype=torch.long)}
+        return {"gone": torch.tensor(choose_blocks(run.budget, loss), dtype=torch.long)}
 
     budget = run.budget.without(run.folder.tensors("blocks", chosen)["gone"].tolist())
     gone = ", ".join(map(str, budget.costs.removed_layers)) or "none, as a block is more than --sparsity.block_share"
@@ -82,7 +82,7 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
     if not cfg.measures_errors or "base" in measured_for(cfg):
         masks_of["base"] = allocated(run, "base", scores, statistics, [cfg.corpora.score])
     if "averaged" in dict(cfg.stages):
-        averaged = _scored(run, pooled(statistics[corpus] for corpus in cfg.corpora.drift))
+        averaged = _scored(run, pool_statistics(statistics[corpus] for corpus in cfg.corpora.drift))
         masks_of["averaged"] = allocated(run, "averaged", averaged, statistics, cfg.corpora.drift)
     return masks_of
 
@@ -104,7 +104,7 @@ def allocated(
 
     def pool() -> CorpusStatistics:
         """Pool the statistics in each call. They are not kept, because of the size of their Gram matrices."""
-        return pooled(statistics[corpus] for corpus in corpora)
+        return pool_statistics(statistics[corpus] for corpus in corpora)
 
     errors = errors_of(run, name, scores, pool()) if cfg.measures_errors else None
 
@@ -207,7 +207,7 @@ def saved_masks(ranks: ModuleRanks, tensors: Mapping[str, Tensor], budget: Budge
     if own := {name.removeprefix("masks."): t for name, t in tensors.items() if name.startswith("masks.")}:
         return Masks.from_tensors(own)
     if "offsets.0" in tensors:
-        ranks = ranks.moved([tensors[f"offsets.{b}"] for b in range(len(ranks.ffn))])
+        ranks = ranks.with_offsets([tensors[f"offsets.{b}"] for b in range(len(ranks.ffn))])
     return masks_from_thresholds(ranks, thresholds_from_named(tensors), budget)
 
 
@@ -221,7 +221,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     cfg, s = run.cfg, run.cfg.sparsity
     options = cfg.options.get(s.learner, {})
     for kind in start:  # removed blocks get mean thresholds, as other sparsities of the curve may keep them
-        mean = torch.cat([kind[b] for b in run.budget.costs.stay]).mean()
+        mean = torch.cat([kind[b] for b in run.budget.costs.remaining_blocks]).mean()
         for b in run.budget.costs.removed_blocks:
             kind[b] = torch.full_like(kind[b], mean)
     learner, settings = LEARNER[s.learner], dict(s) | {"shard": cfg.model.shard}

@@ -57,17 +57,19 @@ Solver = Callable[["Tensor", "Tensor", "Moments", float], tuple["Tensor", "Tenso
 class Material:
     """Inputs of a recovery, in addition to the pruned model."""
 
-    dense: PreTrainedModel  # frozen; read only, like statistics and text
-    masks: Masks
-    ridge: float = 0.01
-    statistics: CorpusStatistics | None = None  # of the dense model, pooled over `corpora.recover`; if needed
-    text: Sequence[Windows] = ()  # of `corpora.recover`; if needed
-    batch_size: int = 4
-    # Called with numbers of tokens that passed layers one by one: forward, and forward and backward.
+    dense: PreTrainedModel  # the frozen dense model; a recovery must not change it
+    masks: Masks  # the masks of the pruned model
+    ridge: float = 0.01  # `--ridge`
+    # Statistics of the dense model, pooled over `corpora.recover`; None unless the recovery needs them.
+    statistics: CorpusStatistics | None = None
+    text: Sequence[Windows] = ()  # calibration windows of `corpora.recover`; empty unless the recovery needs them
+    batch_size: int = 4  # windows in a batch of `batches`
+    # Counts tokens that pass layers one by one: forward, and forward and backward.
     count: Callable[..., None] = lambda forward, forward_backward=0: None
     fresh: Sequence[Windows] = ()  # `--distill.tokens` of training text from `corpora.recover`
     settings: Mapping[str, Any] = field(default_factory=dict)  # groups of flags, or options, by name of the recovery
-    # Trains a stage on `fresh`, or on `text` without it. A resumed run restores the state_dict of a finished stage.
+    # Trains a stage on `fresh`, or on `text` if there is no fresh text. A resumed run restores the state_dict of a
+    # finished stage.
     fit: Callable[..., None] | None = None
     shard: bool = False  # whether layers are sharded over processes during training
     # Cache of the dense model's final hidden states by batch, shared by all rows of a run; None: no cache.
@@ -89,8 +91,8 @@ class Recovery:
     uses_teacher = False  # whether it uses the cache `Material.teacher_states`
     experts = True  # whether it can recover experts
     sharded = True  # whether it works with a dense model that is sharded over processes
-    origin: Any = None  # the registered class or function, whose keyword-only parameters are options
-    made: Callable[..., Recovery]  # constructs the recovery with options
+    registered: Any = None  # the registered class or function, whose keyword-only parameters are options
+    factory: Callable[..., Recovery]  # constructs the recovery with options
 
     def revise(self, material: Material) -> Revise | None:
         """Return a function that changes each sliced block, called in the order of blocks, or None."""
@@ -117,61 +119,80 @@ class Recovery:
             blocks: blocks of the dense model, without weights.
             shard: whether the dense model is sharded over processes.
         """
-        others = [n for n in RECOVERY if RECOVERY[n].experts and RECOVERY[n].sharded]
+        alternatives = ", ".join(name for name in RECOVERY if RECOVERY[name].experts and RECOVERY[name].sharded)
         if shard and not self.sharded:
             raise UserError(
                 f"--recovery {self.name} cannot be combined with --model.shard true, because every process would "
-                f"compute all layers. Use one of {', '.join(others)}."
+                f"compute all layers. Use one of {alternatives}."
             )
         if not self.experts and any(block.has_experts for block in blocks):
             kind = f"experts (model type '{blocks[0].family.model_type}')"
-            raise UserError(f"--recovery {self.name} cannot recover {kind}. Use one of {', '.join(others)}.")
+            raise UserError(f"--recovery {self.name} cannot recover {kind}. Use one of {alternatives}.")
 
 
 RECOVERY: Registry[Recovery] = Registry("recovery")
 
 
 class Chain(Recovery):
-    """Several recoveries in sequence, with the interface of one."""
+    """Several recoveries in sequence, with the interface of one.
+
+    Args:
+        name: names of the recoveries, joined by `+`.
+        settings: settings of recoveries, by their names.
+
+    Raises:
+        UserError: if a recovery is repeated or is `none`, or if a recovery after the first one changes blocks one at a
+            time.
+    """
 
     def __init__(self, name: str, settings: Mapping[str, Any] = NOTHING):
-        self.name, names = name, name.split("+")
-        self.recoveries = [recovery_of(name, settings) for name in names]
-        self.needs = frozenset().union(*(one.needs for one in self.recoveries))
-        self.learns = any(one.learns for one in self.recoveries)
-        self.uses_teacher = any(one.uses_teacher for one in self.recoveries)
-        self.sharded = all(one.sharded for one in self.recoveries)
-        late = [one.name for one in self.recoveries[1:] if type(one).revise is not Recovery.revise]
+        self.name = name
+        names = name.split("+")
+        self.recoveries = [recovery_of(member, settings) for member in names]
+        self.needs = frozenset().union(*(member.needs for member in self.recoveries))
+        self.learns = any(member.learns for member in self.recoveries)
+        self.uses_teacher = any(member.uses_teacher for member in self.recoveries)
+        self.sharded = all(member.sharded for member in self.recoveries)
+        late = [member.name for member in self.recoveries[1:] if type(member).revise is not Recovery.revise]
         if len(set(names)) < len(names) or "none" in names or late:
             why = f"'{late[0]}' goes block by block, so it must come first" if late else "each once, and no 'none'"
             raise UserError(f"--recovery must be a chain such as [least_squares,distill]; got {name} ({why}).")
 
     def revise(self, material: Material) -> Revise | None:
+        """Return the function of the first recovery; the others change no single blocks."""
         return self.recoveries[0].revise(material)
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-        for one in self.recoveries:
-            pruned = one.tune(material, pruned)
+        for member in self.recoveries:
+            pruned = member.tune(material, pruned)
         return pruned
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
-        costs = [one.tokens(text, fresh, attention=attention) for one in self.recoveries]
+        costs = [member.tokens(text, fresh, attention=attention) for member in self.recoveries]
         return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
-        for one in self.recoveries:
-            one.refuse(blocks, shard=shard)
+        for member in self.recoveries:
+            member.refuse(blocks, shard=shard)
 
 
 def recovery_of(name: str, settings: Mapping[str, Any] = NOTHING) -> Recovery:
-    """Return a recovery by its name, or a chain of names joined by `+`, with these settings."""
+    """Return a recovery by its name.
+
+    Args:
+        name: a registered name, or several names joined by `+` for a chain.
+        settings: settings by name of the recovery: options as a dict, or a group of flags.
+    """
     if "+" in name:
         return Chain(name, settings)
-    one, own = RECOVERY[name], settings.get(name)
-    return one if own is None else one.made(**(own if isinstance(own, dict) else {"settings": own}))
+    own_settings = settings.get(name)
+    if own_settings is None:
+        return RECOVERY[name]
+    options = own_settings if isinstance(own_settings, dict) else {"settings": own_settings}
+    return RECOVERY[name].factory(**options)
 
 
-def tuned(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
+def apply_tune(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
     """Return the pruned model after `tune` of a recovery or a chain.
 
     Raises:
@@ -183,14 +204,20 @@ def tuned(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedM
         model = recovery_of(name, material.settings).tune(material, pruned)
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"Recovery '{name}' must return the pruned model from tune; got {type(model).__name__}.")
-    for place, weight in model.named_parameters():
+    for parameter_name, weight in model.named_parameters():
         if not weight.is_meta:  # offloaded
-            RECOVERY.checked(name, place, weight, tuple(weight.shape), of="finite floats")
+            RECOVERY.checked(name, parameter_name, weight, tuple(weight.shape), of="finite floats")
     return model
 
 
 class Projection(Recovery):
-    """A recovery that solves each output projection separately, from statistics of the dense model."""
+    """A recovery that solves each output projection separately, from statistics of the dense model.
+
+    Args:
+        solver: a function that is registered with `recovery`.
+        needs: as for `recovery`.
+        experts: as for `recovery`.
+    """
 
     def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool):
         self.solver, self.needs, self.experts = solver, frozenset(needs), experts
@@ -201,14 +228,16 @@ class Projection(Recovery):
 
         def revise(dense: Block, block: Block) -> None:
             """Correct those output projections of a sliced block that lost channels."""
-            keeps = material.masks.channels(dense)
+            kept_channels = material.masks.channels(dense)
             for kind, part in OUTPUT_PROJECTIONS.items():
-                if not bool(keeps[kind].all()):
-                    moments = getattr(material.statistics, kind)[dense.index].total
-                    weight = dense.parts[part].weight.to(device_of(dense.layer))
-                    experts = dense.experts if kind == "ffn" else 1
-                    solved = self.solve(weight, keeps[kind], moments, experts=experts, ridge=material.ridge)
-                    block.parts[part].set(*solved)
+                keep = kept_channels[kind]
+                if bool(keep.all()):
+                    continue
+                moments = getattr(material.statistics, kind)[dense.index].total
+                weight = dense.parts[part].weight.to(device_of(dense.layer))
+                experts = dense.experts if kind == "ffn" else 1
+                new_weight, bias = self.solve(weight, keep, moments, experts=experts, ridge=material.ridge)
+                block.parts[part].set(new_weight, bias)
 
         return revise
 
@@ -234,26 +263,28 @@ class Projection(Recovery):
         import torch
 
         with torch.no_grad():
-            if not moments.count.dim():
-                return self._solved(weight, keep, moments, ridge)
-            # Each expert has its own token count.
+            has_experts = moments.count.dim() > 0  # each expert has its own token count
+            if not has_experts:
+                return self._solve_one(weight, keep, moments, ridge)
             parts = zip(weight.chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
-            solved = [self._solved(w, k, moments.of_expert(e, experts), ridge) for w, k, e in parts]
+            solved = [self._solve_one(w, k, moments.of_expert(e, experts), ridge) for w, k, e in parts]
         if any(bias is not None for _, bias in solved):
             raise UserError(f"Recovery '{self.name}' must return None as the bias of experts, which have no biases.")
-        return torch.cat([new for new, _ in solved], 1), None
+        return torch.cat([new_weight for new_weight, _ in solved], 1), None
 
-    def _solved(self, weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
+    def _solve_one(self, weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
+        """Call the solver for one projection or one expert, and check its result; see `solve`."""
         with RECOVERY.running(self.name):
-            solution = self.solver(weight.float().clone(), keep.clone(), moments.copied(), ridge)
+            solution = self.solver(weight.float().clone(), keep.clone(), moments.copy(), ridge)
         if not (isinstance(solution, tuple) and len(solution) == 2):
             got = type(solution).__name__
             raise UserError(f"Recovery '{self.name}' must return a weight and a bias, which may be None; got {got}.")
+        new_weight, bias = solution
         shape = len(weight), int(keep.sum())
-        new = RECOVERY.checked(self.name, "a weight", solution[0], shape, of="floats").to(weight)
-        if solution[1] is None:
-            return new, None
-        return new, RECOVERY.checked(self.name, "a bias", solution[1], shape[:1], of="floats").to(weight)
+        new_weight = RECOVERY.checked(self.name, "a weight", new_weight, shape, of="floats").to(weight)
+        if bias is not None:
+            bias = RECOVERY.checked(self.name, "a bias", bias, shape[:1], of="floats").to(weight)
+        return new_weight, bias
 
 
 def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool = True) -> Callable[[Any], Any]:
@@ -294,14 +325,25 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
         if not (issubclass(entry, Recovery) if isinstance(entry, type) else callable(entry)):
             raise UserError(f"Recovery '{name}' must be a function or a subclass of Recovery; got {shown(entry)}.")
 
-        def made(**options: Any) -> Recovery:
-            solver = functools.partial(entry, **options)
-            instance = solver() if isinstance(entry, type) else Projection(solver, needs=needs, experts=experts)
-            instance.name, instance.origin, instance.made = name, entry, made
-            instance.__module__, instance.__qualname__ = entry.__module__, entry.__qualname__
+        def create(**options: Any) -> Recovery:
+            """Construct the recovery with options.
+
+            Attributes are set on the instance, because a class may be registered under several names, and functions
+            have no class of their own. `Registry` reads `__module__` and `__qualname__` to detect that other code has
+            the same name; all functions would otherwise look like `Projection`.
+            """
+            if isinstance(entry, type):
+                instance = entry(**options)
+            else:
+                instance = Projection(functools.partial(entry, **options), needs=needs, experts=experts)
+            instance.name = name
+            instance.registered = entry
+            instance.factory = create
+            instance.__module__ = entry.__module__
+            instance.__qualname__ = entry.__qualname__
             return instance
 
-        RECOVERY.register(name)(made())
+        RECOVERY.register(name)(create())
         return entry
 
     return decorate

@@ -22,16 +22,18 @@ def least_squares(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) 
     gram = moments.gram  # read once: it may be stored in a file
     assert gram is not None, "least_squares needs Gram matrices"
     gram = gram.to(weight.device)
-    stay, go = (which.nonzero()[:, 0].to(weight.device) for which in (keep, ~keep))
+    kept = keep.nonzero()[:, 0].to(weight.device)
+    removed = (~keep).nonzero()[:, 0].to(weight.device)
     # Convert only the needed parts to float64: the whole matrix has half a gigabyte at 7B in float32.
-    G_kk, G_rk = gram[stay][:, stay].double(), gram[go][:, stay].double()
+    G_kk = gram[kept][:, kept].double()
+    G_rk = gram[removed][:, kept].double()
     del gram
-    correction = ridge_correction(G_kk, weight[:, go].double() @ G_rk, ridge)
-    return (weight[:, stay].double() + correction).to(weight.dtype), None
+    correction = ridge_correction(G_kk, weight[:, removed].double() @ G_rk, ridge)
+    return (weight[:, kept].double() + correction).to(weight.dtype), None
 
 
 def ridge_correction(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """D = E (G + lambda I)^-1, (H, K) float64, which minimises sum ||(W + D) x - y||^2 + lambda ||D||^2.
+    """Return D = E (G + lambda I)^-1, (H, K) float64, which minimises sum ||(W + D) x - y||^2 + lambda ||D||^2.
 
     Args:
         gram: G = sum x x^T, (K, K) float64; its diagonal is changed in place.

@@ -31,8 +31,10 @@ for each projection of a block; one more if there is a norm after the FFN, or if
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +50,22 @@ from gprune.models.offload import device_of, resident
 from gprune.recoveries.least_squares import ridge_correction
 
 
-def lost(masks: Masks, alone: Sequence[bool] | None = None) -> list[tuple[str, ...]]:
+class Observed(NamedTuple):
+    """What a projection has computed in the last forward pass."""
+
+    input: Tensor  # (B, T, K)
+    output: Tensor  # (B, T, H)
+    norm_input: Tensor | None  # input of the norm after the projection, if there is such a norm
+
+
+class Target(NamedTuple):
+    """Target of a projection for one batch, on the CPU. What the equations do not need is None."""
+
+    stream: Tensor | None  # (tokens, H), the dense residual stream directly after the projection
+    output: Tensor | None  # (B, T, H), the output of the dense projection
+
+
+def projections_to_solve(masks: Masks, alone: Sequence[bool] | None = None) -> list[tuple[str, ...]]:
     """Return for each block the names of projections to solve, in the order of computation.
 
     These are the projections that lose channels. After a removed block also `down`, even if it keeps all channels.
@@ -57,23 +74,21 @@ def lost(masks: Masks, alone: Sequence[bool] | None = None) -> list[tuple[str, .
         masks: the masks.
         alone: whether each block is the only one of its layer; by default all are.
     """
-    near = [True, *masks.blocks[:-1]]
-    near = near if alone is None else [stays or not only for stays, only in zip(near, alone, strict=True)]
-    blocks = zip(masks.attention, masks.ffn, masks.blocks, near, strict=True)
-    return [
-        tuple(
-            part
-            for part, same in (("output", groups.all()), ("down", (neurons.all() and near) or not len(neurons)))
-            if stays and not same
-        )
-        for groups, neurons, stays, near in blocks
-    ]
-
-
-# Input and output of a projection, and the input of the norm after it, if there is one
-Seen = tuple[Tensor, Tensor, Tensor | None]
-# Of one batch, (tokens, H): the dense stream after a projection, and the projection's output; None if it is not needed
-Target = tuple[Tensor | None, Tensor | None]
+    if alone is None:
+        alone = [True] * len(masks.blocks)
+    follows_kept_block = [True, *masks.blocks[:-1]]
+    by_block = []
+    for groups, neurons, is_kept, follows_kept, is_alone in zip(
+        masks.attention, masks.ffn, masks.blocks, follows_kept_block, alone, strict=True
+    ):
+        parts = []
+        if is_kept and not groups.all():
+            parts.append("output")
+        follows_removed = is_alone and not follows_kept
+        if is_kept and len(neurons) and (follows_removed or not neurons.all()):
+            parts.append("down")
+        by_block.append(tuple(parts))
+    return by_block
 
 
 class PrunedPrefix:
@@ -88,6 +103,10 @@ class PrunedPrefix:
         masks: masks of both kinds. Later blocks compensate for blocks that the masks remove.
         windows: the text, batches of (B, T) int64 token ids.
         ridge: lambda divided by the mean diagonal of G.
+
+    Attributes:
+        tokens: number of tokens over all passes through pruned layers.
+        last_solved: index of the last block with a projection to solve; -1 if there is none.
     """
 
     @torch.no_grad()
@@ -96,24 +115,28 @@ class PrunedPrefix:
         assert not any(block.has_experts for block in self.blocks), "experts are not recovered along the prefix"
         layers = by_layer(self.blocks)
         # For each block: whether it is the only one of its layer.
-        self.alone = [len(own) == 1 for own in layers for _ in own]
+        self.alone = [len(blocks) == 1 for blocks in layers for _ in blocks]
         # For each block: whether it is the last one of its layer.
-        self.ends = [block is own[-1] for own in layers for block in own]
-        self.ridge, self.lost = ridge, lost(masks, self.alone)
-        # Granite's factor of what is added to the residual.
+        self.ends_layer = [block is blocks[-1] for blocks in layers for block in blocks]
+        self.ridge = ridge
+        self.parts_to_solve = projections_to_solve(masks, self.alone)
+        # Granite multiplies what is added to the residual stream by this factor.
         self.scale = getattr(self.blocks[0].layer, "residual_multiplier", 1.0)
-        # Both streams are equal before block `first`. After block `last` no stream is needed.
-        self.first = min((i for i, b in enumerate(self.lost) if b or not masks.blocks[i]), default=len(self.lost))
-        self.last = max((i for i, b in enumerate(self.lost) if b), default=-1)
+        # Both streams are equal before block `first_changed`. After block `last_solved` no stream is needed.
+        changed = [b for b, parts in enumerate(self.parts_to_solve) if parts or not masks.blocks[b]]
+        solved = [b for b, parts in enumerate(self.parts_to_solve) if parts]
+        self.first_changed = min(changed, default=len(self.blocks))
+        self.last_solved = max(solved, default=-1)
         walk = Walk(model)
         for ids in windows:
             walk.add(ids.to(device_of(model)))
         self.calls = walk.calls  # one per batch; `hidden`, (B, T, H), is the dense stream
-        self.passed = 0  # number of layers that the dense stream has passed
-        self.targets: dict[int, dict[str, list[Target]]] = {}  # targets of blocks of the last passed layer, by part
-        self.gains: dict[tuple[int, str], Tensor | None] = {}  # `gain_of`, by block index and part
-        self.hidden = [call.hidden for call in self.calls]  # the pruned stream, (B, T, H) for each batch
-        self.tokens = 0  # number of tokens over all passes through pruned layers
+        self.passed_layers = 0  # number of layers that the dense stream has passed
+        # Targets of the blocks of the last passed layer, by block index and projection, one per batch.
+        self.targets: dict[int, dict[str, list[Target]]] = {}
+        self.gains: dict[tuple[int, str], Tensor | None] = {}  # `rms_norm_gain`, by block index and projection
+        self.pruned_stream = [call.hidden for call in self.calls]  # (B, T, H) for each batch
+        self.tokens = 0
 
     @torch.no_grad()
     def recover(self, dense: Block, block: Block) -> None:
@@ -126,84 +149,109 @@ class PrunedPrefix:
         Raises:
             UserError: if an activation is not finite.
         """
-        if dense.index > self.last:
+        if dense.index > self.last_solved:
             return
-        for passed in by_layer(self.blocks)[self.passed : dense.layer_index + 1]:
-            self.targets = self._pass_dense(passed)
-        self.passed = dense.layer_index + 1
-        if dense.layer_index < self.blocks[self.first].layer_index:
-            self.hidden = [call.hidden for call in self.calls]
+        for layer_blocks in by_layer(self.blocks)[self.passed_layers : dense.layer_index + 1]:
+            self.targets = self._pass_dense(layer_blocks)
+        self.passed_layers = dense.layer_index + 1
+        if dense.layer_index < self.blocks[self.first_changed].layer_index:
+            self.pruned_stream = [call.hidden for call in self.calls]
             return
-        home = device_of(block.layer)
+        former_device = device_of(block.layer)
         block.layer.to(device_of(dense.layer))  # the device of the layer's other arguments
         try:
+            parts = self.parts_to_solve[dense.index]
+            must_advance = self.ends_layer[dense.index] and dense.index < self.last_solved
             # If `down` is solved and no norm follows, its output in the stream is replaced without another pass.
-            ends = self.ends[dense.index] and dense.index < self.last
-            exchanged = ends and "down" in self.lost[dense.index] and self._joins(dense, "down")
-            for part in self.lost[dense.index]:
+            exchanges_output = must_advance and "down" in parts and self._joins_stream(dense, "down")
+            for part in parts:
                 targets = self.targets[dense.index][part]
-                self._solve(part, block, dense, targets, exchange=exchanged and part == "down")
-            if ends and not exchanged:
-                for i, hidden in enumerate(self.hidden):
-                    self.hidden[i] = self._through(block, dense.layer_index, i, hidden).cpu()
+                self._solve(part, block, dense, targets, exchange=exchanges_output and part == "down")
+            if must_advance and not exchanges_output:
+                for batch, hidden in enumerate(self.pruned_stream):
+                    self.pruned_stream[batch] = self._run_layer(block, dense.layer_index, batch, hidden).cpu()
         finally:
-            block.layer.to(home)
+            block.layer.to(former_device)
 
     def _pass_dense(self, blocks: Sequence[Block]) -> dict[int, dict[str, list[Target]]]:
-        """Pass the dense stream through a layer. Return targets by block index and projection, one per batch."""
+        """Pass the dense stream through a layer, whose blocks are given.
+
+        Returns:
+            Targets by block index and projection, one per batch.
+        """
         layer, index = blocks[0].layer, blocks[0].layer_index
-        targets = {block.index: {part: [] for part in self.lost[block.index]} for block in blocks}
+        targets = {block.index: {part: [] for part in self.parts_to_solve[block.index]} for block in blocks}
         with resident(layer), ExitStack() as hooks:
-            seen = {block.index: hooks.enter_context(watched(block, targets[block.index])) for block in blocks}
+            observed = {
+                block.index: hooks.enter_context(watch_projections(block, targets[block.index])) for block in blocks
+            }
             for call in self.calls:
-                after = call.through(layer, index, call.hidden)
+                after = call.run_layer(layer, index, call.hidden)
                 for block in blocks:
-                    for part, of_part in targets[block.index].items():
-                        of_part.append(self._target(block, part, seen[block.index][part], call.hidden, after))
+                    for part, targets_of_part in targets[block.index].items():
+                        projection = observed[block.index][part]
+                        targets_of_part.append(self._target(block, part, projection, call.hidden, after))
                 call.hidden = after.cpu()
         return targets
 
-    def _target(self, block: Block, part: str, seen: Seen, before: Tensor, after: Tensor) -> Target:
-        """Return the target of a projection of the dense model for one batch."""
-        joins, key = self._joins(block, part), (block.index, part)
+    def _target(self, block: Block, part: str, projection: Observed, before: Tensor, after: Tensor) -> Target:
+        """Return the target of a projection of the dense model for one batch.
+
+        Args:
+            block: the dense block.
+            part: `down` or `output`.
+            projection: what the projection computed.
+            before: (B, T, H), the input of the block.
+            after: (B, T, H), the output of the block.
+        """
+        joins_stream, key = self._joins_stream(block, part), (block.index, part)
         if key not in self.gains:
-            self.gains[key] = gain_of(block.norm_behind(part), seen) if self.alone[block.index] and not joins else None
-        stream = joins or self.gains[key] is not None
-        return (
-            self._behind(block, part, seen[1], before, after).cpu() if stream else None,
-            None if joins else seen[1].cpu(),
-        )
+            norm_follows = self.alone[block.index] and not joins_stream
+            self.gains[key] = rms_norm_gain(block.norm_behind(part), projection) if norm_follows else None
+        stream = output = None
+        if joins_stream or self.gains[key] is not None:
+            stream = self._stream_after(block, part, projection.output, before, after).cpu()
+        if not joins_stream:
+            output = projection.output.cpu()
+        return Target(stream, output)
 
     def _solve(self, part: str, block: Block, dense: Block, targets: list[Target], *, exchange: bool) -> None:
         """Pass the pruned stream through a block with its current weights, and solve one of its projections.
 
-        With `exchange`, for `down`, the stream is advanced to the end of the block, with the new weights.
+        Args:
+            part: `down` or `output`.
+            block: the pruned block.
+            dense: the same block before pruning.
+            targets: targets of the projection, one per batch.
+            exchange: for `down`, whether to advance the stream to the end of the block, with the new weights.
         """
-        place, device = block.parts[part], device_of(block.layer)
-        gram = torch.zeros(place.in_features, place.in_features, device=device)
-        cross = torch.zeros(place.out_features, place.in_features, device=device)
-        entered = []  # inputs of the projection, one per batch
-        with watched(block, (part,)) as seen:
-            for i, (hidden, target) in enumerate(zip(self.hidden, targets, strict=True)):
-                after = self._through(block, dense.layer_index, i, hidden)
-                x, y, _ = seen[part]
-                if exchange:
-                    entered.append(x.cpu())
-                    self.hidden[i] = (after.float() - y.reshape(after.shape).float() * self.scale).to(after.dtype).cpu()
-                rows, error = self._equations(block, dense, part, target, (x, y), hidden, after)
-                with fast_products(x):
+        solved, device = block.parts[part], device_of(block.layer)
+        gram = torch.zeros(solved.in_features, solved.in_features, device=device)
+        cross = torch.zeros(solved.out_features, solved.in_features, device=device)
+        inputs = []  # inputs of the projection, one per batch, if its output is exchanged
+        with watch_projections(block, (part,)) as observed:
+            for batch, (before, target) in enumerate(zip(self.pruned_stream, targets, strict=True)):
+                after = self._run_layer(block, dense.layer_index, batch, before)
+                projection = observed[part]
+                if exchange:  # the stream without the output of the projection, which is added below
+                    inputs.append(projection.input.cpu())
+                    added = projection.output.reshape(after.shape).float() * self.scale
+                    self.pruned_stream[batch] = (after.float() - added).to(after.dtype).cpu()
+                rows, error = self._equations(block, dense, part, target, projection, before, after)
+                with fast_products(projection.input):
                     add_gram(gram, rows)
                     cross.addmm_(error.T, rows)
         require_finite(f"activation came up in block {dense.index} of the pruned model", gram, cross)
         fill_gram(gram)
         correction = ridge_correction(gram.double(), cross.double(), self.ridge)
-        place.set((place.weight.double() + correction).to(place.weight.dtype), None)
-        for i, x in enumerate(entered):
-            before = self.hidden[i].to(device)
-            self.hidden[i] = (before + place.host(x.to(device)).reshape(before.shape) * self.scale).cpu()
+        solved.set((solved.weight.double() + correction).to(solved.weight.dtype), None)
+        for batch, x in enumerate(inputs):
+            stream = self.pruned_stream[batch].to(device)
+            added = solved.host(x.to(device)).reshape(stream.shape) * self.scale
+            self.pruned_stream[batch] = (stream + added).cpu()
 
     def _equations(
-        self, block: Block, dense: Block, part: str, target: Target, seen: tuple[Tensor, Tensor],
+        self, block: Block, dense: Block, part: str, target: Target, projection: Observed,
         before: Tensor, after: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return x_t, (tokens, K), and y*_t - W_K x_t, (tokens, H), of one batch, as in the docstring of this module.
@@ -213,26 +261,30 @@ class PrunedPrefix:
             dense: the block before pruning.
             part: `down` or `output`.
             target: the target of the projection.
-            seen: input and output of the projection.
+            projection: what the projection of the pruned block computed.
             before: the input of the block.
             after: the output of the block.
         """
-        (stream, wanted), (x, y) = target, (tensor.flatten(0, -2) for tensor in seen)
-        if wanted is not None:
-            wanted = wanted.to(y.device).flatten(0, -2).float()
-        if stream is None:
-            return x.float(), wanted - y.float()
-        missing = (stream.to(y.device).float() - self._behind(block, part, seen[1], before, after).float()) / self.scale
-        if wanted is None:
+        x, y = projection.input.flatten(0, -2), projection.output.flatten(0, -2)
+        dense_output = None
+        if target.output is not None:
+            dense_output = target.output.to(y.device).flatten(0, -2).float()
+        if target.stream is None:
+            return x.float(), dense_output - y.float()
+        stream = self._stream_after(block, part, projection.output, before, after)
+        missing = (target.stream.to(y.device).float() - stream.float()) / self.scale  # from the pruned stream
+        if dense_output is None:
             return x.float(), missing
+        # The projection is followed by an RMS norm: g = gain, r_t = size, d_t = norm_target, m = damping.
         gain = self.gains[dense.index, part].to(y.device)
-        size = wanted.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-        returned, damping = block.norm_behind(part)(y).float() + missing, 0.1 * gain.square().median()
-        wanted = (gain * returned + damping * wanted / size) / (gain.square() + damping)
-        return x.float() / size, wanted - y.float() / size
+        size = dense_output.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        norm_target = block.norm_behind(part)(y).float() + missing
+        damping = 0.1 * gain.square().median()
+        y_target = (gain * norm_target + damping * dense_output / size) / (gain.square() + damping)
+        return x.float() / size, y_target - y.float() / size
 
-    def _behind(self, block: Block, part: str, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """Return the residual stream after a projection, (tokens, H).
+    def _stream_after(self, block: Block, part: str, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """Return the residual stream directly after a projection, (tokens, H).
 
         Args:
             block: the block.
@@ -247,43 +299,48 @@ class PrunedPrefix:
             output = block.norm_behind(part)(output)
         return (before.to(output.device).reshape(output.shape) + output * self.scale).flatten(0, -2)
 
-    def _joins(self, block: Block, part: str) -> bool:
+    def _joins_stream(self, block: Block, part: str) -> bool:
         """Return whether the target is the residual stream and not the output of the projection."""
         return self.alone[block.index] and block.joins_residual(part)
 
-    def _through(self, block: Block, index: int, batch: int, hidden: Tensor) -> Tensor:
+    def _run_layer(self, block: Block, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """Return the output of a pruned layer for hidden states (B, T, H) of a batch, and count the tokens."""
         self.tokens += hidden.shape[0] * hidden.shape[1]
-        return self.calls[batch].through(block.layer, index, hidden)
+        return self.calls[batch].run_layer(block.layer, index, hidden)
 
 
-def gain_of(norm: nn.Module, seen: Seen) -> Tensor | None:
+def rms_norm_gain(norm: nn.Module, projection: Observed) -> Tensor | None:
     """Return g of a norm n(y) = g y / rms(y) of a projection's output, (H,) float32, by calling the norm.
 
     Returns None for other norms, and for a norm of something else, such as the sum with the residual.
     """
-    _, output, normed = seen
-    if normed is None or not torch.equal(normed.flatten(0, -2), output.flatten(0, -2)):
+    output, norm_input = projection.output, projection.norm_input
+    if norm_input is None or not torch.equal(norm_input.flatten(0, -2), output.flatten(0, -2)):
         return None
     ones = torch.ones_like(output.flatten(0, -2)[:1])
-    signs = ones * (1 - 2 * (torch.arange(ones.shape[-1], device=ones.device) % 2)).to(ones.dtype)
+    signs = ones * (1 - 2 * (torch.arange(ones.shape[-1], device=ones.device) % 2)).to(ones.dtype)  # 1, -1, 1, ...
     gain = norm(ones)
-    return gain[0].float() if torch.equal(norm(signs), gain * signs) else None
+    is_rms_norm = torch.equal(norm(signs), gain * signs)  # ones and signs have the RMS 1, but different means
+    return gain[0].float() if is_rms_norm else None
 
 
 @contextmanager
-def watched(block: Block, parts: Iterable[str]) -> Iterator[dict[str, Seen]]:
-    """Record what projections of a block compute in the last forward pass, by name."""
-    seen: dict[str, Seen] = {}
+def watch_projections(block: Block, parts: Iterable[str]) -> Iterator[dict[str, Observed]]:
+    """Context manager that records what projections of a block compute in the last forward pass, by their names."""
+    observed: dict[str, Observed] = {}
 
-    def projected(part: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _module, inputs, output: seen.__setitem__(part, (inputs[0], output, None))
+    def record_projection(part: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        observed[part] = Observed(inputs[0], output, None)
 
-    def normed(part: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: seen.__setitem__(part, (*seen[part][:2], inputs[0])) if part in seen else None
+    def record_norm_input(part: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if part in observed:
+            observed[part] = observed[part]._replace(norm_input=inputs[0])
 
     with ExitStack() as hooks:
         for part in parts:
-            hooks.callback(block.parts[part].host.register_forward_hook(projected(part)).remove)
-            if (norm := block.norm_behind(part)) is not None:
-                hooks.callback(norm.register_forward_pre_hook(normed(part)).remove)
-        yield seen
+            host = block.parts[part].host
+            hooks.callback(host.register_forward_hook(partial(record_projection, part)).remove)
+            norm = block.norm_behind(part)
+            if norm is not None:
+                hooks.callback(norm.register_forward_pre_hook(partial(record_norm_input, part)).remove)
+        yield observed

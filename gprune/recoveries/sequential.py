@@ -24,12 +24,17 @@ class SequentialLeastSquares(Recovery):
         prefix = PrunedPrefix(material.dense, material.masks, material.batches, ridge=material.ridge)
 
         def revise(dense: Block, block: Block) -> None:
+            """Recover the next block. After the last one, count the tokens of passes through pruned layers."""
             prefix.recover(dense, block)
-            if dense.index == prefix.last:
-                material.count(prefix.tokens // (1 + prefix.blocks[-1].layer_index))
+            if dense.index == prefix.last_solved:
+                layers = 1 + prefix.blocks[-1].layer_index
+                material.count(prefix.tokens // layers)  # a token counts if it passes all layers
 
         return revise
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
-        """One pass through the dense layers, and at most one plus one per projection through the pruned layers."""
+        """Return the tokens of one pass through the dense layers, and of all passes through the pruned layers.
+
+        There are at most one pass per projection through the pruned layers, and one more.
+        """
         return (3 + attention) * text, 0

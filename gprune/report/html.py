@@ -24,7 +24,7 @@ from gprune.report.style import style
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import Record, Stage, means_and_gaps, row_name, unseen_ratios
 from gprune.runs.results import FinishedRun, config_of
-from gprune.sparsity.allocation import removed_in_words
+from gprune.sparsity.allocation import format_removed
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
 from gprune.storage.yaml_text import to_yaml
@@ -83,7 +83,7 @@ def section(run: FinishedRun) -> dict[str, Any]:
         about = f"Made elsewhere, recovery {s['recovery']}, seed {run.seed}."
     else:
         of_scope = (summary["sparsity_of_scope"], asked["scope"], asked["allocation"])
-        target, removed = (removed_in_words(*of_scope, digits=digits) for digits in (0, 2))
+        target, removed = (format_removed(*of_scope, digits=digits) for digits in (0, 2))
         title = f"{target} removed from {model_label(s['model']['name'])}"
         about = f"Pruned by {method}, importance {s['importance']}, recovery {s['recovery']}, seed {run.seed}."
     means = means_and_gaps(run.records)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from gprune.config import flat
 from gprune.errors import UserError
-from gprune.evaluation.perplexity import processes
+from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.runs import schema
 from gprune.storage.cache import disk_errors
 from gprune.storage.environment import environment, peak_memory
-from gprune.storage.files import inspected_json, locked, read_json, read_tensors, replacing, write_json, write_tensors
+from gprune.storage.files import inspect_json, locked, read_json, read_tensors, replacing, write_json, write_tensors
 from gprune.storage.reading import unsafe_entries
 
 SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of scratch folders of `storage.files`
@@ -41,7 +41,7 @@ def broadcast(value: Any) -> Any:
     differently.
     """
     values = [value]
-    if processes()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         torch.distributed.broadcast_object_list(values)
     return values[0]
 
@@ -114,7 +114,7 @@ class RunFolder:
         for what, path in unsafe_entries(self.path):  # the run would write to places outside the folder
             if path.parent.relative_to(self.path.resolve()).parts[:1] != ("wandb",):  # W&B creates such links
                 raise UserError(f"{cannot}: {path} is {what}. Remove it, or choose another --run.name.")
-        manifest, why = inspected_json(file, check=schema.Manifest.problem) if used else (None, None)
+        manifest, why = inspect_json(file, check=schema.Manifest.problem) if used else (None, None)
         changed = changed_settings(manifest["settings"], settings) if manifest else []
         remedy = "Choose another --run.name, or remove the folder"
         if changed and ((self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))):

@@ -27,10 +27,10 @@ from gprune.partition.modules import Modules
 from gprune.runs import frames, schema
 from gprune.runs.folder import RunFolder, changed_settings
 from gprune.runs.numbers import Record, row_name
-from gprune.sparsity.allocation import removed_in_words
+from gprune.sparsity.allocation import format_removed
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.cache import cache_dir
-from gprune.storage.files import file_hashes, inspected_json, key_of, read_tensors
+from gprune.storage.files import file_hashes, inspect_json, key_of, read_tensors
 from gprune.storage.reading import expanded
 from gprune.storage.yaml_text import read_yaml
 
@@ -126,7 +126,7 @@ class PruningResult:
             asked, sizes = self.config.sparsity, f"{s['parameters_before']:,} -> {s['parameters_after']:,}"
             removed = "made elsewhere"
             if "sparsity_of_scope" in s:
-                of_scope = removed_in_words(s["sparsity_of_scope"], asked.scope, asked.allocation)
+                of_scope = format_removed(s["sparsity_of_scope"], asked.scope, asked.allocation)
                 removed = f"{of_scope} removed, {s['sparsity_of_model']:.2%} of the model"
             lines.append(f"{removed}: {sizes}")
         if self.records:
@@ -147,12 +147,12 @@ def finished(path: Path | str) -> FinishedRun:
     place = expanded(path)
     if not place.is_dir():
         raise UserError(f"Cannot read run '{path}': there is no folder '{path}'.")
-    manifest, why = inspected_json(place / "manifest.json", check=schema.Manifest.problem)
+    manifest, why = inspect_json(place / "manifest.json", check=schema.Manifest.problem)
     if why or manifest["settings"].get("inputs") is None:
         why = f"manifest.json: {why or 'no step was begun'}"
         raise UserError(f"Cannot read run '{path}': not a gprune run, or of an older version ({why}).")
     settings, key = migrated(manifest["settings"]), key_of(settings=manifest["settings"])
-    metrics, why = inspected_json(place / "metrics.json", run=key, check=schema.Metrics.problem)
+    metrics, why = inspect_json(place / "metrics.json", run=key, check=schema.Metrics.problem)
     if why or metrics.get("summary") is None:
         why = f"metrics.json: {why or 'no summary yet'}"
         raise UserError(f"Cannot read run '{path}': the run is not finished ({why}). Run the same command again.")
@@ -200,7 +200,7 @@ def read_evaluation(path: Path, *, run: str | None = None) -> list[Record]:
     Raises:
         UserError: if the file has other content or belongs to another run.
     """
-    content, why = inspected_json(path, run=run, check=schema.Evaluation.problem)
+    content, why = inspect_json(path, run=run, check=schema.Evaluation.problem)
     if why and os.path.lexists(path):
         remedy = "Move the file away, or choose another one"
         raise UserError(f"Cannot read records of gprune evaluate in '{path}': {why}. {remedy}.")

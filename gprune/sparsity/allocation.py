@@ -12,7 +12,6 @@ then removed until the budget is met. A rule may return keep masks instead of ma
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from gprune.registry import Registry
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
     from torch import Tensor
 
-    from gprune.calibration.statistics import CorpusStatistics
+    from gprune.calibration.statistics import ChannelStatistics, CorpusStatistics
     from gprune.importance.scores import Scores
     from gprune.models.blocks import Block
     from gprune.models.masks import Masks
@@ -92,26 +91,43 @@ def allocate(
 
     rule = ALLOCATION[name]
     with ALLOCATION.running(name):
-        result = rule(copy.deepcopy(scores), statistics.copied(), blocks, budget, **options)
+        result = rule(copy.deepcopy(scores), statistics.copy(), blocks, budget, **options)
     if isinstance(result, Masks):
         return checked_masks(ALLOCATION, name, result, budget, exact=not rule.whole_blocks)
-    sizes = [[len(s) for s in kind] for kind in (scores.ffn, scores.attention)]
-    return keep_masks(budget, *checked_pair(ALLOCATION, name, "Masks, or margins", result, sizes))
+    sizes = [len(s) for s in scores.ffn], [len(s) for s in scores.attention]
+    neuron_margins, group_margins = checked_pair(ALLOCATION, name, "Masks, or margins", result, sizes)
+    return keep_masks(budget, neuron_margins, group_margins)
 
 
 def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """Return thresholds by the rule for modules `name`, called with copies; UserError unless they are finite."""
+    """Return thresholds by the rule for modules `name`. The rule is called with copies of masks and ranks.
+
+    Raises:
+        UserError: if thresholds have another shape than the modules, or are not dense, real and finite.
+    """
     from gprune.sparsity.returned import checked_pair
 
     with ALLOCATION.running(name):
         result = ALLOCATION[name](*copy.deepcopy((masks, ranks)))
-    return checked_pair(ALLOCATION, name, "thresholds", result, [ranks.modules, [1] * len(ranks.attention)])
+    sizes = ranks.modules, [1] * len(ranks.attention)
+    return checked_pair(ALLOCATION, name, "thresholds", result, sizes)
 
 
-def removed_in_words(share: float, scope: str, rule: str, digits: int = 2) -> str:
-    """Format a share as '50.00% of ffn', or as 'as many parameters as ...' for a rule that removes whole blocks."""
+def format_removed(share: float, scope: str, rule: str, digits: int = 2) -> str:
+    """Format the removed share of a scope, such as '50.00% of ffn'.
+
+    For a rule that removes whole blocks the text is 'as many parameters as 50.00% of ffn'.
+
+    Args:
+        share: the removed share, in [0, 1].
+        scope: the value of `--sparsity.scope`.
+        rule: the value of `--sparsity.allocation`; it need not be registered in this process.
+        digits: number of digits after the decimal point.
+    """
     removed = f"{share:.{digits}%} of {scope}"
-    return f"as many parameters as {removed}" if rule in ALLOCATION and ALLOCATION[rule].whole_blocks else removed
+    if rule in ALLOCATION and ALLOCATION[rule].whole_blocks:
+        return f"as many parameters as {removed}"
+    return removed
 
 
 @allocation("learned", modules=True, learned=True)
@@ -124,11 +140,17 @@ def learned(masks: Masks, ranks: ModuleRanks) -> Thresholds:
 
 @allocation("equal", modules=True)
 def equal(masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """The same threshold for all modules, so that each module loses the same fraction, independently of the masks."""
+    """The same threshold for all modules, so that each module loses the same fraction, independently of the masks.
+
+    The common threshold is 0. Its value does not matter: units are removed in order of logit p_i - t until the budget
+    is met, and a constant in all thresholds does not change this order. So it is the budget that determines the
+    fraction, as if it shifted the common threshold.
+    """
     import torch
 
-    zeros = functools.partial(torch.zeros, dtype=torch.float64)
-    return [zeros(k) for k in ranks.modules], [zeros(1) for _ in ranks.attention]
+    neurons = [torch.zeros(modules, dtype=torch.float64) for modules in ranks.modules]
+    groups = [torch.zeros(1, dtype=torch.float64) for _ in ranks.attention]
+    return neurons, groups
 
 
 @allocation("uniform")
@@ -143,7 +165,8 @@ def _ranks(scores: Scores, blocks: Sequence[Block]) -> Margins:
 
     pairs = zip(scores.ffn, blocks, strict=True)
     ffn = [fractional_ranks(s, groups=b.experts, ties="ordinal") for s, b in pairs]
-    return ffn, [fractional_ranks(s, ties="ordinal") for s in scores.attention]
+    attention = [fractional_ranks(s, ties="ordinal") for s in scores.attention]
+    return ffn, attention
 
 
 @allocation("global")
@@ -154,15 +177,21 @@ def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[
     Constant scores have margin 0. The authors count a head as 512/3 neurons, which is correct for LLaMA's shapes; our
     budget counts parameters.
     """
+    import torch
 
-    def z(s: Tensor) -> Tensor:
+    def standardise(s: Tensor) -> Tensor:
         std = s.std(correction=0)
-        # due to rounding, equal numbers can have a standard deviation above 0
-        return (s - s.mean()) / std if std > 0 and s.min() < s.max() else s.new_zeros(s.shape)
+        # Due to rounding, equal numbers can have a standard deviation above 0.
+        if std > 0 and s.min() < s.max():
+            return (s - s.mean()) / std
+        return torch.zeros_like(s)
 
+    ffn = [standardise(s) for s in scores.ffn]
     pairs = zip(scores.channels, scores.attention, strict=True)
-    groups = [z(c).view(len(g), -1).mean(1) if len(g) else g for c, g in pairs]
-    return [z(s) for s in scores.ffn], groups
+    attention = [
+        standardise(channels).view(len(groups), -1).mean(1) if len(groups) else groups for channels, groups in pairs
+    ]
+    return ffn, attention
 
 
 @allocation("owl")
@@ -182,23 +211,25 @@ def outlier_weighted(
     defaults of M and lambda are the authors' for LLaMA. A is computed from the projection that loses columns: down for
     neurons, output for KV groups. The paper removes single weights and computes A from all linear layers.
     """
-
     import torch
 
-    def sparsities(kind: str, part: str) -> Tensor:
-        """Return S_b per block, (L,) float64, from inputs of `down` (kind `ffn`) or `output` (`attention`)."""
-        D = torch.zeros(len(blocks), dtype=torch.float64)
-        stay = [b for b in budget.costs.stay if part in blocks[b].parts]
-        for block, channel in zip(blocks, getattr(statistics, kind), strict=True):
+    def sparsities(part: str, channels: Sequence[ChannelStatistics]) -> Tensor:
+        """Return S_b per block, (L,) float64, from the weight of `part` and the statistics of its inputs."""
+        outlier_shares = torch.zeros(len(blocks), dtype=torch.float64)
+        remaining = [b for b in budget.costs.remaining_blocks if part in blocks[b].parts]
+        for block, channel in zip(blocks, channels, strict=True):
             if part in block.parts:
                 A = block.parts[part].weight.detach().float().cpu().abs() * channel.total.mean_sq.sqrt().float()
-                D[block.index] = (multiple * A.mean() < A).double().mean()
-        low, high = D[stay].aminmax() if stay else (0.0, 0.0)
-        D = (D - low) / (high - low) * 2 * spread if high > low else torch.zeros_like(D)
-        return budget.sparsity - (D - D[stay].mean())
+                outlier_shares[block.index] = (multiple * A.mean() < A).double().mean()
+        low, high = outlier_shares[remaining].aminmax() if remaining else (0.0, 0.0)
+        D = torch.zeros_like(outlier_shares)
+        if high > low:
+            D = (outlier_shares - low) / (high - low) * 2 * spread
+        return budget.sparsity - (D - D[remaining].mean())
 
-    parts = zip(_ranks(scores, blocks), (sparsities("ffn", "down"), sparsities("attention", "output")), strict=True)
-    ffn, attention = ([r - S for r, S in zip(ranks, by_block, strict=True)] for ranks, by_block in parts)
+    neuron_ranks, group_ranks = _ranks(scores, blocks)
+    ffn = [r - S for r, S in zip(neuron_ranks, sparsities("down", statistics.ffn), strict=True)]
+    attention = [r - S for r, S in zip(group_ranks, sparsities("output", statistics.attention), strict=True)]
     return ffn, attention
 
 
@@ -222,43 +253,51 @@ def reconstruction(
     """
     import torch
 
-    errors, rest = statistics.errors, budget.rest
-    costs = {b: budget.costs.prices.neurons[b] for b in budget.costs.stay}
-    costs = {b: (table[-1] - table[0]) / max(1, budget.costs.neurons[b]) for b, table in costs.items()}
-    all_neurons = sum(cost * budget.costs.neurons[b] for b, cost in costs.items())
-    costs = {b: cost for b, cost in costs.items() if cost and b not in budget.costs.protected}
-    prices = {b: _prices(errors[b], budget.costs.neurons[b]) / cost for b, cost in costs.items()}
-    ffn, attention = _ranks(scores, blocks)
-    # Of neurons and KV groups in blocks that are not removed, including protected ones.
+    costs, rest = budget.costs, budget.rest
+    # Sparsity of the blocks that are not removed as a whole, protected ones included.
     share = rest.target / rest.costs.total
+    neuron_costs = {}  # cost of a neuron on average, by block
+    for b in costs.remaining_blocks:
+        by_width = costs.prices.neurons[b]
+        neuron_costs[b] = (by_width[-1] - by_width[0]) / max(1, costs.neurons[b])
+    target = share * sum(cost * costs.neurons[b] for b, cost in neuron_costs.items())
+    open_costs = {b: cost for b, cost in neuron_costs.items() if cost and b not in costs.protected}
+    prices = {b: _error_per_neuron(statistics.errors[b], costs.neurons[b]) / cost for b, cost in open_costs.items()}
+
     shares = [share] * len(blocks)
     if prices:
         joined = torch.cat(list(prices.values()))
-        cost = torch.cat([torch.full((len(of),), costs[b], dtype=torch.float64) for b, of in prices.items()])
+        cost = torch.cat([torch.full((len(p),), open_costs[b], dtype=torch.float64) for b, p in prices.items()])
         order = joined.argsort(stable=True)
-        goes = torch.zeros(len(joined), dtype=torch.bool)
-        goes[order] = cost[order].cumsum(0) - cost[order] / 2 < share * all_neurons
-        mean = min(1.0, share * all_neurons / float(cost.sum()))
-        for b, of in zip(prices, goes.split([len(of) for of in prices.values()]), strict=True):
-            shares[b] = mean + strength * (float(of.double().mean()) - mean)
-    return [r - S for r, S in zip(ffn, shares, strict=True)], [r - share for r in attention]
+        removed = torch.zeros(len(joined), dtype=torch.bool)
+        removed[order] = cost[order].cumsum(0) - cost[order] / 2 < target
+        mean = min(1.0, target / float(cost.sum()))
+        by_block = removed.split([len(p) for p in prices.values()])
+        for b, removed_neurons in zip(prices, by_block, strict=True):
+            shares[b] = mean + strength * (float(removed_neurons.double().mean()) - mean)
+    neuron_ranks, group_ranks = _ranks(scores, blocks)
+    ffn = [r - S for r, S in zip(neuron_ranks, shares, strict=True)]
+    attention = [r - share for r in group_ranks]
+    return ffn, attention
 
 
-def _prices(errors: Tensor, neurons: int) -> Tensor:
+def _error_per_neuron(errors: Tensor, neurons: int) -> Tensor:
     """Return how much removing each neuron adds to the error, (N,) float64, in order of removal.
 
     Args:
         errors: E(K) at equally spaced widths K from 0 to all neurons; the lower convex hull of them is used.
+        neurons: N, the number of neurons.
     """
     import numpy
     import torch
     from scipy.optimize import isotonic_regression
 
-    steps = isotonic_regression((errors[:-1] - errors[1:]).numpy(), increasing=False).x  # slopes of the hull
-    # Interpolate log prices between the middles of steps, so that neurons of a block have different prices.
-    middles = (numpy.arange(len(steps)) + 0.5) / len(steps)
-    places = (numpy.arange(neurons) + 0.5) / neurons
-    logs = numpy.interp(places, middles, numpy.log(numpy.maximum(steps, 1e-300)))
+    slopes = isotonic_regression((errors[:-1] - errors[1:]).numpy(), increasing=False).x  # of the hull
+    # Interpolate log slopes between the middles of steps, so that neurons of a block have different prices.
+    step_middles = (numpy.arange(len(slopes)) + 0.5) / len(slopes)
+    neuron_middles = (numpy.arange(neurons) + 0.5) / neurons
+    log_slopes = numpy.log(numpy.maximum(slopes, 1e-300))  # the logarithm of 0 is not finite
+    logs = numpy.interp(neuron_middles, step_middles, log_slopes)
     return torch.from_numpy(numpy.exp(logs)).flip(0)
 
 
@@ -278,21 +317,33 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
 
     masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
-    left, prices = budget.target, budget.costs.prices
-    own_layer = {b: own for own in budget.costs.by_layer for b in own}  # all blocks of a layer have the same influence
-    for layer in {own_layer[b][0]: own_layer[b] for b in statistics.influence.argsort(stable=True).tolist()}.values():
-        if left <= 0 or not budget.costs.protected.isdisjoint(layer):
+    costs, prices = budget.costs, budget.costs.prices
+    remaining = budget.target  # the cost that is still to be removed
+    for layer in _layers_by_influence(statistics, budget):
+        if remaining <= 0 or not costs.protected.isdisjoint(layer):
             continue
-        index = max(layer, key=lambda b: prices.neurons[b][-1])  # the block with the largest FFN
-        block, whole = blocks[index], sum(prices.blocks[b] for b in layer)
-        table, grid = prices.neurons[index], range(0, block.neurons, budget.width_multiple)
-        kept = max((width for width in grid if table[-1] - table[width] >= left), default=0)
-        if left >= whole or kept == 0:
-            for b in layer:
-                masks.ffn[b][:] = False
-                masks.attention[b][:] = False
-            left -= whole
-        else:
-            masks.ffn[index] = top_of_experts(scores.ffn[index], kept, experts=block.experts)
+        largest = max(layer, key=lambda b: prices.neurons[b][-1])  # the block with the largest FFN
+        by_width = prices.neurons[largest]
+        widths = range(0, blocks[largest].neurons, budget.width_multiple)
+        wide_enough = [width for width in widths if by_width[-1] - by_width[width] >= remaining]
+        kept_width = max(wide_enough, default=0)
+        whole_cost = sum(prices.blocks[b] for b in layer)
+        if remaining < whole_cost and kept_width > 0:
+            experts = blocks[largest].experts
+            masks.ffn[largest] = top_of_experts(scores.ffn[largest], kept_width, experts=experts)
             break
+        for b in layer:
+            masks.ffn[b][:] = False
+            masks.attention[b][:] = False
+        remaining -= whole_cost
     return masks
+
+
+def _layers_by_influence(statistics: CorpusStatistics, budget: Budget) -> list[list[int]]:
+    """Return the blocks of each layer, the least influential layer first.
+
+    All blocks of a layer have the same influence.
+    """
+    layer_of = {block: blocks for blocks in budget.costs.by_layer for block in blocks}
+    order = [layer_of[block] for block in statistics.influence.argsort(stable=True).tolist()]
+    return list({blocks[0]: blocks for blocks in order}.values())  # each layer once

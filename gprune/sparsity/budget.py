@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, groupby
+from typing import Any
 
 from gprune.errors import UserError
 from gprune.models.blocks import Block, by_layer
@@ -40,8 +41,11 @@ class UnitCosts:
     @cached_property
     def prices(self) -> Price:
         """Costs of blocks in the budget's currency, by the number of kept units."""
-        costs = [*zip(self.neuron, self.group, self.block or self.group, strict=True)]
-        return self.price or Price.by_unit((costs, 0), self.neurons, self.groups)
+        if self.price is not None:
+            return self.price
+        # `group` is a placeholder of the same length if costs of whole blocks are not given, because none is removed.
+        costs_by_block = list(zip(self.neuron, self.group, self.block or self.group, strict=True))
+        return Price.by_unit((costs_by_block, 0), self.neurons, self.groups)
 
     @property
     def in_parameters(self) -> UnitCosts:
@@ -49,32 +53,33 @@ class UnitCosts:
         return replace(self, price=None)
 
     @property
-    def stay(self) -> list[int]:
-        """Blocks that are not removed as a whole."""
+    def remaining_blocks(self) -> list[int]:
+        """Indices of the blocks that are not removed as a whole."""
         return [b for b in range(len(self.neurons)) if b not in self.removed_blocks]
 
     @cached_property
     def by_layer(self) -> list[list[int]]:
-        """The blocks of each layer."""
+        """The indices of the blocks of each layer."""
         layers = self.layers or range(len(self.neurons))
-        return [[b for b, _ in own] for _, own in groupby(enumerate(layers), key=lambda pair: pair[1])]
+        blocks_by_layer = groupby(range(len(layers)), key=lambda block: layers[block])
+        return [list(blocks) for _, blocks in blocks_by_layer]
 
     @property
     def removed_layers(self) -> list[int]:
         """Layers that are removed as a whole, in the order of choice."""
-        layer_of = {block: layer for layer, own in enumerate(self.by_layer) for block in own}
+        layer_of = {block: layer for layer, blocks in enumerate(self.by_layer) for block in blocks}
         return list(dict.fromkeys(layer_of[block] for block in self.removed_blocks))
 
     @property
     def open_layers(self) -> list[list[int]]:
         """The blocks of each layer that may be removed as a whole: it has units and no protected block."""
         return [
-            own for own in self.by_layer
-            if not self.protected.intersection(own) and any(self.neurons[b] + self.groups[b] for b in own)
+            blocks for blocks in self.by_layer
+            if self.protected.isdisjoint(blocks) and any(self.neurons[b] + self.groups[b] for b in blocks)
         ]  # fmt: skip
 
     @property
-    def of_experts(self) -> tuple[int, ...]:
+    def experts_per_block(self) -> tuple[int, ...]:
         """Number of experts of each block; 1 without experts."""
         return self.experts or (1,) * len(self.neuron)
 
@@ -83,42 +88,66 @@ class UnitCosts:
         """Cost of all units in scope. Biases of down and output projections belong to no unit."""
         if self.block_share:
             return sum(self.prices.blocks)
-        return sum(n[-1] + self.attention * g[-1] for n, g in zip(self.prices.neurons, self.prices.groups, strict=True))
+        total = sum(by_width[-1] for by_width in self.prices.neurons)
+        if self.attention:
+            total += sum(by_groups[-1] for by_groups in self.prices.groups)
+        return total
 
     def removable(self, width_multiple: int) -> int:
         """Return the largest removable cost, if every block keeps at least `width_multiple` neurons and one KV group.
 
         Protected blocks keep everything, and blocks in `removed_blocks` nothing.
         """
-        p = self.prices
-        return sum(p.blocks[b] for b in self.removed_blocks) + sum(
-            p.neurons[b][-1] - p.neurons[b][min(width_multiple, self.neurons[b])]
-            + self.attention * (p.groups[b][-1] - p.groups[b][min(1, self.groups[b])])
-            for b in self.stay if b not in self.protected
-        )  # fmt: skip
+        prices = self.prices
+        removable = sum(prices.blocks[b] for b in self.removed_blocks)
+        for b in self.remaining_blocks:
+            if b in self.protected:
+                continue
+            by_width, by_groups = prices.neurons[b], prices.groups[b]
+            removable += by_width[-1] - by_width[min(width_multiple, self.neurons[b])]
+            if self.attention:
+                removable += by_groups[-1] - by_groups[min(1, self.groups[b])]
+        return removable
 
     def removed(self, masks: Masks) -> int:
         """Return the cost that masks remove. For a block that keeps nothing this is the whole block with its norms."""
-        removed, p = 0, self.prices
-        for b, stays in enumerate(masks.blocks):
-            neurons, groups = (int(kind[b].sum()) for kind in (masks.ffn, masks.attention))
-            tables = (p.neurons[b], neurons // self.of_experts[b]), (p.groups[b], groups)
-            removed += sum(table[-1] - table[kept] for table, kept in tables) if stays else p.blocks[b]
+        prices, removed = self.prices, 0
+        for b, keeps_units in enumerate(masks.blocks):
+            if not keeps_units:
+                removed += prices.blocks[b]
+                continue
+            kept_width = int(masks.ffn[b].sum()) // self.experts_per_block[b]
+            kept_groups = int(masks.attention[b].sum())
+            removed += prices.neurons[b][-1] - prices.neurons[b][kept_width]
+            removed += prices.groups[b][-1] - prices.groups[b][kept_groups]
         return removed
 
-    def fitting(self, blocks: Sequence[int], target: int) -> tuple[int, ...]:
-        """Return as many of these blocks, in this order and by whole layers, as fit the target's `block_share`."""
-        layer_of = {b: own for own in self.open_layers for b in own}
-        layers = list({own[0]: own for own in (layer_of[b] for b in blocks if b in layer_of)}.values())
-        spent = accumulate(sum(self.prices.blocks[b] for b in own) for own in layers)
-        fit = layers[: sum(cost <= Fraction(str(self.block_share)) * target for cost in spent)]
-        return tuple(b for own in fit for b in own)
+    def blocks_that_fit(self, candidates: Sequence[int], target: int) -> tuple[int, ...]:
+        """Choose blocks to remove as a whole, by whole layers in the order of the candidates.
 
-    def with_gone(self, masks: Masks) -> Masks:
+        Layers are chosen as long as their total cost is at most `block_share` of the target. Candidates in layers that
+        may not be removed are ignored.
+
+        Args:
+            candidates: indices of blocks; a block stands for all blocks of its layer.
+            target: cost to be removed.
+
+        Returns:
+            Indices of the chosen blocks.
+        """
+        layer_of = {block: blocks for blocks in self.open_layers for block in blocks}
+        # A layer is listed once, at the place of its first candidate.
+        layers = {layer_of[block][0]: layer_of[block] for block in candidates if block in layer_of}
+        total_costs = accumulate(sum(self.prices.blocks[b] for b in blocks) for blocks in layers.values())
+        limit = Fraction(str(self.block_share)) * target
+        number = sum(cost <= limit for cost in total_costs)
+        return tuple(block for blocks in list(layers.values())[:number] for block in blocks)
+
+    def with_removed_blocks(self, masks: Masks) -> Masks:
         """Return masks of all blocks, from masks of the blocks that are not removed as a whole."""
         ffn, attention = list(masks.ffn), list(masks.attention)
         for b in sorted(self.removed_blocks):
-            ffn.insert(b, masks.ffn[0].new_zeros(self.of_experts[b] * self.neurons[b]))
+            ffn.insert(b, masks.ffn[0].new_zeros(self.experts_per_block[b] * self.neurons[b]))
             attention.insert(b, masks.attention[0].new_zeros(self.groups[b]))
         return Masks(ffn, attention)
 
@@ -130,15 +159,23 @@ def unit_costs(
     """Return the costs of a model's units for a `--sparsity.scope`.
 
     Args:
+        blocks: blocks of the dense model.
+        scope: what may be removed, such as `ffn` or `attention+ffn`.
         protect: layers whose blocks keep everything; negative numbers count from the end.
+        uniform: whether all blocks must have the same widths.
+        block_share: share of the target that may be removed as whole blocks, if blocks are in scope.
+        price: costs in the budget's currency; None: numbers of parameters.
+
+    Raises:
+        UserError: if there is no layer with a number in `protect`.
     """
-    depth, whole = len(by_layer(blocks)), "blocks" in scope
+    depth, with_blocks = len(by_layer(blocks)), "blocks" in scope
     for index in protect:
         if not -depth <= index < depth:
             raise UserError(
                 f"--sparsity.protect must name layers from {-depth} to {depth - 1}, as there are {depth}; got {index}."
             )
-    kept = {index % depth for index in protect}
+    protected_layers = {index % depth for index in protect}
     return UnitCosts(
         neuron=[b.unit_cost("ffn") for b in blocks],
         group=[b.unit_cost("attention") for b in blocks],
@@ -147,9 +184,9 @@ def unit_costs(
         attention="attention" in scope,
         experts=tuple(b.experts for b in blocks),
         block=tuple(b.cost for b in blocks),
-        block_share=block_share if whole else 0.0,
-        removed_blocks=tuple(range(len(blocks))) if whole else (),  # placeholders until blocks are chosen
-        protected=frozenset(b.index for b in blocks if b.layer_index in kept),
+        block_share=block_share if with_blocks else 0.0,
+        removed_blocks=tuple(range(len(blocks))) if with_blocks else (),  # placeholders until blocks are chosen
+        protected=frozenset(b.index for b in blocks if b.layer_index in protected_layers),
         uniform=uniform,
         price=price,
         layers=tuple(b.layer_index for b in blocks),
@@ -163,11 +200,11 @@ class Budget:
     costs: UnitCosts
     target: int  # cost to be removed, in the currency of `costs`
     width_multiple: int = 1  # widths that change become multiples of it
-    asked: float | str | None = None  # `--sparsity.target`, before it was rounded up to `target`
+    setting: float | str | None = None  # `--sparsity.target`, before it was rounded up to `target`
 
     @classmethod
     def of(
-        cls, costs: UnitCosts, asked: float | str, width_multiple: int = 1, flag: str = "--sparsity.target"
+        cls, costs: UnitCosts, setting: float | str, width_multiple: int = 1, flag: str = "--sparsity.target"
     ) -> Budget:
         """Return the budget for a `--sparsity.target`, such as a share in (0, 1) of the scope's cost, rounded up.
 
@@ -176,7 +213,7 @@ class Budget:
 
         Args:
             costs: costs of the units.
-            asked: the target.
+            setting: the value of `--sparsity.target`.
             width_multiple: the grid of widths.
             flag: the flag that errors name.
 
@@ -184,21 +221,27 @@ class Budget:
             UserError: if the width multiple is larger than a block; if the target removes nothing; or if it leaves a
                 block less than `width_multiple` neurons or one KV group.
         """
-        if width_multiple > (narrow := min(filter(None, costs.neurons))):  # of all blocks that have an FFN
-            raise UserError(f"--sparsity.width_multiple must be 1 to {narrow} neurons; got {width_multiple}.")
-        goal, total, model = Target.of(asked), costs.total, costs.prices.model
-        if goal.unit == "quality" and (largest := cls(costs, 0, width_multiple, asked).largest()).target:
-            return largest
-        if goal.unit == "quality" or (target := goal.removes(total, model)) < 1:
-            raise UserError(f"{flag} {asked} cannot remove anything: the scope has {total:,}, the model {model:,}.")
-        costs = replace(costs, removed_blocks=costs.fitting(costs.removed_blocks, target))
+        narrowest = min(width for width in costs.neurons if width)  # 0 is the width of a block without an FFN
+        if width_multiple > narrowest:
+            raise UserError(f"--sparsity.width_multiple must be 1 to {narrowest} neurons; got {width_multiple}.")
+        goal, total, model = Target.of(setting), costs.total, costs.prices.model
+        if goal.unit == "quality":
+            largest = cls(costs, 0, width_multiple, setting).largest()
+            if largest.target:
+                return largest
+            target = 0
+        else:
+            target = goal.removes(total, model)
+        if target < 1:
+            raise UserError(f"{flag} {setting} cannot remove anything: the scope has {total:,}, the model {model:,}.")
+        costs = replace(costs, removed_blocks=costs.blocks_that_fit(costs.removed_blocks, target))
         removable = costs.removable(width_multiple)
         if target > removable:
             raise UserError(
                 f"{flag} must be {goal.limit(removable, total, model)}, because each block keeps {width_multiple} "
-                f"neurons and a KV group, and {len(costs.protected)} blocks keep everything; got {asked}."
+                f"neurons and a KV group, and {len(costs.protected)} blocks keep everything; got {setting}."
             )
-        return cls(costs, target, width_multiple, asked)
+        return cls(costs, target, width_multiple, setting)
 
     def at(self, sparsity: float) -> Budget:
         """Return the budget of the same units and grid at a sparsity of `--evaluation.curve`."""
@@ -206,13 +249,12 @@ class Budget:
 
     def without(self, blocks: Sequence[int]) -> Budget:
         """Return this budget with as many of these blocks removed as a whole, in this order, as fit."""
-        return Budget.of(
-            replace(self.costs, removed_blocks=tuple(blocks)), self.asked or self.sparsity, self.width_multiple
-        )
+        costs = replace(self.costs, removed_blocks=tuple(blocks))
+        return Budget.of(costs, self.setting or self.sparsity, self.width_multiple)
 
     def removing(self, target: int) -> Budget:
         """Return the budget of the same units and grid that removes this cost, which must be possible."""
-        costs = replace(self.costs, removed_blocks=self.costs.fitting(self.costs.removed_blocks, target))
+        costs = replace(self.costs, removed_blocks=self.costs.blocks_that_fit(self.costs.removed_blocks, target))
         return Budget(costs, target, self.width_multiple)
 
     def largest(self) -> Budget:
@@ -221,47 +263,77 @@ class Budget:
         The removable cost depends on the blocks that are removed as a whole, and these depend on the target. The target
         is lowered from the total cost until it is removable.
         """
-        target, allowed = 0, self.costs.total
-        while target != allowed:
-            target, removed = allowed, self.costs.fitting(self.costs.removed_blocks, allowed)
-            allowed = min(target, replace(self.costs, removed_blocks=removed).removable(self.width_multiple))
-        return replace(self.removing(target), asked=self.asked)
+        costs = self.costs
+        target, removable = 0, costs.total
+        while target != removable:
+            target = removable
+            removed_blocks = costs.blocks_that_fit(costs.removed_blocks, target)
+            removable = min(target, replace(costs, removed_blocks=removed_blocks).removable(self.width_multiple))
+        return replace(self.removing(target), setting=self.setting)
 
     @property
     def step(self) -> int:
         """The smallest difference in cost between masks: `width_multiple` neurons of a block, or of all if uniform."""
-        p, costs, grid = self.costs.prices, self.costs, self.width_multiple
-        # Neurons of the first step, which reaches the grid.
-        odd = [(len(table) - 1) % grid or grid for table in p.neurons]
-        tables = [*zip(p.neurons, odd, strict=True), *((table, 1) for table in p.groups if costs.attention)]
-        steps = [table[-1] - table[-1 - size] for table, size in tables if size < len(table)]
-        return (sum if costs.uniform else min)([cost for cost in steps if cost > 0] or [1])
+        costs, multiple = self.costs, self.width_multiple
+        step_costs = []
+        for by_width in costs.prices.neurons:
+            width = len(by_width) - 1
+            first_step = width % multiple or multiple  # neurons of the first step, after which widths are multiples
+            if first_step <= width:
+                step_costs.append(by_width[-1] - by_width[-1 - first_step])
+        if costs.attention:
+            step_costs += [by_groups[-1] - by_groups[-2] for by_groups in costs.prices.groups if len(by_groups) > 1]
+        step_costs = [cost for cost in step_costs if cost > 0] or [1]
+        return sum(step_costs) if costs.uniform else min(step_costs)
 
     @property
     def rest(self) -> Budget:
         """The remaining budget for units of other blocks, after blocks were removed as a whole."""
-        costs, p = self.costs, self.costs.prices
-        kinds = costs.neuron, costs.group, costs.neurons, costs.groups, costs.of_experts, p.neurons, p.groups, p.blocks
-        neuron, group, neurons, groups, experts, *price = ([kind[b] for b in costs.stay] for kind in kinds)
-        protected, price = frozenset(costs.stay.index(b) for b in costs.protected), Price(*price)
-        left = UnitCosts(
-            neuron, group, neurons, groups, costs.attention, tuple(experts), protected, costs.uniform, price=price
+        costs, prices, remaining = self.costs, self.costs.prices, self.costs.remaining_blocks
+
+        def select(by_block: Sequence[Any]) -> list[Any]:
+            """Return the entries of the remaining blocks."""
+            return [by_block[b] for b in remaining]
+
+        rest = UnitCosts(
+            neuron=select(costs.neuron),
+            group=select(costs.group),
+            neurons=select(costs.neurons),
+            groups=select(costs.groups),
+            attention=costs.attention,
+            experts=tuple(select(costs.experts_per_block)),
+            protected=frozenset(remaining.index(b) for b in costs.protected),
+            uniform=costs.uniform,
+            price=Price(select(prices.neurons), select(prices.groups), select(prices.blocks)),
         )
-        return Budget(left, self.target - sum(p.blocks[b] for b in costs.removed_blocks), self.width_multiple)
+        removed = sum(prices.blocks[b] for b in costs.removed_blocks)
+        return Budget(rest, self.target - removed, self.width_multiple)
 
     @property
     def sparsity(self) -> float:
         """Fraction of the scope's cost that is to be removed."""
-        return self.asked if isinstance(self.asked, float) else self.target / self.costs.total
+        return self.setting if isinstance(self.setting, float) else self.target / self.costs.total
 
 
-def least_missed(budget: Budget, loss: Callable[[list[int]], float]) -> list[int]:
-    """Choose blocks to remove as a whole, greedily: the layer without which the loss is lowest, then the next one, as
-    long as they fit."""
-    costs, removed = budget.costs, []
-    while fit := [
-        own for own in costs.by_layer
-        if own[0] not in removed and own[0] in costs.fitting([*removed, own[0]], budget.target)
-    ]:  # fmt: skip
-        removed += min(fit, key=lambda own: loss([*removed, *own]))
-    return removed
+def choose_blocks(budget: Budget, loss: Callable[[list[int]], float]) -> list[int]:
+    """Choose blocks to remove as a whole, greedily by the loss of the model without them.
+
+    In each round the layer is added without which the loss is lowest, as long as a layer fits into the budget.
+
+    Args:
+        budget: the budget.
+        loss: returns the loss of the model without some blocks.
+
+    Returns:
+        Indices of the chosen blocks, in the order of choice.
+    """
+    costs = budget.costs
+    chosen: list[int] = []
+    while True:
+        candidates = [
+            blocks for blocks in costs.by_layer
+            if blocks[0] not in chosen and blocks[0] in costs.blocks_that_fit([*chosen, blocks[0]], budget.target)
+        ]  # fmt: skip
+        if not candidates:
+            return chosen
+        chosen += min(candidates, key=lambda blocks: loss([*chosen, *blocks]))

@@ -27,11 +27,22 @@ class Price:
 
     @classmethod
     def by_unit(cls, costs: Costs, neurons: Sequence[int], groups: Sequence[int]) -> Price:
-        """Return costs in which all neurons of a block cost the same, and all its KV groups; with their numbers."""
-        neuron, group, blocks = zip(*costs[0], strict=True)
-        kinds = zip(neuron, neurons, strict=True), zip(group, groups, strict=True)
-        tables = ([range(0, c * n + 1, c) if c else [0] * (n + 1) for c, n in kind] for kind in kinds)
-        return cls(*tables, blocks, costs[1])
+        """Return costs of a model in which all neurons of a block cost the same, and all its KV groups.
+
+        Args:
+            costs: per block the costs of a neuron, of a KV group and of the whole block; and the cost of the rest.
+            neurons: number of neurons (or slots) of each block.
+            groups: number of KV groups of each block.
+        """
+        by_block, rest = costs
+        neuron, group, blocks = zip(*by_block, strict=True)
+
+        def tables(unit_costs: Sequence[int], numbers: Sequence[int]) -> list[Sequence[int]]:
+            """Return for each block the costs of 0, 1, ..., all units."""
+            pairs = zip(unit_costs, numbers, strict=True)
+            return [range(0, cost * number + 1, cost) if cost else [0] * (number + 1) for cost, number in pairs]
+
+        return cls(tables(neuron, neurons), tables(group, groups), blocks, rest)
 
     @property
     def model(self) -> int:
@@ -40,14 +51,23 @@ class Price:
 
 
 @COST.register("parameters")
-def weighed(model: Any, blocks: Sequence[Any], weight: Callable[[Any], int] = lambda parameter: 1) -> Costs:
-    """Numbers of parameters, each multiplied by `weight` of its tensor."""
-    all_of, whole = sum(weight(p) * p.numel() for p in model.parameters()), [b.whole_cost(weight) for b in blocks]
-    units = [[b.unit_cost(kind, weight) for b in blocks] for kind in ("ffn", "attention")]
-    return [*zip(*units, whole, strict=True)], all_of - sum(whole)
+def parameter_costs(model: Any, blocks: Sequence[Any], weight: Callable[[Any], int] = lambda parameter: 1) -> Costs:
+    """Return numbers of parameters, each multiplied by the weight of its tensor.
+
+    Args:
+        model: the dense model; it may be without weights.
+        blocks: its blocks.
+        weight: returns the cost of one number of a tensor, such as its size in half-bits.
+    """
+    by_block = [
+        (block.unit_cost("ffn", weight), block.unit_cost("attention", weight), block.whole_cost(weight))
+        for block in blocks
+    ]
+    total = sum(weight(parameter) * parameter.numel() for parameter in model.parameters())
+    return by_block, total - sum(whole for _, _, whole in by_block)
 
 
 @COST.register("kv_cache")
 def kv_cache(model: Any, blocks: Sequence[Any]) -> Costs:
-    """Numbers per token in the KV cache."""
+    """Return how many numbers the KV cache stores per token."""
     return [(0, 2 * b.head_dim, 2 * b.head_dim * b.kv_groups) for b in blocks], 0

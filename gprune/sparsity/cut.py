@@ -7,7 +7,7 @@ model are removed in order of margin, smallest first, until their cost reaches t
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,15 +19,18 @@ from gprune.sparsity.budget import Budget
 
 
 def slot_margins(margin: Tensor, experts: int) -> Tensor:
-    """Return margins of slots, (E x N,) -> (N,): the mean over experts of each one's j-th smallest margin."""
-    return margin if experts == 1 else margin.view(experts, -1).sort(1).values.mean(0)
+    """Return the margins of slots, (E x N,) -> (N,). Slot j has the mean over experts of the j-th smallest margin."""
+    if experts == 1:
+        return margin
+    return margin.view(experts, -1).sort(1).values.mean(0)
 
 
 def top_of_experts(margin: Tensor, kept: int | Tensor, *, experts: int = 1) -> Tensor:
-    """Return the keep mask, (E x N,), of the `kept` neurons with the largest (margin, index) in each expert."""
+    """Return the keep mask, (E x N,) bool, of the `kept` neurons with the largest (margin, index) in each expert."""
     order = margin.detach().double().view(experts, -1).argsort(dim=1, stable=True)
-    stays = torch.arange(order.shape[1], device=margin.device) >= order.shape[1] - kept
-    return torch.empty_like(order, dtype=torch.bool).scatter_(1, order, stays.expand_as(order)).flatten()
+    neurons = order.shape[1]
+    keep_in_order = torch.arange(neurons, device=margin.device) >= neurons - kept
+    return torch.empty_like(order, dtype=torch.bool).scatter_(1, order, keep_in_order.expand_as(order)).flatten()
 
 
 class Segments:
@@ -38,39 +41,63 @@ class Segments:
     Args:
         sizes: number of units of each block.
         device: device of margins.
+
+    Attributes:
+        starts: index of the first unit of each block in the concatenated units of all blocks.
+        block: (units,) int64, the block of each unit.
+        place: (units,) int64, the index of each unit inside its block.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device):
         self.sizes = list(sizes)
         self.starts = [sum(self.sizes[:b]) for b in range(len(self.sizes))]
-        self.block = repeated(range(len(self.sizes)), self.sizes, device)
-        self.place = torch.arange(sum(self.sizes), device=device) - repeated(self.starts, self.sizes, device)
+        self.block = repeat_values(range(len(self.sizes)), self.sizes, device)
+        self.place = torch.arange(sum(self.sizes), device=device) - repeat_values(self.starts, self.sizes, device)
 
     def sort(self, margins: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return all margins, float64, and their units: by block, then by (margin, index)."""
+        """Sort the units of all blocks by block, and inside a block by (margin, index).
+
+        Args:
+            margins: margins of each block's units.
+
+        Returns:
+            Sorted margins, (units,) float64, and the indices of these units in the concatenated margins.
+        """
         joined = torch.cat([m.detach().double() for m in margins])
         order = joined.argsort(stable=True)
         order = order[self.block[order].argsort(stable=True)]
         return joined[order], order
 
 
-def repeated(values: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Repeat `values[i]` `sizes[i]` times, int64. This is done on the CPU to avoid synchronising with a GPU."""
-    values, sizes = (torch.tensor(list(numbers), dtype=torch.long) for numbers in (values, sizes))
-    return values.repeat_interleave(sizes).to(device, non_blocking=True)
+def repeat_values(values: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
+    """Repeat `values[i]` `counts[i]` times, int64. This is done on the CPU to avoid synchronising with a GPU."""
+    value_tensor = torch.tensor(list(values), dtype=torch.long)
+    count_tensor = torch.tensor(list(counts), dtype=torch.long)
+    return value_tensor.repeat_interleave(count_tensor).to(device, non_blocking=True)
 
 
-def _take_until(keys: Tensor, cost: Tensor, target: int | Tensor) -> Tensor:
-    """Select steps in order of (key, position) until their total cost reaches `target`: (S,) bool."""
+def _select_until(keys: Tensor, cost: Tensor, target: int | Tensor) -> Tensor:
+    """Select steps in order of (key, position) until their total cost reaches `target`: (steps,) bool.
+
+    Args:
+        keys: (steps,) keys of the steps.
+        cost: (steps,) int64, cost of each step.
+        target: the cost to reach.
+    """
     order = keys.argsort(stable=True)
-    before = cost[order].cumsum(0) - cost[order]
-    return torch.empty_like(keys, dtype=torch.bool).scatter_(0, order, before < target)
+    cost_before = cost[order].cumsum(0) - cost[order]
+    return torch.empty_like(keys, dtype=torch.bool).scatter_(0, order, cost_before < target)
 
 
-def _step_costs(table: Sequence[int], gone: Tensor) -> Tensor:
-    """Return costs of a block's steps, int64, from its table of `Price` and the units removed after each step."""
-    costs = torch.tensor([table[-1 - n] for n in [0, *gone.tolist()]])
-    return costs[:-1] - costs[1:]
+def _step_costs(table: Sequence[int], removed_after_step: Tensor) -> Tensor:
+    """Return the costs of a block's steps, (steps,) int64.
+
+    Args:
+        table: costs of the block by number of kept units, from `Price`.
+        removed_after_step: (steps,) int64, number of units that are removed after each step.
+    """
+    remaining = torch.tensor([table[-1 - removed] for removed in [0, *removed_after_step.tolist()]])
+    return remaining[:-1] - remaining[1:]
 
 
 class Cut:
@@ -89,72 +116,117 @@ class Cut:
 
     The step with key 0.1 is removed first, then the one with key 0.4: 9 parameters, which is enough. Block 0 keeps
     neurons 0, 2, 3 and 4, and block 1 neurons 1 and 3.
+
+    Args:
+        budget: costs of the units, the target and the grid of widths.
+        device: device of the margins.
     """
 
     def __init__(self, budget: Budget, device: torch.device):
-        self.costs, self.budget = budget.costs, (budget := budget.rest)
-        costs, step = budget.costs, budget.width_multiple
-        self.slots, self.groups = Segments(costs.neurons, device), Segments(costs.groups, device)
-        removable = [0 if b in costs.protected else max(0, N - step) for b, N in enumerate(costs.neurons)]
-        self.fillable = sum(t[-1] - t[-1 - n] for t, n in zip(costs.prices.neurons, removable, strict=True))
-        # For each block: number of removed neurons after each step.
-        gone = [torch.arange(n % step or step, n + 1, step) if n else torch.arange(0) for n in removable]
-        steps = [len(g) for g in gone]
-        sizes = torch.cat([g.diff(prepend=g.new_zeros(1)) for g in gone])
-        cost = torch.cat([_step_costs(table, g) for table, g in zip(costs.prices.neurons, gone, strict=True)])
-        ends = torch.cat([start + g - 1 for start, g in zip(self.slots.starts, gone, strict=True)])
-        # For each step, (steps,): number of neurons, place of the last one in `Segments.sort`, cost, block.
-        self.size, self.end, self.cost = (t.to(device, non_blocking=True) for t in (sizes, ends, cost))
-        self.step_block = repeated(range(len(steps)), steps, device)
-        # The best group is kept.
-        removable = [0 if b in costs.protected else max(0, n - 1) for b, n in enumerate(costs.groups)]
-        pairs = zip(self.groups.starts, removable, strict=True)
-        ends = torch.cat([torch.arange(start, start + n) for start, n in pairs])
-        self.group_end = ends.to(device, non_blocking=True)
-        pairs = zip(costs.prices.groups, removable, strict=True)
-        self.group_cost = torch.cat([_step_costs(table, torch.arange(1, n + 1)) for table, n in pairs]).to(device)
+        self.costs = budget.costs  # of all blocks
+        self.budget = budget.rest  # of the blocks that are not removed as a whole
+        costs = self.budget.costs
+        self.slots = Segments(costs.neurons, device)
+        self.groups = Segments(costs.groups, device)
+        self._init_neuron_steps(device)
+        self._init_group_steps(device)
+
+    def _init_neuron_steps(self, device: torch.device) -> None:
+        """Compute the steps in which neurons are removed."""
+        costs, width_multiple = self.budget.costs, self.budget.width_multiple
+        removable = [
+            0 if b in costs.protected else max(0, width - width_multiple) for b, width in enumerate(costs.neurons)
+        ]
+        tables = costs.prices.neurons
+        # The cost of all removable neurons.
+        self.removable_cost = sum(t[-1] - t[-1 - n] for t, n in zip(tables, removable, strict=True))
+        # For each block: number of neurons that are removed after each step.
+        removed_after_step = [
+            torch.arange(n % width_multiple or width_multiple, n + 1, width_multiple) if n else torch.arange(0)
+            for n in removable
+        ]
+        sizes = torch.cat([removed.diff(prepend=removed.new_zeros(1)) for removed in removed_after_step])
+        starts = self.slots.starts
+        last = torch.cat([start + n - 1 for start, n in zip(starts, removed_after_step, strict=True)])
+        step_costs = torch.cat([_step_costs(t, n) for t, n in zip(tables, removed_after_step, strict=True)])
+        # One entry per step, (steps,): number of neurons it removes, index of the last of them in the output of
+        # `Segments.sort`, its cost, its block.
+        self.step_size = sizes.to(device, non_blocking=True)
+        self.step_last = last.to(device, non_blocking=True)
+        self.step_cost = step_costs.to(device, non_blocking=True)
+        steps_per_block = [len(removed) for removed in removed_after_step]
+        self.step_block = repeat_values(range(len(steps_per_block)), steps_per_block, device)
+
+    def _init_group_steps(self, device: torch.device) -> None:
+        """Compute the order of removable KV groups, which are removed one at a time.
+
+        The KV group with the largest margin in a block is never removed.
+        """
+        costs = self.budget.costs
+        removable = [0 if b in costs.protected else max(0, groups - 1) for b, groups in enumerate(costs.groups)]
+        starts = zip(self.groups.starts, removable, strict=True)
+        indices = torch.cat([torch.arange(start, start + n) for start, n in starts])
+        tables = zip(costs.prices.groups, removable, strict=True)
+        group_cost = torch.cat([_step_costs(table, torch.arange(1, n + 1)) for table, n in tables])
+        # One entry per removable group, (removable groups,): its index in the output of `Segments.sort`, its cost.
+        self.group_index = indices.to(device, non_blocking=True)
+        self.group_cost = group_cost.to(device)
 
     def __call__(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None) -> Masks:
         """Return masks from margins; see `keep_masks`."""
-        stay = self.costs.stay
-        of_stay = ([kind[b] for b in stay] if kind is not None else None for kind in (neuron_margins, group_margins))
-        return self.costs.with_gone(self._masks(*of_stay))
+        remaining = self.costs.remaining_blocks
+        neuron_margins = [neuron_margins[b] for b in remaining]
+        if group_margins is not None:
+            group_margins = [group_margins[b] for b in remaining]
+        return self.costs.with_removed_blocks(self._masks(neuron_margins, group_margins))
 
     def _masks(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None) -> Masks:
         """Return masks of blocks that are not removed as a whole, from their margins."""
         costs, target = self.budget.costs, self.budget.target
         if costs.uniform:
-            return equal_widths(self.budget, neuron_margins, group_margins)
-        slots = [slot_margins(m.detach().double(), e) for m, e in zip(neuron_margins, costs.of_experts, strict=True)]
+            return equal_width_masks(self.budget, neuron_margins, group_margins)
+        experts = costs.experts_per_block
+        slots = [slot_margins(m.detach().double(), e) for m, e in zip(neuron_margins, experts, strict=True)]
         margins, order = self.slots.sort(slots)
-        keys, groups = margins[self.end], torch.ones_like(self.groups.block, dtype=torch.bool)
+        keys = margins[self.step_last]
+        keep_groups = torch.ones_like(self.groups.block, dtype=torch.bool)
         if costs.attention:
             assert group_margins is not None
-            group_keys, group_order = self.groups.sort(group_margins)
-            removed = self._groups(group_keys[self.group_end], keys)
-            groups[group_order[self.group_end]] = ~removed
-            target = target - (self.group_cost * removed).sum()
-        taken = self.size * _take_until(keys, self.cost, target)
+            sorted_group_margins, group_order = self.groups.sort(group_margins)
+            removed_groups = self._select_groups(sorted_group_margins[self.group_index], keys)
+            keep_groups[group_order[self.group_index]] = ~removed_groups
+            target = target - (self.group_cost * removed_groups).sum()
+        removed_by_step = self.step_size * _select_until(keys, self.step_cost, target)
         # Steps of one block are removed in order: keys do not decrease, and ties are broken by position.
-        gone = torch.zeros(len(slots), dtype=torch.long, device=keys.device).index_add_(0, self.step_block, taken)
-        stays = self.slots.place >= gone[self.slots.block]
-        ffn = list(torch.empty_like(stays).scatter_(0, order, stays).split(self.slots.sizes))
-        for b, e in enumerate(costs.of_experts):
+        removed = torch.zeros(len(slots), dtype=torch.long, device=keys.device)
+        removed.index_add_(0, self.step_block, removed_by_step)
+        keep_in_order = self.slots.place >= removed[self.slots.block]
+        ffn = list(torch.empty_like(keep_in_order).scatter_(0, order, keep_in_order).split(self.slots.sizes))
+        for b, e in enumerate(experts):
             if e > 1:
-                ffn[b] = top_of_experts(neuron_margins[b], costs.neurons[b] - gone[b], experts=e)
-        return Masks(ffn, list(groups.split(self.groups.sizes)))
+                ffn[b] = top_of_experts(neuron_margins[b], costs.neurons[b] - removed[b], experts=e)
+        return Masks(ffn, list(keep_groups.split(self.groups.sizes)))
 
-    def _groups(self, group_keys: Tensor, keys: Tensor) -> Tensor:
-        """Return which removable KV groups are removed, bool, by the common order of groups and steps of neurons."""
+    def _select_groups(self, group_keys: Tensor, step_keys: Tensor) -> Tensor:
+        """Return which removable KV groups are removed, by the common order of groups and steps of neurons.
+
+        Args:
+            group_keys: (removable groups,) float64, their margins.
+            step_keys: (steps,) float64, keys of the steps of neurons.
+
+        Returns:
+            (removable groups,) bool.
+        """
         target, count = self.budget.target, len(group_keys)
-        taken = _take_until(torch.cat([group_keys, keys]), torch.cat([self.group_cost, self.cost]), target)[:count]
-        order = group_keys.argsort(stable=True)  # removed groups come first
+        keys, cost = torch.cat([group_keys, step_keys]), torch.cat([self.group_cost, self.step_cost])
+        selected = _select_until(keys, cost, target)[:count]
+        order = group_keys.argsort(stable=True)  # selected groups come first
         cost = self.group_cost[order]
-        gone = cost.cumsum(0)
+        cost_after = cost.cumsum(0)
         # The last groups may exceed the target by much more than a neuron. Keep such groups, last ones first, as long
         # as neurons can be removed instead.
-        stays = (gone > target) & (target - (gone - cost) <= self.fillable)
-        return torch.empty_like(taken).scatter_(0, order, taken[order] & ~stays)
+        exceeds = (cost_after > target) & (target - (cost_after - cost) <= self.removable_cost)
+        return torch.empty_like(selected).scatter_(0, order, selected[order] & ~exceeds)
 
 
 def keep_masks(
@@ -167,7 +239,7 @@ def keep_masks(
     removed that exceeds the target by far. Each block keeps at least `width_multiple` neurons and one KV group.
 
     Blocks in `UnitCosts.removed_blocks` are removed as a whole, and units of other blocks make up the rest of the
-    target. Protected blocks keep everything. If all blocks must have the same widths, see `equal_widths`; then the
+    target. Protected blocks keep everything. If all blocks must have the same widths, see `equal_width_masks`; then the
     overshoot is less than one step in every block.
 
     Args:
@@ -185,11 +257,13 @@ def keep_masks(
 def uniform_masks(budget: Budget) -> Masks:
     """Return masks that meet a budget with equally sparse blocks and arbitrary units, to estimate sizes."""
     costs = budget.costs
-    neurons, groups = ([fractional_ranks(torch.arange(n)) for n in kind] for kind in (costs.neurons, costs.groups))
-    return keep_masks(budget, [r.repeat(e) for r, e in zip(neurons, costs.of_experts, strict=True)], groups)
+    pairs = zip(costs.neurons, costs.experts_per_block, strict=True)
+    neuron_ranks = [fractional_ranks(torch.arange(width)).repeat(experts) for width, experts in pairs]
+    group_ranks = [fractional_ranks(torch.arange(groups)) for groups in costs.groups]
+    return keep_masks(budget, neuron_ranks, group_ranks)
 
 
-def equal_widths(
+def equal_width_masks(
     budget: Budget, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None
 ) -> Masks:
     """Return masks with the same widths for every block, the largest ones that meet the target; see `keep_masks`.
@@ -197,40 +271,62 @@ def equal_widths(
     With attention in scope every block keeps as many KV groups as blocks of different widths would keep on average, and
     the width of the FFN makes up the rest.
     """
-    costs, target, width_multiple, prices = budget.costs, budget.target, budget.width_multiple, budget.costs.prices
-    narrow, wide = min(filter(None, costs.neurons)), max(costs.neurons)
-    # an unchanged width need not be a multiple of `width_multiple`
-    grid = [wide] * (narrow == wide) + [*range(narrow // width_multiple * width_multiple, 0, -width_multiple)]
-
-    def gone(tables: Sequence[Sequence[int]], kept: int) -> int:
-        """Return the removed cost if every block keeps `kept` units."""
-        return sum(table[-1] - table[min(kept, len(table) - 1)] for table in tables)
-
-    def widest(left: int) -> int:
-        """Return the widest FFN that removes the cost `left`; 0 if there is none."""
-        return [*grid, 0][bisect_left(grid, left, key=lambda width: gone(prices.neurons, width))]
-
+    costs, target = budget.costs, budget.target
     device = neuron_margins[0].device
     attention = [torch.ones(n, dtype=torch.bool, device=device) for n in costs.groups]
     if costs.attention:
         free = replace(budget, costs=replace(costs, uniform=False))
-        kept = int(torch.cat(keep_masks(free, neuron_margins, group_margins).attention).sum())
-        some = [n for n in costs.groups if n]  # blocks with prunable attention
-        groups = max(1, min(round(kept / len(some)), *some))
-
-        left = {kept: target - gone(prices.groups, kept) for kept in range(1, min(some) + 1)}
-        while groups > 1 and widest(left[groups]) < width_multiple:  # more than the FFN can make up
-            groups -= 1
-        fillable = gone(prices.neurons, width_multiple)
-        # Keep groups that exceed the target, as long as neurons can be removed instead.
-        while left[groups] < 0 and left.get(groups + 1, fillable + 1) <= fillable:
-            groups += 1
+        kept_groups = int(torch.cat(keep_masks(free, neuron_margins, group_margins).attention).sum())
+        groups = _equal_groups(budget, kept_groups)
         attention = [top_of_experts(m, groups) if len(m) else m.bool() for m in group_margins]
-        target = left[groups]
-    width = widest(target)
-    pairs = zip(neuron_margins, costs.of_experts, strict=True)
+        target -= _removed_cost(costs.prices.groups, groups)
+    width = _widest(budget, target)
+    pairs = zip(neuron_margins, costs.experts_per_block, strict=True)
     ffn = [top_of_experts(m, width, experts=e) if len(m) else m.bool() for m, e in pairs]
     return Masks(ffn, attention)
+
+
+def _removed_cost(tables: Sequence[Sequence[int]], kept: int) -> int:
+    """Return the removed cost if every block keeps `kept` units, from costs by number of kept units (`Price`)."""
+    return sum(table[-1] - table[min(kept, len(table) - 1)] for table in tables)
+
+
+def _widest(budget: Budget, target: int) -> int:
+    """Return the largest common width of FFNs that removes at least the cost `target`; 0 if there is none."""
+    costs, multiple = budget.costs, budget.width_multiple
+    narrowest, widest = min(filter(None, costs.neurons)), max(costs.neurons)
+    widths = list(range(narrowest // multiple * multiple, 0, -multiple))
+    if narrowest == widest:
+        widths.insert(0, widest)  # an unchanged width need not be a multiple of `width_multiple`
+    # Costs rise along the descending widths, so the first width that removes enough is the largest one.
+    index = bisect_left(widths, target, key=lambda width: _removed_cost(costs.prices.neurons, width))
+    return widths[index] if index < len(widths) else 0
+
+
+def _equal_groups(budget: Budget, kept_groups: int) -> int:
+    """Return the number of KV groups that every block keeps.
+
+    Args:
+        budget: the budget.
+        kept_groups: number of groups that blocks of different widths would keep in total.
+    """
+    costs, prices, width_multiple = budget.costs, budget.costs.prices, budget.width_multiple
+    group_counts = [n for n in costs.groups if n]  # of blocks with prunable attention
+    max_groups = min(group_counts)
+    groups = max(1, min(round(kept_groups / len(group_counts)), max_groups))
+
+    def remaining(groups: int) -> int:
+        """Return the cost that FFNs have to make up if every block keeps `groups` KV groups."""
+        return budget.target - _removed_cost(prices.groups, groups)
+
+    # Remove more groups if the FFNs cannot make up the rest.
+    while groups > 1 and _widest(budget, remaining(groups)) < width_multiple:
+        groups -= 1
+    # Keep groups that exceed the target, as long as neurons can be removed instead.
+    removable_cost = _removed_cost(prices.neurons, width_multiple)
+    while remaining(groups) < 0 and groups < max_groups and remaining(groups + 1) <= removable_cost:
+        groups += 1
+    return groups
 
 
 def cut_margin(
@@ -250,17 +346,35 @@ def cut_margin(
         of_experts: number of experts of each block, whose slots are compared. None: no experts.
         group_margins: per block (G,); may be empty.
     """
-    parts = [
-        (slot_margins(m, e), keep if e == 1 else keep.view(e, -1).sort(1).values[0])
-        for m, keep, e in zip(neuron_margins, masks.ffn, of_experts or [1] * len(masks.ffn), strict=True)
+    experts = of_experts or [1] * len(masks.ffn)
+    neurons = [
+        (slot_margins(margin, e), _slot_mask(keep, e))
+        for margin, keep, e in zip(neuron_margins, masks.ffn, experts, strict=True)
     ]
-
-    def largest(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        # A block that keeps nothing was removed as a whole, independently of its margins.
-        kept = [m.masked_fill(keep | ~keep.any(), -torch.inf) for m, keep in parts]
-        return torch.cat([*kept, kept[0].new_full((1,), -torch.inf)]).max()  # there may be no units of a kind
-
-    cut = largest(parts)
+    largest = _largest_removed(neurons)
     if group_margins:
-        cut = torch.where(cut == -torch.inf, largest(zip(group_margins, masks.attention, strict=True)), cut)
-    return cut.masked_fill(cut == -torch.inf, 0.0)
+        largest_group = _largest_removed(list(zip(group_margins, masks.attention, strict=True)))
+        largest = torch.where(largest == -torch.inf, largest_group, largest)
+    return largest.masked_fill(largest == -torch.inf, 0.0)
+
+
+def _slot_mask(keep: Tensor, experts: int) -> Tensor:
+    """Return the keep mask of slots in order of their margins, (E x N,) -> (N,), from the keep mask of neurons.
+
+    All experts keep the same number of neurons, and these have the largest margins.
+    """
+    if experts == 1:
+        return keep
+    return keep.view(experts, -1).sort(1).values[0]
+
+
+def _largest_removed(blocks: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the largest margin among removed units, (); -inf if none is removed.
+
+    A block that keeps nothing was removed as a whole, independently of its margins, and is ignored.
+
+    Args:
+        blocks: margins and keep mask of each block, (units,) each.
+    """
+    removed = [margin.masked_fill(keep | ~keep.any(), -torch.inf) for margin, keep in blocks]
+    return torch.cat([*removed, removed[0].new_full((1,), -torch.inf)]).max()  # a model may have no units of a kind

@@ -11,7 +11,7 @@ __all__ = ["bypassed", "gated", "masked", "soft_gate", "straight_through"]
 
 
 def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
-    """Differentiable mask, (N,): sigmoid((p_i - sigmoid(t_m)) / T_m) with T_m = max(0.05, 1 / n_m).
+    """Return the differentiable mask sigmoid((p_i - sigmoid(t_m)) / T_m), (N,), with T_m = max(0.05, 1 / n_m).
 
     Args:
         p: (N,) within-module ranks in (0, 1).

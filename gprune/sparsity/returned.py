@@ -31,14 +31,17 @@ def checked_pair(
     Raises:
         UserError: if the value has another form.
     """
+
+    def checked_kind(kind: str, tensors: Any, kind_sizes: Sequence[int]) -> list[Tensor]:
+        """Check the tensors of all blocks for one kind of units."""
+        pairs = zip(tensors, kind_sizes, strict=True)
+        return [
+            registry.checked(name, f"{what} of {kind} in block {b}", tensor, (size,), of=of).cpu()
+            for b, (tensor, size) in enumerate(pairs)
+        ]
+
     try:
-        return tuple(
-            [
-                registry.checked(name, f"{what} of {kind} in block {b}", tensor, (size,), of=of).cpu()
-                for b, (tensor, size) in enumerate(zip(tensors, own, strict=True))
-            ]
-            for kind, tensors, own in zip(("neurons", "KV groups"), value, sizes, strict=True)
-        )
+        return tuple(checked_kind(*kind) for kind in zip(("neurons", "KV groups"), value, sizes, strict=True))
     except UserError:
         raise
     except (TypeError, ValueError) as error:  # not lists, or lists of other lengths
@@ -61,18 +64,36 @@ def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, 
     Raises:
         UserError: if the value is something else, or misses the budget.
     """
-    costs, rest, whose = budget.costs, budget.rest.costs, f"{registry.kind.capitalize()} '{name}'"
+    costs, entry = budget.costs, f"{registry.kind.capitalize()} '{name}'"
     if not isinstance(value, Masks):
-        raise UserError(f"{whose} must return Masks; got {type(value).__name__}.")
-    neurons = [e * n for e, n in zip(costs.of_experts, costs.neurons, strict=True)]
+        raise UserError(f"{entry} must return Masks; got {type(value).__name__}.")
+    neurons = [e * n for e, n in zip(costs.experts_per_block, costs.neurons, strict=True)]
     masks = Masks(*checked_pair(registry, name, "masks", (value.ffn, value.attention), (neurons, costs.groups), "bool"))
-    over = sum if costs.uniform else max  # with equal widths a step is removed in every block
-    kinds = [(rest.prices.neurons, budget.width_multiple), *[(rest.prices.groups, 1)] * costs.attention]
-    step = max(
-        over(max((b - a for a, b in zip(t, t[size:], strict=False)), default=0) for t in kind) for kind, size in kinds
-    )
+    step = _largest_step(budget)
     removed, target = costs.removed(masks), budget.target
     if exact and not target <= removed < target + step:
         needed = f"at least {target:,}, and less than {target + step:,}"
-        raise UserError(f"{whose} must return masks on budget, which remove {needed}; got {removed:,}.")
+        raise UserError(f"{entry} must return masks on budget, which remove {needed}; got {removed:,}.")
     return masks
+
+
+def _largest_step(budget: Budget) -> int:
+    """Return the largest cost of one more unit: `width_multiple` neurons, or a KV group if attention is in scope.
+
+    If all blocks must have the same width, a step is removed in every block.
+    """
+    costs, prices = budget.costs, budget.rest.costs.prices
+    combine = sum if costs.uniform else max
+
+    def largest(tables: Sequence[Sequence[int]], size: int) -> int:
+        """Return the largest cost of `size` units that follow each other, from tables of `Price`."""
+        by_block = []
+        for table in tables:
+            steps = [upper - lower for lower, upper in zip(table, table[size:], strict=False)]
+            by_block.append(max(steps, default=0))
+        return combine(by_block)
+
+    step = largest(prices.neurons, budget.width_multiple)
+    if costs.attention:
+        step = max(step, largest(prices.groups, 1))
+    return step

@@ -1,4 +1,8 @@
-"""Search for the largest cut that keeps a quality, with few measurements of a curve that rises with the cut."""
+"""Search for the largest cut that keeps a quality, with few measurements of a curve that rises with the cut.
+
+A *cut* is a whole number: the number of steps of cost that are removed. The *rise* of a cut is the rise of log
+perplexity over the dense model. The search assumes that the rise grows as a power of the cut, rise ~ cut^p.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 STEEPEST, FLATTEST = 4.0, 0.7  # limits of the exponent that is estimated from two measurements
-GROWTH = 4.0  # largest factor between cuts until one is too large
+GROWTH = 4.0  # largest factor between consecutive cuts as long as all cuts are within the limit
 LEAST = 0.05  # smallest relative change of the first step to one side; doubled in each next step
+MAX_DOUBLINGS = 10  # number of doublings after which the smallest relative change stays constant
 FLOOR = 0.02  # share of the limit that replaces smaller rises, because logarithms need positive numbers
 
 
@@ -22,7 +27,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The measurements of a search, in order.
 
     Attributes:
@@ -36,90 +41,123 @@ class Found:
     @property
     def best(self) -> Point | None:
         """The largest measured cut within the limit, or None."""
-        return max((p for p in self.points if p.rise <= self.limit), key=lambda p: p.cut, default=None)
+        within = [point for point in self.points if point.rise <= self.limit]
+        return max(within, key=lambda point: point.cut, default=None)
 
     @property
     def above(self) -> Point | None:
         """The smallest measured cut that is larger than `best` and above the limit, or None."""
-        least = self.best.cut if self.best else 0
-        return min((p for p in self.points if p.rise > self.limit and p.cut > least), key=lambda p: p.cut, default=None)
+        best_cut = self.best.cut if self.best else 0
+        too_large = [point for point in self.points if point.rise > self.limit and point.cut > best_cut]
+        return min(too_large, key=lambda point: point.cut, default=None)
 
-    def exponent(self, usual: float) -> float:
-        """Estimate p of rise ~ cut^p from the two rises nearest to the limit. Return `usual` with fewer than two."""
-        near = sorted(self.points, key=lambda p: abs(math.log(self._floored(p.rise) / self.limit)))[:2]
-        if len(near) < 2 or near[0].cut == near[1].cut:
-            return usual
-        (x, y), (u, v) = ((math.log(p.cut), math.log(self._floored(p.rise))) for p in near)
-        return min(STEEPEST, max(FLATTEST, (y - v) / (x - u)))
+    def exponent(self, default: float) -> float:
+        """Estimate p of rise ~ cut^p from the two points whose rises are nearest to the limit.
+
+        Returns:
+            The exponent, limited to `FLATTEST` and `STEEPEST`; `default` with fewer than two different cuts.
+        """
+        nearest = sorted(self.points, key=lambda point: abs(math.log(self._floored(point.rise) / self.limit)))[:2]
+        if len(nearest) < 2 or nearest[0].cut == nearest[1].cut:
+            return default
+        log_cuts = [math.log(point.cut) for point in nearest]
+        log_rises = [math.log(self._floored(point.rise)) for point in nearest]
+        slope = (log_rises[0] - log_rises[1]) / (log_cuts[0] - log_cuts[1])
+        return min(STEEPEST, max(FLATTEST, slope))
 
     def _floored(self, rise: float) -> float:
         return max(rise, FLOOR * self.limit)
 
-    def proposal(self, aim: float, usual: float, most: int) -> tuple[int, float]:
-        """Return the next cut to measure, at most `most`, and the predicted rise.
+    def proposal(self, target_rise: float, default_exponent: float, max_cut: int) -> tuple[int, float]:
+        """Return the next cut to measure, at most `max_cut`, and the predicted rise of this cut.
 
-        The rise is assumed to be a power of the cut: through the two points next to the limit if there are points on
-        both sides, else with the exponent of `exponent`.
+        If cuts on both sides of the limit are known, the cut is interpolated between the two next to the limit.
+        Otherwise it is extrapolated from the point next to the limit.
+
+        Args:
+            target_rise: the rise that the cut should have.
+            default_exponent: exponent for the extrapolation until two cuts have been measured.
+            max_cut: the largest cut.
         """
-        best, above = self.best, self.above
-        if best is not None and above is not None:
-            low, high, rise = best.cut, above.cut, self._floored(best.rise)
-            power = math.log(above.rise / rise) / math.log(high / low)
-            cut = round(low * (aim / rise) ** (1 / power)) if not self._stuck else round(math.sqrt(low * high))
-            cut = min(high - 1, max(low + 1, cut))
-            return cut, rise * (cut / low) ** power
-        at = best or above
-        rise, power = self._floored(at.rise), self.exponent(usual)
-        times, least = (aim / rise) ** (1 / power), 1 + LEAST * 2 ** min(len(self.points) - 1, 10)
-        if best is not None:
-            cut = min(most, max(at.cut + 1, round(at.cut * min(GROWTH, max(least, times)))))
+        if self.best is not None and self.above is not None:
+            return self._interpolated(self.best, self.above, target_rise)
+        return self._extrapolated(target_rise, self.exponent(default_exponent), max_cut)
+
+    def _interpolated(self, best: Point, above: Point, target_rise: float) -> tuple[int, float]:
+        """Return a cut between `best` and `above`, and its predicted rise, from the power law through both points."""
+        rise = self._floored(best.rise)
+        power = math.log(above.rise / rise) / math.log(above.cut / best.cut)
+        if self._converges_slowly:
+            cut = round(math.sqrt(best.cut * above.cut))  # bisect in logarithms
         else:
-            cut = max(1, min(at.cut - 1, round(at.cut * min(1 / least, times))))
-        return cut, rise * (cut / at.cut) ** power
+            cut = round(best.cut * (target_rise / rise) ** (1 / power))
+        cut = min(above.cut - 1, max(best.cut + 1, cut))
+        return cut, rise * (cut / best.cut) ** power
+
+    def _extrapolated(self, target_rise: float, power: float, max_cut: int) -> tuple[int, float]:
+        """Return a cut beyond all measured cuts, and its predicted rise, from the point next to the limit.
+
+        The smallest relative change of the cut doubles with each measurement, so that the limit is soon passed.
+        """
+        best = self.best
+        nearest = best or self.above
+        rise = self._floored(nearest.rise)
+        factor = (target_rise / rise) ** (1 / power)
+        smallest_factor = 1 + LEAST * 2 ** min(len(self.points) - 1, MAX_DOUBLINGS)
+        if best is not None:
+            cut = round(nearest.cut * min(GROWTH, max(smallest_factor, factor)))
+            cut = min(max_cut, max(nearest.cut + 1, cut))
+        else:
+            cut = round(nearest.cut * min(1 / smallest_factor, factor))
+            cut = max(1, min(nearest.cut - 1, cut))
+        return cut, rise * (cut / nearest.cut) ** power
 
     @property
-    def _stuck(self) -> bool:
-        """Whether the last two measurements have not halved the gap, in logarithms, between `best` and `above`."""
+    def _converges_slowly(self) -> bool:
+        """Whether the last two measurements reduced log(above.cut / best.cut) by less than half.
+
+        False unless there were cuts on both sides of the limit before these two measurements.
+        """
         gaps = []
-        for n in range(max(1, len(self.points) - 2), len(self.points) + 1):
-            earlier = Found(self.points[:n], self.limit)
+        for count in range(max(1, len(self.points) - 2), len(self.points) + 1):
+            earlier = SearchResult(self.points[:count], self.limit)
             if earlier.best is not None and earlier.above is not None:
                 gaps.append(math.log(earlier.above.cut / earlier.best.cut))
         return len(gaps) == 3 and gaps[-1] > gaps[0] / 2
 
 
-def largest_within(
-    measure: Callable[[int], float], limit: float, most: int, *, first: int, expected: float | None = None,
+def find_largest_cut(
+    measure: Callable[[int], float], limit: float, max_cut: int, *, first: int, expected: float | None = None,
     exponent: float = 1.5, unused: float = 0.0, tries: int | None = None,
-) -> Found:  # fmt: skip
+) -> SearchResult:  # fmt: skip
     """Search for the largest cut whose rise is at most `limit`.
 
     Args:
         measure: measures the rise of log perplexity of a cut.
         limit: the largest allowed rise, above 0.
-        most: the largest cut; cuts are 1 to `most`.
+        max_cut: the largest cut; cuts are 1 to `max_cut`.
         first: the cut to measure first.
         expected: the predicted rise of the first cut.
         exponent: p of rise ~ cut^p, until two cuts have been measured.
-        unused: share of the limit that may stay unused; the search ends when the best cut is that near. With 0 it ends
-            when the next larger cut exceeds the limit.
+        unused: share of the limit that may stay unused; the search ends when the rise of the best cut is that near to
+            the limit. With 0 the search ends when the next larger cut exceeds the limit.
         tries: number of measurements after which the search ends, if a cut within the limit was found.
 
     Returns:
         All measurements. Its `best` is None if even a cut of 1 exceeds the limit.
     """
-    found, cut = Found([], limit), min(most, max(1, first))
+    result = SearchResult([], limit)
+    cut = min(max_cut, max(1, first))
     while True:
-        found.points.append(Point(cut, measure(cut), expected))
-        best, above = found.best, found.above
+        result.points.append(Point(cut, measure(cut), expected))
+        best, above = result.best, result.above
         if best is None:
             if cut == 1:
-                return found
-        elif (
-            best.cut == most
-            or (unused and best.rise >= limit * (1 - unused))
-            or (above is not None and above.cut - best.cut == 1)
-            or (tries is not None and len(found.points) >= tries)
-        ):
-            return found
-        cut, expected = found.proposal(limit * (1 - unused / 2), exponent, most)
+                return result
+        else:
+            is_largest = best.cut == max_cut or (above is not None and above.cut - best.cut == 1)
+            is_close_enough = unused > 0 and best.rise >= limit * (1 - unused)
+            tries_are_spent = tries is not None and len(result.points) >= tries
+            if is_largest or is_close_enough or tries_are_spent:
+                return result
+        cut, expected = result.proposal(limit * (1 - unused / 2), exponent, max_cut)

@@ -13,12 +13,18 @@ from pydantic import BeforeValidator
 from gprune.checks import shown
 from gprune.errors import UserError
 
-FORM = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(%|x|[KMB]|[KMG]i?B|)")
+NUMBER_AND_UNIT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(%|x|[KMB]|[KMG]i?B|)")
 QUALITY = re.compile(r"\+([0-9]{1,4}(?:\.[0-9]{1,9})?)%")
-WORST = 1000  # largest rise of perplexity over dense, in percent
-SIZES = {f"{letter}{i}B": base**n for i, base in (("", 1000), ("i", 1024)) for n, letter in enumerate("KMG", start=1)}
-LEFT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9} | SIZES
-HALF_BITS = 16  # unit of budgets in bytes, 1/16 byte: GGUF's q8_0 has 8.5 bits per weight
+MAX_RISE = 1000  # largest rise of perplexity over dense, in percent
+BYTE_UNITS = {
+    f"{letter}{infix}B": base**power
+    for infix, base in (("", 1000), ("i", 1024))
+    for power, letter in enumerate("KMG", start=1)
+}
+KEPT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9} | BYTE_UNITS  # units of a size that is kept
+MIN_KEPT = 1000  # smallest size that may be kept, in parameters or bytes
+MAX_SPEEDUP = 1000
+HALF_BITS = 16  # half-bits per byte; byte budgets are counted in half-bits because q8_0 takes 8.5 bits per weight
 FORMS = (
     "a share of the scope between 0 and 1, a share of all parameters such as 30%, what is left such as 95M or 200MiB, "
     "a speedup such as 1.4x, or a rise in perplexity such as +5% (at most +1000%)"
@@ -29,39 +35,72 @@ FORMS = (
 class Target:
     """A parsed target: how much of a model's cost is to be removed."""
 
-    asked: float | str  # the value in the settings
+    setting: float | str  # the value of `--sparsity.target`
     number: Fraction  # share to remove, size to keep, speedup, or rise of perplexity as a share
     unit: str  # `share` of scope, `%` of model, `x`, `parameters` or `bytes` to keep, `quality`
 
     @classmethod
-    def of(cls, asked: float | str) -> Target:
-        """Parse a number or text. Raise UserError for anything else than a target."""
-        if type(asked) in (int, float) and 0 < asked < 1:
-            return cls(asked, Fraction(str(asked)), "share")  # exact decimal: 0.1 of 30 is 3
-        if isinstance(asked, str) and (rise := QUALITY.fullmatch(asked)) and 0 < Fraction(rise[1]) <= WORST:
-            return cls(asked, Fraction(rise[1]) / 100, "quality")
-        parts = FORM.fullmatch(str(asked) if type(asked) in (int, str) else "")
-        number, unit = (Fraction(parts[1]), parts[2]) if parts else (Fraction(0), "%")
-        if unit in LEFT and (left := number * LEFT[unit]) >= 1000:
-            return cls(str(asked), left, "bytes" if unit in SIZES else "parameters")
-        if (unit == "%" and 0 < number < 100) or (unit == "x" and 1 < number <= 1000):
-            return cls(asked, number / (100 if unit == "%" else 1), unit)
-        raise UserError(f"--sparsity.target must be {FORMS}; got {shown(asked)}.")
+    def of(cls, setting: float | str) -> Target:
+        """Parse a value of `--sparsity.target`.
+
+        Raises:
+            UserError: if the value is not a target.
+        """
+        if type(setting) in (int, float) and 0 < setting < 1:
+            return cls(setting, Fraction(str(setting)), "share")  # exact decimal: 0.1 of 30 is 3
+        if isinstance(setting, str) and (rise := QUALITY.fullmatch(setting)) and 0 < Fraction(rise[1]) <= MAX_RISE:
+            return cls(setting, Fraction(rise[1]) / 100, "quality")
+        # `type` and not `isinstance`, because a bool is an int.
+        match = NUMBER_AND_UNIT.fullmatch(str(setting)) if type(setting) in (int, str) else None
+        if match is not None:
+            number, unit = Fraction(match[1]), match[2]
+            if unit in KEPT_UNITS and number * KEPT_UNITS[unit] >= MIN_KEPT:
+                kind = "bytes" if unit in BYTE_UNITS else "parameters"
+                return cls(str(setting), number * KEPT_UNITS[unit], kind)
+            if unit == "%" and 0 < number < 100:
+                return cls(setting, number / 100, unit)
+            if unit == "x" and 1 < number <= MAX_SPEEDUP:
+                return cls(setting, number, unit)
+        raise UserError(f"--sparsity.target must be {FORMS}; got {shown(setting)}.")
 
     def removes(self, scope: int, model: int) -> int:
-        """Return the cost to be removed, rounded up, from the costs of scope and model."""
-        if self.unit in ("share", "%"):
-            return math.ceil(self.number * (scope if self.unit == "share" else model))
-        left = {"x": model / self.number, "bytes": self.number * HALF_BITS}.get(self.unit, self.number)
-        return model - math.floor(left)
+        """Return the cost to remove, rounded up.
 
-    def limit(self, most: int, scope: int, model: int) -> str:
-        """Return the limit of the target in its unit, such as "at most 0.9", if at most `most` can be removed."""
-        left = model - most
-        if self.unit in ("parameters", "bytes"):
-            return f"at least {left:,}" if self.unit == "parameters" else f"at least {left / HALF_BITS / 2**20:.1f}MiB"
-        x = f"{100 * model // max(left, 1) / 100:.2f}x" if self.unit == "x" else f"{most / model:.2%}"
-        return f"at most {most / max(scope, 1):.4f}" if self.unit == "share" else f"at most {x}"
+        Args:
+            scope: total cost of the units in scope, in the budget's currency.
+            model: total cost of the model, in the budget's currency.
+        """
+        if self.unit == "share":
+            return math.ceil(self.number * scope)
+        if self.unit == "%":
+            return math.ceil(self.number * model)
+        if self.unit == "x":
+            kept = model / self.number
+        elif self.unit == "bytes":
+            kept = self.number * HALF_BITS
+        else:
+            kept = self.number
+        return model - math.floor(kept)
+
+    def limit(self, max_removed: int, scope: int, model: int) -> str:
+        """Return the limit of the target in its unit, such as "at most 0.9".
+
+        Args:
+            max_removed: the largest removable cost, in the budget's currency.
+            scope: total cost of the units in scope.
+            model: total cost of the model.
+        """
+        kept = model - max_removed
+        if self.unit == "parameters":
+            return f"at least {kept:,}"
+        if self.unit == "bytes":
+            return f"at least {kept / HALF_BITS / 2**20:.1f}MiB"
+        if self.unit == "share":
+            return f"at most {max_removed / max(scope, 1):.4f}"
+        if self.unit == "x":
+            return f"at most {100 * model // max(kept, 1) / 100:.2f}x"
+        return f"at most {max_removed / model:.2%}"
 
 
-Asked = Annotated[float | str, BeforeValidator(lambda asked: Target.of(asked).asked)]  # the type of the setting
+# The type of the setting: a value that `Target.of` accepts, in the form in which it is stored.
+TargetSetting = Annotated[float | str, BeforeValidator(lambda setting: Target.of(setting).setting)]

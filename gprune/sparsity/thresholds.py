@@ -22,38 +22,50 @@ def start_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
     """
 
     def thresholds(keep: Tensor, labels: Tensor, K: int) -> Tensor:
-        n = torch.bincount(labels, minlength=K).double().clamp_min(1)  # finite without KV groups
+        """Return the thresholds of a block's K modules, (K,), from its keep mask and the module of each unit."""
+        sizes = torch.bincount(labels, minlength=K).double().clamp_min(1)  # 1 avoids 0 / 0 without KV groups
         removed = torch.bincount(labels[~keep], minlength=K).double()
-        return torch.logit(removed.clamp(min=torch.tensor(0.25), max=n - 0.25) / n)
+        return torch.logit(removed.clamp(min=torch.tensor(0.25), max=sizes - 0.25) / sizes)
 
-    ffn = [thresholds(m, y, k) for m, y, k in zip(masks.ffn, ranks.labels, ranks.modules, strict=True)]
-    attention = [thresholds(m, torch.zeros(len(m), dtype=torch.long), 1) for m in masks.attention]
+    blocks = zip(masks.ffn, ranks.labels, ranks.modules, strict=True)
+    ffn = [thresholds(keep, labels, K) for keep, labels, K in blocks]
+    # The KV groups of a block are one module.
+    attention = [thresholds(keep, torch.zeros(len(keep), dtype=torch.long), 1) for keep in masks.attention]
     return ffn, attention
 
 
 def unit_margins(ranks: ModuleRanks, thresholds: Thresholds) -> tuple[list[Tensor], list[Tensor]]:
-    """Return margins logit p_i - t_m per block, of neurons and of KV groups, float64. All inputs are on one device."""
-    ffn, attention = ([t.detach() for t in kind] for kind in thresholds)
-    neurons, groups = ranks.logits
-    return (
-        [x - t[y].double() for x, t, y in zip(neurons, ffn, ranks.labels, strict=True)],
-        [x - t.double() for x, t in zip(groups, attention, strict=True)],
-    )
+    """Return margins logit p_i - t_m per block, of neurons (N,) and of KV groups (G,), float64.
+
+    Args:
+        ranks: ranks p of units inside their modules.
+        thresholds: thresholds t of the modules, on the device of the ranks.
+    """
+    neuron_logits, group_logits = ranks.logits
+    ffn_thresholds, attention_thresholds = thresholds
+    blocks = zip(neuron_logits, ffn_thresholds, ranks.labels, strict=True)
+    neurons = [logits - t.detach()[labels].double() for logits, t, labels in blocks]
+    groups = [logits - t.detach().double() for logits, t in zip(group_logits, attention_thresholds, strict=True)]
+    return neurons, groups
 
 
 def masks_from_thresholds(ranks: ModuleRanks, thresholds: Thresholds, budget: Budget) -> Masks:
     """Return keep masks that meet the budget, from thresholds per module."""
-    return keep_masks(budget, *unit_margins(ranks, thresholds))
+    neuron_margins, group_margins = unit_margins(ranks, thresholds)
+    return keep_masks(budget, neuron_margins, group_margins)
 
 
 def named_thresholds(thresholds: Thresholds) -> dict[str, Tensor]:
     """Return thresholds by their names in safetensors files: `ffn.<block>` and `attention.<block>`."""
-    pairs = zip(("ffn", "attention"), thresholds, strict=True)
-    return {f"{kind}.{b}": t.detach().cpu() for kind, group in pairs for b, t in enumerate(group)}
+    named = {}
+    for kind, by_block in zip(("ffn", "attention"), thresholds, strict=True):
+        named |= {f"{kind}.{b}": t.detach().cpu() for b, t in enumerate(by_block)}
+    return named
 
 
 def thresholds_from_named(tensors: dict[str, Tensor]) -> Thresholds | None:
-    """Return thresholds from the result of `named_thresholds`, or None without any. Other names are ignored."""
-    depth = sum(name.startswith("ffn.") for name in tensors)
-    kinds = ("ffn", "attention")
-    return tuple([tensors[f"{kind}.{b}"] for b in range(depth)] for kind in kinds) if depth else None
+    """Return thresholds from the result of `named_thresholds`; None if it has none. Other names are ignored."""
+    blocks = sum(name.startswith("ffn.") for name in tensors)
+    if not blocks:
+        return None
+    return [tensors[f"ffn.{b}"] for b in range(blocks)], [tensors[f"attention.{b}"] for b in range(blocks)]

@@ -30,20 +30,25 @@ class Autocast:
     def losses(
         self, stage: L.LightningModule, compute: Callable[[], Tensor], *models: PreTrainedModel, always: bool = False
     ) -> Tensor:
-        """Return `compute()`, the losses (B,) of a batch, using cast copies of the frozen weights of `models`.
+        """Return the losses of a batch, computed with cast copies of the frozen weights.
 
-        If a loss is not finite on any process, log a warning, fall back to float32 and compute again. This is checked
-        before the first optimizer step only, or in every step if `always`.
+        If a loss is not finite on any process, log a warning, fall back to float32 and compute again.
+
+        Args:
+            stage: the stage, with a Trainer.
+            compute: returns the losses, (B,).
+            models: the models whose frozen weights are cast.
+            always: whether to check in every step that losses are finite, and not only before the first optimizer step.
         """
-        device = stage.trainer.strategy.root_device.type
+        strategy = stage.trainer.strategy
+        device = strategy.root_device.type
         if not torch.is_autocast_enabled(device):
             return compute()
         if not self.in_float32:
             with self.cast(*models):
                 losses = compute()
-            if stage.trainer.global_step > 0 and not always:
-                return losses
-            if stage.trainer.strategy.reduce_boolean_decision(bool(losses.isfinite().all()), all=True):
+            is_checked = always or stage.trainer.global_step == 0
+            if not is_checked or strategy.reduce_boolean_decision(bool(losses.isfinite().all()), all=True):
                 return losses
             self.fall_back(stage)
         with torch.autocast(device, enabled=False):
@@ -51,7 +56,7 @@ class Autocast:
 
     @contextmanager
     def cast(self, *models: PreTrainedModel) -> Iterator[None]:
-        """Replace frozen weights of models by copies in the dtype of autocast; a no-op without autocast."""
+        """Context manager that replaces frozen weights by copies in the dtype of autocast; a no-op without autocast."""
         with ExitStack() as applied:
             for model in models:
                 copies = self._casts.setdefault(id(model), CastWeights(model))
@@ -60,8 +65,8 @@ class Autocast:
 
     def fall_back(self, stage: L.LightningModule) -> None:
         """Switch the stage to float32 and log a warning."""
-        what = getattr(stage, "purpose", type(stage).__name__)
-        log.warning("The loss of %s is not finite in bfloat16. Falling back to float32.", what)
+        purpose = getattr(stage, "purpose", type(stage).__name__)
+        log.warning("The loss of %s is not finite in bfloat16. Falling back to float32.", purpose)
         self.in_float32 = True
         self.clear()
 

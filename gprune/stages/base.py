@@ -34,6 +34,10 @@ class FrozenLMStage(L.LightningModule):
     `development/perplexity/<corpus>`, with the geometric mean over corpora as `development/perplexity`, so
     `EarlyStopping(monitor="development/perplexity")` and `ModelCheckpoint` work with stages that inherit this class.
 
+    Args:
+        model: the frozen language model.
+        shard: whether to shard the model over processes.
+
     Attributes:
         curves: prefix of logged training metrics, such as `learn` in `learn/loss`. Default: the name of the class.
         tokens_before: training tokens of earlier stages with this model, for the axis `development/tokens`.
@@ -61,7 +65,7 @@ class FrozenLMStage(L.LightningModule):
     @property
     def lm(self) -> PreTrainedModel:
         """The language model, or its sharded copy while the stage runs."""
-        return (*self._copy, *self._frozen)[0]
+        return self._copy[0] if self._copy else self._frozen[0]
 
     @property
     def tokens(self) -> int:
@@ -85,10 +89,15 @@ class FrozenLMStage(L.LightningModule):
             self.lm.to(device)
 
     def teardown(self, stage: str) -> None:
+        """Free the copies of the model, and move registered tensors back to the Trainer's device.
+
+        Lightning calls this hook last, after the final forward pass. The copies are then no longer used, and Lightning
+        has already moved the stage to the CPU.
+        """
         self._copy = ()
         self.autocast.clear()
         if not self._shard:
-            # Lightning has moved registered tensors to the CPU. They may be only some of a student's weights.
+            # Registered tensors may be only some of a student's weights, and the others are still on the device.
             self.to(self.trainer.strategy.root_device, non_blocking=True)
 
     def batch_loss(self, losses: Tensor, batch: Mapping[str, Tensor], name: str, *, finite: bool = True) -> Tensor:
@@ -123,21 +132,30 @@ class FrozenLMStage(L.LightningModule):
         self._perplexities = [WindowPerplexity(name).to(self.device) for name in names]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update perplexity by a development batch: `input_ids` (B, T) int64, optionally `index` and `weight` (B,)."""
+        """Update the perplexity of a corpus by a development batch.
+
+        Args:
+            batch: `input_ids` (B, T) int64; optionally `index` (B,), positions of the windows in the corpus, and
+                `weight` (B,), which is 0 for windows that pad the batch.
+            batch_idx: number of the batch.
+            dataloader_idx: number of the validation loader.
+        """
         ids = batch["input_ids"]
         model = self.measured_model
         nll = self.autocast.losses(self, partial(window_losses, model, ids), model, always=True).to(self.device)
-        index = batch.get("index", batch_idx * len(ids) + torch.arange(len(ids), device=nll.device))
-        counted = batch.get("weight", torch.ones_like(nll)).to(nll.device) > 0
-        self._perplexities[dataloader_idx].update(nll, counted * (ids.shape[1] - 1), index)
+        positions = batch_idx * len(ids) + torch.arange(len(ids), device=nll.device)
+        index = batch.get("index", positions)
+        is_counted = batch.get("weight", torch.ones_like(nll)).to(nll.device) > 0
+        self._perplexities[dataloader_idx].update(nll, is_counted * (ids.shape[1] - 1), index)
 
     def on_validation_epoch_end(self) -> None:
         """Log `development/perplexity/<corpus>`, the geometric mean, and the number of training tokens so far."""
-        measured = [metric for metric in self._perplexities if metric.update_called]
-        self.development = {metric.corpus: float(metric.compute()) for metric in measured}
+        updated = [metric for metric in self._perplexities if metric.update_called]
+        self.development = {metric.corpus: float(metric.compute()) for metric in updated}
         if not self.development:
             return
-        name, labels = f"{self.validation_prefix}/perplexity", corpus_labels(self.development)
+        name = f"{self.validation_prefix}/perplexity"
+        labels = corpus_labels(self.development)
         values = {f"{name}/{key_part(labels[corpus])}": value for corpus, value in self.development.items()}
         values[name] = geometric_mean(self.development.values())
         if self.validation_prefix == "development":
@@ -146,7 +164,7 @@ class FrozenLMStage(L.LightningModule):
         log_exactly(self, values)
 
     def axes(self) -> dict[str, float]:
-        """Values of the x axes for development perplexity, by name."""
+        """Return the values of the x axes for development perplexity, by name."""
         return {"development/tokens": float(self.tokens_before + self.tokens), f"{curves_of(self)}/tokens": self.tokens}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -53,36 +53,41 @@ class CalibrationStage(FrozenLMStage):
         shard: bool = False,
     ):
         super().__init__(model, shard=shard)
-        self.hooks = ExitStack()  # hooks on the model for the current corpus
         assert not (walk and saliency), "gradients cannot be collected block by block"
-        self.corpora, self.gram, self.saliency, self.walk, self.store = corpora, gram, saliency, walk, store
+        self.corpora = corpora
+        self.gram = gram
+        self.saliency = saliency
+        self.walk = walk
+        self.store = store
         self.statistics: dict[str, CorpusStatistics] = {}
+        self.hooks = ExitStack()  # hooks on the model for the current corpus
         self._sums: Collector | Walk | None = None  # sums of the current corpus
-        self._current: str | None = None
+        self._current_corpus: str | None = None
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [_RemoveHooks()]
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Process a batch, after finishing the statistics of the previous corpus."""
-        if self.corpora[dataloader_idx] != self._current:
-            self._close()
-            self._current = self.corpora[dataloader_idx]
+        """Process a batch. If it is the first one of its corpus, first finish the statistics of the previous corpus."""
+        if self.corpora[dataloader_idx] != self._current_corpus:
+            self._finish_corpus()
+            self._current_corpus = self.corpora[dataloader_idx]
             if self.walk:
                 self._sums = Walk(self.lm)
             else:
                 collector = Collector(self.lm, gram=self.gram, saliency=self.saliency)
                 self._sums = self.hooks.enter_context(collector)
-        update = self._sums.add if self.walk else self._sums.observe
-        update(batch["input_ids"], batch["half"], batch["weight"])
+        add_batch = self._sums.add if self.walk else self._sums.observe
+        add_batch(batch["input_ids"], batch["half"], batch["weight"])
 
     def on_test_epoch_end(self) -> None:
-        self._close()
+        self._finish_corpus()
 
-    def _close(self) -> None:
-        """Compute the statistics of the current corpus, if any, and reset."""
+    def _finish_corpus(self) -> None:
+        """Compute the statistics of the current corpus, if there is one, and free its sums."""
         self.hooks.close()
-        corpus, sums, self._sums = self._current, self._sums, None
+        corpus, sums = self._current_corpus, self._sums
+        self._sums = None
         if isinstance(sums, Walk):
             store = None if self.store is None else partial(self.store, corpus)
             self.statistics[corpus] = sums.statistics(gram=self.gram, store=store)

@@ -27,24 +27,33 @@ class StepCurves(L.Callback):
     """Log tokens so far, tokens per second, the learning rate, and the gradient norm before clipping in every step."""
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._began = time.monotonic()
+        self._start_time = time.monotonic()
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Log the learning rate and the gradient norm."""
-        group, stage = optimizer.param_groups[0], curves_of(pl_module)
         if hasattr(pl_module, "gradient_norm"):
             norm = pl_module.gradient_norm()
         else:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        rate = group["lr"] / (group.get("size") or 1)  # a relative learning rate is logged without its tensor's scale
-        pl_module.log_dict({f"{stage}/gradient_norm": gathered(norm), f"{stage}/learning_rate": float(rate)})
+        first_group = optimizer.param_groups[0]
+        scale = first_group.get("size") or 1  # a relative learning rate is logged without the scale of its tensor
+        prefix = curves_of(pl_module)
+        pl_module.log_dict({
+            f"{prefix}/gradient_norm": gathered(norm),
+            f"{prefix}/learning_rate": float(first_group["lr"] / scale),
+        })  # fmt: skip
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        tokens, stage = batch["input_ids"].numel() * trainer.world_size, curves_of(pl_module)
-        rate = tokens / (time.monotonic() - self._began)
-        pl_module.log_dict({f"{stage}/tokens": tokens_so_far(trainer), f"{stage}/tokens_per_second": rate})
+        """Log the number of tokens so far, and tokens per second."""
+        tokens = batch["input_ids"].numel() * trainer.world_size
+        seconds = time.monotonic() - self._start_time
+        prefix = curves_of(pl_module)
+        pl_module.log_dict({
+            f"{prefix}/tokens": tokens_so_far(trainer),
+            f"{prefix}/tokens_per_second": tokens / seconds,
+        })  # fmt: skip
 
 
 class ApplyMasks(L.Callback):
@@ -62,13 +71,17 @@ class ApplyMasks(L.Callback):
         self._applied = ExitStack()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if hasattr(pl_module, "measured_model") and (masks := self.masks()) is not None:
+        if not hasattr(pl_module, "measured_model"):  # a stage that measures no language model
+            return
+        masks = self.masks()
+        if masks is not None:
             self._applied.enter_context(masked(pl_module.measured_model, masks))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._applied.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Remove the masks if validation raises, because `on_validation_end` is then not called."""
         self._applied.close()
 
 
@@ -106,12 +119,14 @@ class PerplexityCurve(L.Callback):
 
         Args:
             trainer: the Trainer of the fit; one of its callbacks has to be an `ApplyMasks`.
+            stage: the stage of the fit.
+            data: the data module, with development windows.
             masks: sparsity -> masks, or None for the dense model.
         """
-        (apply,) = (callback for callback in trainer.callbacks if isinstance(callback, ApplyMasks))
+        (apply_masks,) = (callback for callback in trainer.callbacks if isinstance(callback, ApplyMasks))
         stage.validation_prefix = "curve"
         for step, sparsity in enumerate(sorted(masks)):
-            apply.masks = lambda sparsity=sparsity: masks[sparsity]
+            apply_masks.masks = lambda sparsity=sparsity: masks[sparsity]
             self._point = {"curve/sparsity": sparsity, "step": float(step)}  # Lightning reads `step` as the logged step
             trainer.validate(stage, data, verbose=False)
             self.by_sparsity[sparsity] = stage.development
@@ -132,34 +147,51 @@ class BestWeights(PerplexityCurve):
 
     @property
     def means(self) -> dict[int, float]:
-        """Geometric mean over corpora by optimizer step; NaN is replaced by infinity."""
+        """Geometric mean of perplexity over corpora, by optimizer step; NaN is replaced by infinity."""
         means = {step: geometric_mean(values.values()) for step, values in self.by_step.items()}
         return {step: mean if math.isfinite(mean) else math.inf for step, mean in means.items()}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Store the weights if perplexity is lower than at all earlier validations."""
         super().on_validation_end(trainer, pl_module)
-        *earlier, now = self.means.values() or [math.nan]
-        if self.by_step and (not earlier or now < min(earlier)):
+        if not self.by_step:
+            return
+        *earlier, current = self.means.values()
+        if not earlier or current < min(earlier):
             self.best = {name: gathered(value).detach().cpu().clone() for name, value in pl_module.state_dict().items()}
 
     @torch.no_grad()
     def load_best(self, stage: L.LightningModule, *, keep: str) -> None:
-        """Load the best weights if `keep` is `best`, or if perplexity rose during training."""
-        steps, means = list(self.means), list(self.means.values())
-        worse = bool(means) and not means[-1] <= means[0]
-        if worse:
-            best = min(self.means, key=self.means.get)
+        """Load the best weights if `keep` is `best`, or if perplexity rose during training.
+
+        Args:
+            stage: the stage of the fit.
+            keep: the value of `--distill.keep`.
+        """
+        by_step = self.means
+        if not by_step:
+            return
+        means = list(by_step.values())
+        first, last = means[0], means[-1]
+        rose = not last <= first
+        if rose:
+            best_step = min(by_step, key=by_step.get)
             log.warning(
                 "Development perplexity rose from %.4g to %.4g. Restored the weights of step %d, which had %.4g. Lower "
-                "--distill.learning_rate.", means[0], means[-1], best, self.means[best],
+                "--distill.learning_rate.", first, last, best_step, by_step[best_step],
             )  # fmt: skip
-        if steps and (worse or keep == "best"):
+        if rose or keep == "best":
             stage.load_state_dict(self.best)
 
 
 def tokens_so_far(trainer: L.Trainer) -> float:
-    """Number of training tokens of the current fit, over all processes."""
-    text = trainer.train_dataloader.batch_sampler
-    of_batches = [min(n * text.batch_size, text.num_windows) for n in (int(trainer.num_training_batches), text.served)]
-    windows = trainer.current_epoch * of_batches[0] + of_batches[1]
+    """Return the number of training tokens of the current fit, over all processes."""
+    sampler = trainer.train_dataloader.batch_sampler
+
+    def windows_in(batches: int) -> int:
+        """Return the number of windows in the first batches of an epoch."""
+        return min(batches * sampler.batch_size, sampler.num_windows)
+
+    windows_per_epoch = windows_in(int(trainer.num_training_batches))
+    windows = trainer.current_epoch * windows_per_epoch + windows_in(sampler.served)
     return float(windows * trainer.train_dataloader.dataset.tokens.shape[1])

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 @recovery("distill")
 class Distill(Recovery):
-    """Recovery by end-to-end distillation from the dense model on text of `corpora.recover` (`DistillationStage`)."""
+    """Recovery by end-to-end distillation from the dense model on text of `corpora.recover` (`DistillationStage`).
+
+    Args:
+        settings: the flags `--distill.*`; by default their default values.
+    """
 
     learns = uses_teacher = True
 
@@ -40,17 +44,27 @@ class Distill(Recovery):
 
         from gprune.stages.distillation import DistillationStage
 
-        s = self.settings
+        settings = self.settings
         remove_hook_from_submodules(pruned)  # hooks of a dense model on several devices; the student is on one device
-        count = material.count if material.already_counted else None
         stage = DistillationStage(
-            material.dense, pruned, shard=material.shard, kept=material.teacher_states, count=count,
-            **accepted(DistillationStage, dict(s)),
-        )  # fmt: skip
-        what = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
-        material.fit(what, stage, clip=s.clip, batch_size=s.batch_size, accumulate=s.accumulate, keep=s.keep)
+            material.dense,
+            pruned,
+            shard=material.shard,
+            teacher_states=material.teacher_states,
+            count=material.count if material.already_counted else None,
+            **accepted(DistillationStage, dict(settings)),
+        )
+        title = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
+        material.fit(
+            title,
+            stage,
+            clip=settings.clip,
+            batch_size=settings.batch_size,
+            accumulate=settings.accumulate,
+            keep=settings.keep,
+        )
         return stage.finished()
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
-        """Count the teacher's forward tokens, and the student's forward and backward tokens."""
+        """Return the teacher's forward tokens, and the student's forward and backward tokens."""
         return fresh, fresh

@@ -22,33 +22,50 @@ from gprune.stages.student import Student
 log = logging.getLogger("gprune")
 
 BETAS = (0.9, 0.95)  # betas of AdamW
-REMEMBERED, PROPORTION = 20, 10  # number of steps in the median; largest multiple of the median
-IN_A_ROW = 5  # number of consecutive skipped steps after which training stops
+MEDIAN_STEPS = 20  # number of steps in the median of losses and gradient norms
+MIN_MEDIAN_STEPS = 5  # number of steps from which on there is a median
+OUTLIER_FACTOR = 10  # largest multiple of the median that is no outlier
+MAX_SKIPPED = 5  # number of consecutive skipped steps after which training stops
 
 
-class Proportion:
+class OutlierDetector:
     """Detect steps whose loss or gradient norm is an outlier.
 
-    A value is an outlier if it is not finite, or above `PROPORTION` times the median of the last `REMEMBERED` steps (if
-    there are at least `IN_A_ROW`).
+    A value is an outlier if it is not finite, or above `OUTLIER_FACTOR` times the median of the last `MEDIAN_STEPS`
+    steps (if there are at least `MIN_MEDIAN_STEPS`). Skipped steps are not part of the median.
+
+    Attributes:
+        losses: losses of the last steps.
+        norms: gradient norms of the last steps.
+        left_out: number of skipped steps.
+        in_a_row: number of consecutive skipped steps until now.
     """
 
     def __init__(self) -> None:
+        # Checkpoints contain these attributes by their names.
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.left_out = self.in_a_row = 0
 
-    def holds(self, loss: float, norm: float) -> bool:
-        """Return whether a step is to be taken; otherwise count it as skipped."""
-        pairs = ((loss, self.losses), (norm, self.norms))
-        if all(math.isfinite(v) and (len(seen) < IN_A_ROW or v <= PROPORTION * median(seen)) for v, seen in pairs):
-            for value, seen in pairs:
-                seen[:] = [*seen, value][-REMEMBERED:]
-            self.in_a_row = 0
-        else:
+    def accepts(self, loss: float, norm: float) -> bool:
+        """Return whether a step is to be taken. The loss and the norm are then part of the median.
+
+        Otherwise the step is counted as skipped.
+        """
+        if self._is_outlier(loss, self.losses) or self._is_outlier(norm, self.norms):
             self.left_out += 1
             self.in_a_row += 1
-        return self.in_a_row == 0
+            return False
+        self.losses[:] = [*self.losses, loss][-MEDIAN_STEPS:]
+        self.norms[:] = [*self.norms, norm][-MEDIAN_STEPS:]
+        self.in_a_row = 0
+        return True
+
+    @staticmethod
+    def _is_outlier(value: float, earlier: list[float]) -> bool:
+        if not math.isfinite(value):
+            return True
+        return len(earlier) >= MIN_MEDIAN_STEPS and value > OUTLIER_FACTOR * median(earlier)
 
 
 class DistillationStage(FrozenLMStage):
@@ -61,9 +78,9 @@ class DistillationStage(FrozenLMStage):
     and the teacher runs once per batch. The learning rate of AdamW is relative to the RMS of each tensor
     (`Student.sizes`), and so are Adam's epsilon and the gradient norm. So training does not depend on factors by which
     weights can be rescaled without changing the model's function. The learning rate rises linearly and then decays to
-    0. A step with an outlier of loss or gradient (`Proportion`) is skipped; training stops after `IN_A_ROW` consecutive
-    ones. The student is trained in float32 and converted back to its dtype at the end. Only trained tensors are
-    registered, so checkpoints contain neither the teacher nor frozen weights of the student.
+    0. A step with an outlier of loss or gradient (`OutlierDetector`) is skipped; training stops after `MAX_SKIPPED`
+    consecutive ones. The student is trained in float32 and converted back to its dtype at the end. Only trained tensors
+    are registered, so checkpoints contain neither the teacher nor frozen weights of the student.
 
     Args:
         dense: the frozen teacher; its weights may be on several devices, or offloaded.
@@ -78,9 +95,10 @@ class DistillationStage(FrozenLMStage):
         cross_entropy: weight of the next-token cross-entropy.
         checkpointing: whether to recompute the activations of each layer in the backward pass.
         shard: whether to shard the layers of both models over all processes.
-        kept: cache of the final hidden states of `dense` by batch of tokens, which this stage reads and extends.
-        count: called with the negative number of tokens whose states are computed again although another row has
-            counted them.
+        teacher_states: cache of the final hidden states of `dense` by batch of tokens, which this stage reads and
+            extends; None: no cache.
+        count: adds a number to the token count of the run. It is given if another row has counted the teacher's tokens
+            already; this stage then subtracts the tokens whose states it computes again.
     """
 
     purpose, curves = "distillation", "distill"
@@ -89,17 +107,22 @@ class DistillationStage(FrozenLMStage):
         self, dense: PreTrainedModel, student: PreTrainedModel, *, targets: Literal["mlp", "all", "lora"] = "all",
         rank: int = 8, learning_rate: float = RELATIVE_RATE, absolute_learning_rate: float | None = None,
         warmup: float = 0.1, weight_decay: float = 0.0, kl: float = 1.0, cross_entropy: float = 0.0,
-        checkpointing: bool = False, shard: bool = False, kept: dict[bytes, Tensor] | None = None,
+        checkpointing: bool = False, shard: bool = False, teacher_states: dict[bytes, Tensor] | None = None,
         count: Callable[[int], None] | None = None,
     ):  # fmt: skip
         super().__init__(dense, shard=shard)
-        self.save_hyperparameters(ignore=["dense", "student", "shard", "kept", "count"], logger=False)
-        self._kept, self._count = kept, count
-        self.learning_rate, self.absolute_learning_rate = learning_rate, absolute_learning_rate
-        self.warmup, self.weight_decay, self.kl, self.cross_entropy = warmup, weight_decay, kl, cross_entropy
+        self.save_hyperparameters(ignore=["dense", "student", "shard", "teacher_states", "count"], logger=False)
+        self._teacher_states = teacher_states
+        self._count = count
+        self.learning_rate = learning_rate
+        self.absolute_learning_rate = absolute_learning_rate
+        self.warmup = warmup
+        self.weight_decay = weight_decay
+        self.kl = kl
+        self.cross_entropy = cross_entropy
         self._student = Student(student, targets=targets, rank=rank, checkpointing=checkpointing)
         self.learned = self._student.learned
-        self.proportion = Proportion()
+        self.outliers = OutlierDetector()
         self._norm: Tensor | None = None  # gradient norm of the current step
 
     @property
@@ -109,25 +132,26 @@ class DistillationStage(FrozenLMStage):
 
     def finished(self) -> PreTrainedModel:
         """Return the student as a plain frozen model, with adapters merged."""
-        return self._student.plain()
+        return self._student.to_plain_model()
 
     @property
-    def _shards(self) -> bool:
+    def _is_sharded(self) -> bool:
         return self._shard and self.trainer.world_size > 1
 
     def setup(self, stage: str) -> None:
+        """Move the teacher and the student to the Trainer's device. If they are sharded, `configure_model` does it."""
         super().setup(stage)
-        if not self._shards:
+        if not self._is_sharded:
             self.student.to(self.trainer.strategy.root_device)
 
     def configure_model(self) -> None:
         """Shard the student's layers over processes, and so the optimizer's states."""
-        if self._shards and not self._student.sharded:
+        if self._is_sharded and not self._student.sharded:
             self._student.shard(self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
             self.learned = self._student.learned
 
     def teardown(self, stage: str) -> None:
-        """Gather a sharded student on the CPU."""
+        """Gather a sharded student on the CPU, after the last forward pass of the fit."""
         super().teardown(stage)
         if self._student.sharded:
             self._student.gather()
@@ -135,10 +159,10 @@ class DistillationStage(FrozenLMStage):
 
     def on_train_end(self) -> None:
         """Free gradients and optimizer states, which the Trainer would keep together with their weights."""
-        if self.proportion.left_out:
+        if self.outliers.left_out:
             log.warning(
                 "Skipped %d of %d steps: loss or gradient not finite, or above %d times the median of %d steps.",
-                self.proportion.left_out, self.global_step, PROPORTION, REMEMBERED,
+                self.outliers.left_out, self.global_step, OUTLIER_FACTOR, MEDIAN_STEPS,
             )  # fmt: skip
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -146,33 +170,42 @@ class DistillationStage(FrozenLMStage):
 
     @property
     def sizes(self) -> list[float]:
-        """Scale of each tensor's learning rate, in the order of `learned`: its RMS, or 1 for absolute rates."""
-        absolute = self.absolute_learning_rate is not None
-        return [1.0 if absolute else self._student.sizes[name] for name in self.learned]
+        """Scale of each tensor's learning rate, in the order of `learned`: its RMS, or 1 if rates are absolute."""
+        if self.absolute_learning_rate is not None:
+            return [1.0] * len(self.learned)
+        return [self._student.sizes[name] for name in self.learned]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with linear warmup over the share `warmup` of the steps and linear decay to 0."""
-        steps, rate = self.trainer.estimated_stepping_batches, self.absolute_learning_rate or self.learning_rate
+        """Return AdamW, with linear warmup over the share `warmup` of the steps and linear decay to 0."""
+        learning_rate = self.absolute_learning_rate or self.learning_rate
         groups = []
         for parameter, size in zip(self.learned.values(), self.sizes, strict=True):
             unit = size or 1.0  # a tensor of zeros has learning rate 0, so this value has no effect
-            rest = {"weight_decay": self.weight_decay / unit, "eps": 1e-8 / unit}
-            groups.append({"params": [parameter], "lr": rate * size, "size": size, **rest})
+            groups.append({
+                "params": [parameter], "lr": learning_rate * size, "size": size,
+                "weight_decay": self.weight_decay / unit, "eps": 1e-8 / unit,
+            })  # fmt: skip
         fused = self.trainer.strategy.root_device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=fused)
-        rising = max(1, math.ceil(self.warmup * steps))
+        steps = self.trainer.estimated_stepping_batches
+        warmup_steps = max(1, math.ceil(self.warmup * steps))
 
         def factor(step: int) -> float:
-            return min((step + 1) / rising, (steps - step) / max(1, steps - rising), 1.0)
+            rising = (step + 1) / warmup_steps
+            falling = (steps - step) / max(1, steps - warmup_steps)
+            return min(rising, falling, 1.0)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def gradient_norm(self) -> Tensor:
-        """Gradient norm before clipping, with each tensor's gradient scaled by its RMS; () float32, cached per step."""
+        """Return the gradient norm before clipping, () float32. It is computed once per step.
+
+        The gradient of each tensor is scaled by the tensor's RMS.
+        """
         if self._norm is None:
-            sized = zip(self.learned.values(), self.sizes, strict=True)
-            norms = [size * p.grad.norm() for p, size in sized if p.grad is not None]
+            pairs = zip(self.learned.values(), self.sizes, strict=True)
+            norms = [size * parameter.grad.norm() for parameter, size in pairs if parameter.grad is not None]
             self._norm = gathered(torch.linalg.vector_norm(torch.stack(norms)))
         return self._norm
 
@@ -180,11 +213,13 @@ class DistillationStage(FrozenLMStage):
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any
     ) -> None:
         """Clip the gradient by its norm, or drop it if the step is an outlier."""
-        norm, self._norm = float(self.gradient_norm()), None
-        if not self.proportion.holds(self.last_loss, norm):
+        norm = float(self.gradient_norm())
+        self._norm = None  # the next step has another gradient
+        if not self.outliers.accepts(self.last_loss, norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without a gradient
-            if self.proportion.in_a_row >= IN_A_ROW:
-                require_finite_loss(self.last_loss if self.proportion.norms else math.nan, "The loss of distillation")
+            if self.outliers.in_a_row >= MAX_SKIPPED:
+                no_step_was_taken = not self.outliers.norms
+                require_finite_loss(math.nan if no_step_was_taken else self.last_loss, "The loss of distillation")
                 self.trainer.should_stop = True
         elif gradient_clip_val and norm > gradient_clip_val:
             for parameter in (p for p in self.learned.values() if p.grad is not None):
@@ -192,38 +227,45 @@ class DistillationStage(FrozenLMStage):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["proportion"] = vars(self.proportion)
+        checkpoint["proportion"] = vars(self.outliers)  # the name of the key belongs to the file format
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        vars(self.proportion).update(checkpoint["proportion"])
+        vars(self.outliers).update(checkpoint["proportion"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Weighted sum of KL and cross-entropy on a batch, () float32."""
+        """Return the weighted sum of KL and cross-entropy on a batch, () float32."""
         losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm, self.student)
         return self.batch_loss(losses, batch, "distill/loss", finite=False)
 
     def _losses(self, ids: Tensor) -> Tensor:
-        """Loss of each window, (B, T) -> (B,) float32."""
-        dense = self._teacher_hidden(ids).flatten(0, 1) if self.kl else None
+        """Return the loss of each window, (B, T) -> (B,) float32."""
+        teacher_hidden = self._teacher_hidden(ids).flatten(0, 1) if self.kl else None
         hidden = final_hidden(self.student, ids).flatten(0, 1)
         head, transform = self.student.get_output_embeddings(), LogitTransform.of(self.student)
         losses = torch.zeros(len(ids), device=hidden.device)
-        for weight, targets in ((self.kl, dense), (self.cross_entropy, ids[:, 1:].flatten())):
-            if weight:
-                targets = targets.to(hidden.device, hidden.dtype if targets.is_floating_point() else None)
-                of_tokens = frozen_head_losses(hidden, head.weight, head.bias, targets, transform)
-                losses = losses + weight * of_tokens.view(len(ids), -1).mean(1)
+
+        def window_means(targets: Tensor) -> Tensor:
+            """Return the mean loss of each window, for hidden states (KL) or tokens (cross-entropy) as targets."""
+            token_losses = frozen_head_losses(hidden, head.weight, head.bias, targets, transform)
+            return token_losses.view(len(ids), -1).mean(1)
+
+        if self.kl:
+            losses = losses + self.kl * window_means(teacher_hidden.to(hidden.device, hidden.dtype))
+        if self.cross_entropy:
+            losses = losses + self.cross_entropy * window_means(ids[:, 1:].flatten().to(hidden.device))
         return losses
 
     @torch.no_grad()
     def _teacher_hidden(self, ids: Tensor) -> Tensor:
-        """Final hidden states of the teacher, (B, T - 1, H) in its dtype, from the cache or computed."""
-        if self._kept is None:
+        """Return the final hidden states of the teacher, (B, T - 1, H) in its dtype, from the cache or computed."""
+        if self._teacher_states is None:
             return final_hidden(self.lm, ids)
-        key = ids.cpu().numpy().tobytes() + b"float32" * self.autocast.in_float32
-        if key not in self._kept:
-            self._kept[key] = final_hidden(self.lm, ids).cpu()
+        key = ids.cpu().numpy().tobytes()
+        if self.autocast.in_float32:  # states in bfloat16 may also be in the cache
+            key += b"float32"
+        if key not in self._teacher_states:
+            self._teacher_states[key] = final_hidden(self.lm, ids).cpu()
             if self._count is not None:
                 self._count(-ids.numel())
-        return self._kept[key]
+        return self._teacher_states[key]

@@ -46,22 +46,26 @@ class AssignmentRefinement(L.LightningModule):
     ):  # fmt: skip
         super().__init__()
         self.save_hyperparameters(ignore=["inputs", "labels"], logger=False)
-        self.inputs, self.start = inputs, labels
-        self.steps, self.learning_rate, self.final_tau = steps, learning_rate, final_tau
+        self.inputs = inputs
+        self.start = labels
+        self.steps = steps
+        self.learning_rate = learning_rate
+        self.final_tau = final_tau
         self.weights = {
             "similarity": similarity_weight, "drift": drift_weight, "consistency": consistency_weight,
             "balance": balance_weight, "entropy": entropy_weight,
         }  # fmt: skip
-        K = 1 + max(int(y.max()) for y in labels)
+        K = 1 + max(int(block_labels.max()) for block_labels in labels)
         A = torch.zeros(*inputs.valid.shape, K)
-        for block, y in zip(A, labels, strict=True):
-            block[: len(y)] = 2 * F.one_hot(y, K)
-            block[:, int(y.max()) + 1 :] = -20.0  # no new modules in a block with fewer than K
+        for block_logits, block_labels in zip(A, labels, strict=True):
+            block_logits[: len(block_labels)] = 2 * F.one_hot(block_labels, K)
+            block_logits[:, int(block_labels.max()) + 1 :] = -20.0  # no new modules in a block with fewer than K
         self.logits = nn.Parameter(A)
         self.history: list[dict[str, float]] = []
 
     @property
     def tau(self) -> float:
+        """Temperature of the soft assignment at the current step."""
         return self.final_tau ** (self.global_step / max(self.steps - 1, 1))
 
     def setup(self, stage: str) -> None:
@@ -75,14 +79,17 @@ class AssignmentRefinement(L.LightningModule):
         return DataLoader(range(1), generator=torch.Generator())  # keeps the global random state unchanged
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        hard = 1e4 * F.one_hot(self.logits.argmax(-1), self.logits.shape[-1])  # the softmax is exactly 0 or 1
-        terms = partition_objective(hard, 1.0, self.inputs, self.weights)
+        """Log the consistency of the hard labels."""
+        # With logits of 1e4 the softmax is exactly 0 or 1.
+        hard_logits = 1e4 * F.one_hot(self.logits.argmax(-1), self.logits.shape[-1])
+        terms = partition_objective(hard_logits, 1.0, self.inputs, self.weights)
         self.log("partition/agreement", terms["consistency"].mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam([self.logits], lr=self.learning_rate)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return the loss, (), and log its terms."""
         by_block = partition_objective(self.logits, self.tau, self.inputs, self.weights)
         terms = {name: value.mean() for name, value in by_block.items()}
         self.history.append({name: float(value.detach()) for name, value in terms.items()})
@@ -92,14 +99,22 @@ class AssignmentRefinement(L.LightningModule):
 
     @torch.no_grad()
     def labels(self) -> list[Tensor]:
-        """Hard labels per block, (N,) int64 each.
+        """Return the hard labels of each block, (N,) int64.
 
         Small modules are merged as in the initial partition, with K the number of modules of that partition.
         """
-        x, w = self.inputs.to("cpu"), self.weights
-        joint = torch.cat([w["similarity"] * x.embedding, w["drift"] * x.drift, w["consistency"] * x.shifts], -1)
-        out = []
-        for y, features, logits in zip(self.start, joint, self.logits.cpu(), strict=True):
-            N, K = len(y), int(y.max()) + 1
-            out.append(merge_small(logits[:N].argmax(-1), features[:N], min_size=min(minimum_size(N, K), N)))
-        return out
+        inputs, weights = self.inputs.to("cpu"), self.weights
+        joint_features = torch.cat(
+            [
+                weights["similarity"] * inputs.embedding,
+                weights["drift"] * inputs.drift,
+                weights["consistency"] * inputs.shifts,
+            ],
+            -1,
+        )
+        refined = []
+        for initial_labels, features, logits in zip(self.start, joint_features, self.logits.cpu(), strict=True):
+            N, K = len(initial_labels), int(initial_labels.max()) + 1
+            min_size = min(minimum_size(N, K), N)
+            refined.append(merge_small(logits[:N].argmax(-1), features[:N], min_size=min_size))
+        return refined

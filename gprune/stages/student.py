@@ -26,17 +26,20 @@ if TYPE_CHECKING:  # not every build of torch has it
 
 
 class Student:
-    """A pruned model whose parameters in `learned` are trained in float32. `plain` ends the training.
+    """A pruned model whose parameters in `learned` are trained in float32. `to_plain_model` ends the training.
 
-    This is not an `nn.Module`, so a stage with a student as attribute does not register all its weights. `sizes` has
-    the RMS of each trained tensor before training, by name, to which learning rates are relative. Matrices that a
-    family stores in one tensor (gate and up, or query, key and value) are trained as separate tensors.
+    This is not an `nn.Module`, so a stage with a student as attribute does not register all its weights. Matrices that
+    a family stores in one tensor (gate and up, or query, key and value) are trained as separate tensors.
 
     Args:
         model: the pruned model, which is changed in place.
         targets: `mlp`: weights of FFNs; `all`: all weights of decoder layers; `lora`: adapters.
         rank: rank of adapters.
         checkpointing: recompute the activations of each layer in the backward pass.
+
+    Attributes:
+        learned: trained parameters by name.
+        sizes: RMS of each trained tensor before training, by name, to which learning rates are relative.
     """
 
     def __init__(
@@ -50,19 +53,19 @@ class Student:
         self._norm_offset = blocks_of(model)[0].family.norm_offset  # norms multiply by this + weight
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self._unsharded: PreTrainedModel | None = None  # copy without weights, while layers are sharded
-        self._undo = ExitStack()  # removes hooks and restores attributes
-        self._merge: Callable[[], PreTrainedModel] | None = None  # merges adapters into the weights
+        self._cleanup = ExitStack()  # removes hooks and restores attributes
+        self._merge_adapters: Callable[[], PreTrainedModel] | None = None  # merges adapters into the weights
         for parameter in model.parameters():  # steps of AdamW are below the resolution of bfloat16
             parameter.data = parameter.data.float()
         if targets == "lora":
             self._learn_adapters()
         else:
-            self._take_apart()
+            self._split_fused_tensors()
             self._learn_weights()
         sizes = [size.to(next(iter(self._sizes.values())).device) for size in self._sizes.values()]
         self.sizes = dict(zip(self._sizes, torch.stack(sizes).tolist(), strict=True))  # synchronises only once
         if checkpointing:
-            self._recompute()
+            self._enable_checkpointing()
 
     @property
     def sharded(self) -> bool:
@@ -70,81 +73,103 @@ class Student:
         return self._unsharded is not None
 
     def _learn(self, name: str, parameter: nn.Parameter, size: Tensor | None = None) -> None:
-        key, is_gain = name.replace(".", "_"), parameter.dim() == 1 and name.endswith("weight")
+        """Train a parameter.
+
+        Args:
+            name: name of the parameter.
+            parameter: the parameter.
+            size: the size to which its learning rate is relative, (); by default its RMS. For the gain of a norm this
+                is the RMS of the factor by which the norm multiplies.
+        """
+        if size is None:
+            is_gain = parameter.dim() == 1 and name.endswith("weight")
+            size = rms(parameter + self._norm_offset if is_gain else parameter)
+        key = name.replace(".", "_")
         self.learned[key] = parameter.requires_grad_()
-        self._sizes[key] = rms(parameter + self._norm_offset if is_gain else parameter) if size is None else size
+        self._sizes[key] = size
 
     def _learn_weights(self) -> None:
         """Train all weights of decoder layers, or only those of FFNs."""
         for block in blocks_of(self.model):
-            ffn = {place.path.rpartition(".")[0] for place in block.slices if place.kind == "ffn"}
+            ffn_modules = {tensor.path.rpartition(".")[0] for tensor in block.slices if tensor.kind == "ffn"}
             for name, parameter in block.layer.named_parameters():
-                host = name.rpartition(".parametrizations." if ".parametrizations." in name else ".")[0]
-                tied = any(parameter is other for other in self.learned.values())  # tied to another layer
-                if not tied and (self.targets == "all" or host in ffn):
+                separator = ".parametrizations." if ".parametrizations." in name else "."
+                module_name = name.rpartition(separator)[0]
+                is_tied = any(parameter is learned for learned in self.learned.values())  # to another layer
+                if not is_tied and (self.targets == "all" or module_name in ffn_modules):
                     self._learn(f"{block.layer_index}.{name}", parameter)
                     self._paths.append((block.layer_index, name))
 
-    def _learn_again(self) -> None:
-        """Register weights that have replaced the trained ones."""
-        layers, self.learned = decoder_layers(self.model), nn.ParameterDict()
+    def _register_replaced_weights(self) -> None:
+        """Register weights that have replaced the trained ones, under the same names."""
+        layers = decoder_layers(self.model)
+        self.learned = nn.ParameterDict()
         for index, name in self._paths:
             weight = layers[index].get_parameter(name)
             self.learned[f"{index}.{name}".replace(".", "_")] = weight.requires_grad_()
 
-    def _take_apart(self) -> None:
-        """Split fused tensors into their parts, which are trained separately, until `plain`."""
+    def _split_fused_tensors(self) -> None:
+        """Split fused tensors into their parts, which are trained separately until `to_plain_model`."""
         for block in blocks_of(self.model):
             for host, rows in fused_rows(block).items():
-                self._register(host, "weight", Pieces(rows, int(isinstance(host, Conv1D))))
+                rows_dim = 1 if isinstance(host, Conv1D) else 0  # Conv1D stores the transposed weight
+                _parametrize(host, "weight", FusedParts(rows, rows_dim))
                 if host.bias is not None:
-                    self._register(host, "bias", Pieces(rows, 0))
+                    _parametrize(host, "bias", FusedParts(rows, 0))
             if block.has_experts:
-                for tensor, (dim, layout) in block.family.expert_rows.items():
-                    if len(names := names_in(layout)) > 1:  # gate and up in one tensor
-                        host, name = find_parent(block.down.host, tensor)
-                        rows = part_row_indices(layout, dict.fromkeys(names, block.neurons), block.neurons)
-                        self._register(host, name, Pieces(list(rows.values()), dim))
+                self._split_expert_tensors(block)
 
-    def _register(self, host: nn.Module, name: str, pieces: Pieces) -> None:
-        parametrize.register_parametrization(host, name, pieces.to(getattr(host, name).device))
+    def _split_expert_tensors(self, block: Block) -> None:
+        """Split tensors that contain gate and up of all experts of a block."""
+        for tensor, (dim, layout) in block.family.expert_rows.items():
+            names = names_in(layout)
+            if len(names) > 1:
+                host, name = find_parent(block.down.host, tensor)
+                rows = part_row_indices(layout, dict.fromkeys(names, block.neurons), block.neurons)
+                _parametrize(host, name, FusedParts(list(rows.values()), dim))
 
     def _learn_adapters(self) -> None:
         """Add PEFT's LoRA adapters to the linear layers of blocks."""
         import peft
 
         blocks = blocks_of(self.model)
-        hosts = {id(part.host) for block in blocks for part in block.parts.values() if isinstance(part, Part)}
-        names = [name for name, module in self.model.named_modules() if id(module) in hosts]
-        rank, fused = self.rank, {host: rows for block in blocks for host, rows in fused_rows(block).items()}
+        parts = [part for block in blocks for part in block.parts.values() if isinstance(part, Part)]
+        host_ids = {id(part.host) for part in parts}
+        rows_of_host = {host: rows for block in blocks for host, rows in fused_rows(block).items()}
         config = peft.LoraConfig(
-            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names,
+            r=self.rank,
+            lora_alpha=2 * self.rank,
+            lora_dropout=0.0,
+            target_modules=[name for name, module in self.model.named_modules() if id(module) in host_ids],
             fan_in_fan_out=any(part.transposed for part in blocks[0].parts.values() if isinstance(part, Part)),
-        )  # fmt: skip
+        )
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # from PEFT, about transformers
             adapted = peft.get_peft_model(self.model, config)
         sizes = {}
-        for path, host in list(self.model.named_modules()):
-            if hasattr(host, "lora_B"):
-                B, rows = host.lora_B["default"], fused.get(host.base_layer, [])
-                if rows:
-                    self._register(B, "weight", Pieces(rows, 0))
-                goals = zip(B.named_parameters(), factor_sizes(host, rows), strict=True)
-                sizes |= {f"{path}.lora_B.default.{name}": size for (name, _), size in goals}
+        for path, module in list(self.model.named_modules()):
+            if not hasattr(module, "lora_B"):
+                continue
+            B = module.lora_B["default"]
+            rows = rows_of_host.get(module.base_layer, [])
+            if rows:
+                _parametrize(B, "weight", FusedParts(rows, 0))
+            pairs = zip(B.named_parameters(), factor_sizes(module, rows), strict=True)
+            sizes |= {f"{path}.lora_B.default.{name}": size for (name, _), size in pairs}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 self._learn(name, parameter, sizes.get(name))
-        self.model, self._merge = adapted.get_base_model(), adapted.merge_and_unload
+        self.model = adapted.get_base_model()
+        self._merge_adapters = adapted.merge_and_unload
 
-    def _recompute(self) -> None:
+    def _enable_checkpointing(self) -> None:
         """Enable activation checkpointing of layers."""
-        _checkpointing(self.model, "enable")({"use_reentrant": False})
+        _checkpointing_method(self.model, "enable")({"use_reentrant": False})
         for hook in getattr(self.model, "_require_grads_hooks", ()):  # transformers 5.24 removes it only for PEFT
-            self._undo.callback(hook.remove)
+            self._cleanup.callback(hook.remove)
         for block in blocks_of(self.model):  # only layers in training mode recompute; dropout stays off
             block.layer.training = True
             if hasattr(block.layer, "dropout"):  # OPT's layers have it as a number
-                self._undo.callback(setattr, block.layer, "dropout", block.layer.dropout)
+                self._cleanup.callback(setattr, block.layer, "dropout", block.layer.dropout)
                 block.layer.dropout = 0.0
 
     def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
@@ -156,41 +181,43 @@ class Student:
             # By default a root module stays gathered after its forward pass.
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         self.model.to(device)
-        self._learn_again()
+        self._register_replaced_weights()
 
     def gather(self) -> None:
         """Gather sharded layers on the CPU."""
-        whole = self._unsharded
-        for kind, tensors in (("_parameters", self.model.named_parameters()), ("_buffers", self.model.named_buffers())):
-            for name, tensor in tensors:
-                path, _, leaf = name.rpartition(".")
-                value = gathered(tensor).detach().cpu()
-                parent = whole.get_submodule(path)
-                getattr(parent, kind)[leaf] = nn.Parameter(value) if kind == "_parameters" else value
-        whole.tie_weights()
-        share_hooks(decoder_of(whole), decoder_of(self.model))
-        self.model, self._unsharded = whole.requires_grad_(False), None
-        self._learn_again()
+        unsharded = self._unsharded
+        for name, parameter in self.model.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            value = gathered(parameter).detach().cpu()
+            unsharded.get_submodule(path)._parameters[leaf] = nn.Parameter(value)
+        for name, buffer in self.model.named_buffers():
+            path, _, leaf = name.rpartition(".")
+            unsharded.get_submodule(path)._buffers[leaf] = gathered(buffer).detach().cpu()
+        unsharded.tie_weights()
+        share_hooks(decoder_of(unsharded), decoder_of(self.model))
+        self.model = unsharded.requires_grad_(False)
+        self._unsharded = None
+        self._register_replaced_weights()
 
     @torch.no_grad()
-    def plain(self) -> PreTrainedModel:
+    def to_plain_model(self) -> PreTrainedModel:
         """Return the trained model: frozen, without adapters and hooks, in its original dtypes."""
-        self._undo.close()
+        self._cleanup.close()
         if self.checkpointing:
-            _checkpointing(self.model, "disable")()
+            _checkpointing_method(self.model, "disable")()
         for host in [module for module in self.model.modules() if parametrize.is_parametrized(module)]:
             for name in list(host.parametrizations):
                 parametrize.remove_parametrizations(host, name, leave_parametrized=True)
-                setattr(host, name, nn.Parameter(getattr(host, name)))  # PyTorch leaves a buffer for several pieces
-        if self._merge is not None:
-            self.model = self._merge()
+                setattr(host, name, nn.Parameter(getattr(host, name)))  # PyTorch leaves a buffer for several parts
+        if self._merge_adapters is not None:
+            self.model = self._merge_adapters()
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self._dtypes[name])
         return self.model.eval().requires_grad_(False)
 
 
 def fused_rows(block: Block) -> dict[nn.Module, list[Tensor]]:
-    """Return rows of each part in the fused linear layers of a block."""
+    """Return for each fused linear layer of a block the row indices of each of its parts."""
     hosts: dict[nn.Module, list[Tensor]] = {}
     for part in block.parts.values():
         if isinstance(part, Part) and part.rows is not None:
@@ -198,8 +225,18 @@ def fused_rows(block: Block) -> dict[nn.Module, list[Tensor]]:
     return hosts
 
 
-class Pieces(nn.Module):
-    """Parametrization of a fused tensor by its parts, which have `rows` along `dim`."""
+def _parametrize(host: nn.Module, name: str, parts: FusedParts) -> None:
+    """Replace a fused tensor of a module by its parts."""
+    parametrize.register_parametrization(host, name, parts.to(getattr(host, name).device))
+
+
+class FusedParts(nn.Module):
+    """Parametrization of a fused tensor by its parts.
+
+    Args:
+        rows: indices of each part along `dim`.
+        dim: dimension along which parts are fused.
+    """
 
     def __init__(self, rows: list[Tensor], dim: int):
         super().__init__()
@@ -210,9 +247,9 @@ class Pieces(nn.Module):
         """Return the fused tensor."""
         return torch.cat(parts, self.dim).index_select(self.dim, self.order)
 
-    def right_inverse(self, whole: Tensor) -> tuple[Tensor, ...]:
-        """Return the parts, contiguous as needed by fused AdamW."""
-        return tuple(whole.index_select(self.dim, rows.to(whole.device)).contiguous() for rows in self.rows)
+    def right_inverse(self, fused: Tensor) -> tuple[Tensor, ...]:
+        """Return the parts of the fused tensor, contiguous as needed by fused AdamW."""
+        return tuple(fused.index_select(self.dim, rows.to(fused.device)).contiguous() for rows in self.rows)
 
 
 def rms(tensor: Tensor) -> Tensor:
@@ -224,14 +261,20 @@ def factor_sizes(host: nn.Module, fused: list[Tensor]) -> list[Tensor]:
     """Return the size of the factor B of PEFT's W + s B A, for each part of the rows of W; B itself starts at zero.
 
     With rms(W) / (s sqrt(rank) rms(A)), a step of B changes W as much as a step of W would.
+
+    Args:
+        host: a linear layer of PEFT.
+        fused: rows of each part in W; empty if W is not fused.
     """
     A, W = host.lora_A["default"].weight, host.base_layer.weight
-    W = W.T if host.fan_in_fan_out else W
+    if host.fan_in_fan_out:
+        W = W.T
     change = host.scaling["default"] * math.sqrt(len(A)) * rms(A)
-    return [rms(W[rows]) / change for rows in fused or [slice(None)]]
+    parts = fused or [slice(None)]
+    return [rms(W[rows]) / change for rows in parts]
 
 
-def _checkpointing(model: PreTrainedModel, what: Literal["enable", "disable"]) -> Callable[..., None]:
-    """Return a method to enable or disable checkpointing, which transformers 5.24 has renamed."""
-    old, new = f"gradient_checkpointing_{what}", f"activation_checkpointing_{what}"
-    return getattr(model, new if hasattr(model, new) else old)
+def _checkpointing_method(model: PreTrainedModel, action: Literal["enable", "disable"]) -> Callable[..., None]:
+    """Return the method that enables or disables checkpointing, which transformers 5.24 has renamed."""
+    new_name = f"activation_checkpointing_{action}"
+    return getattr(model, new_name, None) or getattr(model, f"gradient_checkpointing_{action}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,17 +67,20 @@ class ThresholdLearning(FrozenLMStage):
     ):  # fmt: skip
         super().__init__(model, shard=shard)
         self.save_hyperparameters(ignore=["model", "ranks", "start", "budget", "shard"], logger=False)
-        self._ranks, self.budget = ranks, budget
-        self.learn, self.loss, self.centred = learn, loss, centred
-        self.learning_rate, self.offset_learning_rate = learning_rate, offset_learning_rate
+        self._ranks = ranks
+        self.budget = budget
+        self.learn = learn
+        self.loss = loss
+        self.centred = centred
+        self.learning_rate = learning_rate
+        self.offset_learning_rate = offset_learning_rate
         self.offset_limit = offset_limit
         self._cut: Cut | None = None  # cached cut of the budget, on the device of the thresholds
         ffn, attention = start
-        trained = learn != "offsets"
-        self.ffn_thresholds = nn.ParameterList(nn.Parameter(t.float(), requires_grad=trained) for t in ffn)
-        self.ffn_offsets = nn.ParameterList(
-            nn.Parameter(torch.zeros(len(p))) for p in (ranks.ffn if learn != "thresholds" else ())
-        )
+        learns_thresholds = learn != "offsets"
+        self.ffn_thresholds = nn.ParameterList(nn.Parameter(t.float(), requires_grad=learns_thresholds) for t in ffn)
+        ranks_with_offsets = ranks.ffn if learn != "thresholds" else []
+        self.ffn_offsets = nn.ParameterList(nn.Parameter(torch.zeros(len(p))) for p in ranks_with_offsets)
         # Thresholds of KV groups always exist, but are trained only if KV groups are in scope.
         self.attention_thresholds = nn.ParameterList(
             nn.Parameter(t.float(), requires_grad=budget.costs.attention) for t in attention
@@ -93,7 +96,8 @@ class ThresholdLearning(FrozenLMStage):
         """Ranks of units on the device of the thresholds."""
         device = self.ffn_thresholds[0].device
         if self._ranks.labels[0].device != device:
-            self._ranks, self._cut = self._ranks.to(device), None
+            self._ranks = self._ranks.to(device)
+            self._cut = None
         return self._ranks
 
     @property
@@ -107,46 +111,52 @@ class ThresholdLearning(FrozenLMStage):
         return list(self.ffn_offsets) or None
 
     @property
-    def moved_ranks(self) -> ModuleRanks:
+    def offset_ranks(self) -> ModuleRanks:
         """Ranks shifted by the offsets, differentiable in the offsets."""
-        return self.ranks if self.offsets is None else self.ranks.moved(self.offsets)
+        return self.ranks if self.offsets is None else self.ranks.with_offsets(self.offsets)
 
     @torch.no_grad()
     def masks(self, budget: Budget | None = None) -> Masks:
         """Compute the hard masks of the current thresholds for a budget; by default the budget of the stage."""
         if budget is not None:
-            return masks_from_thresholds(self.moved_ranks, self.thresholds, budget)
-        neurons, groups = unit_margins(self.moved_ranks, self.thresholds)
-        self._cut = self._cut or Cut(self.budget, neurons[0].device)
-        return self._cut(neurons, groups)
+            return masks_from_thresholds(self.offset_ranks, self.thresholds, budget)
+        neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
+        if self._cut is None:
+            self._cut = Cut(self.budget, neuron_margins[0].device)
+        return self._cut(neuron_margins, group_margins)
 
     def refresh_gates(self) -> None:
         """Compute the gates of a training step: per block (N,) for neurons and (G,) for KV groups."""
-        hard, ranks, moved = self.masks(), self.ranks, self.moved_ranks.ffn
-        neurons, groups = self._at_the_cut(hard)
-        parts = zip(hard.ffn, moved, neurons, ranks.labels, ranks.sizes, strict=True)
-        self.ffn_gates[:] = [straight_through(h, soft_gate(p.float(), t, y, n)) for h, p, t, y, n in parts]
+        hard, ranks = self.masks(), self.ranks
+        ffn_thresholds, attention_thresholds = self._gate_thresholds(hard)
+        blocks = zip(hard.ffn, self.offset_ranks.ffn, ffn_thresholds, ranks.labels, ranks.sizes, strict=True)
+        self.ffn_gates[:] = [
+            straight_through(keep, soft_gate(p.float(), t, labels, sizes)) for keep, p, t, labels, sizes in blocks
+        ]
         if self.attention_gates is not None:
-            parts = zip(hard.attention, ranks.attention, groups, strict=True)
-            self.attention_gates[:] = [straight_through(h, _group_gate(p.float(), t)) for h, p, t in parts]
+            blocks = zip(hard.attention, ranks.attention, attention_thresholds, strict=True)
+            self.attention_gates[:] = [straight_through(keep, _group_gate(p.float(), t)) for keep, p, t in blocks]
 
-    def _at_the_cut(self, hard: Masks) -> Thresholds:
-        """Return the thresholds of the soft gates, whose slope is largest at the cut.
+    def _gate_thresholds(self, hard: Masks) -> Thresholds:
+        """Return the thresholds of the soft gates, shifted so that the slope of the gates is largest at the cut.
 
-        `recentre` has moved the cut to margin 0. If all blocks must have the same width, each block has its own cut,
-        and its thresholds are shifted by it.
+        `recentre` has moved the cut to margin 0, so thresholds are usually not shifted. If all blocks must have the
+        same width, each block has its own cut, and its thresholds are shifted by the margin of this cut.
         """
         if not self.budget.costs.uniform:
             return self.thresholds
         with torch.no_grad():
-            neurons, groups = unit_margins(self.moved_ranks, self.thresholds)
-        kinds = ((self.ffn_thresholds, neurons, hard.ffn), (self.attention_thresholds, groups, hard.attention))
-        return tuple(
-            [t + cut_margin(Masks([keep], []), [margin]).float() for t, margin, keep in zip(*kind, strict=True)]
-            for kind in kinds
-        )
+            neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
+
+        def shifted(thresholds: nn.ParameterList, margins: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+            blocks = zip(thresholds, margins, masks, strict=True)
+            return [t + cut_margin(Masks([keep], []), [margin]).float() for t, margin, keep in blocks]
+
+        ffn = shifted(self.ffn_thresholds, neuron_margins, hard.ffn)
+        return ffn, shifted(self.attention_thresholds, group_margins, hard.attention)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam, with a learning rate for thresholds and one for offsets."""
         thresholds = [p for p in (*self.ffn_thresholds, *self.attention_thresholds) if p.requires_grad]
         groups = [
             {"params": thresholds, "lr": self.learning_rate},
@@ -155,12 +165,12 @@ class ThresholdLearning(FrozenLMStage):
         return torch.optim.Adam([group for group in groups if group["params"]])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of the gated model on a batch, () float32: cross-entropy or KL (`--sparsity.loss`)."""
+        """Return the loss of the gated model on a batch, () float32: cross-entropy or KL (`--sparsity.loss`)."""
         losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm)
         return self.batch_loss(losses, batch, "learn/loss")
 
     def _losses(self, ids: Tensor) -> Tensor:
-        """Loss of each window, (B, T) -> (B,) float32."""
+        """Return the loss of each window, (B, T) -> (B,) float32."""
         teacher = None
         if self.loss == "kl":
             with torch.no_grad():
@@ -171,10 +181,11 @@ class ThresholdLearning(FrozenLMStage):
             return next_token_losses(self.lm, ids, teacher=teacher)
 
     def axes(self) -> dict[str, float]:
-        """Values of the x axes, with the number of epochs as `learn/epoch`."""
+        """Return the values of the x axes, with the number of epochs as `learn/epoch`."""
         trainer, epochs = self.trainer, 0.0
         if self.global_step:  # before the first step the Trainer may not know the number of batches
-            epochs = self.global_step / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            epochs = self.global_step / steps_per_epoch
         return super().axes() | {"learn/epoch": epochs}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -191,17 +202,20 @@ class ThresholdLearning(FrozenLMStage):
         """
         costs, ranks = self.budget.costs, self.ranks
         open_blocks = [b for b in range(len(ranks.sizes)) if b not in costs.protected]
-        # Per block: gradient (M,), number of units that each parameter moves, whether the block's own mean is used.
-        neurons = [(self.ffn_thresholds[b].grad, ranks.sizes[b], costs.uniform) for b in open_blocks]
-        groups = [(self.attention_thresholds[b].grad, len(ranks.attention[b]), False) for b in open_blocks]
-        offsets = [(self.ffn_offsets[b].grad, 1, costs.uniform) for b in open_blocks if self.offsets]
-        for kind in ([*neurons, *groups], offsets):
-            learned = [(grad, units, own) for grad, units, own in kind if grad is not None]
-            common = _unit_mean(learned) if learned else None
-            for grad, units, own in learned:
-                grad.sub_((_unit_mean([(grad, units, own)]) if own else common) * units)
+        neurons = [BlockGradient(self.ffn_thresholds[b].grad, ranks.sizes[b], costs.uniform) for b in open_blocks]
+        groups = [BlockGradient(self.attention_thresholds[b].grad, len(ranks.attention[b]), False) for b in open_blocks]
+        offsets = [BlockGradient(self.ffn_offsets[b].grad, 1, costs.uniform) for b in open_blocks if self.offsets]
+        for gradients in ([*neurons, *groups], offsets):
+            learned = [gradient for gradient in gradients if gradient.grad is not None]
+            if not learned:
+                continue
+            common_mean = _unit_mean(learned)
+            for gradient in learned:
+                mean = _unit_mean([gradient]) if gradient.uses_own_mean else common_mean
+                gradient.grad.sub_(mean * gradient.units)
 
     def optimizer_step(self, *args: object, **kwargs: object) -> None:
+        """Update the parameters, limit the offsets, and move the cut to margin 0."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             for offsets in self.ffn_offsets:
@@ -211,19 +225,33 @@ class ThresholdLearning(FrozenLMStage):
     @torch.no_grad()
     def recentre(self, hard: Masks) -> None:
         """Shift all thresholds by the same amount so that the budget cuts at margin 0, without changing `hard`."""
-        neurons, groups = unit_margins(self.moved_ranks, self.thresholds)
-        shift = cut_margin(hard, neurons, self.budget.costs.of_experts, groups)
+        neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
+        shift = cut_margin(hard, neuron_margins, self.budget.costs.experts_per_block, group_margins)
         for t in (*self.ffn_thresholds, *self.attention_thresholds):
             t += shift.to(t.dtype)
 
 
-def _unit_mean(blocks: Sequence[tuple[Tensor, Tensor | int, bool]]) -> Tensor:
-    """Mean gradient over units, ()."""
-    total = sum((torch.ones_like(grad) * units).sum() for grad, units, _ in blocks)
-    return sum(grad.sum() for grad, *_ in blocks) / total
+class BlockGradient(NamedTuple):
+    """Gradient of the thresholds or offsets of a block."""
+
+    grad: Tensor | None  # (M,) for M parameters; None if they are not learned
+    units: Tensor | int  # number of units that each parameter moves, (M,) or the same for all
+    uses_own_mean: bool  # whether the mean over the units of this block is subtracted, not that over all blocks
+
+
+def _unit_mean(blocks: Sequence[BlockGradient]) -> Tensor:
+    """Return the mean gradient over units, ()."""
+    units = sum((torch.ones_like(block.grad) * block.units).sum() for block in blocks)
+    return sum(block.grad.sum() for block in blocks) / units
 
 
 def _group_gate(p: Tensor, threshold: Tensor) -> Tensor:
-    """Compute `soft_gate` for the KV groups of a block, which form one module."""
+    """Return `soft_gate` for the KV groups of a block, which form one module.
+
+    Args:
+        p: (G,) ranks.
+        threshold: (1,).
+    """
     labels = torch.zeros(len(p), dtype=torch.long, device=p.device)
-    return soft_gate(p, threshold, labels, torch.full((1,), len(p), device=p.device))
+    sizes = torch.full((1,), len(p), device=p.device)
+    return soft_gate(p, threshold, labels, sizes)

@@ -28,14 +28,14 @@ def cache_dir() -> Path:
 
 def check_writable(folder: Path) -> None:
     """Raise UserError unless a folder, or its nearest existing parent, is writable. Nothing is left there."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".gprune-", dir=place):
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".gprune-", dir=existing):
         pass
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Convert errors of a full, missing or read-only disk to a UserError that names `path`."""
+    """Context manager that converts errors of a full, missing or read-only disk to a UserError that names `path`."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:

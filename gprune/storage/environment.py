@@ -17,35 +17,39 @@ PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "w
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak memory of this process so far in MiB: resident memory, and allocated memory of the fullest GPU."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    """Return the peak memory of this process in MiB: resident memory, and allocated memory of the fullest GPU."""
+    unit = 1 if platform.system() == "Darwin" else 1024  # bytes; Linux reports KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     memory = {"peak_memory_mib": round(peak / 2**20)}
     if torch.cuda.is_initialized():
-        devices = range(torch.cuda.device_count())
-        memory["peak_gpu_memory_mib"] = round(max(torch.cuda.max_memory_allocated(d) for d in devices) / 2**20)
+        gpu_peaks = [torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())]
+        memory["peak_gpu_memory_mib"] = round(max(gpu_peaks) / 2**20)
     return memory
 
 
 def environment() -> dict[str, Any]:
-    """Git revision, package versions and device, as stored in the manifest of a run."""
-    return {
+    """Return the git revision, package versions and the device, as stored in the manifest of a run."""
+    described = {
         "git_revision": git_revision(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    } | ({"imports": list(IMPORTED)} if IMPORTED else {})
+    }
+    if IMPORTED:
+        described["imports"] = list(IMPORTED)
+    return described
 
 
 def git_revision() -> str | None:
-    """Git revision of the running checkout, with '-dirty' for uncommitted changes; None outside git."""
+    """Return the git revision of the running checkout, with '-dirty' for uncommitted changes; None outside git."""
     root = Path(__file__).resolve().parent.parent
     try:
-        described = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
             capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip() or None
+    return result.stdout.strip() or None

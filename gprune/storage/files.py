@@ -35,45 +35,49 @@ log = logging.getLogger("gprune")
 FORMAT_VERSION = 4  # part of every cache key; increase it when stored data changes its meaning
 _hashed: dict[Path, tuple[int, int, int]] = {}  # inode, size and time of files whose content this process has hashed
 MISSING, UNUSABLE = "the file is missing", "Ignored %s: %s."
-OLD = "former"  # name in a scratch folder of the folder that is being replaced
+FORMER = "former"  # name in a scratch folder of the folder that is being replaced
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file or folder atomically: yield a temporary path, which becomes `path` on success.
+    """Context manager that writes a file or folder atomically: a temporary path becomes `path` on success.
 
     On failure the temporary file is removed, and `path` stays as it was. The temporary path is in a scratch folder
     beside `path` and has the same name, because files may store their name. Files get the default mode of new files
     (safetensors would make them readable for the owner only).
 
+    Yields:
+        The temporary path, to which the caller writes.
+
     Raises:
         UserError: if the folder cannot be written or the disk is full.
     """
     with disk_errors(path), scratch_folder(path) as folder:
-        new = folder / path.name
-        yield new
-        (folder / ".new").touch()
-        mode = (folder / ".new").stat().st_mode
-        for file in (new, *new.rglob("*")):
-            if file.is_file() and file.stat().st_mode != mode:
-                file.chmod(mode)
-        if new.is_dir() and path.is_dir():  # os.replace cannot replace a folder that is not empty
-            os.replace(path, folder / OLD)
-        os.replace(new, path)
+        temporary = folder / path.name
+        yield temporary
+        example = folder / ".new"  # a new file, which has the default mode
+        example.touch()
+        default_mode = example.stat().st_mode
+        for file in (temporary, *temporary.rglob("*")):
+            if file.is_file() and file.stat().st_mode != default_mode:
+                file.chmod(default_mode)
+        if temporary.is_dir() and path.is_dir():  # os.replace cannot replace a folder that is not empty
+            os.replace(path, folder / FORMER)
+        os.replace(temporary, path)
 
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Create a locked scratch folder beside `path` and remove it at the end.
+    """Context manager that creates a locked scratch folder beside `path`, and removes it at the end.
 
     Scratch folders for `path` that killed processes left are removed first. A lock is released when its process ends in
     any way, so a folder that can be locked is abandoned. It is a folder, because libraries put temporary files beside
     the file that they write. Its name is random, so that links in an untrusted run folder cannot point to it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob_escape(path.name)}.*.tmp"):
-        with suppress(OSError), locked(left):
-            _remove(left, path)
+    for abandoned in path.parent.glob(f".{glob_escape(path.name)}.*.tmp"):
+        with suppress(OSError), locked(abandoned):
+            _remove(abandoned, path)
     with ExitStack() as stack:
         while True:
             folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -88,14 +92,15 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 def _remove(scratch: Path, path: Path) -> None:
     """Remove a scratch folder. If the replacement of `path` failed, first move the former folder back."""
-    if (old := scratch / OLD).exists() and not path.exists():
-        os.replace(old, path)
+    former = scratch / FORMER
+    if former.exists() and not path.exists():
+        os.replace(former, path)
     shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, a file `.lock` in it, which is not removed.
+    """Context manager that holds the lock of a folder. The lock is a file `.lock` in the folder, and is not removed.
 
     Raises:
         TimeoutError: if another process holds the lock.
@@ -112,38 +117,49 @@ def write_json(path: Path, content: Any, *, run: str | None = None, width: int =
     """Write JSON. An object gets its checksum and the key of its `run`, if any.
 
     Args:
+        path: path of the file.
+        content: the content, which must be JSON without NaN.
         run: key of the run that the file belongs to.
         width: 0 for an indented file; otherwise values of at most `width` characters are on one line.
     """
-    content = json.loads(json.dumps(content, allow_nan=False))
+    content = json.loads(json.dumps(content, allow_nan=False))  # a copy, as it will be read
     if isinstance(content, dict):
-        content |= {"run": run} if run else {}
-        content |= {"checksum": json_hash(content, path.name)}
-    text = _lines(content, width) if width else json.dumps(content, indent=1)
+        if run:
+            content["run"] = run
+        content["checksum"] = json_hash(content, path.name)
+    text = _format_lines(content, width) if width else json.dumps(content, indent=1)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def _lines(content: Any, width: int, margin: str = "") -> str:
+def _format_lines(content: Any, width: int, indent: str = "") -> str:
     """Format JSON without spaces. A value of more than `width` characters gets one line per entry."""
     text = json.dumps(content, separators=(",", ":"))
     if len(text) <= width or not isinstance(content, dict | list):
         return text
-    keys = [f"{json.dumps(key)}:" for key in content] if isinstance(content, dict) else [""] * len(content)
-    values = content.values() if isinstance(content, dict) else content
-    entries = [f"{margin} {key}{_lines(v, width, margin + ' ')}" for key, v in zip(keys, values, strict=True)]
-    return f"{text[0]}\n" + ",\n".join(entries) + f"\n{margin}{text[-1]}"
+    if isinstance(content, dict):
+        named_values = [(f"{json.dumps(key)}:", value) for key, value in content.items()]
+    else:
+        named_values = [("", value) for value in content]
+    entries = [f"{indent} {name}{_format_lines(value, width, indent + ' ')}" for name, value in named_values]
+    opening_bracket, closing_bracket = text[0], text[-1]
+    return f"{opening_bracket}\n" + ",\n".join(entries) + f"\n{indent}{closing_bracket}"
 
 
-def read_json(path: Path, **how: Any) -> Any:
-    """Read JSON as `inspected_json`, but log a warning with the reason unless the file is missing."""
-    content, reason = inspected_json(path, **how)
+def read_json(path: Path, **options: Any) -> Any:
+    """Read JSON. Return None if the file is missing or, with a warning, if it is invalid.
+
+    Args:
+        path: path of the file.
+        options: keyword arguments of `inspect_json`.
+    """
+    content, reason = inspect_json(path, **options)
     if reason not in (None, MISSING):
         log.warning(UNUSABLE, path, reason)
     return content
 
 
-def inspected_json(
+def inspect_json(
     path: Path,
     *,
     run: str | None = None,
@@ -155,6 +171,7 @@ def inspected_json(
     The reason for a missing file is `MISSING`.
 
     Args:
+        path: path of the file.
         run: the key of the run that the file has to belong to, if it names a run.
         check: returns another reason why the content is invalid, or None.
         sealed: whether a checksum is required, as for files in the cache.
@@ -164,11 +181,14 @@ def inspected_json(
         if sealed and not (isinstance(content, dict) and "checksum" in content):
             raise ValueError("the file has no checksum")
         if isinstance(content, dict) and "checksum" in content:
-            if content.pop("checksum") != json_hash(content, path.name):
+            checksum = content.pop("checksum")
+            if checksum != json_hash(content, path.name):
                 raise ValueError("the content does not match its checksum")
-            if content.pop("run", run) != run and run is not None:
+            run_of_file = content.pop("run", run)
+            if run is not None and run_of_file != run:
                 raise ValueError("the file belongs to another run")
-        if check and (problem := check(content)):
+        problem = check(content) if check else None
+        if problem:
             raise ValueError(problem)
         return content, None
     except FileNotFoundError:
@@ -178,17 +198,17 @@ def inspected_json(
 
 
 def json_hash(content: dict[str, Any], name: str) -> str:
-    """SHA-256 (16 hex digits) over a file's name and its content, independent of the formatting."""
+    """Return the SHA-256 (16 hex digits) over a file's name and its content, independent of the formatting."""
     return hashlib.sha256(f"{name} {json.dumps(content, sort_keys=True)}".encode()).hexdigest()[:16]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """Raw bytes of a tensor of any dtype, without a copy if the tensor is contiguous on the CPU."""
+    """Return the raw bytes of a tensor of any dtype, without a copy if the tensor is contiguous on the CPU."""
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def content_hash(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of tensors."""
+    """Return the SHA-256 (hex digits) over names, shapes, dtypes and bytes of tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
@@ -211,6 +231,7 @@ def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> d
     """Read tensors. Return None if the file is missing or, with a warning, if it is truncated, altered or foreign.
 
     Args:
+        path: path of the file.
         run: the key of the run that the file has to belong to.
         once: verify the content hash only once per process while the file is unchanged, for large files that are read
             many times.
@@ -218,11 +239,11 @@ def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> d
     try:
         stat = regular_file(path)
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        known = once and _hashed.get(path) == state
+        is_verified = once and _hashed.get(path) == state
         with safetensors.safe_open(path, "pt") as file:
             marks = json.loads((file.metadata() or {}).get("marks", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if not known and marks.get("content_hash") != content_hash(tensors):
+        if not is_verified and marks.get("content_hash") != content_hash(tensors):
             raise ValueError("the content does not match its hash")
         if marks.get("file", path.name) != path.name:
             raise ValueError(f"the file was written as {marks['file']}")
@@ -238,14 +259,14 @@ def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> d
     return tensors
 
 
-def key_of(**what: Any) -> str:
+def key_of(**values: Any) -> str:
     """Return a cache key, 16 hex digits, of the plain values that determine a result."""
-    text = json.dumps({"format": FORMAT_VERSION, **what}, sort_keys=True)
+    text = json.dumps({"format": FORMAT_VERSION, **values}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def file_hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
-    """SHA-256 (16 hex digits) by name of the files in a folder that match a pattern."""
+    """Return the SHA-256 (16 hex digits) by name of the files in a folder that match a pattern."""
     hashes = {}
     for path in sorted(folder.glob(pattern)):
         if path.is_file():  # skips devices and FIFOs

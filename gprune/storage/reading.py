@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gprune.errors import quoting
 
-MOST = 2**28  # bytes of a JSON file: 50 rows of 100,000 windows each are 100 MB
+MAX_BYTES = 2**28  # limit of a file: the JSON of 50 rows of 100,000 windows each has 100 MB
 
 
 def expanded(path: Path | str) -> Path:
@@ -22,33 +22,46 @@ def read_bytes(path: Path | str, *, pipe: bool = False) -> bytes:
     """Read the bytes of a file.
 
     Args:
+        path: path of the file.
         pipe: whether a pipe is allowed, such as `<(command)` in a shell. Other FIFOs could block forever.
 
     Raises:
-        OSError: if the file cannot be read, is not a regular file (or pipe), or has more than `MOST` bytes.
+        OSError: if the file cannot be read, is not a regular file (or pipe), or has more than `MAX_BYTES` bytes.
         ValueError: if the name has a NUL character.
     """
     regular_file(path, pipe=pipe)
     with open(path, "rb") as file:
-        content = file.read(MOST + 1)
-    if len(content) > MOST:
-        raise OSError(errno.EFBIG, f"the file has more than {MOST:,} bytes", str(path))
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"the file has more than {MAX_BYTES:,} bytes", str(path))
     return content
 
 
 def read_text(path: Path | str, *, pipe: bool = False) -> str:
-    """Read a file as `read_bytes` and decode it as UTF-8; ValueError if that is not possible."""
+    """Read a UTF-8 file with the limits and errors of `read_bytes`; ValueError if it is not UTF-8."""
     return read_bytes(path, pipe=pipe).decode("utf-8")
 
 
-def needed_text(path: Path, expected: str) -> str:
-    """Read a file as `read_text`. If that fails, raise a UserError with the file and its expected content."""
+def read_required_text(path: Path, expected: str) -> str:
+    """Read a UTF-8 file.
+
+    Args:
+        path: path of the file.
+        expected: what the file must contain, for the error.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
     with quoting(f"Cannot read {path}: ", f". The file must hold {expected}."):
         return read_text(path)
 
 
 def regular_file(path: Path | str, *, pipe: bool = False) -> os.stat_result:
-    """Return the status of a regular file; OSError for a folder, device, FIFO or socket."""
+    """Return the status of a regular file, or of a FIFO if `pipe` is true.
+
+    Raises:
+        OSError: for anything else, such as a folder, a device or a socket.
+    """
     status = os.stat(path)
     if not (stat.S_ISREG(status.st_mode) or (pipe and stat.S_ISFIFO(status.st_mode))):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -64,9 +77,11 @@ def unsafe_entries(folder: Path | str) -> Iterator[tuple[str, Path]]:
         "a link out of the folder", or "neither file nor folder" for FIFOs, devices and links to them; and the path.
     """
     root = os.path.realpath(folder)
-    for place, folders, files in os.walk(root):
-        for path in (os.path.join(place, name) for name in (*folders, *files)):
-            if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    for parent, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            is_special = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+            if is_special:
                 yield "neither file nor folder", Path(path)
             elif os.path.islink(path) and not os.path.realpath(path).startswith(root + os.sep):
                 yield "a link out of the folder", Path(path)

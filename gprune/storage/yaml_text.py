@@ -11,7 +11,8 @@ import yaml
 from gprune.errors import UserError
 from gprune.storage.reading import read_text
 
-BYTES, NODES = 2**18, 20_000  # limits of a document; the longest list in experiments/ has 6,000 bytes
+MAX_CHARACTERS = 2**18  # limit of a document; the longest list in experiments/ has 6,000 characters
+MAX_NODES = 20_000  # limit of keys and values of a document
 TAG = "tag:yaml.org,2002:"
 TIME = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?$")  # YAML 1.1 reads 200:00 as 200 x 60, a number
 
@@ -33,17 +34,34 @@ class _Loader(yaml.SafeLoader):
         self.sizes: dict[yaml.Node, int] = {}  # number of nodes in each complete node
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        before, alias = self.count, self.check_event(yaml.AliasEvent)
+        """Compose a node and everything in it, and count the nodes.
+
+        Raises:
+            yaml.YAMLError: if the document has more than `MAX_NODES` nodes.
+        """
+        count_before = self.count
+        is_alias = self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
-        self.count += self.sizes.get(node, NODES) if alias else 1  # the node of a recursive alias is not complete yet
-        self.sizes.setdefault(node, self.count - before)
-        if self.count > NODES:
-            raise yaml.YAMLError(f"more than {NODES:,} keys and values (aliases are counted expanded)")
+        if is_alias:
+            self.count += self.sizes.get(node, MAX_NODES)  # the node of a recursive alias is not complete yet
+        else:
+            self.count += 1
+        self.sizes.setdefault(node, self.count - count_before)
+        if self.count > MAX_NODES:
+            raise yaml.YAMLError(f"more than {MAX_NODES:,} keys and values (aliases are counted expanded)")
         return node
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node, seen = super().compose_mapping_node(anchor), set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != f"{TAG}merge"):
+        """Compose a mapping.
+
+        Raises:
+            yaml.YAMLError: if a key is repeated.
+        """
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == f"{TAG}merge":
+                continue
             if (key.tag, key.value) in seen:  # PyYAML would silently use the second value
                 line = key.start_mark.line + 1
                 raise yaml.YAMLError(f"the key '{key.value}' is repeated on line {line}")
@@ -64,6 +82,7 @@ def read_yaml(path: Path | str, what: str, *, pipe: bool = False) -> Any:
     """Read a YAML file.
 
     Args:
+        path: path of the file.
         what: begins the UserError, such as "--config must be a YAML file; got".
         pipe: whether the file may be a pipe.
 
@@ -83,9 +102,13 @@ def reason(error: Exception) -> str:
 
 
 def load_yaml(text: str) -> Any:
-    """Parse YAML to plain data; yaml.YAMLError if the text is not YAML or is too large."""
-    if len(text) > BYTES:
-        raise yaml.YAMLError(f"more than {BYTES:,} characters")
+    """Parse YAML to plain data.
+
+    Raises:
+        yaml.YAMLError: if the text is not YAML or is too large.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise yaml.YAMLError(f"more than {MAX_CHARACTERS:,} characters")
     try:
         return yaml.load(text, _Loader)
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits; deeply nested brackets

@@ -20,7 +20,7 @@ from gprune.benchmarks.settings import SPEED
 from gprune.config import ExportConfig
 from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output
-from gprune.evaluation.perplexity import processes
+from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.pipeline.dry_run import compute_time
 from gprune.pipeline.plan import check
 from gprune.report.records import cost_table
@@ -68,7 +68,7 @@ def run_all(pending: Sequence[Row]) -> None:
     for row in pending:
         started = time.monotonic()
         finished = run(row)
-        if processes()[1] > 1:  # all processes need the record for the next list
+        if rank_and_world_size()[1] > 1:  # all processes need the record for the next list
             torch.distributed.barrier()
         if first:
             print_stored(row, started)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from gprune.calibration.collector import Collector
-from gprune.calibration.moments import StreamingMoments, StreamingTurn
+from gprune.calibration.moments import StreamingCosineChange, StreamingMoments
 from gprune.calibration.projections import EXTRAS
-from gprune.calibration.statistics import CorpusStatistics, Moments, kind_of, pooled
+from gprune.calibration.statistics import CorpusStatistics, Moments, kind_of, pool_statistics
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
@@ -137,13 +137,13 @@ def test_pooled_statistics_equal_those_of_concatenated_corpora(tiny_model, token
     parts = [collect(tiny_model, batches(tokens, 3), gram=True) for tokens in (token_batch, other)]
     # The first corpus has an even number of windows, so windows of the second corpus remain in the same half.
     whole = collect(tiny_model, batches(torch.cat([token_batch, other]), 5), gram=True)
-    assert_same_statistics(pooled(parts), whole, rtol=1e-6)
-    assert pooled(iter(parts[:1])).tensors().keys() == parts[0].tensors().keys()
+    assert_same_statistics(pool_statistics(parts), whole, rtol=1e-6)
+    assert pool_statistics(iter(parts[:1])).tensors().keys() == parts[0].tensors().keys()
 
 
 def test_pooled_statistics_have_only_extras_that_all_corpora_have(tiny_model, token_batch):
     extras = ({"gram": True, "saliency": ("ffn", "attention")}, {"saliency": ("ffn",)})
-    pool = pooled([collect(tiny_model, batches(token_batch, 6), **extra) for extra in extras])
+    pool = pool_statistics([collect(tiny_model, batches(token_batch, 6), **extra) for extra in extras])
     assert all(channel.gram is None and channel.saliency is not None for channel in pool.ffn)
     assert all(channel.gram is None and channel.saliency is None for channel in pool.attention)
 
@@ -163,7 +163,7 @@ def test_influence_is_0_for_an_identity_block_and_2_for_reversed_hidden_states(t
     influence = collect(tiny_model, batches(token_batch, 6)).influence
     assert abs(float(influence[1])) < 1e-6
     assert influence[[0, 2]].min() > 0.01
-    turn, x = StreamingTurn(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    turn, x = StreamingCosineChange(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     turn.update(x, -3 * x, torch.ones(2))
     assert float(turn.compute()) == pytest.approx(2 * 10, rel=1e-6)  # opposite direction, any length: 2 per token
     turn.update(torch.zeros(1, 5, 8), x[:1], torch.ones(1))

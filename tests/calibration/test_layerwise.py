@@ -10,7 +10,7 @@ import torch
 from gprune.calibration import layerwise as walking
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.projections import OUTPUT_PROJECTIONS
-from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes, pooled
+from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes, pool_statistics
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.sparsity.gates import masked
@@ -104,7 +104,7 @@ def test_gram_matrices_read_from_files_equal_those_in_memory(family, tmp_path):
     model = make_tiny(family)
     lazy = [statistics_with_stored_grams(model, tmp_path, seed) for seed in (1, 2, 3)]
     eager = [collect(model, batches(seed), gram=True) for seed in (1, 2, 3)]
-    for one, two in [*zip(lazy, eager, strict=True), (pooled(lazy), pooled(eager))]:
+    for one, two in [*zip(lazy, eager, strict=True), (pool_statistics(lazy), pool_statistics(eager))]:
         for kind in OUTPUT_PROJECTIONS:
             for mine, theirs in zip(getattr(one, kind), getattr(two, kind), strict=True):
                 assert isinstance(mine.gram, StoredGram)

@@ -11,7 +11,7 @@ import torch
 
 from gprune.calibration.collector import Collector
 from gprune.calibration.saliency import StreamingGradients, weight_saliency
-from gprune.calibration.statistics import kind_of, pooled
+from gprune.calibration.statistics import kind_of, pool_statistics
 from gprune.errors import UserError
 from tests.calibration.test_collector import batches, projection_inputs
 from tests.conftest import collect, hooks_of, make_tiny_llama
@@ -66,7 +66,7 @@ def test_saliency_of_a_half_equals_that_of_its_windows_alone(tiny_model, token_b
 def test_pooled_saliency_is_the_mean_over_corpora(tiny_model, token_batch):
     other = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(2))
     parts = [collect(tiny_model, batches(tokens, 3), saliency=BOTH) for tokens in (token_batch, other, token_batch[:2])]
-    pool, each = saliency_tensors(pooled(iter(parts))), [saliency_tensors(part) for part in parts]
+    pool, each = saliency_tensors(pool_statistics(iter(parts))), [saliency_tensors(part) for part in parts]
     assert pool.keys() == each[0].keys()
     for name, value in pool.items():
         np.testing.assert_allclose(value.numpy(), np.mean([e[name].numpy() for e in each], axis=0), rtol=1e-12)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gprune.corpora.loaders import CorpusDataModule, ShardedBatchSampler, TokenDataset
-from gprune.corpora.windows import Sample, Windows, cut_text, make_windows, opening
+from gprune.corpora.windows import Sample, Windows, cut_text, leading_token, make_windows
 from gprune.errors import UserError
 
 
@@ -204,12 +204,12 @@ def test_bos_is_the_first_token_of_every_window():
 )
 def test_bos_auto_follows_the_tokenizer_and_other_values_override_it(bos, adds_bos, token):
     tokenizer = word_tokenizer(WORDS)
-    assert opening(adding_bos(tokenizer) if adds_bos else tokenizer, bos) == token
+    assert leading_token(adding_bos(tokenizer) if adds_bos else tokenizer, bos) == token
 
 
 def test_bos_always_is_refused_for_a_tokenizer_without_bos():
     tokenizer = word_tokenizer(WORDS)
     tokenizer.bos_token = None
-    assert opening(tokenizer, "auto") is None
+    assert leading_token(tokenizer, "auto") is None
     with pytest.raises(UserError, match=r"^--corpora\.bos must be auto or never"):
-        opening(tokenizer, "always")
+        leading_token(tokenizer, "always")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gprune.corpora.windows import Windows
-from gprune.evaluation.distance import measured_apart
+from gprune.evaluation.distance import perplexity_from_logits
 from gprune.evaluation.perplexity import perplexity
 from tests.conftest import make_tiny_llama
 
@@ -29,7 +29,7 @@ def other():
 def test_kl_and_agreement_of_models_with_different_heads_equal_float64(tiny_model, other, token_batch):
     p, q = float64_log_probabilities(other, token_batch), float64_log_probabilities(tiny_model, token_batch)
     kl, same = (q.exp() * (q - p)).sum(-1), p.argmax(-1) == q.argmax(-1)
-    result = measured_apart(other, Windows("demo", "test", token_batch), tiny_model)
+    result = perplexity_from_logits(other, Windows("demo", "test", token_batch), tiny_model)
     assert result.kl == pytest.approx(float(kl.mean()), rel=1e-4)
     assert result.window_kl == pytest.approx(kl.sum(-1).tolist(), rel=1e-4)
     assert result.window_agreement == same.double().sum(-1).tolist()
@@ -39,7 +39,7 @@ def test_kl_and_agreement_of_models_with_different_heads_equal_float64(tiny_mode
 
 def test_perplexity_measured_apart_equals_perplexity_of_a_run(other, token_batch):
     windows, done = Windows("demo", "test", token_batch), []
-    ours, apart = perplexity(other, windows), measured_apart(other, windows, progress=done.append)
+    ours, apart = perplexity(other, windows), perplexity_from_logits(other, windows, progress=done.append)
     assert apart.window_nll == pytest.approx(ours.window_nll, rel=1e-6)
     assert (apart.perplexity, apart.tokens) == (pytest.approx(ours.perplexity, rel=1e-6), ours.tokens)
     assert apart.kl is None
@@ -50,6 +50,6 @@ def test_a_padded_vocabulary_is_compared_on_the_tokens_of_both_models(tiny_model
     padded = make_tiny_llama(vocab_size=tiny_model.config.vocab_size + 8, tie_word_embeddings=True)
     words, windows = tiny_model.config.vocab_size, Windows("demo", "test", token_batch)
     p, q = float64_log_probabilities(padded, token_batch, words), float64_log_probabilities(tiny_model, token_batch)
-    result = measured_apart(padded, windows, tiny_model)
+    result = perplexity_from_logits(padded, windows, tiny_model)
     assert result.kl == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-4)
     assert result.nll == pytest.approx(perplexity(padded, windows).nll, rel=1e-6)  # over the whole padded vocabulary

@@ -34,7 +34,7 @@ from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
 from gprune.recoveries.prefix import PrunedPrefix
 from gprune.sparsity.allocation import allocate
-from gprune.sparsity.budget import Budget, least_missed, unit_costs
+from gprune.sparsity.budget import Budget, choose_blocks, unit_costs
 from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.gates import bypassed, masked
 from gprune.stages.student import Student
@@ -237,7 +237,7 @@ def test_whole_layers_are_chosen_by_the_loss_without_them(shared_expert_model):
         tried.append(tuple(removed))
         return -sum(removed)
 
-    assert least_missed(budget, loss) == [4, 5]
+    assert choose_blocks(budget, loss) == [4, 5]
     assert tried == [(0, 1), (2, 3), (4, 5)]
     chosen = budget.without([3, 0])  # the order is one of blocks; the target allows one layer
     assert chosen.costs.removed_blocks == (2, 3)

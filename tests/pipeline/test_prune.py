@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import gprune.pipeline.inputs
 import gprune.storage.files
-from gprune.calibration.statistics import pooled
+from gprune.calibration.statistics import pool_statistics
 from gprune.corpora.load import CORPORA
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
@@ -657,7 +657,7 @@ def test_switched_modules_with_metric_averaged_rank_by_scores_of_the_pooled_corp
     """All modules keep the same fraction, so units are removed in the order of the scores of `averaged`."""
     flags = ("--reliability.metric=averaged", "--reliability.everywhere=true", "--sparsity.allocation=equal")
     result = world.run(tmp_path, *flags)
-    pool = pooled(result.statistics[corpus] for corpus in result.config.corpora.drift)
+    pool = pool_statistics(result.statistics[corpus] for corpus in result.config.corpora.drift)
     scores = score_units(result.config.importance, blocks_of(dense), pool, seed=0).ffn
     own = score_units(
         result.config.importance, blocks_of(dense), result.statistics[result.config.corpora.score], seed=0

@@ -21,7 +21,7 @@ from gprune.models.offload import is_offloaded
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline import plan as preparation
 from gprune.recoveries import RECOVERY, Material
-from gprune.recoveries.prefix import PrunedPrefix, lost
+from gprune.recoveries.prefix import PrunedPrefix, projections_to_solve
 from gprune.storage.files import read_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_run
@@ -159,7 +159,7 @@ def test_blocks_after_a_removed_block_are_fitted_to_the_dense_residual():
     model, ids = make_tiny("llama"), windows()
     masks = some_masks(model, (17, model.config.intermediate_size, 24), attention=False)
     masks.ffn[0][:], masks.attention[0][:] = False, False  # block 1, which keeps all units, is fitted
-    assert lost(masks) == [(), ("down",), ("down",)]
+    assert projections_to_solve(masks) == [(), ("down",), ("down",)]
     expected, found = solved_reference(model, masks, ids), recovered(model, masks, ids)
     assert_close_weights(weights(found), weights(expected))
 
@@ -324,13 +324,14 @@ def test_a_run_recovers_its_controls_within_the_planned_tokens(world, tmp_path, 
     plain = weights(prune(dense, result.masks))
     moved = {name for name, tensor in weights(result.model).items() if not torch.equal(tensor, plain[name])}
     parts = {"output": "self_attn.o_proj", "down": "mlp.down_proj"}
-    assert moved == {f"model.layers.{i}.{parts[p]}.weight" for i, found in enumerate(lost(result.masks)) for p in found}
+    solved = projections_to_solve(result.masks)
+    assert moved == {f"model.layers.{i}.{parts[p]}.weight" for i, found in enumerate(solved) for p in found}
     assert "recovery `least_squares_sequential`" in (tmp_path / "run/model/README.md").read_text()
     # Tokens of forward passes are counted and planned.
     plan = preparation.check(result.config)
     step = read_json(tmp_path / "run/manifest.json")["steps"]["shrink"]
     tokens = 3 * 4 * 32
-    parts = lost(result.masks)
+    parts = projections_to_solve(result.masks)
     outputs_needed = sum("down" not in found for found in parts[:-1])  # the output of the last block is not needed
     assert step["forward_tokens"] == tokens + tokens * (sum(map(len, parts)) + outputs_needed) // 3
     none = preparation.check(parse(world.args(tmp_path, FLAGS[1])))

@@ -248,7 +248,7 @@ def test_statistics_of_a_model_that_a_callback_has_changed_are_not_cached(hook, 
 
 
 def test_gram_matrices_of_a_model_that_a_callback_has_changed_are_not_cached(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("gprune.pipeline.calibrate.walks", lambda *_, **__: True)
+    monkeypatch.setattr("gprune.pipeline.calibrate.needs_walk", lambda *_, **__: True)
     with tiny_run.isolated(tmp_path / "cache"):
         cfg = parse(
             flags(

@@ -319,7 +319,7 @@ def test_after_removing_whole_blocks_masks_equal_those_of_the_shallower_model(re
         lists = ([number] * depth for number in (6, 48, 90, 4))
         return costs_of(*lists, experts=(experts,) * depth, uniform=uniform, **more)
 
-    costs = costs_for(4, protected=protected, block=(700,) * 4, block_share=0.85, gone=(3, 0, 2))
+    costs = costs_for(4, protected=protected, block=(700,) * 4, block_share=0.85, removed_blocks=(3, 0, 2))
     margins = [[torch.rand(n, generator=generator) for _ in range(4)] for n in (48 * experts, 4)]
     budget = Budget.of(costs, 0.62, multiple).without(removed)
     assert (budget.target, budget.costs.removed_blocks) == (1736, removed)

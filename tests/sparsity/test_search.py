@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gprune.sparsity.search import largest_within
+from gprune.sparsity.search import find_largest_cut
 
 
 def recording(curve):
@@ -28,7 +28,7 @@ def recording(curve):
 def test_the_cut_of_an_increasing_curve_is_that_of_an_exhaustive_scan(steps, limit, first):
     curve = np.cumsum(steps)  # strictly increasing
     measure, measured = recording(curve)
-    found = largest_within(measure, limit, len(curve), first=first)
+    found = find_largest_cut(measure, limit, len(curve), first=first)
     within = np.flatnonzero(curve <= limit) + 1
     assert (found.best.cut if found.best else None) == (within[-1] if len(within) else None)
     assert len(measured) == len(set(measured)), "a cut was measured twice"
@@ -40,7 +40,7 @@ def test_curves_similar_to_those_of_models_need_few_measurements(limit, exponent
     cuts = np.arange(1, 46_081) / 46_080
     curve = 4 * cuts**exponent + 8 * cuts ** (exponent + 3)
     measure, measured = recording(curve)
-    found = largest_within(measure, limit, len(curve), first=4608, unused=0.02)
+    found = find_largest_cut(measure, limit, len(curve), first=4608, unused=0.02)
     assert limit * 0.98 <= found.best.rise <= limit
     assert len(measured) <= 6
 
@@ -50,7 +50,7 @@ def test_curves_similar_to_those_of_models_need_few_measurements(limit, exponent
 def test_on_a_non_monotone_curve_the_cut_is_within_the_limit_and_the_next_is_not(steps, limit, first):
     curve = np.cumsum(steps)
     measure, measured = recording(curve)
-    found = largest_within(measure, limit, len(curve), first=first)
+    found = find_largest_cut(measure, limit, len(curve), first=first)
     assert len(measured) == len(set(measured))
     if found.best is None:
         assert curve[0] > limit
@@ -61,14 +61,14 @@ def test_on_a_non_monotone_curve_the_cut_is_within_the_limit_and_the_next_is_not
 
 def test_the_cut_is_within_the_limit_with_any_number_of_tries():
     measure, measured = recording(np.linspace(0.001, 2, 1000) ** 2)
-    found = largest_within(measure, 0.01, 1000, first=900, unused=0.01, tries=2)
+    found = find_largest_cut(measure, 0.01, 1000, first=900, unused=0.01, tries=2)
     assert found.best.rise <= 0.01
     assert measured[-1] == found.best.cut, "measurements go on until one is within the limit, and no longer"
 
 
 def test_each_prediction_uses_the_points_before():
     measure, _ = recording((np.arange(1, 1001) / 1000) ** 2)
-    first, *others = largest_within(measure, 0.25, 1000, first=100, expected=0.3, exponent=2.0, unused=0.02).points
+    first, *others = find_largest_cut(measure, 0.25, 1000, first=100, expected=0.3, exponent=2.0, unused=0.02).points
     assert first.predicted == 0.3
     assert all(point.rise == pytest.approx(point.predicted, rel=0.05) for point in others)
 
@@ -76,6 +76,6 @@ def test_each_prediction_uses_the_points_before():
 @pytest.mark.parametrize(("first", "limit", "cut"), [(50, 1e-9, None), (50, 99.0, 100), (1, 99.0, 100)])
 def test_the_cut_can_be_none_or_the_whole_range(first, limit, cut):
     measure, measured = recording(np.linspace(0.01, 1, 100))
-    found = largest_within(measure, limit, 100, first=first, unused=0.1, tries=12)
+    found = find_largest_cut(measure, limit, 100, first=first, unused=0.1, tries=12)
     assert (found.best and found.best.cut) == cut
     assert len(measured) < 12

@@ -20,7 +20,7 @@ from gprune.models.surgery import prune
 from gprune.pipeline.plan import check
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
-from gprune.sparsity.cost import COST, Price, weighed
+from gprune.sparsity.cost import COST, Price, parameter_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.returned import checked_masks
 from gprune.sparsity.target import HALF_BITS, Target
@@ -81,7 +81,7 @@ def scored():
 
 def price_of(model, name: str, **weights) -> Price:
     blocks = blocks_of(model)
-    costs = weighed(model, blocks, **weights) if weights else COST[name](model, blocks)
+    costs = parameter_costs(model, blocks, **weights) if weights else COST[name](model, blocks)
     return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
 
 
