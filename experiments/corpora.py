@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gprune.console import Parser, guarded, quiet
+from gprune.console import Parser, quiet, run_guarded
 from gprune.corpora.hub import hub_errors, offline_if_unreachable
 from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, make_windows
@@ -200,7 +200,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
     found = list(compare(folder, recorded()))
     rows = [[w.corpus, w.split, w.num_samples, w.seq_len, w.seed, h, "yes" if same else "NO"] for w, h, same in found]
     columns = ["corpus", "split", "windows", "tokens", "seed", "hash", "as in the records"]
-    text = Table("corpora", "Corpora", columns, rows).shown()
+    text = Table("corpora", "Corpora", columns, rows).for_stdout()
     if other := [what for what, _, same in found if not same]:
         names = ", ".join(dict.fromkeys(f"{what.corpus} ({what.split})" for what in other))
         print(f"\n{text}\n")
@@ -210,7 +210,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
 
 def main() -> int:
     """Run the command. A user error is one line on stderr and exit code 2."""
-    return guarded("experiments.corpora", work)
+    return run_guarded("experiments.corpora", work)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ import torch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from gprune.console import Parser, guarded, quiet
+from gprune.console import Parser, quiet, run_guarded
 from gprune.errors import UserError
 from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import blocks_of
@@ -52,7 +52,7 @@ from gprune.partition.modules import Modules
 from gprune.partition.reliability import module_means
 from gprune.report.records import caption
 from gprune.report.run_figures import heterogeneity_figure
-from gprune.report.style import FORMATS, save, titled
+from gprune.report.style import FORMATS, add_title, save
 from gprune.report.table import Cell, Table
 from gprune.runs.results import FinishedRun, read_run
 
@@ -211,7 +211,7 @@ def text_of(run: FinishedRun, *, every: int, data_free: bool, permutations: int,
 
 def draw(run: FinishedRun, file: Path) -> list[Path]:
     """Draw drift and Kendall's tau of all modules, as PNG and SVG with the file's name. Returns the paths."""
-    figure = titled(heterogeneity_figure(run.modules), caption(run.records))
+    figure = add_title(heterogeneity_figure(run.modules), caption(run.records))
     for axes in figure.axes:
         if axes.get_xlabel() == "block":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -254,7 +254,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
 
 def main() -> int:
     """Run the command. A user error is one line on stderr and exit code 2."""
-    return guarded("experiments.heterogeneity", work)
+    return run_guarded("experiments.heterogeneity", work)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import gammaln
 from torch import Tensor
 
-from gprune.report.grouping import groups, with_distinct_names
+from gprune.report.grouping import group_by_seed, with_distinct_names
 from gprune.report.table import Table
 from gprune.runs.results import FinishedRun
 
@@ -84,7 +84,7 @@ def pairs(runs: Iterable[FinishedRun]) -> Iterator[tuple[Any, ...]]:
 
 def tables(runs: Sequence[FinishedRun], *, of_pairs: bool) -> Iterator[Table]:
     """Tables of agreement of each pair of runs, and of runs that differ only in the seed, as means over pairs."""
-    of_seeds = groups(runs)
+    of_seeds = group_by_seed(runs)
     if of_pairs:
         rows = list(map(list, pairs(run for group in of_seeds for run in group.runs)))
         yield Table("stability", "", ["run", "and", *COLUMNS], rows, DIGITS, NOTE)
@@ -101,7 +101,7 @@ def main(args: Sequence[str]) -> int:
     """Print the tables of a list. Returns 0."""
     path, *options = args
     runs = runs_of(str(Path(path).resolve()))
-    print("\n\n".join(table.shown() for table in tables(runs, of_pairs=options == ["--pairs"])))
+    print("\n\n".join(table.for_stdout() for table in tables(runs, of_pairs=options == ["--pairs"])))
     return 0
 
 

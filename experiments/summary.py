@@ -15,16 +15,16 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gprune.console import Parser, guarded, quiet
+from gprune.console import Parser, quiet, run_guarded
 from gprune.report.comparison_figures import draw_ratios
 from gprune.report.perplexity_tables import pool_estimates, ratio_to
-from gprune.report.style import FORMATS, LINES, canvas, distances, plain_ticks, save, style, titled
+from gprune.report.style import FORMATS, LINES, add_title, canvas, interval_lengths, plain_ticks, save, style
 from gprune.report.table import Estimate
 from gprune.runs.numbers import by_stage
 from gprune.runs.results import FinishedRun
-from gprune.studies.archive import CONTROL, as_run, finished_record
+from gprune.studies.archive import CONTROL, finished_record, row_to_run
 from gprune.studies.listing import Listing
-from gprune.studies.tables import ratios_of
+from gprune.studies.tables import stage_ratios
 
 HERE = Path(__file__).resolve().parent
 DENSE = ("dense", "none")
@@ -76,7 +76,9 @@ def runs_of(name: str) -> list[FinishedRun]:
     """Runs of the rows of a list that have a record. `name` is the path of the list below `experiments`."""
     listing = Listing.read(HERE / name)
     return [
-        as_run(row, kept, listing.content.seen) for row in listing.rows if (kept := finished_record(row)) is not None
+        row_to_run(row, kept, listing.content.seen)
+        for row in listing.rows
+        if (kept := finished_record(row)) is not None
     ]
 
 
@@ -130,7 +132,7 @@ def over_base() -> Lines:
 def parts() -> list[tuple[str, Estimate]]:
     """Perplexity of the headline's rows relative to the unrecovered base, pooled over seeds."""
     runs = runs_of("headline.yaml")
-    by_part = [(label, ratios_of(runs, stage, "base: base")) for stage, label in PARTS.items()]
+    by_part = [(label, stage_ratios(runs, stage, "base: base")) for stage, label in PARTS.items()]
     return [("the base metric", Estimate(1.0))] + [(label, pool_estimates(of)) for label, of in by_part if of]
 
 
@@ -159,7 +161,7 @@ def draw_curves(axes: Axes, lines: Lines, *, over: str, ticks: str, reference: s
         full = stage in ("gprune", "")
         values, ratios = zip(*points, strict=True)
         axes.errorbar(
-            values, [ratio.value for ratio in ratios], yerr=distances(ratios), color=colour, marker=marker,
+            values, [ratio.value for ratio in ratios], yerr=interval_lengths(ratios), color=colour, marker=marker,
             mfc=colour if full else "white", ms=5, ls="-" if full else "--", lw=1.3, capsize=2.5,
             label=f"{subject}, {stage}" if stage else subject,
         )  # fmt: skip
@@ -193,7 +195,7 @@ def drawn() -> Figure:
         axes.set_title(title, loc="left", fontsize=10)
     for axes, place in ((removed, "upper left"), (second, "upper left"), (tokens, "upper right")):
         axes.legend(loc=place)
-    return titled(
+    return add_title(
         figure,
         "Standard protocol: stackexchange, gsm8k, stories, python_docs, never read; 95 % intervals; one seed unless "
         "it says three\nGemma, and base, averaged and the paper by budget, in bfloat16; the rest in float32",
@@ -218,7 +220,7 @@ def work(arguments: Sequence[str] | None = None) -> str:
 
 def main() -> int:
     """Run the command. A user error is one line on stderr and exit code 2."""
-    return guarded("experiments.summary", work)
+    return run_guarded("experiments.summary", work)
 
 
 if __name__ == "__main__":

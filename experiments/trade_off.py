@@ -23,14 +23,14 @@ from transformers import AutoTokenizer
 
 from experiments.after_pruning import GGUF_TYPES, in_llama_cpp
 from experiments.summary import DENSE, Lines, draw_curves, runs_of
-from gprune.console import Parser, guarded, quiet
+from gprune.console import Parser, quiet, run_guarded
 from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, leading_token, make_windows
 from gprune.errors import UserError
 from gprune.export import export
 from gprune.export.convert import TYPES, has_llama_cpp
 from gprune.models.loading import locate_model
-from gprune.report.style import FORMATS, save, style, titled
+from gprune.report.style import FORMATS, add_title, save, style
 from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.numbers import by_stage, unseen_ratio
 from gprune.runs.results import FinishedRun
@@ -104,7 +104,7 @@ def drawn(rows: Sequence[Sequence[Cell]]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator())
         axes.label_outer()
     axes.legend(loc="upper right")
-    return titled(figure, NOTE)
+    return add_title(figure, NOTE)
 
 
 def work(arguments: Sequence[str] | None = None) -> str:
@@ -120,8 +120,8 @@ def work(arguments: Sequence[str] | None = None) -> str:
         rows = [*map(pruned, runs), *quantised(runs[0], Path(scratch))]
     table = Table("trade_off", "", COLUMNS, rows, {"unseen / dense": 3}, NOTE)
     files = save(drawn(rows), options.folder, "trade-off", FORMATS)
-    return f"{table.shown()}\n\nDrawn: {', '.join(map(str, files))}.\n"
+    return f"{table.for_stdout()}\n\nDrawn: {', '.join(map(str, files))}.\n"
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("experiments.trade_off", work))
+    sys.exit(run_guarded("experiments.trade_off", work))

@@ -16,7 +16,7 @@ from gprune.config import RunConfig
 from gprune.corpora.load import CORPORA
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE, metric
-from gprune.imports import later
+from gprune.imports import lazy_exports
 from gprune.models.families import FAMILIES, Family
 from gprune.recoveries import RECOVERY, recovery
 from gprune.registry import CALIBRATOR, LEARNER, REFINER, calibrator, learner, refiner
@@ -37,7 +37,7 @@ __all__ = [
     "Masks", "PruningResult", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks", "calibrator",
     "learner", "load_run", "load_study", "masked", "metric", "prune", "recovery", "refiner", "register",
 ]  # fmt: skip
-__getattr__, __dir__ = later(__name__, {
+__getattr__, __dir__ = lazy_exports(__name__, {
     "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.result",
     "apply_masks": "gprune.export.hf", "load_run": "gprune.runs.results", "load_study": "gprune.studies.result",
     "masked": "gprune.sparsity.gates", "prune": "gprune.pipeline.prune", "register": "gprune.models.loading",

@@ -6,9 +6,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from gprune.console import Parser, guarded, leave
+from gprune.console import Parser, leave, run_guarded
 
-# name -> (module, help). The module has `run` and `ENDS`, the keyword arguments of `guarded`.
+# name -> (module, help). The module has `run` and `MESSAGE_ENDINGS`, the keyword arguments of `run_guarded`.
 COMMANDS = {
     "prune": ("gprune.cli", "prune a model, configured by flags and --config files"),
     "report": ("gprune.studies.report_command", "make tables and figures of finished runs"),
@@ -19,27 +19,27 @@ COMMANDS = {
 
 
 def parser() -> Parser:
-    """Parser of the command's name alone; the command parses its own arguments."""
-    lines = "\n".join(f"  {name:10}{about}" for name, (_, about) in COMMANDS.items())
-    about = f"Prune a language model, and work with finished runs.\n\ncommands:\n{lines}"
-    result = Parser("gprune", usage="gprune COMMAND ...", description=about)
+    """Return the parser of the command's name. The command parses its own arguments."""
+    lines = "\n".join(f"  {name:10}{command_help}" for name, (_, command_help) in COMMANDS.items())
+    description = f"Prune a language model, and work with finished runs.\n\ncommands:\n{lines}"
+    result = Parser("gprune", usage="gprune COMMAND ...", description=description)
     help_text = "one of the commands above; COMMAND --help lists its flags"
     result.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=help_text)
     return result
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code (see `guarded`)."""
+    """Run the command line and return the exit code (see `run_guarded`)."""
     args = list(sys.argv[1:] if args is None else args)
     if args and args[0] in COMMANDS:
         return run(args[0], args[1:])
-    return guarded("gprune", lambda: str(parser().parse_args(args[:1])))
+    return run_guarded("gprune", lambda: str(parser().parse_args(args[:1])))
 
 
 def run(name: str, args: Sequence[str]) -> int:
-    """Run one command with its arguments and return the exit code (see `guarded`)."""
+    """Run one command with its arguments and return the exit code (see `run_guarded`)."""
     command = importlib.import_module(COMMANDS[name][0])
-    return guarded(f"gprune {name}", lambda: command.run(args), **command.ENDS)
+    return run_guarded(f"gprune {name}", lambda: command.run(args), **command.MESSAGE_ENDINGS)
 
 
 if __name__ == "__main__":

@@ -6,32 +6,38 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gprune.config import RunConfig
-from gprune.config.parse import flags_of, parse
-from gprune.config.run_config import NOT_OF_OTHERS
-from gprune.console import guarded, log_to_stdout, process_index, quiet
+from gprune.config.parse import given_flags, parse
+from gprune.config.run_config import PRUNING_SETTINGS
+from gprune.console import log_to_stdout, process_index, quiet, run_guarded
 from gprune.corpora import is_local, load_corpus
 from gprune.errors import UserError
 from gprune.models.names import check_model_name
 from gprune.storage.cache import check_writable
 
+if TYPE_CHECKING:
+    from gprune.runs.results import PruningResult
+
 log = logging.getLogger("gprune")
-LEARNING = (  # flags of threshold learning
+LEARNING_FLAGS = (  # flags of threshold learning
     "corpora.learn", "corpora.learn_samples", "evaluation.curve", "sparsity.learn", "sparsity.loss", "sparsity.epochs",
     "sparsity.centred", "sparsity.learning_rate", "sparsity.learner", "sparsity.offset_learning_rate",
     "sparsity.offset_limit",
 )  # fmt: skip
-ENDS = {  # keyword arguments of `guarded`
+MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
     "stopped": ". Finished steps are kept; the same command resumes the run.",
     "memory": "; lower --corpora.batch_size or --corpora.seq_len.",
 }
-SWITCHING = tuple(f"reliability.{name}" for name in ("everywhere", "metric", "sensitivity_quantile", "score_quantile"))
+SWITCHING_FLAGS = tuple(
+    f"reliability.{name}" for name in ("everywhere", "metric", "sensitivity_quantile", "score_quantile")
+)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run `train.py` and return the exit code: 0, 2 for a UserError, 130 for Ctrl-C."""
-    return guarded("train.py", lambda: run(args, prog="train.py"), **ENDS)
+    return run_guarded("train.py", lambda: run(args, prog="train.py"), **MESSAGE_ENDINGS)
 
 
 def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
@@ -39,8 +45,8 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
     args = list(sys.argv[1:] if args is None else args)
     cfg = parse(args, prog)
     log_to_stdout()
-    if idle := unread(cfg, flags_of(args)):
-        log.warning("Ignored flags: %s", idle)
+    if ignored := describe_ignored_flags(cfg, given_flags(args)):
+        log.warning("Ignored flags: %s", ignored)
     check_early(cfg)
     if not cfg.dry_run:  # logged before the imports, which take seconds
         if (other := cfg.model.made_elsewhere) is not None:
@@ -53,37 +59,42 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
     from gprune.pipeline.dry_run import describe
     from gprune.pipeline.plan import check
     from gprune.pipeline.prune import prune
+
+    if cfg.dry_run:
+        return describe(check(cfg)) + "\n"
+    result = prune(cfg)
+    return _describe_result(cfg, result) if rank_zero_only.rank == 0 else ""
+
+
+def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
+    """Return the text that is printed after a run: result table, parameters, tokens, and paths of the results."""
     from gprune.report.records import result_table
     from gprune.runs.folder import RunFolder
     from gprune.runs.tracking import how_to_look
     from gprune.sparsity.allocation import format_removed
 
-    if cfg.dry_run:
-        return describe(check(cfg)) + "\n"
-    result = prune(cfg)
-    if rank_zero_only.rank != 0:
-        return ""
-    s = result.summary
-    whose = " of rank 0, which reads its share of the text" if cfg.processes > 1 else ""
-    removed = "Made elsewhere"  # nothing is known about how it was made
-    if "sparsity_of_scope" in s:
-        scoped = s["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation
-        removed = f"Removed {format_removed(*scoped)}, {s['sparsity_of_model']:.2%} of the model"
-    exported = RunFolder(result.path).manifest.get("exported_dtype", cfg.model.dtype)
-    return (
-        f"\n{result_table(result.records).shown()}\n\n"
-        f"{removed}: {s['parameters_before']:,} -> {s['parameters_after']:,} parameters.\n"
-        + (f"{s['speed']['said']}\n" if "speed" in s else "")
-        + f"Tokens{whose}: {s['forward_tokens']:,} forward, {s['forward_backward_tokens']:,} forward and backward.\n"
-        f"Results: {result.path}"
-        + (", report.html is their page" if (result.path / "report.html").exists() else "")
-        + (
-            ""
-            if cfg.export.format == "none" or cfg.own_row == ("model", "none")
-            else f"; model: {result.path / 'model'}, in {exported}"
-        )
-        + f".\nCurves: {how_to_look(result.path)}.\n"
-    )
+    summary = result.summary
+    removed = "Made elsewhere"  # how much was removed from such a model is unknown
+    if "sparsity_of_scope" in summary:
+        of_scope = format_removed(summary["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation)
+        removed = f"Removed {of_scope}, {summary['sparsity_of_model']:.2%} of the model"
+    rank = " of rank 0, which reads its share of the text" if cfg.processes > 1 else ""
+    forward, backward = summary["forward_tokens"], summary["forward_backward_tokens"]
+    results = f"Results: {result.path}"
+    if (result.path / "report.html").exists():
+        results += ", report.html is their page"
+    if cfg.export.format != "none" and cfg.own_row != ("model", "none"):
+        dtype = RunFolder(result.path).manifest.get("exported_dtype", cfg.model.dtype)
+        results += f"; model: {result.path / 'model'}, in {dtype}"
+    lines = [
+        f"\n{result_table(result.records).for_stdout()}\n",
+        f"{removed}: {summary['parameters_before']:,} -> {summary['parameters_after']:,} parameters.",
+        *([summary["speed"]["said"]] if "speed" in summary else []),
+        f"Tokens{rank}: {forward:,} forward, {backward:,} forward and backward.",
+        f"{results}.",
+        f"Curves: {how_to_look(result.path)}.\n",
+    ]
+    return "\n".join(lines)
 
 
 def check_early(cfg: RunConfig) -> None:
@@ -92,7 +103,7 @@ def check_early(cfg: RunConfig) -> None:
     cfg.check_names()
     check_model_name(cfg.model.name)
     if cfg.sparsity.quality:
-        for corpus in filter(is_local, cfg.developed):
+        for corpus in filter(is_local, cfg.development_corpora):
             load_corpus(corpus, "development")  # raises if the corpus has no development split
     if not cfg.dry_run and process_index() == 0:
         check_writable(Path(cfg.folder))
@@ -103,37 +114,49 @@ def check_early(cfg: RunConfig) -> None:
             raise UserError("--trainer.accelerator must be cpu or auto if PyTorch finds no GPU; got gpu.")
 
 
-def switched_off(c: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
-    """Table of ignored flags: (reason, whether it applies, flags). The name of a group means all its flags.
+def unused_flag_rules(cfg: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
+    """Yield rules on ignored flags: the flag that is the reason, whether it applies, and the flags that are ignored.
 
-    Recoveries registered from Python are left out, because the flags that they read are unknown.
+    The name of a group means all its flags. Recoveries registered from Python have no rule, because the flags that
+    they read are unknown.
     """
-    chain, s = set(c.recovery.split("+")), c.sparsity
-    yield "--model.made_elsewhere", c.final == "model", ("gprune", *NOT_OF_OTHERS)
-    solved = chain <= {"none", "bias", "least_squares", "least_squares_sequential"}
-    yield "--gprune false", not c.gprune, ("partition", "reliability", *LEARNING)
-    yield "--gprune false", not c.roles["drift"], ("corpora.drift",)
-    yield f"--sparsity.scope {s.scope}", "blocks" not in s.scope, ("sparsity.block_share", "sparsity.block_choice")
-    yield f"--sparsity.allocation {s.allocation}", not c.learns, LEARNING
-    yield "--reliability.switch false", not c.reliability.switch, SWITCHING
-    yield f"--recovery {c.recovery}", not c.roles["recover"], ("corpora.recover",)
-    yield f"--recovery {c.recovery}", chain <= {"none", "bias", "distill"}, ("ridge",)
-    yield f"--recovery {c.recovery}", solved, ("distill",)
-    yield f"--distill.targets {c.distill.targets}", c.distill.targets != "lora", ("distill.rank",)
-    yield "--export none", c.export.format == "none" and s.currency != "bytes", ("export.dtype",)
-    yield f"--export {c.export.format}", c.export.format != "gguf", ("export.type",)
-    yield "--dry_run false", not c.dry_run, ("plan",)
-    yield f"--sparsity.target {c.sparsity.target}", not (c.timed_for or c.dry_run), ("speed",)
+    sparsity = cfg.sparsity
+    recoveries = set(cfg.recovery.split("+"))
+    needs_no_ridge = recoveries <= {"none", "bias", "distill"}
+    needs_no_training = recoveries <= {"none", "bias", "least_squares", "least_squares_sequential"}
+    block_flags = ("sparsity.block_share", "sparsity.block_choice")
+    yield "--model.made_elsewhere", cfg.final == "model", ("gprune", *PRUNING_SETTINGS)
+    yield "--gprune false", not cfg.gprune, ("partition", "reliability", *LEARNING_FLAGS)
+    yield "--gprune false", not cfg.roles["drift"], ("corpora.drift",)
+    yield f"--sparsity.scope {sparsity.scope}", "blocks" not in sparsity.scope, block_flags
+    yield f"--sparsity.allocation {sparsity.allocation}", not cfg.learns, LEARNING_FLAGS
+    yield "--reliability.switch false", not cfg.reliability.switch, SWITCHING_FLAGS
+    yield f"--recovery {cfg.recovery}", not cfg.roles["recover"], ("corpora.recover",)
+    yield f"--recovery {cfg.recovery}", needs_no_ridge, ("ridge",)
+    yield f"--recovery {cfg.recovery}", needs_no_training, ("distill",)
+    yield f"--distill.targets {cfg.distill.targets}", cfg.distill.targets != "lora", ("distill.rank",)
+    yield "--export none", cfg.export.format == "none" and sparsity.currency != "bytes", ("export.dtype",)
+    yield f"--export {cfg.export.format}", cfg.export.format != "gguf", ("export.type",)
+    yield "--dry_run false", not cfg.dry_run, ("plan",)
+    yield f"--sparsity.target {sparsity.target}", not (cfg.latency_table_flag or cfg.dry_run), ("speed",)
 
 
-def unread(cfg: RunConfig, names: Iterable[str]) -> str:
-    """Return, in one line, the flags among `names` that a run with these settings ignores, with the reason.
+def describe_ignored_flags(cfg: RunConfig, names: Iterable[str]) -> str:
+    """Return a line with the flags that a run with these settings ignores, and the reasons.
 
     The line is empty if no flag is known to be ignored.
+
+    Args:
+        cfg: the settings.
+        names: names of the flags that were given, without `--`.
     """
-    left, reasons = set(names), {}
-    for reason, holds, flags in switched_off(cfg):
-        if holds and (off := sorted(n for n in left if n in flags or n.partition(".")[0] in flags)):
-            reasons.setdefault(reason, []).extend(f"--{name}" for name in off)
-            left.difference_update(off)
-    return "; ".join(f"{', '.join(flags)} ({reason})" for reason, flags in reasons.items())
+    remaining = set(names)
+    flags_by_reason: dict[str, list[str]] = {}
+    for reason, applies, flags in unused_flag_rules(cfg):
+        if not applies:
+            continue
+        ignored = sorted(name for name in remaining if name in flags or name.partition(".")[0] in flags)
+        if ignored:
+            flags_by_reason.setdefault(reason, []).extend(f"--{name}" for name in ignored)
+            remaining.difference_update(ignored)
+    return "; ".join(f"{', '.join(flags)} ({reason})" for reason, flags in flags_by_reason.items())

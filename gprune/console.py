@@ -28,16 +28,16 @@ class Parser(argparse.ArgumentParser):
     """Argument parser that raises UserError instead of printing usage and exiting, and keeps line breaks in help."""
 
     def __init__(self, prog: str, **options: object):
-        as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-        super().__init__(prog, **as_written | options)
-        about = "a module or .py file to import first, which registers metrics, recoveries or stages; may be repeated"
-        self.add_argument("--import", metavar="MODULE", action=Import, default=argparse.SUPPRESS, help=about)
+        defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(prog, **defaults | options)
+        text = "a module or .py file to import first, which registers metrics, recoveries or stages; may be repeated"
+        self.add_argument("--import", metavar="MODULE", action=Import, default=argparse.SUPPRESS, help=text)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"Cannot read the command line: {message}. See --help.")
 
 
-def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory: str = ".") -> int:
+def run_guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory: str = ".") -> int:
     """Run a command, print the text that it returns, and report expected failures as one line on stderr.
 
     Expected failures are UserError, Ctrl-C, SIGTERM, SIGHUP, out of memory, a full disk (also inside a library) and
@@ -55,7 +55,7 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
 
     def fail(message: str, code: int = 2, *, rank_local: bool = False) -> int:
         """Print the message and return the code. Rank 0 prints for all ranks, unless only this rank failed."""
-        _flushed()
+        _flush_stdout()
         if rank_local or process_index() == 0:
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"{command}: {printable(' '.join(message.split()))}\n")
@@ -63,7 +63,7 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
         return code
 
     _open_streams()
-    with _signals():
+    with _exit_on_signals():
         try:
             write_stdout(work())
         except UserError as error:
@@ -75,7 +75,7 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
                 return fail(f"Hung up{stopped}", 129)
             if error.code == 143 or type(error).__name__ == "SIGTERMException":  # Lightning's
                 return fail(f"Terminated{stopped}", 143)
-            _flushed()
+            _flush_stdout()
             raise
         except MemoryError:
             return fail(f"Out of memory{memory}", rank_local=True)
@@ -86,7 +86,7 @@ def guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory
         except RuntimeError as error:
             if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
                 return fail(f"Out of memory{memory}", rank_local=True)
-            # Errors of torch.distributed after another rank has ended.
+            # torch.distributed raises these errors after another rank has ended.
             peer_ended = "by peer" in str(error) or re.fullmatch(r"Dist\w*Error", type(error).__name__)
             if not peer_ended:
                 raise
@@ -116,7 +116,7 @@ def _open_streams() -> None:
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
-def _flushed() -> None:
+def _flush_stdout() -> None:
     """Flush stdout. If that fails, redirect stdout to the null device, or Python would report an error at exit."""
     try:
         sys.stdout.flush()
@@ -126,27 +126,31 @@ def _flushed() -> None:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Convert SIGTERM and SIGHUP to SystemExit. While Lightning trains, its own handler stops after the step."""
-    before = {}
+def _exit_on_signals() -> Iterator[None]:
+    """Context that converts SIGTERM and SIGHUP to SystemExit, with exit code 128 + number of the signal.
 
-    def stop(number: int, _: object) -> None:
-        if signal.getsignal(number) is stop:
+    While Lightning trains, its own handler is called, which stops after the step.
+    """
+    previous_handlers = {}
+
+    def exit_process(number: int, _: object) -> None:
+        if signal.getsignal(number) is exit_process:  # otherwise Lightning, which calls this handler too, is training
             raise SystemExit(128 + number)
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:  # keep a handler that exists: nohup ignores SIGHUP
-                before[number] = signal.signal(number, stop)
+            # Other handlers are kept: nohup, for example, ignores SIGHUP.
+            if signal.getsignal(number) is signal.SIG_DFL:
+                previous_handlers[number] = signal.signal(number, exit_process)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
 def leave(code: int) -> NoReturn:
-    """Exit with a code. After Ctrl-C (130), further ones are ignored while libraries clean up."""
+    """Exit with a code. After Ctrl-C (code 130), ignore further Ctrl-C while libraries clean up."""
     if code == 130:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(code)
@@ -174,9 +178,10 @@ def log_to_stdout() -> None:
     """Log to stdout, which leaves stderr to errors: INFO and above on rank 0, errors on other ranks."""
     handler = StdoutHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    ours = logging.getLogger("gprune")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.INFO if process_index() == 0 else logging.ERROR)
+    logger = logging.getLogger("gprune")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if process_index() == 0 else logging.ERROR)
 
 
 def quiet() -> None:
@@ -209,7 +214,7 @@ def _set_wandb_cache() -> None:
 
 @contextlib.contextmanager
 def quieted(*loggers: str, stderr: bool = False) -> Iterator[None]:
-    """Context in which the named loggers report errors only; `stderr=True` discards what is written to stderr."""
+    """Context in which the named loggers report errors only. `stderr=True` also discards all text written to stderr."""
     with contextlib.ExitStack() as stack:
         if stderr:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
@@ -220,18 +225,21 @@ def quieted(*loggers: str, stderr: bool = False) -> Iterator[None]:
 
 
 def process_index() -> int:
-    """Return this process's rank from the environment variables of torchrun, Lightning and SLURM; 0 without any.
+    """Return this process's rank from the environment variables of torchrun, Lightning and SLURM. The default is 0.
 
     RANK and LOCAL_RANK count only together with MASTER_ADDR; alone they may be left over in a shell. Lightning sets
     only LOCAL_RANK on each machine, so rank 0 of another machine returns its NODE_RANK.
     """
 
-    def given(name: str) -> int:
+    def read_number(name: str) -> int:
         text = os.environ.get(name, "")
         return int(text) if text.isdecimal() else 0
 
     distributed = "MASTER_ADDR" in os.environ  # WORLD_SIZE cannot be used: Lightning removes it again
     names = ["RANK", "LOCAL_RANK"] if distributed else []
-    names += ["SLURM_PROCID"] if given("SLURM_NTASKS") > 1 else []
-    rank = next((given(name) for name in names if name in os.environ), 0)
-    return rank if rank or not distributed or "RANK" in os.environ else given("NODE_RANK")
+    if read_number("SLURM_NTASKS") > 1:
+        names.append("SLURM_PROCID")
+    rank = next((read_number(name) for name in names if name in os.environ), 0)
+    if rank == 0 and distributed and "RANK" not in os.environ:
+        return read_number("NODE_RANK")
+    return rank

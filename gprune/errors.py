@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # commands that refuse a flag should not wait for PyTorch
 log = logging.getLogger("gprune")
 # Control characters of terminals except newline and tab, unpaired surrogates, and marks that change text direction.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+MAX_QUOTED = 500  # characters of a library's error that are quoted
 
 
 class UserError(ValueError):
@@ -62,11 +63,11 @@ class UnregisteredError(UserError):
 
 def printable(text: str) -> str:
     """Escape control characters, as `\\x1b`, so that text cannot control a terminal."""
-    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """Escape control characters and newlines of a name."""
+    """Escape control characters and newlines, so that a name fits on one line."""
     return printable(text).replace("\n", "\\n")
 
 
@@ -81,23 +82,28 @@ def require_finite(what: str, *tensors: Tensor) -> None:
         raise UserError(f"Cannot compute with NaN or infinity: a non-finite {what}. {remedy}.")
 
 
-def nearest(name: object, known: Iterable[str]) -> str | None:
+def closest_name(name: object, known: Iterable[str]) -> str | None:
     """Return the known name that is most similar to an unknown one, or None."""
     return next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's text without its full stop, to be quoted in a message.
+    """Return the first line of an exception's text, to be quoted in a message.
 
-    The second line is added if the first one ends in a colon.
+    The second line is added if the first one ends in a colon. An exception without text is quoted as the name of its
+    class. The result has at most `MAX_QUOTED` characters, and no full stop at the end.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:500].removesuffix(".")
+    quoted = lines[:2] if lines[0].endswith(":") else lines[:1]
+    return " ".join(quoted)[:MAX_QUOTED].removesuffix(".")
 
 
 @contextlib.contextmanager
 def quoting(before: str, after: str = ".") -> Iterator[None]:
-    """Convert any exception of the block to a UserError that quotes its first line between `before` and `after`."""
+    """Context that converts exceptions to a UserError, which quotes their first line between `before` and `after`.
+
+    A UserError is raised unchanged.
+    """
     try:
         yield
     except UserError:
@@ -108,7 +114,7 @@ def quoting(before: str, after: str = ".") -> Iterator[None]:
 
 @contextlib.contextmanager
 def optional_output(what: str, remedy: str) -> Iterator[None]:
-    """Optional output. If it fails, log one line with the cause and the remedy, and continue.
+    """Context for optional output. If it fails, log one line with the cause and the remedy, and continue.
 
     A full disk still ends the run, and so does anything that is not an `Exception`, such as Ctrl-C.
 
@@ -119,6 +125,7 @@ def optional_output(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if {getattr(e, "errno", None) for e in (error, error.__cause__)} & {errno.ENOSPC, errno.EDQUOT}:
+        codes = {getattr(exception, "errno", None) for exception in (error, error.__cause__)}
+        if codes & {errno.ENOSPC, errno.EDQUOT}:
             raise
         log.warning("Could not write %s: %s. The run continues; %s.", what, first_line(error), remedy)

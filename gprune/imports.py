@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gprune.errors import UserError, first_line, nearest
+from gprune.errors import UserError, closest_name, first_line
 
 IMPORTED: list[str] = []  # names as given to --import; stored in the manifest of a run
 
 
-def use(name: str) -> None:
-    """Import a module of the user, which registers metrics, recoveries, stages or callbacks.
+def import_user_module(name: str) -> None:
+    """Import a user's module, which may register metrics, recoveries or stages, or define callbacks.
 
     Args:
         name: the module's name, looked up from the working folder, or the path of a .py file.
@@ -53,7 +53,7 @@ def _check_file(name: str, file: Path) -> None:
         raise UserError(f"--import must be a file name without dots before .py; got {name}. Rename the file.")
 
 
-def loaded(path: str) -> Any:
+def find_loaded(path: str) -> Any:
     """Look up a dotted path, such as `lightning.pytorch.callbacks.Timer`, in a module that is already imported.
 
     Nothing is imported and no code runs, not even a module's `__getattr__`, because the path may come from an untrusted
@@ -67,7 +67,8 @@ def loaded(path: str) -> Any:
         raise UserError(f"{path}: Cannot find it: module '{module}' is not imported. Add --import {module or name}.")
     names = vars(sys.modules[module])
     if name not in names:
-        hint = f" The closest name is '{near}'." if (near := nearest(name, names)) else ""
+        closest = closest_name(name, names)
+        hint = f" The closest name is '{closest}'." if closest else ""
         raise UserError(f"Unknown class '{path}': module '{module}' does not define '{name}'.{hint}")
     return names[name]
 
@@ -76,38 +77,47 @@ class Import(argparse.Action):
     """Action of `--import`: import immediately, so that other flags can use registered names."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        use(values)
+        import_user_module(values)
 
 
-def later(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` for a package with lazy names, which are imported at first use.
+def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` for a package whose public names are imported at first use.
 
     Args:
-        package: its `__name__`.
-        places: name -> the module that defines it.
+        package: `__name__` of the package.
+        modules: public name -> the module that defines it.
     """
 
-    def load(name: str) -> Any:
-        if name not in places:
+    def lazy_getattr(name: str) -> Any:
+        """Import a public name, and store it in the package, so that this function is called once for each name."""
+        if name not in modules:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        # The modules import Lightning, which imports matplotlib and fails if the user's matplotlibrc is broken.
         import_matplotlib()
-        found = getattr(importlib.import_module(places[name]), name)
-        setattr(sys.modules[package], name, found)  # `__getattr__` is not called again
-        return found
+        value = getattr(importlib.import_module(modules[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
 
-    return load, lambda: sorted(sys.modules[package].__all__)
+    def list_names() -> list[str]:
+        return sorted(sys.modules[package].__all__)
+
+    return lazy_getattr, list_names
 
 
 def import_matplotlib() -> None:
-    """Import matplotlib before Lightning does; if the user's matplotlibrc or backend is broken, import it without."""
+    """Import matplotlib, without the user's matplotlibrc and backend if they are broken.
+
+    Call it before Lightning imports matplotlib, which would raise their error.
+    """
     try:
         import matplotlib
     except Exception:
-        for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-            del sys.modules[name]  # partly imported
-        before = os.environ.copy()
+        partly_imported = [name for name in sys.modules if name.split(".")[0] == "matplotlib"]
+        for name in partly_imported:
+            del sys.modules[name]
+        environment = os.environ.copy()
         os.environ |= {"MPLBACKEND": "", "MATPLOTLIBRC": os.devnull}
         import matplotlib  # noqa: F401
 
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(environment)

@@ -19,14 +19,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from gprune.errors import UnregisteredError, UserError, nearest
+from gprune.errors import UnregisteredError, UserError, closest_name
 
 if TYPE_CHECKING:  # flags are checked by what is registered, which should not wait for PyTorch
     from torch import Tensor
 
 T = TypeVar("T")
-FLOATS, WHOLE = ("float64", "float32", "float16", "bfloat16"), ("int64", "int32", "int16", "int8", "uint8")
-DTYPES = {"numbers": FLOATS + WHOLE, "floats": FLOATS, "whole numbers": WHOLE, "bool": ("bool",)}
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
+# Word for the content of a tensor in messages -> dtypes that are allowed.
+DTYPES = {"numbers": FLOATS + INTEGERS, "floats": FLOATS, "whole numbers": INTEGERS, "bool": ("bool",)}
 NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
@@ -58,9 +60,9 @@ class Registry(Generic[T]):
             if self.method and not isinstance(entry, str) and not callable(getattr(entry, self.method, None)):
                 subject = f"{self.kind.capitalize()} '{name}'"
                 raise UserError(f"{subject} must be a class with the method {self.method}; got {entry!r}.")
-            taken = self._entries.setdefault(name, entry)
-            if _origin(taken) != _origin(entry):
-                raise ValueError(f"{self.kind} '{name}' is already registered as {taken!r}; choose another name.")
+            existing = self._entries.setdefault(name, entry)
+            if _origin(existing) != _origin(entry):
+                raise ValueError(f"{self.kind} '{name}' is already registered as {existing!r}; choose another name.")
             self._entries[name] = entry
             return entry
 
@@ -69,7 +71,8 @@ class Registry(Generic[T]):
     def check(self, name: str) -> None:
         """Raise UserError if the name is not registered. Nothing is imported."""
         if name not in self._entries:
-            hint = f" Did you mean '{near}'?" if (near := nearest(name, self._entries)) else ""
+            closest = closest_name(name, self._entries)
+            hint = f" Did you mean '{closest}'?" if closest else ""
             raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
 
     def __getitem__(self, name: str) -> T:
@@ -82,20 +85,22 @@ class Registry(Generic[T]):
 
     @contextmanager
     def running(self, name: str, *inputs: Tensor) -> Iterator[None]:
-        """Context for a call of the entry `name`, which restores the working folder and the default dtype.
+        """Context for a call of the entry `name`. It restores the working folder and the default dtype.
 
         Raises:
             UserError: if the entry has changed one of the inputs in place; other code uses the same tensors.
         """
         import torch
 
-        folder, dtype, versions = os.getcwd(), torch.get_default_dtype(), [t._version for t in inputs]
+        folder = os.getcwd()
+        dtype = torch.get_default_dtype()
+        versions = [tensor._version for tensor in inputs]
         try:
             yield
         finally:
             os.chdir(folder)
             torch.set_default_dtype(dtype)
-        if versions != [t._version for t in inputs]:
+        if versions != [tensor._version for tensor in inputs]:
             subject = f"{self.kind.capitalize()} '{name}'"
             raise UserError(f"{subject} must not change its inputs in place. Use abs() instead of abs_(), for example.")
 
@@ -103,35 +108,40 @@ class Registry(Generic[T]):
         """Check a tensor that the entry `name` returned, and return it detached.
 
         Args:
+            name: name of the entry.
             what: the word for the tensor, such as "scores".
+            value: what the entry returned.
             shapes: the shapes that are allowed.
-            of: what the tensor has to hold, a key of `DTYPES`; with `finite ` in front values are checked as well,
-                which waits for the device.
+            of: content of the tensor: a key of `DTYPES`, or `finite ` and a key, with which values are checked too.
+                That check waits for the device.
 
         Raises:
-            UserError: if the value is not a dense tensor with one of the shapes and the dtype.
+            UserError: if the value is not a dense tensor with one of the shapes and the dtypes, or has values that are
+                not finite.
         """
         import torch
 
-        got = type(value).__name__
+        found = type(value).__name__
         if isinstance(value, torch.Tensor):
             dtype, layout = (str(part).removeprefix("torch.") for part in (value.dtype, value.layout))
-            got = f"{tuple(value.shape)} of {dtype}, {'without values (meta)' if value.is_meta else layout}"
-            known = dtype in DTYPES[of.removeprefix("finite ")]
-            if value.shape in shapes and known and layout == "strided" and not value.is_meta:
-                bad = int((~value.isfinite()).sum()) if "finite" in of else 0
-                if not bad:
+            found = f"{tuple(value.shape)} of {dtype}, {'without values (meta)' if value.is_meta else layout}"
+            right_dtype = dtype in DTYPES[of.removeprefix("finite ")]
+            is_dense = layout == "strided" and not value.is_meta
+            if value.shape in shapes and right_dtype and is_dense:
+                not_finite = int((~value.isfinite()).sum()) if "finite" in of else 0
+                if not not_finite:
                     return value.detach()
-                got = f"{bad} of {value.numel()} that are not finite"
+                found = f"{not_finite} of {value.numel()} that are not finite"
         shape = " or ".join(map(str, shapes))
         subject = f"{self.kind.capitalize()} '{name}'"
-        raise UserError(f"{subject} must give {what} {shape} as a dense tensor of {of}; got {got}.")
+        raise UserError(f"{subject} must give {what} {shape} as a dense tensor of {of}; got {found}.")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
 
 def _origin(entry: object) -> tuple[str, str]:
+    """Return the module and the name of an object, which are the same after a notebook cell has been run again."""
     return getattr(entry, "__module__", ""), getattr(entry, "__qualname__", repr(entry))
 
 
@@ -150,8 +160,8 @@ def refiner(name: str) -> Callable[[T], T]:
     - inputs: `partition.objective.RefinementInputs` of B blocks, padded to N neurons: embedding (B, N, E), drift
       (B, N, 1), shifts (B, N, D) and valid (B, N), all float32.
     - labels: module labels of the initial partition, one (N,) int64 tensor per block with values 0 to K - 1.
-    - options: keyword-only parameters. A parameter with the name of a flag of `--partition`, such as `learning_rate`,
-      gets the value of that flag; `--options.NAME.OPTION` sets the others.
+    - options: keyword-only parameters. A parameter named like a `--partition` flag, such as `learning_rate`, receives
+      that flag's value. Others are set with `--options.NAME.OPTION`.
     - labels() -> list of (N,) int64, one per block, with values 0 to K - 1. Every module has at least one neuron.
 
     Example:
@@ -176,14 +186,16 @@ def learner(name: str) -> Callable[[T], T]:
     development text with its current masks applied to the model.
 
     - model: the frozen language model; a stage must not train it.
-    - ranks: `partition.modules.ModuleRanks`: ffn, p (N,) float64 in (0, 1) per block; labels, (N,) int64 per block;
-      attention, p (G,) of KV groups per block.
-    - start: initial thresholds: (K,) float64 per block for its modules, and (1,) for its KV groups.
+    - ranks: `partition.modules.ModuleRanks`, lists with one tensor per block. `ffn` (N,) float64: rank of each neuron
+      in its module, in (0, 1). `labels` (N,) int64: module of each neuron. `attention` (G,) float64: rank of each KV
+      group in its block.
+    - start: initial thresholds. (K,) float64 per block for its K modules, and (1,) per block for its KV groups.
     - budget: `sparsity.budget.Budget`, how much has to be removed.
-    - options: keyword-only parameters. A parameter with the name of a flag of `--sparsity`, such as `epochs`, gets the
-      value of that flag, and `shard` the value of `--model.shard`; `--options.NAME.OPTION` sets the others.
-    - masks(budget) -> `models.masks.Masks` that meet this budget; also called for the sparsities of
-      `--evaluation.curve`. Optional: the attribute `thresholds`, in the form of `start`.
+    - options: keyword-only parameters. A parameter named like a `--sparsity` flag, such as `epochs`, receives that
+      flag's value. `shard` receives `--model.shard`. Others are set with `--options.NAME.OPTION`.
+    - masks(budget) -> `models.masks.Masks` that meet the budget. It is also called for the sparsities of
+      `--evaluation.curve`.
+    - thresholds (optional): learned thresholds in the form of `start`.
 
     Example:
 
@@ -206,12 +218,15 @@ def calibrator(name: str) -> Callable[[T], T]:
     one loader per corpus, and reads `statistics`. `test_step(batch, batch_idx, dataloader_idx)` gets `input_ids` (B, T)
     int64, and per window `half` (0 or 1) and `weight`.
 
-    - model: the frozen language model. corpora: names, in the order of the loaders.
-    - gram: whether Gram matrices are needed. saliency: scopes (`ffn`, `attention`) whose gradients are needed.
-    - walk: whether Gram matrices are collected block by block. store: the function that stores those of a block.
+    - model: the frozen language model.
+    - corpora: names of the corpora, in the order of the loaders.
+    - gram: whether Gram matrices are needed.
+    - saliency: scopes (`ffn`, `attention`) whose gradients are needed.
+    - walk: whether Gram matrices are collected block by block.
+    - store: function that stores the Gram matrices of a block.
     - shard: whether the layers of the model are sharded over processes.
-    - options: keyword-only parameters, set by `--options.NAME.OPTION`.
-    - statistics: dict from corpus to `calibration.statistics.CorpusStatistics`.
+    - options: keyword-only parameters, set with `--options.NAME.OPTION`.
+    - statistics: corpus -> `calibration.statistics.CorpusStatistics`.
 
     Example:
 

@@ -22,21 +22,25 @@ class Screen:
     """Progress bar of one run or one evaluation; a context manager.
 
     Args:
-        work: planned work by number of the step, in any unit.
-        worked: returns the work done so far, in that unit. Default: the tokens passed to `advance`.
+        work: number of a step -> its planned work, in any unit.
+        work_done: returns the work done so far, in that unit. Default: the tokens passed to `advance`.
         console: where the bar is drawn. Default: stdout.
     """
 
     def __init__(
-        self, work: Mapping[int, float], worked: Callable[[], float] | None = None, *, console: Console | None = None
+        self, work: Mapping[int, float], work_done: Callable[[], float] | None = None, *, console: Console | None = None
     ):
-        self._work, self._tokens, self._before = dict(work), 0, 0
-        self._worked = worked or (lambda: self._tokens)
-        self._number, self._title, self._began = 0, "", time.monotonic()
+        self._work = dict(work)
+        self._tokens = 0
+        self._work_done = work_done or (lambda: self._tokens)
+        self._step_number = 0
+        self._title = ""
+        self._tokens_before_part = 0
+        self._part_start = time.monotonic()
         console = console or Console(file=sys.stdout)
-        title = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        title_column = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self.bar = _Bar(
-            TextColumn("{task.description}", markup=False, table_column=title), BarColumn(bar_width=14),
+            TextColumn("{task.description}", markup=False, table_column=title_column), BarColumn(bar_width=14),
             TextColumn("{task.fields[speed]}", "cyan", "right", table_column=Column(min_width=15, no_wrap=True)),
             TimeRemainingColumn(), console=console, expand=True, transient=True, speed_estimate_period=600,
             disable=not console.is_terminal or console.is_jupyter or process_index() != 0,
@@ -51,28 +55,35 @@ class Screen:
         self.bar.stop()
 
     def step(self, number: int, what: str) -> str:
-        """Begin a step and return its title, such as `step 3/10 Measuring drift`."""
-        if number != self._number:  # otherwise this is another part of the same step
-            self._number, left = number, sum(work for step, work in self._work.items() if step >= number)
+        """Begin a step, or another part of the current step, and return the title: `step 3/10 Measuring drift`."""
+        if number != self._step_number:
+            self._step_number = number
+            planned = sum(work for step, work in self._work.items() if step >= number)
             # Earlier steps may have needed less work than planned. `update(total=)` would reset the estimated speed.
-            self.bar.tasks[0].total = self._worked() + left
-        return self.begin(what)
+            self.bar.tasks[0].total = self._work_done() + planned
+        return self.begin_part(what)
 
-    def begin(self, what: str) -> str:
-        """Begin a part of the step, restart the speed that is displayed, and return the title."""
-        self._title = one_line(f"step {self._number}/{max(self._work)} {what}" if self._number else what)
-        self._began, self._before = time.monotonic(), self._tokens
+    def begin_part(self, what: str) -> str:
+        """Begin a part of the current step: set the bar's title, reset its tokens per second, and return the title."""
+        self._title = one_line(f"step {self._step_number}/{max(self._work)} {what}" if self._step_number else what)
+        self._part_start = time.monotonic()
+        self._tokens_before_part = self._tokens
         self.bar.update(self.bar.tasks[0].id, description=self._title, speed="")
         return self._title
 
     def advance(self, tokens: int = 0, note: str = "") -> None:
-        """Advance by a finished batch: its tokens over all ranks, and a note such as the loss."""
+        """Advance the bar by a finished batch.
+
+        Args:
+            tokens: tokens of the batch over all ranks.
+            note: text after the title, such as the loss.
+        """
         self._tokens += tokens
-        rate = (self._tokens - self._before) / max(time.monotonic() - self._began, 1e-9)
-        self.bar.update(
-            self.bar.tasks[0].id, completed=self._worked(), speed=f"{rate:,.0f} tokens/s" if rate else "",
-            description=f"{self._title}, {note}" if note else self._title,
-        )  # fmt: skip
+        seconds = max(time.monotonic() - self._part_start, 1e-9)
+        rate = (self._tokens - self._tokens_before_part) / seconds
+        speed = f"{rate:,.0f} tokens/s" if rate else ""
+        description = f"{self._title}, {note}" if note else self._title
+        self.bar.update(self.bar.tasks[0].id, completed=self._work_done(), speed=speed, description=description)
 
     def __rich__(self) -> RenderableType:
         """The bar as it is drawn now."""

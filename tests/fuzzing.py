@@ -23,7 +23,7 @@ from pyarrow import parquet
 
 from gprune import cli
 from gprune.__main__ import run as command
-from gprune.config import RunConfig, flat
+from gprune.config import RunConfig, flatten
 from gprune.corpora.local import load_files
 from gprune.errors import UserError
 from gprune.runs.results import load_run
@@ -164,7 +164,7 @@ def run_folder(reader: str, rng: Random, folder: Path) -> Outcome:
     return result
 
 
-DEFAULTS = flat(RunConfig().resolved())
+DEFAULTS = flatten(RunConfig().resolved())
 
 
 def flags(rng: Random, folder: Path) -> Outcome:

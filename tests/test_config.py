@@ -13,10 +13,10 @@ import torch
 import yaml
 
 import gprune
-from gprune.cli import unread
-from gprune.config import RunConfig, check_settings, configured, parse
-from gprune.config.groups import INSTEAD, CorporaConfig, SparsityConfig
-from gprune.config.parse import GROUPS, HINTS
+from gprune.cli import describe_ignored_flags
+from gprune.config import RunConfig, check_settings, config_from_mapping, parse
+from gprune.config.groups import REPLACEMENTS, CorporaConfig, SparsityConfig
+from gprune.config.parse import FLAG_TYPES, GROUPS
 from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.errors import UserError
 from gprune.registry import Registry
@@ -48,10 +48,10 @@ def test_a_name_can_be_registered_again_only_for_the_same_function():
 
 
 def test_replacements_of_lightning_flags_are_existing_flags():
-    named = re.findall(r"--([\w.]+)", " ".join(INSTEAD.values()))
-    assert len(named) > len(INSTEAD) / 2
-    assert set(named) - {"config", "import"} <= HINTS.keys()
-    assert not INSTEAD.keys() & HINTS.keys()
+    named = re.findall(r"--([\w.]+)", " ".join(REPLACEMENTS.values()))
+    assert len(named) > len(REPLACEMENTS) / 2
+    assert set(named) - {"config", "import"} <= FLAG_TYPES.keys()
+    assert not REPLACEMENTS.keys() & FLAG_TYPES.keys()
 
 
 # --- the same validation for every way to set a value --------------------------------------------------------------
@@ -81,8 +81,9 @@ def ways_to_set(name: str, value: object, folder: Path):
     return {
         "command line": lambda: inside(parse([f"--{name}={value if isinstance(value, str) else json.dumps(value)}"])),
         "nested file": lambda: from_file(nested), "dotted file": lambda: from_file({name: value}),
-        "nested settings": lambda: inside(configured(nested)), "Python": constructed,
-        "dotted settings": lambda: inside(configured({name: value})), "assignment": lambda: assigned(RunConfig()),
+        "nested settings": lambda: inside(config_from_mapping(nested)), "Python": constructed,
+        "dotted settings": lambda: inside(config_from_mapping({name: value})),
+        "assignment": lambda: assigned(RunConfig()),
     } | ({"stored": lambda: check_settings(whole) or value} if group in stored else {})  # fmt: skip
 
 
@@ -183,7 +184,7 @@ def test_a_misspelt_name_is_refused_however_it_is_set(name, message, tmp_path):
 )  # fmt: skip
 def test_incompatible_settings_are_refused_with_the_names_of_their_flags(settings, message):
     with pytest.raises(UserError) as error:
-        configured(settings, where="Row 'x'")
+        config_from_mapping(settings, where="Row 'x'")
     assert str(error.value).startswith(f"Row 'x': {message}")
 
 
@@ -256,19 +257,21 @@ def test_run_names_are_equal_only_for_equal_settings():
         {"sparsity.scope": "ffn+blocks", "sparsity.block_share": 0.5},
         {"sparsity.scope": "ffn+blocks", "sparsity.block_choice": "influence"},
     ]  # fmt: skip
-    names = [configured(change).run_name for change in changes]
-    assert names == [configured(change).run_name for change in changes]
+    names = [config_from_mapping(change).run_name for change in changes]
+    assert names == [config_from_mapping(change).run_name for change in changes]
     assert len(set(names)) == len(names)
-    assert configured({"importance": "wifv"}).run_name.startswith("smollm2-135m-gprune-wifv-0.5-")
-    assert configured({"gprune": False}).run_name.startswith("smollm2-135m-base-")
+    assert config_from_mapping({"importance": "wifv"}).run_name.startswith("smollm2-135m-gprune-wifv-0.5-")
+    assert config_from_mapping({"gprune": False}).run_name.startswith("smollm2-135m-base-")
 
 
 def test_scopes_are_sorted_and_only_scopes_with_blocks_have_block_settings():
     """So the settings of older records with the two scopes without blocks still match."""
-    old, new = (configured({"sparsity.scope": scope}) for scope in ("ffn+attention", "blocks+ffn+attention"))
+    old, new = (config_from_mapping({"sparsity.scope": scope}) for scope in ("ffn+attention", "blocks+ffn+attention"))
     assert (old.sparsity.scope, new.sparsity.scope) == ("attention+ffn", "attention+ffn+blocks")
     assert new.settings()["sparsity"].keys() - old.settings()["sparsity"].keys() == {"block_share", "block_choice"}
-    assert old.settings() == configured({"sparsity": {"scope": "attention+ffn", "block_share": 0.5}}).settings()
+    assert (
+        old.settings() == config_from_mapping({"sparsity": {"scope": "attention+ffn", "block_share": 0.5}}).settings()
+    )
 
 
 @pytest.mark.parametrize(
@@ -285,7 +288,7 @@ def test_needed_statistics_are_those_of_the_metric_and_the_recovery(importance, 
 
 
 def test_calibration_corpora_are_refused_for_evaluation_on_train_text():
-    cfg = configured({"evaluation.split": "train", "corpora.evaluate": ["stories", "web"]})
+    cfg = config_from_mapping({"evaluation.split": "train", "corpora.evaluate": ["stories", "web"]})
     with pytest.raises(UserError, match=r"--evaluation\.split train needs .*; got 'web'"):
         cfg.check_names()
     cfg.corpora.evaluate = ["stories"]
@@ -366,19 +369,19 @@ def test_numpy_torch_and_path_values_become_plain_python_values():
 
 def test_settings_of_a_byte_budget_include_only_export_flags_that_change_bytes():
     def of(**export):
-        return configured({"sparsity": {"target": "200MiB"}, "export": export}).settings()
+        return config_from_mapping({"sparsity": {"target": "200MiB"}, "export": export}).settings()
 
     assert of(format="hf") == of(format="none") == of(format="hf", type="q8_0")
     priced = ({}, {"dtype": "float16"}, {"format": "gguf"}, {"format": "gguf", "type": "q8_0"})
     assert len({str(of(**export)) for export in priced}) == 4
     with pytest.raises(UserError, match=r"target 9KiB cannot be combined with --sparsity\.cost kv_cache"):
-        configured({"sparsity": {"target": "9KiB", "cost": "kv_cache"}})
+        config_from_mapping({"sparsity": {"target": "9KiB", "cost": "kv_cache"}})
 
 
 def test_a_speed_target_or_auto_takes_the_width_multiple_from_the_machine():
     multiples = [({}, 1), ({"target": "1.4x"}, None), ({"target": "1.4x", "width_multiple": 4}, 4)]
     multiples += [({"width_multiple": "auto"}, None), ({"target": "1.4x", "cost": "kv_cache"}, 1)]
     for given, multiple in multiples:
-        cfg = configured({"sparsity": given})
+        cfg = config_from_mapping({"sparsity": given})
         assert cfg.settings()["sparsity"]["width_multiple"] == multiple
-        assert ("speed" in cfg.settings()) == (not unread(cfg, ["speed.batch"])) == (multiple != 1)
+        assert ("speed" in cfg.settings()) == (not describe_ignored_flags(cfg, ["speed.batch"])) == (multiple != 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gprune.config import RunConfig, configured, parse
+from gprune.config import RunConfig, config_from_mapping, parse
 from gprune.corpora import load_corpus
 from gprune.errors import UserError, quoting
 
@@ -34,8 +34,8 @@ DIALECT = re.compile(
 # Functions that make a message from their arguments, by the positions of the parts of the text.
 HELPERS = {"UserError": (0,), "UnregisteredError": (0,), "quoting": (0, 1), "require": (2,), "read_yaml": (1,)}
 ENDINGS = {"require": "; got X.", "read_yaml": " 'X' (X)."}  # what a helper adds to its argument
-# Messages that are passed on, or made by `refusal`, have one of the forms already.
-PASSED_ON = {"error": "Cannot do it: the cause.", "refusal": "--flag must be a number; got 1"}
+# Messages that are passed on, or made by `validation_message`, have one of the forms already.
+PASSED_ON = {"error": "Cannot do it: the cause.", "validation_message": "--flag must be a number; got 1"}
 
 
 def template(node: ast.expr | None, names: dict[str, str]) -> str:
@@ -143,7 +143,7 @@ def fail_in_a_library():
         (lambda: RunConfig(ridge=-1), "--ridge must be 0 or more; got -1."),
         (lambda: RunConfig(nothing=1), "RunConfig: Unknown setting 'nothing'. Available: "),
         (lambda: RunConfig(gprune="yes"), "--gprune must be a valid boolean; got 'yes'."),
-        (lambda: configured({"logging.tags": [""]}, where="Row 'a'"),
+        (lambda: config_from_mapping({"logging.tags": [""]}, where="Row 'a'"),
          "Row 'a': --logging.tags[0] must have at least 1 character; got ''."),
         (lambda: RunConfig(trainer={"callbacks": [{"init_args": {}}]}),
          "--trainer.callbacks[0].class_path must be given."),

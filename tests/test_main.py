@@ -17,7 +17,7 @@ import pytest
 
 import gprune.__main__ as command
 from gprune.config import parse
-from gprune.console import guarded, log_to_stdout, process_index, quieted
+from gprune.console import log_to_stdout, process_index, quieted, run_guarded
 from gprune.errors import UserError
 from tests.tiny_run import environment
 
@@ -100,7 +100,7 @@ def failing(error: BaseException, **messages: str) -> int:
     def work():
         raise error
 
-    return guarded("a verb", work, **messages)
+    return run_guarded("a verb", work, **messages)
 
 
 class SIGTERMException(SystemExit):
@@ -145,7 +145,7 @@ def in_a_child_process(work, stdout: int | None) -> tuple[int, str]:
         os.close(1) if stdout is None else os.dup2(stdout, 1)
         sys.stdout = None if stdout is None else os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", closefd=False)
-        code = guarded("a verb", work, stopped=". All is kept.")
+        code = run_guarded("a verb", work, stopped=". All is kept.")
         sys.stderr.flush()
         os._exit(code)
     os.close(write)
@@ -193,7 +193,7 @@ def test_signals_outside_a_trainer_end_the_command_in_one_line(signum, code, wor
 
 
 def test_control_characters_are_escaped_in_output_and_log(capsys):
-    assert guarded("a verb", lambda: "a \x1b[31mname\x07, a\ttab\n") == 0
+    assert run_guarded("a verb", lambda: "a \x1b[31mname\x07, a\ttab\n") == 0
     log_to_stdout()
     logging.getLogger("gprune").info("\x1b]0;title\x07")
     out, err = capsys.readouterr()

@@ -229,7 +229,7 @@ def test_the_recipe_for_a_recovery_of_a_projection_rescales_the_weight():
 
 def test_the_recipe_for_another_optimizer_is_a_learner_with_an_option(tiny_model):
     Sgd = run_block('@gprune.learner("sgd")')["Sgd"]
-    cfg = gprune.config.configured({"sparsity.learner": "sgd", "options.sgd.momentum": 0.5})
+    cfg = gprune.config.config_from_mapping({"sparsity.learner": "sgd", "options.sgd.momentum": 0.5})
     made = make_stage(tiny_model, lr=0.25)
     stage = Sgd(tiny_model, made.ranks, made.thresholds, made.budget, learning_rate=0.25, **cfg.options["sgd"])
     (group,) = stage.configure_optimizers().param_groups

@@ -37,7 +37,7 @@ def test_the_bar_fits_and_shows_step_speed_and_time_left(width):
     worked = [0.0]
     with Screen({1: 100, 2: 300}, lambda: worked[0], console=terminal(width)) as screen:
         assert screen.step(1, "Calibrating") == "step 1/2 Calibrating"
-        screen.begin("Calibrating on wiki, x[/b].txt, \x1b[2J")
+        screen.begin_part("Calibrating on wiki, x[/b].txt, \x1b[2J")
         for _ in range(3):
             time.sleep(0.01)
             worked[0] += 25
@@ -145,7 +145,7 @@ def test_ctrl_c_leaves_one_line_and_no_bar():
             screen.step(1, "Waiting")
             time.sleep(20)
 
-    written = on_a_terminal(lambda: cli.guarded("train.py", wait) - 130, 80, press=("Waiting", b"\x03"))
+    written = on_a_terminal(lambda: cli.run_guarded("train.py", wait) - 130, 80, press=("Waiting", b"\x03"))
     assert "step 1/1 Waiting" in written
     assert screen_after(written, 80) == ["train.py: Interrupted."]
 
@@ -186,5 +186,5 @@ def test_commands_print_tables_with_bold_headers_and_escaped_names_on_a_terminal
 
 
 def test_without_a_terminal_tables_are_markdown():
-    assert TABLE.shown() == TABLE.to_text().replace("\\*", "*")
+    assert TABLE.for_stdout() == TABLE.to_text().replace("\\*", "*")
     assert "\n\n\\* seen: a note" in TABLE.to_text()  # a leading * would be a list item in Markdown

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gprune.console import Parser, guarded, quiet
+from gprune.console import Parser, quiet, run_guarded
 from gprune.errors import UserError
 
 from .inference import inference
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return "\n".join(map(str, learning(settings, CLOCKS[args.clock])))
         return "\n".join(map(str, inference(settings)))
 
-    return guarded("experiments.bench", work)
+    return run_guarded("experiments.bench", work)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def in_llama_cpp(folder: Path, type: str) -> Figures:
     file, expected = folder.with_name(f"{type}.gguf"), load_file(folder.with_name("reference.safetensors"))
     write_gguf(model, tokenizer, file, type=type)
     gguf_check.check_gguf(model, tokenizer, file, type=type)
-    got, _ = gguf_check.in_llama_cpp(file, expected["ids"].tolist(), [])
+    got, _ = gguf_check.score_in_llama_cpp(file, expected["ids"].tolist(), [])
     return compare(expected, got)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gprune.config.parse import parse
-from gprune.console import Parser, guarded, quiet
+from gprune.console import Parser, quiet, run_guarded
 from gprune.errors import UserError
 from gprune.report.table import Cell, Table
 from gprune.storage.files import read_json, replacing
@@ -42,7 +42,7 @@ def windows(output: Path, flags: Sequence[str]) -> str:
     cfg = parse(flags, "experiments.peers windows")
     model, tokenizer = load_model(cfg.model.name, dtype=torch.float32)
     embeddings = model.get_input_embeddings().num_embeddings
-    unused = set(cfg.corpora.evaluate) - set(cfg.calibration)
+    unused = set(cfg.corpora.evaluate) - set(cfg.calibration_corpora)
     train = prepare_text(cfg, tokenizer, embeddings, without=unused).train
     source = str(Path(locate_model(cfg.model.name)).resolve())
     hashes = {name: w.content_hash for name, w in train.items()}
@@ -120,12 +120,12 @@ def run(args: Sequence[str]) -> str:
         return windows(known.output, others)
     if others:
         raise UserError(f"Unknown flag '{others[0]}'.")
-    return save(known.cut, known.output) if known.what == "save" else table().shown()
+    return save(known.cut, known.output) if known.what == "save" else table().for_stdout()
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
-    return guarded("experiments.peers", lambda: run(sys.argv[1:] if args is None else args))
+    return run_guarded("experiments.peers", lambda: run(sys.argv[1:] if args is None else args))
 
 
 if __name__ == "__main__":

@@ -32,35 +32,43 @@ class AnswerLM(HFLM):
         super().__init__(model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return (log-likelihood in nats, whether greedy decoding gives the text) for each continuation."""
-        same_input = defaultdict(list)  # continuations that differ only in their last token need one pass
+        """Return (log-likelihood in nats, whether greedy decoding gives the text) for each continuation.
+
+        Continuations with the same input, which differ only in their last token, share a row of the batch.
+        """
+        requests_by_input = defaultdict(list)  # input tokens -> indices of requests
         for i, (_, context, continuation) in enumerate(requests):
-            same_input[*context, *continuation[:-1]].append(i)
-        longest_first = sorted(same_input, key=lambda tokens: (-len(tokens), tokens))
+            requests_by_input[*context, *continuation[:-1]].append(i)
+        longest_first = sorted(requests_by_input, key=lambda tokens: (-len(tokens), tokens))
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring choices") as bar:
             for start in range(0, len(longest_first), self.batch_size):
                 batch = longest_first[start : start + self.batch_size]
                 inputs = [torch.tensor(tokens[-self.max_length :]) for tokens in batch]
-                asked = [(row, i) for row, tokens in enumerate(batch) for i in same_input[tokens]]
-                first = min(len(inputs[row]) - len(requests[i][2]) for row, i in asked)
+                row_and_request = [(row, i) for row, tokens in enumerate(batch) for i in requests_by_input[tokens]]
+                first = min(len(inputs[row]) - len(requests[i][2]) for row, i in row_and_request)
                 log_p = self._log_probabilities(pad_sequence(inputs, batch_first=True), first)
-                for row, i in asked:
-                    continuation, end = torch.tensor(requests[i][2], device=log_p.device), len(inputs[row]) - first
-                    own = log_p[row, end - len(continuation) : end]
-                    total = own.gather(1, continuation[:, None]).sum()
-                    answers[i] = float(total), bool((own.argmax(1) == continuation).all())
-                bar.update(len(asked))
+                for row, i in row_and_request:
+                    continuation = torch.tensor(requests[i][2], device=log_p.device)
+                    end = len(inputs[row]) - first
+                    log_p_of_tokens = log_p[row, end - len(continuation) : end]
+                    total = log_p_of_tokens.gather(1, continuation[:, None]).sum()
+                    is_greedy = bool((log_p_of_tokens.argmax(1) == continuation).all())
+                    answers[i] = float(total), is_greedy
+                bar.update(len(row_and_request))
         return [answers[i] for i in range(len(requests))]
 
     def _log_probabilities(self, tokens: Tensor, first: int) -> Tensor:
-        """Log-probabilities of next tokens at positions from `first` on, (batch, length - first, vocabulary) float32.
+        """Compute log-probabilities of next tokens at positions from `first` on.
 
         Args:
             tokens: (batch, length) int64, padded on the right, which does not affect earlier positions.
             first: the first position.
+
+        Returns:
+            (batch, length - first, vocabulary) float32.
         """
-        self._check(tokens)
+        self._check_tokens(tokens)
         # Indices make a contiguous copy. torch multiplies strided rows 70 times slower on a CPU in bfloat16.
         positions = torch.arange(first, tokens.shape[1], device=self.model.device)
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
@@ -70,16 +78,31 @@ class AnswerLM(HFLM):
         return F.log_softmax(logits, -1, dtype=torch.float32)
 
     def _model_generate(self, context: Tensor, **options: Any) -> Tensor:
-        """Generate tokens, (batch, length + generated) int64, for a context (batch, length) padded on the left.
+        """Generate tokens that follow a context.
+
+        Args:
+            context: (batch, length) int64, padded on the left.
+            options: other arguments of `generate`.
+
+        Returns:
+            (batch, length + generated) int64.
 
         Raises:
-            UserError: if a logit is NaN; argmax would choose it.
+            UserError: if a logit is NaN, which argmax would choose.
         """
-        self._check(context)
-        finite = [lambda _, logits: require_finite("logit came up in generation", logits.amax(-1)) or logits]
-        return super()._model_generate(context, logits_processor=LogitsProcessorList(finite), **options)
+        self._check_tokens(context)
+        processors = LogitsProcessorList([_require_finite_logits])
+        return super()._model_generate(context, logits_processor=processors, **options)
 
-    def _check(self, tokens: Tensor) -> None:
-        if int(tokens.max()) >= self.model.get_input_embeddings().num_embeddings:
-            size = self.model.get_input_embeddings().num_embeddings
-            raise UserError(f"Tokens must be less than {size:,}, the number of embeddings; got {int(tokens.max())}.")
+    def _check_tokens(self, tokens: Tensor) -> None:
+        """Raise UserError if a token has no embedding."""
+        size = self.model.get_input_embeddings().num_embeddings
+        largest = int(tokens.max())
+        if largest >= size:
+            raise UserError(f"Tokens must be less than {size:,}, the number of embeddings; got {largest}.")
+
+
+def _require_finite_logits(_: Tensor, logits: Tensor) -> Tensor:
+    """Return the logits (batch, vocabulary). Raise UserError if the largest one is NaN or infinite."""
+    require_finite("logit came up in generation", logits.amax(-1))
+    return logits

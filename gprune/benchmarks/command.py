@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks, benchmarks
+from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks, parse_benchmarks
 from gprune.console import Parser, quiet
 from gprune.storage.reading import expanded
 
@@ -19,48 +20,50 @@ EXAMPLES = """examples:
   gprune evaluate runs/NAME --tasks piqa,arc_easy,wikitext2 --dense
   gprune evaluate smollm2-135m --tasks piqa --limit 200
   gprune evaluate runs/NAME/model --tasks wikitext2 --seq_len 2048,128 --output numbers.json"""
-ENDS = {  # keyword arguments of `guarded`
+MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
     "stopped": ". Finished tasks are kept.",
     "memory": "; lower --batch_size or --seq_len.",
 }
 
 
 def parser() -> Parser:
-    """Argument parser of the command: the model, a flag for each field of `Benchmarks`, and the output file."""
+    """Return the parser of the command: the model, the output file, and a flag for each field of `Benchmarks`."""
     result = Parser("gprune evaluate", description=ABOUT, epilog=EXAMPLES)
     result.add_argument("model", metavar="MODEL", help="folder of a run or a model, embedded name, or hub id")
-    dense = "measure the dense model of a run too, with paired differences"
-    result.add_argument("--dense", action="store_true", help=dense)
-    output = "JSON file for records (default: evaluation.json in the run; none for other models)"
-    result.add_argument("--output", metavar="FILE", help=output)
+    dense_help = "measure the dense model of a run too, with paired differences"
+    result.add_argument("--dense", action="store_true", help=dense_help)
+    output_help = "JSON file for records (default: evaluation.json in the run; none for other models)"
+    result.add_argument("--output", metavar="FILE", help=output_help)
     for name, field in Benchmarks.__pydantic_fields__.items():
-        usual, text = field.default, field.description
-        if usual is False:
-            result.add_argument(f"--{name}", action="store_true", help=text)
+        default, flag_help = field.default, field.description
+        if default is False:
+            result.add_argument(f"--{name}", action="store_true", help=flag_help)
             continue
-        several = {"metavar": "A,B", "type": listed} if isinstance(usual, tuple) else {}
-        usual = ",".join(map(str, usual)) if several else usual
-        text = text if usual is None else f"{text} (default: {usual})"
-        result.add_argument(f"--{name}", default=usual, help=text, **several)
+        list_options: dict[str, Any] = {}
+        if isinstance(default, tuple):
+            list_options = {"metavar": "A,B", "type": split_commas}
+            default = ",".join(map(str, default))
+        if default is not None:
+            flag_help = f"{flag_help} (default: {default})"
+        result.add_argument(f"--{name}", default=default, help=flag_help, **list_options)
     return result
 
 
-def listed(text: str) -> list[str]:
-    """Split text at commas."""
+def split_commas(text: str) -> list[str]:
+    """Split text at commas. Blanks and empty parts are dropped."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def run(args: Sequence[str]) -> str:
-    """Run the command, and return the table of results and the path of the records."""
+    """Run the command, and return the table of results and the path of the records as text."""
     options = vars(parser().parse_args(args))
     model, dense, output = (options.pop(name) for name in ("model", "dense", "output"))
-    asked = benchmarks(**options)
+    benchmarks = parse_benchmarks(**options)
     quiet()
     from gprune.benchmarks.measurement import evaluate
 
-    records, path = evaluate(model, asked, dense=dense, output=None if output is None else expanded(output))
+    records, path = evaluate(model, benchmarks, dense=dense, output=None if output is None else expanded(output))
     from gprune.report.benchmark_table import evaluation_table
 
-    table = evaluation_table(records)
-    where = f"\nRecords: {path}\n" if path else ""
-    return f"\n{table.shown()}\n" + where
+    text = f"\n{evaluation_table(records).for_stdout()}\n"
+    return f"{text}\nRecords: {path}\n" if path else text

@@ -32,10 +32,12 @@ from gprune.evaluation.perplexity import perplexity
 from gprune.screen import Screen
 from gprune.storage.reading import expanded, read_required_text
 
-MIRROR = "corpora/wikitext2/wiki.test.raw"
-CHARACTERS = 1_294_336  # length of the joined WikiText-2
-SHARD = "c4-validation.00000-of-00008.json.gz"
-DOCUMENTS, WINDOWS = 1100, 256  # numbers of documents and windows of C4
+WIKITEXT_FILE = "corpora/wikitext2/wiki.test.raw"
+WIKITEXT_CHARACTERS = 1_294_336  # length of the joined WikiText-2
+C4_FILE = "c4-validation.00000-of-00008.json.gz"
+C4_DOCUMENTS = 1100  # number of documents of C4 that are joined
+C4_WINDOWS = 256  # number of windows of C4
+BATCH_TOKENS = 2048  # tokens per forward pass
 
 
 def join_lines(raw: str) -> str:
@@ -45,35 +47,49 @@ def join_lines(raw: str) -> str:
     return JOIN.join(line if line.strip() else "" for line in lines)
 
 
-def wikitext2() -> str:
+def read_wikitext2() -> str:
     """Read WikiText-2 from `$GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw` or the hub."""
     root = os.environ.get("GPRUNE_DATA_DIR")
-    if root and (path := expanded(root) / MIRROR).is_file():
+    if root and (path := expanded(root) / WIKITEXT_FILE).is_file():
         return join_lines(read_required_text(path, "WikiText-2's raw test file"))
     import datasets
 
-    with hub_errors("WikiText-2", f"the raw test file into $GPRUNE_DATA_DIR/{MIRROR}"), offline_if_unreachable():
+    with (
+        hub_errors("WikiText-2", f"the raw test file into $GPRUNE_DATA_DIR/{WIKITEXT_FILE}"),
+        offline_if_unreachable(),
+    ):
         return JOIN.join(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
 
 
-def c4() -> tuple[str, int]:
+def read_c4() -> tuple[str, int]:
     """Read C4 from `$GPRUNE_DATA_DIR/corpora/c4` or the hub. Return the text and its number of documents."""
     import datasets
 
-    path = expanded(os.environ.get("GPRUNE_DATA_DIR", "")) / "corpora/c4" / SHARD
-    source, file = ("json", str(path)) if path.is_file() else ("allenai/c4", f"en/{SHARD}")
-    unread = quoting(f"Cannot read C4 from {file}: ", f". Put the file into $GPRUNE_DATA_DIR/corpora/c4/{SHARD}.")
-    with unread, quieted("datasets") if source == "json" else offline_if_unreachable():
+    path = expanded(os.environ.get("GPRUNE_DATA_DIR", "")) / "corpora/c4" / C4_FILE
+    is_local = path.is_file()
+    source, file = ("json", str(path)) if is_local else ("allenai/c4", f"en/{C4_FILE}")
+    errors = quoting(f"Cannot read C4 from {file}: ", f". Put the file into $GPRUNE_DATA_DIR/corpora/c4/{C4_FILE}.")
+    with errors, quieted("datasets") if is_local else offline_if_unreachable():
         rows = datasets.load_dataset(source, data_files={"validation": file}, split="validation", streaming=True)
-        texts = [row["text"] for row in itertools.islice(rows, DOCUMENTS)]
+        texts = [row["text"] for row in itertools.islice(rows, C4_DOCUMENTS)]
         return " ".join(texts), len(texts)
 
 
 def literature_windows(text: str, tokenizer: PreTrainedTokenizerBase, task: str, *, seq_len: int, bos: Bos) -> Windows:
-    """Cut a text into windows, (n, seq_len): all complete windows in order, for C4 the first 256."""
+    """Cut a text into windows, (n, seq_len): all complete windows in order or, for C4, the first 256.
+
+    Args:
+        text: the whole text.
+        tokenizer: the tokenizer of the model.
+        task: wikitext2 or c4.
+        seq_len: tokens per window.
+        bos: whether each window begins with BOS, as for `leading_token`.
+    """
     sample = Sample(None, seq_len, shuffle=False, bos=leading_token(tokenizer, bos), flags=("--limit", "--seq_len"))
-    every = make_windows([text], tokenizer, sample, corpus=task, split="test" if task == WIKITEXT else "validation")
-    return every if task == WIKITEXT else replace(every, tokens=every.tokens[:WINDOWS])
+    if task == WIKITEXT:
+        return make_windows([text], tokenizer, sample, corpus=task, split="test")
+    windows = make_windows([text], tokenizer, sample, corpus=task, split="validation")
+    return replace(windows, tokens=windows.tokens[:C4_WINDOWS])
 
 
 def literature_perplexity(
@@ -92,8 +108,8 @@ def literature_perplexity(
         tokenizer: its tokenizer.
         task: wikitext2 or c4.
         seq_len: tokens per window.
-        bos: whether each window begins with BOS, as in `leading_token`.
-        limit: use only the first windows. Then the number cannot be compared with published ones.
+        bos: whether each window begins with BOS, as for `leading_token`.
+        limit: use only the first windows. The perplexity can then not be compared with published ones.
 
     Raises:
         UserError: if windows are longer than the model's positions, or the text cannot be read.
@@ -102,15 +118,15 @@ def literature_perplexity(
     if not 2 <= seq_len <= positions:
         raise UserError(f"--seq_len must be from 2 to {positions}, the model's positions; got {seq_len}.")
     text, join, note, missing = _convention(task)
-    every = literature_windows(text, tokenizer, task, seq_len=seq_len, bos=bos)
-    windows = replace(every, tokens=every.tokens[:limit])
+    all_windows = literature_windows(text, tokenizer, task, seq_len=seq_len, bos=bos)
+    windows = replace(all_windows, tokens=all_windows.tokens[:limit])
     check_tokens(windows, tokenizer, model.get_input_embeddings().num_embeddings)
-    batch_size = max(1, 2048 // seq_len)
+    batch_size = max(1, BATCH_TOKENS // seq_len)
     with Screen({0: windows.tokens.numel()}) as screen:
-        screen.begin(f"Perplexity on {TEXTS[task]}")
+        screen.begin_part(f"Perplexity on {TEXTS[task]}")
         result = perplexity(model, windows, batch_size=batch_size, progress=screen.advance)
     _, low, high = mean_perplexity({task: result.window_nll}, seq_len - 1)
-    if len(windows.tokens) < len(every.tokens):
+    if len(windows.tokens) < len(all_windows.tokens):
         missing = [f"only the first {len(windows.tokens)} windows", *missing]
     return {
         "kind": "perplexity",
@@ -136,12 +152,19 @@ def literature_perplexity(
 
 
 def _convention(task: str) -> tuple[str, str, str, list[str]]:
-    """Return the text of a task, the separator of its parts, a note on the convention, and what is missing."""
+    """Return the text of a task with its convention.
+
+    Returns:
+        text: the whole text.
+        join: the separator of lines or documents in the text.
+        note: the convention, for the table.
+        missing: what the text lacks, compared with the convention; empty for a complete text.
+    """
     if task == WIKITEXT:
-        text = wikitext2()
-        missing = [] if len(text) == CHARACTERS else [f"{len(text):,} of {CHARACTERS:,} characters"]
+        text = read_wikitext2()
+        missing = [] if len(text) == WIKITEXT_CHARACTERS else [f"{len(text):,} of {WIKITEXT_CHARACTERS:,} characters"]
         return text, JOIN, "the convention of the literature", missing
-    text, documents = c4()
-    missing = [] if documents == DOCUMENTS else [f"{documents:,} of {DOCUMENTS:,} documents"]
-    note = f"the convention of SparseGPT and Wanda: up to {WINDOWS} windows of the first {DOCUMENTS:,} documents"
+    text, documents = read_c4()
+    missing = [] if documents == C4_DOCUMENTS else [f"{documents:,} of {C4_DOCUMENTS:,} documents"]
+    note = f"the convention of SparseGPT and Wanda: up to {C4_WINDOWS} windows of the first {C4_DOCUMENTS:,} documents"
     return text, " ", note, missing

@@ -11,8 +11,8 @@ import torch
 
 from gprune.benchmarks.literature import literature_perplexity
 from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks
-from gprune.benchmarks.speed import throughput
-from gprune.benchmarks.subjects import Loaded, subjects_of
+from gprune.benchmarks.speed import measure_throughput
+from gprune.benchmarks.subjects import Loaded, find_subjects
 from gprune.benchmarks.tasks import require_lm_eval
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.errors import optional_output
@@ -24,24 +24,24 @@ from gprune.storage.files import key_of, write_json
 from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
-NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "exact_match_stderr", "perplexity")
-NUMBERS += ("tokens_per_second", "seconds")
+METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "exact_match_stderr", "perplexity")
+METRICS += ("tokens_per_second", "seconds")
 
 
-def check_tasks(asked: Benchmarks) -> None:
+def check_tasks(benchmarks: Benchmarks) -> None:
     """Raise UserError if the tasks need lm_eval and it is not installed."""
-    if not {*asked.tasks} <= {*TEXTS, SPEED}:
+    if not {*benchmarks.tasks} <= {*TEXTS, SPEED}:
         require_lm_eval()
 
 
 def evaluate(
-    model: str, asked: Benchmarks, *, dense: bool = False, pruned: bool = True, output: Path | None = None
+    model: str, benchmarks: Benchmarks, *, dense: bool = False, pruned: bool = True, output: Path | None = None
 ) -> tuple[list[dict[str, Any]], Path | None]:
     """Measure a model, or the models of a run.
 
     Args:
         model: folder of a run or of a model, embedded name or hub id.
-        asked: the tasks and their settings.
+        benchmarks: the tasks and their settings.
         dense: for a run, whether to measure its dense model too, before the pruned model.
         pruned: for a run with `dense`, whether to measure the pruned model.
         output: JSON file to which records are added; by default `evaluation.json` in the run.
@@ -52,48 +52,58 @@ def evaluate(
     Raises:
         UserError: if lm_eval is missing, a model, task or data cannot be loaded, or `output` is not a file of records.
     """
-    check_tasks(asked)
-    subjects, default, key = subjects_of(
-        model, dense=dense, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code
+    check_tasks(benchmarks)
+    subjects, run_output, run_key = find_subjects(
+        model, dense=dense, dtype=benchmarks.dtype, trust_remote_code=benchmarks.trust_remote_code
     )
-    folder, of_run = expanded(model).resolve(), key is not None
-    about = {"run": folder.name, "origin": key_of(of=key or str(folder))[:12]}
-    output, key = (output, None) if output else (default, key)
+    if not pruned:
+        subjects = subjects[:1]
+    folder = expanded(model).resolve()
+    origin = {"run": folder.name, "origin": key_of(of=run_key or str(folder))[:12]}
+    output_key = None if output else run_key  # a file that the caller names may have records of several runs
+    output = output or run_output
     if output is not None:
-        read_evaluation(output, run=key)  # raises for another file, which must not be overwritten
+        read_evaluation(output, run=output_key)  # raises for another file, which must not be overwritten
     records: list[dict[str, Any]] = []
-    subjects, device = subjects if pruned else subjects[:1], "cuda" if torch.cuda.is_available() else "cpu"
-    tasks = [task for task in dict.fromkeys(asked.tasks) if task != SPEED]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tasks = [task for task in dict.fromkeys(benchmarks.tasks) if task != SPEED]
     for subject in subjects if tasks else ():
-        loaded, tokenizer = subject.load()
-        loaded = loaded.to(device)
+        loaded_model, tokenizer = subject.load()
+        loaded_model = loaded_model.to(device)
         for task in tasks:
             log.info("Evaluating %s", task)
-            records += [r | subject.about | about for r in _task_records((loaded, tokenizer), task, asked)]
+            measured = _measure_task((loaded_model, tokenizer), task, benchmarks)
+            records += [r | subject.about | origin for r in measured]
             if output is not None:
-                merge_records(output, records, run=key)
-    if SPEED in asked.tasks:
+                merge_records(output, records, run=output_key)
+    if SPEED in benchmarks.tasks:
         log.info("Evaluating %s", SPEED)
         models = [subject.load()[0].to(device) for subject in subjects]  # loaded together, to be timed in alternation
-        numbers = throughput(models, batches=asked.speed_batch, prompt=asked.speed_prompt)
-        records += [r | subject.about | about for subject, own in zip(subjects, numbers, strict=True) for r in own]
+        by_model = measure_throughput(models, batches=benchmarks.speed_batch, prompt=benchmarks.speed_prompt)
+        for subject, measured in zip(subjects, by_model, strict=True):
+            records += [r | subject.about | origin for r in measured]
         if output is not None:
-            merge_records(output, records, run=key)
-    if of_run:
+            merge_records(output, records, run=output_key)
+    if run_key is not None:
         with optional_output("numbers to the model card or to W&B", "evaluation.json has them"):
-            if SPEED in asked.tasks:
+            if SPEED in benchmarks.tasks:
                 run = finished(folder)
                 write_card(RunFolder(folder), config_of(run), run.records)
             log_evaluation(folder, records)
     return records, output
 
 
-def _task_records(loaded: Loaded, task: str, asked: Benchmarks) -> list[dict[str, Any]]:
-    """Measure a task. There are several records for a group of tasks, and for several window lengths."""
+def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dict[str, Any]]:
+    """Measure a task other than speed.
+
+    Returns:
+        The records. A group of tasks has a record per task, and a perplexity has one per window length.
+    """
+    limit = benchmarks.limit
     if task not in TEXTS:
-        return zero_shot(*loaded, [task], limit=asked.limit, batch_size=asked.batch_size, source=asked.source)
-    lengths = dict.fromkeys(asked.seq_len)
-    return [literature_perplexity(*loaded, task, seq_len=n, bos=asked.bos, limit=asked.limit) for n in lengths]
+        return zero_shot(*loaded, [task], limit=limit, batch_size=benchmarks.batch_size, source=benchmarks.source)
+    lengths = dict.fromkeys(benchmarks.seq_len)
+    return [literature_perplexity(*loaded, task, seq_len=n, bos=benchmarks.bos, limit=limit) for n in lengths]
 
 
 def merge_records(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = None) -> None:
@@ -104,21 +114,24 @@ def merge_records(path: Path, records: Sequence[dict[str, Any]], *, run: str | N
         records: the new records.
         run: key of the run that the file belongs to. In other files `run` and `origin` of a record identify its model.
     """
-    protocol = ["model", "stage", "recovery", "task", "content_hash", "dtype", *([] if run else ["run", "origin"])]
-    new = {tuple(map(r.get, protocol)) for r in records}
-    others = [r for r in read_evaluation(path, run=run) if tuple(map(r.get, protocol)) not in new]
+    identifying = ["model", "stage", "recovery", "task", "content_hash", "dtype"]
+    if not run:
+        identifying += ["run", "origin"]
+    new = {tuple(map(r.get, identifying)) for r in records}
+    others = [r for r in read_evaluation(path, run=run) if tuple(map(r.get, identifying)) not in new]
     write_json(path, {"records": [*others, *records]}, run=run)
 
 
 def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:
     """Add records to the summary of the run's W&B run, if it has one."""
-    if not (known := RunFolder(run).manifest.get("wandb")):
+    wandb_entry = RunFolder(run).manifest.get("wandb")
+    if not wandb_entry:
         return
     from gprune.runs.tracking import resumed_run
 
-    with resumed_run(run, known) as tracked:
-        if tracked is not None:
-            tracked.summary.update(task_numbers(records))
+    with resumed_run(run, wandb_entry) as wandb_run:
+        if wandb_run is not None:
+            wandb_run.summary.update(task_numbers(records))
 
 
 def task_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -128,8 +141,10 @@ def task_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """
     numbers = {}
     for r in records:
-        place = "rows/dense" if r["stage"] == "dense" else "final"
-        part = r["seq_len"] if r["kind"] == "perplexity" else r.get("batch")
-        task = key_part(r["task"]) + ("" if part is None else f"/{part}")
-        numbers |= {f"{place}/{task}/{name}": r[name] for name in NUMBERS if r.get(name) is not None}
+        prefix = "rows/dense" if r["stage"] == "dense" else "final"
+        task = key_part(r["task"])
+        size = r["seq_len"] if r["kind"] == "perplexity" else r.get("batch")
+        if size is not None:
+            task += f"/{size}"
+        numbers |= {f"{prefix}/{task}/{name}": r[name] for name in METRICS if r.get(name) is not None}
     return numbers

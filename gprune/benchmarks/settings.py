@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from gprune.checks import AtLeast1, AtLeast2, Few, refusal
+from gprune.checks import AtLeast1, AtLeast2, UpTo4096, validation_message
 from gprune.errors import UserError
 
 WIKITEXT = "wikitext2"
@@ -29,7 +29,7 @@ class Benchmarks:
     """whether windows of wikitext2 and c4 begin with BOS: auto (if the tokenizer adds it), always or never"""
     batch_size: AtLeast1 = 4
     """choices per forward pass; large batches are not faster on a CPU"""
-    speed_batch: Annotated[tuple[Few, ...], Field(min_length=1)] = (1, 8)
+    speed_batch: Annotated[tuple[UpTo4096, ...], Field(min_length=1)] = (1, 8)
     """batch sizes (prompts) of speed; several sizes give a record each"""
     speed_prompt: AtLeast1 = 128
     """tokens of each prompt of speed"""
@@ -41,9 +41,9 @@ class Benchmarks:
     """run Python code in the model's repository; use it only if you have read that code"""
 
 
-def benchmarks(**settings: Any) -> Benchmarks:
-    """Build `Benchmarks` from settings, in which numbers may be text; UserError if they are invalid."""
+def parse_benchmarks(**settings: Any) -> Benchmarks:
+    """Build `Benchmarks` from settings. Numbers may be given as text. Raise UserError for invalid settings."""
     try:
         return Benchmarks(**settings)
     except ValidationError as error:
-        raise UserError(f"{refusal(error, '--')}.") from error
+        raise UserError(f"{validation_message(error, '--')}.") from error

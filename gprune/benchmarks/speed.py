@@ -37,13 +37,18 @@ from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
 SPEED_TABLE = "speed.json"  # file in a run's folder
-STEPS = 8  # number of decoding steps that are timed
-ROUNDS, LONG = (2, 12), 25.0  # smallest and largest number of rounds; seconds after which no round begins
-NOISY = 0.1  # a table with a larger spread of repeats is measured again, and a warning is logged
-DAY = 86_400.0  # seconds after which a table is measured again
+DECODING_STEPS = 8  # number of decoding steps that are timed
+MIN_ROUNDS, MAX_ROUNDS = 2, 12  # numbers of rounds of a measurement
+MAX_SECONDS = 25.0  # after this time no round begins, except the first ones
+MAX_SPREAD = 0.1  # a table with a larger spread of repeats is measured again, and a warning is logged
+DAY = 86_400.0  # seconds
+MAX_AGE = DAY  # an older table is measured again
 MULTIPLES = (1, 8, 16, 32, 64, 128)  # candidates of `best_multiple`
-# Seconds of a block as pairs (width, seconds) for `neurons`, `groups` and `multiples` of neurons; seconds of the `rest`
-# of the model; `spread` of repeats.
+MAX_NOISY_MULTIPLE = 16  # largest multiple that is considered with a noisy table
+PICOSECONDS = 1e12  # per second
+# A latency table. `neurons` and `groups`: pairs (width of every block, seconds of a layer), the other width being full.
+# `multiples`: such pairs for odd multiples of each of `MULTIPLES`. `rest`: seconds of everything outside of the layers.
+# `spread`: relative spread of repeated measurements.
 Table = dict[str, Any]
 Times = tuple[list[float], list[float], list[float]]  # per model: seconds to the first token, per step, in total
 
@@ -51,17 +56,18 @@ Times = tuple[list[float], list[float], list[float]]  # per model: seconds to th
 _checked: set[Path] = set()  # tables that this process has measured or verified
 
 
-def speed_key(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int]) -> str:
-    """Return the cache key of a table: machine, threads, versions, shapes, dtype and workload."""
+def speed_key(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]) -> str:
+    """Return the cache key of a table: a hash of machine, threads, versions, shapes, dtype and workload."""
+    gpu = device.type == "cuda" and torch.cuda.get_device_name(device)
     machine = [platform.node(), platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
-    machine += [device.type == "cuda" and torch.cuda.get_device_name(device), torch.get_float32_matmul_precision()]
+    machine += [gpu, torch.get_float32_matmul_precision()]
     shapes = {name: list(parameter.shape) for name, parameter in dense.named_parameters()}
-    return key_of(machine=machine, shapes=shapes, dtype=str(dtype), setting=dict(setting), multiples=MULTIPLES)
+    return key_of(machine=machine, shapes=shapes, dtype=str(dtype), setting=dict(workload), multiples=MULTIPLES)
 
 
 def speed_table(
-    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int], *, measure: bool,
-    again: bool = False, own: Path | None = None,
+    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int], *, measure: bool,
+    again: bool = False, run_table: Path | None = None,
 ) -> Table | None:  # fmt: skip
     """Return the latency table of this machine, cached or measured; None if it is not cached and `measure` is false.
 
@@ -69,240 +75,321 @@ def speed_table(
         dense: the model without weights.
         device: the device.
         dtype: the dtype of the weights.
-        setting: the workload.
-        measure: whether to measure a table that is missing or, as `outdated` finds, no longer valid.
-        again: whether to measure in any case.
-        own: the table in a run's folder (`keep_table`); a resumed run uses it.
+        workload: `batch`, `prompt` and `generate`, as for `time_generation`.
+        measure: whether to measure a table that is missing or, by `reason_to_measure`, no longer valid.
+        again: whether to measure a valid table too, if `measure` is true.
+        run_table: the table that `store_run_table` has stored in a run's folder; a resumed run uses it.
     """
-    key = speed_key(dense, device, dtype, setting)
-    if own is not None and (kept := read_json(own, check=_not_kept, sealed=True)) and kept["key"] == key:
-        return kept["table"]
+    key = speed_key(dense, device, dtype, workload)
+    if run_table is not None:
+        stored = read_json(run_table, check=_run_table_problem, sealed=True)
+        if stored and stored["key"] == key:
+            return stored["table"]
     path = cache_dir() / "speed" / f"{key}.json"
-    if (table := read_json(path, check=MeasuredSpeed.problem, sealed=True)) is None and not measure:
-        return None
-    why = "once for these shapes and this workload"
-    if table is not None and measure:
-        why = outdated(table, path, dense, device, dtype, setting, again=again)
-    if measure and why:
-        log.info("Measuring the latency table of this machine, %s", why)
-        write_json(path, table := measure_table(dense, device, dtype, setting))
-        if table["spread"] > NOISY:
+    table = read_json(path, check=MeasuredSpeed.problem, sealed=True)
+    if not measure:
+        return table
+    if table is None:
+        reason = "once for these shapes and this workload"
+    else:
+        reason = reason_to_measure(table, path, dense, device, dtype, workload, again=again)
+    if reason:
+        log.info("Measuring the latency table of this machine, %s", reason)
+        table = measure_table(dense, device, dtype, workload)
+        write_json(path, table)
+        if table["spread"] > MAX_SPREAD:
             log.warning("The latency table is noisy (%.0f %%). The next run measures it again.", 100 * table["spread"])
         _checked.add(path)
     return table
 
 
-def outdated(
+def reason_to_measure(
     table: Table, path: Path, dense: PreTrainedModel, device: torch.device, dtype: torch.dtype,
-    setting: Mapping[str, int], *, again: bool,
+    workload: Mapping[str, int], *, again: bool,
 ) -> str | None:  # fmt: skip
     """Return why a cached table has to be measured again, or None if it is valid.
 
-    Reasons are `again`, a noisy table, an age above a day, and a wrong prediction for the dense model, which is timed.
+    Reasons are `again`, a noisy table, an age above `MAX_AGE`, and a wrong prediction for the dense model. For the last
+    one the dense model is timed. A table is checked once per process.
     """
     if again:
         return "again, because of --speed.measure"
     if path in _checked:
         return None
-    if table["spread"] > NOISY:
+    if table["spread"] > MAX_SPREAD:
         return f"again: repeats of the cached table differed by {table['spread']:.0%}"
-    if (age := time.time() - path.stat().st_mtime) > DAY:
+    age = time.time() - path.stat().st_mtime
+    if age > MAX_AGE:
         return f"again: the cached table is {age / DAY:.0f} days old"
     log.info("Comparing the latency table with one measurement of the dense model")
-    taken = dense_seconds(dense, device, dtype, setting)
-    ratio = taken / (len(decoder_layers(dense)) * table["neurons"][-1][1] + table["rest"])
+    measured = dense_seconds(dense, device, dtype, workload)
+    _, seconds_per_layer = table["neurons"][-1]
+    predicted = len(decoder_layers(dense)) * seconds_per_layer + table["rest"]
+    ratio = measured / predicted
     _checked.add(path)
-    if abs(ratio - 1) > max(NOISY, 2 * table["spread"]):
+    if abs(ratio - 1) > max(MAX_SPREAD, 2 * table["spread"]):
         return f"again: the dense model takes {ratio:.2f} times as long as in the cached table"
     return None
 
 
-def keep_table(table: Table, key: str, file: Path) -> None:
+def store_run_table(table: Table, key: str, file: Path) -> None:
     """Store the table of a run in its folder, so that a resumed run has the same budget."""
     write_json(file, {"key": key, "table": table})
 
 
-def _not_kept(content: Any) -> str | None:
-    """Return why the content of a file is not valid for `keep_table`, or None."""
+def _run_table_problem(content: Any) -> str | None:
+    """Return why the content of a file was not written by `store_run_table`, or None if it is valid."""
     if not isinstance(content, dict) or not {"key", "table"} <= content.keys():
         return "not a latency table"
     return MeasuredSpeed.problem(content["table"])
 
 
-def price_by(table: Table, blocks: Sequence[Block]) -> Price:
-    """Return the price of units in picoseconds, by linear interpolation between measured widths.
+def price_from_table(table: Table, blocks: Sequence[Block]) -> Price:
+    """Convert a latency table to integer picoseconds.
 
-    If all points are within the spread of repeats of a straight line, that line is used. Blocks of one layer, whose
-    widths were measured together, share the seconds of the layer in proportion to their parameters.
+    The price has the cost of keeping 0, 1, ..., n units of each block, interpolated linearly between measured widths.
+    If a straight line fits all points within the measurement noise (`spread`), the line is used. A layer with several
+    blocks is timed as a whole. Its time is divided between them in proportion to their parameters.
     """
-
-    def saved(points: Sequence[tuple[int, float]], most: int, share: float = 1.0) -> list[int]:
-        kept, taken = zip(*points, strict=True)
-        line = np.polyval(np.polyfit(kept, taken, min(1, len(kept) - 1)), kept)
-        if np.abs(taken / line - 1).max() <= table["spread"]:
-            taken = line
-        taken = np.interp(range(most + 1), kept, isotonic_regression(taken))  # except for noise, narrower is faster
-        return [round(1e12 * share * (seconds - taken[0])) for seconds in taken]
-
-    shares = [[_share(b, own, kind) for own in by_layer(blocks) for b in own] for kind in ("ffn", "attention")]
-    tables = [
-        (saved(table["neurons"], b.neurons, of_ffn), saved(table["groups"], b.kv_groups, of_attention))
-        for b, of_ffn, of_attention in zip(blocks, *shares, strict=True)
+    layers = by_layer(blocks)
+    neuron_costs = [
+        _unit_costs(table["neurons"], b.neurons, _parameter_share(b, layer, "ffn"), table["spread"])
+        for layer in layers
+        for b in layer
     ]
-    units = [neurons[-1] + groups[-1] for neurons, groups in tables]
-    of_layers = [sum(units[b.index] for b in own) for own in by_layer(blocks)]
-    fixed = max(0, round(1e12 * table["neurons"][-1][1]) - max(of_layers))
-    whole = [cost + fixed * (b.order == 0) for b, cost in zip(blocks, units, strict=True)]
-    return Price(*zip(*tables, strict=True), whole, round(1e12 * table["rest"]))
+    group_costs = [
+        _unit_costs(table["groups"], b.kv_groups, _parameter_share(b, layer, "attention"), table["spread"])
+        for layer in layers
+        for b in layer
+    ]
+    all_units = [neurons[-1] + groups[-1] for neurons, groups in zip(neuron_costs, group_costs, strict=True)]
+    largest_layer = max(sum(all_units[b.index] for b in layer) for layer in layers)
+    # Time of a layer besides its units, such as norms. It is saved only if the whole layer is removed.
+    _, seconds_per_layer = table["neurons"][-1]
+    fixed = max(0, round(PICOSECONDS * seconds_per_layer) - largest_layer)
+    whole_blocks = [cost + (fixed if b.order == 0 else 0) for b, cost in zip(blocks, all_units, strict=True)]
+    return Price(neuron_costs, group_costs, whole_blocks, round(PICOSECONDS * table["rest"]))
 
 
-def _share(block: Block, of_layer: Sequence[Block], kind: str) -> float:
-    """A block's share of the parameters of all units of this kind in its layer; 1 where it is alone."""
-    counts = [b.unit_cost(kind) * (b.neurons if kind == "ffn" else b.kv_groups) for b in of_layer]
-    return counts[block.order] / (sum(counts) or 1) if len(counts) > 1 else 1.0
+def _unit_costs(points: Sequence[tuple[int, float]], units: int, share: float, spread: float) -> list[int]:
+    """Return the picoseconds of keeping 0, 1, ..., `units` units, compared with keeping none.
+
+    Args:
+        points: pairs (width, seconds of a layer), with increasing widths.
+        units: number of units of the block.
+        share: share of the block in the seconds of its layer.
+        spread: relative deviation from a straight line that counts as noise.
+    """
+    kept, seconds = zip(*points, strict=True)
+    line = np.polyval(np.polyfit(kept, seconds, min(1, len(kept) - 1)), kept)
+    if np.abs(seconds / line - 1).max() <= spread:
+        seconds = line
+    increasing = isotonic_regression(seconds)  # except for noise, narrower blocks are faster
+    interpolated = np.interp(range(units + 1), kept, increasing)
+    return [round(PICOSECONDS * share * (value - interpolated[0])) for value in interpolated]
+
+
+def _parameter_share(block: Block, layer: Sequence[Block], kind: str) -> float:
+    """Return a block's share of the parameters of all units of a kind in its layer; 1 for a single block.
+
+    Args:
+        block: the block.
+        layer: all blocks of the layer.
+        kind: ffn or attention.
+    """
+    if len(layer) == 1:
+        return 1.0
+    counts = [b.unit_cost(kind) * (b.neurons if kind == "ffn" else b.kv_groups) for b in layer]
+    return counts[block.order] / (sum(counts) or 1)
 
 
 def best_multiple(table: Table) -> int:
     """Return the smallest of `MULTIPLES` at which this machine loses no speed, and log it.
 
     The cost of a neuron is the time of its block beyond that of a block with one neuron, divided by the neurons. The
-    loss of a multiple is the extra cost compared with the best multiple; losses within measurement noise are ignored.
-    With a noisy table at most `NOISY` is ignored, and multiples above 16, which could make a target impossible, are not
-    considered.
+    loss of a multiple is the extra cost compared with the best multiple, as a share of the time of the block. Losses
+    within measurement noise are ignored. With a noisy table at most `MAX_SPREAD` is ignored, and multiples above
+    `MAX_NOISY_MULTIPLE`, which could make a target impossible, are not considered.
     """
-    one, points, noise = table["neurons"][0][1], table["multiples"], table["spread"]
-    least = min((taken - one) / neurons for neurons, taken in points)
-    lost = {max(m for m in MULTIPLES if n % m == 0): ((t - one) / n - least) * n / t for n, t in points}
-    known = {multiple: share for multiple, share in lost.items() if noise <= NOISY or multiple <= 16}
-    best = min((m for m, share in known.items() if share <= min(noise, NOISY)), default=min(known, key=known.get))
-    shares = ", ".join(f"{multiple}: {share:.1%}" for multiple, share in lost.items())
-    what = "lose no speed" if round(lost[best], 3) == 0 else f"lose {lost[best]:.1%} of the speed"
-    log.info("Widths in multiples of %d %s (loss: %s; spread of repeats: %.1f %%)", best, what, shares, 100 * noise)
+    noise = table["spread"]
+    _, seconds_of_one = table["neurons"][0]
+    lowest_cost = min((seconds - seconds_of_one) / neurons for neurons, seconds in table["multiples"])
+    losses = {}
+    for neurons, seconds in table["multiples"]:
+        multiple = max(multiple for multiple in MULTIPLES if neurons % multiple == 0)
+        losses[multiple] = ((seconds - seconds_of_one) / neurons - lowest_cost) * neurons / seconds
+    considered = {
+        multiple: loss for multiple, loss in losses.items() if noise <= MAX_SPREAD or multiple <= MAX_NOISY_MULTIPLE
+    }
+    without_loss = [multiple for multiple, loss in considered.items() if loss <= min(noise, MAX_SPREAD)]
+    best = min(without_loss, default=min(considered, key=considered.get))
+    shares = ", ".join(f"{multiple}: {loss:.1%}" for multiple, loss in losses.items())
+    result = "lose no speed" if round(losses[best], 3) == 0 else f"lose {losses[best]:.1%} of the speed"
+    log.info("Widths in multiples of %d %s (loss: %s; spread of repeats: %.1f %%)", best, result, shares, 100 * noise)
     return best
 
 
 @torch.no_grad()
 def random_model(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model of the same shapes with random weights."""
-    whole = copy.deepcopy(dense).to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    for tensor in (*whole.parameters(), *whole.buffers()):
+    """Return a model with the shapes of `dense` and random weights."""
+    model = copy.deepcopy(dense).to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for tensor in (*model.parameters(), *model.buffers()):
         tensor.copy_(torch.randn(tensor.shape).mul(0.02))
-    return whole
+    return model
 
 
 @torch.no_grad()
 def dense_seconds(
-    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int]
+    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]
 ) -> float:
     """Measure the seconds of the dense model for a workload in the smallest number of rounds."""
-    (_, _, (taken,)), _ = seconds([random_model(dense, device, dtype)], long=0, **setting)
-    return taken
+    (_, _, (seconds,)), _ = time_generation([random_model(dense, device, dtype)], max_seconds=0, **workload)
+    return seconds
 
 
 @torch.no_grad()
 def measure_table(
-    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, setting: Mapping[str, int]
+    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]
 ) -> Table:
     """Measure the latency table with random weights."""
-    whole = random_model(dense, device, dtype)
-    (N, G), narrow = (max(of_blocks) for of_blocks in widths(whole).values()), min(widths(whole)["neurons"])
-    neurons, groups = (sorted({1, *(max(1, n * part // 4) for part in range(1, 5))}) for n in (N, G))
-    odd = (m * (2 * round(3 * narrow / m / 8 - 0.5) + 1) for m in MULTIPLES)  # odd, about 3/4 of the width
-    sizes = {"neurons": [(n, G) for n in neurons], "groups": [(N, g) for g in groups]}
-    sizes["multiples"] = [(n, G) for n in odd if 0 < n <= narrow]
-    models = {size: narrowed(whole, *size) for of in sizes.values() for size in of}
-    depth, unpruned = len(decoder_layers(whole)), narrowed(whole, N, G)
-    del decoder_layers(unpruned)[:]  # leaves the parts that are never pruned
-    (_, _, (*taken, rest)), spread = seconds([*models.values(), unpruned], **setting)
-    of_block = {size: max((t - rest) / depth, 1e-12) for size, t in zip(models, taken, strict=True)}
-    table = {kind: [[size[kind == "groups"], of_block[size]] for size in of] for kind, of in sizes.items()}
-    return table | {"rest": rest, "spread": spread}
+    model = random_model(dense, device, dtype)
+    model_widths = widths(model)
+    N, G = max(model_widths["neurons"]), max(model_widths["kv_groups"])
+    narrowest = min(model_widths["neurons"])
+    quarters = range(1, 5)
+    neurons = sorted({1, *(max(1, N * quarter // 4) for quarter in quarters)})
+    groups = sorted({1, *(max(1, G * quarter // 4) for quarter in quarters)})
+    # About 3/4 of the narrowest block: an odd multiple of each candidate, so not a multiple of a larger candidate.
+    odd_multiples = [m * (2 * round(3 * narrowest / m / 8 - 0.5) + 1) for m in MULTIPLES]
+    sizes = {  # (neurons, KV groups) of every block
+        "neurons": [(n, G) for n in neurons],
+        "groups": [(N, g) for g in groups],
+        "multiples": [(n, G) for n in odd_multiples if 0 < n <= narrowest],
+    }
+    models = {size: narrow_model(model, *size) for sizes_of_kind in sizes.values() for size in sizes_of_kind}
+    depth = len(decoder_layers(model))
+    without_layers = narrow_model(model, N, G)
+    del decoder_layers(without_layers)[:]
+    (_, _, (*seconds, rest)), spread = time_generation([*models.values(), without_layers], **workload)
+    of_layer = {size: max((total - rest) / depth, 1e-12) for size, total in zip(models, seconds, strict=True)}
+    return {
+        "neurons": [[n, of_layer[n, g]] for n, g in sizes["neurons"]],
+        "groups": [[g, of_layer[n, g]] for n, g in sizes["groups"]],
+        "multiples": [[n, of_layer[n, g]] for n, g in sizes["multiples"]],
+        "rest": rest,
+        "spread": spread,
+    }
 
 
-def narrowed(whole: PreTrainedModel, neurons: int, groups: int) -> PreTrainedModel:
-    """Return a model with narrower blocks that shares memory with the whole one; its weights are arbitrary."""
-    blocks = blocks_of(whole)
+def narrow_model(model: PreTrainedModel, neurons: int, groups: int) -> PreTrainedModel:
+    """Return a model with at most so many neurons and KV groups per block.
+
+    It shares memory with the given model. Its weights are arbitrary numbers of that memory.
+    """
+    blocks = blocks_of(model)
     ffn = [
         top_of_experts(torch.zeros(b.experts * b.neurons), min(neurons, b.neurons), experts=b.experts) for b in blocks
     ]
-    small = prune(sharing(whole), Masks(ffn, [torch.arange(b.kv_groups) < groups for b in blocks]), inplace=True)
-    for mine, own in zip(small.parameters(), whole.parameters(), strict=True):
-        mine.data = own.data.flatten()[: mine.numel()].view(mine.shape)
-    return small
+    attention = [torch.arange(b.kv_groups) < groups for b in blocks]
+    narrow = prune(copy_sharing_weights(model), Masks(ffn, attention), inplace=True)
+    for parameter, wide_parameter in zip(narrow.parameters(), model.parameters(), strict=True):
+        memory = wide_parameter.data.flatten()
+        parameter.data = memory[: parameter.numel()].view(parameter.shape)
+    return narrow
 
 
-def sharing(model: PreTrainedModel) -> PreTrainedModel:
+def copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy with the same tensors, without hooks, and with a generation config that does not stop early."""
     copied = copy_without_hooks(model, {id(p): p for p in model.parameters()})
     copied.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     return copied.eval()
 
 
-def machine_of(device: torch.device) -> str:
-    """Describe the device."""
+def describe_device(device: torch.device) -> str:
+    """Return the name of the GPU, or the number of threads on a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
 
 
 @torch.no_grad()
-def seconds(
-    models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int, long: float | None = None
+def time_generation(
+    models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int, max_seconds: float | None = None
 ) -> tuple[Times, float]:
-    """Time greedy generation with transformers; return `Times` and the spread of repeats (slowest / fastest - 1).
+    """Time greedy `model.generate`, and take the minimum over several rounds.
 
-    The result is the fastest of several rounds. In each round all models are timed in alternation, so that other
-    processes on the machine affect them equally. The time of a decoding step is the mean of the first `STEPS` steps.
+    Each round times every model once, so that background load affects all of them equally. The time of a decoding step
+    is the mean of the first `DECODING_STEPS` steps.
 
     Args:
         models: the models.
         batch: number of prompts.
         prompt: tokens of each prompt.
         generate: number of generated tokens after the first one.
-        long: seconds after which no round begins, except the first two. Default: `LONG`.
+        max_seconds: after this time no round begins, except the first `MIN_ROUNDS`. Default: `MAX_SECONDS`.
+
+    Returns:
+        times: `Times` in seconds.
+        spread: median over models and lengths of slowest / fastest round - 1.
     """
-    long = LONG if long is None else long
-    models = [sharing(model) for model in models]
+    max_seconds = MAX_SECONDS if max_seconds is None else max_seconds
+    models = [copy_sharing_weights(model) for model in models]
     ids = torch.ones(batch, prompt, dtype=torch.long, device=device_of(models[0]))
-    rounds, began, lengths = [], time.monotonic(), (1, 1 + STEPS) if generate else (1,)
+    lengths = (1, 1 + DECODING_STEPS) if generate else (1,)
 
-    def taken(model: PreTrainedModel, tokens: int) -> float:
-        work = {"generate": model.generate, "ids": ids, "mask": torch.ones_like(ids), "tokens": tokens}
+    def time_once(model: PreTrainedModel, tokens: int) -> float:
+        names = {"generate": model.generate, "ids": ids, "mask": torch.ones_like(ids), "tokens": tokens}
         statement, threads = "generate(ids, attention_mask=mask, max_new_tokens=tokens)", torch.get_num_threads()
-        return Timer(statement, globals=work, num_threads=threads).blocked_autorange(min_run_time=0.05).median
+        return Timer(statement, globals=names, num_threads=threads).blocked_autorange(min_run_time=0.05).median
 
-    while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and time.monotonic() - began < long):
-        rounds.append([[taken(model, tokens) for tokens in lengths] for model in models])
+    rounds: list[list[list[float]]] = []
+    start = time.monotonic()
+    while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.monotonic() - start < max_seconds):
+        rounds.append([[time_once(model, tokens) for tokens in lengths] for model in models])
     repeats = torch.tensor(rounds, dtype=torch.float64)  # (rounds, models, lengths)
-    best = repeats.amin(0)
-    first, step = best[:, 0], (best[:, -1] - best[:, 0]).clamp(min=0) / STEPS
-    if (spread := float((repeats.amax(0) / best - 1).median())) > NOISY:
+    fastest = repeats.amin(0)
+    first = fastest[:, 0]
+    step = (fastest[:, -1] - first).clamp(min=0) / DECODING_STEPS
+    spread = float((repeats.amax(0) / fastest - 1).median())
+    if spread > MAX_SPREAD:
         log.warning("Repeated measurements of speed differ by %.0f %%. The machine is busy.", 100 * spread)
     return (first.tolist(), step.tolist(), (first + generate * step).tolist()), spread
 
 
-def throughput(models: Sequence[PreTrainedModel], *, batches: Sequence[int], prompt: int) -> list[list[dict[str, Any]]]:
+def measure_throughput(
+    models: Sequence[PreTrainedModel], *, batches: Sequence[int], prompt: int
+) -> list[list[dict[str, Any]]]:
     """Measure the task `speed`: records `prefill` (seconds to the first token) and `decode` for each model.
 
-    Tokens per second are for the whole batch. Only numbers with the same `rounds`, measured in alternation, can be
-    compared.
+    Tokens per second are for the whole batch. Only records with the same `rounds` can be compared, because their models
+    were timed in alternation.
+
+    Args:
+        models: the models.
+        batches: batch sizes.
+        prompt: tokens of each prompt.
+
+    Returns:
+        The records of each model.
 
     Raises:
         UserError: if prompts are longer than the models' positions.
     """
-    most = min(getattr(model.config, "max_position_embeddings", math.inf) for model in models) - STEPS
-    if prompt > most:
-        raise UserError(f"--speed_prompt must be {most:,} tokens or less; got {prompt:,}.")
-    machine, records = machine_of(device_of(models[0])), [[] for _ in models]
+    longest = min(getattr(model.config, "max_position_embeddings", math.inf) for model in models) - DECODING_STEPS
+    if prompt > longest:
+        raise UserError(f"--speed_prompt must be {longest:,} tokens or less; got {prompt:,}.")
+    device = describe_device(device_of(models[0]))
+    records: list[list[dict[str, Any]]] = [[] for _ in models]
     for batch in dict.fromkeys(batches):
-        (first, step, _), spread = seconds(models, batch=batch, prompt=prompt, generate=STEPS)
+        (first, step, _), spread = time_generation(models, batch=batch, prompt=prompt, generate=DECODING_STEPS)
         shared = {
             "kind": SPEED, "split": "none", "batch": batch, "prompt": prompt, "spread": spread,
-            "standard_protocol": False, "note": f"prompts of {prompt} tokens, {machine}",
+            "standard_protocol": False, "note": f"prompts of {prompt} tokens, {device}",
             "rounds": key_of(first=first, step=step)[:16],
-            "content_hash": key_of(machine=[machine, platform.node()], batch=batch, prompt=prompt)[:16],
+            "content_hash": key_of(machine=[device, platform.node()], batch=batch, prompt=prompt)[:16],
         }  # fmt: skip
         for i, model in enumerate(models):
             shared["dtype"] = str(model.dtype).removeprefix("torch.")
-            for task, tokens, spent in (("prefill", batch * prompt, first[i]), ("decode", batch, step[i])):
-                if spent:  # 0 if decoding steps are too fast compared with prefill
-                    records[i].append(shared | {"task": task, "tokens_per_second": tokens / spent, "seconds": spent})
+            for task, tokens, seconds in (("prefill", batch * prompt, first[i]), ("decode", batch, step[i])):
+                if seconds:  # 0 if decoding steps are too fast compared with prefill
+                    speed = {"task": task, "tokens_per_second": tokens / seconds, "seconds": seconds}
+                    records[i].append(shared | speed)
     return records

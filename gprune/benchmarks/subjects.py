@@ -29,13 +29,22 @@ class Subject:
     load: Callable[[], Loaded]
 
 
-def subjects_of(
+def find_subjects(
     name: str, *, dense: bool = False, dtype: str | None = None, trust_remote_code: bool = False
 ) -> tuple[list[Subject], Path | None, str | None]:
-    """Return the models of a name, the file for their records (`evaluation.json` in a run) and the run's key.
+    """Find the models to evaluate, without loading them.
 
-    The arguments are those of `measurement.evaluate`. `trust_remote_code` in a run's manifest is ignored, because it is
-    not the consent of the person who evaluates.
+    Args:
+        name: folder of a run or of a model, embedded name or hub id.
+        dense: for a run, whether to include its dense model.
+        dtype: name of the dtype; by default that of the run, or float32.
+        trust_remote_code: whether code in the model's repository may be run. The setting of a run is ignored, because
+            it is not the consent of the person who evaluates.
+
+    Returns:
+        subjects: the models; the dense model of a run comes first.
+        path: the file for their records: `evaluation.json` in a run, otherwise None.
+        key: the run's key, otherwise None.
 
     Raises:
         UserError: if a run is not finished or has no model, or a folder is neither a run nor a model.
@@ -54,30 +63,58 @@ def subjects_of(
     if settings["recovery"] != "none" and not (path / "model" / "config.json").is_file():
         reason = "the recovered model was not exported (--export none)"
         raise UserError(f"Cannot evaluate run '{path}': {reason}. Repeat the run with --export hf.")
-    loading = (path, settings, getattr(torch, dtype or settings["model"]["dtype"]), trust_remote_code)
-    after = {"model": label, "stage": run.final, "recovery": settings["recovery"]}
-    ours = run.final != "model"  # with --model.made_elsewhere the sparsity is unknown
-    after |= {"sparsity": run.records[-1]["sparsity"] if ours else None}
-    after |= {"scope": settings["sparsity"]["scope"] if ours else None}
-    subjects = [Subject(after, lambda: _load_pruned(*loading))]
+    load_arguments = (path, settings, getattr(torch, dtype or settings["model"]["dtype"]), trust_remote_code)
+    pruned_by_gprune = run.final != "model"  # otherwise made elsewhere, so the sparsity is unknown
+    about_pruned = {
+        "model": label,
+        "stage": run.final,
+        "recovery": settings["recovery"],
+        "sparsity": run.records[-1]["sparsity"] if pruned_by_gprune else None,
+        "scope": settings["sparsity"]["scope"] if pruned_by_gprune else None,
+    }
+    subjects = [Subject(about_pruned, lambda: _load_pruned(*load_arguments))]
     if dense:
-        before = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
-        subjects.insert(0, Subject(before, lambda: load_dense(*loading)))
+        about_dense = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
+        subjects.insert(0, Subject(about_dense, lambda: load_dense(*load_arguments)))
     return subjects, path / "evaluation.json", run.key
 
 
 def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
-    """Load the dense model of a run in any dtype, frozen, and its tokenizer; UserError if its weights have changed."""
-    name = settings["model"]["name"]
-    was = settings["inputs"]["model"], f"the model that '{run}' pruned"
-    return _unchanged(load_model, name, settings, *was, dtype=dtype, trust_remote_code=trust_remote_code)
+    """Load the frozen dense model of a run in any dtype, and its tokenizer.
+
+    Args:
+        run: the run's folder.
+        settings: settings of the run, with `inputs`.
+        dtype: dtype of the weights.
+        trust_remote_code: whether code in the model's repository may be run.
+
+    Raises:
+        UserError: if the weights are not those that the run pruned.
+    """
+    return _load_verified(
+        load_model, settings["model"]["name"], settings, settings["inputs"]["model"], f"the model that '{run}' pruned",
+        dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
-def _unchanged(
+def _load_verified(
     load: Callable[..., Loaded], name: str, settings: Mapping[str, Any], expected: str, what: str, *,
     dtype: torch.dtype, trust_remote_code: bool,
 ) -> Loaded:  # fmt: skip
-    """Load a model and its tokenizer; UserError unless its fingerprint in the run's dtype is the expected one."""
+    """Load a model and its tokenizer, and check that the weights are those that a run has used.
+
+    Args:
+        load: function that loads the model by its name, dtype and `trust_remote_code`.
+        name: name of the model.
+        settings: settings of the run.
+        expected: fingerprint of the weights in the run's dtype.
+        what: description of the expected model, for the error.
+        dtype: dtype of the weights.
+        trust_remote_code: whether code in the model's repository may be run.
+
+    Raises:
+        UserError: if the fingerprint differs.
+    """
     model, tokenizer = load(name, dtype=getattr(torch, settings["model"]["dtype"]), trust_remote_code=trust_remote_code)
     if fingerprint(model) != expected:
         raise UserError(f"Cannot evaluate '{name}': it has other weights than {what}. Repeat the run.")
@@ -88,15 +125,18 @@ def _unchanged(
 
 
 def _load_pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
-    """Load the pruned model of a run: the exported folder or, without one, the dense model pruned by the masks.
+    """Load the exported model of a run, and its tokenizer.
 
-    Without recovery both are the same. With `--model.made_elsewhere` that model is loaded.
+    Without an exported model, prune the dense model by the run's masks, which gives the same model if the run used no
+    recovery; or, with `--model.made_elsewhere`, load that model.
     """
     if (run / "model" / "config.json").is_file():
         return load_model(str(exported_model(run)), dtype=dtype)
     if (other := settings["model"].get("made_elsewhere")) is not None:
-        was = settings["inputs"]["made_elsewhere"], f"the model made elsewhere that '{run}' measured"
-        return _unchanged(load_elsewhere, other, settings, *was, dtype=dtype, trust_remote_code=trust_remote_code)
+        return _load_verified(
+            load_elsewhere, other, settings, settings["inputs"]["made_elsewhere"],
+            f"the model made elsewhere that '{run}' measured", dtype=dtype, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     masks = read_run(run).masks
     model, tokenizer = load_dense(run, settings, dtype, trust_remote_code)
     return prune(model, masks), tokenizer

@@ -28,12 +28,23 @@ from gprune.errors import UserError, quoting
 from gprune.storage.reading import expanded, read_required_text
 
 log = logging.getLogger("gprune")
-# Type of a task -> metrics that are used. acc of loglikelihood: whether greedy decoding gives the text.
-COUNTED = {"multiple_choice": ("acc", "acc_norm"), "loglikelihood": ("acc",), "generate_until": ("exact_match",)}
-# Identity of complete splits: number of rows, or `content_hash` of local questions with lm_eval's prompts.
-WHOLE = {"lambada_openai": 5153, "hellaswag": 10042, "winogrande": 1267, "arc_challenge": 1172, "gsm8k": (1319, 7473)}
-WHOLE |= {"piqa": "f230db808510ef88", "arc_easy": "16b23eecab0a5935"}
-PART = "not known to be all of lm_eval's, and never to be set beside published figures"
+# Type of a task -> metrics that are used. acc of loglikelihood is the share of texts that greedy decoding gives.
+SUPPORTED_METRICS = {
+    "multiple_choice": ("acc", "acc_norm"),
+    "loglikelihood": ("acc",),
+    "generate_until": ("exact_match",),
+}
+# Task -> how its complete split is recognised in local files: the number of rows; for a task with few-shot examples
+# (rows, rows of train.jsonl); or the `content_hash` of local questions with lm_eval's prompts.
+COMPLETE_SPLITS = {
+    "lambada_openai": 5153,
+    "hellaswag": 10042,
+    "winogrande": 1267,
+    "arc_challenge": 1172,
+    "gsm8k": (1319, 7473),
+}
+COMPLETE_SPLITS |= {"piqa": "f230db808510ef88", "arc_easy": "16b23eecab0a5935"}
+PARTIAL_NOTE = "not known to be all of lm_eval's, and never to be set beside published figures"
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class LoadedTask:
 
 
 def require_lm_eval() -> str:
-    """Return the version of lm_eval; UserError if it is not installed."""
+    """Return the version of lm_eval. Raise UserError if it is not installed."""
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -61,113 +72,167 @@ def load_tasks(name: str, source: str) -> list[LoadedTask]:
 
     Args:
         name: name of the task or group.
-        source: hub, local, or auto (the hub if it answers and has the task).
+        source: `hub`, `local`, or `auto`: the hub if it is reachable and has the task, otherwise the local file.
 
     Raises:
         UserError: if the task cannot be loaded, or its metric is not supported.
     """
-    path = None if source == "hub" else local_file(name)
-    if source == "local" and path is None:
-        raise UserError(f"Task '{name}' needs the local file $GPRUNE_DATA_DIR/tasks/{name}/test.jsonl.")
-    if source != "local":
-        with offline_if_unreachable() as reachable:
+    if source == "hub":
+        return _load_from_hub(name)
+    path = local_file(name)
+    if source == "local":
+        if path is None:
+            raise UserError(f"Task '{name}' needs the local file $GPRUNE_DATA_DIR/tasks/{name}/test.jsonl.")
+        return [local_task(path)]
+    if path is None:
+        return _load_from_hub(name)
+    with offline_if_unreachable() as reachable:
+        if reachable:
             try:
-                if reachable or path is None:
-                    return hub_tasks(name)
+                return hub_tasks(name)
             except UserError as error:
-                if path is None:
-                    raise
                 log.info("%s", error)
-        log.info("Reading task %s from local files", name)
+    log.info("Reading task %s from local files", name)
     return [local_task(path)]
 
 
+def _load_from_hub(name: str) -> list[LoadedTask]:
+    """Load the tasks from the hub, or from the cache of the hub if it is not reachable."""
+    with offline_if_unreachable():
+        return hub_tasks(name)
+
+
 def hub_tasks(name: str) -> list[LoadedTask]:
-    """Load lm_eval's task, or all tasks of a group, with data from the hub."""
-    manager = _manager()
+    """Load lm_eval's task, or all tasks of a group, with data from the hub.
+
+    Raises:
+        UserError: if lm_eval has no such task, its data cannot be loaded, or its metric is not supported.
+    """
+    manager = _task_manager()
     if name not in manager.all_tasks:
         remedy = f"`lm-eval ls tasks` lists all tasks; local files go to $GPRUNE_DATA_DIR/tasks/{name}"
         raise UserError(f"Unknown task '{name}'. {remedy}.")
     with hub_errors(f"task '{name}'", f"its questions into $GPRUNE_DATA_DIR/tasks/{name}/test.jsonl"):
         tasks = manager.load([name])["tasks"].values()
-    return [_admitted(task, "hub", "") for task in tasks]
+    return [_to_loaded_task(task, "hub", "") for task in tasks]
 
 
-def _admitted(task: Any, source: str, part: str) -> LoadedTask:
-    """Return the task; UserError unless its metric is in `COUNTED`."""
+def _to_loaded_task(task: Any, source: str, incomplete: str) -> LoadedTask:
+    """Describe a task of lm_eval.
+
+    Args:
+        task: the task.
+        source: hub or local.
+        incomplete: why the split may be incomplete, as the end of the note; empty for a complete split.
+
+    Raises:
+        UserError: unless the task has a metric of `SUPPORTED_METRICS`, computed by lm_eval.
+    """
     metrics, kind = list(task.aggregation()), task.OUTPUT_TYPE
-    own = task.config.process_results is not None or task.config.repeats > 1
-    if own or not {*COUNTED.get(kind, ())} & {*metrics}:
+    computes_own_metrics = task.config.process_results is not None or task.config.repeats > 1
+    if computes_own_metrics or not {*SUPPORTED_METRICS.get(kind, ())} & {*metrics}:
         raise UserError(
             f"Task '{task.task_name}' ({kind}) must have lm_eval's metric acc, acc_norm or exact_match; got its own "
             f"{', '.join(metrics)}. For such tasks run lm_eval on the exported model."
         )
-    return LoadedTask(task, source, not part, f"lm_eval's own task{part}")
+    return LoadedTask(task, source, complete=not incomplete, note=f"lm_eval's own task{incomplete}")
 
 
 @functools.lru_cache(maxsize=1)
-def _manager() -> Any:
+def _task_manager() -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()  # slow: it reads thousands of YAML files
+    return TaskManager()  # cached, because it reads thousands of YAML files
 
 
 def local_file(name: str) -> Path | None:
     """Return the file with the questions of a local task, or None."""
     root = os.environ.get("GPRUNE_DATA_DIR")
-    if not root or not name.replace("_", "").isalnum():  # other names could lead out of the folder
+    is_plain_name = name.replace("_", "").isalnum()  # with other characters the path could leave the folder
+    if not root or not is_plain_name:
         return None
     files = (expanded(root) / "tasks" / name / f"{split}.jsonl" for split in ("test", "validation"))
     return next(filter(Path.is_file, files), None)
 
 
 def local_task(path: Path) -> LoadedTask:
-    """Load a local file as a task: rows of lm_eval's data set, or questions; UserError for other content."""
+    """Load a task from a local file, which has rows of lm_eval's data set, or questions.
+
+    Args:
+        path: `<name>/<split>.jsonl`.
+
+    Raises:
+        UserError: if a line is neither a question nor such a row, or lm_eval cannot build the task.
+    """
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    name, split, lines = path.parent.name, path.stem, _read_rows(path)
-    first = next(iter(lines.values()))
-    if not ({"prompt", "choices", "label"} <= first.keys() or "good" in first) and name in _manager().all_subtasks:
-        return _of_rows(path.parent)
-    rows = [_question(row, place) for place, row in lines.items()]
-    pairs = all("paradigm" in row for row in rows)
-    if pairs:  # interleave paradigms, so that any limit covers all of them
-        turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
-        rows.sort(key=lambda row: next(turns[row["paradigm"]]))
-    scored = questions_hash(([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
-    whole = scored == WHOLE.get(name)
+    name, split = path.parent.name, path.stem
+    rows_by_line = _read_rows(path)
+    first = next(iter(rows_by_line.values()))
+    is_question = {"prompt", "choices", "label"} <= first.keys() or "good" in first
+    if not is_question and name in _task_manager().all_subtasks:
+        return _task_with_local_rows(path.parent)
+    questions = [_parse_question(row, line) for line, row in rows_by_line.items()]
+    are_pairs = all("paradigm" in question for question in questions)
+    if are_pairs:
+        _interleave_paradigms(questions)
+    scored_texts = (([(q["prompt"], f" {choice}") for choice in q["choices"]], q["label"]) for q in questions)
+    complete = questions_hash(scored_texts) == COMPLETE_SPLITS.get(name)
+    # Minimal pairs are scored as whole sentences, so normalising by length (acc_norm) makes no sense.
+    metrics = ["acc"] if are_pairs else ["acc", "acc_norm"]
     config = {
-        "task": name, "custom_dataset": lambda **_: {split: datasets.Dataset.from_list(rows)},
+        "task": name, "custom_dataset": lambda **_: {split: datasets.Dataset.from_list(questions)},
         f"{split}_split": split, "output_type": "multiple_choice", "target_delimiter": " ",
         "doc_to_text": "prompt", "doc_to_choice": "choices", "doc_to_target": "label",
-        # Pairs are scored as whole sentences, so normalising by length (acc_norm) makes no sense.
-        "metric_list": [{"metric": metric} for metric in (["acc"] if pairs else ["acc", "acc_norm"])],
-        "metadata": {"version": "1.0" if whole else "local"},
+        "metric_list": [{"metric": metric} for metric in metrics],
+        "metadata": {"version": "1.0" if complete else "local"},
     }  # fmt: skip
-    note = "lm_eval's prompts" if whole else f"{len(rows):,} questions, {PART}"
+    note = "lm_eval's prompts" if complete else f"{len(questions):,} questions, {PARTIAL_NOTE}"
     with quoting(f"Cannot read questions in {path}: "):
-        return LoadedTask(ConfigurableTask(config=config), "local", whole, note)
+        return LoadedTask(ConfigurableTask(config=config), "local", complete, note)
 
 
-def _of_rows(folder: Path) -> LoadedTask:
-    """Load lm_eval's task with rows of local files instead of its data set."""
+def _interleave_paradigms(pairs: list[dict[str, Any]]) -> None:
+    """Sort minimal pairs in place: the first of every paradigm, the second of every paradigm, and so on.
+
+    So any `--limit` covers all paradigms.
+    """
+    counters: dict[str, Iterator[int]] = defaultdict(itertools.count)
+    pairs.sort(key=lambda pair: next(counters[pair["paradigm"]]))
+
+
+def _task_with_local_rows(folder: Path) -> LoadedTask:
+    """Load lm_eval's task, with rows of the local files `<split>.jsonl` instead of its data set.
+
+    Args:
+        folder: folder of the task, with its name.
+
+    Raises:
+        UserError: if the files do not have the rows that the task needs, or its metric is not supported.
+    """
     import datasets
 
-    splits: dict[str, Any] = defaultdict(lambda: datasets.Dataset.from_list([]))  # other splits are empty
-    own = {"task": folder.name, "custom_dataset": lambda **_: splits}
+    splits: dict[str, Any] = defaultdict(lambda: datasets.Dataset.from_list([]))  # splits without a file are empty
+    config = {"task": folder.name, "custom_dataset": lambda **_: splits}
     with quoting(f"Cannot read rows of lm_eval's data set, in the split that it evaluates, in {folder}: "):
         for path in folder.glob("*.jsonl"):
             rows = list(_read_rows(path).values())
             splits[path.stem] = datasets.Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
-        (task,) = _manager().load([{"group": "local", "task": [own]}])["tasks"].values()
-    n = len(task.eval_docs)
-    counted = n if task.OUTPUT_TYPE != "generate_until" else (n, len(splits["train"]))  # few-shot examples
-    return _admitted(task, "local", "" if counted == WHOLE.get(folder.name) else f" on {n:,} rows, {PART}")
+        (task,) = _task_manager().load([{"group": "local", "task": [config]}])["tasks"].values()
+    num_rows = len(task.eval_docs)
+    has_few_shot_examples = task.OUTPUT_TYPE == "generate_until"
+    sizes = (num_rows, len(splits["train"])) if has_few_shot_examples else num_rows
+    complete = sizes == COMPLETE_SPLITS.get(folder.name)
+    return _to_loaded_task(task, "local", "" if complete else f" on {num_rows:,} rows, {PARTIAL_NOTE}")
 
 
 def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the JSON objects on the lines of a file, by "file:line"."""
+    """Read a file with a JSON object on each line. Return "file:line" -> object.
+
+    Raises:
+        UserError: if a line is not a JSON object, or the file has no lines.
+    """
     rows = {}
     for i, line in enumerate(read_required_text(path, "a question per line in UTF-8").split("\n"), 1):
         if line.strip():
@@ -178,21 +243,35 @@ def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _question(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Convert a row to prompt, choices and label; for a minimal pair also its paradigm."""
-    own = {name: row.get(name) for name in ("prompt", "choices", "label")}
+def _parse_question(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Convert a row to a question with `prompt`, `choices` and `label`, and for a minimal pair also `paradigm`.
+
+    Args:
+        row: the JSON object.
+        where: the beginning of the error.
+
+    Raises:
+        UserError: if the row is not a question.
+    """
     if "good" in row:
-        own = {"prompt": "", "choices": [row["good"], row.get("bad")], "label": 0}
-        own["paradigm"] = str(row.get("paradigm", ""))
-    choices = own["choices"] if isinstance(own["choices"], list) else []
-    texts = all(isinstance(text, str) for text in (own["prompt"], *choices)) and all(choices)
-    if not (texts and len(choices) > 1 and own["label"] in range(len(choices))):
+        question = {"prompt": "", "choices": [row["good"], row.get("bad")], "label": 0}
+        question["paradigm"] = str(row.get("paradigm", ""))
+    else:
+        question = {name: row.get(name) for name in ("prompt", "choices", "label")}
+    choices = question["choices"] if isinstance(question["choices"], list) else []
+    are_texts = all(isinstance(text, str) for text in (question["prompt"], *choices))
+    has_choices = len(choices) > 1 and all(choices)
+    if not (are_texts and has_choices and question["label"] in range(len(choices))):
         expected = '{"prompt": str, "choices": [str, str, ...], "label": int} or {"good": str, "bad": str}'
         raise UserError(f"{where}: The line must be {expected}, or a row of lm_eval's data set.")
-    return own
+    return question
 
 
 def questions_hash(questions: Iterable[tuple[list[tuple[str, str]], int]]) -> str:
-    """Hash of everything that is scored: (context, continuation) of each choice, and the label, of each question."""
+    """Return a hash of everything that is scored.
+
+    Args:
+        questions: for each question the (context, continuation) of each choice, and the label.
+    """
     scored = [[[list(choice) for choice in choices], label] for choices, label in questions]
     return hashlib.sha256(json.dumps(scored).encode()).hexdigest()[:16]

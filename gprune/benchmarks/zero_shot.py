@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.benchmarks.tasks import COUNTED, LoadedTask, load_tasks, questions_hash, require_lm_eval
+from gprune.benchmarks.tasks import SUPPORTED_METRICS, LoadedTask, load_tasks, questions_hash, require_lm_eval
 from gprune.console import quieted
 from gprune.corpora.windows import leading_token
 from gprune.errors import quoting, require_finite
@@ -49,13 +49,13 @@ def zero_shot(
         tasks: names of tasks or of groups of tasks.
         limit: use only the first questions of each task.
         batch_size: choices per forward pass.
-        source: hub (lm_eval's data), local (files in `$GPRUNE_DATA_DIR/tasks`), or auto (the hub if it answers).
+        source: `hub` (lm_eval's data), `local` (files in `$GPRUNE_DATA_DIR/tasks`), or `auto`, as for `load_tasks`.
 
     Raises:
         UserError: if lm_eval is missing, a task is unknown, its metric is not supported, its data cannot be loaded, or
             a log-likelihood is not finite.
     """
-    stamp = {
+    protocol = {
         "harness": f"lm_eval {require_lm_eval()}",
         "limit": limit,
         "bos": leading_token(tokenizer, "auto") is not None,
@@ -68,8 +68,9 @@ def zero_shot(
 
     # lm_eval writes warnings and progress bars to stderr, which is kept for errors unless it is a terminal.
     with quieted("lm_eval", stderr=not sys.stderr.isatty()), torch.inference_mode():
-        every = (loaded for name in tasks for loaded in load_tasks(name, source))
-        by_name = {loaded.task.task_name: loaded for loaded in every}  # groups may overlap
+        by_name: dict[str, LoadedTask] = {}  # groups of tasks may overlap
+        for name in tasks:
+            by_name |= {loaded.task.task_name: loaded for loaded in load_tasks(name, source)}
         for name, loaded in by_name.items():
             _build_requests(name, loaded.task, limit)
         outcome = evaluate(
@@ -78,11 +79,11 @@ def zero_shot(
             limit=limit,
             bootstrap_iters=0,
         )
-    return [
-        task_record(loaded, list(own)) | stamp
-        for name, loaded in by_name.items()
-        for _, own in itertools.groupby(outcome["samples"][name], key=lambda sample: sample["filter"])
-    ]
+    records = []
+    for name, loaded in by_name.items():
+        for _, samples in itertools.groupby(outcome["samples"][name], key=lambda sample: sample["filter"]):
+            records.append(task_record(loaded, list(samples)) | protocol)
+    return records
 
 
 def _build_requests(name: str, task: Task, limit: int | None) -> None:
@@ -91,46 +92,31 @@ def _build_requests(name: str, task: Task, limit: int | None) -> None:
     Raises:
         UserError: if prompts cannot be built.
     """
-    shots = task.config.num_fewshot or 0 if task.OUTPUT_TYPE == "generate_until" else 0
-    task.set_config(key="num_fewshot", value=shots)
+    generates_text = task.OUTPUT_TYPE == "generate_until"
+    num_fewshot = (task.config.num_fewshot or 0) if generates_text else 0
+    task.set_config(key="num_fewshot", value=num_fewshot)
     task.set_fewshot_seed(1234)  # the default of lm_eval
-    needed = f" It needs {shots} examples in train.jsonl." if shots else ""
+    needed = f" It needs {num_fewshot} examples in train.jsonl." if num_fewshot else ""
     with quoting(f"Cannot make prompts of task '{name}': ", f".{needed}"):
         task.build_all_requests(limit=limit)
     task.build_all_requests = lambda **_: None  # lm_eval would call it again
 
 
 def task_record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Convert lm_eval's samples of a task to a record with the evaluation protocol.
+    """Convert lm_eval's samples of a task to a record with numbers and the evaluation protocol.
 
-    `correct` and `correct_norm` have a digit per question, and `answers` the choices or texts, for paired comparisons
-    of models. Records with the same `content_hash` have the same questions.
+    Records with the same `content_hash` have the same questions.
+
+    Args:
+        loaded: the task.
+        samples: results of lm_eval for each question, after one filter.
     """
-    from lm_eval.api.metrics import mean, mean_stderr
-
-    task, kind, name = loaded.task, loaded.task.OUTPUT_TYPE, loaded.task.task_name
+    task = loaded.task
+    name = task.task_name
     if len(task.config.filter_list or ()) > 1:
         name = f"{name}/{samples[0]['filter']}"
-    numbers: dict[str, Any] = dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"))
-    for metric in filter(samples[0].__contains__, COUNTED[kind]):
-        right = [int(s[metric]) for s in samples]
-        numbers |= {metric: mean(right), f"{metric}_stderr": mean_stderr(right) if len(right) > 1 else None}
-        numbers["correct_norm" if metric == "acc_norm" else "correct"] = "".join(map(str, right))
-    given, labels = [s["filtered_resps"] for s in samples], [s["target"] for s in samples]
-    if kind == "generate_until":
-        numbers["answers"] = [text for (text,) in given]
-    else:
-        lls = [[float(ll) for ll, _ in own] for own in given]
-        require_finite(f"log-likelihood came up in task '{name}'", torch.tensor([ll for own in lls for ll in own]))
-    if kind == "loglikelihood":
-        numbers |= {"answers": right, "perplexity": math.exp(-mean([ll for (ll,) in lls]))}
-    if kind == "multiple_choice":
-        choices = [task.doc_to_choice(s["doc"]) for s in samples]
-        if task.multiple_input:  # choices are in the context (winogrande), and lm_eval's target is the end of the text
-            labels = [task.doc_to_text(s["doc"]) for s in samples]
-        labels = [own.index(label) if label in own else label for label, own in zip(labels, choices, strict=True)]
-        numbers["answers"] = [max(range(len(own)), key=own.__getitem__) for own in lls]
     partial = len(samples) < len(task.eval_docs)
+    scored = zip((sample["arguments"] for sample in samples), _labels(task, samples), strict=True)
     return {
         "kind": "zero_shot",
         "task": name,
@@ -139,8 +125,63 @@ def task_record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[s
         "source": loaded.source,
         "num_fewshot": task.config.num_fewshot,
         "questions": len(samples),
-        **numbers,
+        **_accuracies(task, samples),
+        **_answers(task, name, samples),
         "standard_protocol": loaded.complete and not partial,
-        "note": (f"only the first {len(samples)} questions; " if partial else "") + loaded.note,
-        "content_hash": questions_hash(zip((s["arguments"] for s in samples), labels, strict=True)),
+        "note": f"only the first {len(samples)} questions; {loaded.note}" if partial else loaded.note,
+        "content_hash": questions_hash(scored),
     }
+
+
+def _accuracies(task: Task, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return metrics with standard errors, and for each metric a text with a digit per question (1: correct).
+
+    The texts, `correct` and `correct_norm`, are for paired comparisons of models.
+    """
+    from lm_eval.api.metrics import mean, mean_stderr
+
+    numbers: dict[str, Any] = dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"))
+    for metric in SUPPORTED_METRICS[task.OUTPUT_TYPE]:
+        if metric not in samples[0]:
+            continue
+        correct = [int(sample[metric]) for sample in samples]
+        numbers[metric] = mean(correct)
+        numbers[f"{metric}_stderr"] = mean_stderr(correct) if len(correct) > 1 else None
+        numbers["correct_norm" if metric == "acc_norm" else "correct"] = "".join(map(str, correct))
+    return numbers
+
+
+def _answers(task: Task, name: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return `answers`, for paired comparisons of models, and for tasks of log-likelihoods also `perplexity`.
+
+    An answer is the generated text, the index of the most likely choice, or whether greedy decoding gives the text.
+
+    Raises:
+        UserError: if a log-likelihood is not finite; the message has the name of the task.
+    """
+    from lm_eval.api.metrics import mean
+
+    responses = [sample["filtered_resps"] for sample in samples]
+    if task.OUTPUT_TYPE == "generate_until":
+        return {"answers": [text for (text,) in responses]}
+    log_likelihoods = [[float(log_likelihood) for log_likelihood, _ in choices] for choices in responses]
+    flat = torch.tensor(list(itertools.chain.from_iterable(log_likelihoods)))
+    require_finite(f"log-likelihood came up in task '{name}'", flat)
+    if task.OUTPUT_TYPE == "loglikelihood":
+        answers = [int(sample["acc"]) for sample in samples]
+        return {"answers": answers, "perplexity": math.exp(-mean([of_text for (of_text,) in log_likelihoods]))}
+    return {"answers": [max(range(len(choices)), key=choices.__getitem__) for choices in log_likelihoods]}
+
+
+def _labels(task: Task, samples: Sequence[dict[str, Any]]) -> list[Any]:
+    """Return the label of each question: the index of the right choice, or lm_eval's target."""
+    targets = [sample["target"] for sample in samples]
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return targets
+    if task.multiple_input:  # choices are in the context (winogrande), and lm_eval's target is the end of the text
+        targets = [task.doc_to_text(sample["doc"]) for sample in samples]
+    choices = [task.doc_to_choice(sample["doc"]) for sample in samples]
+    return [
+        of_question.index(target) if target in of_question else target
+        for target, of_question in zip(targets, choices, strict=True)
+    ]

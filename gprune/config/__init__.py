@@ -3,11 +3,11 @@
 from gprune.config.groups import CorporaConfig, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.parse import (
     CONSENT,
-    applied,
     check_settings,
-    configured,
-    flat,
-    migrated,
+    config_from_mapping,
+    effective_settings,
+    flatten,
+    migrate_settings,
     parse,
     read_flags,
     read_settings,
@@ -18,6 +18,6 @@ from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig
 __all__ = [
     "CONSENT", "CorporaConfig", "DistillConfig", "EvaluationConfig", "ExportConfig", "LoggingConfig",
     "ModelConfig", "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig",
-    "TrainerConfig", "applied", "check_settings", "configured", "flat", "migrated", "parse", "read_flags",
-    "read_settings",
+    "TrainerConfig", "check_settings", "config_from_mapping", "effective_settings", "flatten", "migrate_settings",
+    "parse", "read_flags", "read_settings",
 ]  # fmt: skip

@@ -14,8 +14,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
-from gprune.checks import AtLeast1, AtLeast2, AtLeast8, Memory, NonNegative, Positive, Quantile, Text, refusal
-from gprune.errors import UnregisteredError, UserError, nearest
+from gprune.checks import (
+    AtLeast1,
+    AtLeast2,
+    AtLeast8,
+    Memory,
+    NonNegative,
+    Positive,
+    Quantile,
+    Text,
+    validation_message,
+)
+from gprune.errors import UnregisteredError, UserError, closest_name
 from gprune.importance.metrics import IMPORTANCE
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.cost import COST
@@ -23,11 +33,12 @@ from gprune.sparsity.target import Target, TargetSetting
 
 # Values of --reliability.metric besides activation-free metrics: the mean rank of the base metric over the drift
 # corpora, and the base metric computed from their pooled statistics.
-CONSENSUS, AVERAGED = SEVERAL = ("consensus", "averaged")
-AUTO = BeforeValidator(lambda given: None if given == "auto" else given)  # null in files
-PLACES = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|npu|mps)(:[0-9]{1,3})?")
+CONSENSUS, AVERAGED = "consensus", "averaged"
+MULTI_CORPUS_METRICS = (CONSENSUS, AVERAGED)
+AUTO_TO_NONE = BeforeValidator(lambda value: None if value == "auto" else value)  # files have null for auto
+DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|npu|mps)(:[0-9]{1,3})?")
 
-INSTEAD = {  # flags of Lightning that have another name here; errors suggest it
+REPLACEMENTS = {  # flags of Lightning and earlier flags -> what to use instead, which errors suggest
     "seed": "--run.seed",
     "seed_everything": "--run.seed",
     "ckpt_path": "the same command again, which resumes the run",
@@ -77,30 +88,36 @@ class Group(
         try:
             yield
         except ValidationError as error:
-            own = error.errors(include_url=False)[0].get("ctx", {}).get("error")
-            if isinstance(own, UserError):
-                raise own from error
-            raise UserError(f"{refusal(error, f'--{cls.prefix}')}.") from error
+            raised_by_check = error.errors(include_url=False)[0].get("ctx", {}).get("error")
+            if isinstance(raised_by_check, UserError):
+                raise raised_by_check from error
+            raise UserError(f"{validation_message(error, f'--{cls.prefix}')}.") from error
 
     @field_validator("*", mode="before")
     @classmethod
-    def plain(cls, value: Any) -> Any:
-        """Convert numbers and arrays of numpy and torch, paths and tuples to plain data, and keys to text."""
+    def to_plain_data(cls, value: Any) -> Any:
+        """Convert a value to types that YAML and JSON can store.
+
+        NumPy and torch values become numbers and lists, tuples become lists, and paths and dictionary keys become str.
+        """
         if type(value).__module__ in ("numpy", "torch") and hasattr(value, "tolist"):
             return value.tolist()
         if isinstance(value, dict):
-            return {str(key): cls.plain(inner) for key, inner in value.items()}
+            return {str(key): cls.to_plain_data(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [cls.plain(inner) for inner in value]
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
+            return [cls.to_plain_data(item) for item in value]
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        return value
 
     @classmethod
     def check_name(cls, name: str, where: str) -> None:
-        """Raise UserError if the group has no such setting; the message begins with `where`."""
+        """Raise UserError if the group has no setting `name`. The message begins with `where`."""
         if name not in cls.model_fields:
-            instead, near = INSTEAD.get(f"{cls.prefix}{name}"), nearest(name, cls.model_fields)
-            known = f"Did you mean '{near}'? " if near else ""
-            hint = f"Use {instead}" if instead else f"{known}Available: {', '.join(cls.model_fields)}"
+            replacement = REPLACEMENTS.get(f"{cls.prefix}{name}")
+            closest = closest_name(name, cls.model_fields)
+            suggestion = f"Did you mean '{closest}'? " if closest else ""
+            hint = f"Use {replacement}" if replacement else f"{suggestion}Available: {', '.join(cls.model_fields)}"
             raise UserError(f"{where}: Unknown setting '{cls.prefix}{name}'. {hint}.")
 
     def validate(self) -> None:
@@ -130,7 +147,7 @@ class ModelConfig(Group, prefix="model."):
     """Run Python code in the model's repository. Use it only if you have read that code."""
 
     def model_post_init(self, _: Any) -> None:
-        if self.device_map is not None and not PLACES.fullmatch(self.device_map):
+        if self.device_map is not None and not DEVICE_MAP.fullmatch(self.device_map):
             raise UserError(f"--model.device_map must be auto or a device such as cuda:0; got '{self.device_map}'.")
         if self.max_memory is not None and self.device_map is None:
             raise UserError("--model.max_memory needs --model.device_map auto.")
@@ -220,11 +237,23 @@ class ReliabilityConfig(Group, prefix="reliability."):
     """A module is weakly activated if its mean importance rank is below this quantile."""
 
     def model_post_init(self, _: Any) -> None:
-        if self.metric not in SEVERAL and not IMPORTANCE[self.metric].activation_free:
-            known = ", ".join([name for name in IMPORTANCE if IMPORTANCE[name].activation_free] + [*SEVERAL])
+        if self.metric not in MULTI_CORPUS_METRICS and not IMPORTANCE[self.metric].activation_free:
+            activation_free = [name for name in IMPORTANCE if IMPORTANCE[name].activation_free]
+            known = ", ".join([*activation_free, *MULTI_CORPUS_METRICS])
             raise UserError(f"--reliability.metric must be an activation-free metric ({known}); got '{self.metric}'.")
         if self.everywhere and not self.switch:
             raise UserError("--reliability.everywhere true cannot be combined with --reliability.switch false.")
+
+
+def _sort_scope(scope: Any) -> str:
+    """Put the parts of a scope in the order of the flag's values, so that `ffn+attention` is `attention+ffn`."""
+    return "+".join(sorted(str(scope).split("+"), key="attention+ffn+blocks".find))
+
+
+def _default_width_multiple(settings: dict[str, Any]) -> int | None:
+    """Return 1 or, for a speed target such as 1.4x, None (`auto`)."""
+    is_speed_target = str(settings.get("target")).endswith("x") and not settings.get("cost")
+    return None if is_speed_target else 1
 
 
 class SparsityConfig(Group, prefix="sparsity."):
@@ -240,7 +269,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     or the name of a registered cost."""
     scope: Annotated[
         Literal["ffn", "attention+ffn", "ffn+blocks", "attention+ffn+blocks"],
-        BeforeValidator(lambda given: "+".join(sorted(str(given).split("+"), key="attention+ffn+blocks".find))),
+        BeforeValidator(_sort_scope),
     ] = "ffn"
     """What may be removed. ffn: FFN neurons. attention: KV groups too. blocks: whole blocks too. They share one
     budget."""
@@ -265,9 +294,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     (from 0, which is uniform, to 1, the estimated optimum; 0.75)."""
     protect: list[int] = Field([])
     """Decoder layers that are not pruned; -1 is the last layer. LLM-Pruner protects [0,1,2,-1]."""
-    width_multiple: Annotated[AtLeast1 | None, AUTO] = Field(
-        default_factory=lambda given: None if str(given.get("target")).endswith("x") and not given.get("cost") else 1
-    )
+    width_multiple: Annotated[AtLeast1 | None, AUTO_TO_NONE] = Field(default_factory=_default_width_multiple)
     """FFN widths are multiples of this. 64 or 128 suit matrix-multiply tiles and serving kernels (128 if quantised), 32
     the blocks of q8_0, 8 the grouped kernels of experts. auto, or null: the smallest of 1, 8, 16, ... 128 that costs no
     speed on this machine, by its latency table (the default for speed targets). The target is overshot by less than one
@@ -299,15 +326,15 @@ class SparsityConfig(Group, prefix="sparsity."):
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that contradict each other."""
-        rule, start = ALLOCATION[self.allocation], ALLOCATION[self.start]
+        allocation, start = ALLOCATION[self.allocation], ALLOCATION[self.start]
         if start.modules or start.whole_blocks:
             raise UserError(f"--sparsity.start must be an allocation by blocks such as uniform; got '{self.start}'.")
-        if self.uniform_width and (self.protect or rule.whole_blocks):
+        if self.uniform_width and (self.protect or allocation.whole_blocks):
             other = "--sparsity.protect" if self.protect else f"--sparsity.allocation {self.allocation}"
             raise UserError(f"--sparsity.uniform_width cannot be combined with {other}.")
-        if "blocks" in self.scope and rule.whole_blocks:
-            depth = f"--sparsity.allocation {self.allocation}"
-            raise UserError(f"--sparsity.scope {self.scope} cannot be combined with {depth}. Remove blocks from it.")
+        if "blocks" in self.scope and allocation.whole_blocks:
+            flag = f"--sparsity.allocation {self.allocation}"
+            raise UserError(f"--sparsity.scope {self.scope} cannot be combined with {flag}. Remove blocks from it.")
         if self.cost is not None:
             try:
                 COST.check(self.cost)

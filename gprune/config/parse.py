@@ -13,13 +13,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from gprune.checks import shown
+from gprune.checks import format_value
 from gprune.config.groups import Group
-from gprune.config.run_config import NOT_OF_OTHERS, RunConfig
+from gprune.config.run_config import PRUNING_SETTINGS, RunConfig
 from gprune.config.running import RELATIVE_RATE
 from gprune.console import Parser, write_stdout
 from gprune.errors import UserError
-from gprune.imports import use
+from gprune.imports import import_user_module
 from gprune.storage.yaml_text import load_yaml, read_yaml, reason, to_yaml
 
 SHIPPED = Path(__file__).parents[1] / "configs"  # configurations that --config knows by name
@@ -27,8 +27,10 @@ CONSENT = "model.trust_remote_code"
 GROUPS: dict[str, type[Group]] = {  # groups of flags by name
     name: info.annotation for name, info in RunConfig.model_fields.items() if hasattr(info.annotation, "prefix")
 }
-HINTS = {
-    f"{kind.prefix}{n}": hint for kind in (RunConfig, *GROUPS.values()) for n, hint in get_type_hints(kind).items()
+FLAG_TYPES = {  # type annotations by dotted name of the setting
+    f"{group.prefix}{name}": annotation
+    for group in (RunConfig, *GROUPS.values())
+    for name, annotation in get_type_hints(group).items()
 }
 # Settings removed since earlier versions, with the value that matches today's behaviour (`...`: any value does).
 REMOVED = {
@@ -51,51 +53,50 @@ def parse(args: Sequence[str] | None = None, prog: str = "train.py") -> RunConfi
     args = list(sys.argv[1:] if args is None else args)
     if not {"-h", "--help"}.isdisjoint(args):
         parser(prog).parse_args(["--help"])
-    cfg = configured(read_flags([arg for arg in args if arg != "--print_config"]))
+    cfg = config_from_mapping(read_flags([arg for arg in args if arg != "--print_config"]))
     if "--print_config" in args:
         write_stdout(to_yaml(cfg.model_dump()))
         raise SystemExit(0)
     return cfg
 
 
-def configured(layer: Mapping[str, Any], where: str = "") -> RunConfig:
-    """Build a RunConfig from plain data: nested, by dotted name, or both. Other settings have their defaults.
+def config_from_mapping(settings: Mapping[str, Any], where: str = "") -> RunConfig:
+    """Build a RunConfig from settings as plain data. Missing settings have their defaults.
 
     Args:
-        layer: the settings.
-        where: put before errors, such as "Row 'base'".
+        settings: nested mappings (`{"sparsity": {"target": 0.3}}`), dotted names (`{"sparsity.target": 0.3}`), or both.
+        where: the beginning of error messages, such as "Row 'base'".
 
     Raises:
         UserError: if a setting is unknown, has a wrong type or range, or contradicts another one.
     """
-    settings: dict[str, Any] = {}
-    overlay(settings, layer, where or "Settings")
+    dotted: dict[str, Any] = {}
+    overlay(dotted, settings, where or "Settings")
     nested: dict[str, Any] = {}
-    for name, value in settings.items():
+    for name, value in dotted.items():
         group, _, setting = name.rpartition(".")
-        (nested.setdefault(group, {}) if group else nested)[setting] = value
+        target = nested.setdefault(group, {}) if group else nested
+        target[setting] = value
     try:
         return RunConfig(**nested)
     except UserError as error:
         raise type(error)(f"{where}: {error}" if where else str(error)) from error
 
 
-def overlay(settings: dict[str, Any], layer: Mapping[str, Any], where: str) -> None:
-    """Update `settings`, which has dotted names, by a layer of settings, nested or with dotted names.
+def overlay(settings: dict[str, Any], update: Mapping[str, Any], where: str) -> None:
+    """Update settings in place. A single option is added to the existing options, and a mapping replaces all of them.
 
-    A single option such as `sparsity.options.spread` is added to the others; a mapping `sparsity.options` replaces
-    them all. Errors begin with `where`.
+    So `sparsity.options.spread` keeps other options of `sparsity.options`.
+
+    Args:
+        settings: settings by dotted name.
+        update: new settings, nested or by dotted name.
+        where: the beginning of error messages.
+
+    Raises:
+        UserError: if a setting is unknown or repeated, or a group that needs a mapping has another value.
     """
-    dotted: list[tuple[str, Any]] = []
-    for name, value in layer.items():
-        if name not in GROUPS:
-            dotted.append((str(name), value))
-        elif isinstance(value, Mapping | None):
-            dotted += [(f"{name}.{inner}", leaf) for inner, leaf in (value or {}).items()]
-        elif setting := GROUPS[name].plain_setting:
-            dotted.append((f"{name}.{setting}", value))
-        else:
-            raise UserError(f"{where}: {name} must be a mapping of settings; got {shown(value)}.")
+    dotted = _to_dotted_names(update, where)
     names = [name for name, _ in dotted]
     for name, value in dotted:
         if names.count(name) > 1:
@@ -106,14 +107,31 @@ def overlay(settings: dict[str, Any], layer: Mapping[str, Any], where: str) -> N
             setting, _, option = option.partition(".")
             GROUPS[key].check_name(setting, where)
             key = f"{key}.{setting}"
-        settings[key] = _put(settings.get(key), option, value) if option else value
+        settings[key] = _with_option(settings.get(key), option, value) if option else value
 
 
-def _put(others: Any, option: str, value: Any) -> dict[str, Any]:
-    """Return the options with one added: `power`, or `mine.power` in the nested options `mine`."""
-    outer, _, inner = option.rpartition(".")
-    others = dict(others) if isinstance(others, Mapping) else {}
-    return others | ({outer: _put(others.get(outer), inner, value)} if outer else {inner: value})
+def _to_dotted_names(settings: Mapping[str, Any], where: str) -> list[tuple[str, Any]]:
+    """Return pairs of dotted name and value. A name occurs twice if the mapping has it both nested and dotted."""
+    dotted: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        if name not in GROUPS:
+            dotted.append((str(name), value))
+        elif isinstance(value, Mapping | None):
+            dotted += [(f"{name}.{setting}", setting_value) for setting, setting_value in (value or {}).items()]
+        elif plain_setting := GROUPS[name].plain_setting:
+            dotted.append((f"{name}.{plain_setting}", value))
+        else:
+            raise UserError(f"{where}: {name} must be a mapping of settings; got {format_value(value)}.")
+    return dotted
+
+
+def _with_option(options: Any, name: str, value: Any) -> dict[str, Any]:
+    """Return a copy of the options with one added: `power`, or `mine.power` in the nested options `mine`."""
+    outer, _, inner = name.rpartition(".")
+    options = dict(options) if isinstance(options, Mapping) else {}
+    if not outer:
+        return options | {inner: value}
+    return options | {outer: _with_option(options.get(outer), inner, value)}
 
 
 def read_flags(args: Sequence[str]) -> dict[str, Any]:
@@ -125,44 +143,59 @@ def read_flags(args: Sequence[str]) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     targets: list[str] = []
-    left = iter(args)
-    for arg in left:
-        flag, given, text = arg.partition("=")
+    remaining = iter(args)
+    for arg in remaining:
+        flag, equals, text = arg.partition("=")
         name = flag.removeprefix("--")
         if name == flag:
-            raise UserError(f"Arguments must be flags such as --sparsity.target 0.5; got {shown(arg)}. See --help.")
-        text = text if given else next(left, "--")
-        if not given and text.startswith("--"):
-            raise UserError(f"{flag} must be followed by a value. See --help.")
+            raise UserError(
+                f"Arguments must be flags such as --sparsity.target 0.5; got {format_value(arg)}. See --help."
+            )
+        if not equals:
+            text = next(remaining, "--")
+            if text.startswith("--"):
+                raise UserError(f"{flag} must be followed by a value. See --help.")
         if name == "import":
-            use(text)
+            import_user_module(text)
         elif name == "config":
             content = read_settings(text)
-            if content.pop(CONSENT, False) not in (None, False) and not any(CONSENT in one for one in args):
+            has_consent = content.pop(CONSENT, False) not in (None, False)
+            if has_consent and not any(CONSENT in argument for argument in args):
                 raise UserError(f"--config {text}: {CONSENT} must be given as a flag, not in a file.")
             overlay(settings, content, f"--config {text}")
         else:
-            overlay(settings, {name: _value(flag, text)}, flag)
-            targets += [text] * (name == "sparsity.target")
-    if len(kinds := {text[:1] == "+": text for text in targets}) > 1:  # of other flags that are repeated the last wins
-        raise UserError(f"--sparsity.target must be a quality or an amount; got both {' and '.join(kinds.values())}.")
+            overlay(settings, {name: _parse_value(flag, text)}, flag)
+            if name == "sparsity.target":
+                targets.append(text)
+    _check_targets(targets)
     return settings
 
 
-def flags_of(args: Sequence[str]) -> set[str]:
-    """Names of the settings that are given as flags, not in a file."""
+def _check_targets(targets: Sequence[str]) -> None:
+    """Raise UserError if `--sparsity.target` is given both as a quality (`+5%`) and as an amount.
+
+    For any other flag that is repeated, the last value counts.
+    """
+    last_by_kind = {text.startswith("+"): text for text in targets}
+    if len(last_by_kind) > 1:
+        both = " and ".join(last_by_kind.values())
+        raise UserError(f"--sparsity.target must be a quality or an amount; got both {both}.")
+
+
+def given_flags(args: Sequence[str]) -> set[str]:
+    """Return the names of the settings that are given as flags, not in a file."""
     return {arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")}
 
 
-def _value(flag: str, text: str) -> Any:
+def _parse_value(flag: str, text: str) -> Any:
     """Parse the text of a flag as YAML. The value of a text setting is kept as text unless it is null or a list."""
-    is_text = HINTS.get(flag.removeprefix("--")) in (str, str | None)
+    is_text = FLAG_TYPES.get(flag.removeprefix("--")) in (str, str | None)
     try:
         value = load_yaml(text)
     except yaml.YAMLError as error:
         if is_text:
             return text
-        raise UserError(f"{flag} must be valid YAML; got {shown(text)} ({reason(error)}).") from error
+        raise UserError(f"{flag} must be valid YAML; got {format_value(text)} ({reason(error)}).") from error
     return text if is_text and not isinstance(value, list | None) else value
 
 
@@ -181,8 +214,8 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     path = os.path.join(folder, name)
     if name in shipped and not (os.path.exists(path) and not os.path.isdir(path)):
         path = shipped[name]
-    what = f"--config must be a YAML file of flags or one of {', '.join(shipped)}; got"
-    content = read_yaml(path, what, pipe=True)
+    message = f"--config must be a YAML file of flags or one of {', '.join(shipped)}; got"
+    content = read_yaml(path, message, pipe=True)
     if not isinstance(content, dict | None):
         # The content is not quoted, because a study list from elsewhere may name any file of this machine.
         raise UserError(f"--config {path}: The file must hold settings such as `sparsity: {{target: 0.5}}`.")
@@ -191,7 +224,7 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     return settings
 
 
-def migrated(settings: Mapping[str, Any]) -> dict[str, Any]:
+def migrate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Convert nested settings stored by an earlier version to those of this version.
 
     A `distill.learning_rate` of earlier versions was in the units of the weights. A setting in `REMOVED` is dropped if
@@ -200,11 +233,13 @@ def migrated(settings: Mapping[str, Any]) -> dict[str, Any]:
     current = {group: dict(value) if isinstance(value, dict) else value for group, value in settings.items()}
     for name, value in REMOVED.items():
         group, _, setting = name.partition(".")
-        if isinstance(own := current.get(group), dict) and value in (..., own.get(setting)):
-            own.pop(setting, None)
+        group_settings = current.get(group)
+        if isinstance(group_settings, dict) and value in (..., group_settings.get(setting)):
+            group_settings.pop(setting, None)
     distill = current.get("distill")
     if isinstance(distill, dict) and "learning_rate" in distill and "absolute_learning_rate" not in distill:
-        distill["absolute_learning_rate"], distill["learning_rate"] = distill["learning_rate"], RELATIVE_RATE
+        distill["absolute_learning_rate"] = distill["learning_rate"]
+        distill["learning_rate"] = RELATIVE_RATE
     return current
 
 
@@ -215,32 +250,38 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         settings: as returned by `RunConfig.settings`. Entries without a flag, such as `inputs`, are not checked.
     """
     cfg = RunConfig()
-    for group, expected in (cfg.settings() | {name: {} for name in ("options", "speed") if name in settings}).items():
-        value, part = settings.get(group), getattr(cfg, group)
+    optional = {name: {} for name in ("options", "speed") if name in settings}
+    for group, expected in (cfg.settings() | optional).items():
+        stored = settings.get(group)
         if group not in GROUPS:
-            setattr(cfg, group, value)
+            setattr(cfg, group, stored)
             continue
-        names = value.keys() if isinstance(value, Mapping) else set()
-        if others := (expected.keys() - names) | (names - expected.keys() - vars(part).keys()):
-            raise UserError(f"The settings must be those of this version; they differ in {group}.{min(others)}.")
-        for name in names & vars(part).keys():
-            setattr(part, name, value[name])
+        group_config = getattr(cfg, group)
+        names = stored.keys() if isinstance(stored, Mapping) else set()
+        missing = expected.keys() - names
+        unknown = names - expected.keys() - vars(group_config).keys()
+        if different := missing | unknown:
+            raise UserError(f"The settings must be those of this version; they differ in {group}.{min(different)}.")
+        for name in names & vars(group_config).keys():
+            setattr(group_config, name, stored[name])
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to dotted names; an empty mapping is kept as a value."""
-    leaves: dict[str, Any] = {}
+    dotted: dict[str, Any] = {}
     for name, value in settings.items():
-        inner = isinstance(value, dict) and value
-        leaves |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return leaves
+        if isinstance(value, dict) and value:
+            dotted |= flatten(value, f"{prefix}{name}.")
+        else:
+            dotted[f"{prefix}{name}"] = value
+    return dotted
 
 
-def applied(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run by dotted name, without those ignored because of `--model.made_elsewhere`."""
-    other = settings.get("model", {}).get("made_elsewhere") is not None
-    off = ("gprune", *NOT_OF_OTHERS) if other else ()
-    return {name: value for name, value in flat(settings).items() if name.partition(".")[0] not in off}
+def effective_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run by dotted name, without those ignored because of `--model.made_elsewhere`."""
+    made_elsewhere = settings.get("model", {}).get("made_elsewhere") is not None
+    ignored = ("gprune", *PRUNING_SETTINGS) if made_elsewhere else ()
+    return {name: value for name, value in flatten(settings).items() if name.partition(".")[0] not in ignored}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -248,27 +289,33 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def parser(prog: str = "train.py") -> Parser:
-    """Parser for `--help` alone: one section per group of flags, from names, types, defaults and docstrings."""
+    """Return the parser for `--help` alone. Each group of flags is a section.
+
+    Names, types, defaults and docstrings of the settings become the help.
+    """
     usage = f"{prog} [--config FILE] [--FLAG VALUE ...]"
     result = Parser(prog, usage=usage, description=inspect.getdoc(RunConfig), formatter_class=_Help)
     names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.yaml")))
-    files = f"A YAML file of flags, or the name of one that ships: {names}. Several merge in order."
-    result.add_argument("--config", metavar="FILE", default=SUPPRESS, help=files)
+    config_help = f"A YAML file of flags, or the name of one that ships: {names}. Several merge in order."
+    result.add_argument("--config", metavar="FILE", default=SUPPRESS, help=config_help)
     result.add_argument("--print_config", action="version", help="Print all settings as such a file, and stop.")
     cfg = RunConfig()
-    for part in [cfg, *(getattr(cfg, name) for name in GROUPS)]:
-        title, _, about = (inspect.getdoc(type(part)) or "").partition(". ")
-        section = result if part is cfg else result.add_argument_group(title.rstrip("."), about)
-        for name, info in type(part).model_fields.items():
-            if (flag := f"{part.prefix}{name}") not in GROUPS:
-                usual = SUPPRESS if getattr(part, name) is None else getattr(part, name)
-                about = " ".join((info.description or "").split()).replace("%", "%%")
-                section.add_argument(f"--{flag}", metavar=_placeholder(name, HINTS[flag]), default=usual, help=about)
+    for group in [cfg, *(getattr(cfg, name) for name in GROUPS)]:
+        title, _, description = (inspect.getdoc(type(group)) or "").partition(". ")
+        section = result if group is cfg else result.add_argument_group(title.rstrip("."), description)
+        for name, field in type(group).model_fields.items():
+            flag = f"{group.prefix}{name}"
+            if flag in GROUPS:
+                continue
+            default = SUPPRESS if getattr(group, name) is None else getattr(group, name)
+            flag_help = " ".join((field.description or "").split()).replace("%", "%%")
+            placeholder = _placeholder(name, FLAG_TYPES[flag])
+            section.add_argument(f"--{flag}", metavar=placeholder, default=default, help=flag_help)
     return result
 
 
-def _placeholder(name: str, hint: Any) -> str:
-    """Placeholder for the value of a flag in `--help`."""
-    if hint is bool or get_origin(hint) is Literal:
-        return f"{{{','.join(get_args(hint) or ('true', 'false'))}}}"
-    return {list: "[ITEM,...]", dict: "{NAME: VALUE,...}"}.get(get_origin(hint), name.upper())
+def _placeholder(name: str, annotation: Any) -> str:
+    """Return the placeholder for the value of a flag in `--help`."""
+    if annotation is bool or get_origin(annotation) is Literal:
+        return f"{{{','.join(get_args(annotation) or ('true', 'false'))}}}"
+    return {list: "[ITEM,...]", dict: "{NAME: VALUE,...}"}.get(get_origin(annotation), name.upper())

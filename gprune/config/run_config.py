@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field
 
-from gprune.checks import AtLeast0, AtLeast1, Few, NonNegative, Positive, Text, check_options
+from gprune.checks import AtLeast0, AtLeast1, NonNegative, Positive, Text, UpTo4096, check_options
 from gprune.config.groups import CorporaConfig, Group, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.corpora.load import identity, source_of
@@ -19,7 +19,13 @@ from gprune.recoveries import RECOVERY, recovery_of
 from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.sparsity.allocation import ALLOCATION
 
-NOT_OF_OTHERS = ("importance", "partition", "reliability", "sparsity", "ridge")  # ignored with --model.made_elsewhere
+PRUNING_SETTINGS = (
+    "importance",
+    "partition",
+    "reliability",
+    "sparsity",
+    "ridge",
+)  # ignored with --model.made_elsewhere
 # Replaceable stages: group -> setting. `settings()` names a stage only if it is not the default.
 STAGES = {"corpora": "calibrator", "partition": "refiner", "sparsity": "learner"}
 
@@ -40,7 +46,7 @@ class ExportConfig(Group, prefix="export.", plain_setting="format"):
 class SpeedConfig(Group, prefix="speed."):
     """Workload for speed targets such as 1.4x, timed with transformers on this machine in --model.dtype."""
 
-    batch: Few = 1
+    batch: UpTo4096 = 1
     """Batch size (prompts)."""
     prompt: AtLeast1 = 128
     """Tokens of each prompt (prefill)."""
@@ -49,8 +55,8 @@ class SpeedConfig(Group, prefix="speed."):
     measure: bool = False
     """Measure the latency table of this machine again instead of using the cache. A resumed run keeps its table."""
 
-    def setting(self) -> dict[str, int]:
-        """The workload that is timed."""
+    def workload(self) -> dict[str, int]:
+        """Return the workload that is timed: `batch`, `prompt` and `generate`."""
         return self.model_dump(exclude={"measure"})
 
     def __str__(self) -> str:
@@ -65,6 +71,16 @@ class PlanConfig(Group, prefix="plan."):
     """Memory of a device, such as 80GiB. Default: that of this machine's GPU, or its main memory."""
     tflops: Positive | None = None
     """Sustained speed of a device in TFLOPS (10^12 operations per second). Default: measured on this machine."""
+
+
+def _join_chain(recovery: Any) -> Any:
+    """Convert a list of recoveries to a chain such as `least_squares+distill`; an empty list is `none`."""
+    return "+".join(map(str, recovery)) or "none" if isinstance(recovery, list) else recovery
+
+
+def _from_format(export: Any) -> Any:
+    """Convert the short form `--export gguf` to settings."""
+    return {"format": export} if isinstance(export, str) else export
 
 
 class RunConfig(Group):
@@ -84,9 +100,7 @@ class RunConfig(Group):
     reliability: ReliabilityConfig = Field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = Field(default_factory=SparsityConfig)
     speed: SpeedConfig = Field(default_factory=SpeedConfig)
-    recovery: Annotated[
-        Text, BeforeValidator(lambda chain: "+".join(map(str, chain)) or "none" if isinstance(chain, list) else chain)
-    ] = "least_squares+distill"
+    recovery: Annotated[Text, BeforeValidator(_join_chain)] = "least_squares+distill"
     """Recovery of the pruned model: one method, or a chain such as [least_squares,distill]. none: as in the paper.
     bias: the mean output of removed units is added to biases. least_squares: output projections are fitted again to
     the dense model's activations. least_squares_sequential: the same block by block, on activations of the blocks
@@ -103,9 +117,7 @@ class RunConfig(Group):
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     run: RunFolderConfig = Field(default_factory=RunFolderConfig)
-    export: Annotated[
-        ExportConfig, BeforeValidator(lambda given: {"format": given} if isinstance(given, str) else given)
-    ] = Field(default_factory=ExportConfig)
+    export: Annotated[ExportConfig, BeforeValidator(_from_format)] = Field(default_factory=ExportConfig)
     dry_run: bool = False
     """Print the number of tokens, windows and FLOPs, the expected time and memory, and the widths. Nothing is run."""
     plan: PlanConfig = Field(default_factory=PlanConfig)
@@ -116,52 +128,71 @@ class RunConfig(Group):
             self.measure_only()
         self._check_options()
         _ = IMPORTANCE[self.importance]  # raises if the metric is not registered
-        m, d, drift, processes = self.model, self.distill, self.corpora.drift, self.processes
-        allocation, whole_blocks = self.base_allocation, ALLOCATION[self.base_allocation].whole_blocks
-        if self.gprune and whole_blocks:
+        self._check_method()
+        self._check_recovery()
+        self._check_quality_and_speed_targets()
+        self._check_placement()
+
+    def _check_method(self) -> None:
+        """Raise UserError if the method needs modules, several corpora or gradients that the settings rule out."""
+        drift = self.corpora.drift
+        allocation = self.base_allocation
+        if self.gprune and ALLOCATION[allocation].whole_blocks:
             raise UserError(f"--sparsity.allocation {allocation} needs --gprune false, because it has no modules.")
         if self.gprune and self.partition.method == "drift_only" and len(drift) < 2:
             raise UserError(f"--partition.method drift_only needs two or more --corpora.drift; got {drift}.")
         if self.gprune and self.reliability.everywhere and len(drift) < 2:
             raise UserError(f"--reliability.everywhere true needs two or more --corpora.drift; got {drift}.")
-        if m.dtype == "float16" and self.backward:
-            raise UserError(f"--model.dtype must be bfloat16 or float32 for {self.backward}; got float16.")
-        if recovery_of(self.recovery).learns:
-            if self.distilled_windows < 1:
-                least = f"{len(self.corpora.recover) * self.corpora.seq_len:,}"
-                window = "one window of each of --corpora.recover"
-                raise UserError(f"--distill.tokens must be {least} or more ({window}); got {d.tokens:,}.")
-            if self.evaluation.split == "development" and d.keep == "best":
-                raise UserError("--distill.keep best cannot be combined with --evaluation.split development.")
+        if self.model.dtype == "float16" and self.backward_flag:
+            raise UserError(f"--model.dtype must be bfloat16 or float32 for {self.backward_flag}; got float16.")
+
+    def _check_recovery(self) -> None:
+        """Raise UserError for settings with which a recovery that trains cannot work."""
+        if not recovery_of(self.recovery).learns:
+            return
+        if self.distilled_windows < 1:
+            least = f"{len(self.corpora.recover) * self.corpora.seq_len:,}"
+            window = "one window of each of --corpora.recover"
+            raise UserError(f"--distill.tokens must be {least} or more ({window}); got {self.distill.tokens:,}.")
+        if self.evaluation.split == "development" and self.distill.keep == "best":
+            raise UserError("--distill.keep best cannot be combined with --evaluation.split development.")
+
+    def _check_quality_and_speed_targets(self) -> None:
+        """Raise UserError if a target in quality or speed cannot be measured with these settings."""
         if self.sparsity.quality and self.evaluation.development_samples < 2:
             raise UserError(
                 f"--sparsity.target {self.sparsity.target} needs two or more --evaluation.development_samples for a "
                 f"confidence interval; got {self.evaluation.development_samples}."
             )
-        if (flag := self.timed_for) and (processes > 1 or m.device_map is not None):
-            other = f"{processes} processes" if processes > 1 else f"--model.device_map {m.device_map}"
+        device_map, processes = self.model.device_map, self.processes
+        if (flag := self.latency_table_flag) and (processes > 1 or device_map is not None):
+            other = f"{processes} processes" if processes > 1 else f"--model.device_map {device_map}"
             raise UserError(f"{flag} cannot be combined with {other}, because speed is measured in one process.")
-        if m.shard and self.measures_errors:
-            raise UserError(f"--model.shard true cannot be combined with --sparsity.allocation {allocation}.")
-        if m.shard and processes < 2:
+
+    def _check_placement(self) -> None:
+        """Raise UserError for a combination of sharding, offloading and processes that is not supported."""
+        model, processes = self.model, self.processes
+        if model.shard and self.measures_errors:
+            raise UserError(f"--model.shard true cannot be combined with --sparsity.allocation {self.base_allocation}.")
+        if model.shard and processes < 2:
             raise UserError("--model.shard needs two or more processes (--trainer.devices, .num_nodes); got one.")
-        if m.device_map is not None and processes > 1:
-            flag = f"--model.device_map {m.device_map}"
-            if not m.shard:
+        if model.device_map is not None and processes > 1:
+            flag = f"--model.device_map {model.device_map}"
+            if not model.shard:
                 raise UserError(f"{flag} needs one process, or --model.shard true; got {processes} processes.")
-            if m.device_map != "cpu" and set(m.max_memory or ()) != {"cpu"}:
+            if model.device_map != "cpu" and set(model.max_memory or ()) != {"cpu"}:
                 raise UserError(f"{flag} needs --model.max_memory for cpu alone if --model.shard is true.")
 
     def measure_only(self) -> None:
-        """Reset settings of pruning to their defaults, so that they do not affect the identity of the run.
+        """Reset the settings of pruning, which `--model.made_elsewhere` ignores, to their defaults.
 
-        Used for `--model.made_elsewhere`.
+        So they do not change the identity of the run.
 
         Raises:
             UserError: for settings that need masks or statistics of gprune, and for several processes.
         """
         fields = type(self).model_fields
-        defaults = {name: fields[name].get_default(call_default_factory=True) for name in NOT_OF_OTHERS}
+        defaults = {name: fields[name].get_default(call_default_factory=True) for name in PRUNING_SETTINGS}
         self.__dict__.update(defaults | {"gprune": False})
         flag = "--model.made_elsewhere"
         if self.recovery not in ("none", "distill"):
@@ -173,13 +204,15 @@ class RunConfig(Group):
 
     def _check_options(self) -> None:
         """Raise UserError for a stage that is not registered, and for options of a name that the run does not use."""
+        # Name of a recovery or stage -> its registry, and its parameters that are set by flags instead of options.
         used: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), (RECOVERY, ()))
         used |= {
             self.partition.refiner: (REFINER, type(self.partition).model_fields),
             self.sparsity.learner: (LEARNER, {*type(self.sparsity).model_fields, "shard"}),
             self.corpora.calibrator: (CALIBRATOR, ()),
         }
-        check_options("--sparsity.options", (a := self.base_allocation), ALLOCATION[a], self.sparsity.options)
+        allocation = self.base_allocation
+        check_options("--sparsity.options", allocation, ALLOCATION[allocation], self.sparsity.options)
         for name, (registry, _) in used.items():
             registry.check(name)
         for name, options in self.options.items():
@@ -193,7 +226,9 @@ class RunConfig(Group):
     def final(self) -> str:
         """Stage of the run's main row: `gprune`, `base` with `--gprune false`, or `model` with
         `--model.made_elsewhere`."""
-        return "model" if self.model.made_elsewhere is not None else "gprune" if self.gprune else "base"
+        if self.model.made_elsewhere is not None:
+            return "model"
+        return "gprune" if self.gprune else "base"
 
     @property
     def own_row(self) -> tuple[str, str]:
@@ -206,11 +241,11 @@ class RunConfig(Group):
         return self.trainer.devices * self.trainer.num_nodes
 
     @property
-    def timed_for(self) -> str:
+    def latency_table_flag(self) -> str:
         """The flag that needs a latency table of this machine, or an empty string."""
-        s = self.sparsity
-        asked = f"--sparsity.target {s.target}" if s.currency == "seconds" else ""
-        return asked or ("" if s.width_multiple else "--sparsity.width_multiple auto")
+        if self.sparsity.currency == "seconds":
+            return f"--sparsity.target {self.sparsity.target}"
+        return "" if self.sparsity.width_multiple else "--sparsity.width_multiple auto"
 
     @property
     def learns(self) -> bool:
@@ -218,7 +253,7 @@ class RunConfig(Group):
         return self.gprune and ALLOCATION[self.sparsity.allocation].learned
 
     @property
-    def backward(self) -> str:
+    def backward_flag(self) -> str:
         """The flag that needs a backward pass of the frozen model, or an empty string."""
         if self.learns:
             return f"--sparsity.allocation {self.sparsity.allocation}"
@@ -234,8 +269,8 @@ class RunConfig(Group):
     @property
     def base_allocation(self) -> str:
         """Allocation of the base metric, in control rows and as the start of learning."""
-        s = self.sparsity
-        return s.start if ALLOCATION[s.allocation].modules else s.allocation
+        allocation = self.sparsity.allocation
+        return self.sparsity.start if ALLOCATION[allocation].modules else allocation
 
     @property
     def recovery_settings(self) -> dict[str, Any]:
@@ -258,11 +293,13 @@ class RunConfig(Group):
         """Extra statistics (`calibration.statistics.EXTRAS`) that the run reads."""
         if self.final == "model":
             return frozenset()
-        names = {self.importance}
+        metrics = {self.importance}
         if self.gprune:
-            names |= {IMPORTANCE[self.importance].drift, self.reliability.metric}
-        gram = recovery_of(self.recovery).needs & {"gram"} | ({"gram"} if self.measures_errors else set())
-        return gram.union(*(IMPORTANCE[name].needs for name in names if name in IMPORTANCE))
+            metrics |= {IMPORTANCE[self.importance].drift, self.reliability.metric}
+        needed = set(recovery_of(self.recovery).needs & {"gram"})
+        if self.measures_errors:
+            needed.add("gram")
+        return frozenset(needed.union(*(IMPORTANCE[name].needs for name in metrics if name in IMPORTANCE)))
 
     @property
     def collects(self) -> frozenset[str]:
@@ -272,13 +309,14 @@ class RunConfig(Group):
     @property
     def stages(self) -> list[tuple[str, str]]:
         """(stage, recovery) of every row of the result table after `dense`."""
-        names, controls = [self.final], self.evaluation.controls
+        controls = self.evaluation.controls
+        stages = [self.final]
         if self.gprune:
-            names = [name for name in ("base", "averaged") if name in controls] + ["gprune"]
+            stages = [name for name in ("base", "averaged") if name in controls] + ["gprune"]
         recoveries = [self.recovery]
         if self.recovery != "none" and "unrecovered" in controls:
             recoveries = ["none", self.recovery]
-        return [(name, recovery) for recovery in recoveries for name in names]
+        return [(stage, recovery) for recovery in recoveries for stage in stages]
 
     @property
     def evaluates_early(self) -> bool:
@@ -287,31 +325,41 @@ class RunConfig(Group):
 
     @property
     def roles(self) -> dict[str, list[str]]:
-        """Corpora whose train split the run reads, by role; the list of an unused role is empty."""
-        c, recovery, scope = self.corpora, recovery_of(self.recovery), self.sparsity.scope
+        """Corpora whose train split the run reads, by role: `score`, `drift`, `learn` and `recover`.
+
+        The list of a role that the run does not use is empty.
+        """
+        corpora, recovery = self.corpora, recovery_of(self.recovery)
+        chooses_blocks_by_loss = "blocks" in self.sparsity.scope and self.sparsity.block_choice == "loss"
         return {
-            "score": [c.score],
-            "drift": c.drift if self.gprune or ("blocks" in scope and self.sparsity.block_choice == "loss") else [],
-            "learn": c.learn if self.learns else [],
-            "recover": c.recover if recovery.needs or recovery.learns else [],
+            "score": [corpora.score],
+            "drift": corpora.drift if self.gprune or chooses_blocks_by_loss else [],
+            "learn": corpora.learn if self.learns else [],
+            "recover": corpora.recover if recovery.needs or recovery.learns else [],
         }
 
     @property
-    def developed(self) -> list[str]:
-        """Corpora whose development split is measured: all used corpora for a quality target, otherwise those of
-        learning and of recoveries that train."""
+    def development_corpora(self) -> list[str]:
+        """Corpora whose development split is measured.
+
+        For a quality target these are all train corpora, otherwise those of learning and of recoveries that train.
+        """
+        if self.sparsity.quality:
+            return self.train_corpora
         roles = self.roles
         recover = roles["recover"] if recovery_of(self.recovery).learns else []
-        return list(dict.fromkeys(self.used if self.sparsity.quality else [*roles["learn"], *recover]))
+        return list(dict.fromkeys([*roles["learn"], *recover]))
 
     @property
-    def unlearned_recovery(self) -> str:
-        """The parts of the `--recovery` chain that do not train, or `none`; the search for a quality target uses
-        them."""
-        return "+".join(one for one in self.recovery.split("+") if not recovery_of(one).learns) or "none"
+    def training_free_recovery(self) -> str:
+        """The recoveries of the `--recovery` chain that do not train, or `none`.
+
+        The search for a quality target uses them.
+        """
+        return "+".join(name for name in self.recovery.split("+") if not recovery_of(name).learns) or "none"
 
     @property
-    def calibration(self) -> list[str]:
+    def calibration_corpora(self) -> list[str]:
         """Corpora of calibration, without duplicates, in a fixed order."""
         if self.final == "model":
             return []
@@ -320,63 +368,67 @@ class RunConfig(Group):
         return list(dict.fromkeys([*roles["score"], *roles["drift"], *recover]))
 
     @property
-    def used(self) -> list[str]:
+    def train_corpora(self) -> list[str]:
         """Corpora whose train split the run reads, without duplicates. In evaluation they count as seen."""
         return list(dict.fromkeys(name for names in self.roles.values() for name in names))
 
     def check_names(self) -> None:
         """Raise UserError for unknown or repeated corpora. No text is read."""
-        for name in dict.fromkeys([*self.used, *self.corpora.evaluate]):
+        for name in dict.fromkeys([*self.train_corpora, *self.corpora.evaluate]):
             source_of(name)
         for role in ("drift", "learn", "recover", "evaluate"):
-            names: dict[str, str] = {}
+            names: dict[str, str] = {}  # identity of a corpus -> its first name
             for name in getattr(self.corpora, role):
                 if (first := names.setdefault(identity(name), name)) != name:
                     raise UserError(f"--corpora.{role} must name each corpus once; got '{first}' and '{name}'.")
-        used = {identity(name) for name in self.used}
-        both = [name for name in self.corpora.evaluate if identity(name) in used]
-        if self.evaluation.split == "train" and both:
+        trained_on = {identity(name) for name in self.train_corpora}
+        shared = [name for name in self.corpora.evaluate if identity(name) in trained_on]
+        if self.evaluation.split == "train" and shared:
             needed = "needs corpora that the run does not read otherwise"
-            raise UserError(f"--evaluation.split train {needed}; got '{both[0]}'.")
+            raise UserError(f"--evaluation.split train {needed}; got '{shared[0]}'.")
 
     def resolved(self) -> dict[str, Any]:
-        """All settings as plain data, including defaults that depend on other settings."""
-        plain = self.model_dump()
-        plain["logging"]["mode"] = self.logging.resolved_mode
-        plain["run"]["name"] = self.run_name
-        return plain
+        """Return all settings as plain data, with the mode of W&B and the name of the run that result from them."""
+        settings = self.model_dump()
+        settings["logging"]["mode"] = self.logging.resolved_mode
+        settings["run"]["name"] = self.run_name
+        return settings
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that can change a result, as plain data. They identify a run: a folder holds one set.
 
         Left out are the run folder, logging, export (except for a target in bytes), statistics collected for later
-        runs, `max_memory` and `shard`.
+        runs, `max_memory` and `shard`. Some settings are left out at their default, so that settings stored by earlier
+        versions, which lack them, identify the same run.
         """
-        out = {"model": {"max_memory", "shard"}, "corpora": {"collect"}}
-        out |= {} if "blocks" in self.sparsity.scope else {"sparsity": {"block_share", "block_choice"}}
-        plain = self.model_dump(exclude=out | dict.fromkeys(("logging", "export", "dry_run", "plan"), True))
+        excluded: dict[str, Any] = {"model": {"max_memory", "shard"}, "corpora": {"collect"}}
+        excluded |= dict.fromkeys(("logging", "export", "dry_run", "plan"), True)
+        if "blocks" not in self.sparsity.scope:
+            excluded["sparsity"] = {"block_share", "block_choice"}
+        settings = self.model_dump(exclude=excluded)
         for group, name in STAGES.items():
-            if plain[group][name] == type(getattr(self, group)).model_fields[name].default:
-                del plain[group][name]
+            if settings[group][name] == type(getattr(self, group)).model_fields[name].default:
+                del settings[group][name]
         if not self.options:
-            del plain["options"]
-        if not self.timed_for:
-            del plain["speed"]
+            del settings["options"]
+        if self.latency_table_flag:  # without `measure`, because the latency table itself is an input of the run
+            settings["speed"] = self.speed.workload()
         else:
-            plain["speed"] = self.speed.setting()  # without `measure`: the latency table itself is an input of the run
+            del settings["speed"]
         if self.sparsity.cost is None:
-            del plain["sparsity"]["cost"]
+            del settings["sparsity"]["cost"]
         if self.sparsity.currency == "bytes":
-            of_gguf = set() if self.export.format == "gguf" else {"format", "type"}
-            plain["export"] = self.export.model_dump(exclude=of_gguf)
+            unused = set() if self.export.format == "gguf" else {"format", "type"}
+            settings["export"] = self.export.model_dump(exclude=unused)
         if self.model.made_elsewhere is None:
-            del plain["model"]["made_elsewhere"]
-        plain["run"] = {"seed": self.run.seed}
-        plain["trainer"] = {"world_size": self.processes, "precision": self.trainer.precision} | self.trainer.unusual
-        return plain
+            del settings["model"]["made_elsewhere"]
+        settings["run"] = {"seed": self.run.seed}
+        trainer = {"world_size": self.processes, "precision": self.trainer.precision}
+        settings["trainer"] = trainer | self.trainer.result_changing
+        return settings
 
     @property
-    def matmul(self) -> dict[str, str]:
+    def matmul_settings(self) -> dict[str, str]:
         """`float32_matmul_precision` unless it is torch's default; part of all cache keys."""
         return self.trainer.model_dump(include={"float32_matmul_precision"}, exclude_defaults=True)
 
@@ -387,12 +439,18 @@ class RunConfig(Group):
 
     @property
     def run_name(self) -> str:
-        """`--run.name`, or a name from the model, the metric, the target and a hash of `settings()`."""
+        """`--run.name`, or by default MODEL-STAGE-METRIC-TARGET-HASH.
+
+        With `--model.made_elsewhere` the default is OTHER-beside-MODEL-HASH. HASH is the start of the SHA-256 of
+        `settings()`. Names of models are cut to 100 characters.
+        """
         if self.run.name:
             return self.run.name
         digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:8]
-        model = os.path.basename(os.path.normpath(self.model.name))
-        if (other := self.model.made_elsewhere) is not None:
-            return f"{os.path.basename(os.path.normpath(other))[:100]}-beside-{model[:100]}-{digest}"
-        spelt = f"{target:g}" if isinstance(target := self.sparsity.target, float) else target.replace("%", "pct")
-        return f"{model[:100]}-{self.final}-{self.importance}-{spelt}-{digest}"
+        model = os.path.basename(os.path.normpath(self.model.name))[:100]
+        if self.model.made_elsewhere is not None:
+            other = os.path.basename(os.path.normpath(self.model.made_elsewhere))[:100]
+            return f"{other}-beside-{model}-{digest}"
+        target = self.sparsity.target
+        target_text = f"{target:g}" if isinstance(target, float) else target.replace("%", "pct")
+        return f"{model}-{self.final}-{self.importance}-{target_text}-{digest}"

@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
-from gprune.checks import AtLeast1, AtLeast8, Few, NonNegative, Positive, Quantile, Seed, Sparsity, Text
+from gprune.checks import AtLeast1, AtLeast8, NonNegative, Positive, Quantile, Seed, Sparsity, Text, UpTo4096
 from gprune.config.groups import Group
 from gprune.errors import UserError
 
 WandbName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\p{Cc}\p{Zl}\p{Zp}]*$")]
-RELATIVE_RATE = 1.6e-3  # tuned on text that is in no table
+# Default of --distill.learning_rate, tuned on text that no result table uses.
+RELATIVE_RATE = 1.6e-3
 
 
 class DistillConfig(Group, prefix="distill."):
@@ -102,17 +103,17 @@ class LoggingConfig(Group, prefix="logging."):
 
     @property
     def resolved_mode(self) -> str:
-        """The flag, else $WANDB_MODE, else offline."""
+        """`--logging.mode`, or by default $WANDB_MODE, or `offline`."""
         return self.mode or os.environ.get("WANDB_MODE") or "offline"
 
     @property
     def resolved_tags(self) -> list[str]:
-        """The flag, else $WANDB_TAGS."""
+        """`--logging.tags`, or by default the tags in $WANDB_TAGS, which are separated by commas."""
         return self.tags or [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
 
     @property
     def resolved_group(self) -> str | None:
-        """The flag, else $WANDB_RUN_GROUP."""
+        """`--logging.group`, or by default $WANDB_RUN_GROUP."""
         return self.group or os.environ.get("WANDB_RUN_GROUP") or None
 
 
@@ -123,18 +124,21 @@ class ClassPath(BaseModel, strict=True, extra="forbid"):
     init_args: dict[Text, JsonValue] = {}
 
 
-def precision_named(given: Any) -> Any:
-    """Return the full name of a precision. Raise UserError for precisions of Lightning that stages do not support."""
+def parse_precision(value: Any) -> Any:
+    """Return Lightning's full name of a precision, such as `bf16-mixed` for `bf16`.
+
+    Raises:
+        UserError: for a precision of Lightning that the stages do not support.
+    """
     reasons = {
         "bf16-true": "steps of AdamW are below the resolution of bfloat16 weights",
         "16-mixed": "float16 overflows without loss scaling, which the stages do not have",
         "64-true": "nothing here needs float64",
     }
-    name = {"bf16": "bf16-mixed", "32": "32-true", "16": "16-mixed", "16-true": "16-mixed", "64": "64-true"}.get(
-        str(given), given
-    )
+    full_names = {"bf16": "bf16-mixed", "32": "32-true", "16": "16-mixed", "16-true": "16-mixed", "64": "64-true"}
+    name = full_names.get(str(value), value)
     if (reason := reasons.get(str(name))) is not None:
-        raise UserError(f"--trainer.precision must be auto, 32-true or bf16-mixed; got {given!r} ({reason}).")
+        raise UserError(f"--trainer.precision must be auto, 32-true or bf16-mixed; got {value!r} ({reason}).")
     return name
 
 
@@ -144,16 +148,16 @@ class TrainerConfig(Group, prefix="trainer."):
 
     accelerator: Text = "auto"
     """cpu, gpu, or auto."""
-    devices: Few = 1
+    devices: UpTo4096 = 1
     """Processes per node. Statistics and thresholds agree with those of one process."""
-    num_nodes: Few = 1
+    num_nodes: UpTo4096 = 1
     """Number of nodes."""
     strategy: Literal["auto", "ddp"] = "auto"
     """auto or ddp."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Argument of torch.set_float32_matmul_precision. high: float32 matrix products in TF32 on GPUs that support it,
     several times faster. medium: in bfloat16."""
-    precision: Annotated[Literal["auto", "32-true", "bf16-mixed"], BeforeValidator(precision_named)] = "auto"
+    precision: Annotated[Literal["auto", "32-true", "bf16-mixed"], BeforeValidator(parse_precision)] = "auto"
     """Precision of threshold learning, of recoveries that train, and of errors of blocks (--sparsity.allocation
     reconstruction); statistics and evaluation use --model.dtype. bf16-mixed: matrix products in bfloat16 (autocast),
     several times faster on GPUs of compute capability 8 and above and on CPUs with AMX, slower elsewhere. auto:
@@ -188,22 +192,30 @@ class TrainerConfig(Group, prefix="trainer."):
     """Report the operation whose gradient is NaN, and stop. Slow."""
 
     def model_post_init(self, _: Any) -> None:
-        if isinstance(every := self.val_check_interval, float) and every > 1:
+        interval = self.val_check_interval
+        if isinstance(interval, float) and interval > 1:
             raise UserError(
-                f"--trainer.val_check_interval must be a number of batches, or a share from 0 to 1; got {every:g}."
+                f"--trainer.val_check_interval must be a number of batches, or a share from 0 to 1; got {interval:g}."
             )
 
     @property
-    def lightning(self) -> dict[str, Any]:
-        """Arguments of Lightning's Trainer."""
-        asked = {n: getattr(self, n) for n in ("accelerator", "devices", "num_nodes", "strategy", "precision")}
-        # auto is resolved later, when the hardware is known.
-        return asked | ({"precision": "32-true"} if self.precision == "auto" else {})
+    def lightning_arguments(self) -> dict[str, Any]:
+        """Arguments of Lightning's Trainer for devices and precision.
+
+        A precision `auto` is replaced by 32-true here, and resolved later, when the hardware is known.
+        """
+        names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+        arguments = {name: getattr(self, name) for name in names}
+        if self.precision == "auto":
+            arguments["precision"] = "32-true"
+        return arguments
 
     @property
-    def unusual(self) -> dict[str, Any]:
-        """Non-default flags that can change a result. Defaults are left out, as stored settings of earlier runs lack
-        these flags."""
+    def result_changing(self) -> dict[str, Any]:
+        """Flags that can change a result, by name, except those with their default value.
+
+        Settings stored by earlier versions lack these flags, so a flag at its default must not be part of the settings.
+        """
         names = (
             "callbacks", "gradient_clip_val", "limit_train_batches", "max_steps", "deterministic", "val_check_interval",
             "fast_dev_run",

@@ -49,7 +49,7 @@ def export(
         UserError: before the model is loaded, if an argument, the model or the output path is invalid; later, if GGUF
             does not support the model, the file cannot be written, or the check fails.
     """
-    folder = model_folder(run_or_folder)
+    folder = find_model_folder(run_or_folder)
     path = expanded(f"{folder}-{type}.gguf" if output is None else output).absolute()
     check_type(type, unchecked=unchecked)
     if path.exists() and not (overwrite and is_gguf(path)):
@@ -65,9 +65,9 @@ def export(
     name = folder.parent.name if (folder.parent / "manifest.json").is_file() else folder.name
     with replacing(path) as new:
         if type in QUANTISED:
-            whole = new.with_name(f"f16-{new.name}")  # `replacing` removes its scratch folder
-            write_gguf(model, tokenizer, whole, type="f16", name=name)
-            ask_llama_cpp("quantise", whole, output=str(new), type=type.upper())
+            f16_file = new.with_name(f"f16-{new.name}")  # in the scratch folder that `replacing` removes
+            write_gguf(model, tokenizer, f16_file, type="f16", name=name)
+            ask_llama_cpp("quantise", f16_file, output=str(new), type=type.upper())
         else:
             write_gguf(model, tokenizer, new, type=type, name=name)
         if not unchecked:
@@ -81,43 +81,61 @@ def has_llama_cpp() -> bool:
 
 
 def check_type(type: str, *, unchecked: bool) -> None:
-    """Raise UserError if a type is unknown, or needs a llama.cpp build that is not installed."""
+    """Raise UserError if a type is unknown, or llama.cpp is needed and not installed.
+
+    Args:
+        type: type of matrices.
+        unchecked: whether the file is not checked in llama.cpp.
+    """
     if type not in (*TYPES, *QUANTISED):
         raise UserError(f"Unknown GGUF type '{type}'. Available: {', '.join((*TYPES, *QUANTISED))}.")
-    if not has_llama_cpp() and (type in QUANTISED or not unchecked):
-        use = f"quantise to {type}" if type in QUANTISED else "check the file (--unchecked of gprune export skips it)"
+    quantises = type in QUANTISED
+    if (quantises or not unchecked) and not has_llama_cpp():
+        use = f"quantise to {type}" if quantises else "check the file (--unchecked of gprune export skips it)"
         raise UserError(f"Export to GGUF needs a llama.cpp build to {use}. Run `pip install {LLAMA_CPP}`.")
 
 
 def is_gguf(path: Path) -> bool:
-    """Return whether a file is GGUF. Other files are never overwritten."""
+    """Return whether a path is a GGUF file. Other files are never overwritten."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 
-def model_folder(run_or_folder: str | Path) -> Path:
-    """Return the model folder of a finished run, or the model folder itself. Raise UserError for other paths."""
+def find_model_folder(run_or_folder: str | Path) -> Path:
+    """Return the path of the model folder of a finished run, or of a model folder.
+
+    Args:
+        run_or_folder: the folder of a run, or a model folder.
+
+    Raises:
+        UserError: if the path is neither, the run is not finished or has no model, or the model is not that of its run.
+    """
     path = expanded(run_or_folder)
-    is_model, is_run = ((path / name).is_file() for name in ("config.json", "manifest.json"))
+    is_model = (path / "config.json").is_file()
+    is_run = (path / "manifest.json").is_file()
     if not (is_model or is_run):
         raise UserError(f"RUN must be a run (manifest.json) or a model folder (config.json); got '{path}'.")
     from gprune.runs.results import exported_model, finished
 
-    folder = path.resolve()
     if is_model:
+        folder = path.resolve()
         if folder.name == "model" and (folder.parent / "manifest.json").is_file():
-            exported_model(folder.parent)  # raises UserError if the run does not have this model
+            exported_model(folder.parent)  # raises UserError if the model was changed after the run
         return folder
-    finished(path)  # raises UserError if not
+    finished(path)  # raises UserError if the run is not finished
     if not (path / "model" / "config.json").is_file():
         raise UserError(f"Cannot export '{path}': the run has no model (--export none). Run it again with --export hf.")
-    return exported_model(folder)
+    return exported_model(path.resolve())
 
 
 def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model in float32, and its tokenizer, without running code of the folder. UserError if this fails."""
+    """Load a model in float32, and its tokenizer, without running code of the folder.
+
+    Raises:
+        UserError: if the model cannot be loaded, or weights are not finite.
+    """
     from gprune.models.loading import load_model
 
     try:

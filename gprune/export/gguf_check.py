@@ -25,7 +25,7 @@ log = logging.getLogger("gprune")
 
 # Text in which tokenizers differ: digits, blanks, other scripts, code, contractions.
 CHECK_TEXT = Path(__file__).with_name("check_text.txt").read_text(encoding="utf-8")
-CHECK_TOKENS = 512
+CHECK_TOKENS = 512  # largest number of tokens whose log-probabilities are compared
 
 # Largest mean KL(model || file), nats per token. The largest values of SmolLM2-135M, dense and pruned, were 5e-9 (f32),
 # 7e-5 (f16) and 1e-2 (q8_0). With the rows of one k_proj of 30 in the wrong order it was 0.2.
@@ -36,23 +36,29 @@ LIMITS = {"f32": 1e-6, "f16": 1e-3, "q8_0": 5e-2, "q4_k_m": 0.2}
 def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, type: str) -> float:
     """Compare tokens and log-probabilities of llama.cpp with those of the model and its tokenizer.
 
+    Args:
+        model: the model in float32.
+        tokenizer: its tokenizer.
+        path: the GGUF file.
+        type: type of matrices in the file, which determines the largest KL.
+
     Returns:
-        Mean KL(model || file) over the tokens of `CHECK_TEXT`, in nats.
+        Mean KL(model || file) per token over at most `CHECK_TOKENS` tokens of `CHECK_TEXT`, in nats.
 
     Raises:
         UserError: if the KL is above `LIMITS[type]`, tokens differ, or the file does not load.
     """
-    special = "".join(token for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
-    texts = [CHECK_TEXT, f"{special}user\n{CHECK_TEXT[:80]}{special}"]
+    special_tokens = "".join(token for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
+    texts = [CHECK_TEXT, f"{special_tokens}user\n{CHECK_TEXT[:80]}{special_tokens}"]
     ids = tokenizer(CHECK_TEXT).input_ids[: min(CHECK_TOKENS, model.config.max_position_embeddings)]
-    got, tokens = in_llama_cpp(path, ids, texts)
+    log_p_of_file, tokens = score_in_llama_cpp(path, ids, texts)
     if tokens != [tokenizer(text).input_ids for text in texts]:
         raise UserError(
             "Cannot export to GGUF: llama.cpp splits text into other tokens than the tokenizer. Please report this."
         )
     logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
-    expected = logits.double().log_softmax(-1).cpu()
-    kl = float((expected.exp() * (expected - got)).sum(-1).mean())
+    log_p = logits.double().log_softmax(-1).cpu()
+    kl = float((log_p.exp() * (log_p - log_p_of_file)).sum(-1).mean())
     if not kl <= LIMITS[type]:  # also true for NaN
         lossy = f"If --type f32 passes, {type} loses too much accuracy for this model."
         advice = "Please report this." if type == "f32" else lossy
@@ -64,8 +70,18 @@ def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     return kl
 
 
-def in_llama_cpp(path: Path, ids: list[int], texts: list[str]) -> tuple[Tensor, list[list[int]]]:
-    """Return log-probabilities after each token of `ids`, (T, vocabulary) float64, and the tokens of every text."""
+def score_in_llama_cpp(path: Path, ids: list[int], texts: list[str]) -> tuple[Tensor, list[list[int]]]:
+    """Compute log-probabilities and tokens in llama.cpp.
+
+    Args:
+        path: the GGUF file.
+        ids: T tokens.
+        texts: texts to be split into tokens.
+
+    Returns:
+        log_p: (T, vocabulary) float64, log-probabilities of the token after each of `ids`.
+        tokens: the tokens of every text.
+    """
     with tempfile.TemporaryDirectory(prefix="gprune-llamacpp-") as scratch:
         file = Path(scratch) / "logprobs.npy"
         tokens = ask_llama_cpp("score", path, ids=ids, texts=texts, logprobs=str(file))
@@ -73,12 +89,23 @@ def in_llama_cpp(path: Path, ids: list[int], texts: list[str]) -> tuple[Tensor, 
 
 
 def ask_llama_cpp(work: str, model: Path, **request: Any) -> Any:
-    """Run `llamacpp.py` with a request, which its docstring describes, and return its answer."""
-    asked = json.dumps(request | {"work": work, "model": str(model.absolute()), "threads": torch.get_num_threads()})
+    """Run `llamacpp.py` in a process, and return its answer.
+
+    Args:
+        work: `score` or `quantise`.
+        model: the GGUF file.
+        request: the other keys of the request, which the docstring of `llamacpp.py` describes.
+
+    Raises:
+        UserError: with the cause, if the process fails.
+    """
+    request |= {"work": work, "model": str(model.absolute()), "threads": torch.get_num_threads()}
     command = [sys.executable, "-P", str(Path(__file__).with_name("llamacpp.py"))]
-    done = subprocess.run(command, input=asked, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+    process = subprocess.run(
+        command, input=json.dumps(request), capture_output=True, text=True, errors="replace", check=False
+    )
+    if process.returncode != 0:
+        lines = [line for line in process.stderr.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
         cause = next((line for line in lines if "GGML_ASSERT" in line or "error" in line), lines[-1])
         raise UserError(f"Cannot run the file in llama.cpp: {cause.removesuffix('.')}.")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])

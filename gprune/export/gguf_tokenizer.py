@@ -11,62 +11,94 @@ from transformers import PreTrainedTokenizerBase
 from gprune.errors import UserError
 from gprune.models.gguf import WHOLE_WORDS, WORDS
 
+GGML = "tokenizer.ggml"  # prefix of keys
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # name in transformers -> in GGUF
 
-def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Any]:
-    """Return `tokenizer.*` of a fast byte-level BPE. Embeddings beyond the vocabulary become unused tokens.
+
+def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> dict[str, Any]:
+    """Return the GGUF keys `tokenizer.*` for a fast tokenizer of type byte-level BPE.
+
+    Rows of the embedding matrix without a token become tokens of type UNUSED.
 
     Args:
         tokenizer: the tokenizer.
-        size: number of embeddings.
+        num_embeddings: number of rows of the embedding matrix.
+
+    Raises:
+        UserError: if llama.cpp does not support the tokenizer, or a token has no row.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, pre = content["model"], word_splitting(content)
-    if pre is None:
+    model = content["model"]
+    word_splitting = find_word_splitting(content)
+    if word_splitting is None:
         needed = f"a byte-level BPE tokenizer that splits words like {', '.join(WORDS)}"
         raise UserError(f"Export to GGUF needs {needed}; got another one ({model['type']}). Export to hf.")
-    tokens = {index: token for token, index in model["vocab"].items()}
-    types = dict.fromkeys(tokens, TokenType.NORMAL)
-    for added in content["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    if max(tokens) >= size:
+    tokens, types = _tokens_and_types(content)
+    if max(tokens) >= num_embeddings:
         raise UserError(
-            f"Cannot export to GGUF: the tokenizer has token {max(tokens)}, but the model has only {size} embeddings."
+            f"Cannot export to GGUF: the tokenizer has token {max(tokens)}, but the model has only {num_embeddings} "
+            "embeddings."
         )
-    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    special = {there: getattr(tokenizer, f"{here}_token_id") for there, here in names.items()}
-    bare, full = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     keys = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": [tokens.get(i, f"[PAD{i}]") for i in range(size)],
-        "tokenizer.ggml.token_type": [int(types.get(i, TokenType.UNUSED)) for i in range(size)],
-        "tokenizer.ggml.merges": merges or [f"{tokens[0]} {tokens[0]}"],  # llama.cpp needs at least one
-        "tokenizer.ggml.add_space_prefix": False,
-        "tokenizer.ggml.add_bos_token": len(full) > len(bare) and full[0] == special["bos"],
-        **{f"tokenizer.ggml.{name}_token_id": index for name, index in special.items() if index is not None},
+        f"{GGML}.model": "gpt2",
+        f"{GGML}.pre": word_splitting,
+        f"{GGML}.tokens": [tokens.get(i, f"[PAD{i}]") for i in range(num_embeddings)],
+        f"{GGML}.token_type": [int(types.get(i, TokenType.UNUSED)) for i in range(num_embeddings)],
+        f"{GGML}.merges": merges or [f"{tokens[0]} {tokens[0]}"],  # llama.cpp needs at least one
+        f"{GGML}.add_space_prefix": False,
+        **_special_token_keys(tokenizer),
     }
-    if len(full) > len(bare) and full[-1] == special["eos"]:
-        keys["tokenizer.ggml.add_eos_token"] = True
     if isinstance(tokenizer.chat_template, str):
         keys["tokenizer.chat_template"] = tokenizer.chat_template
     return keys
 
 
-def word_splitting(content: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name of the tokenizer's word splitting, or None if llama.cpp does not support it."""
-    model, cut = content["model"], content.get("pre_tokenizer") or {}
-    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    if model["type"] != "BPE" or model["byte_fallback"] or affixes or content["normalizer"]:
+def _tokens_and_types(content: dict[str, Any]) -> tuple[dict[int, str], dict[int, TokenType]]:
+    """Return index -> token and index -> type of token, from the content of `tokenizer.json`."""
+    tokens = {index: token for token, index in content["model"]["vocab"].items()}
+    types = dict.fromkeys(tokens, TokenType.NORMAL)
+    for added in content["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    return tokens, types
+
+
+def _special_token_keys(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the keys for indices of special tokens, and for whether BOS and EOS are added to a text."""
+    indices = {gguf_name: getattr(tokenizer, f"{hf_name}_token_id") for hf_name, gguf_name in SPECIAL_TOKENS.items()}
+    without_special = tokenizer("a", add_special_tokens=False).input_ids
+    with_special = tokenizer("a", add_special_tokens=True).input_ids
+    adds_tokens = len(with_special) > len(without_special)
+    keys = {f"{GGML}.add_bos_token": adds_tokens and with_special[0] == indices["bos"]}
+    keys |= {f"{GGML}.{name}_token_id": index for name, index in indices.items() if index is not None}
+    if adds_tokens and with_special[-1] == indices["eos"]:
+        keys[f"{GGML}.add_eos_token"] = True
+    return keys
+
+
+def find_word_splitting(content: dict[str, Any]) -> str | None:
+    """Return llama.cpp's name of the tokenizer's word splitting, or None if llama.cpp does not support the tokenizer.
+
+    Args:
+        content: content of `tokenizer.json`.
+    """
+    model = content["model"]
+    has_affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model["type"] != "BPE" or model["byte_fallback"] or has_affixes or content["normalizer"]:
         return None
     if any(added["lstrip"] or added["rstrip"] or added["single_word"] for added in content["added_tokens"]):
         return None
-    name = next((name for name in WORDS if _steps(json.loads(WORDS[name].__getstate__())) == _steps(cut)), None)
-    # The name also determines whether words that are tokens are used before any merge.
-    return name if bool(model.get("ignore_merges")) == (name in WHOLE_WORDS) else None
+    steps = _splitting_steps(content.get("pre_tokenizer") or {})
+    for name, pre_tokenizer in WORDS.items():
+        if _splitting_steps(json.loads(pre_tokenizer.__getstate__())) == steps:
+            # The name also determines whether words that are tokens are used before any merge.
+            uses_whole_words = name in WHOLE_WORDS
+            return name if bool(model.get("ignore_merges")) == uses_whole_words else None
+    return None
 
 
-def _steps(cut: dict[str, Any]) -> list[dict[str, Any]]:
+def _splitting_steps(pre_tokenizer: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the steps of a pre-tokenizer, without settings that only change offsets."""
-    return [{k: v for k, v in step.items() if k != "trim_offsets"} for step in cut.get("pretokenizers", [cut])]
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    return [{name: value for name, value in step.items() if name != "trim_offsets"} for step in steps]

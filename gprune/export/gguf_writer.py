@@ -27,7 +27,7 @@ from gprune.models.blocks import Block, blocks_of
 log = logging.getLogger("gprune")
 
 FILE_TYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
-PARTS = {
+GGUF_PARTS = {
     "attn_q": "query", "attn_k": "key", "attn_v": "value", "attn_output": "output",
     "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down",
 }  # fmt: skip
@@ -39,8 +39,8 @@ def architecture(model: PreTrainedModel) -> str:
     return "llama" if len(shapes) == 1 else "deci"
 
 
-def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield GGUF names and tensors; matrices are (out, in), with rows of q and k in llama.cpp's order."""
+def named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield GGUF names and tensors. Matrices are (out, in), with rows of q and k in llama.cpp's order."""
     decoder = model.get_decoder()
     yield "token_embd.weight", decoder.embed_tokens.weight
     yield "output_norm.weight", decoder.norm.weight
@@ -49,14 +49,17 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     if (factors := rope_factors(model)) is not None:
         yield "rope_freqs.weight", factors
     for block in blocks_of(model):
-        here = f"blk.{block.layer_index}"
-        yield f"{here}.attn_norm.weight", block.attention_norm.weight
-        yield f"{here}.ffn_norm.weight", block.ffn_norm.weight
-        for name, part_name in PARTS.items():
+        prefix = f"blk.{block.layer_index}"
+        yield f"{prefix}.attn_norm.weight", block.attention_norm.weight
+        yield f"{prefix}.ffn_norm.weight", block.ffn_norm.weight
+        for gguf_name, part_name in GGUF_PARTS.items():
             for suffix in ("weight", "bias"):
-                if (rows := getattr(block.parts[part_name], suffix)) is not None:
-                    rotated = name in ("attn_q", "attn_k")
-                    yield f"{here}.{name}.{suffix}", interleave(rows, block.head_dim) if rotated else rows
+                rows = getattr(block.parts[part_name], suffix)
+                if rows is None:
+                    continue
+                if gguf_name in ("attn_q", "attn_k"):
+                    rows = interleave(rows, block.head_dim)
+                yield f"{prefix}.{gguf_name}.{suffix}", rows
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
@@ -76,7 +79,15 @@ def rope_factors(model: PreTrainedModel) -> Tensor | None:
 
 
 def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
-    """Return `general.*` and the architecture's keys. Sizes are numbers for `llama`, and lists by layer for `deci`."""
+    """Return the GGUF keys of the model, without those of the tokenizer.
+
+    Sizes are numbers for the architecture `llama`, and lists with one number per layer for `deci`.
+
+    Args:
+        model: the model.
+        name: name of the model in the file.
+        type: type of matrices.
+    """
     config, blocks, arch = model.config, blocks_of(model), architecture(model)
     sizes = {
         "feed_forward_length": [b.neurons for b in blocks],
@@ -84,7 +95,7 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
         "attention.head_count_kv": [b.kv_groups for b in blocks],
     }
     head_dim = blocks[0].head_dim
-    own = {
+    architecture_keys = {
         "block_count": len(blocks),
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -99,7 +110,7 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
     general["general.quantized_by"] = "gprune"
     if type == "q8_0":
         general["general.quantization_version"] = 2
-    return general | {f"{arch}.{key}": value for key, value in own.items()}
+    return general | {f"{arch}.{key}": value for key, value in architecture_keys.items()}
 
 
 def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig, *, uniform: bool) -> None:
@@ -117,14 +128,14 @@ def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig, *, unif
         "llama.cpp's own converter."
     )
     for block in blocks:
-        if (reason := unlike_llama(config, block)) is not None:
+        if (reason := difference_from_llama(config, block)) is not None:
             raise UserError(
                 f"Cannot export '{config.model_type}' to GGUF: it must compute like Llama, but {reason}. {remedy}"
             )
 
 
-def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
-    """Return how a block differs from a block of Llama, such as "has experts", or None."""
+def difference_from_llama(config: PreTrainedConfig, block: Block) -> str | None:
+    """Return how a block differs from a block of Llama, such as "has experts", or None if it does not differ."""
     if block.has_experts:
         return "has experts"
     if block.gate is None:
@@ -138,9 +149,9 @@ def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
     if config.hidden_act not in ("silu", "swish"):
         return f"has hidden_act {config.hidden_act} instead of silu"
     modules = [block.ffn_norm, block.attention_norm, *(part.host for part in block.parts.values())]
-    written = {id(parameter) for module in modules for parameter in module.parameters()}
-    if other := [name for name, parameter in block.layer.named_parameters() if id(parameter) not in written]:
-        return f"has weights that Llama does not have ({other[0]})"
+    known = {id(parameter) for module in modules for parameter in module.parameters()}
+    if unknown := [name for name, parameter in block.layer.named_parameters() if id(parameter) not in known]:
+        return f"has weights that Llama does not have ({unknown[0]})"
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         return f"attends to a window of {config.sliding_window} tokens"
     if (kind := config.rope_parameters.get("rope_type", "default")) not in ("default", "linear", "llama3"):
@@ -158,7 +169,16 @@ def unlike_llama(config: PreTrainedConfig, block: Block) -> str | None:
 def write_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, type: str = "f16", name: str = "pruned"
 ) -> None:
-    """Write the file, with vectors in float32 and matrices in `type`, or float16 if rows do not fit blocks of q8_0.
+    """Write a GGUF file.
+
+    Vectors are float32. Matrices have the given type, or float16 if their rows do not fit blocks of q8_0.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        path: file to write.
+        type: f32, f16 or q8_0.
+        name: name of the model in the file.
 
     Raises:
         UserError: if llama.cpp does not support the model or tokenizer, or weights overflow float16.
@@ -166,23 +186,24 @@ def write_gguf(
     check_expressible(blocks_of(model), model.config, uniform=architecture(model) == "llama")
     keys = model_keys(model, name, type)
     keys |= tokenizer_keys(tokenizer, model.get_decoder().embed_tokens.num_embeddings)
-    types = {tensor_name: stored_type(tensor, type) for tensor_name, tensor in tensors(model)}
-    if odd := [tensor_name for tensor_name, kind in types.items() if type == "q8_0" and kind.name == "F16"]:
+    types = {tensor_name: stored_type(tensor, type) for tensor_name, tensor in named_tensors(model)}
+    in_float16 = [tensor_name for tensor_name, kind in types.items() if type == "q8_0" and kind.name == "F16"]
+    if in_float16:
         remedy = "prune with --sparsity.width_multiple 32 for 8 bits"
-        log.info("Rows of q8_0 must be multiples of 32; in float16 instead (%s): %s", remedy, ", ".join(odd))
+        log.info("Rows of q8_0 must be multiples of 32; in float16 instead (%s): %s", remedy, ", ".join(in_float16))
     writer = GGUFWriter(path, architecture(model))
     try:
         for key, value in keys.items():
             kind = GGUFValueType.get_type(value)
             writer.add_key_value(key, value, GGUFValueType.UINT32 if kind == GGUFValueType.INT32 else kind)
-        for tensor_name, tensor in tensors(model):
+        for tensor_name, tensor in named_tensors(model):
             shape = quant_shape_to_byte_shape(tensor.shape, types[tensor_name])
             writer.add_tensor_info(tensor_name, shape, np.uint8, math.prod(shape), raw_dtype=types[tensor_name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor_name, tensor in tensors(model):  # one at a time, to avoid a second copy of the model
-            writer.write_tensor_data(stored(tensor_name, tensor, types[tensor_name]))
+        for tensor_name, tensor in named_tensors(model):  # one at a time, to avoid a second copy of the model
+            writer.write_tensor_data(encode_tensor(tensor_name, tensor, types[tensor_name]))
     finally:
         writer.close()
 
@@ -190,11 +211,11 @@ def write_gguf(
 def stored_type(tensor: Tensor, type: str) -> GGMLQuantizationType:
     """Return F32 for vectors, F16 for matrices whose rows do not fit blocks of `type`, else `type`."""
     kind = GGMLQuantizationType["F32" if tensor.ndim == 1 else type.upper()]
-    block, _ = GGML_QUANT_SIZES[kind]
-    return GGMLQuantizationType.F16 if tensor.shape[-1] % block else kind
+    block_size, _ = GGML_QUANT_SIZES[kind]
+    return GGMLQuantizationType.F16 if tensor.shape[-1] % block_size else kind
 
 
-def stored(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+def encode_tensor(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     """Convert a tensor to its form in the file. Raise UserError if numbers overflow float16."""
     with np.errstate(over="ignore"):
         data = quantize(np.ascontiguousarray(tensor.detach().float().cpu().numpy()), kind)

@@ -33,9 +33,9 @@ from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBas
 
 from gprune.checks import memory_limits, require
 from gprune.errors import UserError
-from gprune.export.reload import aligned
+from gprune.export.reload import align_weights
 from gprune.models import modeling_pruned
-from gprune.models.blocks import blocks_of, by_layer, decoder_layers, layer_values
+from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers, layer_values
 from gprune.models.loading import pruned_classes, register_type, skeleton
 from gprune.models.lookup import family_of, remember
 from gprune.models.masks import Masks
@@ -46,24 +46,26 @@ from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
 
-# Keys of a config that the exported class sets itself, or that do not apply to it (quantiser of a de-quantised GGUF).
-NOT_CARRIED = {
+# Keys of a config that the exported class sets itself, or that do not apply to it, such as the quantisation of a GGUF
+# file whose weights were de-quantised.
+EXCLUDED_KEYS = {
     *("model_type", "architectures", "auto_map", "quantization_config"),
     *("per_layer_config", "pruned_layout", "added_biases"),
     *("rope_theta", "rope_scaling", "transformers_version", "_name_or_path"),
 }
 KNOWN_CODE = re.compile(r"transformers\..*|.*\bmodeling_pruned")  # modules of model classes that we can export
-SHARD = 5 * 10**9  # largest file in bytes
-CARD = "Pruned by gprune. Where layers differ in width, config.json has a table `per_layer_config`.\n"  # a run has more
+MAX_FILE_BYTES = 5 * 10**9  # largest file of weights
+# README.md of a folder that is saved without a run. A run writes a model card instead.
+CARD = "Pruned by gprune. Where layers differ in width, config.json has a table `per_layer_config`.\n"
 
 
 def stock_values(model: PreTrainedModel) -> dict[str, Any]:
-    """Return settings of the dense stock model, with explicit head size and dtype."""
-    (first, *_) = blocks_of(model)
-    carried = {key: value for key, value in model.config.to_dict().items() if key not in NOT_CARRIED}
-    if first.family.found:
-        return carried | {"dtype": model.dtype}
-    return carried | {"head_dim": first.head_dim, "dtype": model.dtype}
+    """Return settings of the dense stock model, with dtype and, except for discovered types, head size."""
+    first_block = blocks_of(model)[0]
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in EXCLUDED_KEYS}
+    if not first_block.family.found:
+        settings["head_dim"] = first_block.head_dim
+    return settings | {"dtype": model.dtype}
 
 
 def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
@@ -71,8 +73,9 @@ def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
     blocks = blocks_of(model)
     family, sizes = blocks[0].family, blocks[0].config_values
     if family.found:
-        return _found_stock_skeleton(model)
-    if any(block.config_values != sizes for block in blocks) or not modeling_pruned.experts_aligned(model):
+        return _discovered_stock_skeleton(model)
+    same_sizes = all(block.config_values == sizes for block in blocks)
+    if not same_sizes or not modeling_pruned.experts_aligned(model):
         return None
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for model_type, settings in {family.model_type: {}, **family.same_as}.items():
@@ -88,28 +91,43 @@ def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     blocks, values = blocks_of(model), stock_values(model)
     family = blocks[0].family
     if family.found:
-        return _found_skeleton(model)
-    dense = blocks_of(skeleton(CONFIG_MAPPING[family.model_type](**values)))
+        return _discovered_skeleton(model)
+    dense_blocks = blocks_of(skeleton(CONFIG_MAPPING[family.model_type](**values)))
     layout: dict[str, Any] = {"layers": family.layers, "sizes": {}, "attributes": {}}
-    table = {}
-    for block, stock in zip(blocks, dense, strict=True):
+    per_layer_config = {}
+    for block, dense_block in zip(blocks, dense_blocks, strict=True):
         layout["sizes"] |= {place.path: [place.dim, block.config_terms(place.sizes)] for place in block.slices}
         layout["attributes"] |= block.attributes
-        added = [part for part in ("down", "output") if block.parts[part].bias is not None]
-        biases = [getattr(family, part) for part in added if stock.parts[part].bias is None]
-        own = block.config_values | {"added_biases": biases}
-        table[str(block.layer_index)] = {key: value for key, value in own.items() if value != values.get(key, [])}
+        layer_config = block.config_values | {"added_biases": _added_biases(block, dense_block)}
+        different = {key: value for key, value in layer_config.items() if value != values.get(key, [])}
+        if different:
+            per_layer_config[str(block.layer_index)] = different
     config_class, _, model_class = pruned_classes(family.model_type)
-    own = {"pruned_layout": layout, "per_layer_config": {index: own for index, own in table.items() if own}}
-    return skeleton(config_class(**values, added_biases=[], **own), model_class)
+    config = config_class(**values, added_biases=[], pruned_layout=layout, per_layer_config=per_layer_config)
+    return skeleton(config, model_class)
+
+
+def _added_biases(block: Block, dense_block: Block) -> list[str]:
+    """Return paths of the output projections of a block to which recovery has added a bias."""
+    return [
+        getattr(block.family, part)
+        for part in ("down", "output")
+        if part in block.parts and block.parts[part].bias is not None and dense_block.parts[part].bias is None
+    ]
 
 
 def _dense_skeleton(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """Return the stock model of a discovered type, from which `model` was pruned, without weights."""
+    """Return the stock model of a discovered type, from which `model` was pruned, without weights.
+
+    Args:
+        model: the pruned model.
+        settings: keys of the configuration of the text model that are changed.
+    """
     record = family_of(model)
     values = stock_values(model)
-    text = values if model.config.get_text_config(decoder=True) is model.config else _text_values(model, values)
-    text.update(settings)
+    is_text_model = model.config.get_text_config(decoder=True) is model.config
+    text_values = values if is_text_model else _text_values(model, values)
+    text_values.update(settings)
     config = CONFIG_MAPPING[record.model_type](**values)
     config._attn_implementation = model.config._attn_implementation
     stock = skeleton(config)
@@ -123,44 +141,54 @@ def _text_values(model: PreTrainedModel, values: dict[str, Any]) -> dict[str, An
     return next(values[name] for name in model.config.sub_configs if getattr(model.config, name, None) is text)
 
 
-def _found_stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
+def _discovered_stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
     """`stock_skeleton` for discovered types: a stock model if the config has a key for each size, else None."""
-    blocks, shapes = blocks_of(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
-    pairs = {(k, size) for block in blocks for k, size in block.config_values.items() if hasattr(model.config, k)}
-    if len(sizes := dict(pairs)) < len(pairs) or not modeling_pruned.experts_aligned(model):
-        return None  # the first condition: a key with several values
-    with suppress(Exception):  # of any type: a class may reject these sizes
+    blocks = blocks_of(model)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    keys_and_sizes = {
+        (key, size) for block in blocks for key, size in block.config_values.items() if hasattr(model.config, key)
+    }
+    sizes = dict(keys_and_sizes)
+    key_has_several_values = len(sizes) < len(keys_and_sizes)
+    if key_has_several_values or not modeling_pruned.experts_aligned(model):
+        return None
+    with suppress(Exception):  # a class may reject these sizes with an exception of any type
         stock = _dense_skeleton(model, sizes)
-        if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
-            heads = [(block.heads, block.kv_groups) for block in blocks]
-            if [(block.heads, block.kv_groups) for block in blocks_of(stock)] == heads:
-                return stock
+        same_shapes = {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes
+        if same_shapes and _head_counts(stock) == _head_counts(model):
+            return stock
     return None
 
 
-def _found_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+def _head_counts(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """Return (query heads, KV groups) of each block."""
+    return [(block.heads, block.kv_groups) for block in blocks_of(model)]
+
+
+def _discovered_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """`pruned_skeleton` for discovered types, with every size written out."""
-    blocks, record, own = blocks_of(model), family_of(model), {}
+    record = family_of(model)
     stock = _dense_skeleton(model, {})
-    of_stock = blocks_of(stock)
-    for index, of_layer in enumerate(by_layer(blocks)):
+    stock_blocks = blocks_of(stock)
+    layers: dict[str, dict[str, Any]] = {}
+    for index, layer_blocks in enumerate(by_layer(blocks_of(model))):
         sizes: dict[str, list[int]] = {}
         attributes: dict[str, int] = {}
         biases: list[str] = []
-        for block in of_layer:
+        for block in layer_blocks:
             sizes |= {place.path: [place.dim, block.parameter(place).shape[place.dim]] for place in block.slices}
-            for path, terms in block.attributes.items():
-                attributes[path] = modeling_pruned.weighted_sum(terms, block.sizes)
-            added = [part for part in ("down", "output") if part in block.parts and block.parts[part].bias is not None]
-            dense = of_stock[block.index].parts
-            biases += [getattr(block.family, part) for part in added if dense[part].bias is None]
-        values = layer_values(of_layer)
-        own[str(index)] = {"sizes": sizes, "attributes": attributes, "values": values, "added_biases": biases}
+            attributes |= {
+                path: modeling_pruned.weighted_sum(terms, block.sizes) for path, terms in block.attributes.items()
+            }
+            biases += _added_biases(block, stock_blocks[block.index])
+        values = layer_values(layer_blocks)
+        layers[str(index)] = {"sizes": sizes, "attributes": attributes, "values": values, "added_biases": biases}
     path = next(path for path, module in stock.named_modules() if module is decoder_layers(stock))
     config_class, _, model_class = pruned_classes(record.model_type)
-    made = skeleton(config_class(**stock_values(model), pruned_layout={"layers": path, "own": own}), model_class)
-    remember(made, record)
-    return made
+    config = config_class(**stock_values(model), pruned_layout={"layers": path, "own": layers})
+    pruned = skeleton(config, model_class)
+    remember(pruned, record)
+    return pruned
 
 
 def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -177,28 +205,28 @@ def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> P
     exportable.tie_weights()
     for name, parameter in model.named_parameters():
         exportable.get_parameter(name).requires_grad_(parameter.requires_grad)
-    for path, module in list(exportable.named_modules()):  # state that is not saved
-        own = model.get_submodule(path)
+    for path, module in list(exportable.named_modules()):  # share state that is not saved
+        original = model.get_submodule(path)
         if "RotaryEmbedding" in type(module).__name__:
-            exportable.set_submodule(path, own)  # its frequencies may depend on the length of the text
+            exportable.set_submodule(path, original)  # its frequencies may depend on the length of the text
         else:
-            module._buffers.update(own._buffers)
-    for choice in ("_attn_implementation", "_experts_implementation"):
-        setattr(exportable.config, choice, getattr(model.config, choice))
-    cast(exportable, dtype)
+            module._buffers.update(original._buffers)
+    for name in ("_attn_implementation", "_experts_implementation"):
+        setattr(exportable.config, name, getattr(model.config, name))
+    cast_parameters(exportable, dtype)
     exportable.generation_config = copy.deepcopy(model.generation_config)
     if is_offloaded(model):
         attach_all_weights(exportable, model)
     return exportable.train(model.training)
 
 
-def cast(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-    """Cast all parameters to a dtype, but not buffers, like loading with that dtype. None: no change."""
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Cast all parameters to a dtype in place, but not buffers, as loading with that dtype does. None: no change."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype or parameter.dtype)
 
 
-def portable(model: PreTrainedModel) -> PreTrainedModel:
+def to_portable(model: PreTrainedModel) -> PreTrainedModel:
     """Convert a model so that `save_pretrained` writes a folder that loads, also after training.
 
     Some models are returned unchanged and must be saved by `save_pruned`: models on several devices or offloaded,
@@ -228,7 +256,7 @@ def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
     """
     require(model, PreTrainedModel, "The model of apply_masks must be a model of transformers")
     require(masks, Masks, "The masks of apply_masks must be Masks, such as those of a run's result")
-    return portable(prune(model, masks, inplace=inplace))
+    return to_portable(prune(model, masks, inplace=inplace))
 
 
 def save_pruned(
@@ -254,8 +282,10 @@ def save_pruned(
         UserError: if the folder exists, or cannot be written.
     """
     folder = expanded(folder).resolve()
-    before, card = sorted(folder.glob("*")) if overwrite else [], folder / "README.md"
-    if folder.exists() and not (before and card.is_file() and b"gprune" in card.read_bytes()):
+    existing = sorted(folder.glob("*")) if overwrite else []
+    card = folder / "README.md"
+    is_ours = existing and card.is_file() and b"gprune" in card.read_bytes()
+    if folder.exists() and not is_ours:
         why = "has no README.md that mentions gprune, so it is not overwritten" if overwrite else "exists already"
         raise UserError(f"Cannot write the model: '{folder}' {why}. Move it away.")
     exportable = to_exportable(model, dtype)
@@ -264,23 +294,33 @@ def save_pruned(
         with warnings.catch_warnings(action="ignore"):  # that shards must fit in memory, which `shard_size` ensures
             exportable.save_pretrained(new, max_shard_size=shard_size(exportable))
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
-        config |= modeling_pruned.legacy_rope_settings(config)  # current stock configs do not write it
+        config |= modeling_pruned.legacy_rope_settings(
+            config
+        )  # stock configs of transformers 5 do not write these keys
         (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(CARD, encoding="utf-8")
-        if others := [p.name for p in before if not (p.match("model*.safetensors*") or (new / p.name).exists())]:
-            raise UserError(f"Cannot overwrite '{folder}': it contains {others[0]}, which would be lost. Move it away.")
+        lost = [
+            path.name for path in existing if not path.match("model*.safetensors*") and not (new / path.name).exists()
+        ]
+        if lost:
+            raise UserError(f"Cannot overwrite '{folder}': it contains {lost[0]}, which would be lost. Move it away.")
     log.info("Saved the model to %s", folder)
     return folder
 
 
 def shard_size(model: PreTrainedModel) -> int:
-    """Return the size of a file of weights in bytes: `SHARD`, or for offloaded models about one layer."""
+    """Return the largest size of a file of weights in bytes.
+
+    It is `MAX_FILE_BYTES` or, for an offloaded model, that of the largest layer or parameter, so that little memory is
+    needed.
+    """
     if not is_offloaded(model):
-        return SHARD
-    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in decoder_layers(model)]
-    return min(SHARD, max(*layers, *(p.numel() * p.element_size() for p in model.parameters())))
+        return MAX_FILE_BYTES
+    layer_bytes = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
+    parameter_bytes = [p.nbytes for p in model.parameters()]
+    return min(MAX_FILE_BYTES, max(layer_bytes + parameter_bytes))
 
 
 def reloaded_logits(
@@ -308,24 +348,28 @@ def reloaded_logits(
     """
     limits = None if max_memory is None else list(memory_limits(max_memory).items())
     with tempfile.TemporaryDirectory(prefix="gprune-reload-") as scratch:
-        tokens, logits = f"{scratch}/tokens", f"{scratch}/logits"
-        save_file({"input_ids": input_ids.detach().cpu().contiguous()}, tokens)
+        tokens_file, logits_file = f"{scratch}/tokens", f"{scratch}/logits"
+        save_file({"input_ids": input_ids.detach().cpu().contiguous()}, tokens_file)
         load |= {"max_memory": limits, "offload_folder": f"{scratch}/offload"}
-        settings = {"folder": str(folder), "tokens": tokens, "logits": logits, "device": device, "load": load}
-        asked = json.dumps(settings | {"threads": torch.get_num_threads()})
+        request = {
+            "folder": str(folder),
+            "tokens": tokens_file,
+            "logits": logits_file,
+            "device": device,
+            "load": load,
+            "threads": torch.get_num_threads(),
+        }
         # A separate cache for the copied modelling file, so that concurrent checks do not share one.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
-        # -P: without this folder on sys.path.
-        command = [
-            sys.executable,
-            "-P",
-            str(Path(__file__).with_name("reload.py")),
-        ]
-        done = subprocess.run(command, input=asked, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise UserError(f"Cannot load '{folder}' in a fresh process: {last.removesuffix('.')}.")
-        return load_file(logits)["logits"]
+        script = Path(__file__).with_name("reload.py")
+        command = [sys.executable, "-P", str(script)]  # -P: do not add the folder of the script to sys.path
+        process = subprocess.run(
+            command, input=json.dumps(request), env=environment, capture_output=True, text=True, check=False
+        )
+        if process.returncode != 0:
+            lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
+            raise UserError(f"Cannot load '{folder}' in a fresh process: {lines[-1].removesuffix('.')}.")
+        return load_file(logits_file)["logits"]
 
 
 def max_logit_difference(a: Tensor, b: Tensor) -> float:
@@ -355,17 +399,18 @@ def check_reload(
     Raises:
         UserError: if logits are not bit-identical, or the folder does not load.
     """
-    training, weights = model.training, [(p, p.data) for p in model.parameters()]
+    training = model.training
+    weights = [(parameter, parameter.data) for parameter in model.parameters()]
     device, attention = str(device_of(model)), model.config._attn_implementation
     try:
-        cast(model, dtype)
+        cast_parameters(model, dtype)
         # As in the fresh process; only for this pass, because it copies weights shared with the dense model.
-        aligned(model)
+        align_weights(model)
         expected = model.eval()(input_ids.to(device), use_cache=False).logits
-        for p, data in weights:
-            p.data = data
-        got = reloaded_logits(folder, input_ids, device=device, attn_implementation=attention, **placement)
-        difference = max_logit_difference(expected, got)
+        for parameter, data in weights:
+            parameter.data = data
+        logits = reloaded_logits(folder, input_ids, device=device, attn_implementation=attention, **placement)
+        difference = max_logit_difference(expected, logits)
         if difference != 0:  # also true for NaN
             raise UserError(
                 f"Cannot export to '{folder}': logits of the reloaded model differ from the pruned model's by up to "

@@ -25,13 +25,19 @@ ffi, lib = get_ffi(), get_lib()
 
 
 def load_llama(request: dict[str, Any], length: int) -> Llama:
-    """Open the model with a context of `length` tokens and a float32 cache, so that only weights are lossy."""
-    exact = {"flash_attn_type": 0, "type_k": "f32", "type_v": "f32"}
-    return Llama(request["model"], n_ctx=length, n_batch=length, n_threads=request["threads"], **exact)
+    """Open the model with a context of `length` tokens.
+
+    Attention is exact and its cache is float32, so that only the weights differ from those of the model.
+    """
+    exact_attention = {"flash_attn_type": 0, "type_k": "f32", "type_v": "f32"}
+    return Llama(request["model"], n_ctx=length, n_batch=length, n_threads=request["threads"], **exact_attention)
 
 
 def logprobs_of(model: Llama, ids: Sequence[int]) -> np.ndarray:
-    """Return log-probabilities after each of T tokens, (T, vocabulary) float64. The context is cleared before."""
+    """Return log-probabilities of the token after each of T tokens, (T, vocabulary) float64.
+
+    The context is cleared before.
+    """
     lib.llama_memory_clear(lib.llama_get_memory(model._ctx), True)
     batch = lib.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
@@ -47,14 +53,14 @@ def logprobs_of(model: Llama, ids: Sequence[int]) -> np.ndarray:
 
 
 def score(request: dict[str, Any]) -> list[list[int]]:
-    """Write log-probabilities, and return the tokens of every text."""
+    """Write log-probabilities to a file, and return the tokens of every text."""
     model = load_llama(request, len(request["ids"]))
     np.save(request["logprobs"], logprobs_of(model, request["ids"]).astype(np.float32))
     return [model.tokenize(text, parse_special=True) for text in request["texts"]]
 
 
 def quantise(request: dict[str, Any]) -> None:
-    """Write a file with matrices quantised by llama.cpp, which uses larger types for rows that do not fit blocks."""
+    """Write a file with matrices quantised by llama.cpp. Rows that do not fit blocks get a larger type."""
     lib.llama_backend_init()
     settings = lib.llama_model_quantize_default_params()
     settings.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{request['type']}")
@@ -64,5 +70,6 @@ def quantise(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    asked = json.load(sys.stdin)
-    sys.stdout.write("\n" + json.dumps({"score": score, "quantise": quantise}[asked["work"]](asked)))
+    request = json.load(sys.stdin)
+    work = {"score": score, "quantise": quantise}[request["work"]]
+    sys.stdout.write("\n" + json.dumps(work(request)))

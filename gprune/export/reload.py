@@ -16,31 +16,34 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+ALIGNMENT = 64  # bytes, as PyTorch allocates memory on a CPU
 
-def aligned(model: torch.nn.Module) -> None:
+
+def align_weights(model: torch.nn.Module) -> None:
     """Copy CPU weights that are not aligned in memory, such as those of a mapped file.
 
     The last bits of a matrix product with a single row, such as an expert with one token, depend on alignment.
     """
-    for p in model.parameters():
-        if p.device.type == "cpu" and p.data_ptr() % 64:
-            p.data = p.data.clone()
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def main(request: dict[str, Any]) -> None:
-    """Load an exported folder, and write logits."""
+    """Load an exported folder, compute logits of the tokens, and write them to a file."""
     torch.set_num_threads(request["threads"])
     settings = request["load"]
     if settings["max_memory"] is not None:
         settings["max_memory"] = dict(settings["max_memory"])
     config = AutoConfig.from_pretrained(request["folder"], trust_remote_code=True)
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
-    model = auto.from_pretrained(request["folder"], dtype="auto", trust_remote_code=True, **settings)
+    auto_map = getattr(config, "auto_map", {})
+    is_causal_lm = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in auto_map
+    auto_class = AutoModelForCausalLM if is_causal_lm else AutoModelForImageTextToText
+    model = auto_class.from_pretrained(request["folder"], dtype="auto", trust_remote_code=True, **settings)
     model.eval()
     if settings.get("device_map") is None:
         model = model.to(request["device"])
-    aligned(model)
+    align_weights(model)
     tokens = load_file(request["tokens"])["input_ids"].to(request["device"])
     with torch.inference_mode():
         logits = model(tokens, use_cache=False).logits

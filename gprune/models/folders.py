@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gprune.checks import shown
+from gprune.checks import format_value
 from gprune.errors import UserError
 from gprune.storage.reading import read_text, unsafe_entries
 
@@ -40,7 +40,7 @@ def check_folder(location: str | Path) -> None:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             continue  # transformers reports the error
         if outside := [name for name in names if os.path.isabs(name) or ".." in Path(name).parts]:
-            raise UserError(f"--model.name: {index} must name files of its own folder; got {shown(outside[0])}.")
+            raise UserError(f"--model.name: {index} must name files of its own folder; got {format_value(outside[0])}.")
 
 
 def check_sizes(content: Any, name: str) -> None:

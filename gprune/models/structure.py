@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.errors import UserError, first_line, nearest
+from gprune.errors import UserError, closest_name, first_line
 from gprune.models.blocks import Block, blocks_of, check_untied
 from gprune.models.families import BUILT_IN, FAMILIES, PRUNED, Family
 from gprune.models.lookup import decoder_of, family_of
@@ -136,7 +136,7 @@ def _check_paths(name: str, record: Family, layer: nn.Module) -> None:
     for field in fields:
         path = getattr(record, field)
         if path is not None and path not in known:
-            close = nearest(path, known)
+            close = closest_name(path, known)
             hint = f"; did you mean '{close}'?" if close else f"; it has {', '.join(known)}"
             raise _record_error(name, f"{field}='{path}' is not a module of {type(layer).__name__}{hint}")
 

@@ -28,7 +28,7 @@ def calibrate(run: Run) -> dict[str, CorpusStatistics]:
     """Return statistics by corpus, from the cache if model, text and kind of statistics are the same."""
     run.step(1, "Calibrating")
     cfg, cache = run.cfg, statistics_cache(run)
-    statistics = {corpus: cache.read(corpus, ["moments", *sorted(cfg.collects)]) for corpus in cfg.calibration}
+    statistics = {corpus: cache.read(corpus, ["moments", *sorted(cfg.collects)]) for corpus in cfg.calibration_corpora}
     lacking = [of_corpus is None for of_corpus in statistics.values()]
     if cfg.processes > 1:  # another run may write to the cache at the same time
         lacking = agreed(run, lacking)
@@ -37,7 +37,7 @@ def calibrate(run: Run) -> dict[str, CorpusStatistics]:
         statistics |= collect(run, missing, cache)
     else:
         log.info("Statistics of %s are in the cache", ", ".join(statistics))
-    for corpus in cfg.calibration:
+    for corpus in cfg.calibration_corpora:
         copy = f"statistics/{corpus_file(corpus)}"
         if run.folder.read(copy) is None:
             # without Gram matrices, which are hundreds of megabytes and stay in the cache
@@ -67,7 +67,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
     """Return the cache of statistics for this run's model and text."""
     cfg = run.cfg
     by_block = "saliency" not in cfg.collects and needs_walk(
-        run.model, corpora=len(cfg.calibration), gram="gram" in cfg.collects, sharded=cfg.model.shard
+        run.model, corpora=len(cfg.calibration_corpora), gram="gram" in cfg.collects, sharded=cfg.model.shard
     )
     if by_block:
         check_walk(run.model.config)
@@ -75,14 +75,14 @@ def statistics_cache(run: Run) -> StatisticsCache:
     other = cfg.settings()["corpora"].get("calibrator")
     own = {"calibrator": other, "options": cfg.options.get(other, {})} if other else {}
     # A sharded model computes on the trainer's device, wherever it was loaded.
-    device = check_trainer(**cfg.trainer.lightning) if cfg.model.shard else device_of(run.model)
+    device = check_trainer(**cfg.trainer.lightning_arguments) if cfg.model.shard else device_of(run.model)
     return StatisticsCache(
-        texts={corpus: run.text.train[corpus].content_hash for corpus in cfg.calibration},
+        texts={corpus: run.text.train[corpus].content_hash for corpus in cfg.calibration_corpora},
         # Includes all that can change the last bits, so that a run does not depend on who filled the cache.
         bits={
             "model": run.fingerprint, "dtype": cfg.model.dtype, "device": device.type,
             "batch_size": cfg.corpora.batch_size, "world_size": cfg.processes,
-            "halves": "first and second", **cfg.matmul, **own,
+            "halves": "first and second", **cfg.matmul_settings, **own,
         },
         scopes=("ffn", "attention") if cfg.attention else ("ffn",),
         walked_blocks=len(run.blocks) if by_block else None,

@@ -54,7 +54,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
     models = [(9 if row == cfg.own_row else 10, row[1], row == cfg.own_row) for row in cfg.stages]
     if s.quality:
         forward[8] = (1 + searches(cfg) * TRIES) * development
-        models += [(8, cfg.unlearned_recovery, False)] * (searches(cfg) * TRIES)
+        models += [(8, cfg.training_free_recovery, False)] * (searches(cfg) * TRIES)
         if learns[cfg.recovery]:  # the model of the main row is one of the trials
             forward[8] += LEARNED_TRIES * development
             models = [model for model in models if model[0] != 9]
@@ -115,7 +115,7 @@ def searches(cfg: RunConfig) -> int:
 
 def development_tokens(cfg: RunConfig) -> int:
     """Number of tokens in the development text."""
-    return len(cfg.developed) * cfg.evaluation.development_samples * cfg.corpora.seq_len
+    return len(cfg.development_corpora) * cfg.evaluation.development_samples * cfg.corpora.seq_len
 
 
 def learned_windows(cfg: RunConfig) -> int:
@@ -177,7 +177,7 @@ def passes(forward: int, forward_backward: int) -> float:
 
 def calibration_tokens(cfg: RunConfig) -> int:
     """Number of tokens in a pass over all calibration corpora."""
-    return len(cfg.calibration) * cfg.corpora.num_samples * cfg.corpora.seq_len
+    return len(cfg.calibration_corpora) * cfg.corpora.num_samples * cfg.corpora.seq_len
 
 
 def evaluated_tokens(cfg: RunConfig) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.benchmark import Timer
 from transformers import AutoTokenizer
 
-from gprune.benchmarks.speed import price_by
+from gprune.benchmarks.speed import price_from_table
 from gprune.config import RunConfig
 from gprune.corpora import is_local
 from gprune.models.blocks import PARTS, blocks_of, find_unpruned
@@ -65,10 +65,11 @@ def describe(plan: Plan) -> str:
 
 def searched(cfg: RunConfig) -> str:
     """Describe the cost of the search for a quality target."""
-    found = f"at most {searches(cfg) * TRIES} models after {cfg.unlearned_recovery}, usually a third of them"
+    found = f"at most {searches(cfg) * TRIES} models after {cfg.training_free_recovery}, usually a third of them"
     if recovery_of(cfg.recovery).learns:
         found += f", and {LEARNED_TRIES} after {cfg.recovery}, usually 2, or more if none keeps the quality"
-    return f"{found}, each on {development_tokens(cfg):,} tokens of development text ({', '.join(cfg.developed)})"
+    corpora = ", ".join(cfg.development_corpora)
+    return f"{found}, each on {development_tokens(cfg):,} tokens of development text ({corpora})"
 
 
 def counted_text(plan: Plan) -> str:
@@ -78,7 +79,7 @@ def counted_text(plan: Plan) -> str:
         UserError: if text is missing or too short.
     """
     cfg = plan.cfg
-    corpora, m = dict.fromkeys([*cfg.used, *cfg.corpora.evaluate]), cfg.model
+    corpora, m = dict.fromkeys([*cfg.train_corpora, *cfg.corpora.evaluate]), cfg.model
     elsewhere = [name for name in corpora if not is_local(name)]
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate_model(m.name), trust_remote_code=m.trust_remote_code)
@@ -93,7 +94,7 @@ def predicted_speed(plan: Plan) -> str:
     """Predict the speed at uniform sparsity from the latency table, if there is one."""
     if not plan.pricing.device_available or plan.pricing.speed is None:
         return "not measured; --sparsity.target 1.2x measures it"
-    price = price_by(plan.pricing.speed, blocks_of(plan.skeleton))
+    price = price_from_table(plan.pricing.speed, blocks_of(plan.skeleton))
     gone = replace(plan.budget.costs, price=price).removed(uniform_masks(plan.budget))
     return f"{price.model / (price.model - gone):.2f}x of dense by the table ({plan.cfg.speed})"
 

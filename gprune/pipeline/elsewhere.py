@@ -120,7 +120,7 @@ def _text_for(
     Raises:
         UserError: if the tokenizers differ and the model is to be distilled, or the tokenizer belongs to another model.
     """
-    others = [corpus for corpus in cfg.used if corpus not in cfg.corpora.evaluate]
+    others = [corpus for corpus in cfg.train_corpora if corpus not in cfg.corpora.evaluate]
     own = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings, without=others).test
     same = tokenizer.get_vocab() == dense.get_vocab()
     if same and [w.content_hash for w in own] == [w.content_hash for w in test]:

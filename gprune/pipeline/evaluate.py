@@ -91,13 +91,13 @@ def evaluate(
             records += [as_record(run, row, result, w, leaked[w.corpus]) for result, w in pairs]
             write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
     if early and measures and not run.folder.finished:
-        log.info("Before recovery:\n\n%s\n", result_table(records).shown())
+        log.info("Before recovery:\n\n%s\n", result_table(records).for_stdout())
     return records
 
 
 def leaks(run: Run) -> dict[str, tuple[bool, float]]:
     """Return (seen, share of leaked 13-grams) for each evaluated corpus."""
-    used = {identity(name) for name in run.cfg.used}
+    used = {identity(name) for name in run.cfg.train_corpora}
     by_corpus = {}
     for w in run.text.test:
         share, named = leaked_share_of_windows([w], run.text.used, run.tokenizer), identity(w.corpus) in used
@@ -134,7 +134,7 @@ def dense_perplexity(
     """
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
-        device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul,
+        device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul_settings,
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
     if (cached := broadcast(read_json(path, check=schema.Measured.problem, sealed=True))) is not None:
@@ -181,7 +181,7 @@ def measure_perplexity(
         dense: the argument `forecasts` of `perplexity`.
     """
     batch_size, advance = run.cfg.corpora.batch_size, run.screen.advance
-    run.screen.begin(f"Evaluating {name} on {windows.corpus}")
+    run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
     with run.folder.part(f"{name} on {windows.corpus}"):
         return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True, forecasts=dense)
 
@@ -193,7 +193,7 @@ def measure_any_model(run: Run, model: PreTrainedModel, windows: Windows, name: 
         run.meter.add(tokens)
         run.screen.advance(tokens)
 
-    run.screen.begin(f"Evaluating {name} on {windows.corpus}")
+    run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
     dense = run.model if any(windows is of_dense for of_dense in run.text.test) else None
     with run.folder.part(f"{name} on {windows.corpus}"):
         return perplexity_from_logits(model, windows, dense, progress=advance)

@@ -24,10 +24,10 @@ log = logging.getLogger("gprune")
 
 def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
     """Raise UserError if gradients are needed but weights of the model are offloaded."""
-    if cfg.backward and not cfg.model.shard and is_offloaded(model):
+    if cfg.backward_flag and not cfg.model.shard and is_offloaded(model):
         raise UserError(
-            f"{cfg.backward} needs gradients, which offloaded weights do not have. Raise --model.max_memory, or use "
-            "--sparsity.allocation uniform and --importance wanda_sp."
+            f"{cfg.backward_flag} needs gradients, which offloaded weights do not have. Raise --model.max_memory, or "
+            "use --sparsity.allocation uniform and --importance wanda_sp."
         )
 
 
@@ -96,7 +96,7 @@ def prepare_text(
         ),
         "test": Sample(e.num_samples, e.seq_len, **how, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
     }
-    calibrated = dict.fromkeys([*cfg.calibration, *cfg.roles["recover"]])
+    calibrated = dict.fromkeys([*cfg.calibration_corpora, *cfg.roles["recover"]])
     recovered = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
     # Cached, because a corpus may have several roles, be downloaded, and return other text in a second call.
     read = functools.cache(read_corpus)
@@ -113,6 +113,6 @@ def prepare_text(
         train={w.corpus: w for w in windows(calibrated, "train", "train")},
         learn=[*windows(cfg.roles["learn"], "train", "learn")],
         fresh=[*windows(recovered, "train", "fresh")],
-        development=[*windows(cfg.developed, "development", "development")],
+        development=[*windows(cfg.development_corpora, "development", "development")],
         test=[*windows(c.evaluate, e.split, "test")],
     )

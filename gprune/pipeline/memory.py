@@ -63,7 +63,7 @@ def peaks_of(plan: Plan) -> dict[str, float]:
     N = max(sum(b.neurons * min(routed, b.experts) for b in own) for own in by_layer(blocks))
     kept, left = 1 - plan.removed / costs.in_parameters.total, plan.skeleton.num_parameters() - plan.removed
     batch, step = (math.ceil(n / cfg.processes) * cfg.corpora.seq_len for n in (cfg.corpora.batch_size, d.batch_size))
-    corpora, gram = max(1, len(cfg.calibration)), gram_bytes(blocks) if "gram" in cfg.collects else 0
+    corpora, gram = max(1, len(cfg.calibration_corpora)), gram_bytes(blocks) if "gram" in cfg.collects else 0
     walked = needs_walk(plan.skeleton, corpora=corpora, gram=gram > 0)
     held = 0 if walked or not cpu else gram * corpora  # on a GPU, or block by block, Gram matrices are not kept
 

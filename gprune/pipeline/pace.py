@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.checks import accepted
+from gprune.checks import select_options
 from gprune.config import DistillConfig
 from gprune.corpora.windows import Windows
 from gprune.errors import first_line
@@ -178,7 +178,7 @@ def _gated_step(model: PreTrainedModel, ids: Tensor) -> Callable[[bool], None]:
 def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) -> Callable[[bool], None]:
     """Return a distillation step with AdamW, for a copy of a model with its own hidden states as teacher."""
     with torch.enable_grad():
-        student = Student(copy.deepcopy(model), **accepted(Student, dict(settings)))
+        student = Student(copy.deepcopy(model), **select_options(Student, dict(settings)))
     learned = list(student.learned.values())
     with torch.no_grad():
         teacher = final_hidden(student.model, ids)

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, Moments, pool_statistics
-from gprune.checks import accepted
+from gprune.checks import select_options
 from gprune.config.groups import AVERAGED, CONSENSUS
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
@@ -101,7 +101,7 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     p = run.cfg.partition
     inputs = refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift])
     refiner, options = REFINER[p.refiner], run.cfg.options.get(p.refiner, {})
-    stage = refiner(inputs, labels, **accepted(refiner, dict(p)) | options)
+    stage = refiner(inputs, labels, **select_options(refiner, dict(p)) | options)
     often = {"val_check_interval": 0.25} if is_overridden("validation_step", stage) else {}
     run.trainer("Refining modules", stage, role="partition", max_epochs=1, log_every_n_steps=10, **often).fit(stage)
     run.callbacks.keep_state()

@@ -130,7 +130,9 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)
     check_blocks(cfg, blocks, config)
-    by_block = needs_walk(dense, corpora=len(cfg.calibration), gram="gram" in cfg.collects, sharded=cfg.model.shard)
+    by_block = needs_walk(
+        dense, corpora=len(cfg.calibration_corpora), gram="gram" in cfg.collects, sharded=cfg.model.shard
+    )
     if by_block or not recovery_of(cfg.recovery, cfg.recovery_settings).sharded:
         check_walk(config)
     if cfg.model.made_elsewhere is not None:
@@ -142,7 +144,7 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
 
 def device_for(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:
     """Return the trainer's device. A dry run assumes that the requested GPUs and nodes exist."""
-    asked = cfg.trainer.lightning | {"callbacks": callbacks}
+    asked = cfg.trainer.lightning_arguments | {"callbacks": callbacks}
     try:
         return check_trainer(**asked)
     except UserError:

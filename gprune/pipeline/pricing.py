@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_by, speed_table
+from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_from_table, speed_table
 from gprune.config import RunConfig
 from gprune.errors import UserError, quoting
 from gprune.export.convert import TYPES
@@ -44,7 +44,7 @@ class Pricing:
     def budget(self) -> Budget:
         """Return the requested budget. Raise UserError if it is impossible."""
         s, blocks = self.cfg.sparsity, blocks_of(self.skeleton)
-        price = price_by(self.speed, blocks) if s.currency == "seconds" else self.priced(s.currency)
+        price = price_from_table(self.speed, blocks) if s.currency == "seconds" else self.priced(s.currency)
         how = {"protect": s.protect, "uniform": s.uniform_width, "block_share": s.block_share, "price": price}
         costs = unit_costs(blocks, scope=s.scope, **how)
         multiple, export = s.width_multiple or best_multiple(self.speed), self.cfg.export
@@ -85,14 +85,14 @@ class Pricing:
     def speed(self) -> Table | None:
         """Latency table of this machine at the `--speed` settings: measured if needed, else from the cache, or None."""
         cfg, most = self.cfg, getattr(self.skeleton.config, "max_position_embeddings", math.inf)
-        length, measure = cfg.speed.prompt + cfg.speed.generate, bool(cfg.timed_for)
+        length, measure = cfg.speed.prompt + cfg.speed.generate, bool(cfg.latency_table_flag)
         if measure and length > most:
             raise UserError(
                 f"--speed.prompt and --speed.generate must add up to at most {most:,} positions; got {length:,}."
             )
         if measure and not self.device_available:
-            raise UserError(f"{cfg.timed_for} needs a GPU in this machine to measure on.")
+            raise UserError(f"{cfg.latency_table_flag} needs a GPU in this machine to measure on.")
         with multiplying(cfg.trainer.float32_matmul_precision):
-            dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.setting()
+            dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.workload()
             how = {"measure": measure, "again": cfg.speed.measure, "own": Path(cfg.folder) / SPEED_TABLE}
             return speed_table(self.skeleton, self.device, dtype, setting, **how)

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.errors import UserError, optional_output
-from gprune.export.hf import portable
+from gprune.export.hf import to_portable
 from gprune.models.masks import Masks
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate
@@ -90,7 +90,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
             with optional_output("report.html", f"`gprune report {run.folder.path}` writes it"):
                 write_pages(run)
         known = run.cfg.own_row == ("model", "none")  # the user has this model already
-        small, tokenizer = (None, None) if known else (portable(pruned), run.tokenizer)
+        small, tokenizer = (None, None) if known else (to_portable(pruned), run.tokenizer)
         return PruningResult(
             path=run.folder.path, config=run.cfg, masks=own_masks, modules=modules, thresholds=thresholds,
             statistics=statistics, records=records, summary=summary, model=small, tokenizer=tokenizer,

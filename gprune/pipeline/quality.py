@@ -146,7 +146,7 @@ class Trials:
         names = [name for i, name in enumerate(names) if name in rows or i == 0]
         found: dict[str, SearchResult] = {}
         for name in names:
-            row = name, cfg.unlearned_recovery
+            row = name, cfg.training_free_recovery
             found[name] = self.search(row, masks_of[name], after=next(iter(found.values()), None))
         return found
 
@@ -162,7 +162,7 @@ def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], m
     run.step(7, "Finding the share at which sparsity is learned")
     trials = Trials(run, statistics)
     first = "averaged" if "averaged" in masks_of else "base"
-    best = trials.search((first, cfg.unlearned_recovery), masks_of[first]).best
+    best = trials.search((first, cfg.training_free_recovery), masks_of[first]).best
     return run.within(trials.budget(best.cut if best else 1))
 
 
@@ -177,7 +177,7 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
         return run
     run.step(8, "Finding the share that keeps the quality")
     trials = Trials(run, statistics)
-    final, unlearned = masks_of[cfg.final], (cfg.final, cfg.unlearned_recovery)
+    final, unlearned = masks_of[cfg.final], (cfg.final, cfg.training_free_recovery)
     controls = trials.controls(masks_of)
     found = searched = trials.search(unlearned, final, after=next(iter(controls.values()), None))
     if unlearned != cfg.own_row:

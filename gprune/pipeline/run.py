@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.benchmarks.speed import SPEED_TABLE, keep_table, speed_key
+from gprune.benchmarks.speed import SPEED_TABLE, speed_key, store_run_table
 from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
@@ -266,7 +266,7 @@ def open_run(
     asked, plan = cfg.trainer.precision, check(cfg, own, together=True)
     cfg = plan.cfg
     model, tokenizer = load_dense(cfg, plan.device)
-    log.info("Reading %d corpora", len({*cfg.used, *cfg.corpora.evaluate}))
+    log.info("Reading %d corpora", len({*cfg.train_corpora, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()
@@ -277,7 +277,7 @@ def open_run(
         own_text, inputs["made_elsewhere"] = elsewhere.prepare(cfg, plan.device, model, tokenizer, text.test)
     if callbacks:  # identified by class and Lightning's state key
         inputs["callbacks"] = [f"{type(one).__module__}.{one.state_key}" for one in callbacks]
-    if cfg.timed_for:  # another latency table gives another budget
+    if cfg.latency_table_flag:  # another latency table gives another budget
         inputs["speed"] = key_of(table=plan.pricing.speed)
     settings = cfg.settings() | {"inputs": inputs}
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
@@ -289,9 +289,9 @@ def open_run(
         multiplying(cfg.trainer.float32_matmul_precision),
     ):  # fmt: skip
         log.info("Run folder: %s", folder.path)
-        if cfg.timed_for and not folder.finished:
-            timed = plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.setting()
-            keep_table(plan.pricing.speed, speed_key(*timed), folder / SPEED_TABLE)
+        if cfg.latency_table_flag and not folder.finished:
+            timed = plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.workload()
+            store_run_table(plan.pricing.speed, speed_key(*timed), folder / SPEED_TABLE)
         if asked == "auto" and not (folder.finished or folder.manifest.get("precision")):
             folder.update_manifest(precision={"asked": asked, "because": plan.why_precision})
         log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gprune.calibration.errors import block_errors
 from gprune.calibration.statistics import CorpusStatistics, pool_statistics
-from gprune.checks import accepted
+from gprune.checks import select_options
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.importance.scores import Scores, score_units
@@ -225,7 +225,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
         for b in run.budget.costs.removed_blocks:
             kind[b] = torch.full_like(kind[b], mean)
     learner, settings = LEARNER[s.learner], dict(s) | {"shard": cfg.model.shard}
-    stage = learner(run.model, modules.ranks, start, run.budget, **accepted(learner, settings) | options)
+    stage = learner(run.model, modules.ranks, start, run.budget, **select_options(learner, settings) | options)
     budgets = {run.budget.sparsity: run.budget} | {v: run.budget.at(v) for v in cfg.evaluation.curve if v != s.target}
 
     def masks_at(budget: Budget) -> Masks:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gprune.benchmarks.speed import machine_of, seconds
+from gprune.benchmarks.speed import describe_device, time_generation
 from gprune.errors import optional_output
 from gprune.models.masks import Masks
 from gprune.models.surgery import widths
@@ -29,11 +29,11 @@ log = logging.getLogger("gprune")
 def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
     """Speed relative to the dense model: requested, predicted by the latency table, and measured; also as text."""
     costs, model = run.budget.costs, run.budget.costs.prices.model
-    (_, _, (before, after)), spread = seconds([run.model, pruned], **run.cfg.speed.setting())
+    (_, _, (before, after)), spread = time_generation([run.model, pruned], **run.cfg.speed.workload())
     asked, predicted = (model / (model - gone) for gone in (run.budget.target, costs.removed(masks)))
     reached = {"asked": asked, "predicted": predicted, "got": before / after}
     said = ", ".join(f"{name} {times:.2f}x" for name, times in reached.items())
-    said = f"Speed: {said} of dense ({run.cfg.speed}, {machine_of(run.model.device)})."
+    said = f"Speed: {said} of dense ({run.cfg.speed}, {describe_device(run.model.device)})."
     return reached | {"said": said, "spread": spread, "seconds": [before, after]}
 
 
@@ -65,7 +65,7 @@ def summarise(
         "unseen_over_base_same_recovery": unseen_ratios(records),
         **run.folder.total_tokens(),
     }
-    if run.cfg.timed_for:
+    if run.cfg.latency_table_flag:
         summary["speed_table"] = run.plan.pricing.speed
     if run.cfg.sparsity.currency == "seconds":
         summary["speed"] = run.folder.manifest.get("summary", {}).get("speed") or speed_reached(run, masks, pruned)
@@ -74,7 +74,7 @@ def summarise(
     for entry in quality.values():
         log.info("%s", entry["said"])
     if "quality" in quality:
-        log.info("%s:\n\n%s\n", (table := quality_table({run.folder.path.name: summary})).title, table.shown())
+        log.info("%s:\n\n%s\n", (table := quality_table({run.folder.path.name: summary})).title, table.for_stdout())
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback stopped early
     run.folder.update_manifest(summary=summary, **({} if masks is None else {"widths": widths(pruned)}))

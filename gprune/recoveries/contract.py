@@ -34,7 +34,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gprune.calibration.projections import OUTPUT_PROJECTIONS
-from gprune.checks import shown
+from gprune.checks import format_value
 from gprune.errors import UserError
 from gprune.registry import Registry
 
@@ -323,7 +323,9 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
     def decorate(entry: Any) -> Any:
         """Register the class or function in `RECOVERY`, and return it."""
         if not (issubclass(entry, Recovery) if isinstance(entry, type) else callable(entry)):
-            raise UserError(f"Recovery '{name}' must be a function or a subclass of Recovery; got {shown(entry)}.")
+            raise UserError(
+                f"Recovery '{name}' must be a function or a subclass of Recovery; got {format_value(entry)}."
+            )
 
         def create(**options: Any) -> Recovery:
             """Construct the recovery with options.

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gprune.models.masks import Masks
-from gprune.report.curves import line_of, own_row
-from gprune.report.style import canvas, distances, draw_line, plain_ticks, style
+from gprune.report.curves import curve_points, main_row
+from gprune.report.style import canvas, draw_line, interval_lengths, plain_ticks, style
 from gprune.report.table import Estimate
 
 # Label -> (x axis, metric) of training curves of the main row, whose name replaces `<row>`.
@@ -33,8 +33,8 @@ def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) 
     """Draw `ratio_figure` on existing axes."""
     ratios = [ratio for _, ratio in rows]
     axes.errorbar(
-        [ratio.value for ratio in ratios], range(len(rows)), xerr=distances(ratios), ls="none", ms=5, capsize=2.5,
-        lw=1.2, color="#0072B2", marker="o",
+        [ratio.value for ratio in ratios], range(len(rows)), xerr=interval_lengths(ratios), ls="none", ms=5,
+        capsize=2.5, lw=1.2, color="#0072B2", marker="o",
     )  # fmt: skip
     for y, (_, ratio) in enumerate(rows):
         axes.annotate(
@@ -53,7 +53,7 @@ def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     """Figure of the share of neurons removed per block, one line per run."""
     figure, axes = canvas(7, 3.2 + 0.06 * len(masks))
     for i, (name, run_masks) in enumerate(masks.items()):
-        removed = [float((~m).float().mean()) for m in run_masks.ffn]
+        removed = [float((~mask).float().mean()) for mask in run_masks.ffn]
         draw_line(axes, i, range(len(removed)), removed, name)
     axes.set(ylim=(-0.02, 1.02), xlabel="block", ylabel="fraction of neurons removed")
     figure.legend(loc="outside lower center", ncols=3)
@@ -64,27 +64,32 @@ def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
 def learning_figure(curves: Mapping[str, pd.DataFrame]) -> Figure | None:
     """Figure of training curves of the main rows: one panel per entry of `LEARNED`, one line per run.
 
-    Losses are moving averages over a twentieth of the steps. None if no run has trained.
+    Lines are moving averages over a twentieth of the points.
 
     Args:
         curves: name of a run -> result of `read_curves`.
+
+    Returns:
+        The figure, or None if no run has trained.
     """
-    panels = {}
-    for label, names in LEARNED.items():
-        lines = {
-            run: line_of(frame, *(n.replace("<row>", own_row(frame)) for n in names)) for run, frame in curves.items()
-        }
-        if any(len(line) > 1 for line in lines.values()):
+    panels: dict[str, dict[str, pd.DataFrame]] = {}  # label -> name of a run -> points
+    for label, (x_axis, metric) in LEARNED.items():
+        lines = {}
+        for run, frame in curves.items():
+            row = main_row(frame)
+            lines[run] = curve_points(frame, x_axis.replace("<row>", row), metric.replace("<row>", row))
+        if any(len(points) > 1 for points in lines.values()):
             panels[label] = lines
     if not panels:
         return None
     figure = Figure(figsize=(3.6 * len(panels) + 0.4, 3.4 + 0.06 * len(curves)))
     for axes, (label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for i, (name, line) in enumerate(lines.items()):
-            if len(line) > 1:
-                draw_line(axes, i, line["x"], line["y"].rolling(max(1, len(line) // 20), min_periods=1).mean(), name)
+        for i, (name, points) in enumerate(lines.items()):
+            if len(points) > 1:
+                average = points["y"].rolling(max(1, len(points) // 20), min_periods=1).mean()
+                draw_line(axes, i, points["x"], average, name)
         axes.set(xlabel="tokens learned from", ylabel=label)
         axes.grid(axis="y")
-    drawn = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3)
+    by_label = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=3)
     return figure

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from gprune.corpora.load import corpus_labels
-from gprune.report.style import LETTER, canvas, draw_line, plain_ticks, style
+from gprune.report.style import LETTER_WIDTH, canvas, draw_line, plain_ticks, style
 from gprune.storage.reading import read_bytes
 
 log = logging.getLogger("gprune")
@@ -33,8 +33,11 @@ CURVES = {
 
 
 def read_curves(run: Path) -> pd.DataFrame:
-    """Read the logged metrics of a run, one row per call. Sessions are concatenated; empty if there are no files."""
-    files = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda f: int(re.sub(r"\D", "", f.parent.name) or 0))
+    """Read the logged metrics of a run, with a row for each time that metrics were logged.
+
+    Sessions are concatenated in their order. The DataFrame is empty if there are no files.
+    """
+    files = sorted(run.glob("csv/version_*/metrics.csv"), key=_session_number)
     frames = []
     for file in files:
         try:
@@ -44,41 +47,57 @@ def read_curves(run: Path) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
+def _session_number(file: Path) -> int:
+    """Return N for `csv/version_N/metrics.csv`; 0 without a number."""
+    return int(re.sub(r"\D", "", file.parent.name) or 0)
+
+
 def curve_figures(frame: pd.DataFrame) -> dict[str, Figure]:
     """Make a figure for each entry of `CURVES` with at least two points, by title."""
-    figures, own = {}, own_row(frame)
+    figures = {}
+    row = main_row(frame)
     for title, (axis, axis_label, pattern, label) in CURVES.items():
-        found = matching(frame, pattern.replace("<row>", own))
-        axis = axis.replace("<row>", own)
-        lines = {key: line_of(frame, axis.replace("*", key), name) for key, name in found.items()}
-        if any(len(line) > 1 for line in lines.values()):
+        axis, pattern = axis.replace("<row>", row), pattern.replace("<row>", row)
+        columns = matching_columns(frame, pattern)
+        lines = {name: curve_points(frame, axis.replace("*", name), column) for name, column in columns.items()}
+        if any(len(points) > 1 for points in lines.values()):
             figures[title] = _figure(lines, axis_label, label)
     return figures
 
 
-def matching(frame: pd.DataFrame, pattern: str) -> dict[str, str]:
-    """Return the columns that match a pattern of `CURVES`, by the text that matches `*`."""
-    form = re.compile(re.escape(pattern).replace(r"\*", "(.+)"))
-    matches = [match for name in frame if (match := form.fullmatch(name))]
+def matching_columns(frame: pd.DataFrame, pattern: str) -> dict[str, str]:
+    """Return text that matches `*` -> column, for the columns that match a pattern of `CURVES`."""
+    expression = re.compile(re.escape(pattern).replace(r"\*", "(.+)"))
+    matches = [match for column in frame if (match := expression.fullmatch(column))]
     return {"".join(match.groups()): match[0] for match in matches}
 
 
-def own_row(frame: pd.DataFrame) -> str:
-    """Return the main row of the run, which is distilled first; empty if no row was distilled."""
-    began = {row: frame[name].first_valid_index() for row, name in matching(frame, "distill/*/tokens").items()}
-    return min(began, key=began.get, default="")
+def main_row(frame: pd.DataFrame) -> str:
+    """Return the name of the run's main row, which is distilled first; empty if no row was distilled."""
+    columns = matching_columns(frame, "distill/*/tokens")
+    first_index = {row: frame[column].first_valid_index() for row, column in columns.items()}
+    return min(first_index, key=first_index.get, default="")
 
 
-def line_of(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
-    """Return (x, y) of a metric, sorted by x, without missing values. Points of later sessions replace earlier ones."""
+def curve_points(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
+    """Return a DataFrame with columns x and y of a metric, sorted by x, without missing values.
+
+    Points of later sessions replace earlier ones.
+
+    Args:
+        frame: result of `read_curves`.
+        axis: column for x.
+        name: column for y.
+    """
     points = frame.reindex(columns=[axis, name]).apply(pd.to_numeric, errors="coerce").dropna()
     return points.set_axis(["x", "y"], axis=1).drop_duplicates("x", keep="last").sort_values("x")
 
 
 @style()
 def _figure(lines: dict[str, pd.DataFrame], axis_label: str, label: str) -> Figure:
+    """Draw the lines of a metric, by the name of a corpus or row; with several lines the axis is logarithmic."""
     labels = corpus_labels(lines)
-    figure, axes = canvas(5.4 + LETTER * max(8, *map(len, labels.values())), 3.2)
+    figure, axes = canvas(5.4 + LETTER_WIDTH * max(8, *map(len, labels.values())), 3.2)
     for i, (name, points) in enumerate(lines.items()):
         draw_line(axes, i, points["x"], points["y"], labels[name])
     axes.set(xlabel=axis_label, ylabel=label)

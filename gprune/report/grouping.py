@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
-from gprune.config import applied
+from gprune.config import effective_settings
 from gprune.report.table import Table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.reading import expanded
@@ -21,28 +21,38 @@ HASH = re.compile(r"-[0-9a-f]{8}$")  # end of names made by `RunConfig.run_name`
 
 
 def read_runs(paths: Sequence[Path | str | FinishedRun]) -> list[FinishedRun]:
-    """Read finished runs, without duplicates, and give them distinct names.
+    """Read finished runs, without duplicates, and name the runs that are read.
 
-    A run is named after its folder. If two folders have the same name, all names are paths relative to the common
-    parent. Runs that are already read, such as records, keep their names and follow after the folders.
+    A run is named after its folder. If that name is used twice, all folders are named by their paths relative to a
+    common parent. `FinishedRun` objects, such as records of a study, keep their names and come last.
+
+    Args:
+        paths: folders of finished runs, and runs that are already read.
     """
-    read = {(run.path.resolve(), run.name): run for run in paths if isinstance(run, FinishedRun)}
-    paths = [path for path in paths if not isinstance(path, FinishedRun)]
-    if not paths:
-        return list(read.values())
-    folders = {expanded(path).resolve(): path for path in paths}
+    finished_runs = {(run.path.resolve(), run.name): run for run in paths if isinstance(run, FinishedRun)}
+    folders = {expanded(path).resolve(): path for path in paths if not isinstance(path, FinishedRun)}
+    if not folders:
+        return list(finished_runs.values())
+    names = _folder_names(list(folders), used={run.name for run in finished_runs.values()})
+    runs = [replace(read_run(path), name=name) for path, name in zip(folders.values(), names, strict=True)]
+    return [*runs, *finished_runs.values()]
+
+
+def _folder_names(folders: Sequence[Path], used: set[str]) -> list[str]:
+    """Return names of folders, or their paths relative to a common parent if a name is repeated or in `used`."""
     names = [folder.name for folder in folders]
-    if len(set(names)) < len(names):
-        top = os.path.commonpath([folder.parent for folder in folders])
-        names = [os.path.relpath(folder, top) for folder in folders]
-    found = [replace(read_run(path), name=name) for path, name in zip(folders.values(), names, strict=True)]
-    return [*found, *read.values()]
+    common_parent = Path(os.path.commonpath([folder.parent for folder in folders]))
+    for parent in (common_parent, *common_parent.parents):
+        if len(set(names)) == len(names) and used.isdisjoint(names):
+            break
+        names = [os.path.relpath(folder, parent) for folder in folders]
+    return names
 
 
-def as_small(run: FinishedRun, other: FinishedRun) -> bool:
+def same_size(run: FinishedRun, other: FinishedRun) -> bool:
     """Return whether two pruned models have the same number of parameters, within 1 % of the dense model's."""
-    one, two = run.summary, other.summary
-    return abs(one["parameters_after"] - two["parameters_after"]) <= 0.01 * one["parameters_before"]
+    difference = abs(run.summary["parameters_after"] - other.summary["parameters_after"])
+    return difference <= 0.01 * run.summary["parameters_before"]
 
 
 def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
@@ -55,29 +65,34 @@ def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
 def named_by_difference(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     """Rename runs with default names, which end in a hash, by the settings in which they differ.
 
-    A new name has as few settings as distinguish all runs except for seeds: `importance flap, target 0.3`. Names chosen
-    by the user are kept.
+    A new name lists settings, such as `importance flap, target 0.3`. A setting is added only if it distinguishes more
+    runs; seeds are ignored. Names chosen by the user are kept. All names are kept if there is a single run, or if the
+    new names of two runs with the same seed would be equal.
     """
-    settings = {run.all_but_seed: flags(run) for run in runs}
-    words = dict.fromkeys(settings, "")
-    for flag, short in _short(dict.fromkeys(chain(*settings.values()))).items():
-        finer = {
-            key: ", ".join(filter(None, (words[key], f"{short} {in_words(own.get(flag))}")))
-            for key, own in settings.items()
-        }
-        if len(set(finer.values())) > len(set(words.values())):
-            words = finer
-    names = [words[run.all_but_seed] or HASH.sub("", run.name) if HASH.search(run.name) else run.name for run in runs]
+    settings = {run.all_but_seed: run_flags(run) for run in runs}
+    descriptions = dict.fromkeys(settings, "")
+    for flag, short_name in _short_names(dict.fromkeys(chain(*settings.values()))).items():
+        longer = {}
+        for key, flags in settings.items():
+            parts = (descriptions[key], f"{short_name} {format_setting(flags.get(flag))}")
+            longer[key] = ", ".join(filter(None, parts))
+        if len(set(longer.values())) > len(set(descriptions.values())):
+            descriptions = longer
+    names = []
+    for run in runs:
+        has_default_name = HASH.search(run.name) is not None
+        default = descriptions[run.all_but_seed] or HASH.sub("", run.name)
+        names.append(default if has_default_name else run.name)
     if len(runs) == 1 or len({(name, run.seed) for name, run in zip(names, runs, strict=True)}) < len(runs):
         return list(runs)
     return [replace(run, name=name) for name, run in zip(names, runs, strict=True)]
 
 
-def _short(names: Iterable[str]) -> dict[str, str]:
-    """Return flag -> short name: its last part, or the whole flag if the last part is not unique."""
-    names = list(names)
-    ends = Counter(name.rpartition(".")[2] for name in names)
-    return {name: end if ends[end := name.rpartition(".")[2]] == 1 else name for name in names}
+def _short_names(flags: Iterable[str]) -> dict[str, str]:
+    """Return flag -> its last part, or the whole flag if several flags have the same last part."""
+    last_parts = {flag: flag.rpartition(".")[2] for flag in flags}
+    counts = Counter(last_parts.values())
+    return {flag: last_part if counts[last_part] == 1 else flag for flag, last_part in last_parts.items()}
 
 
 @dataclass(frozen=True)
@@ -93,44 +108,52 @@ class SeedGroup:
         return name if seeds == 1 else f"{name} ({seeds} seeds)"
 
 
-def groups(runs: Sequence[FinishedRun]) -> list[SeedGroup]:
-    """SeedGroup runs that differ only in the seed, in the given order. Two runs with the same seed are in two groups.
+def group_by_seed(runs: Sequence[FinishedRun]) -> list[SeedGroup]:
+    """Group runs that differ only in the seed, in the given order. Two runs with the same seed are in two groups.
 
     A corpus that one run of a group has seen counts as seen in all of them, so that means over seeds are over the same
     corpora.
     """
-    by_settings: dict[tuple[str, int], list[FinishedRun]] = defaultdict(list)
-    times: Counter[tuple[str, int]] = Counter()
+    # The second part of the key counts runs with the same settings and seed.
+    members_by_key: dict[tuple[str, int], list[FinishedRun]] = defaultdict(list)
+    repeats: Counter[tuple[str, int]] = Counter()
     for run in runs:
         settings = run.all_but_seed
-        times[settings, run.seed] += 1
-        by_settings[settings, times[settings, run.seed]].append(run)
+        repeats[settings, run.seed] += 1
+        members_by_key[settings, repeats[settings, run.seed]].append(run)
     groups = []
-    for members in by_settings.values():
+    for members in members_by_key.values():
         members.sort(key=lambda run: run.seed)  # sums do not depend on the order of runs
         seen = {r["corpus"] for run in members for r in run.records if r["seen"]}
-        of_all = ([r | {"seen": r["corpus"] in seen} for r in run.records] for run in members)
-        groups.append(SeedGroup([replace(run, records=of) for run, of in zip(members, of_all, strict=True)]))
+        marked = []
+        for run in members:
+            records = [r | {"seen": r["corpus"] in seen} for r in run.records]
+            marked.append(replace(run, records=records))
+        groups.append(SeedGroup(marked))
     return groups
 
 
-def flags(run: FinishedRun) -> dict[str, Any]:
-    """Settings of a run by flag, except those of the run folder and the seed."""
-    return applied({group: values for group, values in run.settings.items() if group not in ("inputs", "run")})
+def run_flags(run: FinishedRun) -> dict[str, Any]:
+    """Return the settings of a run by flag, except those of the run folder and the seed."""
+    settings = {group: values for group, values in run.settings.items() if group not in ("inputs", "run")}
+    return effective_settings(settings)
 
 
 def settings_table(groups: Sequence[SeedGroup]) -> Table:
     """Table with a row per flag in which groups differ, and a column per group."""
-    settings = [flags(group.runs[0]) | {"run.seed": [run.seed for run in group.runs]} for group in groups]
+    settings = [run_flags(group.runs[0]) | {"run.seed": [run.seed for run in group.runs]} for group in groups]
+    first = settings[0]
     different = [
-        name for name in dict.fromkeys(chain(*settings)) if any(s.get(name) != settings[0].get(name) for s in settings)
+        flag
+        for flag in dict.fromkeys(chain(*settings))
+        if any(other.get(flag) != first.get(flag) for other in settings)
     ]
-    rows = [[name, *(in_words(s.get(name)) for s in settings)] for name in different]
+    rows = [[flag, *(format_setting(values.get(flag)) for values in settings)] for flag in different]
     return Table("settings", "Settings that differ", ["flag", *(group.name for group in groups)], rows)
 
 
-def in_words(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Format a setting like a flag; a path is shortened to its last part."""
     if isinstance(value, list):
-        return ", ".join(map(in_words, value))
+        return ", ".join(map(format_setting, value))
     return PurePath(value).name if isinstance(value, str) else json.dumps(value)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # Colours of figures -> CSS of the page's theme (light or dark).
 THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--line)", "#555555": "var(--soft)"}
+WIDE = 2.2  # width / height of a figure above which it is shown in the full width of the page
 
 
 def write_report(report: Report, path: Path | str) -> Path:
@@ -45,7 +46,11 @@ def write_report(report: Report, path: Path | str) -> Path:
 
 
 def write_missing(report: Report) -> None:
-    """Write figures, model card and page of a single run if its folder lacks them."""
+    """Write those of figures, model card and HTML page that are missing from a run's folder.
+
+    Args:
+        report: the report of this run alone.
+    """
     (run,) = report.runs
     if not any(run.path.glob("figures/*.png")):
         write_figures(run.path / "figures", run.records, run.modules, run.masks, run.summary)
@@ -62,32 +67,25 @@ def render(report: Report) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    several = len(report.runs) > 1
-    runs = [section(run) for run in report.named_runs]
+    has_several_runs = len(report.runs) > 1
+    sections = [run_section(run) for run in report.named_runs]
     return templates.get_template("page.html").render(
-        title=report.title if several else runs[0]["title"],
-        tables=report.read_tables,
-        figures=drawn(report.figures(), "all") if several else [],
+        title=report.title if has_several_runs else sections[0]["title"],
+        tables=report.nonempty_tables,
+        figures=render_figures(report.figures(), "all") if has_several_runs else [],
         protocols=report.protocols(),
-        runs=runs,
+        runs=sections,
     )
 
 
-def section(run: FinishedRun) -> dict[str, Any]:
-    """Return the values for a run's section of the template."""
-    s, model = run.settings, run.path / "model"
-    method = "gprune" if s["gprune"] else "the base metric alone"
-    asked, summary = s["sparsity"], run.summary
-    if (other := s["model"].get("made_elsewhere")) is not None:
-        title, removed = f"{model_label(other)} beside {model_label(s['model']['name'])}", "made elsewhere"
-        about = f"Made elsewhere, recovery {s['recovery']}, seed {run.seed}."
-    else:
-        of_scope = (summary["sparsity_of_scope"], asked["scope"], asked["allocation"])
-        target, removed = (format_removed(*of_scope, digits=digits) for digits in (0, 2))
-        title = f"{target} removed from {model_label(s['model']['name'])}"
-        about = f"Pruned by {method}, importance {s['importance']}, recovery {s['recovery']}, seed {run.seed}."
+def run_section(run: FinishedRun) -> dict[str, Any]:
+    """Return the values for a run's section of the template `page.html`."""
+    settings, summary = run.settings, run.summary
+    model = run.path / "model"
+    title, about, removed = _describe_run(run)
     means = means_and_gaps(run.records)
-    last = list(means)[-1]  # the main row, which a study may declare as a control
+    main_row = list(means)[-1]  # the last row, which a study may declare as a control
+    figures = run_figures(run.records, run.modules, run.masks, summary) if run.masks else {}
     return {
         "name": run.name,
         "title": title,
@@ -95,15 +93,15 @@ def section(run: FinishedRun) -> dict[str, Any]:
         "summary": summary,
         "removed": removed,
         "dense": means["dense", "none"],
-        "pruned": means[last],
-        "ratios": ratios_to_base(run.records, last),
+        "pruned": means[main_row],
+        "ratios": ratios_to_base(run.records, main_row),
         "steps": run.steps,
         "result": result_table(run.records),
         "quality": quality_table({run.name: summary}),
-        "figures": drawn(run_figures(run.records, run.modules, run.masks, summary), run.name) if run.masks else [],
-        "curves": drawn(curve_figures(read_curves(run.path)), f"{run.name} curves"),
+        "figures": render_figures(figures, run.name),
+        "curves": render_figures(curve_figures(read_curves(run.path)), f"{run.name} curves"),
         "labels": corpus_labels(r["corpus"] for r in run.records),
-        "settings": to_yaml({name: value for name, value in s.items() if name != "inputs"}),
+        "settings": to_yaml({name: value for name, value in settings.items() if name != "inputs"}),
         "cost": cost_table(run.steps),
         "environment": run.environment,
         "load": loading_code(str(model), stock=not any(model.glob("*.py"))) if model.is_dir() else "",
@@ -112,30 +110,61 @@ def section(run: FinishedRun) -> dict[str, Any]:
     }
 
 
+def _describe_run(run: FinishedRun) -> tuple[str, str, str]:
+    """Return the title of a run, a sentence on the method, and what was removed."""
+    settings = run.settings
+    label = model_label(settings["model"]["name"])
+    other = settings["model"].get("made_elsewhere")
+    if other is not None:
+        about = f"Made elsewhere, recovery {settings['recovery']}, seed {run.seed}."
+        return f"{model_label(other)} beside {label}", about, "made elsewhere"
+    sparsity = run.summary["sparsity_of_scope"], settings["sparsity"]["scope"], settings["sparsity"]["allocation"]
+    title = f"{format_removed(*sparsity, digits=0)} removed from {label}"
+    method = "gprune" if settings["gprune"] else "the base metric alone"
+    importance, recovery = settings["importance"], settings["recovery"]
+    about = f"Pruned by {method}, importance {importance}, recovery {recovery}, seed {run.seed}."
+    return title, about, format_removed(*sparsity, digits=2)
+
+
 def ratios_to_base(records: Sequence[Record], row: Stage) -> dict[str, dict[str, float]]:
     """Return the ratios of a row to `base` by name: two for a recovered row, one for a row without recovery."""
-    names = {UNRECOVERED: False} | ({} if row[1] == "none" else {SAME_RECOVERY: True})
-    ratios = {name: unseen_ratios(records, same_recovery=same).get(row_name(*row)) for name, same in names.items()}
-    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    same_recovery = {UNRECOVERED: False}  # name of the ratio -> whether `base` has the recovery of the row
+    if row[1] != "none":
+        same_recovery[SAME_RECOVERY] = True
+    ratios = {}
+    for name, same in same_recovery.items():
+        ratio = unseen_ratios(records, same_recovery=same).get(row_name(*row))
+        if ratio is not None:
+            ratios[name] = ratio
+    return ratios
 
 
-def drawn(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:
-    """Return (title, SVG, whether it is wide) for each figure."""
-    broad = {title: figure.get_figwidth() > 2.2 * figure.get_figheight() for title, figure in figures.items()}
-    return [(title, svg(figure, f"{name} {title}"), broad[title]) for title, figure in figures.items()]
+def render_figures(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:
+    """Return (title, SVG, whether it needs the full width of the page) for each figure.
+
+    Args:
+        figures: figures by title.
+        name: name of this set of figures, unique on the page.
+    """
+    rendered = []
+    for title, figure in figures.items():
+        is_wide = figure.get_figwidth() > WIDE * figure.get_figheight()
+        rendered.append((title, figure_to_svg(figure, f"{name} {title}"), is_wide))
+    return rendered
 
 
 @style()
-def svg(figure: Figure, name: str) -> Markup:
+def figure_to_svg(figure: Figure, name: str) -> Markup:
     """Convert a figure to inline SVG with text elements, and with black, white and grey replaced by theme colours.
 
     Args:
         figure: the figure.
         name: unique name on the page, so that ids in the SVG of different figures differ.
     """
-    out, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    file = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    text = re.sub('<g id="[^"]*"', "<g", out.getvalue())  # ids such as axes_1 would be repeated on the page
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    text = re.sub('<g id="[^"]*"', "<g", file.getvalue())  # ids such as axes_1 would be repeated on the page
     text = re.sub("|".join(THEME), lambda match: THEME[match[0].lower()], text, flags=re.IGNORECASE)
     return Markup(text[text.index("<svg") :])

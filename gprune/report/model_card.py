@@ -14,7 +14,7 @@ from gprune.config import RunConfig
 from gprune.corpora.load import corpus_labels
 from gprune.errors import one_line
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
-from gprune.report.benchmark_table import against, rated
+from gprune.report.benchmark_table import compare_records, format_speed
 from gprune.report.records import result_table
 from gprune.report.table import in_markdown
 from gprune.runs.folder import RunFolder
@@ -28,16 +28,21 @@ RESULTS = "## Perplexity"  # heading of the results
 
 def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, Any]]) -> None:
     """Write the card of a run's exported model, if there is one, and store the card's hash in the manifest."""
-    if (model := folder / "model").is_dir():
-        manifest, stock = folder.manifest, not any(model.glob("*.py"))
-        summary = manifest.get("summary", {})
-        said, quality = (summary.get(name, {}).get("said") for name in ("speed", "quality"))
-        card = model_card(cfg, records, stock=stock, dtype=manifest.get("exported_dtype"))
-        card += f"\n{quality}\n" if quality else ""
-        card += speed_section(read_evaluation(folder / "evaluation.json"), said)
-        with replacing(model / "README.md") as new:
-            new.write_text(card, encoding="utf-8")
-        folder.update_manifest(model=file_hashes(model, "README.md"))
+    model = folder / "model"
+    if not model.is_dir():
+        return
+    manifest = folder.manifest
+    summary = manifest.get("summary", {})
+    on_speed = summary.get("speed", {}).get("said")
+    on_quality = summary.get("quality", {}).get("said")
+    stock = not any(model.glob("*.py"))
+    card = model_card(cfg, records, stock=stock, dtype=manifest.get("exported_dtype"))
+    if on_quality:
+        card += f"\n{on_quality}\n"
+    card += speed_section(read_evaluation(folder / "evaluation.json"), on_speed)
+    with replacing(model / "README.md") as new:
+        new.write_text(card, encoding="utf-8")
+    folder.update_manifest(model=file_hashes(model, "README.md"))
 
 
 def model_card(
@@ -60,30 +65,26 @@ def model_card(
     embedded = EMBEDDED_MODELS.get(cfg.model.name)
     licence = embedded.license if embedded else "that of the base model"
     notice = f" {embedded.notice}" if embedded and embedded.notice else ""
-    recovery = "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
-    method = "gprune" if cfg.gprune else "base metric alone"
-    folder = _folder(cfg)
-    # A path on this machine is not useful for others.
-    label = in_markdown(one_line(folder.name if folder else model_label(cfg.model.name)))
+    local_folder = _local_folder(cfg)
+    # The name alone, because a path on this machine is not useful for others.
+    label = in_markdown(one_line(local_folder.name if local_folder else model_label(cfg.model.name)))
     labels = corpus_labels([cfg.corpora.score, *cfg.roles["drift"], *(r["corpus"] for r in records)])
-    score, drift = labels[cfg.corpora.score], ", ".join(in_markdown(labels[corpus]) for corpus in cfg.roles["drift"])
-    drift = f"drift measured on {drift},\n" if drift else ""
-    allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
-    removed = f"{records[-1]['sparsity']:.0%} of the {cfg.sparsity.currency.replace('_', ' ')}"
-    heading, verb = "structurally pruned", "pruned and measured"
-    made = f"""{removed} in scope `{cfg.sparsity.scope}` removed by {method}: importance
-`{cfg.importance}` scored on {in_markdown(score)}, {drift}allocation `{allocation}`{recovery}, seed {cfg.run.seed}."""
-    credit = "The method is our reading of GPrune-LLM (arXiv 2603.13418).\n"
-    if (other := cfg.model.made_elsewhere) is not None:
-        heading, verb, credit = "made elsewhere", "recovered and measured", ""
-        made = f"A model that gprune did not prune (`{PurePath(other).name}`){recovery}, seed {cfg.run.seed}."
+    if cfg.model.made_elsewhere is None:
+        heading, verb = "structurally pruned", "pruned and measured"
+        method = _describe_method(cfg, labels, sparsity=records[-1]["sparsity"])
+        credit = "The method is our reading of GPrune-LLM (arXiv 2603.13418).\n"
+    else:
+        heading, verb = "made elsewhere", "recovered and measured"
+        other = PurePath(cfg.model.made_elsewhere).name
+        method = f"A model that gprune did not prune (`{other}`){_describe_recovery(cfg)}, seed {cfg.run.seed}."
+        credit = ""
     return f"""---
 {_metadata(cfg).to_yaml()}
 ---
 
 # {label}, {heading}
 
-{made}
+{method}
 Weights in {dtype or cfg.model.dtype}; {verb} in {cfg.model.dtype}.
 {credit}
 Base model: {label}. Licence: {licence}.{notice}
@@ -96,19 +97,51 @@ Base model: {label}. Licence: {licence}.{notice}
 {_results(cfg, records, labels)}"""
 
 
-def speed_section(records: Sequence[Record], said: str | None) -> str:
-    """Return the section on speed: the speed target as text, and measurements of `gprune evaluate`."""
+def _describe_method(cfg: RunConfig, labels: Mapping[str, str], *, sparsity: float) -> str:
+    """Return a sentence on how the model was pruned.
+
+    Args:
+        cfg: the configuration of the run.
+        labels: names of corpora for readers.
+        sparsity: share of the budget that was removed.
+    """
+    method = "gprune" if cfg.gprune else "base metric alone"
+    removed = f"{sparsity:.0%} of the {cfg.sparsity.currency.replace('_', ' ')}"
+    score = in_markdown(labels[cfg.corpora.score])
+    drift_corpora = ", ".join(in_markdown(labels[corpus]) for corpus in cfg.roles["drift"])
+    drift = f"drift measured on {drift_corpora},\n" if drift_corpora else ""
+    allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
+    return (
+        f"{removed} in scope `{cfg.sparsity.scope}` removed by {method}: importance\n"
+        f"`{cfg.importance}` scored on {score}, {drift}allocation `{allocation}`{_describe_recovery(cfg)}, "
+        f"seed {cfg.run.seed}."
+    )
+
+
+def _describe_recovery(cfg: RunConfig) -> str:
+    """Return the recovery as a part of a sentence; empty without recovery."""
+    return "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
+
+
+def speed_section(records: Sequence[Record], target: str | None) -> str:
+    """Return the section on speed; empty if nothing is known.
+
+    Args:
+        records: records of `evaluation.json`.
+        target: a sentence on the speed target of the run and how it was met.
+    """
     dense = [r for r in records if r["stage"] == "dense"]
-    lines = [f"{said}\n"] if said else []
-    for r in (r for r in records if r["kind"] == "speed" and r["stage"] != "dense"):
-        over = "".join(f", {ratio} of dense" for ratio in against([r], dense).values())
-        lines.append(f"- {r['task']}, batch {r['batch']}: {rated(r)}{over} ({r['dtype']}, {r['note']})")
+    pruned = [r for r in records if r["kind"] == "speed" and r["stage"] != "dense"]
+    lines = [f"{target}\n"] if target else []
+    for r in pruned:
+        ratios = "".join(f", {ratio} of dense" for ratio in compare_records([r], dense).values())
+        lines.append(f"- {r['task']}, batch {r['batch']}: {format_speed(r)}{ratios} ({r['dtype']}, {r['note']})")
     return "\n".join(["\n## Speed\n", *lines, ""]) if lines else ""
 
 
-def loading_code(place: str, *, stock: bool) -> str:
-    """Return Python code that loads the exported folder; a stock model does not need `trust_remote_code`."""
-    arguments = json.dumps(place, ensure_ascii=False) + ("" if stock else ", trust_remote_code=True")
+def loading_code(folder: str, *, stock: bool) -> str:
+    """Return Python code that loads the exported folder. A stock model does not need `trust_remote_code`."""
+    arguments = json.dumps(folder, ensure_ascii=False) + ("" if stock else ", trust_remote_code=True")
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
@@ -116,7 +149,7 @@ def loading_code(place: str, *, stock: bool) -> str:
     )
 
 
-def _folder(cfg: RunConfig) -> Path | None:
+def _local_folder(cfg: RunConfig) -> Path | None:
     """Return the folder of the base model on this machine; None for a hub id or an embedded model."""
     path = expanded(cfg.model.name)
     return path.resolve() if path.exists() else None
@@ -125,9 +158,14 @@ def _folder(cfg: RunConfig) -> Path | None:
 def _metadata(cfg: RunConfig) -> ModelCardData:
     """Return the card's metadata for the hub: base model, and licence if it is known."""
     embedded = EMBEDDED_MODELS.get(cfg.model.name)
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model.name) and _folder(cfg) is None
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model.name) and _local_folder(cfg) is None
+    base_model = None
+    if embedded:
+        base_model = embedded.base or None  # empty if the original is not on the hub
+    elif is_hub_id:
+        base_model = cfg.model.name
     return ModelCardData(
-        base_model=(embedded.base if embedded else cfg.model.name if on_hub else None) or None,
+        base_model=base_model,
         license=embedded.license.lower() if embedded else None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -136,12 +174,14 @@ def _metadata(cfg: RunConfig) -> ModelCardData:
 
 
 def _results(cfg: RunConfig, records: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> str:
-    e, bos = cfg.evaluation, "with" if records[0]["bos"] else "no"
+    """Return the section with the result table and the protocol of evaluation."""
+    num_samples, seq_len, split = cfg.evaluation.num_samples, cfg.evaluation.seq_len, cfg.evaluation.split
+    bos = "with" if records[0]["bos"] else "no"
     return f"""
 {RESULTS}
 
 {result_table(records, labels).to_text()}
 
-{e.num_samples} windows of {e.seq_len} tokens of {e.split} text per corpus (stride {e.seq_len}, {bos} BOS), computed in
-{cfg.model.dtype}. `base` is the metric alone. Seen corpora served the pruning, with other documents.
+{num_samples} windows of {seq_len} tokens of {split} text per corpus (stride {seq_len}, {bos} BOS), computed in
+{cfg.model.dtype}. `base` is the metric alone. Other documents of the seen corpora were used for pruning.
 """

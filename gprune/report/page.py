@@ -23,7 +23,7 @@ from gprune.report.comparison_figures import learning_figure, ratio_figure, spar
 from gprune.report.curves import read_curves
 from gprune.report.grouping import (
     SeedGroup,
-    groups,
+    group_by_seed,
     named_by_difference,
     read_runs,
     settings_table,
@@ -32,20 +32,29 @@ from gprune.report.grouping import (
 from gprune.report.perplexity_tables import comparison_table, distance_table, perplexity_table, summary_table
 from gprune.report.records import caption, quality_table
 from gprune.report.run_figures import write_figures
-from gprune.report.style import FORMATS, save, titled
+from gprune.report.style import FORMATS, add_title, save
 from gprune.report.table import Table, TableName, in_markdown
+from gprune.runs.numbers import Record
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
 
 FIGURES = ("ratios", "learning", "sparsity", "perplexity", "heterogeneity", "speed")
-TITLE = 80  # characters
-SIDE_BY_SIDE = 40  # largest number of runs for pairs and figures, which would take minutes and be unreadable
+MAX_TITLE = 80  # characters
+# Largest number of runs for pairwise comparisons and figures. With more they would take minutes and be unreadable.
+SIDE_BY_SIDE = 40
 
 
 @dataclass(frozen=True)
 class Report:
-    """Tables and figures of runs."""
+    """Tables and figures of runs.
+
+    Attributes:
+        runs: the runs.
+        groups: the runs, grouped by all settings except the seed.
+        tables: all tables; some may be empty.
+        base: the run whose stage `base` is the denominator of all ratios; None if there is no such run.
+    """
 
     runs: list[FinishedRun]
     groups: list[SeedGroup]
@@ -56,43 +65,49 @@ class Report:
         """Format tables with titles and notes, and the protocols, as Markdown."""
         return self._text(Table.to_text, in_markdown)
 
-    def shown(self) -> str:
+    def for_stdout(self) -> str:
         """Format tables for the terminal's width; without a terminal, as Markdown."""
-        return self._text(Table.shown, str)
+        return self._text(Table.for_stdout, str)
 
-    def _text(self, text: Callable[[Table], str], line: Callable[[str], str]) -> str:
-        parts = [f"## {t.title}\n\n{text(t)}\n" for t in self.read_tables]
-        if self.many:
-            parts.append(f"More than {SIDE_BY_SIDE} runs: pairs and figures are left out.\n")
-        lines = [
-            f"{run.name}: {run.summary[name]['said']}"
-            for name in ("speed", "quality", "tolerated") for run in self.runs if name in run.summary
-        ]  # fmt: skip
-        return "\n".join([*parts, *(f"{line(said)}\n" for said in (*lines, *self.protocols()))])
+    def _text(self, format_table: Callable[[Table], str], format_line: Callable[[str], str]) -> str:
+        """Format tables, the sentences of runs on their targets, and the protocols."""
+        paragraphs = [f"## {table.title}\n\n{format_table(table)}\n" for table in self.nonempty_tables]
+        if self.has_too_many_runs:
+            paragraphs.append(f"More than {SIDE_BY_SIDE} runs: pairs and figures are left out.\n")
+        sentences = []
+        for name in ("speed", "quality", "tolerated"):
+            sentences += [f"{run.name}: {run.summary[name]['said']}" for run in self.runs if name in run.summary]
+        paragraphs += [f"{format_line(line)}\n" for line in (*sentences, *self.protocols())]
+        return "\n".join(paragraphs)
 
     @property
-    def read_tables(self) -> list[Table]:
+    def nonempty_tables(self) -> list[Table]:
         """Tables that are not empty; the settings in which runs differ come first."""
-        return sorted((t for t in self.tables if t.rows), key=lambda table: table.name != "settings")
+        tables = [table for table in self.tables if table.rows]
+        return sorted(tables, key=lambda table: table.name != "settings")
 
     @property
     def title(self) -> str:
         """Title: names of a few runs, or the number of runs and the flags in which they differ."""
-        names = [one_line(group.name) for group in self.groups]
+        names = ", ".join(one_line(group.name) for group in self.groups)
+        if len(names) <= MAX_TITLE:
+            return names
         flags = [str(row[0]) for table in self.tables if table.name == "settings" for row in table.rows]
-        if not flags or len(", ".join(names)) <= TITLE:
-            return ", ".join(names) if len(", ".join(names)) <= TITLE else f"{len(names)} runs"
+        if not flags:
+            return f"{len(self.groups)} runs"
         more = f" and {len(flags) - 3} more flags" if len(flags) > 3 else ""
-        return f"{len(names)} runs that differ in {', '.join(flags[:3])}{more}"
+        return f"{len(self.groups)} runs that differ in {', '.join(flags[:3])}{more}"
 
     @property
     def _divisor(self) -> str:
         """Name of the denominator of ratios in the summary."""
-        words = self.tables[0].columns[-1].removeprefix("unseen / ")
-        return f"{words} of {self.base.name}" if self.base is not None and self.base.name != "base" else words
+        denominator = self.tables[0].columns[-1].removeprefix("unseen / ")
+        if self.base is None or self.base.name == "base":
+            return denominator
+        return f"{denominator} of {self.base.name}"
 
     @property
-    def many(self) -> bool:
+    def has_too_many_runs(self) -> bool:
         """Whether there are too many runs for pairwise comparisons and figures."""
         return len(self.runs) > SIDE_BY_SIDE
 
@@ -102,37 +117,39 @@ class Report:
         return with_distinct_names(self.runs)
 
     def protocols(self) -> list[str]:
-        """Return one line per evaluation protocol, and one with the precision of training."""
-        measured = sorted({
-            f"Protocol: {r['model']}; windows of {r['seq_len']} tokens, stride {r['stride']}, "
-            f"{'with' if r['bos'] else 'no'} BOS, {r['dtype']}, {r['split']} text, scope {r['scope']}."
-            for run in self.runs for r in run.records
-        })  # fmt: skip
-        trained: dict[str, list[str]] = {}
+        """Return one line per evaluation protocol, and one with the precision of training.
+
+        The most frequent precision comes first; groups with another precision are named.
+        """
+        protocols = {_describe_protocol(r) for run in self.runs for r in run.records}
+        groups_by_precision: dict[str, list[str]] = {}
         for group in self.groups:
             precision = group.runs[0].settings.get("trainer", {}).get("precision", "unknown")
-            trained.setdefault(precision, []).append(group.name)
-        usual, *others = sorted(trained, key=lambda precision: -len(trained[precision]))
-        named = (f"; {precision}: {', '.join(trained[precision])}" for precision in others)
-        return [*measured, f"Precision of training: {usual}{''.join(named)}."]
+            groups_by_precision.setdefault(precision, []).append(group.name)
+        most_frequent, *others = sorted(groups_by_precision, key=lambda name: -len(groups_by_precision[name]))
+        exceptions = [f"; {precision}: {', '.join(groups_by_precision[precision])}" for precision in others]
+        return [*sorted(protocols), f"Precision of training: {most_frequent}{''.join(exceptions)}."]
 
     def figures(self) -> dict[str, Figure]:
-        """Make figures over all runs, by name; empty if there are too many runs."""
-        if self.many:
+        """Make figures over all runs, by name; none if there are too many runs."""
+        if self.has_too_many_runs:
             return {}
         runs = self.named_runs
         figures = {}
         # Columns of the summary: run, stage, seeds, seen, unseen, gap, unseen / dense, ratio to base.
-        if ratios := [(_label(*row[:2]), row[-1]) for row in self.tables[0].rows if row[-1] is not None]:
+        ratios = [(_label(*row[:2]), row[-1]) for row in self.tables[0].rows if row[-1] is not None]
+        if ratios:
             figures["ratios"] = ratio_figure(ratios, base=self._divisor)
         curves = {run.name: read_curves(run.path) for run in runs}
-        if len(runs) > 1 and (learned := learning_figure(curves)) is not None:
-            figures["learning"] = learned
-        masks = {run.name: run.masks for run in runs if run.masks is not None}
-        if len(runs) > 1 and masks:
-            figures["sparsity"] = sparsity_lines(masks)
-        about = caption([r for run in self.runs for r in run.records])
-        return {name: titled(figure, about) for name, figure in figures.items()}
+        if len(runs) > 1:
+            learning = learning_figure(curves)
+            if learning is not None:
+                figures["learning"] = learning
+            masks = {run.name: run.masks for run in runs if run.masks is not None}
+            if masks:
+                figures["sparsity"] = sparsity_lines(masks)
+        title = caption([r for run in self.runs for r in run.records])
+        return {name: add_title(figure, title) for name, figure in figures.items()}
 
     def write(self, folder: Path | str, formats: Sequence[str] = FORMATS) -> list[Path]:
         """Write `report.md`, `tables/*.csv` and `figures/*`, and return the paths, with the Markdown file first.
@@ -144,28 +161,47 @@ class Report:
         """
         folder = expanded(folder)
         texts = {folder / "report.md": f"# {in_markdown(self.title)}\n\n{self.to_markdown()}"}
-        texts |= {folder / "tables" / f"{t.name}.csv": t.to_csv() for t in self.tables if t.rows}
+        texts |= {folder / "tables" / f"{table.name}.csv": table.to_csv() for table in self.tables if table.rows}
         for path, text in texts.items():
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-        drawn = self.draw(folder / "figures", formats)
-        if len(self.runs) == 1 and (run := self.runs[0]).masks is not None:  # otherwise they are in the run folders
-            about = run.records, run.modules, run.masks, run.summary
-            drawn += write_figures(folder / "figures", *about, formats=formats)
-        ours = {folder / "tables" / f"{name}.csv" for name in get_args(TableName)}
-        ours |= {folder / "figures" / f"{name}.{suffix}" for name in FIGURES for suffix in FORMATS}
-        for path in ours - {*texts, *drawn}:
+        figures = self.draw(folder / "figures", formats)
+        first = self.runs[0]
+        if len(self.runs) == 1 and first.masks is not None:  # figures of several runs are in their folders
+            data = first.records, first.modules, first.masks, first.summary
+            figures += write_figures(folder / "figures", *data, formats=formats)
+        possible = {folder / "tables" / f"{name}.csv" for name in get_args(TableName)}
+        possible |= {folder / "figures" / f"{name}.{suffix}" for name in FIGURES for suffix in FORMATS}
+        for path in possible - {*texts, *figures}:
             path.unlink(missing_ok=True)
-        return [*texts, *drawn]
+        return [*texts, *figures]
 
     def draw(self, folder: Path, formats: Sequence[str] = FORMATS, *, prefix: str = "") -> list[Path]:
-        """Write the figures over all runs, and return their paths."""
-        return [p for name, figure in self.figures().items() for p in save(figure, folder, prefix + name, formats)]
+        """Write the figures over all runs, and return their paths.
+
+        Args:
+            folder: where the files are written.
+            formats: endings of files, such as png and svg.
+            prefix: beginning of the files' names.
+        """
+        paths = []
+        for name, figure in self.figures().items():
+            paths += save(figure, folder, prefix + name, formats)
+        return paths
 
 
 def _label(run: str, stage: str) -> str:
-    """Label of a row in a figure; only the run's name if it equals the stage."""
+    """Return the label of a row in a figure: the name of the run and, if it has another name, of the stage."""
     return run if run == stage else f"{run}: {stage}"
+
+
+def _describe_protocol(r: Record) -> str:
+    """Return the evaluation protocol of a record as a sentence."""
+    bos = "with" if r["bos"] else "no"
+    return (
+        f"Protocol: {r['model']}; windows of {r['seq_len']} tokens, stride {r['stride']}, {bos} BOS, {r['dtype']}, "
+        f"{r['split']} text, scope {r['scope']}."
+    )
 
 
 def make(
@@ -176,8 +212,8 @@ def make(
 
     Args:
         paths: folders of runs, or runs that are already read.
-        base: a run whose stage `base` is the denominator of ratios, or path of a run -> such a run. By default each
-            run's own base.
+        base: a run whose stage `base` is the denominator of ratios, or path of a run -> such a run. By default the
+            denominator is each run's own base.
 
     Raises:
         UserError: if a folder is not a finished run.
@@ -202,12 +238,14 @@ def of_runs(
     """
     if seen is not None:
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
-    rows = groups(runs)
-    tables = [summary_table(rows, bases, seen=seen), perplexity_table(rows, seen=seen), distance_table(rows)]
-    tables.append(quality_table({run.name: run.summary for run in with_distinct_names(runs)}))
+    groups = group_by_seed(runs)
+    named_runs = with_distinct_names(runs)
+    tables = [summary_table(groups, bases, seen=seen), perplexity_table(groups, seen=seen), distance_table(groups)]
+    tables.append(quality_table({run.name: run.summary for run in named_runs}))
     if 1 < len(runs) <= SIDE_BY_SIDE:
-        tables += [comparison_table(rows), settings_table(rows)]
-    if evaluated := [r | {"run": run.name} for run in with_distinct_names(runs) for r in run.evaluation]:
+        tables += [comparison_table(groups), settings_table(groups)]
+    if evaluated := [r | {"run": run.name} for run in named_runs for r in run.evaluation]:
         tables.append(evaluation_table(evaluated))
-    of_rows = {base.name: base for base in (bases or {}).values()}  # rows of different budgets have different bases
-    return Report(list(runs), rows, tables, *of_rows.values() if len(of_rows) == 1 else (None,))
+    bases_by_name = {base.name: base for base in (bases or {}).values()}  # several if rows have different budgets
+    (base,) = bases_by_name.values() if len(bases_by_name) == 1 else (None,)
+    return Report(list(runs), groups, tables, base)

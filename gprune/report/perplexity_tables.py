@@ -26,34 +26,39 @@ from gprune.runs.numbers import DENSE, Record, Stage, by_stage, distance, estima
 from gprune.runs.results import FinishedRun
 
 
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """Geometric mean over seeds with a 95 % interval: exp of mean(log) +- t(0.975, n - 1) sd(log) / sqrt(n).
+def mean_over_seeds(values: Sequence[float]) -> Estimate:
+    """Return the geometric mean over seeds with a 95 % interval: exp of mean(log) +- t(0.975, n - 1) sd(log) / sqrt(n).
 
     Args:
         values: at least two positive values.
     """
     logs = np.log(values)
     mean = float(logs.mean())
-    half = float(student.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
-    return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half))
+    half_width = float(student.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
+    return Estimate(math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width))
 
 
 def pool_estimates(estimates: Sequence[Estimate | None]) -> Estimate | None:
-    """Combine estimates of seeds: that of a single run, or `over_seeds` of several; None if any is missing."""
+    """Combine the estimates of seeds.
+
+    Returns:
+        None without estimates, or if one is missing. The estimate of a single seed is returned unchanged. For several
+        seeds it is `mean_over_seeds` of their values.
+    """
     if not estimates or None in estimates:
         return None
-    return estimates[0] if len(estimates) == 1 else over_seeds([estimate.value for estimate in estimates])
+    return estimates[0] if len(estimates) == 1 else mean_over_seeds([estimate.value for estimate in estimates])
 
 
-def stages(run: FinishedRun) -> list[Stage]:
-    """Rows of the run's result table, with `dense` first."""
+def run_stages(run: FinishedRun) -> list[Stage]:
+    """Return (stage, recovery) of the rows of a run's result table, with `dense` first."""
     return list(by_stage(run.records))
 
 
 def ratio_to(
     run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stage, number: str = "nll"
 ) -> Estimate | None:
-    """Compute `unseen_ratio` of stages of two runs; None for a stage with itself."""
+    """Compute `unseen_ratio` of stages of two runs. Return None for a stage and itself."""
     if run.path.resolve() == other.path.resolve() and stage == reference:
         return None
     return unseen_ratio(run.records, stage, other.records, reference, number)
@@ -72,28 +77,32 @@ def summary_table(
     """
     by_name = {run.name: run for run in (bases or {}).values()}
     for name, run in by_name.items():
-        if ("base", "none") not in stages(run):
+        if ("base", "none") not in run_stages(run):
             remedy = "Use a run with --gprune false, or with base in --evaluation.controls"
             raise UserError(f"Cannot divide by run '{name}': it has no stage 'base'. {remedy}.")
-    base = (
-        f"the stage `base` of {', '.join(by_name)}" if by_name else "the run that rows are divided by is not there yet"
-    )
     ratio = SAME_RECOVERY if bases is None else UNRECOVERED
+    note = (
+        "Perplexity, lower is better. In brackets 95 % intervals: Student's t over windows (paired, for ratios) of "
+        "a single run; over seeds, which have the same windows, where there are several. gap: (unseen pruned "
+        f"/ dense) / (seen pruned / dense). {_seen_note(seen)}"
+    )
+    if bases is not None:
+        base = f"the stage `base` of {', '.join(by_name)}"
+        note += f" base: {base if by_name else 'the run that rows are divided by is not there yet'}."
     return Table(
         "summary",
         "Geometric means, gap and ratios",
         ["run", "stage", "seeds", "seen", "unseen", "gap", "unseen / dense", ratio],
         _stage_rows(groups, lambda run, stage: _means_and_ratios(run, stage, bases)),
         {"gap": 3, "unseen / dense": 3, ratio: 3},
-        "Perplexity, lower is better. In brackets 95 % intervals: Student's t over windows (paired, for ratios) of "
-        "a single run; over seeds, which have the same windows, where there are several. gap: (unseen pruned "
-        "/ dense) / (seen pruned / dense). " + _division(seen) + ("" if bases is None else f" base: {base}."),
+        note,
     )
 
 
 def distance_table(groups: Sequence[SeedGroup]) -> Table:
     """Table with a row per group and pruned stage: KL from the dense model and agreement with it on unseen text."""
-    rows = [r for r in _stage_rows(groups, lambda run, stage: list(distance(run.records, stage).values())) if r[-1]]
+    rows = _stage_rows(groups, lambda run, stage: list(distance(run.records, stage).values()))
+    rows = [row for row in rows if row[-1]]  # stages without a distance have no row
     columns, digits = ["run", "stage", "seeds", "KL", "agreement"], {"KL": 3, "agreement": 3}
     note = (
         "Over unseen text: KL(dense || row) in nats per token, and how often both have the same most likely token. "
@@ -105,15 +114,19 @@ def distance_table(groups: Sequence[SeedGroup]) -> Table:
 def comparison_table(groups: Sequence[SeedGroup]) -> Table:
     """Table of perplexity ratios for every pair of groups, between their main rows.
 
-    The text is unseen by both. Pairs that were evaluated on different windows have no row.
+    The text is unseen by both. Runs are paired by seed; without a common seed the first runs are a pair. Groups that
+    were evaluated on different windows have no row.
     """
     rows: list[list[Cell]] = []
-    for a, b in combinations(groups, 2):
-        by_seed = {run.seed: run for run in b.runs}
-        pairs = [(run, by_seed[run.seed]) for run in a.runs if run.seed in by_seed] or [(a.runs[0], b.runs[0])]
-        ratios = [ratio_to(run, stages(run)[-1], other, stages(other)[-1]) for run, other in pairs]
-        if (ratio := pool_estimates(ratios)) is not None:
-            names = (f"{g.name}: {row_name(*stages(g.runs[0])[-1])}" for g in (a, b))
+    for group, other_group in combinations(groups, 2):
+        by_seed = {run.seed: run for run in other_group.runs}
+        pairs = [(run, by_seed[run.seed]) for run in group.runs if run.seed in by_seed]
+        if not pairs:
+            pairs = [(group.runs[0], other_group.runs[0])]
+        ratios = [ratio_to(run, run_stages(run)[-1], other, run_stages(other)[-1]) for run, other in pairs]
+        ratio = pool_estimates(ratios)
+        if ratio is not None:
+            names = [f"{g.name}: {row_name(*run_stages(g.runs[0])[-1])}" for g in (group, other_group)]
             rows.append([*names, len(ratios), ratio])
     columns, title = ["unseen perplexity of", "over that of", "seeds", "ratio"], "Pruned models, pair by pair"
     note = "Over text unseen by both. In brackets 95 % intervals: Student's t, paired over the windows of a single "
@@ -128,23 +141,26 @@ def perplexity_table(groups: Sequence[SeedGroup], *, seen: Sequence[str] | None 
         groups: groups of runs.
         seen: as in `summary_table`.
     """
-    used = {r["corpus"]: r["seen"] for g in groups for run in g.runs for r in run.records}
-    mixed = {c for g in groups for run in g.runs for r in run.records if used[c := r["corpus"]] != r["seen"]}
-    corpora = sorted(used, key=lambda c: (c not in mixed and not used[c], c in mixed))
+    records = [r for group in groups for run in group.runs for r in run.records]
+    is_seen = {r["corpus"]: r["seen"] for r in records}
+    mixed = {r["corpus"] for r in records if r["seen"] != is_seen[r["corpus"]]}  # seen by some of the runs
+    corpora = sorted(is_seen, key=lambda c: (c not in mixed and not is_seen[c], c in mixed))
 
-    def numbers(run: FinishedRun, stage: Stage) -> list[Estimate | None]:
+    def perplexities(run: FinishedRun, stage: Stage) -> list[Estimate | None]:
         values = by_stage(run.records).get(stage, {})
         return [Estimate(values[c]) if c in values else None for c in corpora]
 
     labels = corpus_labels(corpora)
-    stars = ["(*)" if c in mixed else "*" if used[c] else "" for c in corpora]
+    stars = ["(*)" if c in mixed else "*" if is_seen[c] else "" for c in corpora]
     columns = ["run", "stage", "seeds", *(labels[c] + star for c, star in zip(corpora, stars, strict=True))]
-    used_by = "* seen: the corpus, in other documents, was used by the run; (*) by some of the runs."
-    note = used_by if seen is None else f"* seen. {_division(seen)}"
-    return Table("perplexity", "Perplexity by corpus", columns, _stage_rows(groups, numbers), note=note)
+    note = "* seen: the corpus, in other documents, was used by the run; (*) by some of the runs."
+    if seen is not None:
+        note = f"* seen. {_seen_note(seen)}"
+    return Table("perplexity", "Perplexity by corpus", columns, _stage_rows(groups, perplexities), note=note)
 
 
-def _division(seen: Sequence[str] | None) -> str:
+def _seen_note(seen: Sequence[str] | None) -> str:
+    """Return a sentence on the corpora that count as seen: `seen`, or by default those of each run."""
     if seen is None:
         return "Seen and unseen are each run's own."
     if not seen:
@@ -157,16 +173,24 @@ def _means_and_ratios(
     run: FinishedRun, stage: Stage, bases: Mapping[Path, FinishedRun] | None
 ) -> list[Estimate | None]:
     """Return seen, unseen, gap, unseen / dense and the ratio to base of a run, with intervals over windows."""
-    found = estimates(run.records, stage, base_of(run, bases))
-    names = ("seen", "unseen", "gap", "unseen_over_dense")
+    by_name = estimates(run.records, stage, base_records(run, bases))
     ratio = "unseen_over_base_same_recovery" if bases is None else "unseen_over_unrecovered_base"
-    return [*(found[name] for name in names), None if stage == DENSE else found[ratio]]
+    ratio_to_base = None if stage == DENSE else by_name[ratio]
+    return [by_name["seen"], by_name["unseen"], by_name["gap"], by_name["unseen_over_dense"], ratio_to_base]
 
 
-def base_of(run: FinishedRun, bases: Mapping[Path, FinishedRun] | None) -> Sequence[Record] | None:
-    """Return the records of the run whose `base` is the denominator for a run; None if there is none."""
-    other = run if bases is None else bases.get(run.path)
-    return run.records if other is not None and other.path.resolve() == run.path.resolve() else other and other.records
+def base_records(run: FinishedRun, bases: Mapping[Path, FinishedRun] | None) -> Sequence[Record] | None:
+    """Return the records of the run whose `base` is the denominator for a run; None if there is no such run.
+
+    Args:
+        run: the run. Its own records may differ from those in `bases`, for example in the corpora that count as seen.
+        bases: path of a run -> the run whose `base` is the denominator; by default each run itself.
+    """
+    base = run if bases is None else bases.get(run.path)
+    if base is None:
+        return None
+    is_same_run = base.path.resolve() == run.path.resolve()
+    return run.records if is_same_run else base.records
 
 
 def _stage_rows(
@@ -174,31 +198,57 @@ def _stage_rows(
 ) -> list[list[Cell]]:
     """Return rows of name, stage, seeds and numbers for every group and stage.
 
-    Equal rows of several groups are merged: a dense model has its own name, a control the names of the groups.
+    Equal rows of several groups are merged. A merged dense row is named after the dense model, and a merged control
+    after its groups.
+
+    Args:
+        groups: groups of runs.
+        numbers: function that returns the numbers of a run and a stage.
     """
-    rows: dict[tuple[Any, ...], list[Cell]] = {}
-    owners: dict[tuple[Any, ...], list[str]] = defaultdict(list)  # key of a row -> groups with this row
+    rows: dict[tuple[Any, ...], list[Cell]] = {}  # equal rows have the same key
+    groups_of_row: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for group in groups:
-        for stage in stages(group.runs[0]):
-            dense = stage[0] == "dense"
-            runs, name = (group.runs[:1], group.runs[0].records[0]["model"]) if dense else (group.runs, group.name)
-            row = list(map(pool_estimates, zip(*(numbers(run, stage) for run in runs), strict=True)))
-            key: tuple[Any, ...] = (group.name, stage)  # the main row of a group is never merged
-            if dense or stage != stages(runs[0])[-1]:
-                key = (stage, *(_rounded_results(run, stage) for run in runs))
-            if dense and any(other[0] == stage for other in rows):
-                name = f"{name} (of {group.name})"
-            if not dense:
-                key += tuple(number and f"{number.value:.5g}" for number in row)  # denominators may differ
-            rows.setdefault(key, [name, row_name(*stage), None if dense else len(runs), *row])
-            owners[key].append(group.name)
+        for stage in run_stages(group.runs[0]):
+            is_dense = stage[0] == "dense"
+            runs = group.runs[:1] if is_dense else group.runs
+            estimates_of_runs = zip(*(numbers(run, stage) for run in runs), strict=True)
+            cells = list(map(pool_estimates, estimates_of_runs))
+            key = _row_key(group, runs, stage, cells)
+            name = group.name
+            if is_dense:
+                name = runs[0].records[0]["model"]
+                if any(other_key[0] == stage for other_key in rows):  # another dense model has a row
+                    name = f"{name} (of {group.name})"
+            rows.setdefault(key, [name, row_name(*stage), None if is_dense else len(runs), *cells])
+            groups_of_row[key].append(group.name)
     for key, row in rows.items():
-        if row[1] != "dense" and len(owners[key]) > 1:
-            row[0] = "all runs" if len(owners[key]) == len(groups) else "; ".join(owners[key])
+        if row[1] != "dense" and len(groups_of_row[key]) > 1:
+            row[0] = "all runs" if len(groups_of_row[key]) == len(groups) else "; ".join(groups_of_row[key])
     return list(rows.values())
+
+
+def _row_key(
+    group: SeedGroup, runs: Sequence[FinishedRun], stage: Stage, cells: Sequence[Estimate | None]
+) -> tuple[Any, ...]:
+    """Return a key that is equal for rows of groups that are merged.
+
+    Args:
+        group: the group of the row.
+        runs: those runs of the group of which the row is made.
+        stage: the stage of the row.
+        cells: numbers of the row.
+    """
+    results = tuple(_rounded_results(run, stage) for run in runs)
+    if stage[0] == "dense":
+        return (stage, *results)
+    rounded_cells = tuple(cell and f"{cell.value:.5g}" for cell in cells)  # denominators of ratios may differ
+    is_main_row = stage == run_stages(runs[0])[-1]
+    if is_main_row:  # never merged with a row of another group
+        return (group.name, stage, *rounded_cells)
+    return (stage, *results, *rounded_cells)
 
 
 def _rounded_results(run: FinishedRun, stage: Stage) -> tuple[Any, ...]:
     """Return the dense model and the results of a stage, rounded to five digits because sums differ by machine."""
-    own = records_of(run.records, stage).values()
-    return run.model, *((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in own)
+    records = records_of(run.records, stage).values()
+    return run.model, *((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in records)

@@ -24,11 +24,11 @@ STYLE = matplotlib.rcParamsDefault | {  # ignores the user's matplotlibrc
     "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "figure.constrained_layout.use": True, "savefig.dpi": 160,
     "text.parse_math": False,  # names of corpora and runs may have a $
 }  # fmt: skip
-LETTER = 0.08  # largest width of a letter in inches
-# By stage. base and averaged are equally light, so stages have different markers too.
+LETTER_WIDTH = 0.08  # largest width of a letter in inches
+# Colour of each stage. base and averaged are equally light, so stages have different markers too.
 COLOURS = {"dense": "#999999", "base": "#E69F00", "averaged": "#56B4E9", "gprune": "#0072B2", "model": "#CC79A7"}
 MARKERS = {"base": "s", "averaged": "^", "gprune": "o", "model": "D"}
-OTHER = "#CC79A7"
+OTHER_COLOUR = "#CC79A7"  # of other stages, and of what is not pruned
 # Colour, dashes and marker. Lightness decreases, so that lines can be distinguished in grey print.
 LINES = (
     ("#0072B2", "-", "o"), ("#E69F00", "--", "s"), ("#009E73", "-.", "^"), ("#D55E00", ":", "D"),
@@ -45,11 +45,16 @@ def style() -> Iterator[None]:
 
 
 def draw_line(axes: Axes, i: int, x: Sequence[float], y: Sequence[float], label: str) -> None:
-    """Draw the i-th line of a figure, with at most about a dozen markers."""
+    """Draw the i-th line of a figure, with a marker at about a dozen points.
+
+    The style is the i-th of `LINES`. When styles repeat, lines differ by their markers.
+    """
     colour, dashes, _ = LINES[i % len(LINES)]
-    marker = LINES[(i + i // len(LINES)) % len(LINES)][2]  # the eighth line differs from the first by its marker
-    shown = f" {label}" if label.startswith("_") else label  # matplotlib's legend omits labels that begin with _
-    axes.plot(x, y, color=colour, ls=dashes, lw=1.3, marker=marker, ms=4, markevery=len(x) // 12 or 1, label=shown)
+    repeats = i // len(LINES)
+    _, _, marker = LINES[(i + repeats) % len(LINES)]
+    if label.startswith("_"):
+        label = f" {label}"  # matplotlib's legend omits labels that begin with _
+    axes.plot(x, y, color=colour, ls=dashes, lw=1.3, marker=marker, ms=4, markevery=len(x) // 12 or 1, label=label)
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
@@ -59,37 +64,46 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 @style()
-def titled(figure: Figure, title: str) -> Figure:
+def add_title(figure: Figure, title: str) -> Figure:
     """Write a small title above a figure, aligned to the left."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=7, color="#555555")
     return figure
 
 
-def distances(estimates: Sequence[Estimate]) -> np.ndarray:
-    """Return the lengths of intervals below and above the values, (2, n); 0 without an interval."""
-    # Rounding may put a value outside an interval of width 0 (one window).
-    low = [0.0 if e.low is None else max(e.value - e.low, 0.0) for e in estimates]
-    high = [0.0 if e.high is None else max(e.high - e.value, 0.0) for e in estimates]
-    return np.array([low, high])
+def interval_lengths(estimates: Sequence[Estimate]) -> np.ndarray:
+    """Return the lengths of intervals below and above n values, (2, n) float64; 0 without an interval."""
+    # With a single window the interval has width 0, and rounding may put the value outside.
+    below = [0.0 if e.low is None else max(e.value - e.low, 0.0) for e in estimates]
+    above = [0.0 if e.high is None else max(e.high - e.value, 0.0) for e in estimates]
+    return np.array([below, above])
 
 
 def plain_ticks(axis: Axis) -> None:
-    """Label a logarithmic axis with plain numbers such as 0.5 and 200, and with more ticks on a short axis."""
+    """Label a logarithmic axis with plain numbers such as 0.5 and 200, and a short axis also at minor ticks."""
     axis.set_major_locator(matplotlib.ticker.LogLocator(base=10, subs=(1, 2, 5)))
     axis.set_minor_locator(matplotlib.ticker.LogLocator(base=10, subs=(0.5, 0.6, 0.7, 0.8, 0.9, 1.2, 1.5, 3)))
     axis.set_major_formatter("{x:g}")
     low, high = sorted(axis.get_view_interval())
-    axis.set_minor_formatter("{x:g}" if high / low < 5 else "")
+    is_short = high / low < 5
+    axis.set_minor_formatter("{x:g}" if is_short else "")
 
 
 @style()
 def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Write a figure atomically in each format. The same figure gives the same bytes."""
+    """Write a figure in each format, atomically, and return the paths. The same figure gives the same bytes.
+
+    Args:
+        figure: the figure.
+        folder: where the files are written.
+        name: name of the files without an ending.
+        formats: endings of the files, such as png and svg.
+    """
     paths = []
     with matplotlib.rc_context({"svg.hashsalt": name}):
         for suffix in formats:
             path = folder / f"{name}.{suffix}"
+            metadata = {"Date": None} if suffix == "svg" else None
             with replacing(path) as temporary:
-                figure.savefig(temporary, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
+                figure.savefig(temporary, format=suffix, metadata=metadata)
             paths.append(path)
     return paths

@@ -28,11 +28,13 @@ TableName = Literal[
 # Characters that Markdown would interpret. A `*` at the end of a name, `_` inside it and most brackets are plain text.
 MARKUP = re.compile(r"^\*|[\\`<|~$]|&(?=#?\w+;)|\*(?=[^\s)])|(?<![^\W_])_|_(?![^\W_])|\[(?=[^\]]*\][(\[])")
 Cell = str | int | float | Estimate | None
+GAP = 2  # characters between columns in a terminal
+MIN_KEY_WIDTH = 12  # characters; a narrower first column is hard to read
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table for people (Markdown) and for programs (CSV), from the same cells.
+    """A table that is formatted for readers (Markdown, terminal) and for programs (CSV).
 
     Attributes:
         name: name of files.
@@ -52,13 +54,17 @@ class Table:
 
     def to_markdown(self) -> str:
         """Format the table, without the note, as aligned Markdown."""
-        return markdown([list(map(in_markdown, row)) for row in (map(one_line, self.columns), *self.texts())])
+        rows = [map(one_line, self.columns), *self.texts()]
+        return markdown([list(map(in_markdown, row)) for row in rows])
 
     def texts(self) -> list[list[str]]:
-        """Cells as formatted text."""
-        return [[self._text(cell, column) for cell, column in zip(row, self.columns, strict=True)] for row in self.rows]
+        """Return the rows with cells as formatted text."""
+        return [
+            [self._format_cell(cell, column) for cell, column in zip(row, self.columns, strict=True)]
+            for row in self.rows
+        ]
 
-    def shown(self) -> str:
+    def for_stdout(self) -> str:
         """Format for the terminal's width; without a terminal, as Markdown with the note as plain text."""
         if sys.stdout.isatty():
             return self.to_terminal(shutil.get_terminal_size().columns)
@@ -72,19 +78,19 @@ class Table:
         Args:
             width: characters per line.
         """
-        plain = [list(map(one_line, self.columns)), *self.texts()]
-        names, parts = _layout(plain, width)
+        header, rows = list(map(one_line, self.columns)), self.texts()
+        key_widths, parts = _layout([header, *rows], width)
         colours = None if os.environ.get("NO_COLOR") else "auto"  # rich alone would keep bold text
         console = Console(color_system=colours, width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty())
         for part in parts:
             grid = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
-            for column, size in enumerate(names):
-                grid.add_column(Text(plain[0][column]), width=size, overflow="fold")
+            for column, key_width in enumerate(key_widths):
+                grid.add_column(Text(header[column]), width=key_width, overflow="fold")
             for column in part:
-                least = min(max(len(row[column]) for row in plain), width // 3)
-                grid.add_column(Text(plain[0][column]), justify="right", min_width=least)
-            for row in plain[1:]:
-                grid.add_row(*(Text(row[column]) for column in (*range(len(names)), *part)))
+                longest = max(len(row[column]) for row in (header, *rows))
+                grid.add_column(Text(header[column]), justify="right", min_width=min(longest, width // 3))
+            for row in rows:
+                grid.add_row(*(Text(row[column]) for column in (*range(len(key_widths)), *part)))
             console.print(grid)
             console.print()
         console.print(Text(printable(self.note)))
@@ -95,21 +101,28 @@ class Table:
         return f"{self.to_markdown()}\n\n{in_markdown(self.note)}".strip()
 
     def to_csv(self) -> str:
-        """Format `wide` as CSV."""
-        out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows(self.wide())
-        return out.getvalue()
+        """Format `rows_with_bounds` as CSV."""
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerows(self.rows_with_bounds())
+        return file.getvalue()
 
-    def wide(self) -> list[list[str | int | float | None]]:
-        """Header and rows, with additional columns `_low` and `_high` for columns with intervals."""
-        wide = [any(isinstance(row[c], Estimate) for row in self.rows) for c in range(len(self.columns))]
-        header = [(name or "row", f"{name}_low", f"{name}_high") for name in self.columns]
-        rows = [[cell if isinstance(cell, Estimate) else Estimate(cell) for cell in row] for row in self.rows]
-        return [
-            [v for cell, w in zip(row, wide, strict=True) for v in (cell if w else cell[:1])] for row in (header, *rows)
-        ]
+    def rows_with_bounds(self) -> list[list[str | int | float | None]]:
+        """Return header and rows, with additional columns `_low` and `_high` after columns with intervals."""
+        has_bounds = [any(isinstance(row[c], Estimate) for row in self.rows) for c in range(len(self.columns))]
+        header: list[str | int | float | None] = []
+        for name, with_bounds in zip(self.columns, has_bounds, strict=True):
+            header += [name or "row", f"{name}_low", f"{name}_high"] if with_bounds else [name or "row"]
+        rows = []
+        for row in self.rows:
+            values: list[str | int | float | None] = []
+            for cell, with_bounds in zip(row, has_bounds, strict=True):
+                estimate = cell if isinstance(cell, Estimate) else Estimate(cell)
+                values += estimate if with_bounds else [estimate.value]
+            rows.append(values)
+        return [header, *rows]
 
-    def _text(self, cell: Cell, column: str) -> str:
+    def _format_cell(self, cell: Cell, column: str) -> str:
+        """Format a cell: numbers with the digits of the column, and intervals in brackets."""
         digits = self.digits.get(column, 2)
         if cell is None:
             return ""
@@ -120,31 +133,36 @@ class Table:
 
 
 def _layout(rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], list[list[int]]]:
-    """Split a wide table into parts: return widths of the first columns, which are repeated in each part, and parts.
+    """Split the columns of a wide table into parts.
 
     There is one part if the table fits after folding the first column to a fifth of the width (at least 12 characters).
-    Otherwise every part begins with the columns that identify a row, as many as leave a third of the width.
+    Otherwise every part begins with the key columns, which are those that identify a row, or as many of them as leave a
+    third of the width.
 
     Args:
         rows: header and cells.
         width: characters per line.
+
+    Returns:
+        key_widths: widths of the key columns, which are the first columns.
+        parts: indices of the other columns of each part.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    beside = width - sum(w + 2 for w in widths[1:])
-    if beside >= min(widths[0], max(width // 5, 12)):
-        return [min(beside, widths[0])], [list(range(1, len(widths)))]
-    keys = next((n for n in range(1, len(widths)) if len({tuple(row[:n]) for row in rows}) == len(rows)), 1)
-    for n in range(keys, 0, -1):
-        names = [min(w, max(width // (n + 2), 12)) for w in widths[:n]]
-        room = width + 2 - sum(w + 2 for w in names)
-        if room >= width // 3:
+    available = width - sum(w + GAP for w in widths[1:])
+    if available >= min(widths[0], max(width // 5, MIN_KEY_WIDTH)):
+        return [min(available, widths[0])], [list(range(1, len(widths)))]
+    num_identifying = next((n for n in range(1, len(widths)) if len({tuple(row[:n]) for row in rows}) == len(rows)), 1)
+    for num_keys in range(num_identifying, 0, -1):
+        key_widths = [min(w, max(width // (num_keys + 2), MIN_KEY_WIDTH)) for w in widths[:num_keys]]
+        available = width + GAP - sum(w + GAP for w in key_widths)
+        if available >= width // 3:
             break
     parts: list[list[int]] = [[]]
-    for column in range(n, len(widths)):  # as many columns per part as fit, with a gap of two characters
-        if parts[-1] and sum(widths[c] + 2 for c in (*parts[-1], column)) > room:
+    for column in range(num_keys, len(widths)):  # as many columns per part as fit
+        if parts[-1] and sum(widths[c] + GAP for c in (*parts[-1], column)) > available:
             parts.append([])
         parts[-1].append(column)
-    return names, parts
+    return key_widths, parts
 
 
 def in_markdown(text: str) -> str:
@@ -153,12 +171,16 @@ def in_markdown(text: str) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Format rows as a Markdown table with aligned columns; the first row is the header, the first column text."""
-    width = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    """Format rows as an aligned Markdown table.
 
-    def line(row: Sequence[str]) -> str:
-        cells = (cell.rjust(w) if c else cell.ljust(w) for c, (cell, w) in enumerate(zip(row, width)))  # noqa: B905
+    The first row is the header. The first column is aligned to the left, and the others to the right.
+    """
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+
+    def to_line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]  # noqa: B905
         return f"| {' | '.join(cells)} |"
 
-    rule = "|" + "|".join("-" * (w + 2) if c == 0 else "-" * (w + 1) + ":" for c, w in enumerate(width)) + "|"
-    return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
+    rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+    return "\n".join([to_line(rows[0]), f"|{'|'.join(rule)}|", *(to_line(row) for row in rows[1:])])

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from gprune.config import flat
+from gprune.config import flatten
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.runs import schema
@@ -29,7 +29,7 @@ SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of scratch folders of 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List the leaves in which two nested dictionaries differ, as 'sparsity.target: 0.5 there, 0.3 here'."""
-    there, here = flat(old), flat(new)
+    there, here = flatten(old), flatten(new)
     names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
     return [f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names]
 

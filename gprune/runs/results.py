@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.checks import require
-from gprune.config import RunConfig, configured, migrated
+from gprune.config import RunConfig, config_from_mapping, migrate_settings
 from gprune.errors import UnregisteredError, UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
@@ -151,7 +151,7 @@ def finished(path: Path | str) -> FinishedRun:
     if why or manifest["settings"].get("inputs") is None:
         why = f"manifest.json: {why or 'no step was begun'}"
         raise UserError(f"Cannot read run '{path}': not a gprune run, or of an older version ({why}).")
-    settings, key = migrated(manifest["settings"]), key_of(settings=manifest["settings"])
+    settings, key = migrate_settings(manifest["settings"]), key_of(settings=manifest["settings"])
     metrics, why = inspect_json(place / "metrics.json", run=key, check=schema.Metrics.problem)
     if why or metrics.get("summary") is None:
         why = f"metrics.json: {why or 'no summary yet'}"
@@ -227,7 +227,7 @@ def load_run(path: Path | str) -> PruningResult:
     run = _with_tensors(run)
     statistics = {
         corpus: CorpusStatistics.from_tensors(_tensors(run, f"statistics/{corpus_file(corpus)}"))
-        for corpus in cfg.calibration
+        for corpus in cfg.calibration_corpora
     }
     thresholds = thresholds_from_named(_tensors(run, "thresholds")) if cfg.gprune else None
     return PruningResult(
@@ -277,7 +277,7 @@ def config_of(run: FinishedRun) -> RunConfig:
         settings = read_yaml(file, "The file must be YAML; got")  # `read_settings` would also read a pipe
         if not isinstance(settings, dict):
             raise UserError("The file must hold settings.")
-        cfg = configured(migrated(settings))
+        cfg = config_from_mapping(migrate_settings(settings))
         if changed := changed_settings(run.settings, cfg.settings() | {"inputs": run.settings["inputs"]}):
             raise UserError(f"The settings must be those of manifest.json; they differ in {changed[0]}.")
     except UnregisteredError as error:

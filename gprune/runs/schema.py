@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from gprune.checks import Positive, refusal
-from gprune.config import check_settings, migrated
+from gprune.checks import Positive, validation_message
+from gprune.config import check_settings, migrate_settings
 from gprune.errors import UserError
 
 Text = Annotated[str, Field(max_length=4096)]
@@ -34,7 +34,7 @@ class Schema(BaseModel):
         try:
             cls.model_validate(content)
         except ValidationError as error:
-            return refusal(error)
+            return validation_message(error)
         return None
 
 
@@ -234,7 +234,7 @@ class Settings(Schema):
 
 
 def _of_this_version(settings: Any) -> Any:
-    check_settings(migrated(settings if isinstance(settings, dict) else {}))
+    check_settings(migrate_settings(settings if isinstance(settings, dict) else {}))
     return settings
 
 

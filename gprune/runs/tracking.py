@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from gprune.config import LoggingConfig, RunConfig, flat
+from gprune.config import LoggingConfig, RunConfig, flatten
 from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line, optional_output
 from gprune.runs.folder import RunFolder
@@ -107,7 +107,7 @@ def tracking(folder: RunFolder, cfg: RunConfig, own: Sequence[Logger] = ()) -> I
             folder.update_manifest(wandb=known | {"mode": run.settings.mode})
         for logger in own:
             try:
-                logger.log_hyperparams(flat(cfg.resolved()))
+                logger.log_hyperparams(flatten(cfg.resolved()))
             except Exception as error:  # at this point most loggers open their files or call their server
                 cause = error.__cause__ or error.__context__ or error
                 raise UserError(f"Cannot log with {type(logger).__name__}: {first_line(cause)}.") from error

@@ -19,10 +19,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from pydantic import ValidationError, validate_call
 
-from gprune.checks import refusal, require, shown
+from gprune.checks import format_value, require, validation_message
 from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line
-from gprune.imports import loaded
+from gprune.imports import find_loaded
 
 log = logging.getLogger("gprune")
 LIGHTNING = {L.Callback: "lightning.pytorch.callbacks", Logger: "lightning.pytorch.loggers"}  # modules of bare names
@@ -125,7 +125,7 @@ def class_of(described: ClassPath, flag: str, base: type) -> type:
     """
     name = described.class_path
     try:
-        kind = loaded(name if "." in name else f"{LIGHTNING[base]}.{name}")
+        kind = find_loaded(name if "." in name else f"{LIGHTNING[base]}.{name}")
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, base)):
@@ -152,10 +152,10 @@ def instantiate(described: ClassPath, flag: str = "--trainer.callbacks", base: t
         else:  # the class does not define a constructor
             one = kind(**described.init_args)
         if not isinstance(one, base):
-            raise TypeError(f"the object must be a lightning.pytorch.{base.__name__}; got {shown(one)}")
+            raise TypeError(f"the object must be a lightning.pytorch.{base.__name__}; got {format_value(one)}")
         return one
     except ValidationError as error:
-        raise UserError(f"{where}: {refusal(error, 'init_args.')}.") from error
+        raise UserError(f"{where}: {validation_message(error, 'init_args.')}.") from error
     except (Exception, SystemExit) as error:
         raise UserError(f"{where}: Cannot construct it: {type(error).__name__}: {first_line(error)}.") from error
 

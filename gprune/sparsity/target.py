@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from gprune.checks import shown
+from gprune.checks import format_value
 from gprune.errors import UserError
 
 NUMBER_AND_UNIT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(%|x|[KMB]|[KMG]i?B|)")
@@ -61,7 +61,7 @@ class Target:
                 return cls(setting, number / 100, unit)
             if unit == "x" and 1 < number <= MAX_SPEEDUP:
                 return cls(setting, number, unit)
-        raise UserError(f"--sparsity.target must be {FORMS}; got {shown(setting)}.")
+        raise UserError(f"--sparsity.target must be {FORMS}; got {format_value(setting)}.")
 
     def removes(self, scope: int, model: int) -> int:
         """Return the cost to remove, rounded up.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from gprune.checks import accepted
+from gprune.checks import select_options
 from gprune.config import DistillConfig
 from gprune.errors import UserError
 from gprune.recoveries.contract import Material, Recovery, recovery
@@ -52,7 +52,7 @@ class Distill(Recovery):
             shard=material.shard,
             teacher_states=material.teacher_states,
             count=material.count if material.already_counted else None,
-            **accepted(DistillationStage, dict(settings)),
+            **select_options(DistillationStage, dict(settings)),
         )
         title = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
         material.fit(

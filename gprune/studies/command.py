@@ -30,11 +30,11 @@ OUTPUT = (
     "write the results too: .csv or .json with one line per row and seed (all numbers, intervals, settings and the "
     "record's file); .md, .tex or .html with the tables that are printed"
 )
-ENDS = {"stopped": ". Finished rows are kept."}  # keyword arguments of `guarded`
+MESSAGE_ENDINGS = {"stopped": ". Finished rows are kept."}  # keyword arguments of `run_guarded`
 
 
 def parser() -> Parser:
-    """Argument parser of the command, without the flags after `--`."""
+    """Return the parser of the command's arguments, without the flags after `--`."""
     result = Parser("gprune study", description=ABOUT, epilog=EXAMPLES)
     add = result.add_argument
     add("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/questions/parts.yaml")
@@ -51,10 +51,14 @@ def parser() -> Parser:
     return result
 
 
-def arguments(given: Sequence[str]) -> Namespace:
-    """Parse the arguments; those after `--` are `flags` (argparse would add them to LIST, or reject them)."""
-    own, flags = (given, []) if "--" not in given else (given[: given.index("--")], given[given.index("--") + 1 :])
-    return Namespace(**vars(parser().parse_args(own)), flags=list(flags))
+def parse_arguments(args: Sequence[str]) -> Namespace:
+    """Parse the arguments of the command. Those after `--` become `flags`.
+
+    They are split off here, because argparse would add them to LIST or reject them.
+    """
+    args = list(args)
+    end = args.index("--") if "--" in args else len(args)
+    return Namespace(**vars(parser().parse_args(args[:end])), flags=args[end + 1 :])
 
 
 def check_output(options: Namespace) -> None:
@@ -72,14 +76,14 @@ def check_output(options: Namespace) -> None:
 
 def run(args: Sequence[str]) -> str:
     """Run the command. Tables are printed when they are ready, so the returned text is empty."""
-    options = arguments(args)
+    options = parse_arguments(args)
     check_output(options)
     from gprune.studies.listing import Listing
 
     for path in options.lists:  # reports invalid lists before the imports that take seconds
         Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
     quiet()
-    from gprune.studies.runner import work
+    from gprune.studies.runner import run_lists
 
-    work(options)
+    run_lists(options)
     return ""

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from gprune.benchmarks.settings import Benchmarks, benchmarks
-from gprune.checks import Text, refusal
-from gprune.config import CONSENT, RunConfig, configured, read_flags, read_settings
+from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
+from gprune.checks import Text, validation_message
+from gprune.config import CONSENT, RunConfig, config_from_mapping, read_flags, read_settings
 from gprune.config.parse import overlay
 from gprune.errors import UserError
 from gprune.report.table import TableName
@@ -26,7 +26,7 @@ from gprune.storage.yaml_text import read_yaml
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # exists in a clone of the repository
 OTHER_RECORDS = Path("runs/records")
 # Defaults of all rows. They do not change results, so they are not part of a row's identity.
-OWN = {"export": "none", "run.dir": "runs/experiments"}
+ROW_DEFAULTS = {"export": "none", "run.dir": "runs/experiments"}
 LISTED_PRECISION = "32-true"  # default of rows, so that a row means the same on every machine
 MADE_ELSEWHERE = "model.made_elsewhere"
 TABLES = ("summary", "perplexity", "distance", "evaluation")
@@ -45,18 +45,20 @@ class StrictModel(BaseModel):
 
 
 class RowContent(BaseModel):
-    """A row: settings of `train.py`, nested or dotted. `config`: files to start from. `model`: see below."""
+    """A row: settings of `train.py`, nested or by dotted name, and the keys below."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
     config: Files = []
+    """Files with settings from which the row starts."""
     model: Text | dict[str, Any] | None = None
     """Folder or hub id of a causal language model that is measured instead of being pruned by gprune
     (`--model.made_elsewhere`), or settings of the group `model`."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings given in the row itself."""
-        if isinstance(self.model, str) and not self.model.lstrip().startswith("{"):  # settings may be YAML in a string
+        """Settings given in the row itself, without those of its files."""
+        is_yaml_mapping = isinstance(self.model, str) and self.model.lstrip().startswith("{")
+        if isinstance(self.model, str) and not is_yaml_mapping:
             return {MADE_ELSEWHERE: self.model, "recovery": "none"} | self.model_extra
         return self.model_extra | ({} if self.model is None else {"model": self.model})
 
@@ -89,15 +91,15 @@ class Content(StrictModel):
     @model_validator(mode="after")
     def check_rows(self) -> Self:
         """Raise UserError if a key names an unknown row, or a task cannot be measured."""
-        for key, wanted in (
+        for key, names in (
             ("controls", self.controls),
             ("reference", [] if self.reference is None else [self.reference]),
             ("compare", [stage.rpartition(": ")[0] for pair in self.compare for stage in pair]),
         ):
-            if unknown := [name for name in wanted if name not in self.rows]:
+            if unknown := [name for name in names if name not in self.rows]:
                 raise UserError(f"The key {key} must name rows ({', '.join(self.rows)}); got '{unknown[0]}'.")
         if self.tasks:
-            asked_of(self.tasks)
+            benchmarks_of(self.tasks)
         return self
 
 
@@ -116,9 +118,13 @@ class Row:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Configuration of the row. Invalid settings, and the precision `auto`, raise UserError with the row's name."""
+        """Configuration of the row.
+
+        Raises:
+            UserError: with the row's name, for invalid settings and for the precision `auto`.
+        """
         where = f"Row '{self.name}'"
-        cfg = configured({"trainer.precision": LISTED_PRECISION} | self.settings, where=where)
+        cfg = config_from_mapping({"trainer.precision": LISTED_PRECISION} | self.settings, where=where)
         if cfg.trainer.precision == "auto":
             must = "must be 32-true or bf16-mixed in a list, so that records do not depend on the machine"
             raise UserError(f"{where}: --trainer.precision {must}; got auto.")
@@ -152,11 +158,15 @@ class Listing:
         """
         path = Path(path)
         content = read_content(path)
-        ours = path.resolve().is_relative_to(EXPERIMENTS)
-        folder = Path(records) if records is not None else EXPERIMENTS / "records" if ours else OTHER_RECORDS
-        masks = content.masks or not ours
-        shared = {"tasks": content.tasks, "masks": masks, "records": folder, "study": path.stem}
-        return cls(path, content, list(_rows(path, content, seeds or content.seeds, flags, **shared)))
+        is_experiment = path.resolve().is_relative_to(EXPERIMENTS)
+        default_folder = EXPERIMENTS / "records" if is_experiment else OTHER_RECORDS
+        fields = {
+            "tasks": content.tasks,
+            "masks": content.masks or not is_experiment,
+            "records": default_folder if records is None else Path(records),
+            "study": path.stem,
+        }
+        return cls(path, content, list(_rows(path, content, seeds or content.seeds, flags, **fields)))
 
 
 def read_content(path: Path) -> Content:
@@ -171,61 +181,90 @@ def read_content(path: Path) -> Content:
     try:
         return Content.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"List '{path}': {refusal(error)}.") from error
+        raise UserError(f"List '{path}': {validation_message(error)}.") from error
 
 
-def asked_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:
-    """Convert the tasks of a list to `Benchmarks`; UserError if they are invalid."""
-    own = dict(tasks) | others
-    own["tasks"] = own.pop("names", ())
-    if isinstance(own.get("seq_len"), int):
-        own["seq_len"] = [own["seq_len"]]
-    return benchmarks(**own)
+def benchmarks_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:
+    """Convert the tasks of a list to `Benchmarks`.
+
+    Args:
+        tasks: the key `tasks` of a list.
+        others: further settings of `Benchmarks`.
+
+    Raises:
+        UserError: if a setting is invalid.
+    """
+    settings = dict(tasks) | others
+    settings["tasks"] = settings.pop("names", ())
+    if isinstance(settings.get("seq_len"), int):
+        settings["seq_len"] = [settings["seq_len"]]
+    return parse_benchmarks(**settings)
 
 
-def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], **shared: Any) -> Iterator[Row]:
-    """Yield every row with every seed. `shared` are fields that are equal in all rows."""
-    own = read_flags(flags)
-    protocol = [_settings_of(name, path.parent) for name in content.protocol]
+def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], **fields: Any) -> Iterator[Row]:
+    """Yield every row with every seed.
+
+    Args:
+        path: the list file.
+        content: its content.
+        seeds: seeds of all rows.
+        flags: flags of train.py, which override the settings of every row.
+        fields: fields of `Row` that are equal in all rows.
+    """
+    flag_settings = read_flags(flags)
+    protocol = [_read_row_settings(name, path.parent) for name in content.protocol]
     for seed in dict.fromkeys(seeds):
-        for name, given in content.rows.items():
-            where, row, merged = f"List '{path}', row '{name}'", given or RowContent(), {}
-            configs = [_settings_of(file, path.parent) for file in row.config]
-            for layer in (*protocol, *configs, OWN, content.common, row.settings):
-                for item in layer.items():  # one by one, because a YAML merge may give a setting nested and dotted
-                    overlay(merged, dict([item]), where)
-            _check_settings(where, merged, own)
-            overlay(merged, own, where)
-            fields = shared | {"masks": shared["masks"] and MADE_ELSEWHERE not in merged}
-            yield Row(name, seed, merged | {"run.seed": seed}, control=name in content.controls, **fields)
+        for name, row in content.rows.items():
+            where = f"List '{path}', row '{name}'"
+            row = row or RowContent()
+            configs = [_read_row_settings(file, path.parent) for file in row.config]
+            settings: dict[str, Any] = {}
+            for layer in (*protocol, *configs, ROW_DEFAULTS, content.common, row.settings):
+                # One by one, because a YAML merge may give a setting both nested and dotted, and the later one counts.
+                for key, value in layer.items():
+                    overlay(settings, {key: value}, where)
+            _check_settings(where, settings, flag_settings)
+            overlay(settings, flag_settings, where)
+            has_masks = MADE_ELSEWHERE not in settings
+            row_fields = fields | {"masks": fields["masks"] and has_masks}
+            yield Row(name, seed, settings | {"run.seed": seed}, control=name in content.controls, **row_fields)
 
 
-def _settings_of(file: str, folder: Path) -> dict[str, Any]:
-    """Read settings of a file except `run.name`, because every row has its own run folder."""
+def _read_row_settings(file: str, folder: Path) -> dict[str, Any]:
+    """Read the settings of a file except `run.name`, because every row has its own run folder."""
     return {name: value for name, value in read_settings(file, folder).items() if name != "run.name"}
 
 
-def _check_settings(where: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise UserError for settings that a study sets itself, and for consent to remote code in a list."""
+def _check_settings(where: str, settings: Mapping[str, Any], flag_settings: Mapping[str, Any]) -> None:
+    """Raise UserError for settings that a study sets itself, and for consent to remote code in a list.
+
+    Args:
+        where: the beginning of messages.
+        settings: settings of a row in the list.
+        flag_settings: settings of the command line.
+    """
     for name, remedy in (
         ("run.seed", "Use the key `seeds`, or --seeds"),
         ("run.name", "Every row has its own folder"),
         ("dry_run", "Use train.py, or --table, which runs nothing"),
     ):
-        if name in given or name in own:
+        if name in settings or name in flag_settings:
             raise UserError(f"{where}: --{name} cannot be set in a study. {remedy}.")
-    if given.get(CONSENT) and CONSENT not in own:
+    if settings.get(CONSENT) and CONSENT not in flag_settings:
         raise UserError(f"{where}: --{CONSENT}=true must be given after -- on the command line, not in a list.")
 
 
 def select_part(rows: Sequence[Row], part: str | None) -> list[Row]:
-    """Select every n-th row from the i-th on, for `part` i/n.
+    """Select every N-th row from the I-th on, for a `part` I/N. None selects all rows.
 
-    The rows are all rows of a list, so that the parts of several machines do not depend on which rows are finished.
+    Args:
+        rows: all rows of a list, finished or not, so that the parts of several machines are disjoint.
+        part: the value of `--part`.
     """
     if part is None:
         return list(rows)
-    share = re.fullmatch(r"([0-9]+)/([0-9]+)", part)
-    if not share or not 1 <= int(share[1]) <= int(share[2]):
+    match = re.fullmatch(r"([0-9]+)/([0-9]+)", part)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--part must be I/N with 1 <= I <= N, such as 1/4; got '{part}'.")
-    return list(rows[int(share[1]) - 1 :: int(share[2])])
+    start, step = int(match[1]) - 1, int(match[2])
+    return list(rows[start::step])

@@ -33,12 +33,12 @@ def write_results(study: StudyResult, path: Path) -> None:
 
 
 def title_of(study: StudyResult) -> str:
-    """Title of a list: its key `about`, or the name of the file."""
+    """Return the title of a list: its key `about`, or the name of the file."""
     return study.listing.content.about or study.listing.path.stem
 
 
 def notes_of(study: StudyResult) -> list[str]:
-    """Notes below the tables: protocols, rows with another tokenizer, and rows without a record."""
+    """Return the notes below the tables: protocols, rows with another tokenizer, and rows without a record."""
     return [*study.report.protocols(), *filter(None, [study.other_tokens_in_words, study.missing_in_words])]
 
 
@@ -56,31 +56,33 @@ def _markdown(study: StudyResult) -> str:
 
 
 def _latex(study: StudyResult) -> str:
-    """One LaTeX table environment per table; needs the package booktabs."""
+    """Return a LaTeX table environment for each table. The document needs the package booktabs."""
 
-    def of(table: Table) -> str:
-        frame = _texts(table)
+    def to_latex(table: Table) -> str:
+        frame = _formatted_frame(table)
         caption = " ".join(filter(None, [f"{table.title}.", table.note])).translate(LATEX)
         return frame.to_latex(
             index=False, escape=True, caption=caption, label=f"tab:{study.listing.path.stem}-{table.name}",
             column_format="l" + "r" * (len(frame.columns) - 1),
         )  # fmt: skip
 
-    notes = (f"% {note}\n" for note in (title_of(study), *notes_of(study)))
-    return "".join(" ".join(note.splitlines()) + "\n" for note in notes) + "\n" + "\n".join(map(of, study.tables))
+    comments = (f"% {note}\n" for note in (title_of(study), *notes_of(study)))
+    head = "".join(" ".join(comment.splitlines()) + "\n" for comment in comments)
+    return head + "\n" + "\n".join(map(to_latex, study.tables))
 
 
 def _html(study: StudyResult) -> str:
-    def of(table: Table) -> str:
+    def to_html(table: Table) -> str:
         note = f"<p>{escape(table.note)}</p>\n" if table.note else ""
-        return f"<h2>{escape(table.title)}</h2>\n{_texts(table).to_html(index=False, border=0)}\n{note}"
+        cells = _formatted_frame(table).to_html(index=False, border=0)
+        return f"<h2>{escape(table.title)}</h2>\n{cells}\n{note}"
 
-    body = [*map(of, study.tables), *(f"<p>{escape(note)}</p>" for note in notes_of(study))]
+    body = [*map(to_html, study.tables), *(f"<p>{escape(note)}</p>" for note in notes_of(study))]
     return PAGE.format(title=escape(title_of(study)), body="\n".join(body))
 
 
-def _texts(table: Table):
-    """Cells of a table as formatted text, in a DataFrame."""
+def _formatted_frame(table: Table):
+    """Return a DataFrame with the cells of a table as formatted text."""
     import pandas
 
     return pandas.DataFrame(table.texts(), columns=table.columns)

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gprune.benchmarks.measurement import task_numbers
-from gprune.config import applied
+from gprune.config import effective_settings
 from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
 from gprune.report import Report, Table
-from gprune.report.grouping import in_words
-from gprune.report.perplexity_tables import base_of
+from gprune.report.grouping import format_setting
+from gprune.report.perplexity_tables import base_records
 from gprune.runs import frames
 from gprune.runs.numbers import by_stage, on_same_windows
 from gprune.runs.results import FinishedRun
-from gprune.studies.archive import find_record, finished_record, of_tasks
+from gprune.studies.archive import find_record, finished_record, task_results
 from gprune.studies.listing import Listing, Row
-from gprune.studies.tables import bases_of, reported, tables_of
+from gprune.studies.tables import make_report, reference_runs, study_tables
 
 if TYPE_CHECKING:
     import pandas
@@ -47,34 +47,41 @@ class StudyResult:
     @property
     def missing(self) -> list[Row]:
         """Rows without a record, or with a record that lacks tasks or masks of the list."""
-        there = {(row.name, row.seed) for row, _ in self.done}
-        return [row for row in self.rows if (row.name, row.seed) not in there]
+        finished = {(row.name, row.seed) for row, _ in self.done}
+        return [row for row in self.rows if (row.name, row.seed) not in finished]
 
     @property
     def missing_in_words(self) -> str:
-        """A line with the rows and seeds that have no record; empty if all have one."""
-        if not (missing := self.missing):
+        """A line with the rows and seeds in `missing`; empty if there are none."""
+        missing = self.missing
+        if not missing:
             return ""
-        seeds: dict[str, list[int]] = {}
+        seeds_by_name: dict[str, list[str]] = {}
         for row in missing:
-            seeds.setdefault(row.name, []).append(row.seed)
-        named = (f"{name} (seed{'s' * (len(of) > 1)} {', '.join(map(str, of))})" for name, of in seeds.items())
-        return f"Without a record, so left out: {len(missing)} of {len(self.rows)} rows and seeds: {'; '.join(named)}."
+            seeds_by_name.setdefault(row.name, []).append(str(row.seed))
+        rows = []
+        for name, seeds in seeds_by_name.items():
+            noun = "seed" if len(seeds) == 1 else "seeds"
+            rows.append(f"{name} ({noun} {', '.join(seeds)})")
+        return f"Without a record, so left out: {len(missing)} of {len(self.rows)} rows and seeds: {'; '.join(rows)}."
 
     @property
     def other_tokens_in_words(self) -> str:
         """A line with the rows whose tokenizer differs from the dense model's; empty if there are none."""
-        made = [(row.name, record["records"]) for row, record in self.done]
-        apart = [n for n, of in made if any(not on_same_windows(of, stage) for stage in by_stage(of))]
-        if not apart:
+        rows = []
+        for row, record in self.done:
+            records = record["records"]
+            if any(not on_same_windows(records, stage) for stage in by_stage(records)):
+                rows.append(row.name)
+        if not rows:
             return ""
-        names = ", ".join(dict.fromkeys(apart))
+        names = ", ".join(dict.fromkeys(rows))
         return f"Another tokenizer, so no KL, agreement, gap or ratio, and a perplexity of other tokens: {names}."
 
     @cached_property
     def report(self) -> Report:
         """Report of the finished rows; seeds of a row are combined."""
-        return reported(self.listing, self.done)
+        return make_report(self.listing, self.done)
 
     @property
     def runs(self) -> list[FinishedRun]:
@@ -85,20 +92,18 @@ class StudyResult:
     @cached_property
     def tables(self) -> list[Table]:
         """Tables of the list that have rows."""
-        return tables_of(self.listing, self.report)
+        return study_tables(self.listing, self.report)
 
     def files(self) -> Table:
         """Table of the training precision and the record's file for each row and seed."""
-        found = {(row.name, row.seed): find_record(row)[0] for row, _ in self.done}
         records = {(row.name, row.seed): record for row, record in self.done}
-        cells = [
-            [
-                row.name, row.seed, row.config.model.dtype, row.config.trainer.precision,
-                str(found.get((row.name, row.seed), "none")),
-                (records.get((row.name, row.seed), {}).get("environment") or {}).get("git_revision"),
-            ]
-            for row in self.rows
-        ]  # fmt: skip
+        cells = []
+        for row in self.rows:
+            record = records.get((row.name, row.seed))
+            path = "none" if record is None else str(find_record(row)[0])
+            environment = {} if record is None else record.get("environment") or {}
+            commit = environment.get("git_revision")
+            cells.append([row.name, row.seed, row.config.model.dtype, row.config.trainer.precision, path, commit])
         columns = ["row", "seed", "weights", "precision of training", "record", "commit"]
         return Table("files", "Records", columns, cells)
 
@@ -113,34 +118,37 @@ class StudyResult:
             stages: whether to add a line for each other stage of the rows, such as `dense` and controls.
         """
         runs = self.runs
-        bases = bases_of(self.listing.content.reference, runs)
+        bases = reference_runs(self.listing.content.reference, runs)
         labels = corpus_labels({r["corpus"] for run in runs for r in run.records})
         differing = self._differing_settings()
-        made = []
+        all_lines = []
         for run, (row, record) in zip(runs, self.done, strict=True):
             lines = frames.lines(
-                run.records, run.settings, run.summary, run.steps, base=base_of(run, bases), labels=labels
+                run.records, run.settings, run.summary, run.steps, base=base_records(run, bases), labels=labels
             )
-            tasks = task_numbers(of_tasks(row, record))
+            tasks = task_numbers(task_results(row, record))
             for line, prefix in ((lines[0], "rows/dense/"), (lines[-1], "final/")):
-                own = {name: value for name, value in tasks.items() if name.startswith(prefix)}
-                line |= {f"tasks/{name.removeprefix(prefix)}": value for name, value in own.items()}
-            own = {"row": row.name, "record": str(run.path)}
-            made += [own | line | differing[row.name] for line in (lines if stages else lines[-1:])]
-        return frames.frame(made)
+                of_line = {name: value for name, value in tasks.items() if name.startswith(prefix)}
+                line.update({f"tasks/{name.removeprefix(prefix)}": value for name, value in of_line.items()})
+            identity = {"row": row.name, "record": str(run.path)}
+            selected = lines if stages else lines[-1:]
+            all_lines += [identity | line | differing[row.name] for line in selected]
+        return frames.frame(all_lines)
 
     def _differing_settings(self) -> dict[str, dict[str, Any]]:
         """Return row name -> settings by flag, for all flags except the seed in which rows of the list differ."""
-        settings = {row.name: applied(row.config.settings()) for row in self.listing.rows}
-        flags = [flag for flag in dict.fromkeys(chain(*settings.values())) if flag != "run.seed"]
-        first = next(iter(settings.values()))
-        differ = [flag for flag in flags if any(own.get(flag) != first.get(flag) for own in settings.values())]
-        return {name: {flag: _plain(own.get(flag)) for flag in differ} for name, own in settings.items()}
+        by_row = {row.name: effective_settings(row.config.settings()) for row in self.listing.rows}
+        flags = [flag for flag in dict.fromkeys(chain(*by_row.values())) if flag != "run.seed"]
+        first = next(iter(by_row.values()))
+        different = [
+            flag for flag in flags if any(settings.get(flag) != first.get(flag) for settings in by_row.values())
+        ]
+        return {name: {flag: _to_cell(settings.get(flag)) for flag in different} for name, settings in by_row.items()}
 
 
-def _plain(value: Any) -> str | int | float | bool | None:
+def _to_cell(value: Any) -> str | int | float | bool | None:
     """Convert a setting to a cell of a DataFrame."""
-    return value if isinstance(value, str | int | float | None) else in_words(value)
+    return value if isinstance(value, str | int | float | None) else format_setting(value)
 
 
 def load_study(
@@ -162,24 +170,27 @@ def load_study(
         UserError: if the list cannot be read, or a row is unknown.
     """
     listing = Listing.read(path, seeds=seeds, flags=flags, records=records)
-    study = of_listing(listing, chosen(listing, rows))
+    study = read_study(listing, select_rows(listing, rows))
     if study.missing:
         log.warning("%s", study.missing_in_words)
     return study
 
 
-def chosen(listing: Listing, names: Iterable[str] | None, *, what: str = "The rows") -> list[Row]:
-    """Select rows by name, by default all; UserError, which begins with `what`, for an unknown name."""
-    known = dict.fromkeys(row.name for row in listing.rows)
-    wanted = list(known if names is None else names)
-    if unknown := [name for name in wanted if name not in known]:
-        raise UserError(f"{what} must name rows of {listing.path} ({', '.join(known)}); got '{unknown[0]}'.")
-    return [row for row in listing.rows if row.name in wanted]
+def select_rows(listing: Listing, names: Iterable[str] | None, *, what: str = "The rows") -> list[Row]:
+    """Select rows of a list by name, by default all.
+
+    Raises:
+        UserError: for an unknown name. The message begins with `what`.
+    """
+    all_names = dict.fromkeys(row.name for row in listing.rows)
+    selected = list(all_names if names is None else names)
+    if unknown := [name for name in selected if name not in all_names]:
+        raise UserError(f"{what} must name rows of {listing.path} ({', '.join(all_names)}); got '{unknown[0]}'.")
+    return [row for row in listing.rows if row.name in selected]
 
 
-def of_listing(listing: Listing, rows: Sequence[Row]) -> StudyResult:
+def read_study(listing: Listing, rows: Sequence[Row]) -> StudyResult:
     """Read the records of selected rows and of the list's reference."""
-    wanted = [row for row in listing.rows if row in rows or row.name == listing.content.reference]
-    return StudyResult(
-        listing, wanted, [(row, record) for row in wanted if (record := finished_record(row)) is not None]
-    )
+    with_reference = [row for row in listing.rows if row in rows or row.name == listing.content.reference]
+    done = [(row, record) for row in with_reference if (record := finished_record(row)) is not None]
+    return StudyResult(listing, with_reference, done)

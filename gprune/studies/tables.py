@@ -8,48 +8,57 @@ from typing import Any
 
 from gprune.errors import UserError
 from gprune.report import Report, of_runs
-from gprune.report.benchmark_table import against
-from gprune.report.grouping import as_small
+from gprune.report.benchmark_table import compare_records
+from gprune.report.grouping import same_size
 from gprune.report.perplexity_tables import pool_estimates, ratio_to
 from gprune.report.table import Estimate, Table
 from gprune.runs.numbers import Record, by_stage, row_name
 from gprune.runs.results import FinishedRun
-from gprune.studies.archive import as_run, find_record
+from gprune.studies.archive import find_record, row_to_run
 from gprune.studies.listing import Listing, Row
 
-Done = Sequence[tuple[Row, dict[str, Any]]]  # finished rows with their records
+FinishedRows = Sequence[tuple[Row, dict[str, Any]]]  # finished rows with their records
 
 
-def reported(listing: Listing, done: Done) -> Report:
-    """Make the report of finished rows; seeds of a row are combined."""
+def make_report(listing: Listing, done: FinishedRows) -> Report:
+    """Make the report of finished rows. Seeds of a row are combined."""
     content = listing.content
-    runs = [as_run(row, kept, content.seen) for row, kept in done]
+    runs = [row_to_run(row, record, content.seen) for row, record in done]
     _check_text(done)
-    return of_runs(runs, bases=bases_of(content.reference, runs), seen=content.seen)
+    return of_runs(runs, bases=reference_runs(content.reference, runs), seen=content.seen)
 
 
-def bases_of(reference: str | None, runs: Sequence[FinishedRun]) -> dict[Path, FinishedRun] | None:
-    """Return path of a run -> reference run with the same seed, if the reference has as few parameters."""
+def reference_runs(reference: str | None, runs: Sequence[FinishedRun]) -> dict[Path, FinishedRun] | None:
+    """Return path of a run -> reference run with the same seed, if the two have the same number of parameters.
+
+    Args:
+        reference: name of the row that is the reference of the list, or None.
+        runs: runs of the list.
+    """
     if reference is None:
         return None
-    bases = {run.seed: run for run in runs if run.name == reference}
-    return {run.path: base for run in runs if (base := bases.get(run.seed)) is not None and as_small(run, base)}
+    references = {run.seed: run for run in runs if run.name == reference}
+    pairs = [(run, references[run.seed]) for run in runs if run.seed in references]
+    return {run.path: reference_run for run, reference_run in pairs if same_size(run, reference_run)}
 
 
-def _check_text(done: Done) -> None:
+def _check_text(done: FinishedRows) -> None:
     """Raise UserError if rows with the same corpus settings have read different text.
 
     Mirrors, and the text of the Python interpreter, may differ between machines.
     """
-    known: dict[tuple[Any, ...], tuple[Row, str]] = {}
-    for row, kept in done:
-        corpora, evaluation = kept["settings"]["corpora"], kept["settings"]["evaluation"]
-        amount = [corpora.get(n) for n in ("num_samples", "learn_samples", "seq_len", "bos")]
-        amount += [len(corpora.get("recover", ())), kept["settings"].get("distill", {}).get("tokens")]
-        amount += [evaluation.get(n) for n in ("num_samples", "seq_len", "split", "development_samples")]
-        for role, digest in kept["inputs"]["text"].items():
-            other, before = known.setdefault((kept["inputs"]["model"], row.seed, role, *amount), (row, digest))
-            if before != digest:
+    # Model, seed, role and amount of text -> the first row with them, and the hash of its text.
+    first_read: dict[tuple[Any, ...], tuple[Row, str]] = {}
+    for row, record in done:
+        settings, inputs = record["settings"], record["inputs"]
+        corpora, evaluation = settings["corpora"], settings["evaluation"]
+        amount = [corpora.get(name) for name in ("num_samples", "learn_samples", "seq_len", "bos")]
+        amount += [len(corpora.get("recover", ())), settings.get("distill", {}).get("tokens")]
+        amount += [evaluation.get(name) for name in ("num_samples", "seq_len", "split", "development_samples")]
+        for role, digest in inputs["text"].items():
+            key = (inputs["model"], row.seed, role, *amount)
+            other, other_digest = first_read.setdefault(key, (row, digest))
+            if other_digest != digest:
                 files = f"{find_record(other)[0].name} or {find_record(row)[0].name}"
                 raise UserError(
                     f"Cannot compare rows '{other.name}' and '{row.name}': they have read different text as {role}. "
@@ -57,68 +66,101 @@ def _check_text(done: Done) -> None:
                 )
 
 
-def tables_of(listing: Listing, report: Report) -> list[Table]:
-    """Return the tables of a list that have rows: of the report, comparisons of stages, and tasks."""
-    runs = report.runs
-    own = stage_comparison_table(listing, runs), task_table(listing, runs)
-    return [t for t in (*(t for t in report.tables if t.name in listing.content.tables), *own) if t.rows]
+def study_tables(listing: Listing, report: Report) -> list[Table]:
+    """Return the tables that have rows: those of the report that the list selects, and comparisons of stages."""
+    tables = [table for table in report.tables if table.name in listing.content.tables]
+    tables += [stage_comparison_table(listing, report.runs), task_table(listing, report.runs)]
+    return [table for table in tables if table.rows]
 
 
 def stage_comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
-    """Table with a row per pair of stages that the list compares and whose rows are finished."""
-    pairs = {(a, b): ratios for a, b in listing.content.compare if (ratios := ratios_of(runs, a, b)) is not None}
-    rows = [
-        [" / ".join(p), len(of), pool_estimates(of), pool_estimates(ratios_of(runs, *p, "kl"))]
-        for p, of in pairs.items()
-    ]
-    none = "No ratio: the two have no seed in common, or were evaluated on other windows."
-    columns, note = ["unseen perplexity of", "seeds", "ratio", "of exp(KL)"], [none] * any(not row[1] for row in rows)
-    if all(row[-1] is None for row in rows):
+    """Table of ratios: one row per pair of stages that the list compares, if the rows of both are finished."""
+    rows = []
+    for pair in dict.fromkeys(map(tuple, listing.content.compare)):
+        ratios = stage_ratios(runs, *pair)
+        if ratios is not None:
+            ratios_of_kl = stage_ratios(runs, *pair, "kl")
+            rows.append([" / ".join(pair), len(ratios), pool_estimates(ratios), pool_estimates(ratios_of_kl)])
+    columns = ["unseen perplexity of", "seeds", "ratio", "of exp(KL)"]
+    notes = []
+    if any(seeds == 0 for _, seeds, *_ in rows):
+        notes.append("No ratio: the two have no seed in common, or were evaluated on other windows.")
+    if all(ratio_of_kl is None for *_, ratio_of_kl in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     else:
-        note.append("exp(KL): of KL(dense || row) per token on the same windows.")
-    return Table("compare", "Comparisons", columns, rows, dict.fromkeys(columns[2:], 3), " ".join(note))
+        notes.append("exp(KL): of KL(dense || row) per token on the same windows.")
+    return Table("compare", "Comparisons", columns, rows, dict.fromkeys(columns[2:], 3), " ".join(notes))
 
 
 def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
-    """Table with a row per compared pair and seed for which both have tasks, and a column per task."""
-    rows: list[tuple[str, int, dict[str, str]]] = []
-    for a, b in listing.content.compare:
-        (a_runs, a_stage), (b_runs, b_stage) = (_stage(runs, name) for name in (a, b))
-        by_seed = {r.seed: of_stage(r.evaluation, b_stage) for r in b_runs}
-        for r in a_runs:
-            if paired := against(of_stage(r.evaluation, a_stage), by_seed.get(r.seed, [])):
-                rows.append((f"{a} - {b}", r.seed, paired))
-    tasks = list(dict.fromkeys(task for *_, paired in rows for task in paired))
+    """Table of paired differences on tasks: one column per task.
+
+    There is one row per compared pair and per seed for which both have task results.
+    """
+    results: list[tuple[str, int, dict[str, str]]] = []  # pair, seed, and task -> formatted difference
+    for first, second in listing.content.compare:
+        first_runs, first_stage = _find_stage(runs, first)
+        second_runs, second_stage = _find_stage(runs, second)
+        second_records = {run.seed: select_stage(run.evaluation, second_stage) for run in second_runs}
+        for run in first_runs:
+            first_records = select_stage(run.evaluation, first_stage)
+            differences = compare_records(first_records, second_records.get(run.seed, []))
+            if differences:
+                results.append((f"{first} - {second}", run.seed, differences))
+    tasks = list(dict.fromkeys(task for *_, differences in results for task in differences))
     note = "Paired: accuracy less accuracy +- standard error; WikiText-2 by its windows' tokens, x perplexity over "
     note += "perplexity with a 95 % interval."
-    content = [[pair, seed, *(paired.get(task) for task in tasks)] for pair, seed, paired in rows]
-    return Table("compare_tasks", "Comparisons on tasks", ["first - second", "seed", *tasks], content, note=note)
+    rows = [[pair, seed, *(differences.get(task) for task in tasks)] for pair, seed, differences in results]
+    return Table("compare_tasks", "Comparisons on tasks", ["first - second", "seed", *tasks], rows, note=note)
 
 
-def of_stage(records: Sequence[Record], stage: tuple[str, str]) -> list[Record]:
+def select_stage(records: Sequence[Record], stage: tuple[str, str]) -> list[Record]:
     """Select the records of a (stage, recovery)."""
     return [r for r in records if (r["stage"], r.get("recovery") or "none") == stage]
 
 
-def ratios_of(runs: Sequence[FinishedRun], a: str, b: str, number: str = "nll") -> list[Estimate] | None:
-    """Compute `unseen_ratio` of two stages, each named `row: stage`, for every common seed.
+def stage_ratios(runs: Sequence[FinishedRun], first: str, second: str, number: str = "nll") -> list[Estimate] | None:
+    """Compute `unseen_ratio` of two stages for every common seed.
+
+    Args:
+        runs: runs of a list.
+        first: the numerator, as `row: stage`.
+        second: the denominator, as `row: stage`.
+        number: as for `unseen_ratio`.
 
     Returns:
-        The ratios; None if a row is not finished; an empty list if windows differ.
+        The ratios. None if a row is not finished, and an empty list if windows differ.
     """
-    (a_runs, a_stage), (b_runs, b_stage) = (_stage(runs, name) for name in (a, b))
-    if not a_runs or not b_runs:
+    first_runs, first_stage = _find_stage(runs, first)
+    second_runs, second_stage = _find_stage(runs, second)
+    if not first_runs or not second_runs:
         return None
-    by_seed = {r.seed: r for r in b_runs}
-    ratios = [ratio_to(r, a_stage, by_seed[r.seed], b_stage, number) for r in a_runs if r.seed in by_seed]
+    by_seed = {run.seed: run for run in second_runs}
+    ratios = [
+        ratio_to(run, first_stage, by_seed[run.seed], second_stage, number) for run in first_runs if run.seed in by_seed
+    ]
     return [] if any(ratio is None for ratio in ratios) else ratios
 
 
-def _stage(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], tuple[str, str]]:
+def _find_stage(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], tuple[str, str]]:
+    """Find the runs and the stage that a name such as `ours: gprune` refers to.
+
+    Args:
+        runs: runs of a list.
+        name: `row: stage`, as in the key `compare`.
+
+    Returns:
+        The runs of the row, which are none if the row is not finished, and the key (stage, recovery) of the stage in
+        their records. Without runs the key is a pair of empty strings.
+
+    Raises:
+        UserError: if the row has finished runs, but no such stage.
+    """
     row, _, stage = name.rpartition(": ")
-    members = [r for r in runs if r.name == row]
-    stages = {row_name(*key): key for r in members for key in by_stage(r.records)}
-    if members and stage not in stages:
-        raise UserError(f"The key compare must name a stage of '{row}' ({', '.join(stages)}); got '{stage}'.")
-    return members, stages.get(stage, ("", ""))
+    runs_of_row = [run for run in runs if run.name == row]
+    keys = {row_name(*key): key for run in runs_of_row for key in by_stage(run.records)}
+    if not runs_of_row:
+        return [], ("", "")
+    if stage not in keys:
+        raise UserError(f"The key compare must name a stage of '{row}' ({', '.join(keys)}); got '{stage}'.")
+    return runs_of_row, keys[stage]

@@ -19,41 +19,46 @@ from gprune.config import RunConfig
 from gprune.report import Report, Table
 from gprune.runs.numbers import key_part, run_numbers
 from gprune.storage.files import key_of
-from gprune.studies.archive import of_tasks
+from gprune.studies.archive import task_results
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing, Row
-from gprune.studies.tables import Done
+from gprune.studies.tables import FinishedRows
 
 
-def named(row: Row) -> RunConfig:
-    """Return the row's configuration with W&B name, group and tags of list and row. Tags of the user are kept."""
-    given = row.config.logging
-    about = {
+def with_wandb_names(row: Row) -> RunConfig:
+    """Return the row's configuration with a name, a group and tags for W&B. A group and tags of the user are kept."""
+    logging = row.config.logging
+    names = {
         "name": f"{_words(row.name)[:100]}, seed {row.seed}",
-        "group": given.resolved_group or _words(row.study)[:128],
-        "tags": [_words(row.study)[:64], _words(row.name)[:64], *given.resolved_tags],
+        "group": logging.resolved_group or _words(row.study)[:128],
+        "tags": [_words(row.study)[:64], _words(row.name)[:64], *logging.resolved_tags],
     }
-    return row.config.model_copy(update={"logging": given.model_copy(update=about)})
+    return row.config.model_copy(update={"logging": logging.model_copy(update=names)})
 
 
-def folder_of(row: Row) -> Path:
-    """Return W&B's folder for a list: beside its records, unless they are in `experiments`."""
-    committed = row.records.resolve().is_relative_to(EXPERIMENTS)
-    return (OTHER_RECORDS if committed else row.records) / row.study
+def wandb_folder(row: Row) -> Path:
+    """Return W&B's folder for a list. It is next to the records, unless they are in `experiments`."""
+    in_repository = row.records.resolve().is_relative_to(EXPERIMENTS)
+    return (OTHER_RECORDS if in_repository else row.records) / row.study
 
 
 @contextmanager
-def beside_records(row: Row) -> Iterator[Path]:
-    """Context in which W&B writes to `folder_of` the row, unless $WANDB_DIR is set."""
-    given = os.environ.get("WANDB_DIR")
-    os.environ["WANDB_DIR"] = folder = given or str(folder_of(row))
+def wandb_beside_records(row: Row) -> Iterator[Path]:
+    """Context in which W&B writes to `wandb_folder` of the row or, if it is set, to $WANDB_DIR."""
+    users_folder = os.environ.get("WANDB_DIR")
+    folder = users_folder or str(wandb_folder(row))
+    os.environ["WANDB_DIR"] = folder
     try:
         yield Path(folder)
     finally:
-        os.environ.pop("WANDB_DIR")
-        os.environ.update({"WANDB_DIR": given} if given else {})
+        if users_folder:
+            os.environ["WANDB_DIR"] = users_folder
+        else:
+            del os.environ["WANDB_DIR"]
 
 
-def log(listing: Listing, done: Done, flags: Sequence[str], report: Report, tables: Sequence[Table]) -> Path | None:
+def log_study(
+    listing: Listing, done: FinishedRows, flags: Sequence[str], report: Report, tables: Sequence[Table]
+) -> Path | None:
     """Log finished rows that are not in W&B yet and, if all rows are finished, the list with its tables.
 
     Returns:
@@ -62,7 +67,7 @@ def log(listing: Listing, done: Done, flags: Sequence[str], report: Report, tabl
     tracked = [(row, record) for row, record in done if row.config.logging.resolved_mode != "disabled"]
     if not tracked:
         return None
-    with beside_records(tracked[0][0]) as folder:
+    with wandb_beside_records(tracked[0][0]) as folder:
         for row, record in tracked:
             log_row(folder, row, record)
         if len(tracked) == len(listing.rows):
@@ -77,8 +82,9 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
     """
     from gprune.runs.tracking import about, id_of, wandb_run
 
-    cfg = named(row)
-    id = id_of(key_of(settings=cfg.settings() | {"inputs": record["inputs"]}), cfg)
+    cfg = with_wandb_names(row)
+    settings = cfg.settings() | {"inputs": record["inputs"]}
+    id = id_of(key_of(settings=settings), cfg)
     if _has_run(folder, id):
         return
     with wandb_run(folder, cfg.logging, id=id, **about(cfg)) as run:
@@ -88,7 +94,7 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
             run.config.update({"record": True, "environment": record["environment"]})
         numbers = run_numbers(record["records"], record["summary"], record["steps"], cfg.own_row)
         run.log({name: value for name, value in numbers.items() if name.startswith("final/")})
-        run.summary.update(numbers | task_numbers(of_tasks(row, record)))
+        run.summary.update(numbers | task_numbers(task_results(row, record)))
 
 
 def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Sequence[Table], report: Report) -> None:
@@ -100,28 +106,42 @@ def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Seque
 
     from gprune.runs.tracking import wandb_run
 
-    stem, first = _words(listing.path.stem), listing.rows[0].config.logging
+    name = _words(listing.path.stem)
     rows = {f"{row.name}, seed {row.seed}": row.settings for row in listing.rows}
-    id = f"all_{key_of(study=stem, flags=list(flags), rows=rows, tables=[table.to_csv() for table in tables])}"
+    id = f"all_{key_of(study=name, flags=list(flags), rows=rows, tables=[table.to_csv() for table in tables])}"
     if _has_run(folder, id):
         return
-    logging = first.model_copy(update={"name": _words(shlex.join([stem, *flags]))[:128]})
-    config = {"rows": rows} | {name: getattr(listing.content, name) for name in ("about", "reference", "seen")}
-    about = {"name": stem, "group": stem, "job_type": "study", "tags": [stem], "config": config}
-    with wandb_run(folder, logging, id=id, **about) as run, TemporaryDirectory() as drawn:
+    logging_of_rows = listing.rows[0].config.logging
+    logging = logging_of_rows.model_copy(update={"name": _words(shlex.join([name, *flags]))[:128]})
+    config = {"rows": rows} | {key: getattr(listing.content, key) for key in ("about", "reference", "seen")}
+    about = {"name": name, "group": name, "job_type": "study", "tags": [name], "config": config}
+    with wandb_run(folder, logging, id=id, **about) as run, TemporaryDirectory() as figure_folder:
         if run is None:
             return
-        wide = {table.name: table.wide() for table in tables}
-        logged = {f"tables/{n}": wandb.Table(head, cells, allow_mixed_types=True) for n, (head, *cells) in wide.items()}
-        figures = report.draw(Path(drawn), ["png"])
-        run.log(logged | {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures})
-        for pair, _, *ratios in (row for table in tables if table.name == "compare" for row in table.rows):
-            for kind, ratio in zip(("", "exp_kl/"), ratios, strict=False):
-                of_pair = {} if ratio is None else ratio._asdict()
-                run.summary.update({f"compare/{key_part(pair)}/{kind}{name}": v for name, v in of_pair.items()})
-        artifact = wandb.Artifact(key_part(stem), type="list")
+        logged: dict[str, Any] = {}
+        for table in tables:
+            header, *cells = table.rows_with_bounds()
+            logged[f"tables/{table.name}"] = wandb.Table(header, cells, allow_mixed_types=True)
+        for path in report.draw(Path(figure_folder), ["png"]):
+            logged[f"figures/{path.stem}"] = wandb.Image(str(path))
+        run.log(logged)
+        run.summary.update(_comparison_numbers(tables))
+        artifact = wandb.Artifact(key_part(name), type="list")
         artifact.add_file(str(listing.path))
         run.log_artifact(artifact)
+
+
+def _comparison_numbers(tables: Sequence[Table]) -> dict[str, Any]:
+    """Return the ratios of the table `compare` by W&B key: `compare/<pair>/value` and `compare/<pair>/exp_kl/value`.
+
+    The keys `low` and `high` in place of `value` have the interval.
+    """
+    numbers = {}
+    for pair, _, *ratios in (row for table in tables if table.name == "compare" for row in table.rows):
+        for prefix, ratio in zip(("", "exp_kl/"), ratios, strict=False):  # the table may lack the second ratio
+            if ratio is not None:
+                numbers |= {f"compare/{key_part(pair)}/{prefix}{name}": v for name, v in ratio._asdict().items()}
+    return numbers
 
 
 def _words(name: str) -> str:
@@ -130,4 +150,5 @@ def _words(name: str) -> str:
 
 
 def _has_run(folder: Path, id: str) -> bool:
+    """Return whether W&B's folder has a run with this id."""
     return any(folder.glob(f"wandb/*run-*-{id}"))

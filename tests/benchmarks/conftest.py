@@ -61,7 +61,7 @@ def fake_hub(monkeypatch, *, reachable: bool, manager: object = None) -> None:
         yield reachable
 
     monkeypatch.setattr(tasks, "offline_if_unreachable", is_reachable)
-    monkeypatch.setattr(tasks, "_manager", lambda: manager)
+    monkeypatch.setattr(tasks, "_task_manager", lambda: manager)
 
 
 @pytest.fixture

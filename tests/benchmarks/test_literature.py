@@ -38,7 +38,7 @@ def raw(tmp_path, monkeypatch):
     path.write_text("".join(lines), encoding="utf-8")
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(literature, "offline_if_unreachable", unreachable_hub)
-    monkeypatch.setattr(literature, "CHARACTERS", len(join_lines("".join(lines))))
+    monkeypatch.setattr(literature, "WIKITEXT_CHARACTERS", len(join_lines("".join(lines))))
     return path
 
 
@@ -59,13 +59,13 @@ def test_lines_keep_their_newline_and_blank_lines_become_empty(raw):
 
 
 def test_the_local_mirror_of_wikitext2_has_the_rows_of_the_data_set():
-    path = Path(os.environ.get("GPRUNE_DATA_DIR", "")) / literature.MIRROR
+    path = Path(os.environ.get("GPRUNE_DATA_DIR", "")) / literature.WIKITEXT_FILE
     if not os.environ.get("GPRUNE_DATA_DIR") or not path.is_file():
         pytest.skip("no $GPRUNE_DATA_DIR/corpora/wikitext2/wiki.test.raw")
     raw = path.read_text(encoding="utf-8")
     assert len(rows_of_the_data_set(raw)) == 4358
-    assert literature.wikitext2() == "\n\n".join(rows_of_the_data_set(raw))
-    assert len(literature.wikitext2()) == literature.CHARACTERS
+    assert literature.read_wikitext2() == "\n\n".join(rows_of_the_data_set(raw))
+    assert len(literature.read_wikitext2()) == literature.WIKITEXT_CHARACTERS
 
 
 def test_windows_are_consecutive_and_start_with_bos_if_the_tokenizer_adds_it():
@@ -120,7 +120,7 @@ def test_records_contain_the_protocol_and_whether_it_is_the_standard_one(raw):
     raw.write_text("".join(raw.read_text().splitlines(keepends=True)[:-3]))
     short = literature_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32)
     assert not short["standard_protocol"]
-    assert f"of {literature.CHARACTERS:,} characters" in short["note"]
+    assert f"of {literature.WIKITEXT_CHARACTERS:,} characters" in short["note"]
 
 
 @pytest.mark.parametrize(
@@ -146,18 +146,18 @@ def test_without_mirror_and_hub_the_error_names_the_path_of_the_missing_file(raw
     raw.unlink()
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"corpora/wikitext2/wiki\.test\.raw") as error:
-        literature.wikitext2()
+        literature.read_wikitext2()
     assert "second line" not in str(error.value)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"text": ["", " a \n", "b\n"]})
-    assert literature.wikitext2() == "\n\n a \n\n\nb\n"
+    assert literature.read_wikitext2() == "\n\n a \n\n\nb\n"
 
 
 @pytest.fixture
 def shard(tmp_path, monkeypatch):
     """A local C4 shard with one document more than the protocol reads."""
     rng = np.random.default_rng(1)
-    texts = [" ".join(rng.choice(WORDS, 9)) for _ in range(literature.DOCUMENTS + 1)]
-    path = tmp_path / "corpora" / "c4" / literature.SHARD
+    texts = [" ".join(rng.choice(WORDS, 9)) for _ in range(literature.C4_DOCUMENTS + 1)]
+    path = tmp_path / "corpora" / "c4" / literature.C4_FILE
     path.parent.mkdir(parents=True)
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text, "url": "u"}) + "\n" for text in texts)
@@ -166,8 +166,8 @@ def shard(tmp_path, monkeypatch):
 
 
 def test_c4_perplexity_equals_the_literatures_script_on_the_first_1100_documents(shard, monkeypatch):
-    assert (literature.DOCUMENTS, literature.WINDOWS) == (1100, 256)
-    monkeypatch.setattr(literature, "WINDOWS", 16)
+    assert (literature.C4_DOCUMENTS, literature.C4_WINDOWS) == (1100, 256)
+    monkeypatch.setattr(literature, "C4_WINDOWS", 16)
     model, tokenizer, (path, texts) = make_tiny_llama(), tiny_tokenizer(), shard
     record = literature_perplexity(model, tokenizer, "c4", seq_len=32)
     text = " ".join(" ".join(texts[:1100]).split()[: 16 * 32])  # each word is one token
@@ -196,4 +196,4 @@ def test_an_invalid_c4_shard_is_refused_and_a_missing_one_is_downloaded(content,
     shard[0].unlink()
     monkeypatch.setattr(literature, "offline_if_unreachable", unreachable_hub)
     monkeypatch.setattr("datasets.load_dataset", lambda path, **_: [{"text": path}] * 2000)
-    assert literature.c4() == (" ".join(["allenai/c4"] * 1100), 1100)
+    assert literature.read_c4() == (" ".join(["allenai/c4"] * 1100), 1100)

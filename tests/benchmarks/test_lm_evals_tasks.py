@@ -113,7 +113,7 @@ def test_exact_match_of_generated_answers_equals_lm_evals(manager, tmp_path, mon
         ZeroShot.model_validate(record | {"stage": "model"})
     assert record["correct"] == "1010"
     for examples, whole in ((9, True), (10, False)):  # with other training rows, the prompts differ
-        monkeypatch.setitem(tasks.WHOLE, "gsm8k", (4, examples))
+        monkeypatch.setitem(tasks.COMPLETE_SPLITS, "gsm8k", (4, examples))
         of_rows = zero_shot(model, tokenizer(), ["gsm8k"], limit=None, source="local")
         assert {r["standard_protocol"] for r in of_rows} == {whole}
     dense = record | {"run": "r", "model": "tiny", "stage": "dense"}
@@ -142,7 +142,7 @@ def test_generation_refuses_non_finite_logits(manager):
     ],
 )  # fmt: skip
 def test_unreadable_task_rows_are_refused(task, split, rows, message, manager, tmp_path, monkeypatch):
-    monkeypatch.setitem(tasks.WHOLE, "hellaswag", 9)
+    monkeypatch.setitem(tasks.COMPLETE_SPLITS, "hellaswag", 9)
     assert (tasks.load_tasks("hellaswag", "local")[0].note) == "lm_eval's own task"
     write_task(tmp_path, task, split, rows)
     with pytest.raises(UserError, match=message):

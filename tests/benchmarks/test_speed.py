@@ -94,7 +94,7 @@ def test_old_noisy_or_inaccurate_tables_are_measured_again_and_any_table_on_requ
 @pytest.mark.slow
 def test_the_measured_time_of_the_dense_model_is_near_the_tables_sum(monkeypatch):
     """Within a factor of two. CPU time of this process is measured because the machine may be busy."""
-    monkeypatch.setattr(speed, "LONG", 0.1)
+    monkeypatch.setattr(speed, "MAX_SECONDS", 0.1)
     monkeypatch.setattr(speed, "Timer", functools.partial(speed.Timer, timer=time.process_time))
     dense = without_weights(make_tiny_llama())
     of = dense, torch.device("cpu"), torch.float32, SETTING
@@ -138,9 +138,9 @@ def test_a_damaged_or_edited_table_is_measured_again(damage, measurements, tmp_p
 
 def test_a_speed_budget_is_met_within_one_unit_and_an_impossible_one_reports_the_maximum():
     blocks = blocks_of(make_tiny_llama())
-    costs = unit_costs(blocks, scope="attention+ffn", price=speed.price_by(TABLE, blocks))
+    costs = unit_costs(blocks, scope="attention+ffn", price=speed.price_from_table(TABLE, blocks))
     assert costs.prices.model == 14 * 10**9  # picoseconds of three blocks and the rest
-    assert speed.price_by(TABLE | {"spread": 0.2}, blocks).neurons[0][24] < 15 * 10**8  # fitted by a line
+    assert speed.price_from_table(TABLE | {"spread": 0.2}, blocks).neurons[0][24] < 15 * 10**8  # fitted by a line
     budget = Budget.of(costs, "1.4x")
     masks = keep_masks(budget, [torch.arange(48.0)] * 3, [torch.arange(2.0)] * 3)
     left = costs.prices.model - costs.removed(masks)
@@ -151,13 +151,13 @@ def test_a_speed_budget_is_met_within_one_unit_and_an_impossible_one_reports_the
 
 @pytest.mark.slow
 def test_a_measured_table_has_all_sampled_widths_and_multiples(monkeypatch):
-    monkeypatch.setattr(speed, "LONG", 0.1)
+    monkeypatch.setattr(speed, "MAX_SECONDS", 0.1)
     dense = without_weights(make_tiny_llama())
     measured = speed.measure_table(dense, torch.device("cpu"), torch.float32, SETTING)
     assert [n for n, _ in measured["neurons"]] == [1, 12, 24, 36, 48]
     assert [g for g, _ in measured["groups"]] == [1, 2]
     assert [n for n, _ in measured["multiples"]] == [37, 40, 48, 32]  # odd multiples of 1, 8, 16 and 32 near 36
-    price = speed.price_by(measured, blocks_of(dense))
+    price = speed.price_from_table(measured, blocks_of(dense))
     assert all(a <= b for table in (*price.neurons, *price.groups) for a, b in itertools.pairwise(table))
 
 
@@ -169,8 +169,8 @@ SPEED_LINE = (
 
 @pytest.mark.slow
 def test_a_run_reports_its_speeds_and_resumes_with_its_table(measurements, world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(speed, "LONG", 0.1)
-    monkeypatch.setattr(speed, "NOISY", 0.0)
+    monkeypatch.setattr(speed, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(speed, "MAX_SPREAD", 0.0)
     ran = world.run(tmp_path, *FLAGS)
     (line,) = set(re.findall(SPEED_LINE, out := capsys.readouterr().out))  # in the log and in the summary
     assert ran.summary["speed"]["said"] == line

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from gprune.benchmarks.subjects import load_dense, subjects_of
+from gprune.benchmarks.subjects import find_subjects, load_dense
 from gprune.errors import UserError
 from gprune.models.loading import load_model
 from tests import tiny_run
@@ -36,7 +36,7 @@ def test_an_externally_pruned_model_that_changed_after_the_run_is_refused(dtype,
         other = tiny_run.save_tiny_model(tmp_path / "other")
         world.run(run.parent, f"--model.made_elsewhere={other}")
         assert not (run / "model").exists()
-        (subject,), _, _ = subjects_of(str(run), dtype=dtype)
+        (subject,), _, _ = find_subjects(str(run), dtype=dtype)
         model, _ = subject.load()
         assert model.dtype == getattr(torch, dtype or "float32")
         changed, _ = load_model(str(other))

@@ -56,7 +56,7 @@ def test_only_the_complete_question_set_of_lm_eval_counts_as_standard(data, monk
     assert not any(tasks.load_tasks(name, "local")[0].complete for name in ("piqa", "arc_easy", "sciq", "blimp"))
     rows = questions(12)
     scored = tasks.questions_hash(([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
-    monkeypatch.setitem(tasks.WHOLE, "piqa", scored)
+    monkeypatch.setitem(tasks.COMPLETE_SPLITS, "piqa", scored)
     (whole,) = tasks.load_tasks("piqa", "local")
     assert (whole.complete, whole.task.VERSION, whole.note) == (True, "1.0", "lm_eval's prompts")
     first, *others = rows
@@ -119,7 +119,7 @@ def test_questions_of_the_local_mirror_are_the_complete_set_of_lm_eval(task):
     choices, requests = [own.doc_to_choice(doc) for doc in own.eval_docs], iter(requests_of(own))
     labels = [own.doc_to_target(doc) for doc in own.eval_docs]
     scored = [([next(requests) for _ in each], label) for each, label in zip(choices, labels, strict=True)]
-    assert tasks.questions_hash(scored) == tasks.WHOLE[task]
+    assert tasks.questions_hash(scored) == tasks.COMPLETE_SPLITS[task]
     assert tasks.local_task(path).complete
 
 

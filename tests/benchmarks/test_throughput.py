@@ -10,7 +10,7 @@ from gprune import report
 from gprune.__main__ import run as command
 from gprune.benchmarks import speed
 from gprune.benchmarks.measurement import task_numbers
-from gprune.report.benchmark_table import rated
+from gprune.report.benchmark_table import format_speed
 from gprune.runs.results import load_run
 from gprune.studies.archive import finished_record
 from tests import tiny_run
@@ -27,7 +27,7 @@ def timings(monkeypatch):
         shares = [1 / k for k in range(1, len(models) + 1)]
         return ([len(calls) * s for s in shares], [0.5 * s for s in shares], shares), 0.01
 
-    monkeypatch.setattr(speed, "seconds", seconds)
+    monkeypatch.setattr(speed, "time_generation", seconds)
     return calls
 
 
@@ -85,12 +85,14 @@ def test_a_study_measures_the_speed_of_each_row_and_its_dense_model(bench, timin
 @pytest.mark.slow
 def test_measured_rates_of_two_models_are_consistent_with_their_seconds(world, tmp_path, capsys, monkeypatch):
     tiny_run.quick(monkeypatch)
-    monkeypatch.setattr(speed, "LONG", 0.1)
+    monkeypatch.setattr(speed, "MAX_SECONDS", 0.1)
     world.run(tmp_path, "--gprune=false")
     rows = evaluated(capsys, tmp_path / "run", "--dense", "--speed_prompt", "200", "--speed_batch", "2")
     records = json.loads((tmp_path / "run/evaluation.json").read_text())["records"]
     own = {r["task"]: (r["tokens_per_second"], r["seconds"]) for r in records if r["stage"] == "base"}  # unrounded
     for task, tokens in (("prefill", 400), ("decode", 2)):
         assert own[task][0] == pytest.approx(tokens / own[task][1], rel=0.2)
-        assert rows[f"{task} base 2"][0] == rated(dict(zip(("tokens_per_second", "seconds"), own[task], strict=True)))
+        assert rows[f"{task} base 2"][0] == format_speed(
+            dict(zip(("tokens_per_second", "seconds"), own[task], strict=True))
+        )
     assert all(0.2 < float(ratio.removeprefix("x ")) < 5 for name, (_, ratio) in rows.items() if "base" in name)

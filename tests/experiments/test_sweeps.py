@@ -50,7 +50,7 @@ def configs(path: Path) -> list:
 def calibration(cfg) -> str:
     """Return everything on which cached statistics depend on one machine."""
     c = cfg.corpora
-    text = (sorted(cfg.calibration), c.num_samples, c.seq_len, cfg.run.seed)
+    text = (sorted(cfg.calibration_corpora), c.num_samples, c.seq_len, cfg.run.seed)
     bits = (cfg.model.name, cfg.model.dtype, c.batch_size, cfg.trainer.devices * cfg.trainer.num_nodes)
     return repr((text, bits, sorted(cfg.collects), cfg.sparsity.scope))
 

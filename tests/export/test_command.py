@@ -83,7 +83,7 @@ def test_a_gguf_file_that_fails_the_check_in_llama_cpp_is_not_written(run, monke
 
     def fake_llama_cpp(change):
         monkeypatch.setattr(convert, "has_llama_cpp", lambda: True)
-        monkeypatch.setattr(gguf_check, "in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
+        monkeypatch.setattr(gguf_check, "score_in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
 
     fake_llama_cpp(lambda logprobs: logprobs.roll(1))
     assert "differ from the model's by KL" in error_line(capsys, run)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from gprune.config import RunConfig, configured, parse
+from gprune.config import RunConfig, config_from_mapping, parse
 from gprune.errors import UserError
 from gprune.export import hf
 from gprune.models.surgery import prune
@@ -61,7 +61,7 @@ def test_export_accepts_a_bare_value_or_a_group_and_does_not_affect_result_setti
     )
     assert (
         parse(["--config", f"{tmp_path}/a.yaml"]).export.format
-        == configured({"export": "none"}).export.format
+        == config_from_mapping({"export": "none"}).export.format
         == "none"
     )
     assert short.settings() == long.settings() == RunConfig().settings()

@@ -414,7 +414,7 @@ def test_the_check_accepts_rounding_noise_and_refuses_other_log_probabilities(ki
         return lambda x: (x + size * torch.randn(x.shape, generator=generator).double()).log_softmax(-1)
 
     def check(change):
-        monkeypatch.setattr(gguf_check, "in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
+        monkeypatch.setattr(gguf_check, "score_in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
         return gguf_check.check_gguf(model, tokenizer, tmp_path / "m.gguf", type=kind)
 
     assert 0 < check(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[kind])) <= gguf_check.LIMITS[kind]
@@ -427,7 +427,7 @@ def test_the_check_accepts_rounding_noise_and_refuses_other_log_probabilities(ki
 
 def test_the_check_refuses_a_different_tokenization(tmp_path, monkeypatch):
     model = make_pruned()
-    monkeypatch.setattr(gguf_check, "in_llama_cpp", fake_in_llama_cpp(model, byte_tokenizer("smollm")))
+    monkeypatch.setattr(gguf_check, "score_in_llama_cpp", fake_in_llama_cpp(model, byte_tokenizer("smollm")))
     with pytest.raises(UserError, match="splits text into other tokens"):
         gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 

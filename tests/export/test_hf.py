@@ -75,7 +75,7 @@ def test_all_types_of_rotary_embeddings_reload_with_unequal_heads(kind, tmp_path
     factors = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0] * 4} if kind == "longrope" else {}
     model = make_pruned(rope_parameters={"rope_type": kind, **BY_LENGTH, **factors})
     model(torch.arange(2, 42)[None])  # switches to the frequencies for long text
-    others = hf.portable(model), load(hf.save_pruned(model, None, tmp_path / "model"))
+    others = hf.to_portable(model), load(hf.save_pruned(model, None, tmp_path / "model"))
     for length in (12, 40):  # within the original context length and beyond it
         ids = torch.arange(2, 2 + length)[None]
         assert [hf.max_logit_difference(other(ids).logits, model(ids).logits) for other in others] == [0.0, 0.0]
@@ -274,7 +274,7 @@ def test_an_existing_folder_is_replaced_only_with_overwrite_and_by_a_complete_on
     assert torch.equal(load(folder)(token_batch).logits, first(token_batch).logits)
     hf.save_pruned(second, None, folder, overwrite=True)
     assert torch.equal(load(folder)(token_batch).logits, second(token_batch).logits)
-    monkeypatch.setattr(hf, "SHARD", 20_000)  # sharded files
+    monkeypatch.setattr(hf, "MAX_FILE_BYTES", 20_000)  # sharded files
     hf.save_pruned(first, None, folder, overwrite=True)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     monkeypatch.undo()

@@ -258,7 +258,7 @@ def test_invalid_placements_are_refused_in_one_line(flags, line, capsys):
 
 
 def test_a_model_above_the_shard_size_is_saved_in_several_files(tmp_path, monkeypatch, ids):
-    monkeypatch.setattr(hf, "SHARD", 20_000)
+    monkeypatch.setattr(hf, "MAX_FILE_BYTES", 20_000)
     model = make_tiny("llama")
     small = prune(model, some_masks(model, attention=True))
     folder = save_pruned(small, None, tmp_path / "model")

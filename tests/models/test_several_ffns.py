@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from experiments.architectures import example
-from gprune.benchmarks.speed import price_by
+from gprune.benchmarks.speed import price_from_table
 from gprune.calibration.collector import Collector
 from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
@@ -273,7 +273,7 @@ def test_depth_allocation_removes_layers_and_narrows_the_largest_ffn_of_one(extr
 def test_the_measured_time_of_a_layer_is_divided_among_its_ffns(shared_expert_model):
     neurons, groups = [[1, 1.0], [16, 2.0], [32, 3.5]], [[1, 3.0], [6, 3.5]]
     blocks, table = blocks_of(shared_expert_model), {"neurons": neurons, "groups": groups, "rest": 0.5, "spread": 0.0}
-    price = price_by(table, blocks)
+    price = price_from_table(table, blocks)
     for own in by_layer(blocks):
         assert sum(price.blocks[b.index] for b in own) == pytest.approx(3.5e12)
         saved = [price.neurons[b.index][-1] / b.neurons for b in own]  # per neuron; the experts have most parameters

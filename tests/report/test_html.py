@@ -14,7 +14,7 @@ import pytest
 from gprune import report
 from gprune.__main__ import run as command
 from gprune.report import html
-from gprune.report.curves import curve_figures, line_of, read_curves
+from gprune.report.curves import curve_figures, curve_points, read_curves
 from tests import tiny_run
 
 pytestmark = pytest.mark.slow  # whole runs, and a browser
@@ -91,7 +91,7 @@ def test_curves_of_a_resumed_run_are_concatenated(tmp_path):
     for version, rows in enumerate([{"step": [0, 1], "learn/loss": [3.0, 2.0]}, {"step": [2], "learn/loss": [1.0]}]):
         (tmp_path / f"csv/version_{version}").mkdir(parents=True)
         pd.DataFrame(rows).to_csv(tmp_path / f"csv/version_{version}/metrics.csv", index=False)
-    line = line_of(read_curves(tmp_path), "step", "learn/loss")
+    line = curve_points(read_curves(tmp_path), "step", "learn/loss")
     assert line.to_numpy().tolist() == [[0, 3], [1, 2], [2, 1]]
     assert list(curve_figures(read_curves(tmp_path))) == ["Loss while sparsity is learned"]
 
@@ -108,7 +108,7 @@ def test_curves_of_a_resumed_run_drop_repeated_steps_and_are_separate_from_contr
             "development/perplexity/a": [9.0, 8, 7, 8, 7, 6, *nan, *nan],
         }
     )  # fmt: skip
-    assert line_of(frame, f"{own}/tokens", f"{own}/loss").to_numpy().tolist() == [[0, 5], [8, 4], [16, 3], [24, 2]]
+    assert curve_points(frame, f"{own}/tokens", f"{own}/loss").to_numpy().tolist() == [[0, 5], [8, 4], [16, 3], [24, 2]]
     losses, perplexities = (figure.axes[0].lines for figure in curve_figures(frame).values())
     assert {one.get_label(): list(one.get_ydata()) for one in losses} == {
         "gprune_distill": [5, 4, 3, 2], "base_distill": [7, 6],

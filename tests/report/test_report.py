@@ -680,7 +680,7 @@ def test_a_report_reads_neither_the_model_nor_the_corpora(run, monkeypatch):
     for name in (
         "transformers.AutoModelForCausalLM.from_pretrained",
         "gprune.corpora.load.load_corpus",
-        "gprune.runs.results.configured",
+        "gprune.runs.results.config_from_mapping",
     ):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("read more than the run's folder"))
     (run / "config.yaml").unlink()

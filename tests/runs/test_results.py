@@ -10,7 +10,7 @@ import pytest
 
 import gprune
 from gprune.errors import UserError
-from gprune.report.grouping import groups, read_runs, settings_table
+from gprune.report.grouping import group_by_seed, read_runs, settings_table
 from gprune.runs.folder import RunFolder
 from gprune.runs.frames import COLUMNS
 from gprune.storage.files import key_of, read_json, read_tensors, write_json, write_tensors
@@ -124,7 +124,7 @@ def test_a_run_from_before_relative_step_sizes_loads(recovered, tmp_path):
     older = gprune.load_run(folder)
     assert older.config.distill.model_dump() == recovered.config.distill.model_dump() | {"absolute_learning_rate": 5e-4}
     assert older.records == recovered.records
-    assert settings_table(groups(read_runs([recovered.path, folder]))).rows == [
+    assert settings_table(group_by_seed(read_runs([recovered.path, folder]))).rows == [
         ["distill.absolute_learning_rate", "null", "0.0005"]
     ]
     manifest["settings"]["distill"]["hidden"] = 0.1  # a removed feature

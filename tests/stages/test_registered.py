@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import gprune
 from gprune.checks import Positive
-from gprune.config import RunConfig, configured
+from gprune.config import RunConfig, config_from_mapping
 from gprune.errors import UserError
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks
@@ -142,7 +142,7 @@ def test_default_settings_have_no_keys_of_registered_stages():
 def test_invalid_stages_and_options_are_refused_by_name(settings, message, scratch_registries):
     gprune.learner("plain")(GateLearner)
     with pytest.raises(UserError, match="^" + re.escape(message)):
-        configured(settings)
+        config_from_mapping(settings)
 
 
 def test_a_learner_without_masks_is_refused(scratch_registries):

@@ -98,8 +98,8 @@ NUMBERS = st.fixed_dictionaries(
 
 @given(numbers=st.lists(NUMBERS, max_size=8))
 def test_folding_stores_common_fields_once_and_unfolding_restores_them(numbers):
-    content = json.loads(json.dumps({"name": "x", "records": archive.folded(numbers)}))
-    assert archive.unfolded(content) == {"name": "x", "records": numbers}
+    content = json.loads(json.dumps({"name": "x", "records": archive.fold_records(numbers)}))
+    assert archive.unfold_records(content) == {"name": "x", "records": numbers}
     for stage in content["records"]["stages"]:
         assert len(stage["each"]) < 2 or not any(
             all(name in own and own[name] == value for own in stage["each"]) for name, value in stage["each"][0].items()
@@ -113,6 +113,6 @@ def test_unpacking_packed_masks_returns_the_same_masks(data, depth):
         return [torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in sizes]
 
     masks = Masks(draw_masks(), draw_masks())
-    again = archive.unpacked(json.loads(json.dumps(archive.packed(masks))))
+    again = archive.unpack_masks(json.loads(json.dumps(archive.pack_masks(masks))))
     assert again == masks
     assert all(m.dtype == torch.bool for m in (*again.ffn, *again.attention))

@@ -16,9 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 import gprune
 from gprune.__main__ import run as command
-from gprune.benchmarks.subjects import subjects_of
+from gprune.benchmarks.subjects import find_subjects
 from gprune.config import parse
-from gprune.studies.archive import finished_record, run_of
+from gprune.studies.archive import finished_record, record_to_run
 from tests import tiny_run, wandb_files
 from tests.studies.workbench import cells
 
@@ -115,7 +115,7 @@ def test_frames_files_reports_and_load_run_accept_a_model_row(bench, list_with_e
     assert loaded.masks is None
     assert loaded.config.final == "model"
     assert "made elsewhere" in repr(loaded)
-    assert run_of(tmp_path, finished_record(row)).final == "model"
+    assert record_to_run(tmp_path, finished_record(row)).final == "model"
 
 
 def test_the_dense_model_as_a_row_has_kl_0_and_agreement_1(bench, capsys):
@@ -191,7 +191,8 @@ def test_a_model_type_that_gprune_cannot_prune_is_evaluated(bench, folders, caps
 
 
 def test_tasks_evaluate_the_given_model_or_its_distilled_version(bench, exported, folders, capsys, monkeypatch):
-    monkeypatch.setattr("gprune.benchmarks.speed.ROUNDS", (1, 1))
+    for bound in ("MIN_ROUNDS", "MAX_ROUNDS"):
+        monkeypatch.setattr(f"gprune.benchmarks.speed.{bound}", 1)
     tasks = {"names": ["speed"], "speed_batch": [1], "speed_prompt": 8}
     learned = {"model": str(exported[0]), "recovery": "distill", "distill.tokens": 96}
     rows = {"gpt": {"model": str(other_model(folders / "for tasks"))}, "learned": learned}
@@ -200,7 +201,7 @@ def test_tasks_evaluate_the_given_model_or_its_distilled_version(bench, exported
     _, done = bench.done(path)
     for row, record in done:
         assert {r["stage"] for r in record["evaluation"]} == {"dense", "model"}
-        (before, after), _, _ = subjects_of(row.config.folder, dense=True)
+        (before, after), _, _ = find_subjects(row.config.folder, dense=True)
         assert type(before.load()[0]).__name__ == "LlamaForCausalLM"
         model = after.load()[0]
         assert model.num_parameters() == record["summary"]["parameters_after"]

@@ -23,7 +23,7 @@ def test_a_study_runs_all_rows_writes_records_and_prints_tables(bench, first):
         assert f"{row.name}, seed 0: " in out
         record = finished_record(row)
         result = gprune.load_run(Path(row.config.run.dir) / row.config.run_name)
-        assert archive.unpacked(record["masks"]) == result.masks
+        assert archive.unpack_masks(record["masks"]) == result.masks
         assert record["settings"] == row.config.settings()
         rounded = [r | {"window_nll": [round(v, 4) for v in r["window_nll"]]} for r in result.records]
         assert record["records"] == rounded
@@ -48,7 +48,7 @@ def test_a_finished_study_runs_nothing_and_prints_the_same_tables(bench, first, 
 def test_rows_with_other_settings_or_seeds_run_again(bench, first, capsys, monkeypatch):
     path, _ = first
     ran = []
-    monkeypatch.setattr(runner, "run", lambda row: ran.append((row.name, row.seed, row.config.sparsity.target)))
+    monkeypatch.setattr(runner, "run_row", lambda row: ran.append((row.name, row.seed, row.config.sparsity.target)))
     monkeypatch.setattr(runner, "token_hours", lambda pending: f"{len(pending)} pending")
     assert "3 pending" in bench(capsys, path, "--", "--sparsity.target=0.4")
     assert ran == [(name, 0, 0.4) for name in ROWS]
@@ -71,9 +71,9 @@ def test_only_selects_the_printed_rows_and_keeps_the_reference(bench, first, not
 def test_parts_run_every_row_once_also_if_they_start_one_after_another(count, bench, first, capsys, monkeypatch):
     """A later part finds the records of an earlier part, and must still run only its own rows."""
     done = {}
-    monkeypatch.setattr(runner, "run", lambda row: done.setdefault(archive.find_record(row)[0], []).append(row))
+    monkeypatch.setattr(runner, "run_row", lambda row: done.setdefault(archive.find_record(row)[0], []).append(row))
     monkeypatch.setattr(runner, "token_hours", lambda pending: "")
-    monkeypatch.setattr(runner, "finish", lambda *_: None)
+    monkeypatch.setattr(runner, "print_results", lambda *_: None)
     monkeypatch.setattr(runner, "finished_record", lambda row: {} if archive.find_record(row)[0] in done else None)
     for i in range(count):
         bench(capsys, first[0], "--seeds", "0", "1", "--part", f"{i + 1}/{count}")
@@ -108,7 +108,7 @@ def measured(monkeypatch, bench):
 
 
 def with_tasks(row):
-    folder, record = runner.run(row)
+    folder, record = runner.run_row(row)
     return runner.measure_tasks(row, folder, record) if row.tasks else record
 
 
@@ -128,12 +128,12 @@ def test_tasks_are_measured_once_per_row_and_once_for_the_shared_dense_model(ben
     ]  # recovery changes weights, which masks do not contain
     for row, record in zip(rows, records, strict=True):
         assert [r["stage"] for r in record["evaluation"]] == ["base"] * 2
-        both = archive.as_run(row, record, None).evaluation
+        both = archive.row_to_run(row, record, None).evaluation
         assert [(r["stage"], r["run"]) for r in both] == [(s, row.name) for s in ("dense", "dense", "base", "base")]
     assert all(finished_record(row) for row in rows)
     # the records also match a list without tasks, but not lists with other tasks or another model
     without = bench.rows(bench.write("none", WITH_BIAS, **own))
-    assert archive.as_run(without[0], records[0], None).evaluation == []
+    assert archive.row_to_run(without[0], records[0], None).evaluation == []
     assert all(finished_record(row) for row in without)
     more = bench.rows(bench.write("more", WITH_BIAS, tasks=tasks | {"limit": 9}, **own))
     low = bench.rows(path, flags=["--model.dtype=bfloat16"])

@@ -10,7 +10,7 @@ import pytest
 from gprune.__main__ import run as command
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
-from gprune.report.perplexity_tables import over_seeds
+from gprune.report.perplexity_tables import mean_over_seeds
 from gprune.report.table import Estimate
 from gprune.studies import tables
 from gprune.studies.archive import finished_record
@@ -21,14 +21,14 @@ from tests.tiny_run import on_a_terminal
 def test_comparisons_are_paired_over_windows(bench, first):
     listing, done = bench.done(first[0])
     records = {row.name: record for row, record in done}
-    runs = tables.reported(listing, done).runs
+    runs = tables.make_report(listing, done).runs
     assert listing.content.compare == COMPARE
     for (a, b), (row, stage) in zip(listing.content.compare, (("ours", "averaged"), ("plain", "base")), strict=True):
         line = [f"{a} / {b}", "1"]
         for number in ("nll", "kl"):
             own = (unseen(records[r], s, f"window_{number}") for r, s in (("ours", "gprune"), (row, stage)))
             expected = paired_ratio(*own, 31)
-            assert tables.ratios_of(runs, a, b, number) == [Estimate(*expected)]
+            assert tables.stage_ratios(runs, a, b, number) == [Estimate(*expected)]
             assert expected[0] != 1
             line.append(f"{expected[0]:.3f} [{expected[1]:.3f}, {expected[2]:.3f}]")
         assert line in [cells(one) for one in first[1].splitlines()]
@@ -38,7 +38,7 @@ def test_the_key_seen_sets_the_seen_corpora_of_all_rows(bench, first):
     """`seen` replaces the seen corpora of each row; means over unseen corpora use the remaining ones."""
     delta, alpha = (str(bench.world.corpora[c]) for c in ("delta", "alpha"))
     listing, done = bench.done(bench.write("divided", ROWS, seen=[alpha, delta], reference="plain"))
-    report = tables.reported(listing, done)
+    report = tables.make_report(listing, done)
     by_corpus = {r["corpus"]: r["seen"] for run in report.runs for r in run.records}
     assert by_corpus == {name: name in (alpha, delta) for name in by_corpus}
     epsilon = str(bench.world.corpora["epsilon"])
@@ -47,10 +47,10 @@ def test_the_key_seen_sets_the_seen_corpora_of_all_rows(bench, first):
     table = report.tables[0]
     found = {tuple(row[:2]): row[table.columns.index("unseen / unrecovered base")] for row in table.rows}
     assert found["ours", "gprune"] == Estimate(*paired_ratio(nll["ours"], nll["plain"], 31))
-    notes = [table.note for table in tables.tables_of(listing, report)]
+    notes = [table.note for table in tables.study_tables(listing, report)]
     assert any("In every row alpha.txt, delta.txt count as seen" in note for note in notes)
     with pytest.raises(UserError, match=r"Row 'plain': The key seen must include .*alpha"):
-        tables.reported(*bench.done(bench.write("hidden", ROWS, seen=[delta])))
+        tables.make_report(*bench.done(bench.write("hidden", ROWS, seen=[delta])))
 
 
 def test_tables_have_bold_headers_on_a_terminal(bench, first):
@@ -66,22 +66,22 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     bench(capsys, path)
     listing, done = bench.done(path)
     assert [(row.name, row.seed) for row, _ in done] == [(name, seed) for seed in (0, 1, 2) for name in rows]
-    table = tables.reported(listing, done).tables[0]
+    table = tables.make_report(listing, done).tables[0]
     by_stage = {(row[0], row[1]): row for row in table.rows}
     assert by_stage["plain (3 seeds)", "base"][2] == by_stage["wifv (3 seeds)", "base"][2] == 3
     pairs = [[record for row, record in done if row.seed == seed] for seed in (0, 1, 2)]
     numbers = [(unseen(b, "base", n), unseen(a, "base", n)) for n in ("window_nll", "window_kl") for a, b in pairs]
     ratios, distances = np.reshape([paired_ratio(*both, 31)[0] for both in numbers], (2, 3)).tolist()
-    (compared,) = tables.stage_comparison_table(listing, tables.reported(listing, done).runs).rows
-    assert compared == ["wifv: base / plain: base", 3, over_seeds(ratios), over_seeds(distances)]
+    (compared,) = tables.stage_comparison_table(listing, tables.make_report(listing, done).runs).rows
+    assert compared == ["wifv: base / plain: base", 3, mean_over_seeds(ratios), mean_over_seeds(distances)]
     assert len(set(ratios)) == 3
     # each seed is divided by the run of the reference with the same seed
     column = table.columns.index("unseen / unrecovered base")
-    assert by_stage["wifv (3 seeds)", "base"][column] == over_seeds(ratios)
+    assert by_stage["wifv (3 seeds)", "base"][column] == mean_over_seeds(ratios)
     assert by_stage["plain (3 seeds)", "base"][column] is None
     for missing, has_ratio in ((("plain", 2), False), (("wifv", 2), True)):
         fewer = [(row, record) for row, record in done if (row.name, row.seed) != missing]
-        rows = tables.reported(listing, fewer).tables[0].rows
+        rows = tables.make_report(listing, fewer).tables[0].rows
         assert {row[column] is not None for row in rows if row[0].startswith("wifv")} == {has_ratio}
 
 
@@ -104,19 +104,19 @@ def test_the_key_tables_selects_the_printed_tables(bench, first, capsys):
 def test_pairs_with_missing_rows_are_omitted_and_pairs_without_common_windows_have_no_ratio(bench, first):
     compare = [["later: gprune", "ours: base"], ["ours: gprune", "plain: base"]]
     listing, done = bench.done(bench.write("apart", ROWS | {"later": {"sparsity.target": 0.1}}, compare=compare))
-    table = tables.stage_comparison_table(listing, tables.reported(listing, done).runs)
+    table = tables.stage_comparison_table(listing, tables.make_report(listing, done).runs)
     assert [row[:2] for row in table.rows] == [["ours: gprune / plain: base", 1]]
     assert table.note == "exp(KL): of KL(dense || row) per token on the same windows."
     other = [
         (row, record | {"records": [r | {"content_hash": "other"} for r in record["records"]]})
         if row.name == "plain" else (row, record) for row, record in done
     ]  # fmt: skip
-    runs = tables.reported(listing, other).runs
+    runs = tables.make_report(listing, other).runs
     table = tables.stage_comparison_table(listing, runs)
     assert table.rows == [["ours: gprune / plain: base", 0, None]]
     assert table.note == "No ratio: the two have no seed in common, or were evaluated on other windows."
     with pytest.raises(UserError, match=r"stage of 'ours' \(dense, base, averaged, gprune\); got 'best'"):
-        tables.ratios_of(runs, "ours: best", "ours: base")
+        tables.stage_ratios(runs, "ours: best", "ours: base")
 
 
 def test_rows_with_different_text_are_refused_unless_their_models_differ(bench, first):
@@ -124,9 +124,9 @@ def test_rows_with_different_text_are_refused_unless_their_models_differ(bench, 
     role = next(iter(record["inputs"]["text"]))
     inputs = record["inputs"] | {"text": record["inputs"]["text"] | {role: "other"}}
     with pytest.raises(UserError, match=rf"have read different text as {role}. Remove the outdated record"):
-        tables.reported(listing, [*others, (row, record | {"inputs": inputs})])
+        tables.make_report(listing, [*others, (row, record | {"inputs": inputs})])
     another = record | {"inputs": inputs | {"model": "another"}}  # another tokenizer gives other windows
-    assert len(tables.reported(listing, [*others, (row, another)]).runs) == 3
+    assert len(tables.make_report(listing, [*others, (row, another)]).runs) == 3
 
 
 @pytest.mark.slow
@@ -150,5 +150,5 @@ def test_figures_are_drawn_from_records_with_and_without_masks(bench, first, cap
     bench(capsys, first[0], "--table", "--figures", tmp_path)
     assert {f"first-{name}.png" for name in ("ratios", "sparsity")} <= {p.name for p in tmp_path.iterdir()}
     listing, done = bench.done(first[0])
-    report = tables.reported(listing, [(row, record | {"masks": None}) for row, record in done])
+    report = tables.make_report(listing, [(row, record | {"masks": None}) for row, record in done])
     assert set(report.figures()) == {"ratios"}

@@ -15,7 +15,7 @@ from gprune.__main__ import run as command
 from gprune.config import LoggingConfig
 from gprune.studies import tracking
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing
-from gprune.studies.tables import reported, stage_comparison_table
+from gprune.studies.tables import make_report, stage_comparison_table
 from tests import tiny_run, wandb_files
 
 ROWS = {"base": {"gprune": False}, "no: switch/50 %": {"reliability.switch": False}}
@@ -68,7 +68,7 @@ def test_rows_and_the_list_are_wandb_runs_with_their_names(bench, finished_list,
     assert (list_run.about["job_type"], list_run.about["run_group"]) == ("study", "ablations")
     assert list_run.config["rows"].keys() == {f"{row.name}, seed 0" for row, _ in done}
     assert list_run.config["rows"]["no: switch/50 %, seed 0"]["reliability.switch"] is False
-    (row,) = stage_comparison_table(listing, reported(listing, done).runs).rows
+    (row,) = stage_comparison_table(listing, make_report(listing, done).runs).rows
     numbers = {name: value for name, value in list_run.summary.items() if name.startswith("compare/")}
     assert sorted(numbers.values()) == pytest.approx(sorted([*row[2], *row[3]]))
     assert {name.split("/")[-2] for name in numbers} > {"exp_kl"}
@@ -116,15 +116,15 @@ def test_tables_of_records_do_not_import_wandb(bench, finished_list):
 def test_names_groups_and_tags_of_rows_are_valid_logging_settings(bench, monkeypatch):
     monkeypatch.setenv("WANDB_TAGS", "a,b")
     row = bench.rows(bench.write("ablations", ROWS | {"long" * 50: {}}), seeds=[3])
-    for cfg in map(tracking.named, row):
+    for cfg in map(tracking.with_wandb_names, row):
         LoggingConfig(**cfg.logging.model_dump())
         assert cfg.logging.name.endswith(", seed 3")
         assert cfg.logging.tags[2:] == ["a", "b"]
         assert cfg.logging.group == "ablations"
     monkeypatch.setenv("WANDB_RUN_GROUP", "lab")
-    assert tracking.named(row[0]).logging.group == "lab"
-    assert tracking.named(row[0]).settings() == row[0].config.settings()
+    assert tracking.with_wandb_names(row[0]).logging.group == "lab"
+    assert tracking.with_wandb_names(row[0]).settings() == row[0].config.settings()
     (committed, *_) = Listing.read(EXPERIMENTS / "ablations.yaml").rows
     assert (
-        tracking.folder_of(committed) == OTHER_RECORDS / "ablations"
+        tracking.wandb_folder(committed) == OTHER_RECORDS / "ablations"
     )  # W&B files are not written next to committed records
