@@ -70,7 +70,7 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
     """Return the text that is printed after a run: result table, parameters, tokens, and paths of the results."""
     from gprune.report.records import result_table
     from gprune.runs.folder import RunFolder
-    from gprune.runs.tracking import how_to_look
+    from gprune.runs.tracking import curves_hint
     from gprune.sparsity.allocation import format_removed
 
     summary = result.summary
@@ -92,7 +92,7 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
         *([summary["speed"]["said"]] if "speed" in summary else []),
         f"Tokens{rank}: {forward:,} forward, {backward:,} forward and backward.",
         f"{results}.",
-        f"Curves: {how_to_look(result.path)}.\n",
+        f"Curves: {curves_hint(result.path)}.\n",
     ]
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from gprune.errors import optional_output
 from gprune.report.model_card import write_card
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import key_part
-from gprune.runs.results import config_of, finished, read_evaluation
+from gprune.runs.results import config_of, read_evaluation, read_numbers
 from gprune.storage.files import key_of, write_json
 from gprune.storage.reading import expanded
 
@@ -87,7 +87,7 @@ def evaluate(
     if run_key is not None:
         with optional_output("numbers to the model card or to W&B", "evaluation.json has them"):
             if SPEED in benchmarks.tasks:
-                run = finished(folder)
+                run = read_numbers(folder)
                 write_card(RunFolder(folder), config_of(run), run.records)
             log_evaluation(folder, records)
     return records, output

@@ -15,7 +15,7 @@ from gprune.models.elsewhere import load_elsewhere
 from gprune.models.embedded import model_label
 from gprune.models.loading import fingerprint, load_model
 from gprune.models.surgery import prune
-from gprune.runs.results import exported_model, finished, read_run
+from gprune.runs.results import exported_model, read_numbers, read_run
 from gprune.storage.reading import expanded
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -58,7 +58,7 @@ def find_subjects(
         about = {"model": model_label(name), "stage": "model", "recovery": None, "sparsity": None, "scope": None}
         settings = {"dtype": getattr(torch, dtype or "float32"), "trust_remote_code": trust_remote_code}
         return [Subject(about, lambda: load_model(name, **settings))], None, None
-    run = finished(path)
+    run = read_numbers(path)
     settings, label = run.settings, model_label(run.settings["model"]["name"])
     if settings["recovery"] != "none" and not (path / "model" / "config.json").is_file():
         reason = "the recovered model was not exported (--export none)"

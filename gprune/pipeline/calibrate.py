@@ -19,48 +19,56 @@ from gprune.models.offload import device_of
 from gprune.pipeline.run import Run
 from gprune.registry import CALIBRATOR
 from gprune.runs.results import corpus_file
-from gprune.runs.trainer import check_trainer, launched
+from gprune.runs.trainer import check_trainer, launch_processes
 
 log = logging.getLogger("gprune")
 
 
 def calibrate(run: Run) -> dict[str, CorpusStatistics]:
-    """Return statistics by corpus, from the cache if model, text and kind of statistics are the same."""
+    """Step 1: return statistics by corpus. They are read from the cache if model, text and kind are the same."""
     run.step(1, "Calibrating")
     cfg, cache = run.cfg, statistics_cache(run)
     statistics = {corpus: cache.read(corpus, ["moments", *sorted(cfg.collects)]) for corpus in cfg.calibration_corpora}
-    lacking = [of_corpus is None for of_corpus in statistics.values()]
+    missing = [of_corpus is None for of_corpus in statistics.values()]
     if cfg.processes > 1:  # another run may write to the cache at the same time
-        lacking = agreed(run, lacking)
-    missing = [corpus for corpus, lacks in zip(statistics, lacking, strict=True) if lacks]
-    if missing:
-        statistics |= collect(run, missing, cache)
+        missing = missing_on_any_rank(run, missing)
+    to_collect = [corpus for corpus, is_missing in zip(statistics, missing, strict=True) if is_missing]
+    if to_collect:
+        statistics |= collect(run, to_collect, cache)
     else:
         log.info("Statistics of %s are in the cache", ", ".join(statistics))
     for corpus in cfg.calibration_corpora:
-        copy = f"statistics/{corpus_file(corpus)}"
-        if run.folder.read(copy) is None:
-            # without Gram matrices, which are hundreds of megabytes and stay in the cache
-            small = {name: t for name, t in statistics[corpus].tensors().items() if kind_of(name) != "gram"}
-            run.folder.write(copy, small, {"corpus": corpus})
+        file = f"statistics/{corpus_file(corpus)}"
+        if run.folder.read(file) is None:
+            # Gram matrices take hundreds of megabytes, so they are only in the cache.
+            tensors = {name: t for name, t in statistics[corpus].tensors().items() if kind_of(name) != "gram"}
+            run.folder.write(file, tensors, {"corpus": corpus})
     return statistics
 
 
-def agreed(run: Run, lacking: Sequence[bool]) -> list[bool]:
-    """Launch the processes of the run, and return which corpora any of them lacks.
+def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
+    """Launch the run's processes. Return for each corpus whether its statistics are missing on at least one rank.
 
-    Processes may see different files in the cache. If each decided alone, one could wait for another in a different
-    collective operation.
+    Ranks may see different files in the cache. They have to decide together, otherwise they could enter different
+    collectives and deadlock.
+
+    Args:
+        run: the run.
+        missing: for each corpus, whether its statistics are missing from the cache of this rank.
 
     Raises:
-        UserError: if the processes are at different runs of a list.
+        UserError: if the ranks are at different runs of a list.
     """
-    fabric = launched(run.cfg.trainer)
-    lacks = (fabric.broadcast(run.folder.key) != run.folder.key, *lacking)
-    elsewhere, *lacking = (fabric.strategy.reduce_boolean_decision(mine, all=False) for mine in lacks)
-    if elsewhere:
+    fabric = launch_processes(run.cfg.trainer)
+
+    def on_any_rank(value: bool) -> bool:
+        return fabric.strategy.reduce_boolean_decision(value, all=False)
+
+    different_run = on_any_rank(fabric.broadcast(run.folder.key) != run.folder.key)
+    missing_anywhere = [on_any_rank(is_missing) for is_missing in missing]
+    if different_run:
         raise UserError("All processes must be at the same run of a list. Run the same command again.")
-    return lacking
+    return missing_anywhere
 
 
 def statistics_cache(run: Run) -> StatisticsCache:
@@ -71,18 +79,18 @@ def statistics_cache(run: Run) -> StatisticsCache:
     )
     if by_block:
         check_walk(run.model.config)
-    # Calibrators of users have their own keys.
-    other = cfg.settings()["corpora"].get("calibrator")
-    own = {"calibrator": other, "options": cfg.options.get(other, {})} if other else {}
+    calibrator = cfg.settings()["corpora"].get("calibrator")  # None for the built-in one
+    user_calibrator = {"calibrator": calibrator, "options": cfg.options.get(calibrator, {})} if calibrator else {}
     # A sharded model computes on the trainer's device, wherever it was loaded.
     device = check_trainer(**cfg.trainer.lightning_arguments) if cfg.model.shard else device_of(run.model)
     return StatisticsCache(
         texts={corpus: run.text.train[corpus].content_hash for corpus in cfg.calibration_corpora},
-        # Includes all that can change the last bits, so that a run does not depend on who filled the cache.
+        # Everything that can change the last bits is part of the key, so that results do not depend on which run
+        # has filled the cache.
         bits={
             "model": run.fingerprint, "dtype": cfg.model.dtype, "device": device.type,
             "batch_size": cfg.corpora.batch_size, "world_size": cfg.processes,
-            "halves": "first and second", **cfg.matmul_settings, **own,
+            "halves": "first and second", **cfg.matmul_settings, **user_calibrator,
         },
         scopes=("ffn", "attention") if cfg.attention else ("ffn",),
         walked_blocks=len(run.blocks) if by_block else None,
@@ -91,12 +99,13 @@ def statistics_cache(run: Run) -> StatisticsCache:
 
 
 def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, CorpusStatistics]:
-    """Collect statistics of corpora in one pass over each, and write them to the cache."""
+    """Collect the statistics of corpora in one pass over each corpus, and write them to the cache."""
     cfg = run.cfg
     collected = ["moments", *sorted(cfg.collects)]
     saliency = cache.scopes if "saliency" in collected else ()
 
     def store(corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
+        """Move the Gram matrices of a block to the cache."""
         if block.index == 0:  # once per corpus, before anything is cached
             run.check_weights(f"calibration on {corpus}")
         return cache.store(corpus, block, grams)
@@ -108,10 +117,10 @@ def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, C
             store=store, shard=cfg.model.shard, **cfg.options.get(name, {}),
         )  # fmt: skip
         data = CorpusDataModule(
-            test=[run.text.train[c] for c in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
+            test=[run.text.train[corpus] for corpus in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
         )
         trainer = run.trainer(f"Calibrating on {', '.join(corpora)}", stage, inference_mode=not saliency)
-        with run.folder.part(*corpora):  # all have the same number of tokens
+        with run.folder.part(*corpora):  # the tokens are split evenly, as all corpora have the same number
             trainer.test(stage, data, verbose=False)
     for corpus in corpora:
         cache.write(corpus, stage.statistics[corpus], collected)

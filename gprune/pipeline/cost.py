@@ -4,81 +4,149 @@ from __future__ import annotations
 
 import math
 
+from transformers import PreTrainedConfig
+
 from gprune.config import RunConfig
 from gprune.errors import UserError
+from gprune.models.blocks import Block
 from gprune.recoveries import recovery_of
 from gprune.sparsity.budget import UnitCosts
 
-# Largest numbers of models in a search for a quality target, without and with training. Typical are about 4 and 2.
-TRIES, LEARNED_TRIES = 12, 4
+TRIES = 12  # largest number of models in a search for a quality target without training; typical are about 4
+LEARNED_TRIES = 4  # the same if each model is trained; typical are about 2
+# Fields of configurations with the number of experts to which each token is routed.
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 ERROR_TOKENS = 2048  # tokens per corpus for errors of blocks; 16,384 tokens do not give a better choice
-KEPT = 2**32  # limit in bytes of the dense model's hidden states that are cached for other rows
+MAX_CACHED_BYTES = 2**32  # limit of the dense model's hidden states that are cached for other rows
 
 
 def caches_teacher(cfg: RunConfig, hidden_size: int) -> bool:
     """Return whether the teacher's hidden states are cached: several models are distilled and the states are small."""
-    models = sum(recovery_of(row[1]).learns for row in cfg.stages)
-    several = models > 1 or (models and cfg.sparsity.quality)
-    return bool(several) and keeps(cfg, fresh_tokens(cfg), hidden_size)
+    distilled_rows = sum(recovery_of(recovery).learns for _, recovery in cfg.stages)
+    several_models = distilled_rows > 1 or (distilled_rows == 1 and bool(cfg.sparsity.quality))
+    return several_models and fits_cache(cfg, fresh_tokens(cfg), hidden_size)
 
 
-def keeps(cfg: RunConfig, tokens: int, hidden_size: int) -> bool:
-    """Return whether the dense model's final hidden states of some tokens are small enough to cache."""
-    return tokens * hidden_size * (4 if cfg.model.dtype == "float32" else 2) <= KEPT
+def fits_cache(cfg: RunConfig, tokens: int, hidden_size: int) -> bool:
+    """Return whether the dense model's final hidden states of a number of tokens are small enough to cache."""
+    bytes_per_number = 4 if cfg.model.dtype == "float32" else 2
+    return tokens * hidden_size * bytes_per_number <= MAX_CACHED_BYTES
+
+
+def active_experts(config: PreTrainedConfig, block: Block) -> int:
+    """Return how many experts of a block compute each token; 1 without experts, all if the config does not tell."""
+    for name in EXPERTS_PER_TOKEN:
+        if value := getattr(config, name, None):
+            per_token = max(value) if isinstance(value, list | tuple) else value  # some configs have a list by layer
+            return min(per_token, block.experts)
+    return block.experts
 
 
 def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[int, tuple[int, int]]:
-    """Return upper bounds of (forward, forward and backward) tokens for each step of the method that needs any."""
-    c, e, s, cached = cfg.corpora, cfg.evaluation, cfg.sparsity, caches_teacher(cfg, hidden_size)
-    text, fresh = len(c.recover) * c.num_samples * c.seq_len, fresh_tokens(cfg)
-    learns = {recovery: recovery_of(recovery).learns for _, recovery in cfg.stages}
-    development = development_tokens(cfg)
+    """Return upper bounds of the tokens of each step of the method that computes the model.
+
+    Args:
+        cfg: the configuration.
+        hidden_size: hidden size of the dense model.
+        costs: costs of the units; they tell how many blocks can be removed as a whole.
+
+    Returns:
+        Number of the step -> (tokens that pass forward only, tokens that pass forward and backward).
+    """
     calibration = calibration_tokens(cfg)
     saliency = calibration if "saliency" in cfg.collects else 0
-    learning = curve = 0
-    if cfg.learns:
-        learning = s.epochs * learned_windows(cfg) * c.seq_len
-        of_epochs = measurements(*validation_interval(cfg, learned_windows(cfg), c.batch_size, 1.0), epochs=s.epochs)
-        curve = (1 + of_epochs + 2 + len(e.curve)) * development
-    open_blocks = sum(costs.protected.isdisjoint(own) for own in costs.by_layer)
-    rounds = len(costs.removed_layers) if s.block_choice == "loss" else 0
-    tried = sum(range(open_blocks, open_blocks - rounds, -1)) * len(c.drift) * c.seq_len
-    evaluated = evaluated_tokens(cfg)  # for each model
-    once = keeps(cfg, evaluated, hidden_size) and cfg.final != "model"
-    times = 1 if once else 2  # without cached forecasts the dense model is evaluated again for each row
-    early = 1 + times * sum(recovery == "none" for _, recovery in cfg.stages) if cfg.evaluates_early else 0
-    late = 1 + times * len(cfg.stages) - early
-    forward = {8: 0, 9: 3 * compared_tokens(cfg) + early * evaluated, 10: late * evaluated}
-    trained = {8: 0, 9: 0, 10: 0}
-    # (step, recovery, whether the teacher's pass is counted here): in the main row, or in the first trial.
-    models = [(9 if row == cfg.own_row else 10, row[1], row == cfg.own_row) for row in cfg.stages]
-    if s.quality:
-        forward[8] = (1 + searches(cfg) * TRIES) * development
-        models += [(8, cfg.training_free_recovery, False)] * (searches(cfg) * TRIES)
-        if learns[cfg.recovery]:  # the model of the main row is one of the trials
-            forward[8] += LEARNED_TRIES * development
-            models = [model for model in models if model[0] != 9]
-            models += [(8, cfg.recovery, number == 0) for number in range(LEARNED_TRIES)]
-    for step, name, counts_teacher in models:
-        recovery = recovery_of(name, cfg.recovery_settings)
-        recovered = recovery.tokens(text, fresh, attention=cfg.attention)
-        if cached and recovery.uses_teacher and not counts_teacher:
-            forward[step] -= fresh
-        forward[step] += recovered[0]
-        if recovery.learns:
-            d = cfg.distill
-            interval = validation_interval(cfg, fresh // c.seq_len, d.batch_size, 0.25, accumulate=d.accumulate)
-            points = measurements(*interval)
-            forward[step] += (1 + points) * development
-        trained[step] += recovered[1]
-    return {
+    learning, curve = _learning_tokens(cfg)
+    kl_teacher = learning if cfg.sparsity.loss == "kl" else 0
+    early_rows, late_rows = evaluated_models(cfg, hidden_size)
+    evaluated = evaluated_tokens(cfg)
+    forward = {8: 0, 9: 3 * compared_tokens(cfg) + early_rows * evaluated, 10: late_rows * evaluated}
+    forward_backward = {8: 0, 9: 0, 10: 0}
+    if cfg.sparsity.quality:
+        trials = num_searches(cfg) * TRIES
+        if recovery_of(cfg.recovery).learns:
+            trials += LEARNED_TRIES
+        forward[8] = (1 + trials) * development_tokens(cfg)  # the dense model and every trial
+    teacher_cached = caches_teacher(cfg, hidden_size)
+    for step, recovery, counts_teacher in _recovered_models(cfg):
+        model_forward, model_trained = _recovery_tokens(cfg, recovery)
+        uses_teacher = recovery_of(recovery, cfg.recovery_settings).uses_teacher
+        if teacher_cached and uses_teacher and not counts_teacher:
+            model_forward -= fresh_tokens(cfg)
+        forward[step] += model_forward
+        forward_backward[step] += model_trained
+    tokens = {
         1: (calibration - saliency, saliency),
-        2: (tried, error_tokens(cfg, "base", "averaged")),
-        7: (curve + learning * (s.loss == "kl"), learning + error_tokens(cfg, "modules")),
-        **({8: (forward[8], trained[8])} if s.quality else {}),
-        9: (forward[9], trained[9]),
-        10: (forward[10], trained[10]),
+        2: (_block_choice_tokens(cfg, costs), error_tokens(cfg, "base", "averaged")),
+        7: (curve + kl_teacher, learning + error_tokens(cfg, "modules")),
     }
+    if cfg.sparsity.quality:
+        tokens[8] = (forward[8], forward_backward[8])
+    return tokens | {step: (forward[step], forward_backward[step]) for step in (9, 10)}
+
+
+def _learning_tokens(cfg: RunConfig) -> tuple[int, int]:
+    """Return the tokens of threshold learning: in its training text, and in measurements of development perplexity."""
+    if not cfg.learns:
+        return 0, 0
+    windows = learned_windows(cfg)
+    batches, interval = validation_interval(cfg, windows, cfg.corpora.batch_size, 1.0)
+    # The first measurement, those during learning, and the curve with the dense model, the target and other sparsities.
+    measured = 1 + num_measurements(batches, interval, epochs=cfg.sparsity.epochs) + 2 + len(cfg.evaluation.curve)
+    return cfg.sparsity.epochs * windows * cfg.corpora.seq_len, measured * development_tokens(cfg)
+
+
+def _block_choice_tokens(cfg: RunConfig, costs: UnitCosts) -> int:
+    """Return the tokens that are computed to choose whole blocks by the loss: one window per corpus and trial.
+
+    Each round tries to remove every layer that is left, so it has one trial less than the round before.
+    """
+    open_layers = sum(costs.protected.isdisjoint(blocks) for blocks in costs.by_layer)
+    rounds = len(costs.removed_layers) if cfg.sparsity.block_choice == "loss" else 0
+    trials = sum(range(open_layers, open_layers - rounds, -1))
+    return trials * len(cfg.corpora.drift) * cfg.corpora.seq_len
+
+
+def evaluated_models(cfg: RunConfig, hidden_size: int) -> tuple[int, int]:
+    """Return how many models are evaluated in steps 9 (without recovery) and 10; a repeated dense model counts again.
+
+    If the dense model's forecasts are not cached, the dense model is evaluated again for each row.
+    """
+    forecasts_cached = fits_cache(cfg, evaluated_tokens(cfg), hidden_size) and cfg.final != "model"
+    models_per_row = 1 if forecasts_cached else 2
+    total = 1 + models_per_row * len(cfg.stages)
+    unrecovered_rows = sum(recovery == "none" for _, recovery in cfg.stages)
+    early = 1 + models_per_row * unrecovered_rows if cfg.evaluates_early else 0
+    return early, total - early
+
+
+def _recovered_models(cfg: RunConfig) -> list[tuple[int, str, bool]]:
+    """List the models that are recovered: (step, recovery, whether the teacher's pass is counted for this model).
+
+    The teacher's pass is counted in the main row or, if there are trials with training, in the first of them.
+    """
+    main = [(9, cfg.recovery, True)]
+    controls = [(10, recovery, False) for stage, recovery in cfg.stages if (stage, recovery) != cfg.own_row]
+    if not cfg.sparsity.quality:
+        return main + controls
+    trials = [(8, cfg.training_free_recovery, False)] * (num_searches(cfg) * TRIES)
+    if recovery_of(cfg.recovery).learns:  # the model of the main row is one of the trials
+        main = []
+        trials += [(8, cfg.recovery, number == 0) for number in range(LEARNED_TRIES)]
+    return main + controls + trials
+
+
+def _recovery_tokens(cfg: RunConfig, name: str) -> tuple[int, int]:
+    """Return the (forward, forward and backward) tokens of one model's recovery, including development text."""
+    c = cfg.corpora
+    recovery = recovery_of(name, cfg.recovery_settings)
+    text = len(c.recover) * c.num_samples * c.seq_len
+    forward, trained = recovery.tokens(text, fresh_tokens(cfg), attention=cfg.attention)
+    if recovery.learns:
+        windows = fresh_tokens(cfg) // c.seq_len
+        d = cfg.distill
+        interval = validation_interval(cfg, windows, d.batch_size, 0.25, accumulate=d.accumulate)
+        forward += (1 + num_measurements(*interval)) * development_tokens(cfg)
+    return forward, trained
 
 
 def error_windows(cfg: RunConfig) -> int:
@@ -86,28 +154,37 @@ def error_windows(cfg: RunConfig) -> int:
     return min(cfg.corpora.num_samples, max(1, ERROR_TOKENS // cfg.corpora.seq_len))
 
 
-def measured_for(cfg: RunConfig) -> dict[str, list[str]]:
-    """Corpora on which errors of blocks are measured, by the masks (`base`, `averaged`, `modules`) that read them."""
+def error_corpora(cfg: RunConfig) -> dict[str, list[str]]:
+    """Return the corpora on which errors of blocks are measured, by the masks that are allocated by these errors.
+
+    The keys are among `base`, `averaged` and `modules`. There are none if the allocation does not read errors.
+    """
     if not cfg.measures_errors:
         return {}
-    rows, drift = dict(cfg.stages), cfg.corpora.drift
+    stages = {stage for stage, _ in cfg.stages}
     # Without the control `averaged`, the sparsity at which thresholds are learned is found with masks of `base`.
-    first = cfg.learns and bool(cfg.sparsity.quality) and "averaged" not in rows
-    needed = {"base": "base" in rows or first, "averaged": "averaged" in rows, "modules": cfg.gprune}
-    return {name: [cfg.corpora.score] if name == "base" else drift for name, need in needed.items() if need}
+    base_starts_learning = cfg.learns and bool(cfg.sparsity.quality) and "averaged" not in stages
+    corpora = {}
+    if "base" in stages or base_starts_learning:
+        corpora["base"] = [cfg.corpora.score]
+    if "averaged" in stages:
+        corpora["averaged"] = cfg.corpora.drift
+    if cfg.gprune:
+        corpora["modules"] = cfg.corpora.drift
+    return corpora
 
 
 def error_tokens(cfg: RunConfig, *names: str) -> int:
-    """Tokens on which errors of blocks are measured for masks of these names of `measured_for`."""
-    corpora = sum(len(corpora) for name, corpora in measured_for(cfg).items() if name in names)
-    return corpora * error_windows(cfg) * cfg.corpora.seq_len
+    """Number of tokens on which errors of blocks are measured for masks with these names (see `error_corpora`)."""
+    num_corpora = sum(len(corpora) for name, corpora in error_corpora(cfg).items() if name in names)
+    return num_corpora * error_windows(cfg) * cfg.corpora.seq_len
 
 
-def searches(cfg: RunConfig) -> int:
+def num_searches(cfg: RunConfig) -> int:
     """Number of searches for a quality target with models that are not trained.
 
-    There is one for the main row, one for each control, and one for the sparsity at which thresholds are learned
-    unless a control has the same search.
+    There is one search for the main row and one for each control. Learning thresholds needs a search too, which is the
+    search of a control if there is one.
     """
     controls = {stage for stage, _ in cfg.stages} - {cfg.final}
     return 1 + max(len(controls), int(cfg.learns))
@@ -127,7 +204,7 @@ def learned_windows(cfg: RunConfig) -> int:
 def validation_interval(
     cfg: RunConfig, windows: int, batch_size: int, share: float, *, accumulate: int = 1
 ) -> tuple[int, int]:
-    """Return the number of batches in an epoch, and the number of batches between measurements of development text.
+    """Return the number of batches in an epoch, and the number of batches between two development measurements.
 
     The interval is rounded up to whole optimizer steps.
 
@@ -135,34 +212,40 @@ def validation_interval(
         cfg: the configuration.
         windows: number of windows in an epoch.
         batch_size: windows per batch.
-        share: the interval as a share of the epoch, unless `--trainer.val_check_interval` is given.
+        share: default of the interval as a share of the epoch; `--trainer.val_check_interval` overrides it.
         accumulate: batches per optimizer step.
 
     Raises:
         UserError: if the interval is longer than the epoch, or the limit leaves no batch.
     """
-    t, batches = cfg.trainer, math.ceil(windows / batch_size)
-    if limit := t.limit_train_batches:
-        all_batches, batches = batches, min(batches, int(limit)) if limit >= 1 else int(batches * limit)
+    all_batches = batches = math.ceil(windows / batch_size)
+    if limit := cfg.trainer.limit_train_batches:  # a number of batches, or a share below 1
+        batches = min(all_batches, int(limit)) if limit >= 1 else int(all_batches * limit)
         if not batches:
             raise UserError(
                 f"--trainer.limit_train_batches must leave at least 1 of the {all_batches} batches in an epoch of each "
                 f"training stage; got {limit:g}."
             )
-    every = t.val_check_interval or share
-    if isinstance(every, float):
-        every = math.ceil(batches * every - 1e-9)
-    if every > batches:
+    interval = cfg.trainer.val_check_interval or share
+    if isinstance(interval, float):
+        rounding_error = 1e-9  # of the product, which would otherwise add a batch
+        interval = math.ceil(batches * interval - rounding_error)
+    if interval > batches:
         raise UserError(
             f"--trainer.val_check_interval must be {batches} or less, the batches in an epoch of a training stage, or "
-            f"a share from 0 to 1; got {every}."
+            f"a share from 0 to 1; got {interval}."
         )
-    return batches, min(batches, accumulate * math.ceil(every / accumulate))
+    whole_steps = accumulate * math.ceil(interval / accumulate)
+    return batches, min(batches, whole_steps)
 
 
-def measurements(batches: int, every: int, *, epochs: int = 1) -> int:
-    """Number of measurements of development perplexity after the first one; the last one is after the last step."""
-    return epochs * (batches // every) + bool(batches % every)
+def num_measurements(batches: int, interval: int, *, epochs: int = 1) -> int:
+    """Number of measurements of development perplexity during training, without the one before the first step.
+
+    The last measurement is after the last step, also if the interval does not divide the batches of an epoch.
+    """
+    after_last_step = int(batches % interval > 0)
+    return epochs * (batches // interval) + after_last_step
 
 
 def compared_tokens(cfg: RunConfig) -> int:
@@ -170,8 +253,8 @@ def compared_tokens(cfg: RunConfig) -> int:
     return min(cfg.evaluation.seq_len, 128)
 
 
-def passes(forward: int, forward_backward: int) -> float:
-    """Cost of tokens in units of a forward pass; a backward pass costs two units."""
+def forward_equivalents(forward: int, forward_backward: int) -> float:
+    """Cost of tokens in forward passes of one token. A backward pass costs as much as two forward passes."""
     return forward + 3 * forward_backward
 
 

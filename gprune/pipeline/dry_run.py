@@ -15,7 +15,17 @@ from gprune.config import RunConfig
 from gprune.corpora import is_local
 from gprune.models.blocks import PARTS, blocks_of, find_unpruned
 from gprune.models.loading import locate_model
-from gprune.pipeline.cost import LEARNED_TRIES, TRIES, calibration_tokens, development_tokens, passes, searches
+from gprune.pipeline.cost import (
+    LEARNED_TRIES,
+    TRIES,
+    active_experts,
+    calibration_tokens,
+    development_tokens,
+    evaluated_models,
+    evaluated_tokens,
+    forward_equivalents,
+    num_searches,
+)
 from gprune.pipeline.inputs import prepare_text
 from gprune.pipeline.memory import memory_line
 from gprune.pipeline.pace import run_seconds
@@ -27,150 +37,190 @@ from gprune.sparsity.cut import uniform_masks
 
 
 def describe(plan: Plan) -> str:
-    """Describe a plan, one line per property."""
+    """Describe a plan, one line per property. Lines without a text are left out."""
     cfg, budget, quality = plan.cfg, plan.budget, plan.cfg.sparsity.quality
-    most = plan.removed
-    if quality:  # the sparsity is not known yet; costs are upper bounds, as if almost nothing were removed
+    removed_at_most = plan.removed
+    if quality:  # the sparsity is not known yet, so costs are upper bounds, as if almost nothing were removed
         plan = replace(plan, budget=budget.removing(budget.step))
-    parameters, scope = plan.skeleton.num_parameters(), budget.costs.in_parameters.total
+    parameters, in_scope = plan.skeleton.num_parameters(), budget.costs.in_parameters.total
     dtype = plan.pricing.exported_dtype
-    left = parameters - plan.removed
+    remaining = parameters - plan.removed
     lines = {
         "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.by_layer)} blocks",
-        "scope": f"{cfg.sparsity.scope}: {scope:,} parameters in units",
-        "blocks": f"{len(budget.costs.removed_layers)} are removed as a whole"
-        if "blocks" in cfg.sparsity.scope
-        else "",
-        "removes": f"at most {most:,} parameters: the run finds the sparsity that keeps {cfg.sparsity.target}"
-        if quality
-        else f"{plan.removed:,} parameters: {plan.removed / scope:.1%} of the scope, "
-        f"{plan.removed / parameters:.1%} of the model",
-        "quality": searched(cfg) if quality else "",
-        "speed": "" if quality else predicted_speed(plan),
-        "widths": "" if quality else expected_widths(cfg, budget),
-        "stays": what_stays(plan),
-        "exports": f"{'at most ' if quality else ''}{left:,} parameters: "
-        f"{left * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}",
-        "text": counted_text(plan),
+        "scope": f"{cfg.sparsity.scope}: {in_scope:,} parameters in units",
+    }
+    if "blocks" in cfg.sparsity.scope:
+        lines["blocks"] = f"{len(budget.costs.removed_layers)} are removed as a whole"
+    if quality:
+        target = f"the run finds the sparsity that keeps {cfg.sparsity.target}"
+        lines["removes"] = f"at most {removed_at_most:,} parameters: {target}"
+        lines["quality"] = describe_search(cfg)
+    else:
+        shares = f"{plan.removed / in_scope:.1%} of the scope, {plan.removed / parameters:.1%} of the model"
+        lines["removes"] = f"{plan.removed:,} parameters: {shares}"
+        lines["speed"] = describe_speed(plan)
+        lines["widths"] = describe_widths(cfg, budget)
+    size = f"{remaining * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}"
+    lines |= {
+        "stays": describe_unpruned(plan),
+        "exports": f"{'at most ' if quality else ''}{remaining:,} parameters: {size}",
+        "text": describe_text(plan),
         "learns in": f"{cfg.trainer.precision} ({plan.why_precision})",
         "evaluates": f"{1 + len(cfg.stages)} models on {len(cfg.corpora.evaluate)} corpora",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
         "and backward": f"{plan.forward_backward_tokens:,} tokens",
-        "compute": compute_time(plan),
+        "compute": describe_compute(plan),
         "memory": memory_line(plan),
         "results": cfg.folder,
     }
     return "\n".join(f"{name:12} {line}" for name, line in lines.items() if line)
 
 
-def searched(cfg: RunConfig) -> str:
-    """Describe the cost of the search for a quality target."""
-    found = f"at most {searches(cfg) * TRIES} models after {cfg.training_free_recovery}, usually a third of them"
+def describe_search(cfg: RunConfig) -> str:
+    """Describe how many models the search for a quality target measures, and on how much text."""
+    models = f"at most {num_searches(cfg) * TRIES} models after {cfg.training_free_recovery}, usually a third of them"
     if recovery_of(cfg.recovery).learns:
-        found += f", and {LEARNED_TRIES} after {cfg.recovery}, usually 2, or more if none keeps the quality"
+        models += f", and {LEARNED_TRIES} after {cfg.recovery}, usually 2, or more if none keeps the quality"
     corpora = ", ".join(cfg.development_corpora)
-    return f"{found}, each on {development_tokens(cfg):,} tokens of development text ({corpora})"
+    return f"{models}, each on {development_tokens(cfg):,} tokens of development text ({corpora})"
 
 
-def counted_text(plan: Plan) -> str:
-    """Check that corpora on this machine have enough text, by cutting the windows of the run.
+def describe_text(plan: Plan) -> str:
+    """Describe which corpora have enough text for the run, by cutting the windows of the run.
+
+    Corpora that would have to be downloaded are named and not read.
 
     Raises:
         UserError: if text is missing or too short.
     """
-    cfg = plan.cfg
-    corpora, m = dict.fromkeys([*cfg.train_corpora, *cfg.corpora.evaluate]), cfg.model
-    elsewhere = [name for name in corpora if not is_local(name)]
+    cfg, m = plan.cfg, plan.cfg.model
+    corpora = dict.fromkeys([*cfg.train_corpora, *cfg.corpora.evaluate])
+    to_download = [name for name in corpora if not is_local(name)]
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate_model(m.name), trust_remote_code=m.trust_remote_code)
     except Exception:  # tokenizers and the hub raise many classes
         return f"not counted, because the tokenizer of {m.name} cannot be loaded"
-    prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings, without=elsewhere)
-    said = f"{len(corpora) - len(elsewhere)} corpora have enough windows"
-    return f"{said}; not counted, because they are not on this machine: {', '.join(elsewhere)}" if elsewhere else said
+    prepare_text(cfg, tokenizer, plan.skeleton.get_input_embeddings().num_embeddings, without=to_download)
+    counted = f"{len(corpora) - len(to_download)} corpora have enough windows"
+    if not to_download:
+        return counted
+    return f"{counted}; not counted, because they are not on this machine: {', '.join(to_download)}"
 
 
-def predicted_speed(plan: Plan) -> str:
-    """Predict the speed at uniform sparsity from the latency table, if there is one."""
+def describe_speed(plan: Plan) -> str:
+    """Describe the speed at uniform sparsity, which is predicted from the latency table, if there is one."""
     if not plan.pricing.device_available or plan.pricing.speed is None:
         return "not measured; --sparsity.target 1.2x measures it"
     price = price_from_table(plan.pricing.speed, blocks_of(plan.skeleton))
-    gone = replace(plan.budget.costs, price=price).removed(uniform_masks(plan.budget))
-    return f"{price.model / (price.model - gone):.2f}x of dense by the table ({plan.cfg.speed})"
+    saved_time = replace(plan.budget.costs, price=price).removed(uniform_masks(plan.budget))
+    return f"{price.model / (price.model - saved_time):.2f}x of dense by the table ({plan.cfg.speed})"
 
 
-def expected_widths(cfg: RunConfig, budget: Budget) -> str:
+def describe_widths(cfg: RunConfig, budget: Budget) -> str:
     """Describe how many neurons and KV groups blocks keep if every module has the same sparsity."""
     if ALLOCATION[cfg.base_allocation].whole_blocks:
         return "whole blocks are removed, and part of one"
     masks = uniform_masks(budget.rest)
-    n, g = ([int(mask.sum()) for mask in of_blocks] for of_blocks in (masks.ffn, masks.attention))
+    kept_neurons = [int(mask.sum()) for mask in masks.ffn]
+    kept_groups = [int(mask.sum()) for mask in masks.attention]
     neurons, groups = max(map(len, masks.ffn)), max(map(len, masks.attention))
-    kept = f"{min(n)} to {max(n)} of {neurons} neurons and {min(g)} to {max(g)} of {groups}"
-    return f"{kept} KV groups per block, at uniform sparsity"
+    of_neurons = f"{min(kept_neurons)} to {max(kept_neurons)} of {neurons} neurons"
+    of_groups = f"{min(kept_groups)} to {max(kept_groups)} of {groups} KV groups"
+    return f"{of_neurons} and {of_groups} per block, at uniform sparsity"
 
 
-def what_stays(plan: Plan) -> str:
-    """Describe FFN and attention layers that are not pruned, and their size; empty if all of them are pruned."""
+def describe_unpruned(plan: Plan) -> str:
+    """Describe layers whose FFN or attention is not pruned, and how large they are; empty if all layers are pruned."""
     costs, model = plan.budget.costs, plan.skeleton
-    lacking = [("FFN", costs.neurons)] + [("attention", costs.groups)] * ("attention" in plan.cfg.sparsity.scope)
-    said = [
-        f"{name} of {missing} of {len(costs.by_layer)} layers, without units that can be removed"
-        for name, units in lacking if (missing := sum(not any(units[b] for b in own) for own in costs.by_layer))
-    ]  # fmt: skip
-    for path, staying in find_unpruned(model).items():
-        share = staying.parameters / model.num_parameters()
-        said.append(f"{path} in {staying.layers} layers ({staying.why}): {share:.1%} of the model")
-    return "; ".join(said)
+    units_by_kind = {"FFN": costs.neurons}
+    if "attention" in plan.cfg.sparsity.scope:
+        units_by_kind["attention"] = costs.groups
+    sentences = []
+    for kind, units in units_by_kind.items():
+        missing = sum(not any(units[block] for block in layer) for layer in costs.by_layer)
+        if missing:
+            layers = f"{missing} of {len(costs.by_layer)} layers"
+            sentences.append(f"{kind} of {layers}, without units that can be removed")
+    for path, module in find_unpruned(model).items():
+        share = module.parameters / model.num_parameters()
+        sentences.append(f"{path} in {module.layers} layers ({module.why}): {share:.1%} of the model")
+    return "; ".join(sentences)
 
 
-def compute_time(*plans: Plan) -> str:
-    """Describe FLOPs and the expected time on this machine.
+def describe_compute(*plans: Plan) -> str:
+    """Describe the FLOPs of plans together, and their expected time on this machine.
 
     The time is measured on two blocks of the model in the precisions of the run. For large models, or with
-    --plan.tflops, it is computed from the speed of matrix products of the first plan's sizes.
+    --plan.tflops, it is the number of FLOPs divided by the speed of matrix products of the first plan's sizes.
     """
     plan = plans[0]
-    cfg, config, total = plan.cfg, plan.skeleton.config.get_text_config(decoder=True), sum(map(flops, plans))
+    cfg, total = plan.cfg, sum(map(estimated_flops, plans))
     if cfg.plan.tflops:
-        reached, how = 1e12 * cfg.plan.tflops, "--plan.tflops"
-    elif None not in (measured := [run_seconds(one) for one in plans]):
-        precisions = dict.fromkeys([cfg.model.dtype, cfg.trainer.precision])
-        time = timedelta(seconds=math.ceil(sum(measured)))
-        return (
-            f"at most {total:.2e} FLOP: {time} by two blocks measured on {plan.device} ({', '.join(precisions)}); "
-            "time for files and for solving least squares is not included"
-        )
-    elif plan.pricing.device_available:
-        shape = max(plan.budget.costs.neurons), config.hidden_size
-        reached = matmul_flops(plan.device, getattr(torch, cfg.model.dtype), shape)
-        how = f"the speed of matrix products of {cfg.model.dtype} on {plan.device}"
+        speed, source = 1e12 * cfg.plan.tflops, "--plan.tflops"
     else:
-        return f"at most {total:.2e} FLOP; time: unknown without --plan.tflops, as this machine has no GPU"
-    time = timedelta(seconds=math.ceil(total / (reached * cfg.processes)))
-    return f"at most {total:.2e} FLOP: {time} at {reached:.2e} FLOP/s per process, {how}; other work is not included"
+        seconds = list(map(run_seconds, plans))
+        if None not in seconds:
+            time = timedelta(seconds=math.ceil(sum(seconds)))
+            precisions = ", ".join(dict.fromkeys([cfg.model.dtype, cfg.trainer.precision]))
+            return (
+                f"at most {total:.2e} FLOP: {time} by two blocks measured on {plan.device} ({precisions}); "
+                "time for files and for solving least squares is not included"
+            )
+        if not plan.pricing.device_available:
+            return f"at most {total:.2e} FLOP; time: unknown without --plan.tflops, as this machine has no GPU"
+        hidden_size = plan.skeleton.config.get_text_config(decoder=True).hidden_size
+        shape = max(plan.budget.costs.neurons), hidden_size
+        speed = matmul_flops(plan.device, getattr(torch, cfg.model.dtype), shape)
+        source = f"the speed of matrix products of {cfg.model.dtype} on {plan.device}"
+    time = timedelta(seconds=math.ceil(total / (speed * cfg.processes)))
+    return f"at most {total:.2e} FLOP: {time} at {speed:.2e} FLOP/s per process, {source}; other work is not included"
 
 
-def flops(plan: Plan) -> float:
-    """Upper bound of the FLOPs of a run's passes and Gram matrices: nothing is pruned, all weights have gradients.
+def estimated_flops(plan: Plan) -> float:
+    """Estimate the FLOPs of a run's passes and Gram matrices, as if nothing were pruned and all weights had gradients.
 
-    A multiply-add counts as 2. A forward token needs 2 x weights of the blocks (active experts only), 4 T C for
-    attention over T tokens, and 2 V H for the head. Backward needs twice as much. Gram matrices need two thirds of
-    2 (N^2 + C^2).
+    The estimate is an upper bound of the matrix products of the model. Element-wise operations, errors of blocks and
+    solvers are not counted. A multiply-add counts as 2. A token that passes forward needs
+
+    - 2 x the weights of the blocks, of which only active experts count,
+    - 4 T C per block for attention over T tokens with C channels,
+    - 2 V H for the head with vocabulary size V and hidden size H.
+
+    A backward pass needs twice as much. Gram matrices are counted by `gram_flops`; each of a token's active experts,
+    with N neurons, needs a full product of 2 N^2.
     """
-    cfg, config, blocks = plan.cfg, plan.skeleton.config.get_text_config(decoder=True), blocks_of(plan.skeleton)
-    token = 2.0 * config.vocab_size * config.hidden_size
+    cfg, blocks = plan.cfg, blocks_of(plan.skeleton)
+    config = plan.skeleton.config.get_text_config(decoder=True)
+    weights = 2.0 * config.vocab_size * config.hidden_size
+    attended = grams = 0.0  # FLOPs per token and attended token; per token of calibration
     for block in blocks:
-        ffn, attention = (
-            sum(part.out_features * part.in_features for name, part in block.parts.items() if name in names)
-            for names in (PARTS["ffn"], PARTS["attention"])
-        )
-        active = min(getattr(config, "num_experts_per_tok", 1), block.experts) / block.experts
-        token += 2 * (attention + ffn * active) + 4 * cfg.corpora.seq_len * block.channels
-    total = passes(plan.forward_tokens, plan.forward_backward_tokens) * token
+        sizes = {name: part.out_features * part.in_features for name, part in block.parts.items()}
+        ffn = sum(size for name, size in sizes.items() if name in PARTS["ffn"])
+        attention = sum(size for name, size in sizes.items() if name in PARTS["attention"])
+        active = active_experts(config, block)
+        weights += 2 * (attention + ffn * active / block.experts)
+        attended += 4 * block.channels
+        grams += 2 * block.neurons**2 * active if block.has_experts else gram_flops(block.neurons)
+        grams += gram_flops(block.channels)
+    tokens = forward_equivalents(plan.forward_tokens, plan.forward_backward_tokens)
+    total = tokens * (weights + cfg.corpora.seq_len * attended)
+    if cfg.evaluation.seq_len > cfg.corpora.seq_len:  # windows of evaluation are longer
+        evaluated = sum(evaluated_models(cfg, config.hidden_size)) * evaluated_tokens(cfg)
+        total += evaluated * (cfg.evaluation.seq_len - cfg.corpora.seq_len) * attended
     if "gram" in cfg.collects:
-        total += calibration_tokens(cfg) * sum(4 / 3 * (b.neurons**2 + b.channels**2) for b in blocks)
+        total += calibration_tokens(cfg) * grams
     return total
+
+
+def gram_flops(channels: int) -> float:
+    """FLOPs per token of `calibration.moments.add_gram` for C channels: C (C + 192), or 4/3 C^2 if that is more.
+
+    `add_gram` multiplies panels of 192 columns from the diagonal on, which needs at most C (C + 192) FLOPs, or 2 C^2 if
+    there is one panel. For large C it takes two thirds of the time of a full product of 2 C^2. So counting 4/3 C^2
+    predicts its time.
+    """
+    panel = min(channels, 192)
+    return max(channels * (channels + panel), 4 / 3 * channels**2)
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], *, seconds: float = 0.5) -> float:

@@ -20,19 +20,19 @@ from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, load_parameter
-from gprune.pipeline.cost import evaluated_tokens, keeps
+from gprune.pipeline.cost import evaluated_tokens, fits_cache
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
 from gprune.report.records import result_table
 from gprune.runs import schema
 from gprune.runs.folder import broadcast
-from gprune.runs.numbers import row_name
+from gprune.runs.numbers import DENSE, Stage, row_name
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
-LEARN = ("learn", "loss", "epochs", "centred", "learner")  # settings of `--sparsity` in records of learned masks
+LEARNING_SETTINGS = ("learn", "loss", "epochs", "centred", "learner")  # of `--sparsity`, in records of learned masks
 
 
 def evaluate(
@@ -43,80 +43,98 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Step 10: perplexity of the dense model, the controls and gprune on every evaluated corpus.
 
-    Finished rows are read from `metrics.json`; the dense model's numbers are cached for other runs. Windows are split
+    Finished rows are read from `metrics.json`. The dense model's numbers are cached for other runs. Windows are split
     over processes, with the same bits as on one process; with `--model.shard` layers are sharded too.
 
     Args:
         run: the run.
         statistics: statistics by corpus.
         masks: masks by stage.
-        pruned: the recovered model of the main row; other models are constructed here. None to evaluate only rows
-            without recovery, whose table is shown before recovery.
+        pruned: the recovered model of the main row; the models of other rows are constructed here. With None only rows
+            without recovery are evaluated, and their table is logged.
 
     Returns:
         Flat records, one per number, as in `metrics.json`.
     """
-    cfg, dense, early = run.cfg, ("dense", "none"), pruned is None
-    run.step(9 if early else 10, "Evaluating without recovery" if early else "Evaluating")
-    rows = [row for row in [dense, *cfg.stages] if not early or row[1] == "none"]
+    cfg, before_recovery = run.cfg, pruned is None
+    if before_recovery:
+        run.step(9, "Evaluating without recovery")
+        rows = [row for row in [DENSE, *cfg.stages] if row[1] == "none"]
+    else:
+        run.step(10, "Evaluating")
+        rows = [DENSE, *cfg.stages]
     records: list[dict[str, Any]] = broadcast(run.folder.metrics.get("records", []))
-    done = {(r["stage"], r["recovery"]) for r in records}
+    finished_rows = {(r["stage"], r["recovery"]) for r in records}
     # Without an initialised process group, rank 0 evaluates alone.
     measures = rank_and_world_size()[1] > 1 or rank_zero_only.rank == 0
     leaked = leaks(run) if measures else {}
-    with run.folder.step("evaluate_unrecovered" if early else "evaluate"):
+    with run.folder.step("evaluate_unrecovered" if before_recovery else "evaluate"):
         for row in rows:
             # All processes are needed for a recovery that trains.
-            if row in done or not (measures or recovery_of(row[1]).learns):
+            if row in finished_rows or not (measures or recovery_of(row[1]).learns):
                 continue
-            model = run.model if row == dense else pruned  # frees the model of the previous row
-            if row not in (dense, cfg.own_row):
+            model = run.model if row == DENSE else pruned  # frees the model of the previous row
+            if row not in (DENSE, cfg.own_row):
                 with run.folder.part(row_name(*row)):
                     model = shrink(run, masks[row[0]], statistics, row=row)
             if not measures:
                 continue
-            if row[0] not in ("dense", "model"):
-                run.meter.watch(model)
-            name = row_name(*row)
-            text = run.text.test
-            if row[0] == "model":
-                measure, text = measure_any_model, run.own_text
-            elif row == dense:
-                measure = dense_perplexity
-            else:
-                measure = measure_with_distance if same_head(model, run.model) else measure_perplexity
-            model = spread(run, model)
-            results = [measure(run, model, w, name) for w in text]
-            pairs = zip(results, text, strict=True)
-            records += [as_record(run, row, result, w, leaked[w.corpus]) for result, w in pairs]
+            measure, text = measurement_of(run, row, model)
+            model = shard_if_requested(run, model)
+            for windows in text:
+                result = measure(run, model, windows, row_name(*row))
+                records.append(as_record(run, row, result, windows, leaked[windows.corpus]))
             write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
-    if early and measures and not run.folder.finished:
+    if before_recovery and measures and not run.folder.finished:
         log.info("Before recovery:\n\n%s\n", result_table(records).for_stdout())
     return records
 
 
+def measurement_of(
+    run: Run, row: Stage, model: PreTrainedModel
+) -> tuple[Callable[..., PerplexityResult], list[Windows]]:
+    """Return the function that measures a row's model, and the text. Tokens of a pruned model are counted from here on.
+
+    Args:
+        run: the run.
+        row: (stage, recovery).
+        model: the model of the row, not sharded.
+    """
+    if row == DENSE:  # counted since the run was opened
+        return dense_perplexity, run.text.test
+    if row[0] == "model":  # `measure_any_model` counts the tokens
+        return measure_any_model, run.made_elsewhere_text
+    run.meter.watch(model)
+    if same_head(model, run.model):
+        return measure_with_distance, run.text.test
+    return measure_perplexity, run.text.test
+
+
 def leaks(run: Run) -> dict[str, tuple[bool, float]]:
-    """Return (seen, share of leaked 13-grams) for each evaluated corpus."""
-    used = {identity(name) for name in run.cfg.train_corpora}
+    """Return for each evaluated corpus whether it counts as seen, and the share of its 13-grams in used text."""
+    used_corpora = {identity(name) for name in run.cfg.train_corpora}
     by_corpus = {}
-    for w in run.text.test:
-        share, named = leaked_share_of_windows([w], run.text.used, run.tokenizer), identity(w.corpus) in used
-        by_corpus[w.corpus] = (named or share > SEEN_ABOVE, share)
-        if share > SEEN_ABOVE and not named:
-            log.warning("%s shares %.1f%% of its 13-grams with used text, so it counts as seen.", w.corpus, 100 * share)
+    for windows in run.text.test:
+        corpus, is_used = windows.corpus, identity(windows.corpus) in used_corpora
+        share = leaked_share_of_windows([windows], run.text.used, run.tokenizer)
+        by_corpus[corpus] = (is_used or share > SEEN_ABOVE, share)
+        if share > SEEN_ABOVE and not is_used:
+            log.warning("%s shares %.1f%% of its 13-grams with used text, so it counts as seen.", corpus, 100 * share)
     return by_corpus
 
 
-def spread(run: Run, model: PreTrainedModel) -> PreTrainedModel:
+def shard_if_requested(run: Run, model: PreTrainedModel) -> PreTrainedModel:
     """Return the model, or with `--model.shard` a copy with layers sharded over processes."""
-    world = rank_and_world_size()[1]
-    return sharded_copy(model, run.plan.device, world) if run.cfg.model.shard and world > 1 else model
+    world_size = rank_and_world_size()[1]
+    if run.cfg.model.shard and world_size > 1:
+        return sharded_copy(model, run.plan.device, world_size)
+    return model
 
 
 def same_head(model: PreTrainedModel, other: PreTrainedModel) -> bool:
     """Return whether two models have equal output embeddings. A recovery of the user may have changed them."""
-    ours, theirs = (load_parameter(m.get_output_embeddings(), "weight") for m in (model, other))
-    return torch.equal(ours, theirs.to(ours.device))
+    head, other_head = (load_parameter(m.get_output_embeddings(), "weight") for m in (model, other))
+    return torch.equal(head, other_head.to(head.device))
 
 
 def dense_perplexity(
@@ -130,7 +148,7 @@ def dense_perplexity(
         model: the dense model, or its sharded copy.
         windows: the text.
         name: name of the row in the progress bar.
-        measure: measures the model if the cache has no result. Default: `forecast`.
+        measure: measures the model if the cache has no result. Default: `measure_and_keep_forecasts`.
     """
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
@@ -139,37 +157,39 @@ def dense_perplexity(
     path = cache_dir() / "evaluations" / f"{key}.json"
     if (cached := broadcast(read_json(path, check=schema.Measured.problem, sealed=True))) is not None:
         return PerplexityResult(**cached)
-    result = (measure or forecast)(run, model, windows, name)
+    result = (measure or measure_and_keep_forecasts)(run, model, windows, name)
     write_json(path, {name: value for name, value in vars(result).items() if value is not None})
     return result
 
 
-def forecast(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
-    """Measure the dense model and keep its forecasts for KL: of all corpora, or of one corpus if all are too large.
+def measure_and_keep_forecasts(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
+    """Measure the dense model, and keep its forecasts in `run.forecasts` for the KL divergence of other rows.
 
-    Forecasts that are kept are counted as one pass of the dense row, even if the perplexity was cached or a later
-    session repeats the pass.
+    A `Forecast` has the dense model's numbers per token that KL and agreement need: (T - 1, H) of each window. If the
+    forecasts of all corpora are too large, only those of the last measured corpus are kept.
+
+    If all forecasts are kept, their tokens are counted as the one pass of the dense row, even if its perplexity was
+    cached or a later session repeats the pass.
     """
-    if not (
-        all_kept := keeps(
-            run.cfg, evaluated_tokens(run.cfg), run.model.config.get_text_config(decoder=True).hidden_size
-        )
-    ):
+    hidden_size = run.model.config.get_text_config(decoder=True).hidden_size
+    keeps_all = fits_cache(run.cfg, evaluated_tokens(run.cfg), hidden_size)
+    if not keeps_all:
         run.forecasts.clear()
-    kept = run.forecasts.setdefault(windows.content_hash, [])
-    with run.folder.step("evaluate_unrecovered" if all_kept and run.cfg.evaluates_early else "evaluate"):
-        return measure_perplexity(run, model, windows, "dense" if all_kept else name, kept)
+    forecasts = run.forecasts.setdefault(windows.content_hash, [])  # filled by `perplexity`
+    step = "evaluate_unrecovered" if keeps_all and run.cfg.evaluates_early else "evaluate"
+    with run.folder.step(step):
+        return measure_perplexity(run, model, windows, "dense" if keeps_all else name, forecasts)
 
 
 def measure_with_distance(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
     """Perplexity of a row's model, with KL and agreement with the dense model."""
     if windows.content_hash not in run.forecasts:
-        forecast(run, spread(run, run.model), windows, f"dense beside {name}")
+        measure_and_keep_forecasts(run, shard_if_requested(run, run.model), windows, f"dense beside {name}")
     return measure_perplexity(run, model, windows, name, run.forecasts[windows.content_hash])
 
 
 def measure_perplexity(
-    run: Run, model: PreTrainedModel, windows: Windows, name: str, dense: list[Forecast] | None = None
+    run: Run, model: PreTrainedModel, windows: Windows, name: str, forecasts: list[Forecast] | None = None
 ) -> PerplexityResult:
     """Perplexity of a row's model, with a progress bar; batches are split over processes.
 
@@ -178,29 +198,32 @@ def measure_perplexity(
         model: the model.
         windows: the text.
         name: name of the row in the progress bar.
-        dense: the argument `forecasts` of `perplexity`.
+        forecasts: as for `perplexity`.
     """
     batch_size, advance = run.cfg.corpora.batch_size, run.screen.advance
     run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
     with run.folder.part(f"{name} on {windows.corpus}"):
-        return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True, forecasts=dense)
+        return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True, forecasts=forecasts)
 
 
 def measure_any_model(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
     """Perplexity of a model of `--model.made_elsewhere`, with KL and agreement unless its tokenizer differs."""
 
     def advance(tokens: int) -> None:
+        """Count tokens of the model, which has no hook of the meter, and show them in the progress bar."""
         run.meter.add(tokens)
         run.screen.advance(tokens)
 
     run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
-    dense = run.model if any(windows is of_dense for of_dense in run.text.test) else None
+    # `_tokenized_for` returns the dense model's windows themselves if both models have the same tokenizer.
+    same_tokenizer = any(windows is dense_windows for dense_windows in run.text.test)
+    dense = run.model if same_tokenizer else None
     with run.folder.part(f"{name} on {windows.corpus}"):
         return perplexity_from_logits(model, windows, dense, progress=advance)
 
 
 def as_record(
-    run: Run, row: tuple[str, str], result: PerplexityResult, w: Windows, leak: tuple[bool, float]
+    run: Run, row: Stage, result: PerplexityResult, windows: Windows, leak: tuple[bool, float]
 ) -> dict[str, Any]:
     """Return a perplexity as a record of `metrics.json`, with its evaluation protocol.
 
@@ -208,43 +231,54 @@ def as_record(
         run: the run.
         row: stage and recovery.
         result: the measurement.
-        w: the text.
+        windows: the text.
         leak: whether the corpus counts as seen, and its share of leaked 13-grams.
     """
     (stage, recovery), cfg = row, run.cfg
-    gprune = stage == "gprune"
-    switch, learned, ours = cfg.reliability, gprune and cfg.learns, stage not in ("dense", "model")
-    removed = run.budget.sparsity if ours else 0.0
+    pruned, gprune = stage not in ("dense", "model"), stage == "gprune"
+    learned = gprune and cfg.learns
+    settings = {"importance": None, "allocation": None, "partition": None, "switch": None, "switch_to": None}
+    settings |= {"switch_everywhere": None, "learn": None, "learn_samples": None}
+    if pruned:
+        settings["importance"] = cfg.importance
+        settings["allocation"] = cfg.base_allocation
+    if gprune:
+        settings["allocation"] = cfg.sparsity.allocation
+        settings["partition"] = cfg.partition.method
+        settings["switch"] = cfg.reliability.switch and len(cfg.corpora.drift) > 1
+        settings["switch_to"] = cfg.reliability.metric
+        settings["switch_everywhere"] = cfg.reliability.everywhere
+    if learned:
+        of_sparsity = cfg.settings()["sparsity"]
+        settings["learn"] = {name: value for name, value in of_sparsity.items() if name in LEARNING_SETTINGS}
+        settings["learn_samples"] = cfg.corpora.learn_samples or cfg.corpora.num_samples
+    parts = recovery.split("+")
+    recovery_settings = {
+        name: dict(options) if name in parts else None for name, options in cfg.recovery_settings.items()
+    }
     return {
         "stage": stage,
-        "importance": cfg.importance if ours else None,
-        "allocation": None if not ours else cfg.sparsity.allocation if gprune else cfg.base_allocation,
-        "partition": cfg.partition.method if gprune else None,
-        "switch": switch.switch and len(cfg.corpora.drift) > 1 if gprune else None,
-        "switch_to": switch.metric if gprune else None,
-        "switch_everywhere": switch.everywhere if gprune else None,
-        "learn": {n: v for n, v in cfg.settings()["sparsity"].items() if n in LEARN} if learned else None,
-        "learn_samples": cfg.corpora.learn_samples or cfg.corpora.num_samples if learned else None,
+        **settings,
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_of(recovery).needs else None,
-        **{n: dict(s) if n in recovery.split("+") else None for n, s in cfg.recovery_settings.items()},
-        "sparsity": removed,
+        **recovery_settings,
+        "sparsity": run.budget.sparsity if pruned else 0.0,
         "scope": "model" if cfg.final == "model" else cfg.sparsity.scope,
         **({} if cfg.sparsity.currency == "parameters" else {"cost": cfg.sparsity.currency}),
         "model": model_label(cfg.model.name),
         "corpora": cfg.roles,
-        "corpus": w.corpus,
-        "split": w.split,
+        "corpus": windows.corpus,
+        "split": windows.split,
         "seen": leak[0],
         "leaked_13grams": leak[1],
         **{name: value for name, value in vars(result).items() if value is not None},
-        "seq_len": w.tokens.shape[1],
-        "stride": w.tokens.shape[1],
-        "bos": w.bos,
+        "seq_len": windows.tokens.shape[1],
+        "stride": windows.tokens.shape[1],
+        "bos": windows.bos,
         "join": JOIN,
         "seed": cfg.run.seed,
         "dtype": cfg.model.dtype,
         "precision": cfg.trainer.precision,
         "float32_matmul_precision": cfg.trainer.float32_matmul_precision,
-        "content_hash": w.content_hash,
+        "content_hash": windows.content_hash,
     }

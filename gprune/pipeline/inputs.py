@@ -23,7 +23,7 @@ log = logging.getLogger("gprune")
 
 
 def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
-    """Raise UserError if gradients are needed but weights of the model are offloaded."""
+    """Raise UserError if a step needs gradients but weights of the model are offloaded."""
     if cfg.backward_flag and not cfg.model.shard and is_offloaded(model):
         raise UserError(
             f"{cfg.backward_flag} needs gradients, which offloaded weights do not have. Raise --model.max_memory, or "
@@ -32,7 +32,11 @@ def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
 
 
 def load_dense(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the frozen model, on the Trainer's device unless there is a `device_map`, and its tokenizer."""
+    """Load the frozen model, and its tokenizer.
+
+    The model is moved to the device of the Trainer, except with a `device_map`, and except a model that will be
+    sharded: it stays on the CPU, and each process copies its part from there.
+    """
     m = cfg.model
     log.info("Loading %s", m.name)
     settings = m.model_dump(include={"device_map", "max_memory", "trust_remote_code"})
@@ -40,15 +44,16 @@ def load_dense(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, P
     check_backward(cfg, model)
     if cfg.export.format == "gguf":
         tokenizer_keys(tokenizer, model.get_input_embeddings().num_embeddings)  # raises if GGUF cannot express it
-    # A model that will be sharded stays on the CPU, from where each process copies its part.
-    return model if m.device_map or m.shard else model.to(device), tokenizer
+    if not (m.device_map or m.shard):
+        model = model.to(device)
+    return model, tokenizer
 
 
 @dataclass(frozen=True)
 class Text:
-    """Windows by role."""
+    """The text of a run: windows by role."""
 
-    train: Mapping[str, Windows]  # score, drift and recover, by corpus
+    train: Mapping[str, Windows]  # for scores, drift and recovery, by corpus
     # One per learning corpus: `learn_samples` windows, a prefix or an extension of those in `train`.
     learn: list[Windows]
     # One per recovery corpus, for recoveries that train: windows for `--distill.tokens`.
@@ -58,21 +63,31 @@ class Text:
 
     @property
     def used(self) -> list[Windows]:
-        """Text that counts as used in the leak check. Evaluation on development text does not count as use."""
-        shown = {w.split for w in self.test}
-        return [*self.train.values(), *self.learn, *self.fresh, *(w for w in self.development if w.split not in shown)]
+        """Text that counts as used in the leak check. Development text that is also evaluated is left out."""
+        evaluated_splits = {w.split for w in self.test}
+        development = [w for w in self.development if w.split not in evaluated_splits]
+        return [*self.train.values(), *self.learn, *self.fresh, *development]
 
     def hashes(self) -> dict[str, str]:
         """Content hash by corpus, split and role. The sessions of a run must have the same hashes."""
-        roles = {"": self.train.values(), " learned": self.learn, " recovered": self.fresh}
-        roles |= {" curve": self.development, " evaluated": self.test}
-        return {f"{w.corpus} {w.split}{role}": w.content_hash for role, windows in roles.items() for w in windows}
+        windows_by_suffix = {
+            "": self.train.values(), " learned": self.learn, " recovered": self.fresh, " curve": self.development,
+            " evaluated": self.test,
+        }  # fmt: skip
+        return {
+            f"{w.corpus} {w.split}{suffix}": w.content_hash
+            for suffix, windows in windows_by_suffix.items()
+            for w in windows
+        }
 
 
 def prepare_text(
     cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int, *, without: Collection[str] = ()
 ) -> Text:
-    """Read and tokenise every corpus, and cut the windows of its roles.
+    """Read and tokenize every corpus, and cut the windows of each role.
+
+    The roles are calibration (`Text.train`), mask learning (`learn`), distillation (`fresh`), validation
+    (`development`) and evaluation (`test`).
 
     Args:
         cfg: the configuration.
@@ -83,36 +98,48 @@ def prepare_text(
     Raises:
         UserError: if text is missing or too short, or the tokenizer belongs to another model.
     """
-    c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed
-    length, how = "--corpora.seq_len", {"bos": leading_token(tokenizer, c.bos)}
-    learned = "--corpora.learn_samples" if c.learn_samples else "--corpora.num_samples"
-    # Text for evaluation does not depend on --run.seed, so that seeds do not change the test set.
-    samples = {
-        "train": Sample(c.num_samples, c.seq_len, seed, **how, flags=("--corpora.num_samples", length)),
-        "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, **how, flags=(learned, length)),
-        "fresh": Sample(cfg.distilled_windows or 1, c.seq_len, seed, **how, flags=("--distill.tokens", length)),
-        "development": Sample(
-            e.development_samples, c.seq_len, **how, flags=("--evaluation.development_samples", length)
-        ),
-        "test": Sample(e.num_samples, e.seq_len, **how, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
-    }
-    calibrated = dict.fromkeys([*cfg.calibration_corpora, *cfg.roles["recover"]])
-    recovered = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
+    samples = samples_by_role(cfg, leading_token(tokenizer, cfg.corpora.bos))
     # Cached, because a corpus may have several roles, be downloaded, and return other text in a second call.
     read = functools.cache(read_corpus)
 
-    def windows(names: Iterable[str], split: str, role: str) -> Iterator[Windows]:
-        for name in names:
-            if name not in without:
-                documents = load_corpus(name, split, read=read)
-                cut = make_windows(documents, tokenizer, samples[role], corpus=name, split=split)
+    def windows(corpora: Iterable[str], split: str, role: str) -> Iterator[Windows]:
+        """Cut the windows of corpora for a role, except those in `without`."""
+        for corpus in corpora:
+            if corpus not in without:
+                documents = load_corpus(corpus, split, read=read)
+                cut = make_windows(documents, tokenizer, samples[role], corpus=corpus, split=split)
                 check_tokens(cut, tokenizer, embeddings)
                 yield cut
 
+    calibrated = dict.fromkeys([*cfg.calibration_corpora, *cfg.roles["recover"]])
+    distilled = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
     return Text(
         train={w.corpus: w for w in windows(calibrated, "train", "train")},
         learn=[*windows(cfg.roles["learn"], "train", "learn")],
-        fresh=[*windows(recovered, "train", "fresh")],
+        fresh=[*windows(distilled, "train", "fresh")],
         development=[*windows(cfg.development_corpora, "development", "development")],
-        test=[*windows(c.evaluate, e.split, "test")],
+        test=[*windows(cfg.corpora.evaluate, cfg.evaluation.split, "test")],
     )
+
+
+def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
+    """Return number, length and random seed of the windows for each role of `Text`.
+
+    Text for evaluation does not depend on `--run.seed`, so that seeds do not change the test set.
+
+    Args:
+        cfg: the configuration.
+        bos: first token of each window, if there is one.
+    """
+    c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed
+    length_flag = "--corpora.seq_len"
+    learn_flag = "--corpora.learn_samples" if c.learn_samples else "--corpora.num_samples"
+    return {
+        "train": Sample(c.num_samples, c.seq_len, seed, bos=bos, flags=("--corpora.num_samples", length_flag)),
+        "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, bos=bos, flags=(learn_flag, length_flag)),
+        "fresh": Sample(cfg.distilled_windows or 1, c.seq_len, seed, bos=bos, flags=("--distill.tokens", length_flag)),
+        "development": Sample(
+            e.development_samples, c.seq_len, bos=bos, flags=("--evaluation.development_samples", length_flag)
+        ),
+        "test": Sample(e.num_samples, e.seq_len, bos=bos, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
+    }

@@ -7,7 +7,6 @@ tokens.
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 
@@ -16,12 +15,13 @@ from gprune.calibration.statistics import gram_bytes
 from gprune.models.autocast import count_cast_weights
 from gprune.models.blocks import blocks_of, by_layer
 from gprune.models.losses import CHUNK, ROWS
-from gprune.pipeline.cost import error_tokens, evaluated_tokens, keeps, measured_for
+from gprune.pipeline.cost import active_experts, error_corpora, error_tokens, evaluated_tokens, fits_cache
 from gprune.pipeline.plan import Plan
+from gprune.pipeline.pricing import device_memory
 from gprune.recoveries import recovery_of
 
 GIB = 2**30
-LOWER = {  # step -> flags that lower its peak most
+MEMORY_SAVERS = {  # step -> flags that lower its peak most
     "calibrate": "--corpora.batch_size 1, --model.dtype bfloat16 or --model.device_map auto",
     "learn": "--corpora.batch_size 1 or --sparsity.allocation uniform",
     "recover": "--distill.targets lora or --recovery least_squares",
@@ -31,87 +31,153 @@ LOWER = {  # step -> flags that lower its peak most
 
 def memory_line(plan: Plan) -> str:
     """Describe the peaks, whether they fit into memory, and the flags that lower the highest peak."""
-    cfg, memory = plan.cfg, plan.cfg.plan.memory
+    cfg = plan.cfg
     if cfg.model.device_map is not None or cfg.model.shard:
         return "not counted with --model.device_map and --model.shard; see docs/large_models.md"
-    if memory is None and plan.pricing.device_available:
-        cuda, pages = plan.device.type == "cuda", ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
-        memory = torch.cuda.mem_get_info(plan.device)[1] if cuda else math.prod(map(os.sysconf, pages))
+    available = cfg.plan.memory
+    if available is None and plan.pricing.device_available:
+        available = device_memory(plan.device)
+    peaks = estimated_peaks(plan)
+    owner = "this machine" if plan.device.type == "cpu" else "each GPU"
+    by_step = ", ".join(f"{peak / GIB:,.1f} ({step})" for step, peak in peaks.items())
+    estimate = f"about {by_step} GiB of {owner}"
+    if available is None:
+        return f"{estimate}; whether that fits: unknown without --plan.memory, as this machine has no GPU"
+    if max(peaks.values()) <= available:
+        return f"{estimate}: fits {available / GIB:,.1f} GiB"
+    flags = MEMORY_SAVERS[max(peaks, key=peaks.get)]
+    return f"{estimate}: does not fit {available / GIB:,.1f} GiB; try {flags} (docs/large_models.md)"
 
-    peaks, where = peaks_of(plan), "this machine" if plan.device.type == "cpu" else "each GPU"
-    said = f"about {', '.join(f'{peak / GIB:,.1f} ({step})' for step, peak in peaks.items())} GiB of {where}"
-    if memory is None:
-        return f"{said}; whether that fits: unknown without --plan.memory, as this machine has no GPU"
-    if max(peaks.values()) <= memory:
-        return f"{said}: fits {memory / GIB:,.1f} GiB"
-    ways = LOWER[max(peaks, key=peaks.get)]
-    return f"{said}: does not fit {memory / GIB:,.1f} GiB; try {ways} (docs/large_models.md)"
+
+def estimated_peaks(plan: Plan) -> dict[str, float]:
+    """Estimate the peak memory in bytes by step: of each device, or of all processes that share main memory."""
+    estimate, cfg = MemoryEstimate(plan), plan.cfg
+    peaks = {"calibrate": estimate.calibrate()}
+    if cfg.learns:
+        peaks["learn"] = estimate.learn()
+    recovery = recovery_of(cfg.recovery)
+    if recovery.learns:
+        peaks["recover"] = estimate.distill()
+    elif recovery.needs:
+        peaks["recover"] = estimate.solve()
+    peaks["evaluate"] = estimate.evaluate()
+    processes = cfg.trainer.devices if estimate.cpu else 1  # processes that share the memory
+    return {name: peak * processes for name, peak in peaks.items()}
 
 
-def peaks_of(plan: Plan) -> dict[str, float]:
-    """Estimate the peak memory in bytes by step: of each device, or of all processes that share main memory.
+class MemoryEstimate:
+    """Peak memory of the steps of one process, in bytes.
 
-    H is the hidden size, N the number of active neurons in the widest layer, C its attention channels, V the vocabulary
-    size.
+    Short names: hidden size H, vocabulary size V, number of layers L; N active neurons in the widest layer, and C its
+    attention channels; `weight` and `activation` are the bytes of one number.
     """
-    cfg, costs, blocks = plan.cfg, plan.budget.costs, blocks_of(plan.skeleton)
-    config = plan.skeleton.config.get_text_config(decoder=True)
-    d, cpu, w = cfg.distill, plan.device.type == "cpu", getattr(torch, cfg.model.dtype).itemsize
-    evaluated = evaluated_tokens(cfg)
-    H, V, C, L = config.hidden_size, config.vocab_size, max(b.channels for b in blocks), len(costs.by_layer)
-    routed = getattr(config, "num_experts_per_tok", None) or 1
-    N = max(sum(b.neurons * min(routed, b.experts) for b in own) for own in by_layer(blocks))
-    kept, left = 1 - plan.removed / costs.in_parameters.total, plan.skeleton.num_parameters() - plan.removed
-    batch, step = (math.ceil(n / cfg.processes) * cfg.corpora.seq_len for n in (cfg.corpora.batch_size, d.batch_size))
-    corpora, gram = max(1, len(cfg.calibration_corpora)), gram_bytes(blocks) if "gram" in cfg.collects else 0
-    walked = needs_walk(plan.skeleton, corpora=corpora, gram=gram > 0)
-    held = 0 if walked or not cpu else gram * corpora  # on a GPU, or block by block, Gram matrices are not kept
 
-    def head(width: int, *, teacher: bool) -> int:
-        """Bytes of logits of a chunk, and of float32 terms for the rows that are computed at once."""
-        return V * (CHUNK * width * (1 + teacher) + (ROWS if cpu else CHUNK) * (8 + 12 * teacher))
+    def __init__(self, plan: Plan):
+        cfg, costs, blocks = plan.cfg, plan.budget.costs, blocks_of(plan.skeleton)
+        config = plan.skeleton.config.get_text_config(decoder=True)
+        self.plan, self.cfg, self.costs = plan, cfg, costs
+        self.cpu = plan.device.type == "cpu"
+        self.H, self.V, self.L = config.hidden_size, config.vocab_size, len(costs.by_layer)
+        self.C = max(block.channels for block in blocks)
+        self.N = max(
+            sum(block.neurons * active_experts(config, block) for block in layer) for layer in by_layer(blocks)
+        )
+        self.autocast = cfg.trainer.precision == "bf16-mixed"
+        self.weight = getattr(torch, cfg.model.dtype).itemsize
+        self.activation = 2 if self.autocast else self.weight
+        self.kept_share = 1 - plan.removed / costs.in_parameters.total
+        self.kept_parameters = plan.skeleton.num_parameters() - plan.removed
+        self.batch_tokens = math.ceil(cfg.corpora.batch_size / cfg.processes) * cfg.corpora.seq_len
+        self.gram = gram_bytes(blocks) if "gram" in cfg.collects else 0  # of one corpus
+        self.corpora = max(1, len(cfg.calibration_corpora))
+        self.layer_by_layer = needs_walk(plan.skeleton, corpora=self.corpora, gram=self.gram > 0)
+        # On a GPU, or if statistics are collected layer by layer, Gram matrices do not stay in memory.
+        self.grams_of_all_corpora = 0 if self.layer_by_layer or not self.cpu else self.gram * self.corpora
+        # bfloat16 copies of frozen float32 weights
+        self.cast_copies = 2 * count_cast_weights(plan.skeleton) * (self.autocast and self.weight == 4)
 
-    dense = w * (left + plan.removed) + held
-    forecasts = w * H * evaluated * (cpu and keeps(cfg, evaluated, H))  # in main memory also with a GPU
-    # Memory besides a row's model: the dense model, and the model of the main row.
-    others = dense + w * left * (len(cfg.stages) > 1) + forecasts
-    autocast = cfg.trainer.precision == "bf16-mixed"
-    copies = 2 * count_cast_weights(plan.skeleton) * (autocast and w == 4)  # bfloat16 copies of frozen weights
-    a = 2 if autocast else w  # bytes of an activation
-    learn = dense + copies + L * batch * (8 * H + 4 * a * (N + C)) + head(a, teacher=cfg.sparsity.loss == "kl")
-    sums = gram / L + cpu * w * H * cfg.corpora.num_samples * cfg.corpora.seq_len if walked else gram * (not cpu)
-    calibrate = dense + sums + batch * ((26 if gram else 2 * w + 8) * N + 4 * H)
-    if "saliency" in cfg.collects:
-        calibrate = learn + 8 * costs.in_parameters.total
-    if cfg.measures_errors:  # a backward pass, and the inputs of the FFN's output projections
-        kept_tokens = 2 * L * N * max(error_tokens(cfg, name) for name in measured_for(cfg))
-        calibrate = max(calibrate, learn + kept_tokens, dense + kept_tokens + 40 * N**2)
-    peaks = {"calibrate": calibrate} | ({"learn": learn} if cfg.learns else {})
-    method = recovery_of(cfg.recovery)
-    if method.learns:
-        layer = step * (24 * H + 16 * (kept * N + C))
-        activations = layer + L * step * 4 * H if d.checkpointing else L * layer
-        learned = learned_numbers(plan, kept)
+    @property
+    def dense(self) -> float:
+        """The dense model, and Gram matrices that stay in memory."""
+        return self.weight * (self.kept_parameters + self.plan.removed) + self.grams_of_all_corpora
+
+    @property
+    def other_models(self) -> float:
+        """Memory besides a row's model: the dense model with its forecasts, and the model of the main row."""
+        main_row = self.weight * self.kept_parameters * (len(self.cfg.stages) > 1)
+        tokens = evaluated_tokens(self.cfg)
+        in_same_memory = self.cpu and fits_cache(self.cfg, tokens, self.H)  # with a GPU they are in main memory
+        forecasts = self.weight * self.H * tokens * in_same_memory
+        return self.dense + main_row + forecasts
+
+    def head(self, number: int, *, teacher: bool) -> int:
+        """Logits of a chunk of tokens with `number` bytes each, and float32 terms of the rows computed at once."""
+        rows = ROWS if self.cpu else CHUNK
+        return self.V * (CHUNK * number * (1 + teacher) + rows * (8 + 12 * teacher))
+
+    def learn(self) -> float:
+        """Threshold learning: the dense model, activations of all layers for the backward pass, and the head."""
+        activations = self.L * self.batch_tokens * (8 * self.H + 4 * self.activation * (self.N + self.C))
+        head = self.head(self.activation, teacher=self.cfg.sparsity.loss == "kl")
+        return self.dense + self.cast_copies + activations + head
+
+    def calibrate(self) -> float:
+        """Collecting statistics, or measuring errors of blocks if that needs more."""
+        cfg, c = self.cfg, self.cfg.corpora
+        if "saliency" in cfg.collects:
+            peak = self.learn() + 8 * self.costs.in_parameters.total
+        else:
+            if self.layer_by_layer:  # Gram matrices of one layer, and hidden states of the corpus in main memory
+                hidden_states = self.cpu * self.weight * self.H * c.num_samples * c.seq_len
+                sums = self.gram / self.L + hidden_states
+            else:
+                sums = self.gram * (not self.cpu)
+            per_neuron = 26 if self.gram else 2 * self.weight + 8
+            peak = self.dense + sums + self.batch_tokens * (per_neuron * self.N + 4 * self.H)
+        if cfg.measures_errors:  # a backward pass, and bfloat16 inputs of all output projections of FFNs
+            tokens = max(error_tokens(cfg, name) for name in error_corpora(cfg))
+            inputs = 2 * self.L * self.N * tokens
+            peak = max(peak, self.learn() + inputs, self.dense + inputs + 40 * self.N**2)
+        return peak
+
+    def distill(self) -> float:
+        """Distillation with AdamW."""
+        d = self.cfg.distill
+        tokens = math.ceil(d.batch_size / self.cfg.processes) * self.cfg.corpora.seq_len
+        of_layer = tokens * (24 * self.H + 16 * (self.kept_share * self.N + self.C))
+        activations = of_layer + self.L * tokens * 4 * self.H if d.checkpointing else self.L * of_layer
+        trained = trained_parameters(self.plan, self.kept_share)
         # On a GPU AdamW updates all parameters at once, and needs a copy of them.
-        most = max(activations + head(4, teacher=True), 0 if cpu else 4 * learned)
-        best = 4 * learned * cpu  # a copy of the best weights so far, in main memory
-        cast = copies + autocast * 2 * (H * V + learned)  # cast copies of the student's head and trained weights
-        peaks["recover"] = others + held / corpora + 4 * left + 12 * learned + best + most + cast
-    elif method.needs:
-        n, k = max(costs.neurons), kept * max(costs.neurons)
-        solving = 4 * n**2 + 8 * k**2 + (n - k) * (4 * n + 12 * k)
-        peaks["recover"] = others + held / corpora + w * left + (solving if gram else 0)
-    logits = cfg.evaluation.seq_len * V * (2 * w if cpu else 2 * w + 8)
-    peaks["evaluate"] = others + w * left + batch * 3 * w * N + logits
-    return {name: peak * (cfg.trainer.devices if cpu else 1) for name, peak in peaks.items()}
+        update = 0 if self.cpu else 4 * trained
+        working = max(activations + self.head(4, teacher=True), update)
+        best = 4 * trained * self.cpu  # a copy of the best weights so far, in main memory
+        cast = self.cast_copies + self.autocast * 2 * (self.H * self.V + trained)  # of the student too
+        student = 4 * self.kept_parameters + 12 * trained  # float32 weights, gradients and moments
+        return self.other_models + self.grams_of_all_corpora / self.corpora + student + best + working + cast
+
+    def solve(self) -> float:
+        """Least squares: the pruned model, and the matrices of the widest block's equations."""
+        widest = max(self.costs.neurons)
+        kept = self.kept_share * widest
+        matrices = 4 * widest**2 + 8 * kept**2 + (widest - kept) * (4 * widest + 12 * kept)
+        pooled_grams = self.grams_of_all_corpora / self.corpora
+        pruned = self.weight * self.kept_parameters
+        return self.other_models + pooled_grams + pruned + (matrices if self.gram else 0)
+
+    def evaluate(self) -> float:
+        """Evaluation of a row: activations of a batch, and logits of one window."""
+        per_logit = 2 * self.weight if self.cpu else 2 * self.weight + 8
+        logits = self.cfg.evaluation.seq_len * self.V * per_logit
+        activations = self.batch_tokens * 3 * self.weight * self.N
+        return self.other_models + self.weight * self.kept_parameters + activations + logits
 
 
-def learned_numbers(plan: Plan, kept: float) -> float:
-    """Number of parameters that distillation trains if a share `kept` of the units is kept."""
+def trained_parameters(plan: Plan, kept_share: float) -> float:
+    """Number of parameters that distillation trains in a model that keeps a share of its units."""
     d, blocks = plan.cfg.distill, blocks_of(plan.skeleton)
     parts = [part for block in blocks for part in block.parts.values()]
     return {
         "all": sum(block.cost for block in blocks) - plan.removed,
-        "mlp": kept * sum(block.unit_cost("ffn") * block.neurons for block in blocks),
+        "mlp": kept_share * sum(block.unit_cost("ffn") * block.neurons for block in blocks),
         "lora": d.rank * sum(part.in_features + part.out_features for part in parts),
     }[d.targets]

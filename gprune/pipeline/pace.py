@@ -35,7 +35,7 @@ from gprune.stages.student import Student
 
 log = logging.getLogger("gprune")
 TIMED_BLOCKS = 2  # number of blocks, with random weights, that are timed
-MOST = 3 * 10**8  # limit of the parameters in blocks, embeddings and head, so that a dry run takes less than a minute
+MAX_TIMED_PARAMETERS = 3 * 10**8  # in blocks, embeddings and head, so that a dry run takes less than a minute
 
 
 class Pace(NamedTuple):
@@ -54,47 +54,70 @@ def run_seconds(plan: Plan) -> float | None:
     Reading, writing, and solving least squares are not included.
     """
     cfg, config = plan.cfg, plan.skeleton.config.get_text_config(decoder=True)
-    numbers = sum(block.cost for block in blocks_of(plan.skeleton)) / config.num_hidden_layers * TIMED_BLOCKS
-    too_many = numbers + 2 * config.vocab_size * config.hidden_size > MOST
+    block_parameters = sum(block.cost for block in blocks_of(plan.skeleton)) / config.num_hidden_layers
+    timed_parameters = block_parameters * TIMED_BLOCKS + 2 * config.vocab_size * config.hidden_size
+    too_large = timed_parameters > MAX_TIMED_PARAMETERS
     whole_blocks = ALLOCATION[cfg.base_allocation].whole_blocks
-    if too_many or whole_blocks or not plan.pricing.device_available or cfg.model.device_map is not None:
+    if too_large or whole_blocks or not plan.pricing.device_available or cfg.model.device_map is not None:
         return None
     try:
-        dense, pruned = _paces(plan)
+        dense, pruned = _measured_paces(plan)
         gram = _gram_seconds(plan) if "gram" in cfg.collects else 0.0
     except Exception as error:  # code of a model may raise any class; the plan is complete without a time
         log.debug("The time of two blocks cannot be measured: %s", first_line(error))
         return None
-    (calibrated, salient), (tried, erred), (curve, learned) = (plan.tokens[step] for step in (1, 2, 7))
-    seconds = (calibrated + tried) * dense.forward + (salient + erred) * dense.learned
-    seconds += calibration_tokens(cfg) * gram
-    teacher = learned if cfg.sparsity.loss == "kl" else 0
-    seconds += (curve - teacher) * dense.developed + teacher * dense.teacher + learned * dense.learned
-    forward, trained = plan.tokens.get(8, (0, 0))  # trials for a quality target
-    seconds += forward * pruned.evaluated + trained * pruned.learned
-    forward, trained = (sum(plan.tokens[step][kind] for step in (9, 10)) for kind in (0, 1))
-    rows = evaluated_tokens(cfg) * len(cfg.stages)
-    of_dense = min(max(0, forward - rows), evaluated_tokens(cfg))
+    seconds = _seconds_before_recovery(plan, dense) + calibration_tokens(cfg) * gram
+    trial_forward, trial_trained = plan.tokens.get(8, (0, 0))  # trials for a quality target
+    seconds += trial_forward * pruned.evaluated + trial_trained * pruned.learned
+    return (seconds + _seconds_of_rows(plan, dense, pruned)) / cfg.processes
+
+
+def _seconds_before_recovery(plan: Plan, dense: Pace) -> float:
+    """Estimate the seconds of passes in steps 1, 2 and 7, which all compute the dense model."""
+    calibration, saliency = plan.tokens[1]
+    block_choice, block_errors = plan.tokens[2]
+    curve, learning = plan.tokens[7]
+    kl_teacher = learning if plan.cfg.sparsity.loss == "kl" else 0  # is included in `curve`
+    return (
+        (calibration + block_choice) * dense.forward
+        + (saliency + block_errors + learning) * dense.learned
+        + (curve - kl_teacher) * dense.developed
+        + kl_teacher * dense.teacher
+    )
+
+
+def _seconds_of_rows(plan: Plan, dense: Pace, pruned: Pace) -> float:
+    """Estimate the seconds of passes in steps 9 and 10: recovery and evaluation of all rows."""
+    cfg, config = plan.cfg, plan.skeleton.config.get_text_config(decoder=True)
+    forward = sum(plan.tokens[step][0] for step in (9, 10))
+    trained = sum(plan.tokens[step][1] for step in (9, 10))
+    evaluated = evaluated_tokens(cfg) * len(cfg.stages)
+    dense_evaluated = min(max(0, forward - evaluated), evaluated_tokens(cfg))
     distilled = sum(recovery_of(recovery).uses_teacher for _, recovery in cfg.stages)
-    teacher = fresh_tokens(cfg) * (min(1, distilled) if caches_teacher(cfg, config.hidden_size) else distilled)
-    rest = max(0, forward - rows - of_dense - teacher)  # development text
-    seconds += rows * pruned.evaluated + of_dense * dense.evaluated + teacher * dense.teacher
-    return (seconds + rest * pruned.developed + trained * pruned.learned) / cfg.processes
+    teacher_passes = min(1, distilled) if caches_teacher(cfg, config.hidden_size) else distilled
+    teacher = fresh_tokens(cfg) * teacher_passes
+    development = max(0, forward - evaluated - dense_evaluated - teacher)
+    return (
+        evaluated * pruned.evaluated
+        + dense_evaluated * dense.evaluated
+        + teacher * dense.teacher
+        + development * pruned.developed
+        + trained * pruned.learned
+    )
 
 
-def _paces(plan: Plan) -> tuple[Pace, Pace]:
+def _measured_paces(plan: Plan) -> tuple[Pace, Pace]:
     """Return the paces of the dense model, which learns gates, and of a pruned model, which is distilled."""
-    cfg = plan.cfg
+    cfg, d = plan.cfg, plan.cfg.distill
     kept = 1 - plan.removed / plan.budget.costs.in_parameters.total
-    batches = cfg.corpora.batch_size, cfg.distill.batch_size, cfg.corpora.seq_len, cfg.evaluation.seq_len
-    d = cfg.distill
-    setting = (
-        cfg.model.name, cfg.model.dtype, cfg.trainer.precision, *batches, round(kept, 2), cfg.sparsity.scope, d.targets,
-        d.rank, d.checkpointing,
+    settings = (
+        cfg.model.name, cfg.model.dtype, cfg.trainer.precision, cfg.corpora.batch_size, d.batch_size,
+        cfg.corpora.seq_len, cfg.evaluation.seq_len, round(kept, 2), cfg.sparsity.scope, d.targets, d.rank,
+        d.checkpointing,
     )  # fmt: skip
-    if setting not in _PACES:
-        _PACES[setting] = _time_blocks(plan)
-    return _PACES[setting]
+    if settings not in _PACES:
+        _PACES[settings] = _time_blocks(plan)
+    return _PACES[settings]
 
 
 _PACES: dict[tuple, tuple[Pace, Pace]] = {}  # cache, because rows of a study list share settings
@@ -104,57 +127,76 @@ def _time_blocks(plan: Plan) -> tuple[Pace, Pace]:
     """Time a dense and a pruned model of `TIMED_BLOCKS` blocks with random weights."""
     cfg, budget = plan.cfg, plan.budget
     dtype, vocabulary = getattr(torch, cfg.model.dtype), plan.skeleton.config.get_text_config(decoder=True).vocab_size
+
+    def random_windows(count: int, length: int) -> Tensor:
+        return torch.randint(vocabulary, (count, length), device=plan.device)
+
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        dense = type(plan.skeleton)(_fewer_blocks(plan.skeleton.config)).to(plan.device, dtype)
+        dense = type(plan.skeleton)(_with_timed_blocks(plan.skeleton.config)).to(plan.device, dtype)
         dense = dense.eval().requires_grad_(False)
         masks = uniform_masks(budget)
-        count = sum(len(own) for own in budget.costs.by_layer[:TIMED_BLOCKS])  # blocks
-        few = Masks(masks.ffn[:count], masks.attention[:count])
-        small = prune(dense, few)
-
-        def windows(count: int, length: int) -> Tensor:
-            return torch.randint(vocabulary, (count, length), device=plan.device)
-
-        text = windows(cfg.corpora.batch_size, cfg.evaluation.seq_len)
-        batch, step = (windows(n, cfg.corpora.seq_len) for n in (cfg.corpora.batch_size, cfg.distill.batch_size))
+        blocks = sum(len(layer) for layer in budget.costs.by_layer[:TIMED_BLOCKS])
+        pruned = prune(dense, Masks(masks.ffn[:blocks], masks.attention[:blocks]))
+        evaluated = random_windows(cfg.corpora.batch_size, cfg.evaluation.seq_len)
+        learned = random_windows(cfg.corpora.batch_size, cfg.corpora.seq_len)
+        distilled = random_windows(cfg.distill.batch_size, cfg.corpora.seq_len)
     forecasts: list[Forecast] = []
-    perplexity(dense, Windows("random", "test", text.cpu()), forecasts=forecasts)
-    steps = {"dense": _gated_step(dense, batch), "pruned": _student_step(small, step, cfg.distill)}
-    paces, scale = [], len(budget.costs.by_layer) / TIMED_BLOCKS
-    for name, model, beside, trained in (("dense", dense, [], batch), ("pruned", small, forecasts, step)):
-
-        def evaluate(model: PreTrainedModel = model, beside: list[Forecast] = beside) -> None:
-            perplexity(model, Windows("random", "test", text.cpu()), forecasts=beside)
-
-        def forward(model: PreTrainedModel = model) -> None:
-            with torch.no_grad():
-                final_hidden(model, text)
-
-        def per_token(whole: Callable[[], object], body: Callable[[], object], tokens: int) -> tuple[float, float]:
-            """Return seconds per token of the whole model, and of all its blocks."""
-            most, least = _seconds(whole, plan.device), _seconds(body, plan.device)
-            return (max(0.0, most - least) + scale * least) / tokens, scale * least / tokens
-
-        evaluated, alone = per_token(evaluate, forward, text.numel())
-        with _learning(plan, model):
-            developed, teacher = per_token(evaluate, forward, text.numel())
-            learned, _ = per_token(partial(steps[name], True), partial(steps[name], False), trained.numel())
-        paces.append(Pace(alone, evaluated, developed, teacher, learned))
-    return tuple(paces)
+    perplexity(dense, Windows("random", "test", evaluated.cpu()), forecasts=forecasts)
+    gated_step, student_step = _gated_step(dense, learned), _student_step(pruned, distilled, cfg.distill)
+    return (
+        _time_model(plan, dense, evaluated, [], gated_step, learned.numel()),
+        _time_model(plan, pruned, evaluated, forecasts, student_step, distilled.numel()),
+    )
 
 
-def _fewer_blocks(config: PreTrainedConfig) -> PreTrainedConfig:
+def _time_model(
+    plan: Plan, model: PreTrainedModel, text: Tensor, forecasts: list[Forecast], step: Callable[[bool], None],
+    step_tokens: int,
+) -> Pace:  # fmt: skip
+    """Time one model of `TIMED_BLOCKS` blocks.
+
+    Args:
+        plan: the plan.
+        model: the model.
+        text: evaluated windows, (B, T) int64.
+        forecasts: the dense model's forecasts of the text, for KL; empty for the dense model.
+        step: a training step; its argument is as for `_gated_step`.
+        step_tokens: number of tokens of a training step.
+    """
+    scale = len(plan.budget.costs.by_layer) / TIMED_BLOCKS
+
+    def evaluate() -> None:
+        perplexity(model, Windows("random", "test", text.cpu()), forecasts=forecasts)
+
+    def forward() -> None:
+        with torch.no_grad():
+            final_hidden(model, text)
+
+    def per_token(whole: Callable[[], object], blocks: Callable[[], object], tokens: int) -> tuple[float, float]:
+        """Return seconds per token of the whole model, and of all its blocks, from calls with `TIMED_BLOCKS` blocks."""
+        whole_seconds, block_seconds = _seconds(whole, plan.device), _seconds(blocks, plan.device)
+        outside_blocks = max(0.0, whole_seconds - block_seconds)
+        return (outside_blocks + scale * block_seconds) / tokens, scale * block_seconds / tokens
+
+    evaluated_pace, forward_pace = per_token(evaluate, forward, text.numel())
+    with _training_precision(plan, model):
+        developed_pace, teacher_pace = per_token(evaluate, forward, text.numel())
+        learned_pace, _ = per_token(partial(step, True), partial(step, False), step_tokens)
+    return Pace(forward_pace, evaluated_pace, developed_pace, teacher_pace, learned_pace)
+
+
+def _with_timed_blocks(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the configuration of a model with `TIMED_BLOCKS` blocks."""
-    few, blocks = copy.deepcopy(config), config.num_hidden_layers
-    few.num_hidden_layers = min(TIMED_BLOCKS, blocks)
-    for name, value in list(vars(few).items()):
+    small, blocks = copy.deepcopy(config), config.num_hidden_layers
+    small.num_hidden_layers = min(TIMED_BLOCKS, blocks)
+    for name, value in list(vars(small).items()):
         if isinstance(value, list) and len(value) == blocks:  # per-layer settings, such as layer_types
-            setattr(few, name, value[:TIMED_BLOCKS])
-    return few
+            setattr(small, name, value[:TIMED_BLOCKS])
+    return small
 
 
 @contextmanager
-def _learning(plan: Plan, model: PreTrainedModel) -> Iterator[None]:
+def _training_precision(plan: Plan, model: PreTrainedModel) -> Iterator[None]:
     """Context with the precision of training, including cast copies of frozen weights."""
     if plan.cfg.trainer.precision != "bf16-mixed":
         yield
@@ -164,28 +206,34 @@ def _learning(plan: Plan, model: PreTrainedModel) -> Iterator[None]:
 
 
 def _gated_step(model: PreTrainedModel, ids: Tensor) -> Callable[[bool], None]:
-    """Return a training step for gates of a frozen model; without `head` the loss is the mean of hidden states."""
+    """Return a training step for gates of a frozen model on token ids (B, T).
+
+    The argument of the step is whether the loss is computed by the head. Otherwise it is the mean of hidden states.
+    """
     blocks = blocks_of(model)
     gates = [torch.ones(b.neurons * b.experts, device=ids.device, requires_grad=True) for b in blocks]
 
     def step(head: bool) -> None:
         with torch.enable_grad(), gated(model, gates):
-            (next_token_losses(model, ids) if head else final_hidden(model, ids).float()).mean().backward()
+            losses = next_token_losses(model, ids) if head else final_hidden(model, ids).float()
+            losses.mean().backward()
 
     return step
 
 
 def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) -> Callable[[bool], None]:
-    """Return a distillation step with AdamW, for a copy of a model with its own hidden states as teacher."""
+    """Return a distillation step with AdamW, for a copy of a model with its own hidden states as teacher.
+
+    The argument of the step is whether the loss is KL by the head. Otherwise it is the mean of hidden states.
+    """
     with torch.enable_grad():
         student = Student(copy.deepcopy(model), **select_options(Student, dict(settings)))
-    learned = list(student.learned.values())
     with torch.no_grad():
         teacher = final_hidden(student.model, ids)
-    optimizer = torch.optim.AdamW(learned, lr=1e-12, fused=ids.device.type in ("cpu", "cuda"))
+    fused = ids.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(list(student.learned.values()), lr=1e-12, fused=fused)  # hardly changes the weights
 
     def step(head: bool) -> None:
-        """One step with KL as loss, or without `head` with the mean of hidden states."""
         with torch.enable_grad():
             if head:
                 losses = next_token_losses(student.model, ids, teacher=teacher)
@@ -199,11 +247,16 @@ def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) 
 
 
 def _gram_seconds(plan: Plan) -> float:
-    """Seconds per token of all float32 Gram matrices; each needs two thirds of a full matrix product."""
-    widest = max(block.neurons for block in blocks_of(plan.skeleton))
+    """Seconds per token of all float32 Gram matrices.
+
+    Each takes two thirds of the time of a full matrix product, which is measured for the widest block.
+    """
+    blocks = blocks_of(plan.skeleton)
+    widest = max(block.neurons for block in blocks)
     inputs = torch.ones(512, widest, device=plan.device)
-    squares = sum(b.neurons**2 * b.experts + b.channels**2 for b in blocks_of(plan.skeleton))
-    return 2 / 3 * _seconds(lambda: inputs.T @ inputs, plan.device) / len(inputs) * squares / widest**2
+    full_product = _seconds(lambda: inputs.T @ inputs, plan.device) / len(inputs)
+    squares = sum(b.neurons**2 * b.experts + b.channels**2 for b in blocks)
+    return 2 / 3 * full_product * squares / widest**2
 
 
 def _seconds(call: Callable[[], object], device: torch.device, *, at_least: float = 0.15) -> float:
@@ -214,7 +267,7 @@ def _seconds(call: Callable[[], object], device: torch.device, *, at_least: floa
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    call()
+    call()  # warm-up
     times: list[float] = []
     while len(times) < 3 or sum(times) < at_least:
         start = now()

@@ -28,13 +28,14 @@ from gprune.registry import REFINER
 from gprune.runs import tracking
 
 log = logging.getLogger("gprune")
+BLOCK_SEED_STEP = 7919  # distance of the seeds of neighbouring blocks, a prime, so that seeds of runs do not overlap
 
 
 def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[Drift]:
     """Step 3: rank drift of every neuron and its split-half noise floor, per block.
 
-    Metrics that ignore activations have no drift; the drift of another metric is used (`IMPORTANCE[name].drift`). With
-    one corpus there is no drift.
+    For a metric that ignores activations, drift is measured with the metric `IMPORTANCE[name].drift`. With one corpus,
+    drift is 0.
     """
     run.step(3, "Measuring drift")
     corpora = run.cfg.corpora.drift
@@ -46,64 +47,99 @@ def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[
 
 
 def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) -> Drift:
-    """Return the rank drift of one block's neurons between corpora, and its noise floor."""
+    """Return the rank drift of one block's N neurons between D corpora, and its noise floor.
+
+    Args:
+        run: the run.
+        block: the block. Without an FFN, it has no neurons.
+        statistics: statistics of each drift corpus.
+    """
     if block.down is None:
-        none = torch.zeros(len(statistics), 0, dtype=torch.float64)
-        return Drift(none, none, none[0], none[0], torch.tensor(float("nan"), dtype=torch.float64))
-    name, weights = IMPORTANCE[run.cfg.importance].drift, ffn_weights(block)
-    channels = [s.ffn[block.index] for s in statistics]
+        no_neurons = torch.zeros(len(statistics), 0, dtype=torch.float64)
+        undefined = torch.tensor(float("nan"), dtype=torch.float64)
+        return Drift(no_neurons, no_neurons, no_neurons[0], no_neurons[0], undefined)
+    metric, weights = IMPORTANCE[run.cfg.importance].drift, ffn_weights(block)
+    channels = [of_corpus.ffn[block.index] for of_corpus in statistics]
 
-    def scored(moments: Moments) -> Tensor:
-        return score_ffn(name, block, weights, moments, generator_for(run.cfg.run.seed, block.index, "ffn"))
+    def score(moments: Moments) -> Tensor:
+        """Score the neurons, (N,), from the moments of a corpus or of half of it."""
+        return score_ffn(metric, block, weights, moments, generator_for(run.cfg.run.seed, block.index, "ffn"))
 
-    scores = torch.stack([scored(c.total) for c in channels])
-    half_scores = torch.stack([torch.stack([scored(c.half(h)) for h in (0, 1)]) for c in channels])
+    scores = torch.stack([score(c.total) for c in channels])  # (D, N)
+    half_scores = torch.stack([torch.stack([score(c.half(h)) for h in (0, 1)]) for c in channels])  # (D, 2, N)
     ranks = fractional_ranks(scores, groups=block.experts)
     half_ranks = fractional_ranks(half_scores, groups=block.experts)
-    floor = noise_floor(half_ranks)
     if block.has_experts:  # scores of different experts are on different scales
         scores = ranks.clone()
-    return Drift(scores, ranks, rank_drift(ranks), floor, half_agreement(half_ranks))
+    return Drift(scores, ranks, rank_drift(ranks), noise_floor(half_ranks), half_agreement(half_ranks))
 
 
 def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
     """Steps 4 and 5: module labels per block, (N,) int64, by `--partition.method`."""
     run.step(4, "Partitioning")
-    tensors = run.folder.tensors(
-        "assignment", lambda: {f"labels.{b}": y for b, y in enumerate(partitioned(run, drift))}
-    )
+
+    def compute() -> dict[str, Tensor]:
+        return {f"labels.{b}": labels for b, labels in enumerate(compute_labels(run, drift))}
+
+    tensors = run.folder.tensors("assignment", compute)
     return [tensors[f"labels.{b}"] for b in range(len(run.blocks))]
 
 
-def partitioned(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
-    """Compute the partition. Control methods use the sizes of refined modules. Blocks without an FFN have no labels."""
+def compute_labels(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
+    """Compute the module labels of every block.
+
+    The controls `random` and `drift_only` keep the refined module sizes and reassign the neurons.
+
+    Returns:
+        (N,) int64 per block; (0,) for a block without an FFN.
+    """
     p, seed = run.cfg.partition, run.cfg.run.seed
-    own = [block.index for block in run.blocks if block.neurons]
-    log.info("Partitioning %d blocks into modules", len(own))
-    weights = (ffn_weights(run.blocks[b], device_of(run.blocks[b].layer)) for b in own)
-    drift = [drift[b] for b in own]
-    embeddings = [parameter_embedding(of_block, dim=p.embedding_dim, seed=seed) for of_block in weights]
-    how = p.model_dump(include={"num_modules", "similarity_weight", "drift_weight"}) | {"seed": seed}
-    labels = [initial_partition(e, d.drift, **how) for e, d in zip(embeddings, drift, strict=True)]
+    ffn_blocks = [block for block in run.blocks if block.neurons]
+    log.info("Partitioning %d blocks into modules", len(ffn_blocks))
+    ffn_drift = [drift[block.index] for block in ffn_blocks]
+    embeddings = [
+        parameter_embedding(ffn_weights(block, device_of(block.layer)), dim=p.embedding_dim, seed=seed)
+        for block in ffn_blocks
+    ]
+    labels = [
+        initial_partition(
+            embedding, block_drift.drift, num_modules=p.num_modules, similarity_weight=p.similarity_weight,
+            drift_weight=p.drift_weight, seed=seed,
+        )
+        for embedding, block_drift in zip(embeddings, ffn_drift, strict=True)
+    ]  # fmt: skip
     if p.method != "initial":
-        labels = refine(run, embeddings, drift, labels)
+        labels = refine(run, embeddings, ffn_drift, labels)
     if p.method == "random":
-        labels = [shuffled_partition(y, seed=seed + 7919 * b) for b, y in zip(own, labels, strict=True)]
+        seeds = [seed + BLOCK_SEED_STEP * block.index for block in ffn_blocks]
+        labels = [shuffled_partition(y, seed=block_seed) for y, block_seed in zip(labels, seeds, strict=True)]
     if p.method == "drift_only":
-        labels = [same_sizes_by_drift(y, d.drift) for y, d in zip(labels, drift, strict=True)]
-    none, found = torch.zeros(0, dtype=torch.long), dict(zip(own, labels, strict=True))
-    return [found.get(b, none) for b in range(len(run.blocks))]
+        labels = [same_sizes_by_drift(y, block_drift.drift) for y, block_drift in zip(labels, ffn_drift, strict=True)]
+    by_block = {block.index: y for block, y in zip(ffn_blocks, labels, strict=True)}
+    no_labels = torch.zeros(0, dtype=torch.long)
+    return [by_block.get(b, no_labels) for b in range(len(run.blocks))]
 
 
 def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: list[Tensor]) -> list[Tensor]:
-    """Step 5: fit the refiner, and return refined labels per block."""
+    """Step 5: fit the refiner, and return refined labels.
+
+    Args:
+        run: the run.
+        embeddings: (N, d) float32 for each block with an FFN.
+        drift: of the same blocks.
+        labels: initial labels, (N,) int64 for each of these blocks.
+
+    Raises:
+        UserError: if the refiner's labels have another shape, are not whole numbers, or leave a module empty.
+    """
     run.step(5, "Refining")
     p = run.cfg.partition
     inputs = refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift])
     refiner, options = REFINER[p.refiner], run.cfg.options.get(p.refiner, {})
     stage = refiner(inputs, labels, **select_options(refiner, dict(p)) | options)
-    often = {"val_check_interval": 0.25} if is_overridden("validation_step", stage) else {}
-    run.trainer("Refining modules", stage, role="partition", max_epochs=1, log_every_n_steps=10, **often).fit(stage)
+    validation = {"val_check_interval": 0.25} if is_overridden("validation_step", stage) else {}
+    trainer = run.trainer("Refining modules", stage, role="partition", max_epochs=1, log_every_n_steps=10, **validation)
+    trainer.fit(stage)
     run.callbacks.keep_state()
     pairs = zip(stage.labels(), labels, strict=True)
     refined = [REFINER.checked(p.refiner, "labels", y, old.shape, of="whole numbers") for y, old in pairs]
@@ -111,10 +147,10 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
         needed = "modules from 0 to K - 1 in each block, each with at least one neuron"
         raise UserError(f"Refiner '{p.refiner}' must return {needed}.")
     refined = [y.long().cpu() for y in refined]
-    moved = {"moved": sum(int((y != old).sum()) for y, old in zip(refined, labels, strict=True))}
-    moved["neurons"] = sum(map(len, labels))
-    log.info("Refinement moved %(moved)d of %(neurons)d neurons", moved)
-    run.folder.update_manifest(refinement=moved)
+    moved = sum(int((y != old).sum()) for y, old in zip(refined, labels, strict=True))
+    neurons = sum(map(len, labels))
+    log.info("Refinement moved %d of %d neurons", moved, neurons)
+    run.folder.update_manifest(refinement={"moved": moved, "neurons": neurons})
     return refined
 
 
@@ -123,7 +159,8 @@ def assess(
 ) -> Modules:
     """Step 6: decide which modules switch to `--reliability.metric`, and rank units inside their modules."""
     run.step(6, "Assessing reliability of modules")
-    r, switch = run.cfg.reliability, "off"
+    r = run.cfg.reliability
+    switch = "off"
     if r.switch and len(run.cfg.corpora.drift) > 1:
         switch = "everywhere" if r.everywhere else "unreliable"
     block_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, run.blocks, strict=True)]
@@ -131,9 +168,14 @@ def assess(
         labels, block_ranks, [d.drift for d in drift], [d.floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
     )  # fmt: skip
-    of_blocks = zip(block_ranks, fallback_ranks(run, statistics), labels, reliability, strict=True)
+    module_ranks = [
+        within_module_ranks(metric_ranks, fallback, y, of_block.switched)
+        for metric_ranks, fallback, y, of_block in zip(
+            block_ranks, fallback_ranks(run, statistics), labels, reliability, strict=True
+        )
+    ]
     ranks = ModuleRanks(
-        ffn=[within_module_ranks(own, fallback, y, judged.switched) for own, fallback, y, judged in of_blocks],
+        ffn=module_ranks,
         labels=labels,
         attention=[fractional_ranks(s, ties="ordinal") for s in scores.attention],
     )
@@ -143,7 +185,8 @@ def assess(
         block_agreement=[kendall_agreement(d.scores) for d in drift],
     )  # fmt: skip
     run.folder.write("modules", modules.tensors())
-    share, count = switched_share(reliability), sum(int(judged.switched.sum()) for judged in reliability)
+    share = switched_share(reliability)
+    count = sum(int(of_block.switched.sum()) for of_block in reliability)
     tracking.log_scalars(run.loggers, {"partition/switched_share": share}, step=0)
     level = logging.WARNING if switch != "off" and count == 0 else logging.INFO
     log.log(level, "%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
@@ -151,15 +194,20 @@ def assess(
 
 
 def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[Tensor]:
-    """Return ranks inside blocks by `--reliability.metric`, to which unreliable modules switch: (N,) per block."""
-    cfg, name = run.cfg, run.cfg.reliability.metric
-    sources = [statistics[cfg.corpora.score]]
-    if name in (CONSENSUS, AVERAGED):
+    """Return fractional ranks by `--reliability.metric` over each block, (N,) float64. Unreliable modules use them.
+
+    Two values of `--reliability.metric` use the base metric (`cfg.importance`) on all drift corpora: `consensus` takes
+    the mean of the ranks by corpus, and `averaged` the ranks by pooled statistics.
+    """
+    cfg = run.cfg
+    metric, sources = cfg.reliability.metric, [statistics[cfg.corpora.score]]
+    if cfg.reliability.metric in (CONSENSUS, AVERAGED):
+        metric = cfg.importance  # the ranks in `Drift` may be of another metric
         sources = [statistics[corpus] for corpus in cfg.corpora.drift]
-        sources = [pool_statistics(sources)] if name == AVERAGED else sources
-        name = cfg.importance  # not the ranks of drift, which may be of another metric
-    scores = [score_units(name, run.blocks, s, seed=cfg.run.seed, attention=False).ffn for s in sources]
+    if cfg.reliability.metric == AVERAGED:
+        sources = [pool_statistics(sources)]
+    scores = [score_units(metric, run.blocks, source, seed=cfg.run.seed, attention=False).ffn for source in sources]
     return [
-        fractional_ranks(torch.stack(of_block), groups=b.experts).mean(0)
-        for *of_block, b in zip(*scores, run.blocks, strict=True)
+        fractional_ranks(torch.stack(block_scores), groups=block.experts).mean(0)
+        for *block_scores, block in zip(*scores, run.blocks, strict=True)
     ]

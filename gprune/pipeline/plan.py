@@ -67,7 +67,7 @@ class Plan:
 
     @cached_property
     def removed(self) -> int:
-        """Number of removed parameters if all blocks are equally sparse; only estimated in other currencies."""
+        """Number of removed parameters if all blocks are equally sparse; an estimate unless the target is one."""
         return self.budget.costs.in_parameters.removed(uniform_masks(self.budget))
 
     @property
@@ -92,17 +92,17 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
         together: whether processes of several nodes agree on a precision.
 
     Returns:
-        The plan. In its `cfg` precision `auto` is replaced by that of the hardware.
+        The plan. In its `cfg`, the precision `auto` is replaced by that of the hardware.
 
     Raises:
-        UserError: if settings, device or model do not work.
+        UserError: if settings contradict each other, or the device or the model does not support them.
     """
     cfg.validate()
     if cfg.model.made_elsewhere is not None:
         cfg.measure_only()  # the flag may have been set after construction
     cfg.check_names()
     callbacks = callbacks or UserCallbacks(paths=cfg.trainer.callbacks)
-    device = device_for(cfg, callbacks.of_stage(None))
+    device = trainer_device(cfg, callbacks.of_stage(None))
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
     check_by_copy(config)
@@ -119,38 +119,39 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
             f"Model type '{config.model_type}': its logits do not follow from head times hidden states, so perplexity "
             "cannot be measured; gprune.apply_masks can prune it. See docs/extend.md, 'A model family'."
         )
-    cfg, why = resolve_precision(cfg, device, together=together)
+    cfg, why_precision = resolve_precision(cfg, device, together=together)
     pricing = Pricing(cfg, dense, device)
-    budget, depth = pricing.budget(), ALLOCATION[cfg.base_allocation].whole_blocks
-    if depth:
-        budget = within_depth(budget)
-    if depth or budget.costs.removed_blocks:
+    budget = pricing.budget()
+    whole_blocks = ALLOCATION[cfg.base_allocation].whole_blocks
+    if whole_blocks:
+        budget = limit_to_depth(budget)
+    if whole_blocks or budget.costs.removed_blocks:
         check_renumbering(dense, budget)
     if cfg.learns:
         for sparsity in cfg.evaluation.curve:
-            budget.at(sparsity)
+            budget.at(sparsity)  # raises UserError for an impossible sparsity
     check_blocks(cfg, blocks, config)
-    by_block = needs_walk(
-        dense, corpora=len(cfg.calibration_corpora), gram="gram" in cfg.collects, sharded=cfg.model.shard
-    )
+    corpora, gram = len(cfg.calibration_corpora), "gram" in cfg.collects
+    by_block = needs_walk(dense, corpora=corpora, gram=gram, sharded=cfg.model.shard)
     if by_block or not recovery_of(cfg.recovery, cfg.recovery_settings).sharded:
         check_walk(config)
     if cfg.model.made_elsewhere is not None:
-        elsewhere.refuse(cfg, dense, device)
-    plan = Plan(pricing, budget, why)
+        elsewhere.check_model(cfg, dense, device)
+    plan = Plan(pricing, budget, why_precision)
     _ = plan.tokens  # raises UserError for an impossible validation interval
     return plan
 
 
-def device_for(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:
-    """Return the trainer's device. A dry run assumes that the requested GPUs and nodes exist."""
-    asked = cfg.trainer.lightning_arguments | {"callbacks": callbacks}
+def trainer_device(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.device:
+    """Return the Trainer's device. A dry run assumes that the requested GPUs and nodes exist."""
+    settings = cfg.trainer.lightning_arguments | {"callbacks": callbacks}
     try:
-        return check_trainer(**asked)
+        return check_trainer(**settings)
     except UserError:
-        if not (cfg.dry_run and asked["accelerator"] in ("gpu", "cuda")):
+        if not (cfg.dry_run and settings["accelerator"] in ("gpu", "cuda")):
             raise
-        check_trainer(**asked | {"accelerator": "cpu", "devices": 1, "num_nodes": 1})  # checks the other settings
+        one_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1}
+        check_trainer(**settings | one_cpu)  # checks the other settings
         return torch.device("cuda")
 
 
@@ -179,15 +180,19 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
 
 
 def check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
-    """Raise UserError if other layers would change when the first removable layer is removed."""
+    """Raise UserError if other layers would change when a layer is removed and the following ones are renumbered.
+
+    The first removable layer of the model without weights is removed, and `prune` compares the others.
+    """
     blocks = blocks_of(dense)
     first = min(b.layer_index for b in blocks if b.index not in budget.costs.protected)
     ffn = [torch.full((b.experts * b.neurons,), b.layer_index != first) for b in blocks]
-    prune(dense, Masks(ffn, [torch.full((b.kv_groups,), b.layer_index != first) for b in blocks]))
+    attention = [torch.full((b.kv_groups,), b.layer_index != first) for b in blocks]
+    prune(dense, Masks(ffn, attention))
 
 
-def within_depth(budget: Budget) -> Budget:
-    """Limit a budget to what whole blocks can remove while one block is kept.
+def limit_to_depth(budget: Budget) -> Budget:
+    """Limit a budget to the cost of all whole blocks except one.
 
     A quality target is lowered to that limit.
 
@@ -195,10 +200,12 @@ def within_depth(budget: Budget) -> Budget:
         UserError: if another target exceeds the limit.
     """
     protected, prices = budget.costs.protected, budget.costs.prices.blocks
-    gone = [sum(prices[b] for b in own) for own in budget.costs.by_layer if protected.isdisjoint(own)]
-    removable = sum(gone) - (0 if protected else max(gone))
-    if Target.of(budget.setting).unit == "quality":
-        return replace(budget.removing(min(budget.target, removable)), setting=budget.setting)
+    layers = [layer for layer in budget.costs.by_layer if protected.isdisjoint(layer)]
+    layer_costs = [sum(prices[block] for block in layer) for layer in layers]
+    kept = 0 if protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
+    removable = sum(layer_costs) - kept
+    if Target.of(budget.asked).unit == "quality":
+        return replace(budget.removing(min(budget.target, removable)), asked=budget.asked)
     if budget.target > removable:
         raise UserError(
             f"--sparsity.allocation depth cannot remove {budget.target:,}: whole blocks are at most {removable:,} if "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,16 +16,23 @@ from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_fro
 from gprune.config import RunConfig
 from gprune.errors import UserError, quoting
 from gprune.export.convert import TYPES
-from gprune.models.blocks import blocks_of
-from gprune.runs.trainer import multiplying
+from gprune.models.blocks import Block, blocks_of
+from gprune.runs.trainer import matmul_precision
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.cost import COST, Price, parameter_costs
+from gprune.sparsity.cost import COST, Costs, Price, parameter_costs
 from gprune.sparsity.target import HALF_BITS
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the memory of a GPU, or the main memory of this machine for the CPU, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return math.prod(map(os.sysconf, ("SC_PHYS_PAGES", "SC_PAGE_SIZE")))
 
 
 @dataclass(frozen=True)
 class Pricing:
-    """Costs of the units of a model, by which `--sparsity.target` becomes a budget."""
+    """Costs of the units of a model. They convert `--sparsity.target` to a budget."""
 
     cfg: RunConfig
     skeleton: PreTrainedModel  # the dense model without weights
@@ -37,17 +46,23 @@ class Pricing:
     @property
     def exported_dtype(self) -> str:
         """Dtype of the exported weights, such as bfloat16."""
-        m, published = self.cfg.model, self.skeleton.config.dtype  # None if the config has no dtype
-        own = m.dtype == "float32" and m.device_map is None and published in (torch.bfloat16, torch.float16)
-        return self.cfg.export.dtype or (str(published).removeprefix("torch.") if own else m.dtype)
+        if self.cfg.export.dtype:
+            return self.cfg.export.dtype
+        m = self.cfg.model
+        published = self.skeleton.config.dtype  # None if the config has no dtype
+        # A float32 run of a 16-bit model exports the dtype of the original, unless weights are offloaded.
+        if m.dtype == "float32" and m.device_map is None and published in (torch.bfloat16, torch.float16):
+            return str(published).removeprefix("torch.")
+        return m.dtype
 
     def budget(self) -> Budget:
         """Return the requested budget. Raise UserError if it is impossible."""
-        s, blocks = self.cfg.sparsity, blocks_of(self.skeleton)
-        price = price_from_table(self.speed, blocks) if s.currency == "seconds" else self.priced(s.currency)
-        how = {"protect": s.protect, "uniform": s.uniform_width, "block_share": s.block_share, "price": price}
-        costs = unit_costs(blocks, scope=s.scope, **how)
-        multiple, export = s.width_multiple or best_multiple(self.speed), self.cfg.export
+        s, export, blocks = self.cfg.sparsity, self.cfg.export, blocks_of(self.skeleton)
+        price = price_from_table(self.speed, blocks) if s.currency == "seconds" else self.price_in(s.currency)
+        costs = unit_costs(
+            blocks, scope=s.scope, protect=s.protect, uniform=s.uniform_width, block_share=s.block_share, price=price
+        )
+        multiple = s.width_multiple or best_multiple(self.speed)
         if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:
             raise UserError(
                 f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
@@ -61,38 +76,53 @@ class Pricing:
 
     @property
     def narrower_export(self) -> str:
-        """A hint about a flag with which weights need fewer bytes; empty if there is none."""
+        """A hint about a flag that reduces the bytes of the exported weights; empty if there is none."""
         export = self.cfg.export
         if export.format == "gguf":
-            of_type = {"f32": "f16", "f16": "q8_0 --sparsity.width_multiple 32"}.get(export.type)
-            return f"With --export.type {of_type} the weights take about half the bytes" if of_type else ""
-        return (
-            "With --export.dtype bfloat16 the weights take half the bytes" if self.exported_dtype == "float32" else ""
-        )
+            narrower_type = {"f32": "f16", "f16": "q8_0 --sparsity.width_multiple 32"}.get(export.type)
+            return f"With --export.type {narrower_type} the weights take about half the bytes" if narrower_type else ""
+        if self.exported_dtype == "float32":
+            return "With --export.dtype bfloat16 the weights take half the bytes"
+        return ""
 
-    def priced(self, currency: str) -> Price:
-        """Return costs in a registered currency; for `bytes`, in 1/16 byte of the export."""
-        blocks, export = blocks_of(self.skeleton), self.cfg.export
-        size = getattr(torch, self.exported_dtype).itemsize * HALF_BITS
-        matrix, vector = (int(2 * TYPES[export.type]), 64) if export.format == "gguf" else (size, size)
-        of_bytes = partial(parameter_costs, weight=lambda p: matrix if p.ndim > 1 else vector)
+    def price_in(self, currency: str) -> Price:
+        """Return the costs of units in a registered currency, or for `bytes` in half bits (1/16 byte) of the export."""
+        blocks = blocks_of(self.skeleton)
+        cost = self._exported_bytes if currency == "bytes" else COST[currency]
         needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
         with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):
-            costs = (of_bytes if currency == "bytes" else COST[currency])(self.skeleton, blocks)
+            costs = cost(self.skeleton, blocks)
             return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
+
+    def _exported_bytes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Costs:
+        """Return the cost of units in half bits of the export. GGUF files store vectors as float32."""
+        export = self.cfg.export
+        if export.format == "gguf":
+            of_matrix, of_vector = int(2 * TYPES[export.type]), 4 * HALF_BITS
+        else:
+            of_matrix = of_vector = getattr(torch, self.exported_dtype).itemsize * HALF_BITS
+        return parameter_costs(model, blocks, weight=lambda p: of_matrix if p.ndim > 1 else of_vector)
 
     @cached_property
     def speed(self) -> Table | None:
-        """Latency table of this machine at the `--speed` settings: measured if needed, else from the cache, or None."""
-        cfg, most = self.cfg, getattr(self.skeleton.config, "max_position_embeddings", math.inf)
+        """Latency table of this machine at the `--speed` settings.
+
+        It is measured if the budget or an output needs it. Otherwise it is read from the cache; None if the cache has
+        no table.
+
+        Raises:
+            UserError: if the table has to be measured, but the model has too few positions, or there is no device.
+        """
+        cfg, positions = self.cfg, getattr(self.skeleton.config, "max_position_embeddings", math.inf)
         length, measure = cfg.speed.prompt + cfg.speed.generate, bool(cfg.latency_table_flag)
-        if measure and length > most:
+        if measure and length > positions:
             raise UserError(
-                f"--speed.prompt and --speed.generate must add up to at most {most:,} positions; got {length:,}."
+                f"--speed.prompt and --speed.generate must add up to at most {positions:,} positions; got {length:,}."
             )
         if measure and not self.device_available:
             raise UserError(f"{cfg.latency_table_flag} needs a GPU in this machine to measure on.")
-        with multiplying(cfg.trainer.float32_matmul_precision):
-            dtype, setting = getattr(torch, cfg.model.dtype), cfg.speed.workload()
-            how = {"measure": measure, "again": cfg.speed.measure, "own": Path(cfg.folder) / SPEED_TABLE}
-            return speed_table(self.skeleton, self.device, dtype, setting, **how)
+        with matmul_precision(cfg.trainer.float32_matmul_precision):
+            return speed_table(
+                self.skeleton, self.device, getattr(torch, cfg.model.dtype), cfg.speed.workload(), measure=measure,
+                again=cfg.speed.measure, own=Path(cfg.folder) / SPEED_TABLE,
+            )  # fmt: skip

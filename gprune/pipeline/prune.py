@@ -32,7 +32,7 @@ from gprune.pipeline.quality import quality_entries, with_learning_budget, with_
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import open_run
 from gprune.pipeline.save import save
-from gprune.pipeline.sparsity import base_masks, learn_sparsity, meet_budget, score, without_blocks
+from gprune.pipeline.sparsity import base_masks, learn_sparsity, meet_budget, remove_blocks, score
 from gprune.pipeline.summary import summarise, write_pages
 from gprune.runs.results import PruningResult
 
@@ -58,12 +58,12 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
         raise UserError("--dry_run must be false for gprune.prune; got true. Use `python train.py --dry_run true`.")
     with open_run(cfg, callbacks, logger) as run:  # plan, model, tokenizer, text, blocks, budget
         modules = thresholds = None
-        if cfg.final == "model":  # --model.made_elsewhere: evaluated, and optionally distilled
+        if cfg.final == "model":  # with --model.made_elsewhere the model is evaluated, and optionally distilled
             statistics, masks = {}, {"model": Masks([], [])}
         else:
             statistics = calibrate(run)  # 1
             scores = score(run, statistics)  # 2
-            run = without_blocks(run, statistics)
+            run = remove_blocks(run, statistics)
             masks_of = base_masks(run, statistics, scores)  # stage -> masks as a function of the budget
             if cfg.gprune:
                 drift = measure_drift(run, statistics)  # 3
@@ -75,23 +75,22 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
             thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:
             evaluate(run, statistics, masks)  # all rows without recovery
-        final = masks[run.cfg.final]
-        own_masks = None if cfg.final == "model" else final
-        made = "Pruning" if own_masks else f"Reading {cfg.model.made_elsewhere}"
-        run.step(9, made if cfg.recovery == "none" else f"{made} and recovering")
+        final_masks = None if cfg.final == "model" else masks[cfg.final]
+        action = "Pruning" if final_masks else f"Reading {cfg.model.made_elsewhere}"
+        run.step(9, action if cfg.recovery == "none" else f"{action} and recovering")
         with run.folder.step("shrink"):
-            pruned = shrink(run, final, statistics)
-        first, summary = rank_zero_only.rank == 0, {}
-        if first:
+            pruned = shrink(run, masks[cfg.final], statistics)
+        is_rank_zero, summary = rank_zero_only.rank == 0, {}
+        if is_rank_zero:
             save(run, pruned, masks)
         records = evaluate(run, statistics, masks, pruned)  # 10
-        if first:
-            summary = summarise(run, records, own_masks, pruned, modules, quality_entries(run, records))
+        if is_rank_zero:
+            summary = summarise(run, records, final_masks, pruned, modules, quality_entries(run, records))
             with optional_output("report.html", f"`gprune report {run.folder.path}` writes it"):
                 write_pages(run)
-        known = run.cfg.own_row == ("model", "none")  # the user has this model already
-        small, tokenizer = (None, None) if known else (to_portable(pruned), run.tokenizer)
+        user_has_model = cfg.own_row == ("model", "none")
         return PruningResult(
-            path=run.folder.path, config=run.cfg, masks=own_masks, modules=modules, thresholds=thresholds,
-            statistics=statistics, records=records, summary=summary, model=small, tokenizer=tokenizer,
+            path=run.folder.path, config=run.cfg, masks=final_masks, modules=modules, thresholds=thresholds,
+            statistics=statistics, records=records, summary=summary,
+            model=None if user_has_model else to_portable(pruned), tokenizer=None if user_has_model else run.tokenizer,
         )  # fmt: skip

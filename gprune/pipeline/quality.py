@@ -27,27 +27,27 @@ from gprune.evaluation.perplexity import PerplexityResult
 from gprune.evaluation.tolerance import largest_share
 from gprune.models.masks import Masks
 from gprune.pipeline.cost import LEARNED_TRIES, TRIES
-from gprune.pipeline.evaluate import dense_perplexity, measure_perplexity, spread
-from gprune.pipeline.recover import Stage, learned_file, shrink
+from gprune.pipeline.evaluate import dense_perplexity, measure_perplexity, shard_if_requested
+from gprune.pipeline.recover import learned_file, shrink
 from gprune.pipeline.run import Run
 from gprune.pipeline.sparsity import MasksOf
 from gprune.recoveries import recovery_of
 from gprune.runs import schema
 from gprune.runs.folder import broadcast
-from gprune.runs.numbers import Record, estimates, row_name
+from gprune.runs.numbers import Record, Stage, estimates, row_name
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.search import SearchResult, find_largest_cut
 from gprune.storage.files import content_hash, read_json, write_json
 
 log = logging.getLogger("gprune")
 FILE = "quality.json"
-TOLERATED = 3, 10  # percent of perplexity above dense
-FIRST = 0.1  # sparsity of the first trial
+TOLERATED_PERCENT = 3, 10  # percent of perplexity above dense
+FIRST_SPARSITY = 0.1  # sparsity of the first trial
 EXPONENT = 1.5  # assumed exponent of log perplexity in the sparsity, until two models are measured
 # Tolerance of the search: a share of the requested rise, and of the dense perplexity. The curve of SmolLM2 fluctuates
 # by 0.001 from one neuron to the next.
-UNUSED = 0.05, 0.002
-UNUSED_LEARNED = 0.1, 0.005  # if each model has to be trained
+TOLERANCE = 0.05, 0.002
+TRAINED_TOLERANCE = 0.1, 0.005  # if each model has to be trained
 
 
 class Trials:
@@ -59,25 +59,32 @@ class Trials:
     """
 
     def __init__(self, run: Run, statistics: Mapping[str, CorpusStatistics]):
-        self.run, self.statistics, self.asked = run, statistics, run.cfg.sparsity.quality
+        self.run, self.statistics = run, statistics
+        self.requested_rise = run.cfg.sparsity.quality  # relative rise of perplexity, such as 0.03
         self.file = run.folder / FILE
-        known = read_json(self.file, run=run.folder.key, check=schema.QualityTrials.problem) or {}
-        self.measured: dict[str, list[dict[str, Any]]] = broadcast(known.get("measured", {}))
+        stored = self._stored()
+        self.measured: dict[str, list[dict[str, Any]]] = broadcast(stored.get("measured", {}))
         self.trained: dict[str, Masks] = {}  # key -> masks of trials that are trained, in order
         with run.folder.step("quality"):
-            model = spread(run, run.model)
+            model = shard_if_requested(run, run.model)
             self.dense = [
                 dense_perplexity(run, model, w, "dense", measure=measure_perplexity) for w in run.text.development
             ]
         self.step = run.budget.step
-        self.most = math.ceil(run.budget.target / self.step)
+        self.max_cut = math.ceil(run.budget.target / self.step)
 
     def budget(self, cut: int) -> Budget:
         """Return the budget of `cut` smallest steps, at most the largest budget."""
         return self.run.budget.removing(min(cut * self.step, self.run.budget.target))
 
     def results(self, masks: Masks, row: Stage, budget: Budget) -> list[PerplexityResult]:
-        """Return the perplexity of a recovered model on each development text, measured or from an earlier trial."""
+        """Return the perplexity of a recovered model on each development text, measured or from an earlier trial.
+
+        Args:
+            masks: masks of the model.
+            row: (stage, recovery).
+            budget: the budget that the masks meet, for logs.
+        """
         run, key = self.run, f"{row[1]} {content_hash(masks.tensors())}"
         learns = recovery_of(row[1]).learns
         if learns:
@@ -86,7 +93,7 @@ class Trials:
             name = f"{row_name(*row)} less {budget.target:,}"
             with run.folder.step("quality"), run.folder.part(name):
                 trial = list(self.trained).index(key) if learns else None
-                model = spread(run, shrink(run, masks, self.statistics, row=row, trial=trial))
+                model = shard_if_requested(run, shrink(run, masks, self.statistics, row=row, trial=trial))
                 run.meter.watch(model)
                 results = [measure_perplexity(run, model, w, name) for w in run.text.development]
             self.measured[key] = [{n: v for n, v in vars(r).items() if v is not None} for r in results]
@@ -99,18 +106,26 @@ class Trials:
     def write(self, **entries: Any) -> None:
         """Add entries to `quality.json`, unless the run is finished."""
         if not self.run.folder.finished:
-            known = read_json(self.file, run=self.run.folder.key, check=schema.QualityTrials.problem) or {}
-            write_json(self.file, known | entries, run=self.run.folder.key)
+            write_json(self.file, self._stored() | entries, run=self.run.folder.key)
+
+    def _stored(self) -> dict[str, Any]:
+        """Return the content of `quality.json`; empty if it is missing, invalid, or of another run."""
+        return read_json(self.file, run=self.run.folder.key, check=schema.QualityTrials.problem) or {}
 
     def rise(self, results: Sequence[PerplexityResult]) -> float:
         """Return the log of the ratio to dense: the mean over corpora of the difference in nats per token."""
-        return sum(r.nll - d.nll for r, d in zip(results, self.dense, strict=True)) / len(self.dense)
+        differences = [result.nll - dense.nll for result, dense in zip(results, self.dense, strict=True)]
+        return sum(differences) / len(self.dense)
 
     def interval(self, results: Sequence[PerplexityResult]) -> tuple[float, float, float]:
-        """Return exp of `rise` with its paired 95 % interval over windows."""
+        """Return the ratio to dense with its paired 95 % interval over windows: (ratio, lower, upper)."""
         text = self.run.text.development
-        own, dense = ({w.corpus: r.window_nll for w, r in zip(text, of, strict=True)} for of in (results, self.dense))
-        return paired_ratio(own, dense, text[0].tokens.shape[1] - 1)
+
+        def by_corpus(results: Sequence[PerplexityResult]) -> dict[str, list[float]]:
+            return {w.corpus: result.window_nll for w, result in zip(text, results, strict=True)}
+
+        predicted_tokens = text[0].tokens.shape[1] - 1  # of a window
+        return paired_ratio(by_corpus(results), by_corpus(self.dense), predicted_tokens)
 
     def search(
         self, row: Stage, masks_of: MasksOf, *, after: SearchResult | None = None, expected: float | None = None
@@ -121,34 +136,42 @@ class Trials:
             row: (stage, recovery).
             masks_of: masks of the stage as a function of the budget.
             after: an earlier search with similar models; this search starts at its result.
-            expected: the rise that is expected there.
+            expected: predicted rise of the first cut.
         """
         learns = recovery_of(row[1]).learns
-        share, of_dense = UNUSED_LEARNED if learns else UNUSED
+        of_rise, of_dense = TRAINED_TOLERANCE if learns else TOLERANCE
 
         def rise(cut: int) -> float:
             budget = self.budget(cut)
             return self.rise(self.results(masks_of(budget), row, budget))
 
-        begun = after is not None and after.best is not None
-        first = after.best.cut if begun else round(FIRST * self.run.budget.costs.total / self.step)
+        if after is not None and after.best is not None:
+            first, exponent = after.best.cut, after.exponent(EXPONENT)
+        else:
+            first, exponent = round(FIRST_SPARSITY * self.run.budget.costs.total / self.step), EXPONENT
         return find_largest_cut(
-            rise, math.log1p(self.asked), self.most, first=first, expected=expected,
-            exponent=after.exponent(EXPONENT) if begun else EXPONENT, unused=min(share, of_dense / self.asked),
-            tries=LEARNED_TRIES if learns else TRIES,
+            rise, math.log1p(self.requested_rise), self.max_cut, first=first, expected=expected, exponent=exponent,
+            unused=min(of_rise, of_dense / self.requested_rise), tries=LEARNED_TRIES if learns else TRIES,
         )  # fmt: skip
 
-    def controls(self, masks_of: Mapping[str, MasksOf]) -> dict[str, SearchResult]:
-        """Search for all controls, `averaged` first. Thresholds are learned at the sparsity of the first one."""
+    def search_controls(self, masks_of: Mapping[str, MasksOf]) -> dict[str, SearchResult]:
+        """Search for all controls, `averaged` first. Thresholds are learned at the sparsity of the first one.
+
+        Args:
+            masks_of: masks of each stage as a function of the budget.
+
+        Returns:
+            Searches by stage: of controls in the result table, and of the first control if thresholds are learned.
+        """
         cfg = self.run.cfg
         rows = {stage for stage, _ in cfg.stages} - {cfg.final}
         names = [name for name in ("averaged", "base") if name in masks_of and (name in rows or cfg.learns)]
-        names = [name for i, name in enumerate(names) if name in rows or i == 0]
-        found: dict[str, SearchResult] = {}
-        for name in names:
-            row = name, cfg.training_free_recovery
-            found[name] = self.search(row, masks_of[name], after=next(iter(found.values()), None))
-        return found
+        searches: dict[str, SearchResult] = {}
+        for position, name in enumerate(names):
+            if name in rows or position == 0:
+                first_search = next(iter(searches.values()), None)
+                searches[name] = self.search((name, cfg.training_free_recovery), masks_of[name], after=first_search)
+        return searches
 
 
 def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
@@ -161,9 +184,9 @@ def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], m
         return run
     run.step(7, "Finding the share at which sparsity is learned")
     trials = Trials(run, statistics)
-    first = "averaged" if "averaged" in masks_of else "base"
-    best = trials.search((first, cfg.training_free_recovery), masks_of[first]).best
-    return run.within(trials.budget(best.cut if best else 1))
+    first_control = "averaged" if "averaged" in masks_of else "base"
+    best = trials.search((first_control, cfg.training_free_recovery), masks_of[first_control]).best
+    return run.with_budget(trials.budget(best.cut if best else 1))
 
 
 def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
@@ -177,59 +200,65 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
         return run
     run.step(8, "Finding the share that keeps the quality")
     trials = Trials(run, statistics)
-    final, unlearned = masks_of[cfg.final], (cfg.final, cfg.training_free_recovery)
-    controls = trials.controls(masks_of)
-    found = searched = trials.search(unlearned, final, after=next(iter(controls.values()), None))
-    if unlearned != cfg.own_row:
-        expected = searched.best.rise if searched.best else None
-        found = trials.search(cfg.own_row, final, after=searched, expected=expected)
+    final_masks, unlearned_row = masks_of[cfg.final], (cfg.final, cfg.training_free_recovery)
+    controls = trials.search_controls(masks_of)
+    unlearned = trials.search(unlearned_row, final_masks, after=next(iter(controls.values()), None))
+    found = unlearned
+    if unlearned_row != cfg.own_row:
+        expected = unlearned.best.rise if unlearned.best else None
+        found = trials.search(cfg.own_row, final_masks, after=unlearned, expected=expected)
     if found.best is None:
-        least = trials.budget(1)
-        worse = trials.interval(trials.results(final(least), cfg.own_row, least))[0]
-        removed = f"{least.costs.removed(final(least)):,} {s.currency.replace('_', ' ')}"
+        smallest = trials.budget(1)
+        ratio, _, _ = trials.interval(trials.results(final_masks(smallest), cfg.own_row, smallest))
+        removed = f"{smallest.costs.removed(final_masks(smallest)):,} {s.currency.replace('_', ' ')}"
         raise UserError(
-            f"--sparsity.target must be above {_percent(worse)}, the change of development perplexity by the smallest "
+            f"--sparsity.target must be above {_percent(ratio)}, the change of development perplexity by the smallest "
             f"cut ({removed}); got {s.target}."
         )
-    rows = {(name, unlearned[1]): one for name, one in controls.items()} | {unlearned: searched, cfg.own_row: found}
-    listed = [stage for stage, _ in cfg.stages]
-    same = [_needed(trials, row, one, masks_of[row[0]]) for row, one in rows.items() if row[0] in listed]
-    reached = {"asked": s.quality, "largest": found.best.cut == trials.most, "rows": same}
-    if reached["largest"]:
+    searches = {(stage, cfg.training_free_recovery): search for stage, search in controls.items()}
+    searches |= {unlearned_row: unlearned, cfg.own_row: found}
+    stages = [stage for stage, _ in cfg.stages]
+    sizes = [
+        _size_of_row(trials, row, search, masks_of[row[0]]) for row, search in searches.items() if row[0] in stages
+    ]
+    is_largest = found.best.cut == trials.max_cut
+    if is_largest:
         log.warning("Even the largest possible cut keeps the target %s of development perplexity.", s.target)
-    trials.write(reached=reached)
-    _forget(trials, found, final)
-    return run.within(trials.budget(found.best.cut))
+    trials.write(reached={"asked": s.quality, "largest": is_largest, "rows": sizes})
+    _remove_other_trials(trials, found, final_masks)
+    return run.with_budget(trials.budget(found.best.cut))
 
 
-def _needed(trials: Trials, row: Stage, found: SearchResult, masks_of: MasksOf) -> dict[str, Any]:
-    """Return how many parameters a row keeps at the requested quality (`schema.SameQuality`)."""
+def _size_of_row(trials: Trials, row: Stage, found: SearchResult, masks_of: MasksOf) -> dict[str, Any]:
+    """Return how many parameters a row needs for the requested quality (`schema.SameQuality`)."""
     run, name = trials.run, row_name(*row)
     if found.best is None:
         return {"row": name, "models": len(found.points)}
     budget = trials.budget(found.best.cut)
     masks = masks_of(budget)
-    units = run.budget.costs.in_parameters
-    got, low, high = trials.interval(trials.results(masks, row, budget))
-    predicted = found.best.predicted
+    removed_parameters = run.budget.costs.in_parameters.removed(masks)
+    ratio, low, high = trials.interval(trials.results(masks, row, budget))
+    predicted_rise = found.best.predicted
     return {
         "row": name,
         "models": len(found.points),
         "share": run.budget.costs.removed(masks) / run.budget.costs.total,
-        "parameters": run.model.num_parameters() - units.removed(masks),
-        "predicted": None if predicted is None else math.exp(predicted),
-        "got": got,
+        "parameters": run.model.num_parameters() - removed_parameters,
+        "predicted": None if predicted_rise is None else math.exp(predicted_rise),
+        "got": ratio,
         "low": low,
         "high": high,
     }
 
 
-def _forget(trials: Trials, found: SearchResult, masks_of: MasksOf) -> None:
-    """Remove the learned tensors of trials that are not the result."""
-    run, name = trials.run, trials.run.cfg.recovery
-    own = learned_file(masks_of(trials.budget(found.best.cut)), name)
-    for path in {learned_file(masks, name) for masks in trials.trained.values()} - {own}:
-        for file in (run.folder / path).parent.glob(f"{(run.folder / path).name}-*.safetensors"):
+def _remove_other_trials(trials: Trials, found: SearchResult, masks_of: MasksOf) -> None:
+    """Remove the files with learned tensors of trials that are not the result."""
+    run, recovery = trials.run, trials.run.cfg.recovery
+    result = learned_file(masks_of(trials.budget(found.best.cut)), recovery)
+    prefixes = {learned_file(masks, recovery) for masks in trials.trained.values()}
+    for prefix in prefixes - {result}:
+        path = run.folder / prefix
+        for file in path.parent.glob(f"{path.name}-*.safetensors"):
             file.unlink(missing_ok=True)
 
 
@@ -248,16 +277,16 @@ def tolerated_shares(run: Run) -> dict[str, Any] | None:
     They are interpolated on the curve that was measured after learning; None without a curve.
     """
     curve = run.folder.manifest.get("learning", {}).get("development_perplexity_by_sparsity") or {}
-    means = {float(share): geometric_mean(of.values()) for share, of in curve.items() if of}
-    shares = {percent: largest_share(means, 1 + percent / 100) for percent in TOLERATED}
+    means = {float(share): geometric_mean(by_corpus.values()) for share, by_corpus in curve.items() if by_corpus}
+    shares = {percent: largest_share(means, 1 + percent / 100) for percent in TOLERATED_PERCENT}
     if None in shares.values():
         return None
-    (least, first), *others = shares.items()
-    words = [f"within {least} % of dense up to {first} of {run.cfg.sparsity.scope}"]
-    words += [f"within {percent} % up to {share}" for percent, share in others if share != first]
-    unrecovered = "" if run.cfg.recovery == "none" else ", under masks without recovery"
-    said = f"Development perplexity stays {', '.join(words)}{unrecovered}."
-    return {"said": said, "shares": {str(p): share.value for p, share in shares.items()}}
+    (lowest_percent, lowest_share), *others = shares.items()
+    limits = [f"within {lowest_percent} % of dense up to {lowest_share} of {run.cfg.sparsity.scope}"]
+    limits += [f"within {percent} % up to {share}" for percent, share in others if share != lowest_share]
+    condition = "" if run.cfg.recovery == "none" else ", under masks without recovery"
+    sentence = f"Development perplexity stays {', '.join(limits)}{condition}."
+    return {"said": sentence, "shares": {str(percent): share.value for percent, share in shares.items()}}
 
 
 def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any] | None:
@@ -268,21 +297,26 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any] | Non
     if not run.cfg.sparsity.quality:
         return None
     reached = read_json(run.folder / FILE, run=run.folder.key, check=schema.QualityTrials.problem)["reached"]
-    own, unseen = reached["rows"][-1], estimates(records, run.cfg.own_row, None)["unseen_over_dense"]
-    numbers = {name: own[name] for name in ("predicted", "got", "low", "high", "share")}
-    got = f"{_percent(own['got'])} [{_percent(own['low'])}, {_percent(own['high'])}]"
-    said = [f"Quality: asked at most {run.cfg.sparsity.target} of dense perplexity on development text"]
-    said += [f"predicted {_percent(own['predicted'])}"] if own["predicted"] else []
-    said += [f"got {got}"]
+    main_row = reached["rows"][-1]
+    numbers = {name: main_row[name] for name in ("predicted", "got", "low", "high", "share")}
+    phrases = [f"Quality: asked at most {run.cfg.sparsity.target} of dense perplexity on development text"]
+    if main_row["predicted"]:
+        phrases.append(f"predicted {_percent(main_row['predicted'])}")
+    phrases.append(f"got {_percent_with_interval(main_row['got'], main_row['low'], main_row['high'])}")
+    unseen = estimates(records, run.cfg.own_row, None)["unseen_over_dense"]
     if unseen is not None:
         numbers |= {"unseen": unseen.value, "unseen_low": unseen.low, "unseen_high": unseen.high}
-        ends = _percent(unseen.low), _percent(unseen.high)
-        said += [f"on unseen text {_percent(unseen.value)} [{ends[0]}, {ends[1]}]"]
+        phrases.append(f"on unseen text {_percent_with_interval(unseen.value, unseen.low, unseen.high)}")
     limit = "; the largest possible cut" if reached["largest"] else ""
-    removed = f"removed {own['share']:.2%} of {run.cfg.sparsity.scope}{limit}"
-    return reached | numbers | {"said": f"{', '.join([*said, removed])}."}
+    phrases.append(f"removed {main_row['share']:.2%} of {run.cfg.sparsity.scope}{limit}")
+    return reached | numbers | {"said": f"{', '.join(phrases)}."}
 
 
 def _percent(ratio: float) -> str:
     """Format a ratio to dense as a signed percentage."""
     return f"{100 * (ratio - 1):+.2f}%"
+
+
+def _percent_with_interval(ratio: float, low: float, high: float) -> str:
+    """Format a ratio to dense and its interval as signed percentages: +1.00% [+0.50%, +1.50%]."""
+    return f"{_percent(ratio)} [{_percent(low)}, {_percent(high)}]"

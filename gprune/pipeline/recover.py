@@ -27,10 +27,9 @@ from gprune.pipeline import elsewhere
 from gprune.pipeline.run import Run
 from gprune.recoveries import Material, recovery_of
 from gprune.recoveries.contract import Revise, apply_tune
+from gprune.runs.numbers import Stage
 from gprune.stages.callbacks import BestWeights
 from gprune.storage.files import content_hash
-
-Stage = tuple[str, str]  # row of the result table: (stage whose masks are used, recovery)
 
 
 @torch.no_grad()
@@ -40,8 +39,8 @@ def shrink(
 ) -> PreTrainedModel:  # fmt: skip
     """Return a pruned copy of the dense model, after recovery.
 
-    An offloaded model is written to the cache block by block, and the copy is loaded like the model. With DDP every
-    process computes the whole copy, with the same bits.
+    If the model is offloaded, the copy is written to the cache block by block, and then loaded with the same
+    arguments. With DDP every process computes the whole copy, with the same bits.
 
     Args:
         run: the run.
@@ -55,43 +54,53 @@ def shrink(
     free_memory(run.plan.device)
     row = row or run.cfg.own_row
     material = material_of(run, masks, statistics, row, trial)
-    name, method = row[1], recovery_of(row[1], run.cfg.recovery_settings)
-    revise = method.revise(material)
+    name = row[1]
+    recovery = recovery_of(name, run.cfg.recovery_settings)
+    revise = recovery.revise(material)
     if run.cfg.final == "model":
-        small, _ = elsewhere.load_other(run.cfg, run.plan.device)
+        pruned, _ = elsewhere.load_model_made_elsewhere(run.cfg, run.plan.device)
         if name == "none":
-            return small
+            return pruned
     elif is_offloaded(run.model):
         # A model that is trained has to be in memory on one device.
-        small = _slice_to_files(run, masks, revise, {} if method.learns else placement(run))
+        pruned = _slice_to_files(run, masks, revise, {} if recovery.learns else placement(run))
     else:
-        small = _slice_in_memory(run, masks, revise)
-    counted = run.meter.watch(small)
+        pruned = _slice_in_memory(run, masks, revise)
+    counting = run.meter.watch(pruned)
     # Random numbers of a recovery must not depend on earlier work: calibration, another row, an earlier session.
     torch.manual_seed(run.cfg.run.seed)
     with torch.enable_grad():  # a recovery may train the model
-        small = apply_tune(name, material, small)
-    counted.remove()
-    return small
+        pruned = apply_tune(name, material, pruned)
+    counting.remove()
+    return pruned
 
 
 def _slice_in_memory(run: Run, masks: Masks, revise: Revise | None) -> PreTrainedModel:
-    small = prune(run.model, masks)
+    """Return a pruned copy of the dense model, after `revise` of each kept block."""
+    pruned = prune(run.model, masks)
     if revise is not None:
-        stay = [dense for dense, kept in zip(run.blocks, masks.blocks, strict=True) if kept]
-        for dense, block in zip(stay, blocks_of(small), strict=True):
-            revise(dense, block)
-    return small
+        kept_blocks = [block for block, kept in zip(run.blocks, masks.blocks, strict=True) if kept]
+        for dense_block, block in zip(kept_blocks, blocks_of(pruned), strict=True):
+            revise(dense_block, block)
+    return pruned
 
 
-def _slice_to_files(run: Run, masks: Masks, revise: Revise | None, where: dict[str, Any]) -> PreTrainedModel:
+def _slice_to_files(run: Run, masks: Masks, revise: Revise | None, load_arguments: dict[str, Any]) -> PreTrainedModel:
+    """Return a pruned copy of an offloaded model. Its files are removed when the copy is garbage-collected.
+
+    Args:
+        run: the run.
+        masks: keep masks.
+        revise: recovery of each block, if there is one.
+        load_arguments: arguments of `load_weights`, such as `device_map`.
+    """
     with ExitStack() as removal:
         folder = removal.enter_context(offload_folder())
         save_pruned(prune_to_files(run.model, masks, folder / "blocks", revise), None, folder / "model")
         shutil.rmtree(folder / "blocks")
-        small = load_weights(folder / "model", dtype=getattr(torch, run.cfg.model.dtype), **where)
-        weakref.finalize(small, removal.pop_all().close)
-    return small
+        pruned = load_weights(folder / "model", dtype=getattr(torch, run.cfg.model.dtype), **load_arguments)
+        weakref.finalize(pruned, removal.pop_all().close)
+    return pruned
 
 
 def placement(run: Run) -> dict[str, Any]:
@@ -103,24 +112,28 @@ def placement(run: Run) -> dict[str, Any]:
 def material_of(
     run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], row: Stage, trial: int | None
 ) -> Material:
-    """Return the inputs of a row's recovery: model, masks, and the statistics and text of `corpora.recover`."""
-    cfg, method = run.cfg, recovery_of(row[1])
+    """Return the inputs of a row's recovery: model, masks, and the statistics and text of `corpora.recover`.
+
+    Statistics and text are only included if the recovery needs them.
+    """
+    cfg, recovery = run.cfg, recovery_of(row[1])
     corpora = cfg.corpora.recover
+    # The tokens of the teacher are counted once in a run: in the main row or, if there are trials, in the first trial.
+    counts_teacher = row == cfg.own_row if trial is None else trial == 0
     return Material(
         run.model,
         masks,
         ridge=cfg.ridge,
-        statistics=pool_statistics(statistics[corpus] for corpus in corpora) if method.needs - {"text"} else None,
-        text=[run.text.train[corpus] for corpus in corpora] if "text" in method.needs else (),
+        statistics=pool_statistics(statistics[corpus] for corpus in corpora) if recovery.needs - {"text"} else None,
+        text=[run.text.train[corpus] for corpus in corpora] if "text" in recovery.needs else (),
         batch_size=cfg.corpora.batch_size,
         count=run.meter.add,
-        fresh=run.text.fresh if method.learns else (),
+        fresh=run.text.fresh if recovery.learns else (),
         settings=cfg.recovery_settings,
         fit=fit_once(run, learned_file(masks, row[1]), row, trial),
         shard=cfg.model.shard,
         teacher_states=run.cached_teacher_states,
-        # The teacher's tokens are counted once: in the first trial or, without trials, in the main row.
-        already_counted=trial > 0 if trial is not None else row != cfg.own_row,
+        already_counted=not counts_teacher,
     )
 
 
@@ -132,10 +145,16 @@ def learned_file(masks: Masks, recovery: str) -> str:
 def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Callable[..., None]:
     """Return the function `Material.fit` of one pruned model, which trains each stage once, even over several sessions.
 
-    Learned tensors are stored in the run folder, and loaded when the recovery is repeated. Files have the prefix `path`
-    and a number in the order of calls, which is the same in each session.
+    Learned tensors are stored in the run folder, and loaded when the recovery is repeated.
+
+    Args:
+        run: the run.
+        path: prefix of the files. It is followed by the stage's class and the number of the call, which is the same in
+            each session.
+        row: (stage, recovery).
+        trial: as in `shrink`.
     """
-    calls, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
+    call_numbers, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
     logged_row = row[0] if trial is None else f"{row[0]} trial {trial + 1}"
 
     def fit(
@@ -160,11 +179,12 @@ def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Calla
                 f"Arguments of material.fit must be among batch_size, clip, accumulate, keep; got {', '.join(unknown)}."
                 " A stage trains for one epoch; --distill.tokens sets how much text it has."
             )
-        number, strategy = next(calls), t.strategy
-        name = f"{path}-{type(stage).__name__}-{number}".removesuffix("-0")
+        name = f"{path}-{type(stage).__name__}-{next(call_numbers)}".removesuffix("-0")
+        strategy = t.strategy
         if run.cfg.model.shard and is_overridden("configure_model", stage):  # the stage shards the trained model
             strategy = ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
-        if (learned := run.folder.read(name)) is None:  # its cost is recorded in the enclosing step
+        learned = run.folder.read(name)
+        if learned is None:  # the cost of training is recorded in the enclosing step
             best = BestWeights() if hasattr(stage, "student") else None
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
@@ -176,7 +196,7 @@ def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Calla
                 best.load_best(stage, keep=keep)
             learned = {key: value.detach().cpu().clone() for key, value in stage.state_dict().items()}
             run.folder.write(name, learned)
-            run.folder.note()
+            run.folder.record_cost()
         stage.load_state_dict(learned)
 
     return fit

@@ -30,13 +30,13 @@ from gprune.evaluation.perplexity import Forecast
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
 from gprune.pipeline import elsewhere
-from gprune.pipeline.cost import caches_teacher, passes, validation_interval
+from gprune.pipeline.cost import caches_teacher, forward_equivalents, validation_interval
 from gprune.pipeline.inputs import Text, load_dense, prepare_text
 from gprune.pipeline.plan import Plan, check
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
-from gprune.runs.tracking import made_loggers, of_row, tracking
-from gprune.runs.trainer import PROFILERS, StageBar, multiplying, plain_interrupts
+from gprune.runs.tracking import construct_loggers, row_metrics, tracking
+from gprune.runs.trainer import PROFILERS, StageBar, matmul_precision, plain_interrupts
 from gprune.runs.user_callbacks import CallbackChecks, UserCallbacks, raise_as_user_error
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
@@ -66,10 +66,14 @@ class TokenMeter:
         return handle
 
     def _count(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Count the tokens of a call of the decoder, as its forward pre-hook."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else next(iter(args), None)
         # A multimodal model passes embeddings (B, T, H) to its language model.
         tokens = ids.numel() if ids is not None else kwargs["inputs_embeds"].shape[:2].numel()
-        self.add(*((0, tokens) if torch.is_grad_enabled() else (tokens, 0)))
+        if torch.is_grad_enabled():
+            self.add(0, tokens)
+        else:
+            self.add(tokens)
 
     def add(self, forward: int, forward_backward: int = 0) -> None:
         """Count tokens that are computed layer by layer, outside `decoder.forward`."""
@@ -78,14 +82,14 @@ class TokenMeter:
 
     def work(self) -> float:
         """Work of this session so far, in tokens of a forward pass."""
-        return passes(self.forward, self.forward_backward)
+        return forward_equivalents(self.forward, self.forward_backward)
 
     def counts(self) -> dict[str, int]:
         """Tokens by kind, in the form of the manifest, including those of the checkpoint that was resumed."""
-        here = {"forward_tokens": self.forward, "forward_backward_tokens": self.forward_backward}
-        return {kind: count + self._earlier[kind] for kind, count in here.items()}
+        of_session = {"forward_tokens": self.forward, "forward_backward_tokens": self.forward_backward}
+        return {kind: count + self._earlier[kind] for kind, count in of_session.items()}
 
-    def take_up(self, earlier: dict[str, int]) -> None:
+    def add_earlier(self, earlier: dict[str, int]) -> None:
         """Add the tokens of an earlier session, which do not count as work of this session."""
         self._earlier.update(earlier)
 
@@ -104,7 +108,7 @@ class Run:
     fingerprint: str  # hash of the dense model
     screen: Screen
     callbacks: UserCallbacks
-    own_text: list[Windows] | None = None  # `text.test` in the tokens of the model of --model.made_elsewhere
+    made_elsewhere_text: list[Windows] | None = None  # `text.test` in the tokens of the model of --model.made_elsewhere
     forecasts: dict[str, list[Forecast]] = field(default_factory=dict)  # hash of windows -> forecasts, if they are kept
     teacher_states: dict[bytes, Tensor] = field(default_factory=dict)  # the cache that `cached_teacher_states` returns
 
@@ -124,10 +128,10 @@ class Run:
     @property
     def cached_teacher_states(self) -> dict[bytes, Tensor] | None:
         """Cache of the teacher's hidden states for all rows; None if they are not cached."""
-        kept = caches_teacher(self.cfg, self.model.config.get_text_config(decoder=True).hidden_size)
-        return self.teacher_states if kept else None
+        hidden_size = self.model.config.get_text_config(decoder=True).hidden_size
+        return self.teacher_states if caches_teacher(self.cfg, hidden_size) else None
 
-    def within(self, budget: Budget) -> Run:
+    def with_budget(self, budget: Budget) -> Run:
         """Return a copy with another budget."""
         return replace(self, plan=replace(self.plan, budget=budget))
 
@@ -161,12 +165,15 @@ class Run:
             kwargs: arguments of the Trainer.
         """
         log.info("%s", what)
-        t, name = self.cfg.trainer, name or what.split()[0].lower()
-        own = self.callbacks.of_stage(stage, role, self.folder / f"checkpoints/{name}")
-        witness = CallbackChecks(
-            lambda how_far: self.folder.update_manifest(stopped={name: how_far}), self.check_weights
-        )
-        callbacks = [*own, witness, *callbacks, StageBar(self.screen, what)]
+        t = self.cfg.trainer
+        name = name or what.split()[0].lower()
+
+        def record_stop(batches: dict[str, int]) -> None:
+            self.folder.update_manifest(stopped={name: batches})
+
+        user_callbacks = self.callbacks.of_stage(stage, role, self.folder / f"checkpoints/{name}")
+        checks = CallbackChecks(record_stop, self.check_weights)
+        callbacks = [*user_callbacks, checks, *callbacks, StageBar(self.screen, what)]
         kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
         kwargs["log_every_n_steps"] = t.log_every_n_steps or kwargs.get("log_every_n_steps", 1)
         return L.Trainer(
@@ -208,8 +215,8 @@ class Run:
         Returns:
             The Trainer and the data, for further validation.
         """
-        cfg, t, limit = self.cfg, self.cfg.trainer, self.cfg.trainer.limit_train_batches
-        saving = Checkpoints(self.folder, name, stage, self.meter, 60 * cfg.run.checkpoint_minutes)
+        cfg, t = self.cfg, self.cfg.trainer
+        checkpoints = Checkpoints(self.folder, name, stage, self.meter, seconds=60 * cfg.run.checkpoint_minutes)
         validates = is_overridden("validation_step", stage) and bool(self.text.development)
         data = CorpusDataModule(
             train=text, validation=self.text.development if validates else (),
@@ -217,19 +224,24 @@ class Run:
             seed=cfg.run.seed,
         )  # fmt: skip
         if validates:
-            windows, accumulate = sum(len(w.tokens) for w in text), kwargs.get("accumulate_grad_batches", 1)
-            batches = validation_interval(cfg, windows, data.batch_size, measured_after, accumulate=accumulate)
-            kwargs["val_check_interval"] = batches[1]
+            windows = sum(len(of_corpus.tokens) for of_corpus in text)
+            accumulate = kwargs.get("accumulate_grad_batches", 1)
+            _, interval = validation_interval(cfg, windows, data.batch_size, measured_after, accumulate=accumulate)
+            kwargs["val_check_interval"] = interval
         learned = {} if control else self.folder.manifest.get("learned_tokens", {})
-        stage.tokens_before = sum(tokens for part, tokens in learned.items() if part != name)
+        stage.tokens_before = sum(tokens for other_stage, tokens in learned.items() if other_stage != name)
+        limit = t.limit_train_batches
+        if limit is not None and limit >= 1:
+            limit = int(limit)  # a number of batches; Lightning reads a float as a share
         trainer = self.trainer(
-            what, stage, name=name, role=role, callbacks=[StepCurves(), *callbacks, saving], precision=t.precision,
-            limit_train_batches=limit if limit is None or limit < 1 else int(limit), max_steps=t.max_steps or -1,
-            fast_dev_run=t.fast_dev_run, inference_mode=False, **kwargs,
+            what, stage, name=name, role=role, callbacks=[StepCurves(), *callbacks, checkpoints], precision=t.precision,
+            limit_train_batches=limit, max_steps=t.max_steps or -1, fast_dev_run=t.fast_dev_run, inference_mode=False,
+            **kwargs,
         )  # fmt: skip
-        if (checkpoint := saving.usable()) is not None:
+        checkpoint = checkpoints.usable()
+        if checkpoint is not None:
             log.info("Resuming from %s; steps that are repeated are counted once", checkpoint)
-        with self.folder.part(name), of_row(self.loggers, row, curves_of(stage), control=control):
+        with self.folder.part(name), row_metrics(self.loggers, row, curves_of(stage), control=control):
             if checkpoint is None and validates:
                 trainer.validate(stage, data, verbose=False)
             trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
@@ -259,11 +271,10 @@ def open_run(
         UserError: if settings, the model or text are invalid; if the folder has a run with other settings, is used by
             another process, or cannot be written; if a callback of the user raises an exception.
     """
-    own, given = UserCallbacks(callbacks, cfg.trainer.callbacks), [logger] if isinstance(logger, Logger) else logger
-    for one in given:
-        require(one, Logger, "Loggers must be objects of lightning.pytorch.loggers.Logger")
-    given = [*given, *made_loggers(cfg.trainer.logger, Path(cfg.folder))]
-    asked, plan = cfg.trainer.precision, check(cfg, own, together=True)
+    user_callbacks = UserCallbacks(callbacks, cfg.trainer.callbacks)
+    user_loggers = _user_loggers(cfg, logger)
+    requested_precision = cfg.trainer.precision
+    plan = check(cfg, user_callbacks, together=True)
     cfg = plan.cfg
     model, tokenizer = load_dense(cfg, plan.device)
     log.info("Reading %d corpora", len({*cfg.train_corpora, *cfg.corpora.evaluate}))
@@ -272,31 +283,57 @@ def open_run(
     meter = TokenMeter()
     meter.watch(model)
     inputs = {"model": fingerprint(model), "text": text.hashes()}
-    own_text = None
+    made_elsewhere_text = None
     if cfg.model.made_elsewhere is not None:
-        own_text, inputs["made_elsewhere"] = elsewhere.prepare(cfg, plan.device, model, tokenizer, text.test)
+        made_elsewhere_text, inputs["made_elsewhere"] = elsewhere.prepare(cfg, plan.device, model, tokenizer, text.test)
     if callbacks:  # identified by class and Lightning's state key
-        inputs["callbacks"] = [f"{type(one).__module__}.{one.state_key}" for one in callbacks]
+        inputs["callbacks"] = [f"{type(callback).__module__}.{callback.state_key}" for callback in callbacks]
     if cfg.latency_table_flag:  # another latency table gives another budget
         inputs["speed"] = key_of(table=plan.pricing.speed)
     settings = cfg.settings() | {"inputs": inputs}
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
-    work = {step: passes(*tokens) for step, tokens in plan.tokens.items()}
-    screen = Screen(work, meter.work)
+    screen = Screen({step: forward_equivalents(*tokens) for step, tokens in plan.tokens.items()}, meter.work)
     with (
         folder.in_use(settings, to_yaml(cfg.resolved())), plain_interrupts(),
-        tracking(folder, cfg, given) as loggers, screen, meter.hooks,
-        multiplying(cfg.trainer.float32_matmul_precision),
+        tracking(folder, cfg, user_loggers) as loggers, screen, meter.hooks,
+        matmul_precision(cfg.trainer.float32_matmul_precision),
     ):  # fmt: skip
         log.info("Run folder: %s", folder.path)
-        if cfg.latency_table_flag and not folder.finished:
-            timed = plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.workload()
-            store_run_table(plan.pricing.speed, speed_key(*timed), folder / SPEED_TABLE)
-        if asked == "auto" and not (folder.finished or folder.manifest.get("precision")):
-            folder.update_manifest(precision={"asked": asked, "because": plan.why_precision})
+        if not folder.finished:
+            _record_machine_choices(folder, plan, requested_precision)
         log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)
         try:
-            yield Run(plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, own, own_text)
+            yield Run(
+                plan,
+                model,
+                tokenizer,
+                text,
+                folder,
+                loggers,
+                meter,
+                inputs["model"],
+                screen,
+                user_callbacks,
+                made_elsewhere_text,
+            )
         except (Exception, SystemExit) as error:
-            raise_as_user_error(error, own)
+            raise_as_user_error(error, user_callbacks)
             raise
+
+
+def _record_machine_choices(folder: RunFolder, plan: Plan, requested_precision: str) -> None:
+    """Write to the folder what depends on the machine: the latency table, and why precision `auto` was resolved so."""
+    cfg = plan.cfg
+    if cfg.latency_table_flag:
+        key = speed_key(plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.workload())
+        store_run_table(plan.pricing.speed, key, folder / SPEED_TABLE)
+    if requested_precision == "auto" and not folder.manifest.get("precision"):
+        folder.update_manifest(precision={"asked": requested_precision, "because": plan.why_precision})
+
+
+def _user_loggers(cfg: RunConfig, logger: Logger | Sequence[Logger]) -> list[Logger]:
+    """Return the loggers of the user: objects from Python, and those of `--trainer.logger`."""
+    from_python = [logger] if isinstance(logger, Logger) else list(logger)
+    for each in from_python:
+        require(each, Logger, "Loggers must be objects of lightning.pytorch.loggers.Logger")
+    return [*from_python, *construct_loggers(cfg.trainer.logger, Path(cfg.folder))]

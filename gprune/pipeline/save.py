@@ -19,24 +19,24 @@ from gprune.models.offload import device_of, free_memory, is_offloaded
 from gprune.pipeline.cost import compared_tokens
 from gprune.pipeline.recover import placement, shrink
 from gprune.pipeline.run import Run
-from gprune.runs.trainer import multiplying
+from gprune.runs.trainer import matmul_precision
 from gprune.sparsity.gates import masked
 from gprune.storage.files import file_hashes
 
 log = logging.getLogger("gprune")
-# Limits for differences between masked and sliced logits, in standard deviations. Sums have the same terms in another
-# order. float32: largest difference. 16-bit types, which round at every step of every block: root mean square. In
-# bfloat16 we measured 0.02 to 0.2 (most in models that pruning has damaged; 1.5e-5 with the same masks in float32). A
-# wrong slice gives about 1.
+# Limits for differences between masked and sliced logits, in standard deviations of the logits. Both models add the
+# same terms in another order. The limit of float32 is for the largest difference. The limits of 16-bit types, which
+# round after every operation, are for the root mean square. In bfloat16 we measured 0.02 to 0.2, largest in models that
+# pruning has damaged, and 1.5e-5 with the same masks in float32. A wrong slice gives about 1.
 LOGIT_LIMIT = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.5}
 
 
 def masked_logits(model: PreTrainedModel, masks: Masks, input_ids: Tensor) -> Tensor:
-    """Logits of the masked model, (B, T, V) float32."""
+    """Return logits of the masked model, (B, T, V) float32, for token ids (B, T)."""
     with masked(model, masks):
         if not is_offloaded(model):
             return model(input_ids=input_ids, use_cache=False).logits.float()
-        walk = Walk(model)  # masks of experts need loaded weights
+        walk = Walk(model)  # layer by layer, because masks of experts need loaded weights
         walk.add(input_ids)
         return next(walk.logits()).float()
 
@@ -54,67 +54,93 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         return
     if run.cfg.final != "model":
         save_masks(run, masks)
-    cfg, folder, manifest = run.cfg, run.folder / "model", run.folder.manifest
-    exports, written = cfg.export.format != "none", manifest.get("exported_dtype", cfg.model.dtype)
-    changed = cfg.export.dtype not in (None, written)  # without the flag a finished export keeps its dtype
-    if "logits" not in manifest or (exports and (changed or manifest.get("model") != file_hashes(folder))):
+    cfg = run.cfg
+    exports = cfg.export.format != "none"
+    if "logits" not in run.folder.manifest or (exports and not _is_exported(run)):
         run.step(9, "Checking the pruned model")
-        with run.folder.step("save_and_check"), multiplying("highest"):  # the precision of the process that reloads it
+        # The process that reloads the model has this precision of matrix products.
+        with run.folder.step("save_and_check"), matmul_precision("highest"):
             checks = {} if cfg.final == "model" else check_slices(run, pruned, masks[cfg.final])
             if exports:
-                dtype = run.plan.pricing.exported_dtype
-                save_pruned(pruned, run.tokenizer, folder, overwrite=True, dtype=getattr(torch, dtype))
-                checks["sliced_minus_reloaded"] = check_reload(
-                    pruned, folder, checked_tokens(run), dtype=getattr(torch, dtype), **placement(run)
-                )
-                run.folder.update_manifest(model=file_hashes(folder), replace=True, exported_dtype=dtype)
+                checks["sliced_minus_reloaded"] = _export_and_reload(run, pruned)
         run.folder.update_manifest(logits=checks)
     gguf = run.folder / f"model-{cfg.export.type}.gguf"
     if cfg.export.format == "gguf" and not gguf.exists():
         log.info("Writing %s and comparing it with llama.cpp", gguf)
         with run.folder.step("export_gguf"):
-            export(folder, gguf, type=cfg.export.type)
+            export(run.folder / "model", gguf, type=cfg.export.type)
+
+
+def _is_exported(run: Run) -> bool:
+    """Return whether `model/` has the unchanged files of an earlier session, in the requested dtype."""
+    manifest = run.folder.manifest
+    written_dtype = manifest.get("exported_dtype", run.cfg.model.dtype)
+    if run.cfg.export.dtype not in (None, written_dtype):  # without the flag a finished export keeps its dtype
+        return False
+    return manifest.get("model") == file_hashes(run.folder / "model")
+
+
+def _export_and_reload(run: Run, pruned: PreTrainedModel) -> float:
+    """Write `model/` with the tokenizer, and return the difference of its reloaded logits from those of the model."""
+    folder, dtype = run.folder / "model", run.plan.pricing.exported_dtype
+    save_pruned(pruned, run.tokenizer, folder, overwrite=True, dtype=getattr(torch, dtype))
+    difference = check_reload(pruned, folder, checked_tokens(run), dtype=getattr(torch, dtype), **placement(run))
+    run.folder.update_manifest(model=file_hashes(folder), replace=True, exported_dtype=dtype)
+    return difference
 
 
 def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
-    """Write the masks of every stage. Masks of an earlier session must be equal."""
-    for name, of_stage in masks.items():
-        if (before := run.folder.read(f"masks/{name}")) is None:
-            run.folder.write(f"masks/{name}", of_stage.tensors())
-        elif Masks.from_tensors(before) != of_stage:
+    """Write the masks of every stage. Raise UserError if an earlier session has written other masks."""
+    for name, stage_masks in masks.items():
+        earlier = run.folder.read(f"masks/{name}")
+        if earlier is None:
+            run.folder.write(f"masks/{name}", stage_masks.tensors())
+        elif Masks.from_tensors(earlier) != stage_masks:
             reason = "it has other masks, from another machine, number of threads or version"
             file = run.folder / f"masks/{name}.safetensors"
             raise UserError(f"Cannot resume with {file}: {reason}. Choose another --run.name, or remove the folder.")
 
 
 def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, float]:
-    """Compare logits of the sliced model and of the masked dense model on the first evaluated window."""
-    cfg, ids = run.cfg, checked_tokens(run)
-    device = device_of(run.model)
+    """Compare logits of the sliced model and of the masked dense model on the first evaluated window.
+
+    Returns:
+        The number of compared tokens, the standard deviation of the masked logits, and the largest and the root mean
+        square difference.
+
+    Raises:
+        UserError: if the logits differ, or the sliced model's logits differ from those of `iter_logits`, by which
+            perplexity is measured.
+    """
+    cfg, device, ids = run.cfg, device_of(run.model), checked_tokens(run)
     # Recovery changes weights, so the comparison uses the model before recovery.
-    plain = pruned if cfg.recovery == "none" else shrink(run, masks, {}, row=(cfg.final, "none"))
-    sliced = plain(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
-    ours = next(iter_logits(plain, ids.to(device)))[0].float().to(device)
-    del plain  # frees the memory of a third model
+    unrecovered = pruned if cfg.recovery == "none" else shrink(run, masks, {}, row=(cfg.final, "none"))
+    sliced_logits = unrecovered(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
+    perplexity_logits = next(iter_logits(unrecovered, ids.to(device)))[0].float().to(device)
+    del unrecovered  # frees the memory of a third model
     free_memory(run.plan.device)
     reference = masked_logits(run.model, masks, ids.to(device)).to(device)
 
-    def rms(difference: Tensor) -> float:
+    def root_mean_square(difference: Tensor) -> float:
         return float(difference.square().mean().sqrt())
 
-    off, limit = reference - sliced, LOGIT_LIMIT[cfg.model.dtype] * float(reference.std())
-    largest, mean = float(off.abs().max()), rms(off)
-    if not (apart := rms(ours - sliced[:, :-1])) <= limit:
+    std = float(reference.std())
+    limit = LOGIT_LIMIT[cfg.model.dtype] * std
+    perplexity_difference = root_mean_square(perplexity_logits - sliced_logits[:, :-1])
+    if not perplexity_difference <= limit:  # also for NaN
         subject = f"Logits of model_type '{run.model.config.model_type}' computed for perplexity"
-        raise UserError(f"{subject} must differ by {limit:.2e} or less; got {apart:.2e}. Please report this model.")
-    difference = largest if cfg.model.dtype == "float32" else mean
+        raise UserError(
+            f"{subject} must differ by {limit:.2e} or less; got {perplexity_difference:.2e}. Please report this model."
+        )
+    differences = reference - sliced_logits
+    largest, rms = float(differences.abs().max()), root_mean_square(differences)
+    difference = largest if cfg.model.dtype == "float32" else rms
     if not difference <= limit:
         subject = "Logits of the sliced and the masked model"
         raise UserError(
             f"{subject} must differ by {limit:.2e} or less; got {difference:.2e}. Please report this model."
         )
-    std = float(reference.std())
-    return {"tokens": ids.numel(), "std": std, "masked_minus_sliced": largest, "masked_minus_sliced_rms": mean}
+    return {"tokens": ids.numel(), "std": std, "masked_minus_sliced": largest, "masked_minus_sliced_rms": rms}
 
 
 def checked_tokens(run: Run) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gprune.benchmarks.speed import describe_device, time_generation
+from gprune.benchmarks.speed import describe_device, seconds
 from gprune.errors import optional_output
 from gprune.models.masks import Masks
 from gprune.models.surgery import widths
@@ -27,14 +27,23 @@ log = logging.getLogger("gprune")
 
 
 def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
-    """Speed relative to the dense model: requested, predicted by the latency table, and measured; also as text."""
-    costs, model = run.budget.costs, run.budget.costs.prices.model
-    (_, _, (before, after)), spread = time_generation([run.model, pruned], **run.cfg.speed.workload())
-    asked, predicted = (model / (model - gone) for gone in (run.budget.target, costs.removed(masks)))
-    reached = {"asked": asked, "predicted": predicted, "got": before / after}
-    said = ", ".join(f"{name} {times:.2f}x" for name, times in reached.items())
-    said = f"Speed: {said} of dense ({run.cfg.speed}, {describe_device(run.model.device)})."
-    return reached | {"said": said, "spread": spread, "seconds": [before, after]}
+    """Measure the speed of the pruned model.
+
+    Returns:
+        Speed relative to the dense model: requested (`asked`), predicted by the latency table, and measured (`got`);
+        the same as text (`said`); the spread of the measurements, and the seconds of the dense and the pruned model.
+    """
+    costs = run.budget.costs
+    dense_cost = costs.prices.model  # in units of time
+    (_, _, (dense_seconds, pruned_seconds)), spread = seconds([run.model, pruned], **run.cfg.speed.workload())
+    speeds = {
+        "asked": dense_cost / (dense_cost - run.budget.target),
+        "predicted": dense_cost / (dense_cost - costs.removed(masks)),
+        "got": dense_seconds / pruned_seconds,
+    }
+    numbers = ", ".join(f"{name} {speed:.2f}x" for name, speed in speeds.items())
+    sentence = f"Speed: {numbers} of dense ({run.cfg.speed}, {describe_device(run.model.device)})."
+    return speeds | {"said": sentence, "spread": spread, "seconds": [dense_seconds, pruned_seconds]}
 
 
 def summarise(
@@ -51,33 +60,23 @@ def summarise(
         modules: modules of neurons, if there are any.
         quality: entries of the summary from `pipeline.quality`.
     """
-    before, after, units = run.model.num_parameters(), pruned.num_parameters(), run.budget.costs.in_parameters
-    means = {
-        row_name(*row): {name: v if math.isfinite(v) else None for name, v in values.items()}  # JSON has no NaN
-        for row, values in means_and_gaps(records).items()
-    }
-    summary = {
-        **({} if masks is None else {"sparsity_of_scope": units.removed(masks) / units.total}),
-        "sparsity_of_model": 1 - after / before,
-        "parameters_before": before,
-        "parameters_after": after,
-        "geometric_means": means,
-        "unseen_over_base_same_recovery": unseen_ratios(records),
-        **run.folder.total_tokens(),
-    }
+    summary = sizes_and_perplexity(run, records, masks, pruned)
     if run.cfg.latency_table_flag:
         summary["speed_table"] = run.plan.pricing.speed
     if run.cfg.sparsity.currency == "seconds":
-        summary["speed"] = run.folder.manifest.get("summary", {}).get("speed") or speed_reached(run, masks, pruned)
+        measured_earlier = run.folder.manifest.get("summary", {}).get("speed")
+        summary["speed"] = measured_earlier or speed_reached(run, masks, pruned)
         log.info("%s", summary["speed"]["said"])
     summary |= quality
     for entry in quality.values():
         log.info("%s", entry["said"])
     if "quality" in quality:
-        log.info("%s:\n\n%s\n", (table := quality_table({run.folder.path.name: summary})).title, table.for_stdout())
+        table = quality_table({run.folder.path.name: summary})
+        log.info("%s:\n\n%s\n", table.title, table.for_stdout())
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback stopped early
-    run.folder.update_manifest(summary=summary, **({} if masks is None else {"widths": widths(pruned)}))
+    block_widths = {} if masks is None else {"widths": widths(pruned)}
+    run.folder.update_manifest(summary=summary, **block_widths)
     remedy = f"`gprune report {run.folder.path}` writes"
     with optional_output("the model card", f"{remedy} it"):
         write_card(run.folder, run.cfg, records)
@@ -87,20 +86,46 @@ def summarise(
     with optional_output("results to the trackers", "metrics.json has them"):
         tracking.log_numbers(run.loggers, numbers)
         figures = sorted((run.folder / "figures").glob("*.png"))
-        tracking.log_pictures(run.loggers, figures, "\n\n".join(results_in_words(run, records, summary)))
+        tracking.log_pictures(run.loggers, figures, "\n\n".join(results_as_markdown(run, records, summary)))
     # Written last, because a run with a summary and all rows in metrics.json is finished and is not logged again.
     write_json(run.folder / "metrics.json", {"summary": summary, "records": list(records)}, run=run.folder.key)
-    kept = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}
+    metadata = {name: value for name, value in numbers.items() if name.startswith(("final/", "sparsity_of"))}
     with optional_output("artifacts", "the run folder has their content"):
-        tracking.log_artifacts(run.loggers, run.folder.path, run.cfg, kept)
+        tracking.log_artifacts(run.loggers, run.folder.path, run.cfg, metadata)
     return summary
 
 
-def results_in_words(run: Run, records: Sequence[dict[str, Any]], summary: Mapping[str, Any]) -> list[str]:
-    """Return paragraphs in Markdown: the result table, and the summary of a quality target."""
+def sizes_and_perplexity(
+    run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel
+) -> dict[str, Any]:
+    """Return the part of the summary with sizes, tokens and mean perplexities; arguments as for `summarise`."""
+    before, after = run.model.num_parameters(), pruned.num_parameters()
+    summary = {}
+    if masks is not None:
+        units = run.budget.costs.in_parameters
+        summary["sparsity_of_scope"] = units.removed(masks) / units.total
+    means = {
+        row_name(*row): {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        for row, numbers in means_and_gaps(records).items()
+    }  # None instead of NaN, which JSON does not have
+    return summary | {
+        "sparsity_of_model": 1 - after / before,
+        "parameters_before": before,
+        "parameters_after": after,
+        "geometric_means": means,
+        "unseen_over_base_same_recovery": unseen_ratios(records),
+        **run.folder.total_tokens(),
+    }
+
+
+def results_as_markdown(run: Run, records: Sequence[dict[str, Any]], summary: Mapping[str, Any]) -> list[str]:
+    """Return paragraphs in Markdown: the result table, and for a quality target sentences and a table."""
+    sentences = [summary[name]["said"] for name in ("quality", "tolerated") if name in summary]
+    paragraphs = [result_table(records).to_markdown(), *sentences]
     quality = quality_table({run.folder.path.name: summary})
-    said = [summary[name]["said"] for name in ("quality", "tolerated") if name in summary]
-    return [result_table(records).to_markdown(), *said, *([quality.to_markdown()] if quality.rows else [])]
+    if quality.rows:
+        paragraphs.append(quality.to_markdown())
+    return paragraphs
 
 
 def write_pages(run: Run) -> None:

@@ -20,31 +20,38 @@ log = logging.getLogger("gprune")
 
 
 class Checkpoints(Checkpoint):
-    """Callback that saves checkpoints of a training stage, from which a killed stage resumes to the same bits.
+    """Callback that saves checkpoints of a training stage. A killed stage resumes from them with the same bits.
 
-    A checkpoint has the trained tensors (a stage registers no others), optimizer, schedule, position in the text,
-    states of callbacks, torch's random state, and the tokens of the stage. The manifest stores its hash, which also
-    covers the stage it belongs to, so a foreign or altered file is never unpickled. Lightning calls a `Checkpoint`
-    callback after all others, so their states are those after the step.
+    A checkpoint contains the trained tensors (the only tensors that a stage registers), the states of optimizer,
+    schedule and callbacks, the position in the text, torch's random state, and the tokens of the stage.
+
+    The manifest stores the hash of the file and of the stage's key. A file of another stage, or a file that was
+    altered, has another hash and is never unpickled.
+
+    Lightning calls a `Checkpoint` callback after all other callbacks. So the stored states of the others are those
+    after the step.
 
     Args:
-        folder: folder of the run; its method `write` removes the checkpoint after the stage.
+        folder: folder of the run. Its method `write` removes the checkpoint after the stage.
         name: name of the stage in the folder.
-        stage: the stage. Its class, and names and shapes of its tensors, have to match the checkpoint.
+        stage: the stage. Its class, and the names and shapes of its tensors, have to match the checkpoint.
         meter: the run's `TokenMeter`.
         seconds: time between two checkpoints; 0 saves one after every step.
     """
 
     def __init__(self, folder: RunFolder, name: str, stage: L.LightningModule, meter: Any, seconds: float):
         self.folder, self.name, self.meter, self.seconds = folder, name, meter, seconds
-        self.path, self._before = folder.checkpoint(name), meter.counts()
-        shapes = {learns: list(value.shape) for learns, value in stage.state_dict().items()}
-        versions = [torch.__version__, L.__version__]
-        of = f"{type(stage).__module__}.{type(stage).__qualname__}"
-        self._mark = key_of(run=folder.key, fit=name, stage=of, shapes=shapes, versions=versions)
-        self._hashes: list[str] = []  # hash of the existing file, if any
-        self._last = time.monotonic()
-        self._place: dict[str, int] = {}  # position in the text after resuming
+        self.path = folder.checkpoint(name)
+        self._counts_before_stage = meter.counts()
+        self._stage_key = key_of(
+            run=folder.key, fit=name, stage=f"{type(stage).__module__}.{type(stage).__qualname__}",
+            shapes={tensor_name: list(tensor.shape) for tensor_name, tensor in stage.state_dict().items()},
+            versions=[torch.__version__, L.__version__],
+        )  # fmt: skip
+        self._hashes: list[str] = []  # hash of the existing file, if there is one
+        self._last_saved = time.monotonic()
+        self._resumed_position: dict[str, int] = {}  # position in the text after resuming
+        self._step_completed = False  # whether the last batch completed an optimizer step
 
     def usable(self) -> Path | None:
         """Return the checkpoint to resume from. Return None if it is missing or, with a warning, invalid."""
@@ -57,14 +64,15 @@ class Checkpoints(Checkpoint):
         return None
 
     def _hash(self, file: Path) -> str:
+        """Return the SHA-256 of the stage's key and the file."""
         with file.open("rb") as content:
-            return hashlib.file_digest(content, lambda: hashlib.sha256(self._mark.encode())).hexdigest()
+            return hashlib.file_digest(content, lambda: hashlib.sha256(self._stage_key.encode())).hexdigest()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning loses the position if a schedule asks for the number of steps before the checkpoint is loaded.
-        if self._place:
-            trainer.train_dataloader.load_state_dict(self._place)
-        self._last = time.monotonic()
+        if self._resumed_position:
+            trainer.train_dataloader.load_state_dict(self._resumed_position)
+        self._last_saved = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -74,7 +82,7 @@ class Checkpoints(Checkpoint):
         If validation follows the step, the checkpoint is saved after validation, because a resumed Trainer would skip
         that validation.
         """
-        self._stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        self._step_completed = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         validates = trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
         if not validates:
             self._save_if_due(trainer)
@@ -84,33 +92,36 @@ class Checkpoints(Checkpoint):
             self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: L.Trainer) -> None:
-        # Not inside gradient accumulation, and not if the stage was told to stop: a resumed Trainer would continue it.
-        if not self._stepped or trainer.should_stop or trainer.is_last_batch or trainer.fast_dev_run:
+        """Save a checkpoint if a step is complete and `seconds` have passed on any rank.
+
+        Nothing is saved if the stage was told to stop, because a resumed Trainer would continue the stage.
+        """
+        if not self._step_completed or trainer.should_stop or trainer.is_last_batch or trainer.fast_dev_run:
             return
-        due = time.monotonic() - self._last >= self.seconds
+        due = time.monotonic() - self._last_saved >= self.seconds
         if trainer.strategy.reduce_boolean_decision(due, all=False):  # clocks of processes differ
             self._save(trainer)
-            self._last = time.monotonic()
+            self._last_saved = time.monotonic()
 
     def _save(self, trainer: L.Trainer) -> None:
+        """Replace the checkpoint atomically. Until the new file is renamed, the manifest has both hashes."""
         if not trainer.is_global_zero:
             trainer.save_checkpoint(self.path)  # a collective call; only rank 0 writes
             return
         with replacing(self.path) as temporary:
             trainer.save_checkpoint(temporary)
-            new = self._hash(temporary)
-            # The hash of the old file stays valid until the new file is renamed.
-            self.folder.update_manifest(checkpoints={self.name: [*self._hashes, new]})
-        self._hashes = [new]
-        self.folder.note()
+            new_hash = self._hash(temporary)
+            self.folder.update_manifest(checkpoints={self.name: [*self._hashes, new_hash]})
+        self._hashes = [new_hash]
+        self.folder.record_cost()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        now = self.meter.counts()
-        checkpoint["tokens"] = {kind: count - self._before[kind] for kind, count in now.items()}
+        counts = self.meter.counts()
+        checkpoint["tokens"] = {kind: count - self._counts_before_stage[kind] for kind, count in counts.items()}
         checkpoint["place"] = trainer.train_dataloader.state_dict()
         checkpoint["random"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._place = checkpoint["place"]
-        self.meter.take_up(checkpoint["tokens"])
+        self._resumed_position = checkpoint["place"]
+        self.meter.add_earlier(checkpoint["tokens"])
         torch.set_rng_state(checkpoint["random"])

@@ -24,14 +24,14 @@ from gprune.storage.environment import environment, peak_memory
 from gprune.storage.files import inspect_json, locked, read_json, read_tensors, replacing, write_json, write_tensors
 from gprune.storage.reading import unsafe_entries
 
-SCRATCH = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of scratch folders of `storage.files`
+SCRATCH_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of scratch folders of `storage.files`
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List the leaves in which two nested dictionaries differ, as 'sparsity.target: 0.5 there, 0.3 here'."""
-    there, here = flatten(old), flatten(new)
-    names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
-    return [f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names]
+    old, new = flatten(old), flatten(new)
+    changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    return [f"{name}: {old.get(name)} there, {new.get(name)} here" for name in changed]
 
 
 def broadcast(value: Any) -> Any:
@@ -61,7 +61,8 @@ class RunFolder:
         self.count_tokens = count_tokens
         self.key = key
         self.finished = False  # True if the run was complete when it was opened; then it is only read
-        self._running: list[tuple[str, Callable[[], None]]] = []  # running steps with their `note`, innermost last
+        # Running steps with the functions that record their cost, innermost last.
+        self._running: list[tuple[str, Callable[[], None]]] = []
         self._counted: Counter[str] = Counter()  # tokens of finished parts
 
     def __truediv__(self, name: str) -> Path:
@@ -75,7 +76,8 @@ class RunFolder:
             UserError: if the folder has a run with other settings, is not a run, or has links out of it; if another
                 process uses it, or it cannot be written.
         """
-        if self.path.exists():  # before locking: all ranks raise the same error, and a foreign folder gets no lock file
+        if self.path.exists():
+            # Inspected before locking, so that all ranks raise the same error, and a foreign folder gets no lock file.
             self._inspect(settings)
         with ExitStack() as stack:
             if rank_zero_only.rank == 0:
@@ -85,6 +87,7 @@ class RunFolder:
             yield
 
     def _lock(self, stack: ExitStack) -> None:
+        """Create the folder, and lock it until the stack is closed. Raise UserError if another process uses it."""
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
@@ -94,33 +97,37 @@ class RunFolder:
                 raise UserError(f"Cannot run in {self.path}: {reason}.") from error
 
     def _create_or_resume(self, settings: dict[str, Any], config_yaml: str) -> None:
-        new = self._inspect(settings)
-        for left in self.path.rglob(".*.tmp"):  # left by killed processes; files with other names are the user's
-            if SCRATCH.fullmatch(left.name):
-                shutil.rmtree(left, ignore_errors=True)
+        """Remove scratch files, and write the manifest of a new run and `config.yaml`."""
+        is_new = self._inspect(settings)
+        for scratch in self.path.rglob(".*.tmp"):  # of killed processes; files with other names are the user's
+            if SCRATCH_NAME.fullmatch(scratch.name):
+                shutil.rmtree(scratch, ignore_errors=True)
         # The manifest is written first. It marks the folder as a run, which may be killed at any moment.
-        if new:
+        if is_new:
             write_json(self / "manifest.json", {"settings": settings, "environment": environment(), "steps": {}})
         with replacing(self / "config.yaml") as temporary:
             temporary.write_text(config_yaml, encoding="utf-8")
 
     def _inspect(self, settings: dict[str, Any]) -> bool:
         """Return whether the folder has no run with these settings. Raise UserError if it must not be written to."""
-        is_folder, file = self.path.is_dir(), self / "manifest.json"
-        used = is_folder and any(path.name[0] != "." for path in self.path.iterdir())
-        cannot = f"Cannot run in {self.path}"
-        if not is_folder or (used and not file.exists()):
-            raise UserError(f"{cannot}: it exists and is not a gprune run. Choose another --run.name or --run.dir.")
-        for what, path in unsafe_entries(self.path):  # the run would write to places outside the folder
-            if path.parent.relative_to(self.path.resolve()).parts[:1] != ("wandb",):  # W&B creates such links
-                raise UserError(f"{cannot}: {path} is {what}. Remove it, or choose another --run.name.")
-        manifest, why = inspect_json(file, check=schema.Manifest.problem) if used else (None, None)
-        changed = changed_settings(manifest["settings"], settings) if manifest else []
+        prefix = f"Cannot run in {self.path}"
         remedy = "Choose another --run.name, or remove the folder"
+        manifest_file = self / "manifest.json"
+        is_folder = self.path.is_dir()
+        has_files = is_folder and any(path.name[0] != "." for path in self.path.iterdir())
+        if not is_folder or (has_files and not manifest_file.exists()):
+            raise UserError(f"{prefix}: it exists and is not a gprune run. Choose another --run.name or --run.dir.")
+        for kind, path in unsafe_entries(self.path):  # the run would write to places outside the folder
+            if path.parent.relative_to(self.path.resolve()).parts[:1] != ("wandb",):  # W&B creates such links
+                raise UserError(f"{prefix}: {path} is {kind}. Remove it, or choose another --run.name.")
+        if not has_files:
+            return True
+        manifest, problem = inspect_json(manifest_file, check=schema.Manifest.problem)
+        changed = changed_settings(manifest["settings"], settings) if manifest else []
         if changed and ((self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))):
-            raise UserError(f"{cannot}: it has a run with other settings: {'; '.join(changed[:3])}. {remedy}.")
-        if why:
-            raise UserError(f"{cannot}: manifest.json is damaged, or of an older version ({why}). {remedy}.")
+            raise UserError(f"{prefix}: it has a run with other settings: {'; '.join(changed[:3])}. {remedy}.")
+        if problem:
+            raise UserError(f"{prefix}: manifest.json is damaged, or of an older version ({problem}). {remedy}.")
         return bool(changed) or not manifest
 
     @property
@@ -145,8 +152,8 @@ class RunFolder:
             reason = "the file was removed or altered during the run"
             raise UserError(f"Cannot update {self / 'manifest.json'}: {reason}.")
         for name, value in entries.items():
-            merged = isinstance(value, dict) and not replace
-            manifest[name] = {**manifest.get(name, {}), **value} if merged else value
+            merges = isinstance(value, dict) and not replace
+            manifest[name] = {**manifest.get(name, {}), **value} if merges else value
         write_json(self / "manifest.json", manifest)
 
     @contextmanager
@@ -160,20 +167,21 @@ class RunFolder:
             yield
             return
         started = time.monotonic()
-        earlier = self.manifest.get("steps", {}).get(name, {}).get("seconds", 0)
+        earlier_seconds = self.manifest.get("steps", {}).get(name, {}).get("seconds", 0)
 
-        def note() -> None:
-            parts = [used for part, used in self.manifest.get("parts", {}).items() if part.startswith(f"{name}: ")]
-            tokens = {kind: sum(used.get(kind, 0) for used in parts) for kind in self.count_tokens()}
-            seconds = {"seconds": round(earlier + time.monotonic() - started, 2)}
-            self.update_manifest(steps={name: seconds | tokens | peak_memory()})
+        def record() -> None:
+            """Write the cost of the step so far to the manifest."""
+            parts = [counts for part, counts in self.manifest.get("parts", {}).items() if part.startswith(f"{name}: ")]
+            tokens = {kind: sum(counts.get(kind, 0) for counts in parts) for kind in self.count_tokens()}
+            seconds = round(earlier_seconds + time.monotonic() - started, 2)
+            self.update_manifest(steps={name: {"seconds": seconds} | tokens | peak_memory()})
 
-        self._running.append((name, note))
+        self._running.append((name, record))
         try:
             with self.part("rest"):
                 yield
         finally:
-            note()
+            record()
             self._running.pop()
 
     @contextmanager
@@ -189,20 +197,21 @@ class RunFolder:
         before = self._uncounted()
         yield
         if self._running and not self.finished:
-            used = {kind: count - before[kind] for kind, count in self._uncounted().items()}
-            self._counted.update(used)
-            share = {kind: count // len(names) for kind, count in used.items()}
-            step = self._running[-1][0]
+            tokens = {kind: count - before[kind] for kind, count in self._uncounted().items()}
+            self._counted.update(tokens)
+            share = {kind: count // len(names) for kind, count in tokens.items()}
+            step, _ = self._running[-1]
             self.update_manifest(parts={f"{step}: {name}": share for name in names})
 
     def _uncounted(self) -> dict[str, int]:
         """Tokens so far that are not in a finished part."""
         return {kind: count - self._counted[kind] for kind, count in self.count_tokens().items()}
 
-    def note(self) -> None:
+    def record_cost(self) -> None:
         """Record the cost of the running step so far in the manifest, in case the process is killed."""
         if self._running:
-            self._running[-1][1]()
+            _, record = self._running[-1]
+            record()
 
     def total_tokens(self) -> dict[str, int]:
         """Tokens of all steps so far, including earlier sessions."""
@@ -229,8 +238,8 @@ class RunFolder:
     @rank_zero_only
     def write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Save tensors with the run's key, and remove the checkpoint of the stage that learned them."""
-        marks = {"run": self.key} if self.key else {}
-        write_tensors(self / f"{name}.safetensors", tensors, {**(metadata or {}), **marks})
+        key = {"run": self.key} if self.key else {}
+        write_tensors(self / f"{name}.safetensors", tensors, {**(metadata or {}), **key})
         self.checkpoint(name).unlink(missing_ok=True)
 
     def checkpoint(self, name: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gprune.corpora.load import corpus_labels
@@ -51,38 +51,41 @@ def lines(
         base: as for `numbers.estimates`.
         labels: names of corpora in columns. Default: `corpus_labels`.
     """
-    stages = list(by_stage(records))
     labels = labels or corpus_labels(r["corpus"] for r in records)
-    made = [_of_stage(records, stage, settings, base, labels) for stage in stages]
-    made[-1] |= {name: summary.get(name) for name in SUMMARY}
-    made[-1] |= {f"speed_{name}": summary["speed"][name] for name in SPEEDS if "speed" in summary}
-    if quality := summary.get("quality"):  # `asked` is a relative rise; the others are ratios to dense
-        above = {name: None if quality[name] is None else quality[name] - 1 for name in QUALITIES[1:]}
-        made[-1] |= {f"quality_{name}": value for name, value in {"asked": quality["asked"], **above}.items()}
-    made[-1]["seconds"] = sum(step.get("seconds", 0) for step in steps.values()) if steps else math.nan
-    made[-1]["peak_memory_mib"] = max((step.get("peak_memory_mib", 0) for step in steps.values()), default=math.nan)
-    return made
+    stage_lines = [_stage_line(records, stage, settings, base, labels) for stage in by_stage(records)]
+    main_row = stage_lines[-1]
+    main_row |= {name: summary.get(name) for name in SUMMARY}
+    if "speed" in summary:
+        main_row |= {f"speed_{name}": summary["speed"][name] for name in SPEEDS}
+    if quality := summary.get("quality"):
+        main_row["quality_asked"] = quality["asked"]  # already a relative rise; the others are ratios to dense
+        for name in QUALITIES[1:]:
+            main_row[f"quality_{name}"] = None if quality[name] is None else quality[name] - 1
+    main_row["seconds"] = sum(step.get("seconds", 0) for step in steps.values()) if steps else math.nan
+    main_row["peak_memory_mib"] = max((step.get("peak_memory_mib", 0) for step in steps.values()), default=math.nan)
+    return stage_lines
 
 
 def frame(lines: Sequence[Line]) -> pandas.DataFrame:
     """Build a DataFrame with `COLUMNS` and all other columns of the lines; missing values are empty."""
     import pandas
 
-    more = dict.fromkeys(name for line in lines for name in line if name not in COLUMNS and name != "record")
-    return pandas.DataFrame(lines, columns=[*COLUMNS, *more, "record"])
+    other_columns = dict.fromkeys(name for line in lines for name in line if name not in COLUMNS and name != "record")
+    return pandas.DataFrame(lines, columns=[*COLUMNS, *other_columns, "record"])
 
 
-def _of_stage(
+def _stage_line(
     records: Sequence[Record], stage: Stage, settings: Mapping[str, Any], base: Sequence[Record] | None,
     labels: Mapping[str, str],
 ) -> Line:  # fmt: skip
-    own = records_of(records, stage)
-    first = next(iter(own.values()))
+    """Return the line of one stage without the columns that only the main row has; arguments as for `lines`."""
+    by_corpus = records_of(records, stage)
+    first = next(iter(by_corpus.values()))
     dense = estimates(records, DENSE, None)
     pruned = stage[0] not in ("dense", "model")
     line = {"seed": settings["run"]["seed"], "stage": stage[0], "recovery": stage[1]}
     for name, estimate in estimates(records, stage, base).items():
-        line |= _columns(name, estimate)
+        line |= _interval_columns(name, estimate)
     line |= {f"{name}_dense": dense[name].value for name in ("unseen", "seen") if dense[name] is not None}
     line |= {
         "model": first["model"],
@@ -92,21 +95,23 @@ def _of_stage(
         "target": settings["sparsity"]["target"] if pruned else None,
         "importance": first.get("importance"),
         "allocation": first.get("allocation"),
-        "seen_corpora": ", ".join(labels[corpus] for corpus, r in own.items() if r["seen"]),
+        "seen_corpora": ", ".join(labels[corpus] for corpus, r in by_corpus.items() if r["seen"]),
     }
-    return line | dict(_of_corpora(own, labels))
+    for corpus, record in by_corpus.items():
+        line |= _corpus_columns(record, key_part(labels[corpus]))
+    return line
 
 
-def _of_corpora(own: Mapping[str, Record], labels: Mapping[str, str]) -> Iterator[tuple[str, float]]:
-    for corpus, r in own.items():
-        label = key_part(labels[corpus])
-        interval = Estimate(*mean_perplexity({corpus: r["window_nll"]}, r["seq_len"] - 1))
-        yield from _columns(f"perplexity/{label}", interval._replace(value=r["perplexity"])).items()
-        yield from ((f"{name}/{label}", r[name]) for name in ("kl", "agreement") if r.get(name) is not None)
+def _corpus_columns(record: Record, label: str) -> dict[str, float]:
+    """Columns of one corpus: perplexity with its interval over windows and, if measured, KL and agreement."""
+    predicted_tokens = record["seq_len"] - 1  # of a window
+    interval = Estimate(*mean_perplexity({record["corpus"]: record["window_nll"]}, predicted_tokens))
+    columns = _interval_columns(f"perplexity/{label}", interval._replace(value=record["perplexity"]))
+    return columns | {f"{name}/{label}": record[name] for name in ("kl", "agreement") if record.get(name) is not None}
 
 
-def _columns(name: str, estimate: Estimate | None) -> dict[str, float]:
-    """Columns of a number and of the ends of its interval."""
+def _interval_columns(name: str, estimate: Estimate | None) -> dict[str, float]:
+    """Columns of a number and of the ends of its interval; none if the number is undefined."""
     if estimate is None:
         return {}
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

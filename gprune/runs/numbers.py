@@ -43,8 +43,8 @@ def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[Stag
 
 def records_of(records: Sequence[Record], stage: Stage, *, seen: bool | None = None) -> dict[str, Record]:
     """Return the records of a stage by corpus, optionally of seen or of unseen corpora only."""
-    own = [r for r in records if (r["stage"], r["recovery"]) == stage]
-    return {r["corpus"]: r for r in own if seen is None or r["seen"] == seen}
+    of_stage = [r for r in records if (r["stage"], r["recovery"]) == stage]
+    return {r["corpus"]: r for r in of_stage if seen is None or r["seen"] == seen}
 
 
 def means_and_gaps(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
@@ -54,34 +54,44 @@ def means_and_gaps(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
     `unseen_kl` in nats per token and `unseen_agreement`. Undefined numbers are NaN: means without corpora, the gap of
     the dense model, and numbers that were not measured.
     """
-    table, seen = by_stage(records), {r["corpus"]: r["seen"] for r in records}
-    dense = table[("dense", "none")]
-    return {
-        (stage, recovery): {
-            "seen": geometric_mean(v for c, v in values.items() if seen[c]),
-            "unseen": geometric_mean(v for c, v in values.items() if not seen[c]),
-            "gap": generalisation_gap(values, dense, seen)
-            if stage != "dense" and on_same_windows(records, (stage, recovery))
-            else float("nan"),
-            **{f"unseen_{n}": e.value if e else math.nan for n, e in distance(records, (stage, recovery)).items()},
+    perplexities = by_stage(records)
+    seen = {r["corpus"]: r["seen"] for r in records}
+    numbers = {}
+    for stage, by_corpus in perplexities.items():
+        gap = math.nan
+        if stage[0] != "dense" and on_same_windows(records, stage):
+            gap = generalisation_gap(by_corpus, perplexities[DENSE], seen)
+        numbers[stage] = {
+            "seen": geometric_mean(value for corpus, value in by_corpus.items() if seen[corpus]),
+            "unseen": geometric_mean(value for corpus, value in by_corpus.items() if not seen[corpus]),
+            "gap": gap,
         }
-        for (stage, recovery), values in table.items()
-    }
+        for name, estimate in distance(records, stage).items():
+            numbers[stage][f"unseen_{name}"] = estimate.value if estimate else math.nan
+    return numbers
 
 
 def on_same_windows(records: Sequence[Record], stage: Stage) -> bool:
     """Return whether a stage was measured on the dense model's windows. It was not if the tokenizers differ."""
-    own, dense = ({r["corpus"]: r["content_hash"] for r in records_of(records, s).values()} for s in (stage, DENSE))
-    return own == dense
+
+    def content_hashes(stage: Stage) -> dict[str, str]:
+        return {corpus: r["content_hash"] for corpus, r in records_of(records, stage).items()}
+
+    return content_hashes(stage) == content_hashes(DENSE)
 
 
 def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | None]:
     """Mean `kl` and `agreement` of a stage with the dense model on unseen text; None if they were not measured."""
-    own = records_of(records, stage, seen=False)
-    if not own or any(r.get("kl") is None for r in own.values()):
+    unseen = records_of(records, stage, seen=False)
+    if not unseen or any(r.get("kl") is None for r in unseen.values()):
         return {"kl": None, "agreement": None}
-    sums = {name: {c: r[f"window_{name}"] for c, r in own.items()} for name in ("kl", "agreement")}
-    return {name: Estimate(*mean_per_token(of, records[0]["seq_len"] - 1)) for name, of in sums.items()}
+    predicted_tokens = records[0]["seq_len"] - 1  # of a window
+
+    def mean(name: str) -> Estimate:
+        window_sums = {corpus: r[f"window_{name}"] for corpus, r in unseen.items()}
+        return Estimate(*mean_per_token(window_sums, predicted_tokens))
+
+    return {"kl": mean("kl"), "agreement": mean("agreement")}
 
 
 def unseen_ratio(
@@ -99,27 +109,39 @@ def unseen_ratio(
     Returns:
         The ratio on text that neither stage has seen; None if there is no such text or number, or the windows differ.
     """
-    there = records_of(others, other)
-    here = {c: r for c, r in records_of(records, stage, seen=False).items() if c not in there or not there[c]["seen"]}
-    if not here or any(c not in there or there[c]["content_hash"] != r["content_hash"] for c, r in here.items()):
+    denominator = records_of(others, other)
+    numerator = {  # without corpora that the other stage has seen
+        corpus: r
+        for corpus, r in records_of(records, stage, seen=False).items()
+        if corpus not in denominator or not denominator[corpus]["seen"]
+    }
+    if not numerator:
         return None
-    sums = [{c: own[c].get(f"window_{number}") for c in here} for own in (here, there)]
-    if any(None in of.values() for of in sums):
+    for corpus, r in numerator.items():
+        if corpus not in denominator or denominator[corpus]["content_hash"] != r["content_hash"]:
+            return None
+    numerator_sums = {corpus: numerator[corpus].get(f"window_{number}") for corpus in numerator}
+    denominator_sums = {corpus: denominator[corpus].get(f"window_{number}") for corpus in numerator}
+    if None in [*numerator_sums.values(), *denominator_sums.values()]:
         return None
-    return Estimate(*paired_ratio(*sums, records[0]["seq_len"] - 1))
+    predicted_tokens = records[0]["seq_len"] - 1  # of a window
+    return Estimate(*paired_ratio(numerator_sums, denominator_sums, predicted_tokens))
 
 
 def unseen_ratios(records: Sequence[Record], *, same_recovery: bool = True) -> dict[str, dict[str, float]]:
     """Compute `unseen_ratio` of each pruned row to `base`: {row: {ratio, low, high}}.
 
     Args:
+        records: records of the whole run.
         same_recovery: whether to divide by `base` with the recovery of the row, or by `base` without recovery.
     """
     ratios = {}
     for stage, recovery in by_stage(records):
         base = ("base", recovery if same_recovery else "none")
-        ratio = None if stage == "dense" else unseen_ratio(records, (stage, recovery), records, base)
-        if (stage, recovery) != base and ratio is not None:
+        if stage == "dense" or (stage, recovery) == base:
+            continue
+        ratio = unseen_ratio(records, (stage, recovery), records, base)
+        if ratio is not None:
             ratios[row_name(stage, recovery)] = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
     return ratios
 
@@ -137,25 +159,36 @@ def run_numbers(
     - `quality/...`: numbers of a quality target.
     - `steps/<step>/...`: seconds, tokens and peak memory in MiB.
     """
-    means, flat = means_and_gaps(records), {}
+    numbers = {}
+    for row, of_row in _numbers_by_row(records).items():
+        prefixes = [f"rows/{key_part(row_name(*row))}"]
+        if row == final:
+            prefixes.append("final")
+        for prefix in prefixes:
+            numbers |= {f"{prefix}/{key}": value for key, value in of_row.items() if math.isfinite(value)}
+    numbers |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
+    quality = summary.get("quality") or {}
+    numbers |= {f"quality/{name}": value for name, value in quality.items() if type(value) is float}
+    return numbers | {f"steps/{step}/{name}": value for step, costs in steps.items() for name, value in costs.items()}
+
+
+def _numbers_by_row(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
+    """Return means, numbers by corpus, and ratios to base of each row; undefined means are NaN."""
     ratios = {
         "unseen_over_base_same_recovery": unseen_ratios(records),
         "unseen_over_unrecovered_base": unseen_ratios(records, same_recovery=False),
     }
     labels = corpus_labels(r["corpus"] for r in records)
-    for row in means:
-        name = row_name(*row)
-        numbers = dict(means[row])
+    numbers = means_and_gaps(records)
+    for row, of_row in numbers.items():
         for corpus, r in records_of(records, row).items():
-            of_corpus = {name: r.get(name) for name in ("perplexity", "kl", "agreement")}
-            numbers |= {f"{name}/{key_part(labels[corpus])}": v for name, v in of_corpus.items() if v is not None}
-        numbers |= {key: of_rows[name]["ratio"] for key, of_rows in ratios.items() if name in of_rows}
-        for prefix in (f"rows/{key_part(name)}", "final")[: 1 + (row == final)]:
-            flat |= {f"{prefix}/{key}": value for key, value in numbers.items() if math.isfinite(value)}
-    flat |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    reached = summary.get("quality") or {}
-    flat |= {f"quality/{name}": value for name, value in reached.items() if type(value) is float}
-    return flat | {f"steps/{step}/{name}": value for step, costs in steps.items() for name, value in costs.items()}
+            for name in ("perplexity", "kl", "agreement"):
+                if r.get(name) is not None:
+                    of_row[f"{name}/{key_part(labels[corpus])}"] = r[name]
+        for name, by_row in ratios.items():
+            if row_name(*row) in by_row:
+                of_row[name] = by_row[row_name(*row)]["ratio"]
+    return numbers
 
 
 def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | None) -> dict[str, Estimate | None]:
@@ -167,23 +200,30 @@ def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | 
         base: records of the run (this or another one) whose `base` without recovery is the denominator of
             `unseen_over_unrecovered_base`. Without them this ratio is None.
     """
-    predicted, seen = records[0]["seq_len"] - 1, {r["corpus"]: r["seen"] for r in records}
-    nll = by_stage(records, "window_nll")
-    parts = [{c: values for c, values in nll[stage].items() if seen[c] == kind} for kind in (True, False)]
-    means = [Estimate(*mean_perplexity(part, predicted)) if part else None for part in parts]
-    gap = all(parts) and stage != DENSE and on_same_windows(records, stage)
+    predicted_tokens = records[0]["seq_len"] - 1  # of a window
+    seen = {r["corpus"]: r["seen"] for r in records}
+    window_nll = by_stage(records, "window_nll")
+    seen_nll = {corpus: nll for corpus, nll in window_nll[stage].items() if seen[corpus]}
+    unseen_nll = {corpus: nll for corpus, nll in window_nll[stage].items() if not seen[corpus]}
+    gap = None
+    if seen_nll and unseen_nll and stage != DENSE and on_same_windows(records, stage):
+        gap = Estimate(*paired_gap(window_nll[stage], window_nll[DENSE], seen, predicted_tokens))
 
-    def over(others: Sequence[Record] | None, other: Stage) -> Estimate | None:
-        same = others is records and stage == other
-        return None if others is None or same else unseen_ratio(records, stage, others, other)
+    def mean(nll: Mapping[str, Sequence[float]]) -> Estimate | None:
+        return Estimate(*mean_perplexity(nll, predicted_tokens)) if nll else None
 
-    far = {f"unseen_{name}": None if stage == DENSE else e for name, e in distance(records, stage).items()}
+    def ratio_to(others: Sequence[Record] | None, other: Stage) -> Estimate | None:
+        is_same_row = others is records and stage == other
+        return None if others is None or is_same_row else unseen_ratio(records, stage, others, other)
+
+    distances = {"kl": None, "agreement": None} if stage == DENSE else distance(records, stage)
     return {
-        "seen": means[0],
-        "unseen": means[1],
-        "gap": Estimate(*paired_gap(nll[stage], nll[DENSE], seen, predicted)) if gap else None,
-        "unseen_over_dense": over(records, DENSE),
-        "unseen_over_unrecovered_base": over(base, BASE),
-        "unseen_over_base_same_recovery": over(records, ("base", stage[1])),
-        **far,
+        "seen": mean(seen_nll),
+        "unseen": mean(unseen_nll),
+        "gap": gap,
+        "unseen_over_dense": ratio_to(records, DENSE),
+        "unseen_over_unrecovered_base": ratio_to(base, BASE),
+        "unseen_over_base_same_recovery": ratio_to(records, ("base", stage[1])),
+        "unseen_kl": distances["kl"],
+        "unseen_agreement": distances["agreement"],
     }

@@ -1,7 +1,7 @@
 """Results of a run, and functions that read run folders.
 
-`finished` reads settings and numbers, `read_run` also masks, modules and evaluation, `load_run` everything including
-the pruned model. All of them check that the files belong to the run of the manifest.
+`read_numbers` reads settings and numbers, `read_run` also masks, modules and evaluation, and `load_run` everything
+including the pruned model. All of them check that the files belong to the run of the manifest.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ class FinishedRun:
     @property
     def all_but_seed(self) -> str:
         """Settings, dense model and evaluation text as a string. It is equal for runs that differ in the seed only."""
-        plain = json.loads(json.dumps(self.settings))
-        plain["run"].pop("seed")
-        plain["inputs"].pop("text", None)  # the calibration windows depend on the seed
+        settings = json.loads(json.dumps(self.settings))  # a deep copy
+        settings["run"].pop("seed")
+        settings["inputs"].pop("text", None)  # the calibration windows depend on the seed
         text = sorted({(r["corpus"], r["content_hash"]) for r in self.records})
-        return json.dumps([plain, text], sort_keys=True)
+        return json.dumps([settings, text], sort_keys=True)
 
 
 @dataclass(repr=False)
@@ -104,10 +104,10 @@ class PruningResult:
         The columns are `frames.COLUMNS` and columns of corpora, as in `StudyResult.to_frame`, so frames of several runs
         can be concatenated. `unseen_over_unrecovered_base` is relative to this run's `base`.
         """
-        settings, steps = self.config.settings(), RunFolder(self.path).manifest.get("steps", {})
-        of_run = {"row": self.path.name, "record": str(self.path / "metrics.json")}
-        made = frames.lines(self.records, settings, self.summary, steps, base=self.records)
-        return frames.frame([of_run | line for line in made])
+        steps = RunFolder(self.path).manifest.get("steps", {})
+        run_columns = {"row": self.path.name, "record": str(self.path / "metrics.json")}
+        lines = frames.lines(self.records, self.config.settings(), self.summary, steps, base=self.records)
+        return frames.frame([run_columns | line for line in lines])
 
     def table(self) -> pandas.DataFrame:
         """Return perplexity by row and corpus as a DataFrame; seen corpora have a star."""
@@ -116,19 +116,19 @@ class PruningResult:
         numbers = pandas.DataFrame(self.records)
         numbers["row"] = [row_name(r["stage"], r["recovery"]) for r in self.records]
         numbers["corpus"] = [f"{r['corpus']}*" if r["seen"] else r["corpus"] for r in self.records]
-        table = numbers.pivot(index="row", columns="corpus", values="perplexity")
-        order = [list(dict.fromkeys(numbers[name])) for name in ("row", "corpus")]
-        return table.loc[order[0], order[1]].rename_axis(index=None, columns=None)
+        table = numbers.pivot(index="row", columns="corpus", values="perplexity")  # sorted by name
+        rows, corpora = list(dict.fromkeys(numbers["row"])), list(dict.fromkeys(numbers["corpus"]))
+        return table.loc[rows, corpora].rename_axis(index=None, columns=None)
 
     def __repr__(self) -> str:
-        lines, s = [f"PruningResult({str(self.path)!r})"], self.summary
-        if s:
-            asked, sizes = self.config.sparsity, f"{s['parameters_before']:,} -> {s['parameters_after']:,}"
+        lines = [f"PruningResult({str(self.path)!r})"]
+        if summary := self.summary:
             removed = "made elsewhere"
-            if "sparsity_of_scope" in s:
-                of_scope = format_removed(s["sparsity_of_scope"], asked.scope, asked.allocation)
-                removed = f"{of_scope} removed, {s['sparsity_of_model']:.2%} of the model"
-            lines.append(f"{removed}: {sizes}")
+            if "sparsity_of_scope" in summary:
+                scope, allocation = self.config.sparsity.scope, self.config.sparsity.allocation
+                of_scope = format_removed(summary["sparsity_of_scope"], scope, allocation)
+                removed = f"{of_scope} removed, {summary['sparsity_of_model']:.2%} of the model"
+            lines.append(f"{removed}: {summary['parameters_before']:,} -> {summary['parameters_after']:,}")
         if self.records:
             lines += self.table().to_string(float_format="{:.2f}".format, max_rows=7).splitlines()
         return "\n".join(lines)
@@ -137,28 +137,28 @@ class PruningResult:
         return self.table().to_html(float_format="{:.2f}".format) if self.records else f"<pre>{self!r}</pre>"
 
 
-def finished(path: Path | str) -> FinishedRun:
+def read_numbers(path: Path | str) -> FinishedRun:
     """Read settings and numbers of a finished run, without masks, modules and evaluation.
 
     Raises:
         UserError: if the folder is not a gprune run, the run is not finished, or a file belongs to another run.
     """
     require(path, (str, os.PathLike), "The run must be the path of a run folder")
-    place = expanded(path)
-    if not place.is_dir():
+    folder = expanded(path)
+    if not folder.is_dir():
         raise UserError(f"Cannot read run '{path}': there is no folder '{path}'.")
-    manifest, why = inspect_json(place / "manifest.json", check=schema.Manifest.problem)
-    if why or manifest["settings"].get("inputs") is None:
-        why = f"manifest.json: {why or 'no step was begun'}"
-        raise UserError(f"Cannot read run '{path}': not a gprune run, or of an older version ({why}).")
-    settings, key = migrate_settings(manifest["settings"]), key_of(settings=manifest["settings"])
-    metrics, why = inspect_json(place / "metrics.json", run=key, check=schema.Metrics.problem)
-    if why or metrics.get("summary") is None:
-        why = f"metrics.json: {why or 'no summary yet'}"
-        raise UserError(f"Cannot read run '{path}': the run is not finished ({why}). Run the same command again.")
+    manifest, problem = inspect_json(folder / "manifest.json", check=schema.Manifest.problem)
+    if problem or manifest["settings"].get("inputs") is None:
+        reason = f"manifest.json: {problem or 'no step was begun'}"
+        raise UserError(f"Cannot read run '{path}': not a gprune run, or of an older version ({reason}).")
+    key = key_of(settings=manifest["settings"])
+    metrics, problem = inspect_json(folder / "metrics.json", run=key, check=schema.Metrics.problem)
+    if problem or metrics.get("summary") is None:
+        reason = f"metrics.json: {problem or 'no summary yet'}"
+        raise UserError(f"Cannot read run '{path}': the run is not finished ({reason}). Run the same command again.")
     return FinishedRun(
-        place, place.resolve().name, settings, metrics["records"], metrics["summary"], steps=manifest["steps"],
-        environment=manifest.get("environment") or {}, key=key,
+        folder, folder.resolve().name, migrate_settings(manifest["settings"]), metrics["records"], metrics["summary"],
+        steps=manifest["steps"], environment=manifest.get("environment") or {}, key=key,
     )  # fmt: skip
 
 
@@ -166,24 +166,26 @@ def read_run(path: Path | str) -> FinishedRun:
     """Read a finished run with masks, modules and evaluation, but without the model.
 
     Raises:
-        UserError: as `finished`, and if masks or modules are missing, damaged, or belong to another run.
+        UserError: as `read_numbers`, and if masks or modules are missing, damaged, or belong to another run.
     """
-    run = finished(path)
+    run = read_numbers(path)
     return replace(_with_tensors(run), evaluation=read_evaluation(run.path / "evaluation.json", run=run.key))
 
 
 def _with_tensors(run: FinishedRun) -> FinishedRun:
+    """Return the run with masks and, if it has modules, modules. Raise UserError if they contradict each other."""
     if run.final == "model":  # --model.made_elsewhere: there are no masks
         return run
-    masks = Masks.from_tensors(_tensors(run, f"masks/{run.final}"))
-    modules = Modules.from_tensors(_tensors(run, "modules")) if run.final == "gprune" else None
+    masks = Masks.from_tensors(_read_tensors_of(run, f"masks/{run.final}"))
+    modules = Modules.from_tensors(_read_tensors_of(run, "modules")) if run.final == "gprune" else None
     if modules is not None and [y.shape for y in modules.labels] != [m.shape for m in masks.ffn]:
         reason = "modules and masks have different numbers of neurons"
         raise UserError(f"Cannot read run '{run.path}': {reason}. Run the same command again.")
     return replace(run, masks=masks, modules=modules)
 
 
-def _tensors(run: FinishedRun, name: str) -> dict[str, Tensor]:
+def _read_tensors_of(run: FinishedRun, name: str) -> dict[str, Tensor]:
+    """Read `<name>.safetensors` of a run. Raise UserError if it is missing, damaged, or of another run."""
     tensors = read_tensors(run.path / f"{name}.safetensors", run=run.key)
     if tensors is None:
         file = f"{run.path / name}.safetensors"
@@ -195,15 +197,16 @@ def read_evaluation(path: Path, *, run: str | None = None) -> list[Record]:
     """Read records of `gprune evaluate`; empty if there is no file.
 
     Args:
+        path: the file, such as `evaluation.json` of a run.
         run: key of the run that the file has to belong to.
 
     Raises:
         UserError: if the file has other content or belongs to another run.
     """
-    content, why = inspect_json(path, run=run, check=schema.Evaluation.problem)
-    if why and os.path.lexists(path):
+    content, problem = inspect_json(path, run=run, check=schema.Evaluation.problem)
+    if problem and os.path.lexists(path):
         remedy = "Move the file away, or choose another one"
-        raise UserError(f"Cannot read records of gprune evaluate in '{path}': {why}. {remedy}.")
+        raise UserError(f"Cannot read records of gprune evaluate in '{path}': {problem}. {remedy}.")
     return content["records"] if content else []
 
 
@@ -221,21 +224,22 @@ def load_run(path: Path | str) -> PruningResult:
         UserError: as `read_run`, and if settings, statistics, thresholds or the model do not belong to the run.
     """
     if str(path).startswith("wandb:"):
-        path = _downloaded(str(path).removeprefix("wandb:"))
-    run = finished(path)
+        path = _download_artifact(str(path).removeprefix("wandb:"))
+    run = read_numbers(path)
     cfg = config_of(run)
     run = _with_tensors(run)
     statistics = {
-        corpus: CorpusStatistics.from_tensors(_tensors(run, f"statistics/{corpus_file(corpus)}"))
+        corpus: CorpusStatistics.from_tensors(_read_tensors_of(run, f"statistics/{corpus_file(corpus)}"))
         for corpus in cfg.calibration_corpora
     }
-    thresholds = thresholds_from_named(_tensors(run, "thresholds")) if cfg.gprune else None
+    thresholds = thresholds_from_named(_read_tensors_of(run, "thresholds")) if cfg.gprune else None
+    model, tokenizer = _load_exported(run)
     return PruningResult(
-        run.path, cfg, run.masks, run.modules, thresholds, statistics, run.records, run.summary, *_exported(run)
+        run.path, cfg, run.masks, run.modules, thresholds, statistics, run.records, run.summary, model, tokenizer
     )
 
 
-def _downloaded(name: str) -> Path:
+def _download_artifact(name: str) -> Path:
     """Download a W&B artifact, `entity/project/artifact:version`, into the cache and return its folder."""
     import wandb  # slow to import, and needed for artifacts only
 
@@ -262,15 +266,16 @@ def exported_model(run: Path) -> Path:
 
 def corpus_file(corpus: str) -> str:
     """Return a file name for a corpus, whose name may be a path."""
-    plain = os.path.basename(os.path.normpath(corpus))
-    return plain if plain == corpus else f"{plain}-{key_of(corpus=corpus)[:6]}"
+    base_name = os.path.basename(os.path.normpath(corpus))
+    return base_name if base_name == corpus else f"{base_name}-{key_of(corpus=corpus)[:6]}"
 
 
 def config_of(run: FinishedRun) -> RunConfig:
     """Read the configuration of a run from config.yaml.
 
     Raises:
-        UserError: if the settings differ from those in the manifest.
+        UserError: if the file is not YAML, its settings are invalid or differ from those in the manifest, or a name in
+            them is not registered.
     """
     file = run.path / "config.yaml"
     try:
@@ -288,18 +293,20 @@ def config_of(run: FinishedRun) -> RunConfig:
     return cfg
 
 
-def _exported(run: FinishedRun) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
+def _load_exported(run: FinishedRun) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
     """Load the exported model, frozen, and its tokenizer; (None, None) if the run did not export a model."""
     if not (run.path / "model").is_dir():
         return None, None
-    place, no_code = exported_model(run.path), {"trust_remote_code": False}  # with None transformers asks the user
+    folder = exported_model(run.path)
+    no_code = {"trust_remote_code": False}  # with None transformers would ask the user
     try:
-        return load_weights(place, dtype="auto", **no_code), AutoTokenizer.from_pretrained(place, **no_code)
+        return load_weights(folder, dtype="auto", **no_code), AutoTokenizer.from_pretrained(folder, **no_code)
     except Exception as error:  # safetensors, tokenizers and transformers raise many classes
-        imports = [str(name) for name in run.environment.get("imports") or ()]
-        if unknown := [name for name in imports if Path(name).stem not in sys.modules and name not in sys.modules]:
+        imports = [str(name) for name in run.environment.get("imports") or ()]  # modules or paths of files
+        missing = [name for name in imports if Path(name).stem not in sys.modules and name not in sys.modules]
+        if missing:
             raise UserError(
-                f"Cannot load {place}: the run imported {', '.join(unknown)}, which may register its model's family. "
-                f"Import it first: --import {unknown[0]}, or in Python import it and call gprune.register()."
+                f"Cannot load {folder}: the run imported {', '.join(missing)}, which may register its model's family. "
+                f"Import it first: --import {missing[0]}, or in Python import it and call gprune.register()."
             ) from error
-        raise UserError(f"Cannot load {place}: {first_line(error)}. Run the same command again.") from error
+        raise UserError(f"Cannot load {folder}: {first_line(error)}. Run the same command again.") from error

@@ -54,11 +54,13 @@ class Measured(Schema):
     @model_validator(mode="after")
     def check_windows(self) -> Self:
         """Check that the sums over windows, which may be rounded to four digits, match the mean and their number."""
+        windows = len(self.window_nll)
         for name in ("nll", "kl", "agreement"):
-            mean, sums = getattr(self, name), getattr(self, f"window_{name}")
-            total, expected = math.fsum(sums or ()), (mean or 0) * self.tokens
-            limit, some = 1e-4 * (1 + total + len(self.window_nll)), mean is not None
-            if abs(total - expected) > limit or len(sums or ()) != some * len(self.window_nll):
+            mean, sums = getattr(self, name), getattr(self, f"window_{name}") or ()
+            total, expected = math.fsum(sums), (mean or 0) * self.tokens
+            tolerance = 1e-4 * (1 + total + windows)
+            expected_length = 0 if mean is None else windows
+            if abs(total - expected) > tolerance or len(sums) != expected_length:
                 raise UserError(f"The sum of window_{name} must be {name} x tokens = {expected}; got {total}.")
         return self
 
@@ -83,7 +85,7 @@ class Record(Measured):
     content_hash: Text
 
 
-def _of_one_run(records: list[Record]) -> list[Record]:
+def _check_windows(records: list[Record]) -> list[Record]:
     """Raise UserError if a number is repeated, or a row was not measured on the dense model's windows.
 
     A model of `--model.made_elsewhere` may have another tokenizer, and so other windows of the same text.
@@ -95,15 +97,17 @@ def _of_one_run(records: list[Record]) -> list[Record]:
             raise UserError(f"The records of a row must have each corpus once; got '{r.corpus}' twice.")
         row[r.corpus] = r.content_hash, r.seen, r.seq_len, len(r.window_nll)
     dense = rows.get(("dense", "none"), {})
-    text = {corpus: seen for corpus, (_, seen, *_) in dense.items()}
-    others = [{c: seen for c, (_, seen, *_) in row.items()} for key, row in rows.items() if key[0] == "model"]
-    ours = [row for key, row in rows.items() if key[0] != "model"]
-    if not dense or any(row != dense for row in ours) or any(row != text for row in others):
-        raise UserError("The records of every row must be on the windows of the dense model.")
+    for (stage, _), row in rows.items():
+        if stage == "model":  # the corpora and their `seen` have to be the same, but not the windows
+            same_text = {c: seen for c, (_, seen, *_) in row.items()} == {c: seen for c, (_, seen, *_) in dense.items()}
+        else:
+            same_text = row == dense
+        if not same_text:
+            raise UserError("The records of every row must be on the windows of the dense model.")
     return records
 
 
-Records = Annotated[list[Record], Field(min_length=1), AfterValidator(_of_one_run)]
+Records = Annotated[list[Record], Field(min_length=1), AfterValidator(_check_windows)]
 
 
 class Ratio(Schema):
@@ -132,10 +136,10 @@ class MeasuredSpeed(SpeedTable):
     def check_widths(self) -> Self:
         """Check that widths increase, as interpolation requires, and that times are positive."""
         for name in ("neurons", "groups"):
-            kept = [width for width, _ in getattr(self, name)]
-            if kept != sorted(set(kept)):
-                raise UserError(f"The widths of {name} must increase; got {kept}.")
-        if any(taken <= 0 or width < 1 for width, taken in [*self.neurons, *self.groups, *self.multiples]):
+            widths = [width for width, _ in getattr(self, name)]
+            if widths != sorted(set(widths)):
+                raise UserError(f"The widths of {name} must increase; got {widths}.")
+        if any(seconds <= 0 or width < 1 for width, seconds in [*self.neurons, *self.groups, *self.multiples]):
             raise UserError("Widths in neurons, groups and multiples must be 1 or more, and seconds more than 0.")
         return self
 
@@ -154,7 +158,7 @@ class SameQuality(Schema):
 
     @model_validator(mode="after")
     def check_numbers(self) -> Self:
-        """Check that all numbers, except `predicted`, are given or none."""
+        """Check that the numbers, except `predicted`, are given together or left out together."""
         numbers = [self.share, self.parameters, self.got, self.low, self.high]
         if None in numbers and numbers != [None] * len(numbers):
             raise UserError("The keys share, parameters, got, low and high must be given together.")
@@ -190,8 +194,8 @@ class Quality(Reached):
     said: Text
 
 
-class Said(Schema):
-    """A line of text, and the numbers in it."""
+class ToleratedShares(Schema):
+    """Sparsities at which masks alone cost little: a line of text, and the numbers in it by percent."""
 
     said: Text
     shares: dict[Text, Share]
@@ -210,7 +214,7 @@ class Summary(Schema):
     unseen_over_base_same_recovery: dict[Text, Ratio] | None = None
     speed_table: SpeedTable | None = None
     quality: Quality | None = None
-    tolerated: Said | None = None
+    tolerated: ToleratedShares | None = None
 
 
 class Metrics(Schema):
@@ -233,7 +237,8 @@ class Settings(Schema):
     inputs: Inputs | None = None  # None before the first step
 
 
-def _of_this_version(settings: Any) -> Any:
+def _check_flags(settings: Any) -> Any:
+    """Raise UserError if settings with a flag are invalid, after migration from an older version."""
     check_settings(migrate_settings(settings if isinstance(settings, dict) else {}))
     return settings
 
@@ -241,7 +246,7 @@ def _of_this_version(settings: Any) -> Any:
 class Manifest(Schema):
     """`manifest.json`."""
 
-    settings: Annotated[Settings, BeforeValidator(_of_this_version)]
+    settings: Annotated[Settings, BeforeValidator(_check_flags)]
     steps: dict[Text, dict[Text, Number]]
     environment: dict[Text, Any] | None = None
     model: dict[Text, Text] | None = None

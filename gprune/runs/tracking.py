@@ -28,10 +28,10 @@ from gprune.runs.user_callbacks import class_of, instantiate
 from gprune.storage.files import key_of
 
 log = messages.getLogger("gprune")
-OF_STAGE = re.compile(r"^(?!(?:development|epoch|trainer)\b)[^/]+")  # prefix of keys that belong to one stage
+STAGE_PREFIX = re.compile(r"^(?!(?:development|epoch|trainer)\b)[^/]+")  # prefix of keys that belong to one stage
 RESUME_KEYS = ("id", "project", "entity", "name", "group", "job_type")  # stored for `resumed_run`
 # Metric pattern -> x axis. Lightning's step restarts in every stage, so stages have axes of their own. Those of
-# recoveries are defined in `of_row`.
+# recoveries are defined in `row_metrics`.
 AXES = {
     "development/*": "development/tokens",
     "partition/*": "trainer/global_step",
@@ -39,7 +39,8 @@ AXES = {
     "curve/*": "curve/sparsity",
     "modules/*": "modules/index",
 }
-FOLDER = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")  # files for `load_run`, except the model
+# Files of a run folder that `load_run` reads, except the model.
+RUN_FILES = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")
 UPLOAD_SECONDS = 600  # longest wait for W&B at the end of a run; `wandb sync` can upload the rest
 
 
@@ -56,12 +57,13 @@ class _ByRow:
         self.log_metrics = log_metrics
 
     def __call__(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        self.log_metrics({self.named(key): value for key, value in metrics.items()}, step)
+        self.log_metrics({self.name_with_row(key): value for key, value in metrics.items()}, step)
 
-    def named(self, key: str) -> str:
+    def name_with_row(self, key: str) -> str:
+        """Return the name under which a metric is logged."""
         if self.control and key.startswith("development/"):
             return key.replace("development", f"controls/{self.row}", 1)
-        return OF_STAGE.sub(rf"\g<0>/{self.row}", key) if self.row else key
+        return STAGE_PREFIX.sub(rf"\g<0>/{self.row}", key) if self.row else key
 
 
 class _Wandb(WandbLogger):
@@ -70,48 +72,57 @@ class _Wandb(WandbLogger):
     failed = False
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        self.tell(lambda run: super(_Wandb, self).log_metrics(metrics, step))
+        self.try_with_run(lambda run: super(_Wandb, self).log_metrics(metrics, step))
 
-    def tell(self, what: Callable[[Any], None]) -> None:
-        """Call a function of the W&B run, unless W&B has failed before."""
+    def try_with_run(self, function: Callable[[Any], None]) -> None:
+        """Call a function with the W&B run. If the call fails, log one line, and never use W&B again."""
         if not self.failed:
             self.failed = True
             with optional_output("to W&B from now on", "csv/ has the curves"):
-                what(self.experiment)
+                function(self.experiment)
                 self.failed = False
 
 
-def of_wandb(loggers: Sequence[Logger]) -> list[_Wandb]:
+def wandb_loggers(loggers: Sequence[Logger]) -> list[_Wandb]:
+    """Return the W&B loggers among loggers."""
     return [logger for logger in loggers if isinstance(logger, _Wandb)]
 
 
 @contextmanager
-def tracking(folder: RunFolder, cfg: RunConfig, own: Sequence[Logger] = ()) -> Iterator[list[Logger]]:
+def tracking(folder: RunFolder, cfg: RunConfig, user_loggers: Sequence[Logger] = ()) -> Iterator[list[Logger]]:
     """Context with the open loggers of a run: CSV, W&B unless `--logging` disables it, and the user's.
 
     A finished run has no loggers, because it is not logged again.
 
     Args:
-        own: Lightning loggers of the user.
+        folder: the run folder.
+        cfg: the configuration.
+        user_loggers: Lightning loggers of the user.
+
+    Raises:
+        UserError: if a logger of the user cannot be opened, and as `wandb_run`.
     """
     if folder.finished:
         yield []
         return
     # CSVLogger chooses a new version, so that a resumed run does not delete the curves of earlier sessions.
     loggers: list[Logger] = [CSVLogger(folder.path, name="csv")]
-    with wandb_run(folder.path, cfg.logging, id=id_of(folder.key, cfg), **about(cfg)) as run, ExitStack() as undo:
+    with (
+        wandb_run(folder.path, cfg.logging, id=wandb_id(folder.key, cfg), **wandb_arguments(cfg)) as run,
+        ExitStack() as undo,
+    ):
         if run is not None:
             # Without `experiment`, WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr.
             loggers.append(_Wandb(save_dir=folder.path, project=run.project, experiment=run))
-            known = {name: getattr(run, name) or None for name in RESUME_KEYS}
-            folder.update_manifest(wandb=known | {"mode": run.settings.mode})
-        for logger in own:
+            identity = {name: getattr(run, name) or None for name in RESUME_KEYS}
+            folder.update_manifest(wandb=identity | {"mode": run.settings.mode})
+        for logger in user_loggers:
             try:
                 logger.log_hyperparams(flatten(cfg.resolved()))
             except Exception as error:  # at this point most loggers open their files or call their server
                 cause = error.__cause__ or error.__context__ or error
                 raise UserError(f"Cannot log with {type(logger).__name__}: {first_line(cause)}.") from error
-        loggers += own
+        loggers += user_loggers
         for logger in loggers:
             logger.log_metrics = _ByRow(logger.log_metrics)
             undo.callback(delattr, logger, "log_metrics")
@@ -119,7 +130,7 @@ def tracking(folder: RunFolder, cfg: RunConfig, own: Sequence[Logger] = ()) -> I
         yield loggers
 
 
-def made_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
+def construct_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
     """Construct the loggers of `--trainer.logger`. The default of an argument `save_dir` is `folder`.
 
     Raises:
@@ -127,53 +138,60 @@ def made_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
     """
     loggers = []
     for described in paths:
-        taken = inspect.signature(class_of(described, "--trainer.logger", Logger)).parameters
-        place = {"save_dir": str(folder)} if "save_dir" in taken else {}
-        described = described.model_copy(update={"init_args": place | described.init_args})
-        loggers.append(instantiate(described, "--trainer.logger", Logger))
+        parameters = inspect.signature(class_of(described, "--trainer.logger", Logger)).parameters
+        defaults = {"save_dir": str(folder)} if "save_dir" in parameters else {}
+        with_defaults = described.model_copy(update={"init_args": defaults | described.init_args})
+        loggers.append(instantiate(with_defaults, "--trainer.logger", Logger))
     return loggers
 
 
-def about(cfg: RunConfig) -> dict[str, Any]:
+def wandb_arguments(cfg: RunConfig) -> dict[str, Any]:
     """Arguments of `wandb_run` for a run with these settings, except `id`."""
-    s, ours = cfg.sparsity, cfg.final != "model"
-    tags = [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"]
+    s = cfg.sparsity
+    if cfg.final == "model":
+        tags = ["made elsewhere"]
+    else:
+        tags = [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"]
     return {
         "name": cfg.run_name,
         "group": os.path.basename(os.path.normpath(cfg.model.name)),
         "job_type": cfg.final,
-        "tags": tags if ours else ["made elsewhere"],
+        "tags": tags,
         "config": cfg.resolved(),
     }
 
 
-def id_of(key: str, cfg: RunConfig) -> str:
+def wandb_id(key: str, cfg: RunConfig) -> str:
     """Return the W&B id of a run, which is the same in all sessions.
 
     The id depends on the run's key and on the name and the group given by flags. It begins with the run's name, because
     W&B's folders are named after it.
     """
     name = cfg.logging.name or cfg.run_name
-    return f"{re.sub('[^A-Za-z0-9_]+', '_', name)[:48]}_{key_of(run=key, name=[cfg.logging.group, name])[:12]}"
+    readable = re.sub("[^A-Za-z0-9_]+", "_", name)[:48]
+    unique = key_of(run=key, name=[cfg.logging.group, name])[:12]
+    return f"{readable}_{unique}"
 
 
 @contextmanager
-def of_row(loggers: Sequence[Logger], row: str, stage: str, *, control: bool = False) -> Iterator[None]:
+def row_metrics(loggers: Sequence[Logger], row: str, stage: str, *, control: bool = False) -> Iterator[None]:
     """Context in which the name of a row of the result table is added to logged metrics.
 
     Args:
+        loggers: the loggers of `tracking`.
         row: name of the row; an empty name changes nothing.
         stage: prefix of the stage's metrics, whose x axis is the number of tokens.
         control: whether the row is a control.
     """
-    curves = f"{stage}/{key_part(row)}"
+    row_key = key_part(row)
     for logger in loggers:
-        logger.log_metrics.row, logger.log_metrics.control = key_part(row), control
-    axes = {f"{curves}/*": f"{curves}/tokens"}
-    if control:
-        axes[f"controls/{key_part(row)}/*"] = f"controls/{key_part(row)}/tokens"
-    for logger in of_wandb(loggers) if row else ():
-        logger.tell(partial(define_axes, axes=axes))
+        logger.log_metrics.row, logger.log_metrics.control = row_key, control
+    if row:
+        axes = {f"{stage}/{row_key}/*": f"{stage}/{row_key}/tokens"}
+        if control:
+            axes[f"controls/{row_key}/*"] = f"controls/{row_key}/tokens"
+        for logger in wandb_loggers(loggers):
+            logger.try_with_run(partial(define_axes, axes=axes))
     try:
         yield
     finally:
@@ -181,8 +199,8 @@ def of_row(loggers: Sequence[Logger], row: str, stage: str, *, control: bool = F
             logger.log_metrics.row, logger.log_metrics.control = "", False
 
 
-def how_to_look(folder: Path) -> str:
-    """Return a hint how to view the curves of a run without an account."""
+def curves_hint(folder: Path) -> str:
+    """Return where the curves of a run can be viewed without an account: a command, or the folder of CSV files."""
     latest = Path(os.environ.get("WANDB_DIR") or folder) / "wandb" / "latest-run"
     if latest.exists():
         return f"`wandb leet run {latest}` shows them in the terminal"
@@ -200,24 +218,25 @@ def log_scalars(loggers: Sequence[Logger], values: dict[str, float], *, step: in
 def log_numbers(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None:
     """Log single numbers to W&B's summary, and those of `final/` as metrics too, which sweeps can optimise."""
     log_scalars(loggers, {name: value for name, value in numbers.items() if name.startswith("final/")}, step=0)
-    for logger in of_wandb(loggers):
-        logger.tell(lambda run: run.summary.update(dict(numbers)))
+    for logger in wandb_loggers(loggers):
+        logger.try_with_run(lambda run: run.summary.update(dict(numbers)))
 
 
 @rank_zero_only
 def log_pictures(loggers: Sequence[Logger], figures: Sequence[Path], table: str) -> None:
     """Log figures (PNG files) and the result table (Markdown) to W&B, TensorBoard and MLflow."""
     for logger in loggers:
-        experiment = None if isinstance(logger, _Wandb) else logger.experiment
         if isinstance(logger, _Wandb):
             images = {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
-            logger.tell(lambda run, images=images: run.log(images))
-        elif hasattr(experiment, "add_image"):
+            logger.try_with_run(lambda run, images=images: run.log(images))
+            continue
+        experiment = logger.experiment
+        if hasattr(experiment, "add_image"):  # TensorBoard
             for path in figures:
                 pixels = np.asarray(Image.open(path).convert("RGB"))
                 experiment.add_image(f"figures/{path.stem}", pixels, dataformats="HWC")
             experiment.add_text("results", table)
-        elif hasattr(experiment, "log_artifact") and hasattr(logger, "run_id"):
+        elif hasattr(experiment, "log_artifact") and hasattr(logger, "run_id"):  # MLflow
             for path in figures:
                 experiment.log_artifact(logger.run_id, str(path), "figures")
             experiment.log_text(logger.run_id, table, "results.md")
@@ -225,22 +244,28 @@ def log_pictures(loggers: Sequence[Logger], figures: Sequence[Path], table: str)
 
 @rank_zero_only
 def log_artifacts(loggers: Sequence[Logger], folder: Path, cfg: RunConfig, metadata: Mapping[str, Any]) -> None:
-    """Upload the run folder as W&B artifacts, such as `smollm2-135m-masks`. Runs of one dense model are its versions.
+    """Upload the run folder as W&B artifacts, such as `smollm2-135m-masks`.
+
+    All runs of one dense model are versions of the same artifact.
 
     Args:
+        loggers: the loggers of the run.
+        folder: the run folder.
+        cfg: the configuration.
         metadata: added to the metadata of the version.
     """
     model = os.path.basename(os.path.normpath(cfg.model.name))
-    about = {"model": model, "run": cfg.run_name, "budget": cfg.sparsity.target, **metadata}
+    version_metadata = {"model": model, "run": cfg.run_name, "budget": cfg.sparsity.target, **metadata}
     for kind in cfg.logging.artifacts:
-        patterns = FOLDER if kind == "masks" else (*FOLDER, "model/**/*")
-        for logger in of_wandb(loggers):
-            artifact = wandb.Artifact(key_part(f"{model}-{kind}"), type=kind, metadata=about)
-            for path in sorted(path for name in patterns for path in folder.glob(name) if path.is_file()):
+        patterns = RUN_FILES if kind == "masks" else (*RUN_FILES, "model/**/*")
+        files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+        for logger in wandb_loggers(loggers):
+            artifact = wandb.Artifact(key_part(f"{model}-{kind}"), type=kind, metadata=version_metadata)
+            for path in files:
                 # Tensors are uploaded without a copy. Other files may be rewritten meanwhile, so W&B copies them.
                 policy = "immutable" if path.suffix == ".safetensors" else "mutable"
                 artifact.add_file(str(path), name=str(path.relative_to(folder)), policy=policy, skip_cache=True)
-            logger.tell(methodcaller("log_artifact", artifact))
+            logger.try_with_run(methodcaller("log_artifact", artifact))
 
 
 @contextmanager
@@ -250,12 +275,18 @@ def wandb_run(
 ) -> Iterator[Any]:  # fmt: skip
     """Context with a W&B run, which is finished at the end. A run that is already open is used, and stays open.
 
-    Flags of `logging` have precedence, then W&B's environment variables ($WANDB_NAME and so on), then the arguments. An
-    open run keeps its name, group and tags, and gets the configuration as `gprune`.
+    Flags of `logging` have precedence, then W&B's environment variables ($WANDB_NAME and so on), then the arguments. A
+    run that is already open keeps its name, group and tags. The configuration is stored in its config under `gprune`.
 
     Args:
         folder: W&B writes into its subfolder `wandb/`, unless $WANDB_DIR is set.
+        logging: flags of `--logging`.
         id: id of the run. `wandb sync` merges several files with the same id.
+        name: name of the run.
+        group: group of the run.
+        job_type: type of the run.
+        tags: tags of the run, in addition to those of `--logging.tags`.
+        config: configuration of the run.
 
     Yields:
         wandb.Run; None if W&B is disabled or cannot start, and on ranks other than 0.
@@ -270,13 +301,13 @@ def wandb_run(
         wandb.run.config.update({"gprune": dict(config)}, allow_val_change=True)
         yield define_axes(wandb.run, AXES)
         return
-    known = os.environ.get
+    variables = os.environ
     with _wandb_run(
         folder,
         # offline=True would leave WANDB_MODE set in the process.
         mode=logging.resolved_mode,
-        project=logging.project or known("WANDB_PROJECT") or "gprune",
-        name=logging.name or known("WANDB_NAME") or name,
+        project=logging.project or variables.get("WANDB_PROJECT") or "gprune",
+        name=logging.name or variables.get("WANDB_NAME") or name,
         group=logging.resolved_group or group,
         job_type=job_type,
         tags=list(dict.fromkeys(tag[:64] for tag in (*tags, *logging.resolved_tags))),  # W&B's limit is 64 characters
@@ -288,14 +319,14 @@ def wandb_run(
 
 @contextmanager
 def resumed_run(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | None]:
-    """Context with a finished W&B run, opened again to add results to it. If it is the open run, that is used.
+    """Context with a finished W&B run, opened again to add results to it. If this run is still open, it is used.
 
     In online mode the run is resumed. In offline mode another file with the same id is written, which `wandb sync`
     merges. The link `wandb/latest-run` is not changed.
 
     Args:
         folder: folder of the run.
-        known: the entry `wandb` of the manifest.
+        known: the entry `wandb` of the manifest, which identifies the run.
     """
     if wandb.run is not None and wandb.run.id == known["id"]:
         yield wandb.run
@@ -308,13 +339,22 @@ def resumed_run(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | 
 
 @contextmanager
 def _wandb_run(folder: Path | str, *, latest: bool = True, **settings: Any) -> Iterator[wandb.Run | None]:
-    """Context with a new W&B run, which is finished at the end. `latest`: whether `wandb/latest-run` points to it."""
+    """Context with a new W&B run, which is finished at the end.
+
+    Args:
+        folder: W&B writes into its subfolder `wandb/`, unless $WANDB_DIR is set.
+        latest: whether the link `wandb/latest-run` points to the run.
+        settings: arguments of `wandb.init`.
+
+    Yields:
+        wandb.Run; None if W&B cannot start.
+    """
     folder = Path(os.environ.get("WANDB_DIR") or folder)
     with suppress(OSError):  # W&B falls back to a temporary folder
         folder.mkdir(parents=True, exist_ok=True)
-    run = _started(
+    run = _start(
         dir=folder,
-        resume="allow",  # in offline mode it is stored for `wandb sync`
+        resume="allow",  # in offline mode this setting is stored for `wandb sync`
         settings=wandb.Settings(silent=True, console="off", finish_timeout=UPLOAD_SECONDS, symlink=latest),
         **settings,
     )
@@ -332,7 +372,7 @@ def _wandb_run(folder: Path | str, *, latest: bool = True, **settings: Any) -> I
                 wandb.run = None
 
 
-def _started(mode: str, **settings: Any) -> Any:
+def _start(mode: str, **settings: Any) -> Any:
     """Start a W&B run. If the server cannot be reached, start it offline; return None if that fails too."""
     try:
         return wandb.init(mode=mode, **settings)
@@ -341,9 +381,12 @@ def _started(mode: str, **settings: Any) -> Any:
         raise UserError(f"Cannot start a W&B run: {first_line(error)}. {advice}.") from error
     except (wandb.errors.Error, OSError) as error:
         wandb.teardown()  # otherwise W&B would report that the id is in use
-        instead = "The run is logged offline, for `wandb sync`" if mode == "online" else "The run continues without W&B"
-        log.warning("Cannot start a W&B run: %s. %s.", first_line(error), instead)
-        return _started("offline", **settings) if mode == "online" else None
+        if mode == "online":
+            consequence = "The run is logged offline, for `wandb sync`"
+        else:
+            consequence = "The run continues without W&B"
+        log.warning("Cannot start a W&B run: %s. %s.", first_line(error), consequence)
+        return _start("offline", **settings) if mode == "online" else None
 
 
 def define_axes(run: wandb.Run, axes: Mapping[str, str]) -> wandb.Run:

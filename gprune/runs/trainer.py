@@ -26,14 +26,18 @@ from gprune.screen import Screen
 log = logging.getLogger("gprune")
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 RANKS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK")  # rank variables of launchers
+# Variables that show that a launcher, or the user, starts the processes of several nodes.
+LAUNCHER_VARIABLES = {
+    "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "NODE_RANK", "GROUP_RANK", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID",
+}  # fmt: skip
 
 
-def check_trainer(*, callbacks: Sequence[L.Callback] = (), **asked: Any) -> torch.device:
+def check_trainer(*, callbacks: Sequence[L.Callback] = (), **settings: Any) -> torch.device:
     """Check settings of the Trainer by constructing one, and return its device.
 
     Args:
         callbacks: callbacks of the user.
-        asked: `TrainerConfig.lightning`.
+        settings: `TrainerConfig.lightning`.
 
     Returns:
         The device of this process.
@@ -42,50 +46,55 @@ def check_trainer(*, callbacks: Sequence[L.Callback] = (), **asked: Any) -> torc
         UserError: if the accelerator is missing, there are too few devices, the strategy is unknown, the device does
             not support the precision, or callbacks contradict each other.
     """
-    _check_processes(asked["accelerator"], asked["devices"], asked["num_nodes"])
+    _check_processes(settings["accelerator"], settings["devices"], settings["num_nodes"])
     try:
         with warnings.catch_warnings(action="ignore"), quieted("lightning.pytorch.utilities.rank_zero"):
-            saving = any(isinstance(one, Checkpoint) for one in callbacks)
-            quiet = {"logger": False, "enable_model_summary": False, "enable_progress_bar": False}
-            trainer = L.Trainer(callbacks=list(callbacks), enable_checkpointing=saving, **quiet, **asked)
+            saves_checkpoints = any(isinstance(callback, Checkpoint) for callback in callbacks)
+            trainer = L.Trainer(
+                callbacks=list(callbacks), enable_checkpointing=saves_checkpoints, logger=False,
+                enable_model_summary=False, enable_progress_bar=False, **settings,
+            )  # fmt: skip
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".!")
-        settings = ", ".join(f"{name} {value!r}" for name, value in asked.items())
-        raise UserError(f"--trainer: Cannot use {settings}: {reason}.") from error
+        first_sentence = " ".join(str(error).split()).split(". ")[0].rstrip(".!")
+        in_words = ", ".join(f"{name} {value!r}" for name, value in settings.items())
+        raise UserError(f"--trainer: Cannot use {in_words}: {first_sentence}.") from error
     device = trainer.strategy.root_device
     if device.type == "mps":
         reason = "Statistics are float64, which Apple's GPU does not support"
-        raise UserError(f"--trainer.accelerator must be cpu on this machine; got {asked['accelerator']}. {reason}.")
+        raise UserError(f"--trainer.accelerator must be cpu on this machine; got {settings['accelerator']}. {reason}.")
     return device
 
 
 def _check_processes(accelerator: str, devices: int, num_nodes: int) -> None:
     """Raise UserError for too many processes on this machine, and for several nodes without a launcher."""
-    most = max(8, 4 * (os.cpu_count() or 1))
-    if devices > most and (accelerator == "cpu" or not torch.cuda.is_available()):
-        raise UserError(f"--trainer.devices must be {most} or less on the CPU of this machine; got {devices}.")
-    launched = {"SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "NODE_RANK", "GROUP_RANK", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID"}
-    if num_nodes > 1 and not launched & os.environ.keys():
+    max_processes = max(8, 4 * (os.cpu_count() or 1))
+    if devices > max_processes and (accelerator == "cpu" or not torch.cuda.is_available()):
+        raise UserError(f"--trainer.devices must be {max_processes} or less on the CPU of this machine; got {devices}.")
+    if num_nodes > 1 and not LAUNCHER_VARIABLES & os.environ.keys():
         raise UserError("--trainer.num_nodes needs a launcher (srun or torchrun), or $NODE_RANK and $MASTER_ADDR.")
     if variable := _wrong_rank_variable(devices * num_nodes):
-        needed = f"{devices * num_nodes} (--trainer.devices x --trainer.num_nodes)"
+        expected = f"{devices * num_nodes} (--trainer.devices x --trainer.num_nodes)"
         remedy = "Unset the variable if no launcher has set it"
-        raise UserError(f"The number of processes must be {needed}; got {variable}. {remedy}.", rank_local=True)
+        raise UserError(f"The number of processes must be {expected}; got {variable}. {remedy}.", rank_local=True)
 
 
 def _wrong_rank_variable(processes: int) -> str | None:
-    """Return an environment variable, with its value, that contradicts the number of processes; it may be left over."""
+    """Return an environment variable, with its value, that contradicts the number of processes; otherwise None.
+
+    Such a variable may be left over from an earlier launcher.
+    """
     env = os.environ
-    numbered = [name for name in RANKS if env.get(name, "0") != "0"]
     if processes > 1 and "TORCHELASTIC_RUN_ID" not in env and SLURMEnvironment.detect():
         return None if env["SLURM_NTASKS"] == str(processes) else f"SLURM_NTASKS={env['SLURM_NTASKS']}"
-    if processes > 1:  # if LOCAL_RANK is set, even to 0, Lightning starts no processes, and would wait forever
-        launched = {"TORCHELASTIC_RUN_ID", "MASTER_ADDR"} & env.keys()
-        numbered = [] if launched else numbered + [name for name in RANKS[:1] if name in env]
-    return f"{numbered[0]}={env[numbered[0]]}, which is set for one of several processes" if numbered else None
+    if processes > 1 and {"TORCHELASTIC_RUN_ID", "MASTER_ADDR"} & env.keys():  # a launcher has started the processes
+        return None
+    wrong = [name for name in RANKS if env.get(name, "0") != "0"]
+    if processes > 1 and "LOCAL_RANK" in env:  # even with rank 0 Lightning starts no processes, and would wait forever
+        wrong.append("LOCAL_RANK")
+    return f"{wrong[0]}={env[wrong[0]]}, which is set for one of several processes" if wrong else None
 
 
-def launched(trainer: TrainerConfig) -> Fabric:
+def launch_processes(trainer: TrainerConfig) -> Fabric:
     """Launch the processes of a run unless they are running, and return the Fabric for communication."""
     t = trainer
     fabric = Fabric(accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=t.strategy)
@@ -94,9 +103,9 @@ def launched(trainer: TrainerConfig) -> Fabric:
 
 
 @contextmanager
-def multiplying(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str) -> Iterator[None]:
     """Context with a `float32_matmul_precision` of torch. It also restores torch's deterministic mode at the end."""
-    before, algorithms = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    before, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     if precision != before:
         log.info("float32 matrix products in precision '%s' instead of '%s'", precision, before)
     torch.set_float32_matmul_precision(precision)
@@ -104,7 +113,7 @@ def multiplying(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-        torch.use_deterministic_algorithms(algorithms)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 @contextmanager
@@ -143,8 +152,7 @@ class StageBar(ProgressBar):
         """Show the tokens of the batch over all ranks. A batch of the refinement has no tokens."""
         is_text = isinstance(batch, dict) and "input_ids" in batch
         tokens = batch["input_ids"].numel() * trainer.world_size if is_text else 0
-        self.screen.advance(
-            tokens, ", ".join(f"{name} {value:.3f}" for name, value in trainer.progress_bar_metrics.items())
-        )
+        metrics = ", ".join(f"{name} {value:.3f}" for name, value in trainer.progress_bar_metrics.items())
+        self.screen.advance(tokens, metrics)
 
     on_test_batch_end = on_validation_batch_end = on_train_batch_end

@@ -22,11 +22,10 @@ from pydantic import ValidationError, validate_call
 from gprune.checks import format_value, require, validation_message
 from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line
-from gprune.imports import find_loaded
 
 log = logging.getLogger("gprune")
 LIGHTNING = {L.Callback: "lightning.pytorch.callbacks", Logger: "lightning.pytorch.loggers"}  # modules of bare names
-B = TypeVar("B")
+Base = TypeVar("Base")
 PREFIXES = ("partition", "learn", "distill", "development")  # prefixes of metrics that built-in stages log
 
 
@@ -46,27 +45,25 @@ class UserCallbacks:
     """
 
     def __init__(self, given: Sequence[L.Callback] = (), paths: Sequence[ClassPath] = ()):
-        for one in given:
-            require(one, L.Callback, "Callbacks must be objects of lightning.pytorch.Callback")
+        for callback in given:
+            require(callback, L.Callback, "Callbacks must be objects of lightning.pytorch.Callback")
         self.given, self.paths = list(given), list(paths)
-        for one in self.given:
-            if _is_of_lightning(one):
+        for callback in self.given:
+            if _is_of_lightning(callback):
                 try:
-                    _AS_GIVEN.setdefault(one, copy.deepcopy(one))
+                    _ORIGINALS.setdefault(callback, copy.deepcopy(callback))
                 except Exception as error:  # for instance because of a lock or an open file
-                    name = type(one).__name__
+                    name = type(callback).__name__
                     raise UserError(f"Cannot copy callback {name} for each stage: {first_line(error)}.") from error
-        self._used: list[tuple[L.Callback, L.Callback]] = []  # (given object, object used in the last stage)
+        self._last_used: list[tuple[L.Callback, L.Callback]] = []  # (given object, object used in the last stage)
         self.stage = ""  # class of the last stage
         self.made = self.of_stage(None)  # also raises for callbacks that cannot be constructed
 
     @property
     def names(self) -> str:
         """Names of all callbacks, for errors; empty if there are none."""
-        return ", ".join(
-            [f"--trainer.callbacks {path.class_path}" for path in self.paths]
-            + [type(one).__name__ for one in self.given]
-        )
+        from_flags = [f"--trainer.callbacks {path.class_path}" for path in self.paths]
+        return ", ".join([*from_flags, *(type(callback).__name__ for callback in self.given)])
 
     def of_stage(self, stage: L.LightningModule | None, role: str = "", folder: Path = Path()) -> list[L.Callback]:
         """Return the callbacks for one stage.
@@ -79,42 +76,56 @@ class UserCallbacks:
             folder: `dirpath` of a ModelCheckpoint that has none.
         """
         self.stage = type(stage).__name__
-        pairs = [(one, copy.deepcopy(_AS_GIVEN[one]) if one in _AS_GIVEN else one) for one in self.given]
-        pairs += [(one, one) for one in map(instantiate, self.paths)]
-        self._used = [(one, used) for one, used in pairs if stage is None or _monitors_stage(used, stage, role)]
-        for _, used in self._used:
-            if isinstance(used, ModelCheckpoint) and used.dirpath is None:
-                used.dirpath = str(folder)
-        return [used for _, used in self._used]
+        pairs = []
+        for given in self.given:
+            pairs.append((given, copy.deepcopy(_ORIGINALS[given]) if given in _ORIGINALS else given))
+        for path in self.paths:
+            constructed = instantiate(path)
+            pairs.append((constructed, constructed))
+        if stage is not None:
+            pairs = [(given, used) for given, used in pairs if _monitors_stage(used, stage, role)]
+        self._last_used = pairs
+        callbacks = [used for _, used in self._last_used]
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(folder)
+        return callbacks
 
     def keep_state(self) -> None:
         """Copy the state of the copies at the end of a stage to the user's objects."""
-        for one, used in self._used:
-            vars(one).update(vars(used))
+        for given, used in self._last_used:
+            vars(given).update(vars(used))
 
     def hook_of(self, code: CodeType) -> str | None:
         """Return the callback and the hook that the code belongs to, such as "Timer in on_fit_end"; otherwise None."""
-        for one in self.made:
-            for owner in (one, *(kind for kind in type(one).__mro__ if kind not in (L.Callback, object))):
-                for hook, part in vars(owner).items():
-                    if getattr(part, "__code__", None) is code:
-                        return f"{type(one).__name__} in {hook}"
+        for callback in self.made:
+            user_classes = [cls for cls in type(callback).__mro__ if cls not in (L.Callback, object)]
+            for owner in (callback, *user_classes):  # a hook may be an attribute of the object
+                for hook, attribute in vars(owner).items():
+                    if getattr(attribute, "__code__", None) is code:
+                        return f"{type(callback).__name__} in {hook}"
         return None
 
 
 # User's object of a Lightning class -> copy of its original state, before any run.
-_AS_GIVEN: weakref.WeakKeyDictionary[L.Callback, L.Callback] = weakref.WeakKeyDictionary()
+_ORIGINALS: weakref.WeakKeyDictionary[L.Callback, L.Callback] = weakref.WeakKeyDictionary()
 
 
 def _is_of_lightning(callback: L.Callback) -> bool:
+    """Return whether a callback inherits from a built-in callback of Lightning."""
     return any(c.__module__.startswith(LIGHTNING[L.Callback]) for c in type(callback).__mro__ if c is not L.Callback)
 
 
 def _monitors_stage(callback: L.Callback, stage: L.LightningModule, role: str) -> bool:
-    """Return whether the metric that a callback monitors may be logged by a stage: not if another stage logs it."""
+    """Return whether the metric that a callback monitors may be logged by a stage: not if another stage logs it.
+
+    All stages except refinement (`partition`) log `development/...`. A metric with an unknown prefix may be the user's.
+    """
     prefix = (getattr(callback, "monitor", None) or "").partition("/")[0]
-    own = (role, getattr(stage, "curves", role))
-    return prefix not in PREFIXES or prefix in own or (prefix == "development" and "partition" not in own)
+    stage_prefixes = (role, getattr(stage, "curves", role))
+    if prefix == "development":
+        return "partition" not in stage_prefixes
+    return prefix not in PREFIXES or prefix in stage_prefixes
 
 
 def class_of(described: ClassPath, flag: str, base: type) -> type:
@@ -125,15 +136,15 @@ def class_of(described: ClassPath, flag: str, base: type) -> type:
     """
     name = described.class_path
     try:
-        kind = find_loaded(name if "." in name else f"{LIGHTNING[base]}.{name}")
+        cls = find_loaded(name if "." in name else f"{LIGHTNING[base]}.{name}")
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, base)):
+    if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UserError(f"{flag}: {name} must be a subclass of lightning.pytorch.{base.__name__}.")
-    return kind
+    return cls
 
 
-def instantiate(described: ClassPath, flag: str = "--trainer.callbacks", base: type[B] = L.Callback) -> B:
+def instantiate(described: ClassPath, flag: str = "--trainer.callbacks", base: type[Base] = L.Callback) -> Base:
     """Construct an object from its class path and arguments, which are converted to the annotated types.
 
     Args:
@@ -144,47 +155,48 @@ def instantiate(described: ClassPath, flag: str = "--trainer.callbacks", base: t
     Raises:
         UserError: as `class_of`; if arguments are invalid, or the constructor raises any exception or SystemExit.
     """
-    kind, where = class_of(described, flag, base), f"{flag}: {described.class_path}"
+    cls = class_of(described, flag, base)
+    subject = f"{flag}: {described.class_path}"
     try:
-        if inspect.isfunction(kind.__init__):
-            one = kind.__new__(kind)
-            validate_call(kind.__init__, config={"arbitrary_types_allowed": True})(one, **described.init_args)
+        if inspect.isfunction(cls.__init__):
+            instance = cls.__new__(cls)
+            constructor = validate_call(cls.__init__, config={"arbitrary_types_allowed": True})
+            constructor(instance, **described.init_args)
         else:  # the class does not define a constructor
-            one = kind(**described.init_args)
-        if not isinstance(one, base):
-            raise TypeError(f"the object must be a lightning.pytorch.{base.__name__}; got {format_value(one)}")
-        return one
+            instance = cls(**described.init_args)
+        if not isinstance(instance, base):
+            raise TypeError(f"the object must be a lightning.pytorch.{base.__name__}; got {format_value(instance)}")
+        return instance
     except ValidationError as error:
-        raise UserError(f"{where}: {validation_message(error, 'init_args.')}.") from error
+        raise UserError(f"{subject}: {validation_message(error, 'init_args.')}.") from error
     except (Exception, SystemExit) as error:
-        raise UserError(f"{where}: Cannot construct it: {type(error).__name__}: {first_line(error)}.") from error
+        raise UserError(f"{subject}: Cannot construct it: {type(error).__name__}: {first_line(error)}.") from error
 
 
 class CallbackChecks(L.Callback):
     """Callback after the user's callbacks that records early stopping, and checks that text and weights are unchanged.
 
     Args:
-        note: called with the numbers of finished and planned batches of a stage that stopped early.
+        record_stop: called with the numbers of finished and planned batches of a stage that stopped early.
         check_weights: called with the name of a stage after all other callbacks. It raises UserError if the frozen
             model was changed.
     """
 
-    def __init__(self, note: Callable[[dict[str, int]], None], check_weights: Callable[[str], None]):
-        self.note, self.check_weights = note, check_weights
+    def __init__(self, record_stop: Callable[[dict[str, int]], None], check_weights: Callable[[str], None]):
+        self.record_stop, self.check_weights = record_stop, check_weights
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         done, planned = trainer.fit_loop.total_batch_idx + 1, int(trainer.num_training_batches * trainer.max_epochs)
         if trainer.should_stop and done < planned:
             log.info("%s was stopped after %d of %d batches", type(pl_module).__name__, done, planned)
-            self.note({"batches": done, "planned": planned})
+            self.record_stop({"batches": done, "planned": planned})
 
     def on_test_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         tokens = trainer.test_dataloaders[dataloader_idx].dataset.tokens
         if not torch.equal(batch["input_ids"].cpu(), tokens[batch["index"].cpu()]):
-            names = "Callbacks must not change batches of calibration, because other runs use its statistics"
-            raise UserError(f"{names}.")
+            raise UserError("Callbacks must not change batches of calibration, because other runs use its statistics.")
         if batch_idx == 0:  # once per corpus, because a change could be undone before the stage ends
             self.check_weights(type(pl_module).__name__)
 
@@ -196,24 +208,32 @@ class CallbackChecks(L.Callback):
 def raise_as_user_error(error: Exception | SystemExit, callbacks: UserCallbacks) -> None:
     """Raise UserError if an exception comes from a callback of the user, or is a misconfiguration of the Trainer.
 
-    SystemExit is converted too, because a run that ends silently would look finished. Signals and Ctrl-C are not
-    converted; the command line reports them. Other exceptions return.
+    SystemExit is converted too, because a run that ends silently would look finished. The function returns for signals
+    and Ctrl-C, which the command line reports, and for all other exceptions.
     """
-    if isinstance(error, SystemExit) and (
-        error.code in (129, 143)
-        or type(error).__name__ == "SIGTERMException"  # Lightning's
-        or isinstance(error.__context__, KeyboardInterrupt)
-    ):
+    if isinstance(error, SystemExit) and _is_interrupt(error):
         return
     frames = [] if isinstance(error, UserError) else list(traceback.walk_tb(error.__traceback__))
     for frame, line in frames:
         if (hook := callbacks.hook_of(frame.f_code)) is not None:
-            what = f"{type(error).__name__}: {first_line(error)} ({Path(frame.f_code.co_filename).name}, line {line})"
+            file = Path(frame.f_code.co_filename).name
+            cause = f"{type(error).__name__}: {first_line(error)} ({file}, line {line})"
             raise UserError(
-                f"Cannot finish {callbacks.stage}, callback {hook}: {what}. The same command resumes the run."
+                f"Cannot finish {callbacks.stage}, callback {hook}: {cause}. The same command resumes the run."
             ) from error
     if isinstance(error, MisconfigurationException):
         raise UserError(f"--trainer: Cannot use the settings: {first_line(error)}.") from error
     if isinstance(error, SystemExit):
-        where, line = frames[-1][0].f_code.co_filename, frames[-1][1]
-        raise UserError(f"Cannot finish the run: SystemExit: {first_line(error)} ({where}, line {line}).") from error
+        frame, line = frames[-1]
+        file = frame.f_code.co_filename
+        raise UserError(f"Cannot finish the run: SystemExit: {first_line(error)} ({file}, line {line}).") from error
+
+
+def _is_interrupt(error: SystemExit) -> bool:
+    """Return whether SystemExit was raised because of SIGHUP, SIGTERM or Ctrl-C."""
+    hangup, terminated = 129, 143  # 128 + the number of the signal
+    return (
+        error.code in (hangup, terminated)
+        or type(error).__name__ == "SIGTERMException"  # Lightning's
+        or isinstance(error.__context__, KeyboardInterrupt)
+    )

@@ -21,7 +21,7 @@ from gprune.config import ExportConfig, RunConfig
 from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import rank_and_world_size
-from gprune.pipeline.dry_run import compute_time
+from gprune.pipeline.dry_run import describe_compute
 from gprune.pipeline.plan import check
 from gprune.report.records import cost_table
 from gprune.runs import schema
@@ -87,7 +87,7 @@ def token_hours(pending: Sequence[Row]) -> str:
     tasks = ", tasks not counted" if any(row.tasks for row in pending) else ""
     return (
         f"{len(pending)} configurations: at most {forward:,} tokens forward and {backward:,} forward and backward, "
-        f"without cached results{tasks}; {compute_time(*plans)}"
+        f"without cached results{tasks}; {describe_compute(*plans)}"
     )
 
 

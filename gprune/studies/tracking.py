@@ -80,14 +80,14 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
 
     The W&B configuration of such a run has `record: true`.
     """
-    from gprune.runs.tracking import about, id_of, wandb_run
+    from gprune.runs.tracking import wandb_arguments, wandb_id, wandb_run
 
     cfg = with_wandb_names(row)
     settings = cfg.settings() | {"inputs": record["inputs"]}
-    id = id_of(key_of(settings=settings), cfg)
+    id = wandb_id(key_of(settings=settings), cfg)
     if _has_run(folder, id):
         return
-    with wandb_run(folder, cfg.logging, id=id, **about(cfg)) as run:
+    with wandb_run(folder, cfg.logging, id=id, **wandb_arguments(cfg)) as run:
         if run is None:
             return
         if not run.resumed:  # otherwise the row has run on another machine, and has logged its curves online

@@ -285,7 +285,7 @@ def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(kind, world, tmp_path, 
     model = AutoModelForCausalLM.from_pretrained(llama.model)
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=kind)
     weights = sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
-    assert check(parse(args)).priced("bytes").model == HALF_BITS * weights
+    assert check(parse(args)).pricing.price_in("bytes").model == HALF_BITS * weights
 
 
 def test_q8_0_needs_widths_in_multiples_of_32(world, tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ from gprune.models.lookup import remember
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune, prune_to_files
 from gprune.models.tiny import tiny_model
-from gprune.pipeline.dry_run import what_stays
+from gprune.pipeline.dry_run import describe_unpruned
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
 from gprune.recoveries.prefix import PrunedPrefix
@@ -102,7 +102,7 @@ def statistics_of(model, **collects):
 
 
 def plan_of(model) -> SimpleNamespace:
-    """The part of a plan that `what_stays` reads, with attention in scope."""
+    """The part of a plan that `describe_unpruned` reads, with attention in scope."""
     budget = SimpleNamespace(costs=unit_costs(blocks_of(model), scope="attention+ffn"))
     sparsity = SimpleNamespace(scope="attention+ffn")
     return SimpleNamespace(budget=budget, skeleton=model, cfg=SimpleNamespace(sparsity=sparsity))
@@ -125,7 +125,7 @@ def test_each_ffn_of_a_layer_is_a_block_and_the_first_block_has_the_attention(sh
     assert [b.kv_groups > 0 for b in blocks] == [True, False] * 3
     assert find_unpruned(shared_expert_model) == {}
     # Blocks without attention are not reported, since their layers have attention.
-    assert what_stays(plan_of(shared_expert_model)) == ""
+    assert describe_unpruned(plan_of(shared_expert_model)) == ""
     for own, layer in zip(by_layer(blocks), layers, strict=True):
         assert all(block.layer is layer for block in own)
         assert sum(block.cost for block in own) == sum(p.numel() for p in layer.parameters())
@@ -146,7 +146,7 @@ def test_an_ffn_inside_a_router_is_not_pruned_and_is_reported(tmp_path):
     """The router of Zaya is an FFN whose output selects experts and is not added to the residual stream."""
     with tiny_run.isolated(tmp_path):
         model = example("zaya")
-        found, text = find_unpruned(model), what_stays(plan_of(model))
+        found, text = find_unpruned(model), describe_unpruned(plan_of(model))
     ((path, unpruned_module),) = found.items()
     share = unpruned_module.parameters / model.num_parameters()
     assert text.endswith(f"{path} in 3 layers (its output does not join the residual): {share:.1%} of the model")

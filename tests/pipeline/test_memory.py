@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import gprune
 from gprune.config import parse
-from gprune.pipeline.memory import peaks_of
+from gprune.pipeline.memory import estimated_peaks
 from gprune.pipeline.plan import check
 from gprune.runs.folder import RunFolder
 from tests import tiny_run
@@ -78,7 +78,7 @@ def test_predicted_memory_peaks_are_within_25_percent_of_measured_ones(flags, tm
         gprune.prune(cfg)
     expected = {"calibrate": measured["calibrate"], "recover": max(measured["shrink"], measured["evaluate"])}
     expected |= {"learn": measured["thresholds"]} if cfg.learns else {}
-    predicted = peaks_of(check(cfg))
+    predicted = estimated_peaks(check(cfg))
     assert {name: predicted[name] for name in expected} == pytest.approx(expected, rel=0.25)
     assert predicted["evaluate"] <= max(measured.values())
 

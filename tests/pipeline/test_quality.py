@@ -78,7 +78,7 @@ pytestmark = pytest.mark.usefixtures("shared_cache")
 @pytest.fixture
 def search_to_the_last_step(monkeypatch):
     """Make searches continue to the last grid point that meets the target."""
-    monkeypatch.setattr(quality, "UNUSED", (0.0, 0.0))
+    monkeypatch.setattr(quality, "TOLERANCE", (0.0, 0.0))
     monkeypatch.setattr(quality, "TRIES", 100)
 
 

@@ -121,7 +121,7 @@ def test_processes_on_different_hardware_use_the_precision_of_the_slowest(
         strategy = SimpleNamespace(reduce_boolean_decision=lambda mine, all: mine or other_lacks_bfloat16)
         return SimpleNamespace(strategy=strategy, broadcast=lambda mine: resumed_precision)
 
-    monkeypatch.setattr(precision, "launched", launched)
+    monkeypatch.setattr(precision, "launch_processes", launched)
     cfg = RunConfig(trainer={"num_nodes": 2, "strategy": "ddp"})
     assert resolve_precision(cfg, CPU, together=True)[0].trainer.precision == chosen
 

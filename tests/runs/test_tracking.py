@@ -23,7 +23,7 @@ from gprune.errors import UserError
 from gprune.pipeline.prune import prune
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import load_run
-from gprune.runs.tracking import how_to_look, log_numbers, log_scalars, tracking, wandb_run
+from gprune.runs.tracking import curves_hint, log_numbers, log_scalars, tracking, wandb_run
 from tests import tiny_run, wandb_files
 
 
@@ -273,8 +273,8 @@ def test_an_exception_closes_the_wandb_run_as_failed_and_how_to_look_has_its_pat
     with pytest.raises(ZeroDivisionError), start():
         raise ZeroDivisionError
     assert (wandb.run, codes) == (None, [1])
-    assert str(tmp_path / "none/csv") in how_to_look(tmp_path / "none")
-    command = how_to_look(tmp_path).split("`")[1]
+    assert str(tmp_path / "none/csv") in curves_hint(tmp_path / "none")
+    command = curves_hint(tmp_path).split("`")[1]
     assert command == f"wandb leet run {tmp_path / 'wandb/latest-run'}"
     assert len(list((tmp_path / "wandb/latest-run").glob("*.wandb"))) == 1
 
@@ -306,7 +306,7 @@ def test_a_run_interrupted_while_drawing_figures_logs_its_summary_after_resuming
     with tiny_run.isolated(tmp_path / "cache"):
         args = world.args(tmp_path, "--gprune=false")
         with monkeypatch.context() as patch:
-            patch.setattr("gprune.pipeline.evaluate.write_figures", raise_keyboard_interrupt)
+            patch.setattr("gprune.pipeline.summary.write_figures", raise_keyboard_interrupt)
             assert tiny_run.main(args) == 130
         assert "summary" not in json.loads((tmp_path / "run/metrics.json").read_text())
         assert tiny_run.main(args) == 0

@@ -74,10 +74,10 @@ def test_what_any_process_lacks_counts_as_missing_for_all_processes(run_of_rank_
 
     others, strategy = iter([False, False, True]), Strategy()
     fabric = SimpleNamespace(launch=lambda: None, broadcast=strategy.broadcast, strategy=strategy)
-    monkeypatch.setattr(calibrate, "launched", lambda _: fabric)
+    monkeypatch.setattr(calibrate, "launch_processes", lambda _: fabric)
     run = SimpleNamespace(cfg=RunConfig(), folder=SimpleNamespace(key="one"))
     with nullcontext() if missing else pytest.raises(UserError, match="at the same run of a list"):
-        assert calibrate.agreed(run, [False, False]) == missing
+        assert calibrate.missing_on_any_rank(run, [False, False]) == missing
 
 
 def test_the_progress_bar_shows_the_stage_its_loss_and_tokens_per_second(tiny_model):

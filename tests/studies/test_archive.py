@@ -86,7 +86,7 @@ def test_a_record_is_written_in_short_lines(bench, first):
     """So that `git diff` is readable."""
     lines = archive.find_record(bench.rows(first[0])[1])[0].read_text().splitlines()
     assert len(lines) < 100
-    assert max(map(len, lines)) < archive.WIDTH + 50
+    assert max(map(len, lines)) < archive.LINE_WIDTH + 50
 
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.text("ab", max_size=2))
