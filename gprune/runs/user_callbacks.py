@@ -22,6 +22,7 @@ from pydantic import ValidationError, validate_call
 from gprune.checks import format_value, require, validation_message
 from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line
+from gprune.imports import find_loaded
 
 log = logging.getLogger("gprune")
 LIGHTNING = {L.Callback: "lightning.pytorch.callbacks", Logger: "lightning.pytorch.loggers"}  # modules of bare names
