@@ -28,7 +28,7 @@ from gprune.pipeline.cost import (
 )
 from gprune.pipeline.inputs import prepare_text
 from gprune.pipeline.memory import memory_line
-from gprune.pipeline.pace import run_seconds
+from gprune.pipeline.pace import num_timed_blocks, run_seconds
 from gprune.pipeline.plan import Plan
 from gprune.recoveries import recovery_of
 from gprune.sparsity.allocation import ALLOCATION
@@ -150,7 +150,7 @@ def describe_unpruned(plan: Plan) -> str:
 def describe_compute(*plans: Plan) -> str:
     """Describe the FLOPs of plans together, and their expected time on this machine.
 
-    The time is measured on two blocks of the model in the precisions of the run. For large models, or with
+    The time is measured on a few blocks of the model in the precisions of the run. For large models, or with
     --plan.tflops, it is the number of FLOPs divided by the speed of matrix products of the first plan's sizes.
     """
     plan = plans[0]
@@ -163,7 +163,8 @@ def describe_compute(*plans: Plan) -> str:
             time = timedelta(seconds=math.ceil(sum(seconds)))
             precisions = ", ".join(dict.fromkeys([cfg.model.dtype, cfg.trainer.precision]))
             return (
-                f"at most {total:.2e} FLOP: {time} by two blocks measured on {plan.device} ({precisions}); "
+                f"at most {total:.2e} FLOP: {time} by {num_timed_blocks(plan)} blocks measured on {plan.device} "
+                f"({precisions}); "
                 "time for files and for solving least squares is not included"
             )
         if not plan.pricing.device_available:

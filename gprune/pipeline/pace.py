@@ -21,7 +21,7 @@ from gprune.corpora.windows import Windows
 from gprune.errors import first_line
 from gprune.evaluation.perplexity import Forecast, perplexity
 from gprune.models.autocast import CastWeights
-from gprune.models.blocks import blocks_of
+from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
@@ -34,7 +34,9 @@ from gprune.sparsity.gates import gated
 from gprune.stages.student import Student
 
 log = logging.getLogger("gprune")
-TIMED_BLOCKS = 2  # number of blocks, with random weights, that are timed
+# Number of blocks, with random weights, that are timed. The weights of two small blocks stay in the processor's cache:
+# by two blocks of SmolLM2, a training step in bfloat16 seems 1.5 times as fast as the step of the whole model is.
+MIN_TIMED_BLOCKS, MAX_TIMED_BLOCKS = 2, 6
 MAX_TIMED_PARAMETERS = 3 * 10**8  # in blocks, embeddings and head, so that a dry run takes less than a minute
 
 
@@ -53,23 +55,34 @@ def run_seconds(plan: Plan) -> float | None:
 
     Reading, writing, and solving least squares are not included.
     """
-    cfg, config = plan.cfg, plan.skeleton.config.get_text_config(decoder=True)
-    block_parameters = sum(block.cost for block in blocks_of(plan.skeleton)) / config.num_hidden_layers
-    timed_parameters = block_parameters * TIMED_BLOCKS + 2 * config.vocab_size * config.hidden_size
-    too_large = timed_parameters > MAX_TIMED_PARAMETERS
+    cfg = plan.cfg
     whole_blocks = ALLOCATION[cfg.base_allocation].whole_blocks
-    if too_large or whole_blocks or not plan.pricing.device_available or cfg.model.device_map is not None:
+    if (
+        not num_timed_blocks(plan)
+        or whole_blocks
+        or not plan.pricing.device_available
+        or cfg.model.device_map is not None
+    ):
         return None
     try:
         dense, pruned = _measured_paces(plan)
         gram = _gram_seconds(plan) if "gram" in cfg.collects else 0.0
     except Exception as error:  # code of a model may raise any class; the plan is complete without a time
-        log.debug("The time of two blocks cannot be measured: %s", first_line(error))
+        log.debug("The time of blocks cannot be measured: %s", first_line(error))
         return None
     seconds = _seconds_before_recovery(plan, dense) + calibration_tokens(cfg) * gram
     trial_forward, trial_trained = plan.tokens.get(8, (0, 0))  # trials for a quality target
     seconds += trial_forward * pruned.evaluated + trial_trained * pruned.learned
     return (seconds + _seconds_of_rows(plan, dense, pruned)) / cfg.processes
+
+
+def num_timed_blocks(plan: Plan) -> int:
+    """Return how many blocks are timed; 0 if even the smallest number of blocks is too large to time."""
+    config, layers = plan.skeleton.config.get_text_config(decoder=True), len(plan.budget.costs.by_layer)
+    block_parameters = sum(block.cost for block in blocks_of(plan.skeleton)) / layers
+    embeddings_and_head = 2 * config.vocab_size * config.hidden_size
+    affordable = int((MAX_TIMED_PARAMETERS - embeddings_and_head) / block_parameters)
+    return min(MAX_TIMED_BLOCKS, affordable, layers) if affordable >= MIN_TIMED_BLOCKS else 0
 
 
 def _seconds_before_recovery(plan: Plan, dense: Pace) -> float:
@@ -124,18 +137,18 @@ _PACES: dict[tuple, tuple[Pace, Pace]] = {}  # cache, because rows of a study li
 
 
 def _time_blocks(plan: Plan) -> tuple[Pace, Pace]:
-    """Time a dense and a pruned model of `TIMED_BLOCKS` blocks with random weights."""
-    cfg, budget = plan.cfg, plan.budget
+    """Time a dense and a pruned model of a few blocks with random weights."""
+    cfg, budget, layers = plan.cfg, plan.budget, num_timed_blocks(plan)
     dtype, vocabulary = getattr(torch, cfg.model.dtype), plan.skeleton.config.get_text_config(decoder=True).vocab_size
 
     def random_windows(count: int, length: int) -> Tensor:
         return torch.randint(vocabulary, (count, length), device=plan.device)
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        dense = type(plan.skeleton)(_with_timed_blocks(plan.skeleton.config)).to(plan.device, dtype)
+        dense = type(plan.skeleton)(_with_layers(plan.skeleton.config, layers)).to(plan.device, dtype)
         dense = dense.eval().requires_grad_(False)
         masks = uniform_masks(budget)
-        blocks = sum(len(layer) for layer in budget.costs.by_layer[:TIMED_BLOCKS])
+        blocks = sum(len(layer) for layer in budget.costs.by_layer[:layers])
         pruned = prune(dense, Masks(masks.ffn[:blocks], masks.attention[:blocks]))
         evaluated = random_windows(cfg.corpora.batch_size, cfg.evaluation.seq_len)
         learned = random_windows(cfg.corpora.batch_size, cfg.corpora.seq_len)
@@ -153,7 +166,7 @@ def _time_model(
     plan: Plan, model: PreTrainedModel, text: Tensor, forecasts: list[Forecast], step: Callable[[bool], None],
     step_tokens: int,
 ) -> Pace:  # fmt: skip
-    """Time one model of `TIMED_BLOCKS` blocks.
+    """Time one model of a few blocks, and scale the seconds of its blocks to all blocks of the plan.
 
     Args:
         plan: the plan.
@@ -163,7 +176,7 @@ def _time_model(
         step: a training step; its argument is as for `_gated_step`.
         step_tokens: number of tokens of a training step.
     """
-    scale = len(plan.budget.costs.by_layer) / TIMED_BLOCKS
+    scale = len(plan.budget.costs.by_layer) / len(decoder_layers(model))
 
     def evaluate() -> None:
         perplexity(model, Windows("random", "test", text.cpu()), forecasts=forecasts)
@@ -173,7 +186,7 @@ def _time_model(
             final_hidden(model, text)
 
     def per_token(whole: Callable[[], object], blocks: Callable[[], object], tokens: int) -> tuple[float, float]:
-        """Return seconds per token of the whole model, and of all its blocks, from calls with `TIMED_BLOCKS` blocks."""
+        """Return seconds per token of the whole model, and of all its blocks, from calls with the few blocks."""
         whole_seconds, block_seconds = _seconds(whole, plan.device), _seconds(blocks, plan.device)
         outside_blocks = max(0.0, whole_seconds - block_seconds)
         return (outside_blocks + scale * block_seconds) / tokens, scale * block_seconds / tokens
@@ -185,13 +198,13 @@ def _time_model(
     return Pace(forward_pace, evaluated_pace, developed_pace, teacher_pace, learned_pace)
 
 
-def _with_timed_blocks(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the configuration of a model with `TIMED_BLOCKS` blocks."""
+def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """Return the configuration of a model that has only the first layers."""
     small, blocks = copy.deepcopy(config), config.num_hidden_layers
-    small.num_hidden_layers = min(TIMED_BLOCKS, blocks)
+    small.num_hidden_layers = layers
     for name, value in list(vars(small).items()):
         if isinstance(value, list) and len(value) == blocks:  # per-layer settings, such as layer_types
-            setattr(small, name, value[:TIMED_BLOCKS])
+            setattr(small, name, value[:layers])
     return small
 
 

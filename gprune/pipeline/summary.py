@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gprune.benchmarks.speed import describe_device, seconds
+from gprune.benchmarks.speed import describe_device, time_generation
 from gprune.errors import optional_output
 from gprune.models.masks import Masks
 from gprune.models.surgery import widths
@@ -35,7 +35,7 @@ def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, 
     """
     costs = run.budget.costs
     dense_cost = costs.prices.model  # in units of time
-    (_, _, (dense_seconds, pruned_seconds)), spread = seconds([run.model, pruned], **run.cfg.speed.workload())
+    (_, _, (dense_seconds, pruned_seconds)), spread = time_generation([run.model, pruned], **run.cfg.speed.workload())
     speeds = {
         "asked": dense_cost / (dense_cost - run.budget.target),
         "predicted": dense_cost / (dense_cost - costs.removed(masks)),

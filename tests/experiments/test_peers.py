@@ -81,7 +81,8 @@ def test_an_invalid_file_of_windows_is_refused_in_one_line(content, tmp_path, ca
     with pytest.raises(SystemExit) as stopped:
         common.read_windows(path)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: --windows: '{path}'")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --windows: '{path}'")
 
 
 def test_a_missing_clone_or_another_commit_is_refused_with_the_git_commands(clone, tmp_path, capsys):

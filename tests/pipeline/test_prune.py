@@ -565,7 +565,7 @@ def test_prune_refuses_a_dry_run_configuration(tmp_path):
 
 
 def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, monkeypatch):
-    """Time is measured on two blocks with random weights."""
+    """Time is measured on blocks with random weights."""
     monkeypatch.setattr("gprune.pipeline.inputs.load_model", lambda *_, **__: pytest.fail("loaded"), raising=False)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert tiny_run.main(world.args(tmp_path / "runs", "--dry_run=true")) == 0
@@ -576,7 +576,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, mo
     assert lines["widths"].startswith("80 to 80 of 160 neurons and 2 to 2 of 2 KV groups per block")
     assert lines["evaluates"] == "4 models on 3 corpora"
     number = r"[\d.]+e\+\d+"
-    assert re.match(rf"at most {number} FLOP: 0:0\d:\d\d by two blocks measured on cpu \(float32, ", lines["compute"])
+    assert re.match(rf"at most {number} FLOP: 0:0\d:\d\d by \d blocks measured on cpu \(float32, ", lines["compute"])
     assert re.search(r"\(evaluate\) GiB of this machine: fits \d+", lines["memory"])
     assert lines["text"] == "5 corpora have enough windows"
 
