@@ -204,8 +204,8 @@ def limit_to_depth(budget: Budget) -> Budget:
     layer_costs = [sum(prices[block] for block in layer) for layer in layers]
     kept = 0 if protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
     removable = sum(layer_costs) - kept
-    if Target.of(budget.asked).unit == "quality":
-        return replace(budget.removing(min(budget.target, removable)), asked=budget.asked)
+    if Target.of(budget.setting).unit == "quality":
+        return replace(budget.removing(min(budget.target, removable)), setting=budget.setting)
     if budget.target > removable:
         raise UserError(
             f"--sparsity.allocation depth cannot remove {budget.target:,}: whole blocks are at most {removable:,} if "

@@ -378,7 +378,7 @@ def test_a_student_trains_the_weights_of_each_ffn_once(targets, shared_expert_mo
     learned = [name for name in student.learned if "shared_expert_down_proj" in name]
     assert learned == [f"{layer}_mlp_shared_expert_down_proj_weight" for layer in range(3)]
     assert any("experts" in name for name in student.learned)
-    student.plain()
+    student.to_plain_model()
     assert_close(logits(student.model), logits(shared_expert_model))
 
 

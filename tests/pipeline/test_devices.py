@@ -95,12 +95,12 @@ def test_more_blocks_add_no_synchronisations_to_a_training_step():
 
 
 def see_input_with_mistake(self, metric, _module, given):
-    """`Collector._see_input` with a mistake: the weights are on the CPU, on whichever device the activations are."""
+    """`Collector._add_input` with a mistake: the weights are on the CPU, on whichever device the activations are."""
     metric.update(self._by_window(given[0].detach()), self._half, torch.ones(len(self._half)))
 
 
 def test_the_simulation_detects_a_tensor_on_the_wrong_device(models, monkeypatch):
-    monkeypatch.setattr(Collector, "_see_input", see_input_with_mistake)
+    monkeypatch.setattr(Collector, "_add_input", see_input_with_mistake)
     run(PARTS["calibration"], models["llama", False], 0)  # no error on the CPU
     with pytest.raises(RuntimeError, match="different devices"):
         run(PARTS["calibration"], models["llama", False], 1)

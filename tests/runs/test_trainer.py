@@ -47,7 +47,7 @@ def test_rank_variables_without_other_processes_are_refused(variables, devices, 
     refused = pytest.raises(UserError, match=f"; got {message}.*Unset the variable")
     with nullcontext() if message is None else refused as error:
         check_trainer(accelerator="cpu", devices=devices, num_nodes=1, strategy="auto")
-    assert message is None or error.value.alone
+    assert message is None or error.value.rank_local
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ from tests.registries import restored
 def test_targets_with_units_are_parsed_exactly(value, unit, number):
     target = Target.of(value)
     assert (target.unit, target.number) == (unit, number)
-    assert Target.of(target.asked) == target
+    assert Target.of(target.setting) == target
     parsed = parse(["--sparsity.target", str(value)]).sparsity.target
     assert parsed == (value if unit == "share" else str(value))
 
