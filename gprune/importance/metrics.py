@@ -125,11 +125,12 @@ def act_norm(weights: UnitWeights, moments: Moments, generator: torch.Generator)
 
 @metric("taylor", needs=("saliency",))
 def taylor(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = sum_k |w_k g_k|, LLM-Pruner's element-wise first order (arXiv 2305.11627, eq. 5 without its second term).
+    """s_j = sum_k |w_k g_k|: LLM-Pruner's element-wise, first-order Taylor importance (arXiv 2305.11627).
 
-    k runs over all weights of the channel: gate and up rows and down column (or query, key and value rows and the
-    column of the output projection); a KV group counts its key and value rows once. g is the gradient of the mean
-    next-token cross-entropy over the calibration windows. `param_first` in the authors' repository.
+    This is eq. 5 of the paper without its second term (`param_first` in its repository), computed by the collector as
+    `moments.saliency`. k runs over all weights of the channel: gate and up rows and down column (or query, key and
+    value rows and the column of the output projection). A KV group counts its key and value rows once. g is the
+    gradient of the mean next-token cross-entropy over the calibration windows.
     """
     return moments.saliency
 

@@ -87,10 +87,10 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """
     keys, fields = library.Keys.Tokenizer, library.GGUFReader(path).fields
     is_byte_level = fields[keys.MODEL].contents() == "gpt2"
-    name = fields[keys.PRE].contents() if is_byte_level else None
-    pre_tokenizer = WORDS[name] if is_byte_level else None
+    splitting = fields[keys.PRE].contents() if is_byte_level else None  # a key of `WORDS`
+    pre_tokenizer = WORDS[splitting] if is_byte_level else None
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if pre_tokenizer is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
-        tokenizer.backend_tokenizer.model.ignore_merges = name in WHOLE_WORDS
+        tokenizer.backend_tokenizer.model.ignore_merges = splitting in WHOLE_WORDS
     return tokenizer

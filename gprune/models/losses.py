@@ -114,7 +114,7 @@ def _losses_and_errors(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 def rows_at_once(logits: Tensor) -> int:
-    """Return the number of tokens per element-wise operation on logits."""
+    """Return the number of tokens per element-wise operation on logits, by the device of a tensor."""
     return ROWS if logits.device.type == "cpu" else CHUNK
 
 
@@ -137,7 +137,11 @@ def frozen_head_losses(
 def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Tensor | None = None) -> Tensor:
     """Return the mean loss of each window's tokens 2..T in nats, (B, T) -> (B,) float32.
 
-    The loss is cross-entropy; or KL(teacher || model), if `teacher` is the teacher's `final_hidden` of these tokens.
+    Args:
+        model: the model, whose head is frozen.
+        input_ids: (B, T) int64 token ids.
+        teacher: None for the cross-entropy; or the `final_hidden` of a teacher on these tokens, (B, T - 1, H), for
+            KL(teacher || model).
     """
     head = model.get_output_embeddings()
     # If a model is on several devices, a head that is tied to the embeddings is not on that of the last layer.

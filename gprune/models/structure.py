@@ -1,5 +1,8 @@
-"""Check the record of a model: paths and sizes on the model without weights, and for records of users also norms and
-logits on a tiny random copy."""
+"""Check that the record of a model describes the model correctly.
+
+Paths and sizes are checked on the model itself, which may have no weights. For records of users, norms and logits are
+also checked on a tiny random copy.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def check_structure(model: PreTrainedModel) -> None:
 
 
 def check_by_copy(config: PreTrainedConfig) -> None:
-    """Check a record of a user on a tiny random copy. Raise UserError that names the wrong field if it is known.
+    """Check a record of a user on a tiny random copy. Raise UserError if it is wrong, with the wrong field if known.
 
     A no-op for other records, and for classes of which no tiny copy can be made.
     """
@@ -85,10 +88,10 @@ def check_by_copy(config: PreTrainedConfig) -> None:
     with torch.no_grad():
         hidden = decoder_of(model)(input_ids=probe.ids, use_cache=False).last_hidden_state
         logits = LogitTransform.of(model)(model.get_output_embeddings()(hidden))
-    if (logits - probe.dense).abs().max() > 1e-3 * probe.dense.abs().max():
+    if (logits - probe.dense).abs().max() > 1e-3 * probe.dense.abs().max():  # more than rounding errors
         why = "logits are not head times hidden states; it needs logits_scaling, logits_multiplier or softcap"
         raise _record_error(name, why)
-    for block in blocks_of(model)[:1]:
+    for block in blocks_of(model)[:1]:  # by a record of a user, all layers have the same norms
         _check_norms(name, probe, block)
 
 

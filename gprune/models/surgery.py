@@ -48,7 +48,8 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
         inplace: whether to change `model` itself. Otherwise peak memory is the dense model plus the pruned one.
 
     Raises:
-        UserError: if a mask has a wrong length or dtype, or a block keeps units of one scope only.
+        UserError: if the masks do not fit the model (`check_masks`), or layers are removed and another layer would
+            compute something else under its new number.
     """
     check_masks(model, masks)
     was_aligned = experts_aligned(model)
@@ -87,6 +88,9 @@ def prune_to_files(
     Returns:
         The pruned model on the meta device. `gprune.models.offload.load_parameter` reads parameters of blocks from the
         files, and other parameters from `model`. The model can be saved, but not run.
+
+    Raises:
+        UserError: as `prune`.
     """
     check_masks(model, masks)
     pruned = skeleton(copy.deepcopy(model.config), type(model)).eval().requires_grad_(False)
@@ -174,7 +178,7 @@ def _drop_layers_from_config(config: PreTrainedConfig, kept: list[int], depth: i
     text_config = config.get_text_config(decoder=True)
     content = text_config.to_dict()  # plain lists and dicts, unlike some attributes
     table = content.get("per_layer_config")
-    step = content.get("decoder_sparse_step", 1)
+    step = content.get("decoder_sparse_step", 1)  # of Qwen MoE: only every `step`-th layer has experts
     if step > 1:  # layer numbers determine which layers have experts, so list the others instead
         without_experts = [i for i in range(depth) if (i + 1) % step or i in content["mlp_only_layers"]]
         content["mlp_only_layers"] = without_experts
@@ -294,7 +298,14 @@ def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks
 
 
 def _slice_parameter(block: Block, slice_: Slice, masks: Masks, weight: Tensor) -> Tensor:
-    """Return the kept part of a weight as a new tensor. `slice_` says which indices belong to which units."""
+    """Return the kept part of a weight as a new tensor.
+
+    Args:
+        block: the block to which the weight belongs.
+        slice_: which indices of the weight belong to which units.
+        masks: as for `prune`.
+        weight: the weight, with values in memory.
+    """
     keep = getattr(masks, slice_.kind)[block.index]
     if slice_.kind == "ffn" and block.has_experts:
         keep_by_expert = rearrange(keep, "(e n) -> e n", e=block.experts)[:, slice_.units]

@@ -121,7 +121,7 @@ def accept_candidates(probe: Probe, base: Family) -> dict[str, list[Kind]]:
     with separable_norms(probe.layers):
         largest_first = sorted(candidates(probe), key=lambda candidate: -candidate[2])
     accepted: dict[str, list[Kind]] = {"ffn": [], "attention": []}
-    refused = []
+    refused = []  # paths of output projections
     for scope, kind, _ in largest_first:
         alone = {"ffn": [], "attention": []} | {scope: [kind]}
         if is_correct(probe, with_kinds(base, alone)):
@@ -201,9 +201,9 @@ def output_projections(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and parameter.shape[0] > 1 and hidden_size in parameter.shape[1:]:
-                _E, a, b = parameter.shape
-                if a != b:  # else it is unknown which dimension has the hidden states
-                    columns = 2 if a == hidden_size else 1
+                _E, first, second = parameter.shape
+                if first != second:  # else it is unknown which dimension has the hidden states
+                    columns = 2 if first == hidden_size else 1
                     yield f"{path}.{name}".lstrip("."), parameter, columns
 
 

@@ -138,13 +138,15 @@ def _is_multiple(x: Tensor, reference: Tensor) -> bool:
 
 
 def _norm_paths(layer: nn.Module) -> list[str]:
+    """Return the paths of all norms in a layer."""
     return [path for path, module in layer.named_modules() if is_norm(module)]
 
 
 def norm_offset(norm: nn.Module) -> float:
     """Return 1.0 if a norm multiplies by 1 + its weight, else 0.0.
 
-    With a weight of zero the former still has an output.
+    The norm is called with a weight of zero. Without the bias its output is then zero only if it multiplies by the
+    weight itself.
     """
     with torch.no_grad():
         weight = norm.weight.clone()
