@@ -151,12 +151,12 @@ def _first_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, needed: 
 
     The joined string is tokenised in one call, because separate calls would give other tokens around each `JOIN`.
     """
-    ends = np.cumsum([len(text) + len(JOIN) for text in texts])  # of each text in the joined string
+    ends = np.cumsum([len(text) + len(JOIN) for text in texts])  # end of each text in the joined string
     characters = math.inf if needed is None else CHARACTERS_PER_TOKEN * needed
     while True:
-        count = int(np.searchsorted(ends, characters)) + 1
-        text = JOIN.join(texts[:count])
-        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if count >= len(texts) or (needed is not None and len(tokens) >= needed + SPARE_TOKENS):
+        number_of_texts = int(np.searchsorted(ends, characters)) + 1
+        joined = JOIN.join(texts[:number_of_texts])
+        tokens = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
+        if number_of_texts >= len(texts) or (needed is not None and len(tokens) >= needed + SPARE_TOKENS):
             return tokens
         characters *= 2

@@ -64,10 +64,11 @@ def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, 
     Raises:
         UserError: if the value is something else, or misses the budget.
     """
-    costs, entry = budget.costs, f"{registry.kind.capitalize()} '{name}'"
+    costs = budget.costs
+    entry = f"{registry.kind.capitalize()} '{name}'"
     if not isinstance(value, Masks):
         raise UserError(f"{entry} must return Masks; got {type(value).__name__}.")
-    neurons = [e * n for e, n in zip(costs.experts_per_block, costs.neurons, strict=True)]
+    neurons = [experts * width for experts, width in zip(costs.experts_per_block, costs.neurons, strict=True)]
     masks = Masks(*checked_pair(registry, name, "masks", (value.ffn, value.attention), (neurons, costs.groups), "bool"))
     step = _largest_step(budget)
     removed, target = costs.removed(masks), budget.target

@@ -55,11 +55,12 @@ class AssignmentRefinement(L.LightningModule):
             "similarity": similarity_weight, "drift": drift_weight, "consistency": consistency_weight,
             "balance": balance_weight, "entropy": entropy_weight,
         }  # fmt: skip
-        K = 1 + max(int(block_labels.max()) for block_labels in labels)
+        K = 1 + max(int(block_labels.max()) for block_labels in labels)  # modules of the block with most modules
         A = torch.zeros(*inputs.valid.shape, K)
         for block_logits, block_labels in zip(A, labels, strict=True):
             block_logits[: len(block_labels)] = 2 * F.one_hot(block_labels, K)
-            block_logits[:, int(block_labels.max()) + 1 :] = -20.0  # no new modules in a block with fewer than K
+            # Softmax of -20 is almost 0, so a block with fewer than K modules gets no new ones.
+            block_logits[:, int(block_labels.max()) + 1 :] = -20.0
         self.logits = nn.Parameter(A)
         self.history: list[dict[str, float]] = []
 

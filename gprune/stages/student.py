@@ -46,7 +46,10 @@ class Student:
         self, model: PreTrainedModel, *, targets: Literal["mlp", "all", "lora"] = "all", rank: int = 8,
         checkpointing: bool = False,
     ):  # fmt: skip
-        self.model, self.targets, self.rank, self.checkpointing = model, targets, rank, checkpointing
+        self.model = model
+        self.targets = targets
+        self.rank = rank
+        self.checkpointing = checkpointing
         self.learned = nn.ParameterDict()
         self._sizes: dict[str, Tensor] = {}
         self._paths: list[tuple[int, str]] = []  # of trained weights: number of the layer, and name in it
@@ -62,8 +65,10 @@ class Student:
         else:
             self._split_fused_tensors()
             self._learn_weights()
-        sizes = [size.to(next(iter(self._sizes.values())).device) for size in self._sizes.values()]
-        self.sizes = dict(zip(self._sizes, torch.stack(sizes).tolist(), strict=True))  # synchronises only once
+        # Copied to one device and stacked, so that the host waits for the devices only once.
+        first_size = next(iter(self._sizes.values()))
+        stacked = torch.stack([size.to(first_size.device) for size in self._sizes.values()])
+        self.sizes = dict(zip(self._sizes, stacked.tolist(), strict=True))
         if checkpointing:
             self._enable_checkpointing()
 
@@ -73,7 +78,7 @@ class Student:
         return self._unsharded is not None
 
     def _learn(self, name: str, parameter: nn.Parameter, size: Tensor | None = None) -> None:
-        """Train a parameter.
+        """Add a parameter to `learned` and `sizes`.
 
         Args:
             name: name of the parameter.
@@ -184,7 +189,7 @@ class Student:
         self._register_replaced_weights()
 
     def gather(self) -> None:
-        """Gather sharded layers on the CPU."""
+        """Gather sharded layers on the CPU, in a model without sharding, which replaces `model`."""
         unsharded = self._unsharded
         for name, parameter in self.model.named_parameters():
             path, _, leaf = name.rpartition(".")

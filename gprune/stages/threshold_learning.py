@@ -76,14 +76,16 @@ class ThresholdLearning(FrozenLMStage):
         self.offset_learning_rate = offset_learning_rate
         self.offset_limit = offset_limit
         self._cut: Cut | None = None  # cached cut of the budget, on the device of the thresholds
-        ffn, attention = start
+        ffn_start, attention_start = start
         learns_thresholds = learn != "offsets"
-        self.ffn_thresholds = nn.ParameterList(nn.Parameter(t.float(), requires_grad=learns_thresholds) for t in ffn)
+        self.ffn_thresholds = nn.ParameterList(
+            nn.Parameter(t.float(), requires_grad=learns_thresholds) for t in ffn_start
+        )
         ranks_with_offsets = ranks.ffn if learn != "thresholds" else []
         self.ffn_offsets = nn.ParameterList(nn.Parameter(torch.zeros(len(p))) for p in ranks_with_offsets)
         # Thresholds of KV groups always exist, but are trained only if KV groups are in scope.
         self.attention_thresholds = nn.ParameterList(
-            nn.Parameter(t.float(), requires_grad=budget.costs.attention) for t in attention
+            nn.Parameter(t.float(), requires_grad=budget.costs.attention) for t in attention_start
         )
         for b in budget.costs.removed_blocks:  # the loss does not depend on thresholds of removed blocks
             for learned in (self.ffn_thresholds, self.ffn_offsets, self.attention_thresholds):
@@ -149,6 +151,7 @@ class ThresholdLearning(FrozenLMStage):
             neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
 
         def shifted(thresholds: nn.ParameterList, margins: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+            """Return the thresholds of each block, shifted by the margin of the block's cut."""
             blocks = zip(thresholds, margins, masks, strict=True)
             return [t + cut_margin(Masks([keep], []), [margin]).float() for t, margin, keep in blocks]
 
@@ -189,6 +192,7 @@ class ThresholdLearning(FrozenLMStage):
         return super().axes() | {"learn/epoch": epochs}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Centre the gradients, if the stage does so."""
         if self.centred:
             self.centre()
 
@@ -205,6 +209,7 @@ class ThresholdLearning(FrozenLMStage):
         neurons = [BlockGradient(self.ffn_thresholds[b].grad, ranks.sizes[b], costs.uniform) for b in open_blocks]
         groups = [BlockGradient(self.attention_thresholds[b].grad, len(ranks.attention[b]), False) for b in open_blocks]
         offsets = [BlockGradient(self.ffn_offsets[b].grad, 1, costs.uniform) for b in open_blocks if self.offsets]
+        # Thresholds and offsets are centred separately.
         for gradients in ([*neurons, *groups], offsets):
             learned = [gradient for gradient in gradients if gradient.grad is not None]
             if not learned:

@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
             yaml.YAMLError: if a key is repeated.
         """
         node = super().compose_mapping_node(anchor)
-        seen = set()
+        seen = set()  # (tag, text) of earlier keys
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == f"{TAG}merge":
                 continue
