@@ -227,7 +227,8 @@ class Walk:
         for index, layer in enumerate(decoder_layers(self.model)):
             with resident(layer):
                 self._run_layer(layer, index)
-        head, transform = self.model.get_output_embeddings(), LogitTransform.of(self.model)
+        head = self.model.get_output_embeddings()
+        transform = LogitTransform.of(self.model)
         for call in self.calls:
             device = device_of(head)
             # Every replaced layer returns the output of the last layer, to which the decoder applies its final norm.

@@ -404,7 +404,8 @@ class Unpruned:
 
 def find_unpruned(model: PreTrainedModel) -> dict[str, Unpruned]:
     """Return FFNs and attentions that are not pruned, because their layer has a larger one, by path of the output."""
-    family, config = family_of(model), model.config.get_text_config(decoder=True)
+    family = family_of(model)
+    config = model.config.get_text_config(decoder=True)
     by_output: dict[str, Unpruned] = {}
     if not family.kinds:
         return by_output

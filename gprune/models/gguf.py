@@ -85,7 +85,8 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         KeyError: if the word splitting of a byte-level BPE is not in `WORDS`.
     """
-    keys, fields = library.Keys.Tokenizer, library.GGUFReader(path).fields
+    keys = library.Keys.Tokenizer
+    fields = library.GGUFReader(path).fields
     is_byte_level = fields[keys.MODEL].contents() == "gpt2"
     splitting = fields[keys.PRE].contents() if is_byte_level else None  # a key of `WORDS`
     pre_tokenizer = WORDS[splitting] if is_byte_level else None

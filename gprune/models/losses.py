@@ -32,7 +32,8 @@ class LogitTransform:
     @classmethod
     def of(cls, model: PreTrainedModel) -> LogitTransform:
         """Return the transform of a model, by the config keys in its family's record."""
-        family, config = family_of(model), model.config.get_text_config(decoder=True)
+        family = family_of(model)
+        config = model.config.get_text_config(decoder=True)
         scaling = getattr(config, family.logits_scaling) if family.logits_scaling else 1.0
         if family.logits_multiplier:
             scaling = 1 / getattr(config, family.logits_multiplier)
@@ -170,6 +171,7 @@ def iter_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[Ten
     Logits (1, T - 1, V) and hidden states (1, T - 1, H) are in the model's dtype, targets (1, T - 1) are int64.
     """
     hidden = final_hidden(model, input_ids)
-    head, transform = model.get_output_embeddings(), LogitTransform.of(model)
+    head = model.get_output_embeddings()
+    transform = LogitTransform.of(model)
     for window_hidden, window_ids in zip(hidden, input_ids, strict=True):
         yield transform(head(window_hidden[None])), window_ids[None, 1:], window_hidden[None]

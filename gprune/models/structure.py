@@ -32,7 +32,8 @@ def check_structure(model: PreTrainedModel) -> None:
 
     The error depends on the origin of the record: built in, of a user, or discovered.
     """
-    name, record = model.config.model_type, family_of(model)
+    name = model.config.model_type
+    record = family_of(model)
     try:
         layers = [block.layer for block in blocks_of(model)]
     except AttributeError as error:

@@ -229,7 +229,9 @@ class Projection(Recovery):
     """
 
     def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool):
-        self.solver, self.needs, self.experts = solver, frozenset(needs), experts
+        self.solver = solver
+        self.needs = frozenset(needs)
+        self.experts = experts
 
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block."""

@@ -326,7 +326,8 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
 
     masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
-    costs, prices = budget.costs, budget.costs.prices
+    costs = budget.costs
+    prices = budget.costs.prices
     remaining = budget.target  # the cost that is still to be removed
     for layer in _layers_by_influence(statistics, budget):
         if remaining <= 0 or not costs.protected.isdisjoint(layer):

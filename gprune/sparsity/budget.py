@@ -111,7 +111,8 @@ class UnitCosts:
 
     def removed(self, masks: Masks) -> int:
         """Return the cost that masks remove. For a block that keeps nothing this is the whole block with its norms."""
-        prices, removed = self.prices, 0
+        prices = self.prices
+        removed = 0
         for b, keeps_units in enumerate(masks.blocks):
             if not keeps_units:
                 removed += prices.blocks[b]
@@ -169,7 +170,8 @@ def unit_costs(
     Raises:
         UserError: if there is no layer with a number in `protect`.
     """
-    depth, with_blocks = len(by_layer(blocks)), "blocks" in scope
+    depth = len(by_layer(blocks))
+    with_blocks = "blocks" in scope
     for index in protect:
         if not -depth <= index < depth:
             raise UserError(
@@ -284,7 +286,8 @@ class Budget:
     @property
     def step(self) -> int:
         """The smallest difference in cost between masks: `width_multiple` neurons of a block, or of all if uniform."""
-        costs, multiple = self.costs, self.width_multiple
+        costs = self.costs
+        multiple = self.width_multiple
         step_costs = []
         for by_width in costs.prices.neurons:
             width = len(by_width) - 1
@@ -299,7 +302,9 @@ class Budget:
     @property
     def rest(self) -> Budget:
         """The remaining budget for units of other blocks, after blocks were removed as a whole."""
-        costs, prices, remaining = self.costs, self.costs.prices, self.costs.remaining_blocks
+        costs = self.costs
+        prices = self.costs.prices
+        remaining = self.costs.remaining_blocks
 
         def select(by_block: Sequence[Any]) -> list[Any]:
             """Return the entries of the remaining blocks."""

@@ -133,7 +133,8 @@ class Cut:
 
     def _init_neuron_steps(self, device: torch.device) -> None:
         """Compute the steps in which neurons are removed."""
-        costs, width_multiple = self.budget.costs, self.budget.width_multiple
+        costs = self.budget.costs
+        width_multiple = self.budget.width_multiple
         removable = [
             0 if b in costs.protected else max(0, width - width_multiple) for b, width in enumerate(costs.neurons)
         ]
@@ -182,7 +183,8 @@ class Cut:
 
     def _masks(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None) -> Masks:
         """Return masks of blocks that are not removed as a whole, from their margins."""
-        costs, target = self.budget.costs, self.budget.target
+        costs = self.budget.costs
+        target = self.budget.target
         if costs.uniform:
             return equal_width_masks(self.budget, neuron_margins, group_margins)
         experts = costs.experts_per_block
@@ -217,8 +219,10 @@ class Cut:
         Returns:
             (removable groups,) bool.
         """
-        target, count = self.budget.target, len(group_keys)
-        keys, cost = torch.cat([group_keys, step_keys]), torch.cat([self.group_cost, self.step_cost])
+        target = self.budget.target
+        count = len(group_keys)
+        keys = torch.cat([group_keys, step_keys])
+        cost = torch.cat([self.group_cost, self.step_cost])
         selected = _select_until(keys, cost, target)[:count]
         order = group_keys.argsort(stable=True)  # selected groups come first
         cost = self.group_cost[order]
@@ -271,7 +275,8 @@ def equal_width_masks(
     With attention in scope every block keeps as many KV groups as blocks of different widths would keep on average, and
     the width of the FFN makes up the rest.
     """
-    costs, target = budget.costs, budget.target
+    costs = budget.costs
+    target = budget.target
     device = neuron_margins[0].device
     attention = [torch.ones(n, dtype=torch.bool, device=device) for n in costs.groups]
     if costs.attention:
@@ -293,7 +298,8 @@ def _removed_cost(tables: Sequence[Sequence[int]], kept: int) -> int:
 
 def _widest(budget: Budget, target: int) -> int:
     """Return the largest common width of FFNs that removes at least the cost `target`; 0 if there is none."""
-    costs, multiple = budget.costs, budget.width_multiple
+    costs = budget.costs
+    multiple = budget.width_multiple
     narrowest, widest = min(filter(None, costs.neurons)), max(costs.neurons)
     widths = list(range(narrowest // multiple * multiple, 0, -multiple))
     if narrowest == widest:
@@ -310,7 +316,9 @@ def _equal_groups(budget: Budget, kept_groups: int) -> int:
         budget: the budget.
         kept_groups: number of groups that blocks of different widths would keep in total.
     """
-    costs, prices, width_multiple = budget.costs, budget.costs.prices, budget.width_multiple
+    costs = budget.costs
+    prices = budget.costs.prices
+    width_multiple = budget.width_multiple
     group_counts = [n for n in costs.groups if n]  # of blocks with prunable attention
     max_groups = min(group_counts)
     groups = max(1, min(round(kept_groups / len(group_counts)), max_groups))

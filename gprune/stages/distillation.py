@@ -106,7 +106,8 @@ class DistillationStage(FrozenLMStage):
             already; this stage then subtracts the tokens whose states it computes again.
     """
 
-    purpose, curves = "distillation", "distill"
+    purpose = "distillation"
+    curves = "distill"
 
     def __init__(
         self, dense: PreTrainedModel, student: PreTrainedModel, *, targets: Literal["mlp", "all", "lora"] = "all",
@@ -255,7 +256,8 @@ class DistillationStage(FrozenLMStage):
         """Return the loss of each window, (B, T) -> (B,) float32."""
         teacher_hidden = self._teacher_hidden(ids).flatten(0, 1) if self.kl else None
         hidden = final_hidden(self.student, ids).flatten(0, 1)
-        head, transform = self.student.get_output_embeddings(), LogitTransform.of(self.student)
+        head = self.student.get_output_embeddings()
+        transform = LogitTransform.of(self.student)
         losses = torch.zeros(len(ids), device=hidden.device)
 
         def window_means(targets: Tensor) -> Tensor:

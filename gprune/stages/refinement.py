@@ -104,7 +104,8 @@ class AssignmentRefinement(L.LightningModule):
 
         Small modules are merged as in the initial partition, with K the number of modules of that partition.
         """
-        inputs, weights = self.inputs.to("cpu"), self.weights
+        inputs = self.inputs.to("cpu")
+        weights = self.weights
         joint_features = torch.cat(
             [
                 weights["similarity"] * inputs.embedding,

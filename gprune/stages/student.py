@@ -245,7 +245,8 @@ class FusedParts(nn.Module):
 
     def __init__(self, rows: list[Tensor], dim: int):
         super().__init__()
-        self.rows, self.dim = rows, dim
+        self.rows = rows
+        self.dim = dim
         self.register_buffer("order", torch.cat(rows).argsort(), persistent=False)
 
     def forward(self, *parts: Tensor) -> Tensor:

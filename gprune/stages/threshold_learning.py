@@ -57,7 +57,8 @@ class ThresholdLearning(FrozenLMStage):
         shard: whether to shard the model over processes.
     """
 
-    purpose, curves = "threshold learning", "learn"
+    purpose = "threshold learning"
+    curves = "learn"
 
     def __init__(
         self, model: PreTrainedModel, ranks: ModuleRanks, start: Thresholds, budget: Budget, *,
@@ -129,7 +130,8 @@ class ThresholdLearning(FrozenLMStage):
 
     def refresh_gates(self) -> None:
         """Compute the gates of a training step: per block (N,) for neurons and (G,) for KV groups."""
-        hard, ranks = self.masks(), self.ranks
+        hard = self.masks()
+        ranks = self.ranks
         ffn_thresholds, attention_thresholds = self._gate_thresholds(hard)
         blocks = zip(hard.ffn, self.offset_ranks.ffn, ffn_thresholds, ranks.labels, ranks.sizes, strict=True)
         self.ffn_gates[:] = [
@@ -185,7 +187,8 @@ class ThresholdLearning(FrozenLMStage):
 
     def axes(self) -> dict[str, float]:
         """Return the values of the x axes, with the number of epochs as `learn/epoch`."""
-        trainer, epochs = self.trainer, 0.0
+        trainer = self.trainer
+        epochs = 0.0
         if self.global_step:  # before the first step the Trainer may not know the number of batches
             steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
             epochs = self.global_step / steps_per_epoch
@@ -204,7 +207,8 @@ class ThresholdLearning(FrozenLMStage):
         the same width, neurons compete inside their block only, so the mean of their block is subtracted. KV groups
         compete with all neurons in either case.
         """
-        costs, ranks = self.budget.costs, self.ranks
+        costs = self.budget.costs
+        ranks = self.ranks
         open_blocks = [b for b in range(len(ranks.sizes)) if b not in costs.protected]
         neurons = [BlockGradient(self.ffn_thresholds[b].grad, ranks.sizes[b], costs.uniform) for b in open_blocks]
         groups = [BlockGradient(self.attention_thresholds[b].grad, len(ranks.attention[b]), False) for b in open_blocks]

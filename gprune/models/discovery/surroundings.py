@@ -89,7 +89,8 @@ def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | Non
     Metrics assume that an FFN sees all tokens, and that its output is added to the residual: directly, times a number
     for each token (a gate), or after a norm. This is not true for a small network inside of a norm or a router.
     """
-    experts, output = kind.get("experts"), kind.get("experts") or kind["down"]
+    experts = kind.get("experts")
+    output = kind.get("experts") or kind["down"]
     if experts is None:
         calls = probe.in_layer(index, [output])
         if len(calls) != 1 or calls[0].returned.numel() != probe.ids.numel() * probe.hidden_size:
