@@ -123,9 +123,9 @@ def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
 def check_tokens(windows: Windows, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
     """Raise UserError if a token is outside the embedding matrix of a model."""
     if (highest := int(windows.tokens.max())) >= embeddings:
-        text = tokenizer.convert_ids_to_tokens(highest)
+        token = tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
-            f"--model.name: Token {highest} ({text!r}) of corpus '{windows.corpus}' must be less than {embeddings:,}, "
+            f"--model.name: Token {highest} ({token!r}) of corpus '{windows.corpus}' must be less than {embeddings:,}, "
             "the number of embeddings. The tokenizer belongs to another model."
         )
 

@@ -65,6 +65,7 @@ def metric(
         raise ValueError(f"The needs of metric '{name}' must be among saliency; got {sorted(unknown)}.")
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Register the metric in `IMPORTANCE` with its properties, and return it."""
         function.activation_free = activation_free
         function.needs = frozenset(needs)
         function.drift = "act_norm" if activation_free else name

@@ -85,6 +85,7 @@ def score_units(
     """
 
     def channel_scores(block: Block) -> Tensor:
+        """Return the scores of a block's attention channels, (C,); zeros, (G,), if attention is not in scope."""
         if not attention or block.output is None:
             return torch.zeros(block.kv_groups, dtype=torch.float64)
         generator = generator_for(seed, block.index, "attention")
@@ -92,6 +93,7 @@ def score_units(
         return score_channels(name, attention_weights(block), moments, generator)
 
     def neuron_scores(block: Block) -> Tensor:
+        """Return the scores of a block's neurons, (E x N,); empty without an FFN."""
         if block.down is None:
             return torch.zeros(0, dtype=torch.float64)
         generator = generator_for(seed, block.index, "ffn")
@@ -99,6 +101,7 @@ def score_units(
         return score_ffn(name, block, ffn_weights(block), moments, generator)
 
     def group_scores(block: Block, channels: Tensor) -> Tensor:
+        """Return the scores of a block's KV groups, (G,): sums of the scores of their channels."""
         if not block.kv_groups:
             return channels  # empty
         return reduce(channels, "(g c) -> g", "sum", g=block.kv_groups)

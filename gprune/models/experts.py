@@ -53,6 +53,7 @@ def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = 
     """
     attributes = experts.__dict__  # a forward method in it hides that of the class
     if "watchers" not in attributes:
+        # Restored when the last watcher is removed.
         before = {"forward": attributes["forward"]} if "forward" in attributes else {}
         is_standard = has_standard_forward(experts)
         watched_forward = _forward_standard if is_standard else partial(_forward_of_class, down[0])

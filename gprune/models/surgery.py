@@ -149,18 +149,18 @@ def _drop_layers(model: PreTrainedModel, layer_is_kept: list[bool]) -> None:
     Raises:
         UserError: if a kept layer would compute something else under its new number.
     """
-    before = skeleton(copy.deepcopy(model.config), type(model))
+    model_before = skeleton(copy.deepcopy(model.config), type(model))
     kept = [index for index, is_kept in enumerate(layer_is_kept) if is_kept]
     layers = decoder_layers(model)
     remaining = nn.ModuleList(layers[index] for index in kept)
     holder, name = find_parent(decoder_of(model), family_of(model).layers)
     setattr(holder, name, remaining)
     _drop_layers_from_config(model.config, kept, len(layer_is_kept))
-    after = skeleton(copy.deepcopy(model.config), type(model))
-    for model_without_weights in (before, after):  # avoids another discovery for the changed number of layers
+    model_after = skeleton(copy.deepcopy(model.config), type(model))
+    for model_without_weights in (model_before, model_after):  # avoids another discovery for another number of layers
         remember(model_without_weights, family_of(model))
-    _check_numbering(before, after, kept)
-    for index, (layer, new_layer) in enumerate(zip(remaining, decoder_layers(after), strict=True)):
+    _check_numbering(model_before, model_after, kept)
+    for index, (layer, new_layer) in enumerate(zip(remaining, decoder_layers(model_after), strict=True)):
         new_modules = dict(new_layer.named_modules())
         for path, module in layer.named_modules():
             if hasattr(module, "layer_idx"):  # index of the layer in the KV cache
@@ -249,8 +249,8 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
         of_scope = getattr(masks, scope)
         shapes_fit = [mask.shape for mask in of_scope] == [(size,) for size in expected]
         if not shapes_fit or any(mask.dtype != torch.bool for mask in of_scope):
-            got = ", ".join(f"{mask.dtype} {tuple(mask.shape)}" for mask in of_scope)
-            raise UserError(f"Masks.{scope} must be torch.bool of lengths {expected}; got {got}.")
+            descriptions = ", ".join(f"{mask.dtype} {tuple(mask.shape)}" for mask in of_scope)
+            raise UserError(f"Masks.{scope} must be torch.bool of lengths {expected}; got {descriptions}.")
     if not any(masks.blocks):
         raise UserError(f"Masks must keep at least 1 of {len(blocks)} blocks; got 0.")
     for block, ffn, attention in zip(blocks, masks.ffn, masks.attention, strict=True):

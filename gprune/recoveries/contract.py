@@ -291,8 +291,10 @@ class Projection(Recovery):
         with RECOVERY.running(self.name):
             solution = self.solver(weight.float().clone(), keep.clone(), moments.copy(), ridge)
         if not (isinstance(solution, tuple) and len(solution) == 2):
-            got = type(solution).__name__
-            raise UserError(f"Recovery '{self.name}' must return a weight and a bias, which may be None; got {got}.")
+            type_name = type(solution).__name__
+            raise UserError(
+                f"Recovery '{self.name}' must return a weight and a bias, which may be None; got {type_name}."
+            )
         new_weight, bias = solution
         shape = len(weight), int(keep.sum())
         new_weight = RECOVERY.checked(self.name, "a weight", new_weight, shape, of="floats").to(weight)

@@ -68,6 +68,7 @@ def allocation(
     """
 
     def decorate(function: Rule) -> Rule:
+        """Register the rule in `ALLOCATION` with its properties, and return it."""
         ALLOCATION.register(name)(function)
         function.modules = modules
         function.learned = learned

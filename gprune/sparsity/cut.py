@@ -220,16 +220,16 @@ class Cut:
             (removable groups,) bool.
         """
         target = self.budget.target
-        count = len(group_keys)
-        keys = torch.cat([group_keys, step_keys])
-        cost = torch.cat([self.group_cost, self.step_cost])
-        selected = _select_until(keys, cost, target)[:count]
+        all_keys = torch.cat([group_keys, step_keys])
+        all_costs = torch.cat([self.group_cost, self.step_cost])
+        selected = _select_until(all_keys, all_costs, target)[: len(group_keys)]
         order = group_keys.argsort(stable=True)  # selected groups come first
-        cost = self.group_cost[order]
-        cost_after = cost.cumsum(0)
+        cost_in_order = self.group_cost[order]
+        cost_after = cost_in_order.cumsum(0)  # cost of each group and all groups before it
+        cost_before = cost_after - cost_in_order
         # The last groups may exceed the target by much more than a neuron. Keep such groups, last ones first, as long
         # as neurons can be removed instead.
-        exceeds = (cost_after > target) & (target - (cost_after - cost) <= self.removable_cost)
+        exceeds = (cost_after > target) & (target - cost_before <= self.removable_cost)
         return torch.empty_like(selected).scatter_(0, order, selected[order] & ~exceeds)
 
 

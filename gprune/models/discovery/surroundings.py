@@ -90,7 +90,7 @@ def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | Non
     for each token (a gate), or after a norm. This is not true for a small network inside of a norm or a router.
     """
     experts = kind.get("experts")
-    output = kind.get("experts") or kind["down"]
+    output = experts or kind["down"]
     if experts is None:
         calls = probe.in_layer(index, [output])
         if len(calls) != 1 or calls[0].returned.numel() != probe.ids.numel() * probe.hidden_size:
@@ -133,9 +133,10 @@ def _response_to_shift(probe: Probe, index: int, output: str) -> tuple[Tensor, T
 
 def _is_multiple(x: Tensor, reference: Tensor) -> bool:
     """Return whether a tensor is a multiple of a reference of the same number of elements, except for rounding."""
-    x, reference = x.flatten(), reference.flatten()
-    factor = (x @ reference) / (reference @ reference)  # least squares
-    return bool((x - factor * reference).abs().max() <= 1e-3 * x.abs().max())
+    flat_x = x.flatten()
+    flat_reference = reference.flatten()
+    factor = (flat_x @ flat_reference) / (flat_reference @ flat_reference)  # least squares
+    return bool((flat_x - factor * flat_reference).abs().max() <= 1e-3 * flat_x.abs().max())
 
 
 def _norm_paths(layer: nn.Module) -> list[str]:
