@@ -62,7 +62,13 @@ class Moments:
 
     @property
     def gram(self) -> Tensor | None:
-        """Sum over tokens of x x^T, (C, C) float32, or (E, C / E, C / E) for E experts; read on access if stored."""
+        """Sum over tokens of x x^T, (C, C) float32, or (E, C / E, C / E) for E experts; None if not collected.
+
+        A stored matrix is read from its file on each access.
+
+        Raises:
+            UserError: if the file is missing or invalid.
+        """
         return self.gram_source.read() if isinstance(self.gram_source, StoredGram) else self.gram_source
 
     @property

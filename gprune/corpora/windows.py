@@ -87,7 +87,7 @@ def make_windows(
     needed = None if sample.num_samples is None else sample.num_samples * seq_len
     tokens = _first_tokens(pieces, tokenizer, needed)
     available = len(tokens) // seq_len
-    num_windows = sample.num_samples or max(available, 1)
+    num_windows = sample.num_samples or max(available, 1)  # at least 1, so that too little text is an error
     if available < num_windows:
         raise UserError(
             f"Corpus '{corpus}' ({split}) must have {num_windows} windows of {sample.seq_len} tokens; got {available}. "

@@ -31,6 +31,7 @@ def leaked_share(evaluated: Sequence[str], used: Sequence[str], n: int = 13) -> 
     counts = Counter(gram for text in evaluated for gram in _ngrams(text, n))
     total = counts.total()
     # Only n-grams of the evaluated text, which is smaller, stay in memory; the used text is streamed.
+    # An n-gram is removed when it is found, so that its occurrences are added once.
     leaked = sum(counts.pop(gram, 0) for text in used for gram in _ngrams(text, n))
     return leaked / total if total else 0.0
 

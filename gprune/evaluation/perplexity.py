@@ -227,7 +227,7 @@ class WindowPerplexity(Metric):
         """
         nll, tokens, index = (dim_zero_cat(state).cpu() for state in (self.nll, self.tokens, self.index))
         order = index.argsort(stable=True)
-        order = order[tokens[order] > 0]
+        order = order[tokens[order] > 0]  # without windows that pad a batch
         mean = mean_nll(nll[order], int(tokens.sum()), self.corpus)
         return torch.tensor(math.exp(mean), dtype=torch.float64)
 

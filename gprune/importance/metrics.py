@@ -60,6 +60,10 @@ def metric(
         activation_free: whether the score ignores `moments`. Such a metric can be used for unreliable modules; as it
             has no rank drift itself, the drift of `act_norm` is used.
         needs: `["saliency"]` if the function reads `moments.saliency`, which is collected only on demand.
+
+    Raises:
+        ValueError: if `needs` has another name, or another metric has this name.
+        UserError: if the name has characters that are not allowed.
     """
     if unknown := set(needs) - {"saliency"}:
         raise ValueError(f"The needs of metric '{name}' must be among saliency; got {sorted(unknown)}.")

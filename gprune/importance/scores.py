@@ -44,6 +44,9 @@ def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, g
 
     Experts without any routed token have no activations. Their neurons are ranked by `magnitude`, and the score at rank
     j is the mean of the other experts' scores at rank j. This is our choice.
+
+    Raises:
+        UserError: as `score_channels`.
     """
     if not block.has_experts:
         return score_channels(name, weights, moments, generator)

@@ -156,9 +156,17 @@ def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTrai
 
 @contextmanager
 def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
-    """Let the model compute as if it were pruned while the context lasts. Blocks without kept units are skipped."""
+    """Let the model compute as if it were pruned while the context lasts. Blocks without kept units are skipped.
+
+    Args:
+        model: a supported model.
+        masks: one keep mask per block and scope. Their sizes are not checked.
+
+    Raises:
+        UserError: if the model's type is not supported.
+    """
     blocks = blocks_of(model)
-    # Moved to the device once, and not in every forward pass.
+    # Masks are copied to the devices once, and not in every forward pass.
     devices = [device_of(block.layer) for block in blocks]
     ffn = [mask.to(device) for mask, device in zip(masks.ffn, devices, strict=True)]
     attention = [mask.to(device) for mask, device in zip(masks.attention, devices, strict=True)]

@@ -96,6 +96,7 @@ class StoredWeights:
     module: nn.Module
 
     def __getitem__(self, name: str) -> Tensor:
+        """Return a parameter or buffer by its name."""
         path, _, attribute = name.rpartition(".")
         module = self.module.get_submodule(path)
         value = load_parameter(module, attribute)

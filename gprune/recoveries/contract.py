@@ -234,7 +234,7 @@ class Projection(Recovery):
         self.experts = experts
 
     def revise(self, material: Material) -> Revise:
-        """Return a function that corrects the output projections of a sliced block."""
+        """Return a function that corrects the output projections of a sliced block, with errors as `solve`."""
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:
@@ -332,6 +332,11 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
         name: the value of `--recovery`.
         needs: which of `NEEDS` a function reads from `moments`. A class has its own attribute.
         experts: whether a function supports experts, which have no biases. A class has its own attribute.
+
+    Raises:
+        ValueError: if `needs` has another name, or another recovery has this name.
+        UserError: if the name has characters that are not allowed, or the decorated object is neither a function nor a
+            subclass of `Recovery`.
     """
     if unknown := set(needs) - set(NEEDS):
         raise ValueError(f"The needs of recovery '{name}' must be among {', '.join(NEEDS)}; got {sorted(unknown)}.")

@@ -65,6 +65,10 @@ def allocation(
         whole_blocks: whether the rule removes whole blocks; then there are no modules.
         errors: whether the rule reads `statistics.errors`, which are measured by a forward and backward pass over a
             few tokens.
+
+    Raises:
+        ValueError: if another rule has this name.
+        UserError: if the name has characters that are not allowed.
     """
 
     def decorate(function: Rule) -> Rule:

@@ -141,7 +141,8 @@ class Cut:
         tables = costs.prices.neurons
         # The cost of all removable neurons.
         self.removable_cost = sum(t[-1] - t[-1 - n] for t, n in zip(tables, removable, strict=True))
-        # For each block: number of neurons that are removed after each step.
+        # For each block: number of neurons that are removed after each step. The first step removes the remainder, so
+        # that all further widths are multiples of `width_multiple`.
         removed_after_step = [
             torch.arange(n % width_multiple or width_multiple, n + 1, width_multiple) if n else torch.arange(0)
             for n in removable

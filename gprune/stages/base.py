@@ -120,6 +120,7 @@ class FrozenLMStage(L.LightningModule):
         weight = batch.get("weight", torch.ones_like(losses))
         windows = self.trainer.strategy.reduce(weight.sum(), reduce_op="sum")
         self._tokens = self._tokens + windows.detach().double() * batch["input_ids"].shape[1]
+        # Times the number of processes, because the mean over processes divides by it.
         loss = (losses * (weight * self.trainer.world_size / windows).to(losses)).sum()
         value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
         self.last_loss = float(value)

@@ -248,7 +248,7 @@ class DistillationStage(FrozenLMStage):
         vars(self.outliers).update(checkpoint["proportion"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the weighted sum of KL and cross-entropy on a batch, () float32."""
+        """Return the weighted sum of KL and cross-entropy on a batch, () float32. It may be infinite or NaN."""
         losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm, self.student)
         return self.batch_loss(losses, batch, "distill/loss", finite=False)
 

@@ -90,12 +90,17 @@ class AssignmentRefinement(L.LightningModule):
         return torch.optim.Adam([self.logits], lr=self.learning_rate)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return the loss, (), and log its terms."""
+        """Return the loss, (), and log its terms. The batch is ignored.
+
+        Raises:
+            UserError: if the loss is not finite.
+        """
         by_block = partition_objective(self.logits, self.tau, self.inputs, self.weights)
         terms = {name: value.mean() for name, value in by_block.items()}
         self.history.append({name: float(value.detach()) for name, value in terms.items()})
         require_finite_loss(self.history[-1]["total"], "The objective of the refinement")
-        self.log_dict({f"partition/{k}": v for k, v in (self.history[-1] | {"temperature": self.tau}).items()})
+        logged = self.history[-1] | {"temperature": self.tau}
+        self.log_dict({f"partition/{name}": value for name, value in logged.items()})
         return terms["total"]
 
     @torch.no_grad()

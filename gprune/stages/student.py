@@ -96,8 +96,9 @@ class Student:
     def _learn_weights(self) -> None:
         """Train all weights of decoder layers, or only those of FFNs."""
         for block in blocks_of(self.model):
-            ffn_modules = {tensor.path.rpartition(".")[0] for tensor in block.slices if tensor.kind == "ffn"}
+            ffn_modules = {slice_.path.rpartition(".")[0] for slice_ in block.slices if slice_.kind == "ffn"}
             for name, parameter in block.layer.named_parameters():
+                # A part of a fused tensor has a name such as `mlp.gate_up_proj.parametrizations.weight.original0`.
                 separator = ".parametrizations." if ".parametrizations." in name else "."
                 module_name = name.rpartition(separator)[0]
                 is_tied = any(parameter is learned for learned in self.learned.values())  # to another layer

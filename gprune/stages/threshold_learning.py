@@ -170,7 +170,11 @@ class ThresholdLearning(FrozenLMStage):
         return torch.optim.Adam([group for group in groups if group["params"]])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of the gated model on a batch, () float32: cross-entropy or KL (`--sparsity.loss`)."""
+        """Return the loss of the gated model on a batch, () float32: cross-entropy or KL (`--sparsity.loss`).
+
+        Raises:
+            UserError: if the loss is not finite.
+        """
         losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm)
         return self.batch_loss(losses, batch, "learn/loss")
 

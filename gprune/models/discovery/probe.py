@@ -89,7 +89,13 @@ class Probe:
 
     @cached_property
     def layers_path(self) -> str:
-        """Path of the layers in the decoder: the largest list of modules that the text passes."""
+        """Path of the layers in the decoder: the largest list of modules that the text passes.
+
+        Lists with as many entries as the config has layers are preferred.
+
+        Raises:
+            UserError: if there is no list of modules that the text passes.
+        """
         lists = {
             path: module for path, module in self.decoder.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) and len(list(module[0].modules())) > 3
