@@ -67,9 +67,10 @@ def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = 
 
 
 def has_standard_forward(experts: nn.Module) -> bool:
-    """Return whether `_forward_standard` computes the same as the class of the experts.
+    """Return whether experts are of the standard form in transformers, by flags that the class has in this case.
 
-    The class must compute act(gate x) * up x without biases, with all rows of gate before those of up.
+    Standard experts compute act(gate x) * up x without biases, with all rows of gate before those of up. This is what
+    `_forward_standard` computes.
     """
     flags = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     flags_match = all(getattr(experts, name, None) is value for name, value in flags.items())

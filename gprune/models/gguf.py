@@ -79,8 +79,8 @@ def load_gguf(path: Path) -> PreTrainedModel:
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a GGUF file, with the word splitting of the file.
 
-    The file has only a name for the word splitting. For names that transformers does not know, such as SmolLM2's, it
-    silently splits like GPT-2, and blanks before a digit become other tokens than in training.
+    The file has only a name for the word splitting. If transformers does not know the name, such as SmolLM2's, it
+    silently splits like GPT-2, so blanks before a digit become other tokens than in training.
 
     Raises:
         KeyError: if the word splitting of a byte-level BPE is not in `WORDS`.

@@ -310,7 +310,8 @@ def _slice_parameter(block: Block, slice_: Slice, masks: Masks, weight: Tensor) 
     if slice_.kind == "ffn" and block.has_experts:
         keep_by_expert = rearrange(keep, "(e n) -> e n", e=block.experts)[:, slice_.units]
         dim = slice_.dim - 1  # without the dimension of experts
-        return torch.stack([_select(w, dim, k) for w, k in zip(weight, keep_by_expert, strict=True)])
+        pairs = zip(weight, keep_by_expert, strict=True)
+        return torch.stack([_select(expert_weight, dim, expert_keep) for expert_weight, expert_keep in pairs])
     return _select(weight, slice_.dim, keep[slice_.units])
 
 

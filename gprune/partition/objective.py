@@ -119,6 +119,6 @@ def refinement_inputs(embeddings: list[Tensor], drifts: list[Tensor], ranks: lis
     return RefinementInputs(
         embedding=pad_and_stack([unit_variance(embedding) for embedding in embeddings]),
         drift=pad_and_stack([unit_variance(drift[:, None]) for drift in drifts]),
-        shifts=pad_and_stack([unit_variance((r - r.mean(0)).T.contiguous()) for r in ranks]),
+        shifts=pad_and_stack([unit_variance((of_block - of_block.mean(0)).T.contiguous()) for of_block in ranks]),
         valid=pad_and_stack([torch.ones(len(drift), 1) for drift in drifts])[..., 0],
     )

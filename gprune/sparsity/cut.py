@@ -135,6 +135,7 @@ class Cut:
         """Compute the steps in which neurons are removed."""
         costs = self.budget.costs
         width_multiple = self.budget.width_multiple
+        # Number of neurons (or slots) of each block that may be removed.
         removable = [
             0 if b in costs.protected else max(0, width - width_multiple) for b, width in enumerate(costs.neurons)
         ]
@@ -165,6 +166,7 @@ class Cut:
         The KV group with the largest margin in a block is never removed.
         """
         costs = self.budget.costs
+        # Number of KV groups of each block that may be removed.
         removable = [0 if b in costs.protected else max(0, groups - 1) for b, groups in enumerate(costs.groups)]
         starts = zip(self.groups.starts, removable, strict=True)
         indices = torch.cat([torch.arange(start, start + n) for start, n in starts])
@@ -279,10 +281,11 @@ def equal_width_masks(
     costs = budget.costs
     target = budget.target
     device = neuron_margins[0].device
-    attention = [torch.ones(n, dtype=torch.bool, device=device) for n in costs.groups]
+    attention = [torch.ones(groups, dtype=torch.bool, device=device) for groups in costs.groups]
     if costs.attention:
-        free = replace(budget, costs=replace(costs, uniform=False))
-        kept_groups = int(torch.cat(keep_masks(free, neuron_margins, group_margins).attention).sum())
+        without_equal_widths = replace(budget, costs=replace(costs, uniform=False))
+        free_masks = keep_masks(without_equal_widths, neuron_margins, group_margins)
+        kept_groups = int(torch.cat(free_masks.attention).sum())
         groups = _equal_groups(budget, kept_groups)
         attention = [top_of_experts(m, groups) if len(m) else m.bool() for m in group_margins]
         target -= _removed_cost(costs.prices.groups, groups)
@@ -301,7 +304,8 @@ def _widest(budget: Budget, target: int) -> int:
     """Return the largest common width of FFNs that removes at least the cost `target`; 0 if there is none."""
     costs = budget.costs
     multiple = budget.width_multiple
-    narrowest, widest = min(filter(None, costs.neurons)), max(costs.neurons)
+    narrowest = min(width for width in costs.neurons if width)  # 0 is the width of a block without an FFN
+    widest = max(costs.neurons)
     widths = list(range(narrowest // multiple * multiple, 0, -multiple))
     if narrowest == widest:
         widths.insert(0, widest)  # an unchanged width need not be a multiple of `width_multiple`

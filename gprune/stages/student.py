@@ -264,20 +264,20 @@ def rms(tensor: Tensor) -> Tensor:
     return tensor.detach().float().square().mean().sqrt()
 
 
-def factor_sizes(host: nn.Module, fused: list[Tensor]) -> list[Tensor]:
+def factor_sizes(host: nn.Module, rows_of_parts: list[Tensor]) -> list[Tensor]:
     """Return the size of the factor B of PEFT's W + s B A, for each part of the rows of W; B itself starts at zero.
 
     With rms(W) / (s sqrt(rank) rms(A)), a step of B changes W as much as a step of W would.
 
     Args:
         host: a linear layer of PEFT.
-        fused: rows of each part in W; empty if W is not fused.
+        rows_of_parts: rows of each part in W; empty if W is not fused.
     """
     A, W = host.lora_A["default"].weight, host.base_layer.weight
     if host.fan_in_fan_out:
         W = W.T
     change = host.scaling["default"] * math.sqrt(len(A)) * rms(A)
-    parts = fused or [slice(None)]
+    parts = rows_of_parts or [slice(None)]  # all rows of W are one part
     return [rms(W[rows]) / change for rows in parts]
 
 

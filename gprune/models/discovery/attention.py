@@ -42,8 +42,8 @@ def attention_kinds(
         complete = {index: rows for index, rows in vanished.items() if _number_of_weight_rows(rows) > width}
         if not complete:
             continue
-        # Without one column of the group, the rows of value for all other columns vanish, but no rows of query and key.
-        # Two such columns give all rows of value.
+        # If all columns of the group except one are zero, rows of value for these columns vanish, but no rows of query
+        # and key. Two choices of the remaining column together give all rows of value.
         of_complete = {index: remaining[index] for index in complete}
         without_first = probe.vanishing(of_complete, torch.arange(1, width), path)
         without_last = probe.vanishing(of_complete, torch.arange(width - 1), path)

@@ -334,8 +334,8 @@ def check_supported(config: PreTrainedConfig) -> None:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{named} must be a decoder; got an encoder-decoder.")
-    stock = type(stock_config(config))
-    if stock not in MODEL_FOR_CAUSAL_LM_MAPPING and stock not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    stock_class = type(stock_config(config))
+    if stock_class not in MODEL_FOR_CAUSAL_LM_MAPPING and stock_class not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(
             f"{named} needs a class in transformers that predicts next tokens (AutoModelForCausalLM). {REMEDY}."
         )
