@@ -200,6 +200,9 @@ class PrunedPrefix:
     def _target(self, block: Block, part: str, projection: Observed, before: Tensor, after: Tensor) -> Target:
         """Return the target of a projection of the dense model for one batch.
 
+        If the output joins the stream directly, the target is the stream; after an RMS norm, it is stream and output;
+        otherwise it is the output.
+
         Args:
             block: the dense block.
             part: `down` or `output`.

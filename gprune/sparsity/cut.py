@@ -287,11 +287,15 @@ def equal_width_masks(
         free_masks = keep_masks(without_equal_widths, neuron_margins, group_margins)
         kept_groups = int(torch.cat(free_masks.attention).sum())
         groups = _equal_groups(budget, kept_groups)
-        attention = [top_of_experts(m, groups) if len(m) else m.bool() for m in group_margins]
+        # A block without KV groups has an empty mask.
+        attention = [top_of_experts(margins, groups) if len(margins) else margins.bool() for margins in group_margins]
         target -= _removed_cost(costs.prices.groups, groups)
     width = _widest(budget, target)
     pairs = zip(neuron_margins, costs.experts_per_block, strict=True)
-    ffn = [top_of_experts(m, width, experts=e) if len(m) else m.bool() for m, e in pairs]
+    ffn = [
+        top_of_experts(margins, width, experts=experts) if len(margins) else margins.bool()
+        for margins, experts in pairs
+    ]
     return Masks(ffn, attention)
 
 
@@ -324,13 +328,13 @@ def _equal_groups(budget: Budget, kept_groups: int) -> int:
     costs = budget.costs
     prices = budget.costs.prices
     width_multiple = budget.width_multiple
-    group_counts = [n for n in costs.groups if n]  # of blocks with prunable attention
+    group_counts = [count for count in costs.groups if count]  # of blocks with prunable attention
     max_groups = min(group_counts)
     groups = max(1, min(round(kept_groups / len(group_counts)), max_groups))
 
-    def remaining(groups: int) -> int:
-        """Return the cost that FFNs have to make up if every block keeps `groups` KV groups."""
-        return budget.target - _removed_cost(prices.groups, groups)
+    def remaining(kept: int) -> int:
+        """Return the cost that FFNs have to make up if every block keeps `kept` KV groups."""
+        return budget.target - _removed_cost(prices.groups, kept)
 
     # Remove more groups if the FFNs cannot make up the rest.
     while groups > 1 and _widest(budget, remaining(groups)) < width_multiple:

@@ -144,7 +144,7 @@ class Student:
         rows_of_host = {host: rows for block in blocks for host, rows in fused_rows(block).items()}
         config = peft.LoraConfig(
             r=self.rank,
-            lora_alpha=2 * self.rank,
+            lora_alpha=2 * self.rank,  # PEFT multiplies B A by lora_alpha / r, which is 2
             lora_dropout=0.0,
             target_modules=[name for name, module in self.model.named_modules() if id(module) in host_ids],
             fan_in_fan_out=any(part.transposed for part in blocks[0].parts.values() if isinstance(part, Part)),

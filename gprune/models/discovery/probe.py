@@ -127,7 +127,7 @@ class Probe:
         """Return the calls of modules in one forward pass, in the order in which they return.
 
         Args:
-            modules: path, which is only used as a name -> module.
+            modules: modules by path. The path is only used as `Call.path`.
             gradients: whether tensors of the calls have gradients.
         """
         calls: list[Call] = []

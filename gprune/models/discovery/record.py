@@ -290,8 +290,8 @@ def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
     """Return config keys of numbers of units, which are needed to export stock folders.
 
     Returns:
-        `width`: ''; `widths`: the key for each kind of FFN, or ''; `kv_heads`: the key of the number of KV heads, or
-        None.
+        `width`: '', because every kind of FFN has its own key; `widths`: the key for each kind of FFN, or '' if there
+        is none; `kv_heads`: the key of the number of KV heads, or None.
     """
     remember(probe.model, record)
     blocks = blocks_of(probe.model)
