@@ -175,7 +175,7 @@ class Block:
         slices = []
         if self.has_experts:
             for tensor, (dim, layout) in family.expert_rows.items():
-                # With `gate | up` the rows belong to neurons 0, 1, ..., N - 1, 0, 1, ...; with `gate up` to 0, 0, 1, ...
+                # With `gate | up` rows belong to neurons 0, 1, ..., N - 1, 0, 1, ...; with `gate up` to 0, 0, 1, 1, ...
                 units = torch.cat([neurons.repeat_interleave(len(names.split())) for names in layout.split("|")])
                 size = {"neurons": len(names_in(layout))}
                 slices.append(Slice(f"{family.experts}.{tensor}", dim, "ffn", units, size))
