@@ -53,6 +53,9 @@ class Collector:
         saliency: scopes (`ffn`, `attention`) whose Taylor saliency is collected, by a backward pass.
         blocks: the blocks; by default all. If given, sums are added over processes instead of gathered, which needs
             less memory.
+
+    Raises:
+        UserError: for saliency of the neurons of experts.
     """
 
     def __init__(
@@ -65,9 +68,10 @@ class Collector:
     ):
         self.model = model
         self.blocks = blocks_of(model) if blocks is None else list(blocks)
-        # Sums, one entry per block: by scope; of changes of the residual stream; by scope and part of the block.
-        self.metrics: dict[str, list[Metric]] = {scope: [] for scope in OUTPUT_PROJECTIONS}
+        # Each list has one entry per block.
+        self.metrics: dict[str, list[Metric]] = {scope: [] for scope in OUTPUT_PROJECTIONS}  # sums of inputs
         self.cosine_changes: list[StreamingCosineChange] = []
+        # scope -> blocks -> name of a part -> gradients of its weight
         self.gradients: dict[str, list[dict[str, StreamingGradients]]] = {scope: [] for scope in saliency}
         options = {} if blocks is None else {"dist_sync_fn": _sum_of_processes}
         for block in self.blocks:
@@ -82,13 +86,13 @@ class Collector:
                     self.metrics[scope].append(sums)
                 self.cosine_changes.append(StreamingCosineChange())
                 for scope, gradients in self.gradients.items():
-                    parts = salient_parts(block, scope)
-                    gradients.append(
-                        {name: StreamingGradients((p.out_features, p.in_features)) for name, p in parts.items()}
-                    )
-        # The current batch, see `start_batch`.
-        self._half = torch.empty(0)
-        self._weight = torch.empty(0)
+                    gradients.append({
+                        name: StreamingGradients((linear.out_features, linear.in_features))
+                        for name, linear in salient_parts(block, scope).items()
+                    })  # fmt: skip
+        # The current batch of B windows, see `start_batch`.
+        self._half = torch.empty(0)  # (B,)
+        self._weight = torch.empty(0)  # (B,)
         self._halves: list[int | None] = []  # half of each window, on the host; None: ignored
         self._length = 0  # tokens per window
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -129,12 +133,14 @@ class Collector:
             self._handles.pop().remove()
 
     def _add_input(self, metric: StreamingMoments, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Update a metric by the input of an output projection."""
         x = self._by_window(inputs[0].detach())
         metric.update(x, self._half.to(x.device), self._weight.to(x.device))
 
     def _count_tokens(
         self, metric: StreamingMoments, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
     ) -> None:
+        """Update the token count of a metric without channels, after a call of the layer."""
         hidden = args[0] if args else kwargs["hidden_states"]
         no_channels = self._by_window(hidden.detach())[..., :0]
         metric.update(no_channels, self._half.to(hidden.device), self._weight.to(hidden.device))
@@ -152,6 +158,7 @@ class Collector:
         self, metric: StreamingCosineChange, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         output: Tensor | tuple[Any, ...],
     ) -> None:  # fmt: skip
+        """Update the metric of a block by the input and the output of its layer."""
         before = args[0] if args else kwargs["hidden_states"]
         after = output if isinstance(output, Tensor) else output[0]  # some layers return attention too
         # The input may still be on the device of the previous layer.
@@ -179,11 +186,12 @@ class Collector:
             half: as for `observe`.
             weight: as for `observe`.
         """
-        self._half, self._length = half, length
+        self._length = length
+        self._half = half
         self._weight = torch.ones(len(half), device=half.device) if weight is None else weight
-        if self.gradients:  # gradients are added window by window
-            pairs = torch.stack([half.double(), self._weight.double()], 1).tolist()
-            self._halves = [int(h) if is_counted else None for h, is_counted in pairs]
+        if self.gradients:  # gradients are added window by window, so the host needs the half of each window
+            pairs = torch.stack([half.double(), self._weight.double()], 1).tolist()  # a single transfer to the host
+            self._halves = [int(window_half) if is_counted else None for window_half, is_counted in pairs]
 
     def observe(self, input_ids: Tensor, half: Tensor, weight: Tensor | None = None) -> None:
         """Run the decoder on a batch. The hooks add the batch to all sums.
@@ -203,7 +211,11 @@ class Collector:
                 decoder_of(self.model)(input_ids=input_ids, use_cache=False)
 
     def compute(self) -> CorpusStatistics:
-        """Return statistics of all batches, summed over processes. Gram matrices are not copied."""
+        """Return statistics of all batches, summed over processes. Gram matrices are not copied.
+
+        Raises:
+            UserError: if an activation or a gradient was not finite.
+        """
         by_scope = {
             scope: [channel_statistics(metric.compute()) for metric in metrics]
             for scope, metrics in self.metrics.items()
@@ -216,7 +228,7 @@ class Collector:
         return CorpusStatistics(**by_scope, turned=turned)
 
     def release(self) -> None:
-        """Free all sums. Because of reference cycles in torchmetrics they would stay until garbage collection."""
+        """Free all sums. Otherwise reference cycles in torchmetrics keep them in memory until garbage collection."""
         gradients = [metric for blocks in self.gradients.values() for parts in blocks for metric in parts.values()]
         for metric in (*self.cosine_changes, *chain(*self.metrics.values()), *gradients):
             metric.__dict__.clear()

@@ -58,7 +58,8 @@ def tokens_with_gradients(
         For each block, on the CPU: (n, N) bfloat16 inputs of all n tokens, and (n,) float32 ||g_t||^2. The loss is the
         mean next-token cross-entropy of a window in nats. Blocks without an FFN have two empty tensors.
     """
-    blocks, device = blocks_of(model), device_of(model)
+    blocks = blocks_of(model)
+    device = device_of(model)
     recorded: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]  # one pair per batch
 
     def record(index: int, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -79,7 +80,7 @@ def tokens_with_gradients(
                 host = block.parts["down"].host
                 hooks.callback(host.register_forward_hook(partial(record, block.index)).remove)
         for ids in batches:
-            ids = ids.to(device).clone()
+            ids = ids.to(device).clone()  # a normal tensor, even if the batch was created in inference mode
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), casts.applied():
                 losses = next_token_losses(model, ids)
             if bfloat16 and not losses.isfinite().all():
@@ -125,6 +126,7 @@ def errors_by_width(weight: Tensor, gram: Tensor, x: Tensor, energy: Tensor, *, 
     fill_gram(S)
     require_finite("activation or gradient came up while errors were measured", S)
     G = gram.double()
+    # The least lambda exceeds the rounding errors of a float32 Gram matrix, as in `least_squares.ridge_correction`.
     damping = max(ridge, torch.finfo(torch.float32).eps * N) * G.diagonal().mean().clamp_min(1e-12)
     L = torch.linalg.cholesky(G + damping * torch.eye(N, device=G.device)).float()
     half_whitened = torch.linalg.solve_triangular(L, S, upper=False)  # L^-1 S
@@ -165,7 +167,8 @@ def block_errors(
         if block.down is None:
             errors.append(torch.zeros(LEVELS + 1, dtype=torch.float64))
             continue
-        weight, gram = block.down.weight.detach(), statistics.ffn[block.index].total.gram
+        weight = block.down.weight.detach()
+        gram = statistics.ffn[block.index].total.gram
         assert gram is not None, "errors are measured behind least squares, which needs Gram matrices"
         order = block_scores.argsort(descending=True, stable=True).to(weight.device)
         gram, x, energy = (tensor.to(weight.device) for tensor in (gram, x, energy))

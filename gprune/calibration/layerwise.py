@@ -64,13 +64,14 @@ def check_walk(config: PreTrainedConfig) -> None:
     except Exception:  # no tiny model of this class
         return
     remember(model, record)  # avoids another discovery for classes of other packages
-    ids = torch.arange(3, 27).view(2, 12)
+    ids = torch.arange(3, 27).view(2, 12)  # ids below 3 may be special tokens
     reason = "the logits differ"
     try:
         walk = Walk(model)
         walk.add(ids)
-        logits, expected = next(walk.logits()), model(input_ids=ids, use_cache=False).logits
-        if (logits - expected).abs().max() <= 1e-4 * expected.abs().max():
+        logits = next(walk.logits())
+        expected = model(input_ids=ids, use_cache=False).logits
+        if (logits - expected).abs().max() <= 1e-4 * expected.abs().max():  # equal except for rounding
             return
     except Exception as error:
         reason = first_line(error)
@@ -111,10 +112,12 @@ class _StopForward(Exception):  # noqa: N818 - no error
 class Walk:
     """Pass batches through a frozen model layer by layer.
 
-    walk = Walk(model)
-    for batch in loader:
-        walk.add(batch["input_ids"], batch["half"])
-    statistics = walk.statistics(gram=True)
+    Example:
+
+        walk = Walk(model)
+        for batch in loader:
+            walk.add(batch["input_ids"], batch["half"])
+        statistics = walk.statistics(gram=True)
 
     Args:
         model: the frozen model, which may be offloaded.
@@ -122,7 +125,8 @@ class Walk:
 
     model: PreTrainedModel
     calls: list[LayerCall] = field(default_factory=list)  # one per batch
-    _pool: dict[tuple, list[Tensor]] = field(default_factory=dict)  # recorded tensors, without duplicates
+    # (shape, dtype, device) -> recorded tensors, no two of them equal
+    _pool: dict[tuple, list[Tensor]] = field(default_factory=dict)
     _example_output: Any = None  # an output of a layer: hidden states, or a tuple or list with them
 
     @torch.no_grad()
@@ -138,6 +142,7 @@ class Walk:
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            """Record the call of a layer, and return its hidden states unchanged."""
             embedded.append(hidden)
             arguments.append(recursively_apply(self._without_duplicates, (args, kwargs)))
             return hidden
@@ -195,6 +200,9 @@ class Walk:
         Args:
             gram: whether to sum Gram matrices.
             store: writes Gram matrices of a block, by scope, and returns references to the files.
+
+        Raises:
+            UserError: if an activation was not finite.
         """
         ffn, attention, turned = [], [], []
         for index, blocks in enumerate(by_layer(blocks_of(self.model))):
@@ -215,13 +223,15 @@ class Walk:
 
     @torch.no_grad()
     def logits(self) -> Iterator[Tensor]:
-        """Yield the logits of each batch, (B, T, V) in the model's dtype. Hooks on layers run."""
+        """Yield the logits of each batch, (B, T, V) in the model's dtype. Layers are called, so their hooks run."""
         for index, layer in enumerate(decoder_layers(self.model)):
             with resident(layer):
                 self._run_layer(layer, index)
-        head, transform = self.model.get_output_embeddings(), LogitTransform.of(self.model)
+        head = self.model.get_output_embeddings()
+        transform = LogitTransform.of(self.model)
         for call in self.calls:
             device = device_of(head)
+            # Every replaced layer returns the output of the last layer, to which the decoder applies its final norm.
             with self._replaced_layers(lambda *_, hidden=call.hidden, device=device: hidden.to(device)):
                 # `forward` and not a call, because hooks of the decoder would count these tokens again.
                 decoded = decoder_of(self.model).forward(input_ids=call.input_ids, use_cache=False)
@@ -235,7 +245,7 @@ class Walk:
             compute: returns hidden states from hidden states, other positional arguments and keyword arguments.
         """
         layers = decoder_layers(self.model)
-        former = [layer.__dict__.get("forward") for layer in layers]  # accelerate may have set one
+        former_forwards = [layer.__dict__.get("forward") for layer in layers]  # accelerate may have set one
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -246,7 +256,7 @@ class Walk:
         try:
             yield
         finally:
-            for layer, former_forward in zip(layers, former, strict=True):
+            for layer, former_forward in zip(layers, former_forwards, strict=True):
                 layer.__dict__.pop("forward")
                 if former_forward is not None:
                     layer.__dict__["forward"] = former_forward

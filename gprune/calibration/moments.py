@@ -77,6 +77,7 @@ class StreamingMoments(_Sums):
             weight: (B,) in {0, 1}; 0 for windows that are ignored.
         """
         values = x.float()
+        # The column of each window has its weight in the row of its half, and 0 in the other row.
         weight_by_half = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)  # (half, window)
         weight_by_half[half, torch.arange(len(x), device=x.device)] = weight.double()
         self.count += weight_by_half.sum(1) * x.shape[1]

@@ -80,13 +80,15 @@ def weight_saliency(weight: Tensor, count: Tensor, gradient: Tensor, *, columns:
     Raises:
         UserError: if a gradient is not finite.
     """
-    weight, count, gradient = weight.detach().float().cpu(), count.cpu(), gradient.cpu()
+    weight = weight.detach().float().cpu()
+    count = count.cpu()
+    gradient = gradient.cpu()
     require_finite("gradient came up during calibration", gradient)
     summed_dim = 0 if columns else 1
 
     def saliency(*halves: int) -> Tensor:
-        """Return saliency from the gradients of these halves."""
-        mean = sum(gradient[h] for h in halves) / sum(count[h] for h in halves).clamp_min(1)
+        """Return saliency from the mean gradient over the windows of these halves."""
+        mean = sum(gradient[h] for h in halves) / sum(count[h] for h in halves).clamp_min(1)  # 0 without windows
         return (weight * mean).abs().sum(summed_dim, dtype=torch.float64)
 
     return saliency(0), saliency(1), saliency(0, 1)

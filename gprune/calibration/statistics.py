@@ -42,7 +42,7 @@ class StoredGram:
         """
         total: Tensor | None = None
         for path, name in self.sources:
-            tensors = read_tensors(path, once=True)
+            tensors = read_tensors(path, once=True)  # only the first access of this process verifies the hash
             if tensors is None or name not in tensors:
                 remedy = "Run the same command again. Processes on several machines need a shared $GPRUNE_CACHE."
                 raise UserError(f"Cannot read a Gram matrix: {path} is missing or incomplete. {remedy}")
@@ -62,7 +62,13 @@ class Moments:
 
     @property
     def gram(self) -> Tensor | None:
-        """Sum over tokens of x x^T, (C, C) float32, or (E, C / E, C / E) for E experts; read on access if stored."""
+        """Sum over tokens of x x^T, (C, C) float32, or (E, C / E, C / E) for E experts; None if not collected.
+
+        A stored matrix is read from its file on each access.
+
+        Raises:
+            UserError: if the file is missing or invalid.
+        """
         return self.gram_source.read() if isinstance(self.gram_source, StoredGram) else self.gram_source
 
     @property
@@ -81,7 +87,7 @@ class Moments:
         return (self.mean_sq - self.mean.square()).clamp_min(0)
 
     def of_expert(self, index: int, experts: int) -> Moments:
-        """Return the moments of one expert, without saliency."""
+        """Return the moments of expert number `index` of `experts`, without saliency."""
         count, total, total_sq = (getattr(self, name).view(experts, -1)[index] for name in SUMS)
         gram = self.gram_source
         if isinstance(gram, StoredGram):
@@ -92,9 +98,10 @@ class Moments:
 
     def copy(self) -> Moments:
         """Return a copy that may be changed. The Gram matrix is shared."""
-        return copy.deepcopy(self, {id(self.gram_source): self.gram_source})
+        return copy.deepcopy(self, {id(self.gram_source): self.gram_source})  # `deepcopy` shares what is in its memo
 
     def __add__(self, other: Moments) -> Moments:
+        """Return the moments of two texts together, without Gram matrix and saliency."""
         return Moments(*(getattr(self, name) + getattr(other, name) for name in SUMS))
 
 
@@ -134,6 +141,7 @@ class ChannelStatistics:
     def from_tensors(cls, flat: dict[str, Tensor]) -> ChannelStatistics:
         """Return statistics from the result of `tensors`."""
         halves = tuple(Moments(*(flat[f"{half}.{name}"] for name in SUMS)) for half in (0, 1))
+        # The parts are half 0, half 1 and the whole corpus.
         saliency = tuple(flat[f"saliency.{part}"] for part in range(3)) if "saliency.0" in flat else None
         return cls(halves, flat.get("gram"), saliency)
 
@@ -193,7 +201,6 @@ def pool_statistics(statistics: Iterable[CorpusStatistics]) -> CorpusStatistics:
     Moments and Gram matrices are exact for the joined text. Saliency is averaged over corpora, because absolute values
     of gradient sums cannot be added.
     """
-
     statistics = list(statistics)
     ffn, attention = (
         [_pool_channels(of_block) for of_block in zip(*(getattr(s, scope) for s in statistics), strict=True)]

@@ -35,7 +35,7 @@ class StatisticsCache:
         by_kind = [self._read(corpus, kind) for kind in kinds]
         if any(tensors is None for tensors in by_kind):
             return None
-        flat: dict[str, Tensor | StoredGram] = {}
+        flat: dict[str, Tensor | StoredGram] = {}  # by the names of `CorpusStatistics.tensors`
         for tensors in by_kind:
             flat |= tensors
         return CorpusStatistics.from_tensors(flat)
@@ -45,7 +45,8 @@ class StatisticsCache:
         tensors = statistics.tensors()
         for kind in kinds:
             if kind != "gram" or self.walked_blocks is None:
-                write_tensors(self._path(corpus, kind), {n: t for n, t in tensors.items() if kind_of(n) == kind})
+                of_kind = {name: tensor for name, tensor in tensors.items() if kind_of(name) == kind}
+                write_tensors(self._path(corpus, kind), of_kind)
 
     def store(self, corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
         """Write the Gram matrices of a block by scope, `ffn` and `attention`, and return references to the files."""
@@ -58,28 +59,30 @@ class StatisticsCache:
         if kind != "gram" or self.walked_blocks is None:
             return read_tensors(self._path(corpus, kind))
         grams: dict[str, StoredGram] = {}
-        for block in range(self.walked_blocks):
+        for block_index in range(self.walked_blocks):
             for scope in OUTPUT_PROJECTIONS:
-                # Each file is verified once, and the matrix is freed again.
-                if read_tensors(self._path(corpus, ["gram", scope, block]), once=True) is None:
+                # Read only to verify the file's hash, once per process; the matrix is loaded again on access.
+                if read_tensors(self._path(corpus, ["gram", scope, block_index]), once=True) is None:
                     return None
-                grams[f"{scope}.{block}.gram"] = self._gram(corpus, scope, block)
+                grams[f"{scope}.{block_index}.gram"] = self._gram(corpus, scope, block_index)
         return grams
 
-    def _gram(self, corpus: str, scope: str, block: int) -> StoredGram:
-        return StoredGram(((self._path(corpus, ["gram", scope, block]), "gram"),))
+    def _gram(self, corpus: str, scope: str, block_index: int) -> StoredGram:
+        """Return a reference to the Gram matrix of a block, which has a file of its own."""
+        return StoredGram(((self._path(corpus, ["gram", scope, block_index]), "gram"),))
 
     def _path(self, corpus: str, kind: str | list[str | int]) -> Path:
         """Return the path of a file.
 
         Args:
             corpus: name of the corpus.
-            kind: kind of statistics; for Gram matrices in a file per block `["gram", scope, block]`.
+            kind: kind of statistics; for Gram matrices in a file per block `["gram", scope, block index]`.
         """
         bits = dict(self.bits)
         if kind == "gram" or kind[0] == "gram":
             bits |= self.gram_bits
-        if kind == "saliency":
-            kind = ["taylor", *self.scopes]
-        key = key_of(text=self.texts[corpus], kind=kind, **bits)
+        kind_in_key = kind
+        if kind == "saliency":  # the content of the file depends on the scopes
+            kind_in_key = ["taylor", *self.scopes]
+        key = key_of(text=self.texts[corpus], kind=kind_in_key, **bits)
         return cache_dir() / "statistics" / f"{key}.safetensors"

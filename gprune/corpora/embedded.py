@@ -26,6 +26,7 @@ def _split_articles(text: str) -> list[str]:
 
 
 def _split_at(separator: str, text: str) -> list[str]:
+    """Return the texts between separators, without empty ones."""
     return [piece.strip() for piece in text.split(separator) if piece.strip()]
 
 
@@ -48,6 +49,9 @@ def _load_embedded(file: str, split_documents: Callable[[str], list[str]], split
         file: name of the file.
         split_documents: splits the text of the file into documents.
         split: "train" or "test".
+
+    Raises:
+        UserError: if the wheel cannot be downloaded.
     """
     text = read_member(EXLLAMAV2, f"exllamav2/conversion/standard_cal_data/{file}").decode("utf-8")
     return contiguous_split(split_documents(text.replace("\r\n", "\n")), split)
@@ -90,6 +94,7 @@ def python_docs(split: str) -> list[str]:
     from pydoc_data.topics import topics
 
     def normalised(paragraph: str) -> str:
+        """Return a paragraph with all white space replaced by single spaces."""
         return " ".join(paragraph.split())
 
     seen: set[str] = set()  # normalised paragraphs of longer topics

@@ -50,7 +50,11 @@ HUB_CORPORA = (
 
 
 def load_hub(record: HubCorpus, split: str) -> list[str]:
-    """Load the documents of "train" or "test" in the hub's order. Without a test split "train" is cut 70/30."""
+    """Load the documents of "train" or "test" in the hub's order. Without a test split "train" is cut 70/30.
+
+    Raises:
+        UserError: if the corpus cannot be downloaded and is not in the hub's cache.
+    """
     if record.test is None:
         whole_corpus = load_hub(replace(record, test="train"), "train")
         return contiguous_split(whole_corpus, split)
@@ -86,7 +90,8 @@ def offline_if_unreachable() -> Iterator[bool]:
     """
     import datasets
 
-    constants, config = huggingface_hub.constants, datasets.config
+    constants = huggingface_hub.constants
+    config = datasets.config
     former = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
     if not any(former):
         try:

@@ -103,10 +103,11 @@ class ShardedBatchSampler(Sampler[list[tuple[int, float]]]):
         order = np.arange(self.num_windows)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_windows)
-        self.served, self.skip = self.skip, 0
+        self.served = self.skip
+        self.skip = 0
         while self.served < len(self):
-            number = self.served * self.world_size + self.rank if self.whole else self.served
-            batch = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
+            batch_index = self.served * self.world_size + self.rank if self.whole else self.served
+            batch = order[batch_index * self.batch_size : (batch_index + 1) * self.batch_size].tolist()
             share = batch if self.whole else batch[self.rank :: self.world_size]
             self.served += 1
             if share:
@@ -148,8 +149,12 @@ class CorpusDataModule(LightningDataModule):
         batch_size: int, validation_batch_size: int | None = None, seed: int,
     ):  # fmt: skip
         super().__init__()
-        self.train, self.validation, self.test = tuple(train), tuple(validation), tuple(test)
-        self.batch_size, self.validation_batch_size, self.seed = batch_size, validation_batch_size or batch_size, seed
+        self.train = tuple(train)
+        self.validation = tuple(validation)
+        self.test = tuple(test)
+        self.batch_size = batch_size
+        self.validation_batch_size = validation_batch_size or batch_size
+        self.seed = seed
         if not self.validation:  # undo the override, because Lightning warns about an empty list of loaders
             self.val_dataloader = super().val_dataloader
         for windows in (*self.train, *self.validation, *self.test):
@@ -168,7 +173,9 @@ class CorpusDataModule(LightningDataModule):
     def _loader(self, windows: Sequence[Windows], *, shuffle: bool = False, whole: bool = False) -> DataLoader:
         """Return a loader over windows. With `whole`, for validation, batches are divided among ranks as a whole."""
         dataset = TokenDataset(windows)
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = 0, 1
+        if self.trainer:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
         batch_size = self.validation_batch_size if whole else self.batch_size
         sampler = ShardedBatchSampler(
             len(dataset), batch_size, rank=rank, world_size=world_size, shuffle=shuffle, whole=whole, seed=self.seed

@@ -27,13 +27,16 @@ def split_text(text: str, size: int = 2000) -> list[str]:
     Text without blank lines is cut at the first line end after twice that size. Only newlines around a document are
     removed, so code keeps its indentation.
     """
-    documents, lines, length = [], [], 0
+    documents: list[str] = []
+    lines: list[str] = []  # of the current document
+    length = 0  # characters in these lines
     for line in text.splitlines(keepends=True):
         lines.append(line)
         length += len(line)
         if length >= 2 * size or (length >= size and not line.strip()):
             documents.append("".join(lines))
-            lines, length = [], 0
+            lines = []
+            length = 0
     return [document.strip("\r\n") for document in [*documents, "".join(lines)] if document.strip()]
 
 
@@ -63,6 +66,7 @@ def load_files(path: Path, split: str) -> list[str]:
         UserError: if a file is empty or cannot be read.
     """
     files = text_files(path)
+    # Names begin with the split, and continue with a suffix (`train.txt`) or a part number (`train-00000.parquet`).
     train, validation, test = (
         [file for file in files if re.match(rf"{name}([.-]|$)", file.name)] for name in ("train", "validation", "test")
     )
@@ -79,7 +83,8 @@ def _read_all(files: list[Path]) -> list[str]:
     Raises:
         UserError: if a file cannot be read, or no file has any text.
     """
-    documents, remaining = [], MAX_CHARACTERS
+    documents: list[str] = []
+    remaining = MAX_CHARACTERS
     for file in files:
         with quoting(f"Cannot read corpus file '{file}' as {file.suffix[1:].lower()}: "):
             for document in filter(str.strip, _read(file)):
@@ -99,6 +104,10 @@ def _read(path: Path) -> Iterator[str]:
     """Yield the documents of a file.
 
     A .txt file is cut at blank lines. A .jsonl or .parquet file has one document per row, in the column `text`.
+
+    Raises:
+        UserError: if a row is invalid.
+        OSError, ValueError: if the file cannot be read or is not UTF-8.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -136,17 +145,17 @@ def _parse_line(line: bytes, path: Path, number: int) -> str:
     with quoting(f"Cannot read line {number} of corpus file '{path}' as jsonl: "):
         try:
             row = json.loads(line.decode("utf-8"))
-        except json.JSONDecodeError as error:  # its own message would say line 1
+        except json.JSONDecodeError as error:  # its message would name line 1, because only one line was parsed
             raise ValueError(f"{error.msg} at column {error.colno}") from error
         return _text_of(row, f"{path}:{number}")
 
 
-def _text_of(row: object, where: str) -> str:
+def _text_of(row: object, location: str) -> str:
     """Return the field `text` of a row.
 
     Args:
         row: a row of a file.
-        where: the file, or the file and line, for errors.
+        location: the file, or the file and line, for errors.
 
     Raises:
         UserError: if the row is not an object with a string `text`.
@@ -154,6 +163,6 @@ def _text_of(row: object, where: str) -> str:
     """
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise UserError(f"{where}: The row must be an object with a string field 'text'; got {row!r:.100}.")
+        raise UserError(f"{location}: The row must be an object with a string field 'text'; got {row!r:.100}.")
     text.encode()  # raises ValueError for an unpaired surrogate
     return text

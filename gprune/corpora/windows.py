@@ -87,7 +87,7 @@ def make_windows(
     needed = None if sample.num_samples is None else sample.num_samples * seq_len
     tokens = _first_tokens(pieces, tokenizer, needed)
     available = len(tokens) // seq_len
-    num_windows = sample.num_samples or max(available, 1)
+    num_windows = sample.num_samples or max(available, 1)  # at least 1, so that too little text is an error
     if available < num_windows:
         raise UserError(
             f"Corpus '{corpus}' ({split}) must have {num_windows} windows of {sample.seq_len} tokens; got {available}. "
@@ -123,9 +123,9 @@ def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
 def check_tokens(windows: Windows, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
     """Raise UserError if a token is outside the embedding matrix of a model."""
     if (highest := int(windows.tokens.max())) >= embeddings:
-        text = tokenizer.convert_ids_to_tokens(highest)
+        token = tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
-            f"--model.name: Token {highest} ({text!r}) of corpus '{windows.corpus}' must be less than {embeddings:,}, "
+            f"--model.name: Token {highest} ({token!r}) of corpus '{windows.corpus}' must be less than {embeddings:,}, "
             "the number of embeddings. The tokenizer belongs to another model."
         )
 
@@ -151,12 +151,12 @@ def _first_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, needed: 
 
     The joined string is tokenised in one call, because separate calls would give other tokens around each `JOIN`.
     """
-    ends = np.cumsum([len(text) + len(JOIN) for text in texts])  # of each text in the joined string
+    ends = np.cumsum([len(text) + len(JOIN) for text in texts])  # end of each text in the joined string
     characters = math.inf if needed is None else CHARACTERS_PER_TOKEN * needed
     while True:
-        count = int(np.searchsorted(ends, characters)) + 1
-        text = JOIN.join(texts[:count])
-        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if count >= len(texts) or (needed is not None and len(tokens) >= needed + SPARE_TOKENS):
+        number_of_texts = int(np.searchsorted(ends, characters)) + 1
+        joined = JOIN.join(texts[:number_of_texts])
+        tokens = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
+        if number_of_texts >= len(texts) or (needed is not None and len(tokens) >= needed + SPARE_TOKENS):
             return tokens
         characters *= 2

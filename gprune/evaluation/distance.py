@@ -74,8 +74,9 @@ def _window_sums(logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -
             common = min(dense_logits.shape[-1], logits.shape[-1])  # tokens that both models have
             ours, theirs = chunk_logits[:, :common], dense_logits[chunk, :common].float()
             log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+            # KL(q || p), q from the dense model. Rounding can give a negative sum.
             kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).double().sum().clamp_min(0)
-            same = (ours.argmax(-1) == theirs.argmax(-1)).double().sum()
-            sums += [kl, same]
+            same_argmax = (ours.argmax(-1) == theirs.argmax(-1)).double().sum()
+            sums += [kl, same_argmax]
         chunk_sums.append(torch.stack(sums))
     return torch.stack(chunk_sums).sum(0)

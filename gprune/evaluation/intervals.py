@@ -77,12 +77,12 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, floa
         a: whether model a answers each question correctly.
         b: whether model b does.
     """
-    differences = [int(x) - int(y) for x, y in zip(a, b, strict=True)]
-    n = len(differences)
-    mean = sum(differences) / n
+    by_question = [int(a_is_correct) - int(b_is_correct) for a_is_correct, b_is_correct in zip(a, b, strict=True)]
+    n = len(by_question)
+    mean = sum(by_question) / n
     if n < 2:
         return mean, None
-    variance = sum((difference - mean) ** 2 for difference in differences) / (n - 1)
+    variance = sum((difference - mean) ** 2 for difference in by_question) / (n - 1)
     return mean, math.sqrt(variance / n)
 
 
@@ -106,7 +106,7 @@ def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_win
 
 
 def differences(a: Nll, b: Nll) -> Nll:
-    """Return the differences a - b by window."""
+    """Return the differences a - b, window by window, for each corpus of a."""
     return {corpus: [x - y for x, y in zip(a[corpus], b[corpus], strict=True)] for corpus in a}
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gprune.corpora.windows import Windows
 
-SEEN_ABOVE = 0.01
+SEEN_ABOVE = 0.01  # leaked share above which a corpus counts as seen
 
 
 def leaked_share(evaluated: Sequence[str], used: Sequence[str], n: int = 13) -> float:
@@ -31,6 +31,7 @@ def leaked_share(evaluated: Sequence[str], used: Sequence[str], n: int = 13) -> 
     counts = Counter(gram for text in evaluated for gram in _ngrams(text, n))
     total = counts.total()
     # Only n-grams of the evaluated text, which is smaller, stay in memory; the used text is streamed.
+    # An n-gram is removed when it is found, so that its occurrences are added once.
     leaked = sum(counts.pop(gram, 0) for text in used for gram in _ngrams(text, n))
     return leaked / total if total else 0.0
 
@@ -52,6 +53,6 @@ def leaked_share_of_windows(
 
 
 def _ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    """Return the n-grams of words in a text. Words are lower-cased runs of letters and digits of any script."""
+    """Yield the n-grams of words in a text. Words are lower-cased runs of letters and digits of any script."""
     words = re.findall(r"[^\W_]+", text.lower())
     return zip(*(words[i:] for i in range(n)), strict=False)

@@ -41,17 +41,23 @@ class Forecast(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel, logits: Tensor, hidden: Tensor, log_sum: Tensor) -> Forecast:
-        """Compute the quantities of the dense model from logits (T - 1, V), hidden states and log sum exp.
+        """Compute the quantities of the dense model on a window.
 
-        `logits` is overwritten.
+        Args:
+            model: the dense model.
+            logits: (T - 1, V), its logits; they are overwritten.
+            hidden: (T - 1, H), its final hidden states.
+            log_sum: (T - 1,) float64, log sum exp of its logits.
         """
-        head, transform = model.get_output_embeddings(), LogitTransform.of(model)
+        head = model.get_output_embeddings()
+        transform = LogitTransform.of(model)
         top = logits.argmax(-1)
         if transform.softcap is not None or head.weight.is_meta:  # an offloaded weight is loaded only by its module
             return cls(hidden.cpu(), top.cpu(), None)
         for chunk in logits.split(rows_at_once(logits)):
-            chunk.copy_(chunk.softmax(-1))
-        mean_row = logits @ head.weight  # m, the mean of the rows of W by the probabilities q
+            chunk.copy_(chunk.softmax(-1))  # q, in the memory of the logits
+        probabilities = logits
+        mean_row = probabilities @ head.weight  # m, the mean of the rows of W by the probabilities q
         rest = (mean_row.double() * hidden.double()).sum(-1) / transform.scaling - log_sum
         return cls(mean_row.cpu(), top.cpu(), rest.cpu())
 
@@ -64,7 +70,8 @@ class Forecast(NamedTuple):
             hidden: (T - 1, H), its final hidden states.
             log_sum: (T - 1,) float64, log sum exp of its logits.
         """
-        transform, states = LogitTransform.of(model), self.states.to(logits.device)
+        transform = LogitTransform.of(model)
+        states = self.states.to(logits.device)
         if self.rest is not None:
             products = (states.double() * hidden.double()).sum(-1) / transform.scaling
             return self.rest.to(logits.device) + log_sum - products
@@ -145,11 +152,11 @@ def perplexity(
     rank, world_size = rank_and_world_size() if shared else (0, 1)
     batches = windows.tokens.split(batch_size)  # batch i belongs to rank i % world_size
     dense_forecasts = list(forecasts or ())
-    collected = None if forecasts else forecasts
-    own_sums = []
+    collected = None if forecasts else forecasts  # the empty list to fill, or None
+    own_sums = []  # of this rank's batches
     for i, batch in enumerate(batches[rank::world_size]):
-        of_batch = dense_forecasts[i * batch_size :][: len(batch)]
-        own_sums.append(_window_sums(model, batch, of_batch, collected))
+        forecasts_of_batch = dense_forecasts[i * batch_size :][: len(batch)]
+        own_sums.append(_window_sums(model, batch, forecasts_of_batch, collected))
         if progress is not None:
             progress(batch.numel() * world_size)
     if len(own_sums) < len(batches[::world_size]):
@@ -175,7 +182,7 @@ def mean_nll(window_nll: Tensor, tokens: int, corpus: str) -> float:
     """
     require_finite("loss came up in evaluation", window_nll)
     nll = float(window_nll.sum()) / tokens
-    if nll > 700:
+    if nll > 700:  # exp overflows above 709
         raise UserError(
             f"The mean loss on {corpus} must be at most 700 nats per token; got {nll:.0f}. Check the model."
         )
@@ -220,7 +227,7 @@ class WindowPerplexity(Metric):
         """
         nll, tokens, index = (dim_zero_cat(state).cpu() for state in (self.nll, self.tokens, self.index))
         order = index.argsort(stable=True)
-        order = order[tokens[order] > 0]
+        order = order[tokens[order] > 0]  # without windows that pad a batch
         mean = mean_nll(nll[order], int(tokens.sum()), self.corpus)
         return torch.tensor(math.exp(mean), dtype=torch.float64)
 
@@ -258,11 +265,12 @@ def _window_sums(
         chunks = zip(logits.split(rows), targets.split(rows), strict=True)
         nll = torch.cat([F.cross_entropy(chunk.float(), target, reduction="none") for chunk, target in chunks])
         sums = [nll.double().sum()]
+        # nll = log sum exp of the logits, minus the target's logit.
         log_sum = logits.gather(-1, targets[:, None])[:, 0].double() + nll
         if dense:
             kl = dense[i].kl(model, logits, hidden, log_sum)
-            same = logits.argmax(-1) == dense[i].top.to(logits.device)
-            sums += [kl.double().sum().clamp_min(0), same.double().sum()]  # rounding can give a negative sum
+            same_argmax = logits.argmax(-1) == dense[i].top.to(logits.device)
+            sums += [kl.double().sum().clamp_min(0), same_argmax.double().sum()]  # rounding can give a negative KL
         elif collected is not None:
             collected.append(Forecast.of(model, logits, hidden, log_sum))
         by_window.append(torch.stack(sums))

@@ -60,11 +60,16 @@ def metric(
         activation_free: whether the score ignores `moments`. Such a metric can be used for unreliable modules; as it
             has no rank drift itself, the drift of `act_norm` is used.
         needs: `["saliency"]` if the function reads `moments.saliency`, which is collected only on demand.
+
+    Raises:
+        ValueError: if `needs` has another name, or another metric has this name.
+        UserError: if the name has characters that are not allowed.
     """
     if unknown := set(needs) - {"saliency"}:
         raise ValueError(f"The needs of metric '{name}' must be among saliency; got {sorted(unknown)}.")
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Register the metric in `IMPORTANCE` with its properties, and return it."""
         function.activation_free = activation_free
         function.needs = frozenset(needs)
         function.drift = "act_norm" if activation_free else name
@@ -125,11 +130,12 @@ def act_norm(weights: UnitWeights, moments: Moments, generator: torch.Generator)
 
 @metric("taylor", needs=("saliency",))
 def taylor(weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """s_j = sum_k |w_k g_k|, LLM-Pruner's element-wise first order (arXiv 2305.11627, eq. 5 without its second term).
+    """s_j = sum_k |w_k g_k|: LLM-Pruner's element-wise, first-order Taylor importance (arXiv 2305.11627).
 
-    k runs over all weights of the channel: gate and up rows and down column (or query, key and value rows and the
-    column of the output projection); a KV group counts its key and value rows once. g is the gradient of the mean
-    next-token cross-entropy over the calibration windows. `param_first` in the authors' repository.
+    This is eq. 5 of the paper without its second term (`param_first` in its repository), computed by the collector as
+    `moments.saliency`. k runs over all weights of the channel: gate and up rows and down column (or query, key and
+    value rows and the column of the output projection). A KV group counts its key and value rows once. g is the
+    gradient of the mean next-token cross-entropy over the calibration windows.
     """
     return moments.saliency
 

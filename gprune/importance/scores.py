@@ -16,7 +16,7 @@ from gprune.importance.metrics import IMPORTANCE, magnitude
 from gprune.importance.weights import UnitWeights, attention_weights, ffn_weights
 from gprune.models.blocks import Block
 
-SEED_STRIDE = 100_003  # a prime; seeds of two runs differ by a multiple of it
+SEED_STRIDE = 100_003  # a prime; seeds of the same block in two runs differ by a multiple of it
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,17 @@ def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, g
 
     Experts without any routed token have no activations. Their neurons are ranked by `magnitude`, and the score at rank
     j is the mean of the other experts' scores at rank j. This is our choice.
+
+    Raises:
+        UserError: as `score_channels`.
     """
     if not block.has_experts:
         return score_channels(name, weights, moments, generator)
     E = block.experts
-    scores = torch.stack(
-        [score_channels(name, weights.of_expert(e, E), moments.of_expert(e, E), generator) for e in range(E)]
-    )
+    by_expert = []
+    for e in range(E):
+        by_expert.append(score_channels(name, weights.of_expert(e, E), moments.of_expert(e, E), generator))
+    scores = torch.stack(by_expert)  # (E, neurons)
     idle = moments.count.view(E, -1)[:, 0] == 0  # (E,) experts without any routed token
     if not IMPORTANCE[name].activation_free and idle.any() and not idle.all():
         score_of_rank = scores[~idle].sort(1).values.mean(0)
@@ -60,11 +64,11 @@ def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, g
     return scores.flatten()
 
 
-def generator_for(seed: int, block: int, kind: str) -> torch.Generator:
+def generator_for(seed: int, block_index: int, kind: str) -> torch.Generator:
     """Return a separate random generator for every block and kind (`ffn`, `attention`)."""
     is_attention = int(kind == "attention")
-    # Different for all blocks and kinds, and for different seeds of a model with fewer than 50,000 blocks.
-    return torch.Generator().manual_seed(seed * SEED_STRIDE + 2 * block + is_attention)
+    # All blocks and kinds have different seeds, also between runs, if the model has fewer than 50,000 blocks.
+    return torch.Generator().manual_seed(seed * SEED_STRIDE + 2 * block_index + is_attention)
 
 
 def score_units(
@@ -78,9 +82,13 @@ def score_units(
         statistics: statistics of one corpus, or pooled over several; with saliency if the metric needs it.
         seed: seed of random metrics.
         attention: whether KV groups are in scope; otherwise their scores are 0.
+
+    Raises:
+        UserError: as `score_channels`.
     """
 
     def channel_scores(block: Block) -> Tensor:
+        """Return the scores of a block's attention channels, (C,); zeros, (G,), if attention is not in scope."""
         if not attention or block.output is None:
             return torch.zeros(block.kv_groups, dtype=torch.float64)
         generator = generator_for(seed, block.index, "attention")
@@ -88,6 +96,7 @@ def score_units(
         return score_channels(name, attention_weights(block), moments, generator)
 
     def neuron_scores(block: Block) -> Tensor:
+        """Return the scores of a block's neurons, (E x N,); empty without an FFN."""
         if block.down is None:
             return torch.zeros(0, dtype=torch.float64)
         generator = generator_for(seed, block.index, "ffn")
@@ -95,6 +104,7 @@ def score_units(
         return score_ffn(name, block, ffn_weights(block), moments, generator)
 
     def group_scores(block: Block, channels: Tensor) -> Tensor:
+        """Return the scores of a block's KV groups, (G,): sums of the scores of their channels."""
         if not block.kv_groups:
             return channels  # empty
         return reduce(channels, "(g c) -> g", "sum", g=block.kv_groups)

@@ -77,7 +77,7 @@ def count_cast_weights(model: nn.Module) -> int:
 
     Shared weights are counted once.
     """
-    weights: dict[int, Tensor] = {}
+    weights: dict[int, Tensor] = {}  # by id
     for module in model.modules():
         if type(module) in PRODUCTS:
             weights |= {id(weight): weight for weight in module._parameters.values() if weight is not None}

@@ -86,9 +86,9 @@ class Block:
 
     def joins_residual(self, part: str) -> bool:
         """Return whether the output of `down` or `output` is added to the residual without a norm."""
-        return self.norm_behind(part) is None
+        return self.norm_after(part) is None
 
-    def norm_behind(self, part: str) -> nn.Module | None:
+    def norm_after(self, part: str) -> nn.Module | None:
         """Return the norm between `down` or `output` and the residual, or None."""
         return self.module(self.family.after_ffn if part == "down" else self.family.after_attention)
 
@@ -175,15 +175,16 @@ class Block:
         slices = []
         if self.has_experts:
             for tensor, (dim, layout) in family.expert_rows.items():
+                # With `gate | up` rows belong to neurons 0, 1, ..., N - 1, 0, 1, ...; with `gate up` to 0, 0, 1, 1, ...
                 units = torch.cat([neurons.repeat_interleave(len(names.split())) for names in layout.split("|")])
                 size = {"neurons": len(names_in(layout))}
                 slices.append(Slice(f"{family.experts}.{tensor}", dim, "ffn", units, size))
             tensor, dim = family.expert_down
             slices.append(Slice(f"{family.experts}.{tensor}", dim, "ffn", neurons, {"neurons": 1}))
             return slices
-        one_row = neurons, {"neurons": 1}
-        slices += self._row_slices("ffn", {"gate": one_row, "up": one_row})
-        slices.append(Slice(f"{family.down}.weight", self._column_dim("down"), "ffn", *one_row))
+        one_per_neuron = neurons, {"neurons": 1}  # `units` and `sizes` of a slice
+        slices += self._row_slices("ffn", {"gate": one_per_neuron, "up": one_per_neuron})
+        slices.append(Slice(f"{family.down}.weight", self._column_dim("down"), "ffn", *one_per_neuron))
         return slices
 
     def _attention_slices(self) -> list[Slice]:
@@ -199,7 +200,7 @@ class Block:
         slices = self._row_slices("attention", rows)
         for path, (dim, kind) in family.extras.items():
             parameter = self._parameter_at(path)
-            if parameter is not None:
+            if parameter is not None:  # a layer may lack it, such as a bias
                 slices.append(Slice(path, dim, kind, *self._units_of_groups(parameter.shape[dim])))
         for norm, part in ((family.query_norm, "query"), (family.key_norm, "key")):
             if norm is not None:
@@ -252,9 +253,13 @@ class Block:
         return slices
 
     def config_terms(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Convert multiples of `neurons`, `heads`, `kv_groups` and `channels` to multiples of config keys.
+        """Convert a sum of sizes to a sum of values of the config.
 
-        Multiples for discovered types are returned unchanged.
+        Args:
+            sizes: {`neurons`, `heads`, `kv_groups` or `channels`: factor}.
+
+        Returns:
+            {config key: factor}. For discovered types, whose exports contain all sizes by our names, it is `sizes`.
         """
         if self.family.found:
             return dict(sizes)
@@ -263,8 +268,8 @@ class Block:
         width = "intermediate_size" if is_dense_layer else self.family.width
         keys = {"neurons": width, "heads": HEADS, "kv_groups": self.family.kv_heads or HEADS, "channels": HEADS}
         terms: Counter[str] = Counter()
-        for name, times in sizes.items():
-            terms[keys[name]] += times * (self.head_dim if name == "channels" else 1)
+        for name, factor in sizes.items():
+            terms[keys[name]] += factor * (self.head_dim if name == "channels" else 1)
         return dict(terms)
 
     @property
@@ -285,7 +290,7 @@ class Block:
 
     @property
     def sizes(self) -> SimpleNamespace:
-        """Sizes of the block by the names in `attributes`."""
+        """`config_values` as attributes of an object, like those of a config."""
         return SimpleNamespace(**self.config_values)
 
     @property
@@ -295,9 +300,17 @@ class Block:
 
 
 def blocks_of(model: PreTrainedModel) -> list[Block]:
-    """Return the blocks of a supported model, in order."""
-    family, config = family_of(model), model.config.get_text_config(decoder=True)
+    """Return the blocks of a supported model, in order.
+
+    Raises:
+        UserError: if the model's type has no record, and discovery fails.
+        AttributeError: if the decoder has no layers at the path in the record.
+    """
+    family = family_of(model)
+    config = model.config.get_text_config(decoder=True)
     layers = decoder_layers(model)
+    # A discovered record has `kinds`: layers may differ, and each has a block for every FFN or attention that it has.
+    # By a record without `kinds`, which is built in or written by a user, every layer is one block.
     if family.kinds:
         blocks: list[Block] = []
         for layer_index, layer in enumerate(layers):
@@ -385,14 +398,15 @@ def output_of(kind: Mapping[str, Any]) -> str:
 class Unpruned:
     """An FFN or attention that is not pruned."""
 
-    why: str
+    why: str  # the reason
     layers: int = 0  # number of layers that have it
     parameters: int = 0  # parameters of its units, over all these layers
 
 
 def find_unpruned(model: PreTrainedModel) -> dict[str, Unpruned]:
     """Return FFNs and attentions that are not pruned, because their layer has a larger one, by path of the output."""
-    family, config = family_of(model), model.config.get_text_config(decoder=True)
+    family = family_of(model)
+    config = model.config.get_text_config(decoder=True)
     by_output: dict[str, Unpruned] = {}
     if not family.kinds:
         return by_output
@@ -424,7 +438,7 @@ def _head_dim(layer: nn.Module, record: Family, config: PreTrainedConfig) -> int
     """Return the size of a value head of a block with this record; 1 without attention."""
     if record.output is None:
         return 1
-    module, name = find_parent(layer, record.head_dim or "")
+    module, name = find_parent(layer, record.head_dim or "")  # no module has an attribute with an empty name
     return getattr(module, name, None) or _config_head_dim(config)
 
 
@@ -442,7 +456,7 @@ def _has_kind(layer: nn.Module, kind: Mapping[str, Any]) -> bool:
 def _class_at(layer: nn.Module, path: str) -> str | None:
     """Return the name of the class of a layer's module, or None if there is no such module.
 
-    PyTorch's parametrizations change the class. Their prefix is removed.
+    PyTorch's parametrizations replace the class by a subclass. The prefix that they add to its name is removed.
     """
     module = _module_at(layer, path)
     return None if module is None else type(module).__name__.removeprefix("Parametrized")

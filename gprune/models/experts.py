@@ -35,7 +35,7 @@ class Watch:
             attributes["watchers"].remove(self.watcher)
             if not attributes["watchers"]:
                 del attributes["watchers"], attributes["forward"]
-                attributes |= attributes.pop("before")
+                attributes |= attributes.pop("before")  # the instance's previous forward method, if it had one
 
 
 def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = ("down_proj", 2)) -> Watch:
@@ -53,11 +53,13 @@ def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = 
     """
     attributes = experts.__dict__  # a forward method in it hides that of the class
     if "watchers" not in attributes:
+        # Restored when the last watcher is removed.
         before = {"forward": attributes["forward"]} if "forward" in attributes else {}
-        run = _forward_standard if has_standard_forward(experts) else partial(_forward_of_class, down[0])
+        is_standard = has_standard_forward(experts)
+        watched_forward = _forward_standard if is_standard else partial(_forward_of_class, down[0])
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
-            return run(experts, *args, **kwargs)
+            return watched_forward(experts, *args, **kwargs)
 
         attributes |= {"watchers": [], "before": before, "forward": forward}
     attributes["watchers"].append(watcher)
@@ -65,7 +67,11 @@ def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = 
 
 
 def has_standard_forward(experts: nn.Module) -> bool:
-    """Return whether experts compute act(gate x) * up x without biases, with gate above up, as `_forward_standard`."""
+    """Return whether experts are of the standard form in transformers, by flags that the class has in this case.
+
+    Standard experts compute act(gate x) * up x without biases, with all rows of gate before those of up. This is what
+    `_forward_standard` computes.
+    """
     flags = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     flags_match = all(getattr(experts, name, None) is value for name, value in flags.items())
     apply_gate = getattr(type(experts), "_apply_gate", None)
@@ -90,8 +96,9 @@ def _forward_standard(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, t
 def _call_watchers(watchers: list[Watcher], x: Tensor, expert: int, tokens: Tensor) -> Tensor:
     """Call watchers in order, each with the result of the one before. Return the activations (n, N) to use."""
     for watcher in watchers:
-        changed = watcher(x, expert, tokens)
-        x = x if changed is None else changed
+        new_x = watcher(x, expert, tokens)
+        if new_x is not None:
+            x = new_x
     return x
 
 

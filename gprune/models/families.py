@@ -34,8 +34,9 @@ class Family:
     key: str | None = "self_attn.k_proj"
     value: str | None = "self_attn.v_proj"
     output: str | None = "self_attn.o_proj"  # None: no prunable attention
-    query_norm: str | None = None  # a norm over all heads, which becomes smaller with them;
-    key_norm: str | None = None  # not a norm per head, whose size does not change
+    # Norms over all heads, which are sliced with them. A norm per head keeps its size and is not named here.
+    query_norm: str | None = None
+    key_norm: str | None = None
     # Norms: before the projections, and between an output projection and the residual
     ffn_norm: str | None = "post_attention_layernorm"
     attention_norm: str | None = "input_layernorm"
@@ -49,7 +50,7 @@ class Family:
     logits_scaling: str | None = None  # key of the divisor of logits
     softcap: str | None = None  # key of the limit c in c tanh(logits / c)
     # Fields of discovered records (`gprune.models.discovery`)
-    decoder: str | None = None  # path in the model; None: the result of `get_decoder`
+    decoder: str | None = None  # path of the decoder in the model; None: the result of `get_decoder`
     head_dim: str | None = None  # attribute of the layer with the size of a value head; None: from the config
     layout: Mapping[str, str] = field(default_factory=dict)  # fused module -> order of parts: "gate | up" or "gate up"
     expert_rows: Mapping[str, tuple[int, str]] = field(default_factory=lambda: {"gate_up_proj": (1, "gate | up")})
@@ -64,7 +65,7 @@ class Family:
     logits_multiplier: str | None = None  # key of the factor of logits
     # Attributes of stock modules with sizes: path -> `heads`, `kv_groups`, `channels` (heads x head_dim), `neurons`
     attributes: Mapping[str, str] = field(default_factory=dict)
-    # Families with the same computation whose config allows more shapes -> settings that they need
+    # Other families with the same computation, whose config allows more shapes -> settings for which they compute it
     same_as: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 

@@ -65,18 +65,22 @@ def check_sizes(content: Any, name: str) -> None:
             is_too_large = not abs(value) <= limit  # also true for NaN
             is_too_small = key in POSITIVE_KEYS and value <= 0
             if is_too_large or is_too_small:
-                got = f"{str(value)[:40]} in config.json of '{name}'"
-                raise UserError(f"--model.name: {key} must be 1 to {limit:,}; got {got}.")
+                description = f"{str(value)[:40]} in config.json of '{name}'"
+                raise UserError(f"--model.name: {key} must be 1 to {limit:,}; got {description}.")
 
 
 def check_parameter_count(model: PreTrainedModel, location: str | Path) -> None:
     """Raise UserError if a config has more parameters than the weight files of the folder can contain.
 
-    A parameter needs at least one bit, so `stored_bytes` hold at most 8 * `stored_bytes` parameters. `model` has no
-    weights. Models on the hub are not checked, because they are not downloaded yet.
+    A parameter needs at least one bit, so a byte contains at most 8 parameters. Models on the hub are not checked,
+    because they are not downloaded yet.
+
+    Args:
+        model: the model of the config, which may have no weights.
+        location: folder or hub id.
     """
     stored_bytes = sum(path.stat().st_size for path in Path(location).glob("*") if path.suffix in WEIGHT_SUFFIXES)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if stored_bytes and parameters > 8 * stored_bytes:
-        got = f"{parameters:,} parameters, for files of weights with {stored_bytes:,} bytes"
-        raise UserError(f"--model.name: config.json of '{location}' must describe its weights; got {got}.")
+        sizes = f"{parameters:,} parameters, for files of weights with {stored_bytes:,} bytes"
+        raise UserError(f"--model.name: config.json of '{location}' must describe its weights; got {sizes}.")

@@ -49,6 +49,7 @@ def _register_ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> Removabl
     """
 
     def expert_gate(x: Tensor, expert: int, tokens: Tensor) -> Tensor | None:
+        """Watcher of experts that multiplies the activations of one expert by its gate."""
         gate = gates[block.index]
         return None if gate is None else x * gate.view(block.experts, -1)[expert].to(x)
 
@@ -115,6 +116,7 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
     """
 
     def scale(gate: Tensor) -> Tensor:
+        """Return c, (). It is finite even if the gate keeps nothing."""
         return (len(gate) / gate.sum().clamp_min(1)).sqrt()
 
     def pre_hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -139,12 +141,13 @@ def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTrai
     """
 
     def return_input(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Forward hook that replaces the hidden states in a layer's output by those in its input."""
         return with_hidden(output, args[0] if args else kwargs["hidden_states"])
 
-    removed = list(removed)
-    blocks = blocks_of(model) if removed else []
+    removed_blocks = list(removed)
+    blocks = blocks_of(model) if removed_blocks else []
     # By layer, because a layer may have several blocks.
-    layers = {blocks[index].layer_index: blocks[index].layer for index in removed}
+    layers = {blocks[index].layer_index: blocks[index].layer for index in removed_blocks}
     with ExitStack() as hooks:
         for layer in layers.values():
             hooks.callback(layer.register_forward_hook(return_input, with_kwargs=True).remove)
@@ -153,9 +156,17 @@ def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTrai
 
 @contextmanager
 def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
-    """Let the model compute as if it were pruned while the context lasts. Blocks without kept units are skipped."""
+    """Let the model compute as if it were pruned while the context lasts. Blocks without kept units are skipped.
+
+    Args:
+        model: a supported model.
+        masks: one keep mask per block and scope. Their sizes are not checked.
+
+    Raises:
+        UserError: if the model's type is not supported.
+    """
     blocks = blocks_of(model)
-    # Moved to the device once, and not in every forward pass.
+    # Masks are copied to the devices once, and not in every forward pass.
     devices = [device_of(block.layer) for block in blocks]
     ffn = [mask.to(device) for mask, device in zip(masks.ffn, devices, strict=True)]
     attention = [mask.to(device) for mask, device in zip(masks.attention, devices, strict=True)]

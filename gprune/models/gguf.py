@@ -79,18 +79,19 @@ def load_gguf(path: Path) -> PreTrainedModel:
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a GGUF file, with the word splitting of the file.
 
-    The file has only a name for the word splitting. For names that transformers does not know, such as SmolLM2's, it
-    silently splits like GPT-2, and blanks before a digit become other tokens than in training.
+    The file has only a name for the word splitting. If transformers does not know the name, such as SmolLM2's, it
+    silently splits like GPT-2, so blanks before a digit become other tokens than in training.
 
     Raises:
         KeyError: if the word splitting of a byte-level BPE is not in `WORDS`.
     """
-    keys, fields = library.Keys.Tokenizer, library.GGUFReader(path).fields
+    keys = library.Keys.Tokenizer
+    fields = library.GGUFReader(path).fields
     is_byte_level = fields[keys.MODEL].contents() == "gpt2"
-    name = fields[keys.PRE].contents() if is_byte_level else None
-    pre_tokenizer = WORDS[name] if is_byte_level else None
+    splitting = fields[keys.PRE].contents() if is_byte_level else None  # a key of `WORDS`
+    pre_tokenizer = WORDS[splitting] if is_byte_level else None
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if pre_tokenizer is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
-        tokenizer.backend_tokenizer.model.ignore_merges = name in WHOLE_WORDS
+        tokenizer.backend_tokenizer.model.ignore_merges = splitting in WHOLE_WORDS
     return tokenizer

@@ -67,9 +67,10 @@ def register_type(model_type: str) -> None:
 def pruned_classes(
     family: str,
 ) -> tuple[type[PreTrainedConfig], type[PreTrainedModel] | None, type[PreTrainedModel] | None]:
-    """Return the pruned classes of a family: config, base model, and language model (with images if only that exists).
+    """Return the pruned classes of a family: config, base model (without a head), and language model.
 
-    A model class is None if transformers does not list exactly one class for the family.
+    The language model is the one for text only if transformers has it, and otherwise the one for images and text. A
+    model class is None if transformers does not list exactly one class for the family.
     """
     config_name = f"Pruned{CONFIG_MAPPING[family].__name__}"
 
@@ -106,7 +107,11 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def locate_model(name: str) -> str:
-    """Return the folder or hub id of a model. For an embedded model this is its folder in the cache."""
+    """Return the folder or hub id of a model. For an embedded model this is its folder in the cache.
+
+    Raises:
+        UserError: if the name is not an embedded model, a folder or a hub id, or an embedded model cannot be made.
+    """
     if name in assets.EMBEDDED_MODELS:
         return str(assets.embedded_model_dir(name))
     path = expanded(name)
@@ -146,7 +151,11 @@ def read_config(name: str, *, trust_remote_code: bool = False, prunable: bool = 
 def skeleton(
     config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Return a model without weights, on the meta device. `model_class` overrides the class of the config."""
+    """Return a model without weights, on the meta device. `model_class` overrides the class of the config.
+
+    Raises:
+        UserError: if the class rejects the config.
+    """
     with quoting("--model.name: Cannot build a model from its configuration: "), torch.device("meta"):
         if model_class is not None:
             return model_class(config)

@@ -32,7 +32,8 @@ class LogitTransform:
     @classmethod
     def of(cls, model: PreTrainedModel) -> LogitTransform:
         """Return the transform of a model, by the config keys in its family's record."""
-        family, config = family_of(model), model.config.get_text_config(decoder=True)
+        family = family_of(model)
+        config = model.config.get_text_config(decoder=True)
         scaling = getattr(config, family.logits_scaling) if family.logits_scaling else 1.0
         if family.logits_multiplier:
             scaling = 1 / getattr(config, family.logits_multiplier)
@@ -114,7 +115,7 @@ def _losses_and_errors(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
 
 def rows_at_once(logits: Tensor) -> int:
-    """Return the number of tokens per element-wise operation on logits."""
+    """Return the number of tokens per element-wise operation on logits, by the device of a tensor."""
     return ROWS if logits.device.type == "cpu" else CHUNK
 
 
@@ -137,7 +138,11 @@ def frozen_head_losses(
 def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Tensor | None = None) -> Tensor:
     """Return the mean loss of each window's tokens 2..T in nats, (B, T) -> (B,) float32.
 
-    The loss is cross-entropy; or KL(teacher || model), if `teacher` is the teacher's `final_hidden` of these tokens.
+    Args:
+        model: the model, whose head is frozen.
+        input_ids: (B, T) int64 token ids.
+        teacher: None for the cross-entropy; or the `final_hidden` of a teacher on these tokens, (B, T - 1, H), for
+            KL(teacher || model).
     """
     head = model.get_output_embeddings()
     # If a model is on several devices, a head that is tied to the embeddings is not on that of the last layer.
@@ -166,6 +171,7 @@ def iter_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[Ten
     Logits (1, T - 1, V) and hidden states (1, T - 1, H) are in the model's dtype, targets (1, T - 1) are int64.
     """
     hidden = final_hidden(model, input_ids)
-    head, transform = model.get_output_embeddings(), LogitTransform.of(model)
+    head = model.get_output_embeddings()
+    transform = LogitTransform.of(model)
     for window_hidden, window_ids in zip(hidden, input_ids, strict=True):
         yield transform(head(window_hidden[None])), window_ids[None, 1:], window_hidden[None]

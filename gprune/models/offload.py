@@ -1,7 +1,7 @@
 """Read and write weights that transformers and accelerate have offloaded to the CPU or the disk.
 
-An offloaded parameter is an empty tensor on the meta device, and a hook of accelerate fetches it before its module
-computes and drops it afterwards. This file asks that hook; nothing else in gprune knows of it.
+An offloaded parameter is an empty tensor on the meta device. A hook of accelerate loads its values before its module
+computes, and frees them afterwards. The functions of this file get values and devices from that hook.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gprune.storage.files import scratch_folder
 def load_parameter(module: nn.Module, name: str) -> Tensor | None:
     """Return the parameter `name` of a module with its values; None if it is None, such as a missing bias.
 
-    An offloaded parameter is fetched to the CPU. A sharded one is gathered, so all processes must call this function.
+    An offloaded parameter is loaded to the CPU. A sharded one is gathered, so all processes must call this function.
     A parameter on the meta device without a hook is returned unchanged.
     """
     parameter = gathered(getattr(module, name))
@@ -96,6 +96,7 @@ class StoredWeights:
     module: nn.Module
 
     def __getitem__(self, name: str) -> Tensor:
+        """Return a parameter or buffer by its name."""
         path, _, attribute = name.rpartition(".")
         module = self.module.get_submodule(path)
         value = load_parameter(module, attribute)
@@ -106,8 +107,8 @@ class StoredWeights:
 def attach_weights(model: nn.Module, weights: Mapping[str, Tensor] | StoredWeights) -> None:
     """Attach `weights`, by name, to the modules of a model or layer on the meta device.
 
-    The weights are attached in accelerate's form, which `stored` reads, and `save_pretrained` if the model has an
-    `hf_device_map`. No hooks run, so the modules cannot compute.
+    The weights are attached in accelerate's form. `load_parameter` reads it, and so does `save_pretrained` if the model
+    has an `hf_device_map`. No hooks run, so the modules cannot compute.
     """
     for path, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
@@ -138,7 +139,7 @@ def resident(module: nn.Module) -> Iterator[None]:
                     restored.callback(submodule._parameters.__setitem__, name, empty)
                     submodule._parameters[name] = nn.Parameter(value, requires_grad=False)
                 restored.callback(setattr, hook, "offload", True)
-                hook.offload = False
+                hook.offload = False  # so that the hook does not load and free the weights in each call
         yield
 
 

@@ -75,7 +75,7 @@ class ExpertPart:
     tensor: str = "gate_up_proj"  # path of the tensor in the host
     dim: int = 1  # dimension of neurons in the tensor
     layout: str = "gate | up"  # order of parts along this dimension
-    bias: None = None
+    bias: None = None  # biases of experts are sliced, but belong to no part
 
     @property
     def _is_transposed(self) -> bool:
@@ -106,8 +106,8 @@ class ExpertPart:
     def shape(self) -> tuple[int, int, int]:
         """Shape of the tensor as (E, n, H) for gate and up, or (E, H, N) for down."""
         module, name = find_parent(self.host, self.tensor)
-        E, a, b = getattr(module, name).shape
-        return (E, b, a) if self._is_transposed else (E, a, b)
+        E, first, second = getattr(module, name).shape
+        return (E, second, first) if self._is_transposed else (E, first, second)
 
     @property
     def neurons(self) -> int:

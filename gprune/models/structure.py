@@ -1,5 +1,8 @@
-"""Check the record of a model: paths and sizes on the model without weights, and for records of users also norms and
-logits on a tiny random copy."""
+"""Check that the record of a model describes the model correctly.
+
+Paths and sizes are checked on the model itself, which may have no weights. For records of users, norms and logits are
+also checked on a tiny random copy.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ def check_structure(model: PreTrainedModel) -> None:
 
     The error depends on the origin of the record: built in, of a user, or discovered.
     """
-    name, record = model.config.model_type, family_of(model)
+    name = model.config.model_type
+    record = family_of(model)
     try:
         layers = [block.layer for block in blocks_of(model)]
     except AttributeError as error:
@@ -37,16 +41,18 @@ def check_structure(model: PreTrainedModel) -> None:
     if layers and not record.kinds:
         _check_paths(name, record, layers[0])
     for block in blocks_of(model):
-        why = _size_mismatch(block)
-        if why is None:
+        mismatch = _size_mismatch(block)
+        if mismatch is None:
             continue
         if BUILT_IN.get(record.model_type) is record:
-            raise UserError(f"--model.name: layer {block.layer_index} of this '{name}' model cannot be pruned: {why}.")
+            raise UserError(
+                f"--model.name: layer {block.layer_index} of this '{name}' model cannot be pruned: {mismatch}."
+            )
         if not record.found:
-            raise _record_error(name, f"layer {block.layer_index}: {why}")
+            raise _record_error(name, f"layer {block.layer_index}: {mismatch}")
         raise UserError(
             f"Model type '{name}' cannot be pruned: the structure of a tiny copy does not fit layer "
-            f"{block.layer_index} of this model: {why}. Write a record in a file that --import names "
+            f"{block.layer_index} of this model: {mismatch}. Write a record in a file that --import names "
             "(docs/extend.md, 'A model family')."
         )
     check_untied(model)
@@ -55,7 +61,7 @@ def check_structure(model: PreTrainedModel) -> None:
 
 
 def check_by_copy(config: PreTrainedConfig) -> None:
-    """Check a record of a user on a tiny random copy. Raise UserError that names the wrong field if it is known.
+    """Check a record of a user on a tiny random copy. Raise UserError if it is wrong, with the wrong field if known.
 
     A no-op for other records, and for classes of which no tiny copy can be made.
     """
@@ -80,15 +86,15 @@ def check_by_copy(config: PreTrainedConfig) -> None:
     except Exception as error:
         raise _record_error(name, f"a tiny copy cannot be sliced: {first_line(error)}") from error
     if not masked_equals_sliced:
-        why = "the masked and the sliced tiny copy do not compute the same; a parameter may be missing"
-        raise _record_error(name, why)
+        problem = "the masked and the sliced tiny copy do not compute the same; a parameter may be missing"
+        raise _record_error(name, problem)
     with torch.no_grad():
         hidden = decoder_of(model)(input_ids=probe.ids, use_cache=False).last_hidden_state
         logits = LogitTransform.of(model)(model.get_output_embeddings()(hidden))
-    if (logits - probe.dense).abs().max() > 1e-3 * probe.dense.abs().max():
-        why = "logits are not head times hidden states; it needs logits_scaling, logits_multiplier or softcap"
-        raise _record_error(name, why)
-    for block in blocks_of(model)[:1]:
+    if (logits - probe.dense).abs().max() > 1e-3 * probe.dense.abs().max():  # more than rounding errors
+        problem = "logits are not head times hidden states; it needs logits_scaling, logits_multiplier or softcap"
+        raise _record_error(name, problem)
+    for block in blocks_of(model)[:1]:  # by a record of a user, all layers have the same norms
         _check_norms(name, probe, block)
 
 
@@ -114,9 +120,9 @@ def _check_norms(name: str, probe: Probe, block: Block) -> None:
             raise _record_error(name, f"it needs norm_offset={offset}: the norms multiply by {offset} + weight")
 
 
-def _record_error(name: str, why: str) -> UserError:
+def _record_error(name: str, problem: str) -> UserError:
     """Return the error for a wrong record of a user."""
-    return UserError(f"Cannot use the Family record of model type '{name}': {why}. {REMEDY}.")
+    return UserError(f"Cannot use the Family record of model type '{name}': {problem}. {REMEDY}.")
 
 
 def _check_paths(name: str, record: Family, layer: nn.Module) -> None:

@@ -48,7 +48,8 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
         inplace: whether to change `model` itself. Otherwise peak memory is the dense model plus the pruned one.
 
     Raises:
-        UserError: if a mask has a wrong length or dtype, or a block keeps units of one scope only.
+        UserError: if the masks do not fit the model (`check_masks`), or layers are removed and another layer would
+            compute something else under its new number.
     """
     check_masks(model, masks)
     was_aligned = experts_aligned(model)
@@ -87,6 +88,9 @@ def prune_to_files(
     Returns:
         The pruned model on the meta device. `gprune.models.offload.load_parameter` reads parameters of blocks from the
         files, and other parameters from `model`. The model can be saved, but not run.
+
+    Raises:
+        UserError: as `prune`.
     """
     check_masks(model, masks)
     pruned = skeleton(copy.deepcopy(model.config), type(model)).eval().requires_grad_(False)
@@ -145,18 +149,18 @@ def _drop_layers(model: PreTrainedModel, layer_is_kept: list[bool]) -> None:
     Raises:
         UserError: if a kept layer would compute something else under its new number.
     """
-    before = skeleton(copy.deepcopy(model.config), type(model))
+    model_before = skeleton(copy.deepcopy(model.config), type(model))
     kept = [index for index, is_kept in enumerate(layer_is_kept) if is_kept]
     layers = decoder_layers(model)
     remaining = nn.ModuleList(layers[index] for index in kept)
     holder, name = find_parent(decoder_of(model), family_of(model).layers)
     setattr(holder, name, remaining)
     _drop_layers_from_config(model.config, kept, len(layer_is_kept))
-    after = skeleton(copy.deepcopy(model.config), type(model))
-    for model_without_weights in (before, after):  # avoids another discovery for the changed number of layers
+    model_after = skeleton(copy.deepcopy(model.config), type(model))
+    for model_without_weights in (model_before, model_after):  # avoids another discovery for another number of layers
         remember(model_without_weights, family_of(model))
-    _check_numbering(before, after, kept)
-    for index, (layer, new_layer) in enumerate(zip(remaining, decoder_layers(after), strict=True)):
+    _check_numbering(model_before, model_after, kept)
+    for index, (layer, new_layer) in enumerate(zip(remaining, decoder_layers(model_after), strict=True)):
         new_modules = dict(new_layer.named_modules())
         for path, module in layer.named_modules():
             if hasattr(module, "layer_idx"):  # index of the layer in the KV cache
@@ -174,7 +178,7 @@ def _drop_layers_from_config(config: PreTrainedConfig, kept: list[int], depth: i
     text_config = config.get_text_config(decoder=True)
     content = text_config.to_dict()  # plain lists and dicts, unlike some attributes
     table = content.get("per_layer_config")
-    step = content.get("decoder_sparse_step", 1)
+    step = content.get("decoder_sparse_step", 1)  # of Qwen MoE: only every `step`-th layer has experts
     if step > 1:  # layer numbers determine which layers have experts, so list the others instead
         without_experts = [i for i in range(depth) if (i + 1) % step or i in content["mlp_only_layers"]]
         content["mlp_only_layers"] = without_experts
@@ -245,8 +249,8 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
         of_scope = getattr(masks, scope)
         shapes_fit = [mask.shape for mask in of_scope] == [(size,) for size in expected]
         if not shapes_fit or any(mask.dtype != torch.bool for mask in of_scope):
-            got = ", ".join(f"{mask.dtype} {tuple(mask.shape)}" for mask in of_scope)
-            raise UserError(f"Masks.{scope} must be torch.bool of lengths {expected}; got {got}.")
+            descriptions = ", ".join(f"{mask.dtype} {tuple(mask.shape)}" for mask in of_scope)
+            raise UserError(f"Masks.{scope} must be torch.bool of lengths {expected}; got {descriptions}.")
     if not any(masks.blocks):
         raise UserError(f"Masks must keep at least 1 of {len(blocks)} blocks; got 0.")
     for block, ffn, attention in zip(blocks, masks.ffn, masks.attention, strict=True):
@@ -294,12 +298,20 @@ def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks
 
 
 def _slice_parameter(block: Block, slice_: Slice, masks: Masks, weight: Tensor) -> Tensor:
-    """Return the kept part of a weight as a new tensor. `slice_` says which indices belong to which units."""
+    """Return the kept part of a weight as a new tensor.
+
+    Args:
+        block: the block to which the weight belongs.
+        slice_: which indices of the weight belong to which units.
+        masks: as for `prune`.
+        weight: the weight, with values in memory.
+    """
     keep = getattr(masks, slice_.kind)[block.index]
     if slice_.kind == "ffn" and block.has_experts:
         keep_by_expert = rearrange(keep, "(e n) -> e n", e=block.experts)[:, slice_.units]
         dim = slice_.dim - 1  # without the dimension of experts
-        return torch.stack([_select(w, dim, k) for w, k in zip(weight, keep_by_expert, strict=True)])
+        pairs = zip(weight, keep_by_expert, strict=True)
+        return torch.stack([_select(expert_weight, dim, expert_keep) for expert_weight, expert_keep in pairs])
     return _select(weight, slice_.dim, keep[slice_.units])
 
 

@@ -150,7 +150,7 @@ def _layers_to_keep(content: Mapping[str, Any], depth: int) -> list[int]:
     kept = {kinds.index(kind) for kind in kinds}
     # Hybrid layers share weights, so the second one is kept too.
     kept |= {index for index, kind in enumerate(kinds) if "hybrid" in kind and kinds[:index].count(kind) == 1}
-    first_kept = sorted(kept)[: 2 * LAYERS]
+    first_kept = sorted(kept)[: 2 * LAYERS]  # a limit for the size of the copy
     others = [index for index in range(depth) if index not in first_kept]
     number_of_others = max(0, min(LAYERS, depth) - len(first_kept))
     return sorted([*first_kept, *others[:number_of_others]])
@@ -196,7 +196,7 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
             nested = config.__dict__.get(name)
             if isinstance(nested, PreTrainedConfig):
                 _shrink(value, nested)
-            elif name in ("ffn_config", "attn_config"):
+            elif name in ("ffn_config", "attn_config"):  # of types that nest them as plain dictionaries
                 _shrink(value, config)
         elif TOKEN_IDS.fullmatch(name):
             content[name] = _tiny_token_id(name, value)
@@ -283,9 +283,8 @@ def _tiny_token_id(name: str, value: Any) -> Any:
 
     Ids of pad, bos and eos are 0, 1 and 2. Others are among the last 32 ids, and depend on the name of the field.
     """
-    small_ids = ("pad", "bos", "eos")
-    last_ids = VOCABULARY - 1 - sum(map(ord, name)) % 32
-    token_id = next((index for index, word in enumerate(small_ids) if word in name), last_ids)
+    id_from_name = VOCABULARY - 1 - sum(map(ord, name)) % 32
+    token_id = next((index for index, word in enumerate(("pad", "bos", "eos")) if word in name), id_from_name)
     if isinstance(value, (list, tuple)):
         return [token_id] * min(1, len(value))
     return value if value is None or not isinstance(value, int) or value < 0 else token_id

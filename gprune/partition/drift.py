@@ -54,7 +54,7 @@ def kendall_agreement(scores: Tensor) -> float:
     values = scores.detach().cpu().numpy()
     if (values.min(1) == values.max(1)).any():
         return float("nan")
-    taus = [kendalltau(values[a], values[b]).statistic for a, b in combinations(range(D), 2)]
+    taus = [kendalltau(one, other).statistic for one, other in combinations(values, 2)]
     return float(np.mean(taus))
 
 

@@ -22,6 +22,11 @@ def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) ->
     Each neuron's gate row, up row and down column are normalised to length 1, because their length is importance rather
     than similarity. They are concatenated to 3H numbers and projected onto the leading principal components (randomised
     SVD).
+
+    Args:
+        weights: weights of N neurons.
+        dim: number of principal components; fewer if there are fewer neurons or numbers.
+        seed: random seed of the SVD. The global random state does not change.
     """
     matrices = [*weights.inputs, weights.output.T]  # gate and up rows and down columns, (N, H) each
     widths = [matrix.shape[1] for matrix in matrices]
@@ -54,6 +59,7 @@ def unit_variance(x: Tensor) -> Tensor:
 
 
 def _scale_to_unit_variance(centred: Tensor) -> Tensor:
+    """Scale columns with mean 0 so that the total variance is 1, (N, d) -> (N, d)."""
     return centred / centred.square().sum(1).mean().sqrt().clamp_min(1e-12)
 
 

@@ -72,7 +72,8 @@ def partition_objective(
         not rewarded. C = 0 if no rank shifts.
     B in [0, 1]: 1 - entropy of the module sizes / log K; 0 if all sizes are equal.
     H in [0, 1]: mean entropy of P_i / log K; 0 if every neuron is assigned to one module.
-    K in B and H is that of the block with most modules, so B of a block with fewer modules stays above 0.
+    For all blocks, K in B and H is the number of modules of the block with most modules. So B of a block with fewer
+    modules stays above 0.
 
     Args:
         logits: A, (B, N, K).
@@ -118,6 +119,6 @@ def refinement_inputs(embeddings: list[Tensor], drifts: list[Tensor], ranks: lis
     return RefinementInputs(
         embedding=pad_and_stack([unit_variance(embedding) for embedding in embeddings]),
         drift=pad_and_stack([unit_variance(drift[:, None]) for drift in drifts]),
-        shifts=pad_and_stack([unit_variance((r - r.mean(0)).T.contiguous()) for r in ranks]),
+        shifts=pad_and_stack([unit_variance((of_block - of_block.mean(0)).T.contiguous()) for of_block in ranks]),
         valid=pad_and_stack([torch.ones(len(drift), 1) for drift in drifts])[..., 0],
     )

@@ -103,7 +103,7 @@ def within_module_ranks(scores: Tensor, fallback: Tensor, labels: Tensor, switch
         labels: (N,) modules in [0, K).
         switched: (K,) bool, the modules that are ranked by the fallback.
     """
-    p = torch.empty(len(scores), dtype=torch.float64)
+    p = torch.empty(len(scores), dtype=torch.float64)  # filled module by module
     for k, uses_fallback in enumerate(switched.tolist()):
         members = (labels == k).nonzero()[:, 0]
         importance = fallback if uses_fallback else scores

@@ -153,25 +153,31 @@ class Chain(Recovery):
         self.learns = any(member.learns for member in self.recoveries)
         self.uses_teacher = any(member.uses_teacher for member in self.recoveries)
         self.sharded = all(member.sharded for member in self.recoveries)
-        late = [member.name for member in self.recoveries[1:] if type(member).revise is not Recovery.revise]
-        if len(set(names)) < len(names) or "none" in names or late:
-            why = f"'{late[0]}' goes block by block, so it must come first" if late else "each once, and no 'none'"
+        # Later recoveries that change blocks one at a time.
+        misplaced = [member.name for member in self.recoveries[1:] if type(member).revise is not Recovery.revise]
+        if len(set(names)) < len(names) or "none" in names or misplaced:
+            why = "each once, and no 'none'"
+            if misplaced:
+                why = f"'{misplaced[0]}' goes block by block, so it must come first"
             raise UserError(f"--recovery must be a chain such as [least_squares,distill]; got {name} ({why}).")
 
     def revise(self, material: Material) -> Revise | None:
-        """Return the function of the first recovery; the others change no single blocks."""
+        """Return the function of the first recovery, the only one that may change blocks one at a time."""
         return self.recoveries[0].revise(material)
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
+        """Return the model after `tune` of all recoveries, in order."""
         for member in self.recoveries:
             pruned = member.tune(material, pruned)
         return pruned
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
+        """Return the sums over all recoveries of their largest numbers of tokens."""
         costs = [member.tokens(text, fresh, attention=attention) for member in self.recoveries]
         return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
 
     def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
+        """Raise UserError if one of the recoveries does not support a model."""
         for member in self.recoveries:
             member.refuse(blocks, shard=shard)
 
@@ -182,6 +188,9 @@ def recovery_of(name: str, settings: Mapping[str, Any] = NOTHING) -> Recovery:
     Args:
         name: a registered name, or several names joined by `+` for a chain.
         settings: settings by name of the recovery: options as a dict, or a group of flags.
+
+    Raises:
+        UserError: if a name is not registered, or the names are not a valid chain.
     """
     if "+" in name:
         return Chain(name, settings)
@@ -220,10 +229,12 @@ class Projection(Recovery):
     """
 
     def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool):
-        self.solver, self.needs, self.experts = solver, frozenset(needs), experts
+        self.solver = solver
+        self.needs = frozenset(needs)
+        self.experts = experts
 
     def revise(self, material: Material) -> Revise:
-        """Return a function that corrects the output projections of a sliced block."""
+        """Return a function that corrects the output projections of a sliced block, with errors as `solve`."""
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:
@@ -266,8 +277,11 @@ class Projection(Recovery):
             has_experts = moments.count.dim() > 0  # each expert has its own token count
             if not has_experts:
                 return self._solve_one(weight, keep, moments, ridge)
-            parts = zip(weight.chunk(experts, 1), keep.chunk(experts), range(experts), strict=True)
-            solved = [self._solve_one(w, k, moments.of_expert(e, experts), ridge) for w, k, e in parts]
+            by_expert = zip(weight.chunk(experts, 1), keep.chunk(experts), strict=True)
+            solved = [
+                self._solve_one(expert_weight, expert_keep, moments.of_expert(index, experts), ridge)
+                for index, (expert_weight, expert_keep) in enumerate(by_expert)
+            ]
         if any(bias is not None for _, bias in solved):
             raise UserError(f"Recovery '{self.name}' must return None as the bias of experts, which have no biases.")
         return torch.cat([new_weight for new_weight, _ in solved], 1), None
@@ -277,8 +291,10 @@ class Projection(Recovery):
         with RECOVERY.running(self.name):
             solution = self.solver(weight.float().clone(), keep.clone(), moments.copy(), ridge)
         if not (isinstance(solution, tuple) and len(solution) == 2):
-            got = type(solution).__name__
-            raise UserError(f"Recovery '{self.name}' must return a weight and a bias, which may be None; got {got}.")
+            type_name = type(solution).__name__
+            raise UserError(
+                f"Recovery '{self.name}' must return a weight and a bias, which may be None; got {type_name}."
+            )
         new_weight, bias = solution
         shape = len(weight), int(keep.sum())
         new_weight = RECOVERY.checked(self.name, "a weight", new_weight, shape, of="floats").to(weight)
@@ -316,6 +332,11 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
         name: the value of `--recovery`.
         needs: which of `NEEDS` a function reads from `moments`. A class has its own attribute.
         experts: whether a function supports experts, which have no biases. A class has its own attribute.
+
+    Raises:
+        ValueError: if `needs` has another name, or another recovery has this name.
+        UserError: if the name has characters that are not allowed, or the decorated object is neither a function nor a
+            subclass of `Recovery`.
     """
     if unknown := set(needs) - set(NEEDS):
         raise ValueError(f"The needs of recovery '{name}' must be among {', '.join(NEEDS)}; got {sorted(unknown)}.")

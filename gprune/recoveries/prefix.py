@@ -94,9 +94,11 @@ def projections_to_solve(masks: Masks, alone: Sequence[bool] | None = None) -> l
 class PrunedPrefix:
     """Pass text through a dense model and through pruned blocks, which are recovered one after the other.
 
-    prefix = PrunedPrefix(model, masks, windows)
-    for dense, block in ...:  # kept blocks, in order
-        prefix.recover(dense, block)
+    Example:
+
+        prefix = PrunedPrefix(model, masks, windows)
+        for dense, block in ...:  # kept blocks, in order
+            prefix.recover(dense, block)
 
     Args:
         model: the dense model, without experts. It is not changed, and may be offloaded.
@@ -132,9 +134,10 @@ class PrunedPrefix:
             walk.add(ids.to(device_of(model)))
         self.calls = walk.calls  # one per batch; `hidden`, (B, T, H), is the dense stream
         self.passed_layers = 0  # number of layers that the dense stream has passed
-        # Targets of the blocks of the last passed layer, by block index and projection, one per batch.
+        # Targets of the last layer that the dense stream has passed: block index -> projection -> one per batch.
         self.targets: dict[int, dict[str, list[Target]]] = {}
-        self.gains: dict[tuple[int, str], Tensor | None] = {}  # `rms_norm_gain`, by block index and projection
+        # (block index, projection) -> `rms_norm_gain` of the norm after the projection
+        self.gains: dict[tuple[int, str], Tensor | None] = {}
         self.pruned_stream = [call.hidden for call in self.calls]  # (B, T, H) for each batch
         self.tokens = 0
 
@@ -154,7 +157,7 @@ class PrunedPrefix:
         for layer_blocks in by_layer(self.blocks)[self.passed_layers : dense.layer_index + 1]:
             self.targets = self._pass_dense(layer_blocks)
         self.passed_layers = dense.layer_index + 1
-        if dense.layer_index < self.blocks[self.first_changed].layer_index:
+        if dense.layer_index < self.blocks[self.first_changed].layer_index:  # both streams are still equal
             self.pruned_stream = [call.hidden for call in self.calls]
             return
         former_device = device_of(block.layer)
@@ -197,17 +200,21 @@ class PrunedPrefix:
     def _target(self, block: Block, part: str, projection: Observed, before: Tensor, after: Tensor) -> Target:
         """Return the target of a projection of the dense model for one batch.
 
+        If the output joins the stream directly, the target is the stream; after an RMS norm, it is stream and output;
+        otherwise it is the output.
+
         Args:
             block: the dense block.
             part: `down` or `output`.
-            projection: what the projection computed.
+            projection: input and output of the projection in this batch.
             before: (B, T, H), the input of the block.
             after: (B, T, H), the output of the block.
         """
-        joins_stream, key = self._joins_stream(block, part), (block.index, part)
+        joins_stream = self._joins_stream(block, part)
+        key = block.index, part
         if key not in self.gains:
             norm_follows = self.alone[block.index] and not joins_stream
-            self.gains[key] = rms_norm_gain(block.norm_behind(part), projection) if norm_follows else None
+            self.gains[key] = rms_norm_gain(block.norm_after(part), projection) if norm_follows else None
         stream = output = None
         if joins_stream or self.gains[key] is not None:
             stream = self._stream_after(block, part, projection.output, before, after).cpu()
@@ -224,8 +231,12 @@ class PrunedPrefix:
             dense: the same block before pruning.
             targets: targets of the projection, one per batch.
             exchange: for `down`, whether to advance the stream to the end of the block, with the new weights.
+
+        Raises:
+            UserError: if an activation is not finite.
         """
-        solved, device = block.parts[part], device_of(block.layer)
+        solved = block.parts[part]
+        device = device_of(block.layer)
         gram = torch.zeros(solved.in_features, solved.in_features, device=device)
         cross = torch.zeros(solved.out_features, solved.in_features, device=device)
         inputs = []  # inputs of the projection, one per batch, if its output is exchanged
@@ -261,9 +272,9 @@ class PrunedPrefix:
             dense: the block before pruning.
             part: `down` or `output`.
             target: the target of the projection.
-            projection: what the projection of the pruned block computed.
-            before: the input of the block.
-            after: the output of the block.
+            projection: input and output of the projection of the pruned block.
+            before: (B, T, H), the input of the block.
+            after: (B, T, H), the output of the block.
         """
         x, y = projection.input.flatten(0, -2), projection.output.flatten(0, -2)
         dense_output = None
@@ -272,13 +283,14 @@ class PrunedPrefix:
         if target.stream is None:
             return x.float(), dense_output - y.float()
         stream = self._stream_after(block, part, projection.output, before, after)
-        missing = (target.stream.to(y.device).float() - stream.float()) / self.scale  # from the pruned stream
+        # What has to be added to the output (of the norm, if one follows) so that both streams are equal.
+        missing = (target.stream.to(y.device).float() - stream.float()) / self.scale
         if dense_output is None:
             return x.float(), missing
         # The projection is followed by an RMS norm: g = gain, r_t = size, d_t = norm_target, m = damping.
         gain = self.gains[dense.index, part].to(y.device)
         size = dense_output.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-        norm_target = block.norm_behind(part)(y).float() + missing
+        norm_target = block.norm_after(part)(y).float() + missing
         damping = 0.1 * gain.square().median()
         y_target = (gain * norm_target + damping * dense_output / size) / (gain.square() + damping)
         return x.float() / size, y_target - y.float() / size
@@ -287,16 +299,16 @@ class PrunedPrefix:
         """Return the residual stream directly after a projection, (tokens, H).
 
         Args:
-            block: the block.
+            block: the block, which is the only one of its layer.
             part: `down` or `output`.
             output: the projection's output.
             before: the input of the block.
             after: the output of the block.
         """
-        if part == "down":
+        if part == "down":  # the FFN is the last part of a layer, so the layer's output is the stream after `down`
             return after.flatten(0, -2)
         if not block.joins_residual(part):
-            output = block.norm_behind(part)(output)
+            output = block.norm_after(part)(output)
         return (before.to(output.device).reshape(output.shape) + output * self.scale).flatten(0, -2)
 
     def _joins_stream(self, block: Block, part: str) -> bool:
@@ -330,17 +342,19 @@ def watch_projections(block: Block, parts: Iterable[str]) -> Iterator[dict[str, 
     observed: dict[str, Observed] = {}
 
     def record_projection(part: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Forward hook of a projection."""
         observed[part] = Observed(inputs[0], output, None)
 
     def record_norm_input(part: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if part in observed:
+        """Forward pre-hook of the norm after a projection."""
+        if part in observed:  # otherwise the projection has not been called yet
             observed[part] = observed[part]._replace(norm_input=inputs[0])
 
     with ExitStack() as hooks:
         for part in parts:
             host = block.parts[part].host
             hooks.callback(host.register_forward_hook(partial(record_projection, part)).remove)
-            norm = block.norm_behind(part)
+            norm = block.norm_after(part)
             if norm is not None:
                 hooks.callback(norm.register_forward_pre_hook(partial(record_norm_input, part)).remove)
         yield observed

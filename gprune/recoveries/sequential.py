@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @recovery("least_squares_sequential")
 class SequentialLeastSquares(Recovery):
-    """Recover with `PrunedPrefix`. Reads the text of `corpora.recover`, and no statistics."""
+    """Recovery by `PrunedPrefix`. It reads the text of `corpora.recover`, and no statistics."""
 
     needs = frozenset({"text"})
     experts = sharded = False
@@ -27,14 +27,15 @@ class SequentialLeastSquares(Recovery):
             """Recover the next block. After the last one, count the tokens of passes through pruned layers."""
             prefix.recover(dense, block)
             if dense.index == prefix.last_solved:
-                layers = 1 + prefix.blocks[-1].layer_index
-                material.count(prefix.tokens // layers)  # a token counts if it passes all layers
+                number_of_layers = 1 + prefix.blocks[-1].layer_index
+                material.count(prefix.tokens // number_of_layers)  # a token counts if it passes all layers
 
         return revise
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         """Return the tokens of one pass through the dense layers, and of all passes through the pruned layers.
 
-        There are at most one pass per projection through the pruned layers, and one more.
+        The text passes the dense layers once. It passes the pruned layers at most once for each projection, which are
+        `down` and, with attention in scope, the output projection, and once more.
         """
         return (3 + attention) * text, 0

@@ -65,11 +65,18 @@ def allocation(
         whole_blocks: whether the rule removes whole blocks; then there are no modules.
         errors: whether the rule reads `statistics.errors`, which are measured by a forward and backward pass over a
             few tokens.
+
+    Raises:
+        ValueError: if another rule has this name.
+        UserError: if the name has characters that are not allowed.
     """
 
     def decorate(function: Rule) -> Rule:
+        """Register the rule in `ALLOCATION` with its properties, and return it."""
         ALLOCATION.register(name)(function)
-        function.modules, function.learned, function.whole_blocks = modules, learned, whole_blocks
+        function.modules = modules
+        function.learned = learned
+        function.whole_blocks = whole_blocks
         function.errors = errors
         return function
 
@@ -100,7 +107,7 @@ def allocate(
 
 
 def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """Return thresholds by the rule for modules `name`. The rule is called with copies of masks and ranks.
+    """Return thresholds by the rule `name` for modules. The rule is called with copies of masks and ranks.
 
     Raises:
         UserError: if thresholds have another shape than the modules, or are not dense, real and finite.
@@ -143,8 +150,8 @@ def equal(masks: Masks, ranks: ModuleRanks) -> Thresholds:
     """The same threshold for all modules, so that each module loses the same fraction, independently of the masks.
 
     The common threshold is 0. Its value does not matter: units are removed in order of logit p_i - t until the budget
-    is met, and a constant in all thresholds does not change this order. So it is the budget that determines the
-    fraction, as if it shifted the common threshold.
+    is met, and adding a constant to all thresholds does not change this order. So the budget alone determines the
+    fraction.
     """
     import torch
 
@@ -180,6 +187,7 @@ def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[
     import torch
 
     def standardise(s: Tensor) -> Tensor:
+        """Return scores of one block with mean 0 and standard deviation 1."""
         std = s.std(correction=0)
         # Due to rounding, equal numbers can have a standard deviation above 0.
         if std > 0 and s.min() < s.max():
@@ -223,7 +231,7 @@ def outlier_weighted(
                 outlier_shares[block.index] = (multiple * A.mean() < A).double().mean()
         low, high = outlier_shares[remaining].aminmax() if remaining else (0.0, 0.0)
         D = torch.zeros_like(outlier_shares)
-        if high > low:
+        if high > low:  # otherwise all blocks lose the same fraction
             D = (outlier_shares - low) / (high - low) * 2 * spread
         return budget.sparsity - (D - D[remaining].mean())
 
@@ -253,28 +261,32 @@ def reconstruction(
     """
     import torch
 
-    costs, rest = budget.costs, budget.rest
-    # Sparsity of the blocks that are not removed as a whole, protected ones included.
+    costs = budget.costs
+    rest = budget.rest
+    # S, the sparsity of the blocks that are not removed as a whole, protected ones included.
     share = rest.target / rest.costs.total
-    neuron_costs = {}  # cost of a neuron on average, by block
+    neuron_costs = {}  # index of a block -> average cost of a neuron
     for b in costs.remaining_blocks:
         by_width = costs.prices.neurons[b]
         neuron_costs[b] = (by_width[-1] - by_width[0]) / max(1, costs.neurons[b])
-    target = share * sum(cost * costs.neurons[b] for b, cost in neuron_costs.items())
+    target = share * sum(cost * costs.neurons[b] for b, cost in neuron_costs.items())  # cost of neurons to remove
     open_costs = {b: cost for b, cost in neuron_costs.items() if cost and b not in costs.protected}
+    # Index of a block that is not protected -> prices of its neurons, in order of removal.
     prices = {b: _error_per_neuron(statistics.errors[b], costs.neurons[b]) / cost for b, cost in open_costs.items()}
 
-    shares = [share] * len(blocks)
+    shares = [share] * len(blocks)  # S_b
     if prices:
-        joined = torch.cat(list(prices.values()))
-        cost = torch.cat([torch.full((len(p),), open_costs[b], dtype=torch.float64) for b, p in prices.items()])
-        order = joined.argsort(stable=True)
-        removed = torch.zeros(len(joined), dtype=torch.bool)
-        removed[order] = cost[order].cumsum(0) - cost[order] / 2 < target
-        mean = min(1.0, target / float(cost.sum()))
+        all_prices = torch.cat(list(prices.values()))
+        all_costs = torch.cat([torch.full((len(p),), open_costs[b], dtype=torch.float64) for b, p in prices.items()])
+        order = all_prices.argsort(stable=True)
+        removed = torch.zeros(len(all_prices), dtype=torch.bool)
+        # The cheapest neurons, as long as at least half of the next one fits into the target.
+        removed[order] = all_costs[order].cumsum(0) - all_costs[order] / 2 < target
+        mean_share = min(1.0, target / float(all_costs.sum()))  # S, if only these blocks lose neurons
         by_block = removed.split([len(p) for p in prices.values()])
         for b, removed_neurons in zip(prices, by_block, strict=True):
-            shares[b] = mean + strength * (float(removed_neurons.double().mean()) - mean)
+            cheapest_share = float(removed_neurons.double().mean())  # S*_b
+            shares[b] = mean_share + strength * (cheapest_share - mean_share)
     neuron_ranks, group_ranks = _ranks(scores, blocks)
     ffn = [r - S for r, S in zip(neuron_ranks, shares, strict=True)]
     attention = [r - share for r in group_ranks]
@@ -292,8 +304,10 @@ def _error_per_neuron(errors: Tensor, neurons: int) -> Tensor:
     import torch
     from scipy.optimize import isotonic_regression
 
-    slopes = isotonic_regression((errors[:-1] - errors[1:]).numpy(), increasing=False).x  # of the hull
-    # Interpolate log slopes between the middles of steps, so that neurons of a block have different prices.
+    # Slopes of the lower convex hull: the closest falling sequence to the differences of the errors.
+    slopes = isotonic_regression((errors[:-1] - errors[1:]).numpy(), increasing=False).x
+    # Interpolate log slopes between the middles of steps, so that neurons of a block have different prices. Slopes and
+    # middles are in order of width, and the result is in order of removal.
     step_middles = (numpy.arange(len(slopes)) + 0.5) / len(slopes)
     neuron_middles = (numpy.arange(neurons) + 0.5) / neurons
     log_slopes = numpy.log(numpy.maximum(slopes, 1e-300))  # the logarithm of 0 is not finite
@@ -317,7 +331,8 @@ def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block],
 
     masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
                   [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
-    costs, prices = budget.costs, budget.costs.prices
+    costs = budget.costs
+    prices = budget.costs.prices
     remaining = budget.target  # the cost that is still to be removed
     for layer in _layers_by_influence(statistics, budget):
         if remaining <= 0 or not costs.protected.isdisjoint(layer):

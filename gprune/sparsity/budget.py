@@ -111,7 +111,8 @@ class UnitCosts:
 
     def removed(self, masks: Masks) -> int:
         """Return the cost that masks remove. For a block that keeps nothing this is the whole block with its norms."""
-        prices, removed = self.prices, 0
+        prices = self.prices
+        removed = 0
         for b, keeps_units in enumerate(masks.blocks):
             if not keeps_units:
                 removed += prices.blocks[b]
@@ -139,7 +140,7 @@ class UnitCosts:
         # A layer is listed once, at the place of its first candidate.
         layers = {layer_of[block][0]: layer_of[block] for block in candidates if block in layer_of}
         total_costs = accumulate(sum(self.prices.blocks[b] for b in blocks) for blocks in layers.values())
-        limit = Fraction(str(self.block_share)) * target
+        limit = Fraction(str(self.block_share)) * target  # of the decimal number, because a float is not exact
         number = sum(cost <= limit for cost in total_costs)
         return tuple(block for blocks in list(layers.values())[:number] for block in blocks)
 
@@ -169,7 +170,8 @@ def unit_costs(
     Raises:
         UserError: if there is no layer with a number in `protect`.
     """
-    depth, with_blocks = len(by_layer(blocks)), "blocks" in scope
+    depth = len(by_layer(blocks))
+    with_blocks = "blocks" in scope
     for index in protect:
         if not -depth <= index < depth:
             raise UserError(
@@ -214,17 +216,18 @@ class Budget:
         Args:
             costs: costs of the units.
             setting: the value of `--sparsity.target`.
-            width_multiple: the grid of widths.
+            width_multiple: widths that change become multiples of it.
             flag: the flag that errors name.
 
         Raises:
-            UserError: if the width multiple is larger than a block; if the target removes nothing; or if it leaves a
-                block less than `width_multiple` neurons or one KV group.
+            UserError: if the setting is not a target; if the width multiple is larger than a block; if the target
+                removes nothing; or if it leaves a block less than `width_multiple` neurons or one KV group.
         """
         narrowest = min(width for width in costs.neurons if width)  # 0 is the width of a block without an FFN
         if width_multiple > narrowest:
             raise UserError(f"--sparsity.width_multiple must be 1 to {narrowest} neurons; got {width_multiple}.")
-        goal, total, model = Target.of(setting), costs.total, costs.prices.model
+        goal = Target.of(setting)
+        total, model = costs.total, costs.prices.model
         if goal.unit == "quality":
             largest = cls(costs, 0, width_multiple, setting).largest()
             if largest.target:
@@ -244,11 +247,19 @@ class Budget:
         return cls(costs, target, width_multiple, setting)
 
     def at(self, sparsity: float) -> Budget:
-        """Return the budget of the same units and grid at a sparsity of `--evaluation.curve`."""
+        """Return the budget of the same units and grid at a sparsity of `--evaluation.curve`.
+
+        Raises:
+            UserError: as `Budget.of`.
+        """
         return Budget.of(self.costs, sparsity, self.width_multiple, flag="--evaluation.curve")
 
     def without(self, blocks: Sequence[int]) -> Budget:
-        """Return this budget with as many of these blocks removed as a whole, in this order, as fit."""
+        """Return this budget, with blocks removed as a whole: the given ones in order, as many as fit.
+
+        Raises:
+            UserError: if the remaining units cannot meet the target.
+        """
         costs = replace(self.costs, removed_blocks=tuple(blocks))
         return Budget.of(costs, self.setting or self.sparsity, self.width_multiple)
 
@@ -264,7 +275,8 @@ class Budget:
         is lowered from the total cost until it is removable.
         """
         costs = self.costs
-        target, removable = 0, costs.total
+        target = 0
+        removable = costs.total
         while target != removable:
             target = removable
             removed_blocks = costs.blocks_that_fit(costs.removed_blocks, target)
@@ -274,7 +286,8 @@ class Budget:
     @property
     def step(self) -> int:
         """The smallest difference in cost between masks: `width_multiple` neurons of a block, or of all if uniform."""
-        costs, multiple = self.costs, self.width_multiple
+        costs = self.costs
+        multiple = self.width_multiple
         step_costs = []
         for by_width in costs.prices.neurons:
             width = len(by_width) - 1
@@ -289,7 +302,9 @@ class Budget:
     @property
     def rest(self) -> Budget:
         """The remaining budget for units of other blocks, after blocks were removed as a whole."""
-        costs, prices, remaining = self.costs, self.costs.prices, self.costs.remaining_blocks
+        costs = self.costs
+        prices = self.costs.prices
+        remaining = self.costs.remaining_blocks
 
         def select(by_block: Sequence[Any]) -> list[Any]:
             """Return the entries of the remaining blocks."""

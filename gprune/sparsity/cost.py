@@ -57,7 +57,7 @@ def parameter_costs(model: Any, blocks: Sequence[Any], weight: Callable[[Any], i
     Args:
         model: the dense model; it may be without weights.
         blocks: its blocks.
-        weight: returns the cost of one number of a tensor, such as its size in half-bits.
+        weight: returns the cost of one number of a tensor, such as its size in half-bits; by default 1.
     """
     by_block = [
         (block.unit_cost("ffn", weight), block.unit_cost("attention", weight), block.whole_cost(weight))
@@ -69,5 +69,6 @@ def parameter_costs(model: Any, blocks: Sequence[Any], weight: Callable[[Any], i
 
 @COST.register("kv_cache")
 def kv_cache(model: Any, blocks: Sequence[Any]) -> Costs:
-    """Return how many numbers the KV cache stores per token."""
-    return [(0, 2 * b.head_dim, 2 * b.head_dim * b.kv_groups) for b in blocks], 0
+    """Return how many numbers the KV cache stores per token: a key and a value of `head_dim` for each KV group."""
+    by_block = [(0, 2 * block.head_dim, 2 * block.head_dim * block.kv_groups) for block in blocks]
+    return by_block, 0

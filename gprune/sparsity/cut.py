@@ -133,14 +133,17 @@ class Cut:
 
     def _init_neuron_steps(self, device: torch.device) -> None:
         """Compute the steps in which neurons are removed."""
-        costs, width_multiple = self.budget.costs, self.budget.width_multiple
+        costs = self.budget.costs
+        width_multiple = self.budget.width_multiple
+        # Number of neurons (or slots) of each block that may be removed.
         removable = [
             0 if b in costs.protected else max(0, width - width_multiple) for b, width in enumerate(costs.neurons)
         ]
         tables = costs.prices.neurons
         # The cost of all removable neurons.
         self.removable_cost = sum(t[-1] - t[-1 - n] for t, n in zip(tables, removable, strict=True))
-        # For each block: number of neurons that are removed after each step.
+        # For each block: number of neurons that are removed after each step. The first step removes the remainder, so
+        # that all further widths are multiples of `width_multiple`.
         removed_after_step = [
             torch.arange(n % width_multiple or width_multiple, n + 1, width_multiple) if n else torch.arange(0)
             for n in removable
@@ -163,6 +166,7 @@ class Cut:
         The KV group with the largest margin in a block is never removed.
         """
         costs = self.budget.costs
+        # Number of KV groups of each block that may be removed.
         removable = [0 if b in costs.protected else max(0, groups - 1) for b, groups in enumerate(costs.groups)]
         starts = zip(self.groups.starts, removable, strict=True)
         indices = torch.cat([torch.arange(start, start + n) for start, n in starts])
@@ -182,7 +186,8 @@ class Cut:
 
     def _masks(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None) -> Masks:
         """Return masks of blocks that are not removed as a whole, from their margins."""
-        costs, target = self.budget.costs, self.budget.target
+        costs = self.budget.costs
+        target = self.budget.target
         if costs.uniform:
             return equal_width_masks(self.budget, neuron_margins, group_margins)
         experts = costs.experts_per_block
@@ -217,15 +222,17 @@ class Cut:
         Returns:
             (removable groups,) bool.
         """
-        target, count = self.budget.target, len(group_keys)
-        keys, cost = torch.cat([group_keys, step_keys]), torch.cat([self.group_cost, self.step_cost])
-        selected = _select_until(keys, cost, target)[:count]
+        target = self.budget.target
+        all_keys = torch.cat([group_keys, step_keys])
+        all_costs = torch.cat([self.group_cost, self.step_cost])
+        selected = _select_until(all_keys, all_costs, target)[: len(group_keys)]
         order = group_keys.argsort(stable=True)  # selected groups come first
-        cost = self.group_cost[order]
-        cost_after = cost.cumsum(0)
+        cost_in_order = self.group_cost[order]
+        cost_after = cost_in_order.cumsum(0)  # cost of each group and all groups before it
+        cost_before = cost_after - cost_in_order
         # The last groups may exceed the target by much more than a neuron. Keep such groups, last ones first, as long
         # as neurons can be removed instead.
-        exceeds = (cost_after > target) & (target - (cost_after - cost) <= self.removable_cost)
+        exceeds = (cost_after > target) & (target - cost_before <= self.removable_cost)
         return torch.empty_like(selected).scatter_(0, order, selected[order] & ~exceeds)
 
 
@@ -271,18 +278,24 @@ def equal_width_masks(
     With attention in scope every block keeps as many KV groups as blocks of different widths would keep on average, and
     the width of the FFN makes up the rest.
     """
-    costs, target = budget.costs, budget.target
+    costs = budget.costs
+    target = budget.target
     device = neuron_margins[0].device
-    attention = [torch.ones(n, dtype=torch.bool, device=device) for n in costs.groups]
+    attention = [torch.ones(groups, dtype=torch.bool, device=device) for groups in costs.groups]
     if costs.attention:
-        free = replace(budget, costs=replace(costs, uniform=False))
-        kept_groups = int(torch.cat(keep_masks(free, neuron_margins, group_margins).attention).sum())
+        without_equal_widths = replace(budget, costs=replace(costs, uniform=False))
+        free_masks = keep_masks(without_equal_widths, neuron_margins, group_margins)
+        kept_groups = int(torch.cat(free_masks.attention).sum())
         groups = _equal_groups(budget, kept_groups)
-        attention = [top_of_experts(m, groups) if len(m) else m.bool() for m in group_margins]
+        # A block without KV groups has an empty mask.
+        attention = [top_of_experts(margins, groups) if len(margins) else margins.bool() for margins in group_margins]
         target -= _removed_cost(costs.prices.groups, groups)
     width = _widest(budget, target)
     pairs = zip(neuron_margins, costs.experts_per_block, strict=True)
-    ffn = [top_of_experts(m, width, experts=e) if len(m) else m.bool() for m, e in pairs]
+    ffn = [
+        top_of_experts(margins, width, experts=experts) if len(margins) else margins.bool()
+        for margins, experts in pairs
+    ]
     return Masks(ffn, attention)
 
 
@@ -293,8 +306,10 @@ def _removed_cost(tables: Sequence[Sequence[int]], kept: int) -> int:
 
 def _widest(budget: Budget, target: int) -> int:
     """Return the largest common width of FFNs that removes at least the cost `target`; 0 if there is none."""
-    costs, multiple = budget.costs, budget.width_multiple
-    narrowest, widest = min(filter(None, costs.neurons)), max(costs.neurons)
+    costs = budget.costs
+    multiple = budget.width_multiple
+    narrowest = min(width for width in costs.neurons if width)  # 0 is the width of a block without an FFN
+    widest = max(costs.neurons)
     widths = list(range(narrowest // multiple * multiple, 0, -multiple))
     if narrowest == widest:
         widths.insert(0, widest)  # an unchanged width need not be a multiple of `width_multiple`
@@ -310,14 +325,16 @@ def _equal_groups(budget: Budget, kept_groups: int) -> int:
         budget: the budget.
         kept_groups: number of groups that blocks of different widths would keep in total.
     """
-    costs, prices, width_multiple = budget.costs, budget.costs.prices, budget.width_multiple
-    group_counts = [n for n in costs.groups if n]  # of blocks with prunable attention
+    costs = budget.costs
+    prices = budget.costs.prices
+    width_multiple = budget.width_multiple
+    group_counts = [count for count in costs.groups if count]  # of blocks with prunable attention
     max_groups = min(group_counts)
     groups = max(1, min(round(kept_groups / len(group_counts)), max_groups))
 
-    def remaining(groups: int) -> int:
-        """Return the cost that FFNs have to make up if every block keeps `groups` KV groups."""
-        return budget.target - _removed_cost(prices.groups, groups)
+    def remaining(kept: int) -> int:
+        """Return the cost that FFNs have to make up if every block keeps `kept` KV groups."""
+        return budget.target - _removed_cost(prices.groups, kept)
 
     # Remove more groups if the FFNs cannot make up the rest.
     while groups > 1 and _widest(budget, remaining(groups)) < width_multiple:

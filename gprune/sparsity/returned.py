@@ -64,13 +64,15 @@ def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, 
     Raises:
         UserError: if the value is something else, or misses the budget.
     """
-    costs, entry = budget.costs, f"{registry.kind.capitalize()} '{name}'"
+    costs = budget.costs
+    entry = f"{registry.kind.capitalize()} '{name}'"
     if not isinstance(value, Masks):
         raise UserError(f"{entry} must return Masks; got {type(value).__name__}.")
-    neurons = [e * n for e, n in zip(costs.experts_per_block, costs.neurons, strict=True)]
+    neurons = [experts * width for experts, width in zip(costs.experts_per_block, costs.neurons, strict=True)]
     masks = Masks(*checked_pair(registry, name, "masks", (value.ffn, value.attention), (neurons, costs.groups), "bool"))
     step = _largest_step(budget)
-    removed, target = costs.removed(masks), budget.target
+    removed = costs.removed(masks)
+    target = budget.target
     if exact and not target <= removed < target + step:
         needed = f"at least {target:,}, and less than {target + step:,}"
         raise UserError(f"{entry} must return masks on budget, which remove {needed}; got {removed:,}.")
@@ -82,7 +84,8 @@ def _largest_step(budget: Budget) -> int:
 
     If all blocks must have the same width, a step is removed in every block.
     """
-    costs, prices = budget.costs, budget.rest.costs.prices
+    costs = budget.costs
+    prices = budget.rest.costs.prices
     combine = sum if costs.uniform else max
 
     def largest(tables: Sequence[Sequence[int]], size: int) -> int:

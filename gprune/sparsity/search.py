@@ -123,7 +123,7 @@ class SearchResult:
             earlier = SearchResult(self.points[:count], self.limit)
             if earlier.best is not None and earlier.above is not None:
                 gaps.append(math.log(earlier.above.cut / earlier.best.cut))
-        return len(gaps) == 3 and gaps[-1] > gaps[0] / 2
+        return len(gaps) == 3 and gaps[-1] > gaps[0] / 2  # three gaps are those around two measurements
 
 
 def find_largest_cut(

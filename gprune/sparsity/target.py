@@ -46,11 +46,11 @@ class Target:
         Raises:
             UserError: if the value is not a target.
         """
+        # `type` and not `isinstance`, because a bool is an int.
         if type(setting) in (int, float) and 0 < setting < 1:
             return cls(setting, Fraction(str(setting)), "share")  # exact decimal: 0.1 of 30 is 3
         if isinstance(setting, str) and (rise := QUALITY.fullmatch(setting)) and 0 < Fraction(rise[1]) <= MAX_RISE:
             return cls(setting, Fraction(rise[1]) / 100, "quality")
-        # `type` and not `isinstance`, because a bool is an int.
         match = NUMBER_AND_UNIT.fullmatch(str(setting)) if type(setting) in (int, str) else None
         if match is not None:
             number, unit = Fraction(match[1]), match[2]

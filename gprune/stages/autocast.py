@@ -17,7 +17,7 @@ log = logging.getLogger("gprune")
 
 
 class Autocast:
-    """Autocast state of one stage. Without autocast its methods are no-ops around the computation.
+    """Autocast state of one stage. Without autocast, losses are computed without any change.
 
     Attributes:
         in_float32: whether the stage has fallen back to float32 because losses were not finite.
@@ -32,7 +32,8 @@ class Autocast:
     ) -> Tensor:
         """Return the losses of a batch, computed with cast copies of the frozen weights.
 
-        If a loss is not finite on any process, log a warning, fall back to float32 and compute again.
+        If a loss is not finite on any process, log a warning, fall back to float32 for the rest of the stage and
+        compute again.
 
         Args:
             stage: the stage, with a Trainer.

@@ -49,7 +49,8 @@ class FrozenLMStage(L.LightningModule):
     purpose = "this stage"  # the stage's name in messages
     last_loss = float("nan")  # loss of the last global batch
     tokens_before = 0
-    validation_prefix, measured_at = "development", None
+    validation_prefix = "development"
+    measured_at: int | None = None
 
     def __init__(self, model: PreTrainedModel, *, shard: bool = False):
         super().__init__()
@@ -112,10 +113,14 @@ class FrozenLMStage(L.LightningModule):
         Returns:
             () float32. The mean over processes is the mean over the global batch, even if processes have different
             numbers of windows.
+
+        Raises:
+            UserError: if the loss is not finite, and `finite` is true.
         """
         weight = batch.get("weight", torch.ones_like(losses))
         windows = self.trainer.strategy.reduce(weight.sum(), reduce_op="sum")
         self._tokens = self._tokens + windows.detach().double() * batch["input_ids"].shape[1]
+        # Times the number of processes, because the mean over processes divides by it.
         loss = (losses * (weight * self.trainer.world_size / windows).to(losses)).sum()
         value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
         self.last_loss = float(value)
@@ -168,10 +173,12 @@ class FrozenLMStage(L.LightningModule):
         return {"development/tokens": float(self.tokens_before + self.tokens), f"{curves_of(self)}/tokens": self.tokens}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["learned_tokens"], checkpoint["in_float32"] = self.tokens, self.autocast.in_float32
+        checkpoint["learned_tokens"] = self.tokens
+        checkpoint["in_float32"] = self.autocast.in_float32
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._tokens, self.autocast.in_float32 = checkpoint["learned_tokens"], checkpoint["in_float32"]
+        self._tokens = checkpoint["learned_tokens"]
+        self.autocast.in_float32 = checkpoint["in_float32"]
 
 
 def curves_of(stage: L.LightningModule) -> str:

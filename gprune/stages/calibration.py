@@ -84,9 +84,14 @@ class CalibrationStage(FrozenLMStage):
         self._finish_corpus()
 
     def _finish_corpus(self) -> None:
-        """Compute the statistics of the current corpus, if there is one, and free its sums."""
+        """Compute the statistics of the current corpus, if there is one, and free its sums.
+
+        Raises:
+            UserError: if an activation or a gradient was not finite.
+        """
         self.hooks.close()
-        corpus, sums = self._current_corpus, self._sums
+        corpus = self._current_corpus
+        sums = self._sums
         self._sums = None
         if isinstance(sums, Walk):
             store = None if self.store is None else partial(self.store, corpus)

@@ -71,6 +71,7 @@ class ApplyMasks(L.Callback):
         self._applied = ExitStack()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Apply the current masks."""
         if not hasattr(pl_module, "measured_model"):  # a stage that measures no language model
             return
         masks = self.masks()
@@ -96,7 +97,7 @@ class PerplexityCurve(L.Callback):
     def __init__(self) -> None:
         self.by_step: dict[int, dict[str, float]] = {}
         self.by_sparsity: dict[float, dict[str, float]] = {}
-        self._point: dict[str, float] = {}  # x coordinate of the sparsity that is being measured
+        self._point: dict[str, float] = {}  # x coordinates that are logged with the sparsity being measured
 
     def state_dict(self) -> dict[str, Any]:
         return {"by_step": self.by_step}
@@ -105,10 +106,12 @@ class PerplexityCurve(L.Callback):
         self.by_step = state["by_step"]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Log the x coordinates during `against_sparsity`."""
         if self._point:
             log_exactly(pl_module, self._point)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Store the perplexities of a validation during the fit."""
         if getattr(pl_module, "development", None) and not (self._point or trainer.sanity_checking):
             self.by_step[trainer.global_step] = pl_module.development
 
@@ -173,7 +176,7 @@ class BestWeights(PerplexityCurve):
             return
         means = list(by_step.values())
         first, last = means[0], means[-1]
-        rose = not last <= first
+        rose = last > first
         if rose:
             best_step = min(by_step, key=by_step.get)
             log.warning(

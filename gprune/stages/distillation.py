@@ -48,9 +48,13 @@ class OutlierDetector:
         self.left_out = self.in_a_row = 0
 
     def accepts(self, loss: float, norm: float) -> bool:
-        """Return whether a step is to be taken. The loss and the norm are then part of the median.
+        """Return whether to apply a step, which is the case unless its loss or gradient norm is an outlier.
 
-        Otherwise the step is counted as skipped.
+        Values of an applied step become part of the median. Otherwise the step is counted as skipped.
+
+        Args:
+            loss: loss of the step.
+            norm: gradient norm of the step.
         """
         if self._is_outlier(loss, self.losses) or self._is_outlier(norm, self.norms):
             self.left_out += 1
@@ -63,6 +67,7 @@ class OutlierDetector:
 
     @staticmethod
     def _is_outlier(value: float, earlier: list[float]) -> bool:
+        """Return whether a value is an outlier, by the values of earlier steps."""
         if not math.isfinite(value):
             return True
         return len(earlier) >= MIN_MEDIAN_STEPS and value > OUTLIER_FACTOR * median(earlier)
@@ -101,7 +106,8 @@ class DistillationStage(FrozenLMStage):
             already; this stage then subtracts the tokens whose states it computes again.
     """
 
-    purpose, curves = "distillation", "distill"
+    purpose = "distillation"
+    curves = "distill"
 
     def __init__(
         self, dense: PreTrainedModel, student: PreTrainedModel, *, targets: Literal["mlp", "all", "lora"] = "all",
@@ -191,6 +197,7 @@ class DistillationStage(FrozenLMStage):
         warmup_steps = max(1, math.ceil(self.warmup * steps))
 
         def factor(step: int) -> float:
+            """Return the factor of the peak learning rate in a step."""
             rising = (step + 1) / warmup_steps
             falling = (steps - step) / max(1, steps - warmup_steps)
             return min(rising, falling, 1.0)
@@ -212,14 +219,21 @@ class DistillationStage(FrozenLMStage):
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any
     ) -> None:
-        """Clip the gradient by its norm, or drop it if the step is an outlier."""
+        """Clip the gradient by its norm, or drop it if the step is an outlier.
+
+        After `MAX_SKIPPED` consecutive outliers training stops.
+
+        Raises:
+            UserError: if no step was applied before them, or the last loss is not finite.
+        """
         norm = float(self.gradient_norm())
         self._norm = None  # the next step has another gradient
         if not self.outliers.accepts(self.last_loss, norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without a gradient
             if self.outliers.in_a_row >= MAX_SKIPPED:
-                no_step_was_taken = not self.outliers.norms
-                require_finite_loss(math.nan if no_step_was_taken else self.last_loss, "The loss of distillation")
+                no_step_was_applied = not self.outliers.norms
+                loss = math.nan if no_step_was_applied else self.last_loss
+                require_finite_loss(loss, "The loss of distillation")
                 self.trainer.should_stop = True
         elif gradient_clip_val and norm > gradient_clip_val:
             for parameter in (p for p in self.learned.values() if p.grad is not None):
@@ -234,7 +248,7 @@ class DistillationStage(FrozenLMStage):
         vars(self.outliers).update(checkpoint["proportion"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the weighted sum of KL and cross-entropy on a batch, () float32."""
+        """Return the weighted sum of KL and cross-entropy on a batch, () float32. It may be infinite or NaN."""
         losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm, self.student)
         return self.batch_loss(losses, batch, "distill/loss", finite=False)
 
@@ -242,7 +256,8 @@ class DistillationStage(FrozenLMStage):
         """Return the loss of each window, (B, T) -> (B,) float32."""
         teacher_hidden = self._teacher_hidden(ids).flatten(0, 1) if self.kl else None
         hidden = final_hidden(self.student, ids).flatten(0, 1)
-        head, transform = self.student.get_output_embeddings(), LogitTransform.of(self.student)
+        head = self.student.get_output_embeddings()
+        transform = LogitTransform.of(self.student)
         losses = torch.zeros(len(ids), device=hidden.device)
 
         def window_means(targets: Tensor) -> Tensor:

@@ -55,11 +55,12 @@ class AssignmentRefinement(L.LightningModule):
             "similarity": similarity_weight, "drift": drift_weight, "consistency": consistency_weight,
             "balance": balance_weight, "entropy": entropy_weight,
         }  # fmt: skip
-        K = 1 + max(int(block_labels.max()) for block_labels in labels)
+        K = 1 + max(int(block_labels.max()) for block_labels in labels)  # modules of the block with most modules
         A = torch.zeros(*inputs.valid.shape, K)
         for block_logits, block_labels in zip(A, labels, strict=True):
             block_logits[: len(block_labels)] = 2 * F.one_hot(block_labels, K)
-            block_logits[:, int(block_labels.max()) + 1 :] = -20.0  # no new modules in a block with fewer than K
+            # Softmax of -20 is almost 0, so a block with fewer than K modules gets no new ones.
+            block_logits[:, int(block_labels.max()) + 1 :] = -20.0
         self.logits = nn.Parameter(A)
         self.history: list[dict[str, float]] = []
 
@@ -89,12 +90,17 @@ class AssignmentRefinement(L.LightningModule):
         return torch.optim.Adam([self.logits], lr=self.learning_rate)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return the loss, (), and log its terms."""
+        """Return the loss, (), and log its terms. The batch is ignored.
+
+        Raises:
+            UserError: if the loss is not finite.
+        """
         by_block = partition_objective(self.logits, self.tau, self.inputs, self.weights)
         terms = {name: value.mean() for name, value in by_block.items()}
         self.history.append({name: float(value.detach()) for name, value in terms.items()})
         require_finite_loss(self.history[-1]["total"], "The objective of the refinement")
-        self.log_dict({f"partition/{k}": v for k, v in (self.history[-1] | {"temperature": self.tau}).items()})
+        logged = self.history[-1] | {"temperature": self.tau}
+        self.log_dict({f"partition/{name}": value for name, value in logged.items()})
         return terms["total"]
 
     @torch.no_grad()
@@ -103,7 +109,8 @@ class AssignmentRefinement(L.LightningModule):
 
         Small modules are merged as in the initial partition, with K the number of modules of that partition.
         """
-        inputs, weights = self.inputs.to("cpu"), self.weights
+        inputs = self.inputs.to("cpu")
+        weights = self.weights
         joint_features = torch.cat(
             [
                 weights["similarity"] * inputs.embedding,

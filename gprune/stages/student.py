@@ -46,7 +46,10 @@ class Student:
         self, model: PreTrainedModel, *, targets: Literal["mlp", "all", "lora"] = "all", rank: int = 8,
         checkpointing: bool = False,
     ):  # fmt: skip
-        self.model, self.targets, self.rank, self.checkpointing = model, targets, rank, checkpointing
+        self.model = model
+        self.targets = targets
+        self.rank = rank
+        self.checkpointing = checkpointing
         self.learned = nn.ParameterDict()
         self._sizes: dict[str, Tensor] = {}
         self._paths: list[tuple[int, str]] = []  # of trained weights: number of the layer, and name in it
@@ -62,8 +65,10 @@ class Student:
         else:
             self._split_fused_tensors()
             self._learn_weights()
-        sizes = [size.to(next(iter(self._sizes.values())).device) for size in self._sizes.values()]
-        self.sizes = dict(zip(self._sizes, torch.stack(sizes).tolist(), strict=True))  # synchronises only once
+        # Copied to one device and stacked, so that the host waits for the devices only once.
+        first_size = next(iter(self._sizes.values()))
+        stacked = torch.stack([size.to(first_size.device) for size in self._sizes.values()])
+        self.sizes = dict(zip(self._sizes, stacked.tolist(), strict=True))
         if checkpointing:
             self._enable_checkpointing()
 
@@ -73,7 +78,7 @@ class Student:
         return self._unsharded is not None
 
     def _learn(self, name: str, parameter: nn.Parameter, size: Tensor | None = None) -> None:
-        """Train a parameter.
+        """Add a parameter to `learned` and `sizes`.
 
         Args:
             name: name of the parameter.
@@ -91,8 +96,9 @@ class Student:
     def _learn_weights(self) -> None:
         """Train all weights of decoder layers, or only those of FFNs."""
         for block in blocks_of(self.model):
-            ffn_modules = {tensor.path.rpartition(".")[0] for tensor in block.slices if tensor.kind == "ffn"}
+            ffn_modules = {slice_.path.rpartition(".")[0] for slice_ in block.slices if slice_.kind == "ffn"}
             for name, parameter in block.layer.named_parameters():
+                # A part of a fused tensor has a name such as `mlp.gate_up_proj.parametrizations.weight.original0`.
                 separator = ".parametrizations." if ".parametrizations." in name else "."
                 module_name = name.rpartition(separator)[0]
                 is_tied = any(parameter is learned for learned in self.learned.values())  # to another layer
@@ -138,7 +144,7 @@ class Student:
         rows_of_host = {host: rows for block in blocks for host, rows in fused_rows(block).items()}
         config = peft.LoraConfig(
             r=self.rank,
-            lora_alpha=2 * self.rank,
+            lora_alpha=2 * self.rank,  # PEFT multiplies B A by lora_alpha / r, which is 2
             lora_dropout=0.0,
             target_modules=[name for name, module in self.model.named_modules() if id(module) in host_ids],
             fan_in_fan_out=any(part.transposed for part in blocks[0].parts.values() if isinstance(part, Part)),
@@ -184,7 +190,7 @@ class Student:
         self._register_replaced_weights()
 
     def gather(self) -> None:
-        """Gather sharded layers on the CPU."""
+        """Gather sharded layers on the CPU, in a model without sharding, which replaces `model`."""
         unsharded = self._unsharded
         for name, parameter in self.model.named_parameters():
             path, _, leaf = name.rpartition(".")
@@ -240,7 +246,8 @@ class FusedParts(nn.Module):
 
     def __init__(self, rows: list[Tensor], dim: int):
         super().__init__()
-        self.rows, self.dim = rows, dim
+        self.rows = rows
+        self.dim = dim
         self.register_buffer("order", torch.cat(rows).argsort(), persistent=False)
 
     def forward(self, *parts: Tensor) -> Tensor:
@@ -257,20 +264,20 @@ def rms(tensor: Tensor) -> Tensor:
     return tensor.detach().float().square().mean().sqrt()
 
 
-def factor_sizes(host: nn.Module, fused: list[Tensor]) -> list[Tensor]:
+def factor_sizes(host: nn.Module, rows_of_parts: list[Tensor]) -> list[Tensor]:
     """Return the size of the factor B of PEFT's W + s B A, for each part of the rows of W; B itself starts at zero.
 
     With rms(W) / (s sqrt(rank) rms(A)), a step of B changes W as much as a step of W would.
 
     Args:
         host: a linear layer of PEFT.
-        fused: rows of each part in W; empty if W is not fused.
+        rows_of_parts: rows of each part in W; empty if W is not fused.
     """
     A, W = host.lora_A["default"].weight, host.base_layer.weight
     if host.fan_in_fan_out:
         W = W.T
     change = host.scaling["default"] * math.sqrt(len(A)) * rms(A)
-    parts = fused or [slice(None)]
+    parts = rows_of_parts or [slice(None)]  # all rows of W are one part
     return [rms(W[rows]) / change for rows in parts]
 
 

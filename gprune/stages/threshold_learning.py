@@ -57,7 +57,8 @@ class ThresholdLearning(FrozenLMStage):
         shard: whether to shard the model over processes.
     """
 
-    purpose, curves = "threshold learning", "learn"
+    purpose = "threshold learning"
+    curves = "learn"
 
     def __init__(
         self, model: PreTrainedModel, ranks: ModuleRanks, start: Thresholds, budget: Budget, *,
@@ -76,14 +77,16 @@ class ThresholdLearning(FrozenLMStage):
         self.offset_learning_rate = offset_learning_rate
         self.offset_limit = offset_limit
         self._cut: Cut | None = None  # cached cut of the budget, on the device of the thresholds
-        ffn, attention = start
+        ffn_start, attention_start = start
         learns_thresholds = learn != "offsets"
-        self.ffn_thresholds = nn.ParameterList(nn.Parameter(t.float(), requires_grad=learns_thresholds) for t in ffn)
+        self.ffn_thresholds = nn.ParameterList(
+            nn.Parameter(t.float(), requires_grad=learns_thresholds) for t in ffn_start
+        )
         ranks_with_offsets = ranks.ffn if learn != "thresholds" else []
         self.ffn_offsets = nn.ParameterList(nn.Parameter(torch.zeros(len(p))) for p in ranks_with_offsets)
         # Thresholds of KV groups always exist, but are trained only if KV groups are in scope.
         self.attention_thresholds = nn.ParameterList(
-            nn.Parameter(t.float(), requires_grad=budget.costs.attention) for t in attention
+            nn.Parameter(t.float(), requires_grad=budget.costs.attention) for t in attention_start
         )
         for b in budget.costs.removed_blocks:  # the loss does not depend on thresholds of removed blocks
             for learned in (self.ffn_thresholds, self.ffn_offsets, self.attention_thresholds):
@@ -127,7 +130,8 @@ class ThresholdLearning(FrozenLMStage):
 
     def refresh_gates(self) -> None:
         """Compute the gates of a training step: per block (N,) for neurons and (G,) for KV groups."""
-        hard, ranks = self.masks(), self.ranks
+        hard = self.masks()
+        ranks = self.ranks
         ffn_thresholds, attention_thresholds = self._gate_thresholds(hard)
         blocks = zip(hard.ffn, self.offset_ranks.ffn, ffn_thresholds, ranks.labels, ranks.sizes, strict=True)
         self.ffn_gates[:] = [
@@ -149,6 +153,7 @@ class ThresholdLearning(FrozenLMStage):
             neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
 
         def shifted(thresholds: nn.ParameterList, margins: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+            """Return the thresholds of each block, shifted by the margin of the block's cut."""
             blocks = zip(thresholds, margins, masks, strict=True)
             return [t + cut_margin(Masks([keep], []), [margin]).float() for t, margin, keep in blocks]
 
@@ -165,7 +170,11 @@ class ThresholdLearning(FrozenLMStage):
         return torch.optim.Adam([group for group in groups if group["params"]])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of the gated model on a batch, () float32: cross-entropy or KL (`--sparsity.loss`)."""
+        """Return the loss of the gated model on a batch, () float32: cross-entropy or KL (`--sparsity.loss`).
+
+        Raises:
+            UserError: if the loss is not finite.
+        """
         losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm)
         return self.batch_loss(losses, batch, "learn/loss")
 
@@ -182,13 +191,15 @@ class ThresholdLearning(FrozenLMStage):
 
     def axes(self) -> dict[str, float]:
         """Return the values of the x axes, with the number of epochs as `learn/epoch`."""
-        trainer, epochs = self.trainer, 0.0
+        trainer = self.trainer
+        epochs = 0.0
         if self.global_step:  # before the first step the Trainer may not know the number of batches
             steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
             epochs = self.global_step / steps_per_epoch
         return super().axes() | {"learn/epoch": epochs}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Centre the gradients, if the stage does so."""
         if self.centred:
             self.centre()
 
@@ -200,11 +211,13 @@ class ThresholdLearning(FrozenLMStage):
         the same width, neurons compete inside their block only, so the mean of their block is subtracted. KV groups
         compete with all neurons in either case.
         """
-        costs, ranks = self.budget.costs, self.ranks
+        costs = self.budget.costs
+        ranks = self.ranks
         open_blocks = [b for b in range(len(ranks.sizes)) if b not in costs.protected]
         neurons = [BlockGradient(self.ffn_thresholds[b].grad, ranks.sizes[b], costs.uniform) for b in open_blocks]
         groups = [BlockGradient(self.attention_thresholds[b].grad, len(ranks.attention[b]), False) for b in open_blocks]
         offsets = [BlockGradient(self.ffn_offsets[b].grad, 1, costs.uniform) for b in open_blocks if self.offsets]
+        # Thresholds and offsets are centred separately.
         for gradients in ([*neurons, *groups], offsets):
             learned = [gradient for gradient in gradients if gradient.grad is not None]
             if not learned:

@@ -27,7 +27,10 @@ def cache_dir() -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise UserError unless a folder, or its nearest existing parent, is writable. Nothing is left there."""
+    """Raise UserError unless a folder, or its nearest existing parent, is writable.
+
+    A temporary folder is created there and removed again.
+    """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     with disk_errors(folder), tempfile.TemporaryDirectory(prefix=".gprune-", dir=existing):
         pass

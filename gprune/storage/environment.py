@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
 
 def git_revision() -> str | None:
     """Return the git revision of the running checkout, with '-dirty' for uncommitted changes; None outside git."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent  # a folder in the checkout; git finds its root
     try:
         result = subprocess.run(
             ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

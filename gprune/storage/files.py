@@ -34,7 +34,8 @@ from gprune.storage.reading import read_text, regular_file
 log = logging.getLogger("gprune")
 FORMAT_VERSION = 4  # part of every cache key; increase it when stored data changes its meaning
 _hashed: dict[Path, tuple[int, int, int]] = {}  # inode, size and time of files whose content this process has hashed
-MISSING, UNUSABLE = "the file is missing", "Ignored %s: %s."
+MISSING = "the file is missing"
+UNUSABLE = "Ignored %s: %s."
 FORMER = "former"  # name in a scratch folder of the folder that is being replaced
 
 
@@ -55,9 +56,9 @@ def replacing(path: Path) -> Iterator[Path]:
     with disk_errors(path), scratch_folder(path) as folder:
         temporary = folder / path.name
         yield temporary
-        example = folder / ".new"  # a new file, which has the default mode
-        example.touch()
-        default_mode = example.stat().st_mode
+        new_file = folder / ".new"  # created only to read its mode, which is the default mode
+        new_file.touch()
+        default_mode = new_file.stat().st_mode
         for file in (temporary, *temporary.rglob("*")):
             if file.is_file() and file.stat().st_mode != default_mode:
                 file.chmod(default_mode)
@@ -121,6 +122,10 @@ def write_json(path: Path, content: Any, *, run: str | None = None, width: int =
         content: the content, which must be JSON without NaN.
         run: key of the run that the file belongs to.
         width: 0 for an indented file; otherwise values of at most `width` characters are on one line.
+
+    Raises:
+        UserError: if the folder cannot be written or the disk is full.
+        ValueError: if the content has NaN or infinity.
     """
     content = json.loads(json.dumps(content, allow_nan=False))  # a copy, as it will be read
     if isinstance(content, dict):
@@ -146,14 +151,22 @@ def _format_lines(content: Any, width: int, indent: str = "") -> str:
     return f"{opening_bracket}\n" + ",\n".join(entries) + f"\n{indent}{closing_bracket}"
 
 
-def read_json(path: Path, **options: Any) -> Any:
+def read_json(
+    path: Path,
+    *,
+    run: str | None = None,
+    check: Callable[[Any], str | None] | None = None,
+    sealed: bool = False,
+) -> Any:
     """Read JSON. Return None if the file is missing or, with a warning, if it is invalid.
 
     Args:
         path: path of the file.
-        options: keyword arguments of `inspect_json`.
+        run: as for `inspect_json`.
+        check: as for `inspect_json`.
+        sealed: as for `inspect_json`.
     """
-    content, reason = inspect_json(path, **options)
+    content, reason = inspect_json(path, run=run, check=check, sealed=sealed)
     if reason not in (None, MISSING):
         log.warning(UNUSABLE, path, reason)
     return content
@@ -218,7 +231,16 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
 
 @rank_zero_only
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Save tensors, with their content hash and the file's name in the metadata."""
+    """Save tensors, with their content hash and the file's name in the metadata.
+
+    Args:
+        path: path of the file.
+        tensors: tensors by name, on any device.
+        metadata: more entries of the metadata, such as `run`, the key of the run that the file belongs to.
+
+    Raises:
+        UserError: if the folder cannot be written or the disk is full.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     marks = {**(metadata or {}), "content_hash": content_hash(tensors), "file": path.name}
     with replacing(path) as temporary:
@@ -260,7 +282,7 @@ def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> d
 
 
 def key_of(**values: Any) -> str:
-    """Return a cache key, 16 hex digits, of the plain values that determine a result."""
+    """Return a cache key, 16 hex digits, of the values (plain data for JSON) that determine a result."""
     text = json.dumps({"format": FORMAT_VERSION, **values}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

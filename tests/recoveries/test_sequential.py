@@ -198,7 +198,7 @@ def errors(model, small, ids) -> tuple[float, float]:
 def test_sequential_recovery_is_closer_to_the_dense_model_than_parallel_recovery(family, attention):
     model, ids = make_tiny(family, num_hidden_layers=4), windows((10,) * 4)
     for block in blocks_of(model):
-        if norm := block.norm_behind("down"):  # gains that differ between channels
+        if norm := block.norm_after("down"):  # gains that differ between channels
             norm.weight.uniform_(-0.9, 4, generator=torch.Generator().manual_seed(block.index))
     masks = some_masks(model, (24, 30, 24, 30), attention=attention)
     small = {name: prune(model, masks) for name in ("none", "least_squares")}

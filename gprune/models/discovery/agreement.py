@@ -80,6 +80,7 @@ def watchers_get_tokens(probe: Probe) -> bool:
     first_zeroed = probe.ids.numel() * 3 // 4  # any position with tokens on both sides
 
     def zero_later_tokens(x: Tensor, _expert: int, tokens: Tensor) -> Tensor:
+        """Watcher that sets activations to zero from token `first_zeroed` on."""
         return x * (tokens < first_zeroed)[:, None]
 
     with ExitStack() as watches:

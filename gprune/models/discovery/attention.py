@@ -42,6 +42,8 @@ def attention_kinds(
         complete = {index: rows for index, rows in vanished.items() if _number_of_weight_rows(rows) > width}
         if not complete:
             continue
+        # If all columns of the group except one are zero, rows of value for these columns vanish, but no rows of query
+        # and key. Two choices of the remaining column together give all rows of value.
         of_complete = {index: remaining[index] for index in complete}
         without_first = probe.vanishing(of_complete, torch.arange(1, width), path)
         without_last = probe.vanishing(of_complete, torch.arange(width - 1), path)
@@ -79,20 +81,22 @@ def _attention_kind(
     Returns:
         The kind, or None if there are no rows of query, key or value, or their order is unknown.
     """
-    layer, output, groups = probe.layers[index], owner_of(path), size // width
-    linear = {path: module for path, module in layer.named_modules() if is_linear(module)}
+    layer = probe.layers[index]
+    output = owner_of(path)
+    groups = size // width
+    linear = {module_path: module for module_path, module in layer.named_modules() if is_linear(module)}
     owners = dict.fromkeys(owner_of(name) for name, _ in rows)
-    query_rows = _rows_of_own_token(probe, index, output, [path for path in owners if path in linear])
+    query_rows = _rows_of_own_token(probe, index, output, [owner for owner in owners if owner in linear])
     # Ignore other rows, such as those of an FFN neuron that no longer fires for any token.
-    rows = {
+    attention_rows = {
         (name, dim): indices for (name, dim), indices in rows.items()
         if owner_of(name) not in linear or owner_of(name) in query_rows
     }  # fmt: skip
     hosts = {}  # path of a linear layer -> rows of its weight
     for host in query_rows:
         key = f"{host}.weight", row_dim(linear[host])
-        if key in rows:
-            hosts[host] = rows[key]
+        if key in attention_rows:
+            hosts[host] = attention_rows[key]
     roles = {}  # path of a linear layer -> role of each of these rows
     for host, indices in hosts.items():
         of_value = value_rows[f"{host}.weight", row_dim(linear[host])]
@@ -101,7 +105,7 @@ def _attention_kind(
     if chosen is None:
         return None
     layout = _layout_of_hosts(layer, hosts, roles, chosen, groups)
-    extras = _other_parameters(layer, rows, chosen, groups)
+    extras = _other_parameters(layer, attention_rows, chosen, groups)
     if layout is None or extras is None:
         return None
     kind: dict[str, Any] = {**chosen, "output": output}

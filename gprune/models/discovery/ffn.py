@@ -53,7 +53,8 @@ def _dense_kind(probe: Probe, index: int, path: str, row_orders: dict[str, tuple
         path: path of the weight of the down projection.
         row_orders: parameters with rows of neurons, where a single part is called `up`.
     """
-    layer, down = probe.layers[index], owner_of(path)
+    layer = probe.layers[index]
+    down = owner_of(path)
     hosts = [
         owner_of(name) for name in row_orders
         if name.endswith(".weight") and is_linear(layer.get_submodule(owner_of(name)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,7 +89,13 @@ class Probe:
 
     @cached_property
     def layers_path(self) -> str:
-        """Path of the layers in the decoder: the largest list of modules that the text passes."""
+        """Path of the layers in the decoder: the largest list of modules that the text passes.
+
+        Lists with as many entries as the config has layers are preferred.
+
+        Raises:
+            UserError: if there is no list of modules that the text passes.
+        """
         lists = {
             path: module for path, module in self.decoder.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) and len(list(module[0].modules())) > 3
@@ -121,7 +127,7 @@ class Probe:
         """Return the calls of modules in one forward pass, in the order in which they return.
 
         Args:
-            modules: path, which is only used as a name -> module.
+            modules: modules by path. The path is only used as `Call.path`.
             gradients: whether tensors of the calls have gradients.
         """
         calls: list[Call] = []
@@ -162,17 +168,20 @@ class Probe:
 
     def is_affine(self, weight: Tensor, measure: Callable[[], Tensor], part: Callable[[Tensor], Tensor]) -> bool:
         """Return whether `measure()` is affine in a factor on `part(weight)`, a view of the weight."""
+        values = []  # `measure()` for each factor
         with torch.no_grad():
-            original, values = weight.clone(), []
+            original = weight.clone()
             # Small, because some models clamp activations; both signs, because ReLU is linear on each side of 0.
             for factor in (-0.1, 0.0, 0.1):
                 weight.copy_(original)
                 part(weight).mul_(factor)
                 values.append(measure())
             weight.copy_(original)
-        # An affine function has equal differences for equal steps.
-        first, second = values[1] - values[0], values[2] - values[1]
-        return bool((first - second).abs().max() <= 1e-4 * (first.abs().max() + second.abs().max()) + 1e-7)
+        # An affine function has equal differences for equal steps, except for rounding.
+        first_step = values[1] - values[0]
+        second_step = values[2] - values[1]
+        rounding = 1e-4 * (first_step.abs().max() + second_step.abs().max()) + 1e-7
+        return bool((first_step - second_step).abs().max() <= rounding)
 
     def vanishing(self, projections: Mapping[int, tuple[Tensor, int]], columns: Tensor, skip: str) -> dict[int, Rows]:
         """Return rows of parameters whose gradient vanishes if columns of output projections are zero, by layer.
@@ -256,7 +265,7 @@ class Probe:
             raise UserError(f"{failure}: logits of a tiny copy with random weights are not finite. {REMEDY}.")
         other_ids = self.ids.clone()
         other_ids[:, -1] = (other_ids[:, -1] + 1) % 100
-        # Only tokens well before the changed one are compared.
+        # Only tokens well before the changed one are compared, at least four before it.
         change = (self.logits(other_ids)[:, :-4] - first[:, :-4]).abs().max()
         if change > 1e-3 * first.abs().max():
             raise UserError(
@@ -266,7 +275,7 @@ class Probe:
 
 
 @contextmanager
-def changed(module: nn.Module, change: Callable[[Tensor], Tensor]):
+def changed(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace the hidden states h that a module returns by `change(h)` while the context lasts."""
     handle = module.register_forward_hook(
         lambda _module, _inputs, output: with_hidden(output, change(hidden_in(output)))
@@ -278,7 +287,7 @@ def changed(module: nn.Module, change: Callable[[Tensor], Tensor]):
 
 
 @contextmanager
-def separable_norms(layers: nn.ModuleList):
+def separable_norms(layers: nn.ModuleList) -> Iterator[None]:
     """Stop gradients through statistics of norms inside attention and FFN while the context lasts.
 
     Otherwise, with a norm over all heads, each head would depend on rows of all others. All these norms compute an RMS

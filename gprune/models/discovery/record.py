@@ -121,7 +121,7 @@ def accept_candidates(probe: Probe, base: Family) -> dict[str, list[Kind]]:
     with separable_norms(probe.layers):
         largest_first = sorted(candidates(probe), key=lambda candidate: -candidate[2])
     accepted: dict[str, list[Kind]] = {"ffn": [], "attention": []}
-    refused = []
+    refused = []  # paths of output projections
     for scope, kind, _ in largest_first:
         alone = {"ffn": [], "attention": []} | {scope: [kind]}
         if is_correct(probe, with_kinds(base, alone)):
@@ -201,9 +201,9 @@ def output_projections(layer: nn.Module, hidden_size: int) -> Iterator[tuple[str
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and parameter.shape[0] > 1 and hidden_size in parameter.shape[1:]:
-                _E, a, b = parameter.shape
-                if a != b:  # else it is unknown which dimension has the hidden states
-                    columns = 2 if a == hidden_size else 1
+                _E, first, second = parameter.shape
+                if first != second:  # else it is unknown which dimension has the hidden states
+                    columns = 2 if first == hidden_size else 1
                     yield f"{path}.{name}".lstrip("."), parameter, columns
 
 
@@ -290,8 +290,8 @@ def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
     """Return config keys of numbers of units, which are needed to export stock folders.
 
     Returns:
-        `width`: ''; `widths`: the key for each kind of FFN, or ''; `kv_heads`: the key of the number of KV heads, or
-        None.
+        `width`: '', because every kind of FFN has its own key; `widths`: the key for each kind of FFN, or '' if there
+        is none; `kv_heads`: the key of the number of KV heads, or None.
     """
     remember(probe.model, record)
     blocks = blocks_of(probe.model)
@@ -334,8 +334,8 @@ def check_supported(config: PreTrainedConfig) -> None:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{named} must be a decoder; got an encoder-decoder.")
-    stock = type(stock_config(config))
-    if stock not in MODEL_FOR_CAUSAL_LM_MAPPING and stock not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    stock_class = type(stock_config(config))
+    if stock_class not in MODEL_FOR_CAUSAL_LM_MAPPING and stock_class not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(
             f"{named} needs a class in transformers that predicts next tokens (AutoModelForCausalLM). {REMEDY}."
         )

@@ -89,7 +89,8 @@ def why_it_stays(probe: Probe, index: int, kind: Mapping[str, Any]) -> str | Non
     Metrics assume that an FFN sees all tokens, and that its output is added to the residual: directly, times a number
     for each token (a gate), or after a norm. This is not true for a small network inside of a norm or a router.
     """
-    experts, output = kind.get("experts"), kind.get("experts") or kind["down"]
+    experts = kind.get("experts")
+    output = experts or kind["down"]
     if experts is None:
         calls = probe.in_layer(index, [output])
         if len(calls) != 1 or calls[0].returned.numel() != probe.ids.numel() * probe.hidden_size:
@@ -132,19 +133,22 @@ def _response_to_shift(probe: Probe, index: int, output: str) -> tuple[Tensor, T
 
 def _is_multiple(x: Tensor, reference: Tensor) -> bool:
     """Return whether a tensor is a multiple of a reference of the same number of elements, except for rounding."""
-    x, reference = x.flatten(), reference.flatten()
-    factor = (x @ reference) / (reference @ reference)  # least squares
-    return bool((x - factor * reference).abs().max() <= 1e-3 * x.abs().max())
+    flat_x = x.flatten()
+    flat_reference = reference.flatten()
+    factor = (flat_x @ flat_reference) / (flat_reference @ flat_reference)  # least squares
+    return bool((flat_x - factor * flat_reference).abs().max() <= 1e-3 * flat_x.abs().max())
 
 
 def _norm_paths(layer: nn.Module) -> list[str]:
+    """Return the paths of all norms in a layer."""
     return [path for path, module in layer.named_modules() if is_norm(module)]
 
 
 def norm_offset(norm: nn.Module) -> float:
     """Return 1.0 if a norm multiplies by 1 + its weight, else 0.0.
 
-    With a weight of zero the former still has an output.
+    The norm is called with a weight of zero. Without the bias its output is then zero only if it multiplies by the
+    weight itself.
     """
     with torch.no_grad():
         weight = norm.weight.clone()
