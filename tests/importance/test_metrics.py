@@ -326,9 +326,16 @@ def test_a_registered_metric_scores_neurons_channels_and_kv_groups(tiny_model, t
         np.testing.assert_allclose(scores.channels[index].numpy(), channels, rtol=1e-6)
         np.testing.assert_allclose(scores.attention[index].numpy(), channels.reshape(2, 16).sum(1), rtol=1e-6)
     assert scores.ffn[0].dtype == torch.float64
-    assert IMPORTANCE["mean_square"].activation_free is False
-    assert IMPORTANCE["mean_square"].needs == frozenset()
-    assert IMPORTANCE["mean_square"].drift == "mean_square"
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_a_registered_metric_has_default_attributes_and_is_refused_as_reliability_metric():
+    """The reliability metric must be activation-free, which a registered metric is not by default."""
+    gprune.metric("mean_square")(lambda weights, moments, generator: (moments.sum_sq / moments.count).float())
+    registered = IMPORTANCE["mean_square"]
+    assert registered.activation_free is False
+    assert registered.needs == frozenset()
+    assert registered.drift == "mean_square"
     assert gprune.RunConfig(importance="mean_square").importance == "mean_square"
     with pytest.raises(UserError, match=r"--reliability\.metric.*magnitude.*got 'mean_square'"):
         gprune.config.ReliabilityConfig(metric="mean_square")

@@ -79,12 +79,14 @@ def test_protected_blocks_can_be_negative_indices(tiny_model):
 
 def test_unit_costs_are_numbers_of_parameters(tiny_model):
     costs = unit_costs(blocks_of(tiny_model), scope="ffn")
-    layer = tiny_model.model.layers[0]
-    ffn = sum(p.numel() for layer in tiny_model.model.layers for p in layer.mlp.parameters())
-    attention = sum(p.numel() for layer in tiny_model.model.layers for p in layer.self_attn.parameters())
+    layers = tiny_model.model.layers
+    ffn = sum(p.numel() for layer in layers for p in layer.mlp.parameters())
+    attention = sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
     assert costs.total == ffn
     assert unit_costs(blocks_of(tiny_model), scope="attention+ffn").total == ffn + attention
-    assert costs.neuron[0] * 48 == sum(p.numel() for p in layer.mlp.parameters())
+    assert costs.neuron[0] * 48 == sum(p.numel() for p in layers[0].mlp.parameters())
+    # The masks remove 8 of 48 neurons and one of two KV groups. `total` has only the units in scope, but `removed`
+    # counts everything that masks remove, so also the KV groups.
     masks = Masks([torch.arange(48) < 40] * 3, [torch.tensor([True, False])] * 3)
     assert costs.removed(masks) == ffn * 8 // 48 + attention // 2
 

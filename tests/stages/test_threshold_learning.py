@@ -30,18 +30,19 @@ def generator_of(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_problem(neurons: list[int], groups: list[int], seed: int, kind: str = ""):
+def random_problem(neurons: list[int], groups: list[int], seed: int, pattern: str = ""):
     """Scores of neurons and of groups, and ranks in K modules, none of which is switched.
 
     Args:
-        kind: ties: many scores are equal. sorted: scores of modules do not overlap, so that whole modules are removed.
+        pattern: of scores. "": independent random scores. "ties": many scores are equal. "sorted": scores of modules do
+            not overlap, so that whole modules are removed.
     """
     generator = generator_of(seed)
     scores = [torch.rand(n, generator=generator, dtype=torch.float64) for n in neurons]
     labels = [(torch.arange(n) % K)[torch.randperm(n, generator=generator)] for n in neurons]
-    if kind == "ties":
+    if pattern == "ties":
         scores = [(s * 5).round() for s in scores]
-    if kind == "sorted":
+    if pattern == "sorted":
         scores = [s + y for s, y in zip(scores, labels, strict=True)]
     group_scores = [torch.rand(n, generator=generator, dtype=torch.float64) for n in groups]
     not_switched = torch.zeros(K, dtype=torch.bool)
@@ -59,21 +60,21 @@ def base_masks(budget: Budget, scores, group_scores) -> Masks:
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.333, 0.9])
 @pytest.mark.parametrize(("attention", "width_multiple"), [(False, 1), (True, 1), (False, 4), (True, 8)])
-@pytest.mark.parametrize("kind", ["", "ties", "sorted"])
-def test_initial_thresholds_reproduce_the_base_masks(kind, attention, width_multiple, sparsity):
+@pytest.mark.parametrize("pattern", ["", "ties", "sorted"])
+def test_initial_thresholds_reproduce_the_base_masks(pattern, attention, width_multiple, sparsity):
     neurons, groups = [50, 64, 33], [4, 2, 3]
-    scores, group_scores, ranks = random_problem(neurons, groups, seed=0, kind=kind)
+    scores, group_scores, ranks = random_problem(neurons, groups, seed=0, pattern=pattern)
     costs = UnitCosts(neuron=[7] * 3, group=[90] * 3, neurons=neurons, groups=groups, attention=attention)
-    possible = sum(7 * (n - width_multiple) for n in neurons) / costs.total
-    budget = Budget.of(costs, min(sparsity, round(possible - 0.01, 3)), width_multiple)
+    # Each block keeps `width_multiple` neurons, so that a sparsity of 0.9 may be impossible.
+    maximum = sum(7 * (n - width_multiple) for n in neurons) / costs.total
+    budget = Budget.of(costs, min(sparsity, round(maximum - 0.01, 3)), width_multiple)
     base = base_masks(budget, scores, group_scores)
-    start = start_thresholds(base, ranks)
-    again = masks_from_thresholds(ranks, start, budget)
-    assert again == base
+    thresholds = start_thresholds(base, ranks)
+    assert masks_from_thresholds(ranks, thresholds, budget) == base
     assert costs.removed(base) >= budget.target
     # The same holds in float32, the dtype of training.
-    low = tuple([t.float() for t in kind] for kind in start)
-    assert masks_from_thresholds(ranks, low, budget) == base
+    float32_thresholds = tuple([t.float() for t in per_block] for per_block in thresholds)
+    assert masks_from_thresholds(ranks, float32_thresholds, budget) == base
 
 
 def test_initial_thresholds_of_fully_kept_or_removed_modules_are_finite():
