@@ -40,6 +40,7 @@ def questions(n: int, seed: int = 0) -> list[dict]:
 
 
 def pairs() -> list[dict]:
+    """Pairs of an acceptable and an unacceptable sentence of three paradigms, as in BLiMP."""
     rng = np.random.default_rng(2)
     return [
         {"good": sentence(rng, 5), "bad": sentence(rng, 5), "paradigm": paradigm}
@@ -56,6 +57,8 @@ def write_task(root: Path, name: str, split: str, rows: list[dict]) -> Path:
 
 
 def fake_hub(monkeypatch, *, reachable: bool, manager: object = None) -> None:
+    """Replace the check whether the Hugging Face hub is reachable, and lm_eval's TaskManager."""
+
     @contextmanager
     def is_reachable() -> Iterator[bool]:
         yield reachable

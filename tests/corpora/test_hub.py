@@ -1,3 +1,5 @@
+"""Corpora on the Hugging Face hub: rows formatted as documents, splits, and the error without network."""
+
 from __future__ import annotations
 
 import string
@@ -13,6 +15,8 @@ from gprune.errors import UserError
 
 @pytest.fixture
 def unreachable(monkeypatch):
+    """No local mirror, and a hub that cannot be reached."""
+
     class Session:
         def head(self, *_, **__):
             raise OSError("no route")

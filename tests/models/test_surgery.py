@@ -66,7 +66,7 @@ def test_a_sliced_model_equals_one_with_zeroed_weights(overrides, token_batch):
 
 
 @pytest.mark.parametrize("removed", [(), (1,)])
-def test_prune_changes_the_original_only_in_place(removed, tiny_model, token_batch):
+def test_prune_changes_the_original_only_with_inplace(removed, tiny_model, token_batch):
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     masks = masks_without(tiny_model, *removed, narrow=True)
     pruned = prune(tiny_model, masks)
@@ -165,11 +165,11 @@ def test_a_model_without_whole_blocks_equals_the_masked_model(removed, narrow, t
     assert torch.equal(pruned.generate(prompt, use_cache=False, **GREEDY), continued)
 
 
-def test_remaining_layers_are_renumbered_and_keep_their_type():
+def test_remaining_layers_are_renumbered_and_keep_their_type_and_weights():
     model = make_tiny_llama(num_hidden_layers=4)
     model.config.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     model.config.no_rope_layers, model.config.mlp_only_layers = [1, 1, 1, 0], [0, 3]
-    model.config.eos_token_id = [1, 2, 3, 4]
+    model.config.eos_token_id = [1, 2, 3, 4]  # as long as a list with one entry per layer, but not one
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pruned = prune(model, masks_without(model, 0, 2))
     assert pruned.config.num_hidden_layers == 2
@@ -180,9 +180,9 @@ def test_remaining_layers_are_renumbered_and_keep_their_type():
     assert pruned.model.config is pruned.config
     assert len(model.config.layer_types) == 4  # of the original
     assert layer_indices(model) == [0, 1, 2, 3]
-    for new, old in enumerate((1, 3)):
-        for name, parameter in pruned.model.layers[new].named_parameters():
-            assert torch.equal(parameter, before[f"model.layers.{old}.{name}"])
+    for new_index, old_index in enumerate((1, 3)):
+        for name, parameter in pruned.model.layers[new_index].named_parameters():
+            assert torch.equal(parameter, before[f"model.layers.{old_index}.{name}"])
 
 
 def test_remaining_layers_keep_their_experts_if_only_some_layers_have_experts(tmp_path, token_batch):
@@ -202,7 +202,7 @@ def test_removing_layers_is_refused_if_it_changes_a_layers_computation(token_bat
     message = r"^Model type 'gpt2' .*: attn\.scaling of layer 2 is 0\.1\d+, but 0\.1\d+ as layer 1\."
     with pytest.raises(UserError, match=message):
         prune(model, masks_without(model, 1))
-    masks = masks_without(model, 3)  # the other layers keep their indices
+    masks = masks_without(model, 3)  # without the last layer, the other layers keep their indices
     with masked(model, masks):
         assert (prune(model, masks)(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
 
@@ -229,12 +229,12 @@ def test_masks_that_remove_all_blocks_are_refused(tiny_model):
         prune(tiny_model, masks_without(tiny_model, 0, 1, 2))
 
 
-def test_experts_use_grouped_kernels_whenever_their_width_allows_it():
+def test_experts_use_grouped_kernels_if_their_width_allows_it_and_the_user_did_not_set_others():
     model = make_tiny("mixtral")
 
-    def sliced(model, kept):
+    def sliced(model, kept_neurons):
         blocks = blocks_of(model)
-        ffn = [(torch.arange(b.neurons) < kept).repeat(b.experts) for b in blocks]
+        ffn = [(torch.arange(b.neurons) < kept_neurons).repeat(b.experts) for b in blocks]
         return prune(model, Masks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
 
     default = model.config._experts_implementation
