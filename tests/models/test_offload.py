@@ -171,8 +171,9 @@ def test_resident_loads_offloaded_weights_for_the_duration_of_the_context(family
     assert all(p.is_meta for p in layer.parameters())
 
 
-def test_stored_weights_of_an_offloaded_model_equal_those_in_memory(placed):
-    whole, offloaded = placed("llama")
+@pytest.mark.parametrize("family", ["llama", *EXPERTS[:1]])
+def test_stored_weights_of_an_offloaded_model_equal_those_in_memory(family, placed):
+    whole, offloaded = placed(family)
     weights = StoredWeights(offloaded)
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.state_dict().items())
 

@@ -169,7 +169,7 @@ def test_remaining_layers_are_renumbered_and_keep_their_type_and_weights():
     model = make_tiny_llama(num_hidden_layers=4)
     model.config.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     model.config.no_rope_layers, model.config.mlp_only_layers = [1, 1, 1, 0], [0, 3]
-    model.config.eos_token_id = [1, 2, 3, 4]  # as long as a list with one entry per layer, but not one
+    model.config.eos_token_id = [1, 2, 3, 4]  # four values that do not belong to the four layers
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pruned = prune(model, masks_without(model, 0, 2))
     assert pruned.config.num_hidden_layers == 2
