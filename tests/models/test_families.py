@@ -445,7 +445,7 @@ KINDS = ("llama", "gpt2", "mixtral")
 
 
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in TYPES if f != "llama")])
-def test_a_command_line_run_meets_the_budget_and_exports_a_model_that_can_be_pruned_again(
+def test_a_command_line_run_meets_budget_and_exports_each_family(
     family, worlds, tmp_path, monkeypatch
 ):
     tiny_run.quick(monkeypatch)
