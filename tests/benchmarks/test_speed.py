@@ -181,9 +181,9 @@ def test_a_run_reports_its_speeds_and_resumes_with_its_table(measurements, world
     assert ran.summary["speed"]["predicted"] >= 1.05
     assert "The machine is busy" in out
     (tmp_path / "run/metrics.json").unlink()
-    again = world.run(tmp_path, *FLAGS)
-    assert (again.masks, len(measurements)) == (ran.masks, 1)
-    assert again.summary["speed"] == ran.summary["speed"]
+    resumed = world.run(tmp_path, *FLAGS)
+    assert (resumed.masks, len(measurements)) == (ran.masks, 1)
+    assert resumed.summary["speed"] == ran.summary["speed"]
     # A run resumes with its own table, even if the cache is missing and a new measurement is requested.
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(speed, "measure_table", lambda *_: TABLE | {"rest": 3e-3})

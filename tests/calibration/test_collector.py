@@ -114,8 +114,8 @@ COLLECTED = pytest.mark.parametrize(
 @COLLECTED
 @pytest.mark.parametrize("size", [1, 4])
 def test_statistics_do_not_depend_on_the_batch_size(tiny_model, token_batch, size, extras, rtol):
-    one, many = (collect(tiny_model, batches(token_batch, n), **extras) for n in (6, size))
-    assert_same_statistics(one, many, rtol)
+    one_batch, several_batches = (collect(tiny_model, batches(token_batch, n), **extras) for n in (6, size))
+    assert_same_statistics(one_batch, several_batches, rtol)
 
 
 @COLLECTED

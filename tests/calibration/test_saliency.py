@@ -45,9 +45,9 @@ def test_weight_saliency_equals_values_computed_by_hand():
 def test_saliency_of_a_half_without_windows_is_zero():
     metric = StreamingGradients((2, 3))
     metric.update(torch.ones(1, 4, 3), torch.ones(1, 4, 2), [0])
-    one, zero, whole = weight_saliency(torch.ones(2, 3), *metric.compute(), columns=False)
-    assert torch.equal(zero, torch.zeros(2, dtype=torch.float64))
-    assert torch.equal(one, whole)
+    first, second, whole = weight_saliency(torch.ones(2, 3), *metric.compute(), columns=False)
+    assert torch.equal(second, torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(first, whole)
 
 
 def test_saliency_of_a_half_equals_that_of_its_windows_alone_and_the_total_is_less_than_their_mean(
@@ -63,8 +63,8 @@ def test_saliency_of_a_half_equals_that_of_its_windows_alone_and_the_total_is_le
                 tolerance = 1e-5 * float(expected.max())
                 torch.testing.assert_close(mine.half(half).saliency, expected, rtol=0, atol=tolerance)
     # Saliency is an absolute value, so the total is less than the mean of the halves.
-    one, two, whole = both.ffn[0].saliency
-    assert bool((whole < (one + two) / 2).all())
+    first, second, whole = both.ffn[0].saliency
+    assert bool((whole < (first + second) / 2).all())
 
 
 def test_pooled_saliency_is_the_mean_over_corpora(tiny_model, token_batch):
@@ -100,9 +100,9 @@ def test_saliency_does_not_depend_on_the_callers_gradient_mode(tiny_model, token
         for batch in batches(token_batch.clone(), 4):  # cloned here, so inference tensors in inference mode
             collector.observe(batch["input_ids"], batch["index"] % 2)
         assert torch.is_grad_enabled() == (mode is torch.enable_grad)
-    mine = collector.compute().tensors()
-    assert mine.keys() == expected.keys()
-    assert all(torch.equal(mine[name], value) for name, value in expected.items())
+    tensors = collector.compute().tensors()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
 
 
 def test_collecting_saliency_leaves_the_model_unchanged(tiny_model, token_batch):

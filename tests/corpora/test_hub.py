@@ -55,5 +55,5 @@ def test_hub_corpora_format_rows_as_documents_of_the_requested_split(record, unr
 
 
 def test_wikitext_lines_are_joined_to_articles():
-    one, two = [" = One = \n", "", " text = \n", " = = Section = = \n", " more \n"], [" = Two Words = \n", " x \n"]
-    assert hub.join_articles(["", *one, *two]) == ["".join(one), "".join(two)]
+    first, second = [" = One = \n", "", " text = \n", " = = Section = = \n", " more \n"], [" = Two Words = \n", " x \n"]
+    assert hub.join_articles(["", *first, *second]) == ["".join(first), "".join(second)]

@@ -135,8 +135,8 @@ def test_halves_of_a_corpus_share_at_most_one_document():
     half = torch.tensor([TokenDataset([windows])[(i, 1.0)]["half"] for i in range(20)])
 
     def shared_pieces(half):
-        one, two = (set(piece[half == h].flatten().tolist()) for h in (0, 1))
-        return len(one & two)
+        first_half, second_half = (set(piece[half == h].flatten().tolist()) for h in (0, 1))
+        return len(first_half & second_half)
 
     assert shared_pieces(half) <= 1
     assert shared_pieces(torch.arange(20) % 2) >= 8

@@ -233,13 +233,17 @@ def test_the_config_of_a_reloaded_model_describes_the_remaining_layers_after_who
         assert ["mlp.down_proj" in layer.added_biases for layer in layers] == biases
     # Narrower and then with fewer layers, saved and reloaded each time.
     narrow = prune(shallow, masks_without(shallow, narrow=True))
-    again = load(hf.save_pruned(narrow, None, tmp_path / "narrow"))
-    last_masks = masks_without(again, 0)
-    last = prune(again, last_masks)
+    narrow_reloaded = load(hf.save_pruned(narrow, None, tmp_path / "narrow"))
+    last_masks = masks_without(narrow_reloaded, 0)
+    last = prune(narrow_reloaded, last_masks)
     assert last.config.num_hidden_layers == len(last.model.layers) == 1
     folder = hf.save_pruned(last, None, tmp_path / "last")
     assert set(json.loads((folder / "config.json").read_text()).get("per_layer_config", {})) <= {"0"}
-    for before, cut, after in ((loaded, masks, shallow), (again, last_masks, last), (again, last_masks, load(folder))):
+    for before, cut, after in (
+        (loaded, masks, shallow),
+        (narrow_reloaded, last_masks, last),
+        (narrow_reloaded, last_masks, load(folder)),
+    ):
         with masked(before, cut):
             logits = before(token_batch).logits
             continued = before.generate(token_batch[:2, :9], **GREEDY)

@@ -218,9 +218,9 @@ def test_every_built_in_metric_has_a_reference():
 @pytest.mark.parametrize("shape", range(len(SHAPES)))
 @pytest.mark.parametrize("name", REFERENCES)
 def test_metrics_equal_their_formula(name, shape, shared):
-    mine = shared.scores_of(name, shape, 4)
-    assert [len(s) for s in mine] == [48] * 3 + [shared.model(shape).config.num_key_value_heads] * 3
-    assert_scores(name, mine, reference_scores(shared.raw(shape, None), name))
+    scores = shared.scores_of(name, shape, 4)
+    assert [len(s) for s in scores] == [48] * 3 + [shared.model(shape).config.num_key_value_heads] * 3
+    assert_scores(name, scores, reference_scores(shared.raw(shape, None), name))
 
 
 def test_wifn_and_wanda_sp_rank_neurons_equally(shared):
@@ -242,8 +242,8 @@ def test_metrics_are_documented_and_name_a_corpus_dependent_metric_for_drift(nam
     substitute = IMPORTANCE[function.drift]
     assert not substitute.activation_free  # its ranks would not depend on the corpus
     assert substitute.needs <= function.needs  # other statistics are not collected
-    one, two = (shared.scores_of(function.drift, 0, 6, half=half) for half in (0, 1))
-    assert not any(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    first_half, second_half = (shared.scores_of(function.drift, 0, 6, half=half) for half in (0, 1))
+    assert not any(torch.equal(a, b) for a, b in zip(first_half, second_half, strict=True))
     if not function.activation_free:
         assert function.drift == name
 

@@ -84,11 +84,11 @@ def test_masked_sliced_and_reloaded_models_of_discovered_types_agree(model_type,
     assert any(block.neurons for block in blocks)
     assert any(block.kv_groups for block in blocks) or model_type not in WITH_KV_GROUPS
     save_pruned(small, None, tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
-    assert type(again).__name__.startswith("Pruned")
-    assert torch.equal(logits(again, ids), sliced)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
+    assert type(reloaded).__name__.startswith("Pruned")
+    assert torch.equal(logits(reloaded, ids), sliced)
     # The reloaded model can be pruned again.
-    assert prune(again, random_masks(again)).num_parameters() < again.num_parameters()
+    assert prune(reloaded, random_masks(reloaded)).num_parameters() < reloaded.num_parameters()
 
 
 def test_statistics_of_interleaved_experts_equal_a_reference(ids):

@@ -191,17 +191,17 @@ def test_masked_sliced_and_reloaded_models_agree(family, overrides, ids, tmp_pat
     sliced = pruned(ids).logits
     torch.testing.assert_close(sliced, reference, atol=1e-4, rtol=0)
     save_pruned(pruned, None, tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    assert type(again).__name__.startswith("Pruned")
-    assert widths(again) == widths(pruned)
-    assert torch.equal(again(ids).logits, sliced)
+    reloaded_model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert type(reloaded_model).__name__.startswith("Pruned")
+    assert widths(reloaded_model) == widths(pruned)
+    assert torch.equal(reloaded_model(ids).logits, sliced)
     # Generation with and without a KV cache
     prompt = ids[:2, :9]
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = pruned.generate(prompt, **settings)
     assert torch.equal(cached, pruned.generate(prompt, use_cache=False, **settings))
-    assert torch.equal(cached, again.generate(prompt, **settings))
-    assert torch.equal(cached, again.generate(prompt, cache_implementation="static", **settings))
+    assert torch.equal(cached, reloaded_model.generate(prompt, **settings))
+    assert torch.equal(cached, reloaded_model.generate(prompt, cache_implementation="static", **settings))
     with masked(model, masks):
         assert torch.equal(cached, model.generate(prompt, **settings))
 
@@ -215,9 +215,9 @@ def test_equal_blocks_are_exported_as_the_stock_class(family, ids, tmp_path):
     assert config["model_type"] == family
     assert "auto_map" not in config
     assert not list(folder.glob("*.py"))
-    again = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert type(again) is type(model)
-    assert torch.equal(again(ids).logits, pruned(ids).logits)
+    reloaded_model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(reloaded_model) is type(model)
+    assert torch.equal(reloaded_model(ids).logits, pruned(ids).logits)
 
 
 def reloaded(model: nn.Module, folder: Path) -> nn.Module:
@@ -300,11 +300,11 @@ def test_a_pruned_model_can_be_saved_pruned_again_fine_tuned_and_adapted(family,
     masks = some_masks(model, attention=True)
     once = gprune.apply_masks(model, masks)
     assert torch.equal(once(ids).logits, prune(model, masks)(ids).logits)
-    again = reloaded(once, tmp_path / "once")
-    second = some_masks(again, (7, 8, 9), attention=False)
+    once_reloaded = reloaded(once, tmp_path / "once")
+    second = some_masks(once_reloaded, (7, 8, 9), attention=False)
     twice = gprune.apply_masks(once, second)
     assert widths(twice)["neurons"] == [7, 8, 9]
-    for other in (prune(again, second), reloaded(twice, tmp_path / "twice")):
+    for other in (prune(once_reloaded, second), reloaded(twice, tmp_path / "twice")):
         assert torch.equal(other(ids).logits, twice(ids).logits)
     before = train_a_step(once, ids)
     assert once(input_ids=ids, labels=ids).loss < before
@@ -445,9 +445,7 @@ KINDS = ("llama", "gpt2", "mixtral")
 
 
 @pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in TYPES if f != "llama")])
-def test_a_command_line_run_meets_budget_and_exports_each_family(
-    family, worlds, tmp_path, monkeypatch
-):
+def test_a_command_line_run_meets_budget_and_exports_each_family(family, worlds, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     result = worlds(family).run(
         tmp_path, "--sparsity.scope=attention+ffn", "--recovery=least_squares", "--sparsity.width_multiple=8"
@@ -464,10 +462,10 @@ def test_a_command_line_run_meets_budget_and_exports_each_family(
     assert {("dense", "none"), ("base", "none"), ("gprune", "least_squares")} <= rows
     assert all(np.isfinite(r["perplexity"]) for r in result.records)
     if family in KINDS:  # an exported folder can be pruned again
-        again = tiny_run.World(tmp_path / "run" / "model", worlds(family).corpora)
-        twice = again.run(tmp_path, "--sparsity.target=0.2", name="again")
-        assert twice.summary["parameters_before"] == result.summary["parameters_after"]
-        assert twice.summary["parameters_after"] < result.summary["parameters_after"]
+        exported = tiny_run.World(tmp_path / "run" / "model", worlds(family).corpora)
+        second_result = exported.run(tmp_path, "--sparsity.target=0.2", name="again")
+        assert second_result.summary["parameters_before"] == result.summary["parameters_after"]
+        assert second_result.summary["parameters_after"] < result.summary["parameters_after"]
 
 
 @pytest.mark.parametrize("family", EXPERTS)

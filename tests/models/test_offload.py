@@ -66,8 +66,8 @@ def placed(tmp_path_factory):
         model = make_tiny(family, **overrides)
         if not path.exists():
             model.save_pretrained(path, max_shard_size="20KB")
-        place = {"device_map": "auto", "max_memory": {"cpu": limit_for(model)}}
-        return load_weights(path, dtype=torch.float32), load_weights(path, dtype=torch.float32, **place)
+        offloading = {"device_map": "auto", "max_memory": {"cpu": limit_for(model)}}
+        return load_weights(path, dtype=torch.float32), load_weights(path, dtype=torch.float32, **offloading)
 
     with tiny_run.isolated(folder / "cache"):
         yield load
@@ -99,8 +99,8 @@ def test_an_offloaded_model_has_the_same_weights_statistics_and_logits(family, p
     expected = collect(whole, batches(), gram=True)
     assert_same_bits(walk_over(offloaded, batches()).statistics(gram=True), expected)
     scores = (score_units("magnitude", blocks_of(m), expected) for m in (offloaded, whole))
-    for one, two in zip(*((*s.ffn, *s.attention) for s in scores), strict=True):
-        assert torch.equal(one, two)
+    for scores_offloaded, scores_in_memory in zip(*((*s.ffn, *s.attention) for s in scores), strict=True):
+        assert torch.equal(scores_offloaded, scores_in_memory)
     # No weight has been moved, and no hook removed.
     assert sum(p.is_meta for p in offloaded.parameters()) > sum(not p.is_meta for p in offloaded.parameters())
     assert torch.equal(offloaded(ids).logits, whole(ids).logits)
@@ -388,22 +388,25 @@ def test_a_model_sharded_over_two_processes_has_the_results_of_whole_models(acce
     """Sharded models are evaluated layer by layer. One rank has no window in the second batch."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     results = {}
-    for name, script, more in (("whole", ROOT / "train.py", []), ("sharded", tmp_path / "sharded.py", [str(tmp_path)])):
+    for name, script, script_args in (
+        ("whole", ROOT / "train.py", []),
+        ("sharded", tmp_path / "sharded.py", [str(tmp_path)]),
+    ):
         flags = ["--corpora.num_samples=5", "--sparsity.scope=attention+ffn", "--recovery=least_squares"]
         flags += ["--export=none", "--evaluation.num_samples=5", "--evaluation.development_samples=5"]
         flags += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.accelerator={accelerator}"]
         if name == "sharded":
             flags += ["--model.shard=true"]
         (tmp_path / f"{name}-process").mkdir()
-        args = [*more, *world.args(tmp_path, *flags, name=name)]
+        args = [*script_args, *world.args(tmp_path, *flags, name=name)]
         if accelerator == "cpu":
-            done, _ = tiny_run.train(args, tmp_path / f"{name}-process", processes=2, script=script)
+            process, _ = tiny_run.train(args, tmp_path / f"{name}-process", processes=2, script=script)
         else:  # CUDA cannot be used in a forked process
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, script, *args], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
                 env=tiny_run.environment(tmp_path / f"{name}-process/cache", PYTHONPATH=str(ROOT)),
             )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        assert process.returncode == 0, process.stderr
         results[name] = load_run(tmp_path / name)
     whole, sharded = results["whole"], results["sharded"]
     for corpus, statistics in whole.statistics.items():
@@ -434,8 +437,8 @@ def test_a_sharded_run_recomputes_a_missing_recovery_and_metrics_to_the_same_bit
     args = world.args(tmp_path, *flags, name="run")
 
     def losses_of_run():
-        done, _ = tiny_run.train(args, tmp_path, processes=2)
-        assert done.returncode == 0, done.stderr
+        process, _ = tiny_run.train(args, tmp_path, processes=2)
+        assert process.returncode == 0, process.stderr
         return [r["nll"] for r in load_run(tmp_path / "run").records]
 
     first = losses_of_run()

@@ -146,10 +146,10 @@ def test_an_ffn_inside_a_router_is_not_pruned_and_is_reported(tmp_path):
     """The router of Zaya is an FFN whose output selects experts and is not added to the residual stream."""
     with tiny_run.isolated(tmp_path):
         model = example("zaya")
-        found, text = find_unpruned(model), describe_unpruned(plan_of(model))
-    ((path, unpruned_module),) = found.items()
+        unpruned, description = find_unpruned(model), describe_unpruned(plan_of(model))
+    ((path, unpruned_module),) = unpruned.items()
     share = unpruned_module.parameters / model.num_parameters()
-    assert text.endswith(f"{path} in 3 layers (its output does not join the residual): {share:.1%} of the model")
+    assert description.endswith(f"{path} in 3 layers (its output does not join the residual): {share:.1%} of the model")
     assert "router" in path
     assert "does not join the residual" in unpruned_module.why
     assert unpruned_module.parameters > 0
@@ -291,10 +291,10 @@ def test_equal_widths_of_each_kind_of_ffn_are_exported_as_the_stock_class(shared
     ffn = [torch.arange(b.neurons).repeat(b.experts) < (16 if b.has_experts else 8) for b in blocks]
     small = prune(shared_expert_model, Masks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
     save_pruned(small, None, tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
-    assert type(again).__name__ == "Qwen2MoeForCausalLM"
-    assert (again.config.moe_intermediate_size, again.config.shared_expert_intermediate_size) == (16, 8)
-    assert torch.equal(logits(again), logits(small))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
+    assert type(reloaded).__name__ == "Qwen2MoeForCausalLM"
+    assert (reloaded.config.moe_intermediate_size, reloaded.config.shared_expert_intermediate_size) == (16, 8)
+    assert torch.equal(logits(reloaded), logits(small))
 
 
 def test_prune_to_files_writes_one_file_per_layer_with_all_of_its_blocks(shared_expert_model, tmp_path):
@@ -308,8 +308,8 @@ def test_prune_to_files_writes_one_file_per_layer_with_all_of_its_blocks(shared_
     assert pairs == [(2, 0), (3, 1), (4, 2), (5, 3)]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["0.safetensors", "1.safetensors"]
     save_pruned(small, None, tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
-    assert_close(logits(again), logits(prune(shared_expert_model, masks)))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
+    assert_close(logits(reloaded), logits(prune(shared_expert_model, masks)))
 
 
 def least_squares_reference(

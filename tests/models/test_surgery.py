@@ -193,8 +193,8 @@ def test_remaining_layers_keep_their_experts_if_only_some_layers_have_experts(tm
     assert (pruned.config.mlp_only_layers, pruned.config.decoder_sparse_step) == ([1, 2], 1)
     with masked(model, masks):
         assert (pruned(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
-    again = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / "model"))
-    assert torch.equal(again(token_batch).logits, pruned(token_batch).logits)
+    reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / "model"))
+    assert torch.equal(reloaded(token_batch).logits, pruned(token_batch).logits)
 
 
 def test_removing_layers_is_refused_if_it_changes_a_layers_computation(token_batch):
@@ -213,12 +213,12 @@ def test_pruning_in_several_steps_equals_pruning_once(token_batch):
     second = prune(first, masks_without(first, narrow=True))
     third_masks = masks_without(second, 2)  # keeps 0 2 4
     third = prune(second, third_masks)
-    once = prune(model, masks_without(model, 1, 3, narrow=True))
-    assert widths(third) == widths(once) == {"neurons": [32] * 3, "kv_groups": [1] * 3}
+    in_one_step = prune(model, masks_without(model, 1, 3, narrow=True))
+    assert widths(third) == widths(in_one_step) == {"neurons": [32] * 3, "kv_groups": [1] * 3}
     assert layer_indices(third) == [0, 1, 2]
-    for (name, a), (_, b) in zip(third.named_parameters(), once.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
-    assert torch.equal(third(token_batch).logits, once(token_batch).logits)
+    for (name, stepwise), (_, expected) in zip(third.named_parameters(), in_one_step.named_parameters(), strict=True):
+        assert torch.equal(stepwise, expected), name
+    assert torch.equal(third(token_batch).logits, in_one_step(token_batch).logits)
     with masked(second, third_masks):
         continued = second.generate(token_batch[:2, :9], **GREEDY)
     assert torch.equal(third.generate(token_batch[:2, :9], **GREEDY), continued)

@@ -73,8 +73,8 @@ def test_the_embedding_has_the_leading_singular_directions():
     U, S, _ = np.linalg.svd(features, full_matrices=False)
     exact = U[:, :2] * S[:2]
     exact /= np.sqrt((exact**2).sum(1).mean())
-    mine = parameter_embedding(w, dim=2).double().numpy()
-    np.testing.assert_allclose(mine @ mine.T, exact @ exact.T, atol=2e-3)
+    embedding = parameter_embedding(w, dim=2).double().numpy()
+    np.testing.assert_allclose(embedding @ embedding.T, exact @ exact.T, atol=2e-3)
 
 
 def test_neurons_of_planted_directions_are_separated():

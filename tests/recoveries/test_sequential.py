@@ -244,12 +244,12 @@ def test_recovery_of_16_bit_models_is_close_to_float32(dtype):
 def test_sequential_recovery_is_deterministic_leaves_the_dense_model_and_ignores_the_batch_size():
     model = make_tiny("llama")
     masks, before = some_masks(model, attention=True), weights(model)
-    one, two = weights(recovered(model, masks)), weights(recovered(model, masks))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    first, second = weights(recovered(model, masks)), weights(recovered(model, masks))
+    assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     # Other batch sizes change only rounding.
-    assert_close_weights(weights(recovered(model, masks, [torch.cat(windows())])), one)
+    assert_close_weights(weights(recovered(model, masks, [torch.cat(windows())])), first)
 
 
 @pytest.mark.parametrize(

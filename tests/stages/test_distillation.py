@@ -277,10 +277,10 @@ def test_a_run_distills_all_rows_and_resumes_without_training_again(
     # A resumed run does not train again.
     monkeypatch.setattr(DistillationStage, "training_step", lambda *_: pytest.fail("trained again"))
     (result.path / "metrics.json").unlink()
-    again = world.run(tmp_path, *FLAGS)
-    assert [r["nll"] for r in again.records] == [r["nll"] for r in result.records]
+    resumed = world.run(tmp_path, *FLAGS)
+    assert [r["nll"] for r in resumed.records] == [r["nll"] for r in result.records]
     ids = torch.arange(3, 35)[None]
-    assert torch.equal(again.model(ids).logits, saved(ids).logits)
+    assert torch.equal(resumed.model(ids).logits, saved(ids).logits)
 
 
 def test_the_plan_counts_the_tokens_of_validation(uninterrupted):
@@ -331,10 +331,10 @@ def test_distillation_resumed_after_kills_has_the_same_bits(accumulate, uninterr
         run_killed_at(step, world, tmp_path, *flags)
     # The sessions trained on 5 and 2 batches. Accumulation resumes at the first batch of a step.
     assert steps_of(world, tmp_path, *flags) == list(range(7 if accumulate == 1 else 6, 9))
-    again = load_run(tmp_path / "run")
-    assert_same_tensors(learned_of(whole.path), learned_of(again.path))
-    assert [r["nll"] for r in again.records] == [r["nll"] for r in whole.records]
-    assert not list(again.path.rglob("*.ckpt"))  # removed after the stage
+    resumed = load_run(tmp_path / "run")
+    assert_same_tensors(learned_of(whole.path), learned_of(resumed.path))
+    assert [r["nll"] for r in resumed.records] == [r["nll"] for r in whole.records]
+    assert not list(resumed.path.rglob("*.ckpt"))  # removed after the stage
 
 
 def test_a_checkpoint_is_kept_until_the_learned_weights_are_written(world, tmp_path, quick, monkeypatch):
@@ -392,8 +392,8 @@ def test_a_damaged_or_foreign_checkpoint_is_ignored(uninterrupted, world, tmp_pa
     """The file is truncated, from another run, or has other bits or content. The stage logs a line and starts again."""
     flags = (*FLAGS, *ONE_ROW, EVERY_STEP)
     content = {}
-    for name, more in (("other", ["--distill.learning_rate=0.004"]), ("good", [])):
-        run_killed_at(4, world, tmp_path / name, *flags, *more)
+    for name, more_flags in (("other", ["--distill.learning_rate=0.004"]), ("good", [])):
+        run_killed_at(4, world, tmp_path / name, *flags, *more_flags)
         (file,) = (tmp_path / name).rglob("*.ckpt")
         content[name] = file.read_bytes()
     good = content["good"]
@@ -410,10 +410,10 @@ def test_a_damaged_or_foreign_checkpoint_is_ignored(uninterrupted, world, tmp_pa
         else:
             torch.save(damaged, checkpoint)
         capsys.readouterr()
-        again = world.run(tmp_path / "copy", *flags)
+        restarted = world.run(tmp_path / "copy", *flags)
         assert capsys.readouterr().out.count("the file is not the checkpoint that this stage saved") == 1
-        assert [r["nll"] for r in again.records] == [r["nll"] for r in uninterrupted.records]
-        assert again.summary["forward_backward_tokens"] == uninterrupted.summary["forward_backward_tokens"]
+        assert [r["nll"] for r in restarted.records] == [r["nll"] for r in uninterrupted.records]
+        assert restarted.summary["forward_backward_tokens"] == uninterrupted.summary["forward_backward_tokens"]
         shutil.rmtree(tmp_path / "copy")
     # With the undamaged checkpoint, training resumes after three batches.
     assert steps_of(world, tmp_path / "good", *flags) == list(range(3, 9))
