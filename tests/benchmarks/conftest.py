@@ -50,6 +50,7 @@ def pairs() -> list[dict]:
 
 
 def write_task(root: Path, name: str, split: str, rows: list[dict]) -> Path:
+    """Write the rows of a local task below the data folder `root`, and return the file's path."""
     path = root / "tasks" / name / f"{split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

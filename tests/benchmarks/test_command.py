@@ -39,6 +39,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def offline_runs(finished, monkeypatch):
+    """The finished runs, without an `evaluation.json` in the run `kept` and with an unreachable hub."""
     fake_hub(monkeypatch, reachable=False)
     (finished.runs / "kept" / "evaluation.json").unlink(missing_ok=True)
     with isolated(finished.folder / "cache", GPRUNE_DATA_DIR=str(finished.folder)):

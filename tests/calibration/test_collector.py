@@ -68,15 +68,15 @@ def assert_moments(moments: Moments, x: np.ndarray, rtol: float = 1e-6) -> None:
     np.testing.assert_allclose(moments.variance.numpy(), x.var(0), rtol=1e-5, atol=1e-6 * (x**2).mean())
 
 
-def assert_same_statistics(a: CorpusStatistics, b: CorpusStatistics, rtol: float) -> None:
-    left, right = a.tensors(), b.tensors()
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        # Errors are relative to the largest entry, since signed sums and Gram entries may cancel to about zero.
+def assert_same_statistics(statistics: CorpusStatistics, expected: CorpusStatistics, rtol: float) -> None:
+    """Compare all tensors. Errors are relative to the largest entry, since signed sums may cancel to about zero."""
+    tensors, expected_tensors = statistics.tensors(), expected.tensors()
+    assert tensors.keys() == expected_tensors.keys()
+    for name, value in tensors.items():
         scale = value.abs().max()
-        if name.endswith(".sum"):
-            scale = (left[f"{name}_sq"] * left[name.removesuffix("sum") + "count"]).sqrt().max()
-        assert (value - right[name]).abs().max() <= rtol * scale, name
+        if name.endswith(".sum"):  # all sums may cancel; they are at most sqrt(count * sum of squares)
+            scale = (tensors[f"{name}_sq"] * tensors[name.removesuffix("sum") + "count"]).sqrt().max()
+        assert (value - expected_tensors[name]).abs().max() <= rtol * scale, name
 
 
 def test_moments_and_gram_matrices_equal_those_of_raw_activations(tiny_model, token_batch):

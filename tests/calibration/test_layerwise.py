@@ -31,6 +31,7 @@ def batches(seed: int = 1) -> list[dict[str, torch.Tensor]]:
 
 
 def walk_over(model: torch.nn.Module, text: list[dict[str, torch.Tensor]]) -> Walk:
+    """A layerwise pass over batches, whose halves alternate by window."""
     walk = Walk(model)
     for batch in text:
         walk.add(batch["input_ids"], batch["index"] % 2, batch["weight"])
@@ -90,6 +91,8 @@ def test_layers_are_restored_after_an_exception():
 
 
 def statistics_with_stored_grams(model, tmp_path: Path, seed: int) -> CorpusStatistics:
+    """Layerwise statistics with Gram matrices in files, one file for each block and kind of projection."""
+
     def store(block, grams):
         paths = {kind: tmp_path / f"{seed}-{kind}-{block.index}.safetensors" for kind in grams}
         for kind, gram in grams.items():
@@ -154,6 +157,7 @@ def ordinary(world, tmp_path_factory):
 
 
 def assert_same_run(one, two) -> None:
+    """Compare masks, losses and weights of two runs bit for bit."""
     assert one.masks == two.masks
     assert [r["nll"] for r in one.records] == [r["nll"] for r in two.records]
     for name, tensor in one.model.state_dict().items():

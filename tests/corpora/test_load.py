@@ -28,6 +28,7 @@ def texts(prefix, count):
 
 
 def assert_disjoint(parts):
+    """Splits are not empty and share no document."""
     assert all(parts.values())
     for a in SPLITS:
         for b in SPLITS:

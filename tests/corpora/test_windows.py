@@ -92,6 +92,7 @@ def test_shards_of_all_ranks_together_are_the_batches_of_one_process(
     num_windows, batch_size, world_size, shuffle, epoch
 ):
     def batches(rank, world_size):
+        """Batches of one rank: lists of (window index, weight). Weight 0 is padding."""
         sampler = ShardedBatchSampler(
             num_windows, batch_size, rank=rank, world_size=world_size, shuffle=shuffle, seed=5
         )
@@ -107,8 +108,8 @@ def test_shards_of_all_ranks_together_are_the_batches_of_one_process(
     for step, batch in enumerate(whole):
         parts = [shard[step] for shard in shards]
         assert all(parts)  # no rank has an empty batch
-        real = [item for part in parts for item in part if item[1] == 1.0]
-        assert real == [item for rank in range(world_size) for item in batch[rank::world_size]]
+        without_padding = [item for part in parts for item in part if item[1] == 1.0]
+        assert without_padding == [item for rank in range(world_size) for item in batch[rank::world_size]]
         assert all(weight in (0.0, 1.0) for part in parts for _, weight in part)
 
 

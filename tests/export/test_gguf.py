@@ -351,6 +351,7 @@ def test_gguf_keys_describe_the_tokenizer(pre, tmp_path):
 
 def test_tokenizers_that_gguf_cannot_describe_are_refused():
     def changed(**parts):
+        """A byte-level tokenizer in which some parts are replaced."""
         tokenizer = byte_tokenizer()
         for name, part in parts.items():
             setattr(tokenizer.backend_tokenizer, name, part)

@@ -102,6 +102,8 @@ def reference_inputs(model, tokens: torch.Tensor, half: int | None = None) -> di
     gradients: dict[str, np.ndarray] = {}
 
     def lazy_gradients(prefix: str, names: dict[str, str]) -> Callable[[], dict[str, np.ndarray]]:
+        """A function that computes gradients on first use, because most formulas do not need them."""
+
         def gradients_by_projection() -> dict[str, np.ndarray]:
             if not gradients:
                 gradients.update(window_gradients(model, tokens_of_half))
@@ -184,6 +186,7 @@ class Cached:
         self.raw = functools.cache(lambda shape, half: reference_inputs(self.model(shape), self.tokens, half))
 
     def scores_of(self, name: str, shape: int, size: int, *, half: int | None = None) -> list[torch.Tensor]:
+        """Scores of neurons and KV groups from statistics of all windows, or of those of one half."""
         statistics = self.statistics(shape, size)
         if half is not None:
             halves = {k: [SimpleNamespace(total=c.half(half)) for c in getattr(statistics, k)] for k in BOTH}
@@ -197,6 +200,7 @@ def shared() -> Cached:
 
 
 def reference_scores(raw: dict[str, list[BlockInputs]], name: str) -> list[np.ndarray]:
+    """Scores by the formula: neurons of each block, and then KV groups, which have the sum of their channels."""
     per_block = []
     for kind in BOTH:
         for block in raw[kind]:
@@ -205,10 +209,10 @@ def reference_scores(raw: dict[str, list[BlockInputs]], name: str) -> list[np.nd
     return per_block
 
 
-def assert_scores(name: str, mine: list[torch.Tensor], theirs: list[np.ndarray]) -> None:
-    for a, b in zip(mine, theirs, strict=True):
-        assert a.dtype == torch.float64
-        np.testing.assert_allclose(a.numpy(), b, rtol=RTOL[name], err_msg=name)
+def assert_scores(name: str, scores: list[torch.Tensor], expected: list[np.ndarray]) -> None:
+    for of_block, expected_of_block in zip(scores, expected, strict=True):
+        assert of_block.dtype == torch.float64
+        np.testing.assert_allclose(of_block.numpy(), expected_of_block, rtol=RTOL[name], err_msg=name)
 
 
 def test_every_built_in_metric_has_a_reference():

@@ -331,6 +331,7 @@ def test_gradients_include_the_softcap_and_the_scaling_of_logits(family, overrid
     model = make_tiny(family, **overrides)
 
     def gradient(loss_of) -> torch.Tensor:
+        """The gradient of a loss with respect to gates of neurons."""
         gates = [torch.linspace(0.2, 1, NEURONS, requires_grad=True) for _ in range(3)]
         with gated(model, gates):
             loss_of().backward()

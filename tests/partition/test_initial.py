@@ -161,6 +161,7 @@ def naive_dispersion(P: np.ndarray, x: np.ndarray) -> float:
 
 
 def random_inputs(sizes: list[int], seed: int = 0) -> RefinementInputs:
+    """Random embeddings, drifts and ranks on three corpora for blocks of these numbers of neurons."""
     return refinement_inputs(
         [normal(n, 6, seed=seed + i) for i, n in enumerate(sizes)],
         [normal(n, seed=seed + 50 + i).abs() for i, n in enumerate(sizes)],

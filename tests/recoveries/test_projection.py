@@ -21,7 +21,7 @@ from tests.calibration.test_collector import batches, projection_inputs
 from tests.conftest import collect
 from tests.tiny_families import some_masks
 
-H, C, TOKENS = 10, 24, 400
+H, C, TOKENS = 10, 24, 400  # outputs, channels, tokens
 BY_PROJECTION = [name for name in RECOVERY if isinstance(RECOVERY[name], Projection)]
 
 
@@ -37,6 +37,7 @@ def statistics_of(x: np.ndarray) -> ChannelStatistics:
 
 @pytest.fixture
 def problem():
+    """Activations (TOKENS, C) in float64, a weight (H, C), and the keep mask of its columns."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(TOKENS, C)) @ rng.normal(size=(C, C)) + 0.5  # correlated, with means
     weight = torch.from_numpy(rng.normal(size=(H, C))).float()

@@ -49,6 +49,7 @@ def recovered(model, masks, ids=None, **settings):
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the model's state dict."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -66,6 +67,8 @@ def trace(model, layer, paths: dict[str, str], ids: list[torch.Tensor]) -> dict[
         store("before", args[0] if args else kwargs["hidden_states"])
 
     def record_projection(part):
+        """A forward hook that stores inputs and outputs."""
+
         def hook(_module, inputs, output):
             store(f"x {part}", inputs[0])
             store(f"y {part}", output)

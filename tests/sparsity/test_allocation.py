@@ -55,6 +55,7 @@ def half_budget(model) -> Budget:
 
 
 def margins_of(name: str, with_outliers, scores: Scores | None = None, **options):
+    """Margins of neurons and of KV groups by an allocation, at half of all parameters."""
     model, _, statistics, default = with_outliers
     return ALLOCATION[name](
         default if scores is None else scores, statistics, blocks_of(model), half_budget(model), **options

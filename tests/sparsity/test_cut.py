@@ -109,6 +109,14 @@ def draw_margins(data, lengths: list[int]) -> list[torch.Tensor]:
 
 @st.composite
 def problems(draw, width_multiples=(1, 4, 8), scopes=(False, True), smallest=1, largest=30):
+    """Draw costs, a width multiple and a sparsity.
+
+    Args:
+        width_multiples: possible width multiples.
+        scopes: whether attention is in scope.
+        smallest: minimum width of blocks.
+        largest: maximum width of blocks.
+    """
     width_multiple = draw(st.sampled_from(width_multiples))
     depth = draw(st.integers(1, 4))
     lists = lambda numbers: st.lists(numbers, min_size=depth, max_size=depth)  # noqa: E731

@@ -175,6 +175,7 @@ def test_a_chain_of_recoveries_is_a_recovery():
     chain = recovery_of("least_squares+distill")
     assert isinstance(chain, Recovery)
     assert (chain.needs, chain.learns) == (RECOVERY["least_squares"].needs, True)
+    # Tokens of forward passes, and of passes with a backward pass, for 100 tokens of text and 40 to train on.
     assert chain.tokens(100, 40, attention=False) == (40, 40)
     assert recovery_of("least_squares_sequential+distill").tokens(100, 40, attention=True) == (440, 40)
     assert recovery_of("none") is RECOVERY["none"]

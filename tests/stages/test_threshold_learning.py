@@ -100,6 +100,12 @@ def make_stage(
     model, *, sparsity: float = 0.5, scope: str = "ffn", seed: int = 0, width_multiple: int = 1, lr: float = 0.1,
     uniform: bool = False, gone: tuple[int, ...] = (), **options,
 ) -> ThresholdLearning:  # fmt: skip
+    """A stage for the tiny model with random scores.
+
+    Args:
+        gone: blocks that are removed as a whole.
+        **options: arguments of `ThresholdLearning`.
+    """
     costs = unit_costs(blocks_of(model), scope=scope, uniform=uniform, block_share=0.9)
     scores, group_scores, ranks = random_problem([48] * 3, [2] * 3, seed)
     budget = Budget.of(costs, sparsity, width_multiple).without(gone)
@@ -311,6 +317,8 @@ def test_windows_of_weight_zero_do_not_affect_the_loss(tiny_model):
     losses = {}
 
     class Probe(L.Callback):
+        """Compute losses inside of `fit`, where the stage is set up."""
+
         def on_train_start(self, trainer, pl_module):
             weight = torch.tensor([1.0, 0.0, 1.0, 0.0])
             losses["weighted"] = pl_module.training_step({"input_ids": tokens, "weight": weight}, 0).item()
