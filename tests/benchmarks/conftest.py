@@ -40,6 +40,7 @@ def questions(n: int, seed: int = 0) -> list[dict]:
 
 
 def pairs() -> list[dict]:
+    """Pairs of an acceptable and an unacceptable sentence of three paradigms, as in BLiMP."""
     rng = np.random.default_rng(2)
     return [
         {"good": sentence(rng, 5), "bad": sentence(rng, 5), "paradigm": paradigm}
@@ -49,6 +50,7 @@ def pairs() -> list[dict]:
 
 
 def write_task(root: Path, name: str, split: str, rows: list[dict]) -> Path:
+    """Write the rows of a local task below the data folder `root`, and return the file's path."""
     path = root / "tasks" / name / f"{split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -56,6 +58,8 @@ def write_task(root: Path, name: str, split: str, rows: list[dict]) -> Path:
 
 
 def fake_hub(monkeypatch, *, reachable: bool, manager: object = None) -> None:
+    """Replace the check whether the Hugging Face hub is reachable, and lm_eval's TaskManager."""
+
     @contextmanager
     def is_reachable() -> Iterator[bool]:
         yield reachable

@@ -39,16 +39,17 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def offline_runs(finished, monkeypatch):
+    """The finished runs, without an `evaluation.json` in the run `kept` and with an unreachable hub."""
     fake_hub(monkeypatch, reachable=False)
     (finished.runs / "kept" / "evaluation.json").unlink(missing_ok=True)
     with isolated(finished.folder / "cache", GPRUNE_DATA_DIR=str(finished.folder)):
         yield finished
 
 
-def exit_code_of_wikitext2(*places: Path, **options: Path) -> int:
+def exit_code_of_wikitext2(*models: Path, **options: Path) -> int:
     """The exit code of `gprune evaluate` on WikiText-2 in windows of 32 tokens."""
-    more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return command("evaluate", [*map(str, places), "--tasks", "wikitext2", "--seq_len", "32", *more])
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return command("evaluate", [*map(str, models), "--tasks", "wikitext2", "--seq_len", "32", *flags])
 
 
 def records_in(path: Path) -> list[dict]:
@@ -60,37 +61,42 @@ def test_evaluate_dense_records_and_prints_a_run_next_to_its_dense_model(offline
     run = offline_runs.runs / "kept"
     assert command("evaluate", [str(run), "--tasks", "mine,wikitext2", "--seq_len", "32", "--dense"]) == 0
     out = capsys.readouterr().out
-    found = {(r["stage"], r["task"]): r for r in records_in(run / "evaluation.json")}
-    assert set(found) == {(stage, task) for stage in ("dense", "gprune") for task in ("mine", "wikitext2")}
+    records = {(r["stage"], r["task"]): r for r in records_in(run / "evaluation.json")}
+    assert set(records) == {(stage, task) for stage in ("dense", "gprune") for task in ("mine", "wikitext2")}
     (in_memory,) = zero_shot(offline_runs.result.model, offline_runs.result.tokenizer, ["mine"])
-    exported = found["gprune", "mine"]
+    exported = records["gprune", "mine"]
     assert in_memory.items() <= exported.items()
     assert exported["sparsity"] == 0.5
-    difference, error = paired_difference(
-        *([c == "1" for c in found[stage, "mine"]["correct"]] for stage in ("gprune", "dense"))
-    )
+    pruned_correct, dense_correct = ([c == "1" for c in records[s, "mine"]["correct"]] for s in ("gprune", "dense"))
+    difference, error = paired_difference(pruned_correct, dense_correct)
     assert f"{difference:+.3f} +- {error:.3f}" in out
-    ratio = found["gprune", "wikitext2"]["perplexity"] / found["dense", "wikitext2"]["perplexity"]
+    ratio = records["gprune", "wikitext2"]["perplexity"] / records["dense", "wikitext2"]["perplexity"]
     assert f"x {ratio:.3f} [" in out
 
 
 def test_a_record_is_replaced_only_by_a_record_of_the_same_protocol(offline_runs):
     path = offline_runs.runs / "kept" / "evaluation.json"
-    for seq_len, limit, expected in ((32, 2, 1), (32, 2, 1), (16, 2, 2), (32, 3, 3)):
+    # The second evaluation has the protocol of the first and replaces its record. Another window length or limit is
+    # another protocol, whose record is added.
+    for seq_len, limit, num_records in ((32, 2, 1), (32, 2, 1), (16, 2, 2), (32, 3, 3)):
         args = ["--tasks", "wikitext2", "--seq_len", str(seq_len), "--limit", str(limit)]
         assert command("evaluate", [str(path.parent), *args]) == 0
-        assert len(records_in(path)) == expected
+        assert len(records_in(path)) == num_records
     assert command("evaluate", [str(path.parent), "--tasks", "wikitext2", "--seq_len", "32,16,32", "--limit", "3"]) == 0
     assert [r["seq_len"] for r in records_in(path)[-2:]] == [32, 16]
     assert len(records_in(path)) == 4  # the record of 32 tokens was replaced, that of 16 tokens was added
 
 
-def test_a_run_without_exported_model_is_evaluated_with_the_masked_dense_model(offline_runs, tmp_path, capsys):
-    one, other = (offline_runs.runs / name for name in ("kept", "masks"))
-    assert exit_code_of_wikitext2(one) == exit_code_of_wikitext2(other) == 0
-    first, second = (records_in(run / "evaluation.json")[0] for run in (one, other))
-    assert first["window_nll"] == pytest.approx(second["window_nll"], rel=1e-6)
-    recovered = Path(shutil.copytree(other, tmp_path / "recovered"))  # the masks do not contain recovered weights
+def test_a_run_without_exported_model_is_evaluated_with_the_masked_dense_model(offline_runs):
+    exported, masks_only = (offline_runs.runs / name for name in ("kept", "masks"))
+    assert exit_code_of_wikitext2(exported) == exit_code_of_wikitext2(masks_only) == 0
+    expected, record = (records_in(run / "evaluation.json")[0] for run in (exported, masks_only))
+    assert record["window_nll"] == pytest.approx(expected["window_nll"], rel=1e-6)
+
+
+def test_a_run_with_recovery_but_without_exported_model_is_refused(offline_runs, tmp_path, capsys):
+    """The masks of a run do not contain its recovered weights."""
+    recovered = Path(shutil.copytree(offline_runs.runs / "masks", tmp_path / "recovered"))
     edit_settings(recovered, lambda settings: settings.update(recovery="bias"))
     assert exit_code_of_wikitext2(recovered) == 2
     assert "Repeat the run with --export hf" in capsys.readouterr().err
@@ -106,7 +112,9 @@ def edit_settings(run: Path, change) -> None:
         (run / f"{name}.json").write_text(json.dumps(content))
 
 
-def test_an_output_file_collects_several_runs_and_other_files_are_not_overwritten(offline_runs, capsys, tmp_path):
+def test_an_output_file_collects_several_runs_and_models_and_other_files_are_not_overwritten(
+    offline_runs, capsys, tmp_path
+):
     output = tmp_path / "out.json"
     for name in ("kept", "masks", "kept"):
         assert exit_code_of_wikitext2(offline_runs.runs / name, output=output) == 0
@@ -115,8 +123,9 @@ def test_an_output_file_collects_several_runs_and_other_files_are_not_overwritte
     assert exit_code_of_wikitext2(folder) == 0  # for a model folder, results are only printed
     assert "| wikitext2 " in capsys.readouterr().out
     assert sorted(folder.iterdir()) == before
-    for place in ("here", "there", "here"):
-        folder = shutil.copytree(offline_runs.runs / "kept" / "model", tmp_path / place / "small", dirs_exist_ok=True)
+    # Folders of the same name at two places are two models. The third evaluation replaces the record of the first.
+    for parent in ("here", "there", "here"):
+        folder = shutil.copytree(offline_runs.runs / "kept" / "model", tmp_path / parent / "small", dirs_exist_ok=True)
         assert exit_code_of_wikitext2(folder, output=output) == 0
     assert sorted(r["run"] for r in records_in(output)) == ["kept", "masks", "small", "small"]
     output.write_text('{"a": 1}')
@@ -125,7 +134,7 @@ def test_an_output_file_collects_several_runs_and_other_files_are_not_overwritte
     assert output.read_text() == '{"a": 1}'
 
 
-def test_weights_that_changed_after_the_run_are_refused(offline_runs, capsys, tmp_path):
+def test_exported_or_dense_weights_that_changed_after_the_run_are_refused(offline_runs, capsys, tmp_path):
     changed = Path(shutil.copytree(offline_runs.runs / "kept", tmp_path / "changed"))
     weights = changed / "model" / "model.safetensors"
     save_file({n: 1.5 * t for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})

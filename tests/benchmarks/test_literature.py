@@ -82,7 +82,10 @@ def test_windows_are_consecutive_and_start_with_bos_if_the_tokenizer_adds_it():
 
 
 def literature_script(model, tokenizer, text: str, seq_len: int) -> float:
-    """Perplexity by the loop of the pruning and quantization literature, in float64."""
+    """Perplexity by the loop of the pruning and quantization literature, in float64.
+
+    Like that loop, it multiplies the mean over seq_len - 1 predictions of a window by seq_len.
+    """
     ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
     samples = ids.numel() // seq_len
     total = 0.0
@@ -108,8 +111,8 @@ def test_wikitext2_perplexity_equals_the_literatures_script(seq_len, raw):
 
 def test_records_contain_the_protocol_and_whether_it_is_the_standard_one(raw):
     whole = literature_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32)
-    stamp = {"seq_len": 32, "stride": 32, "bos": False, "join": "\n\n", "split": "test", "dtype": "float32"}
-    assert stamp.items() <= whole.items()
+    protocol = {"seq_len": 32, "stride": 32, "bos": False, "join": "\n\n", "split": "test", "dtype": "float32"}
+    assert protocol.items() <= whole.items()
     assert whole["standard_protocol"]
     part = literature_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=32, limit=3)
     assert not part["standard_protocol"]
@@ -124,17 +127,17 @@ def test_records_contain_the_protocol_and_whether_it_is_the_standard_one(raw):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("seq_len", "message"),
     [
-        ({"seq_len": 257}, "must be from 2 to 256"),
-        ({"seq_len": 1}, "got 1"),
-        ({"seq_len": 256}, r"1 windows of 256 tokens; got 0\..*--seq_len"),
+        (257, "must be from 2 to 256"),
+        (1, "got 1"),
+        (256, r"1 windows of 256 tokens; got 0\..*--seq_len"),
     ],
 )
-def test_invalid_window_lengths_are_refused(more, message, raw):
+def test_invalid_window_lengths_and_texts_of_less_than_one_window_are_refused(seq_len, message, raw):
     raw.write_text("a few words\n")
     with pytest.raises(UserError, match=message):
-        literature_perplexity(make_tiny_llama(), tiny_tokenizer(), **({"seq_len": 32} | more))
+        literature_perplexity(make_tiny_llama(), tiny_tokenizer(), seq_len=seq_len)
 
 
 def test_without_mirror_and_hub_the_error_names_the_path_of_the_missing_file(raw, monkeypatch):
@@ -148,13 +151,17 @@ def test_without_mirror_and_hub_the_error_names_the_path_of_the_missing_file(raw
     with pytest.raises(UserError, match=r"corpora/wikitext2/wiki\.test\.raw") as error:
         literature.read_wikitext2()
     assert "second line" not in str(error.value)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"text": ["", " a \n", "b\n"]})
+
+
+def test_wikitext2_is_downloaded_if_the_mirror_has_no_file(raw, monkeypatch):
+    raw.unlink()
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: {"text": ["", " a \n", "b\n"]})
     assert literature.read_wikitext2() == "\n\n a \n\n\nb\n"
 
 
 @pytest.fixture
 def shard(tmp_path, monkeypatch):
-    """A local C4 shard with one document more than the protocol reads."""
+    """A local C4 shard with one document more than the protocol reads: its path and its texts."""
     rng = np.random.default_rng(1)
     texts = [" ".join(rng.choice(WORDS, 9)) for _ in range(literature.C4_DOCUMENTS + 1)]
     path = tmp_path / "corpora" / "c4" / literature.C4_FILE
@@ -168,17 +175,22 @@ def shard(tmp_path, monkeypatch):
 def test_c4_perplexity_equals_the_literatures_script_on_the_first_1100_documents(shard, monkeypatch):
     assert (literature.C4_DOCUMENTS, literature.C4_WINDOWS) == (1100, 256)
     monkeypatch.setattr(literature, "C4_WINDOWS", 16)
-    model, tokenizer, (path, texts) = make_tiny_llama(), tiny_tokenizer(), shard
+    model, tokenizer = make_tiny_llama(), tiny_tokenizer()
+    _, texts = shard
     record = literature_perplexity(model, tokenizer, "c4", seq_len=32)
     text = " ".join(" ".join(texts[:1100]).split()[: 16 * 32])  # each word is one token
     assert record["perplexity"] == pytest.approx(literature_script(model, tokenizer, text, 32), rel=1e-6)
     assert (record["windows"], record["task"], record["split"], record["join"]) == (16, "c4", "validation", " ")
     assert record["standard_protocol"]
     assert "SparseGPT and Wanda: up to 16 windows of the first 1,100 documents" in record["note"]
+
+
+def test_c4_records_of_fewer_documents_or_windows_are_not_standard(shard):
+    path, _ = shard
     path.write_bytes(gzip.compress(b'{"text": "ban ben bin bor ban ben bin"}\n' * 9))
-    part = literature_perplexity(model, tokenizer, "c4", seq_len=16, limit=2)
-    assert part["note"].startswith("only the first 2 windows; 9 of 1,100 documents; ")
-    assert not part["standard_protocol"]
+    record = literature_perplexity(make_tiny_llama(), tiny_tokenizer(), "c4", seq_len=16, limit=2)
+    assert record["note"].startswith("only the first 2 windows; 9 of 1,100 documents; ")
+    assert not record["standard_protocol"]
 
 
 @pytest.mark.parametrize(
@@ -190,10 +202,11 @@ def test_c4_perplexity_equals_the_literatures_script_on_the_first_1100_documents
     ids=["plain", "number", "no text", "truncated"],
 )  # fmt: skip
 def test_an_invalid_c4_shard_is_refused_and_a_missing_one_is_downloaded(content, shard, monkeypatch):
-    shard[0].write_bytes(content)
+    path, _ = shard
+    path.write_bytes(content)
     with pytest.raises(UserError, match=r"Cannot read C4 from .*json\.gz: "):
         literature_perplexity(make_tiny_llama(), tiny_tokenizer(), "c4", seq_len=16)
-    shard[0].unlink()
+    path.unlink()
     monkeypatch.setattr(literature, "offline_if_unreachable", unreachable_hub)
     monkeypatch.setattr("datasets.load_dataset", lambda path, **_: [{"text": path}] * 2000)
     assert literature.read_c4() == (" ".join(["allenai/c4"] * 1100), 1100)

@@ -48,20 +48,20 @@ def rows_of(task: str, n: int) -> list[dict]:
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token for each number up to 77, for each word of GSM8K's prompts, and for 40 other words."""
     words = [*SPECIAL, *map(str, range(78)), "####", "Question", "Answer", ":", "?", *WORDS[:40]]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture
 def manager(tmp_path, monkeypatch):
     """lm_eval's TaskManager, an unreachable hub, and local rows of five tasks."""
-    made = manager_of("lambada", "hellaswag", "winogrande", "arc", "gsm8k")
-    fake_hub(monkeypatch, reachable=False, manager=made)
+    task_manager = manager_of("lambada", "hellaswag", "winogrande", "arc", "gsm8k")
+    fake_hub(monkeypatch, reachable=False, manager=task_manager)
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
     for task, split in [*SPLIT.items(), ("gsm8k", "train"), ("gsm8k", "test")]:
         write_task(tmp_path, task, split, rows_of(task, 9 if split != "test" else 8))
-    return made
+    return task_manager
 
 
 def reference(manager, model, folder: Path, *names: str) -> dict:
@@ -71,12 +71,14 @@ def reference(manager, model, folder: Path, *names: str) -> dict:
 
     specs = []
     for name in names:
-        own = {path.stem: str(path) for path in (folder / "tasks" / name).iterdir()}
-        files = dict.fromkeys(("train", "validation", "test"), next(iter(own.values()))) | own
+        file_of_split = {path.stem: str(path) for path in (folder / "tasks" / name).iterdir()}
+        any_file = next(iter(file_of_split.values()))  # for splits that the task names and that have no local rows
+        files = dict.fromkeys(("train", "validation", "test"), any_file) | file_of_split
         kwargs = {"data_files": files, "cache_dir": str(folder / "cache")}
         specs += [{"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs}]
-    lm, group = HFLM(pretrained=model, tokenizer=tokenizer(), backend="causal", batch_size=3), {"group": "own"}
-    return simple_evaluate(lm, tasks=[group | {"task": specs}], task_manager=manager, bootstrap_iters=0)["results"]
+    lm = HFLM(pretrained=model, tokenizer=tokenizer(), backend="causal", batch_size=3)
+    group = {"group": "local", "task": specs}
+    return simple_evaluate(lm, tasks=[group], task_manager=manager, bootstrap_iters=0)["results"]
 
 
 @pytest.mark.slow
@@ -98,9 +100,12 @@ def test_accuracies_and_perplexity_equal_lm_evals(manager, tmp_path):
 
 
 @pytest.mark.slow
-def test_exact_match_of_generated_answers_equals_lm_evals(manager, tmp_path, monkeypatch):
-    """Five examples from the training rows, both filters. Half of the expected answers are the model's answers."""
+def test_generated_answers_have_lm_evals_exact_match_and_are_compared_with_the_dense_model(
+    manager, tmp_path, monkeypatch
+):
+    """Prompts have five examples from the training rows, and both filters of GSM8K are compared."""
     model, rows = make_tiny_llama(max_position_embeddings=512), rows_of("gsm8k", 4)
+    # The first pass reads the model's answers. They become the expected answers of every second row.
     for _ in range(2):
         write_task(tmp_path, "gsm8k", "test", rows)
         records = zero_shot(model, tokenizer(), ["gsm8k"], source="local")
@@ -112,14 +117,21 @@ def test_exact_match_of_generated_answers_equals_lm_evals(manager, tmp_path, mon
         assert record["exact_match"] == theirs[f"exact_match,{name}"] == record["correct"].count("1") / 4
         ZeroShot.model_validate(record | {"stage": "model"})
     assert record["correct"] == "1010"
-    for examples, whole in ((9, True), (10, False)):  # with other training rows, the prompts differ
-        monkeypatch.setitem(tasks.COMPLETE_SPLITS, "gsm8k", (4, examples))
-        of_rows = zero_shot(model, tokenizer(), ["gsm8k"], limit=None, source="local")
-        assert {r["standard_protocol"] for r in of_rows} == {whole}
+    # The protocol is standard only if all training rows are there too, because they are the examples in the prompts.
+    for train_rows, is_standard in ((9, True), (10, False)):
+        monkeypatch.setitem(tasks.COMPLETE_SPLITS, "gsm8k", (4, train_rows))
+        complete = zero_shot(model, tokenizer(), ["gsm8k"], limit=None, source="local")
+        assert {r["standard_protocol"] for r in complete} == {is_standard}
+    # One of four answers changes from correct to wrong in the table.
     dense = record | {"run": "r", "model": "tiny", "stage": "dense"}
     pruned = dense | {"stage": "gprune", "answers": ["?", *dense["answers"][1:]], "correct": "0010"}
     (_, cells) = evaluation_table([dense, pruned]).rows
     assert cells[5:9] == ["0.500 +- 0.289", None, "-0.250 +- 0.250", "25.0%: -25.0% +0.0%"]
+
+
+def test_a_complete_local_split_counts_as_lm_evals_own_task(manager, monkeypatch):
+    monkeypatch.setitem(tasks.COMPLETE_SPLITS, "hellaswag", 9)  # the number of local rows
+    assert tasks.load_tasks("hellaswag", "local")[0].note == "lm_eval's own task"
 
 
 def test_generation_refuses_non_finite_logits(manager):
@@ -141,9 +153,7 @@ def test_generation_refuses_non_finite_logits(manager):
         ("sciq", "test", [{"support": "s"}], r"sciq/test\.jsonl:1: The line must be .* or a row of lm_eval's"),
     ],
 )  # fmt: skip
-def test_unreadable_task_rows_are_refused(task, split, rows, message, manager, tmp_path, monkeypatch):
-    monkeypatch.setitem(tasks.COMPLETE_SPLITS, "hellaswag", 9)
-    assert (tasks.load_tasks("hellaswag", "local")[0].note) == "lm_eval's own task"
+def test_unreadable_task_rows_are_refused(task, split, rows, message, manager, tmp_path):
     write_task(tmp_path, task, split, rows)
     with pytest.raises(UserError, match=message):
         zero_shot(make_tiny_llama(), tokenizer(), [task], source="local")

@@ -34,12 +34,12 @@ TABLE["multiples"] = [[37, 4.7e-3], [40, 3.4e-3], [48, 3.88e-3]]  # per neuron a
 @pytest.fixture
 def measurements(monkeypatch, tmp_path):
     """A list with one entry per measurement. Measuring is replaced by a constant table."""
-    made = []
+    calls = []
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(speed, "_checked", set())
     monkeypatch.setattr(speed, "dense_seconds", lambda *_: DENSE)
-    monkeypatch.setattr(speed, "measure_table", lambda *_: made.append(1) or json.loads(json.dumps(TABLE)))
-    return made
+    monkeypatch.setattr(speed, "measure_table", lambda *_: calls.append(1) or json.loads(json.dumps(TABLE)))
+    return calls
 
 
 def table(measure=True, **more):
@@ -62,7 +62,7 @@ def test_old_noisy_or_inaccurate_tables_are_measured_again_and_any_table_on_requ
     measurements, tmp_path, monkeypatch, caplog
 ):
     def measured_by_a_new_process(**more):
-        """How many times a new process measures the table."""
+        """Return how many times a new process measures the table."""
         monkeypatch.setattr(speed, "_checked", set())
         before = len(measurements)
         dense = without_weights(make_tiny_llama())
@@ -74,9 +74,10 @@ def test_old_noisy_or_inaccurate_tables_are_measured_again_and_any_table_on_requ
     assert measured_by_a_new_process(again=True) == 1
     assert measured_by_a_new_process(again=True, measure=False) == 0
     (path,) = (tmp_path / "speed").glob("*.json")
-    os.utime(path, (time.time() - 90_000,) * 2)
+    os.utime(path, (time.time() - 90_000,) * 2)  # older than a day
     assert measured_by_a_new_process(measure=False) == 0
     assert measured_by_a_new_process() == 1
+    # The ratio of the dense model's measured time to the sum of the table. Within 10 %, the table is accurate enough.
     for ratio, times in ((0.85, 1), (0.95, 0), (1.05, 0), (1.3, 1)):
         monkeypatch.setattr(speed, "dense_seconds", lambda *_, ratio=ratio: ratio * DENSE)
         assert measured_by_a_new_process() == times, ratio
@@ -97,10 +98,10 @@ def test_the_measured_time_of_the_dense_model_is_near_the_tables_sum(monkeypatch
     monkeypatch.setattr(speed, "MAX_SECONDS", 0.1)
     monkeypatch.setattr(speed, "Timer", functools.partial(speed.Timer, timer=time.process_time))
     dense = without_weights(make_tiny_llama())
-    of = dense, torch.device("cpu"), torch.float32, SETTING
-    made = speed.measure_table(*of)
-    by_table = 3 * made["neurons"][-1][1] + made["rest"]
-    assert 0.5 < speed.dense_seconds(*of) / by_table < 2
+    arguments = dense, torch.device("cpu"), torch.float32, SETTING
+    measured = speed.measure_table(*arguments)
+    sum_of_table = 3 * measured["neurons"][-1][1] + measured["rest"]
+    assert 0.5 < speed.dense_seconds(*arguments) / sum_of_table < 2
 
 
 def with_valid_checksum(**changed):
@@ -143,8 +144,8 @@ def test_a_speed_budget_is_met_within_one_unit_and_an_impossible_one_reports_the
     assert speed.price_from_table(TABLE | {"spread": 0.2}, blocks).neurons[0][24] < 15 * 10**8  # fitted by a line
     budget = Budget.of(costs, "1.4x")
     masks = keep_masks(budget, [torch.arange(48.0)] * 3, [torch.arange(2.0)] * 3)
-    left = costs.prices.model - costs.removed(masks)
-    assert 0 <= costs.prices.model / 1.4 - left < 10**9  # the cost of a KV group, the most expensive unit
+    remaining = costs.prices.model - costs.removed(masks)
+    assert 0 <= costs.prices.model / 1.4 - remaining < 10**9  # the cost of a KV group, the most expensive unit
     with pytest.raises(UserError, match=r"^--sparsity.target must be at most \d\.\d\dx.*; got 9x"):
         Budget.of(costs, "9x")
 
@@ -172,16 +173,17 @@ def test_a_run_reports_its_speeds_and_resumes_with_its_table(measurements, world
     monkeypatch.setattr(speed, "MAX_SECONDS", 0.1)
     monkeypatch.setattr(speed, "MAX_SPREAD", 0.0)
     ran = world.run(tmp_path, *FLAGS)
-    (line,) = set(re.findall(SPEED_LINE, out := capsys.readouterr().out))  # in the log and in the summary
+    out = capsys.readouterr().out
+    (line,) = set(re.findall(SPEED_LINE, out))  # the same line in the log and in the summary
     assert ran.summary["speed"]["said"] == line
     assert line in (tmp_path / "run/model/README.md").read_text()
     assert f"run: {line}" in report.make([tmp_path / "run"]).to_markdown()
     assert ran.summary["speed"]["predicted"] >= 1.05
     assert "The machine is busy" in out
     (tmp_path / "run/metrics.json").unlink()
-    again = world.run(tmp_path, *FLAGS)
-    assert (again.masks, len(measurements)) == (ran.masks, 1)
-    assert again.summary["speed"] == ran.summary["speed"]
+    resumed = world.run(tmp_path, *FLAGS)
+    assert (resumed.masks, len(measurements)) == (ran.masks, 1)
+    assert resumed.summary["speed"] == ran.summary["speed"]
     # A run resumes with its own table, even if the cache is missing and a new measurement is requested.
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(speed, "measure_table", lambda *_: TABLE | {"rest": 3e-3})
@@ -194,7 +196,7 @@ def test_a_run_reports_its_speeds_and_resumes_with_its_table(measurements, world
 
 
 @pytest.mark.parametrize(
-    ("seconds_of_37", "spread", "multiple", "line"),
+    ("seconds_of_37", "spread", "multiple", "message"),
     [
         (4.7e-3, 0.0, 8, "multiples of 8 lose no speed (loss: 1: 31.5%, 8: 0.0%, 16: 0.0%; spread of repeats: 0.0 %)"),
         (4.7e-3, 0.4, 8, "multiples of 8 lose no speed (loss: 1: 31.5%, "),  # noise excuses a loss of 10 % at most
@@ -204,13 +206,16 @@ def test_a_run_reports_its_speeds_and_resumes_with_its_table(measurements, world
     ],
 )
 def test_auto_multiple_is_the_smallest_one_whose_loss_is_within_measurement_noise(
-    seconds_of_37, spread, multiple, line, caplog
+    seconds_of_37, spread, multiple, message, caplog
 ):
-    """A block of 37 neurons loses 37 x 0.04 ms of 4.7 ms, 31.5 %. The log line contains the loss."""
-    of_37 = [[37, seconds_of_37], *TABLE["multiples"][1:]]
+    """A neuron costs 0.1 ms in a block of 37 neurons and 0.06 ms in blocks of 40 and 48 neurons.
+
+    So a block of 37 neurons loses 37 x 0.04 ms of its 4.7 ms, 31.5 %.
+    """
+    multiples = [[37, seconds_of_37], *TABLE["multiples"][1:]]
     with caplog.at_level("INFO", logger="gprune"):
-        assert speed.best_multiple(TABLE | {"spread": spread, "multiples": of_37}) == multiple
-    assert line in caplog.text
+        assert speed.best_multiple(TABLE | {"spread": spread, "multiples": multiples}) == multiple
+    assert message in caplog.text
 
 
 def test_a_noisy_table_does_not_select_a_large_width_multiple():
@@ -253,8 +258,10 @@ def test_invalid_width_multiples_are_refused(flag, message, world, tmp_path, cap
 def test_the_speed_figure_has_curves_for_neurons_and_kv_groups_and_a_line_for_the_rest():
     figure = speed_figure(TABLE, 3)
     lines = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figure.axes]
-    assert [of[0] for of in lines] == [[[n, 3000 * t] for n, t in TABLE[kind]] for kind in ("neurons", "groups")]
-    assert all({y for _, y in of[1]} == {2.0} for of in lines)
+    curves, rest_lines = zip(*lines, strict=True)
+    # Three blocks, in milliseconds.
+    assert list(curves) == [[[n, 3000 * t] for n, t in TABLE[kind]] for kind in ("neurons", "groups")]
+    assert all({y for _, y in line} == {2.0} for line in rest_lines)
 
 
 def test_speed_prompts_longer_than_the_models_positions_are_refused(world, tmp_path, capsys):

@@ -40,14 +40,17 @@ def test_empty_and_undecodable_task_files_are_refused(content, message, data):
 
 def test_questions_of_blimp_alternate_between_paradigms(data):
     (task,) = tasks.load_tasks("blimp", "local")
-    of = {(row["good"], row["bad"]): row["paradigm"] for row in pairs()}
-    assert [of[tuple(doc["choices"])] for doc in task.task.eval_docs] == ["island", "binding", "ellipsis"] * 4
+    paradigms = {(row["good"], row["bad"]): row["paradigm"] for row in pairs()}
+    assert [paradigms[tuple(doc["choices"])] for doc in task.task.eval_docs] == ["island", "binding", "ellipsis"] * 4
 
 
-def test_task_names_cannot_leave_the_tasks_folder_and_the_test_split_is_preferred(data):
+def test_task_names_cannot_leave_the_tasks_folder(data):
     write_task(data / "tasks" / "x", "secret", "test", questions(2))
     for name in ("x/tasks/secret", "../tasks/mine", ".", "", "/etc"):
         assert tasks.local_file(name) is None
+
+
+def test_the_test_split_is_preferred_to_the_validation_split(data):
     write_task(data, "mine", "validation", questions(2))
     assert tasks.local_file("mine").name == "test.jsonl"
 
@@ -73,12 +76,12 @@ def test_only_the_complete_question_set_of_lm_eval_counts_as_standard(data, monk
 
 def hub_columns(task: str, row: dict) -> dict:
     """A question in the columns of the data set that lm_eval reads."""
-    asked = row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+    question = row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
     if task == "piqa":
-        return {"goal": asked, "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["label"]}
+        return {"goal": question, "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["label"]}
     letters = [*"ABCDE"][: len(row["choices"])]
     choices = {"text": row["choices"], "label": letters}
-    return {"question": asked, "choices": choices, "answerKey": letters[row["label"]]}
+    return {"question": question, "choices": choices, "answerKey": letters[row["label"]]}
 
 
 def lm_evals_task(task: str, rows: list[dict]):
@@ -86,8 +89,8 @@ def lm_evals_task(task: str, rows: list[dict]):
     import datasets
 
     columns = datasets.Dataset.from_list([hub_columns(task, row) for row in rows])
-    own = {"task": task, "custom_dataset": lambda **_: dict.fromkeys(("train", "validation", "test"), columns)}
-    return manager_of("piqa", "arc").load([{"group": "own", "task": [own]}])["tasks"][task]
+    config = {"task": task, "custom_dataset": lambda **_: dict.fromkeys(("train", "validation", "test"), columns)}
+    return manager_of("piqa", "arc").load([{"group": "local", "task": [config]}])["tasks"][task]
 
 
 def requests_of(task) -> list[tuple[str, str]]:
@@ -101,11 +104,11 @@ def test_local_questions_give_the_requests_and_metrics_of_lm_evals_task(task, da
     rows = [row | {"choices": row["choices"][:2], "label": row["label"] % 2} for row in questions(12)]
     write_task(data, task, tasks.local_file(task).stem, rows)
     (local,) = tasks.load_tasks(task, "local")
-    own = lm_evals_task(task, rows)
-    assert requests_of(local.task) == requests_of(own)  # character for character
+    theirs = lm_evals_task(task, rows)
+    assert requests_of(local.task) == requests_of(theirs)  # character for character
     assert requests_of(local.task)[0][1].startswith(" ")
-    assert list(local.task._metric_fn_list) == list(own._metric_fn_list) == ["acc", "acc_norm"]
-    assert str(own.VERSION) == "1.0"  # the version of complete local files
+    assert list(local.task._metric_fn_list) == list(theirs._metric_fn_list) == ["acc", "acc_norm"]
+    assert str(theirs.VERSION) == "1.0"  # the version of complete local files
 
 
 @pytest.mark.slow
@@ -115,10 +118,11 @@ def test_questions_of_the_local_mirror_are_the_complete_set_of_lm_eval(task):
     path = tasks.local_file(task)
     if path is None:
         pytest.skip(f"no $GPRUNE_DATA_DIR/tasks/{task}")
-    own = lm_evals_task(task, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
-    choices, requests = [own.doc_to_choice(doc) for doc in own.eval_docs], iter(requests_of(own))
-    labels = [own.doc_to_target(doc) for doc in own.eval_docs]
-    scored = [([next(requests) for _ in each], label) for each, label in zip(choices, labels, strict=True)]
+    theirs = lm_evals_task(task, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    choices = [theirs.doc_to_choice(doc) for doc in theirs.eval_docs]
+    labels = [theirs.doc_to_target(doc) for doc in theirs.eval_docs]
+    requests = iter(requests_of(theirs))  # one per choice
+    scored = [([next(requests) for _ in of_doc], label) for of_doc, label in zip(choices, labels, strict=True)]
     assert tasks.questions_hash(scored) == tasks.COMPLETE_SPLITS[task]
     assert tasks.local_task(path).complete
 
@@ -142,8 +146,8 @@ class Manager:
 
 def fake_task(output_type="multiple_choice", metrics=None, process_results=None, repeats=1) -> SimpleNamespace:
     config = SimpleNamespace(process_results=process_results, repeats=repeats)
-    counted = dict.fromkeys(metrics or {"acc", "acc_norm"})
-    return SimpleNamespace(task_name="cola", OUTPUT_TYPE=output_type, config=config, aggregation=lambda: counted)
+    aggregations = dict.fromkeys(metrics or {"acc", "acc_norm"})
+    return SimpleNamespace(task_name="cola", OUTPUT_TYPE=output_type, config=config, aggregation=lambda: aggregations)
 
 
 def test_a_reachable_hub_is_preferred_to_local_files(data, monkeypatch):

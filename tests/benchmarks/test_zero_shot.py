@@ -28,13 +28,13 @@ def measured(*names, **options) -> list[dict]:
 
 def float64_loglikelihoods(model, tokenizer, row) -> np.ndarray:
     """Sums of the float64 log-probabilities of each choice's tokens after the prompt."""
-    found = []
+    sums = []
     for choice in row["choices"]:
         context, whole = tokenizer(row["prompt"]).input_ids, tokenizer(f"{row['prompt']} {choice}").input_ids
         logits = model.double()(torch.tensor([whole])).logits[0]
         log_p = logits.log_softmax(-1)[torch.arange(len(whole) - 1), whole[1:]]
-        found.append(float(log_p[len(context) - 1 :].sum()))
-    return np.array(found)
+        sums.append(float(log_p[len(context) - 1 :].sum()))
+    return np.array(sums)
 
 
 def test_accuracies_equal_those_of_float64_loglikelihoods():
@@ -42,16 +42,18 @@ def test_accuracies_equal_those_of_float64_loglikelihoods():
     lls = [float64_loglikelihoods(make_tiny_llama(), tiny_tokenizer(), row) for row in rows]
     normed = [ll / [len(choice) for choice in row["choices"]] for ll, row in zip(lls, rows, strict=True)]
     for suffix, scores in (("", lls), ("_norm", normed)):
-        right = [int(np.argmax(score) == row["label"]) for score, row in zip(scores, rows, strict=True)]
-        assert record[f"acc{suffix}"] == pytest.approx(np.mean(right), abs=1e-12)
-        assert record[f"acc{suffix}_stderr"] == pytest.approx(np.std(right, ddof=1) / 12**0.5, abs=1e-12)
-        assert record[f"correct{suffix}"] == "".join(map(str, right))
+        correct = [int(np.argmax(score) == row["label"]) for score, row in zip(scores, rows, strict=True)]
+        assert record[f"acc{suffix}"] == pytest.approx(np.mean(correct), abs=1e-12)
+        assert record[f"acc{suffix}_stderr"] == pytest.approx(np.std(correct, ddof=1) / 12**0.5, abs=1e-12)
+        assert record[f"correct{suffix}"] == "".join(map(str, correct))
     assert record["correct"] != record["correct_norm"]
     assert record["answers"] == [int(np.argmax(ll)) for ll in lls]
 
 
-@pytest.mark.parametrize(("batch_size", "keeps"), [(1, True), (3, True), (8, False)])
-def test_answers_equal_hflms_and_logits_are_computed_for_continuations_only(batch_size, keeps, monkeypatch):
+@pytest.mark.parametrize(("batch_size", "has_logits_to_keep"), [(1, True), (3, True), (8, False)])
+def test_answers_equal_hflms_and_logits_are_computed_for_continuations_only(
+    batch_size, has_logits_to_keep, monkeypatch
+):
     """Continuations of one or more tokens, several for one context, and some longer than the model's positions."""
     from lm_eval.models.huggingface import HFLM
 
@@ -64,9 +66,9 @@ def test_answers_equal_hflms_and_logits_are_computed_for_continuations_only(batc
         for i, context in enumerate(contexts)
         for j, n in enumerate((1, 1, 1, 2, 7, 9))
     ]
-    model, rows = make_tiny_llama(max_position_embeddings=32), []
-    model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[:-1].numel()))
-    if not keeps:  # a model whose forward has no `logits_to_keep`
+    model, logit_rows = make_tiny_llama(max_position_embeddings=32), []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: logit_rows.append(inputs[0].shape[:-1].numel()))
+    if not has_logits_to_keep:
         forward = model.forward
         monkeypatch.setattr(model, "forward", lambda tokens: forward(tokens))
     answers = {}
@@ -74,28 +76,31 @@ def test_answers_equal_hflms_and_logits_are_computed_for_continuations_only(batc
         HFLM(pretrained=model, tokenizer=tiny_tokenizer(), backend="causal", batch_size=batch_size),
         AnswerLM(model, tiny_tokenizer(), batch_size),
     ):
-        rows.clear()
+        logit_rows.clear()
         with torch.inference_mode():
-            answers[type(lm)] = lm._loglikelihood_tokens(requests, disable_tqdm=True), sum(rows)
-    (theirs, all_rows), (ours, fewer) = answers[HFLM], answers[AnswerLM]
+            answers[type(lm)] = lm._loglikelihood_tokens(requests, disable_tqdm=True), sum(logit_rows)
+    (theirs, all_rows), (ours, our_rows) = answers[HFLM], answers[AnswerLM]
     assert [ll for ll, _ in ours] == pytest.approx([ll for ll, _ in theirs], abs=1e-4)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
-    assert fewer < 0.9 * all_rows if keeps else fewer == all_rows
+    if has_logits_to_keep:
+        assert our_rows < 0.9 * all_rows
+    else:
+        assert our_rows == all_rows
     # The same tokens, split into context and continuation at two places. HFLM scores the second with the first's row.
     same = (("same", "input"), requests[3][1] + requests[3][2][:1], requests[3][2][1:])
-    both, alone = (lm._loglikelihood_tokens(asked, disable_tqdm=True) for asked in ([requests[3], same], [same]))
+    both, alone = (lm._loglikelihood_tokens(batch, disable_tqdm=True) for batch in ([requests[3], same], [same]))
     assert both[1] == pytest.approx(alone[0], abs=1e-5)
 
 
-def test_a_task_with_acc_norm_only_has_no_acc(monkeypatch):
+def test_a_task_with_acc_norm_only_has_no_acc_and_is_compared_by_acc_norm(monkeypatch):
     (task,) = tasks.load_tasks("mine", "local")
     del task.task._metric_fn_list["acc"]
     monkeypatch.setattr(zero_shot, "load_tasks", lambda *_: [task])
     (record,) = measured("mine", batch_size=2)
     assert record["acc_norm"] == pytest.approx(record["correct_norm"].count("1") / 12)
     assert record["acc"] is None
-    about = record | {"run": "r", "model": "tiny"}
-    assert "+0.000" in evaluation_table([about | {"stage": "dense"}, about | {"stage": "gprune"}]).to_markdown()
+    row = record | {"run": "r", "model": "tiny"}
+    assert "+0.000" in evaluation_table([row | {"stage": "dense"}, row | {"stage": "gprune"}]).to_markdown()
 
 
 def test_non_finite_loglikelihoods_are_refused():
@@ -112,12 +117,12 @@ def test_tokens_beyond_the_embedding_are_refused():
         zero_shot.zero_shot(model, tiny_tokenizer(), ["piqa"])
 
 
-def test_records_contain_their_protocol():
+def test_records_contain_their_protocol_and_the_number_of_questions():
     records = measured("piqa", "sciq", "blimp")
     whole, _, pairs = records
     assert [r["split"] for r in records] == ["validation", "validation", "test"]
-    stamp = {"source": "local", "num_fewshot": 0, "limit": None, "bos": False, "dtype": "float32"}
-    assert all(stamp.items() <= r.items() and r["harness"].startswith("lm_eval ") for r in records)
+    protocol = {"source": "local", "num_fewshot": 0, "limit": None, "bos": False, "dtype": "float32"}
+    assert all(protocol.items() <= r.items() and r["harness"].startswith("lm_eval ") for r in records)
     assert all("never to be set beside published figures" in r["note"] for r in records[1:])
     assert pairs["acc_norm"] is None
     assert "correct_norm" not in pairs

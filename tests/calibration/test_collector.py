@@ -37,24 +37,25 @@ def projection_inputs(model, tokens: torch.Tensor) -> dict[str, list[np.ndarray]
 
 def cosine_distances(model, tokens: torch.Tensor) -> np.ndarray:
     """1 - cosine similarity of each decoder layer's input and output, (blocks, windows, T) in float64."""
-    found = []
+    distances = []
 
     def hook(_module, args, kwargs, output):
         before, after = (t.double().numpy() for t in (args[0] if args else kwargs["hidden_states"], output))
-        found.append(1 - (before * after).sum(-1) / np.sqrt((before**2).sum(-1) * (after**2).sum(-1)))
+        distances.append(1 - (before * after).sum(-1) / np.sqrt((before**2).sum(-1) * (after**2).sum(-1)))
 
     handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in model.model.layers]
     with torch.no_grad():
         model(tokens)
     for handle in handles:
         handle.remove()
-    return np.stack(found)
+    return np.stack(distances)
 
 
 def batches(tokens: torch.Tensor, size: int, start: int = 0):
-    for at in range(0, len(tokens), size):
-        part = tokens[at : at + size]
-        yield {"input_ids": part, "index": start + at + torch.arange(len(part))}
+    """Yield batches of `size` windows, whose indices in the corpus begin at `start`."""
+    for first in range(0, len(tokens), size):
+        part = tokens[first : first + size]
+        yield {"input_ids": part, "index": start + first + torch.arange(len(part))}
 
 
 def assert_moments(moments: Moments, x: np.ndarray, rtol: float = 1e-6) -> None:
@@ -67,15 +68,15 @@ def assert_moments(moments: Moments, x: np.ndarray, rtol: float = 1e-6) -> None:
     np.testing.assert_allclose(moments.variance.numpy(), x.var(0), rtol=1e-5, atol=1e-6 * (x**2).mean())
 
 
-def assert_same_statistics(a: CorpusStatistics, b: CorpusStatistics, rtol: float) -> None:
-    left, right = a.tensors(), b.tensors()
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        # Errors are relative to the largest entry, since signed sums and Gram entries may cancel to about zero.
+def assert_same_statistics(statistics: CorpusStatistics, expected: CorpusStatistics, rtol: float) -> None:
+    """Compare all tensors. Errors are relative to the largest entry, since signed sums may cancel to about zero."""
+    tensors, expected_tensors = statistics.tensors(), expected.tensors()
+    assert tensors.keys() == expected_tensors.keys()
+    for name, value in tensors.items():
         scale = value.abs().max()
-        if name.endswith(".sum"):
-            scale = (left[f"{name}_sq"] * left[name.removesuffix("sum") + "count"]).sqrt().max()
-        assert (value - right[name]).abs().max() <= rtol * scale, name
+        if name.endswith(".sum"):  # all sums may cancel; they are at most sqrt(count * sum of squares)
+            scale = (tensors[f"{name}_sq"] * tensors[name.removesuffix("sum") + "count"]).sqrt().max()
+        assert (value - expected_tensors[name]).abs().max() <= rtol * scale, name
 
 
 def test_moments_and_gram_matrices_equal_those_of_raw_activations(tiny_model, token_batch):
@@ -113,8 +114,8 @@ COLLECTED = pytest.mark.parametrize(
 @COLLECTED
 @pytest.mark.parametrize("size", [1, 4])
 def test_statistics_do_not_depend_on_the_batch_size(tiny_model, token_batch, size, extras, rtol):
-    one, many = (collect(tiny_model, batches(token_batch, n), **extras) for n in (6, size))
-    assert_same_statistics(one, many, rtol)
+    one_batch, several_batches = (collect(tiny_model, batches(token_batch, n), **extras) for n in (6, size))
+    assert_same_statistics(one_batch, several_batches, rtol)
 
 
 @COLLECTED
@@ -156,21 +157,21 @@ def test_influence_is_the_mean_cosine_distance_of_raw_hidden_states(tiny_model, 
     assert len(set(statistics.influence.tolist())) == 3
 
 
-def test_influence_is_0_for_an_identity_block_and_2_for_reversed_hidden_states(tiny_model, token_batch):
-    idle = tiny_model.model.layers[1]
-    idle.mlp.down_proj.weight.data.zero_()
-    idle.self_attn.o_proj.weight.data.zero_()
+def test_influence_is_0_for_an_identity_block_2_for_reversed_and_1_for_zero_hidden_states(tiny_model, token_batch):
+    identity = tiny_model.model.layers[1]
+    identity.mlp.down_proj.weight.data.zero_()
+    identity.self_attn.o_proj.weight.data.zero_()
     influence = collect(tiny_model, batches(token_batch, 6)).influence
     assert abs(float(influence[1])) < 1e-6
     assert influence[[0, 2]].min() > 0.01
-    turn, x = StreamingCosineChange(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-    turn.update(x, -3 * x, torch.ones(2))
-    assert float(turn.compute()) == pytest.approx(2 * 10, rel=1e-6)  # opposite direction, any length: 2 per token
-    turn.update(torch.zeros(1, 5, 8), x[:1], torch.ones(1))
-    assert float(turn.compute()) == pytest.approx(2 * 10 + 5, rel=1e-6)  # a zero vector counts as orthogonal
+    change, x = StreamingCosineChange(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    change.update(x, -3 * x, torch.ones(2))
+    assert float(change.compute()) == pytest.approx(2 * 10, rel=1e-6)  # opposite direction, any length: 2 per token
+    change.update(torch.zeros(1, 5, 8), x[:1], torch.ones(1))
+    assert float(change.compute()) == pytest.approx(2 * 10 + 5, rel=1e-6)  # a zero vector counts as orthogonal: 1
 
 
-def test_hooks_exist_only_inside_the_context(tiny_model, token_batch):
+def test_hooks_exist_only_inside_the_context_also_after_an_exception(tiny_model, token_batch):
     before = tiny_model(token_batch).logits
     with Collector(tiny_model) as collector:
         assert hooks_of(tiny_model) == 9  # for each of three blocks: two projections and the layer
@@ -191,11 +192,13 @@ def test_collecting_does_not_run_the_language_model_head(tiny_model, token_batch
 def test_statistics_round_trip_through_tensors_in_any_order(gram, saliency):
     model = make_tiny_llama(num_hidden_layers=11)  # more than ten layers, since "10" sorts before "2"
     flat = collect(model, batches(torch.arange(3, 19).view(2, 8), 2), gram=gram, saliency=saliency).tensors()
+    # One tensor of influences. For neurons and channels of each of eleven blocks: count, sum and sum of squares of two
+    # halves, and optionally a Gram matrix, or three tensors of saliency.
     assert len(flat) == 1 + 2 * 11 * (2 * 3 + gram) + len(saliency) * 11 * 3
     statistics = CorpusStatistics.from_tensors({name: flat[name].clone() for name in sorted(flat)})
-    again = statistics.tensors()
-    assert flat.keys() == again.keys()
-    assert all(torch.equal(flat[name], again[name]) for name in flat)
+    tensors = statistics.tensors()
+    assert flat.keys() == tensors.keys()
+    assert all(torch.equal(flat[name], tensors[name]) for name in flat)
     for part in (statistics.attention[1].total, statistics.attention[1].half(1)):
         assert (part.saliency is not None) == ("attention" in saliency)
 

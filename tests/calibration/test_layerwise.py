@@ -17,9 +17,7 @@ from gprune.sparsity.gates import masked
 from gprune.storage.files import read_tensors, write_tensors
 from tests import tiny_run
 from tests.conftest import collect
-from tests.tiny_families import TYPES, WITH_EXPERTS, make_tiny, some_masks
-
-EXPERTS = WITH_EXPERTS
+from tests.tiny_families import TYPES, make_tiny, some_masks
 
 
 def batches(seed: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -29,10 +27,11 @@ def batches(seed: int = 1) -> list[dict[str, torch.Tensor]]:
     weight = torch.ones(10)
     weight[6] = 0
     parts = zip(ids.split(4), torch.arange(10).split(4), weight.split(4), strict=True)
-    return [{"input_ids": i, "index": w, "weight": x} for i, w, x in parts]
+    return [{"input_ids": part, "index": index, "weight": weights} for part, index, weights in parts]
 
 
 def walk_over(model: torch.nn.Module, text: list[dict[str, torch.Tensor]]) -> Walk:
+    """A layerwise pass over batches, whose halves alternate by window."""
     walk = Walk(model)
     for batch in text:
         walk.add(batch["input_ids"], batch["index"] % 2, batch["weight"])
@@ -69,10 +68,12 @@ def test_layerwise_logits_equal_the_models_with_and_without_masks(family):
 
 
 def test_attention_masks_and_position_embeddings_are_stored_once_for_all_batches():
+    def num_stored_tensors(walk: Walk) -> int:
+        return len({id(tensor) for pool in walk._pool.values() for tensor in pool})
+
     model = make_tiny("gemma2")  # two kinds of layers
-    one, many = walk_over(model, batches()[:1]), walk_over(model, batches()[:1] * 5)
-    size = {id(t) for walk in (one,) for pool in walk._pool.values() for t in pool}
-    assert len({id(t) for pool in many._pool.values() for t in pool}) == len(size)
+    one_batch, five_batches = walk_over(model, batches()[:1]), walk_over(model, batches()[:1] * 5)
+    assert num_stored_tensors(five_batches) == num_stored_tensors(one_batch)
 
 
 def test_layers_are_restored_after_an_exception():
@@ -90,11 +91,13 @@ def test_layers_are_restored_after_an_exception():
 
 
 def statistics_with_stored_grams(model, tmp_path: Path, seed: int) -> CorpusStatistics:
+    """Layerwise statistics with Gram matrices in files, one file for each block and kind of projection."""
+
     def store(block, grams):
-        places = {kind: tmp_path / f"{seed}-{kind}-{block.index}.safetensors" for kind in grams}
+        paths = {kind: tmp_path / f"{seed}-{kind}-{block.index}.safetensors" for kind in grams}
         for kind, gram in grams.items():
-            write_tensors(places[kind], {"gram": gram})
-        return {kind: StoredGram(((path, "gram"),)) for kind, path in places.items()}
+            write_tensors(paths[kind], {"gram": gram})
+        return {kind: StoredGram(((path, "gram"),)) for kind, path in paths.items()}
 
     return walk_over(model, batches(seed)).statistics(gram=True, store=store)
 
@@ -102,14 +105,15 @@ def statistics_with_stored_grams(model, tmp_path: Path, seed: int) -> CorpusStat
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_gram_matrices_read_from_files_equal_those_in_memory(family, tmp_path):
     model = make_tiny(family)
-    lazy = [statistics_with_stored_grams(model, tmp_path, seed) for seed in (1, 2, 3)]
-    eager = [collect(model, batches(seed), gram=True) for seed in (1, 2, 3)]
-    for one, two in [*zip(lazy, eager, strict=True), (pool_statistics(lazy), pool_statistics(eager))]:
+    in_files = [statistics_with_stored_grams(model, tmp_path, seed) for seed in (1, 2, 3)]
+    in_memory = [collect(model, batches(seed), gram=True) for seed in (1, 2, 3)]
+    pooled = pool_statistics(in_files), pool_statistics(in_memory)
+    for one, two in [*zip(in_files, in_memory, strict=True), pooled]:
         for kind in OUTPUT_PROJECTIONS:
             for mine, theirs in zip(getattr(one, kind), getattr(two, kind), strict=True):
                 assert isinstance(mine.gram, StoredGram)
                 assert torch.equal(mine.total.gram, theirs.gram)
-                if theirs.gram.dim() == 3:
+                if theirs.gram.dim() == 3:  # one matrix per expert
                     assert torch.equal(mine.total.of_expert(2, 4).gram, theirs.gram[2])
 
 
@@ -124,8 +128,8 @@ def test_a_missing_gram_matrix_file_raises_a_user_error(tmp_path):
 def test_gram_bytes_equals_the_size_of_the_gram_tensors():
     for family in ("llama", "mixtral"):
         model = make_tiny(family)
-        found = collect(model, batches(), gram=True).tensors()
-        assert gram_bytes(blocks_of(model)) == sum(t.nbytes for name, t in found.items() if name.endswith("gram"))
+        tensors = collect(model, batches(), gram=True).tensors()
+        assert gram_bytes(blocks_of(model)) == sum(t.nbytes for name, t in tensors.items() if name.endswith("gram"))
 
 
 # --- whole runs
@@ -153,6 +157,7 @@ def ordinary(world, tmp_path_factory):
 
 
 def assert_same_run(one, two) -> None:
+    """Compare masks, losses and weights of two runs bit for bit."""
     assert one.masks == two.masks
     assert [r["nll"] for r in one.records] == [r["nll"] for r in two.records]
     for name, tensor in one.model.state_dict().items():
@@ -160,7 +165,9 @@ def assert_same_run(one, two) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_with_gram_matrices_in_files_has_the_same_bits(world, ordinary, tmp_path, monkeypatch):
+def test_a_run_with_gram_matrices_in_files_has_the_same_bits_also_from_a_damaged_cache(
+    world, ordinary, tmp_path, monkeypatch
+):
     tiny_run.quick(monkeypatch)
     monkeypatch.setattr(walking, "GRAMS_IN_MEMORY", 1)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
@@ -168,10 +175,11 @@ def test_a_run_with_gram_matrices_in_files_has_the_same_bits(world, ordinary, tm
     assert_same_run(result, ordinary)
     grams = [path for path in (tmp_path / "cache" / "statistics").iterdir() if read_tensors(path).keys() == {"gram"}]
     assert len(grams) == 3 * 3 * 2  # corpora, blocks, kinds
-    # From the cache, and then with a damaged file in the cache, which is detected and computed again.
+    # The second run reads the statistics from the cache.
     with monkeypatch.context() as patch:
         patch.setattr(Walk, "add", lambda *_: pytest.fail("calibrated"))
         assert_same_run(world.run(tmp_path, *FLAGS, name="again"), ordinary)
+    # The third run detects a damaged file in the cache and computes it again.
     whole = grams[0].read_bytes()
     grams[0].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert_same_run(world.run(tmp_path, *FLAGS, name="once-more"), ordinary)

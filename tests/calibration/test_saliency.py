@@ -45,31 +45,37 @@ def test_weight_saliency_equals_values_computed_by_hand():
 def test_saliency_of_a_half_without_windows_is_zero():
     metric = StreamingGradients((2, 3))
     metric.update(torch.ones(1, 4, 3), torch.ones(1, 4, 2), [0])
-    one, zero, whole = weight_saliency(torch.ones(2, 3), *metric.compute(), columns=False)
-    assert torch.equal(zero, torch.zeros(2, dtype=torch.float64))
-    assert torch.equal(one, whole)
+    first, second, whole = weight_saliency(torch.ones(2, 3), *metric.compute(), columns=False)
+    assert torch.equal(second, torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(first, whole)
 
 
-def test_saliency_of_a_half_equals_that_of_its_windows_alone(tiny_model, token_batch):
+def test_saliency_of_a_half_equals_that_of_its_windows_alone_and_the_total_is_less_than_their_mean(
+    tiny_model, token_batch
+):
     both = collect(tiny_model, batches(token_batch, 6), saliency=BOTH)
     for half in (0, 1):
         alone = collect(tiny_model, batches(token_batch[half::2], 3), saliency=BOTH)
         for kind in BOTH:
             for mine, theirs in zip(getattr(both, kind), getattr(alone, kind), strict=True):
-                own = theirs.total.saliency  # against the largest channel: signed sums may cancel
-                torch.testing.assert_close(mine.half(half).saliency, own, rtol=0, atol=1e-5 * float(own.max()))
+                expected = theirs.total.saliency
+                # Errors are relative to the largest channel, because signed sums may cancel.
+                tolerance = 1e-5 * float(expected.max())
+                torch.testing.assert_close(mine.half(half).saliency, expected, rtol=0, atol=tolerance)
     # Saliency is an absolute value, so the total is less than the mean of the halves.
-    one, two, whole = both.ffn[0].saliency
-    assert bool((whole < (one + two) / 2).all())
+    first, second, whole = both.ffn[0].saliency
+    assert bool((whole < (first + second) / 2).all())
 
 
 def test_pooled_saliency_is_the_mean_over_corpora(tiny_model, token_batch):
     other = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(2))
     parts = [collect(tiny_model, batches(tokens, 3), saliency=BOTH) for tokens in (token_batch, other, token_batch[:2])]
-    pool, each = saliency_tensors(pool_statistics(iter(parts))), [saliency_tensors(part) for part in parts]
-    assert pool.keys() == each[0].keys()
-    for name, value in pool.items():
-        np.testing.assert_allclose(value.numpy(), np.mean([e[name].numpy() for e in each], axis=0), rtol=1e-12)
+    pooled = saliency_tensors(pool_statistics(iter(parts)))
+    of_corpora = [saliency_tensors(part) for part in parts]
+    assert pooled.keys() == of_corpora[0].keys()
+    for name, value in pooled.items():
+        mean = np.mean([tensors[name].numpy() for tensors in of_corpora], axis=0)
+        np.testing.assert_allclose(value.numpy(), mean, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +100,9 @@ def test_saliency_does_not_depend_on_the_callers_gradient_mode(tiny_model, token
         for batch in batches(token_batch.clone(), 4):  # cloned here, so inference tensors in inference mode
             collector.observe(batch["input_ids"], batch["index"] % 2)
         assert torch.is_grad_enabled() == (mode is torch.enable_grad)
-    mine = collector.compute().tensors()
-    assert mine.keys() == expected.keys()
-    assert all(torch.equal(mine[name], value) for name, value in expected.items())
+    tensors = collector.compute().tensors()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
 
 
 def test_collecting_saliency_leaves_the_model_unchanged(tiny_model, token_batch):
@@ -112,9 +118,9 @@ def test_collecting_saliency_leaves_the_model_unchanged(tiny_model, token_batch)
     assert not tiny_model.training
     assert not any(p.requires_grad or p.grad is not None for p in tiny_model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in tiny_model.named_parameters())
-    again = tiny_model(token_batch).logits
-    assert not again.requires_grad  # the embedding's output no longer requires a gradient
-    assert torch.equal(again, logits)
+    logits_after = tiny_model(token_batch).logits
+    assert not logits_after.requires_grad  # the embedding's output no longer requires a gradient
+    assert torch.equal(logits_after, logits)
 
 
 @pytest.mark.parametrize("where", ["backward", "between batches"])

@@ -1,3 +1,5 @@
+"""Corpora on the Hugging Face hub: rows formatted as documents, splits, and the error without network."""
+
 from __future__ import annotations
 
 import string
@@ -13,6 +15,8 @@ from gprune.errors import UserError
 
 @pytest.fixture
 def unreachable(monkeypatch):
+    """No local mirror, and a hub that cannot be reached."""
+
     class Session:
         def head(self, *_, **__):
             raise OSError("no route")
@@ -51,5 +55,5 @@ def test_hub_corpora_format_rows_as_documents_of_the_requested_split(record, unr
 
 
 def test_wikitext_lines_are_joined_to_articles():
-    one, two = [" = One = \n", "", " text = \n", " = = Section = = \n", " more \n"], [" = Two Words = \n", " x \n"]
-    assert hub.join_articles(["", *one, *two]) == ["".join(one), "".join(two)]
+    first, second = [" = One = \n", "", " text = \n", " = = Section = = \n", " more \n"], [" = Two Words = \n", " x \n"]
+    assert hub.join_articles(["", *first, *second]) == ["".join(first), "".join(second)]

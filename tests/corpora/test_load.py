@@ -1,3 +1,5 @@
+"""Loading corpora by name: the local mirror, files, the registry, and disjoint splits."""
+
 from __future__ import annotations
 
 import json
@@ -26,6 +28,7 @@ def texts(prefix, count):
 
 
 def assert_disjoint(parts):
+    """Splits are not empty and share no document."""
     assert all(parts.values())
     for a in SPLITS:
         for b in SPLITS:
@@ -97,22 +100,25 @@ def test_a_registered_function_is_a_corpus():
         assert load_corpus("mine", "test") == texts("test", 10)
 
 
-@pytest.mark.parametrize(("name", "least"), [("python_docs", 50_000), ("python_code", 50_000), ("python_help", 10_000)])
-def test_splits_of_interpreter_corpora_are_disjoint_and_deterministic(name, least):
+@pytest.mark.parametrize(
+    ("name", "min_characters"), [("python_docs", 50_000), ("python_code", 50_000), ("python_help", 10_000)]
+)
+def test_splits_of_interpreter_corpora_are_disjoint_and_deterministic(name, min_characters):
     parts = {split: load_corpus(name, split) for split in SPLITS}
     assert_disjoint(parts)
     assert parts == {split: load_corpus(name, split) for split in SPLITS}
-    assert sum(map(len, parts["test"])) > least
+    assert sum(map(len, parts["test"])) > min_characters
 
 
 def test_python_help_shares_no_text_with_python_code_and_python_docs():
     """The corpus `python_help` serves as unseen text for runs calibrated on the other two."""
-    helped, *others = (
+    help_text, *others = (
         " ".join(" ".join(load_corpus(name, split)) for split in ("train", "test"))
         for name in ("python_help", "python_docs", "python_code")
     )
-    paragraphs = {text for text in helped.split("\n\n") if len(text) > 60}
+    paragraphs = {text for text in help_text.split("\n\n") if len(text) > 60}
     assert len(paragraphs) > 100
+    # A few long paragraphs may occur in several modules of the standard library.
     assert sum(any(text in other for other in others) for text in paragraphs) <= 2
 
 
@@ -124,7 +130,7 @@ def test_documents_of_python_docs_share_no_paragraph():
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", EMBEDDED_CORPORA)
-def test_splits_of_embedded_corpora_are_disjoint(name, monkeypatch):
+def test_splits_of_embedded_corpora_are_disjoint_and_have_no_markup(name, monkeypatch):
     monkeypatch.delenv("GPRUNE_DATA_DIR", raising=False)
     parts = {split: load_corpus(name, split) for split in SPLITS}
     assert_disjoint(parts)

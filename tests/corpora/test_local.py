@@ -1,3 +1,5 @@
+"""Corpora in local files: splitting text into documents, the size limit, and refusal of invalid files."""
+
 from __future__ import annotations
 
 import json
@@ -69,8 +71,8 @@ def test_a_byte_order_mark_is_removed_from_the_first_document(name, content, tmp
 
 
 INVALID_FILES = {  # file name, content, expected error
-    "nothing": ("x.jsonl", b"", "got no text"),
-    "blanks": ("x.jsonl", b'{"text": "  "}\n', "got no text"),
+    "an empty file": ("x.jsonl", b"", "got no text"),
+    "only blanks": ("x.jsonl", b'{"text": "  "}\n', "got no text"),
     "another field": (
         "x.jsonl",
         b'{"text": "a"}\n{"body": "b"}\n',
@@ -93,7 +95,7 @@ INVALID_FILES = {  # file name, content, expected error
         b'{"text": "a"}\n{"text": "\\ud800"}\n',
         "Cannot read line 2 .* as jsonl",
     ),
-    "deep": ("x.jsonl", b"[" * 50_000 + b"\n", "Cannot read line 1 .* as jsonl"),
+    "deeply nested": ("x.jsonl", b"[" * 50_000 + b"\n", "Cannot read line 1 .* as jsonl"),
     "no parquet": ("x.parquet", b"no parquet", "Cannot read .* as parquet"),
     "another column": ("x.parquet", {"body": ["a"]}, "Cannot read .* as parquet: .*text"),
     "a column of lists": ("x.parquet", {"text": [["a", "b"]]}, r"got {'text': \['a', 'b'\]}"),

@@ -1,3 +1,5 @@
+"""Windows of tokens sampled from documents, their halves and hashes, loaders for several ranks, and BOS tokens."""
+
 from __future__ import annotations
 
 import lightning.pytorch as pl
@@ -26,6 +28,7 @@ TEXTS = [" ".join(WORDS[start : start + 100]) for start in range(0, 3000, 100)] 
 
 
 def windows_of(texts=TEXTS, **overrides):
+    """Ten windows of 32 tokens by default; `overrides` are arguments of `Sample`, or `corpus` and `split`."""
     settings = {"corpus": "demo", "split": "train", "num_samples": 10, "seq_len": 32, "seed": 0} | overrides
     named = {name: settings.pop(name) for name in ("corpus", "split")}
     return make_windows(texts, word_tokenizer(WORDS), Sample(**settings), **named)
@@ -89,6 +92,7 @@ def test_shards_of_all_ranks_together_are_the_batches_of_one_process(
     num_windows, batch_size, world_size, shuffle, epoch
 ):
     def batches(rank, world_size):
+        """Batches of one rank: lists of (window index, weight). Weight 0 is padding."""
         sampler = ShardedBatchSampler(
             num_windows, batch_size, rank=rank, world_size=world_size, shuffle=shuffle, seed=5
         )
@@ -104,8 +108,8 @@ def test_shards_of_all_ranks_together_are_the_batches_of_one_process(
     for step, batch in enumerate(whole):
         parts = [shard[step] for shard in shards]
         assert all(parts)  # no rank has an empty batch
-        real = [item for part in parts for item in part if item[1] == 1.0]
-        assert real == [item for rank in range(world_size) for item in batch[rank::world_size]]
+        without_padding = [item for part in parts for item in part if item[1] == 1.0]
+        assert without_padding == [item for rank in range(world_size) for item in batch[rank::world_size]]
         assert all(weight in (0.0, 1.0) for part in parts for _, weight in part)
 
 
@@ -132,8 +136,8 @@ def test_halves_of_a_corpus_share_at_most_one_document():
     half = torch.tensor([TokenDataset([windows])[(i, 1.0)]["half"] for i in range(20)])
 
     def shared_pieces(half):
-        one, two = (set(piece[half == h].flatten().tolist()) for h in (0, 1))
-        return len(one & two)
+        first_half, second_half = (set(piece[half == h].flatten().tolist()) for h in (0, 1))
+        return len(first_half & second_half)
 
     assert shared_pieces(half) <= 1
     assert shared_pieces(torch.arange(20) % 2) >= 8
@@ -168,7 +172,10 @@ def test_trainer_loaders_reshuffle_training_windows_each_epoch_and_keep_test_ord
         enable_model_summary=False, use_distributed_sampler=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(module, data)
-    epochs = [[i for at, batch in module.train_indices if at == epoch for i in batch] for epoch in (0, 1)]
+    epochs = [
+        [index for batch_epoch, batch in module.train_indices if batch_epoch == epoch for index in batch]
+        for epoch in (0, 1)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7))
     assert epochs[0] != epochs[1]  # Lightning calls set_epoch
     trainer.test(module, data, verbose=False)
@@ -186,14 +193,14 @@ def adding_bos(tokenizer):
 
 
 def test_bos_is_the_first_token_of_every_window():
-    plain, opened = windows_of(shuffle=False, seq_len=31), windows_of(shuffle=False, bos=3001)
-    assert (plain.bos, opened.bos) == (False, True)
-    assert opened.tokens.shape == (10, 32)
-    assert opened.tokens[:, 0].tolist() == [3001] * 10
-    assert torch.equal(opened.tokens[:, 1:], plain.tokens)
-    assert len({plain.content_hash, opened.content_hash, windows_of(shuffle=False).content_hash}) == 3
+    plain, with_bos = windows_of(shuffle=False, seq_len=31), windows_of(shuffle=False, bos=3001)
+    assert (plain.bos, with_bos.bos) == (False, True)
+    assert with_bos.tokens.shape == (10, 32)
+    assert with_bos.tokens[:, 0].tolist() == [3001] * 10
+    assert torch.equal(with_bos.tokens[:, 1:], plain.tokens)
+    assert len({plain.content_hash, with_bos.content_hash, windows_of(shuffle=False).content_hash}) == 3
     sampled = windows_of(bos=3001).tokens
-    assert len(sampled[:, 1:].unique()) == 310
+    assert len(sampled[:, 1:].unique()) == 310  # 10 windows of 31 distinct words
     with pytest.raises(UserError, match=r"must have 97 windows of 32 tokens; got 96\."):
         windows_of(bos=3001, num_samples=97)
 

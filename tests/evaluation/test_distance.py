@@ -38,12 +38,13 @@ def test_kl_and_agreement_of_models_with_different_heads_equal_float64(tiny_mode
 
 
 def test_perplexity_measured_apart_equals_perplexity_of_a_run(other, token_batch):
-    windows, done = Windows("demo", "test", token_batch), []
-    ours, apart = perplexity(other, windows), perplexity_from_logits(other, windows, progress=done.append)
-    assert apart.window_nll == pytest.approx(ours.window_nll, rel=1e-6)
-    assert (apart.perplexity, apart.tokens) == (pytest.approx(ours.perplexity, rel=1e-6), ours.tokens)
-    assert apart.kl is None
-    assert done == [token_batch.shape[1]] * len(token_batch)
+    windows, progress_calls = Windows("demo", "test", token_batch), []
+    of_run = perplexity(other, windows)
+    of_logits = perplexity_from_logits(other, windows, progress=progress_calls.append)
+    assert of_logits.window_nll == pytest.approx(of_run.window_nll, rel=1e-6)
+    assert (of_logits.perplexity, of_logits.tokens) == (pytest.approx(of_run.perplexity, rel=1e-6), of_run.tokens)
+    assert of_logits.kl is None
+    assert progress_calls == [token_batch.shape[1]] * len(token_batch)
 
 
 def test_a_padded_vocabulary_is_compared_on_the_tokens_of_both_models(tiny_model, token_batch):

@@ -1,3 +1,5 @@
+"""The share of n-grams of evaluation text that also occur in the text used for pruning."""
+
 from __future__ import annotations
 
 import pytest
@@ -37,7 +39,7 @@ def test_leakage_ignores_case_and_punctuation_of_unicode_words():
 
 def test_leakage_of_windows_is_measured_on_their_decoded_text():
     tokenizer = word_tokenizer(words(0, 200))
-    make = {"tokenizer": tokenizer, "sample": Sample(None, 20, shuffle=False), "corpus": "x", "split": "test"}
-    evaluated = make_windows([" ".join(words(0, 40))], **make)
-    used = make_windows([" ".join(words(0, 20) + words(100, 120))], **make)
+    arguments = {"tokenizer": tokenizer, "sample": Sample(None, 20, shuffle=False), "corpus": "x", "split": "test"}
+    evaluated = make_windows([" ".join(words(0, 40))], **arguments)
+    used = make_windows([" ".join(words(0, 20) + words(100, 120))], **arguments)
     assert leaked_share_of_windows([evaluated], [used], tokenizer) == pytest.approx(0.5)

@@ -79,23 +79,24 @@ def test_kl_and_agreement_with_the_dense_model_equal_float64(family, dtype):
             model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 128, dtype=dtype), requires_grad=False)
     log_q, log_p = (m(windows.tokens).logits[:, :-1].double().log_softmax(-1) for m in (dense, other))
     kl, same = (log_q.exp() * (log_q - log_p)).sum(-1), log_q.argmax(-1) == log_p.argmax(-1)
+    # The first evaluation with `forecasts` fills the list. Later evaluations are compared with it.
     forecasts: list[Forecast] = []
-    plain, own = perplexity(dense, windows, batch_size=3), perplexity(dense, windows, batch_size=3, forecasts=forecasts)
-    assert own == plain
-    assert own.kl is None
+    of_dense = perplexity(dense, windows, batch_size=3, forecasts=forecasts)
+    assert of_dense == perplexity(dense, windows, batch_size=3)
+    assert of_dense.kl is None
     assert all((f.rest is None) == (family == "gemma2") for f in forecasts)
-    found = perplexity(other, windows, batch_size=2, forecasts=forecasts)
-    assert replace(found, kl=None, window_kl=None, agreement=None, window_agreement=None) == perplexity(
-        other, windows, batch_size=2
-    )
+    of_other = perplexity(other, windows, batch_size=2, forecasts=forecasts)
+    without_distance = replace(of_other, kl=None, window_kl=None, agreement=None, window_agreement=None)
+    assert without_distance == perplexity(other, windows, batch_size=2)
     # In bfloat16 the reference has rounded logits, but the expectation under the dense model uses unrounded ones.
-    near = 1e-4 if dtype == torch.float32 or family == "gemma2" else 1e-2
-    np.testing.assert_allclose(found.window_kl, kl.sum(1), rtol=near)
-    assert found.window_agreement == same.sum(1).tolist()
-    assert (found.kl, found.agreement) == pytest.approx((kl.mean().item(), same.double().mean().item()), rel=near)
-    assert found.kl > 1e-3
-    zero = perplexity(dense, windows, batch_size=3, forecasts=forecasts)
-    assert (zero.kl, zero.agreement) == (pytest.approx(0, abs=1e-9), 1)
+    rtol = 1e-4 if dtype == torch.float32 or family == "gemma2" else 1e-2
+    np.testing.assert_allclose(of_other.window_kl, kl.sum(1), rtol=rtol)
+    assert of_other.window_agreement == same.sum(1).tolist()
+    means = kl.mean().item(), same.double().mean().item()
+    assert (of_other.kl, of_other.agreement) == pytest.approx(means, rel=rtol)
+    assert of_other.kl > 1e-3
+    to_itself = perplexity(dense, windows, batch_size=3, forecasts=forecasts)
+    assert (to_itself.kl, to_itself.agreement) == (pytest.approx(0, abs=1e-9), 1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -144,7 +145,7 @@ def test_generalisation_gap_equals_values_computed_by_hand():
     assert math.isnan(generalisation_gap(pruned, dense, dict.fromkeys(dense, False)))
 
 
-def test_paired_ratio_is_the_ratio_of_geometric_means():
+def test_paired_ratio_is_the_ratio_of_geometric_means_and_is_deterministic():
     rng = np.random.default_rng(0)
     a, b = ({c: rng.uniform(50, 150, n).tolist() for c, n in (("x", 12), ("y", 5))} for _ in range(2))
 
@@ -175,7 +176,8 @@ def test_perplexity_shared_by_several_ranks_has_the_bits_of_one_process(tiny_mod
     windows = Windows("text", "test", torch.randint(3, 128, (7, 16), generator=torch.Generator().manual_seed(2)))
     dense: list[Forecast] = []
     perplexity(make_tiny_llama(initializer_range=0.2), windows, forecasts=dense)
-    expected, of_rank = perplexity(tiny_model, windows, batch_size=2, forecasts=dense), ([0, 1, 6], [2, 3], [4, 5])
+    expected = perplexity(tiny_model, windows, batch_size=2, forecasts=dense)
+    windows_of_rank = ([0, 1, 6], [2, 3], [4, 5])
     distributed, sent, passes = torch.distributed, {}, []
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
@@ -188,8 +190,8 @@ def test_perplexity_shared_by_several_ranks_has_the_bits_of_one_process(tiny_mod
     monkeypatch.setattr(distributed, "all_gather_object", fake_gather)
     for rank in (2, 1, 0):
         monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
-        own = [dense[i] for i in of_rank[rank]]
-        result = perplexity(tiny_model, windows, batch_size=2, shared=True, forecasts=own)
+        forecasts = [dense[i] for i in windows_of_rank[rank]]
+        result = perplexity(tiny_model, windows, batch_size=2, shared=True, forecasts=forecasts)
     assert [[len(nll) for nll in sent[rank]] for rank in range(3)] == [[2, 1], [2], [2]]
     assert result == expected
     assert sorted(passes) == [0] * 3 + [1] * 3 + [2] * 3  # one per window; the last of ranks 1 and 2 is padding
@@ -203,15 +205,15 @@ def test_the_standard_error_of_a_paired_difference_is_that_of_the_pairs():
     difference, error = paired_difference(a.tolist(), b.tolist())
     assert difference == pytest.approx(a.mean() - b.mean(), abs=1e-14)
     assert error == pytest.approx((a.astype(int) - b.astype(int)).std(ddof=1) / 20, rel=1e-12)
-    assert error < 0.5 * a.std() / 20
+    assert error < 0.5 * a.std() / 20  # the pairs agree mostly, so the error is below that of two independent samples
     assert paired_difference([True], [False]) == (1.0, None)
 
 
 def test_the_interval_of_one_corpus_is_students_t_interval():
     values = np.random.default_rng(3).normal(100, 20, 30)
     expected = stats.t.interval(0.95, 29, loc=values.mean() / 31, scale=stats.sem(values) / 31)
-    found = mean_perplexity({"x": values.tolist()}, 31)
-    np.testing.assert_allclose(np.log(found), [values.mean() / 31, *expected], rtol=1e-12)
+    interval = mean_perplexity({"x": values.tolist()}, 31)
+    np.testing.assert_allclose(np.log(interval), [values.mean() / 31, *expected], rtol=1e-12)
 
 
 def test_the_interval_of_two_corpora_is_welchs_interval():
@@ -223,7 +225,7 @@ def test_the_interval_of_two_corpora_is_welchs_interval():
     np.testing.assert_allclose(np.log([low, high]), [welch.low, welch.high], rtol=1e-9)
 
 
-def test_the_interval_of_single_windows_has_width_zero():
+def test_the_interval_of_single_windows_has_width_zero_and_they_add_no_variance():
     assert mean_perplexity({"x": [31.0], "y": [31.0]}, 31) == (math.exp(1),) * 3
     value, low, high = mean_perplexity({"x": [31.0], "y": [20.0, 42.0]}, 31)  # the variance is that of y
     assert low < value < high

@@ -14,20 +14,20 @@ from gprune.evaluation.tolerance import largest_share
 def test_largest_share_equals_a_fine_scan_of_the_monotone_interpolation(rises, ratio):
     shares = np.arange(len(rises) + 1) / 10
     logs = np.concatenate([[0], np.cumsum(rises)])
-    found = largest_share(dict(zip(shares, 20 * np.exp(logs), strict=True)), ratio)
-    fine = np.linspace(0, shares[-1], 20_001)
-    line = np.interp(fine, shares, np.maximum.accumulate(logs))
-    within = fine[line <= np.log(ratio)]
-    assert found.value == pytest.approx(within[-1], abs=1e-4)
-    assert found.at_least == bool(np.maximum.accumulate(logs)[-1] <= np.log(ratio))
+    largest = largest_share(dict(zip(shares, 20 * np.exp(logs), strict=True)), ratio)
+    fine_shares = np.linspace(0, shares[-1], 20_001)
+    interpolated = np.interp(fine_shares, shares, np.maximum.accumulate(logs))
+    within = fine_shares[interpolated <= np.log(ratio)]
+    assert largest.value == pytest.approx(within[-1], abs=1e-4)
+    assert largest.at_least == bool(np.maximum.accumulate(logs)[-1] <= np.log(ratio))
 
 
 def test_largest_share_of_a_convex_curve_is_not_overestimated():
     def curve(share):
         return 15 * np.exp(3 * share**1.8)
 
-    found = largest_share({share: curve(share) for share in (0.0, 0.2, 0.35, 0.5)}, 1.1)
-    assert curve(found.value) < 1.1 * 15
+    largest = largest_share({share: curve(share) for share in (0.0, 0.2, 0.35, 0.5)}, 1.1)
+    assert curve(largest.value) < 1.1 * 15
 
 
 @pytest.mark.parametrize("curve", [{}, {0.0: 12.0}, {0.2: 12.0, 0.5: 30.0}])

@@ -71,6 +71,9 @@ def test_gguf_files_are_written_next_to_the_model_by_default(run, tmp_path, caps
     assert fields["deci.feed_forward_length"].contents() == [1, 32, 47]
     assert command("export", [str(run), "--unchecked", "--type", "F32"]) == 0
     assert (run / "model-f32.gguf").is_file()
+
+
+def test_a_model_folder_and_an_output_path_can_be_given(run, tmp_path):
     moved = Path(shutil.copytree(run / "model", tmp_path / "other"))
     assert export(moved, unchecked=True, type="q8_0") == tmp_path / "other-q8_0.gguf"
     assert export(str(moved), str(tmp_path / "a name.bin"), unchecked=True) == tmp_path / "a name.bin"
@@ -164,7 +167,7 @@ def test_a_failure_while_writing_leaves_the_existing_export_unchanged(error, cod
 
     def failing(*args, **options):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == 5:  # in the middle of the file
             assert any(path.endswith(".tmp/model-f16.gguf") for path in listing(run) - before)
             raise error
         return write(*args, **options)
@@ -184,6 +187,6 @@ def test_invalid_arguments_are_refused_without_importing_torch():
         "    assert main(['export', *args]) == 2\n"
         "print(*{'torch', 'transformers', 'gguf', 'numpy'} & sys.modules.keys())"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "", done.stderr
-    assert done.stderr.count("gprune export: ") == done.stderr.count("\n") == 3
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.stdout.strip() == "", process.stderr  # none of these packages was imported
+    assert process.stderr.count("gprune export: ") == process.stderr.count("\n") == 3

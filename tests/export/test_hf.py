@@ -65,20 +65,21 @@ def make_pruned(recovered=False, shape=(NEURONS, GROUPS), **overrides):
     return model
 
 
-# Not part of VARIANTS, since GGUF does not support these types.
-BY_LENGTH = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+# Rotary embeddings whose frequencies depend on the length of the text. Not in VARIANTS, because the tests of GGUF use
+# VARIANTS and GGUF does not support these types.
+ROPE_BY_LENGTH = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope"])
-def test_all_types_of_rotary_embeddings_reload_with_unequal_heads(kind, tmp_path):
+@pytest.mark.parametrize("rope_type", ["yarn", "dynamic", "longrope"])
+def test_yarn_dynamic_and_longrope_reload_with_unequal_heads(rope_type, tmp_path):
     """These types read the head size from the config. Layers with unequal numbers of heads must agree on it."""
-    factors = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0] * 4} if kind == "longrope" else {}
-    model = make_pruned(rope_parameters={"rope_type": kind, **BY_LENGTH, **factors})
+    factors = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0] * 4} if rope_type == "longrope" else {}
+    model = make_pruned(rope_parameters={"rope_type": rope_type, **ROPE_BY_LENGTH, **factors})
     model(torch.arange(2, 42)[None])  # switches to the frequencies for long text
-    others = hf.to_portable(model), load(hf.save_pruned(model, None, tmp_path / "model"))
+    copies = hf.to_portable(model), load(hf.save_pruned(model, None, tmp_path / "model"))
     for length in (12, 40):  # within the original context length and beyond it
         ids = torch.arange(2, 2 + length)[None]
-        assert [hf.max_logit_difference(other(ids).logits, model(ids).logits) for other in others] == [0.0, 0.0]
+        assert [hf.max_logit_difference(copy(ids).logits, model(ids).logits) for copy in copies] == [0.0, 0.0]
 
 
 def load(folder, auto=AutoModelForCausalLM, **options):
@@ -105,12 +106,12 @@ def test_exported_models_reload_with_the_same_bits(variant, recovered, tmp_path,
     assert hf.max_logit_difference(decoder(token_batch).last_hidden_state, reference) == 0.0
 
 
-def misaligned(model: nn.Module, numbers: int) -> nn.Module:
-    """Shift each parameter by `numbers` elements from aligned memory, as in a mapped file. In place."""
+def misaligned(model: nn.Module, elements: int) -> nn.Module:
+    """Shift each parameter by `elements` from aligned memory, as in a mapped file. In place."""
     for p in model.parameters():
-        memory = torch.empty(p.numel() + numbers, dtype=p.dtype)
-        memory[numbers:] = p.data.flatten()
-        p.data = memory[numbers:].view(p.shape)
+        memory = torch.empty(p.numel() + elements, dtype=p.dtype)
+        memory[elements:] = p.data.flatten()
+        p.data = memory[elements:].view(p.shape)
     return model
 
 
@@ -134,11 +135,11 @@ def test_the_config_has_widths_per_layer_and_the_keys_of_older_transformers(tmp_
     for path in (folder, tmp_path / "again"):
         config = json.loads((path / "config.json").read_text())
         assert config["added_biases"] == []
-        both = {"num_attention_heads": 2, "num_key_value_heads": 1, "added_biases": ["mlp.down_proj"]}
+        narrow = {"num_attention_heads": 2, "num_key_value_heads": 1, "added_biases": ["mlp.down_proj"]}
         assert config["per_layer_config"] == {
-            "0": {"intermediate_size": 1, **both},
+            "0": {"intermediate_size": 1, **narrow},
             "1": {"intermediate_size": 7, "added_biases": ["self_attn.o_proj"]},
-            "2": {"intermediate_size": 47, **both},
+            "2": {"intermediate_size": 47, **narrow},
         }
         assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
         assert config["model_type"] == "pruned_llama"
@@ -204,19 +205,21 @@ def test_apply_masks_keeps_modes_settings_and_with_inplace_the_memory():
 
 
 def test_apply_masks_keeps_the_class_of_subclasses_and_of_models_with_added_modules():
-    class Own(LlamaForCausalLM):
+    class Subclass(LlamaForCausalLM):
         """A subclass, which might have another forward."""
 
-    own, added = make_tiny_llama(), make_tiny_llama()
-    own.__class__ = Own
-    added.adapter = nn.Linear(2, 2)
-    for model in (own, added):
+    of_subclass, with_module = make_tiny_llama(), make_tiny_llama()
+    of_subclass.__class__ = Subclass
+    with_module.adapter = nn.Linear(2, 2)
+    for model in (of_subclass, with_module):
         small = gprune.apply_masks(model, random_masks(NEURONS, GROUPS))
         assert type(small) is type(model)
         assert widths(small) == {"neurons": NEURONS, "kv_groups": GROUPS}
 
 
-def test_reloaded_models_can_lose_whole_blocks_and_their_config_follows(tmp_path, token_batch):
+def test_the_config_of_a_reloaded_model_describes_the_remaining_layers_after_whole_blocks_are_removed(
+    tmp_path, token_batch
+):
     loaded = load(hf.save_pruned(make_pruned(recovered=True), None, tmp_path / "model"))
     masks = masks_without(loaded, 0)
     shallow = prune(loaded, masks)
@@ -230,13 +233,17 @@ def test_reloaded_models_can_lose_whole_blocks_and_their_config_follows(tmp_path
         assert ["mlp.down_proj" in layer.added_biases for layer in layers] == biases
     # Narrower and then with fewer layers, saved and reloaded each time.
     narrow = prune(shallow, masks_without(shallow, narrow=True))
-    again = load(hf.save_pruned(narrow, None, tmp_path / "narrow"))
-    last_masks = masks_without(again, 0)
-    last = prune(again, last_masks)
+    narrow_reloaded = load(hf.save_pruned(narrow, None, tmp_path / "narrow"))
+    last_masks = masks_without(narrow_reloaded, 0)
+    last = prune(narrow_reloaded, last_masks)
     assert last.config.num_hidden_layers == len(last.model.layers) == 1
     folder = hf.save_pruned(last, None, tmp_path / "last")
     assert set(json.loads((folder / "config.json").read_text()).get("per_layer_config", {})) <= {"0"}
-    for before, cut, after in ((loaded, masks, shallow), (again, last_masks, last), (again, last_masks, load(folder))):
+    for before, cut, after in (
+        (loaded, masks, shallow),
+        (narrow_reloaded, last_masks, last),
+        (narrow_reloaded, last_masks, load(folder)),
+    ):
         with masked(before, cut):
             logits = before(token_batch).logits
             continued = before.generate(token_batch[:2, :9], **GREEDY)
@@ -262,19 +269,21 @@ def test_an_existing_folder_is_replaced_only_with_overwrite_and_by_a_complete_on
     first, second = make_pruned(), make_pruned(recovered=True)
     folder = hf.save_pruned(first, None, tmp_path / "model")
 
-    def full(*args, **options):
+    def fail_on_full_disk(*args, **options):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="exists already"):
         hf.save_pruned(second, None, folder)
-    monkeypatch.setattr("pathlib.Path.write_text", full)
+    # A failure while writing leaves the first model.
+    monkeypatch.setattr("pathlib.Path.write_text", fail_on_full_disk)
     with pytest.raises(UserError, match=r"Cannot write .*No space left"):
         hf.save_pruned(second, None, folder, overwrite=True)
     monkeypatch.undo()
     assert torch.equal(load(folder)(token_batch).logits, first(token_batch).logits)
     hf.save_pruned(second, None, folder, overwrite=True)
     assert torch.equal(load(folder)(token_batch).logits, second(token_batch).logits)
-    monkeypatch.setattr(hf, "MAX_FILE_BYTES", 20_000)  # sharded files
+    # Files of a model in several shards are replaced as well.
+    monkeypatch.setattr(hf, "MAX_FILE_BYTES", 20_000)
     hf.save_pruned(first, None, folder, overwrite=True)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     monkeypatch.undo()
@@ -314,13 +323,13 @@ def test_a_fresh_process_reloads_a_twice_saved_model_with_fewer_layers_and_all_b
     assert hf.check_reload(model, tmp_path / "again", token_batch) == 0.0
 
 
-@pytest.mark.parametrize("numbers", [1.5, float("nan")])
-def test_a_corrupted_export_is_detected_and_removed(numbers, tmp_path, token_batch, monkeypatch):
+@pytest.mark.parametrize("value", [1.5, float("nan")])
+def test_a_corrupted_export_is_detected_and_removed(value, tmp_path, token_batch, monkeypatch):
     model = make_pruned()
     folder = hf.save_pruned(model, None, tmp_path / "model")
     weights = folder / "model.safetensors"
-    end = torch.full((32,), numbers).numpy().tobytes()  # the last 32 numbers: the final norm
-    weights.write_bytes(weights.read_bytes()[: -len(end)] + end)
+    final_norm = torch.full((32,), value).numpy().tobytes()  # the last 32 numbers of the file
+    weights.write_bytes(weights.read_bytes()[: -len(final_norm)] + final_norm)
     tiny_run.quick(monkeypatch)
     with pytest.raises(UserError, match=r"logits of the reloaded model differ .* removed"):
         hf.check_reload(model, folder, token_batch)

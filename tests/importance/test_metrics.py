@@ -58,14 +58,14 @@ def scores_of(name: str, model, statistics: CorpusStatistics, **options) -> list
 
 def window_gradients(model, tokens: torch.Tensor) -> dict[str, np.ndarray]:
     """Gradients of each window's mean cross-entropy by parameter name, (windows, *shape) in float64."""
-    free = copy.deepcopy(model).double().requires_grad_(True)
-    found = {name: [] for name, _ in free.named_parameters()}
+    unfrozen = copy.deepcopy(model).double().requires_grad_(True)
+    gradients = {name: [] for name, _ in unfrozen.named_parameters()}
     for window in tokens:
-        free.zero_grad()
-        F.cross_entropy(free(window[None]).logits[0, :-1], window[1:]).backward()
-        for name, parameter in free.named_parameters():
-            found[name].append(parameter.grad.numpy().copy())
-    return {name: np.stack(each) for name, each in found.items()}
+        unfrozen.zero_grad()
+        F.cross_entropy(unfrozen(window[None]).logits[0, :-1], window[1:]).backward()
+        for name, parameter in unfrozen.named_parameters():
+            gradients[name].append(parameter.grad.numpy().copy())
+    return {name: np.stack(of_windows) for name, of_windows in gradients.items()}
 
 
 @dataclass
@@ -77,12 +77,12 @@ class BlockInputs:
     rows: list[np.ndarray]  # (C, H) each: row c computes channel c
     units: list[list[tuple[str, int, list[int]]]]  # per unit: (projection, axis, its rows or columns)
     weights: dict[str, np.ndarray]
-    windows: Callable[[], dict[str, np.ndarray]]
+    window_gradients: Callable[[], dict[str, np.ndarray]]  # by projection, (windows, *shape); computed on first use
 
     @cached_property
     def vectors(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
         """Per unit its weight vectors w (k,) with the windows' gradients g (windows, k)."""
-        g = self.windows()
+        g = self.window_gradients()
         return [
             [
                 (np.take(self.weights[part], i, axis), np.take(g[part], i, axis + 1))
@@ -94,55 +94,62 @@ class BlockInputs:
 
 
 def reference_inputs(model, tokens: torch.Tensor, half: int | None = None) -> dict[str, list[BlockInputs]]:
+    """Inputs of the reference formulas by kind and block, from all windows or those of one half."""
     tokens_of_half = tokens[slice(None) if half is None else slice(half, None, 2)]
     activations, config = projection_inputs(model, tokens_of_half), model.config
     heads = config.num_attention_heads // config.num_key_value_heads  # query heads per group
     d = config.head_dim
     gradients: dict[str, np.ndarray] = {}
 
-    def windows(prefix: str, names: dict[str, str]) -> Callable[[], dict[str, np.ndarray]]:
-        def these() -> dict[str, np.ndarray]:
+    def lazy_gradients(prefix: str, names: dict[str, str]) -> Callable[[], dict[str, np.ndarray]]:
+        """A function that computes gradients on first use, because most formulas do not need them."""
+
+        def gradients_by_projection() -> dict[str, np.ndarray]:
             if not gradients:
                 gradients.update(window_gradients(model, tokens_of_half))
             return {part: gradients[f"{prefix}.{name}.weight"] for part, name in names.items()}
 
-        return these
+        return gradients_by_projection
 
     def linear(module, names: dict[str, str]) -> dict[str, np.ndarray]:
         return {part: getattr(module, name).weight.double().numpy() for part, name in names.items()}
 
-    found = {"ffn": [], "attention": []}
+    inputs = {"ffn": [], "attention": []}
     for index, layer in enumerate(model.model.layers):
         names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
         w = linear(layer.mlp, names)
-        found["ffn"].append(
+        inputs["ffn"].append(
             BlockInputs(
                 x=activations["ffn"][index].reshape(-1, config.intermediate_size),
                 W=w["down"],
                 rows=[w["gate"], w["up"]],
                 units=[[("gate", 0, [j]), ("up", 0, [j]), ("down", 1, [j])] for j in range(config.intermediate_size)],
                 weights=w,
-                windows=windows(f"model.layers.{index}.mlp", names),
+                window_gradients=lazy_gradients(f"model.layers.{index}.mlp", names),
             )
         )
         names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
         w = linear(layer.self_attn, names)
-        fed_by = [(c // d // heads) * d + c % d for c in range(config.num_attention_heads * d)]  # value row of channel
+        # The row of the value projection that computes each channel.
+        value_rows = [(c // d // heads) * d + c % d for c in range(config.num_attention_heads * d)]
         units = []
         for g in range(config.num_key_value_heads):
-            shared, own = list(range(g * d, (g + 1) * d)), list(range(g * heads * d, (g + 1) * heads * d))
-            units.append([("query", 0, own), ("key", 0, shared), ("value", 0, shared), ("output", 1, own)])
-        found["attention"].append(
+            of_group = list(range(g * d, (g + 1) * d))
+            of_heads = list(range(g * heads * d, (g + 1) * heads * d))
+            units.append(
+                [("query", 0, of_heads), ("key", 0, of_group), ("value", 0, of_group), ("output", 1, of_heads)]
+            )
+        inputs["attention"].append(
             BlockInputs(
                 x=activations["attention"][index].reshape(-1, config.num_attention_heads * d),
                 W=w["output"],
-                rows=[w["value"][fed_by]],
+                rows=[w["value"][value_rows]],
                 units=units,
                 weights=w,
-                windows=windows(f"model.layers.{index}.self_attn", names),
+                window_gradients=lazy_gradients(f"model.layers.{index}.self_attn", names),
             )
         )
-    return found
+    return inputs
 
 
 def norms(m: np.ndarray, axis: int) -> np.ndarray:
@@ -165,10 +172,8 @@ REFERENCES: dict[str, Callable[[BlockInputs], np.ndarray]] = {
     "magnitude": lambda r: norms(r.W, 0) * np.prod([norms(rows, 1) for rows in r.rows], axis=0),
     "magnitude_down": lambda r: norms(r.W, 0),
 }
-# (rtol, atol relative to the largest score of the block). Gradients have the precision of a float32 backward pass.
-TOLERANCE = dict.fromkeys(REFERENCES, (2e-6, 0.0)) | {
-    "taylor": (1e-5, 0.0),
-}  # fmt: skip
+# Relative tolerances. Gradients have the precision of a float32 backward pass.
+RTOL = dict.fromkeys(REFERENCES, 2e-6) | {"taylor": 1e-5}
 
 
 class Cached:
@@ -181,6 +186,7 @@ class Cached:
         self.raw = functools.cache(lambda shape, half: reference_inputs(self.model(shape), self.tokens, half))
 
     def scores_of(self, name: str, shape: int, size: int, *, half: int | None = None) -> list[torch.Tensor]:
+        """Scores of neurons and KV groups from statistics of all windows, or of those of one half."""
         statistics = self.statistics(shape, size)
         if half is not None:
             halves = {k: [SimpleNamespace(total=c.half(half)) for c in getattr(statistics, k)] for k in BOTH}
@@ -194,19 +200,19 @@ def shared() -> Cached:
 
 
 def reference_scores(raw: dict[str, list[BlockInputs]], name: str) -> list[np.ndarray]:
-    found = []
+    """Scores by the formula: neurons of each block, and then KV groups, which have the sum of their channels."""
+    per_block = []
     for kind in BOTH:
-        for r in raw[kind]:
-            scores = REFERENCES[name](r)
-            found.append(scores.reshape(len(r.units), -1).sum(1))
-    return found
+        for block in raw[kind]:
+            scores = REFERENCES[name](block)  # per channel or per unit
+            per_block.append(scores.reshape(len(block.units), -1).sum(1))
+    return per_block
 
 
-def assert_scores(name: str, mine: list[torch.Tensor], theirs: list[np.ndarray]) -> None:
-    rtol, atol = TOLERANCE[name]
-    for a, b in zip(mine, theirs, strict=True):
-        assert a.dtype == torch.float64
-        np.testing.assert_allclose(a.numpy(), b, rtol=rtol, atol=atol * b.max(), err_msg=name)
+def assert_scores(name: str, scores: list[torch.Tensor], expected: list[np.ndarray]) -> None:
+    for of_block, expected_of_block in zip(scores, expected, strict=True):
+        assert of_block.dtype == torch.float64
+        np.testing.assert_allclose(of_block.numpy(), expected_of_block, rtol=RTOL[name], err_msg=name)
 
 
 def test_every_built_in_metric_has_a_reference():
@@ -216,9 +222,9 @@ def test_every_built_in_metric_has_a_reference():
 @pytest.mark.parametrize("shape", range(len(SHAPES)))
 @pytest.mark.parametrize("name", REFERENCES)
 def test_metrics_equal_their_formula(name, shape, shared):
-    mine = shared.scores_of(name, shape, 4)
-    assert [len(s) for s in mine] == [48] * 3 + [shared.model(shape).config.num_key_value_heads] * 3
-    assert_scores(name, mine, reference_scores(shared.raw(shape, None), name))
+    scores = shared.scores_of(name, shape, 4)
+    assert [len(s) for s in scores] == [48] * 3 + [shared.model(shape).config.num_key_value_heads] * 3
+    assert_scores(name, scores, reference_scores(shared.raw(shape, None), name))
 
 
 def test_wifn_and_wanda_sp_rank_neurons_equally(shared):
@@ -240,8 +246,8 @@ def test_metrics_are_documented_and_name_a_corpus_dependent_metric_for_drift(nam
     substitute = IMPORTANCE[function.drift]
     assert not substitute.activation_free  # its ranks would not depend on the corpus
     assert substitute.needs <= function.needs  # other statistics are not collected
-    one, two = (shared.scores_of(function.drift, 0, 6, half=half) for half in (0, 1))
-    assert not any(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    first_half, second_half = (shared.scores_of(function.drift, 0, 6, half=half) for half in (0, 1))
+    assert not any(torch.equal(a, b) for a, b in zip(first_half, second_half, strict=True))
     if not function.activation_free:
         assert function.drift == name
 
@@ -263,6 +269,7 @@ DOWN_BLIND = {"act_norm", "ifv", "random"}
 
 
 def ranked(scores: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Ranks of finite scores in each block."""
     for s in scores:
         assert bool(torch.isfinite(s).all())
     ranks = [fractional_ranks(s) for s in scores]
@@ -283,6 +290,7 @@ def test_dead_neurons_score_zero_by_metrics_that_depend_on_the_dead_weights(name
     assert float(scores[0][[i for i in range(48) if i not in (3, 4)]].min()) > 0
     if name not in GATE_BLIND:
         assert scores[0].argmin() in (3, 4)
+        # All neurons of the dead block have the same score.
         assert torch.equal(ranks[1], torch.full((48,), 0.5, dtype=torch.float64))
 
 
@@ -293,20 +301,20 @@ def test_metrics_read_only_the_statistics_that_they_declare(name, shared):
     assert not (needs and IMPORTANCE[name].activation_free)
     assert gprune.RunConfig(importance=name, gprune=False, recovery="none").needs == needs
     saliency = BOTH if "saliency" in needs else ()
-    enough = collect(shared.model(0), batches(shared.tokens, 6), saliency=saliency)
-    pairs = zip(scores_of(name, shared.model(0), enough), shared.scores_of(name, 0, 6), strict=True)
+    statistics = collect(shared.model(0), batches(shared.tokens, 6), saliency=saliency)
+    pairs = zip(scores_of(name, shared.model(0), statistics), shared.scores_of(name, 0, 6), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_random_scores_are_seeded_and_differ_between_blocks(tiny_model, token_batch):
+def test_random_scores_are_seeded_differ_between_blocks_and_keep_the_global_random_state(tiny_model, token_batch):
     blocks, statistics = blocks_of(tiny_model), collect(tiny_model, batches(token_batch, 6))
 
     def draw(seed: int) -> list[torch.Tensor]:
         return score_units("random", blocks, statistics, seed=seed).ffn
 
     assert all(torch.equal(a, b) for a, b in zip(draw(3), draw(3), strict=True))
-    streams = [*draw(3), *draw(4)]
-    assert len({tuple(s.tolist()) for s in streams}) == 6
+    of_two_seeds = [*draw(3), *draw(4)]
+    assert len({tuple(s.tolist()) for s in of_two_seeds}) == 6  # three blocks each
     state = torch.random.get_rng_state()
     draw(5)
     assert torch.equal(torch.random.get_rng_state(), state)  # the global random state is unchanged
@@ -326,9 +334,16 @@ def test_a_registered_metric_scores_neurons_channels_and_kv_groups(tiny_model, t
         np.testing.assert_allclose(scores.channels[index].numpy(), channels, rtol=1e-6)
         np.testing.assert_allclose(scores.attention[index].numpy(), channels.reshape(2, 16).sum(1), rtol=1e-6)
     assert scores.ffn[0].dtype == torch.float64
-    assert IMPORTANCE["mean_square"].activation_free is False
-    assert IMPORTANCE["mean_square"].needs == frozenset()
-    assert IMPORTANCE["mean_square"].drift == "mean_square"
+
+
+@pytest.mark.usefixtures("scratch_registry")
+def test_a_registered_metric_has_default_attributes_and_is_refused_as_reliability_metric():
+    """The reliability metric must be activation-free, which a registered metric is not by default."""
+    gprune.metric("mean_square")(lambda weights, moments, generator: (moments.sum_sq / moments.count).float())
+    registered = IMPORTANCE["mean_square"]
+    assert registered.activation_free is False
+    assert registered.needs == frozenset()
+    assert registered.drift == "mean_square"
     assert gprune.RunConfig(importance="mean_square").importance == "mean_square"
     with pytest.raises(UserError, match=r"--reliability\.metric.*magnitude.*got 'mean_square'"):
         gprune.config.ReliabilityConfig(metric="mean_square")

@@ -11,7 +11,7 @@ from gprune.sparsity.gates import gated
 
 
 def step(model, ids, copies=None):
-    """Losses, and the gradient of the gates of the last block."""
+    """Losses of a pass under autocast, with bfloat16 copies if given, and the gradient of the last block's gates."""
     gate = torch.ones(model.config.intermediate_size, requires_grad=True)
     gates = [None] * (model.config.num_hidden_layers - 1) + [gate]
     with torch.autocast("cpu", torch.bfloat16), gated(model, gates):
@@ -27,13 +27,13 @@ def step(model, ids, copies=None):
 def test_bfloat16_copies_give_the_bits_of_autocast_and_are_made_once(tiny_model):
     ids = torch.arange(24).view(2, 12)
     copies = CastWeights(tiny_model)
-    alone, first = step(tiny_model, ids), step(tiny_model, ids, copies)
-    held = {key: copy for key, (_, _, copy) in copies._copies.items()}
+    by_autocast, first = step(tiny_model, ids), step(tiny_model, ids, copies)
+    first_copies = {key: copy for key, (_, _, copy) in copies._copies.items()}
     second = step(tiny_model, ids, copies)
-    for made in (first, second):
-        assert all(torch.equal(a, b) for a, b in zip(alone, made, strict=True))
-    assert all(copies._copies[key][2] is copy for key, copy in held.items())
-    assert sum(copy.numel() for copy in held.values()) == count_cast_weights(tiny_model) > 0
+    for result in (first, second):
+        assert all(torch.equal(a, b) for a, b in zip(by_autocast, result, strict=True))
+    assert all(copies._copies[key][2] is copy for key, copy in first_copies.items())
+    assert sum(copy.numel() for copy in first_copies.values()) == count_cast_weights(tiny_model) > 0
     assert {p.dtype for p in tiny_model.parameters()} == {torch.float32}
 
 

@@ -48,14 +48,14 @@ def test_gram_matrices_of_streaming_moments_have_float32_precision_for_any_dtype
 
 
 def test_fast_products_are_used_only_for_bfloat16_on_a_cpu_with_amx(monkeypatch):
-    seen = []
+    precisions = []
     for amx in (True, False):
         monkeypatch.setattr(bfloat16, "_has_amx", lambda amx=amx: amx)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             with fast_products(torch.zeros(1, dtype=dtype)):
-                seen.append(torch.get_float32_matmul_precision())
+                precisions.append(torch.get_float32_matmul_precision())
             assert torch.get_float32_matmul_precision() == "highest"
-    assert seen == ["medium"] + ["highest"] * 5
+    assert precisions == ["medium"] + ["highest"] * 5  # only the first is bfloat16 with AMX
     monkeypatch.setattr(bfloat16, "_has_amx", lambda: True)
     assert has_fast_products(torch.bfloat16, CPU)
     assert not has_fast_products(torch.bfloat16, CUDA)

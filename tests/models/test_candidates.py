@@ -24,9 +24,9 @@ def with_mlp(forward) -> PreTrainedModel:
     """A tiny Gemma whose FFNs have another forward."""
     model = tiny()
     base = type(model.model.layers[0].mlp)
-    made = type(base.__name__, (base,), {"forward": forward})
+    changed = type(base.__name__, (base,), {"forward": forward})
     for layer in model.model.layers:
-        layer.mlp.__class__ = made
+        layer.mlp.__class__ = changed
     return model
 
 
@@ -56,11 +56,14 @@ def test_agreement_is_relative_to_the_change_by_the_mask():
     assert not Agreement(mask_effect=0.0, slicing_error=0.0).holds
 
 
-def without_calls(_experts: nn.Module, _watcher: experts.Watcher, _down: tuple[str, int]) -> experts.Watch:
-    return experts.Watch(nn.Module(), _watcher)
+def without_calls(_experts: nn.Module, watcher: experts.Watcher, _down: tuple[str, int]) -> experts.Watch:
+    """Watch a module that is not part of the model, so that the watcher is never called."""
+    return experts.Watch(nn.Module(), watcher)
 
 
 def with_reversed_tokens(watch):
+    """Make a `watch_experts` that reports activations for other tokens than the expert computes."""
+
     def watch_reversed(host: nn.Module, watcher: experts.Watcher, down: tuple[str, int]) -> experts.Watch:
         return watch(host, lambda x, expert, tokens: watcher(x, expert, tokens.flip(0)), down)
 

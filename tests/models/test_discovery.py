@@ -84,11 +84,11 @@ def test_masked_sliced_and_reloaded_models_of_discovered_types_agree(model_type,
     assert any(block.neurons for block in blocks)
     assert any(block.kv_groups for block in blocks) or model_type not in WITH_KV_GROUPS
     save_pruned(small, None, tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
-    assert type(again).__name__.startswith("Pruned")
-    assert torch.equal(logits(again, ids), sliced)
-    twice = prune(again, random_masks(again))
-    assert twice.num_parameters() < again.num_parameters()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
+    assert type(reloaded).__name__.startswith("Pruned")
+    assert torch.equal(logits(reloaded, ids), sliced)
+    # The reloaded model can be pruned again.
+    assert prune(reloaded, random_masks(reloaded)).num_parameters() < reloaded.num_parameters()
 
 
 def test_statistics_of_interleaved_experts_equal_a_reference(ids):
@@ -101,51 +101,52 @@ def test_statistics_of_interleaved_experts_equal_a_reference(ids):
     logits(model, ids)
     for handle in handles:
         handle.remove()
-    found = collect(model, [{"input_ids": ids, "index": torch.arange(len(ids))}])
-    assert len(calls) == len(found.ffn) > 0
-    for (module, hidden, routed, _), channels in zip(calls, found.ffn, strict=True):
+    statistics = collect(model, [{"input_ids": ids, "index": torch.arange(len(ids))}])
+    assert len(calls) == len(statistics.ffn) > 0
+    for (module, hidden, routed, _), channels in zip(calls, statistics.ffn, strict=True):
         hidden = hidden.flatten(0, -2)
         for expert in range(4):
             tokens = (routed == expert).any(-1).flatten().nonzero()[:, 0]
             gate_up = hidden[tokens] @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
-            x, mine = module._apply_gate(gate_up).double(), channels.total.of_expert(expert, 4)
-            assert (mine.count == len(tokens)).all()
-            torch.testing.assert_close(mine.sum_sq, x.square().sum(0), rtol=1e-4, atol=1e-6)
+            x, moments = module._apply_gate(gate_up).double(), channels.total.of_expert(expert, 4)
+            assert (moments.count == len(tokens)).all()
+            torch.testing.assert_close(moments.sum_sq, x.square().sum(0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["granitemoe", "nemotron_h", "qwen3_next"])
 def test_token_counts_of_experts_add_up_to_the_routed_tokens(model_type, ids):
     model = example(model_type)
-    found = collect(model, [{"input_ids": ids, "index": torch.arange(len(ids))}])
-    counted = [
+    statistics = collect(model, [{"input_ids": ids, "index": torch.arange(len(ids))}])
+    token_counts = [
         channels.total.count.view(block.experts, -1)[:, 0].sum()
-        for block, channels in zip(blocks_of(model), found.ffn, strict=True)
+        for block, channels in zip(blocks_of(model), statistics.ffn, strict=True)
         if block.has_experts
     ]
-    assert counted
-    assert all(count == ROUTED * ids.numel() for count in counted)
+    assert token_counts
+    assert all(count == ROUTED * ids.numel() for count in token_counts)  # ROUTED experts per token
 
 
 @pytest.mark.parametrize("model_type", types(("stablelm",), ("cohere2", "openai-gpt", "phi", "bloom")))
 def test_statistics_of_discovered_types_equal_those_of_forward_hooks(model_type, ids):
-    model, seen = example(model_type), {}
+    model, inputs = example(model_type), {}
     handles = []
     for block in blocks_of(model):
         for scope, part in (("ffn", "down"), ("attention", "output")):
             if part in block.parts:
 
-                def keep(_m: nn.Module, x: tuple, place: tuple = (scope, block.index)) -> None:
-                    seen[place] = x[0].detach().double().flatten(0, -2)
+                def record_input(_m: nn.Module, x: tuple, key: tuple = (scope, block.index)) -> None:
+                    inputs[key] = x[0].detach().double().flatten(0, -2)
 
-                handles.append(block.parts[part].host.register_forward_pre_hook(keep))
+                handles.append(block.parts[part].host.register_forward_pre_hook(record_input))
     logits(model, ids)
     for handle in handles:
         handle.remove()
-    found = collect(model, [{"input_ids": ids, "index": torch.arange(len(ids))}])
-    assert seen
-    for (scope, index), x in seen.items():
-        torch.testing.assert_close(getattr(found, scope)[index].total.sum_sq, x.square().sum(0), rtol=1e-4, atol=1e-6)
+    statistics = collect(model, [{"input_ids": ids, "index": torch.arange(len(ids))}])
+    assert inputs
+    for (scope, index), x in inputs.items():
+        moments = getattr(statistics, scope)[index].total
+        torch.testing.assert_close(moments.sum_sq, x.square().sum(0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -156,41 +157,39 @@ def test_discovery_finds_the_same_structure_as_a_record_by_hand(family, monkeypa
     monkeypatch.setattr(lookup, "FAMILIES", {})
     config = shrunk(default_config(family))
     record, model = discover_from_tiny(config), tiny_model(config)
-    other = copy.deepcopy(model)
-    remember(model, BY_HAND[family])
-    remember(other, record)
-    by_hand, found = blocks_of(model), blocks_of(other)
-    assert len(found) == len(by_hand)
-    for ours, theirs in zip(found, by_hand, strict=True):
-        assert list(ours.parts) == list(theirs.parts)
-        for name, part in ours.parts.items():
-            assert torch.equal(part.weight, theirs.parts[name].weight), name
-        assert {s.path: (s.dim, s.kind, s.units.tolist()) for s in ours.slices} == {
-            s.path: (s.dim, s.kind, s.units.tolist()) for s in theirs.slices
+    model_by_hand = copy.deepcopy(model)
+    remember(model, record)
+    remember(model_by_hand, BY_HAND[family])
+    discovered_blocks, blocks_by_hand = blocks_of(model), blocks_of(model_by_hand)
+    assert len(discovered_blocks) == len(blocks_by_hand)
+    for discovered, by_hand in zip(discovered_blocks, blocks_by_hand, strict=True):
+        assert list(discovered.parts) == list(by_hand.parts)
+        for name, part in discovered.parts.items():
+            assert torch.equal(part.weight, by_hand.parts[name].weight), name
+        assert {s.path: (s.dim, s.kind, s.units.tolist()) for s in discovered.slices} == {
+            s.path: (s.dim, s.kind, s.units.tolist()) for s in by_hand.slices
         }
         for part in ("down", "output"):
-            assert ours.joins_residual(part) == theirs.joins_residual(part), part
-        for norm in ("ffn_norm", "attention_norm"):
-            mine, record_norm = getattr(ours, norm), getattr(theirs, norm)
-            assert (mine is None) == (record_norm is None), norm
-            assert mine is None or torch.equal(mine.weight, record_norm.weight), norm
-        mine = set(ours.attributes)
-        assert mine <= set(theirs.attributes)
-    record_norm = by_hand[0].family
+            assert discovered.joins_residual(part) == by_hand.joins_residual(part), part
+        for name in ("ffn_norm", "attention_norm"):
+            norm, norm_by_hand = getattr(discovered, name), getattr(by_hand, name)
+            assert (norm is None) == (norm_by_hand is None), name
+            assert norm is None or torch.equal(norm.weight, norm_by_hand.weight), name
+        assert set(discovered.attributes) <= set(by_hand.attributes)
+    record_by_hand = blocks_by_hand[0].family
     for name in ("norm_offset", "softcap", "logits_scaling", "learned_positions", "layers"):
-        expected = (
-            None
-            if name == "softcap" and not getattr(config, record_norm.softcap or "", None)
-            else getattr(record_norm, name)
-        )
+        expected = getattr(record_by_hand, name)
+        # A softcap that the config does not set is not discovered.
+        if name == "softcap" and not getattr(config, record_by_hand.softcap or "", None):
+            expected = None
         assert getattr(record, name) == expected, name
 
 
 def test_a_discovered_record_is_loaded_from_the_cache(monkeypatch):
     config = CONFIG_MAPPING["gemma"]()
-    found = discovery.discover(config)
+    record = discovery.discover(config)
     monkeypatch.setattr(discovery, "discover_from_tiny", lambda _: pytest.fail("discovered again"))
-    assert discovery.discover(config) == found
+    assert discovery.discover(config) == record
 
 
 def test_the_layerwise_check_uses_the_discovered_record(monkeypatch):
@@ -222,8 +221,8 @@ def test_discovery_does_not_change_the_global_random_state():
 @pytest.mark.parametrize("model_type", types(("cohere2",), ("gemma", "falcon_h1", "granitemoe", "gpt_oss")))
 def test_iter_logits_equals_the_models_logits(model_type, ids):
     model = example(model_type)
-    ours = torch.cat([own for own, _, _ in iter_logits(model, ids)])
-    torch.testing.assert_close(ours, logits(model, ids)[:, :-1], atol=1e-4, rtol=1e-4)
+    chunks = torch.cat([chunk for chunk, _, _ in iter_logits(model, ids)])
+    torch.testing.assert_close(chunks, logits(model, ids)[:, :-1], atol=1e-4, rtol=1e-4)
 
 
 # --- types that cannot be pruned
@@ -345,7 +344,7 @@ except UserError as error:
 @pytest.mark.slow
 def test_a_changed_built_in_record_is_checked(tmp_path):
     env = tiny_run.environment(tmp_path / "cache")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", CHANGED_RECORD], cwd=tiny_run.ROOT, env=env, capture_output=True, text=True
     )
-    assert "granite" in done.stdout, done.stderr
+    assert "granite" in process.stdout, process.stderr

@@ -62,7 +62,7 @@ def test_a_wheel_is_downloaded_once_in_the_pinned_version(cache, index):
     assert len(cached_wheels(cache)) == 1  # the temporary folder was removed
 
 
-def test_a_wheel_with_another_sha256_is_refused_and_removed(cache, index):
+def test_a_downloaded_or_cached_wheel_with_another_sha256_is_refused_and_removed(cache, index):
     wheel, calls = index
     wrong = dataclasses.replace(wheel, sha256="0" * 64)
     with pytest.raises(UserError, match=f"sha256 must be {'0' * 64}; got {wheel.sha256}"):
@@ -74,7 +74,7 @@ def test_a_wheel_with_another_sha256_is_refused_and_removed(cache, index):
         wheels.fetch_wheel(wheel)
     assert cached_wheels(cache) == []
     assert wheels.read_member(wheel, MEMBER) == b"hello"
-    assert len(calls) == 3
+    assert len(calls) == 3  # the wrong hash, the first download, and the download after the damage
 
 
 def test_without_network_one_line_has_the_cause_and_the_remedy(cache, monkeypatch):
@@ -96,11 +96,11 @@ def test_concurrent_downloads_give_one_valid_wheel(cache, index):
 @pytest.fixture
 def tiny_embedded(cache, tiny_model, monkeypatch):
     """Register an embedded model `demo` whose conversion writes the tiny model. Returns the list of conversions."""
-    made = []
+    conversions = []
 
     def convert(gguf, folder, name):
         assert gguf.read_text() == "weights"
-        made.append(name)
+        conversions.append(name)
         tiny_model.save_pretrained(folder)
         (folder / "tokenizer_config.json").write_text("{}")
 
@@ -109,7 +109,7 @@ def tiny_embedded(cache, tiny_model, monkeypatch):
     monkeypatch.setitem(assets.EMBEDDED_MODELS, "demo", model)
     monkeypatch.setattr(assets, "read_member", lambda _wheel, member: member.encode())
     monkeypatch.setattr(assets, "convert_gguf", convert)
-    return made
+    return conversions
 
 
 def test_an_embedded_model_is_converted_once_per_version(cache, tiny_embedded, monkeypatch):
@@ -201,5 +201,5 @@ def test_gemma_is_pruned_evaluated_with_bos_and_reloaded(tmp_path):
     assert "Gemma Terms of Use" in card
     prompt = run.tokenizer("The history of the railway began", return_tensors="pt")
     assert prompt.input_ids[0, 0] == run.tokenizer.bos_token_id
-    continued = run.model.generate(**prompt, max_new_tokens=5, do_sample=False)
-    assert continued.shape[1] == prompt.input_ids.shape[1] + 5
+    generated = run.model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert generated.shape[1] == prompt.input_ids.shape[1] + 5

@@ -95,15 +95,15 @@ def test_statistics_equal_those_of_forward_hooks(family, ids):
     model(ids)
     for handle in handles:
         handle.remove()
-    found = collect(model, [{"input_ids": ids, "index": torch.arange(4)}], gram=True)
-    for kind, channels in (("ffn", found.ffn), ("attention", found.attention)):
+    statistics = collect(model, [{"input_ids": ids, "index": torch.arange(4)}], gram=True)
+    for kind, channels in (("ffn", statistics.ffn), ("attention", statistics.attention)):
         for (x,), channel in zip(recorded[kind], channels, strict=True):
             x = x.double().view(4, 24, -1)
             for half in (0, 1):
-                own, sums = x[half::2].flatten(0, 1).numpy(), channel.halves[half]
-                assert int(sums.count) == 48
-                np.testing.assert_allclose(sums.sum, own.sum(0), rtol=1e-5, atol=1e-4)
-                np.testing.assert_allclose(sums.sum_sq, (own**2).sum(0), rtol=1e-5)
+                x_half, moments = x[half::2].flatten(0, 1).numpy(), channel.halves[half]
+                assert int(moments.count) == 48  # two windows of 24 tokens
+                np.testing.assert_allclose(moments.sum, x_half.sum(0), rtol=1e-5, atol=1e-4)
+                np.testing.assert_allclose(moments.sum_sq, (x_half**2).sum(0), rtol=1e-5)
             flat = x.flatten(0, 1).numpy()
             np.testing.assert_allclose(channel.gram, flat.T @ flat, rtol=1e-4, atol=1e-3)
 
@@ -118,31 +118,30 @@ def expert_activations(model: nn.Module, ids: torch.Tensor) -> list[dict[int, tu
     model(ids)
     for handle in handles:
         handle.remove()
-    found = []
+    per_block = []
     for module, hidden, index, _ in calls:
-        own = {}
+        per_expert = {}
         gate_up = module.gate_up_proj.double()
         for expert in range(len(gate_up)):
             tokens = (index == expert).any(1).nonzero()[:, 0]
             gate, up = (hidden[tokens].double() @ gate_up[expert].T).chunk(2, -1)
-            own[expert] = (tokens // ids.shape[1]).numpy(), (module.act_fn(gate) * up).numpy()
-        found.append(own)
-    return found
+            per_expert[expert] = (tokens // ids.shape[1]).numpy(), (module.act_fn(gate) * up).numpy()
+        per_block.append(per_expert)
+    return per_block
 
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_statistics_of_experts_equal_those_of_forward_hooks(family, ids):
     model = make_tiny(family)
     expected = expert_activations(model, ids)
-    found = collect(model, [{"input_ids": ids, "index": torch.arange(4)}], gram=True)
-    for channel, experts in zip(found.ffn, expected, strict=True):
+    statistics = collect(model, [{"input_ids": ids, "index": torch.arange(4)}], gram=True)
+    for channel, experts in zip(statistics.ffn, expected, strict=True):
         for half in (0, 1):
-            sums = channel.halves[half]
             for expert, (window, x) in experts.items():
-                own, mine = x[window % 2 == half], sums.of_expert(expert, 4)
-                assert (mine.count == len(own)).all()
-                np.testing.assert_allclose(mine.sum, own.sum(0), rtol=1e-4, atol=1e-4)
-                np.testing.assert_allclose(mine.sum_sq, (own**2).sum(0), rtol=1e-4, atol=1e-9)
+                x_half, moments = x[window % 2 == half], channel.halves[half].of_expert(expert, 4)
+                assert (moments.count == len(x_half)).all()
+                np.testing.assert_allclose(moments.sum, x_half.sum(0), rtol=1e-4, atol=1e-4)
+                np.testing.assert_allclose(moments.sum_sq, (x_half**2).sum(0), rtol=1e-4, atol=1e-9)
         for expert, (_, x) in experts.items():
             np.testing.assert_allclose(channel.gram[expert], x.T @ x, rtol=1e-3, atol=1e-3)
     assert sum(len(w) for w, _ in expected[0].values()) == 2 * ids.numel()  # two experts per token
@@ -183,9 +182,8 @@ def test_masked_sliced_and_reloaded_models_agree(family, overrides, ids, tmp_pat
     assert (reference - dense).abs().max() > 0.1  # the masks have an effect
     pruned = prune(model, masks)
     assert widths(pruned)["neurons"] == [17, 48, 33]
-    for before, after in zip(
-        blocks_of(model), blocks_of(pruned), strict=True
-    ):  # KV groups are removed with all of their heads
+    # KV groups are removed with all of their heads.
+    for before, after in zip(blocks_of(model), blocks_of(pruned), strict=True):
         assert after.heads * before.kv_groups == before.heads * after.kv_groups
         assert after.head_dim == before.head_dim
     removed = model.num_parameters() - pruned.num_parameters()
@@ -193,17 +191,17 @@ def test_masked_sliced_and_reloaded_models_agree(family, overrides, ids, tmp_pat
     sliced = pruned(ids).logits
     torch.testing.assert_close(sliced, reference, atol=1e-4, rtol=0)
     save_pruned(pruned, None, tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    assert type(again).__name__.startswith("Pruned")
-    assert widths(again) == widths(pruned)
-    assert torch.equal(again(ids).logits, sliced)
+    reloaded_model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert type(reloaded_model).__name__.startswith("Pruned")
+    assert widths(reloaded_model) == widths(pruned)
+    assert torch.equal(reloaded_model(ids).logits, sliced)
     # Generation with and without a KV cache
     prompt = ids[:2, :9]
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = pruned.generate(prompt, **settings)
     assert torch.equal(cached, pruned.generate(prompt, use_cache=False, **settings))
-    assert torch.equal(cached, again.generate(prompt, **settings))
-    assert torch.equal(cached, again.generate(prompt, cache_implementation="static", **settings))
+    assert torch.equal(cached, reloaded_model.generate(prompt, **settings))
+    assert torch.equal(cached, reloaded_model.generate(prompt, cache_implementation="static", **settings))
     with masked(model, masks):
         assert torch.equal(cached, model.generate(prompt, **settings))
 
@@ -213,13 +211,13 @@ def test_equal_blocks_are_exported_as_the_stock_class(family, ids, tmp_path):
     model = make_tiny(family)
     pruned = prune(model, some_masks(model, (24, 24, 24), attention=False))
     folder = save_pruned(pruned, None, tmp_path / "model")
-    content = json.loads((folder / "config.json").read_text())
-    assert content["model_type"] == family
-    assert "auto_map" not in content
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == family
+    assert "auto_map" not in config
     assert not list(folder.glob("*.py"))
-    again = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert type(again) is type(model)
-    assert torch.equal(again(ids).logits, pruned(ids).logits)
+    reloaded_model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(reloaded_model) is type(model)
+    assert torch.equal(reloaded_model(ids).logits, pruned(ids).logits)
 
 
 def reloaded(model: nn.Module, folder: Path) -> nn.Module:
@@ -284,13 +282,13 @@ def test_exported_and_fine_tuned_models_load_without_gprune(ids, worlds, tmp_pat
         "assert 'gprune' not in sys.modules\n"
     )
     environment = tiny_run.environment(tmp_path / "cache", HF_MODULES_CACHE=str(tmp_path / "modules"))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-P", str(script), str(folders)], cwd=tmp_path, env=environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = dict(line.split() for line in done.stdout.splitlines() if line)
-    assert {name: float(value) for name, value in rows.items()} == dict.fromkeys(models, 0.0)
+    assert process.returncode == 0, process.stderr[-2000:]
+    differences = dict(line.split() for line in process.stdout.splitlines() if line)
+    assert {name: float(value) for name, value in differences.items()} == dict.fromkeys(models, 0.0)
 
 
 # --- after pruning
@@ -302,11 +300,11 @@ def test_a_pruned_model_can_be_saved_pruned_again_fine_tuned_and_adapted(family,
     masks = some_masks(model, attention=True)
     once = gprune.apply_masks(model, masks)
     assert torch.equal(once(ids).logits, prune(model, masks)(ids).logits)
-    again = reloaded(once, tmp_path / "once")
-    second = some_masks(again, (7, 8, 9), attention=False)
+    once_reloaded = reloaded(once, tmp_path / "once")
+    second = some_masks(once_reloaded, (7, 8, 9), attention=False)
     twice = gprune.apply_masks(once, second)
     assert widths(twice)["neurons"] == [7, 8, 9]
-    for other in (prune(again, second), reloaded(twice, tmp_path / "twice")):
+    for other in (prune(once_reloaded, second), reloaded(twice, tmp_path / "twice")):
         assert torch.equal(other(ids).logits, twice(ids).logits)
     before = train_a_step(once, ids)
     assert once(input_ids=ids, labels=ids).loss < before
@@ -321,8 +319,8 @@ def test_a_pruned_model_can_be_saved_pruned_again_fine_tuned_and_adapted(family,
 def test_chunked_losses_and_logits_equal_the_models(family, ids):
     """The head is applied in chunks, with the family's scaling or softcap of logits."""
     model = make_tiny(family)
-    own = model(input_ids=ids, labels=ids).loss
-    torch.testing.assert_close(next_token_losses(model, ids).mean(), own, atol=1e-5, rtol=1e-5)
+    expected = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(next_token_losses(model, ids).mean(), expected, atol=1e-5, rtol=1e-5)
     logits, targets, _ = (torch.cat(rows) for rows in zip(*iter_logits(model, ids), strict=True))
     torch.testing.assert_close(logits, model(ids).logits[:, :-1], atol=1e-4, rtol=0)
     assert torch.equal(targets, ids[:, 1:])
@@ -333,6 +331,7 @@ def test_gradients_include_the_softcap_and_the_scaling_of_logits(family, overrid
     model = make_tiny(family, **overrides)
 
     def gradient(loss_of) -> torch.Tensor:
+        """The gradient of a loss with respect to gates of neurons."""
         gates = [torch.linspace(0.2, 1, NEURONS, requires_grad=True) for _ in range(3)]
         with gated(model, gates):
             loss_of().backward()
@@ -342,21 +341,22 @@ def test_gradients_include_the_softcap_and_the_scaling_of_logits(family, overrid
         return (log_q.exp() * (log_q - model(ids).logits[:, :-1].log_softmax(-1))).sum(-1).mean()
 
     log_q, teacher = model(ids).logits[:, :-1].log_softmax(-1), final_hidden(model, ids)
-    for own, of_teacher in ((lambda: model(input_ids=ids, labels=ids).loss, None), (divergence, teacher)):
-        expected = gradient(own)
+    # Cross-entropy without a teacher, and KL divergence with the dense model as the teacher.
+    for reference, hidden in ((lambda: model(input_ids=ids, labels=ids).loss, None), (divergence, teacher)):
+        expected = gradient(reference)
         assert float(expected.abs().max()) > 1e-4
-        ours = gradient(lambda teacher=of_teacher: next_token_losses(model, ids, teacher=teacher).mean())
-        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-3)
+        chunked = gradient(lambda hidden=hidden: next_token_losses(model, ids, teacher=hidden).mean())
+        torch.testing.assert_close(chunked, expected, atol=1e-6, rtol=1e-3)
 
 
 # --- experts
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_each_expert_keeps_its_best_neurons_and_all_have_equal_widths(family):
+def test_each_expert_keeps_its_best_neurons_and_experts_of_a_block_have_equal_widths(family):
     model = make_tiny(family)
     costs = unit_costs(blocks_of(model), scope="ffn")
-    assert costs.neuron == [4 * 3 * 32] * 3
+    assert costs.neuron == [4 * 3 * 32] * 3  # a row of gate, a row of up and a column of down in four experts
     generator = torch.Generator().manual_seed(0)
     margins = [torch.randn(4 * NEURONS, generator=generator) for _ in range(3)]
     masks = keep_masks(Budget.of(costs, 0.5), margins)
@@ -380,15 +380,16 @@ def test_an_expert_without_tokens_is_ranked_by_an_activation_free_metric(family,
     handle = experts.gate.register_forward_hook(lambda _m, _i, out: constant_routing(bias, out))
     statistics = collect(model, [{"input_ids": ids, "index": torch.arange(4)}])
     handle.remove()
-    count = statistics.ffn[0].total.count.view(4, -1)[:, 0]
-    assert count.tolist() == [ids.numel(), ids.numel(), 0, 0]
+    token_counts = statistics.ffn[0].total.count.view(4, -1)[:, 0]
+    assert token_counts.tolist() == [ids.numel(), ids.numel(), 0, 0]
     blocks = blocks_of(model)
     scores = score_units("wanda_sp", blocks, statistics, attention=False).ffn[0].view(4, -1)
     activation_free = score_units("magnitude", blocks, statistics, attention=False).ffn[0].view(4, -1)
-    busy = scores[:2].sort(1).values.mean(0)
+    # Experts 2 and 3 have the order of the other metric, and the mean distribution of the experts with tokens.
+    mean_of_busy_experts = scores[:2].sort(1).values.mean(0)
     for expert in (2, 3):
         assert torch.equal(scores[expert].argsort(), activation_free[expert].argsort())
-        torch.testing.assert_close(scores[expert].sort().values, busy)
+        torch.testing.assert_close(scores[expert].sort().values, mean_of_busy_experts)
     assert not torch.equal(scores[0].argsort(), activation_free[0].argsort())
 
 
@@ -430,12 +431,14 @@ def worlds(tmp_path_factory):
 
 @pytest.mark.parametrize("overrides", [{"logits_scaling": 1.0}, {}], ids=["by_1", "by_4"])
 def test_a_record_without_the_models_logit_scaling_is_refused(overrides, worlds, tmp_path, monkeypatch, capsys):
-    """The record lacks the scale, so perplexity would silently be that of other logits."""
+    """Without the scale in the record, perplexity would silently be that of other logits. A scale of 1 is accepted."""
     tiny_run.quick(monkeypatch)
     monkeypatch.setitem(FAMILIES, "granite", Family("granite"))
     args = worlds("granite", **overrides).args(tmp_path, "--gprune=false", "--evaluation.controls=[]")
-    assert tiny_run.main([*args, "--export=none"]) == (0 if overrides else 2)
-    assert ("'granite': logits are not head times hidden states" in capsys.readouterr().err) is (not overrides)
+    scale_is_one = bool(overrides)
+    assert tiny_run.main([*args, "--export=none"]) == (0 if scale_is_one else 2)
+    refused = "'granite': logits are not head times hidden states" in capsys.readouterr().err
+    assert refused is not scale_is_one
 
 
 # One family of each kind: gated; ungated with transposed weights; with experts.
@@ -460,10 +463,10 @@ def test_a_command_line_run_meets_budget_and_exports_each_family(family, worlds,
     assert {("dense", "none"), ("base", "none"), ("gprune", "least_squares")} <= rows
     assert all(np.isfinite(r["perplexity"]) for r in result.records)
     if family in KINDS:  # an exported folder can be pruned again
-        again = tiny_run.World(tmp_path / "run" / "model", worlds(family).corpora)
-        twice = again.run(tmp_path, "--sparsity.target=0.2", name="again")
-        assert twice.summary["parameters_before"] == result.summary["parameters_after"]
-        assert twice.summary["parameters_after"] < result.summary["parameters_after"]
+        exported = tiny_run.World(tmp_path / "run" / "model", worlds(family).corpora)
+        second_result = exported.run(tmp_path, "--sparsity.target=0.2", name="again")
+        assert second_result.summary["parameters_before"] == result.summary["parameters_after"]
+        assert second_result.summary["parameters_after"] < result.summary["parameters_after"]
 
 
 @pytest.mark.parametrize("family", EXPERTS)

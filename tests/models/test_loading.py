@@ -21,8 +21,8 @@ def change_config(folder, **settings):
 def rename_weights(folder, rename):
     """Rename the weights of a checkpoint, and drop those for which `rename` returns None."""
     file = folder / "model.safetensors"
-    named = {rename(name): tensor for name, tensor in load_file(file).items()}
-    save_file({name: tensor for name, tensor in named.items() if name}, file, metadata={"format": "pt"})
+    renamed = {rename(name): tensor for name, tensor in load_file(file).items()}
+    save_file({name: tensor for name, tensor in renamed.items() if name}, file, metadata={"format": "pt"})
 
 
 DAMAGES = {
@@ -61,11 +61,11 @@ def test_unexpected_weights_are_reported_in_a_warning(tmp_path, caplog):
     assert "such as model.layers.2.input_layernorm.weight." in message
 
 
-@pytest.mark.parametrize("how", ["float8", "quantizer"])
-def test_weights_that_remain_quantized_after_loading_are_refused(how, tiny_model):
+@pytest.mark.parametrize("quantization", ["float8", "quantizer"])
+def test_weights_that_remain_quantized_after_loading_are_refused(quantization, tiny_model):
     """Pruning would not slice their scales. Checkpoints that transformers dequantizes while loading are accepted."""
     check_weight_dtypes(tiny_model, "here")
-    if how == "float8":
+    if quantization == "float8":
         linear = tiny_model.model.layers[1].mlp.up_proj
         linear.weight = torch.nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
     else:

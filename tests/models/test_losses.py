@@ -35,11 +35,11 @@ def test_loss_and_gradient_of_a_head_with_bias_equal_cross_entropy():
     targets, weights = torch.randint(50, (400,), generator=generator), torch.rand(400, generator=generator)
     loss = (frozen_head_losses(hidden, head, bias, targets, LogitTransform()) * weights).sum()
     loss.backward()
-    mine, hidden.grad = hidden.grad, None
+    gradient, hidden.grad = hidden.grad, None
     nll = torch.nn.functional.cross_entropy(hidden @ head.T + bias, targets, reduction="none")
     (nll * weights).sum().backward()
     assert loss.item() == pytest.approx((nll * weights).sum().item(), rel=1e-5)
-    torch.testing.assert_close(mine, hidden.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, hidden.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_loss_and_gradient_of_extreme_logits_are_finite():
@@ -47,6 +47,7 @@ def test_loss_and_gradient_of_extreme_logits_are_finite():
     head = torch.tensor([[1000.0], [-1000.0]])
     loss = frozen_head_losses(hidden, head, None, torch.tensor([1]), LogitTransform()).sum()
     loss.backward()
+    # The logits are 1000 and -1000, so the probability of the target underflows.
     assert loss.item() == 2000.0
     assert float(hidden.grad) == 2000.0
 
@@ -95,9 +96,9 @@ def test_losses_and_gradients_equal_autograd_through_all_logits(dtype, tied, div
             (losses * weight.to(losses)).sum().backward()
         return losses.detach().double(), torch.cat([g.grad for g in gates]).double()
 
-    mine, gradient = loss_and_gradient(model, lambda: next_token_losses(model, tokens, teacher=teacher))
-    theirs, expected = loss_and_gradient(double, reference)
-    assert theirs.abs().max() > 1e-3
-    torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-6)
-    assert expected.abs().max() > 1e-3
-    assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max()
+    losses, gradient = loss_and_gradient(model, lambda: next_token_losses(model, tokens, teacher=teacher))
+    expected_losses, expected_gradient = loss_and_gradient(double, reference)
+    assert expected_losses.abs().max() > 1e-3
+    torch.testing.assert_close(losses, expected_losses, rtol=2e-5, atol=1e-6)
+    assert expected_gradient.abs().max() > 1e-3
+    assert (gradient - expected_gradient).abs().max() <= 1e-4 * expected_gradient.abs().max()

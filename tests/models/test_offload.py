@@ -66,8 +66,8 @@ def placed(tmp_path_factory):
         model = make_tiny(family, **overrides)
         if not path.exists():
             model.save_pretrained(path, max_shard_size="20KB")
-        place = {"device_map": "auto", "max_memory": {"cpu": limit_for(model)}}
-        return load_weights(path, dtype=torch.float32), load_weights(path, dtype=torch.float32, **place)
+        offloading = {"device_map": "auto", "max_memory": {"cpu": limit_for(model)}}
+        return load_weights(path, dtype=torch.float32), load_weights(path, dtype=torch.float32, **offloading)
 
     with tiny_run.isolated(folder / "cache"):
         yield load
@@ -97,11 +97,10 @@ def test_an_offloaded_model_has_the_same_weights_statistics_and_logits(family, p
             assert part.bias is None or torch.equal(mine.parts[name].bias, part.bias)
     # Statistics layer by layer, and a metric that reads weights
     expected = collect(whole, batches(), gram=True)
-    found = walk_over(offloaded, batches()).statistics(gram=True)
-    assert_same_bits(found, expected)
+    assert_same_bits(walk_over(offloaded, batches()).statistics(gram=True), expected)
     scores = (score_units("magnitude", blocks_of(m), expected) for m in (offloaded, whole))
-    for one, two in zip(*((*s.ffn, *s.attention) for s in scores), strict=True):
-        assert torch.equal(one, two)
+    for scores_offloaded, scores_in_memory in zip(*((*s.ffn, *s.attention) for s in scores), strict=True):
+        assert torch.equal(scores_offloaded, scores_in_memory)
     # No weight has been moved, and no hook removed.
     assert sum(p.is_meta for p in offloaded.parameters()) > sum(not p.is_meta for p in offloaded.parameters())
     assert torch.equal(offloaded(ids).logits, whole(ids).logits)
@@ -113,26 +112,28 @@ def test_an_offloaded_model_is_exported_like_the_model_in_memory(family, placed,
     whole, offloaded = placed(family)
     masks = some_masks(whole, attention=True)
     assert torch.equal(masked_logits(offloaded, masks, ids), masked_logits(whole, masks, ids))
-    one = prune(whole, masks)
-    two = prune_to_files(offloaded, masks, tmp_path / "blocks")
-    assert all(p.is_meta for p in two.parameters())
-    assert two.num_parameters() == one.num_parameters()
-    folders = [save_pruned(small, None, tmp_path / name) for name, small in (("one", one), ("two", two))]
+    in_memory = prune(whole, masks)
+    in_files = prune_to_files(offloaded, masks, tmp_path / "blocks")
+    assert all(p.is_meta for p in in_files.parameters())
+    assert in_files.num_parameters() == in_memory.num_parameters()
+    pruned = {"in_memory": in_memory, "in_files": in_files}
+    folders = [save_pruned(small, None, tmp_path / name) for name, small in pruned.items()]
     assert len(list(folders[1].glob("*.safetensors"))) >= 3
     configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
     assert configs[0] == configs[1]
     names = [{path.name for path in folder.iterdir() if "safetensors" not in path.name} for folder in folders]
     assert names[0] == names[1]
-    again = AutoModelForCausalLM.from_pretrained(folders[1]).eval()
-    assert {n: t.dtype for n, t in again.state_dict().items()} == {n: t.dtype for n, t in one.state_dict().items()}
-    assert torch.equal(again(ids).logits, one(ids).logits)
-    # Offloaded like the dense model, and saved again
-    place = {"device_map": "auto", "max_memory": {"cpu": limit_for(again)}}
-    small = load_weights(folders[1], dtype=torch.float32, **place)
+    reloaded = AutoModelForCausalLM.from_pretrained(folders[1]).eval()
+    expected_dtypes = {name: tensor.dtype for name, tensor in in_memory.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in reloaded.state_dict().items()} == expected_dtypes
+    assert torch.equal(reloaded(ids).logits, in_memory(ids).logits)
+    # The pruned model is offloaded like the dense model, and saved again.
+    placement = {"device_map": "auto", "max_memory": {"cpu": limit_for(reloaded)}}
+    small = load_weights(folders[1], dtype=torch.float32, **placement)
     assert is_offloaded(small)
-    assert torch.equal(small(ids).logits, one(ids).logits)
-    third = AutoModelForCausalLM.from_pretrained(save_pruned(small, None, tmp_path / "three")).eval()
-    assert torch.equal(third(ids).logits, one(ids).logits)
+    assert torch.equal(small(ids).logits, in_memory(ids).logits)
+    saved_again = AutoModelForCausalLM.from_pretrained(save_pruned(small, None, tmp_path / "again")).eval()
+    assert torch.equal(saved_again(ids).logits, in_memory(ids).logits)
     assert torch.equal(offloaded(ids).logits, whole(ids).logits)
 
 
@@ -144,48 +145,54 @@ def test_offloaded_models_can_lose_whole_blocks_and_gain_biases(family, placed, 
     masks.attention[1][:] = False
 
     def revise(dense, block):
+        """Change the weight and add a bias, as a recovery does."""
         keep = masks.ffn[dense.index]
         block.down.set(2 * dense.down.weight[:, keep], dense.down.weight[:, ~keep].sum(1))
 
-    one = prune(whole, masks)
-    for dense, block in zip([b for b in blocks_of(whole) if b.index != 1], blocks_of(one), strict=True):
+    in_memory = prune(whole, masks)
+    for dense, block in zip([b for b in blocks_of(whole) if b.index != 1], blocks_of(in_memory), strict=True):
         revise(dense, block)
-    two = prune_to_files(offloaded, masks, tmp_path / "blocks", revise)
-    again = AutoModelForCausalLM.from_pretrained(save_pruned(two, None, tmp_path / "model")).eval()
-    assert len(blocks_of(again)) == 2
-    assert torch.equal(again(ids).logits, one(ids).logits)
+    in_files = prune_to_files(offloaded, masks, tmp_path / "blocks", revise)
+    reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(in_files, None, tmp_path / "model")).eval()
+    assert len(blocks_of(reloaded)) == 2
+    assert torch.equal(reloaded(ids).logits, in_memory(ids).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", *EXPERTS[:1]])
 def test_resident_loads_offloaded_weights_for_the_duration_of_the_context(family, placed):
     whole, offloaded = placed(family)
-    layer, own = decoder_layers(offloaded)[2], decoder_layers(whole)[2]
+    layer, layer_in_memory = decoder_layers(offloaded)[2], decoder_layers(whole)[2]
     with resident(layer):
-        for name, parameter in own.named_parameters():
+        for name, parameter in layer_in_memory.named_parameters():
             assert torch.equal(layer.get_parameter(name), parameter)
     assert all(p.is_meta for p in layer.parameters())
     with pytest.raises(ZeroDivisionError), resident(layer):
         _ = 1 / 0
     assert all(p.is_meta for p in layer.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", *EXPERTS[:1]])
+def test_stored_weights_of_an_offloaded_model_equal_those_in_memory(family, placed):
+    whole, offloaded = placed(family)
     weights = StoredWeights(offloaded)
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.state_dict().items())
 
 
 def test_accelerates_forward_is_restored_after_observing_experts(placed, ids):
-    """Observing experts replaces accelerate's forward, which is restored afterwards."""
+    """Observing experts temporarily replaces the forward that accelerate has set on the module."""
     whole, offloaded = placed("mixtral")
     masks = some_masks(whole, attention=False)
     for _ in range(2):
         masked_logits(offloaded, masks, ids)
         assert torch.equal(offloaded(ids).logits, whole(ids).logits)
     experts = decoder_layers(offloaded)[2].mlp.experts
-    own = experts.__dict__["forward"]
+    forward_of_accelerate = experts.__dict__["forward"]
     watch_experts(experts, lambda *_: None).remove()
-    assert experts.__dict__["forward"] is own
+    assert experts.__dict__["forward"] is forward_of_accelerate
     assert torch.equal(offloaded(ids).logits, whole(ids).logits)
 
 
-def test_stored_returns_meta_weights_of_modules_without_a_hook():
+def test_load_parameter_returns_meta_weights_of_modules_without_a_hook():
     with torch.device("meta"):
         linear = torch.nn.Linear(2, 3, bias=False)
     assert load_parameter(linear, "weight").is_meta
@@ -195,29 +202,29 @@ def test_stored_returns_meta_weights_of_modules_without_a_hook():
 
 def test_a_model_with_device_hooks_is_pruned_and_calibrated_as_without(ids):
     """accelerate's hooks on each module, as with several devices, without offloaded weights."""
-    model, spread = make_tiny("llama"), make_tiny("llama")
-    dispatch_model(spread, {"": "cpu"}, force_hooks=True)
+    model, with_hooks = make_tiny("llama"), make_tiny("llama")
+    dispatch_model(with_hooks, {"": "cpu"}, force_hooks=True)
     masks = some_masks(model, attention=True)
-    assert torch.equal(prune(spread, masks)(ids).logits, prune(model, masks)(ids).logits)
-    assert torch.equal(masked_logits(spread, masks, ids), masked_logits(model, masks, ids))
-    assert_same_bits(collect(spread, batches()), collect(model, batches()))
-    assert torch.equal(spread(ids).logits, model(ids).logits)
+    assert torch.equal(prune(with_hooks, masks)(ids).logits, prune(model, masks)(ids).logits)
+    assert torch.equal(masked_logits(with_hooks, masks, ids), masked_logits(model, masks, ids))
+    assert_same_bits(collect(with_hooks, batches()), collect(model, batches()))
+    assert torch.equal(with_hooks(ids).logits, model(ids).logits)
 
 
 # --- folders and flags
 
 
-def test_offload_folders_are_removed_with_their_model_and_after_a_kill(tmp_path):
+def test_offload_folders_are_locked_and_removed_with_their_model_and_after_a_kill(tmp_path):
     with tiny_run.isolated(tmp_path):
         removal = ExitStack()
         folder = removal.enter_context(offload_folder())
         model = torch.nn.Linear(1, 1)
         weakref.finalize(model, removal.close)
-        left = tmp_path / "offload" / ".weights.left.tmp"
-        left.mkdir()
+        leftover = tmp_path / "offload" / ".weights.left.tmp"  # of a killed process
+        leftover.mkdir()
         with offload_folder() as other:
             assert folder.exists()  # it is locked
-            assert not left.exists()
+            assert not leftover.exists()
             with pytest.raises(TimeoutError), locked(other):
                 pass
         del model
@@ -254,6 +261,9 @@ def test_invalid_placements_are_refused_in_one_line(flags, line, capsys):
     assert main(flags) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert line in error
+
+
+def test_a_sharded_model_can_be_loaded_by_device_map_with_a_memory_limit_for_cpu_alone():
     parse([AUTO, TWO, "--model.shard=true", "--model.max_memory={cpu: 2GiB}"])
 
 
@@ -316,8 +326,8 @@ def test_a_run_with_an_offloaded_model_has_the_same_results(world, tmp_path, mon
 def test_options_that_need_gradients_are_refused_for_offloaded_models(flags, line, world, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(world.model)
     assert main(world.args(tmp_path, *flags, *placement(model))) == 2
-    (found,) = [text for text in capsys.readouterr().err.splitlines() if "--" in text]
-    assert line in found
+    (error,) = [text for text in capsys.readouterr().err.splitlines() if "--" in text]
+    assert line in error
     assert not (tmp_path / "run").exists()
 
 
@@ -375,25 +385,28 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=TWO_GPUS)])
 def test_a_model_sharded_over_two_processes_has_the_results_of_whole_models(accelerator, world, tmp_path):
-    """Layer by layer with sharded models, compared with whole models. Of the second batch, one rank has no window."""
+    """Sharded models are evaluated layer by layer. One rank has no window in the second batch."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     results = {}
-    for name, script, more in (("whole", ROOT / "train.py", []), ("sharded", tmp_path / "sharded.py", [str(tmp_path)])):
+    for name, script, script_args in (
+        ("whole", ROOT / "train.py", []),
+        ("sharded", tmp_path / "sharded.py", [str(tmp_path)]),
+    ):
         flags = ["--corpora.num_samples=5", "--sparsity.scope=attention+ffn", "--recovery=least_squares"]
         flags += ["--export=none", "--evaluation.num_samples=5", "--evaluation.development_samples=5"]
         flags += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.accelerator={accelerator}"]
         if name == "sharded":
             flags += ["--model.shard=true"]
         (tmp_path / f"{name}-process").mkdir()
-        args = [*more, *world.args(tmp_path, *flags, name=name)]
+        args = [*script_args, *world.args(tmp_path, *flags, name=name)]
         if accelerator == "cpu":
-            done, _ = tiny_run.train(args, tmp_path / f"{name}-process", processes=2, script=script)
+            process, _ = tiny_run.train(args, tmp_path / f"{name}-process", processes=2, script=script)
         else:  # CUDA cannot be used in a forked process
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, script, *args], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
                 env=tiny_run.environment(tmp_path / f"{name}-process/cache", PYTHONPATH=str(ROOT)),
             )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        assert process.returncode == 0, process.stderr
         results[name] = load_run(tmp_path / name)
     whole, sharded = results["whole"], results["sharded"]
     for corpus, statistics in whole.statistics.items():
@@ -409,22 +422,23 @@ def test_a_model_sharded_over_two_processes_has_the_results_of_whole_models(acce
         assert sharded["steps"][step]["forward_tokens"] == whole["steps"][step]["forward_tokens"]
         assert sharded["steps"][step]["forward_backward_tokens"] == whole["steps"][step]["forward_backward_tokens"]
     model = AutoModelForCausalLM.from_pretrained(world.model)
-    inside = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
-    numel = [int(path.read_text()) for path in tmp_path.glob("c*.[01]")]
-    assert len(numel) == 2
-    assert all(number <= model.num_parameters() - 0.4 * inside for number in numel)
+    # Each of two ranks has at most 60 % of the parameters in layers, about a half.
+    in_layers = sum(p.numel() for layer in decoder_layers(model) for p in layer.parameters())
+    numel_of_ranks = [int(path.read_text()) for path in tmp_path.glob("c*.[01]")]
+    assert len(numel_of_ranks) == 2
+    assert all(numel <= model.num_parameters() - 0.4 * in_layers for numel in numel_of_ranks)
 
 
 @pytest.mark.slow
 def test_a_sharded_run_recomputes_a_missing_recovery_and_metrics_to_the_same_bits(world, tmp_path):
-    """Then the recovery is the only collective step, and a control is recovered during evaluation."""
+    """The recovery is then the only collective step, and a control is recovered during evaluation."""
     flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--export=none", "--model.shard=true"]
     flags += ["--evaluation.controls=[base]", "--trainer.devices=2", "--trainer.strategy=ddp"]
     args = world.args(tmp_path, *flags, name="run")
 
     def losses_of_run():
-        done, _ = tiny_run.train(args, tmp_path, processes=2)
-        assert done.returncode == 0, done.stderr
+        process, _ = tiny_run.train(args, tmp_path, processes=2)
+        assert process.returncode == 0, process.stderr
         return [r["nll"] for r in load_run(tmp_path / "run").records]
 
     first = losses_of_run()

@@ -126,10 +126,10 @@ def test_each_ffn_of_a_layer_is_a_block_and_the_first_block_has_the_attention(sh
     assert find_unpruned(shared_expert_model) == {}
     # Blocks without attention are not reported, since their layers have attention.
     assert describe_unpruned(plan_of(shared_expert_model)) == ""
-    for own, layer in zip(by_layer(blocks), layers, strict=True):
-        assert all(block.layer is layer for block in own)
-        assert sum(block.cost for block in own) == sum(p.numel() for p in layer.parameters())
-        assert own[1].cost == 32 * 3 * 48  # per neuron: a row of gate, a row of up, a column of down
+    for of_layer, layer in zip(by_layer(blocks), layers, strict=True):
+        assert all(block.layer is layer for block in of_layer)
+        assert sum(block.cost for block in of_layer) == sum(p.numel() for p in layer.parameters())
+        assert of_layer[1].cost == 32 * 3 * 48  # per neuron: a row of gate, a row of up, a column of down
 
 
 def test_two_dense_ffns_of_a_layer_are_discovered_as_two_blocks(two_ffn_model):
@@ -146,10 +146,10 @@ def test_an_ffn_inside_a_router_is_not_pruned_and_is_reported(tmp_path):
     """The router of Zaya is an FFN whose output selects experts and is not added to the residual stream."""
     with tiny_run.isolated(tmp_path):
         model = example("zaya")
-        found, text = find_unpruned(model), describe_unpruned(plan_of(model))
-    ((path, unpruned_module),) = found.items()
+        unpruned, description = find_unpruned(model), describe_unpruned(plan_of(model))
+    ((path, unpruned_module),) = unpruned.items()
     share = unpruned_module.parameters / model.num_parameters()
-    assert text.endswith(f"{path} in 3 layers (its output does not join the residual): {share:.1%} of the model")
+    assert description.endswith(f"{path} in 3 layers (its output does not join the residual): {share:.1%} of the model")
     assert "router" in path
     assert "does not join the residual" in unpruned_module.why
     assert unpruned_module.parameters > 0
@@ -157,20 +157,20 @@ def test_an_ffn_inside_a_router_is_not_pruned_and_is_reported(tmp_path):
 
 
 def test_statistics_of_a_shared_expert_count_all_tokens(shared_expert_model):
-    seen = {}
+    inputs = {}
     handles = [
         layer.mlp.shared_expert.down_proj.register_forward_pre_hook(
-            lambda _m, x, index=index: seen.__setitem__(index, x[0].double().flatten(0, -2))
+            lambda _m, x, index=index: inputs.__setitem__(index, x[0].double().flatten(0, -2))
         )
         for index, layer in enumerate(decoder_layers(shared_expert_model))
     ]
     logits(shared_expert_model)
     for handle in handles:
         handle.remove()
-    found = statistics_of(shared_expert_model, gram=True)
-    assert len(found.ffn) == len(found.turned) == 6
-    for index, x in seen.items():
-        moments = found.ffn[2 * index + 1].total
+    statistics = statistics_of(shared_expert_model, gram=True)
+    assert len(statistics.ffn) == len(statistics.turned) == 6
+    for index, x in inputs.items():
+        moments = statistics.ffn[2 * index + 1].total  # the second block of the layer
         torch.testing.assert_close(moments.sum_sq, x.square().sum(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(moments.gram.double(), x.T @ x, rtol=1e-4, atol=1e-4)
         assert moments.count == IDS.numel()
@@ -184,6 +184,9 @@ def test_layerwise_statistics_of_several_ffns_have_the_same_bits(shared_expert_m
         torch.equal(tensor, layerwise[name])
         for name, tensor in statistics_of(shared_expert_model, gram=True).tensors().items()
     )
+
+
+def test_layerwise_logits_of_several_ffns_equal_the_models(shared_expert_model):
     walk = Walk(shared_expert_model)
     walk.add(IDS)
     assert_close(next(walk.logits()), logits(shared_expert_model))
@@ -231,15 +234,16 @@ def test_whole_layers_are_chosen_by_the_loss_without_them(shared_expert_model):
     costs = unit_costs(blocks_of(shared_expert_model), scope="ffn+blocks")
     layer = sum(costs.block[:2])
     budget = Budget.of(costs, (layer + 1) / costs.total)
-    tried = []
+    candidates = []
 
     def loss(removed: list[int]) -> float:
-        tried.append(tuple(removed))
+        candidates.append(tuple(removed))
         return -sum(removed)
 
     assert choose_blocks(budget, loss) == [4, 5]
-    assert tried == [(0, 1), (2, 3), (4, 5)]
-    chosen = budget.without([3, 0])  # the order is one of blocks; the target allows one layer
+    assert candidates == [(0, 1), (2, 3), (4, 5)]
+    # Block 3 stands for its layer 1. The target allows to remove only one layer, so that of block 0 remains.
+    chosen = budget.without([3, 0])
     assert chosen.costs.removed_blocks == (2, 3)
     assert chosen.costs.removed_layers == [1]
 
@@ -274,43 +278,38 @@ def test_the_measured_time_of_a_layer_is_divided_among_its_ffns(shared_expert_mo
     neurons, groups = [[1, 1.0], [16, 2.0], [32, 3.5]], [[1, 3.0], [6, 3.5]]
     blocks, table = blocks_of(shared_expert_model), {"neurons": neurons, "groups": groups, "rest": 0.5, "spread": 0.0}
     price = price_from_table(table, blocks)
-    for own in by_layer(blocks):
-        assert sum(price.blocks[b.index] for b in own) == pytest.approx(3.5e12)
-        saved = [price.neurons[b.index][-1] / b.neurons for b in own]  # per neuron; the experts have most parameters
-        assert saved[0] > saved[1] > 0
-    assert price.model == pytest.approx(11e12)
+    for experts, shared_expert in by_layer(blocks):
+        # 3.5 s per layer, in picoseconds.
+        assert price.blocks[experts.index] + price.blocks[shared_expert.index] == pytest.approx(3.5e12)
+        per_neuron = [price.neurons[b.index][-1] / b.neurons for b in (experts, shared_expert)]
+        assert per_neuron[0] > per_neuron[1] > 0  # a neuron of the experts has more parameters
+    assert price.model == pytest.approx(11e12)  # three layers and the rest
 
 
 def test_equal_widths_of_each_kind_of_ffn_are_exported_as_the_stock_class(shared_expert_model, tmp_path):
-    keep = [
-        torch.arange(b.neurons).repeat(b.experts) < (16 if b.has_experts else 8) for b in blocks_of(shared_expert_model)
-    ]
-    small = prune(
-        shared_expert_model,
-        Masks(keep, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks_of(shared_expert_model)]),
-    )
+    blocks = blocks_of(shared_expert_model)
+    ffn = [torch.arange(b.neurons).repeat(b.experts) < (16 if b.has_experts else 8) for b in blocks]
+    small = prune(shared_expert_model, Masks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
     save_pruned(small, None, tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
-    assert type(again).__name__ == "Qwen2MoeForCausalLM"
-    assert (again.config.moe_intermediate_size, again.config.shared_expert_intermediate_size) == (16, 8)
-    assert torch.equal(logits(again), logits(small))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
+    assert type(reloaded).__name__ == "Qwen2MoeForCausalLM"
+    assert (reloaded.config.moe_intermediate_size, reloaded.config.shared_expert_intermediate_size) == (16, 8)
+    assert torch.equal(logits(reloaded), logits(small))
 
 
 def test_prune_to_files_writes_one_file_per_layer_with_all_of_its_blocks(shared_expert_model, tmp_path):
+    # Layer 0 is removed, and the blocks of the other layers become narrower.
     masks, pairs = masks_without_layers(shared_expert_model, 0), []
-    for kind, other in (
-        (masks.ffn, random_masks(shared_expert_model).ffn),
-        (masks.attention, random_masks(shared_expert_model).attention),
-    ):
-        kind[2:] = other[2:]
+    narrow = random_masks(shared_expert_model)
+    masks.ffn[2:], masks.attention[2:] = narrow.ffn[2:], narrow.attention[2:]
     small = prune_to_files(
         shared_expert_model, masks, tmp_path, lambda dense, block: pairs.append((dense.index, block.index))
     )
     assert pairs == [(2, 0), (3, 1), (4, 2), (5, 3)]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["0.safetensors", "1.safetensors"]
     save_pruned(small, None, tmp_path / "model")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
-    assert_close(logits(again), logits(prune(shared_expert_model, masks)))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
+    assert_close(logits(reloaded), logits(prune(shared_expert_model, masks)))
 
 
 def least_squares_reference(
@@ -325,21 +324,21 @@ def least_squares_reference(
 
 def inputs_and_outputs(model, paths: list[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Inputs and outputs of modules for `IDS`, (tokens, size) each."""
-    seen, handles = {}, []
+    recorded, handles = {}, []
     for path in paths:
 
-        def see(_module, inputs, output, path=path) -> None:
-            seen[path] = inputs[0].flatten(0, -2), output.flatten(0, -2)
+        def record(_module, inputs, output, path=path) -> None:
+            recorded[path] = inputs[0].flatten(0, -2), output.flatten(0, -2)
 
-        handles.append(model.get_submodule(path).register_forward_hook(see))
+        handles.append(model.get_submodule(path).register_forward_hook(record))
     logits(model)
     for handle in handles:
         handle.remove()
-    return seen
+    return recorded
 
 
 def test_least_squares_fits_each_ffn_to_its_dense_output(shared_expert_model):
-    masks, path = random_masks(shared_expert_model), "model.layers.{}.mlp.shared_expert.down_proj"
+    masks = random_masks(shared_expert_model)
     small = prune(shared_expert_model, masks)
     material = Material(
         shared_expert_model, masks, ridge=0.05, statistics=statistics_of(shared_expert_model, gram=True)
@@ -348,11 +347,11 @@ def test_least_squares_fits_each_ffn_to_its_dense_output(shared_expert_model):
     for dense, block in zip(blocks_of(shared_expert_model), blocks_of(small), strict=True):
         revise(dense, block)
     for index in range(3):
-        keep, place = masks.ffn[2 * index + 1], path.format(index)
-        x, y = inputs_and_outputs(shared_expert_model, [place])[place]
-        expected = least_squares_reference(shared_expert_model.get_submodule(place).weight, keep, x[:, keep], y, 0.05)
-        got = small.get_submodule(place).weight.double()
-        torch.testing.assert_close(got, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+        keep, path = masks.ffn[2 * index + 1], f"model.layers.{index}.mlp.shared_expert.down_proj"
+        x, y = inputs_and_outputs(shared_expert_model, [path])[path]
+        expected = least_squares_reference(shared_expert_model.get_submodule(path).weight, keep, x[:, keep], y, 0.05)
+        recovered = small.get_submodule(path).weight.double()
+        torch.testing.assert_close(recovered, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
 
 
 def test_sequential_least_squares_fits_each_ffn_on_activations_of_the_pruned_model(two_ffn_model):
@@ -368,8 +367,8 @@ def test_sequential_least_squares_fits_each_ffn_on_activations_of_the_pruned_mod
         expected = least_squares_reference(
             two_ffn_model.get_submodule(path).weight, keep, of_small[path][0], of_dense[path][1], 0.05
         )
-        got = small.get_submodule(path).weight.double()
-        torch.testing.assert_close(got, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
+        recovered = small.get_submodule(path).weight.double()
+        torch.testing.assert_close(recovered, expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("targets", ["mlp", "all"])
@@ -405,5 +404,5 @@ def test_a_command_line_run_prunes_layers_with_several_ffns(model_type, layers, 
     assert manifest["logits"]["sliced_minus_reloaded"] == 0.0
     assert manifest["logits"]["masked_minus_sliced"] <= 1e-4
     assert result.model.config.num_hidden_layers == layers
-    # The first layer of DeepSeek-V3 is dense.
+    # Each layer has experts and a shared expert, except for the first layer of DeepSeek-V3, which is dense.
     assert len(manifest["widths"]["neurons"]) == 2 * layers - (model_type == "deepseek_v3")

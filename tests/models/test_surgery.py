@@ -66,7 +66,7 @@ def test_a_sliced_model_equals_one_with_zeroed_weights(overrides, token_batch):
 
 
 @pytest.mark.parametrize("removed", [(), (1,)])
-def test_prune_changes_the_original_only_in_place(removed, tiny_model, token_batch):
+def test_prune_changes_the_original_only_with_inplace(removed, tiny_model, token_batch):
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     masks = masks_without(tiny_model, *removed, narrow=True)
     pruned = prune(tiny_model, masks)
@@ -165,11 +165,11 @@ def test_a_model_without_whole_blocks_equals_the_masked_model(removed, narrow, t
     assert torch.equal(pruned.generate(prompt, use_cache=False, **GREEDY), continued)
 
 
-def test_remaining_layers_are_renumbered_and_keep_their_type():
+def test_remaining_layers_are_renumbered_and_keep_their_type_and_weights():
     model = make_tiny_llama(num_hidden_layers=4)
     model.config.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     model.config.no_rope_layers, model.config.mlp_only_layers = [1, 1, 1, 0], [0, 3]
-    model.config.eos_token_id = [1, 2, 3, 4]
+    model.config.eos_token_id = [1, 2, 3, 4]  # four values that do not belong to the four layers
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pruned = prune(model, masks_without(model, 0, 2))
     assert pruned.config.num_hidden_layers == 2
@@ -180,9 +180,9 @@ def test_remaining_layers_are_renumbered_and_keep_their_type():
     assert pruned.model.config is pruned.config
     assert len(model.config.layer_types) == 4  # of the original
     assert layer_indices(model) == [0, 1, 2, 3]
-    for new, old in enumerate((1, 3)):
-        for name, parameter in pruned.model.layers[new].named_parameters():
-            assert torch.equal(parameter, before[f"model.layers.{old}.{name}"])
+    for new_index, old_index in enumerate((1, 3)):
+        for name, parameter in pruned.model.layers[new_index].named_parameters():
+            assert torch.equal(parameter, before[f"model.layers.{old_index}.{name}"])
 
 
 def test_remaining_layers_keep_their_experts_if_only_some_layers_have_experts(tmp_path, token_batch):
@@ -193,8 +193,8 @@ def test_remaining_layers_keep_their_experts_if_only_some_layers_have_experts(tm
     assert (pruned.config.mlp_only_layers, pruned.config.decoder_sparse_step) == ([1, 2], 1)
     with masked(model, masks):
         assert (pruned(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
-    again = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / "model"))
-    assert torch.equal(again(token_batch).logits, pruned(token_batch).logits)
+    reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / "model"))
+    assert torch.equal(reloaded(token_batch).logits, pruned(token_batch).logits)
 
 
 def test_removing_layers_is_refused_if_it_changes_a_layers_computation(token_batch):
@@ -202,7 +202,7 @@ def test_removing_layers_is_refused_if_it_changes_a_layers_computation(token_bat
     message = r"^Model type 'gpt2' .*: attn\.scaling of layer 2 is 0\.1\d+, but 0\.1\d+ as layer 1\."
     with pytest.raises(UserError, match=message):
         prune(model, masks_without(model, 1))
-    masks = masks_without(model, 3)  # the other layers keep their indices
+    masks = masks_without(model, 3)  # without the last layer, the other layers keep their indices
     with masked(model, masks):
         assert (prune(model, masks)(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
 
@@ -213,12 +213,12 @@ def test_pruning_in_several_steps_equals_pruning_once(token_batch):
     second = prune(first, masks_without(first, narrow=True))
     third_masks = masks_without(second, 2)  # keeps 0 2 4
     third = prune(second, third_masks)
-    once = prune(model, masks_without(model, 1, 3, narrow=True))
-    assert widths(third) == widths(once) == {"neurons": [32] * 3, "kv_groups": [1] * 3}
+    in_one_step = prune(model, masks_without(model, 1, 3, narrow=True))
+    assert widths(third) == widths(in_one_step) == {"neurons": [32] * 3, "kv_groups": [1] * 3}
     assert layer_indices(third) == [0, 1, 2]
-    for (name, a), (_, b) in zip(third.named_parameters(), once.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
-    assert torch.equal(third(token_batch).logits, once(token_batch).logits)
+    for (name, stepwise), (_, expected) in zip(third.named_parameters(), in_one_step.named_parameters(), strict=True):
+        assert torch.equal(stepwise, expected), name
+    assert torch.equal(third(token_batch).logits, in_one_step(token_batch).logits)
     with masked(second, third_masks):
         continued = second.generate(token_batch[:2, :9], **GREEDY)
     assert torch.equal(third.generate(token_batch[:2, :9], **GREEDY), continued)
@@ -229,12 +229,12 @@ def test_masks_that_remove_all_blocks_are_refused(tiny_model):
         prune(tiny_model, masks_without(tiny_model, 0, 1, 2))
 
 
-def test_experts_use_grouped_kernels_whenever_their_width_allows_it():
+def test_experts_use_grouped_kernels_if_their_width_allows_it_and_the_user_did_not_set_others():
     model = make_tiny("mixtral")
 
-    def sliced(model, kept):
+    def sliced(model, kept_neurons):
         blocks = blocks_of(model)
-        ffn = [(torch.arange(b.neurons) < kept).repeat(b.experts) for b in blocks]
+        ffn = [(torch.arange(b.neurons) < kept_neurons).repeat(b.experts) for b in blocks]
         return prune(model, Masks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
 
     default = model.config._experts_implementation

@@ -65,7 +65,7 @@ def planted_weights() -> tuple[UnitWeights, torch.Tensor]:
 
 
 def test_the_embedding_has_the_leading_singular_directions():
-    # Against an exact SVD in float64. Inner products are compared, since they do not depend on signs.
+    """Compared with an exact SVD in float64, by inner products, which do not depend on signs."""
     w, _ = planted_weights()
     parts = [t.double().numpy() for t in (*w.inputs, w.output.T)]
     features = np.concatenate([p / np.linalg.norm(p, axis=1, keepdims=True) for p in parts], axis=1)
@@ -73,8 +73,8 @@ def test_the_embedding_has_the_leading_singular_directions():
     U, S, _ = np.linalg.svd(features, full_matrices=False)
     exact = U[:, :2] * S[:2]
     exact /= np.sqrt((exact**2).sum(1).mean())
-    mine = parameter_embedding(w, dim=2).double().numpy()
-    np.testing.assert_allclose(mine @ mine.T, exact @ exact.T, atol=2e-3)
+    embedding = parameter_embedding(w, dim=2).double().numpy()
+    np.testing.assert_allclose(embedding @ embedding.T, exact @ exact.T, atol=2e-3)
 
 
 def test_neurons_of_planted_directions_are_separated():
@@ -100,13 +100,13 @@ def test_initial_modules_are_deterministic_large_enough_and_numbered_by_first_me
     embedding, drift = normal(N, 8, seed=seed), normal(N, seed=seed + 100).abs()
     embedding[:5] += 100  # outliers, which are a module of k-means
     labels = initial_partition(embedding, drift, num_modules=K, seed=seed)
-    np.random.seed(seed + 1)
+    np.random.seed(seed + 1)  # k-means must not depend on the global random state
     assert torch.equal(initial_partition(embedding, drift, num_modules=K, seed=seed), labels)
     sizes = torch.bincount(labels)
     assert 1 < len(sizes) <= K
     assert int(sizes.min()) >= minimum_size(N, K) == 32
-    first = [int((labels == k).nonzero()[0]) for k in range(len(sizes))]
-    assert first == sorted(first)
+    first_members = [int((labels == k).nonzero()[0]) for k in range(len(sizes))]
+    assert first_members == sorted(first_members)
 
 
 def test_initial_modules_follow_parameters_or_drift_by_their_weights():
@@ -126,9 +126,9 @@ def test_blocks_with_few_neurons_have_one_module(N):
 
 def test_merge_small_merges_the_smallest_module_first_into_its_nearest():
     #          a: 40 at 0      b: 35 at 10      c: 5 at 7 (nearest b)     d: 2 at 3.6 (nearest c before c is merged)
-    places = [0.0] * 40 + [10.0] * 35 + [7.0] * 5 + [3.6] * 2
+    positions = [0.0] * 40 + [10.0] * 35 + [7.0] * 5 + [3.6] * 2
     labels = torch.tensor([9] * 40 + [4] * 35 + [7] * 5 + [2] * 2)
-    features = torch.tensor(places)[:, None]
+    features = torch.tensor(positions)[:, None]
     merged = merge_small(labels, features, min_size=6)
     # d is merged into c (distance 3.4, and 3.6 to a), which then has 7 neurons and is kept.
     assert torch.equal(merged, torch.tensor([0] * 40 + [1] * 35 + [2] * 7))
@@ -141,12 +141,12 @@ def test_merge_small_merges_the_smallest_module_first_into_its_nearest():
 
 def test_partition_controls_keep_module_sizes_and_change_members():
     labels, drift = torch.tensor([0] * 50 + [1] * 30 + [2] * 20), normal(100).abs()
-    shuffled, cut = shuffled_partition(labels, seed=1), same_sizes_by_drift(labels, drift)
-    assert torch.bincount(shuffled).tolist() == torch.bincount(cut).tolist() == [50, 30, 20]
+    shuffled, by_drift = shuffled_partition(labels, seed=1), same_sizes_by_drift(labels, drift)
+    assert torch.bincount(shuffled).tolist() == torch.bincount(by_drift).tolist() == [50, 30, 20]
     assert torch.equal(shuffled, shuffled_partition(labels, seed=1))
     assert not torch.equal(shuffled, shuffled_partition(labels, seed=2))
     assert abs(adjusted_rand_score(labels, shuffled)) < 0.1
-    assert (cut[drift.argsort()].diff() >= 0).all()
+    assert (by_drift[drift.argsort()].diff() >= 0).all()  # modules are intervals of drift
 
 
 def naive_dispersion(P: np.ndarray, x: np.ndarray) -> float:
@@ -161,6 +161,7 @@ def naive_dispersion(P: np.ndarray, x: np.ndarray) -> float:
 
 
 def random_inputs(sizes: list[int], seed: int = 0) -> RefinementInputs:
+    """Random embeddings, drifts and ranks on three corpora for blocks of these numbers of neurons."""
     return refinement_inputs(
         [normal(n, 6, seed=seed + i) for i, n in enumerate(sizes)],
         [normal(n, seed=seed + 50 + i).abs() for i, n in enumerate(sizes)],
@@ -187,6 +188,7 @@ def test_terms_of_the_objective_reach_the_ends_of_their_ranges():
     inputs = refinement_inputs(
         [normal(K, 6)[labels]], [torch.arange(K).float()[labels]], [0.5 + 0.1 * shifts[:, labels]]
     )
+    # All neurons of a module are equal, and each neuron is assigned to its module.
     decided = 50 * torch.nn.functional.one_hot(labels, K).float()[None]
     terms = partition_objective(decided, 1.0, inputs, WEIGHTS)
     for name, value in {"similarity": 0, "drift": 0, "balance": 0, "entropy": 0}.items():
@@ -195,8 +197,8 @@ def test_terms_of_the_objective_reach_the_ends_of_their_ranges():
     undecided = partition_objective(torch.zeros(1, N, K), 1.0, inputs, WEIGHTS)
     for name, value in {"similarity": 1, "drift": 1, "balance": 0, "entropy": 1}.items():
         assert float(undecided[name]) == pytest.approx(value, abs=1e-4), name
-    one = 50 * torch.nn.functional.one_hot(torch.zeros(N, dtype=torch.long), K).float()[None]
-    assert float(partition_objective(one, 1.0, inputs, WEIGHTS)["balance"]) == pytest.approx(1, abs=1e-4)
+    all_in_one_module = 50 * torch.nn.functional.one_hot(torch.zeros(N, dtype=torch.long), K).float()[None]
+    assert float(partition_objective(all_in_one_module, 1.0, inputs, WEIGHTS)["balance"]) == pytest.approx(1, abs=1e-4)
 
 
 def test_terms_of_the_objective_equal_float64_loops():
@@ -262,11 +264,11 @@ def test_the_mean_consistency_of_random_partitions_is_zero():
 
 
 def test_mixing_weak_and_strong_neurons_does_not_increase_consistency():
-    # Scores are levels plus independent noise. Modules of extremes have a high Kendall tau, but no consistency.
+    """Scores are levels plus independent noise. Modules of extremes have a high Kendall tau, but no consistency."""
     level = torch.rand(600, generator=torch.Generator().manual_seed(0))
     ranks = level + 0.05 * normal(3, 600)
-    quarter = (level.argsort().argsort() * 8 // 600).long()
-    labels = torch.minimum(quarter, 7 - quarter)
+    eighth = (level.argsort().argsort() * 8 // 600).long()
+    labels = torch.minimum(eighth, 7 - eighth)  # module 0 has the weakest and the strongest eighth, and so on
     inputs = refinement_inputs([normal(600, 4)], [normal(600)], [ranks])
     logits = 60 * torch.nn.functional.one_hot(labels, 4).float()[None]
     assert abs(float(partition_objective(logits, 1.0, inputs, WEIGHTS)["consistency"])) < 0.02

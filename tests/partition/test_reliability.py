@@ -1,4 +1,4 @@
-"""Which modules switch to the activation-free metric, in cases made by hand, and ranks inside modules."""
+"""Which modules switch to the activation-free metric, in hand-made cases, and ranks inside modules."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from gprune.partition.reliability import (
     within_module_ranks,
 )
 
-FOUR = torch.arange(40) % 4  # four modules of ten
-
-
+LABELS = torch.arange(40) % 4  # four modules of ten neurons
 DRIFT, SCORE = [0.1, 0.2, 0.3, 0.4], [0.8, 0.7, 0.6, 0.1]  # the last module is sensitive and weak
 LAST, NONE, ALL = [False] * 3 + [True], [False] * 4, [True] * 4
 
 
 def per_neuron(per_module: list[float]) -> torch.Tensor:
     """Repeat the value of each module for all of its neurons."""
-    return torch.tensor(per_module, dtype=torch.float64)[FOUR]
+    return torch.tensor(per_module, dtype=torch.float64)[LABELS]
 
 
 def test_module_means_are_those_of_their_members():
@@ -54,13 +52,15 @@ def test_module_means_are_those_of_their_members():
         pytest.param(DRIFT, SCORE, [1.0] * 4, {"switch": "everywhere"}, ALL, id="everywhere"),
     ],
 )  # fmt: skip
-def test_sensitive_and_weak_modules_switch(drift, score, floor, options, switched):
-    (found,) = assess_reliability([FOUR], [per_neuron(score)], [per_neuron(drift)], [per_neuron(floor)], **options)
-    assert found.switched.tolist() == switched
+def test_only_sensitive_and_weak_modules_switch_unless_all_or_none_are_to_switch(
+    drift, score, floor, options, switched
+):
+    (block,) = assess_reliability([LABELS], [per_neuron(score)], [per_neuron(drift)], [per_neuron(floor)], **options)
+    assert block.switched.tolist() == switched
     # The compared values are part of the result.
-    assert found.size.tolist() == [10] * 4
-    for values, kept in ((score, found.score), (drift, found.sensitivity), (floor, found.noise)):
-        np.testing.assert_allclose(kept.numpy(), values)
+    assert block.size.tolist() == [10] * 4
+    for values, recorded in ((score, block.score), (drift, block.sensitivity), (floor, block.noise)):
+        np.testing.assert_allclose(recorded.numpy(), values)
 
 
 def test_sensitivity_is_standardized_per_block_and_quantiles_are_over_the_model():
@@ -68,11 +68,11 @@ def test_sensitivity_is_standardized_per_block_and_quantiles_are_over_the_model(
     drifts = [per_neuron([0.01, 0.02, 0.03, 0.04]), per_neuron([0.1, 0.2, 0.3, 0.4])]
     scores = [per_neuron([0.6, 0.6, 0.6, 0.1]), per_neuron([0.7, 0.7, 0.7, 0.2])]
     floors = [torch.zeros(40)] * 2
-    blocks = assess_reliability([FOUR, FOUR], scores, drifts, floors)
+    blocks = assess_reliability([LABELS, LABELS], scores, drifts, floors)
     assert [r.switched.tolist() for r in blocks] == [[False, False, False, True]] * 2
     # Block 1 has high scores only. The quantile of scores is that of the model, not of each block.
     scores[1] = per_neuron([0.95, 0.95, 0.95, 0.9])
-    blocks = assess_reliability([FOUR, FOUR], scores, drifts, floors)
+    blocks = assess_reliability([LABELS, LABELS], scores, drifts, floors)
     assert [r.switched.tolist() for r in blocks] == [[False, False, False, True], [False] * 4]
 
 

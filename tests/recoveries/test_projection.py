@@ -1,4 +1,4 @@
-"""Recovery of projections against NumPy: ridge regression as a stacked least-squares problem, and mean biases."""
+"""Recovery of projections, compared with NumPy: least squares with ridge, and biases from mean activations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.calibration.test_collector import batches, projection_inputs
 from tests.conftest import collect
 from tests.tiny_families import some_masks
 
-H, C, TOKENS = 10, 24, 400
+H, C, TOKENS = 10, 24, 400  # outputs, channels, tokens
 BY_PROJECTION = [name for name in RECOVERY if isinstance(RECOVERY[name], Projection)]
 
 
@@ -37,6 +37,7 @@ def statistics_of(x: np.ndarray) -> ChannelStatistics:
 
 @pytest.fixture
 def problem():
+    """Activations (TOKENS, C) in float64, a weight (H, C), and the keep mask of its columns."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(TOKENS, C)) @ rng.normal(size=(C, C)) + 0.5  # correlated, with means
     weight = torch.from_numpy(rng.normal(size=(H, C))).float()
@@ -50,9 +51,9 @@ def solve(method: str, weight: torch.Tensor, keep: torch.Tensor, x: np.ndarray, 
 
 def ridge_reference(x: np.ndarray, weight: np.ndarray, keep: np.ndarray, ridge: float) -> np.ndarray:
     """argmin_V ||X W^T - X_K V^T||^2 + lambda ||V - W_K||^2, as lstsq of the stacked rows [X_K; sqrt(lambda) I]."""
-    lam = ridge * (x[:, keep] ** 2).sum(0).mean()  # mean diagonal of the Gram matrix of kept channels
-    A = np.vstack([x[:, keep], np.sqrt(lam) * np.eye(keep.sum())])
-    b = np.vstack([x @ weight.T, np.sqrt(lam) * weight[:, keep].T])
+    damping = ridge * (x[:, keep] ** 2).sum(0).mean()  # mean diagonal of the Gram matrix of kept channels
+    A = np.vstack([x[:, keep], np.sqrt(damping) * np.eye(keep.sum())])
+    b = np.vstack([x @ weight.T, np.sqrt(damping) * weight[:, keep].T])
     return np.linalg.lstsq(A, b, rcond=None)[0].T
 
 
@@ -79,14 +80,14 @@ def test_kept_channels_without_activations_keep_their_weights(problem):
     x[:, keep.nonzero()[:3, 0]] = 0.0
     new, _ = solve("least_squares", weight, keep, x)
     assert bool(torch.isfinite(new).all())
-    torch.testing.assert_close(new[:, :3], weight[:, keep][:, :3])  # without activations, weights are unchanged
+    torch.testing.assert_close(new[:, :3], weight[:, keep][:, :3])
     new, _ = solve("least_squares", weight, keep, np.zeros_like(x))
     torch.testing.assert_close(new, weight[:, keep])
 
 
 @pytest.mark.parametrize("tokens", [2, 6, 10])
 def test_least_squares_without_ridge_fits_fewer_tokens_than_channels(problem, tokens):
-    # --ridge 0 is valid, although a float32 Gram matrix of low rank has slightly negative eigenvalues.
+    """Without ridge, the float32 Gram matrix of few tokens is singular and may have slightly negative eigenvalues."""
     x, weight, keep = problem
     x = x[:tokens]
     new, _ = solve("least_squares", weight, keep, x, ridge=0.0)
@@ -96,23 +97,27 @@ def test_least_squares_without_ridge_fits_fewer_tokens_than_channels(problem, to
 
 @pytest.mark.parametrize(("channels", "tokens"), [(768, 256), (256, 200), (768, 2048)])
 def test_least_squares_without_ridge_is_stable_with_a_massive_activation(channels, tokens):
-    """Language models have channels a few hundred times as large as others. float32 rounds relative to the square."""
+    """Language models have channels whose activations are a few hundred times as large as those of other channels.
+
+    The Gram matrix holds products of activations. So the float32 rounding error of the entries of a massive channel can
+    exceed the entries of small channels.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, channels, generator=generator)
     x[:, 0] *= 300
     gram = torch.zeros(channels, channels)
     add_gram(gram, x)
     fill_gram(gram)
-    found = replace(statistics_of(x.double().numpy()).total, gram_source=gram)
+    statistics = replace(statistics_of(x.double().numpy()).total, gram_source=gram)
     weight, keep = torch.randn(8, channels, generator=generator), torch.arange(channels) < channels - 5
-    new, _ = RECOVERY["least_squares"].solve(weight, keep, found, ridge=0.0)
+    new, _ = RECOVERY["least_squares"].solve(weight, keep, statistics, ridge=0.0)
     assert bool(torch.isfinite(new).all())
     remaining_error = (x @ weight.T - x[:, keep] @ new.T).norm() / (x[:, ~keep] @ weight[:, ~keep].T).norm()
     assert float(remaining_error) < 1  # better than slicing without recovery
 
 
 @pytest.mark.parametrize("method", BY_PROJECTION)
-def test_recoveries_keep_dtypes_and_do_nothing_if_all_channels_are_kept(problem, method):
+def test_recoveries_keep_the_dtype_and_change_nothing_if_all_channels_are_kept(problem, method):
     x, weight, keep = problem
     new, bias = solve(method, weight, torch.ones(C, dtype=torch.bool), x)
     assert torch.equal(new, weight)
@@ -132,7 +137,7 @@ def test_bias_recovery_adds_the_mean_output_of_removed_channels(problem):
 
 
 def test_least_squares_recovers_down_and_output_projections_of_a_model(tiny_model, token_batch):
-    """Compared with raw activations. The masks remove whole KV groups."""
+    """Compared with ridge regression on raw activations. The masks remove neurons and whole KV groups."""
     masks = some_masks(tiny_model, attention=True)
     material = Material(tiny_model, masks, statistics=collect(tiny_model, batches(token_batch, 6), gram=True))
     raw, small = projection_inputs(tiny_model, token_batch), prune(tiny_model, masks)
@@ -143,8 +148,8 @@ def test_least_squares_recovers_down_and_output_projections_of_a_model(tiny_mode
             keep, x = masks.channels(dense)[kind], raw[kind][dense.index]
             weight = dense.parts[part].weight.double().numpy()
             expected = ridge_reference(x.reshape(-1, len(keep)), weight, keep.numpy(), material.ridge)
-            found = block.parts[part].weight.numpy()
-            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+            recovered = block.parts[part].weight.numpy()
+            np.testing.assert_allclose(recovered, expected, atol=1e-4 * np.abs(expected).max())
 
 
 # --- the contract of recoveries
@@ -157,16 +162,16 @@ def scratch_registry(monkeypatch):
 
 @pytest.mark.usefixtures("scratch_registry")
 @pytest.mark.parametrize(
-    ("broken", "got"),
+    ("broken", "message"),
     [
         (lambda w, k, m, r: w, r"must return a weight and a bias, which may be None; got Tensor"),
         (lambda w, k, m, r: (w[:, k], w[0]), r"a bias \(10,\) .* of floats; got \(24,\)"),
     ],
 )
-def test_an_invalid_result_of_a_registered_recovery_is_refused(problem, broken, got):
+def test_an_invalid_result_of_a_registered_recovery_is_refused(problem, broken, message):
     x, weight, keep = problem
     recovery("broken")(broken)
-    with pytest.raises(UserError, match=rf"^Recovery 'broken'.* {got}"):
+    with pytest.raises(UserError, match=rf"^Recovery 'broken'.* {message}"):
         solve("broken", weight, keep, x)
 
 
@@ -177,20 +182,23 @@ def test_a_recovery_with_unknown_needs_is_refused():
         recovery("mine", needs=("grams",))
 
 
-def test_a_recovery_that_returns_a_bias_of_experts_is_refused(problem):
+def test_a_recovery_of_experts_must_not_return_a_bias(problem):
     x, weight, keep = problem
     sums = statistics_of(x).total
     experts = Moments(sums.count.expand(2), sums.sum, sums.sum_sq)  # two experts with half of the columns each
 
-    def shifted(weight, keep, moments, ridge):
+    def slice_with_bias(weight, keep, moments, ridge):
         return weight[:, keep], torch.zeros(len(weight))
 
-    found = Projection(shifted, needs=("moments",), experts=True)
-    found.name = "shifted"
+    def slice_only(weight, keep, moments, ridge):
+        return weight[:, keep], None
+
+    with_bias = Projection(slice_with_bias, needs=("moments",), experts=True)
+    with_bias.name = "shifted"
     with pytest.raises(UserError, match="Recovery 'shifted' must return None as the bias of experts"):
-        found.solve(weight, keep, experts, experts=2)
-    plain = Projection(lambda weight, keep, moments, ridge: (weight[:, keep], None), needs=("moments",), experts=True)
-    assert torch.equal(plain.solve(weight, keep, experts, experts=2)[0], weight[:, keep])
+        with_bias.solve(weight, keep, experts, experts=2)
+    without_bias = Projection(slice_only, needs=("moments",), experts=True)
+    assert torch.equal(without_bias.solve(weight, keep, experts, experts=2)[0], weight[:, keep])
 
 
 def test_unknown_arguments_of_material_fit_are_refused():

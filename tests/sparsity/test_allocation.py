@@ -37,7 +37,7 @@ def make_model_with_outliers(**overrides):
 
 @pytest.fixture(scope="module")
 def with_outliers():
-    """Model, tokens, statistics and wanda_sp scores."""
+    """A model with outliers, tokens, statistics and wanda_sp scores."""
     model = make_model_with_outliers()
     tokens = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
     return model, tokens, *measured(model, tokens)
@@ -55,6 +55,7 @@ def half_budget(model) -> Budget:
 
 
 def margins_of(name: str, with_outliers, scores: Scores | None = None, **options):
+    """Margins of neurons and of KV groups by an allocation, at half of all parameters."""
     model, _, statistics, default = with_outliers
     return ALLOCATION[name](
         default if scores is None else scores, statistics, blocks_of(model), half_budget(model), **options
@@ -103,8 +104,8 @@ def test_global_margins_are_z_scores_inside_the_block_averaged_over_channels_of_
 
 def test_global_standardizes_scores_of_groups_if_the_metric_scores_groups(with_outliers):
     groups = [torch.tensor([3.0, 1.0]).double(), torch.tensor([0.0, 5.0]).double(), torch.tensor([2.0, 2.0]).double()]
-    _, found = margins_of("global", with_outliers, replace(with_outliers[3], attention=groups, channels=groups))
-    assert_equal_margins(found, [np.array([1.0, -1.0]), np.array([-1.0, 1.0]), np.zeros(2)])
+    _, margins = margins_of("global", with_outliers, replace(with_outliers[3], attention=groups, channels=groups))
+    assert_equal_margins(margins, [np.array([1.0, -1.0]), np.array([-1.0, 1.0]), np.zeros(2)])
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-200, 1e200])
@@ -120,15 +121,15 @@ def test_global_margins_of_constant_scores_are_zero(value, with_outliers):
 
 def outlier_share(model, tokens, multiple: float) -> dict[str, np.ndarray]:
     """D of each block from raw activations: the share of |W_ij| rms_j above `multiple` times their mean."""
-    raw, found = projection_inputs(model, tokens), {}
+    raw, shares_of_kind = projection_inputs(model, tokens), {}
     for kind, part in (("ffn", lambda x: x.mlp.down_proj), ("attention", lambda x: x.self_attn.o_proj)):
         shares = []
         for index, layer in enumerate(model.model.layers):
             x = raw[kind][index].reshape(-1, raw[kind][index].shape[-1])
             A = np.abs(part(layer).weight.double().numpy()) * np.sqrt((x**2).mean(0))
             shares.append((multiple * A.mean() < A).mean())
-        found[kind] = np.array(shares)
-    return found
+        shares_of_kind[kind] = np.array(shares)
+    return shares_of_kind
 
 
 @pytest.mark.parametrize("options", [{}, {"multiple": 3.0, "spread": 0.2}], ids=["the paper's", "others"])
@@ -136,20 +137,22 @@ def test_owl_removes_less_from_blocks_with_more_outliers(options, with_outliers)
     model, tokens, _, scores = with_outliers
     multiple, spread = options.get("multiple", 5.0), options.get("spread", 0.08)
     shares = outlier_share(model, tokens, multiple)
-    found = margins_of("owl", with_outliers, **options)
-    for kind, margins in zip(("ffn", "attention"), found, strict=True):
+    margins_of_kinds = margins_of("owl", with_outliers, **options)
+    for kind, margins in zip(("ffn", "attention"), margins_of_kinds, strict=True):
         D = shares[kind]
         assert len(set(D)) == 3  # by construction of the model
-        S = 0.5 - (2 * spread * (D - D.min()) / (D.max() - D.min()) - (2 * spread * (D - D.min()) / np.ptp(D)).mean())
-        assert_equal_margins(margins, [ranks(s) - x for s, x in zip(getattr(scores, kind), S, strict=True)])
+        scaled = 2 * spread * (D - D.min()) / (D.max() - D.min())
+        sparsities = 0.5 - (scaled - scaled.mean())  # their mean is the target, 0.5
+        pairs = zip(getattr(scores, kind), sparsities, strict=True)
+        assert_equal_margins(margins, [ranks(s) - sparsity for s, sparsity in pairs])
 
 
 @pytest.mark.parametrize("options", [{"multiple": 1e9}, {"spread": 0.0}], ids=["no outlier at all", "no spread"])
 def test_owl_without_differences_between_blocks_equals_uniform(options, with_outliers):
     costs = unit_costs(blocks_of(with_outliers[0]), scope="attention+ffn")
     owl, uniform = (
-        keep_masks(Budget.of(costs, 0.4), *margins_of(name, with_outliers, **more))
-        for name, more in (("owl", options), ("uniform", {}))
+        keep_masks(Budget.of(costs, 0.4), *margins_of(name, with_outliers, **rule_options))
+        for name, rule_options in (("owl", options), ("uniform", {}))
     )
     assert owl == uniform
 
@@ -178,7 +181,7 @@ def test_masks_of_all_allocations_meet_the_budget(name, scope, width_multiple, p
     masks = keep_masks(budget, *margins_of(name, with_outliers))
     removed = model.num_parameters() - prune(model, masks).num_parameters()
     assert removed == costs.removed(masks)
-    assert 0 <= removed - budget.target < width_multiple * 3 * 32
+    assert 0 <= removed - budget.target < width_multiple * 3 * 32  # parameters of `width_multiple` neurons
     for b in costs.protected:
         assert bool(masks.ffn[b].all())
         assert bool(masks.attention[b].all())
@@ -196,13 +199,15 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
     masks = allocate(name, scores, statistics, blocks_of(model), budget)
     keep = [[torch.full((n,), b != 2) for b in range(3)] for n in (48, 2)]
     shallow = prune(model, Masks(*keep))
-    of_others = [
-        replace(one, **{kind: values[:2] for kind, values in vars(one).items()}) for one in (scores, statistics)
-    ]
-    remaining = unit_costs(blocks_of(shallow), scope="attention+ffn")
-    rest = Budget(remaining, budget.target - costs.block[2])
+    scores_of_others, statistics_of_others = (
+        replace(all_blocks, **{field: values[:2] for field, values in vars(all_blocks).items()})
+        for all_blocks in (scores, statistics)
+    )
+    remaining_costs = unit_costs(blocks_of(shallow), scope="attention+ffn")
+    rest = Budget(remaining_costs, budget.target - costs.block[2])
+    expected = allocate(name, scores_of_others, statistics_of_others, blocks_of(shallow), rest)
     assert masks.blocks == [True, True, False]
-    assert Masks(masks.ffn[:2], masks.attention[:2]) == allocate(name, *of_others, blocks_of(shallow), rest)
+    assert Masks(masks.ffn[:2], masks.attention[:2]) == expected
     removed = model.num_parameters() - prune(model, masks).num_parameters()
     assert removed == costs.removed(masks)
     assert 0 <= removed - budget.target < costs.neuron[0]
@@ -266,44 +271,46 @@ def test_depth_removes_blocks_in_order_of_influence_and_meets_the_budget(protect
     model, statistics, scores = uneven
     blocks = blocks_of(model)
     order = [b for b in (2, 0, 3, 1) if b not in protected]
-    most = sum(blocks[b].cost for b in order) - (0 if protected else blocks[1].cost)
-    kinds = set()
-    for target in range(1, most + 1, 311):
+    # Without protected blocks, the last block in the order must remain.
+    max_target = sum(blocks[b].cost for b in order) - (0 if protected else blocks[order[-1]].cost)
+    outcomes = set()  # (number of removed blocks, whether another block was narrowed)
+    for target in range(1, max_target + 1, 311):
         masks = depth(model, scores, statistics, target, protected)
         removed = [b for b, kept in enumerate(masks.blocks) if not kept]
         assert removed == sorted(order[: len(removed)])
         narrowed = [b for b in range(4) if masks.blocks[b] and not (masks.ffn[b].all() and masks.attention[b].all())]
-        over = unit_costs(blocks, scope="ffn").removed(masks) - target
-        assert over >= 0
+        excess = unit_costs(blocks, scope="ffn").removed(masks) - target
+        assert excess >= 0
         if narrowed:
             (b,) = narrowed
             assert b == order[len(removed)]
-            assert over < blocks[b].unit_cost("ffn")
+            assert excess < blocks[b].unit_cost("ffn")
             assert bool(masks.attention[b].all())
-            dropped, kept = scores.ffn[b][~masks.ffn[b]], scores.ffn[b][masks.ffn[b]]
-            assert dropped.max() <= kept.min()
+            removed_scores, kept_scores = scores.ffn[b][~masks.ffn[b]], scores.ffn[b][masks.ffn[b]]
+            assert removed_scores.max() <= kept_scores.min()
         else:  # without the last block, narrowing its FFN to one neuron would not meet the target
             last = blocks[order[len(removed) - 1]]
-            assert over < last.cost - last.unit_cost("ffn") * (last.neurons - 1)
+            assert excess < last.cost - last.unit_cost("ffn") * (last.neurons - 1)
         for b in protected:
             assert bool(masks.ffn[b].all())
             assert bool(masks.attention[b].all())
-        kinds.add((len(removed), bool(narrowed)))
-    assert {len(order) - (not protected)} <= {count for count, _ in kinds}
-    assert {True, False} <= {narrow for _, narrow in kinds}
+        outcomes.add((len(removed), bool(narrowed)))
+    max_removed = len(order) if protected else len(order) - 1
+    assert max_removed in {num_removed for num_removed, _ in outcomes}
+    assert {was_narrowed for _, was_narrowed in outcomes} == {True, False}
 
 
 @pytest.mark.parametrize(
-    ("influence", "target", "kept"),
+    ("influence", "removed", "kept"),
     [
         ([0.2, 0.9, 0.1, 0.5], (2, 0), [False, True, False, True]),
         ([0.5] * 4, (0,), [False, True, True, True]),  # ties are resolved by position
         ([0.5] * 4, (), [True] * 4),
     ],
 )
-def test_depth_removes_only_whole_blocks_if_they_meet_the_target_exactly(influence, target, kept, uneven):
+def test_depth_removes_only_whole_blocks_if_they_meet_the_target_exactly(influence, removed, kept, uneven):
     model, statistics, scores = uneven
-    cost = sum(blocks_of(model)[b].cost for b in target)
+    cost = sum(blocks_of(model)[b].cost for b in removed)
     masks = depth(model, scores, with_influence(statistics, influence), cost)
     assert masks.blocks == kept
     assert unit_costs(blocks_of(model), scope="ffn").removed(masks) == cost
@@ -311,7 +318,7 @@ def test_depth_removes_only_whole_blocks_if_they_meet_the_target_exactly(influen
 
 @pytest.mark.parametrize(("share", "protect"), [(0.9, []), (0.6, [-1]), (0.1, [])])
 def test_blocks_are_removed_greedily_by_the_loss_without_them(share, protect, uneven):
-    """Greedily, as long as a block fits. The reference removes layers from the decoder."""
+    """Blocks are removed as long as one fits into their share of the target. The reference removes decoder layers."""
     model, ids = uneven[0], torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(4))
     blocks = blocks_of(model)
     budget = Budget.of(unit_costs(blocks, scope="ffn+blocks", protect=protect, block_share=share), 0.45)
@@ -324,11 +331,11 @@ def test_blocks_are_removed_greedily_by_the_loss_without_them(share, protect, un
             return loss(model)
 
     expected, remaining = [], share * 0.45 * sum(b.cost for b in blocks)
-    while fit := [b for b in range(4 - len(protect)) if b not in expected and blocks[b].cost <= remaining]:
-        expected.append(min(fit, key=lambda b: loss(prune(model, masks_without(model, *expected, b)))))
+    while candidates := [b for b in range(4 - len(protect)) if b not in expected and blocks[b].cost <= remaining]:
+        expected.append(min(candidates, key=lambda b: loss(prune(model, masks_without(model, *expected, b)))))
         remaining -= blocks[expected[-1]].cost
     assert choose_blocks(budget, bypassing) == expected
-    assert bool(expected) == (share > 0.1)
+    assert bool(expected) == (share > 0.1)  # no block fits into a tenth of the target
 
 
 def test_depth_narrows_its_last_block_to_the_width_multiple(tiny_model, token_batch):

@@ -19,6 +19,7 @@ from tests.conftest import make_tiny_llama
 
 
 def costs_of(neuron, neurons, group=None, groups=None, **more) -> UnitCosts:
+    """Costs of a neuron and of a KV group in each block, and their numbers. With `group`, attention is in scope."""
     attention = group is not None
     group, groups = group or [1] * len(neuron), groups or [1] * len(neuron)
     return UnitCosts(neuron=neuron, group=group, neurons=neurons, groups=groups, attention=attention, **more)
@@ -42,7 +43,7 @@ PROTECTED = {"protected": frozenset({0, 2})}
 
 
 @pytest.mark.parametrize(
-    ("costs", "width_multiple", "most"),
+    ("costs", "width_multiple", "removable_of_total"),
     [
         (costs_of([2, 2], [10, 10]), 1, (36, 40)),
         (costs_of([2, 2], [10, 10]), 4, (24, 40)),
@@ -51,11 +52,12 @@ PROTECTED = {"protected": frozenset({0, 2})}
         (costs_of([2] * 3, [10] * 3, [5] * 3, [2] * 3, **PROTECTED), 1, (23, 90)),
     ],
 )
-def test_impossible_budgets_are_refused_with_the_maximum(costs, width_multiple, most):
-    possible = most[0] / most[1]
-    assert Budget.of(costs, possible - 1e-6, width_multiple).target == most[0]
+def test_impossible_budgets_are_refused_with_the_maximum(costs, width_multiple, removable_of_total):
+    removable, total = removable_of_total
+    maximum = removable / total
+    assert Budget.of(costs, maximum - 1e-6, width_multiple).target == removable
     kept = f"{width_multiple} neurons and a KV group, and {len(costs.protected)} blocks keep everything"
-    message = f"^--sparsity.target must be at most {possible:.4f}, because .* keeps {kept}; got 0.99"
+    message = f"^--sparsity.target must be at most {maximum:.4f}, because .* keeps {kept}; got 0.99"
     with pytest.raises(UserError, match=message):
         Budget.of(costs, 0.99, width_multiple)
 
@@ -79,12 +81,14 @@ def test_protected_blocks_can_be_negative_indices(tiny_model):
 
 def test_unit_costs_are_numbers_of_parameters(tiny_model):
     costs = unit_costs(blocks_of(tiny_model), scope="ffn")
-    layer = tiny_model.model.layers[0]
-    ffn = sum(p.numel() for layer in tiny_model.model.layers for p in layer.mlp.parameters())
-    attention = sum(p.numel() for layer in tiny_model.model.layers for p in layer.self_attn.parameters())
+    layers = tiny_model.model.layers
+    ffn = sum(p.numel() for layer in layers for p in layer.mlp.parameters())
+    attention = sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
     assert costs.total == ffn
     assert unit_costs(blocks_of(tiny_model), scope="attention+ffn").total == ffn + attention
-    assert costs.neuron[0] * 48 == sum(p.numel() for p in layer.mlp.parameters())
+    assert costs.neuron[0] * 48 == sum(p.numel() for p in layers[0].mlp.parameters())
+    # The masks remove 8 of 48 neurons and one of two KV groups. `total` has only the units in scope, but `removed`
+    # counts everything that masks remove, so also the KV groups.
     masks = Masks([torch.arange(48) < 40] * 3, [torch.tensor([True, False])] * 3)
     assert costs.removed(masks) == ffn * 8 // 48 + attention // 2
 
@@ -105,6 +109,14 @@ def draw_margins(data, lengths: list[int]) -> list[torch.Tensor]:
 
 @st.composite
 def problems(draw, width_multiples=(1, 4, 8), scopes=(False, True), smallest=1, largest=30):
+    """Draw costs, a width multiple and a sparsity.
+
+    Args:
+        width_multiples: possible width multiples.
+        scopes: whether attention is in scope.
+        smallest: minimum width of blocks.
+        largest: maximum width of blocks.
+    """
     width_multiple = draw(st.sampled_from(width_multiples))
     depth = draw(st.integers(1, 4))
     lists = lambda numbers: st.lists(numbers, min_size=depth, max_size=depth)  # noqa: E731
@@ -124,6 +136,10 @@ def removable_neurons(costs: UnitCosts, width_multiple: int) -> int:
 
 
 def solve(problem, data):
+    """Masks for a problem with drawn margins, the margins of neurons and groups, and the target.
+
+    Problems without a solution are discarded, after a check that they have none.
+    """
     costs, width_multiple, sparsity = problem
     try:
         budget = Budget.of(costs, sparsity, width_multiple)
@@ -166,25 +182,26 @@ def test_masks_meet_the_budget_with_widths_in_multiples_and_units_in_order_of_ma
         assert kept == sorted(kept)
     # The same holds in the whole model, except for the best neuron of each block, which is always kept.
     if width_multiple == 1 and not costs.attention:
-        free = [
+        unprotected = [
             (m, keep) for b, (m, keep) in enumerate(zip(neuron, masks.ffn, strict=True)) if b not in costs.protected
         ]
-        highest = max((float(m[~keep].max()) for m, keep in free if not keep.all()), default=-math.inf)
-        assert all(highest <= float(m[keep].min()) for m, keep in free if int(keep.sum()) > 1)
+        highest_removed = max((float(m[~keep].max()) for m, keep in unprotected if not keep.all()), default=-math.inf)
+        assert all(highest_removed <= float(m[keep].min()) for m, keep in unprotected if int(keep.sum()) > 1)
 
 
 def reference_masks(costs, neuron, group, target, width_multiple) -> Masks:
-    """The documented rule, one step at a time, on Python lists."""
+    """Masks by the documented rule (see `keep_masks`), one step at a time, on Python lists."""
     ordered = [sorted(range(len(m)), key=lambda i, m=m: (float(m[i]), i)) for m in neuron]
     steps = []  # (margin, kind, block, position, members, cost)
     open_blocks = [b for b in range(len(neuron)) if b not in costs.protected]
     for b in open_blocks:
         order = ordered[b]
         removable = order[: len(order) - width_multiple]
-        odd = len(removable) % width_multiple
-        cuts = [removable[:odd]] * (odd > 0)
-        cuts += [removable[i : i + width_multiple] for i in range(odd, len(removable), width_multiple)]
-        for position, members in enumerate(cuts):
+        remainder = len(removable) % width_multiple  # the first step makes the width a multiple
+        members_of_steps = [removable[:remainder]] if remainder else []
+        for first in range(remainder, len(removable), width_multiple):
+            members_of_steps.append(removable[first : first + width_multiple])
+        for position, members in enumerate(members_of_steps):
             steps.append((float(neuron[b][members[-1]]), 1, b, position, members, costs.neuron[b] * len(members)))
     groups = []
     if costs.attention:
@@ -192,21 +209,21 @@ def reference_masks(costs, neuron, group, target, width_multiple) -> Masks:
             m = group[b]
             order = sorted(range(len(m)), key=lambda i, m=m: (float(m[i]), i))[:-1]
             groups += [(float(m[i]), 0, b, position, [i], costs.group[b]) for position, i in enumerate(order)]
-    taken, removed = [], 0
+    removed_groups, removed = [], 0
     for unit in sorted([*steps, *groups], key=lambda u: u[:4]):
         if removed < target:
             removed += unit[5]
             if unit[1] == 0:
-                taken.append(unit)
-    at_most = removable_neurons(costs, width_multiple)
-    total = sum(unit[5] for unit in taken)
-    while taken and total > target and at_most >= target - (total - taken[-1][5]):
-        total -= taken.pop()[5]  # restore the last group if neurons can replace it
+                removed_groups.append(unit)
+    cost_of_neurons = removable_neurons(costs, width_multiple)
+    total = sum(unit[5] for unit in removed_groups)
+    while removed_groups and total > target and cost_of_neurons >= target - (total - removed_groups[-1][5]):
+        total -= removed_groups.pop()[5]  # restore the last group if neurons can replace it
     masks = Masks(
         [torch.ones(n, dtype=torch.bool) for n in costs.neurons],
         [torch.ones(n, dtype=torch.bool) for n in costs.groups],
     )
-    for unit in taken:
+    for unit in removed_groups:
         masks.attention[unit[2]][unit[4]] = False
     for unit in sorted(steps, key=lambda u: u[:4]):
         if total < target:
@@ -263,7 +280,7 @@ def test_masks_do_not_depend_on_the_dtype_or_gradient_of_margins(dtype):
         ([[0, 1, 1, 1, 0, 1]], [[-1.0, 0.0, 2.0, 1.0, 0.5, 3.0]], [2], -0.25),
     ],
 )
-def test_cut_margin_is_the_highest_margin_of_removed_neurons(keep, margins, experts, expected):
+def test_cut_margin_is_the_highest_margin_of_removed_neurons_and_0_without_any(keep, margins, experts, expected):
     masks = Masks([torch.tensor(k).bool() for k in keep], [])
     assert cut_margin(masks, [torch.tensor(m) for m in margins], experts) == expected
 
@@ -282,25 +299,26 @@ def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, at
     groups = [torch.rand(4, generator=generator) for _ in range(3)]
     budget = Budget.of(costs, sparsity, multiple)
     target, masks = budget.target, keep_masks(budget, neurons, groups)
-    (width,), (kept,) = ({int(m.sum()) for m in part} for part in (masks.ffn, masks.attention))
+    (width,), (kept_groups,) = ({int(m.sum()) for m in part} for part in (masks.ffn, masks.attention))
     assert width == 48 or width % multiple == 0
     assert costs.removed(masks) >= target
     if width < 48:  # one step wider would not meet the budget
         step = width % multiple or multiple
         assert costs.removed(masks) - step * sum(costs.neuron) < target
-    assert kept == 4 or attention
+    assert kept_groups == 4 or attention
+    # The units with the largest margins are kept.
     for margin, mask in zip([*neurons, *groups], [*masks.ffn, *masks.attention], strict=True):
         assert mask.all() or margin[~mask].max() < margin[mask].min()
 
 
 @pytest.mark.parametrize("sparsity", [0.01, 0.02, 0.1, 0.6])
-@pytest.mark.parametrize("low", ["neurons", "groups"])
-def test_equal_widths_exceed_the_budget_by_less_than_a_step(sparsity, low):
-    """One KV group less per block costs more than a small target, so neurons are removed instead."""
+@pytest.mark.parametrize("removed_first", ["neurons", "groups"])
+def test_equal_widths_exceed_the_budget_by_less_than_a_step(sparsity, removed_first):
+    """A KV group of each block costs more than a small target, so that neurons are removed instead."""
     costs = equal_widths_costs("attention+ffn")
     neurons, groups = [torch.arange(48.0)] * 3, [torch.arange(4.0)] * 3
-    shift = {"neurons": neurons, "groups": groups}[low]
-    shift[:] = [m - 100 for m in shift]
+    lowest_margins = {"neurons": neurons, "groups": groups}[removed_first]
+    lowest_margins[:] = [m - 100 for m in lowest_margins]
     budget = Budget.of(costs, sparsity, 1)
     masks = keep_masks(budget, neurons, groups)
     assert 0 <= costs.removed(masks) - budget.target < sum(costs.neuron)
@@ -312,29 +330,32 @@ def test_equal_widths_exceed_the_budget_by_less_than_a_step(sparsity, low):
 @pytest.mark.parametrize("removed", [(), (2,), (3, 0)])
 def test_after_removing_whole_blocks_masks_equal_those_of_the_shallower_model(removed, multiple, uniform, experts):
     """Masks of the other blocks are those of a model without the removed blocks."""
-    generator, kept = torch.Generator().manual_seed(len(removed)), [b for b in range(4) if b not in removed]
+    generator = torch.Generator().manual_seed(len(removed))
+    kept = [b for b in range(4) if b not in removed]
     protected = frozenset({1} if len(removed) == 2 and not uniform else ())
 
     def costs_for(depth: int, **more) -> UnitCosts:
+        # 48 neurons of cost 6 and 4 KV groups of cost 90 per block
         lists = ([number] * depth for number in (6, 48, 90, 4))
         return costs_of(*lists, experts=(experts,) * depth, uniform=uniform, **more)
 
     costs = costs_for(4, protected=protected, block=(700,) * 4, block_share=0.85, removed_blocks=(3, 0, 2))
     margins = [[torch.rand(n, generator=generator) for _ in range(4)] for n in (48 * experts, 4)]
     budget = Budget.of(costs, 0.62, multiple).without(removed)
-    assert (budget.target, budget.costs.removed_blocks) == (1736, removed)
+    assert (budget.target, budget.costs.removed_blocks) == (1736, removed)  # 62 % of 4 x 700
     masks, step = keep_masks(budget, *margins), multiple * 6 * (len(kept) if uniform else 1)
     assert masks.blocks == [b in kept for b in range(4)]
     assert 0 <= costs.removed(masks) - budget.target < step
-    left = costs_for(len(kept), protected=frozenset(map(kept.index, protected)))
-    of_stay = ([kind[b] for b in kept] for kind in margins)
-    others = keep_masks(Budget(left, budget.target - 700 * len(removed), multiple), *of_stay)
-    assert Masks([masks.ffn[b] for b in kept], [masks.attention[b] for b in kept]) == others
+    shallow_costs = costs_for(len(kept), protected=frozenset(map(kept.index, protected)))
+    shallow_margins = ([kind[b] for b in kept] for kind in margins)
+    rest = Budget(shallow_costs, budget.target - 700 * len(removed), multiple)
+    expected = keep_masks(rest, *shallow_margins)
+    assert Masks([masks.ffn[b] for b in kept], [masks.attention[b] for b in kept]) == expected
     # With another target, as many blocks are removed, in the chosen order, as fit into their share of it.
     for sparsity in (0.1, 0.3, 0.5):
-        at = budget.at(sparsity)
-        assert at.costs.removed_blocks == removed[: int(0.85 * sparsity * 4)]
-        assert 0 <= costs.removed(keep_masks(at, *margins)) - at.target < multiple * 6 * (4 if uniform else 1)
+        other = budget.at(sparsity)
+        assert other.costs.removed_blocks == removed[: int(0.85 * sparsity * 4)]
+        assert 0 <= costs.removed(keep_masks(other, *margins)) - other.target < multiple * 6 * (4 if uniform else 1)
 
 
 def test_equal_widths_are_at_most_the_narrowest_width_of_a_pruned_model():

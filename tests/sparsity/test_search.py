@@ -28,9 +28,9 @@ def recording(curve):
 def test_the_cut_of_an_increasing_curve_is_that_of_an_exhaustive_scan(steps, limit, first):
     curve = np.cumsum(steps)  # strictly increasing
     measure, measured = recording(curve)
-    found = find_largest_cut(measure, limit, len(curve), first=first)
+    result = find_largest_cut(measure, limit, len(curve), first=first)
     within = np.flatnonzero(curve <= limit) + 1
-    assert (found.best.cut if found.best else None) == (within[-1] if len(within) else None)
+    assert (result.best.cut if result.best else None) == (within[-1] if len(within) else None)
     assert len(measured) == len(set(measured)), "a cut was measured twice"
 
 
@@ -40,8 +40,8 @@ def test_curves_similar_to_those_of_models_need_few_measurements(limit, exponent
     cuts = np.arange(1, 46_081) / 46_080
     curve = 4 * cuts**exponent + 8 * cuts ** (exponent + 3)
     measure, measured = recording(curve)
-    found = find_largest_cut(measure, limit, len(curve), first=4608, unused=0.02)
-    assert limit * 0.98 <= found.best.rise <= limit
+    result = find_largest_cut(measure, limit, len(curve), first=4608, unused=0.02)
+    assert limit * 0.98 <= result.best.rise <= limit  # at most 2 % of the limit are unused
     assert len(measured) <= 6
 
 
@@ -50,23 +50,23 @@ def test_curves_similar_to_those_of_models_need_few_measurements(limit, exponent
 def test_on_a_non_monotone_curve_the_cut_is_within_the_limit_and_the_next_is_not(steps, limit, first):
     curve = np.cumsum(steps)
     measure, measured = recording(curve)
-    found = find_largest_cut(measure, limit, len(curve), first=first)
+    result = find_largest_cut(measure, limit, len(curve), first=first)
     assert len(measured) == len(set(measured))
-    if found.best is None:
+    if result.best is None:
         assert curve[0] > limit
     else:
-        assert curve[found.best.cut - 1] <= limit
-        assert found.best.cut == len(curve) or curve[found.best.cut] > limit
+        assert curve[result.best.cut - 1] <= limit
+        assert result.best.cut == len(curve) or curve[result.best.cut] > limit
 
 
 def test_the_cut_is_within_the_limit_with_any_number_of_tries():
     measure, measured = recording(np.linspace(0.001, 2, 1000) ** 2)
-    found = find_largest_cut(measure, 0.01, 1000, first=900, unused=0.01, tries=2)
-    assert found.best.rise <= 0.01
-    assert measured[-1] == found.best.cut, "measurements go on until one is within the limit, and no longer"
+    result = find_largest_cut(measure, 0.01, 1000, first=900, unused=0.01, tries=2)
+    assert result.best.rise <= 0.01
+    assert measured[-1] == result.best.cut, "measurements go on until one is within the limit, and no longer"
 
 
-def test_each_prediction_uses_the_points_before():
+def test_each_prediction_is_from_the_measurements_before_it():
     measure, _ = recording((np.arange(1, 1001) / 1000) ** 2)
     first, *others = find_largest_cut(measure, 0.25, 1000, first=100, expected=0.3, exponent=2.0, unused=0.02).points
     assert first.predicted == 0.3
@@ -76,6 +76,6 @@ def test_each_prediction_uses_the_points_before():
 @pytest.mark.parametrize(("first", "limit", "cut"), [(50, 1e-9, None), (50, 99.0, 100), (1, 99.0, 100)])
 def test_the_cut_can_be_none_or_the_whole_range(first, limit, cut):
     measure, measured = recording(np.linspace(0.01, 1, 100))
-    found = find_largest_cut(measure, limit, 100, first=first, unused=0.1, tries=12)
-    assert (found.best and found.best.cut) == cut
+    result = find_largest_cut(measure, limit, 100, first=first, unused=0.1, tries=12)
+    assert (result.best and result.best.cut) == cut
     assert len(measured) < 12

@@ -19,7 +19,7 @@ WARNING = "The loss of distillation is not finite in bfloat16. Falling back to f
 
 
 def distill(dense, *, precision, validated=False):
-    """Train a student on eight windows, optionally after a validation. Returns its learned state and its stage."""
+    """Train a student on eight windows, optionally after a validation. Return the learned state and the stage."""
     stage = DistillationStage(dense, prune(dense, some_masks(dense, attention=False)))
     text = [Windows("demo", "train", torch.arange(128).view(8, 16))]
     development = [Windows("demo", "development", torch.arange(32).view(2, 16))] if validated else []
@@ -57,8 +57,8 @@ def test_distillation_falls_back_to_float32_if_losses_overflow_in_bfloat16(valid
         learned, stage = distill(overflowing, precision="bf16-mixed", validated=validated)
     assert warnings_of(caplog) == [WARNING]
     assert stage.autocast.in_float32
-    expected, other = distill(overflowing, precision="32-true", validated=validated)
-    assert not other.autocast.in_float32
+    expected, float32_stage = distill(overflowing, precision="32-true", validated=validated)
+    assert not float32_stage.autocast.in_float32  # it did not have to fall back
     assert all(torch.equal(learned[name], t) for name, t in expected.items())
 
 

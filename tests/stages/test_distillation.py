@@ -55,10 +55,10 @@ def problem(tiny_model):
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-def test_distillation_reduces_the_kl_divergence_and_returns_a_plain_model(targets, problem):
+def test_distillation_reduces_the_kl_divergence_changes_only_its_targets_and_returns_a_plain_model(targets, problem):
     dense, pruned, tokens = problem
-    before = {name: t.clone() for name, t in dense.state_dict().items()}
-    plain = {name: t.clone() for name, t in pruned.state_dict().items()}
+    dense_weights = {name: t.clone() for name, t in dense.state_dict().items()}
+    initial = {name: t.clone() for name, t in pruned.state_dict().items()}
     start = divergence(dense, pruned, tokens)
     stage = DistillationStage(dense, pruned, targets=targets, learning_rate=0.02)
     assert divergence(dense, stage.student, tokens) == pytest.approx(start, rel=1e-5)  # before training
@@ -70,14 +70,15 @@ def test_distillation_reduces_the_kl_divergence_and_returns_a_plain_model(target
         torch.testing.assert_close(small(tokens).logits, expected, atol=2e-4, rtol=1e-4)
     assert divergence(dense, small, tokens) < 0.8 * start
     # The dense model is unchanged. The result is a plain frozen model with the same shapes.
-    assert all(torch.equal(before[name], t) for name, t in dense.state_dict().items())
-    assert {name: t.shape for name, t in small.state_dict().items()} == {n: t.shape for n, t in plain.items()}
+    assert all(torch.equal(dense_weights[name], t) for name, t in dense.state_dict().items())
+    assert {name: t.shape for name, t in small.state_dict().items()} == {n: t.shape for n, t in initial.items()}
     assert not any(p.requires_grad for p in small.parameters())
     assert not any(m._forward_pre_hooks for m in small.modules())  # private, but there is no public way to list hooks
-    # Frozen weights keep their bits.
-    same = {name for name, t in small.state_dict().items() if torch.equal(t, plain[name])}
-    assert {"model.embed_tokens.weight", "model.norm.weight"} <= same
-    assert all((".self_attn." in name and "norm" not in name) <= (name in same) for name in plain) == (targets == "mlp")
+    # Frozen weights keep their bits: the embedding and the final norm, and with targets "mlp" also attention.
+    unchanged = {name for name, t in small.state_dict().items() if torch.equal(t, initial[name])}
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= unchanged
+    attention = {name for name in initial if ".self_attn." in name and "norm" not in name}
+    assert (attention <= unchanged) == (targets == "mlp")
 
 
 @pytest.mark.parametrize(("kl", "cross_entropy"), [(1, 0), (1, 0.5), (0, 2)])
@@ -100,18 +101,19 @@ def test_checkpointing_accumulation_and_mixed_precision_train_the_same_weights(s
     if family != "llama":
         dense = make_tiny(family)
     changes = []
-    for more in ({}, settings):
-        own = {name: value for name, value in more.items() if name == "checkpointing"}
+    for run_settings in ({}, settings):
+        stage_options = {name: value for name, value in run_settings.items() if name == "checkpointing"}
         pruned = prune(dense, some_masks(dense, attention=True))
         before = {name: t.clone() for name, t in pruned.state_dict().items()}
-        stage = DistillationStage(dense, pruned, learning_rate=1e-3, warmup=0.5, **own)
-        options = {"precision": more.get("precision", "32-true"), "accumulate_grad_batches": more.get("accumulate", 1)}
-        trainer = fit(stage, tokens, batch_size=4 // more.get("accumulate", 1), **options)
-        assert trainer.global_step == 2
+        stage = DistillationStage(dense, pruned, learning_rate=1e-3, warmup=0.5, **stage_options)
+        precision, accumulate = run_settings.get("precision", "32-true"), run_settings.get("accumulate", 1)
+        options = {"precision": precision, "accumulate_grad_batches": accumulate}
+        trainer = fit(stage, tokens, batch_size=4 // accumulate, **options)
+        assert trainer.global_step == 2  # eight windows, four per step
         after = stage.finished().state_dict()
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in stage.student.modules())
         assert not stage.student(tokens[:1]).logits.requires_grad
-        if family == "opt":
+        if family == "opt":  # dropout is off during training, and the setting of the model is kept
             assert [block.layer.dropout for block in blocks_of(pruned)] == [0.1] * 3
         assert {t.dtype for t in after.values()} == {torch.float32}
         changes.append(torch.cat([(t - before[name]).flatten() for name, t in after.items()]))
@@ -139,7 +141,7 @@ def test_distillation_works_for_other_families(family, targets):
 @pytest.mark.parametrize(("dtype", "resolution"), [(torch.bfloat16, 256), (torch.float16, 2048)])
 def test_16_bit_weights_are_trained_in_float32(dtype, resolution, targets, problem):
     dense, pruned, tokens = (part.to(dtype) if isinstance(part, torch.nn.Module) else part for part in problem)
-    plain = {name: t.clone() for name, t in pruned.state_dict().items()}
+    initial = {name: t.clone() for name, t in pruned.state_dict().items()}
     stage = DistillationStage(dense, pruned, targets=targets, learning_rate=1e-3)
     fit(stage, tokens)
     assert {parameter.dtype for parameter in stage.learned.values()} == {torch.float32}
@@ -147,7 +149,7 @@ def test_16_bit_weights_are_trained_in_float32(dtype, resolution, targets, probl
     assert all(torch.frac(p.float() * resolution).any() for p in stage.learned.values() if p.abs().max() > 0.5)
     small = stage.finished()
     assert {t.dtype for t in small.state_dict().values()} == {dtype}
-    assert any(not torch.equal(plain[name], t) for name, t in small.state_dict().items())
+    assert any(not torch.equal(initial[name], t) for name, t in small.state_dict().items())
 
 
 def test_invalid_distillation_settings_are_refused(tiny_model):
@@ -161,7 +163,7 @@ def test_invalid_distillation_settings_are_refused(tiny_model):
 def test_initial_adapters_do_not_depend_on_the_cache(world, tmp_path, quick):
     with tiny_run.isolated(tmp_path / "cache"):
         cold, warm = (
-            learned_of(world.run(tmp_path, *FLAGS, *ONE_ROW, "--distill.targets=lora", name=n).path) for n in "ab"
+            learned_of(world.run(tmp_path, *FLAGS, *ONE_ROW, "--distill.targets=lora", name=name).path) for name in "ab"
         )
     assert_same_tensors(cold, warm)
 
@@ -173,6 +175,7 @@ def test_a_chain_of_recoveries_is_a_recovery():
     chain = recovery_of("least_squares+distill")
     assert isinstance(chain, Recovery)
     assert (chain.needs, chain.learns) == (RECOVERY["least_squares"].needs, True)
+    # Tokens of forward passes, and of passes with a backward pass, for 100 tokens of text and 40 to train on.
     assert chain.tokens(100, 40, attention=False) == (40, 40)
     assert recovery_of("least_squares_sequential+distill").tokens(100, 40, attention=True) == (440, 40)
     assert recovery_of("none") is RECOVERY["none"]
@@ -250,11 +253,12 @@ def test_a_run_distills_all_rows_and_resumes_without_training_again(
     uninterrupted, world, tmp_path, quick, monkeypatch, capsys
 ):
     result = world.run(tmp_path, *FLAGS)
-    first, then = capsys.readouterr().out.split("Distilling", 1)  # the first table has no recovery
-    assert [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("| ")][1:] == [
+    before_training, after_training = capsys.readouterr().out.split("Distilling", 1)
+    # The table before training has no recovery.
+    assert [line.split("|")[1].strip() for line in before_training.splitlines() if line.startswith("| ")][1:] == [
         "dense", "base", "averaged", "gprune",
     ]  # fmt: skip
-    assert "| gprune + least_squares+distill" in then
+    assert "| gprune + least_squares+distill" in after_training
     rows = {(r["stage"], r["recovery"]) for r in result.records}
     chain = "least_squares+distill"
     assert {row for row in rows if row[1] == chain} == {(s, chain) for s in ("base", "averaged", "gprune")}
@@ -263,8 +267,10 @@ def test_a_run_distills_all_rows_and_resumes_without_training_again(
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens
     # The teacher's tokens are counted for one of three rows.
     assert result.summary["forward_tokens"] <= plan.forward_tokens
-    alone = {r["corpus"]: r["nll"] for r in uninterrupted.records if r["recovery"] == chain}
-    assert {r["corpus"]: r["nll"] for r in result.records if (r["stage"], r["recovery"]) == ("base", chain)} == alone
+    # The row `base` is the same as in a run of this row alone.
+    expected = {r["corpus"]: r["nll"] for r in uninterrupted.records if r["recovery"] == chain}
+    of_base = [r for r in result.records if (r["stage"], r["recovery"]) == ("base", chain)]
+    assert {r["corpus"]: r["nll"] for r in of_base} == expected
     # All training text is recorded as used.
     manifest = json.loads((result.path / "manifest.json").read_text())
     assert sum(name.endswith(" recovered") for name in manifest["settings"]["inputs"]["text"]) == 3
@@ -272,10 +278,10 @@ def test_a_run_distills_all_rows_and_resumes_without_training_again(
     # A resumed run does not train again.
     monkeypatch.setattr(DistillationStage, "training_step", lambda *_: pytest.fail("trained again"))
     (result.path / "metrics.json").unlink()
-    again = world.run(tmp_path, *FLAGS)
-    assert [r["nll"] for r in again.records] == [r["nll"] for r in result.records]
+    resumed = world.run(tmp_path, *FLAGS)
+    assert [r["nll"] for r in resumed.records] == [r["nll"] for r in result.records]
     ids = torch.arange(3, 35)[None]
-    assert torch.equal(again.model(ids).logits, saved(ids).logits)
+    assert torch.equal(resumed.model(ids).logits, saved(ids).logits)
 
 
 def test_the_plan_counts_the_tokens_of_validation(uninterrupted):
@@ -291,21 +297,26 @@ class KilledError(Exception):
 
 def steps_of(world, runs, *flags) -> list[int]:
     """Run to the end, and return the indices of the batches that were trained on."""
-    steps, real = [], DistillationStage.training_step
+    batch_indices, original_step = [], DistillationStage.training_step
+
+    def training_step(self, batch, batch_idx):
+        batch_indices.append(batch_idx)
+        return original_step(self, batch, batch_idx)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DistillationStage, "training_step", lambda self, *a: steps.append(a[1]) or real(self, *a))
+        patch.setattr(DistillationStage, "training_step", training_step)
         world.run(runs, *flags)
-    return steps
+    return batch_indices
 
 
 def run_killed_at(step: int, world, runs, *flags) -> None:
     """Run a session that is killed before training step number `step` of the session, counted from 1."""
-    left, real = iter(range(step - 1)), DistillationStage.training_step
+    remaining_steps, original_step = iter(range(step - 1)), DistillationStage.training_step
 
     def training_step(self, *args):
-        if next(left, None) is None:
+        if next(remaining_steps, None) is None:
             raise KilledError
-        return real(self, *args)
+        return original_step(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DistillationStage, "training_step", training_step)
@@ -319,27 +330,28 @@ def test_distillation_resumed_after_kills_has_the_same_bits(accumulate, uninterr
     whole = uninterrupted if accumulate == 1 else world.run(tmp_path, *flags, name="whole")
     for step in (6, 3):  # of nine batches
         run_killed_at(step, world, tmp_path, *flags)
+    # The sessions trained on 5 and 2 batches. Accumulation resumes at the first batch of a step.
     assert steps_of(world, tmp_path, *flags) == list(range(7 if accumulate == 1 else 6, 9))
-    again = load_run(tmp_path / "run")
-    assert_same_tensors(learned_of(whole.path), learned_of(again.path))
-    assert [r["nll"] for r in again.records] == [r["nll"] for r in whole.records]
-    assert not list(again.path.rglob("*.ckpt"))  # removed after the stage
+    resumed = load_run(tmp_path / "run")
+    assert_same_tensors(learned_of(whole.path), learned_of(resumed.path))
+    assert [r["nll"] for r in resumed.records] == [r["nll"] for r in whole.records]
+    assert not list(resumed.path.rglob("*.ckpt"))  # removed after the stage
 
 
 def test_a_checkpoint_is_kept_until_the_learned_weights_are_written(world, tmp_path, quick, monkeypatch):
     flags = (*FLAGS, *ONE_ROW, EVERY_STEP)
-    real = folder.write_tensors
+    write_tensors = folder.write_tensors
 
-    def full(path, tensors, metadata=None):
+    def fail_on_full_disk(path, tensors, metadata=None):
         if "recovery" in path.parts:
             raise OSError(28, "No space left on device")
-        real(path, tensors, metadata)
+        write_tensors(path, tensors, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "write_tensors", full)
+        patch.setattr(folder, "write_tensors", fail_on_full_disk)
         assert tiny_run.main(world.args(tmp_path, *flags)) == 2
     assert len(list(tmp_path.rglob("*.ckpt"))) == 1
-    assert steps_of(world, tmp_path, *flags) == [8]  # of nine
+    assert steps_of(world, tmp_path, *flags) == [8]  # only the last of nine batches is repeated
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -371,70 +383,78 @@ def test_a_recovery_with_two_training_phases_resumes_after_both(world, tmp_path,
     first = world.run(tmp_path, *flags)
     assert len(list((first.path / "recovery").iterdir())) == 2
     (first.path / "metrics.json").unlink()
-    again = world.run(tmp_path, *flags)
+    resumed = world.run(tmp_path, *flags)
     assert trained == ["mlp", "all"]
-    assert [r["nll"] for r in again.records] == [r["nll"] for r in first.records]
+    assert [r["nll"] for r in resumed.records] == [r["nll"] for r in first.records]
 
 
 @pytest.mark.slow
 def test_a_damaged_or_foreign_checkpoint_is_ignored(uninterrupted, world, tmp_path, quick, capsys):
-    """Truncated, from another run, or with changed bits or content: one line, and the stage starts again."""
+    """The file is truncated, from another run, or has other bits or content. The stage logs a line and starts again."""
     flags = (*FLAGS, *ONE_ROW, EVERY_STEP)
     content = {}
-    for name, more in (("other", ["--distill.learning_rate=0.004"]), ("good", [])):
-        run_killed_at(4, world, tmp_path / name, *flags, *more)
+    for name, more_flags in (("other", ["--distill.learning_rate=0.004"]), ("good", [])):
+        run_killed_at(4, world, tmp_path / name, *flags, *more_flags)
         (file,) = (tmp_path / name).rglob("*.ckpt")
         content[name] = file.read_bytes()
     good = content["good"]
-    held = torch.load(file, weights_only=True)
+    state = torch.load(file, weights_only=True)
     flipped = bytes([*good[:9000], good[9000] ^ 1, *good[9001:]])
     for damaged in (
-        good[:-99], b"", content["other"], flipped, held | {"optimizer_states": []}, held | {"place": {"served": 99}},
-        held | {"random": held["random"][:8]}, torch.zeros(2),
+        good[:-99], b"", content["other"], flipped, state | {"optimizer_states": []}, state | {"place": {"served": 99}},
+        state | {"random": state["random"][:8]}, torch.zeros(2),
     ):  # fmt: skip
         shutil.copytree(tmp_path / "good", tmp_path / "copy")
-        place = tmp_path / "copy" / file.relative_to(tmp_path / "good")
-        place.write_bytes(damaged) if isinstance(damaged, bytes) else torch.save(damaged, place)
+        checkpoint = tmp_path / "copy" / file.relative_to(tmp_path / "good")
+        if isinstance(damaged, bytes):
+            checkpoint.write_bytes(damaged)
+        else:
+            torch.save(damaged, checkpoint)
         capsys.readouterr()
-        again = world.run(tmp_path / "copy", *flags)
+        restarted = world.run(tmp_path / "copy", *flags)
         assert capsys.readouterr().out.count("the file is not the checkpoint that this stage saved") == 1
-        assert [r["nll"] for r in again.records] == [r["nll"] for r in uninterrupted.records]
-        assert again.summary["forward_backward_tokens"] == uninterrupted.summary["forward_backward_tokens"]
+        assert [r["nll"] for r in restarted.records] == [r["nll"] for r in uninterrupted.records]
+        assert restarted.summary["forward_backward_tokens"] == uninterrupted.summary["forward_backward_tokens"]
         shutil.rmtree(tmp_path / "copy")
+    # With the undamaged checkpoint, training resumes after three batches.
     assert steps_of(world, tmp_path / "good", *flags) == list(range(3, 9))
 
 
-@pytest.mark.parametrize(("keep", "last", "point"), [("last", 4.5, 3), ("last", 6, 1), ("best", 4.5, 1)])
+@pytest.mark.parametrize(("keep", "last", "kept_point"), [("last", 4.5, 3), ("last", 6, 1), ("best", 4.5, 1)])
 def test_the_validation_curve_is_logged_and_selects_the_final_weights(
-    keep, last, point, world, tmp_path, quick, monkeypatch, capsys
+    keep, last, kept_point, world, tmp_path, quick, monkeypatch, capsys
 ):
-    """Weights that are worse than at the start are not kept."""
-    students, real = [], DistillationStage.on_validation_epoch_end
+    """Perplexities at the four points of the curve are fake: 5, 3, 4 and `last`.
 
-    def measured(stage):
+    With `keep` "last", the weights at the end are kept, unless they are worse than at the start. Then, and with "best",
+    those of the best point are kept.
+    """
+    students, on_validation_epoch_end = [], DistillationStage.on_validation_epoch_end
+
+    def record_student(stage):
         students.append({name: t.clone() for name, t in stage.student.state_dict().items()})
-        real(stage)
+        on_validation_epoch_end(stage)
         assert sorted(stage.development) == sorted(map(str, map(world.corpora.get, tiny_run.SEEN)))
 
-    monkeypatch.setattr(DistillationStage, "on_validation_epoch_end", measured)
-    points = [5.0, 3.0, 4.0, last]
-    monkeypatch.setattr(WindowPerplexity, "compute", lambda _: torch.tensor(points[len(students) - 1]))
+    monkeypatch.setattr(DistillationStage, "on_validation_epoch_end", record_student)
+    perplexities = [5.0, 3.0, 4.0, last]
+    monkeypatch.setattr(WindowPerplexity, "compute", lambda _: torch.tensor(perplexities[len(students) - 1]))
     flags = [f"--distill.keep={keep}", "--trainer.val_check_interval=3"]
     result = world.run(tmp_path, *FLAGS, *ONE_ROW[:2], *flags)
-    worse = (
+    warning = (
         "Development perplexity rose from 5 to 6. Restored the weights of step 3, which had 3. Lower --distill.learning"
     )
-    assert (worse in " ".join(capsys.readouterr().out.split())) is (last == 6)
+    assert (warning in " ".join(capsys.readouterr().out.split())) is (last == 6)
     rows = [row for file in (result.path / "csv").rglob("metrics.csv") for row in csv.DictReader(file.open())]
-    shares, names = [0, 192, 384, 576], ["development/perplexity", "development/perplexity/alpha.txt"]
+    tokens, names = [0, 192, 384, 576], ["development/perplexity", "development/perplexity/alpha.txt"]
     for axis, name in itertools.product((f"{CURVES}/tokens", "development/tokens"), names):
         curve = [(float(row[axis]), round(float(row[name]), 9)) for row in rows if row.get(name)]
-        assert curve == list(zip(shares, [5, 3, 4, last], strict=True))
+        assert curve == list(zip(tokens, perplexities, strict=True))
     steps = [row for row in rows if row[f"{CURVES}/loss"]]
     assert [float(row[f"{CURVES}/tokens"]) for row in steps] == [64.0 * n for n in range(1, 10)]
     assert max(float(row[f"{CURVES}/learning_rate"]) for row in steps) == pytest.approx(0.003)
     assert all(float(row[f"{CURVES}/{n}"]) > 0 for row in steps for n in ("gradient_norm", "tokens_per_second"))
-    assert all(torch.equal(t, students[point][name]) for name, t in result.model.state_dict().items())
+    assert all(torch.equal(t, students[kept_point][name]) for name, t in result.model.state_dict().items())
     assert not torch.equal(*(s["model.layers.0.mlp.up_proj.weight"] for s in (students[1], students[3])))
 
 
@@ -442,21 +462,26 @@ def test_the_validation_curve_is_logged_and_selects_the_final_weights(
 
 
 def scaled(parts: dict[str, float], model: torch.nn.Module) -> torch.nn.Module:
-    """A copy in which parts (rows of a layer with their bias) are multiplied by a factor, another one in each block."""
+    """A copy in which parts of blocks are multiplied by powers of two.
+
+    Args:
+        parts: for each part (rows of a layer with their bias) the exponent of the block's factor, 1 or -1. The factors
+            of the three blocks are 8, 1/8 and 2.
+    """
     model = copy.deepcopy(model)
     with torch.no_grad():
-        for block, power in zip(blocks_of(model), (3, -3, 1), strict=True):
+        for block, block_factor in zip(blocks_of(model), (8.0, 1 / 8, 2.0), strict=True):
             for name, exponent in parts.items():
-                part, c = block.parts[name], 2.0 ** (power * exponent)
+                part, factor = block.parts[name], block_factor**exponent
                 if isinstance(part, ExpertPart):
                     stored = part.host.down_proj if name == "down" else part.host.gate_up_proj[:, block.neurons :]
-                    stored.mul_(c)
+                    stored.mul_(factor)
                     continue
                 rows = slice(None) if part.rows is None else part.rows
                 weight = part.host.weight.T if part.transposed else part.host.weight
-                weight[rows] = weight[rows] * c
+                weight[rows] = weight[rows] * factor
                 if part.host.bias is not None and name not in ("down", "output"):
-                    part.host.bias[rows] *= c
+                    part.host.bias[rows] *= factor
     return model
 
 
@@ -464,15 +489,17 @@ def gains_folded(model: torch.nn.Module) -> torch.nn.Module:
     """A copy in which gains and biases of norms are divided by a factor, and the matrices after them multiplied."""
     model = copy.deepcopy(model)
     with torch.no_grad():
-        for block, c in zip(blocks_of(model), (8.0, 1 / 8, 2.0), strict=True):
-            # The FFN's norm also feeds the router of experts.
-            names = ("query", "key", "value", *(() if block.has_experts else ("gate", "up")))
-            for norm in (block.attention_norm, *(() if block.has_experts else (block.ffn_norm,))):
-                norm.weight.copy_((norm.weight + block.family.norm_offset) / c - block.family.norm_offset)
+        for block, factor in zip(blocks_of(model), (8.0, 1 / 8, 2.0), strict=True):
+            norms, names = [block.attention_norm], ["query", "key", "value"]
+            if not block.has_experts:  # the FFN's norm of a block with experts also feeds the router
+                norms += [block.ffn_norm]
+                names += ["gate", "up"]
+            for norm in norms:
+                norm.weight.copy_((norm.weight + block.family.norm_offset) / factor - block.family.norm_offset)
                 if getattr(norm, "bias", None) is not None:
-                    norm.bias /= c
+                    norm.bias /= factor
             for host in {block.parts[name].host for name in names if name in block.parts}:
-                host.weight.mul_(c)
+                host.weight.mul_(factor)
     return model
 
 
@@ -486,7 +513,7 @@ UP, VALUE = {"up": 1, "down": -1}, {"value": 1, "output": -1}
 )  # fmt: skip
 @pytest.mark.parametrize("targets", ["all", "lora"])
 def test_training_is_invariant_to_rescaling_of_weights(family, parts, targets):
-    """Training does not depend on the scale of weights. Factors are powers of two, 1/8 to 8, different per block."""
+    """Factors that cancel in the model's output, such as 8 in `up` and 1/8 in `down`, do not change training."""
     dense = make_tiny(family)
     tokens = sampled_tokens(dense)
     divergences = []
@@ -502,17 +529,17 @@ def test_training_is_invariant_to_rescaling_of_weights(family, parts, targets):
     assert divergences[0] < 0.95 * divergence(dense, prune(dense, some_masks(dense, attention=False)), tokens)
 
 
-@pytest.mark.parametrize(("bad", "steps", "skipped"), [({2}, 6, 1), ({2, 3, 4, 5, 6}, 7, 5)])
-def test_non_finite_steps_are_skipped_and_several_in_a_row_end_training(bad, steps, skipped, problem, caplog):
+@pytest.mark.parametrize(("non_finite", "steps", "skipped"), [({2}, 6, 1), ({2, 3, 4, 5, 6}, 7, 5)])
+def test_non_finite_steps_are_skipped_and_several_in_a_row_end_training(non_finite, steps, skipped, problem, caplog):
     dense, pruned, tokens = problem
 
     class Broken(DistillationStage):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
-            return loss * (math.nan if batch_idx in bad else 1)
+            return loss * (math.nan if batch_idx in non_finite else 1)
 
     stage = Broken(dense, pruned, learning_rate=0.01)
-    windows = tokens[:1].repeat(9 if len(bad) > 1 else 6, 1)
+    windows = tokens[:1].repeat(9 if len(non_finite) > 1 else 6, 1)
     start = divergence(dense, pruned, tokens[:1])
     trainer = fit(stage, windows, batch_size=1)
     assert trainer.global_step == steps
@@ -529,7 +556,7 @@ def test_training_without_a_finite_loss_raises_a_user_error(problem):
         fit(stage, tokens.repeat(5, 1), batch_size=1)
 
 
-def test_a_zero_tensor_stays_zero_and_two_kinds_of_learning_rates_are_refused(problem):
+def test_a_zero_tensor_stays_zero_and_weights_remain_finite(problem):
     dense, pruned, tokens = problem
     with torch.no_grad():
         pruned.model.layers[0].mlp.up_proj.weight.zero_()
@@ -539,17 +566,20 @@ def test_a_zero_tensor_stays_zero_and_two_kinds_of_learning_rates_are_refused(pr
     after = stage.finished().state_dict()
     assert not after["model.layers.0.mlp.up_proj.weight"].any()
     assert all(bool(t.isfinite().all()) for t in after.values())
+
+
+def test_two_kinds_of_learning_rates_are_refused():
     with pytest.raises(UserError, match=r"absolute_learning_rate cannot be combined with --distill\.learning_rate"):
         DistillConfig(learning_rate=0.01, absolute_learning_rate=5e-4)
 
 
 def test_frozen_layers_do_not_change_and_one_window_is_one_step(problem):
     dense, pruned, tokens = problem
-    start, before = divergence(dense, pruned, tokens[:1]), copy.deepcopy(pruned.model.layers[0].state_dict())
+    start, first_layer = divergence(dense, pruned, tokens[:1]), copy.deepcopy(pruned.model.layers[0].state_dict())
     stage = DistillationStage(dense, pruned, learning_rate=0.01, weight_decay=0.1)
     stage.student.model.layers[0].requires_grad_(False)
     assert fit(stage, tokens[:1]).global_step == 1
-    assert_same_tensors(stage.finished().model.layers[0].state_dict(), before)
+    assert_same_tensors(stage.finished().model.layers[0].state_dict(), first_layer)
     assert divergence(dense, stage.finished(), tokens[:1]) < start
 
 
@@ -565,14 +595,13 @@ def test_weights_shared_between_layers_remain_shared(tiny_model):
 
 
 @pytest.mark.slow
-def test_diverging_distillation_restores_the_initial_weights(world, tmp_path, quick, capsys):
-    # The perplexity of this model is about that of a uniform distribution.
+def test_diverging_distillation_restores_the_weights_before_it(world, tmp_path, quick, capsys):
+    # The perplexity of this model is about that of a uniform distribution, so that training at a large rate worsens it.
     model = tiny_run.save_tiny_model(tmp_path / "model", initializer_range=0.02)
     flags = (*FLAGS, *ONE_ROW, f"--model.name={model}", "--distill.learning_rate=10")
-    plain, diverged = (
-        world.run(tmp_path, *flags, *more, name=str(len(more))) for more in (["--recovery=least_squares"], [])
-    )
-    assert [r["nll"] for r in diverged.records] == [r["nll"] for r in plain.records]
+    expected = world.run(tmp_path, *flags, "--recovery=least_squares", name="undistilled")
+    diverged = world.run(tmp_path, *flags, name="diverged")
+    assert [r["nll"] for r in diverged.records] == [r["nll"] for r in expected.records]
     assert "Restored the weights of step 0" in " ".join(capsys.readouterr().out.split())
 
 
@@ -585,15 +614,16 @@ from gprune.stages.distill_recovery import Distill
 from gprune.stages.distillation import DistillationStage
 import tests.tiny_run, pytest
 tests.tiny_run.quick(pytest.MonkeyPatch())
-real, left = DistillationStage.training_step, iter(range(int(sys.argv[1])))
-def step(*args):
-    if next(left, None) is None:
+original_step, remaining_steps = DistillationStage.training_step, iter(range(int(sys.argv[1])))
+def training_step(self, batch, batch_idx):
+    if next(remaining_steps, None) is None:
         os._exit(9)
-    return real(*args) * (float("nan") if args[2] == 1 else 1)
-DistillationStage.training_step = step
-ended = DistillationStage.on_validation_epoch_end
+    loss = original_step(self, batch, batch_idx)
+    return loss * float("nan") if batch_idx == 1 else loss
+DistillationStage.training_step = training_step
+on_validation_epoch_end = DistillationStage.on_validation_epoch_end
 def best_after_two(self):
-    ended(self)
+    on_validation_epoch_end(self)
     self.development = {name: 5.0 + abs(self.global_step - 2) for name in self.development}
 DistillationStage.on_validation_epoch_end = best_after_two
 raise SystemExit(main(sys.argv[2:]))
@@ -609,21 +639,26 @@ def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_pat
     (tmp_path / "killed_run.py").write_text(KILLED_RUN)
     flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--distill.batch_size=4", "--export=none"]
     flags += ["--run.checkpoint_minutes=0", "--distill.learning_rate=0.001", "--gprune=false"]
-    two, sharded, found = [*TWO_PROCESSES], ["--model.shard=true"], {}
-    for name, more, sessions in (
-        ("one", [], [99]), ("two", two, [99]), ("killed", two, [2, 99]),
-        ("sharded", two + sharded, [99]), ("sharded and killed", two + sharded, [2, 99]),
+    two, sharded, learned = [*TWO_PROCESSES], [*TWO_PROCESSES, "--model.shard=true"], {}
+    all_steps = 99  # more than there are
+    # Sessions are numbers of steps before a kill.
+    for name, more_flags, sessions in (
+        ("one", [], [all_steps]), ("two", two, [all_steps]), ("killed", two, [2, all_steps]),
+        ("sharded", sharded, [all_steps]), ("sharded and killed", sharded, [2, all_steps]),
     ):  # fmt: skip
-        place, processes = tmp_path / f"{name}-process", 2 if more else 1
-        place.mkdir()
+        folder_of_process, num_processes = tmp_path / f"{name}-process", 2 if more_flags else 1
+        folder_of_process.mkdir()
         for steps in sessions:
-            args = [str(steps), *world.args(tmp_path, *flags, *more, name=name)]
-            ended = tiny_run.train(args, place, processes=processes, script=tmp_path / "killed_run.py")
-            assert [done.returncode for done in ended] == [0 if steps == 99 else 9] * processes, ended[0].stderr
-        text = " ".join(ended[0].stdout.split())
+            args = [str(steps), *world.args(tmp_path, *flags, *more_flags, name=name)]
+            processes = tiny_run.train(
+                args, folder_of_process, processes=num_processes, script=tmp_path / "killed_run.py"
+            )
+            exit_code = 0 if steps == all_steps else 9
+            assert [process.returncode for process in processes] == [exit_code] * num_processes, processes[0].stderr
+        text = " ".join(processes[0].stdout.split())
         assert "Skipped 1 of 5 steps" in text
         assert "rose from 7 to 8. Restored the weights of step 2, which had 5." in text
-        found[name] = learned_of(tmp_path / name)
+        learned[name] = learned_of(tmp_path / name)
         tokens = [
             float(row[f"{CURVES}/tokens"])
             for file in sorted((tmp_path / name / "csv").rglob("metrics.csv"))
@@ -633,9 +668,9 @@ def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_pat
         # Tokens are those of all ranks and all sessions.
         assert sorted({*tokens}) == [0, 128, 256, 384, 512, 576], name
     for whole, killed in (("two", "killed"), ("sharded", "sharded and killed")):
-        assert all(torch.equal(found[whole][name], t) for name, t in found[killed].items())
-        for name, t in found["one"].items():
-            torch.testing.assert_close(found[whole][name], t, atol=2e-4, rtol=0)
+        assert all(torch.equal(learned[whole][name], t) for name, t in learned[killed].items())
+        for name, t in learned["one"].items():
+            torch.testing.assert_close(learned[whole][name], t, atol=2e-4, rtol=0)
 
 
 @pytest.mark.slow
@@ -643,20 +678,21 @@ def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_pat
 def test_fused_matrices_can_be_sharded(family, world, tmp_path):
     make_tiny(family).save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
-    flags, found = (*FLAGS, *ONE_ROW, f"--model.name={tmp_path / 'model'}", "--distill.learning_rate=0.001"), {}
-    for name, more in (("one", []), ("sharded", [*TWO_PROCESSES, "--model.shard=true"])):
+    flags = (*FLAGS, *ONE_ROW, f"--model.name={tmp_path / 'model'}", "--distill.learning_rate=0.001")
+    results = {}  # learned weights and losses
+    for name, more_flags in (("one", []), ("sharded", [*TWO_PROCESSES, "--model.shard=true"])):
         (tmp_path / name).mkdir()
-        args = world.args(tmp_path / "runs", *flags, *more, name=name)
-        ended = tiny_run.train(args, tmp_path / name, processes=2 if more else 1)
-        assert [done.returncode for done in ended] == [0] * len(ended), ended[0].stderr
+        args = world.args(tmp_path / "runs", *flags, *more_flags, name=name)
+        processes = tiny_run.train(args, tmp_path / name, processes=2 if more_flags else 1)
+        assert [process.returncode for process in processes] == [0] * len(processes), processes[0].stderr
         run = tmp_path / "runs" / name
-        found[name] = [learned_of(run), [r["nll"] for r in load_run(run).records]]
-    assert any("_parametrizations_" in name for name in found["one"][0])
-    torch.testing.assert_close(found["sharded"], found["one"], atol=2e-4, rtol=1e-3)
+        results[name] = [learned_of(run), [r["nll"] for r in load_run(run).records]]
+    assert any("_parametrizations_" in name for name in results["one"][0])  # parts of a fused matrix
+    torch.testing.assert_close(results["sharded"], results["one"], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.slow
 def test_distillation_with_an_offloaded_dense_model_has_the_same_bits(uninterrupted, world, tmp_path, quick):
-    """Most layers are offloaded by accelerate. Trained weights are in memory."""
+    """Most layers of the dense model are offloaded by accelerate. Trained weights are in memory."""
     flags = ["--model.device_map=auto", '--model.max_memory={"cpu": "100KiB"}']
     assert_same_tensors(learned_of(uninterrupted.path), learned_of(world.run(tmp_path, *FLAGS, *ONE_ROW, *flags).path))

@@ -38,11 +38,12 @@ def planted(sizes: list[int], modules: list[int], seed: int, wrong: float = 0.3)
     blocks = [planted_block(N, K, generator) for N, K in zip(sizes, modules, strict=True)]
     start = []
     for (truth, *_), K in zip(blocks, modules, strict=True):
-        bad = torch.randperm(len(truth), generator=generator)[: round(wrong * len(truth))]
-        y = truth.clone()
-        y[bad] = (y[bad] + torch.randint(1, K, (len(bad),), generator=generator)) % K
-        start.append(y)
-    return refinement_inputs(*map(list, list(zip(*blocks, strict=True))[1:])), [b[0] for b in blocks], start
+        replaced = torch.randperm(len(truth), generator=generator)[: round(wrong * len(truth))]
+        labels = truth.clone()
+        labels[replaced] = (labels[replaced] + torch.randint(1, K, (len(replaced),), generator=generator)) % K
+        start.append(labels)
+    truths, *inputs = map(list, zip(*blocks, strict=True))
+    return refinement_inputs(*inputs), truths, start
 
 
 def refinement(inputs, start, kind=AssignmentRefinement, final_tau=0.2, **settings):
@@ -58,11 +59,11 @@ def refine(inputs, start, **options) -> AssignmentRefinement:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_refinement_recovers_planted_modules(seed):
     inputs, truth, start = planted([240, 200], [4, 4], seed)
-    at_start = [adjusted_rand_score(t, y) for t, y in zip(truth, start, strict=True)]
-    assert max(at_start) < 0.6
+    agreement_at_start = [adjusted_rand_score(t, y) for t, y in zip(truth, start, strict=True)]
+    assert max(agreement_at_start) < 0.6
     stage = refine(inputs, start)
-    found = [adjusted_rand_score(t, y) for t, y in zip(truth, stage.labels(), strict=True)]
-    assert min(found) >= 0.9, found
+    agreement = [adjusted_rand_score(t, y) for t, y in zip(truth, stage.labels(), strict=True)]
+    assert min(agreement) >= 0.9, agreement
 
 
 def test_consistency_alone_recovers_modules_with_common_rank_shifts():
@@ -71,7 +72,7 @@ def test_consistency_alone_recovers_modules_with_common_rank_shifts():
     assert adjusted_rand_score(truth[0], stage.labels()[0]) >= 0.9
 
 
-def test_refinement_is_deterministic():
+def test_refinement_is_deterministic_keeps_the_initial_labels_and_stores_only_logits():
     inputs, _, start = planted([120, 90], [3, 2], seed=0)
     torch.manual_seed(1)
     first = refine(inputs, start, steps=30)
@@ -80,7 +81,7 @@ def test_refinement_is_deterministic():
     assert torch.equal(first.logits, second.logits)
     assert first.history == second.history
     assert all(torch.equal(a, b) for a, b in zip(first.labels(), second.labels(), strict=True))
-    # The initial labels are unchanged, and a checkpoint contains only logits.
+    # The initial labels are unchanged, and the state of the stage contains only logits.
     assert all(torch.equal(a, b) for a, b in zip(start, planted([120, 90], [3, 2], seed=0)[2], strict=True))
     assert list(first.state_dict()) == ["logits"]
 

@@ -34,11 +34,11 @@ from tests.tiny_families import some_masks
 class GateLearner(L.LightningModule):
     """A learner without a base class of gprune: a sigmoid gate per neuron."""
 
-    made: tuple = ()
+    instances: tuple = ()  # arguments of each instance
 
     def __init__(self, model, ranks, start, budget, *, epochs: int, rate: Positive = 0.1, kind: str = "a"):
         super().__init__()
-        type(self).made += ((rate, kind, epochs),)
+        type(self).instances += ((rate, kind, epochs),)
         self.model, self.ranks, self.rate = (model,), ranks, rate
         self.shifts = torch.nn.ParameterList(torch.zeros(len(p)) for p in ranks.ffn)
 
@@ -64,7 +64,9 @@ def scratch_registries():
 
 
 @pytest.mark.slow
-def test_a_run_uses_registered_stages_with_their_options(scratch_registries, world, cache, tmp_path, monkeypatch):
+def test_a_run_uses_registered_stages_with_their_options_and_records_them(
+    scratch_registries, world, cache, tmp_path, monkeypatch
+):
     calls = []
 
     @gprune.refiner("swapped")
@@ -93,7 +95,7 @@ def test_a_run_uses_registered_stages_with_their_options(scratch_registries, wor
         return weight[:, keep] * by, None
 
     gprune.learner("plain")(GateLearner)
-    monkeypatch.setattr(GateLearner, "made", ())
+    monkeypatch.setattr(GateLearner, "instances", ())
     tiny_run.quick(monkeypatch)
     flags = ["--partition.refiner=swapped", "--sparsity.learner=plain", "--corpora.calibrator=doubled",
              "--recovery=[scaled,heal]", "--options.plain.rate=30", "--options={plain: {rate: 50, kind: b}}",
@@ -101,16 +103,16 @@ def test_a_run_uses_registered_stages_with_their_options(scratch_registries, wor
              "--options.swapped.final_tau=0.5", "--evaluation.controls=[]"]  # fmt: skip
     with tiny_run.isolated(cache):
         first = world.run(tmp_path, *flags)
-        assert GateLearner.made[-1] == (50, "b", 1)
+        assert GateLearner.instances[-1] == (50, "b", 1)
         assert {("times", 3), ("factor", 2), ("steps", 20, 0.5)} == set(calls)
-        again = world.run(tmp_path, *flags)
-        assert (len(GateLearner.made), again.masks) == (1, first.masks)  # loaded instead of trained again
+        resumed = world.run(tmp_path, *flags)
+        assert (len(GateLearner.instances), resumed.masks) == (1, first.masks)  # loaded instead of trained again
         unlearned = world.run(tmp_path, *flags, "--options.plain.rate=1e-9", name="unlearned")
-        ours = world.run(tmp_path, "--evaluation.controls=[]", name="ours")
+        built_in = world.run(tmp_path, "--evaluation.controls=[]", name="built-in")
     assert first.thresholds is None
-    assert ours.thresholds is not None
+    assert built_in.thresholds is not None
     assert first.masks != unlearned.masks  # with a rate of 50 the masks change
-    assert [int(y.max()) for y in first.modules.labels] == [int(y.max()) for y in ours.modules.labels]
+    assert [int(y.max()) for y in first.modules.labels] == [int(y.max()) for y in built_in.modules.labels]
     row = next(r for r in first.records if r["recovery"] == "scaled+heal")
     assert (row["scaled"], row["heal"], row["learn"]["learner"]) == ({"by": 1.5}, {"factor": 2}, "plain")
     settings = first.config.settings()
@@ -183,12 +185,16 @@ def test_invalid_masks_and_thresholds_of_a_learner_are_refused(
 
 
 class Tempered(ThresholdLearning):
+    """A subclass with another option, which a checkpoint must contain."""
+
     def __init__(self, *args, beta: float = 1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.beta = beta
 
 
 class Hooks(L.Callback):
+    """Count the hooks of the model before the last training step."""
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.count = hooks_of(pl_module.lm)
 
@@ -198,17 +204,17 @@ def windows_of(model) -> DataLoader:
 
 
 def test_threshold_learning_works_with_any_trainer_and_reloads_from_a_checkpoint(tiny_model, tmp_path):
-    made = make_stage(tiny_model, centred=True, lr=0.5)
+    untrained = make_stage(tiny_model, centred=True, lr=0.5)
     start = (
-        [t.detach().clone() for t in made.ffn_thresholds],
-        [t.detach().clone() for t in made.attention_thresholds],
+        [t.detach().clone() for t in untrained.ffn_thresholds],
+        [t.detach().clone() for t in untrained.attention_thresholds],
     )
-    inputs = {"model": tiny_model, "ranks": made.ranks, "start": start, "budget": made.budget}
+    inputs = {"model": tiny_model, "ranks": untrained.ranks, "start": start, "budget": untrained.budget}
     stage, hooks = Tempered(**inputs, learning_rate=0.5, loss="kl", beta=0.5), Hooks()
     trainer = trainer_of(hooks)
     trainer.fit(stage, windows_of(tiny_model))
     assert (hooks.count, hooks_of(tiny_model)) == (0, 0)  # gates are attached only during a training step
-    assert stage.masks() != made.masks()
+    assert stage.masks() != untrained.masks()
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = Tempered.load_from_checkpoint(tmp_path / "a.ckpt", **inputs)
     assert (loaded.masks(), loaded.learning_rate, loaded.loss, loaded.beta) == (stage.masks(), 0.5, "kl", 0.5)
@@ -234,6 +240,6 @@ def test_distillation_reloads_from_a_checkpoint(tiny_model, tmp_path):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = DistillationStage.load_from_checkpoint(tmp_path / "a.ckpt", dense=tiny_model, student=pruned())
     assert loaded.hparams == stage.hparams
-    ours, theirs = (one.finished().state_dict() for one in (stage, loaded))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert not torch.equal(ours["model.layers.0.mlp.up_proj.weight"], pruned().model.layers[0].mlp.up_proj.weight)
+    trained, reloaded = (s.finished().state_dict() for s in (stage, loaded))
+    assert all(torch.equal(trained[name], reloaded[name]) for name in trained)
+    assert not torch.equal(trained["model.layers.0.mlp.up_proj.weight"], pruned().model.layers[0].mlp.up_proj.weight)

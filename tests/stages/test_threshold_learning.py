@@ -30,18 +30,19 @@ def generator_of(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def random_problem(neurons: list[int], groups: list[int], seed: int, kind: str = ""):
+def random_problem(neurons: list[int], groups: list[int], seed: int, pattern: str = ""):
     """Scores of neurons and of groups, and ranks in K modules, none of which is switched.
 
     Args:
-        kind: ties: many scores are equal. sorted: scores of modules do not overlap, so that whole modules are removed.
+        pattern: of scores. "": independent random scores. "ties": many scores are equal. "sorted": scores of modules do
+            not overlap, so that whole modules are removed.
     """
     generator = generator_of(seed)
     scores = [torch.rand(n, generator=generator, dtype=torch.float64) for n in neurons]
     labels = [(torch.arange(n) % K)[torch.randperm(n, generator=generator)] for n in neurons]
-    if kind == "ties":
+    if pattern == "ties":
         scores = [(s * 5).round() for s in scores]
-    if kind == "sorted":
+    if pattern == "sorted":
         scores = [s + y for s, y in zip(scores, labels, strict=True)]
     group_scores = [torch.rand(n, generator=generator, dtype=torch.float64) for n in groups]
     not_switched = torch.zeros(K, dtype=torch.bool)
@@ -59,21 +60,21 @@ def base_masks(budget: Budget, scores, group_scores) -> Masks:
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.333, 0.9])
 @pytest.mark.parametrize(("attention", "width_multiple"), [(False, 1), (True, 1), (False, 4), (True, 8)])
-@pytest.mark.parametrize("kind", ["", "ties", "sorted"])
-def test_initial_thresholds_reproduce_the_base_masks(kind, attention, width_multiple, sparsity):
+@pytest.mark.parametrize("pattern", ["", "ties", "sorted"])
+def test_initial_thresholds_reproduce_the_base_masks(pattern, attention, width_multiple, sparsity):
     neurons, groups = [50, 64, 33], [4, 2, 3]
-    scores, group_scores, ranks = random_problem(neurons, groups, seed=0, kind=kind)
+    scores, group_scores, ranks = random_problem(neurons, groups, seed=0, pattern=pattern)
     costs = UnitCosts(neuron=[7] * 3, group=[90] * 3, neurons=neurons, groups=groups, attention=attention)
-    possible = sum(7 * (n - width_multiple) for n in neurons) / costs.total
-    budget = Budget.of(costs, min(sparsity, round(possible - 0.01, 3)), width_multiple)
+    # Each block keeps `width_multiple` neurons, so that a sparsity of 0.9 may be impossible.
+    maximum = sum(7 * (n - width_multiple) for n in neurons) / costs.total
+    budget = Budget.of(costs, min(sparsity, round(maximum - 0.01, 3)), width_multiple)
     base = base_masks(budget, scores, group_scores)
-    start = start_thresholds(base, ranks)
-    again = masks_from_thresholds(ranks, start, budget)
-    assert again == base
+    thresholds = start_thresholds(base, ranks)
+    assert masks_from_thresholds(ranks, thresholds, budget) == base
     assert costs.removed(base) >= budget.target
     # The same holds in float32, the dtype of training.
-    low = tuple([t.float() for t in kind] for kind in start)
-    assert masks_from_thresholds(ranks, low, budget) == base
+    float32_thresholds = tuple([t.float() for t in per_block] for per_block in thresholds)
+    assert masks_from_thresholds(ranks, float32_thresholds, budget) == base
 
 
 def test_initial_thresholds_of_fully_kept_or_removed_modules_are_finite():
@@ -81,10 +82,11 @@ def test_initial_thresholds_of_fully_kept_or_removed_modules_are_finite():
     _, _, ranks = random_problem([40], [2], seed=0)
     ranks = ModuleRanks(ranks.ffn, [labels], ranks.attention)
     keep = torch.ones(40, dtype=torch.bool)
-    keep[labels == 1] = False  # all ten
+    keep[labels == 1] = False  # all ten neurons of module 1
     members = (labels == 2).nonzero()[:, 0]
-    keep[members[:3]] = False
+    keep[members[:3]] = False  # three of ten
     (ffn,), (attention,) = start_thresholds(Masks([keep], [torch.tensor([True, False])]), ranks)
+    # The removed fractions of the four modules. Instead of 0 or all neurons, a quarter of a neuron is removed or kept.
     fractions = np.array([0.25 / 10, 9.75 / 10, 3 / 10, 0.25 / 10])
     np.testing.assert_allclose(ffn.numpy(), np.log(fractions / (1 - fractions)), rtol=1e-12)
     assert float(attention) == 0  # one of two groups
@@ -98,6 +100,12 @@ def make_stage(
     model, *, sparsity: float = 0.5, scope: str = "ffn", seed: int = 0, width_multiple: int = 1, lr: float = 0.1,
     uniform: bool = False, gone: tuple[int, ...] = (), **options,
 ) -> ThresholdLearning:  # fmt: skip
+    """A stage for the tiny model with random scores.
+
+    Args:
+        gone: blocks that are removed as a whole.
+        **options: arguments of `ThresholdLearning`.
+    """
     costs = unit_costs(blocks_of(model), scope=scope, uniform=uniform, block_share=0.9)
     scores, group_scores, ranks = random_problem([48] * 3, [2] * 3, seed)
     budget = Budget.of(costs, sparsity, width_multiple).without(gone)
@@ -121,10 +129,10 @@ def data_of(tokens: torch.Tensor, batch_size: int = 4) -> CorpusDataModule:
     return CorpusDataModule(train=[Windows("demo", "train", tokens)], batch_size=batch_size, seed=0)
 
 
-def trainer_of(*callbacks: L.Callback, epochs: int = 1, **how) -> L.Trainer:
+def trainer_of(*callbacks: L.Callback, epochs: int = 1, **options) -> L.Trainer:
     return L.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, callbacks=list(callbacks), **how,
+        enable_model_summary=False, use_distributed_sampler=False, callbacks=list(callbacks), **options,
     )  # fmt: skip
 
 
@@ -149,25 +157,32 @@ def shifts(stage, before: list[torch.Tensor]) -> torch.Tensor:
         ("attention+ffn+blocks", 8, {"learn": "both", "gone": (1,), "sparsity": 0.6, "centred": True}),
     ],
 )
-def test_training_meets_the_budget_reduces_the_loss_and_leaves_the_model_unchanged(
+def test_training_meets_the_budget_reduces_the_loss_leaves_the_model_unchanged_and_reloads(
     scope, width_multiple, options, tiny_model
 ):
     tokens, learn = sampled_tokens(tiny_model), options.get("learn", "thresholds")
-    own = {name: value for name, value in options.items() if name in ("gone", "sparsity")}
+    budget_options = {name: value for name, value in options.items() if name in ("gone", "sparsity")}
     stage = make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **options)
     before = {name: t.clone() for name, t in tiny_model.state_dict().items()}
     start = [t.detach().clone() for t in stage.ffn_thresholds]
     first = stage.masks()
-    assert first == make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **own).masks()  # offsets are 0
+    # Offsets begin at 0, so that all kinds of training start with the same masks.
+    assert first == make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **budget_options).masks()
     trainer_of(epochs=6).fit(stage, data_of(tokens))
     # The model is unchanged bit for bit.
     assert all(torch.equal(before[name], t) for name, t in tiny_model.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in tiny_model.parameters())
     assert hooks_of(tiny_model) == 0
     # Trained parameters have changed by different amounts. If only offsets are trained, thresholds change equally.
-    assert (shifts(stage, start).std() < 1e-5) if learn == "offsets" else (shifts(stage, start).std() > 0.05)
-    assert (stage.offsets is None) if learn == "thresholds" else (torch.cat(stage.offsets).std() > 0.05)
-    assert learn != "offsets" or torch.cat(stage.offsets).abs().max() == 0.5  # the limit of offsets
+    if learn == "offsets":
+        assert shifts(stage, start).std() < 1e-5
+        assert torch.cat(stage.offsets).abs().max() == 0.5  # the limit of offsets
+    else:
+        assert shifts(stage, start).std() > 0.05
+    if learn == "thresholds":
+        assert stage.offsets is None
+    else:
+        assert torch.cat(stage.offsets).std() > 0.05
     # The budget is met.
     masks = stage.masks()
     assert masks != first
@@ -182,9 +197,9 @@ def test_training_meets_the_budget_reduces_the_loss_and_leaves_the_model_unchang
     # A checkpoint contains only trained parameters and gives the same masks.
     kinds = ["ffn_thresholds", "attention_thresholds", *([] if learn == "thresholds" else ["ffn_offsets"])]
     assert set(stage.state_dict()) == {f"{kind}.{b}" for kind in kinds for b in range(3)}
-    again = make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **options)
-    again.load_state_dict(stage.state_dict())
-    assert again.masks() == masks
+    loaded = make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **options)
+    loaded.load_state_dict(stage.state_dict())
+    assert loaded.masks() == masks
 
 
 def test_offsets_can_change_the_order_of_neurons_inside_modules(tiny_model):
@@ -192,6 +207,7 @@ def test_offsets_can_change_the_order_of_neurons_inside_modules(tiny_model):
     stage = make_stage(tiny_model, learn="offsets")
     trainer_of(epochs=6).fit(stage, data_of(sampled_tokens(tiny_model)))
     parts = zip(stage.ranks.ffn, stage.masks().ffn, stage.ranks.labels, strict=True)
+    # Ranks of removed and of kept neurons, by module.
     modules = [(p[~m & (y == k)], p[m & (y == k)]) for p, m, y in parts for k in range(K)]
     assert any(bool(removed.max() > kept.min()) for removed, kept in modules if len(removed) and len(kept))
 
@@ -199,7 +215,7 @@ def test_offsets_can_change_the_order_of_neurons_inside_modules(tiny_model):
 @pytest.mark.parametrize(("uniform", "scope"), [(False, "attention+ffn"), (True, "ffn"), (True, "attention+ffn")])
 @pytest.mark.parametrize("learn", ["thresholds", "offsets", "both"])
 def test_centring_subtracts_the_mean_gradient_over_units(learn, uniform, scope, tiny_model):
-    """The mean gradient over units is subtracted: that of the block for equal widths, else that of the model."""
+    """For equal widths, the mean is over the neurons of the block. Otherwise, it is over the units of the model."""
     stage = make_stage(tiny_model, learn=learn, uniform=uniform, scope=scope, centred=True)
     stage.refresh_gates()
     with gated(tiny_model, stage.ffn_gates, stage.attention_gates):
@@ -211,15 +227,18 @@ def test_centring_subtracts_the_mean_gradient_over_units(learn, uniform, scope, 
         "offsets": [(o, torch.ones(48).double()) for o in stage.ffn_offsets],
     }
     # (parameter, units, gradient before centring) of trained parameters
-    found = {k: [(p, n, p.grad.double().clone()) for p, n in v if p.grad is not None] for k, v in kinds.items()}
+    trained = {
+        name: [(p, n, p.grad.double().clone()) for p, n in parameters if p.grad is not None]
+        for name, parameters in kinds.items()
+    }
     stage.centre()
-    for name, kind in found.items():
-        assert bool(kind) == (learn in (name, "both") or (name == "thresholds" and scope != "ffn"))
-        for one in kind:
-            together = [one] if uniform and len(one[0]) > 1 else kind  # KV groups of a block have one threshold
-            mean = sum(before.sum() for *_, before in together) / sum(n.sum() for _, n, _ in together)
+    for name, parameters in trained.items():
+        assert bool(parameters) == (learn in (name, "both") or (name == "thresholds" and scope != "ffn"))
+        for p, n, before in parameters:
+            of_neurons = len(p) > 1  # KV groups of a block have a single threshold
+            averaged = [(p, n, before)] if uniform and of_neurons else parameters
+            mean = sum(gradient.sum() for *_, gradient in averaged) / sum(units.sum() for _, units, _ in averaged)
             assert abs(float(mean)) > 1e-6
-            p, n, before = one
             np.testing.assert_allclose(p.grad.double(), before - mean * n, rtol=1e-4, atol=1e-9)
             assert float(p.grad.abs().max()) > 1e-7
 
@@ -232,25 +251,26 @@ def test_centring_lets_thresholds_learn_if_all_gradients_have_one_sign(tiny_mode
             self.refresh_gates()  # larger gates reduce the loss, most of all in block 0
             return -sum(weight * g.sum() for weight, g in zip((3.0, 1.0, 1.0), self.ffn_gates, strict=True))
 
-    tokens, changed = sampled_tokens(tiny_model, windows=4), {}
+    tokens, width_changes = sampled_tokens(tiny_model, windows=4), {}
     for centred in (False, True):
-        made = make_stage(tiny_model)
+        template = make_stage(tiny_model)
         start = tuple([torch.zeros(n) for _ in range(3)] for n in (K, 1))
-        stage = Toy(tiny_model, made.ranks, start, made.budget, learning_rate=0.4, centred=centred)
+        stage = Toy(tiny_model, template.ranks, start, template.budget, learning_rate=0.4, centred=centred)
         first = stage.masks()
         trainer_of().fit(stage, data_of(tokens))
-        changed[centred] = [int(m.sum()) - int(f.sum()) for m, f in zip(stage.masks().ffn, first.ffn, strict=True)]
-    assert changed[False] == [0, 0, 0]
-    assert changed[True][0] > 0
+        pairs = zip(stage.masks().ffn, first.ffn, strict=True)
+        width_changes[centred] = [int(after.sum()) - int(before.sum()) for after, before in pairs]
+    assert width_changes[False] == [0, 0, 0]
+    assert width_changes[True][0] > 0
 
 
-@pytest.mark.parametrize("more", [{}, {"scope": "ffn+blocks", "gone": (1,)}], ids=["", "a block is gone"])
+@pytest.mark.parametrize("options", [{}, {"scope": "ffn+blocks", "gone": (1,)}], ids=["", "a block is removed"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
-def test_the_logged_loss_is_that_of_the_hard_masks(loss, more, tiny_model):
+def test_the_logged_loss_is_that_of_the_hard_masks(loss, options, tiny_model):
     """The reference is computed from the model's logits in float64."""
     tokens = sampled_tokens(tiny_model, windows=4)
-    stage = make_stage(tiny_model, loss=loss, lr=1e-9, **more)
-    assert stage.masks().blocks == [True, not more, True]
+    stage = make_stage(tiny_model, loss=loss, lr=1e-9, **options)
+    assert stage.masks().blocks == [True, not options, True]
     trainer = trainer_of()
     trainer.fit(stage, data_of(tokens))
     with torch.no_grad():
@@ -267,8 +287,9 @@ def test_the_logged_loss_is_that_of_the_hard_masks(loss, more, tiny_model):
 
 def slopes(p: torch.Tensor, t: torch.Tensor, T: float) -> torch.Tensor:
     """d/dt sigmoid((p - sigmoid(t)) / T) of each unit."""
-    soft, at = torch.sigmoid((p - torch.sigmoid(t)) / T), torch.sigmoid(t)
-    return -(soft * (1 - soft) / T) * at * (1 - at)
+    cut = torch.sigmoid(t)
+    soft = torch.sigmoid((p - cut) / T)
+    return -(soft * (1 - soft) / T) * cut * (1 - cut)
 
 
 def test_equal_widths_stay_equal_during_training(tiny_model):
@@ -284,8 +305,9 @@ def test_equal_widths_stay_equal_during_training(tiny_model):
     sum(gate.sum() for gate in stage.ffn_gates).backward()
     for p, y, m, t in zip(stage.ranks.ffn, stage.ranks.labels, masks.ffn, stage.ffn_thresholds, strict=True):
         # The cut of each block is at margin 0, where soft gates are steepest.
-        at = t.detach().double()[y]
-        expected = slopes(p, at + (torch.logit(p) - at)[~m].max(), 1 / 12)  # twelve neurons per module
+        thresholds = t.detach().double()[y]
+        cut_margin = (torch.logit(p) - thresholds)[~m].max()
+        expected = slopes(p, thresholds + cut_margin, 1 / 12)  # twelve neurons per module
         np.testing.assert_allclose(t.grad, torch.zeros(K).double().index_add(0, y, expected), rtol=1e-3)
 
 
@@ -295,14 +317,16 @@ def test_windows_of_weight_zero_do_not_affect_the_loss(tiny_model):
     losses = {}
 
     class Probe(L.Callback):
+        """Compute losses inside of `fit`, where the stage is set up."""
+
         def on_train_start(self, trainer, pl_module):
             weight = torch.tensor([1.0, 0.0, 1.0, 0.0])
             losses["weighted"] = pl_module.training_step({"input_ids": tokens, "weight": weight}, 0).item()
-            two = {"input_ids": tokens[[0, 2]], "weight": torch.ones(2)}
-            losses["two"] = pl_module.training_step(two, 0).item()
+            without = {"input_ids": tokens[[0, 2]], "weight": torch.ones(2)}
+            losses["without"] = pl_module.training_step(without, 0).item()
 
     trainer_of(Probe()).fit(stage, data_of(tokens))
-    assert losses["weighted"] == pytest.approx(losses["two"], rel=1e-6)
+    assert losses["weighted"] == pytest.approx(losses["without"], rel=1e-6)
 
 
 @pytest.mark.parametrize("hook", ["on_train_start", "on_before_backward", "on_train_epoch_end"])
@@ -358,9 +382,9 @@ def test_recentring_uses_kv_groups_if_neurons_have_no_cost(tiny_model):
     blocks = blocks_of(tiny_model)
     neurons, groups = [b.neurons for b in blocks], [b.kv_groups for b in blocks]
     price = Price.by_unit(COST["kv_cache"](tiny_model, blocks), neurons, groups)
-    made = make_stage(tiny_model, scope="attention+ffn")
+    template = make_stage(tiny_model, scope="attention+ffn")
     budget = Budget.of(unit_costs(blocks, scope="attention+ffn", price=price), 0.3)
-    stage = ThresholdLearning(tiny_model, made.ranks, made.thresholds, budget)
+    stage = ThresholdLearning(tiny_model, template.ranks, template.thresholds, budget)
     with torch.no_grad():
         for t in (*stage.ffn_thresholds, *stage.attention_thresholds):
             t += 3
@@ -376,7 +400,7 @@ def test_recentring_uses_kv_groups_if_neurons_have_no_cost(tiny_model):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_gradients_are_those_of_hard_gates_times_the_slope_of_soft_gates(seed, tiny_model):
-    """By the chain rule: gradients of gates in a float64 model times the slope of soft gates by its formula."""
+    """The reference is the chain rule: gradients of gates in a float64 model, times the slope of soft gates."""
     tokens = sampled_tokens(tiny_model, seed=seed)
     stage = make_stage(tiny_model, sparsity=0.3, scope="attention+ffn", seed=seed)
     stage.refresh_gates()
@@ -389,8 +413,9 @@ def test_gradients_are_those_of_hard_gates_times_the_slope_of_soft_gates(seed, t
     gates, ranks = [*stage.ffn_gates, *stage.attention_gates], [*stage.ranks.ffn, *stage.ranks.attention]
     modules = [*stage.ranks.labels, *[torch.zeros(2, dtype=torch.long)] * 3]  # KV groups are one module
     thresholds = [*stage.ffn_thresholds, *stage.attention_thresholds]
-    for ours, gate, p, t, y in zip(gates, [*ffn, *attention], ranks, thresholds, modules, strict=True):
-        assert torch.equal(ours.detach().double(), gate.detach())  # hard gates
-        slope = slopes(p, t.detach().double()[y], max(0.05, len(t) / len(p)))
-        expected = torch.zeros(len(t)).double().index_add(0, y, gate.grad * slope)
+    for gate, reference_gate, p, t, y in zip(gates, [*ffn, *attention], ranks, thresholds, modules, strict=True):
+        assert torch.equal(gate.detach().double(), reference_gate.detach())  # hard gates
+        temperature = max(0.05, len(t) / len(p))  # one over the number of units per module, at least 0.05
+        slope = slopes(p, t.detach().double()[y], temperature)
+        expected = torch.zeros(len(t)).double().index_add(0, y, reference_gate.grad * slope)
         np.testing.assert_allclose(t.grad, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))

@@ -77,20 +77,21 @@ def test_an_exception_while_writing_keeps_the_old_content(kind, error, tmp_path)
 def test_a_failed_rename_restores_the_old_content(kind, fails_at, tmp_path, monkeypatch):
     """Replacing a file is one rename, replacing a folder two."""
     put(kind, tmp_path / "thing", "old")
-    fail_renames(monkeypatch, {min(fails_at, 1 if kind == "file" else 2)})
+    num_renames = 1 if kind == "file" else 2
+    fail_renames(monkeypatch, {min(fails_at, num_renames)})
     with pytest.raises(UserError, match=r"Cannot write .*thing: No space left"), replacing(tmp_path / "thing") as place:
         put(kind, place, "new")
     assert content_of(kind, tmp_path / "thing") == "old"
     assert list(tmp_path.iterdir()) == [tmp_path / "thing"]
 
 
-def fail_renames(monkeypatch, which):
+def fail_renames(monkeypatch, numbers):
     """Make the renames with these numbers fail, counted from 1."""
     calls, replace = [], os.replace
 
     def failing(source, target):
         calls.append(source)
-        if len(calls) in which:
+        if len(calls) in numbers:
             raise OSError(28, "No space left on device")
         replace(source, target)
 
@@ -98,7 +99,7 @@ def fail_renames(monkeypatch, which):
 
 
 def test_a_folder_that_could_not_be_restored_is_restored_by_the_next_write(tmp_path, monkeypatch):
-    """The same state as after a kill between the two renames."""
+    """The state is the same as after a kill between the two renames. Also a write that fails restores the folder."""
     put("folder", tmp_path / "thing", "old")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="Cannot write"):  # noqa: PT012
         fail_renames(patch, {2, 3})
@@ -126,14 +127,15 @@ def test_writing_replaces_a_symbolic_link_and_not_its_target(tmp_path):
     assert not (tmp_path / "a.json").is_symlink()
 
 
-def test_temporary_folders_of_killed_writers_are_removed_and_locked_ones_are_kept(tmp_path):
-    dead, alive, other = (tmp_path / f".{name}.tmp" for name in ("a.json.dead", "a.json.alive", "b.json.dead"))
-    for folder in (dead, alive, other):
+def test_temporary_folders_of_killed_writers_of_the_same_file_are_removed_and_locked_ones_are_kept(tmp_path):
+    # `alive` is locked by another writer of a.json. `other_file` belongs to b.json, which is not written here.
+    dead, alive, other_file = (tmp_path / f".{name}.tmp" for name in ("a.json.dead", "a.json.alive", "b.json.dead"))
+    for folder in (dead, alive, other_file):
         folder.mkdir()
         (folder / "a.json").write_text("half")
     with locked(alive):
         write_json(tmp_path / "a.json", {"x": 1})
-        assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.json", alive, other])
+        assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.json", alive, other_file])
     assert read_json(tmp_path / "a.json") == {"x": 1}
 
 

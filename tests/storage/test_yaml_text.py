@@ -52,9 +52,9 @@ REFUSED = {  # text and expected error
 }
 
 
-@pytest.mark.parametrize("row", REFUSED)
-def test_invalid_or_malicious_yaml_is_refused_quickly(row, tmp_path):
-    text, expected = REFUSED[row]
+@pytest.mark.parametrize("case", REFUSED)
+def test_invalid_or_malicious_yaml_is_refused_quickly(case, tmp_path):
+    text, expected = REFUSED[case]
     start = time.process_time()
     with pytest.raises(yaml.YAMLError, match=expected):
         load_yaml(text)
@@ -92,9 +92,9 @@ INVALID_CONFIGS = {  # content of a --config file, and parts of the expected err
 }
 
 
-@pytest.mark.parametrize("row", INVALID_CONFIGS)
-def test_a_config_file_cannot_include_other_files_and_errors_name_the_setting(row, tmp_path):
-    content, expected = INVALID_CONFIGS[row]
+@pytest.mark.parametrize("case", INVALID_CONFIGS)
+def test_a_config_file_cannot_include_other_files_or_call_code_and_errors_name_the_setting(case, tmp_path):
+    content, expected = INVALID_CONFIGS[case]
     (tmp_path / "secret").write_text(SECRET)
     (tmp_path / "a.yaml").write_text(content.replace("SECRET", str(tmp_path / "secret")))
     with pytest.raises(UserError) as error:
@@ -103,16 +103,16 @@ def test_a_config_file_cannot_include_other_files_and_errors_name_the_setting(ro
     assert SECRET.strip() not in str(error.value)
 
 
-def test_trust_remote_code_in_a_file_is_refused_without_the_flag(tmp_path):
+def test_trust_remote_code_in_a_config_or_study_file_is_refused_without_the_flag(tmp_path):
     (tmp_path / "a.yaml").write_text("model: {trust_remote_code: true}")
     (tmp_path / "list.yaml").write_text("rows: {a: {model.trust_remote_code: true}}")
     with pytest.raises(UserError, match=r"model\.trust_remote_code must be given as a flag"):
         parse(["--config", str(tmp_path / "a.yaml")])
     with pytest.raises(UserError, match=r"--model\.trust_remote_code=true must be given after --"):
         Listing.read(tmp_path / "list.yaml")
-    consent = "--model.trust_remote_code=true"
-    assert parse([consent, "--config", str(tmp_path / "a.yaml")]).model.trust_remote_code
-    assert Listing.read(tmp_path / "list.yaml", flags=[consent]).rows[0].config.model.trust_remote_code
+    flag = "--model.trust_remote_code=true"
+    assert parse([flag, "--config", str(tmp_path / "a.yaml")]).model.trust_remote_code
+    assert Listing.read(tmp_path / "list.yaml", flags=[flag]).rows[0].config.model.trust_remote_code
 
 
 @pytest.mark.parametrize("flag", ["--model", "--sparsity.options", "--corpora.drift", "--conf", "--sparsity.targ"])
@@ -132,10 +132,10 @@ def test_a_config_can_be_a_pipe():
     assert (cfg.sparsity.target, cfg.sparsity.options, cfg.model.dtype) == (0.25, {"spread": 0.1}, "bfloat16")
 
 
-@pytest.mark.parametrize("place", ["/dev/zero", "folder", "nowhere", "binary"])
-def test_config_must_be_a_readable_text_file(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", ["/dev/zero", "folder", "nowhere", "binary"])
+def test_config_must_be_a_readable_text_file(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=rf"--config must be a YAML file of flags .*; got '{place}'"):
-        parse(["--config", place])
+    with pytest.raises(UserError, match=rf"--config must be a YAML file of flags .*; got '{path}'"):
+        parse(["--config", path])
