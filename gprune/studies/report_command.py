@@ -30,7 +30,7 @@ EXAMPLES = """examples:
   gprune report mine.yaml:base mine.yaml:ours runs/a             rows of a list, from their records, beside a run
   gprune report runs/records/runs/ours-seed0-0123abcdef.json     one record"""
 MESSAGE_ENDINGS = {}  # keyword arguments of `run_guarded`
-RUN = "folder of a finished run, record (.json), LIST.yaml:ROW for all seeds of a row, or LIST.yaml for all rows"
+RUN = "folder of a finished run, record (.json), LIST.yaml:ROW for the seeds of a row, or LIST.yaml for all rows"
 
 
 def parser() -> Parser:
@@ -46,6 +46,8 @@ def parser() -> Parser:
         help="divide by this run's unrecovered base (default: the reference of the list, or each run's own base)",
     )
     result.add_argument("--records", metavar="FOLDER", help="folder of a list's records (default: as gprune study)")
+    seeds = "seeds of rows of a list (default: those of the list)"
+    result.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help=seeds)
     return result
 
 
@@ -57,8 +59,10 @@ def run(args: Sequence[str]) -> str:
     quiet()  # warnings go to stdout
     from gprune.report import html, page
 
-    arguments = [read_argument(name, options.records) for name in options.runs]
-    base = merge_references(arguments) if options.base is None else base_run(options.base, options.records)
+    arguments = [read_argument(name, options.records, options.seeds) for name in options.runs]
+    base = merge_references(arguments)
+    if options.base is not None:
+        base = base_run(options.base, options.records, options.seeds)
     report = page.make([run for runs, _ in arguments for run in runs], base=base)
     if options.html is not None:
         return f"{report.for_stdout()}\nWrote {html.write_report(report, options.html)}.\n"
@@ -93,8 +97,14 @@ def check_exists(name: str) -> None:
     raise UserError(f"Cannot read run: there is no folder '{name}'. For a row of a list, use LIST.yaml:ROW.")
 
 
-def read_argument(name: str, records: str | None) -> RunsAndReferences:
-    """Return the runs of an argument, which is a run folder, a record, or rows of a list, and their references."""
+def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -> RunsAndReferences:
+    """Return the runs of an argument, which is a run folder, a record, or rows of a list, and their references.
+
+    Args:
+        name: the argument.
+        records: folder of records; None for the default of the list.
+        seeds: seeds of rows of a list; None for those of the list.
+    """
     from gprune.studies.archive import read_record, record_to_run
     from gprune.studies.listing import Listing
     from gprune.studies.result import read_study, select_rows
@@ -103,11 +113,13 @@ def read_argument(name: str, records: str | None) -> RunsAndReferences:
     path = expanded(name)
     if (list_and_row := split_list_name(name)) is not None:
         list_path, row = list_and_row
-        listing = Listing.read(expanded(list_path), records=records)
+        listing = Listing.read(expanded(list_path), records=records, seeds=seeds)
         runs = read_study(listing, select_rows(listing, None if row is None else [row])).runs
         selected = [run for run in runs if row in (None, run.name)]  # `runs` may have the reference too
         if not selected:
-            raise UserError(f"{name} must have records; got none. Run them with `gprune study {list_path}`.")
+            raise UserError(
+                f"{name} must have records; got none. Run them with `gprune study {list_path}`, or give --records."
+            )
         return selected, reference_runs(listing.content.reference, runs)
     if not path.is_file():
         return [path], None
@@ -123,9 +135,9 @@ def merge_references(arguments: Sequence[RunsAndReferences]) -> dict[Path, Finis
     return {path: reference for _, references in arguments for path, reference in references.items()}
 
 
-def base_run(name: str, records: str | None) -> Path | FinishedRun:
+def base_run(name: str, records: str | None, seeds: Sequence[int] | None) -> Path | FinishedRun:
     """Return the run of `--base`; UserError if the argument names several runs."""
-    runs, _ = read_argument(name, records)
+    runs, _ = read_argument(name, records, seeds)
     if len(runs) > 1:
         raise UserError(f"--base must be one run; got {len(runs)} runs for {name}. Use the record of one seed.")
     return runs[0]
