@@ -219,6 +219,7 @@ def test_gprune_report_accepts_record_files_and_row_names(bench, first, study, c
         ([f"{tmp_path / 'no.yaml'}:mine"], "Cannot read list: there is no file"),
         ([str(tmp_path / "no.json")], "Cannot read record: there is no file"),
         ([str(first[0]), "--base", str(first[0])], "--base must be one run; got 3"),
+        ([named[0], "--seeds", "77"], "must have records; got none"),
     ):
         assert command("report", [*arguments, *args]) == 2
         assert message in capsys.readouterr().err
