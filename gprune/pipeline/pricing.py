@@ -124,5 +124,5 @@ class Pricing:
         with matmul_precision(cfg.trainer.float32_matmul_precision):
             return speed_table(
                 self.skeleton, self.device, getattr(torch, cfg.model.dtype), cfg.speed.workload(), measure=measure,
-                again=cfg.speed.measure, own=Path(cfg.folder) / SPEED_TABLE,
+                again=cfg.speed.measure, run_table=Path(cfg.folder) / SPEED_TABLE,
             )  # fmt: skip
