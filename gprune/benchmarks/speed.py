@@ -57,7 +57,7 @@ _checked: set[Path] = set()  # tables that this process has measured or verified
 
 
 def speed_key(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]) -> str:
-    """Return the cache key of a table: a hash of machine, threads, versions, shapes, dtype and workload."""
+    """Return the cache key of a table: a hash of machine, threads, version of torch, shapes, dtype and workload."""
     gpu = device.type == "cuda" and torch.cuda.get_device_name(device)
     machine = [platform.node(), platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
     machine += [gpu, torch.get_float32_matmul_precision()]
@@ -69,22 +69,25 @@ def speed_table(
     dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int], *, measure: bool,
     again: bool = False, run_table: Path | None = None,
 ) -> Table | None:  # fmt: skip
-    """Return the latency table of this machine, cached or measured; None if it is not cached and `measure` is false.
+    """Return the latency table of this machine: that of a resumed run, a cached one, or a new measurement.
+
+    The result is None if there is no stored table and `measure` is false.
 
     Args:
         dense: the model without weights.
-        device: the device.
-        dtype: the dtype of the weights.
+        device: device on which models are timed.
+        dtype: dtype in which models are timed.
         workload: `batch`, `prompt` and `generate`, as for `time_generation`.
-        measure: whether to measure a table that is missing or, by `reason_to_measure`, no longer valid.
-        again: whether to measure a valid table too, if `measure` is true.
-        run_table: the table that `store_run_table` has stored in a run's folder; a resumed run uses it.
+        measure: whether to measure if the cache has no table, or one that `reason_to_measure` rejects.
+        again: with `measure`, whether to replace a valid cached table too (`--speed.measure true`).
+        run_table: file in a run's folder in which `store_run_table` stored the table of an earlier session, if any.
+            A resumed run keeps that table, whatever `measure` and `again` are.
     """
     key = speed_key(dense, device, dtype, workload)
     if run_table is not None:
-        stored = read_json(run_table, check=_run_table_problem, sealed=True)
-        if stored and stored["key"] == key:
-            return stored["table"]
+        content = read_json(run_table, check=_run_table_problem, sealed=True)
+        if content and content["key"] == key:
+            return content["table"]
     path = cache_dir() / "speed" / f"{key}.json"
     table = read_json(path, check=MeasuredSpeed.problem, sealed=True)
     if not measure:
@@ -109,8 +112,17 @@ def reason_to_measure(
 ) -> str | None:  # fmt: skip
     """Return why a cached table has to be measured again, or None if it is valid.
 
-    Reasons are `again`, a noisy table, an age above `MAX_AGE`, and a wrong prediction for the dense model. For the last
-    one the dense model is timed. A table is checked once per process.
+    A table is valid if it is not noisy, is not older than `MAX_AGE`, and predicts the time of the dense model, which
+    is timed for this purpose. A table is checked once per process.
+
+    Args:
+        table: the cached table.
+        path: its file in the cache.
+        dense, device, dtype, workload: as for `speed_table`.
+        again: whether the user requests a new measurement.
+
+    Returns:
+        The end of the log line "Measuring the latency table of this machine, ...".
     """
     if again:
         return "again, because of --speed.measure"
@@ -123,7 +135,7 @@ def reason_to_measure(
         return f"again: the cached table is {age / DAY:.0f} days old"
     log.info("Comparing the latency table with one measurement of the dense model")
     measured = dense_seconds(dense, device, dtype, workload)
-    _, seconds_per_layer = table["neurons"][-1]
+    _, seconds_per_layer = table["neurons"][-1]  # at full width
     predicted = len(decoder_layers(dense)) * seconds_per_layer + table["rest"]
     ratio = measured / predicted
     _checked.add(path)
@@ -133,7 +145,7 @@ def reason_to_measure(
 
 
 def store_run_table(table: Table, key: str, file: Path) -> None:
-    """Store the table of a run in its folder, so that a resumed run has the same budget."""
+    """Store the table of a run and its `speed_key` in the run's folder, so that a resumed run has the same budget."""
     write_json(file, {"key": key, "table": table})
 
 
@@ -145,9 +157,9 @@ def _run_table_problem(content: Any) -> str | None:
 
 
 def price_from_table(table: Table, blocks: Sequence[Block]) -> Price:
-    """Convert a latency table to integer picoseconds.
+    """Convert a latency table to costs of units in integer picoseconds.
 
-    The price has the cost of keeping 0, 1, ..., n units of each block, interpolated linearly between measured widths.
+    The returned price has the cost of keeping 0, 1, ..., n units of each block, interpolated linearly between measured widths.
     If a straight line fits all points within the measurement noise (`spread`), the line is used. A layer with several
     blocks is timed as a whole. Its time is divided between them in proportion to their parameters.
     """
@@ -184,7 +196,7 @@ def _unit_costs(points: Sequence[tuple[int, float]], units: int, share: float, s
     line = np.polyval(np.polyfit(kept, seconds, min(1, len(kept) - 1)), kept)
     if np.abs(seconds / line - 1).max() <= spread:
         seconds = line
-    increasing = isotonic_regression(seconds)  # except for noise, narrower blocks are faster
+    increasing = isotonic_regression(seconds)  # only because of noise a narrower block can seem slower
     interpolated = np.interp(range(units + 1), kept, increasing)
     return [round(PICOSECONDS * share * (value - interpolated[0])) for value in interpolated]
 
@@ -251,7 +263,11 @@ def dense_seconds(
 def measure_table(
     dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]
 ) -> Table:
-    """Measure the latency table with random weights."""
+    """Measure the latency table (`Table`) with random weights.
+
+    Widths of FFNs are 1 and the quarters of the widest block's N neurons, with all KV groups. Numbers of KV groups are
+    1 and the quarters of the largest number G, with all neurons. All models are timed in alternation.
+    """
     model = random_model(dense, device, dtype)
     model_widths = widths(model)
     N, G = max(model_widths["neurons"]), max(model_widths["kv_groups"])
@@ -271,20 +287,26 @@ def measure_table(
     without_layers = narrow_model(model, N, G)
     del decoder_layers(without_layers)[:]
     (_, _, (*seconds, rest)), spread = time_generation([*models.values(), without_layers], **workload)
-    of_layer = {size: max((total - rest) / depth, 1e-12) for size, total in zip(models, seconds, strict=True)}
+    # By the difference, noise could make the time of a layer 0 or negative.
+    layer_seconds = {size: max((total - rest) / depth, 1e-12) for size, total in zip(models, seconds, strict=True)}
     return {
-        "neurons": [[n, of_layer[n, g]] for n, g in sizes["neurons"]],
-        "groups": [[g, of_layer[n, g]] for n, g in sizes["groups"]],
-        "multiples": [[n, of_layer[n, g]] for n, g in sizes["multiples"]],
+        "neurons": [[n, layer_seconds[n, g]] for n, g in sizes["neurons"]],
+        "groups": [[g, layer_seconds[n, g]] for n, g in sizes["groups"]],
+        "multiples": [[n, layer_seconds[n, g]] for n, g in sizes["multiples"]],
         "rest": rest,
         "spread": spread,
     }
 
 
 def narrow_model(model: PreTrainedModel, neurons: int, groups: int) -> PreTrainedModel:
-    """Return a model with at most so many neurons and KV groups per block.
+    """Return a model with smaller blocks for timing, which shares memory with the given model.
 
-    It shares memory with the given model. Its weights are arbitrary numbers of that memory.
+    Its weights are arbitrary numbers from the memory of the given model.
+
+    Args:
+        model: the model.
+        neurons: largest number of neurons per block.
+        groups: largest number of KV groups per block.
     """
     blocks = blocks_of(model)
     ffn = [
@@ -336,6 +358,7 @@ def time_generation(
     lengths = (1, 1 + DECODING_STEPS) if generate else (1,)
 
     def time_once(model: PreTrainedModel, tokens: int) -> float:
+        """Return the median seconds of generating a number of tokens, over at least 0.05 seconds of calls."""
         names = {"generate": model.generate, "ids": ids, "mask": torch.ones_like(ids), "tokens": tokens}
         statement, threads = "generate(ids, attention_mask=mask, max_new_tokens=tokens)", torch.get_num_threads()
         return Timer(statement, globals=names, num_threads=threads).blocked_autorange(min_run_time=0.05).median

@@ -58,7 +58,7 @@ class Text:
     learn: list[Windows]
     # One per recovery corpus, for recoveries that train: windows for `--distill.tokens`.
     fresh: list[Windows]
-    development: list[Windows]  # one per corpus of `RunConfig.developed`
+    development: list[Windows]  # one per corpus of `RunConfig.development_corpora`
     test: list[Windows]  # one per evaluated corpus, of `evaluation.split`
 
     @property

@@ -168,8 +168,9 @@ class Report:
         figures = self.draw(folder / "figures", formats)
         first = self.runs[0]
         if len(self.runs) == 1 and first.masks is not None:  # figures of several runs are in their folders
-            data = first.records, first.modules, first.masks, first.summary
-            figures += write_figures(folder / "figures", *data, formats=formats)
+            figures += write_figures(
+                folder / "figures", first.records, first.modules, first.masks, first.summary, formats=formats
+            )
         possible = {folder / "tables" / f"{name}.csv" for name in get_args(TableName)}
         possible |= {folder / "figures" / f"{name}.{suffix}" for name in FIGURES for suffix in FORMATS}
         for path in possible - {*texts, *figures}:

@@ -147,9 +147,16 @@ def speed_figure(table: dict[str, Any], depth: int) -> Figure:
 
 
 def run_figures(
-    records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict
+    records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict[str, Any]
 ) -> dict[str, Figure]:
-    """Make all figures for which a run has data, by name."""
+    """Make all figures for which a run has data, by name.
+
+    Args:
+        records: records of `metrics.json`.
+        modules: modules of neurons, if there are any.
+        masks: masks of the main row; None with `--model.made_elsewhere`.
+        summary: summary of the run.
+    """
     labels = None if modules is None else modules.labels
     figures = {"perplexity": perplexity_figure(records)}
     if masks is not None:
@@ -162,15 +169,18 @@ def run_figures(
     return {name: add_title(figure, title) for name, figure in figures.items()}
 
 
-def write_figures(folder: Path, *data: Any, formats: Sequence[str] = ("png",)) -> list[Path]:
+def write_figures(
+    folder: Path, records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict[str, Any], *,
+    formats: Sequence[str] = ("png",),
+) -> list[Path]:  # fmt: skip
     """Write the figures of a run, and return their paths.
 
     Args:
         folder: where the files are written.
-        data: arguments of `run_figures`.
+        records, modules, masks, summary: as for `run_figures`.
         formats: endings of files, such as png and svg.
     """
     paths = []
-    for name, figure in run_figures(*data).items():
+    for name, figure in run_figures(records, modules, masks, summary).items():
         paths += save(figure, folder, name, formats)
     return paths

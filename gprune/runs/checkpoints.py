@@ -104,7 +104,11 @@ class Checkpoints(Checkpoint):
             self._last_saved = time.monotonic()
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Replace the checkpoint atomically. Until the new file is renamed, the manifest has both hashes."""
+        """Replace the checkpoint by a new one. At every moment the existing file is valid.
+
+        The new checkpoint is written to a temporary file. Before this file is renamed, the manifest gets its hash in
+        addition to that of the old checkpoint. So the old or the new file is valid, whenever the process is killed.
+        """
         if not trainer.is_global_zero:
             trainer.save_checkpoint(self.path)  # a collective call; only rank 0 writes
             return

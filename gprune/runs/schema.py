@@ -53,15 +53,20 @@ class Measured(Schema):
 
     @model_validator(mode="after")
     def check_windows(self) -> Self:
-        """Check that the sums over windows, which may be rounded to four digits, match the mean and their number."""
+        """Check that each list has one sum per window, and that the sums add up to mean x tokens.
+
+        Sums may be rounded to four digits after the point. A list has to be left out if its mean is.
+        """
         windows = len(self.window_nll)
         for name in ("nll", "kl", "agreement"):
             mean, sums = getattr(self, name), getattr(self, f"window_{name}") or ()
-            total, expected = math.fsum(sums), (mean or 0) * self.tokens
-            tolerance = 1e-4 * (1 + total + windows)
+            total, expected_total = math.fsum(sums), (mean or 0) * self.tokens
+            tolerance = 1e-4 * (1 + total + windows)  # one unit of the last digit per window, and a relative error
+            if abs(total - expected_total) > tolerance:
+                raise UserError(f"The sum of window_{name} must be {name} x tokens = {expected_total}; got {total}.")
             expected_length = 0 if mean is None else windows
-            if abs(total - expected) > tolerance or len(sums) != expected_length:
-                raise UserError(f"The sum of window_{name} must be {name} x tokens = {expected}; got {total}.")
+            if len(sums) != expected_length:
+                raise UserError(f"The length of window_{name} must be {expected_length}; got {len(sums)}.")
         return self
 
 
@@ -86,7 +91,7 @@ class Record(Measured):
 
 
 def _check_windows(records: list[Record]) -> list[Record]:
-    """Raise UserError if a number is repeated, or a row was not measured on the dense model's windows.
+    """Raise UserError if a row has a corpus twice, or was not measured on the dense model's windows.
 
     A model of `--model.made_elsewhere` may have another tokenizer, and so other windows of the same text.
     """
