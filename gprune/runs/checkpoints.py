@@ -48,7 +48,7 @@ class Checkpoints(Checkpoint):
             shapes={tensor_name: list(tensor.shape) for tensor_name, tensor in stage.state_dict().items()},
             versions=[torch.__version__, L.__version__],
         )  # fmt: skip
-        self._hashes: list[str] = []  # hash of the existing file, if there is one
+        self._hashes: list[str] = []  # hash of the existing file, if it is valid
         self._last_saved = time.monotonic()
         self._resumed_position: dict[str, int] = {}  # position in the text after resuming
         self._step_completed = False  # whether the last batch completed an optimizer step
@@ -57,8 +57,9 @@ class Checkpoints(Checkpoint):
         """Return the checkpoint to resume from. Return None if it is missing or, with a warning, invalid."""
         if not self.path.is_file():
             return None
-        self._hashes = [self._hash(self.path)]
-        if self._hashes[0] in self.folder.manifest.get("checkpoints", {}).get(self.name, []):
+        file_hash = self._hash(self.path)
+        if file_hash in self.folder.manifest.get("checkpoints", {}).get(self.name, []):
+            self._hashes = [file_hash]
             return self.path
         log.warning(UNUSABLE, self.path, "the file is not the checkpoint that this stage saved")
         return None
