@@ -71,7 +71,7 @@ def require(value: Any, kind: type | tuple[type, ...], expected: str) -> None:
     """Raise UserError unless a value has a type.
 
     Args:
-        value: the value.
+        value: an argument of a public function.
         kind: the type, or several types.
         expected: the beginning of the message, such as "The argument of prune must be a RunConfig".
     """

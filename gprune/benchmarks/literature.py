@@ -104,8 +104,8 @@ def literature_perplexity(
     """Measure perplexity in the convention of the literature, with a 95 % interval over windows, as a record.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
+        model: a causal language model.
+        tokenizer: the tokenizer of the model.
         task: wikitext2 or c4.
         seq_len: tokens per window.
         bos: whether each window begins with BOS, as for `leading_token`.

@@ -110,7 +110,7 @@ def merge_records(path: Path, records: Sequence[dict[str, Any]], *, run: str | N
     """Add records to a file, replacing earlier records of the same model and protocol.
 
     Args:
-        path: the file.
+        path: a JSON file of records, which need not exist.
         records: the new records.
         run: key of the run that the file belongs to. In other files `run` and `origin` of a record identify its model.
     """

@@ -159,9 +159,9 @@ def _run_table_problem(content: Any) -> str | None:
 def price_from_table(table: Table, blocks: Sequence[Block]) -> Price:
     """Convert a latency table to costs of units in integer picoseconds.
 
-    The returned price has the cost of keeping 0, 1, ..., n units of each block, interpolated linearly between measured widths.
-    If a straight line fits all points within the measurement noise (`spread`), the line is used. A layer with several
-    blocks is timed as a whole. Its time is divided between them in proportion to their parameters.
+    The price of a block is the cost of keeping 0, 1, ..., n of its units, interpolated linearly between measured
+    widths. If a straight line fits all points within the measurement noise (`spread`), the line is used. A layer with
+    several blocks is timed as a whole. Its time is divided between them in proportion to their parameters.
     """
     layers = by_layer(blocks)
     neuron_costs = [
@@ -205,7 +205,7 @@ def _parameter_share(block: Block, layer: Sequence[Block], kind: str) -> float:
     """Return a block's share of the parameters of all units of a kind in its layer; 1 for a single block.
 
     Args:
-        block: the block.
+        block: one of the blocks in `layer`.
         layer: all blocks of the layer.
         kind: ffn or attention.
     """
@@ -304,7 +304,7 @@ def narrow_model(model: PreTrainedModel, neurons: int, groups: int) -> PreTraine
     Its weights are arbitrary numbers from the memory of the given model.
 
     Args:
-        model: the model.
+        model: the model with full widths.
         neurons: largest number of neurons per block.
         groups: largest number of KV groups per block.
     """
@@ -342,7 +342,7 @@ def time_generation(
     is the mean of the first `DECODING_STEPS` steps.
 
     Args:
-        models: the models.
+        models: models on the same device; they are timed in alternation.
         batch: number of prompts.
         prompt: tokens of each prompt.
         generate: number of generated tokens after the first one.
@@ -386,7 +386,7 @@ def measure_throughput(
     were timed in alternation.
 
     Args:
-        models: the models.
+        models: models on the same device; they are timed in alternation.
         batches: batch sizes.
         prompt: tokens of each prompt.
 

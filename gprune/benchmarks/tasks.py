@@ -121,7 +121,7 @@ def _to_loaded_task(task: Any, source: str, incomplete: str) -> LoadedTask:
     """Describe a task of lm_eval.
 
     Args:
-        task: the task.
+        task: a task object of lm_eval.
         source: hub or local.
         incomplete: why the split may be incomplete, as the end of the note; empty for a complete split.
 

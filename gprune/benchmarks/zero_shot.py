@@ -44,8 +44,8 @@ def zero_shot(
     tasks have none.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
+        model: a causal language model.
+        tokenizer: the tokenizer of the model.
         tasks: names of tasks or of groups of tasks.
         limit: use only the first questions of each task.
         batch_size: choices per forward pass.
@@ -108,7 +108,7 @@ def task_record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[s
     Records with the same `content_hash` have the same questions.
 
     Args:
-        loaded: the task.
+        loaded: the task, with its description.
         samples: results of lm_eval for each question, after one filter.
     """
     task = loaded.task

@@ -84,7 +84,7 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
     Sizes are numbers for the architecture `llama`, and lists with one number per layer for `deci`.
 
     Args:
-        model: the model.
+        model: the pruned model.
         name: name of the model in the file.
         type: type of matrices.
     """
@@ -118,7 +118,7 @@ def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig, *, unif
 
     Args:
         blocks: blocks of the model.
-        config: its configuration.
+        config: configuration of the model.
         uniform: whether all blocks of the model to be exported have the same widths.
     """
     remedy = (
@@ -174,8 +174,8 @@ def write_gguf(
     Vectors are float32. Matrices have the given type, or float16 if their rows do not fit blocks of q8_0.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
+        model: the pruned model.
+        tokenizer: the tokenizer to include in the file.
         path: file to write.
         type: f32, f16 or q8_0.
         name: name of the model in the file.

@@ -287,7 +287,7 @@ def save_pruned(
     Args:
         model, dtype: as for `to_exportable`.
         tokenizer: the tokenizer; None for a folder without one.
-        folder: the folder.
+        folder: the model folder to write.
         overwrite: replace an existing model folder, after the new one is complete.
 
     Returns:
@@ -402,7 +402,7 @@ def check_reload(
 
     Args:
         model: the saved model.
-        folder: its folder.
+        folder: the folder to which the model was saved.
         input_ids: (B, T) int64.
         dtype: dtype of the saved weights. The model is cast to it for the check, and then restored.
         placement: `device_map` and `max_memory`, if the model was loaded with them.

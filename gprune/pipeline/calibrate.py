@@ -53,7 +53,7 @@ def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
     collectives and deadlock.
 
     Args:
-        run: the run.
+        run: the open run of this rank.
         missing: for each corpus, whether its statistics are missing from the cache of this rank.
 
     Raises:

@@ -46,7 +46,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
     """Return upper bounds of the tokens of each step of the method that computes the model.
 
     Args:
-        cfg: the configuration.
+        cfg: the configuration of the run.
         hidden_size: hidden size of the dense model.
         costs: costs of the units; they tell how many blocks can be removed as a whole.
 
@@ -209,7 +209,7 @@ def validation_interval(
     The interval is rounded up to whole optimizer steps.
 
     Args:
-        cfg: the configuration.
+        cfg: the configuration of the run.
         windows: number of windows in an epoch.
         batch_size: windows per batch.
         share: default of the interval as a share of the epoch; `--trainer.val_check_interval` overrides it.

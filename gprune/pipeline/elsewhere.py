@@ -28,7 +28,7 @@ def check_model(cfg: RunConfig, dense: PreTrainedModel, device: torch.device) ->
     """Raise UserError if the model is incomplete, does not fit into memory, or cannot be distilled.
 
     Args:
-        cfg: the configuration.
+        cfg: the configuration of the run.
         dense: the dense model without weights.
         device: the device of this process.
     """
@@ -63,7 +63,7 @@ def prepare(
     """Check the model against the dense model, and prepare the evaluated text for it.
 
     Args:
-        cfg: the configuration.
+        cfg: the configuration of the run.
         device: the device of this process.
         dense: the dense model.
         dense_tokenizer: the tokenizer of the dense model.
@@ -110,8 +110,8 @@ def _tokenized_for(
     Two tokenizers are the same if they have the same vocabulary and give the same windows of the evaluated text.
 
     Args:
-        cfg: the configuration.
-        model: the model.
+        cfg: the configuration of the run.
+        model: the model of `--model.made_elsewhere`.
         tokenizer: the tokenizer of the model.
         dense_tokenizer: the tokenizer of the dense model.
         test: the evaluated text in the dense model's tokens.

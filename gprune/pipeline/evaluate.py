@@ -47,7 +47,7 @@ def evaluate(
     over processes, with the same bits as on one process; with `--model.shard` layers are sharded too.
 
     Args:
-        run: the run.
+        run: the open run, with the dense model and the evaluated text.
         statistics: statistics by corpus.
         masks: masks by stage.
         pruned: the recovered model of the main row; the models of other rows are constructed here. With None only rows
@@ -96,7 +96,7 @@ def measurement_of(
     """Return the function that measures a row's model, and the text. Tokens of a pruned model are counted from here on.
 
     Args:
-        run: the run.
+        run: the open run.
         row: (stage, recovery).
         model: the model of the row, not sharded.
     """
@@ -144,9 +144,9 @@ def dense_perplexity(
     """Perplexity of the dense model, cached for all runs with the same model and text.
 
     Args:
-        run: the run.
+        run: the open run.
         model: the dense model, or its sharded copy.
-        windows: the text.
+        windows: windows of one corpus.
         name: name of the row in the progress bar.
         measure: measures the model if the cache has no result. Default: `measure_and_keep_forecasts`.
     """
@@ -194,9 +194,9 @@ def measure_perplexity(
     """Perplexity of a row's model, with a progress bar; batches are split over processes.
 
     Args:
-        run: the run.
-        model: the model.
-        windows: the text.
+        run: the open run.
+        model: the model of the row, or its sharded copy.
+        windows: windows of one corpus.
         name: name of the row in the progress bar.
         forecasts: as for `perplexity`.
     """
@@ -228,10 +228,10 @@ def as_record(
     """Return a perplexity as a record of `metrics.json`, with its evaluation protocol.
 
     Args:
-        run: the run.
+        run: the open run.
         row: stage and recovery.
-        result: the measurement.
-        windows: the text.
+        result: the row's perplexity on the corpus.
+        windows: the evaluated windows of the corpus.
         leak: whether the corpus counts as seen, and its share of leaked 13-grams.
     """
     (stage, recovery), cfg = row, run.cfg

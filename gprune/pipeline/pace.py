@@ -169,8 +169,8 @@ def _time_model(
     """Time one model of a few blocks, and scale the seconds of its blocks to all blocks of the plan.
 
     Args:
-        plan: the plan.
-        model: the model.
+        plan: gives the number of blocks, the device, and the precision of training.
+        model: the dense or the pruned model of a few blocks.
         text: evaluated windows, (B, T) int64.
         forecasts: the dense model's forecasts of the text, for KL; empty for the dense model.
         step: a training step; its argument is as for `_gated_step`.

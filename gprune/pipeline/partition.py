@@ -50,7 +50,7 @@ def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) ->
     """Return the rank drift of one block's N neurons between D corpora, and its noise floor.
 
     Args:
-        run: the run.
+        run: the open run; its metric and seed are used.
         block: the block. Without an FFN, it has no neurons.
         statistics: statistics of each drift corpus.
     """
@@ -124,7 +124,7 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     """Step 5: fit the refiner, and return refined labels.
 
     Args:
-        run: the run.
+        run: the open run, with the settings of the partition.
         embeddings: (N, d) float32 for each block with an FFN.
         drift: of the same blocks.
         labels: initial labels, (N,) int64 for each of these blocks.

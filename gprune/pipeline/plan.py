@@ -87,7 +87,7 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     The model is constructed from its configuration on the meta device, without weights.
 
     Args:
-        cfg: the settings.
+        cfg: the configuration of the run.
         callbacks: callbacks of the caller; by default those of `--trainer.callbacks`.
         together: whether processes of several nodes agree on a precision.
 

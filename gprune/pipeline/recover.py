@@ -43,7 +43,7 @@ def shrink(
     arguments. With DDP every process computes the whole copy, with the same bits.
 
     Args:
-        run: the run.
+        run: the open run, with the dense model.
         masks: keep masks.
         statistics: statistics by corpus; recovery uses those of `corpora.recover`.
         row: (stage, recovery). The stage is that of the masks, or `model` for `--model.made_elsewhere`; the recovery is
@@ -89,7 +89,7 @@ def _slice_to_files(run: Run, masks: Masks, revise: Revise | None, load_argument
     """Return a pruned copy of an offloaded model. Its files are removed when the copy is garbage-collected.
 
     Args:
-        run: the run.
+        run: the open run, with the dense model.
         masks: keep masks.
         revise: recovery of each block, if there is one.
         load_arguments: arguments of `load_weights`, such as `device_map`.
@@ -148,7 +148,7 @@ def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Calla
     Learned tensors are stored in the run folder, and loaded when the recovery is repeated.
 
     Args:
-        run: the run.
+        run: the open run, in whose folder the tensors are stored.
         path: prefix of the files. It is followed by the stage's class and the number of the call, which is the same in
             each session.
         row: (stage, recovery).
@@ -165,7 +165,7 @@ def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Calla
 
         Args:
             what: text for log and progress bar.
-            stage: the stage.
+            stage: a LightningModule that trains the pruned model.
             batch_size: windows per step; by default `--corpora.batch_size`.
             clip: largest gradient norm.
             accumulate: batches per optimizer step.

@@ -158,7 +158,7 @@ class Run:
 
         Args:
             what: text for log and progress bar. Its first word is the default of `name`.
-            stage: the stage.
+            stage: the LightningModule that will be trained, validated or tested.
             name: name of the stage's files.
             role: metric prefix of the built-in stage that `stage` replaces, such as `learn`.
             callbacks: callbacks in addition to the user's.
@@ -201,7 +201,7 @@ class Run:
         Args:
             name: name of the stage in the run folder.
             what: text for log and progress bar.
-            stage: the stage.
+            stage: the LightningModule to train.
             text: training windows.
             batch_size: windows per step; by default `--corpora.batch_size`.
             callbacks: callbacks in addition to the user's.
@@ -263,7 +263,7 @@ def open_run(
     Random generators are seeded, and tokens are counted from here on.
 
     Args:
-        cfg: the configuration.
+        cfg: the configuration of the run.
         callbacks: callbacks of the user, in addition to `--trainer.callbacks`.
         logger: loggers of the user, in addition to CSV, W&B and `--trainer.logger`.
 

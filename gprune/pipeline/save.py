@@ -46,7 +46,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
     """Write masks and `model/`, and check that masked, sliced and reloaded logits agree.
 
     Args:
-        run: the run.
+        run: the open run, with the dense model.
         pruned: the model of the main row, after recovery.
         masks: masks by stage.
     """

@@ -99,7 +99,7 @@ def allocated_masks(
     Sparsity is allocated to blocks by `--sparsity.allocation` (or `.start`).
 
     Args:
-        run: the run.
+        run: the open run, with the model and the text for errors of blocks.
         name: `base`, `averaged` or `modules`, for allocations that need errors of blocks.
         scores: scores of all units.
         statistics: statistics by corpus.
@@ -151,7 +151,7 @@ class ModuleMasks:
     """Masks of modules as a function of the budget, the result of step 7.
 
     Attributes:
-        modules: the modules.
+        modules: modules of neurons from step 6, with ranks inside each module.
         thresholds: returns thresholds, offsets and masks for a budget, by the names under which they are saved.
     """
 
@@ -172,7 +172,7 @@ def learn_sparsity(
         run: the run; thresholds are learned at its budget.
         statistics: statistics by corpus.
         scores: scores by the base metric.
-        modules: the modules.
+        modules: modules of neurons from step 6.
         base: masks of the base metric. Every module keeps as many neurons as these masks keep of it, and learning
             starts there, except if the allocation is a rule for modules. An allocation that needs errors of blocks does
             not use `base`: it measures errors for the order in which neurons of modules are removed.
@@ -228,7 +228,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
 
     Args:
         run: the run; thresholds are learned at its budget.
-        modules: the modules.
+        modules: modules of neurons from step 6.
         start: thresholds at which learning starts. Those of removed blocks are replaced in place.
 
     Returns:
@@ -284,7 +284,7 @@ def _learned_tensors(
         learner: name of the learner.
         ranks: ranks of the modules.
         masks: masks of the stage for the budget. They are included unless they follow from thresholds and offsets.
-        budget: the budget.
+        budget: the budget at which the stage has learned.
     """
     mask_tensors = {f"masks.{name}": mask for name, mask in masks.tensors().items()}
     thresholds = getattr(stage, "thresholds", None)

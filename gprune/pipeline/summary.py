@@ -53,7 +53,7 @@ def summarise(
     """Compute the summary of a run, and write it to manifest, metrics.json, model card, figures and trackers.
 
     Args:
-        run: the run.
+        run: the open run, after evaluation.
         records: records of all rows.
         masks: masks of the main row; None with `--model.made_elsewhere`.
         pruned: model of the main row.

@@ -50,7 +50,7 @@ class Report:
     """Tables and figures of runs.
 
     Attributes:
-        runs: the runs.
+        runs: all runs, in the order of the report.
         groups: the runs, grouped by all settings except the seed.
         tables: all tables; some may be empty.
         base: the run whose stage `base` is the denominator of all ratios; None if there is no such run.
@@ -232,7 +232,7 @@ def of_runs(
     """Make the report of runs that are already read.
 
     Args:
-        runs: the runs.
+        runs: finished runs, in the order of the report.
         bases: path of a run -> the run whose stage `base` is the denominator. A missing run has no ratio. By default
             each run's own base.
         seen: corpora that count as seen in every row; by default those that each run has seen.

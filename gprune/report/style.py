@@ -93,7 +93,7 @@ def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("png
     """Write a figure in each format, atomically, and return the paths. The same figure gives the same bytes.
 
     Args:
-        figure: the figure.
+        figure: a finished figure.
         folder: where the files are written.
         name: name of the files without an ending.
         formats: endings of the files, such as png and svg.

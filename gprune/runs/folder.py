@@ -50,7 +50,7 @@ class RunFolder:
     """The folder of a run, `runs/<name>/`, with settings, manifest, and the result of every finished step.
 
     Args:
-        path: the folder.
+        path: path of the folder, which need not exist.
         count_tokens: returns the tokens so far by kind.
         key: key of everything that determines the run's results. It is stored in files, so that files of other runs
             are detected.

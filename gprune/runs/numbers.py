@@ -196,7 +196,7 @@ def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | 
 
     Args:
         records: records of the whole run.
-        stage: the stage.
+        stage: (stage, recovery) of a row.
         base: records of the run (this or another one) whose `base` without recovery is the denominator of
             `unseen_over_unrecovered_base`. Without them this ratio is None.
     """

@@ -96,7 +96,7 @@ def tracking(folder: RunFolder, cfg: RunConfig, user_loggers: Sequence[Logger] =
 
     Args:
         folder: the run folder.
-        cfg: the configuration.
+        cfg: the configuration of the run.
         user_loggers: Lightning loggers of the user.
 
     Raises:
@@ -251,7 +251,7 @@ def log_artifacts(loggers: Sequence[Logger], folder: Path, cfg: RunConfig, metad
     Args:
         loggers: the loggers of the run.
         folder: the run folder.
-        cfg: the configuration.
+        cfg: the configuration of the run.
         metadata: added to the metadata of the version.
     """
     model = os.path.basename(os.path.normpath(cfg.model.name))

@@ -147,7 +147,7 @@ class Listing:
         """Read a list file.
 
         Args:
-            path: the file.
+            path: the YAML file.
             seeds: seeds of all rows; by default those of the list.
             flags: flags of train.py, which override the settings of every row.
             records: folder of records. Default: `experiments/records` for lists in `experiments`, otherwise
@@ -206,7 +206,7 @@ def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[st
 
     Args:
         path: the list file.
-        content: its content.
+        content: the parsed keys of the file.
         seeds: seeds of all rows.
         flags: flags of train.py, which override the settings of every row.
         fields: fields of `Row` that are equal in all rows.

@@ -143,7 +143,7 @@ def print_results(study: StudyResult, options: Namespace) -> None:
     """Print the results of a list, write its output file and figures, and log them to W&B.
 
     Args:
-        study: the results.
+        study: the selected rows of the list, with their records.
         options: the parsed arguments of `gprune study`.
 
     Raises:
@@ -183,7 +183,7 @@ def print_stored(row: Row, start: float, what: str = "") -> None:
     """Print the seconds since the start of a row or of its tasks, and that the record is stored.
 
     Args:
-        row: the row.
+        row: the finished row.
         start: time of the start, by `time.monotonic`.
         what: text before the seconds.
     """
