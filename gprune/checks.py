@@ -101,7 +101,13 @@ def memory_limits(sizes: Mapping[str, str]) -> dict[str | int, int]:
     return {device if device == "cpu" else int(device): int(size) for device, size in limits.items()}
 
 
-Memory = Annotated[dict[Text, Text], AfterValidator(lambda sizes: memory_limits(sizes) and sizes)]
+def _check_memory(sizes: dict[str, str]) -> dict[str, str]:
+    """Return the sizes unchanged. Raise UserError if `memory_limits` does not accept them."""
+    memory_limits(sizes)
+    return sizes
+
+
+Memory = Annotated[dict[Text, Text], AfterValidator(_check_memory)]
 
 
 def option_types(entry: Any) -> dict[str, Any]:

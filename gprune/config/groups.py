@@ -247,7 +247,9 @@ class ReliabilityConfig(Group, prefix="reliability."):
 
 def _sort_scope(scope: Any) -> str:
     """Put the parts of a scope in the order of the flag's values, so that `ffn+attention` is `attention+ffn`."""
-    return "+".join(sorted(str(scope).split("+"), key="attention+ffn+blocks".find))
+    parts = str(scope).split("+")
+    parts.sort(key="attention+ffn+blocks".find)  # -1 for an unknown part, which the flag's type rejects
+    return "+".join(parts)
 
 
 def _default_width_multiple(settings: dict[str, Any]) -> int | None:

@@ -298,6 +298,7 @@ def parser(prog: str = "train.py") -> Parser:
     names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.yaml")))
     config_help = f"A YAML file of flags, or the name of one that ships: {names}. Several merge in order."
     result.add_argument("--config", metavar="FILE", default=SUPPRESS, help=config_help)
+    # `version` stands for an action without a value, because `parse` handles this flag.
     result.add_argument("--print_config", action="version", help="Print all settings as such a file, and stop.")
     cfg = RunConfig()
     for group in [cfg, *(getattr(cfg, name) for name in GROUPS)]:

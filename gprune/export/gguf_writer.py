@@ -63,8 +63,14 @@ def named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows (heads * head_dim, ...) from rotary pairs (i, i + head_dim / 2) of transformers to the neighbouring
-    pairs of llama.cpp."""
+    """Reorder the rows of a query or key projection for llama.cpp.
+
+    Rotary embeddings rotate pairs of rows: (i, i + head_dim / 2) of a head in transformers, neighbours in llama.cpp.
+
+    Args:
+        rows: (heads * head_dim, ...), a weight or a bias.
+        head_dim: size of a head.
+    """
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 

@@ -85,7 +85,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
 
 
 def _learning_tokens(cfg: RunConfig) -> tuple[int, int]:
-    """Return the tokens of threshold learning: in its training text, and in measurements of development perplexity."""
+    """Return the tokens of threshold learning: (tokens of training, tokens of development perplexity)."""
     if not cfg.learns:
         return 0, 0
     windows = learned_windows(cfg)
@@ -96,9 +96,10 @@ def _learning_tokens(cfg: RunConfig) -> tuple[int, int]:
 
 
 def _block_choice_tokens(cfg: RunConfig, costs: UnitCosts) -> int:
-    """Return the tokens that are computed to choose whole blocks by the loss: one window per corpus and trial.
+    """Return the tokens that pass forward to choose whole blocks by the loss: one window per corpus and trial.
 
-    Each round tries to remove every layer that is left, so it has one trial less than the round before.
+    Each round removes one layer. It has a trial for every layer that is left, so one less than the round before. There
+    are none if blocks are not chosen by the loss.
     """
     open_layers = sum(costs.protected.isdisjoint(blocks) for blocks in costs.by_layer)
     rounds = len(costs.removed_layers) if cfg.sparsity.block_choice == "loss" else 0
@@ -107,9 +108,10 @@ def _block_choice_tokens(cfg: RunConfig, costs: UnitCosts) -> int:
 
 
 def evaluated_models(cfg: RunConfig, hidden_size: int) -> tuple[int, int]:
-    """Return how many models are evaluated in steps 9 (without recovery) and 10; a repeated dense model counts again.
+    """Return how many models are evaluated in step 9 (rows without recovery) and in step 10.
 
-    If the dense model's forecasts are not cached, the dense model is evaluated again for each row.
+    If the dense model's forecasts are not cached, the dense model is evaluated again beside each row, and counts each
+    time.
     """
     forecasts_cached = fits_cache(cfg, evaluated_tokens(cfg), hidden_size) and cfg.final != "model"
     models_per_row = 1 if forecasts_cached else 2
@@ -150,7 +152,7 @@ def _recovery_tokens(cfg: RunConfig, name: str) -> tuple[int, int]:
 
 
 def error_windows(cfg: RunConfig) -> int:
-    """Number of windows per corpus for errors of blocks: 2,048 tokens together, or one window."""
+    """Number of windows per corpus for errors of blocks: as many as fit into `ERROR_TOKENS`, but at least one."""
     return min(cfg.corpora.num_samples, max(1, ERROR_TOKENS // cfg.corpora.seq_len))
 
 

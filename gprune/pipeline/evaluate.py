@@ -66,18 +66,18 @@ def evaluate(
     records: list[dict[str, Any]] = broadcast(run.folder.metrics.get("records", []))
     finished_rows = {(r["stage"], r["recovery"]) for r in records}
     # Without an initialised process group, rank 0 evaluates alone.
-    measures = rank_and_world_size()[1] > 1 or rank_zero_only.rank == 0
-    leaked = leaks(run) if measures else {}
+    rank_evaluates = rank_and_world_size()[1] > 1 or rank_zero_only.rank == 0
+    leaked = leaks(run) if rank_evaluates else {}
     with run.folder.step("evaluate_unrecovered" if before_recovery else "evaluate"):
         for row in rows:
             # All processes are needed for a recovery that trains.
-            if row in finished_rows or not (measures or recovery_of(row[1]).learns):
+            if row in finished_rows or not (rank_evaluates or recovery_of(row[1]).learns):
                 continue
             model = run.model if row == DENSE else pruned  # frees the model of the previous row
             if row not in (DENSE, cfg.own_row):
                 with run.folder.part(row_name(*row)):
                     model = shrink(run, masks[row[0]], statistics, row=row)
-            if not measures:
+            if not rank_evaluates:
                 continue
             measure, text = measurement_of(run, row, model)
             model = shard_if_requested(run, model)
@@ -85,7 +85,7 @@ def evaluate(
                 result = measure(run, model, windows, row_name(*row))
                 records.append(as_record(run, row, result, windows, leaked[windows.corpus]))
             write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
-    if before_recovery and measures and not run.folder.finished:
+    if before_recovery and rank_evaluates and not run.folder.finished:
         log.info("Before recovery:\n\n%s\n", result_table(records).for_stdout())
     return records
 
@@ -111,7 +111,11 @@ def measurement_of(
 
 
 def leaks(run: Run) -> dict[str, tuple[bool, float]]:
-    """Return for each evaluated corpus whether it counts as seen, and the share of its 13-grams in used text."""
+    """Return for each evaluated corpus whether it counts as seen, and the share of its 13-grams in used text.
+
+    A corpus counts as seen if the run uses its train split, or if the share is above `SEEN_ABOVE`; the latter is logged
+    as a warning.
+    """
     used_corpora = {identity(name) for name in run.cfg.train_corpora}
     by_corpus = {}
     for windows in run.text.test:
@@ -234,27 +238,29 @@ def as_record(
         windows: the evaluated windows of the corpus.
         leak: whether the corpus counts as seen, and its share of leaked 13-grams.
     """
-    (stage, recovery), cfg = row, run.cfg
-    pruned, gprune = stage not in ("dense", "model"), stage == "gprune"
-    learned = gprune and cfg.learns
+    cfg = run.cfg
+    stage, recovery = row
+    is_pruned = stage not in ("dense", "model")
+    is_gprune = stage == "gprune"
+    # Settings that do not concern the row are None.
     settings = {"importance": None, "allocation": None, "partition": None, "switch": None, "switch_to": None}
     settings |= {"switch_everywhere": None, "learn": None, "learn_samples": None}
-    if pruned:
+    if is_pruned:
         settings["importance"] = cfg.importance
         settings["allocation"] = cfg.base_allocation
-    if gprune:
+    if is_gprune:
         settings["allocation"] = cfg.sparsity.allocation
         settings["partition"] = cfg.partition.method
         settings["switch"] = cfg.reliability.switch and len(cfg.corpora.drift) > 1
         settings["switch_to"] = cfg.reliability.metric
         settings["switch_everywhere"] = cfg.reliability.everywhere
-    if learned:
-        of_sparsity = cfg.settings()["sparsity"]
-        settings["learn"] = {name: value for name, value in of_sparsity.items() if name in LEARNING_SETTINGS}
+    if is_gprune and cfg.learns:
+        sparsity_settings = cfg.settings()["sparsity"]
+        settings["learn"] = {name: value for name, value in sparsity_settings.items() if name in LEARNING_SETTINGS}
         settings["learn_samples"] = cfg.corpora.learn_samples or cfg.corpora.num_samples
-    parts = recovery.split("+")
+    chain = recovery.split("+")
     recovery_settings = {
-        name: dict(options) if name in parts else None for name, options in cfg.recovery_settings.items()
+        name: dict(options) if name in chain else None for name, options in cfg.recovery_settings.items()
     }
     return {
         "stage": stage,
@@ -262,7 +268,7 @@ def as_record(
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_of(recovery).needs else None,
         **recovery_settings,
-        "sparsity": run.budget.sparsity if pruned else 0.0,
+        "sparsity": run.budget.sparsity if is_pruned else 0.0,
         "scope": "model" if cfg.final == "model" else cfg.sparsity.scope,
         **({} if cfg.sparsity.currency == "parameters" else {"cost": cfg.sparsity.currency}),
         "model": model_label(cfg.model.name),

@@ -110,10 +110,10 @@ class MemoryEstimate:
         forecasts = self.weight * self.H * tokens * in_same_memory
         return self.dense + main_row + forecasts
 
-    def head(self, number: int, *, teacher: bool) -> int:
-        """Logits of a chunk of tokens with `number` bytes each, and float32 terms of the rows computed at once."""
+    def head(self, bytes_per_logit: int, *, teacher: bool) -> int:
+        """Logits of a chunk of tokens, of student and teacher, and float32 terms of the rows computed at once."""
         rows = ROWS if self.cpu else CHUNK
-        return self.V * (CHUNK * number * (1 + teacher) + rows * (8 + 12 * teacher))
+        return self.V * (CHUNK * bytes_per_logit * (1 + teacher) + rows * (8 + 12 * teacher))
 
     def learn(self) -> float:
         """Threshold learning: the dense model, activations of all layers for the backward pass, and the head."""

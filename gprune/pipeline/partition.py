@@ -206,8 +206,10 @@ def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list
         sources = [statistics[corpus] for corpus in cfg.corpora.drift]
     if cfg.reliability.metric == AVERAGED:
         sources = [pool_statistics(sources)]
-    scores = [score_units(metric, run.blocks, source, seed=cfg.run.seed, attention=False).ffn for source in sources]
-    return [
-        fractional_ranks(torch.stack(block_scores), groups=block.experts).mean(0)
-        for *block_scores, block in zip(*scores, run.blocks, strict=True)
+    scores_by_source = [
+        score_units(metric, run.blocks, source, seed=cfg.run.seed, attention=False).ffn for source in sources
     ]
+    ranks = []
+    for block, *block_scores in zip(run.blocks, *scores_by_source, strict=True):  # one score tensor per source
+        ranks.append(fractional_ranks(torch.stack(block_scores), groups=block.experts).mean(0))
+    return ranks

@@ -67,7 +67,7 @@ class Plan:
 
     @cached_property
     def removed(self) -> int:
-        """Number of removed parameters if all blocks are equally sparse; an estimate unless the target is one."""
+        """Number of removed parameters if all blocks are equally sparse; exact only for a target in parameters."""
         return self.budget.costs.in_parameters.removed(uniform_masks(self.budget))
 
     @property
@@ -89,7 +89,7 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     Args:
         cfg: the configuration of the run.
         callbacks: callbacks of the caller; by default those of `--trainer.callbacks`.
-        together: whether processes of several nodes agree on a precision.
+        together: whether the processes of several nodes call this function together, to agree on a precision.
 
     Returns:
         The plan. In its `cfg`, the precision `auto` is replaced by that of the hardware.

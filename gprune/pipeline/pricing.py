@@ -56,7 +56,12 @@ class Pricing:
         return m.dtype
 
     def budget(self) -> Budget:
-        """Return the requested budget. Raise UserError if it is impossible."""
+        """Return the budget of `--sparsity.target`.
+
+        Raises:
+            UserError: if the units cannot reach the target, costs cannot be computed, or a latency table is needed and
+                cannot be measured.
+        """
         s, export, blocks = self.cfg.sparsity, self.cfg.export, blocks_of(self.skeleton)
         price = price_from_table(self.speed, blocks) if s.currency == "seconds" else self.price_in(s.currency)
         costs = unit_costs(

@@ -109,7 +109,14 @@ class RunFolder:
             temporary.write_text(config_yaml, encoding="utf-8")
 
     def _inspect(self, settings: dict[str, Any]) -> bool:
-        """Return whether the folder has no run with these settings. Raise UserError if it must not be written to."""
+        """Return whether a new run begins, because the folder has no run with these settings.
+
+        A run with other settings may be replaced if it has no results yet.
+
+        Raises:
+            UserError: if the folder must not be written to: it has results of other settings, is not a run, has links
+                out of it, or its manifest is damaged.
+        """
         prefix = f"Cannot run in {self.path}"
         remedy = "Choose another --run.name, or remove the folder"
         manifest_file = self / "manifest.json"
