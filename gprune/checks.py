@@ -89,7 +89,11 @@ def format_value(value: Any) -> str:
 
 
 def memory_limits(sizes: Mapping[str, str]) -> dict[str | int, int]:
-    """Convert `--model.max_memory` to the form of transformers: bytes by `cpu` or device number."""
+    """Convert `--model.max_memory` to the form of transformers: bytes by `cpu` or device number.
+
+    Raises:
+        UserError: if a key is neither cpu nor a number, or a value is not a size such as 20GiB.
+    """
     if invalid := [device for device in sizes if device != "cpu" and not str(device).isdecimal()]:
         raise UserError(
             f"--model.max_memory must have keys cpu or a device number such as 0; got {format_value(invalid[0])}."

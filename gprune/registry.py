@@ -57,6 +57,7 @@ class Registry(Generic[T]):
             raise UserError(f"The name of a {self.kind} must have letters, digits, _, - and dots; got {name!r:.100}.")
 
         def decorate(entry: T) -> T:
+            """Register the entry under `name`, and return it unchanged."""
             if self.method and not isinstance(entry, str) and not callable(getattr(entry, self.method, None)):
                 subject = f"{self.kind.capitalize()} '{name}'"
                 raise UserError(f"{subject} must be a class with the method {self.method}; got {entry!r}.")
@@ -76,6 +77,7 @@ class Registry(Generic[T]):
             raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
 
     def __getitem__(self, name: str) -> T:
+        """Return the entry. Raise UserError if the name is not registered. An entry given as text is imported."""
         self.check(name)
         entry = self._entries[name]
         if isinstance(entry, str):

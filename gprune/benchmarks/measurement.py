@@ -96,6 +96,11 @@ def evaluate(
 def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dict[str, Any]]:
     """Measure a task other than speed.
 
+    Args:
+        loaded: the model and its tokenizer.
+        task: wikitext2, c4, or a task or a group of tasks of lm_eval.
+        benchmarks: settings of the tasks.
+
     Returns:
         The records. A group of tasks has a record per task, and a perplexity has one per window length.
     """

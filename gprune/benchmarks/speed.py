@@ -254,7 +254,7 @@ def random_model(dense: PreTrainedModel, device: torch.device, dtype: torch.dtyp
 def dense_seconds(
     dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]
 ) -> float:
-    """Measure the seconds of the dense model for a workload in the smallest number of rounds."""
+    """Measure the seconds of a workload with the dense model, in `MIN_ROUNDS` rounds and with random weights."""
     (_, _, (seconds,)), _ = time_generation([random_model(dense, device, dtype)], max_seconds=0, **workload)
     return seconds
 

@@ -152,12 +152,17 @@ def _accuracies(task: Task, samples: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def _answers(task: Task, name: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return `answers`, for paired comparisons of models, and for tasks of log-likelihoods also `perplexity`.
+    """Return `answers`, for paired comparisons of models, and for tasks of type `loglikelihood` also `perplexity`.
 
     An answer is the generated text, the index of the most likely choice, or whether greedy decoding gives the text.
 
+    Args:
+        task: the task.
+        name: name of the task in errors.
+        samples: results of lm_eval for each question.
+
     Raises:
-        UserError: if a log-likelihood is not finite; the message has the name of the task.
+        UserError: if a log-likelihood is not finite.
     """
     from lm_eval.api.metrics import mean
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
 from gprune.calibration.statistics import CorpusStatistics
+from gprune.config import RunConfig
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
 from gprune.evaluation.distance import perplexity_from_logits
@@ -241,30 +242,13 @@ def as_record(
     cfg = run.cfg
     stage, recovery = row
     is_pruned = stage not in ("dense", "model")
-    is_gprune = stage == "gprune"
-    # Settings that do not concern the row are None.
-    settings = {"importance": None, "allocation": None, "partition": None, "switch": None, "switch_to": None}
-    settings |= {"switch_everywhere": None, "learn": None, "learn_samples": None}
-    if is_pruned:
-        settings["importance"] = cfg.importance
-        settings["allocation"] = cfg.base_allocation
-    if is_gprune:
-        settings["allocation"] = cfg.sparsity.allocation
-        settings["partition"] = cfg.partition.method
-        settings["switch"] = cfg.reliability.switch and len(cfg.corpora.drift) > 1
-        settings["switch_to"] = cfg.reliability.metric
-        settings["switch_everywhere"] = cfg.reliability.everywhere
-    if is_gprune and cfg.learns:
-        sparsity_settings = cfg.settings()["sparsity"]
-        settings["learn"] = {name: value for name, value in sparsity_settings.items() if name in LEARNING_SETTINGS}
-        settings["learn_samples"] = cfg.corpora.learn_samples or cfg.corpora.num_samples
     chain = recovery.split("+")
     recovery_settings = {
         name: dict(options) if name in chain else None for name, options in cfg.recovery_settings.items()
     }
     return {
         "stage": stage,
-        **settings,
+        **_pruning_settings(cfg, stage),
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_of(recovery).needs else None,
         **recovery_settings,
@@ -288,3 +272,23 @@ def as_record(
         "float32_matmul_precision": cfg.trainer.float32_matmul_precision,
         "content_hash": windows.content_hash,
     }
+
+
+def _pruning_settings(cfg: RunConfig, stage: str) -> dict[str, Any]:
+    """Return the settings by which the masks of a stage were made. Settings that it does not use are None."""
+    settings = {"importance": None, "allocation": None, "partition": None, "switch": None, "switch_to": None}
+    settings |= {"switch_everywhere": None, "learn": None, "learn_samples": None}
+    if stage not in ("dense", "model"):
+        settings["importance"] = cfg.importance
+        settings["allocation"] = cfg.base_allocation
+    if stage == "gprune":
+        settings["allocation"] = cfg.sparsity.allocation
+        settings["partition"] = cfg.partition.method
+        settings["switch"] = cfg.reliability.switch and len(cfg.corpora.drift) > 1
+        settings["switch_to"] = cfg.reliability.metric
+        settings["switch_everywhere"] = cfg.reliability.everywhere
+    if stage == "gprune" and cfg.learns:
+        sparsity_settings = cfg.settings()["sparsity"]
+        settings["learn"] = {name: value for name, value in sparsity_settings.items() if name in LEARNING_SETTINGS}
+        settings["learn_samples"] = cfg.corpora.learn_samples or cfg.corpora.num_samples
+    return settings

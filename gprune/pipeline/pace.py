@@ -100,7 +100,13 @@ def _seconds_before_recovery(plan: Plan, dense: Pace) -> float:
 
 
 def _seconds_of_rows(plan: Plan, dense: Pace, pruned: Pace) -> float:
-    """Estimate the seconds of passes in steps 9 and 10: recovery and evaluation of all rows."""
+    """Estimate the seconds of passes in steps 9 and 10: recovery and evaluation of all rows.
+
+    Args:
+        plan: the plan, with the tokens of the two steps.
+        dense: seconds per token of the dense model.
+        pruned: seconds per token of a pruned model.
+    """
     cfg, config = plan.cfg, plan.skeleton.config.get_text_config(decoder=True)
     forward = sum(plan.tokens[step][0] for step in (9, 10))
     trained = sum(plan.tokens[step][1] for step in (9, 10))
@@ -186,7 +192,13 @@ def _time_model(
             final_hidden(model, text)
 
     def per_token(whole: Callable[[], object], blocks: Callable[[], object], tokens: int) -> tuple[float, float]:
-        """Return seconds per token of the whole model, and of all its blocks, from calls with the few blocks."""
+        """Return seconds per token of the whole model and of its blocks alone, for all blocks of the plan.
+
+        Args:
+            whole: a call of the model of a few blocks, with everything outside of them.
+            blocks: the same without head and loss.
+            tokens: number of tokens of a call.
+        """
         whole_seconds, block_seconds = _seconds(whole, plan.device), _seconds(blocks, plan.device)
         outside_blocks = max(0.0, whole_seconds - block_seconds)
         return (outside_blocks + scale * block_seconds) / tokens, scale * block_seconds / tokens
@@ -247,6 +259,7 @@ def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) 
     optimizer = torch.optim.AdamW(list(student.learned.values()), lr=1e-12, fused=fused)  # hardly changes the weights
 
     def step(head: bool) -> None:
+        """Compute loss and gradients, and update the student."""
         with torch.enable_grad():
             if head:
                 losses = next_token_losses(student.model, ids, teacher=teacher)

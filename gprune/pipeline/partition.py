@@ -157,7 +157,15 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
 def assess(
     run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, drift: list[Drift], labels: list[Tensor]
 ) -> Modules:
-    """Step 6: decide which modules switch to `--reliability.metric`, and rank units inside their modules."""
+    """Step 6: decide which modules switch to `--reliability.metric`, and rank units inside their modules.
+
+    Args:
+        run: the open run, in whose folder the modules are stored.
+        statistics: statistics by corpus.
+        scores: scores of all units by the base metric.
+        drift: drift of each block.
+        labels: module of each neuron, (N,) int64 per block.
+    """
     run.step(6, "Assessing reliability of modules")
     r = run.cfg.reliability
     switch = "off"

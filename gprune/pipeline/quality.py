@@ -177,7 +177,8 @@ class Trials:
 def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
     """Return the run with the budget at which thresholds are learned.
 
-    For a quality target it is the budget found for the first control, otherwise the budget of the run.
+    For a quality target it is the budget found for the first control (the smallest cut if none keeps the quality),
+    otherwise the budget of the run. The arguments are those of `with_quality_budget`.
     """
     cfg = run.cfg
     if not (cfg.sparsity.quality and cfg.learns):
@@ -191,6 +192,13 @@ def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], m
 
 def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
     """Return the run with the largest budget that keeps the quality; the same run if the target is not a quality.
+
+    The trials and the sizes of all rows are stored in `quality.json`.
+
+    Args:
+        run: the open run, with the largest budget that its units allow.
+        statistics: statistics by corpus.
+        masks_of: masks of each stage as a function of the budget.
 
     Raises:
         UserError: if even the smallest cut does not keep the quality.

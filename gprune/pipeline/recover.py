@@ -114,7 +114,7 @@ def material_of(
 ) -> Material:
     """Return the inputs of a row's recovery: model, masks, and the statistics and text of `corpora.recover`.
 
-    Statistics and text are only included if the recovery needs them.
+    Statistics and text are only included if the recovery needs them. The arguments are those of `shrink`.
     """
     cfg, recovery = run.cfg, recovery_of(row[1])
     corpora = cfg.corpora.recover
@@ -145,7 +145,8 @@ def learned_file(masks: Masks, recovery: str) -> str:
 def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Callable[..., None]:
     """Return the function `Material.fit` of one pruned model, which trains each stage once, even over several sessions.
 
-    Learned tensors are stored in the run folder, and loaded when the recovery is repeated.
+    Learned tensors are stored in the run folder, and loaded when the recovery is repeated. The function raises
+    UserError for unknown arguments.
 
     Args:
         run: the open run, in whose folder the tensors are stored.

@@ -104,6 +104,11 @@ def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
 def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, float]:
     """Compare logits of the sliced model and of the masked dense model on the first evaluated window.
 
+    Args:
+        run: the open run, with the dense model.
+        pruned: the model of the main row, after recovery.
+        masks: masks of the main row.
+
     Returns:
         The number of compared tokens, the standard deviation of the masked logits, and the largest and the root mean
         square difference.

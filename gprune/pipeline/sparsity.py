@@ -115,6 +115,7 @@ def allocated_masks(
     errors = measured_errors(run, name, scores, pool()) if cfg.measures_errors else None
 
     def masks(budget: Budget) -> Masks:
+        """Return the masks for a budget, computed once per target."""
         if budget.target not in cached:
             with_errors = replace(pool(), errors=errors)
             cached[budget.target] = allocate(
@@ -130,6 +131,12 @@ def measured_errors(run: Run, name: str, scores: Scores, statistics: CorpusStati
 
     The text is `error_windows` windows of each corpus of `cost.error_corpora`. A float32 model is computed in the
     precision of learning, which is part of the run's key.
+
+    Args:
+        run: the open run, in whose folder the errors are stored.
+        name: the masks for which errors are measured: `base`, `averaged` or `modules`.
+        scores: scores of all units; neurons with the lowest scores are removed first.
+        statistics: pooled statistics with Gram matrices.
     """
     cfg, windows, corpora = run.cfg, error_windows(run.cfg), error_corpora(run.cfg)[name]
     bfloat16 = cfg.model.dtype == "float32" and cfg.trainer.precision == "bf16-mixed"
@@ -214,7 +221,13 @@ def meet_budget(run: Run, masks_of: Mapping[str, MasksOf]) -> tuple[Thresholds |
 
 
 def masks_from_saved_tensors(ranks: ModuleRanks, tensors: Mapping[str, Tensor], budget: Budget) -> Masks:
-    """Return the masks of step 7: the learner's masks if they were saved, otherwise masks of thresholds and offsets."""
+    """Return the masks of step 7: the learner's masks if they were saved, otherwise masks of thresholds and offsets.
+
+    Args:
+        ranks: ranks of units inside their modules.
+        tensors: tensors by the names `masks.*`, `offsets.*` and those of `named_thresholds`.
+        budget: the budget that the masks of thresholds meet.
+    """
     learner_masks = {name.removeprefix("masks."): t for name, t in tensors.items() if name.startswith("masks.")}
     if learner_masks:
         return Masks.from_tensors(learner_masks)

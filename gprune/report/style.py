@@ -48,6 +48,12 @@ def draw_line(axes: Axes, i: int, x: Sequence[float], y: Sequence[float], label:
     """Draw the i-th line of a figure, with a marker at about a dozen points.
 
     The style is the i-th of `LINES`. When styles repeat, lines differ by their markers.
+
+    Args:
+        axes: where the line is drawn.
+        i: index of the line, from 0.
+        x, y: coordinates of its points.
+        label: text of the legend.
     """
     colour, dashes, _ = LINES[i % len(LINES)]
     repeats = i // len(LINES)

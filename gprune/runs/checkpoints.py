@@ -70,6 +70,7 @@ class Checkpoints(Checkpoint):
             return hashlib.file_digest(content, lambda: hashlib.sha256(self._stage_key.encode())).hexdigest()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restore the position in the text, and start the clock."""
         # Lightning loses the position if a schedule asks for the number of steps before the checkpoint is loaded.
         if self._resumed_position:
             trainer.train_dataloader.load_state_dict(self._resumed_position)
@@ -121,12 +122,14 @@ class Checkpoints(Checkpoint):
         self.folder.record_cost()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the tokens of the stage, the position in the text, and torch's random state to Lightning's checkpoint."""
         counts = self.meter.counts()
         checkpoint["tokens"] = {kind: count - self._counts_before_stage[kind] for kind, count in counts.items()}
         checkpoint["place"] = trainer.train_dataloader.state_dict()
         checkpoint["random"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore what `on_save_checkpoint` added. The position in the text is set when training starts."""
         self._resumed_position = checkpoint["place"]
         self.meter.add_earlier(checkpoint["tokens"])
         torch.set_rng_state(checkpoint["random"])

@@ -53,7 +53,7 @@ class Measured(Schema):
 
     @model_validator(mode="after")
     def check_windows(self) -> Self:
-        """Check that each list has one sum per window, and that the sums add up to mean x tokens.
+        """Raise UserError unless each list has one sum per window, and its sums add up to mean x tokens.
 
         Sums may be rounded to four digits after the point. A list has to be left out if its mean is.
         """
@@ -139,7 +139,7 @@ class MeasuredSpeed(SpeedTable):
 
     @model_validator(mode="after")
     def check_widths(self) -> Self:
-        """Check that widths increase, as interpolation requires, and that times are positive."""
+        """Raise UserError unless widths increase, as interpolation requires, and times are positive."""
         for name in ("neurons", "groups"):
             widths = [width for width, _ in getattr(self, name)]
             if widths != sorted(set(widths)):
@@ -163,7 +163,7 @@ class SameQuality(Schema):
 
     @model_validator(mode="after")
     def check_numbers(self) -> Self:
-        """Check that the numbers, except `predicted`, are given together or left out together."""
+        """Raise UserError unless the numbers, except `predicted`, are given together or left out together."""
         numbers = [self.share, self.parameters, self.got, self.low, self.high]
         if None in numbers and numbers != [None] * len(numbers):
             raise UserError("The keys share, parameters, got, low and high must be given together.")
@@ -297,7 +297,7 @@ class ZeroShot(Benchmark):
 
     @model_validator(mode="after")
     def check_answers(self) -> Self:
-        """Check that at least one of the two scores has a digit for each question."""
+        """Raise UserError unless a text of digits is given, and each given one has a digit per question."""
         if {len(digits) for digits in (self.correct, self.correct_norm) if digits} != {self.questions}:
             raise UserError(f"The key correct must have a digit for each of {self.questions} questions.")
         return self

@@ -373,7 +373,15 @@ def _wandb_run(folder: Path | str, *, latest: bool = True, **settings: Any) -> I
 
 
 def _start(mode: str, **settings: Any) -> Any:
-    """Start a W&B run. If the server cannot be reached, start it offline; return None if that fails too."""
+    """Start a W&B run. If the server cannot be reached, start it offline; return None if that fails too.
+
+    Args:
+        mode: offline or online.
+        settings: other arguments of `wandb.init`.
+
+    Raises:
+        UserError: in online mode without an account.
+    """
     try:
         return wandb.init(mode=mode, **settings)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:

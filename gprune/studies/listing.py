@@ -263,6 +263,9 @@ def select_part(rows: Sequence[Row], part: str | None) -> list[Row]:
     Args:
         rows: all rows of a list, finished or not, so that the parts of several machines are disjoint.
         part: the value of `--part`.
+
+    Raises:
+        UserError: if `part` has another form, or I is not from 1 to N.
     """
     if part is None:
         return list(rows)

@@ -94,7 +94,15 @@ def check_exists(name: str) -> None:
 
 
 def read_argument(name: str, records: str | None) -> RunsAndReferences:
-    """Return the runs of an argument, which is a run folder, a record, or rows of a list, and their references."""
+    """Return the runs of an argument, which is a run folder, a record, or rows of a list, and their references.
+
+    Args:
+        name: the argument, as described in `RUN`.
+        records: folder of a list's records; by default that of `gprune study`.
+
+    Raises:
+        UserError: if a record or a list is invalid, or rows of a list have no records.
+    """
     from gprune.studies.archive import read_record, record_to_run
     from gprune.studies.listing import Listing
     from gprune.studies.result import read_study, select_rows
