@@ -239,7 +239,7 @@ class ReliabilityConfig(Group, prefix="reliability."):
     """A module is weakly activated if its mean importance rank is below this quantile."""
 
     def model_post_init(self, _: Any) -> None:
-        """Raise UserError if the metric needs activations and is not in `MULTI_CORPUS_METRICS`, or settings conflict."""
+        """Raise UserError if the metric needs activations of a single corpus, or settings contradict each other."""
         if self.metric not in MULTI_CORPUS_METRICS and not IMPORTANCE[self.metric].activation_free:
             activation_free = [name for name in IMPORTANCE if IMPORTANCE[name].activation_free]
             known = ", ".join([*activation_free, *MULTI_CORPUS_METRICS])
