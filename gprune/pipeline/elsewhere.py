@@ -88,9 +88,10 @@ def load_model_made_elsewhere(cfg: RunConfig, device: torch.device) -> tuple[Pre
 
 
 def _check_head(cfg: RunConfig, model: PreTrainedModel, dense: PreTrainedModel) -> None:
-    """Raise UserError if a model is to be distilled but its output embedding differs from the dense model's.
+    """Raise UserError if a model is to be distilled but its head differs from the dense model's.
 
-    Distillation computes the logits of both models with the same head.
+    Distillation computes the logits of both models with the same head: the output embedding, and the scale and the
+    limit of logits if the family has them.
     """
     if not recovery_of(cfg.recovery).learns:
         return

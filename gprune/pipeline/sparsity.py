@@ -78,9 +78,10 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
     """Return masks of the base metric, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`).
 
     Returns:
-        Functions of a budget by stage. `base` uses `scores`; it is left out if it is not needed and its allocation
-        would have to measure errors of blocks. `averaged` uses scores by pooled statistics of all drift corpora; it is
-        left out unless it is a row of the result table.
+        Stage -> function that returns masks for a budget.
+        `base`: masks by `scores`. It is missing if its allocation measures errors of blocks, and no step needs it.
+        `averaged`: masks by scores on the pooled statistics of all drift corpora. It is missing unless it is a row of
+        the result table.
     """
     cfg, masks_of = run.cfg, {}
     if not cfg.measures_errors or "base" in error_corpora(cfg):

@@ -50,7 +50,11 @@ def parser() -> Parser:
 
 
 def run(args: Sequence[str]) -> str:
-    """Write tables and figures, and return the short tables as text."""
+    """Write tables and figures, and return the tables and the path of the report as text.
+
+    Raises:
+        UserError: if a run, record or list does not exist or is invalid, or files cannot be written.
+    """
     options = parser().parse_args(args)
     for name in (*options.runs, *filter(None, [options.base])):
         check_exists(name)

@@ -37,7 +37,14 @@ from gprune.studies.tracking import log_study, wandb_beside_records, with_wandb_
 
 
 def run_lists(options: Namespace) -> None:
-    """Run the rows of the lists and print the results. `options` are the parsed arguments of `gprune study`."""
+    """Run the rows of the lists that have no record, and print the results.
+
+    Args:
+        options: the parsed arguments of `gprune study`.
+
+    Raises:
+        UserError: if an argument, a list or a row is invalid.
+    """
     for path in options.lists:
         listing = Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
         rows = select_part(select_rows(listing, options.only, what="--only"), options.part)
@@ -93,6 +100,8 @@ def token_hours(pending: Sequence[Row]) -> str:
 
 def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
     """Run one configuration and store its record.
+
+    Tasks and their results in an existing record are kept.
 
     Returns:
         The run's folder and the record, which is empty on ranks other than 0.
