@@ -193,7 +193,8 @@ def _unit_costs(points: Sequence[tuple[int, float]], units: int, share: float, s
         spread: relative deviation from a straight line that counts as noise.
     """
     kept, seconds = zip(*points, strict=True)
-    line = np.polyval(np.polyfit(kept, seconds, min(1, len(kept) - 1)), kept)
+    degree = min(1, len(kept) - 1)  # a constant if there is a single point
+    line = np.polyval(np.polyfit(kept, seconds, degree), kept)
     if np.abs(seconds / line - 1).max() <= spread:
         seconds = line
     increasing = isotonic_regression(seconds)  # only because of noise a narrower block can seem slower

@@ -220,7 +220,8 @@ def validation_interval(
     Raises:
         UserError: if the interval is longer than the epoch, or the limit leaves no batch.
     """
-    all_batches = batches = math.ceil(windows / batch_size)
+    all_batches = math.ceil(windows / batch_size)
+    batches = all_batches
     if limit := cfg.trainer.limit_train_batches:  # a number of batches, or a share below 1
         batches = min(all_batches, int(limit)) if limit >= 1 else int(all_batches * limit)
         if not batches:

@@ -42,9 +42,9 @@ def evaluate(
     masks: Mapping[str, Masks],
     pruned: PreTrainedModel | None = None,
 ) -> list[dict[str, Any]]:
-    """Step 10: perplexity of the dense model, the controls and gprune on every evaluated corpus.
+    """Step 10, and before recovery a part of step 9: perplexity of all rows on every evaluated corpus.
 
-    Finished rows are read from `metrics.json`. The dense model's numbers are cached for other runs. Windows are split
+    The rows are the dense model, the controls and the main row. Finished rows are read from `metrics.json`. The dense model's numbers are cached for other runs. Windows are split
     over processes, with the same bits as on one process; with `--model.shard` layers are sharded too.
 
     Args:
@@ -55,7 +55,7 @@ def evaluate(
             without recovery are evaluated, and their table is logged.
 
     Returns:
-        Flat records, one per number, as in `metrics.json`.
+        Records as in `metrics.json`, one per row and corpus.
     """
     cfg, before_recovery = run.cfg, pruned is None
     if before_recovery:

@@ -37,7 +37,7 @@ def shrink(
     run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, row: Stage | None = None,
     trial: int | None = None,
 ) -> PreTrainedModel:  # fmt: skip
-    """Return a pruned copy of the dense model, after recovery.
+    """Return a pruned copy of the dense model or, with `--model.made_elsewhere`, that model, after recovery.
 
     If the model is offloaded, the copy is written to the cache block by block, and then loaded with the same
     arguments. With DDP every process computes the whole copy, with the same bits.

@@ -49,6 +49,10 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         run: the open run, with the dense model.
         pruned: the model of the main row, after recovery.
         masks: masks by stage.
+
+    Raises:
+        UserError: if logits differ, an earlier session has written other masks, or the GGUF file differs from the
+            model.
     """
     if run.cfg.own_row == ("model", "none"):  # the user has this model already
         return
