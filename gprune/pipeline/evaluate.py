@@ -44,8 +44,9 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Step 10, and before recovery a part of step 9: perplexity of all rows on every evaluated corpus.
 
-    The rows are the dense model, the controls and the main row. Finished rows are read from `metrics.json`. The dense model's numbers are cached for other runs. Windows are split
-    over processes, with the same bits as on one process; with `--model.shard` layers are sharded too.
+    The rows are the dense model, the controls and the main row. Finished rows are read from `metrics.json`. The dense
+    model's numbers are cached for other runs. Windows are split over processes, with the same bits as on one process;
+    with `--model.shard` layers are sharded too.
 
     Args:
         run: the open run, with the dense model and the evaluated text.
