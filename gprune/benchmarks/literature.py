@@ -112,7 +112,8 @@ def literature_perplexity(
         limit: use only the first windows. The perplexity can then not be compared with published ones.
 
     Raises:
-        UserError: if windows are longer than the model's positions, or the text cannot be read.
+        UserError: if windows are longer than the model's positions, the text cannot be read, or a token has no
+            embedding.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or seq_len
     if not 2 <= seq_len <= positions:

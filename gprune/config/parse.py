@@ -226,7 +226,8 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     """
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
     path = os.path.join(folder, name)
-    if name in shipped and not (os.path.exists(path) and not os.path.isdir(path)):
+    has_file = os.path.exists(path) and not os.path.isdir(path)  # a file or a pipe
+    if name in shipped and not has_file:
         path = shipped[name]
     message = f"--config must be a YAML file of flags or one of {', '.join(shipped)}; got"
     content = read_yaml(path, message, pipe=True)

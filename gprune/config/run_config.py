@@ -290,7 +290,7 @@ class RunConfig(Group):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Extra statistics (`calibration.statistics.EXTRAS`) that the run reads."""
+        """Extra statistics (`gprune.calibration.projections.EXTRAS`) that the run reads."""
         if self.final == "model":
             return frozenset()
         metrics = {self.importance}

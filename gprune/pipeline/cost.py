@@ -59,7 +59,8 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
     kl_teacher = learning if cfg.sparsity.loss == "kl" else 0
     early_rows, late_rows = evaluated_models(cfg, hidden_size)
     evaluated = evaluated_tokens(cfg)
-    forward = {8: 0, 9: 3 * compared_tokens(cfg) + early_rows * evaluated, 10: late_rows * evaluated}
+    compared = 3 * compared_tokens(cfg)  # by the masked, the sliced and the reloaded model
+    forward = {8: 0, 9: compared + early_rows * evaluated, 10: late_rows * evaluated}
     forward_backward = {8: 0, 9: 0, 10: 0}
     if cfg.sparsity.quality:
         trials = num_searches(cfg) * TRIES

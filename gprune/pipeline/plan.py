@@ -188,7 +188,7 @@ def check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
     first = min(b.layer_index for b in blocks if b.index not in budget.costs.protected)
     ffn = [torch.full((b.experts * b.neurons,), b.layer_index != first) for b in blocks]
     attention = [torch.full((b.kv_groups,), b.layer_index != first) for b in blocks]
-    prune(dense, Masks(ffn, attention))
+    prune(dense, Masks(ffn, attention))  # the result is not needed, only its error
 
 
 def limit_to_depth(budget: Budget) -> Budget:

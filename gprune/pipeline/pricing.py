@@ -112,8 +112,8 @@ class Pricing:
     def speed(self) -> Table | None:
         """Latency table of this machine at the `--speed` settings.
 
-        It is measured if the budget or an output needs it. Otherwise it is read from the cache; None if the cache has
-        no table.
+        If a flag needs the table (`RunConfig.latency_table_flag`), it is measured unless it is cached. Otherwise it is
+        read from the cache; None if the cache has no table.
 
         Raises:
             UserError: if the table has to be measured, but the model has too few positions, or there is no device.

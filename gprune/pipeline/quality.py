@@ -208,13 +208,14 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
         return run
     run.step(8, "Finding the share that keeps the quality")
     trials = Trials(run, statistics)
-    final_masks, unlearned_row = masks_of[cfg.final], (cfg.final, cfg.training_free_recovery)
-    controls = trials.search_controls(masks_of)
-    unlearned = trials.search(unlearned_row, final_masks, after=next(iter(controls.values()), None))
-    result = unlearned
-    if unlearned_row != cfg.own_row:
-        expected = unlearned.best.rise if unlearned.best else None
-        result = trials.search(cfg.own_row, final_masks, after=unlearned, expected=expected)
+    final_masks = masks_of[cfg.final]
+    untrained_row = (cfg.final, cfg.training_free_recovery)
+    search_of_control = trials.search_controls(masks_of)
+    untrained = trials.search(untrained_row, final_masks, after=next(iter(search_of_control.values()), None))
+    result = untrained
+    if untrained_row != cfg.own_row:
+        expected = untrained.best.rise if untrained.best else None
+        result = trials.search(cfg.own_row, final_masks, after=untrained, expected=expected)
     if result.best is None:
         smallest = trials.budget(1)
         ratio, _, _ = trials.interval(trials.results(final_masks(smallest), cfg.own_row, smallest))
@@ -223,8 +224,8 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
             f"--sparsity.target must be above {_percent(ratio)}, the change of development perplexity by the smallest "
             f"cut ({removed}); got {s.target}."
         )
-    searches = {(stage, cfg.training_free_recovery): search for stage, search in controls.items()}
-    searches |= {unlearned_row: unlearned, cfg.own_row: result}
+    searches = {(stage, cfg.training_free_recovery): search for stage, search in search_of_control.items()}
+    searches |= {untrained_row: untrained, cfg.own_row: result}
     stages = [stage for stage, _ in cfg.stages]
     sizes = [
         _size_of_row(trials, row, search, masks_of[row[0]]) for row, search in searches.items() if row[0] in stages

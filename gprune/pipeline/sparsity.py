@@ -256,13 +256,15 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     stage = learner(run.model, modules.ranks, start, run.budget, **select_options(learner, settings) | options)
 
     def masks_at(budget: Budget) -> Masks:
+        """Return the learner's masks for a budget. Raise UserError if they are invalid."""
         return checked_masks(LEARNER, s.learner, stage.masks(budget), budget)
 
-    curve, apply = PerplexityCurve(), ApplyMasks(lambda: masks_at(run.budget))
-    numbers = sum(p.numel() for p in stage.parameters() if p.requires_grad)
-    what = f"Learning {numbers} {'thresholds' if s.learn == 'thresholds' else 'numbers'}"
+    curve = PerplexityCurve()
+    callbacks = [curve, ApplyMasks(lambda: masks_at(run.budget))]
+    num_learned = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+    what = f"Learning {num_learned} {'thresholds' if s.learn == 'thresholds' else 'numbers'}"
     trainer, data = run.fit(
-        "thresholds", what, stage, run.text.learn, role="learn", max_epochs=s.epochs, callbacks=[curve, apply]
+        "thresholds", what, stage, run.text.learn, role="learn", max_epochs=s.epochs, callbacks=callbacks
     )
     if curve.by_step:
         budgets = {run.budget.sparsity: run.budget}
@@ -270,11 +272,12 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
         masks_by_sparsity = {0.0: None} | {sparsity: masks_at(budget) for sparsity, budget in budgets.items()}
         curve.against_sparsity(trainer, stage, data, masks_by_sparsity)
         run.check_weights(type(stage).__name__)
+    perplexity_by_sparsity = {f"{sparsity:g}": by_corpus for sparsity, by_corpus in sorted(curve.by_sparsity.items())}
     run.folder.update_manifest(
         learning={
             "steps": trainer.global_step,
             "development_perplexity_by_epoch": list(curve.by_step.values()),
-            "development_perplexity_by_sparsity": {f"{k:g}": v for k, v in sorted(curve.by_sparsity.items())},
+            "development_perplexity_by_sparsity": perplexity_by_sparsity,
         }
     )
     return _learned_tensors(stage, s.learner, modules.ranks, masks_at(run.budget), run.budget)

@@ -125,8 +125,8 @@ def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Seque
     logging_of_rows = listing.rows[0].config.logging
     logging = logging_of_rows.model_copy(update={"name": _words(shlex.join([name, *flags]))[:128]})
     config = {"rows": rows} | {key: getattr(listing.content, key) for key in ("about", "reference", "seen")}
-    about = {"name": name, "group": name, "job_type": "study", "tags": [name], "config": config}
-    with wandb_run(folder, logging, id=id, **about) as run, TemporaryDirectory() as figure_folder:
+    identity = {"id": id, "name": name, "group": name, "job_type": "study", "tags": [name]}
+    with wandb_run(folder, logging, config=config, **identity) as run, TemporaryDirectory() as figure_folder:
         if run is None:
             return
         logged: dict[str, Any] = {}
