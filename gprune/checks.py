@@ -51,20 +51,20 @@ def validation_message(error: ValidationError, prefix: str = "") -> str:
         error: pydantic's error.
         prefix: put before the name of the setting, such as `--corpora.`.
     """
-    first = error.errors(include_url=False)[0]
-    context = first.get("ctx", {})
+    first_error = error.errors(include_url=False)[0]
+    context = first_error.get("ctx", {})
     if isinstance(context.get("error"), UserError):  # raised by one of gprune's own validators
         return str(context["error"]).removesuffix(".")
     limits = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
-    location = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+    location = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first_error["loc"])
     name = f"{prefix}{location.removeprefix('.')}".rstrip(".") or "content"
-    requirement = REQUIREMENTS.get(first["type"], "").format(**limits)
+    requirement = REQUIREMENTS.get(first_error["type"], "").format(**limits)
     if not requirement:  # pydantic's text: "Input should be a valid string", "String should have at most 3 characters"
-        subject, should, rest = first["msg"].partition(" should ")
-        requirement = rest if should and " " not in subject else f"be valid: {first['msg']}"
-    if first["type"].startswith("missing"):
+        subject, should, rest_of_message = first_error["msg"].partition(" should ")
+        requirement = rest_of_message if should and " " not in subject else f"be valid: {first_error['msg']}"
+    if first_error["type"].startswith("missing"):
         return f"{name} must {requirement}"
-    return f"{name} must {requirement}; got {format_value(first['input'])}"
+    return f"{name} must {requirement}; got {format_value(first_error['input'])}"
 
 
 def require(value: Any, kind: type | tuple[type, ...], expected: str) -> None:

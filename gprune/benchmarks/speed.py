@@ -192,13 +192,13 @@ def _unit_costs(points: Sequence[tuple[int, float]], units: int, share: float, s
         share: share of the block in the seconds of its layer.
         spread: relative deviation from a straight line that counts as noise.
     """
-    kept, seconds = zip(*points, strict=True)
-    degree = min(1, len(kept) - 1)  # a constant if there is a single point
-    line = np.polyval(np.polyfit(kept, seconds, degree), kept)
+    kept_units, seconds = zip(*points, strict=True)
+    degree = min(1, len(kept_units) - 1)  # a constant if there is a single point
+    line = np.polyval(np.polyfit(kept_units, seconds, degree), kept_units)
     if np.abs(seconds / line - 1).max() <= spread:
         seconds = line
     increasing = isotonic_regression(seconds)  # only because of noise a narrower block can seem slower
-    interpolated = np.interp(range(units + 1), kept, increasing)
+    interpolated = np.interp(range(units + 1), kept_units, increasing)
     return [round(PICOSECONDS * share * (value - interpolated[0])) for value in interpolated]
 
 
@@ -370,12 +370,12 @@ def time_generation(
         rounds.append([[time_once(model, tokens) for tokens in lengths] for model in models])
     repeats = torch.tensor(rounds, dtype=torch.float64)  # (rounds, models, lengths)
     fastest = repeats.amin(0)
-    first = fastest[:, 0]
-    step = (fastest[:, -1] - first).clamp(min=0) / DECODING_STEPS
+    first_seconds = fastest[:, 0]
+    step_seconds = (fastest[:, -1] - first_seconds).clamp(min=0) / DECODING_STEPS
     spread = float((repeats.amax(0) / fastest - 1).median())
     if spread > MAX_SPREAD:
         log.warning("Repeated measurements of speed differ by %.0f %%. The machine is busy.", 100 * spread)
-    return (first.tolist(), step.tolist(), (first + generate * step).tolist()), spread
+    return (first_seconds.tolist(), step_seconds.tolist(), (first_seconds + generate * step_seconds).tolist()), spread
 
 
 def measure_throughput(
@@ -397,22 +397,27 @@ def measure_throughput(
     Raises:
         UserError: if prompts are longer than the models' positions.
     """
-    longest = min(getattr(model.config, "max_position_embeddings", math.inf) for model in models) - DECODING_STEPS
-    if prompt > longest:
-        raise UserError(f"--speed_prompt must be {longest:,} tokens or less; got {prompt:,}.")
+    max_prompt = min(getattr(model.config, "max_position_embeddings", math.inf) for model in models) - DECODING_STEPS
+    if prompt > max_prompt:
+        raise UserError(f"--speed_prompt must be {max_prompt:,} tokens or less; got {prompt:,}.")
     device = describe_device(device_of(models[0]))
     records: list[list[dict[str, Any]]] = [[] for _ in models]
     for batch in dict.fromkeys(batches):
-        (first, step, _), spread = time_generation(models, batch=batch, prompt=prompt, generate=DECODING_STEPS)
+        (first_seconds, step_seconds, _), spread = time_generation(
+            models, batch=batch, prompt=prompt, generate=DECODING_STEPS
+        )
         shared = {
             "kind": SPEED, "split": "none", "batch": batch, "prompt": prompt, "spread": spread,
             "standard_protocol": False, "note": f"prompts of {prompt} tokens, {device}",
-            "rounds": key_of(first=first, step=step)[:16],
+            "rounds": key_of(first=first_seconds, step=step_seconds)[:16],
             "content_hash": key_of(machine=[device, platform.node()], batch=batch, prompt=prompt)[:16],
         }  # fmt: skip
         for i, model in enumerate(models):
             shared["dtype"] = str(model.dtype).removeprefix("torch.")
-            for task, tokens, seconds in (("prefill", batch * prompt, first[i]), ("decode", batch, step[i])):
+            for task, tokens, seconds in (
+                ("prefill", batch * prompt, first_seconds[i]),
+                ("decode", batch, step_seconds[i]),
+            ):
                 if seconds:  # 0 if decoding steps are too fast compared with prefill
                     speed = {"task": task, "tokens_per_second": tokens / seconds, "seconds": seconds}
                     records[i].append(shared | speed)

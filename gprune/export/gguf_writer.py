@@ -155,8 +155,9 @@ def difference_from_llama(config: PreTrainedConfig, block: Block) -> str | None:
     if config.hidden_act not in ("silu", "swish"):
         return f"has hidden_act {config.hidden_act} instead of silu"
     modules = [block.ffn_norm, block.attention_norm, *(part.host for part in block.parts.values())]
-    known = {id(parameter) for module in modules for parameter in module.parameters()}
-    if unknown := [name for name, parameter in block.layer.named_parameters() if id(parameter) not in known]:
+    known_ids = {id(parameter) for module in modules for parameter in module.parameters()}
+    unknown = [name for name, parameter in block.layer.named_parameters() if id(parameter) not in known_ids]
+    if unknown:
         return f"has weights that Llama does not have ({unknown[0]})"
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         return f"attends to a window of {config.sliding_window} tokens"
@@ -224,7 +225,7 @@ def stored_type(tensor: Tensor, type: str) -> GGMLQuantizationType:
 def encode_tensor(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     """Convert a tensor to its form in the file. Raise UserError if numbers overflow float16."""
     with np.errstate(over="ignore"):
-        data = quantize(np.ascontiguousarray(tensor.detach().float().cpu().numpy()), kind)
-    if data.dtype == np.float16 and not np.isfinite(data).all():
+        encoded = quantize(np.ascontiguousarray(tensor.detach().float().cpu().numpy()), kind)
+    if encoded.dtype == np.float16 and not np.isfinite(encoded).all():
         raise UserError(f"Cannot write '{name}' in float16: it has larger numbers. Use --type f32.")
-    return data
+    return encoded

@@ -162,9 +162,9 @@ class MemoryEstimate:
 
     def solve(self) -> float:
         """Least squares: the pruned model, and the matrices of the widest block's equations."""
-        widest = max(self.costs.neurons)
-        kept = self.kept_share * widest
-        matrices = 4 * widest**2 + 8 * kept**2 + (widest - kept) * (4 * widest + 12 * kept)
+        neurons = max(self.costs.neurons)
+        kept_neurons = self.kept_share * neurons
+        matrices = 4 * neurons**2 + 8 * kept_neurons**2 + (neurons - kept_neurons) * (4 * neurons + 12 * kept_neurons)
         pooled_grams = self.grams_of_all_corpora / self.corpora
         pruned = self.weight * self.kept_parameters
         return self.other_models + pooled_grams + pruned + (matrices if self.gram else 0)

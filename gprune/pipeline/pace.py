@@ -128,10 +128,10 @@ def _seconds_of_rows(plan: Plan, dense: Pace, pruned: Pace) -> float:
 def _measured_paces(plan: Plan) -> tuple[Pace, Pace]:
     """Return the paces of the dense model, which learns gates, and of a pruned model, which is distilled."""
     cfg, d = plan.cfg, plan.cfg.distill
-    kept = 1 - plan.removed / plan.budget.costs.in_parameters.total
+    kept_share = 1 - plan.removed / plan.budget.costs.in_parameters.total
     settings = (
         cfg.model.name, cfg.model.dtype, cfg.trainer.precision, cfg.corpora.batch_size, d.batch_size,
-        cfg.corpora.seq_len, cfg.evaluation.seq_len, round(kept, 2), cfg.sparsity.scope, d.targets, d.rank,
+        cfg.corpora.seq_len, cfg.evaluation.seq_len, round(kept_share, 2), cfg.sparsity.scope, d.targets, d.rank,
         d.checkpointing,
     )  # fmt: skip
     if settings not in _PACES:

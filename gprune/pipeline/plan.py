@@ -202,8 +202,8 @@ def limit_to_depth(budget: Budget) -> Budget:
     protected, prices = budget.costs.protected, budget.costs.prices.blocks
     layers = [layer for layer in budget.costs.by_layer if protected.isdisjoint(layer)]
     layer_costs = [sum(prices[block] for block in layer) for layer in layers]
-    kept = 0 if protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
-    removable = sum(layer_costs) - kept
+    kept_cost = 0 if protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
+    removable = sum(layer_costs) - kept_cost
     if Target.of(budget.asked).unit == "quality":
         return replace(budget.removing(min(budget.target, removable)), asked=budget.asked)
     if budget.target > removable:

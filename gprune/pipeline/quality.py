@@ -146,11 +146,11 @@ class Trials:
             return self.rise(self.results(masks_of(budget), row, budget))
 
         if after is not None and after.best is not None:
-            first, exponent = after.best.cut, after.exponent(EXPONENT)
+            first_cut, exponent = after.best.cut, after.exponent(EXPONENT)
         else:
-            first, exponent = round(FIRST_SPARSITY * self.run.budget.costs.total / self.step), EXPONENT
+            first_cut, exponent = round(FIRST_SPARSITY * self.run.budget.costs.total / self.step), EXPONENT
         return find_largest_cut(
-            rise, math.log1p(self.requested_rise), self.max_cut, first=first, expected=expected, exponent=exponent,
+            rise, math.log1p(self.requested_rise), self.max_cut, first=first_cut, expected=expected, exponent=exponent,
             unused=min(share_of_rise, share_of_dense / self.requested_rise), tries=LEARNED_TRIES if learns else TRIES,
         )  # fmt: skip
 

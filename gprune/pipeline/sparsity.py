@@ -318,7 +318,7 @@ def _learned_tensors(
 
 def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> None:
     """Log the measurements of each module, and its sparsity, which is the share of its neurons that masks remove."""
-    sparsity = [module_means(~keep, y) for keep, y in zip(masks.ffn, modules.labels, strict=True)]
+    sparsity = [module_means(~mask, block_labels) for mask, block_labels in zip(masks.ffn, modules.labels, strict=True)]
     names = ("sensitivity", "noise_floor", "agreement", "sparsity")
     for step, row in enumerate(modules.rows()):
         row["sparsity"] = float(sparsity[row["block"]][row["module"]])

@@ -166,10 +166,10 @@ class Report:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         figures = self.draw(folder / "figures", formats)
-        first = self.runs[0]
-        if len(self.runs) == 1 and first.masks is not None:  # figures of several runs are in their folders
+        run = self.runs[0]
+        if len(self.runs) == 1 and run.masks is not None:  # figures of several runs are in their folders
             figures += write_figures(
-                folder / "figures", first.records, first.modules, first.masks, first.summary, formats=formats
+                folder / "figures", run.records, run.modules, run.masks, run.summary, formats=formats
             )
         possible = {folder / "tables" / f"{name}.csv" for name in get_args(TableName)}
         possible |= {folder / "figures" / f"{name}.{suffix}" for name in FIGURES for suffix in FORMATS}

@@ -144,10 +144,12 @@ def speed_figure(table: dict[str, Any], depth: int) -> Figure:
     figure = Figure(figsize=(9, 3.4))
     panels = {"neurons": "FFN neurons", "groups": "KV groups"}
     for axes, (kind, units) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
-        kept, seconds = np.transpose(table[kind])
-        axes.plot(kept, 1000 * depth * seconds, marker="o", ms=4, color=COLOURS["gprune"], label=f"{depth} blocks")
+        kept_units, seconds = np.transpose(table[kind])
+        axes.plot(
+            kept_units, 1000 * depth * seconds, marker="o", ms=4, color=COLOURS["gprune"], label=f"{depth} blocks"
+        )
         axes.axhline(1000 * table["rest"], ls="--", color=OTHER_COLOUR, label="what is never pruned")
-        axes.set(xlabel=f"{units} that each block keeps", ylabel="milliseconds", xticks=kept, ylim=0)
+        axes.set(xlabel=f"{units} that each block keeps", ylabel="milliseconds", xticks=kept_units, ylim=0)
         axes.label_outer()
         axes.grid(axis="y")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")

@@ -29,9 +29,9 @@ SCRATCH_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of scratch folder
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List the leaves in which two nested dictionaries differ, as 'sparsity.target: 0.5 there, 0.3 here'."""
-    old, new = flatten(old), flatten(new)
-    changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-    return [f"{name}: {old.get(name)} there, {new.get(name)} here" for name in changed]
+    old_leaves, new_leaves = flatten(old), flatten(new)
+    changed = sorted(name for name in {*old_leaves, *new_leaves} if old_leaves.get(name) != new_leaves.get(name))
+    return [f"{name}: {old_leaves.get(name)} there, {new_leaves.get(name)} here" for name in changed]
 
 
 def broadcast(value: Any) -> Any:

@@ -179,7 +179,8 @@ def _with_tensors(run: FinishedRun) -> FinishedRun:
         return run
     masks = Masks.from_tensors(_read_tensors_of(run, f"masks/{run.final}"))
     modules = Modules.from_tensors(_read_tensors_of(run, "modules")) if run.final == "gprune" else None
-    if modules is not None and [y.shape for y in modules.labels] != [m.shape for m in masks.ffn]:
+    neurons = [mask.shape for mask in masks.ffn]
+    if modules is not None and [block_labels.shape for block_labels in modules.labels] != neurons:
         reason = "modules and masks have different numbers of neurons"
         raise UserError(f"Cannot read run '{run.path}': {reason}. Run the same command again.")
     return replace(run, masks=masks, modules=modules)

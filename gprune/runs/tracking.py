@@ -318,7 +318,7 @@ def wandb_run(
 
 
 @contextmanager
-def resumed_run(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | None]:
+def resumed_run(folder: Path, identity: Mapping[str, Any]) -> Iterator[wandb.Run | None]:
     """Context with a finished W&B run, opened again to add results to it. If this run is still open, it is used.
 
     In online mode the run is resumed. In offline mode another file with the same id is written, which `wandb sync`
@@ -326,14 +326,14 @@ def resumed_run(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | 
 
     Args:
         folder: folder of the run.
-        known: the entry `wandb` of the manifest, which identifies the run.
+        identity: the entry `wandb` of the manifest, which identifies the run.
     """
-    if wandb.run is not None and wandb.run.id == known["id"]:
+    if wandb.run is not None and wandb.run.id == identity["id"]:
         yield wandb.run
         return
-    mode = os.environ.get("WANDB_MODE") or known["mode"]
+    mode = os.environ.get("WANDB_MODE") or identity["mode"]
     # `create_new`, because another run may be open.
-    with _wandb_run(folder, latest=False, reinit="create_new", **known | {"mode": mode}) as run:
+    with _wandb_run(folder, latest=False, reinit="create_new", **identity | {"mode": mode}) as run:
         yield run
 
 

@@ -57,12 +57,12 @@ def _check_text(done: FinishedRows) -> None:
         amount += [evaluation.get(name) for name in ("num_samples", "seq_len", "split", "development_samples")]
         for role, digest in inputs["text"].items():
             key = (inputs["model"], row.seed, role, *amount)
-            other, other_digest = first_read.setdefault(key, (row, digest))
-            if other_digest != digest:
-                files = f"{find_record(other)[0].name} or {find_record(row)[0].name}"
+            first_row, first_digest = first_read.setdefault(key, (row, digest))
+            if first_digest != digest:
+                files = f"{find_record(first_row)[0].name} or {find_record(row)[0].name}"
                 raise UserError(
-                    f"Cannot compare rows '{other.name}' and '{row.name}': they have read different text as {role}. "
-                    f"Remove the outdated record ({files}) and its run folder, and run it again."
+                    f"Cannot compare rows '{first_row.name}' and '{row.name}': they have read different text as "
+                    f"{role}. Remove the outdated record ({files}) and its run folder, and run it again."
                 )
 
 
