@@ -52,7 +52,6 @@ PICOSECONDS = 1e12  # per second
 Table = dict[str, Any]
 Times = tuple[list[float], list[float], list[float]]  # per model: seconds to the first token, per step, in total
 
-
 _checked: set[Path] = set()  # tables that this process has measured or verified
 
 

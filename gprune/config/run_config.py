@@ -19,13 +19,8 @@ from gprune.recoveries import RECOVERY, recovery_of
 from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.sparsity.allocation import ALLOCATION
 
-PRUNING_SETTINGS = (
-    "importance",
-    "partition",
-    "reliability",
-    "sparsity",
-    "ridge",
-)  # ignored with --model.made_elsewhere
+# Settings that are ignored with --model.made_elsewhere.
+PRUNING_SETTINGS = ("importance", "partition", "reliability", "sparsity", "ridge")
 # Replaceable stages: group -> setting. `settings()` names a stage only if it is not the default.
 STAGES = {"corpora": "calibrator", "partition": "refiner", "sparsity": "learner"}
 
@@ -166,8 +161,8 @@ class RunConfig(Group):
             )
         device_map, processes = self.model.device_map, self.processes
         if (flag := self.latency_table_flag) and (processes > 1 or device_map is not None):
-            other = f"{processes} processes" if processes > 1 else f"--model.device_map {device_map}"
-            raise UserError(f"{flag} cannot be combined with {other}, because speed is measured in one process.")
+            setting = f"{processes} processes" if processes > 1 else f"--model.device_map {device_map}"
+            raise UserError(f"{flag} cannot be combined with {setting}, because speed is measured in one process.")
 
     def _check_placement(self) -> None:
         """Raise UserError for a combination of sharding, offloading and processes that is not supported."""

@@ -333,7 +333,7 @@ def open_run(
 
 
 def _record_machine_choices(folder: RunFolder, plan: Plan, requested_precision: str) -> None:
-    """Write to the folder what depends on the machine: the latency table, and why precision `auto` was resolved so."""
+    """Write the latency table to the folder if the run uses one, and the reason for the resolved precision `auto`."""
     cfg = plan.cfg
     if cfg.latency_table_flag:
         key = speed_key(plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.workload())

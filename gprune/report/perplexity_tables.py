@@ -244,7 +244,9 @@ def _stage_rows(
 def _row_key(
     group: SeedGroup, runs: Sequence[FinishedRun], stage: Stage, cells: Sequence[Estimate | None]
 ) -> tuple[Any, ...]:
-    """Return a key that is equal for rows of groups that are merged.
+    """Return a key that is equal for rows of several groups that are merged into one.
+
+    Dense rows are merged if their results are equal, and controls if results and cells are. Main rows are not merged.
 
     Args:
         group: the group of the row.

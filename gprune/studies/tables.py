@@ -129,7 +129,7 @@ def stage_ratios(runs: Sequence[FinishedRun], first: str, second: str, number: s
         number: as for `unseen_ratio`.
 
     Returns:
-        The ratios. None if a row is not finished, and an empty list if windows differ.
+        The ratios. None if a row is not finished; an empty list if the rows have no seed in common, or windows differ.
     """
     first_runs, first_stage = _find_stage(runs, first)
     second_runs, second_stage = _find_stage(runs, second)
