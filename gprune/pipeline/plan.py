@@ -202,10 +202,10 @@ def limit_to_depth(budget: Budget) -> Budget:
     protected, prices = budget.costs.protected, budget.costs.prices.blocks
     layers = [layer for layer in budget.costs.by_layer if protected.isdisjoint(layer)]
     layer_costs = [sum(prices[block] for block in layer) for layer in layers]
-    kept_cost = 0 if protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
-    removable = sum(layer_costs) - kept_cost
-    if Target.of(budget.asked).unit == "quality":
-        return replace(budget.removing(min(budget.target, removable)), asked=budget.asked)
+    kept = 0 if protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
+    removable = sum(layer_costs) - kept
+    if Target.of(budget.setting).unit == "quality":
+        return replace(budget.removing(min(budget.target, removable)), setting=budget.setting)
     if budget.target > removable:
         raise UserError(
             f"--sparsity.allocation depth cannot remove {budget.target:,}: whole blocks are at most {removable:,} if "

@@ -233,7 +233,7 @@ def masks_from_saved_tensors(ranks: ModuleRanks, tensors: Mapping[str, Tensor], 
     if learner_masks:
         return Masks.from_tensors(learner_masks)
     if "offsets.0" in tensors:
-        ranks = ranks.moved([tensors[f"offsets.{b}"] for b in range(len(ranks.ffn))])
+        ranks = ranks.with_offsets([tensors[f"offsets.{b}"] for b in range(len(ranks.ffn))])
     return masks_from_thresholds(ranks, thresholds_from_named(tensors), budget)
 
 
@@ -286,7 +286,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
 def _set_removed_to_mean(thresholds: Thresholds, budget: Budget) -> None:
     """Give blocks that the budget removes the mean threshold, in place. Other sparsities of the curve may keep them."""
     for by_block in thresholds:  # of neurons, then of KV groups
-        mean = torch.cat([by_block[b] for b in budget.costs.stay]).mean()
+        mean = torch.cat([by_block[b] for b in budget.costs.remaining_blocks]).mean()
         for b in budget.costs.removed_blocks:
             by_block[b] = torch.full_like(by_block[b], mean)
 
