@@ -51,27 +51,27 @@ def validation_message(error: ValidationError, prefix: str = "") -> str:
         error: pydantic's error.
         prefix: put before the name of the setting, such as `--corpora.`.
     """
-    first = error.errors(include_url=False)[0]
-    context = first.get("ctx", {})
+    first_error = error.errors(include_url=False)[0]
+    context = first_error.get("ctx", {})
     if isinstance(context.get("error"), UserError):  # raised by one of gprune's own validators
         return str(context["error"]).removesuffix(".")
     limits = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
-    location = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+    location = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first_error["loc"])
     name = f"{prefix}{location.removeprefix('.')}".rstrip(".") or "content"
-    requirement = REQUIREMENTS.get(first["type"], "").format(**limits)
+    requirement = REQUIREMENTS.get(first_error["type"], "").format(**limits)
     if not requirement:  # pydantic's text: "Input should be a valid string", "String should have at most 3 characters"
-        subject, should, rest = first["msg"].partition(" should ")
-        requirement = rest if should and " " not in subject else f"be valid: {first['msg']}"
-    if first["type"].startswith("missing"):
+        subject, should, rest_of_message = first_error["msg"].partition(" should ")
+        requirement = rest_of_message if should and " " not in subject else f"be valid: {first_error['msg']}"
+    if first_error["type"].startswith("missing"):
         return f"{name} must {requirement}"
-    return f"{name} must {requirement}; got {format_value(first['input'])}"
+    return f"{name} must {requirement}; got {format_value(first_error['input'])}"
 
 
 def require(value: Any, kind: type | tuple[type, ...], expected: str) -> None:
     """Raise UserError unless a value has a type.
 
     Args:
-        value: the value.
+        value: an argument of a public function.
         kind: the type, or several types.
         expected: the beginning of the message, such as "The argument of prune must be a RunConfig".
     """
@@ -89,7 +89,11 @@ def format_value(value: Any) -> str:
 
 
 def memory_limits(sizes: Mapping[str, str]) -> dict[str | int, int]:
-    """Convert `--model.max_memory` to the form of transformers: bytes by `cpu` or device number."""
+    """Convert `--model.max_memory` to the form of transformers: bytes by `cpu` or device number.
+
+    Raises:
+        UserError: if a key is neither cpu nor a number, or a value is not a size such as 20GiB.
+    """
     if invalid := [device for device in sizes if device != "cpu" and not str(device).isdecimal()]:
         raise UserError(
             f"--model.max_memory must have keys cpu or a device number such as 0; got {format_value(invalid[0])}."
@@ -101,7 +105,13 @@ def memory_limits(sizes: Mapping[str, str]) -> dict[str | int, int]:
     return {device if device == "cpu" else int(device): int(size) for device, size in limits.items()}
 
 
-Memory = Annotated[dict[Text, Text], AfterValidator(lambda sizes: memory_limits(sizes) and sizes)]
+def _check_memory(sizes: dict[str, str]) -> dict[str, str]:
+    """Return the sizes unchanged. Raise UserError if `memory_limits` does not accept them."""
+    memory_limits(sizes)
+    return sizes
+
+
+Memory = Annotated[dict[Text, Text], AfterValidator(_check_memory)]
 
 
 def option_types(entry: Any) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def describe_ignored_flags(cfg: RunConfig, names: Iterable[str]) -> str:
     The line is empty if no flag is known to be ignored.
 
     Args:
-        cfg: the settings.
+        cfg: the settings of the run, including defaults.
         names: names of the flags that were given, without `--`.
     """
     remaining = set(names)

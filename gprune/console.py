@@ -25,7 +25,10 @@ BOLD = re.compile(r"(\x1b\[[01]m)")  # bold on and off, the only control sequenc
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that raises UserError instead of printing usage and exiting, and keeps line breaks in help."""
+    """Argument parser that raises UserError instead of printing usage and exiting, and keeps line breaks in help.
+
+    Every command has the flag `--import`.
+    """
 
     def __init__(self, prog: str, **options: object):
         defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}

@@ -57,6 +57,7 @@ class Registry(Generic[T]):
             raise UserError(f"The name of a {self.kind} must have letters, digits, _, - and dots; got {name!r:.100}.")
 
         def decorate(entry: T) -> T:
+            """Register the entry under `name`, and return it unchanged."""
             if self.method and not isinstance(entry, str) and not callable(getattr(entry, self.method, None)):
                 subject = f"{self.kind.capitalize()} '{name}'"
                 raise UserError(f"{subject} must be a class with the method {self.method}; got {entry!r}.")
@@ -76,11 +77,12 @@ class Registry(Generic[T]):
             raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
 
     def __getitem__(self, name: str) -> T:
+        """Return the entry. Raise UserError if the name is not registered. An entry given as text is imported."""
         self.check(name)
         entry = self._entries[name]
         if isinstance(entry, str):
-            module, _, origin = entry.partition(":")
-            entry = self._entries[name] = getattr(importlib.import_module(module), origin)
+            module, _, attribute = entry.partition(":")
+            entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
         return entry
 
     @contextmanager
@@ -121,20 +123,20 @@ class Registry(Generic[T]):
         """
         import torch
 
-        found = type(value).__name__
+        received = type(value).__name__  # description for the error
         if isinstance(value, torch.Tensor):
             dtype, layout = (str(part).removeprefix("torch.") for part in (value.dtype, value.layout))
-            found = f"{tuple(value.shape)} of {dtype}, {'without values (meta)' if value.is_meta else layout}"
+            received = f"{tuple(value.shape)} of {dtype}, {'without values (meta)' if value.is_meta else layout}"
             right_dtype = dtype in DTYPES[of.removeprefix("finite ")]
             is_dense = layout == "strided" and not value.is_meta
             if value.shape in shapes and right_dtype and is_dense:
                 not_finite = int((~value.isfinite()).sum()) if "finite" in of else 0
                 if not not_finite:
                     return value.detach()
-                found = f"{not_finite} of {value.numel()} that are not finite"
+                received = f"{not_finite} of {value.numel()} that are not finite"
         shape = " or ".join(map(str, shapes))
         subject = f"{self.kind.capitalize()} '{name}'"
-        raise UserError(f"{subject} must give {what} {shape} as a dense tensor of {of}; got {found}.")
+        raise UserError(f"{subject} must give {what} {shape} as a dense tensor of {of}; got {received}.")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

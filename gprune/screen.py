@@ -91,8 +91,10 @@ class Screen:
 
 
 class _Bar(Progress):
-    """Progress with an empty last line. A terminal echoes `^C` there; on the bar's full line the echo would wrap, and
-    the bar could not be erased."""
+    """Progress with an empty last line, on which a terminal echoes `^C`.
+
+    On the bar's own line, which is full, the echo would wrap, and the bar could not be erased.
+    """
 
     def get_renderables(self) -> Iterable[RenderableType]:
         return *super().get_renderables(), ""

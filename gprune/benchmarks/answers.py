@@ -46,11 +46,11 @@ class AnswerLM(HFLM):
                 batch = longest_first[start : start + self.batch_size]
                 inputs = [torch.tensor(tokens[-self.max_length :]) for tokens in batch]
                 row_and_request = [(row, i) for row, tokens in enumerate(batch) for i in requests_by_input[tokens]]
-                first = min(len(inputs[row]) - len(requests[i][2]) for row, i in row_and_request)
-                log_p = self._log_probabilities(pad_sequence(inputs, batch_first=True), first)
+                first_position = min(len(inputs[row]) - len(requests[i][2]) for row, i in row_and_request)
+                log_p = self._log_probabilities(pad_sequence(inputs, batch_first=True), first_position)
                 for row, i in row_and_request:
                     continuation = torch.tensor(requests[i][2], device=log_p.device)
-                    end = len(inputs[row]) - first
+                    end = len(inputs[row]) - first_position
                     log_p_of_tokens = log_p[row, end - len(continuation) : end]
                     total = log_p_of_tokens.gather(1, continuation[:, None]).sum()
                     is_greedy = bool((log_p_of_tokens.argmax(1) == continuation).all())
@@ -58,23 +58,23 @@ class AnswerLM(HFLM):
                 bar.update(len(row_and_request))
         return [answers[i] for i in range(len(requests))]
 
-    def _log_probabilities(self, tokens: Tensor, first: int) -> Tensor:
-        """Compute log-probabilities of next tokens at positions from `first` on.
+    def _log_probabilities(self, tokens: Tensor, first_position: int) -> Tensor:
+        """Compute log-probabilities of next tokens at positions from `first_position` on.
 
         Args:
             tokens: (batch, length) int64, padded on the right, which does not affect earlier positions.
-            first: the first position.
+            first_position: index of the first token after which log-probabilities are needed.
 
         Returns:
-            (batch, length - first, vocabulary) float32.
+            (batch, length - first_position, vocabulary) float32.
         """
         self._check_tokens(tokens)
         # Indices make a contiguous copy. torch multiplies strided rows 70 times slower on a CPU in bfloat16.
-        positions = torch.arange(first, tokens.shape[1], device=self.model.device)
+        positions = torch.arange(first_position, tokens.shape[1], device=self.model.device)
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             logits = self.model(tokens.to(self.model.device), logits_to_keep=positions).logits
         else:  # a model with custom code
-            logits = self.model(tokens.to(self.model.device)).logits[:, first:]
+            logits = self.model(tokens.to(self.model.device)).logits[:, first_position:]
         return F.log_softmax(logits, -1, dtype=torch.float32)
 
     def _model_generate(self, context: Tensor, **options: Any) -> Tensor:

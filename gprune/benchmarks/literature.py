@@ -104,15 +104,16 @@ def literature_perplexity(
     """Measure perplexity in the convention of the literature, with a 95 % interval over windows, as a record.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
+        model: a causal language model.
+        tokenizer: the tokenizer of the model.
         task: wikitext2 or c4.
         seq_len: tokens per window.
         bos: whether each window begins with BOS, as for `leading_token`.
         limit: use only the first windows. The perplexity can then not be compared with published ones.
 
     Raises:
-        UserError: if windows are longer than the model's positions, or the text cannot be read.
+        UserError: if windows are longer than the model's positions, the text cannot be read, or a token has no
+            embedding.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or seq_len
     if not 2 <= seq_len <= positions:

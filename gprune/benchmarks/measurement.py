@@ -96,6 +96,11 @@ def evaluate(
 def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dict[str, Any]]:
     """Measure a task other than speed.
 
+    Args:
+        loaded: the model and its tokenizer.
+        task: wikitext2, c4, or a task or a group of tasks of lm_eval.
+        benchmarks: settings of the tasks.
+
     Returns:
         The records. A group of tasks has a record per task, and a perplexity has one per window length.
     """
@@ -110,16 +115,24 @@ def merge_records(path: Path, records: Sequence[dict[str, Any]], *, run: str | N
     """Add records to a file, replacing earlier records of the same model and protocol.
 
     Args:
-        path: the file.
+        path: a JSON file of records, which need not exist.
         records: the new records.
         run: key of the run that the file belongs to. In other files `run` and `origin` of a record identify its model.
+
+    Raises:
+        UserError: if the file has other content, or belongs to another run.
     """
-    identifying = ["model", "stage", "recovery", "task", "content_hash", "dtype"]
+    names = ["model", "stage", "recovery", "task", "content_hash", "dtype"]
     if not run:
-        identifying += ["run", "origin"]
-    new = {tuple(map(r.get, identifying)) for r in records}
-    others = [r for r in read_evaluation(path, run=run) if tuple(map(r.get, identifying)) not in new]
-    write_json(path, {"records": [*others, *records]}, run=run)
+        names += ["run", "origin"]
+
+    def identity(r: dict[str, Any]) -> tuple[Any, ...]:
+        """Return a key that is equal for records of the same model and protocol."""
+        return tuple(r.get(name) for name in names)
+
+    new_identities = {identity(r) for r in records}
+    kept = [r for r in read_evaluation(path, run=run) if identity(r) not in new_identities]
+    write_json(path, {"records": [*kept, *records]}, run=run)
 
 
 def log_evaluation(run: Path, records: Sequence[dict[str, Any]]) -> None:

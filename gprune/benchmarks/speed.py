@@ -52,12 +52,11 @@ PICOSECONDS = 1e12  # per second
 Table = dict[str, Any]
 Times = tuple[list[float], list[float], list[float]]  # per model: seconds to the first token, per step, in total
 
-
 _checked: set[Path] = set()  # tables that this process has measured or verified
 
 
 def speed_key(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]) -> str:
-    """Return the cache key of a table: a hash of machine, threads, versions, shapes, dtype and workload."""
+    """Return the cache key of a table: a hash of machine, threads, version of torch, shapes, dtype and workload."""
     gpu = device.type == "cuda" and torch.cuda.get_device_name(device)
     machine = [platform.node(), platform.processor(), os.cpu_count(), torch.get_num_threads(), torch.__version__]
     machine += [gpu, torch.get_float32_matmul_precision()]
@@ -69,22 +68,25 @@ def speed_table(
     dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int], *, measure: bool,
     again: bool = False, run_table: Path | None = None,
 ) -> Table | None:  # fmt: skip
-    """Return the latency table of this machine, cached or measured; None if it is not cached and `measure` is false.
+    """Return the latency table of this machine: that of a resumed run, a cached one, or a new measurement.
+
+    The result is None if there is no stored table and `measure` is false.
 
     Args:
         dense: the model without weights.
-        device: the device.
-        dtype: the dtype of the weights.
+        device: device on which models are timed.
+        dtype: dtype in which models are timed.
         workload: `batch`, `prompt` and `generate`, as for `time_generation`.
-        measure: whether to measure a table that is missing or, by `reason_to_measure`, no longer valid.
-        again: whether to measure a valid table too, if `measure` is true.
-        run_table: the table that `store_run_table` has stored in a run's folder; a resumed run uses it.
+        measure: whether to measure if the cache has no table, or one that `reason_to_measure` rejects.
+        again: with `measure`, whether to replace a valid cached table too (`--speed.measure true`).
+        run_table: file in a run's folder in which `store_run_table` stored the table of an earlier session, if any.
+            A resumed run keeps that table, whatever `measure` and `again` are.
     """
     key = speed_key(dense, device, dtype, workload)
     if run_table is not None:
-        stored = read_json(run_table, check=_run_table_problem, sealed=True)
-        if stored and stored["key"] == key:
-            return stored["table"]
+        content = read_json(run_table, check=_run_table_problem, sealed=True)
+        if content and content["key"] == key:
+            return content["table"]
     path = cache_dir() / "speed" / f"{key}.json"
     table = read_json(path, check=MeasuredSpeed.problem, sealed=True)
     if not measure:
@@ -109,8 +111,17 @@ def reason_to_measure(
 ) -> str | None:  # fmt: skip
     """Return why a cached table has to be measured again, or None if it is valid.
 
-    Reasons are `again`, a noisy table, an age above `MAX_AGE`, and a wrong prediction for the dense model. For the last
-    one the dense model is timed. A table is checked once per process.
+    A table is valid if it is not noisy, is not older than `MAX_AGE`, and predicts the time of the dense model, which
+    is timed for this purpose. A table is checked once per process.
+
+    Args:
+        table: the cached table.
+        path: its file in the cache.
+        dense, device, dtype, workload: as for `speed_table`.
+        again: whether the user requests a new measurement.
+
+    Returns:
+        The end of the log line "Measuring the latency table of this machine, ...".
     """
     if again:
         return "again, because of --speed.measure"
@@ -123,7 +134,7 @@ def reason_to_measure(
         return f"again: the cached table is {age / DAY:.0f} days old"
     log.info("Comparing the latency table with one measurement of the dense model")
     measured = dense_seconds(dense, device, dtype, workload)
-    _, seconds_per_layer = table["neurons"][-1]
+    _, seconds_per_layer = table["neurons"][-1]  # at full width
     predicted = len(decoder_layers(dense)) * seconds_per_layer + table["rest"]
     ratio = measured / predicted
     _checked.add(path)
@@ -133,7 +144,7 @@ def reason_to_measure(
 
 
 def store_run_table(table: Table, key: str, file: Path) -> None:
-    """Store the table of a run in its folder, so that a resumed run has the same budget."""
+    """Store the table of a run and its `speed_key` in the run's folder, so that a resumed run has the same budget."""
     write_json(file, {"key": key, "table": table})
 
 
@@ -145,11 +156,11 @@ def _run_table_problem(content: Any) -> str | None:
 
 
 def price_from_table(table: Table, blocks: Sequence[Block]) -> Price:
-    """Convert a latency table to integer picoseconds.
+    """Convert a latency table to costs of units in integer picoseconds.
 
-    The price has the cost of keeping 0, 1, ..., n units of each block, interpolated linearly between measured widths.
-    If a straight line fits all points within the measurement noise (`spread`), the line is used. A layer with several
-    blocks is timed as a whole. Its time is divided between them in proportion to their parameters.
+    The price of a block is the cost of keeping 0, 1, ..., n of its units, interpolated linearly between measured
+    widths. If a straight line fits all points within the measurement noise (`spread`), the line is used. A layer with
+    several blocks is timed as a whole. Its time is divided between them in proportion to their parameters.
     """
     layers = by_layer(blocks)
     neuron_costs = [
@@ -180,12 +191,13 @@ def _unit_costs(points: Sequence[tuple[int, float]], units: int, share: float, s
         share: share of the block in the seconds of its layer.
         spread: relative deviation from a straight line that counts as noise.
     """
-    kept, seconds = zip(*points, strict=True)
-    line = np.polyval(np.polyfit(kept, seconds, min(1, len(kept) - 1)), kept)
+    kept_units, seconds = zip(*points, strict=True)
+    degree = min(1, len(kept_units) - 1)  # a constant if there is a single point
+    line = np.polyval(np.polyfit(kept_units, seconds, degree), kept_units)
     if np.abs(seconds / line - 1).max() <= spread:
         seconds = line
-    increasing = isotonic_regression(seconds)  # except for noise, narrower blocks are faster
-    interpolated = np.interp(range(units + 1), kept, increasing)
+    increasing = isotonic_regression(seconds)  # only because of noise a narrower block can seem slower
+    interpolated = np.interp(range(units + 1), kept_units, increasing)
     return [round(PICOSECONDS * share * (value - interpolated[0])) for value in interpolated]
 
 
@@ -193,7 +205,7 @@ def _parameter_share(block: Block, layer: Sequence[Block], kind: str) -> float:
     """Return a block's share of the parameters of all units of a kind in its layer; 1 for a single block.
 
     Args:
-        block: the block.
+        block: one of the blocks in `layer`.
         layer: all blocks of the layer.
         kind: ffn or attention.
     """
@@ -242,7 +254,7 @@ def random_model(dense: PreTrainedModel, device: torch.device, dtype: torch.dtyp
 def dense_seconds(
     dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]
 ) -> float:
-    """Measure the seconds of the dense model for a workload in the smallest number of rounds."""
+    """Measure the seconds of a workload with the dense model, in `MIN_ROUNDS` rounds and with random weights."""
     (_, _, (seconds,)), _ = time_generation([random_model(dense, device, dtype)], max_seconds=0, **workload)
     return seconds
 
@@ -251,7 +263,11 @@ def dense_seconds(
 def measure_table(
     dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]
 ) -> Table:
-    """Measure the latency table with random weights."""
+    """Measure the latency table (`Table`) with random weights.
+
+    Widths of FFNs are 1 and the quarters of the widest block's N neurons, with all KV groups. Numbers of KV groups are
+    1 and the quarters of the largest number G, with all neurons. All models are timed in alternation.
+    """
     model = random_model(dense, device, dtype)
     model_widths = widths(model)
     N, G = max(model_widths["neurons"]), max(model_widths["kv_groups"])
@@ -271,20 +287,26 @@ def measure_table(
     without_layers = narrow_model(model, N, G)
     del decoder_layers(without_layers)[:]
     (_, _, (*seconds, rest)), spread = time_generation([*models.values(), without_layers], **workload)
-    of_layer = {size: max((total - rest) / depth, 1e-12) for size, total in zip(models, seconds, strict=True)}
+    # By the difference, noise could make the time of a layer 0 or negative.
+    layer_seconds = {size: max((total - rest) / depth, 1e-12) for size, total in zip(models, seconds, strict=True)}
     return {
-        "neurons": [[n, of_layer[n, g]] for n, g in sizes["neurons"]],
-        "groups": [[g, of_layer[n, g]] for n, g in sizes["groups"]],
-        "multiples": [[n, of_layer[n, g]] for n, g in sizes["multiples"]],
+        "neurons": [[n, layer_seconds[n, g]] for n, g in sizes["neurons"]],
+        "groups": [[g, layer_seconds[n, g]] for n, g in sizes["groups"]],
+        "multiples": [[n, layer_seconds[n, g]] for n, g in sizes["multiples"]],
         "rest": rest,
         "spread": spread,
     }
 
 
 def narrow_model(model: PreTrainedModel, neurons: int, groups: int) -> PreTrainedModel:
-    """Return a model with at most so many neurons and KV groups per block.
+    """Return a model with smaller blocks for timing, which shares memory with the given model.
 
-    It shares memory with the given model. Its weights are arbitrary numbers of that memory.
+    Its weights are arbitrary numbers from the memory of the given model.
+
+    Args:
+        model: the model with full widths.
+        neurons: largest number of neurons per block.
+        groups: largest number of KV groups per block.
     """
     blocks = blocks_of(model)
     ffn = [
@@ -320,7 +342,7 @@ def time_generation(
     is the mean of the first `DECODING_STEPS` steps.
 
     Args:
-        models: the models.
+        models: models on the same device; they are timed in alternation.
         batch: number of prompts.
         prompt: tokens of each prompt.
         generate: number of generated tokens after the first one.
@@ -336,6 +358,7 @@ def time_generation(
     lengths = (1, 1 + DECODING_STEPS) if generate else (1,)
 
     def time_once(model: PreTrainedModel, tokens: int) -> float:
+        """Return the median seconds of generating a number of tokens, over at least 0.05 seconds of calls."""
         names = {"generate": model.generate, "ids": ids, "mask": torch.ones_like(ids), "tokens": tokens}
         statement, threads = "generate(ids, attention_mask=mask, max_new_tokens=tokens)", torch.get_num_threads()
         return Timer(statement, globals=names, num_threads=threads).blocked_autorange(min_run_time=0.05).median
@@ -346,12 +369,12 @@ def time_generation(
         rounds.append([[time_once(model, tokens) for tokens in lengths] for model in models])
     repeats = torch.tensor(rounds, dtype=torch.float64)  # (rounds, models, lengths)
     fastest = repeats.amin(0)
-    first = fastest[:, 0]
-    step = (fastest[:, -1] - first).clamp(min=0) / DECODING_STEPS
+    first_seconds = fastest[:, 0]
+    step_seconds = (fastest[:, -1] - first_seconds).clamp(min=0) / DECODING_STEPS
     spread = float((repeats.amax(0) / fastest - 1).median())
     if spread > MAX_SPREAD:
         log.warning("Repeated measurements of speed differ by %.0f %%. The machine is busy.", 100 * spread)
-    return (first.tolist(), step.tolist(), (first + generate * step).tolist()), spread
+    return (first_seconds.tolist(), step_seconds.tolist(), (first_seconds + generate * step_seconds).tolist()), spread
 
 
 def measure_throughput(
@@ -363,7 +386,7 @@ def measure_throughput(
     were timed in alternation.
 
     Args:
-        models: the models.
+        models: models on the same device; they are timed in alternation.
         batches: batch sizes.
         prompt: tokens of each prompt.
 
@@ -373,22 +396,27 @@ def measure_throughput(
     Raises:
         UserError: if prompts are longer than the models' positions.
     """
-    longest = min(getattr(model.config, "max_position_embeddings", math.inf) for model in models) - DECODING_STEPS
-    if prompt > longest:
-        raise UserError(f"--speed_prompt must be {longest:,} tokens or less; got {prompt:,}.")
+    max_prompt = min(getattr(model.config, "max_position_embeddings", math.inf) for model in models) - DECODING_STEPS
+    if prompt > max_prompt:
+        raise UserError(f"--speed_prompt must be {max_prompt:,} tokens or less; got {prompt:,}.")
     device = describe_device(device_of(models[0]))
     records: list[list[dict[str, Any]]] = [[] for _ in models]
     for batch in dict.fromkeys(batches):
-        (first, step, _), spread = time_generation(models, batch=batch, prompt=prompt, generate=DECODING_STEPS)
+        (first_seconds, step_seconds, _), spread = time_generation(
+            models, batch=batch, prompt=prompt, generate=DECODING_STEPS
+        )
         shared = {
             "kind": SPEED, "split": "none", "batch": batch, "prompt": prompt, "spread": spread,
             "standard_protocol": False, "note": f"prompts of {prompt} tokens, {device}",
-            "rounds": key_of(first=first, step=step)[:16],
+            "rounds": key_of(first=first_seconds, step=step_seconds)[:16],
             "content_hash": key_of(machine=[device, platform.node()], batch=batch, prompt=prompt)[:16],
         }  # fmt: skip
         for i, model in enumerate(models):
             shared["dtype"] = str(model.dtype).removeprefix("torch.")
-            for task, tokens, seconds in (("prefill", batch * prompt, first[i]), ("decode", batch, step[i])):
+            for task, tokens, seconds in (
+                ("prefill", batch * prompt, first_seconds[i]),
+                ("decode", batch, step_seconds[i]),
+            ):
                 if seconds:  # 0 if decoding steps are too fast compared with prefill
                     speed = {"task": task, "tokens_per_second": tokens / seconds, "seconds": seconds}
                     records[i].append(shared | speed)

@@ -127,8 +127,11 @@ def _load_verified(
 def _load_pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
     """Load the exported model of a run, and its tokenizer.
 
-    Without an exported model, prune the dense model by the run's masks, which gives the same model if the run used no
-    recovery; or, with `--model.made_elsewhere`, load that model.
+    If the run did not export a model, the dense model is pruned by the run's masks, which gives the same model because
+    `find_subjects` accepts such a run only without recovery. With `--model.made_elsewhere`, that model is loaded.
+
+    Raises:
+        UserError: if the exported files were changed, or weights are not those that the run used.
     """
     if (run / "model" / "config.json").is_file():
         return load_model(str(exported_model(run)), dtype=dtype)

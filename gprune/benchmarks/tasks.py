@@ -121,7 +121,7 @@ def _to_loaded_task(task: Any, source: str, incomplete: str) -> LoadedTask:
     """Describe a task of lm_eval.
 
     Args:
-        task: the task.
+        task: a task object of lm_eval.
         source: hub or local.
         incomplete: why the split may be incomplete, as the end of the note; empty for a complete split.
 
@@ -169,8 +169,8 @@ def local_task(path: Path) -> LoadedTask:
 
     name, split = path.parent.name, path.stem
     rows_by_line = _read_rows(path)
-    first = next(iter(rows_by_line.values()))
-    is_question = {"prompt", "choices", "label"} <= first.keys() or "good" in first
+    first_row = next(iter(rows_by_line.values()))
+    is_question = {"prompt", "choices", "label"} <= first_row.keys() or "good" in first_row
     if not is_question and name in _task_manager().all_subtasks:
         return _task_with_local_rows(path.parent)
     questions = [_parse_question(row, line) for line, row in rows_by_line.items()]

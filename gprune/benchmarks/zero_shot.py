@@ -44,8 +44,8 @@ def zero_shot(
     tasks have none.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
+        model: a causal language model.
+        tokenizer: the tokenizer of the model.
         tasks: names of tasks or of groups of tasks.
         limit: use only the first questions of each task.
         batch_size: choices per forward pass.
@@ -108,7 +108,7 @@ def task_record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[s
     Records with the same `content_hash` have the same questions.
 
     Args:
-        loaded: the task.
+        loaded: the task, with its description.
         samples: results of lm_eval for each question, after one filter.
     """
     task = loaded.task
@@ -152,12 +152,17 @@ def _accuracies(task: Task, samples: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def _answers(task: Task, name: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return `answers`, for paired comparisons of models, and for tasks of log-likelihoods also `perplexity`.
+    """Return `answers`, for paired comparisons of models, and for tasks of type `loglikelihood` also `perplexity`.
 
     An answer is the generated text, the index of the most likely choice, or whether greedy decoding gives the text.
 
+    Args:
+        task: the task.
+        name: name of the task in errors.
+        samples: results of lm_eval for each question.
+
     Raises:
-        UserError: if a log-likelihood is not finite; the message has the name of the task.
+        UserError: if a log-likelihood is not finite.
     """
     from lm_eval.api.metrics import mean
 

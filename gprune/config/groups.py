@@ -147,6 +147,7 @@ class ModelConfig(Group, prefix="model."):
     """Run Python code in the model's repository. Use it only if you have read that code."""
 
     def model_post_init(self, _: Any) -> None:
+        """Raise UserError for an unknown device map, and for limits of memory without a device map."""
         if self.device_map is not None and not DEVICE_MAP.fullmatch(self.device_map):
             raise UserError(f"--model.device_map must be auto or a device such as cuda:0; got '{self.device_map}'.")
         if self.max_memory is not None and self.device_map is None:
@@ -184,6 +185,7 @@ class CorporaConfig(Group, prefix="corpora."):
     """Stage that collects statistics. streaming: one pass over each corpus. Or the name of a registered calibrator."""
 
     def model_post_init(self, _: Any) -> None:
+        """Raise UserError if a role has no corpora, or has a corpus twice."""
         for role in ("drift", "learn", "recover", "evaluate"):
             names = getattr(self, role)
             if not names:
@@ -237,6 +239,7 @@ class ReliabilityConfig(Group, prefix="reliability."):
     """A module is weakly activated if its mean importance rank is below this quantile."""
 
     def model_post_init(self, _: Any) -> None:
+        """Raise UserError if the metric needs activations of a single corpus, or settings contradict each other."""
         if self.metric not in MULTI_CORPUS_METRICS and not IMPORTANCE[self.metric].activation_free:
             activation_free = [name for name in IMPORTANCE if IMPORTANCE[name].activation_free]
             known = ", ".join([*activation_free, *MULTI_CORPUS_METRICS])
@@ -247,7 +250,9 @@ class ReliabilityConfig(Group, prefix="reliability."):
 
 def _sort_scope(scope: Any) -> str:
     """Put the parts of a scope in the order of the flag's values, so that `ffn+attention` is `attention+ffn`."""
-    return "+".join(sorted(str(scope).split("+"), key="attention+ffn+blocks".find))
+    parts = str(scope).split("+")
+    parts.sort(key="attention+ffn+blocks".find)  # -1 for an unknown part, which the flag's type rejects
+    return "+".join(parts)
 
 
 def _default_width_multiple(settings: dict[str, Any]) -> int | None:

@@ -111,7 +111,11 @@ def overlay(settings: dict[str, Any], update: Mapping[str, Any], where: str) -> 
 
 
 def _to_dotted_names(settings: Mapping[str, Any], where: str) -> list[tuple[str, Any]]:
-    """Return pairs of dotted name and value. A name occurs twice if the mapping has it both nested and dotted."""
+    """Return pairs of dotted name and value. A name occurs twice if the mapping has it both nested and dotted.
+
+    Raises:
+        UserError: if a group of settings has a plain value and no setting for it. The message begins with `where`.
+    """
     dotted: list[tuple[str, Any]] = []
     for name, value in settings.items():
         if name not in GROUPS:
@@ -126,7 +130,13 @@ def _to_dotted_names(settings: Mapping[str, Any], where: str) -> list[tuple[str,
 
 
 def _with_option(options: Any, name: str, value: Any) -> dict[str, Any]:
-    """Return a copy of the options with one added: `power`, or `mine.power` in the nested options `mine`."""
+    """Return a copy of the options with one added.
+
+    Args:
+        options: the existing options; anything but a mapping is replaced.
+        name: name of the option, such as `power`, or `mine.power` for the option `power` in the nested options `mine`.
+        value: value of the option.
+    """
     outer, _, inner = name.rpartition(".")
     options = dict(options) if isinstance(options, Mapping) else {}
     if not outer:
@@ -188,7 +198,11 @@ def given_flags(args: Sequence[str]) -> set[str]:
 
 
 def _parse_value(flag: str, text: str) -> Any:
-    """Parse the text of a flag as YAML. The value of a text setting is kept as text unless it is null or a list."""
+    """Parse the text of a flag as YAML. The value of a text setting is kept as text unless it is null or a list.
+
+    Raises:
+        UserError: if the text is not valid YAML, except for a text setting.
+    """
     is_text = FLAG_TYPES.get(flag.removeprefix("--")) in (str, str | None)
     try:
         value = load_yaml(text)
@@ -212,7 +226,8 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     """
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
     path = os.path.join(folder, name)
-    if name in shipped and not (os.path.exists(path) and not os.path.isdir(path)):
+    has_file = os.path.exists(path) and not os.path.isdir(path)  # a file or a pipe
+    if name in shipped and not has_file:
         path = shipped[name]
     message = f"--config must be a YAML file of flags or one of {', '.join(shipped)}; got"
     content = read_yaml(path, message, pipe=True)
@@ -298,6 +313,7 @@ def parser(prog: str = "train.py") -> Parser:
     names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.yaml")))
     config_help = f"A YAML file of flags, or the name of one that ships: {names}. Several merge in order."
     result.add_argument("--config", metavar="FILE", default=SUPPRESS, help=config_help)
+    # `version` stands for an action without a value, because `parse` handles this flag.
     result.add_argument("--print_config", action="version", help="Print all settings as such a file, and stop.")
     cfg = RunConfig()
     for group in [cfg, *(getattr(cfg, name) for name in GROUPS)]:

@@ -19,13 +19,8 @@ from gprune.recoveries import RECOVERY, recovery_of
 from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.sparsity.allocation import ALLOCATION
 
-PRUNING_SETTINGS = (
-    "importance",
-    "partition",
-    "reliability",
-    "sparsity",
-    "ridge",
-)  # ignored with --model.made_elsewhere
+# Settings that are ignored with --model.made_elsewhere.
+PRUNING_SETTINGS = ("importance", "partition", "reliability", "sparsity", "ridge")
 # Replaceable stages: group -> setting. `settings()` names a stage only if it is not the default.
 STAGES = {"corpora": "calibrator", "partition": "refiner", "sparsity": "learner"}
 
@@ -166,8 +161,8 @@ class RunConfig(Group):
             )
         device_map, processes = self.model.device_map, self.processes
         if (flag := self.latency_table_flag) and (processes > 1 or device_map is not None):
-            other = f"{processes} processes" if processes > 1 else f"--model.device_map {device_map}"
-            raise UserError(f"{flag} cannot be combined with {other}, because speed is measured in one process.")
+            setting = f"{processes} processes" if processes > 1 else f"--model.device_map {device_map}"
+            raise UserError(f"{flag} cannot be combined with {setting}, because speed is measured in one process.")
 
     def _check_placement(self) -> None:
         """Raise UserError for a combination of sharding, offloading and processes that is not supported."""
@@ -205,20 +200,22 @@ class RunConfig(Group):
     def _check_options(self) -> None:
         """Raise UserError for a stage that is not registered, and for options of a name that the run does not use."""
         # Name of a recovery or stage -> its registry, and its parameters that are set by flags instead of options.
-        used: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), (RECOVERY, ()))
-        used |= {
+        used_entries: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), (RECOVERY, ()))
+        used_entries |= {
             self.partition.refiner: (REFINER, type(self.partition).model_fields),
             self.sparsity.learner: (LEARNER, {*type(self.sparsity).model_fields, "shard"}),
             self.corpora.calibrator: (CALIBRATOR, ()),
         }
         allocation = self.base_allocation
         check_options("--sparsity.options", allocation, ALLOCATION[allocation], self.sparsity.options)
-        for name, (registry, _) in used.items():
+        for name, (registry, _) in used_entries.items():
             registry.check(name)
         for name, options in self.options.items():
-            if name not in used:
-                raise UserError(f"--options must name stages that the run uses ({', '.join(used)}); got '{name}'.")
-            registry, settings = used[name]
+            if name not in used_entries:
+                raise UserError(
+                    f"--options must name stages that the run uses ({', '.join(used_entries)}); got '{name}'."
+                )
+            registry, settings = used_entries[name]
             entry = getattr(registry[name], "registered", registry[name])
             check_options(f"--options.{name}", name, entry, options, settings=settings)
 
@@ -290,7 +287,7 @@ class RunConfig(Group):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Extra statistics (`calibration.statistics.EXTRAS`) that the run reads."""
+        """Extra statistics (`gprune.calibration.projections.EXTRAS`) that the run reads."""
         if self.final == "model":
             return frozenset()
         metrics = {self.importance}
@@ -379,8 +376,8 @@ class RunConfig(Group):
         for role in ("drift", "learn", "recover", "evaluate"):
             names: dict[str, str] = {}  # identity of a corpus -> its first name
             for name in getattr(self.corpora, role):
-                if (first := names.setdefault(identity(name), name)) != name:
-                    raise UserError(f"--corpora.{role} must name each corpus once; got '{first}' and '{name}'.")
+                if (first_name := names.setdefault(identity(name), name)) != name:
+                    raise UserError(f"--corpora.{role} must name each corpus once; got '{first_name}' and '{name}'.")
         trained_on = {identity(name) for name in self.train_corpora}
         shared = [name for name in self.corpora.evaluate if identity(name) in trained_on]
         if self.evaluation.split == "train" and shared:

@@ -53,6 +53,7 @@ class DistillConfig(Group, prefix="distill."):
     """Which weights are kept: those of the last step, or those with the lowest development perplexity."""
 
     def model_post_init(self, _: Any) -> None:
+        """Raise UserError if the loss has no term, or both learning rates are set."""
         if not self.kl + self.cross_entropy > 0:
             raise UserError("--distill.kl or --distill.cross_entropy must be more than 0; got 0 for both.")
         if self.absolute_learning_rate is not None and self.learning_rate != RELATIVE_RATE:
@@ -192,6 +193,7 @@ class TrainerConfig(Group, prefix="trainer."):
     """Report the operation whose gradient is NaN, and stop. Slow."""
 
     def model_post_init(self, _: Any) -> None:
+        """Raise UserError for a fraction above 1, which is neither a number of batches nor a share."""
         interval = self.val_check_interval
         if isinstance(interval, float) and interval > 1:
             raise UserError(

@@ -37,7 +37,7 @@ def parser() -> Parser:
 
 
 def run(args: Sequence[str]) -> str:
-    """Export by command-line arguments. Return a line with the path of the file."""
+    """Run the command, and return a line with the path of the written file. Errors are those of `export`."""
     options = parser().parse_args(args)
     find_model_folder(options.run)  # reports an invalid path before the imports that take seconds
     quiet()

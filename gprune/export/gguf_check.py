@@ -38,7 +38,7 @@ def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 
     Args:
         model: the model in float32.
-        tokenizer: its tokenizer.
+        tokenizer: the tokenizer with which the file was written.
         path: the GGUF file.
         type: type of matrices in the file, which determines the largest KL.
 

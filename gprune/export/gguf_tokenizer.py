@@ -21,7 +21,7 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> d
     Rows of the embedding matrix without a token become tokens of type UNUSED.
 
     Args:
-        tokenizer: the tokenizer.
+        tokenizer: a tokenizer of transformers.
         num_embeddings: number of rows of the embedding matrix.
 
     Raises:

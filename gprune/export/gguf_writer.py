@@ -63,8 +63,14 @@ def named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows (heads * head_dim, ...) from rotary pairs (i, i + head_dim / 2) of transformers to the neighbouring
-    pairs of llama.cpp."""
+    """Reorder the rows of a query or key projection for llama.cpp.
+
+    Rotary embeddings rotate pairs of rows: (i, i + head_dim / 2) of a head in transformers, neighbours in llama.cpp.
+
+    Args:
+        rows: (heads * head_dim, ...), a weight or a bias.
+        head_dim: size of a head.
+    """
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -84,7 +90,7 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
     Sizes are numbers for the architecture `llama`, and lists with one number per layer for `deci`.
 
     Args:
-        model: the model.
+        model: the pruned model.
         name: name of the model in the file.
         type: type of matrices.
     """
@@ -118,7 +124,7 @@ def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig, *, unif
 
     Args:
         blocks: blocks of the model.
-        config: its configuration.
+        config: configuration of the model.
         uniform: whether all blocks of the model to be exported have the same widths.
     """
     remedy = (
@@ -149,8 +155,9 @@ def difference_from_llama(config: PreTrainedConfig, block: Block) -> str | None:
     if config.hidden_act not in ("silu", "swish"):
         return f"has hidden_act {config.hidden_act} instead of silu"
     modules = [block.ffn_norm, block.attention_norm, *(part.host for part in block.parts.values())]
-    known = {id(parameter) for module in modules for parameter in module.parameters()}
-    if unknown := [name for name, parameter in block.layer.named_parameters() if id(parameter) not in known]:
+    known_ids = {id(parameter) for module in modules for parameter in module.parameters()}
+    unknown = [name for name, parameter in block.layer.named_parameters() if id(parameter) not in known_ids]
+    if unknown:
         return f"has weights that Llama does not have ({unknown[0]})"
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         return f"attends to a window of {config.sliding_window} tokens"
@@ -174,8 +181,8 @@ def write_gguf(
     Vectors are float32. Matrices have the given type, or float16 if their rows do not fit blocks of q8_0.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
+        model: the pruned model.
+        tokenizer: the tokenizer to include in the file.
         path: file to write.
         type: f32, f16 or q8_0.
         name: name of the model in the file.
@@ -218,7 +225,7 @@ def stored_type(tensor: Tensor, type: str) -> GGMLQuantizationType:
 def encode_tensor(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     """Convert a tensor to its form in the file. Raise UserError if numbers overflow float16."""
     with np.errstate(over="ignore"):
-        data = quantize(np.ascontiguousarray(tensor.detach().float().cpu().numpy()), kind)
-    if data.dtype == np.float16 and not np.isfinite(data).all():
+        encoded = quantize(np.ascontiguousarray(tensor.detach().float().cpu().numpy()), kind)
+    if encoded.dtype == np.float16 and not np.isfinite(encoded).all():
         raise UserError(f"Cannot write '{name}' in float16: it has larger numbers. Use --type f32.")
-    return data
+    return encoded

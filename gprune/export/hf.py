@@ -59,17 +59,26 @@ MAX_FILE_BYTES = 5 * 10**9  # largest file of weights
 CARD = "Pruned by gprune. Where layers differ in width, config.json has a table `per_layer_config`.\n"
 
 
-def stock_values(model: PreTrainedModel) -> dict[str, Any]:
-    """Return settings of the dense stock model, with dtype and, except for discovered types, head size."""
+def stock_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the model's config without gprune's keys, plus `dtype` and, for types with a record, `head_dim`.
+
+    A type has a record if it is in `gprune.FAMILIES`. For the other, discovered types the config may not have the key
+    `head_dim`.
+    """
     first_block = blocks_of(model)[0]
     settings = {key: value for key, value in model.config.to_dict().items() if key not in EXCLUDED_KEYS}
-    if not first_block.family.found:
+    is_discovered = first_block.family.found
+    if not is_discovered:
         settings["head_dim"] = first_block.head_dim
     return settings | {"dtype": model.dtype}
 
 
 def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return a stock model with the shapes of `model`, without weights; None if no stock config has these shapes."""
+    """Return a stock model with the shapes of `model`, without weights; None if no stock config has these shapes.
+
+    If the config of the family does not allow the shapes, other model types with the same computation are tried (the
+    family's `same_as`, such as mistral for llama).
+    """
     blocks = blocks_of(model)
     family, sizes = blocks[0].family, blocks[0].config_values
     if family.found:
@@ -78,32 +87,37 @@ def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
     if not same_sizes or not modeling_pruned.experts_aligned(model):
         return None
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for model_type, settings in {family.model_type: {}, **family.same_as}.items():
+    candidates = {family.model_type: {}, **family.same_as}  # model type -> settings with which it computes the same
+    for model_type, needed_settings in candidates.items():
+        settings = stock_settings(model) | sizes | needed_settings
         with suppress(ValueError, StrictDataclassError):  # a config may reject these sizes
-            stock = skeleton(CONFIG_MAPPING[model_type](**stock_values(model) | sizes | settings))
+            stock = skeleton(CONFIG_MAPPING[model_type](**settings))
             if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
                 return stock
     return None
 
 
 def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the family's pruned class with the shapes of `model`, without weights."""
-    blocks, values = blocks_of(model), stock_values(model)
+    """Return a model of the family's pruned class with the shapes of `model`, without weights.
+
+    Its config has the table `per_layer_config`: layer -> the settings in which the layer differs from the dense model.
+    """
+    blocks, settings = blocks_of(model), stock_settings(model)
     family = blocks[0].family
     if family.found:
         return _discovered_skeleton(model)
-    dense_blocks = blocks_of(skeleton(CONFIG_MAPPING[family.model_type](**values)))
+    dense_blocks = blocks_of(skeleton(CONFIG_MAPPING[family.model_type](**settings)))
     layout: dict[str, Any] = {"layers": family.layers, "sizes": {}, "attributes": {}}
     per_layer_config = {}
     for block, dense_block in zip(blocks, dense_blocks, strict=True):
         layout["sizes"] |= {place.path: [place.dim, block.config_terms(place.sizes)] for place in block.slices}
         layout["attributes"] |= block.attributes
         layer_config = block.config_values | {"added_biases": _added_biases(block, dense_block)}
-        different = {key: value for key, value in layer_config.items() if value != values.get(key, [])}
+        different = {key: value for key, value in layer_config.items() if value != settings.get(key, [])}
         if different:
             per_layer_config[str(block.layer_index)] = different
     config_class, _, model_class = pruned_classes(family.model_type)
-    config = config_class(**values, added_biases=[], pruned_layout=layout, per_layer_config=per_layer_config)
+    config = config_class(**settings, added_biases=[], pruned_layout=layout, per_layer_config=per_layer_config)
     return skeleton(config, model_class)
 
 
@@ -116,33 +130,33 @@ def _added_biases(block: Block, dense_block: Block) -> list[str]:
     ]
 
 
-def _dense_skeleton(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
-    """Return the stock model of a discovered type, from which `model` was pruned, without weights.
+def _dense_skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTrainedModel:
+    """Return a stock model of a discovered type, without weights, with the config of `model` and some changes.
 
     Args:
         model: the pruned model.
-        settings: keys of the configuration of the text model that are changed.
+        changes: settings of the text model that are changed; without any, the result has the dense model's shapes.
     """
     record = family_of(model)
-    values = stock_values(model)
+    settings = stock_settings(model)
     is_text_model = model.config.get_text_config(decoder=True) is model.config
-    text_values = values if is_text_model else _text_values(model, values)
-    text_values.update(settings)
-    config = CONFIG_MAPPING[record.model_type](**values)
+    text_settings = settings if is_text_model else _text_settings(model, settings)
+    text_settings.update(changes)  # in place, because a composite config contains the settings of its text model
+    config = CONFIG_MAPPING[record.model_type](**settings)
     config._attn_implementation = model.config._attn_implementation
     stock = skeleton(config)
     remember(stock, record)
     return stock
 
 
-def _text_values(model: PreTrainedModel, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the text model in those of a composite configuration."""
+def _text_settings(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the dictionary of the text model's settings in the settings of a composite configuration."""
     text = model.config.get_text_config(decoder=True)
-    return next(values[name] for name in model.config.sub_configs if getattr(model.config, name, None) is text)
+    return next(settings[name] for name in model.config.sub_configs if getattr(model.config, name, None) is text)
 
 
 def _discovered_stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
-    """`stock_skeleton` for discovered types: a stock model if the config has a key for each size, else None."""
+    """Return `stock_skeleton` of a discovered type; None if a size has no config key or differs between blocks."""
     blocks = blocks_of(model)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     keys_and_sizes = {
@@ -166,7 +180,7 @@ def _head_counts(model: PreTrainedModel) -> list[tuple[int, int]]:
 
 
 def _discovered_skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """`pruned_skeleton` for discovered types, with every size written out."""
+    """Return `pruned_skeleton` of a discovered type. Its config has the sizes of every layer, not only differences."""
     record = family_of(model)
     stock = _dense_skeleton(model, {})
     stock_blocks = blocks_of(stock)
@@ -185,7 +199,7 @@ def _discovered_skeleton(model: PreTrainedModel) -> PreTrainedModel:
         layers[str(index)] = {"sizes": sizes, "attributes": attributes, "values": values, "added_biases": biases}
     path = next(path for path, module in stock.named_modules() if module is decoder_layers(stock))
     config_class, _, model_class = pruned_classes(record.model_type)
-    config = config_class(**stock_values(model), pruned_layout={"layers": path, "own": layers})
+    config = config_class(**stock_settings(model), pruned_layout={"layers": path, "own": layers})
     pruned = skeleton(config, model_class)
     remember(pruned, record)
     return pruned
@@ -252,6 +266,7 @@ def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
         The pruned model.
 
     Raises:
+        UserError: if an argument has a wrong type.
         ValueError: if a mask has a wrong length or dtype, or a block keeps units of one scope only.
     """
     require(model, PreTrainedModel, "The model of apply_masks must be a model of transformers")
@@ -272,7 +287,7 @@ def save_pruned(
     Args:
         model, dtype: as for `to_exportable`.
         tokenizer: the tokenizer; None for a folder without one.
-        folder: the folder.
+        folder: the model folder to write.
         overwrite: replace an existing model folder, after the new one is complete.
 
     Returns:
@@ -291,12 +306,11 @@ def save_pruned(
     exportable = to_exportable(model, dtype)
     with replacing(folder) as new:
         new.mkdir()
-        with warnings.catch_warnings(action="ignore"):  # that shards must fit in memory, which `shard_size` ensures
+        with warnings.catch_warnings(action="ignore"):  # about memory for shards, which `shard_size` keeps small
             exportable.save_pretrained(new, max_shard_size=shard_size(exportable))
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
-        config |= modeling_pruned.legacy_rope_settings(
-            config
-        )  # stock configs of transformers 5 do not write these keys
+        # Stock configs of transformers 5 do not write these keys, which older versions read.
+        config |= modeling_pruned.legacy_rope_settings(config)
         (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
@@ -388,7 +402,7 @@ def check_reload(
 
     Args:
         model: the saved model.
-        folder: its folder.
+        folder: the folder to which the model was saved.
         input_ids: (B, T) int64.
         dtype: dtype of the saved weights. The model is cast to it for the check, and then restored.
         placement: `device_map` and `max_memory`, if the model was loaded with them.

@@ -36,18 +36,22 @@ def load_llama(request: dict[str, Any], length: int) -> Llama:
 def logprobs_of(model: Llama, ids: Sequence[int]) -> np.ndarray:
     """Return log-probabilities of the token after each of T tokens, (T, vocabulary) float64.
 
-    The context is cleared before.
+    The context of the model is cleared first.
     """
     lib.llama_memory_clear(lib.llama_get_memory(model._ctx), True)
     batch = lib.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
     for i, token in enumerate(ids):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+        batch.token[i] = token
+        batch.pos[i] = i
+        batch.n_seq_id[i] = 1  # the token belongs to one sequence, number 0
         batch.seq_id[i][0] = 0
+        batch.logits[i] = 1  # logits are computed for every token
     if status := lib.llama_decode(model._ctx, batch):
         sys.exit(f"error: llama_decode returned {status}")
     lib.llama_batch_free(batch)
-    buffer = ffi.buffer(lib.llama_get_logits(model._ctx), 4 * len(ids) * model.n_vocab)
+    bytes_per_logit = 4  # float32
+    buffer = ffi.buffer(lib.llama_get_logits(model._ctx), bytes_per_logit * len(ids) * model.n_vocab)
     logits = np.frombuffer(buffer, dtype=np.float32).reshape(len(ids), model.n_vocab)
     return log_softmax(logits.astype(np.float64), axis=1)
 

@@ -5,7 +5,7 @@ head, the query heads that share it, their columns of the output projection, and
 The ratio of query to key/value heads does not change. Stock attention code infers the number of heads from shapes, or
 reads it from attributes, which the family's record names and which are updated. The model's config keeps the dense
 sizes. The true sizes are read from the weights (`gprune.models.blocks.blocks_of`), and `gprune.export` writes them for
-other programs. Before `save_pretrained`, convert the result with `gprune.export.hf.portable`.
+other programs. Before `save_pretrained`, convert the result with `gprune.export.hf.to_portable`.
 
 Experts of one block are pruned to equal widths, each with its own neurons, because their tensors are stacked. A layer
 whose masks keep nothing is removed from the decoder with its norms.

@@ -25,10 +25,15 @@ log = logging.getLogger("gprune")
 
 
 def calibrate(run: Run) -> dict[str, CorpusStatistics]:
-    """Step 1: return statistics by corpus. They are read from the cache if model, text and kind are the same."""
+    """Step 1: return statistics by corpus, and write them to the run's folder without Gram matrices.
+
+    Statistics are read from the cache. Those that the cache does not have for this model, text and kind are collected.
+    """
     run.step(1, "Calibrating")
-    cfg, cache = run.cfg, statistics_cache(run)
-    statistics = {corpus: cache.read(corpus, ["moments", *sorted(cfg.collects)]) for corpus in cfg.calibration_corpora}
+    cfg = run.cfg
+    cache = statistics_cache(run)
+    kinds = ["moments", *sorted(cfg.collects)]
+    statistics = {corpus: cache.read(corpus, kinds) for corpus in cfg.calibration_corpora}
     missing = [of_corpus is None for of_corpus in statistics.values()]
     if cfg.processes > 1:  # another run may write to the cache at the same time
         missing = missing_on_any_rank(run, missing)
@@ -53,7 +58,7 @@ def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
     collectives and deadlock.
 
     Args:
-        run: the run.
+        run: the open run of this rank.
         missing: for each corpus, whether its statistics are missing from the cache of this rank.
 
     Raises:
@@ -72,7 +77,11 @@ def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
 
 
 def statistics_cache(run: Run) -> StatisticsCache:
-    """Return the cache of statistics for this run's model and text."""
+    """Return the cache of statistics for this run's model and text.
+
+    Raises:
+        UserError: if statistics have to be collected layer by layer, and the model type does not allow that.
+    """
     cfg = run.cfg
     by_block = "saliency" not in cfg.collects and needs_walk(
         run.model, corpora=len(cfg.calibration_corpora), gram="gram" in cfg.collects, sharded=cfg.model.shard
@@ -86,7 +95,8 @@ def statistics_cache(run: Run) -> StatisticsCache:
     return StatisticsCache(
         texts={corpus: run.text.train[corpus].content_hash for corpus in cfg.calibration_corpora},
         # Everything that can change the last bits is part of the key, so that results do not depend on which run
-        # has filled the cache.
+        # has filled the cache. `halves`: how windows are split for the noise floor, which earlier versions did
+        # in another way.
         bits={
             "model": run.fingerprint, "dtype": cfg.model.dtype, "device": device.type,
             "batch_size": cfg.corpora.batch_size, "world_size": cfg.processes,
@@ -99,10 +109,14 @@ def statistics_cache(run: Run) -> StatisticsCache:
 
 
 def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, CorpusStatistics]:
-    """Collect the statistics of corpora in one pass over each corpus, and write them to the cache."""
+    """Collect the statistics of corpora in one pass over each corpus, and write them to the cache.
+
+    Raises:
+        UserError: if a callback has changed the frozen model.
+    """
     cfg = run.cfg
-    collected = ["moments", *sorted(cfg.collects)]
-    saliency = cache.scopes if "saliency" in collected else ()
+    kinds = ["moments", *sorted(cfg.collects)]
+    saliency = cache.scopes if "saliency" in kinds else ()
 
     def store(corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
         """Move the Gram matrices of a block to the cache."""
@@ -113,7 +127,7 @@ def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, C
     with run.folder.step("calibrate"):
         name = cfg.corpora.calibrator
         stage = CALIBRATOR[name](
-            run.model, corpora, gram="gram" in collected, saliency=saliency, walk=cache.walked_blocks is not None,
+            run.model, corpora, gram="gram" in kinds, saliency=saliency, walk=cache.walked_blocks is not None,
             store=store, shard=cfg.model.shard, **cfg.options.get(name, {}),
         )  # fmt: skip
         data = CorpusDataModule(
@@ -123,5 +137,5 @@ def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, C
         with run.folder.part(*corpora):  # the tokens are split evenly, as all corpora have the same number
             trainer.test(stage, data, verbose=False)
     for corpus in corpora:
-        cache.write(corpus, stage.statistics[corpus], collected)
+        cache.write(corpus, stage.statistics[corpus], kinds)
     return stage.statistics

@@ -46,7 +46,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
     """Return upper bounds of the tokens of each step of the method that computes the model.
 
     Args:
-        cfg: the configuration.
+        cfg: the configuration of the run.
         hidden_size: hidden size of the dense model.
         costs: costs of the units; they tell how many blocks can be removed as a whole.
 
@@ -59,7 +59,8 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
     kl_teacher = learning if cfg.sparsity.loss == "kl" else 0
     early_rows, late_rows = evaluated_models(cfg, hidden_size)
     evaluated = evaluated_tokens(cfg)
-    forward = {8: 0, 9: 3 * compared_tokens(cfg) + early_rows * evaluated, 10: late_rows * evaluated}
+    compared = 3 * compared_tokens(cfg)  # by the masked, the sliced and the reloaded model
+    forward = {8: 0, 9: compared + early_rows * evaluated, 10: late_rows * evaluated}
     forward_backward = {8: 0, 9: 0, 10: 0}
     if cfg.sparsity.quality:
         trials = num_searches(cfg) * TRIES
@@ -85,7 +86,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
 
 
 def _learning_tokens(cfg: RunConfig) -> tuple[int, int]:
-    """Return the tokens of threshold learning: in its training text, and in measurements of development perplexity."""
+    """Return the tokens of threshold learning: (tokens of training, tokens of development perplexity)."""
     if not cfg.learns:
         return 0, 0
     windows = learned_windows(cfg)
@@ -96,9 +97,10 @@ def _learning_tokens(cfg: RunConfig) -> tuple[int, int]:
 
 
 def _block_choice_tokens(cfg: RunConfig, costs: UnitCosts) -> int:
-    """Return the tokens that are computed to choose whole blocks by the loss: one window per corpus and trial.
+    """Return the tokens that pass forward to choose whole blocks by the loss: one window per corpus and trial.
 
-    Each round tries to remove every layer that is left, so it has one trial less than the round before.
+    Each round removes one layer. It has a trial for every layer that is left, so one less than the round before. There
+    are none if blocks are not chosen by the loss.
     """
     open_layers = sum(costs.protected.isdisjoint(blocks) for blocks in costs.by_layer)
     rounds = len(costs.removed_layers) if cfg.sparsity.block_choice == "loss" else 0
@@ -107,9 +109,10 @@ def _block_choice_tokens(cfg: RunConfig, costs: UnitCosts) -> int:
 
 
 def evaluated_models(cfg: RunConfig, hidden_size: int) -> tuple[int, int]:
-    """Return how many models are evaluated in steps 9 (without recovery) and 10; a repeated dense model counts again.
+    """Return how many models are evaluated in step 9 (rows without recovery) and in step 10.
 
-    If the dense model's forecasts are not cached, the dense model is evaluated again for each row.
+    If the dense model's forecasts are not cached, the dense model is evaluated again beside each row, and counts each
+    time.
     """
     forecasts_cached = fits_cache(cfg, evaluated_tokens(cfg), hidden_size) and cfg.final != "model"
     models_per_row = 1 if forecasts_cached else 2
@@ -150,7 +153,7 @@ def _recovery_tokens(cfg: RunConfig, name: str) -> tuple[int, int]:
 
 
 def error_windows(cfg: RunConfig) -> int:
-    """Number of windows per corpus for errors of blocks: 2,048 tokens together, or one window."""
+    """Number of windows per corpus for errors of blocks: as many as fit into `ERROR_TOKENS`, but at least one."""
     return min(cfg.corpora.num_samples, max(1, ERROR_TOKENS // cfg.corpora.seq_len))
 
 
@@ -209,7 +212,7 @@ def validation_interval(
     The interval is rounded up to whole optimizer steps.
 
     Args:
-        cfg: the configuration.
+        cfg: the configuration of the run.
         windows: number of windows in an epoch.
         batch_size: windows per batch.
         share: default of the interval as a share of the epoch; `--trainer.val_check_interval` overrides it.
@@ -218,7 +221,8 @@ def validation_interval(
     Raises:
         UserError: if the interval is longer than the epoch, or the limit leaves no batch.
     """
-    all_batches = batches = math.ceil(windows / batch_size)
+    all_batches = math.ceil(windows / batch_size)
+    batches = all_batches
     if limit := cfg.trainer.limit_train_batches:  # a number of batches, or a share below 1
         batches = min(all_batches, int(limit)) if limit >= 1 else int(all_batches * limit)
         if not batches:

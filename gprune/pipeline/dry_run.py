@@ -37,7 +37,11 @@ from gprune.sparsity.cut import uniform_masks
 
 
 def describe(plan: Plan) -> str:
-    """Describe a plan, one line per property. Lines without a text are left out."""
+    """Return the text of `--dry_run`: one line per property of a plan. Properties without a text are left out.
+
+    Raises:
+        UserError: if text is missing or too short.
+    """
     cfg, budget, quality = plan.cfg, plan.budget, plan.cfg.sparsity.quality
     removed_at_most = plan.removed
     if quality:  # the sparsity is not known yet, so costs are upper bounds, as if almost nothing were removed
@@ -192,24 +196,25 @@ def estimated_flops(plan: Plan) -> float:
     """
     cfg, blocks = plan.cfg, blocks_of(plan.skeleton)
     config = plan.skeleton.config.get_text_config(decoder=True)
-    weights = 2.0 * config.vocab_size * config.hidden_size
-    attended = grams = 0.0  # FLOPs per token and attended token; per token of calibration
+    per_token = 2.0 * config.vocab_size * config.hidden_size  # products with weights
+    per_attended_token = 0.0  # attention of one token to one token
+    grams_per_token = 0.0  # Gram matrices, in calibration
     for block in blocks:
         sizes = {name: part.out_features * part.in_features for name, part in block.parts.items()}
         ffn = sum(size for name, size in sizes.items() if name in PARTS["ffn"])
         attention = sum(size for name, size in sizes.items() if name in PARTS["attention"])
         active = active_experts(config, block)
-        weights += 2 * (attention + ffn * active / block.experts)
-        attended += 4 * block.channels
-        grams += 2 * block.neurons**2 * active if block.has_experts else gram_flops(block.neurons)
-        grams += gram_flops(block.channels)
+        per_token += 2 * (attention + ffn * active / block.experts)
+        per_attended_token += 4 * block.channels
+        grams_per_token += 2 * block.neurons**2 * active if block.has_experts else gram_flops(block.neurons)
+        grams_per_token += gram_flops(block.channels)
     tokens = forward_equivalents(plan.forward_tokens, plan.forward_backward_tokens)
-    total = tokens * (weights + cfg.corpora.seq_len * attended)
+    total = tokens * (per_token + cfg.corpora.seq_len * per_attended_token)
     if cfg.evaluation.seq_len > cfg.corpora.seq_len:  # windows of evaluation are longer
         evaluated = sum(evaluated_models(cfg, config.hidden_size)) * evaluated_tokens(cfg)
-        total += evaluated * (cfg.evaluation.seq_len - cfg.corpora.seq_len) * attended
+        total += evaluated * (cfg.evaluation.seq_len - cfg.corpora.seq_len) * per_attended_token
     if "gram" in cfg.collects:
-        total += calibration_tokens(cfg) * grams
+        total += calibration_tokens(cfg) * grams_per_token
     return total
 
 
@@ -225,11 +230,18 @@ def gram_flops(channels: int) -> float:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], *, seconds: float = 0.5) -> float:
-    """Measure the FLOP/s of products of 512 tokens with a weight of a shape (out, in).
+    """Measure matmul throughput in FLOP/s: 512 tokens times a weight of shape (out, in).
 
-    A forward pass is slower, because of element-wise operations, attention and synchronization.
+    A forward pass has a lower throughput, because of element-wise operations, attention and synchronization.
+
+    Args:
+        device: device on which the product is timed.
+        dtype: dtype of tokens and weight.
+        shape: (out, in).
+        seconds: how long the product is repeated.
     """
-    tokens, weight = (torch.ones(n, shape[1], dtype=dtype, device=device) for n in (512, shape[0]))
+    tokens = torch.ones(512, shape[1], dtype=dtype, device=device)
+    weight = torch.ones(shape, dtype=dtype, device=device)
     timer = Timer(
         "tokens @ weight.T", globals={"tokens": tokens, "weight": weight}, num_threads=torch.get_num_threads()
     )

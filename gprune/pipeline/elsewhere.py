@@ -28,7 +28,7 @@ def check_model(cfg: RunConfig, dense: PreTrainedModel, device: torch.device) ->
     """Raise UserError if the model is incomplete, does not fit into memory, or cannot be distilled.
 
     Args:
-        cfg: the configuration.
+        cfg: the configuration of the run.
         dense: the dense model without weights.
         device: the device of this process.
     """
@@ -63,7 +63,7 @@ def prepare(
     """Check the model against the dense model, and prepare the evaluated text for it.
 
     Args:
-        cfg: the configuration.
+        cfg: the configuration of the run.
         device: the device of this process.
         dense: the dense model.
         dense_tokenizer: the tokenizer of the dense model.
@@ -88,9 +88,10 @@ def load_model_made_elsewhere(cfg: RunConfig, device: torch.device) -> tuple[Pre
 
 
 def _check_head(cfg: RunConfig, model: PreTrainedModel, dense: PreTrainedModel) -> None:
-    """Raise UserError if a model is to be distilled but its output embedding differs from the dense model's.
+    """Raise UserError if a model is to be distilled but its head differs from the dense model's.
 
-    Distillation computes the logits of both models with the same head.
+    Distillation computes the logits of both models with the same head: the output embedding, and the scale and the
+    limit of logits if the family has them.
     """
     if not recovery_of(cfg.recovery).learns:
         return
@@ -110,8 +111,8 @@ def _tokenized_for(
     Two tokenizers are the same if they have the same vocabulary and give the same windows of the evaluated text.
 
     Args:
-        cfg: the configuration.
-        model: the model.
+        cfg: the configuration of the run.
+        model: the model of `--model.made_elsewhere`.
         tokenizer: the tokenizer of the model.
         dense_tokenizer: the tokenizer of the dense model.
         test: the evaluated text in the dense model's tokens.

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
 from gprune.calibration.statistics import CorpusStatistics
+from gprune.config import RunConfig
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
 from gprune.evaluation.distance import perplexity_from_logits
@@ -41,20 +42,21 @@ def evaluate(
     masks: Mapping[str, Masks],
     pruned: PreTrainedModel | None = None,
 ) -> list[dict[str, Any]]:
-    """Step 10: perplexity of the dense model, the controls and gprune on every evaluated corpus.
+    """Step 10, and before recovery a part of step 9: perplexity of all rows on every evaluated corpus.
 
-    Finished rows are read from `metrics.json`. The dense model's numbers are cached for other runs. Windows are split
-    over processes, with the same bits as on one process; with `--model.shard` layers are sharded too.
+    The rows are the dense model, the controls and the main row. Finished rows are read from `metrics.json`. The dense
+    model's numbers are cached for other runs. Windows are split over processes, with the same bits as on one process;
+    with `--model.shard` layers are sharded too.
 
     Args:
-        run: the run.
+        run: the open run, with the dense model and the evaluated text.
         statistics: statistics by corpus.
         masks: masks by stage.
         pruned: the recovered model of the main row; the models of other rows are constructed here. With None only rows
             without recovery are evaluated, and their table is logged.
 
     Returns:
-        Flat records, one per number, as in `metrics.json`.
+        Records as in `metrics.json`, one per row and corpus.
     """
     cfg, before_recovery = run.cfg, pruned is None
     if before_recovery:
@@ -66,18 +68,18 @@ def evaluate(
     records: list[dict[str, Any]] = broadcast(run.folder.metrics.get("records", []))
     finished_rows = {(r["stage"], r["recovery"]) for r in records}
     # Without an initialised process group, rank 0 evaluates alone.
-    measures = rank_and_world_size()[1] > 1 or rank_zero_only.rank == 0
-    leaked = leaks(run) if measures else {}
+    rank_evaluates = rank_and_world_size()[1] > 1 or rank_zero_only.rank == 0
+    leaked = leaks(run) if rank_evaluates else {}
     with run.folder.step("evaluate_unrecovered" if before_recovery else "evaluate"):
         for row in rows:
             # All processes are needed for a recovery that trains.
-            if row in finished_rows or not (measures or recovery_of(row[1]).learns):
+            if row in finished_rows or not (rank_evaluates or recovery_of(row[1]).learns):
                 continue
             model = run.model if row == DENSE else pruned  # frees the model of the previous row
             if row not in (DENSE, cfg.own_row):
                 with run.folder.part(row_name(*row)):
                     model = shrink(run, masks[row[0]], statistics, row=row)
-            if not measures:
+            if not rank_evaluates:
                 continue
             measure, text = measurement_of(run, row, model)
             model = shard_if_requested(run, model)
@@ -85,7 +87,7 @@ def evaluate(
                 result = measure(run, model, windows, row_name(*row))
                 records.append(as_record(run, row, result, windows, leaked[windows.corpus]))
             write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
-    if before_recovery and measures and not run.folder.finished:
+    if before_recovery and rank_evaluates and not run.folder.finished:
         log.info("Before recovery:\n\n%s\n", result_table(records).for_stdout())
     return records
 
@@ -96,7 +98,7 @@ def measurement_of(
     """Return the function that measures a row's model, and the text. Tokens of a pruned model are counted from here on.
 
     Args:
-        run: the run.
+        run: the open run.
         row: (stage, recovery).
         model: the model of the row, not sharded.
     """
@@ -111,7 +113,11 @@ def measurement_of(
 
 
 def leaks(run: Run) -> dict[str, tuple[bool, float]]:
-    """Return for each evaluated corpus whether it counts as seen, and the share of its 13-grams in used text."""
+    """Return for each evaluated corpus whether it counts as seen, and the share of its 13-grams in used text.
+
+    A corpus counts as seen if the run uses its train split, or if the share is above `SEEN_ABOVE`; the latter is logged
+    as a warning.
+    """
     used_corpora = {identity(name) for name in run.cfg.train_corpora}
     by_corpus = {}
     for windows in run.text.test:
@@ -144,9 +150,9 @@ def dense_perplexity(
     """Perplexity of the dense model, cached for all runs with the same model and text.
 
     Args:
-        run: the run.
+        run: the open run.
         model: the dense model, or its sharded copy.
-        windows: the text.
+        windows: windows of one corpus.
         name: name of the row in the progress bar.
         measure: measures the model if the cache has no result. Default: `measure_and_keep_forecasts`.
     """
@@ -194,9 +200,9 @@ def measure_perplexity(
     """Perplexity of a row's model, with a progress bar; batches are split over processes.
 
     Args:
-        run: the run.
-        model: the model.
-        windows: the text.
+        run: the open run.
+        model: the model of the row, or its sharded copy.
+        windows: windows of one corpus.
         name: name of the row in the progress bar.
         forecasts: as for `perplexity`.
     """
@@ -228,41 +234,26 @@ def as_record(
     """Return a perplexity as a record of `metrics.json`, with its evaluation protocol.
 
     Args:
-        run: the run.
+        run: the open run.
         row: stage and recovery.
-        result: the measurement.
-        windows: the text.
+        result: the row's perplexity on the corpus.
+        windows: the evaluated windows of the corpus.
         leak: whether the corpus counts as seen, and its share of leaked 13-grams.
     """
-    (stage, recovery), cfg = row, run.cfg
-    pruned, gprune = stage not in ("dense", "model"), stage == "gprune"
-    learned = gprune and cfg.learns
-    settings = {"importance": None, "allocation": None, "partition": None, "switch": None, "switch_to": None}
-    settings |= {"switch_everywhere": None, "learn": None, "learn_samples": None}
-    if pruned:
-        settings["importance"] = cfg.importance
-        settings["allocation"] = cfg.base_allocation
-    if gprune:
-        settings["allocation"] = cfg.sparsity.allocation
-        settings["partition"] = cfg.partition.method
-        settings["switch"] = cfg.reliability.switch and len(cfg.corpora.drift) > 1
-        settings["switch_to"] = cfg.reliability.metric
-        settings["switch_everywhere"] = cfg.reliability.everywhere
-    if learned:
-        of_sparsity = cfg.settings()["sparsity"]
-        settings["learn"] = {name: value for name, value in of_sparsity.items() if name in LEARNING_SETTINGS}
-        settings["learn_samples"] = cfg.corpora.learn_samples or cfg.corpora.num_samples
-    parts = recovery.split("+")
+    cfg = run.cfg
+    stage, recovery = row
+    is_pruned = stage not in ("dense", "model")
+    chain = recovery.split("+")
     recovery_settings = {
-        name: dict(options) if name in parts else None for name, options in cfg.recovery_settings.items()
+        name: dict(options) if name in chain else None for name, options in cfg.recovery_settings.items()
     }
     return {
         "stage": stage,
-        **settings,
+        **_pruning_settings(cfg, stage),
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_of(recovery).needs else None,
         **recovery_settings,
-        "sparsity": run.budget.sparsity if pruned else 0.0,
+        "sparsity": run.budget.sparsity if is_pruned else 0.0,
         "scope": "model" if cfg.final == "model" else cfg.sparsity.scope,
         **({} if cfg.sparsity.currency == "parameters" else {"cost": cfg.sparsity.currency}),
         "model": model_label(cfg.model.name),
@@ -282,3 +273,23 @@ def as_record(
         "float32_matmul_precision": cfg.trainer.float32_matmul_precision,
         "content_hash": windows.content_hash,
     }
+
+
+def _pruning_settings(cfg: RunConfig, stage: str) -> dict[str, Any]:
+    """Return the settings by which the masks of a stage were made. Settings that it does not use are None."""
+    settings = {"importance": None, "allocation": None, "partition": None, "switch": None, "switch_to": None}
+    settings |= {"switch_everywhere": None, "learn": None, "learn_samples": None}
+    if stage not in ("dense", "model"):
+        settings["importance"] = cfg.importance
+        settings["allocation"] = cfg.base_allocation
+    if stage == "gprune":
+        settings["allocation"] = cfg.sparsity.allocation
+        settings["partition"] = cfg.partition.method
+        settings["switch"] = cfg.reliability.switch and len(cfg.corpora.drift) > 1
+        settings["switch_to"] = cfg.reliability.metric
+        settings["switch_everywhere"] = cfg.reliability.everywhere
+    if stage == "gprune" and cfg.learns:
+        sparsity_settings = cfg.settings()["sparsity"]
+        settings["learn"] = {name: value for name, value in sparsity_settings.items() if name in LEARNING_SETTINGS}
+        settings["learn_samples"] = cfg.corpora.learn_samples or cfg.corpora.num_samples
+    return settings

@@ -58,7 +58,7 @@ class Text:
     learn: list[Windows]
     # One per recovery corpus, for recoveries that train: windows for `--distill.tokens`.
     fresh: list[Windows]
-    development: list[Windows]  # one per corpus of `RunConfig.developed`
+    development: list[Windows]  # one per corpus of `RunConfig.development_corpora`
     test: list[Windows]  # one per evaluated corpus, of `evaluation.split`
 
     @property
@@ -90,7 +90,7 @@ def prepare_text(
     (`development`) and evaluation (`test`).
 
     Args:
-        cfg: the configuration.
+        cfg: names the corpora, and the number and length of windows.
         tokenizer: the model's tokenizer.
         embeddings: number of embeddings of the model.
         without: corpora that are left out.
@@ -128,7 +128,7 @@ def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
     Text for evaluation does not depend on `--run.seed`, so that seeds do not change the test set.
 
     Args:
-        cfg: the configuration.
+        cfg: has number and length of windows, and the seed.
         bos: first token of each window, if there is one.
     """
     c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed

@@ -69,7 +69,8 @@ class MemoryEstimate:
     """Peak memory of the steps of one process, in bytes.
 
     Short names: hidden size H, vocabulary size V, number of layers L; N active neurons in the widest layer, and C its
-    attention channels; `weight` and `activation` are the bytes of one number.
+    attention channels; `weight` and `activation` are the bytes of one number. Factors of these sizes are bytes per
+    token: 24 H, for example, are six float32 vectors of the hidden size.
     """
 
     def __init__(self, plan: Plan):
@@ -110,10 +111,10 @@ class MemoryEstimate:
         forecasts = self.weight * self.H * tokens * in_same_memory
         return self.dense + main_row + forecasts
 
-    def head(self, number: int, *, teacher: bool) -> int:
-        """Logits of a chunk of tokens with `number` bytes each, and float32 terms of the rows computed at once."""
+    def head(self, bytes_per_logit: int, *, teacher: bool) -> int:
+        """Logits of a chunk of tokens, of student and teacher, and float32 terms of the rows computed at once."""
         rows = ROWS if self.cpu else CHUNK
-        return self.V * (CHUNK * number * (1 + teacher) + rows * (8 + 12 * teacher))
+        return self.V * (CHUNK * bytes_per_logit * (1 + teacher) + rows * (8 + 12 * teacher))
 
     def learn(self) -> float:
         """Threshold learning: the dense model, activations of all layers for the backward pass, and the head."""
@@ -130,7 +131,7 @@ class MemoryEstimate:
             if self.layer_by_layer:  # Gram matrices of one layer, and hidden states of the corpus in main memory
                 hidden_states = self.cpu * self.weight * self.H * c.num_samples * c.seq_len
                 sums = self.gram / self.L + hidden_states
-            else:
+            else:  # Gram matrices of one corpus, which on a CPU are counted in `dense`
                 sums = self.gram * (not self.cpu)
             per_neuron = 26 if self.gram else 2 * self.weight + 8
             peak = self.dense + sums + self.batch_tokens * (per_neuron * self.N + 4 * self.H)
@@ -144,22 +145,26 @@ class MemoryEstimate:
         """Distillation with AdamW."""
         d = self.cfg.distill
         tokens = math.ceil(d.batch_size / self.cfg.processes) * self.cfg.corpora.seq_len
-        of_layer = tokens * (24 * self.H + 16 * (self.kept_share * self.N + self.C))
-        activations = of_layer + self.L * tokens * 4 * self.H if d.checkpointing else self.L * of_layer
+        layer_activations = tokens * (24 * self.H + 16 * (self.kept_share * self.N + self.C))
+        if d.checkpointing:  # all activations of one layer, and the inputs of every layer
+            activations = layer_activations + self.L * tokens * 4 * self.H
+        else:
+            activations = self.L * layer_activations
         trained = trained_parameters(self.plan, self.kept_share)
         # On a GPU AdamW updates all parameters at once, and needs a copy of them.
         update = 0 if self.cpu else 4 * trained
-        working = max(activations + self.head(4, teacher=True), update)
-        best = 4 * trained * self.cpu  # a copy of the best weights so far, in main memory
+        backward_or_update = max(activations + self.head(4, teacher=True), update)
+        best_weights = 4 * trained * self.cpu  # a copy of the best weights so far, in main memory
         cast = self.cast_copies + self.autocast * 2 * (self.H * self.V + trained)  # of the student too
         student = 4 * self.kept_parameters + 12 * trained  # float32 weights, gradients and moments
-        return self.other_models + self.grams_of_all_corpora / self.corpora + student + best + working + cast
+        pooled_grams = self.grams_of_all_corpora / self.corpora
+        return self.other_models + pooled_grams + student + best_weights + backward_or_update + cast
 
     def solve(self) -> float:
         """Least squares: the pruned model, and the matrices of the widest block's equations."""
-        widest = max(self.costs.neurons)
-        kept = self.kept_share * widest
-        matrices = 4 * widest**2 + 8 * kept**2 + (widest - kept) * (4 * widest + 12 * kept)
+        neurons = max(self.costs.neurons)
+        kept_neurons = self.kept_share * neurons
+        matrices = 4 * neurons**2 + 8 * kept_neurons**2 + (neurons - kept_neurons) * (4 * neurons + 12 * kept_neurons)
         pooled_grams = self.grams_of_all_corpora / self.corpora
         pruned = self.weight * self.kept_parameters
         return self.other_models + pooled_grams + pruned + (matrices if self.gram else 0)

@@ -100,7 +100,13 @@ def _seconds_before_recovery(plan: Plan, dense: Pace) -> float:
 
 
 def _seconds_of_rows(plan: Plan, dense: Pace, pruned: Pace) -> float:
-    """Estimate the seconds of passes in steps 9 and 10: recovery and evaluation of all rows."""
+    """Estimate the seconds of passes in steps 9 and 10: recovery and evaluation of all rows.
+
+    Args:
+        plan: the plan, with the tokens of the two steps.
+        dense: seconds per token of the dense model.
+        pruned: seconds per token of a pruned model.
+    """
     cfg, config = plan.cfg, plan.skeleton.config.get_text_config(decoder=True)
     forward = sum(plan.tokens[step][0] for step in (9, 10))
     trained = sum(plan.tokens[step][1] for step in (9, 10))
@@ -122,10 +128,10 @@ def _seconds_of_rows(plan: Plan, dense: Pace, pruned: Pace) -> float:
 def _measured_paces(plan: Plan) -> tuple[Pace, Pace]:
     """Return the paces of the dense model, which learns gates, and of a pruned model, which is distilled."""
     cfg, d = plan.cfg, plan.cfg.distill
-    kept = 1 - plan.removed / plan.budget.costs.in_parameters.total
+    kept_share = 1 - plan.removed / plan.budget.costs.in_parameters.total
     settings = (
         cfg.model.name, cfg.model.dtype, cfg.trainer.precision, cfg.corpora.batch_size, d.batch_size,
-        cfg.corpora.seq_len, cfg.evaluation.seq_len, round(kept, 2), cfg.sparsity.scope, d.targets, d.rank,
+        cfg.corpora.seq_len, cfg.evaluation.seq_len, round(kept_share, 2), cfg.sparsity.scope, d.targets, d.rank,
         d.checkpointing,
     )  # fmt: skip
     if settings not in _PACES:
@@ -169,8 +175,8 @@ def _time_model(
     """Time one model of a few blocks, and scale the seconds of its blocks to all blocks of the plan.
 
     Args:
-        plan: the plan.
-        model: the model.
+        plan: gives the number of blocks, the device, and the precision of training.
+        model: the dense or the pruned model of a few blocks.
         text: evaluated windows, (B, T) int64.
         forecasts: the dense model's forecasts of the text, for KL; empty for the dense model.
         step: a training step; its argument is as for `_gated_step`.
@@ -186,7 +192,13 @@ def _time_model(
             final_hidden(model, text)
 
     def per_token(whole: Callable[[], object], blocks: Callable[[], object], tokens: int) -> tuple[float, float]:
-        """Return seconds per token of the whole model, and of all its blocks, from calls with the few blocks."""
+        """Return seconds per token of the whole model and of its blocks alone, for all blocks of the plan.
+
+        Args:
+            whole: a call of the model of a few blocks, with everything outside of them.
+            blocks: the same without head and loss.
+            tokens: number of tokens of a call.
+        """
         whole_seconds, block_seconds = _seconds(whole, plan.device), _seconds(blocks, plan.device)
         outside_blocks = max(0.0, whole_seconds - block_seconds)
         return (outside_blocks + scale * block_seconds) / tokens, scale * block_seconds / tokens
@@ -247,6 +259,7 @@ def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) 
     optimizer = torch.optim.AdamW(list(student.learned.values()), lr=1e-12, fused=fused)  # hardly changes the weights
 
     def step(head: bool) -> None:
+        """Compute loss and gradients, and update the student."""
         with torch.enable_grad():
             if head:
                 losses = next_token_losses(student.model, ids, teacher=teacher)

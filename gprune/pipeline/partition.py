@@ -50,7 +50,7 @@ def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) ->
     """Return the rank drift of one block's N neurons between D corpora, and its noise floor.
 
     Args:
-        run: the run.
+        run: the open run; its metric and seed are used.
         block: the block. Without an FFN, it has no neurons.
         statistics: statistics of each drift corpus.
     """
@@ -59,14 +59,16 @@ def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) ->
         undefined = torch.tensor(float("nan"), dtype=torch.float64)
         return Drift(no_neurons, no_neurons, no_neurons[0], no_neurons[0], undefined)
     metric, weights = IMPORTANCE[run.cfg.importance].drift, ffn_weights(block)
-    channels = [of_corpus.ffn[block.index] for of_corpus in statistics]
+    moments_by_corpus = [of_corpus.ffn[block.index] for of_corpus in statistics]
 
     def score(moments: Moments) -> Tensor:
         """Score the neurons, (N,), from the moments of a corpus or of half of it."""
         return score_ffn(metric, block, weights, moments, generator_for(run.cfg.run.seed, block.index, "ffn"))
 
-    scores = torch.stack([score(c.total) for c in channels])  # (D, N)
-    half_scores = torch.stack([torch.stack([score(c.half(h)) for h in (0, 1)]) for c in channels])  # (D, 2, N)
+    scores = torch.stack([score(of_corpus.total) for of_corpus in moments_by_corpus])  # (D, N)
+    half_scores = torch.stack(
+        [torch.stack([score(of_corpus.half(h)) for h in (0, 1)]) for of_corpus in moments_by_corpus]
+    )  # (D, 2, N)
     ranks = fractional_ranks(scores, groups=block.experts)
     half_ranks = fractional_ranks(half_scores, groups=block.experts)
     if block.has_experts:  # scores of different experts are on different scales
@@ -112,10 +114,16 @@ def compute_labels(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
         labels = refine(run, embeddings, ffn_drift, labels)
     if p.method == "random":
         seeds = [seed + BLOCK_SEED_STEP * block.index for block in ffn_blocks]
-        labels = [shuffled_partition(y, seed=block_seed) for y, block_seed in zip(labels, seeds, strict=True)]
+        labels = [
+            shuffled_partition(block_labels, seed=block_seed)
+            for block_labels, block_seed in zip(labels, seeds, strict=True)
+        ]
     if p.method == "drift_only":
-        labels = [same_sizes_by_drift(y, block_drift.drift) for y, block_drift in zip(labels, ffn_drift, strict=True)]
-    by_block = {block.index: y for block, y in zip(ffn_blocks, labels, strict=True)}
+        labels = [
+            same_sizes_by_drift(block_labels, block_drift.drift)
+            for block_labels, block_drift in zip(labels, ffn_drift, strict=True)
+        ]
+    by_block = {block.index: block_labels for block, block_labels in zip(ffn_blocks, labels, strict=True)}
     no_labels = torch.zeros(0, dtype=torch.long)
     return [by_block.get(b, no_labels) for b in range(len(run.blocks))]
 
@@ -124,7 +132,7 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     """Step 5: fit the refiner, and return refined labels.
 
     Args:
-        run: the run.
+        run: the open run, with the settings of the partition.
         embeddings: (N, d) float32 for each block with an FFN.
         drift: of the same blocks.
         labels: initial labels, (N,) int64 for each of these blocks.
@@ -141,13 +149,15 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     trainer = run.trainer("Refining modules", stage, role="partition", max_epochs=1, log_every_n_steps=10, **validation)
     trainer.fit(stage)
     run.callbacks.keep_state()
-    pairs = zip(stage.labels(), labels, strict=True)
-    refined = [REFINER.checked(p.refiner, "labels", y, old.shape, of="whole numbers") for y, old in pairs]
-    if any(y.min() < 0 or not torch.bincount(y).all() for y in refined):
+    refined = [
+        REFINER.checked(p.refiner, "labels", new, initial.shape, of="whole numbers")
+        for new, initial in zip(stage.labels(), labels, strict=True)
+    ]
+    if any(new.min() < 0 or not torch.bincount(new).all() for new in refined):
         needed = "modules from 0 to K - 1 in each block, each with at least one neuron"
         raise UserError(f"Refiner '{p.refiner}' must return {needed}.")
-    refined = [y.long().cpu() for y in refined]
-    moved = sum(int((y != old).sum()) for y, old in zip(refined, labels, strict=True))
+    refined = [new.long().cpu() for new in refined]
+    moved = sum(int((new != initial).sum()) for new, initial in zip(refined, labels, strict=True))
     neurons = sum(map(len, labels))
     log.info("Refinement moved %d of %d neurons", moved, neurons)
     run.folder.update_manifest(refinement={"moved": moved, "neurons": neurons})
@@ -157,7 +167,15 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
 def assess(
     run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, drift: list[Drift], labels: list[Tensor]
 ) -> Modules:
-    """Step 6: decide which modules switch to `--reliability.metric`, and rank units inside their modules."""
+    """Step 6: decide which modules switch to `--reliability.metric`, and rank units inside their modules.
+
+    Args:
+        run: the open run, in whose folder the modules are stored.
+        statistics: statistics by corpus.
+        scores: scores of all units by the base metric.
+        drift: drift of each block.
+        labels: module of each neuron, (N,) int64 per block.
+    """
     run.step(6, "Assessing reliability of modules")
     r = run.cfg.reliability
     switch = "off"
@@ -168,10 +186,11 @@ def assess(
         labels, block_ranks, [d.drift for d in drift], [d.floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
     )  # fmt: skip
+    block_fallback_ranks = fallback_ranks(run, statistics)
     module_ranks = [
-        within_module_ranks(metric_ranks, fallback, y, of_block.switched)
-        for metric_ranks, fallback, y, of_block in zip(
-            block_ranks, fallback_ranks(run, statistics), labels, reliability, strict=True
+        within_module_ranks(base_ranks, fallback, block_labels, of_block.switched)
+        for base_ranks, fallback, block_labels, of_block in zip(
+            block_ranks, block_fallback_ranks, labels, reliability, strict=True
         )
     ]
     ranks = ModuleRanks(
@@ -181,7 +200,7 @@ def assess(
     )
     modules = Modules(
         ranks, drift, reliability,
-        agreement=[module_agreements(d.scores, y) for d, y in zip(drift, labels, strict=True)],
+        agreement=[module_agreements(d.scores, block_labels) for d, block_labels in zip(drift, labels, strict=True)],
         block_agreement=[kendall_agreement(d.scores) for d in drift],
     )  # fmt: skip
     run.folder.write("modules", modules.tensors())
@@ -206,8 +225,10 @@ def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list
         sources = [statistics[corpus] for corpus in cfg.corpora.drift]
     if cfg.reliability.metric == AVERAGED:
         sources = [pool_statistics(sources)]
-    scores = [score_units(metric, run.blocks, source, seed=cfg.run.seed, attention=False).ffn for source in sources]
-    return [
-        fractional_ranks(torch.stack(block_scores), groups=block.experts).mean(0)
-        for *block_scores, block in zip(*scores, run.blocks, strict=True)
+    scores_by_source = [
+        score_units(metric, run.blocks, source, seed=cfg.run.seed, attention=False).ffn for source in sources
     ]
+    ranks = []
+    for block, *block_scores in zip(run.blocks, *scores_by_source, strict=True):  # one score tensor per source
+        ranks.append(fractional_ranks(torch.stack(block_scores), groups=block.experts).mean(0))
+    return ranks

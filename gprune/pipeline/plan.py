@@ -67,7 +67,7 @@ class Plan:
 
     @cached_property
     def removed(self) -> int:
-        """Number of removed parameters if all blocks are equally sparse; an estimate unless the target is one."""
+        """Number of removed parameters if all blocks are equally sparse; exact only for a target in parameters."""
         return self.budget.costs.in_parameters.removed(uniform_masks(self.budget))
 
     @property
@@ -87,9 +87,9 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     The model is constructed from its configuration on the meta device, without weights.
 
     Args:
-        cfg: the settings.
+        cfg: the configuration of the run.
         callbacks: callbacks of the caller; by default those of `--trainer.callbacks`.
-        together: whether processes of several nodes agree on a precision.
+        together: whether the processes of several nodes call this function together, to agree on a precision.
 
     Returns:
         The plan. In its `cfg`, the precision `auto` is replaced by that of the hardware.
@@ -188,7 +188,7 @@ def check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
     first = min(b.layer_index for b in blocks if b.index not in budget.costs.protected)
     ffn = [torch.full((b.experts * b.neurons,), b.layer_index != first) for b in blocks]
     attention = [torch.full((b.kv_groups,), b.layer_index != first) for b in blocks]
-    prune(dense, Masks(ffn, attention))
+    prune(dense, Masks(ffn, attention))  # the result is not needed, only its error
 
 
 def limit_to_depth(budget: Budget) -> Budget:

@@ -56,7 +56,12 @@ class Pricing:
         return m.dtype
 
     def budget(self) -> Budget:
-        """Return the requested budget. Raise UserError if it is impossible."""
+        """Return the budget of `--sparsity.target`.
+
+        Raises:
+            UserError: if the units cannot reach the target, costs cannot be computed, or a latency table is needed and
+                cannot be measured.
+        """
         s, export, blocks = self.cfg.sparsity, self.cfg.export, blocks_of(self.skeleton)
         price = price_from_table(self.speed, blocks) if s.currency == "seconds" else self.price_in(s.currency)
         costs = unit_costs(
@@ -107,8 +112,8 @@ class Pricing:
     def speed(self) -> Table | None:
         """Latency table of this machine at the `--speed` settings.
 
-        It is measured if the budget or an output needs it. Otherwise it is read from the cache; None if the cache has
-        no table.
+        If a flag needs the table (`RunConfig.latency_table_flag`), it is measured unless it is cached. Otherwise it is
+        read from the cache; None if the cache has no table.
 
         Raises:
             UserError: if the table has to be measured, but the model has too few positions, or there is no device.

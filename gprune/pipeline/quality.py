@@ -43,7 +43,7 @@ log = logging.getLogger("gprune")
 FILE = "quality.json"
 TOLERATED_PERCENT = 3, 10  # percent of perplexity above dense
 FIRST_SPARSITY = 0.1  # sparsity of the first trial
-EXPONENT = 1.5  # assumed exponent of log perplexity in the sparsity, until two models are measured
+EXPONENT = 1.5  # until two models are measured, log perplexity is assumed to rise with this power of the sparsity
 # Tolerance of the search: a share of the requested rise, and of the dense perplexity. The curve of SmolLM2 fluctuates
 # by 0.001 from one neuron to the next.
 TOLERANCE = 0.05, 0.002
@@ -139,19 +139,19 @@ class Trials:
             expected: predicted rise of the first cut.
         """
         learns = recovery_of(row[1]).learns
-        of_rise, of_dense = TRAINED_TOLERANCE if learns else TOLERANCE
+        share_of_rise, share_of_dense = TRAINED_TOLERANCE if learns else TOLERANCE
 
         def rise(cut: int) -> float:
             budget = self.budget(cut)
             return self.rise(self.results(masks_of(budget), row, budget))
 
         if after is not None and after.best is not None:
-            first, exponent = after.best.cut, after.exponent(EXPONENT)
+            first_cut, exponent = after.best.cut, after.exponent(EXPONENT)
         else:
-            first, exponent = round(FIRST_SPARSITY * self.run.budget.costs.total / self.step), EXPONENT
+            first_cut, exponent = round(FIRST_SPARSITY * self.run.budget.costs.total / self.step), EXPONENT
         return find_largest_cut(
-            rise, math.log1p(self.requested_rise), self.max_cut, first=first, expected=expected, exponent=exponent,
-            unused=min(of_rise, of_dense / self.requested_rise), tries=LEARNED_TRIES if learns else TRIES,
+            rise, math.log1p(self.requested_rise), self.max_cut, first=first_cut, expected=expected, exponent=exponent,
+            unused=min(share_of_rise, share_of_dense / self.requested_rise), tries=LEARNED_TRIES if learns else TRIES,
         )  # fmt: skip
 
     def search_controls(self, masks_of: Mapping[str, MasksOf]) -> dict[str, SearchResult]:
@@ -177,7 +177,8 @@ class Trials:
 def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
     """Return the run with the budget at which thresholds are learned.
 
-    For a quality target it is the budget found for the first control, otherwise the budget of the run.
+    For a quality target it is the budget found for the first control (the smallest cut if none keeps the quality),
+    otherwise the budget of the run. The arguments are those of `with_quality_budget`.
     """
     cfg = run.cfg
     if not (cfg.sparsity.quality and cfg.learns):
@@ -192,6 +193,13 @@ def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], m
 def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
     """Return the run with the largest budget that keeps the quality; the same run if the target is not a quality.
 
+    The trials and the sizes of all rows are stored in `quality.json`.
+
+    Args:
+        run: the open run, with the largest budget that its units allow.
+        statistics: statistics by corpus.
+        masks_of: masks of each stage as a function of the budget.
+
     Raises:
         UserError: if even the smallest cut does not keep the quality.
     """
@@ -200,14 +208,15 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
         return run
     run.step(8, "Finding the share that keeps the quality")
     trials = Trials(run, statistics)
-    final_masks, unlearned_row = masks_of[cfg.final], (cfg.final, cfg.training_free_recovery)
-    controls = trials.search_controls(masks_of)
-    unlearned = trials.search(unlearned_row, final_masks, after=next(iter(controls.values()), None))
-    found = unlearned
-    if unlearned_row != cfg.own_row:
-        expected = unlearned.best.rise if unlearned.best else None
-        found = trials.search(cfg.own_row, final_masks, after=unlearned, expected=expected)
-    if found.best is None:
+    final_masks = masks_of[cfg.final]
+    untrained_row = (cfg.final, cfg.training_free_recovery)
+    search_of_control = trials.search_controls(masks_of)
+    untrained = trials.search(untrained_row, final_masks, after=next(iter(search_of_control.values()), None))
+    result = untrained
+    if untrained_row != cfg.own_row:
+        expected = untrained.best.rise if untrained.best else None
+        result = trials.search(cfg.own_row, final_masks, after=untrained, expected=expected)
+    if result.best is None:
         smallest = trials.budget(1)
         ratio, _, _ = trials.interval(trials.results(final_masks(smallest), cfg.own_row, smallest))
         removed = f"{smallest.costs.removed(final_masks(smallest)):,} {s.currency.replace('_', ' ')}"
@@ -215,33 +224,40 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
             f"--sparsity.target must be above {_percent(ratio)}, the change of development perplexity by the smallest "
             f"cut ({removed}); got {s.target}."
         )
-    searches = {(stage, cfg.training_free_recovery): search for stage, search in controls.items()}
-    searches |= {unlearned_row: unlearned, cfg.own_row: found}
+    searches = {(stage, cfg.training_free_recovery): search for stage, search in search_of_control.items()}
+    searches |= {untrained_row: untrained, cfg.own_row: result}
     stages = [stage for stage, _ in cfg.stages]
     sizes = [
         _size_of_row(trials, row, search, masks_of[row[0]]) for row, search in searches.items() if row[0] in stages
     ]
-    is_largest = found.best.cut == trials.max_cut
+    is_largest = result.best.cut == trials.max_cut
     if is_largest:
         log.warning("Even the largest possible cut keeps the target %s of development perplexity.", s.target)
     trials.write(reached={"asked": s.quality, "largest": is_largest, "rows": sizes})
-    _remove_other_trials(trials, found, final_masks)
-    return run.with_budget(trials.budget(found.best.cut))
+    _remove_other_trials(trials, result, final_masks)
+    return run.with_budget(trials.budget(result.best.cut))
 
 
-def _size_of_row(trials: Trials, row: Stage, found: SearchResult, masks_of: MasksOf) -> dict[str, Any]:
-    """Return how many parameters a row needs for the requested quality (`schema.SameQuality`)."""
+def _size_of_row(trials: Trials, row: Stage, search: SearchResult, masks_of: MasksOf) -> dict[str, Any]:
+    """Return how many parameters a row needs for the requested quality (`schema.SameQuality`).
+
+    Args:
+        trials: the measured models.
+        row: (stage, recovery).
+        search: result of the search for the row.
+        masks_of: masks of the stage as a function of the budget.
+    """
     run, name = trials.run, row_name(*row)
-    if found.best is None:
-        return {"row": name, "models": len(found.points)}
-    budget = trials.budget(found.best.cut)
+    if search.best is None:
+        return {"row": name, "models": len(search.points)}
+    budget = trials.budget(search.best.cut)
     masks = masks_of(budget)
     removed_parameters = run.budget.costs.in_parameters.removed(masks)
     ratio, low, high = trials.interval(trials.results(masks, row, budget))
-    predicted_rise = found.best.predicted
+    predicted_rise = search.best.predicted
     return {
         "row": name,
-        "models": len(found.points),
+        "models": len(search.points),
         "share": run.budget.costs.removed(masks) / run.budget.costs.total,
         "parameters": run.model.num_parameters() - removed_parameters,
         "predicted": None if predicted_rise is None else math.exp(predicted_rise),
@@ -251,12 +267,12 @@ def _size_of_row(trials: Trials, row: Stage, found: SearchResult, masks_of: Mask
     }
 
 
-def _remove_other_trials(trials: Trials, found: SearchResult, masks_of: MasksOf) -> None:
-    """Remove the files with learned tensors of trials that are not the result."""
+def _remove_other_trials(trials: Trials, result: SearchResult, masks_of: MasksOf) -> None:
+    """Remove the files with learned tensors of trials that are not the result of the search."""
     run, recovery = trials.run, trials.run.cfg.recovery
-    result = learned_file(masks_of(trials.budget(found.best.cut)), recovery)
+    kept_prefix = learned_file(masks_of(trials.budget(result.best.cut)), recovery)
     prefixes = {learned_file(masks, recovery) for masks in trials.trained.values()}
-    for prefix in prefixes - {result}:
+    for prefix in prefixes - {kept_prefix}:
         path = run.folder / prefix
         for file in path.parent.glob(f"{path.name}-*.safetensors"):
             file.unlink(missing_ok=True)

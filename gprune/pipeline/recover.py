@@ -37,13 +37,13 @@ def shrink(
     run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, row: Stage | None = None,
     trial: int | None = None,
 ) -> PreTrainedModel:  # fmt: skip
-    """Return a pruned copy of the dense model, after recovery.
+    """Return a pruned copy of the dense model or, with `--model.made_elsewhere`, that model, after recovery.
 
     If the model is offloaded, the copy is written to the cache block by block, and then loaded with the same
     arguments. With DDP every process computes the whole copy, with the same bits.
 
     Args:
-        run: the run.
+        run: the open run, with the dense model.
         masks: keep masks.
         statistics: statistics by corpus; recovery uses those of `corpora.recover`.
         row: (stage, recovery). The stage is that of the masks, or `model` for `--model.made_elsewhere`; the recovery is
@@ -89,7 +89,7 @@ def _slice_to_files(run: Run, masks: Masks, revise: Revise | None, load_argument
     """Return a pruned copy of an offloaded model. Its files are removed when the copy is garbage-collected.
 
     Args:
-        run: the run.
+        run: the open run, with the dense model.
         masks: keep masks.
         revise: recovery of each block, if there is one.
         load_arguments: arguments of `load_weights`, such as `device_map`.
@@ -114,7 +114,7 @@ def material_of(
 ) -> Material:
     """Return the inputs of a row's recovery: model, masks, and the statistics and text of `corpora.recover`.
 
-    Statistics and text are only included if the recovery needs them.
+    Statistics and text are only included if the recovery needs them. The arguments are those of `shrink`.
     """
     cfg, recovery = run.cfg, recovery_of(row[1])
     corpora = cfg.corpora.recover
@@ -145,10 +145,11 @@ def learned_file(masks: Masks, recovery: str) -> str:
 def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Callable[..., None]:
     """Return the function `Material.fit` of one pruned model, which trains each stage once, even over several sessions.
 
-    Learned tensors are stored in the run folder, and loaded when the recovery is repeated.
+    Learned tensors are stored in the run folder, and loaded when the recovery is repeated. The function raises
+    UserError for unknown arguments.
 
     Args:
-        run: the run.
+        run: the open run, in whose folder the tensors are stored.
         path: prefix of the files. It is followed by the stage's class and the number of the call, which is the same in
             each session.
         row: (stage, recovery).
@@ -165,7 +166,7 @@ def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Calla
 
         Args:
             what: text for log and progress bar.
-            stage: the stage.
+            stage: a LightningModule that trains the pruned model.
             batch_size: windows per step; by default `--corpora.batch_size`.
             clip: largest gradient norm.
             accumulate: batches per optimizer step.

@@ -66,7 +66,7 @@ class TokenMeter:
         return handle
 
     def _count(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Count the tokens of a call of the decoder, as its forward pre-hook."""
+        """Count the tokens of a call of the decoder: a forward pre-hook with the call's arguments."""
         ids = kwargs["input_ids"] if "input_ids" in kwargs else next(iter(args), None)
         # A multimodal model passes embeddings (B, T, H) to its language model.
         tokens = ids.numel() if ids is not None else kwargs["inputs_embeds"].shape[:2].numel()
@@ -158,7 +158,7 @@ class Run:
 
         Args:
             what: text for log and progress bar. Its first word is the default of `name`.
-            stage: the stage.
+            stage: the LightningModule that will be trained, validated or tested.
             name: name of the stage's files.
             role: metric prefix of the built-in stage that `stage` replaces, such as `learn`.
             callbacks: callbacks in addition to the user's.
@@ -201,7 +201,7 @@ class Run:
         Args:
             name: name of the stage in the run folder.
             what: text for log and progress bar.
-            stage: the stage.
+            stage: the LightningModule to train.
             text: training windows.
             batch_size: windows per step; by default `--corpora.batch_size`.
             callbacks: callbacks in addition to the user's.
@@ -230,28 +230,48 @@ class Run:
             kwargs["val_check_interval"] = interval
         learned = {} if control else self.folder.manifest.get("learned_tokens", {})
         stage.tokens_before = sum(tokens for other_stage, tokens in learned.items() if other_stage != name)
-        limit = t.limit_train_batches
-        if limit is not None and limit >= 1:
-            limit = int(limit)  # a number of batches; Lightning reads a float as a share
         trainer = self.trainer(
             what, stage, name=name, role=role, callbacks=[StepCurves(), *callbacks, checkpoints], precision=t.precision,
-            limit_train_batches=limit, max_steps=t.max_steps or -1, fast_dev_run=t.fast_dev_run, inference_mode=False,
-            **kwargs,
+            limit_train_batches=_batch_limit(t.limit_train_batches), max_steps=t.max_steps or -1,
+            fast_dev_run=t.fast_dev_run, inference_mode=False, **kwargs,
         )  # fmt: skip
         checkpoint = checkpoints.usable()
         if checkpoint is not None:
             log.info("Resuming from %s; steps that are repeated are counted once", checkpoint)
         with self.folder.part(name), row_metrics(self.loggers, row, curves_of(stage), control=control):
-            if checkpoint is None and validates:
-                trainer.validate(stage, data, verbose=False)
-            trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
-            if validates and getattr(stage, "measured_at", None) != trainer.global_step:
-                trainer.validate(stage, data, verbose=False)
+            _fit_and_validate(trainer, stage, data, checkpoint, validates=validates)
         self.check_weights(type(stage).__name__)
         if not control:
             self.callbacks.keep_state()
             self.folder.update_manifest(learned_tokens={name: getattr(stage, "tokens", 0)})
         return trainer, data
+
+
+def _batch_limit(limit: float | None) -> int | float | None:
+    """Convert `--trainer.limit_train_batches` for Lightning, which reads an int as a number of batches.
+
+    A float is a share of the epoch.
+    """
+    return int(limit) if limit is not None and limit >= 1 else limit
+
+
+def _fit_and_validate(
+    trainer: L.Trainer, stage: L.LightningModule, data: CorpusDataModule, checkpoint: Path | None, *, validates: bool
+) -> None:
+    """Fit a stage, and measure development perplexity before the first step and after the last one.
+
+    Args:
+        trainer: the Trainer of the stage.
+        stage: the LightningModule to train. If it has `measured_at`, this is the step of the last measurement.
+        data: training and development windows.
+        checkpoint: where to resume, without a measurement before the first step.
+        validates: whether development perplexity is measured.
+    """
+    if checkpoint is None and validates:
+        trainer.validate(stage, data, verbose=False)
+    trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
+    if validates and getattr(stage, "measured_at", None) != trainer.global_step:
+        trainer.validate(stage, data, verbose=False)
 
 
 @contextmanager
@@ -263,7 +283,7 @@ def open_run(
     Random generators are seeded, and tokens are counted from here on.
 
     Args:
-        cfg: the configuration.
+        cfg: the configuration of the run.
         callbacks: callbacks of the user, in addition to `--trainer.callbacks`.
         logger: loggers of the user, in addition to CSV, W&B and `--trainer.logger`.
 
@@ -304,25 +324,16 @@ def open_run(
         log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)
         try:
             yield Run(
-                plan,
-                model,
-                tokenizer,
-                text,
-                folder,
-                loggers,
-                meter,
-                inputs["model"],
-                screen,
-                user_callbacks,
+                plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, user_callbacks,
                 made_elsewhere_text,
-            )
+            )  # fmt: skip
         except (Exception, SystemExit) as error:
             raise_as_user_error(error, user_callbacks)
             raise
 
 
 def _record_machine_choices(folder: RunFolder, plan: Plan, requested_precision: str) -> None:
-    """Write to the folder what depends on the machine: the latency table, and why precision `auto` was resolved so."""
+    """Write the latency table to the folder if the run uses one, and the reason for the resolved precision `auto`."""
     cfg = plan.cfg
     if cfg.latency_table_flag:
         key = speed_key(plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.workload())

@@ -46,9 +46,13 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
     """Write masks and `model/`, and check that masked, sliced and reloaded logits agree.
 
     Args:
-        run: the run.
+        run: the open run, with the dense model.
         pruned: the model of the main row, after recovery.
         masks: masks by stage.
+
+    Raises:
+        UserError: if logits differ, an earlier session has written other masks, or the GGUF file differs from the
+            model.
     """
     if run.cfg.own_row == ("model", "none"):  # the user has this model already
         return
@@ -103,6 +107,11 @@ def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
 
 def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, float]:
     """Compare logits of the sliced model and of the masked dense model on the first evaluated window.
+
+    Args:
+        run: the open run, with the dense model.
+        pruned: the model of the main row, after recovery.
+        masks: masks of the main row.
 
     Returns:
         The number of compared tokens, the standard deviation of the masked logits, and the largest and the root mean

@@ -78,9 +78,10 @@ def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Sco
     """Return masks of the base metric, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`).
 
     Returns:
-        Functions of a budget by stage. `base` uses `scores`; it is left out if it is not needed and its allocation
-        would have to measure errors of blocks. `averaged` uses scores by pooled statistics of all drift corpora; it is
-        left out unless it is a row of the result table.
+        Stage -> function that returns masks for a budget.
+        `base`: masks by `scores`. It is missing if its allocation measures errors of blocks, and no step needs it.
+        `averaged`: masks by scores on the pooled statistics of all drift corpora. It is missing unless it is a row of
+        the result table.
     """
     cfg, masks_of = run.cfg, {}
     if not cfg.measures_errors or "base" in error_corpora(cfg):
@@ -99,7 +100,7 @@ def allocated_masks(
     Sparsity is allocated to blocks by `--sparsity.allocation` (or `.start`).
 
     Args:
-        run: the run.
+        run: the open run, with the model and the text for errors of blocks.
         name: `base`, `averaged` or `modules`, for allocations that need errors of blocks.
         scores: scores of all units.
         statistics: statistics by corpus.
@@ -115,6 +116,7 @@ def allocated_masks(
     errors = measured_errors(run, name, scores, pool()) if cfg.measures_errors else None
 
     def masks(budget: Budget) -> Masks:
+        """Return the masks for a budget, computed once per target."""
         if budget.target not in cached:
             with_errors = replace(pool(), errors=errors)
             cached[budget.target] = allocate(
@@ -130,6 +132,12 @@ def measured_errors(run: Run, name: str, scores: Scores, statistics: CorpusStati
 
     The text is `error_windows` windows of each corpus of `cost.error_corpora`. A float32 model is computed in the
     precision of learning, which is part of the run's key.
+
+    Args:
+        run: the open run, in whose folder the errors are stored.
+        name: the masks for which errors are measured: `base`, `averaged` or `modules`.
+        scores: scores of all units; neurons with the lowest scores are removed first.
+        statistics: pooled statistics with Gram matrices.
     """
     cfg, windows, corpora = run.cfg, error_windows(run.cfg), error_corpora(run.cfg)[name]
     bfloat16 = cfg.model.dtype == "float32" and cfg.trainer.precision == "bf16-mixed"
@@ -151,7 +159,7 @@ class ModuleMasks:
     """Masks of modules as a function of the budget, the result of step 7.
 
     Attributes:
-        modules: the modules.
+        modules: modules of neurons from step 6, with ranks inside each module.
         thresholds: returns thresholds, offsets and masks for a budget, by the names under which they are saved.
     """
 
@@ -172,7 +180,7 @@ def learn_sparsity(
         run: the run; thresholds are learned at its budget.
         statistics: statistics by corpus.
         scores: scores by the base metric.
-        modules: the modules.
+        modules: modules of neurons from step 6.
         base: masks of the base metric. Every module keeps as many neurons as these masks keep of it, and learning
             starts there, except if the allocation is a rule for modules. An allocation that needs errors of blocks does
             not use `base`: it measures errors for the order in which neurons of modules are removed.
@@ -214,7 +222,13 @@ def meet_budget(run: Run, masks_of: Mapping[str, MasksOf]) -> tuple[Thresholds |
 
 
 def masks_from_saved_tensors(ranks: ModuleRanks, tensors: Mapping[str, Tensor], budget: Budget) -> Masks:
-    """Return the masks of step 7: the learner's masks if they were saved, otherwise masks of thresholds and offsets."""
+    """Return the masks of step 7: the learner's masks if they were saved, otherwise masks of thresholds and offsets.
+
+    Args:
+        ranks: ranks of units inside their modules.
+        tensors: tensors by the names `masks.*`, `offsets.*` and those of `named_thresholds`.
+        budget: the budget that the masks of thresholds meet.
+    """
     learner_masks = {name.removeprefix("masks."): t for name, t in tensors.items() if name.startswith("masks.")}
     if learner_masks:
         return Masks.from_tensors(learner_masks)
@@ -228,7 +242,7 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
 
     Args:
         run: the run; thresholds are learned at its budget.
-        modules: the modules.
+        modules: modules of neurons from step 6.
         start: thresholds at which learning starts. Those of removed blocks are replaced in place.
 
     Returns:
@@ -242,13 +256,15 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
     stage = learner(run.model, modules.ranks, start, run.budget, **select_options(learner, settings) | options)
 
     def masks_at(budget: Budget) -> Masks:
+        """Return the learner's masks for a budget. Raise UserError if they are invalid."""
         return checked_masks(LEARNER, s.learner, stage.masks(budget), budget)
 
-    curve, apply = PerplexityCurve(), ApplyMasks(lambda: masks_at(run.budget))
-    numbers = sum(p.numel() for p in stage.parameters() if p.requires_grad)
-    what = f"Learning {numbers} {'thresholds' if s.learn == 'thresholds' else 'numbers'}"
+    curve = PerplexityCurve()
+    callbacks = [curve, ApplyMasks(lambda: masks_at(run.budget))]
+    num_learned = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+    what = f"Learning {num_learned} {'thresholds' if s.learn == 'thresholds' else 'numbers'}"
     trainer, data = run.fit(
-        "thresholds", what, stage, run.text.learn, role="learn", max_epochs=s.epochs, callbacks=[curve, apply]
+        "thresholds", what, stage, run.text.learn, role="learn", max_epochs=s.epochs, callbacks=callbacks
     )
     if curve.by_step:
         budgets = {run.budget.sparsity: run.budget}
@@ -256,11 +272,12 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
         masks_by_sparsity = {0.0: None} | {sparsity: masks_at(budget) for sparsity, budget in budgets.items()}
         curve.against_sparsity(trainer, stage, data, masks_by_sparsity)
         run.check_weights(type(stage).__name__)
+    perplexity_by_sparsity = {f"{sparsity:g}": by_corpus for sparsity, by_corpus in sorted(curve.by_sparsity.items())}
     run.folder.update_manifest(
         learning={
             "steps": trainer.global_step,
             "development_perplexity_by_epoch": list(curve.by_step.values()),
-            "development_perplexity_by_sparsity": {f"{k:g}": v for k, v in sorted(curve.by_sparsity.items())},
+            "development_perplexity_by_sparsity": perplexity_by_sparsity,
         }
     )
     return _learned_tensors(stage, s.learner, modules.ranks, masks_at(run.budget), run.budget)
@@ -284,7 +301,7 @@ def _learned_tensors(
         learner: name of the learner.
         ranks: ranks of the modules.
         masks: masks of the stage for the budget. They are included unless they follow from thresholds and offsets.
-        budget: the budget.
+        budget: the budget at which the stage has learned.
     """
     mask_tensors = {f"masks.{name}": mask for name, mask in masks.tensors().items()}
     thresholds = getattr(stage, "thresholds", None)
@@ -301,7 +318,7 @@ def _learned_tensors(
 
 def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> None:
     """Log the measurements of each module, and its sparsity, which is the share of its neurons that masks remove."""
-    sparsity = [module_means(~keep, y) for keep, y in zip(masks.ffn, modules.labels, strict=True)]
+    sparsity = [module_means(~mask, block_labels) for mask, block_labels in zip(masks.ffn, modules.labels, strict=True)]
     names = ("sensitivity", "noise_floor", "agreement", "sparsity")
     for step, row in enumerate(modules.rows()):
         row["sparsity"] = float(sparsity[row["block"]][row["module"]])

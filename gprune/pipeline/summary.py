@@ -27,7 +27,12 @@ log = logging.getLogger("gprune")
 
 
 def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
-    """Measure the speed of the pruned model.
+    """Measure the speed of the pruned model in alternation with the dense model.
+
+    Args:
+        run: the open run, with a target in seconds.
+        masks: masks of the main row, for the prediction.
+        pruned: model of the main row.
 
     Returns:
         Speed relative to the dense model: requested (`asked`), predicted by the latency table, and measured (`got`);
@@ -53,7 +58,7 @@ def summarise(
     """Compute the summary of a run, and write it to manifest, metrics.json, model card, figures and trackers.
 
     Args:
-        run: the run.
+        run: the open run, after evaluation.
         records: records of all rows.
         masks: masks of the main row; None with `--model.made_elsewhere`.
         pruned: model of the main row.

@@ -98,7 +98,8 @@ def _format_flips(r: Record, dense: Record) -> str | None:
     if not ("correct" in r and r.get("answers") and dense.get("answers")):
         return None
     pairs = list(zip(dense["correct"], r["correct"], strict=True))
-    changed = sum(a != b for a, b in zip(dense["answers"], r["answers"], strict=True))
+    answers = zip(dense["answers"], r["answers"], strict=True)
+    changed = sum(dense_answer != answer for dense_answer, answer in answers)
     to_wrong, to_right = pairs.count(("1", "0")), pairs.count(("0", "1"))
     n = len(pairs)
     return f"{changed / n:.1%}: -{to_wrong / n:.1%} +{to_right / n:.1%}"
@@ -118,8 +119,10 @@ def _pair_key(r: Record) -> tuple[Cell, ...]:
     Such records have the same base model and dtype, and the same questions, windows, or rounds of timing.
     """
     amount = len(r["window_nll"]) if r["kind"] == "perplexity" else r.get("questions")
+    measured_on = r.get("rounds") or amount  # only records of speed have rounds
+    has_accuracy = "correct" in r  # otherwise `_format_comparison` uses acc_norm
     names = ("task", "content_hash", "dtype", "model")
-    return (r["kind"], r.get("rounds") or amount, "correct" in r, *(r.get(name) for name in names))
+    return (r["kind"], measured_on, has_accuracy, *(r.get(name) for name in names))
 
 
 def _cells(r: Record, dense: Record | None) -> list[Cell]:

@@ -95,7 +95,13 @@ def curve_points(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
 
 @style()
 def _figure(lines: dict[str, pd.DataFrame], axis_label: str, label: str) -> Figure:
-    """Draw the lines of a metric, by the name of a corpus or row; with several lines the axis is logarithmic."""
+    """Draw the lines of a metric. With several lines the y axis is logarithmic.
+
+    Args:
+        lines: name of a corpus or row -> points, as returned by `curve_points`.
+        axis_label: label of the x axis.
+        label: label of the y axis.
+    """
     labels = corpus_labels(lines)
     figure, axes = canvas(5.4 + LETTER_WIDTH * max(8, *map(len, labels.values())), 3.2)
     for i, (name, points) in enumerate(lines.items()):

@@ -39,7 +39,14 @@ def read_runs(paths: Sequence[Path | str | FinishedRun]) -> list[FinishedRun]:
 
 
 def _folder_names(folders: Sequence[Path], used: set[str]) -> list[str]:
-    """Return names of folders, or their paths relative to a common parent if a name is repeated or in `used`."""
+    """Return distinct names of folders: their own names or, if these do not suffice, relative paths.
+
+    Paths are relative to the common parent of all folders, or to one of its parents if a path is in `used`.
+
+    Args:
+        folders: absolute paths.
+        used: names of other runs, which must not be repeated.
+    """
     names = [folder.name for folder in folders]
     common_parent = Path(os.path.commonpath([folder.parent for folder in folders]))
     for parent in (common_parent, *common_parent.parents):

@@ -158,7 +158,7 @@ def figure_to_svg(figure: Figure, name: str) -> Markup:
     """Convert a figure to inline SVG with text elements, and with black, white and grey replaced by theme colours.
 
     Args:
-        figure: the figure.
+        figure: a finished figure.
         name: unique name on the page, so that ids in the SVG of different figures differ.
     """
     file = io.StringIO()

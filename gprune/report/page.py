@@ -50,7 +50,7 @@ class Report:
     """Tables and figures of runs.
 
     Attributes:
-        runs: the runs.
+        runs: all runs, in the order of the report.
         groups: the runs, grouped by all settings except the seed.
         tables: all tables; some may be empty.
         base: the run whose stage `base` is the denominator of all ratios; None if there is no such run.
@@ -166,10 +166,11 @@ class Report:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         figures = self.draw(folder / "figures", formats)
-        first = self.runs[0]
-        if len(self.runs) == 1 and first.masks is not None:  # figures of several runs are in their folders
-            data = first.records, first.modules, first.masks, first.summary
-            figures += write_figures(folder / "figures", *data, formats=formats)
+        run = self.runs[0]
+        if len(self.runs) == 1 and run.masks is not None:  # figures of several runs are in their folders
+            figures += write_figures(
+                folder / "figures", run.records, run.modules, run.masks, run.summary, formats=formats
+            )
         possible = {folder / "tables" / f"{name}.csv" for name in get_args(TableName)}
         possible |= {folder / "figures" / f"{name}.{suffix}" for name in FIGURES for suffix in FORMATS}
         for path in possible - {*texts, *figures}:
@@ -231,7 +232,7 @@ def of_runs(
     """Make the report of runs that are already read.
 
     Args:
-        runs: the runs.
+        runs: finished runs, in the order of the report.
         bases: path of a run -> the run whose stage `base` is the denominator. A missing run has no ratio. By default
             each run's own base.
         seen: corpora that count as seen in every row; by default those that each run has seen.

@@ -58,7 +58,18 @@ def run_stages(run: FinishedRun) -> list[Stage]:
 def ratio_to(
     run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stage, number: str = "nll"
 ) -> Estimate | None:
-    """Compute `unseen_ratio` of stages of two runs. Return None for a stage and itself."""
+    """Compute `unseen_ratio` of stages of two runs.
+
+    Args:
+        run: run of the numerator.
+        stage: (stage, recovery) of the numerator.
+        other: run of the denominator.
+        reference: (stage, recovery) of the denominator.
+        number: as for `unseen_ratio`.
+
+    Returns:
+        The ratio, or None for a stage and itself and as `unseen_ratio`.
+    """
     if run.path.resolve() == other.path.resolve() and stage == reference:
         return None
     return unseen_ratio(run.records, stage, other.records, reference, number)
@@ -74,6 +85,9 @@ def summary_table(
         bases: path of a run -> the run whose stage `base` without recovery is the denominator. A missing run has no
             ratio. By default each run's own `base` with the recovery of the row. The column's name tells which.
         seen: corpora that count as seen in every row, for the note; the records are already marked.
+
+    Raises:
+        UserError: if a run in `bases` has no stage `base` without recovery.
     """
     by_name = {run.name: run for run in (bases or {}).values()}
     for name, run in by_name.items():
@@ -230,7 +244,9 @@ def _stage_rows(
 def _row_key(
     group: SeedGroup, runs: Sequence[FinishedRun], stage: Stage, cells: Sequence[Estimate | None]
 ) -> tuple[Any, ...]:
-    """Return a key that is equal for rows of groups that are merged.
+    """Return a key that is equal for rows of several groups that are merged into one.
+
+    Dense rows are merged if their results are equal, and controls if results and cells are. Main rows are not merged.
 
     Args:
         group: the group of the row.

@@ -21,15 +21,15 @@ def caption(records: Sequence[Record]) -> str:
     """Return the caption of figures: model, budget and protocol in three lines."""
     names = ("model", "scope", "importance", "dtype", "seq_len", "split")
     pruned = [r for r in records if r["stage"] != "dense"]
-    text = {name: ", ".join(dict.fromkeys(str(r[name]) for r in pruned)) for name in names}
-    protocol = f"{text['split']} text, windows of {text['seq_len']} tokens, {text['dtype']}"
+    values = {name: ", ".join(dict.fromkeys(str(r[name]) for r in pruned)) for name in names}
+    protocol = f"{values['split']} text, windows of {values['seq_len']} tokens, {values['dtype']}"
     if all(r["stage"] == "model" for r in pruned):
-        return f"beside {text['model']}\n{protocol}"
+        return f"beside {values['model']}\n{protocol}"
     sparsities = sorted({r["sparsity"] for r in pruned})
     lowest_and_highest = dict.fromkeys((sparsities[0], sparsities[-1]))
     removed = " to ".join(f"{100 * sparsity:.3g}" for sparsity in lowest_and_highest)
     costs = ", ".join(dict.fromkeys(f"the {r['cost']} of " if "cost" in r else "" for r in pruned))
-    return f"{text['model']}\n{removed} % of {costs}{text['scope']} removed by {text['importance']}\n{protocol}"
+    return f"{values['model']}\n{removed} % of {costs}{values['scope']} removed by {values['importance']}\n{protocol}"
 
 
 def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = None) -> Table:
@@ -127,8 +127,10 @@ def _quality_rows(quality: Mapping[str, Any]) -> list[list[Cell]]:
         unseen = None
         if r is quality["rows"][-1]:
             unseen = _percent_above_dense([quality.get(end) for end in ("unseen", "unseen_low", "unseen_high")])
-        asked = 100 * quality["asked"]
-        rows.append([r["row"], asked, parameters, removed, kept_of_base, predicted, development, unseen, r["models"]])
+        requested = 100 * quality["asked"]
+        rows.append(
+            [r["row"], requested, parameters, removed, kept_of_base, predicted, development, unseen, r["models"]]
+        )
     return rows
 
 

@@ -73,17 +73,17 @@ def heterogeneity_figure(modules: Modules) -> Figure:
     rows = modules.rows()
     figure = Figure(figsize=(9, 3.4))
     left, right = figure.subplots(1, 2)
-    block = np.array([row["block"] for row in rows])
+    block_indices = np.array([row["block"] for row in rows])
     switched = np.array([row["switched"] for row in rows], dtype=bool)
-    score = np.array([row["score"] for row in rows])
+    mean_ranks = np.array([row["score"] for row in rows])
     for axes, name, label in (
         (left, "sensitivity", "rank drift (mean of module)"),
         (right, "agreement", "Kendall τ inside module"),
     ):
-        value = np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=float)
-        points = axes.scatter(block, value, c=score, cmap="cividis", s=18, vmin=0, vmax=1, zorder=2)
+        values = np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=float)
+        points = axes.scatter(block_indices, values, c=mean_ranks, cmap="cividis", s=18, vmin=0, vmax=1, zorder=2)
         ring = {"facecolors": "none", "edgecolors": "#D55E00", "label": "switched", "zorder": 3}
-        axes.scatter(block[switched], value[switched], s=60, **ring)
+        axes.scatter(block_indices[switched], values[switched], s=60, **ring)
         axes.set(xlabel="block", ylabel=label)
     blocks = range(len(modules.drift))
     left.plot(blocks, [float(d.floor.mean()) for d in modules.drift], "--", color="black", lw=1, label="noise floor")
@@ -92,9 +92,13 @@ def heterogeneity_figure(modules: Modules) -> Figure:
     if np.isfinite(halves).any():
         right.plot(blocks, halves, ":", color="black", lw=1, label="whole block, halves of one corpus")
     figure.colorbar(points, ax=right, label="mean importance rank")
-    by_axes = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in (left, right))
-    handles = {label: handle for pairs in by_axes for handle, label in pairs}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    handle_of_label = {}  # each label once, although both axes may have it
+    for axes in (left, right):
+        handles, labels = axes.get_legend_handles_labels()
+        handle_of_label |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        handle_of_label.values(), handle_of_label.keys(), loc="outside lower center", ncols=len(handle_of_label)
+    )
     return figure
 
 
@@ -107,20 +111,24 @@ def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
         labels: module of each neuron, (N,) int64 per block; None without modules.
     """
     figure, axes = canvas(9, 3.4)
-    per_block = [float((~mask).float().mean()) if len(mask) else 0.0 for mask in masks.ffn]
-    axes.bar(range(len(per_block)), per_block, color="#BFDDF0", label="block")
+    removed_of_block = [float((~mask).float().mean()) if len(mask) else 0.0 for mask in masks.ffn]
+    axes.bar(range(len(removed_of_block)), removed_of_block, color="#BFDDF0", label="block")
     if labels is not None:
-        blocks, removed, sizes = [], [], []
-        for block, (mask, block_labels) in enumerate(zip(masks.ffn, labels, strict=True)):
+        block_indices, removed, sizes = [], [], []  # of each module
+        for block_index, (mask, block_labels) in enumerate(zip(masks.ffn, labels, strict=True)):
             for module in block_labels.unique().tolist():
                 members = block_labels == module
-                blocks.append(block)
+                block_indices.append(block_index)
                 removed.append(float((~mask[members]).float().mean()))
                 sizes.append(int(members.sum()))
         scale = 40 / max(sizes)  # area of the largest module is 40 square points
-        axes.scatter(blocks, removed, s=[scale * size for size in sizes], color="#0072B2", ec="white", lw=0.4, zorder=2,
-                     label="module (area: neurons)")  # fmt: skip
-    axes.set(xlim=(-0.7, len(per_block) - 0.3), ylim=(0, 1.02), xlabel="block", ylabel="fraction of neurons removed")
+        areas = [scale * size for size in sizes]
+        axes.scatter(
+            block_indices, removed, s=areas, color="#0072B2", ec="white", lw=0.4, zorder=2,
+            label="module (area: neurons)",
+        )  # fmt: skip
+    limits = {"xlim": (-0.7, len(masks.ffn) - 0.3), "ylim": (0, 1.02)}
+    axes.set(**limits, xlabel="block", ylabel="fraction of neurons removed")
     figure.legend(loc="outside right center")
     return figure
 
@@ -136,10 +144,12 @@ def speed_figure(table: dict[str, Any], depth: int) -> Figure:
     figure = Figure(figsize=(9, 3.4))
     panels = {"neurons": "FFN neurons", "groups": "KV groups"}
     for axes, (kind, units) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
-        kept, seconds = np.transpose(table[kind])
-        axes.plot(kept, 1000 * depth * seconds, marker="o", ms=4, color=COLOURS["gprune"], label=f"{depth} blocks")
+        kept_units, seconds = np.transpose(table[kind])
+        axes.plot(
+            kept_units, 1000 * depth * seconds, marker="o", ms=4, color=COLOURS["gprune"], label=f"{depth} blocks"
+        )
         axes.axhline(1000 * table["rest"], ls="--", color=OTHER_COLOUR, label="what is never pruned")
-        axes.set(xlabel=f"{units} that each block keeps", ylabel="milliseconds", xticks=kept, ylim=0)
+        axes.set(xlabel=f"{units} that each block keeps", ylabel="milliseconds", xticks=kept_units, ylim=0)
         axes.label_outer()
         axes.grid(axis="y")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
@@ -147,9 +157,16 @@ def speed_figure(table: dict[str, Any], depth: int) -> Figure:
 
 
 def run_figures(
-    records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict
+    records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict[str, Any]
 ) -> dict[str, Figure]:
-    """Make all figures for which a run has data, by name."""
+    """Make all figures for which a run has data, by name.
+
+    Args:
+        records: records of `metrics.json`.
+        modules: modules of neurons, if there are any.
+        masks: masks of the main row; None with `--model.made_elsewhere`.
+        summary: summary of the run.
+    """
     labels = None if modules is None else modules.labels
     figures = {"perplexity": perplexity_figure(records)}
     if masks is not None:
@@ -162,15 +179,18 @@ def run_figures(
     return {name: add_title(figure, title) for name, figure in figures.items()}
 
 
-def write_figures(folder: Path, *data: Any, formats: Sequence[str] = ("png",)) -> list[Path]:
+def write_figures(
+    folder: Path, records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict[str, Any], *,
+    formats: Sequence[str] = ("png",),
+) -> list[Path]:  # fmt: skip
     """Write the figures of a run, and return their paths.
 
     Args:
         folder: where the files are written.
-        data: arguments of `run_figures`.
+        records, modules, masks, summary: as for `run_figures`.
         formats: endings of files, such as png and svg.
     """
     paths = []
-    for name, figure in run_figures(*data).items():
+    for name, figure in run_figures(records, modules, masks, summary).items():
         paths += save(figure, folder, name, formats)
     return paths

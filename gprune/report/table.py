@@ -20,11 +20,8 @@ from rich.text import Text
 from gprune.errors import one_line, printable
 from gprune.evaluation.estimate import Estimate
 
-TableName = Literal[
-    "comparison", "distance", "evaluation", "perplexity", "quality", "settings", "summary"
-]  # names of the tables of a report
-
-
+# Names of the tables of a report.
+TableName = Literal["comparison", "distance", "evaluation", "perplexity", "quality", "settings", "summary"]
 # Characters that Markdown would interpret. A `*` at the end of a name, `_` inside it and most brackets are plain text.
 MARKUP = re.compile(r"^\*|[\\`<|~$]|&(?=#?\w+;)|\*(?=[^\s)])|(?<![^\W_])_|_(?![^\W_])|\[(?=[^\]]*\][(\[])")
 Cell = str | int | float | Estimate | None

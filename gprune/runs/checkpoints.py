@@ -48,7 +48,7 @@ class Checkpoints(Checkpoint):
             shapes={tensor_name: list(tensor.shape) for tensor_name, tensor in stage.state_dict().items()},
             versions=[torch.__version__, L.__version__],
         )  # fmt: skip
-        self._hashes: list[str] = []  # hash of the existing file, if there is one
+        self._hashes: list[str] = []  # hash of the existing file, if it is valid
         self._last_saved = time.monotonic()
         self._resumed_position: dict[str, int] = {}  # position in the text after resuming
         self._step_completed = False  # whether the last batch completed an optimizer step
@@ -57,8 +57,9 @@ class Checkpoints(Checkpoint):
         """Return the checkpoint to resume from. Return None if it is missing or, with a warning, invalid."""
         if not self.path.is_file():
             return None
-        self._hashes = [self._hash(self.path)]
-        if self._hashes[0] in self.folder.manifest.get("checkpoints", {}).get(self.name, []):
+        file_hash = self._hash(self.path)
+        if file_hash in self.folder.manifest.get("checkpoints", {}).get(self.name, []):
+            self._hashes = [file_hash]
             return self.path
         log.warning(UNUSABLE, self.path, "the file is not the checkpoint that this stage saved")
         return None
@@ -69,6 +70,7 @@ class Checkpoints(Checkpoint):
             return hashlib.file_digest(content, lambda: hashlib.sha256(self._stage_key.encode())).hexdigest()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restore the position in the text, and start the clock."""
         # Lightning loses the position if a schedule asks for the number of steps before the checkpoint is loaded.
         if self._resumed_position:
             trainer.train_dataloader.load_state_dict(self._resumed_position)
@@ -104,7 +106,11 @@ class Checkpoints(Checkpoint):
             self._last_saved = time.monotonic()
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Replace the checkpoint atomically. Until the new file is renamed, the manifest has both hashes."""
+        """Replace the checkpoint by a new one. At every moment the existing file is valid.
+
+        The new checkpoint is written to a temporary file. Before this file is renamed, the manifest gets its hash in
+        addition to that of the old checkpoint. So the old or the new file is valid, whenever the process is killed.
+        """
         if not trainer.is_global_zero:
             trainer.save_checkpoint(self.path)  # a collective call; only rank 0 writes
             return
@@ -116,12 +122,14 @@ class Checkpoints(Checkpoint):
         self.folder.record_cost()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the tokens of the stage, the position in the text, and torch's random state to Lightning's checkpoint."""
         counts = self.meter.counts()
         checkpoint["tokens"] = {kind: count - self._counts_before_stage[kind] for kind, count in counts.items()}
         checkpoint["place"] = trainer.train_dataloader.state_dict()
         checkpoint["random"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore what `on_save_checkpoint` added. The position in the text is set when training starts."""
         self._resumed_position = checkpoint["place"]
         self.meter.add_earlier(checkpoint["tokens"])
         torch.set_rng_state(checkpoint["random"])

@@ -29,9 +29,9 @@ SCRATCH_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of scratch folder
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List the leaves in which two nested dictionaries differ, as 'sparsity.target: 0.5 there, 0.3 here'."""
-    old, new = flatten(old), flatten(new)
-    changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-    return [f"{name}: {old.get(name)} there, {new.get(name)} here" for name in changed]
+    old_leaves, new_leaves = flatten(old), flatten(new)
+    changed = sorted(name for name in {*old_leaves, *new_leaves} if old_leaves.get(name) != new_leaves.get(name))
+    return [f"{name}: {old_leaves.get(name)} there, {new_leaves.get(name)} here" for name in changed]
 
 
 def broadcast(value: Any) -> Any:
@@ -50,7 +50,7 @@ class RunFolder:
     """The folder of a run, `runs/<name>/`, with settings, manifest, and the result of every finished step.
 
     Args:
-        path: the folder.
+        path: path of the folder, which need not exist.
         count_tokens: returns the tokens so far by kind.
         key: key of everything that determines the run's results. It is stored in files, so that files of other runs
             are detected.
@@ -109,7 +109,14 @@ class RunFolder:
             temporary.write_text(config_yaml, encoding="utf-8")
 
     def _inspect(self, settings: dict[str, Any]) -> bool:
-        """Return whether the folder has no run with these settings. Raise UserError if it must not be written to."""
+        """Return whether a new run begins, because the folder has no run with these settings.
+
+        A run with other settings may be replaced if it has no results yet.
+
+        Raises:
+            UserError: if the folder must not be written to: it has results of other settings, is not a run, has links
+                out of it, or its manifest is damaged.
+        """
         prefix = f"Cannot run in {self.path}"
         remedy = "Choose another --run.name, or remove the folder"
         manifest_file = self / "manifest.json"

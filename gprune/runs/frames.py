@@ -80,7 +80,7 @@ def _stage_line(
 ) -> Line:  # fmt: skip
     """Return the line of one stage without the columns that only the main row has; arguments as for `lines`."""
     by_corpus = records_of(records, stage)
-    first = next(iter(by_corpus.values()))
+    first_record = next(iter(by_corpus.values()))
     dense = estimates(records, DENSE, None)
     pruned = stage[0] not in ("dense", "model")
     line = {"seed": settings["run"]["seed"], "stage": stage[0], "recovery": stage[1]}
@@ -88,13 +88,13 @@ def _stage_line(
         line |= _interval_columns(name, estimate)
     line |= {f"{name}_dense": dense[name].value for name in ("unseen", "seen") if dense[name] is not None}
     line |= {
-        "model": first["model"],
-        "dtype": first["dtype"],
+        "model": first_record["model"],
+        "dtype": first_record["dtype"],
         "precision": settings["trainer"]["precision"],
         "scope": settings["sparsity"]["scope"] if pruned else None,
         "target": settings["sparsity"]["target"] if pruned else None,
-        "importance": first.get("importance"),
-        "allocation": first.get("allocation"),
+        "importance": first_record.get("importance"),
+        "allocation": first_record.get("allocation"),
         "seen_corpora": ", ".join(labels[corpus] for corpus, r in by_corpus.items() if r["seen"]),
     }
     for corpus, record in by_corpus.items():

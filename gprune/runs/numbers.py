@@ -95,21 +95,21 @@ def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | No
 
 
 def unseen_ratio(
-    records: Sequence[Record], stage: Stage, others: Sequence[Record], other: Stage, number: str = "nll"
+    records: Sequence[Record], stage: Stage, other_records: Sequence[Record], other_stage: Stage, number: str = "nll"
 ) -> Estimate | None:
     """Ratio of the geometric-mean perplexities of two stages on unseen text, with a paired 95 % interval.
 
     Args:
         records: records of the run of `stage`.
         stage: the stage in the numerator.
-        others: records of the run of `other`.
-        other: the stage in the denominator.
+        other_records: records of the run of `other_stage`.
+        other_stage: the stage in the denominator.
         number: nll, or kl for the ratio of exp(KL(dense || row)).
 
     Returns:
         The ratio on text that neither stage has seen; None if there is no such text or number, or the windows differ.
     """
-    denominator = records_of(others, other)
+    denominator = records_of(other_records, other_stage)
     numerator = {  # without corpora that the other stage has seen
         corpus: r
         for corpus, r in records_of(records, stage, seen=False).items()
@@ -196,7 +196,7 @@ def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | 
 
     Args:
         records: records of the whole run.
-        stage: the stage.
+        stage: (stage, recovery) of a row.
         base: records of the run (this or another one) whose `base` without recovery is the denominator of
             `unseen_over_unrecovered_base`. Without them this ratio is None.
     """
@@ -212,9 +212,12 @@ def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | 
     def mean(nll: Mapping[str, Sequence[float]]) -> Estimate | None:
         return Estimate(*mean_perplexity(nll, predicted_tokens)) if nll else None
 
-    def ratio_to(others: Sequence[Record] | None, other: Stage) -> Estimate | None:
-        is_same_row = others is records and stage == other
-        return None if others is None or is_same_row else unseen_ratio(records, stage, others, other)
+    def ratio_to(other_records: Sequence[Record] | None, other_stage: Stage) -> Estimate | None:
+        """Return `unseen_ratio` to a stage; None without records, and for the stage itself."""
+        is_same_row = other_records is records and stage == other_stage
+        if other_records is None or is_same_row:
+            return None
+        return unseen_ratio(records, stage, other_records, other_stage)
 
     distances = {"kl": None, "agreement": None} if stage == DENSE else distance(records, stage)
     return {

@@ -23,7 +23,7 @@ def resolve_precision(cfg: RunConfig, device: torch.device, *, together: bool = 
     three bits of precision less. The default name of the run does not depend on the hardware.
 
     Args:
-        cfg: the configuration.
+        cfg: the configuration of the run.
         device: the device of this process.
         together: whether to let all processes of several nodes decide together. They use bfloat16 only if it is faster
             on all of them.

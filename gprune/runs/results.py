@@ -121,6 +121,7 @@ class PruningResult:
         return table.loc[rows, corpora].rename_axis(index=None, columns=None)
 
     def __repr__(self) -> str:
+        """Return the path, the sizes, and the table with at most seven rows."""
         lines = [f"PruningResult({str(self.path)!r})"]
         if summary := self.summary:
             removed = "made elsewhere"
@@ -178,7 +179,8 @@ def _with_tensors(run: FinishedRun) -> FinishedRun:
         return run
     masks = Masks.from_tensors(_read_tensors_of(run, f"masks/{run.final}"))
     modules = Modules.from_tensors(_read_tensors_of(run, "modules")) if run.final == "gprune" else None
-    if modules is not None and [y.shape for y in modules.labels] != [m.shape for m in masks.ffn]:
+    neurons = [mask.shape for mask in masks.ffn]
+    if modules is not None and [block_labels.shape for block_labels in modules.labels] != neurons:
         reason = "modules and masks have different numbers of neurons"
         raise UserError(f"Cannot read run '{run.path}': {reason}. Run the same command again.")
     return replace(run, masks=masks, modules=modules)
@@ -240,7 +242,11 @@ def load_run(path: Path | str) -> PruningResult:
 
 
 def _download_artifact(name: str) -> Path:
-    """Download a W&B artifact, `entity/project/artifact:version`, into the cache and return its folder."""
+    """Download a W&B artifact, `entity/project/artifact:version`, into the cache and return its folder.
+
+    Raises:
+        UserError: if the name is invalid, or the artifact cannot be downloaded.
+    """
     import wandb  # slow to import, and needed for artifacts only
 
     try:
@@ -294,7 +300,12 @@ def config_of(run: FinishedRun) -> RunConfig:
 
 
 def _load_exported(run: FinishedRun) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
-    """Load the exported model, frozen, and its tokenizer; (None, None) if the run did not export a model."""
+    """Load the exported model, frozen, and its tokenizer; (None, None) if the run did not export a model.
+
+    Raises:
+        UserError: if files were changed after the export, or the model cannot be loaded, for example because a module
+            that the run imported is missing.
+    """
     if not (run.path / "model").is_dir():
         return None, None
     folder = exported_model(run.path)

@@ -53,15 +53,20 @@ class Measured(Schema):
 
     @model_validator(mode="after")
     def check_windows(self) -> Self:
-        """Check that the sums over windows, which may be rounded to four digits, match the mean and their number."""
+        """Raise UserError unless each list has one sum per window, and its sums add up to mean x tokens.
+
+        Sums may be rounded to four digits after the point. A list has to be left out if its mean is.
+        """
         windows = len(self.window_nll)
         for name in ("nll", "kl", "agreement"):
             mean, sums = getattr(self, name), getattr(self, f"window_{name}") or ()
-            total, expected = math.fsum(sums), (mean or 0) * self.tokens
-            tolerance = 1e-4 * (1 + total + windows)
+            total, expected_total = math.fsum(sums), (mean or 0) * self.tokens
+            tolerance = 1e-4 * (1 + total + windows)  # one unit of the last digit per window, and a relative error
+            if abs(total - expected_total) > tolerance:
+                raise UserError(f"The sum of window_{name} must be {name} x tokens = {expected_total}; got {total}.")
             expected_length = 0 if mean is None else windows
-            if abs(total - expected) > tolerance or len(sums) != expected_length:
-                raise UserError(f"The sum of window_{name} must be {name} x tokens = {expected}; got {total}.")
+            if len(sums) != expected_length:
+                raise UserError(f"The length of window_{name} must be {expected_length}; got {len(sums)}.")
         return self
 
 
@@ -86,7 +91,7 @@ class Record(Measured):
 
 
 def _check_windows(records: list[Record]) -> list[Record]:
-    """Raise UserError if a number is repeated, or a row was not measured on the dense model's windows.
+    """Raise UserError if a row has a corpus twice, or was not measured on the dense model's windows.
 
     A model of `--model.made_elsewhere` may have another tokenizer, and so other windows of the same text.
     """
@@ -134,7 +139,7 @@ class MeasuredSpeed(SpeedTable):
 
     @model_validator(mode="after")
     def check_widths(self) -> Self:
-        """Check that widths increase, as interpolation requires, and that times are positive."""
+        """Raise UserError unless widths increase, as interpolation requires, and times are positive."""
         for name in ("neurons", "groups"):
             widths = [width for width, _ in getattr(self, name)]
             if widths != sorted(set(widths)):
@@ -158,7 +163,7 @@ class SameQuality(Schema):
 
     @model_validator(mode="after")
     def check_numbers(self) -> Self:
-        """Check that the numbers, except `predicted`, are given together or left out together."""
+        """Raise UserError unless the numbers, except `predicted`, are given together or left out together."""
         numbers = [self.share, self.parameters, self.got, self.low, self.high]
         if None in numbers and numbers != [None] * len(numbers):
             raise UserError("The keys share, parameters, got, low and high must be given together.")
@@ -292,7 +297,7 @@ class ZeroShot(Benchmark):
 
     @model_validator(mode="after")
     def check_answers(self) -> Self:
-        """Check that at least one of the two scores has a digit for each question."""
+        """Raise UserError unless a text of digits is given, and each given one has a digit per question."""
         if {len(digits) for digits in (self.correct, self.correct_norm) if digits} != {self.questions}:
             raise UserError(f"The key correct must have a digit for each of {self.questions} questions.")
         return self

@@ -96,7 +96,7 @@ def tracking(folder: RunFolder, cfg: RunConfig, user_loggers: Sequence[Logger] =
 
     Args:
         folder: the run folder.
-        cfg: the configuration.
+        cfg: the configuration of the run.
         user_loggers: Lightning loggers of the user.
 
     Raises:
@@ -251,7 +251,7 @@ def log_artifacts(loggers: Sequence[Logger], folder: Path, cfg: RunConfig, metad
     Args:
         loggers: the loggers of the run.
         folder: the run folder.
-        cfg: the configuration.
+        cfg: the configuration of the run.
         metadata: added to the metadata of the version.
     """
     model = os.path.basename(os.path.normpath(cfg.model.name))
@@ -318,7 +318,7 @@ def wandb_run(
 
 
 @contextmanager
-def resumed_run(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | None]:
+def resumed_run(folder: Path, identity: Mapping[str, Any]) -> Iterator[wandb.Run | None]:
     """Context with a finished W&B run, opened again to add results to it. If this run is still open, it is used.
 
     In online mode the run is resumed. In offline mode another file with the same id is written, which `wandb sync`
@@ -326,14 +326,14 @@ def resumed_run(folder: Path, known: Mapping[str, Any]) -> Iterator[wandb.Run | 
 
     Args:
         folder: folder of the run.
-        known: the entry `wandb` of the manifest, which identifies the run.
+        identity: the entry `wandb` of the manifest, which identifies the run.
     """
-    if wandb.run is not None and wandb.run.id == known["id"]:
+    if wandb.run is not None and wandb.run.id == identity["id"]:
         yield wandb.run
         return
-    mode = os.environ.get("WANDB_MODE") or known["mode"]
+    mode = os.environ.get("WANDB_MODE") or identity["mode"]
     # `create_new`, because another run may be open.
-    with _wandb_run(folder, latest=False, reinit="create_new", **known | {"mode": mode}) as run:
+    with _wandb_run(folder, latest=False, reinit="create_new", **identity | {"mode": mode}) as run:
         yield run
 
 
@@ -373,7 +373,15 @@ def _wandb_run(folder: Path | str, *, latest: bool = True, **settings: Any) -> I
 
 
 def _start(mode: str, **settings: Any) -> Any:
-    """Start a W&B run. If the server cannot be reached, start it offline; return None if that fails too."""
+    """Start a W&B run. If the server cannot be reached, start it offline; return None if that fails too.
+
+    Args:
+        mode: offline or online.
+        settings: other arguments of `wandb.init`.
+
+    Raises:
+        UserError: in online mode without an account.
+    """
     try:
         return wandb.init(mode=mode, **settings)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:

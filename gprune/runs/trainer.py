@@ -37,7 +37,7 @@ def check_trainer(*, callbacks: Sequence[L.Callback] = (), **settings: Any) -> t
 
     Args:
         callbacks: callbacks of the user.
-        settings: `TrainerConfig.lightning`.
+        settings: `TrainerConfig.lightning_arguments`.
 
     Returns:
         The device of this process.

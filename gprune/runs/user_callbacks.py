@@ -118,7 +118,7 @@ def _is_of_lightning(callback: L.Callback) -> bool:
 
 
 def _monitors_stage(callback: L.Callback, stage: L.LightningModule, role: str) -> bool:
-    """Return whether the metric that a callback monitors may be logged by a stage: not if another stage logs it.
+    """Return whether a callback is used in a stage: not if it monitors a metric that only other stages log.
 
     All stages except refinement (`partition`) log `development/...`. A metric with an unknown prefix may be the user's.
     """
@@ -131,6 +131,11 @@ def _monitors_stage(callback: L.Callback, stage: L.LightningModule, role: str) -
 
 def class_of(described: ClassPath, flag: str, base: type) -> type:
     """Return the class of a class path; a bare name is a class of Lightning. Nothing is imported.
+
+    Args:
+        described: class path and arguments; the arguments are not used.
+        flag: named in errors.
+        base: required base class, `Callback` or `Logger`.
 
     Raises:
         UserError: if the path is not a subclass of `base` in an imported module.
@@ -187,6 +192,7 @@ class CallbackChecks(L.Callback):
         self.record_stop, self.check_weights = record_stop, check_weights
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record that a callback has stopped the stage before its last batch."""
         done, planned = trainer.fit_loop.total_batch_idx + 1, int(trainer.num_training_batches * trainer.max_epochs)
         if trainer.should_stop and done < planned:
             log.info("%s was stopped after %d of %d batches", type(pl_module).__name__, done, planned)
@@ -195,6 +201,7 @@ class CallbackChecks(L.Callback):
     def on_test_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """Raise UserError if a callback has changed the batch or, checked once per corpus, the frozen model."""
         tokens = trainer.test_dataloaders[dataloader_idx].dataset.tokens
         if not torch.equal(batch["input_ids"].cpu(), tokens[batch["index"].cpu()]):
             raise UserError("Callbacks must not change batches of calibration, because other runs use its statistics.")

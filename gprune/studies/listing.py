@@ -147,7 +147,7 @@ class Listing:
         """Read a list file.
 
         Args:
-            path: the file.
+            path: the YAML file.
             seeds: seeds of all rows; by default those of the list.
             flags: flags of train.py, which override the settings of every row.
             records: folder of records. Default: `experiments/records` for lists in `experiments`, otherwise
@@ -160,13 +160,11 @@ class Listing:
         content = read_content(path)
         is_experiment = path.resolve().is_relative_to(EXPERIMENTS)
         default_folder = EXPERIMENTS / "records" if is_experiment else OTHER_RECORDS
-        fields = {
-            "tasks": content.tasks,
-            "masks": content.masks or not is_experiment,
-            "records": default_folder if records is None else Path(records),
-            "study": path.stem,
-        }
-        return cls(path, content, list(_rows(path, content, seeds or content.seeds, flags, **fields)))
+        rows = _rows(
+            path, content, seeds or content.seeds, flags, masks=content.masks or not is_experiment,
+            records=default_folder if records is None else Path(records),
+        )  # fmt: skip
+        return cls(path, content, list(rows))
 
 
 def read_content(path: Path) -> Content:
@@ -201,15 +199,18 @@ def benchmarks_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:
     return parse_benchmarks(**settings)
 
 
-def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], **fields: Any) -> Iterator[Row]:
+def _rows(
+    path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], *, masks: bool, records: Path
+) -> Iterator[Row]:
     """Yield every row with every seed.
 
     Args:
         path: the list file.
-        content: its content.
+        content: the parsed keys of the file.
         seeds: seeds of all rows.
         flags: flags of train.py, which override the settings of every row.
-        fields: fields of `Row` that are equal in all rows.
+        masks: whether records store masks.
+        records: folder of records.
     """
     flag_settings = read_flags(flags)
     protocol = [_read_row_settings(name, path.parent) for name in content.protocol]
@@ -226,8 +227,10 @@ def _rows(path: Path, content: Content, seeds: Sequence[int], flags: Sequence[st
             _check_settings(where, settings, flag_settings)
             overlay(settings, flag_settings, where)
             has_masks = MADE_ELSEWHERE not in settings
-            row_fields = fields | {"masks": fields["masks"] and has_masks}
-            yield Row(name, seed, settings | {"run.seed": seed}, control=name in content.controls, **row_fields)
+            yield Row(
+                name, seed, settings | {"run.seed": seed}, tasks=content.tasks, control=name in content.controls,
+                masks=masks and has_masks, records=records, study=path.stem,
+            )  # fmt: skip
 
 
 def _read_row_settings(file: str, folder: Path) -> dict[str, Any]:
@@ -260,6 +263,9 @@ def select_part(rows: Sequence[Row], part: str | None) -> list[Row]:
     Args:
         rows: all rows of a list, finished or not, so that the parts of several machines are disjoint.
         part: the value of `--part`.
+
+    Raises:
+        UserError: if `part` has another form, or I is not from 1 to N.
     """
     if part is None:
         return list(rows)

@@ -37,7 +37,14 @@ from gprune.studies.tracking import log_study, wandb_beside_records, with_wandb_
 
 
 def run_lists(options: Namespace) -> None:
-    """Run the rows of the lists and print the results. `options` are the parsed arguments of `gprune study`."""
+    """Run the rows of the lists that have no record, and print the results.
+
+    Args:
+        options: the parsed arguments of `gprune study`.
+
+    Raises:
+        UserError: if an argument, a list or a row is invalid.
+    """
     for path in options.lists:
         listing = Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
         rows = select_part(select_rows(listing, options.only, what="--only"), options.part)
@@ -94,6 +101,8 @@ def token_hours(pending: Sequence[Row]) -> str:
 def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
     """Run one configuration and store its record.
 
+    Tasks and their results in an existing record are kept.
+
     Returns:
         The run's folder and the record, which is empty on ranks other than 0.
     """
@@ -143,7 +152,7 @@ def print_results(study: StudyResult, options: Namespace) -> None:
     """Print the results of a list, write its output file and figures, and log them to W&B.
 
     Args:
-        study: the results.
+        study: the selected rows of the list, with their records.
         options: the parsed arguments of `gprune study`.
 
     Raises:
@@ -183,7 +192,7 @@ def print_stored(row: Row, start: float, what: str = "") -> None:
     """Print the seconds since the start of a row or of its tasks, and that the record is stored.
 
     Args:
-        row: the row.
+        row: the finished row.
         start: time of the start, by `time.monotonic`.
         what: text before the seconds.
     """

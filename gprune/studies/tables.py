@@ -57,12 +57,12 @@ def _check_text(done: FinishedRows) -> None:
         amount += [evaluation.get(name) for name in ("num_samples", "seq_len", "split", "development_samples")]
         for role, digest in inputs["text"].items():
             key = (inputs["model"], row.seed, role, *amount)
-            other, other_digest = first_read.setdefault(key, (row, digest))
-            if other_digest != digest:
-                files = f"{find_record(other)[0].name} or {find_record(row)[0].name}"
+            first_row, first_digest = first_read.setdefault(key, (row, digest))
+            if first_digest != digest:
+                files = f"{find_record(first_row)[0].name} or {find_record(row)[0].name}"
                 raise UserError(
-                    f"Cannot compare rows '{other.name}' and '{row.name}': they have read different text as {role}. "
-                    f"Remove the outdated record ({files}) and its run folder, and run it again."
+                    f"Cannot compare rows '{first_row.name}' and '{row.name}': they have read different text as "
+                    f"{role}. Remove the outdated record ({files}) and its run folder, and run it again."
                 )
 
 
@@ -129,7 +129,7 @@ def stage_ratios(runs: Sequence[FinishedRun], first: str, second: str, number: s
         number: as for `unseen_ratio`.
 
     Returns:
-        The ratios. None if a row is not finished, and an empty list if windows differ.
+        The ratios. None if a row is not finished; an empty list if the rows have no seed in common, or windows differ.
     """
     first_runs, first_stage = _find_stage(runs, first)
     second_runs, second_stage = _find_stage(runs, second)

@@ -61,6 +61,13 @@ def log_study(
 ) -> Path | None:
     """Log finished rows that are not in W&B yet and, if all rows are finished, the list with its tables.
 
+    Args:
+        listing: the parsed list.
+        done: finished rows with their records.
+        flags: flags of train.py that override the settings of every row.
+        report: report of the finished rows.
+        tables: tables of the list.
+
     Returns:
         The folder for `wandb leet`; None if W&B is disabled for all rows.
     """
@@ -100,7 +107,11 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
 def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Sequence[Table], report: Report) -> None:
     """Log a list as a run of type `study`: settings of rows, tables, comparisons, figures, and the list file.
 
-    The run's id depends on the tables and the rows.
+    The run's id depends on the tables and the rows, so a list with new results is logged again.
+
+    Args:
+        folder: folder in which W&B writes.
+        listing, flags, tables, report: as for `log_study`.
     """
     import wandb
 
@@ -114,8 +125,8 @@ def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Seque
     logging_of_rows = listing.rows[0].config.logging
     logging = logging_of_rows.model_copy(update={"name": _words(shlex.join([name, *flags]))[:128]})
     config = {"rows": rows} | {key: getattr(listing.content, key) for key in ("about", "reference", "seen")}
-    about = {"name": name, "group": name, "job_type": "study", "tags": [name], "config": config}
-    with wandb_run(folder, logging, id=id, **about) as run, TemporaryDirectory() as figure_folder:
+    identity = {"id": id, "name": name, "group": name, "job_type": "study", "tags": [name]}
+    with wandb_run(folder, logging, config=config, **identity) as run, TemporaryDirectory() as figure_folder:
         if run is None:
             return
         logged: dict[str, Any] = {}
