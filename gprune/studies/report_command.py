@@ -101,7 +101,6 @@ def check_exists(name: str) -> None:
     raise UserError(f"Cannot read run: there is no folder '{name}'. For a row of a list, use LIST.yaml:ROW.")
 
 
-<<<<<<< HEAD
 def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -> RunsAndReferences:
     """Return the runs of an argument, which is a run folder, a record, or rows of a list, and their references.
 
@@ -109,17 +108,9 @@ def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -
         name: the argument.
         records: folder of records; None for the default of the list.
         seeds: seeds of rows of a list; None for those of the list.
-=======
-def read_argument(name: str, records: str | None) -> RunsAndReferences:
-    """Return the runs of an argument, which is a run folder, a record, or rows of a list, and their references.
-
-    Args:
-        name: the argument, as described in `RUN`.
-        records: folder of a list's records; by default that of `gprune study`.
 
     Raises:
         UserError: if a record or a list is invalid, or rows of a list have no records.
->>>>>>> p-edge
     """
     from gprune.studies.archive import read_record, record_to_run
     from gprune.studies.listing import Listing
