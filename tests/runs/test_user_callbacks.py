@@ -99,6 +99,7 @@ def stages_of(steps):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of Lightning, which the command line keeps quiet
 def test_callbacks_of_lightning_work_in_every_stage_and_write_into_the_run_folder(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))  # empty, so that calibration runs
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     more = ("--recovery=distill", "--distill.tokens=512", "--sparsity.epochs=4", "--trainer.profiler=simple")
