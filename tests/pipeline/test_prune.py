@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -60,6 +61,7 @@ def dense(world):
 
 
 def digests(folder, *patterns):
+    """Return {relative path: SHA-256} of the files that match the patterns."""
     files = sorted(file for pattern in patterns for file in folder.glob(pattern))
     assert files
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -70,16 +72,16 @@ RESULTS = ("masks/*.safetensors", "thresholds.safetensors", "assignment.safetens
 
 @contextmanager
 def counted_forwards():
-    """Record the number of tokens of each forward pass of any language model."""
-    seen = []
+    """Yield a list that receives the number of tokens of each forward pass of any language model."""
+    tokens = []
 
     def hook(module, args, kwargs, output):
         if isinstance(module, PreTrainedModel) and "input_ids" in kwargs:
-            seen.append(kwargs["input_ids"].numel())
+            tokens.append(kwargs["input_ids"].numel())
 
     handle = torch.nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)
     try:
-        yield seen
+        yield tokens
     finally:
         handle.remove()
 
@@ -93,10 +95,12 @@ def test_a_run_folder_is_complete(finished):
     assert len(list((path / "statistics").glob("*.safetensors"))) == 3
     assert len(list((path / "figures").glob("*.png"))) >= 2
     assert (path / "model/config.json").is_file()
-    assert not [
-        file for file in path.rglob("*") if file.name.endswith(".tmp") or (file.name[0] == "." and file.name != ".lock")
-    ]
-    manifest = json.loads((path / "manifest.json").read_text())
+    names = [file.name for file in path.rglob("*")]
+    assert not [name for name in names if name.endswith(".tmp") or (name.startswith(".") and name != ".lock")]
+
+
+def test_the_manifest_has_versions_costs_of_all_steps_and_the_checks_of_the_export(finished):
+    manifest = json.loads((finished.path / "manifest.json").read_text())
     assert manifest["environment"]["packages"]["torch"]
     assert {"calibrate", "assignment", "thresholds", "save_and_check", "evaluate"} <= set(manifest["steps"])
     assert all(step["peak_memory_mib"] > 0 and step["seconds"] >= 0 for step in manifest["steps"].values())
@@ -105,7 +109,8 @@ def test_a_run_folder_is_complete(finished):
 
 
 def test_files_of_a_run_and_of_the_cache_have_the_permissions_of_the_umask(finished):
-    umask = os.umask(0o022)
+    """So another user can read the files of a run with the usual umask."""
+    umask = os.umask(0o022)  # reads the umask by setting another one
     os.umask(umask)
     run_files, cached = (
         [file for file in folder.rglob("*") if file.is_file()]
@@ -113,7 +118,8 @@ def test_files_of_a_run_and_of_the_cache_have_the_permissions_of_the_umask(finis
     )
     assert {file.stat().st_mode & 0o777 for file in (*run_files, *cached)} == {0o666 & ~umask}
     if os.getuid() == 0 and umask == 0o022:
-        names = [file.relative_to(finished.path) for file in run_files]  # `nobody` cannot enter the folders above
+        # The working directory is the run folder, because `nobody` cannot enter the folders above it.
+        names = [file.relative_to(finished.path) for file in run_files]
         nobody = {"user": 65534, "group": 65534, "extra_groups": []}
         subprocess.run(["cat", *names], cwd=finished.path, stdout=subprocess.DEVNULL, check=True, **nobody)
 
@@ -124,17 +130,17 @@ def test_config_yaml_has_all_defaults_and_parses_to_the_same_configuration(finis
     assert gprune.config.parse(["--config", str(finished.path / "config.yaml")]) == finished.config
 
 
-def test_every_record_has_all_fields(finished, world):
+def test_there_is_one_record_with_all_fields_for_each_row_and_corpus(finished, world):
     records = json.loads((finished.path / "metrics.json").read_text())["records"]
     assert all(set(r) >= FIELDS for r in records)
-    table = {(r["stage"], r["corpus"]): r for r in records}
+    rows = [(r["stage"], r["corpus"]) for r in records]
     corpora = [str(world.corpora[c]) for c in ("alpha", *tiny_run.UNSEEN)]
-    assert set(table) == {(s, c) for s in ("dense", "base", "averaged", "gprune") for c in corpora}
-    assert len(records) == len(table)
+    assert set(rows) == {(s, c) for s in ("dense", "base", "averaged", "gprune") for c in corpora}
+    assert len(rows) == len(set(rows))
     for r in records:
         assert r["seen"] == (r["corpus"] == corpora[0])
         assert r["split"] == "test"
-        assert r["tokens"] == 2 * 31
+        assert r["tokens"] == 2 * 31  # two windows of 32 tokens, the first of which is not predicted
         assert r["perplexity"] == pytest.approx(torch.tensor(r["nll"]).double().exp().item(), rel=1e-6)
         assert r["sparsity"] == (0.0 if r["stage"] == "dense" else 0.5)
 
@@ -150,33 +156,33 @@ def test_the_target_sparsity_is_reached_and_matches_the_parameter_counts(finishe
 
 
 def test_load_run_returns_the_same_result_as_prune(finished, token_batch, tmp_path):
-    found = gprune.prune(finished.config)  # every step is finished and only loaded
-    back = gprune.load_run(finished.path)
-    assert back.masks == found.masks
-    assert all(torch.equal(a, b) for a, b in zip(back.modules.labels, found.modules.labels, strict=True))
-    assert back.modules.rows() == found.modules.rows()
-    for mine, theirs in zip(back.thresholds, found.thresholds, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-    assert back.records == found.records
-    assert back.summary == found.summary
-    assert back.config == found.config
-    assert set(back.statistics) == set(found.statistics)
+    returned = gprune.prune(finished.config)  # every step is finished and only loaded
+    loaded = gprune.load_run(finished.path)
+    assert loaded.masks == returned.masks
+    assert all(torch.equal(a, b) for a, b in zip(loaded.modules.labels, returned.modules.labels, strict=True))
+    assert loaded.modules.rows() == returned.modules.rows()
+    for loaded_thresholds, returned_thresholds in zip(loaded.thresholds, returned.thresholds, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(loaded_thresholds, returned_thresholds, strict=True))
+    assert loaded.records == returned.records
+    assert loaded.summary == returned.summary
+    assert loaded.config == returned.config
+    assert set(loaded.statistics) == set(returned.statistics)
     with torch.inference_mode():
-        assert torch.equal(back.model(token_batch).logits, found.model(token_batch).logits)
-    back.model.save_pretrained(tmp_path / "back")
-    found.model.save_pretrained(tmp_path / "found")
-    for path in (tmp_path / "back").iterdir():
-        assert path.read_bytes() == (tmp_path / "found" / path.name).read_bytes(), path.name
+        assert torch.equal(loaded.model(token_batch).logits, returned.model(token_batch).logits)
+    loaded.model.save_pretrained(tmp_path / "loaded")
+    returned.model.save_pretrained(tmp_path / "returned")
+    for path in (tmp_path / "loaded").iterdir():
+        assert path.read_bytes() == (tmp_path / "returned" / path.name).read_bytes(), path.name
 
 
 def test_a_finished_run_that_is_started_again_computes_nothing_and_prints_the_table(finished, world, capsys):
     before = digests(finished.path, *RESULTS, "metrics.json", "model/*", "statistics/*")
     capsys.readouterr()
     with counted_forwards() as forwards:
-        again = world.run(finished.path.parent)
+        restarted = world.run(finished.path.parent)
     assert not forwards
     assert digests(finished.path, *RESULTS, "metrics.json", "model/*", "statistics/*") == before
-    assert again.masks == finished.masks
+    assert restarted.masks == finished.masks
     out, err = capsys.readouterr()
     assert err == ""
     assert {"dense", "base", "averaged", "gprune"} <= set(out.split())
@@ -186,12 +192,13 @@ def test_a_finished_run_that_is_started_again_computes_nothing_and_prints_the_ta
 
 def test_the_same_seed_gives_identical_results_and_another_seed_other_masks(finished, world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    again = world.run(tmp_path, name="again")
-    assert digests(again.path, *RESULTS) == digests(finished.path, *RESULTS)
-    assert [r["nll"] for r in again.records] == [r["nll"] for r in finished.records]
-    other = world.run(tmp_path, "--run.seed=1", name="other")
-    assert other.masks != finished.masks
-    assert [r["content_hash"] for r in other.records] == [r["content_hash"] for r in finished.records]  # same test
+    same_seed = world.run(tmp_path, name="same-seed")
+    assert digests(same_seed.path, *RESULTS) == digests(finished.path, *RESULTS)
+    assert [r["nll"] for r in same_seed.records] == [r["nll"] for r in finished.records]
+    other_seed = world.run(tmp_path, "--run.seed=1", name="other-seed")
+    assert other_seed.masks != finished.masks
+    # The evaluation text does not depend on the seed.
+    assert [r["content_hash"] for r in other_seed.records] == [r["content_hash"] for r in finished.records]
 
 
 @pytest.mark.slow
@@ -242,13 +249,14 @@ def run_with_option(world, tmp_path_factory, cache):
 
 
 def check_budget(result, dense, slack=1):
+    """Assert that a run removes its target and less than `slack` neurons more, and that the model has lost as much."""
     costs = unit_costs(blocks_of(dense), scope=result.config.sparsity.scope)
-    over = costs.removed(result.masks) - result.config.sparsity.target * costs.total
-    assert 0 <= over < slack * max(costs.neuron)
+    surplus = costs.removed(result.masks) - result.config.sparsity.target * costs.total
+    assert 0 <= surplus < slack * max(costs.neuron)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
-    biases = [p.bias is not None for b in blocks_of(result.model) for p in (b.down, b.output)]
-    added = sum(biases) * dense.config.hidden_size
-    assert before - after == costs.removed(result.masks) - added
+    has_bias = [p.bias is not None for b in blocks_of(result.model) for p in (b.down, b.output)]
+    added_by_recovery = sum(has_bias) * dense.config.hidden_size
+    assert before - after == costs.removed(result.masks) - added_by_recovery
 
 
 def masks_of(result, stage):
@@ -261,14 +269,16 @@ FAST = ("random", "kl_on_fresh_text", "width_multiple", "attention_both", "equal
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS])
 def test_every_option_meets_the_budget(name, run_with_option, dense):
-    check_budget(run_with_option(name), dense, slack={"width_multiple": 4, "uniform_width": 3}.get(name, 1))
+    # Neurons that can be removed only together: four by the width multiple, or one in each of the three blocks.
+    slack = {"width_multiple": 4, "uniform_width": 3}.get(name, 1)
+    check_budget(run_with_option(name), dense, slack)
 
 
 def test_control_partitions_have_the_module_sizes_of_the_refined_partition(run_with_option, finished):
     for name in ("random", "drift_only"):
-        for mine, refined in zip(run_with_option(name).modules.labels, finished.modules.labels, strict=True):
-            assert torch.equal(mine.bincount(), refined.bincount())
-            assert not torch.equal(mine, refined)
+        for control, refined in zip(run_with_option(name).modules.labels, finished.modules.labels, strict=True):
+            assert torch.equal(control.bincount(), refined.bincount())
+            assert not torch.equal(control, refined)
 
 
 def test_without_the_reliability_switch_no_module_is_switched(run_with_option, finished):
@@ -287,8 +297,8 @@ def test_equal_allocation_removes_the_same_share_of_every_module(run_with_option
 def test_with_a_fixed_allocation_modules_keep_as_many_neurons_as_in_the_base_masks(name, run_with_option):
     result = run_with_option(name)
     base = masks_of(result, "base")
-    for labels, mine, theirs in zip(result.modules.labels, result.masks.ffn, base.ffn, strict=True):
-        assert torch.equal(labels[mine].bincount(), labels[theirs].bincount())
+    for labels, mask, base_mask in zip(result.modules.labels, result.masks.ffn, base.ffn, strict=True):
+        assert torch.equal(labels[mask].bincount(), labels[base_mask].bincount())
     assert {(r["stage"], r["allocation"]) for r in result.records if r["stage"] in ("base", "gprune")} == {
         ("base", name), ("gprune", name),
     }  # fmt: skip
@@ -302,6 +312,7 @@ def test_sparsity_start_is_the_allocation_of_the_base_masks(run_with_option):
 
 
 def test_a_protected_block_keeps_all_neurons_in_every_row(run_with_option):
+    """Half of the 480 neurons stay: 160 in the protected block, and 80 in the other two."""
     result = run_with_option("protected")
     for stage in ("base", "averaged", "gprune"):
         masks = masks_of(result, stage)
@@ -309,45 +320,54 @@ def test_a_protected_block_keeps_all_neurons_in_every_row(run_with_option):
         assert sum(int(m.sum()) for m in masks.ffn[1:]) == 80
 
 
-def test_with_attention_in_scope_the_base_masks_remove_kv_groups_too(run_with_option, world):
+def test_with_attention_in_scope_all_masks_remove_kv_groups_and_learned_offsets_are_loaded(run_with_option, world):
     result = run_with_option("attention_both")
     for masks in (result.masks, masks_of(result, "base")):
         assert not all(bool(m.all()) for m in masks.attention)
         assert all(bool(m.any()) for m in (*masks.attention, *masks.ffn))
-    # offsets are loaded like thresholds when the run is started again
-    again = world.run(result.path.parent, *OPTIONS["attention_both"].split(), name="attention_both")
-    assert again.masks == result.masks
+    restarted = world.run(result.path.parent, *OPTIONS["attention_both"].split(), name="attention_both")
+    assert restarted.masks == result.masks  # from the stored thresholds and offsets
 
 
 @pytest.mark.slow
-def test_removed_blocks_count_in_the_budget_and_are_missing_in_the_export(run_with_option, world, dense, token_batch):
+def test_all_rows_remove_the_same_block_whose_thresholds_stay_finite(run_with_option):
     result = run_with_option("blocks")
-    removed = [b for b, stays in enumerate(result.masks.blocks) if not stays]
+    removed = [b for b, is_kept in enumerate(result.masks.blocks) if not is_kept]
     assert removed in ([1], [2])  # block 0 is protected
-    thresholds = load_file(result.path / "thresholds.safetensors")
-    # finite thresholds: a point of the sparsity curve may keep this block
-    assert abs(thresholds[f"ffn.{removed[0]}"]).max() < 3 < torch.logit(torch.tensor(47.75 / 48))
     assert [masks_of(result, "base").blocks, masks_of(result, "averaged").blocks] == [result.masks.blocks] * 2
     assert "\n50.12% of attention+ffn+blocks removed" in repr(result)
-    # two candidate blocks, a window of each of three corpora: the tokens are planned, and counted once
+    # A point of the sparsity curve may keep the block, so its thresholds must be those of ranks inside (0, 1).
+    thresholds = load_file(result.path / "thresholds.safetensors")
+    assert abs(thresholds[f"ffn.{removed[0]}"]).max() < 3 < torch.logit(torch.tensor(47.75 / 48))
+
+
+@pytest.mark.slow
+def test_the_choice_of_blocks_uses_the_planned_tokens_and_is_not_repeated_on_resuming(run_with_option, world):
+    result = run_with_option("blocks")
     cost = json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"]
+    # Two candidate blocks, and a window of 32 tokens of each of three corpora.
     assert cost["forward_tokens"] == check(result.config).tokens[2][0] == 2 * 3 * 32
     assert result.summary["forward_tokens"] <= check(result.config).forward_tokens
     for file in ("metrics.json", "thresholds.safetensors"):
         (result.path / file).unlink()
-    again = world.run(result.path.parent, *OPTIONS["blocks"].split(), name="blocks")
-    assert again.masks == result.masks
+    resumed = world.run(result.path.parent, *OPTIONS["blocks"].split(), name="blocks")
+    assert resumed.masks == result.masks
     assert json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"] == cost
+
+
+@pytest.mark.slow
+def test_a_removed_block_is_missing_in_the_exported_model(run_with_option, dense, token_batch):
+    result = run_with_option("blocks")
     with masked(dense, result.masks), torch.inference_mode():
         expected = dense(token_batch).logits
-    assert torch.allclose(expected, again.model(token_batch).logits, atol=1e-4)
+    assert torch.allclose(expected, result.model(token_batch).logits, atol=1e-4)
     exported = AutoModelForCausalLM.from_pretrained(result.path / "model", trust_remote_code=True)
     assert exported.config.num_hidden_layers == 2
     assert torch.allclose(expected, exported(token_batch).logits, atol=1e-4)
 
 
 def test_uniform_width_exports_a_standard_llama_without_custom_code(run_with_option):
-    """All blocks have one shape, so transformers loads the folder without `trust_remote_code`."""
+    """All blocks have one shape, so transformers loads the folder without `trust_remote_code`, as the card says."""
     result = run_with_option("uniform_width")
     assert {int(m.sum()) for m in result.masks.ffn} == {80}
     config = json.loads((result.path / "model" / "config.json").read_text())
@@ -362,20 +382,19 @@ def test_uniform_width_exports_a_standard_llama_without_custom_code(run_with_opt
 def test_every_pruned_row_is_evaluated_with_and_without_recovery(recovery, run_with_option, finished):
     result = run_with_option(recovery)
     rows = {(r["stage"], r["recovery"]): r["nll"] for r in result.records}
-    assert set(rows) == {("dense", "none")} | {
-        (stage, r) for stage in ("base", "averaged", "gprune") for r in ("none", recovery)
-    }
+    pruned_rows = {(stage, r) for stage in ("base", "averaged", "gprune") for r in ("none", recovery)}
+    assert set(rows) == {("dense", "none")} | pruned_rows
     assert result.masks == finished.masks  # recovery comes after the masks
-    plain = {(r["stage"], r["corpus"]): r["nll"] for r in finished.records}
+    unrecovered = {(r["stage"], r["corpus"]): r["nll"] for r in finished.records}
     for r in result.records:
-        same = r["nll"] == plain[r["stage"], r["corpus"]]
-        assert same == (r["recovery"] == "none"), r["stage"]
+        is_equal = r["nll"] == unrecovered[r["stage"], r["corpus"]]
+        assert is_equal == (r["recovery"] == "none"), r["stage"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("controls", ["[averaged]", "[]"])
 def test_rows_without_recovery_are_omitted_unless_unrecovered_is_a_control(controls, world, tmp_path, run_with_option):
-    """Also if averaged is a control, which is then evaluated only with recovery."""
+    """A control such as `averaged` is then evaluated only with recovery. The losses do not depend on the controls."""
     result = world.run(tmp_path, "--recovery=bias", f"--evaluation.controls={controls}")
     stages = [*yaml.safe_load(controls), "gprune"]
     assert {(r["stage"], r["recovery"]) for r in result.records} == {
@@ -414,14 +433,13 @@ def preset(world, tmp_path_factory, cache):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "ShortGPT"])
-def test_presets_meet_the_budget(name, preset, dense, token_batch):
+def test_presets_meet_the_budget_and_compute_the_masked_model(name, preset, dense, token_batch):
     result = preset(name)
     check_budget(result, dense)
     assert result.modules is None
     recoveries = {"none", "bias"} if name == "FLAP" else {"none"}
-    assert {(r["stage"], r["recovery"]) for r in result.records} == {("dense", "none")} | {
-        ("base", r) for r in recoveries
-    }
+    rows = {(r["stage"], r["recovery"]) for r in result.records}
+    assert rows == {("dense", "none"), *(("base", recovery) for recovery in recoveries)}
     with masked(dense, result.masks), torch.inference_mode():
         difference = (dense(token_batch).logits - result.model(token_batch).logits).abs().max()
     assert (difference <= 1e-4) == (name != "FLAP")  # FLAP adds biases to compensate for removed units
@@ -440,12 +458,12 @@ def test_shortgpt_removes_blocks_and_narrows_one_to_reach_the_parameter_count(pr
     costs, blocks = unit_costs(blocks_of(dense), scope="ffn"), blocks_of(dense)
     influence = next(iter(result.statistics.values())).influence
     first, second, third = influence.argsort().tolist()
-    assert [b for b, stays in enumerate(result.masks.blocks) if not stays] == [first]
-    narrowed = -(-(costs.total // 2 - blocks[first].cost) // costs.neuron[0])
-    assert int(result.masks.ffn[second].sum()) == tiny_run.NEURONS - narrowed
+    assert [b for b, is_kept in enumerate(result.masks.blocks) if not is_kept] == [first]
+    removed_neurons = math.ceil((costs.total // 2 - blocks[first].cost) / costs.neuron[0])
+    assert int(result.masks.ffn[second].sum()) == tiny_run.NEURONS - removed_neurons
     assert bool(result.masks.ffn[third].all())
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
-    assert before - after == blocks[first].cost + narrowed * costs.neuron[0]
+    assert before - after == blocks[first].cost + removed_neurons * costs.neuron[0]
     assert result.summary["sparsity_of_scope"] == (before - after) / costs.total >= 0.5
     assert result.model.config.num_hidden_layers == len(result.model.model.layers) == 2
     assert {r["allocation"] for r in result.records} == {None, "depth"}
