@@ -483,82 +483,88 @@ def calibration_tokens(result):
 
 @pytest.mark.slow
 def test_several_metrics_share_one_calibration_pass_with_identical_results(world, tmp_path, monkeypatch):
+    """Runs that load the statistics of an earlier run equal runs that collect their own."""
     tokens = 4 * 32  # of one corpus
     shared = tmp_path / "shared"
     monkeypatch.setenv("GPRUNE_CACHE", str(shared))
-    nothing = ("--export=none", "--evaluation.controls=[]", "--sparsity.allocation=equal")
-    first = world.run(tmp_path, "--corpora.collect=[gram,saliency]", *nothing, name="first")
+    fast = ("--export=none", "--evaluation.controls=[]", "--sparsity.allocation=equal")
+    first = world.run(tmp_path, "--corpora.collect=[gram,saliency]", *fast, name="first")
     assert calibration_tokens(first) == (0, 3 * tokens)  # three corpora, each once
-    later = {"wanda_sp": ("--recovery=least_squares",), "taylor": ("--recovery=least_squares",)}
     collected = digests(shared / "statistics", "*.safetensors")
-    assert len(collected) == 3 * 3  # corpora, kinds
-    with monkeypatch.context() as patch:  # also if the cache already has the statistics that the run itself needs
-        patch.setenv("GPRUNE_CACHE", str(tmp_path / "twice"))
-        world.run(tmp_path, *nothing, name="moments")
-        world.run(tmp_path, "--corpora.collect=[gram,saliency]", *nothing, name="second")
-    assert len(digests(tmp_path / "twice/statistics", "*.safetensors")) == 3 * 3
-    for metric, flags in later.items():
-        flags = ("--gprune=false", "--export=none", f"--importance={metric}", *flags)
+    assert len(collected) == 3 * 3  # moments, Gram matrices and saliency of three corpora
+    for metric in ("wanda_sp", "taylor"):
+        flags = ("--gprune=false", "--export=none", f"--importance={metric}", "--recovery=least_squares")
         with counted_forwards() as forwards:
-            mine = world.run(tmp_path, *flags, name=metric)
-        assert calibration_tokens(mine) == (0, 0)
-        assert forwards  # it evaluates
-        alone = tmp_path / f"{metric}-cache"
+            from_shared_cache = world.run(tmp_path, *flags, name=metric)
+        assert calibration_tokens(from_shared_cache) == (0, 0)
+        assert forwards  # of the evaluation
+        own_cache = tmp_path / f"{metric}-cache"
         with monkeypatch.context() as patch:
-            patch.setenv("GPRUNE_CACHE", str(alone))
-            other = world.run(tmp_path, *flags, name=f"{metric}-alone")
-        corpora = 3 if "--recovery=least_squares" in flags else 1
-        assert sum(calibration_tokens(other)) == corpora * tokens
-        own = digests(alone / "statistics", "*.safetensors")
-        assert own.items() <= collected.items()
-        assert mine.masks == other.masks
-        assert [r["nll"] for r in mine.records] == [r["nll"] for r in other.records]
+            patch.setenv("GPRUNE_CACHE", str(own_cache))
+            alone = world.run(tmp_path, *flags, name=f"{metric}-alone")
+        assert sum(calibration_tokens(alone)) == 3 * tokens
+        assert digests(own_cache / "statistics", "*.safetensors").items() <= collected.items()
+        assert from_shared_cache.masks == alone.masks
+        assert [r["nll"] for r in from_shared_cache.records] == [r["nll"] for r in alone.records]
     assert digests(shared / "statistics", "*.safetensors") == collected  # no file was written again
+
+
+@pytest.mark.slow
+def test_additional_statistics_are_collected_if_the_cache_has_only_those_of_the_metric(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    fast = ("--export=none", "--evaluation.controls=[]", "--sparsity.allocation=equal")
+    world.run(tmp_path, *fast, name="moments")
+    world.run(tmp_path, "--corpora.collect=[gram,saliency]", *fast, name="second")
+    assert len(digests(tmp_path / "cache/statistics", "*.safetensors")) == 3 * 3  # three kinds of three corpora
 
 
 @pytest.mark.slow
 def test_dry_run_bounds_the_tokens_of_a_gradient_metric(world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    flags, calibrated, learned = ("--importance=taylor", "--export=none"), 3 * 4 * 32, 2 * 4 * 32
+    flags = ("--importance=taylor", "--export=none")
+    calibrated, learned = 3 * 4 * 32, 2 * 4 * 32  # corpora, windows, tokens
     result = world.run(tmp_path, *flags)
     plan = check(result.config)
     assert calibration_tokens(result) == (0, calibrated)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == calibrated + learned
-    # the bound does not count calibration twice
+    # The bound does not count calibration twice.
     assert 0 <= plan.forward_tokens - result.summary["forward_tokens"] < calibrated
+    # A run without modules needs one corpus, and finds its statistics in the cache. The plan assumes an empty cache.
     cached = world.run(tmp_path, *flags, "--gprune=false", "--sparsity.target=0.4", name="cached")
-    bound = check(cached.config)
-    assert cached.summary["forward_backward_tokens"] == 0 < bound.forward_backward_tokens == calibrated // 3
-    assert cached.summary["forward_tokens"] <= bound.forward_tokens
+    plan_of_cached = check(cached.config)
+    assert cached.summary["forward_backward_tokens"] == 0
+    assert plan_of_cached.forward_backward_tokens == calibrated // 3
+    assert cached.summary["forward_tokens"] <= plan_of_cached.forward_tokens
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gprune_", ["true", "false"])
-def test_reconstruction_uses_the_planned_tokens_and_has_the_same_masks_after_resuming(gprune_, world, tmp_path):
-    flags = ["--sparsity.allocation=reconstruction", "--recovery=least_squares", f"--gprune={gprune_}"]
+@pytest.mark.parametrize("has_modules", [True, False])
+def test_reconstruction_uses_the_planned_tokens_and_has_the_same_masks_after_resuming(has_modules, world, tmp_path):
+    flags = ["--sparsity.allocation=reconstruction", "--recovery=least_squares", f"--gprune={str(has_modules).lower()}"]
     result = world.run(tmp_path, *flags)
     plan = check(result.config)
-    drift, averaged = len(result.config.corpora.drift), gprune_ == "true"
-    windows = min(4, 2048 // 32) * (1 + 2 * drift * averaged)  # base: one corpus; averaged and modules: all
+    rows = ("base", "averaged", "modules") if has_modules else ("base",)
+    drift_corpora = len(result.config.corpora.drift)
+    # Errors of blocks are measured on four windows of each corpus: one corpus for `base`, all for the other rows.
+    windows = 4 * (1 + 2 * drift_corpora if has_modules else 1)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == windows * 32
     assert result.summary["forward_tokens"] <= plan.forward_tokens
     widths = [int(keep.sum()) for keep in result.masks.ffn]
     assert len({*widths}) > 1
     assert sum(widths) == result.masks.ffn[0].numel() * len(widths) // 2
-    rows = ("base", "averaged", "modules") if averaged else ("base",)
     assert {path.stem for path in result.path.glob("errors_*")} == {f"errors_{row}" for row in rows}
     (result.path / "metrics.json").unlink()
-    again = world.run(tmp_path, *flags)
-    assert again.masks == result.masks
+    resumed = world.run(tmp_path, *flags)
+    assert resumed.masks == result.masks
 
 
 @pytest.mark.slow
 def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world, tmp_path, monkeypatch):
-    """The reference is computed from logits. The dense model's forward pass is counted once in all three cases."""
+    """The tokens of the dense model are counted in each case. The expected KL is computed here from logits."""
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     flags, runs = ("--gprune=false", "--export=hf"), []
-    for name, kept in (("first", 2**32), ("cached", 2**32), ("not_kept", 0)):
-        monkeypatch.setattr("gprune.pipeline.cost.MAX_CACHED_BYTES", kept)
+    for name, max_bytes in (("kept", 2**32), ("cached", 2**32), ("recomputed", 0)):
+        monkeypatch.setattr("gprune.pipeline.cost.MAX_CACHED_BYTES", max_bytes)
         runs.append(world.run(tmp_path, *flags, name=name))
         assert json.loads((runs[-1].path / "manifest.json").read_text())["steps"]["evaluate"]["forward_tokens"] == 384
         assert runs[-1].summary["forward_tokens"] <= check(runs[-1].config).forward_tokens
@@ -570,8 +576,9 @@ def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world,
         assert ("kl" in record) == (record["stage"] != "dense")
         if "kl" in record:
             logits = [m(text[record["corpus"]]).logits[:, :-1].double() for m in (dense, runs[0].model)]
-            log_q, log_p = (z.log_softmax(-1) for z in logits)
-            assert record["window_kl"] == pytest.approx((log_q.exp() * (log_q - log_p)).sum((1, 2)).tolist(), rel=1e-4)
+            log_dense, log_pruned = (z.log_softmax(-1) for z in logits)
+            window_kl = (log_dense.exp() * (log_dense - log_pruned)).sum((1, 2))
+            assert record["window_kl"] == pytest.approx(window_kl.tolist(), rel=1e-4)
 
 
 def test_prune_refuses_a_dry_run_configuration(tmp_path):
@@ -599,13 +606,16 @@ def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, mo
     assert lines["text"] == "5 corpora have enough windows"
 
 
-def test_a_dry_run_refuses_short_corpora_like_a_run_and_names_corpora_not_counted(world, tmp_path, capsys):
-    short, ends = "--evaluation.num_samples=100000", []
-    for flags in ([short], [short, "--dry_run=true"]):
+def test_a_dry_run_refuses_short_corpora_with_the_message_of_a_run(world, tmp_path, capsys):
+    too_many_windows, messages = "--evaluation.num_samples=100000", []
+    for flags in ([too_many_windows], [too_many_windows, "--dry_run=true"]):
         assert tiny_run.main(world.args(tmp_path / "runs", *flags)) == 2
-        ends.append(capsys.readouterr().err.splitlines()[-1])
-    assert ends[0] == ends[1]
-    assert "must have 100000 windows" in ends[1]
+        messages.append(capsys.readouterr().err.splitlines()[-1])
+    assert messages[0] == messages[1]
+    assert "must have 100000 windows" in messages[1]
+
+
+def test_a_dry_run_names_the_corpora_whose_windows_are_not_counted(world, tmp_path, capsys):
     assert tiny_run.main(world.args(tmp_path / "runs", "--corpora.evaluate=[c4,stories]", "--dry_run=true")) == 0
     assert "; not counted, because they are not on this machine: c4, stories\n" in capsys.readouterr().out
 
@@ -628,75 +638,80 @@ def test_a_config_with_more_parameters_than_the_weight_files_can_hold_is_refused
     assert "got 32,055,520 parameters, for files of weights with" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["", "kl_on_fresh_text"])
-def test_dry_run_bounds_the_tokens_of_the_run(name, finished, run_with_option):
-    result, windows = (run_with_option(name), 7) if name else (finished, 4)
+def test_dry_run_bounds_the_tokens_of_the_run(finished):
+    """Training uses four windows of 32 tokens of each of two corpora."""
+    plan = check(finished.config)
+    assert finished.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 4 * 32
+    assert finished.summary["forward_tokens"] <= plan.forward_tokens
+
+
+def test_dry_run_bounds_the_tokens_of_a_run_with_kl_and_counts_the_forward_pass_of_the_teacher(run_with_option):
+    """Training uses seven windows of 32 tokens of each of two corpora."""
+    result = run_with_option("kl_on_fresh_text")
     plan = check(result.config)
-    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * windows * 32
+    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 7 * 32
     assert result.summary["forward_tokens"] <= plan.forward_tokens
-    if name:  # plus a forward pass of the teacher
-        plain = check(
-            gprune.config.parse(["--config", str(result.path / "config.yaml"), "--sparsity.loss=cross_entropy"])
-        )
-        assert plan.forward_tokens == plain.forward_tokens + 2 * 7 * 32
+    flags = ["--config", str(result.path / "config.yaml"), "--sparsity.loss=cross_entropy"]
+    assert plan.forward_tokens == check(gprune.config.parse(flags)).forward_tokens + 2 * 7 * 32
 
 
 @pytest.mark.parametrize("importance", ["wanda_sp", "magnitude"])
 def test_switched_modules_with_metric_consensus_rank_by_the_mean_rank_over_drift_corpora(
     importance, world, tmp_path, dense
 ):
-    """All modules are switched and keep the same fraction, so the mean rank over corpora decides.
+    """All modules keep the same fraction of neurons, and switched modules keep those with the highest mean rank.
 
-    The ranks are those of the metric itself, also if its drift is measured with another metric.
+    The ranks are those of the metric itself. `magnitude` needs no activations, so its drift is measured with another
+    metric, and the ranks in the record of drift are different ones.
     """
     everywhere = ["--reliability.sensitivity_quantile=0", "--reliability.score_quantile=1"]
     flags = [f"--importance={importance}", "--reliability.metric=consensus", "--sparsity.allocation=equal"]
     result = world.run(tmp_path, *flags, *everywhere)
     assert result.modules.reliability[0].switched.any()
-    each = [
+    scores_by_corpus = [
         score_units(importance, blocks_of(dense), result.statistics[corpus], seed=0).ffn
         for corpus in result.config.corpora.drift
     ]
-    own = [
-        torch.from_numpy((rankdata(torch.stack(s).numpy(), axis=-1) - 0.5) / tiny_run.NEURONS).mean(0)
-        for s in zip(*each, strict=True)
+    mean_ranks = [  # by block
+        torch.from_numpy((rankdata(torch.stack(scores).numpy(), axis=-1) - 0.5) / tiny_run.NEURONS).mean(0)
+        for scores in zip(*scores_by_corpus, strict=True)
     ]
-    pairs = zip(own, result.modules.drift, strict=True)
-    assert all(torch.allclose(o, drift.ranks.mean(0)) for o, drift in pairs) == (importance == "wanda_sp")
-    for consensus, labels, record, mask in zip(
-        own, result.modules.labels, result.modules.reliability, result.masks.ffn, strict=True
+    pairs = zip(mean_ranks, result.modules.drift, strict=True)
+    assert all(torch.allclose(rank, drift.ranks.mean(0)) for rank, drift in pairs) == (importance == "wanda_sp")
+    for consensus, labels, reliability, mask in zip(
+        mean_ranks, result.modules.labels, result.modules.reliability, result.masks.ffn, strict=True
     ):
-        for k in record.switched.nonzero()[:, 0].tolist():
+        for k in reliability.switched.nonzero()[:, 0].tolist():
             kept, removed = consensus[mask & (labels == k)], consensus[~mask & (labels == k)]
             assert len(kept) == 0 or len(removed) == 0 or kept.min() >= removed.max()
 
 
 def test_switched_modules_with_metric_averaged_rank_by_scores_of_the_pooled_corpora(world, tmp_path, dense):
-    """All modules keep the same fraction, so units are removed in the order of the scores of `averaged`."""
+    """All modules keep the same fraction of neurons: those with the highest scores of the control `averaged`."""
     flags = ("--reliability.metric=averaged", "--reliability.everywhere=true", "--sparsity.allocation=equal")
     result = world.run(tmp_path, *flags)
     pool = pool_statistics(result.statistics[corpus] for corpus in result.config.corpora.drift)
     scores = score_units(result.config.importance, blocks_of(dense), pool, seed=0).ffn
-    own = score_units(
-        result.config.importance, blocks_of(dense), result.statistics[result.config.corpora.score], seed=0
-    )
-    ordered = []
+    of_scoring_corpus = result.statistics[result.config.corpora.score]
+    base_scores = score_units(result.config.importance, blocks_of(dense), of_scoring_corpus, seed=0).ffn
+    in_order_of_base_scores = []
     for b, (labels, mask) in enumerate(zip(result.modules.labels, result.masks.ffn, strict=True)):
         assert bool(result.modules.reliability[b].switched.all())
         for k in range(int(labels.max()) + 1):
             kept, removed = mask & (labels == k), ~mask & (labels == k)
             assert scores[b][kept].min() >= scores[b][removed].max()
-            ordered.append(bool(own.ffn[b][kept].min() >= own.ffn[b][removed].max()))
-    assert not all(ordered)  # the order by the scoring corpus alone differs
-    # the masks of `averaged` keep the highest of the same scores in each block
-    for s, mask in zip(scores, masks_of(result, "averaged").ffn, strict=True):
-        assert s[mask].min() >= s[~mask].max()
+            in_order_of_base_scores.append(bool(base_scores[b][kept].min() >= base_scores[b][removed].max()))
+    assert not all(in_order_of_base_scores)  # so the test can fail
+    # The masks of `averaged` keep the highest of the same scores in each block.
+    for block_scores, mask in zip(scores, masks_of(result, "averaged").ffn, strict=True):
+        assert block_scores[mask].min() >= block_scores[~mask].max()
 
 
 # --- text of each role ------------------------------------------------------------------------------------------
 
 
 def text_of(world, *flags):
+    """Return the configuration of a tiny run, its text, and the tokenizer."""
     cfg = gprune.config.parse([*world.args(world.model.parent), *flags])
     tokenizer = tiny_run.tiny_tokenizer()
     return cfg, gprune.pipeline.inputs.prepare_text(cfg, tokenizer, 128), tokenizer
@@ -704,21 +719,22 @@ def text_of(world, *flags):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_training_windows_are_the_calibration_windows_followed_by_new_ones(seed, world):
-    _, text, _ = text_of(world, "--corpora.learn_samples=11", f"--run.seed={seed}")
-    _, plain, _ = text_of(world, f"--run.seed={seed}")
-    _, few, _ = text_of(world, "--corpora.learn_samples=3", f"--run.seed={seed}")
-    assert [w.corpus for w in text.learn] == [str(world.corpora[c]) for c in ("alpha", "beta")]
-    for more, same, less in zip(text.learn, plain.learn, few.learn, strict=True):
-        calibrated = plain.train[more.corpus]
-        assert text.train[more.corpus].content_hash == calibrated.content_hash == same.content_hash
-        assert more.tokens.shape == (11, 32)
-        assert torch.equal(more.tokens[:4], calibrated.tokens)
-        assert torch.equal(less.tokens, calibrated.tokens[:3])
-        assert len({tuple(row.tolist()) for row in more.tokens}) == 11
-    assert text.hashes().keys() == plain.hashes().keys()
-    assert {name for name, found in text.hashes().items() if found != plain.hashes()[name]} == {
-        f"{w.corpus} train learned" for w in text.learn
-    }
+    """By default training uses the four calibration windows of a corpus. Only the hash of training text changes."""
+    _, eleven, _ = text_of(world, "--corpora.learn_samples=11", f"--run.seed={seed}")
+    _, four, _ = text_of(world, f"--run.seed={seed}")
+    _, three, _ = text_of(world, "--corpora.learn_samples=3", f"--run.seed={seed}")
+    assert [w.corpus for w in eleven.learn] == [str(world.corpora[c]) for c in ("alpha", "beta")]
+    for of_eleven, of_four, of_three in zip(eleven.learn, four.learn, three.learn, strict=True):
+        calibration = four.train[of_eleven.corpus]
+        assert eleven.train[of_eleven.corpus].content_hash == calibration.content_hash == of_four.content_hash
+        assert of_eleven.tokens.shape == (11, 32)
+        assert torch.equal(of_eleven.tokens[:4], calibration.tokens)
+        assert torch.equal(of_three.tokens, calibration.tokens[:3])
+        assert len({tuple(window.tolist()) for window in of_eleven.tokens}) == 11
+    hashes, default_hashes = eleven.hashes(), four.hashes()
+    assert hashes.keys() == default_hashes.keys()
+    changed = {name for name in hashes if hashes[name] != default_hashes[name]}
+    assert changed == {f"{w.corpus} train learned" for w in eleven.learn}
 
 
 def as_run(cfg, text, tokenizer):
@@ -730,10 +746,11 @@ def test_training_text_that_occurs_in_an_evaluation_corpus_marks_it_as_seen(worl
     """The leak check covers the new training windows, which are not calibration text."""
     cfg, text, tokenizer = text_of(world, "--corpora.learn_samples=11")
     copied = Windows(str(world.corpora["delta"]), "test", text.learn[1].tokens[6:8])
-    for found, leaked in ((text, True), (text_of(world)[1], False)):
-        ((seen, share),) = outcome.leaks(as_run(cfg, replace(found, test=[copied]), tokenizer)).values()
-        assert seen == leaked
-        assert share > 0.9 if leaked else share < 0.1
+    for training_text, is_leaked in ((text, True), (text_of(world)[1], False)):
+        run = as_run(cfg, replace(training_text, test=[copied]), tokenizer)
+        ((seen, share_of_13grams),) = outcome.leaks(run).values()
+        assert seen == is_leaked
+        assert share_of_13grams > 0.9 if is_leaked else share_of_13grams < 0.1
 
 
 def test_development_text_differs_from_test_text_and_is_recorded_as_development(run_with_option, finished, world):
@@ -741,24 +758,26 @@ def test_development_text_differs_from_test_text_and_is_recorded_as_development(
     assert {r["split"] for r in result.records} == {"development"}
     assert {r["split"] for r in finished.records} == {"test"}
     assert result.masks == finished.masks  # evaluation text does not affect the masks
-    there, here = ({r["corpus"]: r["content_hash"] for r in run.records} for run in (finished, result))
-    assert there.keys() == here.keys()
-    assert not set(there.values()) & set(here.values())
+    test_hashes, development_hashes = (
+        {r["corpus"]: r["content_hash"] for r in run.records} for run in (finished, result)
+    )
+    assert test_hashes.keys() == development_hashes.keys()
+    assert not set(test_hashes.values()) & set(development_hashes.values())
     assert {r["corpus"] for r in result.records if r["seen"]} == {str(world.corpora["alpha"])}
 
 
 @pytest.mark.parametrize("split", ["test", "development", "train"])
-def test_evaluation_text_is_the_same_for_every_seed(split, world):
-    (_, one, _), (_, two, _) = (text_of(world, f"--evaluation.split={split}", f"--run.seed={s}") for s in (0, 1))
-    for role, alike in (("test", True), ("development", True), ("learn", False)):
-        for a, b in zip(getattr(one, role), getattr(two, role), strict=True):
-            assert (a.content_hash == b.content_hash) == alike
-    assert {w.split for w in one.test} == {split}
+def test_evaluation_and_development_text_are_the_same_for_every_seed_and_training_text_is_not(split, world):
+    first, second = (text_of(world, f"--evaluation.split={split}", f"--run.seed={seed}")[1] for seed in (0, 1))
+    for role, is_equal in (("test", True), ("development", True), ("learn", False)):
+        for a, b in zip(getattr(first, role), getattr(second, role), strict=True):
+            assert (a.content_hash == b.content_hash) == is_equal
+    assert {w.split for w in first.test} == {split}
 
 
 @pytest.mark.parametrize("split", ["development", "test"])
 def test_windows_of_curves_count_as_used_only_when_test_text_is_evaluated(split, world):
-    """On development text, they would make the windows of every training corpus leak."""
+    """In an evaluation on development text they are evaluation windows, which would all be marked as leaked."""
     flags = (
         f"--evaluation.split={split}",
         "--evaluation.development_samples=2",
@@ -772,14 +791,13 @@ def test_windows_of_curves_count_as_used_only_when_test_text_is_evaluated(split,
     assert (curve <= used) == (split == "test")
     shares = {corpus: share for corpus, (_, share) in outcome.leaks(as_run(cfg, text, tokenizer)).items()}
     assert max(shares.values()) < 0.1
-    # the windows of a curve are the first evaluated windows
-    if split == "development":
+    if split == "development":  # the windows of a curve are the first evaluated windows
         alpha = next(w for w in text.test if w.corpus == str(world.corpora["alpha"]))
         assert torch.equal(text.development[0].tokens, alpha.tokens)
 
 
 def test_float32_matmul_precision_is_applied_recorded_and_restored(world, tmp_path, capsys):
-    """Log, records and settings contain the value. Afterwards the process has its old setting."""
+    """The log, the records and the settings have the value. After the run, the process has its old setting again."""
     flags = ("--gprune=false", "--trainer.float32_matmul_precision=high")
     result = world.run(tmp_path, *flags)
     assert "float32 matrix products in precision 'high'" in capsys.readouterr().out
@@ -787,9 +805,8 @@ def test_float32_matmul_precision_is_applied_recorded_and_restored(world, tmp_pa
     assert {r["float32_matmul_precision"] for r in result.records} == {"high"}
     settings = json.loads((result.path / "manifest.json").read_text())["settings"]["trainer"]
     assert settings["float32_matmul_precision"] == "high"
-    assert (
-        "float32_matmul_precision" not in gprune.RunConfig().settings()["trainer"]
-    )  # so settings of older runs do not change
+    # The default is omitted, so that older runs, which have no such setting, have the same settings.
+    assert "float32_matmul_precision" not in gprune.RunConfig().settings()["trainer"]
 
 
 def test_a_corpus_with_several_roles_is_loaded_once(world, monkeypatch):
