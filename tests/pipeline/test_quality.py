@@ -140,7 +140,7 @@ def test_the_removed_share_equals_that_of_an_exhaustive_search(trained, dense, t
     assert result.summary["sparsity_of_scope"] == result.summary["quality"]["share"] == removed / (3 * tiny_run.NEURONS)
 
 
-def test_the_target_holds_after_training_and_finished_searches_are_loaded(trained, dense, tmp_path):
+def test_the_target_holds_after_training_and_no_model_is_trained_twice(trained, dense, tmp_path):
     flags = with_target("+10%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--sparsity.epochs=2")
     with counted_stages() as trained_stages:
         result = trained.run(tmp_path, *flags)
@@ -179,14 +179,14 @@ def test_the_target_holds_after_training_and_finished_searches_are_loaded(traine
     ],
     ids=lambda flags: flags[-1],
 )
-def test_a_quality_target_holds_with_every_other_setting_of_the_masks(flags, trained, dense, tmp_path):
+def test_a_quality_target_holds_together_with_other_constraints_and_recoveries(flags, trained, dense, tmp_path):
     result = trained.run(tmp_path, *with_target("+15%", *flags))
     found = result.summary["quality"]
     corpora = tiny_run.SEEN if result.config.gprune else ["alpha"]
     rise = log_perplexity(trained, corpora, result.model) - log_perplexity(trained, corpora, dense)
     assert math.exp(rise) == pytest.approx(found["got"], rel=1e-4)
     assert found["got"] <= 1.15
-    if "bias" not in flags[-1]:  # the search does not count added biases
+    if "bias" not in flags[-1]:  # the search does not count the biases that the recovery adds
         assert found["rows"][-1]["parameters"] == result.summary["parameters_after"]
     narrowed_widths = {int(keep.sum()) for keep in result.masks.ffn} - {tiny_run.NEURONS}
     if "width_multiple" in flags[0]:
