@@ -48,7 +48,7 @@ def test_the_bar_fits_and_shows_step_speed_and_time_left(width):
 
 
 def test_progress_is_the_share_of_work_also_if_a_step_takes_less_than_planned():
-    """Step 1 is planned with 100 units of work and needs 40, so 340 units are left in all instead of 400."""
+    """Step 1 is planned with 100 units of work and needs 40, so the total becomes 340 instead of 400."""
     work_done = [0.0]
     screen = Screen({1: 100, 2: 100, 3: 200}, lambda: work_done[0], console=terminal(80))
     task = screen.bar.tasks[0]

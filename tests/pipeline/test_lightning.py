@@ -63,9 +63,12 @@ def data_with_validation(model, batch_size: int = 4) -> CorpusDataModule:
 
 
 def test_a_stage_supports_early_stopping_and_checkpoints_under_any_trainer(tiny_model, tmp_path):
-    made = make_stage(tiny_model, lr=0.5)
-    start = [t.detach().clone() for t in made.ffn_thresholds], [t.detach().clone() for t in made.attention_thresholds]
-    arguments = {"model": tiny_model, "ranks": made.ranks, "start": start, "budget": made.budget}
+    default_stage = make_stage(tiny_model, lr=0.5)
+    start = (
+        [t.detach().clone() for t in default_stage.ffn_thresholds],
+        [t.detach().clone() for t in default_stage.attention_thresholds],
+    )
+    arguments = {"model": tiny_model, "ranks": default_stage.ranks, "start": start, "budget": default_stage.budget}
     stage = ThresholdLearning(**arguments, learning_rate=0.5, centred=False)
     stopping, saving = EarlyStopping(**NEVER_BETTER), ModelCheckpoint(tmp_path, monitor="development/perplexity")
     trainer = L.Trainer(

@@ -181,13 +181,13 @@ def test_the_target_holds_after_training_and_no_model_is_trained_twice(trained, 
 )
 def test_a_quality_target_holds_together_with_other_constraints_and_recoveries(flags, trained, dense, tmp_path):
     result = trained.run(tmp_path, *with_target("+15%", *flags))
-    found = result.summary["quality"]
+    quality_summary = result.summary["quality"]
     corpora = tiny_run.SEEN if result.config.gprune else ["alpha"]
     rise = log_perplexity(trained, corpora, result.model) - log_perplexity(trained, corpora, dense)
-    assert math.exp(rise) == pytest.approx(found["got"], rel=1e-4)
-    assert found["got"] <= 1.15
+    assert math.exp(rise) == pytest.approx(quality_summary["got"], rel=1e-4)
+    assert quality_summary["got"] <= 1.15
     if "bias" not in flags[-1]:  # the search does not count the biases that the recovery adds
-        assert found["rows"][-1]["parameters"] == result.summary["parameters_after"]
+        assert quality_summary["rows"][-1]["parameters"] == result.summary["parameters_after"]
     narrowed_widths = {int(keep.sum()) for keep in result.masks.ffn} - {tiny_run.NEURONS}
     if "width_multiple" in flags[0]:
         assert narrowed_widths
@@ -200,7 +200,7 @@ def test_a_quality_target_holds_together_with_other_constraints_and_recoveries(f
     if "kv_cache" in flags[-1]:
         assert not narrowed_widths
         # Three blocks have two KV groups each.
-        assert sum(int((~keep).sum()) for keep in result.masks.attention) == found["share"] * 6
+        assert sum(int((~keep).sum()) for keep in result.masks.attention) == quality_summary["share"] * 6
 
 
 def test_thresholds_are_learned_at_the_share_of_the_averaged_control(trained, tmp_path, monkeypatch):
@@ -282,9 +282,9 @@ def test_a_target_that_the_smallest_cut_misses_is_refused(trained, tmp_path, cap
 def test_a_very_loose_target_gives_the_largest_possible_cut(trained, tmp_path):
     """Every block keeps at least one neuron."""
     result = trained.run(tmp_path, *with_target("+1000%", "--gprune=false"))
-    found = result.summary["quality"]
-    assert found["largest"]
-    assert "the largest possible cut" in found["said"]
+    quality_summary = result.summary["quality"]
+    assert quality_summary["largest"]
+    assert "the largest possible cut" in quality_summary["said"]
     assert [int(keep.sum()) for keep in result.masks.ffn] == [1, 1, 1]
 
 
@@ -340,20 +340,20 @@ def test_a_run_processes_at_most_the_planned_tokens(recovery, trained, tmp_path)
 
 def test_the_reached_quality_is_in_the_summary_frame_report_and_page(trained, tmp_path):
     result = trained.run(tmp_path, *with_target("+10%", "--sparsity.target=+10%"))
-    found = result.summary["quality"]
+    quality_summary = result.summary["quality"]
     frame = result.to_frame()
-    assert frame["quality_got"].iloc[-1] == pytest.approx(found["got"] - 1)
+    assert frame["quality_got"].iloc[-1] == pytest.approx(quality_summary["got"] - 1)
     assert frame["quality_asked"].iloc[-1] == 0.1
     assert frame["quality_got"].iloc[:-1].isna().all()
     assert load_run(result.path).summary == result.summary
-    made = report.make([result.path])
-    assert found["said"] in made.to_markdown().replace("\\", "")
-    (table,) = (t for t in made.tables if t.name == "quality")
+    run_report = report.make([result.path])
+    assert quality_summary["said"] in run_report.to_markdown().replace("\\", "")
+    (table,) = (t for t in run_report.tables if t.name == "quality")
     assert [row[0] for row in table.rows] == ["averaged", "base", "gprune"]
     assert table.rows[-1][2] == result.summary["parameters_after"]
     assert table.rows[-1][4] == pytest.approx(table.rows[-1][2] / table.rows[1][2])
-    page = html.render(made)
-    assert found["said"] in page
+    page = html.render(run_report)
+    assert quality_summary["said"] in page
     assert "Parameters at the same quality" in page
 
 

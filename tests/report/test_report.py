@@ -206,9 +206,9 @@ def test_kl_and_agreement_are_omitted_for_records_without_them(run):
             r.pop(name, None)
     assert result_table(records).columns == printed.columns[:-2]
     edit(run / "metrics.json", lambda content: content.update(records=records))
-    made = report.make([run])
-    assert [t.rows for t in made.tables if t.name == "distance"] == [[]]
-    assert "agreement" not in made.to_markdown()
+    run_report = report.make([run])
+    assert [t.rows for t in run_report.tables if t.name == "distance"] == [[]]
+    assert "agreement" not in run_report.to_markdown()
 
 
 def test_a_kl_that_differs_from_the_sum_of_its_windows_is_refused(run):
@@ -232,10 +232,10 @@ def test_the_table_by_corpus_marks_seen_corpora_with_a_star(run):
 def test_runs_that_differ_in_the_seed_become_a_mean_with_an_interval(run):
     shifts = [0.0, 0.2, 0.5]
     runs = [run, *(another(run, f"one-seed{i}", seed=i, shift=s) for i, s in enumerate(shifts) if i)]
-    made = report.make(runs)
-    (group,) = made.groups
+    run_report = report.make(runs)
+    (group,) = run_report.groups
     assert group.name == "one (3 seeds)"
-    cells = row(made.tables[0], "one (3 seeds)", "gprune")
+    cells = row(run_report.tables[0], "one (3 seeds)", "gprune")
     logs = np.log(geometric_mean(records_of(run, "gprune", seen=False))) + np.array(shifts)
     low, high = stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs))
     assert cells["seeds"] == 3
@@ -244,11 +244,11 @@ def test_runs_that_differ_in_the_seed_become_a_mean_with_an_interval(run):
     ratio = unseen_ratios(json.loads((run / "metrics.json").read_text())["records"])["gprune"]["ratio"]
     np.testing.assert_allclose(cells["unseen / base, same recovery"], [ratio] * 3, rtol=1e-9)
     # The dense model has the same losses for every seed, so its interval is over windows.
-    dense = row(made.tables[0], made.tables[0].rows[0][0], "dense")
+    dense = row(run_report.tables[0], run_report.tables[0].rows[0][0], "dense")
     assert dense["seeds"] is None
     assert dense["unseen"].low < dense["unseen"].value < dense["unseen"].high
     corpus = records_of(run, "gprune")[0]
-    cell = row(made.tables[1], "one (3 seeds)", "gprune")[Path(corpus["corpus"]).name + "*"]
+    cell = row(run_report.tables[1], "one (3 seeds)", "gprune")[Path(corpus["corpus"]).name + "*"]
     assert cell.value == pytest.approx(corpus["perplexity"] * math.exp(np.mean(shifts)))
 
 
@@ -266,10 +266,10 @@ def test_only_runs_with_equal_settings_and_text_are_grouped_over_seeds(run):
 
 def test_a_row_over_seeds_has_the_name_of_the_first_run(run):
     runs = [another(run, f"{ridge}-{s}", seed=s, setting=ridge) for ridge in (0.1, 0.5) for s in (0, 1)]
-    made = report.make(runs)
-    assert [group.name for group in made.groups] == ["0.1-0 (2 seeds)", "0.5-0 (2 seeds)"]
-    names = {cells[0] for cells in made.tables[0].rows if cells[1] == "gprune + bias"}
-    assert names == {group.name for group in made.groups}
+    run_report = report.make(runs)
+    assert [group.name for group in run_report.groups] == ["0.1-0 (2 seeds)", "0.5-0 (2 seeds)"]
+    names = {cells[0] for cells in run_report.tables[0].rows if cells[1] == "gprune + bias"}
+    assert names == {group.name for group in run_report.groups}
 
 
 def test_a_corpus_seen_by_one_seed_counts_as_seen_in_the_mean_over_seeds(run):
@@ -293,8 +293,8 @@ def test_a_run_given_twice_is_counted_once_and_a_copy_has_a_longer_name(run, mon
 
 
 def test_equal_dense_rows_appear_once(run):
-    made = report.make([run, another(run, "other", setting=0.5)])
-    assert [cells[1] for cells in made.tables[0].rows].count("dense") == 1
+    run_report = report.make([run, another(run, "other", setting=0.5)])
+    assert [cells[1] for cells in run_report.tables[0].rows].count("dense") == 1
 
 
 def test_runs_with_other_seen_corpora_have_separate_dense_rows_and_means(run):
@@ -315,11 +315,11 @@ def test_runs_with_other_seen_corpora_have_separate_dense_rows_and_means(run):
 
 def test_the_report_begins_with_the_flags_in_which_runs_differ(run):
     other = another(run, "other", setting=0.5, seed=3)
-    made = report.make([run, another(run, "two", seed=1), other])
-    (table,) = [table for table in made.tables if table.name == "settings"]
+    run_report = report.make([run, another(run, "two", seed=1), other])
+    (table,) = [table for table in run_report.tables if table.name == "settings"]
     assert table.columns == ["flag", "one (2 seeds)", "other"]
     assert table.rows == [["ridge", "0.01", "0.5"], ["run.seed", "0, 1", "3"]]
-    assert made.to_markdown().startswith("## Settings that differ")
+    assert run_report.to_markdown().startswith("## Settings that differ")
     tables_of_equal_runs = report.make([run, another(run, "same")]).tables
     assert not [table for table in tables_of_equal_runs if table.name == "settings" and table.rows]
 
@@ -330,10 +330,10 @@ HASHED = "tiny-gprune-wanda_sp-0.5-"
 def test_runs_with_generated_names_are_named_by_the_flags_that_differ(run):
     """Titles and rows do not contain the hash of the generated name. A name given by the user is kept."""
     runs = [another(run, f"{HASHED}{i:08x}", seed=i % 2, setting=ridge) for i, ridge in enumerate((0.1, 0.1, 0.5))]
-    made = report.make(runs)
-    assert [group.name for group in made.groups] == ["ridge 0.1 (2 seeds)", "ridge 0.5"]
-    assert made.title == "ridge 0.1 (2 seeds), ridge 0.5"
-    assert HASHED not in made.to_markdown()
+    run_report = report.make(runs)
+    assert [group.name for group in run_report.groups] == ["ridge 0.1 (2 seeds)", "ridge 0.5"]
+    assert run_report.title == "ridge 0.1 (2 seeds), ridge 0.5"
+    assert HASHED not in run_report.to_markdown()
     for two_seeds in runs[:2], [runs[0], another(runs[1], f"{HASHED}{9:08x}", seed=2)]:
         (group,) = report.make(two_seeds).groups
         assert group.name == f"{HASHED.removesuffix('-')} (2 seeds)"
@@ -362,8 +362,8 @@ def test_rows_do_not_depend_on_the_order_of_seeds(run):
 def test_equal_rows_of_several_runs_are_merged(run):
     """The main rows of the runs, rows that differ in a number, and rows with different references stay separate."""
     moved = another(run, "moved", setting=0.7, shift=0.1)
-    made = report.make([run, another(run, "other", setting=0.5), moved])
-    for table in made.tables[:2]:
+    run_report = report.make([run, another(run, "other", setting=0.5), moved])
+    for table in run_report.tables[:2]:
         by_stage = {}
         for name, stage, *_ in table.rows:
             by_stage.setdefault(stage, []).append(name)
@@ -371,9 +371,9 @@ def test_equal_rows_of_several_runs_are_merged(run):
         assert len(by_stage.pop("dense")) == 1
         assert all(names == ["one; other", "moved"] for names in by_stage.values())
         assert {"base", "averaged", "base + bias", "gprune"} <= set(by_stage)
-    merged = row(made.tables[0], "one; other", "averaged")
+    merged = row(run_report.tables[0], "one; other", "averaged")
     assert merged == row(report.make([run]).tables[0], "one", "averaged") | {"run": "one; other"}
-    labels = [text.get_text() for text in made.figures()["ratios"].axes[0].get_yticklabels()]
+    labels = [text.get_text() for text in run_report.figures()["ratios"].axes[0].get_yticklabels()]
     assert labels.count("one; other: averaged") == 1
     assert {cells[0] for cells in report.make([run, moved.parent / "other"]).tables[0].rows} >= {"all runs"}
     one, other = read_runs([run, run.parent / "other"])
@@ -505,16 +505,16 @@ def test_zero_shot_results_are_compared_with_the_matching_dense_results(run):
     pruned = zero_shot_record(stage="gprune", correct="100110", answers=[0, 2, 0, 0, 2, 1])
     not_matching = [dense | {key: "other", "correct": "000000"} for key in ("model", "dtype", "content_hash")]
     (run / "evaluation.json").write_text(json.dumps({"records": [*not_matching, pruned, dense]}))
-    made = report.make([run])
-    cells = row(made.tables[-1], "piqa", "one", "gprune")
+    run_report = report.make([run])
+    cells = row(run_report.tables[-1], "piqa", "one", "gprune")
     difference, error = paired_difference([1, 0, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0])
     assert cells["against dense"] == f"{difference:+.3f} +- {error:.3f}"
     assert cells["flips"] == "33.3%: -16.7% +0.0%"  # one correct answer became wrong, and one wrong answer changed
     assert (cells["acc or perplexity"], cells["standard protocol"]) == ("0.500 +- 0.200", "no")
-    assert "a note" in made.to_markdown()
+    assert "a note" in run_report.to_markdown()
     without_dense = evaluation_table([record | {"run": "r"} for record in (pruned, *not_matching)])
     (cells_without_dense,) = [cells for cells in without_dense.rows if cells[2] == "gprune"]
-    assert made.tables[-1].columns[7] == "against dense"
+    assert run_report.tables[-1].columns[7] == "against dense"
     assert cells_without_dense[7] is None
 
 
@@ -577,15 +577,15 @@ def test_an_estimate_just_outside_its_interval_is_drawn():
 
 
 def test_every_axis_is_labelled_and_every_run_and_ratio_is_drawn(run):
-    made = report.make([run, another(run, "two", seed=1), another(run, "three", setting=0.5)])
-    axes = {name: figure.axes[0] for name, figure in made.figures().items()}
+    run_report = report.make([run, another(run, "two", seed=1), another(run, "three", setting=0.5)])
+    axes = {name: figure.axes[0] for name, figure in run_report.figures().items()}
     labels = {name: (axis.get_xlabel(), axis.get_ylabel()) for name, axis in axes.items()}
     assert labels == {
         "ratios": ("unseen perplexity / base, same recovery; 95 % interval", ""),
         "sparsity": ("block", "fraction of neurons removed"),
     }
     assert len(axes["sparsity"].lines) == 3
-    assert len(axes["ratios"].get_yticklabels()) == sum(cells[7] is not None for cells in made.tables[0].rows)
+    assert len(axes["ratios"].get_yticklabels()) == sum(cells[7] is not None for cells in run_report.tables[0].rows)
 
 
 def test_long_corpus_paths_do_not_shrink_the_figures(run):
@@ -610,19 +610,20 @@ def written(folder: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_gprune_report_prints_the_tables_and_writes_markdown_csv_and_figures_reproducibly(run, capsys):
-    made, output = report.make([run]), run / "report"
+    run_report = report.make([run])
+    output = run / "report"
     assert command("report", [str(run)]) == 0
     out = capsys.readouterr().out
-    assert made.tables[0].to_markdown() in out
-    assert made.tables[0].to_markdown() in (output / "report.md").read_text()
+    assert run_report.tables[0].to_markdown() in out
+    assert run_report.tables[0].to_markdown() in (output / "report.md").read_text()
     assert "windows of 32 tokens, stride 32, no BOS, float32, test text, scope ffn" in out
-    assert (output / "tables" / "summary.csv").read_text() == made.tables[0].to_csv()
+    assert (output / "tables" / "summary.csv").read_text() == run_report.tables[0].to_csv()
     for path in (output / "figures").glob("*.svg"):
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
         with Image.open(path.with_suffix(".png")) as image:
             assert image.width > 400
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
-    made.write(output)
+    run_report.write(output)
     assert {p: p.read_bytes() for p in before} == before  # identical files
 
 

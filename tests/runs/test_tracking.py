@@ -124,14 +124,16 @@ def test_the_wandb_summary_has_the_results_under_fixed_keys(logged):
 
 
 def test_numbers_of_modules_are_logged_against_their_index(logged, curves):
-    result, expected = logged.run, logged.run.modules.rows()
-    assert len(expected) > 3
-    kept = [m[y == row["module"]].float().mean() for row in expected
-            for m, y in [(result.masks.ffn[row["block"]], result.modules.labels[row["block"]])]]  # fmt: skip
-    assert dict(curves["modules/sparsity"]) == pytest.approx({i: 1 - float(share) for i, share in enumerate(kept)})
-    for name in ("sensitivity", "agreement"):
-        known = {i: r[name] for i, r in enumerate(expected) if r[name] is not None}
-        assert dict(curves[f"modules/{name}"]) == pytest.approx(known)
+    result, rows = logged.run, logged.run.modules.rows()
+    assert len(rows) > 3
+    sparsity = {}
+    for i, row in enumerate(rows):
+        mask, labels = result.masks.ffn[row["block"]], result.modules.labels[row["block"]]
+        sparsity[i] = 1 - float(mask[labels == row["module"]].float().mean())
+    assert dict(curves["modules/sparsity"]) == pytest.approx(sparsity)
+    for name in ("sensitivity", "agreement"):  # None for a module in which it is not defined
+        expected = {i: row[name] for i, row in enumerate(rows) if row[name] is not None}
+        assert dict(curves[f"modules/{name}"]) == pytest.approx(expected)
 
 
 def test_a_wandb_run_has_config_group_job_type_and_tags(logged):
