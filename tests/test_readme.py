@@ -86,7 +86,7 @@ def test_every_flag_on_a_page_exists(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_and_file_on_a_page_exists(page):
-    """Checks modules, subcommands, and files below experiments/. `python -m x` of commit ... may be a removed one."""
+    """Checks modules, subcommands, and files below experiments/. A command "of commit ..." may be a removed one."""
     text = " ".join(PAGES[page].split())
     if page == "CHANGELOG.md":  # its section Renamed has old commands
         text = text.partition("### Renamed")[0]
