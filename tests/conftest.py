@@ -31,15 +31,15 @@ hypothesis.settings.load_profile("gprune")
 def pytest_collection_finish() -> None:
     """Exclude imported objects from garbage collection.
 
-    Calibration collects garbage after each corpus. Traversing all objects of torch, transformers and lightning each
-    time took 40 % of a tiny run.
+    Calibration collects garbage after each corpus. Without this, traversing all objects of torch, transformers and
+    lightning each time takes 40 % of a tiny run.
     """
     gc.collect()
     gc.freeze()
 
 
 def make_tiny_llama(**overrides) -> LlamaForCausalLM:
-    """A random Llama with grouped-query attention (4 query heads, 2 KV groups), in float32, frozen."""
+    """Return a random Llama with grouped-query attention (4 query heads, 2 KV groups), in float32, frozen."""
     settings = {
         "vocab_size": 128,
         "hidden_size": 32,
@@ -62,7 +62,12 @@ def make_tiny_llama(**overrides) -> LlamaForCausalLM:
 def collect(
     model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], *, gram: bool = False, saliency=()
 ) -> CorpusStatistics:
-    """Statistics of a corpus from one pass over its batches. Without `half`, windows alternate by `index`."""
+    """Return the statistics of a corpus from one pass over its batches.
+
+    Args:
+        batches: with `input_ids` (B, T), optionally `weight` (B,), and the half of each window in `half` (B,); without
+            `half`, windows alternate between halves by their `index` (B,).
+    """
     with Collector(model, gram=gram, saliency=saliency) as collector:
         for batch in batches:
             half = batch["half"] if "half" in batch else batch["index"] % 2
@@ -71,6 +76,7 @@ def collect(
 
 
 def hooks_of(model: torch.nn.Module) -> int:
+    """Return the number of forward hooks and forward pre-hooks of all modules."""
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 

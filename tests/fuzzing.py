@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -30,7 +30,7 @@ from gprune.runs.results import load_run
 from gprune.storage.files import json_hash
 from tests import synthetic_run
 
-Outcome = tuple[int, list[str]]
+Outcome = tuple[int, list[str]]  # exit code, and lines on stderr
 SCALARS = (
     None, True, False, 0, 1, -1, 3, 10**9, 10**30, 0.0, 0.5, -0.5, 1e300, 1e-300, math.inf, math.nan, "", "x", "0.5",
     "1:30", "null", "ffn", "dense", "base", "gprune", "none", "float32", "wiki", "$x_{", "\x1b[31m", "\0", "é" * 300,
@@ -50,7 +50,11 @@ def random_json(rng: Random, depth: int = 3) -> Any:
 
 def parts_of(content: Any) -> Iterator[tuple[Any, Any]]:
     """Yield (container, key or index) of each value in a JSON value, except of the root."""
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(content, dict):
+        items = content.items()
+    elif isinstance(content, list):
+        items = enumerate(content)
     for key, value in items:
         yield content, key
         yield from parts_of(value)
@@ -62,21 +66,22 @@ def mutated_json(rng: Random, content: Any) -> Any:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if not (parts := list(parts_of(content))):
             break
-        (holder, key), draw = rng.choice(parts), rng.random()
+        container, key = rng.choice(parts)
+        draw = rng.random()
         if draw < 0.2:
-            del holder[key]
-        elif draw < 0.3 and isinstance(holder, list):
-            holder.append(holder[key])
+            del container[key]
+        elif draw < 0.3 and isinstance(container, list):
+            container.append(container[key])
         else:
-            holder[key] = random_json(rng, 2)
+            container[key] = random_json(rng, 2)
     return content
 
 
 def corrupted_bytes(rng: Random, content: bytes) -> bytes:
-    """Return bytes of which some are replaced, removed or inserted."""
+    """Return a copy in which one to four parts of at most eight bytes are replaced, removed or inserted."""
     for _ in range(rng.randrange(1, 5)):
-        at, removed = rng.randrange(len(content) + 1), rng.randrange(9)
-        content = content[:at] + rng.randbytes(rng.randrange(9)) + content[at + removed :]
+        start, removed = rng.randrange(len(content) + 1), rng.randrange(9)
+        content = content[:start] + rng.randbytes(rng.randrange(9)) + content[start + removed :]
     return content
 
 
@@ -115,7 +120,7 @@ def damage_json(rng: Random, path: Path) -> None:
 
 
 def outcome(call: Callable[[], int | None]) -> Outcome:
-    """Return the exit code of a command, and its lines on stderr."""
+    """Return the outcome of a command. A UserError counts as exit code 2 with its message on stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -133,7 +138,8 @@ def is_acceptable(result: Outcome) -> bool:
     return (code == 0 and not lines) or (code == 2 and len(lines) == 1 and 20 < len(lines[0]) < 6000)
 
 
-# --- entry points: each function writes an input into a folder, passes it on, and returns the outcome --------------
+# --- entry points ---------------------------------------------------------------------------------------------------
+# Each function writes a random input into a folder, calls an entry point with it, and returns the outcome.
 
 READERS: dict[str, Callable[[Path], int | None]] = {  # of run folders
     "report": lambda run: command("report", [str(run)]),
@@ -144,23 +150,21 @@ READERS: dict[str, Callable[[Path], int | None]] = {  # of run folders
 
 
 def run_folder(reader: str, rng: Random, folder: Path) -> Outcome:
-    """Damage files of a run folder."""
-    run = synthetic_run.write_run(
-        folder / "run", **{"model": {**synthetic_run.settings()["model"], "name": "/nowhere/model"}}
-    )
+    """Damage one or more files of a run folder."""
+    model = synthetic_run.settings()["model"] | {"name": "/nowhere/model"}
+    run = synthetic_run.write_run(folder / "run", model=model)
     answers = [synthetic_run.ANSWERS, synthetic_run.ANSWERS | {"stage": "dense"}]
     (run / "evaluation.json").write_text(json.dumps({"records": answers}))
     (run / "config.yaml").write_text(yaml.safe_dump(RunConfig(gprune=False, recovery="none").resolved()))
     for name in rng.sample(("manifest.json", "metrics.json", "evaluation.json"), rng.choice((1, 1, 2))):
         damage_json(rng, run / name)
     if rng.random() < 0.2:
-        replace_file(
-            run / rng.choice(("config.yaml", "masks/base.safetensors", "report")), rng.choice(sorted(REPLACEMENTS))
-        )
+        name = rng.choice(("config.yaml", "masks/base.safetensors", "report"))
+        replace_file(run / name, rng.choice(sorted(REPLACEMENTS)))
     result = outcome(lambda: READERS[reader](run))
     if reader == "report" and result[0] == 0:
         text = (run / "report/report.md").read_text().replace("finite", "")
-        assert not any(word in text for word in ("nan", "inf ", "inf]"))
+        assert not any(number in text for number in ("nan", "inf ", "inf]"))
     return result
 
 
@@ -199,6 +203,7 @@ def study_lists(rng: Random, folder: Path) -> Outcome:
 
 
 def _write_yaml(rng: Random, file: Path, content: Any) -> None:
+    """Write damaged YAML: the content with other values, or other content, and sometimes with damaged bytes."""
     content = mutated_json(rng, content) if rng.random() < 0.8 else random_json(rng)
     text = yaml.safe_dump(content, allow_unicode=rng.random() < 0.5)
     file.write_bytes(corrupted_bytes(rng, text.encode()) if rng.random() < 0.2 else text.encode())

@@ -7,8 +7,8 @@
 
 A `SimulatedTensor` reports the device `lazy:N` and computes on the CPU. As with CUDA, an operation on tensors of
 different devices fails; allowed are 0-dimensional tensors of the CPU, an index on the CPU, and copies. Counted are host
-synchronisations: the host reads a value (`.item()`, `bool()`, `.cpu()`, `nonzero`, `x[mask]`, ...), or copies memory
-that is not pinned to a device without `non_blocking`. They are counted by the place in the code of gprune.
+synchronisations: the host reads a value (`.item()`, `bool()`, `.cpu()`, `nonzero`, `x[mask]`, ...), or copies a tensor
+of the CPU to a device without `non_blocking`. They are counted by the place in the code of gprune.
 
 The devices have the type `lazy`, for which this build of torch has no backend: so nothing is registered in the process,
 and autograd runs such tensors in the calling thread. `PrivateUse1` in Python has only one device, and has to be
@@ -150,14 +150,20 @@ class Devices(TorchDispatchMode):
         )
 
     def _check_devices(self, func: Any, places: Sequence[torch.device], others: Sequence[Tensor]) -> None:
+        """Raise RuntimeError if the tensors of an operation are on different devices, as CUDA does.
+
+        Args:
+            places: devices of the simulated tensors.
+            others: tensors of the CPU.
+        """
         cpu_tensors = [t for t in others if t.dim() > 0]
         if func in INDEXED and all(t.dtype in (torch.bool, torch.long) for t in cpu_tensors):
             if cpu_tensors:
                 self._count_wait(f"{func} by an index of the CPU")
             cpu_tensors = []
-        met = {*places, *(t.device for t in cpu_tensors)}
-        if len(met) > 1:
-            names = " and ".join(sorted(map(str, met)))
+        found_devices = {*places, *(t.device for t in cpu_tensors)}
+        if len(found_devices) > 1:
+            names = " and ".join(sorted(map(str, found_devices)))
             raise RuntimeError(f"Expected all tensors to be on the same device, but {func} found {names}")
 
     def _device_of_copy(
@@ -174,18 +180,19 @@ class Devices(TorchDispatchMode):
                 self._count_wait("to cpu" if device.type == "cpu" else "from cpu")
         return device
 
-    def _count_wait(self, what: str) -> None:
+    def _count_wait(self, operation: str) -> None:
+        """Count a synchronisation at the innermost function of Lightning or gprune that is being executed."""
         frame = sys._getframe(2)
         while frame is not None:
             name = frame.f_code.co_filename
             if "/lightning/" in name:
-                self.by_place[f"lightning {frame.f_code.co_name}: {what}"] += 1
+                self.by_place[f"lightning {frame.f_code.co_name}: {operation}"] += 1
                 return
             if name.startswith(PACKAGE):
-                self.by_place[f"{name.removeprefix(PACKAGE)[1:]} {frame.f_code.co_name}: {what}"] += 1
+                self.by_place[f"{name.removeprefix(PACKAGE)[1:]} {frame.f_code.co_name}: {operation}"] += 1
                 return
             frame = frame.f_back
-        self.by_place[f"outside: {what}"] += 1
+        self.by_place[f"outside: {operation}"] += 1
 
 
 @contextmanager
@@ -216,8 +223,9 @@ def simulate_devices() -> Iterator[Devices]:
         optimizers = sys.modules["torch.optim.optimizer"]  # torch.optim deletes this name
         patch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: [TYPE, "cpu"])
         patch.setattr(CPUAccelerator, "setup_device", lambda self, device: None)
-        chosen = lambda self: SingleDeviceStrategy(torch.device(TYPE, 0))  # noqa: E731
-        patch.setattr(_AcceleratorConnector, "_choose_strategy", chosen)
+        patch.setattr(
+            _AcceleratorConnector, "_choose_strategy", lambda self: SingleDeviceStrategy(torch.device(TYPE, 0))
+        )
         # As with CUDA, `module.to` keeps the Parameter objects, so other references to them move too.
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
         before = torch._C._only_lift_cpu_tensors()
@@ -236,21 +244,23 @@ def place_on_devices(model: nn.Module, devices: int) -> nn.Module:
     if devices == 1:
         return model.to(f"{TYPE}:0")
     layers = len(decoder_layers(model))
-    (path,) = [n for n, m in model.named_modules() if m is decoder_layers(model)]
-    where = {f"{path}.{i}": f"{TYPE}:{i * devices // layers}" for i in range(layers)}
+    (path,) = [name for name, module in model.named_modules() if module is decoder_layers(model)]
+    device_map = {f"{path}.{i}": f"{TYPE}:{i * devices // layers}" for i in range(layers)}
+
+    def is_placed(name: str) -> bool:
+        return any(name == placed or name.startswith(placed + ".") for placed in device_map)
+
     for name, module in model.named_modules():
-        inside = name == path or any(name == p or name.startswith(p + ".") for p in where)
-        if name and not inside and next(module.parameters(recurse=False), None) is not None:
-            first = module in (model.get_input_embeddings(),) or "wpe" in name or "embed_positions" in name
-            where[name] = f"{TYPE}:{0 if first else devices - 1}"
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if tied:
-        (head,) = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
-        where[head] = f"{TYPE}:0"
-    parts = {n.rpartition(".")[0] for n, _ in model.named_buffers()}
-    for name in parts:  # buffers such as rotary frequencies
-        if name and not any(name == p or name.startswith(p + ".") for p in where):
-            where[name] = f"{TYPE}:0"
-    model = dispatch_model(model, where, main_device=f"{TYPE}:0")
-    model.hf_device_map = where
+        has_parameters = next(module.parameters(recurse=False), None) is not None
+        if name and name != path and has_parameters and not is_placed(name):
+            is_embedding = module is model.get_input_embeddings() or "wpe" in name or "embed_positions" in name
+            device_map[name] = f"{TYPE}:{0 if is_embedding else devices - 1}"
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:  # tied
+        (head,) = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+        device_map[head] = f"{TYPE}:0"
+    for name in {buffer.rpartition(".")[0] for buffer, _ in model.named_buffers()}:  # such as rotary frequencies
+        if name and not is_placed(name):
+            device_map[name] = f"{TYPE}:0"
+    model = dispatch_model(model, device_map, main_device=f"{TYPE}:0")
+    model.hf_device_map = device_map
     return model

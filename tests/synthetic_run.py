@@ -17,19 +17,25 @@ BLOCKS, NEURONS, GROUPS = 2, 8, 2
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """Return the settings of a run of the base metric, as in a manifest."""
+    """Return the settings of a run of the base metric, as in a manifest. `changes` replace entries."""
     plain = json.loads(json.dumps(RunConfig(gprune=False, recovery="none").settings()))
     return plain | {"inputs": {"model": "0123456789abcdef", "text": {"wiki train": "fedcba9876543210"}}} | changes
 
 
 def record(stage: str, corpus: str, *, seen: bool, nll: float = 2.0, windows: int = 4) -> dict[str, Any]:
-    """Return a record of `metrics.json`."""
-    sums = [nll * 15 * (1 + 0.1 * (-1) ** n) for n in range(windows)]
+    """Return a record of `metrics.json`.
+
+    Args:
+        nll: mean loss in nats per token.
+        windows: number of windows of 16 tokens, an even number so that `nll` is their mean.
+    """
+    # Windows with 15 predicted tokens have alternately 10 % more and 10 % less than the mean loss.
+    window_nll = [nll * 15 * (1 + 0.1 * (-1) ** n) for n in range(windows)]
     return {
         "stage": stage, "importance": None if stage == "dense" else "wanda_sp", "allocation": None, "partition": None,
         "switch": None, "recovery": "none", "sparsity": 0.0 if stage == "dense" else 0.5, "scope": "ffn",
         "model": "a model", "corpora": {}, "corpus": corpus, "split": "test", "seen": seen, "leaked_13grams": 0.0,
-        "perplexity": math.exp(nll), "nll": nll, "tokens": 15 * windows, "window_nll": sums, "seq_len": 16,
+        "perplexity": math.exp(nll), "nll": nll, "tokens": 15 * windows, "window_nll": window_nll, "seq_len": 16,
         "stride": 16, "bos": False, "join": "\n\n", "seed": 0, "dtype": "float32", "content_hash": f"of {corpus}",
     }  # fmt: skip
 
@@ -55,11 +61,11 @@ SUMMARY = {
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
-    """Write manifest, metrics and masks; `changes` replace settings."""
-    own = settings(**changes)
-    key = key_of(settings=own)
+    """Write manifest, metrics and masks into a folder, and return the folder. `changes` replace settings."""
+    run_settings = settings(**changes)
+    key = key_of(settings=run_settings)
     steps = {"evaluate": {"seconds": 1.5, "forward_tokens": 10, "forward_backward_tokens": 0, "peak_memory_mib": 5}}
-    write_json(folder / "manifest.json", {"settings": own, "environment": {}, "steps": steps})
+    write_json(folder / "manifest.json", {"settings": run_settings, "environment": {}, "steps": steps})
     write_json(folder / "metrics.json", {"summary": SUMMARY, "records": records()}, run=key)
     masks = {f"ffn.{b}": torch.arange(NEURONS) % 2 == b % 2 for b in range(BLOCKS)}
     masks |= {f"attention.{b}": torch.ones(GROUPS, dtype=torch.bool) for b in range(BLOCKS)}

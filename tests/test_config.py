@@ -30,27 +30,27 @@ YAML = {
 }
 
 
-def test_a_name_can_be_registered_again_only_for_the_same_function():
+def test_a_name_can_be_registered_again_only_from_the_same_module():
     registry = Registry("colour")
 
-    def cell(value: int, module: str):
+    def register_red(value: int, module: str):
         def red():
             return value
 
         red.__module__ = module
         registry.register("red")(red)
 
-    cell(1, "here")
-    cell(2, "here")  # a notebook cell that is run again
+    register_red(1, "notebook")
+    register_red(2, "notebook")  # a notebook cell that is run again
     with pytest.raises(ValueError, match="colour 'red' is already registered"):
-        cell(3, "notebook")
+        register_red(3, "another_module")
     assert (registry["red"](), "red" in registry, "blue" in registry) == (2, True, False)
 
 
-def test_replacements_of_lightning_flags_are_existing_flags():
-    named = re.findall(r"--([\w.]+)", " ".join(REPLACEMENTS.values()))
-    assert len(named) > len(REPLACEMENTS) / 2
-    assert set(named) - {"config", "import"} <= FLAG_TYPES.keys()
+def test_replacements_of_removed_flags_are_existing_flags():
+    replacements = re.findall(r"--([\w.]+)", " ".join(REPLACEMENTS.values()))
+    assert len(replacements) > len(REPLACEMENTS) / 2  # other texts name no flag
+    assert set(replacements) - {"config", "import"} <= FLAG_TYPES.keys()
     assert not REPLACEMENTS.keys() & FLAG_TYPES.keys()
 
 
@@ -58,33 +58,52 @@ def test_replacements_of_lightning_flags_are_existing_flags():
 
 
 def ways_to_set(name: str, value: object, folder: Path):
-    """Return functions that set a value in different ways, and return the resulting value."""
-    group, _, leaf = name.partition(".")
-    nested = {group: {leaf: value}} if leaf else {group: value}
+    """Return the ways to set a value: {name of the way: function that sets the value and returns the resulting value}.
 
-    def inside(cfg: RunConfig):
-        return getattr(getattr(cfg, group), leaf) if leaf else getattr(cfg, group)
+    Args:
+        name: name of the setting, such as `ridge`, or `sparsity.target` in the group `sparsity`.
+        folder: for a file of flags.
+    """
+    group, _, setting = name.partition(".")
+    nested = {group: {setting: value}} if setting else {group: value}
 
-    def assigned(cfg: RunConfig):
-        setattr(getattr(cfg, group) if leaf else cfg, leaf or group, value)
-        return inside(cfg)
+    def value_in(cfg: RunConfig):
+        return getattr(getattr(cfg, group), setting) if setting else getattr(cfg, group)
 
-    def constructed():
-        return getattr(GROUPS[group](**{leaf: value}), leaf) if leaf else getattr(RunConfig(**{group: value}), group)
+    def from_command_line():
+        return value_in(parse([f"--{name}={value if isinstance(value, str) else json.dumps(value)}"]))
 
     def from_file(content: dict):
         (folder / "a.yaml").write_text(yaml.safe_dump(content))
-        return inside(parse(["--config", str(folder / "a.yaml")]))
+        return value_in(parse(["--config", str(folder / "a.yaml")]))
 
-    stored = RunConfig().settings()
-    whole = stored | {group: stored.get(group, {}) | {leaf: value} if leaf else value}
-    return {
-        "command line": lambda: inside(parse([f"--{name}={value if isinstance(value, str) else json.dumps(value)}"])),
-        "nested file": lambda: from_file(nested), "dotted file": lambda: from_file({name: value}),
-        "nested settings": lambda: inside(config_from_mapping(nested)), "Python": constructed,
-        "dotted settings": lambda: inside(config_from_mapping({name: value})),
-        "assignment": lambda: assigned(RunConfig()),
-    } | ({"stored": lambda: check_settings(whole) or value} if group in stored else {})  # fmt: skip
+    def from_constructor():
+        if setting:
+            return getattr(GROUPS[group](**{setting: value}), setting)
+        return value_in(RunConfig(**{group: value}))
+
+    def from_assignment():
+        cfg = RunConfig()
+        if setting:
+            setattr(getattr(cfg, group), setting, value)
+        else:
+            setattr(cfg, group, value)
+        return value_in(cfg)
+
+    ways = {
+        "command line": from_command_line,
+        "nested file": lambda: from_file(nested),
+        "dotted file": lambda: from_file({name: value}),
+        "nested settings": lambda: value_in(config_from_mapping(nested)),
+        "dotted settings": lambda: value_in(config_from_mapping({name: value})),
+        "Python": from_constructor,
+        "assignment": from_assignment,
+    }
+    stored = RunConfig().settings()  # as in a manifest, without groups such as `logging`
+    if group in stored:
+        changed = stored | {group: stored[group] | {setting: value} if setting else value}
+        ways["stored"] = lambda: check_settings(changed) or value  # `check_settings` returns None, or raises
+    return ways
 
 
 @pytest.mark.parametrize(
@@ -127,7 +146,8 @@ def test_a_setting_has_the_same_value_however_it_is_set(name, value, tmp_path):
 )  # fmt: skip
 def test_an_invalid_value_gives_the_same_message_however_it_is_set(name, value, message, tmp_path):
     for way, get_value in ways_to_set(name, value, tmp_path).items():
-        if way == "command line" and value != value:  # YAML writes NaN as .nan
+        is_nan = value != value
+        if way == "command line" and is_nan:  # `json.dumps` writes NaN as a word, which a flag reads as text
             continue
         with pytest.raises(UserError) as error:
             get_value()
@@ -144,12 +164,12 @@ def test_an_invalid_value_gives_the_same_message_however_it_is_set(name, value, 
         ("seed", "Unknown setting 'seed'. Use --run.seed."),
     ],
 )
-def test_a_misspelt_name_is_refused_however_it_is_set(name, message, tmp_path):
+def test_an_unknown_or_replaced_name_is_refused_however_it_is_set(name, message, tmp_path):
     for way, get_value in ways_to_set(name, 0.3, tmp_path).items():
         with pytest.raises(UserError) as error:
             get_value()
-        version = f"The settings must be those of this version; they differ in {name}."
-        assert (version if way == "stored" else message) in str(error.value), way
+        message_for_stored = f"The settings must be those of this version; they differ in {name}."
+        assert (message_for_stored if way == "stored" else message) in str(error.value), way
 
 
 @pytest.mark.parametrize(
@@ -182,13 +202,13 @@ def test_a_misspelt_name_is_refused_however_it_is_set(name, message, tmp_path):
          "--distill.keep best cannot be combined with --evaluation.split development"),
     ],
 )  # fmt: skip
-def test_incompatible_settings_are_refused_with_the_names_of_their_flags(settings, message):
+def test_invalid_or_incompatible_settings_are_refused_with_the_reason(settings, message):
     with pytest.raises(UserError) as error:
         config_from_mapping(settings, where="Row 'x'")
     assert str(error.value).startswith(f"Row 'x': {message}")
 
 
-def test_validate_checks_assigned_values():
+def test_validate_checks_combinations_of_assigned_values_and_changed_lists():
     cfg = RunConfig()
     cfg.sparsity.allocation = "depth"
     with pytest.raises(UserError, match=r"--sparsity\.allocation depth needs --gprune false"):
@@ -212,10 +232,10 @@ def test_files_and_flags_merge_from_left_to_right(tmp_path):
 
 def test_the_output_of_print_config_is_a_valid_file_of_flags(tmp_path, capsys):
     flags = ["--sparsity.target=0.3", "--recovery=[bias]", "--run.name=a #b"]
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as stop:
         parse([*flags, "--print_config"])
     (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
-    assert left.value.code == 0
+    assert stop.value.code == 0
     assert parse(["--config", str(tmp_path / "a.yaml")]) == parse(flags) != parse([])
 
 
@@ -230,17 +250,18 @@ def test_the_default_configuration_is_valid_and_logs_offline(monkeypatch):
 
 
 def test_settings_exclude_the_run_folder_logging_and_export():
+    """Two devices and two nodes are the same setting: the number of processes."""
     plain = RunConfig()
-    other_folder = RunConfig(
+    with_other_output = RunConfig(
         run=RunFolderConfig(dir="/somewhere", name="mine"), logging=LoggingConfig(mode="disabled", tags=["x"]),
         corpora=CorporaConfig(collect=["gram", "saliency"]), export="none", dry_run=True,
     )  # fmt: skip
     assert "logging" not in plain.settings()
-    assert plain.settings() == other_folder.settings()
-    assert other_folder.run_name == "mine"
-    assert other_folder.model_copy(update={"run": RunFolderConfig(dir="/somewhere")}).run_name == plain.run_name
-    one, two = (RunConfig(trainer=t) for t in (TrainerConfig(devices=2), TrainerConfig(num_nodes=2)))
-    assert one.settings() == two.settings() != plain.settings()
+    assert plain.settings() == with_other_output.settings()
+    assert with_other_output.run_name == "mine"
+    assert with_other_output.model_copy(update={"run": RunFolderConfig(dir="/somewhere")}).run_name == plain.run_name
+    two_devices, two_nodes = (RunConfig(trainer=t) for t in (TrainerConfig(devices=2), TrainerConfig(num_nodes=2)))
+    assert two_devices.settings() == two_nodes.settings() != plain.settings()
 
 
 def test_run_names_are_equal_only_for_equal_settings():
@@ -265,13 +286,15 @@ def test_run_names_are_equal_only_for_equal_settings():
 
 
 def test_scopes_are_sorted_and_only_scopes_with_blocks_have_block_settings():
-    """So the settings of older records with the two scopes without blocks still match."""
-    old, new = (config_from_mapping({"sparsity.scope": scope}) for scope in ("ffn+attention", "blocks+ffn+attention"))
-    assert (old.sparsity.scope, new.sparsity.scope) == ("attention+ffn", "attention+ffn+blocks")
-    assert new.settings()["sparsity"].keys() - old.settings()["sparsity"].keys() == {"block_share", "block_choice"}
-    assert (
-        old.settings() == config_from_mapping({"sparsity": {"scope": "attention+ffn", "block_share": 0.5}}).settings()
+    """Older records have no block settings. They still match, because scopes without blocks have none either."""
+    without_blocks, with_blocks = (
+        config_from_mapping({"sparsity.scope": scope}) for scope in ("ffn+attention", "blocks+ffn+attention")
     )
+    assert (without_blocks.sparsity.scope, with_blocks.sparsity.scope) == ("attention+ffn", "attention+ffn+blocks")
+    added = with_blocks.settings()["sparsity"].keys() - without_blocks.settings()["sparsity"].keys()
+    assert added == {"block_share", "block_choice"}
+    with_block_share = config_from_mapping({"sparsity": {"scope": "attention+ffn", "block_share": 0.5}})
+    assert without_blocks.settings() == with_block_share.settings()
 
 
 @pytest.mark.parametrize(
@@ -282,9 +305,10 @@ def test_scopes_are_sorted_and_only_scopes_with_blocks_have_block_settings():
         ("taylor", "least_squares", {"gram", "saliency"}),
     ],
 )  # fmt: skip
-def test_needed_statistics_are_those_of_the_metric_and_the_recovery(importance, recovery, needs):
-    collected = RunConfig(importance=importance, recovery=recovery, corpora=CorporaConfig(collect=["gram", "saliency"]))
-    assert collected.needs == RunConfig(importance=importance, recovery=recovery).needs == needs
+def test_needed_statistics_are_those_of_the_metric_and_the_recovery_whatever_is_collected(importance, recovery, needs):
+    collects_all = CorporaConfig(collect=["gram", "saliency"])
+    for corpora in (CorporaConfig(), collects_all):
+        assert RunConfig(importance=importance, recovery=recovery, corpora=corpora).needs == needs
 
 
 def test_calibration_corpora_are_refused_for_evaluation_on_train_text():
@@ -296,8 +320,8 @@ def test_calibration_corpora_are_refused_for_evaluation_on_train_text():
 
 
 @pytest.mark.parametrize("path", [path for path in YAML if not re.search("^(rows|parameters):", YAML[path], re.M)])
-def test_every_shipped_file_of_flags_parses(path):
-    """Other tests parse the rows of lists and sweeps."""
+def test_every_shipped_file_of_flags_parses_and_only_default_yaml_has_all_defaults(path):
+    """Lists and sweeps are not files of flags. Other tests parse their rows."""
     assert (parse(["--config", str(ROOT / path)]) == RunConfig()) == path.endswith("/default.yaml")
 
 
@@ -363,25 +387,35 @@ def test_numpy_torch_and_path_values_become_plain_python_values():
     assert yaml.safe_load(to_yaml(cfg.model_dump())) == json.loads(json.dumps(cfg.model_dump()))
     assert (cfg.run.dir, cfg.corpora.drift, cfg.sparsity.protect) == ("a/b", ["wiki", "c/d.txt"], [0, 1])
     assert (cfg.corpora.recover, cfg.recovery) == (["wiki", "web"], "least_squares+distill")
-    assert {type(v) for v in (cfg.importance, cfg.corpora.learn[0], cfg.run.dir)} == {str}
+    assert {type(value) for value in (cfg.importance, cfg.corpora.learn[0], cfg.run.dir)} == {str}
     assert (type(cfg.ridge), type(cfg.gprune), type(cfg.sparsity.epochs)) == (float, bool, int)
 
 
 def test_settings_of_a_byte_budget_include_only_export_flags_that_change_bytes():
-    def of(**export):
+    def settings_with(**export):
         return config_from_mapping({"sparsity": {"target": "200MiB"}, "export": export}).settings()
 
-    assert of(format="hf") == of(format="none") == of(format="hf", type="q8_0")
-    priced = ({}, {"dtype": "float16"}, {"format": "gguf"}, {"format": "gguf", "type": "q8_0"})
-    assert len({str(of(**export)) for export in priced}) == 4
+    assert settings_with(format="hf") == settings_with(format="none") == settings_with(format="hf", type="q8_0")
+    exports_of_different_size = ({}, {"dtype": "float16"}, {"format": "gguf"}, {"format": "gguf", "type": "q8_0"})
+    assert len({str(settings_with(**export)) for export in exports_of_different_size}) == 4
+
+
+def test_a_byte_budget_cannot_be_combined_with_the_cost_kv_cache():
     with pytest.raises(UserError, match=r"target 9KiB cannot be combined with --sparsity\.cost kv_cache"):
         config_from_mapping({"sparsity": {"target": "9KiB", "cost": "kv_cache"}})
 
 
-def test_a_speed_target_or_auto_takes_the_width_multiple_from_the_machine():
-    multiples = [({}, 1), ({"target": "1.4x"}, None), ({"target": "1.4x", "width_multiple": 4}, 4)]
-    multiples += [({"width_multiple": "auto"}, None), ({"target": "1.4x", "cost": "kv_cache"}, 1)]
-    for given, multiple in multiples:
-        cfg = config_from_mapping({"sparsity": given})
-        assert cfg.settings()["sparsity"]["width_multiple"] == multiple
-        assert ("speed" in cfg.settings()) == (not describe_ignored_flags(cfg, ["speed.batch"])) == (multiple != 1)
+@pytest.mark.parametrize(
+    ("sparsity", "multiple"),
+    [
+        ({}, 1), ({"target": "1.4x"}, None), ({"target": "1.4x", "width_multiple": 4}, 4),
+        ({"width_multiple": "auto"}, None), ({"target": "1.4x", "cost": "kv_cache"}, 1),
+    ],
+)  # fmt: skip
+def test_a_speed_target_or_auto_takes_the_width_multiple_from_the_machine_and_uses_speed_flags(sparsity, multiple):
+    """The settings have None for a width multiple that is measured on the machine."""
+    cfg = config_from_mapping({"sparsity": sparsity})
+    assert cfg.settings()["sparsity"]["width_multiple"] == multiple
+    uses_speed_flags = multiple != 1
+    assert ("speed" in cfg.settings()) == uses_speed_flags
+    assert (not describe_ignored_flags(cfg, ["speed.batch"])) == uses_speed_flags

@@ -18,6 +18,7 @@ from gprune.errors import UserError, quoting
 
 ROOT = Path(__file__).parent.parent / "gprune"
 X = "X"
+# Optional beginning of every form. It must not contain the words with which a form begins.
 PLACE = r"(?:(?!(?:Cannot|Unknown)\b)(?:[^:;.]|[:.](?! ))+: )*"  # a file, a row, or a flag with its value
 MORE = r"(?: [^ ].*[.])?"  # sentences with the remedy
 FORMS = {
@@ -39,7 +40,11 @@ PASSED_ON = {"error": "Cannot do it: the cause.", "validation_message": "--flag 
 
 
 def template(node: ast.expr | None, names: dict[str, str]) -> str:
-    """The text of an expression, with `X` for everything that is not literal."""
+    """Return the text of an expression, with `X` for everything that is not literal.
+
+    Args:
+        names: text of local variables, by name.
+    """
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -58,17 +63,18 @@ def template(node: ast.expr | None, names: dict[str, str]) -> str:
 
 
 def messages(path: Path) -> list[tuple[int, str]]:
-    """(line, message) of all user errors in a file."""
-    tree, found = ast.parse(path.read_text(encoding="utf-8")), []
+    """Return (line, message) of all user errors in a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = []
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    inner = {n: function for function in functions for n in ast.walk(function)}  # the innermost function comes last
+    function_of = {n: function for function in functions for n in ast.walk(function)}  # the innermost one comes last
     for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)):
-        if call.func.id not in HELPERS or getattr(inner.get(call), "name", "") in HELPERS:
+        if call.func.id not in HELPERS or getattr(function_of.get(call), "name", "") in HELPERS:
             continue
         # Local variables with a literal text, such as `remedy = "..."`, are part of the message. With several
         # assignments the last one before the call counts.
         names = {"error": PASSED_ON["error"]}
-        for n in ast.walk(inner.get(call, tree)):
+        for n in ast.walk(function_of.get(call, tree)):
             if isinstance(n, ast.Assign) and n.lineno <= call.lineno and isinstance(n.targets[0], ast.Name):
                 text = template(n.value, names)
                 names[n.targets[0].id] = text if " " in text else X
@@ -77,7 +83,7 @@ def messages(path: Path) -> list[tuple[int, str]]:
         if call.func.id == "quoting" and len(parts) == 1:
             text += f"{X}."
         text += ENDINGS.get(call.func.id, "")
-        if text.strip(X):  # not only a message that another function has made
+        if text.strip(X):  # otherwise the whole message is made by another function
             found.append((call.lineno, text))
     return found
 
@@ -99,13 +105,15 @@ def files() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if path != ROOT / "errors.py")
 
 
-def wrong(name: str) -> list[str]:
-    return [f"{name}:{line}: {', '.join(f)}: {text}" for line, text in messages(ROOT / name) if (f := faults(text))]
+def faulty_messages(name: str) -> list[str]:
+    """Return a line for each message of a file that has faults."""
+    with_faults = [(line, faults(text), text) for line, text in messages(ROOT / name)]
+    return [f"{name}:{line}: {', '.join(found)}: {text}" for line, found, text in with_faults if found]
 
 
 @pytest.mark.parametrize("name", [name for name in files() if messages(ROOT / name)])
 def test_every_message_in_a_file_has_one_of_the_four_forms(name):
-    assert wrong(name) == []
+    assert faulty_messages(name) == []
 
 
 def test_more_than_200_messages_are_found():
@@ -128,8 +136,11 @@ def test_more_than_200_messages_are_found():
         ("Cannot read it: broken..", "has two full stops"),
     ],
 )
-def test_the_rules_detect_each_fault(text, fault):
-    assert faults(text) == [] if fault is None else fault in faults(text)
+def test_the_rules_accept_valid_messages_and_detect_faults(text, fault):
+    if fault is None:
+        assert faults(text) == []
+    else:
+        assert fault in faults(text)
 
 
 def fail_in_a_library():

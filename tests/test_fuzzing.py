@@ -42,7 +42,7 @@ def tiny(tmp_path_factory):
 
 @contextmanager
 def bounded(seconds: int = 20, memory: int = 3 * 2**30) -> Iterator[None]:
-    """Limit the time and the additional memory, to detect code that hangs or allocates without bound."""
+    """Limit the time and the additional memory (bytes), to detect code that hangs or allocates without bound."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limits = resource.getrlimit(resource.RLIMIT_AS)
 
@@ -92,6 +92,7 @@ def edited(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 
 def with_number(name: str, value: object) -> Callable[[Path], None]:
+    """Return a function that replaces a field of the second record of metrics.json."""
     return edited(lambda content: content["records"][1].update({name: value}))
 
 
@@ -100,7 +101,7 @@ REPLACED = ("a FIFO", "a device", "a folder", "a loop")
 NUMBERS = {"perplexity": (None, "x", 0, float("nan"), float("inf")), "tokens": (-1,), "window_nll": (None, "x", [])}
 SETTINGS = {"run": None, "sparsity": 3.5, "model": [], "inputs": 3, "gprune": "x", "recovery": 3}
 Damage = tuple[str, Callable[[Path], object], str]
-DAMAGES: dict[str, Damage] = {  # the file, the damage, a word of the message of every reader
+DAMAGES: dict[str, Damage] = {  # the file, the damage, words of the message of every reader
     **{f"{name} is {what}": (name, lambda path, text=text: path.write_text(text), name)
        for name in ("manifest.json", "metrics.json") for what, text in TEXTS.items()},
     **{f"{name} is {what}": (name, partial(replace_file, what=what), name)
@@ -131,7 +132,7 @@ def test_every_damage_to_a_run_is_refused_in_one_line_by_every_reader(row, tmp_p
         assert not list(tmp_path.rglob("report.md"))
 
 
-def test_the_undamaged_run_is_accepted(tmp_path):
+def test_the_report_of_the_undamaged_run_is_accepted(tmp_path):
     run = synthetic_run.write_run(tmp_path / "run")
     assert outcome(lambda: READERS["report"](run)) == (0, [])
 

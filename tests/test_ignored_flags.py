@@ -26,5 +26,5 @@ def test_the_log_lists_given_flags_that_have_no_effect_with_the_reason(flags, ex
     monkeypatch.setattr("gprune.pipeline.dry_run.matmul_flops", lambda *_: 1e9)
     args = [f"--config={tmp_path / 'a.yaml'}", *flags.split(), "--model.name=tiny-random", "--dry_run=true"]
     assert tiny_run.main(args) == 0
-    given = [line.partition("Ignored flags: ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert [line for line in given if line] == ([expected] if expected else [])
+    ignored = [line.partition("Ignored flags: ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert [flags for flags in ignored if flags] == ([expected] if expected else [])

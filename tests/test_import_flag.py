@@ -24,8 +24,8 @@ def rows_of_mine(weights, moments, generator):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """Change to a folder with a module, and undo its import afterwards."""
+def folder(tmp_path, monkeypatch):
+    """Change to a folder with the module `metric_of_mine`, and return the folder. Undo imports afterwards."""
     (tmp_path / "metric_of_mine.py").write_text(METRIC)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
@@ -38,23 +38,23 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["metric_of_mine", "./metric_of_mine.py"])
-def test_import_accepts_a_module_name_or_path_at_any_position(name, here):
+def test_import_accepts_a_module_name_or_path_at_any_position(name, folder):
     assert parse(["--importance=rows_of_mine", "--import", name]).importance == "rows_of_mine"
 
 
-def test_load_run_names_the_import_that_registers_its_metric(here, monkeypatch):
-    world = tiny_run.make_world(here)
+def test_load_run_names_the_import_that_registers_its_metric_and_works_after_it(folder, monkeypatch):
+    world = tiny_run.make_world(folder)
     tiny_run.quick(monkeypatch)
-    with tiny_run.isolated(here / "cache"), registries.restored(IMPORTANCE):
+    with tiny_run.isolated(folder / "cache"), registries.restored(IMPORTANCE):
         flags = ("--import=metric_of_mine", "--importance=rows_of_mine", "--gprune=false", "--export=none")
-        assert world.run(here / "runs", *flags).config.importance == "rows_of_mine"
+        assert world.run(folder / "runs", *flags).config.importance == "rows_of_mine"
     sys.modules.pop("metric_of_mine")
     with pytest.raises(UserError, match=r"run: .*Unknown importance metric.* Register it first: import metric_of_mine"):
-        load_run(here / "runs/run")
+        load_run(folder / "runs/run")
     assert "metric_of_mine" not in sys.modules  # load_run does not import modules
-    (here / "list.yaml").write_text("rows: {a: {importance: rows_of_mine, gprune: false}}")
+    (folder / "list.yaml").write_text("rows: {a: {importance: rows_of_mine, gprune: false}}")
     assert main(["study", "list.yaml", "--table", "--import", "metric_of_mine"]) == 0
-    assert load_run(here / "runs/run").config.importance == "rows_of_mine"
+    assert load_run(folder / "runs/run").config.importance == "rows_of_mine"
 
 
 @pytest.mark.parametrize(
@@ -71,18 +71,18 @@ def test_load_run_names_the_import_that_registers_its_metric(here, monkeypatch):
         ("./json.py", "", "--import ./json.py: .* json is another module"),
     ],
 )
-def test_a_module_that_cannot_be_imported_is_refused_in_one_line(name, content, message, here):
-    (here / f"{name.removesuffix('.py') if 'json' in name else 'raises'}.py").write_text(content)
-    (here / "my.raises.py").touch()
-    (here / "loop.py").symlink_to(here / "loop.py")
-    for folder in ("plugins", "folder.py"):
-        (here / folder).mkdir()
+def test_a_module_that_cannot_be_imported_is_refused_with_the_cause(name, content, message, folder):
+    (folder / ("json.py" if name == "./json.py" else "raises.py")).write_text(content)
+    (folder / "my.raises.py").touch()
+    (folder / "loop.py").symlink_to(folder / "loop.py")
+    for subfolder in ("plugins", "folder.py"):
+        (folder / subfolder).mkdir()
     with pytest.raises(UserError, match=message):
         parse(["--import", name])
 
 
-def test_the_key_import_is_refused_in_files_of_flags(here):
-    (here / "a.yaml").write_text("import: metric_of_mine")
+def test_the_key_import_is_refused_in_files_of_flags(folder):
+    (folder / "a.yaml").write_text("import: metric_of_mine")
     with pytest.raises(UserError, match=r"Unknown setting 'import'\. Use the command's flag --import"):
         parse(["--config", "a.yaml"])
     assert "metric_of_mine" not in sys.modules

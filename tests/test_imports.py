@@ -21,7 +21,7 @@ from tests.tiny_run import environment
 ROOT = Path(__file__).parent.parent
 REQUIRED = re.findall(r"^[a-z-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 HEAVY = {name.replace("scikit-learn", "sklearn") for name in REQUIRED} | {"numpy"}
-# pydantic checks flags; of safetensors only an error class is imported, without numpy or torch
+# pydantic checks flags. Of safetensors only an error class is imported, without numpy or torch.
 HEAVY -= {"pydantic", "safetensors"}
 MAX_PACKAGES = 12  # packages outside the standard library: pydantic and its dependencies
 COUNT_IMPORTS = """
@@ -45,19 +45,21 @@ for name in sys.argv[1:]:
         pass
 print_imports()
 """
-
-
 STUDY = "from gprune.__main__ import run\nrun('study', sys.argv[1:])\nprint_imports()\n"
 REPORT = STUDY.replace("study", "report")
 
 
 def imported(code: str, *args: str, tmp_path: Path) -> tuple[str, set[str]]:
-    """Return the output of a fresh process, and the packages outside the standard library that it imported."""
-    run = [sys.executable, "-c", code, *args]
-    done = subprocess.run(run, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False)
-    *lines, last = done.stderr.splitlines()
-    output, mark, packages = last.rpartition("[")
-    return done.stdout + "\n".join([*lines, output]), set(json.loads(mark + packages))
+    """Return the output of a fresh process, and the packages outside the standard library that it imported.
+
+    The code writes a JSON list of the packages at the end of stderr.
+    """
+    command_line = [sys.executable, "-c", code, *args]
+    done = subprocess.run(
+        command_line, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False
+    )
+    messages, bracket, packages = done.stderr.rpartition("[")
+    return done.stdout + messages, set(json.loads(bracket + packages))
 
 
 @pytest.mark.parametrize(
@@ -80,22 +82,13 @@ def imported(code: str, *args: str, tmp_path: Path) -> tuple[str, set[str]]:
         (COUNT_IMPORTS + REPORT, ["runs/nothing"], ["there is no folder 'runs/nothing'"]),
     ],
     ids=[
-        "help",
-        "settings",
-        "refusal",
-        "commands",
-        "first line",
-        "own metric",
-        "model",
-        "corpus",
-        "folder",
-        "output",
-        "run",
+        "help", "settings", "unknown recovery", "help of commands", "first line of a run", "registered metric",
+        "unknown model", "unknown corpus", "unwritable folder", "invalid output", "missing run",
     ],
-)
-def test_help_and_early_errors_do_not_import_pytorch(code, args, words, tmp_path):
+)  # fmt: skip
+def test_help_early_errors_and_the_first_line_of_a_run_do_not_import_pytorch(code, args, words, tmp_path):
     output, packages = imported(code, *args, tmp_path=tmp_path)
-    assert all(one in output for one in words)
+    assert all(word in output for word in words)
     assert "Run folder: " not in output
     assert not packages & HEAVY
     assert len(packages) <= MAX_PACKAGES, packages
@@ -107,19 +100,24 @@ def test_lazily_imported_names_match_the_imports_for_type_checkers(package):
     assert dir(package) == sorted(package.__all__)
     tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    declared = {(one.asname or one.name): (line.module, one.name) for line in block.body for one in line.names}
+    declared = {
+        alias.asname or alias.name: (statement.module, alias.name)
+        for statement in block.body
+        for alias in statement.names
+    }
     for name, (module, origin) in declared.items():
         assert getattr(package, name) is getattr(importlib.import_module(module), origin)
-    eager = {one.asname or one.name for node in tree.body if isinstance(node, ast.ImportFrom) for one in node.names}
-    eager |= {one.id for node in tree.body for one in ast.walk(node) if isinstance(one, ast.Name)}
-    assert set(package.__all__) <= declared.keys() | eager
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    not_lazy = {alias.asname or alias.name for statement in imports for alias in statement.names}
+    not_lazy |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert set(package.__all__) <= declared.keys() | not_lazy
     with pytest.raises(AttributeError, match=r"no attribute 'no_such_name'"):
         _ = package.no_such_name
 
 
 def test_no_public_name_shadows_a_subpackage():
     """`import gprune.recoveries.least_squares as x` would be an ImportError if `gprune.recoveries` were a function."""
-    assert not {room.name for room in pkgutil.iter_modules(gprune.__path__)} & set(gprune.__all__)
+    assert not {module.name for module in pkgutil.iter_modules(gprune.__path__)} & set(gprune.__all__)
 
 
 def test_the_package_contains_py_typed():

@@ -1,4 +1,4 @@
-"""The command `gprune`, and `guarded`, which turns errors into one line and an exit code."""
+"""The command `gprune`, and `run_guarded`, which turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def help_text(capsys, *args: str) -> str:
+    """Return the output of `gprune ARGS --help`."""
     with pytest.raises(SystemExit) as stop:
         command.main([*args, "--help"])
     assert stop.value.code == 0
@@ -44,7 +45,7 @@ def test_help_of_prune_is_that_of_train_py(capsys):
     assert text.partition("\n")[2] == expected.partition("\n")[2]
 
 
-def test_gprune_prune_behaves_like_train_py(capsys):
+def test_gprune_prune_reads_the_flags_of_train_py_and_reports_errors_under_its_name(capsys):
     assert command.main(["prune", "--config", "smoke", "--model.name=nothing"]) == 2
     assert re.match("gprune prune: --model.name.*'nothing'", capsys.readouterr().err)
     assert command.main(["prune", "--colour", "red"]) == 2
@@ -78,8 +79,11 @@ def test_help_of_a_command_has_examples_and_every_default(name, capsys):
 )  # fmt: skip
 def test_an_unknown_command_or_flag_is_refused_in_one_line(args, line, capsys):
     assert command.main(args) == 2
-    plain = line.replace("'prune', 'report', 'export', 'evaluate', 'study'", "prune, report, export, evaluate, study")
-    assert capsys.readouterr().err in {f"gprune{line}\n", f"gprune{plain}\n"}  # Python 3.13.1 and later
+    # Python 3.13.1 and later print the choices without quotes.
+    unquoted = line.replace(
+        "'prune', 'report', 'export', 'evaluate', 'study'", "prune, report, export, evaluate, study"
+    )
+    assert capsys.readouterr().err in {f"gprune{line}\n", f"gprune{unquoted}\n"}
 
 
 @pytest.mark.slow
@@ -94,21 +98,21 @@ def test_python_m_gprune_and_the_console_script_call_the_same_function(tmp_path)
     assert "no/such/run" in line
 
 
-def failing(error: BaseException, **messages: str) -> int:
-    """Return the exit code of a command that raises an error."""
+def exit_code_of(error: BaseException, *, stopped: str = ".", memory: str = ".") -> int:
+    """Return the exit code of a command that raises an error. The texts are those of `run_guarded`."""
 
     def work():
         raise error
 
-    return run_guarded("a verb", work, **messages)
+    return run_guarded("a verb", work, stopped=stopped, memory=memory)
 
 
 class SIGTERMException(SystemExit):
-    pass
+    """An error with the name of the one that Lightning raises."""
 
 
 class OutOfMemoryError(RuntimeError):
-    pass
+    """An error with the name of the one that torch raises."""
 
 
 @pytest.mark.parametrize(
@@ -124,15 +128,15 @@ class OutOfMemoryError(RuntimeError):
          "Cannot read or write x/y: No space left on device. Finished work is kept."),
     ],
 )  # fmt: skip
-def test_guarded_turns_errors_into_one_line_and_an_exit_code(error, code, line, capsys):
-    assert failing(error, stopped=". All is kept.", memory="; ask for less.") == code
+def test_run_guarded_turns_errors_into_one_line_and_an_exit_code(error, code, line, capsys):
+    assert exit_code_of(error, stopped=". All is kept.", memory="; ask for less.") == code
     assert capsys.readouterr().err == f"a verb: {line}\n"
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), RuntimeError("a bug"), ValueError("a bug")])
-def test_guarded_does_not_catch_bugs_and_system_exit(error):
+def test_run_guarded_does_not_catch_bugs_and_system_exit(error):
     with pytest.raises(type(error)):
-        failing(error)
+        exit_code_of(error)
 
 
 def in_a_child_process(work, stdout: int | None) -> tuple[int, str]:
@@ -162,18 +166,24 @@ def log_and_return_text() -> str:
     return "a table\n" * 10_000
 
 
-def test_an_output_that_cannot_be_written_ends_the_command_in_one_line():
+@pytest.mark.parametrize("work", [log_and_return_text, lambda: parse(["--print_config"])])
+def test_a_full_device_as_stdout_ends_the_command_in_one_line(work):
     with open("/dev/full", "wb") as full:
-        for work in (log_and_return_text, lambda: parse(["--print_config"])):
-            code, messages = in_a_child_process(work, full.fileno())
-            assert (code, messages.count("\n")) == (2, 1)
-            assert "No space left" in messages
-    read, write = os.pipe()
-    os.close(read)
-    code, messages = in_a_child_process(log_and_return_text, write)
-    os.close(write)
+        code, messages = in_a_child_process(work, full.fileno())
+    assert (code, messages.count("\n")) == (2, 1)
+    assert "No space left" in messages
+
+
+def test_a_closed_pipe_as_stdout_ends_the_command_in_one_line():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    code, messages = in_a_child_process(log_and_return_text, write_end)
+    os.close(write_end)
     assert (code, messages.count("\n")) == (2, 1)
     assert "the output pipe is closed" in messages
+
+
+def test_a_command_without_stdout_succeeds_without_output():
     assert in_a_child_process(log_and_return_text, None) == (0, "")
 
 
@@ -181,15 +191,14 @@ def test_an_output_that_cannot_be_written_ends_the_command_in_one_line():
     ("signum", "code", "word"), [(signal.SIGTERM, 143, "Terminated"), (signal.SIGHUP, 129, "Hung up")]
 )
 def test_signals_outside_a_trainer_end_the_command_in_one_line(signum, code, word):
-    before = signal.signal(
-        signum, signal.SIG_DFL
-    )  # under `nohup pytest` the signal is ignored, and gprune respects that
+    # Under `nohup pytest` the signal is ignored, and gprune keeps ignored signals ignored.
+    before = signal.signal(signum, signal.SIG_DFL)
     try:
-        with open(os.devnull, "wb") as nowhere:
-            found = in_a_child_process(lambda: os.kill(os.getpid(), signum) or "x", nowhere.fileno())
+        with open(os.devnull, "wb") as devnull:
+            code_and_stderr = in_a_child_process(lambda: os.kill(os.getpid(), signum) or "x", devnull.fileno())
     finally:
         signal.signal(signum, before)
-    assert found == (code, f"a verb: {word}. All is kept.\n")
+    assert code_and_stderr == (code, f"a verb: {word}. All is kept.\n")
 
 
 def test_control_characters_are_escaped_in_output_and_log(capsys):
@@ -204,21 +213,21 @@ def test_control_characters_are_escaped_in_output_and_log(capsys):
 def test_only_rank_0_prints_errors_unless_a_single_rank_fails(capsys, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "here")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert failing(UserError("all of us")) == 2
-    assert failing(RuntimeError("Connection closed by peer")) == 2
+    assert exit_code_of(UserError("raised by all ranks")) == 2
+    assert exit_code_of(RuntimeError("Connection closed by peer")) == 2
     assert capsys.readouterr().err == ""
-    assert failing(MemoryError()) == 2
+    assert exit_code_of(MemoryError()) == 2
     assert capsys.readouterr().err == "a verb: Out of memory.\n"
 
 
 def test_rank_0_reports_in_one_line_that_another_process_has_ended(capsys, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "here")
     monkeypatch.setenv("RANK", "0")
-    assert failing(RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")) == 2
+    assert exit_code_of(RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")) == 2
     messages = "a verb: Another process of this run has ended; its own error, if any, is above.\n"
     assert capsys.readouterr().err == messages
     with pytest.raises(RuntimeError, match="a bug"):
-        failing(RuntimeError("a bug"))
+        exit_code_of(RuntimeError("a bug"))
 
 
 def test_quieted_libraries_print_again_afterwards(capsys):
@@ -226,18 +235,18 @@ def test_quieted_libraries_print_again_afterwards(capsys):
     logger.setLevel(logging.INFO)
     with pytest.raises(KeyError), quieted("some.library", stderr=True):  # noqa: PT012
         assert logger.level == logging.ERROR
-        sys.stderr.write("a bar")
+        sys.stderr.write("a progress bar")
         raise KeyError
     assert logger.level == logging.INFO
-    sys.stderr.write("heard")
-    assert capsys.readouterr().err == "heard"
+    sys.stderr.write("printed afterwards")
+    assert capsys.readouterr().err == "printed afterwards"
 
 
 DISTRIBUTED = {"MASTER_ADDR": "here"}
 
 
 @pytest.mark.parametrize(
-    ("given", "number"),
+    ("variables", "index"),
     [
         ({}, 0), (DISTRIBUTED | {"LOCAL_RANK": "1"}, 1), (DISTRIBUTED | {"LOCAL_RANK": "x"}, 0),
         (DISTRIBUTED | {"LOCAL_RANK": "0", "RANK": "8"}, 8),  # torchrun on the second machine
@@ -246,9 +255,9 @@ DISTRIBUTED = {"MASTER_ADDR": "here"}
         ({"RANK": "1", "LOCAL_RANK": "1", "NODE_RANK": "1", "SLURM_PROCID": "9"}, 0),  # left over from another launcher
     ],
 )  # fmt: skip
-def test_the_process_index_comes_from_the_variables_of_the_launcher(given, number, monkeypatch):
+def test_the_process_index_comes_from_the_variables_of_the_launcher(variables, index, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "SLURM_NTASKS", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert process_index() == number
+    assert process_index() == index

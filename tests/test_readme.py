@@ -33,14 +33,14 @@ from tests.stages.test_threshold_learning import make_stage, trainer_of
 from tests.tiny_families import make_tiny, some_masks
 
 ROOT = Path(__file__).parent.parent
+# Content by path
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (
     ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "experiments/README.md", *sorted((ROOT / "docs").glob("*.md"))
 )}  # fmt: skip
 README = PAGES["README.md"]
 RECIPES = PAGES["docs/extend.md"]
-USER_PAGES = [
-    name for name in PAGES if name not in ("CHANGELOG.md", "experiments/README.md")
-]  # pages without a history
+# Pages that describe only the current version
+USER_PAGES = [name for name in PAGES if name not in ("CHANGELOG.md", "experiments/README.md")]
 
 
 @pytest.fixture
@@ -62,12 +62,12 @@ def _restore_registries():
         del FAMILIES[added]
 
 
-def run_block(word: str) -> dict[str, object]:
-    """Execute the recipe that contains `word`, and return its namespace."""
+def run_recipe(word: str) -> dict[str, object]:
+    """Execute the code block of docs/extend.md that contains `word`, and return its namespace."""
     (block,) = [b for b in re.findall(r"^```python\n(.*?)^```", RECIPES, re.M | re.S) if word in b]
-    names = {"__name__": "recipe"}
-    exec(block, names)
-    return names
+    namespace = {"__name__": "recipe"}
+    exec(block, namespace)
+    return namespace
 
 
 # Pages and the code
@@ -75,6 +75,7 @@ def run_block(word: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("page", USER_PAGES)
 def test_every_flag_on_a_page_exists(page):
+    """The flags of docs/flags.md, and those of commands, scripts, and examples of registered functions."""
     flag = r"(?<![\w-])--[a-z][a-z0-9_-]*(?:\.[a-z0-9_]+)*"
     others = "--print_config --help --sparsity.options.power --options.sgd.momentum --work --fetch --small --reference "
     others += "--array --wrap --minutes --check --trust-remote-code --summary --json --name --root --private "
@@ -85,7 +86,7 @@ def test_every_flag_on_a_page_exists(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_and_file_on_a_page_exists(page):
-    """Modules, subcommands, and files below experiments/. A removed script is written as `...` of commit."""
+    """Checks modules, subcommands, and files below experiments/. A command "of commit ..." may be a removed one."""
     text = " ".join(PAGES[page].split())
     if page == "CHANGELOG.md":  # its section Renamed has old commands
         text = text.partition("### Renamed")[0]
@@ -102,12 +103,13 @@ def test_every_train_command_on_a_page_parses(page):
     """Parse the flags of every command with their values."""
     text = PAGES[page].replace("\\\n", " ")
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).splitlines()
-    found = [line for line in [*blocks, *re.findall(r"`([^`\n]+)`", text)] if "python train.py --" in line]
-    for line in found:
+    code_spans = re.findall(r"`([^`\n]+)`", text)
+    commands = [line for line in [*blocks, *code_spans] if "python train.py --" in line]
+    for line in commands:
         args = shlex.split(line.partition("python train.py ")[2], comments=True)
         if "--help" not in args and "..." not in line:
-            gprune.config.parse([a.removeprefix("...") for a in args])
-    assert found or page not in ("README.md", "docs/experiments.md", "docs/large_models.md")
+            gprune.config.parse(args)
+    assert commands or page not in ("README.md", "docs/experiments.md", "docs/large_models.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -130,16 +132,16 @@ def test_the_readme_has_at_most_1400_words_and_180_lines():
 
 
 def test_every_documented_speed_metric_is_logged():
-    shared = {"kind": "speed", "stage": "base", "batch": 8, "tokens_per_second": 1.0, "seconds": 1.0}
-    written = task_numbers([shared | {"task": task} for task in ("prefill", "decode")])
-    named = re.findall(r"`(final/(?:speed|prefill|decode)/[^`]*)`", PAGES["docs/experiments.md"])
-    assert {key.replace("<batch>", "8") for key in named} <= written.keys()
-    assert named
+    record = {"kind": "speed", "stage": "base", "batch": 8, "tokens_per_second": 1.0, "seconds": 1.0}
+    logged = task_numbers([record | {"task": task} for task in ("prefill", "decode")])
+    documented = re.findall(r"`(final/(?:speed|prefill|decode)/[^`]*)`", PAGES["docs/experiments.md"])
+    assert {key.replace("<batch>", "8") for key in documented} <= logged.keys()
+    assert documented
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_set_no_absolute_step_size_for_distillation(path):
-    """1e-4 was an absolute step size. As a relative one, it is a sixteenth of the default."""
+    """Step sizes are relative now. The value 1e-4 of older notebooks is a sixteenth of the default."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert not re.search(r"distill\.[^\n]*learning_rate[^\n]*1e-4", code)
@@ -158,8 +160,8 @@ def test_the_extension_in_the_readme_is_a_recipe_of_extend_md():
 def test_the_layers_in_architecture_md_are_those_of_the_import_contract():
     contract = re.findall(r"^layers = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[0]
     rows = re.findall(r"^\| (`.*?) \|", PAGES["docs/architecture.md"], re.M)
-    named = [re.findall(r"`(\w+)`", row) for row in rows]
-    assert [name for row in named for name in row] == re.findall(r"\w+", contract)
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert names == re.findall(r"\w+", contract)
 
 
 def test_flags_md_is_the_output_of_its_script():
@@ -171,8 +173,8 @@ def test_families_md_contains_the_table_of_its_script():
 
 
 def test_method_svg_is_the_output_of_its_script():
-    drawn = runpy.run_path(str(ROOT / "docs/method.py"))["picture"]()
-    assert (ROOT / "docs/method.svg").read_text(encoding="utf-8") == drawn
+    picture = runpy.run_path(str(ROOT / "docs/method.py"))["picture"]()
+    assert (ROOT / "docs/method.svg").read_text(encoding="utf-8") == picture
 
 
 def test_the_first_notebook_is_stored_with_its_outputs_and_without_errors():
@@ -192,7 +194,7 @@ def test_the_recipe_for_a_corpus_loads_disjoint_splits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for split in ("train", "test"):
         (tmp_path / f"poems.{split}.txt").write_text("\n\n".join(f"{split} poem {i}" for i in range(20)))
-    run_block("@gprune.CORPORA")
+    run_recipe("@gprune.CORPORA")
     train, development = (gprune.corpora.load_corpus("poems", split) for split in ("train", "development"))
     assert len(train) == 18
     assert len(development) == 2
@@ -200,8 +202,8 @@ def test_the_recipe_for_a_corpus_loads_disjoint_splits(tmp_path, monkeypatch):
 
 
 def test_the_recipes_for_a_metric_and_an_allocation_run_through_the_command_line(world, tmp_path):
-    run_block("@gprune.metric")
-    run_block("@allocation")
+    run_recipe("@gprune.metric")
+    run_recipe("@allocation")
     run = world.run(
         tmp_path, "--importance=down_norm", "--gprune=false", "--sparsity.allocation=powered",
         "--sparsity.options.power=2", "--export=none",
@@ -212,37 +214,38 @@ def test_the_recipes_for_a_metric_and_an_allocation_run_through_the_command_line
         for layer in load_model(str(world.model))[0].model.layers
     ])  # fmt: skip
     kept = torch.zeros(norms.numel(), dtype=torch.bool)
-    kept[norms.flatten().argsort(descending=True)[: norms.numel() // 2]] = True  # over the whole model
+    kept[norms.flatten().argsort(descending=True)[: norms.numel() // 2]] = True  # the largest half of the whole model
     assert torch.equal(torch.stack(run.masks.ffn), kept.view_as(norms))
 
 
 def test_the_recipe_for_a_recovery_of_a_projection_rescales_the_weight():
-    run_block('recovery("rescale")')
+    run_recipe('recovery("rescale")')
     assert gprune.RunConfig(recovery="rescale").recovery == "rescale"
     four = torch.full((4,), 4.0, dtype=torch.float64)
-    weight, bias = RECOVERY["rescale"].solve(
-        torch.ones(2, 4), torch.tensor([True, False, False, False]), Moments(four[0], four, four)
-    )
-    assert weight.tolist() == [[2.0], [2.0]]  # the kept input has a quarter of the energy
+    moments = Moments(four[0], four, four)
+    weight, bias = RECOVERY["rescale"].solve(torch.ones(2, 4), torch.tensor([True, False, False, False]), moments)
+    # The kept input has a quarter of the energy of all inputs, so the factor is the root of 4.
+    assert weight.tolist() == [[2.0], [2.0]]
     assert bias is None
 
 
 def test_the_recipe_for_another_optimizer_is_a_learner_with_an_option(tiny_model):
-    Sgd = run_block('@gprune.learner("sgd")')["Sgd"]
+    Sgd = run_recipe('@gprune.learner("sgd")')["Sgd"]
     cfg = gprune.config.config_from_mapping({"sparsity.learner": "sgd", "options.sgd.momentum": 0.5})
-    made = make_stage(tiny_model, lr=0.25)
-    stage = Sgd(tiny_model, made.ranks, made.thresholds, made.budget, learning_rate=0.25, **cfg.options["sgd"])
+    default = make_stage(tiny_model, lr=0.25)
+    stage = Sgd(tiny_model, default.ranks, default.thresholds, default.budget, learning_rate=0.25, **cfg.options["sgd"])
     (group,) = stage.configure_optimizers().param_groups
     assert (group["momentum"], group["lr"], len(group["params"])) == (0.5, 0.25, 3)
 
 
 def batches(ids, *weights, times=1):
+    """Return a loader that yields the same batch `times` times, with a weight for each window."""
     return DataLoader([{"input_ids": ids, "weight": torch.tensor(weights)}] * times, batch_size=None)
 
 
 @pytest.mark.filterwarnings("ignore:.*in eval mode")  # of Lightning, which the command line keeps quiet
-def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run(world, tmp_path):
-    Distillation = run_block('recovery("distil")')["Distillation"]
+def test_the_recipe_for_a_stage_reduces_the_loss_and_ignores_windows_with_weight_0(world):
+    Distillation = run_recipe('recovery("distil")')["Distillation"]
     dense = load_model(str(world.model))[0]
     ids = torch.arange(4, 68).view(2, 32)
     masks = some_masks(dense, attention=False)
@@ -252,13 +255,19 @@ def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run(world, tmp_pat
     callback = LambdaCallback(on_train_batch_end=lambda *_: losses.append(stage.last_loss))
     trainer_of(callback).fit(stage, batches(ids, 1.0, 1.0, times=4))
     assert losses == sorted(losses, reverse=True)
-    ids[1], first = 5, losses[0]  # with weight 0 below
+    first_loss = losses[0]
+    ids[1] = 5  # another second window, with weight 0 below
     stage.student = prune(dense, masks).requires_grad_()
     trainer_of(callback).fit(stage, batches(ids, 1.0, 0.0))
     alone = Distillation(dense, prune(dense, masks))
     trainer_of().fit(alone, batches(ids[:1], 1.0))
-    assert losses[-1] == pytest.approx(alone.last_loss) != first
+    assert losses[-1] == pytest.approx(alone.last_loss) != first_loss
 
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode")  # of Lightning, which the command line keeps quiet
+def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run_with_the_planned_tokens(world, tmp_path):
+    run_recipe('recovery("distil")')
+    dense = load_model(str(world.model))[0]
     flags = world.args(
         tmp_path, "--gprune=false", "--recovery=distil", "--sparsity.protect=[0]", "--evaluation.controls=[]",
         "--distill.tokens=1536",
@@ -267,31 +276,29 @@ def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run(world, tmp_pat
     assert sum(trained for _, trained in planned.values()) == 1536
     assert tiny_run.main(flags) == 0
     run = gprune.load_run(tmp_path / "run")
-    untouched, tuned = (blocks_of(model)[0].down.weight for model in (dense, run.model))
-    assert untouched.shape == tuned.shape  # a protected block: only distillation changes it
-    assert not torch.equal(untouched, tuned)
+    before, after = (blocks_of(model)[0].down.weight for model in (dense, run.model))
+    assert before.shape == after.shape  # of a protected block, which only distillation changes
+    assert not torch.equal(before, after)
     assert {r["recovery"] for r in run.records if r["stage"] == "base"} == {"distil"}
     assert run.summary["forward_backward_tokens"] == 3 * 16 * 32  # corpora, windows, tokens
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["summary"]["forward_tokens"] <= sum(
-        forward for forward, _ in planned.values()
-    )
+    assert run.summary["forward_tokens"] <= sum(forward for forward, _ in planned.values())
 
 
 @pytest.mark.parametrize("family", ["seed_oss", "starcoder2"])
 def test_the_recipe_for_a_family_prunes_and_reloads(family, tmp_path):
-    run_block("FAMILIES[record.model_type]")
+    run_recipe("FAMILIES[record.model_type]")
     ids = torch.arange(3, 35).view(2, 16)
     model = make_tiny(family)
     masks = some_masks(model, attention=True)
     pruned = prune(model, masks)
     with masked(model, masks):
         torch.testing.assert_close(pruned(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
-    again = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / family))
-    assert torch.equal(again(ids).logits, pruned(ids).logits)
+    reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / family))
+    assert torch.equal(reloaded(ids).logits, pruned(ids).logits)
 
 
 def test_the_recipe_for_a_callback_logs_a_curve(world, tmp_path):
-    callback = run_block("L.Callback")["Thresholds"]()
+    callback = run_recipe("L.Callback")["Thresholds"]()
     cfg = gprune.config.parse(world.args(tmp_path, "--export=none", "--evaluation.controls=[]"))
     (curves,) = gprune.prune(cfg, callbacks=[callback]).path.glob("csv/*/metrics.csv")
     assert len(callback.spread) == 2

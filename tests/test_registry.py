@@ -42,7 +42,8 @@ def _restore_registries():
         yield
 
 
-# --- kinds of functions: each registers one that returns `spoil(valid tensor, input)`, and returns the result ---------
+# --- kinds of functions ---------------------------------------------------------------------------------------------
+# Each function registers one of a kind that returns `spoil(valid tensor, an input)`, and returns the result of gprune.
 
 
 def by_metric(tiny, spoil):
@@ -95,7 +96,7 @@ KINDS = {
     "Recovery 'mine' must give a weight": by_projection,
     "Recovery 'mine' must give model.layers.0.mlp.down_proj.weight": by_model,
 }
-INVALID = {
+INVALID = {  # what makes a value invalid, and words of the message
     "sparse": (lambda t: t.to_sparse(), "sparse_coo"),
     "on meta": (lambda t: t.to("meta"), "without values"),
     "complex": (lambda t: t.to(torch.complex64), "complex64"),
@@ -108,28 +109,30 @@ INVALID = {
     "an ndarray": (lambda t: t.numpy(), "got ndarray"),
     "None": (lambda t: None, "got NoneType"),
 }
-INVALID_IN_A_MODEL = {"nan", "inf", "complex", "sparse"}  # for parameters, which may have any shape
+INVALID_IN_A_MODEL = {"nan", "inf", "complex", "sparse"}  # parameters of a model may have any shape
 
 
 def applies(kind: str, invalid: str) -> bool:
-    """Whether a wrong value is possible here; a projection that is not finite is detected later, in the model."""
-    by = KINDS[kind]
-    return (by is not by_model or invalid in INVALID_IN_A_MODEL) and not (
-        by is by_projection and invalid in ("nan", "inf")
-    )
+    """Return whether a kind of function is refused for this value.
+
+    A weight of a projection that is not finite is detected later, in the model.
+    """
+    if KINDS[kind] is by_model:
+        return invalid in INVALID_IN_A_MODEL
+    return KINDS[kind] is not by_projection or invalid not in ("nan", "inf")
 
 
 @pytest.mark.parametrize(
     ("kind", "invalid"), [(kind, invalid) for kind in KINDS for invalid in INVALID if applies(kind, invalid)]
 )
 def test_an_invalid_return_value_is_refused_with_the_name_of_its_function(kind, invalid, tiny):
-    spoil, got = INVALID[invalid]
-    with pytest.raises(UserError, match=rf"^{kind}.*{got}[^\n]*\.$"):
+    spoil, message = INVALID[invalid]
+    with pytest.raises(UserError, match=rf"^{kind}.*{message}[^\n]*\.$"):
         KINDS[kind](tiny, lambda t, *_: spoil(t))
 
 
-def zero_input(t, given):
-    given.mul_(0)
+def zero_input(t, input_tensor):
+    input_tensor.mul_(0)
     return t
 
 
@@ -157,14 +160,14 @@ HARMLESS = {
     ],
 )
 def test_harmless_side_effects_do_not_change_results(kind, harmless, tiny):
-    by = KINDS[kind]
-    folder, expected = os.getcwd(), by(tiny, lambda t, *_: t)
+    result_of = KINDS[kind]
+    folder, expected = os.getcwd(), result_of(tiny, lambda t, *_: t)
     with torch.enable_grad():
-        found = by(tiny, HARMLESS[harmless])
-    assert torch.equal(found, expected.to(found.dtype))
-    assert not found.requires_grad
+        result = result_of(tiny, HARMLESS[harmless])
+    assert torch.equal(result, expected.to(result.dtype))
+    assert not result.requires_grad
     assert (os.getcwd(), torch.get_default_dtype()) == (folder, torch.float32)
-    assert torch.equal(by(tiny, lambda t, *_: t), expected)  # the inputs of the next call are unchanged
+    assert torch.equal(result_of(tiny, lambda t, *_: t), expected)  # the inputs of the next call are unchanged
 
 
 def test_a_metric_can_return_integers():
@@ -178,21 +181,21 @@ def test_a_metric_can_return_integers():
 
 
 @pytest.mark.parametrize(
-    "returned", [lambda good: None, lambda good: [*good, []], lambda good: (good[0][:-1], good[1])]
+    "change", [lambda valid: None, lambda valid: [*valid, []], lambda valid: (valid[0][:-1], valid[1])]
 )
-def test_margins_with_the_wrong_structure_are_refused(returned, tiny):
+def test_margins_with_the_wrong_structure_are_refused(change, tiny):
     model, statistics, scores, budget = tiny
-    allocation("mine")(lambda s, *_: returned((s.ffn, s.attention)))
+    allocation("mine")(lambda s, *_: change((s.ffn, s.attention)))
     with pytest.raises(UserError, match=r"^Allocation 'mine'.* Masks, or margins .* of 3 blocks.* got "):
         allocate("mine", scores, statistics, blocks_of(model), budget)
 
 
-MASKS = {
+MASKS = {  # a change of valid masks, and words of the message
     "one neuron more": (lambda m: replace(m, ffn=[with_one_more_neuron(m.ffn[0]), *m.ffn[1:]]), "on budget"),
     "nothing removed": (lambda m: replace(m, ffn=[torch.ones_like(f) for f in m.ffn]), "on budget.*; got 0"),
     "numbers": (lambda m: replace(m, ffn=[f.float() for f in m.ffn]), "of bool; got .48,. of float32"),
     "too few": (lambda m: replace(m, ffn=[f[1:] for f in m.ffn]), "got .47,. of bool"),
-    "a block less": (lambda m: Masks(m.ffn[1:], m.attention[1:]), "3 blocks; got tuple"),
+    "one block fewer": (lambda m: Masks(m.ffn[1:], m.attention[1:]), "3 blocks; got tuple"),
     "a list": (lambda m: m.ffn, "Masks; got list"),
 }
 
@@ -205,8 +208,8 @@ def with_one_more_neuron(keep):
 @pytest.mark.parametrize("row", MASKS)
 def test_masks_of_a_registered_allocation_must_be_valid_and_on_budget(row, tiny):
     model, statistics, scores, budget = tiny
-    good = allocate("uniform", scores, statistics, blocks_of(model), budget)
+    valid = allocate("uniform", scores, statistics, blocks_of(model), budget)
     change, message = MASKS[row]
-    assert checked_masks(ALLOCATION, "mine", good, budget) == good
+    assert checked_masks(ALLOCATION, "mine", valid, budget) == valid
     with pytest.raises(UserError, match=f"^Allocation 'mine'.* {message}"):
-        checked_masks(ALLOCATION, "mine", change(good), budget)
+        checked_masks(ALLOCATION, "mine", change(valid), budget)

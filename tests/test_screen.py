@@ -25,7 +25,7 @@ def terminal(width: int) -> Console:
     return Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
 
 
-def shown(screen: Screen, width: int) -> list[str]:
+def lines_of(screen: Screen, width: int) -> list[str]:
     """Return the current lines of a screen."""
     console = terminal(width)
     console.print(screen)
@@ -34,38 +34,39 @@ def shown(screen: Screen, width: int) -> list[str]:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_bar_fits_and_shows_step_speed_and_time_left(width):
-    worked = [0.0]
-    with Screen({1: 100, 2: 300}, lambda: worked[0], console=terminal(width)) as screen:
+    work_done = [0.0]
+    with Screen({1: 100, 2: 300}, lambda: work_done[0], console=terminal(width)) as screen:
         assert screen.step(1, "Calibrating") == "step 1/2 Calibrating"
         screen.begin_part("Calibrating on wiki, x[/b].txt, \x1b[2J")
         for _ in range(3):
             time.sleep(0.01)
-            worked[0] += 25
+            work_done[0] += 25
             screen.advance(25, "loss 3.210")
-        line, _ = shown(screen, width)
+        line, _ = lines_of(screen, width)
     assert re.fullmatch(r"step 1/2 Calibrating on wiki, x\[.+ [\d,]+ tokens/s 0:00:\d\d", line)
     assert len(line) == width
 
 
 def test_progress_is_the_share_of_work_also_if_a_step_takes_less_than_planned():
-    worked = [0.0]
-    screen = Screen({1: 100, 2: 100, 3: 200}, lambda: worked[0], console=terminal(80))
-    run = screen.bar.tasks[0]
+    """Step 1 is planned with 100 units of work and needs 40, so the total becomes 340 instead of 400."""
+    work_done = [0.0]
+    screen = Screen({1: 100, 2: 100, 3: 200}, lambda: work_done[0], console=terminal(80))
+    task = screen.bar.tasks[0]
 
-    def after(done: float) -> float:
-        worked[0] = done
+    def percentage_after(work: float) -> float:
+        work_done[0] = work
         screen.advance()
-        return run.percentage
+        return task.percentage
 
-    assert after(0) == 0
+    assert percentage_after(0) == 0
     screen.step(1, "one")
-    assert after(40) == pytest.approx(10)
-    screen.step(2, "two")  # step 1 took less than was planned
-    assert after(140) == pytest.approx(100 * 140 / 340)
-    assert run.time_remaining >= 0
+    assert percentage_after(40) == pytest.approx(10)
+    screen.step(2, "two")
+    assert percentage_after(140) == pytest.approx(100 * 140 / 340)
+    assert task.time_remaining >= 0
     screen.step(3, "three")
     screen.step(3, "another part of it")
-    assert after(240) == pytest.approx(100 * 240 / 340)
+    assert percentage_after(240) == pytest.approx(100 * 240 / 340)
 
 
 def test_without_a_terminal_nothing_is_shown(capsys):
@@ -79,7 +80,7 @@ TABLE = Table(
     "result", "", ["", "wiki*", "[/b]", "python_docs", "stackexchange", "unseen / base"],
     [["averaged + least_squares+distill", 1.5, 22.25, 333.125, 4444.0, Estimate(0.5, 0.25, 0.75)],
      ["dense", 1.0, 2.0, None, 4.0, None]],
-    {"unseen / base": 3}, "* seen: a note that is long enough to be wrapped in a terminal that has but few columns.",
+    {"unseen / base": 3}, "* seen: a note that is long enough to be wrapped in a terminal that has only few columns.",
 )  # fmt: skip
 
 
@@ -90,6 +91,7 @@ def test_a_table_fits_every_terminal_width_and_shows_all_cells(width):
     for cell in ("wiki*", "[/b]", "python_docs", "1.50", "333.12", "4444.00", "0.500 [0.250, 0.750]", "unseen / base"):
         assert cell in text, cell
     assert "\\" not in text
+    # On narrow terminals the table is split into parts, which repeat the names of rows.
     assert text.count("dense") == {50: 3, 60: 2}.get(width, 1)
 
 
@@ -114,24 +116,30 @@ NAMES = [
 def test_markdown_shows_special_characters_of_names_literally(name):
     reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     table = Table("t", "", ["run", name], [[name, 1.5], ["b*", Estimate(2.0, 1.0, 3.0)]])
-    cells = [t.children for t in reader.parse(table.to_markdown()) if t.type == "inline"]
-    assert {piece.type for pieces in cells for piece in pieces} == {"text"}
-    texts = ["".join(piece.content for piece in pieces) for pieces in cells]
-    shown = one_line(name)
-    assert texts == ["run", shown, shown, "1.50", "b*", "2.00 [1.00, 3.00]"]
+    cells = [token.children for token in reader.parse(table.to_markdown()) if token.type == "inline"]
+    assert {child.type for children in cells for child in children} == {"text"}
+    texts = ["".join(child.content for child in children) for children in cells]
+    displayed_name = one_line(name)  # with line breaks and control characters escaped
+    assert texts == ["run", displayed_name, displayed_name, "1.50", "b*", "2.00 [1.00, 3.00]"]
 
 
 def screen_after(written: str, width: int) -> list[str]:
-    """Return the lines of a terminal after some output, for the control sequences that Python and rich use."""
+    """Return the lines of a terminal after some output. Most control sequences, such as colours, are ignored."""
     lines, row, column = [""], 0, 0
     for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|.", written, re.DOTALL):
-        if part[0] == "\x1b":
-            row -= int(part[2:-1] or 1) if part[-1] == "A" else 0
-            lines[row] = "" if part == "\x1b[2K" else lines[row]
-        elif part in "\r\n":
-            row, column = row + (part == "\n"), 0
+        if part == "\x1b[2K":  # clear the line
+            lines[row] = ""
+        elif part.startswith("\x1b") and part.endswith("A"):  # move up, by default one row
+            row -= int(part[2:-1] or 1)
+        elif part.startswith("\x1b"):
+            continue
+        elif part == "\r":
+            column = 0
+        elif part == "\n":
+            row, column = row + 1, 0
         else:
-            row, column = (row, column) if column < width else (row + 1, 0)  # a full line wraps before the next letter
+            if column == width:  # a full line wraps before the next character
+                row, column = row + 1, 0
             lines += [""] * (row + 1 - len(lines))
             lines[row] = lines[row].ljust(column)[:column] + part + lines[row][column + 1 :]
             column += 1
@@ -145,6 +153,7 @@ def test_ctrl_c_leaves_one_line_and_no_bar():
             screen.step(1, "Waiting")
             time.sleep(20)
 
+    # The child process must end with 0, and 130 is the exit code of Ctrl-C.
     written = on_a_terminal(lambda: cli.run_guarded("train.py", wait) - 130, 80, press=("Waiting", b"\x03"))
     assert "step 1/1 Waiting" in written
     assert screen_after(written, 80) == ["train.py: Interrupted."]
@@ -155,7 +164,7 @@ HOSTILE, ESCAPED = "[b]\x1b[2J.txt", r"[b]\x1b[2J.txt"
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """Return commands that print a table with a hostile file name, with the work before it replaced."""
+    """Return commands that print a table with a hostile file name. The work before it is replaced."""
     records = [r | {"corpus": r["corpus"].replace("stories", HOSTILE)} for r in synthetic_run.records()]
     monkeypatch.setattr(synthetic_run, "records", lambda: records)
     run = synthetic_run.write_run(tmp_path / "run")
@@ -175,6 +184,7 @@ def commands(tmp_path, monkeypatch):
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("name", ["train.py", "gprune report", "gprune evaluate"])
 def test_commands_print_tables_with_bold_headers_and_escaped_names_on_a_terminal(name, width, commands):
+    """With NO_COLOR, headers are not bold."""
     for variables in ({}, {"NO_COLOR": "1"}):
         text = on_a_terminal(commands[name], width, **variables)
         plain = re.sub(r"\x1b\[[01]m", "", text)
@@ -182,7 +192,8 @@ def test_commands_print_tables_with_bold_headers_and_escaped_names_on_a_terminal
         assert "\x1b" not in plain
         assert "\\x1b[1m" not in text
         assert ESCAPED in plain
-        assert max(len(line) for line in plain.splitlines() if "\u2500" in line) <= width  # the rule has the full width
+        rules = [line for line in plain.splitlines() if "\u2500" in line]  # these lines are as wide as the table
+        assert max(len(rule) for rule in rules) <= width
 
 
 def test_without_a_terminal_tables_are_markdown():

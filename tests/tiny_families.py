@@ -17,7 +17,8 @@ TYPES = (
     "gpt_neox", "gpt2", "mixtral", "qwen3_moe", "olmoe",
 )  # fmt: skip
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "olmoe")
-WIDTHS = {"opt": "ffn_dim", "gpt2": "n_inner", "qwen3_moe": "moe_intermediate_size"}  # if not intermediate_size
+# Name of the FFN width in the config, where it is not `intermediate_size`
+WIDTHS = {"opt": "ffn_dim", "gpt2": "n_inner", "qwen3_moe": "moe_intermediate_size"}
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -34,7 +35,7 @@ SIZES = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    # Granite has 1 by default
+    # Factors of Granite, for which the default 1 would not detect an ignored factor
     "logits_scaling": 4.0,
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.7,
@@ -43,17 +44,25 @@ SIZES = {
 
 
 def make_tiny(family: str, *, neurons: int = 48, **overrides: Any) -> PreTrainedModel:
-    """A random model in float32, frozen. Biases and norms are random too, so that tests detect an ignored one."""
-    config_class, offset = CONFIG_MAPPING[family], float(family.startswith("gemma"))
-    known = config_class()
-    settings = {name: value for name, value in SIZES.items() if hasattr(known, name)}
+    """Return a random model in float32, frozen. Biases and norms are random too, so that tests detect an ignored one.
+
+    Args:
+        family: a model type of transformers.
+        neurons: FFN width, or width of each expert.
+        overrides: other entries of the config.
+    """
+    config_class = CONFIG_MAPPING[family]
+    default_config = config_class()
+    settings = {name: value for name, value in SIZES.items() if hasattr(default_config, name)}
     settings |= {"intermediate_size": neurons, WIDTHS.get(family, "intermediate_size"): neurons}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_class(**settings | overrides)).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(5)
+    norm_centre = 0.0 if family.startswith("gemma") else 1.0  # Gemma multiplies by 1 + weight
     for name, parameter in model.named_parameters():
-        # With the usual 0.02, the logits of a random model hardly depend on the FFN.
-        scale, centre = (0.25, 0.0) if parameter.dim() > 1 or name.endswith("bias") else (0.3, 1 - offset)
+        is_norm = parameter.dim() <= 1 and not name.endswith("bias")
+        # With the usual scale 0.02, the logits of a random model hardly depend on the FFN.
+        scale, centre = (0.3, norm_centre) if is_norm else (0.25, 0.0)
         parameter.copy_(centre + scale * torch.randn(parameter.shape, generator=generator))
     return model
 

@@ -69,8 +69,8 @@ def write_corpus(path: Path, *, seed: int, documents: int = 36, words: int = 560
     weights = [1 / (rank + 3) for rank in range(len(order))]
     texts = []
     for _ in range(documents):
-        drawn = generator.choices(order, weights, k=words)
-        texts.append("\n".join(" ".join(drawn[i : i + 12]) for i in range(0, words, 12)))
+        text = generator.choices(order, weights, k=words)
+        texts.append("\n".join(" ".join(text[i : i + 12]) for i in range(0, words, 12)))
     # `corpora.local.split_text` splits at the first blank line after 2000 characters.
     path.write_text("\n\n".join(texts), encoding="utf-8")
     return path
@@ -84,6 +84,7 @@ class World:
     corpora: dict[str, Path]
 
     def names(self, *corpora: str) -> str:
+        """Return the paths of corpora as the value of a flag, such as `[/tmp/alpha.txt,/tmp/beta.txt]`."""
         return "[" + ",".join(str(self.corpora[c]) for c in corpora) + "]"
 
     def args(self, runs: Path, *more: str, name: str = "run") -> list[str]:
@@ -121,7 +122,7 @@ def make_world(folder: Path) -> World:
 def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
     """Use the given cache and environment variables, and restore them and the logging setup at the end."""
     logger = logging.getLogger("gprune")
-    before = logger.handlers, logger.propagate, logger.level
+    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_MODE", "GPRUNE_DATA_DIR", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
@@ -131,8 +132,8 @@ def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
         try:
             yield
         finally:
-            logger.handlers, logger.propagate = before[:2]
-            logger.setLevel(before[2])
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
 
 
 def in_this_process(command: list[str], *, input: str, **_: object) -> CompletedProcess[str]:
@@ -164,12 +165,13 @@ def _not_drawn(_: Figure, file: Path | TextIO, **options: Any) -> None:
 
 @dataclass(frozen=True)
 class Started:
-    """A forked process in its own session, with stdout and stderr in two files."""
+    """A forked process in its own session."""
 
     id: int
-    output: tuple[Path, Path]
+    output: tuple[Path, Path]  # files of stdout and stderr
 
     def wait(self) -> CompletedProcess[str]:
+        """Wait for the end of the process, and return its exit code and output."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.id, 0)[1])
         return CompletedProcess([], code, *(path.read_text() for path in self.output))
 
@@ -183,7 +185,7 @@ def start(
     caches: Sequence[Path] | None = None,
     **more: str,
 ) -> list[Started]:
-    """Start a script in forked processes, which saves each of them seconds of importing.
+    """Start a script in forked processes. Compared with new processes this saves seconds of importing.
 
     With two or more processes, set the environment variables that Lightning sets for the processes that it starts. A
     single process with `--trainer.devices=2` starts the second one itself.
@@ -193,9 +195,9 @@ def start(
         caches: one cache folder for each process, instead of a shared one.
         more: additional environment variables.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # the system chooses a free port
+        port = str(unused.getsockname()[1])
     children = []
     for rank in range(processes):
         if processes > 1:
@@ -243,18 +245,21 @@ def _started(script: Path, args: Sequence[str], variables: dict[str, str], rank:
     return 1
 
 
-def train(args: Sequence[str], folder: Path, **how: Any) -> list[CompletedProcess[str]]:
-    """Call `start`, and wait for the processes to end."""
-    return [child.wait() for child in start(args, folder, **how)]
+def train(args: Sequence[str], folder: Path, **options: Any) -> list[CompletedProcess[str]]:
+    """Call `start` with the options, and wait for the processes to end."""
+    return [child.wait() for child in start(args, folder, **options)]
 
 
 def on_a_terminal(
     work: Callable[[], object], width: int, *, press: tuple[str, bytes] | None = None, **variables: str
 ) -> str:
-    """Run a command on a terminal of the given width in a forked process, and return its output.
+    """Run a command on a terminal in a forked process, and return its output. The command must end with 0.
 
     Args:
+        work: returns the exit code; None: 0.
+        width: columns of the terminal.
         press: a text to wait for, and the keys to press then.
+        variables: additional environment variables.
     """
     child, screen = pty.fork()
     if child == 0:

@@ -12,31 +12,33 @@ from wandb.util import get_core_path
 
 
 def read(file: Path) -> SimpleNamespace:
-    """Return `about` (name, group, tags ...), `config`, `history` by row, `summary`, `axes` by pattern and `artifacts`.
+    """Return the content of a file.
 
-    A file that was not closed is read to its last complete record; its `exit_code` is None.
+    Attributes of the result: `about` (name, group, tags, ...), `config`, `history` (list of rows), `summary`, `axes`
+    ({pattern of metrics: metric of the x axis}), `artifacts` and `exit_code`. A file that was not closed is read to its
+    last complete record, and its `exit_code` is None.
     """
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", file, file.parent]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    found = SimpleNamespace(about={}, config={}, history=[], summary={}, axes={}, artifacts=[], exit_code=None)
+    run = SimpleNamespace(about={}, config={}, history=[], summary={}, axes={}, artifacts=[], exit_code=None)
     for record in map(json.loads, lines):
         content: dict[str, Any] = record.get(record["type"], {})
         if record["type"] == "run":
-            found.about = content
-            found.config |= content["config"]["update"]
+            run.about = content
+            run.config |= content["config"]["update"]
         elif record["type"] == "config":
-            found.config |= content.get("update", {})
+            run.config |= content.get("update", {})
         elif record["type"] == "history":
-            found.history.append(content["item"])
+            run.history.append(content["item"])
         elif record["type"] == "summary":
-            found.summary |= content.get("update", {})
+            run.summary |= content.get("update", {})
         elif record["type"] == "metric" and "step_metric" in content:
-            found.axes[content.get("glob_name") or content["name"]] = content["step_metric"]
+            run.axes[content.get("glob_name") or content["name"]] = content["step_metric"]
         elif record["type"] == "artifact":
-            found.artifacts.append(content)
+            run.artifacts.append(content)
         elif record["type"] == "exit":
-            found.exit_code = content["exit_code"]
-    return found
+            run.exit_code = content["exit_code"]
+    return run
 
 
 def find(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import torch
 
 import gprune
 from experiments.bench import inference as speed
-from experiments.bench import measure, models
+from experiments.bench import learning, measure, models
 from experiments.bench.__main__ import main
 from experiments.bench.measure import Timing
 from experiments.bench.models import Settings
@@ -33,7 +33,14 @@ def _isolated(tmp_path):
 
 
 def by_hand(*, tokens: int, pairs: int, neurons: list[int], kv: int, hidden=32, heads=4, vocabulary=256) -> int:
-    """Count 2 per multiply-add in projections, head, and attention over `pairs` of query and key in the batch."""
+    """Return the FLOPs of forward passes, with 2 FLOPs for each multiply-add.
+
+    Args:
+        tokens: number of tokens in the batch.
+        pairs: number of (query, key) pairs in the batch.
+        neurons: FFN width of each block.
+        kv: number of KV groups of each block.
+    """
     linear = sum(3 * hidden * n + 2 * hidden * hidden + 2 * hidden * kv * hidden // heads for n in neurons)
     return 2 * tokens * (linear + hidden * vocabulary) + 2 * 2 * pairs * hidden * len(neurons)
 
@@ -97,34 +104,38 @@ def test_the_ratio_is_the_median_of_the_ratios_of_rounds():
 
 @linux
 def test_peak_memory_is_that_of_the_call_and_not_of_earlier_ones():
-    def take(mib):
+    def allocate(mib):
         return torch.ones(mib * measure.MIB // 4).sum()
 
-    take(100)  # an earlier, higher peak
+    allocate(100)  # an earlier, higher peak
     for mib in (16, 48):
-        assert mib - 1 <= measure.peak_above(lambda mib=mib: take(mib), CPU) / measure.MIB < mib + 8
+        # Other allocations change the resident memory too: accept 1 MiB less and 8 MiB more.
+        assert mib - 1 <= measure.peak_above(lambda mib=mib: allocate(mib), CPU) / measure.MIB < mib + 8
 
 
 # Commands
 
 
-def numbers(out: str, begins: str) -> list[float]:
-    """Return the cells of a row that contain a single number."""
-    (line,) = [line for line in out.splitlines() if line.startswith(f"| {begins} ")]
+def numbers(out: str, first_cell: str) -> list[float]:
+    """Return the numbers of a table row, without cells that contain anything except a single number."""
+    (line,) = [line for line in out.splitlines() if line.startswith(f"| {first_cell} ")]
     return [float(cell.replace(",", "")) for cell in re.findall(r"\| +([\d,.]+) +(?=\|)", line)]
 
 
 @pytest.mark.slow
-def test_inference_compares_the_dense_model_with_random_masks_or_a_pruned_folder(tmp_path, capsys):
+def test_inference_compares_the_dense_model_with_one_pruned_by_random_masks(capsys):
     assert main(["inference", "--small", "--repeats", "1", "--batch_sizes", "2", "--widths", "uniform"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("**Inference, speed.** a tiny random Llama, uniform masks at 50% of the FFN, widths of 64, ")
     assert f"{torch.get_num_threads()} thread" in out
-    _, _, up, bound, reached, goal = numbers(out, "prefill, batch 2")
+    _, _, speedup, bound, share_of_bound, goal = numbers(out, "prefill, batch 2")
     flops = [by_hand(tokens=32, pairs=2 * 16 * 16, neurons=[n, n], kv=2) for n in (256, 128)]
     assert bound == pytest.approx(flops[0] / flops[1], rel=1e-3)
-    assert (reached, goal) == (pytest.approx(up / bound, rel=2e-3), speed.GOAL)
+    assert (share_of_bound, goal) == (pytest.approx(speedup / bound, rel=2e-3), speed.GOAL)
 
+
+@pytest.mark.slow
+def test_inference_compares_the_dense_model_with_a_pruned_folder(tmp_path, capsys):
     dense = tiny_run.save_tiny_model(tmp_path / "dense")
     model = tiny_run.make_tiny_llama(intermediate_size=tiny_run.NEURONS)
     small = gprune.apply_masks(model, models.random_masks(model, SMALL))
@@ -133,8 +144,8 @@ def test_inference_compares_the_dense_model_with_random_masks_or_a_pruned_folder
     assert main(["inference", "--model", str(dense), "--run", str(tmp_path / "small"), *short]) == 0
     out = capsys.readouterr().out
     assert "pruned as in small" in out
-    share = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
-    assert numbers(out, "weights")[-1] == pytest.approx(share, abs=1e-3)
+    share_of_weights = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
+    assert numbers(out, "weights")[-1] == pytest.approx(share_of_weights, abs=1e-3)
 
 
 def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path, monkeypatch):
@@ -173,11 +184,9 @@ def test_learning_compares_training_steps_with_plain_pytorch_steps(capsys):
     assert "`--trainer.precision auto` is " in out
     for step in ("distillation, 1 x 16 tokens", "thresholds, 8 x 16 tokens"):
         plain, mixed, full, overhead, goal, speedup = numbers(out, step)
-        assert (overhead, speedup, goal) == (
-            pytest.approx(mixed / plain, rel=2e-3),
-            pytest.approx(mixed / full, rel=2e-3),
-            1.15,
-        )
+        assert overhead == pytest.approx(mixed / plain, rel=2e-3)
+        assert speedup == pytest.approx(mixed / full, rel=2e-3)
+        assert goal == learning.STEP
 
 
 def test_flags_of_train_py_are_accepted_only_for_whole_runs(capsys):

@@ -1,4 +1,4 @@
-"""The folder of standard corpora: documents from rows of the `datasets` library, and comparison of hashes."""
+"""The script that downloads the standard corpora: documents made of dataset rows, and a comparison of their hashes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ LINES = [
 ]  # fmt: skip
 
 
-def words(seed: int, documents: int = 40) -> list[str]:
+def random_documents(seed: int, documents: int = 40) -> list[str]:
+    """Return documents of 90 words."""
     return [" ".join(WORDS[(seed + 7 * i + j * j) % len(WORDS)] for j in range(90)) for i in range(documents)]
 
 
 @pytest.fixture
-def library(monkeypatch):
-    """Replace `datasets.load_dataset` and the tokenizer, and return the calls to `load_dataset`."""
+def dataset_calls(monkeypatch):
+    """Replace `datasets.load_dataset` and the tokenizer. Return a list of the calls, as (path, name, split, files)."""
     calls = []
 
     def load_dataset(path, name=None, *, split, data_files=None):
@@ -32,8 +33,8 @@ def library(monkeypatch):
         if path == "Salesforce/wikitext":
             return [{"text": line} for line in LINES]
         if path == "openai/gsm8k":
-            return [{"question": text, "answer": f"{split} {i}"} for i, text in enumerate(words(3))]
-        return [{"text": text, "meta": {}} for text in words(len(calls))]
+            return [{"question": text, "answer": f"{split} {i}"} for i, text in enumerate(random_documents(3))]
+        return [{"text": text, "meta": {}} for text in random_documents(len(calls))]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(corpora, "embedded_model_dir", lambda name: name)
@@ -41,43 +42,49 @@ def library(monkeypatch):
     return calls
 
 
-def records(folder, **hashes: str) -> dict[corpora.Recorded, set[str]]:
-    return {corpora.Recorded(name, "test", 2, 16, 0): {hash} for name, hash in hashes.items()}
+def records(**hashes: str) -> dict[corpora.Recorded, set[str]]:
+    """Return committed records with a hash of two windows of 16 test tokens for each corpus."""
+    return {corpora.Recorded(name, "test", 2, 16, 0): {content_hash} for name, content_hash in hashes.items()}
 
 
-def expected(texts: list[str]) -> str:
+def content_hash_of(texts: list[str]) -> str:
     return make_windows(texts, tiny_tokenizer(), Sample(2, 16), corpus="x", split="test").content_hash
 
 
-def test_downloaded_rows_become_corpora_that_load_corpus_reads(library, tmp_path, monkeypatch):
-    gsm8k = [f"Question: {text}\nAnswer: test {i}" for i, text in enumerate(words(3))]
-    monkeypatch.setattr(corpora, "recorded", lambda: records(tmp_path, gsm8k=expected(gsm8k)))
+def test_downloaded_rows_become_corpora_that_load_corpus_reads(dataset_calls, tmp_path, monkeypatch):
+    gsm8k = [f"Question: {text}\nAnswer: test {i}" for i, text in enumerate(random_documents(3))]
+    monkeypatch.setattr(corpora, "recorded", lambda: records(gsm8k=content_hash_of(gsm8k)))
     assert "as in the records" in corpora.work(["--output", str(tmp_path / "data")])
     assert {path.name for path in (tmp_path / "data/corpora").iterdir()} == set(corpora.SOURCES)
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path / "data"))
     assert load_corpus("gsm8k", "test") == gsm8k
-    sources = [(path, name, split) for path, name, split, _ in library if path != "json"]
-    assert sources == [
-        (*of, split)
-        for of in (("Salesforce/wikitext", "wikitext-2-raw-v1"), ("openai/gsm8k", "main"))
-        for split in ("train", "test")
+    loaded = [(path, name, split) for path, name, split, _ in dataset_calls if path != "json"]
+    assert loaded == [
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+        ("openai/gsm8k", "main", "train"),
+        ("openai/gsm8k", "main", "test"),
     ]
-    (url,) = next(files for path, *_, files in library if path == "json").values()
+    (url,) = next(files for path, *_, files in dataset_calls if path == "json").values()
     assert re.fullmatch(r"https://raw\.githubusercontent\.com/.*/c4-rp/sample_c4-rp1\.jsonl", url)
 
 
-def test_text_that_differs_from_the_records_is_an_error_that_names_the_corpus(library, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(corpora, "recorded", lambda: records(tmp_path, gsm8k="0" * 16, c4=expected(words(4))))
+def test_text_that_differs_from_the_records_is_an_error_that_names_the_corpus(
+    dataset_calls, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(corpora, "recorded", lambda: records(gsm8k="0" * 16, c4=content_hash_of(random_documents(4))))
     monkeypatch.setattr("sys.argv", ["corpora", "--output", str(tmp_path)])
     assert corpora.main() == 2
     out, err = capsys.readouterr()
     assert err.endswith("must have the text of the committed records; got other text of gsm8k (test).\n")
     assert err.count("\n") == 1
-    assert [line.split("|")[7].strip() for line in out.splitlines() if line.startswith("| ")][1:] == ["NO", "yes"]
+    rows = [line.split("|") for line in out.splitlines() if line.startswith("| ")]
+    assert [cells[7].strip() for cells in rows[1:]] == ["NO", "yes"]  # the column `as in the records`, without header
 
 
 def test_wikitext_articles_begin_at_titles_and_not_at_formulas():
     train, test = corpora.wikitext_articles(LINES, LINES)
+    # Empty lines are "" in one split and " \n" in the other.
     first = " = First = \n{0} text of it \n{0} = = Section = = \n{0} = 1 rad and k = \n more \n{0}"
     assert train == [first.format("").removesuffix("\n"), " = Second One = \n the rest \n"]
     assert test[0] == first.format(" \n").removesuffix("\n")
@@ -111,10 +118,10 @@ def test_a_failed_download_and_a_missing_corpus_are_reported_in_one_line(tmp_pat
 
 
 def test_the_committed_records_have_one_hash_for_each_text_sample():
-    """So all records were made with the same text."""
-    found = corpora.recorded()
-    assert {(what.corpus, what.split) for what in found} >= {
+    """Two hashes of one sample would mean that records were made with different text."""
+    hashes_of_samples = corpora.recorded()
+    assert {(sample.corpus, sample.split) for sample in hashes_of_samples} >= {
         ("wikitext2", "train"), ("wikitext2", "test"), ("c4", "train"), ("code_github", "train"),
         ("stackexchange", "test"), ("gsm8k", "test"),
     }  # fmt: skip
-    assert {len(hashes) for hashes in found.values()} == {1}
+    assert {len(hashes) for hashes in hashes_of_samples.values()} == {1}

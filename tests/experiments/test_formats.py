@@ -1,4 +1,4 @@
-"""Consumers of exports: older transformers, vLLM (simulated), and the table of formats on a tiny model."""
+"""Programs that load exported models: older transformers, a simulated vLLM, and the table of formats and programs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from experiments import vllm_check
 from experiments.formats import __main__ as formats
 from experiments.formats import models
+from experiments.formats.packages import OLDER
 from gprune.export import hf
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune, widths
@@ -40,7 +41,7 @@ def test_a_standard_export_has_the_rotary_settings_in_the_fields_of_older_transf
     assert config["rope_theta"] == rope["rope_theta"]
     assert config["rope_scaling"] == (None if rope["rope_type"] == "default" else scaling)
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert loaded.config.rope_parameters == rope  # the additional fields do not affect this version of transformers
+    assert loaded.config.rope_parameters == rope  # this version of transformers ignores the additional fields
     assert torch.equal(loaded(token_batch).logits, model(token_batch).logits)
 
 
@@ -72,15 +73,16 @@ def work(tmp_path_factory):
     return folder
 
 
-def test_the_three_models_have_the_widths_of_their_names(work):
+def test_each_model_has_the_target_sparsity_the_widths_of_its_name_and_custom_code_only_if_needed(work):
     dense, _, _ = tiny()
-    whole = sum(b.neurons for b in blocks_of(dense))
+    neurons = sum(b.neurons for b in blocks_of(dense))
     by_name = {}
     for name in models.MODELS:
         by_name[name] = widths(AutoModelForCausalLM.from_pretrained(work / name / "hf"))
         assert all(n % models.WIDTH_MULTIPLE == 0 for n in by_name[name]["neurons"])
-        removed = 1 - sum(by_name[name]["neurons"]) / whole
-        assert models.SPARSITY <= removed < models.SPARSITY + 3 * models.WIDTH_MULTIPLE / whole
+        removed = 1 - sum(by_name[name]["neurons"]) / neurons
+        # Each of the three blocks removes less than one width multiple more than the target.
+        assert models.SPARSITY <= removed < models.SPARSITY + 3 * models.WIDTH_MULTIPLE / neurons
         assert any((work / name / "hf").glob("*.py")) == (name != "uniform")
     assert len(set(by_name["ffn"]["neurons"])) > 1
     assert by_name["ffn"]["kv_groups"] == by_name["uniform"]["kv_groups"] == [2, 2, 2]
@@ -98,7 +100,12 @@ def reference(work):
 
 
 def fake_vllm(monkeypatch, reference: dict, added: float) -> None:
-    """Replace vLLM by a class that returns the reference, with `added` to the log-probability of the fifth token."""
+    """Replace vLLM by a class that returns the reference log-probabilities.
+
+    Args:
+        reference: the content of the reference file.
+        added: the error in nats that is added to the log-probability of one token, at index 5.
+    """
 
     class LLM:
         def __init__(self, folder, **settings):
@@ -106,36 +113,46 @@ def fake_vllm(monkeypatch, reference: dict, added: float) -> None:
 
         def generate(self, prompts, sampling, use_tqdm):
             (prompt,) = prompts
-            places = [None]
+            candidates = [None]  # by position: log-probability and rank of tokens; vLLM has none for the first token
             for i, token in enumerate(prompt["prompt_token_ids"][1:]):
-                place = {reference["top1"][i]: SimpleNamespace(logprob=-0.1, rank=1)}
-                place[token] = SimpleNamespace(logprob=reference["logprobs"][i], rank=1 + (token not in place))
-                places.append(place)
-            places[5][prompt["prompt_token_ids"][5]].logprob += added
-            return [SimpleNamespace(prompt_logprobs=places)]
+                by_token = {reference["top1"][i]: SimpleNamespace(logprob=-0.1, rank=1)}
+                rank = 1 if token in by_token else 2
+                by_token[token] = SimpleNamespace(logprob=reference["logprobs"][i], rank=rank)
+                candidates.append(by_token)
+            candidates[5][prompt["prompt_token_ids"][5]].logprob += added
+            return [SimpleNamespace(prompt_logprobs=candidates)]
 
     module = SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace, __version__="0")
     monkeypatch.setitem(sys.modules, "vllm", module)
 
 
 @pytest.mark.parametrize(("added", "code"), [(0.0, 0), (0.005, 0), (-0.02, 2), (math.nan, 2)])
-def test_vllm_check_compares_log_probabilities_with_the_reference(added, code, reference, monkeypatch, capsys):
+def test_vllm_check_fails_if_a_log_probability_differs_by_more_than_the_limit(
+    added, code, reference, monkeypatch, capsys
+):
     content = json.loads(reference.path.read_text())
     fake_vllm(monkeypatch, content, added)
     assert vllm_check.main([str(reference.folder), str(reference.path)]) == code
     out, err = capsys.readouterr()
     printed = json.loads(out.splitlines()[-1])
     assert printed["difference"] == pytest.approx(abs(added), abs=1e-9, nan_ok=True)
-    ids = torch.tensor([content["ids"]])
-    with torch.no_grad():
-        output = AutoModelForCausalLM.from_pretrained(reference.folder)(ids, labels=ids)
-    assert content["top1"] == output.logits[0, :-1].argmax(-1).tolist()
-    assert printed["perplexity_of_reference"] == pytest.approx(output.loss.exp().item(), rel=1e-5)
+    mean_log_probability = sum(content["logprobs"]) / len(content["logprobs"])
+    assert printed["perplexity_of_reference"] == pytest.approx(math.exp(-mean_log_probability), rel=1e-6)
     assert printed["top1"] == 1.0
     assert ("Log-probabilities must be within 0.01" in err) == (code == 2)
 
 
-def test_agreement_on_the_most_likely_token_is_counted():
+def test_the_reference_for_vllm_has_the_predictions_and_the_perplexity_of_the_saved_model(reference):
+    content = json.loads(reference.path.read_text())
+    ids = torch.tensor([content["ids"]])
+    with torch.no_grad():
+        output = AutoModelForCausalLM.from_pretrained(reference.folder)(ids, labels=ids)
+    assert content["top1"] == output.logits[0, :-1].argmax(-1).tolist()
+    mean_log_probability = sum(content["logprobs"]) / len(content["logprobs"])
+    assert -mean_log_probability == pytest.approx(output.loss.item(), rel=1e-5)
+
+
+def test_vllm_check_returns_top_1_agreement_the_largest_difference_and_perplexity():
     reference = {"ids": [3, 4, 5, 6, 7], "logprobs": [-1.0, -2.0, -3.0, -4.0], "top1": [1, 2, 3, 4]}
     figures = vllm_check.compare(reference, [-1.0, -2.5, -3.0, -4.0], [1, 2, 9, 4])
     assert (figures["top1"], figures["difference"]) == (0.75, 0.5)
@@ -146,16 +163,16 @@ def test_missing_vllm_and_a_missing_reference_are_reported_in_one_line(reference
     monkeypatch.setitem(sys.modules, "vllm", None)
     assert vllm_check.main([str(reference.folder), str(reference.path)]) == 2
     assert vllm_check.main([str(reference.folder), str(tmp_path / "none.json")]) == 2
-    first, second = capsys.readouterr().err.splitlines()
-    assert "Cannot import vLLM" in first
-    assert "must be a file written by experiments.formats" in second
+    missing_vllm, missing_reference = capsys.readouterr().err.splitlines()
+    assert "Cannot import vLLM" in missing_vllm
+    assert "must be a file written by experiments.formats" in missing_reference
 
 
 # The table
 
 
 def table(work, capsys, *arguments):
-    """Run the command, and return its exit code and the cells of the rows."""
+    """Run the command. Return its exit code, and the cells of each row whose format is `hf`."""
     code = formats.main(["--work", str(work), *arguments])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| hf")]
     return code, rows
@@ -169,25 +186,28 @@ def test_a_consumer_with_the_same_logits_is_a_row_with_result_ok(work, capsys):
     assert row[-2:] == ["`AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`", "ok"]
 
 
-def test_a_missing_consumer_is_a_row_with_result_not_installed(work, capsys):
-    for consumer in ("4.57.6", "vLLM"):
-        code, rows = table(work, capsys, "--only", consumer)
-        assert (code, [row[-1] for row in rows]) == (0, ["not installed"] * 3)
+@pytest.mark.parametrize("consumer", [OLDER[0], "vLLM"])
+def test_a_consumer_that_is_not_installed_is_a_row_with_result_not_installed(consumer, work, tmp_path, capsys):
+    """Consumers are installed in `packages` of the work folder, which does not exist here, or given by `--vllm`."""
+    assert not (work / "packages").exists()
+    code, rows = table(work, capsys, "--only", consumer, "--vllm", str(tmp_path / "no_python"))
+    assert code == 0
+    assert [row[-1] for row in rows] == ["not installed"] * len(models.MODELS)
 
 
 @pytest.mark.parametrize(
     ("added", "result", "code"),
     [(1e-5, "ok", 0), (1e-3, "FAILS: Logits must be within 1e-04; got a difference of 1.0e-03.", 1)],
 )
-def test_who_computes_something_else_fails(added, result, code, work, capsys, monkeypatch):
-    expected = load_file(work / "ffn/reference.safetensors")["logits"]
-    monkeypatch.setattr(hf, "reloaded_logits", lambda folder, ids: (expected + added)[None])
-    found, (row,) = table(work, capsys, "--only", f"hf ffn transformers {INSTALLED}")
-    assert (found, row[-1]) == (code, result)
+def test_a_consumer_fails_if_its_logits_differ_by_more_than_the_limit(added, result, code, work, capsys, monkeypatch):
+    reference_logits = load_file(work / "ffn/reference.safetensors")["logits"]
+    monkeypatch.setattr(hf, "reloaded_logits", lambda folder, ids: (reference_logits + added)[None])
+    exit_code, (row,) = table(work, capsys, "--only", f"hf ffn transformers {INSTALLED}")
+    assert (exit_code, row[-1]) == (code, result)
 
 
-def test_the_row_of_a_failed_consumer_has_its_last_line_on_stderr(work, capsys):
-    program = work / "python"
+def test_the_row_of_a_failed_consumer_has_its_last_line_on_stderr(work, tmp_path, capsys):
+    program = tmp_path / "python"
     program.write_text("#!/bin/sh\necho x >&2\necho 'no, thanks' >&2\nexit 2\n")
     program.chmod(0o755)
     code, (row,) = table(work, capsys, "--only", "hf uniform vLLM", "--vllm", str(program))

@@ -50,9 +50,10 @@ def main(capsys, monkeypatch, *arguments):
 
 
 def rows(text):
-    """Return first cell -> other cells of the rows of all tables."""
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
-    return {row[0]: row[1:] for row in cells}
+    """Return {first cell: other cells} for the rows of all Markdown tables in a text."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    cells_by_line = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {cells[0]: cells[1:] for cells in cells_by_line}
 
 
 def test_the_table_has_every_third_block_or_all_blocks_and_the_mean(runs, capsys, monkeypatch):
@@ -65,54 +66,57 @@ def test_the_table_has_every_third_block_or_all_blocks_and_the_mean(runs, capsys
 
 
 def agreement_of_halves(folder) -> list[float]:
-    """Return by block Kendall's tau between halves of a corpus, mean over corpora, from the statistics of the run."""
+    """Return Kendall's tau between the scores of the two halves of a corpus: one mean over corpora for each block."""
     result = gprune.load_run(folder)
     model, _ = load_model(result.config.model.name)
-    found = []
+    by_corpus = []
     for statistics in result.statistics.values():
-        one, two = (
-            [
-                score_ffn("wanda_sp", b, ffn_weights(b), statistics.ffn[b.index].half(half), torch.Generator())
-                for b in blocks_of(model)
-            ]
-            for half in (0, 1)
-        )
-        found.append([kendalltau(a, b).statistic for a, b in zip(one, two, strict=True)])
-    return np.mean(found, axis=0).tolist()
+        by_block = []
+        for block in blocks_of(model):
+            halves = [statistics.ffn[block.index].half(half) for half in (0, 1)]
+            first_half, second_half = (
+                score_ffn("wanda_sp", block, ffn_weights(block), moments, torch.Generator()) for moments in halves
+            )
+            by_block.append(kendalltau(first_half, second_half).statistic)
+        by_corpus.append(by_block)
+    return np.mean(by_corpus, axis=0).tolist()
 
 
 def test_printed_numbers_match_an_independent_computation(finished, runs, capsys, monkeypatch):
     _, text, _ = main(capsys, monkeypatch, runs / "run", "--all", "--no-data-free")
-    shown = rows(text)
+    cells_by_block = rows(text)
     halves = agreement_of_halves(runs / "run")
-    for b, (d, y) in enumerate(zip(finished.modules.drift, finished.modules.labels, strict=True)):
-        ranks, labels = d.ranks.numpy(), y.numpy()
-        drift = ranks.std(0)
-        inside = [drift[labels == k].mean() for k in range(labels.max() + 1)]
-        tau = np.mean([kendalltau(d.scores[i], d.scores[j]).statistic for i, j in combinations(range(3), 2)])
-        above = (drift > np.quantile(d.floor.numpy(), 0.95)).mean()
-        expected = [drift.mean(), float(d.floor.mean()), above, tau, min(inside), max(inside)]
-        expected.insert(4, halves[b])
-        cells = [shown[str(b)][c] for c in (0, 1, 3, 4, 5, 7, 8)]
-        assert list(map(float, cells)) == pytest.approx(expected, abs=6e-4)
-        assert float(shown[str(b)][2]) == pytest.approx(drift.mean() / float(d.floor.mean()), abs=6e-3)
+    for b, (block_drift, module_labels) in enumerate(zip(finished.modules.drift, finished.modules.labels, strict=True)):
+        labels, floor = module_labels.numpy(), block_drift.floor.numpy()
+        drift = block_drift.ranks.numpy().std(0)
+        module_means = [drift[labels == k].mean() for k in range(labels.max() + 1)]
+        scores = block_drift.scores  # by corpus
+        tau = np.mean([kendalltau(scores[i], scores[j]).statistic for i, j in combinations(range(3), 2)])
+        above_floor = (drift > np.quantile(floor, 0.95)).mean()
+        expected = [drift.mean(), floor.mean(), above_floor, tau, halves[b], min(module_means), max(module_means)]
+        cells = cells_by_block[str(b)]
+        # Cells have three decimals, and the ratio to the noise floor in column 2 has two.
+        assert [float(cells[column]) for column in (0, 1, 3, 4, 5, 7, 8)] == pytest.approx(expected, abs=6e-4)
+        assert float(cells[2]) == pytest.approx(drift.mean() / floor.mean(), abs=6e-3)
         switched = finished.modules.reliability[b].switched
-        assert shown[str(b)][9] == f"{int(switched.sum())} of {len(switched)}"
+        assert cells[9] == f"{int(switched.sum())} of {len(switched)}"
 
 
 def test_the_mean_over_modules_is_weighted_by_pairs_of_neurons():
+    """A module without a value is ignored. The mean is NaN if no module has a value."""
     values = torch.tensor([0.5, float("nan"), 0.1], dtype=torch.float64)
     sizes = torch.tensor([20, 500, 100])
-    expected = (0.5 * 190 + 0.1 * 4950) / (190 + 4950)
+    expected = (0.5 * 190 + 0.1 * 4950) / (190 + 4950)  # 20 neurons have 20 * 19 / 2 = 190 pairs
     assert heterogeneity.pair_weighted_mean(values, sizes) == pytest.approx(expected, rel=1e-12)
     assert math.isnan(heterogeneity.pair_weighted_mean(values[1:2], sizes[1:2]))
 
 
-def test_eta_squared_gives_the_f_statistic_of_scipy():
+def test_eta_squared_gives_the_f_statistic_of_scipy_and_is_1_for_labels_and_0_for_constants():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(4, (200,), generator=generator)
     values = torch.randn(200, generator=generator).double() + 0.3 * labels
-    eta, (N, K) = heterogeneity.eta_squared(values, labels), (200, 4)
+    N, K = 200, 4
+    eta = heterogeneity.eta_squared(values, labels)
     f = (eta / (K - 1)) / ((1 - eta) / (N - K))
     assert f == pytest.approx(f_oneway(*(values[labels == k].numpy() for k in range(K))).statistic)
     assert heterogeneity.eta_squared(labels.double(), labels) == pytest.approx(1)
@@ -122,25 +126,26 @@ def test_eta_squared_gives_the_f_statistic_of_scipy():
 def test_eta_squared_of_random_partitions_has_the_expected_mean_and_follows_the_seed():
     values = torch.randn(400, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(400) % 8
-    found = heterogeneity.separation(values, labels, permutations=200, seed=0)
-    assert float(found.random.mean()) == pytest.approx(7 / 399, rel=0.15)
-    again = heterogeneity.separation(values, labels, permutations=200, seed=0)
-    assert torch.equal(found.random, again.random)
-    assert not torch.equal(found.random, heterogeneity.separation(values, labels, permutations=200, seed=9).random)
+    first, same_seed, other_seed = (
+        heterogeneity.separation(values, labels, permutations=200, seed=seed).random for seed in (0, 0, 9)
+    )
+    assert float(first.mean()) == pytest.approx(7 / 399, rel=0.15)  # (K - 1) / (N - 1)
+    assert torch.equal(first, same_seed)
+    assert not torch.equal(first, other_seed)
 
 
 def test_the_share_above_the_noise_floor_is_small_for_noise_and_large_for_drift():
-    """Scores of two halves of three corpora: a common term, a term of the corpus, and sampling noise."""
+    """Scores are the sum of a term of the neuron, a term of the corpus (the drift), and noise of the half."""
     generator = torch.Generator().manual_seed(0)
 
-    def share(planted, N=2000):
-        one, corpora, halves = (torch.randn(*shape, N, generator=generator) for shape in ((), (3, 1), (3, 2)))
-        scores = (one + planted * corpora + 0.3 * halves).double()
+    def share(drift, N=2000):
+        neurons, corpora, halves = (torch.randn(*shape, N, generator=generator) for shape in ((), (3, 1), (3, 2)))
+        scores = (neurons + drift * corpora + 0.3 * halves).double()  # (corpora, halves, N)
         return heterogeneity.share_above(
             rank_drift(fractional_ranks(scores.mean(1))), noise_floor(fractional_ranks(scores))
         )
 
-    assert 0.05 < share(0.0) < 0.15
+    assert 0.05 < share(0.0) < 0.15  # above 0.05, because a drift has two degrees of freedom and a floor has three
     assert share(2.0) > 0.5
 
 
@@ -150,23 +155,22 @@ def test_given_rank_removes_the_part_that_ranks_explain():
     by_rank = mean * (1 - mean)
     labels = (mean > mean.median()).long() + (mean > mean.quantile(0.9)).long()
     assert heterogeneity.eta_squared(by_rank, labels) > 0.2
-    left = heterogeneity.given_rank(by_rank, ranks)
-    assert float(left.var()) < 0.05 * float(by_rank.var())
-    own = torch.randn(640, generator=torch.Generator().manual_seed(1)).double()  # independent of the ranks
-    assert float(heterogeneity.given_rank(own, ranks).var()) > 0.9 * float(own.var())
+    remainder = heterogeneity.given_rank(by_rank, ranks)
+    assert float(remainder.var()) < 0.05 * float(by_rank.var())
+    independent = torch.randn(640, generator=torch.Generator().manual_seed(1)).double()
+    assert float(heterogeneity.given_rank(independent, ranks).var()) > 0.9 * float(independent.var())
 
 
 def test_drift_differs_by_modules_of_the_run_even_in_a_random_model_but_not_by_data_free_ones(
     runs, capsys, monkeypatch
 ):  # fmt: skip
-    """This is why the output calls eta squared of the run's own modules circular."""
+    """The run forms its modules from drift. So the output calls their eta squared of drift circular."""
     _, text, _ = main(capsys, monkeypatch, runs / "run")
-    shown = rows(text)
-    own, _, largest, blocks = shown["the run's (circular): drift"]
-    assert float(own) > 5 * float(largest)
+    eta_squared, _, largest_of_random, blocks = rows(text)["the run's (circular): drift"]
+    assert float(eta_squared) > 5 * float(largest_of_random)
     assert blocks == "3 of 3"
-    free, _, largest, _ = shown["data-free: drift"]
-    assert float(free) < 2 * float(largest)
+    eta_squared, _, largest_of_random, _ = rows(text)["data-free: drift"]
+    assert float(eta_squared) < 2 * float(largest_of_random)
 
 
 def test_the_figure_is_written_as_svg_and_png(runs, tmp_path, capsys, monkeypatch):

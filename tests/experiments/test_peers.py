@@ -1,4 +1,4 @@
-"""The common parts of the drivers for other tools, on tiny models and local clones, without code of these tools."""
+"""Drivers that run other pruning tools: their shared code, and the OSSCAR driver with a replacement for OSSCAR."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gprune.pipeline.inputs import prepare_text
 from tests import tiny_run
 
 PEER = common.Peer("peer", "owner/tool", "0" * 40, "MIT", "2401.00001")
-# Replaces the class of OSSCAR: keep the neurons with the largest sum of squared inputs, and halve the weights
+# Replaces the class of OSSCAR: keep the neurons with the largest sum of squared inputs, and halve their weights.
 STAND_IN = """
 class OSSCAR_prune:
     def __init__(self, layer, algo, nsamples, seqlen, update_iter, lambda2, layername):
@@ -41,10 +41,10 @@ class OSSCAR_prune:
 def world(tmp_path_factory):
     """Return a tiny Llama, flags with tiny corpora, and the file of calibration windows for the drivers."""
     folder = tmp_path_factory.mktemp("peers")
-    made = tiny_run.make_world(folder)
-    windows, flags = folder / "windows.safetensors", made.args(folder / "runs")
+    tiny_world = tiny_run.make_world(folder)
+    windows, flags = folder / "windows.safetensors", tiny_world.args(folder / "runs")
     assert main(["windows", "--output", str(windows), *flags]) == 0
-    return SimpleNamespace(model=made.model, windows=windows, flags=flags)
+    return SimpleNamespace(model=tiny_world.model, windows=windows, flags=flags)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def clone(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_windows_are_those_that_gprune_calibrates_on(world):
+def test_the_windows_are_those_that_gprune_calibrates_on_with_corpora_in_turn(world):
     read = common.read_windows(world.windows)
     cfg = parse(world.flags)
     _, tokenizer = load_model(cfg.model.name)
@@ -96,8 +96,8 @@ def test_a_missing_clone_or_another_commit_is_refused_with_the_git_commands(clon
     assert common.check_clone(osscar.PEER, clone) == clone
 
 
-def test_a_driver_prunes_to_the_budget_and_saves_a_loadable_model_with_a_record(world, clone, tmp_path):
-    """Compares the OSSCAR driver, with a replaced class, with the same choice of neurons on the dense model."""
+def test_the_osscar_driver_prunes_to_the_budget_and_saves_a_loadable_model_with_a_record(world, clone, tmp_path):
+    """The expected weights are those of the dense model, pruned here by the rule of the replacement class."""
     output = tmp_path / "out"
     osscar.main(["--clone", str(clone), "--windows", str(world.windows), "--output", str(output)])
     record = json.loads((output / common.RECORD).read_text())
@@ -109,7 +109,7 @@ def test_a_driver_prunes_to_the_budget_and_saves_a_loadable_model_with_a_record(
     assert record["cpu_seconds"] > 0
     inputs = []
     down = dense.model.layers[0].mlp.down_proj
-    hook = down.register_forward_pre_hook(lambda _, entered: inputs.append(entered[0]))
+    hook = down.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
         for window in common.read_windows(world.windows).windows:
             dense(window)
@@ -163,19 +163,20 @@ def test_removing_blocks_removes_their_entries_of_the_config(tmp_path):
         torch.testing.assert_close(loaded(window).logits, expected)
 
 
-@pytest.mark.parametrize("left", [0, 1, 7, 8])
-def test_width_for_is_the_smallest_width_with_at_least_the_given_parameters(left, world):
+@pytest.mark.parametrize("surplus", [0, 1, 7, 8])
+def test_width_for_is_the_smallest_width_with_at_least_the_given_parameters(surplus, world):
+    """The target is `surplus` parameters below that of the width without seven neurons, so the width is the same."""
     model = common.load(world.model)
-    block = common.neuron_size(model) * model.config.num_hidden_layers
-    width = common.width_for(model, common.count(model) - 7 * block - left)
-    assert width == model.config.intermediate_size - 7 - left // block
-    assert (
-        common.count(model) - (model.config.intermediate_size - width) * block >= common.count(model) - 7 * block - left
-    )
+    neuron = common.neuron_size(model) * model.config.num_hidden_layers  # parameters of one neuron in every layer
+    assert surplus < neuron
+    target = common.count(model) - 7 * neuron - surplus
+    width = common.width_for(model, target)
+    assert width == model.config.intermediate_size - 7
+    assert common.count(model) - (model.config.intermediate_size - width) * neuron >= target
 
 
 def test_save_writes_a_model_that_computes_the_same_as_the_cut_layers(world, tmp_path):
-    """With unequal widths, removed KV groups and added biases. The reference has zeros instead of removed units."""
+    """The layers have unequal widths, fewer KV groups and added biases. The reference has zeros for removed units."""
     dense, _ = load_model(str(world.model))
     config, cut, masked = dense.config, {}, common.load(world.model)
     channels = config.head_dim * config.num_attention_heads // config.num_key_value_heads

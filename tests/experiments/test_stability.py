@@ -16,19 +16,21 @@ from gprune.runs.results import FinishedRun
 
 
 def draw(units: int, kept: int, seed: int) -> torch.Tensor:
+    """Return a random mask (units,) that keeps `kept` units."""
     mask = torch.zeros(units, dtype=torch.bool)
     mask[torch.randperm(units, generator=torch.Generator().manual_seed(seed))[:kept]] = True
     return mask
 
 
 def run_of(seed: int, *ffn: torch.Tensor, model: str = "m") -> FinishedRun:
+    """Return a run named `a` with the given masks of its FFNs. No KV group is removed."""
     masks = Masks(list(ffn), [torch.ones(2, dtype=torch.bool)] * len(ffn))
     settings = {"run": {"seed": seed}, "inputs": {"model": model}, "gprune": True}
     return FinishedRun(Path(f"{seed}"), "a", settings, [], {}, masks)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_jaccard_is_that_of_sets(seed):
+def test_the_jaccard_index_of_masks_is_that_of_the_sets_of_kept_units(seed):
     a, b = draw(30, 12, seed), draw(30, 17, seed + 100)
     first, second = (set(m.nonzero().flatten().tolist()) for m in (a, b))
     assert jaccard(a, b) == len(first & second) / len(first | second) == jaccard(b, a)
@@ -38,12 +40,12 @@ def test_jaccard_is_that_of_sets(seed):
 
 @pytest.mark.parametrize(("units", "a", "b"), [(6, 3, 3), (6, 2, 4), (7, 5, 6), (5, 0, 3), (5, 5, 2), (4, 4, 4)])
 def test_chance_jaccard_is_the_mean_over_all_pairs_of_sets(units, a, b):
-    found = [
+    indices = [
         len(set(x) & set(y)) / len(set(x) | set(y))
         for x in combinations(range(units), a)
         for y in combinations(range(units), b)
     ]
-    assert chance_jaccard(units, a, b) == pytest.approx(np.mean(found), abs=1e-12)
+    assert chance_jaccard(units, a, b) == pytest.approx(np.mean(indices), abs=1e-12)
     assert chance_jaccard(units, b, a) == pytest.approx(chance_jaccard(units, a, b), abs=1e-12)
 
 
@@ -60,32 +62,38 @@ def test_the_stability_of_independent_masks_is_near_0_and_of_equal_masks_1():
     assert chance == pytest.approx(np.mean([chance_jaccard(200, w, w) for w in widths]))
     assert abs(beyond) < 0.08
     assert stability(a, a)[2] == pytest.approx(1)
-    drawn = [stability([draw(50, 20, s)], [draw(50, 20, 10_000 + s)])[2] for s in range(400)]
-    assert abs(np.mean(drawn)) < 0.015  # unbiased
+    independent = [stability([draw(50, 20, s)], [draw(50, 20, 10_000 + s)])[2] for s in range(400)]
+    assert abs(np.mean(independent)) < 0.015  # unbiased
 
 
 def test_the_stability_of_masks_that_agree_only_in_widths_is_near_0():
-    # both runs keep 10 % of block 0 and 90 % of block 1, and are independent otherwise
+    # Both runs keep 10 % of block 0 and 90 % of block 1. The masks are independent otherwise.
     a, b = ([draw(100, 10, s), draw(100, 90, s + 1)] for s in (0, 7))
     assert stability(a, b)[2] < 0.1
 
 
 def test_full_and_empty_blocks_are_excluded():
-    whole, none = torch.ones(20, dtype=torch.bool), torch.zeros(20, dtype=torch.bool)
+    """A block counts only if both masks of the block keep some units and remove some."""
+    full, empty = torch.ones(20, dtype=torch.bool), torch.zeros(20, dtype=torch.bool)
     a, b = draw(20, 8, 0), draw(20, 8, 1)
-    agreement = stability([whole, a, none, whole, none], [whole, b, none, a, b])
-    assert agreement[:2] == (jaccard(a, b), pytest.approx(chance_jaccard(20, 8, 8)))
-    assert stability([whole], [whole]) is None
+    index, chance, _ = stability([full, a, empty, full, empty], [full, b, empty, a, b])
+    assert (index, chance) == (jaccard(a, b), pytest.approx(chance_jaccard(20, 8, 8)))
+    assert stability([full], [full]) is None
 
 
 def test_every_pair_of_runs_with_the_same_model_is_compared_once():
-    """Attention is not in scope, so it has no stability."""
+    """Runs without masks are excluded. No attention is removed, so only the FFN has a stability."""
     runs = [run_of(i, draw(20, 8, i), draw(20, 12, i)) for i in range(3)]
-    found = list(pairs([*runs, run_of(3, draw(24, 8, 0), model="another"), replace(runs[0], masks=None)]))
+    excluded = [run_of(3, draw(24, 8, 0), model="another"), replace(runs[0], masks=None)]
+    comparisons = list(pairs([*runs, *excluded]))
     names = [f"a, seed {i}" for i in range(3)]
-    assert [pair[:3] for pair in found] == [(one, other, "ffn") for one, other in combinations(names, 2)]
-    assert found[1][3:] == stability(runs[0].masks.ffn, runs[2].masks.ffn)
-    of_pairs, within = tables(runs, of_pairs=True)
-    assert len(of_pairs.rows) == 3
-    beyond = np.mean([pair[-1] for pair in found])
-    assert [(row[0], row[1], row[-1]) for row in within.rows] == [("a (3 seeds)", "ffn", pytest.approx(beyond))]
+    assert [comparison[:3] for comparison in comparisons] == [(a, b, "ffn") for a, b in combinations(names, 2)]
+    assert comparisons[1][3:] == stability(runs[0].masks.ffn, runs[2].masks.ffn)
+
+
+def test_tables_have_one_row_for_each_pair_and_the_mean_over_the_pairs_of_seeds():
+    runs = [run_of(i, draw(20, 8, i), draw(20, 12, i)) for i in range(3)]
+    pair_table, seed_table = tables(runs, of_pairs=True)
+    assert len(pair_table.rows) == 3
+    beyond = np.mean([comparison[-1] for comparison in pairs(runs)])
+    assert [(row[0], row[1], row[-1]) for row in seed_table.rows] == [("a (3 seeds)", "ffn", pytest.approx(beyond))]

@@ -16,31 +16,32 @@ UNSEEN = ("stackexchange", "gsm8k", "stories", "python_docs")
 
 
 def test_the_ratio_of_the_distillation_part_is_that_of_its_records():
-    """Best over base: geometric mean over corpora, and Student's t interval over seeds."""
+    """The ratio of `best` to `base` is a geometric mean over corpora, with Student's t interval over three seeds."""
     logs = []
     for seed in (0, 1, 2):
         nll = {}
         for row in Listing.read(summary.HERE / "headline.yaml", seeds=[seed]).rows:
             if row.name in ("base", "best"):
-                last = finished_record(row)["records"][-1]["stage"]
-                nll[row.name] = [
-                    r["nll"] for r in finished_record(row)["records"] if r["stage"] == last and r["corpus"] in UNSEEN
-                ]
+                records = finished_record(row)["records"]
+                last_stage = records[-1]["stage"]
+                nll[row.name] = [r["nll"] for r in records if r["stage"] == last_stage and r["corpus"] in UNSEEN]
         logs.append(sum(a - b for a, b in zip(nll["best"], nll["base"], strict=True)) / len(UNSEEN))
     mean = sum(logs) / 3
-    half = t.ppf(0.975, 2) * math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
-    label, drawn = summary.parts()[-2]
+    half_width = t.ppf(0.975, 2) * math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
+    label, ratio = summary.parts()[-2]
     assert "distillation" in label
-    assert (drawn.value, drawn.low, drawn.high) == pytest.approx([math.exp(mean + d) for d in (0, -half, half)])
+    expected = [math.exp(mean + offset) for offset in (0, -half_width, half_width)]
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("lists", [summary.SMOLLM2, summary.GEMMA])
 def test_perplexity_rises_with_the_removed_share_and_is_lower_with_recovery(lists):
-    lines = {name: {x: r.value for x, r in points} for (name, _), points in summary.by_budget(lists).items()}
+    lines = {}  # {method: {removed share: perplexity ratio}}
+    for (name, _), points in summary.by_budget(lists).items():
+        lines[name] = {share: ratio.value for share, ratio in points}
+        assert list(lines[name]) == sorted(lines[name])
+        assert list(lines[name].values()) == sorted(lines[name].values())
     assert {"base metric", "averaged scores", "averaged, least squares", "and gates, 49k tokens"} <= lines.keys()
-    for values in lines.values():
-        assert list(values) == sorted(set(values))  # one point for each budget
-        assert list(values.values()) == sorted(values.values())
     gates, squares, scores, base = (lines[name][0.5] for name in (
         "and gates, 49k tokens", "averaged, least squares", "averaged scores", "base metric",
     ))  # fmt: skip
@@ -58,8 +59,11 @@ def test_the_command_writes_all_figures(tmp_path):
     assert summary.work([str(tmp_path)]).startswith(f"Drawn: {tmp_path / 'summary.png'}, {tmp_path / 'summary.svg'}, ")
     names = {f"{name}.{kind}" for name in ("summary", "distill-tokens", "sparsity-curve") for kind in ("png", "svg")}
     assert {path.name for path in tmp_path.iterdir()} == names
-    text = (tmp_path / "summary.svg").read_text()
-    assert text.count('<g id="axes_') == 4
+    assert (tmp_path / "summary.svg").read_text().count('<g id="axes_') == 4
+
+
+@pytest.mark.slow
+def test_a_file_in_place_of_the_output_folder_is_refused(tmp_path):
     (tmp_path / "a file").touch()
     with pytest.raises((UserError, OSError)):
         summary.work([str(tmp_path / "a file")])

@@ -26,18 +26,20 @@ def read(path: Path) -> dict:
 
 
 def points(sweep: dict) -> list[dict]:
-    """The grid: parameter -> value, one dictionary per run."""
+    """Return all points of the grid: a dictionary {parameter: value} for each run."""
     choices = [p["values"] if "values" in p else [p["value"]] for p in sweep["parameters"].values()]
     return [dict(zip(sweep["parameters"], values, strict=True)) for values in itertools.product(*choices)]
 
 
 def flags(sweep: dict, point: dict) -> list[str]:
-    """Return the flags that W&B's agent passes to `train.py` for a point, in Python notation (`['a', 'b']`)."""
+    """Return the flags that W&B's agent passes to `train.py` for a point: Python notation, such as `['a', 'b']`."""
     args = create_sweep_command_args({"args": {name: {"value": value} for name, value in point.items()}})["args"]
-    python, *line = [word for part in sweep["command"][1:] for word in (args if part == "${args}" else [part])]
-    assert (sweep["command"][0], python, line.pop(0)) == ("${env}", "${interpreter}", "${program}")
-    assert not [word for word in line if "${" in word]
-    return line
+    words = []
+    for part in sweep["command"]:
+        words += args if part == "${args}" else [part]
+    assert words[:3] == ["${env}", "${interpreter}", "${program}"]
+    assert not [word for word in words[3:] if "${" in word]
+    return words[3:]
 
 
 @functools.cache  # parsing takes most of the time of these tests
@@ -48,11 +50,11 @@ def configs(path: Path) -> list:
 
 
 def calibration(cfg) -> str:
-    """Return everything on which cached statistics depend on one machine."""
-    c = cfg.corpora
-    text = (sorted(cfg.calibration_corpora), c.num_samples, c.seq_len, cfg.run.seed)
-    bits = (cfg.model.name, cfg.model.dtype, c.batch_size, cfg.trainer.devices * cfg.trainer.num_nodes)
-    return repr((text, bits, sorted(cfg.collects), cfg.sparsity.scope))
+    """Return the settings that determine the cached statistics of one machine, as a text that can be compared."""
+    corpora = cfg.corpora
+    text = (sorted(cfg.calibration_corpora), corpora.num_samples, corpora.seq_len, cfg.run.seed)
+    rounding = (cfg.model.name, cfg.model.dtype, corpora.batch_size, cfg.trainer.devices * cfg.trainer.num_nodes)
+    return repr((text, rounding, sorted(cfg.collects), cfg.sparsity.scope))
 
 
 def test_budgets_and_ablations_exist_and_budgets_has_ten_targets():
@@ -62,13 +64,12 @@ def test_budgets_and_ablations_exist_and_budgets_has_ten_targets():
 
 
 @every_sweep
-def test_every_command_line_parses_and_run_names_are_unique(path, monkeypatch):
+def test_every_command_line_gives_a_run_with_a_unique_name_that_is_logged_online_without_an_export(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_MODE", "offline")  # has no effect on runs of an agent
-    sweep, found = read(path), configs(path)
-    assert sweep["method"] == "grid"
-    assert len({cfg.run_name for cfg in found}) == len(found) > 1
-    for cfg in found:
+    assert read(path)["method"] == "grid"
+    assert len({cfg.run_name for cfg in configs(path)}) == len(configs(path)) > 1
+    for cfg in configs(path):
         cfg.check_names()
         assert cfg.run.name is None
         assert cfg.logging.resolved_mode == "online"
@@ -87,13 +88,14 @@ def test_the_order_of_parameters_does_not_matter(path, monkeypatch):
 
 @every_sweep
 def test_runs_of_one_seed_share_their_calibration(path, monkeypatch):
+    """The number of different calibrations is the number of seeds."""
     monkeypatch.chdir(ROOT)
     seeds = {cfg.run.seed for cfg in configs(path)}
     assert len({calibration(cfg) for cfg in configs(path)}) == len(seeds)
 
 
 def test_booleans_and_lists_of_sweep_parameters_are_parsed():
-    """In the format that `${args}` gives them."""
+    """W&B replaces `${args}` by values in Python notation, such as `False` and `['wiki', 'web']`."""
     sweep = {"program": "train.py", "command": ["${env}", "${interpreter}", "${program}", "${args}"]}
     point = {"reliability.switch": False, "corpora.drift": ["wiki", "web"], "sparsity.protect": [0, -1]}
     cfg = parse(flags(sweep, point))
@@ -102,21 +104,22 @@ def test_booleans_and_lists_of_sweep_parameters_are_parsed():
 
 @pytest.mark.slow
 def test_a_run_started_by_an_agent_belongs_to_the_sweep_and_logs_its_metric(tmp_path, monkeypatch):
-    """Checks run id, sweep id, the settings in W&B and the optimised metric."""
+    """The W&B run has the ids of the agent, the settings, the metric of the sweep at the end, and curves before it."""
     tiny_run.quick(monkeypatch)
     (tmp_path / "world").mkdir()
-    world, sweep = tiny_run.make_world(tmp_path / "world"), read(ROOT / "experiments/sweeps/budgets.yaml")
+    world = tiny_run.make_world(tmp_path / "world")
+    sweep = read(ROOT / "experiments/sweeps/budgets.yaml")
     point = points(sweep)[0]
-    line = world.args(tmp_path / "runs", *flags(sweep, point), "--logging.mode=offline", "--run.name=null")
+    args = world.args(tmp_path / "runs", *flags(sweep, point), "--logging.mode=offline", "--run.name=null")
     (tmp_path / "point.yaml").write_text(
         "wandb_version: 1\n" + yaml.safe_dump({name: {"value": value} for name, value in point.items()})
     )
     agent = {"WANDB_SWEEP_ID": "sweep", "WANDB_RUN_ID": "given", "WANDB_DIR": str(tmp_path)}
     wandb.teardown()  # wandb reads the environment once per process, and an agent starts a new process
     with tiny_run.isolated(tmp_path / "cache", **agent, WANDB_SWEEP_PARAM_PATH=str(tmp_path / "point.yaml")):
-        assert main(line) == 0
+        assert main(args) == 0
     wandb.teardown()
-    run = tmp_path / "runs" / parse(line).run_name
+    run = tmp_path / "runs" / parse(args).run_name
     assert not (run / "model").exists()
 
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")  # in $WANDB_DIR, which agents set
@@ -130,6 +133,7 @@ def test_a_run_started_by_an_agent_belongs_to_the_sweep_and_logs_its_metric(tmp_
         assert metric["goal"] == "minimize"  # perplexity over that of the base metric
         values = [row[metric["name"]] for row in logged.history if metric["name"] in row]
         assert values == [logged.summary[metric["name"]]] == [ratios["gprune"]["ratio"]]
-    while_learning = [row for row in logged.history if "development/perplexity" in row]
-    assert len(while_learning) > 1
-    assert max(row["_step"] for row in while_learning) < next(r["_step"] for r in logged.history if "final/unseen" in r)
+    curve = [row for row in logged.history if "development/perplexity" in row]
+    final_step = next(row["_step"] for row in logged.history if "final/unseen" in row)
+    assert len(curve) > 1
+    assert max(row["_step"] for row in curve) < final_step

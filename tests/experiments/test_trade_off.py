@@ -24,13 +24,18 @@ LIST = {
 }  # fmt: skip
 
 
-def test_the_speedup_of_a_row_includes_prefill_and_decoding():
+def test_a_row_has_the_perplexity_ratio_the_speedup_of_prefill_and_decoding_and_the_size_in_bfloat16():
     run = fake_run("share, 20 %", {"dense": {"a": [20.0, 30.0]}, "base": {"a": [22.0, 33.0]}})
-    taken = {("dense", "prefill"): 4.0, ("dense", "decode"): 0.5, ("base", "prefill"): 2.0, ("base", "decode"): 0.25}
-    records = [{"stage": s, "task": t, "batch": b, "seconds": v * b} for (s, t), v in taken.items() for b in (1, 8)]
+    seconds = {("dense", "prefill"): 4.0, ("dense", "decode"): 0.5, ("base", "prefill"): 2.0, ("base", "decode"): 0.25}
+    records = [
+        {"stage": stage, "task": task, "batch": batch, "seconds": value * batch}
+        for (stage, task), value in seconds.items()
+        for batch in (1, 8)
+    ]
     run = replace(run, evaluation=records, summary={"parameters_after": 2**20})
-    name, ratio, faster, mib = trade_off.pruned(run)
-    assert (name, ratio.value, faster, mib) == ("share, 20 %", pytest.approx(math.exp(0.25)), 2.0, 2.0)
+    name, ratio, speedup, mib = trade_off.pruned(run)
+    # The loss rises by 2 and 3 nats in windows of 10 predicted tokens each, so by 0.25 nats per token.
+    assert (name, ratio.value, speedup, mib) == ("share, 20 %", pytest.approx(math.exp(0.25)), 2.0, 2.0)
 
 
 def test_each_panel_has_the_points_of_all_measured_rows_and_files():
@@ -45,14 +50,17 @@ def test_each_panel_has_the_points_of_all_measured_rows_and_files():
 
 @pytest.mark.slow
 def test_a_list_is_compared_with_quantized_files_of_its_dense_model(tmp_path, monkeypatch):
-    """Without llama.cpp, files have only sizes. With llama.cpp, f16 has the perplexity of the dense model."""
+    """Without llama.cpp, GGUF files have only a size. With llama.cpp, f16 has the perplexity and speed of the model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "list.yaml"
     path.write_text(yaml.safe_dump(LIST, sort_keys=False))
     assert main(["study", str(path)]) == 0
-    lines = [line for line in trade_off.work([str(path), str(tmp_path)]).splitlines() if line.startswith("| ")]
-    cells = {row[0]: row[1:] for row in ([c.strip() for c in line.strip("|").split("|")] for line in lines)}
+    cells = {}  # {first cell: other cells} of each row
+    for line in trade_off.work([str(path), str(tmp_path)]).splitlines():
+        if line.startswith("| "):
+            name, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
+            cells[name] = numbers
     assert list(cells)[1:5] == ["share, 20 %", "share, 50 %", "dense, GGUF f16", "dense, GGUF q8_0"]
     assert float(cells["dense, GGUF q8_0"][2]) < float(cells["dense, GGUF f16"][2])
     assert (tmp_path / "trade-off.png").exists()

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import runpy
@@ -51,7 +52,7 @@ PIPELINE_STEPS = (
     *("open_run", "calibrate", "score", "base_masks", "measure_drift", "partition", "assess", "learn_sparsity"),
     *("with_learning_budget", "with_quality_budget", "meet_budget", "shrink", "save", "evaluate", "summarise"),
 )
-# Step -> the module in which it is looked up
+# Function of a step -> the module in which the pipeline looks it up, where it is replaced
 STEPS = {"load_dense": run_module, "prepare_text": run_module} | dict.fromkeys(PIPELINE_STEPS, pipeline)
 BATCHES = (
     (CalibrationStage, "test_step"),
@@ -61,7 +62,7 @@ BATCHES = (
     (evaluate_module, "perplexity"),
 )
 KINDS = ("step entered", "batch", "half written", "before rename", "after rename")
-TOKENS = "metrics.json: tokens"
+TOKENS = "metrics.json: tokens"  # key of the token counts among the digests
 RESULTS = ("masks/*", "statistics/*", "recovery/*", "*.safetensors", "model/*.safetensors", "model/config.json")
 
 
@@ -82,16 +83,16 @@ class Point:
 class Watch:
     """Write each point to a file, and kill the process at `target`. Used in the child only."""
 
-    notes: int  # file descriptor of the file of points
+    points_file: int  # file descriptor
     target: Point | None
     step: str = "start"
     counts: Counter = field(default_factory=Counter)
 
     def __call__(self, kind: str, what: str) -> None:
-        alike = (self.step, kind, what)
-        self.counts[alike] += 1
-        point = Point(*alike, self.counts[alike])
-        os.write(self.notes, (point.line() + "\n").encode())
+        moment = (self.step, kind, what)
+        self.counts[moment] += 1
+        point = Point(*moment, self.counts[moment])
+        os.write(self.points_file, (point.line() + "\n").encode())
         if point == self.target:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -207,8 +208,8 @@ def points_of(trial: Path) -> list[Point]:
 
 
 def digests(run: Path, *, tokens: bool = False) -> dict[str, Any]:
-    """Return file (or part of metrics.json) -> SHA-256 for the results of a run, and its token counts if asked."""
-    found = {
+    """Return {file, or part of metrics.json: SHA-256} of the results of a run; with `tokens`, also the token counts."""
+    hashes = {
         str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest()
         for pattern in RESULTS
         for file in run.glob(pattern)
@@ -218,8 +219,8 @@ def digests(run: Path, *, tokens: bool = False) -> dict[str, Any]:
     summary = metrics["summary"]
     tokens_by_kind = {name: summary.pop(name) for name in list(summary) if name.endswith("_tokens")}
     for name, part in {"records": metrics["records"], "summary": summary}.items():
-        found[f"metrics.json: {name}"] = hashlib.sha256(json.dumps(part).encode()).hexdigest()
-    return found | ({TOKENS: tokens_by_kind} if tokens else {})
+        hashes[f"metrics.json: {name}"] = hashlib.sha256(json.dumps(part).encode()).hexdigest()
+    return hashes | ({TOKENS: tokens_by_kind} if tokens else {})
 
 
 def leftover_files(folder: Path) -> list[Path]:
@@ -228,19 +229,23 @@ def leftover_files(folder: Path) -> list[Path]:
 
 
 def sample_points(points: Sequence[Point], count: int, generator: random.Random) -> list[Point]:
-    """Sample `count` points in the order of the run: kinds in turn, each from the step with fewest samples."""
-    left, chosen = generator.sample(points, len(points)), []
+    """Sample `count` points, and return them in the order of the run.
+
+    Kinds take turns. Each point is from the step with the fewest samples of its kind, and then with the fewest samples.
+    """
+    remaining, chosen = generator.sample(points, len(points)), []
     for kind in itertools.islice(itertools.cycle(KINDS), min(count, len(points))):
-        alike, steps = (Counter(p.step for p in chosen if p.kind in kinds) for kinds in ([kind], KINDS))
-        candidates = [point for point in left if point.kind == kind] or left
-        chosen.append(min(candidates, key=lambda point: (alike[point.step], steps[point.step])))
-        left.remove(chosen[-1])
+        of_kind = Counter(point.step for point in chosen if point.kind == kind)
+        of_any_kind = Counter(point.step for point in chosen)
+        candidates = [point for point in remaining if point.kind == kind] or remaining
+        chosen.append(min(candidates, key=lambda point: (of_kind[point.step], of_any_kind[point.step])))
+        remaining.remove(chosen[-1])
     return sorted(chosen, key=points.index)
 
 
 def chains(points: Sequence[Point], length: int) -> Iterator[list[Point]]:
     """Distribute the points over trials of at most `length` points each."""
-    trials = -(-len(points) // length)
+    trials = math.ceil(len(points) / length)
     yield from (list(points[first::trials]) for first in range(trials))
 
 
@@ -253,16 +258,18 @@ class Tally:
     differing: list[str] = field(default_factory=list)
 
     def compare(self, trial: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+        """Count a trial, and record the names of its digests that differ from the expected ones."""
         self.trials += 1
-        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        if wrong:
-            self.differing.append(f"{trial.name}: {', '.join(wrong)}")
+        names = found.keys() | expected.keys()
+        differing = sorted(name for name in names if found.get(name) != expected.get(name))
+        if differing:
+            self.differing.append(f"{trial.name}: {', '.join(differing)}")
 
     def lines(self) -> list[str]:
         """Return the lines of the final report."""
         steps = [f"{step}: {count} {kind}" for (step, kind), count in self.kills.items()]
-        same = self.trials - len({line.split(":")[0] for line in self.differing})
-        total = f"{self.kills.total()} kills in {self.trials} trials, {same} of them with identical results."
+        identical = self.trials - len({line.split(":")[0] for line in self.differing})
+        total = f"{self.kills.total()} kills in {self.trials} trials, {identical} of them with identical results."
         return [*steps, total, *(f"differs: {line}" for line in self.differing)]
 
 
@@ -271,15 +278,15 @@ def kill_and_resume(launcher: Launcher, *, count: int, length: int, seed: int) -
     tally, shared = Tally(), launcher.folder / "shared-cache"
     expected = launcher.end(launcher.folder / "uninterrupted", launcher.folder / "cache")
     points = sample_points(points_of(launcher.folder / "uninterrupted"), count, random.Random(seed))
-    todo = [(chain, shared if place % 2 else None) for place, chain in enumerate(chains(points, length))]
-    while todo:
+    pending = [(chain, shared if i % 2 else None) for i, chain in enumerate(chains(points, length))]
+    while pending:
         trial = launcher.folder / f"trial-{tally.trials}"
-        chain, cache = todo.pop(0)
-        for place, target in enumerate(chain):
+        chain, cache = pending.pop(0)
+        for i, target in enumerate(chain):
             if not launcher.start(trial, cache or trial / "cache", target):
                 # An earlier process finished this work, or the shared cache has it: test the point in another trial.
-                assert place or cache, f"{target} was not reached"
-                todo.append((chain[place:], None))
+                assert i or cache, f"{target} was not reached"
+                pending.append((chain[i:], None))
                 break
             tally.kills[target.step, target.kind] += 1
         found = launcher.end(trial, cache or trial / "cache")
@@ -296,10 +303,12 @@ def tiny_run_flags(folder: Path) -> list[str]:
     from tests import tiny_run
 
     world = tiny_run.make_world(folder)
-    own = ("--run.dir", "--run.name")
-    learns = ["--recovery=[least_squares,distill]", "--distill.tokens=960", "--trainer.val_check_interval=0.5"]
-    more = [*learns, "--sparsity.epochs=2", "--run.checkpoint_minutes=0"]
-    return [flag for flag in world.args(folder, *more) if not flag.startswith(own)]
+    more = [
+        "--recovery=[least_squares,distill]", "--distill.tokens=960", "--trainer.val_check_interval=0.5",
+        "--sparsity.epochs=2", "--run.checkpoint_minutes=0",
+    ]  # fmt: skip
+    set_by_launcher = ("--run.dir", "--run.name")
+    return [flag for flag in world.args(folder, *more) if not flag.startswith(set_by_launcher)]
 
 
 def main() -> int:

@@ -42,10 +42,10 @@ STEPS = 2  # batches of a part; the waits of one training step are measured from
 
 @dataclass(frozen=True)
 class Place:
-    """A model and the number of simulated devices that it is on; 0 is the CPU."""
+    """A model and the devices that it is on."""
 
     model: PreTrainedModel
-    devices: int
+    devices: int  # number of simulated devices; 0: the CPU
 
     def batches(self, steps: int = STEPS) -> list[dict[str, Tensor]]:
         """Return batches on the first device, where the trainer puts them."""
@@ -77,10 +77,10 @@ def calibrate(place: Place, **kinds: Any) -> CorpusStatistics:
 
 
 def walk(place: Place) -> CorpusStatistics:
-    found = Walk(place.model)
+    calibration = Walk(place.model)
     for batch in place.batches():
-        found.add(*batch.values())
-    return found.statistics(gram=True)
+        calibration.add(*batch.values())
+    return calibration.statistics(gram=True)
 
 
 def learn(place: Place, *, attention: bool, steps: int = STEPS, **settings: Any) -> list[Tensor]:
@@ -88,11 +88,15 @@ def learn(place: Place, *, attention: bool, steps: int = STEPS, **settings: Any)
     blocks = blocks_of(place.model)
     generator = torch.Generator().manual_seed(0)
     labels = [torch.arange(b.experts * b.neurons) % 3 for b in blocks]
-    p = [(torch.rand(len(y), generator=generator, dtype=torch.float64) * 0.98 + 0.01) for y in labels]
-    groups = [torch.rand(b.kv_groups, generator=generator, dtype=torch.float64) * 0.98 + 0.01 for b in blocks]
-    ranks = ModuleRanks(p, labels, groups)
+
+    def random_ranks(units: int) -> Tensor:
+        return torch.rand(units, generator=generator, dtype=torch.float64) * 0.98 + 0.01
+
+    ffn_ranks = [random_ranks(len(block_labels)) for block_labels in labels]
+    group_ranks = [random_ranks(b.kv_groups) for b in blocks]
+    ranks = ModuleRanks(ffn_ranks, labels, group_ranks)
     budget = Budget.of(unit_costs(blocks, scope="attention+ffn" if attention else "ffn"), 0.4)
-    start = start_thresholds(keep_masks(budget, p, groups), ranks)
+    start = start_thresholds(keep_masks(budget, ffn_ranks, group_ranks), ranks)
     stage = ThresholdLearning(place.model, ranks, start, budget, **{"centred": False} | settings)
     train(stage, DataLoader(place.batches(steps), batch_size=None))
     return [t.detach().cpu() for t in stage.state_dict().values()]
@@ -112,7 +116,7 @@ def recover(place: Place, name: str, **settings: Any) -> Tensor:
     statistics = calibrate(place, gram="gram" in method.needs) if method.needs - {"text"} else None
     gc.collect()  # metrics of torchmetrics contain reference cycles
 
-    def fit(what: str, stage: L.LightningModule, *, clip: float | None = None, **_: Any) -> None:
+    def fit(name: str, stage: L.LightningModule, *, clip: float | None = None, **_: Any) -> None:
         train(stage, DataLoader(place.batches(), batch_size=None), gradient_clip_val=clip)
 
     material = Material(
@@ -140,10 +144,11 @@ def logits(model: PreTrainedModel, place: Place) -> Tensor:
 
 
 def prune_and_mask(place: Place) -> list[Tensor]:
+    """Return the logits of the masked model and of the pruned model."""
     masks = place.masks
     with torch.no_grad():
-        under = masked_logits(place.model, masks, place.batches()[0]["input_ids"]).cpu()
-    return [under, logits(prune(place.model, masks), place)]
+        of_masked = masked_logits(place.model, masks, place.batches()[0]["input_ids"]).cpu()
+    return [of_masked, logits(prune(place.model, masks), place)]
 
 
 def window_losses(place: Place) -> Tensor:
@@ -195,7 +200,7 @@ LEARNING: dict[str, dict[str, Any]] = {
         ("both", "cross_entropy", True),
     )
 }  # fmt: skip
-# Parts for models with experts: without biases, saliency and sequential recovery.
+# Parts that support models with experts. Biases, saliency and sequential recovery do not.
 EXPERTS = ("calibration with Gram matrices", "calibration block by block", "least_squares", "distill mlp",
            "pruning", "perplexity", "export check")  # fmt: skip
 
@@ -205,7 +210,10 @@ def model_of(family: str, *, tied: bool = False) -> PreTrainedModel:
 
 
 def run(part: Part, model: PreTrainedModel, devices: int) -> tuple[Any, Devices]:
-    """Return the result of a part on so many devices, and the counted waits without those of placing the model."""
+    """Return the result of a part on a number of devices, and the counted synchronisations.
+
+    Those of placing the model are not counted. With 0 devices the part runs on the CPU, and none are counted.
+    """
     model = copy.deepcopy(model)
     if devices == 0:
         return part(Place(model, 0)), Devices()
@@ -216,18 +224,21 @@ def run(part: Part, model: PreTrainedModel, devices: int) -> tuple[Any, Devices]
 
 
 def learn_and_count_waits(settings: dict[str, Any], model: PreTrainedModel, devices: int) -> tuple[list[Tensor], int]:
-    """Return the result of training, and the waits of one step: the difference between 2 * STEPS and STEPS steps."""
-    (found, few), (_, many) = (
+    """Return the result of training, and the synchronisations of one step.
+
+    These are the difference between 2 * STEPS and STEPS steps, which excludes the start and the end of training.
+    """
+    (thresholds, once), (_, twice) = (
         run(lambda place, n=n: learn(place, steps=n, **settings), model, devices) for n in (STEPS, 2 * STEPS)
     )
-    return found, (many.waits - few.waits) // STEPS
+    return thresholds, (twice.waits - once.waits) // STEPS
 
 
-def tensors(found: Any) -> Iterator[Tensor]:
+def tensors(result: Any) -> Iterator[Tensor]:
     """Yield all numbers of a result as tensors."""
-    if isinstance(found, CorpusStatistics):
-        found = list(found.tensors().values())
-    for item in found if isinstance(found, list) else [found]:
+    if isinstance(result, CorpusStatistics):
+        result = list(result.tensors().values())
+    for item in result if isinstance(result, list) else [result]:
         yield torch.as_tensor(item)
 
 

@@ -24,7 +24,11 @@ pytestmark = pytest.mark.usefixtures("shared_cache")
 
 @pytest.fixture
 def refused(world, tmp_path, capfd):
-    """Run with additional flags, and return the one line on stderr. `started`: whether the run folder may exist."""
+    """Return a function that starts a run that has to fail, and returns its one line on stderr.
+
+    Arguments of the function: additional flags; the exit code; whether the run may have written its folder (`started`);
+    all arguments of the command instead of the additional flags (`args`).
+    """
     runs = tmp_path / "runs"
 
     def run(*flags, code=2, started=False, args=None):
@@ -85,18 +89,22 @@ def test_an_invalid_flag_is_refused_in_one_line_that_names_it(flags, refused):
     assert all(words in line for words in FLAGS[flags]), line
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="checks the refusal on a machine without a GPU")
 def test_accelerator_gpu_is_refused_on_a_machine_without_a_gpu(refused):
     assert "gpu" in refused("--trainer.accelerator=gpu")
 
 
-def test_a_missing_wandb_login_and_an_invalid_wandb_mode_are_refused(refused, world, tmp_path, monkeypatch):
+def test_a_missing_wandb_login_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     assert "wandb login" in refused("--logging.mode=online", started=True)
+
+
+def test_an_invalid_wandb_mode_is_refused(refused, world, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "loud")
-    line = refused(args=[a for a in world.args(tmp_path / "runs") if not a.startswith("--logging.mode")], started=True)
+    args = [arg for arg in world.args(tmp_path / "runs") if not arg.startswith("--logging.mode")]
+    line = refused(args=args, started=True)
     assert "WANDB_MODE" in line
     assert "'loud'" in line
 
@@ -181,13 +189,13 @@ def test_a_corpus_without_text_is_refused(refused, tmp_path):
 
 
 def test_a_run_folder_with_other_settings_is_refused_and_left_unchanged(refused, world, tmp_path):
-    done = world.run(tmp_path / "runs", "--gprune=false")
-    before = {file: file.read_bytes() for file in done.path.rglob("*") if file.is_file()}
+    finished = world.run(tmp_path / "runs", "--gprune=false")
+    before = {file: file.read_bytes() for file in finished.path.rglob("*") if file.is_file()}
     line = refused("--gprune=false", "--sparsity.target=0.4", started=True)
     assert "sparsity.target: 0.5 there, 0.4 here" in line
     assert "--run.name" in line
-    assert {file: file.read_bytes() for file in done.path.rglob("*") if file.is_file()} == before
-    assert load_run(done.path).masks == done.masks
+    assert {file: file.read_bytes() for file in finished.path.rglob("*") if file.is_file()} == before
+    assert load_run(finished.path).masks == finished.masks
 
 
 def test_a_folder_that_is_not_a_run_is_refused_and_left_unchanged(refused, tmp_path):
@@ -198,14 +206,14 @@ def test_a_folder_that_is_not_a_run_is_refused_and_left_unchanged(refused, tmp_p
     assert [file.name for file in folder.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("place", ["file", "/proc/nowhere"])
-def test_an_unwritable_run_or_cache_folder_is_refused(place, refused, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["file", "/proc/nowhere"])  # a file in place of a folder, and a read-only folder
+def test_an_unwritable_run_or_cache_folder_is_refused(name, refused, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    place = tmp_path / place
-    line = refused(f"--run.dir={place}")
-    assert str(place) in line
+    folder = tmp_path / name
+    line = refused(f"--run.dir={folder}")
+    assert str(folder) in line
     assert "--run.dir" in line
-    monkeypatch.setenv("GPRUNE_CACHE", str(place / "cache"))
+    monkeypatch.setenv("GPRUNE_CACHE", str(folder / "cache"))
     assert "GPRUNE_CACHE" in refused(started=True)
 
 
@@ -243,36 +251,35 @@ def raise_keyboard_interrupt(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "place",
+    "method",
     [
-        "gprune.stages.calibration.CalibrationStage.test_step",  # inside test
-        "gprune.stages.threshold_learning.ThresholdLearning.training_step",  # inside fit
+        "gprune.stages.calibration.CalibrationStage.test_step",  # inside `Trainer.test`
+        "gprune.stages.threshold_learning.ThresholdLearning.training_step",  # inside `Trainer.fit`
     ],
 )
-def test_ctrl_c_ends_the_run_with_code_130_and_the_run_resumes(place, refused, world, tmp_path, monkeypatch):
+def test_ctrl_c_ends_the_run_with_code_130_and_the_run_resumes(method, refused, world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(place, raise_keyboard_interrupt)
+        patch.setattr(method, raise_keyboard_interrupt)
         assert "Interrupted" in refused(code=130, started=True)
     assert signal.getsignal(signal.SIGINT) is handler  # so that a second Ctrl-C works in a notebook
     assert world.run(tmp_path / "runs").summary["sparsity_of_scope"] >= 0.5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(  # the pause between three signals; None sends one signal
-    ("signum", "code", "pause"), [(signal.SIGINT, 130, None), (signal.SIGTERM, 143, 0.02)]
-)
-def test_a_signal_during_fit_ends_the_run_in_one_line_and_keeps_finished_steps(signum, code, pause, world, tmp_path):
+@pytest.mark.parametrize(("signum", "code", "signals"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 3)])
+def test_signals_during_fit_end_the_run_in_one_line_and_keep_finished_steps(signum, code, signals, world, tmp_path):
+    """Job schedulers may send SIGTERM several times."""
     (child,) = tiny_run.start(world.args(tmp_path, "--sparsity.epochs=100000", "--logging.mode=offline"), tmp_path)
-    end = time.monotonic() + 180
-    while "Learning" not in child.output[0].read_text() and time.monotonic() < end:
+    deadline = time.monotonic() + 180
+    while "Learning" not in child.output[0].read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(1)
+    time.sleep(1)  # until training has begun
     os.killpg(child.id, signum)
-    for _ in range(2 if pause is not None else 0):
-        time.sleep(pause)
-        with contextlib.suppress(ProcessLookupError):
+    for _ in range(signals - 1):
+        time.sleep(0.02)
+        with contextlib.suppress(ProcessLookupError):  # the process may have ended already
             os.killpg(child.id, signum)
     done = child.wait()
     assert done.returncode == code, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -29,26 +30,24 @@ def world(tmp_path_factory):
         yield world
 
 
-LEARNS = ("--recovery=[least_squares,distill]", "--distill.tokens=192")
-
-
 def test_every_window_begins_with_bos_and_no_loss_includes_bos(world, tmp_path):
-    result = world.run(tmp_path, *LEARNS)
+    """Records and model card state that windows begin with BOS."""
+    result = world.run(tmp_path, "--recovery=[least_squares,distill]", "--distill.tokens=192")
     model, tokenizer = load_model(str(world.model))
     text = prepare_text(result.config, tokenizer, 128)
-    everything = [*text.train.values(), *text.learn, *text.fresh, *text.development, *text.test]
-    assert len(everything) == 3 + 2 + 3 + 3 + 3
-    for windows in everything:
+    roles = [[*text.train.values()], text.learn, text.fresh, text.development, text.test]
+    assert [len(corpora) for corpora in roles] == [3, 2, 3, 3, 3]
+    for windows in itertools.chain(*roles):
         assert windows.bos
         assert windows.tokens.shape[1] == 32
-        assert bool((windows.tokens[:, 0] == 1).all())
+        assert bool((windows.tokens[:, 0] == 1).all())  # the id of BOS
         assert not bool((windows.tokens[:, 1:] == 1).any())
-    # reference from the logits: only text tokens are predicted, the first of them from BOS
+    # Only text tokens are predicted, the first one from BOS. The expected loss is computed here from the logits.
     (record,) = [r for r in result.records if r["stage"] == "dense" and r["corpus"] == str(world.corpora["alpha"])]
     (windows,) = [w for w in text.test if w.corpus == record["corpus"]]
     with torch.no_grad():
-        logits = model(windows.tokens).logits[:, :-1].double().log_softmax(-1)
-    expected = -logits.gather(-1, windows.tokens[:, 1:, None]).mean()
+        log_probabilities = model(windows.tokens).logits[:, :-1].double().log_softmax(-1)
+    expected = -log_probabilities.gather(-1, windows.tokens[:, 1:, None]).mean()
     assert record["nll"] == pytest.approx(float(expected), rel=1e-5)
     assert record["nll"] == perplexity(model, windows).nll
     assert all(r["bos"] is True for r in result.records)
@@ -59,18 +58,20 @@ def test_every_window_begins_with_bos_and_no_loss_includes_bos(world, tmp_path):
 def test_runs_with_and_without_bos_share_no_text_and_no_statistics(world, tmp_path):
     """All runs use one cache. For this tokenizer, `auto` and `always` give identical results."""
     flags = ("--gprune=false", "--export=none")
-    found = {bos: world.run(tmp_path, *flags, f"--corpora.bos={bos}", name=bos) for bos in ("auto", "never", "always")}
-    inputs = {bos: json.loads((run.path / "manifest.json").read_text())["settings"]["inputs"]["text"]
-              for bos, run in found.items()}  # fmt: skip
-    assert inputs["auto"] == inputs["always"]
-    assert not set(inputs["auto"].values()) & set(inputs["never"].values())
-    nll = {bos: [r["nll"] for r in run.records] for bos, run in found.items()}
+    runs = {bos: world.run(tmp_path, *flags, f"--corpora.bos={bos}", name=bos) for bos in ("auto", "never", "always")}
+    text_hashes, nll, statistics = {}, {}, {}
+    for bos, run in runs.items():
+        manifest = json.loads((run.path / "manifest.json").read_text())
+        text_hashes[bos] = manifest["settings"]["inputs"]["text"]
+        nll[bos] = [r["nll"] for r in run.records]
+        statistics[bos] = run.statistics[str(world.corpora["alpha"])].ffn[0].total.mean_sq
+    assert text_hashes["auto"] == text_hashes["always"]
+    assert not set(text_hashes["auto"].values()) & set(text_hashes["never"].values())
     assert nll["auto"] == nll["always"]
     assert not set(nll["auto"]) & set(nll["never"])
-    assert {r["bos"] for r in found["never"].records} == {False}
-    statistics = [run.statistics[str(world.corpora["alpha"])].ffn[0].total.mean_sq for run in found.values()]
-    assert torch.equal(statistics[0], statistics[2])
-    assert not torch.allclose(statistics[0], statistics[1])
+    assert {r["bos"] for r in runs["never"].records} == {False}
+    assert torch.equal(statistics["auto"], statistics["always"])
+    assert not torch.allclose(statistics["auto"], statistics["never"])
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(world, tmp_path, capsys):

@@ -44,7 +44,7 @@ def uninterrupted(world, tmp_path_factory):
 
 @pytest.fixture
 def copied(uninterrupted, tmp_path):
-    """Return a copy of `uninterrupted` whose cache is used, with a folder `outside` that must stay empty."""
+    """Return a copy of `uninterrupted`, and use the copied cache. Its folder `outside` must stay empty."""
     for name in ("runs", "cache"):
         shutil.copytree(uninterrupted / name, tmp_path / name)
     (tmp_path / "outside").mkdir()
@@ -72,12 +72,16 @@ def empty(file: Path) -> None:
 def flip_one_bit(file: Path) -> None:
     """Flip the lowest bit of one byte of the payload. In JSON, flip it in the first digit of a number.
 
-    The file then still parses. The last digit would not do: with 17 digits, 8 and 9 as last digit give the same float.
+    The file then still parses. Its last digit is not flipped, because in a number with 17 digits the last digits 8 and
+    9 can give the same float.
     """
     content = bytearray(file.read_bytes())
-    digits = [match.start() for match in re.finditer(rb"(?<![\w.+-])[2468]", content)]
-    place = len(content) - 3 if file.suffix == ".safetensors" else digits[len(digits) // 2]
-    content[place] ^= 1
+    if file.suffix == ".safetensors":
+        position = len(content) - 3
+    else:
+        first_digits = [match.start() for match in re.finditer(rb"(?<![\w.+-])[2468]", content)]
+        position = first_digits[len(first_digits) // 2]
+    content[position] ^= 1
     file.write_bytes(content)
 
 
@@ -120,11 +124,12 @@ def test_readers_ignore_every_damaged_file_with_one_warning(uninterrupted, tmp_p
             assert "\n" not in line
 
 
-@pytest.mark.parametrize(
-    "damage", [flip_one_bit, pytest.param(write_other_content, marks=pytest.mark.slow)]
-)  # the same two readers detect the other kinds of damage
+@pytest.mark.parametrize("damage", [flip_one_bit, pytest.param(write_other_content, marks=pytest.mark.slow)])
 def test_damaged_files_are_recomputed_with_identical_contents(damage, copied, world, uninterrupted, capsys):
-    """All files are damaged at once. Afterwards all have their original contents."""
+    """All files are damaged at once. Afterwards all have their original contents.
+
+    The test above checks that the two readers detect the other kinds of damage.
+    """
     for pattern in RESULTS:
         for file in copied.glob(pattern):
             damage(file)
@@ -134,24 +139,25 @@ def test_damaged_files_are_recomputed_with_identical_contents(damage, copied, wo
 
 
 def test_files_of_another_run_are_ignored_and_recomputed(copied, world, uninterrupted, capsys):
-    """The foreign files are valid and have the right names, and come from a run with another seed."""
+    """The copied files are valid and have the right names, but are from a run with another seed."""
     assert start_again(world, copied, "--run.seed=1", "--export=none", name="other") == 0
-    own, other = copied / "runs/run", copied / "runs/other"
+    run, other = copied / "runs/run", copied / "runs/other"
     for name in ("assignment.safetensors", "thresholds.safetensors", "modules.safetensors", "metrics.json"):
-        assert (own / name).read_bytes() != (other / name).read_bytes()
-        shutil.copy(other / name, own / name)
+        assert (run / name).read_bytes() != (other / name).read_bytes()
+        shutil.copy(other / name, run / name)
     with pytest.raises(UserError, match="is not finished"):
-        load_run(own)
+        load_run(run)
     capsys.readouterr()
     assert start_again(world, copied) == 0
     assert capsys.readouterr().out.count("the file belongs to another run") >= 3
-    assert digests(own) == digests(uninterrupted / "runs/run")
+    assert digests(run) == digests(uninterrupted / "runs/run")
 
 
-# --- damage to a run folder: the damage, the error when the run is started again, and the error of `load_run` ------
+# --- damage to a run folder ----------------------------------------------------------------------------------------
 
 
 def at(name: str, damage: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Return a function that damages the file `name` of a run folder."""
     return lambda run: damage(run / name)
 
 
@@ -189,7 +195,7 @@ def change_masks(run: Path) -> None:
 
 
 def remove_model_of_older_version(run: Path) -> None:
-    """Remove the model, and add the hash of an unknown file to the manifest, as a run of another version would have."""
+    """Remove the model, and add to the manifest the hash of a file that only another version writes."""
     manifest = read_json(run / "manifest.json")
     manifest["model"]["of_another_version.json"] = "0" * 16
     write_json(run / "manifest.json", manifest)
@@ -203,6 +209,7 @@ def change_target(file: Path) -> None:
 DAMAGED, NOT_A_RUN = "manifest.json is damaged", "not a gprune run"
 MODEL_CHANGED = "files were changed after the export"
 LINK, CHANGED_CONFIG = "is a link out of the folder", r"config\.yaml, which was altered"
+# The damage, the error when the run is started again, and the error of `load_run`; None: no error.
 RUNS: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
     **{f"manifest: {damage.__name__}": (at("manifest.json", damage), DAMAGED, NOT_A_RUN) for damage in DAMAGES},
     "manifest: a list": (overwrite("manifest.json", "[]"), DAMAGED, NOT_A_RUN),
@@ -230,7 +237,7 @@ RUNS: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
 
 @pytest.mark.parametrize("row", RUNS)
 def test_a_damaged_run_folder_is_recomputed_or_refused(row, copied, world, uninterrupted, capsys):
-    damage, refused, load_error = RUNS[row]
+    damage, start_error, load_error = RUNS[row]
     run = copied / "runs/run"
     damage(run)
     if load_error is None:
@@ -240,19 +247,19 @@ def test_a_damaged_run_folder_is_recomputed_or_refused(row, copied, world, unint
             load_run(run)
 
     def content() -> dict[Path, bytes]:
-        """All files except config.yaml, which contains the path of the folder."""
+        """Return the contents of all files except config.yaml, which contains the path of the folder."""
         return {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != "config.yaml"}
 
     before = content()
     capsys.readouterr()
-    if refused is None:
+    if start_error is None:
         assert start_again(world, copied) == 0
         assert digests(run) == digests(uninterrupted / "runs/run")
         assert load_run(run).model is not None
     else:
         assert start_again(world, copied) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert refused in line
+        assert start_error in line
         assert content() == before
 
 
@@ -266,26 +273,26 @@ def test_links_inside_the_run_folder_and_links_of_wandb_are_allowed(copied, worl
 
 
 def test_loading_a_run_never_executes_python_code_of_its_model_folder(copied, monkeypatch):
-    """Neither for the model nor for the tokenizer, and `load_run` asks no question either."""
+    """Tries code in the configs of model and tokenizer, and in pickled weights. `load_run` asks no question."""
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("load_run called input()"))
     run, model = copied / "runs/run", copied / "runs/run/model"
     manifest = json.loads((run / "manifest.json").read_text())
-    for place in ("model", "checksum"):  # without hashes, as an attacker would write the manifest
-        manifest.pop(place, None)
+    for key in ("model", "checksum"):  # an attacker would remove the hashes
+        manifest.pop(key, None)
     (run / "manifest.json").write_text(json.dumps(manifest))
     for file in [*model.glob("*.py"), model / "evil.py"]:
         file.write_text(f"open({str(copied / 'outside/RAN')!r}, 'w')\n")
-    config, tokenizer = (model / name for name in ("config.json", "tokenizer_config.json"))
-    plain = json.loads(config.read_text())
-    assert load_run(run).model.config.model_type == plain["model_type"]
-    evil = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, "model_type": "evil"}
-    config.write_text(json.dumps(plain | evil))
+    config_file, tokenizer_file = (model / name for name in ("config.json", "tokenizer_config.json"))
+    config = json.loads(config_file.read_text())
+    assert load_run(run).model.config.model_type == config["model_type"]
+    evil_config = {"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, "model_type": "evil"}
+    config_file.write_text(json.dumps(config | evil_config))
     with pytest.raises(UserError, match="model"):
         load_run(run)
-    config.write_text(json.dumps(plain))
-    evil = {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "EvilTokenizer"}
-    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | evil))
-    with suppress(UserError):
+    config_file.write_text(json.dumps(config))
+    evil_tokenizer = {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "EvilTokenizer"}
+    tokenizer_file.write_text(json.dumps(json.loads(tokenizer_file.read_text()) | evil_tokenizer))
+    with suppress(UserError):  # whether this is an error does not matter here
         load_run(run)
     (model / "model.safetensors").unlink()
     replace_by_pickle("model/pytorch_model.bin")(run)
@@ -298,19 +305,19 @@ def test_loading_a_run_never_executes_python_code_of_its_model_folder(copied, mo
 
 @pytest.mark.slow
 def test_a_file_size_limit_ends_the_run_in_one_line_and_the_run_resumes_without_it(world, tmp_path, uninterrupted):
-    """RLIMIT_FSIZE makes the first larger write fail with EFBIG, in whichever library that is."""
+    """With RLIMIT_FSIZE, the first larger write fails with EFBIG, in whichever library it happens."""
     with tiny_run.isolated(tmp_path / "cache"):
-        pipe = os.pipe()
+        read_end, write_end = os.pipe()
         child = os.fork()
         if child == 0:
-            sys.stderr, sys.stdout = os.fdopen(pipe[1], "w"), open(os.devnull, "w")  # noqa: SIM115
+            sys.stderr, sys.stdout = os.fdopen(write_end, "w"), open(os.devnull, "w")  # noqa: SIM115
             resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.RLIM_INFINITY))
             code = start_again(world, tmp_path, "--export=none")
             sys.stderr.flush()
             os._exit(code)
         assert exit_code(child) == 2
-        os.close(pipe[1])
-        (line,) = os.read(pipe[0], 10_000).decode().splitlines()
+        os.close(write_end)
+        (line,) = os.read(read_end, 10_000).decode().splitlines()
         assert line.startswith("train.py: ")
         assert "too large" in line
         assert not leftover_files(tmp_path)
@@ -344,16 +351,17 @@ def test_concurrent_runs_with_one_cache_have_the_results_of_a_single_run(world, 
 
 
 def test_a_locked_run_folder_is_refused_until_its_process_is_killed(copied, world, capsys):
-    ready, done = os.pipe(), os.pipe()
+    locked_read, locked_write = os.pipe()
+    wait_read, _ = os.pipe()  # nothing is written, so reading blocks until the process is killed
 
-    def hold() -> int:
+    def hold_lock() -> int:
         with locked(copied / "runs/run"):
-            os.write(ready[1], b"x")
-            os.read(done[0], 1)
+            os.write(locked_write, b"x")
+            os.read(wait_read, 1)
         return 0
 
-    child = forked(hold)
-    os.read(ready[0], 1)
+    child = forked(hold_lock)
+    os.read(locked_read, 1)
     assert start_again(world, copied) == 2
     assert "another process uses the folder" in capsys.readouterr().err
     os.kill(child, 9)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments.bench.measure import flops as counted
+from experiments.bench.measure import flops as count_flops
 from gprune.calibration.moments import _panels
 from gprune.config.parse import parse
 from gprune.models.blocks import blocks_of
@@ -22,6 +22,7 @@ IDS = torch.randint(3, 128, (2, 64), generator=torch.Generator().manual_seed(0))
 
 
 def planned(model, folder, *flags):
+    """Save a model, and return the plan of a run with windows of 64 tokens and without recovery."""
     model.save_pretrained(folder)
     return check(parse([f"--model.name={folder}", "--recovery=none", "--corpora.seq_len=64", *flags]))
 
@@ -33,45 +34,49 @@ def test_flops_per_forward_token_equal_those_counted_by_torch(family, tmp_path):
     flags = ("--gprune=false", "--corpora.num_samples=2", "--evaluation.seq_len=64", "--evaluation.controls=[]")
     plan = planned(model, tmp_path, *flags)
     assert plan.forward_backward_tokens == 0
-    token = counted(lambda: model(input_ids=IDS, use_cache=False)) / IDS.numel()
-    assert estimated_flops(plan) == pytest.approx(plan.forward_tokens * token, rel=1e-9)
+    flops_per_token = count_flops(lambda: model(input_ids=IDS, use_cache=False)) / IDS.numel()
+    assert estimated_flops(plan) == pytest.approx(plan.forward_tokens * flops_per_token, rel=1e-9)
 
 
 def test_estimated_training_flops_are_at_most_5_percent_above_torchs_count(tiny_model, tmp_path):
-    less, more = (planned(tiny_model, tmp_path, f"--sparsity.epochs={epochs}") for epochs in (1, 3))
-    # torch does not count the backward pass of fused attention
+    """Compares a plan of one epoch with one of three epochs, so that all other costs cancel."""
+    one_epoch, three_epochs = (planned(tiny_model, tmp_path, f"--sparsity.epochs={epochs}") for epochs in (1, 3))
+    # torch does not count the backward pass of fused attention.
     tiny_model.requires_grad_(True).set_attn_implementation("eager")
-    step = counted(lambda: next_token_losses(tiny_model, IDS).mean().backward()) / IDS.numel()
-    expected = (more.forward_backward_tokens - less.forward_backward_tokens) * step
-    expected += (more.forward_tokens - less.forward_tokens) * counted(lambda: tiny_model(input_ids=IDS)) / IDS.numel()
-    # the last token of a window needs no output projection
-    assert expected <= estimated_flops(more) - estimated_flops(less) <= 1.05 * expected
+    trained = count_flops(lambda: next_token_losses(tiny_model, IDS).mean().backward()) / IDS.numel()
+    forward = count_flops(lambda: tiny_model(input_ids=IDS)) / IDS.numel()
+    expected = (three_epochs.forward_backward_tokens - one_epoch.forward_backward_tokens) * trained
+    expected += (three_epochs.forward_tokens - one_epoch.forward_tokens) * forward
+    # The estimate includes an output projection of the last token of a window, which has no loss.
+    assert expected <= estimated_flops(three_epochs) - estimated_flops(one_epoch) <= 1.05 * expected
 
 
 @pytest.mark.parametrize("channels", [64, 192, 300, 576, 1536])
 def test_gram_flops_are_an_upper_bound_of_the_products_of_panels(channels):
     """A panel of w columns is multiplied with all columns from its first one on."""
-    done = sum(2 * (panel.stop - panel.start) * (channels - panel.start) for panel in _panels(channels))
-    assert done <= gram_flops(channels) <= 4 / 3 * done
+    exact = sum(2 * (panel.stop - panel.start) * (channels - panel.start) for panel in _panels(channels))
+    assert exact <= gram_flops(channels) <= 4 / 3 * exact
 
 
 @pytest.mark.parametrize("name", EXPERTS_PER_TOKEN)
 def test_active_experts_are_read_by_any_name_and_default_to_all(name):
-    experts, dense = SimpleNamespace(experts=4), SimpleNamespace(experts=1)
+    """A list has one number for each layer, of which the largest one counts. There are at most all four experts."""
+    block_with_experts, dense_block = SimpleNamespace(experts=4), SimpleNamespace(experts=1)
     for value, active in ((2, 2), ([1, 3], 3), (8, 4), (None, 4)):
-        assert active_experts(SimpleNamespace(**{name: value}), experts) == active
-        assert active_experts(SimpleNamespace(**{name: value}), dense) == 1
-    assert active_experts(SimpleNamespace(), experts) == 4
+        assert active_experts(SimpleNamespace(**{name: value}), block_with_experts) == active
+        assert active_experts(SimpleNamespace(**{name: value}), dense_block) == 1
+    assert active_experts(SimpleNamespace(), block_with_experts) == 4
 
 
 def test_longer_evaluation_windows_cost_more_attention(tiny_model, tmp_path):
-    """Half as many windows of twice the length: the same tokens, each of which attends to 64 more."""
+    """Half as many windows of twice the length have as many tokens. The cost of attention to 64 more is added."""
     flags = ("--gprune=false", "--evaluation.controls=[]")
     short, long = (
         planned(tiny_model, tmp_path, *flags, f"--evaluation.seq_len={length}", f"--evaluation.num_samples={windows}")
         for length, windows in ((64, 8), (128, 4))
     )
-    evaluated, channels = 2 * 8 * 64 * 3, sum(block.channels for block in blocks_of(short.skeleton))
+    evaluated = 2 * 8 * 64 * 3  # tokens: two rows, windows, tokens of a window, corpora
+    channels = sum(block.channels for block in blocks_of(short.skeleton))
     assert estimated_flops(long) - estimated_flops(short) >= evaluated * 4 * 64 * channels
 
 
@@ -97,22 +102,29 @@ def test_seconds_per_token_are_those_of_a_few_blocks_scaled_to_the_model(family,
     monkeypatch.setattr(pace, "_seconds", seconds)
     monkeypatch.setattr(pace, "_PACES", {})
     dense, pruned = pace._measured_paces(plan)
-    c, tokens = plan.cfg, plan.cfg.corpora.batch_size * plan.cfg.evaluation.seq_len
-    for one, trained in ((dense, c.corpora.batch_size * 64), (pruned, c.distill.batch_size * 64)):
-        assert one == pytest.approx(
-            (blocks / tokens, (blocks + 1) / tokens, (blocks + 1) / tokens, blocks / tokens, (blocks + 1) / trained)
+    evaluated = plan.cfg.corpora.batch_size * plan.cfg.evaluation.seq_len  # tokens of a batch
+    for model_pace, batch_size in ((dense, plan.cfg.corpora.batch_size), (pruned, plan.cfg.distill.batch_size)):
+        expected = pace.Pace(
+            forward=blocks / evaluated,
+            evaluated=(blocks + 1) / evaluated,
+            developed=(blocks + 1) / evaluated,
+            teacher=blocks / evaluated,
+            learned=(blocks + 1) / (batch_size * 64),
         )
+        assert model_pace == pytest.approx(tuple(expected))
 
 
 def test_the_estimated_time_grows_with_the_training_tokens(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(pace, "_PACES", {})
     flags = ("--recovery=distill", "--trainer.precision=32-true")
-    less, more = (planned(tiny_model, tmp_path, *flags, f"--distill.tokens={tokens}") for tokens in (12_288, 122_880))
-    few, many = pace.run_seconds(less), pace.run_seconds(more)  # both from one measurement
-    dense, pruned = pace._measured_paces(less)
-    rows = sum(recovery == "distill" for _, recovery in less.cfg.stages)
-    added = less.cfg.distilled_windows * 9 * 3 * 64
-    assert many - few == pytest.approx(added * (rows * pruned.learned + dense.teacher), rel=1e-6)
+    """The rows share the forward passes of the teacher. Both times are from the same measurement."""
+    short, long = (planned(tiny_model, tmp_path, *flags, f"--distill.tokens={tokens}") for tokens in (12_288, 122_880))
+    seconds_of_short, seconds_of_long = pace.run_seconds(short), pace.run_seconds(long)
+    dense, pruned = pace._measured_paces(short)
+    distilled_rows = sum(recovery == "distill" for _, recovery in short.cfg.stages)
+    added_tokens = short.cfg.distilled_windows * 9 * 3 * 64  # nine times as many windows, three corpora, tokens
+    added_seconds = added_tokens * (distilled_rows * pruned.learned + dense.teacher)
+    assert seconds_of_long - seconds_of_short == pytest.approx(added_seconds, rel=1e-6)
 
 
 def test_the_time_of_a_large_model_is_estimated_from_the_matmul_speed(tiny_model, tmp_path, monkeypatch):

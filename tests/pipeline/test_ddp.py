@@ -33,7 +33,7 @@ TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
 def launched(world, folder, *flags):
-    """Start one process, which starts the second one itself as `train.py` does by default."""
+    """Run `train.py` as a user does: start one process, which starts the second one itself."""
     (done,) = tiny_run.train(world.args(folder, *flags, *TWO), folder)
     return done
 
@@ -70,9 +70,9 @@ def runs(world, tmp_path_factory):
 
 
 def test_two_processes_share_the_windows(runs):
-    """Rank 0 has two windows of the batch 0 to 3, and window 4, in each of two epochs of training."""
+    """Of five windows in batches of four, rank 0 has two of the first batch, and the only one of the second batch."""
     one, two = (read_json(runs[n] / "manifest.json")["steps"] for n in ("one", "two"))
-    assert one["thresholds"]["forward_backward_tokens"] == 2 * 5 * 32
+    assert one["thresholds"]["forward_backward_tokens"] == 2 * 5 * 32  # epochs, windows, tokens
     assert two["thresholds"]["forward_backward_tokens"] == 2 * 3 * 32
     assert two["calibrate"]["forward_tokens"] == one["calibrate"]["forward_tokens"] * 3 // 5
 
@@ -81,8 +81,8 @@ def test_losses_agree_and_are_identical_for_rows_without_training(runs):
     """The two evaluation windows of a corpus are one batch, so rank 1 has none."""
     one, two = (read_json(runs[n] / "metrics.json")["records"] for n in ("one", "two"))
     for of_one, of_two in zip(one, two, strict=True):
-        same = [[r[name] for name in ("stage", "recovery", "corpus", "content_hash")] for r in (of_one, of_two)]
-        assert same[0] == same[1]
+        for name in ("stage", "recovery", "corpus", "content_hash"):
+            assert of_one[name] == of_two[name]
         assert of_one["nll"] == pytest.approx(of_two["nll"], rel=1e-4)
         if of_one["stage"] in ("dense", "base") and of_one["recovery"] == "none":
             for name in ("nll", "window_nll", "kl", "window_kl", "agreement", "window_agreement"):
@@ -91,17 +91,17 @@ def test_losses_agree_and_are_identical_for_rows_without_training(runs):
 
 
 def test_development_perplexity_agrees_to_two_decimals(runs):
-    """In validation with one window of each corpus. The values before training are identical."""
+    """The values of the dense model, and of the masks before training, are identical."""
     one, two = (read_json(runs[n] / "manifest.json")["learning"] for n in ("one", "two"))
-    dense, *others = (f"development_perplexity_by_{axis}" for axis in ("sparsity", "epoch"))
-    assert one[dense]["0"] == two[dense]["0"]
-    assert one[others[0]][0] == two[others[0]][0]  # the masks at the start
-    for of_one, of_two in zip(one[others[0]], two[others[0]], strict=True):
+    by_sparsity, by_epoch = (f"development_perplexity_by_{axis}" for axis in ("sparsity", "epoch"))
+    assert one[by_sparsity]["0"] == two[by_sparsity]["0"]
+    assert one[by_epoch][0] == two[by_epoch][0]
+    for of_one, of_two in zip(one[by_epoch], two[by_epoch], strict=True):
         assert {c: f"{v:.2f}" for c, v in of_one.items()} == {c: f"{v:.2f}" for c, v in of_two.items()}
 
 
 def test_statistics_of_one_and_two_processes_agree(runs):
-    worst = 0.0
+    largest_difference = 0.0  # relative to the largest value of a tensor
     for file in sorted((runs["one"] / "statistics").iterdir()):
         one, two = read_tensors(file), read_tensors(runs["two"] / "statistics" / file.name)
         assert one.keys() == two.keys()
@@ -110,8 +110,8 @@ def test_statistics_of_one_and_two_processes_agree(runs):
             if name.endswith("count"):
                 assert torch.equal(two[name], value), name  # every window counted once
             scale = value.abs().max()  # a sum of positive and negative terms may be nearly 0
-            worst = max(worst, float((two[name] - value).abs().max() / scale))
-    assert worst <= 1e-6
+            largest_difference = max(largest_difference, float((two[name] - value).abs().max() / scale))
+    assert largest_difference <= 1e-6
 
 
 def test_modules_are_equal_and_thresholds_agree(runs):
@@ -120,21 +120,21 @@ def test_modules_are_equal_and_thresholds_agree(runs):
     one, two = (read_tensors(runs[n] / "thresholds.safetensors") for n in ("one", "two"))
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-3
-    start = {float(t) for value in one.values() for t in value}
-    assert len(start) > 6  # training has changed the thresholds
+    different_values = {float(t) for value in one.values() for t in value}
+    assert len(different_values) > 6  # training has changed the thresholds
 
 
 def differing_units(one, two):
-    """Count the units that only one of two masks keeps."""
-    kinds = ((one.ffn, two.ffn), (one.attention, two.attention))
-    return sum(int((a != b).sum()) for of_one, of_two in kinds for a, b in zip(of_one, of_two, strict=True))
+    """Return the number of units that only one of two masks keeps."""
+    pairs = [*zip(one.ffn, two.ffn, strict=True), *zip(one.attention, two.attention, strict=True)]
+    return sum(int((a != b).sum()) for a, b in pairs)
 
 
 def test_masks_differ_in_at_most_two_units(runs):
     one, two = (load_run(runs[n]) for n in ("one", "two"))
     assert one.masks.blocks == two.masks.blocks
     assert one.masks.blocks.count(False) == 1
-    assert differing_units(one.masks, two.masks) <= 2  # one unit is exchanged for another
+    assert differing_units(one.masks, two.masks) <= 2  # rounding may exchange one unit for another
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,7 @@ def test_saliency_agrees_and_masks_differ_in_at_most_two_units(taylor):
     assert [step["forward_backward_tokens"] for step in steps] == [5 * 32, 3 * 32]  # the work was shared
     of_one, of_two = (r.statistics[r.config.corpora.score].tensors() for r in (one, two))
     assert of_one.keys() == of_two.keys()
+    # Three blocks, FFN and attention, and a tensor for each half of the corpus and for the whole corpus.
     assert sum(kind_of(name) == "saliency" for name in of_one) == 3 * 2 * 3
     for name, value in of_one.items():  # the absolute value of a signed sum may be nearly 0
         assert (of_two[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
@@ -181,7 +182,7 @@ def test_two_processes_restore_lost_files_with_identical_contents(world, runs):
 
 
 def test_statistics_in_the_cache_of_rank_0_only_are_collected_again_by_all_ranks(world, tmp_path):
-    """This happens if another run fills the cache after one rank has looked and before the other one looks."""
+    """The ranks see different caches if another run writes the statistics between their look-ups."""
     caches = [tmp_path / "first", tmp_path / "second"]
     base = ["--gprune=false", "--export=none"]
     assert train(world, tmp_path, *base, "--run.name=before", caches=[caches[0]] * 2).returncode == 0
@@ -192,7 +193,8 @@ def test_statistics_in_the_cache_of_rank_0_only_are_collected_again_by_all_ranks
     assert read_json(tmp_path / "after/manifest.json")["steps"]["calibrate"]["forward_tokens"] > 0
 
 
-# A run in which the ranks measure different errors of blocks, as can happen by rounding. Each rank writes its widths.
+# A script in which rank 1 measures the errors of blocks in reverse order, as an extreme case of rounding. Each rank
+# writes the widths of its base masks to a file.
 DIFFERENT_ERRORS = """
 import sys
 from pathlib import Path
@@ -201,17 +203,18 @@ from gprune.cli import main
 from gprune.pipeline import sparsity
 from gprune.pipeline import prune as pipeline
 
-def different(*args, measure=sparsity.block_errors, **how):
-    errors = measure(*args, **how)
+def different_errors(*args, measure=sparsity.block_errors, **options):
+    errors = measure(*args, **options)
     return errors.flip(0) if torch.distributed.get_rank() else errors
 
-def noted(run, masks_of, meet=pipeline.meet_budget):
+def meet_and_write_widths(run, masks_of, meet=pipeline.meet_budget):
     thresholds, masks = meet(run, masks_of)
     widths = [int(keep.sum()) for keep in masks["base"].ffn]
     Path(sys.argv[1], f"widths.{torch.distributed.get_rank()}").write_text(str(widths))
     return thresholds, masks
 
-sparsity.block_errors, pipeline.meet_budget = different, noted
+sparsity.block_errors = different_errors
+pipeline.meet_budget = meet_and_write_widths
 if __name__ == "__main__":
     raise SystemExit(main(sys.argv[2:]))
 """
@@ -230,9 +233,9 @@ def test_all_ranks_use_the_block_errors_of_rank_0(world, tmp_path):
 
 
 def test_an_error_in_both_processes_is_printed_once(world, tmp_path):
-    broken = shutil.copytree(world.model, tmp_path / "model")
-    write_nan_weight(broken)
-    done = train(world, tmp_path, f"--model.name={broken}")
+    damaged = shutil.copytree(world.model, tmp_path / "model")
+    write_nan_weight(damaged)
+    done = train(world, tmp_path, f"--model.name={damaged}")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert "non-finite activation" in done.stderr

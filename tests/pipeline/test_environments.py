@@ -32,6 +32,7 @@ sys.exit(code)
 
 
 def command(folder: Path, *program: object) -> list[object]:
+    """Return the command line of a smoke run in a folder, with `train.py` or another program."""
     return [
         sys.executable,
         *(program or ["train.py"]),
@@ -50,9 +51,9 @@ def records_and_weights(folder: Path) -> tuple[Any, bytes]:
 
 def smoke(folder: Path, *program: object, umask: int = -1, **variables: str) -> str:
     """Start a smoke run in a fresh process, and return its stderr."""
-    own = environment(folder / "cache", **variables)
     done = subprocess.run(
-        command(folder, *program), cwd=ROOT, env=own, umask=umask, capture_output=True, text=True, check=False
+        command(folder, *program), cwd=ROOT, env=environment(folder / "cache", **variables), umask=umask,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -60,6 +61,7 @@ def smoke(folder: Path, *program: object, umask: int = -1, **variables: str) -> 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
+    """Return the records and weights of a smoke run in the plain environment."""
     folder = tmp_path_factory.mktemp("plain")
     assert smoke(folder) == ""
     return records_and_weights(folder)

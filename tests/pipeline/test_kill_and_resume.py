@@ -24,7 +24,7 @@ from tests.pipeline.kill_and_resume import KINDS, ROOT, Launcher, digests, kill_
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_five_points_and_resumed_has_the_same_results(tmp_path):
-    """Each kind of point is tested once. The export is checked in the same process, to save time."""
+    """Each kind of point is tested once. At the end, the comparison itself is tested with a changed mask."""
     with tiny_run.isolated(tmp_path / "none"):
         flags = tiny_run_flags(tmp_path)
         launcher = Launcher(tmp_path, flags, prepare=lambda: tiny_run.quick(pytest.MonkeyPatch()))
@@ -32,8 +32,9 @@ def test_a_run_that_is_killed_at_five_points_and_resumed_has_the_same_results(tm
         assert tally.differing == []
         assert {kind for _, kind in tally.kills} == set(KINDS)
         assert len({step for step, _ in tally.kills}) == tally.kills.total() == 5
-        # the comparison detects other masks, and the run refuses them
-        trial, file = tmp_path / "uninterrupted", tmp_path / "uninterrupted/run/masks/base.safetensors"
+        # The comparison detects other masks, and the run refuses them.
+        trial = tmp_path / "uninterrupted"
+        file = trial / "run/masks/base.safetensors"
         before, masks = digests(trial / "run"), artifacts.read_tensors(file)
         masks["ffn.0"][0] ^= True
         artifacts.write_tensors(file, masks)
@@ -55,7 +56,7 @@ def save_and_exit(self, trainer):
     if trainer.global_step == 3 and "distill" in str(self.path):
         os._exit(137)
 
-if "once" in os.environ["MORE"]:
+if os.environ["KILL"] == "yes":
     Checkpoints._save = save_and_exit
 raise SystemExit(main(sys.argv[1:]))
 """
@@ -69,23 +70,24 @@ def test_training_tokens_before_a_kill_are_counted_in_the_resumed_run(tmp_path):
     flags = ["--recovery=distill", "--distill.tokens=576", "--run.checkpoint_minutes=0", "--export=none"]
     flags += ["--gprune=false", "--evaluation.controls=[]"]
 
-    def ends(code: int, name: str, more: str) -> None:
-        (done,) = tiny_run.train(world.args(tmp_path, *flags, name=name), tmp_path, script=script, MORE=more)
-        assert done.returncode == code, done.stderr
+    def run(name: str, *, kill: bool = False) -> None:
+        args = world.args(tmp_path, *flags, name=name)
+        (done,) = tiny_run.train(args, tmp_path, script=script, KILL="yes" if kill else "no")
+        assert done.returncode == (137 if kill else 0), done.stderr
 
-    ends(0, "uninterrupted", "")
-    ends(137, "killed", "once")
-    ends(0, "killed", "")
-    uninterrupted, killed = (
-        RunFolder(tmp_path / name).manifest["steps"]["shrink"] for name in ("uninterrupted", "killed")
-    )
-    assert uninterrupted["forward_backward_tokens"] == 576
-    assert {kind: killed[kind] for kind in uninterrupted if kind.endswith("tokens")} == {
-        kind: uninterrupted[kind] for kind in uninterrupted if kind.endswith("tokens")
-    }
-    before = RunFolder(tmp_path / "uninterrupted").manifest["steps"]
-    ends(0, "uninterrupted", "")  # loading the result of a finished run does not add to its costs
-    assert RunFolder(tmp_path / "uninterrupted").manifest["steps"] == before
+    def costs(name: str) -> dict:
+        return RunFolder(tmp_path / name).manifest["steps"]
+
+    run("uninterrupted")
+    run("killed", kill=True)
+    run("killed")
+    assert costs("uninterrupted")["shrink"]["forward_backward_tokens"] == 576
+    for kind, count in costs("uninterrupted")["shrink"].items():
+        if kind.endswith("tokens"):
+            assert costs("killed")["shrink"][kind] == count, kind
+    before = costs("uninterrupted")
+    run("uninterrupted")  # loading the result of a finished run does not add to its costs
+    assert costs("uninterrupted") == before
 
 
 # --- independence of undefined orders --------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ def test_training_tokens_before_a_kill_are_counted_in_the_resumed_run(tmp_path):
 
 @pytest.mark.slow
 def test_a_fresh_process_prints_nothing_on_stderr_and_ignores_the_hash_seed(tmp_path, monkeypatch):
-    """Compares a fresh process with this process, which has another hash seed.
+    """The results of a fresh process are compared with those of this process, which has another hash seed.
 
     Progress, warnings and W&B's messages are not printed to stderr. Libraries that the fresh process imports late, such
     as Lightning, print nothing to stdout either.
@@ -126,7 +128,7 @@ class Listing(contextlib.nullcontext):
 
 @pytest.mark.slow
 def test_results_do_not_depend_on_the_order_of_directory_listings(tmp_path, monkeypatch):
-    """Corpora and model consist of several files, and the second run uses the cache of the first."""
+    """Corpora and model consist of several files. With each order, a second run uses the cache of the first one."""
     world = tiny_run.make_world(tmp_path)
     shards = tmp_path / "shards"
     make_tiny_llama(intermediate_size=tiny_run.NEURONS).save_pretrained(shards, max_shard_size="40KB")
@@ -139,16 +141,24 @@ def test_results_do_not_depend_on_the_order_of_directory_listings(tmp_path, monk
             (folder / f"part-{part:02}.txt").write_text(text)
         world.corpora[name] = folder
     tiny_run.quick(monkeypatch)
-    real, scan, named, found, orders = os.listdir, os.scandir, attrgetter("name"), [], []
-    for backwards in (False, True):
-        runs = tmp_path / f"runs-{backwards}"
+    listdir, scandir = os.listdir, os.scandir
+    results, orders = [], []
+    for is_reversed in (False, True):
+        runs = tmp_path / f"runs-{is_reversed}"
+
+        def sorted_listdir(*args, is_reversed=is_reversed):
+            return sorted(listdir(*args), reverse=is_reversed)
+
+        def sorted_scandir(*args, is_reversed=is_reversed):
+            return Listing(iter(sorted(scandir(*args), key=attrgetter("name"), reverse=is_reversed)))
+
         with monkeypatch.context() as patch, tiny_run.isolated(runs / "cache"):
-            patch.setattr(os, "listdir", lambda *a, b=backwards: sorted(real(*a), reverse=b))
-            patch.setattr(os, "scandir", lambda *a, b=backwards: Listing(iter(sorted(scan(*a), key=named, reverse=b))))
+            patch.setattr(os, "listdir", sorted_listdir)
+            patch.setattr(os, "scandir", sorted_scandir)
             orders.append([file.name for file in Path(world.corpora["alpha"]).iterdir()])
             for name in ("run", "shares-the-cache"):
                 assert tiny_run.main(world.args(runs, f"--model.name={shards}", name=name)) == 0
-        found.append(digests(runs / "run"))
-        assert digests(runs / "shares-the-cache") == found[-1]
+        results.append(digests(runs / "run"))
+        assert digests(runs / "shares-the-cache") == results[-1]
     assert orders[0] == orders[1][::-1] != orders[1]
-    assert found[0] == found[1]
+    assert results[0] == results[1]

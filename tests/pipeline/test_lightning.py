@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from pathlib import Path
@@ -38,6 +39,7 @@ LEARNS = ("--sparsity.epochs=6", "--recovery=distill", "--distill.tokens=576", "
 
 
 def flags(world, folder, *more, name="run"):
+    """Return the flags of a run without export and controls."""
     return world.args(folder, "--export=none", "--evaluation.controls=[]", *more, name=name)
 
 
@@ -51,6 +53,7 @@ def logged(folder: Path, name: str) -> list[float]:
 
 
 def corpora_of(model) -> list[Windows]:
+    """Return development windows of two corpora, `a` and `b`, that are sampled from the model."""
     return [Windows(name, "development", sampled_tokens(model, windows=5, seed=s)) for s, name in enumerate("ab")]
 
 
@@ -60,9 +63,12 @@ def data_with_validation(model, batch_size: int = 4) -> CorpusDataModule:
 
 
 def test_a_stage_supports_early_stopping_and_checkpoints_under_any_trainer(tiny_model, tmp_path):
-    made = make_stage(tiny_model, lr=0.5)
-    start = [t.detach().clone() for t in made.ffn_thresholds], [t.detach().clone() for t in made.attention_thresholds]
-    arguments = {"model": tiny_model, "ranks": made.ranks, "start": start, "budget": made.budget}
+    default_stage = make_stage(tiny_model, lr=0.5)
+    start = (
+        [t.detach().clone() for t in default_stage.ffn_thresholds],
+        [t.detach().clone() for t in default_stage.attention_thresholds],
+    )
+    arguments = {"model": tiny_model, "ranks": default_stage.ranks, "start": start, "budget": default_stage.budget}
     stage = ThresholdLearning(**arguments, learning_rate=0.5, centred=False)
     stopping, saving = EarlyStopping(**NEVER_BETTER), ModelCheckpoint(tmp_path, monitor="development/perplexity")
     trainer = L.Trainer(
@@ -80,18 +86,22 @@ def test_a_stage_supports_early_stopping_and_checkpoints_under_any_trainer(tiny_
 
 
 def test_validation_perplexity_is_identical_to_that_of_the_function_perplexity(tiny_model):
-    """Of the masked model in threshold learning, and of the student in distillation."""
-    stage, student = make_stage(tiny_model), sliced(tiny_model, some_masks(tiny_model, attention=False))
-    distillation, corpora = DistillationStage(tiny_model, student), corpora_of(tiny_model)
-    for one, callbacks in ((stage, [ApplyMasks(stage.masks)]), (distillation, [])):
+    """Threshold learning validates the masked model, and distillation validates the student."""
+    learning = make_stage(tiny_model)
+    student = sliced(tiny_model, some_masks(tiny_model, attention=False))
+    distillation = DistillationStage(tiny_model, student)
+    corpora = corpora_of(tiny_model)
+    for stage, callbacks, model in (
+        (learning, [ApplyMasks(learning.masks)], tiny_model), (distillation, [], distillation.student),
+    ):  # fmt: skip
         trainer = trainer_of(*callbacks)
-        trainer.validate(one, data_with_validation(tiny_model), verbose=False)
-        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        with masked(tiny_model, stage.masks()):
-            model = tiny_model if one is stage else one.student
+        trainer.validate(stage, data_with_validation(tiny_model), verbose=False)
+        logged_values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        with masked(tiny_model, learning.masks()):  # does not affect the student
             expected = {w.corpus: perplexity(model, w).perplexity for w in corpora}
-        assert {c: found[f"development/perplexity/{c}"] for c in expected} == expected
-        assert found["development/perplexity"] == pytest.approx(math.prod(expected.values()) ** 0.5, rel=1e-12)
+        assert {c: logged_values[f"development/perplexity/{c}"] for c in expected} == expected
+        mean = math.prod(expected.values()) ** 0.5
+        assert logged_values["development/perplexity"] == pytest.approx(mean, rel=1e-12)
 
 
 def test_window_perplexity_is_identical_for_any_order_and_batching(tiny_model):
@@ -100,11 +110,11 @@ def test_window_perplexity_is_identical_for_any_order_and_batching(tiny_model):
     losses = torch.cat([window_losses(tiny_model, batch) for batch in windows.tokens.split(4)])
     for order in (torch.arange(7), torch.randperm(7, generator=torch.Generator().manual_seed(0))):
         metric = WindowPerplexity("demo")
-        for part in order.split(3):
-            metric.update(losses[part], torch.full((len(part),), windows.tokens.shape[1] - 1), part)
-        metric.update(
-            torch.tensor([1e9], dtype=torch.float64), torch.tensor([0]), torch.tensor([0])
-        )  # padding of a batch
+        for batch in order.split(3):
+            predicted_tokens = torch.full((len(batch),), windows.tokens.shape[1] - 1)
+            metric.update(losses[batch], predicted_tokens, batch)
+        # A window that pads a batch has no predicted tokens. Its loss is ignored.
+        metric.update(torch.tensor([1e9], dtype=torch.float64), torch.tensor([0]), torch.tensor([0]))
         assert float(metric.compute()) == expected
 
 
@@ -119,11 +129,12 @@ def test_validation_uses_the_precision_of_the_trainer(tiny_model):
 
 
 def test_masks_are_applied_only_during_validation(tiny_model, token_batch):
-    stage, dense, seen = make_stage(tiny_model), tiny_model(token_batch).logits, []
+    stage, dense = make_stage(tiny_model), tiny_model(token_batch).logits
+    is_dense = []  # by validation batch
 
     class CompareWithDense(L.Callback):
         def on_validation_batch_end(self, trainer, pl_module, *_):
-            seen.append(torch.equal(tiny_model(token_batch).logits, dense))
+            is_dense.append(torch.equal(tiny_model(token_batch).logits, dense))
 
     curve = PerplexityCurve()
     trainer = trainer_of(ApplyMasks(stage.masks), CompareWithDense(), curve, epochs=2)
@@ -131,11 +142,11 @@ def test_masks_are_applied_only_during_validation(tiny_model, token_batch):
     trainer.fit(stage, data)
     assert torch.equal(tiny_model(token_batch).logits, dense)
     assert sorted(curve.by_step) == [2, 4]
-    assert not any(seen)
-    seen.clear()
+    assert not any(is_dense)
+    is_dense.clear()
     curve.against_sparsity(trainer, stage, data, {0.0: None, 0.5: stage.masks()})
     assert [curve.by_sparsity[0.5], sorted(curve.by_step)] == [curve.by_step[4], [2, 4]]
-    assert seen == [True] * 4 + [False] * 4  # dense first
+    assert is_dense == [True] * 4 + [False] * 4  # four batches at sparsity 0, then four at 0.5
 
 
 def test_an_exception_in_validation_removes_the_masks(tiny_model, token_batch):
@@ -156,7 +167,7 @@ def test_validation_does_not_change_training(tiny_model):
         torch.manual_seed(0)
         stage = make_stage(tiny_model, lr=0.5)
         trainer_of(ApplyMasks(stage.masks), epochs=3, val_check_interval=1).fit(stage, data)
-        learned[name] = [*stage.ffn_thresholds, torch.rand(1)]  # no random number was drawn either
+        learned[name] = [*stage.ffn_thresholds, torch.rand(1)]  # validation draws no random number either
     assert all(torch.equal(*pair) for pair in zip(*learned.values(), strict=True))
 
 
@@ -176,8 +187,8 @@ def test_a_run_from_python_uses_callback_and_logger_objects(world, tmp_path):
     stopping, saving = EarlyStopping(**NEVER_BETTER), ModelCheckpoint(monitor="development/perplexity", save_top_k=2)
     tensorboard = TensorBoardLogger(tmp_path / "tb", name="", version="")
     result = prune(parse(flags(world, tmp_path, *LEARNS)), callbacks=[stopping, saving], logger=tensorboard)
-    # both stages that train on text were stopped at the second validation, after 2 x 2 batches
-    assert [how["batches"] for how in result.summary["stopped"].values()] == [4, 4]
+    # Both stages that train on text were stopped at the second validation, after 2 x 2 batches.
+    assert [stopped["batches"] for stopped in result.summary["stopped"].values()] == [4, 4]
     assert Path(saving.best_model_path).is_file()
     assert "DistillationStage" in saving.best_model_path
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -197,8 +208,8 @@ def test_a_run_from_the_command_line_uses_callbacks_and_loggers_by_class_path(wo
         {"class_path": "LearningRateMonitor"},
     ]
     loggers = [{"class_path": "TensorBoardLogger"}, {"class_path": "CSVLogger", "init_args": {"name": "mine"}}]
-    given = [f"--trainer.callbacks={json.dumps(callbacks)}", f"--trainer.logger={json.dumps(loggers)}"]
-    assert tiny_run.main(flags(world, tmp_path, *LEARNS, *given)) == 0
+    trainer_flags = [f"--trainer.callbacks={json.dumps(callbacks)}", f"--trainer.logger={json.dumps(loggers)}"]
+    assert tiny_run.main(flags(world, tmp_path, *LEARNS, *trainer_flags)) == 0
     run = tmp_path / "run"
     assert logged(run / "mine", "development/perplexity") == logged(run / "csv", "development/perplexity")
     assert logged(run / "csv", "lr-AdamW/gprune/pg1") or logged(run / "csv", "lr-AdamW/gprune")
@@ -206,11 +217,9 @@ def test_a_run_from_the_command_line_uses_callbacks_and_loggers_by_class_path(wo
     assert list(run.rglob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize(("kind", "killed_at"), [(ThresholdLearning, 4), (DistillationStage, 4)])
-def test_an_early_stopped_run_that_is_killed_resumes_to_identical_results(
-    kind, killed_at, world, tmp_path, monkeypatch
-):
-    """An exception replaces a training step after one validation, and before the next one stops the stage."""
+@pytest.mark.parametrize("stage_class", [ThresholdLearning, DistillationStage])
+def test_an_early_stopped_run_that_is_killed_resumes_to_identical_results(stage_class, world, tmp_path, monkeypatch):
+    """The fourth training step raises an exception. This is between the first validation and the one that stops."""
 
     class KilledError(Exception):
         pass
@@ -221,22 +230,22 @@ def test_an_early_stopped_run_that_is_killed_resumes_to_identical_results(
         callbacks = [EarlyStopping(**NEVER_BETTER | {"patience": 2}), saving]
         return prune(parse(flags(world, tmp_path, *more, name=name)), callbacks=callbacks), saving
 
-    expected, best = run("uninterrupted")
-    steps, real = iter(range(killed_at - 1)), kind.training_step
+    expected, expected_checkpoint = run("uninterrupted")
+    training_step, steps = stage_class.training_step, itertools.count(1)
 
-    def training_step(self, *args):
-        if next(steps, None) is None:
+    def training_step_or_kill(self, *args):
+        if next(steps) == 4:
             raise KilledError
-        return real(self, *args)
+        return training_step(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "training_step", training_step)
+        patch.setattr(stage_class, "training_step", training_step_or_kill)
         with pytest.raises(KilledError):
             run("killed")
-    resumed, again = run("killed")
+    resumed, checkpoint = run("killed")
     assert resumed.summary["stopped"] == expected.summary["stopped"]
     assert [r["nll"] for r in resumed.records] == [r["nll"] for r in expected.records]
-    assert float(again.best_model_score) == float(best.best_model_score)
+    assert float(checkpoint.best_model_score) == float(expected_checkpoint.best_model_score)
     pairs = zip(resumed.thresholds[0], expected.thresholds[0], strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
 
@@ -249,7 +258,7 @@ def test_a_fast_dev_run_trains_on_one_batch_and_calibrates_on_all_windows(world,
     assert not list((result.path / "checkpoints").rglob("*.ckpt"))
 
 
-def test_controls_log_development_curves_of_their_own(world, tmp_path):
+def test_controls_log_their_development_curves_separately_from_the_main_row(world, tmp_path):
     more = ("--evaluation.controls=[averaged]", "--logging.mode=disabled", *LEARNS[1:3])
     run = prune(parse(world.args(tmp_path, "--export=none", *more))).path
     tokens, perplexities = (logged(run / "csv", f"controls/averaged/{name}") for name in ("tokens", "perplexity"))
@@ -294,12 +303,13 @@ def test_a_validation_corpus_without_windows_is_refused(tiny_model):
         CorpusDataModule(train=[], validation=[empty], batch_size=2, seed=0)
 
 
-def test_a_callback_that_changes_the_masks_of_a_stage_is_reported(world, tmp_path):
+def test_masks_of_a_stage_that_a_callback_changed_are_refused_if_they_are_not_on_budget(world, tmp_path):
     class Changer(L.Callback):
         def on_train_end(self, trainer, pl_module):
             if isinstance(pl_module, ThresholdLearning):
-                whole = pl_module.masks()
-                pl_module.masks = lambda budget=None: type(whole)([k | True for k in whole.ffn], whole.attention)
+                masks = pl_module.masks()
+                nothing_removed = type(masks)([k | True for k in masks.ffn], masks.attention)
+                pl_module.masks = lambda budget=None: nothing_removed
 
     with (
         registries.restored(LEARNER),

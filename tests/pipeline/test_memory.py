@@ -1,4 +1,4 @@
-"""Peak memory in a dry run: against the bytes of the tensors of real runs, and as printed."""
+"""Peak memory that a dry run predicts: compared with the bytes of tensors in real runs, and as printed."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LLAMA_8B = {
 }  # fmt: skip
 
 
-class Live(TorchDispatchMode):
-    """Count the bytes of all live tensors, and their peak."""
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of the storages of all live tensors, now and at the peak."""
 
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self.known = {}
+        self.known = {}  # storages that are counted, until they are freed
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -61,7 +61,8 @@ class Live(TorchDispatchMode):
     ],
 )
 def test_predicted_memory_peaks_are_within_25_percent_of_measured_ones(flags, tmp_path, monkeypatch):
-    world, live, measured, step = tiny_run.make_world(tmp_path), Live(), {}, RunFolder.step
+    world = tiny_run.make_world(tmp_path)
+    live, measured, step = LiveBytes(), {}, RunFolder.step
     tiny_run.save_tiny_model(world.model, **SIZES, initializer_range=0.05)
 
     @contextmanager

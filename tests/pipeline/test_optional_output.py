@@ -34,8 +34,8 @@ def test_an_invalid_generation_config_is_ignored_with_one_warning(tmp_path, capl
     with caplog.at_level(logging.WARNING, "gprune"):
         model, tokenizer = load_model(str(folder))
     assert ["generation_config.json is ignored" in line for line in caplog.messages] == [True]
-    again = AutoModelForCausalLM.from_pretrained(save_pruned(model, tokenizer, tmp_path / "export"))
-    assert again.generation_config.eos_token_id == model.config.eos_token_id
+    exported = AutoModelForCausalLM.from_pretrained(save_pruned(model, tokenizer, tmp_path / "export"))
+    assert exported.generation_config.eos_token_id == model.config.eos_token_id
 
 
 def test_a_valid_generation_config_is_exported(tmp_path):
@@ -47,7 +47,7 @@ def test_a_valid_generation_config_is_exported(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_finishes_if_figures_model_card_and_page_cannot_be_written(tmp_path, monkeypatch, capsys):
+def test_a_run_finishes_without_figures_model_card_and_page_and_report_adds_them(tmp_path, monkeypatch, capsys):
     with tiny_run.isolated(tmp_path / "cache"):
         tiny_run.quick(monkeypatch, draw=True)
         world = tiny_run.make_world(tmp_path)
@@ -55,11 +55,11 @@ def test_a_run_finishes_if_figures_model_card_and_page_cannot_be_written(tmp_pat
         first = world.run(tmp_path, "--gprune=false")
         card = (first.path / "model/README.md").read_text()
         (first.path / "metrics.json").unlink()
-        blocked = [first.path / name for name in ("report.html", "figures")]
-        for path in blocked:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        blocked[0].mkdir()  # os.replace cannot replace a folder by a file
-        blocked[1].touch()
+        page, figures = first.path / "report.html", first.path / "figures"
+        page.unlink()
+        page.mkdir()  # os.replace cannot replace a folder by a file
+        shutil.rmtree(figures)
+        figures.touch()
         with monkeypatch.context() as patch:
             patch.setattr("gprune.report.model_card.ModelCardData", lambda **_: 1 / 0)
             (first.path / "model/config.json").unlink()  # the export is written again, with its model card
@@ -67,10 +67,10 @@ def test_a_run_finishes_if_figures_model_card_and_page_cannot_be_written(tmp_pat
             assert tiny_run.main(args) == 0
         not_written = re.findall(r"Could not write (.+?): .+\. The run continues; .+\.", capsys.readouterr().out)
         assert not_written == ["the model card", "figures", "report.html"]
-        again = load_run(first.path)
-        assert (again.records, again.masks) == (first.records, first.masks)
-        for path in blocked:
-            path.rmdir() if path.is_dir() else path.unlink()
+        loaded = load_run(first.path)
+        assert (loaded.records, loaded.masks) == (first.records, first.masks)
+        page.rmdir()
+        figures.unlink()
         assert command("report", [str(first.path)]) == 0
         assert (first.path / "figures/perplexity.png").is_file()
         assert (first.path / "model/README.md").read_text() == card
@@ -91,23 +91,27 @@ def test_optional_output_raises_for_a_full_disk_or_ctrl_c_and_logs_other_errors(
 
 def test_figures_do_not_depend_on_matplotlib_settings_of_the_user(tmp_path):
     (plain,) = save(perplexity_figure(synthetic_run.records()), tmp_path, "plain")
-    own = {"text.usetex": True, "font.family": "no such font", "figure.dpi": 30, "savefig.bbox": "tight"}
-    with matplotlib.rc_context(own | {"axes.facecolor": "red"}):
+    user_settings = {
+        "text.usetex": True, "font.family": "no such font", "figure.dpi": 30, "savefig.bbox": "tight",
+        "axes.facecolor": "red",
+    }  # fmt: skip
+    with matplotlib.rc_context(user_settings):
         before = dict(matplotlib.rcParams)
-        (other,) = save(perplexity_figure(synthetic_run.records()), tmp_path, "other")
+        (with_settings,) = save(perplexity_figure(synthetic_run.records()), tmp_path, "with-settings")
         assert dict(matplotlib.rcParams) == before
-    assert other.read_bytes() == plain.read_bytes()
+    assert with_settings.read_bytes() == plain.read_bytes()
 
 
 @pytest.mark.slow
 def test_invalid_matplotlib_settings_do_not_prevent_its_import(tmp_path):
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe\x80")
-    then = "; import matplotlib.pyplot, os; print(os.environ['MPLBACKEND'])"
-    public = "import gprune; gprune.load_run"  # load_run calls import_matplotlib, which needs no torch
-    for first, backend, file in (
-        (public, "QtAgg", str(tmp_path / "matplotlibrc")),
-        ("from gprune.imports import import_matplotlib; import_matplotlib()", "nonsense", os.devnull),
-    ):
+    import_pyplot = "; import matplotlib.pyplot, os; print(os.environ['MPLBACKEND'])"
+    use_public_name = "import gprune; gprune.load_run"  # calls `import_matplotlib`
+    call_directly = "from gprune.imports import import_matplotlib; import_matplotlib()"  # does not import torch
+    for code, backend, file in (
+        (use_public_name, "QtAgg", str(tmp_path / "matplotlibrc")), (call_directly, "nonsense", os.devnull),
+    ):  # fmt: skip
         variables = tiny_run.environment(tmp_path, MPLBACKEND=backend, MATPLOTLIBRC=file)
-        done = subprocess.run([sys.executable, "-c", first + then], env=variables, capture_output=True, text=True)
+        command_line = [sys.executable, "-c", code + import_pyplot]
+        done = subprocess.run(command_line, env=variables, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (0, f"{backend}\n"), done.stderr

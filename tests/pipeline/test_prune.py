@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -60,6 +61,7 @@ def dense(world):
 
 
 def digests(folder, *patterns):
+    """Return {relative path: SHA-256} of the files that match the patterns."""
     files = sorted(file for pattern in patterns for file in folder.glob(pattern))
     assert files
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -70,16 +72,16 @@ RESULTS = ("masks/*.safetensors", "thresholds.safetensors", "assignment.safetens
 
 @contextmanager
 def counted_forwards():
-    """Record the number of tokens of each forward pass of any language model."""
-    seen = []
+    """Yield a list that receives the number of tokens of each forward pass of any language model."""
+    tokens = []
 
     def hook(module, args, kwargs, output):
         if isinstance(module, PreTrainedModel) and "input_ids" in kwargs:
-            seen.append(kwargs["input_ids"].numel())
+            tokens.append(kwargs["input_ids"].numel())
 
     handle = torch.nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)
     try:
-        yield seen
+        yield tokens
     finally:
         handle.remove()
 
@@ -93,10 +95,12 @@ def test_a_run_folder_is_complete(finished):
     assert len(list((path / "statistics").glob("*.safetensors"))) == 3
     assert len(list((path / "figures").glob("*.png"))) >= 2
     assert (path / "model/config.json").is_file()
-    assert not [
-        file for file in path.rglob("*") if file.name.endswith(".tmp") or (file.name[0] == "." and file.name != ".lock")
-    ]
-    manifest = json.loads((path / "manifest.json").read_text())
+    names = [file.name for file in path.rglob("*")]
+    assert not [name for name in names if name.endswith(".tmp") or (name.startswith(".") and name != ".lock")]
+
+
+def test_the_manifest_has_versions_costs_of_all_steps_and_the_checks_of_the_export(finished):
+    manifest = json.loads((finished.path / "manifest.json").read_text())
     assert manifest["environment"]["packages"]["torch"]
     assert {"calibrate", "assignment", "thresholds", "save_and_check", "evaluate"} <= set(manifest["steps"])
     assert all(step["peak_memory_mib"] > 0 and step["seconds"] >= 0 for step in manifest["steps"].values())
@@ -105,7 +109,8 @@ def test_a_run_folder_is_complete(finished):
 
 
 def test_files_of_a_run_and_of_the_cache_have_the_permissions_of_the_umask(finished):
-    umask = os.umask(0o022)
+    """So another user can read the files of a run with the usual umask."""
+    umask = os.umask(0o022)  # reads the umask by setting another one
     os.umask(umask)
     run_files, cached = (
         [file for file in folder.rglob("*") if file.is_file()]
@@ -113,7 +118,8 @@ def test_files_of_a_run_and_of_the_cache_have_the_permissions_of_the_umask(finis
     )
     assert {file.stat().st_mode & 0o777 for file in (*run_files, *cached)} == {0o666 & ~umask}
     if os.getuid() == 0 and umask == 0o022:
-        names = [file.relative_to(finished.path) for file in run_files]  # `nobody` cannot enter the folders above
+        # The working directory is the run folder, because `nobody` cannot enter the folders above it.
+        names = [file.relative_to(finished.path) for file in run_files]
         nobody = {"user": 65534, "group": 65534, "extra_groups": []}
         subprocess.run(["cat", *names], cwd=finished.path, stdout=subprocess.DEVNULL, check=True, **nobody)
 
@@ -124,17 +130,17 @@ def test_config_yaml_has_all_defaults_and_parses_to_the_same_configuration(finis
     assert gprune.config.parse(["--config", str(finished.path / "config.yaml")]) == finished.config
 
 
-def test_every_record_has_all_fields(finished, world):
+def test_there_is_one_record_with_all_fields_for_each_row_and_corpus(finished, world):
     records = json.loads((finished.path / "metrics.json").read_text())["records"]
     assert all(set(r) >= FIELDS for r in records)
-    table = {(r["stage"], r["corpus"]): r for r in records}
+    rows = [(r["stage"], r["corpus"]) for r in records]
     corpora = [str(world.corpora[c]) for c in ("alpha", *tiny_run.UNSEEN)]
-    assert set(table) == {(s, c) for s in ("dense", "base", "averaged", "gprune") for c in corpora}
-    assert len(records) == len(table)
+    assert set(rows) == {(s, c) for s in ("dense", "base", "averaged", "gprune") for c in corpora}
+    assert len(rows) == len(set(rows))
     for r in records:
         assert r["seen"] == (r["corpus"] == corpora[0])
         assert r["split"] == "test"
-        assert r["tokens"] == 2 * 31
+        assert r["tokens"] == 2 * 31  # two windows of 32 tokens, the first of which is not predicted
         assert r["perplexity"] == pytest.approx(torch.tensor(r["nll"]).double().exp().item(), rel=1e-6)
         assert r["sparsity"] == (0.0 if r["stage"] == "dense" else 0.5)
 
@@ -150,33 +156,33 @@ def test_the_target_sparsity_is_reached_and_matches_the_parameter_counts(finishe
 
 
 def test_load_run_returns_the_same_result_as_prune(finished, token_batch, tmp_path):
-    found = gprune.prune(finished.config)  # every step is finished and only loaded
-    back = gprune.load_run(finished.path)
-    assert back.masks == found.masks
-    assert all(torch.equal(a, b) for a, b in zip(back.modules.labels, found.modules.labels, strict=True))
-    assert back.modules.rows() == found.modules.rows()
-    for mine, theirs in zip(back.thresholds, found.thresholds, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-    assert back.records == found.records
-    assert back.summary == found.summary
-    assert back.config == found.config
-    assert set(back.statistics) == set(found.statistics)
+    returned = gprune.prune(finished.config)  # every step is finished and only loaded
+    loaded = gprune.load_run(finished.path)
+    assert loaded.masks == returned.masks
+    assert all(torch.equal(a, b) for a, b in zip(loaded.modules.labels, returned.modules.labels, strict=True))
+    assert loaded.modules.rows() == returned.modules.rows()
+    for loaded_thresholds, returned_thresholds in zip(loaded.thresholds, returned.thresholds, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(loaded_thresholds, returned_thresholds, strict=True))
+    assert loaded.records == returned.records
+    assert loaded.summary == returned.summary
+    assert loaded.config == returned.config
+    assert set(loaded.statistics) == set(returned.statistics)
     with torch.inference_mode():
-        assert torch.equal(back.model(token_batch).logits, found.model(token_batch).logits)
-    back.model.save_pretrained(tmp_path / "back")
-    found.model.save_pretrained(tmp_path / "found")
-    for path in (tmp_path / "back").iterdir():
-        assert path.read_bytes() == (tmp_path / "found" / path.name).read_bytes(), path.name
+        assert torch.equal(loaded.model(token_batch).logits, returned.model(token_batch).logits)
+    loaded.model.save_pretrained(tmp_path / "loaded")
+    returned.model.save_pretrained(tmp_path / "returned")
+    for path in (tmp_path / "loaded").iterdir():
+        assert path.read_bytes() == (tmp_path / "returned" / path.name).read_bytes(), path.name
 
 
 def test_a_finished_run_that_is_started_again_computes_nothing_and_prints_the_table(finished, world, capsys):
     before = digests(finished.path, *RESULTS, "metrics.json", "model/*", "statistics/*")
     capsys.readouterr()
     with counted_forwards() as forwards:
-        again = world.run(finished.path.parent)
+        restarted = world.run(finished.path.parent)
     assert not forwards
     assert digests(finished.path, *RESULTS, "metrics.json", "model/*", "statistics/*") == before
-    assert again.masks == finished.masks
+    assert restarted.masks == finished.masks
     out, err = capsys.readouterr()
     assert err == ""
     assert {"dense", "base", "averaged", "gprune"} <= set(out.split())
@@ -186,12 +192,13 @@ def test_a_finished_run_that_is_started_again_computes_nothing_and_prints_the_ta
 
 def test_the_same_seed_gives_identical_results_and_another_seed_other_masks(finished, world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    again = world.run(tmp_path, name="again")
-    assert digests(again.path, *RESULTS) == digests(finished.path, *RESULTS)
-    assert [r["nll"] for r in again.records] == [r["nll"] for r in finished.records]
-    other = world.run(tmp_path, "--run.seed=1", name="other")
-    assert other.masks != finished.masks
-    assert [r["content_hash"] for r in other.records] == [r["content_hash"] for r in finished.records]  # same test
+    same_seed = world.run(tmp_path, name="same-seed")
+    assert digests(same_seed.path, *RESULTS) == digests(finished.path, *RESULTS)
+    assert [r["nll"] for r in same_seed.records] == [r["nll"] for r in finished.records]
+    other_seed = world.run(tmp_path, "--run.seed=1", name="other-seed")
+    assert other_seed.masks != finished.masks
+    # The evaluation text does not depend on the seed.
+    assert [r["content_hash"] for r in other_seed.records] == [r["content_hash"] for r in finished.records]
 
 
 @pytest.mark.slow
@@ -242,13 +249,14 @@ def run_with_option(world, tmp_path_factory, cache):
 
 
 def check_budget(result, dense, slack=1):
+    """Assert that a run removes its target and less than `slack` neurons more, and that the model has lost as much."""
     costs = unit_costs(blocks_of(dense), scope=result.config.sparsity.scope)
-    over = costs.removed(result.masks) - result.config.sparsity.target * costs.total
-    assert 0 <= over < slack * max(costs.neuron)
+    surplus = costs.removed(result.masks) - result.config.sparsity.target * costs.total
+    assert 0 <= surplus < slack * max(costs.neuron)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
-    biases = [p.bias is not None for b in blocks_of(result.model) for p in (b.down, b.output)]
-    added = sum(biases) * dense.config.hidden_size
-    assert before - after == costs.removed(result.masks) - added
+    has_bias = [p.bias is not None for b in blocks_of(result.model) for p in (b.down, b.output)]
+    added_by_recovery = sum(has_bias) * dense.config.hidden_size
+    assert before - after == costs.removed(result.masks) - added_by_recovery
 
 
 def masks_of(result, stage):
@@ -261,14 +269,16 @@ FAST = ("random", "kl_on_fresh_text", "width_multiple", "attention_both", "equal
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS])
 def test_every_option_meets_the_budget(name, run_with_option, dense):
-    check_budget(run_with_option(name), dense, slack={"width_multiple": 4, "uniform_width": 3}.get(name, 1))
+    # Neurons that can be removed only together: four by the width multiple, or one in each of the three blocks.
+    slack = {"width_multiple": 4, "uniform_width": 3}.get(name, 1)
+    check_budget(run_with_option(name), dense, slack)
 
 
 def test_control_partitions_have_the_module_sizes_of_the_refined_partition(run_with_option, finished):
     for name in ("random", "drift_only"):
-        for mine, refined in zip(run_with_option(name).modules.labels, finished.modules.labels, strict=True):
-            assert torch.equal(mine.bincount(), refined.bincount())
-            assert not torch.equal(mine, refined)
+        for control, refined in zip(run_with_option(name).modules.labels, finished.modules.labels, strict=True):
+            assert torch.equal(control.bincount(), refined.bincount())
+            assert not torch.equal(control, refined)
 
 
 def test_without_the_reliability_switch_no_module_is_switched(run_with_option, finished):
@@ -287,8 +297,8 @@ def test_equal_allocation_removes_the_same_share_of_every_module(run_with_option
 def test_with_a_fixed_allocation_modules_keep_as_many_neurons_as_in_the_base_masks(name, run_with_option):
     result = run_with_option(name)
     base = masks_of(result, "base")
-    for labels, mine, theirs in zip(result.modules.labels, result.masks.ffn, base.ffn, strict=True):
-        assert torch.equal(labels[mine].bincount(), labels[theirs].bincount())
+    for labels, mask, base_mask in zip(result.modules.labels, result.masks.ffn, base.ffn, strict=True):
+        assert torch.equal(labels[mask].bincount(), labels[base_mask].bincount())
     assert {(r["stage"], r["allocation"]) for r in result.records if r["stage"] in ("base", "gprune")} == {
         ("base", name), ("gprune", name),
     }  # fmt: skip
@@ -302,6 +312,7 @@ def test_sparsity_start_is_the_allocation_of_the_base_masks(run_with_option):
 
 
 def test_a_protected_block_keeps_all_neurons_in_every_row(run_with_option):
+    """Half of the 480 neurons stay: 160 in the protected block, and 80 in the other two."""
     result = run_with_option("protected")
     for stage in ("base", "averaged", "gprune"):
         masks = masks_of(result, stage)
@@ -309,45 +320,54 @@ def test_a_protected_block_keeps_all_neurons_in_every_row(run_with_option):
         assert sum(int(m.sum()) for m in masks.ffn[1:]) == 80
 
 
-def test_with_attention_in_scope_the_base_masks_remove_kv_groups_too(run_with_option, world):
+def test_with_attention_in_scope_all_masks_remove_kv_groups_and_learned_offsets_are_loaded(run_with_option, world):
     result = run_with_option("attention_both")
     for masks in (result.masks, masks_of(result, "base")):
         assert not all(bool(m.all()) for m in masks.attention)
         assert all(bool(m.any()) for m in (*masks.attention, *masks.ffn))
-    # offsets are loaded like thresholds when the run is started again
-    again = world.run(result.path.parent, *OPTIONS["attention_both"].split(), name="attention_both")
-    assert again.masks == result.masks
+    restarted = world.run(result.path.parent, *OPTIONS["attention_both"].split(), name="attention_both")
+    assert restarted.masks == result.masks  # from the stored thresholds and offsets
 
 
 @pytest.mark.slow
-def test_removed_blocks_count_in_the_budget_and_are_missing_in_the_export(run_with_option, world, dense, token_batch):
+def test_all_rows_remove_the_same_block_whose_thresholds_stay_finite(run_with_option):
     result = run_with_option("blocks")
-    removed = [b for b, stays in enumerate(result.masks.blocks) if not stays]
+    removed = [b for b, is_kept in enumerate(result.masks.blocks) if not is_kept]
     assert removed in ([1], [2])  # block 0 is protected
-    thresholds = load_file(result.path / "thresholds.safetensors")
-    # finite thresholds: a point of the sparsity curve may keep this block
-    assert abs(thresholds[f"ffn.{removed[0]}"]).max() < 3 < torch.logit(torch.tensor(47.75 / 48))
     assert [masks_of(result, "base").blocks, masks_of(result, "averaged").blocks] == [result.masks.blocks] * 2
     assert "\n50.12% of attention+ffn+blocks removed" in repr(result)
-    # two candidate blocks, a window of each of three corpora: the tokens are planned, and counted once
+    # A point of the sparsity curve may keep the block, so its thresholds must be those of ranks inside (0, 1).
+    thresholds = load_file(result.path / "thresholds.safetensors")
+    assert abs(thresholds[f"ffn.{removed[0]}"]).max() < 3 < torch.logit(torch.tensor(47.75 / 48))
+
+
+@pytest.mark.slow
+def test_the_choice_of_blocks_uses_the_planned_tokens_and_is_not_repeated_on_resuming(run_with_option, world):
+    result = run_with_option("blocks")
     cost = json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"]
+    # Two candidate blocks, and a window of 32 tokens of each of three corpora.
     assert cost["forward_tokens"] == check(result.config).tokens[2][0] == 2 * 3 * 32
     assert result.summary["forward_tokens"] <= check(result.config).forward_tokens
     for file in ("metrics.json", "thresholds.safetensors"):
         (result.path / file).unlink()
-    again = world.run(result.path.parent, *OPTIONS["blocks"].split(), name="blocks")
-    assert again.masks == result.masks
+    resumed = world.run(result.path.parent, *OPTIONS["blocks"].split(), name="blocks")
+    assert resumed.masks == result.masks
     assert json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"] == cost
+
+
+@pytest.mark.slow
+def test_a_removed_block_is_missing_in_the_exported_model(run_with_option, dense, token_batch):
+    result = run_with_option("blocks")
     with masked(dense, result.masks), torch.inference_mode():
         expected = dense(token_batch).logits
-    assert torch.allclose(expected, again.model(token_batch).logits, atol=1e-4)
+    assert torch.allclose(expected, result.model(token_batch).logits, atol=1e-4)
     exported = AutoModelForCausalLM.from_pretrained(result.path / "model", trust_remote_code=True)
     assert exported.config.num_hidden_layers == 2
     assert torch.allclose(expected, exported(token_batch).logits, atol=1e-4)
 
 
 def test_uniform_width_exports_a_standard_llama_without_custom_code(run_with_option):
-    """All blocks have one shape, so transformers loads the folder without `trust_remote_code`."""
+    """All blocks have one shape, so transformers loads the folder without `trust_remote_code`, as the card says."""
     result = run_with_option("uniform_width")
     assert {int(m.sum()) for m in result.masks.ffn} == {80}
     config = json.loads((result.path / "model" / "config.json").read_text())
@@ -362,20 +382,19 @@ def test_uniform_width_exports_a_standard_llama_without_custom_code(run_with_opt
 def test_every_pruned_row_is_evaluated_with_and_without_recovery(recovery, run_with_option, finished):
     result = run_with_option(recovery)
     rows = {(r["stage"], r["recovery"]): r["nll"] for r in result.records}
-    assert set(rows) == {("dense", "none")} | {
-        (stage, r) for stage in ("base", "averaged", "gprune") for r in ("none", recovery)
-    }
+    pruned_rows = {(stage, r) for stage in ("base", "averaged", "gprune") for r in ("none", recovery)}
+    assert set(rows) == {("dense", "none")} | pruned_rows
     assert result.masks == finished.masks  # recovery comes after the masks
-    plain = {(r["stage"], r["corpus"]): r["nll"] for r in finished.records}
+    unrecovered = {(r["stage"], r["corpus"]): r["nll"] for r in finished.records}
     for r in result.records:
-        same = r["nll"] == plain[r["stage"], r["corpus"]]
-        assert same == (r["recovery"] == "none"), r["stage"]
+        is_equal = r["nll"] == unrecovered[r["stage"], r["corpus"]]
+        assert is_equal == (r["recovery"] == "none"), r["stage"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("controls", ["[averaged]", "[]"])
 def test_rows_without_recovery_are_omitted_unless_unrecovered_is_a_control(controls, world, tmp_path, run_with_option):
-    """Also if averaged is a control, which is then evaluated only with recovery."""
+    """A control such as `averaged` is then evaluated only with recovery. The losses do not depend on the controls."""
     result = world.run(tmp_path, "--recovery=bias", f"--evaluation.controls={controls}")
     stages = [*yaml.safe_load(controls), "gprune"]
     assert {(r["stage"], r["recovery"]) for r in result.records} == {
@@ -414,14 +433,13 @@ def preset(world, tmp_path_factory, cache):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "ShortGPT"])
-def test_presets_meet_the_budget(name, preset, dense, token_batch):
+def test_presets_meet_the_budget_and_compute_the_masked_model(name, preset, dense, token_batch):
     result = preset(name)
     check_budget(result, dense)
     assert result.modules is None
     recoveries = {"none", "bias"} if name == "FLAP" else {"none"}
-    assert {(r["stage"], r["recovery"]) for r in result.records} == {("dense", "none")} | {
-        ("base", r) for r in recoveries
-    }
+    rows = {(r["stage"], r["recovery"]) for r in result.records}
+    assert rows == {("dense", "none"), *(("base", recovery) for recovery in recoveries)}
     with masked(dense, result.masks), torch.inference_mode():
         difference = (dense(token_batch).logits - result.model(token_batch).logits).abs().max()
     assert (difference <= 1e-4) == (name != "FLAP")  # FLAP adds biases to compensate for removed units
@@ -440,12 +458,12 @@ def test_shortgpt_removes_blocks_and_narrows_one_to_reach_the_parameter_count(pr
     costs, blocks = unit_costs(blocks_of(dense), scope="ffn"), blocks_of(dense)
     influence = next(iter(result.statistics.values())).influence
     first, second, third = influence.argsort().tolist()
-    assert [b for b, stays in enumerate(result.masks.blocks) if not stays] == [first]
-    narrowed = -(-(costs.total // 2 - blocks[first].cost) // costs.neuron[0])
-    assert int(result.masks.ffn[second].sum()) == tiny_run.NEURONS - narrowed
+    assert [b for b, is_kept in enumerate(result.masks.blocks) if not is_kept] == [first]
+    removed_neurons = math.ceil((costs.total // 2 - blocks[first].cost) / costs.neuron[0])
+    assert int(result.masks.ffn[second].sum()) == tiny_run.NEURONS - removed_neurons
     assert bool(result.masks.ffn[third].all())
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
-    assert before - after == blocks[first].cost + narrowed * costs.neuron[0]
+    assert before - after == blocks[first].cost + removed_neurons * costs.neuron[0]
     assert result.summary["sparsity_of_scope"] == (before - after) / costs.total >= 0.5
     assert result.model.config.num_hidden_layers == len(result.model.model.layers) == 2
     assert {r["allocation"] for r in result.records} == {None, "depth"}
@@ -465,82 +483,88 @@ def calibration_tokens(result):
 
 @pytest.mark.slow
 def test_several_metrics_share_one_calibration_pass_with_identical_results(world, tmp_path, monkeypatch):
+    """Runs that load the statistics of an earlier run equal runs that collect their own."""
     tokens = 4 * 32  # of one corpus
     shared = tmp_path / "shared"
     monkeypatch.setenv("GPRUNE_CACHE", str(shared))
-    nothing = ("--export=none", "--evaluation.controls=[]", "--sparsity.allocation=equal")
-    first = world.run(tmp_path, "--corpora.collect=[gram,saliency]", *nothing, name="first")
+    fast = ("--export=none", "--evaluation.controls=[]", "--sparsity.allocation=equal")
+    first = world.run(tmp_path, "--corpora.collect=[gram,saliency]", *fast, name="first")
     assert calibration_tokens(first) == (0, 3 * tokens)  # three corpora, each once
-    later = {"wanda_sp": ("--recovery=least_squares",), "taylor": ("--recovery=least_squares",)}
     collected = digests(shared / "statistics", "*.safetensors")
-    assert len(collected) == 3 * 3  # corpora, kinds
-    with monkeypatch.context() as patch:  # also if the cache already has the statistics that the run itself needs
-        patch.setenv("GPRUNE_CACHE", str(tmp_path / "twice"))
-        world.run(tmp_path, *nothing, name="moments")
-        world.run(tmp_path, "--corpora.collect=[gram,saliency]", *nothing, name="second")
-    assert len(digests(tmp_path / "twice/statistics", "*.safetensors")) == 3 * 3
-    for metric, flags in later.items():
-        flags = ("--gprune=false", "--export=none", f"--importance={metric}", *flags)
+    assert len(collected) == 3 * 3  # moments, Gram matrices and saliency of three corpora
+    for metric in ("wanda_sp", "taylor"):
+        flags = ("--gprune=false", "--export=none", f"--importance={metric}", "--recovery=least_squares")
         with counted_forwards() as forwards:
-            mine = world.run(tmp_path, *flags, name=metric)
-        assert calibration_tokens(mine) == (0, 0)
-        assert forwards  # it evaluates
-        alone = tmp_path / f"{metric}-cache"
+            from_shared_cache = world.run(tmp_path, *flags, name=metric)
+        assert calibration_tokens(from_shared_cache) == (0, 0)
+        assert forwards  # of the evaluation
+        own_cache = tmp_path / f"{metric}-cache"
         with monkeypatch.context() as patch:
-            patch.setenv("GPRUNE_CACHE", str(alone))
-            other = world.run(tmp_path, *flags, name=f"{metric}-alone")
-        corpora = 3 if "--recovery=least_squares" in flags else 1
-        assert sum(calibration_tokens(other)) == corpora * tokens
-        own = digests(alone / "statistics", "*.safetensors")
-        assert own.items() <= collected.items()
-        assert mine.masks == other.masks
-        assert [r["nll"] for r in mine.records] == [r["nll"] for r in other.records]
+            patch.setenv("GPRUNE_CACHE", str(own_cache))
+            alone = world.run(tmp_path, *flags, name=f"{metric}-alone")
+        assert sum(calibration_tokens(alone)) == 3 * tokens
+        assert digests(own_cache / "statistics", "*.safetensors").items() <= collected.items()
+        assert from_shared_cache.masks == alone.masks
+        assert [r["nll"] for r in from_shared_cache.records] == [r["nll"] for r in alone.records]
     assert digests(shared / "statistics", "*.safetensors") == collected  # no file was written again
+
+
+@pytest.mark.slow
+def test_additional_statistics_are_collected_if_the_cache_has_only_those_of_the_metric(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    fast = ("--export=none", "--evaluation.controls=[]", "--sparsity.allocation=equal")
+    world.run(tmp_path, *fast, name="moments")
+    world.run(tmp_path, "--corpora.collect=[gram,saliency]", *fast, name="second")
+    assert len(digests(tmp_path / "cache/statistics", "*.safetensors")) == 3 * 3  # three kinds of three corpora
 
 
 @pytest.mark.slow
 def test_dry_run_bounds_the_tokens_of_a_gradient_metric(world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    flags, calibrated, learned = ("--importance=taylor", "--export=none"), 3 * 4 * 32, 2 * 4 * 32
+    flags = ("--importance=taylor", "--export=none")
+    calibrated, learned = 3 * 4 * 32, 2 * 4 * 32  # corpora, windows, tokens
     result = world.run(tmp_path, *flags)
     plan = check(result.config)
     assert calibration_tokens(result) == (0, calibrated)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == calibrated + learned
-    # the bound does not count calibration twice
+    # The bound does not count calibration twice.
     assert 0 <= plan.forward_tokens - result.summary["forward_tokens"] < calibrated
+    # A run without modules needs one corpus, and finds its statistics in the cache. The plan assumes an empty cache.
     cached = world.run(tmp_path, *flags, "--gprune=false", "--sparsity.target=0.4", name="cached")
-    bound = check(cached.config)
-    assert cached.summary["forward_backward_tokens"] == 0 < bound.forward_backward_tokens == calibrated // 3
-    assert cached.summary["forward_tokens"] <= bound.forward_tokens
+    plan_of_cached = check(cached.config)
+    assert cached.summary["forward_backward_tokens"] == 0
+    assert plan_of_cached.forward_backward_tokens == calibrated // 3
+    assert cached.summary["forward_tokens"] <= plan_of_cached.forward_tokens
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gprune_", ["true", "false"])
-def test_reconstruction_uses_the_planned_tokens_and_has_the_same_masks_after_resuming(gprune_, world, tmp_path):
-    flags = ["--sparsity.allocation=reconstruction", "--recovery=least_squares", f"--gprune={gprune_}"]
+@pytest.mark.parametrize("has_modules", [True, False])
+def test_reconstruction_uses_the_planned_tokens_and_has_the_same_masks_after_resuming(has_modules, world, tmp_path):
+    flags = ["--sparsity.allocation=reconstruction", "--recovery=least_squares", f"--gprune={str(has_modules).lower()}"]
     result = world.run(tmp_path, *flags)
     plan = check(result.config)
-    drift, averaged = len(result.config.corpora.drift), gprune_ == "true"
-    windows = min(4, 2048 // 32) * (1 + 2 * drift * averaged)  # base: one corpus; averaged and modules: all
+    rows = ("base", "averaged", "modules") if has_modules else ("base",)
+    drift_corpora = len(result.config.corpora.drift)
+    # Errors of blocks are measured on four windows of each corpus: one corpus for `base`, all for the other rows.
+    windows = 4 * (1 + 2 * drift_corpora if has_modules else 1)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == windows * 32
     assert result.summary["forward_tokens"] <= plan.forward_tokens
     widths = [int(keep.sum()) for keep in result.masks.ffn]
     assert len({*widths}) > 1
     assert sum(widths) == result.masks.ffn[0].numel() * len(widths) // 2
-    rows = ("base", "averaged", "modules") if averaged else ("base",)
     assert {path.stem for path in result.path.glob("errors_*")} == {f"errors_{row}" for row in rows}
     (result.path / "metrics.json").unlink()
-    again = world.run(tmp_path, *flags)
-    assert again.masks == result.masks
+    resumed = world.run(tmp_path, *flags)
+    assert resumed.masks == result.masks
 
 
 @pytest.mark.slow
 def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world, tmp_path, monkeypatch):
-    """The reference is computed from logits. The dense model's forward pass is counted once in all three cases."""
+    """The tokens of the dense model are counted in each case. The expected KL is computed here from logits."""
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     flags, runs = ("--gprune=false", "--export=hf"), []
-    for name, kept in (("first", 2**32), ("cached", 2**32), ("not_kept", 0)):
-        monkeypatch.setattr("gprune.pipeline.cost.MAX_CACHED_BYTES", kept)
+    for name, max_bytes in (("kept", 2**32), ("cached", 2**32), ("recomputed", 0)):
+        monkeypatch.setattr("gprune.pipeline.cost.MAX_CACHED_BYTES", max_bytes)
         runs.append(world.run(tmp_path, *flags, name=name))
         assert json.loads((runs[-1].path / "manifest.json").read_text())["steps"]["evaluate"]["forward_tokens"] == 384
         assert runs[-1].summary["forward_tokens"] <= check(runs[-1].config).forward_tokens
@@ -552,8 +576,9 @@ def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world,
         assert ("kl" in record) == (record["stage"] != "dense")
         if "kl" in record:
             logits = [m(text[record["corpus"]]).logits[:, :-1].double() for m in (dense, runs[0].model)]
-            log_q, log_p = (z.log_softmax(-1) for z in logits)
-            assert record["window_kl"] == pytest.approx((log_q.exp() * (log_q - log_p)).sum((1, 2)).tolist(), rel=1e-4)
+            log_dense, log_pruned = (z.log_softmax(-1) for z in logits)
+            window_kl = (log_dense.exp() * (log_dense - log_pruned)).sum((1, 2))
+            assert record["window_kl"] == pytest.approx(window_kl.tolist(), rel=1e-4)
 
 
 def test_prune_refuses_a_dry_run_configuration(tmp_path):
@@ -581,13 +606,16 @@ def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, mo
     assert lines["text"] == "5 corpora have enough windows"
 
 
-def test_a_dry_run_refuses_short_corpora_like_a_run_and_names_corpora_not_counted(world, tmp_path, capsys):
-    short, ends = "--evaluation.num_samples=100000", []
-    for flags in ([short], [short, "--dry_run=true"]):
+def test_a_dry_run_refuses_short_corpora_with_the_message_of_a_run(world, tmp_path, capsys):
+    too_many_windows, messages = "--evaluation.num_samples=100000", []
+    for flags in ([too_many_windows], [too_many_windows, "--dry_run=true"]):
         assert tiny_run.main(world.args(tmp_path / "runs", *flags)) == 2
-        ends.append(capsys.readouterr().err.splitlines()[-1])
-    assert ends[0] == ends[1]
-    assert "must have 100000 windows" in ends[1]
+        messages.append(capsys.readouterr().err.splitlines()[-1])
+    assert messages[0] == messages[1]
+    assert "must have 100000 windows" in messages[1]
+
+
+def test_a_dry_run_names_the_corpora_whose_windows_are_not_counted(world, tmp_path, capsys):
     assert tiny_run.main(world.args(tmp_path / "runs", "--corpora.evaluate=[c4,stories]", "--dry_run=true")) == 0
     assert "; not counted, because they are not on this machine: c4, stories\n" in capsys.readouterr().out
 
@@ -610,75 +638,80 @@ def test_a_config_with_more_parameters_than_the_weight_files_can_hold_is_refused
     assert "got 32,055,520 parameters, for files of weights with" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["", "kl_on_fresh_text"])
-def test_dry_run_bounds_the_tokens_of_the_run(name, finished, run_with_option):
-    result, windows = (run_with_option(name), 7) if name else (finished, 4)
+def test_dry_run_bounds_the_tokens_of_the_run(finished):
+    """Training uses four windows of 32 tokens of each of two corpora."""
+    plan = check(finished.config)
+    assert finished.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 4 * 32
+    assert finished.summary["forward_tokens"] <= plan.forward_tokens
+
+
+def test_dry_run_bounds_the_tokens_of_a_run_with_kl_and_counts_the_forward_pass_of_the_teacher(run_with_option):
+    """Training uses seven windows of 32 tokens of each of two corpora."""
+    result = run_with_option("kl_on_fresh_text")
     plan = check(result.config)
-    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * windows * 32
+    assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 7 * 32
     assert result.summary["forward_tokens"] <= plan.forward_tokens
-    if name:  # plus a forward pass of the teacher
-        plain = check(
-            gprune.config.parse(["--config", str(result.path / "config.yaml"), "--sparsity.loss=cross_entropy"])
-        )
-        assert plan.forward_tokens == plain.forward_tokens + 2 * 7 * 32
+    flags = ["--config", str(result.path / "config.yaml"), "--sparsity.loss=cross_entropy"]
+    assert plan.forward_tokens == check(gprune.config.parse(flags)).forward_tokens + 2 * 7 * 32
 
 
 @pytest.mark.parametrize("importance", ["wanda_sp", "magnitude"])
 def test_switched_modules_with_metric_consensus_rank_by_the_mean_rank_over_drift_corpora(
     importance, world, tmp_path, dense
 ):
-    """All modules are switched and keep the same fraction, so the mean rank over corpora decides.
+    """All modules keep the same fraction of neurons, and switched modules keep those with the highest mean rank.
 
-    The ranks are those of the metric itself, also if its drift is measured with another metric.
+    The ranks are those of the metric itself. `magnitude` needs no activations, so its drift is measured with another
+    metric, and the ranks in the record of drift are different ones.
     """
     everywhere = ["--reliability.sensitivity_quantile=0", "--reliability.score_quantile=1"]
     flags = [f"--importance={importance}", "--reliability.metric=consensus", "--sparsity.allocation=equal"]
     result = world.run(tmp_path, *flags, *everywhere)
     assert result.modules.reliability[0].switched.any()
-    each = [
+    scores_by_corpus = [
         score_units(importance, blocks_of(dense), result.statistics[corpus], seed=0).ffn
         for corpus in result.config.corpora.drift
     ]
-    own = [
-        torch.from_numpy((rankdata(torch.stack(s).numpy(), axis=-1) - 0.5) / tiny_run.NEURONS).mean(0)
-        for s in zip(*each, strict=True)
+    mean_ranks = [  # by block
+        torch.from_numpy((rankdata(torch.stack(scores).numpy(), axis=-1) - 0.5) / tiny_run.NEURONS).mean(0)
+        for scores in zip(*scores_by_corpus, strict=True)
     ]
-    pairs = zip(own, result.modules.drift, strict=True)
-    assert all(torch.allclose(o, drift.ranks.mean(0)) for o, drift in pairs) == (importance == "wanda_sp")
-    for consensus, labels, record, mask in zip(
-        own, result.modules.labels, result.modules.reliability, result.masks.ffn, strict=True
+    pairs = zip(mean_ranks, result.modules.drift, strict=True)
+    assert all(torch.allclose(rank, drift.ranks.mean(0)) for rank, drift in pairs) == (importance == "wanda_sp")
+    for consensus, labels, reliability, mask in zip(
+        mean_ranks, result.modules.labels, result.modules.reliability, result.masks.ffn, strict=True
     ):
-        for k in record.switched.nonzero()[:, 0].tolist():
+        for k in reliability.switched.nonzero()[:, 0].tolist():
             kept, removed = consensus[mask & (labels == k)], consensus[~mask & (labels == k)]
             assert len(kept) == 0 or len(removed) == 0 or kept.min() >= removed.max()
 
 
 def test_switched_modules_with_metric_averaged_rank_by_scores_of_the_pooled_corpora(world, tmp_path, dense):
-    """All modules keep the same fraction, so units are removed in the order of the scores of `averaged`."""
+    """All modules keep the same fraction of neurons: those with the highest scores of the control `averaged`."""
     flags = ("--reliability.metric=averaged", "--reliability.everywhere=true", "--sparsity.allocation=equal")
     result = world.run(tmp_path, *flags)
     pool = pool_statistics(result.statistics[corpus] for corpus in result.config.corpora.drift)
     scores = score_units(result.config.importance, blocks_of(dense), pool, seed=0).ffn
-    own = score_units(
-        result.config.importance, blocks_of(dense), result.statistics[result.config.corpora.score], seed=0
-    )
-    ordered = []
+    of_scoring_corpus = result.statistics[result.config.corpora.score]
+    base_scores = score_units(result.config.importance, blocks_of(dense), of_scoring_corpus, seed=0).ffn
+    in_order_of_base_scores = []
     for b, (labels, mask) in enumerate(zip(result.modules.labels, result.masks.ffn, strict=True)):
         assert bool(result.modules.reliability[b].switched.all())
         for k in range(int(labels.max()) + 1):
             kept, removed = mask & (labels == k), ~mask & (labels == k)
             assert scores[b][kept].min() >= scores[b][removed].max()
-            ordered.append(bool(own.ffn[b][kept].min() >= own.ffn[b][removed].max()))
-    assert not all(ordered)  # the order by the scoring corpus alone differs
-    # the masks of `averaged` keep the highest of the same scores in each block
-    for s, mask in zip(scores, masks_of(result, "averaged").ffn, strict=True):
-        assert s[mask].min() >= s[~mask].max()
+            in_order_of_base_scores.append(bool(base_scores[b][kept].min() >= base_scores[b][removed].max()))
+    assert not all(in_order_of_base_scores)  # so the test can fail
+    # The masks of `averaged` keep the highest of the same scores in each block.
+    for block_scores, mask in zip(scores, masks_of(result, "averaged").ffn, strict=True):
+        assert block_scores[mask].min() >= block_scores[~mask].max()
 
 
 # --- text of each role ------------------------------------------------------------------------------------------
 
 
 def text_of(world, *flags):
+    """Return the configuration of a tiny run, its text, and the tokenizer."""
     cfg = gprune.config.parse([*world.args(world.model.parent), *flags])
     tokenizer = tiny_run.tiny_tokenizer()
     return cfg, gprune.pipeline.inputs.prepare_text(cfg, tokenizer, 128), tokenizer
@@ -686,21 +719,22 @@ def text_of(world, *flags):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_training_windows_are_the_calibration_windows_followed_by_new_ones(seed, world):
-    _, text, _ = text_of(world, "--corpora.learn_samples=11", f"--run.seed={seed}")
-    _, plain, _ = text_of(world, f"--run.seed={seed}")
-    _, few, _ = text_of(world, "--corpora.learn_samples=3", f"--run.seed={seed}")
-    assert [w.corpus for w in text.learn] == [str(world.corpora[c]) for c in ("alpha", "beta")]
-    for more, same, less in zip(text.learn, plain.learn, few.learn, strict=True):
-        calibrated = plain.train[more.corpus]
-        assert text.train[more.corpus].content_hash == calibrated.content_hash == same.content_hash
-        assert more.tokens.shape == (11, 32)
-        assert torch.equal(more.tokens[:4], calibrated.tokens)
-        assert torch.equal(less.tokens, calibrated.tokens[:3])
-        assert len({tuple(row.tolist()) for row in more.tokens}) == 11
-    assert text.hashes().keys() == plain.hashes().keys()
-    assert {name for name, found in text.hashes().items() if found != plain.hashes()[name]} == {
-        f"{w.corpus} train learned" for w in text.learn
-    }
+    """By default training uses the four calibration windows of a corpus. Only the hash of training text changes."""
+    _, eleven, _ = text_of(world, "--corpora.learn_samples=11", f"--run.seed={seed}")
+    _, four, _ = text_of(world, f"--run.seed={seed}")
+    _, three, _ = text_of(world, "--corpora.learn_samples=3", f"--run.seed={seed}")
+    assert [w.corpus for w in eleven.learn] == [str(world.corpora[c]) for c in ("alpha", "beta")]
+    for of_eleven, of_four, of_three in zip(eleven.learn, four.learn, three.learn, strict=True):
+        calibration = four.train[of_eleven.corpus]
+        assert eleven.train[of_eleven.corpus].content_hash == calibration.content_hash == of_four.content_hash
+        assert of_eleven.tokens.shape == (11, 32)
+        assert torch.equal(of_eleven.tokens[:4], calibration.tokens)
+        assert torch.equal(of_three.tokens, calibration.tokens[:3])
+        assert len({tuple(window.tolist()) for window in of_eleven.tokens}) == 11
+    hashes, default_hashes = eleven.hashes(), four.hashes()
+    assert hashes.keys() == default_hashes.keys()
+    changed = {name for name in hashes if hashes[name] != default_hashes[name]}
+    assert changed == {f"{w.corpus} train learned" for w in eleven.learn}
 
 
 def as_run(cfg, text, tokenizer):
@@ -712,10 +746,11 @@ def test_training_text_that_occurs_in_an_evaluation_corpus_marks_it_as_seen(worl
     """The leak check covers the new training windows, which are not calibration text."""
     cfg, text, tokenizer = text_of(world, "--corpora.learn_samples=11")
     copied = Windows(str(world.corpora["delta"]), "test", text.learn[1].tokens[6:8])
-    for found, leaked in ((text, True), (text_of(world)[1], False)):
-        ((seen, share),) = outcome.leaks(as_run(cfg, replace(found, test=[copied]), tokenizer)).values()
-        assert seen == leaked
-        assert share > 0.9 if leaked else share < 0.1
+    for training_text, is_leaked in ((text, True), (text_of(world)[1], False)):
+        run = as_run(cfg, replace(training_text, test=[copied]), tokenizer)
+        ((seen, share_of_13grams),) = outcome.leaks(run).values()
+        assert seen == is_leaked
+        assert share_of_13grams > 0.9 if is_leaked else share_of_13grams < 0.1
 
 
 def test_development_text_differs_from_test_text_and_is_recorded_as_development(run_with_option, finished, world):
@@ -723,24 +758,26 @@ def test_development_text_differs_from_test_text_and_is_recorded_as_development(
     assert {r["split"] for r in result.records} == {"development"}
     assert {r["split"] for r in finished.records} == {"test"}
     assert result.masks == finished.masks  # evaluation text does not affect the masks
-    there, here = ({r["corpus"]: r["content_hash"] for r in run.records} for run in (finished, result))
-    assert there.keys() == here.keys()
-    assert not set(there.values()) & set(here.values())
+    test_hashes, development_hashes = (
+        {r["corpus"]: r["content_hash"] for r in run.records} for run in (finished, result)
+    )
+    assert test_hashes.keys() == development_hashes.keys()
+    assert not set(test_hashes.values()) & set(development_hashes.values())
     assert {r["corpus"] for r in result.records if r["seen"]} == {str(world.corpora["alpha"])}
 
 
 @pytest.mark.parametrize("split", ["test", "development", "train"])
-def test_evaluation_text_is_the_same_for_every_seed(split, world):
-    (_, one, _), (_, two, _) = (text_of(world, f"--evaluation.split={split}", f"--run.seed={s}") for s in (0, 1))
-    for role, alike in (("test", True), ("development", True), ("learn", False)):
-        for a, b in zip(getattr(one, role), getattr(two, role), strict=True):
-            assert (a.content_hash == b.content_hash) == alike
-    assert {w.split for w in one.test} == {split}
+def test_evaluation_and_development_text_are_the_same_for_every_seed_and_training_text_is_not(split, world):
+    first, second = (text_of(world, f"--evaluation.split={split}", f"--run.seed={seed}")[1] for seed in (0, 1))
+    for role, is_equal in (("test", True), ("development", True), ("learn", False)):
+        for a, b in zip(getattr(first, role), getattr(second, role), strict=True):
+            assert (a.content_hash == b.content_hash) == is_equal
+    assert {w.split for w in first.test} == {split}
 
 
 @pytest.mark.parametrize("split", ["development", "test"])
 def test_windows_of_curves_count_as_used_only_when_test_text_is_evaluated(split, world):
-    """On development text, they would make the windows of every training corpus leak."""
+    """In an evaluation on development text they are evaluation windows, which would all be marked as leaked."""
     flags = (
         f"--evaluation.split={split}",
         "--evaluation.development_samples=2",
@@ -754,14 +791,13 @@ def test_windows_of_curves_count_as_used_only_when_test_text_is_evaluated(split,
     assert (curve <= used) == (split == "test")
     shares = {corpus: share for corpus, (_, share) in outcome.leaks(as_run(cfg, text, tokenizer)).items()}
     assert max(shares.values()) < 0.1
-    # the windows of a curve are the first evaluated windows
-    if split == "development":
+    if split == "development":  # the windows of a curve are the first evaluated windows
         alpha = next(w for w in text.test if w.corpus == str(world.corpora["alpha"]))
         assert torch.equal(text.development[0].tokens, alpha.tokens)
 
 
 def test_float32_matmul_precision_is_applied_recorded_and_restored(world, tmp_path, capsys):
-    """Log, records and settings contain the value. Afterwards the process has its old setting."""
+    """The log, the records and the settings have the value. After the run, the process has its old setting again."""
     flags = ("--gprune=false", "--trainer.float32_matmul_precision=high")
     result = world.run(tmp_path, *flags)
     assert "float32 matrix products in precision 'high'" in capsys.readouterr().out
@@ -769,9 +805,8 @@ def test_float32_matmul_precision_is_applied_recorded_and_restored(world, tmp_pa
     assert {r["float32_matmul_precision"] for r in result.records} == {"high"}
     settings = json.loads((result.path / "manifest.json").read_text())["settings"]["trainer"]
     assert settings["float32_matmul_precision"] == "high"
-    assert (
-        "float32_matmul_precision" not in gprune.RunConfig().settings()["trainer"]
-    )  # so settings of older runs do not change
+    # The default is omitted, so that older runs, which have no such setting, have the same settings.
+    assert "float32_matmul_precision" not in gprune.RunConfig().settings()["trainer"]
 
 
 def test_a_corpus_with_several_roles_is_loaded_once(world, monkeypatch):

@@ -37,14 +37,17 @@ DEVELOPMENT = 4  # windows of each corpus
 
 
 def write_chain(path, successors, *, seed, documents=36, words=560):
-    """Write text in which each word predicts the next one. An FFN can learn this, and loses it by pruning."""
+    """Write text in which a word is followed by its successor with probability 0.8, and else by a random word.
+
+    An FFN can learn this, and loses it by pruning.
+    """
     generator = random.Random(seed)
     texts = []
     for _ in range(documents):
-        drawn = [generator.choice(WORDS)]
+        text = [generator.choice(WORDS)]
         for _ in range(words):
-            drawn.append(successors[drawn[-1]] if generator.random() < 0.8 else generator.choice(WORDS))
-        texts.append("\n".join(" ".join(drawn[i : i + 12]) for i in range(0, words, 12)))
+            text.append(successors[text[-1]] if generator.random() < 0.8 else generator.choice(WORDS))
+        texts.append("\n".join(" ".join(text[i : i + 12]) for i in range(0, words, 12)))
     path.write_text("\n\n".join(texts), encoding="utf-8")
     return path
 
@@ -57,8 +60,8 @@ def trained(tmp_path_factory) -> World:
     names = [*tiny_run.SEEN, *tiny_run.UNSEEN]
     corpora = {name: write_chain(folder / f"{name}.txt", successors, seed=i) for i, name in enumerate(names)}
     text = write_chain(folder / "training.txt", successors, seed=99, documents=60).read_text()
-    place = tiny_run.save_tiny_model(folder / "model", initializer_range=0.05, tie_word_embeddings=False)
-    model = AutoModelForCausalLM.from_pretrained(place)
+    model_folder = tiny_run.save_tiny_model(folder / "model", initializer_range=0.05, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
     ids = torch.tensor(tiny_run.tiny_tokenizer()(text)["input_ids"])
     windows = ids[: len(ids) // 32 * 32].view(-1, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
@@ -68,8 +71,8 @@ def trained(tmp_path_factory) -> World:
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(place)
-    return World(place, corpora)
+    model.save_pretrained(model_folder)
+    return World(model_folder, corpora)
 
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
@@ -84,19 +87,20 @@ def search_to_the_last_step(monkeypatch):
 
 @contextmanager
 def counted_stages():
-    """Record the class names of the stages that are trained."""
+    """Yield a list that receives the class name of each stage that is trained."""
     names, fit = [], L.Trainer.fit
 
-    def counting(trainer, stage, *args, **kwargs):
+    def fit_and_record(trainer, stage, *args, **kwargs):
         names.append(type(stage).__name__)
         return fit(trainer, stage, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(L.Trainer, "fit", counting)
+        patch.setattr(L.Trainer, "fit", fit_and_record)
         yield names
 
 
 def with_target(target, *more):
+    """Return flags with a quality target, such as `+5%`."""
     return [f"--sparsity.target={target}", f"--evaluation.development_samples={DEVELOPMENT}", *more]
 
 
@@ -122,16 +126,16 @@ def test_the_removed_share_equals_that_of_an_exhaustive_search(trained, dense, t
     result = trained.run(tmp_path, *with_target("+20%", "--gprune=false"))
     statistics, blocks = result.statistics[result.config.corpora.score], blocks_of(dense)
     scores = score_units("wanda_sp", blocks_of(AutoModelForCausalLM.from_pretrained(trained.model)), statistics, seed=0)
-    whole, neuron = Budget.of(unit_costs(blocks, scope="ffn"), "+20%"), blocks[0].unit_cost("ffn")
-    own, ratios = log_perplexity(trained, ["alpha"], dense), {}
+    budget, neuron_cost = Budget.of(unit_costs(blocks, scope="ffn"), "+20%"), blocks[0].unit_cost("ffn")
+    dense_log_perplexity = log_perplexity(trained, ["alpha"], dense)
+    ratios = {}  # perplexity over that of the dense model, by the number of removed neurons
     for cut in range(1, 2 * tiny_run.NEURONS):
-        with masked(dense, allocate("uniform", scores, statistics, blocks, whole.removing(cut * neuron))):
-            ratios[cut] = math.exp(log_perplexity(trained, ["alpha"], dense) - own)
+        with masked(dense, allocate("uniform", scores, statistics, blocks, budget.removing(cut * neuron_cost))):
+            ratios[cut] = math.exp(log_perplexity(trained, ["alpha"], dense) - dense_log_perplexity)
     removed = sum(int((~keep).sum()) for keep in result.masks.ffn)
     assert ratios[removed] <= 1.2 < ratios[removed + 1]
-    assert removed == max(cut for cut, ratio in ratios.items() if ratio <= 1.2), (
-        "the curve is monotonic here, so the last share within the target is the largest one"
-    )
+    # The curve is monotonic here, so the last share within the target is the largest one.
+    assert removed == max(cut for cut, ratio in ratios.items() if ratio <= 1.2)
     assert result.summary["quality"]["got"] == pytest.approx(ratios[removed], rel=1e-5)
     assert result.summary["sparsity_of_scope"] == result.summary["quality"]["share"] == removed / (3 * tiny_run.NEURONS)
 
@@ -140,21 +144,22 @@ def test_the_target_holds_after_training_and_no_model_is_trained_twice(trained, 
     flags = with_target("+10%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--sparsity.epochs=2")
     with counted_stages() as trained_stages:
         result = trained.run(tmp_path, *flags)
-    found = result.summary["quality"]
-    rows = {row["row"]: row for row in found["rows"]}
-    own = rows["gprune + least_squares+distill"]
-    assert list(rows) == ["averaged + least_squares", "base + least_squares", "gprune + least_squares", own["row"]]
-    ratio = log_perplexity(trained, tiny_run.SEEN, result.model) - log_perplexity(trained, tiny_run.SEEN, dense)
-    assert 1 < found["got"] <= 1.1
-    assert math.exp(ratio) == pytest.approx(found["got"], rel=1e-4), "the saved model is the one that was measured"
-    assert found["low"] < found["got"] < found["high"]
-    assert trained_stages.count("DistillationStage") == own["models"] + 2, "the trials of the search, and two controls"
-    left = list((result.path / "recovery").glob("*.safetensors"))
-    assert len(left) == 3, "weights of other trials are deleted"
-    with counted_forwards() as seen:
-        again = trained.run(tmp_path, *flags)
-    assert again.summary == result.summary
-    assert sum(seen) < 500, "a finished run is loaded"
+    quality_summary = result.summary["quality"]
+    rows = {row["row"]: row for row in quality_summary["rows"]}
+    main_row = rows["gprune + least_squares+distill"]
+    assert list(rows) == ["averaged + least_squares", "base + least_squares", "gprune + least_squares", main_row["row"]]
+    rise = log_perplexity(trained, tiny_run.SEEN, result.model) - log_perplexity(trained, tiny_run.SEEN, dense)
+    assert 1 < quality_summary["got"] <= 1.1
+    assert math.exp(rise) == pytest.approx(quality_summary["got"], rel=1e-4), "the saved model is the measured one"
+    assert quality_summary["low"] < quality_summary["got"] < quality_summary["high"]
+    # Each model of the search is trained once, and so are the two controls.
+    assert trained_stages.count("DistillationStage") == main_row["models"] + 2
+    weights = list((result.path / "recovery").glob("*.safetensors"))
+    assert len(weights) == 3, "only the weights of the three rows are kept"
+    with counted_forwards() as tokens:
+        restarted = trained.run(tmp_path, *flags)
+    assert restarted.summary == result.summary
+    assert sum(tokens) < 500, "a finished run is loaded"
 
 
 @pytest.mark.parametrize(
@@ -174,37 +179,39 @@ def test_the_target_holds_after_training_and_no_model_is_trained_twice(trained, 
     ],
     ids=lambda flags: flags[-1],
 )
-def test_a_quality_target_holds_with_every_other_setting_of_the_masks(flags, trained, dense, tmp_path):
+def test_a_quality_target_holds_together_with_other_constraints_and_recoveries(flags, trained, dense, tmp_path):
     result = trained.run(tmp_path, *with_target("+15%", *flags))
-    found, corpora = result.summary["quality"], tiny_run.SEEN if result.config.gprune else ["alpha"]
+    quality_summary = result.summary["quality"]
+    corpora = tiny_run.SEEN if result.config.gprune else ["alpha"]
     rise = log_perplexity(trained, corpora, result.model) - log_perplexity(trained, corpora, dense)
-    assert math.exp(rise) == pytest.approx(found["got"], rel=1e-4)
-    assert found["got"] <= 1.15
-    last = found["rows"][-1]
-    assert last["parameters"] == result.summary["parameters_after"] or "bias" in flags[-1]
-    widths = {int(keep.sum()) for keep in result.masks.ffn} - {tiny_run.NEURONS}
+    assert math.exp(rise) == pytest.approx(quality_summary["got"], rel=1e-4)
+    assert quality_summary["got"] <= 1.15
+    if "bias" not in flags[-1]:  # the search does not count the biases that the recovery adds
+        assert quality_summary["rows"][-1]["parameters"] == result.summary["parameters_after"]
+    narrowed_widths = {int(keep.sum()) for keep in result.masks.ffn} - {tiny_run.NEURONS}
     if "width_multiple" in flags[0]:
-        assert widths
-        assert not any(width % 16 for width in widths)
+        assert narrowed_widths
+        assert not any(width % 16 for width in narrowed_widths)
     if "uniform" in flags[0]:
-        assert len(widths) == 1
+        assert len(narrowed_widths) == 1
     if "protect" in flags[0]:
-        assert widths
+        assert narrowed_widths
         assert all(bool(result.masks.ffn[block].all()) for block in (0, -1))
     if "kv_cache" in flags[-1]:
-        assert not widths
-        assert sum(int((~keep).sum()) for keep in result.masks.attention) == found["share"] * 6
+        assert not narrowed_widths
+        # Three blocks have two KV groups each.
+        assert sum(int((~keep).sum()) for keep in result.masks.attention) == quality_summary["share"] * 6
 
 
 def test_thresholds_are_learned_at_the_share_of_the_averaged_control(trained, tmp_path, monkeypatch):
     budgets, learn = [], sparsity.fit_thresholds
     monkeypatch.setattr(sparsity, "fit_thresholds", lambda run, *args: budgets.append(run.budget) or learn(run, *args))
     result = trained.run(tmp_path, *with_target("+15%"))
-    averaged, base, own = result.summary["quality"]["rows"]
-    assert [row["row"] for row in (averaged, base, own)] == ["averaged", "base", "gprune"]
+    averaged, base, gprune = result.summary["quality"]["rows"]
+    assert [row["row"] for row in (averaged, base, gprune)] == ["averaged", "base", "gprune"]
     assert [budget.sparsity for budget in budgets] == [pytest.approx(averaged["share"])]
     assert result.thresholds is not None
-    assert own["models"] >= 1
+    assert gprune["models"] >= 1
 
 
 class Killed(BaseException):
@@ -213,6 +220,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("after", [1, 4, 9])
 def test_a_run_killed_during_the_search_resumes_to_identical_results(after, trained, tmp_path, monkeypatch):
+    """The run is killed before it recovers a model of the search, after it has recovered `after` models."""
     flags = with_target(
         "+10%", "--recovery=[least_squares,distill]", "--distill.tokens=1536", "--evaluation.controls=[base]"
     )
@@ -260,8 +268,9 @@ def test_the_perplexity_of_the_dense_model_is_cached_for_later_runs(trained, tmp
 
 
 def test_a_target_that_the_smallest_cut_misses_is_refused(trained, tmp_path, capsys):
-    grid = "--gprune=false", "--sparsity.width_multiple=128", "--sparsity.uniform_width=true"
-    args = trained.args(tmp_path, *with_target("+0.0000001%", *grid))
+    """Widths are 160 or 128, so the smallest cut removes 32 neurons of 96 parameters from each of three blocks."""
+    coarse_grid = ("--gprune=false", "--sparsity.width_multiple=128", "--sparsity.uniform_width=true")
+    args = trained.args(tmp_path, *with_target("+0.0000001%", *coarse_grid))
     capsys.readouterr()
     assert tiny_run.main(args) == 2
     error = capsys.readouterr().err
@@ -271,14 +280,15 @@ def test_a_target_that_the_smallest_cut_misses_is_refused(trained, tmp_path, cap
 
 
 def test_a_very_loose_target_gives_the_largest_possible_cut(trained, tmp_path):
+    """Every block keeps at least one neuron."""
     result = trained.run(tmp_path, *with_target("+1000%", "--gprune=false"))
-    found = result.summary["quality"]
-    assert found["largest"]
-    assert "the largest possible cut" in found["said"]
+    quality_summary = result.summary["quality"]
+    assert quality_summary["largest"]
+    assert "the largest possible cut" in quality_summary["said"]
     assert [int(keep.sum()) for keep in result.masks.ffn] == [1, 1, 1]
 
 
-REFUSED = {
+REFUSED = {  # flags -> words of the message
     "--sparsity.target=+0%": "got '+0%'",
     "--sparsity.target=-5%": "got '-5%'",
     "--sparsity.target=+5": "got 5",
@@ -304,9 +314,9 @@ def test_an_invalid_quality_target_is_refused_before_a_model_is_loaded(flags, tr
 
 def test_a_corpus_without_development_text_is_refused_before_a_model_is_loaded(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("gprune.pipeline.run.load_dense", lambda *_: pytest.fail("a model was loaded"))
-    few = tmp_path / "few.txt"
-    few.write_text("\n\n".join(["bana bani bano banu " * 200] * 5))
-    assert tiny_run.main(trained.args(tmp_path / "runs", *with_target("+5%", f"--corpora.score={few}"))) == 2
+    short_corpus = tmp_path / "short.txt"
+    short_corpus.write_text("\n\n".join(["bana bani bano banu " * 200] * 5))
+    assert tiny_run.main(trained.args(tmp_path / "runs", *with_target("+5%", f"--corpora.score={short_corpus}"))) == 2
     assert "needs more docume" in capsys.readouterr().err
 
 
@@ -330,19 +340,20 @@ def test_a_run_processes_at_most_the_planned_tokens(recovery, trained, tmp_path)
 
 def test_the_reached_quality_is_in_the_summary_frame_report_and_page(trained, tmp_path):
     result = trained.run(tmp_path, *with_target("+10%", "--sparsity.target=+10%"))
-    found, frame = result.summary["quality"], result.to_frame()
-    assert frame["quality_got"].iloc[-1] == pytest.approx(found["got"] - 1)
+    quality_summary = result.summary["quality"]
+    frame = result.to_frame()
+    assert frame["quality_got"].iloc[-1] == pytest.approx(quality_summary["got"] - 1)
     assert frame["quality_asked"].iloc[-1] == 0.1
     assert frame["quality_got"].iloc[:-1].isna().all()
     assert load_run(result.path).summary == result.summary
-    made = report.make([result.path])
-    assert found["said"] in made.to_markdown().replace("\\", "")
-    (table,) = (t for t in made.tables if t.name == "quality")
+    run_report = report.make([result.path])
+    assert quality_summary["said"] in run_report.to_markdown().replace("\\", "")
+    (table,) = (t for t in run_report.tables if t.name == "quality")
     assert [row[0] for row in table.rows] == ["averaged", "base", "gprune"]
     assert table.rows[-1][2] == result.summary["parameters_after"]
     assert table.rows[-1][4] == pytest.approx(table.rows[-1][2] / table.rows[1][2])
-    page = html.render(made)
-    assert found["said"] in page
+    page = html.render(run_report)
+    assert quality_summary["said"] in page
     assert "Parameters at the same quality" in page
 
 
@@ -351,7 +362,7 @@ def test_a_run_with_a_sparsity_curve_reports_the_shares_within_a_loss_tolerance(
     result = trained.run(tmp_path, curve, "--evaluation.development_samples=4")
     learning = json.loads((result.path / "manifest.json").read_text())["learning"]
     points = learning["development_perplexity_by_sparsity"]
-    means = {float(share): statistics.geometric_mean(of.values()) for share, of in points.items()}
+    means = {float(share): statistics.geometric_mean(by_corpus.values()) for share, by_corpus in points.items()}
     shares = result.summary["tolerated"]["shares"]
     for percent, share in shares.items():
         assert share == largest_share(means, 1 + int(percent) / 100).value
@@ -367,10 +378,10 @@ def test_two_processes_find_the_same_share_as_one(trained, tmp_path):
     flags += ["--evaluation.controls=[base]", "--trainer.devices=2", "--trainer.strategy=ddp"]
     first, second = tiny_run.train(trained.args(tmp_path, *flags), tmp_path, processes=2)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    found = load_run(tmp_path / "run").summary["quality"]
-    alone = trained.run(tmp_path, *flags[:-2], name="alone").summary["quality"]
-    assert found["got"] <= 1.15
-    of_two, of_one = found["rows"][0], alone["rows"][0]
+    two_processes = load_run(tmp_path / "run").summary["quality"]
+    one_process = trained.run(tmp_path, *flags[:-2], name="alone").summary["quality"]
+    assert two_processes["got"] <= 1.15
+    of_two, of_one = two_processes["rows"][0], one_process["rows"][0]
     assert of_two.keys() == of_one.keys()
     assert of_two["parameters"] == of_one["parameters"]
     for name in ("got", "low", "high", "predicted"):  # sums of Gram matrices over processes differ by rounding

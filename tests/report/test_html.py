@@ -1,4 +1,4 @@
-"""The page of a run folder: self-contained, complete, and working in a browser."""
+"""The HTML page of a run and of a comparison: self-contained, complete, and working in a browser."""
 
 from __future__ import annotations
 
@@ -57,12 +57,15 @@ def parsed(path: Path) -> ElementTree.Element:
 
 
 @pytest.mark.parametrize("which", ["one", "both"])
-def test_a_page_is_one_self_contained_file_with_valid_references(which, finished, compared):
+def test_a_page_loads_nothing_has_unique_ids_and_escapes_names(which, finished, compared):
     path = compared if which == "both" else finished.path / "report.html"
-    found = [(name.rpartition("}")[2], value) for element in parsed(path).iter() for name, value in element.items()]
-    ids = [value for name, value in found if name == "id"]
+    attributes = [
+        (name.rpartition("}")[2], value) for element in parsed(path).iter() for name, value in element.items()
+    ]
+    ids = [value for name, value in attributes if name == "id"]
     assert len(ids) == len(set(ids)) > 0
-    assert all(value.startswith(("#", "data:image/png;base64,")) for name, value in found if name in ("href", "src"))
+    references = [value for name, value in attributes if name in ("href", "src")]
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in references)
     assert "default-src 'none'" in path.read_text()
     assert "<b>&'odd" not in path.read_text()
 
@@ -72,8 +75,8 @@ def test_the_page_of_a_run_has_its_numbers_figures_settings_and_commands(finishe
     text_of_page = " ".join(parsed(finished.path / "report.html").itertext())
     for r in finished.records:
         assert f"{r['perplexity']:.2f}" in text_of_page
-    for what in (f"{finished.summary['parameters_after']:,}", ODD, "seed: 0", "what next", "save_and_check"):
-        assert what.lower() in text_of_page.lower(), what
+    for words in (f"{finished.summary['parameters_after']:,}", ODD, "seed: 0", "what next", "save_and_check"):
+        assert words.lower() in text_of_page.lower(), words
     assert f'from_pretrained("{finished.path / "model"}", trust_remote_code=True)' in text_of_page
     assert text.count("<svg") == 3 + 3  # figures of the run, and curves of training
     assert f"windows of {finished.records[0]['seq_len']} tokens" in text_of_page
@@ -97,23 +100,25 @@ def test_curves_of_a_resumed_run_are_concatenated(tmp_path):
 
 
 def test_curves_of_a_resumed_run_drop_repeated_steps_and_are_separate_from_controls():
-    """The run resumed from a checkpoint before its last logged step. The control has its own line."""
+    """Points at 8 and 16 tokens were logged twice, because the run resumed from an earlier checkpoint."""
     nan = [float("nan")]
-    own, control = "distill/gprune_distill", "distill/base_distill"
+    main_row, control = "distill/gprune_distill", "distill/base_distill"
     frame = pd.DataFrame(
         {
             f"{control}/tokens": nan * 6 + [8.0, 16], f"{control}/loss": nan * 6 + [7.0, 6],
             "controls/base_distill/perplexity/a": nan * 6 + [70.0, 60],
-            f"{own}/tokens": [0.0, 8, 16, 8, 16, 24, *nan, *nan], f"{own}/loss": [5.0, 4, 3.1, 4, 3, 2, *nan, *nan],
+            f"{main_row}/tokens": [0.0, 8, 16, 8, 16, 24, *nan, *nan],
+            f"{main_row}/loss": [5.0, 4, 3.1, 4, 3, 2, *nan, *nan],
             "development/perplexity/a": [9.0, 8, 7, 8, 7, 6, *nan, *nan],
         }
     )  # fmt: skip
-    assert curve_points(frame, f"{own}/tokens", f"{own}/loss").to_numpy().tolist() == [[0, 5], [8, 4], [16, 3], [24, 2]]
+    points = curve_points(frame, f"{main_row}/tokens", f"{main_row}/loss")
+    assert points.to_numpy().tolist() == [[0, 5], [8, 4], [16, 3], [24, 2]]
     losses, perplexities = (figure.axes[0].lines for figure in curve_figures(frame).values())
-    assert {one.get_label(): list(one.get_ydata()) for one in losses} == {
+    assert {line.get_label(): list(line.get_ydata()) for line in losses} == {
         "gprune_distill": [5, 4, 3, 2], "base_distill": [7, 6],
     }  # fmt: skip
-    assert [list(one.get_ydata()) for one in perplexities] == [[9, 8, 7, 6]]
+    assert [list(line.get_ydata()) for line in perplexities] == [[9, 8, 7, 6]]
 
 
 @pytest.mark.parametrize("content", ["", "step,learn/loss\n1,2,3,4\n1\n", "a,b\n1,2\n", "step,learn/loss\nx,y\nz,1\n"])
@@ -153,11 +158,11 @@ def test_a_browser_shows_a_page_without_requests_messages_or_accessibility_viola
         details.evaluate("element => element.open = true")
     assert (requests, messages) == ([path.as_uri()], [])
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # only tables and figures scroll sideways
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-core").Axe()
-    faults = [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in axe.run(page).response["violations"]]
-    assert faults == []
+    violations = axe.run(page).response["violations"]
+    assert [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in violations] == []
     page.close()
 
 
@@ -165,20 +170,20 @@ def test_a_click_or_the_enter_key_sorts_a_table(browser, compared):
     page = browser.new_page()
     page.goto(compared.as_uri())
     table = page.locator("table").first
-    head = table.locator("th", has_text="unseen").first
-    place = head.evaluate("element => element.cellIndex")
+    header = table.locator("th", has_text="unseen").first
+    column = header.evaluate("element => element.cellIndex")
 
-    def column():
-        keys = table.locator(f"tbody tr > :nth-child({place + 1})").evaluate_all("all => all.map(e => e.dataset.key)")
-        return [float(key) for key in keys]
+    def sort_keys():
+        cells = table.locator(f"tbody tr > :nth-child({column + 1})")
+        return [float(key) for key in cells.evaluate_all("all => all.map(e => e.dataset.key)")]
 
-    for _, order in (("ascending", False), ("descending", True)):
-        head.locator("button").click()
-        assert column() == sorted(column(), reverse=order)
-        assert head.get_attribute("aria-sort") == ("descending" if order else "ascending")
-    head.locator("button").focus()
+    for order in ("ascending", "descending"):
+        header.locator("button").click()
+        assert sort_keys() == sorted(sort_keys(), reverse=order == "descending")
+        assert header.get_attribute("aria-sort") == order
+    header.locator("button").focus()
     page.keyboard.press("Enter")
-    assert head.get_attribute("aria-sort") == "ascending"
+    assert header.get_attribute("aria-sort") == "ascending"
     page.close()
 
 
@@ -186,13 +191,13 @@ def test_tables_fit_a_wide_screen_and_show_a_scroll_hint_on_a_narrow_one(browser
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(compared.as_uri())
     boxes = page.locator(".wide:has(table):visible")
-    wider = "all => all.map(box => box.scrollWidth > box.clientWidth + 1)"
-    assert not any(boxes.evaluate_all(wider))
-    ratio = page.locator("td small").first
-    assert ratio.inner_text().startswith("[")
+    is_scrollable = "all => all.map(box => box.scrollWidth > box.clientWidth + 1)"
+    assert not any(boxes.evaluate_all(is_scrollable))
+    interval = page.locator("td small").first
+    assert interval.inner_text().startswith("[")
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_function("document.querySelectorAll('.wide.more').length > 0")
     hints = boxes.evaluate_all("all => all.map(box => getComputedStyle(box, '::before').content.includes('sideways'))")
-    assert hints == boxes.evaluate_all(wider)
+    assert hints == boxes.evaluate_all(is_scrollable)
     assert any(hints)
     page.close()

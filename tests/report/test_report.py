@@ -82,24 +82,30 @@ def raise_loss(record: dict, nats: float) -> None:
 
 
 def another(run: Path, name: str, *, seed: int | None = None, setting: float | None = None, shift: float = 0.0) -> Path:
-    """Copy a run, with another seed or setting, other masks, and losses of pruned rows that are `shift` nats higher."""
+    """Copy a run to `name` next to it, with shuffled masks.
+
+    Args:
+        seed: seed of the copy, also in its records and in the name of its text; None: that of the original.
+        setting: value of `ridge`; None: that of the original.
+        shift: nats per token that are added to the losses of pruned rows.
+    """
     copy = Path(shutil.copytree(run, run.parent / name))
 
-    def settings(manifest):
+    def change_settings(manifest):
         if seed is not None:
             manifest["settings"]["run"]["seed"] = seed
             manifest["settings"]["inputs"]["text"] = {"alpha": f"sample {seed}"}
         if setting is not None:
             manifest["settings"]["ridge"] = setting
 
-    def losses(metrics):
+    def change_losses(metrics):
         for r in metrics["records"]:
             r["seed"] = r["seed"] if seed is None else seed
             if r["stage"] != "dense":
                 raise_loss(r, shift)
 
-    edit(copy / "manifest.json", settings)
-    edit(copy / "metrics.json", losses)
+    edit(copy / "manifest.json", change_settings)
+    edit(copy / "metrics.json", change_losses)
     modules = copy / "modules.safetensors"
     write_tensors(modules, read_tensors(modules))  # without the key of the original run
     masks = read_tensors(copy / "masks" / "gprune.safetensors")
@@ -110,19 +116,21 @@ def another(run: Path, name: str, *, seed: int | None = None, setting: float | N
 
 
 def records_of(run: Path, stage: str, recovery: str = "none", *, seen: bool | None = None) -> list[dict]:
-    found = json.loads((run / "metrics.json").read_text())["records"]
-    return [
-        r for r in found if (r["stage"], r["recovery"]) == (stage, recovery) and (seen is None or r["seen"] == seen)
-    ]
+    """Return the records of a row; `seen` selects those on seen (True) or unseen (False) corpora."""
+    records = json.loads((run / "metrics.json").read_text())["records"]
+    of_row = [r for r in records if (r["stage"], r["recovery"]) == (stage, recovery)]
+    return of_row if seen is None else [r for r in of_row if r["seen"] == seen]
 
 
-def geometric(records: list[dict]) -> float:
+def geometric_mean(records: list[dict]) -> float:
+    """Return the geometric mean of the perplexities of records."""
     return float(np.exp(np.mean(np.log([r["perplexity"] for r in records]))))
 
 
-def row(table: report.Table, *named: str) -> dict:
-    (found,) = [cells for cells in table.rows if tuple(cells[: len(named)]) == named]
-    return dict(zip(table.columns, found, strict=True))
+def row(table: report.Table, *first_cells: str) -> dict:
+    """Return {column: cell} of the only row that begins with the given cells."""
+    (cells,) = [cells for cells in table.rows if tuple(cells[: len(first_cells)]) == first_cells]
+    return dict(zip(table.columns, cells, strict=True))
 
 
 # --- one run
@@ -134,22 +142,23 @@ def test_numbers_of_one_run_are_those_of_its_records(run):
         "dense", "base", "averaged", "gprune", "base + bias", "averaged + bias", "gprune + bias",
     ]  # fmt: skip
     for recovery, stage in (("none", "gprune"), ("bias", "gprune + bias")):
-        found = row(table, "one", stage)
-        seen, unseen = (geometric(records_of(run, "gprune", recovery, seen=s)) for s in (True, False))
-        dense_seen, dense_unseen = (geometric(records_of(run, "dense", seen=s)) for s in (True, False))
-        assert found["seen"].value == pytest.approx(seen, rel=1e-9)
-        assert found["unseen"].value == pytest.approx(unseen, rel=1e-9)
-        assert found["unseen"].low < unseen < found["unseen"].high
-        assert found["unseen / dense"].value == pytest.approx(unseen / dense_unseen, rel=1e-9)
-        assert found["gap"].value == pytest.approx((unseen / dense_unseen) / (seen / dense_seen), rel=1e-9)
-        base = geometric(records_of(run, "base", recovery, seen=False))
-        assert found["unseen / base, same recovery"].value == pytest.approx(unseen / base, rel=1e-9)
-        nll = (
+        cells = row(table, "one", stage)
+        seen, unseen = (geometric_mean(records_of(run, "gprune", recovery, seen=s)) for s in (True, False))
+        dense_seen, dense_unseen = (geometric_mean(records_of(run, "dense", seen=s)) for s in (True, False))
+        assert cells["seen"].value == pytest.approx(seen, rel=1e-9)
+        assert cells["unseen"].value == pytest.approx(unseen, rel=1e-9)
+        assert cells["unseen"].low < unseen < cells["unseen"].high
+        assert cells["unseen / dense"].value == pytest.approx(unseen / dense_unseen, rel=1e-9)
+        assert cells["gap"].value == pytest.approx((unseen / dense_unseen) / (seen / dense_seen), rel=1e-9)
+        base = geometric_mean(records_of(run, "base", recovery, seen=False))
+        assert cells["unseen / base, same recovery"].value == pytest.approx(unseen / base, rel=1e-9)
+        gprune_nll, base_nll = (
             {r["corpus"]: r["window_nll"] for r in records_of(run, s, recovery, seen=False)} for s in ("gprune", "base")
         )
-        assert found["unseen / base, same recovery"] == Estimate(*paired_ratio(*nll, 31))
-        own = unseen_ratios(json.loads((run / "metrics.json").read_text())["records"])[stage]
-        assert tuple(own.values()) == found["unseen / base, same recovery"]
+        # Windows have 32 tokens, and 31 of them are predicted.
+        assert cells["unseen / base, same recovery"] == Estimate(*paired_ratio(gprune_nll, base_nll, 31))
+        ratio_in_summary = unseen_ratios(json.loads((run / "metrics.json").read_text())["records"])[stage]
+        assert tuple(ratio_in_summary.values()) == cells["unseen / base, same recovery"]
     assert row(table, "one", "base")["unseen / base, same recovery"] is None
     dense = table.rows[0]
     assert dense[0] == records_of(run, "dense")[0]["model"]
@@ -157,16 +166,15 @@ def test_numbers_of_one_run_are_those_of_its_records(run):
 
 
 def test_ratios_to_the_recovered_and_the_unrecovered_base_have_different_names(run):
-    """A recovered row is divided by the unrecovered base, or by the base after the same recovery."""
-    base = {recovery: geometric(records_of(run, "base", recovery, seen=False)) for recovery in ("none", "bias")}
-    own = geometric(records_of(run, "gprune", "bias", seen=False))
-    expected = {"same": own / base["bias"], "unrecovered": own / base["none"]}
+    """Table, logged numbers and page divide by the base after the same recovery, or by the unrecovered base."""
+    base = {recovery: geometric_mean(records_of(run, "base", recovery, seen=False)) for recovery in ("none", "bias")}
+    recovered = geometric_mean(records_of(run, "gprune", "bias", seen=False))
+    expected = {"same": recovered / base["bias"], "unrecovered": recovered / base["none"]}
     assert expected["same"] != pytest.approx(expected["unrecovered"], rel=1e-3)
-    same, unrecovered = (report.make([run], base=of).tables[0] for of in (None, run))
-    found = row(same, "one", "gprune + bias")["unseen / base, same recovery"]
-    assert found.value == pytest.approx(expected["same"], rel=1e-9)
-    found = row(unrecovered, "one", "gprune + bias")["unseen / unrecovered base"]
-    assert found.value == pytest.approx(expected["unrecovered"], rel=1e-9)
+    default_cells = row(report.make([run]).tables[0], "one", "gprune + bias")
+    assert default_cells["unseen / base, same recovery"].value == pytest.approx(expected["same"], rel=1e-9)
+    cells_with_base = row(report.make([run], base=run).tables[0], "one", "gprune + bias")
+    assert cells_with_base["unseen / unrecovered base"].value == pytest.approx(expected["unrecovered"], rel=1e-9)
     metrics = json.loads((run / "metrics.json").read_text())
     numbers = run_numbers(metrics["records"], metrics["summary"], {}, ("gprune", "bias"))
     assert numbers["final/unseen_over_base_same_recovery"] == pytest.approx(expected["same"], rel=1e-9)
@@ -176,15 +184,19 @@ def test_ratios_to_the_recovered_and_the_unrecovered_base_have_different_names(r
         assert f"<dt>unseen / {name}</dt><dd><strong>{expected[ratio]:.3f}</strong>" in page
 
 
-def test_kl_and_agreement_are_those_of_the_records_and_missing_for_old_records(run):
+def test_kl_and_agreement_are_those_of_the_records(run):
     table = next(t for t in report.make([run]).tables if t.name == "distance")
     assert "dense" not in [cells[1] for cells in table.rows]
-    own = records_of(run, "gprune", seen=False)
+    records = records_of(run, "gprune", seen=False)
     for column, name in (("KL", "kl"), ("agreement", "agreement")):
-        found = row(table, "one", "gprune")[column]
-        assert found.value == pytest.approx(np.mean([r[name] for r in own]), rel=1e-9)
-        assert found == Estimate(*mean_per_token({r["corpus"]: r[f"window_{name}"] for r in own}, 31))
-        assert found.low < found.value < found.high
+        estimate = row(table, "one", "gprune")[column]
+        assert estimate.value == pytest.approx(np.mean([r[name] for r in records]), rel=1e-9)
+        assert estimate == Estimate(*mean_per_token({r["corpus"]: r[f"window_{name}"] for r in records}, 31))
+        assert estimate.low < estimate.value < estimate.high
+
+
+def test_kl_and_agreement_are_omitted_for_records_without_them(run):
+    """Older versions did not record them. The printed table with them fits a terminal of 80 columns."""
     records = json.loads((run / "metrics.json").read_text())["records"]
     printed = result_table(records)
     assert printed.columns[-3:] == ["unseen / base, same recovery", "KL", "agreement"]
@@ -194,9 +206,12 @@ def test_kl_and_agreement_are_those_of_the_records_and_missing_for_old_records(r
             r.pop(name, None)
     assert result_table(records).columns == printed.columns[:-2]
     edit(run / "metrics.json", lambda content: content.update(records=records))
-    made = report.make([run])
-    assert [t.rows for t in made.tables if t.name == "distance"] == [[]]
-    assert "agreement" not in made.to_markdown()
+    run_report = report.make([run])
+    assert [t.rows for t in run_report.tables if t.name == "distance"] == [[]]
+    assert "agreement" not in run_report.to_markdown()
+
+
+def test_a_kl_that_differs_from_the_sum_of_its_windows_is_refused(run):
     edit(run / "metrics.json", lambda content: content["records"][-1].update(kl=1.0, window_kl=[1.0]))
     with pytest.raises(UserError, match="The sum of window_kl must be kl x tokens"):
         report.make([run])
@@ -217,61 +232,60 @@ def test_the_table_by_corpus_marks_seen_corpora_with_a_star(run):
 def test_runs_that_differ_in_the_seed_become_a_mean_with_an_interval(run):
     shifts = [0.0, 0.2, 0.5]
     runs = [run, *(another(run, f"one-seed{i}", seed=i, shift=s) for i, s in enumerate(shifts) if i)]
-    made = report.make(runs)
-    (group,) = made.groups
+    run_report = report.make(runs)
+    (group,) = run_report.groups
     assert group.name == "one (3 seeds)"
-    found = row(made.tables[0], "one (3 seeds)", "gprune")
-    logs = np.log(geometric(records_of(run, "gprune", seen=False))) + np.array(shifts)
+    cells = row(run_report.tables[0], "one (3 seeds)", "gprune")
+    logs = np.log(geometric_mean(records_of(run, "gprune", seen=False))) + np.array(shifts)
     low, high = stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs))
-    assert found["seeds"] == 3
-    np.testing.assert_allclose(found["unseen"], np.exp([logs.mean(), low, high]), rtol=1e-9)
-    # base has the same shift as gprune, so the ratio is constant
+    assert cells["seeds"] == 3
+    np.testing.assert_allclose(cells["unseen"], np.exp([logs.mean(), low, high]), rtol=1e-9)
+    # `base` has the same shift as `gprune`, so all seeds have the same ratio.
     ratio = unseen_ratios(json.loads((run / "metrics.json").read_text())["records"])["gprune"]["ratio"]
-    np.testing.assert_allclose(found["unseen / base, same recovery"], [ratio] * 3, rtol=1e-9)
-    dense = made.tables[0].rows[0]
-    assert (dense[1], dense[2]) == ("dense", None)
-    assert (
-        dense[4].low < dense[4].value < dense[4].high
-    )  # the windows are the same for every seed, so the interval is over windows
+    np.testing.assert_allclose(cells["unseen / base, same recovery"], [ratio] * 3, rtol=1e-9)
+    # The dense model has the same losses for every seed, so its interval is over windows.
+    dense = row(run_report.tables[0], run_report.tables[0].rows[0][0], "dense")
+    assert dense["seeds"] is None
+    assert dense["unseen"].low < dense["unseen"].value < dense["unseen"].high
     corpus = records_of(run, "gprune")[0]
-    cell = row(made.tables[1], "one (3 seeds)", "gprune")[Path(corpus["corpus"]).name + "*"]
+    cell = row(run_report.tables[1], "one (3 seeds)", "gprune")[Path(corpus["corpus"]).name + "*"]
     assert cell.value == pytest.approx(corpus["perplexity"] * math.exp(np.mean(shifts)))
 
 
 def test_only_runs_with_equal_settings_and_text_are_grouped_over_seeds(run):
-    again, other = another(run, "again"), another(run, "other", seed=1, setting=0.5)
-    second = another(run, "second", seed=1)
-    names = [g.name for g in report.make([run, again, other, second]).groups]
+    same_seed, other_ridge = another(run, "same-seed"), another(run, "other-ridge", seed=1, setting=0.5)
+    other_seed = another(run, "other-seed", seed=1)
+    names = [g.name for g in report.make([run, same_seed, other_ridge, other_seed]).groups]
     assert len(names) == 3
-    assert names[1:] == ["again", "other"]
+    assert names[1:] == ["same-seed", "other-ridge"]
     assert names[0].endswith("(2 seeds)")
     other_text = another(run, "other-text", seed=2)
     edit(other_text / "metrics.json", lambda m: [r.update(content_hash="0") for r in m["records"]])
-    assert len(report.make([run, other_text]).groups) == 2  # other evaluation text
+    assert len(report.make([run, other_text]).groups) == 2
 
 
 def test_a_row_over_seeds_has_the_name_of_the_first_run(run):
     runs = [another(run, f"{ridge}-{s}", seed=s, setting=ridge) for ridge in (0.1, 0.5) for s in (0, 1)]
-    made = report.make(runs)
-    assert [group.name for group in made.groups] == ["0.1-0 (2 seeds)", "0.5-0 (2 seeds)"]
-    names = {cells[0] for cells in made.tables[0].rows if cells[1] == "gprune + bias"}
-    assert names == {group.name for group in made.groups}
+    run_report = report.make(runs)
+    assert [group.name for group in run_report.groups] == ["0.1-0 (2 seeds)", "0.5-0 (2 seeds)"]
+    names = {cells[0] for cells in run_report.tables[0].rows if cells[1] == "gprune + bias"}
+    assert names == {group.name for group in run_report.groups}
 
 
 def test_a_corpus_seen_by_one_seed_counts_as_seen_in_the_mean_over_seeds(run):
-    """Which corpora contain text of a sample depends on the seed. A mean over seeds uses one set of corpora."""
+    """Whether training text occurs in a corpus depends on the seed. A mean over seeds needs one set of corpora."""
     other = another(run, "one-seed1", seed=1)
     leaked = records_of(run, "gprune", seen=False)[0]["corpus"]
     edit(other / "metrics.json", lambda m: [r.update(seen=True) for r in m["records"] if r["corpus"] == leaked])
-    found = row(report.make([run, other]).tables[0], "one (2 seeds)", "gprune")
+    cells = row(report.make([run, other]).tables[0], "one (2 seeds)", "gprune")
     unseen = [r for r in records_of(run, "gprune", seen=False) if r["corpus"] != leaked]
-    assert found["unseen"].value == pytest.approx(geometric(unseen))
-    assert row(report.make([run]).tables[0], "one", "gprune")["unseen"].value == pytest.approx(
-        geometric(records_of(run, "gprune", seen=False))
-    )
+    assert cells["unseen"].value == pytest.approx(geometric_mean(unseen))
+    cells_of_one_run = row(report.make([run]).tables[0], "one", "gprune")
+    unseen_of_one_run = records_of(run, "gprune", seen=False)
+    assert cells_of_one_run["unseen"].value == pytest.approx(geometric_mean(unseen_of_one_run))
 
 
-def test_a_run_given_twice_is_counted_once(run, monkeypatch):
+def test_a_run_given_twice_is_counted_once_and_a_copy_has_a_longer_name(run, monkeypatch):
     monkeypatch.chdir(run.parent)
     assert [r.name for r in read_runs([run, "one", "./one/"])] == ["one"]
     copy = shutil.copytree(run, run.parent / "more" / "one")
@@ -279,47 +293,49 @@ def test_a_run_given_twice_is_counted_once(run, monkeypatch):
 
 
 def test_equal_dense_rows_appear_once(run):
-    made = report.make([run, another(run, "other", setting=0.5)])
-    assert [cells[1] for cells in made.tables[0].rows].count("dense") == 1
-    third = another(run, "third", setting=0.7)
+    run_report = report.make([run, another(run, "other", setting=0.5)])
+    assert [cells[1] for cells in run_report.tables[0].rows].count("dense") == 1
 
-    def seen_all(metrics):
+
+def test_runs_with_other_seen_corpora_have_separate_dense_rows_and_means(run):
+    """The second run has seen all corpora, so the first one has two unseen corpora and the second one has none."""
+    other = another(run, "other", setting=0.7)
+
+    def mark_all_as_seen(metrics):
         for r in metrics["records"]:
             r["seen"] = True
 
-    edit(third / "metrics.json", seen_all)
-    table = report.make([run, third])
-    assert [cells[1] for cells in table.tables[0].rows].count(
-        "dense"
-    ) == 2  # their means are over different sets of corpora
-    assert [c.rstrip("*)").endswith("(") for c in table.tables[1].columns[3:]] == [False, True, True]
-    assert row(table.tables[0], "third", "gprune")["unseen"] is None
+    edit(other / "metrics.json", mark_all_as_seen)
+    summary, by_corpus, *_ = report.make([run, other]).tables
+    assert [cells[1] for cells in summary.rows].count("dense") == 2
+    # A star in parentheses marks a corpus that only some of the runs have seen.
+    assert [c.rstrip("*)").endswith("(") for c in by_corpus.columns[3:]] == [False, True, True]
+    assert row(summary, "other", "gprune")["unseen"] is None
 
 
 def test_the_report_begins_with_the_flags_in_which_runs_differ(run):
     other = another(run, "other", setting=0.5, seed=3)
-    made = report.make([run, another(run, "two", seed=1), other])
-    (table,) = [table for table in made.tables if table.name == "settings"]
+    run_report = report.make([run, another(run, "two", seed=1), other])
+    (table,) = [table for table in run_report.tables if table.name == "settings"]
     assert table.columns == ["flag", "one (2 seeds)", "other"]
     assert table.rows == [["ridge", "0.01", "0.5"], ["run.seed", "0, 1", "3"]]
-    assert made.to_markdown().startswith("## Settings that differ")
-    assert not [
-        table for table in report.make([run, another(run, "same")]).tables if table.name == "settings" and table.rows
-    ]
+    assert run_report.to_markdown().startswith("## Settings that differ")
+    tables_of_equal_runs = report.make([run, another(run, "same")]).tables
+    assert not [table for table in tables_of_equal_runs if table.name == "settings" and table.rows]
 
 
 HASHED = "tiny-gprune-wanda_sp-0.5-"
 
 
 def test_runs_with_generated_names_are_named_by_the_flags_that_differ(run):
-    """Titles and rows have no hash. A name given by the user is kept."""
+    """Titles and rows do not contain the hash of the generated name. A name given by the user is kept."""
     runs = [another(run, f"{HASHED}{i:08x}", seed=i % 2, setting=ridge) for i, ridge in enumerate((0.1, 0.1, 0.5))]
-    made = report.make(runs)
-    assert [group.name for group in made.groups] == ["ridge 0.1 (2 seeds)", "ridge 0.5"]
-    assert made.title == "ridge 0.1 (2 seeds), ridge 0.5"
-    assert HASHED not in made.to_markdown()
-    for run_of_two in runs[:2], [runs[0], another(runs[1], f"{HASHED}{9:08x}", seed=2)]:
-        (group,) = report.make(run_of_two).groups
+    run_report = report.make(runs)
+    assert [group.name for group in run_report.groups] == ["ridge 0.1 (2 seeds)", "ridge 0.5"]
+    assert run_report.title == "ridge 0.1 (2 seeds), ridge 0.5"
+    assert HASHED not in run_report.to_markdown()
+    for two_seeds in runs[:2], [runs[0], another(runs[1], f"{HASHED}{9:08x}", seed=2)]:
+        (group,) = report.make(two_seeds).groups
         assert group.name == f"{HASHED.removesuffix('-')} (2 seeds)"
     assert [group.name for group in report.make([run, runs[2]]).groups] == ["one", "ridge 0.5"]
     assert report.make(runs[:1]).groups[0].name == runs[0].name
@@ -338,19 +354,16 @@ def test_rows_do_not_depend_on_the_order_of_seeds(run):
     others = [another(run, f"other-{s}", seed=s, shift=0.137 * s, setting=0.5) for s in (2, 0, 1)]
     table = report.make([*ones, *others]).tables[0]
     stages = [cells[1] for cells in table.rows]
-    assert {stage: stages.count(stage) for stage in ("base", "averaged", "base + bias")} == dict.fromkeys(
-        ("base", "averaged", "base + bias"), 1
-    )
-    assert [cells[3:] for cells in table.rows] == [
-        cells[3:] for cells in report.make([*reversed(ones), *others]).tables[0].rows
-    ]
+    assert [stages.count(stage) for stage in ("base", "averaged", "base + bias")] == [1, 1, 1]
+    reversed_table = report.make([*reversed(ones), *others]).tables[0]
+    assert [cells[3:] for cells in table.rows] == [cells[3:] for cells in reversed_table.rows]
 
 
 def test_equal_rows_of_several_runs_are_merged(run):
-    """The main row of each run stays separate, and so do rows that differ in a number."""
+    """The main rows of the runs, rows that differ in a number, and rows with different references stay separate."""
     moved = another(run, "moved", setting=0.7, shift=0.1)
-    made = report.make([run, another(run, "other", setting=0.5), moved])
-    for table in made.tables[:2]:
+    run_report = report.make([run, another(run, "other", setting=0.5), moved])
+    for table in run_report.tables[:2]:
         by_stage = {}
         for name, stage, *_ in table.rows:
             by_stage.setdefault(stage, []).append(name)
@@ -358,39 +371,42 @@ def test_equal_rows_of_several_runs_are_merged(run):
         assert len(by_stage.pop("dense")) == 1
         assert all(names == ["one; other", "moved"] for names in by_stage.values())
         assert {"base", "averaged", "base + bias", "gprune"} <= set(by_stage)
-    base = row(made.tables[0], "one; other", "averaged")
-    assert base == row(report.make([run]).tables[0], "one", "averaged") | {"run": "one; other"}
-    labels = [text.get_text() for text in made.figures()["ratios"].axes[0].get_yticklabels()]
+    merged = row(run_report.tables[0], "one; other", "averaged")
+    assert merged == row(report.make([run]).tables[0], "one", "averaged") | {"run": "one; other"}
+    labels = [text.get_text() for text in run_report.figures()["ratios"].axes[0].get_yticklabels()]
     assert labels.count("one; other: averaged") == 1
     assert {cells[0] for cells in report.make([run, moved.parent / "other"]).tables[0].rows} >= {"all runs"}
-    pair = read_runs([run, run.parent / "other"])
-    apart = report.of_runs(pair, bases={pair[0].path: pair[0], pair[1].path: read_runs([moved])[0]})
-    assert [cells[0] for cells in apart.tables[0].rows if cells[1] == "averaged"] == [
-        "one",
-        "other",
-    ]  # their ratios have different references
+    one, other = read_runs([run, run.parent / "other"])
+    with_two_references = report.of_runs([one, other], bases={one.path: one, other.path: read_runs([moved])[0]})
+    averaged = [cells[0] for cells in with_two_references.tables[0].rows if cells[1] == "averaged"]
+    assert averaged == ["one", "other"]
 
 
 def test_learning_curves_of_several_runs_are_in_one_figure():
-    """They are those of the main row with at least two points. Losses are running means."""
+    """Each run has one line for its main row. A curve needs two points or more. Losses are running means."""
     runs = {}
-    for name, own in (("a", "gprune"), ("b", "base")):
-        tokens, other = list(range(0, 400, 10)), {"gprune": "base", "base": "gprune"}[own]
+    tokens = list(range(0, 400, 10))
+    for name, main_row, control in (("a", "gprune", "base"), ("b", "base", "gprune")):
         frame = {"development/tokens": [0, 100, *[None] * 38], "development/perplexity": [9.0, 8.0, *[None] * 38]}
-        frame |= {f"distill/{own}/tokens": tokens, f"distill/{own}/loss": [float(t % 20) for t in tokens]}
-        runs[name] = pd.DataFrame(frame | {f"distill/{other}/tokens": [None, *tokens[1:]]})
+        frame |= {f"distill/{main_row}/tokens": tokens, f"distill/{main_row}/loss": [float(t % 20) for t in tokens]}
+        runs[name] = pd.DataFrame(frame | {f"distill/{control}/tokens": [None, *tokens[1:]]})
     perplexity, loss = learning_figure(runs).axes
     assert [list(line.get_ydata()) for line in perplexity.lines] == [[9.0, 8.0]] * 2
+    # The losses alternate between 0 and 10, so each running mean except the first one is 5.
     assert [list(line.get_ydata()[1:]) for line in loss.lines] == [[5.0] * 39] * 2
     assert learning_figure({"a": pd.DataFrame(), "b": pd.DataFrame({"learn/tokens": [1], "learn/loss": [2]})}) is None
 
 
 def test_another_run_can_be_the_base(run):
     other = another(run, "other", setting=0.5, shift=0.3)
-    found = row(report.make([other], base=run).tables[0], "other", "gprune")["unseen / unrecovered base"]
-    ratio = geometric(records_of(other, "gprune", seen=False)) / geometric(records_of(run, "base", seen=False))
-    assert found.value == pytest.approx(ratio, rel=1e-9)
+    cells = row(report.make([other], base=run).tables[0], "other", "gprune")
+    gprune, base = (geometric_mean(records_of(*of, seen=False)) for of in ((other, "gprune"), (run, "base")))
+    assert cells["unseen / unrecovered base"].value == pytest.approx(gprune / base, rel=1e-9)
     assert row(report.make([run], base=run).tables[0], "one", "base")["unseen / unrecovered base"] is None
+
+
+def test_a_base_with_other_evaluation_windows_gives_no_ratio(run):
+    other = another(run, "other", setting=0.5, shift=0.3)
     unseen = records_of(run, "base", seen=False)[0]["corpus"]
 
     def change_windows(metrics):
@@ -403,7 +419,7 @@ def test_another_run_can_be_the_base(run):
 
 
 def test_pairs_are_compared_on_corpora_that_are_unseen_for_both(run):
-    """In either order of the two runs."""
+    """The ratio has the same size in either order of the two runs."""
     other = another(run, "other", setting=0.5, shift=0.3)
     first, second = [r["corpus"] for r in records_of(run, "gprune", seen=False)]
 
@@ -418,21 +434,23 @@ def test_pairs_are_compared_on_corpora_that_are_unseen_for_both(run):
         edit(other / "metrics.json", lambda m, corpus=corpus: [r.update(seen=True) or raise_loss(r, 0.5)
              for r in m["records"] if r["corpus"] == corpus])  # fmt: skip
         for runs in ((run, other), (other, run)):
-            found = comparison(*runs)
-            assert len(found) == rows
-            assert all(abs(math.log(ratio.value)) == pytest.approx(0.3) for *_, ratio in found)
+            compared = comparison(*runs)
+            assert len(compared) == rows
+            assert all(abs(math.log(ratio.value)) == pytest.approx(0.3) for *_, ratio in compared)
 
 
 def test_a_missing_reference_leaves_the_ratios_empty(run):
     runs = read_runs([run, another(run, "two", seed=1)])
-    own, blank = report.of_runs(runs).tables[0], report.of_runs(runs, bases={})
-    assert any(cells[-1] is not None for cells in own.rows)
-    assert blank.tables[0].rows == [[*cells[:-1], None] for cells in own.rows]
-    assert "not there yet" in blank.tables[0].note
-    assert "ratios" not in blank.figures()
+    with_reference = report.of_runs(runs).tables[0]
+    without_reference = report.of_runs(runs, bases={})
+    assert any(cells[-1] is not None for cells in with_reference.rows)
+    assert without_reference.tables[0].rows == [[*cells[:-1], None] for cells in with_reference.rows]
+    assert "not there yet" in without_reference.tables[0].note
+    assert "ratios" not in without_reference.figures()
 
 
 def test_a_model_card_has_no_local_paths_and_mentions_drift_only_if_it_was_measured(run, tmp_path):
+    """Corpora have the shortest labels that are unique, such as `law/alpha.txt`."""
     records = json.loads((run / "metrics.json").read_text())["records"]
     seen = records[0]["corpus"]
     corpora = CorporaConfig(score=f"{tmp_path}/law/alpha.txt", drift=[f"{tmp_path}/two.txt", seen])
@@ -466,7 +484,7 @@ def test_a_model_card_has_base_model_and_licence_as_metadata_of_the_hub(run, nam
 
 
 def test_runs_with_the_same_name_have_separate_lines_in_the_figure(run):
-    """Seeds of a row in a list have the same name."""
+    """The runs of one list row with different seeds have the same name."""
     runs = [replace(r, name="same") for r in read_runs([run, another(run, "other", seed=1)])]
     lines = report.of_runs(runs).figures()["sparsity"].axes[0].get_lines()
     assert [line.get_label() for line in lines] == ["same, seed 0", "same, seed 1"]
@@ -487,20 +505,25 @@ def test_zero_shot_results_are_compared_with_the_matching_dense_results(run):
     pruned = zero_shot_record(stage="gprune", correct="100110", answers=[0, 2, 0, 0, 2, 1])
     not_matching = [dense | {key: "other", "correct": "000000"} for key in ("model", "dtype", "content_hash")]
     (run / "evaluation.json").write_text(json.dumps({"records": [*not_matching, pruned, dense]}))
-    made = report.make([run])
-    cells = row(made.tables[-1], "piqa", "one", "gprune")
+    run_report = report.make([run])
+    cells = row(run_report.tables[-1], "piqa", "one", "gprune")
     difference, error = paired_difference([1, 0, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0])
     assert cells["against dense"] == f"{difference:+.3f} +- {error:.3f}"
     assert cells["flips"] == "33.3%: -16.7% +0.0%"  # one correct answer became wrong, and one wrong answer changed
     assert (cells["acc or perplexity"], cells["standard protocol"]) == ("0.500 +- 0.200", "no")
-    assert "a note" in made.to_markdown()
-    (alone,) = [r for r in evaluation_table([pruned | {"run": "r"}, *(s | {"run": "r"} for s in not_matching)]).rows
-                if r[2] == "gprune"]  # fmt: skip
-    assert made.tables[-1].columns[7] == "against dense"
-    assert alone[7] is None
-    old = evaluation_table([{k: v for k, v in r.items() if k != "answers"} | {"run": "r"} for r in (dense, pruned)])
-    assert "flips" not in old.columns
-    assert "Flips" not in old.note
+    assert "a note" in run_report.to_markdown()
+    without_dense = evaluation_table([record | {"run": "r"} for record in (pruned, *not_matching)])
+    (cells_without_dense,) = [cells for cells in without_dense.rows if cells[2] == "gprune"]
+    assert run_report.tables[-1].columns[7] == "against dense"
+    assert cells_without_dense[7] is None
+
+
+def test_zero_shot_results_without_stored_answers_have_no_column_of_flips():
+    """Older versions recorded only which answers were correct."""
+    records = [zero_shot_record(stage=stage, correct="110110", run="r") for stage in ("dense", "gprune")]
+    table = evaluation_table(records)
+    assert "flips" not in table.columns
+    assert "Flips" not in table.note
 
 
 # --- tables
@@ -536,11 +559,10 @@ def test_labels_of_corpus_files_are_the_shortest_unique_paths():
 
 def test_lines_and_points_differ_in_more_than_colour(run):
     masks = {str(i): Masks([torch.tensor([True, False])], []) for i in range(3 * len(LINES))}
-    drawn = sparsity_lines(masks).axes[0].lines[: len(masks)]
-    assert len({(line.get_linestyle(), line.get_marker()) for line in drawn[: len(LINES)]}) == len(LINES)
-    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == len(
-        masks
-    )  # also with more lines than styles
+    lines = sparsity_lines(masks).axes[0].lines[: len(masks)]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines[: len(LINES)]}) == len(LINES)
+    # With more lines than styles, styles are repeated with other colours.
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(masks)
     records = json.loads((run / "metrics.json").read_text())["records"]
     points = [c.lines[0] for c in perplexity_figure(records).axes[0].containers]
     looks = {(point.get_marker(), point.get_markerfacecolor() == "white") for point in points}
@@ -554,25 +576,26 @@ def test_an_estimate_just_outside_its_interval_is_drawn():
     assert figure.axes[0].containers[0].lines[0].get_xdata().tolist() == [0.7]
 
 
-def test_every_axis_is_labelled(run):
-    made = report.make([run, another(run, "two", seed=1), another(run, "three", setting=0.5)])
-    axes = {name: figure.axes[0] for name, figure in made.figures().items()}
-    labels = {name: (one.get_xlabel(), one.get_ylabel()) for name, one in axes.items()}
+def test_every_axis_is_labelled_and_every_run_and_ratio_is_drawn(run):
+    run_report = report.make([run, another(run, "two", seed=1), another(run, "three", setting=0.5)])
+    axes = {name: figure.axes[0] for name, figure in run_report.figures().items()}
+    labels = {name: (axis.get_xlabel(), axis.get_ylabel()) for name, axis in axes.items()}
     assert labels == {
         "ratios": ("unseen perplexity / base, same recovery; 95 % interval", ""),
         "sparsity": ("block", "fraction of neurons removed"),
     }
     assert len(axes["sparsity"].lines) == 3
-    assert len(axes["ratios"].get_yticklabels()) == sum(cells[7] is not None for cells in made.tables[0].rows)
+    assert len(axes["ratios"].get_yticklabels()) == sum(cells[7] is not None for cells in run_report.tables[0].rows)
 
 
 def test_long_corpus_paths_do_not_shrink_the_figures(run):
     """A long path as label would leave no width for the axes; matplotlib warns, and warnings are errors in tests."""
-    far = "/srv/" + 8 * "a/long/way/" + "down/"
-    frame = pd.DataFrame({"learn/epoch": [0, 1]} | {f"development/perplexity/{far}{c}.txt": [9.0, 8.0] for c in "abc"})
+    folder = "/srv/" + 8 * "a/long/way/" + "down/"
+    columns = {f"development/perplexity/{folder}{name}.txt": [9.0, 8.0] for name in "abc"}
+    frame = pd.DataFrame({"learn/epoch": [0, 1]} | columns)
     (curves,) = curve_figures(frame).values()
     records = json.loads((run / "metrics.json").read_text())["records"]
-    points = perplexity_figure([r | {"corpus": far + Path(r["corpus"]).name} for r in records])
+    points = perplexity_figure([r | {"corpus": folder + Path(r["corpus"]).name} for r in records])
     for figure in (curves, points):
         figure.savefig(io.BytesIO(), format="png")
         assert figure.axes[0].get_position().width > 0.6
@@ -581,25 +604,31 @@ def test_long_corpus_paths_do_not_shrink_the_figures(run):
 
 
 def written(folder: Path) -> set[str]:
+    """Return the relative paths of all files below a folder."""
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.slow
-def test_gprune_report_writes_markdown_csv_and_figures_reproducibly(run, capsys):
-    made, output = report.make([run]), run / "report"
+def test_gprune_report_prints_the_tables_and_writes_markdown_csv_and_figures_reproducibly(run, capsys):
+    run_report = report.make([run])
+    output = run / "report"
     assert command("report", [str(run)]) == 0
     out = capsys.readouterr().out
-    assert made.tables[0].to_markdown() in out
-    assert made.tables[0].to_markdown() in (output / "report.md").read_text()
+    assert run_report.tables[0].to_markdown() in out
+    assert run_report.tables[0].to_markdown() in (output / "report.md").read_text()
     assert "windows of 32 tokens, stride 32, no BOS, float32, test text, scope ffn" in out
-    assert (output / "tables" / "summary.csv").read_text() == made.tables[0].to_csv()
+    assert (output / "tables" / "summary.csv").read_text() == run_report.tables[0].to_csv()
     for path in (output / "figures").glob("*.svg"):
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
         with Image.open(path.with_suffix(".png")) as image:
             assert image.width > 400
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
-    made.write(output)
+    run_report.write(output)
     assert {p: p.read_bytes() for p in before} == before  # identical files
+
+
+def test_the_default_output_folder_of_several_runs_is_in_their_common_parent(run):
+    assert default_output([run, another(run, "other", setting=0.5)]) == run.parent / "report"
 
 
 @pytest.mark.slow
@@ -608,7 +637,6 @@ def test_a_new_report_replaces_the_files_of_the_previous_one_and_keeps_others(ru
     report.make([run, other]).write(output, ("png",))
     (output / "tables" / "mine.csv").write_text("kept")
     assert written(output) >= {"tables/comparison.csv", "figures/sparsity.png"}
-    assert default_output([run, other]) == run.parent / "report"
     assert command("report", [str(other), "--base", str(run), "--output", str(output)]) == 0
     assert "the stage `base` of one" in capsys.readouterr().out
     names = ("ratios", "perplexity", "sparsity", "heterogeneity")
@@ -663,25 +691,25 @@ def refused(args: list[str], capsys) -> str:
 
 def test_invalid_arguments_are_refused_in_one_line(run, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    bare = another(run, "bare")
-    edit(bare / "metrics.json", without_base)
+    no_base = another(run, "no-base")
+    edit(no_base / "metrics.json", without_base)
     for args, message in (
         ([], "See --help"),
         ([str(run), "--colour", "red"], "See --help"),
         ([str(tmp_path / "nowhere")], "there is no folder"),
         ([str(run), "--output", str(tmp_path / "file")], "Cannot write"),
-        ([str(run), "--base", str(bare)], "'bare': it has no stage 'base'"),
+        ([str(run), "--base", str(no_base)], "'no-base': it has no stage 'base'"),
     ):
         assert message in refused(args, capsys)
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_report_reads_neither_the_model_nor_the_corpora(run, monkeypatch):
+def test_a_report_reads_neither_the_model_nor_the_corpora_nor_config_yaml(run, monkeypatch):
     for name in (
         "transformers.AutoModelForCausalLM.from_pretrained",
         "gprune.corpora.load.load_corpus",
         "gprune.runs.results.config_from_mapping",
     ):
-        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("read more than the run's folder"))
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("the report reads more than the records and masks"))
     (run / "config.yaml").unlink()
     assert report.make([run]).runs[0].seed == 0

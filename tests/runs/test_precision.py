@@ -25,10 +25,10 @@ FAST, SLOW = (True, "a processor of a test"), (False, "a processor of a test")
 
 @pytest.fixture
 def hardware(monkeypatch):
-    """Return a function that sets the simulated hardware."""
+    """Return a function that simulates hardware: whether it multiplies bfloat16, and its name."""
 
-    def set_hardware(found):
-        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: found)
+    def set_hardware(fast_and_name):
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: fast_and_name)
 
     return set_hardware
 
@@ -67,23 +67,27 @@ def test_processors_multiply_bfloat16_only_with_amx(amx, limit, expected, monkey
     assert multiplies_bfloat16(CPU) == expected
 
 
-@pytest.mark.parametrize(("found", "chosen"), [(FAST, "bf16-mixed"), (SLOW, "32-true")])
-def test_auto_becomes_the_precision_of_the_hardware_and_keeps_the_run_name(found, chosen, hardware):
-    hardware(found)
+@pytest.mark.parametrize(("simulated", "chosen"), [(FAST, "bf16-mixed"), (SLOW, "32-true")])
+def test_auto_becomes_the_precision_of_the_hardware_and_keeps_the_run_name(simulated, chosen, hardware):
+    hardware(simulated)
     requested = RunConfig()
-    cfg, why = resolve_precision(requested, CPU)
-    assert (cfg.trainer.precision, why) == (chosen, "a processor of a test")
+    cfg, reason = resolve_precision(requested, CPU)
+    assert (cfg.trainer.precision, reason) == (chosen, "a processor of a test")
     assert (requested.trainer.precision, cfg.folder) == ("auto", requested.folder)
     assert cfg.settings()["trainer"]["precision"] == chosen
-    named, why = resolve_precision(RunConfig(trainer={"precision": "32-true"}), CPU)
-    assert (named.trainer.precision, named.run.name, why) == ("32-true", None, "--trainer.precision")
+
+
+def test_a_given_precision_is_used_on_any_hardware(hardware):
+    hardware(FAST)
+    cfg, reason = resolve_precision(RunConfig(trainer={"precision": "32-true"}), CPU)
+    assert (cfg.trainer.precision, cfg.run.name, reason) == ("32-true", None, "--trainer.precision")
 
 
 def test_models_with_float16_weights_are_trained_in_float32(hardware):
     hardware(FAST)
-    cfg, why = resolve_precision(RunConfig(model={"dtype": "float16"}, gprune=False), CPU)
+    cfg, reason = resolve_precision(RunConfig(model={"dtype": "float16"}, gprune=False), CPU)
     assert cfg.trainer.precision == "32-true"
-    assert "--model.dtype float16" in why
+    assert "--model.dtype float16" in reason
 
 
 @pytest.mark.parametrize(("given", "becomes"), [("bf16", "bf16-mixed"), ("32", "32-true"), (32, "32-true")])
@@ -92,14 +96,15 @@ def test_short_names_of_precisions_are_accepted(given, becomes):
 
 
 @pytest.mark.parametrize(
-    ("given", "why"), [("bf16-true", "AdamW"), ("16-mixed", "overflows"), (16, "overflows"), ("64-true", "float64")]
+    ("given", "reason"), [("bf16-true", "AdamW"), ("16-mixed", "overflows"), (16, "overflows"), ("64-true", "float64")]
 )
-def test_an_unsupported_training_precision_is_refused_with_the_reason(given, why):
-    with pytest.raises(UserError, match=f"--trainer.precision must be auto, 32-true or bf16-mixed; got .*{why}"):
+def test_an_unsupported_training_precision_is_refused_with_the_reason(given, reason):
+    with pytest.raises(UserError, match=f"--trainer.precision must be auto, 32-true or bf16-mixed; got .*{reason}"):
         RunConfig(trainer={"precision": given})
 
 
 def test_the_precision_of_rows_in_a_list_does_not_depend_on_the_hardware():
+    """The default of rows is 32-true, and `auto` is refused."""
     assert Row("one", 0, {}).config.trainer.precision == "32-true"
     assert Row("one", 0, {"trainer.precision": "bf16"}).config.trainer.precision == "bf16-mixed"
     with pytest.raises(UserError, match=r"Row 'one': --trainer.precision must be 32-true or bf16-mixed in a list"):
@@ -107,21 +112,21 @@ def test_the_precision_of_rows_in_a_list_does_not_depend_on_the_hardware():
 
 
 @pytest.mark.parametrize(
-    ("here", "other_lacks_bfloat16", "resumed_precision", "chosen"),
+    ("simulated", "other_lacks_bfloat16", "resumed_precision", "chosen"),
     [(FAST, False, None, "bf16-mixed"), (FAST, True, None, "32-true"), (SLOW, False, "bf16-mixed", "bf16-mixed")],
 )
-def test_processes_on_different_hardware_use_the_precision_of_the_slowest(
-    here, other_lacks_bfloat16, resumed_precision, chosen, hardware, monkeypatch
+def test_processes_use_the_precision_of_the_slowest_hardware_or_of_the_resumed_run(
+    simulated, other_lacks_bfloat16, resumed_precision, chosen, hardware, monkeypatch
 ):
-    """With a simulated process group: whether another process lacks bfloat16, and the precision of a resumed run."""
-    hardware(here)
+    """The process group is simulated: another process may lack bfloat16, and rank 0 may resume a run."""
+    hardware(simulated)
 
-    def launched(trainer):
+    def simulated_processes(trainer):
         assert trainer.num_nodes == 2
         strategy = SimpleNamespace(reduce_boolean_decision=lambda mine, all: mine or other_lacks_bfloat16)
         return SimpleNamespace(strategy=strategy, broadcast=lambda mine: resumed_precision)
 
-    monkeypatch.setattr(precision, "launch_processes", launched)
+    monkeypatch.setattr(precision, "launch_processes", simulated_processes)
     cfg = RunConfig(trainer={"num_nodes": 2, "strategy": "ddp"})
     assert resolve_precision(cfg, CPU, together=True)[0].trainer.precision == chosen
 
@@ -140,10 +145,10 @@ def test_a_resumed_run_keeps_its_precision_on_other_hardware(tmp_path, hardware,
         assert first.config.trainer.precision == "bf16-mixed"
         (first.path / "metrics.json").unlink()  # like a killed run
         hardware(SLOW)
-        again = world.run(tmp_path / "runs", *flags)
+        resumed = world.run(tmp_path / "runs", *flags)
         assert "Precision of training: bf16-mixed (the resumed run has this precision)" in capsys.readouterr().out
-    assert [r["nll"] for r in again.records] == [r["nll"] for r in first.records]
-    assert again.masks == first.masks
+    assert [r["nll"] for r in resumed.records] == [r["nll"] for r in first.records]
+    assert resumed.masks == first.masks
 
 
 def test_the_plan_has_the_precision_of_the_hardware(tmp_path, hardware):

@@ -35,12 +35,8 @@ def test_a_result_has_a_repr_of_at_most_ten_lines_a_table_and_html(recovered):
     assert "50.00% of ffn removed" in shown[1]
     table = recovered.table()
     assert list(table.index) == [
-        "dense",
-        "base",
-        "averaged",
-        "gprune",
-        *(f"{n} + bias" for n in ("base", "averaged", "gprune")),
-    ]
+        "dense", "base", "averaged", "gprune", "base + bias", "averaged + bias", "gprune + bias",
+    ]  # fmt: skip
     first = recovered.records[0]
     assert first["seen"]
     assert table.loc["dense", f"{first['corpus']}*"] == first["perplexity"]
@@ -49,44 +45,42 @@ def test_a_result_has_a_repr_of_at_most_ten_lines_a_table_and_html(recovered):
 
 def test_the_frame_of_a_result_has_the_numbers_of_its_tables(recovered):
     frame = recovered.to_frame()
-    assert list(frame["stage"] + "+" + frame["recovery"]) == list(
-        dict.fromkeys(f"{r['stage']}+{r['recovery']}" for r in recovered.records)
-    )
+    rows = dict.fromkeys(f"{r['stage']}+{r['recovery']}" for r in recovered.records)
+    assert list(frame["stage"] + "+" + frame["recovery"]) == list(rows)
     assert list(frame.columns[: len(COLUMNS)]) == COLUMNS
     means = recovered.summary["geometric_means"]
-    own, dense = frame.iloc[-1], frame.iloc[0]
-    assert (own["stage"], own["recovery"], own["precision"]) == ("gprune", "bias", "32-true")
+    main_row, dense = frame.iloc[-1], frame.iloc[0]
+    assert (main_row["stage"], main_row["recovery"], main_row["precision"]) == ("gprune", "bias", "32-true")
     for name in ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement"):
-        assert own[name] == pytest.approx(means["gprune + bias"][name], rel=1e-9)
-        assert own[f"{name}_low"] < own[name] < own[f"{name}_high"]
+        assert main_row[name] == pytest.approx(means["gprune + bias"][name], rel=1e-9)
+        assert main_row[f"{name}_low"] < main_row[name] < main_row[f"{name}_high"]
     ratio = recovered.summary["unseen_over_base_same_recovery"]["gprune + bias"]
-    found = own[[f"unseen_over_base_same_recovery{end}" for end in ("", "_low", "_high")]]
-    assert found.to_list() == pytest.approx([ratio["ratio"], ratio["low"], ratio["high"]], rel=1e-9)
-    assert own["unseen_over_unrecovered_base"] == pytest.approx(
-        means["gprune + bias"]["unseen"] / means["base"]["unseen"], rel=1e-9
-    )
-    assert own["unseen_dense"] == dense["unseen"] == pytest.approx(means["dense"]["unseen"], rel=1e-9)
-    assert own["parameters_after"] == recovered.summary["parameters_after"]
-    assert own["seconds"] > 0
-    assert pd.isna(dense["parameters_after"])  # only the main row has it
+    ratio_in_frame = main_row[[f"unseen_over_base_same_recovery{end}" for end in ("", "_low", "_high")]]
+    assert ratio_in_frame.to_list() == pytest.approx([ratio["ratio"], ratio["low"], ratio["high"]], rel=1e-9)
+    over_unrecovered_base = means["gprune + bias"]["unseen"] / means["base"]["unseen"]
+    assert main_row["unseen_over_unrecovered_base"] == pytest.approx(over_unrecovered_base, rel=1e-9)
+    assert main_row["unseen_dense"] == dense["unseen"] == pytest.approx(means["dense"]["unseen"], rel=1e-9)
+    assert main_row["parameters_after"] == recovered.summary["parameters_after"]
+    assert main_row["seconds"] > 0
+    assert pd.isna(dense["parameters_after"])  # only the main row has a value
     assert pd.isna(dense["gap"])
     for r in recovered.records:
         (line,) = frame[(frame["stage"] == r["stage"]) & (frame["recovery"] == r["recovery"])].to_dict("records")
         assert line[f"perplexity/{Path(r['corpus']).name}"] == r["perplexity"]
-    assert own["record"] == str(recovered.path / "metrics.json")
+    assert main_row["record"] == str(recovered.path / "metrics.json")
 
 
 def test_resuming_a_run_removes_temporary_files_of_gprune_and_no_user_files(recovered, tmp_path):
     folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "copy"), key=None)
-    of_user = [folder / ".model.backup", folder / "masks/.notes.x.tmp", folder / "model.tmp"]
-    temporary = [folder / ".model.ab12_xyz.tmp", folder / "masks/.base.safetensors.q1w2e3r4.tmp"]
-    for path in (*of_user, *temporary):
+    user_files = [folder / ".model.backup", folder / "masks/.notes.x.tmp", folder / "model.tmp"]
+    temporary_files = [folder / ".model.ab12_xyz.tmp", folder / "masks/.base.safetensors.q1w2e3r4.tmp"]
+    for path in (*user_files, *temporary_files):
         path.mkdir()
         (path / "file").touch()
     settings = folder.manifest["settings"]
     with folder.in_use(settings, (folder / "config.yaml").read_text()):
-        assert all((path / "file").exists() for path in of_user)
-        assert not any(path.exists() for path in temporary)
+        assert all((path / "file").exists() for path in user_files)
+        assert not any(path.exists() for path in temporary_files)
 
 
 @pytest.mark.parametrize("edit", [lambda s: s.pop("ridge"), lambda s: s["sparsity"].pop("centred"),
@@ -106,8 +100,8 @@ def test_a_run_of_an_older_version_is_refused_in_one_line(recovered, tmp_path, e
         pass
 
 
-def test_a_run_from_before_relative_step_sizes_loads(recovered, tmp_path):
-    """Its step size was absolute. Its files have the key of the stored settings."""
+def test_a_run_from_before_relative_step_sizes_loads_unless_it_used_a_removed_feature(recovered, tmp_path):
+    """Such a run has an absolute step size and settings that were removed since. Its files have the key of these."""
     folder = shutil.copytree(recovered.path, tmp_path / "older")
     manifest, config = read_json(folder / "manifest.json"), read_yaml(folder / "config.yaml", "")
     for settings in (manifest["settings"], config):

@@ -49,12 +49,13 @@ def logged(world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def curves(logged):
     """Return the (x, y) values of each metric from the CSV file, with the x axis that W&B has for the metric."""
-    frame, found = pd.read_csv(logged.run.path / "csv/version_0/metrics.csv"), defaultdict(list)
+    frame = pd.read_csv(logged.run.path / "csv/version_0/metrics.csv")
+    points = defaultdict(list)
     for name in frame:
         for pattern, axis in logged.axes.items():
             if name.startswith(pattern.removesuffix("*")) and axis in frame:
-                found[name] = list(frame[[axis, name]].dropna().itertuples(index=False, name=None))
-    return found
+                points[name] = list(frame[[axis, name]].dropna().itertuples(index=False, name=None))
+    return points
 
 
 @pytest.fixture
@@ -73,20 +74,23 @@ def start(tmp_path, monkeypatch):
 
 def test_development_perplexity_is_logged_against_tokens_and_against_sparsity(logged, curves):
     manifest = json.loads((logged.run.path / "manifest.json").read_text())
-    learning, epoch = manifest["learning"], 2 * 4 * 32
+    learning, tokens_of_an_epoch = manifest["learning"], 2 * 4 * 32  # corpora, windows, tokens
     by_epoch, by_sparsity = (learning[f"development_perplexity_by_{axis}"] for axis in ("epoch", "sparsity"))
     for corpus in by_epoch[0]:
         name = Path(corpus).name
-        assert curves[f"development/perplexity/{name}"] == [(i * epoch, y[corpus]) for i, y in enumerate(by_epoch)]
+        expected = [(i * tokens_of_an_epoch, y[corpus]) for i, y in enumerate(by_epoch)]
+        assert curves[f"development/perplexity/{name}"] == expected
         points = curves[f"curve/perplexity/{name}"]
         assert [x for x, _ in points] == [0.0, 0.25, 0.5]
         assert [y for _, y in points] == pytest.approx([values[corpus] for values in by_sparsity.values()])
-    of_run = curves["development/perplexity"]
-    assert of_run == [(i * epoch, pytest.approx(math.prod(y.values()) ** 0.5)) for i, y in enumerate(by_epoch)]
+    geometric_means = [math.prod(y.values()) ** 0.5 for y in by_epoch]  # over two corpora
+    assert curves["development/perplexity"] == [
+        (i * tokens_of_an_epoch, pytest.approx(mean)) for i, mean in enumerate(geometric_means)
+    ]
 
 
 def test_the_wandb_history_has_the_values_of_the_csv_file(logged):
-    """Compares all values of some metrics."""
+    """Compares all values of five metrics of different steps."""
     frame = pd.read_csv(logged.run.path / "csv/version_0/metrics.csv")
     for name in ("partition/temperature", "learn/loss", "learn/gradient_norm", "curve/sparsity", "final/unseen"):
         values = [row[name] for row in logged.history if name in row]
@@ -120,14 +124,16 @@ def test_the_wandb_summary_has_the_results_under_fixed_keys(logged):
 
 
 def test_numbers_of_modules_are_logged_against_their_index(logged, curves):
-    result, expected = logged.run, logged.run.modules.rows()
-    assert len(expected) > 3
-    kept = [m[y == row["module"]].float().mean() for row in expected
-            for m, y in [(result.masks.ffn[row["block"]], result.modules.labels[row["block"]])]]  # fmt: skip
-    assert dict(curves["modules/sparsity"]) == pytest.approx({i: 1 - float(share) for i, share in enumerate(kept)})
-    for name in ("sensitivity", "agreement"):
-        known = {i: r[name] for i, r in enumerate(expected) if r[name] is not None}
-        assert dict(curves[f"modules/{name}"]) == pytest.approx(known)
+    result, rows = logged.run, logged.run.modules.rows()
+    assert len(rows) > 3
+    sparsity = {}
+    for i, row in enumerate(rows):
+        mask, labels = result.masks.ffn[row["block"]], result.modules.labels[row["block"]]
+        sparsity[i] = 1 - float(mask[labels == row["module"]].float().mean())
+    assert dict(curves["modules/sparsity"]) == pytest.approx(sparsity)
+    for name in ("sensitivity", "agreement"):  # None for a module in which it is not defined
+        expected = {i: row[name] for i, row in enumerate(rows) if row[name] is not None}
+        assert dict(curves[f"modules/{name}"]) == pytest.approx(expected)
 
 
 def test_a_wandb_run_has_config_group_job_type_and_tags(logged):
@@ -142,19 +148,19 @@ def test_a_wandb_run_has_config_group_job_type_and_tags(logged):
 
 def test_load_run_loads_downloaded_artifacts(logged, tmp_path):
     """The files that W&B would upload are copied to the layout of a download."""
-    masks, model = (made for made in logged.artifacts if made["type"] in ("masks", "model"))
-    assert [made["name"] for made in (masks, model)] == ["tiny-llama-masks", "tiny-llama-model"]
-    about = json.loads(masks["metadata"])
+    masks, model = (artifact for artifact in logged.artifacts if artifact["type"] in ("masks", "model"))
+    assert [artifact["name"] for artifact in (masks, model)] == ["tiny-llama-masks", "tiny-llama-model"]
+    metadata = json.loads(masks["metadata"])
     key = "final/unseen_over_base_same_recovery"
-    assert (about["budget"], about[key]) == (0.5, logged.summary[key])
-    for made in (masks, model):
-        for entry in made["manifest"]["contents"]:
-            path = tmp_path / made["type"] / entry["path"]
+    assert (metadata["budget"], metadata[key]) == (0.5, logged.summary[key])
+    for artifact in (masks, model):
+        for entry in artifact["manifest"]["contents"]:
+            path = tmp_path / artifact["type"] / entry["path"]
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(entry["local_path"], path)
-        loaded = load_run(tmp_path / made["type"])
+        loaded = load_run(tmp_path / artifact["type"])
         assert (loaded.masks, loaded.records) == (logged.run.masks, logged.run.records)
-        assert (loaded.model is None) is (made is masks)
+        assert (loaded.model is None) is (artifact is masks)
 
 
 def test_an_artifact_that_cannot_be_downloaded_is_refused_in_one_line(tmp_path, monkeypatch):
@@ -165,16 +171,16 @@ def test_an_artifact_that_cannot_be_downloaded_is_refused_in_one_line(tmp_path, 
 
 
 def test_task_results_are_logged_to_the_wandb_run_of_their_run(logged):
-    """They are in another file of the same W&B run. `latest-run` still points to the file with the curves."""
-    about = {"kind": "zero_shot", "task": "piqa", "acc": 0.5, "acc_norm": None, "acc_stderr": 0.1}
-    text = {"kind": "perplexity", "task": "wikitext2", "seq_len": 128, "perplexity": 9.0, "stage": "gprune"}
+    """They are in a second file of the same W&B run. `latest-run` still points to the file with the curves."""
+    piqa = {"kind": "zero_shot", "task": "piqa", "acc": 0.5, "acc_norm": None, "acc_stderr": 0.1}
+    wikitext = {"kind": "perplexity", "task": "wikitext2", "seq_len": 128, "perplexity": 9.0, "stage": "gprune"}
     latest = os.readlink(logged.run.path / "wandb/latest-run")
-    log_evaluation(logged.run.path, [about | {"stage": "dense"}, about | {"stage": "gprune"}, text])
+    log_evaluation(logged.run.path, [piqa | {"stage": "dense"}, piqa | {"stage": "gprune"}, wikitext])
     first, second = wandb_files.find(logged.run.path)
     assert first.name == second.name
-    found = wandb_files.read(second)
-    assert found.about["resume"]
-    assert {name: value for name, value in found.summary.items() if not name.startswith("_")} == {
+    resumed = wandb_files.read(second)
+    assert resumed.about["resume"]
+    assert {name: value for name, value in resumed.summary.items() if not name.startswith("_")} == {
         "rows/dense/piqa/acc": 0.5, "rows/dense/piqa/acc_stderr": 0.1, "final/piqa/acc": 0.5,
         "final/piqa/acc_stderr": 0.1, "final/wikitext2/128/perplexity": 9.0,
     }  # fmt: skip
@@ -183,7 +189,7 @@ def test_task_results_are_logged_to_the_wandb_run_of_their_run(logged):
 
 
 def environment(folder, **variables):
-    """Set environment variables of W&B, given without their prefix."""
+    """Set environment variables of W&B, whose names are given without `WANDB_`."""
     return tiny_run.isolated(folder, **{f"WANDB_{name}": value for name, value in variables.items()})
 
 
@@ -267,35 +273,43 @@ def test_logging_is_offline_by_default_and_follows_wandb_mode(world, tmp_path, m
     assert len(list((tmp_path / "default").glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
-def test_an_exception_closes_the_wandb_run_as_failed_and_how_to_look_has_its_path(start, tmp_path, monkeypatch):
-    codes, finish = [], wandb.Run.finish
-    monkeypatch.setattr(wandb.Run, "finish", lambda self, exit_code=None: (codes.append(exit_code), finish(self))[1])
+def test_an_exception_closes_the_wandb_run_as_failed_and_the_hint_on_curves_has_its_path(start, tmp_path, monkeypatch):
+    exit_codes, finish = [], wandb.Run.finish
+
+    def record_exit_code(self, exit_code=None):
+        exit_codes.append(exit_code)
+        return finish(self)
+
+    monkeypatch.setattr(wandb.Run, "finish", record_exit_code)
     with pytest.raises(ZeroDivisionError), start():
         raise ZeroDivisionError
-    assert (wandb.run, codes) == (None, [1])
-    assert str(tmp_path / "none/csv") in curves_hint(tmp_path / "none")
+    assert (wandb.run, exit_codes) == (None, [1])
     command = curves_hint(tmp_path).split("`")[1]
     assert command == f"wandb leet run {tmp_path / 'wandb/latest-run'}"
     assert len(list((tmp_path / "wandb/latest-run").glob("*.wandb"))) == 1
 
 
+def test_without_a_wandb_run_the_hint_on_curves_has_the_path_of_the_csv_files(tmp_path):
+    assert str(tmp_path / "csv") in curves_hint(tmp_path)
+
+
 def wandb_ids_and_csv_versions(path):
     """Return the W&B run ids in a run folder, and the versions of its CSV files."""
-    # offline-run-DATE-ID, followed by a number if two were started in the same second
+    # Folders are named offline-run-DATE-ID, followed by a number if two were started in the same second.
     ids = [folder.name.split("-")[3] for folder in (path / "wandb").glob("offline-run-*")]
     return ids, sorted(folder.name for folder in (path / "csv").iterdir())
 
 
-def test_a_finished_run_is_not_logged_again(world, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_logged_again_and_a_resumed_run_keeps_its_wandb_id(world, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     with tiny_run.isolated(tmp_path / "cache"):
         flags = ("--logging.mode=offline", "--gprune=false")
         first = world.run(tmp_path, *flags)
         before = wandb_ids_and_csv_versions(first.path)
-        again = world.run(tmp_path, *flags)
-        assert wandb_ids_and_csv_versions(again.path) == before
-        assert again.records == first.records
-        (first.path / "metrics.json").unlink()  # no longer finished: resume, with the same W&B run id
+        restarted = world.run(tmp_path, *flags)
+        assert wandb_ids_and_csv_versions(restarted.path) == before
+        assert restarted.records == first.records
+        (first.path / "metrics.json").unlink()  # so the run is not finished, and resumes
         ids, versions = wandb_ids_and_csv_versions(world.run(tmp_path, *flags).path)
     assert set(ids) == set(before[0])
     assert versions == ["version_0", "version_1"]

@@ -26,7 +26,7 @@ from gprune.stages.distillation import DistillationStage
 from tests import tiny_run
 from tests.tiny_families import some_masks
 
-LEFT_OVER = [  # variables, devices, words of the message or None
+LEFTOVER_VARIABLES = [  # variables, number of devices, words of the message (None: accepted)
     ({"RANK": "1"}, 1, "RANK=1,"), ({"LOCAL_RANK": "2", "WORLD_SIZE": "4"}, 1, "LOCAL_RANK=2,"),
     ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, 1, "SLURM_PROCID=3,"), ({"NODE_RANK": "1"}, 1, "NODE_RANK=1,"),
     ({"LOCAL_RANK": "0"}, 2, "LOCAL_RANK=0,"), ({"RANK": "1"}, 2, "RANK=1,"),
@@ -38,16 +38,19 @@ LEFT_OVER = [  # variables, devices, words of the message or None
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("variables", "devices", "message"), LEFT_OVER)
-def test_rank_variables_without_other_processes_are_refused(variables, devices, message, monkeypatch):
+@pytest.mark.parametrize(("variables", "devices", "message"), LEFTOVER_VARIABLES)
+def test_rank_variables_are_refused_unless_other_processes_are_expected(variables, devices, message, monkeypatch):
     for name in (*RANKS, "WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    refused = pytest.raises(UserError, match=f"; got {message}.*Unset the variable")
-    with nullcontext() if message is None else refused as error:
-        check_trainer(accelerator="cpu", devices=devices, num_nodes=1, strategy="auto")
-    assert message is None or error.value.rank_local
+    settings = {"accelerator": "cpu", "devices": devices, "num_nodes": 1, "strategy": "auto"}
+    if message is None:
+        check_trainer(**settings)
+        return
+    with pytest.raises(UserError, match=f"; got {message}.*Unset the variable") as error:
+        check_trainer(**settings)
+    assert error.value.rank_local  # this process reports the error itself, although its rank is not 0
 
 
 @pytest.mark.slow
@@ -62,8 +65,8 @@ def test_a_leftover_rank_variable_ends_train_py_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(("run_of_rank_0", "missing"), [("one", [False, True]), ("another", None)])
-def test_what_any_process_lacks_counts_as_missing_for_all_processes(run_of_rank_0, missing, monkeypatch):
-    """With a simulated rank 0 that lacks the second item, or works on another run."""
+def test_statistics_that_any_process_lacks_count_as_missing_for_all_processes(run_of_rank_0, missing, monkeypatch):
+    """The simulated rank 0 lacks the second item, or works on another run, which is an error."""
 
     class Strategy:
         def broadcast(self, mine):

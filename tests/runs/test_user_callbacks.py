@@ -33,7 +33,11 @@ LIGHTNING_CALLBACKS = [
 
 
 class Steps(L.Callback):
-    """Records every training step; raises KeyError after step `fail` of threshold learning."""
+    """Record the stages that are tested, and every training step as (stage, global step).
+
+    Args:
+        fail: raise KeyError after this step of threshold learning; None: never.
+    """
 
     def __init__(self, fail: int | None = None):
         self.steps, self.tested, self.fail = [], [], fail
@@ -54,45 +58,47 @@ class Steps(L.Callback):
 
 
 class NotACallback(L.Callback):
-    """Its constructor returns an object of another type."""
+    """A class whose constructor returns an object of another type."""
 
     def __new__(cls):
         return 7
 
 
 class ExitsInConstructor(L.Callback):
-    """Its constructor raises SystemExit."""
+    """A callback whose constructor raises SystemExit."""
 
     def __init__(self):
         raise SystemExit(7)
 
 
 class ChangesModel(L.Callback):
-    """Changes the frozen model in a hook of a stage, in a way that tensor version counters do not detect."""
+    """Multiply all weights of the frozen model in a hook of a stage. Version counters of tensors do not detect it."""
 
     def __init__(self, hook: str, stage: str = "CalibrationStage"):
         setattr(self, hook, self.change)
         self.stage = stage
 
-    def change(self, trainer, pl_module, *_, by=2.0, **__):
+    def change(self, trainer, pl_module, *_, factor=2.0, **__):
         if type(pl_module).__name__ == self.stage:
             for p in pl_module.lm.parameters():
-                p.data.mul_(by)
+                p.data.mul_(factor)
 
 
 class ChangesModelTemporarily(ChangesModel):
-    """Reverts its change at the end of the stage."""
+    """Revert the change at the end of the stage."""
 
     def on_test_end(self, trainer, pl_module):
-        self.change(trainer, pl_module, by=0.5)
+        self.change(trainer, pl_module, factor=0.5)
 
 
 def flags(world, folder, *more, callbacks=(), name="run"):
-    some = [f"--trainer.callbacks={json.dumps(callbacks)}"] if callbacks else []
-    return world.args(folder, "--export=none", "--evaluation.controls=[]", *some, *more, name=name)
+    """Return the flags of a run without export and controls. `callbacks` are dictionaries with class paths."""
+    callback_flags = [f"--trainer.callbacks={json.dumps(callbacks)}"] if callbacks else []
+    return world.args(folder, "--export=none", "--evaluation.controls=[]", *callback_flags, *more, name=name)
 
 
 def stages_of(steps):
+    """Return the names of stages in order, from the steps that `Steps` recorded."""
     return [name for name, _ in itertools.groupby(steps, key=lambda step: step[0])]
 
 
@@ -100,19 +106,20 @@ def stages_of(steps):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of Lightning, which the command line keeps quiet
 def test_callbacks_of_lightning_work_in_every_stage_and_write_into_the_run_folder(world, tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))  # empty, so that calibration runs
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    working_folder = tmp_path / "working-folder"
+    working_folder.mkdir()
+    monkeypatch.chdir(working_folder)
     more = ("--recovery=distill", "--distill.tokens=512", "--sparsity.epochs=4", "--trainer.profiler=simple")
-    own, lambdas = Steps(), []
-    callbacks_of_user = [own, LambdaCallback(on_test_start=lambda trainer, pl_module: lambdas.append(pl_module))]
+    steps, tested = Steps(), []
+    callbacks_of_user = [steps, LambdaCallback(on_test_start=lambda trainer, pl_module: tested.append(pl_module))]
     cfg = parse(flags(world, tmp_path, *more, callbacks=LIGHTNING_CALLBACKS))
     result = prune(cfg, callbacks=callbacks_of_user)
-    assert own.tested == ["CalibrationStage"]
-    assert stages_of(own.steps) == ["AssignmentRefinement", "ThresholdLearning", "DistillationStage"]
-    assert len(lambdas) == 1
+    assert steps.tested == ["CalibrationStage"]
+    assert stages_of(steps.steps) == ["AssignmentRefinement", "ThresholdLearning", "DistillationStage"]
+    assert len(tested) == 1
     assert result.summary["stopped"] == {"thresholds": {"batches": 2, "planned": 8}}
     manifest = json.loads((result.path / "manifest.json").read_text())
-    assert manifest["learning"]["steps"] == 1  # of two batches
+    assert manifest["learning"]["steps"] == 1  # the gradients of two batches are accumulated
     stages = [path.name.split("-")[0] for path in (result.path / "profiles").iterdir()]
     assert sorted(stages) == ["fit", "fit", "fit", "test", "validate", "validate"]
     with next(result.path.glob("csv/*/metrics.csv")).open() as file:
@@ -120,7 +127,7 @@ def test_callbacks_of_lightning_work_in_every_stage_and_write_into_the_run_folde
     curves = ("lr-Adam", "lr-AdamW/gprune", "DeviceStatsMonitor.on_train_batch_end/gprune")
     assert all(any(column.startswith(curve) for column in columns) for curve in curves), columns
     assert next(result.path.glob("checkpoints/thresholds/*.ckpt")).is_file()
-    assert not list((tmp_path / "here").iterdir())
+    assert not list(working_folder.iterdir())
     assert load_run(result.path).summary == result.summary
     with pytest.raises(UserError, match=r"other settings: inputs\.callbacks: .*Steps.* there, None here"):
         prune(cfg)
@@ -128,36 +135,39 @@ def test_callbacks_of_lightning_work_in_every_stage_and_write_into_the_run_folde
 
 @pytest.mark.slow
 def test_a_callback_that_raises_is_named_and_its_state_is_restored_on_resuming(world, tmp_path):
-    def run(name, **how):
+    def run(name, fail=None):
         cfg = parse(flags(world, tmp_path, "--sparsity.epochs=3", "--run.checkpoint_minutes=0", name=name))
-        return (own := Steps(**how)), prune(cfg, callbacks=[own])
+        callback = Steps(fail)
+        return callback, prune(cfg, callbacks=[callback])
 
-    expected, undisturbed = run("undisturbed")
+    expected_callback, uninterrupted = run("uninterrupted")
     message = r"^Cannot finish ThresholdLearning, callback Steps in on_train_batch_end: KeyError: 'lost' \(test_user_"
     with pytest.raises(UserError, match=message) as caught:
         run("failed", fail=4)
     assert isinstance(caught.value.__cause__, KeyError)
-    again, resumed = run("failed")
-    assert again.steps == expected.steps
-    pairs = zip(undisturbed.thresholds[0], resumed.thresholds[0], strict=True)
+    callback, resumed = run("failed")
+    assert callback.steps == expected_callback.steps
+    pairs = zip(uninterrupted.thresholds[0], resumed.thresholds[0], strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
 
 
 def test_stages_share_user_callbacks_and_get_copies_of_callbacks_with_fit_state(tmp_path):
-    own, stopping, saving = Steps(), EarlyStopping("learn/loss"), ModelCheckpoint()
-    callbacks_of_user = [own, stopping, saving]
+    """`Steps` is shared. EarlyStopping and ModelCheckpoint have state of one fit, so each stage gets copies.
+
+    Afterwards the user's objects have the state of the last stage. The next run starts from their original state.
+    """
+    steps, stopping, saving = Steps(), EarlyStopping("learn/loss"), ModelCheckpoint()
+    callbacks_of_user = [steps, stopping, saving]
     callbacks, stage = UserCallbacks(callbacks_of_user), type("Stage", (L.LightningModule,), {"curves": "learn"})()
-    (first, *copies), second = (callbacks.of_stage(stage, "learn", tmp_path / name) for name in ("first", "second"))
-    assert first is second[0] is own
-    assert not {*map(id, copies)} & {*map(id, [*second, stopping, saving])}
-    assert [c[2].dirpath for c in ([own, *copies], second)] == [str(tmp_path / name) for name in ("first", "second")]
+    first, second = (callbacks.of_stage(stage, "learn", tmp_path / name) for name in ("first", "second"))
+    assert first[0] is second[0] is steps
+    assert not {*map(id, first[1:])} & {*map(id, [*second, stopping, saving])}
+    assert [first[2].dirpath, second[2].dirpath] == [str(tmp_path / name) for name in ("first", "second")]
     assert saving.dirpath is None
     second[2].best_model_path = "best"
     callbacks.keep_state()
-    assert saving.best_model_path == "best"  # as in the last stage
-    assert (
-        UserCallbacks(callbacks_of_user).of_stage(stage)[2].best_model_path == ""
-    )  # the next run starts with the original state
+    assert saving.best_model_path == "best"
+    assert UserCallbacks(callbacks_of_user).of_stage(stage)[2].best_model_path == ""
 
 
 @pytest.mark.parametrize(
@@ -168,9 +178,12 @@ def test_stages_share_user_callbacks_and_get_copies_of_callbacks_with_fit_state(
     ],
 )  # fmt: skip
 def test_a_callback_is_used_only_in_stages_that_log_its_monitored_metric(monitor, stages):
-    made = {name: type("Stage", (L.LightningModule,), {"curves": name})() for name in ("partition", "learn", "distill")}
+    """A metric without a known prefix may be logged by any stage."""
+    all_stages = {
+        name: type("Stage", (L.LightningModule,), {"curves": name})() for name in ("partition", "learn", "distill")
+    }
     callbacks = UserCallbacks([EarlyStopping(monitor)])
-    assert [name for name, stage in made.items() if callbacks.of_stage(stage, name)] == stages
+    assert [name for name, stage in all_stages.items() if callbacks.of_stage(stage, name)] == stages
 
 
 @pytest.mark.parametrize(
@@ -197,8 +210,8 @@ def test_a_callback_is_used_only_in_stages_that_log_its_monitored_metric(monitor
     ],
 )
 def test_an_invalid_callback_is_refused_before_anything_is_loaded(path, args, message, world, tmp_path, capfd):
-    described = [{"class_path": path, "init_args": args}]
-    assert tiny_run.main(flags(world, tmp_path / "runs", callbacks=described)) == 2
+    callbacks = [{"class_path": path, "init_args": args}]
+    assert tiny_run.main(flags(world, tmp_path / "runs", callbacks=callbacks)) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
     assert message in error
@@ -218,7 +231,7 @@ def test_an_error_of_a_lightning_callback_is_quoted_in_one_line(world, tmp_path,
 
 def test_callbacks_may_change_training_batches_but_not_calibration_batches(world, tmp_path, cache):
     def shorten(trainer, pl_module, batch, *_):
-        if isinstance(batch, dict):  # the batches of the refinement hold no text
+        if isinstance(batch, dict):  # the batches of the refinement contain no text
             batch["input_ids"] = batch["input_ids"][:, :8]
 
     cfg = parse(flags(world, tmp_path, "--corpora.num_samples=3"))  # without cached statistics
@@ -226,11 +239,12 @@ def test_callbacks_may_change_training_batches_but_not_calibration_batches(world
         prune(cfg, callbacks=[LambdaCallback(on_test_batch_start=shorten)])
     cfg = parse(flags(world, tmp_path, name="shortened"))
     path = prune(cfg, callbacks=[LambdaCallback(on_train_batch_start=shorten)]).path
-    assert json.loads((path / "manifest.json").read_text())["steps"]["thresholds"]["forward_backward_tokens"] == 8 * 8
+    steps = json.loads((path / "manifest.json").read_text())["steps"]
+    assert steps["thresholds"]["forward_backward_tokens"] == 8 * 8  # windows of two corpora, tokens
 
 
 @pytest.mark.parametrize(
-    ("hook", "kind"),
+    ("hook", "callback_class"),
     [
         ("on_test_start", ChangesModel),
         ("on_test_batch_end", ChangesModel),
@@ -238,12 +252,13 @@ def test_callbacks_may_change_training_batches_but_not_calibration_batches(world
         ("on_test_start", ChangesModelTemporarily),
     ],
 )
-def test_statistics_of_a_model_that_a_callback_has_changed_are_not_cached(hook, kind, world, tmp_path):
+def test_statistics_of_a_model_that_a_callback_has_changed_are_not_cached(hook, callback_class, world, tmp_path):
     with tiny_run.isolated(tmp_path / "cache"):
-        message = rf"^Callbacks must not change the frozen model.*CalibrationStage.*\(Steps, {kind.__name__}\)"
+        name = callback_class.__name__
+        message = rf"^Callbacks must not change the frozen model.*CalibrationStage.*\(Steps, {name}\)"
         cfg = parse(flags(world, tmp_path, "--corpora.num_samples=3"))
         with pytest.raises(UserError, match=message):
-            prune(cfg, callbacks=[Steps(), kind(hook)])
+            prune(cfg, callbacks=[Steps(), callback_class(hook)])
         assert not list((tmp_path / "cache").rglob("statistics/*"))
         assert not list((tmp_path / "cache").rglob("evaluations/*"))
 
@@ -251,15 +266,8 @@ def test_statistics_of_a_model_that_a_callback_has_changed_are_not_cached(hook, 
 def test_gram_matrices_of_a_model_that_a_callback_has_changed_are_not_cached(world, tmp_path, monkeypatch):
     monkeypatch.setattr("gprune.pipeline.calibrate.needs_walk", lambda *_, **__: True)
     with tiny_run.isolated(tmp_path / "cache"):
-        cfg = parse(
-            flags(
-                world,
-                tmp_path,
-                "--recovery=least_squares",
-                "--gprune=false",
-                f"--corpora.recover={world.names('alpha')}",
-            )
-        )
+        more = ("--recovery=least_squares", "--gprune=false", f"--corpora.recover={world.names('alpha')}")
+        cfg = parse(flags(world, tmp_path, *more))
         with pytest.raises(UserError, match=r"changed during calibration on .*alpha"):
             prune(cfg, callbacks=[ChangesModel("on_test_batch_end")])
         assert not list((tmp_path / "cache").rglob("statistics/*"))
@@ -299,38 +307,45 @@ def test_a_class_path_imports_no_module_of_the_working_folder(world, tmp_path, m
     (folder / "evil.py").write_text("raise SystemExit(0)")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module(folder.name)  # a loaded namespace package, like mpl_toolkits
-    described = [{"class_path": f"{folder.name}.evil.A"}]
-    assert tiny_run.main(flags(world, tmp_path / "runs", callbacks=described)) == 2
+    callbacks = [{"class_path": f"{folder.name}.evil.A"}]
+    assert tiny_run.main(flags(world, tmp_path / "runs", callbacks=callbacks)) == 2
     assert "Add --import mpl_toolkits_of_mine.evil." in capfd.readouterr().err
     assert f"{folder.name}.evil" not in sys.modules
 
 
 def test_trainer_arguments_apply_in_the_stages_that_they_are_for(world, tmp_path):
     more = ("--trainer.max_steps=1", "--trainer.gradient_clip_val=1e-9", "--trainer.log_every_n_steps=2")
-    seen = {}
+    recorded = {}  # {stage: [(whether gradients were clipped, log_every_n_steps, deterministic) of each step]}
 
     def record_step(trainer, pl_module, *_):
         norm = max(float(p.grad.norm()) for p in pl_module.parameters() if p.grad is not None)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        seen.setdefault(type(pl_module).__name__, []).append((norm <= 1e-9, trainer.log_every_n_steps, deterministic))
+        step = (norm <= 1e-9, trainer.log_every_n_steps, deterministic)
+        recorded.setdefault(type(pl_module).__name__, []).append(step)
 
     cfg = parse(flags(world, tmp_path, *more, "--sparsity.epochs=2", "--trainer.deterministic=true"))
     prune(cfg, callbacks=[LambdaCallback(on_train_batch_end=record_step)])
-    assert seen == {"AssignmentRefinement": [(True, 2, True)] * 20, "ThresholdLearning": [(True, 2, True)]}
+    # `max_steps` limits only stages that train on text.
+    assert recorded == {"AssignmentRefinement": [(True, 2, True)] * 20, "ThresholdLearning": [(True, 2, True)]}
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_limit_train_batches_limits_the_steps_of_an_epoch(world, tmp_path):
     more = ("--trainer.limit_train_batches=1", "--sparsity.epochs=2")
-    result = prune(parse(flags(world, tmp_path, *more, name="few")))
-    assert json.loads((result.path / "manifest.json").read_text())["learning"]["steps"] == 2  # one of each epoch
+    result = prune(parse(flags(world, tmp_path, *more)))
+    assert json.loads((result.path / "manifest.json").read_text())["learning"]["steps"] == 2  # one in each epoch
 
 
 def test_settings_have_only_trainer_arguments_that_change_results_and_no_defaults():
     plain = RunConfig().settings()
     assert set(plain["trainer"]) == {"world_size", "precision"}
-    harmless = ["--trainer.log_every_n_steps=5", "--trainer.profiler=simple", "--trainer.detect_anomaly=true"]
-    assert parse(harmless).settings() == plain
-    changing = ["--trainer.max_steps=3", "--trainer.limit_train_batches=0.5", "--trainer.gradient_clip_val=1"]
-    changing += ["--trainer.deterministic=true", "--trainer.callbacks=[{class_path: Timer}]"]
-    for flag in changing:
+    without_effect = ["--trainer.log_every_n_steps=5", "--trainer.profiler=simple", "--trainer.detect_anomaly=true"]
+    assert parse(without_effect).settings() == plain
+    with_effect = [
+        "--trainer.max_steps=3", "--trainer.limit_train_batches=0.5", "--trainer.gradient_clip_val=1",
+        "--trainer.deterministic=true", "--trainer.callbacks=[{class_path: Timer}]",
+    ]  # fmt: skip
+    for flag in with_effect:
         settings = parse([flag]).settings()
         check_settings(settings)
         assert settings["trainer"].keys() - plain["trainer"].keys() == {flag.split("=")[0].rpartition(".")[2]}

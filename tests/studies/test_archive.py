@@ -15,17 +15,16 @@ from tests.studies.workbench import ROWS
 
 
 def test_a_record_without_newer_settings_matches_a_row_with_their_defaults(bench, first, monkeypatch):
-    """If a default has changed since, the record does not match, because it was made with the old one."""
+    """A record does not match if one of its settings has another value, or is one that this version does not have."""
     row = bench.rows(first[0])[1]
     record = finished_record(row)
     settings = record["settings"]
     older = {name: value for name, value in settings.items() if name != "ridge"}
     older["sparsity"] = {name: value for name, value in settings["sparsity"].items() if name != "width_multiple"}
-    absolute = {
-        "distill": {"learning_rate": settings["distill"]["learning_rate"]}
-    }  # from a version with absolute learning rates only
+    # A record from the time when all learning rates were absolute has no `absolute_learning_rate`.
+    absolute = {"distill": {"learning_rate": settings["distill"]["learning_rate"]}}
     for stored_settings, matches in (
-        (older, True), (older | {"ridge": 0.5}, False), (settings | {"gone": 1}, False), (older | absolute, False),
+        (older, True), (older | {"ridge": 0.5}, False), (settings | {"removed": 1}, False), (older | absolute, False),
     ):  # fmt: skip
         monkeypatch.setattr(
             archive,
@@ -35,14 +34,15 @@ def test_a_record_without_newer_settings_matches_a_row_with_their_defaults(bench
         assert (finished_record(row) == record) == matches
 
 
-def test_record_names_contain_row_and_seed_and_differ_by_settings(bench, first):
+def test_record_names_contain_row_and_seed_and_differ_only_by_settings(bench, first):
     named = bench.write("named", {"It's another, 50 %": {}}, common={"sparsity.target": 0.4})
     paths = [archive.find_record(row)[0] for path in (first[0], named) for row in bench.rows(path)]
     assert len(set(paths)) == 4
     assert paths[0].name.startswith("plain-seed0-")
     assert paths[3].name.startswith("it-s-another-50-seed0-")
+    # A row with another name and an explicit default value has the same settings, so it has the same record.
     (same,) = bench.rows(bench.write("same", {"x": {"gprune": False, "ridge": 0.01}}))
-    assert archive.find_record(same)[0] == paths[0]  # another name, and an explicit default value
+    assert archive.find_record(same)[0] == paths[0]
     for row in bench.rows(bench.write("long", {"x" * 300: {}, "\u00e9" * 300: {}}), records=bench.folder / "new"):
         name = archive.find_record(row)[0].name
         assert len(name.encode()) < 255
@@ -51,39 +51,40 @@ def test_record_names_contain_row_and_seed_and_differ_by_settings(bench, first):
 
 def test_a_file_that_is_not_the_record_of_the_row_is_never_overwritten(bench, tmp_path):
     (row,) = bench.rows(bench.write("one", {"x": {"gprune": False}}), records=tmp_path)
-    place = archive.find_record(row)[0]
-    place.parent.mkdir()
-    place.write_text(json.dumps({"settings": {"ridge": 0.7}}))
-    place.with_stem(f"{place.stem}-1").write_text("{half")
-    assert archive.find_record(row)[0] == place.with_stem(f"{place.stem}-2")
+    path = archive.find_record(row)[0]
+    path.parent.mkdir()
+    path.write_text(json.dumps({"settings": {"ridge": 0.7}}))
+    path.with_stem(f"{path.stem}-1").write_text("{half")
+    assert archive.find_record(row)[0] == path.with_stem(f"{path.stem}-2")
 
 
 def test_learned_tokens_do_not_depend_on_the_cache(bench, first):
-    """Excluded are the tokens of controls, and those of scores, which only the first row with an empty cache needs."""
+    """Tokens of calibration and of controls are not counted. Those of calibration are 0 after the first row."""
     record = finished_record(bench.rows(first[0])[1])
-    own = record["summary"]["learned_tokens"]
-    assert own == record["steps"]["thresholds"]["forward_backward_tokens"] > 0
+    learned = record["summary"]["learned_tokens"]
+    assert learned == record["steps"]["thresholds"]["forward_backward_tokens"] > 0
     more = {name: {"forward_backward_tokens": 100} for name in ("calibrate", "evaluate", "shrink")}
-    assert archive.learned_tokens(record["steps"] | more) == own + 100
+    assert archive.learned_tokens(record["steps"] | more) == learned + 100  # only `shrink`: recovery of the main row
 
 
 def test_committed_records_have_masks_only_if_the_list_asks_for_them(bench, first, monkeypatch):
     monkeypatch.setattr(listing, "EXPERIMENTS", bench.folder)
-    one = {"plain": ROWS["plain"]}
-    (plain,) = bench.rows(bench.write("without", one))
-    (wanted,) = bench.rows(bench.write("of masks", one, masks=True))
-    assert (plain.masks, wanted.masks) == (False, True)
-    record = finished_record(plain)
-    archive.write_record(archive.find_record(plain)[0], record | {"masks": None})
-    assert finished_record(plain) == record | {"masks": None}
-    assert finished_record(wanted) is None  # the record has no masks
-    assert archive.find_record(wanted)[0] == archive.find_record(plain)[0]
-    archive.write_record(archive.find_record(plain)[0], record)
-    assert finished_record(wanted) == record
+    rows = {"plain": ROWS["plain"]}
+    (without_masks,) = bench.rows(bench.write("without", rows))
+    (with_masks,) = bench.rows(bench.write("of masks", rows, masks=True))
+    assert (without_masks.masks, with_masks.masks) == (False, True)
+    path = archive.find_record(without_masks)[0]
+    record = finished_record(without_masks)
+    archive.write_record(path, record | {"masks": None})
+    assert finished_record(without_masks) == record | {"masks": None}
+    assert finished_record(with_masks) is None  # the record has no masks
+    assert archive.find_record(with_masks)[0] == path
+    archive.write_record(path, record)
+    assert finished_record(with_masks) == record
 
 
 def test_a_record_is_written_in_short_lines(bench, first):
-    """So that `git diff` is readable."""
+    """Short lines make `git diff` readable. Only few lines are needed, since numbers share lines."""
     lines = archive.find_record(bench.rows(first[0])[1])[0].read_text().splitlines()
     assert len(lines) < 100
     assert max(map(len, lines)) < archive.LINE_WIDTH + 50
@@ -101,9 +102,9 @@ def test_folding_stores_common_fields_once_and_unfolding_restores_them(numbers):
     content = json.loads(json.dumps({"name": "x", "records": archive.fold_records(numbers)}))
     assert archive.unfold_records(content) == {"name": "x", "records": numbers}
     for stage in content["records"]["stages"]:
-        assert len(stage["each"]) < 2 or not any(
-            all(name in own and own[name] == value for own in stage["each"]) for name, value in stage["each"][0].items()
-        )
+        first, *others = stage["each"]
+        for name, value in first.items():  # no field has the same value in all records of a stage
+            assert not others or any(name not in fields or fields[name] != value for fields in others)
 
 
 @given(data=st.data(), depth=st.integers(1, 4))
@@ -113,6 +114,6 @@ def test_unpacking_packed_masks_returns_the_same_masks(data, depth):
         return [torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in sizes]
 
     masks = Masks(draw_masks(), draw_masks())
-    again = archive.unpack_masks(json.loads(json.dumps(archive.pack_masks(masks))))
-    assert again == masks
-    assert all(m.dtype == torch.bool for m in (*again.ffn, *again.attention))
+    unpacked = archive.unpack_masks(json.loads(json.dumps(archive.pack_masks(masks))))
+    assert unpacked == masks
+    assert all(m.dtype == torch.bool for m in (*unpacked.ffn, *unpacked.attention))

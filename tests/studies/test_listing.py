@@ -18,7 +18,7 @@ LISTS = [p for p in sorted(EXPERIMENTS.rglob("*.yaml")) if "rows" in yaml.safe_l
 
 
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
-def test_every_shipped_list_parses(path):
+def test_every_shipped_list_parses_and_its_rows_have_different_settings_and_no_export(path):
     listing = Listing.read(path)
     settings = [json.dumps(row.config.settings(), sort_keys=True) for row in listing.rows]
     assert len(set(settings)) == len(settings) == len({(row.name, row.seed) for row in listing.rows})
@@ -27,7 +27,7 @@ def test_every_shipped_list_parses(path):
         assert row.config.export.format == "none"
 
 
-def test_all_ablations_are_rows_of_their_list():
+def test_all_ablations_are_rows_of_their_list_and_the_row_default_is_the_default_method():
     (listing,) = (Listing.read(path) for path in LISTS if path.name == "ablations.yaml")
     files = {path.stem for path in (EXPERIMENTS / "ablations").glob("*.yaml")}
     assert {row.name for row in listing.rows} == files - {"base"} | {"base", "default"}
@@ -39,7 +39,7 @@ def test_all_ablations_are_rows_of_their_list():
 def test_every_built_in_metric_except_wifn_is_a_row_of_metrics_yaml():
     (listing,) = (Listing.read(path) for path in LISTS if path.name == "metrics.yaml")
     rows = {row.name for row in listing.rows}
-    # wifn orders neurons like wanda_sp
+    # `wifn` orders neurons like `wanda_sp`.
     assert {name for name in registries.BUILT_IN_METRICS if f"{name} 0.5" not in rows} == {"wifn"}
     for row in listing.rows:
         assert row.name.split(" ")[0] not in registries.BUILT_IN_METRICS or row.name.startswith(row.config.importance)
@@ -67,19 +67,23 @@ def test_rows_of_a_named_protocol_have_different_run_folders(bench):
     assert len({row.config.folder for row in bench.rows(path, seeds=[0, 1])}) == 6
 
 
-def test_empty_keys_equal_missing_keys_and_row_names_can_be_numbers(bench):
+def test_empty_keys_equal_missing_keys(bench):
     path = bench.folder / "empty.yaml"
     empty = ("common", "compare", "controls", "seeds", "tables", "tasks", "seen", "protocol", "reference")
     path.write_text("".join(f"{key}:\n" for key in empty) + "about: x\nrows: {a: , b: {}}\n")
-    found = Listing.read(path)
+    with_empty_keys = Listing.read(path)
     path.write_text("about: x\nrows: {a: {}, b: {}}\n")
-    assert Listing.read(path).rows == found.rows
+    assert Listing.read(path).rows == with_empty_keys.rows
+
+
+def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
+    path = bench.folder / "numbers.yaml"
     path.write_text("rows: {1: {}, 0.5: {}}\ncontrols: [1]\nreference: 0.5\nseeds: [4, 4, 5]\n")
-    found = Listing.read(path)
-    assert [(row.name, row.seed, row.control) for row in found.rows] == [
+    listing = Listing.read(path)
+    assert [(row.name, row.seed, row.control) for row in listing.rows] == [
         ("1", 4, True), ("0.5", 4, False), ("1", 5, True), ("0.5", 5, False)
     ]  # fmt: skip
-    assert found.content.reference == "0.5"
+    assert listing.content.reference == "0.5"
 
 
 # --- invalid lists and arguments --------------------------------------------------------------------------------

@@ -39,8 +39,13 @@ def exported(bench, folders):
     return result.path / "model", result
 
 
-def saved(bench, folders, name, change=None, **config):
-    """Copy the folder of the dense model, and change its weights and config.json."""
+def copy_model(bench, folders, name, change=None, **config):
+    """Copy the folder of the dense model.
+
+    Args:
+        change: function that changes the dictionary of weights in place.
+        config: entries of config.json to replace.
+    """
     folder = folders / name
     shutil.copytree(bench.world.model, folder, dirs_exist_ok=True)
     weights = load_file(folder / "model.safetensors")
@@ -65,18 +70,19 @@ def list_with_export(bench, exported):
 
 
 def test_an_exported_model_as_a_row_has_the_numbers_of_the_row_that_made_it(bench, exported, list_with_export):
-    (_, made), (path, out) = exported, list_with_export
+    _, run = exported
+    path, out = list_with_export
     _, ((_, plain), (row, theirs)) = bench.done(path)
     of_plain = [r for r in plain["records"] if r["stage"] == "base"]
     of_export = [r for r in theirs["records"] if r["stage"] == "model"]
     assert [r["corpus"] for r in of_export] == [r["corpus"] for r in of_plain]
-    for one, two in zip(of_plain, of_export, strict=True):
+    for expected, r in zip(of_plain, of_export, strict=True):
         for number in ("nll", "kl", "agreement"):
-            assert two[number] == pytest.approx(one[number], rel=1e-4, abs=1e-6)
-        assert (two["seen"], two["content_hash"]) == (one["seen"], one["content_hash"])
+            assert r[number] == pytest.approx(expected[number], rel=1e-4, abs=1e-6)
+        assert (r["seen"], r["content_hash"]) == (expected["seen"], expected["content_hash"])
     assert max(r["kl"] for r in of_export) > 0
     for number in ("parameters_before", "parameters_after", "sparsity_of_model"):
-        assert theirs["summary"][number] == plain["summary"][number] == made.summary[number]
+        assert theirs["summary"][number] == plain["summary"][number] == run.summary[number]
     assert "sparsity_of_scope" not in theirs["summary"]
     assert theirs["masks"] is None
     assert row.config.sparsity == type(row.config.sparsity)()  # settings of pruning have their defaults
@@ -89,9 +95,9 @@ def test_an_exported_model_as_a_row_has_the_numbers_of_the_row_that_made_it(benc
 
 
 def test_frames_files_reports_and_load_run_accept_a_model_row(bench, list_with_export, nothing_runs, capsys, tmp_path):
-    """All of them read only the record of the row."""
-    test_path = list_with_export[0]
-    study = gprune.load_study(test_path, records=bench.records)
+    """They read the record of the row. The rows `theirs` and `plain` are the same model."""
+    path, _ = list_with_export
+    study = gprune.load_study(path, records=bench.records)
     frame = study.to_frame().set_index("row")
     assert frame.loc["theirs", "stage"] == "model"
     assert frame.loc["theirs", "model.made_elsewhere"].endswith("model")
@@ -101,15 +107,11 @@ def test_frames_files_reports_and_load_run_accept_a_model_row(bench, list_with_e
     assert frame.loc["theirs", ["target", "importance", "scope"]].isna().all()
     assert frame.loc["plain", "importance"] == "magnitude"
     for suffix in (".csv", ".json", ".md", ".tex", ".html"):
-        bench(capsys, test_path, "--table", "--output", tmp_path / f"t{suffix}")
+        bench(capsys, path, "--table", "--output", tmp_path / f"t{suffix}")
         assert "theirs" in (tmp_path / f"t{suffix}").read_text()
-    from gprune.__main__ import run as command
-
-    assert (
-        command("report", [f"{test_path}:theirs", "--records", str(bench.records), "--html", str(tmp_path / "r.html")])
-        == 0
-    )
-    assert "Made elsewhere" in (tmp_path / "r.html").read_text()
+    page = tmp_path / "r.html"
+    assert command("report", [f"{path}:theirs", "--records", str(bench.records), "--html", str(page)]) == 0
+    assert "Made elsewhere" in page.read_text()
     (row,) = [row for row in study.rows if row.name == "theirs"]
     loaded = gprune.load_run(row.config.folder)
     assert loaded.masks is None
@@ -122,17 +124,17 @@ def test_the_dense_model_as_a_row_has_kl_0_and_agreement_1(bench, capsys):
     path = bench.write("itself", {"itself": {"model": str(bench.world.model)}})
     bench(capsys, path)
     _, ((_, record),) = bench.done(path)
-    dense, same = ([r for r in record["records"] if r["stage"] == stage] for stage in ("dense", "model"))
-    for one, two in zip(dense, same, strict=True):
-        assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
-        assert two["kl"] == pytest.approx(0, abs=1e-9)
-        assert two["agreement"] == 1
+    dense, model = ([r for r in record["records"] if r["stage"] == stage] for stage in ("dense", "model"))
+    for of_dense, of_model in zip(dense, model, strict=True):
+        assert of_model["perplexity"] == pytest.approx(of_dense["perplexity"], rel=1e-5)
+        assert of_model["kl"] == pytest.approx(0, abs=1e-9)
+        assert of_model["agreement"] == 1
     assert record["summary"]["sparsity_of_model"] == 0
 
 
 def test_distillation_reduces_the_kl_of_a_model_row(bench, exported, capsys):
-    distil = {"recovery": "distill", "distill.tokens": 96 * 32, "distill.learning_rate": 0.02}
-    path = bench.write("distilled", {"theirs": {"model": str(exported[0]), **distil}})
+    settings = {"recovery": "distill", "distill.tokens": 96 * 32, "distill.learning_rate": 0.02}
+    path = bench.write("distilled", {"theirs": {"model": str(exported[0]), **settings}})
     bench(capsys, path)
     _, ((_, record),) = bench.done(path)
     kl = {recovery: [r["kl"] for r in record["records"] if (r["stage"], r["recovery"]) == ("model", recovery)]
@@ -142,8 +144,8 @@ def test_distillation_reduces_the_kl_of_a_model_row(bench, exported, capsys):
     assert record["summary"]["learned_tokens"] > 0
 
 
-def other_model(folder):
-    """Save a GPT-2 with another vocabulary."""
+def save_gpt2(folder):
+    """Save a tiny GPT-2 with another vocabulary than the dense model, and return the folder."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=90, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(folder)
@@ -157,13 +159,14 @@ def other_model(folder):
 
 
 def test_a_model_with_another_tokenizer_has_perplexity_but_no_kl_gap_or_ratio(bench, folders, capsys):
-    folder = other_model(folders / "other")
+    """Its distillation is refused, because the output embedding differs from that of the dense model."""
+    folder = save_gpt2(folders / "other")
     path = bench.write("tokens", PLAIN | {"gpt": {"model": str(folder)}}, reference="plain")
     out = bench(capsys, path)
     _, (_, (_, record)) = bench.done(path)
-    own = [r for r in record["records"] if r["stage"] == "model"]
-    assert [r["corpus"] for r in own] == [r["corpus"] for r in record["records"] if r["stage"] == "dense"]
-    assert all(r["perplexity"] > 1 and r.get("kl") is None for r in own)
+    of_model = [r for r in record["records"] if r["stage"] == "model"]
+    assert [r["corpus"] for r in of_model] == [r["corpus"] for r in record["records"] if r["stage"] == "dense"]
+    assert all(r["perplexity"] > 1 and r.get("kl") is None for r in of_model)
     assert "Another tokenizer, so no KL, agreement, gap or ratio, and a perplexity of other tokens: gpt." in out
     frame = gprune.load_study(path, records=bench.records).to_frame().set_index("row")
     missing = ["unseen_kl", "unseen_agreement", "gap", "unseen_over_dense", "unseen_over_unrecovered_base"]
@@ -186,29 +189,29 @@ def test_a_model_type_that_gprune_cannot_prune_is_evaluated(bench, folders, caps
     bench(capsys, path)
     _, ((_, record),) = bench.done(path)
     assert all(r["kl"] > 0 for r in record["records"] if r["stage"] == "model")
-    learns = {"model": str(folders / "mamba"), "recovery": "distill", "distill.tokens": 96}
-    assert "mamba" in bench.refused(capsys, bench.write("distilled mamba", {"mamba": learns}))
+    distilled = {"model": str(folders / "mamba"), "recovery": "distill", "distill.tokens": 96}
+    assert "mamba" in bench.refused(capsys, bench.write("distilled mamba", {"mamba": distilled}))
 
 
 def test_tasks_evaluate_the_given_model_or_its_distilled_version(bench, exported, folders, capsys, monkeypatch):
-    for bound in ("MIN_ROUNDS", "MAX_ROUNDS"):
+    for bound in ("MIN_ROUNDS", "MAX_ROUNDS"):  # one round of timing is enough here
         monkeypatch.setattr(f"gprune.benchmarks.speed.{bound}", 1)
     tasks = {"names": ["speed"], "speed_batch": [1], "speed_prompt": 8}
-    learned = {"model": str(exported[0]), "recovery": "distill", "distill.tokens": 96}
-    rows = {"gpt": {"model": str(other_model(folders / "for tasks"))}, "learned": learned}
+    distilled = {"model": str(exported[0]), "recovery": "distill", "distill.tokens": 96}
+    rows = {"gpt": {"model": str(save_gpt2(folders / "for tasks"))}, "distilled": distilled}
     path = bench.write("tasked", rows, tasks=tasks)
     bench(capsys, path)
     _, done = bench.done(path)
     for row, record in done:
         assert {r["stage"] for r in record["evaluation"]} == {"dense", "model"}
-        (before, after), _, _ = find_subjects(row.config.folder, dense=True)
-        assert type(before.load()[0]).__name__ == "LlamaForCausalLM"
-        model = after.load()[0]
+        (dense, made_elsewhere), _, _ = find_subjects(row.config.folder, dense=True)
+        assert type(dense.load()[0]).__name__ == "LlamaForCausalLM"
+        model = made_elsewhere.load()[0]
         assert model.num_parameters() == record["summary"]["parameters_after"]
         assert (type(model).__name__ == "GPT2LMHeadModel") == (row.name == "gpt")
-    assert (Path(done[1][0].config.folder) / "model/config.json").is_file()
-    card = (Path(done[1][0].config.folder) / "model/README.md").read_text()
-    assert "A model that gprune did not prune" in card
+    folder_of_distilled = Path(done[1][0].config.folder)
+    assert (folder_of_distilled / "model/config.json").is_file()
+    assert "A model that gprune did not prune" in (folder_of_distilled / "model/README.md").read_text()
     frame = gprune.load_study(path, records=bench.records).to_frame()
     assert frame["tasks/prefill/1/tokens_per_second"].notna().all()
 
@@ -218,13 +221,15 @@ def test_a_model_row_is_logged_as_a_wandb_run(bench, exported):
     path = bench.write("logged", {"theirs": {"model": str(exported[0])}}, common={"corpora.batch_size": 2})
     arguments = [str(path), "--records", str(bench.records), "--", "--logging.mode=offline"]
     assert command("study", arguments) == 0
-    found = {file.parent.name.split("-")[3].partition("_")[0]: wandb_files.read(file)
-             for file in wandb_files.find(bench.records / "logged")}  # fmt: skip
-    assert found.keys() == {"theirs", "all"}
-    assert found["theirs"].about["job_type"] == "model"
-    assert {"logged", "theirs", "made elsewhere"} <= set(found["theirs"].about["tags"])
-    assert found["theirs"].summary["final/unseen_kl"] > 0
-    assert found["theirs"].config["model"]["made_elsewhere"] == str(exported[0])
+    wandb_runs = {}  # by the first word of the run id, which is part of the name of the folder
+    for file in wandb_files.find(bench.records / "logged"):
+        wandb_runs[file.parent.name.split("-")[3].partition("_")[0]] = wandb_files.read(file)
+    assert wandb_runs.keys() == {"theirs", "all"}
+    theirs = wandb_runs["theirs"]
+    assert theirs.about["job_type"] == "model"
+    assert {"logged", "theirs", "made elsewhere"} <= set(theirs.about["tags"])
+    assert theirs.summary["final/unseen_kl"] > 0
+    assert theirs.config["model"]["made_elsewhere"] == str(exported[0])
 
 
 # --- models and settings that are refused before any row runs ------------------------------------------------------
@@ -233,7 +238,9 @@ def test_a_model_row_is_logged_as_a_wandb_run(bench, exported):
 LAYER = "model.layers.1."
 
 
-def without(*names):
+def remove_weights(*names):
+    """Return a function that removes weights of a layer."""
+
     def change(weights):
         for name in names:
             del weights[LAYER + name]
@@ -241,31 +248,31 @@ def without(*names):
     return change
 
 
-def narrower(weights):
+def remove_one_input(weights):
     weights[LAYER + "mlp.down_proj.weight"] = weights[LAYER + "mlp.down_proj.weight"][:, 1:].contiguous()
 
 
-def biased(weights):
+def add_bias(weights):
     weights[LAYER + "mlp.down_proj.bias"] = torch.ones(32)
 
 
 @pytest.mark.parametrize(
     ("change", "config", "message"),
     [
-        (without("mlp.up_proj.weight", "mlp.down_proj.weight"), {},
+        (remove_weights("mlp.up_proj.weight", "mlp.down_proj.weight"), {},
          f"has no weights for 2 parameters, such as {LAYER}mlp.down_proj.weight"),
-        (narrower, {}, f"weights have other shapes than in config.json, such as {LAYER}mlp.down_proj.weight: "
+        (remove_one_input, {}, f"weights have other shapes than in config.json, such as {LAYER}mlp.down_proj.weight: "
          "(32, 159) instead of (32, 160)"),
-        (biased, {}, f"have no place in the model of config.json, such as {LAYER}mlp.down_proj.bias"),
+        (add_bias, {}, f"have no place in the model of config.json, such as {LAYER}mlp.down_proj.bias"),
         (None, {"num_hidden_layers": 9}, "has no weights for"),
         (None, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantised"),
         (None, {"model_type": "unheard_of"}, "unheard_of"),
     ],
 )  # fmt: skip
-def test_a_folder_whose_weights_do_not_match_its_config_is_refused(
+def test_a_folder_with_an_unsupported_config_or_other_weights_than_in_its_config_is_refused(
     bench, folders, request, change, config, message, nothing_runs, capsys
 ):
-    folder = saved(bench, folders, request.node.callspec.id, change, **config)
+    folder = copy_model(bench, folders, request.node.callspec.id, change, **config)
     path = bench.write("broken", {"first": {"gprune": False, "ridge": 0.9}, "broken": {"model": str(folder)}})
     line = bench.refused(capsys, path)
     assert "--model.made_elsewhere" in line
@@ -284,46 +291,48 @@ AUTO = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
 
 
 def test_custom_code_of_a_model_needs_trust_remote_code_on_the_command_line(bench, folders, capsys):
-    folder = saved(bench, folders, "code", model_type="own_code", auto_map=AUTO)
+    folder = copy_model(bench, folders, "code", model_type="own_code", auto_map=AUTO)
     (folder / "code.py").write_text(CODE)
-    row = {"coded": {"model": str(folder)}}
-    path = bench.write("coded", row)
+    settings = {"model": str(folder)}
+    path = bench.write("coded", {"coded": settings})
     message = bench.refused(capsys, path)
     assert "it has Python code of its own" in message
     assert "--model.trust_remote_code=true" in message
-    in_list = bench.write("consent", {"coded": row["coded"] | {"model.trust_remote_code": True}})
+    in_list = bench.write("consent", {"coded": settings | {"model.trust_remote_code": True}})
     assert "--model.trust_remote_code=true must be given after --" in bench.refused(capsys, in_list)
     bench(capsys, path, "--", "--model.trust_remote_code=true")
-    (consented,) = bench.rows(path, flags=["--model.trust_remote_code=true"])
-    assert max(r["kl"] for r in finished_record(consented)["records"] if r["stage"] == "model") < 1e-9
+    (row,) = bench.rows(path, flags=["--model.trust_remote_code=true"])
+    assert max(r["kl"] for r in finished_record(row)["records"] if r["stage"] == "model") < 1e-9
 
 
-@pytest.mark.parametrize("how", ["several files", "pickled"])
-def test_sharded_and_pickled_weights_are_loaded(bench, folders, how, capsys):
-    folder = saved(bench, folders, how)
+@pytest.mark.parametrize("weight_format", ["several files", "pickled"])
+def test_sharded_and_pickled_weights_are_loaded(bench, folders, weight_format, capsys):
+    folder = copy_model(bench, folders, weight_format)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    if how == "pickled":
+    if weight_format == "pickled":
         torch.save(weights, folder / "pytorch_model.bin")
     else:
-        names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(weights))}
-        for file in set(names.values()):
-            part = {name: weights[name] for name, of in names.items() if of == file}
-            save_file(part, folder / file, metadata={"format": "pt"})
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    bench(capsys, path := bench.write(how, {how: {"model": str(folder)}}))
+        files = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+        file_of = {name: files[i % 2] for i, name in enumerate(sorted(weights))}
+        for file in files:
+            shard = {name: weight for name, weight in weights.items() if file_of[name] == file}
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
+    path = bench.write(weight_format, {weight_format: {"model": str(folder)}})
+    bench(capsys, path)
     _, ((_, record),) = bench.done(path)
     assert max(r["kl"] for r in record["records"] if r["stage"] == "model") < 1e-9
 
 
 def test_train_py_evaluates_a_model_made_elsewhere_without_a_list(bench, exported, folders, capsys):
-    made = bench.world.run(folders / "runs", f"--model.made_elsewhere={exported[0]}", "--ridge=0.5", name="given")
+    run = bench.world.run(folders / "runs", f"--model.made_elsewhere={exported[0]}", "--ridge=0.5", name="given")
     out = capsys.readouterr().out
-    assert f"Made elsewhere: {made.summary['parameters_before']:,} -> {made.summary['parameters_after']:,}" in out
-    assert re.search(r"--ridge.*\(--model.made_elsewhere\)", out)  # ignored
+    assert f"Made elsewhere: {run.summary['parameters_before']:,} -> {run.summary['parameters_after']:,}" in out
+    assert re.search(r"--ridge.*\(--model.made_elsewhere\)", out)  # listed as ignored
     assert "Removed" not in out
     assert "the model in" not in out  # nothing was exported
-    assert repr(made).splitlines()[1].startswith("made elsewhere: ")
+    assert repr(run).splitlines()[1].startswith("made elsewhere: ")
 
 
 def test_prune_evaluates_a_model_made_elsewhere_without_pruning_it(bench, tmp_path):
@@ -335,17 +344,20 @@ def test_prune_evaluates_a_model_made_elsewhere_without_pruning_it(bench, tmp_pa
     assert result.table().index.tolist() == ["dense", "model"]
 
 
-def test_missing_invalid_and_too_large_models_are_refused(bench, folders, nothing_runs, capsys):
+def test_missing_models_run_folders_models_without_tokenizer_and_too_large_models_are_refused(
+    bench, folders, nothing_runs, capsys
+):
     missing = bench.write("missing", {"missing": {"model": str(folders / "nowhere")}})
     assert "nowhere" in bench.refused(capsys, missing)
     (folders / "a run").mkdir()
     (folders / "a run/manifest.json").write_text("{}")
     run = bench.write("a run", {"run": {"model": str(folders / "a run")}})
     assert "--model.made_elsewhere must be a model folder, such as" in bench.refused(capsys, run)
-    bare = saved(bench, folders, "bare")
-    for file in bare.glob("tokenizer*"):
+    no_tokenizer = copy_model(bench, folders, "incomplete")
+    for file in no_tokenizer.glob("tokenizer*"):
         file.unlink()
-    assert "tokenizer" in bench.refused(capsys, bench.write("bare", {"bare": {"model": str(bare)}}))
+    path = bench.write("incomplete", {"incomplete": {"model": str(no_tokenizer)}})
+    assert "tokenizer" in bench.refused(capsys, path)
     large = bench.write(
         "large", {"large": {"model": str(bench.world.model)}}, common={"plan.memory": "100KiB", "corpora.bos": "never"}
     )
@@ -367,15 +379,18 @@ def test_settings_that_do_not_apply_to_a_model_row_are_refused(bench, more, mess
 
 
 def test_the_key_model_can_be_a_path_or_a_group_of_settings(bench):
-    """`model:` with settings is not a model made elsewhere. `model: PATH` equals `model: {made_elsewhere: PATH}`."""
-    (group,) = bench.rows(bench.write("group", {"x": {"model": {"dtype": "bfloat16"}}}))
-    assert group.config.model.dtype == "bfloat16"
-    assert group.config.model.made_elsewhere is None
+    """`model:` with settings is not a model made elsewhere. `model: PATH` equals `model: {made_elsewhere: PATH}`.
+
+    Settings of pruning, such as the metric, do not count for a model made elsewhere.
+    """
+    (with_settings,) = bench.rows(bench.write("group", {"x": {"model": {"dtype": "bfloat16"}}}))
+    assert with_settings.config.model.dtype == "bfloat16"
+    assert with_settings.config.model.made_elsewhere is None
     rows = {
         "a": {"model": "there"},
         "b": {"model": {"made_elsewhere": "there"}, "recovery": "none", "importance": "taylor"},
     }
-    one, two = bench.rows(bench.write("two ways", rows))
-    assert one.config.settings() == two.config.settings()
-    assert one.config.settings()["model"]["made_elsewhere"] == "there"
-    assert [one.masks, two.masks] == [False, False]
+    with_path, with_key = bench.rows(bench.write("two ways", rows))
+    assert with_path.config.settings() == with_key.config.settings()
+    assert with_path.config.settings()["model"]["made_elsewhere"] == "there"
+    assert [with_path.masks, with_key.masks] == [False, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import re
@@ -37,9 +38,11 @@ def test_a_frame_has_a_line_for_each_row_and_seed_with_the_numbers_of_its_record
     done = {row.name: (row, record) for row, record in study.done}
     plain = unseen(done["plain"][1], "base")
     for name, (row, record) in done.items():
-        line, stage = by_row.loc[name], "base" if name == "plain" else "gprune"
-        own = unseen(record, stage)
-        assert line["unseen"] == pytest.approx(np.exp(np.mean([np.mean(v) / 31 for v in own.values()])), rel=1e-6)
+        line = by_row.loc[name]
+        stage = "base" if name == "plain" else "gprune"
+        window_nll = unseen(record, stage)
+        nll_of_corpora = [np.mean(nll) / 31 for nll in window_nll.values()]  # 31 predicted tokens in a window
+        assert line["unseen"] == pytest.approx(np.exp(np.mean(nll_of_corpora)), rel=1e-6)
         assert line["parameters_after"] == record["summary"]["parameters_after"]
         assert line["seconds"] == pytest.approx(sum(step["seconds"] for step in record["steps"].values()))
         assert (line["stage"], line["precision"], line["record"]) == (stage, "32-true", str(find_record(row)[0]))
@@ -47,7 +50,7 @@ def test_a_frame_has_a_line_for_each_row_and_seed_with_the_numbers_of_its_record
         if name == "plain":  # the reference
             assert all(math.isnan(number) for number in ratio)
         else:
-            assert ratio == pytest.approx(paired_ratio(own, plain, 31), rel=1e-9)
+            assert ratio == pytest.approx(paired_ratio(window_nll, plain, 31), rel=1e-9)
         for r in record["records"]:
             if r["stage"] == stage:
                 label = r["corpus"].rpartition("/")[2]
@@ -55,9 +58,9 @@ def test_a_frame_has_a_line_for_each_row_and_seed_with_the_numbers_of_its_record
 
 
 def test_a_frame_has_columns_only_for_settings_in_which_rows_differ(study):
-    differ = study.to_frame().set_index("row")[["gprune", "sparsity.epochs", "reliability.switch"]]
-    assert differ.loc["plain", "gprune"] == False  # noqa: E712 - numpy's
-    assert list(differ["sparsity.epochs"]) == [1, 1, 2]
+    settings = study.to_frame().set_index("row")[["gprune", "sparsity.epochs", "reliability.switch"]]
+    assert settings.loc["plain", "gprune"] == False  # noqa: E712 - a bool of NumPy
+    assert list(settings["sparsity.epochs"]) == [1, 1, 2]
     assert "importance" in COLUMNS
     assert not [name for name in study.to_frame().columns[len(COLUMNS) :] if name.startswith(("corpora.", "run."))]
 
@@ -84,8 +87,11 @@ def test_a_frame_with_stages_has_a_line_for_each_stage(study):
 
 
 def test_columns_do_not_depend_on_the_selected_rows(bench, first, study):
-    one = gprune.load_study(first[0], records=bench.records, rows=["plain"]).to_frame()
-    assert list(one.columns) == list(study.to_frame().columns)
+    frame_of_one_row = gprune.load_study(first[0], records=bench.records, rows=["plain"]).to_frame()
+    assert list(frame_of_one_row.columns) == list(study.to_frame().columns)
+
+
+def test_selecting_a_row_that_the_list_does_not_have_is_refused(first):
     with pytest.raises(UserError, match=r"The rows must name rows of .*first\.yaml \(plain, ours, other\); got 'mine'"):
         gprune.load_study(first[0], rows=["mine"])
 
@@ -109,12 +115,12 @@ def test_rows_and_seeds_without_a_record_are_listed(bench, first, capsys, nothin
 def test_files_prints_the_record_of_each_row_and_seed_and_runs_nothing(bench, first, capsys, nothing_runs):
     path = bench.write("files", ROWS, seeds=[0, 7])
     lines = [cells(line) for line in bench(capsys, path, "--files").splitlines() if line.startswith("| ")]
-    found = {(line[0], line[1]): line for line in lines[1:]}
+    by_row_and_seed = {(line[0], line[1]): line for line in lines[1:]}
     for row in bench.rows(path):
-        line = found[row.name, str(row.seed)]
+        line = by_row_and_seed[row.name, str(row.seed)]
         assert line[2:4] == ["float32", "32-true"]
         assert line[4] == (str(find_record(row)[0]) if row.seed == 0 else "none")
-    assert len(found) == 6
+    assert len(by_row_and_seed) == 6
 
 
 @pytest.mark.parametrize("suffix", sorted(SUFFIXES))
@@ -147,13 +153,13 @@ def test_the_results_are_written_in_every_format(bench, first, study, capsys, tm
 
 
 def test_names_are_escaped_in_latex_and_html(study):
-    odd = r"50 % & <b>_{x}"
+    name = r"50 % & <b>_{x}"
     table = study.tables[0]
-    renamed = type(table)(**vars(table) | {"rows": [[odd, *cells[1:]] for cells in table.rows], "note": odd})
-    other = replace(study)
-    vars(other)["tables"] = [renamed]  # the cache of the property
-    assert output.WRITERS[".tex"](other).count(r"50 \% \& <b>\_\{x\}") >= 2
-    page = output.WRITERS[".html"](other)
+    renamed = type(table)(**vars(table) | {"rows": [[name, *row[1:]] for row in table.rows], "note": name})
+    with_renamed_rows = replace(study)
+    vars(with_renamed_rows)["tables"] = [renamed]  # replaces the cached property `tables`
+    assert output.WRITERS[".tex"](with_renamed_rows).count(r"50 \% \& <b>\_\{x\}") >= 2
+    page = output.WRITERS[".html"](with_renamed_rows)
     assert "<b>" not in page
     assert page.count("50 % &amp; &lt;b&gt;_{x}") >= 2
 
@@ -184,36 +190,43 @@ def test_a_failed_write_keeps_the_existing_file(bench, first, capsys, tmp_path, 
     path = tmp_path / "t.csv"
     path.write_text("former")
 
-    def broken(study):
-        raise OSError(28, "No space left on device", "t.csv")
+    def raise_disk_full(study):
+        raise OSError(errno.ENOSPC, "No space left on device", "t.csv")
 
-    monkeypatch.setitem(output.WRITERS, ".csv", broken)
+    monkeypatch.setitem(output.WRITERS, ".csv", raise_disk_full)
     bench.refused(capsys, first[0], "--table", "--output", path)
     assert path.read_text() == "former"
     assert [file.name for file in tmp_path.iterdir()] == ["t.csv"]
 
 
-def test_gprune_report_accepts_record_files_and_row_names(bench, first, study, capsys, tmp_path):
+def test_gprune_report_accepts_names_of_rows_and_prints_the_numbers_of_the_list(bench, first, study, capsys, tmp_path):
+    rows = [f"{first[0]}:plain", f"{first[0]}:ours"]
+    args = ["--records", str(bench.records), "--output", str(tmp_path / "report")]
+    assert command("report", [*rows, *args, "--base", rows[0]]) == 0
+    summary = capsys.readouterr().out.partition("## Perplexity by corpus")[0]
+    printed = {tuple(cells(line)[:2]): cells(line) for line in summary.splitlines()}
+    expected = study.report.tables[0]
+    texts_by_row = {tuple(row[:2]): texts for row, texts in zip(expected.rows, expected.texts(), strict=True)}
+    assert printed["ours", "gprune"] == texts_by_row["ours", "gprune"]
+
+
+def test_gprune_report_accepts_the_file_of_a_record(bench, study, capsys, tmp_path):
     row, record = study.done[1]
     args = ["--records", str(bench.records), "--output", str(tmp_path / "report")]
-    named = [f"{first[0]}:plain", f"{first[0]}:ours"]
-    assert command("report", [*named, *args, "--base", named[0]]) == 0
-    out = capsys.readouterr().out
-    found: dict[tuple[str, ...], list[str]] = {}
-    for line in out.partition("## Perplexity by corpus")[0].splitlines():
-        found[tuple(cells(line)[:2])] = cells(line)
-    expected = study.report.tables[0]
-    for line, texts in zip(expected.rows, expected.texts(), strict=True):
-        if line[1] == "gprune" and line[0] == "ours":
-            assert found["ours", "gprune"] == texts
-    assert command("report", [str(find_record(row)[0]), *args]) == 0  # a record, by its file
+    assert command("report", [str(find_record(row)[0]), *args]) == 0
     assert f"{record['records'][-1]['perplexity']:.2f}" in capsys.readouterr().out
-    page = tmp_path / "rows.html"
-    assert command("report", [*named, "--records", str(bench.records), "--html", str(page)]) == 0
+
+
+def test_gprune_report_writes_a_page_of_rows(bench, first, tmp_path):
+    page, rows = tmp_path / "rows.html", [f"{first[0]}:plain", f"{first[0]}:ours"]
+    assert command("report", [*rows, "--records", str(bench.records), "--html", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     assert "<title>plain, ours</title>" in text
     assert "config.yaml" not in text  # a record has no config.yaml
-    capsys.readouterr()
+
+
+def test_gprune_report_refuses_unknown_rows_missing_files_and_several_bases(bench, first, capsys, tmp_path):
+    args = ["--records", str(bench.records), "--output", str(tmp_path / "report")]
     for arguments, message in (
         ([f"{first[0]}:mine"], "got 'mine'"),
         ([f"{tmp_path / 'no.yaml'}:mine"], "Cannot read list: there is no file"),

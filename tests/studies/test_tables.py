@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 
 from gprune.__main__ import run as command
@@ -23,30 +22,33 @@ def test_comparisons_are_paired_over_windows(bench, first):
     records = {row.name: record for row, record in done}
     runs = tables.make_report(listing, done).runs
     assert listing.content.compare == COMPARE
-    for (a, b), (row, stage) in zip(listing.content.compare, (("ours", "averaged"), ("plain", "base")), strict=True):
-        line = [f"{a} / {b}", "1"]
+    references = (("ours", "averaged"), ("plain", "base"))
+    for (a, b), (row, stage) in zip(listing.content.compare, references, strict=True):
+        expected_cells = [f"{a} / {b}", "1"]
         for number in ("nll", "kl"):
-            own = (unseen(records[r], s, f"window_{number}") for r, s in (("ours", "gprune"), (row, stage)))
-            expected = paired_ratio(*own, 31)
-            assert tables.stage_ratios(runs, a, b, number) == [Estimate(*expected)]
-            assert expected[0] != 1
-            line.append(f"{expected[0]:.3f} [{expected[1]:.3f}, {expected[2]:.3f}]")
-        assert line in [cells(one) for one in first[1].splitlines()]
+            of_gprune = unseen(records["ours"], "gprune", f"window_{number}")
+            of_reference = unseen(records[row], stage, f"window_{number}")
+            ratio, low, high = paired_ratio(of_gprune, of_reference, 31)
+            assert tables.stage_ratios(runs, a, b, number) == [Estimate(ratio, low, high)]
+            assert ratio != 1
+            expected_cells.append(f"{ratio:.3f} [{low:.3f}, {high:.3f}]")
+        assert expected_cells in [cells(line) for line in first[1].splitlines()]
 
 
 def test_the_key_seen_sets_the_seen_corpora_of_all_rows(bench, first):
-    """`seen` replaces the seen corpora of each row; means over unseen corpora use the remaining ones."""
+    """`seen` must include the seen corpora of each row. Means over unseen corpora use the remaining ones."""
     delta, alpha = (str(bench.world.corpora[c]) for c in ("delta", "alpha"))
     listing, done = bench.done(bench.write("divided", ROWS, seen=[alpha, delta], reference="plain"))
     report = tables.make_report(listing, done)
     by_corpus = {r["corpus"]: r["seen"] for run in report.runs for r in run.records}
     assert by_corpus == {name: name in (alpha, delta) for name in by_corpus}
     epsilon = str(bench.world.corpora["epsilon"])
-    nll = {row.name: {epsilon: unseen(record, stage)[epsilon]}
-           for (row, record), stage in zip(done, ("base", "gprune", "gprune"), strict=True)}  # fmt: skip
+    nll = {}  # losses of windows of the only unseen corpus
+    for (row, record), stage in zip(done, ("base", "gprune", "gprune"), strict=True):
+        nll[row.name] = {epsilon: unseen(record, stage)[epsilon]}
     table = report.tables[0]
-    found = {tuple(row[:2]): row[table.columns.index("unseen / unrecovered base")] for row in table.rows}
-    assert found["ours", "gprune"] == Estimate(*paired_ratio(nll["ours"], nll["plain"], 31))
+    ratios = {tuple(row[:2]): row[table.columns.index("unseen / unrecovered base")] for row in table.rows}
+    assert ratios["ours", "gprune"] == Estimate(*paired_ratio(nll["ours"], nll["plain"], 31))
     notes = [table.note for table in tables.study_tables(listing, report)]
     assert any("In every row alpha.txt, delta.txt count as seen" in note for note in notes)
     with pytest.raises(UserError, match=r"Row 'plain': The key seen must include .*alpha"):
@@ -69,16 +71,19 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     table = tables.make_report(listing, done).tables[0]
     by_stage = {(row[0], row[1]): row for row in table.rows}
     assert by_stage["plain (3 seeds)", "base"][2] == by_stage["wifv (3 seeds)", "base"][2] == 3
-    pairs = [[record for row, record in done if row.seed == seed] for seed in (0, 1, 2)]
-    numbers = [(unseen(b, "base", n), unseen(a, "base", n)) for n in ("window_nll", "window_kl") for a, b in pairs]
-    ratios, distances = np.reshape([paired_ratio(*both, 31)[0] for both in numbers], (2, 3)).tolist()
+    by_seed = [[record for row, record in done if row.seed == seed] for seed in (0, 1, 2)]
+    ratios, distances = (
+        [paired_ratio(unseen(wifv, "base", number), unseen(plain, "base", number), 31)[0] for plain, wifv in by_seed]
+        for number in ("window_nll", "window_kl")
+    )
     (compared,) = tables.stage_comparison_table(listing, tables.make_report(listing, done).runs).rows
     assert compared == ["wifv: base / plain: base", 3, mean_over_seeds(ratios), mean_over_seeds(distances)]
     assert len(set(ratios)) == 3
-    # each seed is divided by the run of the reference with the same seed
+    # Each seed is divided by the run of the reference with the same seed.
     column = table.columns.index("unseen / unrecovered base")
     assert by_stage["wifv (3 seeds)", "base"][column] == mean_over_seeds(ratios)
     assert by_stage["plain (3 seeds)", "base"][column] is None
+    # Without a seed of the reference there is no ratio. Without a seed of the row, the mean is over the others.
     for missing, has_ratio in ((("plain", 2), False), (("wifv", 2), True)):
         fewer = [(row, record) for row, record in done if (row.name, row.seed) != missing]
         rows = tables.make_report(listing, fewer).tables[0].rows
@@ -107,14 +112,19 @@ def test_pairs_with_missing_rows_are_omitted_and_pairs_without_common_windows_ha
     table = tables.stage_comparison_table(listing, tables.make_report(listing, done).runs)
     assert [row[:2] for row in table.rows] == [["ours: gprune / plain: base", 1]]
     assert table.note == "exp(KL): of KL(dense || row) per token on the same windows."
-    other = [
-        (row, record | {"records": [r | {"content_hash": "other"} for r in record["records"]]})
-        if row.name == "plain" else (row, record) for row, record in done
-    ]  # fmt: skip
-    runs = tables.make_report(listing, other).runs
+    with_other_windows = []
+    for row, record in done:
+        if row.name == "plain":
+            record = record | {"records": [r | {"content_hash": "other"} for r in record["records"]]}
+        with_other_windows.append((row, record))
+    runs = tables.make_report(listing, with_other_windows).runs
     table = tables.stage_comparison_table(listing, runs)
     assert table.rows == [["ours: gprune / plain: base", 0, None]]
     assert table.note == "No ratio: the two have no seed in common, or were evaluated on other windows."
+
+
+def test_comparing_a_stage_that_a_row_does_not_have_is_refused(bench, first):
+    runs = tables.make_report(*bench.done(first[0])).runs
     with pytest.raises(UserError, match=r"stage of 'ours' \(dense, base, averaged, gprune\); got 'best'"):
         tables.stage_ratios(runs, "ours: best", "ours: base")
 
@@ -125,8 +135,9 @@ def test_rows_with_different_text_are_refused_unless_their_models_differ(bench, 
     inputs = record["inputs"] | {"text": record["inputs"]["text"] | {role: "other"}}
     with pytest.raises(UserError, match=rf"have read different text as {role}. Remove the outdated record"):
         tables.make_report(listing, [*others, (row, record | {"inputs": inputs})])
-    another = record | {"inputs": inputs | {"model": "another"}}  # another tokenizer gives other windows
-    assert len(tables.make_report(listing, [*others, (row, another)]).runs) == 3
+    # Another model may have another tokenizer, which gives other windows.
+    other_model = record | {"inputs": inputs | {"model": "another"}}
+    assert len(tables.make_report(listing, [*others, (row, other_model)]).runs) == 3
 
 
 @pytest.mark.slow
@@ -138,7 +149,8 @@ def test_only_rows_with_as_few_parameters_as_the_reference_have_a_ratio(bench, c
     records = {row.name: finished_record(row) for row in bench.rows(path, records=tmp_path)}
 
     def ratio(name: str) -> str:
-        (line,) = [line for line in out.splitlines() if line.startswith(f"| {name} ") and "[" in line][:1]
+        """Return the last cell of the first line of a row with an interval."""
+        line = next(line for line in out.splitlines() if line.startswith(f"| {name} ") and "[" in line)
         return cells(line)[-1]
 
     nll = [unseen(records[row], stage) for row, stage in (("ours", "gprune"), ("plain", "base"))]

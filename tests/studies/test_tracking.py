@@ -23,7 +23,7 @@ COMPARE = [["no: switch/50 %: gprune", "base: base"]]
 
 
 def logged(folder: Path) -> dict[str, SimpleNamespace]:
-    """Return the W&B runs by the first word of the run id, which is part of the folder name."""
+    """Return the W&B runs below a folder, by the first word of the run id, which is part of the folder's name."""
     files = wandb_files.find(folder)
     return {path.parent.name.split("-")[3].partition("_")[0]: wandb_files.read(path) for path in files}
 
@@ -33,7 +33,7 @@ OFFLINE = ["--", "--logging.mode=offline", "--logging.tags=[mine]"]
 
 @pytest.fixture(scope="module")
 def finished_list(bench):
-    """Return a finished list."""
+    """Return the path of a finished list, and the folder of its W&B files."""
     path = bench.write("ablations", ROWS, reference="base", compare=COMPARE)
     with tiny_run.isolated(bench.folder / "cache"):
         assert run_study(path, bench.records) == 0
@@ -41,36 +41,36 @@ def finished_list(bench):
 
 
 def run_study(path: Path, records: Path, *flags: str) -> int:
+    """Run a list with W&B offline, and return the exit code."""
     return command("study", [str(path), "--records", str(records), *OFFLINE, *flags])
 
 
 @pytest.mark.slow
-def test_rows_and_the_list_are_wandb_runs_with_their_names(bench, finished_list, nothing_runs):
+def test_rows_and_the_list_are_wandb_runs_with_their_names_settings_and_results(bench, finished_list, nothing_runs):
     path, folder = finished_list
-    found = logged(folder)
-    assert set(found) == {"base", "no", "all"}
-    about, config = found["no"].about, found["no"].config
+    wandb_runs = logged(folder)
+    assert set(wandb_runs) == {"base", "no", "all"}
+    about, config = wandb_runs["no"].about, wandb_runs["no"].config
     assert about["display_name"] == "no  switch 50  , seed 0"
     assert (about["run_group"], about["job_type"], about["project"]) == ("ablations", "gprune", "gprune")
     tags = {"ablations", "no  switch 50  ", "mine", "wanda_sp", "ffn", "target 0.5"}
     assert tags <= set(about["tags"])
     assert config["reliability"]["switch"] is False
     assert "record" not in config
-    assert any("learn/loss" in point for point in found["no"].history)
+    assert any("learn/loss" in point for point in wandb_runs["no"].history)
     listing, done = bench.done(path)
     for row, record in done:
-        final = {r["corpus"]: r["perplexity"] for r in record["records"] if r["stage"] == row.config.final}
-        summary = found["base" if row.name == "base" else "no"].summary
-        assert {n for n in summary if n.startswith("final/perplexity/")} >= {
-            f"final/perplexity/{Path(c).name}" for c in final
-        }
-    list_run = found["all"]
+        final = [r["corpus"] for r in record["records"] if r["stage"] == row.config.final]
+        summary = wandb_runs["base" if row.name == "base" else "no"].summary
+        assert {f"final/perplexity/{Path(corpus).name}" for corpus in final} <= summary.keys()
+    list_run = wandb_runs["all"]
     assert (list_run.about["job_type"], list_run.about["run_group"]) == ("study", "ablations")
     assert list_run.config["rows"].keys() == {f"{row.name}, seed 0" for row, _ in done}
     assert list_run.config["rows"]["no: switch/50 %, seed 0"]["reliability.switch"] is False
-    (row,) = stage_comparison_table(listing, make_report(listing, done).runs).rows
+    (comparison,) = stage_comparison_table(listing, make_report(listing, done).runs).rows
     numbers = {name: value for name, value in list_run.summary.items() if name.startswith("compare/")}
-    assert sorted(numbers.values()) == pytest.approx(sorted([*row[2], *row[3]]))
+    # The ratio of perplexities and exp(KL), each with both ends of its interval.
+    assert sorted(numbers.values()) == pytest.approx(sorted([*comparison[2], *comparison[3]]))
     assert {name.split("/")[-2] for name in numbers} > {"exp_kl"}
     tables = {name.split("/")[1].split(".")[0] for name in list_run.summary if name.startswith("tables/")}
     assert tables == {"summary", "perplexity", "distance", "compare"}
@@ -80,7 +80,7 @@ def test_rows_and_the_list_are_wandb_runs_with_their_names(bench, finished_list,
     assert not list((bench.folder / "runs").glob("*ablations*/wandb"))
     before = sorted(folder.rglob("*"))
     assert run_study(path, bench.records) == 0
-    assert sorted(folder.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == before  # a finished list is not logged again
 
 
 @pytest.mark.slow
@@ -109,22 +109,24 @@ def test_rows_from_records_are_logged_as_records_with_the_same_numbers(bench, fi
 @pytest.mark.slow
 def test_tables_of_records_do_not_import_wandb(bench, finished_list):
     code = "import sys; from gprune.__main__ import main; main(sys.argv[1:]); sys.exit('wandb' in sys.modules)"
-    command = [sys.executable, "-c", code, "study", str(finished_list[0]), "--table", "--records", str(bench.records)]
-    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+    args = ["study", str(finished_list[0]), "--table", "--records", str(bench.records)]
+    assert subprocess.run([sys.executable, "-c", code, *args], capture_output=True, timeout=60).returncode == 0
 
 
 def test_names_groups_and_tags_of_rows_are_valid_logging_settings(bench, monkeypatch):
     monkeypatch.setenv("WANDB_TAGS", "a,b")
-    row = bench.rows(bench.write("ablations", ROWS | {"long" * 50: {}}), seeds=[3])
-    for cfg in map(tracking.with_wandb_names, row):
+    rows = bench.rows(bench.write("ablations", ROWS | {"long" * 50: {}}), seeds=[3])
+    for row in rows:
+        cfg = tracking.with_wandb_names(row)
         LoggingConfig(**cfg.logging.model_dump())
         assert cfg.logging.name.endswith(", seed 3")
         assert cfg.logging.tags[2:] == ["a", "b"]
         assert cfg.logging.group == "ablations"
     monkeypatch.setenv("WANDB_RUN_GROUP", "lab")
-    assert tracking.with_wandb_names(row[0]).logging.group == "lab"
-    assert tracking.with_wandb_names(row[0]).settings() == row[0].config.settings()
-    (committed, *_) = Listing.read(EXPERIMENTS / "ablations.yaml").rows
-    assert (
-        tracking.wandb_folder(committed) == OTHER_RECORDS / "ablations"
-    )  # W&B files are not written next to committed records
+    assert tracking.with_wandb_names(rows[0]).logging.group == "lab"
+    assert tracking.with_wandb_names(rows[0]).settings() == rows[0].config.settings()
+
+
+def test_wandb_files_of_shipped_lists_are_not_written_next_to_the_committed_records():
+    row = Listing.read(EXPERIMENTS / "ablations.yaml").rows[0]
+    assert tracking.wandb_folder(row) == OTHER_RECORDS / "ablations"

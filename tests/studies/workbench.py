@@ -21,7 +21,10 @@ COMPARE = [["ours: gprune", "ours: averaged"], ["ours: gprune", "plain: base"]]
 
 
 class Workbench:
-    """Writes lists for the tiny world, and runs `gprune study` on them with a separate folder of records."""
+    """Write lists for the tiny world, and run `gprune study` on them with a separate folder of records.
+
+    Call it like a function to run a list: `bench(capsys, path, "--table")`.
+    """
 
     def __init__(self, world: tiny_run.World, folder: Path):
         self.world, self.folder, self.records = world, folder, folder / "records"
@@ -29,24 +32,28 @@ class Workbench:
         self.common = {name: yaml.safe_load(value) for name, value in (f[2:].split("=", 1) for f in flags)}
 
     def write(self, name: str, rows: Mapping[str, Any], **content: Any) -> Path:
+        """Write a list, and return its path. `content` are its other keys; `common` is added to that of the world."""
         common = self.common | content.pop("common", {})
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump({"common": common, "rows": rows, **content}, sort_keys=False))
         return path
 
     def rows(self, path: Path, **options: Any) -> list[Row]:
+        """Return the rows of a list. Options are those of `Listing.read`."""
         return Listing.read(path, **{"records": self.records, **options}).rows
 
     def done(self, path: Path) -> tuple[Listing, list[tuple[Row, dict[str, Any]]]]:
-        """Return a list, and its rows with a record."""
+        """Return a list, and a pair (row, record) for each of its rows that has a record."""
         listing = Listing.read(path, records=self.records)
         return listing, [(row, record) for row in listing.rows if (record := finished_record(row)) is not None]
 
     def __call__(self, capsys: pytest.CaptureFixture, *arguments: object) -> str:
-        arguments = [*map(str, arguments)]
-        own = [] if "--records" in arguments else ["--records", str(self.records)]
-        at = arguments.index("--") if "--" in arguments else len(arguments)
-        if code := command("study", [*arguments[:at], *own, *arguments[at:]]):
+        """Run `gprune study` with the arguments, and return its output. An error is a SystemExit."""
+        words = [str(argument) for argument in arguments]
+        if "--records" not in words:
+            end_of_options = words.index("--") if "--" in words else len(words)  # flags of train.py follow `--`
+            words[end_of_options:end_of_options] = ["--records", str(self.records)]
+        if code := command("study", words):
             raise SystemExit(code)
         return capsys.readouterr().out
 
@@ -67,14 +74,17 @@ def cells(line: str) -> list[str]:
 
 
 def unseen(record: Mapping[str, Any], stage: str, number: str = "window_nll") -> dict[str, list[float]]:
-    """Return the losses of windows, or another `number`, by corpus for the unseen corpora of a stage."""
+    """Return {corpus: value} of the unseen corpora of a stage, for the field `number` of their records."""
     return {r["corpus"]: r[number] for r in record["records"] if r["stage"] == stage and not r["seen"]}
 
 
 def fake_run(
     name: str, stages: Mapping[str, Mapping[str, Sequence[float]]], *, seed: int = 0, recovery: str = "none"
 ) -> FinishedRun:
-    """Return a run with losses of windows of 10 tokens by stage and corpus, and nothing else."""
+    """Return a run with the given losses of windows, {stage: {corpus: [nats of each window]}}, and no other results.
+
+    Windows have 11 tokens, of which 10 are predicted.
+    """
     records = [
         {
             "stage": stage, "recovery": recovery, "seen": False, "corpus": corpus, "seq_len": 11,
