@@ -232,7 +232,7 @@ def test_gprune_report_refuses_unknown_rows_missing_files_and_several_bases(benc
         ([f"{tmp_path / 'no.yaml'}:mine"], "Cannot read list: there is no file"),
         ([str(tmp_path / "no.json")], "Cannot read record: there is no file"),
         ([str(first[0]), "--base", str(first[0])], "--base must be one run; got 3"),
-        ([named[0], "--seeds", "77"], "must have records; got none"),
+        ([f"{first[0]}:plain", "--seeds", "77"], "must have records; got none"),
     ):
         assert command("report", [*arguments, *args]) == 2
         assert message in capsys.readouterr().err
