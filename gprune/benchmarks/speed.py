@@ -287,7 +287,7 @@ def measure_table(
     without_layers = narrow_model(model, N, G)
     del decoder_layers(without_layers)[:]
     (_, _, (*seconds, rest)), spread = time_generation([*models.values(), without_layers], **workload)
-    # By the difference, noise could make the time of a layer 0 or negative.
+    # Clamped, because noise can make the difference zero or negative.
     layer_seconds = {size: max((total - rest) / depth, 1e-12) for size, total in zip(models, seconds, strict=True)}
     return {
         "neurons": [[n, layer_seconds[n, g]] for n, g in sizes["neurons"]],

@@ -43,8 +43,9 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
     Args:
         cfg: all settings; `RunConfig()` prunes half of SmolLM2-135M's FFN neurons.
         callbacks: Lightning callbacks for the Trainers of all stages, in addition to `--trainer.callbacks`. An object
-            of your own class is shared by all stages. An object that inherits from a callback of Lightning is copied
-            for each stage; at the end it gets the state of the copy in the last main stage (`best_model_path`).
+            of your own class is shared by all stages. A built-in callback of Lightning, or a subclass of one, is
+            copied for each stage. After the run, your object has the state (such as `best_model_path`) of the copy
+            in the last stage of the run's own model; stages of controls do not count.
         logger: Lightning loggers for all stages, in addition to CSV and W&B.
 
     Returns:

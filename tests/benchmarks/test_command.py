@@ -56,7 +56,7 @@ def records_in(path: Path) -> list[dict]:
     return json.loads(path.read_text())["records"]
 
 
-def test_evaluate_dense_records_and_prints_a_run_next_to_its_dense_model(offline_runs, capsys):
+def test_the_flag_dense_evaluates_the_dense_model_and_prints_the_paired_difference(offline_runs, capsys):
     needs_lm_eval()
     run = offline_runs.runs / "kept"
     assert command("evaluate", [str(run), "--tasks", "mine,wikitext2", "--seq_len", "32", "--dense"]) == 0

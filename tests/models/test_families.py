@@ -365,7 +365,8 @@ def test_each_expert_keeps_its_best_neurons_and_experts_of_a_block_have_equal_wi
         assert len({int(k.sum()) for k in kept}) == 1
         for row, keep in zip(rows, kept, strict=True):
             assert row[keep].min() > row[~keep].max()
-    # The removed slots of all blocks are those with the smallest means over experts.
+    # Slot i of a block is the i-th smallest margin of every expert. Over all blocks, the slots with the smallest means
+    # over experts are removed.
     slots = [margin.view(4, -1).sort(1).values.mean(0) for margin in margins]
     removed = torch.cat([s[: NEURONS - int(m.sum()) // 4] for s, m in zip(slots, masks.ffn, strict=True)])
     kept_slots = torch.cat([s[NEURONS - int(m.sum()) // 4 :] for s, m in zip(slots, masks.ffn, strict=True)])

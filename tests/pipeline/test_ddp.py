@@ -77,8 +77,8 @@ def test_two_processes_share_the_windows(runs):
     assert two["calibrate"]["forward_tokens"] == one["calibrate"]["forward_tokens"] * 3 // 5
 
 
-def test_losses_agree_and_are_identical_for_rows_without_training(runs):
-    """The two evaluation windows of a corpus are one batch, so rank 1 has none."""
+def test_losses_of_two_processes_agree_with_one_and_are_identical_without_training(runs):
+    """Evaluation gives whole batches to ranks. A corpus has one batch (two windows), so rank 1 gets none."""
     one, two = (read_json(runs[n] / "metrics.json")["records"] for n in ("one", "two"))
     for of_one, of_two in zip(one, two, strict=True):
         for name in ("stage", "recovery", "corpus", "content_hash"):

@@ -90,13 +90,13 @@ def discover_record(model: PreTrainedModel) -> Family:
         **dict.fromkeys((*PATHS, "ffn_norm", "attention_norm")),
     )  # fmt: skip
     accepted = accept_candidates(probe, base)
-    for scope, index, kind in kinds_beside_larger_ones(probe, accepted):
+    for scope, index, kind in non_largest_kinds(probe, accepted):
         if scope == "ffn" and (why := why_it_stays(probe, index, kind)) is not None:
             kind["stays"] = why
     record = build_record(probe, base, accepted)
     if not is_correct(probe, record):
         # Try again with only the largest FFN and attention of each layer.
-        for _, _, kind in kinds_beside_larger_ones(probe, accepted):
+        for _, _, kind in non_largest_kinds(probe, accepted):
             kind["stays"] = "slicing and masking disagree together with a larger one of its layer"
         record = build_record(probe, base, accepted)
         if not is_correct(probe, record):
@@ -138,15 +138,15 @@ def accept_candidates(probe: Probe, base: Family) -> dict[str, list[Kind]]:
     return accepted
 
 
-def kinds_beside_larger_ones(probe: Probe, kinds: Mapping[str, list[Kind]]) -> Iterator[tuple[str, int, Kind]]:
-    """Yield each kind once that is not the largest of its scope in some layer: scope, number of that layer, kind.
+def non_largest_kinds(probe: Probe, kinds: Mapping[str, list[Kind]]) -> Iterator[tuple[str, int, Kind]]:
+    """Yield (scope, layer index, kind) for each kind that shares some layer with a larger kind of its scope.
 
-    `kinds` has the accepted kinds by scope, largest first.
+    Each kind is yielded once, with the first such layer. `kinds` has the accepted kinds by scope, largest first.
     """
     yielded: list[Kind] = []
     for index, layer in enumerate(probe.layers):
-        for scope, of_scope in kinds.items():
-            for kind, _ in kinds_of(layer, of_scope)[1:]:
+        for scope, kinds_of_scope in kinds.items():
+            for kind, _ in kinds_of(layer, kinds_of_scope)[1:]:
                 if not any(kind is other for other in yielded):  # `in` would compare contents
                     yielded.append(kind)
                     yield scope, index, kind
