@@ -80,7 +80,7 @@ def speed_table(
         measure: whether to measure if the cache has no table, or one that `reason_to_measure` rejects.
         again: with `measure`, whether to replace a valid cached table too (`--speed.measure true`).
         run_table: file in a run's folder in which `store_run_table` stored the table of an earlier session, if any.
-            A resumed run keeps that table, whatever `measure` and `again` are.
+            A resumed run keeps that table, regardless of `measure` and `again`.
     """
     key = speed_key(dense, device, dtype, workload)
     if run_table is not None:

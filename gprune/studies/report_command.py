@@ -64,8 +64,9 @@ def run(args: Sequence[str]) -> str:
     from gprune.report import html, page
 
     arguments = [read_argument(name, options.records, options.seeds) for name in options.runs]
-    base = merge_references(arguments)
-    if options.base is not None:
+    if options.base is None:
+        base = merge_references(arguments)
+    else:
         base = base_run(options.base, options.records, options.seeds)
     report = page.make([run for runs, _ in arguments for run in runs], base=base)
     if options.html is not None:

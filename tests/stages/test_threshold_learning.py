@@ -98,17 +98,17 @@ def test_initial_thresholds_of_fully_kept_or_removed_modules_are_finite():
 
 def make_stage(
     model, *, sparsity: float = 0.5, scope: str = "ffn", seed: int = 0, width_multiple: int = 1, lr: float = 0.1,
-    uniform: bool = False, gone: tuple[int, ...] = (), **options,
+    uniform: bool = False, removed_blocks: tuple[int, ...] = (), **options,
 ) -> ThresholdLearning:  # fmt: skip
     """A stage for the tiny model with random scores.
 
     Args:
-        gone: blocks that are removed as a whole.
+        removed_blocks: blocks that are removed as a whole.
         **options: arguments of `ThresholdLearning`.
     """
     costs = unit_costs(blocks_of(model), scope=scope, uniform=uniform, block_share=0.9)
     scores, group_scores, ranks = random_problem([48] * 3, [2] * 3, seed)
-    budget = Budget.of(costs, sparsity, width_multiple).without(gone)
+    budget = Budget.of(costs, sparsity, width_multiple).without(removed_blocks)
     start = start_thresholds(base_masks(budget, scores, group_scores), ranks)
     options = {"centred": False, "offset_learning_rate": lr, "offset_limit": 9.0} | options
     return ThresholdLearning(model, ranks, start, budget, learning_rate=lr, **options)
@@ -154,14 +154,14 @@ def shifts(stage, before: list[torch.Tensor]) -> torch.Tensor:
         ("attention+ffn", 8, {}),
         ("ffn", 1, {"learn": "offsets", "offset_limit": 0.5}),
         ("attention+ffn", 1, {"learn": "both", "loss": "kl"}),
-        ("attention+ffn+blocks", 8, {"learn": "both", "gone": (1,), "sparsity": 0.6, "centred": True}),
+        ("attention+ffn+blocks", 8, {"learn": "both", "removed_blocks": (1,), "sparsity": 0.6, "centred": True}),
     ],
 )
 def test_training_meets_the_budget_reduces_the_loss_leaves_the_model_unchanged_and_reloads(
     scope, width_multiple, options, tiny_model
 ):
     tokens, learn = sampled_tokens(tiny_model), options.get("learn", "thresholds")
-    budget_options = {name: value for name, value in options.items() if name in ("gone", "sparsity")}
+    budget_options = {name: value for name, value in options.items() if name in ("removed_blocks", "sparsity")}
     stage = make_stage(tiny_model, scope=scope, width_multiple=width_multiple, **options)
     before = {name: t.clone() for name, t in tiny_model.state_dict().items()}
     start = [t.detach().clone() for t in stage.ffn_thresholds]
@@ -189,7 +189,7 @@ def test_training_meets_the_budget_reduces_the_loss_leaves_the_model_unchanged_a
     excess = stage.budget.costs.removed(masks) - stage.budget.target
     assert 0 <= excess < width_multiple * stage.budget.costs.neuron[0]
     assert all(int(m.sum()) % width_multiple == 0 for m in masks.ffn)
-    assert [b for b, stays in enumerate(masks.blocks) if not stays] == list(options.get("gone", ()))
+    assert [b for b, stays in enumerate(masks.blocks) if not stays] == list(options.get("removed_blocks", ()))
     trainable = [scope != "ffn" and stays for stays in masks.blocks]
     assert [t.requires_grad for t in stage.attention_thresholds] == trainable
     # The loss on the training text decreases.
@@ -264,7 +264,9 @@ def test_centring_lets_thresholds_learn_if_all_gradients_have_one_sign(tiny_mode
     assert width_changes[True][0] > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"scope": "ffn+blocks", "gone": (1,)}], ids=["", "a block is removed"])
+@pytest.mark.parametrize(
+    "options", [{}, {"scope": "ffn+blocks", "removed_blocks": (1,)}], ids=["", "a block is removed"]
+)
 @pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
 def test_the_logged_loss_is_that_of_the_hard_masks(loss, options, tiny_model):
     """The reference is computed from the model's logits in float64."""
