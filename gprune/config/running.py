@@ -23,8 +23,11 @@ class DistillConfig(Group, prefix="distill."):
     """Which weights are trained. mlp: those of the FFN. all: all weights of the decoder layers. lora: LoRA adapters,
     merged at the end (needs peft)."""
     tokens: AtLeast1 = 12_288
-    """Number of training tokens, split evenly over --corpora.recover. Each token is used once: forward through the
-    dense model, forward and backward through the pruned model."""
+    """Number of training tokens, split evenly over --corpora.recover: forward through the dense model, forward and
+    backward through the pruned model."""
+    repeat: bool = False
+    """Repeat the text of corpora that are too small for their share of --distill.tokens, instead of stopping. Without
+    it, each token is used once."""
     batch_size: AtLeast1 = 1
     """Windows per step, over all devices together."""
     learning_rate: Positive = RELATIVE_RATE

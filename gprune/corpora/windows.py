@@ -7,6 +7,7 @@ WikiText).
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gprune.errors import UserError
+
+log = logging.getLogger("gprune")
 
 JOIN = "\n\n"  # between documents
 CHARACTERS_PER_TOKEN = 5.0  # first guess of how much text the needed tokens take; doubled until it is enough
@@ -57,6 +60,7 @@ class Sample:
     shuffle: bool = True
     bos: int | None = None  # first token of each window; the window then has one token of text less
     flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len")  # named in errors
+    repeat: bool = False  # whether the windows of a corpus with too little text are repeated
 
 
 def make_windows(
@@ -75,7 +79,7 @@ def make_windows(
         split: split of the corpus.
 
     Raises:
-        UserError: if there is too little text.
+        UserError: if there is too little text, and `sample` does not repeat it.
     """
     pieces = list(texts)
     seq_len = sample.seq_len - (sample.bos is not None)  # tokens of text in a window
@@ -88,12 +92,16 @@ def make_windows(
     tokens = _first_tokens(pieces, tokenizer, needed)
     available = len(tokens) // seq_len
     num_windows = sample.num_samples or max(available, 1)  # at least 1, so that too little text is an error
-    if available < num_windows:
+    repeats = sample.repeat and 0 < available < num_windows
+    if available < num_windows and not repeats:
         raise UserError(
             f"Corpus '{corpus}' ({split}) must have {num_windows} windows of {sample.seq_len} tokens; got {available}. "
             f"Lower {' or '.join(sample.flags)}, or use a larger corpus."
         )
-    windows = torch.tensor(tokens[: num_windows * seq_len]).view(num_windows, seq_len)
+    windows = torch.tensor(tokens[: min(available, num_windows) * seq_len]).view(-1, seq_len)
+    if repeats:
+        log.info("Repeating '%s' (%s): %d windows of text for %d", corpus, split, available, num_windows)
+        windows = windows[torch.arange(num_windows) % available]
     if sample.bos is not None:
         windows = torch.cat([torch.full((num_windows, 1), sample.bos), windows], 1)
     return Windows(corpus, split, windows, bos=sample.bos is not None)

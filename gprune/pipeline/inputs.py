@@ -137,7 +137,14 @@ def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
     return {
         "train": Sample(c.num_samples, c.seq_len, seed, bos=bos, flags=("--corpora.num_samples", length_flag)),
         "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, bos=bos, flags=(learn_flag, length_flag)),
-        "fresh": Sample(cfg.distilled_windows or 1, c.seq_len, seed, bos=bos, flags=("--distill.tokens", length_flag)),
+        "fresh": Sample(
+            cfg.distilled_windows or 1,
+            c.seq_len,
+            seed,
+            bos=bos,
+            flags=("--distill.tokens", length_flag),
+            repeat=cfg.distill.repeat,
+        ),
         "development": Sample(
             e.development_samples, c.seq_len, bos=bos, flags=("--evaluation.development_samples", length_flag)
         ),

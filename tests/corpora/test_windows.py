@@ -51,6 +51,20 @@ def test_sampled_windows_do_not_overlap_are_spread_over_documents_and_have_no_bo
     assert len(((tokens - 1) // 100).unique()) >= 5  # of 30 documents; the first ten windows cover 4
 
 
+@pytest.mark.parametrize("bos", [None, 3001])
+def test_with_repeat_the_windows_of_a_small_corpus_are_repeated_in_order(caplog, bos):
+    caplog.set_level("INFO", logger="gprune")
+    once = windows_of(TEXTS[:1], num_samples=3, bos=bos)
+    assert "Repeating" not in caplog.text
+    repeated = windows_of(TEXTS[:1], num_samples=8, bos=bos, repeat=True)
+    assert torch.equal(repeated.tokens, torch.cat([once.tokens, once.tokens, once.tokens[:2]]))
+    assert "Repeating 'demo' (train): 3 windows of text for 8" in caplog.text
+    # A corpus with enough text is not changed.
+    assert windows_of(repeat=True).content_hash == windows_of().content_hash
+    with pytest.raises(UserError, match=r"must have 8 windows of 32 tokens; got 0\."):
+        windows_of(["w1 w2"], num_samples=8, bos=bos, repeat=True)
+
+
 def test_content_hashes_are_reproducible_and_depend_on_seed_and_shape():
     # Results are cached under these hashes, so a change here invalidates caches.
     assert windows_of().content_hash == "00fa0c0647dce3c3"
