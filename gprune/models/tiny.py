@@ -31,8 +31,8 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"mamba_d_ssm|mamba_intermediate_size", 2 * HIDDEN),
     (r"(?:.*_)?vocab_size(_per_layer_input)?|ngram_size|entity_vocab_size", VOCABULARY),
     (r"(n|num|kv|encoder|decoder)_.*shared_layers|num_nextn_predict_layers|num_mtp_layers|num_memory_layers", 0),
-    (r"(num_)?(hidden|decoder|encoder)_?layers|num_hidden_layers|n_layers?|num_layers|num_blocks|num_encoder_layers"
-     r"|num_decoder_layers|depth", LAYERS),
+    (r"(num_)?(hidden|decoder|encoder)_?layers|num_hidden_layers|n_layers?|num_layers(_per_stack)?|num_blocks"
+     r"|num_encoder_layers|num_decoder_layers|depth", LAYERS),
     (r"num_(key_value|kv)_(heads|groups)|n_(head_kv|kv_heads?)|multi_query_group_num|kv_n_heads|swa_num_key_value_heads"
      r"|num_global_key_value_heads|global_num_key_value_heads|head_kv|num_kv_attention_heads", KV_HEADS),
     (r"(linear_)?num_(key|value)_heads|linear_num_heads|num_linear_.*heads|index_n_heads|index_num_heads", 4),
@@ -250,6 +250,8 @@ def _restore_relations(content: dict[str, Any], original: Mapping[str, Any]) -> 
         content["num_heads"] = number_of_wide_heads
     if "num_hidden_layers" in content and "n_recurrent_layers" in content:
         content["n_recurrent_layers"] = content["num_hidden_layers"] - 2
+    if "num_layers_per_stack" in content:  # hrm_text: the number of layers that one token passes through
+        content["num_hidden_layers"] = content["num_layers_per_stack"] * content["H_cycles"] * (content["L_cycles"] + 1)
     heads = next((original[name] for name in HEAD_NAMES if type(original.get(name)) is int), 0)
     kv_heads = next((original[name] for name in KV_HEAD_NAMES if type(original.get(name)) is int), 0)
     for name in KV_HEAD_NAMES:
