@@ -72,7 +72,7 @@ RULES: tuple[tuple[str, int], ...] = (
 COMPILED_RULES = tuple((re.compile(pattern), value) for pattern, value in RULES)
 # Patterns of names of fields with token ids, with layer numbers, and with one value per layer.
 TOKEN_IDS = re.compile(r"(.*_)?(token_id|token_index|tokens?_ids?)")
-LAYER_NUMBERS = re.compile(r"(mlp_only|dense|moe|full_attn|attn).*(idxs|indices|layers)")
+LAYER_NUMBERS = re.compile(r"(mlp_only|dense|moe|full_attn|attn).*(idxs|indices|layers)|hybrid_layer_ids")
 PER_LAYER = re.compile(r".*layers?.*|.*types|.*windows?|.*pattern|.*sparsity.*|.*widths?|.*(intermediate|heads).*")
 # Names of fields with the number of layers, query heads, and key/value heads. The first that exists is used.
 DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")

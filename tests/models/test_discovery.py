@@ -251,6 +251,7 @@ def vision_model():
         (BertConfig, "must be a decoder; got an encoder, "),
         (CONFIG_MAPPING["mamba"], "no FFN .* 3 layers in 'layers', but"),
         pytest.param(CONFIG_MAPPING["zamba"], r"of layer \d are one tensor", marks=pytest.mark.slow),
+        pytest.param(CONFIG_MAPPING["zamba2"], r"of layer \d are one tensor", marks=pytest.mark.slow),
     ],
 )
 def test_a_type_that_cannot_be_pruned_is_refused_in_one_line_with_the_reason(config, reason):
