@@ -250,6 +250,7 @@ def vision_model():
         (vision_model, "needs a class in transformers that predicts next tokens"),
         (BertConfig, "must be a decoder; got an encoder, "),
         (CONFIG_MAPPING["mamba"], "no FFN .* 3 layers in 'layers', but"),
+        pytest.param(CONFIG_MAPPING["falcon_mamba"], "no FFN .* but they have no FFN", marks=pytest.mark.slow),
         pytest.param(CONFIG_MAPPING["zamba"], r"of layer \d are one tensor", marks=pytest.mark.slow),
         pytest.param(CONFIG_MAPPING["zamba2"], r"of layer \d are one tensor", marks=pytest.mark.slow),
     ],

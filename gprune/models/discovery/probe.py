@@ -295,7 +295,12 @@ def separable_norms(layers: nn.ModuleList) -> Iterator[None]:
     """
 
     def separable_forward(module: nn.Module) -> Callable[..., Tensor]:
-        return lambda x, *_args, **_kwargs: x * module.weight / x.detach().square().mean(-1, keepdim=True).sqrt()
+        def forward(x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+            # falcon_mamba has norms with a weight of another size, which they do not use.
+            weight = module.weight if module.weight.shape == x.shape[-1:] else 1.0
+            return x * weight / x.detach().square().mean(-1, keepdim=True).sqrt()
+
+        return forward
 
     with ExitStack() as stack:
         for layer in layers:
