@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from gprune.benchmarks.speed import describe_device, time_generation
 from gprune.errors import optional_output
+from gprune.models.blocks import by_layer
 from gprune.models.masks import Masks
 from gprune.models.surgery import widths
 from gprune.partition.modules import Modules
@@ -67,7 +68,7 @@ def summarise(
     """
     summary = sizes_and_perplexity(run, records, masks, pruned)
     if run.cfg.latency_table_flag:
-        summary["speed_table"] = run.plan.pricing.speed
+        summary["speed_table"] = run.plan.pricing.speed | {"layers": len(by_layer(run.blocks))}
     if run.cfg.sparsity.currency == "seconds":
         measured_earlier = run.folder.manifest.get("summary", {}).get("speed")
         summary["speed"] = measured_earlier or speed_reached(run, masks, pruned)

@@ -135,20 +135,20 @@ def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
 
 @style()
 def speed_figure(table: dict[str, Any], depth: int) -> Figure:
-    """Figure of the latency table: milliseconds of all blocks by kept neurons and KV groups, and of other parts.
+    """Figure of the latency table: milliseconds of all layers by kept neurons and KV groups, and of other parts.
 
     Args:
         table: the latency table (`benchmarks.speed`).
-        depth: number of blocks.
+        depth: number of layers.
     """
     figure = Figure(figsize=(9, 3.4))
     panels = {"neurons": "FFN neurons", "groups": "KV groups"}
     for axes, (kind, units) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         kept_units, seconds = np.transpose(table[kind])
         axes.plot(
-            kept_units, 1000 * depth * seconds, marker="o", ms=4, color=COLOURS["gprune"], label=f"{depth} blocks"
+            kept_units, 1000 * depth * seconds, marker="o", ms=4, color=COLOURS["gprune"], label=f"{depth} layers"
         )
-        axes.axhline(1000 * table["rest"], ls="--", color=OTHER_COLOUR, label="what is never pruned")
+        axes.axhline(1000 * table["rest"], ls="--", color=OTHER_COLOUR, label="other parts")
         axes.set(xlabel=f"{units} that each block keeps", ylabel="milliseconds", xticks=kept_units, ylim=0)
         axes.label_outer()
         axes.grid(axis="y")
@@ -174,7 +174,9 @@ def run_figures(
     if modules is not None and len(modules.drift[0].ranks) > 1:
         figures["heterogeneity"] = heterogeneity_figure(modules)
     if "speed_table" in summary:
-        figures["speed"] = speed_figure(summary["speed_table"], len(masks.ffn))
+        table = summary["speed_table"]
+        # Older runs have no number of layers. Their layers have one block each.
+        figures["speed"] = speed_figure(table, table.get("layers") or len(masks.ffn))
     title = caption(records)
     return {name: add_title(figure, title) for name, figure in figures.items()}
 

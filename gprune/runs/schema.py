@@ -124,11 +124,12 @@ class Ratio(Schema):
 
 
 class SpeedTable(Schema):
-    """Latency table: seconds of a block by its width, and seconds of the rest of the model."""
+    """Latency table: seconds of a layer by its width, and seconds of the rest of the model."""
 
     neurons: Points
     groups: Points
     rest: Number
+    layers: Count | None = None  # number of layers of the dense model, in summaries
 
 
 class MeasuredSpeed(SpeedTable):

@@ -233,7 +233,8 @@ def test_auto_multiple_without_a_speed_target_measures_and_reports_the_table(
     assert "Widths in multiples of 8 lose no speed (loss: 1: 31.5%, 8: 0.0%, " in capsys.readouterr().out
     result = world.run(tmp_path, *flags)
     assert all(int(mask.sum()) % 8 == 0 for mask in result.masks.ffn)
-    assert (result.summary["speed_table"], "speed" in result.summary, len(measurements)) == (TABLE, False, 1)
+    assert result.summary["speed_table"] == TABLE | {"layers": 3}
+    assert ("speed" in result.summary, len(measurements)) == (False, 1)
     assert (tmp_path / "run/figures/speed.png").exists()
     (tmp_path / "run/metrics.json").write_text(
         json.dumps({"records": result.records, "summary": result.summary | {"speed_table": {"neurons": [[1]]}}})
@@ -259,7 +260,7 @@ def test_the_speed_figure_has_curves_for_neurons_and_kv_groups_and_a_line_for_th
     figure = speed_figure(TABLE, 3)
     lines = [[line.get_xydata().tolist() for line in axes.get_lines()] for axes in figure.axes]
     curves, rest_lines = zip(*lines, strict=True)
-    # Three blocks, in milliseconds.
+    # Three layers, in milliseconds.
     assert list(curves) == [[[n, 3000 * t] for n, t in TABLE[kind]] for kind in ("neurons", "groups")]
     assert all({y for _, y in line} == {2.0} for line in rest_lines)
 
