@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import sys
 from argparse import SUPPRESS
@@ -195,6 +196,14 @@ def _check_targets(targets: Sequence[str]) -> None:
 def given_flags(args: Sequence[str]) -> set[str]:
     """Return the names of the settings that are given as flags, not in a file."""
     return {arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")}
+
+
+def as_flag(name: str, value: Any) -> str:
+    """Format a setting as a flag of train.py that `read_flags` reads back, without quotes for a shell."""
+    flag = f"--{name}"
+    if isinstance(value, str) and _parse_value(flag, value) == value:
+        return f"{flag}={value}"
+    return f"{flag}={json.dumps(value)}"  # JSON is YAML
 
 
 def _parse_value(flag: str, text: str) -> Any:

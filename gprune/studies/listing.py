@@ -7,6 +7,7 @@ the shipped configurations (`--config`).
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
 from gprune.checks import Text, validation_message
 from gprune.config import CONSENT, RunConfig, config_from_mapping, read_flags, read_settings
-from gprune.config.parse import overlay
+from gprune.config.parse import as_flag, overlay
 from gprune.errors import UserError
 from gprune.report.table import TableName
 from gprune.storage.yaml_text import read_yaml
@@ -124,11 +125,20 @@ class Row:
             UserError: with the row's name, for invalid settings and for the precision `auto`.
         """
         where = f"Row '{self.name}'"
-        cfg = config_from_mapping({"trainer.precision": LISTED_PRECISION} | self.settings, where=where)
+        cfg = config_from_mapping(self._all_settings, where=where)
         if cfg.trainer.precision == "auto":
             must = "must be 32-true or bf16-mixed in a list, so that records do not depend on the machine"
             raise UserError(f"{where}: --trainer.precision {must}; got auto.")
         return cfg
+
+    @property
+    def command(self) -> str:
+        """The shell command that runs this row alone, without its tasks and without a record."""
+        return shlex.join(["python", "train.py", *(as_flag(*setting) for setting in self._all_settings.items())])
+
+    @property
+    def _all_settings(self) -> dict[str, Any]:
+        return {"trainer.precision": LISTED_PRECISION} | self.settings
 
 
 @dataclass(frozen=True)

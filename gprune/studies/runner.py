@@ -49,7 +49,7 @@ def run_lists(options: Namespace) -> None:
         listing = Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
         rows = select_part(select_rows(listing, options.only, what="--only"), options.part)
         pending = [row for row in rows if finished_record(row) is None]
-        if pending and not (options.table or options.files):
+        if pending and not (options.table or options.files or options.commands):
             run_rows(pending)
         if process_index() == 0:  # Lightning may have started other processes with the same command
             print_results(read_study(listing, rows), options)
@@ -159,14 +159,16 @@ def print_results(study: StudyResult, options: Namespace) -> None:
         UserError: if there is an output file to write, but no record.
     """
     listing, done = study.listing, study.done
+    if options.commands:
+        write_stdout("\n" + "\n\n".join(f"# {row.name}, seed {row.seed}\n{row.command}" for row in study.rows) + "\n")
     if options.files:
         write_stdout(f"\n{study.files().for_stdout()}\n")
+    if (options.files or options.commands) and not (options.table or options.output):
+        return
     if not done:
         if options.output:
             raise UserError(f"--output {options.output} needs a list with records; {listing.path} has none yet.")
         write_stdout(f"\n{listing.path}: no records yet.\n")
-        return
-    if options.files and not (options.table or options.output):
         return
     report, tables = study.report, study.tables
     paragraphs = [f"**{title_of(study)}**", *(table.for_stdout() for table in tables), *notes_of(study)]

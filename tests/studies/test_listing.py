@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def test_every_shipped_list_parses_and_its_rows_have_different_settings_and_no_e
     for row in listing.rows:
         assert row.config.run.seed == row.seed
         assert row.config.export.format == "none"
+
+
+@pytest.mark.parametrize("path", LISTS, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
+def test_the_command_of_a_row_has_its_settings(path):
+    for row in Listing.read(path).rows:
+        program, script, *flags = shlex.split(row.command)
+        assert (program, script) == ("python", "train.py")
+        assert parse(flags).settings() == row.config.settings(), row.name
 
 
 def test_all_ablations_are_rows_of_their_list_and_the_row_default_is_the_default_method():

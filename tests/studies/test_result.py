@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 
 import gprune
 from gprune.__main__ import run as command
+from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
 from gprune.runs.frames import COLUMNS
@@ -121,6 +123,15 @@ def test_files_prints_the_record_of_each_row_and_seed_and_runs_nothing(bench, fi
         assert line[2:4] == ["float32", "32-true"]
         assert line[4] == (str(find_record(row)[0]) if row.seed == 0 else "none")
     assert len(by_row_and_seed) == 6
+
+
+def test_commands_prints_the_command_of_each_row_and_seed_and_runs_nothing(bench, first, capsys, nothing_runs):
+    path = bench.write("commands", ROWS, seeds=[0, 7])
+    printed = bench(capsys, path, "--commands").strip().splitlines()
+    titles, commands = printed[::3], printed[1::3]
+    assert titles == [f"# {row.name}, seed {row.seed}" for row in bench.rows(path)]
+    for row, line in zip(bench.rows(path), commands, strict=True):
+        assert parse(shlex.split(line)[2:]).settings() == row.config.settings()
 
 
 @pytest.mark.parametrize("suffix", sorted(SUFFIXES))
