@@ -1,9 +1,9 @@
 """How far do more training tokens go? Fits a power law to the rows of a list that differ in `--distill.tokens`.
 
-    python -m experiments.tokens FOLDER                       # questions/tokens.yaml
-    python -m experiments.tokens FOLDER --list LIST.yaml
+    python -m experiments.tokens experiments/questions/tokens.yaml
+    python -m experiments.tokens experiments/questions/tokens.yaml --figures FOLDER   # tokens.png and tokens.svg
 
-Prints a table, and writes tokens.png and .svg to FOLDER. For each model, with D tokens and the loss above that of the
+For each model, with D tokens and the loss above that of the
 dense model, in nats per token on unseen text,
 
     ln (unseen / dense) = a D^-b,
@@ -33,7 +33,6 @@ from gprune.report.table import Cell, Estimate, Table
 from gprune.runs.numbers import by_stage
 from gprune.runs.results import FinishedRun
 
-LIST = Path(__file__).resolve().parent / "questions/tokens.yaml"
 COLUMNS = ["model", "tokens", "text", "unseen / dense", "fit", "unseen / fit"]
 NOTE = "fit: exp (a D^-b) for D tokens, fitted to the rows whose text is used once."
 
@@ -135,10 +134,8 @@ def work(arguments: Sequence[str] | None = None) -> str:
         UserError: if the list cannot be read, or no row that learns has a record.
     """
     parser = Parser("python -m experiments.tokens", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder for the figure")
-    parser.add_argument(
-        "--list", type=Path, default=LIST, help="YAML list with records (default: questions/tokens.yaml)"
-    )
+    parser.add_argument("list", type=Path, metavar="LIST", help="YAML list with records")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write the figure to this folder")
     options = parser.parse_args(arguments)
     quiet()
     points = points_of(runs_of(str(options.list.resolve())))
@@ -148,9 +145,16 @@ def work(arguments: Sequence[str] | None = None) -> str:
     table = Table(
         "tokens", "", COLUMNS, rows_of(points, fits), {"unseen / dense": 3, "fit": 3, "unseen / fit": 3}, NOTE
     )
-    files = save(drawn(points, fits), options.folder, "tokens", FORMATS)
-    return f"{table.for_stdout()}\n\n{in_words(fits)}\n\nDrawn: {', '.join(map(str, files))}.\n"
+    text = f"{table.for_stdout()}\n\n{in_words(fits)}\n"
+    if options.figures is not None:
+        text += f"\nDrawn: {', '.join(map(str, save(drawn(points, fits), options.figures, 'tokens', FORMATS)))}.\n"
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. A user error is one line on stderr and exit code 2."""
+    return run_guarded("experiments.tokens", lambda: work(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(run_guarded("experiments.tokens", work))
+    sys.exit(main())

@@ -6,7 +6,7 @@ import shlex
 import pytest
 import yaml
 
-from experiments import stability
+from experiments import stability, tokens
 from gprune.__main__ import main
 from tests.tiny_run import ROOT
 
@@ -15,6 +15,7 @@ LISTS = [p for p in sorted((ROOT / "experiments").glob("**/*.yaml")) if "rows" i
 COMMANDS = {
     "gprune": main,
     "python -m experiments.stability": stability.main,
+    "python -m experiments.tokens": tokens.main,
 }
 OUTPUT = re.compile(rf"<!-- ({'|'.join(COMMANDS)}) (.*?) -->\n\n(.*?)\n\n<!-- end of its output -->", re.DOTALL)
 TABLES = [(page, *match.groups()) for page in PAGES for match in OUTPUT.finditer(page.read_text(encoding="utf-8"))]

@@ -10,6 +10,7 @@ import pytest
 from experiments import tokens
 from gprune.errors import UserError
 from tests.studies.workbench import fake_run
+from tests.tiny_run import ROOT
 
 A, B = 2.5, 0.12
 
@@ -61,7 +62,7 @@ def test_the_figure_has_the_points_and_a_dotted_line_for_each_fit(runs):
 
 
 def test_the_committed_records_are_printed_and_drawn(tmp_path):
-    printed = tokens.work([str(tmp_path)])
+    printed = tokens.work([str(ROOT / "experiments/questions/tokens.yaml"), "--figures", str(tmp_path)])
     assert "| smollm2 |  98,304 | once | 2.003 [1.965, 2.041] |" in printed.replace("  |", " |")
     assert {file.name for file in tmp_path.iterdir()} == {"tokens.png", "tokens.svg"}
 
@@ -70,4 +71,4 @@ def test_a_list_without_records_of_rows_that_learn_is_refused(tmp_path):
     path = tmp_path / "list.yaml"
     path.write_text("common: {gprune: false, recovery: none}\nrows: {base: {}}\n")
     with pytest.raises(UserError, match="needs records of rows that learn"):
-        tokens.work([str(tmp_path), "--list", str(path)])
+        tokens.work([str(path)])
