@@ -3,14 +3,13 @@
     python -m experiments.tokens experiments/questions/tokens.yaml
     python -m experiments.tokens experiments/questions/tokens.yaml --figures FOLDER   # tokens.png and tokens.svg
 
-For each model, with D tokens and the loss above that of the
-dense model, in nats per token on unseen text,
+With D training tokens, the loss above that of the dense model, in nats per token on unseen text, is described by
 
-    ln (unseen / dense) = a D^-b,
+    ln (unseen / dense) = a D^-b.
 
-a and b are fitted by least squares of the logarithms, on the rows in which each token is used once. A row whose text
-repeats (`--distill.repeat`) is compared with what the fit predicts for as many fresh tokens. Rows are named
-`MODEL, TOKENS`.
+For each model, a and b are fitted by least squares of the logarithms, on the rows in which each token is used once. A
+row whose text repeats (`--distill.repeat`) is compared with what the fit predicts for as many fresh tokens. Rows are
+named `MODEL, TOKENS`.
 """
 
 from __future__ import annotations
