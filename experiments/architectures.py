@@ -296,8 +296,13 @@ def measure(types: Sequence[str], *, vision: bool = False) -> list[dict[str, Any
 
 
 def passed(row: Mapping[str, Any]) -> bool:
-    """Return whether the FFN of a type is pruned, and masked, sliced and reloaded models agree."""
-    return row.get("reloaded") == 0.0 and row.get("agrees", 1) <= 1e-4 and row.get("ffn") != "none" and row["budget"]
+    """Return whether the FFN of a type is pruned, and masked, sliced and reloaded models agree.
+
+    The masks must change the logits (`moved`), so that agreement is not trivial.
+    """
+    if "reason" in row or row["ffn"] == "none" or not row["budget"] or row["generation"] is False:
+        return False
+    return row.get("reloaded") == 0.0 and row["agrees"] <= 1e-4 and row["moved"] >= 1e-3
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -325,9 +330,9 @@ def reasons(rows: Sequence[Mapping[str, Any]]) -> str:
         if not passed(row):
             why = row.get("reason")
             if why is None:
-                got = {n: row.get(n) for n in ("agrees", "budget", "reloaded")}
+                got = {n: row.get(n) for n in ("ffn", "moved", "agrees", "budget", "generation", "reloaded")}
                 why = ", ".join(f"{name}: {value}" for name, value in got.items())
-            short = str(why).replace("|", "/").split(" Give it a record")[0][:240]
+            short = str(why).replace("|", "/").split(" Write a record")[0][:240]
             lines.append(f"| `{row['type']}` | {short} |")
     return "\n".join(lines)
 
@@ -355,7 +360,10 @@ def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]])
         "Types marked *(record)* have a record in `gprune/models/families.py`. The structure of the others is "
         "discovered. On one\n"
         f"core this takes {seconds[len(seconds) // 2] if seconds else 0} s (median), and at most "
-        f"{seconds[-1] if seconds else 0} s. Later runs read the structure from the cache.\n\n"
+        f"{seconds[-1] if seconds else 0} s. Later runs read the structure from the cache.\n"
+        "Rows with 0.0 s have the structure of an earlier row. Types that are encoders by default, such as `bert`, "
+        "are pruned\n"
+        "with `is_decoder` in config.json, and decoders of encoder-decoders, such as `bart`, without the encoder.\n\n"
         "If a layer has several FFNs, such as experts and shared experts, all are pruned (`+`). The column *stays* "
         "names small\n"
         "FFNs that are not pruned, because they add nothing to the residual, such as a router's. The percentage is "
@@ -398,6 +406,8 @@ def main(args: Sequence[str] | None = None) -> int:
     rows = [known[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in known]
     text = page(rows, [row for name, row in known.items() if "(images)" in name])
     if settings.write:
+        if missing := [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in known]:
+            parser.error(f"--write needs all types, from this command or from --rows; got none of {missing[0]}.")
         PAGE.write_text(text)
     print(text)
     return 0

@@ -54,12 +54,22 @@ def register() -> None:
 
 
 def register_type(model_type: str) -> None:
-    """Register exports of one model type in transformers' Auto classes."""
+    """Register exports of one model type in transformers' Auto classes.
+
+    Raises:
+        UserError: if transformers has no class for the type that predicts next tokens.
+    """
+    is_causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    takes_images = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if model_type not in CONFIG_MAPPING or not (is_causal or takes_images):
+        raise UserError(
+            f"Cannot use the Family record of model type '{model_type}': transformers has no class of this type that "
+            "predicts next tokens. Convert the checkpoint to such a class (docs/extend.md, 'A model family')."
+        )
     config_class, base_class, model_class = pruned_classes(model_type)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     if base_class is not None:
         AutoModel.register(config_class, base_class, exist_ok=True)
-    is_causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     auto_model = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
     auto_model.register(config_class, model_class, exist_ok=True)
 

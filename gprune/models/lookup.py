@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib import import_module
 from operator import attrgetter
 
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from gprune.errors import UserError
 from gprune.models.families import FAMILIES, PRUNED, Family
 
 RECORD = "_gprune_record"  # attribute of a model that caches its record, also for copies
@@ -55,9 +57,10 @@ def family_of_config(config: PreTrainedConfig) -> Family:
     """Return the record of a configuration's type.
 
     Raises:
-        UserError: if the type has no record, and discovery fails.
+        UserError: for a quantised checkpoint, or if the type has no record and discovery fails.
     """
     name = config.model_type.removeprefix(PRUNED)
+    refuse_quantised(config)
     if name in FAMILIES:
         return FAMILIES[name]
     key = type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)
@@ -65,6 +68,20 @@ def family_of_config(config: PreTrainedConfig) -> Family:
         # Imported late, because discovery uses this module.
         _known[key] = import_module("gprune.models.discovery.record").discover(config)
     return _known[key]
+
+
+def refuse_quantised(config: PreTrainedConfig) -> None:
+    """Raise UserError if a configuration is of a quantised checkpoint, whose scales cannot be sliced with neurons."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    settings = quantization if isinstance(quantization, Mapping) else vars(quantization)
+    method = settings.get("quant_method")
+    method_name = getattr(method, "value", method)  # a member of an enum, or a string
+    raise UserError(
+        f"Model type '{config.model_type.removeprefix(PRUNED)}' must have weights in float32, bfloat16 or float16; got "
+        f"a quantised checkpoint ({method_name}). Prune the original weights, and quantise the result."
+    )
 
 
 def remember(model: PreTrainedModel, record: Family) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from transformers import CONFIG_MAPPING
@@ -10,6 +11,7 @@ from transformers import CONFIG_MAPPING
 from experiments.architectures import default_config
 from gprune.errors import UserError
 from gprune.models.discovery.record import discover
+from gprune.models.families import FAMILIES
 from gprune.models.structure import check_structure
 from gprune.models.tiny import shrunk, tiny_model
 from tests import tiny_run
@@ -43,13 +45,14 @@ def error_line(folder, tmp_path, capsys, *more: str) -> str:
     with tiny_run.isolated(tmp_path / "cache"):
         assert tiny_run.main(args) == 2
     assert not (tmp_path / "runs").exists()
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "Model type" in line or "--model" in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "odel type" in line or "--model" in line]
     return line
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma"])  # with a record, and discovered
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "bitnet"])
-def test_a_quantized_checkpoint_is_refused(method, folder, tmp_path, capsys):
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "gemma", "architectures": ["x"]}
+def test_a_quantized_checkpoint_is_refused(method, model_type, folder, tmp_path, capsys):
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": model_type, "architectures": ["x"]}
     options = {"gptq": {"bits": 4}, "awq": {"bits": 4}, "bitsandbytes": {"load_in_4bit": True}, "bitnet": {}}[method]
     config["quantization_config"] = {"quant_method": method, **options}
     (folder / "config.json").write_text(json.dumps(config))
@@ -63,6 +66,12 @@ def test_a_type_that_exists_only_in_custom_code_is_refused(folder, tmp_path, cap
     line = error_line(folder, tmp_path, capsys, "--model.trust_remote_code=true")
     assert "Model type 'own_type' needs a class in transformers that predicts next tokens" in line
     assert "docs/extend.md" in line
+
+
+def test_a_record_for_a_type_that_transformers_does_not_know_is_refused(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "own_type", replace(FAMILIES["llama"], model_type="own_type"))
+    line = error_line(folder, tmp_path, capsys)
+    assert "Cannot use the Family record of model type 'own_type': transformers has no class of this type" in line
 
 
 def test_a_type_whose_tiny_copy_does_not_run_is_refused():

@@ -232,12 +232,6 @@ def encoder_decoder() -> BartConfig:
     return BartConfig()
 
 
-def quantised():
-    config = CONFIG_MAPPING["gemma"]()
-    config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    return config
-
-
 def vision_model():
     return CONFIG_MAPPING["vit"]()
 
@@ -246,7 +240,6 @@ def vision_model():
     ("config", "reason"),
     [
         (encoder_decoder, "must be a decoder; got an encoder-decoder"),
-        (quantised, r"got a quantised checkpoint \(gptq\)"),
         (vision_model, "needs a class in transformers that predicts next tokens"),
         (BertConfig, "must be a decoder; got an encoder, "),
         (CONFIG_MAPPING["mamba"], "no FFN .* 3 layers in 'layers', but"),

@@ -40,15 +40,16 @@ class Probe:
 
     Attributes:
         model: the model.
-        ids: the text, (B, T) int64.
+        ids: the text, (B, T) int64, with ids below `end`.
+        end: 100, or the size of a smaller vocabulary.
     """
 
     model: PreTrainedModel
 
     def __post_init__(self) -> None:
         # Ids below 3 may be special tokens. Some vocabularies are small, such as those of letters.
-        end = min(100, max(4, getattr(self.config, "vocab_size", 100)))
-        self.ids = torch.randint(3, end, TOKENS, generator=torch.Generator().manual_seed(1))
+        self.end = min(100, max(4, getattr(self.config, "vocab_size", 100)))
+        self.ids = torch.randint(3, self.end, TOKENS, generator=torch.Generator().manual_seed(1))
 
     @property
     def name(self) -> str:
@@ -264,7 +265,7 @@ class Probe:
         if not first.isfinite().all():
             raise UserError(f"{failure}: logits of a tiny copy with random weights are not finite. {REMEDY}.")
         other_ids = self.ids.clone()
-        other_ids[:, -1] = (other_ids[:, -1] + 1) % 100
+        other_ids[:, -1] = (other_ids[:, -1] + 1) % self.end
         # Only tokens well before the changed one are compared, at least four before it.
         change = (self.logits(other_ids)[:, :-4] - first[:, :-4]).abs().max()
         if change > 1e-3 * first.abs().max():

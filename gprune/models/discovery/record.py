@@ -321,21 +321,13 @@ def dense_type(config: PreTrainedConfig) -> str:
 
 
 def check_supported(config: PreTrainedConfig) -> None:
-    """Raise UserError unless a configuration is of an unquantised decoder that predicts next tokens."""
+    """Raise UserError unless a configuration is of a decoder that predicts next tokens."""
     named = f"Model type '{dense_type(config)}'"
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        settings = quantization if isinstance(quantization, Mapping) else vars(quantization)
-        method = settings.get("quant_method")
-        method_name = getattr(method, "value", method)  # a member of an enum, or a string
-        raise UserError(
-            f"{named} must have weights in float32, bfloat16 or float16; got a quantised checkpoint "
-            f"({method_name}). Prune the original weights, and quantise the result."
-        )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{named} must be a decoder; got an encoder-decoder.")
     stock_class = type(stock_config(config))
     if stock_class not in MODEL_FOR_CAUSAL_LM_MAPPING and stock_class not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(
-            f"{named} needs a class in transformers that predicts next tokens (AutoModelForCausalLM). {REMEDY}."
+            f"{named} needs a class in transformers that predicts next tokens (AutoModelForCausalLM). Convert the "
+            "checkpoint to such a class (docs/extend.md, 'A model family'), or choose a type in docs/architectures.md."
         )
