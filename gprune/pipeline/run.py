@@ -40,7 +40,7 @@ from gprune.runs.trainer import PROFILERS, StageBar, matmul_precision, plain_int
 from gprune.runs.user_callbacks import CallbackChecks, UserCallbacks, raise_as_user_error
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
-from gprune.stages.base import curves_of
+from gprune.stages.base import FrozenLMStage, curves_of
 from gprune.stages.callbacks import StepCurves
 from gprune.storage.files import key_of
 from gprune.storage.yaml_text import to_yaml
@@ -241,6 +241,8 @@ class Run:
         with self.folder.part(name), row_metrics(self.loggers, row, curves_of(stage), control=control):
             _fit_and_validate(trainer, stage, data, checkpoint, validates=validates)
         self.check_weights(type(stage).__name__)
+        if isinstance(stage, FrozenLMStage) and stage.autocast.in_float32:
+            self.folder.update_manifest(fallbacks={name: "32-true, because a loss was not finite in bf16-mixed"})
         if not control:
             self.callbacks.keep_state()
             self.folder.update_manifest(learned_tokens={name: getattr(stage, "tokens", 0)})

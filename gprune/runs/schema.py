@@ -258,6 +258,7 @@ class Manifest(Schema):
     model: dict[Text, Text] | None = None
     learning: dict[Text, Any] | None = None
     precision: dict[Text, Text] | None = None  # how `auto` was resolved, and the reason
+    fallbacks: dict[Text, Text] | None = None  # stages with another precision, and the reason
     wandb: dict[Text, Text | None] | None = None  # identity of the W&B run
     parts: dict[Text, dict[Text, Count]] | None = None  # tokens of parts of steps
     checkpoints: dict[Text, list[Text]] | None = None  # hashes by stage

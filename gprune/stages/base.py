@@ -125,9 +125,14 @@ class FrozenLMStage(L.LightningModule):
         value = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
         self.last_loss = float(value)
         if finite:
-            require_finite_loss(self.last_loss, f"The loss of {self.purpose}")
+            require_finite_loss(self.last_loss, f"The loss of {self.purpose}", autocast=self.uses_bfloat16)
         self.log(name, value, prog_bar=True)
         return loss
+
+    @property
+    def uses_bfloat16(self) -> bool:
+        """Whether losses are computed in bfloat16 by autocast."""
+        return self.trainer.precision == "bf16-mixed" and not self.autocast.in_float32
 
     def on_validation_epoch_start(self) -> None:
         """Create a perplexity metric for the corpus of each validation loader."""
@@ -192,8 +197,15 @@ def log_exactly(stage: L.LightningModule, values: Mapping[str, float]) -> None:
     stage.log_dict(as_tensors, sync_dist=True)
 
 
-def require_finite_loss(value: float, what: str) -> None:
-    """Raise UserError if a loss is NaN or infinite. `what` is its name, such as "The loss of distillation"."""
+def require_finite_loss(value: float, what: str, *, autocast: bool = False) -> None:
+    """Raise UserError if a loss is NaN or infinite.
+
+    Args:
+        value: the loss.
+        what: its name, such as "The loss of distillation".
+        autocast: whether it was computed in bfloat16 by autocast.
+    """
     if not abs(value) < float("inf"):
-        remedy = "Lower the learning rate, or use --model.dtype float32"
+        flag = "--trainer.precision 32-true" if autocast else "--model.dtype float32"
+        remedy = f"Lower the learning rate, or use {flag}"
         raise UserError(f"{what} must be a finite number; got {value}. {remedy}.")

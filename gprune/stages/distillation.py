@@ -233,7 +233,7 @@ class DistillationStage(FrozenLMStage):
             if self.outliers.in_a_row >= MAX_SKIPPED:
                 no_step_was_applied = not self.outliers.norms
                 loss = math.nan if no_step_was_applied else self.last_loss
-                require_finite_loss(loss, "The loss of distillation")
+                require_finite_loss(loss, "The loss of distillation", autocast=self.uses_bfloat16)
                 self.trainer.should_stop = True
         elif gradient_clip_val and norm > gradient_clip_val:
             for parameter in (p for p in self.learned.values() if p.grad is not None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,8 @@ from gprune.models.bfloat16 import multiplies_bfloat16
 from gprune.pipeline.plan import check
 from gprune.runs import precision
 from gprune.runs.precision import resolve_precision
+from gprune.stages import threshold_learning
+from gprune.stages.base import require_finite_loss
 from gprune.studies.listing import Row
 from tests import tiny_run
 
@@ -149,6 +152,32 @@ def test_a_resumed_run_keeps_its_precision_on_other_hardware(tmp_path, hardware,
         assert "Precision of training: bf16-mixed (the resumed run has this precision)" in capsys.readouterr().out
     assert [r["nll"] for r in resumed.records] == [r["nll"] for r in first.records]
     assert resumed.masks == first.masks
+
+
+def test_threshold_learning_that_overflows_in_a_later_step_continues_in_float32(tmp_path, monkeypatch, capsys):
+    world = tiny_run.make_world(tmp_path)
+    losses, calls = threshold_learning.next_token_losses, []
+
+    def overflowing(*args, **kwargs):
+        calls.append(torch.is_autocast_enabled("cpu"))
+        return losses(*args, **kwargs) * (torch.inf if calls[-1] and len(calls) > 2 else 1)
+
+    monkeypatch.setattr(threshold_learning, "next_token_losses", overflowing)
+    flags = ["--trainer.precision=bf16-mixed", "--sparsity.epochs=3", "--recovery=none", "--export=none"]
+    with tiny_run.isolated(tmp_path / "cache"):
+        result = world.run(tmp_path / "runs", *flags)
+    assert calls[:4] == [True, True, True, False]  # the third loss is computed again
+    assert not any(calls[3:])
+    printed = "".join(capsys.readouterr())
+    assert printed.count("is not finite in bfloat16. Falling back to float32.") == 1
+    manifest = json.loads((result.path / "manifest.json").read_text())
+    assert list(manifest["fallbacks"].values()) == ["32-true, because a loss was not finite in bf16-mixed"]
+
+
+def test_a_loss_that_is_never_finite_ends_with_the_flag_of_its_precision():
+    for autocast, flag in ((True, "--trainer.precision 32-true"), (False, "--model.dtype float32")):
+        with pytest.raises(UserError, match=f"The loss of x must be a finite number; got inf.*or use {flag}"):
+            require_finite_loss(math.inf, "The loss of x", autocast=autocast)
 
 
 def test_the_plan_has_the_precision_of_the_hardware(tmp_path, hardware):
