@@ -21,6 +21,7 @@ from gprune.corpora.windows import Windows
 from gprune.errors import first_line
 from gprune.evaluation.perplexity import Forecast, perplexity
 from gprune.models.autocast import CastWeights
+from gprune.models.bfloat16 import fast_products
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks
@@ -275,12 +276,15 @@ def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) 
 def _gram_seconds(plan: Plan) -> float:
     """Seconds per token of all float32 Gram matrices.
 
-    Each takes two thirds of the time of a full matrix product, which is measured for the widest block.
+    Each takes two thirds of the time of a full matrix product, which is measured for the widest block. Activations in
+    bfloat16 are multiplied by AMX if the processor has it.
     """
     blocks = blocks_of(plan.skeleton)
     widest = max(block.neurons for block in blocks)
-    inputs = torch.ones(512, widest, device=plan.device)
-    full_product = _seconds(lambda: inputs.T @ inputs, plan.device) / len(inputs)
+    activations = torch.ones(512, widest, device=plan.device, dtype=getattr(torch, plan.cfg.model.dtype))
+    inputs = activations.float()
+    with fast_products(activations):
+        full_product = _seconds(lambda: inputs.T @ inputs, plan.device) / len(inputs)
     squares = sum(b.neurons**2 * b.experts + b.channels**2 for b in blocks)
     return 2 / 3 * full_product * squares / widest**2
 
