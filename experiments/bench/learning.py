@@ -259,9 +259,7 @@ def whole_runs(flags: list[str], repeats: int) -> list[Table]:
               "planned / run", "goals missed"]  # fmt: skip
     note = f"Goals: run {RUN} of 32-true, unseen / base within {UNSEEN:.0%}, evaluation {EVALUATION}, plan {PLAN:.0%}."
     about = f"`train.py {' '.join(flags)}`, {torch.get_num_threads()} threads. {note}"
-    return [
-        Table("A whole run", f"{about} {hardware(torch.device('cpu'))}", [*header, "planned / run", "missed"], rows)
-    ]
+    return [Table("A whole run", f"{about} {hardware(torch.device('cpu'))}", header, rows)]
 
 
 def one_run(flags: list[str]) -> dict[str, Any]:

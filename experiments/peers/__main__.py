@@ -13,6 +13,7 @@ table: print the committed records of the drivers as Markdown.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ def table(folder: Path = RECORDS) -> Table:
         record: dict[str, Any] = read_json(path)
         peer, difference = record["peer"], record["reload_difference"]
         rows.append([
-            record["model"], f"{peer['name']} {peer['commit'][:8]}", peer["license"],
+            re.sub(r"-[0-9a-f]{8}-\d+$", "", record["model"]), f"{peer['name']} {peer['commit'][:8]}", peer["license"],
             f"{record['calibration_tokens']:,}", f"{record['parameters_after']:,}", f"{record['parameters_stored']:,}",
             record["cpu_seconds"], record["peak_memory_mib"],
             None if difference is None else f"{difference:.1e}",

@@ -218,3 +218,8 @@ def test_committed_records_have_the_commits_of_their_drivers():
         name, commit = row[1].split()
         source = (tiny_run.ROOT / f"experiments/peers/{name}.py").read_text()
         assert f'"{commit}' in source
+
+
+def test_the_table_of_the_page_is_the_output_of_its_command():
+    page = (tiny_run.ROOT / "experiments/peers/README.md").read_text(encoding="utf-8")
+    assert f"<!-- python -m experiments.peers table -->\n\n{table().for_stdout().strip()}\n" in page
