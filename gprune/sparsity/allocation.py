@@ -188,11 +188,11 @@ def standardised(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[
 
     def standardise(s: Tensor) -> Tensor:
         """Return scores of one block with mean 0 and standard deviation 1."""
+        # Due to rounding, equal numbers can have a standard deviation above 0. A block may have no FFN.
+        if not len(s) or s.min() == s.max():
+            return torch.zeros_like(s)
         std = s.std(correction=0)
-        # Due to rounding, equal numbers can have a standard deviation above 0.
-        if std > 0 and s.min() < s.max():
-            return (s - s.mean()) / std
-        return torch.zeros_like(s)
+        return (s - s.mean()) / std if std > 0 else torch.zeros_like(s)
 
     ffn = [standardise(s) for s in scores.ffn]
     pairs = zip(scores.channels, scores.attention, strict=True)

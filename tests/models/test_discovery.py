@@ -87,6 +87,10 @@ def test_masked_sliced_and_reloaded_models_of_discovered_types_agree(model_type,
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
     assert type(reloaded).__name__.startswith("Pruned")
     assert torch.equal(logits(reloaded, ids), sliced)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with masked(model, masks):
+        expected_tokens = model.generate(ids[:, :9], **settings)
+    assert torch.equal(reloaded.generate(ids[:, :9], **settings), expected_tokens)
     # The reloaded model can be pruned again.
     assert prune(reloaded, random_masks(reloaded)).num_parameters() < reloaded.num_parameters()
 
@@ -305,6 +309,14 @@ def corpora(tmp_path_factory):
     return tiny_run.make_world(folder).corpora
 
 
+JOURNEYS = {  # flags of a run for each type
+    "stablelm": ["--recovery=least_squares"],
+    "qwen3_next": ["--sparsity.learn=both", "--sparsity.target=20%", "--recovery=none"],
+    "gpt_oss": ["--recovery=[least_squares,distill]", "--distill.tokens=384", "--sparsity.width_multiple=4"],
+    "nemotron_h": ["--sparsity.allocation=global", "--gprune=false", "--recovery=least_squares"],
+}
+
+
 @pytest.mark.parametrize("model_type", types(("stablelm",), ("qwen3_next", "gpt_oss", "nemotron_h")))
 def test_a_command_line_run_prunes_and_reloads_a_discovered_type(model_type, corpora, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
@@ -312,11 +324,12 @@ def test_a_command_line_run_prunes_and_reloads_a_discovered_type(model_type, cor
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
     with tiny_run.isolated(tmp_path / "cache"):
         world = tiny_run.World(Path(tmp_path / "model"), corpora)
-        result = world.run(tmp_path, "--sparsity.scope=attention+ffn", "--recovery=least_squares")
+        result = world.run(tmp_path, "--sparsity.scope=attention+ffn", *JOURNEYS[model_type])
     checks = json.loads((tmp_path / "run" / "manifest.json").read_text())["logits"]
     assert checks["sliced_minus_reloaded"] == 0.0
     assert checks["masked_minus_sliced"] <= 1e-4
-    assert result.summary["parameters_after"] < result.summary["parameters_before"]
+    left = result.summary["parameters_after"] / result.summary["parameters_before"]
+    assert left <= (0.8 if model_type == "qwen3_next" else 0.9)
 
 
 def test_all_types_with_changed_defaults_exist_in_transformers():
