@@ -258,6 +258,23 @@ def test_allocations_meet_the_budget_with_blocks_without_attention(rule, shared_
     assert 0 <= removed - Budget.of(costs, 0.4).target < max(costs.neuron)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rule", ["uniform", "global", "owl"])
+def test_allocations_meet_the_budget_with_layers_without_an_ffn(rule):
+    model = example("nemotron_h")  # Mamba, attention or FFN
+    blocks, statistics = blocks_of(model), statistics_of(model)
+    assert {(block.neurons > 0, block.kv_groups > 0) for block in blocks} == {
+        (True, False),
+        (False, True),
+        (False, False),
+    }
+    costs = unit_costs(blocks, scope="attention+ffn")
+    scores = score_units("wanda_sp", blocks, statistics, attention=True)
+    masks = allocate(rule, scores, statistics, blocks, Budget.of(costs, 0.3))
+    removed = model.num_parameters() - prune(model, masks).num_parameters()
+    assert 0 <= removed - Budget.of(costs, 0.3).target < max([*costs.neuron, *costs.group])
+
+
 @pytest.mark.parametrize("extra", [0, 2000])
 def test_depth_allocation_removes_layers_and_narrows_the_largest_ffn_of_one(extra, shared_expert_model):
     statistics, blocks = statistics_of(shared_expert_model), blocks_of(shared_expert_model)
