@@ -31,7 +31,7 @@ from gprune.pipeline.partition import assess, measure_drift, partition
 from gprune.pipeline.quality import quality_entries, with_learning_budget, with_quality_budget
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import open_run
-from gprune.pipeline.save import save
+from gprune.pipeline.save import check_discovered_structure, save
 from gprune.pipeline.sparsity import base_masks, learn_sparsity, meet_budget, remove_blocks, score
 from gprune.pipeline.summary import summarise, write_pages
 from gprune.runs.results import PruningResult
@@ -62,6 +62,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
         if cfg.final == "model":  # with --model.made_elsewhere the model is evaluated, and optionally distilled
             statistics, masks = {}, {"model": Masks([], [])}
         else:
+            check_discovered_structure(run)
             statistics = calibrate(run)  # 1
             scores = score(run, statistics)  # 2
             run = remove_blocks(run, statistics)

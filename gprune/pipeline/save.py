@@ -13,9 +13,11 @@ from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
 from gprune.export.convert import export
 from gprune.export.hf import check_reload, save_pruned
+from gprune.models.lookup import family_of
 from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, free_memory, is_offloaded
+from gprune.models.surgery import prune
 from gprune.pipeline.cost import compared_tokens
 from gprune.pipeline.recover import placement, shrink
 from gprune.pipeline.run import Run
@@ -129,10 +131,6 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
     del unrecovered  # frees the memory of a third model
     free_memory(run.plan.device)
     reference = masked_logits(run.model, masks, ids.to(device)).to(device)
-
-    def root_mean_square(difference: Tensor) -> float:
-        return float(difference.square().mean().sqrt())
-
     std = float(reference.std())
     limit = LOGIT_LIMIT[cfg.model.dtype] * std
     perplexity_difference = root_mean_square(perplexity_logits - sliced_logits[:, :-1])
@@ -150,6 +148,52 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
             f"{subject} must differ by {limit:.2e} or less; got {difference:.2e}. Please report this model."
         )
     return {"tokens": ids.numel(), "std": std, "masked_minus_sliced": largest, "masked_minus_sliced_rms": rms}
+
+
+def root_mean_square(difference: Tensor) -> float:
+    """Return the root mean square of all elements."""
+    return float(difference.square().mean().sqrt())
+
+
+@torch.no_grad()
+def check_discovered_structure(run: Run) -> None:
+    """Compare the masked with the sliced model before step 1, with a random half of the units, if they were discovered.
+
+    The structure was found and checked on a tiny copy. The loaded model has the same class, but other settings. Nothing
+    is compared if the model type has a record, or if the model is offloaded or sharded.
+
+    Args:
+        run: the open run, with the dense model.
+
+    Raises:
+        UserError: if the logits of the first evaluated window differ.
+    """
+    if not family_of(run.model).found or is_offloaded(run.model) or run.cfg.model.shard:
+        return
+    generator = torch.Generator().manual_seed(0)
+
+    def random_half(count: int, *, groups: int = 1) -> Tensor:
+        """Keep masks (groups x count,), which remove half of each group and keep at least one unit."""
+        order = torch.rand(groups, count, generator=generator).argsort(1)
+        return (order >= count // 2).flatten()
+
+    masks = Masks(
+        [random_half(block.neurons, groups=block.experts) for block in run.blocks],
+        [random_half(b.kv_groups) if run.cfg.attention else torch.ones(b.kv_groups).bool() for b in run.blocks],
+    )
+    ids = checked_tokens(run).to(device_of(run.model))
+    sliced_logits = prune(run.model, masks)(input_ids=ids, use_cache=False).logits.float()
+    free_memory(run.plan.device)
+    reference = masked_logits(run.model, masks, ids).to(sliced_logits.device)
+    limit = LOGIT_LIMIT[run.cfg.model.dtype] * float(reference.std())
+    difference = root_mean_square(reference - sliced_logits)
+    if not difference <= limit:
+        raise UserError(
+            f"Model type '{run.model.config.model_type}' cannot be pruned: its structure, found on a tiny copy, does "
+            "not fit this model. With half of the units removed, logits of the masked and the sliced model must differ "
+            f"by {limit:.2e} or less; got {difference:.2e}. Write a record in a file that --import names "
+            "(docs/extend.md, 'A model family')."
+        )
 
 
 def checked_tokens(run: Run) -> Tensor:

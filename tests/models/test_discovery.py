@@ -332,6 +332,29 @@ def test_a_command_line_run_prunes_and_reloads_a_discovered_type(model_type, cor
     assert left <= (0.8 if model_type == "qwen3_next" else 0.9)
 
 
+def test_a_discovered_structure_that_does_not_fit_the_loaded_model_is_refused_before_step_1(
+    corpora, tmp_path, monkeypatch, capsys
+):
+    """A wrong slice is simulated: one output projection of the sliced model is doubled."""
+
+    def wrong_prune(model, masks):
+        small = prune(model, masks)
+        blocks_of(small)[1].down.host.weight.mul_(2)
+        return small
+
+    monkeypatch.setattr("gprune.pipeline.save.prune", wrong_prune)
+    example("stablelm").save_pretrained(tmp_path / "model")
+    tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    with tiny_run.isolated(tmp_path / "cache"):
+        world = tiny_run.World(Path(tmp_path / "model"), corpora)
+        assert tiny_run.main(world.args(tmp_path / "runs")) == 2
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if "stablelm" in line]
+    assert "its structure, found on a tiny copy, does not fit this model" in line
+    assert "docs/extend.md" in line
+    assert "step 1/10" not in printed.out
+
+
 def test_all_types_with_changed_defaults_exist_in_transformers():
     assert set(DEFAULTS) <= set(CONFIG_MAPPING)
 
