@@ -4,7 +4,8 @@ If all blocks have the same shape, and the family's stock config supports it, th
 code. Otherwise it has safetensors, a config.json with the table `per_layer_config`, and the modelling file
 `modeling_pruned.py`, the same for all families. Load it with
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, or after `gprune.register()` without remote
-code.
+code. If transformers has no causal class for the type, the class is `AutoModelForImageTextToText`. Folders of models
+that take images have the files of the dense model's processor too, for `AutoProcessor`.
 `check_reload` compares logits of the folder in a fresh process with those of the model in memory.
 """
 
@@ -40,6 +41,7 @@ from gprune.models.loading import pruned_classes, register_type, skeleton
 from gprune.models.lookup import family_of, remember
 from gprune.models.masks import Masks
 from gprune.models.offload import attach_all_weights, device_of, is_offloaded
+from gprune.models.processor import copy_processor
 from gprune.models.surgery import prune
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
@@ -286,7 +288,8 @@ def save_pruned(
 
     Args:
         model, dtype: as for `to_exportable`.
-        tokenizer: the tokenizer; None for a folder without one.
+        tokenizer: the tokenizer; None for a folder without one. If the model takes images, the files of its processor
+            are copied from the folder or hub id from which the tokenizer was loaded.
         folder: the model folder to write.
         overwrite: replace an existing model folder, after the new one is complete.
 
@@ -314,6 +317,7 @@ def save_pruned(
         (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+            copy_processor(tokenizer.name_or_path, exportable, new)
         (new / "README.md").write_text(CARD, encoding="utf-8")
         lost = [
             path.name for path in existing if not path.match("model*.safetensors*") and not (new / path.name).exists()

@@ -172,10 +172,11 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
     if cfg.measures_errors:
         check_dense(blocks)
     longest = max(cfg.corpora.seq_len, cfg.evaluation.seq_len)
-    if blocks[0].family.learned_positions and longest > config.max_position_embeddings:
+    text_config = config.get_text_config(decoder=True)
+    if blocks[0].family.learned_positions and longest > (positions := text_config.max_position_embeddings):
         raise UserError(
-            f"--corpora.seq_len and --evaluation.seq_len must be at most {config.max_position_embeddings} tokens, the "
-            f"number of positions that model type '{config.model_type}' has learned; got {longest}."
+            f"--corpora.seq_len and --evaluation.seq_len must be at most {positions} tokens, the number of positions "
+            f"that model type '{config.model_type}' has learned; got {longest}."
         )
 
 

@@ -104,7 +104,7 @@ def run_section(run: FinishedRun) -> dict[str, Any]:
         "settings": to_yaml({name: value for name, value in settings.items() if name != "inputs"}),
         "cost": cost_table(run.steps),
         "environment": run.environment,
-        "load": loading_code(str(model), stock=not any(model.glob("*.py"))) if model.is_dir() else "",
+        "load": loading_code(model) if model.is_dir() else "",
         "here": shlex.quote(str(run.path)),
         "folder": run.path.is_dir(),  # false for a record
     }

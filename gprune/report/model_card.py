@@ -9,18 +9,24 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from gprune.config import RunConfig
 from gprune.corpora.load import corpus_labels
 from gprune.errors import one_line
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
+from gprune.models.families import PRUNED
+from gprune.models.processor import has_processor
 from gprune.report.benchmark_table import compare_records, format_speed
 from gprune.report.records import result_table
 from gprune.report.table import in_markdown
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import Record
 from gprune.runs.results import read_evaluation
-from gprune.storage.files import file_hashes, replacing
+from gprune.storage.files import file_hashes, read_json, replacing
 from gprune.storage.reading import expanded
 
 RESULTS = "## Perplexity"  # heading of the results
@@ -35,8 +41,7 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
     summary = manifest.get("summary", {})
     on_speed = summary.get("speed", {}).get("said")
     on_quality = summary.get("quality", {}).get("said")
-    stock = not any(model.glob("*.py"))
-    card = model_card(cfg, records, stock=stock, dtype=manifest.get("exported_dtype"))
+    card = model_card(cfg, records, model, dtype=manifest.get("exported_dtype"))
     if on_quality:
         card += f"\n{on_quality}\n"
     card += speed_section(read_evaluation(folder / "evaluation.json"), on_speed)
@@ -45,20 +50,18 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
     folder.update_manifest(model=file_hashes(model, "README.md"))
 
 
-def model_card(
-    cfg: RunConfig, records: Sequence[dict[str, Any]], *, stock: bool = False, dtype: str | None = None
-) -> str:
+def model_card(cfg: RunConfig, records: Sequence[dict[str, Any]], model: Path, *, dtype: str | None = None) -> str:
     """Return the README.md of the exported folder: description, method, results, and how to load the model.
 
     Args:
         cfg: the configuration of the run.
         records: records of `metrics.json`.
-        stock: whether the folder is a stock model without custom code.
+        model: the exported folder. Its path is not in the result.
         dtype: dtype of the exported weights; by default `--model.dtype`.
     """
     code = (
         "All blocks have the same shape: a stock model, which needs no code of its own."
-        if stock
+        if _is_stock(model)
         else "`modeling_pruned.py` is the code that is run: one short file. Where `gprune` is installed, "
         "`gprune.register()`\nmakes `trust_remote_code` unnecessary."
     )
@@ -79,7 +82,7 @@ def model_card(
         method = f"A model that gprune did not prune (`{other}`){_describe_recovery(cfg)}, seed {cfg.run.seed}."
         credit = ""
     return f"""---
-{_metadata(cfg).to_yaml()}
+{_metadata(cfg, model).to_yaml()}
 ---
 
 # {label}, {heading}
@@ -90,7 +93,7 @@ Weights in {dtype or cfg.model.dtype}; {verb} in {cfg.model.dtype}.
 Base model: {label}. Licence: {licence}.{notice}
 
 ```python
-{loading_code("path/to/this/folder", stock=stock)}
+{loading_code(model, "path/to/this/folder")}
 ```
 
 {code}
@@ -139,14 +142,35 @@ def speed_section(records: Sequence[Record], target: str | None) -> str:
     return "\n".join(["\n## Speed\n", *lines, ""]) if lines else ""
 
 
-def loading_code(folder: str, *, stock: bool) -> str:
-    """Return Python code that loads the exported folder. A stock model does not need `trust_remote_code`."""
-    arguments = json.dumps(folder, ensure_ascii=False) + ("" if stock else ", trust_remote_code=True")
+def loading_code(model: Path, name: str | None = None) -> str:
+    """Return Python code that loads an exported folder. A stock model does not need `trust_remote_code`.
+
+    Args:
+        model: the exported folder.
+        name: path of the folder in the code; by default its own.
+    """
+    path = json.dumps(str(model) if name is None else name, ensure_ascii=False)
+    arguments = path + ("" if _is_stock(model) else ", trust_remote_code=True")
+    auto_class = "AutoModelForImageTextToText" if _needs_image_class(model) else "AutoModelForCausalLM"
+    variable, text_class = ("processor", "AutoProcessor") if has_processor(model) else ("tokenizer", "AutoTokenizer")
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({arguments})"
+        f"from transformers import {auto_class}, {text_class}\n\n"
+        f"model = {auto_class}.from_pretrained({arguments})\n"
+        f"{variable} = {text_class}.from_pretrained({arguments})"
     )
+
+
+def _is_stock(model: Path) -> bool:
+    """Return whether an exported folder is a stock model without custom code."""
+    return not any(model.glob("*.py"))
+
+
+def _needs_image_class(model: Path) -> bool:
+    """Return whether transformers loads an exported folder only with the class for images and text."""
+    config = read_json(model / "config.json") or {}
+    model_type = config.get("model_type", "").removeprefix(PRUNED)
+    has_images = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return has_images and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _local_folder(cfg: RunConfig) -> Path | None:
@@ -155,7 +179,7 @@ def _local_folder(cfg: RunConfig) -> Path | None:
     return path.resolve() if path.exists() else None
 
 
-def _metadata(cfg: RunConfig) -> ModelCardData:
+def _metadata(cfg: RunConfig, model: Path) -> ModelCardData:
     """Return the card's metadata for the hub: base model, and licence if it is known."""
     embedded = EMBEDDED_MODELS.get(cfg.model.name)
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", cfg.model.name) and _local_folder(cfg) is None
@@ -168,7 +192,7 @@ def _metadata(cfg: RunConfig) -> ModelCardData:
         base_model=base_model,
         license=embedded.license.lower() if embedded else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if has_processor(model) else "text-generation",
         tags=["pruned", "gprune"],
     )
 

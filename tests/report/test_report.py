@@ -455,13 +455,13 @@ def test_a_model_card_has_no_local_paths_and_mentions_drift_only_if_it_was_measu
     seen = records[0]["corpus"]
     corpora = CorporaConfig(score=f"{tmp_path}/law/alpha.txt", drift=[f"{tmp_path}/two.txt", seen])
     cfg = RunConfig(corpora=corpora, recovery="bias", evaluation=EvaluationConfig(split="development"))
-    card = model_card(cfg, records)
+    card = model_card(cfg, records, run / "model")
     assert "tokens of development text per corpus" in card
     assert f"scored on law/alpha.txt, drift measured on two.txt, {Path(seen).parent.name}/alpha.txt" in card
     assert f"| {Path(seen).parent.name}/alpha.txt* |" in card
     assert str(tmp_path) not in card
     assert str(Path(seen).parent) not in card
-    plain = model_card(RunConfig(gprune=False, model=ModelConfig(name=str(tmp_path))), records)
+    plain = model_card(RunConfig(gprune=False, model=ModelConfig(name=str(tmp_path))), records, run / "model")
     assert "drift measured" not in plain
     assert str(tmp_path) not in plain
     assert f"# {tmp_path.name}, structurally pruned" in plain
@@ -479,7 +479,7 @@ def test_a_model_card_has_no_local_paths_and_mentions_drift_only_if_it_was_measu
 def test_a_model_card_has_base_model_and_licence_as_metadata_of_the_hub(run, name, base, licence):
     records = json.loads((run / "metrics.json").read_text())["records"]
     cfg = RunConfig(model=ModelConfig(name=name), recovery="none")
-    data = ModelCard(model_card(cfg, records)).data
+    data = ModelCard(model_card(cfg, records, run / "model")).data
     assert (data.base_model, data.license, data.library_name) == (base, licence, "transformers")
 
 

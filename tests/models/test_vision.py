@@ -1,0 +1,220 @@
+"""Models that take images are pruned in their language model, and saved with the files of their processor."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GPT2Config,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedModel,
+)
+
+from experiments.architectures import example, image_arguments
+from gprune.cli import main
+from gprune.export.hf import save_pruned
+from gprune.models.discovery.agreement import random_masks
+from gprune.models.masks import Masks
+from gprune.models.processor import PROCESSOR_FILES
+from gprune.models.surgery import prune
+from gprune.models.tiny import shrunk, tiny_model
+from gprune.sparsity.gates import masked
+from tests import tiny_run
+from tests.conftest import make_tiny_llama
+from tests.tiny_run import tiny_tokenizer
+
+PATCH, IMAGE = 8, 32  # pixels
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A tiny model that takes images, its masks, and the pruned model."""
+
+    dense: PreTrainedModel
+    masks: Masks
+    small: PreTrainedModel
+    picture: dict[str, Tensor]  # arguments of a forward pass with one image
+
+    @torch.no_grad()
+    def logits(self, model: PreTrainedModel) -> Tensor:
+        return model(**self.picture, use_cache=False).logits
+
+
+@pytest.fixture(scope="module", params=["gemma3", "qwen3_vl"])
+def pruned(request, tmp_path_factory):
+    """One type with a causal class, a projector and fixed image sizes; one with neither, and images of any size."""
+    with tiny_run.isolated(tmp_path_factory.mktemp("cache")):
+        model = example(request.param)
+        masks = random_masks(model)
+        return Pruned(model, masks, prune(model, masks), image_arguments(model))
+
+
+def test_masked_sliced_and_reloaded_models_have_the_same_logits_on_a_picture(pruned, tmp_path):
+    dense = pruned.logits(pruned.dense)
+    with masked(pruned.dense, pruned.masks):
+        expected = pruned.logits(pruned.dense)
+    scale = expected.abs().max()
+    assert (expected - dense).abs().max() > 0.01 * scale
+    sliced = pruned.logits(pruned.small)
+    assert (sliced - expected).abs().max() <= 1e-5 * scale
+    reloaded = reload(save_pruned(pruned.small, None, tmp_path / "model"))
+    assert torch.equal(pruned.logits(reloaded), sliced)
+
+
+def test_the_vision_tower_is_saved_unchanged(pruned, tmp_path):
+    reloaded = reload(save_pruned(pruned.small, None, tmp_path / "model"))
+    tower = [name for name, _ in pruned.dense.named_parameters() if re.search(r"vision_tower|visual", name)]
+    assert len(tower) > 10
+    for name in tower:
+        assert torch.equal(reloaded.get_parameter(name), pruned.dense.get_parameter(name)), name
+
+
+def reload(folder: Path) -> PreTrainedModel:
+    options = {"trust_remote_code": True, "attn_implementation": "eager"}
+    return AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+
+
+# --- files of the processor
+
+
+def write_processor_files(folder: Path) -> dict[str, bytes]:
+    """Write a different content to each file of a processor, and return the contents by name."""
+    contents = {name: f'{{"content": "{name}"}}\r\n'.encode() for name in PROCESSOR_FILES}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return contents
+
+
+def processor_files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in PROCESSOR_FILES if (folder / name).exists()}
+
+
+def tokenizer_from(location: str | Path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.name_or_path = str(location)
+    return tokenizer
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The snapshot folder of the model `owner/model` in the cache of the hub, which cannot be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "hub" / "models--owner--model", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+def test_processor_files_are_copied_from_a_folder(pruned, tmp_path):
+    (tmp_path / "dense").mkdir()
+    contents = write_processor_files(tmp_path / "dense")
+    folder = save_pruned(pruned.small, tokenizer_from(tmp_path / "dense"), tmp_path / "model")
+    assert processor_files(folder) == contents
+
+
+def test_processor_files_of_a_hub_id_are_copied_from_the_cache_without_network(pruned, hub_cache, tmp_path):
+    contents = write_processor_files(hub_cache)
+    (hub_cache / PROCESSOR_FILES[0]).unlink()  # few models have all files
+    del contents[PROCESSOR_FILES[0]]
+    folder = save_pruned(pruned.small, tokenizer_from("owner/model"), tmp_path / "model")
+    assert processor_files(folder) == contents
+
+
+def test_a_warning_names_the_processor_files_that_the_hub_does_not_provide(pruned, hub_cache, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "gprune"):
+        folder = save_pruned(pruned.small, tokenizer_from("owner/model"), tmp_path / "model")
+    assert processor_files(folder) == {}
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "The processor of 'owner/model' is not saved" in message
+    assert "preprocessor_config.json" in message
+
+
+def test_a_text_model_is_saved_without_processor_files(tmp_path):
+    (tmp_path / "dense").mkdir()
+    write_processor_files(tmp_path / "dense")
+    model = make_tiny_llama()
+    folder = save_pruned(prune(model, random_masks(model)), tokenizer_from(tmp_path / "dense"), tmp_path / "model")
+    assert processor_files(folder) == {}
+
+
+# --- whole runs
+
+
+def save_llava(folder: Path) -> Path:
+    """Save a tiny LLaVA with its processor. Its type has no causal class."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image_processor = CLIPImageProcessor(size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE})
+    processor = LlavaProcessor(
+        image_processor=image_processor, tokenizer=tokenizer, patch_size=PATCH, num_additional_image_tokens=1,
+        vision_feature_select_strategy="default", chat_template=TEMPLATE,
+    )  # fmt: skip
+    model = example("llava")
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_command_line_run_saves_a_model_that_its_card_loads_with_its_processor(tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch)
+    dense = save_llava(tmp_path / "llava")
+    world = tiny_run.World(dense, tiny_run.make_world(tmp_path).corpora)
+    with tiny_run.isolated(tmp_path / "cache"):
+        result = world.run(tmp_path, "--sparsity.scope=attention+ffn", "--recovery=least_squares")
+    assert result.summary["parameters_after"] < result.summary["parameters_before"]
+    checks = json.loads((tmp_path / "run" / "manifest.json").read_text())["logits"]
+    assert checks["sliced_minus_reloaded"] == 0.0
+    folder = tmp_path / "run" / "model"
+    for name in ("processor_config.json", "chat_template.jinja"):
+        assert (folder / name).read_bytes() == (dense / name).read_bytes()
+
+    card = (folder / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert "AutoModelForImageTextToText" in code
+    assert "pipeline_tag: image-text-to-text" in card
+    loaded = {}
+    exec(code.replace("path/to/this/folder", str(folder)), loaded)
+    picture = Image.effect_mandelbrot((48, 40), (-2, -1, 1, 1), 20).convert("RGB")
+    inputs, dense_inputs = (
+        processor(text="bar <image> gos", images=picture, return_tensors="pt")
+        for processor in (loaded["processor"], AutoProcessor.from_pretrained(dense))
+    )
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+    assert all(torch.equal(inputs[name], dense_inputs[name]) for name in inputs)
+    assert loaded["processor"].chat_template == TEMPLATE
+    with torch.no_grad():
+        assert torch.equal(loaded["model"](**inputs).logits, result.model(**inputs).logits)
+
+
+def test_windows_longer_than_the_learned_positions_of_the_text_model_are_refused(tmp_path, capsys):
+    """LLaVA's configuration has no number of positions; the one of its text model has."""
+    vision = CLIPVisionConfig(hidden_size=48, num_attention_heads=6, image_size=IMAGE, patch_size=PATCH)
+    untied = {"tie_word_embeddings": False}  # because the class looks for tied embeddings where GPT-2 has none
+    config = shrunk(LlavaConfig(text_config=GPT2Config(**untied), vision_config=vision, **untied))
+    tiny_model(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    positions = config.text_config.max_position_embeddings
+    world = tiny_run.World(tmp_path / "model", tiny_run.make_world(tmp_path).corpora)
+    with tiny_run.isolated(tmp_path / "cache"):
+        assert main(world.args(tmp_path, f"--corpora.seq_len={positions + 1}")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"must be at most {positions} tokens" in line
