@@ -65,9 +65,7 @@ class Target(NamedTuple):
     output: Tensor | None  # (B, T, H), the output of the dense projection
 
 
-def projections_to_solve(
-    masks: Masks, alone: Sequence[bool] | None = None, *, unpruned: bool = False
-) -> list[tuple[str, ...]]:
+def projections_to_solve(masks: Masks, alone: Sequence[bool] | None = None) -> list[tuple[str, ...]]:
     """Return for each block the names of projections to solve, in the order of computation.
 
     These are the projections that lose channels. After a removed block also `down`, even if it keeps all channels.
@@ -75,25 +73,21 @@ def projections_to_solve(
     Args:
         masks: the masks.
         alone: whether each block is the only one of its layer; by default all are.
-        unpruned: whether to solve also projections that keep all channels but read a changed residual stream.
     """
     if alone is None:
         alone = [True] * len(masks.blocks)
     follows_kept_block = [True, *masks.blocks[:-1]]
     by_block = []
-    changed = False  # whether the residual stream differs from that of the dense model
     for groups, neurons, is_kept, follows_kept, is_alone in zip(
         masks.attention, masks.ffn, masks.blocks, follows_kept_block, alone, strict=True
     ):
         parts = []
-        if is_kept and len(groups) and ((unpruned and changed) or not groups.all()):
+        if is_kept and not groups.all():
             parts.append("output")
         follows_removed = is_alone and not follows_kept
-        reads_changed = unpruned and (changed or bool(parts))
-        if is_kept and len(neurons) and (follows_removed or reads_changed or not neurons.all()):
+        if is_kept and len(neurons) and (follows_removed or not neurons.all()):
             parts.append("down")
         by_block.append(tuple(parts))
-        changed = changed or bool(parts) or not is_kept
     return by_block
 
 
@@ -111,7 +105,6 @@ class PrunedPrefix:
         masks: masks of both kinds. Later blocks compensate for blocks that the masks remove.
         windows: the text, batches of (B, T) int64 token ids.
         ridge: lambda divided by the mean diagonal of G.
-        unpruned: as for `projections_to_solve`.
 
     Attributes:
         tokens: number of tokens over all passes through pruned layers.
@@ -119,15 +112,7 @@ class PrunedPrefix:
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        masks: Masks,
-        windows: Iterable[Tensor],
-        *,
-        ridge: float = 0.01,
-        unpruned: bool = False,
-    ):
+    def __init__(self, model: PreTrainedModel, masks: Masks, windows: Iterable[Tensor], *, ridge: float = 0.01):
         self.blocks = blocks_of(model)
         assert not any(block.has_experts for block in self.blocks), "experts are not recovered along the prefix"
         layers = by_layer(self.blocks)
@@ -136,7 +121,7 @@ class PrunedPrefix:
         # For each block: whether it is the last one of its layer.
         self.ends_layer = [block is blocks[-1] for blocks in layers for block in blocks]
         self.ridge = ridge
-        self.parts_to_solve = projections_to_solve(masks, self.alone, unpruned=unpruned)
+        self.parts_to_solve = projections_to_solve(masks, self.alone)
         # Granite multiplies what is added to the residual stream by this factor.
         self.scale = getattr(self.blocks[0].layer, "residual_multiplier", 1.0)
         # Both streams are equal before block `first_changed`. After block `last_solved` no stream is needed.

@@ -12,26 +12,16 @@ if TYPE_CHECKING:
 
 @recovery("least_squares_sequential")
 class SequentialLeastSquares(Recovery):
-    """Recovery by `PrunedPrefix`. It reads the text of `corpora.recover`, and no statistics.
-
-    Args:
-        unpruned: whether to solve also output projections of attention and FFN that keep all channels, after the first
-            pruned block: `--options.least_squares_sequential.unpruned true`.
-    """
+    """Recovery by `PrunedPrefix`. It reads the text of `corpora.recover`, and no statistics."""
 
     needs = frozenset({"text"})
     experts = sharded = False
-
-    def __init__(self, *, unpruned: bool = False):
-        self.unpruned = unpruned
 
     def revise(self, material: Material) -> Revise:
         """Return a function that solves projections of each block after all earlier blocks."""
         from gprune.recoveries.prefix import PrunedPrefix
 
-        prefix = PrunedPrefix(
-            material.dense, material.masks, material.batches, ridge=material.ridge, unpruned=self.unpruned
-        )
+        prefix = PrunedPrefix(material.dense, material.masks, material.batches, ridge=material.ridge)
 
         def revise(dense: Block, block: Block) -> None:
             """Recover the next block. After the last one, count the tokens of passes through pruned layers."""
@@ -46,6 +36,6 @@ class SequentialLeastSquares(Recovery):
         """Return the tokens of one pass through the dense layers, and of all passes through the pruned layers.
 
         The text passes the dense layers once. It passes the pruned layers at most once for each projection, which are
-        `down` and, with attention in scope or `unpruned`, the output projection, and once more.
+        `down` and, with attention in scope, the output projection, and once more.
         """
-        return (3 + (attention or self.unpruned)) * text, 0
+        return (3 + attention) * text, 0

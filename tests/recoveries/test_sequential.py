@@ -85,18 +85,12 @@ def trace(model, layer, paths: dict[str, str], ids: list[torch.Tensor]) -> dict[
 
 
 def solved_reference(
-    model,
-    masks: Masks,
-    ids: list[torch.Tensor],
-    target: str | dict[str, str] = "residual",
-    ridge: float = RIDGE,
-    unpruned: bool = False,
+    model, masks: Masks, ids: list[torch.Tensor], target: str | dict[str, str] = "residual", ridge: float = RIDGE
 ):
     """The pruned model in float64 with projections solved one after the other.
 
     Args:
         target: fit the dense model's `residual` stream or the `output` of the projection; a dict has one per part.
-        unpruned: solve also projections that keep all inputs, after the first pruned one.
     """
     block = blocks_of(model)[0]
     family = block.family
@@ -106,13 +100,11 @@ def solved_reference(
     paths = {"output": family.output, "down": family.down}
     normed = {"output": family.after_attention, "down": family.after_ffn}
     remaining = [i for i, stays in enumerate(masks.blocks) if stays]
-    changed = False
     for index, layer in zip(remaining, decoder_layers(small), strict=True):
         for part, mask in (("output", masks.attention[index]), ("down", masks.ffn[index])):
             # A projection that keeps all inputs is solved only if it is the down projection after a removed block.
-            if mask.all() and not (unpruned and changed) and (part == "output" or masks.blocks[index - 1]):
+            if mask.all() and (part == "output" or masks.blocks[index - 1]):
                 continue
-            changed = True
             pruned_rows = trace(small, layer, paths, ids)
             dense_rows = trace(dense, decoder_layers(dense)[index], paths, ids)
             host = attrgetter(paths[part])(layer)
@@ -179,23 +171,6 @@ def test_blocks_after_a_removed_block_are_fitted_to_the_dense_residual():
     assert projections_to_solve(masks) == [(), ("down",), ("down",)]
     expected, actual = solved_reference(model, masks, ids), recovered(model, masks, ids)
     assert_close_weights(weights(actual), weights(expected))
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt"])
-def test_unpruned_projections_after_the_first_pruned_one_equal_the_reference(family):
-    """Block 0 and attention of block 1 read the dense model's stream. All later projections are solved."""
-    model, ids = make_tiny(family, num_hidden_layers=4), windows()
-    masks = some_masks(model, (48, 24, 48, 24), attention=False)
-    assert projections_to_solve(masks, unpruned=True) == [(), ("down",), ("output", "down"), ("output", "down")]
-    expected, actual = solved_reference(model, masks, ids, unpruned=True), recovered(model, masks, ids, unpruned=True)
-    assert_close_weights(weights(actual), weights(expected))
-
-
-def test_after_pruned_attention_the_ffn_of_the_same_block_is_solved_with_unpruned():
-    masks = some_masks(make_tiny("llama"), (48, 48, 48), attention=True)
-    masks.attention[0][:], masks.attention[1][0], masks.attention[2][:] = True, False, True
-    assert projections_to_solve(masks) == [(), ("output",), ()]
-    assert projections_to_solve(masks, unpruned=True) == [(), ("output", "down"), ("output", "down")]
 
 
 def test_gram_matrices_summed_in_several_panels_give_the_reference():
@@ -373,24 +348,6 @@ def test_a_run_recovers_its_controls_within_the_planned_tokens(world, tmp_path, 
     assert step["forward_tokens"] == tokens + tokens * (sum(map(len, solved)) + outputs_needed) // 3
     none = preparation.check(parse(world.args(tmp_path, FLAGS[1])))
     assert plan.forward_tokens == none.forward_tokens + 3 * (4 * tokens + 3 * 2 * 32)
-    assert result.summary["forward_tokens"] <= plan.forward_tokens
-
-
-def test_a_run_with_unpruned_projections_changes_attention_within_the_planned_tokens(world, tmp_path, quick):
-    flags = ["--gprune=false", "--recovery=least_squares_sequential"]
-    option = "--options.least_squares_sequential.unpruned=true"
-    result = world.run(tmp_path, *flags, option)
-    dense = AutoModelForCausalLM.from_pretrained(world.model).eval().requires_grad_(False)
-    unrecovered = weights(prune(dense, result.masks))
-    changed = {name for name, tensor in weights(result.model).items() if not torch.equal(tensor, unrecovered[name])}
-    solved = projections_to_solve(result.masks, unpruned=True)
-    assert any("output" in parts for parts in solved)
-    paths = {"output": "self_attn.o_proj", "down": "mlp.down_proj"}
-    assert changed == {f"model.layers.{i}.{paths[part]}.weight" for i, parts in enumerate(solved) for part in parts}
-    plan = preparation.check(result.config)
-    without = preparation.check(parse(world.args(tmp_path, *flags)))
-    # At most one pass more for row base, over three corpora with four windows of 32 tokens.
-    assert plan.forward_tokens == without.forward_tokens + 3 * 4 * 32
     assert result.summary["forward_tokens"] <= plan.forward_tokens
 
 
