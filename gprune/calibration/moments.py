@@ -143,11 +143,12 @@ class StreamingCosineChange(Metric):
         """Add a batch of windows.
 
         Args:
-            before: (B, T, H), input of the block.
-            after: (B, T, H), output of the block.
+            before: (B, T, H), input of the block; (B, T, S, H) if there are S residual streams, as in deepseek_v4. The
+                streams of a token are one vector.
+            after: output of the block, with the same shape.
             weight: (B,) in {0, 1}; 0 for windows that are ignored.
         """
-        change = 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
+        change = 1 - F.cosine_similarity(before.flatten(2).float(), after.flatten(2).float(), dim=-1)
         self.sum += (change.sum(1).double() * weight).sum()
 
     def compute(self) -> Tensor:
