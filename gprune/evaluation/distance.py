@@ -64,7 +64,7 @@ def _window_sums(logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -
         targets: (T - 1,) int64, the predicted tokens.
         dense_logits: (T - 1, V'), logits of the dense model. V' may differ from V if a vocabulary is padded.
     """
-    rows = rows_at_once(logits)
+    rows = rows_at_once(logits.device, logits.shape[-1])
     chunk_sums = []
     for start in range(0, len(logits), rows):
         chunk = slice(start, start + rows)

@@ -54,7 +54,7 @@ class Forecast(NamedTuple):
         top = logits.argmax(-1)
         if transform.softcap is not None or head.weight.is_meta:  # an offloaded weight is loaded only by its module
             return cls(hidden.cpu(), top.cpu(), None)
-        for chunk in logits.split(rows_at_once(logits)):
+        for chunk in logits.split(rows_at_once(logits.device, logits.shape[-1])):
             chunk.copy_(chunk.softmax(-1))  # q, in the memory of the logits
         probabilities = logits
         mean_row = probabilities @ head.weight  # m, the mean of the rows of W by the probabilities q
@@ -76,7 +76,7 @@ class Forecast(NamedTuple):
             products = (states.double() * hidden.double()).sum(-1) / transform.scaling
             return self.rest.to(logits.device) + log_sum - products
         dense_logits = transform(model.get_output_embeddings()(states[None]))[0]
-        rows = rows_at_once(logits)
+        rows = rows_at_once(logits.device, logits.shape[-1])
         chunks = []
         for ours, theirs in zip(logits.split(rows), dense_logits.split(rows), strict=True):
             log_p, log_q = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
@@ -261,7 +261,7 @@ def _window_sums(
     for i, window in enumerate(iter_logits(model, tokens.to(device_of(model), non_blocking=True))):
         # The output embeddings, and so the logits, may be on another device.
         logits, targets, hidden = (part[0].to(window[0].device) for part in window)
-        rows = rows_at_once(logits)
+        rows = rows_at_once(logits.device, logits.shape[-1])
         chunks = zip(logits.split(rows), targets.split(rows), strict=True)
         nll = torch.cat([F.cross_entropy(chunk.float(), target, reduction="none") for chunk, target in chunks])
         sums = [nll.double().sum()]

@@ -30,7 +30,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.checks import memory_limits, require
 from gprune.errors import UserError
@@ -145,7 +145,7 @@ def _dense_skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTr
     text_settings = settings if is_text_model else _text_settings(model, settings)
     text_settings.update(changes)  # in place, because a composite config contains the settings of its text model
     config = CONFIG_MAPPING[record.model_type](**settings)
-    config._attn_implementation = model.config._attn_implementation
+    config._attn_implementation = implementation(model.config, "_attn_implementation")
     stock = skeleton(config)
     remember(stock, record)
     return stock
@@ -228,12 +228,30 @@ def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> P
         else:
             module._buffers.update(original._buffers)
     for name in ("_attn_implementation", "_experts_implementation"):
-        setattr(exportable.config, name, getattr(model.config, name))
+        setattr(exportable.config, name, implementation(model.config, name))
     cast_parameters(exportable, dtype)
     exportable.generation_config = copy.deepcopy(model.generation_config)
     if is_offloaded(model):
         attach_all_weights(exportable, model)
     return exportable.train(model.training)
+
+
+def implementation(config: PreTrainedConfig, name: str) -> Any:
+    """Return the implementation that a config names, in the form that transformers accepts for a config of its class.
+
+    Args:
+        config: a config; its text model and its vision model may have other implementations than the config itself.
+        name: `_attn_implementation` or `_experts_implementation`.
+
+    Returns:
+        A name such as `sdpa`, or None; for a composite config a dictionary of names by sub-config, with its own
+        under the key "".
+    """
+    sub_configs = {key: getattr(config, key, None) for key in config.sub_configs}
+    sub_configs = {key: getattr(config, key, None) for key in config.sub_configs}
+    nested = {key: implementation(sub, name) for key, sub in sub_configs.items() if isinstance(sub, PreTrainedConfig)}
+    own = getattr(config, name)
+    return {"": own, **nested} if nested else own
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
@@ -419,7 +437,7 @@ def check_reload(
     """
     training = model.training
     weights = [(parameter, parameter.data) for parameter in model.parameters()]
-    device, attention = str(device_of(model)), model.config._attn_implementation
+    device, attention = str(device_of(model)), implementation(model.config, "_attn_implementation")
     try:
         cast_parameters(model, dtype)
         # As in the fresh process; only for this pass, because it copies weights shared with the dense model.

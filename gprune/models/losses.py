@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from gprune.models.lookup import decoder_of, family_of
 
 CHUNK = 256  # tokens per matrix product
-ROWS = 32  # tokens per element-wise operation on a CPU, whose logits fit its cache; this is three times faster
+ROWS = 32  # largest number of tokens per element-wise operation on a CPU
+CACHED_LOGITS = 32 * 49_152  # logits per element-wise operation that fit a CPU's cache; this is three times faster
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         if torch.is_autocast_enabled(hidden.device.type):  # once instead of for each product
             head = head.to(torch.get_autocast_dtype(hidden.device.type))
-        step = rows_at_once(hidden)
+        step = rows_at_once(hidden.device, len(head))
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             logits = transform(F.linear(hidden[chunk], head, bias))
@@ -114,9 +115,9 @@ def _losses_and_errors(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     return losses, log_p.exp_().sub_(q)
 
 
-def rows_at_once(logits: Tensor) -> int:
-    """Return the number of tokens per element-wise operation on logits, by the device of a tensor."""
-    return ROWS if logits.device.type == "cpu" else CHUNK
+def rows_at_once(device: torch.device, vocabulary: int) -> int:
+    """Return the number of tokens per element-wise operation on logits of a device, for a size of the vocabulary."""
+    return max(1, min(ROWS, CACHED_LOGITS // vocabulary)) if device.type == "cpu" else CHUNK
 
 
 def frozen_head_losses(

@@ -89,7 +89,8 @@ class PrunedModel:
         for attribute in ("_heterogeneity_spec", "per_layer_config"):  # the table in new and old transformers
             dense_config.__dict__.pop(attribute, None)
         super().__init__(dense_config)
-        for attribute in ("_attn_implementation", "_experts_implementation"):
+        # Without `_internal` the value would be set for the text and the vision model too.
+        for attribute in ("_attn_implementation_internal", "_experts_implementation_internal"):
             if hasattr(dense_config, attribute):
                 setattr(config, attribute, getattr(dense_config, attribute))
         # Modules refer to the model's config, not a copy, so that a changed attention implementation applies to all

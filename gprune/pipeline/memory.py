@@ -14,7 +14,7 @@ from gprune.calibration.layerwise import needs_walk
 from gprune.calibration.statistics import gram_bytes
 from gprune.models.autocast import count_cast_weights
 from gprune.models.blocks import blocks_of, by_layer
-from gprune.models.losses import CHUNK, ROWS
+from gprune.models.losses import CHUNK, rows_at_once
 from gprune.pipeline.cost import active_experts, error_corpora, error_tokens, evaluated_tokens, fits_cache
 from gprune.pipeline.plan import Plan
 from gprune.pipeline.pricing import device_memory
@@ -113,7 +113,7 @@ class MemoryEstimate:
 
     def head(self, bytes_per_logit: int, *, teacher: bool) -> int:
         """Logits of a chunk of tokens, of student and teacher, and float32 terms of the rows computed at once."""
-        rows = ROWS if self.cpu else CHUNK
+        rows = rows_at_once(torch.device("cpu" if self.cpu else "cuda"), self.V)
         return self.V * (CHUNK * bytes_per_logit * (1 + teacher) + rows * (8 + 12 * teacher))
 
     def learn(self) -> float:

@@ -13,6 +13,7 @@ from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
 from gprune.export.convert import export
 from gprune.export.hf import check_reload, save_pruned
+from gprune.models.discovery.agreement import random_masks
 from gprune.models.lookup import family_of
 from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks
@@ -170,17 +171,9 @@ def check_discovered_structure(run: Run) -> None:
     """
     if not family_of(run.model).found or is_offloaded(run.model) or run.cfg.model.shard:
         return
-    generator = torch.Generator().manual_seed(0)
-
-    def random_half(count: int, *, groups: int = 1) -> Tensor:
-        """Keep masks (groups x count,), which remove half of each group and keep at least one unit."""
-        order = torch.rand(groups, count, generator=generator).argsort(1)
-        return (order >= count // 2).flatten()
-
-    masks = Masks(
-        [random_half(block.neurons, groups=block.experts) for block in run.blocks],
-        [random_half(b.kv_groups) if run.cfg.attention else torch.ones(b.kv_groups).bool() for b in run.blocks],
-    )
+    masks = random_masks(run.model, share=0.5)
+    if not run.cfg.attention:
+        masks = Masks(masks.ffn, [torch.ones_like(keep) for keep in masks.attention])
     ids = checked_tokens(run).to(device_of(run.model))
     sliced_logits = prune(run.model, masks)(input_ids=ids, use_cache=False).logits.float()
     free_memory(run.plan.device)

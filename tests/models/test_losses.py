@@ -11,6 +11,7 @@ from gprune.models.losses import (
     final_hidden,
     frozen_head_losses,
     next_token_losses,
+    rows_at_once,
 )
 from gprune.sparsity.gates import gated
 from tests.conftest import make_tiny_llama
@@ -102,3 +103,24 @@ def test_losses_and_gradients_equal_autograd_through_all_logits(dtype, tied, div
     torch.testing.assert_close(losses, expected_losses, rtol=2e-5, atol=1e-6)
     assert expected_gradient.abs().max() > 1e-3
     assert (gradient - expected_gradient).abs().max() <= 1e-4 * expected_gradient.abs().max()
+
+
+@pytest.mark.parametrize("divergence", [False, True], ids=["cross_entropy", "kl"])
+def test_a_large_vocabulary_is_computed_in_fewer_rows_with_the_same_bits(divergence, monkeypatch):
+    """262,147 words do not fit the cache in 32 rows, and are no multiple of a vector register."""
+    generator = torch.Generator().manual_seed(2)
+    vocabulary, tokens = 262_147, 37
+    head, hidden, teacher = (torch.randn(n, 8, generator=generator) for n in (vocabulary, tokens, tokens))
+    targets = teacher if divergence else torch.randint(vocabulary, (tokens,), generator=generator)
+
+    def loss_and_gradient() -> torch.Tensor:
+        states = hidden.clone().requires_grad_()
+        losses = frozen_head_losses(states, head, None, targets, LogitTransform())
+        losses.sum().backward()
+        return torch.cat([losses.detach()[:, None], states.grad], 1)
+
+    few_rows = loss_and_gradient()
+    assert rows_at_once(head.device, vocabulary) == 5
+    monkeypatch.setattr("gprune.models.losses.CACHED_LOGITS", 32 * vocabulary)
+    assert rows_at_once(head.device, vocabulary) == 32
+    torch.testing.assert_close(loss_and_gradient(), few_rows, rtol=0, atol=0)

@@ -25,7 +25,7 @@ from transformers import (
 
 from experiments.architectures import example, image_arguments
 from gprune.cli import main
-from gprune.export.hf import save_pruned
+from gprune.export.hf import check_reload, save_pruned
 from gprune.models.discovery.agreement import random_masks
 from gprune.models.masks import Masks
 from gprune.models.processor import PROCESSOR_FILES
@@ -86,6 +86,21 @@ def test_the_vision_tower_is_saved_unchanged(pruned, tmp_path):
 def reload(folder: Path) -> PreTrainedModel:
     options = {"trust_remote_code": True, "attn_implementation": "eager"}
     return AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+
+
+def test_a_text_model_with_another_attention_than_its_composite_reloads_with_the_same_bits(tmp_path):
+    """The vision model of GOT-OCR2 has no SDPA, so its composite has `eager`, and its text model `sdpa`."""
+    dense = example("got_ocr2")
+    dense.save_pretrained(tmp_path / "dense")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense").eval()
+    assert (loaded.config._attn_implementation, loaded.config.text_config._attn_implementation) == ("eager", "sdpa")
+    small, picture = prune(loaded, random_masks(loaded)), image_arguments(loaded)
+    folder = save_pruned(small, None, tmp_path / "model")
+    reloaded = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    assert reloaded.config.text_config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        assert torch.equal(reloaded(**picture).logits, small(**picture).logits)
+    assert check_reload(small, folder, picture["input_ids"]) == 0
 
 
 # --- files of the processor

@@ -91,19 +91,22 @@ def watchers_get_tokens(probe: Probe) -> bool:
     return not blocks or bool(is_changed[first_zeroed:].any() and not is_changed[:first_zeroed].any())
 
 
-def random_masks(model: PreTrainedModel, seed: int = 5) -> Masks:
-    """Return random keep masks, which remove neurons in every block and one KV group if a block has several.
+def random_masks(model: PreTrainedModel, share: float | None = None, seed: int = 5) -> Masks:
+    """Return keep masks, random for neurons, which keep at least one neuron and one KV group of each block.
 
-    The number of removed neurons is 3 plus the index of the block, so that blocks get different widths.
+    Args:
+        model: the model, whose structure is known.
+        share: share of the neurons and of the KV groups to remove. None: neurons as many as 3 plus the index of the
+            block, so that blocks get different widths, and one KV group.
+        seed: seed of the masks of neurons.
     """
     generator = torch.Generator().manual_seed(seed)
     ffn, attention = [], []
     for block in blocks_of(model):
         order = torch.rand(block.experts, block.neurons, generator=generator).argsort(1)
-        removed = min(block.neurons - 1, 3 + block.index)  # keeps at least one neuron
-        ffn.append((order >= removed).flatten())
-        keep = torch.ones(block.kv_groups, dtype=torch.bool)
-        if block.kv_groups > 1:
-            keep[block.index % block.kv_groups] = False
-        attention.append(keep)
+        neurons = 3 + block.index if share is None else int(share * block.neurons)
+        ffn.append((order >= min(block.neurons - 1, neurons)).flatten())
+        kv_groups = 1 if share is None else int(share * block.kv_groups)
+        order = (torch.arange(block.kv_groups) - block.index) % max(1, block.kv_groups)  # other groups in each block
+        attention.append(order >= min(block.kv_groups - 1, kv_groups))
     return Masks(ffn, attention)
