@@ -49,6 +49,7 @@ class Pace(NamedTuple):
     developed: float  # the same in the precision of training
     teacher: float  # blocks in the precision of training, without gradients
     learned: float  # forward, backward and optimizer step
+    salient: float  # forward and backward in --model.dtype; 0 if the run does not collect saliency
 
 
 def run_seconds(plan: Plan) -> float | None:
@@ -94,7 +95,8 @@ def _seconds_before_recovery(plan: Plan, dense: Pace) -> float:
     kl_teacher = learning if plan.cfg.sparsity.loss == "kl" else 0  # is included in `curve`
     return (
         (calibration + block_choice) * dense.forward
-        + (saliency + block_errors + learning) * dense.learned
+        + saliency * dense.salient
+        + (block_errors + learning) * dense.learned
         + (curve - kl_teacher) * dense.developed
         + kl_teacher * dense.teacher
     )
@@ -133,7 +135,7 @@ def _measured_paces(plan: Plan) -> tuple[Pace, Pace]:
     settings = (
         cfg.model.name, cfg.model.dtype, cfg.trainer.precision, cfg.corpora.batch_size, d.batch_size,
         cfg.corpora.seq_len, cfg.evaluation.seq_len, round(kept_share, 2), cfg.sparsity.scope, d.targets, d.rank,
-        d.checkpointing,
+        d.checkpointing, "saliency" in cfg.collects,
     )  # fmt: skip
     if settings not in _PACES:
         _PACES[settings] = _time_blocks(plan)
@@ -205,10 +207,13 @@ def _time_model(
         return (outside_blocks + scale * block_seconds) / tokens, scale * block_seconds / tokens
 
     evaluated_pace, forward_pace = per_token(evaluate, forward, text.numel())
+    salient_pace = 0.0
+    if "saliency" in plan.cfg.collects:
+        salient_pace, _ = per_token(partial(step, True), partial(step, False), step_tokens)
     with _training_precision(plan, model):
         developed_pace, teacher_pace = per_token(evaluate, forward, text.numel())
         learned_pace, _ = per_token(partial(step, True), partial(step, False), step_tokens)
-    return Pace(forward_pace, evaluated_pace, developed_pace, teacher_pace, learned_pace)
+    return Pace(forward_pace, evaluated_pace, developed_pace, teacher_pace, learned_pace, salient_pace)
 
 
 def _with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:

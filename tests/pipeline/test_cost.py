@@ -110,14 +110,15 @@ def test_seconds_per_token_are_those_of_a_few_blocks_scaled_to_the_model(family,
             developed=(blocks + 1) / evaluated,
             teacher=blocks / evaluated,
             learned=(blocks + 1) / (batch_size * 64),
+            salient=0.0,
         )
         assert model_pace == pytest.approx(tuple(expected))
 
 
 def test_the_estimated_time_grows_with_the_training_tokens(tiny_model, tmp_path, monkeypatch):
+    """The rows share the forward passes of the teacher. Both times are from the same measurement."""
     monkeypatch.setattr(pace, "_PACES", {})
     flags = ("--recovery=distill", "--trainer.precision=32-true")
-    """The rows share the forward passes of the teacher. Both times are from the same measurement."""
     short, long = (planned(tiny_model, tmp_path, *flags, f"--distill.tokens={tokens}") for tokens in (12_288, 122_880))
     seconds_of_short, seconds_of_long = pace.run_seconds(short), pace.run_seconds(long)
     dense, pruned = pace._measured_paces(short)
@@ -125,6 +126,15 @@ def test_the_estimated_time_grows_with_the_training_tokens(tiny_model, tmp_path,
     added_tokens = short.cfg.distilled_windows * 9 * 3 * 64  # nine times as many windows, three corpora, tokens
     added_seconds = added_tokens * (distilled_rows * pruned.learned + dense.teacher)
     assert seconds_of_long - seconds_of_short == pytest.approx(added_seconds, rel=1e-6)
+
+
+def test_the_time_of_saliency_is_measured_without_autocast(tiny_model, tmp_path, monkeypatch):
+    plan = planned(tiny_model, tmp_path, "--trainer.precision=bf16-mixed", "--importance=taylor")
+    assert "saliency" in plan.cfg.collects
+    monkeypatch.setattr(pace, "_PACES", {})
+    monkeypatch.setattr(pace, "_seconds", lambda call, device: 1.0 + torch.is_autocast_enabled("cpu"))
+    dense, _ = pace._measured_paces(plan)
+    assert dense.learned == 2 * dense.salient > 0
 
 
 def test_the_time_of_a_large_model_is_estimated_from_the_matmul_speed(tiny_model, tmp_path, monkeypatch):
