@@ -49,6 +49,7 @@ from gprune.models.blocks import Block, blocks_of, by_layer, find_unpruned
 from gprune.models.discovery.agreement import random_masks
 from gprune.models.families import FAMILIES
 from gprune.models.lookup import family_of
+from gprune.models.structure import why_not_measurable
 from gprune.models.surgery import prune
 from gprune.models.tiny import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, shrunk, tiny_model
 from gprune.sparsity.budget import unit_costs
@@ -210,6 +211,7 @@ def _compare(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> d
         logits = small(**inputs, use_cache=False).logits
     found["moved"] = float((expected - dense).abs().max() / dense.abs().max())
     found["agrees"] = float((expected - logits).abs().max() / expected.abs().max())
+    found["perplexity"] = why_not_measurable(model) is None
     removed = model.num_parameters() - small.num_parameters()
     costs = unit_costs(blocks, scope="attention+ffn")
     found["budget"] = removed == costs.removed(masks)
@@ -348,6 +350,7 @@ def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]])
     good = [row for row in rows if passed(row)]
     heads = [row for row in good if row["attention"] != "none"]
     built = [row for row in rows if row["built"]]
+    unmeasured = [f"`{row['type']}`" for row in good if not row["perplexity"]]
     seconds = sorted(row["seconds"] for row in good if not row["record"])
     return (
         "# Every causal type of transformers\n\n"
@@ -357,6 +360,10 @@ def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]])
         "In all of them the masked, the sliced\n"
         "and the reloaded model compute the same logits. The model is reloaded in a process without gprune.\n"
         "`python -m experiments.architectures --write` makes this page.\n\n"
+        f"`train.py` refuses {len(unmeasured)} of them, because their logits are not the product of hidden states and "
+        "head, or\n"
+        f"their config has no `hidden_size`, so that perplexity cannot be measured: {', '.join(unmeasured)}.\n"
+        "`gprune.apply_masks` prunes them.\n\n"
         "Types marked *(record)* have a record in `gprune/models/families.py`. The structure of the others is "
         "discovered. On one\n"
         f"core this takes {seconds[len(seconds) // 2] if seconds else 0} s (median), and at most "

@@ -27,7 +27,7 @@ from gprune.errors import UserError, first_line
 from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.families import BUILT_IN
 from gprune.models.lookup import decoder_of, family_of_config, remember
-from gprune.models.losses import LogitTransform
+from gprune.models.losses import LogitTransform, head_input
 from gprune.models.offload import device_of, is_offloaded, resident
 from gprune.models.outputs import hidden_in, with_hidden
 from gprune.models.tiny import shrunk, stock_config, tiny_model
@@ -235,7 +235,7 @@ class Walk:
             with self._replaced_layers(lambda *_, hidden=call.hidden, device=device: hidden.to(device)):
                 # `forward` and not a call, because hooks of the decoder would count these tokens again.
                 decoded = decoder_of(self.model).forward(input_ids=call.input_ids, use_cache=False)
-            yield transform(head(decoded.last_hidden_state))
+            yield transform(head(head_input(self.model, decoded)))
 
     @contextmanager
     def _replaced_layers(self, compute: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:

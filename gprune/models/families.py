@@ -47,7 +47,7 @@ class Family:
     width: str = "intermediate_size"  # key of the width of the FFN or of an expert
     kv_heads: str | None = "num_key_value_heads"  # key; None: one key/value head per query head
     learned_positions: bool = False  # whether text must not be longer than max_position_embeddings
-    logits_scaling: str | None = None  # key of the divisor of logits
+    logits_scaling: str | None = None  # key of the divisor of logits, or "a/b" for the ratio of two keys
     softcap: str | None = None  # key of the limit c in c tanh(logits / c)
     # Fields of discovered records (`gprune.models.discovery`)
     decoder: str | None = None  # path of the decoder in the model; None: the result of `get_decoder`
@@ -61,6 +61,7 @@ class Family:
     kinds: tuple[tuple[Mapping[str, Any], ...], ...] = ()
     stays: str | None = None  # only for kinds: the reason not to prune it next to a larger one
     found: bool = False  # whether discovered; exports then contain every size instead of config keys
+    before_head: str | None = None  # path of a module in the model through which hidden states pass before the head
     plain_head: bool = True  # whether logits are head times hidden states, scaled or capped
     logits_multiplier: str | None = None  # key of the factor of logits
     # Attributes of stock modules with sizes: path -> `heads`, `kv_groups`, `channels` (heads x head_dim), `neurons`

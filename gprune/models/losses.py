@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from gprune.models.lookup import decoder_of, family_of
 
@@ -35,7 +36,10 @@ class LogitTransform:
         """Return the transform of a model, by the config keys in its family's record."""
         family = family_of(model)
         config = model.config.get_text_config(decoder=True)
-        scaling = getattr(config, family.logits_scaling) if family.logits_scaling else 1.0
+        scaling = 1.0
+        if family.logits_scaling:
+            key, _, divisor = family.logits_scaling.partition("/")
+            scaling = getattr(config, key) / (getattr(config, divisor) if divisor else 1)
         if family.logits_multiplier:
             scaling = 1 / getattr(config, family.logits_multiplier)
         return cls(scaling, getattr(config, family.softcap) if family.softcap else None)
@@ -162,7 +166,14 @@ def require_activation_gradients(model: PreTrainedModel) -> RemovableHandle:
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Return hidden states that predict tokens 2..T of each window: (B, T - 1, H) in the model's dtype."""
-    return decoder_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+    return head_input(model, decoder_of(model)(input_ids=input_ids, use_cache=False))[:, :-1]
+
+
+def head_input(model: PreTrainedModel, decoded: BaseModelOutput) -> Tensor:
+    """Return the hidden states that are multiplied by the head, (B, T, H), from the output of the decoder."""
+    path = family_of(model).before_head
+    hidden = decoded.last_hidden_state
+    return hidden if path is None else model.get_submodule(path)(hidden)
 
 
 @torch.no_grad()

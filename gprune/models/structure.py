@@ -16,7 +16,7 @@ from gprune.errors import UserError, closest_name, first_line
 from gprune.models.blocks import Block, blocks_of, check_untied
 from gprune.models.families import BUILT_IN, FAMILIES, PRUNED, Family
 from gprune.models.lookup import decoder_of, family_of
-from gprune.models.losses import LogitTransform
+from gprune.models.losses import LogitTransform, head_input
 from gprune.models.modeling_pruned import find_parent
 
 if TYPE_CHECKING:
@@ -60,6 +60,15 @@ def check_structure(model: PreTrainedModel) -> None:
         raise UserError(f"Model type '{name}' cannot be pruned: no layer has the FFN that was found on a tiny copy.")
 
 
+def why_not_measurable(model: PreTrainedModel) -> str | None:
+    """Return why the perplexity of a model cannot be measured, such as "its config has no hidden_size", or None."""
+    if not family_of(model).plain_head:
+        return "its logits are not the product of hidden states and head"
+    config = model.config.get_text_config(decoder=True)
+    missing = [key for key in ("hidden_size", "vocab_size", "num_hidden_layers") if not hasattr(config, key)]
+    return f"its config has no {missing[0]}" if missing else None
+
+
 def check_by_copy(config: PreTrainedConfig) -> None:
     """Check a record of a user on a tiny random copy. Raise UserError if it is wrong, with the wrong field if known.
 
@@ -89,10 +98,10 @@ def check_by_copy(config: PreTrainedConfig) -> None:
         problem = "the masked and the sliced tiny copy do not compute the same; a parameter may be missing"
         raise _record_error(name, problem)
     with torch.no_grad():
-        hidden = decoder_of(model)(input_ids=probe.ids, use_cache=False).last_hidden_state
+        hidden = head_input(model, decoder_of(model)(input_ids=probe.ids, use_cache=False))
         logits = LogitTransform.of(model)(model.get_output_embeddings()(hidden))
     if (logits - probe.dense).abs().max() > 1e-3 * probe.dense.abs().max():  # more than rounding errors
-        problem = "logits are not head times hidden states; it needs logits_scaling, logits_multiplier or softcap"
+        problem = "logits are not head times hidden states; it needs logits_scaling, softcap or before_head"
         raise _record_error(name, problem)
     for block in blocks_of(model)[:1]:  # by a record of a user, all layers have the same norms
         _check_norms(name, probe, block)

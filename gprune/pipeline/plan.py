@@ -20,9 +20,8 @@ from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.folders import check_parameter_count
 from gprune.models.loading import read_config, skeleton
-from gprune.models.lookup import family_of
 from gprune.models.masks import Masks
-from gprune.models.structure import check_by_copy, check_structure
+from gprune.models.structure import check_by_copy, check_structure, why_not_measurable
 from gprune.models.surgery import prune
 from gprune.pipeline import elsewhere
 from gprune.pipeline.cost import tokens_by_step
@@ -114,10 +113,10 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
             f"--sparsity.scope {cfg.sparsity.scope} needs KV groups that can be removed; model type "
             f"'{config.model_type}' has none. Use ffn."
         )
-    if not family_of(dense).plain_head:
+    if (why := why_not_measurable(dense)) is not None:
         raise UserError(
-            f"Model type '{config.model_type}': its logits do not follow from head times hidden states, so perplexity "
-            "cannot be measured; gprune.apply_masks can prune it. See docs/extend.md, 'A model family'."
+            f"Cannot measure the perplexity of model type '{config.model_type}': {why}. Prune it with "
+            "gprune.apply_masks, or write a record (docs/extend.md, 'A model family')."
         )
     cfg, why_precision = resolve_precision(cfg, device, together=together)
     pricing = Pricing(cfg, dense, device)

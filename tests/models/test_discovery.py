@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BertC
 
 from experiments.architectures import DEFAULTS, default_config, example
 from gprune.calibration.layerwise import check_walk
+from gprune.cli import main
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models import cached_records, lookup
@@ -26,7 +27,7 @@ from gprune.models.discovery.record import discover_from_tiny, discover_record
 from gprune.models.families import FAMILIES, Family
 from gprune.models.lookup import family_of, remember
 from gprune.models.losses import iter_logits
-from gprune.models.structure import check_by_copy
+from gprune.models.structure import check_by_copy, why_not_measurable
 from gprune.models.surgery import prune
 from gprune.models.tiny import ROUTED, shrunk, tiny_model
 from gprune.sparsity.budget import unit_costs
@@ -222,11 +223,29 @@ def test_discovery_does_not_change_the_global_random_state():
     assert torch.equal(torch.rand(4), expected)
 
 
-@pytest.mark.parametrize("model_type", types(("cohere2",), ("gemma", "falcon_h1", "granitemoe", "gpt_oss")))
+# llama4_text: `get_decoder` returns the whole model. minicpm3: logits are divided by the ratio of two settings.
+# modernbert-decoder and bert: hidden states pass through a layer before the head.
+HEADS = types(("cohere2", "llama4_text", "minicpm3"), ("gemma", "gpt_oss", "falcon_h1", "modernbert-decoder", "bert"))
+
+
+@pytest.mark.parametrize("model_type", HEADS)
 def test_iter_logits_equals_the_models_logits(model_type, ids):
     model = example(model_type)
+    assert why_not_measurable(model) is None
     chunks = torch.cat([chunk for chunk, _, _ in iter_logits(model, ids)])
     torch.testing.assert_close(chunks, logits(model, ids)[:, :-1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("roberta", "its logits are not the product of hidden states and head"), ("blt", "its config has no hidden_size")],
+)
+def test_a_command_line_run_refuses_types_whose_perplexity_cannot_be_measured(model_type, reason, tmp_path, capsys):
+    example(model_type).save_pretrained(tmp_path / "model")
+    tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    assert main([f"--model.name={tmp_path / 'model'}", "--dry_run=true"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert f"Cannot measure the perplexity of model type '{model_type}': {reason}." in line
 
 
 # --- types that cannot be pruned
@@ -313,11 +332,14 @@ JOURNEYS = {  # flags of a run for each type
     "stablelm": ["--recovery=least_squares"],
     "qwen3_next": ["--sparsity.learn=both", "--sparsity.target=20%", "--recovery=none"],
     "gpt_oss": ["--recovery=[least_squares,distill]", "--distill.tokens=384", "--sparsity.width_multiple=4"],
+    # Llama 4's `get_decoder` returns the whole model; modernbert-decoder has a layer before the head.
+    "llama4_text": ["--recovery=[least_squares,distill]", "--distill.tokens=384"],
+    "modernbert-decoder": ["--sparsity.learn=both", "--recovery=[least_squares,distill]", "--distill.tokens=384"],
     "nemotron_h": ["--sparsity.allocation=global", "--gprune=false", "--recovery=least_squares"],
 }
 
 
-@pytest.mark.parametrize("model_type", types(("stablelm",), ("qwen3_next", "gpt_oss", "nemotron_h")))
+@pytest.mark.parametrize("model_type", types(("stablelm",), (*list(JOURNEYS)[1:],)))
 def test_a_command_line_run_prunes_and_reloads_a_discovered_type(model_type, corpora, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     example(model_type).save_pretrained(tmp_path / "model")
@@ -364,7 +386,7 @@ from gprune.models.families import FAMILIES, Family
 FAMILIES["granite"] = Family("granite")  # without the scale of its logits
 from transformers import GraniteConfig
 from gprune.errors import UserError
-from gprune.models.structure import check_by_copy
+from gprune.models.structure import check_by_copy, why_not_measurable
 try:
     check_by_copy(GraniteConfig(logits_scaling=4.0))
 except UserError as error:

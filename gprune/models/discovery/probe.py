@@ -79,7 +79,13 @@ class Probe:
     def decoder(self) -> nn.Module:
         """The module that maps ids to the hidden states for the head."""
         decoder = self.model.get_decoder()
-        return decoder if isinstance(decoder, PreTrainedModel) else self.model.base_model
+        if not isinstance(decoder, PreTrainedModel):
+            return self.model.base_model
+        head = self.model.get_output_embeddings()
+        if any(module is head for module in decoder.modules()):  # as in Llama 4, where it is the whole model
+            inner = [module for module in decoder.children() if isinstance(module, PreTrainedModel)]
+            return inner[0] if len(inner) == 1 else decoder
+        return decoder
 
     @property
     def decoder_path(self) -> str | None:

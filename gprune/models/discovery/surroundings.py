@@ -163,16 +163,20 @@ def norm_offset(norm: nn.Module) -> float:
 def logit_transform(probe: Probe) -> dict[str, Any]:
     """Return how logits are computed from head times hidden states, as fields of a record with config keys.
 
-    Each config value whose name suggests a factor or limit is tried: division, multiplication, then c tanh(x / c).
+    Each config value whose name suggests a factor or limit is tried: division, multiplication, then c tanh(x / c). Then
+    division by the ratio of the hidden size and any config value is tried, and last every module outside of the decoder
+    through which hidden states may pass before the head.
 
     Returns:
-        {field: config key} with one of `logits_scaling`, `logits_multiplier`, `softcap`; {} if logits are the plain
-        product; {"plain_head": False} if their computation is unknown.
+        {field: config key} with one of `logits_scaling`, `logits_multiplier`, `softcap`; {"before_head": path}; {} if
+        logits are the plain product; {"plain_head": False} if their computation is unknown. A ratio has the key
+        `hidden_size/<key>`.
     """
     product = None
+    head = probe.model.get_output_embeddings()
     with suppress(Exception), torch.no_grad():
         hidden = probe.decoder(input_ids=probe.ids, use_cache=False).last_hidden_state
-        product = probe.model.get_output_embeddings()(hidden)
+        product = head(hidden)
     logits = probe.dense
     if product is None or product.shape != logits.shape:
         return {"plain_head": False}
@@ -192,7 +196,24 @@ def logit_transform(probe: Probe) -> dict[str, Any]:
         limit = numbers[key]
         if _is_close(logits, (product / limit).tanh() * limit):
             return {"softcap": key}
+    for key in numbers:
+        if _is_close(logits, product / (numbers["hidden_size"] / numbers[key])):
+            return {"logits_scaling": f"hidden_size/{key}"}
+    for path in _modules_outside_decoder(probe):
+        with suppress(Exception), torch.no_grad():  # a module may need other arguments
+            if _is_close(logits, head(probe.model.get_submodule(path)(hidden))):
+                return {"before_head": path}
     return {"plain_head": False}
+
+
+def _modules_outside_decoder(probe: Probe) -> list[str]:
+    """Return paths of modules that neither contain the decoder or the head nor are in one of them."""
+    parts = [probe.decoder, probe.model.get_output_embeddings()]
+    inside = {id(module) for part in parts for module in part.modules()}
+    return [
+        path for path, module in probe.model.named_modules()
+        if id(module) not in inside and not any(part is inner for part in parts for inner in module.modules())
+    ]  # fmt: skip
 
 
 def _is_close(x: Tensor, reference: Tensor) -> bool:
