@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -351,6 +352,11 @@ def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]])
     heads = [row for row in good if row["attention"] != "none"]
     built = [row for row in rows if row["built"]]
     unmeasured = [f"`{row['type']}`" for row in good if not row["perplexity"]]
+    refused = (
+        f"`train.py` refuses {len(unmeasured)} of them, because perplexity cannot be measured: logits are not the "
+        f"product of hidden states and head, or the config has no `hidden_size`. These types are {', '.join(unmeasured)}. "
+        "`gprune.apply_masks` prunes them."
+    )
     seconds = sorted(row["seconds"] for row in good if not row["record"])
     return (
         "# Every causal type of transformers\n\n"
@@ -360,10 +366,7 @@ def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]])
         "In all of them the masked, the sliced\n"
         "and the reloaded model compute the same logits. The model is reloaded in a process without gprune.\n"
         "`python -m experiments.architectures --write` makes this page.\n\n"
-        f"`train.py` refuses {len(unmeasured)} of them, because their logits are not the product of hidden states and "
-        "head, or\n"
-        f"their config has no `hidden_size`, so that perplexity cannot be measured: {', '.join(unmeasured)}.\n"
-        "`gprune.apply_masks` prunes them.\n\n"
+        f"{textwrap.fill(refused, 120, break_on_hyphens=False)}\n\n"
         "Types marked *(record)* have a record in `gprune/models/families.py`. The structure of the others is "
         "discovered. On one\n"
         f"core this takes {seconds[len(seconds) // 2] if seconds else 0} s (median), and at most "
