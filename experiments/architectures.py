@@ -354,8 +354,8 @@ def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]])
     unmeasured = [f"`{row['type']}`" for row in good if not row["perplexity"]]
     refused = (
         f"`train.py` refuses {len(unmeasured)} of them, because perplexity cannot be measured: logits are not the "
-        f"product of hidden states and head, or the config has no `hidden_size`. These types are {', '.join(unmeasured)}. "
-        "`gprune.apply_masks` prunes them."
+        "product of hidden states and head, or the config has no `hidden_size`. These types are "
+        f"{', '.join(unmeasured)}. `gprune.apply_masks` prunes them."
     )
     seconds = sorted(row["seconds"] for row in good if not row["record"])
     return (
