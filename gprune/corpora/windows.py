@@ -79,7 +79,8 @@ def make_windows(
         split: split of the corpus.
 
     Raises:
-        UserError: if there is too little text, and `sample` does not repeat it.
+        UserError: if the tokenizer makes no token from the text, or there is too little text and `sample` does not
+            repeat it.
     """
     pieces = list(texts)
     seq_len = sample.seq_len - (sample.bos is not None)  # tokens of text in a window
@@ -90,6 +91,11 @@ def make_windows(
         pieces = [pieces[i] for i in order]
     needed = None if sample.num_samples is None else sample.num_samples * seq_len
     tokens = _first_tokens(pieces, tokenizer, needed)
+    if not tokens and any(map(str.strip, pieces)):
+        raise UserError(
+            f"Corpus '{corpus}' ({split}) must have text that the model's tokenizer can read; got no token from "
+            f"{type(tokenizer).__name__}. Check the tokenizer files of the model."
+        )
     available = len(tokens) // seq_len
     num_windows = sample.num_samples or max(available, 1)  # at least 1, so that too little text is an error
     repeats = sample.repeat and 0 < available < num_windows

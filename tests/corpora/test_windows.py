@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
 from gprune.corpora.loaders import CorpusDataModule, ShardedBatchSampler, TokenDataset
 from gprune.corpora.windows import Sample, Windows, cut_text, leading_token, make_windows
@@ -85,6 +85,16 @@ def test_too_little_text_is_refused_with_the_number_of_windows():
         windows_of([])
     with pytest.raises(UserError, match=r"Lower --evaluation\.num_samples or --evaluation\.seq_len, or"):
         windows_of([], flags=("--evaluation.num_samples", "--evaluation.seq_len"))
+
+
+def test_a_tokenizer_that_makes_no_token_of_the_text_is_refused(tmp_path):
+    """transformers reads the tokenizer of every qwen2 model as byte-level BPE, whatever its files say."""
+    CONFIG_MAPPING["qwen2"]().save_pretrained(tmp_path)
+    word_tokenizer(WORDS).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    sample = Sample(num_samples=2, seq_len=8, seed=0)
+    with pytest.raises(UserError, match="the model's tokenizer can read; got no token from Qwen2Tokenizer"):
+        make_windows(TEXTS, tokenizer, sample, corpus="demo", split="train")
 
 
 @given(st.text(alphabet="ab \n", max_size=300), st.integers(2, 40))
