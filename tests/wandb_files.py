@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,11 @@ def read(file: Path) -> SimpleNamespace:
     last complete record, and its `exit_code` is None.
     """
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", file, file.parent]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for _ in range(20):  # W&B's service may write the end of a file up to 0.1 s after `finish` has returned
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        if any(json.loads(line)["type"] == "exit" for line in lines):
+            break
+        time.sleep(0.05)
     run = SimpleNamespace(about={}, config={}, history=[], summary={}, axes={}, artifacts=[], exit_code=None)
     for record in map(json.loads, lines):
         content: dict[str, Any] = record.get(record["type"], {})

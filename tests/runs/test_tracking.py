@@ -193,7 +193,14 @@ def environment(folder, **variables):
     return tiny_run.isolated(folder, **{f"WANDB_{name}": value for name, value in variables.items()})
 
 
-def test_wandb_variables_apply_unless_a_flag_is_given(tmp_path):
+@pytest.fixture
+def unread_environment():
+    """W&B reads the environment once per process, and keeps it for the tests that follow unless it is torn down."""
+    yield
+    wandb.teardown()
+
+
+def test_wandb_variables_apply_unless_a_flag_is_given(tmp_path, unread_environment):
     variables = {"PROJECT": "p", "NAME": "n", "TAGS": "x,y", "RUN_GROUP": "g", "DIR": str(tmp_path), "ENTITY": "e"}
     about = {"id": "abc", "name": "ours", "group": "ours", "job_type": "j", "tags": ["t"], "config": {}}
     for flags, expected in (
@@ -205,7 +212,6 @@ def test_wandb_variables_apply_unless_a_flag_is_given(tmp_path):
             pass
         logged = wandb_files.read(wandb_files.find(tmp_path)[-1]).about
         assert [logged[name] for name in ("project", "display_name", "run_group", "tags", "entity")] == expected
-    wandb.teardown()
     assert not (tmp_path / "unused").exists()
 
 
