@@ -38,7 +38,8 @@ log = logging.getLogger("gprune")
 # Number of blocks, with random weights, that are timed. The weights of two small blocks stay in the processor's cache:
 # by two blocks of SmolLM2, a training step in bfloat16 seems 1.5 times as fast as the step of the whole model is.
 MIN_TIMED_BLOCKS, MAX_TIMED_BLOCKS = 2, 6
-MAX_TIMED_PARAMETERS = 3 * 10**8  # in blocks, embeddings and head, so that a dry run takes less than a minute
+LONG_CALL = 1.0  # seconds after which a call is not repeated
+MAX_TIMED_PARAMETERS = 3 * 10**8  # in blocks, embeddings and head, so that a dry run takes about a minute or less
 
 
 class Pace(NamedTuple):
@@ -82,7 +83,8 @@ def num_timed_blocks(plan: Plan) -> int:
     """Return how many blocks are timed; 0 if even the smallest number of blocks is too large to time."""
     config, layers = plan.skeleton.config.get_text_config(decoder=True), len(plan.budget.costs.by_layer)
     block_parameters = sum(block.cost for block in blocks_of(plan.skeleton)) / layers
-    embeddings_and_head = 2 * config.vocab_size * config.hidden_size
+    tables = 1 if getattr(config, "tie_word_embeddings", False) else 2  # embeddings and head may be one tensor
+    embeddings_and_head = tables * config.vocab_size * config.hidden_size
     affordable = int((MAX_TIMED_PARAMETERS - embeddings_and_head) / block_parameters)
     return min(MAX_TIMED_BLOCKS, affordable, layers) if affordable >= MIN_TIMED_BLOCKS else 0
 
@@ -295,14 +297,21 @@ def _gram_seconds(plan: Plan) -> float:
 
 
 def _seconds(call: Callable[[], object], device: torch.device, *, at_least: float = 0.15) -> float:
-    """Median time of a call, which is repeated at least three times and for `at_least` seconds."""
+    """Median time of a call, which is repeated at least three times and for `at_least` seconds.
+
+    If the first call takes `LONG_CALL` seconds, its time is returned, because a warm-up then hardly matters.
+    """
 
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
+    start = now()
     call()  # warm-up
+    first = now() - start
+    if first >= LONG_CALL:
+        return first
     times: list[float] = []
     while len(times) < 3 or sum(times) < at_least:
         start = now()

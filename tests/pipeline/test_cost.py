@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,19 @@ def test_the_estimated_time_grows_with_the_training_tokens(tiny_model, tmp_path,
     added_tokens = short.cfg.distilled_windows * 9 * 3 * 64  # nine times as many windows, three corpora, tokens
     added_seconds = added_tokens * (distilled_rows * pruned.learned + dense.teacher)
     assert seconds_of_long - seconds_of_short == pytest.approx(added_seconds, rel=1e-6)
+
+
+@pytest.mark.parametrize(("long_call", "calls"), [(0.01, 1), (60.0, 4)])
+def test_a_long_call_is_not_repeated_to_measure_its_time(long_call, calls, monkeypatch):
+    """Other calls have a warm-up, and the median of three."""
+    monkeypatch.setattr(pace, "LONG_CALL", long_call)
+    made = []
+
+    def call():
+        made.append(time.sleep(0.02))
+
+    assert pace._seconds(call, torch.device("cpu"), at_least=0) >= 0.02
+    assert len(made) == calls
 
 
 def test_the_time_of_saliency_is_measured_without_autocast(tiny_model, tmp_path, monkeypatch):
