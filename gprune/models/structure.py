@@ -101,8 +101,8 @@ def check_by_copy(config: PreTrainedConfig) -> None:
         hidden = head_input(model, decoder_of(model)(input_ids=probe.ids, use_cache=False))
         logits = LogitTransform.of(model)(model.get_output_embeddings()(hidden))
     if (logits - probe.dense).abs().max() > 1e-3 * probe.dense.abs().max():  # more than rounding errors
-        problem = "logits are not head times hidden states; it needs logits_scaling, softcap or before_head"
-        raise _record_error(name, problem)
+        fields = "logits_scaling, logits_multiplier, softcap or before_head"
+        raise _record_error(name, f"logits are not head times hidden states; it needs {fields}")
     for block in blocks_of(model)[:1]:  # by a record of a user, all layers have the same norms
         _check_norms(name, probe, block)
 

@@ -113,7 +113,7 @@ class MemoryEstimate:
 
     def head(self, bytes_per_logit: int, *, teacher: bool) -> int:
         """Logits of a chunk of tokens, of student and teacher, and float32 terms of the rows computed at once."""
-        rows = rows_at_once(torch.device("cpu" if self.cpu else "cuda"), self.V)
+        rows = rows_at_once(self.plan.device, self.V)
         return self.V * (CHUNK * bytes_per_logit * (1 + teacher) + rows * (8 + 12 * teacher))
 
     def learn(self) -> float:

@@ -81,10 +81,10 @@ def run_seconds(plan: Plan) -> float | None:
 
 def num_timed_blocks(plan: Plan) -> int:
     """Return how many blocks are timed; 0 if even the smallest number of blocks is too large to time."""
-    config, layers = plan.skeleton.config.get_text_config(decoder=True), len(plan.budget.costs.by_layer)
+    layers = len(plan.budget.costs.by_layer)
     block_parameters = sum(block.cost for block in blocks_of(plan.skeleton)) / layers
-    tables = 1 if getattr(config, "tie_word_embeddings", False) else 2  # embeddings and head may be one tensor
-    embeddings_and_head = tables * config.vocab_size * config.hidden_size
+    tables = {plan.skeleton.get_input_embeddings().weight, plan.skeleton.get_output_embeddings().weight}  # one if tied
+    embeddings_and_head = sum(table.numel() for table in tables)
     affordable = int((MAX_TIMED_PARAMETERS - embeddings_and_head) / block_parameters)
     return min(MAX_TIMED_BLOCKS, affordable, layers) if affordable >= MIN_TIMED_BLOCKS else 0
 
@@ -307,14 +307,15 @@ def _seconds(call: Callable[[], object], device: torch.device, *, at_least: floa
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    start = now()
-    call()  # warm-up
-    first = now() - start
-    if first >= LONG_CALL:
-        return first
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < at_least:
+    def timed() -> float:
         start = now()
         call()
-        times.append(now() - start)
+        return now() - start
+
+    warm_up = timed()
+    if warm_up >= LONG_CALL:
+        return warm_up
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < at_least:
+        times.append(timed())
     return median(times)

@@ -88,7 +88,7 @@ def test_too_little_text_is_refused_with_the_number_of_windows():
 
 
 def test_a_tokenizer_that_makes_no_token_of_the_text_is_refused(tmp_path):
-    """transformers reads the tokenizer of every qwen2 model as byte-level BPE, whatever its files say."""
+    """transformers reads the tokenizer of every qwen2 model as byte-level BPE, even if its files differ."""
     CONFIG_MAPPING["qwen2"]().save_pretrained(tmp_path)
     word_tokenizer(WORDS).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
