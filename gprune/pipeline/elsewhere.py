@@ -13,9 +13,8 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.models.elsewhere import FLAG, check_elsewhere, load_elsewhere
 from gprune.models.loading import fingerprint
-from gprune.models.lookup import family_of
 from gprune.models.losses import LogitTransform
-from gprune.models.structure import check_structure
+from gprune.models.structure import check_structure, why_not_measurable
 from gprune.pipeline.inputs import prepare_text
 from gprune.pipeline.pricing import device_memory
 from gprune.recoveries import recovery_of
@@ -51,9 +50,8 @@ def check_model(cfg: RunConfig, dense: PreTrainedModel, device: torch.device) ->
         )
     if recovery_of(cfg.recovery).learns:
         check_structure(model)
-        if not family_of(model).plain_head:
-            reason = "its logits are not the product of head and hidden states"
-            raise UserError(f"{FLAG}: Cannot distil '{name}': {reason}. Use --recovery none.")
+        if (why := why_not_measurable(model)) is not None:
+            raise UserError(f"{FLAG}: Cannot distil '{name}': {why}. Use --recovery none.")
 
 
 def prepare(
@@ -95,8 +93,10 @@ def _check_head(cfg: RunConfig, model: PreTrainedModel, dense: PreTrainedModel) 
     """
     if not recovery_of(cfg.recovery).learns:
         return
-    head, dense_head = model.get_output_embeddings().weight, dense.get_output_embeddings().weight
-    same_head = torch.equal(head, dense_head.to(head.device))
+    head, dense_head = (m.get_output_embeddings().state_dict() for m in (model, dense))  # weight, and bias if any
+    same_head = head.keys() == dense_head.keys() and all(
+        torch.equal(tensor, dense_head[name].to(tensor.device)) for name, tensor in head.items()
+    )
     if not same_head or LogitTransform.of(model) != LogitTransform.of(dense):
         reason = f"its output embedding differs from that of '{cfg.model.name}'"
         raise UserError(f"{FLAG}: Cannot distil '{cfg.model.made_elsewhere}': {reason}. Use --recovery none.")

@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import gprune
 from gprune.__main__ import run as command
@@ -144,6 +152,17 @@ def test_distillation_reduces_the_kl_of_a_model_row(bench, exported, capsys):
     assert record["summary"]["learned_tokens"] > 0
 
 
+def save_phi(folder, *, bias):
+    """Save a tiny Phi, whose head has a bias, with the tokenizer of the dense model."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = PhiForCausalLM(PhiConfig(vocab_size=128, bos_token_id=1, eos_token_id=2, **sizes))
+    model.lm_head.bias.data.fill_(bias)
+    model.save_pretrained(folder)
+    tiny_run.tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def save_gpt2(folder):
     """Save a tiny GPT-2 with another vocabulary than the dense model, and return the folder."""
     torch.manual_seed(0)
@@ -177,6 +196,17 @@ def test_a_model_with_another_tokenizer_has_perplexity_but_no_kl_gap_or_ratio(be
         "other tokenizer distilled", {"gpt": {"model": str(folder), "recovery": "distill", "distill.tokens": 96}}
     )
     assert "output embedding differs" in bench.refused(capsys, distilled)
+
+
+@pytest.mark.parametrize(("bias", "refused"), [(0.0, False), (0.5, True)])
+def test_a_model_is_only_distilled_if_its_head_has_the_bias_of_the_dense_head(bench, folders, capsys, bias, refused):
+    dense, other = save_phi(folders / "phi", bias=0.0), save_phi(folders / f"phi {bias}", bias=bias)
+    settings = {"model.name": dense, "model": other, "recovery": "distill", "distill.tokens": 96}
+    path = bench.write(f"phi {bias}", {"phi": settings})
+    if refused:
+        assert "output embedding differs" in bench.refused(capsys, path)
+    else:
+        assert "model + distill" in bench(capsys, path)
 
 
 def test_a_model_type_that_gprune_cannot_prune_is_evaluated(bench, folders, capsys):
