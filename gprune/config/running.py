@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
@@ -151,7 +152,7 @@ class TrainerConfig(Group, prefix="trainer."):
     recoveries that train."""
 
     accelerator: Text = "auto"
-    """cpu, gpu, or auto."""
+    """cpu, gpu, or auto. auto: a GPU if there is one; cpu on a Mac."""
     devices: UpTo4096 = 1
     """Processes per node. Statistics and thresholds agree with those of one process."""
     num_nodes: UpTo4096 = 1
@@ -210,11 +211,17 @@ class TrainerConfig(Group, prefix="trainer."):
 
         A precision `auto` is replaced by 32-true here, and resolved later, when the hardware is known.
         """
-        names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
-        arguments = {name: getattr(self, name) for name in names}
-        if self.precision == "auto":
-            arguments["precision"] = "32-true"
-        return arguments
+        precision = "32-true" if self.precision == "auto" else self.precision
+        arguments = {name: getattr(self, name) for name in ("devices", "num_nodes", "strategy")}
+        return {"accelerator": self.lightning_accelerator, "precision": precision, **arguments}
+
+    @property
+    def lightning_accelerator(self) -> str:
+        """Lightning's argument `accelerator`.
+
+        On a Mac, `auto` is cpu, because statistics are float64, which Apple's GPU does not support.
+        """
+        return "cpu" if self.accelerator == "auto" and sys.platform == "darwin" else self.accelerator
 
     @property
     def result_changing(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 If all blocks have the same shape, and the family's stock config supports it, the folder is a stock model without custom
 code. Otherwise it has safetensors, a config.json with the table `per_layer_config`, and the modelling file
 `modeling_pruned.py`, the same for all families. Load it with
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, or after `gprune.register()` without remote
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, or after `gprune.register(TYPE)` without remote
 code. If transformers has no causal class for the type, the class is `AutoModelForImageTextToText`. Folders of models
 that take images have the files of the dense model's processor too, for `AutoProcessor`.
 `check_reload` compares logits of the folder in a fresh process with those of the model in memory.

@@ -47,10 +47,18 @@ log = logging.getLogger("gprune")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def register() -> None:
-    """Register our exports in transformers' Auto classes, so that they load without remote code. Idempotent."""
-    for family in FAMILIES:
-        register_type(family)
+def register(*model_types: str) -> None:
+    """Register exports in transformers' Auto classes, so that they load without remote code. Idempotent.
+
+    Args:
+        model_types: types of the dense models, such as "gemma3_text". Types with a record (`FAMILIES`) are always
+            registered. Others are not, because importing the classes of all 172 types takes too long.
+
+    Raises:
+        UserError: if transformers has no class for a type that predicts next tokens.
+    """
+    for model_type in (*FAMILIES, *model_types):
+        register_type(model_type.removeprefix(PRUNED))
 
 
 def register_type(model_type: str) -> None:
@@ -63,7 +71,7 @@ def register_type(model_type: str) -> None:
     takes_images = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     if model_type not in CONFIG_MAPPING or not (is_causal or takes_images):
         raise UserError(
-            f"Cannot use the Family record of model type '{model_type}': transformers has no class of this type that "
+            f"Cannot register exports of model type '{model_type}': transformers has no class of this type that "
             "predicts next tokens. Convert the checkpoint to such a class (docs/extend.md, 'A model family')."
         )
     config_class, base_class, model_class = pruned_classes(model_type)

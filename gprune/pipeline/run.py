@@ -177,7 +177,7 @@ class Run:
         kwargs["gradient_clip_val"] = kwargs.get("gradient_clip_val") or t.gradient_clip_val
         kwargs["log_every_n_steps"] = t.log_every_n_steps or kwargs.get("log_every_n_steps", 1)
         return L.Trainer(
-            accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes,
+            accelerator=t.lightning_accelerator, devices=t.devices, num_nodes=t.num_nodes,
             logger=self.loggers, callbacks=callbacks, default_root_dir=self.folder.path,
             deterministic=t.deterministic or None, detect_anomaly=t.detect_anomaly,
             profiler=t.profiler and PROFILERS[t.profiler](self.folder / "profiles", name.replace("/", "-")),

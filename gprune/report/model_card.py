@@ -62,8 +62,8 @@ def model_card(cfg: RunConfig, records: Sequence[dict[str, Any]], model: Path, *
     code = (
         "All blocks have the same shape: a stock model, which needs no code of its own."
         if _is_stock(model)
-        else "`modeling_pruned.py` is the code that is run: one short file. Where `gprune` is installed, "
-        "`gprune.register()`\nmakes `trust_remote_code` unnecessary."
+        else "`modeling_pruned.py` is the code that is run: one short file. Where `gprune` is installed,\n"
+        f'`gprune.register("{_dense_type(model)}")` makes `trust_remote_code` unnecessary.'
     )
     embedded = EMBEDDED_MODELS.get(cfg.model.name)
     licence = embedded.license if embedded else "that of the base model"
@@ -165,10 +165,15 @@ def _is_stock(model: Path) -> bool:
     return not any(model.glob("*.py"))
 
 
+def _dense_type(model: Path) -> str:
+    """Return the model type of the dense model of an exported folder; "" if its config cannot be read."""
+    config = read_json(model / "config.json") or {}
+    return config.get("model_type", "").removeprefix(PRUNED)
+
+
 def _needs_image_class(model: Path) -> bool:
     """Return whether transformers loads an exported folder only with the class for images and text."""
-    config = read_json(model / "config.json") or {}
-    model_type = config.get("model_type", "").removeprefix(PRUNED)
+    model_type = _dense_type(model)
     has_images = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return has_images and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import gprune
 from gprune.errors import UserError
@@ -22,7 +22,7 @@ from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
 from tests.models.test_surgery import GREEDY, masks_without, random_masks
-from tests.tiny_families import make_tiny
+from tests.tiny_families import make_tiny, some_masks
 from tests.tiny_run import WORDS, tiny_tokenizer
 
 NEURONS, GROUPS = [1, 7, 47], [1, 2, 1]
@@ -321,6 +321,18 @@ def test_a_fresh_process_reloads_a_twice_saved_model_with_fewer_layers_and_all_b
     model = prune(model, masks_without(model, 0))  # also one layer fewer
     load(hf.save_pruned(model, None, tmp_path / "model")).save_pretrained(tmp_path / "again")
     assert hf.check_reload(model, tmp_path / "again", token_batch) == 0.0
+
+
+def test_register_makes_exports_of_a_type_without_record_load_without_remote_code(tmp_path, token_batch, monkeypatch):
+    dense = make_tiny("gemma3_text")
+    model = prune(dense, some_masks(dense, attention=False))
+    hf.save_pruned(model, None, tmp_path / "model")
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "pruned_gemma3_text")  # as in a process that did not export
+    gprune.register()
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        load(tmp_path / "model", trust_remote_code=False)
+    gprune.register("gemma3_text")
+    assert torch.equal(load(tmp_path / "model")(token_batch).logits, model(token_batch).logits)
 
 
 @pytest.mark.parametrize("value", [1.5, float("nan")])

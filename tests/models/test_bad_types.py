@@ -71,7 +71,7 @@ def test_a_type_that_exists_only_in_custom_code_is_refused(folder, tmp_path, cap
 def test_a_record_for_a_type_that_transformers_does_not_know_is_refused(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(FAMILIES, "own_type", replace(FAMILIES["llama"], model_type="own_type"))
     line = error_line(folder, tmp_path, capsys)
-    assert "Cannot use the Family record of model type 'own_type': transformers has no class of this type" in line
+    assert "Cannot register exports of model type 'own_type': transformers has no class of this type" in line
 
 
 def test_a_type_whose_tiny_copy_does_not_run_is_refused():

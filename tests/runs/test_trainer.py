@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.accelerators import MPSAccelerator
 from rich.console import Console
 
 from gprune.config import RunConfig
+from gprune.config.running import TrainerConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
@@ -51,6 +53,19 @@ def test_rank_variables_are_refused_unless_other_processes_are_expected(variable
     with pytest.raises(UserError, match=f"; got {message}.*Unset the variable") as error:
         check_trainer(**settings)
     assert error.value.rank_local  # this process reports the error itself, although its rank is not 0
+
+
+@pytest.mark.parametrize(("accelerator", "device"), [("auto", "cpu"), ("gpu", None)])
+def test_on_a_mac_auto_is_the_cpu_and_its_gpu_is_refused(accelerator, device, monkeypatch):
+    """The Mac is simulated: without `auto` replaced by cpu, Lightning would choose its GPU."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    settings = TrainerConfig(accelerator=accelerator).lightning_arguments
+    if device is None:
+        with pytest.raises(UserError, match="must be cpu on this machine; got gpu"):
+            check_trainer(**settings)
+    else:
+        assert check_trainer(**settings).type == device
 
 
 @pytest.mark.slow
