@@ -15,7 +15,7 @@ from gprune.models.families import Family
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
-FORMAT = 7  # increase it when results of discovery change
+FORMAT = 8  # increase it when results of discovery change
 MAPPINGS = {"layout", "extras", "attributes", "expert_rows", "classes"}  # fields with a dictionary
 PAIR_MAPPINGS = {"extras", "expert_rows"}  # those whose values are pairs (dimension, word); other values are strings
 

@@ -116,8 +116,9 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
     """
 
     def scale(gate: Tensor) -> Tensor:
-        """Return c, (). It is finite even if the gate keeps nothing."""
-        return (len(gate) / gate.sum().clamp_min(1)).sqrt()
+        """Return c, (), in float32 or a wider dtype of the gate. It is finite even if the gate keeps nothing."""
+        kept = gate.sum(dtype=torch.promote_types(gate.dtype, torch.float32))
+        return (len(gate) / kept.clamp_min(1)).sqrt()
 
     def pre_hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         gate = gate_for(inputs[0])

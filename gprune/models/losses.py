@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from gprune.models.lookup import decoder_of, family_of
+from gprune.models.offload import load_parameter
 
 CHUNK = 256  # tokens per matrix product
 ROWS = 32  # largest number of tokens per element-wise operation on a CPU
@@ -60,6 +61,22 @@ class LogitTransform:
             error.mul_(1 - (logits.float() / self.softcap).square())
         if self.scaling != 1:
             error.div_(self.scaling)
+
+
+def same_head(model: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """Return whether equal hidden states give equal logits in two models, so that hidden states can be compared.
+
+    Weight and bias of the head, and the scale and limit of logits, have to be equal.
+    """
+    head, other_head = model.get_output_embeddings(), other.get_output_embeddings()
+    for name in ("weight", "bias"):
+        tensor, other_tensor = load_parameter(head, name), load_parameter(other_head, name)
+        if tensor is None or other_tensor is None:
+            if tensor is not other_tensor:
+                return False
+        elif not torch.equal(tensor, other_tensor.to(tensor.device)):
+            return False
+    return LogitTransform.of(model) == LogitTransform.of(other)
 
 
 class _FrozenHeadLosses(torch.autograd.Function):

@@ -270,6 +270,11 @@ def _dicts_with(content: Any, key: str) -> Iterator[dict[str, Any]]:
             yield from _dicts_with(value, key)
 
 
+def is_size(name: str) -> bool:
+    """Return whether a field has a size or a number of units, which is another one in a tiny copy."""
+    return any(pattern.fullmatch(name) for pattern, _ in COMPILED_RULES)
+
+
 def _tiny_value(name: str, value: Any) -> Any:
     """Return the value of a field in a tiny configuration, by the rule for its name; unchanged without a rule."""
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:

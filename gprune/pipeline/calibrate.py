@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from gprune.pipeline.run import Run
 from gprune.registry import CALIBRATOR
 from gprune.runs.results import corpus_file
 from gprune.runs.trainer import check_trainer, launch_processes
+from gprune.storage.environment import model_versions
 
 log = logging.getLogger("gprune")
 
@@ -76,6 +78,14 @@ def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
     return missing_anywhere
 
 
+def _source_code(calibrator: type) -> str:
+    """Return the source code of a calibrator's class; "" if Python does not know it."""
+    try:
+        return inspect.getsource(calibrator)
+    except (OSError, TypeError):
+        return ""
+
+
 def statistics_cache(run: Run) -> StatisticsCache:
     """Return the cache of statistics for this run's model and text.
 
@@ -89,7 +99,10 @@ def statistics_cache(run: Run) -> StatisticsCache:
     if by_block:
         check_walk(run.model.config)
     calibrator = cfg.settings()["corpora"].get("calibrator")  # None for the built-in one
-    user_calibrator = {"calibrator": calibrator, "options": cfg.options.get(calibrator, {})} if calibrator else {}
+    user_calibrator = {}
+    if calibrator:
+        source = _source_code(CALIBRATOR[calibrator])
+        user_calibrator = {"calibrator": calibrator, "options": cfg.options.get(calibrator, {}), "source": source}
     # A sharded model computes on the trainer's device, wherever it was loaded.
     device = check_trainer(**cfg.trainer.lightning_arguments) if cfg.model.shard else device_of(run.model)
     return StatisticsCache(
@@ -100,7 +113,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
         bits={
             "model": run.fingerprint, "dtype": cfg.model.dtype, "device": device.type,
             "batch_size": cfg.corpora.batch_size, "world_size": cfg.processes,
-            "halves": "first and second", **cfg.matmul_settings, **user_calibrator,
+            "halves": "first and second", "versions": model_versions(), **cfg.matmul_settings, **user_calibrator,
         },
         scopes=("ffn", "attention") if cfg.attention else ("ffn",),
         walked_blocks=len(run.blocks) if by_block else None,

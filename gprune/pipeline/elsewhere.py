@@ -13,7 +13,7 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.models.elsewhere import FLAG, check_elsewhere, load_elsewhere
 from gprune.models.loading import fingerprint
-from gprune.models.losses import LogitTransform
+from gprune.models.losses import same_head
 from gprune.models.structure import check_structure, why_not_measurable
 from gprune.pipeline.inputs import prepare_text
 from gprune.pipeline.pricing import device_memory
@@ -93,11 +93,7 @@ def _check_head(cfg: RunConfig, model: PreTrainedModel, dense: PreTrainedModel) 
     """
     if not recovery_of(cfg.recovery).learns:
         return
-    head, dense_head = (m.get_output_embeddings().state_dict() for m in (model, dense))  # weight, and bias if any
-    same_head = head.keys() == dense_head.keys() and all(
-        torch.equal(tensor, dense_head[name].to(tensor.device)) for name, tensor in head.items()
-    )
-    if not same_head or LogitTransform.of(model) != LogitTransform.of(dense):
+    if not same_head(model, dense):
         reason = f"its output embedding differs from that of '{cfg.model.name}'"
         raise UserError(f"{FLAG}: Cannot distil '{cfg.model.made_elsewhere}': {reason}. Use --recovery none.")
 

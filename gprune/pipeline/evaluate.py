@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
@@ -19,8 +18,9 @@ from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, rank_and_world_size
 from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
+from gprune.models.losses import same_head
 from gprune.models.masks import Masks
-from gprune.models.offload import device_of, load_parameter
+from gprune.models.offload import device_of
 from gprune.pipeline.cost import evaluated_tokens, fits_cache
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
@@ -30,6 +30,7 @@ from gprune.runs import schema
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import DENSE, Stage, row_name
 from gprune.storage.cache import cache_dir
+from gprune.storage.environment import model_versions
 from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
@@ -107,7 +108,7 @@ def measurement_of(
     if row[0] == "model":  # `measure_any_model` counts the tokens
         return measure_any_model, run.made_elsewhere_text
     run.meter.watch(model)
-    if same_head(model, run.model):
+    if same_head(model, run.model):  # a recovery of the user may have changed the head
         return measure_with_distance, run.text.test
     return measure_perplexity, run.text.test
 
@@ -137,12 +138,6 @@ def shard_if_requested(run: Run, model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def same_head(model: PreTrainedModel, other: PreTrainedModel) -> bool:
-    """Return whether two models have equal output embeddings. A recovery of the user may have changed them."""
-    head, other_head = (load_parameter(m.get_output_embeddings(), "weight") for m in (model, other))
-    return torch.equal(head, other_head.to(head.device))
-
-
 def dense_perplexity(
     run: Run, model: PreTrainedModel, windows: Windows, name: str, *,
     measure: Callable[..., PerplexityResult] | None = None,
@@ -159,6 +154,7 @@ def dense_perplexity(
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul_settings,
+        versions=model_versions(),
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
     if (cached := broadcast(read_json(path, check=schema.Measured.problem, sealed=True))) is not None:

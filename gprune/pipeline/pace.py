@@ -261,6 +261,7 @@ def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) 
     """
     with torch.enable_grad():
         student = Student(copy.deepcopy(model), **select_options(Student, dict(settings)))
+    casts = CastWeights(student.model)  # of weights that are not trained
     with torch.no_grad():
         teacher = final_hidden(student.model, ids)
     fused = ids.device.type in ("cpu", "cuda")
@@ -268,7 +269,7 @@ def _student_step(model: PreTrainedModel, ids: Tensor, settings: DistillConfig) 
 
     def step(head: bool) -> None:
         """Compute loss and gradients, and update the student."""
-        with torch.enable_grad():
+        with torch.enable_grad(), casts.applied():
             if head:
                 losses = next_token_losses(student.model, ids, teacher=teacher)
             else:

@@ -27,6 +27,7 @@ from gprune.pipeline import elsewhere
 from gprune.pipeline.run import Run
 from gprune.recoveries import Material, recovery_of
 from gprune.recoveries.contract import Revise, apply_tune
+from gprune.runs.folder import broadcast
 from gprune.runs.numbers import Stage
 from gprune.stages.callbacks import BestWeights
 from gprune.storage.files import content_hash
@@ -184,7 +185,7 @@ def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Calla
         strategy = t.strategy
         if run.cfg.model.shard and is_overridden("configure_model", stage):  # the stage shards the trained model
             strategy = ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
-        learned = run.folder.read(name)
+        learned = broadcast(run.folder.read(name))
         if learned is None:  # the cost of training is recorded in the enclosing step
             best = BestWeights() if hasattr(stage, "student") else None
             run.fit(

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from gprune.runs.folder import RunFolder
+from gprune.evaluation.perplexity import rank_and_world_size
+from gprune.runs.folder import RunFolder, broadcast
 from gprune.storage.files import UNUSABLE, key_of, replacing
 
 log = logging.getLogger("gprune")
@@ -54,15 +56,27 @@ class Checkpoints(Checkpoint):
         self._step_completed = False  # whether the last batch completed an optimizer step
 
     def usable(self) -> Path | None:
-        """Return the checkpoint to resume from. Return None if it is missing or, with a warning, invalid."""
+        """Return the checkpoint from which all ranks resume. Return None if it is missing or, with a warning, invalid.
+
+        Rank 0 decides, because other ranks may not yet see the file on a network file system.
+        """
+        return broadcast(self._usable() if rank_and_world_size()[0] == 0 else None)
+
+    def _usable(self) -> Path | None:
         if not self.path.is_file():
             return None
         file_hash = self._hash(self.path)
-        if file_hash in self.folder.manifest.get("checkpoints", {}).get(self.name, []):
-            self._hashes = [file_hash]
-            return self.path
-        log.warning(UNUSABLE, self.path, "the file is not the checkpoint that this stage saved")
-        return None
+        if file_hash not in self.folder.manifest.get("checkpoints", {}).get(self.name, []):
+            log.warning(UNUSABLE, self.path, "the file is not the checkpoint that this stage saved")
+            return None
+        try:
+            torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except UnpicklingError:  # objects other than tensors, numbers, text, lists and dictionaries
+            reason = "the state of a callback or the stage has objects that torch.load refuses with weights_only=True"
+            log.warning(UNUSABLE, self.path, reason)
+            return None
+        self._hashes = [file_hash]
+        return self.path
 
     def _hash(self, file: Path) -> str:
         """Return the SHA-256 of the stage's key and the file."""

@@ -20,7 +20,7 @@ from gprune.errors import UserError
 from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.runs import schema
 from gprune.storage.cache import disk_errors
-from gprune.storage.environment import environment, peak_memory
+from gprune.storage.environment import environment, peak_memory, reset_peak_memory
 from gprune.storage.files import inspect_json, locked, read_json, read_tensors, replacing, write_json, write_tensors
 from gprune.storage.reading import unsafe_entries
 
@@ -183,6 +183,8 @@ class RunFolder:
             seconds = round(earlier_seconds + time.monotonic() - started, 2)
             self.update_manifest(steps={name: {"seconds": seconds} | tokens | peak_memory()})
 
+        if not self._running:  # peaks of an outer step include those of its inner steps
+            reset_peak_memory()
         self._running.append((name, record))
         try:
             with self.part("rest"):

@@ -5,6 +5,7 @@ A run folder may come from anywhere. Readers get plain data that is valid by the
 
 from __future__ import annotations
 
+import base64
 import math
 from typing import Annotated, Any, Literal, Self
 
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from gprune.checks import Positive, validation_message
 from gprune.config import check_settings, migrate_settings
+from gprune.config.parse import GROUPS
 from gprune.errors import UserError
 
 Text = Annotated[str, Field(max_length=4096)]
@@ -339,16 +341,43 @@ class Packed(Schema):
     sizes: list[Annotated[int, Field(ge=0, le=10**9)]]
     bits: str
 
+    @model_validator(mode="after")
+    def check_bits(self) -> Self:
+        """Raise UserError unless `bits` is base64 of one bit per unit, in whole bytes."""
+        expected = math.ceil(sum(self.sizes) / 8)
+        try:
+            length = len(base64.b64decode(self.bits, validate=True))
+        except ValueError as error:
+            raise UserError(f"The bits of masks must be base64; got {self.bits!r:.40} ({error}).") from error
+        if length != expected:
+            raise UserError(f"The bits of masks must be {expected} bytes, for {sum(self.sizes)} units; got {length}.")
+        return self
+
+
+class PackedMasks(Schema):
+    """Masks of both kinds of units in a record of a study."""
+
+    ffn: Packed
+    attention: Packed
+
+
+def _check_groups(settings: dict[str, Any]) -> dict[str, Any]:
+    """Raise UserError if a group of settings is no dictionary."""
+    for group in GROUPS:
+        if not isinstance(value := settings.get(group, {}), dict):
+            raise UserError(f"The settings of the group {group} must be a dictionary; got {value!r:.40}.")
+    return settings
+
 
 class Study(Schema):
     """Record of a row of a study list."""
 
     name: Text
-    settings: dict[Text, Any]
+    settings: Annotated[dict[Text, Any], AfterValidator(_check_groups)]
     inputs: Inputs
     steps: dict[Text, dict[Text, Number]]
     summary: Summary
     records: Records
-    masks: dict[Literal["ffn", "attention"], Packed] | None
+    masks: PackedMasks | None
     evaluation: Evaluated = []
     learning: dict[Text, Any] | None = None

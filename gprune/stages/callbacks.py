@@ -70,8 +70,8 @@ class ApplyMasks(L.Callback):
         self.masks = masks
         self._applied = ExitStack()
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Apply the current masks."""
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Apply the current masks, of averaged thresholds if a callback such as `WeightAveraging` has set them."""
         if not hasattr(pl_module, "measured_model"):  # a stage that measures no language model
             return
         masks = self.masks()
@@ -141,6 +141,7 @@ class BestWeights(PerplexityCurve):
     def __init__(self) -> None:
         super().__init__()
         self.best: dict[str, Tensor] = {}  # state dict of the stage at the lowest mean: unsharded tensors on the CPU
+        self._measured: dict[str, Tensor] = {}  # state dict of the current validation
 
     def state_dict(self) -> dict[str, Any]:
         return {"by_step": self.by_step, "best": self.best}
@@ -154,14 +155,20 @@ class BestWeights(PerplexityCurve):
         means = {step: geometric_mean(values.values()) for step, values in self.by_step.items()}
         return {step: mean if math.isfinite(mean) else math.inf for step, mean in means.items()}
 
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Copy the weights that are measured. Callbacks such as `WeightAveraging` replace them during a validation."""
+        state = pl_module.state_dict()
+        self._measured = {name: gathered(value).detach().cpu().clone() for name, value in state.items()}
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Store the weights if perplexity is lower than at all earlier validations."""
         super().on_validation_end(trainer, pl_module)
+        measured, self._measured = self._measured, {}
         if not self.by_step:
             return
         *earlier, current = self.means.values()
         if not earlier or current < min(earlier):
-            self.best = {name: gathered(value).detach().cpu().clone() for name, value in pl_module.state_dict().items()}
+            self.best = measured
 
     @torch.no_grad()
     def load_best(self, stage: L.LightningModule, *, keep: str) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.config.running import RELATIVE_RATE
-from gprune.models.losses import LogitTransform, final_hidden, frozen_head_losses
+from gprune.errors import UserError
+from gprune.models.losses import LogitTransform, final_hidden, frozen_head_losses, same_head
 from gprune.models.offload import gathered
 from gprune.stages.base import FrozenLMStage, require_finite_loss
 from gprune.stages.student import Student
@@ -104,6 +105,9 @@ class DistillationStage(FrozenLMStage):
             extends; None: no cache.
         count: adds a number to the token count of the run. It is given if another row has counted the teacher's tokens
             already; this stage then subtracts the tokens whose states it computes again.
+
+    Raises:
+        UserError: with `kl`, if the heads of both models differ.
     """
 
     purpose = "distillation"
@@ -116,6 +120,11 @@ class DistillationStage(FrozenLMStage):
         checkpointing: bool = False, shard: bool = False, teacher_states: dict[bytes, Tensor] | None = None,
         count: Callable[[int], None] | None = None,
     ):  # fmt: skip
+        if kl and not same_head(student, dense):
+            raise UserError(
+                "--distill.kl must be 0, because the pruned model's output embedding differs from that of the dense "
+                f"model; got {kl:g}. Or put distill before the recovery that changes the output embedding."
+            )
         super().__init__(dense, shard=shard)
         self.save_hyperparameters(ignore=["dense", "student", "shard", "teacher_states", "count"], logger=False)
         self._teacher_states = teacher_states
@@ -279,7 +288,10 @@ class DistillationStage(FrozenLMStage):
         key = ids.cpu().numpy().tobytes()
         if self.autocast.in_float32:  # states in bfloat16 may also be in the cache
             key += b"float32"
-        if key not in self._teacher_states:
+        is_cached = key in self._teacher_states
+        if self._is_sharded:  # layers are gathered by all ranks together, so all of them compute, or none
+            is_cached = self.trainer.strategy.reduce_boolean_decision(is_cached)
+        if not is_cached:
             self._teacher_states[key] = final_hidden(self.lm, ids).cpu()
             if self._count is not None:
                 self._count(-ids.numel())

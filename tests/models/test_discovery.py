@@ -237,6 +237,19 @@ def test_iter_logits_equals_the_models_logits(model_type, ids):
 
 
 @pytest.mark.parametrize(
+    ("model_type", "settings", "field", "key"),
+    [
+        ("granitemoehybrid", {"logits_scaling": 6.0, "num_attention_heads": 12}, "logits_scaling", "logits_scaling"),
+        ("falcon_h1", {"lm_head_multiplier": 3.0}, "logits_multiplier", "lm_head_multiplier"),
+    ],
+)
+def test_a_factor_of_logits_is_not_confused_with_a_size_of_the_tiny_copy(model_type, settings, field, key):
+    """The tiny copies have 6 heads and 3 KV heads. Granite 4.0 has the factor 6 and other numbers of heads."""
+    record = discover_from_tiny(shrunk(CONFIG_MAPPING[model_type](**settings)))
+    assert getattr(record, field) == key
+
+
+@pytest.mark.parametrize(
     ("model_type", "reason"),
     [("roberta", "its logits are not the product of hidden states and head"), ("blt", "its config has no hidden_size")],
 )

@@ -12,9 +12,11 @@ from gprune.models.losses import (
     frozen_head_losses,
     next_token_losses,
     rows_at_once,
+    same_head,
 )
 from gprune.sparsity.gates import gated
 from tests.conftest import make_tiny_llama
+from tests.tiny_families import make_tiny
 
 
 def random_gates(dtype=torch.float32, seed: int = 3) -> list[torch.Tensor]:
@@ -41,6 +43,24 @@ def test_loss_and_gradient_of_a_head_with_bias_equal_cross_entropy():
     (nll * weights).sum().backward()
     assert loss.item() == pytest.approx((nll * weights).sum().item(), rel=1e-5)
     torch.testing.assert_close(gradient, hidden.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_two_heads_are_the_same_if_weight_bias_and_scale_are_equal():
+    def llama(*, weight=0.0, bias=None):
+        model = make_tiny_llama(tie_word_embeddings=False)
+        model.lm_head.weight.data += weight
+        if bias is not None:
+            model.lm_head.bias = torch.nn.Parameter(torch.full((128,), bias))
+        return model
+
+    plain, biased = llama(), llama(bias=0.5)
+    assert same_head(plain, llama())
+    assert same_head(biased, llama(bias=0.5))
+    for model, other in ((plain, llama(weight=0.01)), (plain, biased), (biased, plain), (biased, llama(bias=0.6))):
+        assert not same_head(model, other)
+    granite = make_tiny("granite", logits_scaling=3.0)
+    assert same_head(granite, make_tiny("granite", logits_scaling=3.0))
+    assert not same_head(granite, make_tiny("granite", logits_scaling=5.0))
 
 
 def test_loss_and_gradient_of_extreme_logits_are_finite():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -147,3 +148,16 @@ def test_a_run_whose_import_is_missing_is_refused_with_the_import_flag(recovered
     folder.update_manifest(environment=environment | {"imports": ["json"]})
     with pytest.raises(UserError, match="contains custom code"):
         gprune.load_run(folder.path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory can only be reset on Linux")
+def test_the_peak_memory_of_a_step_does_not_include_earlier_steps(recovered, tmp_path):
+    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "copy"), key=None)
+    (folder / "metrics.json").unlink()  # nothing is recorded for a finished run
+    with folder.step("large"), folder.step("inner"):
+        b"x" * (300 * 2**20)
+    with folder.step("small"):
+        pass
+    peaks = {name: folder.manifest["steps"][name]["peak_memory_mib"] for name in ("large", "inner", "small")}
+    assert peaks["large"] == pytest.approx(peaks["inner"], abs=2)
+    assert peaks["small"] < peaks["large"] - 250

@@ -9,6 +9,7 @@ import json
 import sys
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
@@ -148,6 +149,28 @@ def test_a_callback_that_raises_is_named_and_its_state_is_restored_on_resuming(w
     callback, resumed = run("failed")
     assert callback.steps == expected_callback.steps
     pairs = zip(uninterrupted.thresholds[0], resumed.thresholds[0], strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_a_checkpoint_whose_callback_state_cannot_be_loaded_is_ignored(world, tmp_path, caplog):
+    """torch.load refuses NumPy numbers. The stage is trained from the start."""
+
+    class StepsInNumPy(Steps):
+        def state_dict(self):
+            return {"steps": self.steps, "best": np.float64(1)}
+
+    def run(name, fail=None):
+        cfg = parse(flags(world, tmp_path, "--sparsity.epochs=3", "--run.checkpoint_minutes=0", name=name))
+        callback = StepsInNumPy(fail)
+        return callback, prune(cfg, callbacks=[callback])
+
+    expected_callback, uninterrupted = run("uninterrupted")
+    with pytest.raises(UserError, match="KeyError: 'lost'"):
+        run("failed", fail=4)
+    callback, restarted = run("failed")
+    assert "the state of a callback or the stage has objects that torch.load refuses" in caplog.text
+    assert callback.steps == [step for step in expected_callback.steps if step[0] == "ThresholdLearning"]
+    pairs = zip(uninterrupted.thresholds[0], restarted.thresholds[0], strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
 
 

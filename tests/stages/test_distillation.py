@@ -12,9 +12,11 @@ import shutil
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from transformers import AutoModelForCausalLM
 
-from gprune.config import DistillConfig, RunConfig
+import gprune
+from gprune.config import DistillConfig, RunConfig, parse
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import WindowPerplexity
 from gprune.models.blocks import blocks_of
@@ -157,6 +159,15 @@ def test_invalid_distillation_settings_are_refused(tiny_model):
         Distill(DistillConfig(targets="lora")).refuse(blocks_of(tiny_model), shard=True)
     with pytest.raises(UserError, match=r"--distill\.kl or --distill\.cross_entropy must be more than 0"):
         DistillConfig(kl=0)
+
+
+def test_kl_to_a_student_with_another_output_embedding_is_refused(problem):
+    """A recovery of the user may have trained it. The teacher's hidden states would then be used with a wrong head."""
+    dense, student, _ = problem
+    student.get_output_embeddings().weight.data += 0.01
+    with pytest.raises(UserError, match=r"--distill\.kl must be 0, because .*output embedding differs .*; got 1\."):
+        DistillationStage(dense, student)
+    DistillationStage(dense, student, kl=0.0, cross_entropy=1.0)
 
 
 @pytest.mark.slow
@@ -456,6 +467,37 @@ def test_the_validation_curve_is_logged_and_selects_the_final_weights(
     assert all(float(row[f"{CURVES}/{n}"]) > 0 for row in steps for n in ("gradient_norm", "tokens_per_second"))
     assert all(torch.equal(t, students[kept_point][name]) for name, t in result.model.state_dict().items())
     assert not torch.equal(*(s["model.layers.0.mlp.up_proj.weight"] for s in (students[1], students[3])))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Lightning, which the command line keeps quiet
+def test_the_best_weights_are_the_averaged_ones_that_were_measured(world, tmp_path, quick, monkeypatch):
+    """Lightning's WeightAveraging puts averaged weights into the stage while it is validated. Perplexities are fake."""
+    measured, raw = [], []
+
+    def weights(stage):
+        return {name: t.clone() for name, t in stage.student.state_dict().items()}
+
+    validation_step, on_validation_end = DistillationStage.validation_step, DistillationStage.on_validation_end
+
+    def record_measured(stage, *batch):
+        if len(measured) == len(raw):  # the first batch of a validation
+            measured.append(weights(stage))
+        return validation_step(stage, *batch)
+
+    def record_raw(stage):
+        raw.append(weights(stage))
+        on_validation_end(stage)
+
+    monkeypatch.setattr(DistillationStage, "validation_step", record_measured)
+    monkeypatch.setattr(DistillationStage, "on_validation_end", record_raw)
+    perplexities = [5.0, 4.0, 3.0, 4.5]
+    monkeypatch.setattr(WindowPerplexity, "compute", lambda _: torch.tensor(perplexities[len(measured) - 1]))
+    flags = [*FLAGS, *ONE_ROW[:2], "--distill.keep=best", "--trainer.val_check_interval=3"]
+    result = gprune.prune(parse(world.args(tmp_path, *flags)), callbacks=[EMAWeightAveraging(decay=0.5)])
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert len(measured) == 4
+    assert not torch.equal(measured[2][name], raw[2][name])
+    assert all(torch.equal(t, measured[2][name]) for name, t in result.model.state_dict().items())
 
 
 # --- step sizes

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import linecache
 import re
+import sys
 
 import lightning as L
 import pytest
@@ -117,6 +120,38 @@ def test_a_run_uses_registered_stages_with_their_options_and_records_them(
     assert (row["scaled"], row["heal"], row["learn"]["learner"]) == ({"by": 1.5}, {"factor": 2}, "plain")
     settings = first.config.settings()
     assert (settings["sparsity"]["learner"], settings["options"]["heal"]) == ("plain", {"factor": 2})
+
+
+CALIBRATOR_FILE = """
+import gprune
+from gprune.stages.calibration import CalibrationStage
+
+steps = []
+
+@gprune.calibrator("mine")
+class Mine(CalibrationStage):
+    def test_step(self, *args):
+        steps.append({number})
+        super().test_step(*args)
+"""
+
+
+def test_an_edited_calibrator_collects_its_statistics_again(scratch_registries, world, cache, tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch)
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--corpora.calibrator=mine", "--recovery=none", "--gprune=false", "--export=none"]
+    collected = []
+    for name, number in (("first", 1), ("same", 1), ("edited", 2)):
+        (tmp_path / "my_calibrator.py").write_text(CALIBRATOR_FILE.format(number=number))
+        linecache.checkcache()
+        sys.modules.pop("my_calibrator", None)
+        sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+        with registries.restored(CALIBRATOR), tiny_run.isolated(cache):
+            module = importlib.import_module("my_calibrator")
+            world.run(tmp_path, *flags, name=name)
+        sys.dont_write_bytecode = before
+        collected.append(bool(module.steps))
+    assert collected == [True, False, True]
 
 
 def test_default_settings_have_no_keys_of_registered_stages():

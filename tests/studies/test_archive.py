@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +49,31 @@ def test_record_names_contain_row_and_seed_and_differ_only_by_settings(bench, fi
         name = archive.find_record(row)[0].name
         assert len(name.encode()) < 255
         assert "-seed0-" in name
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "reason"),
+    [
+        (("settings", "model"), "x", "The settings of the group model must be a dictionary; got 'x'"),
+        (("settings", "trainer"), None, "The settings of the group trainer must be a dictionary; got None"),
+        (("masks", "ffn", "bits"), "!!", "The bits of masks must be base64; got '!!'"),
+        (("masks", "ffn", "bits"), "AAAA", "The bits of masks must be 60 bytes, for 480 units; got 3"),
+        (("masks", "attention"), ..., "attention"),
+    ],
+)
+def test_an_altered_record_is_ignored_with_its_reason(part, value, reason, bench, first, tmp_path, caplog):
+    """`...` removes the entry."""
+    path, _ = archive.find_record(bench.rows(first[0])[1])
+    content = json.loads(path.read_text())
+    content.pop("checksum", None)
+    *groups, name = part
+    group = functools.reduce(dict.__getitem__, groups, content)
+    group.pop(name)
+    if value is not ...:
+        group[name] = value
+    (tmp_path / "record.json").write_text(json.dumps(content))
+    assert archive.read_record(tmp_path / "record.json") is None
+    assert reason in caplog.text
 
 
 def test_a_file_that_is_not_the_record_of_the_row_is_never_overwritten(bench, tmp_path):

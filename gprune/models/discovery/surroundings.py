@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gprune.models.discovery.probe import Probe, changed, is_linear, is_norm, owner_of
 from gprune.models.outputs import hidden_in
+from gprune.models.tiny import is_size
 
 # Attributes with these names are not updated by pruning, whatever their value is.
 FIXED_PREFIXES = ("_", "num_key_value_groups", "layer_idx")
@@ -165,7 +166,8 @@ def logit_transform(probe: Probe) -> dict[str, Any]:
 
     Each config value whose name suggests a factor or limit is tried: division, multiplication, then c tanh(x / c). Then
     division by the ratio of the hidden size and any config value is tried, and last every module outside of the decoder
-    through which hidden states may pass before the head.
+    through which hidden states may pass before the head. Sizes are not tried, because in the tiny copy they may equal a
+    factor by chance.
 
     Returns:
         {field: config key} with one of `logits_scaling`, `logits_multiplier`, `softcap`; {"before_head": path}; {} if
@@ -181,7 +183,10 @@ def logit_transform(probe: Probe) -> dict[str, Any]:
     if product is None or product.shape != logits.shape:
         return {"plain_head": False}
     settings = probe.config.to_dict()
-    numbers = {name: float(value) for name, value in settings.items() if type(value) in (int, float) and value > 0}
+    numbers = {
+        name: float(value) for name, value in settings.items()
+        if type(value) in (int, float) and value > 0 and not is_size(name)
+    }  # fmt: skip
     if _is_close(logits, product):
         # A scale of 1 has no effect here, but other models of this type may have another value.
         scales = [name for name in ("logits_scaling", "logit_scale", "logits_scale") if numbers.get(name) == 1]
@@ -196,8 +201,8 @@ def logit_transform(probe: Probe) -> dict[str, Any]:
         limit = numbers[key]
         if _is_close(logits, (product / limit).tanh() * limit):
             return {"softcap": key}
-    for key in numbers:
-        if _is_close(logits, product / (numbers["hidden_size"] / numbers[key])):
+    for key in numbers if "hidden_size" in settings else ():
+        if _is_close(logits, product / (settings["hidden_size"] / numbers[key])):
             return {"logits_scaling": f"hidden_size/{key}"}
     for path in _modules_outside_decoder(probe):
         with suppress(Exception), torch.no_grad():  # a module may need other arguments
