@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTra
 
 from gprune.console import quieted
 from gprune.errors import UserError, quoting
+from gprune.models.families import PRUNED
 from gprune.models.folders import check_parameter_count
 from gprune.models.loading import check_complete, load_model, locate_model, read_config, skeleton
 from gprune.models.lookup import auto_class
@@ -75,7 +76,8 @@ def check_remote_code(name: str, location: str, *, trusted: bool) -> None:
         content = PreTrainedConfig.get_config_dict(location)[0]
     except Exception:  # of any class; reading the configuration later reports the error
         return
-    needs_code = content.get("auto_map") and content.get("model_type") not in CONFIG_MAPPING
+    dense_type = str(content.get("model_type")).removeprefix(PRUNED)  # gprune has the code of its own exports
+    needs_code = content.get("auto_map") and dense_type not in CONFIG_MAPPING
     if needs_code and not trusted:
         flag = "--model.trust_remote_code=true"
         remedy = "Read that code, then add the flag (after -- if you run a list)"

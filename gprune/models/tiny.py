@@ -252,6 +252,16 @@ def _restore_relations(content: dict[str, Any], original: Mapping[str, Any]) -> 
         content["n_recurrent_layers"] = content["num_hidden_layers"] - 2
     if "num_layers_per_stack" in content:  # hrm_text: the number of layers that one token passes through
         content["num_hidden_layers"] = content["num_layers_per_stack"] * content["H_cycles"] * (content["L_cycles"] + 1)
+    key_size, value_size = original.get("qk_nope_head_dim"), original.get("v_head_dim")
+    if type(key_size) is type(value_size) is int and key_size != value_size:  # keys and values of another size
+        content["qk_nope_head_dim"] = 2 * HEAD_DIM
+    # mistral4: a share of the head dimension is rotated.
+    rotary_share = (original.get("rope_parameters") or {}).get("partial_rotary_factor")
+    rotary_size = original.get("qk_rope_head_dim")
+    if rotary_share and rotary_size and rotary_size == rotary_share * (original.get("head_dim") or 0):
+        content["qk_rope_head_dim"] = int(rotary_share * content["head_dim"])
+    if {"qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"} <= content.keys():
+        content["qk_head_dim"] = content["qk_nope_head_dim"] + content["qk_rope_head_dim"]
     heads = next((original[name] for name in HEAD_NAMES if type(original.get(name)) is int), 0)
     kv_heads = next((original[name] for name in KV_HEAD_NAMES if type(original.get(name)) is int), 0)
     for name in KV_HEAD_NAMES:

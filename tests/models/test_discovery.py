@@ -25,9 +25,10 @@ from gprune.models.discovery import record as discovery
 from gprune.models.discovery.agreement import random_masks
 from gprune.models.discovery.record import discover_from_tiny, discover_record
 from gprune.models.families import FAMILIES, Family
+from gprune.models.loading import skeleton
 from gprune.models.lookup import family_of, remember
 from gprune.models.losses import iter_logits
-from gprune.models.structure import check_by_copy, why_not_measurable
+from gprune.models.structure import check_by_copy, check_structure, why_not_measurable
 from gprune.models.surgery import prune
 from gprune.models.tiny import ROUTED, shrunk, tiny_model
 from gprune.sparsity.budget import unit_costs
@@ -234,6 +235,17 @@ def test_iter_logits_equals_the_models_logits(model_type, ids):
     assert why_not_measurable(model) is None
     chunks = torch.cat([chunk for chunk, _, _ in iter_logits(model, ids)])
     torch.testing.assert_close(chunks, logits(model, ids)[:, :-1], atol=1e-4, rtol=1e-4)
+
+
+def test_ffns_next_to_latent_attention_with_unequal_key_and_value_sizes_are_found():
+    """Its fused projection of keys and values cannot be split into halves, so attention is not pruned."""
+    model = skeleton(CONFIG_MAPPING["glm4_moe_lite"](num_hidden_layers=2))  # 192 and 256 per head
+    check_structure(model)
+    assert all(block.neurons and not block.kv_groups for block in blocks_of(model))
+
+
+def test_a_type_whose_rotary_size_is_a_share_of_the_head_dimension_has_a_tiny_copy():
+    assert discover_from_tiny(shrunk(CONFIG_MAPPING["mistral4"]())).kinds[0]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    CONFIG_MAPPING,
     GPT2Config,
     GPT2LMHeadModel,
     MambaConfig,
@@ -26,9 +27,13 @@ import gprune
 from gprune.__main__ import run as command
 from gprune.benchmarks.subjects import find_subjects
 from gprune.config import parse
+from gprune.export.hf import save_pruned
+from gprune.models.elsewhere import check_elsewhere, load_elsewhere
+from gprune.models.surgery import prune
 from gprune.studies.archive import finished_record, record_to_run
 from tests import tiny_run, wandb_files
 from tests.studies.workbench import cells
+from tests.tiny_families import make_tiny, some_masks
 
 PLAIN = {"plain": {"gprune": False, "importance": "magnitude"}}
 
@@ -353,6 +358,17 @@ def test_sharded_and_pickled_weights_are_loaded(bench, folders, weight_format, c
     bench(capsys, path)
     _, ((_, record),) = bench.done(path)
     assert max(r["kl"] for r in record["records"] if r["stage"] == "model") < 1e-9
+
+
+def test_an_export_of_a_type_without_record_is_no_foreign_code(tmp_path, monkeypatch):
+    dense = make_tiny("gemma3_text")
+    pruned = prune(dense, some_masks(dense, attention=False))
+    folder = str(save_pruned(pruned, tiny_run.tiny_tokenizer(), tmp_path / "model"))
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "pruned_gemma3_text")  # as in a process that did not export
+    check_elsewhere(folder, trust_remote_code=False)
+    loaded, _ = load_elsewhere(folder, trust_remote_code=False)
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(loaded(ids).logits, pruned(ids).logits)
 
 
 def test_train_py_evaluates_a_model_made_elsewhere_without_a_list(bench, exported, folders, capsys):
