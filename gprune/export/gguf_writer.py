@@ -35,7 +35,7 @@ GGUF_PARTS = {
 
 def architecture(model: PreTrainedModel) -> str:
     """Return `llama` if all blocks have the same shape, else `deci`."""
-    shapes = {(b.neurons, b.query.out_features, b.key.out_features) for b in blocks_of(model)}
+    shapes = {(block.neurons, block.heads, block.kv_groups) for block in blocks_of(model)}
     return "llama" if len(shapes) == 1 else "deci"
 
 

@@ -220,6 +220,7 @@ DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "f
         ("gemma2", {}, "has norms at other places"),
         ("gpt2", {}, "has no gate"),
         ("mixtral", {}, "has experts"),
+        ("bloom", {}, "has no gate"),  # without prunable attention
         ("granite", {}, "has no record in gprune"),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "has layers without rotary"),
     ],
