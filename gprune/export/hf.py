@@ -286,7 +286,7 @@ def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
         The pruned model.
 
     Raises:
-        UserError: if an argument has a wrong type.
+        UserError: if an argument or a mask has a wrong type.
         ValueError: if a mask has a wrong length or dtype, or a block keeps units of one scope only.
     """
     require(model, PreTrainedModel, "The model of apply_masks must be a model of transformers")

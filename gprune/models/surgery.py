@@ -247,6 +247,9 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
     }
     for scope, expected in sizes.items():
         of_scope = getattr(masks, scope)
+        other_types = [type(mask).__name__ for mask in of_scope if not isinstance(mask, Tensor)]
+        if other_types:
+            raise UserError(f"Masks.{scope} must be tensors; got {other_types[0]}. Use torch.tensor(mask).")
         shapes_fit = [mask.shape for mask in of_scope] == [(size,) for size in expected]
         if not shapes_fit or any(mask.dtype != torch.bool for mask in of_scope):
             descriptions = ", ".join(f"{mask.dtype} {tuple(mask.shape)}" for mask in of_scope)

@@ -113,6 +113,8 @@ def units(*keep: bool) -> torch.Tensor:
     ("kind", "index", "mask", "message"),
     [
         ("ffn", 1, units(*[True] * 47), r"Masks.ffn must be torch.bool of lengths \[48, 48, 48\]; got .*47"),
+        ("ffn", 0, [True] * 48, r"^Masks\.ffn must be tensors; got list\. Use torch\.tensor\(mask\)\.$"),
+        ("attention", 2, units(True, False).numpy(), r"^Masks\.attention must be tensors; got ndarray\."),
         ("ffn", 0, torch.ones(48), r"Masks.ffn must be torch.bool .*; got torch.float32 \(48,\)"),
         ("ffn", 2, units(*[False] * 48), r"Masks of block 2 must keep units of both scopes"),
         ("attention", 2, units(False, False), r"Masks of block 2 must keep units of both scopes"),
