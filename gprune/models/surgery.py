@@ -52,20 +52,22 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
             compute something else under its new number.
     """
     check_masks(model, masks)
+    block_is_kept = masks.blocks
+    # Blocks of a layer are kept together.
+    layer_is_kept = [block_is_kept[blocks[0].index] for blocks in by_layer(blocks_of(model))]
+    # Before anything is sliced, because it may refuse, and the model may be changed in place.
+    renumbered = None if all(layer_is_kept) else _renumbered(model, layer_is_kept)
     was_aligned = experts_aligned(model)
     if not inplace:
         # The copy shares weights that will be replaced by smaller ones.
         shared = [block.parameter(slice_) for block in blocks_of(model) for slice_ in block.slices]
         model = copy_without_hooks(model, {id(parameter): parameter for parameter in shared})
     text_config = model.config.get_text_config(decoder=True)
-    layers = by_layer(blocks_of(model))
-    block_is_kept = masks.blocks
-    layer_is_kept = [block_is_kept[blocks[0].index] for blocks in layers]  # blocks of a layer are kept together
-    for blocks, is_kept in zip(layers, layer_is_kept, strict=True):
+    for blocks, is_kept in zip(by_layer(blocks_of(model)), layer_is_kept, strict=True):
         if is_kept:
             _slice_layer(blocks, text_config, masks)
-    if not all(block_is_kept):
-        _drop_layers(model, layer_is_kept)
+    if renumbered is not None:
+        _drop_layers(model, layer_is_kept, renumbered)
     if not experts_aligned(model):
         model.config._experts_implementation = "eager"  # grouped kernels do not support these widths
     elif not was_aligned:  # reset the value of an earlier pruning
@@ -143,24 +145,38 @@ def _write_layer(
     attach_weights(pruned_layer, OffloadedWeightsLoader(index=files))
 
 
-def _drop_layers(model: PreTrainedModel, layer_is_kept: list[bool]) -> None:
-    """Remove layers from the decoder, and their entries from the config.
+def _renumbered(model: PreTrainedModel, layer_is_kept: list[bool]) -> PreTrainedModel:
+    """Return a model without weights that has the kept layers only, under their new numbers. `model` is unchanged.
 
     Raises:
         UserError: if a kept layer would compute something else under its new number.
     """
+    kept = [index for index, is_kept in enumerate(layer_is_kept) if is_kept]
+    config = copy.deepcopy(model.config)
+    _drop_layers_from_config(config, kept, len(layer_is_kept))
     model_before = skeleton(copy.deepcopy(model.config), type(model))
+    model_after = skeleton(config, type(model))
+    for model_without_weights in (model_before, model_after):  # avoids another discovery for another number of layers
+        remember(model_without_weights, family_of(model))
+    _check_numbering(model_before, model_after, kept)
+    return model_after
+
+
+def _drop_layers(model: PreTrainedModel, layer_is_kept: list[bool], renumbered: PreTrainedModel) -> None:
+    """Remove layers from the decoder, and their entries from the config.
+
+    Args:
+        model: the model to change.
+        layer_is_kept: for each layer.
+        renumbered: the result of `_renumbered`, which has the numbers of the kept layers.
+    """
     kept = [index for index, is_kept in enumerate(layer_is_kept) if is_kept]
     layers = decoder_layers(model)
     remaining = nn.ModuleList(layers[index] for index in kept)
     holder, name = find_parent(decoder_of(model), family_of(model).layers)
     setattr(holder, name, remaining)
     _drop_layers_from_config(model.config, kept, len(layer_is_kept))
-    model_after = skeleton(copy.deepcopy(model.config), type(model))
-    for model_without_weights in (model_before, model_after):  # avoids another discovery for another number of layers
-        remember(model_without_weights, family_of(model))
-    _check_numbering(model_before, model_after, kept)
-    for index, (layer, new_layer) in enumerate(zip(remaining, decoder_layers(model_after), strict=True)):
+    for index, (layer, new_layer) in enumerate(zip(remaining, decoder_layers(renumbered), strict=True)):
         new_modules = dict(new_layer.named_modules())
         for path, module in layer.named_modules():
             if hasattr(module, "layer_idx"):  # index of the layer in the KV cache

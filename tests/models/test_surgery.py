@@ -202,8 +202,10 @@ def test_remaining_layers_keep_their_experts_if_only_some_layers_have_experts(tm
 def test_removing_layers_is_refused_if_it_changes_a_layers_computation(token_batch):
     model = make_tiny("gpt2", num_hidden_layers=4, scale_attn_by_inverse_layer_idx=True)
     message = r"^Model type 'gpt2' .*: attn\.scaling of layer 2 is 0\.1\d+, but 0\.1\d+ as layer 1\."
-    with pytest.raises(UserError, match=message):
-        prune(model, masks_without(model, 1))
+    for inplace in (False, True):
+        with pytest.raises(UserError, match=message):
+            prune(model, masks_without(model, 1, narrow=True), inplace=inplace)
+        assert widths(model) == {"neurons": [48] * 4, "kv_groups": [4] * 4}  # nothing has been sliced
     masks = masks_without(model, 3)  # without the last layer, the other layers keep their indices
     with masked(model, masks):
         assert (prune(model, masks)(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
