@@ -33,6 +33,7 @@ from gprune.models.lookup import decoder_of, family_of, remember
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, find_parent, set_layer_sizes, update_linear_sizes
 from gprune.models.offload import attach_all_weights, attach_weights, load_parameter
+from gprune.models.tiny import lists_of_layer_numbers, per_layer_lists
 
 
 @torch.no_grad()
@@ -200,11 +201,11 @@ def _drop_layers_from_config(config: PreTrainedConfig, kept: list[int], depth: i
         content["mlp_only_layers"] = without_experts
         text_config.decoder_sparse_step = 1
     text_config.num_hidden_layers = len(kept)
-    for name, value in content.items():
-        if name.endswith("_only_layers") and value:  # a list of layer numbers
-            setattr(text_config, name, [new for new, old in enumerate(kept) if old in value])
-        elif "layer" in name and isinstance(value, list) and len(value) == depth:  # an entry for each layer
-            setattr(text_config, name, [value[index] for index in kept])
+    per_layer = per_layer_lists(content, depth)
+    for name, values in per_layer.items():
+        setattr(text_config, name, type(values)(values[index] for index in kept))
+    for name, numbers in lists_of_layer_numbers(content, per_layer).items():
+        setattr(text_config, name, [new for new, old in enumerate(kept) if old in numbers])
     if table:  # pruned before: renumber values of layers
         values_by_layer = {int(index): values for index, values in table.items()}
         text_config.per_layer_config = {
@@ -217,16 +218,18 @@ def _drop_layers_from_config(config: PreTrainedConfig, kept: list[int], depth: i
 
 
 def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list[int]) -> None:
-    """Raise UserError unless every kept layer is constructed identically under its new number.
+    """Raise UserError unless every kept layer is constructed identically under its new number, and so is the rest.
 
     Some models use layer numbers in computations; GPT-2 can divide attention by them. Such a model would compute
-    something else after saving and loading.
+    something else after saving and loading. Others have an embedding table for every layer in one weight, such as
+    Gemma 3n, which would not fit.
 
     Args:
         before: model without weights, with all layers.
         after: model without weights, with kept layers only.
         kept: previous numbers of kept layers.
     """
+    remedy = "Use --sparsity.scope without blocks, and another --sparsity.allocation than depth."
     for new, old in enumerate(kept):
         old_values = _shapes_and_attributes(decoder_layers(before)[old])
         new_values = _shapes_and_attributes(decoder_layers(after)[new])
@@ -236,8 +239,22 @@ def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list
             raise UserError(
                 f"Model type '{before.config.model_type}' cannot lose whole blocks, because it computes from layer "
                 f"numbers: {name} of layer {old} is {old_values.get(name)}, but {new_values.get(name)} as layer {new}. "
-                "Use --sparsity.scope without blocks, and another --sparsity.allocation than depth."
+                f"{remedy}"
             )
+    shapes_before, shapes_after = _shapes_outside_layers(before), _shapes_outside_layers(after)
+    for name, shape in shapes_before.items():
+        if shape != shapes_after.get(name):
+            raise UserError(
+                f"Model type '{before.config.model_type}' cannot lose whole blocks, because a weight outside of them "
+                f"depends on their number: {name} has shape {shape}, but {shapes_after.get(name)} without them. "
+                f"{remedy}"
+            )
+
+
+def _shapes_outside_layers(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Return shapes of the parameters that do not belong to a decoder layer, by name."""
+    in_layers = {id(parameter) for parameter in decoder_layers(model).parameters()}
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if id(p) not in in_layers}
 
 
 def _shapes_and_attributes(layer: nn.Module) -> dict[str, object]:

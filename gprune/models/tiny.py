@@ -139,8 +139,8 @@ def _layers_to_keep(content: Mapping[str, Any], depth: int) -> list[int]:
         content: a configuration.
         depth: its number of layers.
     """
-    per_layer = _per_layer_lists(content, depth)
-    layer_numbers = _lists_of_layer_numbers(content, per_layer).values()
+    per_layer = per_layer_lists(content, depth)
+    layer_numbers = lists_of_layer_numbers(content, per_layer).values()
     values_by_layer = {int(index): values for index, values in (content.get("per_layer_config") or {}).items()}
     kinds = []
     for index in range(depth):
@@ -156,19 +156,23 @@ def _layers_to_keep(content: Mapping[str, Any], depth: int) -> list[int]:
     return sorted([*first_kept, *others[:number_of_others]])
 
 
-def _per_layer_lists(content: Mapping[str, Any], depth: int) -> dict[str, list[Any]]:
-    """Return the fields of a configuration with one value for each of its `depth` layers, such as `layer_types`."""
+def per_layer_lists(content: Mapping[str, Any], depth: int) -> dict[str, list[Any]]:
+    """Return the fields of a configuration with one value for each of its `depth` layers, such as `layer_types`.
+
+    A list of all layer numbers, such as the `moe_layers` of a model whose layers all have experts, is not one of them.
+    """
     return {
         name: value
         for name, value in content.items()
         if isinstance(value, (list, tuple)) and len(value) == depth and PER_LAYER.fullmatch(name)
-    }
+        and not (LAYER_NUMBERS.fullmatch(name) and list(value) == list(range(depth)))
+    }  # fmt: skip
 
 
-def _lists_of_layer_numbers(content: Mapping[str, Any], per_layer: Mapping[str, Any]) -> dict[str, list[int]]:
+def lists_of_layer_numbers(content: Mapping[str, Any], per_layer: Mapping[str, Any]) -> dict[str, list[int]]:
     """Return the fields of a configuration with layer numbers, such as those of layers with attention.
 
-    `per_layer` is the result of `_per_layer_lists`, whose fields are excluded.
+    `per_layer` is the result of `per_layer_lists`, whose fields are excluded.
     """
     return {
         name: value
@@ -215,10 +219,10 @@ def _keep_few_layers(content: dict[str, Any], depth: int) -> list[int]:
     Values of layers in the lists and in `per_layer_config` become small.
     """
     kept = _layers_to_keep(content, depth)
-    per_layer = _per_layer_lists(content, depth)
+    per_layer = per_layer_lists(content, depth)
     for name, values in per_layer.items():
         content[name] = [_tiny_value(name, values[index]) for index in kept]
-    for name, numbers in _lists_of_layer_numbers(content, per_layer).items():
+    for name, numbers in lists_of_layer_numbers(content, per_layer).items():
         content[name] = [new for new, old in enumerate(kept) if old in numbers]
     for period in [name for name in content if name.endswith("_layer_period")]:
         offset = period.replace("_period", "_offset")

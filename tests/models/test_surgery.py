@@ -140,7 +140,7 @@ def masks_without(model: nn.Module, *removed: int, narrow: bool = False) -> Mask
     """Masks that remove these blocks. `narrow` also removes a third of the units of the other blocks."""
 
     def keep(count: int, kept: bool) -> torch.Tensor:
-        return torch.tensor([kept and not (narrow and i % 3 == 1) for i in range(count)])
+        return torch.tensor([kept and not (narrow and i % 3 == 1) for i in range(count)], dtype=torch.bool)
 
     sizes = [(b.index not in removed, b.experts * b.neurons, b.kv_groups) for b in blocks_of(model)]
     return Masks([keep(n, kept) for kept, n, _ in sizes], [keep(g, kept) for kept, _, g in sizes])
@@ -171,12 +171,14 @@ def test_remaining_layers_are_renumbered_and_keep_their_type_and_weights():
     model = make_tiny_llama(num_hidden_layers=4)
     model.config.layer_types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     model.config.no_rope_layers, model.config.mlp_only_layers = [1, 1, 1, 0], [0, 3]
+    model.config.activation_sparsity_pattern, model.config.moe_layers = [0.1, 0.2, 0.3, 0.4], [0, 1, 2, 3]
     model.config.eos_token_id = [1, 2, 3, 4]  # four values that do not belong to the four layers
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pruned = prune(model, masks_without(model, 0, 2))
     assert pruned.config.num_hidden_layers == 2
     assert pruned.config.layer_types == ["sliding_attention"] * 2
     assert (pruned.config.no_rope_layers, pruned.config.mlp_only_layers) == ([1, 0], [1])
+    assert (pruned.config.activation_sparsity_pattern, pruned.config.moe_layers) == ([0.2, 0.4], [0, 1])
     assert pruned.config.eos_token_id == [1, 2, 3, 4]
     assert layer_indices(pruned) == [0, 1]
     assert pruned.model.config is pruned.config
@@ -197,6 +199,28 @@ def test_remaining_layers_keep_their_experts_if_only_some_layers_have_experts(tm
         assert (pruned(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
     reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / "model"))
     assert torch.equal(reloaded(token_batch).logits, pruned(token_batch).logits)
+
+
+@pytest.mark.parametrize(("experts_in", "remaining"), [([0, 1, 2, 3], [0, 1, 2]), ([1, 3], [2])])
+def test_lists_of_layer_numbers_are_renumbered_even_if_they_name_all_layers(
+    experts_in, remaining, tmp_path, token_batch
+):
+    model = make_tiny("llama4_text", num_hidden_layers=4, moe_layers=experts_in)
+    masks = masks_without(model, *(block.index for block in blocks_of(model) if block.layer_index == 1))
+    pruned = prune(model, masks)
+    assert pruned.config.moe_layers == remaining
+    with masked(model, masks):
+        assert (pruned(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
+    reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / "model"))
+    assert torch.equal(reloaded(token_batch).logits, pruned(token_batch).logits)
+
+
+def test_removing_layers_is_refused_if_a_weight_outside_of_them_depends_on_their_number():
+    settings = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128}
+    model = make_tiny("gemma3n_text", activation_sparsity_pattern=[0.0, 0.5, 0.5], **settings)
+    message = r"cannot lose whole blocks, .*: model\.embed_tokens_per_layer\.weight has shape .*24.*, but .*16"
+    with pytest.raises(UserError, match=message):
+        prune(model, masks_without(model, 0))
 
 
 def test_removing_layers_is_refused_if_it_changes_a_layers_computation(token_batch):
