@@ -107,11 +107,11 @@ class StoredWeights:
 def attach_weights(model: nn.Module, weights: Mapping[str, Tensor] | StoredWeights) -> None:
     """Attach `weights`, by name, to the modules of a model or layer on the meta device.
 
-    The weights are attached in accelerate's form. `load_parameter` reads it, and so does `save_pretrained` if the model
-    has an `hf_device_map`. No hooks run, so the modules cannot compute.
+    Weights are parameters and saved buffers. They are attached in accelerate's form. `load_parameter` reads it, and so
+    does `save_pretrained` if the model has an `hf_device_map`. No hooks run, so the modules cannot compute.
     """
     for path, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
+        if any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values())):
             weights_of_module = PrefixedDataset(weights, f"{path}." if path else "")
             module._hf_hook = SimpleNamespace(weights_map=weights_of_module, execution_device="cpu", offload=True)
 

@@ -32,7 +32,7 @@ from gprune.models.loading import skeleton
 from gprune.models.lookup import decoder_of, family_of, remember
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, find_parent, set_layer_sizes, update_linear_sizes
-from gprune.models.offload import attach_all_weights, attach_weights, load_parameter
+from gprune.models.offload import StoredWeights, attach_all_weights, attach_weights, load_parameter
 from gprune.models.tiny import lists_of_layer_numbers, per_layer_lists
 
 
@@ -115,7 +115,7 @@ def _write_layer(
     dense_blocks: Sequence[Block], pruned_blocks: Sequence[Block], masks: Masks, path: Path,
     revise: Callable[[Block, Block], None] | None,
 ) -> None:  # fmt: skip
-    """Load and slice the weights of a layer, revise its blocks, write them, and free the weights.
+    """Load and slice the weights of a layer, revise its blocks, write them with saved buffers, and free the weights.
 
     Args:
         dense_blocks: blocks of the dense, offloaded layer.
@@ -140,6 +140,9 @@ def _write_layer(
         for dense_block, pruned_block in zip(dense_blocks, pruned_blocks, strict=True):
             revise(dense_block, pruned_block)
     weights = {name: parameter.detach() for name, parameter in pruned_layer.named_parameters()}
+    saved_names = dense_layer.state_dict().keys()
+    stored = StoredWeights(dense_layer)  # a buffer may be offloaded too
+    weights |= {name: stored[name].cpu().contiguous() for name, _ in dense_layer.named_buffers() if name in saved_names}
     save_file(weights, path)
     pruned_layer.to("meta")
     files = {name: {"safetensors_file": path} for name in weights}

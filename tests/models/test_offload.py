@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import dispatch_model
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from experiments import large
 from gprune.checks import memory_limits
@@ -22,6 +22,7 @@ from gprune.export import hf
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of, decoder_layers
+from gprune.models.discovery.agreement import random_masks
 from gprune.models.experts import watch_experts
 from gprune.models.loading import fingerprint, load_weights
 from gprune.models.offload import (
@@ -33,6 +34,7 @@ from gprune.models.offload import (
     resident,
 )
 from gprune.models.surgery import prune, prune_to_files
+from gprune.models.tiny import shrunk, tiny_model
 from gprune.pipeline.save import masked_logits
 from gprune.runs.results import load_run
 from gprune.storage.files import locked, read_json
@@ -156,6 +158,26 @@ def test_offloaded_models_can_lose_whole_blocks_and_gain_biases(family, placed, 
     reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(in_files, None, tmp_path / "model")).eval()
     assert len(blocks_of(reloaded)) == 2
     assert torch.equal(reloaded(ids).logits, in_memory(ids).logits)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gemma4_text"])
+def test_saved_buffers_of_offloaded_layers_are_exported(model_type, ids, tmp_path):
+    """A buffer of the experts' router, and a buffer of a module without parameters of its own."""
+    dense = tiny_model(shrunk(CONFIG_MAPPING[model_type]()))
+    for layer in decoder_layers(dense):
+        saved = layer.state_dict().keys() - dict(layer.named_parameters()).keys()
+        for name in saved:
+            layer.get_buffer(name).copy_(1 + torch.rand(layer.get_buffer(name).shape))
+    assert saved
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    offloading = {"device_map": "auto", "max_memory": {"cpu": limit_for(dense)}}
+    offloaded = load_weights(tmp_path / "dense", dtype=torch.float32, **offloading)
+    assert is_offloaded(offloaded)
+    masks = random_masks(dense)
+    in_files = prune_to_files(offloaded, masks, tmp_path / "blocks")
+    folder = save_pruned(in_files, None, tmp_path / "model")
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()  # as the tiny model
+    assert torch.equal(reloaded(ids).logits, prune(dense, masks)(ids).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", *EXPERTS[:1]])
