@@ -255,9 +255,22 @@ def implementation(config: PreTrainedConfig, name: str) -> Any:
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-    """Cast all parameters to a dtype in place, but not buffers, as loading with that dtype does. None: no change."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    """Cast all parameters to a dtype in place, but not buffers, as loading with that dtype does. None: no change.
+
+    Parameters that the model's class keeps in float32, such as routers of experts, become float32 instead.
+    """
+    if dtype is None:
+        return
+    # transformers names them by patterns, and loads them with the same search.
+    patterns = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        patterns |= set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        patterns |= set(model._keep_in_fp32_modules or ())
+    searches = [re.compile(pattern.replace("*", ".*")).search for pattern in patterns]
+    for name, parameter in model.named_parameters():
+        in_float32 = any(search(name) for search in searches)
+        parameter.data = parameter.data.to(torch.float32 if in_float32 else dtype)
 
 
 def to_portable(model: PreTrainedModel) -> PreTrainedModel:

@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from gprune.config import RunConfig, config_from_mapping, parse
 from gprune.errors import UserError
 from gprune.export import hf
+from gprune.models.discovery.agreement import random_masks
 from gprune.models.surgery import prune
+from gprune.models.tiny import shrunk, tiny_model
 from gprune.pipeline.plan import check
 from gprune.runs.results import load_run
 from tests import tiny_run
@@ -31,6 +33,32 @@ def test_export_in_bfloat16_reloads_with_the_same_bits_and_leaves_the_model_in_m
     assert hf.check_reload(small, folder, token_batch, dtype=torch.bfloat16) == 0.0
     assert {t.dtype for f in folder.glob("*.safetensors") for t in load_file(f).values()} == {torch.bfloat16}
     assert {name: (p.dtype, p.data_ptr()) for name, p in small.named_parameters()} == dtypes_and_addresses
+
+
+@pytest.mark.parametrize(
+    ("model_type", "in_float32"), [("deepseek_v3", "mlp.gate.weight"), ("deepseek_v4", "input_layernorm.weight")]
+)
+def test_parameters_that_loading_keeps_in_float32_are_not_rounded(
+    model_type, in_float32, tmp_path, token_batch, monkeypatch
+):
+    tiny_run.quick(monkeypatch)
+    model = tiny_model(shrunk(CONFIG_MAPPING[model_type]()))
+    small = prune(model, random_masks(model))
+    folder = hf.save_pruned(small, None, tmp_path / "model", dtype=torch.bfloat16)
+    assert hf.check_reload(small, folder, token_batch, dtype=torch.bfloat16) == 0.0
+    weights = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert weights["model.embed_tokens.weight"].dtype == torch.bfloat16
+    kept = [name for name in weights if name.endswith(in_float32)]
+    assert kept
+    assert all(torch.equal(weights[name], small.get_parameter(name)) for name in kept)
+
+
+def test_some_parameters_are_kept_in_float32_in_exports_in_float16_only():
+    model = tiny_model(shrunk(CONFIG_MAPPING["deepseek_v4"]()))
+    for dtype, expected in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        weights = dict(hf.to_exportable(model, dtype).named_parameters())
+        kept = {p.dtype for name, p in weights.items() if name.endswith("self_attn.compressor.kv_proj.weight")}
+        assert kept == {expected}
 
 
 @pytest.mark.slow
