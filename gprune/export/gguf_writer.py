@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from gprune.errors import UserError
 from gprune.export.gguf_tokenizer import tokenizer_keys
 from gprune.models.blocks import Block, blocks_of
+from gprune.models.copies import has_own_head
 
 log = logging.getLogger("gprune")
 
@@ -44,7 +45,7 @@ def named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     decoder = model.get_decoder()
     yield "token_embd.weight", decoder.embed_tokens.weight
     yield "output_norm.weight", decoder.norm.weight
-    if not model.config.tie_word_embeddings:
+    if has_own_head(model):
         yield "output.weight", model.lm_head.weight
     if (factors := rope_factors(model)) is not None:
         yield "rope_freqs.weight", factors

@@ -37,6 +37,7 @@ from gprune.errors import UserError
 from gprune.export.reload import align_weights
 from gprune.models import modeling_pruned
 from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers, layer_values
+from gprune.models.copies import has_own_head
 from gprune.models.loading import pruned_classes, register_type, skeleton
 from gprune.models.lookup import family_of, remember
 from gprune.models.masks import Masks
@@ -65,13 +66,17 @@ def stock_settings(model: PreTrainedModel) -> dict[str, Any]:
     """Return the model's config without gprune's keys, plus `dtype` and, for types with a record, `head_dim`.
 
     A type has a record if it is in `gprune.FAMILIES`. For the other, discovered types the config may not have the key
-    `head_dim`.
+    `head_dim`. `tie_word_embeddings` is False if the head has its own weights, even if the config says otherwise.
     """
     first_block = blocks_of(model)[0]
     settings = {key: value for key, value in model.config.to_dict().items() if key not in EXCLUDED_KEYS}
     is_discovered = first_block.family.found
     if not is_discovered:
         settings["head_dim"] = first_block.head_dim
+    parts = [part for part in (settings, _text_settings(model, settings)) if part.get("tie_word_embeddings")]
+    if parts and has_own_head(model):
+        for part in parts:
+            part["tie_word_embeddings"] = False
     return settings | {"dtype": model.dtype}
 
 
@@ -141,8 +146,7 @@ def _dense_skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTr
     """
     record = family_of(model)
     settings = stock_settings(model)
-    is_text_model = model.config.get_text_config(decoder=True) is model.config
-    text_settings = settings if is_text_model else _text_settings(model, settings)
+    text_settings = _text_settings(model, settings)
     text_settings.update(changes)  # in place, because a composite config contains the settings of its text model
     config = CONFIG_MAPPING[record.model_type](**settings)
     config._attn_implementation = implementation(model.config, "_attn_implementation")
@@ -152,8 +156,10 @@ def _dense_skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTr
 
 
 def _text_settings(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the dictionary of the text model's settings in the settings of a composite configuration."""
+    """Return the dictionary of the text model's settings in the settings of a configuration, composite or not."""
     text = model.config.get_text_config(decoder=True)
+    if text is model.config:
+        return settings
     return next(settings[name] for name in model.config.sub_configs if getattr(model.config, name, None) is text)
 
 

@@ -63,9 +63,28 @@ def sharded_copy(model: PreTrainedModel, device: torch.device, processes: int) -
         for path, module in layer.named_modules():
             _copy_weights(module, source.get_submodule(path), device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    copied.tie_weights()
+    if not has_own_head(model):
+        copied.tie_weights()
     share_hooks(decoder_of(copied), decoder_of(model))
     return copied.requires_grad_(False)
+
+
+@torch.no_grad()
+def has_own_head(model: PreTrainedModel) -> bool:
+    """Return whether the head has other weights than the input embedding; False if it has no weight.
+
+    The config is not asked, because transformers does not tie weights that differ in the checkpoint, whatever
+    `tie_word_embeddings` says. Offloaded weights are loaded, and sharded ones gathered.
+    """
+    head = model.get_output_embeddings()
+    if getattr(head, "weight", None) is None:
+        return False
+    weight, embeddings = load_parameter(head, "weight"), load_parameter(model.get_input_embeddings(), "weight")
+    if weight is embeddings:
+        return False
+    if weight.is_meta or embeddings.is_meta:  # without weights
+        return True
+    return not torch.equal(weight.cpu(), embeddings.cpu())  # equal weights on two devices are tied when reloaded
 
 
 def share_hooks(copied: nn.Module, module: nn.Module) -> None:

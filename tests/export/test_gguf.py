@@ -154,6 +154,13 @@ def test_equal_blocks_have_architecture_llama_with_scalar_keys(groups, tmp_path)
     assert not any(name.startswith("deci.") for name in keys)
 
 
+def test_a_head_with_its_own_weights_is_written_whatever_the_config_says(tmp_path):
+    model = make_pruned(tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True
+    _, tensors = written(model, tmp_path, type="f32")
+    np.testing.assert_array_equal(tensors["output.weight"].data, model.lm_head.weight.numpy())
+
+
 @pytest.mark.parametrize("requested", TYPES)
 def test_matrices_have_the_requested_type_and_vectors_are_float32(requested, tmp_path):
     model = make_pruned(recovered=True, dtype=torch.bfloat16)

@@ -335,6 +335,27 @@ def test_register_makes_exports_of_a_type_without_record_load_without_remote_cod
     assert torch.equal(load(tmp_path / "model")(token_batch).logits, model(token_batch).logits)
 
 
+def load_with_own_head(family, folder):
+    """Load a model whose head has its own weights, although its config says that it is tied."""
+    model = make_tiny(family, tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(folder)
+    return load(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kept", [(17, 48, 33), (20, 20, 20)], ids=["unequal", "equal"])
+def test_a_head_with_its_own_weights_stays_untied_whatever_the_config_says(family, kept, tmp_path, token_batch):
+    model = load_with_own_head(family, tmp_path / "dense")
+    masks = some_masks(model, kept, attention=False)
+    small = prune(model, masks)
+    expected = small(token_batch).logits
+    assert torch.equal(gprune.apply_masks(model, masks)(token_batch).logits, expected)
+    folder = hf.save_pruned(small, None, tmp_path / "model")
+    assert torch.equal(load(folder)(token_batch).logits, expected)
+    assert load(folder).config.tie_word_embeddings is False
+
+
 @pytest.mark.parametrize("value", [1.5, float("nan")])
 def test_a_corrupted_export_is_detected_and_removed(value, tmp_path, token_batch, monkeypatch):
     model = make_pruned()

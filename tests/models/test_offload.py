@@ -22,6 +22,7 @@ from gprune.export import hf
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of, decoder_layers
+from gprune.models.copies import sharded_copy
 from gprune.models.discovery.agreement import random_masks
 from gprune.models.experts import watch_experts
 from gprune.models.loading import fingerprint, load_weights
@@ -41,6 +42,7 @@ from gprune.storage.files import locked, read_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_bits, assert_same_run, batches, walk_over
 from tests.conftest import collect
+from tests.export.test_hf import load_with_own_head
 from tests.models.test_families import EXPERTS
 from tests.tiny_families import TYPES, make_tiny, some_masks
 
@@ -178,6 +180,28 @@ def test_saved_buffers_of_offloaded_layers_are_exported(model_type, ids, tmp_pat
     folder = save_pruned(in_files, None, tmp_path / "model")
     reloaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()  # as the tiny model
     assert torch.equal(reloaded(ids).logits, prune(dense, masks)(ids).logits)
+
+
+def test_an_offloaded_head_with_its_own_weights_stays_untied_whatever_the_config_says(ids, tmp_path):
+    dense = load_with_own_head("llama", tmp_path / "dense")
+    offloading = {"device_map": "auto", "max_memory": {"cpu": f"{bytes_in(decoder_layers(dense)[0])}B"}}
+    offloaded = load_weights(tmp_path / "dense", dtype=torch.float32, **offloading)
+    assert offloaded.lm_head.weight.is_meta
+    masks = some_masks(dense, attention=True)
+    in_files = prune_to_files(offloaded, masks, tmp_path / "blocks")
+    reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(in_files, None, tmp_path / "model")).eval()
+    assert torch.equal(reloaded(ids).logits, prune(dense, masks)(ids).logits)
+
+
+def test_a_sharded_copy_has_the_head_of_the_model(ids, tmp_path):
+    """In a group of one process."""
+    model = load_with_own_head("llama", tmp_path / "dense")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        copied = sharded_copy(model, torch.device("cpu"), 1)
+        assert torch.equal(copied(ids).logits, model(ids).logits)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("family", ["llama", *EXPERTS[:1]])

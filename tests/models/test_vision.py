@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -101,6 +102,18 @@ def test_a_text_model_with_another_attention_than_its_composite_reloads_with_the
     with torch.no_grad():
         assert torch.equal(reloaded(**picture).logits, small(**picture).logits)
     assert check_reload(small, folder, picture["input_ids"]) == 0
+
+
+def test_a_head_with_its_own_weights_stays_untied_in_a_composite(pruned, tmp_path):
+    small = copy.deepcopy(pruned.small)
+    configs = (small.config, small.config.text_config)
+    for config in configs:
+        config.tie_word_embeddings = True
+    small.lm_head.weight = nn.Parameter(small.lm_head.weight.flip(0))
+    reloaded = reload(save_pruned(small, None, tmp_path / "model"))
+    assert torch.equal(pruned.logits(reloaded), pruned.logits(small))
+    assert not reloaded.config.tie_word_embeddings
+    assert not reloaded.config.text_config.tie_word_embeddings
 
 
 # --- files of the processor
