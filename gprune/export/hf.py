@@ -69,8 +69,11 @@ def stock_settings(model: PreTrainedModel) -> dict[str, Any]:
     `head_dim`. `tie_word_embeddings` is False if the head has its own weights, even if the config says otherwise.
     """
     first_block = blocks_of(model)[0]
-    settings = {key: value for key, value in model.config.to_dict().items() if key not in EXCLUDED_KEYS}
     is_discovered = first_block.family.found
+    # Exports of a discovered type have no table of ours, so this is a table of transformers, such as Gemma 4's head
+    # sizes.
+    excluded = EXCLUDED_KEYS - {"per_layer_config"} if is_discovered else EXCLUDED_KEYS
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in excluded}
     if not is_discovered:
         settings["head_dim"] = first_block.head_dim
     parts = [part for part in (settings, _text_settings(model, settings)) if part.get("tie_word_embeddings")]

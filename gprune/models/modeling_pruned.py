@@ -6,7 +6,7 @@ This file needs only transformers, and supports every family. gprune copies it i
 exist for all other names too. All computations are those of transformers. Additional keys in config.json:
 
 per_layer_config  values of layers that differ from the global ones: widths, numbers of heads, and `added_biases`, the
-                  projections to which recovery has added a bias
+                  projections to which recovery has added a bias; with `own` below, the dense model's own table or none
 pruned_layout     `layers`: path of the layers in the decoder
                   `sizes`: parameter of a layer -> [dim, {config key: n}]; its size along dim is the sum of n x value
                   `attributes`: attribute with a size in stock modules -> {config key: n}, the same sum
@@ -85,9 +85,11 @@ class PrunedModel:
 
     def __init__(self, config):
         """Construct the dense model of a pruned config, and slice its layers."""
+        layout = config.pruned_layout
         dense_config = copy.copy(config)
-        for attribute in ("_heterogeneity_spec", "per_layer_config"):  # the table in new and old transformers
-            dense_config.__dict__.pop(attribute, None)
+        if "own" not in layout:  # otherwise the table is one of the dense model, such as Gemma 4's head sizes
+            for attribute in ("_heterogeneity_spec", "per_layer_config"):  # the table in new and old transformers
+                dense_config.__dict__.pop(attribute, None)
         super().__init__(dense_config)
         # Without `_internal` the value would be set for the text and the vision model too.
         for attribute in ("_attn_implementation_internal", "_experts_implementation_internal"):
@@ -98,7 +100,6 @@ class PrunedModel:
         for module in self.modules():
             if getattr(module, "config", None) is dense_config and "RotaryEmbedding" not in type(module).__name__:
                 module.config = config
-        layout = config.pruned_layout
         path = layout["layers"]
         if "own" in layout:
             text_config = config.get_text_config(decoder=True)

@@ -16,6 +16,7 @@ from gprune.export import hf
 from gprune.models.blocks import blocks_of
 from gprune.models.modeling_pruned import PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
 from gprune.models.surgery import prune, widths
+from gprune.models.tiny import shrunk, tiny_model
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import masked
@@ -354,6 +355,27 @@ def test_a_head_with_its_own_weights_stays_untied_whatever_the_config_says(famil
     folder = hf.save_pruned(small, None, tmp_path / "model")
     assert torch.equal(load(folder)(token_batch).logits, expected)
     assert load(folder).config.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("removed", [(), (0,)])
+def test_a_table_of_values_by_layer_of_the_dense_model_is_exported(removed, tmp_path, token_batch):
+    """Heads of full attention have another size than those of sliding attention."""
+    settings = shrunk(CONFIG_MAPPING["gemma4_text"]()).to_dict() | {"hidden_size_per_layer_input": 0}
+    del settings["per_layer_config"]  # made from the next two settings
+    dense = tiny_model(CONFIG_MAPPING["gemma4_text"](**settings | {"head_dim": 8, "global_head_dim": 16}))
+    assert dense.config.to_dict()["per_layer_config"] == {"2": {"head_dim": 16}}
+    masks = masks_without(dense, *removed, narrow=True)
+    masks.ffn[2][:7] = True  # layers of unequal widths
+    small = prune(dense, masks)
+    expected = small(token_batch).logits
+    gprune.apply_masks(dense, masks).save_pretrained(tmp_path / "applied")
+    for folder in (hf.save_pruned(small, None, tmp_path / "model"), tmp_path / "applied"):
+        loaded = load(folder, attn_implementation="eager")
+        assert torch.equal(loaded(token_batch).logits, expected)
+        assert loaded.config.to_dict()["per_layer_config"] == {str(2 - len(removed)): {"head_dim": 16}}
+    smaller = prune(loaded, masks_without(loaded, narrow=True))
+    again = load(hf.save_pruned(smaller, None, tmp_path / "again"), attn_implementation="eager")
+    assert torch.equal(again(token_batch).logits, smaller(token_batch).logits)
 
 
 @pytest.mark.parametrize("value", [1.5, float("nan")])
