@@ -29,7 +29,7 @@ from gprune.errors import UserError
 from gprune.models.blocks import Block, Slice, blocks_of, by_layer, decoder_layers, layer_values
 from gprune.models.copies import copy_without_hooks
 from gprune.models.loading import skeleton
-from gprune.models.lookup import decoder_of, family_of, remember
+from gprune.models.lookup import decoder_of, family_of, refuse_quantised, remember
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, find_parent, set_layer_sizes, update_linear_sizes
 from gprune.models.offload import StoredWeights, attach_all_weights, attach_weights, load_parameter
@@ -271,11 +271,12 @@ def _shapes_and_attributes(layer: nn.Module) -> dict[str, object]:
 
 
 def check_masks(model: PreTrainedModel, masks: Masks) -> None:
-    """Raise UserError unless masks are bool, fit the widths, and can be applied by slicing.
+    """Raise UserError unless the model is not quantised, and masks are bool, fit the widths, and can be applied.
 
     The latter needs at least one block; units of both scopes or of neither in each block; equally many neurons of all
     experts of a block; and all or none of the blocks of a layer.
     """
+    refuse_quantised(model.config)
     blocks = blocks_of(model)
     sizes = {
         "ffn": [block.experts * block.neurons for block in blocks],

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
-from gprune.models.copies import share_hooks, without_weights
+from gprune.models.copies import has_own_head, share_hooks, without_weights
 from gprune.models.lookup import decoder_of
 from gprune.models.modeling_pruned import find_parent
 from gprune.models.offload import gathered
@@ -199,7 +199,8 @@ class Student:
         for name, buffer in self.model.named_buffers():
             path, _, leaf = name.rpartition(".")
             unsharded.get_submodule(path)._buffers[leaf] = gathered(buffer).detach().cpu()
-        unsharded.tie_weights()
+        if not has_own_head(self.model):
+            unsharded.tie_weights()
         share_hooks(decoder_of(unsharded), decoder_of(self.model))
         self.model = unsharded.requires_grad_(False)
         self._unsharded = None

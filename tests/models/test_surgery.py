@@ -131,6 +131,13 @@ def test_invalid_masks_are_refused_before_anything_is_sliced(tiny_model, kind, i
     assert widths(tiny_model) == {"neurons": [48] * 3, "kv_groups": [2] * 3}
 
 
+def test_pruning_refuses_a_quantised_model_of_any_type(tiny_model):
+    """Scales of blocks of weights cannot be sliced with neurons."""
+    tiny_model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(UserError, match=r"'llama' must have weights in float32.*got a quantised checkpoint \(fp8\)"):
+        prune(tiny_model, masks_without(tiny_model))
+
+
 # --- whole blocks
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
