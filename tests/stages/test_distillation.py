@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -159,6 +160,24 @@ def test_invalid_distillation_settings_are_refused(tiny_model):
         Distill(DistillConfig(targets="lora")).refuse(blocks_of(tiny_model), shard=True)
     with pytest.raises(UserError, match=r"--distill\.kl or --distill\.cross_entropy must be more than 0"):
         DistillConfig(kl=0)
+
+
+def test_a_sharded_teacher_runs_on_all_ranks_unless_all_have_its_states(problem, monkeypatch):
+    """Layers are gathered by all ranks together. The other rank is simulated: it never has the states."""
+    dense, student, tokens = problem
+    passes, decisions = [], []
+
+    def decide(mine):
+        decisions.append(mine)
+        return False
+
+    dense.model.register_forward_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(DistillationStage, "_is_sharded", True)
+    stage = DistillationStage(dense, student, teacher_states={})
+    stage.trainer = SimpleNamespace(strategy=SimpleNamespace(reduce_boolean_decision=decide))
+    first, second = (stage._losses(tokens[:2]) for _ in range(2))
+    assert (len(passes), decisions) == (2, [False, True])
+    assert torch.equal(first, second)
 
 
 def test_kl_to_a_student_with_another_output_embedding_is_refused(problem):
