@@ -26,6 +26,11 @@ LEARNING_FLAGS = (  # flags of threshold learning
     "sparsity.centred", "sparsity.learning_rate", "sparsity.learner", "sparsity.offset_learning_rate",
     "sparsity.offset_limit",
 )  # fmt: skip
+OFFSET_FLAGS = ("sparsity.offset_learning_rate", "sparsity.offset_limit")
+REFINEMENT_FLAGS = tuple(
+    f"partition.{name}"
+    for name in ("steps", "learning_rate", "consistency_weight", "balance_weight", "entropy_weight", "refiner")
+)
 MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
     "stopped": ". Finished steps are kept; the same command resumes the run.",
     "memory": "; lower --corpora.batch_size or --corpora.seq_len.",
@@ -130,6 +135,11 @@ def unused_flag_rules(cfg: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ..
     yield "--gprune false", not cfg.roles["drift"], ("corpora.drift",)
     yield f"--sparsity.scope {sparsity.scope}", "blocks" not in sparsity.scope, block_flags
     yield f"--sparsity.allocation {sparsity.allocation}", not cfg.learns, LEARNING_FLAGS
+    allocation_is_base = cfg.base_allocation == sparsity.allocation
+    yield f"--sparsity.allocation {sparsity.allocation}", allocation_is_base, ("sparsity.start",)
+    yield "--sparsity.learn thresholds", sparsity.learn == "thresholds", OFFSET_FLAGS
+    yield "--sparsity.learn offsets", sparsity.learn == "offsets", ("sparsity.learning_rate",)
+    yield "--partition.method initial", cfg.partition.method == "initial", REFINEMENT_FLAGS
     yield "--reliability.switch false", not cfg.reliability.switch, SWITCHING_FLAGS
     yield f"--recovery {cfg.recovery}", not cfg.roles["recover"], ("corpora.recover",)
     yield f"--recovery {cfg.recovery}", needs_no_ridge, ("ridge",)

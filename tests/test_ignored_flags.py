@@ -18,6 +18,11 @@ from tests import tiny_run
         ("--reliability.switch=false --reliability.metric=random --sparsity.allocation=owl --sparsity.loss=kl",
          "--sparsity.loss (--sparsity.allocation owl); --reliability.metric (--reliability.switch false)"),
         ("--recovery=[bias,distill] --ridge=1 --distill.tokens=8000", "--ridge (--recovery bias+distill)"),
+        ("--sparsity.allocation=global --sparsity.start=owl", "--sparsity.start (--sparsity.allocation global)"),
+        ("--sparsity.learn=offsets --sparsity.learning_rate=5 --sparsity.offset_limit=2",
+         "--sparsity.learning_rate (--sparsity.learn offsets)"),
+        ("--sparsity.offset_limit=9 --partition.method=initial --partition.steps=9 --partition.drift_weight=2",
+         "--sparsity.offset_limit (--sparsity.learn thresholds); --partition.steps (--partition.method initial)"),
         ("--sparsity.start=owl --sparsity.options.spread=0.1 --distill.targets=lora --distill.rank=8", ""),
     ],
 )  # fmt: skip

@@ -154,6 +154,11 @@ class RunConfig(Group):
 
     def _check_quality_and_speed_targets(self) -> None:
         """Raise UserError if a target in quality or speed cannot be measured with these settings."""
+        if self.sparsity.quality and self.evaluation.split == "development":
+            raise UserError(
+                f"--sparsity.target {self.sparsity.target} cannot be combined with --evaluation.split development, on "
+                "which the sparsity is chosen."
+            )
         if self.sparsity.quality and self.evaluation.development_samples < 2:
             raise UserError(
                 f"--sparsity.target {self.sparsity.target} needs two or more --evaluation.development_samples for a "

@@ -1,7 +1,8 @@
 """Corpora in local files: assign files to splits, and split text into documents.
 
-A folder has `<split>.jsonl` (or .txt, .parquet) for train, validation and test, the layout of
-`datasets.load_dataset("<folder>")`. A missing test split falls back to validation. Text without splits is cut 70/30.
+A folder has `<split>.jsonl` (or .txt, .parquet) for train, validation (or dev) and test, the layout of
+`datasets.load_dataset("<folder>")`, in lower or upper case. A missing test split falls back to validation. Text without
+splits is cut 70/30.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def load_files(path: Path, split: str) -> list[str]:
     files = text_files(path)
     # Names begin with the split, and continue with a suffix (`train.txt`) or a part number (`train-00000.parquet`).
     train, validation, test = (
-        [file for file in files if re.match(rf"{name}([.-]|$)", file.name)] for name in ("train", "validation", "test")
+        [file for file in files if re.match(rf"({name})([._ -]|\d|$)", file.name, re.IGNORECASE)]
+        for name in ("train(ing)?", "val(id(ation)?)?|dev(elopment)?", "test(ing)?")
     )
     train_files = train or validation or test or files
     test_files = test or validation or train or files

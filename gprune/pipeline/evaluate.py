@@ -119,7 +119,11 @@ def leaks(run: Run) -> dict[str, tuple[bool, float]]:
     A corpus counts as seen if the run uses its train split, or if the share is above `SEEN_ABOVE`; the latter is logged
     as a warning.
     """
-    used_corpora = {identity(name) for name in run.cfg.train_corpora}
+    cfg = run.cfg
+    used = set(cfg.train_corpora)
+    if cfg.final == "model":  # the other tool is assumed to have used the calibration text of these settings
+        used |= {cfg.corpora.score, *cfg.corpora.drift, *cfg.corpora.recover}
+    used_corpora = {identity(name) for name in used}
     by_corpus = {}
     for windows in run.text.test:
         corpus, is_used = windows.corpus, identity(windows.corpus) in used_corpora

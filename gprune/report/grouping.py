@@ -17,7 +17,8 @@ from gprune.report.table import Table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.reading import expanded
 
-HASH = re.compile(r"-[0-9a-f]{8}$")  # end of names made by `RunConfig.run_name`
+DEFAULT_NAME = re.compile(r"(.+-(base|gprune)-.+-.+|.+-beside-.+)-[0-9a-f]{8}")  # made by `RunConfig.run_name`
+HASH = re.compile(r"-[0-9a-f]{8}$")
 
 
 def read_runs(paths: Sequence[Path | str | FinishedRun]) -> list[FinishedRun]:
@@ -72,6 +73,8 @@ def with_distinct_names(runs: Iterable[FinishedRun]) -> list[FinishedRun]:
 def named_by_difference(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     """Rename runs with default names, which end in a hash, by the settings in which they differ.
 
+    Rows of a list, whose path is a record, keep their names.
+
     A new name lists settings, such as `importance flap, target 0.3`. A setting is added only if it distinguishes more
     runs; seeds are ignored. Names chosen by the user are kept. All names are kept if there is a single run, or if the
     new names of two runs with the same seed would be equal.
@@ -87,7 +90,7 @@ def named_by_difference(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
             descriptions = longer
     names = []
     for run in runs:
-        has_default_name = HASH.search(run.name) is not None
+        has_default_name = not run.path.is_file() and DEFAULT_NAME.fullmatch(run.name) is not None
         default = descriptions[run.all_but_seed] or HASH.sub("", run.name)
         names.append(default if has_default_name else run.name)
     if len(runs) == 1 or len({(name, run.seed) for name, run in zip(names, runs, strict=True)}) < len(runs):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from functools import partial
+from itertools import combinations, repeat
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,33 @@ def mean_over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width))
 
 
-def pool_estimates(estimates: Sequence[Estimate | None]) -> Estimate | None:
+def arithmetic_mean_over_seeds(values: Sequence[float], largest: float = math.inf) -> Estimate:
+    """Return the arithmetic mean over seeds with a 95 % interval by Student's t, for KL and agreement.
+
+    Args:
+        values: at least two values from 0 to `largest`, which also limit the interval.
+        largest: the largest possible value.
+    """
+    mean = float(np.mean(values))
+    half_width = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return Estimate(mean, max(0.0, mean - half_width), min(largest, mean + half_width))
+
+
+def pool_estimates(
+    estimates: Sequence[Estimate | None], mean: Callable[[Sequence[float]], Estimate] = mean_over_seeds
+) -> Estimate | None:
     """Combine the estimates of seeds.
 
+    Args:
+        estimates: one estimate per seed.
+        mean: combines the values of several seeds.
+
     Returns:
-        None without estimates, or if one is missing. The estimate of a single seed is returned unchanged. For several
-        seeds it is `mean_over_seeds` of their values.
+        None without estimates, or if one is missing. The estimate of a single seed is returned unchanged.
     """
     if not estimates or None in estimates:
         return None
-    return estimates[0] if len(estimates) == 1 else mean_over_seeds([estimate.value for estimate in estimates])
+    return estimates[0] if len(estimates) == 1 else mean([estimate.value for estimate in estimates])
 
 
 def run_stages(run: FinishedRun) -> list[Stage]:
@@ -115,12 +133,14 @@ def summary_table(
 
 def distance_table(groups: Sequence[SeedGroup]) -> Table:
     """Table with a row per group and pruned stage: KL from the dense model and agreement with it on unseen text."""
-    rows = _stage_rows(groups, lambda run, stage: list(distance(run.records, stage).values()))
+    means = (arithmetic_mean_over_seeds, partial(arithmetic_mean_over_seeds, largest=1.0))
+    rows = _stage_rows(groups, lambda run, stage: list(distance(run.records, stage).values()), means)
     rows = [row for row in rows if row[-1]]  # stages without a distance have no row
     columns, digits = ["run", "stage", "seeds", "KL", "agreement"], {"KL": 3, "agreement": 3}
     note = (
         "Over unseen text: KL(dense || row) in nats per token, and how often both have the same most likely token. "
-        "In brackets 95 % intervals: Student's t over windows; over seeds where there are several."
+        "In brackets 95 % intervals: Student's t over windows; where there are several seeds, over seeds, with their "
+        "arithmetic mean."
     )
     return Table("distance", "Distance from dense", columns, rows, digits, note)
 
@@ -208,8 +228,9 @@ def base_records(run: FinishedRun, bases: Mapping[Path, FinishedRun] | None) -> 
 
 
 def _stage_rows(
-    groups: Sequence[SeedGroup], numbers: Callable[[FinishedRun, Stage], Sequence[Estimate | None]]
-) -> list[list[Cell]]:
+    groups: Sequence[SeedGroup], numbers: Callable[[FinishedRun, Stage], Sequence[Estimate | None]],
+    means: Sequence[Callable[[Sequence[float]], Estimate]] = (),
+) -> list[list[Cell]]:  # fmt: skip
     """Return rows of name, stage, seeds and numbers for every group and stage.
 
     Equal rows of several groups are merged. A merged dense row is named after the dense model, and a merged control
@@ -218,6 +239,7 @@ def _stage_rows(
     Args:
         groups: groups of runs.
         numbers: function that returns the numbers of a run and a stage.
+        means: for each number, function that combines the values of seeds; by default `mean_over_seeds`.
     """
     rows: dict[tuple[Any, ...], list[Cell]] = {}  # equal rows have the same key
     groups_of_row: dict[tuple[Any, ...], list[str]] = defaultdict(list)
@@ -226,7 +248,8 @@ def _stage_rows(
             is_dense = stage[0] == "dense"
             runs = group.runs[:1] if is_dense else group.runs
             estimates_of_runs = zip(*(numbers(run, stage) for run in runs), strict=True)
-            cells = list(map(pool_estimates, estimates_of_runs))
+            pooled = zip(estimates_of_runs, means or repeat(mean_over_seeds), strict=False)
+            cells = [pool_estimates(estimates, mean) for estimates, mean in pooled]
             key = _row_key(group, runs, stage, cells)
             name = group.name
             if is_dense:

@@ -61,8 +61,9 @@ class RunFolder:
         self.count_tokens = count_tokens
         self.key = key
         self.finished = False  # True if the run was complete when it was opened; then it is only read
-        # Running steps with the functions that record their cost, innermost last.
+        # Innermost last: running steps with functions that record their cost, and the seconds of their inner steps.
         self._running: list[tuple[str, Callable[[], None]]] = []
+        self._inner_seconds: list[float] = []
         self._counted: Counter[str] = Counter()  # tokens of finished parts
 
     def __truediv__(self, name: str) -> Path:
@@ -167,8 +168,8 @@ class RunFolder:
     def step(self, name: str) -> Iterator[None]:
         """Context that records a step's wall-clock seconds, tokens and peak memory, even if the step fails.
 
-        Seconds are summed over sessions. Tokens are those of the finished parts of the step, see `part`. For a finished
-        run nothing is recorded.
+        Seconds are summed over sessions, without those of inner steps with other names. Tokens are those of the
+        finished parts of the step, see `part`. For a finished run nothing is recorded.
         """
         if self.finished:
             yield
@@ -180,18 +181,22 @@ class RunFolder:
             """Write the cost of the step so far to the manifest."""
             parts = [counts for part, counts in self.manifest.get("parts", {}).items() if part.startswith(f"{name}: ")]
             tokens = {kind: sum(counts.get(kind, 0) for counts in parts) for kind in self.count_tokens()}
-            seconds = round(earlier_seconds + time.monotonic() - started, 2)
+            seconds = round(earlier_seconds + time.monotonic() - started - self._inner_seconds[-1], 2)
             self.update_manifest(steps={name: {"seconds": seconds} | tokens | peak_memory()})
 
         if not self._running:  # peaks of an outer step include those of its inner steps
             reset_peak_memory()
         self._running.append((name, record))
+        self._inner_seconds.append(0.0)
         try:
             with self.part("rest"):
                 yield
         finally:
             record()
             self._running.pop()
+            self._inner_seconds.pop()
+            if self._running and self._running[-1][0] != name:
+                self._inner_seconds[-1] += time.monotonic() - started
 
     @contextmanager
     def part(self, *names: str) -> Iterator[None]:

@@ -15,19 +15,23 @@ MAX_CHARACTERS = 2**18  # limit of a document; the longest list in experiments/ 
 MAX_NODES = 20_000  # limit of keys and values of a document
 TAG = "tag:yaml.org,2002:"
 TIME = re.compile(r"[-+]?\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?$")  # YAML 1.1 reads 200:00 as 200 x 60, a number
+INTEGER = re.compile(r"[-+]?\d[\d_]*$")  # YAML 1.1 reads 010 as octal, so `--run.seed 010` would be 8
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that rejects repeated keys, keeps dates and times as text, and reads 1e-3 as a number.
+    """SafeLoader that rejects repeated keys, keeps dates and times as text, and reads 1e-3 and 010 as decimal numbers.
 
     The number of nodes is limited. Nested aliases can expand to gigabytes, so an alias counts as its expansion.
     """
 
-    # First character of a value -> pairs (tag, pattern): `TIME` before the others, and no pattern of dates.
+    # First character of a value -> pairs (tag, pattern): ours before the others, and no pattern of dates.
     yaml_implicit_resolvers: ClassVar = {
-        first: [(f"{TAG}str", TIME), *((tag, pattern) for tag, pattern in resolvers if tag != f"{TAG}timestamp")]
+        first: [
+            (f"{TAG}str", TIME), (f"{TAG}int", INTEGER),
+            *((tag, pattern) for tag, pattern in resolvers if tag not in (f"{TAG}timestamp", f"{TAG}int")),
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    }  # fmt: skip
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -77,6 +81,7 @@ class _Dumper(yaml.SafeDumper):
 # In YAML 1.1 a float needs a point, a digit before the point, and a sign in the exponent, so 1e-3 would be text.
 FLOAT = re.compile(r"[-+]?(\.\d+|\d[\d_]*\.?\d*)([eE][-+]?\d+)?$")
 yaml.add_implicit_resolver(f"{TAG}float", FLOAT, list("-+.0123456789"), _Loader, _Dumper)
+_Loader.add_constructor(f"{TAG}int", lambda loader, node: int(loader.construct_scalar(node).replace("_", "")))
 
 
 def read_yaml(path: Path | str, what: str, *, pipe: bool = False) -> Any:

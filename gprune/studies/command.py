@@ -39,7 +39,7 @@ def parser() -> Parser:
     add = result.add_argument
     add("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/questions/parts.yaml")
     add("--seeds", nargs="+", type=int, metavar="SEED", help="seeds of all rows (default: those of the list)")
-    add("--only", nargs="+", metavar="ROW", help="run and print only these rows (default: all)")
+    add("--only", nargs="+", metavar="ROW", help="run only these rows; print them and the reference (default: all)")
     add("--part", metavar="I/N", help="run every N-th row from the I-th on, as one of N machines")
     folder = "folder of records (default: runs/records; experiments/records for lists in experiments/)"
     add("--records", metavar="FOLDER", help=folder)
@@ -85,10 +85,11 @@ def run(args: Sequence[str]) -> str:
     check_output(options)
     from gprune.studies.listing import Listing
 
-    for path in options.lists:  # reports invalid lists before the imports that take seconds
-        Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
+    listings = [  # reports invalid lists before the imports that take seconds; a list from a pipe can be read only once
+        Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records) for path in options.lists
+    ]
     quiet()
     from gprune.studies.runner import run_lists
 
-    run_lists(options)
+    run_lists(listings, options)
     return ""

@@ -60,6 +60,8 @@ def run(args: Sequence[str]) -> str:
     options = parser().parse_args(args)
     for name in (*options.runs, *filter(None, [options.base])):
         check_exists(name)
+    if options.html is not None and options.output is not None:
+        raise UserError("--html cannot be combined with --output. Run the command twice.")
     quiet()  # warnings go to stdout
     from gprune.report import html, page
 

@@ -132,7 +132,9 @@ class StudyResult:
                 line.update({f"tasks/{name.removeprefix(prefix)}": value for name, value in of_line.items()})
             identity = {"row": row.name, "record": str(run.path)}
             selected = lines if stages else lines[-1:]
-            all_lines += [identity | line | differing[row.name] for line in selected]
+            # A line's own recovery and metric are those of its stage.
+            of_row = {flag: value for flag, value in differing[row.name].items() if flag not in lines[0]}
+            all_lines += [identity | line | of_row for line in selected]
         return frames.frame(all_lines)
 
     def _differing_settings(self) -> dict[str, dict[str, Any]]:
@@ -162,7 +164,7 @@ def load_study(
     Args:
         path: the list, a YAML file.
         seeds: seeds of all rows; by default those of the list.
-        rows: names of the rows to read; by default all.
+        rows: names of the rows to read, in addition to the reference of the list; by default all.
         records: the folder of records; by default that of `gprune study`.
         flags: flags of `train.py`, such as `["--sparsity.target=0.3"]`, as after `--` of `gprune study`.
 

@@ -36,17 +36,17 @@ from gprune.studies.result import StudyResult, read_study, select_rows
 from gprune.studies.tracking import log_study, wandb_beside_records, with_wandb_names
 
 
-def run_lists(options: Namespace) -> None:
+def run_lists(listings: Sequence[Listing], options: Namespace) -> None:
     """Run the rows of the lists that have no record, and print the results.
 
     Args:
+        listings: the lists.
         options: the parsed arguments of `gprune study`.
 
     Raises:
-        UserError: if an argument, a list or a row is invalid.
+        UserError: if an argument or a row is invalid.
     """
-    for path in options.lists:
-        listing = Listing.read(path, seeds=options.seeds, flags=options.flags, records=options.records)
+    for listing in listings:
         rows = select_part(select_rows(listing, options.only, what="--only"), options.part)
         pending = [row for row in rows if finished_record(row) is None]
         if pending and not (options.table or options.files or options.commands):

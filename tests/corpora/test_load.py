@@ -50,6 +50,16 @@ def test_a_mirrored_validation_file_is_the_test_split(data_dir):
     assert load_corpus("mine", "test") == texts("v", 2)
 
 
+@pytest.mark.parametrize(
+    "names", [("Train.jsonl", "Test.jsonl"), ("train_0.jsonl", "test_0.jsonl"), ("training.jsonl", "dev.jsonl")]
+)
+def test_files_of_splits_may_have_other_spellings(names, data_dir):
+    for name, letter in zip(names, "ab", strict=True):
+        write_jsonl(data_dir / "corpora/mine" / name, texts(letter, 25))
+    assert load_corpus("mine", "test") == texts("b", 25)
+    assert set(load_corpus("mine", "train")) < set(texts("a", 25))
+
+
 @pytest.mark.parametrize("file", ["train.jsonl", "test.jsonl", "anything.jsonl"])
 def test_a_single_file_is_split_contiguously_without_duplicates(tmp_path, file):
     write_jsonl(tmp_path / "folder" / file, [*texts("a", 100), "a 0"])

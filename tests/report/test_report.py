@@ -341,6 +341,8 @@ def test_runs_with_generated_names_are_named_by_the_flags_that_differ(run):
     assert report.make(runs[:1]).groups[0].name == runs[0].name
     copy = another(runs[0], f"{HASHED}{7:08x}")
     assert len({group.name for group in report.make([runs[0], copy]).groups}) == 2
+    dated = [another(run, f"lr{i}-2025010{i}", setting=0.1 * i) for i in (1, 2)]  # a date is no hash
+    assert [group.name for group in report.make(dated).groups] == ["lr1-20250101", "lr2-20250102"]
 
 
 def test_the_title_for_many_runs_has_the_flags_that_differ(run):

@@ -161,3 +161,17 @@ def test_the_peak_memory_of_a_step_does_not_include_earlier_steps(recovered, tmp
     peaks = {name: folder.manifest["steps"][name]["peak_memory_mib"] for name in ("large", "inner", "small")}
     assert peaks["large"] == pytest.approx(peaks["inner"], abs=2)
     assert peaks["small"] < peaks["large"] - 250
+
+
+def test_seconds_of_an_inner_step_with_another_name_are_not_counted_twice(recovered, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("gprune.runs.folder.time.monotonic", lambda: now[0])
+    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "copy"), key=None)
+    with folder.step("outer"):
+        now[0] += 1
+        with folder.step("inner"):
+            now[0] += 10
+        with folder.step("outer"):
+            now[0] += 100
+    seconds = {name: folder.manifest["steps"][name]["seconds"] for name in ("outer", "inner")}
+    assert seconds == {"outer": 101, "inner": 10}

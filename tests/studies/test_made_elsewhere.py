@@ -381,6 +381,16 @@ def test_train_py_evaluates_a_model_made_elsewhere_without_a_list(bench, exporte
     assert repr(run).splitlines()[1].startswith("made elsewhere: ")
 
 
+def test_calibration_text_of_the_settings_counts_as_seen_for_a_model_made_elsewhere(bench, tmp_path):
+    """The folder does not tell which text the other tool has used."""
+    world, evaluate = bench.world, f"--corpora.evaluate={bench.world.names('alpha', 'beta', tiny_run.UNSEEN[0])}"
+    theirs = world.run(tmp_path, evaluate, f"--model.made_elsewhere={world.model}", name="theirs")
+    ours = world.run(tmp_path, evaluate, "--sparsity.allocation=uniform", "--export=none", name="ours")
+    seen = [{r["corpus"]: r["seen"] for r in run.records if r["stage"] != "dense"} for run in (theirs, ours)]
+    assert seen[0] == seen[1]
+    assert list(seen[0].values()) == [True, True, False]
+
+
 def test_prune_evaluates_a_model_made_elsewhere_without_pruning_it(bench, tmp_path):
     cfg = parse(bench.world.args(tmp_path))
     cfg.model.made_elsewhere = str(bench.world.model)

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import math
+import os
 import re
 import shlex
 from dataclasses import replace
@@ -82,6 +83,8 @@ def test_a_frame_with_stages_has_a_line_for_each_stage(study):
     dense = frame[frame["stage"] == "dense"]
     assert dense["unseen"].nunique() == 1
     assert dense["gap"].isna().all()
+    assert set(dense["recovery"]) == {"none"}
+    assert dense["importance"].isna().all()
     pd.testing.assert_frame_equal(
         frame.groupby("row", sort=False).tail(1)[COLUMNS].reset_index(drop=True), study.to_frame()[COLUMNS],
         check_dtype=False,
@@ -247,3 +250,14 @@ def test_gprune_report_refuses_unknown_rows_missing_files_and_several_bases(benc
     ):
         assert command("report", [*arguments, *args]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_list_can_be_a_pipe(bench, first, capsys):
+    read, write = os.pipe()
+    os.write(write, first[0].read_bytes())
+    os.close(write)
+    try:
+        assert command("study", [f"/dev/fd/{read}", "--records", str(bench.records), "--files"]) == 0
+    finally:
+        os.close(read)
+    assert "plain" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 from gprune.__main__ import run as command
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
-from gprune.report.perplexity_tables import mean_over_seeds
+from gprune.report.perplexity_tables import arithmetic_mean_over_seeds, mean_over_seeds
 from gprune.report.table import Estimate
 from gprune.studies import tables
 from gprune.studies.archive import finished_record
@@ -164,3 +164,10 @@ def test_figures_are_drawn_from_records_with_and_without_masks(bench, first, cap
     listing, done = bench.done(first[0])
     report = tables.make_report(listing, [(row, record | {"masks": None}) for row, record in done])
     assert set(report.figures()) == {"ratios"}
+
+
+def test_kl_and_agreement_over_seeds_have_arithmetic_means_inside_of_their_limits():
+    assert arithmetic_mean_over_seeds([0.0, 0.0]) == (0, 0, 0)
+    mean, low, high = arithmetic_mean_over_seeds([0.97, 0.999, 0.96], largest=1.0)
+    assert (mean, high) == (pytest.approx(0.97633, abs=1e-5), 1)
+    assert low == pytest.approx(0.92611, abs=1e-4)
