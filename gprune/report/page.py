@@ -207,7 +207,7 @@ def _describe_protocol(r: Record) -> str:
 
 def make(
     paths: Sequence[Path | str | FinishedRun],
-    *, base: Path | str | FinishedRun | Mapping[Path, FinishedRun] | None = None,
+    *, base: Path | str | FinishedRun | Mapping[Path, FinishedRun] | None = None, seen: Sequence[str] | None = None,
 ) -> Report:  # fmt: skip
     """Read runs and make the report.
 
@@ -215,15 +215,16 @@ def make(
         paths: folders of runs, or runs that are already read.
         base: a run whose stage `base` is the denominator of ratios, or path of a run -> such a run. By default the
             denominator is each run's own base.
+        seen: as for `of_runs`.
 
     Raises:
         UserError: if a folder is not a finished run.
     """
     runs = named_by_difference(read_runs(paths))
     if base is None or isinstance(base, Mapping):
-        return of_runs(runs, bases=base)
+        return of_runs(runs, bases=base, seen=seen)
     divisor = base if isinstance(base, FinishedRun) else read_run(base)
-    return of_runs(runs, bases=dict.fromkeys((run.path for run in runs), divisor))
+    return of_runs(runs, bases=dict.fromkeys((run.path for run in runs), divisor), seen=seen)
 
 
 def of_runs(

@@ -14,8 +14,8 @@ from gprune.storage.reading import expanded
 if TYPE_CHECKING:
     from gprune.runs.results import FinishedRun
 
-    # Runs or folders of runs, and path of a run -> reference run. The second is None without a list with a reference.
-    RunsAndReferences = tuple[list[Path | FinishedRun], dict[Path, FinishedRun] | None]
+    # Runs, path of a run -> reference of its list, and the corpora that count as seen in all rows of the list.
+    Argument = tuple[list[Path | FinishedRun], dict[Path, FinishedRun] | None, list[str] | None]
 
 ABOUT = """Make tables (Markdown, CSV) and figures (PNG, SVG) of finished runs, and of records that gprune study stores.
 
@@ -70,7 +70,8 @@ def run(args: Sequence[str]) -> str:
         base = merge_references(arguments)
     else:
         base = base_run(options.base, options.records, options.seeds)
-    report = page.make([run for runs, _ in arguments for run in runs], base=base)
+    seen = arguments[0][2] if all(argument[2] == arguments[0][2] for argument in arguments) else None
+    report = page.make([run for runs, *_ in arguments for run in runs], base=base, seen=seen)
     if options.html is not None:
         return f"{report.for_stdout()}\nWrote {html.write_report(report, options.html)}.\n"
     paths = report.write(options.output or default_output([run.path for run in report.runs]))
@@ -104,8 +105,10 @@ def check_exists(name: str) -> None:
     raise UserError(f"Cannot read run: there is no folder '{name}'. For a row of a list, use LIST.yaml:ROW.")
 
 
-def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -> RunsAndReferences:
-    """Return the runs of an argument, which is a run folder, a record, or rows of a list, and their references.
+def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -> Argument:
+    """Return the runs of an argument, which is a run folder, a record, or rows of a list.
+
+    For a list it also returns the references of the runs, and the corpora that count as seen in all rows.
 
     Args:
         name: the argument.
@@ -130,24 +133,24 @@ def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -
             raise UserError(
                 f"{name} must have records; got none. Run them with `gprune study {list_path}`, or give --records."
             )
-        return selected, reference_runs(listing.content.reference, runs)
+        return selected, reference_runs(listing.content.reference, runs), listing.content.seen
     if not path.is_file():
-        return [path], None
+        return [path], None, None
     if (record := read_record(path)) is None:
         raise UserError(f"Cannot read '{name}': the file is not a record of gprune study.")
-    return [record_to_run(path, record)], None
+    return [record_to_run(path, record)], None, None
 
 
-def merge_references(arguments: Sequence[RunsAndReferences]) -> dict[Path, FinishedRun] | None:
+def merge_references(arguments: Sequence[Argument]) -> dict[Path, FinishedRun] | None:
     """Return path of a run -> reference run of its list; None unless all arguments are lists with a reference."""
-    if any(references is None for _, references in arguments):
+    if any(references is None for _, references, _ in arguments):
         return None
-    return {path: reference for _, references in arguments for path, reference in references.items()}
+    return {path: reference for _, references, _ in arguments for path, reference in references.items()}
 
 
 def base_run(name: str, records: str | None, seeds: Sequence[int] | None) -> Path | FinishedRun:
     """Return the run of `--base`; UserError if the argument names several runs."""
-    runs, _ = read_argument(name, records, seeds)
+    runs, *_ = read_argument(name, records, seeds)
     if len(runs) > 1:
         raise UserError(f"--base must be one run; got {len(runs)} runs for {name}. Use the record of one seed.")
     return runs[0]

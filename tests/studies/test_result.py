@@ -77,6 +77,15 @@ def test_a_report_on_a_row_divides_by_the_reference_of_its_list(bench, first, st
     assert float(ratio) == pytest.approx(line["unseen_over_unrecovered_base"], rel=1e-6)
 
 
+def test_a_report_on_a_list_says_that_the_list_sets_the_seen_corpora(bench, first, tmp_path, capsys):
+    seen = [str(bench.world.corpora[name]) for name in ("alpha", "delta")]
+    path = bench.write("seen in a report", ROWS, seen=seen, reference="plain")
+    assert command("report", [str(path), "--records", str(bench.records), "--output", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "In every row alpha.txt, delta.txt count as seen" in text
+    assert "each run's own" not in text
+
+
 def test_a_frame_with_stages_has_a_line_for_each_stage(study):
     frame = study.to_frame(stages=True)
     assert list(frame[frame["row"] == "ours"]["stage"]) == ["dense", "base", "averaged", "gprune"]
