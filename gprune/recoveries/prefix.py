@@ -9,7 +9,8 @@ recovered, a projection that lost channels gets the weights
 
 where x_t (K,) are the kept channels in the pruned model, W_K (H, K) their dense weights, and y*_t is the output with
 which the pruned residual stream equals the dense one directly after the projection, so that all earlier errors are
-corrected.
+corrected. Some models multiply the output by a constant before it joins the stream. The constant is measured for each
+projection (`residual_factor`).
 
 If there is an RMS norm n(y) = g y / rms(y) between projection and residual (Gemma 2 and 3), V solves the same problem
 for x_t / r_t and
@@ -18,7 +19,8 @@ for x_t / r_t and
 
 where d_t is the norm's output that makes the streams equal, and m is a tenth of the median of g^2. Errors are thereby
 weighted as they enter the stream. The term with m keeps channels of small gain near the dense output. After any other
-norm, and in layers with several blocks, y*_t is the output of the dense projection.
+norm, in layers with several blocks, and if the stream does not change by a constant times the output, as in layers of
+Gemma 4 that change the stream after the FFN, y*_t is the output of the dense projection.
 
 Attention is solved before the FFN of the same block. Biases do not change: both y* and W_K x + bias contain the bias,
 so it cancels in E. All tokens of all corpora have equal weight. This recovery is ours; the paper has none.
@@ -40,14 +42,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gprune.calibration.layerwise import Walk
+from gprune.calibration.layerwise import LayerCall, Walk
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.errors import require_finite
 from gprune.models.bfloat16 import fast_products
 from gprune.models.blocks import Block, blocks_of, by_layer
+from gprune.models.discovery.probe import changed, is_norm
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, resident
 from gprune.recoveries.least_squares import ridge_correction
+
+SAMPLE_TOKENS = 8  # of the text with which `residual_factor` is measured
 
 
 class Observed(NamedTuple):
@@ -122,8 +127,6 @@ class PrunedPrefix:
         self.ends_layer = [block is blocks[-1] for blocks in layers for block in blocks]
         self.ridge = ridge
         self.parts_to_solve = projections_to_solve(masks, self.alone)
-        # Granite multiplies what is added to the residual stream by this factor.
-        self.scale = getattr(self.blocks[0].layer, "residual_multiplier", 1.0)
         # Both streams are equal before block `first_changed`. After block `last_solved` no stream is needed.
         changed = [b for b, parts in enumerate(self.parts_to_solve) if parts or not masks.blocks[b]]
         solved = [b for b, parts in enumerate(self.parts_to_solve) if parts]
@@ -132,10 +135,14 @@ class PrunedPrefix:
         walk = Walk(model)
         for ids in windows:
             walk.add(ids.to(device_of(model)))
+        walk.add(walk.calls[0].input_ids[:1, :SAMPLE_TOKENS])
+        self.sample = walk.calls.pop()
         self.calls = walk.calls  # one per batch; `hidden`, (B, T, H), is the dense stream
         self.passed_layers = 0  # number of layers that the dense stream has passed
         # Targets of the last layer that the dense stream has passed: block index -> projection -> one per batch.
         self.targets: dict[int, dict[str, list[Target]]] = {}
+        # (block index, projection) -> `residual_factor`; None also in layers with several blocks
+        self.factors: dict[tuple[int, str], float | None] = {}
         # (block index, projection) -> `rms_norm_gain` of the norm after the projection
         self.gains: dict[tuple[int, str], Tensor | None] = {}
         self.pruned_stream = [call.hidden for call in self.calls]  # (B, T, H) for each batch
@@ -185,6 +192,10 @@ class PrunedPrefix:
         layer, index = blocks[0].layer, blocks[0].layer_index
         targets = {block.index: {part: [] for part in self.parts_to_solve[block.index]} for block in blocks}
         with resident(layer), ExitStack() as hooks:
+            for block in blocks:
+                for part in targets[block.index]:
+                    factor = residual_factor(block, part, self.sample) if self.alone[block.index] else None
+                    self.factors[block.index, part] = factor
             observed = {
                 block.index: hooks.enter_context(watch_projections(block, targets[block.index])) for block in blocks
             }
@@ -213,11 +224,11 @@ class PrunedPrefix:
         joins_stream = self._joins_stream(block, part)
         key = block.index, part
         if key not in self.gains:
-            norm_follows = self.alone[block.index] and not joins_stream
+            norm_follows = self.factors[key] is not None and not joins_stream
             self.gains[key] = rms_norm_gain(block.norm_after(part), projection) if norm_follows else None
         stream = output = None
         if joins_stream or self.gains[key] is not None:
-            stream = self._stream_after(block, part, projection.output, before, after).cpu()
+            stream = self._stream_after(block, part, self.factors[key], projection.output, before, after).cpu()
         if not joins_stream:
             output = projection.output.cpu()
         return Target(stream, output)
@@ -240,13 +251,14 @@ class PrunedPrefix:
         gram = torch.zeros(solved.in_features, solved.in_features, device=device)
         cross = torch.zeros(solved.out_features, solved.in_features, device=device)
         inputs = []  # inputs of the projection, one per batch, if its output is exchanged
+        factor = self.factors[dense.index, part]
         with watch_projections(block, (part,)) as observed:
             for batch, (before, target) in enumerate(zip(self.pruned_stream, targets, strict=True)):
                 after = self._run_layer(block, dense.layer_index, batch, before)
                 projection = observed[part]
                 if exchange:  # the stream without the output of the projection, which is added below
                     inputs.append(projection.input.cpu())
-                    added = projection.output.reshape(after.shape).float() * self.scale
+                    added = projection.output.reshape(after.shape).float() * factor
                     self.pruned_stream[batch] = (after.float() - added).to(after.dtype).cpu()
                 rows, error = self._equations(block, dense, part, target, projection, before, after)
                 with fast_products(projection.input):
@@ -258,7 +270,7 @@ class PrunedPrefix:
         solved.set((solved.weight.double() + correction).to(solved.weight.dtype), None)
         for batch, x in enumerate(inputs):
             stream = self.pruned_stream[batch].to(device)
-            added = solved.host(x.to(device)).reshape(stream.shape) * self.scale
+            added = solved.host(x.to(device)).reshape(stream.shape) * factor
             self.pruned_stream[batch] = (stream + added).cpu()
 
     def _equations(
@@ -282,9 +294,10 @@ class PrunedPrefix:
             dense_output = target.output.to(y.device).flatten(0, -2).float()
         if target.stream is None:
             return x.float(), dense_output - y.float()
-        stream = self._stream_after(block, part, projection.output, before, after)
+        factor = self.factors[dense.index, part]
+        stream = self._stream_after(block, part, factor, projection.output, before, after)
         # What has to be added to the output (of the norm, if one follows) so that both streams are equal.
-        missing = (target.stream.to(y.device).float() - stream.float()) / self.scale
+        missing = (target.stream.to(y.device).float() - stream.float()) / factor
         if dense_output is None:
             return x.float(), missing
         # The projection is followed by an RMS norm: g = gain, r_t = size, d_t = norm_target, m = damping.
@@ -295,30 +308,90 @@ class PrunedPrefix:
         y_target = (gain * norm_target + damping * dense_output / size) / (gain.square() + damping)
         return x.float() / size, y_target - y.float() / size
 
-    def _stream_after(self, block: Block, part: str, output: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    def _stream_after(
+        self, block: Block, part: str, factor: float, output: Tensor, before: Tensor, after: Tensor
+    ) -> Tensor:
         """Return the residual stream directly after a projection, (tokens, H).
 
         Args:
             block: the block, which is the only one of its layer.
             part: `down` or `output`.
+            factor: the `residual_factor` of the projection.
             output: the projection's output.
             before: the input of the block.
             after: the output of the block.
         """
-        if part == "down":  # the FFN is the last part of a layer, so the layer's output is the stream after `down`
+        if part == "down":  # has a factor only if the FFN is last, so the layer's output is the stream after `down`
             return after.flatten(0, -2)
         if not block.joins_residual(part):
             output = block.norm_after(part)(output)
-        return (before.to(output.device).reshape(output.shape) + output * self.scale).flatten(0, -2)
+        return (before.to(output.device).reshape(output.shape) + output * factor).flatten(0, -2)
 
     def _joins_stream(self, block: Block, part: str) -> bool:
         """Return whether the target is the residual stream and not the output of the projection."""
-        return self.alone[block.index] and block.joins_residual(part)
+        return self.factors[block.index, part] is not None and block.joins_residual(part)
 
     def _run_layer(self, block: Block, index: int, batch: int, hidden: Tensor) -> Tensor:
         """Return the output of a pruned layer for hidden states (B, T, H) of a batch, and count the tokens."""
         self.tokens += hidden.shape[0] * hidden.shape[1]
         return self.calls[batch].run_layer(block.layer, index, hidden)
+
+
+def residual_factor(block: Block, part: str, call: LayerCall) -> float | None:
+    """Return c, if the residual stream after a projection changes by c times a change of what it adds; otherwise None.
+
+    What it adds is its output, or that of the norm that follows. For `down`, the stream is the output of the layer, so
+    None also means that the FFN is not the last part of the layer. For `output`, it is the input of the layer plus c
+    times what is added.
+
+    The layer is called with hidden states of zeros and with random numbers instead of what the projection adds. Nothing
+    else is in the stream, so the result is not rounded in relation to larger numbers, and a factor of 1 is exact.
+
+    Args:
+        block: a block of the dense model, which is the only one of its layer, with weights in memory.
+        part: `down` or `output`.
+        call: a text with the arguments of each layer. The hidden states are not used.
+    """
+    layer, projection = block.layer, block.parts[part]
+    added_by = block.norm_after(part)
+    if added_by is None:
+        added_by = projection.host
+    silent = [block.parts[name].host for name in ("down", "output") if name in block.parts and name != part]
+    if part == "output":  # every later part of the layer begins or ends with a norm
+        silent += [module for module in layer.modules() if is_norm(module)]
+    silent = [module for module in silent if module is not added_by]
+    random = torch.randn(call.input_ids.numel(), projection.out_features, generator=torch.Generator().manual_seed(4))
+    random = random.to(call.hidden)  # on the CPU
+    if call.hidden.numel() != random.numel():  # several residual streams
+        return None
+    random_there = random.to(device_of(layer))
+    zeros = torch.zeros_like(random_there)
+
+    def output(entering: Tensor, added: Tensor) -> Tensor:
+        """Return the layer's output for its input and for what the projection adds; all are (tokens, H)."""
+        with ExitStack() as hooks:
+            for module in silent:
+                hooks.enter_context(changed(module, torch.zeros_like))
+            hooks.enter_context(changed(added_by, lambda y: added.reshape(y.shape).to(y.dtype)))
+            return call.run_layer(layer, block.layer_index, entering.reshape(call.hidden.shape)).reshape(added.shape)
+
+    constant = output(zeros, zeros)  # such as biases
+    of_added = _factor((output(zeros, random_there) - constant).cpu(), random)
+    if part == "down" or of_added is None:
+        return of_added
+    # It is not 1 if the layer multiplies its output, as in Gemma 4.
+    of_input = _factor((output(random_there, zeros) - constant).cpu(), random)
+    return None if of_input is None else of_added / of_input
+
+
+def _factor(x: Tensor, reference: Tensor) -> float | None:
+    """Return the number c with x = c reference, except for rounding; None if there is none, or if it is zero."""
+    tolerance = max(1e-3, torch.finfo(x.dtype).eps)
+    x, reference = x.double().flatten(), reference.double().flatten()
+    factor = float((x @ reference) / (reference @ reference))  # least squares
+    largest = float(x.abs().max())
+    is_multiple = float((x - factor * reference).abs().max()) <= tolerance * largest  # not if a number is not finite
+    return factor if is_multiple and largest > 0 else None
 
 
 def rms_norm_gain(norm: nn.Module, projection: Observed) -> Tensor | None:

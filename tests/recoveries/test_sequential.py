@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from experiments.architectures import example
 from gprune.cli import main
@@ -19,9 +20,10 @@ from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.masks import Masks
 from gprune.models.offload import is_offloaded
 from gprune.models.surgery import prune, prune_to_files
+from gprune.models.tiny import tiny_model
 from gprune.pipeline import plan as preparation
 from gprune.recoveries import RECOVERY, Material
-from gprune.recoveries.prefix import PrunedPrefix, projections_to_solve
+from gprune.recoveries.prefix import SAMPLE_TOKENS, PrunedPrefix, projections_to_solve
 from gprune.storage.files import read_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_run
@@ -97,7 +99,7 @@ def solved_reference(
     all_kept = Masks(*([torch.ones_like(m) for m in kind] for kind in (masks.ffn, masks.attention)))
     dense = prune(model, all_kept).double()  # a copy
     small = prune(model, masks).double()
-    paths = {"output": family.output, "down": family.down}
+    paths = {part: path for part, path in (("output", family.output), ("down", family.down)) if path}
     normed = {"output": family.after_attention, "down": family.after_ffn}
     remaining = [i for i, stays in enumerate(masks.blocks) if stays]
     for index, layer in zip(remaining, decoder_layers(small), strict=True):
@@ -108,7 +110,7 @@ def solved_reference(
             pruned_rows = trace(small, layer, paths, ids)
             dense_rows = trace(dense, decoder_layers(dense)[index], paths, ids)
             host = attrgetter(paths[part])(layer)
-            W = (host.weight.T if block.output.transposed else host.weight).numpy()
+            W = (host.weight.T if block.down.transposed else host.weight).numpy()
             y, x = dense_rows[f"y {part}"], pruned_rows[f"x {part}"]
             if (target if isinstance(target, str) else target[part]) == "residual":
                 scale = getattr(layer, "residual_multiplier", 1.0)
@@ -139,7 +141,7 @@ def solved_reference(
             ridge_weight = np.sqrt(ridge * np.square(x).sum(0).mean())
             A = np.vstack([x, ridge_weight * np.eye(x.shape[1])])
             solved = np.linalg.lstsq(A, np.vstack([y, ridge_weight * W.T]), rcond=None)[0].T
-            host.weight.copy_(torch.from_numpy(solved.T if block.output.transposed else solved))
+            host.weight.copy_(torch.from_numpy(solved.T if block.down.transposed else solved))
     return small
 
 
@@ -187,6 +189,83 @@ def test_outputs_are_fitted_if_a_norm_follows_the_residual_sum(norm_before):
     masks = some_masks(model, attention=True)
     expected = solved_reference(model, masks, windows(), "residual" if norm_before else "output")
     assert_close_weights(weights(recovered(model, masks)), weights(expected))
+
+
+def with_factors(model_type: str, values: dict, scaled: dict[str, float]):
+    """Two models that compute the same: with factors after their projections, and with these factors in the weights.
+
+    Args:
+        values: settings of the model with factors -> (their value, the value that removes them).
+        scaled: ends of names of weights -> the factor.
+    """
+    models = []
+    for which in (0, 1):
+        config = example(model_type).config
+        for name, pair in values.items():
+            setattr(config, name, pair[which])
+        models.append(tiny_model(config, seed=7).requires_grad_(False))
+    model, plain = models
+    for name, weight in plain.named_parameters():
+        for end, factor in scaled.items():
+            if name.endswith(end):
+                weight.mul_(factor)
+    return model, plain
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "scaled"),
+    [
+        (
+            "falcon_h1",
+            {"mlp_multipliers": ([1.0, 0.25], [1.0, 1.0]), "attention_out_multiplier": (0.5, 1.0)},
+            {"feed_forward.down_proj.weight": 0.25, "self_attn.o_proj.weight": 0.5},
+        ),
+        ("minicpm3", {"scale_depth": (0.75 * 3**0.5, 3**0.5)}, {"down_proj.weight": 0.75, "o_proj.weight": 0.75}),
+        ("granite", {"residual_multiplier": (0.25, 1.0)}, {"down_proj.weight": 0.25, "o_proj.weight": 0.25}),
+    ],
+)
+def test_a_factor_after_a_projection_is_as_good_as_in_its_weights(model_type, values, scaled):
+    model, plain = with_factors(model_type, values, scaled)
+    assert torch.allclose(model(windows()[0]).logits, plain(windows()[0]).logits, rtol=1e-4, atol=1e-4)
+    masks = some_masks(model, [n // 2 for n in (block.neurons for block in blocks_of(model))], attention=True)
+    actual, expected = weights(recovered(model, masks)), weights(recovered(plain, masks))
+    for name, weight in actual.items():
+        for end, factor in scaled.items():
+            if name.endswith(end):
+                weight.mul_(factor)
+    assert_close_weights(actual, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma3_text"])
+def test_measured_factors_change_nothing_where_the_config_names_the_factor(family, monkeypatch):
+    model = make_tiny(family)
+    masks = some_masks(model, attention=True)
+    actual = weights(recovered(model, masks))
+    factor = getattr(model.config, "residual_multiplier", 1.0)
+    monkeypatch.setattr("gprune.recoveries.prefix.residual_factor", lambda *_: factor)
+    expected = weights(recovered(model, masks))
+    assert_close_weights(actual, expected)
+    if family != "granite":  # the same bits
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
+
+
+def test_layers_that_multiply_their_output_are_fitted_to_the_stream_before(monkeypatch):
+    model, ids = make_tiny("llama"), windows()
+    forward = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda *args, **kwargs: 0.5 * forward(*args, **kwargs))
+    masks = some_masks(model, attention=True)
+    expected, actual = solved_reference(model, masks, ids), recovered(model, masks, ids, ridge=RIDGE)
+    assert_close_weights(weights(actual), weights(expected))
+
+
+def test_outputs_are_fitted_if_the_layer_changes_the_stream_after_the_ffn():
+    """Gemma 4 adds a network of the stream and the token after the FFN."""
+    model = example("gemma4_text")
+    for layer in decoder_layers(model):
+        layer.layer_scalar.fill_(0.5)
+    masks = some_masks(model, [n // 2 for n in (block.neurons for block in blocks_of(model))], attention=False)
+    expected = weights(solved_reference(model, masks, windows(), "output"))
+    assert_close_weights(weights(recovered(model, masks)), expected)
 
 
 # --- properties
@@ -345,7 +424,8 @@ def test_a_run_recovers_its_controls_within_the_planned_tokens(world, tmp_path, 
     # One pass of the dense model, and one pass of a pruned layer (of three) per projection. Another pass gives the
     # output of a block whose down projection is not solved, except for the last block.
     outputs_needed = sum("down" not in parts for parts in solved[:-1])
-    assert step["forward_tokens"] == tokens + tokens * (sum(map(len, solved)) + outputs_needed) // 3
+    passed = tokens + tokens * (sum(map(len, solved)) + outputs_needed) // 3
+    assert step["forward_tokens"] == passed + SAMPLE_TOKENS  # one short text, with which factors are measured
     none = preparation.check(parse(world.args(tmp_path, FLAGS[1])))
     assert plan.forward_tokens == none.forward_tokens + 3 * (4 * tokens + 3 * 2 * 32)
     assert result.summary["forward_tokens"] <= plan.forward_tokens
