@@ -266,10 +266,20 @@ def implementation(config: PreTrainedConfig, name: str) -> Any:
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     """Cast all parameters to a dtype in place, but not buffers, as loading with that dtype does. None: no change.
 
-    Parameters that the model's class keeps in float32, such as routers of experts, become float32 instead.
+    The parameters `kept_in_float32` become float32 instead.
     """
     if dtype is None:
         return
+    in_float32 = kept_in_float32(model, dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if name in in_float32 else dtype)
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Return names of parameters that the model's class keeps in float32 in a model of this dtype.
+
+    Examples are routers of experts in bfloat16. The model may be without weights.
+    """
     # transformers names them by patterns, and loads them with the same search.
     patterns = set()
     if dtype in (torch.float16, torch.bfloat16):
@@ -277,9 +287,7 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     if dtype == torch.float16:
         patterns |= set(model._keep_in_fp32_modules or ())
     searches = [re.compile(pattern.replace("*", ".*")).search for pattern in patterns]
-    for name, parameter in model.named_parameters():
-        in_float32 = any(search(name) for search in searches)
-        parameter.data = parameter.data.to(torch.float32 if in_float32 else dtype)
+    return {name for name, _ in model.named_parameters() if any(search(name) for search in searches)}
 
 
 def to_portable(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_fro
 from gprune.config import RunConfig
 from gprune.errors import UserError, quoting
 from gprune.export.convert import TYPES
+from gprune.export.hf import kept_in_float32
 from gprune.models.blocks import Block, blocks_of
 from gprune.runs.trainer import matmul_precision
 from gprune.sparsity.budget import Budget, unit_costs
@@ -100,13 +101,19 @@ class Pricing:
             return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
 
     def _exported_bytes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Costs:
-        """Return the cost of units in half bits of the export. GGUF files store vectors as float32."""
+        """Return the cost of units in half bits of the export.
+
+        GGUF files store vectors as float32. Some parameters of Hugging Face folders are float32 in any case.
+        """
         export = self.cfg.export
         if export.format == "gguf":
             of_matrix, of_vector = int(2 * TYPES[export.type]), 4 * HALF_BITS
-        else:
-            of_matrix = of_vector = getattr(torch, self.exported_dtype).itemsize * HALF_BITS
-        return parameter_costs(model, blocks, weight=lambda p: of_matrix if p.ndim > 1 else of_vector)
+            return parameter_costs(model, blocks, weight=lambda p: of_matrix if p.ndim > 1 else of_vector)
+        dtype = getattr(torch, self.exported_dtype)
+        in_float32 = {id(model.get_parameter(name)) for name in kept_in_float32(model, dtype)}
+        return parameter_costs(
+            model, blocks, weight=lambda p: HALF_BITS * (4 if id(p) in in_float32 else dtype.itemsize)
+        )
 
     @cached_property
     def speed(self) -> Table | None:

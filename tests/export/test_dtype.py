@@ -17,6 +17,8 @@ from gprune.models.surgery import prune
 from gprune.models.tiny import shrunk, tiny_model
 from gprune.pipeline.plan import check
 from gprune.runs.results import load_run
+from gprune.sparsity.cut import uniform_masks
+from gprune.sparsity.target import HALF_BITS
 from tests import tiny_run
 from tests.tiny_families import make_tiny, some_masks
 
@@ -59,6 +61,21 @@ def test_some_parameters_are_kept_in_float32_in_exports_in_float16_only():
         weights = dict(hf.to_exportable(model, dtype).named_parameters())
         kept = {p.dtype for name, p in weights.items() if name.endswith("self_attn.compressor.kv_proj.weight")}
         assert kept == {expected}
+
+
+def test_a_byte_target_counts_parameters_that_are_kept_in_float32(tmp_path):
+    model = tiny_model(shrunk(CONFIG_MAPPING["deepseek_v3"]()))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    flags = [f"--model.name={tmp_path / 'dense'}", "--model.dtype=bfloat16", "--recovery=none"]
+    plan = check(parse([*flags, "--sparsity.target=120KiB"]))
+    masks = uniform_masks(plan.budget)
+    small = prune(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16), masks)
+    folder = hf.save_pruned(small, None, tmp_path / "model", dtype=torch.bfloat16)
+    parameters = dict(small.named_parameters())
+    files = [load_file(file) for file in folder.glob("*.safetensors")]
+    written = sum(tensor.nbytes for file in files for name, tensor in file.items() if name in parameters)
+    planned = plan.budget.costs.prices.model - plan.budget.costs.removed(masks)
+    assert planned == HALF_BITS * written <= HALF_BITS * 120 * 2**10
 
 
 @pytest.mark.slow
