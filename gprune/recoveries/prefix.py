@@ -372,8 +372,10 @@ def residual_factor(block: Block, part: str, call: LayerCall) -> float | None:
         with ExitStack() as hooks:
             for module in silent:
                 hooks.enter_context(changed(module, torch.zeros_like))
-            hooks.enter_context(changed(added_by, lambda y: added.reshape(y.shape).to(y.dtype)))
-            return call.run_layer(layer, block.layer_index, entering.reshape(call.hidden.shape)).reshape(added.shape)
+            # Copies, because a layer may change tensors in place.
+            hooks.enter_context(changed(added_by, lambda y: added.reshape(y.shape).to(y.dtype, copy=True)))
+            hidden = entering.reshape(call.hidden.shape).clone()
+            return call.run_layer(layer, block.layer_index, hidden).reshape(added.shape)
 
     constant = output(zeros, zeros)  # such as biases
     of_added = _factor((output(zeros, random_there) - constant).cpu(), random)
@@ -416,7 +418,7 @@ def watch_projections(block: Block, parts: Iterable[str]) -> Iterator[dict[str, 
 
     def record_projection(part: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Forward hook of a projection."""
-        observed[part] = Observed(inputs[0], output, None)
+        observed[part] = Observed(inputs[0], output.clone(), None)  # Falcon adds to its output in place
 
     def record_norm_input(part: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the norm after a projection."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconMLP
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from experiments.architectures import example
@@ -298,6 +299,16 @@ def test_sequential_recovery_is_closer_to_the_dense_model_than_parallel_recovery
     errors_of = [errors(model, m, ids) for m in (*small.values(), recovered(model, masks, ids, ridge=1e-3))]
     for none, parallel, sequential in zip(*errors_of, strict=True):  # of hidden states, and of the next token
         assert sequential < parallel < none
+
+
+def test_layers_that_change_the_output_of_down_in_place_are_recovered(monkeypatch):
+    """Falcon adds the output of attention to the tensor that `down` returns."""
+    model = example("falcon")
+    masks = some_masks(model, [n // 2 for n in (block.neurons for block in blocks_of(model))], attention=False)
+    actual, forward = weights(recovered(model, masks)), FalconMLP.forward
+    monkeypatch.setattr(FalconMLP, "forward", lambda *args: forward(*args).clone())
+    expected = weights(recovered(model, masks))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
 
 
 @pytest.mark.parametrize("model_type", ["olmo", "nanochat"])
