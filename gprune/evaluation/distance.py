@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.corpora.windows import Windows
-from gprune.evaluation.perplexity import PerplexityResult
+from gprune.evaluation.perplexity import PerplexityResult, kl_of_rows
 from gprune.models.losses import rows_at_once
 from gprune.models.offload import device_of
 
@@ -35,7 +35,7 @@ def perplexity_from_logits(
         progress: called after each window with its number of tokens.
 
     Raises:
-        UserError: if a loss is not finite, or exp of the mean loss would overflow.
+        UserError: if a loss or KL is not finite, or exp of the mean loss would overflow.
     """
     sums = []
     for window in windows.tokens:
@@ -75,7 +75,7 @@ def _window_sums(logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -
             ours, theirs = chunk_logits[:, :common], dense_logits[chunk, :common].float()
             log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
             # KL(q || p), q from the dense model. Rounding can give a negative sum.
-            kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).double().sum().clamp_min(0)
+            kl = kl_of_rows(log_p, log_q).double().sum().clamp_min(0)
             same_argmax = (ours.argmax(-1) == theirs.argmax(-1)).double().sum()
             sums += [kl, same_argmax]
         chunk_sums.append(torch.stack(sums))

@@ -80,8 +80,19 @@ class Forecast(NamedTuple):
         chunks = []
         for ours, theirs in zip(logits.split(rows), dense_logits.split(rows), strict=True):
             log_p, log_q = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
-            chunks.append(F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1))
+            chunks.append(kl_of_rows(log_p, log_q))
         return torch.cat(chunks)
+
+
+def kl_of_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(q || p) of each row in nats, (T,).
+
+    Args:
+        log_p: (T, V) log-probabilities, any float dtype.
+        log_q: (T, V) log-probabilities. Entries of -inf add nothing, as 0 log 0 is 0.
+    """
+    terms = F.kl_div(log_p, log_q, reduction="none", log_target=True)
+    return terms.masked_fill_(log_q == -torch.inf, 0).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,7 @@ class PerplexityResult:
             windows: the n windows.
 
         Raises:
-            UserError: if a loss is not finite, or exp of the mean loss would overflow.
+            UserError: if a loss or KL is not finite, or exp of the mean loss would overflow.
         """
         tokens = windows.tokens[:, 1:].numel()
         window_nll = sums[:, 0].contiguous()  # the memory layout affects the last bits of the sum
@@ -116,6 +127,7 @@ class PerplexityResult:
         if sums.shape[1] == 1:
             return result
         _, window_kl, window_agreement = sums.T
+        require_finite("KL divergence came up in evaluation", window_kl)
         return replace(
             result,
             kl=float(window_kl.sum()) / tokens,
@@ -147,7 +159,7 @@ def perplexity(
             with the forecasts of this model.
 
     Raises:
-        UserError: if a loss is not finite, or exp of the mean loss would overflow.
+        UserError: if a loss or KL is not finite, or exp of the mean loss would overflow.
     """
     rank, world_size = rank_and_world_size() if shared else (0, 1)
     batches = windows.tokens.split(batch_size)  # batch i belongs to rank i % world_size

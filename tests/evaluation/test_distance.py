@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gprune.corpora.windows import Windows
+from gprune.errors import UserError
 from gprune.evaluation.distance import perplexity_from_logits
 from gprune.evaluation.perplexity import perplexity
 from tests.conftest import make_tiny_llama
@@ -54,3 +55,29 @@ def test_a_padded_vocabulary_is_compared_on_the_tokens_of_both_models(tiny_model
     result = perplexity_from_logits(padded, windows, tiny_model)
     assert result.kl == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-4)
     assert result.nll == pytest.approx(perplexity(padded, windows).nll, rel=1e-6)  # over the whole padded vocabulary
+
+
+@pytest.mark.parametrize("masked", ["dense", "both"])
+def test_tokens_that_the_dense_model_excludes_add_nothing_to_kl(masked, tiny_model, other, token_batch):
+    """A model may give logits of -inf, for instance for tokens that pad the vocabulary."""
+    excluded = sorted(set(range(tiny_model.config.vocab_size)) - set(token_batch.flatten().tolist()))[:3]
+
+    def exclude(module, args, logits):
+        return logits.index_fill(-1, torch.tensor(excluded), -torch.inf)
+
+    for model in [tiny_model, other][: 1 if masked == "dense" else 2]:
+        model.lm_head.register_forward_hook(exclude)
+    p, q = float64_log_probabilities(other, token_batch), float64_log_probabilities(tiny_model, token_batch)
+    kl = (q.exp() * (q - p)).nan_to_num(0).sum(-1)
+    result = perplexity_from_logits(other, Windows("demo", "test", token_batch), tiny_model)
+    assert result.window_kl == pytest.approx(kl.sum(-1).tolist(), rel=1e-4)
+
+
+def test_a_kl_that_is_not_finite_raises_a_user_error(tiny_model, other, token_batch):
+    """The model excludes a token that the dense model does not exclude."""
+    excluded = next(iter(set(range(tiny_model.config.vocab_size)) - set(token_batch.flatten().tolist())))
+    other.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.tensor([excluded]), -torch.inf)
+    )
+    with pytest.raises(UserError, match="non-finite KL divergence"):
+        perplexity_from_logits(other, Windows("demo", "test", token_batch), tiny_model)
