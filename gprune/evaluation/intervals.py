@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from scipy.stats import t as student
 
+LARGEST = 1e300  # largest bound of an interval; records cannot store infinity
 Nll = Mapping[str, list[float]]  # corpus -> summed negative log-likelihood per window, nats
 
 
@@ -42,7 +43,7 @@ def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: 
 
 def mean_perplexity(nll: Nll, tokens_per_window: int) -> tuple[float, float, float]:
     """Return the geometric-mean perplexity of one model over corpora: (perplexity, lower, upper)."""
-    return tuple(map(math.exp, mean_per_token(nll, tokens_per_window)))
+    return tuple(map(_exp, mean_per_token(nll, tokens_per_window)))
 
 
 def mean_per_token(sums: Nll, tokens_per_window: int) -> tuple[float, float, float]:
@@ -102,7 +103,12 @@ def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_win
     if not seen_corpora or not unseen_corpora:
         return (math.nan,) * 3
     weights = {corpus: -1 / seen_corpora if seen[corpus] else 1 / unseen_corpora for corpus in pruned}
-    return tuple(map(math.exp, _interval(differences(pruned, dense), weights, tokens_per_window)))
+    return tuple(map(_exp, _interval(differences(pruned, dense), weights, tokens_per_window)))
+
+
+def _exp(value: float) -> float:
+    """Return exp of a value, but at most `LARGEST`. Above 709 math.exp raises OverflowError."""
+    return math.exp(value) if value < 690 else LARGEST  # exp(690) is a little less
 
 
 def differences(a: Nll, b: Nll) -> Nll:

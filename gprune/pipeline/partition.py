@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, Moments, pool_statistics
-from gprune.checks import select_options
+from gprune.checks import format_value, select_options
 from gprune.config.groups import AVERAGED, CONSENSUS
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
@@ -138,7 +139,7 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
         labels: initial labels, (N,) int64 for each of these blocks.
 
     Raises:
-        UserError: if the refiner's labels have another shape, are not whole numbers, or leave a module empty.
+        UserError: as `checked_labels`.
     """
     run.step(5, "Refining")
     p = run.cfg.partition
@@ -149,19 +150,36 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
     trainer = run.trainer("Refining modules", stage, role="partition", max_epochs=1, log_every_n_steps=10, **validation)
     trainer.fit(stage)
     run.callbacks.keep_state()
-    refined = [
-        REFINER.checked(p.refiner, "labels", new, initial.shape, of="whole numbers")
-        for new, initial in zip(stage.labels(), labels, strict=True)
-    ]
-    if any(new.min() < 0 or not torch.bincount(new).all() for new in refined):
-        needed = "modules from 0 to K - 1 in each block, each with at least one neuron"
-        raise UserError(f"Refiner '{p.refiner}' must return {needed}.")
-    refined = [new.long().cpu() for new in refined]
+    refined = checked_labels(p.refiner, stage.labels(), labels)
     moved = sum(int((new != initial).sum()) for new, initial in zip(refined, labels, strict=True))
     neurons = sum(map(len, labels))
     log.info("Refinement moved %d of %d neurons", moved, neurons)
     run.folder.update_manifest(refinement={"moved": moved, "neurons": neurons})
     return refined
+
+
+def checked_labels(name: str, value: Any, labels: Sequence[Tensor]) -> list[Tensor]:
+    """Check the labels that a refiner returned, and return them as int64 on the CPU.
+
+    Args:
+        name: the refiner's registered name.
+        value: what its method `labels` returned.
+        labels: initial labels, (N,) int64 for each block with an FFN.
+
+    Raises:
+        UserError: if the value is not a list with a tensor for each of these blocks; if labels have another shape, are
+            not whole numbers, or leave a module empty.
+    """
+    try:
+        pairs = list(zip(value, labels, strict=True))
+    except (TypeError, ValueError) as error:  # not a list, or a list of another length
+        needed = f"a list with the labels of each of {len(labels)} blocks"
+        raise UserError(f"Refiner '{name}' must return {needed}; got {format_value(value)}.") from error
+    refined = [REFINER.checked(name, "labels", new, initial.shape, of="whole numbers") for new, initial in pairs]
+    if any(new.min() < 0 or not torch.bincount(new).all() for new in refined):
+        needed = "modules from 0 to K - 1 in each block, each with at least one neuron"
+        raise UserError(f"Refiner '{name}' must return {needed}.")
+    return [new.long().cpu() for new in refined]
 
 
 def assess(

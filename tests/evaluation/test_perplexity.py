@@ -229,3 +229,12 @@ def test_the_interval_of_single_windows_has_width_zero_and_they_add_no_variance(
     assert mean_perplexity({"x": [31.0], "y": [31.0]}, 31) == (math.exp(1),) * 3
     value, low, high = mean_perplexity({"x": [31.0], "y": [20.0, 42.0]}, 31)  # the variance is that of y
     assert low < value < high
+
+
+def test_an_interval_beyond_the_largest_float_ends_at_a_number_that_records_can_store():
+    nll = {"x": [250.0 * 31, 350.0 * 31]}
+    value, low, high = mean_perplexity(nll, 31)
+    assert (value, high) == (pytest.approx(math.exp(300)), 1e300)
+    assert low == pytest.approx(0)
+    zero = {"x": [0.0, 0.0], "y": [0.0, 0.0]}
+    assert paired_gap(nll | {"y": [0.0, 0.0]}, zero, {"x": False, "y": True}, 31)[2] == 1e300

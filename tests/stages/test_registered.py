@@ -19,6 +19,7 @@ from gprune.errors import UserError
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
+from gprune.pipeline.partition import checked_labels
 from gprune.recoveries import Recovery, recovery
 from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.sparsity.cut import keep_masks
@@ -185,6 +186,26 @@ def test_invalid_stages_and_options_are_refused_by_name(settings, message, scrat
 def test_a_learner_without_masks_is_refused(scratch_registries):
     with pytest.raises(UserError, match="Learner 'x' must be a class with the method masks"):
         gprune.learner("x")(L.LightningModule)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda labels: labels[1:], "a list with the labels of each of 3 blocks; got [tensor("),
+        (lambda labels: None, "a list with the labels of each of 3 blocks; got null."),
+        (lambda labels: [*labels, labels[0]], "a list with the labels of each of 3 blocks; got [tensor("),
+        (lambda labels: [y + 1 for y in labels], "modules from 0 to K - 1 in each block"),
+        (lambda labels: iter(labels), None),
+    ],
+)
+def test_labels_of_a_refiner_must_have_every_block(change, message):
+    labels = [torch.tensor([0, 1, 1])] * 3
+    if message is None:
+        refined = checked_labels("mine", change(labels), labels)
+        assert torch.equal(torch.stack(refined), torch.stack(labels))
+        return
+    with pytest.raises(UserError, match="^Refiner 'mine' must return " + re.escape(message)):
+        checked_labels("mine", change(labels), labels)
 
 
 INVALID = {
