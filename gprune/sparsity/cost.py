@@ -6,6 +6,7 @@ a KV group and of the whole block; and the cost of the rest of the model.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,21 +34,33 @@ class Price:
             costs: per block the costs of a neuron, of a KV group and of the whole block; and the cost of the rest.
             neurons: number of neurons (or slots) of each block.
             groups: number of KV groups of each block.
+
+        Raises:
+            TypeError: if a cost is not a whole number.
+            ValueError: if a cost is negative, or the costs have another form or another number of blocks.
         """
         by_block, rest = costs
-        neuron, group, blocks = zip(*by_block, strict=True)
+        neuron, group, blocks = ([_whole_number(cost) for cost in of_kind] for of_kind in zip(*by_block, strict=True))
 
         def tables(unit_costs: Sequence[int], numbers: Sequence[int]) -> list[Sequence[int]]:
             """Return for each block the costs of 0, 1, ..., all units."""
             pairs = zip(unit_costs, numbers, strict=True)
             return [range(0, cost * number + 1, cost) if cost else [0] * (number + 1) for cost, number in pairs]
 
-        return cls(tables(neuron, neurons), tables(group, groups), blocks, rest)
+        return cls(tables(neuron, neurons), tables(group, groups), blocks, _whole_number(rest))
 
     @property
     def model(self) -> int:
         """Cost of the whole model."""
         return sum(self.blocks) + self.rest
+
+
+def _whole_number(cost: Any) -> int:
+    """Return a cost as an int. Raise TypeError if it is not a whole number, and ValueError if it is negative."""
+    number = operator.index(cost)
+    if number < 0:
+        raise ValueError(f"{number} is less than 0")
+    return number
 
 
 @COST.register("parameters")

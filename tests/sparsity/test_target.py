@@ -194,7 +194,13 @@ def test_a_registered_cost_is_counted_by_the_budget(scored):
         assert RunConfig(sparsity={"target": 0.5, "cost": "groups_alone"}).sparsity.currency == "groups_alone"
 
 
-@pytest.mark.parametrize("costs", [(1.5, 2, 3), ([(1, 1, 4)] * 9, 0), ([(1.5, 1, 4)] * 3, 0)])
+@pytest.mark.parametrize(
+    "costs",
+    [
+        (1.5, 2, 3), ([(1, 1, 4)] * 9, 0), ([(1.5, 1, 4)] * 3, 0), ([(1, 1, 4.5)] * 3, 0), ([(1, 1, 4)] * 3, 0.5),
+        ([(-1, 2, 4)] * 3, 0), ([(1, 1, 4)] * 3, -1),
+    ],
+)  # fmt: skip
 def test_an_invalid_registered_cost_is_refused_by_name(costs, world, tmp_path, capsys):
     with restored(COST):
         COST.register("odd")(lambda model, blocks: costs)
