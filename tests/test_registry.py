@@ -213,3 +213,24 @@ def test_masks_of_a_registered_allocation_must_be_valid_and_on_budget(row, tiny)
     assert checked_masks(ALLOCATION, "mine", valid, budget) == valid
     with pytest.raises(UserError, match=f"^Allocation 'mine'.* {message}"):
         checked_masks(ALLOCATION, "mine", change(valid), budget)
+
+
+def test_masks_of_an_allocation_of_whole_blocks_must_remove_the_target(tiny):
+    """They may remove more, because a block has many units."""
+    model, statistics, scores, budget = tiny
+    blocks = blocks_of(model)
+
+    def masks_without(*layers):
+        """Return masks that remove some layers."""
+        keep = [[torch.full((n,), b not in layers) for b, n in enumerate(sizes)] for sizes in ([48] * 3, [2] * 3)]
+        return Masks(*keep)
+
+    results = iter(
+        [masks_without(), replace(masks_without(0), attention=masks_without().attention), masks_without(0, 1)]
+    )
+    allocation("mine", whole_blocks=True)(lambda *_: next(results))
+    for removed in ("0", "4,608"):
+        message = f"^Allocation 'mine' must return masks on budget, which remove at least 6,912; got {removed}.$"
+        with pytest.raises(UserError, match=message):
+            allocate("mine", scores, statistics, blocks, budget)
+    assert allocate("mine", scores, statistics, blocks, budget).blocks == [False, False, True]

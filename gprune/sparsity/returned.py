@@ -59,7 +59,7 @@ def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, 
         name: the entry that returned the value.
         value: the value.
         budget: the budget.
-        exact: whether masks must remove the target and less than one more unit (or step of widths).
+        exact: whether masks must remove less than one unit (or step of widths) more than the target.
 
     Raises:
         UserError: if the value is something else, or misses the budget.
@@ -73,8 +73,8 @@ def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, 
     step = _largest_step(budget)
     removed = costs.removed(masks)
     target = budget.target
-    if exact and not target <= removed < target + step:
-        needed = f"at least {target:,}, and less than {target + step:,}"
+    if removed < target or (exact and removed >= target + step):
+        needed = f"at least {target:,}" + (f", and less than {target + step:,}" if exact else "")
         raise UserError(f"{entry} must return masks on budget, which remove {needed}; got {removed:,}.")
     return masks
 
