@@ -271,7 +271,7 @@ def measure_table(
     model = random_model(dense, device, dtype)
     model_widths = widths(model)
     N, G = max(model_widths["neurons"]), max(model_widths["kv_groups"])
-    narrowest = min(model_widths["neurons"])
+    narrowest = min(filter(None, model_widths["neurons"]))  # 0 is the width of a block without an FFN
     quarters = range(1, 5)
     neurons = sorted({1, *(max(1, N * quarter // 4) for quarter in quarters)})
     groups = sorted({1, *(max(1, G * quarter // 4) for quarter in quarters)})
