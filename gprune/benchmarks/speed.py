@@ -159,60 +159,56 @@ def price_from_table(table: Table, blocks: Sequence[Block]) -> Price:
     """Convert a latency table to costs of units in integer picoseconds.
 
     The price of a block is the cost of keeping 0, 1, ..., n of its units, interpolated linearly between measured
-    widths. If a straight line fits all points within the measurement noise (`spread`), the line is used. A layer with
-    several blocks is timed as a whole. Its time is divided between them in proportion to their parameters.
+    widths. If a straight line fits all points within the measurement noise (`spread`), the line is used. Models are
+    timed as a whole. If several blocks become narrower at once, the saved time is divided between them in proportion
+    to their parameters.
     """
-    layers = by_layer(blocks)
-    neuron_costs = [
-        _unit_costs(table["neurons"], b.neurons, _parameter_share(b, layer, "ffn"), table["spread"])
-        for layer in layers
-        for b in layer
-    ]
-    group_costs = [
-        _unit_costs(table["groups"], b.kv_groups, _parameter_share(b, layer, "attention"), table["spread"])
-        for layer in layers
-        for b in layer
-    ]
+    layers, spread = by_layer(blocks), table["spread"]
+    neurons = [(b.neurons, b.unit_cost("ffn")) for b in blocks]
+    groups = [(b.kv_groups, b.unit_cost("attention")) for b in blocks]
+    neuron_costs = _unit_costs(table["neurons"], neurons, len(layers), spread)
+    group_costs = _unit_costs(table["groups"], groups, len(layers), spread)
     all_units = [neurons[-1] + groups[-1] for neurons, groups in zip(neuron_costs, group_costs, strict=True)]
-    largest_layer = max(sum(all_units[b.index] for b in layer) for layer in layers)
-    # Time of a layer besides its units, such as norms. It is saved only if the whole layer is removed.
+    # Mean time of a layer besides its units, such as norms. It is saved only if the whole layer is removed.
     _, seconds_per_layer = table["neurons"][-1]
-    fixed = max(0, round(PICOSECONDS * seconds_per_layer) - largest_layer)
+    fixed = max(0, round(PICOSECONDS * seconds_per_layer) - sum(all_units) // len(layers))
     whole_blocks = [cost + (fixed if b.order == 0 else 0) for b, cost in zip(blocks, all_units, strict=True)]
     return Price(neuron_costs, group_costs, whole_blocks, round(PICOSECONDS * table["rest"]))
 
 
-def _unit_costs(points: Sequence[tuple[int, float]], units: int, share: float, spread: float) -> list[int]:
-    """Return the picoseconds of keeping 0, 1, ..., `units` units, compared with keeping none.
+def _unit_costs(
+    points: Sequence[tuple[int, float]], blocks: Sequence[tuple[int, int]], layers: int, spread: float
+) -> list[list[int]]:
+    """Return for each block the picoseconds of keeping 0, 1, ..., all of its units, compared with keeping none.
 
     Args:
-        points: pairs (width, seconds of a layer), with increasing widths.
-        units: number of units of the block.
-        share: share of the block in the seconds of its layer.
+        points: pairs (width, mean seconds of a layer), with increasing widths. A block that has fewer units than a
+            width was timed with all of its units.
+        blocks: pairs (number of units, parameters of a unit).
+        layers: number of layers.
         spread: relative deviation from a straight line that counts as noise.
     """
-    kept_units, seconds = zip(*points, strict=True)
-    degree = min(1, len(kept_units) - 1)  # a constant if there is a single point
-    line = np.polyval(np.polyfit(kept_units, seconds, degree), kept_units)
+    widths, seconds = map(np.array, zip(*points, strict=True))
+    total = sum(parameters for units, parameters in blocks if units) or 1
+    # Mean number of units that blocks had in each measurement, weighted by parameters. Equal to `widths` if all blocks
+    # are equally wide.
+    timed = np.array([sum(p * min(units, width) for units, p in blocks) / total for width in widths.tolist()])
+    degree = int(timed[-1] > timed[0])  # a constant if there is a single point
+    line = np.polyval(np.polyfit(timed, seconds, degree), timed)
     if np.abs(seconds / line - 1).max() <= spread:
         seconds = line
     increasing = isotonic_regression(seconds)  # only because of noise a narrower block can seem slower
-    interpolated = np.interp(range(units + 1), kept_units, increasing)
-    return [round(PICOSECONDS * share * (value - interpolated[0])) for value in interpolated]
-
-
-def _parameter_share(block: Block, layer: Sequence[Block], kind: str) -> float:
-    """Return a block's share of the parameters of all units of a kind in its layer; 1 for a single block.
-
-    Args:
-        block: one of the blocks in `layer`.
-        layer: all blocks of the layer.
-        kind: ffn or attention.
-    """
-    if len(layer) == 1:
-        return 1.0
-    counts = [b.unit_cost(kind) * (b.neurons if kind == "ffn" else b.kv_groups) for b in layer]
-    return counts[block.order] / (sum(counts) or 1)
+    # Seconds of a layer if every block had as many units as each width. Where only some blocks became narrower, the
+    # measured difference comes from these alone.
+    grown, grown_timed = np.diff(widths), np.diff(timed)
+    ratio = np.divide(grown, grown_timed, out=np.ones(len(grown)), where=grown_timed > 0)
+    equally_wide = increasing + np.append(0.0, np.cumsum(np.diff(increasing) * (ratio - 1)))
+    costs = []
+    for units, parameters in blocks:
+        share = parameters * layers / total  # of the block in the seconds of a layer
+        interpolated = np.interp(range(units + 1), widths, equally_wide)
+        costs.append([round(PICOSECONDS * share * (value - interpolated[0])) for value in interpolated])
+    return costs
 
 
 def best_multiple(table: Table) -> int:

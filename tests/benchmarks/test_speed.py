@@ -12,12 +12,15 @@ import time
 import pytest
 import torch
 
+from experiments.architectures import example
 from gprune import report
 from gprune.benchmarks import speed
 from gprune.cli import main
 from gprune.errors import UserError
-from gprune.models.blocks import blocks_of
+from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.copies import without_weights
+from gprune.models.masks import Masks
+from gprune.models.surgery import prune
 from gprune.report.run_figures import speed_figure
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
@@ -160,6 +163,47 @@ def test_a_measured_table_has_all_sampled_widths_and_multiples(monkeypatch):
     assert [n for n, _ in measured["multiples"]] == [37, 40, 48, 32]  # odd multiples of 1, 8, 16 and 32 near 36
     price = speed.price_from_table(measured, blocks_of(dense))
     assert all(a <= b for table in (*price.neurons, *price.groups) for a, b in itertools.pairwise(table))
+
+
+def narrowed_llama(*widths):
+    """Return a tiny model whose layers have these numbers of neurons."""
+    model = make_tiny_llama()
+    return prune(model, Masks([torch.arange(48) < n for n in widths], [torch.ones(2, dtype=torch.bool)] * 3))
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        lambda: narrowed_llama(48, 24, 31),
+        lambda: narrowed_llama(48, 3, 3),  # like DeepSeek, in which only the first layer has a wide FFN
+        lambda: example("nemotron_h"),  # most layers have no FFN
+        lambda: example("qwen2_moe"),  # two FFNs of different widths in each layer
+    ],
+)
+def test_if_time_is_proportional_to_parameters_so_are_the_prices(make_model, monkeypatch, tmp_path):
+    with tiny_run.isolated(tmp_path):
+        model = make_model()
+        blocks = blocks_of(model)
+
+        def time_by_parameters(models, **_):
+            """Return a nanosecond per parameter."""
+            seconds = [1e-9 * m.num_parameters() for m in models]
+            return (seconds, seconds, seconds), 1e-6
+
+        monkeypatch.setattr(speed, "time_generation", time_by_parameters)
+        measured = speed.measure_table(without_weights(model), torch.device("cpu"), torch.float32, SETTING)
+    price = speed.price_from_table(measured, blocks)
+
+    def picoseconds(units, parameters):
+        """Return the prices of keeping 0, 1, ..., all units; the first one is free, as no smaller width is timed."""
+        return pytest.approx([1000 * parameters * max(0, n - 1) for n in range(units + 1)], abs=5)
+
+    for b, neurons, groups in zip(blocks, price.neurons, price.groups, strict=True):
+        assert neurons == picoseconds(b.neurons, b.unit_cost("ffn"))
+        assert groups == picoseconds(b.kv_groups, b.unit_cost("attention"))
+    layers = len(decoder_layers(model))
+    assert price.model == pytest.approx(1e12 * (layers * measured["neurons"][-1][1] + measured["rest"]), rel=1e-6)
+    assert speed.best_multiple(measured) in speed.MULTIPLES
 
 
 FLAGS = ("--sparsity.target=1.05x", "--speed.prompt=8", "--speed.generate=2", "--gprune=false")
