@@ -126,8 +126,8 @@ class UnitCosts:
     def blocks_that_fit(self, candidates: Sequence[int], target: int) -> tuple[int, ...]:
         """Choose blocks to remove as a whole, by whole layers in the order of the candidates.
 
-        Layers are chosen as long as their total cost is at most `block_share` of the target. Candidates in layers that
-        may not be removed are ignored.
+        Layers are chosen as long as their total cost is at most `block_share` of the target, and another layer keeps
+        its units. Candidates in layers that may not be removed are ignored.
 
         Args:
             candidates: indices of blocks; a block stands for all blocks of its layer.
@@ -141,7 +141,8 @@ class UnitCosts:
         layers = {layer_of[block][0]: layer_of[block] for block in candidates if block in layer_of}
         total_costs = accumulate(sum(self.prices.blocks[b] for b in blocks) for blocks in layers.values())
         limit = Fraction(str(self.block_share)) * target  # of the decimal number, because a float is not exact
-        number = sum(cost <= limit for cost in total_costs)
+        layers_with_units = sum(any(self.neurons[b] + self.groups[b] for b in blocks) for blocks in self.by_layer)
+        number = min(sum(cost <= limit for cost in total_costs), layers_with_units - 1)
         return tuple(block for blocks in list(layers.values())[:number] for block in blocks)
 
     def with_removed_blocks(self, masks: Masks) -> Masks:
@@ -264,24 +265,22 @@ class Budget:
         return Budget.of(costs, self.setting or self.sparsity, self.width_multiple)
 
     def removing(self, target: int) -> Budget:
-        """Return the budget of the same units and grid that removes this cost, which must be possible."""
-        costs = replace(self.costs, removed_blocks=self.costs.blocks_that_fit(self.costs.removed_blocks, target))
-        return Budget(costs, target, self.width_multiple)
-
-    def largest(self) -> Budget:
-        """Return the largest possible budget of the same units and grid.
+        """Return the budget of the same units and grid that removes this cost, or the largest possible one below it.
 
         The removable cost depends on the blocks that are removed as a whole, and these depend on the target. The target
-        is lowered from the total cost until it is removable.
+        is lowered until it is removable.
         """
-        costs = self.costs
-        target = 0
-        removable = costs.total
-        while target != removable:
+        while True:
+            removed_blocks = self.costs.blocks_that_fit(self.costs.removed_blocks, target)
+            costs = replace(self.costs, removed_blocks=removed_blocks)
+            removable = costs.removable(self.width_multiple)
+            if target <= removable:
+                return Budget(costs, target, self.width_multiple)
             target = removable
-            removed_blocks = costs.blocks_that_fit(costs.removed_blocks, target)
-            removable = min(target, replace(costs, removed_blocks=removed_blocks).removable(self.width_multiple))
-        return replace(self.removing(target), setting=self.setting)
+
+    def largest(self) -> Budget:
+        """Return the largest possible budget of the same units and grid."""
+        return replace(self.removing(self.costs.total), setting=self.setting)
 
     @property
     def step(self) -> int:

@@ -14,7 +14,7 @@ from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
-from gprune.sparsity.cut import cut_margin, keep_masks
+from gprune.sparsity.cut import cut_margin, keep_masks, uniform_masks
 from tests.conftest import make_tiny_llama
 
 
@@ -363,3 +363,20 @@ def test_equal_widths_are_at_most_the_narrowest_width_of_a_pruned_model():
     costs = UnitCosts([6, 6], [8, 8], [10, 7], [2, 2], attention=False, uniform=True)
     masks = keep_masks(Budget(costs, 1), [torch.arange(10.0), torch.arange(7.0)])
     assert [int(m.sum()) for m in masks.ffn] == [7, 7]
+
+
+@pytest.mark.parametrize("block_share", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("protected", [(), (1,)])
+def test_every_budget_of_a_quality_target_can_be_removed_and_leaves_a_layer(block_share, protected):
+    """Four layers of 48 neurons of cost 6; a whole layer costs 700."""
+    costs = costs_of(
+        [6] * 4, [48] * 4, block=(700,) * 4, block_share=block_share, removed_blocks=(3, 0, 2, 1),
+        protected=frozenset(protected),
+    )  # fmt: skip
+    largest = Budget.of(costs, "+5%")
+    for target in (*range(1, largest.target, 13), largest.target):
+        budget = largest.removing(target)
+        masks = uniform_masks(budget)
+        assert target - 700 < budget.target <= target
+        assert 0 <= costs.removed(masks) - budget.target < 6
+        assert any(masks.blocks)
