@@ -109,6 +109,25 @@ class UnitCosts:
                 removable += by_groups[-1] - by_groups[min(1, self.groups[b])]
         return removable
 
+    def unavoidable(self, width_multiple: int) -> int:
+        """Return the smallest removable cost if all blocks must have the same widths; 0 if they have.
+
+        Blocks of different widths are cut to the narrowest one, rounded down to a multiple, and blocks with different
+        numbers of KV groups to the smallest number. Blocks in `removed_blocks` keep nothing.
+        """
+        if not self.uniform:
+            return 0
+        kinds = [(self.prices.neurons, self.neurons, width_multiple)]
+        if self.attention:
+            kinds.append((self.prices.groups, self.groups, 1))
+        cost = sum(self.prices.blocks[b] for b in self.removed_blocks)
+        for tables, units, multiple in kinds:
+            with_units = [b for b in self.remaining_blocks if units[b]]  # a block may have no FFN or no attention
+            if len({units[b] for b in with_units}) > 1:
+                common = min(units[b] for b in with_units) // multiple * multiple
+                cost += sum(tables[b][-1] - tables[b][common] for b in with_units)
+        return cost
+
     def removed(self, masks: Masks) -> int:
         """Return the cost that masks remove. For a block that keeps nothing this is the whole block with its norms."""
         prices = self.prices
@@ -222,7 +241,8 @@ class Budget:
 
         Raises:
             UserError: if the setting is not a target; if the width multiple is larger than a block; if the target
-                removes nothing; or if it leaves a block less than `width_multiple` neurons or one KV group.
+                removes nothing, or less than blocks of different widths lose in order to have the same widths; or if it
+                leaves a block less than `width_multiple` neurons or one KV group.
         """
         narrowest = min(width for width in costs.neurons if width)  # 0 is the width of a block without an FFN
         if width_multiple > narrowest:
@@ -245,6 +265,11 @@ class Budget:
                 f"{flag} must be {goal.limit(removable, total, model)}, because each block keeps {width_multiple} "
                 f"neurons and a KV group, and {len(costs.protected)} blocks keep everything; got {setting}."
             )
+        if target < (unavoidable := costs.unavoidable(width_multiple)):
+            raise UserError(
+                f"{flag} must be {goal.limit(unavoidable, total, model, least=True)}, because --sparsity.uniform_width "
+                f"cuts every block to the narrowest one; got {setting}."
+            )
         return cls(costs, target, width_multiple, setting)
 
     def at(self, sparsity: float) -> Budget:
@@ -265,17 +290,17 @@ class Budget:
         return Budget.of(costs, self.setting or self.sparsity, self.width_multiple)
 
     def removing(self, target: int) -> Budget:
-        """Return the budget of the same units and grid that removes this cost, or the largest possible one below it.
+        """Return the budget of the same units and grid that removes this cost, or the nearest possible one.
 
         The removable cost depends on the blocks that are removed as a whole, and these depend on the target. The target
-        is lowered until it is removable.
+        is lowered until it is removable. It is raised only if blocks of different widths must have the same widths.
         """
         while True:
             removed_blocks = self.costs.blocks_that_fit(self.costs.removed_blocks, target)
             costs = replace(self.costs, removed_blocks=removed_blocks)
             removable = costs.removable(self.width_multiple)
             if target <= removable:
-                return Budget(costs, target, self.width_multiple)
+                return Budget(costs, max(target, costs.unavoidable(self.width_multiple)), self.width_multiple)
             target = removable
 
     def largest(self) -> Budget:

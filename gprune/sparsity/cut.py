@@ -339,9 +339,11 @@ def _equal_groups(budget: Budget, kept_groups: int) -> int:
     # Remove more groups if the FFNs cannot make up the rest.
     while groups > 1 and _widest(budget, remaining(groups)) < width_multiple:
         groups -= 1
-    # Keep groups that exceed the target, as long as neurons can be removed instead.
+    # Keep groups that exceed the target, as long as neurons can be removed instead. FFNs of different widths lose
+    # neurons in any case.
+    unavoidable_cost = _removed_cost(prices.neurons, _widest(budget, 0))
     removable_cost = _removed_cost(prices.neurons, width_multiple)
-    while remaining(groups) < 0 and groups < max_groups and remaining(groups + 1) <= removable_cost:
+    while remaining(groups) < unavoidable_cost and groups < max_groups and remaining(groups + 1) <= removable_cost:
         groups += 1
     return groups
 

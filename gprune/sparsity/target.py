@@ -82,24 +82,27 @@ class Target:
             kept = self.number
         return model - math.floor(kept)
 
-    def limit(self, max_removed: int, scope: int, model: int) -> str:
+    def limit(self, removed: int, scope: int, model: int, *, least: bool = False) -> str:
         """Return the limit of the target in its unit, such as "at most 0.9".
 
         Args:
-            max_removed: the largest removable cost, in the budget's currency.
+            removed: the largest removable cost, in the budget's currency.
             scope: total cost of the units in scope.
             model: total cost of the model.
+            least: whether `removed` is instead the smallest cost that can be removed.
         """
-        kept = model - max_removed
-        if self.unit == "parameters":
-            return f"at least {kept:,}"
-        if self.unit == "bytes":
-            return f"at least {kept / HALF_BITS / 2**20:.1f}MiB"
-        if self.unit == "share":
-            return f"at most {max_removed / max(scope, 1):.4f}"
+        kept = model - removed
+        if self.unit in ("parameters", "bytes"):
+            bound = "at most" if least else "at least"
+            return f"{bound} {kept:,}" if self.unit == "parameters" else f"{bound} {kept / HALF_BITS / 2**20:.1f}MiB"
+        bound = "at least" if least else "at most"
         if self.unit == "x":
-            return f"at most {100 * model // max(kept, 1) / 100:.2f}x"
-        return f"at most {max_removed / model:.2%}"
+            hundredths = 100 * model // max(kept, 1) + least  # rounded to the side of valid targets
+            return f"{bound} {hundredths / 100:.2f}x"
+        share = removed / max(scope if self.unit == "share" else model, 1)
+        if least:
+            share = math.ceil(10_000 * share) / 10_000
+        return f"{bound} {share:.4f}" if self.unit == "share" else f"{bound} {share:.2%}"
 
 
 # The type of the setting: a value that `Target.of` accepts, in the form in which it is stored.

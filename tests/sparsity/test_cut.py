@@ -380,3 +380,30 @@ def test_every_budget_of_a_quality_target_can_be_removed_and_leaves_a_layer(bloc
         assert target - 700 < budget.target <= target
         assert 0 <= costs.removed(masks) - budget.target < 6
         assert any(masks.blocks)
+
+
+UNEQUAL = {  # neurons and KV groups of each block, whether KV groups are in scope, the smallest valid target
+    "neurons": ([100, 200], [2, 2], False, 0.3334),  # 100 of 300
+    "KV groups": ([100, 100], [2, 4], True, 0.125),  # 80 of 640
+    "both": ([100, 200], [2, 4], True, 0.3334),  # 280 of 840
+}
+
+
+@pytest.mark.parametrize(("neurons", "groups", "attention", "smallest"), UNEQUAL.values(), ids=UNEQUAL)
+def test_equal_widths_of_unequal_blocks_need_a_target_that_the_common_width_does_not_exceed(
+    neurons, groups, attention, smallest
+):
+    """A neuron costs 1 or, with KV groups in scope, 2; a KV group costs 40."""
+    costs = UnitCosts([1 + attention] * 2, [40] * 2, neurons, groups, attention, uniform=True, block=(900,) * 2)
+    margins = [[torch.arange(float(n)) for n in kind] for kind in (neurons, groups)]
+    message = f"^--sparsity.target must be at least {smallest:.4f}, because --sparsity.uniform_width .*; got 0.05.$"
+    with pytest.raises(UserError, match=message):
+        Budget.of(costs, 0.05)
+    for sparsity in (smallest, 0.5, 0.7):
+        budget = Budget.of(costs, sparsity)
+        masks = keep_masks(budget, *margins)
+        assert 0 <= costs.removed(masks) - budget.target < sum(costs.neuron)
+        assert len({int(keep.sum()) for keep in masks.ffn}) == 1
+    # A search for a quality asks for smaller targets too.
+    smallest_budget = Budget.of(costs, "+5%").removing(1)
+    assert smallest_budget.target == costs.removed(keep_masks(smallest_budget, *margins)) < 0.334 * costs.total
