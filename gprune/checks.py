@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ByteSize, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ByteSize, Field, PlainSerializer, TypeAdapter, ValidationError, WrapValidator
 
 from gprune.errors import UserError
 
@@ -26,6 +26,12 @@ Quantile = Annotated[float, Field(ge=0, le=1)]
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
 # 4096 is the longest path. Control characters and line separators are invalid in names.
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\p{Cc}\p{Zl}\p{Zp}]*$")]
+# An option that is a number, stored as a float, or a bool. A union of types would add their names to error messages.
+NumberOrBool = Annotated[
+    float,
+    WrapValidator(lambda value, check: value if isinstance(value, bool) else check(value)),
+    PlainSerializer(lambda value: value),
+]
 MEMORY_SIZES = TypeAdapter(dict[str, Annotated[ByteSize, Field(gt=0, lt=10**15)]])
 
 # Pydantic's type of error -> requirement on the value ("--flag must ..."). Other types of error keep pydantic's text.
@@ -141,6 +147,28 @@ def option_types(entry: Any) -> dict[str, Any]:
 def select_options(entry: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Select the settings that are keyword-only parameters of a function or class, by name."""
     return {name: settings[name] for name in option_types(entry) if name in settings}
+
+
+def whole_numbers(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with ints in place of whole floats, such as 3 in place of 3.0."""
+    return {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in options.items()}
+
+
+def typed_options(entry: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return valid options in the types of an entry's parameters, for options whose numbers are stored as floats.
+
+    Args:
+        entry: the registered function or class.
+        options: option -> value. A whole number becomes an int if the parameter's type is int.
+
+    Raises:
+        ValidationError: if an option does not fit its parameter.
+    """
+    types = option_types(entry)
+    return {
+        name: TypeAdapter(types[name]).validate_python(value, strict=True)
+        for name, value in whole_numbers(options).items()
+    }
 
 
 def check_options(

@@ -20,6 +20,7 @@ from gprune.checks import (
     AtLeast8,
     Memory,
     NonNegative,
+    NumberOrBool,
     Positive,
     Quantile,
     Text,
@@ -293,7 +294,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     false)."""
     start: Text = "uniform"
     """Allocation of the base metric if --sparsity.allocation is learned or equal; learning starts from it."""
-    options: dict[Text, float] = Field({})
+    options: dict[Text, NumberOrBool] = Field({})
     """Options of the allocation, with their defaults. owl: multiple (outliers are above this multiple of their block's
     mean; 5) and spread (largest difference between a block's sparsity and the target; 0.08). reconstruction: strength
     (from 0, which is uniform, to 1, the estimated optimum; 0.75)."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field
 
-from gprune.checks import AtLeast0, AtLeast1, NonNegative, Positive, Text, UpTo4096, check_options
+from gprune.checks import AtLeast0, AtLeast1, NonNegative, Positive, Text, UpTo4096, check_options, whole_numbers
 from gprune.config.groups import CorporaConfig, Group, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.corpora.load import identity, source_of
@@ -212,7 +212,9 @@ class RunConfig(Group):
             self.corpora.calibrator: (CALIBRATOR, ()),
         }
         allocation = self.base_allocation
-        check_options("--sparsity.options", allocation, ALLOCATION[allocation], self.sparsity.options)
+        # Numbers are stored as floats, so 3 and 3.0 are the same setting. A parameter of type int takes whole numbers.
+        options = whole_numbers(self.sparsity.options)
+        check_options("--sparsity.options", allocation, ALLOCATION[allocation], options)
         for name, (registry, _) in used_entries.items():
             registry.check(name)
         for name, options in self.options.items():

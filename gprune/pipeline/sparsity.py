@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gprune.calibration.errors import block_errors
 from gprune.calibration.statistics import CorpusStatistics, pool_statistics
-from gprune.checks import select_options
+from gprune.checks import select_options, typed_options
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.importance.scores import Scores, score_units
@@ -119,9 +119,8 @@ def allocated_masks(
         """Return the masks for a budget, computed once per target."""
         if budget.target not in cached:
             with_errors = replace(pool(), errors=errors)
-            cached[budget.target] = allocate(
-                cfg.base_allocation, scores, with_errors, run.blocks, budget, **cfg.sparsity.options
-            )
+            options = typed_options(ALLOCATION[cfg.base_allocation], cfg.sparsity.options)
+            cached[budget.target] = allocate(cfg.base_allocation, scores, with_errors, run.blocks, budget, **options)
         return cached[budget.target]
 
     return masks

@@ -46,7 +46,8 @@ def allocation(
     - scores: `importance.scores.Scores`, float64, per block: ffn, (N,) for neurons; attention, (G,) for KV groups.
     - statistics: `calibration.statistics.CorpusStatistics` of the scoring corpus.
     - blocks: `models.blocks.Block` of the dense model; budget: `sparsity.budget.Budget`.
-    - options: numbers from `--sparsity.options.OPTION`; the rule has them as keyword-only parameters.
+    - options: numbers and bools from `--sparsity.options.OPTION`; the rule has them as keyword-only parameters. They
+      have the type of the parameter's annotation, such as int or bool; without one, float.
     - margins: a pair of lists with the shapes of scores.ffn and scores.attention; any float dtype, finite.
 
     Example:

@@ -227,17 +227,26 @@ def test_a_registered_allocation_works_from_the_command_line(tmp_path, monkeypat
         assert "Unknown allocation 'mine'" in capsys.readouterr().err
 
         @allocation("mine")
-        def mine(scores, statistics, blocks, budget, *, offset=0.0):
-            calls.append((budget.sparsity, offset))
+        def mine(scores, statistics, blocks, budget, *, offset=0.0, count: int = 1, flip: bool = False):
+            calls.append((budget.sparsity, offset, count, flip))
+            assert (type(offset), type(count), type(flip)) == (float, int, bool)
             return [torch.full_like(s, float(b)) for b, s in enumerate(scores.ffn)], scores.attention
 
         result = world.run(tmp_path / "runs", "--gprune=false", "--sparsity.allocation=mine")
         # Margins rise with the block index: block 0 keeps one neuron, and block 1 loses the rest.
         assert [int(m.sum()) for m in result.masks.ffn] == [1, 79, 160]
         assert {r["allocation"] for r in result.records if r["stage"] == "base"} == {"mine"}
-        learned = world.run(tmp_path / "runs", "--sparsity.start=mine", "--sparsity.options.offset=2", name="learned")
+        flags = ["--sparsity.start=mine", "--sparsity.options={offset: 2, count: 3, flip: true}"]
+        learned = world.run(tmp_path / "runs", *flags, name="learned")
         assert {r["allocation"] for r in learned.records if r["stage"] == "base"} == {"mine"}
-    assert calls == [(0.5, 0.0), (0.5, 2.0), (0.5, 2.0)]  # first run: base; second run: base and averaged
+        for option, message in (
+            ("count: 2.5", "count must be a valid integer"),
+            ("flip: 1", "flip must be a valid bool"),
+        ):
+            assert tiny_run.main(world.args(tmp_path, flags[0], f"--sparsity.options={{{option}}}")) == 2
+            assert f"--sparsity.options.{message}" in capsys.readouterr().err
+    first, later = (0.5, 0.0, 1, False), (0.5, 2.0, 3, True)
+    assert calls == [first, later, later]  # first run: base; second run: base and averaged
 
 
 # --- whole blocks
