@@ -111,7 +111,8 @@ def attach_weights(model: nn.Module, weights: Mapping[str, Tensor] | StoredWeigh
     does `save_pretrained` if the model has an `hf_device_map`. No hooks run, so the modules cannot compute.
     """
     for path, module in model.named_modules():
-        if any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values())):
+        saved_buffers = module._buffers.keys() - module._non_persistent_buffers_set
+        if any(getattr(module, name) is not None for name in (*module._parameters, *saved_buffers)):
             weights_of_module = PrefixedDataset(weights, f"{path}." if path else "")
             module._hf_hook = SimpleNamespace(weights_map=weights_of_module, execution_device="cpu", offload=True)
 
