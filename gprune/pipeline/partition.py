@@ -163,7 +163,7 @@ def checked_labels(name: str, value: Any, labels: Sequence[Tensor]) -> list[Tens
 
     Args:
         name: the refiner's registered name.
-        value: what its method `labels` returned.
+        value: the result of its method `labels`.
         labels: initial labels, (N,) int64 for each block with an FFN.
 
     Raises:

@@ -338,9 +338,9 @@ class PrunedPrefix:
 
 
 def residual_factor(block: Block, part: str, call: LayerCall) -> float | None:
-    """Return c, if the residual stream after a projection changes by c times a change of what it adds; otherwise None.
+    """Return the factor c with which the output of a projection joins the residual stream; None without such a factor.
 
-    What it adds is its output, or that of the norm that follows. For `down`, the stream is the output of the layer, so
+    If a norm follows the projection, its output counts instead. For `down`, the stream is the output of the layer, so
     None also means that the FFN is not the last part of the layer. For `output`, it is the input of the layer plus c
     times what is added.
 
@@ -387,7 +387,7 @@ def residual_factor(block: Block, part: str, call: LayerCall) -> float | None:
 
 
 def _factor(x: Tensor, reference: Tensor) -> float | None:
-    """Return the number c with x = c reference, except for rounding; None if there is none, or if it is zero."""
+    """Return the number c with x = c reference, except for rounding; None if no number fits, or if it is zero."""
     tolerance = max(1e-3, torch.finfo(x.dtype).eps)
     x, reference = x.double().flatten(), reference.double().flatten()
     factor = float((x @ reference) / (reference @ reference))  # least squares

@@ -33,9 +33,7 @@ def mean_over_seeds(values: Sequence[float]) -> Estimate:
     Args:
         values: at least two positive values.
     """
-    logs = np.log(values)
-    mean = float(logs.mean())
-    half_width = float(student.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
+    mean, half_width = _mean_and_half_width(np.log(values))
     return Estimate(math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width))
 
 
@@ -46,9 +44,14 @@ def arithmetic_mean_over_seeds(values: Sequence[float], largest: float = math.in
         values: at least two values from 0 to `largest`, which also limit the interval.
         largest: the largest possible value.
     """
-    mean = float(np.mean(values))
-    half_width = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    mean, half_width = _mean_and_half_width(np.array(values))
     return Estimate(mean, max(0.0, mean - half_width), min(largest, mean + half_width))
+
+
+def _mean_and_half_width(values: np.ndarray) -> tuple[float, float]:
+    """Return the mean of n values, and half of its 95 % interval: t(0.975, n - 1) sd / sqrt(n)."""
+    half_width = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half_width)
 
 
 def pool_estimates(

@@ -362,7 +362,7 @@ class PackedMasks(Schema):
 
 
 def _check_groups(settings: dict[str, Any]) -> dict[str, Any]:
-    """Raise UserError if a group of settings is no dictionary."""
+    """Raise UserError if a group of settings is not a dictionary."""
     for group in GROUPS:
         if not isinstance(value := settings.get(group, {}), dict):
             raise UserError(f"The settings of the group {group} must be a dictionary; got {value!r:.40}.")
