@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,15 @@ def broadcast(value: Any) -> Any:
     return values[0]
 
 
+@dataclass
+class _RunningStep:
+    """A step of a run that is not finished."""
+
+    name: str
+    record: Callable[[], None]  # writes the cost of the step so far to the manifest
+    inner_seconds: float = 0.0  # of inner steps with other names
+
+
 class RunFolder:
     """The folder of a run, `runs/<name>/`, with settings, manifest, and the result of every finished step.
 
@@ -61,9 +71,7 @@ class RunFolder:
         self.count_tokens = count_tokens
         self.key = key
         self.finished = False  # True if the run was complete when it was opened; then it is only read
-        # Innermost last: running steps with functions that record their cost, and the seconds of their inner steps.
-        self._running: list[tuple[str, Callable[[], None]]] = []
-        self._inner_seconds: list[float] = []
+        self._running: list[_RunningStep] = []  # innermost last
         self._counted: Counter[str] = Counter()  # tokens of finished parts
 
     def __truediv__(self, name: str) -> Path:
@@ -181,22 +189,21 @@ class RunFolder:
             """Write the cost of the step so far to the manifest."""
             parts = [counts for part, counts in self.manifest.get("parts", {}).items() if part.startswith(f"{name}: ")]
             tokens = {kind: sum(counts.get(kind, 0) for counts in parts) for kind in self.count_tokens()}
-            seconds = round(earlier_seconds + time.monotonic() - started - self._inner_seconds[-1], 2)
+            seconds = round(earlier_seconds + time.monotonic() - started - step.inner_seconds, 2)
             self.update_manifest(steps={name: {"seconds": seconds} | tokens | peak_memory()})
 
+        step = _RunningStep(name, record)
         if not self._running:  # peaks of an outer step include those of its inner steps
             reset_peak_memory()
-        self._running.append((name, record))
-        self._inner_seconds.append(0.0)
+        self._running.append(step)
         try:
             with self.part("rest"):
                 yield
         finally:
             record()
             self._running.pop()
-            self._inner_seconds.pop()
-            if self._running and self._running[-1][0] != name:
-                self._inner_seconds[-1] += time.monotonic() - started
+            if self._running and self._running[-1].name != name:
+                self._running[-1].inner_seconds += time.monotonic() - started
 
     @contextmanager
     def part(self, *names: str) -> Iterator[None]:
@@ -214,7 +221,7 @@ class RunFolder:
             tokens = {kind: count - before[kind] for kind, count in self._uncounted().items()}
             self._counted.update(tokens)
             share = {kind: count // len(names) for kind, count in tokens.items()}
-            step, _ = self._running[-1]
+            step = self._running[-1].name
             self.update_manifest(parts={f"{step}: {name}": share for name in names})
 
     def _uncounted(self) -> dict[str, int]:
@@ -224,8 +231,7 @@ class RunFolder:
     def record_cost(self) -> None:
         """Record the cost of the running step so far in the manifest, in case the process is killed."""
         if self._running:
-            _, record = self._running[-1]
-            record()
+            self._running[-1].record()
 
     def total_tokens(self) -> dict[str, int]:
         """Tokens of all steps so far, including earlier sessions."""
