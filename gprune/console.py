@@ -132,12 +132,15 @@ def _flush_stdout() -> None:
 def _exit_on_signals() -> Iterator[None]:
     """Context that converts SIGTERM and SIGHUP to SystemExit, with exit code 128 + number of the signal.
 
-    While Lightning trains, its own handler is called, which stops after the step.
+    While Lightning trains, its own handler is called, which stops after the step. Signals that arrive while the process
+    is already ending are ignored, because job schedulers send several, and the second would interrupt the cleanup.
     """
     previous_handlers = {}
 
     def exit_process(number: int, _: object) -> None:
-        if signal.getsignal(number) is exit_process:  # otherwise Lightning, which calls this handler too, is training
+        if signal.getsignal(number) is not exit_process:  # Lightning, which calls this handler too, is training
+            return
+        if not _is_ending(sys.exception()):
             raise SystemExit(128 + number)
 
     if threading.current_thread() is threading.main_thread():
@@ -152,10 +155,20 @@ def _exit_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _is_ending(error: BaseException | None) -> bool:
+    """Return whether the exception that is being handled, if any, or one of its causes ends the process."""
+    while error is not None and not isinstance(error, SystemExit):
+        error = error.__context__
+    return error is not None
+
+
 def leave(code: int) -> NoReturn:
-    """Exit with a code. After Ctrl-C (code 130), ignore further Ctrl-C while libraries clean up."""
+    """Exit with a code. If a signal ended the command, ignore further signals of its kind while libraries clean up."""
     if code == 130:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if code in (129, 143):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     raise SystemExit(code)
 
 

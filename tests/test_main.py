@@ -19,6 +19,7 @@ import gprune.__main__ as command
 from gprune.config import parse
 from gprune.console import log_to_stdout, process_index, quieted, run_guarded
 from gprune.errors import UserError
+from gprune.storage.files import scratch_folder
 from tests.tiny_run import environment
 
 ROOT = Path(__file__).parent.parent
@@ -199,6 +200,31 @@ def test_signals_outside_a_trainer_end_the_command_in_one_line(signum, code, wor
     finally:
         signal.signal(signum, before)
     assert code_and_stderr == (code, f"a verb: {word}. All is kept.\n")
+
+
+def test_signals_that_follow_the_first_one_do_not_interrupt_the_cleanup(tmp_path):
+    """Job schedulers send SIGTERM several times."""
+
+    def work():
+        with scratch_folder(tmp_path / "file") as scratch:
+            (scratch / "part").touch()
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+                (tmp_path / "cleaned").touch()
+                os.kill(os.getpid(), signal.SIGHUP)
+        return "x"
+
+    before = [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)]
+    try:
+        with open(os.devnull, "wb") as devnull:
+            code_and_stderr = in_a_child_process(work, devnull.fileno())
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)
+    assert code_and_stderr == (143, "a verb: Terminated. All is kept.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["cleaned"]
 
 
 def test_control_characters_are_escaped_in_output_and_log(capsys):
