@@ -24,6 +24,7 @@ import torch
 
 from gprune.console import Parser, quiet, run_guarded
 from gprune.errors import UserError
+from gprune.runs.trainer import matmul_precision
 
 from .inference import inference
 from .learning import learning, whole_runs
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.what == "run":
             return "\n".join(map(str, whole_runs(train, settings.repeats)))
         if args.what == "learning":
-            return "\n".join(map(str, learning(settings, CLOCKS[args.clock])))
+            with matmul_precision("highest", fastest_on=settings.device):  # as in a run
+                return "\n".join(map(str, learning(settings, CLOCKS[args.clock])))
         return "\n".join(map(str, inference(settings)))
 
     return run_guarded("experiments.bench", work)

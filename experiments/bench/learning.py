@@ -32,8 +32,8 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.perplexity import perplexity
-from gprune.models.bfloat16 import multiplies_bfloat16
 from gprune.models.blocks import blocks_of
+from gprune.models.products import multiplies_bfloat16
 from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.thresholds import start_thresholds

@@ -20,6 +20,7 @@ from gprune.report.model_card import write_card
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import key_part
 from gprune.runs.results import config_of, read_evaluation, read_numbers
+from gprune.runs.trainer import matmul_precision
 from gprune.storage.files import key_of, write_json
 from gprune.storage.reading import expanded
 
@@ -72,7 +73,8 @@ def evaluate(
         loaded_model = loaded_model.to(device)
         for task in tasks:
             log.info("Evaluating %s", task)
-            measured = _measure_task((loaded_model, tokenizer), task, benchmarks)
+            with matmul_precision(torch.get_float32_matmul_precision(), fastest_on=torch.device(device)):
+                measured = _measure_task((loaded_model, tokenizer), task, benchmarks)
             records += [r | subject.about | origin for r in measured]
             if output is not None:
                 merge_records(output, records, run=output_key)

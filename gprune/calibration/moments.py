@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from gprune.calibration.statistics import SUMS, ChannelStatistics, Moments
 from gprune.errors import require_finite
-from gprune.models.bfloat16 import fast_products
+from gprune.models.products import fast_products
 
 PANEL_WIDTH = 192  # channels in a panel of a Gram matrix: narrow, so that little below the diagonal is computed
 

@@ -160,15 +160,16 @@ class TrainerConfig(Group, prefix="trainer."):
     strategy: Literal["auto", "ddp"] = "auto"
     """auto or ddp."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """Argument of torch.set_float32_matmul_precision. high: float32 matrix products in TF32 on GPUs that support it,
-    several times faster. medium: in bfloat16."""
+    """Argument of torch.set_float32_matmul_precision. highest: float32 matrix products in float32, on AMD's CPUs with
+    AVX-512 by oneDNN instead of MKL. high: in TF32 on GPUs that support it, several times faster. medium: in
+    bfloat16."""
     precision: Annotated[Literal["auto", "32-true", "bf16-mixed"], BeforeValidator(parse_precision)] = "auto"
     """Precision of threshold learning, of recoveries that train, and of errors of blocks (--sparsity.allocation
     reconstruction); statistics and evaluation use --model.dtype. bf16-mixed: matrix products in bfloat16
-    (autocast). They are 3 to 7 times as fast on CPUs with AMX, and slower on other CPUs; on GPUs they were not
-    measured. auto: bf16-mixed on CPUs with AMX and on GPUs of compute capability 8 and above, 32-true elsewhere and
-    with --model.dtype float16. A resumed run keeps its precision. Rows of a study list use 32-true unless they set
-    a precision."""
+    (autocast). They are 2 to 7 times as fast on CPUs with AMX and on AMD's CPUs with AVX512-BF16, and slower on other
+    CPUs; on GPUs they were not measured. auto: bf16-mixed on these CPUs and on GPUs of compute capability 8 and above,
+    32-true elsewhere and with --model.dtype float16. A resumed run keeps its precision. Rows of a study list use
+    32-true unless they set a precision."""
     callbacks: list[ClassPath] = Field([])
     """Lightning callbacks of every stage, constructed again for each: [{class_path:
     lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: learn/loss, strict: false}}]. Classes of other

@@ -14,9 +14,9 @@ from gprune.calibration.statistics import CorpusStatistics, StoredGram, kind_of
 from gprune.calibration.statistics_cache import StatisticsCache
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.errors import UserError
-from gprune.models.bfloat16 import has_fast_products
 from gprune.models.blocks import Block
 from gprune.models.offload import device_of
+from gprune.models.products import has_fast_products
 from gprune.pipeline.run import Run
 from gprune.registry import CALIBRATOR
 from gprune.runs.results import corpus_file

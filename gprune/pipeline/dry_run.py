@@ -31,6 +31,7 @@ from gprune.pipeline.memory import memory_line
 from gprune.pipeline.pace import num_timed_blocks, run_seconds
 from gprune.pipeline.plan import Plan
 from gprune.recoveries import recovery_of
+from gprune.runs.trainer import matmul_precision
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
@@ -162,7 +163,8 @@ def describe_compute(*plans: Plan) -> str:
     if cfg.plan.tflops:
         speed, source = 1e12 * cfg.plan.tflops, "--plan.tflops"
     else:
-        seconds = list(map(run_seconds, plans))
+        with matmul_precision(cfg.trainer.float32_matmul_precision, fastest_on=plan.device):
+            seconds = list(map(run_seconds, plans))
         if None not in seconds:
             time = timedelta(seconds=math.ceil(sum(seconds)))
             precisions = ", ".join(dict.fromkeys([cfg.model.dtype, cfg.trainer.precision]))
@@ -175,7 +177,8 @@ def describe_compute(*plans: Plan) -> str:
             return f"at most {total:.2e} FLOP; time: unknown without --plan.tflops, as this machine has no GPU"
         hidden_size = plan.skeleton.config.get_text_config(decoder=True).hidden_size
         shape = max(plan.budget.costs.neurons), hidden_size
-        speed = matmul_flops(plan.device, getattr(torch, cfg.model.dtype), shape)
+        with matmul_precision(cfg.trainer.float32_matmul_precision, fastest_on=plan.device):
+            speed = matmul_flops(plan.device, getattr(torch, cfg.model.dtype), shape)
         source = f"the speed of matrix products of {cfg.model.dtype} on {plan.device}"
     time = timedelta(seconds=math.ceil(total / (speed * cfg.processes)))
     return f"at most {total:.2e} FLOP: {time} at {speed:.2e} FLOP/s per process, {source}; other work is not included"

@@ -21,10 +21,10 @@ from gprune.corpora.windows import Windows
 from gprune.errors import first_line
 from gprune.evaluation.perplexity import Forecast, perplexity
 from gprune.models.autocast import CastWeights
-from gprune.models.bfloat16 import fast_products
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks
+from gprune.models.products import fast_products
 from gprune.models.surgery import prune
 from gprune.pipeline.cost import caches_teacher, calibration_tokens, evaluated_tokens, fresh_tokens
 from gprune.pipeline.plan import Plan

@@ -318,7 +318,7 @@ def open_run(
     with (
         folder.in_use(settings, to_yaml(cfg.resolved())), plain_interrupts(),
         tracking(folder, cfg, user_loggers) as loggers, screen, meter.hooks,
-        matmul_precision(cfg.trainer.float32_matmul_precision),
+        matmul_precision(cfg.trainer.float32_matmul_precision, fastest_on=plan.device),
     ):  # fmt: skip
         log.info("Run folder: %s", folder.path)
         if not folder.finished:

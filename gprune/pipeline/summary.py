@@ -22,6 +22,7 @@ from gprune.report.records import quality_table, result_table
 from gprune.report.run_figures import write_figures
 from gprune.runs import tracking
 from gprune.runs.numbers import means_and_gaps, row_name, run_numbers, unseen_ratios
+from gprune.runs.trainer import matmul_precision
 from gprune.storage.files import write_json
 
 log = logging.getLogger("gprune")
@@ -41,7 +42,10 @@ def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, 
     """
     costs = run.budget.costs
     dense_cost = costs.prices.model  # in units of time
-    (_, _, (dense_seconds, pruned_seconds)), spread = time_generation([run.model, pruned], **run.cfg.speed.workload())
+    with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # as in the latency table
+        (_, _, (dense_seconds, pruned_seconds)), spread = time_generation(
+            [run.model, pruned], **run.cfg.speed.workload()
+        )
     speeds = {
         "asked": dense_cost / (dense_cost - run.budget.target),
         "predicted": dense_cost / (dense_cost - costs.removed(masks)),

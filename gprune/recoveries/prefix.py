@@ -45,11 +45,11 @@ from transformers import PreTrainedModel
 from gprune.calibration.layerwise import LayerCall, Walk
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.errors import require_finite
-from gprune.models.bfloat16 import fast_products
 from gprune.models.blocks import Block, blocks_of, by_layer
 from gprune.models.discovery.probe import changed, is_norm
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, resident
+from gprune.models.products import fast_products
 from gprune.recoveries.least_squares import ridge_correction
 
 SAMPLE_TOKENS = 8  # of the text with which `residual_factor` is measured

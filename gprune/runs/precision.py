@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from gprune.config import RunConfig
-from gprune.models.bfloat16 import multiplies_bfloat16
+from gprune.models.products import multiplies_bfloat16
 from gprune.runs import schema
 from gprune.runs.trainer import launch_processes
 from gprune.storage.files import read_json

@@ -21,6 +21,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from gprune.config.running import TrainerConfig
 from gprune.console import quieted
 from gprune.errors import UserError
+from gprune.models.products import float32_by_onednn
 from gprune.screen import Screen
 
 log = logging.getLogger("gprune")
@@ -103,11 +104,20 @@ def launch_processes(trainer: TrainerConfig) -> Fabric:
 
 
 @contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Context with a `float32_matmul_precision` of torch. It also restores torch's deterministic mode at the end."""
+def matmul_precision(precision: str, fastest_on: torch.device | None = None) -> Iterator[None]:
+    """Context with a `float32_matmul_precision` of torch. It also restores torch's deterministic mode at the end.
+
+    Args:
+        precision: the precision: highest, high or medium.
+        fastest_on: device on which float32 products are computed by the fastest library. None: by torch's default, as
+            in the process of a user who loads the model.
+    """
     before, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    if precision != before:
+    if precision != before and fastest_on is not None:
         log.info("float32 matrix products in precision '%s' instead of '%s'", precision, before)
+    if precision == "highest" and fastest_on is not None and float32_by_onednn(fastest_on):
+        log.info("float32 matrix products by oneDNN, which is faster on this processor than MKL, in the same precision")
+        precision = "medium"  # torch's way to select oneDNN
     torch.set_float32_matmul_precision(precision)
     try:
         yield

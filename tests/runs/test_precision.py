@@ -12,8 +12,8 @@ import torch
 import gprune
 from gprune.config import RunConfig
 from gprune.errors import UserError
-from gprune.models import bfloat16
-from gprune.models.bfloat16 import multiplies_bfloat16
+from gprune.models import products
+from gprune.models.products import multiplies_bfloat16
 from gprune.pipeline.plan import check
 from gprune.runs import precision
 from gprune.runs.precision import resolve_precision
@@ -50,24 +50,48 @@ def test_gpus_multiply_bfloat16_from_capability_8_on_and_the_weakest_decides(
     assert multiplies_bfloat16(CUDA) == (fast, f"a GPU of compute capability {capability}")
 
 
+AMX, AMD = (True, "a processor with AMX"), (True, "an AMD processor with AVX512-BF16")
+NEITHER = (False, "a processor with neither AMX nor AMD's AVX512-BF16")
+
+
 @pytest.mark.parametrize(
-    ("amx", "limit", "expected"),
+    ("instruction_sets", "amd", "limit", "expected"),
     [
-        (True, None, (True, "a processor with AMX")),
-        (True, "default", (True, "a processor with AMX")),
-        (True, "AVX512_CORE_AMX", (True, "a processor with AMX")),
-        (True, "AVX512_CORE_BF16", (False, "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16")),
-        (False, None, (False, "a processor without AMX")),
+        (["amx_bf16", "avx512_bf16"], False, None, AMX),
+        (["amx_bf16"], False, "default", AMX),
+        (["amx_bf16"], False, "AVX512_CORE_AMX", AMX),
+        (["amx_bf16"], False, "AVX512_CORE_BF16", (False, "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16")),
+        (["avx512_bf16"], False, None, NEITHER),  # slower on Intel's processors
+        (["avx512_bf16"], True, None, AMD),
+        (["avx512_bf16"], True, "AVX512_CORE_BF16", AMD),
+        (["avx512_bf16"], True, "avx512_core", (False, "ONEDNN_MAX_CPU_ISA=AVX512_CORE")),
+        (["avx512_f"], True, None, NEITHER),
+        ([], False, None, NEITHER),
     ],
 )
-def test_processors_multiply_bfloat16_only_with_amx(amx, limit, expected, monkeypatch):
-    monkeypatch.setattr(bfloat16, "_has_amx", lambda: amx)
+def test_processors_multiply_bfloat16_with_amx_or_amds_avx512_bf16(instruction_sets, amd, limit, expected, monkeypatch):
+    monkeypatch.setattr(products, "_has", lambda name: name in instruction_sets)
+    monkeypatch.setattr(products, "_is_amd", lambda: amd)
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     if limit is None:
         monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     else:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert multiplies_bfloat16(CPU) == expected
+
+
+def test_instruction_sets_and_manufacturer_are_read_with_old_and_new_torch(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    has_amx = {"amx_bf16": True, "cpu_name": "AMD EPYC"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has_amx, raising=False)
+    assert (products._has("amx_bf16"), products._has("avx512_f"), products._is_amd()) == (True, False, True)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch 2.6
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(products.Path, "read_text", lambda self: "vendor_id : GenuineIntel")
+    assert (products._has("amx_bf16"), products._has("avx512_f"), products._is_amd()) == (False, True, False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not products._has("avx512_f")
 
 
 @pytest.mark.parametrize(("simulated", "chosen"), [(FAST, "bf16-mixed"), (SLOW, "32-true")])
