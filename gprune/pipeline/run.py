@@ -324,6 +324,8 @@ def open_run(
         if not folder.finished:
             _record_machine_choices(folder, plan, requested_precision)
         log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)
+        if torch.get_float32_matmul_precision() != cfg.trainer.float32_matmul_precision:
+            log.info("float32 products by oneDNN, which is faster on this processor than MKL, in the same precision")
         try:
             yield Run(
                 plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, user_callbacks,
@@ -338,7 +340,8 @@ def _record_machine_choices(folder: RunFolder, plan: Plan, requested_precision: 
     """Write the latency table to the folder if the run uses one, and the reason for the resolved precision `auto`."""
     cfg = plan.cfg
     if cfg.latency_table_flag:
-        key = speed_key(plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.workload())
+        with matmul_precision(cfg.trainer.float32_matmul_precision):  # in which the table was measured
+            key = speed_key(plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.workload())
         store_run_table(plan.pricing.speed, key, folder / SPEED_TABLE)
     if requested_precision == "auto" and not folder.manifest.get("precision"):
         folder.update_manifest(precision={"asked": requested_precision, "because": plan.why_precision})

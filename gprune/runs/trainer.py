@@ -116,7 +116,6 @@ def matmul_precision(precision: str, fastest_on: torch.device | None = None) -> 
     if precision != before and fastest_on is not None:
         log.info("float32 matrix products in precision '%s' instead of '%s'", precision, before)
     if precision == "highest" and fastest_on is not None and float32_by_onednn(fastest_on):
-        log.info("float32 matrix products by oneDNN, which is faster on this processor than MKL, in the same precision")
         precision = "medium"  # torch's way to select oneDNN
     torch.set_float32_matmul_precision(precision)
     try:

@@ -21,7 +21,9 @@ from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.copies import without_weights
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
+from gprune.pipeline import evaluate, summary
 from gprune.report.run_figures import speed_figure
+from gprune.runs import trainer
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.storage.files import write_json
@@ -237,6 +239,30 @@ def test_a_run_reports_its_speeds_and_resumes_with_its_table(measurements, world
     monkeypatch.setattr(speed.platform, "node", lambda: "another-host")
     assert main(world.args(tmp_path, *FLAGS)) == 2
     assert "it has a run with other settings: inputs.speed" in capsys.readouterr().err
+
+
+def test_speed_is_measured_with_the_default_products_of_torch_and_perplexity_with_the_fastest(
+    measurements, world, tmp_path, monkeypatch
+):
+    """On a processor on which oneDNN is faster than MKL. A user who loads the model has the default products."""
+    monkeypatch.setattr(trainer, "float32_by_onednn", lambda device: device.type == "cpu")
+    used: dict[str, set[str]] = {}
+
+    def watch(module, name):
+        function = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            used.setdefault(name, set()).add(torch.get_float32_matmul_precision())
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(summary, "time_generation")
+    watch(speed, "measure_table")
+    watch(evaluate, "perplexity")
+    world.run(tmp_path, *FLAGS)
+    assert used == {"time_generation": {"highest"}, "measure_table": {"highest"}, "perplexity": {"medium"}}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize(
