@@ -27,6 +27,7 @@ from transformers import (
 from experiments.architectures import example, image_arguments
 from gprune.cli import main
 from gprune.export.hf import check_reload, save_pruned
+from gprune.export.reload import align_weights
 from gprune.models.discovery.agreement import random_masks
 from gprune.models.masks import Masks
 from gprune.models.processor import PROCESSOR_FILES
@@ -86,7 +87,9 @@ def test_the_vision_tower_is_saved_unchanged(pruned, tmp_path):
 
 def reload(folder: Path) -> PreTrainedModel:
     options = {"trust_remote_code": True, "attn_implementation": "eager"}
-    return AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+    align_weights(model)
+    return model
 
 
 def test_a_text_model_with_another_attention_than_its_composite_reloads_with_the_same_bits(tmp_path):
@@ -98,6 +101,7 @@ def test_a_text_model_with_another_attention_than_its_composite_reloads_with_the
     small, picture = prune(loaded, random_masks(loaded)), image_arguments(loaded)
     folder = save_pruned(small, None, tmp_path / "model")
     reloaded = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    align_weights(reloaded)
     assert reloaded.config.text_config._attn_implementation == "sdpa"
     with torch.no_grad():
         assert torch.equal(reloaded(**picture).logits, small(**picture).logits)
