@@ -325,7 +325,7 @@ def open_run(
             _record_machine_choices(folder, plan, requested_precision)
         log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)
         if torch.get_float32_matmul_precision() != cfg.trainer.float32_matmul_precision:
-            log.info("float32 products by oneDNN, which is faster on this processor than MKL, in the same precision")
+            log.info("Float32 products by oneDNN, which is faster on this processor than MKL, in the same precision")
         try:
             yield Run(
                 plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, user_callbacks,
