@@ -91,6 +91,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=1000, help="samples per row (default: %(default)s)")
     repeats = parser.parse_args().repeats
+    if repeats < 1:
+        parser.error(f"--repeats must be 1 or more; got {repeats}")
     warnings.simplefilter("ignore")  # samples of three equal windows give NaN intervals, which count as misses
     one, other = losses()
     ratio, mean = [one[c] - other[c] for c in UNSEEN], np.full(4, 0.25)

@@ -17,6 +17,7 @@ import numpy as np
 from scipy.special import gammaln
 from torch import Tensor
 
+from gprune.console import Parser, run_guarded
 from gprune.report.grouping import group_by_seed, with_distinct_names
 from gprune.report.table import Table
 from gprune.runs.results import FinishedRun
@@ -98,11 +99,17 @@ def tables(runs: Sequence[FinishedRun], *, of_pairs: bool) -> Iterator[Table]:
 
 
 def main(args: Sequence[str]) -> int:
-    """Print the tables of a list. Returns 0."""
-    path, *options = args
-    runs = runs_of(str(Path(path).resolve()))
-    print("\n\n".join(table.for_stdout() for table in tables(runs, of_pairs=options == ["--pairs"])))
-    return 0
+    """Print the tables of a list. Returns the exit code."""
+
+    def work() -> str:
+        parser = Parser("python -m experiments.stability", description=__doc__)
+        parser.add_argument("list", metavar="LIST", help="a list of runs")
+        parser.add_argument("--pairs", action="store_true", help="print the agreement of each pair of runs too")
+        flags = parser.parse_args(args)
+        runs = runs_of(str(Path(flags.list).resolve()))
+        return "\n\n".join(table.for_stdout() for table in tables(runs, of_pairs=flags.pairs)) + "\n"
+
+    return run_guarded("experiments.stability", work)
 
 
 if __name__ == "__main__":

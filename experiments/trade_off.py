@@ -42,7 +42,11 @@ NOTE = "Rows: timed in transformers in their list's dtype; MiB of 16 bits. GGUF:
 
 def pruned(run: FinishedRun) -> list[Cell]:
     """Cells of a row of the list, by `COLUMNS`."""
-    seconds = {(r["stage"] == "dense", r["task"]): r["seconds"] for r in run.evaluation if r.get("batch") == 1}
+    timed = [r for r in run.evaluation if r.get("batch") == 1 and r.get("prompt") == PROMPT]
+    seconds = {(r["stage"] == "dense", r["task"]): r["seconds"] for r in timed}
+    if any((of, task) not in seconds for of in (True, False) for task in ("prefill", "decode")):
+        needed = f"tasks: {{names: [speed], speed_batch: [1], speed_prompt: {PROMPT}}}"
+        raise UserError(f"The list needs {needed}; got no such timing of '{run.name}'.")
     dense, own = (seconds[of, "prefill"] + GENERATE * seconds[of, "decode"] for of in (True, False))
     ratio = unseen_ratio(run.records, list(by_stage(run.records, "window_nll"))[-1], run.records, DENSE)
     return [run.name, ratio, dense / own, run.summary["parameters_after"] * 2 / 2**20]

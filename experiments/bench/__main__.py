@@ -65,7 +65,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         UserError: for an invalid number or an unavailable device.
     """
     counts = {name: getattr(args, name) for name in ("repeats", "threads", "seq_len", "new_tokens")}
-    for name, value in (counts | {"batch_sizes": min(args.batch_sizes)}).items():
+    counts |= {"batch_sizes": min(args.batch_sizes), "width_multiple": args.width_multiple}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"--{name} must be 1 or more; got {value}.")
     try:
@@ -88,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = parser().parse_args(own)
         if train and args.what != "run":
             raise UserError(f"'{args.what}' cannot have flags of train.py after --; got {' '.join(train)}.")
+        if args.clock == "cpu" and args.what == "run":
+            raise UserError("'run' cannot have --clock cpu, because it takes seconds from the manifests of runs.")
         settings = settings_of(args)
         quiet()
         if args.threads:
@@ -97,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.what == "learning":
             with matmul_precision("highest", fastest_on=settings.device):  # as in a run
                 return "\n".join(map(str, learning(settings, CLOCKS[args.clock])))
-        return "\n".join(map(str, inference(settings)))
+        return "\n".join(map(str, inference(settings, CLOCKS[args.clock])))
 
     return run_guarded("experiments.bench", work)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .models import Settings, pair_of, tokens
 GOAL = 0.9  # speed-up relative to its bound, for prefill with the largest batch
 
 
-def inference(settings: Settings) -> list[Table]:
+def inference(settings: Settings, clock: Callable[[], float] = time.perf_counter) -> list[Table]:
     """Measure tokens/s and peak memory of both models, and the speed-up relative to its bound."""
     pair = pair_of(settings)
     models = pair.models
@@ -28,7 +29,7 @@ def inference(settings: Settings) -> list[Table]:
         for batch in settings.batch_sizes:
             name = f"{kind}, batch {batch}"
             calls = {key: make(model, settings, batch) for key, model in models.items()}
-            timing = in_turn(calls, settings.repeats, settings.device)
+            timing = in_turn(calls, settings.repeats, settings.device, clock=clock)
             rates = [batch * count / timing.median(key) for key in models]
             bound, up = flops(calls["dense"]) / flops(calls["pruned"]), timing.ratio("dense", "pruned")
             goal = GOAL if kind == "prefill" and batch == max(settings.batch_sizes) else None

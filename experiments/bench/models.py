@@ -39,6 +39,7 @@ class Settings:
     batch_sizes: tuple[int, ...] = (1, 8)
     seq_len: int = 128  # of prefill, and of the prompt before decoding
     new_tokens: int = 16
+    clock: str = "wall"  # or `cpu`: CPU time of all threads
 
     def shrunk(self) -> Settings:
         """Return the settings with tiny shapes, for a smoke test of a few seconds."""
@@ -47,7 +48,8 @@ class Settings:
     def protocol(self, model: PreTrainedModel, name: str) -> str:
         """Return the sentence before a table."""
         dtype = str(model.dtype).removeprefix("torch.")
-        return f"{name}, {dtype}; {machine(self.device)}; calls in turn, median of {self.repeats} rounds."
+        clock = ", CPU time" if self.clock == "cpu" else ""
+        return f"{name}, {dtype}; {machine(self.device)}; calls in turn, median of {self.repeats} rounds{clock}."
 
 
 def random_llama(*, neurons: int, blocks: int, groups: int = 4, seed: int = 0) -> LlamaForCausalLM:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -17,7 +19,8 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 
 from gprune.errors import UserError, require_finite
 
-Request = tuple[tuple[str, str], list[int], list[int]]  # (texts, tokens of the context, tokens of the continuation)
+# (texts, tokens of the context, tokens of the continuation); no texts if lm_eval has only tokens
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class AnswerLM(HFLM):
@@ -25,17 +28,22 @@ class AnswerLM(HFLM):
 
     Tokens, batches, log-likelihoods and generated texts are the same as with `HFLM`. Logits of contexts are not used,
     and are most of a forward pass for a large vocabulary: tasks on Gemma-3-270M (262,144 words) take 0.6 of the time.
+
+    Attributes:
+        cut_prompts: prompts that were longer than the model's positions, of which the beginning was cut off.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         # Copied, because HFLM sets the tokenizer's padding token.
         super().__init__(model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        self.cut_prompts: set[str] = set()
 
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood in nats, whether greedy decoding gives the text) for each continuation.
 
         Continuations with the same input, which differ only in their last token, share a row of the batch.
         """
+        requests = [self._checked(request) for request in requests]
         requests_by_input = defaultdict(list)  # input tokens -> indices of requests
         for i, (_, context, continuation) in enumerate(requests):
             requests_by_input[*context, *continuation[:-1]].append(i)
@@ -57,6 +65,47 @@ class AnswerLM(HFLM):
                     answers[i] = float(total), is_greedy
                 bar.update(len(row_and_request))
         return [answers[i] for i in range(len(requests))]
+
+    def _checked(self, request: Request) -> Request:
+        """Return a request with a context, and remember its prompt if it is too long.
+
+        The context is empty if the prompt has only spaces, which lm_eval moves to the answer.
+
+        Raises:
+            UserError: if the answer has no tokens, or more than the model has positions.
+        """
+        texts, context, continuation = request
+        if not 0 < len(continuation) <= self.max_length:
+            answer = f" in {texts[1][:40]!r}" if texts else ""
+            limit = f"1 to {self.max_length:,} tokens, the positions of the model"
+            raise UserError(f"An answer must have {limit}; got {len(continuation):,}{answer}.")
+        if not context and self.prefix_token_id is None:
+            raise UserError("A prompt must have a token, as the tokenizer has neither BOS nor EOS; got an empty one.")
+        context = context or [self.prefix_token_id]
+        if texts and len(context) + len(continuation) - 1 > self.max_length:
+            self.cut_prompts.add(texts[0])
+        return texts, context, continuation
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generate texts as `HFLM` does.
+
+        Raises:
+            UserError: if the model has too few positions for the generated text.
+        """
+        for request in requests:
+            generated = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            if generated >= self.max_length:
+                raise UserError(
+                    f"Task '{request.task_name}' needs a model with more than {generated:,} positions, as it generates "
+                    f"up to {generated:,} tokens; got a model with {self.max_length:,}."
+                )
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Encode prompts of texts to generate, as `HFLM` does, and remember prompts that are too long."""
+        limit = kwargs.get("left_truncate_len")
+        self.cut_prompts |= {text for text in strings if limit and len(self.tok_encode(text)) > limit}
+        return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _log_probabilities(self, tokens: Tensor, first_position: int) -> Tensor:
         """Compute log-probabilities of next tokens at positions from `first_position` on.

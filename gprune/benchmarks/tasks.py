@@ -129,7 +129,10 @@ def _to_loaded_task(task: Any, source: str, incomplete: str) -> LoadedTask:
         UserError: unless the task has a metric of `SUPPORTED_METRICS`, computed by lm_eval.
     """
     metrics, kind = list(task.aggregation()), task.OUTPUT_TYPE
-    computes_own_metrics = task.config.process_results is not None or task.config.repeats > 1
+    has_own_function = any(callable(metric["metric"]) for metric in task.config.metric_list or ())
+    computes_own_metrics = task.config.process_results is not None or task.config.repeats > 1 or has_own_function
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"Task '{task.task_name}' must have text only; got images or audio.")
     if computes_own_metrics or not {*SUPPORTED_METRICS.get(kind, ())} & {*metrics}:
         raise UserError(
             f"Task '{task.task_name}' ({kind}) must have lm_eval's metric acc, acc_norm or exact_match; got its own "

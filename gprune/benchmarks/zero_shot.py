@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,8 +52,8 @@ def zero_shot(
         source: `hub` (lm_eval's data), `local` (files in `$GPRUNE_DATA_DIR/tasks`), or `auto`, as for `load_tasks`.
 
     Raises:
-        UserError: if lm_eval is missing, a task is unknown, its metric is not supported, its data cannot be loaded, or
-            a log-likelihood is not finite.
+        UserError: if lm_eval is missing, a task is unknown, its metric is not supported, its data cannot be loaded, an
+            answer has no tokens or too many for the model, or a log-likelihood is not finite.
     """
     protocol = {
         "harness": f"lm_eval {require_lm_eval()}",
@@ -73,8 +73,9 @@ def zero_shot(
             by_name |= {loaded.task.task_name: loaded for loaded in load_tasks(name, source)}
         for name, loaded in by_name.items():
             _build_requests(name, loaded.task, limit)
+        lm = AnswerLM(model, tokenizer, batch_size)
         outcome = evaluate(
-            AnswerLM(model, tokenizer, batch_size),
+            lm,
             {name: loaded.task for name, loaded in by_name.items()},
             limit=limit,
             bootstrap_iters=0,
@@ -82,7 +83,7 @@ def zero_shot(
     records = []
     for name, loaded in by_name.items():
         for _, samples in itertools.groupby(outcome["samples"][name], key=lambda sample: sample["filter"]):
-            records.append(task_record(loaded, list(samples)) | protocol)
+            records.append(task_record(loaded, list(samples), lm.cut_prompts) | protocol)
     return records
 
 
@@ -102,7 +103,9 @@ def _build_requests(name: str, task: Task, limit: int | None) -> None:
     task.build_all_requests = lambda **_: None  # lm_eval would call it again
 
 
-def task_record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def task_record(
+    loaded: LoadedTask, samples: Sequence[dict[str, Any]], cut_prompts: Collection[str] = ()
+) -> dict[str, Any]:
     """Convert lm_eval's samples of a task to a record with numbers and the evaluation protocol.
 
     Records with the same `content_hash` have the same questions.
@@ -110,12 +113,16 @@ def task_record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[s
     Args:
         loaded: the task, with its description.
         samples: results of lm_eval for each question, after one filter.
+        cut_prompts: prompts that were too long for the model, so that their beginning was cut off.
     """
     task = loaded.task
     name = task.task_name
     if len(task.config.filter_list or ()) > 1:
         name = f"{name}/{samples[0]['filter']}"
     partial = len(samples) < len(task.eval_docs)
+    num_cut = sum(any(texts[0] in cut_prompts for texts in sample["arguments"]) for sample in samples)
+    notes = [f"only the first {len(samples)} questions"] * partial
+    notes += [f"the prompts of {num_cut} questions were cut to the positions of the model"] * bool(num_cut)
     scored = zip((sample["arguments"] for sample in samples), _labels(task, samples), strict=True)
     return {
         "kind": "zero_shot",
@@ -127,8 +134,8 @@ def task_record(loaded: LoadedTask, samples: Sequence[dict[str, Any]]) -> dict[s
         "questions": len(samples),
         **_accuracies(task, samples),
         **_answers(task, name, samples),
-        "standard_protocol": loaded.complete and not partial,
-        "note": f"only the first {len(samples)} questions; {loaded.note}" if partial else loaded.note,
+        "standard_protocol": loaded.complete and not partial and not num_cut,
+        "note": "; ".join([*notes, loaded.note]),
         "content_hash": questions_hash(scored),
     }
 

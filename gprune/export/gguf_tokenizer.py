@@ -27,9 +27,10 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> d
     Raises:
         UserError: if llama.cpp does not support the tokenizer, or a token has no row.
     """
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # missing in tokenizers that are written in Python
+    content = {"model": {"type": type(tokenizer).__name__}} if backend is None else json.loads(backend.to_str())
     model = content["model"]
-    word_splitting = find_word_splitting(content)
+    word_splitting = None if backend is None else find_word_splitting(content)
     if word_splitting is None:
         needed = f"a byte-level BPE tokenizer that splits words like {', '.join(WORDS)}"
         raise UserError(f"Export to GGUF needs {needed}; got another one ({model['type']}). Export to hf.")

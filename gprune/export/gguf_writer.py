@@ -224,9 +224,16 @@ def stored_type(tensor: Tensor, type: str) -> GGMLQuantizationType:
 
 
 def encode_tensor(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
-    """Convert a tensor to its form in the file. Raise UserError if numbers overflow float16."""
+    """Convert a tensor to its form in the file.
+
+    Raises:
+        UserError: if numbers, or the scales of q8_0, which are numbers / 127, overflow float16.
+    """
+    numbers = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
     with np.errstate(over="ignore"):
-        encoded = quantize(np.ascontiguousarray(tensor.detach().float().cpu().numpy()), kind)
-    if encoded.dtype == np.float16 and not np.isfinite(encoded).all():
-        raise UserError(f"Cannot write '{name}' in float16: it has larger numbers. Use --type f32.")
+        encoded = quantize(numbers, kind)
+        in_float16 = numbers / 127 if kind == GGMLQuantizationType.Q8_0 else numbers
+        overflows = kind != GGMLQuantizationType.F32 and not np.isfinite(in_float16.astype(np.float16)).all()
+    if overflows:
+        raise UserError(f"Cannot write '{name}' in {kind.name.lower()}: it has too large numbers. Use --type f32.")
     return encoded

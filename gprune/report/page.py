@@ -119,7 +119,8 @@ class Report:
     def protocols(self) -> list[str]:
         """Return one line per evaluation protocol, and one with the precision of training.
 
-        The most frequent precision comes first; groups with another precision are named.
+        The most frequent precision comes first; groups with another precision are named. A last line names groups with
+        a tokenizer that differs from the dense model's, if there are any.
         """
         protocols = {_describe_protocol(r) for run in self.runs for r in run.records}
         groups_by_precision: dict[str, list[str]] = {}
@@ -128,7 +129,11 @@ class Report:
             groups_by_precision.setdefault(precision, []).append(group.name)
         most_frequent, *others = sorted(groups_by_precision, key=lambda name: -len(groups_by_precision[name]))
         exceptions = [f"; {precision}: {', '.join(groups_by_precision[precision])}" for precision in others]
-        return [*sorted(protocols), f"Precision of training: {most_frequent}{''.join(exceptions)}."]
+        lines = [*sorted(protocols), f"Precision of training: {most_frequent}{''.join(exceptions)}."]
+        if names := [group.name for group in self.groups if any(run.has_another_tokenizer for run in group.runs)]:
+            what = "so no KL, agreement, gap or ratio, and a perplexity of other tokens"
+            lines.append(f"Another tokenizer, {what}: {', '.join(names)}.")
+        return lines
 
     def figures(self) -> dict[str, Figure]:
         """Make figures over all runs, by name; none if there are too many runs."""

@@ -28,19 +28,27 @@ from gprune.report.style import (
     style,
 )
 from gprune.report.table import Estimate
-from gprune.runs.numbers import Record, by_stage, row_name
+from gprune.runs.numbers import DENSE, Record, Stage, by_stage, on_same_windows, row_name
+
+
+def _comparable_stages(records: Sequence[Record]) -> list[Stage]:
+    """Return the stages other than dense that were measured on the dense model's windows."""
+    return [stage for stage in by_stage(records) if stage != DENSE and on_same_windows(records, stage)]
 
 
 @style()
 def perplexity_figure(records: Sequence[Record]) -> Figure:
-    """Figure of perplexity relative to dense by corpus and stage, with paired 95 % intervals; seen corpora first."""
+    """Figure of perplexity relative to dense by corpus and stage, with paired 95 % intervals; seen corpora first.
+
+    Stages with another tokenizer than the dense model's are left out, because their perplexity is of other tokens.
+    """
     nll = by_stage(records, "window_nll")
     dense_nll = nll["dense", "none"]
     is_seen = {r["corpus"]: r["seen"] for r in records}
     predicted_tokens = records[0]["seq_len"] - 1  # per window
     corpora = sorted(is_seen, key=lambda c: not is_seen[c])
     labels = corpus_labels(corpora)
-    stages = [key for key in nll if key[0] != "dense"]
+    stages = _comparable_stages(records)
     corpus_width = max(1.1, LETTER_WIDTH * max(map(len, labels.values())))  # inches
     figure, axes = canvas(3.2 + corpus_width * len(corpora), 3.4)
     for i, (stage, recovery) in enumerate(stages):
@@ -168,7 +176,7 @@ def run_figures(
         summary: summary of the run.
     """
     labels = None if modules is None else modules.labels
-    figures = {"perplexity": perplexity_figure(records)}
+    figures = {"perplexity": perplexity_figure(records)} if _comparable_stages(records) else {}
     if masks is not None:
         figures["sparsity"] = sparsity_figure(masks, labels)
     if modules is not None and len(modules.drift[0].ranks) > 1:

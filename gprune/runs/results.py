@@ -26,7 +26,7 @@ from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.runs import frames, schema
 from gprune.runs.folder import RunFolder, changed_settings
-from gprune.runs.numbers import Record, row_name
+from gprune.runs.numbers import Record, by_stage, on_same_windows, row_name
 from gprune.sparsity.allocation import format_removed
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.cache import cache_dir
@@ -67,6 +67,11 @@ class FinishedRun:
         if self.settings["model"].get("made_elsewhere") is not None:
             return "model"
         return "gprune" if self.settings["gprune"] else "base"
+
+    @property
+    def has_another_tokenizer(self) -> bool:
+        """Whether a stage was measured on other tokens than the dense model. Perplexities are not comparable then."""
+        return any(not on_same_windows(self.records, stage) for stage in by_stage(self.records))
 
     @property
     def model(self) -> str:

@@ -39,7 +39,7 @@ def title_of(study: StudyResult) -> str:
 
 def notes_of(study: StudyResult) -> list[str]:
     """Return the notes below the tables: protocols, rows with another tokenizer, and rows without a record."""
-    return [*study.report.protocols(), *filter(None, [study.other_tokens_in_words, study.missing_in_words])]
+    return [*study.report.protocols(), *filter(None, [study.missing_in_words])]
 
 
 def _csv(study: StudyResult) -> str:

@@ -142,10 +142,22 @@ def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -
 
 
 def merge_references(arguments: Sequence[Argument]) -> dict[Path, FinishedRun] | None:
-    """Return path of a run -> reference run of its list; None unless all arguments are lists with a reference."""
+    """Return path of a run -> reference run of its list; None unless all arguments are lists with a reference.
+
+    Raises:
+        UserError: if two lists share a run and have different references for it.
+    """
     if any(references is None for _, references, _ in arguments):
         return None
-    return {path: reference for _, references, _ in arguments for path, reference in references.items()}
+    merged: dict[Path, FinishedRun] = {}
+    for _, references, _ in arguments:
+        for path, reference in references.items():
+            if (other := merged.setdefault(path, reference)).path != reference.path:
+                raise UserError(
+                    f"Lists that share the record {path.name} must have one reference for it; got {other.path.name} "
+                    f"and {reference.path.name}. Report one list at a time."
+                )
+    return merged
 
 
 def base_run(name: str, records: str | None, seeds: Sequence[int] | None) -> Path | FinishedRun:

@@ -18,7 +18,6 @@ from gprune.report import Report, Table
 from gprune.report.grouping import format_setting
 from gprune.report.perplexity_tables import base_records
 from gprune.runs import frames
-from gprune.runs.numbers import by_stage, on_same_windows
 from gprune.runs.results import FinishedRun
 from gprune.studies.archive import find_record, finished_record, task_results
 from gprune.studies.listing import Listing, Row
@@ -64,19 +63,6 @@ class StudyResult:
             noun = "seed" if len(seeds) == 1 else "seeds"
             rows.append(f"{name} ({noun} {', '.join(seeds)})")
         return f"Without a record, so left out: {len(missing)} of {len(self.rows)} rows and seeds: {'; '.join(rows)}."
-
-    @property
-    def other_tokens_in_words(self) -> str:
-        """A line with the rows whose tokenizer differs from the dense model's; empty if there are none."""
-        rows = []
-        for row, record in self.done:
-            records = record["records"]
-            if any(not on_same_windows(records, stage) for stage in by_stage(records)):
-                rows.append(row.name)
-        if not rows:
-            return ""
-        names = ", ".join(dict.fromkeys(rows))
-        return f"Another tokenizer, so no KL, agreement, gap or ratio, and a perplexity of other tokens: {names}."
 
     @cached_property
     def report(self) -> Report:

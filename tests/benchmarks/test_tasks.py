@@ -144,10 +144,12 @@ class Manager:
         return {"tasks": dict.fromkeys(names, self.task)}
 
 
-def fake_task(output_type="multiple_choice", metrics=None, process_results=None, repeats=1) -> SimpleNamespace:
-    config = SimpleNamespace(process_results=process_results, repeats=repeats)
-    aggregations = dict.fromkeys(metrics or {"acc", "acc_norm"})
-    return SimpleNamespace(task_name="cola", OUTPUT_TYPE=output_type, config=config, aggregation=lambda: aggregations)
+def fake_task(
+    output_type="multiple_choice", metrics=None, process_results=None, repeats=1, metric_list=None, **attributes
+) -> SimpleNamespace:
+    config = SimpleNamespace(process_results=process_results, repeats=repeats, metric_list=metric_list)
+    attributes |= {"config": config, "aggregation": lambda: dict.fromkeys(metrics or {"acc", "acc_norm"})}
+    return SimpleNamespace(task_name="cola", OUTPUT_TYPE=output_type, **attributes)
 
 
 def test_a_reachable_hub_is_preferred_to_local_files(data, monkeypatch):
@@ -176,6 +178,8 @@ def test_local_files_are_the_fallback_for_an_unreachable_hub(reachable, data, mo
         ("piqa", "hub", {"metrics": ["mcc"]}, "'cola' .* got its own mcc"),
         ("piqa", "hub", {"process_results": dict}, "Task 'cola' .* must have lm_eval's metric"),
         ("piqa", "hub", {"repeats": 3}, "Task 'cola' .* must have lm_eval's metric"),
+        ("piqa", "hub", {"metric_list": [{"metric": max}]}, "Task 'cola' .* must have lm_eval's metric"),
+        ("piqa", "hub", {"MULTIMODAL": True}, "Task 'cola' must have text only"),
     ],
 )  # fmt: skip
 def test_unknown_and_unsupported_tasks_are_refused(name, source, task, message, data, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,6 +92,53 @@ def test_answers_equal_hflms_and_logits_are_computed_for_continuations_only(
     same = (("same", "input"), requests[3][1] + requests[3][2][:1], requests[3][2][1:])
     both, alone = (lm._loglikelihood_tokens(batch, disable_tqdm=True) for batch in ([requests[3], same], [same]))
     assert both[1] == pytest.approx(alone[0], abs=1e-5)
+
+
+@pytest.fixture
+def lm():
+    """A model of 32 positions for lm_eval."""
+    answers = pytest.importorskip("gprune.benchmarks.answers", exc_type=ImportError)
+    return answers.AnswerLM(make_tiny_llama(max_position_embeddings=32), tiny_tokenizer(), 4)
+
+
+def test_an_answer_after_a_prompt_of_spaces_is_scored_after_bos(lm):
+    bos, answer = tiny_tokenizer().bos_token_id, [5, 6, 7]
+    empty, with_bos = (lm._loglikelihood_tokens([((" ", "x"), c, answer)], disable_tqdm=True) for c in ([], [bos]))
+    assert empty == with_bos
+    lm.tokenizer.bos_token = lm.tokenizer.eos_token = None
+    with pytest.raises(UserError, match="A prompt must have a token"):
+        lm._loglikelihood_tokens([((" ", "x"), [], answer)], disable_tqdm=True)
+
+
+@pytest.mark.parametrize("tokens", [0, 33])
+def test_answers_without_tokens_or_longer_than_the_model_are_refused(lm, tokens):
+    with pytest.raises(UserError, match=rf"1 to 32 tokens, the positions of the model; got {tokens} in 'an answer'"):
+        lm._loglikelihood_tokens([(("a prompt", "an answer"), [5], [6] * tokens)], disable_tqdm=True)
+
+
+def test_texts_longer_than_the_positions_of_the_model_are_not_generated(lm):
+    request = SimpleNamespace(args=("a prompt", {"until": ["x"], "max_gen_toks": 32}), task_name="gsm8k")
+    with pytest.raises(UserError, match="'gsm8k' needs a model with more than 32 positions"):
+        lm.generate_until([request])
+
+
+def test_prompts_that_are_cut_are_counted_and_no_standard_protocol(lm, data, monkeypatch):
+    rows = questions(3)
+    rows[1]["prompt"] = " ".join(30 * ["Question:"])
+    write_task(data, "long", "test", rows)
+    monkeypatch.setattr(zero_shot, "load_tasks", lambda *_: [replace(task, complete=True)])
+    (task,) = tasks.load_tasks("long", "local")
+    (record,) = zero_shot.zero_shot(lm.model, tiny_tokenizer(), ["long"])
+    assert record["note"].startswith("the prompts of 1 questions were cut to the positions of the model; ")
+    assert record["standard_protocol"] is False
+    del rows[1]
+    write_task(data, "long", "test", rows)
+    monkeypatch.setattr(zero_shot, "load_tasks", lambda *_: [replace(short, complete=True)])
+    (short,) = tasks.load_tasks("long", "local")
+    assert zero_shot.zero_shot(lm.model, tiny_tokenizer(), ["long"])[0]["standard_protocol"] is True
+    prompts = ["Question: " * 9, "Answer:"]  # of texts to generate
+    lm.tok_batch_encode(prompts, left_truncate_len=8)
+    assert lm.cut_prompts == {prompts[0]}
 
 
 def test_a_task_with_acc_norm_only_has_no_acc_and_is_compared_by_acc_norm(monkeypatch):

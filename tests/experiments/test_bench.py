@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,6 +169,7 @@ def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path, monkeypat
     ("arguments", "message"),
     [
         (["--repeats", "0"], "--repeats must be 1 or more; got 0."),
+        (["--width_multiple", "0"], "--width_multiple must be 1 or more; got 0."),
         (["--batch_sizes", "0"], "--batch_sizes must be 1 or more"),
         (["--device", "abacus"], "--device must be an available device, such as cpu or cuda; got 'abacus'"),
         (["--sparsity", "1.5", "--model", "tiny"], "--sparsity.target must be a share of the scope"),
@@ -179,6 +181,20 @@ def test_invalid_arguments_are_refused_in_one_line(arguments, message, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("experiments.bench: ")
     assert message in line
+
+
+def test_whole_runs_cannot_be_measured_in_cpu_time(capsys):
+    assert main(["run", "--clock", "cpu"]) == 2
+    assert "'run' cannot have --clock cpu" in capsys.readouterr().err
+
+
+def test_inference_is_measured_by_the_given_clock_which_the_protocol_names():
+    readings = []
+    speed.inference(SMALL, lambda: readings.append(time.perf_counter()) or readings[-1])
+    assert len(readings) > 8
+    model = models.random_llama(neurons=8, blocks=1)
+    assert replace(SMALL, clock="cpu").protocol(model, "a model").endswith("rounds, CPU time.")
+    assert replace(SMALL, clock="wall").protocol(model, "a model").endswith("rounds.")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import yaml
 
 from experiments import trade_off
 from gprune.__main__ import main
+from gprune.errors import UserError
 from gprune.export.convert import has_llama_cpp
 from gprune.report.table import Estimate
 from tests.studies.workbench import fake_run
@@ -28,7 +29,7 @@ def test_a_row_has_the_perplexity_ratio_the_speedup_of_prefill_and_decoding_and_
     run = fake_run("share, 20 %", {"dense": {"a": [20.0, 30.0]}, "base": {"a": [22.0, 33.0]}})
     seconds = {("dense", "prefill"): 4.0, ("dense", "decode"): 0.5, ("base", "prefill"): 2.0, ("base", "decode"): 0.25}
     records = [
-        {"stage": stage, "task": task, "batch": batch, "seconds": value * batch}
+        {"stage": stage, "task": task, "batch": batch, "prompt": 128, "seconds": value * batch}
         for (stage, task), value in seconds.items()
         for batch in (1, 8)
     ]
@@ -36,6 +37,9 @@ def test_a_row_has_the_perplexity_ratio_the_speedup_of_prefill_and_decoding_and_
     name, ratio, speedup, mib = trade_off.pruned(run)
     # The loss rises by 2 and 3 nats in windows of 10 predicted tokens each, so by 0.25 nats per token.
     assert (name, ratio.value, speedup, mib) == ("share, 20 %", pytest.approx(math.exp(0.25)), 2.0, 2.0)
+    for missing in ({"prompt": 512}, {"batch": 8}):  # files are timed with one prompt of 128 tokens
+        with pytest.raises(UserError, match=r"needs tasks: .*speed_prompt: 128.*; got no such timing of 'share, 20 %'"):
+            trade_off.pruned(replace(run, evaluation=[r | missing for r in records]))
 
 
 def test_each_panel_has_the_points_of_all_measured_rows_and_files():

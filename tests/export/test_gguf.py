@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import gguf
+import gguf.quants
 import numpy as np
 import pytest
 import torch
@@ -188,9 +190,28 @@ def test_matrices_have_the_requested_type_and_vectors_are_float32(requested, tmp
 def test_weights_beyond_the_range_of_float16_are_refused_in_f16_only(tmp_path):
     model = make_pruned()
     model.model.layers[1].mlp.up_proj.weight[3, 4] = 7e4
-    with pytest.raises(UserError, match=r"'blk.1.ffn_up.weight' in float16: .* --type f32"):
+    with pytest.raises(UserError, match=r"'blk.1.ffn_up.weight' in f16: .* --type f32"):
         write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f16")
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
+
+
+@pytest.mark.parametrize(("largest", "fits"), [(8e6, True), (9e6, False)])
+def test_scales_of_q8_0_beyond_the_range_of_float16_are_refused(largest, fits):
+    """A scale is the largest number of a block of 32, divided by 127. Float16 ends at 65,504."""
+    weight = torch.ones(2, 64)
+    weight[1, 40] = largest
+    kind = gguf_writer.GGMLQuantizationType.Q8_0
+    if fits:
+        stored = gguf.quants.dequantize(gguf_writer.encode_tensor("w", weight, kind), kind)
+        assert np.isfinite(stored).all()
+    else:
+        with pytest.raises(UserError, match="Cannot write 'w' in q8_0: it has too large numbers"):
+            gguf_writer.encode_tensor("w", weight, kind)
+
+
+def test_tokenizers_without_a_backend_are_refused():
+    with pytest.raises(UserError, match=r"needs a byte-level BPE tokenizer .*; got another one \(SimpleNamespace\)"):
+        tokenizer_keys(SimpleNamespace(), 10)
 
 
 def test_rope_factors_of_llama3_and_linear_scaling_equal_the_published_rules():

@@ -30,6 +30,8 @@ from gprune.config import parse
 from gprune.export.hf import save_pruned
 from gprune.models.elsewhere import check_elsewhere, load_elsewhere
 from gprune.models.surgery import prune
+from gprune.report.html import render
+from gprune.report.run_figures import run_figures
 from gprune.studies.archive import finished_record, record_to_run
 from tests import tiny_run, wandb_files
 from tests.studies.workbench import cells
@@ -192,6 +194,11 @@ def test_a_model_with_another_tokenizer_has_perplexity_but_no_kl_gap_or_ratio(be
     assert [r["corpus"] for r in of_model] == [r["corpus"] for r in record["records"] if r["stage"] == "dense"]
     assert all(r["perplexity"] > 1 and r.get("kl") is None for r in of_model)
     assert "Another tokenizer, so no KL, agreement, gap or ratio, and a perplexity of other tokens: gpt." in out
+    page = render(gprune.load_study(path, records=bench.records).report)
+    assert "perplexity of other tokens: gpt." in page
+    assert page.count(", of other tokens</span>") == 2  # the tiles of unseen and seen perplexity
+    (run,) = [run for run in gprune.load_study(path, records=bench.records).runs if run.name == "gpt"]
+    assert run_figures(run.records, None, None, run.summary) == {}  # the ratio to dense would be of other tokens
     frame = gprune.load_study(path, records=bench.records).to_frame().set_index("row")
     missing = ["unseen_kl", "unseen_agreement", "gap", "unseen_over_dense", "unseen_over_unrecovered_base"]
     assert frame.loc["gpt", missing].isna().all()

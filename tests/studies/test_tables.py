@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,8 @@ from gprune.report.perplexity_tables import arithmetic_mean_over_seeds, mean_ove
 from gprune.report.table import Estimate
 from gprune.studies import tables
 from gprune.studies.archive import finished_record
-from tests.studies.workbench import COMPARE, ROWS, cells, unseen
+from gprune.studies.report_command import merge_references
+from tests.studies.workbench import COMPARE, ROWS, cells, fake_run, unseen
 from tests.tiny_run import on_a_terminal
 
 
@@ -171,3 +174,14 @@ def test_kl_and_agreement_over_seeds_have_arithmetic_means_inside_of_their_limit
     mean, low, high = arithmetic_mean_over_seeds([0.97, 0.999, 0.96], largest=1.0)
     assert (mean, high) == (pytest.approx(0.97633, abs=1e-5), 1)
     assert low == pytest.approx(0.92611, abs=1e-4)
+
+
+def test_lists_that_divide_a_shared_record_by_different_references_are_not_reported_together():
+    one, other, shared = (
+        replace(fake_run(name, {"dense": {"a": [1.0]}}), path=Path(name)) for name in ("one", "other", "shared")
+    )
+    first, second = ([shared], {shared.path: one}, None), ([shared], {shared.path: other}, None)
+    assert merge_references([first, first]) == {shared.path: one}
+    assert merge_references([first, ([shared], None, None)]) is None
+    with pytest.raises(UserError, match="share the record shared must have one reference for it; got one and other"):
+        merge_references([first, second])
