@@ -404,6 +404,9 @@ def main(args: Sequence[str] | None = None) -> int:
     known = {}
     if settings.rows and settings.rows.exists():
         known = json.loads(settings.rows.read_text())
+    choices = VISION if settings.images else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if unknown := [name for name in settings.types if name not in choices]:
+        parser.error(f"unknown model type '{unknown[0]}'")
     types = settings.types or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if settings.images:
         known |= {f"{row['type']} (images)": row for row in measure(settings.types or VISION, vision=True)}
