@@ -157,7 +157,7 @@ def _exit_on_signals() -> Iterator[None]:
 
 def _is_ending(error: BaseException | None) -> bool:
     """Return whether the exception that is being handled, if any, or one of its causes ends the process."""
-    while error is not None and not isinstance(error, SystemExit):
+    while error is not None and not isinstance(error, (SystemExit, KeyboardInterrupt)):
         error = error.__context__
     return error is not None
 

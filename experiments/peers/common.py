@@ -137,7 +137,7 @@ def parser(peer: Peer, description: str, *, mixed: bool = True) -> argparse.Argu
     flags.add_argument("--model", help="folder of the dense model; default: the model of the windows")
     flags.add_argument("--parameters", type=int, help="minimum of remaining parameters; default: without half the FFN")
     if mixed:
-        what = "of matrix products (autocast); bfloat16 is several times as fast on processors with AMX"
+        what = "of matrix products (autocast); bfloat16 is faster where --trainer.precision auto is bf16-mixed"
         flags.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help=what)
     return flags
 

@@ -37,6 +37,8 @@ class AnswerLM(HFLM):
         # Copied, because HFLM sets the tokenizer's padding token.
         super().__init__(model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         self.cut_prompts: set[str] = set()
+        if self.prefix_token_id is None:
+            raise UserError("Tasks need a tokenizer with BOS or EOS, after which empty prompts are continued.")
 
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood in nats, whether greedy decoding gives the text) for each continuation.
@@ -79,8 +81,6 @@ class AnswerLM(HFLM):
             answer = f" in {texts[1][:40]!r}" if texts else ""
             limit = f"1 to {self.max_length:,} tokens, the positions of the model"
             raise UserError(f"An answer must have {limit}; got {len(continuation):,}{answer}.")
-        if not context and self.prefix_token_id is None:
-            raise UserError("A prompt must have a token, as the tokenizer has neither BOS nor EOS; got an empty one.")
         context = context or [self.prefix_token_id]
         if texts and len(context) + len(continuation) - 1 > self.max_length:
             self.cut_prompts.add(texts[0])

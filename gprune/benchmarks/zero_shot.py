@@ -53,7 +53,7 @@ def zero_shot(
 
     Raises:
         UserError: if lm_eval is missing, a task is unknown, its metric is not supported, its data cannot be loaded, an
-            answer has no tokens or too many for the model, or a log-likelihood is not finite.
+            answer has no tokens, the model has too few positions for an answer, or a log-likelihood is not finite.
     """
     protocol = {
         "harness": f"lm_eval {require_lm_eval()}",
@@ -122,7 +122,7 @@ def task_record(
     partial = len(samples) < len(task.eval_docs)
     num_cut = sum(any(texts[0] in cut_prompts for texts in sample["arguments"]) for sample in samples)
     notes = [f"only the first {len(samples)} questions"] * partial
-    notes += [f"the prompts of {num_cut} questions were cut to the positions of the model"] * bool(num_cut)
+    notes += [f"questions with prompts cut to the positions of the model: {num_cut}"] * bool(num_cut)
     scored = zip((sample["arguments"] for sample in samples), _labels(task, samples), strict=True)
     return {
         "kind": "zero_shot",

@@ -161,8 +161,8 @@ class TrainerConfig(Group, prefix="trainer."):
     """auto or ddp."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Argument of torch.set_float32_matmul_precision. highest: float32 matrix products in float32, on AMD's CPUs with
-    AVX-512 by oneDNN instead of MKL. high: in TF32 on GPUs that support it, several times faster. medium: in
-    bfloat16."""
+    AVX-512 by oneDNN instead of MKL. high: in TF32 on GPUs that support it, several times faster. medium: permits
+    bfloat16, which CPUs with AMX and GPUs use."""
     precision: Annotated[Literal["auto", "32-true", "bf16-mixed"], BeforeValidator(parse_precision)] = "auto"
     """Precision of threshold learning, of recoveries that train, and of errors of blocks (--sparsity.allocation
     reconstruction); statistics and evaluation use --model.dtype. bf16-mixed: matrix products in bfloat16

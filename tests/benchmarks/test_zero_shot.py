@@ -97,7 +97,7 @@ def test_answers_equal_hflms_and_logits_are_computed_for_continuations_only(
 @pytest.fixture
 def lm():
     """A model of 32 positions for lm_eval."""
-    answers = pytest.importorskip("gprune.benchmarks.answers", exc_type=ImportError)
+    answers = pytest.importorskip("gprune.benchmarks.answers")
     return answers.AnswerLM(make_tiny_llama(max_position_embeddings=32), tiny_tokenizer(), 4)
 
 
@@ -105,9 +105,10 @@ def test_an_answer_after_a_prompt_of_spaces_is_scored_after_bos(lm):
     bos, answer = tiny_tokenizer().bos_token_id, [5, 6, 7]
     empty, with_bos = (lm._loglikelihood_tokens([((" ", "x"), c, answer)], disable_tqdm=True) for c in ([], [bos]))
     assert empty == with_bos
-    lm.tokenizer.bos_token = lm.tokenizer.eos_token = None
-    with pytest.raises(UserError, match="A prompt must have a token"):
-        lm._loglikelihood_tokens([((" ", "x"), [], answer)], disable_tqdm=True)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token = tokenizer.unk_token, None, None
+    with pytest.raises(UserError, match="Tasks need a tokenizer with BOS or EOS"):
+        type(lm)(lm.model, tokenizer, 4)
 
 
 @pytest.mark.parametrize("tokens", [0, 33])
@@ -129,7 +130,7 @@ def test_prompts_that_are_cut_are_counted_and_no_standard_protocol(lm, data, mon
     monkeypatch.setattr(zero_shot, "load_tasks", lambda *_: [replace(task, complete=True)])
     (task,) = tasks.load_tasks("long", "local")
     (record,) = zero_shot.zero_shot(lm.model, tiny_tokenizer(), ["long"])
-    assert record["note"].startswith("the prompts of 1 questions were cut to the positions of the model; ")
+    assert record["note"].startswith("questions with prompts cut to the positions of the model: 1; ")
     assert record["standard_protocol"] is False
     del rows[1]
     write_task(data, "long", "test", rows)
