@@ -38,7 +38,7 @@ class AnswerLM(HFLM):
         super().__init__(model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         self.cut_prompts: set[str] = set()
         if self.prefix_token_id is None:
-            raise UserError("Tasks need a tokenizer with BOS or EOS, after which empty prompts are continued.")
+            raise UserError("A task needs a tokenizer with BOS or EOS, which replaces an empty prompt.")
 
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood in nats, whether greedy decoding gives the text) for each continuation.

@@ -107,7 +107,7 @@ def test_an_answer_after_a_prompt_of_spaces_is_scored_after_bos(lm):
     assert empty == with_bos
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token = tokenizer.unk_token, None, None
-    with pytest.raises(UserError, match="Tasks need a tokenizer with BOS or EOS"):
+    with pytest.raises(UserError, match="A task needs a tokenizer with BOS or EOS"):
         type(lm)(lm.model, tokenizer, 4)
 
 
