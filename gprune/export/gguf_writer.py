@@ -232,8 +232,7 @@ def encode_tensor(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.n
     numbers = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
     with np.errstate(over="ignore"):
         encoded = quantize(numbers, kind)
-        largest_scale = np.float16(np.abs(numbers).max() / 127)
-    overflows = encoded.dtype == np.float16 and not np.isfinite(encoded).all()
-    if overflows or (kind == GGMLQuantizationType.Q8_0 and not np.isfinite(largest_scale)):
+        in_float16 = np.float16(np.abs(numbers).max() / 127) if kind == GGMLQuantizationType.Q8_0 else encoded
+    if in_float16.dtype == np.float16 and not np.isfinite(in_float16).all():
         raise UserError(f"Cannot write '{name}' in {kind.name.lower()}: it has too large numbers. Use --type f32.")
     return encoded
