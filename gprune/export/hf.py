@@ -38,7 +38,7 @@ from gprune.export.reload import align_weights
 from gprune.models import modeling_pruned
 from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers, layer_values
 from gprune.models.copies import has_own_head
-from gprune.models.loading import pruned_classes, register_type, skeleton
+from gprune.models.loading import pruned_classes, register_type, skeleton, turn_off_rescaling
 from gprune.models.lookup import family_of, remember
 from gprune.models.masks import Masks
 from gprune.models.offload import attach_all_weights, device_of, is_offloaded
@@ -220,10 +220,12 @@ def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> P
     """Convert a model to the class that is saved, if possible a stock class. Weights are shared, not copied.
 
     Args:
-        model: a model of a supported family, dense or pruned. If it is offloaded, the result can only be saved.
+        model: a model of a supported family, dense or pruned. If it is offloaded, the result can only be saved. Its
+            rescaling is turned off in place (`turn_off_rescaling`).
         dtype: dtype of weights; those of another dtype are copied. None: no change. An offloaded model needs None or
             its own dtype.
     """
+    turn_off_rescaling(model)
     register_type(family_of(model).model_type)  # for records that were added after the import, or discovered
     exportable = stock_skeleton(model) or pruned_skeleton(model)
     exportable.load_state_dict(model.state_dict(), strict=True, assign=True)
@@ -469,12 +471,14 @@ def check_reload(
     weights = [(parameter, parameter.data) for parameter in model.parameters()]
     device, attention = str(device_of(model)), implementation(model.config, "_attn_implementation")
     try:
-        cast_parameters(model, dtype)
-        # As in the fresh process; only for this pass, because it copies weights shared with the dense model.
-        align_weights(model)
-        expected = model.eval()(input_ids.to(device), use_cache=False).logits
-        for parameter, data in weights:
-            parameter.data = data
+        try:
+            cast_parameters(model, dtype)
+            # As in the fresh process; only for this pass, because it copies weights shared with the dense model.
+            align_weights(model)
+            expected = model.eval()(input_ids.to(device), use_cache=False).logits
+        finally:
+            for parameter, data in weights:
+                parameter.data = data
         logits = reloaded_logits(folder, input_ids, device=device, attn_implementation=attention, **placement)
         difference = max_logit_difference(expected, logits)
         if difference != 0:  # also true for NaN

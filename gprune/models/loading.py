@@ -235,9 +235,27 @@ def load_weights(
             model, report = auto_class(config).from_pretrained(location, **options)
         check_complete(report, location)
         check_weight_dtypes(model, location)
+        turn_off_rescaling(model)
         # Loading has succeeded, so the offload folder is removed with the model, and not at the end of this block.
         weakref.finalize(model, cleanup.pop_all().close)
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def turn_off_rescaling(model: PreTrainedModel) -> None:
+    """Make a model compute with the weights of its files, in place. A no-op for types other than RWKV.
+
+    Against overflow in float16, the first evaluation of RWKV divides weights of layer i by 2^(i // rescale_every) in
+    place. Then weights depend on whether the model has run, and on the number of their layer, which sliced, saved or
+    removed layers do not keep. Logits do not change, except for the epsilon of norms.
+    """
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):
+            was_training, module.training = module.training, True
+            module._rescale_layers()  # multiplies by powers of 2, which is exact
+            module.training = was_training
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0
 
 
 def has_usable_generation_config(location: str | Path) -> bool:

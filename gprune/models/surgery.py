@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gprune.errors import UserError
 from gprune.models.blocks import Block, Slice, blocks_of, by_layer, decoder_layers, layer_values
 from gprune.models.copies import copy_without_hooks
-from gprune.models.loading import skeleton
+from gprune.models.loading import skeleton, turn_off_rescaling
 from gprune.models.lookup import decoder_of, family_of, refuse_quantised, remember
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, find_parent, set_layer_sizes, update_linear_sizes
@@ -46,13 +46,15 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
     Args:
         model: a supported model, dense or already pruned.
         masks: one keep mask per block and scope.
-        inplace: whether to change `model` itself. Otherwise peak memory is the dense model plus the pruned one.
+        inplace: whether to change `model` itself. Otherwise only its rescaling is turned off (`turn_off_rescaling`),
+            and peak memory is the dense model plus the pruned one.
 
     Raises:
         UserError: if the masks do not fit the model (`check_masks`), or layers are removed and another layer would
             compute something else under its new number.
     """
     check_masks(model, masks)
+    turn_off_rescaling(model)
     block_is_kept = masks.blocks
     # Blocks of a layer are kept together.
     layer_is_kept = [block_is_kept[blocks[0].index] for blocks in by_layer(blocks_of(model))]

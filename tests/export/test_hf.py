@@ -316,6 +316,19 @@ def test_a_failing_reload_is_reported_by_the_last_line_of_its_process(tmp_path, 
     assert not folder.exists()
 
 
+def test_weights_are_restored_if_the_forward_pass_of_the_check_fails(tmp_path, token_batch):
+    model = make_pruned()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    folder = hf.save_pruned(model, None, tmp_path / "model", dtype=torch.bfloat16)
+    handle = model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hf.check_reload(model, folder, token_batch, dtype=torch.bfloat16)
+    handle.remove()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert not folder.exists()
+
+
 @pytest.mark.slow
 def test_a_fresh_process_reloads_a_twice_saved_model_with_fewer_layers_and_all_biases(tmp_path, token_batch):
     model = make_pruned(recovered=True, **VARIANTS["biases"])
