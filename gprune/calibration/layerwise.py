@@ -11,7 +11,8 @@ Then the real layers compute with these arguments, in the same order of batches,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +27,7 @@ from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_byt
 from gprune.errors import UserError, first_line
 from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.families import BUILT_IN
+from gprune.models.loading import turn_off_rescaling
 from gprune.models.lookup import decoder_of, family_of_config, remember
 from gprune.models.losses import LogitTransform, head_input
 from gprune.models.offload import device_of, is_offloaded, resident
@@ -50,28 +52,33 @@ def needs_walk(model: PreTrainedModel, *, corpora: int, gram: bool, sharded: boo
     return gram and corpora * gram_bytes(blocks_of(model)) > GRAMS_IN_MEMORY
 
 
-def check_walk(config: PreTrainedConfig) -> None:
+def check_walk(config: PreTrainedConfig, *, along_prefix: bool = False) -> None:
     """Raise UserError if a tiny random model of the type gives other logits layer by layer.
 
-    This is the case if layers pass on more than hidden states, or are called more than once. Types with a built-in
+    This is the case if layers pass on more than hidden states, are called more than once, or depend on a state of the
+    decoder. The tiny model has all layers, since the type may treat later layers in another way. Types with a built-in
     record are not checked.
+
+    Args:
+        config: configuration of the model.
+        along_prefix: whether pruned layers will be computed too. They have never run in a decoder.
     """
     record = family_of_config(config)
     if record in BUILT_IN.values():
         return
     try:
-        model = tiny_model(shrunk(stock_config(config)))
+        model = tiny_model(shrunk(stock_config(config), all_layers=True))
     except Exception:  # no tiny model of this class
         return
     remember(model, record)  # avoids another discovery for classes of other packages
-    ids = torch.arange(3, 27).view(2, 12)  # ids below 3 may be special tokens
+    models = [model]
+    if along_prefix:
+        models.append(copy.deepcopy(model))
+    else:
+        turn_off_rescaling(model)  # as in a loaded model; types that need it are not recovered along the prefix
     reason = "the logits differ"
     try:
-        walk = Walk(model)
-        walk.add(ids)
-        logits = next(walk.logits())
-        expected = model(input_ids=ids, use_cache=False).logits
-        if (logits - expected).abs().max() <= 1e-4 * expected.abs().max():  # equal except for rounding
+        if all(_same_logits(model, decoder_layers(other)) for other in models):
             return
     except Exception as error:
         reason = first_line(error)
@@ -79,6 +86,16 @@ def check_walk(config: PreTrainedConfig) -> None:
         f"Model type '{config.model_type}' cannot be computed layer by layer ({reason}), which offloaded weights, Gram "
         "matrices beyond memory and --recovery least_squares_sequential need; use more memory or another --recovery."
     )
+
+
+def _same_logits(model: PreTrainedModel, layers: Sequence[nn.Module]) -> bool:
+    """Return whether these layers, of the model or of a copy, give the model's logits one by one."""
+    ids = torch.arange(3, 27).view(2, 12)  # ids below 3 may be special tokens
+    walk = Walk(model)
+    walk.add(ids)
+    logits = next(walk.logits(layers))
+    expected = model(input_ids=ids, use_cache=False).logits
+    return bool((logits - expected).abs().max() <= 1e-4 * expected.abs().max())  # equal except for rounding
 
 
 @dataclass
@@ -222,9 +239,12 @@ class Walk:
         return CorpusStatistics(ffn, attention, torch.cat(turned))
 
     @torch.no_grad()
-    def logits(self) -> Iterator[Tensor]:
-        """Yield the logits of each batch, (B, T, V) in the model's dtype. Layers are called, so their hooks run."""
-        for index, layer in enumerate(decoder_layers(self.model)):
+    def logits(self, layers: Sequence[nn.Module] | None = None) -> Iterator[Tensor]:
+        """Yield the logits of each batch, (B, T, V) in the model's dtype, from `layers`, by default the model's.
+
+        Layers are called, so their hooks run.
+        """
+        for index, layer in enumerate(layers or decoder_layers(self.model)):
             with resident(layer):
                 self._run_layer(layer, index)
         head = self.model.get_output_embeddings()

@@ -70,7 +70,9 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"patch_size", 8),
 )  # fmt: skip
 COMPILED_RULES = tuple((re.compile(pattern), value) for pattern, value in RULES)
-# Patterns of names of fields with token ids, with layer numbers, and with one value per layer.
+# Patterns of names of fields: with the number of layers that share tensors of other layers, with token ids, with layer
+# numbers, and with one value per layer.
+SHARED_LAYERS = re.compile(r"(n|num|kv|encoder|decoder)_.*shared_layers")
 TOKEN_IDS = re.compile(r"(.*_)?(token_id|token_index|tokens?_ids?)")
 LAYER_NUMBERS = re.compile(r"(mlp_only|dense|moe|full_attn|attn).*(idxs|indices|layers)|hybrid_layer_ids")
 PER_LAYER = re.compile(r".*layers?.*|.*types|.*windows?|.*pattern|.*sparsity.*|.*widths?|.*(intermediate|heads).*")
@@ -80,8 +82,13 @@ HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_
 KV_HEAD_NAMES = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "kv_n_heads")
 
 
-def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
+def shrunk(config: PreTrainedConfig, *, all_layers: bool = False) -> PreTrainedConfig:
     """Return a tiny configuration of the same class with the same structure.
+
+    Args:
+        config: the configuration.
+        all_layers: whether to keep the number of layers, for what depends on the number of a layer. By default one
+            layer of each kind is kept, at least `LAYERS` in total, and no layer shares tensors of another.
 
     Raises:
         Exception: of any class, if the configuration class rejects the sizes.
@@ -89,7 +96,7 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     content = copy.deepcopy(config.to_dict())
     for name in ("quantization_config", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         content.pop(name, None)
-    _shrink(content, config)
+    _shrink(content, config, all_layers=all_layers)
     tiny = type(config)(**content)
     tiny.dtype = torch.float32
     return tiny
@@ -182,16 +189,17 @@ def lists_of_layer_numbers(content: Mapping[str, Any], per_layer: Mapping[str, A
     }  # fmt: skip
 
 
-def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
+def _shrink(content: dict[str, Any], config: PreTrainedConfig, *, all_layers: bool) -> None:
     """Make sizes of a configuration and its nested configurations small, in place.
 
     Args:
         content: the configuration as a dictionary.
         config: the configuration as an object, which tells nested configurations from other dictionaries.
+        all_layers: as for `shrunk`.
     """
     original = dict(content)
     depth = _depth(content)
-    kept = _keep_few_layers(content, depth) if depth else []
+    kept = _keep_layers(content, depth, all_layers=all_layers) if depth else []
     for rope in _dicts_with(content, "mrope_section"):
         if rope["mrope_section"] is not None:  # three parts of half the head size
             rope["mrope_section"] = [2, 1, 1]
@@ -199,11 +207,13 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
         if isinstance(value, dict):
             nested = config.__dict__.get(name)
             if isinstance(nested, PreTrainedConfig):
-                _shrink(value, nested)
+                _shrink(value, nested, all_layers=all_layers)
             elif name in ("ffn_config", "attn_config"):  # of types that nest them as plain dictionaries
-                _shrink(value, config)
+                _shrink(value, config, all_layers=all_layers)
         elif TOKEN_IDS.fullmatch(name):
             content[name] = _tiny_token_id(name, value)
+        elif all_layers and SHARED_LAYERS.fullmatch(name):
+            pass  # this number belongs to the number of layers
         elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
             content[name] = _tiny_value(name, value)
     if depth:
@@ -213,12 +223,12 @@ def _shrink(content: dict[str, Any], config: PreTrainedConfig) -> None:
     _restore_relations(content, original)
 
 
-def _keep_few_layers(content: dict[str, Any], depth: int) -> list[int]:
+def _keep_layers(content: dict[str, Any], depth: int, *, all_layers: bool) -> list[int]:
     """Shorten all lists by layer of a configuration to the layers to keep, in place, and return the numbers of these.
 
     Values of layers in the lists and in `per_layer_config` become small.
     """
-    kept = _layers_to_keep(content, depth)
+    kept = list(range(depth)) if all_layers else _layers_to_keep(content, depth)
     per_layer = per_layer_lists(content, depth)
     for name, values in per_layer.items():
         content[name] = [_tiny_value(name, values[index]) for index in kept]

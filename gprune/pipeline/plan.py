@@ -18,6 +18,7 @@ from gprune.errors import UserError
 from gprune.export.convert import check_type
 from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of
+from gprune.models.families import PRUNED
 from gprune.models.folders import check_parameter_count
 from gprune.models.loading import read_config, skeleton
 from gprune.models.masks import Masks
@@ -132,8 +133,10 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     check_blocks(cfg, blocks, config)
     corpora, gram = len(cfg.calibration_corpora), "gram" in cfg.collects
     by_block = needs_walk(dense, corpora=corpora, gram=gram, sharded=cfg.model.shard)
-    if by_block or not recovery_of(cfg.recovery, cfg.recovery_settings).sharded:
-        check_walk(config)
+    along_prefix = not recovery_of(cfg.recovery, cfg.recovery_settings).sharded
+    if by_block or along_prefix:
+        check_walk(config, along_prefix=along_prefix)
+    check_checkpointing(cfg, dense)
     if cfg.model.made_elsewhere is not None:
         elsewhere.check_model(cfg, dense, device)
     plan = Plan(pricing, budget, why_precision)
@@ -176,6 +179,16 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
         raise UserError(
             f"--corpora.seq_len and --evaluation.seq_len must be at most {positions} tokens, the number of positions "
             f"that model type '{config.model_type}' has learned; got {longest}."
+        )
+
+
+def check_checkpointing(cfg: RunConfig, dense: PreTrainedModel) -> None:
+    """Raise UserError if layers of the model cannot be recomputed in the backward pass, which the run asks for."""
+    distills = "distill" in cfg.recovery.split("+")
+    if distills and cfg.distill.checkpointing and not dense.supports_gradient_checkpointing:
+        raise UserError(
+            "--distill.checkpointing must be false, because transformers does not support it for model type "
+            f"'{dense.config.model_type.removeprefix(PRUNED)}'; got true."
         )
 
 

@@ -94,3 +94,28 @@ def test_experts_shared_between_layers_are_refused():
     second.down_proj = first.down_proj
     with pytest.raises(UserError, match=r"'mlp\.experts\.down_proj' of layer 1 and '.*' of layer 0 are one tensor"):
         check_structure(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [("rwkv", {}, "the logits differ"), ("big_bird", {}, "sequence length must be multiple of block size"),
+     ("gemma4_text", {"num_kv_shared_layers": 12}, "")],
+)  # fmt: skip
+def test_types_whose_layers_depend_on_more_than_hidden_states_are_refused_along_the_pruned_prefix(
+    model_type, settings, reason, tmp_path, capsys
+):
+    """RWKV changes layers from the seventh on, big_bird at its first short text, Gemma 4 uses keys of other layers."""
+    config = default_config(model_type)
+    config.update(settings)
+    config.save_pretrained(tmp_path / "model")  # only config.json
+    line = error_line(tmp_path / "model", tmp_path, capsys, "--recovery=least_squares_sequential")
+    assert f"Model type '{model_type}' cannot be computed layer by layer" in line
+    assert reason in line
+
+
+def test_checkpointing_of_a_type_that_does_not_support_it_is_refused(tmp_path, capsys):
+    shrunk(default_config("gpt_neox_japanese")).save_pretrained(tmp_path / "model")  # only config.json
+    flags = "--recovery=distill", "--distill.checkpointing=true"
+    line = error_line(tmp_path / "model", tmp_path, capsys, *flags)
+    assert "--distill.checkpointing must be false" in line
+    assert "'gpt_neox_japanese'; got true" in line
