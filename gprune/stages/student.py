@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -56,7 +57,6 @@ class Student:
         self._norm_offset = blocks_of(model)[0].family.norm_offset  # norms multiply by this + weight
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self._unsharded: PreTrainedModel | None = None  # copy without weights, while layers are sharded
-        self._cleanup = ExitStack()  # removes hooks and restores attributes
         self._merge_adapters: Callable[[], PreTrainedModel] | None = None  # merges adapters into the weights
         for parameter in model.parameters():  # steps of AdamW are below the resolution of bfloat16
             parameter.data = parameter.data.float()
@@ -168,15 +168,13 @@ class Student:
         self._merge_adapters = adapted.merge_and_unload
 
     def _enable_checkpointing(self) -> None:
-        """Enable activation checkpointing of layers."""
-        _checkpointing_method(self.model, "enable")({"use_reentrant": False})
-        for hook in getattr(self.model, "_require_grads_hooks", ()):  # transformers 5.24 removes it only for PEFT
-            self._cleanup.callback(hook.remove)
-        for block in blocks_of(self.model):  # only layers in training mode recompute; dropout stays off
-            block.layer.training = True
-            if hasattr(block.layer, "dropout"):  # OPT's layers have it as a number
-                self._cleanup.callback(setattr, block.layer, "dropout", block.layer.dropout)
-                block.layer.dropout = 0.0
+        """Recompute the activations of each layer in the backward pass.
+
+        Transformers does so only for layers in training mode, in which dropout is on.
+        """
+        for layer in decoder_layers(self.model):
+            # `forward` and not `__call__`, so that hooks, such as those of sharding, run once.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def shard(self, mesh: DeviceMesh, device: torch.device) -> None:
         """Shard the decoder layers over processes by PyTorch's `fully_shard`. Not possible with adapters."""
@@ -208,10 +206,9 @@ class Student:
 
     @torch.no_grad()
     def to_plain_model(self) -> PreTrainedModel:
-        """Return the trained model: frozen, without adapters and hooks, in its original dtypes."""
-        self._cleanup.close()
-        if self.checkpointing:
-            _checkpointing_method(self.model, "disable")()
+        """Return the trained model: frozen, without adapters and checkpointing, in its original dtypes."""
+        for layer in decoder_layers(self.model):
+            layer.__dict__.pop("forward", None)  # with checkpointing; the class has the original one
         for host in [module for module in self.model.modules() if parametrize.is_parametrized(module)]:
             for name in list(host.parametrizations):
                 parametrize.remove_parametrizations(host, name, leave_parametrized=True)
@@ -280,9 +277,3 @@ def factor_sizes(host: nn.Module, rows_of_parts: list[Tensor]) -> list[Tensor]:
     change = host.scaling["default"] * math.sqrt(len(A)) * rms(A)
     parts = rows_of_parts or [slice(None)]  # all rows of W are one part
     return [rms(W[rows]) / change for rows in parts]
-
-
-def _checkpointing_method(model: PreTrainedModel, action: Literal["enable", "disable"]) -> Callable[..., None]:
-    """Return the method that enables or disables checkpointing, which transformers 5.24 has renamed."""
-    new_name = f"activation_checkpointing_{action}"
-    return getattr(model, new_name, None) or getattr(model, f"gradient_checkpointing_{action}")

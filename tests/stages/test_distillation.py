@@ -17,9 +17,11 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from transformers import AutoModelForCausalLM
 
 import gprune
+from experiments.architectures import default_config
 from gprune.config import DistillConfig, RunConfig, parse
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import WindowPerplexity
+from gprune.models import tiny
 from gprune.models.blocks import blocks_of
 from gprune.models.parts import ExpertPart
 from gprune.models.surgery import prune
@@ -29,6 +31,7 @@ from gprune.runs import folder
 from gprune.runs.results import load_run
 from gprune.stages.distill_recovery import Distill
 from gprune.stages.distillation import DistillationStage
+from gprune.stages.student import Student
 from gprune.storage.files import read_tensors
 from tests import tiny_run
 from tests.stages.test_threshold_learning import data_of, sampled_tokens, trainer_of
@@ -122,6 +125,40 @@ def test_checkpointing_accumulation_and_mixed_precision_train_the_same_weights(s
         changes.append(torch.cat([(t - before[name]).flatten() for name, t in after.items()]))
     difference = float((changes[0] - changes[1]).norm() / changes[0].norm())
     assert difference < (0.2 if "precision" in settings else 1e-3)
+
+
+def with_dropout(model_type: str):
+    """A tiny random model of a type whose dropout probabilities are 0.5."""
+    config = tiny.shrunk(default_config(model_type))
+    text_config = getattr(config, "text_config", config)
+    settings = vars(text_config).items()
+    names = [name for name, value in settings if "dropout" in name and isinstance(value, (int, float))]
+    assert names
+    for name in names:
+        setattr(text_config, name, 0.5)
+    return tiny.tiny_model(config)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["falcon", "doge", "bart", "whisper", "xglm", "biogpt", "opt", "stablelm", "persimmon", "fuyu"]
+)
+def test_checkpointing_recomputes_each_layer_without_dropout(model_type):
+    dense = with_dropout(model_type)
+    ids = torch.arange(3, 27).view(2, 12)
+    plain, checkpointed = (Student(copy.deepcopy(dense), checkpointing=setting) for setting in (False, True))
+    calls = []
+    blocks_of(checkpointed.model)[1].parts["up"].host.register_forward_hook(lambda *_: calls.append(1))
+    expected = plain.model(ids, use_cache=False).logits
+    for _ in range(3):
+        logits = checkpointed.model(ids, use_cache=False).logits
+        assert torch.equal(logits, expected)
+    assert len(calls) == 3
+    for output in (logits, expected):
+        output.square().mean().backward()
+    assert len(calls) == 4  # once more in the backward pass
+    for name, weight in plain.learned.items():
+        torch.testing.assert_close(checkpointed.learned[name].grad, weight.grad)
+    assert not any("forward" in module.__dict__ for module in checkpointed.to_plain_model().modules())
 
 
 @pytest.mark.parametrize(
@@ -673,6 +710,7 @@ import os, sys
 from gprune.cli import main
 from gprune.stages.distill_recovery import Distill
 from gprune.stages.distillation import DistillationStage
+from gprune.stages.student import Student
 import tests.tiny_run, pytest
 tests.tiny_run.quick(pytest.MonkeyPatch())
 original_step, remaining_steps = DistillationStage.training_step, iter(range(int(sys.argv[1])))
