@@ -75,6 +75,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
 }
 
+# Name of a row -> type and settings with which another structure is found than with the default configuration.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stablelm with qk_layernorm": ("stablelm", {"qk_layernorm": True}),
+}
 
 VISION = (
     "aya_vision", "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3",
@@ -128,8 +132,9 @@ def _features(found: Any) -> Tensor:
 
 
 def default_config(model_type: str) -> PreTrainedConfig:
-    """Return the default configuration of a type, as a decoder if the type has encoders too."""
-    config = CONFIG_MAPPING[model_type](**DEFAULTS.get(model_type, {}))
+    """Return the default configuration of a type or of a variant, as a decoder if the type has encoders too."""
+    model_type, settings = VARIANTS.get(model_type, (model_type, DEFAULTS.get(model_type, {})))
+    config = CONFIG_MAPPING[model_type](**settings)
     for name, value in (("is_decoder", True), ("is_encoder_decoder", False)):
         if isinstance(config.__dict__.get(name), bool):
             setattr(config, name, value)
@@ -346,7 +351,9 @@ def failures(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"- `{name}`: {why.removeprefix('dense fails: ')}" for name, why in failing.items())
 
 
-def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]]) -> str:
+def page(
+    rows: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]]
+) -> str:
     """Return the content of docs/architectures.md."""
     good = [row for row in rows if passed(row)]
     heads = [row for row in good if row["attention"] != "none"]
@@ -381,11 +388,15 @@ def page(rows: Sequence[Mapping[str, Any]], images: Sequence[Mapping[str, Any]])
         "the tiny model's parameters. `--dry_run true` prints the share of a real model.\n\n"
         f"{table(rows)}\n\n"
         "*dense fails*: `generate` of transformers fails on the tiny model before anything is pruned:\n\n"
-        f"{failures(rows)}\n\n## With images\n\n"
+        f"{failures(rows)}\n\n## With other settings\n\n"
+        "Settings of config.json can change what is pruned. With `qk_layernorm`, each head of StableLM has a norm of "
+        "its own,\n"
+        "so heads cannot be removed, and `--sparsity.scope attention+ffn` is refused.\n\n"
+        f"{table(variants)}\n\n## With images\n\n"
         "Types that take images are pruned in their language model, on text. Logits are compared on a random picture "
         "and a few\n"
         "words. For *reloaded*, `AutoModelForImageTextToText` loads the saved folder.\n\n"
-        f"{table(images)}\n\n## Not pruned\n\n{reasons([*rows, *images])}\n"
+        f"{table(images)}\n\n## Not pruned\n\n{reasons([*rows, *variants, *images])}\n"
     )
 
 
@@ -405,9 +416,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if settings.rows and settings.rows.exists():
         known = json.loads(settings.rows.read_text())
     choices = VISION if settings.images else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if unknown := [name for name in settings.types if name not in choices]:
+    if unknown := [name for name in settings.types if name not in (*choices, *VARIANTS)]:
         parser.error(f"unknown model type '{unknown[0]}'")
-    types = settings.types or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    types = settings.types or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]
     if settings.images:
         known |= {f"{row['type']} (images)": row for row in measure(settings.types or VISION, vision=True)}
     elif not settings.from_rows:
@@ -417,7 +428,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if settings.rows:
         settings.rows.write_text(json.dumps(known, indent=1))
     rows = [known[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in known]
-    text = page(rows, [row for name, row in known.items() if "(images)" in name])
+    variants = [known[name] for name in VARIANTS if name in known]
+    text = page(rows, variants, [row for name, row in known.items() if "(images)" in name])
     if settings.write:
         if missing := [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in known]:
             parser.error(f"--write needs all types, from this command or from --rows; got none of {missing[0]}.")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BertConfig, PreTrainedModel
 
-from experiments.architectures import DEFAULTS, default_config, example
+from experiments.architectures import DEFAULTS, PAGE, default_config, describe, example
 from gprune.calibration.layerwise import check_walk
 from gprune.cli import main
 from gprune.errors import UserError
@@ -242,6 +242,12 @@ def test_ffns_next_to_latent_attention_with_unequal_key_and_value_sizes_are_foun
     model = skeleton(CONFIG_MAPPING["glm4_moe_lite"](num_hidden_layers=2))  # 192 and 256 per head
     check_structure(model)
     assert all(block.neurons and not block.kv_groups for block in blocks_of(model))
+
+
+def test_the_table_of_types_says_that_heads_of_stablelm_with_a_norm_each_stay():
+    ffn, attention = describe(example("stablelm with qk_layernorm"))
+    assert attention == "none"
+    assert f"| `stablelm with qk_layernorm` | {ffn} | {attention} |" in PAGE.read_text()
 
 
 def test_a_type_whose_rotary_size_is_a_share_of_the_head_dimension_has_a_tiny_copy():
