@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from experiments.architectures import default_config, example
+from gprune.errors import UserError
 from gprune.models import cached_records, lookup
 from gprune.models.blocks import blocks_of, decoder_layers, find_unpruned
 from gprune.models.discovery import record as discovery
@@ -42,9 +43,7 @@ def number_of_parameters(layers: nn.ModuleList, *paths: str) -> int:
 @pytest.mark.parametrize(
     ("model", "output", "modules"),
     [
-        # The activation sparsity of some layers depends on the mean over neurons.
-        (lambda: example("gemma3n_text"), "mlp.down_proj", ["mlp"]),
-        (lambda: example("gemma3n_text"), "per_layer_projection", ["per_layer_projection", "per_layer_input_gate"]),
+        (lambda: example("gemma4_text"), "per_layer_projection", ["per_layer_projection", "per_layer_input_gate"]),
         # Experts that return their input have rows in the stacked up projections, but none in the down projections.
         (lambda: example("longcat_flash"), "mlp.experts", ["mlp.experts"]),
         (doge_with_experts, "mlp.up_embed", ["mlp.up_embed"]),
@@ -52,7 +51,7 @@ def number_of_parameters(layers: nn.ModuleList, *paths: str) -> int:
         # A stack of one expert.
         (lambda: example("inkling_text"), "mlp.shared_experts", ["mlp.shared_experts"]),
     ],
-    ids=["gemma3n", "gemma3n_per_layer_input", "longcat_flash", "doge_up", "doge_down", "inkling"],
+    ids=["gemma4_per_layer_input", "longcat_flash", "doge_up", "doge_down", "inkling"],
 )
 def test_an_ffn_that_is_refused_is_named_with_all_of_its_parameters(model, output, modules):
     model = model()
@@ -65,12 +64,21 @@ def test_an_ffn_that_is_refused_is_named_with_all_of_its_parameters(model, outpu
     assert not any(path.startswith(f"{output}.") for path in pruned)
 
 
-def test_an_ffn_that_is_accepted_is_not_named():
-    """Without activation sparsity the FFN of Gemma 3n is pruned."""
+def test_gemma_3n_is_refused_instead_of_pruning_a_residual_layer_of_low_rank():
+    """Its activation sparsity depends on the mean over neurons, so that slicing and masking its FFN disagree."""
+    with pytest.raises(UserError, match=r"mlp\.down_proj cannot be pruned \(slicing and masking disagree\)") as caught:
+        discovery.discover(default_config("gemma3n_text"))
+    assert "laurel.linear_right cannot be pruned (its output does not join the residual)" in str(caught.value)
+
+
+def test_the_ffn_of_gemma_3n_is_pruned_without_activation_sparsity():
     config = CONFIG_MAPPING["gemma3n_text"](activation_sparsity_pattern=[0.0] * 35)
     model = tiny_model(shrunk(config))
-    assert {block.family.down for block in blocks_of(model)} == {"mlp.down_proj", "laurel.linear_right"}
-    assert find_unpruned(model).keys() == {"per_layer_projection"}
+    assert {block.family.down for block in blocks_of(model)} == {"mlp.down_proj"}
+    assert find_unpruned(model).keys() == {"laurel.linear_right", "per_layer_projection"}
+
+
+def test_nothing_is_named_if_every_ffn_is_pruned():
     assert find_unpruned(example("gemma")) == {}
 
 
@@ -83,21 +91,20 @@ def test_refused_ffns_are_cached_with_the_record():
     assert cached_records.parse_record({"record": content | {"refused": ["x"]}}) is None
 
 
-def test_dry_run_and_log_name_the_ffn_that_stays(tmp_path, capsys):
-    """Half of the scope of Gemma 3n is a small share of the model: only its low-rank residual layer is pruned."""
+def test_dry_run_and_log_name_experts_that_stay(tmp_path, capsys):
     corpora = tiny_run.make_world(tmp_path).corpora
-    model = example("gemma3n_text")
+    model = example("longcat_flash")
     model.save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
     world = tiny_run.World(tmp_path / "model", corpora)
-    share = number_of_parameters(decoder_layers(model), "mlp") / model.num_parameters()
-    named = f"mlp.down_proj in 4 layers (slicing and masking disagree): {share:.1%} of the model"
+    share = number_of_parameters(decoder_layers(model), "mlp.experts") / model.num_parameters()
+    named = f"mlp.experts in 3 layers (slicing and masking disagree): {share:.1%} of the model"
     with tiny_run.isolated(tmp_path / "cache"):
         assert tiny_run.main(world.args(tmp_path / "runs", "--dry_run=true")) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stays ")]
         assert named in line
         world.run(tmp_path / "runs", "--gprune=false", "--evaluation.controls=[]", "--export=none")
-    assert any("Not pruned: " in line and named in line for line in capsys.readouterr().err.splitlines())
+    assert f"Not pruned: {named}" in capsys.readouterr().out
 
 
 def hunyuan_config(**settings) -> PreTrainedConfig:

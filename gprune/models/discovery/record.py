@@ -126,28 +126,41 @@ def accept_candidates(probe: Probe, base: Family) -> tuple[dict[str, list[Kind]]
     with separable_norms(probe.layers):
         largest_first = sorted(candidates(probe), key=lambda candidate: -candidate[2])
     accepted: dict[str, list[Kind]] = {"ffn": [], "attention": []}
-    refused: list[tuple[str, Kind]] = []
+    refused: dict[str, list[Kind]] = {"ffn": [], "attention": []}
     for scope, kind, _ in largest_first:
         alone = {"ffn": [], "attention": []} | {scope: [kind]}
-        if is_correct(probe, with_kinds(base, alone)):
+        if not is_correct(probe, with_kinds(base, alone)):
+            refused[scope].append(refused_kind(kind, "slicing and masking disagree"))
+        elif scope == "ffn" and (why := why_it_stays_next_to(probe, kind, refused["ffn"])) is not None:
+            refused[scope].append(refused_kind(kind, why))
+        else:
             drop_needless_attributes(probe, base, kind, alone)
             accepted[scope].append(kind)
-        else:
-            refused.append((scope, kind))
     if not accepted["ffn"]:
-        paths = ", ".join(output_of(kind) for _, kind in refused)
-        why = f"slicing and masking {paths} give different results" if refused else "they have no FFN"
+        reasons = {output_of(kind): kind["stays"] for kind in [*refused["ffn"], *refused["attention"]]}
+        why = ", ".join(f"{path} cannot be pruned ({reason})" for path, reason in reasons.items())
         raise UserError(
             f"Cannot find the structure of model type '{probe.name}': no FFN whose neurons can be removed. A tiny copy "
-            f"has {len(probe.layers)} layers in '{probe.layers_path}', but {why}. {REMEDY}."
+            f"has {len(probe.layers)} layers in '{probe.layers_path}', but {why or 'they have no FFN'}. {REMEDY}."
         )
-    refused_ffns = [kind for scope, kind in refused if scope == "ffn"]
-    return accepted, [refused_kind(kind, "slicing and masking disagree") for kind in refused_ffns]
+    return accepted, refused["ffn"]
+
+
+def why_it_stays_next_to(probe: Probe, kind: Kind, larger: Sequence[Kind]) -> str | None:
+    """Return why an FFN next to a larger, refused one is not pruned; None if it can be, or no layer has a larger one.
+
+    In Gemma 3n, for example, a low-rank residual layer is not taken for the FFN, which is refused.
+    """
+    others = [other for other in larger if output_of(other) != output_of(kind)]
+    for index, layer in enumerate(probe.layers):
+        if kinds_of(layer, [kind]) and kinds_of(layer, others):
+            return why_it_stays(probe, index, kind)
+    return None
 
 
 def refused_kind(kind: Kind, why: str) -> Kind:
     """Return the fields of a kind that `Family.refused` has, with the reason."""
-    output_field = "experts" if "experts" in kind else "down"
+    output_field = next(name for name in ("experts", "down", "output") if name in kind)
     return {output_field: kind[output_field], "classes": kind["classes"], "stays": why}
 
 
