@@ -10,8 +10,8 @@ weights than the copies that discovery makes. Columns of the table:
 FFN, attention   the discovered structure: separate or fused projections, experts, KV groups
 agrees           largest difference between logits of the masked and the sliced model, over the largest logit
 budget           whether the number of removed parameters is the one counted by the budget
-stays            FFNs that are not pruned because their output does not join the residual stream, such as a router's,
-                 with their share of the tiny model's parameters
+stays            FFNs and experts that are not pruned, with their share of the tiny model's parameters: their output
+                 does not join the residual stream, such as a router's, or they have no units that can be removed
 generation       whether greedy generation with a cache gives the same tokens with the masked and the sliced model;
                  *dense fails* if the dense model cannot generate
 reloaded         largest difference of logits of the saved model, loaded in a process without gprune; 0.0 is required
@@ -68,7 +68,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "granitemoehybrid": {"layer_types": (["mamba"] * 3 + ["attention"]) * 8},
     "hunyuan_v1_dense": {"head_dim": 128, "num_key_value_heads": 8},
-    "hunyuan_v1_moe": {"head_dim": 128, "num_key_value_heads": 8},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_key_value_heads": 8, "num_experts": 64, "moe_topk": [8] * 32},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "ministral": {"head_dim": 128},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
@@ -382,10 +382,12 @@ def page(
         "are pruned\n"
         "with `is_decoder` in config.json, and decoders of encoder-decoders, such as `bart`, without the encoder.\n\n"
         "If a layer has several FFNs, such as experts and shared experts, all are pruned (`+`). The column *stays* "
-        "names small\n"
-        "FFNs that are not pruned, because they add nothing to the residual, such as a router's. The percentage is "
-        "their share of\n"
-        "the tiny model's parameters. `--dry_run true` prints the share of a real model.\n\n"
+        "names FFNs and\n"
+        "experts that are not pruned, because they add nothing to the residual, such as a router's, or have no units "
+        "that can be\n"
+        "removed, such as the experts of LongCat-Flash. The percentage is their share of the tiny model's "
+        "parameters.\n"
+        "`--dry_run true` and the log print the share of a real model.\n\n"
         f"{table(rows)}\n\n"
         "*dense fails*: `generate` of transformers fails on the tiny model before anything is pruned:\n\n"
         f"{failures(rows)}\n\n## With other settings\n\n"

@@ -7,7 +7,7 @@ format of exports are all defined by slices.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, zip_longest
@@ -396,20 +396,24 @@ def output_of(kind: Mapping[str, Any]) -> str:
 
 @dataclass
 class Unpruned:
-    """An FFN or attention that is not pruned."""
+    """An FFN, experts or attention that is not pruned."""
 
     why: str  # the reason
     layers: int = 0  # number of layers that have it
-    parameters: int = 0  # parameters of its units, over all these layers
+    parameters: int = 0  # parameters of its units or modules, over all these layers
 
 
 def find_unpruned(model: PreTrainedModel) -> dict[str, Unpruned]:
-    """Return FFNs and attentions that are not pruned, because their layer has a larger one, by path of the output."""
+    """Return FFNs and attentions that are not pruned, by path of the output.
+
+    They are those next to a larger one of their layer, if the record says so, and refused FFNs.
+    """
     family = family_of(model)
     config = model.config.get_text_config(decoder=True)
     by_output: dict[str, Unpruned] = {}
     if not family.kinds:
         return by_output
+    sliced = {id(block.parameter(slice_)) for block in blocks_of(model) for slice_ in block.slices}
     for layer in decoder_layers(model):
         for scope, kinds in zip(PARTS, family.kinds, strict=True):
             for kind, why in kinds_of(layer, kinds):
@@ -421,7 +425,21 @@ def find_unpruned(model: PreTrainedModel) -> dict[str, Unpruned]:
                 unpruned = by_output.setdefault(output_of(kind), Unpruned(why))
                 unpruned.layers += 1
                 unpruned.parameters += units * block.unit_cost(scope)
+        # One output may have a refused and an accepted candidate.
+        accepted = {output_of(kind) for kind, _ in kinds_of(layer, family.kinds[0])}
+        for kind, _ in kinds_of(layer, family.refused):
+            if output_of(kind) not in accepted:
+                unpruned = by_output.setdefault(output_of(kind), Unpruned(kind["stays"]))
+                unpruned.layers += 1
+                unpruned.parameters += _remaining_parameters(layer, kind, sliced)
     return by_output
+
+
+def _remaining_parameters(layer: nn.Module, kind: Mapping[str, Any], sliced: Container[int]) -> int:
+    """Return the number of parameters in the modules of a kind, without those of other FFNs, whose ids are `sliced`."""
+    modules = [_module_at(layer, path) for path in kind["classes"] if path]  # without the layer itself
+    by_id = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+    return sum(parameter.numel() for key, parameter in by_id.items() if key not in sliced)
 
 
 def _record_of_block(family: Family, kinds: Sequence[Mapping[str, Any]]) -> Family:

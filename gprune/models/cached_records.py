@@ -15,7 +15,7 @@ from gprune.models.families import Family
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
-FORMAT = 8  # increase it when results of discovery change
+FORMAT = 9  # increase it when results of discovery change
 MAPPINGS = {"layout", "extras", "attributes", "expert_rows", "classes"}  # fields with a dictionary
 PAIR_MAPPINGS = {"extras", "expert_rows"}  # those whose values are pairs (dimension, word); other values are strings
 
@@ -70,7 +70,7 @@ def parse_record(content: Any) -> Family | None:
     Args:
         content: any JSON value. The form of `write_record` is {"record": fields of `Family`}, where `kinds` is a list
             of two lists, kinds of FFN and kinds of attention, and a kind is a dictionary with fields of `Family` and
-            `classes` (path of a module -> name of its class).
+            `classes` (path of a module -> name of its class). `refused` is a list of kinds.
     """
     record = content.get("record") if isinstance(content, dict) else None
     known = {field.name for field in fields(Family)}
@@ -79,15 +79,18 @@ def parse_record(content: Any) -> Family | None:
     kinds = record["kinds"]
     if not isinstance(kinds, list) or len(kinds) != 2 or not all(isinstance(of_scope, list) for of_scope in kinds):
         return None
-    if not all(_is_kind(kind, known) for of_scope in kinds for kind in of_scope):
+    refused = record["refused"]
+    if not isinstance(refused, list):
         return None
-    other_fields = {name: value for name, value in record.items() if name != "kinds"}
+    if not all(_is_kind(kind, known) for of_scope in [*kinds, refused] for kind in of_scope):
+        return None
+    other_fields = {name: value for name, value in record.items() if name not in ("kinds", "refused")}
     if not isinstance(record["model_type"], str):
         return None
     if not all(_is_valid_value(name, value) for name, value in other_fields.items()):
         return None
     frozen_fields = {name: _lists_to_tuples(name, value) for name, value in other_fields.items()}
-    return Family(**frozen_fields, kinds=freeze_kinds(kinds))
+    return Family(**frozen_fields, kinds=freeze_kinds(kinds), refused=tuple(refused))
 
 
 def _is_kind(kind: Any, known: Collection[str]) -> bool:

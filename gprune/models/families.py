@@ -60,6 +60,8 @@ class Family:
     # Kinds of FFN and of attention, largest first, as fields of a record. A layer has the kinds whose modules it has.
     kinds: tuple[tuple[Mapping[str, Any], ...], ...] = ()
     stays: str | None = None  # only for kinds: the reason not to prune it next to a larger one
+    # FFNs and experts that cannot be pruned in any layer: `down` or `experts`, `classes` (as in `kinds`) and `stays`.
+    refused: tuple[Mapping[str, Any], ...] = ()
     found: bool = False  # whether discovered; exports then contain every size instead of config keys
     before_head: str | None = None  # path of a module in the model through which hidden states pass before the head
     plain_head: bool = True  # whether logits are head times hidden states, scaled or capped

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -177,8 +177,15 @@ def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Ten
 
 
 def require_activation_gradients(model: PreTrainedModel) -> RemovableHandle:
-    """Make activations of a frozen model require gradients, by a hook on the embedding. Return its handle."""
-    return model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    """Make activations of a frozen model require gradients, by a hook on the embedding. Return its handle.
+
+    The model gets a copy, because some models change the embedding's output in place, which is an error for a leaf.
+    """
+
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output.requires_grad_().clone()
+
+    return model.get_input_embeddings().register_forward_hook(hook)
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from accelerate.utils import OffloadedWeightsLoader
 from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from gprune.errors import UserError
 from gprune.models.blocks import Block, Slice, blocks_of, by_layer, decoder_layers, layer_values
@@ -51,7 +52,7 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
 
     Raises:
         UserError: if the masks do not fit the model (`check_masks`), or layers are removed and another layer would
-            compute something else under its new number.
+            compute something else under its new number, or no layer with attention remains.
     """
     check_masks(model, masks)
     turn_off_rescaling(model)
@@ -155,17 +156,32 @@ def _renumbered(model: PreTrainedModel, layer_is_kept: list[bool]) -> PreTrained
     """Return a model without weights that has the kept layers only, under their new numbers. `model` is unchanged.
 
     Raises:
-        UserError: if a kept layer would compute something else under its new number.
+        UserError: if a kept layer would compute something else under its new number, or none has attention.
     """
     kept = [index for index, is_kept in enumerate(layer_is_kept) if is_kept]
     config = copy.deepcopy(model.config)
     _drop_layers_from_config(config, kept, len(layer_is_kept))
+    has_attention = attention_by_layer(model.config)
+    if any(has_attention) and not any(attention_by_layer(config)):
+        layers = ", ".join(str(index) for index, has in enumerate(has_attention) if has)
+        raise UserError(
+            f"Masks of model type '{model.config.model_type}' must keep a layer with attention, because generation "
+            f"counts tokens by its cache; got masks that remove all of them: {layers}."
+        )
     model_before = skeleton(copy.deepcopy(model.config), type(model))
     model_after = skeleton(config, type(model))
     for model_without_weights in (model_before, model_after):  # avoids another discovery for another number of layers
         remember(model_without_weights, family_of(model))
     _check_numbering(model_before, model_after, kept)
     return model_after
+
+
+def attention_by_layer(config: PreTrainedConfig) -> list[bool]:
+    """Return for each layer of the cache in generation whether it stores keys and values of tokens.
+
+    Layers with linear attention, Mamba or convolution, and those without attention, do not.
+    """
+    return [isinstance(layer, CacheLayerMixin) for layer in DynamicCache(config=config).layers]
 
 
 def _drop_layers(model: PreTrainedModel, layer_is_kept: list[bool], renumbered: PreTrainedModel) -> None:

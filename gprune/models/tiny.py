@@ -43,7 +43,7 @@ RULES: tuple[tuple[str, int], ...] = (
      r"|mamba_(d_head|head_dim)|mamba_headdim|qk_(nope|rope)_head_dim|attention_key_dim|kv_channels|index_head_dim"
      r"|swa_v_head_dim|linear_head_dim|dim_head|size_per_head|rotary_dim|qk_rope_head_dim|head_size", HEAD_DIM),
     (r"qk_head_dim", 2 * HEAD_DIM),
-    (r"(q|kv|o|v|index)_lora_rank|.*_lora_rank|.*low_rank.*dim|time_step_rank|mamba_dt_rank|hidden_size_per_layer_input"
+    (r"(q|kv|o|v|index)_lora_rank|.*_lora_rank|laurel_rank|.*low_rank.*dim|time_step_rank|mamba_dt_rank|hidden_size_per_layer_input"
      r"|embedding_rank|adapter_rank", 16),
     (r"shared_(expert_)?intermediate_size|moe_shared_expert_intermediate_size|shared_mlp_.*size", SHARED_NEURONS),
     (r"(moe|expert|routed)_?.*(intermediate|ffn_hidden|ffn)_(size|dim)|expert_ffn_hidden_size|moe_.*hidden_size"
@@ -75,7 +75,10 @@ COMPILED_RULES = tuple((re.compile(pattern), value) for pattern, value in RULES)
 SHARED_LAYERS = re.compile(r"(n|num|kv|encoder|decoder)_.*shared_layers")
 TOKEN_IDS = re.compile(r"(.*_)?(token_id|token_index|tokens?_ids?)")
 LAYER_NUMBERS = re.compile(r"(mlp_only|dense|moe|full_attn|attn).*(idxs|indices|layers)|hybrid_layer_ids")
-PER_LAYER = re.compile(r".*layers?.*|.*types|.*windows?|.*pattern|.*sparsity.*|.*widths?|.*(intermediate|heads).*")
+PER_LAYER = re.compile(
+    r".*layers?.*|.*types|.*windows?|.*pattern|.*sparsity.*|.*widths?|.*(intermediate|heads).*"
+    r"|.*experts?.*|.*top_?k"  # of Hunyuan, whose config has a list of numbers of experts, and of experts per token
+)
 # Names of fields with the number of layers, query heads, and key/value heads. The first that exists is used.
 DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from gprune.benchmarks.speed import price_from_table
 from gprune.config import RunConfig
 from gprune.corpora import is_local
-from gprune.models.blocks import PARTS, blocks_of, find_unpruned
+from gprune.models.blocks import PARTS, blocks_of
 from gprune.models.loading import locate_model
 from gprune.pipeline.cost import (
     LEARNED_TRIES,
@@ -29,7 +29,7 @@ from gprune.pipeline.cost import (
 from gprune.pipeline.inputs import prepare_text
 from gprune.pipeline.memory import memory_line
 from gprune.pipeline.pace import num_timed_blocks, run_seconds
-from gprune.pipeline.plan import Plan
+from gprune.pipeline.plan import Plan, describe_unpruned
 from gprune.recoveries import recovery_of
 from gprune.runs.trainer import matmul_precision
 from gprune.sparsity.allocation import ALLOCATION
@@ -132,24 +132,6 @@ def describe_widths(cfg: RunConfig, budget: Budget) -> str:
     of_neurons = f"{min(kept_neurons)} to {max(kept_neurons)} of {neurons} neurons"
     of_groups = f"{min(kept_groups)} to {max(kept_groups)} of {groups} KV groups"
     return f"{of_neurons} and {of_groups} per block, at uniform sparsity"
-
-
-def describe_unpruned(plan: Plan) -> str:
-    """Describe layers whose FFN or attention is not pruned, and how large they are; empty if all layers are pruned."""
-    costs, model = plan.budget.costs, plan.skeleton
-    units_by_kind = {"FFN": costs.neurons}
-    if "attention" in plan.cfg.sparsity.scope:
-        units_by_kind["attention"] = costs.groups
-    sentences = []
-    for kind, units in units_by_kind.items():
-        missing = sum(not any(units[block] for block in layer) for layer in costs.by_layer)
-        if missing:
-            layers = f"{missing} of {len(costs.by_layer)} layers"
-            sentences.append(f"{kind} of {layers}, without units that can be removed")
-    for path, module in find_unpruned(model).items():
-        share = module.parameters / model.num_parameters()
-        sentences.append(f"{path} in {module.layers} layers ({module.why}): {share:.1%} of the model")
-    return "; ".join(sentences)
 
 
 def describe_compute(*plans: Plan) -> str:

@@ -17,13 +17,13 @@ from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.export.convert import check_type
 from gprune.export.gguf_writer import check_expressible
-from gprune.models.blocks import Block, blocks_of
+from gprune.models.blocks import Block, blocks_of, find_unpruned
 from gprune.models.families import PRUNED
 from gprune.models.folders import check_parameter_count
 from gprune.models.loading import read_config, skeleton
 from gprune.models.masks import Masks
 from gprune.models.structure import check_by_copy, check_structure, why_not_measurable
-from gprune.models.surgery import prune
+from gprune.models.surgery import attention_by_layer, prune
 from gprune.pipeline import elsewhere
 from gprune.pipeline.cost import tokens_by_step
 from gprune.pipeline.pricing import Pricing
@@ -125,6 +125,8 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     whole_blocks = ALLOCATION[cfg.base_allocation].whole_blocks
     if whole_blocks:
         budget = limit_to_depth(budget)
+    if whole_blocks or budget.costs.block_share:
+        check_attention_remains(config, budget)
     if whole_blocks or budget.costs.removed_blocks:
         check_renumbering(dense, budget)
     if cfg.learns:
@@ -192,6 +194,30 @@ def check_checkpointing(cfg: RunConfig, dense: PreTrainedModel) -> None:
         )
 
 
+def check_attention_remains(config: PreTrainedConfig, budget: Budget) -> None:
+    """Raise UserError if a budget allows removing all layers with attention of a model that has others too.
+
+    Without attention, generation with a cache fails, because recurrent layers do not count tokens.
+    """
+    costs = budget.costs
+    has_attention = attention_by_layer(config)
+    if all(has_attention) or not any(has_attention):
+        return
+    layers = [blocks for blocks, has in zip(costs.by_layer, has_attention, strict=True) if has]
+    if any(blocks not in costs.open_layers for blocks in layers):
+        return
+    layer_costs = [sum(costs.prices.blocks[block] for block in blocks) for blocks in layers]
+    limit = costs.block_share * budget.target if costs.block_share else budget.target
+    # The last removed layer may exceed the target.
+    if sum(layer_costs) - max(layer_costs) < limit:
+        numbers = [layer for layer, has in enumerate(has_attention) if has]
+        raise UserError(
+            f"--sparsity.protect must name a layer with attention of model type '{config.model_type}' if whole blocks "
+            f"are removed, because generation needs one; these are {numbers}, such as --sparsity.protect "
+            f"[{numbers[-1]}]."
+        )
+
+
 def check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
     """Raise UserError if other layers would change when a layer is removed and the following ones are renumbered.
 
@@ -225,3 +251,21 @@ def limit_to_depth(budget: Budget) -> Budget:
             "one block is kept. Use a lower --sparsity.target."
         )
     return budget
+
+
+def describe_unpruned(plan: Plan) -> str:
+    """Describe layers whose FFN or attention is not pruned, and how large they are; empty if all layers are pruned."""
+    costs, model = plan.budget.costs, plan.skeleton
+    units_by_kind = {"FFN": costs.neurons}
+    if "attention" in plan.cfg.sparsity.scope:
+        units_by_kind["attention"] = costs.groups
+    sentences = []
+    for kind, units in units_by_kind.items():
+        missing = sum(not any(units[block] for block in layer) for layer in costs.by_layer)
+        if missing:
+            layers = f"{missing} of {len(costs.by_layer)} layers"
+            sentences.append(f"{kind} of {layers}, without units that can be removed")
+    for path, module in find_unpruned(model).items():
+        share = module.parameters / model.num_parameters()
+        sentences.append(f"{path} in {module.layers} layers ({module.why}): {share:.1%} of the model")
+    return "; ".join(sentences)

@@ -32,7 +32,7 @@ from gprune.models.loading import fingerprint
 from gprune.pipeline import elsewhere
 from gprune.pipeline.cost import caches_teacher, forward_equivalents, validation_interval
 from gprune.pipeline.inputs import Text, load_dense, prepare_text
-from gprune.pipeline.plan import Plan, check
+from gprune.pipeline.plan import Plan, check, describe_unpruned
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import construct_loggers, row_metrics, tracking
@@ -323,6 +323,8 @@ def open_run(
         log.info("Run folder: %s", folder.path)
         if not folder.finished:
             _record_machine_choices(folder, plan, requested_precision)
+        if cfg.final != "model" and (unpruned := describe_unpruned(plan)):
+            log.info("Not pruned: %s", unpruned)
         log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)
         if torch.get_float32_matmul_precision() != cfg.trainer.float32_matmul_precision:
             log.info("Float32 products by oneDNN, which is faster on this processor than MKL, in the same precision")

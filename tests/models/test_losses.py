@@ -5,15 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from experiments.architectures import default_config
+from gprune.models.blocks import blocks_of
 from gprune.models.losses import (
     CHUNK,
     LogitTransform,
     final_hidden,
     frozen_head_losses,
     next_token_losses,
+    require_activation_gradients,
     rows_at_once,
     same_head,
 )
+from gprune.models.tiny import shrunk, tiny_model
 from gprune.sparsity.gates import gated
 from tests.conftest import make_tiny_llama
 from tests.tiny_families import make_tiny
@@ -144,3 +148,26 @@ def test_a_large_vocabulary_is_computed_in_fewer_rows_with_the_same_bits(diverge
     monkeypatch.setattr("gprune.models.losses.CACHED_LOGITS", 32 * vocabulary)
     assert rows_at_once(head.device, vocabulary) == 32
     torch.testing.assert_close(loss_and_gradient(), few_rows, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model_type", ["ctrl", "git"])
+def test_gradients_of_activations_are_correct_if_the_model_changes_the_embeddings_in_place(model_type, token_batch):
+    """CTRL scales the output of the embedding in place, and GIT adds positions. Weights stay frozen."""
+    model = tiny_model(shrunk(default_config(model_type)))
+    down = blocks_of(model)[1].parts["down"].host
+
+    def gradient_at_output() -> torch.Tensor:
+        gradients = []
+        handle = down.register_forward_hook(lambda _m, _x, y: y.register_hook(gradients.append) and None)
+        next_token_losses(model, token_batch).sum().backward()
+        handle.remove()
+        (gradient,) = gradients
+        return gradient
+
+    expected = gradient_at_output()  # with weights that require gradients, the embeddings are not a leaf
+    model.requires_grad_(False).zero_grad()
+    handle = require_activation_gradients(model)
+    assert torch.equal(gradient_at_output(), expected)
+    handle.remove()
+    assert expected.abs().max() > 0
+    assert all(parameter.grad is None for parameter in model.parameters())

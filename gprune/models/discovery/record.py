@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +81,8 @@ def discover_record(model: PreTrainedModel) -> Family:
        KV group. Together with the norms around them they are a candidate (`candidates`).
     3. A candidate is accepted if the masked and the sliced model agree (`accept_candidates`).
     4. The record has all accepted candidates and the computation of logits, and is checked as a whole. FFNs next to a
-       larger one of the same layer may not be prunable (`why_it_stays`).
+       larger one of the same layer may not be prunable (`why_it_stays`). Refused FFNs, and experts that are not a
+       candidate (`experts_without_units`), are in the record, so that plans name them.
     """
     probe = Probe(model)
     probe.check_forward()
@@ -89,7 +90,9 @@ def discover_record(model: PreTrainedModel) -> Family:
         probe.name, layers=probe.layers_path, decoder=probe.decoder_path, found=True,
         **dict.fromkeys((*PATHS, "ffn_norm", "attention_norm")),
     )  # fmt: skip
-    accepted = accept_candidates(probe, base)
+    accepted, refused = accept_candidates(probe, base)
+    refused += experts_without_units(probe, [*accepted["ffn"], *refused])
+    base = replace(base, refused=tuple(refused))
     for scope, index, kind in non_largest_kinds(probe, accepted):
         if scope == "ffn" and (why := why_it_stays(probe, index, kind)) is not None:
             kind["stays"] = why
@@ -108,8 +111,10 @@ def discover_record(model: PreTrainedModel) -> Family:
     return record
 
 
-def accept_candidates(probe: Probe, base: Family) -> dict[str, list[Kind]]:
-    """Return the candidates for which the masked and the sliced model agree, by scope, largest projection first.
+def accept_candidates(probe: Probe, base: Family) -> tuple[dict[str, list[Kind]], list[Kind]]:
+    """Return the candidates for which the masked and the sliced model agree, by scope, and the refused FFNs.
+
+    Candidates with the largest projection come first. Refused FFNs are in the form of `Family.refused`.
 
     Args:
         probe: the tiny model.
@@ -121,21 +126,74 @@ def accept_candidates(probe: Probe, base: Family) -> dict[str, list[Kind]]:
     with separable_norms(probe.layers):
         largest_first = sorted(candidates(probe), key=lambda candidate: -candidate[2])
     accepted: dict[str, list[Kind]] = {"ffn": [], "attention": []}
-    refused = []  # paths of output projections
+    refused: dict[str, list[Kind]] = {"ffn": [], "attention": []}
     for scope, kind, _ in largest_first:
         alone = {"ffn": [], "attention": []} | {scope: [kind]}
-        if is_correct(probe, with_kinds(base, alone)):
+        if not is_correct(probe, with_kinds(base, alone)):
+            refused[scope].append(refused_kind(kind, "slicing and masking disagree"))
+        elif scope == "ffn" and (why := why_it_stays_next_to(probe, kind, refused["ffn"])) is not None:
+            refused[scope].append(refused_kind(kind, why))
+        else:
             drop_needless_attributes(probe, base, kind, alone)
             accepted[scope].append(kind)
-        else:
-            refused.append(output_of(kind))
     if not accepted["ffn"]:
-        why = f"slicing and masking {', '.join(refused)} give different results" if refused else "they have no FFN"
+        reasons = {output_of(kind): kind["stays"] for kind in [*refused["ffn"], *refused["attention"]]}
+        why = ", ".join(f"{path} cannot be pruned ({reason})" for path, reason in reasons.items())
         raise UserError(
             f"Cannot find the structure of model type '{probe.name}': no FFN whose neurons can be removed. A tiny copy "
-            f"has {len(probe.layers)} layers in '{probe.layers_path}', but {why}. {REMEDY}."
+            f"has {len(probe.layers)} layers in '{probe.layers_path}', but {why or 'they have no FFN'}. {REMEDY}."
         )
-    return accepted
+    return accepted, refused["ffn"]
+
+
+def why_it_stays_next_to(probe: Probe, kind: Kind, larger: Sequence[Kind]) -> str | None:
+    """Return why an FFN next to a larger, refused one is not pruned; None if it can be, or no layer has a larger one.
+
+    In Gemma 3n, for example, a low-rank residual layer is not taken for the FFN, which is refused.
+    """
+    others = [other for other in larger if output_of(other) != output_of(kind)]
+    for index, layer in enumerate(probe.layers):
+        if kinds_of(layer, [kind]) and kinds_of(layer, others):
+            return why_it_stays(probe, index, kind)
+    return None
+
+
+def refused_kind(kind: Kind, why: str) -> Kind:
+    """Return the fields of a kind that `Family.refused` has, with the reason."""
+    output_field = next(name for name in ("experts", "down", "output") if name in kind)
+    return {output_field: kind[output_field], "classes": kind["classes"], "stays": why}
+
+
+def experts_without_units(probe: Probe, ffns: Sequence[Kind]) -> list[Kind]:
+    """Return experts that are in no FFN, in the form of `Family.refused`.
+
+    They are modules with stacked weights (E, n, H) or (E, H, n), and embedding tables (E, H), each of whose rows is an
+    expert, as in Doge. `ffns` are the accepted and the refused FFNs.
+    """
+    known = {output_of(kind) for kind in ffns}
+    found: dict[str, Kind] = {}
+    for layer in probe.layers:
+        for path, module in layer.named_modules():
+            if any(is_inside(path, of_ffn) for of_ffn in known) or not has_expert_weights(module, probe.hidden_size):
+                continue
+            classes = {path: type(module).__name__}
+            found[path] = {"experts": path, "classes": classes, "stays": "without units that can be removed"}
+    return list(found.values())
+
+
+def is_inside(path: str, other: str) -> bool:
+    """Return whether the module at a path is the module at another path, or in it."""
+    return path == other or path.startswith(f"{other}.")
+
+
+def has_expert_weights(module: nn.Module, hidden_size: int) -> bool:
+    """Return whether a module has a weight (E, n, H) or (E, H, n) of its own, or is an embedding table (E, H)."""
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim == hidden_size
+    if isinstance(module, nn.Conv1d):
+        return False
+    shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+    return any(len(shape) == 3 and hidden_size in shape[1:] and min(shape[1:]) > 1 for shape in shapes)
 
 
 def non_largest_kinds(probe: Probe, kinds: Mapping[str, list[Kind]]) -> Iterator[tuple[str, int, Kind]]:

@@ -1,0 +1,74 @@
+"""Hybrid models keep a layer with attention if whole layers are removed, because generation with a cache needs one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from experiments.architectures import example
+from gprune.errors import UserError
+from gprune.models.blocks import blocks_of
+from gprune.models.masks import Masks
+from gprune.models.surgery import prune
+from gprune.pipeline import plan
+from gprune.sparsity.budget import Budget, unit_costs
+from tests import tiny_run
+
+PROMPT = torch.arange(3, 12)[None]
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+
+
+def masks_without(model: PreTrainedModel, removed: int) -> Masks:
+    """Masks that remove a layer and keep all units of the others."""
+    blocks = blocks_of(model)
+    return Masks(
+        [torch.full((b.experts * b.neurons,), b.layer_index != removed) for b in blocks],
+        [torch.full((b.kv_groups,), b.layer_index != removed) for b in blocks],
+    )
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "nemotron_h"])
+def test_masks_that_remove_the_last_attention_layer_are_refused(model_type):
+    model = example(model_type)
+    (last,) = {block.layer_index for block in blocks_of(model) if block.kv_groups}
+    with pytest.raises(UserError, match=rf"must keep a layer with attention, .* remove all of them: {last}\."):
+        prune(model, masks_without(model, last))
+    with_ffn = [block.layer_index for block in blocks_of(model) if block.neurons and block.layer_index != last]
+    small = prune(model, masks_without(model, with_ffn[0]))  # a layer without attention
+    assert small.generate(PROMPT, **GREEDY).shape == (1, 13)
+
+
+@pytest.mark.parametrize(("target", "refused"), [(0.1, False), (0.5, True)])
+def test_a_budget_for_whole_layers_that_fits_all_attention_layers_is_refused(target, refused):
+    model = example("qwen3_next")
+    model.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
+    costs = unit_costs(blocks_of(model), scope="ffn+blocks")
+    budget = Budget.of(costs, target)
+    if not refused:
+        return plan.check_attention_remains(model.config, budget)
+    with pytest.raises(UserError, match=r"these are \[1, 2\], such as --sparsity\.protect \[2\]"):
+        plan.check_attention_remains(model.config, budget)
+    protected = unit_costs(blocks_of(model), scope="ffn+blocks", protect=[1])
+    return plan.check_attention_remains(model.config, Budget.of(protected, target))
+
+
+@pytest.mark.parametrize("flag", ["--sparsity.scope=ffn+blocks", "--sparsity.allocation=depth"])
+def test_a_run_that_may_remove_the_last_attention_layer_is_refused_in_one_line(flag, tmp_path, capsys):
+    corpora = tiny_run.make_world(tmp_path).corpora
+    example("qwen3_next").save_pretrained(tmp_path / "model")
+    tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
+    world = tiny_run.World(tmp_path / "model", corpora)
+    flags = [flag, "--gprune=false", "--sparsity.target=0.4", "--dry_run=true"]
+    with tiny_run.isolated(tmp_path / "cache"):
+        assert tiny_run.main(world.args(tmp_path / "runs", *flags)) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "--sparsity.protect" in line]
+        assert "must name a layer with attention of model type 'qwen3_next'" in line
+        assert "--sparsity.protect [2]." in line
+        assert tiny_run.main(world.args(tmp_path / "runs", *flags, "--sparsity.protect=[2]")) == 0
+    assert not (tmp_path / "runs").exists()
