@@ -55,21 +55,31 @@ def read_curves(run: Path) -> pd.DataFrame:
 
 
 def _with_main_row(frame: pd.DataFrame, kept: int) -> pd.DataFrame:
-    """Rename the metrics of a trial to those of the main row, and append them to columns that exist already.
+    """Rename the metrics of a trial to those of the main row, and merge them with columns that exist already.
 
     Args:
         frame: the logged metrics.
         kept: number of the trial.
     """
-    for column in list(frame):
-        prefix, row, *rest = [*column.split("/", 2), "", ""][:3]
-        trial = TRIAL.search(row)
-        if trial is None or int(trial[1]) != kept:
-            continue
-        name = f"development/{rest[0]}" if prefix == "controls" else f"{prefix}/{TRIAL.sub('', row)}/{rest[0]}"
-        values = frame.pop(column)
-        frame[name] = values.combine_first(frame[name]) if name in frame else values
-    return frame
+    columns: dict[str, pd.Series] = {}
+    for column, values in frame.items():
+        name = _name_in_main_row(column, kept)
+        columns[name] = values.combine_first(columns[name]) if name in columns else values
+    return pd.DataFrame(columns)
+
+
+def _name_in_main_row(column: str, kept: int) -> str:
+    """Return the name of a metric of the trial `kept` if its row is the main row; names of other metrics are kept.
+
+    `distill/gprune_trial_2/loss` becomes `distill/gprune/loss`, and `controls/gprune_trial_2/perplexity` becomes
+    `development/perplexity`.
+    """
+    prefix, _, rest = column.partition("/")
+    row, _, metric = rest.partition("/")
+    trial = TRIAL.search(row)
+    if trial is None or int(trial[1]) != kept:
+        return column
+    return f"development/{metric}" if prefix == "controls" else f"{prefix}/{TRIAL.sub('', row)}/{metric}"
 
 
 def _session_number(file: Path) -> int:
