@@ -83,7 +83,6 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
     if "sparsity_of_scope" in summary:
         of_scope = format_removed(summary["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation)
         removed = f"Removed {of_scope}, {summary['sparsity_of_model']:.2%} of the model"
-    rank = " of rank 0, which reads its share of the text" if cfg.processes > 1 else ""
     forward, backward = summary["forward_tokens"], summary["forward_backward_tokens"]
     results = f"Results: {result.path}"
     if (result.path / "report.html").exists():
@@ -95,7 +94,7 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
         f"\n{result_table(result.records).for_stdout()}\n",
         f"{removed}: {summary['parameters_before']:,} -> {summary['parameters_after']:,} parameters.",
         *([summary["speed"]["said"]] if "speed" in summary else []),
-        f"Tokens{rank}: {forward:,} forward, {backward:,} forward and backward.",
+        f"Tokens: {forward:,} forward, {backward:,} forward and backward.",
         f"{results}.",
         f"Curves: {curves_hint(result.path)}.\n",
     ]

@@ -1,8 +1,9 @@
 """Means and ratios of perplexities, and the generalisation gap, with 95 % confidence intervals (Student's t).
 
-Each quantity is exp of a weighted sum of means over windows, with one mean per corpus. With few windows bootstrap
-intervals are too narrow: for 3 windows of each of 4 corpora 83 % of them contain the true value (BCa is not better),
-compared with 95 % of the intervals here (`python -m experiments.intervals`).
+Each quantity is a weighted sum of means over windows, with one mean per corpus, or exp of such a sum. With few windows
+bootstrap intervals are too narrow: for 3 windows of each of 4 corpora 83 % of them contain the true value (BCa is not
+better), compared with 95 % of the intervals here (`python -m experiments.intervals`). The variance of a corpus with a
+single window cannot be estimated, so there is no interval then: both ends are None.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from scipy.stats import t as student
 
 LARGEST = 1e300  # largest bound of an interval; records cannot store infinity
 Nll = Mapping[str, list[float]]  # corpus -> summed negative log-likelihood per window, nats
+Interval = tuple[float, float | None, float | None]  # value, lower and upper end; None without an interval
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -41,23 +43,29 @@ def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: 
     return unseen_ratio / seen_ratio
 
 
-def mean_perplexity(nll: Nll, tokens_per_window: int) -> tuple[float, float, float]:
+def mean_perplexity(nll: Nll, tokens_per_window: int) -> Interval:
     """Return the geometric-mean perplexity of one model over corpora: (perplexity, lower, upper)."""
-    return tuple(map(_exp, mean_per_token(nll, tokens_per_window)))
+    return _exp_of(mean_per_token(nll, tokens_per_window, smallest=-math.inf))
 
 
-def mean_per_token(sums: Nll, tokens_per_window: int) -> tuple[float, float, float]:
+def mean_per_token(sums: Nll, tokens_per_window: int, *, smallest: float = 0.0, largest: float = math.inf) -> Interval:
     """Return the mean over corpora of a quantity per token, such as KL in nats: (mean, lower, upper).
+
+    The interval is cut off at the limits of the quantity. No possible value is excluded, so the interval contains the
+    true value as often as before (Mandelkern 2002, Statistical Science 17, 149-172).
 
     Args:
         sums: the quantity, summed over the tokens of each window, by corpus.
         tokens_per_window: number of these tokens.
+        smallest: smallest possible value of the quantity.
+        largest: largest possible value of the quantity, such as 1 for agreement.
     """
     equal_weights = dict.fromkeys(sums, 1 / len(sums))
-    return _interval(sums, equal_weights, tokens_per_window)
+    mean, low, high = _interval(sums, equal_weights, tokens_per_window)
+    return (mean, None, None) if low is None else (mean, max(smallest, low), min(largest, high))
 
 
-def paired_ratio(a: Nll, b: Nll, tokens_per_window: int) -> tuple[float, float, float]:
+def paired_ratio(a: Nll, b: Nll, tokens_per_window: int) -> Interval:
     """Return the ratio of the geometric-mean perplexities of models a and b: (ratio, lower, upper).
 
     Args:
@@ -87,7 +95,7 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, floa
     return mean, math.sqrt(variance / n)
 
 
-def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_window: int) -> tuple[float, float, float]:
+def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_window: int) -> Interval:
     """Return `generalisation_gap`, paired over windows: (gap, lower, upper).
 
     NaN unless there are both seen and unseen corpora.
@@ -103,7 +111,13 @@ def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_win
     if not seen_corpora or not unseen_corpora:
         return (math.nan,) * 3
     weights = {corpus: -1 / seen_corpora if seen[corpus] else 1 / unseen_corpora for corpus in pruned}
-    return tuple(map(_exp, _interval(differences(pruned, dense), weights, tokens_per_window)))
+    return _exp_of(_interval(differences(pruned, dense), weights, tokens_per_window))
+
+
+def _exp_of(interval: Interval) -> Interval:
+    """Return exp of a value and of the ends of its interval."""
+    value, low, high = interval
+    return (_exp(value), None, None) if low is None else (_exp(value), _exp(low), _exp(high))
 
 
 def _exp(value: float) -> float:
@@ -116,29 +130,32 @@ def differences(a: Nll, b: Nll) -> Nll:
     return {corpus: [x - y for x, y in zip(a[corpus], b[corpus], strict=True)] for corpus in a}
 
 
-def _interval(sums: Nll, weights: Mapping[str, float], tokens_per_window: int) -> tuple[float, float, float]:
+def _interval(sums: Nll, weights: Mapping[str, float], tokens_per_window: int) -> Interval:
     """Return a weighted sum of means over windows with its 95 % confidence interval: (sum, lower, upper).
 
     With mean m_c and variance s_c^2 of the n_c windows of corpus c, and its weight w_c:
         S = sum_c w_c m_c,    V_c = w_c^2 s_c^2 / n_c,
         interval S -+ t(0.975, v) sqrt(sum_c V_c),
         v = (sum_c V_c)^2 / sum_c (V_c^2 / (n_c - 1)), Welch-Satterthwaite.
-    The variance of a corpus with a single window cannot be estimated and is taken as 0.
+    There is no interval if a corpus has a single window, whose variance cannot be estimated.
 
     Args:
         sums: a quantity, summed over the tokens of each window, by corpus.
         weights: weight of each corpus.
         tokens_per_window: number of these tokens.
     """
+    per_token = {corpus: np.array(sums[corpus]) / tokens_per_window for corpus in weights}
     point = 0.0
+    for corpus, weight in weights.items():
+        point += weight * float(per_token[corpus].mean())
+    if any(len(values) == 1 for values in per_token.values()):
+        return point, None, None
     variances: list[float] = []  # V_c
     window_freedoms: list[int] = []  # n_c - 1
     for corpus, weight in weights.items():
-        per_token = np.array(sums[corpus]) / tokens_per_window
-        point += weight * float(per_token.mean())
-        if len(per_token) > 1:
-            variances.append(weight**2 * float(per_token.var(ddof=1)) / len(per_token))
-            window_freedoms.append(len(per_token) - 1)
+        values = per_token[corpus]
+        variances.append(weight**2 * float(values.var(ddof=1)) / len(values))
+        window_freedoms.append(len(values) - 1)
     variance = sum(variances)
     if not variance > 0:
         return (point,) * 3

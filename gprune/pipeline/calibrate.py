@@ -147,7 +147,7 @@ def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, C
             test=[run.text.train[corpus] for corpus in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
         )
         trainer = run.trainer(f"Calibrating on {', '.join(corpora)}", stage, inference_mode=not saliency)
-        with run.folder.part(*corpora):  # the tokens are split evenly, as all corpora have the same number
+        with run.folder.part(*corpora, shared=True):  # the tokens are split evenly, as all corpora have the same number
             trainer.test(stage, data, verbose=False)
     for corpus in corpora:
         cache.write(corpus, stage.statistics[corpus], kinds)

@@ -208,7 +208,7 @@ def measure_perplexity(
     """
     batch_size, advance = run.cfg.corpora.batch_size, run.screen.advance
     run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
-    with run.folder.part(f"{name} on {windows.corpus}"):
+    with run.folder.part(f"{name} on {windows.corpus}", shared=True):
         return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True, forecasts=forecasts)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError
-from gprune.evaluation.intervals import geometric_mean, paired_ratio
+from gprune.evaluation.intervals import Interval, geometric_mean, paired_ratio
 from gprune.evaluation.perplexity import PerplexityResult
 from gprune.evaluation.tolerance import largest_share
 from gprune.models.masks import Masks
@@ -85,7 +85,7 @@ class Trials:
             row: (stage, recovery).
             budget: the budget that the masks meet, for logs.
         """
-        run, key = self.run, f"{row[1]} {content_hash(masks.tensors())}"
+        run, key = self.run, self._key(masks, row)
         learns = recovery_of(row[1]).learns
         if learns:
             self.trained.setdefault(key, masks)
@@ -103,6 +103,16 @@ class Trials:
                      row_name(*row), 100 * budget.sparsity, run.cfg.sparsity.scope, 100 * rise)  # fmt: skip
         return [PerplexityResult(**of_text) for of_text in self.measured[key]]
 
+    def number(self, masks: Masks, row: Stage) -> int | None:
+        """Return the number of a trained trial, from 1; None for a row that is not trained."""
+        key = self._key(masks, row)
+        return 1 + list(self.trained).index(key) if key in self.trained else None
+
+    @staticmethod
+    def _key(masks: Masks, row: Stage) -> str:
+        """Return the key of a model in `measured` and `trained`."""
+        return f"{row[1]} {content_hash(masks.tensors())}"
+
     def write(self, **entries: Any) -> None:
         """Add entries to `quality.json`, unless the run is finished."""
         if not self.run.folder.finished:
@@ -117,7 +127,7 @@ class Trials:
         differences = [result.nll - dense.nll for result, dense in zip(results, self.dense, strict=True)]
         return sum(differences) / len(self.dense)
 
-    def interval(self, results: Sequence[PerplexityResult]) -> tuple[float, float, float]:
+    def interval(self, results: Sequence[PerplexityResult]) -> Interval:
         """Return the ratio to dense with its paired 95 % interval over windows: (ratio, lower, upper)."""
         text = self.run.text.development
 
@@ -233,8 +243,10 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
     is_largest = result.best.cut == trials.max_cut
     if is_largest:
         log.warning("Even the largest possible cut keeps the target %s of development perplexity.", s.target)
-    trials.write(reached={"asked": s.quality, "largest": is_largest, "rows": sizes})
-    _remove_other_trials(trials, result, final_masks)
+    kept_masks = final_masks(trials.budget(result.best.cut))
+    number = trials.number(kept_masks, cfg.own_row)
+    trials.write(reached={"asked": s.quality, "largest": is_largest, "trial": number, "rows": sizes})
+    _remove_other_trials(trials, kept_masks)
     return run.with_budget(trials.budget(result.best.cut))
 
 
@@ -267,15 +279,18 @@ def _size_of_row(trials: Trials, row: Stage, search: SearchResult, masks_of: Mas
     }
 
 
-def _remove_other_trials(trials: Trials, result: SearchResult, masks_of: MasksOf) -> None:
-    """Remove the files with learned tensors of trials that are not the result of the search."""
+def _remove_other_trials(trials: Trials, kept_masks: Masks) -> None:
+    """Remove the files and the token counts of learned tensors of trials that are not the result of the search."""
     run, recovery = trials.run, trials.run.cfg.recovery
-    kept_prefix = learned_file(masks_of(trials.budget(result.best.cut)), recovery)
     prefixes = {learned_file(masks, recovery) for masks in trials.trained.values()}
-    for prefix in prefixes - {kept_prefix}:
-        path = run.folder / prefix
-        for file in path.parent.glob(f"{path.name}-*.safetensors"):
+    others = tuple(f"{prefix}-" for prefix in prefixes - {learned_file(kept_masks, recovery)})
+    for file in (run.folder / "recovery").glob("*.safetensors"):
+        if f"recovery/{file.name}".startswith(others):
             file.unlink(missing_ok=True)
+    learned_tokens = run.folder.manifest.get("learned_tokens", {})
+    kept_tokens = {name: tokens for name, tokens in learned_tokens.items() if not name.startswith(others)}
+    if kept_tokens != learned_tokens:
+        run.folder.update_manifest(learned_tokens=kept_tokens, replace=True)
 
 
 def quality_entries(run: Run, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
@@ -333,6 +348,6 @@ def _percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.2f}%"
 
 
-def _percent_with_interval(ratio: float, low: float, high: float) -> str:
-    """Format a ratio to dense and its interval as signed percentages: +1.00% [+0.50%, +1.50%]."""
-    return f"{_percent(ratio)} [{_percent(low)}, {_percent(high)}]"
+def _percent_with_interval(ratio: float, low: float | None, high: float | None) -> str:
+    """Format a ratio to dense and, if there is one, its interval as signed percentages: +1.00% [+0.50%, +1.50%]."""
+    return _percent(ratio) if low is None else f"{_percent(ratio)} [{_percent(low)}, {_percent(high)}]"

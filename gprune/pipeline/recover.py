@@ -192,7 +192,7 @@ def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Calla
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
                 callbacks=[best] if best else [], strategy=strategy, row=logged_row,
-                control=trial is not None or row != run.cfg.own_row, measured_after=0.25,
+                control=trial is not None or row != run.cfg.own_row, trial=trial is not None, measured_after=0.25,
             )  # fmt: skip
             if best:
                 best.load_best(stage, keep=keep)

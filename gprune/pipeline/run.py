@@ -51,7 +51,8 @@ log = logging.getLogger("gprune")
 class TokenMeter:
     """Counter of the tokens that pass through the model's decoder, with and without gradients.
 
-    Tokens are counted by a hook, never estimated. With DDP each process counts its own share.
+    Tokens are counted by a hook, never estimated. With DDP each process counts its own share, and the run folder adds
+    the shares (`RunFolder.part`).
     """
 
     def __init__(self) -> None:
@@ -191,7 +192,7 @@ class Run:
     def fit(
         self, name: str, what: str, stage: L.LightningModule, text: Sequence[Windows], *,
         batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), row: str = "", control: bool = False,
-        role: str = "", measured_after: float = 1.0, **kwargs: Any,
+        trial: bool = False, role: str = "", measured_after: float = 1.0, **kwargs: Any,
     ) -> tuple[L.Trainer, CorpusDataModule]:  # fmt: skip
         """Train a stage on text, from its last checkpoint if an earlier session left one.
 
@@ -206,7 +207,8 @@ class Run:
             batch_size: windows per step; by default `--corpora.batch_size`.
             callbacks: callbacks in addition to the user's.
             row: row of the result table whose model is trained; its name is added to logged metrics.
-            control: whether that row is a control.
+            control: whether that row is a control, or a trial of the search for a quality target.
+            trial: whether that row is such a trial, which may become the main row.
             role: as in `trainer`.
             measured_after: share of an epoch after which development perplexity is measured, unless
                 `--trainer.val_check_interval` is given.
@@ -228,24 +230,28 @@ class Run:
             accumulate = kwargs.get("accumulate_grad_batches", 1)
             _, interval = validation_interval(cfg, windows, data.batch_size, measured_after, accumulate=accumulate)
             kwargs["val_check_interval"] = interval
-        learned = {} if control else self.folder.manifest.get("learned_tokens", {})
+        learned = {} if control and not trial else self.folder.manifest.get("learned_tokens", {})
+        if trial:  # the other trials are of other models
+            learned = {stage_name: tokens for stage_name, tokens in learned.items() if "/" not in stage_name}
         stage.tokens_before = sum(tokens for other_stage, tokens in learned.items() if other_stage != name)
+        curves = StepCurves()
         trainer = self.trainer(
-            what, stage, name=name, role=role, callbacks=[StepCurves(), *callbacks, checkpoints], precision=t.precision,
+            what, stage, name=name, role=role, callbacks=[curves, *callbacks, checkpoints], precision=t.precision,
             limit_train_batches=_batch_limit(t.limit_train_batches), max_steps=t.max_steps or -1,
             fast_dev_run=t.fast_dev_run, inference_mode=False, **kwargs,
         )  # fmt: skip
         checkpoint = checkpoints.usable()
         if checkpoint is not None:
             log.info("Resuming from %s; steps that are repeated are counted once", checkpoint)
-        with self.folder.part(name), row_metrics(self.loggers, row, curves_of(stage), control=control):
+        with self.folder.part(name, shared=True), row_metrics(self.loggers, row, curves_of(stage), control=control):
             _fit_and_validate(trainer, stage, data, checkpoint, validates=validates)
         self.check_weights(type(stage).__name__)
         if isinstance(stage, FrozenLMStage) and stage.autocast.in_float32:
             self.folder.update_manifest(fallbacks={name: "32-true, because a loss was not finite in bf16-mixed"})
         if not control:
             self.callbacks.keep_state()
-            self.folder.update_manifest(learned_tokens={name: getattr(stage, "tokens", 0)})
+        if trial or not control:
+            self.folder.update_manifest(learned_tokens={name: getattr(stage, "tokens", curves.tokens)})
         return trainer, data
 
 

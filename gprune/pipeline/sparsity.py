@@ -269,7 +269,8 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
         budgets = {run.budget.sparsity: run.budget}
         budgets |= {sparsity: run.budget.at(sparsity) for sparsity in cfg.evaluation.curve if sparsity != s.target}
         masks_by_sparsity = {0.0: None} | {sparsity: masks_at(budget) for sparsity, budget in budgets.items()}
-        curve.against_sparsity(trainer, stage, data, masks_by_sparsity)
+        with run.folder.part("curve against sparsity", shared=True):
+            curve.against_sparsity(trainer, stage, data, masks_by_sparsity)
         run.check_weights(type(stage).__name__)
     perplexity_by_sparsity = {f"{sparsity:g}": by_corpus for sparsity, by_corpus in sorted(curve.by_sparsity.items())}
     run.folder.update_manifest(

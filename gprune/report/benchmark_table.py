@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gprune.evaluation.estimate import Estimate
 from gprune.evaluation.intervals import paired_difference, paired_ratio
-from gprune.report.table import Cell, Table
+from gprune.report.table import Cell, Table, format_estimate
 from gprune.runs.numbers import Record, row_name
 
 
@@ -83,8 +84,8 @@ def _format_comparison(r: Record, reference: Record) -> str:
     """Format the ratio of perplexities with its interval, the ratio of speeds, or the difference of accuracies."""
     if r["kind"] == "perplexity":
         nll, reference_nll = {"": r["window_nll"]}, {"": reference["window_nll"]}
-        ratio, low, high = paired_ratio(nll, reference_nll, r["seq_len"] - 1)
-        return f"x {ratio:.3f} [{low:.3f}, {high:.3f}]"
+        ratio = Estimate(*paired_ratio(nll, reference_nll, r["seq_len"] - 1))
+        return f"x {format_estimate(ratio, 3)}"
     if r["kind"] == "speed":
         return f"x {r['tokens_per_second'] / reference['tokens_per_second']:.3f}"
     key = "correct" if "correct" in r else "correct_norm"  # some tasks of lm_eval have only acc_norm
@@ -133,7 +134,7 @@ def _cells(r: Record, dense: Record | None) -> list[Cell]:
     description = [r["source"]] if "source" in r else []
     if r["kind"] == "perplexity":
         description.append(f"windows of {r['seq_len']} tokens")
-        n, number = r["tokens"], f"{r['perplexity']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+        n, number = r["tokens"], format_estimate(Estimate(r["perplexity"], r["low"], r["high"]))
     elif r["kind"] == "speed":
         n, number = r["batch"], format_speed(r)
     else:

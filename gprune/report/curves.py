@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from gprune.corpora.load import corpus_labels
 from gprune.report.style import LETTER_WIDTH, canvas, draw_line, plain_ticks, style
+from gprune.runs import schema
+from gprune.storage.files import read_json
 from gprune.storage.reading import read_bytes
 
 log = logging.getLogger("gprune")
@@ -30,12 +32,14 @@ CURVES = {
         "distill/<row>/tokens", "tokens learned from", "development/perplexity/*", "perplexity",
     ),
 }  # fmt: skip
+TRIAL = re.compile(r"_trial_(\d+)$")  # end of the name of a row that is a trial of the search for a quality target
 
 
 def read_curves(run: Path) -> pd.DataFrame:
     """Read the logged metrics of a run, with a row for each time that metrics were logged.
 
-    Sessions are concatenated in their order. The DataFrame is empty if there are no files.
+    Sessions are concatenated in their order. The DataFrame is empty if there are no files. In a run with a quality
+    target, metrics of the trial that is the main row have the names of the main row.
     """
     files = sorted(run.glob("csv/version_*/metrics.csv"), key=_session_number)
     frames = []
@@ -44,7 +48,38 @@ def read_curves(run: Path) -> pd.DataFrame:
             frames.append(pd.read_csv(io.BytesIO(read_bytes(file))))
         except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
             log.warning("Cannot read %s: %s. Its curves are left out.", file, " ".join(str(error).split()))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    trials = read_json(run / "quality.json", check=schema.QualityTrials.problem) or {}
+    kept = (trials.get("reached") or {}).get("trial")
+    return frame if kept is None else _with_main_row(frame, kept)
+
+
+def _with_main_row(frame: pd.DataFrame, kept: int) -> pd.DataFrame:
+    """Rename the metrics of a trial to those of the main row, and merge them with columns that exist already.
+
+    Args:
+        frame: the logged metrics.
+        kept: number of the trial.
+    """
+    columns: dict[str, pd.Series] = {}
+    for column, values in frame.items():
+        name = _name_in_main_row(column, kept)
+        columns[name] = values.combine_first(columns[name]) if name in columns else values
+    return pd.DataFrame(columns)
+
+
+def _name_in_main_row(column: str, kept: int) -> str:
+    """Return the name of a metric of the trial `kept` if its row is the main row; names of other metrics are kept.
+
+    `distill/gprune_trial_2/loss` becomes `distill/gprune/loss`, and `controls/gprune_trial_2/perplexity` becomes
+    `development/perplexity`.
+    """
+    prefix, _, rest = column.partition("/")
+    row, _, metric = rest.partition("/")
+    trial = TRIAL.search(row)
+    if trial is None or int(trial[1]) != kept:
+        return column
+    return f"development/{metric}" if prefix == "controls" else f"{prefix}/{TRIAL.sub('', row)}/{metric}"
 
 
 def _session_number(file: Path) -> int:
@@ -73,9 +108,13 @@ def matching_columns(frame: pd.DataFrame, pattern: str) -> dict[str, str]:
 
 
 def main_row(frame: pd.DataFrame) -> str:
-    """Return the name of the run's main row, which is distilled first; empty if no row was distilled."""
+    """Return the name of the run's main row, which is distilled first; empty if no row was distilled.
+
+    Trials of the search for a quality target are left out. The trial that is the main row has its name.
+    """
     columns = matching_columns(frame, "distill/*/tokens")
-    first_index = {row: frame[column].first_valid_index() for row, column in columns.items()}
+    rows = {row: column for row, column in columns.items() if not TRIAL.search(row)}
+    first_index = {row: frame[column].first_valid_index() for row, column in rows.items()}
     return min(first_index, key=first_index.get, default="")
 
 

@@ -135,8 +135,8 @@ def _quality_rows(quality: Mapping[str, Any]) -> list[list[Cell]]:
 
 
 def _percent_above_dense(ratios: Sequence[float | None]) -> Cell:
-    """Convert a ratio to dense, or (ratio, low, high) with its interval, to percent above 1."""
+    """Convert a ratio to dense, or (ratio, low, high) with its interval if there is one, to percent above 1."""
     if ratios[0] is None:
         return None
-    percent = [100 * (ratio - 1) for ratio in ratios]
+    percent = [None if ratio is None else 100 * (ratio - 1) for ratio in ratios]
     return Estimate(*percent) if len(percent) == 3 else percent[0]

@@ -124,9 +124,14 @@ class Table:
         if cell is None:
             return ""
         if isinstance(cell, Estimate):
-            text = f"{cell.value:.{digits}f}"
-            return text if cell.low is None else f"{text} [{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
+            return format_estimate(cell, digits)
         return f"{cell:.{digits}f}" if isinstance(cell, float) else one_line(str(cell))
+
+
+def format_estimate(estimate: Estimate, digits: int = 2) -> str:
+    """Format a number and, if there is one, its interval in brackets: 1.23 [1.20, 1.26]."""
+    text = f"{estimate.value:.{digits}f}"
+    return text if estimate.low is None else f"{text} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
 def _layout(rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], list[list[int]]]:

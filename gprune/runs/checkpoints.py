@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from gprune.evaluation.perplexity import rank_and_world_size
-from gprune.runs.folder import RunFolder, broadcast
+from gprune.runs.folder import RunFolder, broadcast, sum_over_ranks
 from gprune.storage.files import UNUSABLE, key_of, replacing
 
 log = logging.getLogger("gprune")
@@ -138,12 +138,14 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the tokens of the stage, the position in the text, and torch's random state to Lightning's checkpoint."""
         counts = self.meter.counts()
-        checkpoint["tokens"] = {kind: count - self._counts_before_stage[kind] for kind, count in counts.items()}
+        of_stage = {kind: count - self._counts_before_stage[kind] for kind, count in counts.items()}
+        checkpoint["tokens"] = sum_over_ranks(of_stage)
         checkpoint["place"] = trainer.train_dataloader.state_dict()
         checkpoint["random"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore what `on_save_checkpoint` added. The position in the text is set when training starts."""
         self._resumed_position = checkpoint["place"]
-        self.meter.add_earlier(checkpoint["tokens"])
+        if trainer.is_global_zero:  # once, because the tokens are those of all ranks
+            self.meter.add_earlier(checkpoint["tokens"])
         torch.set_rng_state(checkpoint["random"])

@@ -47,6 +47,15 @@ def broadcast(value: Any) -> Any:
     return values[0]
 
 
+def sum_over_ranks(counts: dict[str, int]) -> dict[str, int]:
+    """Return the sums of counts over all ranks. All ranks have to call this function."""
+    if rank_and_world_size()[1] == 1:
+        return counts
+    by_rank: list[Any] = [None] * rank_and_world_size()[1]
+    torch.distributed.all_gather_object(by_rank, counts)
+    return {kind: sum(of_rank[kind] for of_rank in by_rank) for kind in counts}
+
+
 @dataclass
 class _RunningStep:
     """A step of a run that is not finished."""
@@ -206,7 +215,7 @@ class RunFolder:
                 self._running[-1].inner_seconds += time.monotonic() - started
 
     @contextmanager
-    def part(self, *names: str) -> Iterator[None]:
+    def part(self, *names: str, shared: bool = False) -> Iterator[None]:
         """Context that counts the tokens of a part of the running step, without those of inner parts.
 
         A part that was interrupted and repeated in a later session is counted once, because only finished parts are
@@ -214,13 +223,17 @@ class RunFolder:
 
         Args:
             names: name of the part; the tokens of several names are split evenly.
+            shared: whether the text of this part is split over processes. Then the tokens of all processes are added,
+                and all of them have to enter this context. Otherwise each process has the same text, which is counted
+                once.
         """
         before = self._uncounted()
         yield
+        tokens = {kind: count - before[kind] for kind, count in self._uncounted().items()}
+        of_all_ranks = sum_over_ranks(tokens) if shared else tokens
         if self._running and not self.finished:
-            tokens = {kind: count - before[kind] for kind, count in self._uncounted().items()}
             self._counted.update(tokens)
-            share = {kind: count // len(names) for kind, count in tokens.items()}
+            share = {kind: count // len(names) for kind, count in of_all_ranks.items()}
             step = self._running[-1].name
             self.update_manifest(parts={f"{step}: {name}": share for name in names})
 

@@ -87,11 +87,11 @@ def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | No
         return {"kl": None, "agreement": None}
     predicted_tokens = records[0]["seq_len"] - 1  # of a window
 
-    def mean(name: str) -> Estimate:
+    def mean(name: str, largest: float) -> Estimate:
         window_sums = {corpus: r[f"window_{name}"] for corpus, r in unseen.items()}
-        return Estimate(*mean_per_token(window_sums, predicted_tokens))
+        return Estimate(*mean_per_token(window_sums, predicted_tokens, largest=largest))
 
-    return {"kl": mean("kl"), "agreement": mean("agreement")}
+    return {"kl": mean("kl", math.inf), "agreement": mean("agreement", 1.0)}
 
 
 def unseen_ratio(

@@ -121,8 +121,8 @@ class Ratio(Schema):
     """Ratio of two perplexities with its confidence interval."""
 
     ratio: Number
-    low: Number
-    high: Number
+    low: Number | None  # None without an interval, because a corpus has a single window
+    high: Number | None
 
 
 class SpeedTable(Schema):
@@ -166,10 +166,12 @@ class SameQuality(Schema):
 
     @model_validator(mode="after")
     def check_numbers(self) -> Self:
-        """Raise UserError unless the numbers, except `predicted`, are given together or left out together."""
-        numbers = [self.share, self.parameters, self.got, self.low, self.high]
-        if None in numbers and numbers != [None] * len(numbers):
+        """Raise UserError unless share, parameters and got are given together, and so low and high, which need them."""
+        numbers, ends = [self.share, self.parameters, self.got], [self.low, self.high]
+        if None in numbers and numbers + ends != [None] * 5:
             raise UserError("The keys share, parameters, got, low and high must be given together.")
+        if None in ends and ends != [None] * 2:
+            raise UserError("The keys low and high must be given together.")
         return self
 
 
@@ -178,6 +180,7 @@ class Reached(Schema):
 
     asked: Annotated[float, Field(gt=0, le=10)]
     largest: bool  # whether it is the largest cut that the units allow
+    trial: Count | None = None  # number, from 1, of the trained trial that is the main row; None without training
     rows: Annotated[list[SameQuality], Field(min_length=1)]
 
 
@@ -193,8 +196,8 @@ class Quality(Reached):
 
     predicted: Number | None
     got: Number
-    low: Number
-    high: Number
+    low: Number | None  # None without an interval, because a corpus has a single window
+    high: Number | None
     share: Share
     unseen: Number | None = None
     unseen_low: Number | None = None
@@ -311,8 +314,8 @@ class Wikitext(Benchmark, Measured):
     """Perplexity on WikiText-2 or C4."""
 
     kind: Literal["perplexity"]
-    low: Number
-    high: Number
+    low: Number | None  # None without an interval, because there is a single window
+    high: Number | None
     seq_len: Length
 
 

@@ -129,6 +129,17 @@ class FrozenLMStage(L.LightningModule):
         self.log(name, value, prog_bar=True)
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients, so that those of an optimizer step are the mean over its batches.
+
+        Lightning divides the loss of each batch by `accumulate_grad_batches`, also in the last step of an epoch, which
+        may have fewer batches.
+        """
+        accumulate, batch = self.trainer.accumulate_grad_batches, self.trainer.fit_loop.batch_idx
+        first_of_step = batch - batch % accumulate
+        batches_of_step = min(accumulate, self.trainer.num_training_batches - first_of_step)
+        super().backward(loss * (accumulate / batches_of_step), *args, **kwargs)
+
     @property
     def uses_bfloat16(self) -> bool:
         """Whether losses are computed in bfloat16 by autocast."""

@@ -24,7 +24,13 @@ log = logging.getLogger("gprune")
 
 
 class StepCurves(L.Callback):
-    """Log tokens so far, tokens per second, the learning rate, and the gradient norm before clipping in every step."""
+    """Log tokens so far, tokens per second, the learning rate, and the gradient norm before clipping in every step.
+
+    Attributes:
+        tokens: training tokens of the fit so far, over all processes.
+    """
+
+    tokens = 0
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._start_time = time.monotonic()
@@ -50,8 +56,9 @@ class StepCurves(L.Callback):
         tokens = batch["input_ids"].numel() * trainer.world_size
         seconds = time.monotonic() - self._start_time
         prefix = curves_of(pl_module)
+        self.tokens = tokens_so_far(trainer)
         pl_module.log_dict({
-            f"{prefix}/tokens": tokens_so_far(trainer),
+            f"{prefix}/tokens": float(self.tokens),
             f"{prefix}/tokens_per_second": tokens / seconds,
         })  # fmt: skip
 
@@ -194,7 +201,7 @@ class BestWeights(PerplexityCurve):
             stage.load_state_dict(self.best)
 
 
-def tokens_so_far(trainer: L.Trainer) -> float:
+def tokens_so_far(trainer: L.Trainer) -> int:
     """Return the number of training tokens of the current fit, over all processes."""
     sampler = trainer.train_dataloader.batch_sampler
 
@@ -204,4 +211,4 @@ def tokens_so_far(trainer: L.Trainer) -> float:
 
     windows_per_epoch = windows_in(int(trainer.num_training_batches))
     windows = trainer.current_epoch * windows_per_epoch + windows_in(sampler.served)
-    return float(windows * trainer.train_dataloader.dataset.tokens.shape[1])
+    return windows * trainer.train_dataloader.dataset.tokens.shape[1]

@@ -139,6 +139,7 @@ class DistillationStage(FrozenLMStage):
         self.learned = self._student.learned
         self.outliers = OutlierDetector()
         self._norm: Tensor | None = None  # gradient norm of the current step
+        self._losses_of_step: list[float] = []  # losses of the batches of the current step
 
     @property
     def student(self) -> PreTrainedModel:
@@ -225,6 +226,10 @@ class DistillationStage(FrozenLMStage):
             self._norm = gathered(torch.linalg.vector_norm(torch.stack(norms)))
         return self._norm
 
+    def on_after_backward(self) -> None:
+        """Collect the losses of the batches of a step (`accumulate_grad_batches`)."""
+        self._losses_of_step.append(self.last_loss)
+
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, *_: Any, **__: Any
     ) -> None:
@@ -233,16 +238,16 @@ class DistillationStage(FrozenLMStage):
         After `MAX_SKIPPED` consecutive outliers training stops.
 
         Raises:
-            UserError: if no step was applied before them, or the last loss is not finite.
+            UserError: if no step was applied before them, or the loss of the last one is not finite.
         """
-        norm = float(self.gradient_norm())
-        self._norm = None  # the next step has another gradient
-        if not self.outliers.accepts(self.last_loss, norm):
+        norm, loss = float(self.gradient_norm()), sum(self._losses_of_step) / len(self._losses_of_step)
+        self._norm, self._losses_of_step = None, []  # the next step has another gradient
+        if not self.outliers.accepts(loss, norm):
             optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without a gradient
             if self.outliers.in_a_row >= MAX_SKIPPED:
                 no_step_was_applied = not self.outliers.norms
-                loss = math.nan if no_step_was_applied else self.last_loss
-                require_finite_loss(loss, "The loss of distillation", autocast=self.uses_bfloat16)
+                last_loss = math.nan if no_step_was_applied else loss
+                require_finite_loss(last_loss, "The loss of distillation", autocast=self.uses_bfloat16)
                 self.trainer.should_stop = True
         elif gradient_clip_val and norm > gradient_clip_val:
             for parameter in (p for p in self.learned.values() if p.grad is not None):

@@ -159,14 +159,9 @@ def _mark_control(records: Sequence[Record]) -> list[Record]:
     return [r | {"stage": CONTROL} if r["stage"] == "gprune" else r for r in records]
 
 
-def learned_tokens(steps: Mapping[str, Mapping[str, float]]) -> int:
-    """Return the forward-backward tokens of training.
-
-    Those of calibration are left out, because its results may be cached, and those of evaluation, because they belong
-    to controls.
-    """
-    training_steps = (step for name, step in steps.items() if name not in ("calibrate", "evaluate"))
-    return int(sum(step.get("forward_backward_tokens", 0) for step in training_steps))
+def learned_tokens(manifest: Mapping[str, Any]) -> int:
+    """Return the training tokens of the main row's model, as reported by its stages, over all processes."""
+    return sum(manifest.get("learned_tokens", {}).values())
 
 
 def fold_records(records: Sequence[Record]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
         "inputs": manifest["settings"]["inputs"],
         "environment": manifest["environment"],
         "steps": manifest["steps"],
-        "summary": summary | {"learned_tokens": learned_tokens(manifest["steps"])},
+        "summary": summary | {"learned_tokens": learned_tokens(manifest)},
         "learning": manifest.get("learning"),
         "masks": pack_masks(result.masks) if keeps_masks else None,
         "records": [round_window_nll(r) for r in result.records],

@@ -15,6 +15,7 @@ from gprune.errors import UserError
 from gprune.evaluation.intervals import (
     generalisation_gap,
     geometric_mean,
+    mean_per_token,
     mean_perplexity,
     paired_difference,
     paired_gap,
@@ -225,10 +226,23 @@ def test_the_interval_of_two_corpora_is_welchs_interval():
     np.testing.assert_allclose(np.log([low, high]), [welch.low, welch.high], rtol=1e-9)
 
 
-def test_the_interval_of_single_windows_has_width_zero_and_they_add_no_variance():
-    assert mean_perplexity({"x": [31.0], "y": [31.0]}, 31) == (math.exp(1),) * 3
-    value, low, high = mean_perplexity({"x": [31.0], "y": [20.0, 42.0]}, 31)  # the variance is that of y
-    assert low < value < high
+def test_a_single_window_of_a_corpus_gives_no_interval():
+    """Its variance cannot be estimated. Equal windows have a variance of 0."""
+    assert mean_perplexity({"x": [31.0], "y": [31.0]}, 31) == (math.exp(1), None, None)
+    assert mean_perplexity({"x": [31.0], "y": [20.0, 42.0]}, 31) == (math.exp(1), None, None)
+    assert paired_ratio({"x": [31.0]}, {"x": [0.0]}, 31) == (math.exp(1), None, None)
+    assert mean_per_token({"x": [31.0]}, 31) == (1.0, None, None)
+    assert mean_perplexity({"x": [31.0, 31.0]}, 31) == (math.exp(1),) * 3
+
+
+def test_intervals_of_kl_and_agreement_stay_in_their_range():
+    kl = {"x": [10.0, 70.0], "y": [31.0, 31.0]}
+    mean, low, high = mean_per_token(kl, 31)
+    assert (low, mean) == (0.0, pytest.approx(71 / 62))
+    assert high == pytest.approx(2 * mean - mean_per_token(kl, 31, smallest=-math.inf)[1])  # the end is not moved
+    assert mean_per_token({"x": [1.0, 31.0]}, 31, largest=1.0)[1:] == (0.0, 1.0)
+    negative = {"x": [-62.0, -62.0, -31.0]}
+    assert mean_perplexity(negative, 31)[1] < math.exp(-5 / 3)  # a ratio of perplexities may be below 1
 
 
 def test_an_interval_beyond_the_largest_float_ends_at_a_number_that_records_can_store():

@@ -11,6 +11,7 @@ import torch
 from gprune.calibration.statistics import kind_of
 from gprune.runs.results import load_run
 from gprune.storage.files import read_json, read_tensors
+from gprune.studies.archive import learned_tokens
 from tests import tiny_run
 from tests.pipeline.test_bad_input import write_nan_weight
 
@@ -64,17 +65,30 @@ def runs(world, tmp_path_factory):
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         assert done.stdout.count("Removed ") == 1  # only rank 0 prints
-        assert ("Tokens of rank 0" in done.stdout) == (name == "two")
+        tokens = read_json(folder / "run/metrics.json")["summary"]["forward_tokens"]
+        assert f"Tokens: {tokens:,} forward, " in done.stdout
         folders[name] = folder / "run"
     return folders
 
 
-def test_two_processes_share_the_windows(runs):
-    """Of five windows in batches of four, rank 0 has two of the first batch, and the only one of the second batch."""
-    one, two = (read_json(runs[n] / "manifest.json")["steps"] for n in ("one", "two"))
-    assert one["thresholds"]["forward_backward_tokens"] == 2 * 5 * 32  # epochs, windows, tokens
-    assert two["thresholds"]["forward_backward_tokens"] == 2 * 3 * 32
-    assert two["calibrate"]["forward_tokens"] == one["calibrate"]["forward_tokens"] * 3 // 5
+def test_two_processes_share_the_windows_and_the_tokens_of_both_are_counted(runs):
+    """Of five windows in batches of four, both ranks have two of the first batch, and rank 0 the fifth window.
+
+    Rank 1 has a window with weight 0 beside the fifth one. It is computed, so it is counted, but nothing is learned
+    from it.
+    """
+    one, two = (read_json(runs[n] / "manifest.json") for n in ("one", "two"))
+    steps_of_one, steps_of_two = one["steps"], two["steps"]
+    assert steps_of_one["thresholds"]["forward_backward_tokens"] == 2 * 5 * 32  # epochs, windows, tokens
+    assert steps_of_two["thresholds"]["forward_backward_tokens"] == 2 * 6 * 32
+    assert steps_of_two["calibrate"]["forward_tokens"] == steps_of_one["calibrate"]["forward_tokens"] * 6 // 5
+    assert learned_tokens(one) == learned_tokens(two) == 2 * 5 * 32
+    for name in ("shrink", "save_and_check"):  # each process has the whole text, or rank 0 alone
+        for kind in ("forward_tokens", "forward_backward_tokens"):
+            assert steps_of_one[name][kind] == steps_of_two[name][kind]
+    summary = read_json(runs["two"] / "metrics.json")["summary"]
+    assert summary["forward_tokens"] == sum(step["forward_tokens"] for step in steps_of_two.values())
+    assert summary["forward_tokens"] > read_json(runs["one"] / "metrics.json")["summary"]["forward_tokens"]
 
 
 def test_losses_of_two_processes_agree_with_one_and_are_identical_without_training(runs):
@@ -153,7 +167,7 @@ def taylor(world, tmp_path_factory):
 def test_saliency_agrees_and_masks_differ_in_at_most_two_units(taylor):
     one, two = (load_run(taylor[n]) for n in ("one", "two"))
     steps = [read_json(taylor[n] / "manifest.json")["steps"]["calibrate"] for n in ("one", "two")]
-    assert [step["forward_backward_tokens"] for step in steps] == [5 * 32, 3 * 32]  # the work was shared
+    assert [step["forward_backward_tokens"] for step in steps] == [5 * 32, 6 * 32]  # shared; one window is padding
     of_one, of_two = (r.statistics[r.config.corpora.score].tensors() for r in (one, two))
     assert of_one.keys() == of_two.keys()
     # Three blocks, FFN and attention, and a tensor for each half of the corpus and for the whole corpus.

@@ -25,6 +25,7 @@ from gprune.models.blocks import blocks_of
 from gprune.pipeline import quality, sparsity
 from gprune.pipeline.plan import check
 from gprune.report import html
+from gprune.report.curves import read_curves
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import Budget, unit_costs
@@ -156,6 +157,17 @@ def test_the_target_holds_after_training_and_no_model_is_trained_twice(trained, 
     assert trained_stages.count("DistillationStage") == main_row["models"] + 2
     weights = list((result.path / "recovery").glob("*.safetensors"))
     assert len(weights) == 3, "only the weights of the three rows are kept"
+    # The record has the training tokens of the trial that became the main row, without those of other trials.
+    assert main_row["models"] > 1
+    manifest = json.loads((result.path / "manifest.json").read_text())
+    learned_at_first = manifest["learned_tokens"]["thresholds"]
+    assert learned_at_first == manifest["steps"]["thresholds"]["forward_backward_tokens"]
+    assert sum(manifest["learned_tokens"].values()) == learned_at_first + 1536
+    # Figures have the curves of this trial, although it was not the first one.
+    perplexities = read_curves(result.path)["development/perplexity"].dropna()
+    assert perplexities.iloc[-1] == pytest.approx(
+        math.exp(log_perplexity(trained, tiny_run.SEEN, result.model)), rel=1e-4
+    )
     with counted_forwards() as tokens:
         restarted = trained.run(tmp_path, *flags)
     assert restarted.summary == result.summary

@@ -14,6 +14,7 @@ import pytest
 from gprune import report
 from gprune.__main__ import run as command
 from gprune.report import html
+from gprune.report.comparison_figures import learning_figure
 from gprune.report.curves import curve_figures, curve_points, read_curves
 from tests import tiny_run
 
@@ -119,6 +120,33 @@ def test_curves_of_a_resumed_run_drop_repeated_steps_and_are_separate_from_contr
         "gprune_distill": [5, 4, 3, 2], "base_distill": [7, 6],
     }  # fmt: skip
     assert [list(line.get_ydata()) for line in perplexities] == [[9, 8, 7, 6]]
+
+
+def test_curves_of_a_quality_target_are_those_of_the_trial_that_is_the_main_row(tmp_path):
+    """Two trials are trained, after thresholds. The second one is the main row; a control is trained after them."""
+    nan, trial = float("nan"), "gprune_trial"
+    columns = {
+        "development/tokens": [0.0, 8, *[nan] * 6],
+        "development/perplexity": [9.0, 8, *[nan] * 6],
+        f"distill/{trial}_1/tokens": [nan, nan, 16, 24, *[nan] * 4],
+        f"distill/{trial}_1/loss": [nan, nan, 5, 4, *[nan] * 4],
+        f"distill/{trial}_2/tokens": [*[nan] * 4, 16, 24, nan, nan],
+        f"distill/{trial}_2/loss": [*[nan] * 4, 3, 2, nan, nan],
+        f"controls/{trial}_2/tokens": [*[nan] * 4, 16, 24, nan, nan],
+        f"controls/{trial}_2/perplexity": [*[nan] * 4, 7, 6, nan, nan],
+        "distill/base/tokens": [*[nan] * 6, 16, 24],
+        "distill/base/loss": [*[nan] * 6, 1, 0],
+    }
+    (tmp_path / "csv/version_0").mkdir(parents=True)
+    pd.DataFrame(columns).to_csv(tmp_path / "csv/version_0/metrics.csv", index=False)
+    reached = {"asked": 0.1, "largest": False, "trial": 2, "rows": [{"row": "gprune + distill", "models": 2}]}
+    (tmp_path / "quality.json").write_text(json.dumps({"measured": {}, "reached": reached}))
+    perplexity, loss = learning_figure({"run": read_curves(tmp_path)}).axes
+    assert [list(line.get_ydata()) for line in perplexity.lines] == [[9, 8, 7, 6]]
+    assert [list(line.get_ydata()) for line in loss.lines] == [[3, 2]]
+    (tmp_path / "quality.json").unlink()  # of an older version: which trial was kept is unknown
+    (perplexity,) = learning_figure({"run": read_curves(tmp_path)[list(columns)[:8]]}).axes
+    assert [list(line.get_ydata()) for line in perplexity.lines] == [[9, 8]]
 
 
 @pytest.mark.parametrize("content", ["", "step,learn/loss\n1,2,3,4\n1\n", "a,b\n1,2\n", "step,learn/loss\nx,y\nz,1\n"])

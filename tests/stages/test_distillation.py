@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
 from transformers import AutoModelForCausalLM
 
 import gprune
@@ -30,7 +30,7 @@ from gprune.recoveries import RECOVERY, Recovery, recovery, recovery_of
 from gprune.runs import folder
 from gprune.runs.results import load_run
 from gprune.stages.distill_recovery import Distill
-from gprune.stages.distillation import DistillationStage
+from gprune.stages.distillation import DistillationStage, OutlierDetector
 from gprune.stages.student import Student
 from gprune.storage.files import read_tensors
 from tests import tiny_run
@@ -159,6 +159,30 @@ def test_checkpointing_recomputes_each_layer_without_dropout(model_type):
     for name, weight in plain.learned.items():
         torch.testing.assert_close(checkpointed.learned[name].grad, weight.grad)
     assert not any("forward" in module.__dict__ for module in checkpointed.to_plain_model().modules())
+
+
+def test_the_last_group_of_batches_has_the_mean_gradient_and_loss_of_its_own_batches(problem, monkeypatch):
+    """Three batches, two per step: the second step has one batch."""
+    seen, accepts = [], OutlierDetector.accepts
+
+    def accept_and_record(detector, loss, norm):
+        seen.append((loss, norm))
+        return accepts(detector, loss, norm)
+
+    monkeypatch.setattr(OutlierDetector, "accepts", accept_and_record)
+    dense, pruned, tokens = problem
+    losses = []
+    for accumulate in (1, 2):
+        stage = DistillationStage(dense, pruned, learning_rate=1e-12)  # the weights stay the same
+        callback = LambdaCallback(on_train_batch_end=lambda _, stage, *__: losses.append(stage.last_loss))
+        trainer = trainer_of(callback, accumulate_grad_batches=accumulate)
+        trainer.fit(stage, data_of(tokens[:6], 2))
+        pruned = stage.finished()
+    (first, second, third), (both, last) = seen[:3], seen[3:]
+    assert last == pytest.approx(third, rel=1e-4)
+    assert both[0] == pytest.approx((first[0] + second[0]) / 2, rel=1e-4)
+    assert len(losses) == 6
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-4)  # losses of batches are logged without a factor
 
 
 @pytest.mark.parametrize(
@@ -709,7 +733,6 @@ KILLED_RUN = """
 import os, sys
 from gprune.cli import main
 from gprune.stages.distill_recovery import Distill
-from gprune.stages.distillation import DistillationStage
 from gprune.stages.student import Student
 import tests.tiny_run, pytest
 tests.tiny_run.quick(pytest.MonkeyPatch())
@@ -739,6 +762,7 @@ def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_pat
     flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--distill.batch_size=4", "--export=none"]
     flags += ["--run.checkpoint_minutes=0", "--distill.learning_rate=0.001", "--gprune=false"]
     two, sharded, learned = [*TWO_PROCESSES], [*TWO_PROCESSES, "--model.shard=true"], {}
+    manifests = {}
     all_steps = 99  # more than there are
     # Sessions are numbers of steps before a kill.
     for name, more_flags, sessions in (
@@ -766,7 +790,13 @@ def test_two_processes_train_like_one_and_resume_to_the_same_bits(world, tmp_pat
         ]
         # Tokens are those of all ranks and all sessions.
         assert sorted({*tokens}) == [0, 128, 256, 384, 512, 576], name
+        manifests[name] = json.loads((tmp_path / name / "manifest.json").read_text())
+        assert manifests[name]["learned_tokens"].popitem()[1] == 576
     for whole, killed in (("two", "killed"), ("sharded", "sharded and killed")):
+        # Counted tokens, those of windows with weight 0 included, are of all ranks, also after resuming.
+        for kind in ("forward_tokens", "forward_backward_tokens"):
+            of_whole, of_killed = (manifests[n]["steps"]["shrink"][kind] for n in (whole, killed))
+            assert of_whole == of_killed >= manifests["one"]["steps"]["shrink"][kind]
         assert all(torch.equal(learned[whole][name], t) for name, t in learned[killed].items())
         for name, t in learned["one"].items():
             torch.testing.assert_close(learned[whole][name], t, atol=2e-4, rtol=0)

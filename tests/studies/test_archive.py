@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gprune.models.masks import Masks
 from gprune.studies import archive, listing
 from gprune.studies.archive import finished_record
+from gprune.studies.runner import run_row
 from tests.studies.workbench import ROWS
 
 
@@ -90,8 +91,16 @@ def test_learned_tokens_do_not_depend_on_the_cache(bench, first):
     record = finished_record(bench.rows(first[0])[1])
     learned = record["summary"]["learned_tokens"]
     assert learned == record["steps"]["thresholds"]["forward_backward_tokens"] > 0
-    more = {name: {"forward_backward_tokens": 100} for name in ("calibrate", "evaluate", "shrink")}
-    assert archive.learned_tokens(record["steps"] | more) == learned + 100  # only `shrink`: recovery of the main row
+    assert archive.learned_tokens({"learned_tokens": {"thresholds": learned, "recovery/a": 100}}) == learned + 100
+
+
+def test_a_row_that_is_not_trained_has_learned_from_no_tokens(bench, tmp_path):
+    """Errors of blocks are measured by backward passes, but nothing is trained."""
+    settings = {"gprune": False, "sparsity.allocation": "reconstruction", "recovery": "least_squares"}
+    (row,) = bench.rows(bench.write("errors", {"errors": settings}), records=tmp_path)
+    _, record = run_row(row)
+    assert record["summary"]["forward_backward_tokens"] > 0
+    assert record["summary"]["learned_tokens"] == 0
 
 
 def test_committed_records_have_masks_only_if_the_list_asks_for_them(bench, first, monkeypatch):
