@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ByteSize, Field, PlainSerializer, TypeAdapter, ValidationError, WrapValidator
 
 from gprune.errors import UserError
+from gprune.registry import StandIn
 
 # Largest count. Larger values are typing errors, or would overflow. For the same reason other numbers end at 1e30.
 MAX_COUNT = 10**12
@@ -183,6 +184,8 @@ def check_options(
         options: option -> value.
         settings: parameters of the entry that have flags of their own, and so are not options.
     """
+    if isinstance(entry, StandIn):
+        return
     known = {option: kind for option, kind in option_types(entry).items() if option not in settings}
     if unknown := [option for option in options if option not in known]:
         raise UserError(f"{flag} must name options of '{name}' ({', '.join(known) or 'none'}); got '{unknown[0]}'.")

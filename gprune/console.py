@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
 from gprune.errors import UserError, printable
-from gprune.imports import Import, import_matplotlib
+from gprune.imports import UNREADABLE, Import, import_matplotlib
 
 BOLD = re.compile(r"(\x1b\[[01]m)")  # bold on and off, the only control sequences in a table
 
@@ -28,9 +28,17 @@ class Parser(argparse.ArgumentParser):
     """Argument parser that raises UserError instead of printing usage and exiting, and keeps line breaks in help.
 
     Every command has the flag `--import`.
+
+    Args:
+        prog: name of the command.
+        shows_records: whether the command works without a module of `--import` that cannot be read, because it shows
+            records of earlier runs.
+        options: arguments of `argparse.ArgumentParser`.
     """
 
-    def __init__(self, prog: str, **options: object):
+    def __init__(self, prog: str, *, shows_records: bool = False, **options: object):
+        self.shows_records = shows_records
+        UNREADABLE.clear()  # of an earlier command in this process
         defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(prog, **defaults | options)
         text = "a module or .py file to import first, which registers metrics, recoveries or stages; may be repeated"

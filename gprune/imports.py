@@ -14,6 +14,12 @@ from typing import Any
 from gprune.errors import UserError, closest_name, first_line
 
 IMPORTED: list[str] = []  # names as given to --import; stored in the manifest of a run
+# Name as given to --import -> the error, for modules without which a command shows records of earlier runs.
+UNREADABLE: dict[str, UnreadableModuleError] = {}
+
+
+class UnreadableModuleError(UserError):
+    """A module that cannot be imported because its file is missing or unreadable."""
 
 
 def import_user_module(name: str) -> None:
@@ -34,7 +40,10 @@ def import_user_module(name: str) -> None:
     try:
         module = importlib.import_module(name if file is None else file.stem)
     except (Exception, SystemExit) as error:
-        raise UserError(f"--import {name}: Cannot import it: {type(error).__name__}: {first_line(error)}.") from error
+        message = f"--import {name}: Cannot import it: {type(error).__name__}: {first_line(error)}."
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            raise UnreadableModuleError(message) from error
+        raise UserError(message) from error
     if file is not None and not file.samefile(getattr(module, "__file__", None) or "."):
         raise UserError(f"--import {name}: Cannot import it: {module.__name__} is another module. Rename the file.")
     if name not in IMPORTED:
@@ -46,7 +55,8 @@ def _check_file(name: str, file: Path) -> None:
     try:
         regular = stat.S_ISREG(file.stat().st_mode)
     except (OSError, ValueError) as error:
-        raise UserError(f"--import {name}: Cannot read it: {getattr(error, 'strerror', None) or error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UnreadableModuleError(f"--import {name}: Cannot read it: {reason}.") from error
     if not regular:
         raise UserError(f"--import must be a regular .py file; got {name}.")
     if "." in file.stem:
@@ -77,7 +87,12 @@ class Import(argparse.Action):
     """Action of `--import`: import immediately, so that other flags can use registered names."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        import_user_module(values)
+        try:
+            import_user_module(values)
+        except UnreadableModuleError as error:
+            if not parser.shows_records:
+                raise
+            UNREADABLE[values] = error
 
 
 def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

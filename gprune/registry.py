@@ -15,11 +15,14 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gprune.errors import UnregisteredError, UserError, closest_name
+from gprune.imports import UNREADABLE
+from gprune.user_code import code_of
 
 if TYPE_CHECKING:  # flags are checked by what is registered, which should not wait for PyTorch
     from torch import Tensor
@@ -38,11 +41,13 @@ class Registry(Generic[T]):
     Args:
         kind: the word for an entry in messages, such as "corpus".
         method: a method that every entry must have.
+        stand_in: class of an entry whose module cannot be read.
     """
 
-    def __init__(self, kind: str, method: str | None = None):
-        self.kind, self.method = kind, method
+    def __init__(self, kind: str, method: str | None = None, stand_in: type[StandIn] | None = None):
+        self.kind, self.method, self.stand_in = kind, method, stand_in or StandIn
         self._entries: dict[str, T | str] = {}
+        self._registered_in: dict[str, str] = {}  # name -> the module that registers it
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that registers an object under `name`.
@@ -55,6 +60,7 @@ class Registry(Generic[T]):
         """
         if not (isinstance(name, str) and NAME.fullmatch(name)):
             raise UserError(f"The name of a {self.kind} must have letters, digits, _, - and dots; got {name!r:.100}.")
+        registered_in = _calling_module()
 
         def decorate(entry: T) -> T:
             """Register the entry under `name`, and return it unchanged."""
@@ -65,21 +71,40 @@ class Registry(Generic[T]):
             if _origin(existing) != _origin(entry):
                 raise ValueError(f"{self.kind} '{name}' is already registered as {existing!r}; choose another name.")
             self._entries[name] = entry
+            self._registered_in[name] = registered_in
+            self.code(name)  # reads the module's file now, because it may be changed later
             return entry
 
         return decorate
 
-    def check(self, name: str) -> None:
-        """Raise UserError if the name is not registered. Nothing is imported."""
+    def code(self, name: str) -> dict[str, str | None]:
+        """Return the hashes of the user's code of an entry, by module; empty for an entry of gprune.
+
+        The hash is None if the code cannot be read.
+        """
         if name not in self._entries:
+            return {f"{self.kind} {name}": None}
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            return code_of(entry, entry.partition(":")[0])
+        return code_of(getattr(entry, "registered", entry), self._registered_in.get(name, ""))
+
+    def check(self, name: str) -> None:
+        """Raise UserError if the name is not registered and all modules were imported. Nothing is imported here."""
+        if name not in self._entries and not UNREADABLE:
             closest = closest_name(name, self._entries)
             hint = f" Did you mean '{closest}'?" if closest else ""
             raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
 
     def __getitem__(self, name: str) -> T:
-        """Return the entry. Raise UserError if the name is not registered. An entry given as text is imported."""
+        """Return the entry. Raise UserError if the name is not registered. An entry given as text is imported.
+
+        For an unknown name, after a module of `--import` could not be read, the result is a stand-in.
+        """
         self.check(name)
-        entry = self._entries[name]
+        entry = self._entries.get(name, self.stand_in)
+        if entry is self.stand_in:
+            return self.stand_in(name)
         if isinstance(entry, str):
             module, _, attribute = entry.partition(":")
             entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
@@ -140,6 +165,28 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
+
+
+class StandIn:
+    """Stand-in for an entry whose module cannot be read, with which the records of earlier runs can be shown.
+
+    The attributes are those of registered metrics, allocations and recoveries.
+    """
+
+    modules = learned = whole_blocks = errors = activation_free = learns = False
+    needs: frozenset[str] = frozenset()
+    drift = ""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+def _calling_module() -> str:
+    """Return the name of the first module outside gprune that has called a function of gprune."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "gprune":
+        frame = frame.f_back
+    return "" if frame is None else frame.f_globals.get("__name__", "")
 
 
 def _origin(entry: object) -> tuple[str, str]:

@@ -33,7 +33,14 @@ DIALECT = re.compile(
     r"but for|stands? for|what came|brings|lies)\b"
 )
 # Functions that make a message from their arguments, by the positions of the parts of the text.
-HELPERS = {"UserError": (0,), "UnregisteredError": (0,), "quoting": (0, 1), "require": (2,), "read_yaml": (1,)}
+HELPERS = {
+    "UserError": (0,),
+    "UnregisteredError": (0,),
+    "UnreadableModuleError": (0,),
+    "quoting": (0, 1),
+    "require": (2,),
+    "read_yaml": (1,),
+}
 ENDINGS = {"require": "; got X.", "read_yaml": " 'X' (X)."}  # what a helper adds to its argument
 # Messages that are passed on, or made by `validation_message`, have one of the forms already.
 PASSED_ON = {"error": "Cannot do it: the cause.", "validation_message": "--flag must be a number; got 1"}

@@ -55,6 +55,7 @@ class LoadedTask:
     source: str  # "hub" or "local"
     complete: bool  # all questions of the split with lm_eval's prompts, so results can be compared with published ones
     note: str
+    num_fewshot: int = 0  # number of worked examples in lm_eval's own protocol of the task
 
 
 def require_lm_eval() -> str:
@@ -138,7 +139,8 @@ def _to_loaded_task(task: Any, source: str, incomplete: str) -> LoadedTask:
             f"Task '{task.task_name}' ({kind}) must have lm_eval's metric acc, acc_norm or exact_match; got its own "
             f"{', '.join(metrics)}. For such tasks run lm_eval on the exported model."
         )
-    return LoadedTask(task, source, complete=not incomplete, note=f"lm_eval's own task{incomplete}")
+    note = f"lm_eval's own task{incomplete}"
+    return LoadedTask(task, source, complete=not incomplete, note=note, num_fewshot=task.config.num_fewshot or 0)
 
 
 @functools.lru_cache(maxsize=1)

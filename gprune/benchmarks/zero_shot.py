@@ -41,7 +41,7 @@ def zero_shot(
     The log-softmax is computed in float32, whatever the model's dtype. The tokenizer decides whether BOS is added, as
     in lm_eval by default, and no chat template is used. Tasks that generate text have few-shot examples, because a base
     model does not know the format of answers: as many as lm_eval's default (5 in GSM8K), sampled with its seed. Other
-    tasks have none.
+    tasks have none, so a task whose own number is another one is not measured by the standard protocol.
 
     Args:
         model: a causal language model.
@@ -123,6 +123,10 @@ def task_record(
     num_cut = sum(any(texts[0] in cut_prompts for texts in sample["arguments"]) for sample in samples)
     notes = [f"only the first {len(samples)} questions"] * partial
     notes += [f"questions with prompts cut to the positions of the model: {num_cut}"] * bool(num_cut)
+    num_fewshot = task.config.num_fewshot
+    has_own_number = num_fewshot == loaded.num_fewshot
+    if not has_own_number:
+        notes.append(f"{num_fewshot} examples in prompts, lm_eval's own number is {loaded.num_fewshot}")
     scored = zip((sample["arguments"] for sample in samples), _labels(task, samples), strict=True)
     return {
         "kind": "zero_shot",
@@ -130,11 +134,11 @@ def task_record(
         "task_version": str(task.VERSION),
         "split": task.config.test_split or task.config.validation_split,
         "source": loaded.source,
-        "num_fewshot": task.config.num_fewshot,
+        "num_fewshot": num_fewshot,
         "questions": len(samples),
         **_accuracies(task, samples),
         **_answers(task, name, samples),
-        "standard_protocol": loaded.complete and not partial and not num_cut,
+        "standard_protocol": loaded.complete and has_own_number and not partial and not num_cut,
         "note": "; ".join([*notes, loaded.note]),
         "content_hash": questions_hash(scored),
     }

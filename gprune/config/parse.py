@@ -271,8 +271,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise UserError unless the stored settings of a run have the names and types of this version.
 
     Args:
-        settings: as returned by `RunConfig.settings`. Entries without a flag, such as `inputs`, are not checked.
+        settings: as returned by `RunConfig.settings`. Of the entries without a flag, such as `inputs`, only `code` is
+            checked.
     """
+    code = settings.get("code", {})
+    if not isinstance(code, dict) or not all(isinstance(value, str | None) for value in code.values()):
+        raise UserError(f"The settings must have code as a mapping of modules to hashes; got {format_value(code)}.")
     cfg = RunConfig()
     optional = {name: {} for name in ("options", "speed") if name in settings}
     for group, expected in (cfg.settings() | optional).items():

@@ -12,12 +12,13 @@ from pydantic import BeforeValidator, ByteSize, Field
 from gprune.checks import AtLeast0, AtLeast1, NonNegative, Positive, Text, UpTo4096, check_options, whole_numbers
 from gprune.config.groups import CorporaConfig, Group, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
-from gprune.corpora.load import identity, source_of
+from gprune.corpora.load import code_of_corpora, identity, source_of
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
 from gprune.recoveries import RECOVERY, recovery_of
 from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.sparsity.allocation import ALLOCATION
+from gprune.sparsity.cost import COST
 
 # Settings that are ignored with --model.made_elsewhere.
 PRUNING_SETTINGS = ("importance", "partition", "reliability", "sparsity", "ridge")
@@ -398,12 +399,33 @@ class RunConfig(Group):
         settings["run"]["name"] = self.run_name
         return settings
 
+    @property
+    def code(self) -> dict[str, str | None]:
+        """Hashes of the user's code that the run uses, by module (`gprune.user_code`); empty without such code.
+
+        It is the code of registered functions and classes, and of `--trainer.callbacks`.
+        """
+        others = {IMPORTANCE[self.importance].drift, self.reliability.metric} if self.gprune else set()
+        metrics = {self.importance, *(name for name in others if name in IMPORTANCE)}  # `averaged` is not a metric
+        entries = [(IMPORTANCE, name) for name in metrics]
+        entries += [(ALLOCATION, name) for name in {self.sparsity.allocation, self.base_allocation}]
+        entries += [(COST, self.sparsity.cost)] if self.sparsity.cost else []
+        entries += [(REFINER, self.partition.refiner), (LEARNER, self.sparsity.learner)]
+        entries += [(CALIBRATOR, self.corpora.calibrator)]
+        entries += [(RECOVERY, name) for name in self.recovery.split("+")]
+        code = code_of_corpora([*self.train_corpora, *self.corpora.evaluate])
+        for registry, name in entries:
+            code |= registry.code(name)
+        for callback in self.trainer.callbacks:
+            code |= callback.code()
+        return code
+
     def settings(self) -> dict[str, Any]:
         """Return the settings that can change a result, as plain data. They identify a run: a folder holds one set.
 
         Left out are the run folder, logging, export (except for a target in bytes), statistics collected for later
         runs, `max_memory` and `shard`. Some settings are left out at their default, so that settings stored by earlier
-        versions, which lack them, identify the same run.
+        versions, which lack them, identify the same run. `code` is the user's code, if there is any.
         """
         excluded: dict[str, Any] = {"model": {"max_memory", "shard"}, "corpora": {"collect"}}
         excluded |= dict.fromkeys(("logging", "export", "dry_run", "plan"), True)
@@ -429,6 +451,8 @@ class RunConfig(Group):
         settings["run"] = {"seed": self.run.seed}
         trainer = {"world_size": self.processes, "precision": self.trainer.precision}
         settings["trainer"] = trainer | self.trainer.result_changing
+        if code := self.code:
+            settings["code"] = code
         return settings
 
     @property

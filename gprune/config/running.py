@@ -11,6 +11,8 @@ from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 from gprune.checks import AtLeast1, AtLeast8, NonNegative, Positive, Quantile, Seed, Sparsity, Text, UpTo4096
 from gprune.config.groups import Group
 from gprune.errors import UserError
+from gprune.imports import find_loaded
+from gprune.user_code import code_of
 
 WandbName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\p{Cc}\p{Zl}\p{Zp}]*$")]
 # Default of --distill.learning_rate, tuned on text that no result table uses.
@@ -127,6 +129,18 @@ class ClassPath(BaseModel, strict=True, extra="forbid"):
 
     class_path: Text
     init_args: dict[Text, JsonValue] = {}
+
+    def code(self) -> dict[str, str | None]:
+        """Return the hashes of the user's code of the class, by module; empty for a class of Lightning.
+
+        The hash is None if the class is not loaded.
+        """
+        if "." not in self.class_path:
+            return {}
+        try:
+            return code_of(find_loaded(self.class_path))
+        except UserError:
+            return {self.class_path: None}
 
 
 def parse_precision(value: Any) -> Any:

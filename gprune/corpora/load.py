@@ -111,6 +111,18 @@ def _mirrors() -> Path:
     return expanded(os.environ.get("GPRUNE_DATA_DIR") or os.devnull) / "corpora"
 
 
+def code_of_corpora(names: Iterable[str]) -> dict[str, str | None]:
+    """Return the hashes of the user's code of registered corpora, by module; empty for files and for corpora of gprune.
+
+    Names that are unknown here, such as a mirror of another machine, have no code.
+    """
+    code: dict[str, str | None] = {}
+    for name in names:
+        if name in CORPORA and _path_of(name) is None:
+            code |= CORPORA.code(name)
+    return code
+
+
 def identity(name: str) -> str:
     """Return a string that is equal for two names of the same corpus, such as a mirror and its path."""
     path = _path_of(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Sequence
 
@@ -78,14 +77,6 @@ def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
     return missing_anywhere
 
 
-def _source_code(calibrator: type) -> str:
-    """Return the source code of a calibrator's class; "" if Python does not know it."""
-    try:
-        return inspect.getsource(calibrator)
-    except (OSError, TypeError):
-        return ""
-
-
 def statistics_cache(run: Run) -> StatisticsCache:
     """Return the cache of statistics for this run's model and text.
 
@@ -101,8 +92,10 @@ def statistics_cache(run: Run) -> StatisticsCache:
     calibrator = cfg.settings()["corpora"].get("calibrator")  # None for the built-in one
     user_calibrator = {}
     if calibrator:
-        source = _source_code(CALIBRATOR[calibrator])
-        user_calibrator = {"calibrator": calibrator, "options": cfg.options.get(calibrator, {}), "source": source}
+        code = CALIBRATOR.code(calibrator)
+        user_calibrator = {"calibrator": calibrator, "options": cfg.options.get(calibrator, {}), "code": code}
+        if None in code.values():  # the code may have changed, so only this run may use its statistics again
+            user_calibrator["run"] = str(run.folder.path.resolve())
     # A sharded model computes on the trainer's device, wherever it was loaded.
     device = check_trainer(**cfg.trainer.lightning_arguments) if cfg.model.shard else device_of(run.model)
     return StatisticsCache(

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 from gprune.calibration.projections import OUTPUT_PROJECTIONS
 from gprune.checks import format_value
 from gprune.errors import UserError
-from gprune.registry import Registry
+from gprune.registry import Registry, StandIn
 
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
     from torch import Tensor
@@ -130,7 +130,11 @@ class Recovery:
             raise UserError(f"--recovery {self.name} cannot recover {kind}. Use one of {alternatives}.")
 
 
-RECOVERY: Registry[Recovery] = Registry("recovery")
+class RecoveryStandIn(StandIn, Recovery):
+    """Stand-in for a recovery whose module cannot be read."""
+
+
+RECOVERY: Registry[Recovery] = Registry("recovery", stand_in=RecoveryStandIn)
 
 
 class Chain(Recovery):

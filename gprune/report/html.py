@@ -102,7 +102,7 @@ def run_section(run: FinishedRun) -> dict[str, Any]:
         "figures": render_figures(figures, run.name),
         "curves": render_figures(curve_figures(read_curves(run.path)), f"{run.name} curves"),
         "labels": corpus_labels(r["corpus"] for r in run.records),
-        "settings": to_yaml({name: value for name, value in settings.items() if name != "inputs"}),
+        "settings": to_yaml({name: value for name, value in settings.items() if name not in ("inputs", "code")}),
         "cost": cost_table(run.steps),
         "environment": run.environment,
         "load": loading_code(model) if model.is_dir() else "",

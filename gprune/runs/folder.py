@@ -24,15 +24,37 @@ from gprune.storage.cache import disk_errors
 from gprune.storage.environment import environment, peak_memory, reset_peak_memory
 from gprune.storage.files import inspect_json, locked, read_json, read_tensors, replacing, write_json, write_tensors
 from gprune.storage.reading import unsafe_entries
+from gprune.user_code import Code
 
 SCRATCH_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of scratch folders of `storage.files`
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """List the leaves in which two nested dictionaries differ, as 'sparsity.target: 0.5 there, 0.3 here'."""
+    """List the differences of two runs' settings, as 'sparsity.target: 0.5 there, 0.3 here'.
+
+    Changed code of the user comes first.
+    """
+    old, new = dict(old), dict(new)
+    old_code, new_code = old.pop("code", {}), new.pop("code", {})
     old_leaves, new_leaves = flatten(old), flatten(new)
     changed = sorted(name for name in {*old_leaves, *new_leaves} if old_leaves.get(name) != new_leaves.get(name))
-    return [f"{name}: {old_leaves.get(name)} there, {new_leaves.get(name)} here" for name in changed]
+    of_settings = [f"{name}: {old_leaves.get(name)} there, {new_leaves.get(name)} here" for name in changed]
+    return [*changed_code(old_code, new_code), *of_settings]
+
+
+def changed_code(old: Code, new: Code) -> list[str]:
+    """List the modules of the user in which two runs differ, as 'the code of my_metric has changed'."""
+    differences = []
+    for module in sorted({*old, *new}):
+        if old.get(module) == new.get(module):
+            continue
+        reason = "has changed"
+        if old.get(module) is None:
+            reason = "was not recorded"
+        elif new.get(module) is None:
+            reason = "cannot be read" if module in new else "is not used"
+        differences.append(f"the code of {module} {reason}")
+    return differences
 
 
 def broadcast(value: Any) -> Any:
@@ -150,7 +172,8 @@ class RunFolder:
         manifest, problem = inspect_json(manifest_file, check=schema.Manifest.problem)
         changed = changed_settings(manifest["settings"], settings) if manifest else []
         if changed and ((self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))):
-            raise UserError(f"{prefix}: it has a run with other settings: {'; '.join(changed[:3])}. {remedy}.")
+            what = "code" if changed[0].startswith("the code of ") else "settings"
+            raise UserError(f"{prefix}: it has a run with other {what}: {'; '.join(changed[:3])}. {remedy}.")
         if problem:
             raise UserError(f"{prefix}: manifest.json is damaged, or of an older version ({problem}). {remedy}.")
         return bool(changed) or not manifest

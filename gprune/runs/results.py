@@ -294,7 +294,9 @@ def config_of(run: FinishedRun) -> RunConfig:
         if not isinstance(settings, dict):
             raise UserError("The file must hold settings.")
         cfg = config_from_mapping(migrate_settings(settings))
-        if changed := changed_settings(run.settings, cfg.settings() | {"inputs": run.settings["inputs"]}):
+        stored = {name: run.settings[name] for name in ("inputs", "code") if name in run.settings}
+        current = {name: value for name, value in cfg.settings().items() if name != "code"}  # may have changed
+        if changed := changed_settings(run.settings, current | stored):
             raise UserError(f"The settings must be those of manifest.json; they differ in {changed[0]}.")
     except UnregisteredError as error:
         modules = (RunFolder(run.path).manifest["environment"] or {}).get("imports") or ["the module that registers it"]

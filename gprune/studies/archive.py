@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from gprune.config import RunConfig, flatten, migrate_settings
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.runs import schema
+from gprune.runs.folder import changed_code
 from gprune.runs.numbers import Record
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import key_of, read_json, write_json
 from gprune.studies.listing import LISTED_PRECISION, Row
+from gprune.user_code import compare_code
 
 LINE_WIDTH = 1000  # characters per line of a record
 RECORD_FORMAT = 4  # part of the hash in the names of records, independent of the version of caches
@@ -68,30 +70,67 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     write_json(path, record | {"records": fold_records(record["records"])}, width=LINE_WIDTH)
 
 
-def find_record(row: Row) -> tuple[Path, dict[str, Any] | None]:
+def find_record(row: Row, *, checked: bool = False) -> tuple[Path, dict[str, Any] | None]:
     """Return the path of a row's record, and the record. For a row without a record, return a new path, and None.
 
     The name of the file consists of the row's name, for readability, the seed, and a hash of all settings that differ
     from their defaults. Records are found by the hash, so that lists with other names for a row share its record, and
     new settings do not change the names of existing records. Several lists may have written records with the same
-    settings, but with other tasks or without masks; a complete record is preferred. A record with other tasks is never
-    overwritten.
+    settings, but with other tasks or without masks; a complete record is preferred. A record with other tasks, or made
+    by other code, is never overwritten.
+
+    Args:
+        row: the row.
+        checked: whether to find only a record that was made by the row's code; otherwise also one whose code is not
+            known (`is_unchecked`).
     """
-    defaults, settings = flatten(default_settings()), row.config.settings()
-    changed = {name: value for name, value in flatten(settings).items() if value != defaults.get(name)}
-    key = key_of(format=RECORD_FORMAT, settings=changed)[:10]
-    records = []
-    for path in sorted((row.records / "runs").glob(f"*-{key}*.json")):
-        record = read_record(path)
-        if record is None or record["settings"] != settings:
-            continue
+    code = row.config.code
+    by_code = {"same": [], "unknown": [], "other": []}
+    for path, record in _records_with_settings(row):
         same_tasks = not row.tasks or record.get("tasks", row.tasks) == row.tasks
         if same_tasks:
-            records.append((path, record))
+            recorded = record["settings"].get("code", {})
+            by_code["same" if recorded == code else compare_code(recorded, code)].append((path, record))
+    records = by_code["same"] or ([] if checked else by_code["unknown"])
     if records:
         complete = (pair for pair in records if _is_complete(row, pair[1]))
         return next(complete, records[0])
-    return _new_path(row, key), None
+    return _new_path(row, _settings_key(row)), None
+
+
+def is_unchecked(row: Row, record: Mapping[str, Any]) -> bool:
+    """Return whether a record of the row was made by code of the user that may be another one than the row's."""
+    recorded = record["settings"].get("code", {})
+    return compare_code(recorded, row.config.code) != "same"
+
+
+def outdated_records(row: Row) -> list[tuple[Path, list[str]]]:
+    """Return the records of the row's settings that were made by other code, with the changes of the code."""
+    code = row.config.code
+    codes = [(path, record["settings"].get("code", {})) for path, record in _records_with_settings(row)]
+    return [
+        (path, changed_code(of_record, code)) for path, of_record in codes if compare_code(of_record, code) == "other"
+    ]
+
+
+def _settings_key(row: Row) -> str:
+    """Return the hash of a row's settings that differ from their defaults, without the user's code."""
+    defaults, settings = flatten(default_settings()), flatten(_without_code(row.config.settings()))
+    changed = {name: value for name, value in settings.items() if value != defaults.get(name)}
+    return key_of(format=RECORD_FORMAT, settings=changed)[:10]
+
+
+def _records_with_settings(row: Row) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the records with the row's settings, made by any code of the user."""
+    settings = _without_code(row.config.settings())
+    for path in sorted((row.records / "runs").glob(f"*-{_settings_key(row)}*.json")):
+        record = read_record(path)
+        if record is not None and _without_code(record["settings"]) == settings:
+            yield path, record
+
+
+def _without_code(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "code"}
 
 
 def _new_path(row: Row, key: str) -> Path:

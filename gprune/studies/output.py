@@ -38,8 +38,8 @@ def title_of(study: StudyResult) -> str:
 
 
 def notes_of(study: StudyResult) -> list[str]:
-    """Return the notes below the tables: protocols, rows with another tokenizer, and rows without a record."""
-    return [*study.report.protocols(), *filter(None, [study.missing_in_words])]
+    """Return the notes below the tables: protocols, rows with another tokenizer, and rows without a valid record."""
+    return [*study.report.protocols(), *study.warnings]
 
 
 def _csv(study: StudyResult) -> str:

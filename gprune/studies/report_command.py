@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     # Runs, path of a run -> reference of its list, and the corpora that count as seen in all rows of the list.
     Argument = tuple[list[Path | FinishedRun], dict[Path, FinishedRun] | None, list[str] | None]
 
+log = logging.getLogger("gprune")
 ABOUT = """Make tables (Markdown, CSV) and figures (PNG, SVG) of finished runs, and of records that gprune study stores.
 
 Runs that differ only in the seed are summarised by mean and interval over seeds. If the folder of a single run has no
@@ -35,7 +37,7 @@ RUN = "folder of a finished run, record (.json), LIST.yaml:ROW for the seeds of 
 
 def parser() -> Parser:
     """Return the parser of the command's arguments."""
-    result = Parser("gprune report", description=ABOUT, epilog=EXAMPLES)
+    result = Parser("gprune report", shows_records=True, description=ABOUT, epilog=EXAMPLES)
     result.add_argument("runs", metavar="RUN", nargs="+", help=RUN)
     folder = "folder for tables and figures (default: report/ in the run, or beside several runs)"
     result.add_argument("--output", metavar="FOLDER", help=folder)
@@ -127,7 +129,10 @@ def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -
     if (list_and_row := split_list_name(name)) is not None:
         list_path, row = list_and_row
         listing = Listing.read(expanded(list_path), records=records, seeds=seeds)
-        runs = read_study(listing, select_rows(listing, None if row is None else [row])).runs
+        study = read_study(listing, select_rows(listing, None if row is None else [row]))
+        for line in study.code_warnings:
+            log.warning("%s", line)
+        runs = study.runs
         selected = [run for run in runs if row in (None, run.name)]  # `runs` may have the reference too
         if not selected:
             raise UserError(

@@ -19,7 +19,7 @@ from gprune.report.grouping import format_setting
 from gprune.report.perplexity_tables import base_records
 from gprune.runs import frames
 from gprune.runs.results import FinishedRun
-from gprune.studies.archive import find_record, finished_record, task_results
+from gprune.studies.archive import find_record, finished_record, is_unchecked, outdated_records, task_results
 from gprune.studies.listing import Listing, Row
 from gprune.studies.tables import make_report, reference_runs, study_tables
 
@@ -63,6 +63,18 @@ class StudyResult:
             noun = "seed" if len(seeds) == 1 else "seeds"
             rows.append(f"{name} ({noun} {', '.join(seeds)})")
         return f"Without a record, so left out: {len(missing)} of {len(self.rows)} rows and seeds: {'; '.join(rows)}."
+
+    @property
+    def warnings(self) -> list[str]:
+        """Lines on rows without a record, and those of `code_warnings`."""
+        return [*filter(None, [self.missing_in_words]), *self.code_warnings]
+
+    @property
+    def code_warnings(self) -> list[str]:
+        """A line on records that were made by other code and are not used, and one on records of unknown code."""
+        unchecked = [f"{row.name} (seed {row.seed})" for row, record in self.done if is_unchecked(row, record)]
+        of_unknown = f"Not checked, because the code of the row or of its record is not known: {', '.join(unchecked)}."
+        return [*filter(None, [describe_outdated(self.missing)]), *[of_unknown] * bool(unchecked)]
 
     @cached_property
     def report(self) -> Report:
@@ -125,7 +137,10 @@ class StudyResult:
 
     def _differing_settings(self) -> dict[str, dict[str, Any]]:
         """Return row name -> settings by flag, for all flags except the seed in which rows of the list differ."""
-        by_row = {row.name: effective_settings(row.config.settings()) for row in self.listing.rows}
+        by_row = {}
+        for row in self.listing.rows:
+            settings = {name: value for name, value in row.config.settings().items() if name != "code"}
+            by_row[row.name] = effective_settings(settings)
         flags = [flag for flag in dict.fromkeys(chain(*by_row.values())) if flag != "run.seed"]
         first = next(iter(by_row.values()))
         different = [
@@ -159,9 +174,18 @@ def load_study(
     """
     listing = Listing.read(path, seeds=seeds, flags=flags, records=records)
     study = read_study(listing, select_rows(listing, rows))
-    if study.missing:
-        log.warning("%s", study.missing_in_words)
+    for line in study.warnings:
+        log.warning("%s", line)
     return study
+
+
+def describe_outdated(rows: Sequence[Row]) -> str:
+    """Return a line that names the records of rows that were made by other code; empty if there are none."""
+    records = []
+    for row in rows:
+        for path, changes in outdated_records(row):
+            records.append(f"{path} (row {row.name}, seed {row.seed}: {', '.join(changes)})")
+    return f"Made by other code, so not used: {'; '.join(records)}." if records else ""
 
 
 def select_rows(listing: Listing, names: Iterable[str] | None, *, what: str = "The rows") -> list[Row]:

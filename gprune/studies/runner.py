@@ -21,6 +21,7 @@ from gprune.config import ExportConfig, RunConfig
 from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import rank_and_world_size
+from gprune.imports import UNREADABLE
 from gprune.pipeline.dry_run import describe_compute
 from gprune.pipeline.plan import check
 from gprune.report.records import cost_table
@@ -32,7 +33,7 @@ from gprune.storage.reading import expanded
 from gprune.studies.archive import dense_path, find_record, finished_record, learned_tokens, pack_masks, write_record
 from gprune.studies.listing import Listing, Row, benchmarks_of, select_part
 from gprune.studies.output import notes_of, title_of, write_results
-from gprune.studies.result import StudyResult, read_study, select_rows
+from gprune.studies.result import StudyResult, describe_outdated, read_study, select_rows
 from gprune.studies.tracking import log_study, wandb_beside_records, with_wandb_names
 
 
@@ -50,6 +51,8 @@ def run_lists(listings: Sequence[Listing], options: Namespace) -> None:
         rows = select_part(select_rows(listing, options.only, what="--only"), options.part)
         pending = [row for row in rows if finished_record(row) is None]
         if pending and not (options.table or options.files or options.commands):
+            for error in UNREADABLE.values():  # rows cannot run without the module
+                raise error
             run_rows(pending)
         if process_index() == 0:  # Lightning may have started other processes with the same command
             print_results(read_study(listing, rows), options)
@@ -62,6 +65,8 @@ def run_rows(pending: Sequence[Row]) -> None:
         UserError: before anything runs, if a record could not be written or a row is invalid.
     """
     is_rank_0 = process_index() == 0
+    if is_rank_0 and (outdated := describe_outdated(pending)):
+        write_stdout(outdated + "\n")
     for row in pending:
         if is_rank_0:
             path, _ = find_record(row)
@@ -110,7 +115,7 @@ def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
     if row.tasks and cfg.recovery != "none":
         cfg = _with_exported_model(cfg)
     # A record exists if another list has this row with other tasks, or without masks.
-    existing = find_record(row)[1] or {"masks": None}
+    existing = find_record(row, checked=True)[1] or {"masks": None}
     with wandb_beside_records(row):
         result = gprune.prune(cfg)
     if process_index() != 0:
@@ -131,7 +136,7 @@ def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
         "records": [round_window_nll(r) for r in result.records],
     }
     record |= {name: existing[name] for name in ("tasks", "evaluation") if name in existing}
-    write_record(find_record(row)[0], record)
+    write_record(find_record(row, checked=True)[0], record)
     return result.path, record
 
 
@@ -168,7 +173,8 @@ def print_results(study: StudyResult, options: Namespace) -> None:
     if not done:
         if options.output:
             raise UserError(f"--output {options.output} needs a list with records; {listing.path} has none yet.")
-        write_stdout(f"\n{listing.path}: no records yet.\n")
+        lines = [f"{listing.path}: no records yet.", describe_outdated(study.rows)]
+        write_stdout("\n" + "\n".join(filter(None, lines)) + "\n")
         return
     report, tables = study.report, study.tables
     paragraphs = [f"**{title_of(study)}**", *(table.for_stdout() for table in tables), *notes_of(study)]
@@ -219,7 +225,8 @@ def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, A
                 write_json(dense_file, {"records": list(map(round_window_nll, measured))})
         measured, _ = measurement.evaluate(str(folder), benchmarks, dense=with_speed)
     record = record | {"tasks": row.tasks, "evaluation": list(map(round_window_nll, measured))}
-    write_record(find_record(row)[0], record)  # looked up again, because another list may have written its tasks
+    # Looked up again, because another list may have written its tasks.
+    write_record(find_record(row, checked=True)[0], record)
     return record
 
 

@@ -134,6 +134,22 @@ def test_a_complete_local_split_counts_as_lm_evals_own_task(manager, monkeypatch
     assert tasks.load_tasks("hellaswag", "local")[0].note == "lm_eval's own task"
 
 
+def test_the_protocol_is_standard_only_with_the_tasks_own_number_of_examples(tmp_path, monkeypatch):
+    """leaderboard_mmlu_pro has 5 worked examples by default, and choices are scored without examples."""
+    fake_hub(monkeypatch, reachable=False, manager=manager_of("leaderboard/mmlu_pro", "hellaswag"))
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
+    rows = [{"question": f"{WORDS[i]} ?", "options": WORDS[i : i + 3], "answer": "ABC"[i % 3]} for i in range(6)]
+    for split in ("test", "validation"):
+        write_task(tmp_path, "leaderboard_mmlu_pro", split, rows)
+    write_task(tmp_path, "hellaswag", "validation", rows_of("hellaswag", 6))
+    monkeypatch.setattr(tasks, "COMPLETE_SPLITS", {"leaderboard_mmlu_pro": 6, "hellaswag": 6})
+    mmlu, hellaswag = zero_shot(make_tiny_llama(), tokenizer(), ["leaderboard_mmlu_pro", "hellaswag"], source="local")
+    assert (mmlu["num_fewshot"], mmlu["standard_protocol"]) == (0, False)
+    assert mmlu["note"] == "0 examples in prompts, lm_eval's own number is 5; lm_eval's own task"
+    assert (hellaswag["num_fewshot"], hellaswag["standard_protocol"]) == (0, True)
+    ZeroShot.model_validate(mmlu | {"stage": "model"})
+
+
 def test_generation_refuses_non_finite_logits(manager):
     model = make_tiny_llama(max_position_embeddings=512)
     with torch.no_grad():

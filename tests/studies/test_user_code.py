@@ -1,0 +1,206 @@
+"""Rows that use code of the user: results of other code are named and not used."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+import gprune
+from gprune import imports
+from gprune.corpora import CORPORA
+from gprune.importance import IMPORTANCE
+from gprune.recoveries import RECOVERY
+from gprune.registry import CALIBRATOR, LEARNER
+from gprune.sparsity.allocation import ALLOCATION
+from tests import registries, tiny_run
+
+# Kind -> the settings of its row, the source of its module, and an edit of the source.
+KINDS = {
+    "metric": (
+        {"importance": "my_metric"},
+        """
+        import gprune
+
+        @gprune.metric("my_metric", activation_free=True)
+        def my_metric(weights, moments, generator):
+            return weights.output.norm(dim=0)
+        """,
+        (".norm(dim=0)", ".norm(dim=0).neg()"),
+    ),
+    "corpus": (
+        {"corpora.evaluate": ["my_corpus"]},
+        """
+        import gprune
+
+        @gprune.CORPORA.register("my_corpus")
+        def my_corpus(split):
+            return open("FILE").read().split("\\n\\n")[0 if split == "train" else 1 :: 3]
+        """,
+        ("else 1", "else 2"),
+    ),
+    "allocation": (
+        {"sparsity.allocation": "my_allocation"},
+        """
+        from gprune.sparsity.allocation import allocation
+
+        @allocation("my_allocation")
+        def my_allocation(scores, statistics, blocks, budget):
+            return scores.ffn, scores.attention
+        """,
+        ("return scores.ffn", "return [-s for s in scores.ffn]"),
+    ),
+    "recovery": (
+        {"recovery": "my_recovery"},
+        """
+        from gprune.recoveries import recovery
+
+        @recovery("my_recovery")
+        def my_recovery(weight, keep, moments, ridge):
+            return weight[:, keep], None
+        """,
+        ("[:, keep],", "[:, keep] * 0.5,"),
+    ),
+    "stage": (
+        {"gprune": True, "sparsity.learner": "my_stage"},
+        """
+        import gprune
+        from gprune.stages.threshold_learning import ThresholdLearning
+
+        @gprune.learner("my_stage")
+        class MyStage(ThresholdLearning):
+            RATE = 1
+
+            def on_fit_start(self):
+                self.learning_rate = self.learning_rate * self.RATE
+        """,
+        ("RATE = 1", "RATE = 500"),
+    ),
+}
+REGISTRIES = (IMPORTANCE, CORPORA, ALLOCATION, RECOVERY, LEARNER, CALIBRATOR)
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch, bench):
+    """Write the modules `mine_<kind>.py` into the working folder, and return the folder."""
+    for kind, (_, source, _) in KINDS.items():
+        text = "\n".join(line[8:] for line in source.splitlines())
+        (tmp_path / f"mine_{kind}.py").write_text(text.replace("FILE", str(bench.world.corpora["delta"])))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(imports, "IMPORTED", [])
+    yield tmp_path
+    forget()
+
+
+def forget() -> None:
+    """Remove the imported modules of the user, as in a new process."""
+    for name in [name for name in sys.modules if name.startswith("mine_")]:
+        del sys.modules[name]
+
+
+def edit(kind: str) -> None:
+    file = f"mine_{kind}.py"
+    old, new = KINDS[kind][2]
+    with open(file) as opened:
+        text = opened.read()
+    assert old in text
+    with open(file, "w") as opened:
+        opened.write(text.replace(old, new))
+
+
+def study(bench, capsys, path, *options: str, kinds=KINDS) -> str:
+    """Run `gprune study` with the modules as in a new process, and return its output."""
+    forget()
+    flags = [f"--import=./mine_{kind}.py" for kind in kinds]
+    with registries.restored(*REGISTRIES):
+        return bench(capsys, path, *options, *flags)
+
+
+def test_rows_are_run_again_after_their_code_has_changed(bench, modules, capsys):
+    rows = {kind: {"gprune": False} | settings for kind, (settings, *_) in KINDS.items()}
+    path = bench.write("coded", rows | {"without code": {"gprune": False}}, common={"sparsity.target": 0.3})
+    records = bench.folder / "coded records"
+    options = ("--records", str(records))
+    study(bench, capsys, path, *options)
+    first = {file.name: file.read_text() for file in (records / "runs").iterdir()}
+    assert len(first) == 6
+    # Text that is not code does not matter.
+    (modules / "mine_metric.py").write_text(f"# a comment\n{(modules / 'mine_metric.py').read_text()}")
+    assert "configurations" not in study(bench, capsys, path, *options)
+    for kind in KINDS:
+        edit(kind)
+    table = study(bench, capsys, path, *options, "--table")
+    assert "Made by other code, so not used: " in table
+    for kind in KINDS:
+        name = next(name for name in first if name.startswith(f"{kind}-seed0"))
+        assert f"{records}/runs/{name} (row {kind}, seed 0: the code of mine_{kind} has changed)" in table
+    assert "left out: 5 of 6 rows" in table
+    again = study(bench, capsys, path, *options)
+    assert "5 configurations: " in again
+    assert again.count("the code of mine_") == 5  # the records are named before the rows run
+    by_row = {}
+    for file in (records / "runs").iterdir():
+        by_row.setdefault(file.name.partition("-seed")[0], []).append(file)
+    assert {row: len(files) for row, files in by_row.items()} == dict.fromkeys(KINDS, 2) | {"without-code": 1}
+    assert all((records / "runs" / name).read_text() == text for name, text in first.items())
+    # The table has the new numbers, and the old code finds the old records again.
+    assert "Made by other code" not in study(bench, capsys, path, *options, "--table")
+    for kind in KINDS:
+        text = (modules / f"mine_{kind}.py").read_text()
+        (modules / f"mine_{kind}.py").write_text(text.replace(*reversed(KINDS[kind][2])))
+    assert "configurations" not in study(bench, capsys, path, *options)
+
+
+def test_records_are_shown_and_marked_if_an_imported_file_is_gone(bench, modules, capsys):
+    path = bench.write("gone", {"a": {"gprune": False, "importance": "my_metric"}}, common={"sparsity.target": 0.3})
+    options = ("--records", str(bench.folder / "gone records"))
+    shown = study(bench, capsys, path, *options, kinds=["metric"])
+    assert "Not checked" not in shown
+    (modules / "mine_metric.py").unlink()
+    marked = study(bench, capsys, path, *options, "--table", kinds=["metric"])
+    assert "Not checked, because the code of the row or of its record is not known: a (seed 0)." in marked
+    row_of_table = next(line for line in shown.splitlines() if line.startswith("| a"))
+    assert row_of_table in marked
+    assert "Not checked" in study(bench, capsys, path, *options, kinds=["metric"])  # nothing has to be run
+    forget()
+    flags = ("--import=./mine_metric.py", "--", "--sparsity.target=0.4")
+    message = bench.refused(capsys, path, *options, *flags)
+    assert message == "gprune study: --import ./mine_metric.py: Cannot read it: No such file or directory.\n"
+
+
+def run(world, folder, *flags: str) -> None:
+    """Run `train.py` with the metric as in a new process."""
+    forget()
+    with registries.restored(*REGISTRIES):
+        more = ("--import=./mine_metric.py", "--importance=my_metric", "--gprune=false", "--export=none")
+        assert tiny_run.main(world.args(folder / "runs", *more, *flags)) == 0
+
+
+def test_a_run_folder_with_other_code_is_refused_with_the_module_that_has_changed(bench, modules, capsys):
+    run(bench.world, modules)
+    run(bench.world, modules)  # loads the finished run
+    edit("metric")
+    with pytest.raises(AssertionError):
+        run(bench.world, modules)
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"train.py: Cannot run in {modules}/runs/run: it has a run with other code: the code of mine_metric has "
+        "changed. Choose another --run.name, or remove the folder.\n"
+    )
+    with registries.restored(*REGISTRIES):  # results of earlier code can still be loaded
+        forget()
+        imports.import_user_module("./mine_metric.py")
+        assert gprune.load_run(modules / "runs/run").summary
+
+
+def test_code_that_cannot_be_read_is_reported_in_one_line(bench, modules, monkeypatch, capsys):
+    text = (modules / "mine_metric.py").read_text()
+    monkeypatch.setitem(sys.modules, "mine_metric", module := type(sys)("mine_metric"))
+    with registries.restored(*REGISTRIES):
+        exec(text, vars(module))  # there is no file
+        flags = ("--importance=my_metric", "--gprune=false", "--export=none")
+        assert tiny_run.main(bench.world.args(modules / "runs", *flags)) == 0
+    line = "Cannot read the code of mine_metric, so changes of it are not noticed."
+    assert capsys.readouterr().out.count(line) == 1

@@ -1,0 +1,158 @@
+"""Hashes of the user's code: which changes count, in modules, in scripts and in notebooks."""
+
+from __future__ import annotations
+
+import importlib
+import linecache
+import sys
+from types import ModuleType
+
+import pytest
+
+from gprune.importance import IMPORTANCE
+from gprune.user_code import code_of, compare_code, files_changed_since_import
+from tests import registries
+
+METRIC = '''"""About the module."""
+import gprune
+from code_of_mine import helper
+
+@gprune.metric("coded", activation_free=True)
+def coded(weights, moments, generator):
+    """About the metric."""
+    return scaled(weights.output.norm(dim=0))  # a comment
+
+def scaled(scores):
+    return helper.FACTOR * scores
+'''
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Return the folder of a package with a metric, which is on the path. Imports are undone afterwards."""
+    folder = tmp_path / "code_of_mine"
+    folder.mkdir()
+    for name, source in {"__init__": "", "metric": METRIC, "helper": "FACTOR = 1\n", "unused": "X = 1\n"}.items():
+        (folder / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    with registries.restored(IMPORTANCE):
+        yield folder
+    forget()
+
+
+def forget() -> None:
+    """Remove the modules of the package, as in a new process."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "code_of_mine"]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+def imported_code() -> dict[str, str | None]:
+    """Import the metric as in a new process, and return its code."""
+    forget()
+    importlib.import_module("code_of_mine.metric")
+    return IMPORTANCE.code("coded")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "changed"),
+    [
+        ("metric", "helper.FACTOR *", "-helper.FACTOR *", "code_of_mine.metric"),
+        ("helper", "1", "2", "code_of_mine.helper"),
+        ("__init__", "", "import torch", "code_of_mine"),
+        ("metric", "About the metric", "Edited text", None),
+        ("metric", "About the module", "Edited text", None),
+        ("metric", "  # a comment", "", None),
+        ("unused", "1", "2", None),
+    ],
+)
+def test_code_changes_with_the_statements_of_a_module_and_of_its_imports(file, old, new, changed, package):
+    before = imported_code()
+    assert set(before) == {"code_of_mine", "code_of_mine.metric", "code_of_mine.helper"}
+    path = package / f"{file}.py"
+    path.write_text(path.read_text().replace(old, new, 1))
+    after = imported_code()
+    assert [module for module in before if before[module] != after[module]] == ([changed] if changed else [])
+    assert compare_code(before, after) == ("other" if changed else "same")
+
+
+def test_an_imported_module_counts_as_it_was_imported_until_it_is_reloaded(package):
+    """A file that is edited during a run does not change what the run records."""
+    before = imported_code()
+    path = package / "helper.py"
+    path.write_text("FACTOR = 3\n")
+    assert IMPORTANCE.code("coded") == before
+    assert files_changed_since_import() == [str(path)]
+    importlib.reload(sys.modules["code_of_mine.helper"])
+    assert IMPORTANCE.code("coded") != before
+    path.unlink()
+    assert files_changed_since_import() == [str(path)]
+
+
+def test_code_of_gprune_and_lightning_is_not_the_users(package):
+    from lightning.pytorch.callbacks import Timer
+
+    assert IMPORTANCE.code("wanda_sp") == code_of(Timer) == {}
+
+
+def notebook(*cells: str) -> dict:
+    """Run cells as a notebook does, whose sources are in `linecache`, and return the variables."""
+    module = ModuleType("__main__")
+    for number, cell in enumerate(cells):
+        file = f"<cell {number} of {id(module)}>"
+        linecache.cache[file] = (len(cell), None, cell.splitlines(keepends=True), file)
+        exec(compile(cell, file, "exec"), vars(module))
+    return vars(module)
+
+
+CELL = """
+from dataclasses import dataclass
+POWER = 2
+@dataclass
+class Options:
+    base: float = 1.0
+class Base:
+    def value(self): return POWER
+class Scorer(Base):
+    name = "a"
+    def score(self, x, options=Options()): return helper(x) ** self.value()
+helper = lambda x: [x for _ in (1, 2)]
+unused = 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changes"),
+    [
+        ("POWER = 2", "POWER = 3", True),
+        ("return POWER", "return -POWER", True),
+        ("helper(x) **", "-helper(x) **", True),
+        ("(1, 2)", "(1, 2, 3)", True),
+        ('name = "a"', 'name = "b"', True),
+        ("base: float = 1.0", "base: float = 2.0", True),
+        ("unused = 1", "unused = 2  # and a comment", False),
+        ("class Base:\n", 'class Base:\n    "About the class."\n', False),
+    ],
+)
+def test_code_of_a_notebook_changes_with_the_functions_and_values_that_it_uses(old, new, changes):
+    first, same, edited = (
+        code_of(notebook(cell)["Scorer"], "__main__") for cell in (CELL, CELL, CELL.replace(old, new))
+    )
+    assert first.keys() == {"__main__"}
+    assert first == same
+    assert (first != edited) == changes
+
+
+def test_a_function_without_source_code_has_an_unknown_hash():
+    variables = {"__name__": "__main__"}
+    exec("def score(weights): return weights", variables)
+    assert code_of(variables["score"], "__main__") == {"__main__": None}
+
+
+def test_code_is_compared_by_its_known_parts():
+    known, edited, unreadable = {"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1", "b": None}
+    assert compare_code({}, {}) == "same"
+    assert compare_code(known, edited) == compare_code(unreadable, {"a": "5"}) == "other"
+    assert compare_code(known, {"a": "1"}) == "other"
+    assert compare_code(known, unreadable) == compare_code(known, {}) == compare_code({}, known) == "unknown"
