@@ -184,8 +184,7 @@ class BestWeights(PerplexityCurve):
     def load_best(self, stage: L.LightningModule) -> None:
         """Load the best weights if `keep` is `best` and perplexity rose after them beyond noise.
 
-        A rise is beyond noise if the 95 % interval of the ratio, paired over development windows, is above 1. Every
-        rise is logged in one line: for `best` since the best step, for `last` since the first measurement.
+        Every rise is logged in one line: for `best` since the best step, for `last` since the first measurement.
         """
         means = self.means
         if not means:
@@ -194,18 +193,25 @@ class BestWeights(PerplexityCurve):
         earlier_step = min(means, key=means.get) if self.keep == "best" else min(means)
         if not means[last_step] > means[earlier_step]:
             return
-        ratio, low, high = paired_ratio(self.window_nll[last_step], self.window_nll[earlier_step], 1)
-        is_restored = self.keep == "best" and low > 1
-        noise = "beyond noise" if low > 1 else "within noise"
+        is_beyond_noise, noise = self._compare_with_noise(last_step, earlier_step)
+        is_restored = self.keep == "best" and is_beyond_noise
         outcome = f"The weights of step {earlier_step} are restored" if is_restored else "The last weights are kept"
         remedy = "Lower --distill.learning_rate" + (", or use --distill.keep best" if self.keep == "last" else "")
         log.warning(
-            "Development perplexity rose from %.4g at step %d to %.4g at step %d, %s (ratio %.4f [%.4f, %.4f]). "
-            "%s. %s.", means[earlier_step], earlier_step, means[last_step], last_step, noise, ratio, low, high, outcome,
-            remedy,
+            "Development perplexity rose from %.4g at step %d to %.4g at step %d, %s. %s. %s.",
+            means[earlier_step], earlier_step, means[last_step], last_step, noise, outcome, remedy,
         )  # fmt: skip
         if is_restored:
             stage.load_state_dict(self.best)
+
+    def _compare_with_noise(self, last_step: int, earlier_step: int) -> tuple[bool, str]:
+        """Return whether the 95 % interval of the ratio, paired over development windows, is above 1; and as text."""
+        last, earlier = self.window_nll[last_step], self.window_nll[earlier_step]
+        if all(len(windows) == 1 for windows in last.values()):
+            return False, "with unknown noise (one window per corpus)"
+        ratio, low, high = paired_ratio(last, earlier, 1)
+        is_beyond = low > 1
+        return is_beyond, f"{'beyond' if is_beyond else 'within'} noise (ratio {ratio:.4f} [{low:.4f}, {high:.4f}])"
 
 
 def tokens_so_far(trainer: L.Trainer) -> float:
