@@ -311,7 +311,7 @@ def test_other_targets_use_two_development_windows(trained, tmp_path):
     assert cfg.settings()["evaluation"]["development_samples"] == 8
 
 
-def output_and_pages(result, capsys) -> list[str]:
+def output_and_pages(result, capsys) -> list[list[str] | str]:
     """Return the lines that a run printed, its report as Markdown, its page, and its model card."""
     run_report = report.make([result.path])
     markdown, model_card = run_report.to_markdown().replace("\\", ""), (result.path / "model/README.md").read_text()
