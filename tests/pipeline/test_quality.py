@@ -288,7 +288,9 @@ def test_a_very_loose_target_gives_the_largest_possible_cut(trained, tmp_path):
     assert [int(keep.sum()) for keep in result.masks.ffn] == [1, 1, 1]
 
 
-DEFAULT_DEVELOPMENT = "--evaluation.development_samples=null"
+def args_by_default(world, tmp_path, *flags) -> list[str]:
+    """Return the flags of a tiny run without `--evaluation.development_samples`."""
+    return [flag for flag in world.args(tmp_path, *flags) if not flag.startswith("--evaluation.development_samples")]
 
 
 def test_a_quality_target_uses_more_development_text_by_default_and_all_of_a_small_corpus(trained, tmp_path):
@@ -297,15 +299,15 @@ def test_a_quality_target_uses_more_development_text_by_default_and_all_of_a_sma
     words = alpha.read_text().split()
     documents = [" ".join(words[start : start + 140]) for start in range(0, 16 * 140, 140)]
     small_corpus.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    flags = ["--sparsity.target=+20%", "--gprune=false", "--recovery=least_squares", DEFAULT_DEVELOPMENT]
+    flags = ["--sparsity.target=+20%", "--gprune=false", "--recovery=least_squares"]
     flags += [f"--corpora.recover=[{alpha},{small_corpus}]", f"--corpora.evaluate=[{alpha}]"]
-    result = trained.run(tmp_path, *flags)
-    trials = json.loads((result.path / "quality.json").read_text())["measured"].values()
+    assert tiny_run.main(args_by_default(trained, tmp_path, *flags)) == 0
+    trials = json.loads((tmp_path / "run/quality.json").read_text())["measured"].values()
     assert {tuple(len(of_corpus["window_nll"]) for of_corpus in trial) for trial in trials} == {(8, 4)}
 
 
 def test_other_targets_use_two_development_windows(trained, tmp_path):
-    cfg = parse(trained.args(tmp_path, DEFAULT_DEVELOPMENT))
+    cfg = parse(args_by_default(trained, tmp_path))
     assert cfg.settings()["evaluation"]["development_samples"] == 2
     cfg.sparsity.target = "+5%"
     assert cfg.settings()["evaluation"]["development_samples"] == 8
