@@ -94,6 +94,7 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
         f"\n{result_table(result.records).for_stdout()}\n",
         f"{removed}: {summary['parameters_before']:,} -> {summary['parameters_after']:,} parameters.",
         *([summary["speed"]["said"]] if "speed" in summary else []),
+        *summary.get("quality", {}).get("warnings", ()),
         f"Tokens: {forward:,} forward, {backward:,} forward and backward.",
         f"{results}.",
         f"Curves: {curves_hint(result.path)}.\n",

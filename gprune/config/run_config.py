@@ -11,7 +11,15 @@ from pydantic import BeforeValidator, ByteSize, Field
 
 from gprune.checks import AtLeast0, AtLeast1, NonNegative, Positive, Text, UpTo4096, check_options, whole_numbers
 from gprune.config.groups import CorporaConfig, Group, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
-from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
+from gprune.config.running import (
+    DEVELOPMENT_SAMPLES,
+    QUALITY_DEVELOPMENT_SAMPLES,
+    DistillConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    RunFolderConfig,
+    TrainerConfig,
+)
 from gprune.corpora.load import code_of_corpora, identity, source_of
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
@@ -152,6 +160,11 @@ class RunConfig(Group):
             raise UserError(f"--distill.tokens must be {least} or more ({window}); got {self.distill.tokens:,}.")
         if self.evaluation.split == "development" and self.distill.keep == "best":
             raise UserError("--distill.keep best cannot be combined with --evaluation.split development.")
+        if self.distill.keep == "best" and self.development_windows < 2:
+            raise UserError(
+                "--distill.keep best needs two or more --evaluation.development_samples to tell a rise from noise; got "
+                f"{self.development_windows}."
+            )
 
     def _check_quality_and_speed_targets(self) -> None:
         """Raise UserError if a target in quality or speed cannot be measured with these settings."""
@@ -160,10 +173,10 @@ class RunConfig(Group):
                 f"--sparsity.target {self.sparsity.target} cannot be combined with --evaluation.split development, on "
                 "which the sparsity is chosen."
             )
-        if self.sparsity.quality and self.evaluation.development_samples < 2:
+        if self.sparsity.quality and self.development_windows < 2:
             raise UserError(
                 f"--sparsity.target {self.sparsity.target} needs two or more --evaluation.development_samples for a "
-                f"confidence interval; got {self.evaluation.development_samples}."
+                f"confidence interval; got {self.development_windows}."
             )
         device_map, processes = self.model.device_map, self.processes
         if (flag := self.latency_table_flag) and (processes > 1 or device_map is not None):
@@ -356,6 +369,13 @@ class RunConfig(Group):
         return list(dict.fromkeys([*roles["learn"], *recover]))
 
     @property
+    def development_windows(self) -> int:
+        """Largest number of development windows of each corpus, by default more for a quality target."""
+        if self.evaluation.development_samples is not None:
+            return self.evaluation.development_samples
+        return QUALITY_DEVELOPMENT_SAMPLES if self.sparsity.quality else DEVELOPMENT_SAMPLES
+
+    @property
     def training_free_recovery(self) -> str:
         """The recoveries of the `--recovery` chain that do not train, or `none`.
 
@@ -448,6 +468,7 @@ class RunConfig(Group):
             settings["export"] = self.export.model_dump(exclude=unused)
         if self.model.made_elsewhere is None:
             del settings["model"]["made_elsewhere"]
+        settings["evaluation"]["development_samples"] = self.development_windows
         settings["run"] = {"seed": self.run.seed}
         trainer = {"world_size": self.processes, "precision": self.trainer.precision}
         settings["trainer"] = trainer | self.trainer.result_changing

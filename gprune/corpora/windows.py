@@ -61,6 +61,7 @@ class Sample:
     bos: int | None = None  # first token of each window; the window then has one token of text less
     flags: tuple[str, str] = ("--corpora.num_samples", "--corpora.seq_len")  # named in errors
     repeat: bool = False  # whether the windows of a corpus with too little text are repeated
+    at_least: int | None = None  # smallest number of windows of a corpus with too little text; None: `num_samples`
 
 
 def make_windows(
@@ -98,6 +99,8 @@ def make_windows(
         )
     available = len(tokens) // seq_len
     num_windows = sample.num_samples or max(available, 1)  # at least 1, so that too little text is an error
+    if sample.at_least is not None:
+        num_windows = max(sample.at_least, min(available, num_windows))
     repeats = sample.repeat and 0 < available < num_windows
     if available < num_windows and not repeats:
         raise UserError(

@@ -194,8 +194,8 @@ def num_searches(cfg: RunConfig) -> int:
 
 
 def development_tokens(cfg: RunConfig) -> int:
-    """Number of tokens in the development text."""
-    return len(cfg.development_corpora) * cfg.evaluation.development_samples * cfg.corpora.seq_len
+    """Largest number of tokens in the development text. By default a quality target uses less of small corpora."""
+    return len(cfg.development_corpora) * cfg.development_windows * cfg.corpora.seq_len
 
 
 def learned_windows(cfg: RunConfig) -> int:

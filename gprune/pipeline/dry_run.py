@@ -87,7 +87,8 @@ def describe_search(cfg: RunConfig) -> str:
     if recovery_of(cfg.recovery).learns:
         models += f", and {LEARNED_TRIES} after {cfg.recovery}, usually 2, or more if none keeps the quality"
     corpora = ", ".join(cfg.development_corpora)
-    return f"{models}, each on {development_tokens(cfg):,} tokens of development text ({corpora})"
+    at_most = "at most " if cfg.evaluation.development_samples is None else ""  # small corpora have less
+    return f"{models}, each on {at_most}{development_tokens(cfg):,} tokens of development text ({corpora})"
 
 
 def describe_text(plan: Plan) -> str:

@@ -146,7 +146,11 @@ def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
             repeat=cfg.distill.repeat,
         ),
         "development": Sample(
-            e.development_samples, c.seq_len, bos=bos, flags=("--evaluation.development_samples", length_flag)
+            cfg.development_windows,
+            c.seq_len,
+            bos=bos,
+            flags=("--evaluation.development_samples", length_flag),
+            at_least=2 if e.development_samples is None else None,
         ),
         "test": Sample(e.num_samples, e.seq_len, bos=bos, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
     }

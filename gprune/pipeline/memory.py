@@ -154,7 +154,7 @@ class MemoryEstimate:
         # On a GPU AdamW updates all parameters at once, and needs a copy of them.
         update = 0 if self.cpu else 4 * trained
         backward_or_update = max(activations + self.head(4, teacher=True), update)
-        best_weights = 4 * trained * self.cpu  # a copy of the best weights so far, in main memory
+        best_weights = 4 * trained * self.cpu * (d.keep == "best")  # a copy of the best weights so far, in main memory
         cast = self.cast_copies + self.autocast * 2 * (self.H * self.V + trained)  # of the student too
         student = 4 * self.kept_parameters + 12 * trained  # float32 weights, gradients and moments
         pooled_grams = self.grams_of_all_corpora / self.corpora

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gprune.calibration.statistics import CorpusStatistics
+from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.evaluation.intervals import Interval, geometric_mean, paired_ratio
 from gprune.evaluation.perplexity import PerplexityResult
@@ -43,6 +44,7 @@ log = logging.getLogger("gprune")
 FILE = "quality.json"
 TOLERATED_PERCENT = 3, 10  # percent of perplexity above dense
 FIRST_SPARSITY = 0.1  # sparsity of the first trial
+WIDE = 0.5  # share of the requested rise by which a wide interval is above the limit
 EXPONENT = 1.5  # until two models are measured, log perplexity is assumed to rise with this power of the sparsity
 # Tolerance of the search: a share of the requested rise, and of the dense perplexity. The curve of SmolLM2 fluctuates
 # by 0.001 from one neuron to the next.
@@ -340,7 +342,29 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any] | Non
         phrases.append(f"on unseen text {_percent_with_interval(unseen.value, unseen.low, unseen.high)}")
     limit = "; the largest possible cut" if reached["largest"] else ""
     phrases.append(f"removed {main_row['share']:.2%} of {run.cfg.sparsity.scope}{limit}")
-    return reached | numbers | {"said": f"{', '.join(phrases)}."}
+    return reached | numbers | {"said": f"{', '.join(phrases)}.", "warnings": _warnings(run.cfg, numbers)}
+
+
+def _warnings(cfg: RunConfig, numbers: Mapping[str, float]) -> list[str]:
+    """Return a line for a wide interval on development text, and one if unseen text is above the limit.
+
+    An interval is wide if its upper end is above the limit by more than half of the requested rise.
+    """
+    target, rise = cfg.sparsity.target, cfg.sparsity.quality
+    warnings = []
+    if numbers["high"] > 1 + (1 + WIDE) * rise:
+        warnings.append(
+            f"The interval on development text reaches {_percent(numbers['high'])}, far above the limit {target}: "
+            "development text is too short. Raise --evaluation.development_samples, or use larger corpora."
+        )
+    if numbers.get("unseen", 0) > 1 + rise:
+        interval = _percent_with_interval(numbers["unseen"], numbers["unseen_low"], numbers["unseen_high"])
+        warnings.append(
+            f"Unseen text is above the limit {target}: {interval}. The limit holds on development text of the corpora "
+            "that the run reads. Lower --sparsity.target, or add corpora like the unseen text to --corpora.drift and "
+            "--corpora.recover."
+        )
+    return warnings
 
 
 def _percent(ratio: float) -> str:

@@ -171,7 +171,7 @@ def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Calla
             batch_size: windows per step; by default `--corpora.batch_size`.
             clip: largest gradient norm.
             accumulate: batches per optimizer step.
-            keep: which weights are kept, as in `--distill.keep`.
+            keep: which weights are kept, those of the last step or the best ones, as in `--distill.keep`.
 
         Raises:
             UserError: for an unknown argument.
@@ -187,7 +187,7 @@ def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Calla
             strategy = ModelParallelStrategy(t.devices * t.num_nodes, 1, save_distributed_checkpoint=False)
         learned = broadcast(run.folder.read(name))
         if learned is None:  # the cost of training is recorded in the enclosing step
-            best = BestWeights() if hasattr(stage, "student") else None
+            best = BestWeights(keep) if hasattr(stage, "student") else None
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
@@ -195,7 +195,7 @@ def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Calla
                 control=trial is not None or row != run.cfg.own_row, trial=trial is not None, measured_after=0.25,
             )  # fmt: skip
             if best:
-                best.load_best(stage, keep=keep)
+                best.load_best(stage)
             learned = {key: value.detach().cpu().clone() for key, value in stage.state_dict().items()}
             run.folder.write(name, learned)
             run.folder.record_cost()

@@ -80,6 +80,8 @@ def summarise(
     summary |= quality
     for entry in quality.values():
         log.info("%s", entry["said"])
+        for warning in entry.get("warnings", ()):
+            log.warning("%s", warning)
     if "quality" in quality:
         table = quality_table({run.folder.path.name: summary})
         log.info("%s:\n\n%s\n", table.title, table.for_stdout())
@@ -130,8 +132,10 @@ def sizes_and_perplexity(
 
 def results_as_markdown(run: Run, records: Sequence[dict[str, Any]], summary: Mapping[str, Any]) -> list[str]:
     """Return paragraphs in Markdown: the result table, and for a quality target sentences and a table."""
-    sentences = [summary[name]["said"] for name in ("quality", "tolerated") if name in summary]
-    paragraphs = [result_table(records).to_markdown(), *sentences]
+    paragraphs = [result_table(records).to_markdown()]
+    for name in ("quality", "tolerated"):
+        if name in summary:
+            paragraphs += [summary[name]["said"], *summary[name].get("warnings", ())]
     quality = quality_table({run.folder.path.name: summary})
     if quality.rows:
         paragraphs.append(quality.to_markdown())

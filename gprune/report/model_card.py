@@ -40,10 +40,10 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
     manifest = folder.manifest
     summary = manifest.get("summary", {})
     on_speed = summary.get("speed", {}).get("said")
-    on_quality = summary.get("quality", {}).get("said")
+    quality = summary.get("quality")
     card = model_card(cfg, records, model, dtype=manifest.get("exported_dtype"))
-    if on_quality:
-        card += f"\n{on_quality}\n"
+    if quality:
+        card += "".join(f"\n{line}\n" for line in (quality["said"], *quality.get("warnings", ())))
     card += speed_section(read_evaluation(folder / "evaluation.json"), on_speed)
     with replacing(model / "README.md") as new:
         new.write_text(card, encoding="utf-8")

@@ -76,7 +76,10 @@ class Report:
             paragraphs.append(f"More than {SIDE_BY_SIDE} runs: pairs and figures are left out.\n")
         sentences = []
         for name in ("speed", "quality", "tolerated"):
-            sentences += [f"{run.name}: {run.summary[name]['said']}" for run in self.runs if name in run.summary]
+            for run in self.runs:
+                if entry := run.summary.get(name):
+                    lines = (entry["said"], *entry.get("warnings", ()))
+                    sentences += [f"{run.name}: {line}" for line in lines]
         paragraphs += [f"{format_line(line)}\n" for line in (*sentences, *self.protocols())]
         return "\n".join(paragraphs)
 

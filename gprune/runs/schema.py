@@ -203,6 +203,7 @@ class Quality(Reached):
     unseen_low: Number | None = None
     unseen_high: Number | None = None
     said: Text
+    warnings: list[Text] = []
 
 
 class ToleratedShares(Schema):

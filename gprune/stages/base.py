@@ -42,6 +42,7 @@ class FrozenLMStage(L.LightningModule):
         curves: prefix of logged training metrics, such as `learn` in `learn/loss`. Default: the name of the class.
         tokens_before: training tokens of earlier stages with this model, for the axis `development/tokens`.
         development: perplexity by corpus from the last validation.
+        development_nll: negative log-likelihood per token of each window, by corpus, from the last validation.
         measured_at: optimizer step of the last validation.
         validation_prefix: prefix of logged validation metrics; `curve` during the sweep over sparsities.
     """
@@ -61,6 +62,7 @@ class FrozenLMStage(L.LightningModule):
         self._tokens: Tensor | int = 0  # a tensor on the device, which avoids a synchronization in each step
         self._perplexities: list[WindowPerplexity] = []  # one per validation loader; a list keeps them unregistered
         self.development: dict[str, float] = {}
+        self.development_nll: dict[str, list[float]] = {}
         self.autocast = Autocast()
 
     @property
@@ -173,6 +175,7 @@ class FrozenLMStage(L.LightningModule):
         """Log `development/perplexity/<corpus>`, the geometric mean, and the number of training tokens so far."""
         updated = [metric for metric in self._perplexities if metric.update_called]
         self.development = {metric.corpus: float(metric.compute()) for metric in updated}
+        self.development_nll = {metric.corpus: metric.window_nll for metric in updated}
         if not self.development:
             return
         name = f"{self.validation_prefix}/perplexity"

@@ -7,14 +7,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from gprune.evaluation.intervals import geometric_mean
+from gprune.evaluation.intervals import geometric_mean, paired_ratio
 from gprune.models.masks import Masks
 from gprune.models.offload import gathered
 from gprune.sparsity.gates import masked
@@ -143,18 +143,26 @@ class PerplexityCurve(L.Callback):
 
 
 class BestWeights(PerplexityCurve):
-    """A `PerplexityCurve` that also stores the weights with the lowest geometric mean of development perplexity."""
+    """A `PerplexityCurve` that warns if perplexity rose during the fit, and can restore the best weights.
 
-    def __init__(self) -> None:
+    The best weights have the lowest geometric mean of development perplexity over corpora.
+
+    Args:
+        keep: the value of `--distill.keep`. Weights are copied only for `best`.
+    """
+
+    def __init__(self, keep: Literal["last", "best"] = "best") -> None:
         super().__init__()
+        self.keep = keep
+        self.window_nll: dict[int, dict[str, list[float]]] = {}  # step -> corpus -> nats per token of each window
         self.best: dict[str, Tensor] = {}  # state dict of the stage at the lowest mean: unsharded tensors on the CPU
         self._measured: dict[str, Tensor] = {}  # state dict of the current validation
 
     def state_dict(self) -> dict[str, Any]:
-        return {"by_step": self.by_step, "best": self.best}
+        return {"by_step": self.by_step, "window_nll": self.window_nll, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.by_step, self.best = state["by_step"], state["best"]
+        self.by_step, self.window_nll, self.best = state["by_step"], state["window_nll"], state["best"]
 
     @property
     def means(self) -> dict[int, float]:
@@ -164,41 +172,53 @@ class BestWeights(PerplexityCurve):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Copy the weights that are measured. Callbacks such as `WeightAveraging` replace them during a validation."""
-        state = pl_module.state_dict()
-        self._measured = {name: gathered(value).detach().cpu().clone() for name, value in state.items()}
+        if self.keep == "best":
+            state = pl_module.state_dict()
+            self._measured = {name: gathered(value).detach().cpu().clone() for name, value in state.items()}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Store the weights if perplexity is lower than at all earlier validations."""
+        """Store the losses of windows, and the weights if perplexity is lower than at all earlier validations."""
         super().on_validation_end(trainer, pl_module)
         measured, self._measured = self._measured, {}
-        if not self.by_step:
+        if trainer.global_step not in self.by_step:
             return
+        self.window_nll[trainer.global_step] = pl_module.development_nll
         *earlier, current = self.means.values()
         if not earlier or current < min(earlier):
             self.best = measured
 
     @torch.no_grad()
-    def load_best(self, stage: L.LightningModule, *, keep: str) -> None:
-        """Load the best weights if `keep` is `best`, or if perplexity rose during training.
+    def load_best(self, stage: L.LightningModule) -> None:
+        """Load the best weights if `keep` is `best` and perplexity rose after them beyond noise.
 
-        Args:
-            stage: the stage of the fit.
-            keep: the value of `--distill.keep`.
+        Every rise is logged in one line: for `best` since the best step, for `last` since the first measurement.
         """
-        by_step = self.means
-        if not by_step:
+        means = self.means
+        if not means:
             return
-        means = list(by_step.values())
-        first, last = means[0], means[-1]
-        rose = last > first
-        if rose:
-            best_step = min(by_step, key=by_step.get)
-            log.warning(
-                "Development perplexity rose from %.4g to %.4g. Restored the weights of step %d, which had %.4g. Lower "
-                "--distill.learning_rate.", first, last, best_step, by_step[best_step],
-            )  # fmt: skip
-        if rose or keep == "best":
+        last_step = max(means)
+        earlier_step = min(means, key=means.get) if self.keep == "best" else min(means)
+        if not means[last_step] > means[earlier_step]:
+            return
+        is_beyond_noise, noise = self._compare_with_noise(last_step, earlier_step)
+        is_restored = self.keep == "best" and is_beyond_noise
+        outcome = f"The weights of step {earlier_step} are restored" if is_restored else "The last weights are kept"
+        remedy = "Lower --distill.learning_rate" + (", or use --distill.keep best" if self.keep == "last" else "")
+        log.warning(
+            "Development perplexity rose from %.4g at step %d to %.4g at step %d, %s. %s. %s.",
+            means[earlier_step], earlier_step, means[last_step], last_step, noise, outcome, remedy,
+        )  # fmt: skip
+        if is_restored:
             stage.load_state_dict(self.best)
+
+    def _compare_with_noise(self, last_step: int, earlier_step: int) -> tuple[bool, str]:
+        """Return whether the 95 % interval of the ratio, paired over development windows, is above 1; and as text."""
+        last, earlier = self.window_nll[last_step], self.window_nll[earlier_step]
+        if all(len(windows) == 1 for windows in last.values()):
+            return False, "with unknown noise (one window per corpus)"
+        ratio, low, high = paired_ratio(last, earlier, 1)
+        is_beyond = low > 1
+        return is_beyond, f"{'beyond' if is_beyond else 'within'} noise (ratio {ratio:.4f} [{low:.4f}, {high:.4f}])"
 
 
 def tokens_so_far(trainer: L.Trainer) -> int:

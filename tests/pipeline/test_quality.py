@@ -300,6 +300,61 @@ def test_a_very_loose_target_gives_the_largest_possible_cut(trained, tmp_path):
     assert [int(keep.sum()) for keep in result.masks.ffn] == [1, 1, 1]
 
 
+def args_by_default(world, tmp_path, *flags) -> list[str]:
+    """Return the flags of a tiny run without `--evaluation.development_samples`."""
+    return [flag for flag in world.args(tmp_path, *flags) if not flag.startswith("--evaluation.development_samples")]
+
+
+def test_a_quality_target_uses_more_development_text_by_default_and_all_of_a_small_corpus(trained, tmp_path):
+    """The small corpus has one development document, with text for four windows of 32 tokens."""
+    alpha, small_corpus = trained.corpora["alpha"], tmp_path / "small.jsonl"
+    words = alpha.read_text().split()
+    documents = [" ".join(words[start : start + 140]) for start in range(0, 16 * 140, 140)]
+    small_corpus.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    flags = ["--sparsity.target=+20%", "--gprune=false", "--recovery=least_squares"]
+    flags += [f"--corpora.recover=[{alpha},{small_corpus}]", f"--corpora.evaluate=[{alpha}]"]
+    assert tiny_run.main(args_by_default(trained, tmp_path, *flags)) == 0
+    trials = json.loads((tmp_path / "run/quality.json").read_text())["measured"].values()
+    assert {tuple(len(of_corpus["window_nll"]) for of_corpus in trial) for trial in trials} == {(8, 4)}
+
+
+def test_other_targets_use_two_development_windows(trained, tmp_path):
+    cfg = parse(args_by_default(trained, tmp_path))
+    assert cfg.settings()["evaluation"]["development_samples"] == 2
+    cfg.sparsity.target = "+5%"
+    assert cfg.settings()["evaluation"]["development_samples"] == 8
+
+
+def output_and_pages(result, capsys) -> list[list[str] | str]:
+    """Return the lines that a run printed, its report as Markdown, its page, and its model card."""
+    run_report = report.make([result.path])
+    markdown, model_card = run_report.to_markdown().replace("\\", ""), (result.path / "model/README.md").read_text()
+    return [capsys.readouterr().out.splitlines(), markdown, html.render(run_report), model_card]
+
+
+def test_a_wide_interval_is_warned_of_on_a_line_of_its_own(trained, tmp_path, capsys):
+    result = trained.run(tmp_path, *with_target("+10%", "--gprune=false", "--evaluation.development_samples=2"))
+    reached = result.summary["quality"]
+    assert reached["got"] <= 1.1
+    assert reached["high"] > 1.15
+    warning = reached["warnings"][0]
+    assert warning.startswith(
+        f"The interval on development text reaches {100 * (reached['high'] - 1):+.2f}%, far above"
+    )
+    assert all(warning in text for text in output_and_pages(result, capsys))
+
+
+def test_unseen_text_above_the_limit_is_warned_of_on_a_line_of_its_own(trained, tmp_path, capsys):
+    """On random words the model predicts no better than chance, so that pruning does no harm there."""
+    random_words = tiny_run.write_corpus(tmp_path / "random.txt", seed=7)
+    result = trained.run(tmp_path, *with_target("+10%", "--gprune=false", f"--corpora.score={random_words}"))
+    reached = result.summary["quality"]
+    assert reached["unseen"] > 1.1
+    (warning,) = reached["warnings"]
+    assert warning.startswith(f"Unseen text is above the limit +10%: {100 * (reached['unseen'] - 1):+.2f}%")
+    assert all(warning in text for text in output_and_pages(result, capsys))
+
+
 REFUSED = {  # flags -> words of the message
     "--sparsity.target=+0%": "got '+0%'",
     "--sparsity.target=-5%": "got '-5%'",
