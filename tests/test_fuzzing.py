@@ -31,7 +31,6 @@ EXAMPLES = {"flags": 20, "study": 20, "text": 40}  # for an entry point; 12 for 
 def _isolated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, tiny_run.isolated(tmp_path_factory.mktemp("cache")):
         tiny_run.quick(patch)
-        patch.setattr("gprune.pipeline.dry_run.matmul_flops", lambda *_: 1e9)  # the measurement takes half a second
         yield
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +43,7 @@ from gprune.storage.cache import cache_dir
 from .measure import Table, in_turn
 from .models import Settings, pair_of, random_masks, tokens
 
-STEP, RUN, UNSEEN, EVALUATION, PLAN = 1.15, 0.55, 0.02, 0.8, 0.25  # goals
+STEP, RUN, UNSEEN, EVALUATION = 1.15, 0.55, 0.02, 0.8  # goals
 # Names and flags of whole runs. `--model.dtype` is also the precision of statistics and evaluation.
 PRECISIONS = (
     ("32-true", ("--trainer.precision", "32-true")),
@@ -245,25 +243,23 @@ def whole_runs(flags: list[str], repeats: int) -> list[Table]:
         for name, _ in PRECISIONS:
             run, base = made[name], made["32-true"]
             over, beside = run["seconds"] / base["seconds"], run["unseen"] / base["unseen"]
-            planned = run["planned"] / run["seconds"]
-            goals = {"plan": abs(planned - 1) <= PLAN}
+            goals = {}
             if run["evaluation"] is not None:
                 goals["evaluation"] = run["evaluation"] >= EVALUATION
             if run["precision"] != base["precision"]:
                 goals |= {"run": over <= RUN, "unseen": abs(beside - 1) <= UNSEEN}
             rows.append([
                 f"{name} ({run['precision']}), {turn}", run["seconds"], over, run["unseen"], beside, run["evaluation"],
-                run["planned"], planned, ", ".join(goal for goal, is_met in goals.items() if not is_met) or "none",
+                ", ".join(goal for goal, is_met in goals.items() if not is_met) or "none",
             ])  # fmt: skip
-    header = ["", "run, s", "over 32-true", "unseen / base", "over 32-true", "evaluation / calibration", "planned, s",
-              "planned / run", "goals missed"]  # fmt: skip
-    note = f"Goals: run {RUN} of 32-true, unseen / base within {UNSEEN:.0%}, evaluation {EVALUATION}, plan {PLAN:.0%}."
+    header = ["", "run, s", "over 32-true", "unseen / base", "over 32-true", "evaluation / calibration", "goals missed"]
+    note = f"Goals: run {RUN} of 32-true, unseen / base within {UNSEEN:.0%}, evaluation {EVALUATION}."
     about = f"`train.py {' '.join(flags)}`, {torch.get_num_threads()} threads. {note}"
     return [Table("A whole run", f"{about} {hardware(torch.device('cpu'))}", header, rows)]
 
 
 def one_run(flags: list[str]) -> dict[str, Any]:
-    """Run `train.py` once. Returns its seconds, results, and the seconds planned by a dry run."""
+    """Run `train.py` once. Returns its seconds and results."""
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "cache"
         cache.mkdir()
@@ -272,20 +268,12 @@ def one_run(flags: list[str]) -> dict[str, Any]:
             (cache / kept).symlink_to(cache_dir() / kept)
         own = ["--run.dir", scratch, "--run.name", "run"]
 
-        def train(*more: str) -> str:
-            done = subprocess.run(
-                [sys.executable, "train.py", *flags, *own, *more], cwd=ROOT, capture_output=True, text=True,
-                check=False, env=os.environ | {"GPRUNE_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
-            if done.returncode:
-                raise UserError(f"Cannot run train.py: {done.stderr.strip().splitlines()[-1].removesuffix('.')}.")
-            return done.stdout
-
-        planned = re.search(r"FLOP: (?:(\d+) days?, )?(\d+):(\d+):(\d+)", train("--dry_run", "true"))
-        if planned is None:
-            raise UserError("Cannot compare the time with a plan: the dry run has none. See the log line about time.")
-        days, hours, minutes, seconds = (int(part or 0) for part in planned.groups())
-        train()
+        done = subprocess.run(
+            [sys.executable, "train.py", *flags, *own], cwd=ROOT, capture_output=True, text=True,
+            check=False, env=os.environ | {"GPRUNE_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        if done.returncode:
+            raise UserError(f"Cannot run train.py: {done.stderr.strip().splitlines()[-1].removesuffix('.')}.")
         folder = Path(scratch) / "run"
         manifest = json.loads((folder / "manifest.json").read_text())
         records = json.loads((folder / "metrics.json").read_text())["records"]
@@ -305,5 +293,4 @@ def one_run(flags: list[str]) -> dict[str, Any]:
         "precision": manifest["settings"]["trainer"]["precision"],
         "unseen": unseen[final] / unseen["base", "none"],
         "evaluation": evaluation and calibration and evaluation / calibration,
-        "planned": timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds(),
     }

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field
 
-from gprune.checks import AtLeast0, AtLeast1, NonNegative, Positive, Text, UpTo4096, check_options, whole_numbers
+from gprune.checks import AtLeast0, AtLeast1, NonNegative, Text, UpTo4096, check_options, whole_numbers
 from gprune.config.groups import CorporaConfig, Group, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.running import (
     DEVELOPMENT_SAMPLES,
@@ -73,8 +73,6 @@ class PlanConfig(Group, prefix="plan."):
 
     memory: Annotated[ByteSize, Field(gt=0, lt=10**15)] | None = None
     """Memory of a device, such as 80GiB. Default: that of this machine's GPU, or its main memory."""
-    tflops: Positive | None = None
-    """Sustained speed of a device in TFLOPS (10^12 operations per second). Default: measured on this machine."""
 
 
 def _join_chain(recovery: Any) -> Any:
@@ -123,7 +121,7 @@ class RunConfig(Group):
     run: RunFolderConfig = Field(default_factory=RunFolderConfig)
     export: Annotated[ExportConfig, BeforeValidator(_from_format)] = Field(default_factory=ExportConfig)
     dry_run: bool = False
-    """Print the number of tokens, windows and FLOPs, the expected time and memory, and the widths. Nothing is run."""
+    """Print the widths, and the number of parameters, tokens and FLOPs and the memory needed. Nothing is run."""
     plan: PlanConfig = Field(default_factory=PlanConfig)
 
     def model_post_init(self, _: Any) -> None:

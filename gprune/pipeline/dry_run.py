@@ -1,13 +1,10 @@
-"""Text of `--dry_run`: tokens, FLOPs, expected time, memory and widths of a plan."""
+"""Text of `--dry_run`: widths, parameters, tokens, FLOPs and memory of a plan."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from datetime import timedelta
 
 import torch
-from torch.utils.benchmark import Timer
 from transformers import AutoTokenizer
 
 from gprune.benchmarks.speed import price_from_table
@@ -27,11 +24,9 @@ from gprune.pipeline.cost import (
     num_searches,
 )
 from gprune.pipeline.inputs import prepare_text
-from gprune.pipeline.memory import memory_line
-from gprune.pipeline.pace import num_timed_blocks, run_seconds
+from gprune.pipeline.memory import memory_lines
 from gprune.pipeline.plan import Plan, describe_unpruned
 from gprune.recoveries import recovery_of
-from gprune.runs.trainer import matmul_precision
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
@@ -74,11 +69,11 @@ def describe(plan: Plan) -> str:
         "evaluates": f"{1 + len(cfg.stages)} models on {len(cfg.corpora.evaluate)} corpora",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
         "and backward": f"{plan.forward_backward_tokens:,} tokens",
-        "compute": describe_compute(plan),
-        "memory": memory_line(plan),
+        "compute": f"at most {estimated_flops(plan):.2e} FLOP",
+        **memory_lines(plan),
         "results": cfg.folder,
     }
-    return "\n".join(f"{name:12} {line}" for name, line in lines.items() if line)
+    return "\n".join(f"{name:16} {line}" for name, line in lines.items() if line)
 
 
 def describe_search(cfg: RunConfig) -> str:
@@ -87,8 +82,7 @@ def describe_search(cfg: RunConfig) -> str:
     if recovery_of(cfg.recovery).learns:
         models += f", and {LEARNED_TRIES} after {cfg.recovery}, usually 2, or more if none keeps the quality"
     corpora = ", ".join(cfg.development_corpora)
-    at_most = "at most " if cfg.evaluation.development_samples is None else ""  # small corpora have less
-    return f"{models}, each on {at_most}{development_tokens(cfg):,} tokens of development text ({corpora})"
+    return f"{models}, each on {development_tokens(cfg):,} tokens of development text ({corpora})"
 
 
 def describe_text(plan: Plan) -> str:
@@ -135,38 +129,6 @@ def describe_widths(cfg: RunConfig, budget: Budget) -> str:
     return f"{of_neurons} and {of_groups} per block, at uniform sparsity"
 
 
-def describe_compute(*plans: Plan) -> str:
-    """Describe the FLOPs of plans together, and their expected time on this machine.
-
-    The time is measured on a few blocks of the model in the precisions of the run. For large models, or with
-    --plan.tflops, it is the number of FLOPs divided by the speed of matrix products of the first plan's sizes.
-    """
-    plan = plans[0]
-    cfg, total = plan.cfg, sum(map(estimated_flops, plans))
-    if cfg.plan.tflops:
-        speed, source = 1e12 * cfg.plan.tflops, "--plan.tflops"
-    else:
-        with matmul_precision(cfg.trainer.float32_matmul_precision, fastest_on=plan.device):
-            seconds = list(map(run_seconds, plans))
-        if None not in seconds:
-            time = timedelta(seconds=math.ceil(sum(seconds)))
-            precisions = ", ".join(dict.fromkeys([cfg.model.dtype, cfg.trainer.precision]))
-            return (
-                f"at most {total:.2e} FLOP: {time} by {num_timed_blocks(plan)} blocks measured on {plan.device} "
-                f"({precisions}); "
-                "time for files and for solving least squares is not included"
-            )
-        if not plan.pricing.device_available:
-            return f"at most {total:.2e} FLOP; time: unknown without --plan.tflops, as this machine has no GPU"
-        hidden_size = plan.skeleton.config.get_text_config(decoder=True).hidden_size
-        shape = max(plan.budget.costs.neurons), hidden_size
-        with matmul_precision(cfg.trainer.float32_matmul_precision, fastest_on=plan.device):
-            speed = matmul_flops(plan.device, getattr(torch, cfg.model.dtype), shape)
-        source = f"the speed of matrix products of {cfg.model.dtype} on {plan.device}"
-    time = timedelta(seconds=math.ceil(total / (speed * cfg.processes)))
-    return f"at most {total:.2e} FLOP: {time} at {speed:.2e} FLOP/s per process, {source}; other work is not included"
-
-
 def estimated_flops(plan: Plan) -> float:
     """Estimate the FLOPs of a run's passes and Gram matrices, as if nothing were pruned and all weights had gradients.
 
@@ -205,30 +167,8 @@ def estimated_flops(plan: Plan) -> float:
 
 
 def gram_flops(channels: int) -> float:
-    """FLOPs per token of `calibration.moments.add_gram` for C channels: C (C + 192), or 4/3 C^2 if that is more.
+    """FLOPs per token of `calibration.moments.add_gram` for C channels: at most C (C + 192).
 
-    `add_gram` multiplies panels of 192 columns from the diagonal on, which needs at most C (C + 192) FLOPs, or 2 C^2 if
-    there is one panel. For large C it takes two thirds of the time of a full product of 2 C^2. So counting 4/3 C^2
-    predicts its time.
+    `add_gram` multiplies panels of 192 columns with all columns from the diagonal on.
     """
-    panel = min(channels, 192)
-    return max(channels * (channels + panel), 4 / 3 * channels**2)
-
-
-def matmul_flops(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], *, seconds: float = 0.5) -> float:
-    """Measure matmul throughput in FLOP/s: 512 tokens times a weight of shape (out, in).
-
-    A forward pass has a lower throughput, because of element-wise operations, attention and synchronization.
-
-    Args:
-        device: device on which the product is timed.
-        dtype: dtype of tokens and weight.
-        shape: (out, in).
-        seconds: how long the product is repeated.
-    """
-    tokens = torch.ones(512, shape[1], dtype=dtype, device=device)
-    weight = torch.ones(shape, dtype=dtype, device=device)
-    timer = Timer(
-        "tokens @ weight.T", globals={"tokens": tokens, "weight": weight}, num_threads=torch.get_num_threads()
-    )
-    return 2.0 * len(tokens) * weight.numel() / timer.blocked_autorange(min_run_time=seconds).mean
+    return channels * (channels + min(channels, 192))

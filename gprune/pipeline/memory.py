@@ -1,12 +1,13 @@
-"""Peak memory of a run by step, from formulas that `tests/pipeline/test_memory.py` compares with real runs.
+"""Peak memory of a run in five terms, for `--dry_run`; `tests/pipeline/test_memory.py` compares it with real runs.
 
-The formulas count weights, gradients, moments of AdamW, statistics, activations of a batch, and logits of a chunk of
-tokens.
+Sizes: H hidden size, V vocabulary, L layers; N active neurons of the widest layer, and C its attention channels.
+`weight` is the bytes of a weight in `--model.dtype`, and `activation` those of a number in the precision of training.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ from gprune.calibration.layerwise import needs_walk
 from gprune.calibration.statistics import gram_bytes
 from gprune.models.autocast import count_cast_weights
 from gprune.models.blocks import blocks_of, by_layer
-from gprune.models.losses import CHUNK, rows_at_once
+from gprune.models.losses import CHUNK
 from gprune.pipeline.cost import active_experts, error_corpora, error_tokens, evaluated_tokens, fits_cache
 from gprune.pipeline.plan import Plan
 from gprune.pipeline.pricing import device_memory
@@ -24,33 +25,45 @@ GIB = 2**30
 MEMORY_SAVERS = {  # step -> flags that lower its peak most
     "calibrate": "--corpora.batch_size 1, --model.dtype bfloat16 or --model.device_map auto",
     "learn": "--corpora.batch_size 1 or --sparsity.allocation uniform",
-    "recover": "--distill.targets lora or --recovery least_squares",
+    "recover": "--recovery least_squares or, with the package peft, --distill.targets lora",
     "evaluate": "--evaluation.controls '[]', --model.dtype bfloat16 or --model.device_map auto",
 }
 
 
-def memory_line(plan: Plan) -> str:
-    """Describe the peaks, whether they fit into memory, and the flags that lower the highest peak."""
+class Memory(NamedTuple):
+    """Bytes in one step."""
+
+    weights: float  # of all models in memory at once
+    gradients: float = 0.0
+    optimizer: float = 0.0  # moments of AdamW
+    gram_matrices: float = 0.0
+    activations: float = 0.0  # with logits and cached hidden states
+
+
+def memory_lines(plan: Plan) -> dict[str, str]:
+    """Return the step with the highest peak, whether the peak fits and what lowers it, and its five terms."""
     cfg = plan.cfg
     if cfg.model.device_map is not None or cfg.model.shard:
-        return "not counted with --model.device_map and --model.shard; see docs/large_models.md"
+        return {"memory": "not counted with --model.device_map and --model.shard; see docs/large_models.md"}
+    peaks = estimated_peaks(plan)
+    step, terms = max(peaks.items(), key=lambda item: sum(item[1]))
     available = cfg.plan.memory
     if available is None and plan.pricing.device_available:
         available = device_memory(plan.device)
-    peaks = estimated_peaks(plan)
     owner = "this machine" if plan.device.type == "cpu" else "each GPU"
-    by_step = ", ".join(f"{peak / GIB:,.1f} ({step})" for step, peak in peaks.items())
-    estimate = f"about {by_step} GiB of {owner}"
+    estimate = f"about {sum(terms) / GIB:,.1f} GiB of {owner}, in the step {step}"
     if available is None:
-        return f"{estimate}; whether that fits: unknown without --plan.memory, as this machine has no GPU"
-    if max(peaks.values()) <= available:
-        return f"{estimate}: fits {available / GIB:,.1f} GiB"
-    flags = MEMORY_SAVERS[max(peaks, key=peaks.get)]
-    return f"{estimate}: does not fit {available / GIB:,.1f} GiB; try {flags} (docs/large_models.md)"
+        fits = "whether that fits: unknown without --plan.memory, as this machine has no GPU"
+    elif sum(terms) <= available:
+        fits = f"fits {available / GIB:,.1f} GiB"
+    else:
+        fits = f"does not fit {available / GIB:,.1f} GiB; try {MEMORY_SAVERS[step]} (docs/large_models.md)"
+    by_term = {f"  {name.replace('_', ' ')}": f"{value / GIB:,.2f} GiB" for name, value in terms._asdict().items()}
+    return {"memory": f"{estimate}: {fits}", **by_term}
 
 
-def estimated_peaks(plan: Plan) -> dict[str, float]:
-    """Estimate the peak memory in bytes by step: of each device, or of all processes that share main memory."""
+def estimated_peaks(plan: Plan) -> dict[str, Memory]:
+    """Estimate the memory by step: of each device, or of all processes that share main memory."""
     estimate, cfg = MemoryEstimate(plan), plan.cfg
     peaks = {"calibrate": estimate.calibrate()}
     if cfg.learns:
@@ -62,16 +75,11 @@ def estimated_peaks(plan: Plan) -> dict[str, float]:
         peaks["recover"] = estimate.solve()
     peaks["evaluate"] = estimate.evaluate()
     processes = cfg.trainer.devices if estimate.cpu else 1  # processes that share the memory
-    return {name: peak * processes for name, peak in peaks.items()}
+    return {step: Memory(*(processes * term for term in terms)) for step, terms in peaks.items()}
 
 
 class MemoryEstimate:
-    """Peak memory of the steps of one process, in bytes.
-
-    Short names: hidden size H, vocabulary size V, number of layers L; N active neurons in the widest layer, and C its
-    attention channels; `weight` and `activation` are the bytes of one number. Factors of these sizes are bytes per
-    token: 24 H, for example, are six float32 vectors of the hidden size.
-    """
+    """The terms of one process."""
 
     def __init__(self, plan: Plan):
         cfg, costs, blocks = plan.cfg, plan.budget.costs, blocks_of(plan.skeleton)
@@ -86,95 +94,103 @@ class MemoryEstimate:
         self.autocast = cfg.trainer.precision == "bf16-mixed"
         self.weight = getattr(torch, cfg.model.dtype).itemsize
         self.activation = 2 if self.autocast else self.weight
+        self.parameters = plan.skeleton.num_parameters()
+        self.kept_parameters = self.parameters - plan.removed
         self.kept_share = 1 - plan.removed / costs.in_parameters.total
-        self.kept_parameters = plan.skeleton.num_parameters() - plan.removed
-        self.batch_tokens = math.ceil(cfg.corpora.batch_size / cfg.processes) * cfg.corpora.seq_len
-        self.gram = gram_bytes(blocks) if "gram" in cfg.collects else 0  # of one corpus
-        self.corpora = max(1, len(cfg.calibration_corpora))
-        self.layer_by_layer = needs_walk(plan.skeleton, corpora=self.corpora, gram=self.gram > 0)
-        # On a GPU, or if statistics are collected layer by layer, Gram matrices do not stay in memory.
-        self.grams_of_all_corpora = 0 if self.layer_by_layer or not self.cpu else self.gram * self.corpora
-        # bfloat16 copies of frozen float32 weights
-        self.cast_copies = 2 * count_cast_weights(plan.skeleton) * (self.autocast and self.weight == 4)
+        # Copies in bfloat16 of frozen float32 weights
+        self.cast = 2 * count_cast_weights(plan.skeleton) if self.autocast and self.weight == 4 else 0
+
+    def tokens_of(self, batch_size: int) -> int:
+        """Tokens of a batch in one process."""
+        return math.ceil(batch_size / self.cfg.processes) * self.cfg.corpora.seq_len
+
+    def layer(self, tokens: int, *, activation: int, kept_share: float = 1.0) -> float:
+        """Activations of one layer that its backward pass needs: 16 H + 4 (N + C) numbers a token."""
+        return tokens * (16 * self.H + 4 * activation * (kept_share * self.N + self.C))
+
+    def chunk_logits(self, *, teacher: bool) -> float:
+        """Logits of a chunk of tokens and their gradients, with those of a teacher, in float32."""
+        return 8 * CHUNK * self.V * (1 + teacher)
 
     @property
-    def dense(self) -> float:
-        """The dense model, and Gram matrices that stay in memory."""
-        return self.weight * (self.kept_parameters + self.plan.removed) + self.grams_of_all_corpora
+    def grams(self) -> float:
+        """Gram matrices in memory: of all corpora, or of one corpus on a GPU or layer by layer."""
+        if "gram" not in self.cfg.collects:
+            return 0
+        of_one_corpus, corpora = gram_bytes(blocks_of(self.plan.skeleton)), max(1, len(self.cfg.calibration_corpora))
+        if needs_walk(self.plan.skeleton, corpora=corpora, gram=True):
+            return of_one_corpus / self.L
+        return of_one_corpus * corpora if self.cpu else of_one_corpus
 
     @property
-    def other_models(self) -> float:
-        """Memory besides a row's model: the dense model with its forecasts, and the model of the main row."""
-        main_row = self.weight * self.kept_parameters * (len(self.cfg.stages) > 1)
+    def rows(self) -> float:
+        """Weights besides a row's model: the dense model, and the model of the main row if there are controls."""
+        return self.weight * (self.parameters + self.kept_parameters * (len(self.cfg.stages) > 1))
+
+    @property
+    def forecasts(self) -> float:
+        """Hidden states of the dense model on the text of the evaluation; with a GPU they are in main memory."""
         tokens = evaluated_tokens(self.cfg)
-        in_same_memory = self.cpu and fits_cache(self.cfg, tokens, self.H)  # with a GPU they are in main memory
-        forecasts = self.weight * self.H * tokens * in_same_memory
-        return self.dense + main_row + forecasts
+        return self.weight * self.H * tokens if self.cpu and fits_cache(self.cfg, tokens, self.H) else 0
 
-    def head(self, bytes_per_logit: int, *, teacher: bool) -> int:
-        """Logits of a chunk of tokens, of student and teacher, and float32 terms of the rows computed at once."""
-        rows = rows_at_once(self.plan.device, self.V)
-        return self.V * (CHUNK * bytes_per_logit * (1 + teacher) + rows * (8 + 12 * teacher))
+    def learn(self) -> Memory:
+        """Threshold learning: activations of all layers. Gates and their moments are small."""
+        layer = self.layer(self.tokens_of(self.cfg.corpora.batch_size), activation=self.activation)
+        return Memory(
+            weights=self.weight * self.parameters + self.cast,
+            gram_matrices=self.grams,
+            activations=self.L * layer + self.chunk_logits(teacher=self.cfg.sparsity.loss == "kl"),
+        )
 
-    def learn(self) -> float:
-        """Threshold learning: the dense model, activations of all layers for the backward pass, and the head."""
-        activations = self.L * self.batch_tokens * (8 * self.H + 4 * self.activation * (self.N + self.C))
-        head = self.head(self.activation, teacher=self.cfg.sparsity.loss == "kl")
-        return self.dense + self.cast_copies + activations + head
-
-    def calibrate(self) -> float:
-        """Collecting statistics, or measuring errors of blocks if that needs more."""
-        cfg, c = self.cfg, self.cfg.corpora
-        if "saliency" in cfg.collects:
-            peak = self.learn() + 8 * self.costs.in_parameters.total
-        else:
-            if self.layer_by_layer:  # Gram matrices of one layer, and hidden states of the corpus in main memory
-                hidden_states = self.cpu * self.weight * self.H * c.num_samples * c.seq_len
-                sums = self.gram / self.L + hidden_states
-            else:  # Gram matrices of one corpus, which on a CPU are counted in `dense`
-                sums = self.gram * (not self.cpu)
-            per_neuron = 26 if self.gram else 2 * self.weight + 8
-            peak = self.dense + sums + self.batch_tokens * (per_neuron * self.N + 4 * self.H)
-        if cfg.measures_errors:  # a backward pass, and bfloat16 inputs of all output projections of FFNs
+    def calibrate(self) -> Memory:
+        """Collecting statistics: one layer at a time or, for gradients, all layers."""
+        cfg, tokens = self.cfg, self.tokens_of(self.cfg.corpora.batch_size)
+        with_gradients = "saliency" in cfg.collects or cfg.measures_errors
+        activations = self.learn().activations if with_gradients else self.layer(tokens, activation=self.weight)
+        if cfg.measures_errors:  # inputs of all output projections of FFNs, in bfloat16
             tokens = max(error_tokens(cfg, name) for name in error_corpora(cfg))
-            inputs = 2 * self.L * self.N * tokens
-            peak = max(peak, self.learn() + inputs, self.dense + inputs + 40 * self.N**2)
-        return peak
+            activations += 2 * self.L * self.N * tokens
+        return Memory(
+            weights=self.weight * self.parameters,
+            gradients=8 * self.costs.in_parameters.total * ("saliency" in cfg.collects),  # sums in float32
+            gram_matrices=self.grams,
+            activations=activations,
+        )
 
-    def distill(self) -> float:
-        """Distillation with AdamW."""
-        d = self.cfg.distill
-        tokens = math.ceil(d.batch_size / self.cfg.processes) * self.cfg.corpora.seq_len
-        layer_activations = tokens * (24 * self.H + 16 * (self.kept_share * self.N + self.C))
-        if d.checkpointing:  # all activations of one layer, and the inputs of every layer
-            activations = layer_activations + self.L * tokens * 4 * self.H
-        else:
-            activations = self.L * layer_activations
+    def distill(self) -> Memory:
+        """Distillation with AdamW of a student in float32."""
+        d, tokens = self.cfg.distill, self.tokens_of(self.cfg.distill.batch_size)
         trained = trained_parameters(self.plan, self.kept_share)
-        # On a GPU AdamW updates all parameters at once, and needs a copy of them.
-        update = 0 if self.cpu else 4 * trained
-        backward_or_update = max(activations + self.head(4, teacher=True), update)
-        best_weights = 4 * trained * self.cpu * (d.keep == "best")  # a copy of the best weights so far, in main memory
-        cast = self.cast_copies + self.autocast * 2 * (self.H * self.V + trained)  # of the student too
-        student = 4 * self.kept_parameters + 12 * trained  # float32 weights, gradients and moments
-        pooled_grams = self.grams_of_all_corpora / self.corpora
-        return self.other_models + pooled_grams + student + best_weights + backward_or_update + cast
+        layer = self.layer(tokens, activation=4, kept_share=self.kept_share)
+        layers = layer + self.L * tokens * 4 * self.H if d.checkpointing else self.L * layer
+        best_weights = 4 * trained * (d.keep == "best") if self.cpu else 0  # so far, in main memory
+        student = 4 * self.kept_parameters + best_weights
+        cast = self.cast + 2 * (self.H * self.V + trained) * self.autocast  # also of the student
+        return Memory(
+            weights=self.rows + student + cast,
+            gradients=4 * trained,
+            optimizer=(8 if self.cpu else 12) * trained,  # a GPU updates all weights at once, in copies
+            gram_matrices=self.grams,
+            activations=self.forecasts + layers + self.chunk_logits(teacher=True),
+        )
 
-    def solve(self) -> float:
-        """Least squares: the pruned model, and the matrices of the widest block's equations."""
-        neurons = max(self.costs.neurons)
-        kept_neurons = self.kept_share * neurons
-        matrices = 4 * neurons**2 + 8 * kept_neurons**2 + (neurons - kept_neurons) * (4 * neurons + 12 * kept_neurons)
-        pooled_grams = self.grams_of_all_corpora / self.corpora
-        pruned = self.weight * self.kept_parameters
-        return self.other_models + pooled_grams + pruned + (matrices if self.gram else 0)
+    def solve(self) -> Memory:
+        """Least squares: the equations of the widest block, 12 N^2, in float64."""
+        return Memory(
+            weights=self.rows + self.weight * self.kept_parameters,
+            gram_matrices=self.grams + 12 * max(self.costs.neurons) ** 2,
+            activations=self.forecasts,
+        )
 
-    def evaluate(self) -> float:
-        """Evaluation of a row: activations of a batch, and logits of one window."""
-        per_logit = 2 * self.weight if self.cpu else 2 * self.weight + 8
-        logits = self.cfg.evaluation.seq_len * self.V * per_logit
-        activations = self.batch_tokens * 3 * self.weight * self.N
-        return self.other_models + self.weight * self.kept_parameters + activations + logits
+    def evaluate(self) -> Memory:
+        """Evaluation of a row: logits of one window, and their softmax."""
+        logits = self.cfg.evaluation.seq_len * self.V * (2 * self.weight if self.cpu else 2 * self.weight + 8)
+        tokens = self.tokens_of(self.cfg.corpora.batch_size)
+        return Memory(
+            weights=self.rows + self.weight * self.kept_parameters,
+            gram_matrices=self.grams,
+            activations=self.forecasts + self.layer(tokens, activation=self.weight) + logits,
+        )
 
 
 def trained_parameters(plan: Plan, kept_share: float) -> float:

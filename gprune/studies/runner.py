@@ -22,7 +22,7 @@ from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.imports import UNREADABLE
-from gprune.pipeline.dry_run import describe_compute
+from gprune.pipeline.dry_run import estimated_flops
 from gprune.pipeline.plan import check
 from gprune.report.records import cost_table
 from gprune.runs import schema
@@ -77,7 +77,7 @@ def run_rows(pending: Sequence[Row]) -> None:
             if row.config.processes > 1:  # other processes would wait until torch's timeout
                 raise UserError(f"Row '{row.name}' must have one process for tasks; got {row.config.processes}.")
     if is_rank_0:
-        write_stdout(token_hours(pending) + "\n")
+        write_stdout(largest_costs(pending) + "\n")
     for row in pending:
         start = time.monotonic()
         folder_and_record = run_row(row)
@@ -91,15 +91,15 @@ def run_rows(pending: Sequence[Row]) -> None:
             print_stored(row, start, "tasks ")
 
 
-def token_hours(pending: Sequence[Row]) -> str:
-    """Return a line with the largest number of tokens of pending rows, and the expected time on this machine."""
+def largest_costs(pending: Sequence[Row]) -> str:
+    """Return a line with the largest number of tokens and FLOPs of pending rows."""
     plans = [check(row.config) for row in pending]
     forward = sum(plan.forward_tokens for plan in plans)
     backward = sum(plan.forward_backward_tokens for plan in plans)
     tasks = ", tasks not counted" if any(row.tasks for row in pending) else ""
     return (
         f"{len(pending)} configurations: at most {forward:,} tokens forward and {backward:,} forward and backward, "
-        f"without cached results{tasks}; {describe_compute(*plans)}"
+        f"without cached results{tasks}; at most {sum(map(estimated_flops, plans)):.2e} FLOP"
     )
 
 

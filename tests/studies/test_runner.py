@@ -49,7 +49,7 @@ def test_rows_with_other_settings_or_seeds_run_unless_only_tables_are_printed(be
     path, _ = first
     ran = []  # (row, seed, target)
     monkeypatch.setattr(runner, "run_row", lambda row: ran.append((row.name, row.seed, row.config.sparsity.target)))
-    monkeypatch.setattr(runner, "token_hours", lambda pending: f"{len(pending)} pending")
+    monkeypatch.setattr(runner, "largest_costs", lambda pending: f"{len(pending)} pending")
     assert "3 pending" in bench(capsys, path, "--", "--sparsity.target=0.4")
     assert ran == [(name, 0, 0.4) for name in ROWS]
     ran.clear()
@@ -78,7 +78,7 @@ def test_parts_run_every_row_once_also_if_they_start_one_after_another(count, be
         records.add(archive.find_record(row)[0])
 
     monkeypatch.setattr(runner, "run_row", run_row)
-    monkeypatch.setattr(runner, "token_hours", lambda pending: "")
+    monkeypatch.setattr(runner, "largest_costs", lambda pending: "")
     monkeypatch.setattr(runner, "print_results", lambda *_: None)
     monkeypatch.setattr(runner, "finished_record", lambda row: {} if archive.find_record(row)[0] in records else None)
     for i in range(count):
