@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.isotonic import isotonic_regression
 from torch.utils.benchmark import Timer
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -40,19 +39,15 @@ SPEED_TABLE = "speed.json"  # file in a run's folder
 DECODING_STEPS = 8  # number of decoding steps that are timed
 MIN_ROUNDS, MAX_ROUNDS = 2, 12  # numbers of rounds of a measurement
 MAX_SECONDS = 25.0  # after this time no round begins, except the first ones
-MAX_SPREAD = 0.1  # a table with a larger spread of repeats is measured again, and a warning is logged
-DAY = 86_400.0  # seconds
-MAX_AGE = DAY  # an older table is measured again
 MULTIPLES = (1, 8, 16, 32, 64, 128)  # candidates of `best_multiple`
-MAX_NOISY_MULTIPLE = 16  # largest multiple that is considered with a noisy table
+TOLERATED_LOSS = 0.05  # share of a block's time that `best_multiple` ignores
+BUSY = 0.1  # a warning is logged if repeats of a measurement differ by more
 PICOSECONDS = 1e12  # per second
 # A latency table. `neurons` and `groups`: pairs (width of every block, seconds of a layer), the other width being full.
 # `multiples`: such pairs for odd multiples of each of `MULTIPLES`. `rest`: seconds of everything outside of the layers.
-# `spread`: relative spread of repeated measurements.
+# `spread`: relative spread of repeated measurements, for information.
 Table = dict[str, Any]
 Times = tuple[list[float], list[float], list[float]]  # per model: seconds to the first token, per step, in total
-
-_checked: set[Path] = set()  # tables that this process has measured or verified
 
 
 def speed_key(dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]) -> str:
@@ -77,8 +72,8 @@ def speed_table(
         device: device on which models are timed.
         dtype: dtype in which models are timed.
         workload: `batch`, `prompt` and `generate`, as for `time_generation`.
-        measure: whether to measure if the cache has no table, or one that `reason_to_measure` rejects.
-        again: with `measure`, whether to replace a valid cached table too (`--speed.measure true`).
+        measure: whether to measure if the cache has no table.
+        again: with `measure`, whether to replace a cached table (`--speed.measure true`).
         run_table: file in a run's folder in which `store_run_table` stored the table of an earlier session, if any.
             A resumed run keeps that table, regardless of `measure` and `again`.
     """
@@ -89,58 +84,11 @@ def speed_table(
             return content["table"]
     path = cache_dir() / "speed" / f"{key}.json"
     table = read_json(path, check=MeasuredSpeed.problem, sealed=True)
-    if not measure:
-        return table
-    if table is None:
-        reason = "once for these shapes and this workload"
-    else:
-        reason = reason_to_measure(table, path, dense, device, dtype, workload, again=again)
-    if reason:
-        log.info("Measuring the latency table of this machine, %s", reason)
+    if measure and (table is None or again):
+        log.info("Measuring the latency table of this machine. It is cached; --speed.measure true measures it again")
         table = measure_table(dense, device, dtype, workload)
         write_json(path, table)
-        if table["spread"] > MAX_SPREAD:
-            log.warning("The latency table is noisy (%.0f %%). The next run measures it again.", 100 * table["spread"])
-        _checked.add(path)
     return table
-
-
-def reason_to_measure(
-    table: Table, path: Path, dense: PreTrainedModel, device: torch.device, dtype: torch.dtype,
-    workload: Mapping[str, int], *, again: bool,
-) -> str | None:  # fmt: skip
-    """Return why a cached table has to be measured again, or None if it is valid.
-
-    A table is valid if it is not noisy, is not older than `MAX_AGE`, and predicts the time of the dense model, which
-    is timed for this purpose. A table is checked once per process.
-
-    Args:
-        table: the cached table.
-        path: its file in the cache.
-        dense, device, dtype, workload: as for `speed_table`.
-        again: whether the user requests a new measurement.
-
-    Returns:
-        The end of the log line "Measuring the latency table of this machine, ...".
-    """
-    if again:
-        return "again, because of --speed.measure"
-    if path in _checked:
-        return None
-    if table["spread"] > MAX_SPREAD:
-        return f"again: repeats of the cached table differed by {table['spread']:.0%}"
-    age = time.time() - path.stat().st_mtime
-    if age > MAX_AGE:
-        return f"again: the cached table is {age / DAY:.0f} days old"
-    log.info("Comparing the latency table with one measurement of the dense model")
-    measured = dense_seconds(dense, device, dtype, workload)
-    _, seconds_per_layer = table["neurons"][-1]  # at full width
-    predicted = len(decoder_layers(dense)) * seconds_per_layer + table["rest"]
-    ratio = measured / predicted
-    _checked.add(path)
-    if abs(ratio - 1) > max(MAX_SPREAD, 2 * table["spread"]):
-        return f"again: the dense model takes {ratio:.2f} times as long as in the cached table"
-    return None
 
 
 def store_run_table(table: Table, key: str, file: Path) -> None:
@@ -159,15 +107,14 @@ def price_from_table(table: Table, blocks: Sequence[Block]) -> Price:
     """Convert a latency table to costs of units in integer picoseconds.
 
     The price of a block is the cost of keeping 0, 1, ..., n of its units, interpolated linearly between measured
-    widths. If a straight line fits all points within the measurement noise (`spread`), the line is used. Models are
-    timed as a whole. If several blocks become narrower at once, the saved time is divided between them in proportion
-    to their parameters.
+    widths. Models are timed as a whole. If several blocks become narrower at once, the saved time is divided between
+    them in proportion to their parameters.
     """
-    layers, spread = by_layer(blocks), table["spread"]
+    layers = by_layer(blocks)
     neurons = [(b.neurons, b.unit_cost("ffn")) for b in blocks]
     groups = [(b.kv_groups, b.unit_cost("attention")) for b in blocks]
-    neuron_costs = _unit_costs(table["neurons"], neurons, len(layers), spread)
-    group_costs = _unit_costs(table["groups"], groups, len(layers), spread)
+    neuron_costs = _unit_costs(table["neurons"], neurons, len(layers))
+    group_costs = _unit_costs(table["groups"], groups, len(layers))
     all_units = [neurons[-1] + groups[-1] for neurons, groups in zip(neuron_costs, group_costs, strict=True)]
     # Mean time of a layer besides its units, such as norms. It is saved only if the whole layer is removed.
     _, seconds_per_layer = table["neurons"][-1]
@@ -176,9 +123,7 @@ def price_from_table(table: Table, blocks: Sequence[Block]) -> Price:
     return Price(neuron_costs, group_costs, whole_blocks, round(PICOSECONDS * table["rest"]))
 
 
-def _unit_costs(
-    points: Sequence[tuple[int, float]], blocks: Sequence[tuple[int, int]], layers: int, spread: float
-) -> list[list[int]]:
+def _unit_costs(points: Sequence[tuple[int, float]], blocks: Sequence[tuple[int, int]], layers: int) -> list[list[int]]:
     """Return for each block the picoseconds of keeping 0, 1, ..., all of its units, compared with keeping none.
 
     Args:
@@ -186,18 +131,13 @@ def _unit_costs(
             width was timed with all of its units.
         blocks: pairs (number of units, parameters of a unit).
         layers: number of layers.
-        spread: relative deviation from a straight line that counts as noise.
     """
     widths, seconds = map(np.array, zip(*points, strict=True))
     total = sum(parameters for units, parameters in blocks if units) or 1
     # Mean number of units that blocks had in each measurement, weighted by parameters. Equal to `widths` if all blocks
     # are equally wide.
     timed = np.array([sum(p * min(units, width) for units, p in blocks) / total for width in widths.tolist()])
-    degree = int(timed[-1] > timed[0])  # a constant if there is a single point
-    line = np.polyval(np.polyfit(timed, seconds, degree), timed)
-    if np.abs(seconds / line - 1).max() <= spread:
-        seconds = line
-    increasing = isotonic_regression(seconds)  # only because of noise a narrower block can seem slower
+    increasing = np.maximum.accumulate(seconds)  # only because of noise a wider block can seem faster
     # Seconds of a layer if every block had as many units as each width. Where only some blocks became narrower, the
     # measured difference comes from these alone.
     grown, grown_timed = np.diff(widths), np.diff(timed)
@@ -212,28 +152,20 @@ def _unit_costs(
 
 
 def best_multiple(table: Table) -> int:
-    """Return the smallest of `MULTIPLES` at which this machine loses no speed, and log it.
+    """Return the smallest of `MULTIPLES` at which this machine loses at most `TOLERATED_LOSS` of speed, and log it.
 
     The cost of a neuron is the time of its block beyond that of a block with one neuron, divided by the neurons. The
-    loss of a multiple is the extra cost compared with the best multiple, as a share of the time of the block. Losses
-    within measurement noise are ignored. With a noisy table at most `MAX_SPREAD` is ignored, and multiples above
-    `MAX_NOISY_MULTIPLE`, which could make a target impossible, are not considered.
+    loss of a multiple is the extra cost compared with the best multiple, as a share of the time of the block.
     """
-    noise = table["spread"]
     _, seconds_of_one = table["neurons"][0]
     lowest_cost = min((seconds - seconds_of_one) / neurons for neurons, seconds in table["multiples"])
     losses = {}
     for neurons, seconds in table["multiples"]:
         multiple = max(multiple for multiple in MULTIPLES if neurons % multiple == 0)
         losses[multiple] = ((seconds - seconds_of_one) / neurons - lowest_cost) * neurons / seconds
-    considered = {
-        multiple: loss for multiple, loss in losses.items() if noise <= MAX_SPREAD or multiple <= MAX_NOISY_MULTIPLE
-    }
-    without_loss = [multiple for multiple, loss in considered.items() if loss <= min(noise, MAX_SPREAD)]
-    best = min(without_loss, default=min(considered, key=considered.get))
+    best = min(multiple for multiple, loss in losses.items() if loss <= TOLERATED_LOSS)
     shares = ", ".join(f"{multiple}: {loss:.1%}" for multiple, loss in losses.items())
-    result = "lose no speed" if round(losses[best], 3) == 0 else f"lose {losses[best]:.1%} of the speed"
-    log.info("Widths in multiples of %d %s (loss: %s; spread of repeats: %.1f %%)", best, result, shares, 100 * noise)
+    log.info("Widths in multiples of %d lose %.1f %% of the speed (loss: %s)", best, 100 * losses[best], shares)
     return best
 
 
@@ -244,15 +176,6 @@ def random_model(dense: PreTrainedModel, device: torch.device, dtype: torch.dtyp
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.copy_(torch.randn(tensor.shape).mul(0.02))
     return model
-
-
-@torch.no_grad()
-def dense_seconds(
-    dense: PreTrainedModel, device: torch.device, dtype: torch.dtype, workload: Mapping[str, int]
-) -> float:
-    """Measure the seconds of a workload with the dense model, in `MIN_ROUNDS` rounds and with random weights."""
-    (_, _, (seconds,)), _ = time_generation([random_model(dense, device, dtype)], max_seconds=0, **workload)
-    return seconds
 
 
 @torch.no_grad()
@@ -330,7 +253,7 @@ def describe_device(device: torch.device) -> str:
 
 @torch.no_grad()
 def time_generation(
-    models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int, max_seconds: float | None = None
+    models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int
 ) -> tuple[Times, float]:
     """Time greedy `model.generate`, and take the minimum over several rounds.
 
@@ -342,13 +265,11 @@ def time_generation(
         batch: number of prompts.
         prompt: tokens of each prompt.
         generate: number of generated tokens after the first one.
-        max_seconds: after this time no round begins, except the first `MIN_ROUNDS`. Default: `MAX_SECONDS`.
 
     Returns:
         times: `Times` in seconds.
         spread: median over models and lengths of slowest / fastest round - 1.
     """
-    max_seconds = MAX_SECONDS if max_seconds is None else max_seconds
     models = [copy_sharing_weights(model) for model in models]
     ids = torch.ones(batch, prompt, dtype=torch.long, device=device_of(models[0]))
     lengths = (1, 1 + DECODING_STEPS) if generate else (1,)
@@ -361,14 +282,14 @@ def time_generation(
 
     rounds: list[list[list[float]]] = []
     start = time.monotonic()
-    while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.monotonic() - start < max_seconds):
+    while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.monotonic() - start < MAX_SECONDS):
         rounds.append([[time_once(model, tokens) for tokens in lengths] for model in models])
     repeats = torch.tensor(rounds, dtype=torch.float64)  # (rounds, models, lengths)
     fastest = repeats.amin(0)
     first_seconds = fastest[:, 0]
     step_seconds = (fastest[:, -1] - first_seconds).clamp(min=0) / DECODING_STEPS
     spread = float((repeats.amax(0) / fastest - 1).median())
-    if spread > MAX_SPREAD:
+    if spread > BUSY:
         log.warning("Repeated measurements of speed differ by %.0f %%. The machine is busy.", 100 * spread)
     return (first_seconds.tolist(), step_seconds.tolist(), (first_seconds + generate * step_seconds).tolist()), spread
 

@@ -303,9 +303,9 @@ class SparsityConfig(Group, prefix="sparsity."):
     """Decoder layers that are not pruned; -1 is the last layer. LLM-Pruner protects [0,1,2,-1]."""
     width_multiple: Annotated[AtLeast1 | None, AUTO_TO_NONE] = Field(default_factory=_default_width_multiple)
     """FFN widths are multiples of this. 64 or 128 suit matrix-multiply tiles and serving kernels (128 if quantised), 32
-    the blocks of q8_0, 8 the grouped kernels of experts. auto, or null: the smallest of 1, 8, 16, ... 128 that costs no
-    speed on this machine, by its latency table (the default for speed targets). The target is overshot by less than one
-    multiple."""
+    the blocks of q8_0, 8 the grouped kernels of experts. auto, or null: the smallest of 1, 8, 16, ... 128 that
+    loses at most 5 % of the speed on this machine, by its latency table (the default for speed targets). The target is
+    overshot by less than one multiple."""
     uniform_width: bool = False
     """Give all blocks the same width and number of KV groups, the largest that reach the target. The result loads as a
     stock model without custom code, if the family's config can express the sizes (gpt2, opt and gpt_neox cannot have

@@ -57,7 +57,8 @@ class SpeedConfig(Group, prefix="speed."):
     generate: AtLeast0 = 32
     """Tokens generated after the first one (decoding); 0 times prefill alone."""
     measure: bool = False
-    """Measure the latency table of this machine again instead of using the cache. A resumed run keeps its table."""
+    """Measure the latency table of this machine again instead of using the cached table, for example if its
+    load has changed. A resumed run keeps its table."""
 
     def workload(self) -> dict[str, int]:
         """Return the workload that is timed: `batch`, `prompt` and `generate`."""
