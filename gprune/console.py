@@ -40,6 +40,8 @@ class Parser(jsonargparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: --([^\s=]+)", message)
         closest = closest_name(unknown[1], [action.dest for action in self._actions]) if unknown else None
         hint = f"Did you mean --{closest}? " if closest else ""
+        if message.endswith("expected one argument"):
+            hint = "A value that begins with - needs =, such as --run.name=-x. "
         message = message.replace("<class 'int'>", "whole number")
         raise UserError(f"Cannot read the command line: {message}. {hint}See --help.") from ex
 
