@@ -7,21 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gprune.benchmarks import command as evaluate
-from gprune.config.parse import parser as train
+from gprune.config.parse import FlagParser
 from gprune.export import command as export
 from gprune.studies import command as study
 from gprune.studies import report_command as report
 
 HEAD = """# Flags
 
-All flags with their defaults and help texts, generated from `--help` by `python docs/flags.py`. In a YAML file of
+All flags with their defaults and help texts, generated from `--help_all` by `python docs/flags.py`. In a YAML file of
 `--config`, nested flags are nested mappings: `--sparsity.target 0.3` is `sparsity: {target: 0.3}`.
 """
 
 
 def page() -> str:
     """The whole page."""
-    commands = {"python train.py": train(), "gprune report": report.parser(), "gprune evaluate": evaluate.parser()}
+    commands = {"python train.py": FlagParser(), "gprune report": report.parser(), "gprune evaluate": evaluate.parser()}
     commands |= {"gprune export": export.parser(), "gprune study": study.parser()}
     return HEAD + "".join(f"\n## `{name}`\n{''.join(tables(made))}" for name, made in commands.items())
 
@@ -41,19 +41,17 @@ def tables(made: argparse.ArgumentParser) -> Iterator[str]:
 
 def shown(action: argparse.Action) -> bool:
     """Not those that every command has."""
-    common = action.dest in ("help", "print_config")
+    common = action.dest in ("help", "help_all", "print_config")
     return bool(action.help) and action.help != argparse.SUPPRESS and not common
 
 
 def name(action: argparse.Action) -> str:
-    """The first long spelling, or both of a switch, with the values it takes."""
-    longs = [o for o in action.option_strings if o.startswith("--")]
-    long = ", ".join(longs[: 2 if isinstance(action, argparse.BooleanOptionalAction) else 1])
+    """The flag with the values it takes."""
     choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else ""
     value = action.metavar or choices or ("" if action.nargs == 0 else action.dest.rpartition(".")[2].upper())
     if action.nargs == "+":
         value = f"{value} [{value} ...]"
-    return " ".join(filter(None, (long, value if isinstance(value, str) else " ".join(value)))).replace("|", "\\|")
+    return " ".join(filter(None, (*action.option_strings, value)))
 
 
 def default(action: argparse.Action) -> str:
@@ -67,8 +65,7 @@ def default(action: argparse.Action) -> str:
 
 def told(action: argparse.Action) -> str:
     """The help on one line of a table."""
-    text = " ".join((action.help or "").split()).replace("|", "\\|")
-    return text % {"default": action.default} if "%(default)s" in text else text.replace("%%", "%")
+    return " ".join((action.help or "").split()).replace("%%", "%").replace("|", "\\|")
 
 
 if __name__ == "__main__":

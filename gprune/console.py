@@ -16,27 +16,24 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
-from gprune.errors import UserError, printable
+import jsonargparse
+
+from gprune.errors import UserError, closest_name, printable
 from gprune.imports import UNREADABLE, Import, import_matplotlib
 
 BOLD = re.compile(r"(\x1b\[[01]m)")  # bold on and off, the only control sequences in a table
 
 
-class Parser(argparse.ArgumentParser):
-    """Argument parser that raises UserError instead of printing usage and exiting, and keeps line breaks in help.
+class Parser(jsonargparse.ArgumentParser):
+    """Parser of jsonargparse that raises UserError, keeps line breaks in help, and has the flag `--import`.
 
-    Every command has the flag `--import`.
-
-    Args:
-        prog: name of the command.
-        shows_records: whether the command works without a module of `--import` that cannot be read, because it shows
-            records of earlier runs.
-        options: arguments of `argparse.ArgumentParser`.
+    With `shows_records` the command works without a module of `--import` that cannot be read, because it shows records
+    of earlier runs.
     """
 
-    def __init__(self, prog: str, *, shows_records: bool = False, **options: object):
+    def __init__(self, prog: str, *, shows_records: bool = False, **options: Any):
         self.shows_records = shows_records
         UNREADABLE.clear()  # of an earlier command in this process
         defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -44,8 +41,15 @@ class Parser(argparse.ArgumentParser):
         text = "a module or .py file to import first, which registers metrics, recoveries or stages; may be repeated"
         self.add_argument("--import", metavar="MODULE", action=Import, default=argparse.SUPPRESS, help=text)
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"Cannot read the command line: {message}. See --help.")
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise UserError instead of printing the usage; an unknown flag comes with the closest one."""
+        unknown = re.match(r"unrecognized arguments: --([^\s=]+)", message)
+        closest = closest_name(unknown[1], [action.dest for action in self._actions]) if unknown else None
+        hint = f"Did you mean --{closest}? " if closest else ""
+        if message.endswith("expected one argument"):
+            hint = "A value that begins with - needs =, such as --run.name=-x. "
+        message = message.replace("<class 'int'>", "whole number")
+        raise UserError(f"Cannot read the command line: {message}. {hint}See --help.") from ex
 
 
 def run_guarded(command: str, work: Callable[[], str], *, stopped: str = ".", memory: str = ".") -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import stat
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,10 +31,10 @@ def import_user_module(name: str) -> None:
         UserError: if there is no such module, or importing it raises any exception.
     """
     file = Path(name).expanduser().absolute() if name.endswith(".py") else None
-    if file is None and Path(name).name != name:
-        raise UserError(f"--import must be the name of a module or the path of a .py file; got {name}.")
-    if file is not None:
-        _check_file(name, file)
+    can_import = Path(name).name == name if file is None else file.is_file() and "." not in file.stem
+    if not can_import:
+        problem = UserError if file is None or file.is_file() else UnreadableModuleError
+        raise problem(f"--import must be a module or an existing .py file without other dots; got '{name}'.")
     sys.path.insert(0, str(Path.cwd() if file is None else file.parent))
     try:
         module = importlib.import_module(name if file is None else file.stem)
@@ -48,19 +47,6 @@ def import_user_module(name: str) -> None:
         raise UserError(f"--import {name}: Cannot import it: {module.__name__} is another module. Rename the file.")
     if name not in IMPORTED:
         IMPORTED.append(name)
-
-
-def _check_file(name: str, file: Path) -> None:
-    """Raise UserError unless the path is a regular file with a name that Python can import."""
-    try:
-        regular = stat.S_ISREG(file.stat().st_mode)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UnreadableModuleError(f"--import {name}: Cannot read it: {reason}.") from error
-    if not regular:
-        raise UserError(f"--import must be a regular .py file; got {name}.")
-    if "." in file.stem:
-        raise UserError(f"--import must be a file name without dots before .py; got {name}. Rename the file.")
 
 
 def find_loaded(path: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -241,6 +242,26 @@ def test_the_output_of_print_config_is_a_valid_file_of_flags(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
     assert stop.value.code == 0
     assert parse(["--config", str(tmp_path / "a.yaml")]) == parse(flags) != parse([])
+
+
+def test_print_config_can_skip_default_values(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--print_config=skip_default", "--ridge=3e-5", "--distill.tokens=9000"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["ridge"], printed["distill"]) == (3e-5, {"tokens": 9000})
+    assert config_from_mapping(printed) == RunConfig(ridge=3e-5, distill={"tokens": 9000})
+    assert not printed.keys() & {"model", "corpora", "recovery"}
+
+
+@pytest.mark.parametrize("setting", ["trainer.callbacks", "trainer.logger"])
+def test_class_paths_in_flags_and_files_are_data_and_are_not_imported(setting, tmp_path, monkeypatch):
+    (tmp_path / "module_of_a_stranger.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    value = [{"class_path": "module_of_a_stranger.Callback", "init_args": {"every": 3e-5}}]
+    for way, get_value in ways_to_set(setting, value, tmp_path).items():
+        if way != "stored":
+            assert [item.model_dump() if hasattr(item, "model_dump") else item for item in get_value()] == value, way
+    assert "module_of_a_stranger" not in sys.modules
 
 
 # --- values derived from the settings -----------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def fail_in_a_library():
          "Row 'a': --logging.tags[0] must have at least 1 character; got ''."),
         (lambda: RunConfig(trainer={"callbacks": [{"init_args": {}}]}),
          "--trainer.callbacks[0].class_path must be given."),
-        (lambda: parse(["ridge=1"]), "Arguments must be flags such as --sparsity.target 0.5; got 'ridge=1'."),
+        (lambda: parse(["ridge=1"]), "Cannot read the command line: unrecognized arguments: ridge=1. See --help."),
         (lambda: load_corpus("no_such_corpus", "test"), "Unknown corpus 'no_such_corpus'. Available: "),
         (fail_in_a_library, "Cannot read it: first line."),
     ],

@@ -63,18 +63,16 @@ def test_load_run_names_the_import_that_registers_its_metric_and_works_after_it(
         ("nowhere_at_all", "", "--import nowhere_at_all: .* ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("raises", "1 / 0", "--import raises: .* ZeroDivisionError: division by zero"),
         ("raises", "raise SystemExit(3)", "--import raises: .* SystemExit: 3"),
-        ("./nowhere.py", "", r"--import ./nowhere.py: .* No such file or directory\.$"),
-        ("./plugins/", "", "--import must be the name of a module or the path of a .py file; got ./plugins/"),
-        ("./folder.py", "", "--import must be a regular .py file; got ./folder.py"),
-        ("./loop.py", "", "--import ./loop.py: .* Too many levels of symbolic links."),
-        ("./my.raises.py", "", "--import must be a file name without dots before .py; got ./my.raises.py"),
+        ("./nowhere.py", "", "--import must be a module or an existing .py file .* other dots; got './nowhere.py'"),
+        ("./plugins/", "", "--import must be a module or an existing .py file .*; got './plugins/'"),
+        ("./folder.py", "", "--import must be a module or an existing .py file .*; got './folder.py'"),
+        ("./my.raises.py", "", "--import must be a module or an existing .py file .*; got './my.raises.py'"),
         ("./json.py", "", "--import ./json.py: .* json is another module"),
     ],
 )
 def test_a_module_that_cannot_be_imported_is_refused_with_the_cause(name, content, message, folder):
     (folder / ("json.py" if name == "./json.py" else "raises.py")).write_text(content)
     (folder / "my.raises.py").touch()
-    (folder / "loop.py").symlink_to(folder / "loop.py")
     for subfolder in ("plugins", "folder.py"):
         (folder / subfolder).mkdir()
     with pytest.raises(UserError, match=message):

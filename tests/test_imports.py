@@ -21,9 +21,9 @@ from tests.tiny_run import environment
 ROOT = Path(__file__).parent.parent
 REQUIRED = re.findall(r"^[a-z-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
 HEAVY = {name.replace("scikit-learn", "sklearn") for name in REQUIRED} | {"numpy"}
-# pydantic checks flags. Of safetensors only an error class is imported, without numpy or torch.
-HEAVY -= {"pydantic", "safetensors"}
-MAX_PACKAGES = 12  # packages outside the standard library: pydantic and its dependencies
+# jsonargparse and pydantic read flags. Of safetensors only an error class is imported, without numpy or torch.
+HEAVY -= {"jsonargparse", "pydantic", "safetensors"}
+MAX_PACKAGES = 13  # packages outside the standard library: jsonargparse, pydantic and their dependencies
 COUNT_IMPORTS = """
 import json, sys
 before = {name.partition(".")[0] for name in sys.modules}  # imported by site and coverage
@@ -65,7 +65,8 @@ def imported(code: str, *args: str, tmp_path: Path) -> tuple[str, set[str]]:
 @pytest.mark.parametrize(
     ("code", "args", "words"),
     [
-        (TRAIN, ["--help"], ["--sparsity.target"]),
+        (TRAIN, ["--help"], ["--sparsity.target", "--distill.tokens"]),
+        (TRAIN, ["--help_all"], ["at most 5 %"]),
         (TRAIN, ["--print_config"], ["target: 0.5"]),
         (TRAIN, ["--sparsity.start", "owl", "--recovery", "distil"], ["Did you mean 'distill'?"]),
         (COUNT_IMPORTS + COMMANDS, list(command.COMMANDS), [f"usage: gprune {name}" for name in command.COMMANDS]),
@@ -82,8 +83,8 @@ def imported(code: str, *args: str, tmp_path: Path) -> tuple[str, set[str]]:
         (COUNT_IMPORTS + REPORT, ["runs/nothing"], ["there is no folder 'runs/nothing'"]),
     ],
     ids=[
-        "help", "settings", "unknown recovery", "help of commands", "first line of a run", "registered metric",
-        "unknown model", "unknown corpus", "unwritable folder", "invalid output", "missing run",
+        "help", "complete help", "settings", "unknown recovery", "help of commands", "first line of a run",
+        "registered metric", "unknown model", "unknown corpus", "unwritable folder", "invalid output", "missing run",
     ],
 )  # fmt: skip
 def test_help_early_errors_and_the_first_line_of_a_run_do_not_import_pytorch(code, args, words, tmp_path):

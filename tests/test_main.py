@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 import gprune.__main__ as command
-from gprune.config import parse
+from gprune.config import RunConfig, parse
+from gprune.config.parse import GROUPS
 from gprune.console import log_to_stdout, process_index, quieted, run_guarded
 from gprune.errors import UserError
 from gprune.storage.files import scratch_folder
@@ -46,6 +47,24 @@ def test_help_of_prune_is_that_of_train_py(capsys):
     assert text.partition("\n")[2] == expected.partition("\n")[2]
 
 
+def test_help_has_the_first_sentence_about_each_flag_and_help_all_the_complete_text(capsys):
+    texts = {}
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as stop:
+            parse([flag])
+        assert stop.value.code == 0
+        texts[flag] = " ".join(capsys.readouterr().out.split())
+    for name, group in ((None, RunConfig), *GROUPS.items()):
+        for setting, field in group.model_fields.items():
+            if name or setting not in GROUPS:
+                flag, sentences = f"--{group.prefix}{setting} ", " ".join(field.description.split())
+                without_hyphenation = {key: re.sub(r"(?<=\w-) ", "", text) for key, text in texts.items()}
+                assert flag in texts["--help"]
+                assert re.sub(r"(?<=\w-) ", "", sentences) in without_hyphenation["--help_all"]
+                assert re.sub(r"(?<=\w-) ", "", sentences.partition(". ")[0]) in without_hyphenation["--help"]
+    assert len(texts["--help"]) < 0.8 * len(texts["--help_all"])
+
+
 def test_gprune_prune_reads_the_flags_of_train_py_and_reports_errors_under_its_name(capsys):
     assert command.main(["prune", "--config", "smoke", "--model.name=nothing"]) == 2
     assert re.match("gprune prune: --model.name.*'nothing'", capsys.readouterr().err)
@@ -73,7 +92,7 @@ def test_help_of_a_command_has_examples_and_every_default(name, capsys):
         *(([name, "x", "--colour", "red"],
            f" {name}: Cannot read the command line: unrecognized arguments: --colour red. See --help.")
           for name in WITH_PARSERS),
-        ([], ": Cannot read the command line: the following arguments are required: COMMAND. See --help."),
+        ([], ": Cannot read the command line: the following arguments are required: command. See --help."),
         (["exprot"], ": Cannot read the command line: argument COMMAND: invalid choice: 'exprot' (choose from "
                      "'prune', 'report', 'export', 'evaluate', 'study'). See --help."),
     ],
@@ -85,6 +104,22 @@ def test_an_unknown_command_or_flag_is_refused_in_one_line(args, line, capsys):
         "'prune', 'report', 'export', 'evaluate', 'study'", "prune, report, export, evaluate, study"
     )
     assert capsys.readouterr().err in {f"gprune{line}\n", f"gprune{unquoted}\n"}
+
+
+@pytest.mark.parametrize(
+    ("command_line", "end"),
+    [
+        ("report a --outptu x", "--outptu x. Did you mean --output? See --help."),
+        ("evaluate m --task piqa", "--task piqa. Did you mean --tasks? See --help."),
+        ("report a --seeds 0 x", '"seeds" element 2: Expected a whole number. Got value: x. See --help.'),
+        ("prune --sparsity.target", "--sparsity.target: expected one argument. A value that begins with - needs =, "
+         "such as --run.name=-x. See --help."),
+    ],
+)  # fmt: skip
+def test_an_invalid_command_line_is_refused_in_one_line_with_the_remedy(command_line, end, capsys):
+    assert command.main(command_line.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(end)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def parser() -> Parser:
     flags.add_argument("--sparsity", type=float, default=default.sparsity, help="of the FFN, for random masks")
     flags.add_argument("--widths", choices=("random", "uniform"), default=default.widths)
     flags.add_argument("--width_multiple", type=int, default=default.width_multiple)
-    flags.add_argument("--batch_sizes", type=int, nargs="+", default=default.batch_sizes)
+    flags.add_argument("--batch_sizes", type=int, nargs="+", default=list(default.batch_sizes))
     flags.add_argument("--seq_len", type=int, default=default.seq_len, help="tokens of prefill and of prompts")
     flags.add_argument("--new_tokens", type=int, default=default.new_tokens)
     return flags

@@ -12,6 +12,7 @@ table: print the committed records of the drivers as Markdown.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gprune.config.parse import parse
-from gprune.console import Parser, quiet, run_guarded
+from gprune.console import quiet, run_guarded
 from gprune.errors import UserError
 from gprune.report.table import Cell, Table
 from gprune.storage.files import read_json, replacing
@@ -107,7 +108,7 @@ def table(folder: Path = RECORDS) -> Table:
 
 def run(args: Sequence[str]) -> str:
     """Run a subcommand. Returns the text to print."""
-    flags = Parser("python -m experiments.peers", description=__doc__)
+    flags = argparse.ArgumentParser("python -m experiments.peers", description=__doc__)
     what = flags.add_subparsers(dest="what", required=True)
     first = what.add_parser("windows", help="write calibration windows for the drivers; accepts flags of train.py")
     first.add_argument("--output", type=Path, required=True, help="file for the windows")

@@ -49,8 +49,10 @@ def parser() -> Parser:
     return result
 
 
-def split_commas(text: str) -> list[str]:
-    """Split text at commas. Blanks and empty parts are dropped."""
+def split_commas(text: str | list[str]) -> list[str]:
+    """Split text at commas, without blanks and empty parts. Parts, which the parser checks again, are unchanged."""
+    if isinstance(text, list):
+        return text
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

@@ -138,11 +138,11 @@ class ModelConfig(Group, prefix="model."):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the frozen weights; statistics are accumulated in float64."""
     device_map: Text | None = None
-    """Passed to transformers, e.g. auto. Default: the whole model is on the Trainer's device."""
+    """Passed to transformers, such as auto. Default: the whole model is on the Trainer's device."""
     max_memory: Memory | None = None
-    """Memory for weights by device number or cpu, e.g. {0: 20GiB, cpu: 60GiB}; needs --model.device_map. Weights that
-    do not fit stay on disk and are loaded block by block. Gradients of such a model are not available, but the pruned
-    model can be distilled."""
+    """Memory for weights by device number or cpu, such as {0: 20GiB, cpu: 60GiB}; needs --model.device_map. Weights
+    that do not fit stay on disk and are loaded block by block. Gradients of such a model are not available, but the
+    pruned model can be distilled."""
     shard: bool = False
     """Shard the layers over all processes (PyTorch's fully_shard), for models that do not fit on one device."""
     trust_remote_code: bool = False
@@ -202,8 +202,8 @@ class PartitionConfig(Group, prefix="partition."):
     num_modules: AtLeast1 = 8
     """K, the initial number of modules per block. Modules of fewer than max(32, N / 4K) of the N neurons are merged."""
     method: Literal["refined", "initial", "random", "drift_only"] = "refined"
-    """refined: k-means, then differentiable refinement. Ablations: initial (k-means alone), random (refined sizes,
-    random members), drift_only (refined sizes, members by drift alone)."""
+    """How modules are found. refined: k-means, then differentiable refinement. Ablations: initial (k-means alone),
+    random (refined sizes, random members), drift_only (refined sizes, members by drift alone)."""
     embedding_dim: AtLeast1 = 8
     """Number of principal components in the parameter embedding."""
     steps: AtLeast1 = 120
@@ -267,10 +267,10 @@ class SparsityConfig(Group, prefix="sparsity."):
     """The sparsity target, what may be pruned, and how sparsity is allocated to modules."""
 
     target: TargetSetting = 0.5
-    """How much is removed. 0.5: half of the scope's parameters. 30%: 30 % of all parameters. 95M or 200MiB: until so
-    many parameters or bytes (as exported) are left. 1.4x: until the model is 1.4 times as fast in the setting of
-    --speed. +5%: as much as possible while perplexity on development text, after --recovery, is at most 5 % above the
-    dense model (3% is a share of all parameters, +3% a quality)."""
+    """How much is removed: 0.5, 30%, 95M, 200MiB, 1.4x or +5%. 0.5: half of the scope's parameters. 30%: 30 % of all
+    parameters. 95M or 200MiB: until so many parameters or bytes (as exported) are left. 1.4x: until the model is 1.4
+    times as fast in the setting of --speed. +5%: as much as possible while perplexity on development text, after
+    --recovery, is at most 5 % above the dense model (3% is a share of all parameters, +3% a quality)."""
     cost: Text | None = None
     """What the target counts, instead of the quantity that its unit implies: parameters, kv_cache (numbers per token),
     or the name of a registered cost."""
@@ -287,12 +287,12 @@ class SparsityConfig(Group, prefix="sparsity."):
     of each of --corpora.drift. influence: the blocks that change hidden states of the scoring corpus least
     (ShortGPT)."""
     allocation: Text = "learned"
-    """How sparsity is allocated. learned: one threshold per module, trained with the model frozen. equal: the same
-    fraction of every module. The others do not learn, and each module loses what the base metric ranks lowest in its
-    block: uniform (the same sparsity in every block), global (scores standardised per block, one threshold: FLAP), owl
-    (blocks with more outliers lose less), reconstruction (blocks lose more where gradients on a little text predict the
-    smallest rise of the loss after least squares), depth (whole blocks by influence: ShortGPT; needs --gprune
-    false)."""
+    """How sparsity is allocated: learned, equal, uniform, global, owl, reconstruction or depth. learned: one threshold
+    per module, trained with the model frozen. equal: the same fraction of every module. The others do not learn, and
+    each module loses what the base metric ranks lowest in its block: uniform (the same sparsity in every block), global
+    (scores standardised per block, one threshold: FLAP), owl (blocks with more outliers lose less), reconstruction
+    (blocks lose more where gradients on a little text predict the smallest rise of the loss after least squares), depth
+    (whole blocks by influence: ShortGPT; needs --gprune false)."""
     start: Text = "uniform"
     """Allocation of the base metric if --sparsity.allocation is learned or equal; learning starts from it."""
     options: dict[Text, NumberOrBool] = Field({})

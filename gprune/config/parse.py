@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+from jsonargparse import ActionConfigFile, Namespace
 
 from gprune.checks import format_value
 from gprune.config.groups import Group
@@ -20,7 +21,6 @@ from gprune.config.run_config import PRUNING_SETTINGS, RunConfig
 from gprune.config.running import RELATIVE_RATE
 from gprune.console import Parser, write_stdout
 from gprune.errors import UserError
-from gprune.imports import import_user_module
 from gprune.storage.yaml_text import load_yaml, read_yaml, reason, to_yaml
 
 SHIPPED = Path(__file__).parents[1] / "configs"  # configurations that --config knows by name
@@ -42,7 +42,7 @@ REMOVED = {
 
 
 def parse(args: Sequence[str] | None = None, prog: str = "train.py") -> RunConfig:
-    """Parse the flags of train.py into a RunConfig. `--help` and `--print_config` print and exit.
+    """Parse the flags of train.py into a RunConfig. `--help`, `--help_all` and `--print_config` print and exit.
 
     Args:
         args: flags; by default those of this process.
@@ -51,14 +51,7 @@ def parse(args: Sequence[str] | None = None, prog: str = "train.py") -> RunConfi
     Raises:
         UserError: if a flag or a file is invalid.
     """
-    args = list(sys.argv[1:] if args is None else args)
-    if not {"-h", "--help"}.isdisjoint(args):
-        parser(prog).parse_args(["--help"])
-    cfg = config_from_mapping(read_flags([arg for arg in args if arg != "--print_config"]))
-    if "--print_config" in args:
-        write_stdout(to_yaml(cfg.model_dump()))
-        raise SystemExit(0)
-    return cfg
+    return config_from_mapping(read_flags(sys.argv[1:] if args is None else args, prog))
 
 
 def config_from_mapping(settings: Mapping[str, Any], where: str = "") -> RunConfig:
@@ -73,29 +66,16 @@ def config_from_mapping(settings: Mapping[str, Any], where: str = "") -> RunConf
     """
     dotted: dict[str, Any] = {}
     overlay(dotted, settings, where or "Settings")
-    nested: dict[str, Any] = {}
-    for name, value in dotted.items():
-        group, _, setting = name.rpartition(".")
-        target = nested.setdefault(group, {}) if group else nested
-        target[setting] = value
     try:
-        return RunConfig(**nested)
+        return RunConfig(**Namespace(dotted).as_dict())
     except UserError as error:
         raise type(error)(f"{where}: {error}" if where else str(error)) from error
 
 
-def overlay(settings: dict[str, Any], update: Mapping[str, Any], where: str) -> None:
-    """Update settings in place. A single option is added to the existing options, and a mapping replaces all of them.
+def overlay(settings: dict[str, Any] | Namespace, update: Mapping[str, Any], where: str) -> None:
+    """Update settings by dotted name in place with nested or dotted ones. UserError for an unknown or repeated setting.
 
-    So `sparsity.options.spread` keeps other options of `sparsity.options`.
-
-    Args:
-        settings: settings by dotted name.
-        update: new settings, nested or by dotted name.
-        where: the beginning of error messages.
-
-    Raises:
-        UserError: if a setting is unknown or repeated, or a group that needs a mapping has another value.
+    A mapping replaces all options, and a single option is added: `sparsity.options.spread` keeps the others.
     """
     dotted = _to_dotted_names(update, where)
     names = [name for name, _ in dotted]
@@ -112,11 +92,7 @@ def overlay(settings: dict[str, Any], update: Mapping[str, Any], where: str) -> 
 
 
 def _to_dotted_names(settings: Mapping[str, Any], where: str) -> list[tuple[str, Any]]:
-    """Return pairs of dotted name and value. A name occurs twice if the mapping has it both nested and dotted.
-
-    Raises:
-        UserError: if a group of settings has a plain value and no setting for it. The message begins with `where`.
-    """
+    """Return pairs of dotted name and value. A name occurs twice if the mapping has it both nested and dotted."""
     dotted: list[tuple[str, Any]] = []
     for name, value in settings.items():
         if name not in GROUPS:
@@ -131,13 +107,7 @@ def _to_dotted_names(settings: Mapping[str, Any], where: str) -> list[tuple[str,
 
 
 def _with_option(options: Any, name: str, value: Any) -> dict[str, Any]:
-    """Return a copy of the options with one added.
-
-    Args:
-        options: the existing options; anything but a mapping is replaced.
-        name: name of the option, such as `power`, or `mine.power` for the option `power` in the nested options `mine`.
-        value: value of the option.
-    """
+    """Return a copy of the options with one added, such as `power`, or `mine.power` in the nested options `mine`."""
     outer, _, inner = name.rpartition(".")
     options = dict(options) if isinstance(options, Mapping) else {}
     if not outer:
@@ -145,52 +115,10 @@ def _with_option(options: Any, name: str, value: Any) -> dict[str, Any]:
     return options | {outer: _with_option(options.get(outer), inner, value)}
 
 
-def read_flags(args: Sequence[str]) -> dict[str, Any]:
-    """Read flags of train.py, and the --config files among them, into settings by dotted name.
-
-    Raises:
-        UserError: if a flag has no value, a setting is unknown, or a file sets `model.trust_remote_code`. The person
-            who runs a model's code has to consent, not the author of the file.
-    """
-    settings: dict[str, Any] = {}
-    targets: list[str] = []
-    remaining = iter(args)
-    for arg in remaining:
-        flag, equals, text = arg.partition("=")
-        name = flag.removeprefix("--")
-        if name == flag:
-            raise UserError(
-                f"Arguments must be flags such as --sparsity.target 0.5; got {format_value(arg)}. See --help."
-            )
-        if not equals:
-            text = next(remaining, "--")
-            if text.startswith("--"):
-                raise UserError(f"{flag} must be followed by a value. See --help.")
-        if name == "import":
-            import_user_module(text)
-        elif name == "config":
-            content = read_settings(text)
-            has_consent = content.pop(CONSENT, False) not in (None, False)
-            if has_consent and not any(CONSENT in argument for argument in args):
-                raise UserError(f"--config {text}: {CONSENT} must be given as a flag, not in a file.")
-            overlay(settings, content, f"--config {text}")
-        else:
-            overlay(settings, {name: _parse_value(flag, text)}, flag)
-            if name == "sparsity.target":
-                targets.append(text)
-    _check_targets(targets)
-    return settings
-
-
-def _check_targets(targets: Sequence[str]) -> None:
-    """Raise UserError if `--sparsity.target` is given both as a quality (`+5%`) and as an amount.
-
-    For any other flag that is repeated, the last value counts.
-    """
-    last_by_kind = {text.startswith("+"): text for text in targets}
-    if len(last_by_kind) > 1:
-        both = " and ".join(last_by_kind.values())
-        raise UserError(f"--sparsity.target must be a quality or an amount; got both {both}.")
+def read_flags(args: Sequence[str], prog: str = "train.py") -> dict[str, Any]:
+    """Read flags of train.py, and the --config files among them, into settings by dotted name."""
+    parser = FlagParser(prog, args, full_help="--help_all" in args)
+    return dict(parser.parse_args(args, defaults=False).items())
 
 
 def given_flags(args: Sequence[str]) -> set[str]:
@@ -207,11 +135,7 @@ def as_flag(name: str, value: Any) -> str:
 
 
 def _parse_value(flag: str, text: str) -> Any:
-    """Parse the text of a flag as YAML. The value of a text setting is kept as text unless it is null or a list.
-
-    Raises:
-        UserError: if the text is not valid YAML, except for a text setting.
-    """
+    """Parse the text of a flag as YAML. The value of a text setting is kept as text unless it is null or a list."""
     is_text = FLAG_TYPES.get(flag.removeprefix("--")) in (str, str | None)
     try:
         value = load_yaml(text)
@@ -316,31 +240,87 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Help with line breaks kept in descriptions and with the default of each flag."""
 
 
-def parser(prog: str = "train.py") -> Parser:
-    """Return the parser for `--help` alone. Each group of flags is a section.
+class _Setting(argparse.Action):
+    """Action of a flag: merge its value into the settings."""
 
-    Names, types, defaults and docstrings of the settings become the help.
+    def __call__(self, parser: Any, namespace: Any, text: Any, flag: str | None = None) -> None:
+        overlay(namespace, {flag.removeprefix("--"): _parse_value(flag, text)}, flag)
+
+
+class _Target(_Setting):
+    """Action of `--sparsity.target`, which cannot be given both as a quality (`+5%`) and as an amount."""
+
+    earlier: str | None = None
+
+    def __call__(self, parser: Any, namespace: Any, text: Any, flag: str | None = None) -> None:
+        if self.earlier is not None and self.earlier.startswith("+") != text.startswith("+"):
+            raise UserError(f"{flag} must be a quality or an amount; got both {self.earlier} and {text}.")
+        self.earlier = text
+        super().__call__(parser, namespace, text, flag)
+
+
+class _SettingsFile(ActionConfigFile):
+    """Action of `--config`: merge a file or a shipped configuration into the settings.
+
+    A file cannot consent to running a model's code. The person who runs the command has to, with the flag.
     """
-    usage = f"{prog} [--config FILE] [--FLAG VALUE ...]"
-    result = Parser(prog, usage=usage, description=inspect.getdoc(RunConfig), formatter_class=_Help)
-    names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.yaml")))
-    config_help = f"A YAML file of flags, or the name of one that ships: {names}. Several merge in order."
-    result.add_argument("--config", metavar="FILE", default=SUPPRESS, help=config_help)
-    # `version` stands for an action without a value, because `parse` handles this flag.
-    result.add_argument("--print_config", action="version", help="Print all settings as such a file, and stop.")
-    cfg = RunConfig()
-    for group in [cfg, *(getattr(cfg, name) for name in GROUPS)]:
-        title, _, description = (inspect.getdoc(type(group)) or "").partition(". ")
-        section = result if group is cfg else result.add_argument_group(title.rstrip("."), description)
+
+    def __call__(self, parser: Any, namespace: Any, name: Any, flag: str | None = None) -> None:
+        content = read_settings(name)
+        has_consent = content.pop(CONSENT, False) not in (None, False)
+        if has_consent and not any(CONSENT in argument for argument in parser.args):
+            raise UserError(f"--config {name}: {CONSENT} must be given as a flag, not in a file.")
+        overlay(namespace, content, f"--config {name}")
+
+
+class FlagParser(Parser):
+    """Parser of the flags of train.py into settings, with a section of help for each group.
+
+    Values are plain data. RunConfig checks them, because jsonargparse would import a class that a value names.
+    """
+
+    def __init__(self, prog: str = "train.py", args: Sequence[str] = (), *, full_help: bool = True):
+        """Add a flag for each setting, and the flags in `args` that mean part of one, such as --options.mine.power."""
+        usage = f"{prog} [--config FILE] [--FLAG VALUE ...]"
+        super().__init__(prog, usage=usage, description=inspect.getdoc(RunConfig), formatter_class=_Help)
+        self.add_argument("--help_all", action="help", help="show the complete text about each flag and exit")
+        names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.yaml")))
+        config_help = f"A YAML file of flags, or the name of one that ships: {names}. Several merge in order."
+        config = self.add_argument("--config", metavar="FILE", action=_SettingsFile, help=config_help)
+        config.default = SUPPRESS  # jsonargparse does not accept it as an argument
+        self.full_help = full_help
+        self._add_settings(RunConfig(), self)
+        for group in GROUPS.values():
+            title, _, description = (inspect.getdoc(group) or "").partition(". ")
+            self._add_settings(group(), self.add_argument_group(title.rstrip("."), description))
+        given = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
+        for flag in given - self._option_string_actions.keys():
+            self.add_argument(flag, action=_Setting, dest=SUPPRESS, help=SUPPRESS)
+
+    def _add_settings(self, group: Group, section: Any) -> None:
+        """Add the flags of a group, with its defaults, to a section of the help."""
         for name, field in type(group).model_fields.items():
-            flag = f"{group.prefix}{name}"
+            flag, value = f"{group.prefix}{name}", getattr(group, name)
             if flag in GROUPS:
                 continue
-            default = SUPPRESS if getattr(group, name) is None else getattr(group, name)
-            flag_help = " ".join((field.description or "").split()).replace("%", "%%")
-            placeholder = _placeholder(name, FLAG_TYPES[flag])
-            section.add_argument(f"--{flag}", metavar=placeholder, default=default, help=flag_help)
-    return result
+            text = " ".join((field.description or "").split())
+            if not self.full_help:
+                text = f"{text.removesuffix('.').partition('. ')[0]}."
+            section.add_argument(
+                f"--{flag}",
+                action=_Target if flag == "sparsity.target" else _Setting,
+                metavar=_placeholder(name, FLAG_TYPES[flag]),
+                default=SUPPRESS if value is None else value,
+                help=text.replace("%", "%%"),
+            )
+
+    def dump(self, namespace: Any, *, skip_default: bool = False, **_: Any) -> str:
+        """Print the checked settings for `--print_config`. jsonargparse prints the returned text, and exits."""
+        settings = config_from_mapping(dict(namespace.items())).model_dump(exclude_defaults=skip_default)
+        if skip_default:
+            settings = {name: value for name, value in settings.items() if value != {}}
+        write_stdout(to_yaml(settings))  # raises if the disk is full, unlike the exit of a parser
+        return ""
 
 
 def _placeholder(name: str, annotation: Any) -> str:

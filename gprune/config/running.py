@@ -99,7 +99,8 @@ class LoggingConfig(Group, prefix="logging."):
     """Logging to Weights & Biases (W&B). Curves are always written to a CSV file too."""
 
     mode: Literal["offline", "online", "disabled"] | None = None
-    """Mode of W&B. Default: $WANDB_MODE, else offline. Offline needs no account; `wandb leet run` shows the curves."""
+    """Mode of W&B: offline, online or disabled. Default: $WANDB_MODE, else offline. Offline needs no account; `wandb
+    leet run` shows the curves."""
     project: WandbName | None = None
     """W&B project. Default: $WANDB_PROJECT, else gprune."""
     name: WandbName | None = None

@@ -170,7 +170,7 @@ def test_wikitext2_works_without_lm_eval_and_other_tasks_name_the_package_to_ins
         ),
         (["{run}", "--tasks", "speed", "--speed_batch", "1,0"], "--speed_batch[1] must be 1"),
         (["{run}", "--colour", "red"], "unrecognized arguments"),
-        ([], "required: MODEL"),
+        ([], "required: model"),
         (["{tmp}", "--tasks", "wikitext2"], "not a gprune run"),
         (["{tmp}/empty", "--tasks", "wikitext2"], "must be a run (manifest.json) or a model folder"),
         (["{run}/model", "--tasks", "wikitext2", "--dense"], "--dense needs the folder of a run"),

@@ -101,7 +101,7 @@ def test_tables_have_one_row_for_each_pair_and_the_mean_over_the_pairs_of_seeds(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "required: LIST"), (["--pair", "x.yaml"], "--pair"), (["no/such.yaml", "--pairs"], "no/such.yaml")],
+    [([], "required: list"), (["--pair", "x.yaml"], "--pair"), (["no/such.yaml", "--pairs"], "no/such.yaml")],
 )
 def test_invalid_command_lines_are_refused_in_one_line(arguments, message, capsys):
     assert main(arguments) == 2

@@ -1,8 +1,7 @@
-"""The YAML loader: intuitive types of numbers and text, and limits for malicious files."""
+"""The YAML loader: intuitive types of numbers and text, and refusal of repeated keys and of Python objects."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 
@@ -32,20 +31,9 @@ def test_scalars_and_collections_have_the_intuitive_types(text):
     assert type(content) is type(EXPECTED[text])
 
 
-def bomb(items: str, first: str) -> str:
-    """A "billion laughs" file: each list repeats the one before nine times."""
-    lines = [f"a: &a {first}"]
-    lines += [f"{b}: &{b} {items.format(','.join([f'*{a}'] * 9))}" for a, b in itertools.pairwise("abcdefghi")]
-    return "\n".join(lines)
-
-
 REFUSED = {  # text and expected error
-    "lists": (bomb("[{}]", "[x, y, z]"), "keys and values"),
-    "merges": (bomb("{{<<: [{}]}}", "{x: 1, y: 2, z: 3}"), "keys and values"),
-    "itself": ("&a [*a]", "keys and values"),
-    "keys": ("\n".join(f"k{n}: {n}" for n in range(20_000)), "keys and values"),
+    "itself": ("&a [*a]", "recursive"),
     "depth": ("[" * 100_000, "recursion"),
-    "length": ("a" * 2**19, "more than 262,144"),
     "digits": ("9" * 5000, "digits"),
     "twice": ("a: 1\na: 2", "'a' is repeated on line 2"),
     "twice inside": ("a: {b: 1, b: 2}", "'b' is repeated on line 1"),
