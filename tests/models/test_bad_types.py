@@ -99,12 +99,16 @@ def test_experts_shared_between_layers_are_refused():
 @pytest.mark.parametrize(
     ("model_type", "settings", "reason"),
     [("rwkv", {}, "the logits differ"), ("big_bird", {}, "sequence length must be multiple of block size"),
-     ("gemma4_text", {"num_kv_shared_layers": 12}, "")],
+     ("gemma4_text", {"num_kv_shared_layers": 12}, "sliding_attention")],
 )  # fmt: skip
 def test_types_whose_layers_depend_on_more_than_hidden_states_are_refused_along_the_pruned_prefix(
     model_type, settings, reason, tmp_path, capsys
 ):
-    """RWKV changes layers from the seventh on, big_bird at its first short text, Gemma 4 uses keys of other layers."""
+    """What the first three layers do not show, or only the decoder.
+
+    RWKV changes its seventh layer, Gemma 4 uses keys of other layers, and big_bird changes all layers at its first
+    short text.
+    """
     config = default_config(model_type)
     config.update(settings)
     config.save_pretrained(tmp_path / "model")  # only config.json

@@ -205,6 +205,15 @@ def test_the_layerwise_check_uses_the_discovered_record(monkeypatch):
     check_walk(config)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "reason"), [("inkling2_text", "the logits differ"), ("gemma3n_text", "'sliding_attention'")]
+)
+def test_the_layerwise_check_sees_what_only_later_layers_do(model_type, reason):
+    """Inkling 2 mixes residual streams every few layers, and the last layers of Gemma 3n use keys of earlier ones."""
+    with pytest.raises(UserError, match=rf"'{model_type}' cannot be computed layer by layer \({reason}\)"):
+        check_walk(default_config(model_type))
+
+
 @pytest.mark.parametrize("change", ["kinds", "layers", "extras", "all"])
 def test_a_damaged_record_in_the_cache_is_ignored(change):
     config = shrunk(CONFIG_MAPPING["gemma"]())
