@@ -179,9 +179,14 @@ def _renumbered(model: PreTrainedModel, layer_is_kept: list[bool]) -> PreTrained
 def attention_by_layer(config: PreTrainedConfig) -> list[bool]:
     """Return for each layer of the cache in generation whether it stores keys and values of tokens.
 
-    Layers with linear attention, Mamba or convolution, and those without attention, do not.
+    Layers with linear attention, Mamba or convolution, and those without attention, do not. The list is empty if
+    transformers cannot make a cache for the configuration, such as that of BLT.
     """
-    return [isinstance(layer, CacheLayerMixin) for layer in DynamicCache(config=config).layers]
+    try:
+        layers = DynamicCache(config=config).layers
+    except (AttributeError, KeyError):
+        return []
+    return [isinstance(layer, CacheLayerMixin) for layer in layers]
 
 
 def _drop_layers(model: PreTrainedModel, layer_is_kept: list[bool], renumbered: PreTrainedModel) -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from experiments.architectures import example
+from experiments.architectures import default_config, example
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.models.surgery import prune
+from gprune.models.surgery import attention_by_layer, prune
 from gprune.pipeline import plan
 from gprune.sparsity.budget import Budget, unit_costs
 from tests import tiny_run
@@ -56,6 +56,10 @@ def test_a_budget_for_whole_layers_that_fits_all_attention_layers_is_refused(tar
         plan.check_attention_remains(model.config, budget)
     protected = unit_costs(blocks_of(model), scope="ffn+blocks", protect=[1])
     return plan.check_attention_remains(model.config, Budget.of(protected, target))
+
+
+def test_a_type_without_a_cache_in_transformers_has_no_layers_that_must_be_kept():
+    assert attention_by_layer(default_config("blt")) == []
 
 
 @pytest.mark.parametrize("flag", ["--sparsity.scope=ffn+blocks", "--sparsity.allocation=depth"])
