@@ -29,6 +29,7 @@ MAIN = "__main__"
 NOT_OF_USERS = {"gprune", "lightning", "torch", *sys.stdlib_module_names}
 PLAIN = (type(None), bool, int, float, complex, str, bytes, PurePath)
 DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+METHODS = (FunctionType, staticmethod, classmethod, property)
 INSTALLED = {"site-packages", "dist-packages"}
 WRAPPERS = {  # class -> attributes with the wrapped functions and values
     functools.partial: ("func", "args", "keywords"), MethodType: ("__func__", "__self__"),
@@ -53,12 +54,14 @@ def code_of(entry: Any, registered_in: str = "") -> dict[str, str | None]:
         definition = definition.func
     if not isinstance(definition, type | FunctionType):
         definition = type(definition)
+    module = definition.__module__ or ""
     collector = _Collector()
-    for module in (definition.__module__ or "", registered_in):
-        if module == MAIN:
-            collector.add_value("entry", entry)
-        elif _is_users(module):
-            collector.add_module(module)
+    if MAIN in (module, registered_in):
+        collector.add_value("entry", entry)
+    if _is_users(registered_in):
+        collector.add_module(registered_in)
+    if _is_part(module, of=registered_in):
+        collector.add_module(module)
     if registered_in == MAIN and isinstance(entry, FunctionType):  # may be made by a function of another module
         collector.add_captured(entry)
     return collector.code()
@@ -115,7 +118,7 @@ class _Collector:
         self._modules[name], imports = _parse(content)
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         for imported in _absolute_names(imports, package):
-            if _is_users(imported) and _is_part(imported, of=name):
+            if _is_part(imported, of=name):
                 self.add_module(imported)
 
     def add_value(self, name: str, value: Any) -> None:
@@ -127,14 +130,14 @@ class _Collector:
             return
         self._seen[id(value)] = value
         if isinstance(value, ModuleType):
-            if _is_users(value.__name__) and _is_part(value.__name__, of=MAIN):
+            if _is_part(value.__name__, of=MAIN):
                 self.add_module(value.__name__)
         elif isinstance(value, type | FunctionType):
             self._add_definition(value)
         else:
             for part_name, part in _parts(name, value):
                 self.add_value(part_name, part)
-            if _is_users(type(value).__module__):
+            if type(value).__module__ == MAIN or _is_part(type(value).__module__, of=MAIN):
                 self._add_definition(type(value))
                 self.add_value(name, dict(getattr(value, "__dict__", {})))
 
@@ -149,13 +152,14 @@ class _Collector:
         """Add a function or class. One of a module counts as the whole module."""
         module = definition.__module__ or ""
         if module != MAIN:
-            if _is_users(module):
+            if _is_part(module, of=MAIN):
                 self.add_module(module)
         elif isinstance(definition, type):
             self._main.append(f"class {definition.__qualname__}")
             self.add_value("bases", definition.__bases__)
             for name, value in vars(definition).items():
-                if not (name.startswith("__") and isinstance(value, PLAIN)):  # such as the docstring
+                is_generated = name.startswith("__") and not isinstance(value, METHODS)  # such as the docstring
+                if not is_generated:
                     self.add_value(name, value)
         else:
             self._add_function(definition)
@@ -196,11 +200,11 @@ def _names_in(code: CodeType) -> list[str]:
 
 
 def _is_part(name: str, of: str) -> bool:
-    """Return whether an imported name is a module in the package of another module, or a module that is not installed.
+    """Return whether a name is a module of the user that is hashed with another module.
 
-    Installed packages have versions, and other names are functions and classes.
+    This holds for modules of the same package, and for modules that are not installed with pip.
     """
-    path = _file_of(name)
+    path = _file_of(name) if _is_users(name) and name != MAIN else None
     if path is None:
         return False
     return INSTALLED.isdisjoint(path.parts) or name.partition(".")[0] == of.partition(".")[0]

@@ -144,6 +144,18 @@ def test_code_of_a_notebook_changes_with_the_functions_and_values_that_it_uses(o
     assert (first != edited) == changes
 
 
+def test_code_of_a_notebook_includes_its_imported_modules_except_installed_packages(package):
+    """A class of an installed package does not add the package's code."""
+    cell = "import pydantic\nfrom code_of_mine import helper\nclass Scorer(pydantic.BaseModel):\n"
+    cell += "    def score(self): return helper.FACTOR, pydantic.BaseModel"
+    code = code_of(notebook(cell)["Scorer"], "__main__")
+    assert set(code) == {"__main__", "code_of_mine.helper"}
+    (package / "helper.py").write_text("FACTOR = 2\n")
+    forget()
+    edited = code_of(notebook(cell)["Scorer"], "__main__")
+    assert [module for module in code if code[module] != edited[module]] == ["code_of_mine.helper"]
+
+
 def test_a_function_without_source_code_has_an_unknown_hash():
     variables = {"__name__": "__main__"}
     exec("def score(weights): return weights", variables)
