@@ -35,7 +35,6 @@ class Parser(jsonargparse.ArgumentParser):
 
     def __init__(self, prog: str, *, shows_records: bool = False, **options: Any):
         self.shows_records = shows_records
-        UNREADABLE.clear()  # of an earlier command in this process
         defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(prog, **defaults | options)
         text = "a module or .py file to import first, which registers metrics, recoveries or stages; may be repeated"
@@ -108,6 +107,8 @@ def run_guarded(command: str, work: Callable[[], str], *, stopped: str = ".", me
             if process_index() == 0:
                 return fail(f"Another process of this run has ended; its own error, if any, is above{stopped}")
             return 2  # rank 0 has ended and has reported the cause
+        finally:
+            UNREADABLE.clear()  # another command in this process does not have these modules in --import
     return 0
 
 

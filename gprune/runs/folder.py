@@ -32,13 +32,16 @@ SCRATCH_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of scratch folder
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List the differences of two runs' settings, as 'sparsity.target: 0.5 there, 0.3 here'.
 
-    Changed code of the user comes first.
+    Changed code of the user comes first. Code that only one of the two uses is left out if settings differ.
     """
     old, new = dict(old), dict(new)
     old_code, new_code = old.pop("code", {}), new.pop("code", {})
     old_leaves, new_leaves = flatten(old), flatten(new)
     changed = sorted(name for name in {*old_leaves, *new_leaves} if old_leaves.get(name) != new_leaves.get(name))
     of_settings = [f"{name}: {old_leaves.get(name)} there, {new_leaves.get(name)} here" for name in changed]
+    if of_settings:
+        shared = old_code.keys() & new_code.keys()
+        old_code, new_code = ({module: code[module] for module in shared} for code in (old_code, new_code))
     return [*changed_code(old_code, new_code), *of_settings]
 
 
