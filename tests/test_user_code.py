@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from gprune.importance import IMPORTANCE
-from gprune.user_code import code_of, compare_code, files_changed_since_import
+from gprune.user_code import code_of, compare_code
 from tests import registries
 
 METRIC = '''"""About the module."""
@@ -83,11 +83,8 @@ def test_an_imported_module_counts_as_it_was_imported_until_it_is_reloaded(packa
     path = package / "helper.py"
     path.write_text("FACTOR = 3\n")
     assert IMPORTANCE.code("coded") == before
-    assert files_changed_since_import() == [str(path)]
     importlib.reload(sys.modules["code_of_mine.helper"])
     assert IMPORTANCE.code("coded") != before
-    path.unlink()
-    assert files_changed_since_import() == [str(path)]
 
 
 def test_code_of_gprune_and_lightning_is_not_the_users(package):
@@ -107,17 +104,8 @@ def notebook(*cells: str) -> dict:
 
 
 CELL = """
-from dataclasses import dataclass
-POWER = 2
-@dataclass
-class Options:
-    base: float = 1.0
-class Base:
-    def value(self): return POWER
-class Scorer(Base):
-    name = "a"
-    def score(self, x, options=Options()): return helper(x) ** self.value()
-helper = lambda x: [x for _ in (1, 2)]
+class Scorer:
+    def score(self, x): return x ** 2
 unused = 1
 """
 
@@ -125,35 +113,17 @@ unused = 1
 @pytest.mark.parametrize(
     ("old", "new", "changes"),
     [
-        ("POWER = 2", "POWER = 3", True),
-        ("return POWER", "return -POWER", True),
-        ("helper(x) **", "-helper(x) **", True),
-        ("(1, 2)", "(1, 2, 3)", True),
-        ('name = "a"', 'name = "b"', True),
-        ("base: float = 1.0", "base: float = 2.0", True),
+        ("x ** 2", "x ** 3", True),
         ("unused = 1", "unused = 2  # and a comment", False),
-        ("class Base:\n", 'class Base:\n    "About the class."\n', False),
+        ("class Scorer:\n", 'class Scorer:\n    "About the class."\n', False),
     ],
 )
-def test_code_of_a_notebook_changes_with_the_functions_and_values_that_it_uses(old, new, changes):
-    first, same, edited = (
-        code_of(notebook(cell)["Scorer"], "__main__") for cell in (CELL, CELL, CELL.replace(old, new))
-    )
+def test_code_of_a_notebook_is_that_of_the_function_or_class(old, new, changes):
+    cells = (CELL, CELL, CELL.replace(old, new))
+    first, same, edited = (code_of(notebook(cell)["Scorer"], "__main__") for cell in cells)
     assert first.keys() == {"__main__"}
     assert first == same
     assert (first != edited) == changes
-
-
-def test_code_of_a_notebook_includes_its_imported_modules_except_installed_packages(package):
-    """A class of an installed package does not add the package's code."""
-    cell = "import pydantic\nfrom code_of_mine import helper\nclass Scorer(pydantic.BaseModel):\n"
-    cell += "    def score(self): return helper.FACTOR, pydantic.BaseModel"
-    code = code_of(notebook(cell)["Scorer"], "__main__")
-    assert set(code) == {"__main__", "code_of_mine.helper"}
-    (package / "helper.py").write_text("FACTOR = 2\n")
-    forget()
-    edited = code_of(notebook(cell)["Scorer"], "__main__")
-    assert [module for module in code if code[module] != edited[module]] == ["code_of_mine.helper"]
 
 
 def test_a_function_without_source_code_has_an_unknown_hash():

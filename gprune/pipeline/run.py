@@ -44,7 +44,7 @@ from gprune.stages.base import FrozenLMStage, curves_of
 from gprune.stages.callbacks import StepCurves
 from gprune.storage.files import key_of
 from gprune.storage.yaml_text import to_yaml
-from gprune.user_code import Code, code_of, files_changed_since_import
+from gprune.user_code import code_of
 
 log = logging.getLogger("gprune")
 
@@ -325,7 +325,8 @@ def open_run(
         code |= code_of(type(callback))
     if code:
         settings["code"] = code
-        warn_about_code(code)
+        if unreadable := [module for module, value in code.items() if value is None]:
+            log.warning("Cannot read the code of %s, so changes of it are not noticed.", ", ".join(unreadable))
     folder = RunFolder(cfg.folder, meter.counts, key=key_of(settings=settings))
     screen = Screen({step: forward_equivalents(*tokens) for step, tokens in plan.tokens.items()}, meter.work)
     with (
@@ -349,17 +350,6 @@ def open_run(
         except (Exception, SystemExit) as error:
             raise_as_user_error(error, user_callbacks)
             raise
-
-
-def warn_about_code(code: Code) -> None:
-    """Log a line for user's code that cannot be read, and one for files that have changed since they were imported."""
-    if unreadable := [module for module, value in code.items() if value is None]:
-        log.warning("Cannot read the code of %s, so changes of it are not noticed.", ", ".join(unreadable))
-    if changed := files_changed_since_import():
-        log.warning(
-            "%s changed after it was imported. This run uses and records the imported code. Restart Python to use the "
-            "new code.", ", ".join(changed),
-        )  # fmt: skip
 
 
 def _record_machine_choices(folder: RunFolder, plan: Plan, requested_precision: str) -> None:
