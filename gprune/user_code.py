@@ -74,10 +74,12 @@ def _add_module(name: str, code: dict[str, str | None]) -> None:
 
 
 def _is_users(module: ModuleType) -> bool:
-    """Return whether a module has a file and belongs neither to gprune, nor to Python, nor to an installed package."""
+    """Return whether a module belongs neither to gprune, nor to Python, nor to an installed package."""
     file = getattr(module, "__file__", None)
+    if file is None and hasattr(module, "__path__"):  # a folder without code
+        return False
     own = module.__name__.partition(".")[0] not in NOT_OF_USERS
-    return own and bool(file) and INSTALLED.isdisjoint(Path(file).parts)
+    return own and INSTALLED.isdisjoint(Path(file or "").parts)
 
 
 def _source_of_module(module: ModuleType) -> str | None:
@@ -86,7 +88,7 @@ def _source_of_module(module: ModuleType) -> str | None:
     if "source_for_gprune" not in stored:
         try:
             stored["source_for_gprune"] = Path(module.__file__).read_text(encoding="utf-8")
-        except (OSError, ValueError):
+        except (AttributeError, OSError, ValueError):
             stored["source_for_gprune"] = None
     return stored["source_for_gprune"]
 
