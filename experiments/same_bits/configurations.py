@@ -1,0 +1,55 @@
+"""The compared configurations, as flags of `train.py`.
+
+Together they have every allocation, recovery, scope and kind of target, and all shipped configurations except
+`protocol`, which needs text that is not embedded.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+# The tiny random model, and text of the standard library: nothing is downloaded.
+SMOKE = "--config smoke --trainer.accelerator cpu --trainer.precision 32-true --logging.mode disabled"
+# Widths are set, so that a change of their default changes the configuration `default` only.
+TINY = f"{SMOKE} --sparsity.width_multiple 1"
+
+TINY_CONFIGURATIONS = {
+    "default": SMOKE,
+    "paper": f"{TINY} --config paper --corpora.learn [python_docs] --corpora.learn_samples 8",
+    "gates": f"{TINY} --config gates",
+    "best": f"{TINY} --config best --distill.tokens 512 --evaluation.controls [averaged]",
+    "untrained": f"{TINY} --config untrained --evaluation.controls [base,averaged]",
+    "equal_bias": f"{TINY} --sparsity.allocation equal --sparsity.target 30% --partition.method drift_only "
+    "--reliability.metric consensus --recovery bias",
+    "global_attention": f"{TINY} --sparsity.allocation global --sparsity.scope attention+ffn --sparsity.target 0.18M "
+    "--recovery least_squares",
+    "owl_protect": f"{TINY} --sparsity.allocation owl --sparsity.options.spread 0.05 --sparsity.protect [0,-1] "
+    "--sparsity.target 0.3 --recovery distill --distill.targets mlp",
+    "reconstruction": f"{TINY} --sparsity.allocation reconstruction --gprune false --recovery least_squares",
+    "depth": f"{TINY} --sparsity.allocation depth --gprune false --recovery none",
+    "blocks_lora": f"{TINY} --sparsity.scope attention+ffn+blocks --sparsity.learn both --sparsity.loss kl "
+    "--recovery [least_squares,distill] --distill.targets lora",
+    "blocks_influence": f"{TINY} --sparsity.scope ffn+blocks --sparsity.block_choice influence "
+    "--importance taylor --partition.method random --recovery none",
+    "bytes_uniform_width": f"{TINY} --sparsity.target 700KiB --sparsity.uniform_width true "
+    "--recovery least_squares_sequential",
+    "speed": f"{TINY} --sparsity.target 1.3x --sparsity.scope attention+ffn --recovery none",
+    # Small rises, because more cuts make the random model better.
+    "quality": f"{TINY} --sparsity.target +0.1% --sparsity.allocation uniform --recovery least_squares "
+    "--evaluation.controls []",
+    "quality_learned": f"{TINY} --sparsity.target +1% --importance random --recovery none --evaluation.controls [base]",
+    "bfloat16": f"{TINY} --model.dtype bfloat16 --importance wifv --sparsity.epochs 2 "
+    "--recovery [least_squares_sequential,distill]",
+}
+SMOLLM2 = f"{SMOKE} --model.name smollm2-135m --corpora.num_samples 2 --sparsity.width_multiple 1"
+REAL_CONFIGURATIONS = {
+    "smollm2": f"{SMOLLM2} --recovery [least_squares,distill] --distill.tokens 256 --evaluation.controls [base]",
+    "smollm2_bfloat16": f"{SMOLLM2} --model.dtype bfloat16 --config gates --sparsity.scope attention+ffn "
+    "--sparsity.target 0.3 --recovery least_squares_sequential --evaluation.controls [averaged]",
+}
+
+
+def configurations(*, real: bool) -> dict[str, list[str]]:
+    """Return name -> flags of the tiny configurations and, with `real`, of those of SmolLM2."""
+    texts = TINY_CONFIGURATIONS | (REAL_CONFIGURATIONS if real else {})
+    return {name: shlex.split(text) for name, text in texts.items()}

@@ -1,0 +1,5 @@
+"""What gprune gives today: records and printed tables of all lists, and settings of all documented commands.
+
+`python -m tests.snapshots` writes the files of `stored/` again. Do so in the commit that changes an output on purpose,
+and read the difference.
+"""
