@@ -194,7 +194,9 @@ class Collector:
             self._halves = [int(window_half) if is_counted else None for window_half, is_counted in pairs]
 
     def observe(self, input_ids: Tensor, half: Tensor, weight: Tensor | None = None) -> None:
-        """Run the decoder on a batch. The hooks add the batch to all sums.
+        """Run the decoder on token ids (B, T). The hooks add each window to the sums of its half, (B,) in {0, 1}.
+
+        Windows with a weight of 0, (B,), are ignored.
 
         Args:
             input_ids: (B, T) token ids.

@@ -47,7 +47,11 @@ def check_dense(blocks: Sequence[Block]) -> None:
 def tokens_with_gradients(
     model: PreTrainedModel, batches: Sequence[Tensor], *, bfloat16: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return the inputs of each `down` projection, and the squared norm of the loss's gradient by its output.
+    """Return the inputs of each `down` projection and ||g_t||^2, g_t being the gradient of the loss by its output.
+
+    For each block, on the CPU: (n, N) bfloat16 inputs of all n tokens, and (n,) float32. The loss is the mean
+    next-token cross-entropy of a window in nats. Blocks without an FFN have two empty tensors. Batches are (B, T) token
+    ids. With `bfloat16`, matrices are multiplied in autocast, with fallback to float32 if a loss is not finite.
 
     Args:
         model: the dense, frozen model.
@@ -108,6 +112,9 @@ def errors_by_width(weight: Tensor, gram: Tensor, x: Tensor, energy: Tensor, *, 
 
         E(K) = sum over i, j in R of (P^T P)_ij (L^-1 S L^-T)_ij,    S = mean over tokens of x_t x_t^T ||g_t||^2.
 
+    W is `weight` (H, N), G is `gram` (N, N), x (n, N), and ||g_t||^2 is `energy` (n,). In all of them the neuron that
+    is removed first comes last.
+
     Args:
         weight: W, (H, N). Here and in `gram` and `x`, the neuron that is removed first comes last.
         gram: G, the sum of x x^T over the calibration text, (N, N).
@@ -148,7 +155,8 @@ def block_errors(
 ) -> Tensor:
     """Return E(K) of each block at K = 0, N / LEVELS, ..., N: (blocks, LEVELS + 1) float64 on the CPU.
 
-    The errors of a block without an FFN are zeros.
+    The neurons with the smallest `scores`, (N,) per block, are removed first. Batches are (B, T) token ids for the
+    forward and backward pass. The errors of a block without an FFN are zeros.
 
     Args:
         model: the dense, frozen model, with weights in memory.

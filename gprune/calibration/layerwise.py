@@ -148,7 +148,7 @@ class Walk:
 
     @torch.no_grad()
     def add(self, input_ids: Tensor, half: Tensor | None = None, weight: Tensor | None = None) -> None:
-        """Embed a batch and record the arguments of each layer.
+        """Embed token ids (B, T) and record the arguments of each layer; `half` and `weight` are as for `Collector`.
 
         Args:
             input_ids: (B, T) token ids.

@@ -69,7 +69,7 @@ class StreamingMoments(_Sums):
     """Sums of one projection's input with C channels."""
 
     def update(self, x: Tensor, half: Tensor, weight: Tensor) -> None:
-        """Add activations of a batch of windows.
+        """Add activations (B, T, C) of windows to their halves, (B,) in {0, 1}; a weight of 0, (B,), ignores a window.
 
         Args:
             x: (B, T, C) activations.
@@ -101,7 +101,7 @@ class StreamingExpertMoments(_Sums):
     """Sums of inputs of the down projections of E experts with N neurons each."""
 
     def update(self, x: Tensor, expert: int, half: Tensor, weight: Tensor) -> None:
-        """Add activations of the tokens that are routed to an expert.
+        """Add activations (n, N) of the tokens that are routed to an expert; halves and weights in {0, 1} are (n,).
 
         Args:
             x: (n, N) activations.
@@ -140,7 +140,9 @@ class StreamingCosineChange(Metric):
         self.add_state("sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, before: Tensor, after: Tensor, weight: Tensor) -> None:
-        """Add a batch of windows.
+        """Add a block's inputs and outputs, (B, T, H), with weights (B,) in {0, 1}.
+
+        With S residual streams, as in deepseek_v4, they are (B, T, S, H), and the streams of a token are one vector.
 
         Args:
             before: (B, T, H), input of the block; (B, T, S, H) if there are S residual streams, as in deepseek_v4. The

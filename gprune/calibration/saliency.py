@@ -48,7 +48,7 @@ class StreamingGradients(Metric):
         add_large_state(self, "gradient", 2, *shape)
 
     def update(self, x: Tensor, gradient: Tensor, halves: Sequence[int | None]) -> None:
-        """Add windows.
+        """Add inputs (B, T, in) and gradients (B, T, out) of windows to their halves; those of half None are ignored.
 
         Args:
             x: inputs, (B, T, in).

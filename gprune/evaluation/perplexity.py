@@ -85,7 +85,7 @@ class Forecast(NamedTuple):
 
 
 def kl_of_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(q || p) of each row in nats, (T,).
+    """Return KL(q || p) of each row of log-probabilities (T, V) in nats, (T,). Where log q is -inf, 0 log 0 is 0.
 
     Args:
         log_p: (T, V) log-probabilities, any float dtype.
@@ -182,7 +182,9 @@ def perplexity(
 
 
 def mean_nll(window_nll: Tensor, tokens: int, corpus: str) -> float:
-    """Return the mean negative log-likelihood in nats per token.
+    """Return the mean negative log-likelihood in nats per token, from the sums of windows (n,) float64.
+
+    Raises UserError if a sum is not finite, or exp of the mean would overflow.
 
     Args:
         window_nll: (n,) float64, the sum of each window in nats.
@@ -225,7 +227,9 @@ class WindowPerplexity(Metric):
             self.add_state(state, [], dist_reduce_fx="cat")
 
     def update(self, nll: Tensor, tokens: Tensor, index: Tensor) -> None:
-        """Add a batch of windows.
+        """Add the summed negative log-likelihoods of windows in nats (B,) float64, their tokens and positions (B,).
+
+        A window that pads the batch has 0 tokens.
 
         Args:
             nll: (B,) float64, the negative log-likelihood of each window, summed over its predicted tokens, in nats.
@@ -250,7 +254,7 @@ class WindowPerplexity(Metric):
 
 
 def window_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Return the negative log-likelihood of each window, summed over tokens 2..T, in nats: (B,) float64.
+    """Return the negative log-likelihood of each window of tokens (B, T), summed over 2..T, in nats: (B,) float64.
 
     Args:
         model: a causal language model in eval mode.
@@ -263,10 +267,10 @@ def window_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def _window_sums(
     model: PreTrainedModel, tokens: Tensor, dense: list[Forecast] | None = None, collected: list[Forecast] | None = None
 ) -> Tensor:
-    """Return sums over the predicted tokens 2..T of each window: negative log-likelihood in nats, (B, 1) float64.
+    """Return sums over the predicted tokens 2..T of windows (B, T): negative log-likelihood in nats, (B, 1) float64.
 
     With the dense model's forecasts also KL in nats and the number of tokens with the same argmax, (B, 3) float64.
-    Probabilities are float32, whatever the model's dtype.
+    Probabilities are float32, whatever the model's dtype. Forecasts of this model are appended to `collected`.
 
     Args:
         model: the model.

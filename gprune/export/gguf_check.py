@@ -71,7 +71,7 @@ def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 
 
 def score_in_llama_cpp(path: Path, ids: list[int], texts: list[str]) -> tuple[Tensor, list[list[int]]]:
-    """Compute log-probabilities and tokens in llama.cpp.
+    """Return log-probabilities after each of T `ids`, (T, vocabulary) float64, and the tokens of `texts`, by llama.cpp.
 
     Args:
         path: the GGUF file.

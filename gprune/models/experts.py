@@ -192,7 +192,7 @@ class _DownProjectionWatch(TorchFunctionMode):
             self.next_row = 0
 
     def _watched_activations(self, x: Tensor, expert: int | None) -> Tensor:
-        """Return the activations that the product should read.
+        """Return the activations that the product should read, from (n, N) of one expert, or (E, n, N) of all.
 
         Args:
             x: activations (n, N) of one expert, or (E, n, N) of all experts.

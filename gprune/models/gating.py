@@ -41,7 +41,9 @@ def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterat
 
 
 def _register_ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> RemovableHandle | Watch:
-    """Multiply the inputs of a block's down projection by its gate from now on. Return a handle with `remove`.
+    """Multiply the inputs of a block's down projection by its gate, (N,) or (E x N,). Return a handle with `remove`.
+
+    `gates` has a gate per block of the model, or None, and is read in every forward pass.
 
     Args:
         block: a block with an FFN.
@@ -59,7 +61,9 @@ def _register_ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> Removabl
 
 
 def _register_attention_gates(block: Block, gates: Sequence[Tensor | None]) -> Iterator[RemovableHandle]:
-    """Multiply the heads of a block by the gate of their KV group from now on, and adapt norms over all heads.
+    """Multiply the heads of a block by the gate of their KV group, and adapt norms over all heads. Yield handles.
+
+    `gates` has a gate (G,) per block of the model, or None, and is read in every forward pass.
 
     Args:
         block: a block with attention.

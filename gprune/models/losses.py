@@ -146,6 +146,9 @@ def frozen_head_losses(
 ) -> Tensor:
     """Return the next-token loss of each token in nats, (n,) float32, differentiable only by `hidden` (n, H).
 
+    The head is (V, H) with a bias (V,) or None. Targets are (n,) token ids, for the cross-entropy, or (n, H) hidden
+    states of a teacher with the same head, for KL(teacher || ours). `transform` maps products to logits.
+
     Args:
         hidden: (n, H) hidden states.
         head: (V, H) frozen output embedding.

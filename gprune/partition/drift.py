@@ -15,7 +15,7 @@ MIN_AGREEMENT_SIZE = 16  # Kendall's tau of fewer neurons is mostly noise
 
 
 def rank_drift(ranks: Tensor) -> Tensor:
-    """Return the population standard deviation of each neuron's rank over corpora, (N,) in [0, 0.5].
+    """Return the population standard deviation over corpora of each neuron's rank, (N,), from ranks (D, N) in (0, 1).
 
     Our reading of GPrune-LLM's abstract and its Figure 1 (arXiv 2603.13418).
 
@@ -26,7 +26,7 @@ def rank_drift(ranks: Tensor) -> Tensor:
 
 
 def noise_floor(half_ranks: Tensor) -> Tensor:
-    """Return the drift that sampling alone causes, (N,).
+    """Return the drift that sampling alone causes, (N,), from ranks on the two halves of D corpora, (D, 2, N).
 
     A rank from half of the tokens has twice the sampling variance of a rank from all tokens, so (difference / 2)^2 of
     two halves estimates the variance v of a full-sample rank. If D corpora differ by sampling only, their population
@@ -41,7 +41,7 @@ def noise_floor(half_ranks: Tensor) -> Tensor:
 
 
 def kendall_agreement(scores: Tensor) -> float:
-    """Return Kendall's tau-b between corpora, averaged over pairs of corpora, in [-1, 1].
+    """Return Kendall's tau-b of scores (D, n) between corpora, averaged over pairs of corpora, in [-1, 1].
 
     NaN (undefined) for constant scores, fewer than two corpora or fewer than `MIN_AGREEMENT_SIZE` neurons.
 
@@ -59,7 +59,7 @@ def kendall_agreement(scores: Tensor) -> float:
 
 
 def half_agreement(half_ranks: Tensor) -> Tensor:
-    """Return Kendall's tau-b between the two halves of a corpus, averaged over corpora, () float64.
+    """Return Kendall's tau-b between the halves of a corpus, averaged over corpora, () float64, from ranks (D, 2, N).
 
     A lower bound for the agreement of corpora that differ by sampling only, because a half has twice the sampling
     variance of the whole. Halves are the first and the last windows of a shuffled sample, and share at most one piece
@@ -73,7 +73,7 @@ def half_agreement(half_ranks: Tensor) -> Tensor:
 
 
 def module_agreements(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return `kendall_agreement` in each module, (K,) float64; NaN if undefined.
+    """Return `kendall_agreement` of scores (D, N) in each module, (K,) float64, for labels (N,) in [0, K).
 
     Args:
         scores: (D, N), the scores of N neurons on D corpora.

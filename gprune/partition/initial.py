@@ -69,7 +69,10 @@ def minimum_size(neurons: int, num_modules: int) -> int:
 
 
 def merge_small(labels: Tensor, features: Tensor, *, min_size: int) -> Tensor:
-    """Merge modules below `min_size`, smallest first, into the module with the nearest centroid.
+    """Merge modules below `min_size`, smallest first, into the module with the nearest centroid of features (N, d).
+
+    Labels are (N,) int64. The result has labels 0..K'-1 in order of first appearance, so that equal partitions have
+    equal labels.
 
     Args:
         labels: (N,) int64.
@@ -103,6 +106,9 @@ def initial_partition(
     seed: int = 0,
 ) -> Tensor:
     """Cluster neurons by k-means on [similarity_weight * embedding, drift_weight * standardised drift].
+
+    The embedding is (N, d), and drift and the resulting labels are (N,). There are fewer than `num_modules` modules if
+    some were below `minimum_size` and were merged.
 
     Args:
         embedding: (N, d) parameter embedding.

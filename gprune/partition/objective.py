@@ -33,10 +33,11 @@ class RefinementInputs:
 
 
 def dispersion(P: Tensor, x: Tensor) -> Tensor:
-    """Return the within-module share of the total variance of x, (B,) in [0, 1].
+    """Return the within-module share of the total variance of x (B, N, d) for assignments P (B, N, K): (B,) in [0, 1].
 
     sum_ik P_ik ||x_i - c_k||^2 / sum_i ||x_i - c||^2 with c_k the P-weighted mean. Since sum_k P_ik = 1, the numerator
     is sum_i ||x_i||^2 - sum_k n_k ||c_k||^2, which does not need a (N, K, d) tensor. 0/0 (x is constant) counts as 0.
+    Features are centred, and 0 for padding.
 
     Args:
         P: (B, N, K) soft assignments.
@@ -103,7 +104,7 @@ def partition_objective(
 
 
 def refinement_inputs(embeddings: list[Tensor], drifts: list[Tensor], ranks: list[Tensor]) -> RefinementInputs:
-    """Stack and pad the features of blocks, which may have different widths.
+    """Stack and pad embeddings (N, E), drifts (N,) and ranks (D, N) of blocks, which may have different widths.
 
     Args:
         embeddings: parameter embedding of each block, (N, E).

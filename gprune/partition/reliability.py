@@ -48,7 +48,7 @@ def assess_reliability(
     score_quantile: float = 0.5,
     switch: Literal["off", "unreliable", "everywhere"] = "unreliable",
 ) -> list[ModuleReliability]:
-    """Find the modules with unreliable activations, block by block.
+    """Find the modules with unreliable activations, from labels, ranks, drifts and noise floors, (N,) per block.
 
     A module switches to the fallback if all of these hold: its sensitivity, standardised over the neurons of its
     block, is at least the `sensitivity_quantile` of all modules of the model; its score is at most the
@@ -94,6 +94,8 @@ def switched_share(reliability: list[ModuleReliability]) -> float:
 
 def within_module_ranks(scores: Tensor, fallback: Tensor, labels: Tensor, switched: Tensor) -> Tensor:
     """Return the rank of each neuron in its module, p_i = (rank + 0.5) / n_m in (0, 1), (N,) float64; larger = keep.
+
+    Ranks are by `scores` (N,), and by `fallback` (N,) in modules that `switched`, (K,) bool. Labels are (N,) in [0, K).
 
     Ties are broken by index, so the ranks of a module are always 0..n_m - 1, as a budget requires a total order.
 

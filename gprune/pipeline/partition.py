@@ -89,7 +89,7 @@ def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
 
 
 def compute_labels(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
-    """Compute the module labels of every block.
+    """Compute the module labels of every block, (N,) int64, and (0,) for a block without an FFN.
 
     The controls `random` and `drift_only` keep the refined module sizes and reassign the neurons.
 
@@ -130,7 +130,7 @@ def compute_labels(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
 
 
 def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: list[Tensor]) -> list[Tensor]:
-    """Step 5: fit the refiner, and return refined labels.
+    """Step 5: fit the refiner, and return refined labels, (N,) int64 for each block with an FFN.
 
     Args:
         run: the open run, with the settings of the partition.
@@ -159,7 +159,7 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
 
 
 def checked_labels(name: str, value: Any, labels: Sequence[Tensor]) -> list[Tensor]:
-    """Check the labels that a refiner returned, and return them as int64 on the CPU.
+    """Check the labels that a refiner returned, and return them as (N,) int64 on the CPU, for each block with an FFN.
 
     Args:
         name: the refiner's registered name.

@@ -35,6 +35,9 @@ def least_squares(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) 
 def ridge_correction(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """Return D = E (G + lambda I)^-1, (H, K) float64, which minimises sum ||(W + D) x - y||^2 + lambda ||D||^2.
 
+    G = sum x x^T is `gram`, (K, K) float64, whose diagonal is changed in place. E = sum (y - W x) x^T is `cross`, (H,
+    K). Lambda is `ridge` times the mean diagonal of G.
+
     Args:
         gram: G = sum x x^T, (K, K) float64; its diagonal is changed in place.
         cross: E = sum (y - W x) x^T, (H, K) float64.

@@ -105,6 +105,9 @@ class PrunedPrefix:
         for dense, block in ...:  # kept blocks, in order
             prefix.recover(dense, block)
 
+    The dense model has no experts; it is not changed, and may be offloaded. `windows` are batches of (B, T) token ids.
+    Later blocks compensate for blocks that the masks remove. `tokens` counts all passes through pruned layers.
+
     Args:
         model: the dense model, without experts. It is not changed, and may be offloaded.
         masks: masks of both kinds. Later blocks compensate for blocks that the masks remove.
@@ -209,7 +212,7 @@ class PrunedPrefix:
         return targets
 
     def _target(self, block: Block, part: str, projection: Observed, before: Tensor, after: Tensor) -> Target:
-        """Return the target of a projection of the dense model for one batch.
+        """Return the target of a dense projection for one batch, with the block's input and output (B, T, H).
 
         If the output joins the stream directly, the target is the stream; after an RMS norm, it is stream and output;
         otherwise it is the output.

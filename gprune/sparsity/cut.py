@@ -249,6 +249,9 @@ def keep_masks(
     target. Protected blocks keep everything. If all blocks must have the same widths, see `equal_width_masks`; then the
     overshoot is less than one step in every block.
 
+    Margins are (N,) or (E x N,) per block for neurons, and (G,) for KV groups if attention is in scope. Widths of
+    blocks that lose neurons are multiples of `width_multiple`.
+
     Args:
         budget: costs of the units, the target and the grid of widths.
         neuron_margins: per block (N,) or (E x N,), any float dtype; smallest is removed first.
@@ -354,7 +357,7 @@ def cut_margin(
     of_experts: Sequence[int] | None = None,
     group_margins: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Return the margin at which the budget cuts the common order of units, ().
+    """Return the margin at which the budget cuts the common order of units, (), with margins as for `keep_masks`.
 
     It is the largest margin among removed neurons. If no neuron is removed, because only KV groups cost something, it
     is the largest among removed KV groups; if none is removed either, 0.

@@ -13,6 +13,9 @@ __all__ = ["bypassed", "gated", "masked", "soft_gate", "straight_through"]
 def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
     """Return the differentiable mask sigmoid((p_i - sigmoid(t_m)) / T_m), (N,), with T_m = max(0.05, 1 / n_m).
 
+    p are within-module ranks (N,) in (0, 1), and labels (N,) are modules in [0, K). Thresholds t (K,) are logits:
+    sigmoid(t_m) is the share of the module that is removed. Sizes n are (K,) units per module.
+
     Args:
         p: (N,) within-module ranks in (0, 1).
         thresholds: t, (K,) in logit space; sigmoid(t_m) is the fraction of the module removed.

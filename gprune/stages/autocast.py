@@ -30,7 +30,7 @@ class Autocast:
     def losses(
         self, stage: L.LightningModule, compute: Callable[[], Tensor], *models: PreTrainedModel, always: bool = False
     ) -> Tensor:
-        """Return the losses of a batch, computed with cast copies of the frozen weights.
+        """Return the losses of a batch, (B,), that `compute` returns with cast copies of the frozen weights.
 
         If a loss is not finite on any process, log a warning, fall back to float32 for the rest of the stage and
         compute again.

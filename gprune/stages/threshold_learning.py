@@ -259,7 +259,7 @@ def _unit_mean(blocks: Sequence[BlockGradient]) -> Tensor:
 
 
 def _group_gate(p: Tensor, threshold: Tensor) -> Tensor:
-    """Return `soft_gate` for the KV groups of a block, which form one module.
+    """Return `soft_gate` for ranks (G,) and a threshold (1,) of the KV groups of a block, which form one module.
 
     Args:
         p: (G,) ranks.
