@@ -433,14 +433,14 @@ def test_a_byte_budget_cannot_be_combined_with_the_cost_kv_cache():
 @pytest.mark.parametrize(
     ("sparsity", "multiple"),
     [
-        ({}, 1), ({"target": "1.4x"}, None), ({"target": "1.4x", "width_multiple": 4}, 4),
-        ({"width_multiple": "auto"}, None), ({"target": "1.4x", "cost": "kv_cache"}, 1),
+        ({}, "default"), ({"target": "1.4x"}, None), ({"target": "1.4x", "width_multiple": 4}, 4),
+        ({"width_multiple": "auto"}, None), ({"target": "1.4x", "cost": "kv_cache"}, "default"),
     ],
 )  # fmt: skip
 def test_a_speed_target_or_auto_takes_the_width_multiple_from_the_machine_and_uses_speed_flags(sparsity, multiple):
     """The settings have None for a width multiple that is measured on the machine."""
     cfg = config_from_mapping({"sparsity": sparsity})
     assert cfg.settings()["sparsity"]["width_multiple"] == multiple
-    uses_speed_flags = multiple != 1
+    uses_speed_flags = multiple != "default"
     assert ("speed" in cfg.settings()) == uses_speed_flags
     assert (not describe_ignored_flags(cfg, ["speed.batch"])) == uses_speed_flags

@@ -1,6 +1,13 @@
 """Flags of train.py with their types and help. `RunConfig` in `run_config.py` has all of them."""
 
-from gprune.config.groups import CorporaConfig, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
+from gprune.config.groups import (
+    DEFAULT_MULTIPLE,
+    CorporaConfig,
+    ModelConfig,
+    PartitionConfig,
+    ReliabilityConfig,
+    SparsityConfig,
+)
 from gprune.config.parse import (
     CONSENT,
     check_settings,
@@ -16,8 +23,8 @@ from gprune.config.run_config import ExportConfig, RunConfig
 from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 
 __all__ = [
-    "CONSENT", "CorporaConfig", "DistillConfig", "EvaluationConfig", "ExportConfig", "LoggingConfig",
-    "ModelConfig", "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig", "SparsityConfig",
-    "TrainerConfig", "check_settings", "config_from_mapping", "effective_settings", "flatten", "migrate_settings",
-    "parse", "read_flags", "read_settings",
+    "CONSENT", "DEFAULT_MULTIPLE", "CorporaConfig", "DistillConfig", "EvaluationConfig", "ExportConfig",
+    "LoggingConfig", "ModelConfig", "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig",
+    "SparsityConfig", "TrainerConfig", "check_settings", "config_from_mapping", "effective_settings", "flatten",
+    "migrate_settings", "parse", "read_flags", "read_settings",
 ]  # fmt: skip

@@ -12,7 +12,15 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WrapValidator,
+    field_validator,
+)
 
 from gprune.checks import (
     AtLeast1,
@@ -36,7 +44,14 @@ from gprune.sparsity.target import Target, TargetSetting
 # corpora, and the base metric computed from their pooled statistics.
 CONSENSUS, AVERAGED = "consensus", "averaged"
 MULTI_CORPUS_METRICS = (CONSENSUS, AVERAGED)
-AUTO_TO_NONE = BeforeValidator(lambda value: None if value == "auto" else value)  # files have null for auto
+DEFAULT_MULTIPLE = "default"  # value of --sparsity.width_multiple for `UnitCosts.default_multiple`
+# A number, `DEFAULT_MULTIPLE`, or None for auto. A union of types would add their names to error messages.
+WidthMultiple = Annotated[
+    AtLeast1 | None,
+    WrapValidator(lambda value, check: value if value == DEFAULT_MULTIPLE else check(value)),
+    BeforeValidator(lambda value: None if value == "auto" else value),
+    PlainSerializer(lambda value: value),
+]
 DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|npu|mps)(:[0-9]{1,3})?")
 
 REPLACEMENTS = {  # flags of Lightning and earlier flags -> what to use instead, which errors suggest
@@ -257,10 +272,10 @@ def _sort_scope(scope: Any) -> str:
     return "+".join(parts)
 
 
-def _default_width_multiple(settings: dict[str, Any]) -> int | None:
-    """Return 1 or, for a speed target such as 1.4x, None (`auto`)."""
+def _default_width_multiple(settings: dict[str, Any]) -> str | None:
+    """Return `DEFAULT_MULTIPLE` or, for a speed target such as 1.4x, None (`auto`)."""
     is_speed_target = str(settings.get("target")).endswith("x") and not settings.get("cost")
-    return None if is_speed_target else 1
+    return None if is_speed_target else DEFAULT_MULTIPLE
 
 
 class SparsityConfig(Group, prefix="sparsity."):
@@ -301,11 +316,13 @@ class SparsityConfig(Group, prefix="sparsity."):
     (from 0, which is uniform, to 1, the estimated optimum; 0.75)."""
     protect: list[int] = Field([])
     """Decoder layers that are not pruned; -1 is the last layer. LLM-Pruner protects [0,1,2,-1]."""
-    width_multiple: Annotated[AtLeast1 | None, AUTO_TO_NONE] = Field(default_factory=_default_width_multiple)
-    """FFN widths are multiples of this. 64 or 128 suit matrix-multiply tiles and serving kernels (128 if quantised), 32
-    the blocks of q8_0, 8 the grouped kernels of experts. auto, or null: the smallest of 1, 8, 16, ... 128 that
-    loses at most 5 % of the speed on this machine, by its latency table (the default for speed targets). The target is
-    overshot by less than one multiple."""
+    width_multiple: WidthMultiple = Field(default_factory=_default_width_multiple)
+    """FFN widths are multiples of this. default: by the model's configuration, 64 from 512 neurons up (the tiles of
+    matrix products and the blocks of q8_0), 8 for experts from 64 neurons up (their grouped kernels), and otherwise 1.
+    auto, or null: the smallest of 1, 8, 16, ... 128 that loses at most 5 % of the speed on this machine, by its latency
+    table (the default for speed targets). Serving kernels of quantised weights need 128, K-quants such as q4_k_m 256.
+    The target
+    is overshot by less than one multiple."""
     uniform_width: bool = False
     """Give all blocks the same width and number of KV groups, the largest that reach the target. The result loads as a
     stock model without custom code, if the family's config can express the sizes (gpt2, opt and gpt_neox cannot have

@@ -263,7 +263,7 @@ class RunConfig(Group):
         """The flag that needs a latency table of this machine, or an empty string."""
         if self.sparsity.currency == "seconds":
             return f"--sparsity.target {self.sparsity.target}"
-        return "" if self.sparsity.width_multiple else "--sparsity.width_multiple auto"
+        return "--sparsity.width_multiple auto" if self.sparsity.width_multiple is None else ""
 
     @property
     def learns(self) -> bool:

@@ -12,15 +12,12 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gprune.errors import UserError, require_finite
+from gprune.errors import UserError, optional_output, require_finite
+from gprune.export.gguf_types import LLAMA_CPP, QUANTISED, TYPES
 from gprune.storage.reading import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-LLAMA_CPP = "llama-cpp-py-sync"  # a package with a compiled llama.cpp, which runs in a separate process
-TYPES = {"f32": 32, "f16": 16, "q8_0": 8.5}  # bits per weight
-QUANTISED = ("q4_k_m",)  # quantised by llama.cpp from f16
 
 
 def export(
@@ -59,6 +56,7 @@ def export(
         raise UserError(f"--output must be in an existing folder; got '{path}'.")
     from gprune.export.gguf_check import ask_llama_cpp, check_gguf
     from gprune.export.gguf_writer import write_gguf
+    from gprune.export.size import report_size
     from gprune.storage.files import replacing
 
     model, tokenizer = load_folder(folder)
@@ -72,6 +70,8 @@ def export(
             write_gguf(model, tokenizer, new, type=type, name=name)
         if not unchecked:
             check_gguf(model, tokenizer, new, type=type)
+    with optional_output("the size of the dense model", "the file is complete"):
+        report_size(path, model, tokenizer, folder, type=type)
     return path
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -221,6 +222,15 @@ def stored_type(tensor: Tensor, type: str) -> GGMLQuantizationType:
     kind = GGMLQuantizationType["F32" if tensor.ndim == 1 else type.upper()]
     block_size, _ = GGML_QUANT_SIZES[kind]
     return GGMLQuantizationType.F16 if tensor.shape[-1] % block_size else kind
+
+
+def tensor_bytes(model: PreTrainedModel, type: str) -> int:
+    """Return the bytes of all tensors in a GGUF file, with padding. The model may be without weights."""
+    total = 0
+    for _, tensor in named_tensors(model):
+        num_bytes = math.prod(quant_shape_to_byte_shape(tensor.shape, stored_type(tensor, type)))
+        total += GGUFWriter.ggml_pad(num_bytes, GGUF_DEFAULT_ALIGNMENT)
+    return total
 
 
 def encode_tensor(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:

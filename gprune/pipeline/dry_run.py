@@ -126,7 +126,8 @@ def describe_widths(cfg: RunConfig, budget: Budget) -> str:
     neurons, groups = max(map(len, masks.ffn)), max(map(len, masks.attention))
     of_neurons = f"{min(kept_neurons)} to {max(kept_neurons)} of {neurons} neurons"
     of_groups = f"{min(kept_groups)} to {max(kept_groups)} of {groups} KV groups"
-    return f"{of_neurons} and {of_groups} per block, at uniform sparsity"
+    grid = "" if budget.width_multiple == 1 else f", in multiples of {budget.width_multiple} neurons"
+    return f"{of_neurons} and {of_groups} per block, at uniform sparsity{grid}"
 
 
 def estimated_flops(plan: Plan) -> float:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_from_table, speed_table
-from gprune.config import RunConfig
+from gprune.config import DEFAULT_MULTIPLE, RunConfig
 from gprune.errors import UserError, quoting
 from gprune.export.convert import TYPES
 from gprune.export.hf import kept_in_float32
@@ -68,7 +68,8 @@ class Pricing:
         costs = unit_costs(
             blocks, scope=s.scope, protect=s.protect, uniform=s.uniform_width, block_share=s.block_share, price=price
         )
-        multiple = s.width_multiple or best_multiple(self.speed)
+        multiple = costs.default_multiple if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
+        multiple = multiple or best_multiple(self.speed)
         if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:
             raise UserError(
                 f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."

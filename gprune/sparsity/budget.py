@@ -93,6 +93,21 @@ class UnitCosts:
             total += sum(by_groups[-1] for by_groups in self.prices.groups)
         return total
 
+    @property
+    def narrowest(self) -> int:
+        """Width of the narrowest FFN; blocks without an FFN do not count."""
+        return min(width for width in self.neurons if width)
+
+    @property
+    def default_multiple(self) -> int:
+        """The width multiple of `--sparsity.width_multiple default`.
+
+        It is 8 for models with experts, for their grouped kernels, and 64 for others, for the tiles of matrix products
+        and the blocks of q8_0. It is 1 if that is more than an eighth of the narrowest FFN.
+        """
+        multiple = 8 if max(self.experts_per_block) > 1 else 64
+        return multiple if 8 * multiple <= self.narrowest else 1
+
     def removable(self, width_multiple: int) -> int:
         """Return the largest removable cost, if every block keeps at least `width_multiple` neurons and one KV group.
 
@@ -244,9 +259,8 @@ class Budget:
                 removes nothing, or less than blocks of different widths lose in order to have the same widths; or if it
                 leaves a block less than `width_multiple` neurons or one KV group.
         """
-        narrowest = min(width for width in costs.neurons if width)  # 0 is the width of a block without an FFN
-        if width_multiple > narrowest:
-            raise UserError(f"--sparsity.width_multiple must be 1 to {narrowest} neurons; got {width_multiple}.")
+        if width_multiple > costs.narrowest:
+            raise UserError(f"--sparsity.width_multiple must be 1 to {costs.narrowest} neurons; got {width_multiple}.")
         goal = Target.of(setting)
         total, model = costs.total, costs.prices.model
         if goal.unit == "quality":

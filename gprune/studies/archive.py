@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gprune.config import RunConfig, flatten, migrate_settings
+from gprune.config import RunConfig, effective_settings, flatten, migrate_settings
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.runs import schema
@@ -26,13 +27,25 @@ from gprune.user_code import compare_code
 
 LINE_WIDTH = 1000  # characters per line of a record
 RECORD_FORMAT = 4  # part of the hash in the names of records, independent of the version of caches
+FIRST_DEFAULTS = Path(__file__).with_name("first_defaults.json")  # never changed
 CONTROL = "control"  # stage, in tables, of rows that the list declares as controls
 
 
 @functools.cache
-def default_settings() -> dict[str, Any]:
-    """Settings of a run without flags, with the default precision of rows."""
-    return RunConfig(trainer={"precision": LISTED_PRECISION}).settings()
+def first_defaults() -> dict[str, Any]:
+    """Settings against which names of records are hashed, and which records have that lack a setting.
+
+    They are the defaults of the version that wrote the first records, in `FIRST_DEFAULTS`, so that a changed default
+    does not change the name of a record. Settings that were added later have their default.
+    """
+    stored = json.loads(FIRST_DEFAULTS.read_text(encoding="utf-8"))
+    settings = RunConfig(trainer={"precision": LISTED_PRECISION}).settings()
+    for name, value in settings.items():
+        stored_value = stored.get(name, value)
+        if isinstance(value, dict):
+            stored_value = {key: stored_value.get(key, default) for key, default in value.items()}
+        settings[name] = stored_value
+    return settings
 
 
 def finished_record(row: Row) -> dict[str, Any] | None:
@@ -54,13 +67,13 @@ def _is_complete(row: Row, record: dict[str, Any]) -> bool:
 def read_record(path: Path) -> dict[str, Any] | None:
     """Load a record. Return None if it is missing or, with a warning, if it is not a valid record.
 
-    Settings of earlier versions are converted (`migrate_settings`); new settings get their default value.
+    Settings of earlier versions are converted (`migrate_settings`); missing settings get the value of `first_defaults`.
     """
     content = read_json(path, check=lambda content: schema.Study.problem(unfold_records(content)))
     if content is None:
         return None
     settings = migrate_settings(content["settings"])
-    defaults = default_settings()
+    defaults = first_defaults()
     groups = {name: group | settings.get(name, {}) for name, group in defaults.items() if isinstance(group, dict)}
     return unfold_records(content) | {"settings": defaults | settings | groups}
 
@@ -74,10 +87,10 @@ def find_record(row: Row, *, checked: bool = False) -> tuple[Path, dict[str, Any
     """Return the path of a row's record, and the record. For a row without a record, return a new path, and None.
 
     The name of the file consists of the row's name, for readability, the seed, and a hash of all settings that differ
-    from their defaults. Records are found by the hash, so that lists with other names for a row share its record, and
-    new settings do not change the names of existing records. Several lists may have written records with the same
-    settings, but with other tasks or without masks; a complete record is preferred. A record with other tasks, or made
-    by other code, is never overwritten.
+    from `first_defaults`. Records are found by the hash, so that lists with other names for a row share its record, and
+    new settings and new defaults do not change the names of existing records. Several lists may have written records
+    with the same settings, but with other tasks or without masks; a complete record is preferred. A record with other
+    tasks, or made by other code, is never overwritten.
 
     Args:
         row: the row.
@@ -115,22 +128,28 @@ def outdated_records(row: Row) -> list[tuple[Path, list[str]]]:
 
 def _settings_key(row: Row) -> str:
     """Return the hash of a row's settings that differ from their defaults, without the user's code."""
-    defaults, settings = flatten(default_settings()), flatten(_without_code(row.config.settings()))
+    defaults, settings = flatten(first_defaults()), identifying_settings(row.config.settings())
     changed = {name: value for name, value in settings.items() if value != defaults.get(name)}
     return key_of(format=RECORD_FORMAT, settings=changed)[:10]
 
 
 def _records_with_settings(row: Row) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield the records with the row's settings, made by any code of the user."""
-    settings = _without_code(row.config.settings())
+    settings = identifying_settings(row.config.settings())
     for path in sorted((row.records / "runs").glob(f"*-{_settings_key(row)}*.json")):
         record = read_record(path)
-        if record is not None and _without_code(record["settings"]) == settings:
+        if record is not None and identifying_settings(record["settings"]) == settings:
             yield path, record
 
 
-def _without_code(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "code"}
+def identifying_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that identify a record, by dotted name, without the user's code.
+
+    Settings of pruning are left out with `--model.made_elsewhere`, which ignores them, so that their defaults do not
+    matter.
+    """
+    settings = {name: value for name, value in settings.items() if name != "code"}
+    return effective_settings(settings) | {"gprune": settings["gprune"]}
 
 
 def _new_path(row: Row, key: str) -> Path:

@@ -13,12 +13,20 @@ import gguf
 import pytest
 
 from gprune.__main__ import run as command
-from gprune.export import convert, export, gguf_check, hf
-from gprune.export.convert import load_folder
+from gprune.export import convert, export, gguf_check, gguf_writer, hf, size
+from gprune.export.convert import has_llama_cpp, load_folder
+from gprune.models.loading import skeleton
+from gprune.models.surgery import prune
 from tests import synthetic_run
-from tests.export.test_gguf import byte_tokenizer, fake_in_llama_cpp, make_pruned
+from tests.conftest import make_tiny_llama
+from tests.export.test_gguf import SIZE, byte_tokenizer, fake_in_llama_cpp, make_pruned, needs_llama_cpp
+from tests.models.test_surgery import random_masks
 from tests.tiny_run import isolated, tiny_tokenizer
 
+# Sizes of a model whose rows fit the blocks of all types.
+WIDE = {
+    "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 32, "vocab_size": SIZE,
+}  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 EXISTING = "GGUF of somebody's"  # an existing file; only its first bytes are read
 
@@ -35,9 +43,20 @@ def _isolated(tmp_path_factory, monkeypatch):
 def pristine(tmp_path_factory):
     """The files of a finished run that an export reads."""
     run = tmp_path_factory.mktemp("runs") / "mine"
-    synthetic_run.write_run(run)
-    hf.save_pruned(make_pruned(), byte_tokenizer(), run / "model")
+    write_run_of(run, make_dense(tmp_path_factory.mktemp("dense")), make_pruned())
     return run
+
+
+def make_dense(folder, **sizes):
+    """Save the config of a dense model, and return the folder."""
+    make_tiny_llama(**{"vocab_size": SIZE} | sizes).config.save_pretrained(folder)
+    return folder
+
+
+def write_run_of(run, dense, pruned):
+    """Write the files of a finished run of a dense model that an export reads."""
+    synthetic_run.write_run(run, model=synthetic_run.settings()["model"] | {"name": str(dense)})
+    hf.save_pruned(pruned, byte_tokenizer(), run / "model")
 
 
 @pytest.fixture
@@ -78,6 +97,68 @@ def test_a_model_folder_and_an_output_path_can_be_given(run, tmp_path):
     assert export(moved, unchecked=True, type="q8_0") == tmp_path / "other-q8_0.gguf"
     assert export(str(moved), str(tmp_path / "a name.bin"), unchecked=True) == tmp_path / "a name.bin"
     assert (tmp_path / "a name.bin").is_file()
+
+
+def narrowed(dense, width):
+    """Remove neurons from two of three blocks of a model with the sizes `WIDE`."""
+    return prune(dense, random_masks([width, width, 1024], [2, 2, 2], of_neurons=1024, of_groups=2))
+
+
+def printed_sizes(text):
+    """The sizes of the file and of the dense model that an export prints, in bytes rounded to 0.1 MB."""
+    match = re.search(r"Size: ([0-9.]+) MB; the dense model in (?:f16|q8_0|q4_k_m): ([0-9.]+) MB", text)
+    return [1e6 * float(number) for number in match.groups()]
+
+
+@pytest.mark.parametrize(("type", "width"), [("f16", 1000), ("q8_0", 1000), ("q8_0", 992)])
+def test_export_prints_the_size_of_the_dense_model_and_warns_if_the_file_is_larger(type, width, tmp_path, capsys):
+    """Rows of 1,000 numbers do not fit the blocks of q8_0, so they are stored in float16."""
+    run, dense = tmp_path / "mine", make_tiny_llama(**WIDE)
+    write_run_of(run, make_dense(tmp_path / "dense", **WIDE), narrowed(dense, width))
+    gguf_writer.write_gguf(dense, byte_tokenizer(), tmp_path / "dense.gguf", type=type)
+    assert command("export", [str(run), "--unchecked", "--type", type]) == 0
+    output = capsys.readouterr().out
+    actual = [path.stat().st_size for path in (run / f"model-{type}.gguf", tmp_path / "dense.gguf")]
+    assert printed_sizes(output) == pytest.approx(actual, abs=0.05e6 + 500)
+    assert ("Prune with --sparsity.width_multiple 32." in output) == (actual[0] > actual[1])
+    assert (actual[0] > actual[1]) == ((type, width) == ("q8_0", 1000))
+    assert output.splitlines()[-1] == f"Wrote {run / f'model-{type}.gguf'}"
+
+
+def test_the_size_of_a_model_without_weights_is_that_of_its_gguf_file(tmp_path):
+    model = make_tiny_llama(vocab_size=SIZE)
+    for type in ("f32", "f16", "q8_0"):
+        gguf_writer.write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=type)
+        stored = (tmp_path / "m.gguf").stat().st_size - gguf.GGUFReader(tmp_path / "m.gguf").data_offset
+        assert gguf_writer.tensor_bytes(skeleton(model.config), type) == stored
+
+
+def test_an_export_without_a_readable_dense_model_prints_the_size_of_the_file_alone(run, tmp_path, capsys):
+    moved = Path(shutil.copytree(run / "model", tmp_path / "other"))
+    assert command("export", [str(moved), "--unchecked"]) == 0
+    output = capsys.readouterr().out
+    assert "Size: 0.1 MB\n" in output
+    assert "dense" not in output
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+def test_the_dense_model_is_quantised_once_for_its_size_in_q4_k_m(tmp_path, capsys, monkeypatch):
+    """Weights do not matter for the size: it is that of the dense model with its weights."""
+    monkeypatch.setattr(convert, "has_llama_cpp", has_llama_cpp)
+    run, dense = tmp_path / "mine", make_tiny_llama(**WIDE)
+    write_run_of(run, make_dense(tmp_path / "dense", **WIDE), narrowed(dense, 960))
+    gguf_writer.write_gguf(dense, byte_tokenizer(), tmp_path / "f16.gguf", type="f16")
+    gguf_check.ask_llama_cpp("quantise", tmp_path / "f16.gguf", output=str(tmp_path / "q.gguf"), type="Q4_K_M")
+    quantised = []
+    ask = gguf_check.ask_llama_cpp
+    monkeypatch.setattr(size, "ask_llama_cpp", lambda *args, **request: quantised.append(1) or ask(*args, **request))
+    for _ in range(2):
+        assert command("export", [str(run), "--unchecked", "--overwrite", "--type", "q4_k_m"]) == 0
+        output = capsys.readouterr().out
+        assert printed_sizes(output)[1] == pytest.approx((tmp_path / "q.gguf").stat().st_size, abs=0.05e6 + 500)
+        assert "widths in multiples of 256 (--sparsity.width_multiple 256)" in output
+    assert quantised == [1]
 
 
 def test_a_gguf_file_that_fails_the_check_in_llama_cpp_is_not_written(run, monkeypatch, capsys):

@@ -26,7 +26,9 @@ from gprune.models import embedded as assets
 from gprune.models import gguf as reading
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
+from gprune.pipeline.dry_run import describe_widths
 from gprune.pipeline.plan import check
+from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.target import HALF_BITS
 from gprune.storage import wheels
 from tests import tiny_run
@@ -335,6 +337,20 @@ def test_q8_0_needs_widths_in_multiples_of_32(world, tmp_path, monkeypatch, caps
     assert (
         "--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got 1." in capsys.readouterr().err
     )
+
+
+def test_the_default_widths_of_a_model_with_512_neurons_fit_q8_0(tmp_path, monkeypatch, world):
+    monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: True)
+    llama = world("llama")
+    dense = make_tiny("llama", head_dim=32, hidden_size=128, neurons=512, vocab_size=512)
+    dense.save_pretrained(llama.model)
+    args = llama.args(tmp_path / "runs", "--export=gguf", "--export.type=q8_0", "--partition.num_modules=1")
+    plan = check(parse(args))
+    assert plan.budget.width_multiple == 64
+    assert describe_widths(plan.cfg, plan.budget).endswith("at uniform sparsity, in multiples of 64 neurons")
+    assert check(parse([*args, "--sparsity.width_multiple=96"])).budget.width_multiple == 96
+    small = prune(dense, uniform_masks(check(parse([*args, "--sparsity.target=0.1"])).budget))
+    assert gguf_writer.tensor_bytes(small, "q8_0") < gguf_writer.tensor_bytes(dense, "q8_0")
 
 
 def test_runs_that_cannot_export_to_gguf_are_refused_before_loading_the_model(world, tmp_path, monkeypatch, capsys):

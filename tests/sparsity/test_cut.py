@@ -67,6 +67,21 @@ def test_a_width_multiple_above_the_narrowest_block_is_refused():
         Budget.of(costs_of([1, 1], [30, 10]), 0.1, 11)
 
 
+@pytest.mark.parametrize(
+    ("neurons", "experts", "multiple"),
+    [
+        ([1536, 1536], (), 64), ([512, 0, 4096], (), 64), ([511, 4096], (), 1), ([10], (), 1), ([1], (), 1),
+        ([1408, 1408], (64, 64), 8), ([64, 10944], (8, 1), 8), ([63], (8,), 1), ([2], (4,), 1),
+    ],
+)  # fmt: skip
+def test_the_default_width_multiple_follows_from_the_narrowest_block_and_is_never_refused(neurons, experts, multiple):
+    """A width of 0 is that of a block without an FFN."""
+    costs = costs_of([3] * len(neurons), neurons, experts=experts)
+    assert costs.default_multiple == multiple
+    if neurons != [1]:  # the last neuron cannot be removed
+        assert Budget.of(costs, 0.5, costs.default_multiple).width_multiple == multiple
+
+
 @pytest.mark.parametrize("index", [3, -4, 99])
 def test_protecting_a_missing_block_is_refused(index, tiny_model):
     with pytest.raises(UserError, match=rf"--sparsity\.protect must name layers from -3 to 2, .*; got {index}"):

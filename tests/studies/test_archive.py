@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gprune.config import flatten
 from gprune.models.masks import Masks
+from gprune.storage.files import key_of
 from gprune.studies import archive, listing
 from gprune.studies.archive import finished_record
 from gprune.studies.runner import run_row
@@ -23,7 +25,7 @@ def test_a_record_without_newer_settings_matches_a_row_with_their_defaults(bench
     record = finished_record(row)
     settings = record["settings"]
     older = {name: value for name, value in settings.items() if name != "ridge"}
-    older["sparsity"] = {name: value for name, value in settings["sparsity"].items() if name != "width_multiple"}
+    older["sparsity"] = {name: value for name, value in settings["sparsity"].items() if name != "uniform_width"}
     # A record from the time when all learning rates were absolute has no `absolute_learning_rate`.
     absolute = {"distill": {"learning_rate": settings["distill"]["learning_rate"]}}
     for stored_settings, matches in (
@@ -35,6 +37,44 @@ def test_a_record_without_newer_settings_matches_a_row_with_their_defaults(bench
             lambda path, stored_settings=stored_settings, **_: record | {"settings": stored_settings},
         )
         assert (finished_record(row) == record) == matches
+
+
+def test_a_changed_default_renames_no_record_and_changes_no_record_that_lacks_the_setting(bench, monkeypatch):
+    """A row that names the former default has the record's file. A row with the new default does not match."""
+    former, today = bench.rows(bench.write("former", {"x": {"sparsity.width_multiple": 1}, "x today": {}}))
+    name_of_former, name_of_today = (archive.find_record(row)[0].stem for row in (former, today))
+    settings = former.config.settings()
+    stored = settings | {"sparsity": {n: v for n, v in settings["sparsity"].items() if n != "width_multiple"}}
+    monkeypatch.setattr(archive, "read_json", lambda *_, **__: {"settings": stored, "records": [], "masks": None})
+    assert archive.read_record(former.records)["settings"] == settings != today.config.settings()
+    defaults = flatten(archive.first_defaults())
+    changed = {name: value for name, value in flatten(stored).items() if value != defaults.get(name)}
+    key = key_of(format=archive.RECORD_FORMAT, settings=changed)[:10]
+    assert name_of_former == f"x-seed0-{key}"
+    assert not name_of_today.endswith(key)
+
+
+def test_defaults_of_pruning_do_not_identify_a_row_of_a_model_made_elsewhere(bench):
+    (row,) = bench.rows(bench.write("elsewhere", {"x": {"model": "some/model"}}))
+    settings = row.config.settings()
+    other = settings | {"sparsity": settings["sparsity"] | {"width_multiple": 1, "target": 0.3}}
+    assert archive.identifying_settings(other) == archive.identifying_settings(settings)
+    assert archive.identifying_settings(settings | {"gprune": True}) != archive.identifying_settings(settings)
+
+
+def test_a_setting_that_the_table_of_defaults_lacks_has_the_default_of_this_version(tmp_path, monkeypatch):
+    """A setting of the table that this version does not have is left out, as records with it match no row."""
+    table = json.loads(archive.FIRST_DEFAULTS.read_text())
+    del table["ridge"], table["sparsity"]["epochs"]
+    table["sparsity"]["former"] = table["former"] = 1
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    expected = archive.first_defaults()
+    monkeypatch.setattr(archive, "FIRST_DEFAULTS", tmp_path / "table.json")
+    archive.first_defaults.cache_clear()
+    try:
+        assert archive.first_defaults() == expected
+    finally:
+        archive.first_defaults.cache_clear()
 
 
 def test_record_names_contain_row_and_seed_and_differ_only_by_settings(bench, first):
