@@ -56,7 +56,7 @@ def quantised(run: FinishedRun, scratch: Path) -> list[list[Cell]]:
     """Cells of the dense model of a row as GGUF files, by `COLUMNS`."""
     folder, has_build = locate_model(run.settings["model"]["name"]), has_llama_cpp()
     types = [kind for kind in GGUF_TYPES if has_build or kind in TYPES]
-    files = [export(folder, scratch / f"{kind}.gguf", type=kind, unchecked=not has_build) for kind in types]
+    files = [export(folder, scratch / f"{kind}.gguf", type=kind, check=has_build) for kind in types]
     seconds = seconds_in_llama_cpp(files) if has_build else []
     faster = [seconds[0] / own for own in seconds] or [None] * len(files)
     ratios = [ratio_in_llama_cpp(run, file) if has_build else None for file in files]

@@ -143,7 +143,7 @@ def is_acceptable(result: Outcome) -> bool:
 
 READERS: dict[str, Callable[[Path], int | None]] = {  # of run folders
     "report": lambda run: command("report", [str(run)]),
-    "export": lambda run: command("export", [str(run), "--unchecked"]),
+    "export": lambda run: command("export", [str(run)]),
     "evaluate": lambda run: command("evaluate", [str(run), "--tasks", "wikitext2"]),
     "load_run": lambda run: load_run(run) and 0,
 }

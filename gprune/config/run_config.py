@@ -38,8 +38,8 @@ class ExportConfig(Group, prefix="export.", plain_setting="format"):
     """Export of the pruned model."""
 
     format: Literal["hf", "gguf", "none"] = "hf"
-    """Format of the model. hf: a Hugging Face folder, which is reloaded and compared. gguf: a GGUF file too, which is
-    run by llama.cpp and compared (--export.type is its quantization). none: masks and numbers only. Short form:
+    """Format of the model. hf: a Hugging Face folder, which is reloaded and compared. gguf: a GGUF file too
+    (--export.type is its quantization). none: masks and numbers only. Short form:
     `--export gguf`."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the exported weights. Default: --model.dtype, or for float32 the dtype in which the model is published.

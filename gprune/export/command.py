@@ -9,8 +9,8 @@ from gprune.export.convert import QUANTISED, TYPES, export, find_model_folder
 
 ABOUT = """Export the model of a finished run to a GGUF file for llama.cpp.
 
-The file is checked with llama.cpp before it replaces an earlier export. The model folder of a run is a Hugging Face
-model, which needs no export; publish it with `hf upload`."""
+With --check, llama.cpp runs the file, and its predictions are compared with the model's. The model folder of a run is
+a Hugging Face model, which needs no export; publish it with `hf upload`."""
 
 EXAMPLES = """
 examples:
@@ -32,7 +32,7 @@ def parser() -> Parser:
     command_line.add_argument(
         "--type", type=str.lower, choices=(*TYPES, *QUANTISED), default="f16", help="type of matrices (default: f16)"
     )
-    command_line.add_argument("--unchecked", action="store_true", help="do not check the file in llama.cpp")
+    command_line.add_argument("--check", action="store_true", help="run the file in llama.cpp and compare it")
     return command_line
 
 
@@ -41,7 +41,5 @@ def run(args: Sequence[str]) -> str:
     options = parser().parse_args(args)
     find_model_folder(options.run)  # reports an invalid path before the imports that take seconds
     quiet()
-    path = export(
-        options.run, options.output, type=options.type, overwrite=options.overwrite, unchecked=options.unchecked
-    )
+    path = export(options.run, options.output, type=options.type, overwrite=options.overwrite, check=options.check)
     return f"Wrote {path}\n"

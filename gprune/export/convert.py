@@ -1,4 +1,4 @@
-"""Export the model of a run to a GGUF file, which is checked with llama.cpp and written completely or not at all.
+"""Export the model of a run to a GGUF file, which is written completely or not at all.
 
 from gprune.export import export
 export("runs/NAME", type="q8_0")      # returns the path of the file
@@ -26,9 +26,9 @@ def export(
     *,
     type: str = "f16",
     overwrite: bool = False,
-    unchecked: bool = False,
+    check: bool = False,
 ) -> Path:
-    """Write a pruned model to a GGUF file, and compare predictions of llama.cpp with those of the model.
+    """Write a pruned model to a GGUF file.
 
     The model in the file has the name of its run, or of its folder.
 
@@ -36,8 +36,8 @@ def export(
         run_or_folder: a finished run, or a model folder (of gprune, or of a stock Llama).
         output: file to write; by default next to the model.
         type: type of matrices: f32, f16, q8_0, or q4_k_m (quantised by llama.cpp). Vectors are always f32.
-        overwrite: replace a GGUF file, after the new one has been checked.
-        unchecked: write the file without checking it in llama.cpp.
+        overwrite: replace a GGUF file, after the new one has been written.
+        check: compare predictions of llama.cpp with those of the model before the file gets its name.
 
     Returns:
         The absolute path of the file.
@@ -48,7 +48,7 @@ def export(
     """
     folder = find_model_folder(run_or_folder)
     path = expanded(f"{folder}-{type}.gguf" if output is None else output).absolute()
-    check_type(type, unchecked=unchecked)
+    check_type(type, check=check)
     if path.exists() and not (overwrite and is_gguf(path)):
         remedy = "Choose another --output, or replace a GGUF file with --overwrite"
         raise UserError(f"Cannot write '{path}': the file exists already. {remedy}.")
@@ -68,7 +68,7 @@ def export(
             ask_llama_cpp("quantise", f16_file, output=str(new), type=type.upper())
         else:
             write_gguf(model, tokenizer, new, type=type, name=name)
-        if not unchecked:
+        if check:
             check_gguf(model, tokenizer, new, type=type)
     with optional_output("the size of the dense model", "the file is complete"):
         report_size(path, model, tokenizer, folder, type=type)
@@ -80,18 +80,18 @@ def has_llama_cpp() -> bool:
     return importlib.util.find_spec(LLAMA_CPP.replace("-", "_")) is not None
 
 
-def check_type(type: str, *, unchecked: bool) -> None:
+def check_type(type: str, *, check: bool = False) -> None:
     """Raise UserError if a type is unknown, or llama.cpp is needed and not installed.
 
     Args:
         type: type of matrices.
-        unchecked: whether the file is not checked in llama.cpp.
+        check: whether the file is checked in llama.cpp.
     """
     if type not in (*TYPES, *QUANTISED):
         raise UserError(f"Unknown GGUF type '{type}'. Available: {', '.join((*TYPES, *QUANTISED))}.")
     quantises = type in QUANTISED
-    if (quantises or not unchecked) and not has_llama_cpp():
-        use = f"quantise to {type}" if quantises else "check the file (--unchecked of gprune export skips it)"
+    if (quantises or check) and not has_llama_cpp():
+        use = f"quantise to {type}" if quantises else "check the file"
         raise UserError(f"Export to GGUF needs a llama.cpp build to {use}. Run `pip install {LLAMA_CPP}`.")
 
 

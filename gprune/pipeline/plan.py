@@ -162,7 +162,7 @@ def trainer_device(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.devic
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Raise UserError if flags do not fit the model's blocks or positions, or this machine."""
     if cfg.export.format == "gguf":
-        check_type(cfg.export.type, unchecked=False)
+        check_type(cfg.export.type)
         check_expressible(blocks, config, uniform=cfg.sparsity.uniform_width)
     if cfg.model.device_map is not None and cfg.export.dtype not in (None, cfg.model.dtype):
         raise UserError(

@@ -73,7 +73,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         run.folder.update_manifest(logits=checks)
     gguf = run.folder / f"model-{cfg.export.type}.gguf"
     if cfg.export.format == "gguf" and not gguf.exists():
-        log.info("Writing %s and comparing it with llama.cpp", gguf)
+        log.info("Writing %s", gguf)
         with run.folder.step("export_gguf"):
             export(run.folder / "model", gguf, type=cfg.export.type)
 

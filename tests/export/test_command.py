@@ -80,7 +80,7 @@ def error_line(capsys, *args, code=2):
 
 def test_gguf_files_are_written_next_to_the_model_by_default(run, tmp_path, capsys):
     before = listing(run)
-    assert command("export", [str(run), "--unchecked"]) == 0
+    assert command("export", [str(run)]) == 0
     output = capsys.readouterr()
     assert output.out.splitlines()[-1] == f"Wrote {run / 'model-f16.gguf'}"
     assert not output.err
@@ -88,14 +88,14 @@ def test_gguf_files_are_written_next_to_the_model_by_default(run, tmp_path, caps
     fields = gguf.GGUFReader(run / "model-f16.gguf").fields
     assert fields["general.name"].contents() == "mine"
     assert fields["deci.feed_forward_length"].contents() == [1, 32, 47]
-    assert command("export", [str(run), "--unchecked", "--type", "F32"]) == 0
+    assert command("export", [str(run), "--type", "F32"]) == 0
     assert (run / "model-f32.gguf").is_file()
 
 
 def test_a_model_folder_and_an_output_path_can_be_given(run, tmp_path):
     moved = Path(shutil.copytree(run / "model", tmp_path / "other"))
-    assert export(moved, unchecked=True, type="q8_0") == tmp_path / "other-q8_0.gguf"
-    assert export(str(moved), str(tmp_path / "a name.bin"), unchecked=True) == tmp_path / "a name.bin"
+    assert export(moved, type="q8_0") == tmp_path / "other-q8_0.gguf"
+    assert export(str(moved), str(tmp_path / "a name.bin")) == tmp_path / "a name.bin"
     assert (tmp_path / "a name.bin").is_file()
 
 
@@ -116,7 +116,7 @@ def test_export_prints_the_size_of_the_dense_model_and_warns_if_the_file_is_larg
     run, dense = tmp_path / "mine", make_tiny_llama(**WIDE)
     write_run_of(run, make_dense(tmp_path / "dense", **WIDE), narrowed(dense, width))
     gguf_writer.write_gguf(dense, byte_tokenizer(), tmp_path / "dense.gguf", type=type)
-    assert command("export", [str(run), "--unchecked", "--type", type]) == 0
+    assert command("export", [str(run), "--type", type]) == 0
     output = capsys.readouterr().out
     actual = [path.stat().st_size for path in (run / f"model-{type}.gguf", tmp_path / "dense.gguf")]
     assert printed_sizes(output) == pytest.approx(actual, abs=0.05e6 + 500)
@@ -135,7 +135,7 @@ def test_the_size_of_a_model_without_weights_is_that_of_its_gguf_file(tmp_path):
 
 def test_an_export_without_a_readable_dense_model_prints_the_size_of_the_file_alone(run, tmp_path, capsys):
     moved = Path(shutil.copytree(run / "model", tmp_path / "other"))
-    assert command("export", [str(moved), "--unchecked"]) == 0
+    assert command("export", [str(moved)]) == 0
     output = capsys.readouterr().out
     assert "Size: 0.1 MB\n" in output
     assert "dense" not in output
@@ -154,7 +154,7 @@ def test_the_dense_model_is_quantised_once_for_its_size_in_q4_k_m(tmp_path, caps
     ask = gguf_check.ask_llama_cpp
     monkeypatch.setattr(size, "ask_llama_cpp", lambda *args, **request: quantised.append(1) or ask(*args, **request))
     for _ in range(2):
-        assert command("export", [str(run), "--unchecked", "--overwrite", "--type", "q4_k_m"]) == 0
+        assert command("export", [str(run), "--overwrite", "--type", "q4_k_m"]) == 0
         output = capsys.readouterr().out
         assert printed_sizes(output)[1] == pytest.approx((tmp_path / "q.gguf").stat().st_size, abs=0.05e6 + 500)
         assert "widths in multiples of 256 (--sparsity.width_multiple 256)" in output
@@ -170,14 +170,14 @@ def test_a_gguf_file_that_fails_the_check_in_llama_cpp_is_not_written(run, monke
         monkeypatch.setattr(gguf_check, "score_in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
 
     fake_llama_cpp(lambda logprobs: logprobs.roll(1))
-    assert "differ from the model's by KL" in error_line(capsys, run)
+    assert "differ from the model's by KL" in error_line(capsys, run, "--check")
     assert listing(run) == before
     path = run / "model-f16.gguf"
     path.write_text(EXISTING)
-    error_line(capsys, run, "--overwrite")
+    error_line(capsys, run, "--check", "--overwrite")
     assert path.read_text() == EXISTING
     fake_llama_cpp(lambda logprobs: logprobs)
-    assert command("export", [str(run), "--overwrite"]) == 0
+    assert command("export", [str(run), "--check", "--overwrite"]) == 0
     assert "Checked in llama.cpp on 256 tokens: KL" in capsys.readouterr().out
     assert path.read_bytes().startswith(b"GGUF\x03")
     assert listing(run) == before | {"model-f16.gguf"}
@@ -186,13 +186,13 @@ def test_a_gguf_file_that_fails_the_check_in_llama_cpp_is_not_written(run, monke
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], r"needs a llama.cpp build to check the file \(--unchecked .*`pip install llama-cpp-py-sync`"),
-        (["--unchecked", "--type", "q4_k_m"], "needs a llama.cpp build to quantise to q4_k_m"),
-        (["--unchecked", "--type", "q4"], r"--type: invalid choice: 'q4' \(choose from '?f32'?, '?f16"),
-        (["--unchecked", "--output", "no/such/folder/x"], "--output must be in an existing folder"),
-        (["--unchecked", "--output", "DIARY"], "exists already"),
-        (["--unchecked", "--output", "DIARY", "--overwrite"], "exists already"),
-        (["--unchecked", "--output", "MODEL", "--overwrite"], "exists already"),
+        (["--check"], "needs a llama.cpp build to check the file. Run `pip install llama-cpp-py-sync`"),
+        (["--type", "q4_k_m"], "needs a llama.cpp build to quantise to q4_k_m"),
+        (["--type", "q4"], r"--type: invalid choice: 'q4' \(choose from '?f32'?, '?f16"),
+        (["--output", "no/such/folder/x"], "--output must be in an existing folder"),
+        (["--output", "DIARY"], "exists already"),
+        (["--output", "DIARY", "--overwrite"], "exists already"),
+        (["--output", "MODEL", "--overwrite"], "exists already"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )
@@ -222,14 +222,14 @@ def test_models_that_cannot_be_exported_are_refused_with_the_reason(run, tmp_pat
     config, weights = run / "model" / "config.json", run / "model" / "model.safetensors"
     before, content = listing(run), config.read_text()
     config.write_text(json.dumps({"model_type": "bert"}))
-    assert "Model type 'bert' must be a decoder; got an encoder" in error_line(capsys, run, "--unchecked")
+    assert "Model type 'bert' must be a decoder; got an encoder" in error_line(capsys, run)
     config.write_text(content)
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "cannot be loaded" in error_line(capsys, run, "--unchecked")
+    assert "cannot be loaded" in error_line(capsys, run)
     assert listing(run) == before
     hf.save_pruned(make_pruned(), tiny_tokenizer(), tmp_path / "words")
     before = listing(tmp_path)
-    assert "got another one (WordLevel)" in error_line(capsys, tmp_path / "words", "--unchecked")
+    assert "got another one (WordLevel)" in error_line(capsys, tmp_path / "words")
     assert listing(tmp_path) == before
 
 
@@ -254,7 +254,7 @@ def test_a_failure_while_writing_leaves_the_existing_export_unchanged(error, cod
         return write(*args, **options)
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", failing)
-    assert re.search(message, error_line(capsys, run, "--unchecked", "--overwrite", code=code))
+    assert re.search(message, error_line(capsys, run, "--overwrite", code=code))
     assert listing(run) == before
     assert output.read_text() == EXISTING
 
