@@ -78,16 +78,14 @@ def load_tasks(name: str, source: str) -> list[LoadedTask]:
     Raises:
         UserError: if the task cannot be loaded, or its metric is not supported.
     """
-    if source == "hub":
-        return _load_from_hub(name)
     path = local_file(name)
     if source == "local":
         if path is None:
             raise UserError(f"Task '{name}' needs the local file $GPRUNE_DATA_DIR/tasks/{name}/test.jsonl.")
         return [local_task(path)]
-    if path is None:
-        return _load_from_hub(name)
     with offline_if_unreachable() as reachable:
+        if source == "hub" or path is None:
+            return hub_tasks(name)
         if reachable:
             try:
                 return hub_tasks(name)
@@ -95,12 +93,6 @@ def load_tasks(name: str, source: str) -> list[LoadedTask]:
                 log.info("%s", error)
     log.info("Reading task %s from local files", name)
     return [local_task(path)]
-
-
-def _load_from_hub(name: str) -> list[LoadedTask]:
-    """Load the tasks from the hub, or from the cache of the hub if it is not reachable."""
-    with offline_if_unreachable():
-        return hub_tasks(name)
 
 
 def hub_tasks(name: str) -> list[LoadedTask]:
@@ -272,11 +264,10 @@ def _parse_question(row: dict[str, Any], where: str) -> dict[str, Any]:
     return question
 
 
-def questions_hash(questions: Iterable[tuple[list[tuple[str, str]], int]]) -> str:
+def questions_hash(questions: Iterable[tuple[list[tuple[str, str]], Any]]) -> str:
     """Return a hash of everything that is scored.
 
     Args:
-        questions: for each question the (context, continuation) of each choice, and the label.
+        questions: for each question the (context, continuation) of each choice, and the right answer.
     """
-    scored = [[[list(choice) for choice in choices], label] for choices, label in questions]
-    return hashlib.sha256(json.dumps(scored).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(list(questions)).encode()).hexdigest()[:16]

@@ -73,6 +73,7 @@ def zero_shot(
             by_name |= {loaded.task.task_name: loaded for loaded in load_tasks(name, source)}
         for name, loaded in by_name.items():
             _build_requests(name, loaded.task, limit)
+        # simple_evaluate would also seed random generators, and describe the machine for seconds at each call.
         lm = AnswerLM(model, tokenizer, batch_size)
         outcome = evaluate(
             lm,
@@ -127,7 +128,6 @@ def task_record(
     has_own_number = num_fewshot == loaded.num_fewshot
     if not has_own_number:
         notes.append(f"{num_fewshot} examples in prompts, lm_eval's own number is {loaded.num_fewshot}")
-    scored = zip((sample["arguments"] for sample in samples), _labels(task, samples), strict=True)
     return {
         "kind": "zero_shot",
         "task": name,
@@ -140,7 +140,7 @@ def task_record(
         **_answers(task, name, samples),
         "standard_protocol": loaded.complete and has_own_number and not partial and not num_cut,
         "note": "; ".join([*notes, loaded.note]),
-        "content_hash": questions_hash(scored),
+        "content_hash": questions_hash((sample["arguments"], sample["target"]) for sample in samples),
     }
 
 
@@ -187,17 +187,3 @@ def _answers(task: Task, name: str, samples: Sequence[dict[str, Any]]) -> dict[s
         answers = [int(sample["acc"]) for sample in samples]
         return {"answers": answers, "perplexity": math.exp(-mean([of_text for (of_text,) in log_likelihoods]))}
     return {"answers": [max(range(len(choices)), key=choices.__getitem__) for choices in log_likelihoods]}
-
-
-def _labels(task: Task, samples: Sequence[dict[str, Any]]) -> list[Any]:
-    """Return the label of each question: the index of the right choice, or lm_eval's target."""
-    targets = [sample["target"] for sample in samples]
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return targets
-    if task.multiple_input:  # choices are in the context (winogrande), and lm_eval's target is the end of the text
-        targets = [task.doc_to_text(sample["doc"]) for sample in samples]
-    choices = [task.doc_to_choice(sample["doc"]) for sample in samples]
-    return [
-        of_question.index(target) if target in of_question else target
-        for target, of_question in zip(targets, choices, strict=True)
-    ]

@@ -147,7 +147,9 @@ class Manager:
 def fake_task(
     output_type="multiple_choice", metrics=None, process_results=None, repeats=1, metric_list=None, **attributes
 ) -> SimpleNamespace:
-    config = SimpleNamespace(process_results=process_results, repeats=repeats, metric_list=metric_list)
+    config = SimpleNamespace(
+        process_results=process_results, repeats=repeats, metric_list=metric_list, num_fewshot=None
+    )
     attributes |= {"config": config, "aggregation": lambda: dict.fromkeys(metrics or {"acc", "acc_norm"})}
     return SimpleNamespace(task_name="cola", OUTPUT_TYPE=output_type, **attributes)
 
