@@ -64,11 +64,11 @@ def _mean_and_half_width(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(half_width)
 
 
-# How numbers of several seeds are combined; by default `mean_over_seeds`.
-MEANS = {
-    name: partial(arithmetic_mean_over_seeds, largest=largest)
-    for number, largest in (("kl", math.inf), ("agreement", 1.0))
-    for name in (number, f"unseen_{number}")
+MEANS = {  # how numbers of several seeds are combined; all others by `mean_over_seeds`
+    "kl": arithmetic_mean_over_seeds,
+    "unseen_kl": arithmetic_mean_over_seeds,
+    "agreement": partial(arithmetic_mean_over_seeds, largest=1.0),
+    "unseen_agreement": partial(arithmetic_mean_over_seeds, largest=1.0),
 }
 
 
@@ -123,8 +123,7 @@ def group_frame(groups: Sequence[SeedGroup], bases: Mapping[Path, FinishedRun] |
     lines = []
     for place, group in enumerate(groups):
         frames = [number_frame(run.records, base=base_records(run, bases)) for run in group.runs]
-        of_seeds = [frames[0], *(frame[frame["stage"] != "dense"] for frame in frames[1:])]
-        numbers = pd.concat(of_seeds)
+        numbers = pd.concat([frames[0], *(frame[frame["stage"] != "dense"] for frame in frames[1:])])
         for (row, corpus, number), same_number in numbers.groupby(["row", "corpus", "number"], sort=False):
             seeds = 1 if row == "dense" else len(group.runs)
             if len(same_number) == seeds:  # otherwise undefined for a seed

@@ -50,7 +50,7 @@ def lines(
         labels: names of corpora in columns. Default: `corpus_labels`.
     """
     labels = labels or corpus_labels(r["corpus"] for r in records)
-    numbers = number_frame(records, seed=settings["run"]["seed"], base=base)
+    numbers = number_frame(records, base=base)
     stage_lines = [_stage_line(of_row, records, settings, labels) for _, of_row in numbers.groupby("row", sort=False)]
     of_dense = stage_lines[0]
     for line in stage_lines:

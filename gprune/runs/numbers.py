@@ -142,7 +142,7 @@ def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | 
     }
 
 
-def number_frame(records: Sequence[Record], *, seed: int = 0, base: Sequence[Record] | None = None) -> pandas.DataFrame:
+def number_frame(records: Sequence[Record], *, base: Sequence[Record] | None = None) -> pandas.DataFrame:
     """Return all numbers of a run, one per line, with the columns `NUMBER_COLUMNS`. Undefined numbers have no line.
 
     Numbers of one corpus are `perplexity`, `kl` and `agreement`. The others, which have an empty corpus, are those of
@@ -152,7 +152,7 @@ def number_frame(records: Sequence[Record], *, seed: int = 0, base: Sequence[Rec
 
     lines: list[tuple[str, int, str, str, str, str, float, float | None, float | None]] = []
     for stage in by_stage(records):
-        identity = (row_name(*stage), seed, *stage)
+        identity = (row_name(*stage), records[0]["seed"], *stage)
         for corpus, record in records_of(records, stage).items():
             for name, estimate in _corpus_estimates(record).items():
                 lines.append((*identity, corpus, name, *estimate))

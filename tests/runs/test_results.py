@@ -73,9 +73,9 @@ def test_the_frame_of_a_result_has_the_numbers_of_its_tables(recovered):
 
 
 def test_the_frame_of_numbers_has_every_number_of_the_records_once(recovered):
-    numbers = number_frame(recovered.records, seed=3, base=recovered.records)
+    numbers = number_frame(recovered.records, base=recovered.records)
     assert list(numbers.columns) == NUMBER_COLUMNS
-    assert set(numbers["seed"]) == {3}
+    assert set(numbers["seed"]) == {recovered.config.run.seed}
     assert not numbers.duplicated(["row", "corpus", "number"]).any()
     of_corpora = numbers[numbers["corpus"] != ""].set_index(["stage", "recovery", "corpus", "number"])["value"]
     expected = {
