@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-from gprune.report.table import markdown
 
 MIB = 2**20
 STATUS = Path("/proc/self/status")
@@ -138,8 +137,12 @@ class Table:
     rows: Sequence[Sequence[Any]]  # str, bool, int, float, or None for an empty cell
 
     def __str__(self) -> str:
-        cells = [[str(cell) for cell in self.header], *([show(cell) for cell in row] for row in self.rows)]
-        return f"**{self.title}.** {self.protocol}\n\n{markdown(cells)}\n"
+        rows = [[show(cell) for cell in row] for row in self.rows]
+        alignment = ["left"] + ["right"] * (len(self.header) - 1)
+        table = pandas.DataFrame(rows, columns=list(self.header)).to_markdown(
+            index=False, disable_numparse=True, colalign=alignment
+        )
+        return f"**{self.title}.** {self.protocol}\n\n{table}\n"
 
 
 def show(cell: Any) -> str:

@@ -27,22 +27,6 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def generalisation_gap(pruned: dict[str, float], dense: dict[str, float], seen: dict[str, bool]) -> float:
-    """Return the geometric mean of pruned/dense perplexity over unseen corpora, divided by that over seen corpora.
-
-    Above 1, pruning did more harm on unseen text. NaN unless there are corpora of both kinds.
-
-    Args:
-        pruned: perplexity of the pruned model by corpus.
-        dense: perplexity of the dense model by corpus.
-        seen: whether a run has used the corpus.
-    """
-    ratios = {corpus: pruned[corpus] / dense[corpus] for corpus in pruned}
-    unseen_ratio = geometric_mean(ratio for corpus, ratio in ratios.items() if not seen[corpus])
-    seen_ratio = geometric_mean(ratio for corpus, ratio in ratios.items() if seen[corpus])
-    return unseen_ratio / seen_ratio
-
-
 def mean_perplexity(nll: Nll, tokens_per_window: int) -> Interval:
     """Return the geometric-mean perplexity of one model over corpora: (perplexity, lower, upper)."""
     return _exp_of(mean_per_token(nll, tokens_per_window, smallest=-math.inf))
@@ -96,9 +80,10 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, floa
 
 
 def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_window: int) -> Interval:
-    """Return `generalisation_gap`, paired over windows: (gap, lower, upper).
+    """Return the generalisation gap, paired over windows: (gap, lower, upper).
 
-    NaN unless there are both seen and unseen corpora.
+    It is the geometric mean of pruned/dense perplexity over unseen corpora, divided by that over seen corpora. Above 1,
+    pruning did more harm on unseen text. NaN unless there are both seen and unseen corpora.
 
     Args:
         pruned: negative log-likelihood of the pruned model.

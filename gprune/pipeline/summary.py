@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,11 +20,12 @@ from gprune.report.model_card import write_card
 from gprune.report.records import quality_table, result_table
 from gprune.report.run_figures import write_figures
 from gprune.runs import tracking
-from gprune.runs.numbers import means_and_gaps, row_name, run_numbers, unseen_ratios
+from gprune.runs.numbers import number_frame, run_numbers, to_estimate
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.files import write_json
 
 log = logging.getLogger("gprune")
+MEANS = ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement")  # of each row in the summary; None if undefined
 
 
 def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
@@ -116,16 +116,21 @@ def sizes_and_perplexity(
     if masks is not None:
         units = run.budget.costs.in_parameters
         summary["sparsity_of_scope"] = units.removed(masks) / units.total
-    means = {
-        row_name(*row): {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        for row, numbers in means_and_gaps(records).items()
-    }  # None instead of NaN, which JSON does not have
+    numbers = number_frame(records, base=records)
+    means: dict[str, dict[str, float | None]] = {row: dict.fromkeys(MEANS) for row in numbers["row"].unique()}
+    ratios = {}
+    for line in numbers.itertuples():
+        if line.number in MEANS:
+            means[line.row][line.number] = line.value
+        if line.number == "unseen_over_base_same_recovery":
+            ratio = to_estimate(line.value, line.low, line.high)
+            ratios[line.row] = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
     return summary | {
         "sparsity_of_model": 1 - after / before,
         "parameters_before": before,
         "parameters_after": after,
         "geometric_means": means,
-        "unseen_over_base_same_recovery": unseen_ratios(records),
+        "unseen_over_base_same_recovery": ratios,
         **run.folder.total_tokens(),
     }
 

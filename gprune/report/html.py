@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import model_label
 from gprune.report.curves import curve_figures, read_curves
 from gprune.report.model_card import RESULTS, loading_code, write_card
-from gprune.report.records import SAME_RECOVERY, UNRECOVERED, cost_table, quality_table, result_table
+from gprune.report.records import RATIO, SAME_RECOVERY, UNRECOVERED, cost_table
 from gprune.report.run_figures import run_figures, write_figures
 from gprune.report.style import style
 from gprune.runs.folder import RunFolder
-from gprune.runs.numbers import Record, Stage, means_and_gaps, row_name, unseen_ratios
+from gprune.runs.numbers import number_frame
 from gprune.runs.results import FinishedRun, config_of
 from gprune.sparsity.allocation import format_removed
 from gprune.storage.files import replacing
@@ -34,6 +34,24 @@ if TYPE_CHECKING:
 
 # Colours of figures -> CSS of the page's theme (light or dark).
 THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--line)", "#555555": "var(--soft)"}
+NAMES = {  # of the numbers of a run's main row
+    "seen": "seen perplexity",
+    "unseen": "unseen perplexity",
+    "gap": "gap",
+    "unseen_over_dense": "unseen / dense",
+    "unseen_over_unrecovered_base": UNRECOVERED,
+    RATIO: SAME_RECOVERY,
+    "unseen_kl": "KL(dense || pruned), nats per token",
+    "unseen_agreement": "agreement with dense",
+}
+CAPTIONS = {
+    "perplexity": "Perplexity by corpus and row.",
+    "heterogeneity": "How far the ranks of each module's neurons drift between corpora, and how far corpora agree.",
+    "sparsity": "Share of the neurons that each block, and each of its modules, loses.",
+    "speed": "Milliseconds of all blocks by what each keeps, measured on random weights.",
+    "ratios": "Unseen perplexity of each row over that of base; the axis names which base.",
+    "learning": "Each run's own model over the tokens that it has learned from; losses are running means.",
+}
 WIDE = 2.2  # width / height of a figure above which it is shown in the full width of the page
 
 
@@ -62,7 +80,7 @@ def write_missing(report: Report) -> None:
 
 
 def render(report: Report) -> str:
-    """Render a report as HTML: common tables and figures, and a section for each run."""
+    """Render a report as HTML: tables and figures of all runs, and a section for each run."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -73,36 +91,25 @@ def render(report: Report) -> str:
         title=report.title if has_several_runs else sections[0]["title"],
         tables=report.nonempty_tables,
         figures=render_figures(report.figures(), "all") if has_several_runs else [],
-        protocols=report.protocols(),
+        lines=[*report.sentences(), *report.protocols()],
         runs=sections,
     )
 
 
 def run_section(run: FinishedRun) -> dict[str, Any]:
     """Return the values for a run's section of the template `page.html`."""
-    settings, summary = run.settings, run.summary
     model = run.path / "model"
-    title, about, removed = _describe_run(run)
-    means = means_and_gaps(run.records)
-    main_row = list(means)[-1]  # the last row, which a study may declare as a control
-    figures = run_figures(run.records, run.modules, run.masks, summary) if run.masks else {}
+    title, about = _describe_run(run)
+    figures = run_figures(run.records, run.modules, run.masks, run.summary) if run.masks else {}
+    settings = {name: value for name, value in run.settings.items() if name not in ("inputs", "code")}
     return {
         "name": run.name,
         "title": title,
         "about": about,
-        "summary": summary,
-        "removed": removed,
-        "dense": means["dense", "none"],
-        "another_tokenizer": run.has_another_tokenizer,
-        "pruned": means[main_row],
-        "ratios": ratios_to_base(run.records, main_row),
-        "seconds": sum(step.get("seconds", 0) for step in run.steps.values()),
-        "result": result_table(run.records),
-        "quality": quality_table({run.name: summary}),
+        "tiles": main_numbers(run),
         "figures": render_figures(figures, run.name),
         "curves": render_figures(curve_figures(read_curves(run.path)), f"{run.name} curves"),
-        "labels": corpus_labels(r["corpus"] for r in run.records),
-        "settings": to_yaml({name: value for name, value in settings.items() if name not in ("inputs", "code")}),
+        "settings": to_yaml(settings),
         "cost": cost_table(run.steps),
         "environment": run.environment,
         "load": loading_code(model) if model.is_dir() else "",
@@ -111,37 +118,46 @@ def run_section(run: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _describe_run(run: FinishedRun) -> tuple[str, str, str]:
-    """Return the title of a run, a sentence on the method, and what was removed."""
-    settings = run.settings
+def main_numbers(run: FinishedRun) -> list[tuple[str, str, str]]:
+    """Return (name, number, interval) of the numbers of a run's main row that are means over corpora or ratios."""
+    numbers = number_frame(run.records, base=run.records)
+    main_row = numbers["row"].iloc[-1]  # the last row, which a study may declare as a control
+    tiles = []
+    for line in numbers[(numbers["row"] == main_row) & (numbers["corpus"] == "")].itertuples():
+        if line.number == RATIO and line.recovery == "none":  # equal to the ratio to the unrecovered base
+            continue
+        digits = 2 if line.number in ("seen", "unseen") else 3
+        interval = "" if math.isnan(line.low) else f"95 % interval {line.low:.{digits}f} to {line.high:.{digits}f}"
+        tiles.append((NAMES[line.number], f"{line.value:.{digits}f}", interval))
+    return tiles
+
+
+def _describe_run(run: FinishedRun) -> tuple[str, list[str]]:
+    """Return the title of a run, and sentences on its method, sizes and cost."""
+    settings, summary = run.settings, run.summary
     label = model_label(settings["model"]["name"])
     other = settings["model"].get("made_elsewhere")
+    seconds = sum(step.get("seconds", 0) for step in run.steps.values())
+    cost = (
+        f"{summary['sparsity_of_model']:.1%} of the model removed: {summary['parameters_after']:,} of "
+        f"{summary['parameters_before']:,} parameters are left. Cost: {summary['forward_tokens']:,} tokens forward, "
+        f"{summary['forward_backward_tokens']:,} forward and backward, {seconds:,.0f} seconds of all steps."
+    )
     if other is not None:
         about = f"Made elsewhere, recovery {settings['recovery']}, seed {run.seed}."
-        return f"{model_label(other)} beside {label}", about, "made elsewhere"
-    sparsity = run.summary["sparsity_of_scope"], settings["sparsity"]["scope"], settings["sparsity"]["allocation"]
-    title = f"{format_removed(*sparsity, digits=0)} removed from {label}"
+        return f"{model_label(other)} beside {label}", [about, cost]
+    sparsity = summary["sparsity_of_scope"], settings["sparsity"]["scope"], settings["sparsity"]["allocation"]
     method = "gprune" if settings["gprune"] else "the base metric alone"
     importance, recovery = settings["importance"], settings["recovery"]
-    about = f"Pruned by {method}, importance {importance}, recovery {recovery}, seed {run.seed}."
-    return title, about, format_removed(*sparsity, digits=2)
-
-
-def ratios_to_base(records: Sequence[Record], row: Stage) -> dict[str, dict[str, float]]:
-    """Return the ratios of a row to `base` by name: two for a recovered row, one for a row without recovery."""
-    same_recovery = {UNRECOVERED: False}  # name of the ratio -> whether `base` has the recovery of the row
-    if row[1] != "none":
-        same_recovery[SAME_RECOVERY] = True
-    ratios = {}
-    for name, same in same_recovery.items():
-        ratio = unseen_ratios(records, same_recovery=same).get(row_name(*row))
-        if ratio is not None:
-            ratios[name] = ratio
-    return ratios
+    about = (
+        f"{format_removed(*sparsity, digits=2)} removed by {method}, importance {importance}, recovery {recovery}, "
+        f"seed {run.seed}."
+    )
+    return f"{format_removed(*sparsity, digits=0)} removed from {label}", [about, cost]
 
 
 def render_figures(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:
-    """Return (title, SVG, whether it needs the full width of the page) for each figure.
+    """Return (caption, SVG, whether it needs the full width of the page) for each figure.
 
     Args:
         figures: figures by title.
@@ -150,7 +166,7 @@ def render_figures(figures: Mapping[str, Figure], name: str) -> list[tuple[str, 
     rendered = []
     for title, figure in figures.items():
         is_wide = figure.get_figwidth() > WIDE * figure.get_figheight()
-        rendered.append((title, figure_to_svg(figure, f"{name} {title}"), is_wide))
+        rendered.append((CAPTIONS.get(title, title), figure_to_svg(figure, f"{name} {title}"), is_wide))
     return rendered
 
 

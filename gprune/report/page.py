@@ -29,7 +29,13 @@ from gprune.report.grouping import (
     settings_table,
     with_distinct_names,
 )
-from gprune.report.perplexity_tables import comparison_table, distance_table, perplexity_table, summary_table
+from gprune.report.perplexity_tables import (
+    comparison_table,
+    distance_table,
+    group_frame,
+    perplexity_table,
+    summary_table,
+)
 from gprune.report.records import caption, quality_table
 from gprune.report.run_figures import write_figures
 from gprune.report.style import FORMATS, add_title, save
@@ -74,14 +80,18 @@ class Report:
         paragraphs = [f"## {table.title}\n\n{format_table(table)}\n" for table in self.nonempty_tables]
         if self.has_too_many_runs:
             paragraphs.append(f"More than {SIDE_BY_SIDE} runs: pairs and figures are left out.\n")
+        paragraphs += [f"{format_line(line)}\n" for line in (*self.sentences(), *self.protocols())]
+        return "\n".join(paragraphs)
+
+    def sentences(self) -> list[str]:
+        """Return the sentences of runs on their targets in speed and quality, with warnings."""
         sentences = []
         for name in ("speed", "quality", "tolerated"):
             for run in self.runs:
                 if entry := run.summary.get(name):
                     lines = (entry["said"], *entry.get("warnings", ()))
                     sentences += [f"{run.name}: {line}" for line in lines]
-        paragraphs += [f"{format_line(line)}\n" for line in (*sentences, *self.protocols())]
-        return "\n".join(paragraphs)
+        return sentences
 
     @property
     def nonempty_tables(self) -> list[Table]:
@@ -250,8 +260,13 @@ def of_runs(
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
     groups = group_by_seed(runs)
     named_runs = with_distinct_names(runs)
-    tables = [summary_table(groups, bases, seen=seen), perplexity_table(groups, seen=seen), distance_table(groups)]
-    tables.append(quality_table({run.name: run.summary for run in named_runs}))
+    numbers = group_frame(groups, bases)
+    tables = [
+        summary_table(groups, numbers, bases, seen=seen),
+        perplexity_table(groups, numbers, seen=seen),
+        distance_table(groups, numbers),
+        quality_table({run.name: run.summary for run in named_runs}),
+    ]
     if 1 < len(runs) <= SIDE_BY_SIDE:
         tables += [comparison_table(groups), settings_table(groups)]
     if evaluated := [r | {"run": run.name} for run in named_runs for r in run.evaluation]:

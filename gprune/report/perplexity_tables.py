@@ -10,20 +10,30 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import combinations, repeat
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy.stats import t as student
 
 from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
 from gprune.evaluation.estimate import Estimate
 from gprune.report.grouping import SeedGroup
-from gprune.report.records import SAME_RECOVERY, UNRECOVERED
+from gprune.report.records import RATIO, SAME_RECOVERY, UNRECOVERED, cell_frame
 from gprune.report.table import Cell, Table
-from gprune.runs.numbers import DENSE, Record, Stage, by_stage, distance, estimates, records_of, row_name, unseen_ratio
+from gprune.runs.numbers import (
+    Record,
+    Stage,
+    by_stage,
+    number_frame,
+    records_of,
+    row_name,
+    to_estimate,
+    unseen_ratio,
+)
 from gprune.runs.results import FinishedRun
 
 
@@ -52,6 +62,14 @@ def _mean_and_half_width(values: np.ndarray) -> tuple[float, float]:
     """Return the mean of n values, and half of its 95 % interval: t(0.975, n - 1) sd / sqrt(n)."""
     half_width = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean()), float(half_width)
+
+
+MEANS = {  # how numbers of several seeds are combined; all others by `mean_over_seeds`
+    "kl": arithmetic_mean_over_seeds,
+    "unseen_kl": arithmetic_mean_over_seeds,
+    "agreement": partial(arithmetic_mean_over_seeds, largest=1.0),
+    "unseen_agreement": partial(arithmetic_mean_over_seeds, largest=1.0),
+}
 
 
 def pool_estimates(
@@ -96,13 +114,35 @@ def ratio_to(
     return unseen_ratio(run.records, stage, other.records, reference, number)
 
 
+def group_frame(groups: Sequence[SeedGroup], bases: Mapping[Path, FinishedRun] | None = None) -> pd.DataFrame:
+    """Return `number_frame` of all groups, pooled over seeds, with the place of the group in a column `group`.
+
+    The dense model does not depend on the seed, so its numbers are those of the first run. `bases` is as for
+    `summary_table`.
+    """
+    lines = []
+    for place, group in enumerate(groups):
+        frames = [number_frame(run.records, base=base_records(run, bases)) for run in group.runs]
+        numbers = pd.concat([frames[0], *(frame[frame["stage"] != "dense"] for frame in frames[1:])])
+        for (row, corpus, number), same_number in numbers.groupby(["row", "corpus", "number"], sort=False):
+            seeds = 1 if row == "dense" else len(group.runs)
+            if len(same_number) == seeds:  # otherwise undefined for a seed
+                values = [to_estimate(line.value, line.low, line.high) for line in same_number.itertuples()]
+                estimate = pool_estimates(values, MEANS.get(number, mean_over_seeds))
+                lines.append((place, row, corpus, number, *estimate))
+    columns = ["group", "row", "corpus", "number", "value", "low", "high"]
+    return pd.DataFrame(lines, columns=columns).astype({"low": float, "high": float})
+
+
 def summary_table(
-    groups: Sequence[SeedGroup], bases: Mapping[Path, FinishedRun] | None = None, *, seen: Sequence[str] | None = None
-) -> Table:
+    groups: Sequence[SeedGroup], numbers: pd.DataFrame, bases: Mapping[Path, FinishedRun] | None = None, *,
+    seen: Sequence[str] | None = None,
+) -> Table:  # fmt: skip
     """Table with a row per group and stage: means over seen and unseen corpora, gap, and ratios to dense and `base`.
 
     Args:
         groups: groups of runs.
+        numbers: `group_frame` of the groups.
         bases: path of a run -> the run whose stage `base` without recovery is the denominator. A missing run has no
             ratio. By default each run's own `base` with the recovery of the row. The column's name tells which.
         seen: corpora that count as seen in every row, for the note; the records are already marked.
@@ -115,7 +155,8 @@ def summary_table(
         if ("base", "none") not in run_stages(run):
             remedy = "Use a run with --gprune false, or with base in --evaluation.controls"
             raise UserError(f"Cannot divide by run '{name}': it has no stage 'base'. {remedy}.")
-    ratio = SAME_RECOVERY if bases is None else UNRECOVERED
+    ratio, number = (SAME_RECOVERY, RATIO) if bases is None else (UNRECOVERED, "unseen_over_unrecovered_base")
+    wanted = [(name, "") for name in ("seen", "unseen", "gap", "unseen_over_dense", number)]
     note = (
         "Perplexity, lower is better. In brackets 95 % intervals: Student's t over windows (paired, for ratios) of "
         "a single run; over seeds, which have the same windows, where there are several. gap: (unseen pruned "
@@ -128,16 +169,15 @@ def summary_table(
         "summary",
         "Geometric means, gap and ratios",
         ["run", "stage", "seeds", "seen", "unseen", "gap", "unseen / dense", ratio],
-        _stage_rows(groups, lambda run, stage: _means_and_ratios(run, stage, bases)),
+        _stage_rows(groups, numbers, wanted),
         {"gap": 3, "unseen / dense": 3, ratio: 3},
         note,
     )
 
 
-def distance_table(groups: Sequence[SeedGroup]) -> Table:
+def distance_table(groups: Sequence[SeedGroup], numbers: pd.DataFrame) -> Table:
     """Table with a row per group and pruned stage: KL from the dense model and agreement with it on unseen text."""
-    means = (arithmetic_mean_over_seeds, partial(arithmetic_mean_over_seeds, largest=1.0))
-    rows = _stage_rows(groups, lambda run, stage: list(distance(run.records, stage).values()), means)
+    rows = _stage_rows(groups, numbers, [("unseen_kl", ""), ("unseen_agreement", "")])
     rows = [row for row in rows if row[-1]]  # stages without a distance have no row
     columns, digits = ["run", "stage", "seeds", "KL", "agreement"], {"KL": 3, "agreement": 3}
     note = (
@@ -171,29 +211,26 @@ def comparison_table(groups: Sequence[SeedGroup]) -> Table:
     return Table("comparison", title, columns, rows, {"ratio": 3}, note)
 
 
-def perplexity_table(groups: Sequence[SeedGroup], *, seen: Sequence[str] | None = None) -> Table:
+def perplexity_table(groups: Sequence[SeedGroup], numbers: pd.DataFrame, *, seen: Sequence[str] | None = None) -> Table:
     """Table with a row per group and stage and a column per corpus; seen corpora have a star.
 
-    Args:
-        groups: groups of runs.
-        seen: as in `summary_table`.
+    Intervals are over seeds; a single run has none. Arguments are as for `summary_table`.
     """
     records = [r for group in groups for run in group.runs for r in run.records]
     is_seen = {r["corpus"]: r["seen"] for r in records}
     mixed = {r["corpus"] for r in records if r["seen"] != is_seen[r["corpus"]]}  # seen by some of the runs
     corpora = sorted(is_seen, key=lambda c: (c not in mixed and not is_seen[c], c in mixed))
-
-    def perplexities(run: FinishedRun, stage: Stage) -> list[Estimate | None]:
-        values = by_stage(run.records).get(stage, {})
-        return [Estimate(values[c]) if c in values else None for c in corpora]
-
     labels = corpus_labels(corpora)
     stars = ["(*)" if c in mixed else "*" if is_seen[c] else "" for c in corpora]
     columns = ["run", "stage", "seeds", *(labels[c] + star for c, star in zip(corpora, stars, strict=True))]
     note = "* seen: the corpus, in other documents, was used by the run; (*) by some of the runs."
     if seen is not None:
         note = f"* seen. {_seen_note(seen)}"
-    return Table("perplexity", "Perplexity by corpus", columns, _stage_rows(groups, perplexities), note=note)
+    single = [place for place, group in enumerate(groups) if len(group.runs) == 1]
+    numbers = numbers.copy()
+    numbers.loc[(numbers["row"] == "dense") | numbers["group"].isin(single), ["low", "high"]] = math.nan
+    rows = _stage_rows(groups, numbers, [("perplexity", c) for c in corpora])
+    return Table("perplexity", "Perplexity by corpus", columns, rows, note=note)
 
 
 def _seen_note(seen: Sequence[str] | None) -> str:
@@ -204,16 +241,6 @@ def _seen_note(seen: Sequence[str] | None) -> str:
         return "All text is unseen in every row."
     verb = "counts" if len(seen) == 1 else "count"
     return f"In every row {', '.join(corpus_labels(seen).values())} {verb} as seen, and all other text as unseen."
-
-
-def _means_and_ratios(
-    run: FinishedRun, stage: Stage, bases: Mapping[Path, FinishedRun] | None
-) -> list[Estimate | None]:
-    """Return seen, unseen, gap, unseen / dense and the ratio to base of a run, with intervals over windows."""
-    by_name = estimates(run.records, stage, base_records(run, bases))
-    ratio = "unseen_over_base_same_recovery" if bases is None else "unseen_over_unrecovered_base"
-    ratio_to_base = None if stage == DENSE else by_name[ratio]
-    return [by_name["seen"], by_name["unseen"], by_name["gap"], by_name["unseen_over_dense"], ratio_to_base]
 
 
 def base_records(run: FinishedRun, bases: Mapping[Path, FinishedRun] | None) -> Sequence[Record] | None:
@@ -231,28 +258,21 @@ def base_records(run: FinishedRun, bases: Mapping[Path, FinishedRun] | None) -> 
 
 
 def _stage_rows(
-    groups: Sequence[SeedGroup], numbers: Callable[[FinishedRun, Stage], Sequence[Estimate | None]],
-    means: Sequence[Callable[[Sequence[float]], Estimate]] = (),
-) -> list[list[Cell]]:  # fmt: skip
-    """Return rows of name, stage, seeds and numbers for every group and stage.
+    groups: Sequence[SeedGroup], numbers: pd.DataFrame, wanted: Sequence[tuple[str, str]]
+) -> list[list[Cell]]:
+    """Return rows of name, stage, seeds and the wanted (number, corpus) of `group_frame` for every group and stage.
 
     Equal rows of several groups are merged. A merged dense row is named after the dense model, and a merged control
     after its groups.
-
-    Args:
-        groups: groups of runs.
-        numbers: function that returns the numbers of a run and a stage.
-        means: for each number, function that combines the values of seeds; by default `mean_over_seeds`.
     """
+    all_cells = cell_frame(numbers, ["group", "row"], wanted)
     rows: dict[tuple[Any, ...], list[Cell]] = {}  # equal rows have the same key
     groups_of_row: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for group in groups:
+    for place, group in enumerate(groups):
         for stage in run_stages(group.runs[0]):
             is_dense = stage[0] == "dense"
             runs = group.runs[:1] if is_dense else group.runs
-            estimates_of_runs = zip(*(numbers(run, stage) for run in runs), strict=True)
-            pooled = zip(estimates_of_runs, means or repeat(mean_over_seeds), strict=False)
-            cells = [pool_estimates(estimates, mean) for estimates, mean in pooled]
+            cells = list(all_cells.loc[place, row_name(*stage)])
             key = _row_key(group, runs, stage, cells)
             name = group.name
             if is_dense:

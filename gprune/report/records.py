@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gprune.corpora.load import corpus_labels
 from gprune.evaluation.estimate import Estimate
 from gprune.report.table import Cell, Table
-from gprune.runs.numbers import Record, by_stage, means_and_gaps, row_name, unseen_ratios
+from gprune.runs.numbers import Record, number_frame, row_name, to_estimate
+
+if TYPE_CHECKING:
+    import pandas
 
 # Names of the two ratios to the base metric. They differ only for rows with recovery.
 SAME_RECOVERY = "unseen / base, same recovery"
 UNRECOVERED = "unseen / unrecovered base"
 KEPT_OF_BASE = "kept / base, same recovery"
+RATIO = "unseen_over_base_same_recovery"
 
 
 def caption(records: Sequence[Record]) -> str:
@@ -45,23 +49,27 @@ def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = N
     is_seen = {r["corpus"]: r["seen"] for r in records}
     corpora = sorted(is_seen, key=lambda c: not is_seen[c])
     labels = labels or corpus_labels(corpora)
-    means, ratios = means_and_gaps(records), unseen_ratios(records)
-    columns = ["", *(labels[c] + ("*" if is_seen[c] else "") for c in corpora), "seen", "unseen", "gap", SAME_RECOVERY]
+    columns = {("perplexity", c): labels[c] + ("*" if is_seen[c] else "") for c in corpora}
+    columns |= {("seen", ""): "seen", ("unseen", ""): "unseen", ("gap", ""): "gap", (RATIO, ""): SAME_RECOVERY}
     note = "* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better."
-    has_distance = any(not math.isnan(of_row["unseen_kl"]) for of_row in means.values())
-    if has_distance:
-        columns += ["KL", "agreement"]
+    numbers = number_frame(records)
+    if "unseen_kl" in set(numbers["number"]):
+        columns |= {("unseen_kl", ""): "KL", ("unseen_agreement", ""): "agreement"}
         note += " KL(dense || row) in nats per token, and how often both have the same most likely token: unseen text."
-    rows: list[list[Cell]] = []
-    for (stage, recovery), perplexities in by_stage(records).items():
-        name = row_name(stage, recovery)
-        numbers = [*(perplexities[c] for c in corpora), *means[stage, recovery].values()]
-        *perplexities_to_gap, kl, agreement = (None if math.isnan(number) else number for number in numbers)
-        ratio = Estimate(*ratios[name].values()) if name in ratios else None
-        row = [name, *perplexities_to_gap, ratio]
-        rows.append([*row, kl, agreement] if has_distance else row)
+    without_interval = numbers["number"] != RATIO
+    numbers.loc[without_interval, ["low", "high"]] = math.nan
+    cells = cell_frame(numbers, ["row"], list(columns))
+    rows = [[row, *cells.loc[row]] for row in numbers["row"].unique()]
     digits = dict.fromkeys(("gap", SAME_RECOVERY, "KL", "agreement"), 3)
-    return Table("result", "Perplexity by corpus", columns, rows, digits, note)
+    return Table("result", "Perplexity by corpus", ["", *columns.values()], rows, digits, note)
+
+
+def cell_frame(numbers: pandas.DataFrame, index: list[str], columns: Sequence[tuple[str, str]]) -> pandas.DataFrame:
+    """Return lines of `number_frame` as a frame of Estimates, by `index` and (number, corpus); None if undefined."""
+    estimates = [to_estimate(line.value, line.low, line.high) for line in numbers.itertuples()]
+    cells = numbers.assign(cell=estimates).pivot(index=index, columns=["number", "corpus"], values="cell")
+    cells = cells.reindex(columns=list(columns)).astype(object)
+    return cells.where(cells.notna(), None)
 
 
 def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:

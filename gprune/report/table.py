@@ -1,32 +1,34 @@
-"""Tables with estimates and intervals, as Markdown, CSV and terminal output."""
+"""Tables with estimates and intervals, as Markdown, CSV, HTML, LaTeX and terminal output: all by pandas."""
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table as Grid
-from rich.text import Text
+from typing import TYPE_CHECKING, Literal
 
 from gprune.errors import one_line, printable
 from gprune.evaluation.estimate import Estimate
+
+if TYPE_CHECKING:
+    import pandas
 
 # Names of the tables of a report.
 TableName = Literal["comparison", "distance", "evaluation", "perplexity", "quality", "settings", "summary"]
 # Characters that Markdown would interpret. A `*` at the end of a name, `_` inside it and most brackets are plain text.
 MARKUP = re.compile(r"^\*|[\\`<|~$]|&(?=#?\w+;)|\*(?=[^\s)])|(?<![^\W_])_|_(?![^\W_])|\[(?=[^\]]*\][(\[])")
+LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)  # fmt: skip
+CONTINUED = re.compile(r" *\\?$", re.MULTILINE)  # pandas marks lines that are continued in the next part
+HEADER = re.compile(r"(?:\A|(?<=\n\n)).+")  # of each part in a terminal
+INTERVAL = re.compile(r" (\[[^\[\]<]*\])</td>")  # in HTML
 Cell = str | int | float | Estimate | None
-GAP = 2  # characters between columns in a terminal
-MIN_KEY_WIDTH = 12  # characters; a narrower first column is hard to read
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,43 @@ class Table:
     digits: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
 
-    def to_markdown(self) -> str:
-        """Format the table, without the note, as aligned Markdown."""
-        rows = [map(one_line, self.columns), *self.texts()]
-        return markdown([list(map(in_markdown, row)) for row in rows])
+    def formatted(self) -> pandas.DataFrame:
+        """Return the cells as text of one line, in a frame that all writers for readers use."""
+        import pandas
 
-    def texts(self) -> list[list[str]]:
-        """Return the rows with cells as formatted text."""
-        return [
+        texts = [
             [self._format_cell(cell, column) for cell, column in zip(row, self.columns, strict=True)]
             for row in self.rows
         ]
+        return pandas.DataFrame(texts, columns=list(map(one_line, self.columns)), dtype=object)
+
+    def values(self) -> pandas.DataFrame:
+        """Return the numbers with all digits, and columns `_low` and `_high` after columns with intervals."""
+        import pandas
+
+        columns: dict[str, list[str | int | float | None]] = {}
+        for place, name in enumerate(self.columns):
+            cells = [row[place] for row in self.rows]
+            estimates = [cell if isinstance(cell, Estimate) else Estimate(cell) for cell in cells]
+            columns[name or "row"] = [estimate.value for estimate in estimates]
+            if any(isinstance(cell, Estimate) for cell in cells):
+                columns[f"{name}_low"] = [estimate.low for estimate in estimates]
+                columns[f"{name}_high"] = [estimate.high for estimate in estimates]
+        return pandas.DataFrame(columns, dtype=object)
+
+    def to_csv(self) -> str:
+        """Format `values` as CSV."""
+        return self.values().to_csv(index=False, lineterminator="\n")
+
+    def to_markdown(self) -> str:
+        """Format the table, without the note, as aligned Markdown."""
+        texts = self.formatted().map(in_markdown).rename(columns=in_markdown)
+        alignment = ["left"] + ["right"] * (len(texts.columns) - 1)
+        return texts.to_markdown(index=False, disable_numparse=True, colalign=alignment)
+
+    def to_text(self) -> str:
+        """Format the table and its note as Markdown."""
+        return f"{self.to_markdown()}\n\n{in_markdown(self.note)}".strip()
 
     def for_stdout(self) -> str:
         """Format for the terminal's width; without a terminal, as Markdown with the note as plain text."""
@@ -68,55 +96,40 @@ class Table:
         return f"{self.to_markdown()}\n\n{self.note}".strip()
 
     def to_terminal(self, width: int) -> str:
-        """Format the table and its note for a terminal. A table that is too wide is split into several parts.
+        """Format the table and its note as plain text for a terminal with `width` characters per line.
 
-        Cells are plain text, not rich markup. Headers are bold if stdout is a terminal and `$NO_COLOR` is not set.
-
-        Args:
-            width: characters per line.
+        A table that is too wide is split into several parts. Each begins with the columns that identify a row, which
+        are the index of the frame. Headers are bold if stdout is a terminal and `$NO_COLOR` is not set.
         """
-        header, rows = list(map(one_line, self.columns)), self.texts()
-        key_widths, parts = _layout([header, *rows], width)
-        colours = None if os.environ.get("NO_COLOR") else "auto"  # rich alone would keep bold text
-        console = Console(color_system=colours, width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty())
-        for part in parts:
-            grid = Grid(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False, header_style="bold")
-            for column, key_width in enumerate(key_widths):
-                grid.add_column(Text(header[column]), width=key_width, overflow="fold")
-            for column in part:
-                longest = max(len(row[column]) for row in (header, *rows))
-                grid.add_column(Text(header[column]), justify="right", min_width=min(longest, width // 3))
-            for row in rows:
-                grid.add_row(*(Text(row[column]) for column in (*range(len(key_widths)), *part)))
-            console.print(grid)
-            console.print()
-        console.print(Text(printable(self.note)))
-        return console.file.getvalue().strip("\n")
+        texts = self.formatted()
+        num_keys = next((n for n in range(1, len(texts.columns)) if not texts.iloc[:, :n].duplicated().any()), 1)
+        lines = [texts.columns.to_list(), *texts.to_numpy().tolist()]
+        key_widths = [max(len(line[column]) for line in lines) for column in range(num_keys)]
+        header, *keys = ["  ".join(map(str.ljust, line, key_widths)) for line in lines]
+        others = texts.iloc[:, num_keys:].set_axis(keys, axis="index").rename_axis(columns=header)
+        text = CONTINUED.sub("", others.to_string(line_width=width))
+        if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+            text = HEADER.sub("\x1b[1m\\g<0>\x1b[0m", text)
+        return f"{text}\n\n{textwrap.fill(printable(self.note), width)}".strip("\n")
 
-    def to_text(self) -> str:
-        """Format the table and its note as Markdown."""
-        return f"{self.to_markdown()}\n\n{in_markdown(self.note)}".strip()
+    def to_html(self) -> str:
+        """Format the table, without the note, as an HTML table with a row header and with intervals in `<small>`."""
+        import pandas
 
-    def to_csv(self) -> str:
-        """Format `rows_with_bounds` as CSV."""
-        file = io.StringIO()
-        csv.writer(file, lineterminator="\n").writerows(self.rows_with_bounds())
-        return file.getvalue()
+        texts = self.formatted()
+        name = texts.columns[0]
+        frame = texts.set_index(name).rename_axis(index=None, columns=name or "row")
+        with pandas.option_context("display.max_colwidth", None):  # otherwise long names are cut off
+            html = frame.to_html(border=0)
+        return INTERVAL.sub(r" <small>\1</small></td>", html)
 
-    def rows_with_bounds(self) -> list[list[str | int | float | None]]:
-        """Return header and rows, with additional columns `_low` and `_high` after columns with intervals."""
-        has_bounds = [any(isinstance(row[c], Estimate) for row in self.rows) for c in range(len(self.columns))]
-        header: list[str | int | float | None] = []
-        for name, with_bounds in zip(self.columns, has_bounds, strict=True):
-            header += [name or "row", f"{name}_low", f"{name}_high"] if with_bounds else [name or "row"]
-        rows = []
-        for row in self.rows:
-            values: list[str | int | float | None] = []
-            for cell, with_bounds in zip(row, has_bounds, strict=True):
-                estimate = cell if isinstance(cell, Estimate) else Estimate(cell)
-                values += estimate if with_bounds else [estimate.value]
-            rows.append(values)
-        return [header, *rows]
+    def to_latex(self, label: str) -> str:
+        """Format the table and its note as a LaTeX table environment, which needs the package booktabs."""
+        caption = " ".join(filter(None, [f"{self.title}.", self.note])).translate(LATEX)
+        alignment = "l" + "r" * (len(self.columns) - 1)
+        return self.formatted().to_latex(
+            index=False, escape=True, caption=caption, label=label, column_format=alignment
+        )
 
     def _format_cell(self, cell: Cell, column: str) -> str:
         """Format a cell: numbers with the digits of the column, and intervals in brackets."""
@@ -134,55 +147,6 @@ def format_estimate(estimate: Estimate, digits: int = 2) -> str:
     return text if estimate.low is None else f"{text} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
-def _layout(rows: Sequence[Sequence[str]], width: int) -> tuple[list[int], list[list[int]]]:
-    """Split the columns of a wide table into parts.
-
-    There is one part if the table fits after folding the first column to a fifth of the width (at least 12 characters).
-    Otherwise every part begins with the key columns, which are those that identify a row, or as many of them as leave a
-    third of the width.
-
-    Args:
-        rows: header and cells.
-        width: characters per line.
-
-    Returns:
-        key_widths: widths of the key columns, which are the first columns.
-        parts: indices of the other columns of each part.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    available = width - sum(w + GAP for w in widths[1:])
-    if available >= min(widths[0], max(width // 5, MIN_KEY_WIDTH)):
-        return [min(available, widths[0])], [list(range(1, len(widths)))]
-    num_identifying = next((n for n in range(1, len(widths)) if len({tuple(row[:n]) for row in rows}) == len(rows)), 1)
-    for num_keys in range(num_identifying, 0, -1):
-        key_widths = [min(w, max(width // (num_keys + 2), MIN_KEY_WIDTH)) for w in widths[:num_keys]]
-        available = width + GAP - sum(w + GAP for w in key_widths)
-        if available >= width // 3:
-            break
-    parts: list[list[int]] = [[]]
-    for column in range(num_keys, len(widths)):  # as many columns per part as fit
-        if parts[-1] and sum(widths[c] + GAP for c in (*parts[-1], column)) > available:
-            parts.append([])
-        parts[-1].append(column)
-    return key_widths, parts
-
-
 def in_markdown(text: str) -> str:
     """Escape text for Markdown."""
     return MARKUP.sub(r"\\\g<0>", text)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Format rows as an aligned Markdown table.
-
-    The first row is the header. The first column is aligned to the left, and the others to the right.
-    """
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-
-    def to_line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]  # noqa: B905
-        return f"| {' | '.join(cells)} |"
-
-    rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
-    return "\n".join([to_line(rows[0]), f"|{'|'.join(rule)}|", *(to_line(row) for row in rows[1:])])

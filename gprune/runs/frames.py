@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gprune.corpora.load import corpus_labels
-from gprune.evaluation.estimate import Estimate
-from gprune.evaluation.intervals import mean_perplexity
-from gprune.runs.numbers import DENSE, Record, Stage, by_stage, estimates, key_part, records_of
+from gprune.runs.numbers import Record, key_part, number_frame, records_of
 
 if TYPE_CHECKING:
     import pandas
@@ -52,7 +50,11 @@ def lines(
         labels: names of corpora in columns. Default: `corpus_labels`.
     """
     labels = labels or corpus_labels(r["corpus"] for r in records)
-    stage_lines = [_stage_line(records, stage, settings, base, labels) for stage in by_stage(records)]
+    numbers = number_frame(records, base=base)
+    stage_lines = [_stage_line(of_row, records, settings, labels) for _, of_row in numbers.groupby("row", sort=False)]
+    of_dense = stage_lines[0]
+    for line in stage_lines:
+        line |= {f"{name}_dense": of_dense[name] for name in ("unseen", "seen") if name in of_dense}
     main_row = stage_lines[-1]
     main_row |= {name: summary.get(name) for name in SUMMARY}
     if "speed" in summary:
@@ -75,19 +77,20 @@ def frame(lines: Sequence[Line]) -> pandas.DataFrame:
 
 
 def _stage_line(
-    records: Sequence[Record], stage: Stage, settings: Mapping[str, Any], base: Sequence[Record] | None,
-    labels: Mapping[str, str],
-) -> Line:  # fmt: skip
-    """Return the line of one stage without the columns that only the main row has; arguments as for `lines`."""
-    by_corpus = records_of(records, stage)
+    numbers: pandas.DataFrame, records: Sequence[Record], settings: Mapping[str, Any], labels: Mapping[str, str]
+) -> Line:
+    """Return the line of one row from its lines of `number_frame`, without the columns that only the main row has."""
+    first = numbers.iloc[0]
+    line = {"seed": first["seed"], "stage": first["stage"], "recovery": first["recovery"]}
+    for number in numbers.itertuples():
+        name = f"{number.number}/{key_part(labels[number.corpus])}" if number.corpus else number.number
+        line[name] = number.value
+        if number.number not in ("kl", "agreement"):  # these have no interval for a single corpus
+            line |= {f"{name}_low": number.low, f"{name}_high": number.high}
+    by_corpus = records_of(records, (first["stage"], first["recovery"]))
     first_record = next(iter(by_corpus.values()))
-    dense = estimates(records, DENSE, None)
-    pruned = stage[0] not in ("dense", "model")
-    line = {"seed": settings["run"]["seed"], "stage": stage[0], "recovery": stage[1]}
-    for name, estimate in estimates(records, stage, base).items():
-        line |= _interval_columns(name, estimate)
-    line |= {f"{name}_dense": dense[name].value for name in ("unseen", "seen") if dense[name] is not None}
-    line |= {
+    pruned = first["stage"] not in ("dense", "model")
+    return line | {
         "model": first_record["model"],
         "dtype": first_record["dtype"],
         "precision": settings["trainer"]["precision"],
@@ -97,21 +100,3 @@ def _stage_line(
         "allocation": first_record.get("allocation"),
         "seen_corpora": ", ".join(labels[corpus] for corpus, r in by_corpus.items() if r["seen"]),
     }
-    for corpus, record in by_corpus.items():
-        line |= _corpus_columns(record, key_part(labels[corpus]))
-    return line
-
-
-def _corpus_columns(record: Record, label: str) -> dict[str, float]:
-    """Columns of one corpus: perplexity with its interval over windows and, if measured, KL and agreement."""
-    predicted_tokens = record["seq_len"] - 1  # of a window
-    interval = Estimate(*mean_perplexity({record["corpus"]: record["window_nll"]}, predicted_tokens))
-    columns = _interval_columns(f"perplexity/{label}", interval._replace(value=record["perplexity"]))
-    return columns | {f"{name}/{label}": record[name] for name in ("kl", "agreement") if record.get(name) is not None}
-
-
-def _interval_columns(name: str, estimate: Estimate | None) -> dict[str, float]:
-    """Columns of a number and of the ends of its interval; none if the number is undefined."""
-    if estimate is None:
-        return {}
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -1,26 +1,23 @@
-"""Numbers of a run, computed from the records in `metrics.json`: by stage, means, ratios to dense and to base."""
+"""Numbers of a run, computed from the records in `metrics.json`: the frame from which all tables are made."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gprune.corpora.load import corpus_labels
 from gprune.evaluation.estimate import Estimate
-from gprune.evaluation.intervals import (
-    generalisation_gap,
-    geometric_mean,
-    mean_per_token,
-    mean_perplexity,
-    paired_gap,
-    paired_ratio,
-)
+from gprune.evaluation.intervals import mean_per_token, mean_perplexity, paired_gap, paired_ratio
+
+if TYPE_CHECKING:
+    import pandas
 
 Record = dict[str, Any]  # a perplexity with its evaluation protocol, as in metrics.json
 Stage = tuple[str, str]  # stage, recovery
 DENSE, BASE = ("dense", "none"), ("base", "none")
+NUMBER_COLUMNS = ["row", "seed", "stage", "recovery", "corpus", "number", "value", "low", "high"]
 
 
 def row_name(stage: str, recovery: str) -> str:
@@ -45,30 +42,6 @@ def records_of(records: Sequence[Record], stage: Stage, *, seen: bool | None = N
     """Return the records of a stage by corpus, optionally of seen or of unseen corpora only."""
     of_stage = [r for r in records if (r["stage"], r["recovery"]) == stage]
     return {r["corpus"]: r for r in of_stage if seen is None or r["seen"] == seen}
-
-
-def means_and_gaps(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
-    """Return means and gaps by (stage, recovery).
-
-    The keys are the geometric means `seen` and `unseen`, the generalisation `gap`, and over unseen corpora the means
-    `unseen_kl` in nats per token and `unseen_agreement`. Undefined numbers are NaN: means without corpora, the gap of
-    the dense model, and numbers that were not measured.
-    """
-    perplexities = by_stage(records)
-    seen = {r["corpus"]: r["seen"] for r in records}
-    numbers = {}
-    for stage, by_corpus in perplexities.items():
-        gap = math.nan
-        if stage[0] != "dense" and on_same_windows(records, stage):
-            gap = generalisation_gap(by_corpus, perplexities[DENSE], seen)
-        numbers[stage] = {
-            "seen": geometric_mean(value for corpus, value in by_corpus.items() if seen[corpus]),
-            "unseen": geometric_mean(value for corpus, value in by_corpus.items() if not seen[corpus]),
-            "gap": gap,
-        }
-        for name, estimate in distance(records, stage).items():
-            numbers[stage][f"unseen_{name}"] = estimate.value if estimate else math.nan
-    return numbers
 
 
 def on_same_windows(records: Sequence[Record], stage: Stage) -> bool:
@@ -128,69 +101,6 @@ def unseen_ratio(
     return Estimate(*paired_ratio(numerator_sums, denominator_sums, predicted_tokens))
 
 
-def unseen_ratios(records: Sequence[Record], *, same_recovery: bool = True) -> dict[str, dict[str, float]]:
-    """Compute `unseen_ratio` of each pruned row to `base`: {row: {ratio, low, high}}.
-
-    Args:
-        records: records of the whole run.
-        same_recovery: whether to divide by `base` with the recovery of the row, or by `base` without recovery.
-    """
-    ratios = {}
-    for stage, recovery in by_stage(records):
-        base = ("base", recovery if same_recovery else "none")
-        if stage == "dense" or (stage, recovery) == base:
-            continue
-        ratio = unseen_ratio(records, (stage, recovery), records, base)
-        if ratio is not None:
-            ratios[row_name(stage, recovery)] = {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
-    return ratios
-
-
-def run_numbers(
-    records: Sequence[Record], summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]], final: Stage
-) -> dict[str, float]:
-    """Return numbers by which trackers can sort runs. Except for names of rows and corpora, keys are always the same.
-
-    - `final/...`: the run's main row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`,
-      `unseen_over_base_same_recovery`, `unseen_over_unrecovered_base`, `perplexity/<corpus>`, `kl/<corpus>` and
-      `agreement/<corpus>`, if they are defined.
-    - `rows/<row>/...`: the same for every row.
-    - `parameters_after` and other numbers of the summary.
-    - `quality/...`: numbers of a quality target.
-    - `steps/<step>/...`: seconds, tokens and peak memory in MiB.
-    """
-    numbers = {}
-    for row, of_row in _numbers_by_row(records).items():
-        prefixes = [f"rows/{key_part(row_name(*row))}"]
-        if row == final:
-            prefixes.append("final")
-        for prefix in prefixes:
-            numbers |= {f"{prefix}/{key}": value for key, value in of_row.items() if math.isfinite(value)}
-    numbers |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    quality = summary.get("quality") or {}
-    numbers |= {f"quality/{name}": value for name, value in quality.items() if type(value) is float}
-    return numbers | {f"steps/{step}/{name}": value for step, costs in steps.items() for name, value in costs.items()}
-
-
-def _numbers_by_row(records: Sequence[Record]) -> dict[Stage, dict[str, float]]:
-    """Return means, numbers by corpus, and ratios to base of each row; undefined means are NaN."""
-    ratios = {
-        "unseen_over_base_same_recovery": unseen_ratios(records),
-        "unseen_over_unrecovered_base": unseen_ratios(records, same_recovery=False),
-    }
-    labels = corpus_labels(r["corpus"] for r in records)
-    numbers = means_and_gaps(records)
-    for row, of_row in numbers.items():
-        for corpus, r in records_of(records, row).items():
-            for name in ("perplexity", "kl", "agreement"):
-                if r.get(name) is not None:
-                    of_row[f"{name}/{key_part(labels[corpus])}"] = r[name]
-        for name, by_row in ratios.items():
-            if row_name(*row) in by_row:
-                of_row[name] = by_row[row_name(*row)]["ratio"]
-    return numbers
-
-
 def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | None) -> dict[str, Estimate | None]:
     """Means, gap, ratios, KL and agreement of a stage, with intervals over windows; None for undefined numbers.
 
@@ -213,9 +123,9 @@ def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | 
         return Estimate(*mean_perplexity(nll, predicted_tokens)) if nll else None
 
     def ratio_to(other_records: Sequence[Record] | None, other_stage: Stage) -> Estimate | None:
-        """Return `unseen_ratio` to a stage; None without records, and for the stage itself."""
+        """Return `unseen_ratio` to a stage; None without records, for the dense model, and for the stage itself."""
         is_same_row = other_records is records and stage == other_stage
-        if other_records is None or is_same_row:
+        if other_records is None or is_same_row or stage == DENSE:
             return None
         return unseen_ratio(records, stage, other_records, other_stage)
 
@@ -230,3 +140,63 @@ def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | 
         "unseen_kl": distances["kl"],
         "unseen_agreement": distances["agreement"],
     }
+
+
+def number_frame(records: Sequence[Record], *, base: Sequence[Record] | None = None) -> pandas.DataFrame:
+    """Return all numbers of a run, one per line, with the columns `NUMBER_COLUMNS`. Undefined numbers have no line.
+
+    Numbers of one corpus are `perplexity`, `kl` and `agreement`. The others, which have an empty corpus, are those of
+    `estimates`; `base` is as there. Ends of intervals are NaN if there is no interval.
+    """
+    import pandas
+
+    lines: list[tuple[str, int, str, str, str, str, float, float | None, float | None]] = []
+    for stage in by_stage(records):
+        identity = (row_name(*stage), records[0]["seed"], *stage)
+        for corpus, record in records_of(records, stage).items():
+            for name, estimate in _corpus_estimates(record).items():
+                lines.append((*identity, corpus, name, *estimate))
+        for name, estimate in estimates(records, stage, base).items():
+            if estimate is not None:
+                lines.append((*identity, "", name, *estimate))
+    frame = pandas.DataFrame(lines, columns=NUMBER_COLUMNS)
+    return frame.astype({"value": float, "low": float, "high": float})
+
+
+def _corpus_estimates(record: Record) -> dict[str, Estimate]:
+    """Return the perplexity of one corpus with its interval over windows and, if measured, KL and agreement."""
+    predicted_tokens = record["seq_len"] - 1  # of a window
+    _, low, high = mean_perplexity({record["corpus"]: record["window_nll"]}, predicted_tokens)
+    by_name = {"perplexity": Estimate(record["perplexity"], low, high)}
+    return by_name | {name: Estimate(record[name]) for name in ("kl", "agreement") if record.get(name) is not None}
+
+
+def to_estimate(value: float, low: float, high: float) -> Estimate:
+    """Return a number of `number_frame` as an Estimate."""
+    return Estimate(value) if math.isnan(low) else Estimate(value, low, high)
+
+
+def run_numbers(
+    records: Sequence[Record], summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]], final: Stage
+) -> dict[str, float]:
+    """Return numbers by which trackers can sort runs. Except for names of rows and corpora, keys are always the same.
+
+    - `final/...`: the run's main row: `unseen`, `seen`, `gap`, `unseen_kl`, `unseen_agreement`, `unseen_over_dense`,
+      `unseen_over_base_same_recovery`, `unseen_over_unrecovered_base`, `perplexity/<corpus>`, `kl/<corpus>` and
+      `agreement/<corpus>`, if they are defined.
+    - `rows/<row>/...`: the same for every row.
+    - `parameters_after` and other numbers of the summary.
+    - `quality/...`: numbers of a quality target.
+    - `steps/<step>/...`: seconds, tokens and peak memory in MiB.
+    """
+    labels = corpus_labels(r["corpus"] for r in records)
+    numbers = {}
+    for line in number_frame(records, base=records).itertuples():
+        key = f"{line.number}/{key_part(labels[line.corpus])}" if line.corpus else line.number
+        numbers[f"rows/{key_part(line.row)}/{key}"] = line.value
+        if (line.stage, line.recovery) == final:
+            numbers[f"final/{key}"] = line.value
+    numbers |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
+    quality = summary.get("quality") or {}
+    numbers |= {f"quality/{name}": value for name, value in quality.items() if type(value) is float}
+    return numbers | {f"steps/{step}/{name}": value for step, costs in steps.items() for name, value in costs.items()}

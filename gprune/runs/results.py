@@ -26,7 +26,7 @@ from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.runs import frames, schema
 from gprune.runs.folder import RunFolder, changed_settings
-from gprune.runs.numbers import Record, by_stage, on_same_windows, row_name
+from gprune.runs.numbers import Record, by_stage, number_frame, on_same_windows
 from gprune.sparsity.allocation import format_removed
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.cache import cache_dir
@@ -116,14 +116,12 @@ class PruningResult:
 
     def table(self) -> pandas.DataFrame:
         """Return perplexity by row and corpus as a DataFrame; seen corpora have a star."""
-        import pandas
-
-        numbers = pandas.DataFrame(self.records)
-        numbers["row"] = [row_name(r["stage"], r["recovery"]) for r in self.records]
-        numbers["corpus"] = [f"{r['corpus']}*" if r["seen"] else r["corpus"] for r in self.records]
-        table = numbers.pivot(index="row", columns="corpus", values="perplexity")  # sorted by name
-        rows, corpora = list(dict.fromkeys(numbers["row"])), list(dict.fromkeys(numbers["corpus"]))
-        return table.loc[rows, corpora].rename_axis(index=None, columns=None)
+        numbers = number_frame(self.records)
+        by_corpus = numbers[numbers["number"] == "perplexity"]
+        table = by_corpus.pivot(index="row", columns="corpus", values="value")  # sorted by name
+        columns = {r["corpus"]: f"{r['corpus']}*" if r["seen"] else r["corpus"] for r in self.records}
+        table = table.loc[by_corpus["row"].unique(), list(columns)].rename(columns=columns)
+        return table.rename_axis(index=None, columns=None)
 
     def __repr__(self) -> str:
         """Return the path, the sizes, and the table with at most seven rows."""

@@ -6,14 +6,10 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from gprune.report.table import Table, in_markdown
+from gprune.report.table import in_markdown
 from gprune.storage.files import replacing
 from gprune.studies.result import StudyResult
 
-LATEX = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-)  # fmt: skip
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>{title}</title></head>
@@ -56,36 +52,19 @@ def _markdown(study: StudyResult) -> str:
 
 
 def _latex(study: StudyResult) -> str:
-    """Return a LaTeX table environment for each table. The document needs the package booktabs."""
-
-    def to_latex(table: Table) -> str:
-        frame = _formatted_frame(table)
-        caption = " ".join(filter(None, [f"{table.title}.", table.note])).translate(LATEX)
-        return frame.to_latex(
-            index=False, escape=True, caption=caption, label=f"tab:{study.listing.path.stem}-{table.name}",
-            column_format="l" + "r" * (len(frame.columns) - 1),
-        )  # fmt: skip
-
     comments = (f"% {note}\n" for note in (title_of(study), *notes_of(study)))
     head = "".join(" ".join(comment.splitlines()) + "\n" for comment in comments)
-    return head + "\n" + "\n".join(map(to_latex, study.tables))
+    tables = (table.to_latex(f"tab:{study.listing.path.stem}-{table.name}") for table in study.tables)
+    return head + "\n" + "\n".join(tables)
 
 
 def _html(study: StudyResult) -> str:
-    def to_html(table: Table) -> str:
-        note = f"<p>{escape(table.note)}</p>\n" if table.note else ""
-        cells = _formatted_frame(table).to_html(index=False, border=0)
-        return f"<h2>{escape(table.title)}</h2>\n{cells}\n{note}"
-
-    body = [*map(to_html, study.tables), *(f"<p>{escape(note)}</p>" for note in notes_of(study))]
+    body = []
+    for table in study.tables:
+        body += [f"<h2>{escape(table.title)}</h2>", table.to_html()]
+        body += [f"<p>{escape(table.note)}</p>"] if table.note else []
+    body += [f"<p>{escape(note)}</p>" for note in notes_of(study)]
     return PAGE.format(title=escape(title_of(study)), body="\n".join(body))
-
-
-def _formatted_frame(table: Table):
-    """Return a DataFrame with the cells of a table as formatted text."""
-    import pandas
-
-    return pandas.DataFrame(table.texts(), columns=table.columns)
 
 
 WRITERS: dict[str, Callable[[StudyResult], str]] = {

@@ -13,7 +13,6 @@ from scipy import stats
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.intervals import (
-    generalisation_gap,
     geometric_mean,
     mean_per_token,
     mean_perplexity,
@@ -127,8 +126,9 @@ def test_the_interval_of_a_gap_equals_that_of_two_independent_ratios():
     pruned = {c: (np.array(v) + generator.normal(12 if c in "ab" else 6, 5, 300)).tolist() for c, v in dense.items()}
     seen = {c: c == "d" for c in dense}
     gap, low, high = paired_gap(pruned, dense, seen, 31)
-    means = {kind: {c: math.exp(np.mean(nll[c]) / 31) for c in nll} for kind, nll in (("p", pruned), ("d", dense))}
-    assert gap == pytest.approx(generalisation_gap(means["p"], means["d"], seen), rel=1e-12)
+    ratios = {c: math.exp((np.mean(pruned[c]) - np.mean(dense[c])) / 31) for c in dense}
+    expected = ratios["d"] / geometric_mean(ratios[c] for c in "abc")
+    assert gap == pytest.approx(expected, rel=1e-12)
     differences = {c: (np.array(pruned[c]) - np.array(dense[c])) / 31 for c in dense}
     variance = {c: d.var(ddof=1) / len(d) for c, d in differences.items()}
     spread = 1.96 * math.sqrt((variance["a"] + variance["b"] + variance["c"]) / 9 + variance["d"])
@@ -136,14 +136,19 @@ def test_the_interval_of_a_gap_equals_that_of_two_independent_ratios():
     assert math.isnan(paired_gap(pruned, dense, dict.fromkeys(dense, True), 31)[0])
 
 
-def test_generalisation_gap_equals_values_computed_by_hand():
-    dense = {"a": 10.0, "b": 20.0, "c": 5.0, "d": 8.0}
-    pruned = {"a": 20.0, "b": 40.0, "c": 20.0, "d": 72.0}  # ratios 2, 2 | 4, 9
+def test_the_generalisation_gap_equals_values_computed_by_hand():
+    perplexities = {
+        "dense": {"a": 10.0, "b": 20.0, "c": 5.0, "d": 8.0},
+        "pruned": {"a": 20.0, "b": 40.0, "c": 20.0, "d": 72.0},  # ratios 2, 2 | 4, 9
+    }
+    dense, pruned = (
+        {corpus: [math.log(value)] for corpus, value in perplexities[model].items()} for model in perplexities
+    )  # one window of one predicted token
     seen = {"a": True, "b": True, "c": False, "d": False}
-    assert generalisation_gap(pruned, dense, seen) == pytest.approx(6 / 2)
-    assert generalisation_gap(dense, dense, seen) == pytest.approx(1)
-    assert math.isnan(generalisation_gap(pruned, dense, dict.fromkeys(dense, True)))
-    assert math.isnan(generalisation_gap(pruned, dense, dict.fromkeys(dense, False)))
+    assert paired_gap(pruned, dense, seen, 1)[0] == pytest.approx(6 / 2)
+    assert paired_gap(dense, dense, seen, 1)[0] == pytest.approx(1)
+    assert math.isnan(paired_gap(pruned, dense, dict.fromkeys(dense, True), 1)[0])
+    assert math.isnan(paired_gap(pruned, dense, dict.fromkeys(dense, False), 1)[0])
 
 
 def test_paired_ratio_is_the_ratio_of_geometric_means_and_is_deterministic():

@@ -14,6 +14,7 @@ from gprune.errors import UserError
 from gprune.report.grouping import group_by_seed, read_runs, settings_table
 from gprune.runs.folder import RunFolder
 from gprune.runs.frames import COLUMNS
+from gprune.runs.numbers import NUMBER_COLUMNS, number_frame
 from gprune.storage.files import key_of, read_json, read_tensors, write_json, write_tensors
 from gprune.storage.yaml_text import read_yaml, to_yaml
 from tests import tiny_run
@@ -69,6 +70,26 @@ def test_the_frame_of_a_result_has_the_numbers_of_its_tables(recovered):
         (line,) = frame[(frame["stage"] == r["stage"]) & (frame["recovery"] == r["recovery"])].to_dict("records")
         assert line[f"perplexity/{Path(r['corpus']).name}"] == r["perplexity"]
     assert main_row["record"] == str(recovered.path / "metrics.json")
+
+
+def test_the_frame_of_numbers_has_every_number_of_the_records_once(recovered):
+    numbers = number_frame(recovered.records, base=recovered.records)
+    assert list(numbers.columns) == NUMBER_COLUMNS
+    assert set(numbers["seed"]) == {recovered.config.run.seed}
+    assert not numbers.duplicated(["row", "corpus", "number"]).any()
+    of_corpora = numbers[numbers["corpus"] != ""].set_index(["stage", "recovery", "corpus", "number"])["value"]
+    expected = {
+        (r["stage"], r["recovery"], r["corpus"], name): r[name]
+        for r in recovered.records
+        for name in ("perplexity", "kl", "agreement")
+        if name in r
+    }
+    assert of_corpora.to_dict() == expected
+    defined = numbers[numbers["corpus"] == ""].groupby("row", sort=False)["number"].agg(set)
+    assert defined["dense"] == {"seen", "unseen"}
+    assert defined["base"] == {"seen", "unseen", "gap", "unseen_over_dense", "unseen_kl", "unseen_agreement"}
+    assert defined["base + bias"] == defined["base"] | {"unseen_over_unrecovered_base"}
+    assert defined["gprune + bias"] == defined["base + bias"] | {"unseen_over_base_same_recovery"}
 
 
 def test_resuming_a_run_removes_temporary_files_of_gprune_and_no_user_files(recovered, tmp_path):

@@ -1,4 +1,4 @@
-"""Lists in W&B: new rows, rows from records, and the list, read from offline files with wandb's own reader."""
+"""Lists in W&B: new rows and rows from records, read from offline files with wandb's own reader."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from gprune.__main__ import run as command
 from gprune.config import LoggingConfig
 from gprune.studies import tracking
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing
-from gprune.studies.tables import make_report, stage_comparison_table
 from tests import tiny_run, wandb_files
 
 ROWS = {"base": {"gprune": False}, "no: switch/50 %": {"reliability.switch": False}}
-COMPARE = [["no: switch/50 %: gprune", "base: base"]]
 
 
 def logged(folder: Path) -> dict[str, SimpleNamespace]:
@@ -34,7 +32,7 @@ OFFLINE = ["--", "--logging.mode=offline", "--logging.tags=[mine]"]
 @pytest.fixture(scope="module")
 def finished_list(bench):
     """Return the path of a finished list, and the folder of its W&B files."""
-    path = bench.write("ablations", ROWS, reference="base", compare=COMPARE)
+    path = bench.write("ablations", ROWS, reference="base")
     with tiny_run.isolated(bench.folder / "cache"):
         assert run_study(path, bench.records) == 0
     return path, bench.records / "ablations"
@@ -46,10 +44,10 @@ def run_study(path: Path, records: Path, *flags: str) -> int:
 
 
 @pytest.mark.slow
-def test_rows_and_the_list_are_wandb_runs_with_their_names_settings_and_results(bench, finished_list, nothing_runs):
+def test_rows_are_wandb_runs_in_the_group_of_their_list_with_settings_and_results(bench, finished_list, nothing_runs):
     path, folder = finished_list
     wandb_runs = logged(folder)
-    assert set(wandb_runs) == {"base", "no", "all"}
+    assert set(wandb_runs) == {"base", "no"}
     about, config = wandb_runs["no"].about, wandb_runs["no"].config
     assert about["display_name"] == "no  switch 50  , seed 0"
     assert (about["run_group"], about["job_type"], about["project"]) == ("ablations", "gprune", "gprune")
@@ -58,24 +56,11 @@ def test_rows_and_the_list_are_wandb_runs_with_their_names_settings_and_results(
     assert config["reliability"]["switch"] is False
     assert "record" not in config
     assert any("learn/loss" in point for point in wandb_runs["no"].history)
-    listing, done = bench.done(path)
+    _, done = bench.done(path)
     for row, record in done:
         final = [r["corpus"] for r in record["records"] if r["stage"] == row.config.final]
         summary = wandb_runs["base" if row.name == "base" else "no"].summary
         assert {f"final/perplexity/{Path(corpus).name}" for corpus in final} <= summary.keys()
-    list_run = wandb_runs["all"]
-    assert (list_run.about["job_type"], list_run.about["run_group"]) == ("study", "ablations")
-    assert list_run.config["rows"].keys() == {f"{row.name}, seed 0" for row, _ in done}
-    assert list_run.config["rows"]["no: switch/50 %, seed 0"]["reliability.switch"] is False
-    (comparison,) = stage_comparison_table(listing, make_report(listing, done).runs).rows
-    numbers = {name: value for name, value in list_run.summary.items() if name.startswith("compare/")}
-    # The ratio of perplexities and exp(KL), each with both ends of its interval.
-    assert sorted(numbers.values()) == pytest.approx(sorted([*comparison[2], *comparison[3]]))
-    assert {name.split("/")[-2] for name in numbers} > {"exp_kl"}
-    tables = {name.split("/")[1].split(".")[0] for name in list_run.summary if name.startswith("tables/")}
-    assert tables == {"summary", "perplexity", "distance", "compare"}
-    (entry,) = list_run.artifacts[-1]["manifest"]["contents"]
-    assert Path(entry["local_path"]).read_text() == path.read_text()
     assert "WANDB_DIR" not in os.environ
     assert not list((bench.folder / "runs").glob("*ablations*/wandb"))
     before = sorted(folder.rglob("*"))
