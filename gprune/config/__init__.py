@@ -1,11 +1,11 @@
 """Flags of train.py with their types and help. `RunConfig` in `run_config.py` has all of them."""
 
+from gprune.config.elsewhere import effective_settings
 from gprune.config.groups import CorporaConfig, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
 from gprune.config.parse import (
     CONSENT,
     check_settings,
     config_from_mapping,
-    effective_settings,
     flatten,
     migrate_settings,
     parse,

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from gprune.config.elsewhere import made_elsewhere
 from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import model_label
 from gprune.report.curves import curve_figures, read_curves
@@ -115,7 +116,7 @@ def _describe_run(run: FinishedRun) -> tuple[str, str, str]:
     """Return the title of a run, a sentence on the method, and what was removed."""
     settings = run.settings
     label = model_label(settings["model"]["name"])
-    other = settings["model"].get("made_elsewhere")
+    other = made_elsewhere(settings)
     if other is not None:
         about = f"Made elsewhere, recovery {settings['recovery']}, seed {run.seed}."
         return f"{model_label(other)} beside {label}", about, "made elsewhere"
