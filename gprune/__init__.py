@@ -5,6 +5,7 @@ import gprune
 result = gprune.prune(gprune.RunConfig())      # SmolLM2-135M, half of its FFN neurons
 result = gprune.load_run("runs/<name>")        # loads a finished run
 small = gprune.apply_masks(model, result.masks)  # the same masks on another copy of the model
+gprune.evaluate("path/to/model", "smollm2-135m")  # a model of another tool; gprune.recover distils it
 
 Names that need PyTorch or transformers are imported at first use, so that `gprune --help` is fast.
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from gprune.export.hf import apply_masks
     from gprune.models.loading import register
     from gprune.models.masks import Masks
+    from gprune.pipeline.elsewhere import evaluate, recover
     from gprune.pipeline.prune import prune
     from gprune.runs.results import PruningResult, load_run
     from gprune.sparsity.gates import masked
@@ -35,10 +37,12 @@ __version__ = "0.1.0"
 __all__ = [
     "ALLOCATION", "CALIBRATOR", "CORPORA", "FAMILIES", "IMPORTANCE", "LEARNER", "RECOVERY", "REFINER", "Family",
     "Masks", "PruningResult", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks", "calibrator",
-    "learner", "load_run", "load_study", "masked", "metric", "prune", "recovery", "refiner", "register",
+    "evaluate", "learner", "load_run", "load_study", "masked", "metric", "prune", "recover", "recovery", "refiner",
+    "register",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_exports(__name__, {
     "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.result",
-    "apply_masks": "gprune.export.hf", "load_run": "gprune.runs.results", "load_study": "gprune.studies.result",
-    "masked": "gprune.sparsity.gates", "prune": "gprune.pipeline.prune", "register": "gprune.models.loading",
+    "apply_masks": "gprune.export.hf", "evaluate": "gprune.pipeline.elsewhere", "load_run": "gprune.runs.results",
+    "load_study": "gprune.studies.result", "masked": "gprune.sparsity.gates", "prune": "gprune.pipeline.prune",
+    "recover": "gprune.pipeline.elsewhere", "register": "gprune.models.loading",
 })  # fmt: skip

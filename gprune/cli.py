@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from gprune.config import RunConfig
 from gprune.config.parse import given_flags, parse
-from gprune.config.run_config import PRUNING_SETTINGS
 from gprune.console import log_to_stdout, process_index, quiet, run_guarded
 from gprune.corpora import is_local, load_corpus
 from gprune.errors import UserError
@@ -54,10 +53,7 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
         log.warning("Ignored flags: %s", ignored)
     check_early(cfg)
     if not cfg.dry_run:  # logged before the imports, which take seconds
-        if (other := cfg.model.made_elsewhere) is not None:
-            log.info("%s: measuring %s, compared with it", cfg.model.name, other)
-        else:
-            log.info("%s: pruning %s, target %s", cfg.model.name, cfg.sparsity.scope, cfg.sparsity.target)
+        log.info("%s: pruning %s, target %s", cfg.model.name, cfg.sparsity.scope, cfg.sparsity.target)
     quiet()
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -79,20 +75,18 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
     from gprune.sparsity.allocation import format_removed
 
     summary = result.summary
-    removed = "Made elsewhere"  # how much was removed from such a model is unknown
-    if "sparsity_of_scope" in summary:
-        of_scope = format_removed(summary["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation)
-        removed = f"Removed {of_scope}, {summary['sparsity_of_model']:.2%} of the model"
+    of_scope = format_removed(summary["sparsity_of_scope"], cfg.sparsity.scope, cfg.sparsity.allocation)
     forward, backward = summary["forward_tokens"], summary["forward_backward_tokens"]
     results = f"Results: {result.path}"
     if (result.path / "report.html").exists():
         results += ", report.html is their page"
-    if cfg.export.format != "none" and cfg.own_row != ("model", "none"):
+    if cfg.export.format != "none":
         dtype = RunFolder(result.path).manifest.get("exported_dtype", cfg.model.dtype)
         results += f"; model: {result.path / 'model'}, in {dtype}"
     lines = [
         f"\n{result_table(result.records).for_stdout()}\n",
-        f"{removed}: {summary['parameters_before']:,} -> {summary['parameters_after']:,} parameters.",
+        f"Removed {of_scope}, {summary['sparsity_of_model']:.2%} of the model: {summary['parameters_before']:,} -> "
+        f"{summary['parameters_after']:,} parameters.",
         *([summary["speed"]["said"]] if "speed" in summary else []),
         *summary.get("quality", {}).get("warnings", ()),
         f"Tokens: {forward:,} forward, {backward:,} forward and backward.",
@@ -130,7 +124,6 @@ def unused_flag_rules(cfg: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ..
     needs_no_ridge = recoveries <= {"none", "bias", "distill"}
     needs_no_training = recoveries <= {"none", "bias", "least_squares", "least_squares_sequential"}
     block_flags = ("sparsity.block_share", "sparsity.block_choice")
-    yield "--model.made_elsewhere", cfg.final == "model", ("gprune", *PRUNING_SETTINGS)
     yield "--gprune false", not cfg.gprune, ("partition", "reliability", *LEARNING_FLAGS)
     yield "--gprune false", not cfg.roles["drift"], ("corpora.drift",)
     yield f"--sparsity.scope {sparsity.scope}", "blocks" not in sparsity.scope, block_flags

@@ -9,7 +9,7 @@ Every message has one of four forms. A place (a file, a row, a flag with its val
 2. Settings that do not fit together: `SUBJECT needs OTHER.` or `SUBJECT cannot DO.`
 
        --model.max_memory needs --model.device_map.
-       --export gguf cannot be combined with --model.made_elsewhere.
+       --export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got 1.
 
 3. Unknown name: `Unknown KIND 'NAME'.`
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gprune.config.elsewhere import made_elsewhere
 from gprune.errors import UserError
 from gprune.models.elsewhere import load_elsewhere
 from gprune.models.embedded import model_label
@@ -128,14 +129,14 @@ def _load_pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, tru
     """Load the exported model of a run, and its tokenizer.
 
     If the run did not export a model, the dense model is pruned by the run's masks, which gives the same model because
-    `find_subjects` accepts such a run only without recovery. With `--model.made_elsewhere`, that model is loaded.
+    `find_subjects` accepts such a run only without recovery. A model that gprune did not prune is loaded again.
 
     Raises:
         UserError: if the exported files were changed, or weights are not those that the run used.
     """
     if (run / "model" / "config.json").is_file():
         return load_model(str(exported_model(run)), dtype=dtype)
-    if (other := settings["model"].get("made_elsewhere")) is not None:
+    if (other := made_elsewhere(settings)) is not None:
         return _load_verified(
             load_elsewhere, other, settings, settings["inputs"]["made_elsewhere"],
             f"the model made elsewhere that '{run}' measured", dtype=dtype, trust_remote_code=trust_remote_code,

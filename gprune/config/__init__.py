@@ -1,5 +1,6 @@
 """Flags of train.py with their types and help. `RunConfig` in `run_config.py` has all of them."""
 
+from gprune.config.elsewhere import effective_settings
 from gprune.config.groups import (
     DEFAULT_MULTIPLE,
     CorporaConfig,
@@ -12,7 +13,6 @@ from gprune.config.parse import (
     CONSENT,
     check_settings,
     config_from_mapping,
-    effective_settings,
     flatten,
     migrate_settings,
     parse,

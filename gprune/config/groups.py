@@ -65,6 +65,7 @@ REPLACEMENTS = {  # flags of Lightning and earlier flags -> what to use instead,
     "trainer.accumulate_grad_batches": "--distill.accumulate, or the callback GradientAccumulationScheduler",
     "trainer.limit_val_batches": "--evaluation.development_samples",
     "trainer.limit_test_batches": "--evaluation.num_samples and --corpora.num_samples",
+    "model.made_elsewhere": "gprune.evaluate or gprune.recover in Python, or a row `model: FOLDER` of a list",
     "plan.tflops": "the FLOPs of --dry_run true, divided by the speed of your device",
     "distill.points": "--trainer.val_check_interval",
     "trainer.default_root_dir": "--run.dir",
@@ -147,9 +148,6 @@ class ModelConfig(Group, prefix="model."):
 
     name: Text = "smollm2-135m"
     """Embedded name (smollm2-135m, gemma-3-270m, tiny-random), local Hugging Face folder, or hub id."""
-    made_elsewhere: Text | None = None
-    """Folder or hub id of a causal language model, such as one pruned by another tool. It is measured, and compared
-    with the dense model --model.name; nothing is pruned. Needs --recovery none or distill."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the frozen weights; statistics are accumulated in float64."""
     device_map: Text | None = None

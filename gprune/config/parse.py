@@ -17,7 +17,7 @@ from jsonargparse import ActionConfigFile, Namespace
 
 from gprune.checks import format_value
 from gprune.config.groups import Group
-from gprune.config.run_config import PRUNING_SETTINGS, RunConfig
+from gprune.config.run_config import RunConfig
 from gprune.config.running import RELATIVE_RATE
 from gprune.console import Parser, write_stdout
 from gprune.errors import UserError
@@ -36,7 +36,7 @@ FLAG_TYPES = {  # type annotations by dotted name of the setting
 # Settings removed since earlier versions, with the value that matches today's behaviour (`...`: any value does).
 REMOVED = {
     "corpora.separator": "blank", "distill.hidden": 0.0, "distill.points": 4,
-    "partition.subtract_noise": False, "sparsity.schedule": [],
+    "partition.subtract_noise": False, "sparsity.schedule": [], "model.made_elsewhere": None,
     "evaluation.samples": ..., "logging.tracker": ...,
 }  # fmt: skip
 
@@ -212,7 +212,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         names = stored.keys() if isinstance(stored, Mapping) else set()
         missing = expected.keys() - names
         unknown = names - expected.keys() - vars(group_config).keys()
-        if different := missing | unknown:
+        if different := missing | (unknown - {"made_elsewhere"}):  # the model of `gprune.evaluate`, not a setting
             raise UserError(f"The settings must be those of this version; they differ in {group}.{min(different)}.")
         for name in names & vars(group_config).keys():
             setattr(group_config, name, stored[name])
@@ -227,13 +227,6 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             dotted[f"{prefix}{name}"] = value
     return dotted
-
-
-def effective_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run by dotted name, without those ignored because of `--model.made_elsewhere`."""
-    made_elsewhere = settings.get("model", {}).get("made_elsewhere") is not None
-    ignored = ("gprune", *PRUNING_SETTINGS) if made_elsewhere else ()
-    return {name: value for name, value in flatten(settings).items() if name.partition(".")[0] not in ignored}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -28,8 +28,6 @@ from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.cost import COST
 
-# Settings that are ignored with --model.made_elsewhere.
-PRUNING_SETTINGS = ("importance", "partition", "reliability", "sparsity", "ridge")
 # Replaceable stages: group -> setting. `settings()` names a stage only if it is not the default.
 STAGES = {"corpora": "calibrator", "partition": "refiner", "sparsity": "learner"}
 
@@ -128,8 +126,6 @@ class RunConfig(Group):
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that contradict each other."""
-        if self.model.made_elsewhere is not None:
-            self.measure_only()
         self._check_options()
         _ = IMPORTANCE[self.importance]  # raises if the metric is not registered
         self._check_method()
@@ -197,25 +193,6 @@ class RunConfig(Group):
             if model.device_map != "cpu" and set(model.max_memory or ()) != {"cpu"}:
                 raise UserError(f"{flag} needs --model.max_memory for cpu alone if --model.shard is true.")
 
-    def measure_only(self) -> None:
-        """Reset the settings of pruning, which `--model.made_elsewhere` ignores, to their defaults.
-
-        So they do not change the identity of the run.
-
-        Raises:
-            UserError: for settings that need masks or statistics of gprune, and for several processes.
-        """
-        fields = type(self).model_fields
-        defaults = {name: fields[name].get_default(call_default_factory=True) for name in PRUNING_SETTINGS}
-        self.__dict__.update(defaults | {"gprune": False})
-        flag = "--model.made_elsewhere"
-        if self.recovery not in ("none", "distill"):
-            raise UserError(f"{flag} needs --recovery none or distill; got {self.recovery}.")
-        if self.processes > 1 or self.model.shard or self.model.device_map is not None:
-            raise UserError(f"{flag} needs one process, without --model.shard and --model.device_map.")
-        if self.dry_run or self.export.format == "gguf":
-            raise UserError(f"{flag} cannot be combined with --dry_run true or --export gguf.")
-
     def _check_options(self) -> None:
         """Raise UserError for a stage that is not registered, and for options of a name that the run does not use."""
         # Name of a recovery or stage -> its registry, and its parameters that are set by flags instead of options.
@@ -242,10 +219,7 @@ class RunConfig(Group):
 
     @property
     def final(self) -> str:
-        """Stage of the run's main row: `gprune`, `base` with `--gprune false`, or `model` with
-        `--model.made_elsewhere`."""
-        if self.model.made_elsewhere is not None:
-            return "model"
+        """Stage of the run's main row: `gprune`, or `base` with `--gprune false`."""
         return "gprune" if self.gprune else "base"
 
     @property
@@ -282,7 +256,7 @@ class RunConfig(Group):
     @property
     def measures_errors(self) -> bool:
         """Whether the allocation needs the rise of the loss caused by errors of each block."""
-        return self.final != "model" and ALLOCATION[self.base_allocation].errors
+        return ALLOCATION[self.base_allocation].errors
 
     @property
     def base_allocation(self) -> str:
@@ -309,8 +283,6 @@ class RunConfig(Group):
     @property
     def needs(self) -> frozenset[str]:
         """Extra statistics (`gprune.calibration.projections.EXTRAS`) that the run reads."""
-        if self.final == "model":
-            return frozenset()
         metrics = {self.importance}
         if self.gprune:
             metrics |= {IMPORTANCE[self.importance].drift, self.reliability.metric}
@@ -386,8 +358,6 @@ class RunConfig(Group):
     @property
     def calibration_corpora(self) -> list[str]:
         """Corpora of calibration, without duplicates, in a fixed order."""
-        if self.final == "model":
-            return []
         roles = self.roles
         recover = roles["recover"] if recovery_of(self.recovery).needs - {"text"} else []
         return list(dict.fromkeys([*roles["score"], *roles["drift"], *recover]))
@@ -466,8 +436,6 @@ class RunConfig(Group):
         if self.sparsity.currency == "bytes":
             unused = set() if self.export.format == "gguf" else {"format", "type"}
             settings["export"] = self.export.model_dump(exclude=unused)
-        if self.model.made_elsewhere is None:
-            del settings["model"]["made_elsewhere"]
         settings["evaluation"]["development_samples"] = self.development_windows
         settings["run"] = {"seed": self.run.seed}
         trainer = {"world_size": self.processes, "precision": self.trainer.precision}
@@ -490,16 +458,12 @@ class RunConfig(Group):
     def run_name(self) -> str:
         """`--run.name`, or by default MODEL-STAGE-METRIC-TARGET-HASH.
 
-        With `--model.made_elsewhere` the default is OTHER-beside-MODEL-HASH. HASH is the start of the SHA-256 of
-        `settings()`. Names of models are cut to 100 characters.
+        HASH is the start of the SHA-256 of `settings()`. Names of models are cut to 100 characters.
         """
         if self.run.name:
             return self.run.name
         digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:8]
         model = os.path.basename(os.path.normpath(self.model.name))[:100]
-        if self.model.made_elsewhere is not None:
-            other = os.path.basename(os.path.normpath(self.model.made_elsewhere))[:100]
-            return f"{other}-beside-{model}-{digest}"
         target = self.sparsity.target
         target_text = f"{target:g}" if isinstance(target, float) else target.replace("%", "pct")
         return f"{model}-{self.final}-{self.importance}-{target_text}-{digest}"

@@ -1,4 +1,4 @@
-"""Models of `--model.made_elsewhere`: any causal language model, loaded as strictly as gprune's exports."""
+"""Models that gprune did not make: any causal language model, loaded as strictly as gprune's exports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gprune.models.loading import check_complete, load_model, locate_model, read
 from gprune.models.lookup import auto_class
 from gprune.storage.reading import expanded
 
-FLAG = "--model.made_elsewhere"
+SUBJECT = "The model made elsewhere"  # beginning of errors
 
 
 def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -33,15 +33,15 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
             code of its own and `trust_remote_code` is false; if there is no model or no tokenizer.
     """
     code_option = {"trust_remote_code": trust_remote_code}
-    with _errors_name_flag(name):
+    with _errors_name_model(name):
         location = locate_model(name)
         if (expanded(name) / "manifest.json").is_file():
-            raise UserError(f"{FLAG} must be a model folder, such as {name}/model; got the run '{name}'.")
+            raise UserError(f"{SUBJECT} must be a model folder, such as {name}/model; got the run '{name}'.")
         check_remote_code(name, location, trusted=trust_remote_code)
         config = read_config(name, **code_option, prunable=False)
         if getattr(config, "quantization_config", None):
             floats = "float32, bfloat16 or float16"
-            raise UserError(f"{FLAG} must have weights in {floats}; got '{name}', which is quantised.")
+            raise UserError(f"{SUBJECT} must have weights in {floats}; got '{name}', which is quantised.")
         check_parameter_count(skeleton(config, **code_option), location)
         options: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
         with quieted("transformers"):  # its table of missing weights, which are reported below
@@ -50,17 +50,18 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
         if mismatched := sorted(report["mismatched_keys"]):
             weight, stored_shape, config_shape = mismatched[0]
             raise UserError(
-                f"{FLAG}: Cannot load '{location}': {len(mismatched)} weights have other shapes than in config.json, "
-                f"such as {weight}: {tuple(stored_shape)} instead of {tuple(config_shape)}."
+                f"{SUBJECT}: Cannot load '{location}': {len(mismatched)} weights have other shapes than in "
+                f"config.json, such as {weight}: {tuple(stored_shape)} instead of {tuple(config_shape)}."
             )
         if unknown := sorted(report["unexpected_keys"]):
             raise UserError(
-                f"{FLAG}: Cannot load '{location}': {len(unknown)} weights have no place in the model of config.json, "
-                f"such as {unknown[0]}. Without them it would be another model. Save it with its own code (auto_map)."
+                f"{SUBJECT}: Cannot load '{location}': {len(unknown)} weights have no place in the model of "
+                f"config.json, such as {unknown[0]}. Without them it would be another model. Save it with its own code "
+                "(auto_map)."
             )
         tokenizer = AutoTokenizer.from_pretrained(location, **code_option)
         if type(tokenizer("a")["input_ids"]) is not list:
-            raise UserError(f"{FLAG} must have a usable tokenizer; got '{name}'.")
+            raise UserError(f"{SUBJECT} must have a usable tokenizer; got '{name}'.")
     return model
 
 
@@ -81,7 +82,7 @@ def check_remote_code(name: str, location: str, *, trusted: bool) -> None:
     if needs_code and not trusted:
         flag = "--model.trust_remote_code=true"
         remedy = "Read that code, then add the flag (after -- if you run a list)"
-        raise UserError(f"{FLAG}: '{name}' needs {flag}, because it has Python code of its own. {remedy}.")
+        raise UserError(f"{SUBJECT}: '{name}' needs {flag}, because it has Python code of its own. {remedy}.")
 
 
 def load_elsewhere(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -94,15 +95,15 @@ def load_elsewhere(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrain
     Raises:
         UserError: as `load_model`.
     """
-    with _errors_name_flag(name):
+    with _errors_name_model(name):
         return load_model(name, **options, prunable=False)
 
 
 @contextmanager
-def _errors_name_flag(name: str) -> Iterator[None]:
-    """Convert exceptions to UserErrors that name `--model.made_elsewhere` instead of `--model.name`."""
+def _errors_name_model(name: str) -> Iterator[None]:
+    """Convert exceptions to UserErrors that begin with `SUBJECT` instead of `--model.name`."""
     try:
-        with quoting(f"{FLAG}: '{name}' cannot be loaded: "):
+        with quoting(f"{SUBJECT}: '{name}' cannot be loaded: "):
             yield
     except UserError as error:
-        raise UserError(str(error).replace("--model.name", FLAG, 1)) from error
+        raise UserError(str(error).replace("--model.name", SUBJECT, 1)) from error

@@ -69,7 +69,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
         forward[8] = (1 + trials) * development_tokens(cfg)  # the dense model and every trial
     teacher_cached = caches_teacher(cfg, hidden_size)
     for step, recovery, counts_teacher in _recovered_models(cfg):
-        model_forward, model_trained = _recovery_tokens(cfg, recovery)
+        model_forward, model_trained = recovery_tokens(cfg, recovery)
         uses_teacher = recovery_of(recovery, cfg.recovery_settings).uses_teacher
         if teacher_cached and uses_teacher and not counts_teacher:
             model_forward -= fresh_tokens(cfg)
@@ -114,7 +114,7 @@ def evaluated_models(cfg: RunConfig, hidden_size: int) -> tuple[int, int]:
     If the dense model's forecasts are not cached, the dense model is evaluated again beside each row, and counts each
     time.
     """
-    forecasts_cached = fits_cache(cfg, evaluated_tokens(cfg), hidden_size) and cfg.final != "model"
+    forecasts_cached = fits_cache(cfg, evaluated_tokens(cfg), hidden_size)
     models_per_row = 1 if forecasts_cached else 2
     total = 1 + models_per_row * len(cfg.stages)
     unrecovered_rows = sum(recovery == "none" for _, recovery in cfg.stages)
@@ -138,7 +138,7 @@ def _recovered_models(cfg: RunConfig) -> list[tuple[int, str, bool]]:
     return main + controls + trials
 
 
-def _recovery_tokens(cfg: RunConfig, name: str) -> tuple[int, int]:
+def recovery_tokens(cfg: RunConfig, name: str) -> tuple[int, int]:
     """Return the (forward, forward and backward) tokens of one model's recovery, including development text."""
     c = cfg.corpora
     recovery = recovery_of(name, cfg.recovery_settings)

@@ -1,46 +1,155 @@
-"""`--model.made_elsewhere`: check, load and tokenise for a model that another tool has made."""
+"""`gprune.evaluate` and `gprune.recover`: measure or distil a model that gprune did not make."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from lightning import Callback
+from lightning.pytorch.loggers import Logger
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from gprune.checks import require
 from gprune.config import RunConfig
+from gprune.config.elsewhere import default_run_name, with_made_elsewhere, without_pruning
 from gprune.corpora.windows import Windows
-from gprune.errors import UserError
-from gprune.models.elsewhere import FLAG, check_elsewhere, load_elsewhere
-from gprune.models.loading import fingerprint
+from gprune.errors import UserError, optional_output, quoting
+from gprune.evaluation.distance import perplexity_from_logits
+from gprune.evaluation.perplexity import PerplexityResult
+from gprune.export.hf import to_portable
+from gprune.models.elsewhere import SUBJECT, check_elsewhere, load_elsewhere
+from gprune.models.loading import fingerprint, locate_model
 from gprune.models.losses import same_head
+from gprune.models.masks import Masks
 from gprune.models.structure import check_structure, why_not_measurable
-from gprune.pipeline.inputs import prepare_text
+from gprune.pipeline.cost import compared_tokens, evaluated_tokens, recovery_tokens
+from gprune.pipeline.evaluate import add_row, dense_perplexity, leaks, measure_perplexity
+from gprune.pipeline.inputs import Text, load_dense, window_cutter
+from gprune.pipeline.plan import Plan, check
 from gprune.pipeline.pricing import device_memory
-from gprune.recoveries import recovery_of
+from gprune.pipeline.recover import fit_once, tuned
+from gprune.pipeline.run import Run, in_folder, user_loggers
+from gprune.pipeline.save import export_and_reload, is_exported
+from gprune.pipeline.summary import summarise, write_pages
+from gprune.recoveries import Material
+from gprune.report.records import result_table
+from gprune.runs.numbers import DENSE
+from gprune.runs.results import PruningResult
+from gprune.runs.trainer import matmul_precision
+from gprune.runs.user_callbacks import UserCallbacks
+from gprune.storage.cache import cache_dir
+from gprune.storage.files import replacing
 
 log = logging.getLogger("gprune")
 GIB = 2**30
+Model = str | os.PathLike | PreTrainedModel
 
 
-def check_model(cfg: RunConfig, dense: PreTrainedModel, device: torch.device) -> None:
-    """Raise UserError if the model is incomplete, does not fit into memory, or cannot be distilled.
+def evaluate(
+    model: Model, dense: Model, cfg: RunConfig | None = None, *, logger: Logger | Sequence[Logger] = ()
+) -> PruningResult:
+    """Measure a causal language model that gprune did not make, and compare it with a dense model.
+
+    The model may be dense or pruned, and of a type that gprune cannot prune. Perplexity in exp(nats per token) is
+    measured on `--corpora.evaluate` for both models, and KL(dense || model) in nats per token and the agreement, the
+    share of tokens with the same most likely token, for `model`. Both are computed from logits, so the model may have
+    another head. If its tokenizer differs, it is measured on windows of its own tokens, without KL and agreement.
+
+        cfg = gprune.config.parse(["--config", "protocol"])
+        result = gprune.evaluate("peers/osscar", "smollm2-135m", cfg)
+        result.table()
 
     Args:
-        cfg: the configuration of the run.
-        dense: the dense model without weights.
-        device: the device of this process.
+        model: folder or hub id, or a loaded model. It must load exactly as it was saved. A loaded model is saved to
+            the cache with the tokenizer of `dense`, and loaded from there in `model.dtype`; the object is not changed.
+        dense: embedded name, folder or hub id of the dense model, whose structure must be known to gprune, or a loaded
+            model. The tokenizer of a loaded one is read from where the model was loaded (`config.name_or_path`).
+        cfg: the protocol: settings of `corpora`, `evaluation`, `trainer`, `run` and `logging`, and `model.dtype`. A
+            corpus counts as seen if `corpora.score`, `drift` or `recover` names it. Settings of pruning and recovery
+            are ignored. By default `RunConfig()`.
+        logger: Lightning loggers, in addition to CSV and W&B.
+
+    Returns:
+        Records with the stages `dense` and `model`, the summary with the numbers of parameters, and the folder of the
+        run, which `gprune report` and `load_run` read. Masks, modules, thresholds, `model` and `tokenizer` are None.
+
+    Raises:
+        UserError: if weights are missing, unexpected, of other shapes or quantised; if the model needs code of its own
+            that `model.trust_remote_code` does not allow; if both models do not fit in memory; or if a setting, a
+            corpus or a file is invalid.
     """
-    name = cfg.model.made_elsewhere
-    model = check_elsewhere(name, trust_remote_code=cfg.model.trust_remote_code)
+    return _measure(model, dense, cfg, "none", (), logger)
+
+
+def recover(
+    model: Model, dense: Model, cfg: RunConfig | None = None, *, callbacks: Sequence[Callback] = (),
+    logger: Logger | Sequence[Logger] = (),
+) -> PruningResult:  # fmt: skip
+    """Distil a model that gprune did not make from its dense model, then measure it like `evaluate`.
+
+    A `DistillationStage` trains the model with the settings `--distill.*` on text of `--corpora.recover`. Perplexity on
+    development text is logged during training. The recovered model is exported to `model/` in the run folder, unless
+    `export.format` is `none`. The same call resumes an interrupted run.
+
+        cfg = gprune.config.parse(["--config", "protocol", "--distill.tokens", "49152"])
+        result = gprune.recover("peers/osscar", "smollm2-135m", cfg)
+        result.model.save_pretrained("osscar-distilled")
+
+    Args:
+        model: as for `evaluate`. The model needs the tokenizer, the output embedding and the vocabulary of `dense`, and
+            a structure that gprune can find.
+        dense: as for `evaluate`.
+        cfg: as for `evaluate`, with the settings of `distill` and `export`.
+        callbacks: Lightning callbacks of the Trainer, as for `prune`.
+        logger: Lightning loggers, in addition to CSV and W&B.
+
+    Returns:
+        As `evaluate`, with the recovered model and its tokenizer. Records of the stage `model` have the recovery
+        `distill`, and `none` too if `evaluation.controls` has `unrecovered`.
+
+    Raises:
+        UserError: as `evaluate`, and if the tokenizers or the output embeddings differ.
+    """
+    return _measure(model, dense, cfg, "distill", callbacks, logger)
+
+
+class MeasurementPlan(Plan):
+    """The plan of a run that measures a model without pruning it."""
+
+    @cached_property
+    def tokens(self) -> dict[int, tuple[int, int]]:
+        """Largest numbers of tokens (forward, forward and backward) by step: 9 recovers, 10 evaluates."""
+        cfg = self.cfg
+        forward, trained = recovery_tokens(cfg, cfg.recovery)
+        of_row = 2 * evaluated_tokens(cfg)  # by the model, and by the dense model for KL
+        return {9: (forward + compared_tokens(cfg), trained), 10: (of_row // 2 + of_row * len(cfg.stages), 0)}
+
+
+def check_models(name: str, cfg: RunConfig, callbacks: UserCallbacks | None = None) -> MeasurementPlan:
+    """Check settings and both models, and return the plan, before weights are loaded.
+
+    Raise UserError as `plan.check`, and if the model is incomplete, does not fit into memory, or cannot be distilled.
+
+    Args:
+        name: folder or hub id of the model to measure.
+        cfg: a configuration `without_pruning`, with the name of the dense model.
+        callbacks: callbacks of the user.
+    """
+    plan = check(cfg, callbacks)
+    other = check_elsewhere(name, trust_remote_code=cfg.model.trust_remote_code)
     bytes_per_parameter = getattr(torch, cfg.model.dtype).itemsize
-    needed = bytes_per_parameter * (model.num_parameters() + dense.num_parameters())
-    memory = cfg.plan.memory or device_memory(device)
+    needed = bytes_per_parameter * (other.num_parameters() + plan.skeleton.num_parameters())
+    memory = cfg.plan.memory or device_memory(plan.device)
     if needed > memory:
         reason = f"it and the dense model need {needed / GIB:,.2f} GiB in {cfg.model.dtype}, of {memory / GIB:,.2f}"
-        raise UserError(f"{FLAG}: Cannot load '{name}' into memory: {reason}. Try --model.dtype bfloat16.")
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
-    table_sizes = [module.num_embeddings for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        raise UserError(f"{SUBJECT}: Cannot load '{name}' into memory: {reason}. Try --model.dtype bfloat16.")
+    positions = getattr(other.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    table_sizes = [module.num_embeddings for module in other.modules() if isinstance(module, torch.nn.Embedding)]
     # Tables of position embeddings may have a few rows more than positions; OPT's table has two more.
     has_learned_positions = any(positions <= size <= positions + 8 for size in table_sizes)
     if has_learned_positions and cfg.evaluation.seq_len > positions:
@@ -48,86 +157,180 @@ def check_model(cfg: RunConfig, dense: PreTrainedModel, device: torch.device) ->
             f"--evaluation.seq_len must be {positions} or less, the number of learned positions of '{name}'; got "
             f"{cfg.evaluation.seq_len}."
         )
-    if recovery_of(cfg.recovery).learns:
-        check_structure(model)
-        if (why := why_not_measurable(model)) is not None:
-            raise UserError(f"{FLAG}: Cannot distil '{name}': {why}. Use --recovery none.")
+    if cfg.recovery == "distill":
+        check_structure(other)
+        if (why := why_not_measurable(other)) is not None:
+            raise UserError(f"{SUBJECT}: Cannot distil '{name}': {why}.")
+    return MeasurementPlan(plan.pricing, plan.budget, plan.why_precision)
 
 
-def prepare(
-    cfg: RunConfig, device: torch.device, dense: PreTrainedModel, dense_tokenizer: PreTrainedTokenizerBase,
-    test: list[Windows],
-) -> tuple[list[Windows], str]:  # fmt: skip
-    """Check the model against the dense model, and prepare the evaluated text for it.
+def _as_folder(model: Model, tokenizer: str | None = None) -> str:
+    """Return the folder or hub id of a model. A loaded model is saved to the cache, with a tokenizer.
 
     Args:
-        cfg: the configuration of the run.
-        device: the device of this process.
-        dense: the dense model.
-        dense_tokenizer: the tokenizer of the dense model.
-        test: the evaluated text in the dense model's tokens.
-
-    Returns:
-        The evaluated text in the model's tokens, and the fingerprint of the model.
-
-    Raises:
-        UserError: as in `_check_head` and `_tokenized_for`.
+        model: folder, hub id, or loaded model.
+        tokenizer: folder or hub id of the tokenizer; by default where the loaded model was loaded from.
     """
-    model, tokenizer = load_model_made_elsewhere(cfg, device)
-    _check_head(cfg, model, dense)
-    return _tokenized_for(cfg, model, tokenizer, dense_tokenizer, test), fingerprint(model)
+    if not isinstance(model, PreTrainedModel):
+        require(model, (str, os.PathLike), "A model must be a folder, a hub id or a loaded PreTrainedModel")
+        return os.fspath(model)
+    source = tokenizer or model.config.name_or_path
+    name = os.path.basename(os.path.normpath(model.config.name_or_path or model.config.model_type))
+    folder = cache_dir() / "loaded" / f"{name}-{fingerprint(model)}"
+    if not folder.is_dir():
+        with quoting(f"Cannot load the tokenizer of a loaded model from '{source}': ", ". Give the model's folder."):
+            loaded_tokenizer = AutoTokenizer.from_pretrained(locate_model(source), trust_remote_code=False)
+        with replacing(folder) as new:
+            model.save_pretrained(new)
+            loaded_tokenizer.save_pretrained(new)
+    return str(folder)
 
 
-def load_model_made_elsewhere(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model of `--model.made_elsewhere`, frozen and on a device, and its tokenizer."""
-    settings = {"dtype": getattr(torch, cfg.model.dtype), "trust_remote_code": cfg.model.trust_remote_code}
-    model, tokenizer = load_elsewhere(cfg.model.made_elsewhere, **settings)
-    return model.to(device), tokenizer
-
-
-def _check_head(cfg: RunConfig, model: PreTrainedModel, dense: PreTrainedModel) -> None:
-    """Raise UserError if a model is to be distilled but its head differs from the dense model's.
-
-    Distillation computes the logits of both models with the same head: the output embedding, and the scale and the
-    limit of logits if the family has them.
-    """
-    if not recovery_of(cfg.recovery).learns:
-        return
-    if not same_head(model, dense):
+def _measure(
+    model: Model, dense: Model, cfg: RunConfig | None, recovery: str, callbacks: Sequence[Callback],
+    logger: Logger | Sequence[Logger],
+) -> PruningResult:  # fmt: skip
+    """Measure a model after the recovery `none` or `distill`; arguments as for `recover`."""
+    cfg = RunConfig() if cfg is None else cfg
+    require(cfg, RunConfig, "The configuration must be a RunConfig, such as gprune.RunConfig()")
+    cfg = without_pruning(cfg, recovery)
+    cfg.model.name = _as_folder(dense)
+    name = _as_folder(model, tokenizer=cfg.model.name)
+    user_callbacks = UserCallbacks(callbacks, cfg.trainer.callbacks)
+    plan = check_models(name, cfg, user_callbacks)
+    asked_precision, cfg = cfg.trainer.precision, plan.cfg
+    dense_model, tokenizer = load_dense(cfg, plan.device)
+    dtype, trust = getattr(torch, cfg.model.dtype), cfg.model.trust_remote_code
+    other, other_tokenizer = load_elsewhere(name, dtype=dtype, trust_remote_code=trust)
+    other = other.to(plan.device)
+    if recovery == "distill" and not same_head(other, dense_model):
         reason = f"its output embedding differs from that of '{cfg.model.name}'"
-        raise UserError(f"{FLAG}: Cannot distil '{cfg.model.made_elsewhere}': {reason}. Use --recovery none.")
+        raise UserError(f"{SUBJECT}: Cannot distil '{name}': {reason}.")
+    text = _text(cfg, dense_model, tokenizer)
+    test = _tokenized_for(name, other, other_tokenizer, tokenizer, cfg, text.test)
+    settings = with_made_elsewhere(cfg.settings(), name)
+    fingerprints = {"model": fingerprint(dense_model), "made_elsewhere": fingerprint(other)}
+    settings["inputs"] = fingerprints | {"text": text.hashes()}
+    if cfg.run.name is None:
+        cfg.run.name = default_run_name(settings)
+    with in_folder(
+        plan, dense_model, tokenizer, text, settings, user_callbacks, user_loggers(cfg, logger),
+        asked_precision=asked_precision, made_elsewhere=name,
+    ) as run:  # fmt: skip
+        records = list(run.folder.metrics.get("records", []))
+        if cfg.evaluates_early:
+            run.step(9, "Evaluating without recovery")
+            with run.folder.step("evaluate_unrecovered"):
+                _evaluate(run, records, other, "none", test)
+            log.info("Before recovery:\n\n%s\n", result_table(records).for_stdout())
+        if recovery == "distill":
+            run.step(9, "Recovering")
+            with run.folder.step("recover"):
+                other = _distilled(run, other)
+            _export(run, other)
+        run.step(10, "Evaluating")
+        with run.folder.step("evaluate"):
+            _evaluate(run, records, other, recovery, test)
+        summary = summarise(run, records, None, other, None, {})
+        with optional_output("report.html", f"`gprune report {run.folder.path}` writes it"):
+            write_pages(run)
+        recovered = recovery == "distill"
+        return PruningResult(
+            path=run.folder.path, config=cfg, masks=None, modules=None, thresholds=None, statistics={},
+            records=records, summary=summary, model=to_portable(other) if recovered else None,
+            tokenizer=tokenizer if recovered else None,
+        )  # fmt: skip
+
+
+def _text(cfg: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Read the text of distillation, if there is one, and of evaluation."""
+    windows = window_cutter(cfg, tokenizer, dense.get_input_embeddings().num_embeddings)
+    recover = cfg.roles["recover"]  # empty without distillation
+    log.info("Reading %d corpora", len({*recover, *cfg.corpora.evaluate}))
+    return Text(
+        train={w.corpus: w for w in windows(recover, "train", "train")},
+        learn=[],
+        fresh=[*windows(recover, "train", "fresh")],
+        development=[*windows(cfg.development_corpora, "development", "development")],
+        test=[*windows(cfg.corpora.evaluate, cfg.evaluation.split, "test")],
+    )
 
 
 def _tokenized_for(
-    cfg: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    dense_tokenizer: PreTrainedTokenizerBase, test: list[Windows],
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dense_tokenizer: PreTrainedTokenizerBase,
+    cfg: RunConfig, test: list[Windows],
 ) -> list[Windows]:  # fmt: skip
     """Return the evaluated text in the tokens of a model; `test` itself if the tokenizer is that of the dense model.
 
-    Two tokenizers are the same if they have the same vocabulary and give the same windows of the evaluated text.
-
-    Args:
-        cfg: the configuration of the run.
-        model: the model of `--model.made_elsewhere`.
-        tokenizer: the tokenizer of the model.
-        dense_tokenizer: the tokenizer of the dense model.
-        test: the evaluated text in the dense model's tokens.
-
-    Raises:
-        UserError: if the tokenizers differ and the model is to be distilled, or the tokenizer belongs to another model.
+    Two tokenizers are the same if they have the same vocabulary and give the same windows of the evaluated text. Raise
+    UserError if they differ and the model is to be distilled.
     """
-    not_evaluated = [corpus for corpus in cfg.train_corpora if corpus not in cfg.corpora.evaluate]
-    embeddings = model.get_input_embeddings().num_embeddings
-    model_text = prepare_text(cfg, tokenizer, embeddings, without=not_evaluated).test
+    windows = window_cutter(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
+    model_text = [*windows(cfg.corpora.evaluate, cfg.evaluation.split, "test")]
     same_vocabulary = tokenizer.get_vocab() == dense_tokenizer.get_vocab()
     if same_vocabulary and [w.content_hash for w in model_text] == [w.content_hash for w in test]:
         return test
-    name = cfg.model.made_elsewhere
-    if recovery_of(cfg.recovery).learns:
-        reason = f"its tokenizer differs from that of '{cfg.model.name}'"
-        raise UserError(f"{FLAG}: Cannot distil '{name}': {reason}. Use --recovery none.")
+    if cfg.recovery == "distill":
+        raise UserError(f"{SUBJECT}: Cannot distil '{name}': its tokenizer differs from that of '{cfg.model.name}'.")
     log.warning(
         "The tokenizers of '%s' and '%s' differ, so there is no KL, agreement, gap or ratio: perplexity is per token.",
         name, cfg.model.name,
     )  # fmt: skip
     return model_text
+
+
+def _evaluate(
+    run: Run, records: list[dict[str, Any]], model: PreTrainedModel, recovery: str, test: list[Windows]
+) -> None:
+    """Add the records of the dense model and of a model, on text in its tokens, unless they are in `records`."""
+    finished_rows = {(r["stage"], r["recovery"]) for r in records}
+    corpora = run.cfg.corpora
+    # The other tool is assumed to have used the calibration text of these settings.
+    leaked = leaks(run, also_used=[corpora.score, *corpora.drift, *corpora.recover])
+
+    def measure_dense(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
+        return dense_perplexity(run, model, windows, name, measure=measure_perplexity)
+
+    rows: list[tuple[tuple[str, str], PreTrainedModel, Callable[..., PerplexityResult], list[Windows]]] = [
+        (DENSE, run.model, measure_dense, run.text.test),
+        (("model", recovery), model, _perplexity_and_distance, test),
+    ]
+    for row, measured, measure, text in rows:
+        if row not in finished_rows:
+            add_row(run, records, row, measure, measured, text, leaked, scope="model")
+
+
+def _perplexity_and_distance(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
+    """Perplexity of a model, with KL and agreement if the windows are those of the dense model."""
+
+    def advance(tokens: int) -> None:
+        """Count tokens of the model, which has no hook of the meter, and show them in the progress bar."""
+        run.meter.add(tokens)
+        run.screen.advance(tokens)
+
+    run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
+    # `_tokenized_for` returns the dense model's windows themselves if both models have the same tokenizer.
+    same_tokenizer = any(windows is dense_windows for dense_windows in run.text.test)
+    with run.folder.part(f"{name} on {windows.corpus}"):
+        return perplexity_from_logits(model, windows, run.model if same_tokenizer else None, progress=advance)
+
+
+def _distilled(run: Run, model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model after distillation from the dense model; the model is changed in place."""
+    cfg = run.cfg
+    material = Material(
+        run.model, Masks([], []), batch_size=cfg.corpora.batch_size, count=run.meter.add, fresh=run.text.fresh,
+        settings=cfg.recovery_settings, fit=fit_once(run, "recovery/distill", ("model", "distill")),
+    )  # fmt: skip
+    return tuned(run, "distill", material, model)
+
+
+def _export(run: Run, model: PreTrainedModel) -> None:
+    """Write a recovered model to `model/` in the run folder, and compare the logits of the reloaded model."""
+    if run.cfg.export.format == "none" or is_exported(run):
+        return
+    run.step(9, "Checking the recovered model")
+    # The process that reloads the model has this precision of matrix products.
+    with run.folder.step("save_and_check"), matmul_precision("highest"), torch.no_grad():
+        difference = export_and_reload(run, model)
+    run.folder.update_manifest(logits={"sliced_minus_reloaded": difference})

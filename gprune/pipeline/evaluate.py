@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -13,7 +13,6 @@ from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
-from gprune.evaluation.distance import perplexity_from_logits
 from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, rank_and_world_size
 from gprune.models.copies import sharded_copy
@@ -29,6 +28,7 @@ from gprune.report.records import result_table
 from gprune.runs import schema
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import DENSE, Stage, row_name
+from gprune.runs.results import STAGES
 from gprune.storage.cache import cache_dir
 from gprune.storage.environment import model_versions
 from gprune.storage.files import key_of, read_json, write_json
@@ -84,13 +84,32 @@ def evaluate(
                 continue
             measure, text = measurement_of(run, row, model)
             model = shard_if_requested(run, model)
-            for windows in text:
-                result = measure(run, model, windows, row_name(*row))
-                records.append(as_record(run, row, result, windows, leaked[windows.corpus]))
-            write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
+            add_row(run, records, row, measure, model, text, leaked)
     if before_recovery and rank_evaluates and not run.folder.finished:
         log.info("Before recovery:\n\n%s\n", result_table(records).for_stdout())
     return records
+
+
+def add_row(
+    run: Run, records: list[dict[str, Any]], row: Stage, measure: Callable[..., PerplexityResult],
+    model: PreTrainedModel, text: Sequence[Windows], leaked: Mapping[str, tuple[bool, float]], **about: Any,
+) -> None:  # fmt: skip
+    """Measure a row's model, and add its records to `records` and `metrics.json`.
+
+    Args:
+        run: the open run.
+        records: the records of finished rows.
+        row: (stage, recovery).
+        measure: function of the run, the model, windows, and the name of the row.
+        model: the model of the row, or its sharded copy.
+        text: windows by corpus.
+        leaked: the result of `leaks`.
+        about: entries of the records that replace those of the run.
+    """
+    for windows in text:
+        result = measure(run, model, windows, row_name(*row))
+        records.append(as_record(run, row, result, windows, leaked[windows.corpus]) | about)
+    write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
 
 
 def measurement_of(
@@ -105,25 +124,19 @@ def measurement_of(
     """
     if row == DENSE:  # counted since the run was opened
         return dense_perplexity, run.text.test
-    if row[0] == "model":  # `measure_any_model` counts the tokens
-        return measure_any_model, run.made_elsewhere_text
     run.meter.watch(model)
     if same_head(model, run.model):  # a recovery of the user may have changed the head
         return measure_with_distance, run.text.test
     return measure_perplexity, run.text.test
 
 
-def leaks(run: Run) -> dict[str, tuple[bool, float]]:
+def leaks(run: Run, also_used: Collection[str] = ()) -> dict[str, tuple[bool, float]]:
     """Return for each evaluated corpus whether it counts as seen, and the share of its 13-grams in used text.
 
-    A corpus counts as seen if the run uses its train split, or if the share is above `SEEN_ABOVE`; the latter is logged
-    as a warning.
+    A corpus counts as seen if the run uses its train split, if it is in `also_used`, or if the share is above
+    `SEEN_ABOVE`; the latter is logged as a warning.
     """
-    cfg = run.cfg
-    used = set(cfg.train_corpora)
-    if cfg.final == "model":  # the other tool is assumed to have used the calibration text of these settings
-        used |= {cfg.corpora.score, *cfg.corpora.drift, *cfg.corpora.recover}
-    used_corpora = {identity(name) for name in used}
+    used_corpora = {identity(name) for name in (*run.cfg.train_corpora, *also_used)}
     by_corpus = {}
     for windows in run.text.test:
         corpus, is_used = windows.corpus, identity(windows.corpus) in used_corpora
@@ -212,22 +225,6 @@ def measure_perplexity(
         return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True, forecasts=forecasts)
 
 
-def measure_any_model(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
-    """Perplexity of a model of `--model.made_elsewhere`, with KL and agreement unless its tokenizer differs."""
-
-    def advance(tokens: int) -> None:
-        """Count tokens of the model, which has no hook of the meter, and show them in the progress bar."""
-        run.meter.add(tokens)
-        run.screen.advance(tokens)
-
-    run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
-    # `_tokenized_for` returns the dense model's windows themselves if both models have the same tokenizer.
-    same_tokenizer = any(windows is dense_windows for dense_windows in run.text.test)
-    dense = run.model if same_tokenizer else None
-    with run.folder.part(f"{name} on {windows.corpus}"):
-        return perplexity_from_logits(model, windows, dense, progress=advance)
-
-
 def as_record(
     run: Run, row: Stage, result: PerplexityResult, windows: Windows, leak: tuple[bool, float]
 ) -> dict[str, Any]:
@@ -242,7 +239,6 @@ def as_record(
     """
     cfg = run.cfg
     stage, recovery = row
-    is_pruned = stage not in ("dense", "model")
     chain = recovery.split("+")
     recovery_settings = {
         name: dict(options) if name in chain else None for name, options in cfg.recovery_settings.items()
@@ -253,8 +249,8 @@ def as_record(
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_of(recovery).needs else None,
         **recovery_settings,
-        "sparsity": run.budget.sparsity if is_pruned else 0.0,
-        "scope": "model" if cfg.final == "model" else cfg.sparsity.scope,
+        "sparsity": run.budget.sparsity if stage in STAGES else 0.0,
+        "scope": cfg.sparsity.scope,
         **({} if cfg.sparsity.currency == "parameters" else {"cost": cfg.sparsity.currency}),
         "model": model_label(cfg.model.name),
         "corpora": cfg.roles,
@@ -279,7 +275,7 @@ def _pruning_settings(cfg: RunConfig, stage: str) -> dict[str, Any]:
     """Return the settings by which the masks of a stage were made. Settings that it does not use are None."""
     settings = {"importance": None, "allocation": None, "partition": None, "switch": None, "switch_to": None}
     settings |= {"switch_everywhere": None, "learn": None, "learn_samples": None}
-    if stage not in ("dense", "model"):
+    if stage in STAGES:
         settings["importance"] = cfg.importance
         settings["allocation"] = cfg.base_allocation
     if stage == "gprune":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -98,19 +98,7 @@ def prepare_text(
     Raises:
         UserError: if text is missing or too short, or the tokenizer belongs to another model.
     """
-    samples = samples_by_role(cfg, leading_token(tokenizer, cfg.corpora.bos))
-    # Cached, because a corpus may have several roles, be downloaded, and return other text in a second call.
-    read = functools.cache(read_corpus)
-
-    def windows(corpora: Iterable[str], split: str, role: str) -> Iterator[Windows]:
-        """Cut the windows of corpora for a role, except those in `without`."""
-        for corpus in corpora:
-            if corpus not in without:
-                documents = load_corpus(corpus, split, read=read)
-                cut = make_windows(documents, tokenizer, samples[role], corpus=corpus, split=split)
-                check_tokens(cut, tokenizer, embeddings)
-                yield cut
-
+    windows = window_cutter(cfg, tokenizer, embeddings, without=without)
     calibrated = dict.fromkeys([*cfg.calibration_corpora, *cfg.roles["recover"]])
     distilled = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
     return Text(
@@ -120,6 +108,27 @@ def prepare_text(
         development=[*windows(cfg.development_corpora, "development", "development")],
         test=[*windows(cfg.corpora.evaluate, cfg.evaluation.split, "test")],
     )
+
+
+def window_cutter(
+    cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int, *, without: Collection[str] = ()
+) -> Callable[[Iterable[str], str, str], Iterator[Windows]]:
+    """Return a function of (corpora, split, role) that yields the windows of each corpus; arguments as `prepare_text`.
+
+    Each corpus is read once, because it may have several roles, be downloaded, and return other text in a second call.
+    """
+    samples = samples_by_role(cfg, leading_token(tokenizer, cfg.corpora.bos))
+    read = functools.cache(read_corpus)
+
+    def windows(corpora: Iterable[str], split: str, role: str) -> Iterator[Windows]:
+        for corpus in corpora:
+            if corpus not in without:
+                documents = load_corpus(corpus, split, read=read)
+                cut = make_windows(documents, tokenizer, samples[role], corpus=corpus, split=split)
+                check_tokens(cut, tokenizer, embeddings)
+                yield cut
+
+    return windows
 
 
 def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:

@@ -24,7 +24,6 @@ from gprune.models.loading import read_config, skeleton
 from gprune.models.masks import Masks
 from gprune.models.structure import check_by_copy, check_structure, why_not_measurable
 from gprune.models.surgery import attention_by_layer, prune
-from gprune.pipeline import elsewhere
 from gprune.pipeline.cost import tokens_by_step
 from gprune.pipeline.pricing import Pricing
 from gprune.recoveries import recovery_of
@@ -98,8 +97,6 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
         UserError: if settings contradict each other, or the device or the model does not support them.
     """
     cfg.validate()
-    if cfg.model.made_elsewhere is not None:
-        cfg.measure_only()  # the flag may have been set after construction
     cfg.check_names()
     callbacks = callbacks or UserCallbacks(paths=cfg.trainer.callbacks)
     device = trainer_device(cfg, callbacks.of_stage(None))
@@ -139,8 +136,6 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     if by_block or along_prefix:
         check_walk(config, along_prefix=along_prefix)
     check_checkpointing(cfg, dense)
-    if cfg.model.made_elsewhere is not None:
-        elsewhere.check_model(cfg, dense, device)
     plan = Plan(pricing, budget, why_precision)
     _ = plan.tokens  # raises UserError for an impossible validation interval
     return plan

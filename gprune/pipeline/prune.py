@@ -24,7 +24,6 @@ from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.errors import UserError, optional_output
 from gprune.export.hf import to_portable
-from gprune.models.masks import Masks
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate
 from gprune.pipeline.partition import assess, measure_drift, partition
@@ -58,30 +57,26 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
     if cfg.dry_run:
         raise UserError("--dry_run must be false for gprune.prune; got true. Use `python train.py --dry_run true`.")
     with open_run(cfg, callbacks, logger) as run:  # plan, model, tokenizer, text, blocks, budget
-        modules = thresholds = None
-        if cfg.final == "model":  # with --model.made_elsewhere the model is evaluated, and optionally distilled
-            statistics, masks = {}, {"model": Masks([], [])}
-        else:
-            check_discovered_structure(run)
-            statistics = calibrate(run)  # 1
-            scores = score(run, statistics)  # 2
-            run = remove_blocks(run, statistics)
-            masks_of = base_masks(run, statistics, scores)  # stage -> masks as a function of the budget
-            if cfg.gprune:
-                drift = measure_drift(run, statistics)  # 3
-                labels = partition(run, drift)  # 4, 5
-                modules = assess(run, statistics, scores, drift, labels)  # 6
-                learning = with_learning_budget(run, statistics, masks_of)
-                masks_of["gprune"] = learn_sparsity(learning, statistics, scores, modules, masks_of.get("base"))  # 7
-            run = with_quality_budget(run, statistics, masks_of)  # no-op unless the target is a quality
-            thresholds, masks = meet_budget(run, masks_of)  # 8
+        modules = None
+        check_discovered_structure(run)
+        statistics = calibrate(run)  # 1
+        scores = score(run, statistics)  # 2
+        run = remove_blocks(run, statistics)
+        masks_of = base_masks(run, statistics, scores)  # stage -> masks as a function of the budget
+        if cfg.gprune:
+            drift = measure_drift(run, statistics)  # 3
+            labels = partition(run, drift)  # 4, 5
+            modules = assess(run, statistics, scores, drift, labels)  # 6
+            learning = with_learning_budget(run, statistics, masks_of)
+            masks_of["gprune"] = learn_sparsity(learning, statistics, scores, modules, masks_of.get("base"))  # 7
+        run = with_quality_budget(run, statistics, masks_of)  # no-op unless the target is a quality
+        thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:
             evaluate(run, statistics, masks)  # all rows without recovery
-        final_masks = None if cfg.final == "model" else masks[cfg.final]
-        action = "Pruning" if final_masks else f"Reading {cfg.model.made_elsewhere}"
-        run.step(9, action if cfg.recovery == "none" else f"{action} and recovering")
+        final_masks = masks[cfg.final]
+        run.step(9, "Pruning" if cfg.recovery == "none" else "Pruning and recovering")
         with run.folder.step("shrink"):
-            pruned = shrink(run, masks[cfg.final], statistics)
+            pruned = shrink(run, final_masks, statistics)
         is_rank_zero, summary = rank_zero_only.rank == 0, {}
         if is_rank_zero:
             save(run, pruned, masks)
@@ -90,9 +85,8 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
             summary = summarise(run, records, final_masks, pruned, modules, quality_entries(run, records))
             with optional_output("report.html", f"`gprune report {run.folder.path}` writes it"):
                 write_pages(run)
-        user_has_model = cfg.own_row == ("model", "none")
         return PruningResult(
             path=run.folder.path, config=run.cfg, masks=final_masks, modules=modules, thresholds=thresholds,
             statistics=statistics, records=records, summary=summary,
-            model=None if user_has_model else to_portable(pruned), tokenizer=None if user_has_model else run.tokenizer,
+            model=to_portable(pruned), tokenizer=run.tokenizer,
         )  # fmt: skip

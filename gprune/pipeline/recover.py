@@ -23,7 +23,6 @@ from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.models.offload import free_memory, is_offloaded, offload_folder
 from gprune.models.surgery import prune, prune_to_files
-from gprune.pipeline import elsewhere
 from gprune.pipeline.run import Run
 from gprune.recoveries import Material, recovery_of
 from gprune.recoveries.contract import Revise, apply_tune
@@ -38,7 +37,7 @@ def shrink(
     run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, row: Stage | None = None,
     trial: int | None = None,
 ) -> PreTrainedModel:  # fmt: skip
-    """Return a pruned copy of the dense model or, with `--model.made_elsewhere`, that model, after recovery.
+    """Return a pruned copy of the dense model, after recovery.
 
     If the model is offloaded, the copy is written to the cache block by block, and then loaded with the same
     arguments. With DDP every process computes the whole copy, with the same bits.
@@ -47,8 +46,8 @@ def shrink(
         run: the open run, with the dense model.
         masks: keep masks.
         statistics: statistics by corpus; recovery uses those of `corpora.recover`.
-        row: (stage, recovery). The stage is that of the masks, or `model` for `--model.made_elsewhere`; the recovery is
-            a name in `RECOVERY`, or several joined by `+`. By default the run's main row.
+        row: (stage of the masks, recovery). The recovery is a name in `RECOVERY`, or several joined by `+`. By default
+            the run's main row.
         trial: number, from 0, of a trial in the search for a quality target. Its metrics have a separate name. Its
             learned tensors are stored by masks, so that the main row can reuse them.
     """
@@ -58,20 +57,21 @@ def shrink(
     name = row[1]
     recovery = recovery_of(name, run.cfg.recovery_settings)
     revise = recovery.revise(material)
-    if run.cfg.final == "model":
-        pruned, _ = elsewhere.load_model_made_elsewhere(run.cfg, run.plan.device)
-        if name == "none":
-            return pruned
-    elif is_offloaded(run.model):
+    if is_offloaded(run.model):
         # A model that is trained has to be in memory on one device.
         pruned = _slice_to_files(run, masks, revise, {} if recovery.learns else placement(run))
     else:
         pruned = _slice_in_memory(run, masks, revise)
+    return tuned(run, name, material, pruned)
+
+
+def tuned(run: Run, recovery: str, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
+    """Return a model after `tune` of a recovery, which may change it in place. Its tokens are counted."""
     counting = run.meter.watch(pruned)
     # Random numbers of a recovery must not depend on earlier work: calibration, another row, an earlier session.
     torch.manual_seed(run.cfg.run.seed)
     with torch.enable_grad():  # a recovery may train the model
-        pruned = apply_tune(name, material, pruned)
+        pruned = apply_tune(recovery, material, pruned)
     counting.remove()
     return pruned
 
@@ -131,7 +131,7 @@ def material_of(
         count=run.meter.add,
         fresh=run.text.fresh if recovery.learns else (),
         settings=cfg.recovery_settings,
-        fit=fit_once(run, learned_file(masks, row[1]), row, trial),
+        fit=fit_once(run, learned_file(masks, row[1]), row, trial, control=row != cfg.own_row),
         shard=cfg.model.shard,
         teacher_states=run.cached_teacher_states,
         already_counted=not counts_teacher,
@@ -143,7 +143,9 @@ def learned_file(masks: Masks, recovery: str) -> str:
     return f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"
 
 
-def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Callable[..., None]:
+def fit_once(
+    run: Run, path: str, row: Stage, trial: int | None = None, *, control: bool = False
+) -> Callable[..., None]:
     """Return the function `Material.fit` of one pruned model, which trains each stage once, even over several sessions.
 
     Learned tensors are stored in the run folder, and loaded when the recovery is repeated. The function raises
@@ -155,6 +157,7 @@ def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Calla
             each session.
         row: (stage, recovery).
         trial: as in `shrink`.
+        control: whether the row is a control.
     """
     call_numbers, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
     logged_row = row[0] if trial is None else f"{row[0]} trial {trial + 1}"
@@ -192,7 +195,7 @@ def fit_once(run: Run, path: str, row: Stage, trial: int | None = None) -> Calla
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
                 callbacks=[best] if best else [], strategy=strategy, row=logged_row,
-                control=trial is not None or row != run.cfg.own_row, trial=trial is not None, measured_after=0.25,
+                control=control or trial is not None, trial=trial is not None, measured_after=0.25,
             )  # fmt: skip
             if best:
                 best.load_best(stage)

@@ -29,7 +29,6 @@ from gprune.errors import UserError
 from gprune.evaluation.perplexity import Forecast
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
-from gprune.pipeline import elsewhere
 from gprune.pipeline.cost import caches_teacher, forward_equivalents, validation_interval
 from gprune.pipeline.inputs import Text, load_dense, prepare_text
 from gprune.pipeline.plan import Plan, check, describe_unpruned
@@ -110,7 +109,6 @@ class Run:
     fingerprint: str  # hash of the dense model
     screen: Screen
     callbacks: UserCallbacks
-    made_elsewhere_text: list[Windows] | None = None  # `text.test` in the tokens of the model of --model.made_elsewhere
     forecasts: dict[str, list[Forecast]] = field(default_factory=dict)  # hash of windows -> forecasts, if they are kept
     teacher_states: dict[bytes, Tensor] = field(default_factory=dict)  # the cache that `cached_teacher_states` returns
 
@@ -301,27 +299,51 @@ def open_run(
             another process, or cannot be written; if a callback of the user raises an exception.
     """
     user_callbacks = UserCallbacks(callbacks, cfg.trainer.callbacks)
-    user_loggers = _user_loggers(cfg, logger)
-    requested_precision = cfg.trainer.precision
+    loggers = user_loggers(cfg, logger)
     plan = check(cfg, user_callbacks, together=True)
-    cfg = plan.cfg
+    asked_precision, cfg = cfg.trainer.precision, plan.cfg
     model, tokenizer = load_dense(cfg, plan.device)
     log.info("Reading %d corpora", len({*cfg.train_corpora, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
+    settings = cfg.settings() | {"inputs": {"model": fingerprint(model), "text": text.hashes()}}
+    if cfg.latency_table_flag:  # another latency table gives another budget
+        settings["inputs"]["speed"] = key_of(table=plan.pricing.speed)
+    with in_folder(
+        plan, model, tokenizer, text, settings, user_callbacks, loggers, asked_precision=asked_precision
+    ) as run:
+        if unpruned := describe_unpruned(plan):
+            log.info("Not pruned: %s", unpruned)
+        yield run
+
+
+@contextmanager
+def in_folder(
+    plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, settings: dict[str, Any],
+    callbacks: UserCallbacks, loggers: Sequence[Logger], *, asked_precision: str,
+    made_elsewhere: str | None = None,
+) -> Iterator[Run]:  # fmt: skip
+    """Context with an open run of a loaded model: create or resume the folder, and open the loggers.
+
+    Args:
+        plan: the plan of the run.
+        model: the dense model, frozen.
+        tokenizer: its tokenizer.
+        text: the text of the run.
+        settings: the settings that identify the run, with `inputs`. Those of callbacks from Python are added.
+        callbacks: callbacks of the user.
+        loggers: loggers of the user.
+        asked_precision: `--trainer.precision` before `auto` was resolved.
+        made_elsewhere: as for `tracking`.
+    """
+    cfg = plan.cfg
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()
     meter.watch(model)
-    inputs = {"model": fingerprint(model), "text": text.hashes()}
-    made_elsewhere_text = None
-    if cfg.model.made_elsewhere is not None:
-        made_elsewhere_text, inputs["made_elsewhere"] = elsewhere.prepare(cfg, plan.device, model, tokenizer, text.test)
-    if callbacks:  # identified by class and Lightning's state key
-        inputs["callbacks"] = [f"{type(callback).__module__}.{callback.state_key}" for callback in callbacks]
-    if cfg.latency_table_flag:  # another latency table gives another budget
-        inputs["speed"] = key_of(table=plan.pricing.speed)
-    settings = cfg.settings() | {"inputs": inputs}
     code = settings.get("code", {})
-    for callback in callbacks:
+    if callbacks.given:  # identified by class and Lightning's state key
+        names = [f"{type(callback).__module__}.{callback.state_key}" for callback in callbacks.given]
+        settings["inputs"]["callbacks"] = names
+    for callback in callbacks.given:
         code |= code_of(type(callback))
     if code:
         settings["code"] = code
@@ -331,24 +353,21 @@ def open_run(
     screen = Screen({step: forward_equivalents(*tokens) for step, tokens in plan.tokens.items()}, meter.work)
     with (
         folder.in_use(settings, to_yaml(cfg.resolved())), plain_interrupts(),
-        tracking(folder, cfg, user_loggers) as loggers, screen, meter.hooks,
+        tracking(folder, cfg, loggers, made_elsewhere) as all_loggers, screen, meter.hooks,
         matmul_precision(cfg.trainer.float32_matmul_precision, fastest_on=plan.device),
     ):  # fmt: skip
         log.info("Run folder: %s", folder.path)
         if not folder.finished:
-            _record_machine_choices(folder, plan, requested_precision)
-        if cfg.final != "model" and (unpruned := describe_unpruned(plan)):
-            log.info("Not pruned: %s", unpruned)
+            _record_machine_choices(folder, plan, asked_precision)
         log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)
         if torch.get_float32_matmul_precision() != cfg.trainer.float32_matmul_precision:
             log.info("Float32 products by oneDNN, which is faster on this processor than MKL, in the same precision")
         try:
             yield Run(
-                plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, user_callbacks,
-                made_elsewhere_text,
-            )  # fmt: skip
+                plan, model, tokenizer, text, folder, all_loggers, meter, settings["inputs"]["model"], screen, callbacks
+            )
         except (Exception, SystemExit) as error:
-            raise_as_user_error(error, user_callbacks)
+            raise_as_user_error(error, callbacks)
             raise
 
 
@@ -363,7 +382,7 @@ def _record_machine_choices(folder: RunFolder, plan: Plan, requested_precision: 
         folder.update_manifest(precision={"asked": requested_precision, "because": plan.why_precision})
 
 
-def _user_loggers(cfg: RunConfig, logger: Logger | Sequence[Logger]) -> list[Logger]:
+def user_loggers(cfg: RunConfig, logger: Logger | Sequence[Logger]) -> list[Logger]:
     """Return the loggers of the user: objects from Python, and those of `--trainer.logger`."""
     from_python = [logger] if isinstance(logger, Logger) else list(logger)
     for each in from_python:

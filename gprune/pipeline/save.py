@@ -57,19 +57,16 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         UserError: if logits differ, an earlier session has written other masks, or the GGUF file differs from the
             model.
     """
-    if run.cfg.own_row == ("model", "none"):  # the user has this model already
-        return
-    if run.cfg.final != "model":
-        save_masks(run, masks)
+    save_masks(run, masks)
     cfg = run.cfg
     exports = cfg.export.format != "none"
-    if "logits" not in run.folder.manifest or (exports and not _is_exported(run)):
+    if "logits" not in run.folder.manifest or (exports and not is_exported(run)):
         run.step(9, "Checking the pruned model")
         # The process that reloads the model has this precision of matrix products.
         with run.folder.step("save_and_check"), matmul_precision("highest"):
-            checks = {} if cfg.final == "model" else check_slices(run, pruned, masks[cfg.final])
+            checks = check_slices(run, pruned, masks[cfg.final])
             if exports:
-                checks["sliced_minus_reloaded"] = _export_and_reload(run, pruned)
+                checks["sliced_minus_reloaded"] = export_and_reload(run, pruned)
         run.folder.update_manifest(logits=checks)
     gguf = run.folder / f"model-{cfg.export.type}.gguf"
     if cfg.export.format == "gguf" and not gguf.exists():
@@ -78,7 +75,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
             export(run.folder / "model", gguf, type=cfg.export.type)
 
 
-def _is_exported(run: Run) -> bool:
+def is_exported(run: Run) -> bool:
     """Return whether `model/` has the unchanged files of an earlier session, in the requested dtype."""
     manifest = run.folder.manifest
     written_dtype = manifest.get("exported_dtype", run.cfg.model.dtype)
@@ -87,7 +84,7 @@ def _is_exported(run: Run) -> bool:
     return manifest.get("model") == file_hashes(run.folder / "model")
 
 
-def _export_and_reload(run: Run, pruned: PreTrainedModel) -> float:
+def export_and_reload(run: Run, pruned: PreTrainedModel) -> float:
     """Write `model/` with the tokenizer, and return the difference of its reloaded logits from those of the model."""
     folder, dtype = run.folder / "model", run.plan.pricing.exported_dtype
     save_pruned(pruned, run.tokenizer, folder, overwrite=True, dtype=getattr(torch, dtype))

@@ -65,7 +65,7 @@ def summarise(
     Args:
         run: the open run, after evaluation.
         records: records of all rows.
-        masks: masks of the main row; None with `--model.made_elsewhere`.
+        masks: masks of the main row; None if gprune did not prune its model.
         pruned: model of the main row.
         modules: modules of neurons, if there are any.
         quality: entries of the summary from `pipeline.quality`.
@@ -94,7 +94,8 @@ def summarise(
         write_card(run.folder, run.cfg, records)
     with optional_output("figures", f"{remedy} them"):
         write_figures(run.folder / "figures", records, modules, masks, summary)
-    numbers = run_numbers(records, summary, run.folder.manifest["steps"], run.cfg.own_row)
+    main_row = records[-1]["stage"], records[-1]["recovery"]
+    numbers = run_numbers(records, summary, run.folder.manifest["steps"], main_row)
     with optional_output("results to the trackers", "metrics.json has them"):
         tracking.log_numbers(run.loggers, numbers)
         figures = sorted((run.folder / "figures").glob("*.png"))

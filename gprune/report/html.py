@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from gprune.config.elsewhere import made_elsewhere
 from gprune.models.embedded import model_label
 from gprune.report.curves import curve_figures, read_curves
 from gprune.report.model_card import RESULTS, loading_code, write_card
@@ -136,7 +137,7 @@ def _describe_run(run: FinishedRun) -> tuple[str, list[str]]:
     """Return the title of a run, and sentences on its method, sizes and cost."""
     settings, summary = run.settings, run.summary
     label = model_label(settings["model"]["name"])
-    other = settings["model"].get("made_elsewhere")
+    other = made_elsewhere(settings)
     seconds = sum(step.get("seconds", 0) for step in run.steps.values())
     cost = (
         f"{summary['sparsity_of_model']:.1%} of the model removed: {summary['parameters_after']:,} of "

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from gprune.config import RunConfig
+from gprune.config.elsewhere import made_elsewhere
 from gprune.corpora.load import corpus_labels
 from gprune.errors import one_line
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
@@ -41,7 +42,8 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
     summary = manifest.get("summary", {})
     on_speed = summary.get("speed", {}).get("said")
     quality = summary.get("quality")
-    card = model_card(cfg, records, model, dtype=manifest.get("exported_dtype"))
+    other = made_elsewhere(manifest["settings"])
+    card = model_card(cfg, records, model, dtype=manifest.get("exported_dtype"), other=other)
     if quality:
         card += "".join(f"\n{line}\n" for line in (quality["said"], *quality.get("warnings", ())))
     card += speed_section(read_evaluation(folder / "evaluation.json"), on_speed)
@@ -50,7 +52,10 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
     folder.update_manifest(model=file_hashes(model, "README.md"))
 
 
-def model_card(cfg: RunConfig, records: Sequence[dict[str, Any]], model: Path, *, dtype: str | None = None) -> str:
+def model_card(
+    cfg: RunConfig, records: Sequence[dict[str, Any]], model: Path, *, dtype: str | None = None,
+    other: str | None = None,
+) -> str:  # fmt: skip
     """Return the README.md of the exported folder: description, method, results, and how to load the model.
 
     Args:
@@ -58,6 +63,7 @@ def model_card(cfg: RunConfig, records: Sequence[dict[str, Any]], model: Path, *
         records: records of `metrics.json`.
         model: the exported folder. Its path is not in the result.
         dtype: dtype of the exported weights; by default `--model.dtype`.
+        other: name of the model, if gprune did not prune it.
     """
     code = (
         "All blocks have the same shape: a stock model, which needs no code of its own."
@@ -72,14 +78,14 @@ def model_card(cfg: RunConfig, records: Sequence[dict[str, Any]], model: Path, *
     # The name alone, because a path on this machine is not useful for others.
     label = in_markdown(one_line(local_folder.name if local_folder else model_label(cfg.model.name)))
     labels = corpus_labels([cfg.corpora.score, *cfg.roles["drift"], *(r["corpus"] for r in records)])
-    if cfg.model.made_elsewhere is None:
+    if other is None:
         heading, verb = "structurally pruned", "pruned and measured"
         method = _describe_method(cfg, labels, sparsity=records[-1]["sparsity"])
         credit = "The method is our reading of GPrune-LLM (arXiv 2603.13418).\n"
     else:
         heading, verb = "made elsewhere", "recovered and measured"
-        other = PurePath(cfg.model.made_elsewhere).name
-        method = f"A model that gprune did not prune (`{other}`){_describe_recovery(cfg)}, seed {cfg.run.seed}."
+        name = PurePath(other).name
+        method = f"A model that gprune did not prune (`{name}`){_describe_recovery(cfg)}, seed {cfg.run.seed}."
         credit = ""
     return f"""---
 {_metadata(cfg, model).to_yaml()}

@@ -172,7 +172,7 @@ def run_figures(
     Args:
         records: records of `metrics.json`.
         modules: modules of neurons, if there are any.
-        masks: masks of the main row; None with `--model.made_elsewhere`.
+        masks: masks of the main row; None if gprune did not prune its model.
         summary: summary of the run.
     """
     labels = None if modules is None else modules.labels

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.checks import require
 from gprune.config import RunConfig, config_from_mapping, migrate_settings
+from gprune.config.elsewhere import made_elsewhere, with_made_elsewhere
 from gprune.errors import UnregisteredError, UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
@@ -64,7 +65,7 @@ class FinishedRun:
     @property
     def final(self) -> str:
         """Stage of the run's main row."""
-        if self.settings["model"].get("made_elsewhere") is not None:
+        if made_elsewhere(self.settings) is not None:
             return "model"
         return "gprune" if self.settings["gprune"] else "base"
 
@@ -90,7 +91,7 @@ class FinishedRun:
 
 @dataclass(repr=False)
 class PruningResult:
-    """Result of a run. `model` is the pruned model with smaller matrices; None with `--model.made_elsewhere`."""
+    """Result of a run. `model` is the pruned model with smaller matrices; None after `gprune.evaluate`."""
 
     path: Path
     config: RunConfig
@@ -178,7 +179,7 @@ def read_run(path: Path | str) -> FinishedRun:
 
 def _with_tensors(run: FinishedRun) -> FinishedRun:
     """Return the run with masks and, if it has modules, modules. Raise UserError if they contradict each other."""
-    if run.final == "model":  # --model.made_elsewhere: there are no masks
+    if run.final == "model":  # not pruned by gprune
         return run
     masks = Masks.from_tensors(_read_tensors_of(run, f"masks/{run.final}"))
     modules = Modules.from_tensors(_read_tensors_of(run, "modules")) if run.final == "gprune" else None
@@ -235,7 +236,7 @@ def load_run(path: Path | str) -> PruningResult:
     run = _with_tensors(run)
     statistics = {
         corpus: CorpusStatistics.from_tensors(_read_tensors_of(run, f"statistics/{corpus_file(corpus)}"))
-        for corpus in cfg.calibration_corpora
+        for corpus in (() if run.final == "model" else cfg.calibration_corpora)
     }
     thresholds = thresholds_from_named(_read_tensors_of(run, "thresholds")) if cfg.gprune else None
     model, tokenizer = _load_exported(run)
@@ -294,6 +295,8 @@ def config_of(run: FinishedRun) -> RunConfig:
         cfg = config_from_mapping(migrate_settings(settings))
         stored = {name: run.settings[name] for name in ("inputs", "code") if name in run.settings}
         current = {name: value for name, value in cfg.settings().items() if name != "code"}  # may have changed
+        if run.final == "model":
+            current = with_made_elsewhere(current, made_elsewhere(run.settings))
         if changed := changed_settings(run.settings, current | stored):
             raise UserError(f"The settings must be those of manifest.json; they differ in {changed[0]}.")
     except UnregisteredError as error:

@@ -95,7 +95,7 @@ class Record(Measured):
 def _check_windows(records: list[Record]) -> list[Record]:
     """Raise UserError if a row has a corpus twice, or was not measured on the dense model's windows.
 
-    A model of `--model.made_elsewhere` may have another tokenizer, and so other windows of the same text.
+    A model that gprune did not prune may have another tokenizer, and so other windows of the same text.
     """
     rows: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {}
     for r in records:
@@ -216,7 +216,7 @@ class ToleratedShares(Schema):
 class Summary(Schema):
     """Summary in `metrics.json`."""
 
-    # Above 1 is possible, as whole blocks contain parameters outside the scope. None with --model.made_elsewhere.
+    # Above 1 is possible, as whole blocks contain parameters outside the scope. None for stage `model`.
     sparsity_of_scope: Annotated[float, Field(ge=0)] | None = None
     sparsity_of_model: Annotated[float, Field(ge=-1e300, le=1)]  # below 0 for a larger model made elsewhere
     parameters_before: Count

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from gprune.config import LoggingConfig, RunConfig, flatten
+from gprune.config.elsewhere import with_made_elsewhere
 from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line, optional_output
 from gprune.runs.folder import RunFolder
@@ -89,7 +90,9 @@ def wandb_loggers(loggers: Sequence[Logger]) -> list[_Wandb]:
 
 
 @contextmanager
-def tracking(folder: RunFolder, cfg: RunConfig, user_loggers: Sequence[Logger] = ()) -> Iterator[list[Logger]]:
+def tracking(
+    folder: RunFolder, cfg: RunConfig, user_loggers: Sequence[Logger] = (), made_elsewhere: str | None = None
+) -> Iterator[list[Logger]]:
     """Context with the open loggers of a run: CSV, W&B unless `--logging` disables it, and the user's.
 
     A finished run has no loggers, because it is not logged again.
@@ -98,6 +101,7 @@ def tracking(folder: RunFolder, cfg: RunConfig, user_loggers: Sequence[Logger] =
         folder: the run folder.
         cfg: the configuration of the run.
         user_loggers: Lightning loggers of the user.
+        made_elsewhere: as for `wandb_arguments`.
 
     Raises:
         UserError: if a logger of the user cannot be opened, and as `wandb_run`.
@@ -107,8 +111,9 @@ def tracking(folder: RunFolder, cfg: RunConfig, user_loggers: Sequence[Logger] =
         return
     # CSVLogger chooses a new version, so that a resumed run does not delete the curves of earlier sessions.
     loggers: list[Logger] = [CSVLogger(folder.path, name="csv")]
+    about = wandb_arguments(cfg, made_elsewhere)
     with (
-        wandb_run(folder.path, cfg.logging, id=wandb_id(folder.key, cfg), **wandb_arguments(cfg)) as run,
+        wandb_run(folder.path, cfg.logging, id=wandb_id(folder.key, cfg), **about) as run,
         ExitStack() as undo,
     ):
         if run is not None:
@@ -145,20 +150,25 @@ def construct_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
     return loggers
 
 
-def wandb_arguments(cfg: RunConfig) -> dict[str, Any]:
-    """Arguments of `wandb_run` for a run with these settings, except `id`."""
+def wandb_arguments(cfg: RunConfig, made_elsewhere: str | None = None) -> dict[str, Any]:
+    """Arguments of `wandb_run` for a run with these settings, except `id`.
+
+    Args:
+        cfg: the configuration of the run.
+        made_elsewhere: name of the measured model, if gprune did not prune it.
+    """
     s = cfg.sparsity
-    if cfg.final == "model":
-        tags = ["made elsewhere"]
-    else:
-        tags = [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"]
-    return {
+    arguments = {
         "name": cfg.run_name,
         "group": os.path.basename(os.path.normpath(cfg.model.name)),
         "job_type": cfg.final,
-        "tags": tags,
+        "tags": [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"],
         "config": cfg.resolved(),
     }
+    if made_elsewhere is not None:
+        config = with_made_elsewhere(cfg.resolved(), made_elsewhere)
+        arguments |= {"job_type": "model", "tags": ["made elsewhere"], "config": config}
+    return arguments
 
 
 def wandb_id(key: str, cfg: RunConfig) -> str:

@@ -128,14 +128,14 @@ def outdated_records(row: Row) -> list[tuple[Path, list[str]]]:
 
 def _settings_key(row: Row) -> str:
     """Return the hash of a row's settings that differ from their defaults, without the user's code."""
-    defaults, settings = flatten(first_defaults()), identifying_settings(row.config.settings())
+    defaults, settings = flatten(first_defaults()), identifying_settings(row.identity)
     changed = {name: value for name, value in settings.items() if value != defaults.get(name)}
     return key_of(format=RECORD_FORMAT, settings=changed)[:10]
 
 
 def _records_with_settings(row: Row) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield the records with the row's settings, made by any code of the user."""
-    settings = identifying_settings(row.config.settings())
+    settings = identifying_settings(row.identity)
     for path in sorted((row.records / "runs").glob(f"*-{_settings_key(row)}*.json")):
         record = read_record(path)
         if record is not None and identifying_settings(record["settings"]) == settings:

@@ -46,7 +46,7 @@ def parser() -> Parser:
     add("--table", action="store_true", help="print tables from existing records; run nothing")
     add("--output", metavar="FILE", help=OUTPUT)
     add("--files", action="store_true", help="print the record's file of each row and seed; run nothing")
-    add("--commands", action="store_true", help="print the command of train.py for each row and seed; run nothing")
+    add("--commands", action="store_true", help="print the shell command of each row and seed; run nothing")
     add("--costs", action="store_true", help="print seconds, tokens and memory of each step too")
     add("--figures", metavar="FOLDER", help="write figures of ratios and of sparsity per block to this folder")
     return result

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
 from gprune.checks import Text, validation_message
 from gprune.config import CONSENT, RunConfig, config_from_mapping, read_flags, read_settings
+from gprune.config.elsewhere import PRUNING_SETTINGS, default_run_name, with_made_elsewhere, without_pruning
 from gprune.config.parse import as_flag, overlay
 from gprune.errors import UserError
 from gprune.report.table import TableName
@@ -29,7 +30,6 @@ OTHER_RECORDS = Path("runs/records")
 # Defaults of all rows. They do not change results, so they are not part of a row's identity.
 ROW_DEFAULTS = {"export": "none", "run.dir": "runs/experiments"}
 LISTED_PRECISION = "32-true"  # default of rows, so that a row means the same on every machine
-MADE_ELSEWHERE = "model.made_elsewhere"
 TABLES = ("summary", "perplexity", "distance", "evaluation")
 
 # YAML reads some names as numbers.
@@ -53,14 +53,19 @@ class RowContent(BaseModel):
     """Files with settings from which the row starts."""
     model: Text | dict[str, Any] | None = None
     """Folder or hub id of a causal language model that is measured instead of being pruned by gprune
-    (`--model.made_elsewhere`), or settings of the group `model`."""
+    (`gprune.evaluate`, or with `recovery: distill` `gprune.recover`), or settings of the group `model`."""
+
+    @property
+    def made_elsewhere(self) -> str | None:
+        """Folder or hub id of the measured model; None for a row that prunes."""
+        is_yaml_mapping = isinstance(self.model, str) and self.model.lstrip().startswith("{")
+        return self.model if isinstance(self.model, str) and not is_yaml_mapping else None
 
     @property
     def settings(self) -> dict[str, Any]:
         """Settings given in the row itself, without those of its files."""
-        is_yaml_mapping = isinstance(self.model, str) and self.model.lstrip().startswith("{")
-        if isinstance(self.model, str) and not is_yaml_mapping:
-            return {MADE_ELSEWHERE: self.model, "recovery": "none"} | self.model_extra
+        if self.made_elsewhere is not None:
+            return {"recovery": "none"} | self.model_extra
         return self.model_extra | ({} if self.model is None else {"model": self.model})
 
 
@@ -113,9 +118,10 @@ class Row:
     settings: dict[str, Any]  # settings of the list and the command line, by dotted name
     tasks: dict[str, Any] = field(default_factory=dict)  # empty if the list has no tasks
     control: bool = False  # whether the result is a control, not a result of gprune
-    masks: bool = True  # whether to store masks; there are none with --model.made_elsewhere
+    masks: bool = True  # whether to store masks; a model made elsewhere has none
     records: Path = OTHER_RECORDS  # folder of records
     study: str = ""  # name of the list
+    made_elsewhere: str | None = None  # the model that is measured instead of being pruned by gprune
 
     @cached_property
     def config(self) -> RunConfig:
@@ -129,16 +135,36 @@ class Row:
         if cfg.trainer.precision == "auto":
             must = "must be 32-true or bf16-mixed in a list, so that records do not depend on the machine"
             raise UserError(f"{where}: --trainer.precision {must}; got auto.")
+        if self.made_elsewhere is not None:
+            cfg = without_pruning(cfg, cfg.recovery, f"{where}: A model made elsewhere")
+            cfg.run.name = default_run_name(with_made_elsewhere(cfg.settings(), self.made_elsewhere))
         return cfg
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that identify the row in records, with the model made elsewhere, if there is one."""
+        settings = self.config.settings()
+        return settings if self.made_elsewhere is None else with_made_elsewhere(settings, self.made_elsewhere)
 
     @property
     def command(self) -> str:
         """The shell command that runs this row alone, without its tasks and without a record."""
-        return shlex.join(["python", "train.py", *(as_flag(*setting) for setting in self._all_settings.items())])
+        flags = [as_flag(*setting) for setting in self._all_settings.items()]
+        if self.made_elsewhere is None:
+            return shlex.join(["python", "train.py", *flags])
+        function = "evaluate" if self.config.recovery == "none" else "recover"
+        models = f"{self.made_elsewhere!r}, {self.config.model.name!r}"
+        code = f"import gprune, sys; gprune.{function}({models}, gprune.config.parse(sys.argv[1:]))"
+        return shlex.join(["python", "-c", code, *flags])
 
     @property
     def _all_settings(self) -> dict[str, Any]:
-        return {"trainer.precision": LISTED_PRECISION} | self.settings
+        settings = {"trainer.precision": LISTED_PRECISION} | self.settings
+        if self.made_elsewhere is None:
+            return settings
+        # Settings of pruning, such as those that all rows share, do not apply.
+        others = {name: value for name, value in settings.items() if name.partition(".")[0] not in PRUNING_SETTINGS}
+        return others | {"gprune": False}
 
 
 @dataclass(frozen=True)
@@ -236,10 +262,10 @@ def _rows(
                     overlay(settings, {key: value}, where)
             _check_settings(where, settings, flag_settings)
             overlay(settings, flag_settings, where)
-            has_masks = MADE_ELSEWHERE not in settings
             yield Row(
                 name, seed, settings | {"run.seed": seed}, tasks=content.tasks, control=name in content.controls,
-                masks=masks and has_masks, records=records, study=path.stem,
+                masks=masks and row.made_elsewhere is None, records=records, study=path.stem,
+                made_elsewhere=row.made_elsewhere,
             )  # fmt: skip
 
 

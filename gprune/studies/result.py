@@ -139,7 +139,7 @@ class StudyResult:
         """Return row name -> settings by flag, for all flags except the seed in which rows of the list differ."""
         by_row = {}
         for row in self.listing.rows:
-            settings = {name: value for name, value in row.config.settings().items() if name != "code"}
+            settings = {name: value for name, value in row.identity.items() if name != "code"}
             by_row[row.name] = effective_settings(settings)
         flags = [flag for flag in dict.fromkeys(chain(*by_row.values())) if flag != "run.seed"]
         first = next(iter(by_row.values()))

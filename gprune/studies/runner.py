@@ -23,10 +23,11 @@ from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.imports import UNREADABLE
 from gprune.pipeline.dry_run import estimated_flops
-from gprune.pipeline.plan import check
+from gprune.pipeline.plan import Plan, check
 from gprune.report.records import cost_table
 from gprune.runs import schema
 from gprune.runs.folder import RunFolder
+from gprune.runs.results import PruningResult
 from gprune.storage.cache import disk_errors
 from gprune.storage.files import read_json, scratch_folder, write_json
 from gprune.storage.reading import expanded
@@ -93,7 +94,7 @@ def run_rows(pending: Sequence[Row]) -> None:
 
 def largest_costs(pending: Sequence[Row]) -> str:
     """Return a line with the largest number of tokens and FLOPs of pending rows."""
-    plans = [check(row.config) for row in pending]
+    plans = [_plan_of(row) for row in pending]
     forward = sum(plan.forward_tokens for plan in plans)
     backward = sum(plan.forward_backward_tokens for plan in plans)
     tasks = ", tasks not counted" if any(row.tasks for row in pending) else ""
@@ -101,6 +102,23 @@ def largest_costs(pending: Sequence[Row]) -> str:
         f"{len(pending)} configurations: at most {forward:,} tokens forward and {backward:,} forward and backward, "
         f"without cached results{tasks}; at most {sum(map(estimated_flops, plans)):.2e} FLOP"
     )
+
+
+def _plan_of(row: Row) -> Plan:
+    """Check the settings and the models of a row, and return its plan."""
+    if row.made_elsewhere is None:
+        return check(row.config)
+    from gprune.pipeline.elsewhere import check_models  # imports W&B, which tables of records do not need
+
+    return check_models(row.made_elsewhere, row.config)
+
+
+def _run_method(row: Row, cfg: RunConfig) -> PruningResult:
+    """Prune, or measure or distil the model made elsewhere, with the configuration of a row."""
+    if row.made_elsewhere is None:
+        return gprune.prune(cfg)
+    function = gprune.evaluate if cfg.recovery == "none" else gprune.recover
+    return function(row.made_elsewhere, cfg.model.name, cfg)
 
 
 def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
@@ -117,7 +135,7 @@ def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
     # A record exists if another list has this row with other tasks, or without masks.
     existing = find_record(row, checked=True)[1] or {"masks": None}
     with wandb_beside_records(row):
-        result = gprune.prune(cfg)
+        result = _run_method(row, cfg)
     if process_index() != 0:
         return result.path, {}
     manifest = RunFolder(result.path).manifest
@@ -126,7 +144,7 @@ def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
     keeps_masks = result.masks and (row.masks or existing["masks"])
     record = {
         "name": row.name,
-        "settings": cfg.settings(),
+        "settings": row.identity,
         "inputs": manifest["settings"]["inputs"],
         "environment": manifest["environment"],
         "steps": manifest["steps"],

@@ -72,16 +72,17 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
     from gprune.runs.tracking import wandb_arguments, wandb_id, wandb_run
 
     cfg = with_wandb_names(row)
-    settings = cfg.settings() | {"inputs": record["inputs"]}
+    settings = row.identity | {"inputs": record["inputs"]}
     id = wandb_id(key_of(settings=settings), cfg)
     if _has_run(folder, id):
         return
-    with wandb_run(folder, cfg.logging, id=id, **wandb_arguments(cfg)) as run:
+    with wandb_run(folder, cfg.logging, id=id, **wandb_arguments(cfg, row.made_elsewhere)) as run:
         if run is None:
             return
         if not run.resumed:  # otherwise the row has run on another machine, and has logged its curves online
             run.config.update({"record": True, "environment": record["environment"]})
-        numbers = run_numbers(record["records"], record["summary"], record["steps"], cfg.own_row)
+        main_row = record["records"][-1]["stage"], record["records"][-1]["recovery"]
+        numbers = run_numbers(record["records"], record["summary"], record["steps"], main_row)
         run.log({name: value for name, value in numbers.items() if name.startswith("final/")})
         run.summary.update(numbers | task_numbers(task_results(row, record)))
 

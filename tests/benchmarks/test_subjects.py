@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
+import gprune
 from gprune.benchmarks.subjects import find_subjects, load_dense
+from gprune.config import parse
 from gprune.errors import UserError
 from gprune.models.loading import load_model
 from tests import tiny_run
@@ -34,7 +36,7 @@ def test_an_externally_pruned_model_that_changed_after_the_run_is_refused(dtype,
     with tiny_run.isolated(tmp_path / "cache"):
         world = tiny_run.make_world(tmp_path)
         other = tiny_run.save_tiny_model(tmp_path / "other")
-        world.run(run.parent, f"--model.made_elsewhere={other}")
+        gprune.evaluate(other, world.model, parse(world.args(run.parent)))
         assert not (run / "model").exists()
         (subject,), _, _ = find_subjects(str(run), dtype=dtype)
         model, _ = subject.load()

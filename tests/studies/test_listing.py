@@ -21,7 +21,7 @@ LISTS = [p for p in sorted(EXPERIMENTS.rglob("*.yaml")) if "rows" in yaml.safe_l
 @pytest.mark.parametrize("path", LISTS, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
 def test_every_shipped_list_parses_and_its_rows_have_different_settings_and_no_export(path):
     listing = Listing.read(path)
-    settings = [json.dumps(row.config.settings(), sort_keys=True) for row in listing.rows]
+    settings = [json.dumps(row.identity, sort_keys=True) for row in listing.rows]
     assert len(set(settings)) == len(settings) == len({(row.name, row.seed) for row in listing.rows})
     for row in listing.rows:
         assert row.config.run.seed == row.seed
@@ -32,7 +32,11 @@ def test_every_shipped_list_parses_and_its_rows_have_different_settings_and_no_e
 def test_the_command_of_a_row_has_its_settings(path):
     for row in Listing.read(path).rows:
         program, script, *flags = shlex.split(row.command)
-        assert (program, script) == ("python", "train.py")
+        if row.made_elsewhere is not None:
+            code, *flags = flags
+            function = "evaluate" if row.config.recovery == "none" else "recover"
+            assert f"gprune.{function}('{row.made_elsewhere}', '{row.config.model.name}', " in code
+        assert (program, script) == ("python", "train.py" if row.made_elsewhere is None else "-c")
         assert parse(flags).settings() == row.config.settings(), row.name
 
 

@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Callback
+from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     PhiConfig,
@@ -26,7 +31,9 @@ from transformers import (
 import gprune
 from gprune.__main__ import run as command
 from gprune.benchmarks.subjects import find_subjects
+from gprune.cli import main
 from gprune.config import parse
+from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.elsewhere import check_elsewhere, load_elsewhere
 from gprune.models.surgery import prune
@@ -130,7 +137,6 @@ def test_frames_files_reports_and_load_run_accept_a_model_row(bench, list_with_e
     (row,) = [row for row in study.rows if row.name == "theirs"]
     loaded = gprune.load_run(row.config.folder)
     assert loaded.masks is None
-    assert loaded.config.final == "model"
     assert "made elsewhere" in repr(loaded)
     assert record_to_run(tmp_path, finished_record(row)).final == "model"
 
@@ -317,7 +323,7 @@ def test_a_folder_with_an_unsupported_config_or_other_weights_than_in_its_config
     folder = copy_model(bench, folders, request.node.callspec.id, change, **config)
     path = bench.write("broken", {"first": {"gprune": False, "ridge": 0.9}, "broken": {"model": str(folder)}})
     line = bench.refused(capsys, path)
-    assert "--model.made_elsewhere" in line
+    assert "made elsewhere" in line
     assert message in line
 
 
@@ -378,33 +384,127 @@ def test_an_export_of_a_type_without_record_is_no_foreign_code(tmp_path, monkeyp
     assert torch.equal(loaded(ids).logits, pruned(ids).logits)
 
 
-def test_train_py_evaluates_a_model_made_elsewhere_without_a_list(bench, exported, folders, capsys):
-    run = bench.world.run(folders / "runs", f"--model.made_elsewhere={exported[0]}", "--ridge=0.5", name="given")
-    out = capsys.readouterr().out
-    assert f"Made elsewhere: {run.summary['parameters_before']:,} -> {run.summary['parameters_after']:,}" in out
-    assert re.search(r"--ridge.*\(--model.made_elsewhere\)", out)  # listed as ignored
-    assert "Removed" not in out
-    assert "the model in" not in out  # nothing was exported
-    assert repr(run).splitlines()[1].startswith("made elsewhere: ")
+def test_train_py_names_what_to_use_instead_of_the_flag_of_earlier_versions(bench, tmp_path, capsys):
+    assert main(bench.world.args(tmp_path, "--model.made_elsewhere=there")) == 2
+    line = capsys.readouterr().err
+    assert "Use gprune.evaluate or gprune.recover in Python, or a row `model: FOLDER` of a list." in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_calibration_text_of_the_settings_counts_as_seen_for_a_model_made_elsewhere(bench, tmp_path):
     """The folder does not tell which text the other tool has used."""
     world, evaluate = bench.world, f"--corpora.evaluate={bench.world.names('alpha', 'beta', tiny_run.UNSEEN[0])}"
-    theirs = world.run(tmp_path, evaluate, f"--model.made_elsewhere={world.model}", name="theirs")
+    theirs = gprune.evaluate(world.model, world.model, parse(world.args(tmp_path, evaluate, name="theirs")))
     ours = world.run(tmp_path, evaluate, "--sparsity.allocation=uniform", "--export=none", name="ours")
     seen = [{r["corpus"]: r["seen"] for r in run.records if r["stage"] != "dense"} for run in (theirs, ours)]
     assert seen[0] == seen[1]
     assert list(seen[0].values()) == [True, True, False]
 
 
-def test_prune_evaluates_a_model_made_elsewhere_without_pruning_it(bench, tmp_path):
-    cfg = parse(bench.world.args(tmp_path))
-    cfg.model.made_elsewhere = str(bench.world.model)
-    result = gprune.prune(cfg)
-    assert (result.masks, result.model, result.modules) == (None, None, None)
-    assert result.summary["parameters_after"] == result.summary["parameters_before"]
+# --- the functions ------------------------------------------------------------------------------------------------
+
+
+def protocol(bench, folder, *more, name=None):
+    """Return a configuration with results in a folder; by default the run gets the name that the function chooses."""
+    cfg = parse(bench.world.args(folder, *more))
+    cfg.run.name = name
+    return cfg
+
+
+def test_evaluate_gives_the_numbers_of_a_list_row_and_ignores_settings_of_pruning(
+    bench, exported, list_with_export, tmp_path
+):
+    cfg = protocol(bench, tmp_path, "--ridge=0.5", "--sparsity.target=30%")
+    result = gprune.evaluate(exported[0], bench.world.model, cfg)
+    _, (_, (_, row)) = bench.done(list_with_export[0])
+    of_row = {(r["stage"], r["corpus"]): (r["nll"], r.get("kl"), r["seen"], r["scope"]) for r in row["records"]}
+    assert {(r["stage"], r["corpus"]): (r["nll"], r.get("kl"), r["seen"], r["scope"]) for r in result.records} == of_row
+    assert (result.masks, result.modules, result.model, result.tokenizer) == (None, None, None, None)
     assert result.table().index.tolist() == ["dense", "model"]
+    assert result.to_frame()["stage"].tolist() == ["dense", "model"]
+    assert repr(result).splitlines()[1].startswith("made elsewhere: ")
+    assert result.path.name.startswith("model-beside-tiny-llama-")
+    assert not (result.path / "model").exists()  # the user has this model
+    assert cfg.settings()["sparsity"]["target"] == "30%"  # the caller's configuration is not changed
+    again = gprune.load_run(result.path)
+    assert (again.records, again.summary, again.masks) == (result.records, result.summary, None)
+    assert gprune.evaluate(str(exported[0]), str(bench.world.model), cfg).records == result.records  # from the folder
+
+
+def test_loaded_models_give_the_same_numbers_and_are_not_changed(bench, exported, tmp_path):
+    from_folders = gprune.evaluate(exported[0], bench.world.model, protocol(bench, tmp_path))
+    other = AutoModelForCausalLM.from_pretrained(exported[0], dtype=torch.float32).train()
+    dense = LlamaForCausalLM.from_pretrained(bench.world.model, dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in other.state_dict().items()}
+    distilled = protocol(bench, tmp_path, "--distill.tokens=3072", "--distill.learning_rate=0.02", "--export=none")
+    measured = gprune.evaluate(other, dense, protocol(bench, tmp_path / "loaded"))
+    recovered = gprune.recover(other, dense, distilled)
+    for result in (measured, recovered):
+        unrecovered = [r for r in result.records if r["recovery"] == "none"]
+        for expected, r in zip(from_folders.records, unrecovered, strict=True):
+            assert (r["stage"], r["corpus"], r["nll"]) == (expected["stage"], expected["corpus"], expected["nll"])
+    assert other.training
+    assert all(p.requires_grad for p in (*other.parameters(), *dense.parameters()))
+    assert all(torch.equal(weight, before[name]) for name, weight in other.state_dict().items())
+
+
+def test_recover_lowers_kl_exports_the_model_and_uses_callbacks_and_loggers(bench, exported, tmp_path):
+    class Steps(Callback):
+        seen = 0
+
+        def on_train_batch_end(self, *_):
+            self.seen += 1
+
+    steps, logger = Steps(), CSVLogger(tmp_path / "csv")
+    cfg = protocol(bench, tmp_path, "--distill.tokens=3072", "--distill.learning_rate=0.02", "--export.dtype=float32")
+    result = gprune.recover(exported[0], bench.world.model, cfg, callbacks=[steps], logger=logger)
+    kl = {recovery: sum(r["kl"] for r in result.records if (r["stage"], r["recovery"]) == ("model", recovery))
+          for recovery in ("none", "distill")}  # fmt: skip
+    assert kl["distill"] < kl["none"]
+    assert steps.seen > 0
+    (metrics,) = (tmp_path / "csv").rglob("metrics.csv")
+    columns = metrics.read_text().splitlines()[0].split(",")
+    assert {"distill/model/loss", "development/perplexity"} <= set(columns)
+    assert "A model that gprune did not prune" in (result.path / "model/README.md").read_text()
+    reloaded = AutoModelForCausalLM.from_pretrained(result.path / "model", dtype=torch.float32)
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(reloaded(ids).logits, result.model(ids).logits)
+    again = gprune.evaluate(result.path / "model", bench.world.model, protocol(bench, tmp_path))
+    distilled = [r["nll"] for r in result.records if r["recovery"] == "distill"]
+    assert [r["nll"] for r in again.records if r["stage"] == "model"] == pytest.approx(distilled, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3,), "A model must be a folder, a hub id or a loaded PreTrainedModel; got 3"),
+        (("nowhere",), "nowhere"),
+        (("--trainer.devices=2",), "needs one process"),
+        (("--export=gguf",), "--export gguf"),
+        (("--dry_run=true",), "--dry_run true"),
+    ],
+)
+def test_the_functions_refuse_bad_arguments_in_one_line_and_write_nothing(bench, tmp_path, arguments, message):
+    flags = [argument for argument in arguments if str(argument).startswith("--")]
+    model = bench.world.model if flags else arguments[0]
+    for function in (gprune.evaluate, gprune.recover):
+        with pytest.raises(UserError, match=re.escape(message)) as raised:
+            function(model, bench.world.model, protocol(bench, tmp_path / "runs", *flags))
+        assert "\n" not in str(raised.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loaded_dense_model_needs_a_folder_with_its_tokenizer_and_other_loaded_models_get_it(bench, tmp_path):
+    config = LlamaConfig(**LlamaConfig.from_pretrained(bench.world.model).to_dict())
+    config._name_or_path = ""
+    made_here = LlamaForCausalLM(config)
+    made_here.model.norm.weight.data *= 2
+    with pytest.raises(UserError, match=r"^Cannot load the tokenizer of a loaded model from ''"):
+        gprune.evaluate(made_here, made_here, protocol(bench, tmp_path))
+    assert not any(tmp_path.iterdir())
+    result = gprune.evaluate(made_here, bench.world.model, protocol(bench, tmp_path))
+    assert min(r["kl"] for r in result.records if r["stage"] == "model") > 0
 
 
 def test_missing_models_run_folders_models_without_tokenizer_and_too_large_models_are_refused(
@@ -415,7 +515,7 @@ def test_missing_models_run_folders_models_without_tokenizer_and_too_large_model
     (folders / "a run").mkdir()
     (folders / "a run/manifest.json").write_text("{}")
     run = bench.write("a run", {"run": {"model": str(folders / "a run")}})
-    assert "--model.made_elsewhere must be a model folder, such as" in bench.refused(capsys, run)
+    assert "The model made elsewhere must be a model folder, such as" in bench.refused(capsys, run)
     no_tokenizer = copy_model(bench, folders, "incomplete")
     for file in no_tokenizer.glob("tokenizer*"):
         file.unlink()
@@ -433,7 +533,7 @@ def test_missing_models_run_folders_models_without_tokenizer_and_too_large_model
         ({"recovery": "least_squares"}, "needs --recovery none or distill; got least_squares"),
         ({"export": "gguf"}, "--export gguf"),
         ({"trainer.devices": 2}, "needs one process"),
-        ({"model.made_elsewhere": 3}, "made_elsewhere"),
+        ({"model.made_elsewhere": 3}, "Use gprune.evaluate or gprune.recover in Python, or a row `model: FOLDER`"),
     ],
 )
 def test_settings_that_do_not_apply_to_a_model_row_are_refused(bench, more, message, nothing_runs, capsys):
@@ -442,18 +542,17 @@ def test_settings_that_do_not_apply_to_a_model_row_are_refused(bench, more, mess
 
 
 def test_the_key_model_can_be_a_path_or_a_group_of_settings(bench):
-    """`model:` with settings is not a model made elsewhere. `model: PATH` equals `model: {made_elsewhere: PATH}`.
+    """`model:` with settings is not a model made elsewhere.
 
-    Settings of pruning, such as the metric, do not count for a model made elsewhere.
+    Settings of pruning, such as the metric, do not count for a model made elsewhere, even if they are invalid for it.
     """
     (with_settings,) = bench.rows(bench.write("group", {"x": {"model": {"dtype": "bfloat16"}}}))
     assert with_settings.config.model.dtype == "bfloat16"
-    assert with_settings.config.model.made_elsewhere is None
-    rows = {
-        "a": {"model": "there"},
-        "b": {"model": {"made_elsewhere": "there"}, "recovery": "none", "importance": "taylor"},
-    }
-    with_path, with_key = bench.rows(bench.write("two ways", rows))
-    assert with_path.config.settings() == with_key.config.settings()
-    assert with_path.config.settings()["model"]["made_elsewhere"] == "there"
-    assert [with_path.masks, with_key.masks] == [False, False]
+    assert with_settings.made_elsewhere is None
+    assert "made_elsewhere" not in with_settings.identity["model"]
+    pruning = {"importance": "taylor", "gprune": True, "sparsity.allocation": "depth"}
+    rows = {"a": {"model": "there"}, "b": {"model": "there", "recovery": "none", **pruning}}
+    with_path, with_pruning = bench.rows(bench.write("two ways", rows))
+    assert with_path.identity == with_pruning.identity
+    assert with_path.identity["model"]["made_elsewhere"] == "there"
+    assert [with_path.masks, with_pruning.masks] == [False, False]
