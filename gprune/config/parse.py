@@ -163,7 +163,7 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     if name in shipped and not has_file:
         path = shipped[name]
     message = f"--config must be a YAML file of flags or one of {', '.join(shipped)}; got"
-    content = read_yaml(path, message, pipe=True)
+    content = read_yaml(path, message)
     if not isinstance(content, dict | None):
         # The content is not quoted, because a study list from elsewhere may name any file of this machine.
         raise UserError(f"--config {path}: The file must hold settings such as `sparsity: {{target: 0.5}}`.")

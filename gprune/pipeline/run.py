@@ -246,7 +246,6 @@ class Run:
             log.info("Resuming from %s; steps that are repeated are counted once", checkpoint)
         with self.folder.part(name, shared=True), row_metrics(self.loggers, row, curves_of(stage), control=control):
             _fit_and_validate(trainer, stage, data, checkpoint, validates=validates)
-        self.check_weights(type(stage).__name__)
         if isinstance(stage, FrozenLMStage) and stage.autocast.in_float32:
             self.folder.update_manifest(fallbacks={name: "32-true, because a loss was not finite in bf16-mixed"})
         if not control:
@@ -346,7 +345,7 @@ def open_run(
                 plan, model, tokenizer, text, folder, loggers, meter, inputs["model"], screen, user_callbacks,
                 made_elsewhere_text,
             )  # fmt: skip
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             raise_as_user_error(error, user_callbacks)
             raise
 

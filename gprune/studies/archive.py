@@ -56,7 +56,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
     Settings of earlier versions are converted (`migrate_settings`); new settings get their default value.
     """
-    content = read_json(path, check=lambda content: schema.Study.problem(unfold_records(content)))
+    content = read_json(path, check=lambda content: schema.check_study(unfold_records(content)))
     if content is None:
         return None
     settings = migrate_settings(content["settings"])
@@ -155,7 +155,7 @@ def task_results(row: Row, record: dict[str, Any]) -> list[Record]:
     """
     if not (row.tasks and record.get("evaluation")):
         return []
-    dense = read_json(dense_path(row, record["inputs"]["model"]), check=schema.Evaluation.problem) or {"records": []}
+    dense = read_json(dense_path(row, record["inputs"]["model"]), check=schema.check_evaluation) or {"records": []}
     return dense["records"] + record["evaluation"]
 
 

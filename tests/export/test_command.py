@@ -15,6 +15,7 @@ import pytest
 from gprune.__main__ import run as command
 from gprune.export import convert, export, gguf_check, hf
 from gprune.export.convert import load_folder
+from gprune.storage.files import write_json
 from tests import synthetic_run
 from tests.export.test_gguf import byte_tokenizer, fake_in_llama_cpp, make_pruned
 from tests.tiny_run import isolated, tiny_tokenizer
@@ -133,7 +134,7 @@ def test_folders_without_a_finished_model_are_refused(run, tmp_path, capsys):
         assert f"{expected} '{tmp_path / name}'" in error_line(capsys, tmp_path / name)
     shutil.rmtree(run / "model")
     assert "the run has no model (--export none)" in error_line(capsys, run)
-    (run / "metrics.json").write_text(json.dumps({"records": []}))
+    write_json(run / "metrics.json", {"records": []})
     assert "is not finished" in error_line(capsys, run)
 
 
