@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from gprune.errors import one_line, printable
 from gprune.evaluation.estimate import Estimate
 
 # Names of the tables of a report.
@@ -51,7 +50,7 @@ class Table:
 
     def to_markdown(self) -> str:
         """Format the table, without the note, as aligned Markdown."""
-        rows = [map(one_line, self.columns), *self.texts()]
+        rows = [self.columns, *self.texts()]
         return markdown([list(map(in_markdown, row)) for row in rows])
 
     def texts(self) -> list[list[str]]:
@@ -75,7 +74,7 @@ class Table:
         Args:
             width: characters per line.
         """
-        header, rows = list(map(one_line, self.columns)), self.texts()
+        header, rows = self.columns, self.texts()
         key_widths, parts = _layout([header, *rows], width)
         colours = None if os.environ.get("NO_COLOR") else "auto"  # rich alone would keep bold text
         console = Console(color_system=colours, width=width, file=io.StringIO(), force_terminal=sys.stdout.isatty())
@@ -90,7 +89,7 @@ class Table:
                 grid.add_row(*(Text(row[column]) for column in (*range(len(key_widths)), *part)))
             console.print(grid)
             console.print()
-        console.print(Text(printable(self.note)))
+        console.print(Text(self.note))
         return console.file.getvalue().strip("\n")
 
     def to_text(self) -> str:
@@ -125,7 +124,7 @@ class Table:
             return ""
         if isinstance(cell, Estimate):
             return format_estimate(cell, digits)
-        return f"{cell:.{digits}f}" if isinstance(cell, float) else one_line(str(cell))
+        return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
 
 
 def format_estimate(estimate: Estimate, digits: int = 2) -> str:
