@@ -314,6 +314,10 @@ class FlagParser(Parser):
                 help=text.replace("%", "%%"),
             )
 
+    def _get_values(self, action: Any, arg_strings: list[str]) -> Any:
+        """Return the value of a flag; argparse of Python 3.11 would replace the value `--` by an empty list."""
+        return "--" if arg_strings == ["--"] else super()._get_values(action, arg_strings)
+
     def dump(self, namespace: Any, *, skip_default: bool = False, **_: Any) -> str:
         """Print the checked settings for `--print_config`. jsonargparse prints the returned text, and exits."""
         settings = config_from_mapping(dict(namespace.items())).model_dump(exclude_defaults=skip_default)
