@@ -20,10 +20,8 @@ from typing import Any, NoReturn, TextIO
 
 import jsonargparse
 
-from gprune.errors import UserError, closest_name, printable
+from gprune.errors import UserError, closest_name
 from gprune.imports import UNREADABLE, Import, import_matplotlib
-
-BOLD = re.compile(r"(\x1b\[[01]m)")  # bold on and off, the only control sequences in a table
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -72,7 +70,7 @@ def run_guarded(command: str, work: Callable[[], str], *, stopped: str = ".", me
         _flush_stdout()
         if rank_local or process_index() == 0:
             with contextlib.suppress(OSError):
-                sys.stderr.write(f"{command}: {printable(' '.join(message.split()))}\n")
+                sys.stderr.write(f"{command}: {' '.join(message.split())}\n")
                 sys.stderr.flush()
         return code
 
@@ -113,14 +111,9 @@ def run_guarded(command: str, work: Callable[[], str], *, stopped: str = ".", me
 
 
 def write_stdout(text: str) -> None:
-    """Write a command's result to stdout, without control characters other than bold."""
-    sys.stdout.write(printable_or_bold(text))
+    """Write a command's result to stdout."""
+    sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def printable_or_bold(text: str) -> str:
-    """Escape control characters (`printable`) except those that switch bold on and off."""
-    return "".join(part if BOLD.fullmatch(part) else printable(part) for part in BOLD.split(text))
 
 
 def _open_streams() -> None:
@@ -194,9 +187,6 @@ class StdoutHandler(logging.StreamHandler):
     @property
     def stream(self) -> TextIO:
         return sys.stdout
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable_or_bold(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> NoReturn:  # noqa: N802
         """End the run if the output pipe is closed; logging would print a traceback for each line."""

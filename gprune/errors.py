@@ -29,7 +29,6 @@ import contextlib
 import difflib
 import errno
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -37,8 +36,6 @@ if TYPE_CHECKING:  # commands that refuse a flag should not wait for PyTorch
     from torch import Tensor
 
 log = logging.getLogger("gprune")
-# Control characters of terminals except newline and tab, unpaired surrogates, and marks that change text direction.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 MAX_QUOTED = 500  # characters of a library's error that are quoted
 
 
@@ -53,22 +50,12 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, *, rank_local: bool = False):
-        super().__init__(printable(" ".join(message.split())))
+        super().__init__(" ".join(message.split()))
         self.rank_local = rank_local
 
 
 class UnregisteredError(UserError):
     """An unknown name: nothing is registered under it."""
-
-
-def printable(text: str) -> str:
-    """Escape control characters, as `\\x1b`, so that text cannot control a terminal."""
-    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-def one_line(text: str) -> str:
-    """Escape control characters and newlines, so that a name fits on one line."""
-    return printable(text).replace("\n", "\\n")
 
 
 def require_finite(what: str, *tensors: Tensor) -> None:

@@ -6,14 +6,13 @@ IMPORTANCE = Registry("importance metric")
 def my_metric(...): ...
 
 IMPORTANCE["my_metric"]     # for an unknown name the error lists all names
-with IMPORTANCE.running("my_metric", weight):
+with IMPORTANCE.unchanged("my_metric", weight):
     scores = IMPORTANCE.checked("my_metric", "scores", my_metric(weight), (48,))
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -111,22 +110,10 @@ class Registry(Generic[T]):
         return entry
 
     @contextmanager
-    def running(self, name: str, *inputs: Tensor) -> Iterator[None]:
-        """Context for a call of the entry `name`. It restores the working folder and the default dtype.
-
-        Raises:
-            UserError: if the entry has changed one of the inputs in place; other code uses the same tensors.
-        """
-        import torch
-
-        folder = os.getcwd()
-        dtype = torch.get_default_dtype()
+    def unchanged(self, name: str, *inputs: Tensor) -> Iterator[None]:
+        """Context for a call of the entry `name`. Raise UserError if the entry has changed an input in place."""
         versions = [tensor._version for tensor in inputs]
-        try:
-            yield
-        finally:
-            os.chdir(folder)
-            torch.set_default_dtype(dtype)
+        yield
         if versions != [tensor._version for tensor in inputs]:
             subject = f"{self.kind.capitalize()} '{name}'"
             raise UserError(f"{subject} must not change its inputs in place. Use abs() instead of abs_(), for example.")
@@ -143,25 +130,23 @@ class Registry(Generic[T]):
                 That check waits for the device.
 
         Raises:
-            UserError: if the value is not a dense tensor with one of the shapes and the dtypes, or has values that are
-                not finite.
+            UserError: if the value is not a tensor with one of the shapes and the dtypes, or has values that are not
+                finite.
         """
         import torch
 
         received = type(value).__name__  # description for the error
         if isinstance(value, torch.Tensor):
-            dtype, layout = (str(part).removeprefix("torch.") for part in (value.dtype, value.layout))
-            received = f"{tuple(value.shape)} of {dtype}, {'without values (meta)' if value.is_meta else layout}"
-            right_dtype = dtype in DTYPES[of.removeprefix("finite ")]
-            is_dense = layout == "strided" and not value.is_meta
-            if value.shape in shapes and right_dtype and is_dense:
+            dtype = str(value.dtype).removeprefix("torch.")
+            received = f"{tuple(value.shape)} of {dtype}"
+            if value.shape in shapes and dtype in DTYPES[of.removeprefix("finite ")]:
                 not_finite = int((~value.isfinite()).sum()) if "finite" in of else 0
                 if not not_finite:
                     return value.detach()
                 received = f"{not_finite} of {value.numel()} that are not finite"
         shape = " or ".join(map(str, shapes))
         subject = f"{self.kind.capitalize()} '{name}'"
-        raise UserError(f"{subject} must give {what} {shape} as a dense tensor of {of}; got {received}.")
+        raise UserError(f"{subject} must give {what} {shape} as a tensor of {of}; got {received}.")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -15,7 +15,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from gprune.console import process_index
-from gprune.errors import one_line
 
 
 class Screen:
@@ -65,7 +64,7 @@ class Screen:
 
     def begin_part(self, what: str) -> str:
         """Begin a part of the current step: set the bar's title, reset its tokens per second, and return the title."""
-        self._title = one_line(f"step {self._step_number}/{max(self._work)} {what}" if self._step_number else what)
+        self._title = f"step {self._step_number}/{max(self._work)} {what}" if self._step_number else what
         self._part_start = time.monotonic()
         self._tokens_before_part = self._tokens
         self.bar.update(self.bar.tasks[0].id, description=self._title, speed="")

@@ -225,6 +225,11 @@ def test_validate_checks_combinations_of_assigned_values_and_changed_lists():
         cfg.validate()
 
 
+def test_two_hyphens_are_the_value_of_a_flag():
+    """argparse of Python 3.11 would replace them by an empty list."""
+    assert parse(["--run.name=--"]).run.name == "--"
+
+
 def test_files_and_flags_merge_from_left_to_right(tmp_path):
     (tmp_path / "a.yaml").write_text("importance: wifv\nsparsity: {target: 0.2, epochs: 3, start: owl}\n")
     (tmp_path / "b.yaml").write_text("sparsity: {target: 0.4}\nsparsity.options: {multiple: 3}\n")

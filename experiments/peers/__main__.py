@@ -24,7 +24,7 @@ from gprune.config.parse import parse
 from gprune.console import quiet, run_guarded
 from gprune.errors import UserError
 from gprune.report.table import Cell, Table
-from gprune.storage.files import read_json, replacing
+from gprune.storage.files import replacing
 
 from .common import CUT, RECORD
 
@@ -82,7 +82,7 @@ def save(cut: Path, output: Path) -> str:
         setattr(small.get_submodule(path), own, nn.Parameter(value, requires_grad=False))
     save_pruned(small, tokenizer, output)
     difference = check_reload(small, output, torch.arange(1, 33).view(1, 32))
-    record = read_json(cut / RECORD) | {"reload_difference": difference}
+    record = json.loads((cut / RECORD).read_text(encoding="utf-8")) | {"reload_difference": difference}
     (output / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return f"Wrote {output}: {sum(p.numel() for p in small.parameters()):,} parameters"
 
@@ -91,7 +91,7 @@ def table(folder: Path = RECORDS) -> Table:
     """Table of cost and results of the drivers, from their committed records."""
     rows: list[list[Cell]] = []
     for path in sorted(folder.glob("*.json")):
-        record: dict[str, Any] = read_json(path)
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         peer, difference = record["peer"], record["reload_difference"]
         rows.append([
             re.sub(r"-[0-9a-f]{8}-\d+$", "", record["model"]), f"{peer['name']} {peer['commit'][:8]}", peer["license"],

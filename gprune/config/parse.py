@@ -163,7 +163,7 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     if name in shipped and not has_file:
         path = shipped[name]
     message = f"--config must be a YAML file of flags or one of {', '.join(shipped)}; got"
-    content = read_yaml(path, message, pipe=True)
+    content = read_yaml(path, message)
     if not isinstance(content, dict | None):
         # The content is not quoted, because a study list from elsewhere may name any file of this machine.
         raise UserError(f"--config {path}: The file must hold settings such as `sparsity: {{target: 0.5}}`.")
@@ -306,6 +306,10 @@ class FlagParser(Parser):
                 default=SUPPRESS if value is None else value,
                 help=text.replace("%", "%%"),
             )
+
+    def _get_values(self, action: Any, arg_strings: list[str]) -> Any:
+        """Return the value of a flag; argparse of Python 3.11 would replace the value `--` by an empty list."""
+        return "--" if arg_strings == ["--"] else super()._get_values(action, arg_strings)
 
     def dump(self, namespace: Any, *, skip_default: bool = False, **_: Any) -> str:
         """Print the checked settings for `--print_config`. jsonargparse prints the returned text, and exits."""

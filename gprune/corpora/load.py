@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path, PurePath
 
 from gprune.corpora.local import SUFFIXES, load_files, text_files
-from gprune.errors import UserError, one_line
+from gprune.errors import UserError
 from gprune.registry import NAME, Registry
 from gprune.storage.reading import expanded
 
@@ -34,9 +34,7 @@ def read_corpus(name: str, split: str) -> list[str]:
     Raises:
         UserError: if the registered function does not return a list of strings.
     """
-    source = source_of(name)
-    with CORPORA.running(name):
-        documents = source(split)
+    documents = source_of(name)(split)
     if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
         raise UserError(f"Corpus '{name}' must be a list of documents of type str; got {documents!r:.80}.")
     return documents
@@ -144,4 +142,4 @@ def corpus_labels(corpora: Iterable[str]) -> dict[str, str]:
                 return str(PurePath(*end))
         return corpus
 
-    return {corpus: one_line(shortest_unique_end(corpus)) for corpus in parts}
+    return {corpus: shortest_unique_end(corpus) for corpus in parts}

@@ -8,7 +8,6 @@ splits is cut 70/30.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
@@ -18,8 +17,6 @@ from gprune.errors import UserError, quoting
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TRAIN_SHARE = 0.7
-MAX_CHARACTERS = 2**28  # limit of characters read from a corpus: 100,000 windows of 600 tokens
-log = logging.getLogger("gprune")
 
 
 def split_text(text: str, size: int = 2000) -> list[str]:
@@ -61,8 +58,6 @@ def text_files(path: Path) -> list[Path]:
 def load_files(path: Path, split: str) -> list[str]:
     """Read the documents of one split: the files `<split>.*`, or without such files the split's share of a 70/30 cut.
 
-    A corpus is truncated, with a warning, after the document that reaches `MAX_CHARACTERS` characters.
-
     Raises:
         UserError: if a file is empty or cannot be read.
     """
@@ -80,21 +75,11 @@ def load_files(path: Path, split: str) -> list[str]:
 
 
 def _read_all(files: list[Path]) -> list[str]:
-    """Read the documents of all files, up to the document that reaches `MAX_CHARACTERS` characters.
-
-    Raises:
-        UserError: if a file cannot be read, or no file has any text.
-    """
+    """Read the documents of all files. Raise UserError if a file cannot be read, or no file has any text."""
     documents: list[str] = []
-    remaining = MAX_CHARACTERS
     for file in files:
         with quoting(f"Cannot read corpus file '{file}' as {file.suffix[1:].lower()}: "):
-            for document in filter(str.strip, _read(file)):
-                if remaining <= 0:
-                    log.warning("%s: the corpus is truncated to its first %s characters.", file, f"{MAX_CHARACTERS:,}")
-                    return documents
-                documents.append(document)
-                remaining -= len(document)
+            documents += filter(str.strip, _read(file))
     if not documents:
         names = ", ".join(f"'{file}'" for file in files)
         noun = "file" if len(files) == 1 else "files"
@@ -116,9 +101,7 @@ def _read(path: Path) -> Iterator[str]:
         yield from _read_parquet(path)
     elif suffix == ".txt":
         with path.open(encoding="utf-8-sig") as file:  # without a byte order mark
-            # Newlines between documents do not count as characters of the corpus, so a file of the maximal size has
-            # more characters. Twice the limit is enough unless half of the file are blank lines.
-            yield from split_text(file.read(2 * MAX_CHARACTERS))
+            yield from split_text(file.read())
     else:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):

@@ -32,9 +32,9 @@ def score_channels(name: str, weights: UnitWeights, moments: Moments, generator:
     """Return scores by the metric `name`, (C,) float64. The metric gets a copy of the moments.
 
     Raises:
-        UserError: if scores have another shape, or are not dense, real and finite; if the metric changed the weights.
+        UserError: if scores have another shape, or are not real and finite; if the metric changed the weights.
     """
-    with IMPORTANCE.running(name, *weights.inputs, weights.output):
+    with IMPORTANCE.unchanged(name, *weights.inputs, weights.output):
         scores = IMPORTANCE[name](weights, moments.copy(), generator)
     return IMPORTANCE.checked(name, "scores", scores, weights.output.shape[1:]).cpu().double()
 

@@ -1,10 +1,10 @@
-"""Cache of discovered records, by class, structure and version of transformers. Records are validated on reading."""
+"""Cache of discovered records, by class, structure and version of transformers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from gprune.storage.files import key_of, read_json, write_json
 
 FORMAT = 9  # increase it when results of discovery change
 MAPPINGS = {"layout", "extras", "attributes", "expert_rows", "classes"}  # fields with a dictionary
-PAIR_MAPPINGS = {"extras", "expert_rows"}  # those whose values are pairs (dimension, word); other values are strings
 
 
 def record_path(config: PreTrainedConfig) -> Path:
@@ -36,7 +35,7 @@ def read_record(config: PreTrainedConfig) -> Family | None:
     package = type(config).__module__.partition(".")[0]
     if package != "transformers":
         return None
-    content = read_json(record_path(config), sealed=True)
+    content = read_json(record_path(config))
     return None if content is None else parse_record(content)
 
 
@@ -64,59 +63,10 @@ def _lists_to_tuples(name: str, value: Any) -> Any:
     return tuple(value) if name == "expert_down" else value
 
 
-def parse_record(content: Any) -> Family | None:
-    """Return the record in the content of a cache file, or None if it is invalid.
-
-    Args:
-        content: any JSON value. The form of `write_record` is {"record": fields of `Family`}, where `kinds` is a list
-            of two lists, kinds of FFN and kinds of attention, and a kind is a dictionary with fields of `Family` and
-            `classes` (path of a module -> name of its class). `refused` is a list of kinds.
-    """
-    record = content.get("record") if isinstance(content, dict) else None
-    known = {field.name for field in fields(Family)}
-    if not isinstance(record, dict) or set(record) != known:
-        return None
-    kinds = record["kinds"]
-    if not isinstance(kinds, list) or len(kinds) != 2 or not all(isinstance(of_scope, list) for of_scope in kinds):
-        return None
-    refused = record["refused"]
-    if not isinstance(refused, list):
-        return None
-    if not all(_is_kind(kind, known) for of_scope in [*kinds, refused] for kind in of_scope):
-        return None
+def parse_record(content: dict[str, Any]) -> Family:
+    """Return the record in the content of a cache file: {"record": fields of `Family`}."""
+    record = content["record"]
+    kinds, refused = freeze_kinds(record["kinds"]), tuple(record["refused"])
     other_fields = {name: value for name, value in record.items() if name not in ("kinds", "refused")}
-    if not isinstance(record["model_type"], str):
-        return None
-    if not all(_is_valid_value(name, value) for name, value in other_fields.items()):
-        return None
     frozen_fields = {name: _lists_to_tuples(name, value) for name, value in other_fields.items()}
-    return Family(**frozen_fields, kinds=freeze_kinds(kinds), refused=tuple(refused))
-
-
-def _is_kind(kind: Any, known: Collection[str]) -> bool:
-    """Return whether a JSON value is a kind: a dictionary of valid values of known fields, and with `classes`."""
-    if not isinstance(kind, dict) or not isinstance(kind.get("classes"), dict):
-        return False
-    if any(name not in known and name != "classes" for name in kind):
-        return False
-    return all(_is_valid_value(name, value) for name, value in kind.items())
-
-
-def _is_valid_value(name: str, value: Any) -> bool:
-    """Return whether a JSON value has the type of a field of a record or kind."""
-    if name == "same_as":
-        return value == {}
-    if name in MAPPINGS:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            return False
-        if name in PAIR_MAPPINGS:
-            return all(_is_pair(inner, int, str) for inner in value.values())
-        return all(isinstance(inner, str) for inner in value.values())
-    if name == "expert_down":
-        return _is_pair(value, str, int)
-    return value is None or type(value) in (str, bool, float, int)
-
-
-def _is_pair(value: Any, first: type, second: type) -> bool:
-    """Return whether a JSON value is a pair of these two types. A bool is not an int."""
-    return isinstance(value, (list, tuple)) and len(value) == 2 and type(value[0]) is first and type(value[1]) is second
+    return Family(**frozen_fields, kinds=kinds, refused=refused)

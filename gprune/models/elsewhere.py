@@ -11,8 +11,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTra
 from gprune.console import quieted
 from gprune.errors import UserError, quoting
 from gprune.models.families import PRUNED
-from gprune.models.folders import check_parameter_count
-from gprune.models.loading import check_complete, load_model, locate_model, read_config, skeleton
+from gprune.models.loading import check_complete, load_model, locate_model, read_config
 from gprune.models.lookup import auto_class
 from gprune.storage.reading import expanded
 
@@ -42,7 +41,6 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
         if getattr(config, "quantization_config", None):
             floats = "float32, bfloat16 or float16"
             raise UserError(f"{SUBJECT} must have weights in {floats}; got '{name}', which is quantised.")
-        check_parameter_count(skeleton(config, **code_option), location)
         options: dict[str, Any] = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
         with quieted("transformers"):  # its table of missing weights, which are reported below
             model, report = auto_class(config).from_pretrained(location, **code_option, **options)

@@ -36,7 +36,6 @@ from gprune.errors import UserError, first_line, quoting
 from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
 from gprune.models.families import FAMILIES, PRUNED
-from gprune.models.folders import check_folder, check_parameter_count, check_sizes
 from gprune.models.lookup import auto_class, family_of_config
 from gprune.models.names import check_model_name
 from gprune.models.offload import StoredWeights, offload_folder
@@ -146,16 +145,13 @@ def read_config(name: str, *, trust_remote_code: bool = False, prunable: bool = 
         prunable: whether the family must be supported.
 
     Raises:
-        UserError: if there is no configuration, if sizes are out of range, or if the family is not supported.
+        UserError: if there is no configuration, or if the family is not supported.
     """
     location = locate_model(name)
     register()  # for records that were added after the import
     remedy = ". Use a causal language model; without network, an embedded model or a local folder."
     with quoting(f"--model.name: Cannot read the configuration of '{name}': ", remedy):
-        check_folder(location)
-        content = PreTrainedConfig.get_config_dict(location)[0]
-        check_sizes(content, name)
-        model_type = content.get("model_type")
+        model_type = PreTrainedConfig.get_config_dict(location)[0].get("model_type")
         if isinstance(model_type, str) and model_type.startswith(PRUNED):
             dense_type = model_type.removeprefix(PRUNED)
             if dense_type in CONFIG_MAPPING:
@@ -222,7 +218,6 @@ def load_weights(
         UserError: if weights are missing, which transformers would initialise at random, or quantised.
     """
     config = read_config(str(location), trust_remote_code=trust_remote_code, prunable=prunable)
-    check_parameter_count(skeleton(config, trust_remote_code=trust_remote_code), location)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     with ExitStack() as cleanup:
         if device_map is not None:

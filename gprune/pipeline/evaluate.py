@@ -25,7 +25,6 @@ from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
 from gprune.report.records import result_table
-from gprune.runs import schema
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import DENSE, Stage, row_name
 from gprune.runs.results import STAGES
@@ -174,7 +173,7 @@ def dense_perplexity(
         versions=model_versions(),
     )  # fmt: skip
     path = cache_dir() / "evaluations" / f"{key}.json"
-    if (cached := broadcast(read_json(path, check=schema.Measured.problem, sealed=True))) is not None:
+    if (cached := broadcast(read_json(path))) is not None:
         return PerplexityResult(**cached)
     result = (measure or measure_and_keep_forecasts)(run, model, windows, name)
     write_json(path, {name: value for name, value in vars(result).items() if value is not None})

@@ -19,7 +19,6 @@ from gprune.export.convert import check_type
 from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of, find_unpruned
 from gprune.models.families import PRUNED
-from gprune.models.folders import check_parameter_count
 from gprune.models.loading import read_config, skeleton
 from gprune.models.masks import Masks
 from gprune.models.structure import check_by_copy, check_structure, why_not_measurable
@@ -104,7 +103,6 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
     check_by_copy(config)
     check_structure(dense)
-    check_parameter_count(dense, config.name_or_path)
     blocks = blocks_of(dense)
     if "attention" in cfg.sparsity.scope and not any(block.kv_groups for block in blocks):
         raise UserError(

@@ -33,7 +33,6 @@ from gprune.pipeline.recover import learned_file, shrink
 from gprune.pipeline.run import Run
 from gprune.pipeline.sparsity import MasksOf
 from gprune.recoveries import recovery_of
-from gprune.runs import schema
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import Record, Stage, estimates, row_name
 from gprune.sparsity.budget import Budget
@@ -122,7 +121,7 @@ class Trials:
 
     def _stored(self) -> dict[str, Any]:
         """Return the content of `quality.json`; empty if it is missing, invalid, or of another run."""
-        return read_json(self.file, run=self.run.folder.key, check=schema.QualityTrials.problem) or {}
+        return read_json(self.file, run=self.run.folder.key) or {}
 
     def rise(self, results: Sequence[PerplexityResult]) -> float:
         """Return the log of the ratio to dense: the mean over corpora of the difference in nats per token."""
@@ -253,7 +252,7 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
 
 
 def _size_of_row(trials: Trials, row: Stage, search: SearchResult, masks_of: MasksOf) -> dict[str, Any]:
-    """Return how many parameters a row needs for the requested quality (`schema.SameQuality`).
+    """Return how many parameters a row needs for the requested quality.
 
     Args:
         trials: the measured models.
@@ -329,7 +328,7 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any] | Non
     """
     if not run.cfg.sparsity.quality:
         return None
-    reached = read_json(run.folder / FILE, run=run.folder.key, check=schema.QualityTrials.problem)["reached"]
+    reached = read_json(run.folder / FILE, run=run.folder.key)["reached"]
     main_row = reached["rows"][-1]
     numbers = {name: main_row[name] for name in ("predicted", "got", "low", "high", "share")}
     phrases = [f"Quality: asked at most {run.cfg.sparsity.target} of dense perplexity on development text"]

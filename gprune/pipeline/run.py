@@ -244,7 +244,6 @@ class Run:
             log.info("Resuming from %s; steps that are repeated are counted once", checkpoint)
         with self.folder.part(name, shared=True), row_metrics(self.loggers, row, curves_of(stage), control=control):
             _fit_and_validate(trainer, stage, data, checkpoint, validates=validates)
-        self.check_weights(type(stage).__name__)
         if isinstance(stage, FrozenLMStage) and stage.autocast.in_float32:
             self.folder.update_manifest(fallbacks={name: "32-true, because a loss was not finite in bf16-mixed"})
         if not control:
@@ -366,7 +365,7 @@ def in_folder(
             yield Run(
                 plan, model, tokenizer, text, folder, all_loggers, meter, settings["inputs"]["model"], screen, callbacks
             )
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             raise_as_user_error(error, callbacks)
             raise
 

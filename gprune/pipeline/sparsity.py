@@ -271,7 +271,6 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
         masks_by_sparsity = {0.0: None} | {sparsity: masks_at(budget) for sparsity, budget in budgets.items()}
         with run.folder.part("curve against sparsity", shared=True):
             curve.against_sparsity(trainer, stage, data, masks_by_sparsity)
-        run.check_weights(type(stage).__name__)
     perplexity_by_sparsity = {f"{sparsity:g}": by_corpus for sparsity, by_corpus in sorted(curve.by_sparsity.items())}
     run.folder.update_manifest(
         learning={

@@ -209,12 +209,11 @@ def apply_tune(name: str, material: Material, pruned: PreTrainedModel) -> PreTra
     """Return the pruned model after `tune` of a recovery or a chain.
 
     Raises:
-        UserError: if `tune` returns no model, or weights that are not dense, real and finite.
+        UserError: if `tune` returns no model, or weights that are not real and finite.
     """
     from transformers import PreTrainedModel
 
-    with RECOVERY.running(name):
-        model = recovery_of(name, material.settings).tune(material, pruned)
+    model = recovery_of(name, material.settings).tune(material, pruned)
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"Recovery '{name}' must return the pruned model from tune; got {type(model).__name__}.")
     for parameter_name, weight in model.named_parameters():
@@ -273,7 +272,7 @@ class Projection(Recovery):
             (H, kept) weight and (H,) bias to add, or None, in the dtype of `weight`.
 
         Raises:
-            UserError: if the solver returns other shapes, tensors that are not dense and real, or a bias for experts.
+            UserError: if the solver returns other shapes, tensors that are not real, or a bias for experts.
         """
         import torch
 
@@ -292,8 +291,7 @@ class Projection(Recovery):
 
     def _solve_one(self, weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
         """Call the solver for one projection or one expert, and check its result; see `solve`."""
-        with RECOVERY.running(self.name):
-            solution = self.solver(weight.float().clone(), keep.clone(), moments.copy(), ridge)
+        solution = self.solver(weight.float().clone(), keep.clone(), moments.copy(), ridge)
         if not (isinstance(solution, tuple) and len(solution) == 2):
             type_name = type(solution).__name__
             raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import re
 from pathlib import Path
@@ -12,9 +11,7 @@ from matplotlib.figure import Figure
 
 from gprune.corpora.load import corpus_labels
 from gprune.report.style import LETTER_WIDTH, canvas, draw_line, plain_ticks, style
-from gprune.runs import schema
 from gprune.storage.files import read_json
-from gprune.storage.reading import read_bytes
 
 log = logging.getLogger("gprune")
 # Title -> (x axis, its label, metric, its label). There is a line for each corpus or row that matches `*`; the main row
@@ -45,11 +42,11 @@ def read_curves(run: Path) -> pd.DataFrame:
     frames = []
     for file in files:
         try:
-            frames.append(pd.read_csv(io.BytesIO(read_bytes(file))))
+            frames.append(pd.read_csv(file))
         except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
             log.warning("Cannot read %s: %s. Its curves are left out.", file, " ".join(str(error).split()))
     frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-    trials = read_json(run / "quality.json", check=schema.QualityTrials.problem) or {}
+    trials = read_json(run / "quality.json") or {}
     kept = (trials.get("reached") or {}).get("trial")
     return frame if kept is None else _with_main_row(frame, kept)
 

@@ -17,7 +17,6 @@ from transformers.models.auto.modeling_auto import (
 from gprune.config import RunConfig
 from gprune.config.elsewhere import made_elsewhere
 from gprune.corpora.load import corpus_labels
-from gprune.errors import one_line
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
 from gprune.models.families import PRUNED
 from gprune.models.processor import has_processor
@@ -27,7 +26,7 @@ from gprune.report.table import in_markdown
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import Record
 from gprune.runs.results import read_evaluation
-from gprune.storage.files import file_hashes, read_json, replacing
+from gprune.storage.files import file_hashes, replacing
 from gprune.storage.reading import expanded
 
 RESULTS = "## Perplexity"  # heading of the results
@@ -76,7 +75,7 @@ def model_card(
     notice = f" {embedded.notice}" if embedded and embedded.notice else ""
     local_folder = _local_folder(cfg)
     # The name alone, because a path on this machine is not useful for others.
-    label = in_markdown(one_line(local_folder.name if local_folder else model_label(cfg.model.name)))
+    label = in_markdown(local_folder.name if local_folder else model_label(cfg.model.name))
     labels = corpus_labels([cfg.corpora.score, *cfg.roles["drift"], *(r["corpus"] for r in records)])
     if other is None:
         heading, verb = "structurally pruned", "pruned and measured"
@@ -172,8 +171,9 @@ def _is_stock(model: Path) -> bool:
 
 
 def _dense_type(model: Path) -> str:
-    """Return the model type of the dense model of an exported folder; "" if its config cannot be read."""
-    config = read_json(model / "config.json") or {}
+    """Return the model type of the dense model of an exported folder; "" if it has no config."""
+    file = model / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return config.get("model_type", "").removeprefix(PRUNED)
 
 

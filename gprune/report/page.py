@@ -17,7 +17,6 @@ from typing import get_args
 
 from matplotlib.figure import Figure
 
-from gprune.errors import one_line
 from gprune.report.benchmark_table import evaluation_table
 from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
 from gprune.report.curves import read_curves
@@ -102,7 +101,7 @@ class Report:
     @property
     def title(self) -> str:
         """Title: names of a few runs, or the number of runs and the flags in which they differ."""
-        names = ", ".join(one_line(group.name) for group in self.groups)
+        names = ", ".join(group.name for group in self.groups)
         if len(names) <= MAX_TITLE:
             return names
         flags = [str(row[0]) for table in self.tables if table.name == "settings" for row in table.rows]

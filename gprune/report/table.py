@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from gprune.errors import one_line, printable
 from gprune.evaluation.estimate import Estimate
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Table:
             [self._format_cell(cell, column) for cell, column in zip(row, self.columns, strict=True)]
             for row in self.rows
         ]
-        return pandas.DataFrame(texts, columns=list(map(one_line, self.columns)), dtype=object)
+        return pandas.DataFrame(texts, columns=list(self.columns), dtype=object)
 
     def values(self) -> pandas.DataFrame:
         """Return the numbers with all digits, and columns `_low` and `_high` after columns with intervals."""
@@ -110,7 +109,7 @@ class Table:
         text = CONTINUED.sub("", others.to_string(line_width=width))
         if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
             text = HEADER.sub("\x1b[1m\\g<0>\x1b[0m", text)
-        return f"{text}\n\n{textwrap.fill(printable(self.note), width)}".strip("\n")
+        return f"{text}\n\n{textwrap.fill(self.note, width)}".strip("\n")
 
     def to_html(self) -> str:
         """Format the table, without the note, as an HTML table with a row header and with intervals in `<small>`."""
@@ -138,7 +137,7 @@ class Table:
             return ""
         if isinstance(cell, Estimate):
             return format_estimate(cell, digits)
-        return f"{cell:.{digits}f}" if isinstance(cell, float) else one_line(str(cell))
+        return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
 
 
 def format_estimate(estimate: Estimate, digits: int = 2) -> str:

@@ -23,7 +23,6 @@ from gprune.runs import schema
 from gprune.storage.cache import disk_errors
 from gprune.storage.environment import environment, peak_memory, reset_peak_memory
 from gprune.storage.files import inspect_json, locked, read_json, read_tensors, replacing, write_json, write_tensors
-from gprune.storage.reading import unsafe_entries
 from gprune.user_code import Code
 
 SCRATCH_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of scratch folders of `storage.files`
@@ -116,8 +115,8 @@ class RunFolder:
         """Create the folder or resume the run in it, and lock it against other processes.
 
         Raises:
-            UserError: if the folder has a run with other settings, is not a run, or has links out of it; if another
-                process uses it, or it cannot be written.
+            UserError: if the folder has a run with other settings or is not a run; if another process uses it, or it
+                cannot be written.
         """
         if self.path.exists():
             # Inspected before locking, so that all ranks raise the same error, and a foreign folder gets no lock file.
@@ -157,8 +156,8 @@ class RunFolder:
         A run with other settings may be replaced if it has no results yet.
 
         Raises:
-            UserError: if the folder must not be written to: it has results of other settings, is not a run, has links
-                out of it, or its manifest is damaged.
+            UserError: if the folder must not be written to: it has results of other settings, is not a run, or its
+                manifest is damaged.
         """
         prefix = f"Cannot run in {self.path}"
         remedy = "Choose another --run.name, or remove the folder"
@@ -167,12 +166,9 @@ class RunFolder:
         has_files = is_folder and any(path.name[0] != "." for path in self.path.iterdir())
         if not is_folder or (has_files and not manifest_file.exists()):
             raise UserError(f"{prefix}: it exists and is not a gprune run. Choose another --run.name or --run.dir.")
-        for kind, path in unsafe_entries(self.path):  # the run would write to places outside the folder
-            if path.parent.relative_to(self.path.resolve()).parts[:1] != ("wandb",):  # W&B creates such links
-                raise UserError(f"{prefix}: {path} is {kind}. Remove it, or choose another --run.name.")
         if not has_files:
             return True
-        manifest, problem = inspect_json(manifest_file, check=schema.Manifest.problem)
+        manifest, problem = inspect_json(manifest_file, check=schema.check_manifest)
         changed = changed_settings(manifest["settings"], settings) if manifest else []
         if changed and ((self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))):
             what = "code" if changed[0].startswith("the code of ") else "settings"
@@ -184,12 +180,12 @@ class RunFolder:
     @property
     def manifest(self) -> dict[str, Any]:
         """Content of `manifest.json`; empty if the file is missing or invalid."""
-        return read_json(self / "manifest.json", check=schema.Manifest.problem) or {}
+        return read_json(self / "manifest.json", check=schema.check_manifest) or {}
 
     @property
     def metrics(self) -> dict[str, Any]:
         """Content of `metrics.json`; empty if the file is missing, invalid, or of another run."""
-        return read_json(self / "metrics.json", run=self.key, check=schema.Metrics.problem) or {}
+        return read_json(self / "metrics.json", run=self.key, check=schema.check_metrics) or {}
 
     @rank_zero_only
     def update_manifest(self, *, replace: bool = False, **entries: Any) -> None:

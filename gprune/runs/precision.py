@@ -51,7 +51,7 @@ def resolve_precision(cfg: RunConfig, device: torch.device, *, together: bool = 
 
 def _stored_precision(folder: Path) -> Precision | None:
     """Return the precision of the run in a folder, or None if there is no run."""
-    manifest = read_json(folder / "manifest.json", check=schema.Manifest.problem) or {}
+    manifest = read_json(folder / "manifest.json", check=schema.check_manifest) or {}
     precision = manifest.get("settings", {}).get("trainer", {}).get("precision")
     return precision if precision in get_args(Precision) else None
 

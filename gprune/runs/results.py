@@ -31,7 +31,7 @@ from gprune.runs.numbers import Record, by_stage, number_frame, on_same_windows
 from gprune.sparsity.allocation import format_removed
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.cache import cache_dir
-from gprune.storage.files import file_hashes, inspect_json, key_of, read_tensors
+from gprune.storage.files import MISSING, file_hashes, inspect_json, key_of, read_tensors
 from gprune.storage.reading import expanded
 from gprune.storage.yaml_text import read_yaml
 
@@ -152,12 +152,12 @@ def read_numbers(path: Path | str) -> FinishedRun:
     folder = expanded(path)
     if not folder.is_dir():
         raise UserError(f"Cannot read run '{path}': there is no folder '{path}'.")
-    manifest, problem = inspect_json(folder / "manifest.json", check=schema.Manifest.problem)
+    manifest, problem = inspect_json(folder / "manifest.json", check=schema.check_manifest)
     if problem or manifest["settings"].get("inputs") is None:
         reason = f"manifest.json: {problem or 'no step was begun'}"
         raise UserError(f"Cannot read run '{path}': not a gprune run, or of an older version ({reason}).")
     key = key_of(settings=manifest["settings"])
-    metrics, problem = inspect_json(folder / "metrics.json", run=key, check=schema.Metrics.problem)
+    metrics, problem = inspect_json(folder / "metrics.json", run=key, check=schema.check_metrics)
     if problem or metrics.get("summary") is None:
         reason = f"metrics.json: {problem or 'no summary yet'}"
         raise UserError(f"Cannot read run '{path}': the run is not finished ({reason}). Run the same command again.")
@@ -178,15 +178,11 @@ def read_run(path: Path | str) -> FinishedRun:
 
 
 def _with_tensors(run: FinishedRun) -> FinishedRun:
-    """Return the run with masks and, if it has modules, modules. Raise UserError if they contradict each other."""
+    """Return the run with masks and, if it has modules, modules."""
     if run.final == "model":  # not pruned by gprune
         return run
     masks = Masks.from_tensors(_read_tensors_of(run, f"masks/{run.final}"))
     modules = Modules.from_tensors(_read_tensors_of(run, "modules")) if run.final == "gprune" else None
-    neurons = [mask.shape for mask in masks.ffn]
-    if modules is not None and [block_labels.shape for block_labels in modules.labels] != neurons:
-        reason = "modules and masks have different numbers of neurons"
-        raise UserError(f"Cannot read run '{run.path}': {reason}. Run the same command again.")
     return replace(run, masks=masks, modules=modules)
 
 
@@ -209,8 +205,8 @@ def read_evaluation(path: Path, *, run: str | None = None) -> list[Record]:
     Raises:
         UserError: if the file has other content or belongs to another run.
     """
-    content, problem = inspect_json(path, run=run, check=schema.Evaluation.problem)
-    if problem and os.path.lexists(path):
+    content, problem = inspect_json(path, run=run, check=schema.check_evaluation)
+    if problem and problem != MISSING:
         remedy = "Move the file away, or choose another one"
         raise UserError(f"Cannot read records of gprune evaluate in '{path}': {problem}. {remedy}.")
     return content["records"] if content else []
@@ -289,7 +285,7 @@ def config_of(run: FinishedRun) -> RunConfig:
     """
     file = run.path / "config.yaml"
     try:
-        settings = read_yaml(file, "The file must be YAML; got")  # `read_settings` would also read a pipe
+        settings = read_yaml(file, "The file must be YAML; got")
         if not isinstance(settings, dict):
             raise UserError("The file must hold settings.")
         cfg = config_from_mapping(migrate_settings(settings))

@@ -10,16 +10,15 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from pydantic import ValidationError, validate_call
 
-from gprune.checks import format_value, require, validation_message
+from gprune.checks import require, validation_message
 from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line
 from gprune.imports import find_loaded
@@ -159,28 +158,25 @@ def instantiate(described: ClassPath, flag: str = "--trainer.callbacks", base: t
         base: required base class, `Callback` or `Logger`.
 
     Raises:
-        UserError: as `class_of`; if arguments are invalid, or the constructor raises any exception or SystemExit.
+        UserError: as `class_of`; if arguments are invalid, or the constructor raises an exception.
     """
     cls = class_of(described, flag, base)
     subject = f"{flag}: {described.class_path}"
     try:
-        if inspect.isfunction(cls.__init__):
-            instance = cls.__new__(cls)
-            constructor = validate_call(cls.__init__, config={"arbitrary_types_allowed": True})
-            constructor(instance, **described.init_args)
-        else:  # the class does not define a constructor
-            instance = cls(**described.init_args)
-        if not isinstance(instance, base):
-            raise TypeError(f"the object must be a lightning.pytorch.{base.__name__}; got {format_value(instance)}")
+        if not inspect.isfunction(cls.__init__):  # the class does not define a constructor
+            return cls(**described.init_args)
+        instance = cls.__new__(cls)
+        constructor = validate_call(cls.__init__, config={"arbitrary_types_allowed": True})
+        constructor(instance, **described.init_args)
         return instance
     except ValidationError as error:
         raise UserError(f"{subject}: {validation_message(error, 'init_args.')}.") from error
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         raise UserError(f"{subject}: Cannot construct it: {type(error).__name__}: {first_line(error)}.") from error
 
 
 class CallbackChecks(L.Callback):
-    """Callback after the user's callbacks that records early stopping, and checks that text and weights are unchanged.
+    """Callback after the user's callbacks that records early stopping, and checks that weights are unchanged.
 
     Args:
         record_stop: called with the numbers of finished and planned batches of a stage that stopped early.
@@ -198,30 +194,13 @@ class CallbackChecks(L.Callback):
             log.info("%s was stopped after %d of %d batches", type(pl_module).__name__, done, planned)
             self.record_stop({"batches": done, "planned": planned})
 
-    def on_test_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Raise UserError if a callback has changed the batch or, checked once per corpus, the frozen model."""
-        tokens = trainer.test_dataloaders[dataloader_idx].dataset.tokens
-        if not torch.equal(batch["input_ids"].cpu(), tokens[batch["index"].cpu()]):
-            raise UserError("Callbacks must not change batches of calibration, because other runs use its statistics.")
-        if batch_idx == 0:  # once per corpus, because a change could be undone before the stage ends
-            self.check_weights(type(pl_module).__name__)
-
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "validate":  # the fit is checked
-            self.check_weights(type(pl_module).__name__)
+        self.check_weights(type(pl_module).__name__)
 
 
-def raise_as_user_error(error: Exception | SystemExit, callbacks: UserCallbacks) -> None:
-    """Raise UserError if an exception comes from a callback of the user, or is a misconfiguration of the Trainer.
-
-    SystemExit is converted too, because a run that ends silently would look finished. The function returns for signals
-    and Ctrl-C, which the command line reports, and for all other exceptions.
-    """
-    if isinstance(error, SystemExit) and _is_interrupt(error):
-        return
-    frames = [] if isinstance(error, UserError) else list(traceback.walk_tb(error.__traceback__))
+def raise_as_user_error(error: Exception, callbacks: UserCallbacks) -> None:
+    """Raise UserError if an exception comes from a callback of the user, or is a misconfiguration of the Trainer."""
+    frames = [] if isinstance(error, UserError) else traceback.walk_tb(error.__traceback__)
     for frame, line in frames:
         if (hook := callbacks.hook_of(frame.f_code)) is not None:
             file = Path(frame.f_code.co_filename).name
@@ -231,17 +210,3 @@ def raise_as_user_error(error: Exception | SystemExit, callbacks: UserCallbacks)
             ) from error
     if isinstance(error, MisconfigurationException):
         raise UserError(f"--trainer: Cannot use the settings: {first_line(error)}.") from error
-    if isinstance(error, SystemExit):
-        frame, line = frames[-1]
-        file = frame.f_code.co_filename
-        raise UserError(f"Cannot finish the run: SystemExit: {first_line(error)} ({file}, line {line}).") from error
-
-
-def _is_interrupt(error: SystemExit) -> bool:
-    """Return whether SystemExit was raised because of SIGHUP, SIGTERM or Ctrl-C."""
-    hangup, terminated = 129, 143  # 128 + the number of the signal
-    return (
-        error.code in (hangup, terminated)
-        or type(error).__name__ == "SIGTERMException"  # Lightning's
-        or isinstance(error.__context__, KeyboardInterrupt)
-    )

@@ -90,16 +90,14 @@ def allocate(
     """Return keep masks by the rule `name`. The rule is called with copies of scores and statistics.
 
     Raises:
-        UserError: if margins have other shapes than the scores, or are not dense, real and finite; if masks miss the
-            budget.
+        UserError: if margins have other shapes than the scores, or are not real and finite; if masks miss the budget.
     """
     from gprune.models.masks import Masks
     from gprune.sparsity.cut import keep_masks
     from gprune.sparsity.returned import checked_masks, checked_pair
 
     rule = ALLOCATION[name]
-    with ALLOCATION.running(name):
-        result = rule(copy.deepcopy(scores), statistics.copy(), blocks, budget, **options)
+    result = rule(copy.deepcopy(scores), statistics.copy(), blocks, budget, **options)
     if isinstance(result, Masks):
         return checked_masks(ALLOCATION, name, result, budget, exact=not rule.whole_blocks)
     sizes = [len(s) for s in scores.ffn], [len(s) for s in scores.attention]
@@ -111,12 +109,11 @@ def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds
     """Return thresholds by the rule `name` for modules. The rule is called with copies of masks and ranks.
 
     Raises:
-        UserError: if thresholds have another shape than the modules, or are not dense, real and finite.
+        UserError: if thresholds have another shape than the modules, or are not real and finite.
     """
     from gprune.sparsity.returned import checked_pair
 
-    with ALLOCATION.running(name):
-        result = ALLOCATION[name](*copy.deepcopy((masks, ranks)))
+    result = ALLOCATION[name](*copy.deepcopy((masks, ranks)))
     sizes = ranks.modules, [1] * len(ranks.attention)
     return checked_pair(ALLOCATION, name, "thresholds", result, sizes)
 

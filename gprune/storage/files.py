@@ -2,8 +2,7 @@
 
 Nothing is ever unpickled. Only rank 0 writes; all ranks read. A file is written into a scratch folder beside its
 destination, and renamed when it is complete. It stores the hash of its content, its name and, if it belongs to one run,
-the run's key. So a truncated, altered or foreign file is detected and computed again, never silently used. JSON without
-a checksum (written by hand) is accepted, except in the cache.
+the run's key. So a truncated, altered or foreign file is detected and computed again, never silently used.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from torch import Tensor
 
 from gprune.errors import first_line
 from gprune.storage.cache import disk_errors
-from gprune.storage.reading import read_text, regular_file
 
 log = logging.getLogger("gprune")
 FORMAT_VERSION = 4  # part of every cache key; increase it when stored data changes its meaning
@@ -73,7 +71,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
     Scratch folders for `path` that killed processes left are removed first. A lock is released when its process ends in
     any way, so a folder that can be locked is abandoned. It is a folder, because libraries put temporary files beside
-    the file that they write. Its name is random, so that links in an untrusted run folder cannot point to it.
+    the file that they write.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in path.parent.glob(f".{glob_escape(path.name)}.*.tmp"):
@@ -107,15 +105,15 @@ def locked(folder: Path) -> Iterator[None]:
         TimeoutError: if another process holds the lock.
         OSError: if there is no such folder.
     """
-    if folder.is_symlink() or not folder.is_dir():  # FileLock would create the folder
+    if not folder.is_dir():  # FileLock would create the folder
         raise NotADirectoryError(f"{folder} is not a folder")
     with FileLock(folder / ".lock", blocking=False):
         yield
 
 
 @rank_zero_only
-def write_json(path: Path, content: Any, *, run: str | None = None, width: int = 0) -> None:
-    """Write JSON. An object gets its checksum and the key of its `run`, if any.
+def write_json(path: Path, content: dict[str, Any], *, run: str | None = None, width: int = 0) -> None:
+    """Write a JSON object, with its checksum and the key of its `run`, if any.
 
     Args:
         path: path of the file.
@@ -128,10 +126,9 @@ def write_json(path: Path, content: Any, *, run: str | None = None, width: int =
         ValueError: if the content has NaN or infinity.
     """
     content = json.loads(json.dumps(content, allow_nan=False))  # a copy, as it will be read
-    if isinstance(content, dict):
-        if run:
-            content["run"] = run
-        content["checksum"] = json_hash(content, path.name)
+    if run:
+        content["run"] = run
+    content["checksum"] = json_hash(content, path.name)
     text = _format_lines(content, width) if width else json.dumps(content, indent=1)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -152,33 +149,18 @@ def _format_lines(content: Any, width: int, indent: str = "") -> str:
 
 
 def read_json(
-    path: Path,
-    *,
-    run: str | None = None,
-    check: Callable[[Any], str | None] | None = None,
-    sealed: bool = False,
-) -> Any:
-    """Read JSON. Return None if the file is missing or, with a warning, if it is invalid.
-
-    Args:
-        path: path of the file.
-        run: as for `inspect_json`.
-        check: as for `inspect_json`.
-        sealed: as for `inspect_json`.
-    """
-    content, reason = inspect_json(path, run=run, check=check, sealed=sealed)
+    path: Path, *, run: str | None = None, check: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any] | None:
+    """Read JSON as `inspect_json`. Return None if the file is missing or, with a warning, if it is invalid."""
+    content, reason = inspect_json(path, run=run, check=check)
     if reason not in (None, MISSING):
         log.warning(UNUSABLE, path, reason)
     return content
 
 
 def inspect_json(
-    path: Path,
-    *,
-    run: str | None = None,
-    check: Callable[[Any], str | None] | None = None,
-    sealed: bool = False,
-) -> tuple[Any, str | None]:
+    path: Path, *, run: str | None = None, check: Callable[[dict[str, Any]], None] | None = None
+) -> tuple[dict[str, Any] | None, str | None]:
     """Read JSON and return (content, None), or (None, reason) if the file is missing, truncated, altered or foreign.
 
     The reason for a missing file is `MISSING`.
@@ -186,23 +168,20 @@ def inspect_json(
     Args:
         path: path of the file.
         run: the key of the run that the file has to belong to, if it names a run.
-        check: returns another reason why the content is invalid, or None.
-        sealed: whether a checksum is required, as for files in the cache.
+        check: raises ValueError if the content is invalid for another reason.
     """
     try:
-        content = json.loads(read_text(path))
-        if sealed and not (isinstance(content, dict) and "checksum" in content):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "checksum" not in content:
             raise ValueError("the file has no checksum")
-        if isinstance(content, dict) and "checksum" in content:
-            checksum = content.pop("checksum")
-            if checksum != json_hash(content, path.name):
-                raise ValueError("the content does not match its checksum")
-            run_of_file = content.pop("run", run)
-            if run is not None and run_of_file != run:
-                raise ValueError("the file belongs to another run")
-        problem = check(content) if check else None
-        if problem:
-            raise ValueError(problem)
+        checksum = content.pop("checksum")
+        if checksum != json_hash(content, path.name):
+            raise ValueError("the content does not match its checksum")
+        run_of_file = content.pop("run", run)
+        if run is not None and run_of_file != run:
+            raise ValueError("the file belongs to another run")
+        if check:
+            check(content)
         return content, None
     except FileNotFoundError:
         return None, MISSING
@@ -259,7 +238,7 @@ def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> d
             many times.
     """
     try:
-        stat = regular_file(path)
+        stat = path.stat()
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         is_verified = once and _hashed.get(path) == state
         with safetensors.safe_open(path, "pt") as file:
@@ -291,7 +270,7 @@ def file_hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
     """Return the SHA-256 (16 hex digits) by name of the files in a folder that match a pattern."""
     hashes = {}
     for path in sorted(folder.glob(pattern)):
-        if path.is_file():  # skips devices and FIFOs
+        if path.is_file():
             with path.open("rb") as file:
                 hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return hashes

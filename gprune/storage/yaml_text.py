@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import yaml
 
 from gprune.errors import UserError
-from gprune.storage.reading import read_text
 
 TAG = "tag:yaml.org,2002:"
 INTEGER = re.compile(r"[-+]?\d[\d_]*$")  # YAML 1.1 reads 010 as octal, and 200:00 as 200 x 60
@@ -51,10 +50,10 @@ yaml.add_implicit_resolver(f"{TAG}float", FLOAT, list("-+.0123456789"), _Loader,
 _Loader.add_constructor(f"{TAG}int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
-def read_yaml(path: Path | str, what: str, *, pipe: bool = False) -> Any:
+def read_yaml(path: Path | str, what: str) -> Any:
     """Read a YAML file. UserError, which begins with `what`, if the file cannot be read or is not YAML."""
     try:
-        return load_yaml(read_text(path, pipe=pipe))
+        return load_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{what} '{path}' ({reason(error)}).") from error
 

@@ -69,7 +69,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
     Settings of earlier versions are converted (`migrate_settings`); missing settings get the value of `first_defaults`.
     """
-    content = read_json(path, check=lambda content: schema.Study.problem(unfold_records(content)))
+    content = read_json(path, check=lambda content: schema.check_study(unfold_records(content)))
     if content is None:
         return None
     settings = migrate_settings(content["settings"])
@@ -174,7 +174,7 @@ def task_results(row: Row, record: dict[str, Any]) -> list[Record]:
     """
     if not (row.tasks and record.get("evaluation")):
         return []
-    dense = read_json(dense_path(row, record["inputs"]["model"]), check=schema.Evaluation.problem) or {"records": []}
+    dense = read_json(dense_path(row, record["inputs"]["model"]), check=schema.check_evaluation) or {"records": []}
     return dense["records"] + record["evaluation"]
 
 

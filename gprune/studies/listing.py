@@ -209,7 +209,7 @@ def read_content(path: Path) -> Content:
     Raises:
         UserError: if the file is not a YAML mapping with rows, a key is unknown, or a value has a wrong type.
     """
-    content = read_yaml(path, "The list must be a YAML file; got", pipe=True)
+    content = read_yaml(path, "The list must be a YAML file; got")
     if isinstance(content, dict):
         content = {key: value for key, value in content.items() if value is not None}
     try:

@@ -236,7 +236,7 @@ def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, A
     with_speed = SPEED in benchmarks.tasks
     with wandb_beside_records(row):
         if not with_speed:
-            dense_results = read_json(dense_file, check=schema.Evaluation.problem) or {}
+            dense_results = read_json(dense_file, check=schema.check_evaluation) or {}
             if not dense_results.get("records"):
                 measured, _ = measurement.evaluate(str(folder), benchmarks, dense=True, pruned=False)
                 # Stored at once, because the tasks of the pruned model take long.

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from gprune.__main__ import run as command
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.evaluation.intervals import paired_difference
+from gprune.storage.files import key_of, read_json, write_json
 from tests import tiny_run
 from tests.benchmarks.conftest import fake_hub, needs_lm_eval, questions, sentence, write_task
 from tests.tiny_run import isolated
@@ -103,13 +104,11 @@ def test_a_run_with_recovery_but_without_exported_model_is_refused(offline_runs,
 
 
 def edit_settings(run: Path, change) -> None:
-    """Edit the settings in a manifest and remove the checksums, since files without one are not verified."""
-    for name in ("manifest", "metrics"):
-        content = json.loads((run / f"{name}.json").read_text())
-        content.pop("checksum", None)
-        if name == "manifest":
-            change(content["settings"])
-        (run / f"{name}.json").write_text(json.dumps(content))
+    """Edit the settings in a manifest, and give metrics the key of the new settings."""
+    manifest, metrics = (read_json(run / f"{name}.json") for name in ("manifest", "metrics"))
+    change(manifest["settings"])
+    write_json(run / "manifest.json", manifest)
+    write_json(run / "metrics.json", metrics, run=key_of(settings=manifest["settings"]))
 
 
 def test_an_output_file_collects_several_runs_and_models_and_other_files_are_not_overwritten(

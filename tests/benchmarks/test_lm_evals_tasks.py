@@ -14,7 +14,7 @@ from gprune.benchmarks import tasks
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.errors import UserError
 from gprune.report.benchmark_table import evaluation_table
-from gprune.runs.schema import ZeroShot
+from gprune.runs.schema import check_evaluation
 from tests.benchmarks.conftest import fake_hub, manager_of, sentence, write_task
 from tests.conftest import make_tiny_llama
 from tests.tiny_run import SPECIAL, WORDS
@@ -96,7 +96,7 @@ def test_accuracies_and_perplexity_equal_lm_evals(manager, tmp_path):
         expected = {m: theirs[ours["task"]].get(f"{m},none", 0) for m in ("acc", "acc_norm", "perplexity")}
         assert {m: ours.get(m) or 0 for m in expected} == pytest.approx(expected, rel=1e-5)
         assert (ours["split"], ours["num_fewshot"], ours["source"]) == (SPLIT[ours["task"]], 0, "local")
-        ZeroShot.model_validate(ours | {"stage": "model"})
+        check_evaluation({"records": [ours | {"stage": "model"}]})
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_generated_answers_have_lm_evals_exact_match_and_are_compared_with_the_d
     for record, name in zip(records, ("strict-match", "flexible-extract"), strict=True):
         assert (record["task"], record["num_fewshot"], record["acc"]) == (f"gsm8k/{name}", 5, None)
         assert record["exact_match"] == theirs[f"exact_match,{name}"] == record["correct"].count("1") / 4
-        ZeroShot.model_validate(record | {"stage": "model"})
+        check_evaluation({"records": [record | {"stage": "model"}]})
     assert record["correct"] == "1010"
     # The protocol is standard only if all training rows are there too, because they are the examples in the prompts.
     for train_rows, is_standard in ((9, True), (10, False)):
@@ -147,7 +147,7 @@ def test_the_protocol_is_standard_only_with_the_tasks_own_number_of_examples(tmp
     assert (mmlu["num_fewshot"], mmlu["standard_protocol"]) == (0, False)
     assert mmlu["note"] == "0 examples in prompts, lm_eval's own number is 5; lm_eval's own task"
     assert (hellaswag["num_fewshot"], hellaswag["standard_protocol"]) == (0, True)
-    ZeroShot.model_validate(mmlu | {"stage": "model"})
+    check_evaluation({"records": [mmlu | {"stage": "model"}]})
 
 
 def test_generation_refuses_non_finite_logits(manager):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pyarrow
 import pytest
 from hypothesis import given
@@ -36,24 +34,6 @@ def test_contiguous_split_partitions_the_distinct_documents_70_to_30(documents):
     train, test = contiguous_split(documents, "train"), contiguous_split(documents, "test")
     assert train + test == list(dict.fromkeys(documents))
     assert abs(len(train) - 0.7 * len(train + test)) <= 0.5
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_large_files_are_truncated_with_a_warning(name, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(local, "MAX_CHARACTERS", 10_000)
-    texts = [f"{n} " * 100 for n in range(1000)]
-    lines = (json.dumps({"text": text}) for text in texts) if name == "a.jsonl" else (f"{text}\n" for text in texts)
-    (tmp_path / name).write_text("\n".join(lines))
-    train, test = (load_files(tmp_path / name, split) for split in ("train", "test"))
-    assert 10_000 <= sum(map(len, train + test)) < 12_500
-    assert "truncated to its first 10,000 characters" in caplog.text
-
-
-def test_a_corpus_that_just_reaches_the_limit_is_not_called_truncated(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(local, "MAX_CHARACTERS", 20)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": letter * 10}) + "\n" for letter in "ab"))
-    assert [*map(len, local._read_all([tmp_path / "a.jsonl"]))] == [10, 10]
-    assert "truncated" not in caplog.text
 
 
 def test_all_files_without_text_are_named(tmp_path):

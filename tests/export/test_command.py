@@ -17,6 +17,7 @@ from gprune.export import convert, export, gguf_check, gguf_writer, hf, size
 from gprune.export.convert import has_llama_cpp, load_folder
 from gprune.models.loading import skeleton
 from gprune.models.surgery import prune
+from gprune.storage.files import write_json
 from tests import synthetic_run
 from tests.conftest import make_tiny_llama
 from tests.export.test_gguf import SIZE, byte_tokenizer, fake_in_llama_cpp, make_pruned, needs_llama_cpp
@@ -214,7 +215,7 @@ def test_folders_without_a_finished_model_are_refused(run, tmp_path, capsys):
         assert f"{expected} '{tmp_path / name}'" in error_line(capsys, tmp_path / name)
     shutil.rmtree(run / "model")
     assert "the run has no model (--export none)" in error_line(capsys, run)
-    (run / "metrics.json").write_text(json.dumps({"records": []}))
+    write_json(run / "metrics.json", {"records": []})
     assert "is not finished" in error_line(capsys, run)
 
 

@@ -214,15 +214,11 @@ def test_the_layerwise_check_sees_what_only_later_layers_do(model_type, reason):
         check_walk(default_config(model_type))
 
 
-@pytest.mark.parametrize("change", ["kinds", "layers", "extras", "all"])
-def test_a_damaged_record_in_the_cache_is_ignored(change):
+def test_a_record_in_the_cache_is_read_as_it_was_written():
     config = shrunk(CONFIG_MAPPING["gemma"]())
     record = discover_from_tiny(config)
     content = json.loads(json.dumps(asdict(record)))
     assert cached_records.parse_record({"record": content}) == record
-    damaged = {"kinds": [["x"], {}], "layers": ["h"], "extras": {"a": [1, 2]}}
-    wrong = [] if change == "all" else content | {change: damaged[change]}
-    assert cached_records.parse_record({"record": wrong}) is None
 
 
 def test_discovery_does_not_change_the_global_random_state():

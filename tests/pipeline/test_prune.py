@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
@@ -628,14 +627,6 @@ def test_a_dry_run_accepts_gpus_that_this_machine_lacks_and_no_invalid_accelerat
     out = capsys.readouterr().out
     assert ": whether that fits: unknown without --plan.memory, as this machine has no GPU\n" in out
     assert tiny_run.main(world.args(tmp_path / "runs", *gpus, "--trainer.accelerator=abacus")) == 2
-
-
-def test_a_config_with_more_parameters_than_the_weight_files_can_hold_is_refused(world, tmp_path, capsys):
-    folder = shutil.copytree(world.model, tmp_path / "model")
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | {"vocab_size": 10**6}))
-    assert tiny_run.main(world.args(tmp_path / "runs", f"--model.name={folder}", "--dry_run=true")) == 2
-    assert "got 32,055,520 parameters, for files of weights with" in capsys.readouterr().err
 
 
 def test_dry_run_bounds_the_tokens_of_the_run(finished):

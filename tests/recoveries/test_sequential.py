@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from operator import attrgetter
 
 import numpy as np
@@ -25,7 +24,7 @@ from gprune.models.tiny import tiny_model
 from gprune.pipeline import plan as preparation
 from gprune.recoveries import RECOVERY, Material
 from gprune.recoveries.prefix import SAMPLE_TOKENS, PrunedPrefix, projections_to_solve
-from gprune.storage.files import read_json
+from gprune.storage.files import read_json, write_json
 from tests import tiny_run
 from tests.calibration.test_layerwise import assert_same_run
 from tests.conftest import collect
@@ -453,7 +452,7 @@ def test_a_resumed_run_has_the_same_bits(world, tmp_path, quick):
     assert_same_run(other, first)
     (tmp_path / "other/metrics.json").unlink()
     manifest = tmp_path / "other/manifest.json"
-    manifest.write_text(json.dumps({k: v for k, v in read_json(manifest).items() if k not in ("logits", "model")}))
+    write_json(manifest, {k: v for k, v in read_json(manifest).items() if k not in ("logits", "model")})
     assert_same_run(world.run(tmp_path, *flags, name="other"), first)
     assert (tmp_path / "other/model/model.safetensors").read_bytes() == model
 

@@ -16,6 +16,7 @@ from gprune.__main__ import run as command
 from gprune.report import html
 from gprune.report.comparison_figures import learning_figure
 from gprune.report.curves import curve_figures, curve_points, read_curves
+from gprune.storage.files import write_json
 from tests import tiny_run
 
 pytestmark = pytest.mark.slow  # whole runs, and a browser
@@ -140,7 +141,7 @@ def test_curves_of_a_quality_target_are_those_of_the_trial_that_is_the_main_row(
     (tmp_path / "csv/version_0").mkdir(parents=True)
     pd.DataFrame(columns).to_csv(tmp_path / "csv/version_0/metrics.csv", index=False)
     reached = {"asked": 0.1, "largest": False, "trial": 2, "rows": [{"row": "gprune + distill", "models": 2}]}
-    (tmp_path / "quality.json").write_text(json.dumps({"measured": {}, "reached": reached}))
+    write_json(tmp_path / "quality.json", {"measured": {}, "reached": reached})
     perplexity, loss = learning_figure({"run": read_curves(tmp_path)}).axes
     assert [list(line.get_ydata()) for line in perplexity.lines] == [[9, 8, 7, 6]]
     assert [list(line.get_ydata()) for line in loss.lines] == [[3, 2]]
