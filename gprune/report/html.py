@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -19,11 +18,10 @@ from gprune.config.elsewhere import made_elsewhere
 from gprune.models.embedded import model_label
 from gprune.report.curves import curve_figures, read_curves
 from gprune.report.model_card import RESULTS, loading_code, write_card
-from gprune.report.records import RATIO, SAME_RECOVERY, UNRECOVERED, cost_table
+from gprune.report.records import cost_table
 from gprune.report.run_figures import run_figures, write_figures
 from gprune.report.style import style
 from gprune.runs.folder import RunFolder
-from gprune.runs.numbers import number_frame
 from gprune.runs.results import FinishedRun, config_of
 from gprune.sparsity.allocation import format_removed
 from gprune.storage.files import replacing
@@ -35,16 +33,6 @@ if TYPE_CHECKING:
 
 # Colours of figures -> CSS of the page's theme (light or dark).
 THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--line)", "#555555": "var(--soft)"}
-NAMES = {  # of the numbers of a run's main row
-    "seen": "seen perplexity",
-    "unseen": "unseen perplexity",
-    "gap": "gap",
-    "unseen_over_dense": "unseen / dense",
-    "unseen_over_unrecovered_base": UNRECOVERED,
-    RATIO: SAME_RECOVERY,
-    "unseen_kl": "KL(dense || pruned), nats per token",
-    "unseen_agreement": "agreement with dense",
-}
 CAPTIONS = {
     "perplexity": "Perplexity by corpus and row.",
     "heterogeneity": "How far the ranks of each module's neurons drift between corpora, and how far corpora agree.",
@@ -107,7 +95,6 @@ def run_section(run: FinishedRun) -> dict[str, Any]:
         "name": run.name,
         "title": title,
         "about": about,
-        "tiles": main_numbers(run),
         "figures": render_figures(figures, run.name),
         "curves": render_figures(curve_figures(read_curves(run.path)), f"{run.name} curves"),
         "settings": to_yaml(settings),
@@ -117,20 +104,6 @@ def run_section(run: FinishedRun) -> dict[str, Any]:
         "here": shlex.quote(str(run.path)),
         "folder": run.path.is_dir(),  # false for a record
     }
-
-
-def main_numbers(run: FinishedRun) -> list[tuple[str, str, str]]:
-    """Return (name, number, interval) of the numbers of a run's main row that are means over corpora or ratios."""
-    numbers = number_frame(run.records, base=run.records)
-    main_row = numbers["row"].iloc[-1]  # the last row, which a study may declare as a control
-    tiles = []
-    for line in numbers[(numbers["row"] == main_row) & (numbers["corpus"] == "")].itertuples():
-        if line.number == RATIO and line.recovery == "none":  # equal to the ratio to the unrecovered base
-            continue
-        digits = 2 if line.number in ("seen", "unseen") else 3
-        interval = "" if math.isnan(line.low) else f"95 % interval {line.low:.{digits}f} to {line.high:.{digits}f}"
-        tiles.append((NAMES[line.number], f"{line.value:.{digits}f}", interval))
-    return tiles
 
 
 def _describe_run(run: FinishedRun) -> tuple[str, list[str]]:

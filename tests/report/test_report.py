@@ -185,9 +185,10 @@ def test_ratios_to_the_recovered_and_the_unrecovered_base_have_different_names(r
     numbers = run_numbers(metrics["records"], metrics["summary"], {}, ("gprune", "bias"))
     assert numbers["final/unseen_over_base_same_recovery"] == pytest.approx(expected["same"], rel=1e-9)
     assert numbers["final/unseen_over_unrecovered_base"] == pytest.approx(expected["unrecovered"], rel=1e-9)
-    page = html.render(report.make([run]))
-    for name, ratio in (("base, same recovery", "same"), ("unrecovered base", "unrecovered")):
-        assert f"<dt>unseen / {name}</dt><dd><strong>{expected[ratio]:.3f}</strong>" in page
+    for base_run, name, ratio in ((None, "base, same recovery", "same"), (run, "unrecovered base", "unrecovered")):
+        page = html.render(report.make([run], base=base_run))
+        assert f"<th>unseen / {name}</th>" in page
+        assert f"<td>{expected[ratio]:.3f} <small>[" in page
 
 
 def test_kl_and_agreement_are_those_of_the_records(run):
