@@ -206,7 +206,7 @@ def measure_perplexity(
         name: name of the row in the progress bar.
         forecasts: as for `perplexity`.
     """
-    batch_size, advance = run.cfg.corpora.batch_size, run.screen.advance
+    batch_size, advance = run.cfg.corpora.batch_size, run.screen.add_batch
     run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
     with run.folder.part(f"{name} on {windows.corpus}", shared=True):
         return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True, forecasts=forecasts)
@@ -218,7 +218,7 @@ def measure_any_model(run: Run, model: PreTrainedModel, windows: Windows, name: 
     def advance(tokens: int) -> None:
         """Count tokens of the model, which has no hook of the meter, and show them in the progress bar."""
         run.meter.add(tokens)
-        run.screen.advance(tokens)
+        run.screen.add_batch(tokens)
 
     run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
     # `_tokenized_for` returns the dense model's windows themselves if both models have the same tokenizer.
