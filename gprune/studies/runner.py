@@ -192,7 +192,7 @@ def print_results(study: StudyResult, options: Namespace) -> None:
     if options.table:
         return
     with optional_output("some runs to W&B", "the same command logs them"):
-        if (folder := log_study(listing, done, options.flags, report, tables)) is not None:
+        if (folder := log_study(listing, done, options.flags, tables)) is not None:
             write_stdout(f"\nW&B: `wandb leet {folder}` shows these rows together.\n")
 
 

@@ -1,4 +1,4 @@
-"""Study lists in W&B: one run per row, named after the row and in the group of its list, and one run for the list.
+"""Study lists in W&B: one run per row, named after the row and in the group of its list, and one for the tables.
 
 The W&B folders of all runs are in `<records>/<list>/wandb/`, so that `wandb leet` shows them together. A folder's name
 ends in the id of its run, so that nothing is logged twice. W&B is imported when something is logged.
@@ -11,12 +11,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from gprune.benchmarks.measurement import task_numbers
 from gprune.config import RunConfig
-from gprune.report import Report, Table
+from gprune.report import Table
 from gprune.runs.numbers import key_part, run_numbers
 from gprune.storage.files import key_of
 from gprune.studies.archive import task_results
@@ -56,16 +55,13 @@ def wandb_beside_records(row: Row) -> Iterator[Path]:
             del os.environ["WANDB_DIR"]
 
 
-def log_study(
-    listing: Listing, done: FinishedRows, flags: Sequence[str], report: Report, tables: Sequence[Table]
-) -> Path | None:
-    """Log finished rows that are not in W&B yet and, if all rows are finished, the list with its tables.
+def log_study(listing: Listing, done: FinishedRows, flags: Sequence[str], tables: Sequence[Table]) -> Path | None:
+    """Log finished rows that are not in W&B yet and, if all rows are finished, the tables of the list.
 
     Args:
         listing: the parsed list.
         done: finished rows with their records.
         flags: flags of train.py that override the settings of every row.
-        report: report of the finished rows.
         tables: tables of the list.
 
     Returns:
@@ -78,7 +74,7 @@ def log_study(
         for row, record in tracked:
             log_row(folder, row, record)
         if len(tracked) == len(listing.rows):
-            log_list(folder, listing, flags, tables, report)
+            log_list(folder, listing, flags, tables)
     return folder / "wandb"
 
 
@@ -104,14 +100,10 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
         run.summary.update(numbers | task_numbers(task_results(row, record)))
 
 
-def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Sequence[Table], report: Report) -> None:
-    """Log a list as a run of type `study`: settings of rows, tables, comparisons, figures, and the list file.
+def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Sequence[Table]) -> None:
+    """Log the tables of a list, whose numbers are of several rows, and the list file as a run of type `study`.
 
     The run's id depends on the tables and the rows, so a list with new results is logged again.
-
-    Args:
-        folder: folder in which W&B writes.
-        listing, flags, tables, report: as for `log_study`.
     """
     import wandb
 
@@ -124,35 +116,16 @@ def log_list(folder: Path, listing: Listing, flags: Sequence[str], tables: Seque
         return
     logging_of_rows = listing.rows[0].config.logging
     logging = logging_of_rows.model_copy(update={"name": _words(shlex.join([name, *flags]))[:128]})
-    config = {"rows": rows} | {key: getattr(listing.content, key) for key in ("about", "reference", "seen")}
     identity = {"id": id, "name": name, "group": name, "job_type": "study", "tags": [name]}
-    with wandb_run(folder, logging, config=config, **identity) as run, TemporaryDirectory() as figure_folder:
+    with wandb_run(folder, logging, config={}, **identity) as run:
         if run is None:
             return
-        logged: dict[str, Any] = {}
         for table in tables:
             header, *cells = table.rows_with_bounds()
-            logged[f"tables/{table.name}"] = wandb.Table(header, cells, allow_mixed_types=True)
-        for path in report.draw(Path(figure_folder), ["png"]):
-            logged[f"figures/{path.stem}"] = wandb.Image(str(path))
-        run.log(logged)
-        run.summary.update(_comparison_numbers(tables))
+            run.log({f"tables/{table.name}": wandb.Table(header, cells, allow_mixed_types=True)})
         artifact = wandb.Artifact(key_part(name), type="list")
         artifact.add_file(str(listing.path))
         run.log_artifact(artifact)
-
-
-def _comparison_numbers(tables: Sequence[Table]) -> dict[str, Any]:
-    """Return the ratios of the table `compare` by W&B key: `compare/<pair>/value` and `compare/<pair>/exp_kl/value`.
-
-    The keys `low` and `high` in place of `value` have the interval.
-    """
-    numbers = {}
-    for pair, _, *ratios in (row for table in tables if table.name == "compare" for row in table.rows):
-        for prefix, ratio in zip(("", "exp_kl/"), ratios, strict=False):  # the table may lack the second ratio
-            if ratio is not None:
-                numbers |= {f"compare/{key_part(pair)}/{prefix}{name}": v for name, v in ratio._asdict().items()}
-    return numbers
 
 
 def _words(name: str) -> str:
