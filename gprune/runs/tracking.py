@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,8 @@ def tracking(folder: RunFolder, cfg: RunConfig, user_loggers: Sequence[Logger] =
     loggers: list[Logger] = [CSVLogger(folder.path, name="csv")]
     with wandb_run(folder.path, cfg.logging, id=wandb_id(folder.key, cfg), **wandb_arguments(cfg)) as run:
         if run is not None:
-            # Without `experiment`, WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr.
+            # Without `experiment`, WandbLogger would open a run itself: all metrics would also match the axis
+            # `trainer/global_step`, and wandb 0.31 would warn on stderr about an option.
             loggers.append(_Wandb(save_dir=folder.path, project=run.project, experiment=run))
             identity = {name: getattr(run, name) or None for name in RESUME_KEYS}
             folder.update_manifest(wandb=identity | {"mode": run.settings.mode})
@@ -255,7 +255,7 @@ def log_artifacts(loggers: Sequence[Logger], folder: Path, cfg: RunConfig, metad
                 # Tensors are uploaded without a copy. Other files may be rewritten meanwhile, so W&B copies them.
                 policy = "immutable" if path.suffix == ".safetensors" else "mutable"
                 artifact.add_file(str(path), name=str(path.relative_to(folder)), policy=policy, skip_cache=True)
-            logger.try_with_run(methodcaller("log_artifact", artifact))
+            logger.try_with_run(lambda run, artifact=artifact: run.log_artifact(artifact))
 
 
 @contextmanager
@@ -294,7 +294,6 @@ def wandb_run(
     variables = os.environ
     with _wandb_run(
         folder,
-        # offline=True would leave WANDB_MODE set in the process.
         mode=logging.resolved_mode,
         project=logging.project or variables.get("WANDB_PROJECT") or "gprune",
         name=logging.name or variables.get("WANDB_NAME") or name,
