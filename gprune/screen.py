@@ -17,12 +17,12 @@ from rich.table import Column
 from gprune.console import process_index
 
 
-class Screen:
+class Screen(Progress):
     """Progress bar of one run or one evaluation; a context manager.
 
     Args:
         work: number of a step -> its planned work, in any unit.
-        work_done: returns the work done so far, in that unit. Default: the tokens passed to `advance`.
+        work_done: returns the work done so far, in that unit. Default: the tokens passed to `add_batch`.
         console: where the bar is drawn. Default: stdout.
     """
 
@@ -38,20 +38,13 @@ class Screen:
         self._part_start = time.monotonic()
         console = console or Console(file=sys.stdout)
         title_column = Column(ratio=1, no_wrap=True, overflow="ellipsis")
-        self.bar = _Bar(
+        super().__init__(
             TextColumn("{task.description}", markup=False, table_column=title_column), BarColumn(bar_width=14),
             TextColumn("{task.fields[speed]}", "cyan", "right", table_column=Column(min_width=15, no_wrap=True)),
             TimeRemainingColumn(), console=console, expand=True, transient=True, speed_estimate_period=600,
             disable=not console.is_terminal or console.is_jupyter or process_index() != 0,
         )  # fmt: skip
-        self.bar.add_task("", total=sum(self._work.values()), speed="")
-
-    def __enter__(self) -> Screen:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self._bar = self.add_task("", total=sum(self._work.values()), speed="")
 
     def step(self, number: int, what: str) -> str:
         """Begin a step, or another part of the current step, and return the title: `step 3/10 Measuring drift`."""
@@ -59,7 +52,7 @@ class Screen:
             self._step_number = number
             planned = sum(work for step, work in self._work.items() if step >= number)
             # Earlier steps may have needed less work than planned. `update(total=)` would reset the estimated speed.
-            self.bar.tasks[0].total = self._work_done() + planned
+            self.tasks[0].total = self._work_done() + planned
         return self.begin_part(what)
 
     def begin_part(self, what: str) -> str:
@@ -67,11 +60,11 @@ class Screen:
         self._title = f"step {self._step_number}/{max(self._work)} {what}" if self._step_number else what
         self._part_start = time.monotonic()
         self._tokens_before_part = self._tokens
-        self.bar.update(self.bar.tasks[0].id, description=self._title, speed="")
+        self.update(self._bar, description=self._title, speed="")
         return self._title
 
-    def advance(self, tokens: int = 0, note: str = "") -> None:
-        """Advance the bar by a finished batch.
+    def add_batch(self, tokens: int = 0, note: str = "") -> None:
+        """Show a finished batch.
 
         Args:
             tokens: tokens of the batch over all ranks.
@@ -82,18 +75,11 @@ class Screen:
         rate = (self._tokens - self._tokens_before_part) / seconds
         speed = f"{rate:,.0f} tokens/s" if rate else ""
         description = f"{self._title}, {note}" if note else self._title
-        self.bar.update(self.bar.tasks[0].id, completed=self._work_done(), speed=speed, description=description)
-
-    def __rich__(self) -> RenderableType:
-        """The bar as it is drawn now."""
-        return self.bar.get_renderable()
-
-
-class _Bar(Progress):
-    """Progress with an empty last line, on which a terminal echoes `^C`.
-
-    On the bar's own line, which is full, the echo would wrap, and the bar could not be erased.
-    """
+        self.update(self._bar, completed=self._work_done(), speed=speed, description=description)
 
     def get_renderables(self) -> Iterable[RenderableType]:
+        """Return the bar and an empty last line, on which a terminal echoes `^C`.
+
+        On the bar's own line, which is full, the echo would wrap, and the bar could not be erased.
+        """
         return *super().get_renderables(), ""

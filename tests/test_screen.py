@@ -40,7 +40,7 @@ def test_the_bar_fits_and_shows_step_speed_and_time_left(width):
         for _ in range(3):
             time.sleep(0.01)
             work_done[0] += 25
-            screen.advance(25, "loss 3.210")
+            screen.add_batch(25, "loss 3.210")
         line, _ = lines_of(screen, width)
     assert re.fullmatch(r"step 1/2 Calibrating on wiki, x\[.+ [\d,]+ tokens/s 0:00:\d\d", line)
     assert len(line) == width
@@ -50,11 +50,11 @@ def test_progress_is_the_share_of_work_also_if_a_step_takes_less_than_planned():
     """Step 1 is planned with 100 units of work and needs 40, so the total becomes 340 instead of 400."""
     work_done = [0.0]
     screen = Screen({1: 100, 2: 100, 3: 200}, lambda: work_done[0], console=terminal(80))
-    task = screen.bar.tasks[0]
+    task = screen.tasks[0]
 
     def percentage_after(work: float) -> float:
         work_done[0] = work
-        screen.advance()
+        screen.add_batch()
         return task.percentage
 
     assert percentage_after(0) == 0
@@ -71,7 +71,7 @@ def test_progress_is_the_share_of_work_also_if_a_step_takes_less_than_planned():
 def test_without_a_terminal_nothing_is_shown(capsys):
     with Screen({1: 10}) as screen:
         screen.step(1, "one")
-        screen.advance(5)
+        screen.add_batch(5)
     assert capsys.readouterr() == ("", "")
 
 

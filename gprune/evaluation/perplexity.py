@@ -152,7 +152,7 @@ def perplexity(
         model: in eval mode, inside the caller's `masked` context if masks should apply.
         windows: the text.
         batch_size: number of windows in a forward pass.
-        progress: called after each batch with its number of tokens, such as `Screen.advance`.
+        progress: called after each batch with its number of tokens, such as `Screen.add_batch`.
         shared: split the batches over ranks. Every rank has to call this function with the same model, whole or
             sharded. Batches do not depend on the number of ranks, so the result has the same bits.
         forecasts: forecasts of the dense model for this rank's windows, for KL and agreement. An empty list is filled

@@ -306,7 +306,7 @@ def _perplexity_and_distance(run: Run, model: PreTrainedModel, windows: Windows,
     def advance(tokens: int) -> None:
         """Count tokens of the model, which has no hook of the meter, and show them in the progress bar."""
         run.meter.add(tokens)
-        run.screen.advance(tokens)
+        run.screen.add_batch(tokens)
 
     run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
     # `_tokenized_for` returns the dense model's windows themselves if both models have the same tokenizer.

@@ -218,7 +218,7 @@ def measure_perplexity(
         name: name of the row in the progress bar.
         forecasts: as for `perplexity`.
     """
-    batch_size, advance = run.cfg.corpora.batch_size, run.screen.advance
+    batch_size, advance = run.cfg.corpora.batch_size, run.screen.add_batch
     run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
     with run.folder.part(f"{name} on {windows.corpus}", shared=True):
         return perplexity(model, windows, batch_size=batch_size, progress=advance, shared=True, forecasts=forecasts)

@@ -184,7 +184,7 @@ class Run:
             # Our samplers shard exactly; Lightning's would repeat windows to fill the last batch.
             use_distributed_sampler=False,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),  # True would add a ModelCheckpoint
-            enable_model_summary=False, num_sanity_val_steps=0,
+            enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0,
             **{"strategy": t.strategy} | kwargs,
         )  # fmt: skip
 

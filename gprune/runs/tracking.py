@@ -7,9 +7,8 @@ import logging as messages
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -43,28 +42,6 @@ AXES = {
 # Files of a run folder that `load_run` reads, except the model.
 RUN_FILES = ("*.json", "config.yaml", "*.safetensors", "masks/*", "statistics/*")
 UPLOAD_SECONDS = 600  # longest wait for W&B at the end of a run; `wandb sync` can upload the rest
-
-
-class _ByRow:
-    """Wrapper of a logger's `log_metrics` that adds the row of the result table to metric names.
-
-    `distill/loss` becomes `distill/<row>/loss`. Development perplexity keeps its name for the run's main row, and
-    becomes `controls/<row>/perplexity` for a control.
-    """
-
-    row, control = "", False
-
-    def __init__(self, log_metrics: Callable[..., None]):
-        self.log_metrics = log_metrics
-
-    def __call__(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        self.log_metrics({self.name_with_row(key): value for key, value in metrics.items()}, step)
-
-    def name_with_row(self, key: str) -> str:
-        """Return the name under which a metric is logged."""
-        if self.control and key.startswith("development/"):
-            return key.replace("development", f"controls/{self.row}", 1)
-        return STAGE_PREFIX.sub(rf"\g<0>/{self.row}", key) if self.row else key
 
 
 class _Wandb(WandbLogger):
@@ -112,12 +89,10 @@ def tracking(
     # CSVLogger chooses a new version, so that a resumed run does not delete the curves of earlier sessions.
     loggers: list[Logger] = [CSVLogger(folder.path, name="csv")]
     about = wandb_arguments(cfg, made_elsewhere)
-    with (
-        wandb_run(folder.path, cfg.logging, id=wandb_id(folder.key, cfg), **about) as run,
-        ExitStack() as undo,
-    ):
+    with wandb_run(folder.path, cfg.logging, id=wandb_id(folder.key, cfg), **about) as run:
         if run is not None:
-            # Without `experiment`, WandbLogger would pass wandb.init an option that wandb 0.31 warns about on stderr.
+            # Without `experiment`, WandbLogger would open a run itself: all metrics would also match the axis
+            # `trainer/global_step`, and wandb 0.31 would warn on stderr about an option.
             loggers.append(_Wandb(save_dir=folder.path, project=run.project, experiment=run))
             identity = {name: getattr(run, name) or None for name in RESUME_KEYS}
             folder.update_manifest(wandb=identity | {"mode": run.settings.mode})
@@ -128,11 +103,11 @@ def tracking(
                 cause = error.__cause__ or error.__context__ or error
                 raise UserError(f"Cannot log with {type(logger).__name__}: {first_line(cause)}.") from error
         loggers += user_loggers
-        for logger in loggers:
-            logger.log_metrics = _ByRow(logger.log_metrics)
-            undo.callback(delattr, logger, "log_metrics")
-            undo.callback(logger.save)  # writes metrics that were logged after the last Trainer
-        yield loggers
+        try:
+            yield loggers
+        finally:
+            for logger in loggers:
+                logger.save()  # writes metrics that were logged after the last Trainer
 
 
 def construct_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
@@ -185,7 +160,10 @@ def wandb_id(key: str, cfg: RunConfig) -> str:
 
 @contextmanager
 def row_metrics(loggers: Sequence[Logger], row: str, stage: str, *, control: bool = False) -> Iterator[None]:
-    """Context in which the name of a row of the result table is added to logged metrics.
+    """Context in which the name of a row of the result table is added to the names of metrics.
+
+    `distill/loss` becomes `distill/<row>/loss`, over the axis `distill/<row>/tokens`. Development perplexity keeps its
+    name for the run's main row, and becomes `controls/<row>/perplexity` for a control.
 
     Args:
         loggers: the loggers of `tracking`.
@@ -193,20 +171,33 @@ def row_metrics(loggers: Sequence[Logger], row: str, stage: str, *, control: boo
         stage: prefix of the stage's metrics, whose x axis is the number of tokens.
         control: whether the row is a control.
     """
+    if not row:
+        yield
+        return
     row_key = key_part(row)
+    groups = [f"{stage}/{row_key}"]
+    if control:
+        groups.append(f"controls/{row_key}")
+    for logger in wandb_loggers(loggers):
+        logger.try_with_run(partial(define_axes, axes={f"{group}/*": f"{group}/tokens" for group in groups}))
+
+    def with_row(name: str) -> str:
+        """Return the name under which a metric is logged."""
+        if control and name.startswith("development/"):
+            return name.replace("development", f"controls/{row_key}", 1)
+        return STAGE_PREFIX.sub(rf"\g<0>/{row_key}", name)
+
+    def log_with_row(log_metrics: Callable[..., None], metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics by a logger's `log_metrics`, under their names with the row."""
+        log_metrics({with_row(name): value for name, value in metrics.items()}, step)
+
     for logger in loggers:
-        logger.log_metrics.row, logger.log_metrics.control = row_key, control
-    if row:
-        axes = {f"{stage}/{row_key}/*": f"{stage}/{row_key}/tokens"}
-        if control:
-            axes[f"controls/{row_key}/*"] = f"controls/{row_key}/tokens"
-        for logger in wandb_loggers(loggers):
-            logger.try_with_run(partial(define_axes, axes=axes))
+        logger.log_metrics = partial(log_with_row, logger.log_metrics)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.log_metrics.row, logger.log_metrics.control = "", False
+            del logger.log_metrics  # the method of the class is not changed
 
 
 def curves_hint(folder: Path) -> str:
@@ -234,14 +225,13 @@ def log_numbers(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None
 
 @rank_zero_only
 def log_pictures(loggers: Sequence[Logger], figures: Sequence[Path], table: str) -> None:
-    """Log figures (PNG files) and the result table (Markdown) to W&B, TensorBoard and MLflow."""
+    """Log figures (PNG files) to W&B, TensorBoard and MLflow, and to the latter two the result table (Markdown)."""
     for logger in loggers:
-        if isinstance(logger, _Wandb):
-            images = {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
-            logger.try_with_run(lambda run, images=images: run.log(images))
-            continue
         experiment = logger.experiment
-        if hasattr(experiment, "add_image"):  # TensorBoard
+        if isinstance(logger, _Wandb):
+            for path in figures:
+                logger.log_image(f"figures/{path.stem}", [str(path)])
+        elif hasattr(experiment, "add_image"):  # TensorBoard
             for path in figures:
                 pixels = np.asarray(Image.open(path).convert("RGB"))
                 experiment.add_image(f"figures/{path.stem}", pixels, dataformats="HWC")
@@ -275,7 +265,7 @@ def log_artifacts(loggers: Sequence[Logger], folder: Path, cfg: RunConfig, metad
                 # Tensors are uploaded without a copy. Other files may be rewritten meanwhile, so W&B copies them.
                 policy = "immutable" if path.suffix == ".safetensors" else "mutable"
                 artifact.add_file(str(path), name=str(path.relative_to(folder)), policy=policy, skip_cache=True)
-            logger.try_with_run(methodcaller("log_artifact", artifact))
+            logger.try_with_run(lambda run, artifact=artifact: run.log_artifact(artifact))
 
 
 @contextmanager
@@ -314,7 +304,6 @@ def wandb_run(
     variables = os.environ
     with _wandb_run(
         folder,
-        # offline=True would leave WANDB_MODE set in the process.
         mode=logging.resolved_mode,
         project=logging.project or variables.get("WANDB_PROJECT") or "gprune",
         name=logging.name or variables.get("WANDB_NAME") or name,

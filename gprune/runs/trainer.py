@@ -15,7 +15,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from gprune.config.running import TrainerConfig
@@ -141,18 +141,13 @@ def plain_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt from None
 
 
-class StageBar(ProgressBar):
-    """Progress bar callback that shows batches and loss of a stage on the run's `Screen`."""
+class StageBar(L.Callback):
+    """Callback that shows batches and loss of a stage on the run's `Screen`."""
 
     def __init__(self, screen: Screen, what: str):
-        super().__init__()
         self.screen, self.what = screen, what
 
-    def disable(self) -> None:
-        """No-op, because a `Screen` is disabled on ranks other than 0."""
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         self.screen.begin_part(self.what)
 
     def on_train_batch_end(
@@ -162,6 +157,6 @@ class StageBar(ProgressBar):
         is_text = isinstance(batch, dict) and "input_ids" in batch
         tokens = batch["input_ids"].numel() * trainer.world_size if is_text else 0
         metrics = ", ".join(f"{name} {value:.3f}" for name, value in trainer.progress_bar_metrics.items())
-        self.screen.advance(tokens, metrics)
+        self.screen.add_batch(tokens, metrics)
 
     on_test_batch_end = on_validation_batch_end = on_train_batch_end

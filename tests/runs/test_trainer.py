@@ -112,7 +112,8 @@ def test_the_progress_bar_shows_the_stage_its_loss_and_tokens_per_second(tiny_mo
     screen = Screen({0: 64}, console=console)
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
-        use_distributed_sampler=False, callbacks=[StageBar(screen, "Distilling 3 numbers"), RecordBar()],
+        enable_progress_bar=False, use_distributed_sampler=False,
+        callbacks=[StageBar(screen, "Distilling 3 numbers"), RecordBar()],
     )  # fmt: skip
     trainer.fit(stage, CorpusDataModule(train=text, batch_size=2, seed=0))
     assert [line.startswith("Distilling 3 numbers, distill/loss ") for line in bars] == [True, True]
