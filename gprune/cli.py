@@ -101,7 +101,7 @@ def check_early(cfg: RunConfig) -> None:
     cfg.validate()
     cfg.check_names()
     check_model_name(cfg.model.name)
-    if cfg.sparsity.quality:
+    if cfg.trials:
         for corpus in filter(is_local, cfg.development_corpora):
             load_corpus(corpus, "development")  # raises if the corpus has no development split
     if not cfg.dry_run and process_index() == 0:

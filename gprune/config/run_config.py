@@ -28,6 +28,8 @@ from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.cost import COST
 
+TRIES = 12  # largest number of models in a search for the sparsity of a target in quality; typical are about 4
+LEARNED_TRIES = 4  # the same if each model is trained; typical are about 2
 # Replaceable stages: group -> setting. `settings()` names a stage only if it is not the default.
 STAGES = {"corpora": "calibrator", "partition": "refiner", "sparsity": "learner"}
 
@@ -349,11 +351,20 @@ class RunConfig(Group):
 
     @property
     def training_free_recovery(self) -> str:
-        """The recoveries of the `--recovery` chain that do not train, or `none`.
-
-        The search for a quality target uses them.
-        """
+        """The recoveries of the `--recovery` chain that do not train, or `none`."""
         return "+".join(name for name in self.recovery.split("+") if not recovery_of(name).learns) or "none"
+
+    @property
+    def trials(self) -> list[str]:
+        """The recovery of every model that is measured at most to find the sparsity of a target such as `+5%`.
+
+        Empty for other targets, whose sparsity is known.
+        """
+        if not self.sparsity.quality:
+            return []
+        searches = 2 if self.learns else 1  # the first one is for the sparsity at which thresholds are learned
+        trained = [self.recovery] * LEARNED_TRIES if recovery_of(self.recovery).learns else []
+        return [self.training_free_recovery] * (searches * TRIES) + trained
 
     @property
     def calibration_corpora(self) -> list[str]:

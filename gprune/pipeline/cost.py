@@ -12,8 +12,6 @@ from gprune.models.blocks import Block
 from gprune.recoveries import recovery_of
 from gprune.sparsity.budget import UnitCosts
 
-TRIES = 12  # largest number of models in a search for a quality target without training; typical are about 4
-LEARNED_TRIES = 4  # the same if each model is trained; typical are about 2
 # Fields of configurations with the number of experts to which each token is routed.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 ERROR_TOKENS = 2048  # tokens per corpus for errors of blocks; 16,384 tokens do not give a better choice
@@ -22,9 +20,9 @@ MAX_CACHED_BYTES = 2**32  # limit of the dense model's hidden states that are ca
 
 def caches_teacher(cfg: RunConfig, hidden_size: int) -> bool:
     """Return whether the teacher's hidden states are cached: several models are distilled and the states are small."""
-    distilled_rows = sum(recovery_of(recovery).learns for _, recovery in cfg.stages)
-    several_models = distilled_rows > 1 or (distilled_rows == 1 and bool(cfg.sparsity.quality))
-    return several_models and fits_cache(cfg, fresh_tokens(cfg), hidden_size)
+    recoveries = [*cfg.trials, *(recovery for _, recovery in cfg.stages)]
+    distilled_models = sum(recovery_of(recovery).learns for recovery in recoveries)
+    return distilled_models > 1 and fits_cache(cfg, fresh_tokens(cfg), hidden_size)
 
 
 def fits_cache(cfg: RunConfig, tokens: int, hidden_size: int) -> bool:
@@ -62,11 +60,8 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
     compared = 3 * compared_tokens(cfg)  # by the masked, the sliced and the reloaded model
     forward = {8: 0, 9: compared + early_rows * evaluated, 10: late_rows * evaluated}
     forward_backward = {8: 0, 9: 0, 10: 0}
-    if cfg.sparsity.quality:
-        trials = num_searches(cfg) * TRIES
-        if recovery_of(cfg.recovery).learns:
-            trials += LEARNED_TRIES
-        forward[8] = (1 + trials) * development_tokens(cfg)  # the dense model and every trial
+    if cfg.trials:
+        forward[8] = (1 + len(cfg.trials)) * development_tokens(cfg)  # the dense model and every trial
     teacher_cached = caches_teacher(cfg, hidden_size)
     for step, recovery, counts_teacher in _recovered_models(cfg):
         model_forward, model_trained = recovery_tokens(cfg, recovery)
@@ -80,7 +75,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
         2: (_block_choice_tokens(cfg, costs), error_tokens(cfg, "base", "averaged")),
         7: (curve + kl_teacher, learning + error_tokens(cfg, "modules")),
     }
-    if cfg.sparsity.quality:
+    if cfg.trials:
         tokens[8] = (forward[8], forward_backward[8])
     return tokens | {step: (forward[step], forward_backward[step]) for step in (9, 10)}
 
@@ -129,12 +124,10 @@ def _recovered_models(cfg: RunConfig) -> list[tuple[int, str, bool]]:
     """
     main = [(9, cfg.recovery, True)]
     controls = [(10, recovery, False) for stage, recovery in cfg.stages if (stage, recovery) != cfg.own_row]
-    if not cfg.sparsity.quality:
-        return main + controls
-    trials = [(8, cfg.training_free_recovery, False)] * (num_searches(cfg) * TRIES)
-    if recovery_of(cfg.recovery).learns:  # the model of the main row is one of the trials
+    trials = [(8, recovery, False) for recovery in cfg.trials]
+    if trials and recovery_of(cfg.recovery).learns:  # the main row's model is one of the trials
         main = []
-        trials += [(8, cfg.recovery, number == 0) for number in range(LEARNED_TRIES)]
+        trials[cfg.trials.index(cfg.recovery)] = (8, cfg.recovery, True)
     return main + controls + trials
 
 
@@ -166,7 +159,7 @@ def error_corpora(cfg: RunConfig) -> dict[str, list[str]]:
         return {}
     stages = {stage for stage, _ in cfg.stages}
     # Without the control `averaged`, the sparsity at which thresholds are learned is found with masks of `base`.
-    base_starts_learning = cfg.learns and bool(cfg.sparsity.quality) and "averaged" not in stages
+    base_starts_learning = cfg.learns and bool(cfg.trials) and "averaged" not in stages
     corpora = {}
     if "base" in stages or base_starts_learning:
         corpora["base"] = [cfg.corpora.score]
@@ -181,16 +174,6 @@ def error_tokens(cfg: RunConfig, *names: str) -> int:
     """Number of tokens on which errors of blocks are measured for masks with these names (see `error_corpora`)."""
     num_corpora = sum(len(corpora) for name, corpora in error_corpora(cfg).items() if name in names)
     return num_corpora * error_windows(cfg) * cfg.corpora.seq_len
-
-
-def num_searches(cfg: RunConfig) -> int:
-    """Number of searches for a quality target with models that are not trained.
-
-    There is one search for the main row and one for each control. Learning thresholds needs a search too, which is the
-    search of a control if there is one.
-    """
-    controls = {stage for stage, _ in cfg.stages} - {cfg.final}
-    return 1 + max(len(controls), int(cfg.learns))
 
 
 def development_tokens(cfg: RunConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -13,20 +14,16 @@ from gprune.corpora import is_local
 from gprune.models.blocks import PARTS, blocks_of
 from gprune.models.loading import locate_model
 from gprune.pipeline.cost import (
-    LEARNED_TRIES,
-    TRIES,
     active_experts,
     calibration_tokens,
     development_tokens,
     evaluated_models,
     evaluated_tokens,
     forward_equivalents,
-    num_searches,
 )
 from gprune.pipeline.inputs import prepare_text
 from gprune.pipeline.memory import memory_lines
 from gprune.pipeline.plan import Plan, describe_unpruned
-from gprune.recoveries import recovery_of
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
@@ -38,9 +35,9 @@ def describe(plan: Plan) -> str:
     Raises:
         UserError: if text is missing or too short.
     """
-    cfg, budget, quality = plan.cfg, plan.budget, plan.cfg.sparsity.quality
+    cfg, budget = plan.cfg, plan.budget
     removed_at_most = plan.removed
-    if quality:  # the sparsity is not known yet, so costs are upper bounds, as if almost nothing were removed
+    if cfg.trials:  # the sparsity is not known yet, so costs are upper bounds, as if almost nothing were removed
         plan = replace(plan, budget=budget.removing(budget.step))
     parameters, in_scope = plan.skeleton.num_parameters(), budget.costs.in_parameters.total
     dtype = plan.pricing.exported_dtype
@@ -51,7 +48,7 @@ def describe(plan: Plan) -> str:
     }
     if "blocks" in cfg.sparsity.scope:
         lines["blocks"] = f"{len(budget.costs.removed_layers)} are removed as a whole"
-    if quality:
+    if cfg.trials:
         target = f"the run finds the sparsity that keeps {cfg.sparsity.target}"
         lines["removes"] = f"at most {removed_at_most:,} parameters: {target}"
         lines["quality"] = describe_search(cfg)
@@ -63,7 +60,7 @@ def describe(plan: Plan) -> str:
     size = f"{remaining * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}"
     lines |= {
         "stays": describe_unpruned(plan),
-        "exports": f"{'at most ' if quality else ''}{remaining:,} parameters: {size}",
+        "exports": f"{'at most ' if cfg.trials else ''}{remaining:,} parameters: {size}",
         "text": describe_text(plan),
         "learns in": f"{cfg.trainer.precision} ({plan.why_precision})",
         "evaluates": f"{1 + len(cfg.stages)} models on {len(cfg.corpora.evaluate)} corpora",
@@ -77,12 +74,11 @@ def describe(plan: Plan) -> str:
 
 
 def describe_search(cfg: RunConfig) -> str:
-    """Describe how many models the search for a quality target measures, and on how much text."""
-    models = f"at most {num_searches(cfg) * TRIES} models after {cfg.training_free_recovery}, usually a third of them"
-    if recovery_of(cfg.recovery).learns:
-        models += f", and {LEARNED_TRIES} after {cfg.recovery}, usually 2, or more if none keeps the quality"
+    """Describe how many models are tried to find the sparsity, and on how much text."""
+    models = " and ".join(f"{number} models after {recovery}" for recovery, number in Counter(cfg.trials).items())
     corpora = ", ".join(cfg.development_corpora)
-    return f"{models}, each on {development_tokens(cfg):,} tokens of development text ({corpora})"
+    text = f"{development_tokens(cfg):,} tokens of development text ({corpora})"
+    return f"at most {models}, usually less than half, or more if none keeps the quality, each on {text}"
 
 
 def describe_text(plan: Plan) -> str:

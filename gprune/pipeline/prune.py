@@ -27,7 +27,7 @@ from gprune.export.hf import to_portable
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate
 from gprune.pipeline.partition import assess, measure_drift, partition
-from gprune.pipeline.quality import quality_entries, with_learning_budget, with_quality_budget
+from gprune.pipeline.quality import with_learning_budget, with_quality_budget
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import open_run
 from gprune.pipeline.save import check_discovered_structure, save
@@ -82,7 +82,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
             save(run, pruned, masks)
         records = evaluate(run, statistics, masks, pruned)  # 10
         if is_rank_zero:
-            summary = summarise(run, records, final_masks, pruned, modules, quality_entries(run, records))
+            summary = summarise(run, records, final_masks, pruned, modules)
             with optional_output("report.html", f"`gprune report {run.folder.path}` writes it"):
                 write_pages(run)
         return PruningResult(

@@ -1,16 +1,15 @@
 """Quality targets: find the largest sparsity whose recovered model keeps development perplexity near dense.
 
 Models of several sparsities are measured on development text. Masks of any sparsity follow from one calibration: from
-scores, or from thresholds learned at a first sparsity. There are up to four searches, each by `find_largest_cut`:
+scores, or from thresholds learned at a first sparsity. There are up to three searches, each by `find_largest_cut`:
 
-1. For the sparsity at which thresholds are learned: with masks of the control `averaged`, otherwise of `base`, and the
-   parts of `--recovery` that do not train.
-2. For each control with the same recovery, to report how many parameters it needs for the same quality.
-3. For the run's main row with the same recovery. If `--recovery` does not train, this is the result.
-4. Starting from that result, for the main row with the complete `--recovery`, in few steps.
+1. For the sparsity at which thresholds are learned, to a percentage point: with masks of the control `averaged`,
+   otherwise of `base`, and the parts of `--recovery` that do not train.
+2. For the run's main row with the same recovery. If `--recovery` does not train, this is the result.
+3. Starting from that result, for the main row with the complete `--recovery`, in few steps.
 
-Every model is measured once. Measurements are stored in `quality.json` of the run folder, so that a resumed search
-takes the same steps and gives the same bits.
+Controls are not searched for: they have the budget of the main row. Every model is measured once. Measurements are
+stored in `quality.json` of the run folder, so that a resumed search takes the same steps and gives the same bits.
 """
 
 from __future__ import annotations
@@ -22,16 +21,15 @@ from typing import Any
 
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
+from gprune.config.run_config import LEARNED_TRIES, TRIES
 from gprune.errors import UserError
-from gprune.evaluation.intervals import Interval, geometric_mean, paired_ratio
+from gprune.evaluation.intervals import Interval, paired_ratio
 from gprune.evaluation.perplexity import PerplexityResult
-from gprune.evaluation.tolerance import largest_share
 from gprune.models.masks import Masks
-from gprune.pipeline.cost import LEARNED_TRIES, TRIES
 from gprune.pipeline.evaluate import dense_perplexity, measure_perplexity, shard_if_requested
 from gprune.pipeline.recover import learned_file, shrink
 from gprune.pipeline.run import Run
-from gprune.pipeline.sparsity import MasksOf
+from gprune.pipeline.sparsity import MasksOf, ModuleMasks
 from gprune.recoveries import recovery_of
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import Record, Stage, estimates, row_name
@@ -41,8 +39,8 @@ from gprune.storage.files import content_hash, read_json, write_json
 
 log = logging.getLogger("gprune")
 FILE = "quality.json"
-TOLERATED_PERCENT = 3, 10  # percent of perplexity above dense
 FIRST_SPARSITY = 0.1  # sparsity of the first trial
+LEARNING_RESOLUTION = 0.01  # of the sparsity at which thresholds are learned
 WIDE = 0.5  # share of the requested rise by which a wide interval is above the limit
 EXPONENT = 1.5  # until two models are measured, log perplexity is assumed to rise with this power of the sparsity
 # Tolerance of the search: a share of the requested rise, and of the dense perplexity. The curve of SmolLM2 fluctuates
@@ -73,6 +71,10 @@ class Trials:
             ]
         self.step = run.budget.step
         self.max_cut = math.ceil(run.budget.target / self.step)
+
+    def cuts(self, sparsity: float) -> float:
+        """Return the number of smallest steps that remove a share of the scope."""
+        return sparsity * self.run.budget.costs.total / self.step
 
     def budget(self, cut: int) -> Budget:
         """Return the budget of `cut` smallest steps, at most the largest budget."""
@@ -139,15 +141,11 @@ class Trials:
         return paired_ratio(by_corpus(results), by_corpus(self.dense), predicted_tokens)
 
     def search(
-        self, row: Stage, masks_of: MasksOf, *, after: SearchResult | None = None, expected: float | None = None
+        self, row: Stage, masks_of: MasksOf, *, after: SearchResult | None = None, resolution: int = 1
     ) -> SearchResult:
-        """Search the largest cut of a row that keeps the quality.
+        """Search the largest cut of a row (stage, recovery) that keeps the quality, from the result of another search.
 
-        Args:
-            row: (stage, recovery).
-            masks_of: masks of the stage as a function of the budget.
-            after: an earlier search with similar models; this search starts at its result.
-            expected: predicted rise of the first cut.
+        The search ends within `resolution` cuts of one that does not keep the quality.
         """
         learns = recovery_of(row[1]).learns
         share_of_rise, share_of_dense = TRAINED_TOLERANCE if learns else TOLERANCE
@@ -157,122 +155,82 @@ class Trials:
             return self.rise(self.results(masks_of(budget), row, budget))
 
         if after is not None and after.best is not None:
-            first_cut, exponent = after.best.cut, after.exponent(EXPONENT)
+            start = {"first": after.best.cut, "expected": after.best.rise, "exponent": after.exponent(EXPONENT)}
         else:
-            first_cut, exponent = round(FIRST_SPARSITY * self.run.budget.costs.total / self.step), EXPONENT
+            start = {"first": round(self.cuts(FIRST_SPARSITY)), "exponent": EXPONENT}
         return find_largest_cut(
-            rise, math.log1p(self.requested_rise), self.max_cut, first=first_cut, expected=expected, exponent=exponent,
-            unused=min(share_of_rise, share_of_dense / self.requested_rise), tries=LEARNED_TRIES if learns else TRIES,
+            rise, math.log1p(self.requested_rise), self.max_cut, **start,
+            unused=min(share_of_rise, share_of_dense / self.requested_rise), resolution=resolution,
+            tries=LEARNED_TRIES if learns else TRIES,
         )  # fmt: skip
-
-    def search_controls(self, masks_of: Mapping[str, MasksOf]) -> dict[str, SearchResult]:
-        """Search for all controls, `averaged` first. Thresholds are learned at the sparsity of the first one.
-
-        Args:
-            masks_of: masks of each stage as a function of the budget.
-
-        Returns:
-            Searches by stage: of controls in the result table, and of the first control if thresholds are learned.
-        """
-        cfg = self.run.cfg
-        rows = {stage for stage, _ in cfg.stages} - {cfg.final}
-        names = [name for name in ("averaged", "base") if name in masks_of and (name in rows or cfg.learns)]
-        searches: dict[str, SearchResult] = {}
-        for position, name in enumerate(names):
-            if name in rows or position == 0:
-                first_search = next(iter(searches.values()), None)
-                searches[name] = self.search((name, cfg.training_free_recovery), masks_of[name], after=first_search)
-        return searches
 
 
 def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
-    """Return the run with the budget at which thresholds are learned.
+    """Return the run with the budget at which thresholds are learned; the same run if the target is not a quality.
 
-    For a quality target it is the budget found for the first control (the smallest cut if none keeps the quality),
-    otherwise the budget of the run. The arguments are those of `with_quality_budget`.
+    It is the largest budget, to a percentage point, at which masks of a control keep the quality. If there is none, it
+    is one percentage point.
     """
     cfg = run.cfg
     if not (cfg.sparsity.quality and cfg.learns):
         return run
     run.step(7, "Finding the share at which sparsity is learned")
     trials = Trials(run, statistics)
-    first_control = "averaged" if "averaged" in masks_of else "base"
-    best = trials.search((first_control, cfg.training_free_recovery), masks_of[first_control]).best
-    return run.with_budget(trials.budget(best.cut if best else 1))
+    control = "averaged" if "averaged" in masks_of else "base"
+    resolution = max(1, round(trials.cuts(LEARNING_RESOLUTION)))
+    best = trials.search((control, cfg.training_free_recovery), masks_of[control], resolution=resolution).best
+    return run.with_budget(trials.budget(best.cut if best else resolution))
 
 
 def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
     """Return the run with the largest budget that keeps the quality; the same run if the target is not a quality.
 
-    The trials and the sizes of all rows are stored in `quality.json`.
-
-    Args:
-        run: the open run, with the largest budget that its units allow.
-        statistics: statistics by corpus.
-        masks_of: masks of each stage as a function of the budget.
-
-    Raises:
-        UserError: if even the smallest cut does not keep the quality.
+    It is searched for with models of the main row. The trials and the result are stored in `quality.json`. UserError if
+    even the smallest cut does not keep the quality, or the masks of the learner are for one budget.
     """
     cfg, s = run.cfg, run.cfg.sparsity
     if not s.quality:
         return run
     run.step(8, "Finding the share that keeps the quality")
+    masks_at = masks_of[cfg.final]
+    if isinstance(masks_at, ModuleMasks) and masks_at.fixed(run.budget):
+        reason = "the masks of a quality target must follow from its thresholds"
+        raise UserError(f"--sparsity.learner {s.learner} needs a share such as 0.3 as target: {reason}.")
     trials = Trials(run, statistics)
-    final_masks = masks_of[cfg.final]
     untrained_row = (cfg.final, cfg.training_free_recovery)
-    search_of_control = trials.search_controls(masks_of)
-    untrained = trials.search(untrained_row, final_masks, after=next(iter(search_of_control.values()), None))
-    result = untrained
+    search = trials.search(untrained_row, masks_at)
     if untrained_row != cfg.own_row:
-        expected = untrained.best.rise if untrained.best else None
-        result = trials.search(cfg.own_row, final_masks, after=untrained, expected=expected)
-    if result.best is None:
+        search = trials.search(cfg.own_row, masks_at, after=search)
+    if search.best is None:
         smallest = trials.budget(1)
-        ratio, _, _ = trials.interval(trials.results(final_masks(smallest), cfg.own_row, smallest))
-        removed = f"{smallest.costs.removed(final_masks(smallest)):,} {s.currency.replace('_', ' ')}"
+        ratio, _, _ = trials.interval(trials.results(masks_at(smallest), cfg.own_row, smallest))
+        removed = f"{smallest.costs.removed(masks_at(smallest)):,} {s.currency.replace('_', ' ')}"
         raise UserError(
             f"--sparsity.target must be above {_percent(ratio)}, the change of development perplexity by the smallest "
             f"cut ({removed}); got {s.target}."
         )
-    searches = {(stage, cfg.training_free_recovery): search for stage, search in search_of_control.items()}
-    searches |= {untrained_row: untrained, cfg.own_row: result}
-    stages = [stage for stage, _ in cfg.stages]
-    sizes = [
-        _size_of_row(trials, row, search, masks_of[row[0]]) for row, search in searches.items() if row[0] in stages
-    ]
-    is_largest = result.best.cut == trials.max_cut
+    is_largest = search.best.cut == trials.max_cut
     if is_largest:
         log.warning("Even the largest possible cut keeps the target %s of development perplexity.", s.target)
-    kept_masks = final_masks(trials.budget(result.best.cut))
-    number = trials.number(kept_masks, cfg.own_row)
-    trials.write(reached={"asked": s.quality, "largest": is_largest, "trial": number, "rows": sizes})
-    _remove_other_trials(trials, kept_masks)
-    return run.with_budget(trials.budget(result.best.cut))
-
-
-def _size_of_row(trials: Trials, row: Stage, search: SearchResult, masks_of: MasksOf) -> dict[str, Any]:
-    """Return how many parameters a row needs for the requested quality.
-
-    Args:
-        trials: the measured models.
-        row: (stage, recovery).
-        search: result of the search for the row.
-        masks_of: masks of the stage as a function of the budget.
-    """
-    run, name = trials.run, row_name(*row)
-    if search.best is None:
-        return {"row": name, "models": len(search.points)}
     budget = trials.budget(search.best.cut)
-    masks = masks_of(budget)
-    removed_parameters = run.budget.costs.in_parameters.removed(masks)
+    masks = masks_at(budget)
+    rows = [_size_of_main_row(trials, search, budget, masks)]
+    trial = trials.number(masks, cfg.own_row)
+    trials.write(reached={"asked": s.quality, "largest": is_largest, "trial": trial, "rows": rows})
+    _remove_other_trials(trials, masks)
+    return run.with_budget(budget)
+
+
+def _size_of_main_row(trials: Trials, search: SearchResult, budget: Budget, masks: Masks) -> dict[str, Any]:
+    """Return how many parameters the main row needs for the requested quality."""
+    run, row = trials.run, trials.run.cfg.own_row
+    costs, predicted_rise = run.budget.costs, search.best.predicted
     ratio, low, high = trials.interval(trials.results(masks, row, budget))
-    predicted_rise = search.best.predicted
     return {
-        "row": name,
+        "row": row_name(*row),
         "models": len(search.points),
-        "share": run.budget.costs.removed(masks) / run.budget.costs.total,
-        "parameters": run.model.num_parameters() - removed_parameters,
+        "share": costs.removed(masks) / costs.total,
+        "parameters": run.model.num_parameters() - costs.in_parameters.removed(masks),
         "predicted": None if predicted_rise is None else math.exp(predicted_rise),
         "got": ratio,
         "low": low,
@@ -294,40 +252,8 @@ def _remove_other_trials(trials: Trials, kept_masks: Masks) -> None:
         run.folder.update_manifest(learned_tokens=kept_tokens, replace=True)
 
 
-def quality_entries(run: Run, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Return entries of the summary on quality, each with a line of text as `said`.
-
-    `quality` is the result for a quality target; `tolerated` is the sparsity at which masks alone cost little.
-    """
-    entries = {"quality": quality_reached(run, records), "tolerated": tolerated_shares(run)}
-    return {name: entry for name, entry in entries.items() if entry}
-
-
-def tolerated_shares(run: Run) -> dict[str, Any] | None:
-    """Return the largest sparsities at which masks alone raise development perplexity by at most 3 % and 10 %.
-
-    They are interpolated on the curve that was measured after learning; None without a curve.
-    """
-    curve = run.folder.manifest.get("learning", {}).get("development_perplexity_by_sparsity") or {}
-    means = {float(share): geometric_mean(by_corpus.values()) for share, by_corpus in curve.items() if by_corpus}
-    shares = {percent: largest_share(means, 1 + percent / 100) for percent in TOLERATED_PERCENT}
-    if None in shares.values():
-        return None
-    (lowest_percent, lowest_share), *others = shares.items()
-    limits = [f"within {lowest_percent} % of dense up to {lowest_share} of {run.cfg.sparsity.scope}"]
-    limits += [f"within {percent} % up to {share}" for percent, share in others if share != lowest_share]
-    condition = "" if run.cfg.recovery == "none" else ", under masks without recovery"
-    sentence = f"Development perplexity stays {', '.join(limits)}{condition}."
-    return {"said": sentence, "shares": {str(percent): share.value for percent, share in shares.items()}}
-
-
-def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any] | None:
-    """Return the ratio to dense perplexity: requested, predicted and measured, on development and on unseen text.
-
-    None if the target is not a quality.
-    """
-    if not run.cfg.sparsity.quality:
-        return None
+def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
+    """Return the ratio to dense perplexity: requested, predicted and measured, on development and on unseen text."""
     reached = read_json(run.folder / FILE, run=run.folder.key)["reached"]
     main_row = reached["rows"][-1]
     numbers = {name: main_row[name] for name in ("predicted", "got", "low", "high", "share")}

@@ -13,7 +13,6 @@ from torch import Tensor
 from gprune.calibration.errors import block_errors
 from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.checks import select_options, typed_options
-from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
@@ -169,6 +168,10 @@ class ModuleMasks:
         """Return the masks for a budget (see `masks_from_saved_tensors`)."""
         return masks_from_saved_tensors(self.modules.ranks, self.thresholds(budget), budget)
 
+    def fixed(self, budget: Budget) -> bool:
+        """Return whether the masks are those of the learner, which are for one budget."""
+        return "masks.ffn.0" in self.thresholds(budget)
+
 
 def learn_sparsity(
     run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, modules: Modules, base: MasksOf | None
@@ -183,9 +186,6 @@ def learn_sparsity(
         base: masks of the base metric. Every module keeps as many neurons as these masks keep of it, and learning
             starts there, except if the allocation is a rule for modules. An allocation that needs errors of blocks does
             not use `base`: it measures errors for the order in which neurons of modules are removed.
-
-    Raises:
-        UserError: if the target is a quality, and the learner's masks do not follow from its thresholds.
     """
     name, ranks = run.cfg.sparsity.allocation, modules.ranks
     allocation = ALLOCATION[name]
@@ -202,9 +202,6 @@ def learn_sparsity(
     if not allocation.learned:
         return ModuleMasks(modules, lambda budget: named_thresholds(start(budget)))
     tensors = run.folder.tensors("thresholds", lambda: fit_thresholds(run, modules, start(run.budget)))
-    if run.cfg.sparsity.quality and "masks.ffn.0" in tensors:
-        reason = "the masks of a quality target must follow from its thresholds"
-        raise UserError(f"--sparsity.learner {run.cfg.sparsity.learner} needs a share such as 0.3 as target: {reason}.")
     return ModuleMasks(modules, lambda _: tensors)
 
 

@@ -10,10 +10,12 @@ from transformers import PreTrainedModel
 
 from gprune.benchmarks.speed import describe_device, time_generation
 from gprune.errors import optional_output
+from gprune.evaluation.tolerance import tolerated_shares
 from gprune.models.blocks import by_layer
 from gprune.models.masks import Masks
 from gprune.models.surgery import widths
 from gprune.partition.modules import Modules
+from gprune.pipeline.quality import quality_reached
 from gprune.pipeline.run import Run
 from gprune.report import html, page
 from gprune.report.model_card import write_card
@@ -57,9 +59,8 @@ def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, 
 
 
 def summarise(
-    run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel, modules: Modules | None,
-    quality: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel, modules: Modules | None
+) -> dict[str, Any]:
     """Compute the summary of a run, and write it to manifest, metrics.json, model card, figures and trackers.
 
     Args:
@@ -68,7 +69,6 @@ def summarise(
         masks: masks of the main row; None if gprune did not prune its model.
         pruned: model of the main row.
         modules: modules of neurons, if there are any.
-        quality: entries of the summary from `pipeline.quality`.
     """
     summary = sizes_and_perplexity(run, records, masks, pruned)
     if run.cfg.latency_table_flag:
@@ -77,14 +77,17 @@ def summarise(
         measured_earlier = run.folder.manifest.get("summary", {}).get("speed")
         summary["speed"] = measured_earlier or speed_reached(run, masks, pruned)
         log.info("%s", summary["speed"]["said"])
-    summary |= quality
-    for entry in quality.values():
-        log.info("%s", entry["said"])
-        for warning in entry.get("warnings", ()):
+    if run.cfg.sparsity.quality:
+        summary["quality"] = quality_reached(run, records)
+        log.info("%s", summary["quality"]["said"])
+        for warning in summary["quality"]["warnings"]:
             log.warning("%s", warning)
-    if "quality" in quality:
         table = quality_table({run.folder.path.name: summary})
         log.info("%s:\n\n%s\n", table.title, table.for_stdout())
+    curve = run.folder.manifest.get("learning", {}).get("development_perplexity_by_sparsity") or {}
+    if tolerated := tolerated_shares(curve, run.cfg.sparsity.scope, recovered=run.cfg.recovery != "none"):
+        summary["tolerated"] = tolerated
+        log.info("%s", tolerated["said"])
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback stopped early
     block_widths = {} if masks is None else {"widths": widths(pruned)}

@@ -104,10 +104,10 @@ def quality_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     columns = ["row", "asked, %", "parameters kept", "removed, %", KEPT_OF_BASE, "predicted, %", "development, %",
                "unseen, %", "models tried"]  # fmt: skip
     note = (
-        "Each row at a share of its own: the largest found whose development perplexity, above dense, is at most what "
-        "was asked. Controls, and a first search, are without training. A row without numbers keeps this quality by no "
-        "cut. Other tables have all rows at the share of the run's own, which is the last row here. In brackets 95 % "
-        "intervals: Student's t over windows, paired."
+        "Each row at the largest share that was found whose development perplexity, above dense, is at most what was "
+        "asked. Runs of earlier versions also searched for controls and for the row without training. Their last row "
+        "is the run's own, and a row without numbers keeps this quality by no cut. In other tables all rows have the "
+        "share of the run's own row. In brackets 95 % intervals: Student's t over windows, paired."
     )
     columns = ["run", *columns] if len(summaries) > 1 else columns
     return Table("quality", "Parameters at the same quality", columns, rows, {"asked, %": 1, KEPT_OF_BASE: 3}, note)

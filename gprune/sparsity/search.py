@@ -128,7 +128,7 @@ class SearchResult:
 
 def find_largest_cut(
     measure: Callable[[int], float], limit: float, max_cut: int, *, first: int, expected: float | None = None,
-    exponent: float = 1.5, unused: float = 0.0, tries: int | None = None,
+    exponent: float = 1.5, unused: float = 0.0, resolution: int = 1, tries: int | None = None,
 ) -> SearchResult:  # fmt: skip
     """Search for the largest cut whose rise is at most `limit`.
 
@@ -140,11 +140,12 @@ def find_largest_cut(
         expected: the predicted rise of the first cut.
         exponent: p of rise ~ cut^p, until two cuts have been measured.
         unused: share of the limit that may stay unused; the search ends when the rise of the best cut is that near to
-            the limit. With 0 the search ends when the next larger cut exceeds the limit.
+            the limit.
+        resolution: the search ends when a cut that is larger by at most this number exceeds the limit.
         tries: number of measurements after which the search ends, if a cut within the limit was found.
 
     Returns:
-        All measurements. Its `best` is None if even a cut of 1 exceeds the limit.
+        All measurements. Its `best` is None if even a cut of at most `resolution` exceeds the limit.
     """
     result = SearchResult([], limit)
     cut = min(max_cut, max(1, first))
@@ -152,10 +153,10 @@ def find_largest_cut(
         result.points.append(Point(cut, measure(cut), expected))
         best, above = result.best, result.above
         if best is None:
-            if cut == 1:
+            if cut <= resolution:
                 return result
         else:
-            is_largest = best.cut == max_cut or (above is not None and above.cut - best.cut == 1)
+            is_largest = best.cut == max_cut or (above is not None and above.cut - best.cut <= resolution)
             is_close_enough = unused > 0 and best.rise >= limit * (1 - unused)
             tries_are_spent = tries is not None and len(result.points) >= tries
             if is_largest or is_close_enough or tries_are_spent:

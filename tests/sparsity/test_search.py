@@ -59,6 +59,18 @@ def test_on_a_non_monotone_curve_the_cut_is_within_the_limit_and_the_next_is_not
         assert result.best.cut == len(curve) or curve[result.best.cut] > limit
 
 
+@settings(max_examples=200)
+@given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=400), st.floats(1e-3, 3.0), st.integers(1, 400))
+def test_a_coarse_search_ends_within_its_resolution_of_the_exhaustive_scan(steps, limit, first):
+    curve, resolution = np.cumsum(steps), 20
+    measure, measured = recording(curve)
+    result = find_largest_cut(measure, limit, len(curve), first=first, resolution=resolution)
+    largest = int((curve <= limit).sum())
+    best_cut = result.best.cut if result.best else 0
+    assert best_cut <= largest < best_cut + resolution
+    assert len(measured) == len(set(measured))
+
+
 def test_the_cut_is_within_the_limit_with_any_number_of_tries():
     measure, measured = recording(np.linspace(0.001, 2, 1000) ** 2)
     result = find_largest_cut(measure, 0.01, 1000, first=900, unused=0.01, tries=2)

@@ -237,6 +237,18 @@ def test_invalid_masks_and_thresholds_of_a_learner_are_refused(
     assert re.search(f"Learner 'bad'.*{message}", capsys.readouterr().err)
 
 
+def test_a_learner_with_masks_for_one_budget_is_refused_for_a_quality_target(
+    scratch_registries, world, cache, tmp_path, capsys
+):
+    gprune.learner("plain")(GateLearner)
+    flags = ["--sparsity.learner=plain", "--sparsity.target=+20%", "--evaluation.development_samples=2"]
+    with tiny_run.isolated(cache):
+        assert tiny_run.main(world.args(tmp_path, *flags)) == 2
+    error = capsys.readouterr().err
+    assert "--sparsity.learner plain needs a share such as 0.3 as target" in error
+    assert error.count("\n") == 1
+
+
 # --- built-in stages with any Trainer
 
 
