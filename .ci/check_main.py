@@ -48,7 +48,7 @@ if not arguments.cached:  # the learned parts have learned
 
 widths = manifest["widths"]["neurons"]
 print("FFN widths:", widths)
-assert all(width % 64 == 0 for width in widths)  # the default of --sparsity.width_multiple
+assert all(width % 32 == 0 for width in widths)  # the default of --sparsity.width_multiple
 assert 0.5 <= summary["sparsity_of_scope"] < 0.5001
 assert summary["parameters_after"] < 0.71 * summary["parameters_before"]
 unseen = {r["corpus"] for r in records if not r["seen"]}

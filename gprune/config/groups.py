@@ -315,12 +315,12 @@ class SparsityConfig(Group, prefix="sparsity."):
     protect: list[int] = Field([])
     """Decoder layers that are not pruned; -1 is the last layer. LLM-Pruner protects [0,1,2,-1]."""
     width_multiple: WidthMultiple = Field(default_factory=_default_width_multiple)
-    """FFN widths are multiples of this. default: by the model's configuration, 64 from 512 neurons up (the tiles of
-    matrix products and the blocks of q8_0), 8 for experts from 64 neurons up (their grouped kernels), and otherwise 1.
-    auto, or null: the smallest of 1, 8, 16, ... 128 that loses at most 5 % of the speed on this machine, by its latency
-    table (the default for speed targets). Serving kernels of quantised weights need 128, K-quants such as q4_k_m 256.
-    The target
-    is overshot by less than one multiple."""
+    """FFN widths are multiples of this. default: by the model's configuration, 32 from 512 neurons up (the blocks of
+    q8_0), 8 for experts from 128 neurons up (their grouped kernels), and otherwise 1. auto, or null: the smallest of 1,
+    8, 16, ... 128 that loses at most 5 % of the speed on this machine, by its latency table (the default for speed
+    targets). 64 or 128 suit matrix-multiply tiles and serving kernels (128 if quantised), 256 the K-quants of GGUF such
+    as q4_k_m. The
+    target is overshot by less than one multiple."""
     uniform_width: bool = False
     """Give all blocks the same width and number of KV groups, the largest that reach the target. The result loads as a
     stock model without custom code, if the family's config can express the sizes (gpt2, opt and gpt_neox cannot have

@@ -102,11 +102,11 @@ class UnitCosts:
     def default_multiple(self) -> int:
         """The width multiple of `--sparsity.width_multiple default`.
 
-        It is 8 for models with experts, for their grouped kernels, and 64 for others, for the tiles of matrix products
-        and the blocks of q8_0. It is 1 if that is more than an eighth of the narrowest FFN.
+        It is 8 for models with experts, for their grouped kernels, and 32 for others, for the blocks of q8_0. It is 1
+        if that is more than a sixteenth of the narrowest FFN.
         """
-        multiple = 8 if max(self.experts_per_block) > 1 else 64
-        return multiple if 8 * multiple <= self.narrowest else 1
+        multiple = 8 if max(self.experts_per_block) > 1 else 32
+        return multiple if 16 * multiple <= self.narrowest else 1
 
     def removable(self, width_multiple: int) -> int:
         """Return the largest removable cost, if every block keeps at least `width_multiple` neurons and one KV group.

@@ -346,8 +346,8 @@ def test_the_default_widths_of_a_model_with_512_neurons_fit_q8_0(tmp_path, monke
     dense.save_pretrained(llama.model)
     args = llama.args(tmp_path / "runs", "--export=gguf", "--export.type=q8_0", "--partition.num_modules=1")
     plan = check(parse(args))
-    assert plan.budget.width_multiple == 64
-    assert describe_widths(plan.cfg, plan.budget).endswith("at uniform sparsity, in multiples of 64 neurons")
+    assert plan.budget.width_multiple == 32
+    assert describe_widths(plan.cfg, plan.budget).endswith("at uniform sparsity, in multiples of 32 neurons")
     assert check(parse([*args, "--sparsity.width_multiple=96"])).budget.width_multiple == 96
     small = prune(dense, uniform_masks(check(parse([*args, "--sparsity.target=0.1"])).budget))
     assert gguf_writer.tensor_bytes(small, "q8_0") < gguf_writer.tensor_bytes(dense, "q8_0")

@@ -70,8 +70,8 @@ def test_a_width_multiple_above_the_narrowest_block_is_refused():
 @pytest.mark.parametrize(
     ("neurons", "experts", "multiple"),
     [
-        ([1536, 1536], (), 64), ([512, 0, 4096], (), 64), ([511, 4096], (), 1), ([10], (), 1), ([1], (), 1),
-        ([1408, 1408], (64, 64), 8), ([64, 10944], (8, 1), 8), ([63], (8,), 1), ([2], (4,), 1),
+        ([1536, 1536], (), 32), ([512, 0, 4096], (), 32), ([511, 4096], (), 1), ([10], (), 1), ([1], (), 1),
+        ([1408, 1408], (64, 64), 8), ([128, 10944], (8, 1), 8), ([127], (8,), 1), ([2], (4,), 1),
     ],
 )  # fmt: skip
 def test_the_default_width_multiple_follows_from_the_narrowest_block_and_is_never_refused(neurons, experts, multiple):
