@@ -17,6 +17,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from importlib.util import resolve_name
+from itertools import chain
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, Literal
@@ -94,8 +95,12 @@ def _source_of_module(module: ModuleType) -> str | None:
 
 
 def _imported(module: ModuleType, source: str) -> Iterator[str]:
-    """Yield the absolute names in a module's import statements. `a.b` of `from a import b` may be a function of a."""
-    for statement in ast.parse(source).body:
+    """Yield the absolute names in a module's import statements. `a.b` of `from a import b` may be a function of a.
+
+    Imports inside functions are left out, because they may run after the look-up. Those in `try` and `if` are included.
+    """
+    top_level = [statement for statement in ast.parse(source).body if not isinstance(statement, DOCUMENTED)]
+    for statement in chain.from_iterable(map(ast.walk, top_level)):
         if isinstance(statement, ast.Import):
             yield from (alias.name for alias in statement.names)
         elif isinstance(statement, ast.ImportFrom):

@@ -77,6 +77,13 @@ def test_code_changes_with_the_statements_of_a_module_and_of_its_imports(file, o
     assert compare_code(before, after) == ("other" if changed else "same")
 
 
+def test_an_import_in_a_try_statement_counts(package):
+    path = package / "metric.py"
+    optional_import = "try:\n    from code_of_mine import helper\nexcept ImportError:\n    helper = None\n"
+    path.write_text(path.read_text().replace("from code_of_mine import helper\n", optional_import))
+    assert "code_of_mine.helper" in imported_code()
+
+
 def test_an_imported_module_counts_as_it_was_imported_until_it_is_reloaded(package):
     """A file that is edited during a run does not change what the run records."""
     before = imported_code()

@@ -45,7 +45,9 @@ def read_curves(run: Path) -> pd.DataFrame:
             frames.append(pd.read_csv(file))
         except (OSError, ValueError) as error:  # pandas' errors are ValueErrors
             log.warning("Cannot read %s: %s. Its curves are left out.", file, " ".join(str(error).split()))
-    frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    if not frames:  # such as a record of a list, which is no folder
+        return pd.DataFrame()
+    frame = pd.concat(frames, ignore_index=True)
     trials = read_json(run / "quality.json") or {}
     kept = (trials.get("reached") or {}).get("trial")
     return frame if kept is None else _with_main_row(frame, kept)

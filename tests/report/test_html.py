@@ -157,6 +157,13 @@ def test_unreadable_curves_are_omitted(content, tmp_path):
     assert curve_figures(read_curves(tmp_path)) == {}
 
 
+def test_a_record_of_a_list_has_no_curves_and_no_warning(tmp_path, caplog):
+    record = tmp_path / "row-seed0.json"
+    record.write_text("{}")
+    assert read_curves(record).empty
+    assert caplog.records == []
+
+
 # --- in a browser --------------------------------------------------------------------------------------------------
 
 
