@@ -52,12 +52,7 @@ REQUIREMENTS = {
 
 
 def validation_message(error: ValidationError, prefix: str = "") -> str:
-    """Return pydantic's first error on one line: `--corpora.num_samples must be 2 or more; got 1`.
-
-    Args:
-        error: pydantic's error.
-        prefix: put before the name of the setting, such as `--corpora.`.
-    """
+    """Return pydantic's first error on one line: `--corpora.num_samples must be 2 or more; got 1`."""
     first_error = error.errors(include_url=False)[0]
     context = first_error.get("ctx", {})
     if isinstance(context.get("error"), UserError):  # raised by one of gprune's own validators
@@ -75,13 +70,7 @@ def validation_message(error: ValidationError, prefix: str = "") -> str:
 
 
 def require(value: Any, kind: type | tuple[type, ...], expected: str) -> None:
-    """Raise UserError unless a value has a type.
-
-    Args:
-        value: an argument of a public function.
-        kind: the type, or several types.
-        expected: the beginning of the message, such as "The argument of prune must be a RunConfig".
-    """
+    """Raise UserError unless a value has a type."""
     if not isinstance(value, kind):
         raise UserError(f"{expected}; got {format_value(value)}.")
 
@@ -96,11 +85,7 @@ def format_value(value: Any) -> str:
 
 
 def memory_limits(sizes: Mapping[str, str]) -> dict[str | int, int]:
-    """Convert `--model.max_memory` to the form of transformers: bytes by `cpu` or device number.
-
-    Raises:
-        UserError: if a key is neither cpu nor a number, or a value is not a size such as 20GiB.
-    """
+    """Convert `--model.max_memory` to the form of transformers: bytes by `cpu` or device number."""
     if invalid := [device for device in sizes if device != "cpu" and not str(device).isdecimal()]:
         raise UserError(
             f"--model.max_memory must have keys cpu or a device number such as 0; got {format_value(invalid[0])}."
@@ -156,15 +141,7 @@ def whole_numbers(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def typed_options(entry: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return valid options in the types of an entry's parameters, for options whose numbers are stored as floats.
-
-    Args:
-        entry: the registered function or class.
-        options: option -> value. A whole number becomes an int if the parameter's type is int.
-
-    Raises:
-        ValidationError: if an option does not fit its parameter.
-    """
+    """Return valid options in the types of an entry's parameters, for options whose numbers are stored as floats."""
     types = option_types(entry)
     return {
         name: TypeAdapter(types[name]).validate_python(value, strict=True)
@@ -175,15 +152,7 @@ def typed_options(entry: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 def check_options(
     flag: str, name: str, entry: Any, options: Mapping[str, Any], *, settings: Collection[str] = ()
 ) -> None:
-    """Raise UserError for an option that a registered entry does not have, or a value of wrong type or range.
-
-    Args:
-        flag: the flag of the options, with which messages begin.
-        name: the entry's registered name.
-        entry: the registered function or class.
-        options: option -> value.
-        settings: parameters of the entry that have flags of their own, and so are not options.
-    """
+    """Raise UserError for an option that a registered entry does not have, or a value of wrong type or range."""
     if isinstance(entry, StandIn):
         return
     known = {option: kind for option, kind in option_types(entry).items() if option not in settings}

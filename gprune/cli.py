@@ -148,10 +148,6 @@ def describe_ignored_flags(cfg: RunConfig, names: Iterable[str]) -> str:
     """Return a line with the flags that a run with these settings ignores, and the reasons.
 
     The line is empty if no flag is known to be ignored.
-
-    Args:
-        cfg: the settings of the run, including defaults.
-        names: names of the flags that were given, without `--`.
     """
     remaining = set(names)
     flags_by_reason: dict[str, list[str]] = {}

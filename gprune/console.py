@@ -54,15 +54,6 @@ def run_guarded(command: str, work: Callable[[], str], *, stopped: str = ".", me
 
     Expected failures are UserError, Ctrl-C, SIGTERM, SIGHUP, out of memory, a full disk (also inside a library) and
     a closed output pipe. Other exceptions are bugs, and are raised with their traceback.
-
-    Args:
-        command: such as `gprune export`; the line begins with it.
-        work: runs the command and returns the text to print.
-        stopped: end of the lines "Interrupted" and "Terminated": what happens to finished work.
-        memory: end of the line "Out of memory": what to do.
-
-    Returns:
-        The exit code: 0, 2 for an error that the caller can fix, 129 for SIGHUP, 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def fail(message: str, code: int = 2, *, rank_local: bool = False) -> int:

@@ -44,9 +44,6 @@ class UserError(ValueError):
 
     The command line prints the message as a single line on stderr and exits with code 2. The module's docstring has
     the form of messages. Internal invariants are `assert`s instead.
-
-    Args:
-        rank_local: whether only this rank failed, so that it reports the error itself; otherwise rank 0 reports it.
     """
 
     def __init__(self, message: str, *, rank_local: bool = False):
@@ -59,11 +56,7 @@ class UnregisteredError(UserError):
 
 
 def require_finite(what: str, *tensors: Tensor) -> None:
-    """Raise UserError if a tensor has NaN or infinity.
-
-    Args:
-        what: what was non-finite and where, such as "activation came up during calibration".
-    """
+    """Raise UserError if a tensor has NaN or infinity."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         remedy = "Check the model's weights, or use --model.dtype float32"
         raise UserError(f"Cannot compute with NaN or infinity: a non-finite {what}. {remedy}.")
@@ -104,10 +97,6 @@ def optional_output(what: str, remedy: str) -> Iterator[None]:
     """Context for optional output. If it fails, log one line with the cause and the remedy, and continue.
 
     A full disk still ends the run, and so does anything that is not an `Exception`, such as Ctrl-C.
-
-    Args:
-        what: the output, such as `samples`.
-        remedy: a clause, such as `the same command writes them`.
     """
     try:
         yield

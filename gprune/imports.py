@@ -22,14 +22,7 @@ class UnreadableModuleError(UserError):
 
 
 def import_user_module(name: str) -> None:
-    """Import a user's module, which may register metrics, recoveries or stages, or define callbacks.
-
-    Args:
-        name: the module's name, looked up from the working folder, or the path of a .py file.
-
-    Raises:
-        UserError: if there is no such module, or importing it raises any exception.
-    """
+    """Import a user's module, which may register metrics, recoveries or stages, or define callbacks."""
     file = Path(name).expanduser().absolute() if name.endswith(".py") else None
     can_import = Path(name).name == name if file is None else file.is_file() and "." not in file.stem
     if not can_import:
@@ -54,9 +47,6 @@ def find_loaded(path: str) -> Any:
 
     Nothing is imported and no code runs, not even a module's `__getattr__`, because the path may come from an untrusted
     file.
-
-    Raises:
-        UserError: if the module is not loaded, or has no such name.
     """
     module, _, name = path.rpartition(".")
     if sys.modules.get(module) is None:
@@ -82,12 +72,7 @@ class Import(argparse.Action):
 
 
 def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` for a package whose public names are imported at first use.
-
-    Args:
-        package: `__name__` of the package.
-        modules: public name -> the module that defines it.
-    """
+    """Return `__getattr__` and `__dir__` for a package whose public names are imported at first use."""
 
     def lazy_getattr(name: str) -> Any:
         """Import a public name, and store it in the package, so that this function is called once for each name."""

@@ -18,13 +18,7 @@ from gprune.console import process_index
 
 
 class Screen(Progress):
-    """Progress bar of one run or one evaluation; a context manager.
-
-    Args:
-        work: number of a step -> its planned work, in any unit.
-        work_done: returns the work done so far, in that unit. Default: the tokens passed to `add_batch`.
-        console: where the bar is drawn. Default: stdout.
-    """
+    """Progress bar of one run or one evaluation; a context manager."""
 
     def __init__(
         self, work: Mapping[int, float], work_done: Callable[[], float] | None = None, *, console: Console | None = None
@@ -64,12 +58,7 @@ class Screen(Progress):
         return self._title
 
     def add_batch(self, tokens: int = 0, note: str = "") -> None:
-        """Show a finished batch.
-
-        Args:
-            tokens: tokens of the batch over all ranks.
-            note: text after the title, such as the loss.
-        """
+        """Show a finished batch."""
         self._tokens += tokens
         seconds = max(time.monotonic() - self._part_start, 1e-9)
         rate = (self._tokens - self._tokens_before_part) / seconds

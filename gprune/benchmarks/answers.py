@@ -73,9 +73,6 @@ class AnswerLM(HFLM):
         """Return a request with a context, and remember its prompt if it is too long.
 
         The context is empty if the prompt has only spaces, which lm_eval moves to the answer.
-
-        Raises:
-            UserError: if the answer has no tokens, or more than the model has positions.
         """
         texts, context, continuation = request
         if not 0 < len(continuation) <= self.max_length:
@@ -88,11 +85,7 @@ class AnswerLM(HFLM):
         return texts, context, continuation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate texts as `HFLM` does.
-
-        Raises:
-            UserError: if the model has too few positions for the generated text.
-        """
+        """Generate texts as `HFLM` does."""
         for request in requests:
             generated = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
             if generated >= self.max_length:
@@ -109,15 +102,7 @@ class AnswerLM(HFLM):
         return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _log_probabilities(self, tokens: Tensor, first_position: int) -> Tensor:
-        """Compute log-probabilities of next tokens at positions from `first_position` on.
-
-        Args:
-            tokens: (batch, length) int64, padded on the right, which does not affect earlier positions.
-            first_position: index of the first token after which log-probabilities are needed.
-
-        Returns:
-            (batch, length - first_position, vocabulary) float32.
-        """
+        """Compute log-probabilities of next tokens at positions from `first_position` on."""
         self._check_tokens(tokens)
         # Indices make a contiguous copy. torch multiplies strided rows 70 times slower on a CPU in bfloat16.
         positions = torch.arange(first_position, tokens.shape[1], device=self.model.device)
@@ -128,18 +113,7 @@ class AnswerLM(HFLM):
         return F.log_softmax(logits, -1, dtype=torch.float32)
 
     def _model_generate(self, context: Tensor, **options: Any) -> Tensor:
-        """Generate tokens that follow a context.
-
-        Args:
-            context: (batch, length) int64, padded on the left.
-            options: other arguments of `generate`.
-
-        Returns:
-            (batch, length + generated) int64.
-
-        Raises:
-            UserError: if a logit is NaN, which argmax would choose.
-        """
+        """Generate tokens that follow a context."""
         self._check_tokens(context)
         processors = LogitsProcessorList([_require_finite_logits])
         return super()._model_generate(context, logits_processor=processors, **options)

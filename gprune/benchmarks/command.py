@@ -57,11 +57,7 @@ def split_commas(text: str | list[str]) -> list[str]:
 
 
 def run(args: Sequence[str]) -> str:
-    """Run the command, and return the table of results and the path of the records as text.
-
-    Raises:
-        UserError: if an argument is invalid, and as `measurement.evaluate`.
-    """
+    """Run the command, and return the table of results and the path of the records as text."""
     options = vars(parser().parse_args(args))
     model, dense, output = (options.pop(name) for name in ("model", "dense", "output"))
     benchmarks = parse_benchmarks(**options)

@@ -76,15 +76,7 @@ def read_c4() -> tuple[str, int]:
 
 
 def literature_windows(text: str, tokenizer: PreTrainedTokenizerBase, task: str, *, seq_len: int, bos: Bos) -> Windows:
-    """Cut a text into windows, (n, seq_len): all complete windows in order or, for C4, the first 256.
-
-    Args:
-        text: the whole text.
-        tokenizer: the tokenizer of the model.
-        task: wikitext2 or c4.
-        seq_len: tokens per window.
-        bos: whether each window begins with BOS, as for `leading_token`.
-    """
+    """Cut a text into windows, (n, seq_len): all complete windows in order or, for C4, the first 256."""
     sample = Sample(None, seq_len, shuffle=False, bos=leading_token(tokenizer, bos), flags=("--limit", "--seq_len"))
     if task == WIKITEXT:
         return make_windows([text], tokenizer, sample, corpus=task, split="test")
@@ -101,20 +93,7 @@ def literature_perplexity(
     bos: Bos = "auto",
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Measure perplexity in the convention of the literature, with a 95 % interval over windows, as a record.
-
-    Args:
-        model: a causal language model.
-        tokenizer: the tokenizer of the model.
-        task: wikitext2 or c4.
-        seq_len: tokens per window.
-        bos: whether each window begins with BOS, as for `leading_token`.
-        limit: use only the first windows. The perplexity can then not be compared with published ones.
-
-    Raises:
-        UserError: if windows are longer than the model's positions, the text cannot be read, or a token has no
-            embedding.
-    """
+    """Measure perplexity in the convention of the literature, with a 95 % interval over windows, as a record."""
     positions = getattr(model.config, "max_position_embeddings", None) or seq_len
     if not 2 <= seq_len <= positions:
         raise UserError(f"--seq_len must be from 2 to {positions}, the model's positions; got {seq_len}.")
@@ -153,14 +132,7 @@ def literature_perplexity(
 
 
 def _convention(task: str) -> tuple[str, str, str, list[str]]:
-    """Return the text of a task with its convention.
-
-    Returns:
-        text: the whole text.
-        join: the separator of lines or documents in the text.
-        note: the convention, for the table.
-        missing: what the text lacks, compared with the convention; empty for a complete text.
-    """
+    """Return the text of a task with its convention."""
     if task == WIKITEXT:
         text = read_wikitext2()
         missing = [] if len(text) == WIKITEXT_CHARACTERS else [f"{len(text):,} of {WIKITEXT_CHARACTERS:,} characters"]

@@ -38,21 +38,7 @@ def check_tasks(benchmarks: Benchmarks) -> None:
 def evaluate(
     model: str, benchmarks: Benchmarks, *, dense: bool = False, pruned: bool = True, output: Path | None = None
 ) -> tuple[list[dict[str, Any]], Path | None]:
-    """Measure a model, or the models of a run.
-
-    Args:
-        model: folder of a run or of a model, embedded name or hub id.
-        benchmarks: the tasks and their settings.
-        dense: for a run, whether to measure its dense model too, before the pruned model.
-        pruned: for a run with `dense`, whether to measure the pruned model.
-        output: JSON file to which records are added; by default `evaluation.json` in the run.
-
-    Returns:
-        The new records, and the path of the file, or None without a file.
-
-    Raises:
-        UserError: if lm_eval is missing, a model, task or data cannot be loaded, or `output` is not a file of records.
-    """
+    """Measure a model, or the models of a run."""
     check_tasks(benchmarks)
     subjects, run_output, run_key = find_subjects(
         model, dense=dense, dtype=benchmarks.dtype, trust_remote_code=benchmarks.trust_remote_code
@@ -96,16 +82,7 @@ def evaluate(
 
 
 def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dict[str, Any]]:
-    """Measure a task other than speed.
-
-    Args:
-        loaded: the model and its tokenizer.
-        task: wikitext2, c4, or a task or a group of tasks of lm_eval.
-        benchmarks: settings of the tasks.
-
-    Returns:
-        The records. A group of tasks has a record per task, and a perplexity has one per window length.
-    """
+    """Measure a task other than speed."""
     limit = benchmarks.limit
     if task not in TEXTS:
         return zero_shot(*loaded, [task], limit=limit, batch_size=benchmarks.batch_size, source=benchmarks.source)
@@ -114,16 +91,7 @@ def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dic
 
 
 def merge_records(path: Path, records: Sequence[dict[str, Any]], *, run: str | None = None) -> None:
-    """Add records to a file, replacing earlier records of the same model and protocol.
-
-    Args:
-        path: a JSON file of records, which need not exist.
-        records: the new records.
-        run: key of the run that the file belongs to. In other files `run` and `origin` of a record identify its model.
-
-    Raises:
-        UserError: if the file has other content, or belongs to another run.
-    """
+    """Add records to a file, replacing earlier records of the same model and protocol."""
     names = ["model", "stage", "recovery", "task", "content_hash", "dtype"]
     if not run:
         names += ["run", "origin"]

@@ -65,16 +65,6 @@ def speed_table(
     """Return the latency table of this machine: that of a resumed run, a cached one, or a new measurement.
 
     The result is None if there is no stored table and `measure` is false.
-
-    Args:
-        dense: the model without weights.
-        device: device on which models are timed.
-        dtype: dtype in which models are timed.
-        workload: `batch`, `prompt` and `generate`, as for `time_generation`.
-        measure: whether to measure if the cache has no table.
-        again: with `measure`, whether to replace a cached table (`--speed.measure true`).
-        run_table: file in a run's folder in which `store_run_table` stored the table of an earlier session, if any.
-            A resumed run keeps that table, regardless of `measure` and `again`.
     """
     key = speed_key(dense, device, dtype, workload)
     if run_table is not None:
@@ -116,14 +106,7 @@ def price_from_table(table: Table, blocks: Sequence[Block]) -> Price:
 
 
 def _unit_costs(points: Sequence[tuple[int, float]], blocks: Sequence[tuple[int, int]], layers: int) -> list[list[int]]:
-    """Return for each block the picoseconds of keeping 0, 1, ..., all of its units, compared with keeping none.
-
-    Args:
-        points: pairs (width, mean seconds of a layer), with increasing widths. A block that has fewer units than a
-            width was timed with all of its units.
-        blocks: pairs (number of units, parameters of a unit).
-        layers: number of layers.
-    """
+    """Return for each block the picoseconds of keeping 0, 1, ..., all of its units, compared with keeping none."""
     widths, seconds = map(np.array, zip(*points, strict=True))
     total = sum(parameters for units, parameters in blocks if units) or 1
     # Mean number of units that blocks had in each measurement, weighted by parameters. Equal to `widths` if all blocks
@@ -213,11 +196,6 @@ def narrow_model(model: PreTrainedModel, neurons: int, groups: int) -> PreTraine
     """Return a model with smaller blocks for timing, which shares memory with the given model.
 
     Its weights are arbitrary numbers from the memory of the given model.
-
-    Args:
-        model: the model with full widths.
-        neurons: largest number of neurons per block.
-        groups: largest number of KV groups per block.
     """
     blocks = blocks_of(model)
     ffn = [
@@ -251,16 +229,6 @@ def time_generation(
 
     Each round times every model once, so that background load affects all of them equally. The time of a decoding step
     is the mean of the first `DECODING_STEPS` steps.
-
-    Args:
-        models: models on the same device; they are timed in alternation.
-        batch: number of prompts.
-        prompt: tokens of each prompt.
-        generate: number of generated tokens after the first one.
-
-    Returns:
-        times: `Times` in seconds.
-        spread: median over models and lengths of slowest / fastest round - 1.
     """
     models = [copy_sharing_weights(model) for model in models]
     ids = torch.ones(batch, prompt, dtype=torch.long, device=device_of(models[0]))
@@ -293,17 +261,6 @@ def measure_throughput(
 
     Tokens per second are for the whole batch. Only records with the same `rounds` can be compared, because their models
     were timed in alternation.
-
-    Args:
-        models: models on the same device; they are timed in alternation.
-        batches: batch sizes.
-        prompt: tokens of each prompt.
-
-    Returns:
-        The records of each model.
-
-    Raises:
-        UserError: if prompts are longer than the models' positions.
     """
     max_prompt = min(getattr(model.config, "max_position_embeddings", math.inf) for model in models) - DECODING_STEPS
     if prompt > max_prompt:

@@ -33,23 +33,7 @@ class Subject:
 def find_subjects(
     name: str, *, dense: bool = False, dtype: str | None = None, trust_remote_code: bool = False
 ) -> tuple[list[Subject], Path | None, str | None]:
-    """Find the models to evaluate, without loading them.
-
-    Args:
-        name: folder of a run or of a model, embedded name or hub id.
-        dense: for a run, whether to include its dense model.
-        dtype: name of the dtype; by default that of the run, or float32.
-        trust_remote_code: whether code in the model's repository may be run. The setting of a run is ignored, because
-            it is not the consent of the person who evaluates.
-
-    Returns:
-        subjects: the models; the dense model of a run comes first.
-        path: the file for their records: `evaluation.json` in a run, otherwise None.
-        key: the run's key, otherwise None.
-
-    Raises:
-        UserError: if a run is not finished or has no model, or a folder is neither a run nor a model.
-    """
+    """Find the models to evaluate, without loading them."""
     path = expanded(name)
     if not (path / "manifest.json").is_file():
         if dense:
@@ -81,17 +65,7 @@ def find_subjects(
 
 
 def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
-    """Load the frozen dense model of a run in any dtype, and its tokenizer.
-
-    Args:
-        run: the run's folder.
-        settings: settings of the run, with `inputs`.
-        dtype: dtype of the weights.
-        trust_remote_code: whether code in the model's repository may be run.
-
-    Raises:
-        UserError: if the weights are not those that the run pruned.
-    """
+    """Load the frozen dense model of a run in any dtype, and its tokenizer."""
     return _load_verified(
         load_model, settings["model"]["name"], settings, settings["inputs"]["model"], f"the model that '{run}' pruned",
         dtype=dtype, trust_remote_code=trust_remote_code,
@@ -102,20 +76,7 @@ def _load_verified(
     load: Callable[..., Loaded], name: str, settings: Mapping[str, Any], expected: str, what: str, *,
     dtype: torch.dtype, trust_remote_code: bool,
 ) -> Loaded:  # fmt: skip
-    """Load a model and its tokenizer, and check that the weights are those that a run has used.
-
-    Args:
-        load: function that loads the model by its name, dtype and `trust_remote_code`.
-        name: name of the model.
-        settings: settings of the run.
-        expected: fingerprint of the weights in the run's dtype.
-        what: description of the expected model, for the error.
-        dtype: dtype of the weights.
-        trust_remote_code: whether code in the model's repository may be run.
-
-    Raises:
-        UserError: if the fingerprint differs.
-    """
+    """Load a model and its tokenizer, and check that the weights are those that a run has used."""
     model, tokenizer = load(name, dtype=getattr(torch, settings["model"]["dtype"]), trust_remote_code=trust_remote_code)
     if fingerprint(model) != expected:
         raise UserError(f"Cannot evaluate '{name}': it has other weights than {what}. Repeat the run.")
@@ -130,9 +91,6 @@ def _load_pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, tru
 
     If the run did not export a model, the dense model is pruned by the run's masks, which gives the same model because
     `find_subjects` accepts such a run only without recovery. A model that gprune did not prune is loaded again.
-
-    Raises:
-        UserError: if the exported files were changed, or weights are not those that the run used.
     """
     if (run / "model" / "config.json").is_file():
         return load_model(str(exported_model(run)), dtype=dtype)

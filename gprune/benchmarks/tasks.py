@@ -69,15 +69,7 @@ def require_lm_eval() -> str:
 
 
 def load_tasks(name: str, source: str) -> list[LoadedTask]:
-    """Load a task, or all tasks of a group.
-
-    Args:
-        name: name of the task or group.
-        source: `hub`, `local`, or `auto`: the hub if it is reachable and has the task, otherwise the local file.
-
-    Raises:
-        UserError: if the task cannot be loaded, or its metric is not supported.
-    """
+    """Load a task, or all tasks of a group."""
     path = local_file(name)
     if source == "local":
         if path is None:
@@ -96,11 +88,7 @@ def load_tasks(name: str, source: str) -> list[LoadedTask]:
 
 
 def hub_tasks(name: str) -> list[LoadedTask]:
-    """Load lm_eval's task, or all tasks of a group, with data from the hub.
-
-    Raises:
-        UserError: if lm_eval has no such task, its data cannot be loaded, or its metric is not supported.
-    """
+    """Load lm_eval's task, or all tasks of a group, with data from the hub."""
     manager = _task_manager()
     if name not in manager.all_tasks:
         remedy = f"`lm-eval ls tasks` lists all tasks; local files go to $GPRUNE_DATA_DIR/tasks/{name}"
@@ -111,16 +99,7 @@ def hub_tasks(name: str) -> list[LoadedTask]:
 
 
 def _to_loaded_task(task: Any, source: str, incomplete: str) -> LoadedTask:
-    """Describe a task of lm_eval.
-
-    Args:
-        task: a task object of lm_eval.
-        source: hub or local.
-        incomplete: why the split may be incomplete, as the end of the note; empty for a complete split.
-
-    Raises:
-        UserError: unless the task has a metric of `SUPPORTED_METRICS`, computed by lm_eval.
-    """
+    """Describe a task of lm_eval."""
     metrics, kind = list(task.aggregation()), task.OUTPUT_TYPE
     has_own_function = any(callable(metric["metric"]) for metric in task.config.metric_list or ())
     computes_own_metrics = task.config.process_results is not None or task.config.repeats > 1 or has_own_function
@@ -153,14 +132,7 @@ def local_file(name: str) -> Path | None:
 
 
 def local_task(path: Path) -> LoadedTask:
-    """Load a task from a local file, which has rows of lm_eval's data set, or questions.
-
-    Args:
-        path: `<name>/<split>.jsonl`.
-
-    Raises:
-        UserError: if a line is neither a question nor such a row, or lm_eval cannot build the task.
-    """
+    """Load a task from a local file, which has rows of lm_eval's data set, or questions."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
@@ -200,14 +172,7 @@ def _interleave_paradigms(pairs: list[dict[str, Any]]) -> None:
 
 
 def _task_with_local_rows(folder: Path) -> LoadedTask:
-    """Load lm_eval's task, with rows of the local files `<split>.jsonl` instead of its data set.
-
-    Args:
-        folder: folder of the task, with its name.
-
-    Raises:
-        UserError: if the files do not have the rows that the task needs, or its metric is not supported.
-    """
+    """Load lm_eval's task, with rows of the local files `<split>.jsonl` instead of its data set."""
     import datasets
 
     splits: dict[str, Any] = defaultdict(lambda: datasets.Dataset.from_list([]))  # splits without a file are empty
@@ -225,11 +190,7 @@ def _task_with_local_rows(folder: Path) -> LoadedTask:
 
 
 def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """Read a file with a JSON object on each line. Return "file:line" -> object.
-
-    Raises:
-        UserError: if a line is not a JSON object, or the file has no lines.
-    """
+    """Read a file with a JSON object on each line. Return "file:line" -> object."""
     rows = {}
     for i, line in enumerate(read_required_text(path, "a question per line in UTF-8").split("\n"), 1):
         if line.strip():
@@ -241,15 +202,7 @@ def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _parse_question(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Convert a row to a question with `prompt`, `choices` and `label`, and for a minimal pair also `paradigm`.
-
-    Args:
-        row: the JSON object.
-        where: the beginning of the error.
-
-    Raises:
-        UserError: if the row is not a question.
-    """
+    """Convert a row to a question with `prompt`, `choices` and `label`, and for a minimal pair also `paradigm`."""
     if "good" in row:
         question = {"prompt": "", "choices": [row["good"], row.get("bad")], "label": 0}
         question["paradigm"] = str(row.get("paradigm", ""))
@@ -265,9 +218,5 @@ def _parse_question(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def questions_hash(questions: Iterable[tuple[list[tuple[str, str]], Any]]) -> str:
-    """Return a hash of everything that is scored.
-
-    Args:
-        questions: for each question the (context, continuation) of each choice, and the right answer.
-    """
+    """Return a hash of everything that is scored."""
     return hashlib.sha256(json.dumps(list(questions)).encode()).hexdigest()[:16]

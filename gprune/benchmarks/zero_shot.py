@@ -42,18 +42,6 @@ def zero_shot(
     in lm_eval by default, and no chat template is used. Tasks that generate text have few-shot examples, because a base
     model does not know the format of answers: as many as lm_eval's default (5 in GSM8K), sampled with its seed. Other
     tasks have none, so a task whose own number is another one is not measured by the standard protocol.
-
-    Args:
-        model: a causal language model.
-        tokenizer: the tokenizer of the model.
-        tasks: names of tasks or of groups of tasks.
-        limit: use only the first questions of each task.
-        batch_size: choices per forward pass.
-        source: `hub` (lm_eval's data), `local` (files in `$GPRUNE_DATA_DIR/tasks`), or `auto`, as for `load_tasks`.
-
-    Raises:
-        UserError: if lm_eval is missing, a task is unknown, its metric is not supported, its data cannot be loaded, an
-            answer has no tokens, the model has too few positions for an answer, or a log-likelihood is not finite.
     """
     protocol = {
         "harness": f"lm_eval {require_lm_eval()}",
@@ -89,11 +77,7 @@ def zero_shot(
 
 
 def _build_requests(name: str, task: Task, limit: int | None) -> None:
-    """Build the prompts of a task, with few-shot examples if the task generates text.
-
-    Raises:
-        UserError: if prompts cannot be built.
-    """
+    """Build the prompts of a task, with few-shot examples if the task generates text."""
     generates_text = task.OUTPUT_TYPE == "generate_until"
     num_fewshot = (task.config.num_fewshot or 0) if generates_text else 0
     task.set_config(key="num_fewshot", value=num_fewshot)
@@ -110,11 +94,6 @@ def task_record(
     """Convert lm_eval's samples of a task to a record with numbers and the evaluation protocol.
 
     Records with the same `content_hash` have the same questions.
-
-    Args:
-        loaded: the task, with its description.
-        samples: results of lm_eval for each question, after one filter.
-        cut_prompts: prompts that were too long for the model, so that their beginning was cut off.
     """
     task = loaded.task
     name = task.task_name
@@ -166,14 +145,6 @@ def _answers(task: Task, name: str, samples: Sequence[dict[str, Any]]) -> dict[s
     """Return `answers`, for paired comparisons of models, and for tasks of type `loglikelihood` also `perplexity`.
 
     An answer is the generated text, the index of the most likely choice, or whether greedy decoding gives the text.
-
-    Args:
-        task: the task.
-        name: name of the task in errors.
-        samples: results of lm_eval for each question.
-
-    Raises:
-        UserError: if a log-likelihood is not finite.
     """
     from lm_eval.api.metrics import mean
 

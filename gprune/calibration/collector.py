@@ -45,18 +45,7 @@ def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
 
 
 class Collector:
-    """Context manager that collects statistics of inputs of down and output projections. Leaving it removes the hooks.
-
-    Args:
-        model: the frozen model.
-        gram: whether to sum Gram matrices.
-        saliency: scopes (`ffn`, `attention`) whose Taylor saliency is collected, by a backward pass.
-        blocks: the blocks; by default all. If given, sums are added over processes instead of gathered, which needs
-            less memory.
-
-    Raises:
-        UserError: for saliency of the neurons of experts.
-    """
+    """Context manager that collects statistics of inputs of down and output projections. Leaving it removes the hooks."""
 
     def __init__(
         self,
@@ -179,13 +168,7 @@ class Collector:
         output.register_hook(add)
 
     def start_batch(self, length: int, half: Tensor, weight: Tensor | None = None) -> None:
-        """Prepare the hooks for a batch.
-
-        Args:
-            length: number of tokens of each window.
-            half: as for `observe`.
-            weight: as for `observe`.
-        """
+        """Prepare the hooks for a batch."""
         self._length = length
         self._half = half
         self._weight = torch.ones(len(half), device=half.device) if weight is None else weight
@@ -197,11 +180,6 @@ class Collector:
         """Run the decoder on token ids (B, T). The hooks add each window to the sums of its half, (B,) in {0, 1}.
 
         Windows with a weight of 0, (B,), are ignored.
-
-        Args:
-            input_ids: (B, T) token ids.
-            half: (B,) in {0, 1}, the half of the corpus to which each window belongs.
-            weight: (B,); windows with weight 0 are ignored. By default none is.
         """
         self.start_batch(input_ids.shape[1], half, weight)
         if self.gradients:
@@ -213,11 +191,7 @@ class Collector:
                 decoder_of(self.model)(input_ids=input_ids, use_cache=False)
 
     def compute(self) -> CorpusStatistics:
-        """Return statistics of all batches, summed over processes. Gram matrices are not copied.
-
-        Raises:
-            UserError: if an activation or a gradient was not finite.
-        """
+        """Return statistics of all batches, summed over processes. Gram matrices are not copied."""
         by_scope = {
             scope: [channel_statistics(metric.compute()) for metric in metrics]
             for scope, metrics in self.metrics.items()

@@ -52,15 +52,6 @@ def tokens_with_gradients(
     For each block, on the CPU: (n, N) bfloat16 inputs of all n tokens, and (n,) float32. The loss is the mean
     next-token cross-entropy of a window in nats. Blocks without an FFN have two empty tensors. Batches are (B, T) token
     ids. With `bfloat16`, matrices are multiplied in autocast, with fallback to float32 if a loss is not finite.
-
-    Args:
-        model: the dense, frozen model.
-        batches: batches of (B, T) int64 token ids.
-        bfloat16: multiply matrices in bfloat16 (autocast), with fallback to float32 if a loss is not finite.
-
-    Returns:
-        For each block, on the CPU: (n, N) bfloat16 inputs of all n tokens, and (n,) float32 ||g_t||^2. The loss is the
-        mean next-token cross-entropy of a window in nats. Blocks without an FFN have two empty tensors.
     """
     blocks = blocks_of(model)
     device = device_of(model)
@@ -114,16 +105,6 @@ def errors_by_width(weight: Tensor, gram: Tensor, x: Tensor, energy: Tensor, *, 
 
     W is `weight` (H, N), G is `gram` (N, N), x (n, N), and ||g_t||^2 is `energy` (n,). In all of them the neuron that
     is removed first comes last.
-
-    Args:
-        weight: W, (H, N). Here and in `gram` and `x`, the neuron that is removed first comes last.
-        gram: G, the sum of x x^T over the calibration text, (N, N).
-        x: inputs of n tokens, (n, N).
-        energy: ||g_t||^2 of these tokens, (n,).
-        ridge: lambda of least squares, divided by the mean diagonal of `gram`.
-
-    Raises:
-        UserError: if an activation or a gradient is not finite.
     """
     N = weight.shape[1]
     S = torch.zeros(N, N, device=weight.device)
@@ -157,17 +138,6 @@ def block_errors(
 
     The neurons with the smallest `scores`, (N,) per block, are removed first. Batches are (B, T) token ids for the
     forward and backward pass. The errors of a block without an FFN are zeros.
-
-    Args:
-        model: the dense, frozen model, with weights in memory.
-        scores: (N,) scores of each block's neurons. The smallest are removed first.
-        statistics: statistics with Gram matrices.
-        batches: batches of (B, T) int64 token ids for the forward and backward pass.
-        ridge: lambda of least squares, divided by the mean diagonal of the Gram matrix.
-        bfloat16: as for `tokens_with_gradients`.
-
-    Raises:
-        UserError: if an activation or a gradient is not finite.
     """
     errors = []
     tokens = tokens_with_gradients(model, batches, bfloat16=bfloat16)

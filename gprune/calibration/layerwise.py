@@ -39,14 +39,7 @@ Store = Callable[[Block, dict[str, Tensor]], dict[str, StoredGram]]
 
 
 def needs_walk(model: PreTrainedModel, *, corpora: int, gram: bool, sharded: bool = False) -> bool:
-    """Return whether to calibrate layer by layer: for offloaded, unsharded models and for large Gram matrices.
-
-    Args:
-        model: the dense model; it may be without weights.
-        corpora: number of corpora.
-        gram: whether Gram matrices are collected.
-        sharded: whether the model is sharded over processes.
-    """
+    """Return whether to calibrate layer by layer: for offloaded, unsharded models and for large Gram matrices."""
     if is_offloaded(model) and not sharded:
         return True
     return gram and corpora * gram_bytes(blocks_of(model)) > GRAMS_IN_MEMORY
@@ -58,10 +51,6 @@ def check_walk(config: PreTrainedConfig, *, along_prefix: bool = False) -> None:
     This is the case if layers pass on more than hidden states, are called more than once, or depend on a state of the
     decoder. The tiny model has all layers, since the type may treat later layers in another way. Types with a built-in
     record are not checked.
-
-    Args:
-        config: configuration of the model.
-        along_prefix: whether pruned layers will be computed too. They have never run in a decoder.
     """
     record = family_of_config(config)
     if record in BUILT_IN.values():
@@ -109,13 +98,7 @@ class LayerCall:
     weight: Tensor | None = None  # (B,)
 
     def run_layer(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
-        """Return the output of a layer for hidden states, (B, T, H), on the layer's device.
-
-        Args:
-            layer: layer number `index` of the decoder, or a pruned version of it, with weights on its device.
-            index: number of the layer, whose recorded arguments are used.
-            hidden: (B, T, H) hidden states.
-        """
+        """Return the output of a layer for hidden states, (B, T, H), on the layer's device."""
         device = device_of(layer)
         args, kwargs = send_to_device(self.arguments[index], device)  # recorded on the device of the dense layer
         return hidden_in(layer(hidden.to(device), *args, **kwargs))
@@ -135,9 +118,6 @@ class Walk:
         for batch in loader:
             walk.add(batch["input_ids"], batch["half"])
         statistics = walk.statistics(gram=True)
-
-    Args:
-        model: the frozen model, which may be offloaded.
     """
 
     model: PreTrainedModel
@@ -148,13 +128,7 @@ class Walk:
 
     @torch.no_grad()
     def add(self, input_ids: Tensor, half: Tensor | None = None, weight: Tensor | None = None) -> None:
-        """Embed token ids (B, T) and record the arguments of each layer; `half` and `weight` are as for `Collector`.
-
-        Args:
-            input_ids: (B, T) token ids.
-            half: as for `Collector.observe`.
-            weight: as for `Collector.observe`.
-        """
+        """Embed token ids (B, T) and record the arguments of each layer; `half` and `weight` are as for `Collector`."""
         embedded: list[Tensor] = []  # input of each layer; all are equal
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -199,28 +173,14 @@ class Walk:
 
     @torch.no_grad()
     def _run_layer(self, layer: nn.Module, index: int, collector: Collector | None = None) -> None:
-        """Pass all batches through layer number `index`, with weights in memory.
-
-        Args:
-            layer: the layer.
-            index: its number.
-            collector: a collector with hooks on the layer, which is prepared for each batch.
-        """
+        """Pass all batches through layer number `index`, with weights in memory."""
         for call in self.calls:
             if collector is not None:
                 collector.start_batch(call.input_ids.shape[1], call.half, call.weight)
             call.hidden = call.run_layer(layer, index, call.hidden).cpu()
 
     def statistics(self, *, gram: bool = False, store: Store | None = None) -> CorpusStatistics:
-        """Return statistics of all batches, summed over processes, with the same bits as `Collector`.
-
-        Args:
-            gram: whether to sum Gram matrices.
-            store: writes Gram matrices of a block, by scope, and returns references to the files.
-
-        Raises:
-            UserError: if an activation was not finite.
-        """
+        """Return statistics of all batches, summed over processes, with the same bits as `Collector`."""
         ffn, attention, turned = [], [], []
         for index, blocks in enumerate(by_layer(blocks_of(self.model))):
             layer = blocks[0].layer
@@ -259,11 +219,7 @@ class Walk:
 
     @contextmanager
     def _replaced_layers(self, compute: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
-        """Context manager that replaces every layer by `compute`.
-
-        Args:
-            compute: returns hidden states from hidden states, other positional arguments and keyword arguments.
-        """
+        """Context manager that replaces every layer by `compute`."""
         layers = decoder_layers(self.model)
         former_forwards = [layer.__dict__.get("forward") for layer in layers]  # accelerate may have set one
 

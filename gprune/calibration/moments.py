@@ -44,13 +44,7 @@ def add_large_state(metric: Metric, name: str, *shape: int) -> None:
 
 
 class _Sums(Metric):
-    """Metric with the states `count`, `sum` and `sum_sq` of a projection's input channels by half of a corpus.
-
-    Args:
-        sizes: C, the number of channels; or E and N, for N neurons of each of E experts.
-        gram: whether to sum Gram matrices.
-        options: keyword arguments of `Metric`.
-    """
+    """Metric with the states `count`, `sum` and `sum_sq` of a projection's input channels by half of a corpus."""
 
     full_state_update = False
 
@@ -69,13 +63,7 @@ class StreamingMoments(_Sums):
     """Sums of one projection's input with C channels."""
 
     def update(self, x: Tensor, half: Tensor, weight: Tensor) -> None:
-        """Add activations (B, T, C) of windows to their halves, (B,) in {0, 1}; a weight of 0, (B,), ignores a window.
-
-        Args:
-            x: (B, T, C) activations.
-            half: (B,) in {0, 1}, the half of the corpus to which each window belongs.
-            weight: (B,) in {0, 1}; 0 for windows that are ignored.
-        """
+        """Add activations (B, T, C) of windows to their halves, (B,) in {0, 1}; a weight of 0, (B,), ignores a window."""
         values = x.float()
         # The column of each window has its weight in the row of its half, and 0 in the other row.
         weight_by_half = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)  # (half, window)
@@ -101,14 +89,7 @@ class StreamingExpertMoments(_Sums):
     """Sums of inputs of the down projections of E experts with N neurons each."""
 
     def update(self, x: Tensor, expert: int, half: Tensor, weight: Tensor) -> None:
-        """Add activations (n, N) of the tokens that are routed to an expert; halves and weights in {0, 1} are (n,).
-
-        Args:
-            x: (n, N) activations.
-            expert: index of the expert.
-            half: (n,) in {0, 1}, the half of the corpus to which each token belongs.
-            weight: (n,) in {0, 1}; 0 for tokens that are ignored.
-        """
+        """Add activations (n, N) of the tokens that are routed to an expert; halves and weights in {0, 1} are (n,)."""
         values = x.float()
         weight_by_half = torch.stack([(half == h) * weight for h in (0, 1)]).double()  # (half, token)
         self.count[:, expert] += weight_by_half.sum(1)
@@ -143,12 +124,6 @@ class StreamingCosineChange(Metric):
         """Add a block's inputs and outputs, (B, T, H), with weights (B,) in {0, 1}.
 
         With S residual streams, as in deepseek_v4, they are (B, T, S, H), and the streams of a token are one vector.
-
-        Args:
-            before: (B, T, H), input of the block; (B, T, S, H) if there are S residual streams, as in deepseek_v4. The
-                streams of a token are one vector.
-            after: output of the block, with the same shape.
-            weight: (B,) in {0, 1}; 0 for windows that are ignored.
         """
         change = 1 - F.cosine_similarity(before.flatten(2).float(), after.flatten(2).float(), dim=-1)
         self.sum += (change.sum(1).double() * weight).sum()
@@ -159,11 +134,7 @@ class StreamingCosineChange(Metric):
 
 
 def channel_statistics(sums: dict[str, Tensor]) -> ChannelStatistics:
-    """Convert sums of `StreamingMoments.compute` to statistics on the CPU. A Gram matrix on the CPU is not copied.
-
-    Raises:
-        UserError: if an activation was not finite.
-    """
+    """Convert sums of `StreamingMoments.compute` to statistics on the CPU. A Gram matrix on the CPU is not copied."""
     sums = {name: total.cpu() for name, total in sums.items()}
     require_finite("activation came up during calibration", sums["sum_sq"])
     halves = tuple(Moments(*(sums[name][h].clone() for name in SUMS)) for h in (0, 1))

@@ -22,11 +22,7 @@ from gprune.models.blocks import PARTS, Block, Part
 
 
 def salient_parts(block: Block, kind: str) -> dict[str, Part]:
-    """Return the parts of a block whose weights count for its neurons (`ffn`) or attention channels, by name.
-
-    Raises:
-        UserError: for the neurons of experts.
-    """
+    """Return the parts of a block whose weights count for its neurons (`ffn`) or attention channels, by name."""
     if kind == "ffn" and block.has_experts:
         remedy = "Use an --importance that needs no gradients, such as wanda_sp"
         raise UserError(f"Taylor saliency cannot be collected for experts ({block.family.model_type}). {remedy}.")
@@ -34,11 +30,7 @@ def salient_parts(block: Block, kind: str) -> dict[str, Part]:
 
 
 class StreamingGradients(Metric):
-    """Metric of one linear layer: sum of its weight's gradient over windows, by half of the corpus.
-
-    Args:
-        shape: shape of the weight, (out, in).
-    """
+    """Metric of one linear layer: sum of its weight's gradient over windows, by half of the corpus."""
 
     full_state_update = False
 
@@ -48,13 +40,7 @@ class StreamingGradients(Metric):
         add_large_state(self, "gradient", 2, *shape)
 
     def update(self, x: Tensor, gradient: Tensor, halves: Sequence[int | None]) -> None:
-        """Add inputs (B, T, in) and gradients (B, T, out) of windows to their halves; those of half None are ignored.
-
-        Args:
-            x: inputs, (B, T, in).
-            gradient: gradient of each window's loss by the outputs, (B, T, out).
-            halves: half of each window, 0 or 1; windows with None are ignored.
-        """
+        """Add inputs (B, T, in) and gradients (B, T, out) of windows to their halves; those of half None are ignored."""
         for window, half in enumerate(halves):
             if half is not None:
                 self.gradient[half] += gradient[window].float().T @ x[window].float()
@@ -66,20 +52,7 @@ class StreamingGradients(Metric):
 
 
 def weight_saliency(weight: Tensor, count: Tensor, gradient: Tensor, *, columns: bool) -> tuple[Tensor, ...]:
-    """Return the Taylor saliency of a weight's rows (out,) or columns (in,), float64 on the CPU.
-
-    Args:
-        weight: the weight, (out, in).
-        count: number of windows in each half of the corpus, (2,), from `StreamingGradients.compute`.
-        gradient: sum of gradients in each half of the corpus, (2, out, in), from `StreamingGradients.compute`.
-        columns: whether to return the saliency of columns instead of rows.
-
-    Returns:
-        Three tensors: for half 0, half 1 and the whole corpus.
-
-    Raises:
-        UserError: if a gradient is not finite.
-    """
+    """Return the Taylor saliency of a weight's rows (out,) or columns (in,), float64 on the CPU."""
     weight = weight.detach().float().cpu()
     count = count.cpu()
     gradient = gradient.cpu()
@@ -95,19 +68,7 @@ def weight_saliency(weight: Tensor, count: Tensor, gradient: Tensor, *, columns:
 
 
 def channel_saliency(block: Block, kind: str, metrics: Mapping[str, StreamingGradients]) -> tuple[Tensor, ...]:
-    """Return the saliency of a block's channels: the sum over the block's parts, (C,) float64 on the CPU.
-
-    Args:
-        block: the block.
-        kind: `ffn` for neurons, or `attention` for attention channels.
-        metrics: gradients of the parts, by their names.
-
-    Returns:
-        Three tensors: for half 0, half 1 and the whole corpus. They are empty if the block has no such channels.
-
-    Raises:
-        UserError: if a gradient is not finite.
-    """
+    """Return the saliency of a block's channels: the sum over the block's parts, (C,) float64 on the CPU."""
     parts = salient_parts(block, kind)
     if not parts:
         return (torch.zeros(0, dtype=torch.float64),) * 3

@@ -35,11 +35,7 @@ class StoredGram:
     expert: int | None = None  # index into a stack of matrices; None: all of them
 
     def read(self) -> Tensor:
-        """Return the matrix, (C, C) float32, or (E, C / E, C / E) for E experts.
-
-        Raises:
-            UserError: if a file is missing or invalid.
-        """
+        """Return the matrix, (C, C) float32, or (E, C / E, C / E) for E experts."""
         total: Tensor | None = None
         for path, name in self.sources:
             tensors = read_tensors(path, once=True)  # only the first access of this process verifies the hash

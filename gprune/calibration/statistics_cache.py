@@ -72,12 +72,7 @@ class StatisticsCache:
         return StoredGram(((self._path(corpus, ["gram", scope, block_index]), "gram"),))
 
     def _path(self, corpus: str, kind: str | list[str | int]) -> Path:
-        """Return the path of a file.
-
-        Args:
-            corpus: name of the corpus.
-            kind: kind of statistics; for Gram matrices in a file per block `["gram", scope, block index]`.
-        """
+        """Return the path of a file."""
         bits = dict(self.bits)
         if kind == "gram" or kind[0] == "gram":
             bits |= self.gram_bits

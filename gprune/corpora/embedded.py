@@ -43,16 +43,7 @@ EMBEDDED_CORPORA: dict[str, tuple[str, Callable[[str], list[str]]]] = {
 
 
 def _load_embedded(file: str, split_documents: Callable[[str], list[str]], split: str) -> list[str]:
-    """Return the documents of "train" or "test" from a text file in the wheel.
-
-    Args:
-        file: name of the file.
-        split_documents: splits the text of the file into documents.
-        split: "train" or "test".
-
-    Raises:
-        UserError: if the wheel cannot be downloaded.
-    """
+    """Return the documents of "train" or "test" from a text file in the wheel."""
     text = read_member(EXLLAMAV2, f"exllamav2/conversion/standard_cal_data/{file}").decode("utf-8")
     return contiguous_split(split_documents(text.replace("\r\n", "\n")), split)
 

@@ -50,11 +50,7 @@ HUB_CORPORA = (
 
 
 def load_hub(record: HubCorpus, split: str) -> list[str]:
-    """Load the documents of "train" or "test" in the hub's order. Without a test split "train" is cut 70/30.
-
-    Raises:
-        UserError: if the corpus cannot be downloaded and is not in the hub's cache.
-    """
+    """Load the documents of "train" or "test" in the hub's order. Without a test split "train" is cut 70/30."""
     if record.test is None:
         whole_corpus = load_hub(replace(record, test="train"), "train")
         return contiguous_split(whole_corpus, split)
@@ -70,12 +66,7 @@ def load_hub(record: HubCorpus, split: str) -> list[str]:
 
 
 def hub_errors(what: str, remedy: str) -> contextlib.AbstractContextManager[None]:
-    """Context manager that converts errors of datasets, fsspec, the hub and the HTTP client to UserError.
-
-    Args:
-        what: what is downloaded, such as "corpus 'c4'".
-        remedy: continues "Without network put", such as "the file into ...".
-    """
+    """Context manager that converts errors of datasets, fsspec, the hub and the HTTP client to UserError."""
     return quoting(f"Cannot download {what} from the Hugging Face hub: ", f". Without network put {remedy}.")
 
 
@@ -84,9 +75,6 @@ def offline_if_unreachable() -> Iterator[bool]:
     """Context manager that sends the hub one request, and allows only cached copies if the hub does not answer.
 
     `datasets` alone would retry for half a minute per file, with a warning each time.
-
-    Yields:
-        Whether the hub is used.
     """
     import datasets
 

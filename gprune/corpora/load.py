@@ -29,11 +29,7 @@ CORPORA: Registry[Corpus] = Registry("corpus")
 
 
 def read_corpus(name: str, split: str) -> list[str]:
-    """Read all documents of a corpus for `split`: "train", which includes development text, or "test".
-
-    Raises:
-        UserError: if the registered function does not return a list of strings.
-    """
+    """Read all documents of a corpus for `split`: "train", which includes development text, or "test"."""
     documents = source_of(name)(split)
     if not isinstance(documents, list) or not all(isinstance(document, str) for document in documents):
         raise UserError(f"Corpus '{name}' must be a list of documents of type str; got {documents!r:.80}.")
@@ -44,14 +40,6 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
     """Load the documents of one split, in a fixed order.
 
     The split "development", for tuning, is every tenth document of the train text; "train" has the others.
-
-    Args:
-        name: name of the corpus, or a path.
-        split: "train", "development" or "test".
-        read: `read_corpus`, or a cached version of it, so that "train" and "development" share one reading.
-
-    Raises:
-        UserError: if the name or the split is unknown, text cannot be read or downloaded, or the split is empty.
     """
     if split not in SPLITS:
         raise UserError(f"Corpus '{name}': Unknown split '{split}'. Available: {', '.join(SPLITS)}.")
@@ -70,11 +58,7 @@ def load_corpus(name: str, split: str, *, read: Callable[[str, str], list[str]] 
 
 
 def source_of(name: str) -> Corpus:
-    """Return the function that reads the "train" or "test" documents of a corpus. No text is read here.
-
-    Raises:
-        UserError: if the name is unknown.
-    """
+    """Return the function that reads the "train" or "test" documents of a corpus. No text is read here."""
     path = _path_of(name)
     if path is None and name in CORPORA:
         return CORPORA[name]

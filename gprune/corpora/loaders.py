@@ -20,11 +20,7 @@ from gprune.errors import UserError
 
 
 class TokenDataset(Dataset):
-    """Windows of several corpora, concatenated. The batch sampler requests an item with a pair (index, weight).
-
-    Args:
-        windows: windows of each corpus, all of the same length.
-    """
+    """Windows of several corpora, concatenated. The batch sampler requests an item with a pair (index, weight)."""
 
     def __init__(self, windows: Sequence[Windows]):
         self.tokens = torch.cat([w.tokens for w in windows])
@@ -37,14 +33,7 @@ class TokenDataset(Dataset):
         return len(self.tokens)
 
     def __getitem__(self, item: tuple[int, float]) -> dict[str, Tensor | int]:
-        """Return a window.
-
-        Args:
-            item: index of the window, and its weight: 1, or 0 for a window that pads a batch.
-
-        Returns:
-            `input_ids` (seq_len,) int64, `index`, `half` of the corpus (0 or 1), and `weight` () float32.
-        """
+        """Return a window."""
         index, weight = item
         return {
             "input_ids": self.tokens[index],

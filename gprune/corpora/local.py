@@ -56,11 +56,7 @@ def text_files(path: Path) -> list[Path]:
 
 
 def load_files(path: Path, split: str) -> list[str]:
-    """Read the documents of one split: the files `<split>.*`, or without such files the split's share of a 70/30 cut.
-
-    Raises:
-        UserError: if a file is empty or cannot be read.
-    """
+    """Read the documents of one split: the files `<split>.*`, or without such files the split's share of a 70/30 cut."""
     files = text_files(path)
     # Names begin with the split, and continue with a suffix (`train.txt`) or a part number (`train-00000.parquet`).
     train, validation, test = (
@@ -91,10 +87,6 @@ def _read(path: Path) -> Iterator[str]:
     """Yield the documents of a file.
 
     A .txt file is cut at blank lines. A .jsonl or .parquet file has one document per row, in the column `text`.
-
-    Raises:
-        UserError: if a row is invalid.
-        OSError, ValueError: if the file cannot be read or is not UTF-8.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -122,11 +114,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 def _parse_line(line: bytes, path: Path, number: int) -> str:
-    """Return the document on a line of a .jsonl file.
-
-    Raises:
-        UserError: if the line is not JSON, or not an object with a string `text`. The error names the line.
-    """
+    """Return the document on a line of a .jsonl file."""
     with quoting(f"Cannot read line {number} of corpus file '{path}' as jsonl: "):
         try:
             row = json.loads(line.decode("utf-8"))
@@ -136,16 +124,7 @@ def _parse_line(line: bytes, path: Path, number: int) -> str:
 
 
 def _text_of(row: object, location: str) -> str:
-    """Return the field `text` of a row.
-
-    Args:
-        row: a row of a file.
-        location: the file, or the file and line, for errors.
-
-    Raises:
-        UserError: if the row is not an object with a string `text`.
-        ValueError: if the text has an unpaired surrogate, which JSON can escape but UTF-8 cannot encode.
-    """
+    """Return the field `text` of a row."""
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UserError(f"{location}: The row must be an object with a string field 'text'; got {row!r:.100}.")

@@ -71,17 +71,6 @@ def make_windows(
 
     Documents are joined by a blank line. An end-of-sequence token would have to be predicted, though the end of a
     sampled piece is random.
-
-    Args:
-        texts: documents.
-        tokenizer: the tokenizer of the model.
-        sample: number and choice of the windows.
-        corpus: name of the corpus.
-        split: split of the corpus.
-
-    Raises:
-        UserError: if the tokenizer makes no token from the text, or there is too little text and `sample` does not
-            repeat it.
     """
     pieces = list(texts)
     seq_len = sample.seq_len - (sample.bos is not None)  # tokens of text in a window
@@ -117,15 +106,7 @@ def make_windows(
 
 
 def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos) -> int | None:
-    """Return the token that is put before the text of every window, or None.
-
-    Args:
-        tokenizer: the tokenizer.
-        bos: `always` for the BOS token; `never` for none; `auto` for BOS if the tokenizer adds it to a text.
-
-    Raises:
-        UserError: for `always`, if the tokenizer has no BOS token.
-    """
+    """Return the token that is put before the text of every window, or None."""
     token = tokenizer.bos_token_id
     if bos == "always" and token is None:
         raise UserError("--corpora.bos must be auto or never if the tokenizer has no BOS token; got always.")

@@ -27,15 +27,6 @@ def perplexity_from_logits(
     """Measure perplexity, and with `dense` also KL(dense || model) and agreement, window by window.
 
     If a vocabulary is padded, both distributions are restricted to the tokens that the two models share.
-
-    Args:
-        model: a causal language model in eval mode.
-        windows: the text.
-        dense: a model with the same tokenizer.
-        progress: called after each window with its number of tokens.
-
-    Raises:
-        UserError: if a loss or KL is not finite, or exp of the mean loss would overflow.
     """
     sums = []
     for window in windows.tokens:
@@ -58,11 +49,6 @@ def _window_sums(logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -
 
     The sums are the negative log-likelihood in nats and, if the dense model's logits are given, KL(dense || model) in
     nats and the number of tokens with the same argmax.
-
-    Args:
-        logits: (T - 1, V), logits of the model.
-        targets: (T - 1,) int64, the predicted tokens.
-        dense_logits: (T - 1, V'), logits of the dense model. V' may differ from V if a vocabulary is padded.
     """
     rows = rows_at_once(logits.device, logits.shape[-1])
     chunk_sums = []

@@ -37,12 +37,6 @@ def mean_per_token(sums: Nll, tokens_per_window: int, *, smallest: float = 0.0, 
 
     The interval is cut off at the limits of the quantity. No possible value is excluded, so the interval contains the
     true value as often as before (Mandelkern 2002, Statistical Science 17, 149-172).
-
-    Args:
-        sums: the quantity, summed over the tokens of each window, by corpus.
-        tokens_per_window: number of these tokens.
-        smallest: smallest possible value of the quantity.
-        largest: largest possible value of the quantity, such as 1 for agreement.
     """
     equal_weights = dict.fromkeys(sums, 1 / len(sums))
     mean, low, high = _interval(sums, equal_weights, tokens_per_window)
@@ -50,13 +44,7 @@ def mean_per_token(sums: Nll, tokens_per_window: int, *, smallest: float = 0.0, 
 
 
 def paired_ratio(a: Nll, b: Nll, tokens_per_window: int) -> Interval:
-    """Return the ratio of the geometric-mean perplexities of models a and b: (ratio, lower, upper).
-
-    Args:
-        a: negative log-likelihood of model a.
-        b: negative log-likelihood of model b on the same windows.
-        tokens_per_window: number of predicted tokens in a window.
-    """
+    """Return the ratio of the geometric-mean perplexities of models a and b: (ratio, lower, upper)."""
     return mean_perplexity(differences(a, b), tokens_per_window)
 
 
@@ -65,10 +53,6 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, floa
 
     Questions that both models answer correctly, or both wrongly, do not contribute. The standard error is None for
     fewer than two questions.
-
-    Args:
-        a: whether model a answers each question correctly.
-        b: whether model b does.
     """
     by_question = [int(a_is_correct) - int(b_is_correct) for a_is_correct, b_is_correct in zip(a, b, strict=True)]
     n = len(by_question)
@@ -84,12 +68,6 @@ def paired_gap(pruned: Nll, dense: Nll, seen: Mapping[str, bool], tokens_per_win
 
     It is the geometric mean of pruned/dense perplexity over unseen corpora, divided by that over seen corpora. Above 1,
     pruning did more harm on unseen text. NaN unless there are both seen and unseen corpora.
-
-    Args:
-        pruned: negative log-likelihood of the pruned model.
-        dense: negative log-likelihood of the dense model on the same windows.
-        seen: whether a run has used the corpus.
-        tokens_per_window: number of predicted tokens in a window.
     """
     seen_corpora = sum(seen[corpus] for corpus in pruned)
     unseen_corpora = len(pruned) - seen_corpora
@@ -123,11 +101,6 @@ def _interval(sums: Nll, weights: Mapping[str, float], tokens_per_window: int) -
         interval S -+ t(0.975, v) sqrt(sum_c V_c),
         v = (sum_c V_c)^2 / sum_c (V_c^2 / (n_c - 1)), Welch-Satterthwaite.
     There is no interval if a corpus has a single window, whose variance cannot be estimated.
-
-    Args:
-        sums: a quantity, summed over the tokens of each window, by corpus.
-        weights: weight of each corpus.
-        tokens_per_window: number of these tokens.
     """
     per_token = {corpus: np.array(sums[corpus]) / tokens_per_window for corpus in weights}
     point = 0.0

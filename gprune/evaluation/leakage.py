@@ -22,11 +22,6 @@ def leaked_share(evaluated: Sequence[str], used: Sequence[str], n: int = 13) -> 
 
     Words are lower-cased runs of letters and digits of any script; n-grams of `n` words do not cross documents. Scripts
     without spaces have few "words", so the check is weak for them. Without any n-gram the share is 0.
-
-    Args:
-        evaluated: documents of the evaluated text.
-        used: documents of the text that a run used.
-        n: number of words in an n-gram.
     """
     counts = Counter(gram for text in evaluated for gram in _ngrams(text, n))
     total = counts.total()

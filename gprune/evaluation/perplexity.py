@@ -41,14 +41,7 @@ class Forecast(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel, logits: Tensor, hidden: Tensor, log_sum: Tensor) -> Forecast:
-        """Compute the quantities of the dense model on a window.
-
-        Args:
-            model: the dense model.
-            logits: (T - 1, V), its logits; they are overwritten.
-            hidden: (T - 1, H), its final hidden states.
-            log_sum: (T - 1,) float64, log sum exp of its logits.
-        """
+        """Compute the quantities of the dense model on a window."""
         head = model.get_output_embeddings()
         transform = LogitTransform.of(model)
         top = logits.argmax(-1)
@@ -62,14 +55,7 @@ class Forecast(NamedTuple):
         return cls(mean_row.cpu(), top.cpu(), rest.cpu())
 
     def kl(self, model: PreTrainedModel, logits: Tensor, hidden: Tensor, log_sum: Tensor) -> Tensor:
-        """Return KL(dense || model) of each token in nats, (T - 1,).
-
-        Args:
-            model: the other model.
-            logits: (T - 1, V), its logits on the same window.
-            hidden: (T - 1, H), its final hidden states.
-            log_sum: (T - 1,) float64, log sum exp of its logits.
-        """
+        """Return KL(dense || model) of each token in nats, (T - 1,)."""
         transform = LogitTransform.of(model)
         states = self.states.to(logits.device)
         if self.rest is not None:
@@ -85,12 +71,7 @@ class Forecast(NamedTuple):
 
 
 def kl_of_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(q || p) of each row of log-probabilities (T, V) in nats, (T,). Where log q is -inf, 0 log 0 is 0.
-
-    Args:
-        log_p: (T, V) log-probabilities, any float dtype.
-        log_q: (T, V) log-probabilities. Entries of -inf add nothing, as 0 log 0 is 0.
-    """
+    """Return KL(q || p) of each row of log-probabilities (T, V) in nats, (T,). Where log q is -inf, 0 log 0 is 0."""
     terms = F.kl_div(log_p, log_q, reduction="none", log_target=True)
     return terms.masked_fill_(log_q == -torch.inf, 0).sum(-1)
 
@@ -110,16 +91,7 @@ class PerplexityResult:
 
     @classmethod
     def from_window_sums(cls, sums: Tensor, windows: Windows) -> PerplexityResult:
-        """Return the result for sums over the predicted tokens of each window.
-
-        Args:
-            sums: (n, 1) or (n, 3) float64 on the CPU: negative log-likelihood in nats and, if measured, KL in nats and
-                the number of tokens with the same argmax.
-            windows: the n windows.
-
-        Raises:
-            UserError: if a loss or KL is not finite, or exp of the mean loss would overflow.
-        """
+        """Return the result for sums over the predicted tokens of each window."""
         tokens = windows.tokens[:, 1:].numel()
         window_nll = sums[:, 0].contiguous()  # the memory layout affects the last bits of the sum
         nll = mean_nll(window_nll, tokens, windows.corpus)
@@ -146,21 +118,7 @@ def perplexity(
     shared: bool = False,
     forecasts: list[Forecast] | None = None,
 ) -> PerplexityResult:
-    """Return the perplexity: exp of the mean next-token cross-entropy over windows, each scored from its second token.
-
-    Args:
-        model: in eval mode, inside the caller's `masked` context if masks should apply.
-        windows: the text.
-        batch_size: number of windows in a forward pass.
-        progress: called after each batch with its number of tokens, such as `Screen.add_batch`.
-        shared: split the batches over ranks. Every rank has to call this function with the same model, whole or
-            sharded. Batches do not depend on the number of ranks, so the result has the same bits.
-        forecasts: forecasts of the dense model for this rank's windows, for KL and agreement. An empty list is filled
-            with the forecasts of this model.
-
-    Raises:
-        UserError: if a loss or KL is not finite, or exp of the mean loss would overflow.
-    """
+    """Return the perplexity: exp of the mean next-token cross-entropy over windows, each scored from its second token."""
     rank, world_size = rank_and_world_size() if shared else (0, 1)
     batches = windows.tokens.split(batch_size)  # batch i belongs to rank i % world_size
     dense_forecasts = list(forecasts or ())
@@ -185,14 +143,6 @@ def mean_nll(window_nll: Tensor, tokens: int, corpus: str) -> float:
     """Return the mean negative log-likelihood in nats per token, from the sums of windows (n,) float64.
 
     Raises UserError if a sum is not finite, or exp of the mean would overflow.
-
-    Args:
-        window_nll: (n,) float64, the sum of each window in nats.
-        tokens: number of predicted tokens in all windows.
-        corpus: name of the corpus for errors.
-
-    Raises:
-        UserError: if a sum is not finite, or exp of the mean would overflow.
     """
     require_finite("loss came up in evaluation", window_nll)
     nll = float(window_nll.sum()) / tokens
@@ -209,12 +159,6 @@ class WindowPerplexity(Metric):
     The sum of each window is stored with the window's index, and the sums are added in the order of the text. So the
     result has the same bits for every number of processes. `torchmetrics.text.Perplexity` adds batches in float32 in
     the order in which they arrive.
-
-    Args:
-        corpus: name of the corpus for errors.
-
-    Attributes:
-        window_nll: mean negative log-likelihood per predicted token of each window, set by `compute`.
     """
 
     full_state_update = False
@@ -230,21 +174,12 @@ class WindowPerplexity(Metric):
         """Add the summed negative log-likelihoods of windows in nats (B,) float64, their tokens and positions (B,).
 
         A window that pads the batch has 0 tokens.
-
-        Args:
-            nll: (B,) float64, the negative log-likelihood of each window, summed over its predicted tokens, in nats.
-            tokens: (B,) int64, number of predicted tokens of each window; 0 for a window that pads the batch.
-            index: (B,) int64, positions of the windows in the corpus.
         """
         for state, value in (("nll", nll), ("tokens", tokens), ("index", index)):
             getattr(self, state).append(value)
 
     def compute(self) -> Tensor:
-        """Compute the perplexity, () float64.
-
-        Raises:
-            UserError: if a loss is not finite, or exp of the mean would overflow.
-        """
+        """Compute the perplexity, () float64."""
         nll, tokens, index = (dim_zero_cat(state).cpu() for state in (self.nll, self.tokens, self.index))
         order = index.argsort(stable=True)
         order = order[tokens[order] > 0]  # without windows that pad a batch
@@ -254,12 +189,7 @@ class WindowPerplexity(Metric):
 
 
 def window_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Return the negative log-likelihood of each window of tokens (B, T), summed over 2..T, in nats: (B,) float64.
-
-    Args:
-        model: a causal language model in eval mode.
-        tokens: (B, T) int64.
-    """
+    """Return the negative log-likelihood of each window of tokens (B, T), summed over 2..T, in nats: (B,) float64."""
     return _window_sums(model, tokens)[:, 0].contiguous()
 
 
@@ -271,12 +201,6 @@ def _window_sums(
 
     With the dense model's forecasts also KL in nats and the number of tokens with the same argmax, (B, 3) float64.
     Probabilities are float32, whatever the model's dtype. Forecasts of this model are appended to `collected`.
-
-    Args:
-        model: the model.
-        tokens: (B, T) int64.
-        dense: forecasts of the dense model, one per window.
-        collected: a list to which the forecasts of this model are appended.
     """
     by_window = []
     for i, window in enumerate(iter_logits(model, tokens.to(device_of(model), non_blocking=True))):

@@ -81,12 +81,7 @@ def has_llama_cpp() -> bool:
 
 
 def check_type(type: str, *, check: bool = False) -> None:
-    """Raise UserError if a type is unknown, or llama.cpp is needed and not installed.
-
-    Args:
-        type: type of matrices.
-        check: whether the file is checked in llama.cpp.
-    """
+    """Raise UserError if a type is unknown, or llama.cpp is needed and not installed."""
     if type not in (*TYPES, *QUANTISED):
         raise UserError(f"Unknown GGUF type '{type}'. Available: {', '.join((*TYPES, *QUANTISED))}.")
     quantises = type in QUANTISED
@@ -104,14 +99,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def find_model_folder(run_or_folder: str | Path) -> Path:
-    """Return the path of the model folder of a finished run, or of a model folder.
-
-    Args:
-        run_or_folder: the folder of a run, or a model folder.
-
-    Raises:
-        UserError: if the path is neither, the run is not finished or has no model, or the model is not that of its run.
-    """
+    """Return the path of the model folder of a finished run, or of a model folder."""
     path = expanded(run_or_folder)
     is_model = (path / "config.json").is_file()
     is_run = (path / "manifest.json").is_file()
@@ -131,11 +119,7 @@ def find_model_folder(run_or_folder: str | Path) -> Path:
 
 
 def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model in float32, and its tokenizer, without running code of the folder.
-
-    Raises:
-        UserError: if the model cannot be loaded, or weights are not finite.
-    """
+    """Load a model in float32, and its tokenizer, without running code of the folder."""
     from gprune.models.loading import load_model
 
     try:

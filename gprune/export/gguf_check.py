@@ -34,20 +34,7 @@ LIMITS = {"f32": 1e-6, "f16": 1e-3, "q8_0": 5e-2, "q4_k_m": 0.2}
 
 @torch.no_grad()
 def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, type: str) -> float:
-    """Compare tokens and log-probabilities of llama.cpp with those of the model and its tokenizer.
-
-    Args:
-        model: the model in float32.
-        tokenizer: the tokenizer with which the file was written.
-        path: the GGUF file.
-        type: type of matrices in the file, which determines the largest KL.
-
-    Returns:
-        Mean KL(model || file) per token over at most `CHECK_TOKENS` tokens of `CHECK_TEXT`, in nats.
-
-    Raises:
-        UserError: if the KL is above `LIMITS[type]`, tokens differ, or the file does not load.
-    """
+    """Compare tokens and log-probabilities of llama.cpp with those of the model and its tokenizer."""
     special_tokens = "".join(token for token in (tokenizer.bos_token, tokenizer.eos_token) if token)
     texts = [CHECK_TEXT, f"{special_tokens}user\n{CHECK_TEXT[:80]}{special_tokens}"]
     ids = tokenizer(CHECK_TEXT).input_ids[: min(CHECK_TOKENS, model.config.max_position_embeddings)]
@@ -71,17 +58,7 @@ def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 
 
 def score_in_llama_cpp(path: Path, ids: list[int], texts: list[str]) -> tuple[Tensor, list[list[int]]]:
-    """Return log-probabilities after each of T `ids`, (T, vocabulary) float64, and the tokens of `texts`, by llama.cpp.
-
-    Args:
-        path: the GGUF file.
-        ids: T tokens.
-        texts: texts to be split into tokens.
-
-    Returns:
-        log_p: (T, vocabulary) float64, log-probabilities of the token after each of `ids`.
-        tokens: the tokens of every text.
-    """
+    """Return log-probabilities after each of T `ids`, (T, vocabulary) float64, and the tokens of `texts`, by llama.cpp."""
     with tempfile.TemporaryDirectory(prefix="gprune-llamacpp-") as scratch:
         file = Path(scratch) / "logprobs.npy"
         tokens = ask_llama_cpp("score", path, ids=ids, texts=texts, logprobs=str(file))
@@ -89,16 +66,7 @@ def score_in_llama_cpp(path: Path, ids: list[int], texts: list[str]) -> tuple[Te
 
 
 def ask_llama_cpp(work: str, model: Path, **request: Any) -> Any:
-    """Run `llamacpp.py` in a process, and return its answer.
-
-    Args:
-        work: `score` or `quantise`.
-        model: the GGUF file.
-        request: the other keys of the request, which the docstring of `llamacpp.py` describes.
-
-    Raises:
-        UserError: with the cause, if the process fails.
-    """
+    """Run `llamacpp.py` in a process, and return its answer."""
     request |= {"work": work, "model": str(model.absolute()), "threads": torch.get_num_threads()}
     command = [sys.executable, "-P", str(Path(__file__).with_name("llamacpp.py"))]
     process = subprocess.run(

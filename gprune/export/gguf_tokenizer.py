@@ -19,13 +19,6 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> d
     """Return the GGUF keys `tokenizer.*` for a fast tokenizer of type byte-level BPE.
 
     Rows of the embedding matrix without a token become tokens of type UNUSED.
-
-    Args:
-        tokenizer: a tokenizer of transformers.
-        num_embeddings: number of rows of the embedding matrix.
-
-    Raises:
-        UserError: if llama.cpp does not support the tokenizer, or a token has no row.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)  # missing in tokenizers that are written in Python
     content = {"model": {"type": type(tokenizer).__name__}} if backend is None else json.loads(backend.to_str())
@@ -79,11 +72,7 @@ def _special_token_keys(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def find_word_splitting(content: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name of the tokenizer's word splitting, or None if llama.cpp does not support the tokenizer.
-
-    Args:
-        content: content of `tokenizer.json`.
-    """
+    """Return llama.cpp's name of the tokenizer's word splitting, or None if llama.cpp does not support the tokenizer."""
     model = content["model"]
     has_affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model["type"] != "BPE" or model["byte_fallback"] or has_affixes or content["normalizer"]:

@@ -68,10 +68,6 @@ def interleave(rows: Tensor, head_dim: int) -> Tensor:
     """Reorder the rows of a query or key projection for llama.cpp.
 
     Rotary embeddings rotate pairs of rows: (i, i + head_dim / 2) of a head in transformers, neighbours in llama.cpp.
-
-    Args:
-        rows: (heads * head_dim, ...), a weight or a bias.
-        head_dim: size of a head.
     """
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
@@ -90,11 +86,6 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
     """Return the GGUF keys of the model, without those of the tokenizer.
 
     Sizes are numbers for the architecture `llama`, and lists with one number per layer for `deci`.
-
-    Args:
-        model: the pruned model.
-        name: name of the model in the file.
-        type: type of matrices.
     """
     config, blocks, arch = model.config, blocks_of(model), architecture(model)
     sizes = {
@@ -122,13 +113,7 @@ def model_keys(model: PreTrainedModel, name: str, type: str) -> dict[str, Any]:
 
 
 def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig, *, uniform: bool) -> None:
-    """Raise UserError if llama.cpp's graphs of `llama` and `deci` compute something else than the model.
-
-    Args:
-        blocks: blocks of the model.
-        config: configuration of the model.
-        uniform: whether all blocks of the model to be exported have the same widths.
-    """
+    """Raise UserError if llama.cpp's graphs of `llama` and `deci` compute something else than the model."""
     remedy = (
         "Export to hf; as its layers have equal widths, llama.cpp's own converter may read the folder."
         if uniform
@@ -181,16 +166,6 @@ def write_gguf(
     """Write a GGUF file.
 
     Vectors are float32. Matrices have the given type, or float16 if their rows do not fit blocks of q8_0.
-
-    Args:
-        model: the pruned model.
-        tokenizer: the tokenizer to include in the file.
-        path: file to write.
-        type: f32, f16 or q8_0.
-        name: name of the model in the file.
-
-    Raises:
-        UserError: if llama.cpp does not support the model or tokenizer, or weights overflow float16.
     """
     check_expressible(blocks_of(model), model.config, uniform=architecture(model) == "llama")
     keys = model_keys(model, name, type)
@@ -234,11 +209,7 @@ def tensor_bytes(model: PreTrainedModel, type: str) -> int:
 
 
 def encode_tensor(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
-    """Convert a tensor to its form in the file.
-
-    Raises:
-        UserError: if numbers, or the scales of q8_0, which are numbers / 127, overflow float16.
-    """
+    """Convert a tensor to its form in the file."""
     numbers = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
     with np.errstate(over="ignore"):
         encoded = quantize(numbers, kind)

@@ -141,12 +141,7 @@ def _added_biases(block: Block, dense_block: Block) -> list[str]:
 
 
 def _dense_skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTrainedModel:
-    """Return a stock model of a discovered type, without weights, with the config of `model` and some changes.
-
-    Args:
-        model: the pruned model.
-        changes: settings of the text model that are changed; without any, the result has the dense model's shapes.
-    """
+    """Return a stock model of a discovered type, without weights, with the config of `model` and some changes."""
     record = family_of(model)
     settings = stock_settings(model)
     text_settings = _text_settings(model, settings)
@@ -217,14 +212,7 @@ def _discovered_skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Convert a model to the class that is saved, if possible a stock class. Weights are shared, not copied.
-
-    Args:
-        model: a model of a supported family, dense or pruned. If it is offloaded, the result can only be saved. Its
-            rescaling is turned off in place (`turn_off_rescaling`).
-        dtype: dtype of weights; those of another dtype are copied. None: no change. An offloaded model needs None or
-            its own dtype.
-    """
+    """Convert a model to the class that is saved, if possible a stock class. Weights are shared, not copied."""
     turn_off_rescaling(model)
     register_type(family_of(model).model_type)  # for records that were added after the import, or discovered
     exportable = stock_skeleton(model) or pruned_skeleton(model)
@@ -248,16 +236,7 @@ def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> P
 
 
 def implementation(config: PreTrainedConfig, name: str) -> Any:
-    """Return the implementation that a config names, in the form that transformers accepts for a config of its class.
-
-    Args:
-        config: a config; its text model and its vision model may have other implementations than the config itself.
-        name: `_attn_implementation` or `_experts_implementation`.
-
-    Returns:
-        A name such as `sdpa`, or None; for a composite config a dictionary of names by sub-config, with its own
-        under the key "".
-    """
+    """Return the implementation that a config names, in the form that transformers accepts for a config of its class."""
     sub_configs = {key: getattr(config, key, None) for key in config.sub_configs}
     sub_configs = {key: getattr(config, key, None) for key in config.sub_configs}
     nested = {key: implementation(sub, name) for key, sub in sub_configs.items() if isinstance(sub, PreTrainedConfig)}
@@ -334,21 +313,7 @@ def save_pruned(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write config, modelling file, weights, generation config, tokenizer and a short README.md; all or nothing.
-
-    Args:
-        model, dtype: as for `to_exportable`.
-        tokenizer: the tokenizer; None for a folder without one. If the model takes images, the files of its processor
-            are copied from the folder or hub id from which the tokenizer was loaded.
-        folder: the model folder to write.
-        overwrite: replace an existing model folder, after the new one is complete.
-
-    Returns:
-        The absolute path of the folder.
-
-    Raises:
-        UserError: if the folder exists, or cannot be written.
-    """
+    """Write config, modelling file, weights, generation config, tokenizer and a short README.md; all or nothing."""
     folder = expanded(folder).resolve()
     existing = sorted(folder.glob("*")) if overwrite else []
     card = folder / "README.md"
@@ -399,21 +364,7 @@ def reloaded_logits(
     max_memory: Mapping[str, str] | None = None,
     **load: Any,
 ) -> Tensor:
-    """Return logits (B, T, vocabulary) of a saved model for ids (B, T), in a fresh process without gprune and network.
-
-    Args:
-        folder: the model folder.
-        input_ids: (B, T) int64.
-        device: device of the computation.
-        max_memory: as for `gprune.models.loading.load_weights`.
-        load: other arguments of `from_pretrained`.
-
-    Returns:
-        (B, T, vocabulary) logits on the CPU, in the dtype of the weights.
-
-    Raises:
-        UserError: with the last line of stderr, if the process fails.
-    """
+    """Return logits (B, T, vocabulary) of a saved model for ids (B, T), in a fresh process without gprune and network."""
     limits = None if max_memory is None else list(memory_limits(max_memory).items())
     with tempfile.TemporaryDirectory(prefix="gprune-reload-") as scratch:
         tokens_file, logits_file = f"{scratch}/tokens", f"{scratch}/logits"
@@ -454,19 +405,6 @@ def check_reload(
 
     The result is max |difference of logits| for ids (B, T), which is 0.0. Any other difference raises UserError. The
     folder is removed if the check fails or is interrupted.
-
-    Args:
-        model: the saved model.
-        folder: the folder to which the model was saved.
-        input_ids: (B, T) int64.
-        dtype: dtype of the saved weights. The model is cast to it for the check, and then restored.
-        placement: `device_map` and `max_memory`, if the model was loaded with them.
-
-    Returns:
-        max |difference of logits|, which is 0.0.
-
-    Raises:
-        UserError: if logits are not bit-identical, or the folder does not load.
     """
     training = model.training
     weights = [(parameter, parameter.data) for parameter in model.parameters()]

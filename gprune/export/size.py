@@ -58,12 +58,6 @@ def quantised_size(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
 
     The types of tensors depend on shapes alone, so the weights are zeros and the dense model is not loaded. The result
     is cached. Temporary files are written beside `file`.
-
-    Args:
-        dense: a model without weights.
-        tokenizer: the tokenizer to include in the file.
-        file: a path on a disk with space for the model in f16.
-        type: a type of `QUANTISED`.
     """
     shapes = {name: list(tensor.shape) for name, tensor in named_tensors(dense)}
     key = key_of(shapes=shapes, type=type, llama_cpp=version(LLAMA_CPP), vocabulary=len(tokenizer))

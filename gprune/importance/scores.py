@@ -29,11 +29,7 @@ class Scores:
 
 
 def score_channels(name: str, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
-    """Return scores by the metric `name`, (C,) float64. The metric gets a copy of the moments.
-
-    Raises:
-        UserError: if scores have another shape, or are not real and finite; if the metric changed the weights.
-    """
+    """Return scores by the metric `name`, (C,) float64. The metric gets a copy of the moments."""
     with IMPORTANCE.unchanged(name, *weights.inputs, weights.output):
         scores = IMPORTANCE[name](weights, moments.copy(), generator)
     return IMPORTANCE.checked(name, "scores", scores, weights.output.shape[1:]).cpu().double()
@@ -44,9 +40,6 @@ def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, g
 
     Experts without any routed token have no activations. Their neurons are ranked by `magnitude`, and the score at rank
     j is the mean of the other experts' scores at rank j. This is our choice.
-
-    Raises:
-        UserError: as `score_channels`.
     """
     if not block.has_experts:
         return score_channels(name, weights, moments, generator)
@@ -74,18 +67,7 @@ def generator_for(seed: int, block_index: int, kind: str) -> torch.Generator:
 def score_units(
     name: str, blocks: Sequence[Block], statistics: CorpusStatistics, *, seed: int = 0, attention: bool = True
 ) -> Scores:
-    """Return scores of every unit by the metric `name`.
-
-    Args:
-        name: the metric.
-        blocks: blocks of the dense model.
-        statistics: statistics of one corpus, or pooled over several; with saliency if the metric needs it.
-        seed: seed of random metrics.
-        attention: whether KV groups are in scope; otherwise their scores are 0.
-
-    Raises:
-        UserError: as `score_channels`.
-    """
+    """Return scores of every unit by the metric `name`."""
 
     def channel_scores(block: Block) -> Tensor:
         """Return the scores of a block's attention channels, (C,); zeros, (G,), if attention is not in scope."""
@@ -116,14 +98,7 @@ def score_units(
 
 
 def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average", "ordinal"] = "average") -> Tensor:
-    """Return r_i = (rank of s_i + 0.5) / N with ranks from 0: (..., groups x N) float64, strictly inside (0, 1).
-
-    Args:
-        scores: (..., groups x N).
-        groups: number of equal parts that are ranked separately, such as the experts of a block.
-        ties: ranks of equal scores, such as those of neurons that never fire. average: their average rank. ordinal:
-            different ranks in order of index, so that any share of a block can be removed.
-    """
+    """Return r_i = (rank of s_i + 0.5) / N with ranks from 0: (..., groups x N) float64, strictly inside (0, 1)."""
     if not scores.shape[-1]:  # a block without such units
         return scores.detach().cpu().double()
     by_group = scores.detach().cpu().double().unflatten(-1, (groups, -1))

@@ -23,9 +23,6 @@ class CastWeights:
 
     Embeddings and norms have no copy, because autocast computes them in float32; a head that is tied to the embeddings
     has one. Trained, offloaded and sharded weights have no copy.
-
-    Args:
-        model: the model, which must be on its device when copies are first used.
     """
 
     def __init__(self, model: nn.Module):

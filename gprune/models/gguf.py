@@ -31,13 +31,7 @@ WHOLE_WORDS = ("llama-bpe",)  # names for which words that are tokens are used b
 
 
 def convert_gguf(gguf: Path, folder: Path, name: str) -> None:
-    """Convert a GGUF file to a Hugging Face folder, with float32 weights.
-
-    Args:
-        gguf: the file.
-        folder: the folder to write.
-        name: name of the model in its config.
-    """
+    """Convert a GGUF file to a Hugging Face folder, with float32 weights."""
     with quieted("transformers", stderr=True), cached_parsing():  # its GGUF reader always shows a progress bar
         model, tokenizer = load_gguf(gguf), load_gguf_tokenizer(gguf)
         model.config.name_or_path = name
@@ -81,9 +75,6 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
     The file has only a name for the word splitting. If transformers does not know the name, such as SmolLM2's, it
     silently splits like GPT-2, so blanks before a digit become other tokens than in training.
-
-    Raises:
-        KeyError: if the word splitting of a byte-level BPE is not in `WORDS`.
     """
     keys = library.Keys.Tokenizer
     fields = library.GGUFReader(path).fields

@@ -61,11 +61,7 @@ def register(*model_types: str) -> None:
 
 
 def register_type(model_type: str) -> None:
-    """Register exports of one model type in transformers' Auto classes.
-
-    Raises:
-        UserError: if transformers has no class for the type that predicts next tokens.
-    """
+    """Register exports of one model type in transformers' Auto classes."""
     is_causal = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     takes_images = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     if model_type not in CONFIG_MAPPING or not (is_causal or takes_images):
@@ -124,11 +120,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def locate_model(name: str) -> str:
-    """Return the folder or hub id of a model. For an embedded model this is its folder in the cache.
-
-    Raises:
-        UserError: if the name is not an embedded model, a folder or a hub id, or an embedded model cannot be made.
-    """
+    """Return the folder or hub id of a model. For an embedded model this is its folder in the cache."""
     if name in assets.EMBEDDED_MODELS:
         return str(assets.embedded_model_dir(name))
     path = expanded(name)
@@ -137,16 +129,7 @@ def locate_model(name: str) -> str:
 
 
 def read_config(name: str, *, trust_remote_code: bool = False, prunable: bool = True) -> PreTrainedConfig:
-    """Read the configuration of a model.
-
-    Args:
-        name: embedded name, folder or hub id.
-        trust_remote_code: whether to run code of the model.
-        prunable: whether the family must be supported.
-
-    Raises:
-        UserError: if there is no configuration, or if the family is not supported.
-    """
+    """Read the configuration of a model."""
     location = locate_model(name)
     register()  # for records that were added after the import
     remedy = ". Use a causal language model; without network, an embedded model or a local folder."
@@ -165,11 +148,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, prunable: bool = 
 def skeleton(
     config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Return a model without weights, on the meta device. `model_class` overrides the class of the config.
-
-    Raises:
-        UserError: if the class rejects the config.
-    """
+    """Return a model without weights, on the meta device. `model_class` overrides the class of the config."""
     with quoting("--model.name: Cannot build a model from its configuration: "), torch.device("meta"):
         if model_class is not None:
             return model_class(config)
@@ -179,11 +158,7 @@ def skeleton(
 def load_model(
     name: str, *, trust_remote_code: bool = False, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model by embedded name, folder or hub id, and its tokenizer. Options are those of `load_weights`.
-
-    Raises:
-        UserError: before weights are read, if the family is not supported; later, if weights cannot be read.
-    """
+    """Load a model by embedded name, folder or hub id, and its tokenizer. Options are those of `load_weights`."""
     location = locate_model(name)
     with quoting(f"--model.name: '{name}' cannot be loaded: "):
         model = load_weights(location, trust_remote_code=trust_remote_code, **options)
@@ -205,17 +180,6 @@ def load_weights(
 
     Offloaded weights are read from the files of the model. If weights need conversion, converted files are written to
     the cache, and removed with the model.
-
-    Args:
-        location: folder or hub id.
-        dtype: dtype of the weights.
-        device_map: argument of transformers.
-        max_memory: sizes by `cpu` or device number; weights that do not fit stay on disk.
-        trust_remote_code: whether to run code of the model.
-        prunable: whether the family must be supported.
-
-    Raises:
-        UserError: if weights are missing, which transformers would initialise at random, or quantised.
     """
     config = read_config(str(location), trust_remote_code=trust_remote_code, prunable=prunable)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
@@ -288,12 +252,7 @@ def check_weight_dtypes(model: PreTrainedModel, location: str | Path) -> None:
 
 
 def check_complete(report: Mapping[str, Collection[str]], location: str | Path) -> None:
-    """Raise UserError if weights are missing, and warn of unexpected weights.
-
-    Args:
-        report: the loading info of `from_pretrained`: `missing_keys` and `unexpected_keys`.
-        location: folder or hub id, for the messages.
-    """
+    """Raise UserError if weights are missing, and warn of unexpected weights."""
     missing = sorted(report["missing_keys"])
     if missing:
         remedy = "Check num_hidden_layers and tie_word_embeddings in config.json"

@@ -41,9 +41,6 @@ def family_of(model: PreTrainedModel) -> Family:
     """Return the record of a model's type, and register it for the model if it was discovered.
 
     For exports of gprune this is the record of the dense type.
-
-    Raises:
-        UserError: if the type has no record, and discovery fails.
     """
     name = model.config.model_type.removeprefix(PRUNED)
     if name in FAMILIES:
@@ -54,11 +51,7 @@ def family_of(model: PreTrainedModel) -> Family:
 
 
 def family_of_config(config: PreTrainedConfig) -> Family:
-    """Return the record of a configuration's type.
-
-    Raises:
-        UserError: for a quantised checkpoint, or if the type has no record and discovery fails.
-    """
+    """Return the record of a configuration's type."""
     name = config.model_type.removeprefix(PRUNED)
     refuse_quantised(config)
     if name in FAMILIES:

@@ -51,12 +51,7 @@ class LogitTransform:
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
     def pull_back(self, error: Tensor, logits: Tensor) -> None:
-        """Convert a gradient by logits to one by the product, in place.
-
-        Args:
-            error: (n, V) float32, the gradient.
-            logits: (n, V), the result of the transform.
-        """
+        """Convert a gradient by logits to one by the product, in place."""
         if self.softcap is not None:
             error.mul_(1 - (logits.float() / self.softcap).square())
         if self.scaling != 1:
@@ -148,27 +143,12 @@ def frozen_head_losses(
 
     The head is (V, H) with a bias (V,) or None. Targets are (n,) token ids, for the cross-entropy, or (n, H) hidden
     states of a teacher with the same head, for KL(teacher || ours). `transform` maps products to logits.
-
-    Args:
-        hidden: (n, H) hidden states.
-        head: (V, H) frozen output embedding.
-        bias: (V,) or None.
-        targets: (n,) int64 token ids, for the cross-entropy; or (n, H) hidden states of a teacher with the same head,
-            for KL(teacher || ours).
-        transform: from products of hidden states and head to logits.
     """
     return _FrozenHeadLosses.apply(hidden, head, bias, targets, transform)
 
 
 def next_token_losses(model: PreTrainedModel, input_ids: Tensor, *, teacher: Tensor | None = None) -> Tensor:
-    """Return the mean loss of each window's tokens 2..T in nats, (B, T) -> (B,) float32.
-
-    Args:
-        model: the model, whose head is frozen.
-        input_ids: (B, T) int64 token ids.
-        teacher: None for the cross-entropy; or the `final_hidden` of a teacher on these tokens, (B, T - 1, H), for
-            KL(teacher || model).
-    """
+    """Return the mean loss of each window's tokens 2..T in nats, (B, T) -> (B,) float32."""
     head = model.get_output_embeddings()
     # If a model is on several devices, a head that is tied to the embeddings is not on that of the last layer.
     device = head.weight.device

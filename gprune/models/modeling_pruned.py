@@ -229,14 +229,7 @@ def update_linear_sizes(module):
 
 
 def set_layer_sizes(layer, config, values, attributes):
-    """Set the sizes of a layer in attributes of its modules, and in their config.
-
-    Args:
-        layer: the decoder layer.
-        config: the config of the model.
-        values: config key -> size in this layer.
-        attributes: path of an attribute -> {config key: n}; its value becomes the sum of n x size.
-    """
+    """Set the sizes of a layer in attributes of its modules, and in their config."""
     layer_config = LayerConfig(config, values)
     for path, terms in attributes.items():
         module, name = find_parent(layer, path)
@@ -249,12 +242,7 @@ def set_layer_sizes(layer, config, values, attributes):
 
 
 class LayerConfig:
-    """Config of one layer: its own sizes, and other values from the model's current config.
-
-    Args:
-        config: the config of the model.
-        values: config key -> value in this layer.
-    """
+    """Config of one layer: its own sizes, and other values from the model's current config."""
 
     def __init__(self, config, values):
         self.__dict__.update(model=config, values=values)

@@ -139,13 +139,7 @@ def names_in(layout: str) -> list[str]:
 
 
 def part_row_indices(layout: str, sizes: Mapping[str, int], units: int) -> dict[str, Tensor]:
-    """Return the row indices of each part in a fused weight, int64, ordered by unit.
-
-    Args:
-        layout: `gate | up`: all rows of gate, then all of up; `gate up`: unit by unit, gate before up.
-        sizes: number of rows of each part.
-        units: number of neurons or KV groups.
-    """
+    """Return the row indices of each part in a fused weight, int64, ordered by unit."""
     indices: dict[str, Tensor] = {}
     start = 0
     for segment in layout.split("|"):
@@ -173,13 +167,7 @@ def layouts(family: Family) -> dict[str, str]:
 
 
 def parts_of(layer: nn.Module, family: Family, head_dim: int) -> dict[str, Part | ExpertPart]:
-    """Return the parts of a decoder layer by name, in the order of `PARTS`.
-
-    Args:
-        layer: the decoder layer.
-        family: the record of its FFN and attention.
-        head_dim: size of a value head.
-    """
+    """Return the parts of a decoder layer by name, in the order of `PARTS`."""
     orders = layouts(family)
     parts: dict[str, Part | ExpertPart] = {}
     experts_parent, experts_name = find_parent(layer, family.experts or "")

@@ -25,11 +25,6 @@ def copy_processor(location: str, model: PreTrainedModel, folder: Path) -> None:
 
     The processor is not loaded, because some processors need packages that pruning does not need. Files on the hub are
     read from its cache, or downloaded. If none is found there, a warning is logged.
-
-    Args:
-        location: folder or hub id of the dense model; empty if it has neither.
-        model: the model that is saved.
-        folder: the folder of the saved model, which has its tokenizer already.
     """
     if not location or "image" not in model.input_modalities:
         return

@@ -66,11 +66,7 @@ def _onednn_keeps_float32() -> bool:
 
 
 def _has(instruction_set: str) -> bool:
-    """Return whether the CPU has an instruction set, and torch has the library that uses it (oneDNN).
-
-    Args:
-        instruction_set: a name of `torch.cpu.get_capabilities`: amx_bf16, avx512_bf16 or avx512_f.
-    """
+    """Return whether the CPU has an instruction set, and torch has the library that uses it (oneDNN)."""
     if not torch.backends.mkldnn.is_available():
         return False
     if hasattr(torch.cpu, "get_capabilities"):

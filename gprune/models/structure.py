@@ -108,13 +108,7 @@ def check_by_copy(config: PreTrainedConfig) -> None:
 
 
 def _check_norms(name: str, probe: Probe, block: Block) -> None:
-    """Raise UserError if the record of a block is wrong about the norm before or after its FFN.
-
-    Args:
-        name: the model type, for the message.
-        probe: the tiny model that contains the block.
-        block: the block.
-    """
+    """Raise UserError if the record of a block is wrong about the norm before or after its FFN."""
     from gprune.models.discovery.surroundings import joins_residual, norm_offset
 
     if block.down is not None and not block.has_experts:
@@ -135,13 +129,7 @@ def _record_error(name: str, problem: str) -> UserError:
 
 
 def _check_paths(name: str, record: Family, layer: nn.Module) -> None:
-    """Raise UserError if a record of a user has a path that the first layer does not have.
-
-    Args:
-        name: the model type, for the message.
-        record: the record.
-        layer: the first layer of the decoder.
-    """
+    """Raise UserError if a record of a user has a path that the first layer does not have."""
     known = [path for path, _ in layer.named_modules() if path]
     fields = ["query", "key", "value", "output", "query_norm", "key_norm", "ffn_norm", "attention_norm"]
     fields += ["after_ffn", "after_attention"]

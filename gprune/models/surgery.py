@@ -83,21 +83,7 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
 def prune_to_files(
     model: PreTrainedModel, masks: Masks, folder: Path, revise: Callable[[Block, Block], None] | None = None
 ) -> PreTrainedModel:
-    """Prune an offloaded model layer by layer, with one layer in memory, and write each layer to a file.
-
-    Args:
-        model: the offloaded model.
-        masks: as for `prune`.
-        folder: folder of the files, which must exist as long as the result is in use.
-        revise: called with each dense and sliced block before it is written; changes the sliced block in place.
-
-    Returns:
-        The pruned model on the meta device. `gprune.models.offload.load_parameter` reads parameters of blocks from the
-        files, and other parameters from `model`. The model can be saved, but not run.
-
-    Raises:
-        UserError: as `prune`.
-    """
+    """Prune an offloaded model layer by layer, with one layer in memory, and write each layer to a file."""
     check_masks(model, masks)
     pruned = skeleton(copy.deepcopy(model.config), type(model)).eval().requires_grad_(False)
     for name, parameter in pruned.named_parameters():
@@ -118,15 +104,7 @@ def _write_layer(
     dense_blocks: Sequence[Block], pruned_blocks: Sequence[Block], masks: Masks, path: Path,
     revise: Callable[[Block, Block], None] | None,
 ) -> None:  # fmt: skip
-    """Load and slice the weights of a layer, revise its blocks, write them with saved buffers, and free the weights.
-
-    Args:
-        dense_blocks: blocks of the dense, offloaded layer.
-        pruned_blocks: blocks of the pruned layer without weights, which reads its weights from the file afterwards.
-        masks: as for `prune`.
-        path: file to write.
-        revise: as for `prune_to_files`.
-    """
+    """Load and slice the weights of a layer, revise its blocks, write them with saved buffers, and free the weights."""
     slices = {slice_.path: (block, slice_) for block in dense_blocks for slice_ in block.slices}
     dense_layer, pruned_layer = dense_blocks[0].layer, pruned_blocks[0].layer
     for path_in_layer, _ in list(dense_layer.named_parameters()):
@@ -153,11 +131,7 @@ def _write_layer(
 
 
 def _renumbered(model: PreTrainedModel, layer_is_kept: list[bool]) -> PreTrainedModel:
-    """Return a model without weights that has the kept layers only, under their new numbers. `model` is unchanged.
-
-    Raises:
-        UserError: if a kept layer would compute something else under its new number, or none has attention.
-    """
+    """Return a model without weights that has the kept layers only, under their new numbers. `model` is unchanged."""
     kept = [index for index, is_kept in enumerate(layer_is_kept) if is_kept]
     config = copy.deepcopy(model.config)
     _drop_layers_from_config(config, kept, len(layer_is_kept))
@@ -190,13 +164,7 @@ def attention_by_layer(config: PreTrainedConfig) -> list[bool]:
 
 
 def _drop_layers(model: PreTrainedModel, layer_is_kept: list[bool], renumbered: PreTrainedModel) -> None:
-    """Remove layers from the decoder, and their entries from the config.
-
-    Args:
-        model: the model to change.
-        layer_is_kept: for each layer.
-        renumbered: the result of `_renumbered`, which has the numbers of the kept layers.
-    """
+    """Remove layers from the decoder, and their entries from the config."""
     kept = [index for index, is_kept in enumerate(layer_is_kept) if is_kept]
     layers = decoder_layers(model)
     remaining = nn.ModuleList(layers[index] for index in kept)
@@ -211,13 +179,7 @@ def _drop_layers(model: PreTrainedModel, layer_is_kept: list[bool], renumbered: 
 
 
 def _drop_layers_from_config(config: PreTrainedConfig, kept: list[int], depth: int) -> None:
-    """Remove entries of layers from a model's config, and renumber the others, in place.
-
-    Args:
-        config: the config of the model, which may contain that of the text model.
-        kept: previous numbers of the kept layers.
-        depth: previous number of layers.
-    """
+    """Remove entries of layers from a model's config, and renumber the others, in place."""
     text_config = config.get_text_config(decoder=True)
     content = text_config.to_dict()  # plain lists and dicts, unlike some attributes
     table = content.get("per_layer_config")
@@ -249,11 +211,6 @@ def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list
     Some models use layer numbers in computations; GPT-2 can divide attention by them. Such a model would compute
     something else after saving and loading. Others have an embedding table for every layer in one weight, such as
     Gemma 3n, which would not fit.
-
-    Args:
-        before: model without weights, with all layers.
-        after: model without weights, with kept layers only.
-        kept: previous numbers of kept layers.
     """
     remedy = "Use --sparsity.scope without blocks, and another --sparsity.allocation than depth."
     for new, old in enumerate(kept):
@@ -340,13 +297,7 @@ def widths(model: PreTrainedModel) -> dict[str, list[int]]:
 
 
 def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks) -> None:
-    """Slice the blocks of a layer in place, and update size attributes of its modules.
-
-    Args:
-        blocks: all blocks of the layer.
-        config: the config of the text model.
-        masks: as for `prune`.
-    """
+    """Slice the blocks of a layer in place, and update size attributes of its modules."""
     for block in blocks:
         for slice_ in block.slices:
             module_path, _, name = slice_.path.rpartition(".")
@@ -361,14 +312,7 @@ def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks
 
 
 def _slice_parameter(block: Block, slice_: Slice, masks: Masks, weight: Tensor) -> Tensor:
-    """Return the kept part of a weight as a new tensor.
-
-    Args:
-        block: the block to which the weight belongs.
-        slice_: which indices of the weight belong to which units.
-        masks: as for `prune`.
-        weight: the weight, with values in memory.
-    """
+    """Return the kept part of a weight as a new tensor."""
     keep = getattr(masks, slice_.kind)[block.index]
     if slice_.kind == "ffn" and block.has_experts:
         keep_by_expert = rearrange(keep, "(e n) -> e n", e=block.experts)[:, slice_.units]

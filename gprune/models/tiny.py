@@ -86,16 +86,7 @@ KV_HEAD_NAMES = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_quer
 
 
 def shrunk(config: PreTrainedConfig, *, all_layers: bool = False) -> PreTrainedConfig:
-    """Return a tiny configuration of the same class with the same structure.
-
-    Args:
-        config: the configuration.
-        all_layers: whether to keep the number of layers, for what depends on the number of a layer. By default one
-            layer of each kind is kept, at least `LAYERS` in total, and no layer shares tensors of another.
-
-    Raises:
-        Exception: of any class, if the configuration class rejects the sizes.
-    """
+    """Return a tiny configuration of the same class with the same structure."""
     content = copy.deepcopy(config.to_dict())
     for name in ("quantization_config", "architectures", "auto_map", "transformers_version", "_name_or_path"):
         content.pop(name, None)
@@ -144,10 +135,6 @@ def _layers_to_keep(content: Mapping[str, Any], depth: int) -> list[int]:
     """Return the layers to keep, in order: the first of each kind, and others up to `LAYERS`.
 
     Two layers are of the same kind if they have equal values in all lists by layer.
-
-    Args:
-        content: a configuration.
-        depth: its number of layers.
     """
     per_layer = per_layer_lists(content, depth)
     layer_numbers = lists_of_layer_numbers(content, per_layer).values()
@@ -193,13 +180,7 @@ def lists_of_layer_numbers(content: Mapping[str, Any], per_layer: Mapping[str, A
 
 
 def _shrink(content: dict[str, Any], config: PreTrainedConfig, *, all_layers: bool) -> None:
-    """Make sizes of a configuration and its nested configurations small, in place.
-
-    Args:
-        content: the configuration as a dictionary.
-        config: the configuration as an object, which tells nested configurations from other dictionaries.
-        all_layers: as for `shrunk`.
-    """
+    """Make sizes of a configuration and its nested configurations small, in place."""
     original = dict(content)
     depth = _depth(content)
     kept = _keep_layers(content, depth, all_layers=all_layers) if depth else []
@@ -251,12 +232,7 @@ def _keep_layers(content: dict[str, Any], depth: int, *, all_layers: bool) -> li
 
 
 def _restore_relations(content: dict[str, Any], original: Mapping[str, Any]) -> None:
-    """Change small sizes in place, so that they have relations that classes of transformers require.
-
-    Args:
-        content: a configuration with small sizes.
-        original: the configuration before.
-    """
+    """Change small sizes in place, so that they have relations that classes of transformers require."""
     number_of_wide_heads = 2 * HIDDEN // HEAD_DIM  # of Mamba and others with inner states of 2 x the hidden size
     if "mamba_headdim" in content and "n_mamba_heads" in content:
         content["n_mamba_heads"] = number_of_wide_heads

@@ -18,9 +18,6 @@ def rank_drift(ranks: Tensor) -> Tensor:
     """Return the population standard deviation over corpora of each neuron's rank, (N,), from ranks (D, N) in (0, 1).
 
     Our reading of GPrune-LLM's abstract and its Figure 1 (arXiv 2603.13418).
-
-    Args:
-        ranks: (D, N) in (0, 1), the ranks of N neurons on D corpora.
     """
     return ranks.std(dim=0, correction=0)
 
@@ -31,9 +28,6 @@ def noise_floor(half_ranks: Tensor) -> Tensor:
     A rank from half of the tokens has twice the sampling variance of a rank from all tokens, so (difference / 2)^2 of
     two halves estimates the variance v of a full-sample rank. If D corpora differ by sampling only, their population
     variance has the expectation (D - 1)/D * v. Our reading.
-
-    Args:
-        half_ranks: (D, 2, N), the ranks of N neurons on the two halves of D corpora.
     """
     D = len(half_ranks)
     variance = ((half_ranks[:, 0] - half_ranks[:, 1]) / 2).square().mean(0)
@@ -44,9 +38,6 @@ def kendall_agreement(scores: Tensor) -> float:
     """Return Kendall's tau-b of scores (D, n) between corpora, averaged over pairs of corpora, in [-1, 1].
 
     NaN (undefined) for constant scores, fewer than two corpora or fewer than `MIN_AGREEMENT_SIZE` neurons.
-
-    Args:
-        scores: (D, n), the scores of n neurons on D corpora.
     """
     D, n = scores.shape
     if n < MIN_AGREEMENT_SIZE or D < 2:
@@ -64,20 +55,12 @@ def half_agreement(half_ranks: Tensor) -> Tensor:
     A lower bound for the agreement of corpora that differ by sampling only, because a half has twice the sampling
     variance of the whole. Halves are the first and the last windows of a shuffled sample, and share at most one piece
     of text. NaN if `kendall_agreement` is NaN.
-
-    Args:
-        half_ranks: (D, 2, N), the ranks of N neurons on the two halves of D corpora.
     """
     by_corpus = [kendall_agreement(halves) for halves in half_ranks]
     return torch.tensor(by_corpus, dtype=torch.float64).mean()
 
 
 def module_agreements(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return `kendall_agreement` of scores (D, N) in each module, (K,) float64, for labels (N,) in [0, K).
-
-    Args:
-        scores: (D, N), the scores of N neurons on D corpora.
-        labels: (N,) modules in [0, K).
-    """
+    """Return `kendall_agreement` of scores (D, N) in each module, (K,) float64, for labels (N,) in [0, K)."""
     by_module = [kendall_agreement(scores[:, labels == k]) for k in range(count_modules(labels))]
     return torch.tensor(by_module, dtype=torch.float64)

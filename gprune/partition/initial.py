@@ -22,11 +22,6 @@ def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) ->
     Each neuron's gate row, up row and down column are normalised to length 1, because their length is importance rather
     than similarity. They are concatenated to 3H numbers and projected onto the leading principal components (randomised
     SVD).
-
-    Args:
-        weights: weights of N neurons.
-        dim: number of principal components; fewer if there are fewer neurons or numbers.
-        seed: random seed of the SVD. The global random state does not change.
     """
     matrices = [*weights.inputs, weights.output.T]  # gate and up rows and down columns, (N, H) each
     widths = [matrix.shape[1] for matrix in matrices]
@@ -73,14 +68,6 @@ def merge_small(labels: Tensor, features: Tensor, *, min_size: int) -> Tensor:
 
     Labels are (N,) int64. The result has labels 0..K'-1 in order of first appearance, so that equal partitions have
     equal labels.
-
-    Args:
-        labels: (N,) int64.
-        features: (N, d), for the centroids.
-        min_size: smallest size of a module, in neurons.
-
-    Returns:
-        (N,) labels 0..K'-1 in order of first appearance, so that equal partitions have equal labels.
     """
     labels = labels.clone()
     while True:
@@ -109,17 +96,6 @@ def initial_partition(
 
     The embedding is (N, d), and drift and the resulting labels are (N,). There are fewer than `num_modules` modules if
     some were below `minimum_size` and were merged.
-
-    Args:
-        embedding: (N, d) parameter embedding.
-        drift: (N,) rank drift.
-        num_modules: number of clusters of k-means.
-        similarity_weight: weight of the embedding.
-        drift_weight: weight of drift.
-        seed: random seed of k-means.
-
-    Returns:
-        (N,) labels. There are fewer than `num_modules` modules if some were below `minimum_size` and were merged.
     """
     N = len(drift)
     num_modules = max(1, min(num_modules, N // 2))

@@ -38,10 +38,6 @@ def dispersion(P: Tensor, x: Tensor) -> Tensor:
     sum_ik P_ik ||x_i - c_k||^2 / sum_i ||x_i - c||^2 with c_k the P-weighted mean. Since sum_k P_ik = 1, the numerator
     is sum_i ||x_i||^2 - sum_k n_k ||c_k||^2, which does not need a (N, K, d) tensor. 0/0 (x is constant) counts as 0.
     Features are centred, and 0 for padding.
-
-    Args:
-        P: (B, N, K) soft assignments.
-        x: (B, N, d) features, centred, and 0 for padding.
     """
     n = reduce(P, "b n k -> b k", "sum").clamp_min(1e-6)
     c = torch.einsum("bnk,bnd->bkd", P, x) / rearrange(n, "b k -> b k 1")
@@ -75,12 +71,6 @@ def partition_objective(
     H in [0, 1]: mean entropy of P_i / log K; 0 if every neuron is assigned to one module.
     For all blocks, K in B and H is the number of modules of the block with most modules. So B of a block with fewer
     modules stays above 0.
-
-    Args:
-        logits: A, (B, N, K).
-        tau: temperature of the softmax.
-        inputs: features of the neurons.
-        weights: w_s, w_d, w_c, w_b and w_e, by the names in `TERMS`.
     """
     K = logits.shape[-1]
     P = (logits / tau).softmax(-1) * rearrange(inputs.valid, "b n -> b n 1")
@@ -104,13 +94,7 @@ def partition_objective(
 
 
 def refinement_inputs(embeddings: list[Tensor], drifts: list[Tensor], ranks: list[Tensor]) -> RefinementInputs:
-    """Stack and pad embeddings (N, E), drifts (N,) and ranks (D, N) of blocks, which may have different widths.
-
-    Args:
-        embeddings: parameter embedding of each block, (N, E).
-        drifts: rank drift of each block, (N,).
-        ranks: ranks of each block on D corpora, (D, N).
-    """
+    """Stack and pad embeddings (N, E), drifts (N,) and ranks (D, N) of blocks, which may have different widths."""
     width = max(len(drift) for drift in drifts)
 
     def pad_and_stack(features: list[Tensor]) -> Tensor:

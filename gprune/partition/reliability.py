@@ -53,15 +53,6 @@ def assess_reliability(
     A module switches to the fallback if all of these hold: its sensitivity, standardised over the neurons of its
     block, is at least the `sensitivity_quantile` of all modules of the model; its score is at most the
     `score_quantile`; its mean drift is above its mean noise floor.
-
-    Args:
-        labels: modules of each block's neurons, (N,) int64.
-        ranks: fractional ranks on `corpora.score`, (N,) per block.
-        drifts: rank drift, (N,) per block.
-        floors: noise floor of rank drift, (N,) per block.
-        sensitivity_quantile: quantile over all modules of the model.
-        score_quantile: quantile over all modules of the model.
-        switch: which modules switch: none, the unreliable ones, or all (a control).
     """
     scores = [module_means(*pair) for pair in zip(ranks, labels, strict=True)]
     sensitivities = [module_means(*pair) for pair in zip(drifts, labels, strict=True)]
@@ -98,12 +89,6 @@ def within_module_ranks(scores: Tensor, fallback: Tensor, labels: Tensor, switch
     Ranks are by `scores` (N,), and by `fallback` (N,) in modules that `switched`, (K,) bool. Labels are (N,) in [0, K).
 
     Ties are broken by index, so the ranks of a module are always 0..n_m - 1, as a budget requires a total order.
-
-    Args:
-        scores: (N,) importance on `corpora.score`.
-        fallback: (N,) importance by `--reliability.metric`.
-        labels: (N,) modules in [0, K).
-        switched: (K,) bool, the modules that are ranked by the fallback.
     """
     p = torch.empty(len(scores), dtype=torch.float64)  # filled module by module
     for k, uses_fallback in enumerate(switched.tolist()):

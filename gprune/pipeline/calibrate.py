@@ -57,13 +57,6 @@ def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
 
     Ranks may see different files in the cache. They have to decide together, otherwise they could enter different
     collectives and deadlock.
-
-    Args:
-        run: the open run of this rank.
-        missing: for each corpus, whether its statistics are missing from the cache of this rank.
-
-    Raises:
-        UserError: if the ranks are at different runs of a list.
     """
     fabric = launch_processes(run.cfg.trainer)
 
@@ -78,11 +71,7 @@ def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
 
 
 def statistics_cache(run: Run) -> StatisticsCache:
-    """Return the cache of statistics for this run's model and text.
-
-    Raises:
-        UserError: if statistics have to be collected layer by layer, and the model type does not allow that.
-    """
+    """Return the cache of statistics for this run's model and text."""
     cfg = run.cfg
     by_block = "saliency" not in cfg.collects and needs_walk(
         run.model, corpora=len(cfg.calibration_corpora), gram="gram" in cfg.collects, sharded=cfg.model.shard
@@ -115,11 +104,7 @@ def statistics_cache(run: Run) -> StatisticsCache:
 
 
 def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, CorpusStatistics]:
-    """Collect the statistics of corpora in one pass over each corpus, and write them to the cache.
-
-    Raises:
-        UserError: if a callback has changed the frozen model.
-    """
+    """Collect the statistics of corpora in one pass over each corpus, and write them to the cache."""
     cfg = run.cfg
     kinds = ["moments", *sorted(cfg.collects)]
     saliency = cache.scopes if "saliency" in kinds else ()

@@ -41,16 +41,7 @@ def active_experts(config: PreTrainedConfig, block: Block) -> int:
 
 
 def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[int, tuple[int, int]]:
-    """Return upper bounds of the tokens of each step of the method that computes the model.
-
-    Args:
-        cfg: the configuration of the run.
-        hidden_size: hidden size of the dense model.
-        costs: costs of the units; they tell how many blocks can be removed as a whole.
-
-    Returns:
-        Number of the step -> (tokens that pass forward only, tokens that pass forward and backward).
-    """
+    """Return upper bounds of the tokens of each step of the method that computes the model."""
     calibration = calibration_tokens(cfg)
     saliency = calibration if "saliency" in cfg.collects else 0
     learning, curve = _learning_tokens(cfg)
@@ -193,16 +184,6 @@ def validation_interval(
     """Return the number of batches in an epoch, and the number of batches between two development measurements.
 
     The interval is rounded up to whole optimizer steps.
-
-    Args:
-        cfg: the configuration of the run.
-        windows: number of windows in an epoch.
-        batch_size: windows per batch.
-        share: default of the interval as a share of the epoch; `--trainer.val_check_interval` overrides it.
-        accumulate: batches per optimizer step.
-
-    Raises:
-        UserError: if the interval is longer than the epoch, or the limit leaves no batch.
     """
     all_batches = math.ceil(windows / batch_size)
     batches = all_batches

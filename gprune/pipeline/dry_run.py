@@ -30,11 +30,7 @@ from gprune.sparsity.cut import uniform_masks
 
 
 def describe(plan: Plan) -> str:
-    """Return the text of `--dry_run`: one line per property of a plan. Properties without a text are left out.
-
-    Raises:
-        UserError: if text is missing or too short.
-    """
+    """Return the text of `--dry_run`: one line per property of a plan. Properties without a text are left out."""
     cfg, budget = plan.cfg, plan.budget
     removed_at_most = plan.removed
     if cfg.trials:  # the sparsity is not known yet, so costs are upper bounds, as if almost nothing were removed
@@ -85,9 +81,6 @@ def describe_text(plan: Plan) -> str:
     """Describe which corpora have enough text for the run, by cutting the windows of the run.
 
     Corpora that would have to be downloaded are named and not read.
-
-    Raises:
-        UserError: if text is missing or too short.
     """
     cfg, m = plan.cfg, plan.cfg.model
     corpora = dict.fromkeys([*cfg.train_corpora, *cfg.corpora.evaluate])

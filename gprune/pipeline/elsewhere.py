@@ -63,25 +63,6 @@ def evaluate(
         cfg = gprune.config.parse(["--config", "protocol"])
         result = gprune.evaluate("peers/osscar", "smollm2-135m", cfg)
         result.table()
-
-    Args:
-        model: folder or hub id, or a loaded model. It must load exactly as it was saved. A loaded model is saved to
-            the cache with the tokenizer of `dense`, and loaded from there in `model.dtype`; the object is not changed.
-        dense: embedded name, folder or hub id of the dense model, whose structure must be known to gprune, or a loaded
-            model. The tokenizer of a loaded one is read from where the model was loaded (`config.name_or_path`).
-        cfg: the protocol: settings of `corpora`, `evaluation`, `trainer`, `run` and `logging`, and `model.dtype`. A
-            corpus counts as seen if `corpora.score`, `drift` or `recover` names it. Settings of pruning and recovery
-            are ignored. By default `RunConfig()`.
-        logger: Lightning loggers, in addition to CSV and W&B.
-
-    Returns:
-        Records with the stages `dense` and `model`, the summary with the numbers of parameters, and the folder of the
-        run, which `gprune report` and `load_run` read. Masks, modules, thresholds, `model` and `tokenizer` are None.
-
-    Raises:
-        UserError: if weights are missing, unexpected, of other shapes or quantised; if the model needs code of its own
-            that `model.trust_remote_code` does not allow; if both models do not fit in memory; or if a setting, a
-            corpus or a file is invalid.
     """
     return _measure(model, dense, cfg, "none", (), logger)
 
@@ -99,21 +80,6 @@ def recover(
         cfg = gprune.config.parse(["--config", "protocol", "--distill.tokens", "49152"])
         result = gprune.recover("peers/osscar", "smollm2-135m", cfg)
         result.model.save_pretrained("osscar-distilled")
-
-    Args:
-        model: as for `evaluate`. The model needs the tokenizer, the output embedding and the vocabulary of `dense`, and
-            a structure that gprune can find.
-        dense: as for `evaluate`.
-        cfg: as for `evaluate`, with the settings of `distill` and `export`.
-        callbacks: Lightning callbacks of the Trainer, as for `prune`.
-        logger: Lightning loggers, in addition to CSV and W&B.
-
-    Returns:
-        As `evaluate`, with the recovered model and its tokenizer. Records of the stage `model` have the recovery
-        `distill`, and `none` too if `evaluation.controls` has `unrecovered`.
-
-    Raises:
-        UserError: as `evaluate`, and if the tokenizers or the output embeddings differ.
     """
     return _measure(model, dense, cfg, "distill", callbacks, logger)
 
@@ -134,11 +100,6 @@ def check_models(name: str, cfg: RunConfig, callbacks: UserCallbacks | None = No
     """Check settings and both models, and return the plan, before weights are loaded.
 
     Raise UserError as `plan.check`, and if the model is incomplete, does not fit into memory, or cannot be distilled.
-
-    Args:
-        name: folder or hub id of the model to measure.
-        cfg: a configuration `without_pruning`, with the name of the dense model.
-        callbacks: callbacks of the user.
     """
     plan = check(cfg, callbacks)
     other = check_elsewhere(name, trust_remote_code=cfg.model.trust_remote_code)
@@ -165,12 +126,7 @@ def check_models(name: str, cfg: RunConfig, callbacks: UserCallbacks | None = No
 
 
 def _as_folder(model: Model, tokenizer: str | None = None) -> str:
-    """Return the folder or hub id of a model. A loaded model is saved to the cache, with a tokenizer.
-
-    Args:
-        model: folder, hub id, or loaded model.
-        tokenizer: folder or hub id of the tokenizer; by default where the loaded model was loaded from.
-    """
+    """Return the folder or hub id of a model. A loaded model is saved to the cache, with a tokenizer."""
     if not isinstance(model, PreTrainedModel):
         require(model, (str, os.PathLike), "A model must be a folder, a hub id or a loaded PreTrainedModel")
         return os.fspath(model)

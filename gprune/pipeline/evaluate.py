@@ -47,16 +47,6 @@ def evaluate(
     The rows are the dense model, the controls and the main row. Finished rows are read from `metrics.json`. The dense
     model's numbers are cached for other runs. Windows are split over processes, with the same bits as on one process;
     with `--model.shard` layers are sharded too.
-
-    Args:
-        run: the open run, with the dense model and the evaluated text.
-        statistics: statistics by corpus.
-        masks: masks by stage.
-        pruned: the recovered model of the main row; the models of other rows are constructed here. With None only rows
-            without recovery are evaluated, and their table is logged.
-
-    Returns:
-        Records as in `metrics.json`, one per row and corpus.
     """
     cfg, before_recovery = run.cfg, pruned is None
     if before_recovery:
@@ -93,18 +83,7 @@ def add_row(
     run: Run, records: list[dict[str, Any]], row: Stage, measure: Callable[..., PerplexityResult],
     model: PreTrainedModel, text: Sequence[Windows], leaked: Mapping[str, tuple[bool, float]], **about: Any,
 ) -> None:  # fmt: skip
-    """Measure a row's model, and add its records to `records` and `metrics.json`.
-
-    Args:
-        run: the open run.
-        records: the records of finished rows.
-        row: (stage, recovery).
-        measure: function of the run, the model, windows, and the name of the row.
-        model: the model of the row, or its sharded copy.
-        text: windows by corpus.
-        leaked: the result of `leaks`.
-        about: entries of the records that replace those of the run.
-    """
+    """Measure a row's model, and add its records to `records` and `metrics.json`."""
     for windows in text:
         result = measure(run, model, windows, row_name(*row))
         records.append(as_record(run, row, result, windows, leaked[windows.corpus]) | about)
@@ -114,13 +93,7 @@ def add_row(
 def measurement_of(
     run: Run, row: Stage, model: PreTrainedModel
 ) -> tuple[Callable[..., PerplexityResult], list[Windows]]:
-    """Return the function that measures a row's model, and the text. Tokens of a pruned model are counted from here on.
-
-    Args:
-        run: the open run.
-        row: (stage, recovery).
-        model: the model of the row, not sharded.
-    """
+    """Return the function that measures a row's model, and the text. Tokens of a pruned model are counted from here on."""
     if row == DENSE:  # counted since the run was opened
         return dense_perplexity, run.text.test
     run.meter.watch(model)
@@ -158,15 +131,7 @@ def dense_perplexity(
     run: Run, model: PreTrainedModel, windows: Windows, name: str, *,
     measure: Callable[..., PerplexityResult] | None = None,
 ) -> PerplexityResult:  # fmt: skip
-    """Perplexity of the dense model, cached for all runs with the same model and text.
-
-    Args:
-        run: the open run.
-        model: the dense model, or its sharded copy.
-        windows: windows of one corpus.
-        name: name of the row in the progress bar.
-        measure: measures the model if the cache has no result. Default: `measure_and_keep_forecasts`.
-    """
+    """Perplexity of the dense model, cached for all runs with the same model and text."""
     key = key_of(
         model=run.fingerprint, text=windows.content_hash, dtype=run.cfg.model.dtype,
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul_settings,
@@ -209,15 +174,7 @@ def measure_with_distance(run: Run, model: PreTrainedModel, windows: Windows, na
 def measure_perplexity(
     run: Run, model: PreTrainedModel, windows: Windows, name: str, forecasts: list[Forecast] | None = None
 ) -> PerplexityResult:
-    """Perplexity of a row's model, with a progress bar; batches are split over processes.
-
-    Args:
-        run: the open run.
-        model: the model of the row, or its sharded copy.
-        windows: windows of one corpus.
-        name: name of the row in the progress bar.
-        forecasts: as for `perplexity`.
-    """
+    """Perplexity of a row's model, with a progress bar; batches are split over processes."""
     batch_size, advance = run.cfg.corpora.batch_size, run.screen.add_batch
     run.screen.begin_part(f"Evaluating {name} on {windows.corpus}")
     with run.folder.part(f"{name} on {windows.corpus}", shared=True):
@@ -227,15 +184,7 @@ def measure_perplexity(
 def as_record(
     run: Run, row: Stage, result: PerplexityResult, windows: Windows, leak: tuple[bool, float]
 ) -> dict[str, Any]:
-    """Return a perplexity as a record of `metrics.json`, with its evaluation protocol.
-
-    Args:
-        run: the open run.
-        row: stage and recovery.
-        result: the row's perplexity on the corpus.
-        windows: the evaluated windows of the corpus.
-        leak: whether the corpus counts as seen, and its share of leaked 13-grams.
-    """
+    """Return a perplexity as a record of `metrics.json`, with its evaluation protocol."""
     cfg = run.cfg
     stage, recovery = row
     chain = recovery.split("+")

@@ -88,15 +88,6 @@ def prepare_text(
 
     The roles are calibration (`Text.train`), mask learning (`learn`), distillation (`fresh`), validation
     (`development`) and evaluation (`test`).
-
-    Args:
-        cfg: names the corpora, and the number and length of windows.
-        tokenizer: the model's tokenizer.
-        embeddings: number of embeddings of the model.
-        without: corpora that are left out.
-
-    Raises:
-        UserError: if text is missing or too short, or the tokenizer belongs to another model.
     """
     windows = window_cutter(cfg, tokenizer, embeddings, without=without)
     calibrated = dict.fromkeys([*cfg.calibration_corpora, *cfg.roles["recover"]])
@@ -135,10 +126,6 @@ def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
     """Return number, length and random seed of the windows for each role of `Text`.
 
     Text for evaluation does not depend on `--run.seed`, so that seeds do not change the test set.
-
-    Args:
-        cfg: has number and length of windows, and the seed.
-        bos: first token of each window, if there is one.
     """
     c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed
     length_flag = "--corpora.seq_len"

@@ -48,13 +48,7 @@ def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[
 
 
 def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) -> Drift:
-    """Return the rank drift of one block's N neurons between D corpora, and its noise floor.
-
-    Args:
-        run: the open run; its metric and seed are used.
-        block: the block. Without an FFN, it has no neurons.
-        statistics: statistics of each drift corpus.
-    """
+    """Return the rank drift of one block's N neurons between D corpora, and its noise floor."""
     if block.down is None:
         no_neurons = torch.zeros(len(statistics), 0, dtype=torch.float64)
         undefined = torch.tensor(float("nan"), dtype=torch.float64)
@@ -92,9 +86,6 @@ def compute_labels(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
     """Compute the module labels of every block, (N,) int64, and (0,) for a block without an FFN.
 
     The controls `random` and `drift_only` keep the refined module sizes and reassign the neurons.
-
-    Returns:
-        (N,) int64 per block; (0,) for a block without an FFN.
     """
     p, seed = run.cfg.partition, run.cfg.run.seed
     ffn_blocks = [block for block in run.blocks if block.neurons]
@@ -130,17 +121,7 @@ def compute_labels(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
 
 
 def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: list[Tensor]) -> list[Tensor]:
-    """Step 5: fit the refiner, and return refined labels, (N,) int64 for each block with an FFN.
-
-    Args:
-        run: the open run, with the settings of the partition.
-        embeddings: (N, d) float32 for each block with an FFN.
-        drift: of the same blocks.
-        labels: initial labels, (N,) int64 for each of these blocks.
-
-    Raises:
-        UserError: as `checked_labels`.
-    """
+    """Step 5: fit the refiner, and return refined labels, (N,) int64 for each block with an FFN."""
     run.step(5, "Refining")
     p = run.cfg.partition
     inputs = refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift])
@@ -159,17 +140,7 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
 
 
 def checked_labels(name: str, value: Any, labels: Sequence[Tensor]) -> list[Tensor]:
-    """Check the labels that a refiner returned, and return them as (N,) int64 on the CPU, for each block with an FFN.
-
-    Args:
-        name: the refiner's registered name.
-        value: the result of its method `labels`.
-        labels: initial labels, (N,) int64 for each block with an FFN.
-
-    Raises:
-        UserError: if the value is not a list with a tensor for each of these blocks; if labels have another shape, are
-            not whole numbers, or leave a module empty.
-    """
+    """Check the labels that a refiner returned, and return them as (N,) int64 on the CPU, for each block with an FFN."""
     try:
         pairs = list(zip(value, labels, strict=True))
     except (TypeError, ValueError) as error:  # not a list, or a list of another length
@@ -185,15 +156,7 @@ def checked_labels(name: str, value: Any, labels: Sequence[Tensor]) -> list[Tens
 def assess(
     run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, drift: list[Drift], labels: list[Tensor]
 ) -> Modules:
-    """Step 6: decide which modules switch to `--reliability.metric`, and rank units inside their modules.
-
-    Args:
-        run: the open run, in whose folder the modules are stored.
-        statistics: statistics by corpus.
-        scores: scores of all units by the base metric.
-        drift: drift of each block.
-        labels: module of each neuron, (N,) int64 per block.
-    """
+    """Step 6: decide which modules switch to `--reliability.metric`, and rank units inside their modules."""
     run.step(6, "Assessing reliability of modules")
     r = run.cfg.reliability
     switch = "off"

@@ -83,17 +83,6 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     """Check settings, model and device, and return the plan, before weights are loaded.
 
     The model is constructed from its configuration on the meta device, without weights.
-
-    Args:
-        cfg: the configuration of the run.
-        callbacks: callbacks of the caller; by default those of `--trainer.callbacks`.
-        together: whether the processes of several nodes call this function together, to agree on a precision.
-
-    Returns:
-        The plan. In its `cfg`, the precision `auto` is replaced by that of the hardware.
-
-    Raises:
-        UserError: if settings contradict each other, or the device or the model does not support them.
     """
     cfg.validate()
     cfg.check_names()
@@ -227,9 +216,6 @@ def limit_to_depth(budget: Budget) -> Budget:
     """Limit a budget to the cost of all whole blocks except one.
 
     A quality target is lowered to that limit.
-
-    Raises:
-        UserError: if another target exceeds the limit.
     """
     protected, prices = budget.costs.protected, budget.costs.prices.blocks
     layers = [layer for layer in budget.costs.by_layer if protected.isdisjoint(layer)]

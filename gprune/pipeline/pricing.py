@@ -57,12 +57,7 @@ class Pricing:
         return m.dtype
 
     def budget(self) -> Budget:
-        """Return the budget of `--sparsity.target`.
-
-        Raises:
-            UserError: if the units cannot reach the target, costs cannot be computed, or a latency table is needed and
-                cannot be measured.
-        """
+        """Return the budget of `--sparsity.target`."""
         s, export, blocks = self.cfg.sparsity, self.cfg.export, blocks_of(self.skeleton)
         price = price_from_table(self.speed, blocks) if s.currency == "seconds" else self.price_in(s.currency)
         costs = unit_costs(
@@ -122,9 +117,6 @@ class Pricing:
 
         If a flag needs the table (`RunConfig.latency_table_flag`), it is measured unless it is cached. Otherwise it is
         read from the cache; None if the cache has no table.
-
-        Raises:
-            UserError: if the table has to be measured, but the model has too few positions, or there is no device.
         """
         cfg, positions = self.cfg, getattr(self.skeleton.config, "max_position_embeddings", math.inf)
         length, measure = cfg.speed.prompt + cfg.speed.generate, bool(cfg.latency_table_flag)

@@ -50,12 +50,7 @@ TRAINED_TOLERANCE = 0.1, 0.005  # if each model has to be trained
 
 
 class Trials:
-    """Trials of the search: models of a run with their perplexity on development text.
-
-    Args:
-        run: the run, with the largest budget that its units allow.
-        statistics: statistics by corpus.
-    """
+    """Trials of the search: models of a run with their perplexity on development text."""
 
     def __init__(self, run: Run, statistics: Mapping[str, CorpusStatistics]):
         self.run, self.statistics = run, statistics
@@ -81,13 +76,7 @@ class Trials:
         return self.run.budget.removing(min(cut * self.step, self.run.budget.target))
 
     def results(self, masks: Masks, row: Stage, budget: Budget) -> list[PerplexityResult]:
-        """Return the perplexity of a recovered model on each development text, measured or from an earlier trial.
-
-        Args:
-            masks: masks of the model.
-            row: (stage, recovery).
-            budget: the budget that the masks meet, for logs.
-        """
+        """Return the perplexity of a recovered model on each development text, measured or from an earlier trial."""
         run, key = self.run, self._key(masks, row)
         learns = recovery_of(row[1]).learns
         if learns:

@@ -41,15 +41,6 @@ def shrink(
 
     If the model is offloaded, the copy is written to the cache block by block, and then loaded with the same
     arguments. With DDP every process computes the whole copy, with the same bits.
-
-    Args:
-        run: the open run, with the dense model.
-        masks: keep masks.
-        statistics: statistics by corpus; recovery uses those of `corpora.recover`.
-        row: (stage of the masks, recovery). The recovery is a name in `RECOVERY`, or several joined by `+`. By default
-            the run's main row.
-        trial: number, from 0, of a trial in the search for a quality target. Its metrics have a separate name. Its
-            learned tensors are stored by masks, so that the main row can reuse them.
     """
     free_memory(run.plan.device)
     row = row or run.cfg.own_row
@@ -87,14 +78,7 @@ def _slice_in_memory(run: Run, masks: Masks, revise: Revise | None) -> PreTraine
 
 
 def _slice_to_files(run: Run, masks: Masks, revise: Revise | None, load_arguments: dict[str, Any]) -> PreTrainedModel:
-    """Return a pruned copy of an offloaded model. Its files are removed when the copy is garbage-collected.
-
-    Args:
-        run: the open run, with the dense model.
-        masks: keep masks.
-        revise: recovery of each block, if there is one.
-        load_arguments: arguments of `load_weights`, such as `device_map`.
-    """
+    """Return a pruned copy of an offloaded model. Its files are removed when the copy is garbage-collected."""
     with ExitStack() as removal:
         folder = removal.enter_context(offload_folder())
         save_pruned(prune_to_files(run.model, masks, folder / "blocks", revise), None, folder / "model")
@@ -150,14 +134,6 @@ def fit_once(
 
     Learned tensors are stored in the run folder, and loaded when the recovery is repeated. The function raises
     UserError for unknown arguments.
-
-    Args:
-        run: the open run, in whose folder the tensors are stored.
-        path: prefix of the files. It is followed by the stage's class and the number of the call, which is the same in
-            each session.
-        row: (stage, recovery).
-        trial: as in `shrink`.
-        control: whether the row is a control.
     """
     call_numbers, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
     logged_row = row[0] if trial is None else f"{row[0]} trial {trial + 1}"
@@ -166,19 +142,7 @@ def fit_once(
         what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
         accumulate: int = 1, keep: Literal["last", "best"] = "last", **unknown: Any,
     ) -> None:  # fmt: skip
-        """Train a stage for one epoch on the recovery's text, unless an earlier session did.
-
-        Args:
-            what: text for log and progress bar.
-            stage: a LightningModule that trains the pruned model.
-            batch_size: windows per step; by default `--corpora.batch_size`.
-            clip: largest gradient norm.
-            accumulate: batches per optimizer step.
-            keep: which weights are kept, those of the last step or the best ones, as in `--distill.keep`.
-
-        Raises:
-            UserError: for an unknown argument.
-        """
+        """Train a stage for one epoch on the recovery's text, unless an earlier session did."""
         if unknown:
             raise UserError(
                 f"Arguments of material.fit must be among batch_size, clip, accumulate, keep; got {', '.join(unknown)}."

@@ -154,16 +154,7 @@ class Run:
         self, what: str, stage: L.LightningModule, *, name: str = "", role: str = "",
         callbacks: Sequence[L.Callback] = (), **kwargs: Any,
     ) -> L.Trainer:  # fmt: skip
-        """Construct the Trainer of one stage.
-
-        Args:
-            what: text for log and progress bar. Its first word is the default of `name`.
-            stage: the LightningModule that will be trained, validated or tested.
-            name: name of the stage's files.
-            role: metric prefix of the built-in stage that `stage` replaces, such as `learn`.
-            callbacks: callbacks in addition to the user's.
-            kwargs: arguments of the Trainer.
-        """
+        """Construct the Trainer of one stage."""
         log.info("%s", what)
         t = self.cfg.trainer
         name = name or what.split()[0].lower()
@@ -197,24 +188,6 @@ class Run:
 
         The checkpoint is kept until the learned tensors are written to the folder under the stage's name. Development
         perplexity is measured before the first step, by the validation loop, and after the last step.
-
-        Args:
-            name: name of the stage in the run folder.
-            what: text for log and progress bar.
-            stage: the LightningModule to train.
-            text: training windows.
-            batch_size: windows per step; by default `--corpora.batch_size`.
-            callbacks: callbacks in addition to the user's.
-            row: row of the result table whose model is trained; its name is added to logged metrics.
-            control: whether that row is a control, or a trial of the search for a quality target.
-            trial: whether that row is such a trial, which may become the main row.
-            role: as in `trainer`.
-            measured_after: share of an epoch after which development perplexity is measured, unless
-                `--trainer.val_check_interval` is given.
-            kwargs: arguments of the Trainer.
-
-        Returns:
-            The Trainer and the data, for further validation.
         """
         cfg, t = self.cfg, self.cfg.trainer
         checkpoints = Checkpoints(self.folder, name, stage, self.meter, seconds=60 * cfg.run.checkpoint_minutes)
@@ -264,15 +237,7 @@ def _batch_limit(limit: float | None) -> int | float | None:
 def _fit_and_validate(
     trainer: L.Trainer, stage: L.LightningModule, data: CorpusDataModule, checkpoint: Path | None, *, validates: bool
 ) -> None:
-    """Fit a stage, and measure development perplexity before the first step and after the last one.
-
-    Args:
-        trainer: the Trainer of the stage.
-        stage: the LightningModule to train. If it has `measured_at`, this is the step of the last measurement.
-        data: training and development windows.
-        checkpoint: where to resume, without a measurement before the first step.
-        validates: whether development perplexity is measured.
-    """
+    """Fit a stage, and measure development perplexity before the first step and after the last one."""
     if checkpoint is None and validates:
         trainer.validate(stage, data, verbose=False)
     trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
@@ -287,15 +252,6 @@ def open_run(
     """Context with an open run: make the plan, load model and text, create or resume the folder, and open the loggers.
 
     Random generators are seeded, and tokens are counted from here on.
-
-    Args:
-        cfg: the configuration of the run.
-        callbacks: callbacks of the user, in addition to `--trainer.callbacks`.
-        logger: loggers of the user, in addition to CSV, W&B and `--trainer.logger`.
-
-    Raises:
-        UserError: if settings, the model or text are invalid; if the folder has a run with other settings, is used by
-            another process, or cannot be written; if a callback of the user raises an exception.
     """
     user_callbacks = UserCallbacks(callbacks, cfg.trainer.callbacks)
     loggers = user_loggers(cfg, logger)
@@ -321,19 +277,7 @@ def in_folder(
     callbacks: UserCallbacks, loggers: Sequence[Logger], *, asked_precision: str,
     made_elsewhere: str | None = None,
 ) -> Iterator[Run]:  # fmt: skip
-    """Context with an open run of a loaded model: create or resume the folder, and open the loggers.
-
-    Args:
-        plan: the plan of the run.
-        model: the dense model, frozen.
-        tokenizer: its tokenizer.
-        text: the text of the run.
-        settings: the settings that identify the run, with `inputs`. Those of callbacks from Python are added.
-        callbacks: callbacks of the user.
-        loggers: loggers of the user.
-        asked_precision: `--trainer.precision` before `auto` was resolved.
-        made_elsewhere: as for `tracking`.
-    """
+    """Context with an open run of a loaded model: create or resume the folder, and open the loggers."""
     cfg = plan.cfg
     L.seed_everything(cfg.run.seed, verbose=False)
     meter = TokenMeter()

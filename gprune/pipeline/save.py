@@ -46,17 +46,7 @@ def masked_logits(model: PreTrainedModel, masks: Masks, input_ids: Tensor) -> Te
 
 @torch.no_grad()
 def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
-    """Write masks and `model/`, and check that masked, sliced and reloaded logits agree.
-
-    Args:
-        run: the open run, with the dense model.
-        pruned: the model of the main row, after recovery.
-        masks: masks by stage.
-
-    Raises:
-        UserError: if logits differ, an earlier session has written other masks, or the GGUF file differs from the
-            model.
-    """
+    """Write masks and `model/`, and check that masked, sliced and reloaded logits agree."""
     save_masks(run, masks)
     cfg = run.cfg
     exports = cfg.export.format != "none"
@@ -106,21 +96,7 @@ def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
 
 
 def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, float]:
-    """Compare logits of the sliced model and of the masked dense model on the first evaluated window.
-
-    Args:
-        run: the open run, with the dense model.
-        pruned: the model of the main row, after recovery.
-        masks: masks of the main row.
-
-    Returns:
-        The number of compared tokens, the standard deviation of the masked logits, and the largest and the root mean
-        square difference.
-
-    Raises:
-        UserError: if the logits differ, or the sliced model's logits differ from those of `iter_logits`, by which
-            perplexity is measured.
-    """
+    """Compare logits of the sliced model and of the masked dense model on the first evaluated window."""
     cfg, device, ids = run.cfg, device_of(run.model), checked_tokens(run)
     # Recovery changes weights, so the comparison uses the model before recovery.
     unrecovered = pruned if cfg.recovery == "none" else shrink(run, masks, {}, row=(cfg.final, "none"))
@@ -159,12 +135,6 @@ def check_discovered_structure(run: Run) -> None:
 
     The structure was found and checked on a tiny copy. The loaded model has the same class, but other settings. Nothing
     is compared if the model type has a record, or if the model is offloaded or sharded.
-
-    Args:
-        run: the open run, with the dense model.
-
-    Raises:
-        UserError: if the logits of the first evaluated window differ.
     """
     if not family_of(run.model).found or is_offloaded(run.model) or run.cfg.model.shard:
         return

@@ -74,14 +74,7 @@ def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
 
 
 def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores) -> dict[str, MasksOf]:
-    """Return masks of the base metric, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`).
-
-    Returns:
-        Stage -> function that returns masks for a budget.
-        `base`: masks by `scores`. It is missing if its allocation measures errors of blocks, and no step needs it.
-        `averaged`: masks by scores on the pooled statistics of all drift corpora. It is missing unless it is a row of
-        the result table.
-    """
+    """Return masks of the base metric, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`)."""
     cfg, masks_of = run.cfg, {}
     if not cfg.measures_errors or "base" in error_corpora(cfg):
         masks_of["base"] = allocated_masks(run, "base", scores, statistics, [cfg.corpora.score])
@@ -97,13 +90,6 @@ def allocated_masks(
     """Return a function that computes masks by scores for a budget.
 
     Sparsity is allocated to blocks by `--sparsity.allocation` (or `.start`).
-
-    Args:
-        run: the open run, with the model and the text for errors of blocks.
-        name: `base`, `averaged` or `modules`, for allocations that need errors of blocks.
-        scores: scores of all units.
-        statistics: statistics by corpus.
-        corpora: the corpora whose pooled statistics the allocation reads.
     """
     cfg = run.cfg
     cached: dict[int, Masks] = {}
@@ -130,12 +116,6 @@ def measured_errors(run: Run, name: str, scores: Scores, statistics: CorpusStati
 
     The text is `error_windows` windows of each corpus of `cost.error_corpora`. A float32 model is computed in the
     precision of learning, which is part of the run's key.
-
-    Args:
-        run: the open run, in whose folder the errors are stored.
-        name: the masks for which errors are measured: `base`, `averaged` or `modules`.
-        scores: scores of all units; neurons with the lowest scores are removed first.
-        statistics: pooled statistics with Gram matrices.
     """
     cfg, windows, corpora = run.cfg, error_windows(run.cfg), error_corpora(run.cfg)[name]
     bfloat16 = cfg.model.dtype == "float32" and cfg.trainer.precision == "bf16-mixed"
@@ -176,17 +156,7 @@ class ModuleMasks:
 def learn_sparsity(
     run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, modules: Modules, base: MasksOf | None
 ) -> ModuleMasks:
-    """Step 7: compute or learn thresholds per module, which give masks for any budget.
-
-    Args:
-        run: the run; thresholds are learned at its budget.
-        statistics: statistics by corpus.
-        scores: scores by the base metric.
-        modules: modules of neurons from step 6.
-        base: masks of the base metric. Every module keeps as many neurons as these masks keep of it, and learning
-            starts there, except if the allocation is a rule for modules. An allocation that needs errors of blocks does
-            not use `base`: it measures errors for the order in which neurons of modules are removed.
-    """
+    """Step 7: compute or learn thresholds per module, which give masks for any budget."""
     name, ranks = run.cfg.sparsity.allocation, modules.ranks
     allocation = ALLOCATION[name]
     run.step(7, "Learning sparsity" if allocation.learned else "Allocating sparsity")
@@ -218,13 +188,7 @@ def meet_budget(run: Run, masks_of: Mapping[str, MasksOf]) -> tuple[Thresholds |
 
 
 def masks_from_saved_tensors(ranks: ModuleRanks, tensors: Mapping[str, Tensor], budget: Budget) -> Masks:
-    """Return the masks of step 7: the learner's masks if they were saved, otherwise masks of thresholds and offsets.
-
-    Args:
-        ranks: ranks of units inside their modules.
-        tensors: tensors by the names `masks.*`, `offsets.*` and those of `named_thresholds`.
-        budget: the budget that the masks of thresholds meet.
-    """
+    """Return the masks of step 7: the learner's masks if they were saved, otherwise masks of thresholds and offsets."""
     learner_masks = {name.removeprefix("masks."): t for name, t in tensors.items() if name.startswith("masks.")}
     if learner_masks:
         return Masks.from_tensors(learner_masks)
@@ -234,17 +198,7 @@ def masks_from_saved_tensors(ranks: ModuleRanks, tensors: Mapping[str, Tensor], 
 
 
 def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, Tensor]:
-    """Fit the learner of step 7. Its masks are applied whenever development perplexity is measured.
-
-    Args:
-        run: the run; thresholds are learned at its budget.
-        modules: modules of neurons from step 6.
-        start: thresholds at which learning starts. Those of removed blocks are replaced in place.
-
-    Returns:
-        Thresholds and, if they were learned, offsets, by the names under which they are saved. The masks are included
-        if they do not follow from thresholds and offsets.
-    """
+    """Fit the learner of step 7. Its masks are applied whenever development perplexity is measured."""
     cfg, s = run.cfg, run.cfg.sparsity
     _set_removed_to_mean(start, run.budget)
     learner, settings = LEARNER[s.learner], dict(s) | {"shard": cfg.model.shard}
@@ -290,15 +244,7 @@ def _set_removed_to_mean(thresholds: Thresholds, budget: Budget) -> None:
 def _learned_tensors(
     stage: LightningModule, learner: str, ranks: ModuleRanks, masks: Masks, budget: Budget
 ) -> dict[str, Tensor]:
-    """Return the tensors that a learner has learned, by the names under which they are saved.
-
-    Args:
-        stage: the trained stage.
-        learner: name of the learner.
-        ranks: ranks of the modules.
-        masks: masks of the stage for the budget. They are included unless they follow from thresholds and offsets.
-        budget: the budget at which the stage has learned.
-    """
+    """Return the tensors that a learner has learned, by the names under which they are saved."""
     mask_tensors = {f"masks.{name}": mask for name, mask in masks.tensors().items()}
     thresholds = getattr(stage, "thresholds", None)
     if thresholds is None:

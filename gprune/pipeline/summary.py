@@ -31,17 +31,7 @@ MEANS = ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement")  # of each ro
 
 
 def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
-    """Measure the speed of the pruned model in alternation with the dense model.
-
-    Args:
-        run: the open run, with a target in seconds.
-        masks: masks of the main row, for the prediction.
-        pruned: model of the main row.
-
-    Returns:
-        Speed relative to the dense model: requested (`asked`), predicted by the latency table, and measured (`got`);
-        the same as text (`said`); the spread of the measurements, and the seconds of the dense and the pruned model.
-    """
+    """Measure the speed of the pruned model in alternation with the dense model."""
     costs = run.budget.costs
     dense_cost = costs.prices.model  # in units of time
     with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # as in the latency table
@@ -61,15 +51,7 @@ def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, 
 def summarise(
     run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel, modules: Modules | None
 ) -> dict[str, Any]:
-    """Compute the summary of a run, and write it to manifest, metrics.json, model card, figures and trackers.
-
-    Args:
-        run: the open run, after evaluation.
-        records: records of all rows.
-        masks: masks of the main row; None if gprune did not prune its model.
-        pruned: model of the main row.
-        modules: modules of neurons, if there are any.
-    """
+    """Compute the summary of a run, and write it to manifest, metrics.json, model card, figures and trackers."""
     summary = sizes_and_perplexity(run, records, masks, pruned)
     if run.cfg.latency_table_flag:
         summary["speed_table"] = run.plan.pricing.speed | {"layers": len(by_layer(run.blocks))}

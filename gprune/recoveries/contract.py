@@ -138,16 +138,7 @@ RECOVERY: Registry[Recovery] = Registry("recovery", stand_in=RecoveryStandIn)
 
 
 class Chain(Recovery):
-    """Several recoveries in sequence, with the interface of one.
-
-    Args:
-        name: names of the recoveries, joined by `+`.
-        settings: settings of recoveries, by their names.
-
-    Raises:
-        UserError: if a recovery is repeated or is `none`, or if a recovery after the first one changes blocks one at a
-            time.
-    """
+    """Several recoveries in sequence, with the interface of one."""
 
     def __init__(self, name: str, settings: Mapping[str, Any] = NOTHING):
         self.name = name
@@ -187,15 +178,7 @@ class Chain(Recovery):
 
 
 def recovery_of(name: str, settings: Mapping[str, Any] = NOTHING) -> Recovery:
-    """Return a recovery by its name.
-
-    Args:
-        name: a registered name, or several names joined by `+` for a chain.
-        settings: settings by name of the recovery: options as a dict, or a group of flags.
-
-    Raises:
-        UserError: if a name is not registered, or the names are not a valid chain.
-    """
+    """Return a recovery by its name."""
     if "+" in name:
         return Chain(name, settings)
     own_settings = settings.get(name)
@@ -206,11 +189,7 @@ def recovery_of(name: str, settings: Mapping[str, Any] = NOTHING) -> Recovery:
 
 
 def apply_tune(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-    """Return the pruned model after `tune` of a recovery or a chain.
-
-    Raises:
-        UserError: if `tune` returns no model, or weights that are not real and finite.
-    """
+    """Return the pruned model after `tune` of a recovery or a chain."""
     from transformers import PreTrainedModel
 
     model = recovery_of(name, material.settings).tune(material, pruned)
@@ -223,13 +202,7 @@ def apply_tune(name: str, material: Material, pruned: PreTrainedModel) -> PreTra
 
 
 class Projection(Recovery):
-    """A recovery that solves each output projection separately, from statistics of the dense model.
-
-    Args:
-        solver: a function that is registered with `recovery`.
-        needs: as for `recovery`.
-        experts: as for `recovery`.
-    """
+    """A recovery that solves each output projection separately, from statistics of the dense model."""
 
     def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool):
         self.solver = solver
@@ -258,22 +231,7 @@ class Projection(Recovery):
     def solve(
         self, weight: Tensor, keep: Tensor, moments: Moments, *, experts: int = 1, ridge: float = 0.01
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the new weight and the added bias of an output projection that keeps the channels `keep`.
-
-        Args:
-            weight: (H, C) dense projection, any float dtype; the solver gets a float32 copy.
-            keep: (C,) bool, True = keep; the solver gets a copy.
-            moments: moments of the C dense inputs over `corpora.recover`; the solver gets a copy, except of the Gram
-                matrix.
-            experts: number of experts whose columns are concatenated; each expert is solved separately.
-            ridge: lambda divided by the mean diagonal of the Gram matrix.
-
-        Returns:
-            (H, kept) weight and (H,) bias to add, or None, in the dtype of `weight`.
-
-        Raises:
-            UserError: if the solver returns other shapes, tensors that are not real, or a bias for experts.
-        """
+        """Return the new weight and the added bias of an output projection that keeps the channels `keep`."""
         import torch
 
         with torch.no_grad():

@@ -37,11 +37,6 @@ def ridge_correction(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
 
     G = sum x x^T is `gram`, (K, K) float64, whose diagonal is changed in place. E = sum (y - W x) x^T is `cross`, (H,
     K). Lambda is `ridge` times the mean diagonal of G.
-
-    Args:
-        gram: G = sum x x^T, (K, K) float64; its diagonal is changed in place.
-        cross: E = sum (y - W x) x^T, (H, K) float64.
-        ridge: lambda divided by the mean diagonal of G.
     """
     import torch
 

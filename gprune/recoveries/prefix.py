@@ -74,10 +74,6 @@ def projections_to_solve(masks: Masks, alone: Sequence[bool] | None = None) -> l
     """Return for each block the names of projections to solve, in the order of computation.
 
     These are the projections that lose channels. After a removed block also `down`, even if it keeps all channels.
-
-    Args:
-        masks: the masks.
-        alone: whether each block is the only one of its layer; by default all are.
     """
     if alone is None:
         alone = [True] * len(masks.blocks)
@@ -107,16 +103,6 @@ class PrunedPrefix:
 
     The dense model has no experts; it is not changed, and may be offloaded. `windows` are batches of (B, T) token ids.
     Later blocks compensate for blocks that the masks remove. `tokens` counts all passes through pruned layers.
-
-    Args:
-        model: the dense model, without experts. It is not changed, and may be offloaded.
-        masks: masks of both kinds. Later blocks compensate for blocks that the masks remove.
-        windows: the text, batches of (B, T) int64 token ids.
-        ridge: lambda divided by the mean diagonal of G.
-
-    Attributes:
-        tokens: number of tokens over all passes through pruned layers.
-        last_solved: index of the last block with a projection to solve; -1 if there is none.
     """
 
     @torch.no_grad()
@@ -153,15 +139,7 @@ class PrunedPrefix:
 
     @torch.no_grad()
     def recover(self, dense: Block, block: Block) -> None:
-        """Solve the projections of the next pruned block in place, and pass the text through the block.
-
-        Args:
-            dense: the same block before pruning. Blocks between this one and the previous call's were removed.
-            block: the pruned block, with weights in memory.
-
-        Raises:
-            UserError: if an activation is not finite.
-        """
+        """Solve the projections of the next pruned block in place, and pass the text through the block."""
         if dense.index > self.last_solved:
             return
         for layer_blocks in by_layer(self.blocks)[self.passed_layers : dense.layer_index + 1]:
@@ -187,11 +165,7 @@ class PrunedPrefix:
             block.layer.to(former_device)
 
     def _pass_dense(self, blocks: Sequence[Block]) -> dict[int, dict[str, list[Target]]]:
-        """Pass the dense stream through a layer, whose blocks are given.
-
-        Returns:
-            Targets by block index and projection, one per batch.
-        """
+        """Pass the dense stream through a layer, whose blocks are given."""
         layer, index = blocks[0].layer, blocks[0].layer_index
         targets = {block.index: {part: [] for part in self.parts_to_solve[block.index]} for block in blocks}
         with resident(layer), ExitStack() as hooks:
@@ -216,13 +190,6 @@ class PrunedPrefix:
 
         If the output joins the stream directly, the target is the stream; after an RMS norm, it is stream and output;
         otherwise it is the output.
-
-        Args:
-            block: the dense block.
-            part: `down` or `output`.
-            projection: input and output of the projection in this batch.
-            before: (B, T, H), the input of the block.
-            after: (B, T, H), the output of the block.
         """
         joins_stream = self._joins_stream(block, part)
         key = block.index, part
@@ -237,18 +204,7 @@ class PrunedPrefix:
         return Target(stream, output)
 
     def _solve(self, part: str, block: Block, dense: Block, targets: list[Target], *, exchange: bool) -> None:
-        """Pass the pruned stream through a block with its current weights, and solve one of its projections.
-
-        Args:
-            part: `down` or `output`.
-            block: the pruned block.
-            dense: the same block before pruning.
-            targets: targets of the projection, one per batch.
-            exchange: for `down`, whether to advance the stream to the end of the block, with the new weights.
-
-        Raises:
-            UserError: if an activation is not finite.
-        """
+        """Pass the pruned stream through a block with its current weights, and solve one of its projections."""
         solved = block.parts[part]
         device = device_of(block.layer)
         gram = torch.zeros(solved.in_features, solved.in_features, device=device)
@@ -280,17 +236,7 @@ class PrunedPrefix:
         self, block: Block, dense: Block, part: str, target: Target, projection: Observed,
         before: Tensor, after: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Return x_t, (tokens, K), and y*_t - W_K x_t, (tokens, H), of one batch, as in the docstring of this module.
-
-        Args:
-            block: the pruned block.
-            dense: the block before pruning.
-            part: `down` or `output`.
-            target: the target of the projection.
-            projection: input and output of the projection of the pruned block.
-            before: (B, T, H), the input of the block.
-            after: (B, T, H), the output of the block.
-        """
+        """Return x_t, (tokens, K), and y*_t - W_K x_t, (tokens, H), of one batch, as in the docstring of this module."""
         x, y = projection.input.flatten(0, -2), projection.output.flatten(0, -2)
         dense_output = None
         if target.output is not None:
@@ -314,16 +260,7 @@ class PrunedPrefix:
     def _stream_after(
         self, block: Block, part: str, factor: float, output: Tensor, before: Tensor, after: Tensor
     ) -> Tensor:
-        """Return the residual stream directly after a projection, (tokens, H).
-
-        Args:
-            block: the block, which is the only one of its layer.
-            part: `down` or `output`.
-            factor: the `residual_factor` of the projection.
-            output: the projection's output.
-            before: the input of the block.
-            after: the output of the block.
-        """
+        """Return the residual stream directly after a projection, (tokens, H)."""
         if part == "down":  # has a factor only if the FFN is last, so the layer's output is the stream after `down`
             return after.flatten(0, -2)
         if not block.joins_residual(part):
@@ -349,11 +286,6 @@ def residual_factor(block: Block, part: str, call: LayerCall) -> float | None:
 
     The layer is called with hidden states of zeros and with random numbers instead of what the projection adds. Nothing
     else is in the stream, so the result is not rounded in relation to larger numbers, and a factor of 1 is exact.
-
-    Args:
-        block: a block of the dense model, which is the only one of its layer, with weights in memory.
-        part: `down` or `output`.
-        call: a text with the arguments of each layer. The hidden states are not used.
     """
     layer, projection = block.layer, block.parts[part]
     added_by = block.norm_after(part)

@@ -12,11 +12,7 @@ from gprune.runs.numbers import Record, row_name
 
 
 def evaluation_table(records: Sequence[Record]) -> Table:
-    """Table of accuracies, perplexities and speeds, with paired differences from the dense model if it was measured.
-
-    Args:
-        records: as in `evaluation.json`, with `run` and `stage` in each.
-    """
+    """Table of accuracies, perplexities and speeds, with paired differences from the dense model if it was measured."""
     # Runs may share a dense model. Its first record is shown, and compared with.
     dense = {_pair_key(r): r for r in reversed(records) if r["stage"] == "dense"}
     selected = [r for r in records if r["stage"] != "dense" or dense[_pair_key(r)] is r]
@@ -54,12 +50,7 @@ def _order(r: Record) -> tuple[Any, ...]:
 
 
 def compare_records(records: Sequence[Record], references: Sequence[Record]) -> dict[str, str]:
-    """Compare the records of two models.
-
-    Returns:
-        Task -> paired difference of accuracy, or ratio of perplexity or speed, as text. The task ends in the window
-        length or the batch size. Records that cannot be paired are left out.
-    """
+    """Compare the records of two models."""
     by_key = {_pair_key(r): r for r in references}
     comparisons = {}
     for r in records:

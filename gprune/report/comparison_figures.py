@@ -65,12 +65,6 @@ def learning_figure(curves: Mapping[str, pd.DataFrame]) -> Figure | None:
     """Figure of training curves of the main rows: one panel per entry of `LEARNED`, one line per run.
 
     Lines are moving averages over a twentieth of the points.
-
-    Args:
-        curves: name of a run -> result of `read_curves`.
-
-    Returns:
-        The figure, or None if no run has trained.
     """
     panels: dict[str, dict[str, pd.DataFrame]] = {}  # label -> name of a run -> points
     for label, (x_axis, metric) in LEARNED.items():

@@ -54,12 +54,7 @@ def read_curves(run: Path) -> pd.DataFrame:
 
 
 def _with_main_row(frame: pd.DataFrame, kept: int) -> pd.DataFrame:
-    """Rename the metrics of a trial to those of the main row, and merge them with columns that exist already.
-
-    Args:
-        frame: the logged metrics.
-        kept: number of the trial.
-    """
+    """Rename the metrics of a trial to those of the main row, and merge them with columns that exist already."""
     columns: dict[str, pd.Series] = {}
     for column, values in frame.items():
         name = _name_in_main_row(column, kept)
@@ -121,11 +116,6 @@ def curve_points(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
     """Return a DataFrame with columns x and y of a metric, sorted by x, without missing values.
 
     Points of later sessions replace earlier ones.
-
-    Args:
-        frame: result of `read_curves`.
-        axis: column for x.
-        name: column for y.
     """
     points = frame.reindex(columns=[axis, name]).apply(pd.to_numeric, errors="coerce").dropna()
     return points.set_axis(["x", "y"], axis=1).drop_duplicates("x", keep="last").sort_values("x")
@@ -133,13 +123,7 @@ def curve_points(frame: pd.DataFrame, axis: str, name: str) -> pd.DataFrame:
 
 @style()
 def _figure(lines: dict[str, pd.DataFrame], axis_label: str, label: str) -> Figure:
-    """Draw the lines of a metric. With several lines the y axis is logarithmic.
-
-    Args:
-        lines: name of a corpus or row -> points, as returned by `curve_points`.
-        axis_label: label of the x axis.
-        label: label of the y axis.
-    """
+    """Draw the lines of a metric. With several lines the y axis is logarithmic."""
     labels = corpus_labels(lines)
     figure, axes = canvas(5.4 + LETTER_WIDTH * max(8, *map(len, labels.values())), 3.2)
     for i, (name, points) in enumerate(lines.items()):

@@ -26,9 +26,6 @@ def read_runs(paths: Sequence[Path | str | FinishedRun]) -> list[FinishedRun]:
 
     A run is named after its folder. If that name is used twice, all folders are named by their paths relative to a
     common parent. `FinishedRun` objects, such as records of a study, keep their names and come last.
-
-    Args:
-        paths: folders of finished runs, and runs that are already read.
     """
     finished_runs = {(run.path.resolve(), run.name): run for run in paths if isinstance(run, FinishedRun)}
     folders = {expanded(path).resolve(): path for path in paths if not isinstance(path, FinishedRun)}
@@ -43,10 +40,6 @@ def _folder_names(folders: Sequence[Path], used: set[str]) -> list[str]:
     """Return distinct names of folders: their own names or, if these do not suffice, relative paths.
 
     Paths are relative to the common parent of all folders, or to one of its parents if a path is in `used`.
-
-    Args:
-        folders: absolute paths.
-        used: names of other runs, which must not be repeated.
     """
     names = [folder.name for folder in folders]
     common_parent = Path(os.path.commonpath([folder.parent for folder in folders]))

@@ -53,11 +53,7 @@ def write_report(report: Report, path: Path | str) -> Path:
 
 
 def write_missing(report: Report) -> None:
-    """Write those of figures, model card and HTML page that are missing from a run's folder.
-
-    Args:
-        report: the report of this run alone.
-    """
+    """Write those of figures, model card and HTML page that are missing from a run's folder."""
     (run,) = report.runs
     if not any(run.path.glob("figures/*.png")):
         write_figures(run.path / "figures", run.records, run.modules, run.masks, run.summary)
@@ -131,12 +127,7 @@ def _describe_run(run: FinishedRun) -> tuple[str, list[str]]:
 
 
 def render_figures(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:
-    """Return (caption, SVG, whether it needs the full width of the page) for each figure.
-
-    Args:
-        figures: figures by title.
-        name: name of this set of figures, unique on the page.
-    """
+    """Return (caption, SVG, whether it needs the full width of the page) for each figure."""
     rendered = []
     for title, figure in figures.items():
         is_wide = figure.get_figwidth() > WIDE * figure.get_figheight()
@@ -146,12 +137,7 @@ def render_figures(figures: Mapping[str, Figure], name: str) -> list[tuple[str, 
 
 @style()
 def figure_to_svg(figure: Figure, name: str) -> Markup:
-    """Convert a figure to inline SVG with text elements, and with black, white and grey replaced by theme colours.
-
-    Args:
-        figure: a finished figure.
-        name: unique name on the page, so that ids in the SVG of different figures differ.
-    """
+    """Convert a figure to inline SVG with text elements, and with black, white and grey replaced by theme colours."""
     file = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):

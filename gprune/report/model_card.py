@@ -55,15 +55,7 @@ def model_card(
     cfg: RunConfig, records: Sequence[dict[str, Any]], model: Path, *, dtype: str | None = None,
     other: str | None = None,
 ) -> str:  # fmt: skip
-    """Return the README.md of the exported folder: description, method, results, and how to load the model.
-
-    Args:
-        cfg: the configuration of the run.
-        records: records of `metrics.json`.
-        model: the exported folder. Its path is not in the result.
-        dtype: dtype of the exported weights; by default `--model.dtype`.
-        other: name of the model, if gprune did not prune it.
-    """
+    """Return the README.md of the exported folder: description, method, results, and how to load the model."""
     code = (
         "All blocks have the same shape: a stock model, which needs no code of its own."
         if _is_stock(model)
@@ -106,13 +98,7 @@ Base model: {label}. Licence: {licence}.{notice}
 
 
 def _describe_method(cfg: RunConfig, labels: Mapping[str, str], *, sparsity: float) -> str:
-    """Return a sentence on how the model was pruned.
-
-    Args:
-        cfg: the configuration of the run.
-        labels: names of corpora for readers.
-        sparsity: share of the budget that was removed.
-    """
+    """Return a sentence on how the model was pruned."""
     method = "gprune" if cfg.gprune else "base metric alone"
     removed = f"{sparsity:.0%} of the {cfg.sparsity.currency.replace('_', ' ')}"
     score = in_markdown(labels[cfg.corpora.score])
@@ -132,12 +118,7 @@ def _describe_recovery(cfg: RunConfig) -> str:
 
 
 def speed_section(records: Sequence[Record], target: str | None) -> str:
-    """Return the section on speed; empty if nothing is known.
-
-    Args:
-        records: records of `evaluation.json`.
-        target: a sentence on the speed target of the run and how it was met.
-    """
+    """Return the section on speed; empty if nothing is known."""
     dense = [r for r in records if r["stage"] == "dense"]
     pruned = [r for r in records if r["kind"] == "speed" and r["stage"] != "dense"]
     lines = [f"{target}\n"] if target else []
@@ -148,12 +129,7 @@ def speed_section(records: Sequence[Record], target: str | None) -> str:
 
 
 def loading_code(model: Path, name: str | None = None) -> str:
-    """Return Python code that loads an exported folder. A stock model does not need `trust_remote_code`.
-
-    Args:
-        model: the exported folder.
-        name: path of the folder in the code; by default its own.
-    """
+    """Return Python code that loads an exported folder. A stock model does not need `trust_remote_code`."""
     path = json.dumps(str(model) if name is None else name, ensure_ascii=False)
     arguments = path + ("" if _is_stock(model) else ", trust_remote_code=True")
     auto_class = "AutoModelForImageTextToText" if _needs_image_class(model) else "AutoModelForCausalLM"

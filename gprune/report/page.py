@@ -172,9 +172,6 @@ class Report:
         """Write `report.md`, `tables/*.csv` and `figures/*`, and return the paths, with the Markdown file first.
 
         Tables and figures of an earlier report in the folder are removed.
-
-        Raises:
-            UserError: if the folder cannot be written.
         """
         folder = expanded(folder)
         texts = {folder / "report.md": f"# {in_markdown(self.title)}\n\n{self.to_markdown()}"}
@@ -195,13 +192,7 @@ class Report:
         return [*texts, *figures]
 
     def draw(self, folder: Path, formats: Sequence[str] = FORMATS, *, prefix: str = "") -> list[Path]:
-        """Write the figures over all runs, and return their paths.
-
-        Args:
-            folder: where the files are written.
-            formats: endings of files, such as png and svg.
-            prefix: beginning of the files' names.
-        """
+        """Write the figures over all runs, and return their paths."""
         paths = []
         for name, figure in self.figures().items():
             paths += save(figure, folder, prefix + name, formats)
@@ -226,17 +217,7 @@ def make(
     paths: Sequence[Path | str | FinishedRun],
     *, base: Path | str | FinishedRun | Mapping[Path, FinishedRun] | None = None, seen: Sequence[str] | None = None,
 ) -> Report:  # fmt: skip
-    """Read runs and make the report.
-
-    Args:
-        paths: folders of runs, or runs that are already read.
-        base: a run whose stage `base` is the denominator of ratios, or path of a run -> such a run. By default the
-            denominator is each run's own base.
-        seen: as for `of_runs`.
-
-    Raises:
-        UserError: if a folder is not a finished run.
-    """
+    """Read runs and make the report."""
     runs = named_by_difference(read_runs(paths))
     if base is None or isinstance(base, Mapping):
         return of_runs(runs, bases=base, seen=seen)
@@ -247,14 +228,7 @@ def make(
 def of_runs(
     runs: Sequence[FinishedRun], *, bases: Mapping[Path, FinishedRun] | None = None, seen: Sequence[str] | None = None
 ) -> Report:
-    """Make the report of runs that are already read.
-
-    Args:
-        runs: finished runs, in the order of the report.
-        bases: path of a run -> the run whose stage `base` is the denominator. A missing run has no ratio. By default
-            each run's own base.
-        seen: corpora that count as seen in every row; by default those that each run has seen.
-    """
+    """Make the report of runs that are already read."""
     if seen is not None:
         runs = [replace(run, records=[r | {"seen": r["corpus"] in seen} for r in run.records]) for run in runs]
     groups = group_by_seed(runs)

@@ -38,22 +38,13 @@ from gprune.runs.results import FinishedRun
 
 
 def mean_over_seeds(values: Sequence[float]) -> Estimate:
-    """Return the geometric mean over seeds with a 95 % interval: exp of mean(log) +- t(0.975, n - 1) sd(log) / sqrt(n).
-
-    Args:
-        values: at least two positive values.
-    """
+    """Return the geometric mean over seeds with a 95 % interval: exp of mean(log) +- t(0.975, n - 1) sd(log) / sqrt(n)."""
     mean, half_width = _mean_and_half_width(np.log(values))
     return Estimate(math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width))
 
 
 def arithmetic_mean_over_seeds(values: Sequence[float], largest: float = math.inf) -> Estimate:
-    """Return the arithmetic mean over seeds with a 95 % interval by Student's t, for KL and agreement.
-
-    Args:
-        values: at least two values from 0 to `largest`, which also limit the interval.
-        largest: the largest possible value.
-    """
+    """Return the arithmetic mean over seeds with a 95 % interval by Student's t, for KL and agreement."""
     mean, half_width = _mean_and_half_width(np.array(values))
     return Estimate(mean, max(0.0, mean - half_width), min(largest, mean + half_width))
 
@@ -75,15 +66,7 @@ MEANS = {  # how numbers of several seeds are combined; all others by `mean_over
 def pool_estimates(
     estimates: Sequence[Estimate | None], mean: Callable[[Sequence[float]], Estimate] = mean_over_seeds
 ) -> Estimate | None:
-    """Combine the estimates of seeds.
-
-    Args:
-        estimates: one estimate per seed.
-        mean: combines the values of several seeds.
-
-    Returns:
-        None without estimates, or if one is missing. The estimate of a single seed is returned unchanged.
-    """
+    """Combine the estimates of seeds."""
     if not estimates or None in estimates:
         return None
     return estimates[0] if len(estimates) == 1 else mean([estimate.value for estimate in estimates])
@@ -97,18 +80,7 @@ def run_stages(run: FinishedRun) -> list[Stage]:
 def ratio_to(
     run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stage, number: str = "nll"
 ) -> Estimate | None:
-    """Compute `unseen_ratio` of stages of two runs.
-
-    Args:
-        run: run of the numerator.
-        stage: (stage, recovery) of the numerator.
-        other: run of the denominator.
-        reference: (stage, recovery) of the denominator.
-        number: as for `unseen_ratio`.
-
-    Returns:
-        The ratio, or None for a stage and itself and as `unseen_ratio`.
-    """
+    """Compute `unseen_ratio` of stages of two runs."""
     if run.path.resolve() == other.path.resolve() and stage == reference:
         return None
     return unseen_ratio(run.records, stage, other.records, reference, number)
@@ -138,18 +110,7 @@ def summary_table(
     groups: Sequence[SeedGroup], numbers: pd.DataFrame, bases: Mapping[Path, FinishedRun] | None = None, *,
     seen: Sequence[str] | None = None,
 ) -> Table:  # fmt: skip
-    """Table with a row per group and stage: means over seen and unseen corpora, gap, and ratios to dense and `base`.
-
-    Args:
-        groups: groups of runs.
-        numbers: `group_frame` of the groups.
-        bases: path of a run -> the run whose stage `base` without recovery is the denominator. A missing run has no
-            ratio. By default each run's own `base` with the recovery of the row. The column's name tells which.
-        seen: corpora that count as seen in every row, for the note; the records are already marked.
-
-    Raises:
-        UserError: if a run in `bases` has no stage `base` without recovery.
-    """
+    """Table with a row per group and stage: means over seen and unseen corpora, gap, and ratios to dense and `base`."""
     by_name = {run.name: run for run in (bases or {}).values()}
     for name, run in by_name.items():
         if ("base", "none") not in run_stages(run):
@@ -244,12 +205,7 @@ def _seen_note(seen: Sequence[str] | None) -> str:
 
 
 def base_records(run: FinishedRun, bases: Mapping[Path, FinishedRun] | None) -> Sequence[Record] | None:
-    """Return the records of the run whose `base` is the denominator for a run; None if there is no such run.
-
-    Args:
-        run: the run. Its own records may differ from those in `bases`, for example in the corpora that count as seen.
-        bases: path of a run -> the run whose `base` is the denominator; by default each run itself.
-    """
+    """Return the records of the run whose `base` is the denominator for a run; None if there is no such run."""
     base = run if bases is None else bases.get(run.path)
     if base is None:
         return None
@@ -293,12 +249,6 @@ def _row_key(
     """Return a key that is equal for rows of several groups that are merged into one.
 
     Dense rows are merged if their results are equal, and controls if results and cells are. Main rows are not merged.
-
-    Args:
-        group: the group of the row.
-        runs: those runs of the group of which the row is made.
-        stage: the stage of the row.
-        cells: numbers of the row.
     """
     results = tuple(_rounded_results(run, stage) for run in runs)
     if stage[0] == "dense":

@@ -41,10 +41,6 @@ def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = N
 
     It has a row per stage, and columns of corpora (seen ones have a star), geometric means, gap and ratio. If the
     distance from the dense model was measured, there are also columns of KL and agreement.
-
-    Args:
-        records: records of `metrics.json`.
-        labels: names of corpora. Default: `corpus_labels`.
     """
     is_seen = {r["corpus"]: r["seen"] for r in records}
     corpora = sorted(is_seen, key=lambda c: not is_seen[c])
@@ -90,12 +86,7 @@ def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def quality_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Table of quality targets: requested, predicted and measured quality, and parameters that each row keeps.
-
-    Args:
-        summaries: name of a run -> summary. Runs without a quality target have no rows. The table has a column of names
-            if there are several runs.
-    """
+    """Table of quality targets: requested, predicted and measured quality, and parameters that each row keeps."""
     rows: list[list[Cell]] = []
     for run, summary in summaries.items():
         quality = summary.get("quality")
@@ -114,12 +105,7 @@ def quality_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _quality_rows(quality: Mapping[str, Any]) -> list[list[Cell]]:
-    """Return the cells of `quality_table` for each row of a run.
-
-    Args:
-        quality: the entry `quality` of the run's summary. Its last row is the main row, for which unseen text was
-            measured too.
-    """
+    """Return the cells of `quality_table` for each row of a run."""
     rows = []
     parameters_of_row = {r["row"]: r.get("parameters") for r in quality["rows"]}
     for r in quality["rows"]:

@@ -112,12 +112,7 @@ def heterogeneity_figure(modules: Modules) -> Figure:
 
 @style()
 def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
-    """Figure of the share of neurons removed per block and, if there are modules, per module.
-
-    Args:
-        masks: masks of the run.
-        labels: module of each neuron, (N,) int64 per block; None without modules.
-    """
+    """Figure of the share of neurons removed per block and, if there are modules, per module."""
     figure, axes = canvas(9, 3.4)
     removed_of_block = [float((~mask).float().mean()) if len(mask) else 0.0 for mask in masks.ffn]
     axes.bar(range(len(removed_of_block)), removed_of_block, color="#BFDDF0", label="block")
@@ -143,12 +138,7 @@ def sparsity_figure(masks: Masks, labels: Sequence[Tensor] | None) -> Figure:
 
 @style()
 def speed_figure(table: dict[str, Any], depth: int) -> Figure:
-    """Figure of the latency table: milliseconds of all layers by kept neurons and KV groups, and of other parts.
-
-    Args:
-        table: the latency table (`benchmarks.speed`).
-        depth: number of layers.
-    """
+    """Figure of the latency table: milliseconds of all layers by kept neurons and KV groups, and of other parts."""
     figure = Figure(figsize=(9, 3.4))
     panels = {"neurons": "FFN neurons", "groups": "KV groups"}
     for axes, (kind, units) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
@@ -167,14 +157,7 @@ def speed_figure(table: dict[str, Any], depth: int) -> Figure:
 def run_figures(
     records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict[str, Any]
 ) -> dict[str, Figure]:
-    """Make all figures for which a run has data, by name.
-
-    Args:
-        records: records of `metrics.json`.
-        modules: modules of neurons, if there are any.
-        masks: masks of the main row; None if gprune did not prune its model.
-        summary: summary of the run.
-    """
+    """Make all figures for which a run has data, by name."""
     labels = None if modules is None else modules.labels
     figures = {"perplexity": perplexity_figure(records)} if _comparable_stages(records) else {}
     if masks is not None:
@@ -193,13 +176,7 @@ def write_figures(
     folder: Path, records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict[str, Any], *,
     formats: Sequence[str] = ("png",),
 ) -> list[Path]:  # fmt: skip
-    """Write the figures of a run, and return their paths.
-
-    Args:
-        folder: where the files are written.
-        records, modules, masks, summary: as for `run_figures`.
-        formats: endings of files, such as png and svg.
-    """
+    """Write the figures of a run, and return their paths."""
     paths = []
     for name, figure in run_figures(records, modules, masks, summary).items():
         paths += save(figure, folder, name, formats)

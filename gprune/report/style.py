@@ -48,12 +48,6 @@ def draw_line(axes: Axes, i: int, x: Sequence[float], y: Sequence[float], label:
     """Draw the i-th line of a figure, with a marker at about a dozen points.
 
     The style is the i-th of `LINES`. When styles repeat, lines differ by their markers.
-
-    Args:
-        axes: where the line is drawn.
-        i: index of the line, from 0.
-        x, y: coordinates of its points.
-        label: text of the legend.
     """
     colour, dashes, _ = LINES[i % len(LINES)]
     repeats = i // len(LINES)
@@ -96,14 +90,7 @@ def plain_ticks(axis: Axis) -> None:
 
 @style()
 def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Write a figure in each format, atomically, and return the paths. The same figure gives the same bytes.
-
-    Args:
-        figure: a finished figure.
-        folder: where the files are written.
-        name: name of the files without an ending.
-        formats: endings of the files, such as png and svg.
-    """
+    """Write a figure in each format, atomically, and return the paths. The same figure gives the same bytes."""
     paths = []
     with matplotlib.rc_context({"svg.hashsalt": name}):
         for suffix in formats:

@@ -32,13 +32,6 @@ class Checkpoints(Checkpoint):
 
     Lightning calls a `Checkpoint` callback after all other callbacks. So the stored states of the others are those
     after the step.
-
-    Args:
-        folder: folder of the run. Its method `write` removes the checkpoint after the stage.
-        name: name of the stage in the folder.
-        stage: the stage. Its class, and the names and shapes of its tensors, have to match the checkpoint.
-        meter: the run's `TokenMeter`.
-        seconds: time between two checkpoints; 0 saves one after every step.
     """
 
     def __init__(self, folder: RunFolder, name: str, stage: L.LightningModule, meter: Any, seconds: float):

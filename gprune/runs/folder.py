@@ -90,14 +90,7 @@ class _RunningStep:
 
 
 class RunFolder:
-    """The folder of a run, `runs/<name>/`, with settings, manifest, and the result of every finished step.
-
-    Args:
-        path: path of the folder, which need not exist.
-        count_tokens: returns the tokens so far by kind.
-        key: key of everything that determines the run's results. It is stored in files, so that files of other runs
-            are detected.
-    """
+    """The folder of a run, `runs/<name>/`, with settings, manifest, and the result of every finished step."""
 
     def __init__(self, path: Path | str, count_tokens: Callable[[], dict[str, int]] = dict, *, key: str | None = None):
         self.path = Path(path)
@@ -112,12 +105,7 @@ class RunFolder:
 
     @contextmanager
     def in_use(self, settings: dict[str, Any], config_yaml: str) -> Iterator[None]:
-        """Create the folder or resume the run in it, and lock it against other processes.
-
-        Raises:
-            UserError: if the folder has a run with other settings or is not a run; if another process uses it, or it
-                cannot be written.
-        """
+        """Create the folder or resume the run in it, and lock it against other processes."""
         if self.path.exists():
             # Inspected before locking, so that all ranks raise the same error, and a foreign folder gets no lock file.
             self._inspect(settings)
@@ -154,10 +142,6 @@ class RunFolder:
         """Return whether a new run begins, because the folder has no run with these settings.
 
         A run with other settings may be replaced if it has no results yet.
-
-        Raises:
-            UserError: if the folder must not be written to: it has results of other settings, is not a run, or its
-                manifest is damaged.
         """
         prefix = f"Cannot run in {self.path}"
         remedy = "Choose another --run.name, or remove the folder"
@@ -189,11 +173,7 @@ class RunFolder:
 
     @rank_zero_only
     def update_manifest(self, *, replace: bool = False, **entries: Any) -> None:
-        """Merge entries into the manifest. Dictionaries are merged one level deep, or replaced with `replace`.
-
-        Raises:
-            UserError: if the manifest was removed or damaged during the run.
-        """
+        """Merge entries into the manifest. Dictionaries are merged one level deep, or replaced with `replace`."""
         manifest = self.manifest
         if not manifest:
             reason = "the file was removed or altered during the run"
@@ -242,12 +222,6 @@ class RunFolder:
 
         A part that was interrupted and repeated in a later session is counted once, because only finished parts are
         recorded.
-
-        Args:
-            names: name of the part; the tokens of several names are split evenly.
-            shared: whether the text of this part is split over processes. Then the tokens of all processes are added,
-                and all of them have to enter this context. Otherwise each process has the same text, which is counted
-                once.
         """
         before = self._uncounted()
         yield

@@ -40,14 +40,6 @@ def lines(
     """Return one line per stage of a run, with the main row last. Undefined numbers are missing.
 
     Only the main row has sizes, tokens, seconds, speed and quality (the relative rise of development perplexity).
-
-    Args:
-        records: as in `metrics.json`.
-        settings: as in `FinishedRun`.
-        summary: as in `FinishedRun`.
-        steps: as in the manifest.
-        base: as for `numbers.estimates`.
-        labels: names of corpora in columns. Default: `corpus_labels`.
     """
     labels = labels or corpus_labels(r["corpus"] for r in records)
     numbers = number_frame(records, base=base)

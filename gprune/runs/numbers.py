@@ -70,18 +70,7 @@ def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | No
 def unseen_ratio(
     records: Sequence[Record], stage: Stage, other_records: Sequence[Record], other_stage: Stage, number: str = "nll"
 ) -> Estimate | None:
-    """Ratio of the geometric-mean perplexities of two stages on unseen text, with a paired 95 % interval.
-
-    Args:
-        records: records of the run of `stage`.
-        stage: the stage in the numerator.
-        other_records: records of the run of `other_stage`.
-        other_stage: the stage in the denominator.
-        number: nll, or kl for the ratio of exp(KL(dense || row)).
-
-    Returns:
-        The ratio on text that neither stage has seen; None if there is no such text or number, or the windows differ.
-    """
+    """Ratio of the geometric-mean perplexities of two stages on unseen text, with a paired 95 % interval."""
     denominator = records_of(other_records, other_stage)
     numerator = {  # without corpora that the other stage has seen
         corpus: r
@@ -102,14 +91,7 @@ def unseen_ratio(
 
 
 def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | None) -> dict[str, Estimate | None]:
-    """Means, gap, ratios, KL and agreement of a stage, with intervals over windows; None for undefined numbers.
-
-    Args:
-        records: records of the whole run.
-        stage: (stage, recovery) of a row.
-        base: records of the run (this or another one) whose `base` without recovery is the denominator of
-            `unseen_over_unrecovered_base`. Without them this ratio is None.
-    """
+    """Means, gap, ratios, KL and agreement of a stage, with intervals over windows; None for undefined numbers."""
     predicted_tokens = records[0]["seq_len"] - 1  # of a window
     seen = {r["corpus"]: r["seen"] for r in records}
     window_nll = by_stage(records, "window_nll")

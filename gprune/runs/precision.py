@@ -21,15 +21,6 @@ def resolve_precision(cfg: RunConfig, device: torch.device, *, together: bool = 
 
     A resumed run keeps its precision on any hardware. With float16 weights, training uses float32, because bfloat16 has
     three bits of precision less. The default name of the run does not depend on the hardware.
-
-    Args:
-        cfg: the configuration of the run.
-        device: the device of this process.
-        together: whether to let all processes of several nodes decide together. They use bfloat16 only if it is faster
-            on all of them.
-
-    Returns:
-        The configuration, and the reason in words.
     """
     if cfg.trainer.precision != "auto":
         return cfg, "--trainer.precision"

@@ -143,11 +143,7 @@ class PruningResult:
 
 
 def read_numbers(path: Path | str) -> FinishedRun:
-    """Read settings and numbers of a finished run, without masks, modules and evaluation.
-
-    Raises:
-        UserError: if the folder is not a gprune run, the run is not finished, or a file belongs to another run.
-    """
+    """Read settings and numbers of a finished run, without masks, modules and evaluation."""
     require(path, (str, os.PathLike), "The run must be the path of a run folder")
     folder = expanded(path)
     if not folder.is_dir():
@@ -168,11 +164,7 @@ def read_numbers(path: Path | str) -> FinishedRun:
 
 
 def read_run(path: Path | str) -> FinishedRun:
-    """Read a finished run with masks, modules and evaluation, but without the model.
-
-    Raises:
-        UserError: as `read_numbers`, and if masks or modules are missing, damaged, or belong to another run.
-    """
+    """Read a finished run with masks, modules and evaluation, but without the model."""
     run = read_numbers(path)
     return replace(_with_tensors(run), evaluation=read_evaluation(run.path / "evaluation.json", run=run.key))
 
@@ -196,15 +188,7 @@ def _read_tensors_of(run: FinishedRun, name: str) -> dict[str, Tensor]:
 
 
 def read_evaluation(path: Path, *, run: str | None = None) -> list[Record]:
-    """Read records of `gprune evaluate`; empty if there is no file.
-
-    Args:
-        path: the file, such as `evaluation.json` of a run.
-        run: key of the run that the file has to belong to.
-
-    Raises:
-        UserError: if the file has other content or belongs to another run.
-    """
+    """Read records of `gprune evaluate`; empty if there is no file."""
     content, problem = inspect_json(path, run=run, check=schema.check_evaluation)
     if problem and problem != MISSING:
         remedy = "Move the file away, or choose another one"
@@ -242,11 +226,7 @@ def load_run(path: Path | str) -> PruningResult:
 
 
 def _download_artifact(name: str) -> Path:
-    """Download a W&B artifact, `entity/project/artifact:version`, into the cache and return its folder.
-
-    Raises:
-        UserError: if the name is invalid, or the artifact cannot be downloaded.
-    """
+    """Download a W&B artifact, `entity/project/artifact:version`, into the cache and return its folder."""
     import wandb  # slow to import, and needed for artifacts only
 
     try:
@@ -258,11 +238,7 @@ def _download_artifact(name: str) -> Path:
 
 
 def exported_model(run: Path) -> Path:
-    """Return the folder of the model that a run exported.
-
-    Raises:
-        UserError: if files were changed after the export.
-    """
+    """Return the folder of the model that a run exported."""
     hashes = RunFolder(run).manifest.get("model")
     if hashes is not None and hashes != file_hashes(run / "model"):
         reason = "files were changed after the export"
@@ -277,12 +253,7 @@ def corpus_file(corpus: str) -> str:
 
 
 def config_of(run: FinishedRun) -> RunConfig:
-    """Read the configuration of a run from config.yaml.
-
-    Raises:
-        UserError: if the file is not YAML, its settings are invalid or differ from those in the manifest, or a name in
-            them is not registered.
-    """
+    """Read the configuration of a run from config.yaml."""
     file = run.path / "config.yaml"
     try:
         settings = read_yaml(file, "The file must be YAML; got")
@@ -304,12 +275,7 @@ def config_of(run: FinishedRun) -> RunConfig:
 
 
 def _load_exported(run: FinishedRun) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
-    """Load the exported model, frozen, and its tokenizer; (None, None) if the run did not export a model.
-
-    Raises:
-        UserError: if files were changed after the export, or the model cannot be loaded, for example because a module
-            that the run imported is missing.
-    """
+    """Load the exported model, frozen, and its tokenizer; (None, None) if the run did not export a model."""
     if not (run.path / "model").is_dir():
         return None, None
     folder = exported_model(run.path)

@@ -73,15 +73,6 @@ def tracking(
     """Context with the open loggers of a run: CSV, W&B unless `--logging` disables it, and the user's.
 
     A finished run has no loggers, because it is not logged again.
-
-    Args:
-        folder: the run folder.
-        cfg: the configuration of the run.
-        user_loggers: Lightning loggers of the user.
-        made_elsewhere: as for `wandb_arguments`.
-
-    Raises:
-        UserError: if a logger of the user cannot be opened, and as `wandb_run`.
     """
     if folder.finished:
         yield []
@@ -111,11 +102,7 @@ def tracking(
 
 
 def construct_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
-    """Construct the loggers of `--trainer.logger`. The default of an argument `save_dir` is `folder`.
-
-    Raises:
-        UserError: as `instantiate`.
-    """
+    """Construct the loggers of `--trainer.logger`. The default of an argument `save_dir` is `folder`."""
     loggers = []
     for described in paths:
         parameters = inspect.signature(class_of(described, "--trainer.logger", Logger)).parameters
@@ -126,12 +113,7 @@ def construct_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
 
 
 def wandb_arguments(cfg: RunConfig, made_elsewhere: str | None = None) -> dict[str, Any]:
-    """Arguments of `wandb_run` for a run with these settings, except `id`.
-
-    Args:
-        cfg: the configuration of the run.
-        made_elsewhere: name of the measured model, if gprune did not prune it.
-    """
+    """Arguments of `wandb_run` for a run with these settings, except `id`."""
     s = cfg.sparsity
     arguments = {
         "name": cfg.run_name,
@@ -164,12 +146,6 @@ def row_metrics(loggers: Sequence[Logger], row: str, stage: str, *, control: boo
 
     `distill/loss` becomes `distill/<row>/loss`, over the axis `distill/<row>/tokens`. Development perplexity keeps its
     name for the run's main row, and becomes `controls/<row>/perplexity` for a control.
-
-    Args:
-        loggers: the loggers of `tracking`.
-        row: name of the row; an empty name changes nothing.
-        stage: prefix of the stage's metrics, whose x axis is the number of tokens.
-        control: whether the row is a control.
     """
     if not row:
         yield
@@ -247,12 +223,6 @@ def log_artifacts(loggers: Sequence[Logger], folder: Path, cfg: RunConfig, metad
     """Upload the run folder as W&B artifacts, such as `smollm2-135m-masks`.
 
     All runs of one dense model are versions of the same artifact.
-
-    Args:
-        loggers: the loggers of the run.
-        folder: the run folder.
-        cfg: the configuration of the run.
-        metadata: added to the metadata of the version.
     """
     model = os.path.basename(os.path.normpath(cfg.model.name))
     version_metadata = {"model": model, "run": cfg.run_name, "budget": cfg.sparsity.target, **metadata}
@@ -277,22 +247,6 @@ def wandb_run(
 
     Flags of `logging` have precedence, then W&B's environment variables ($WANDB_NAME and so on), then the arguments. A
     run that is already open keeps its name, group and tags. The configuration is stored in its config under `gprune`.
-
-    Args:
-        folder: W&B writes into its subfolder `wandb/`, unless $WANDB_DIR is set.
-        logging: flags of `--logging`.
-        id: id of the run. `wandb sync` merges several files with the same id.
-        name: name of the run.
-        group: group of the run.
-        job_type: type of the run.
-        tags: tags of the run, in addition to those of `--logging.tags`.
-        config: configuration of the run.
-
-    Yields:
-        wandb.Run; None if W&B is disabled or cannot start, and on ranks other than 0.
-
-    Raises:
-        UserError: in online mode without an account.
     """
     if logging.resolved_mode == "disabled" or rank_zero_only.rank != 0:
         yield None
@@ -322,10 +276,6 @@ def resumed_run(folder: Path, identity: Mapping[str, Any]) -> Iterator[wandb.Run
 
     In online mode the run is resumed. In offline mode another file with the same id is written, which `wandb sync`
     merges. The link `wandb/latest-run` is not changed.
-
-    Args:
-        folder: folder of the run.
-        identity: the entry `wandb` of the manifest, which identifies the run.
     """
     if wandb.run is not None and wandb.run.id == identity["id"]:
         yield wandb.run
@@ -338,16 +288,7 @@ def resumed_run(folder: Path, identity: Mapping[str, Any]) -> Iterator[wandb.Run
 
 @contextmanager
 def _wandb_run(folder: Path | str, *, latest: bool = True, **settings: Any) -> Iterator[wandb.Run | None]:
-    """Context with a new W&B run, which is finished at the end.
-
-    Args:
-        folder: W&B writes into its subfolder `wandb/`, unless $WANDB_DIR is set.
-        latest: whether the link `wandb/latest-run` points to the run.
-        settings: arguments of `wandb.init`.
-
-    Yields:
-        wandb.Run; None if W&B cannot start.
-    """
+    """Context with a new W&B run, which is finished at the end."""
     folder = Path(os.environ.get("WANDB_DIR") or folder)
     with suppress(OSError):  # W&B falls back to a temporary folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -372,15 +313,7 @@ def _wandb_run(folder: Path | str, *, latest: bool = True, **settings: Any) -> I
 
 
 def _start(mode: str, **settings: Any) -> Any:
-    """Start a W&B run. If the server cannot be reached, start it offline; return None if that fails too.
-
-    Args:
-        mode: offline or online.
-        settings: other arguments of `wandb.init`.
-
-    Raises:
-        UserError: in online mode without an account.
-    """
+    """Start a W&B run. If the server cannot be reached, start it offline; return None if that fails too."""
     try:
         return wandb.init(mode=mode, **settings)
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:

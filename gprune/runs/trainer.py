@@ -34,19 +34,7 @@ LAUNCHER_VARIABLES = {
 
 
 def check_trainer(*, callbacks: Sequence[L.Callback] = (), **settings: Any) -> torch.device:
-    """Check settings of the Trainer by constructing one, and return its device.
-
-    Args:
-        callbacks: callbacks of the user.
-        settings: `TrainerConfig.lightning_arguments`.
-
-    Returns:
-        The device of this process.
-
-    Raises:
-        UserError: if the accelerator is missing, there are too few devices, the strategy is unknown, the device does
-            not support the precision, or callbacks contradict each other.
-    """
+    """Check settings of the Trainer by constructing one, and return its device."""
     _check_processes(settings["accelerator"], settings["devices"], settings["num_nodes"])
     try:
         with warnings.catch_warnings(action="ignore"), quieted("lightning.pytorch.utilities.rank_zero"):
@@ -105,13 +93,7 @@ def launch_processes(trainer: TrainerConfig) -> Fabric:
 
 @contextmanager
 def matmul_precision(precision: str, fastest_on: torch.device | None = None) -> Iterator[None]:
-    """Context with a `float32_matmul_precision` of torch. It also restores torch's deterministic mode at the end.
-
-    Args:
-        precision: the precision: highest, high or medium.
-        fastest_on: device on which float32 products are computed by the fastest library. None: by torch's default, as
-            in the process of a user who loads the model.
-    """
+    """Context with a `float32_matmul_precision` of torch. It also restores torch's deterministic mode at the end."""
     before, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     if precision != before and fastest_on is not None:
         log.info("float32 matrix products in precision '%s' instead of '%s'", precision, before)

@@ -35,13 +35,6 @@ class UserCallbacks:
     An object of a user's class is shared by all stages. An object that inherits from a callback of Lightning
     (EarlyStopping, ...) holds the state of one fit, so each stage gets a copy of the original object. At the end the
     object gets the state, such as `best_model_path`, of the copy in the run's last main stage.
-
-    Args:
-        given: objects from Python.
-        paths: `--trainer.callbacks`, constructed again for each stage.
-
-    Raises:
-        UserError: if an object is not a callback, and as `instantiate`.
     """
 
     def __init__(self, given: Sequence[L.Callback] = (), paths: Sequence[ClassPath] = ()):
@@ -69,11 +62,6 @@ class UserCallbacks:
         """Return the callbacks for one stage.
 
         A callback that monitors a metric of another stage, such as `learn/loss`, is left out.
-
-        Args:
-            stage: the stage; None for all callbacks.
-            role: metric prefix of the built-in stage that `stage` replaces, such as `learn`.
-            folder: `dirpath` of a ModelCheckpoint that has none.
         """
         self.stage = type(stage).__name__
         pairs = []
@@ -129,16 +117,7 @@ def _monitors_stage(callback: L.Callback, stage: L.LightningModule, role: str) -
 
 
 def class_of(described: ClassPath, flag: str, base: type) -> type:
-    """Return the class of a class path; a bare name is a class of Lightning. Nothing is imported.
-
-    Args:
-        described: class path and arguments; the arguments are not used.
-        flag: named in errors.
-        base: required base class, `Callback` or `Logger`.
-
-    Raises:
-        UserError: if the path is not a subclass of `base` in an imported module.
-    """
+    """Return the class of a class path; a bare name is a class of Lightning. Nothing is imported."""
     name = described.class_path
     try:
         cls = find_loaded(name if "." in name else f"{LIGHTNING[base]}.{name}")
@@ -150,16 +129,7 @@ def class_of(described: ClassPath, flag: str, base: type) -> type:
 
 
 def instantiate(described: ClassPath, flag: str = "--trainer.callbacks", base: type[Base] = L.Callback) -> Base:
-    """Construct an object from its class path and arguments, which are converted to the annotated types.
-
-    Args:
-        described: class path and arguments.
-        flag: named in errors.
-        base: required base class, `Callback` or `Logger`.
-
-    Raises:
-        UserError: as `class_of`; if arguments are invalid, or the constructor raises an exception.
-    """
+    """Construct an object from its class path and arguments, which are converted to the annotated types."""
     cls = class_of(described, flag, base)
     subject = f"{flag}: {described.class_path}"
     try:
@@ -176,13 +146,7 @@ def instantiate(described: ClassPath, flag: str = "--trainer.callbacks", base: t
 
 
 class CallbackChecks(L.Callback):
-    """Callback after the user's callbacks that records early stopping, and checks that weights are unchanged.
-
-    Args:
-        record_stop: called with the numbers of finished and planned batches of a stage that stopped early.
-        check_weights: called with the name of a stage after all other callbacks. It raises UserError if the frozen
-            model was changed.
-    """
+    """Callback after the user's callbacks that records early stopping, and checks that weights are unchanged."""
 
     def __init__(self, record_stop: Callable[[dict[str, int]], None], check_weights: Callable[[str], None]):
         self.record_stop, self.check_weights = record_stop, check_weights

@@ -87,11 +87,7 @@ def allocation(
 def allocate(
     name: str, scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget, **options: float
 ) -> Masks:
-    """Return keep masks by the rule `name`. The rule is called with copies of scores and statistics.
-
-    Raises:
-        UserError: if margins have other shapes than the scores, or are not real and finite; if masks miss the budget.
-    """
+    """Return keep masks by the rule `name`. The rule is called with copies of scores and statistics."""
     from gprune.models.masks import Masks
     from gprune.sparsity.cut import keep_masks
     from gprune.sparsity.returned import checked_masks, checked_pair
@@ -106,11 +102,7 @@ def allocate(
 
 
 def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """Return thresholds by the rule `name` for modules. The rule is called with copies of masks and ranks.
-
-    Raises:
-        UserError: if thresholds have another shape than the modules, or are not real and finite.
-    """
+    """Return thresholds by the rule `name` for modules. The rule is called with copies of masks and ranks."""
     from gprune.sparsity.returned import checked_pair
 
     result = ALLOCATION[name](*copy.deepcopy((masks, ranks)))
@@ -122,12 +114,6 @@ def format_removed(share: float, scope: str, rule: str, digits: int = 2) -> str:
     """Format the removed share of a scope, such as '50.00% of ffn'.
 
     For a rule that removes whole blocks the text is 'as many parameters as 50.00% of ffn'.
-
-    Args:
-        share: the removed share, in [0, 1].
-        scope: the value of `--sparsity.scope`.
-        rule: the value of `--sparsity.allocation`; it need not be registered in this process.
-        digits: number of digits after the decimal point.
     """
     removed = f"{share:.{digits}%} of {scope}"
     if rule in ALLOCATION and ALLOCATION[rule].whole_blocks:
@@ -292,12 +278,7 @@ def reconstruction(
 
 
 def _error_per_neuron(errors: Tensor, neurons: int) -> Tensor:
-    """Return how much removing each neuron adds to the error, (N,) float64, in order of removal.
-
-    Args:
-        errors: E(K) at equally spaced widths K from 0 to all neurons; the lower convex hull of them is used.
-        neurons: N, the number of neurons.
-    """
+    """Return how much removing each neuron adds to the error, (N,) float64, in order of removal."""
     import numpy
     import torch
     from scipy.optimize import isotonic_regression

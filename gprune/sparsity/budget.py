@@ -162,13 +162,6 @@ class UnitCosts:
 
         Layers are chosen as long as their total cost is at most `block_share` of the target, and another layer keeps
         its units. Candidates in layers that may not be removed are ignored.
-
-        Args:
-            candidates: indices of blocks; a block stands for all blocks of its layer.
-            target: cost to be removed.
-
-        Returns:
-            Indices of the chosen blocks.
         """
         layer_of = {block: blocks for blocks in self.open_layers for block in blocks}
         # A layer is listed once, at the place of its first candidate.
@@ -192,19 +185,7 @@ def unit_costs(
     blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), uniform: bool = False,
     block_share: float = 1.0, price: Price | None = None,
 ) -> UnitCosts:  # fmt: skip
-    """Return the costs of a model's units for a `--sparsity.scope`.
-
-    Args:
-        blocks: blocks of the dense model.
-        scope: what may be removed, such as `ffn` or `attention+ffn`.
-        protect: layers whose blocks keep everything; negative numbers count from the end.
-        uniform: whether all blocks must have the same widths.
-        block_share: share of the target that may be removed as whole blocks, if blocks are in scope.
-        price: costs in the budget's currency; None: numbers of parameters.
-
-    Raises:
-        UserError: if there is no layer with a number in `protect`.
-    """
+    """Return the costs of a model's units for a `--sparsity.scope`."""
     depth = len(by_layer(blocks))
     with_blocks = "blocks" in scope
     for index in protect:
@@ -247,17 +228,6 @@ class Budget:
 
         For a quality target this is the largest possible budget; the run then searches for one that keeps the quality.
         Blocks in `costs.removed_blocks` are removed as a whole, in their order, as far as they fit into `block_share`.
-
-        Args:
-            costs: costs of the units.
-            setting: the value of `--sparsity.target`.
-            width_multiple: widths that change become multiples of it.
-            flag: the flag that errors name.
-
-        Raises:
-            UserError: if the setting is not a target; if the width multiple is larger than a block; if the target
-                removes nothing, or less than blocks of different widths lose in order to have the same widths; or if it
-                leaves a block less than `width_multiple` neurons or one KV group.
         """
         if width_multiple > costs.narrowest:
             raise UserError(f"--sparsity.width_multiple must be 1 to {costs.narrowest} neurons; got {width_multiple}.")
@@ -287,19 +257,11 @@ class Budget:
         return cls(costs, target, width_multiple, setting)
 
     def at(self, sparsity: float) -> Budget:
-        """Return the budget of the same units and grid at a sparsity of `--evaluation.curve`.
-
-        Raises:
-            UserError: as `Budget.of`.
-        """
+        """Return the budget of the same units and grid at a sparsity of `--evaluation.curve`."""
         return Budget.of(self.costs, sparsity, self.width_multiple, flag="--evaluation.curve")
 
     def without(self, blocks: Sequence[int]) -> Budget:
-        """Return this budget, with blocks removed as a whole: the given ones in order, as many as fit.
-
-        Raises:
-            UserError: if the remaining units cannot meet the target.
-        """
+        """Return this budget, with blocks removed as a whole: the given ones in order, as many as fit."""
         costs = replace(self.costs, removed_blocks=tuple(blocks))
         return Budget.of(costs, self.setting or self.sparsity, self.width_multiple)
 
@@ -372,13 +334,6 @@ def choose_blocks(budget: Budget, loss: Callable[[list[int]], float]) -> list[in
     """Choose blocks to remove as a whole, greedily by the loss of the model without them.
 
     In each round the layer is added without which the loss is lowest, as long as a layer fits into the budget.
-
-    Args:
-        budget: the budget.
-        loss: returns the loss of the model without some blocks.
-
-    Returns:
-        Indices of the chosen blocks, in the order of choice.
     """
     costs = budget.costs
     chosen: list[int] = []

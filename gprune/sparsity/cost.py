@@ -28,17 +28,7 @@ class Price:
 
     @classmethod
     def by_unit(cls, costs: Costs, neurons: Sequence[int], groups: Sequence[int]) -> Price:
-        """Return costs of a model in which all neurons of a block cost the same, and all its KV groups.
-
-        Args:
-            costs: per block the costs of a neuron, of a KV group and of the whole block; and the cost of the rest.
-            neurons: number of neurons (or slots) of each block.
-            groups: number of KV groups of each block.
-
-        Raises:
-            TypeError: if a cost is not a whole number.
-            ValueError: if a cost is negative, or the costs have another form or another number of blocks.
-        """
+        """Return costs of a model in which all neurons of a block cost the same, and all its KV groups."""
         by_block, rest = costs
         neuron, group, blocks = ([_whole_number(cost) for cost in of_kind] for of_kind in zip(*by_block, strict=True))
 
@@ -65,13 +55,7 @@ def _whole_number(cost: Any) -> int:
 
 @COST.register("parameters")
 def parameter_costs(model: Any, blocks: Sequence[Any], weight: Callable[[Any], int] = lambda parameter: 1) -> Costs:
-    """Return numbers of parameters, each multiplied by the weight of its tensor.
-
-    Args:
-        model: the dense model; it may be without weights.
-        blocks: its blocks.
-        weight: returns the cost of one number of a tensor, such as its size in half-bits; by default 1.
-    """
+    """Return numbers of parameters, each multiplied by the weight of its tensor."""
     by_block = [
         (block.unit_cost("ffn", weight), block.unit_cost("attention", weight), block.whole_cost(weight))
         for block in blocks

@@ -37,15 +37,6 @@ class Segments:
     """Sort the units of each block by two sorts over all blocks, instead of one sort per block.
 
     Index tensors that depend only on shapes are computed once, so that sorting does not synchronise with the device.
-
-    Args:
-        sizes: number of units of each block.
-        device: device of margins.
-
-    Attributes:
-        starts: index of the first unit of each block in the concatenated units of all blocks.
-        block: (units,) int64, the block of each unit.
-        place: (units,) int64, the index of each unit inside its block.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device):
@@ -55,14 +46,7 @@ class Segments:
         self.place = torch.arange(sum(self.sizes), device=device) - repeat_values(self.starts, self.sizes, device)
 
     def sort(self, margins: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Sort the units of all blocks by block, and inside a block by (margin, index).
-
-        Args:
-            margins: margins of each block's units.
-
-        Returns:
-            Sorted margins, (units,) float64, and the indices of these units in the concatenated margins.
-        """
+        """Sort the units of all blocks by block, and inside a block by (margin, index)."""
         joined = torch.cat([m.detach().double() for m in margins])
         order = joined.argsort(stable=True)
         order = order[self.block[order].argsort(stable=True)]
@@ -77,25 +61,14 @@ def repeat_values(values: Sequence[int], counts: Sequence[int], device: torch.de
 
 
 def _select_until(keys: Tensor, cost: Tensor, target: int | Tensor) -> Tensor:
-    """Select steps in order of (key, position) until their total cost reaches `target`: (steps,) bool.
-
-    Args:
-        keys: (steps,) keys of the steps.
-        cost: (steps,) int64, cost of each step.
-        target: the cost to reach.
-    """
+    """Select steps in order of (key, position) until their total cost reaches `target`: (steps,) bool."""
     order = keys.argsort(stable=True)
     cost_before = cost[order].cumsum(0) - cost[order]
     return torch.empty_like(keys, dtype=torch.bool).scatter_(0, order, cost_before < target)
 
 
 def _step_costs(table: Sequence[int], removed_after_step: Tensor) -> Tensor:
-    """Return the costs of a block's steps, (steps,) int64.
-
-    Args:
-        table: costs of the block by number of kept units, from `Price`.
-        removed_after_step: (steps,) int64, number of units that are removed after each step.
-    """
+    """Return the costs of a block's steps, (steps,) int64."""
     remaining = torch.tensor([table[-1 - removed] for removed in [0, *removed_after_step.tolist()]])
     return remaining[:-1] - remaining[1:]
 
@@ -116,10 +89,6 @@ class Cut:
 
     The step with key 0.1 is removed first, then the one with key 0.4: 9 parameters, which is enough. Block 0 keeps
     neurons 0, 2, 3 and 4, and block 1 neurons 1 and 3.
-
-    Args:
-        budget: costs of the units, the target and the grid of widths.
-        device: device of the margins.
     """
 
     def __init__(self, budget: Budget, device: torch.device):
@@ -213,15 +182,7 @@ class Cut:
         return Masks(ffn, list(keep_groups.split(self.groups.sizes)))
 
     def _select_groups(self, group_keys: Tensor, step_keys: Tensor) -> Tensor:
-        """Return which removable KV groups are removed, by the common order of groups and steps of neurons.
-
-        Args:
-            group_keys: (removable groups,) float64, their margins.
-            step_keys: (steps,) float64, keys of the steps of neurons.
-
-        Returns:
-            (removable groups,) bool.
-        """
+        """Return which removable KV groups are removed, by the common order of groups and steps of neurons."""
         target = self.budget.target
         all_keys = torch.cat([group_keys, step_keys])
         all_costs = torch.cat([self.group_cost, self.step_cost])
@@ -251,15 +212,6 @@ def keep_masks(
 
     Margins are (N,) or (E x N,) per block for neurons, and (G,) for KV groups if attention is in scope. Widths of
     blocks that lose neurons are multiples of `width_multiple`.
-
-    Args:
-        budget: costs of the units, the target and the grid of widths.
-        neuron_margins: per block (N,) or (E x N,), any float dtype; smallest is removed first.
-        group_margins: per block (G,); needed if attention is in scope.
-
-    Returns:
-        Masks that remove at least the target and less than one more step. Widths of blocks that lose neurons are
-        multiples of `width_multiple`.
     """
     return Cut(budget, neuron_margins[0].device)(neuron_margins, group_margins)
 
@@ -322,12 +274,7 @@ def _widest(budget: Budget, target: int) -> int:
 
 
 def _equal_groups(budget: Budget, kept_groups: int) -> int:
-    """Return the number of KV groups that every block keeps.
-
-    Args:
-        budget: the budget.
-        kept_groups: number of groups that blocks of different widths would keep in total.
-    """
+    """Return the number of KV groups that every block keeps."""
     costs = budget.costs
     prices = budget.costs.prices
     width_multiple = budget.width_multiple
@@ -361,12 +308,6 @@ def cut_margin(
 
     It is the largest margin among removed neurons. If no neuron is removed, because only KV groups cost something, it
     is the largest among removed KV groups; if none is removed either, 0.
-
-    Args:
-        masks: masks that meet the budget.
-        neuron_margins: per block (N,) or (E x N,).
-        of_experts: number of experts of each block, whose slots are compared. None: no experts.
-        group_margins: per block (G,); may be empty.
     """
     experts = of_experts or [1] * len(masks.ffn)
     neurons = [
@@ -394,9 +335,6 @@ def _largest_removed(blocks: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the largest margin among removed units, (); -inf if none is removed.
 
     A block that keeps nothing was removed as a whole, independently of its margins, and is ignored.
-
-    Args:
-        blocks: margins and keep mask of each block, (units,) each.
     """
     removed = [margin.masked_fill(keep | ~keep.any(), -torch.inf) for margin, keep in blocks]
     return torch.cat([*removed, removed[0].new_full((1,), -torch.inf)]).max()  # a model may have no units of a kind

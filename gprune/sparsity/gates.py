@@ -15,12 +15,6 @@ def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> T
 
     p are within-module ranks (N,) in (0, 1), and labels (N,) are modules in [0, K). Thresholds t (K,) are logits:
     sigmoid(t_m) is the share of the module that is removed. Sizes n are (K,) units per module.
-
-    Args:
-        p: (N,) within-module ranks in (0, 1).
-        thresholds: t, (K,) in logit space; sigmoid(t_m) is the fraction of the module removed.
-        labels: (N,) module of each unit, in [0, K).
-        sizes: n, (K,) units per module.
     """
     temperature = (1 / sizes.to(p.dtype)).clamp_min(0.05)
     return torch.sigmoid((p - torch.sigmoid(thresholds)[labels]) / temperature[labels])

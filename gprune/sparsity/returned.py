@@ -18,19 +18,7 @@ Pair = tuple[list[Tensor], list[Tensor]]  # neurons per block, KV groups per blo
 def checked_pair(
     registry: Registry, name: str, what: str, value: Any, sizes: Sequence[Sequence[int]], of: str = "finite numbers"
 ) -> Pair:
-    """Check that a value is (neurons, KV groups) with a tensor for each block, and return it on the CPU.
-
-    Args:
-        registry: the registry of the entry.
-        name: the entry that returned the value.
-        what: the word for the value in errors, such as "margins".
-        value: the value.
-        sizes: sizes of each block's tensors, for neurons and for KV groups.
-        of: what the tensors must contain, as for `Registry.checked`.
-
-    Raises:
-        UserError: if the value has another form.
-    """
+    """Check that a value is (neurons, KV groups) with a tensor for each block, and return it on the CPU."""
 
     def checked_kind(kind: str, tensors: Any, kind_sizes: Sequence[int]) -> list[Tensor]:
         """Check the tensors of all blocks for one kind of units."""
@@ -52,18 +40,7 @@ def checked_pair(
 
 
 def checked_masks(registry: Registry, name: str, value: Any, budget: Budget, *, exact: bool = True) -> Masks:
-    """Check that a value is masks that fit the units of a budget and meet it, and return them.
-
-    Args:
-        registry: the registry of the entry.
-        name: the entry that returned the value.
-        value: the value.
-        budget: the budget.
-        exact: whether masks must remove less than one unit (or step of widths) more than the target.
-
-    Raises:
-        UserError: if the value is something else, or misses the budget.
-    """
+    """Check that a value is masks that fit the units of a budget and meet it, and return them."""
     costs = budget.costs
     entry = f"{registry.kind.capitalize()} '{name}'"
     if not isinstance(value, Masks):

@@ -52,11 +52,7 @@ class SearchResult:
         return min(too_large, key=lambda point: point.cut, default=None)
 
     def exponent(self, default: float) -> float:
-        """Estimate p of rise ~ cut^p from the two points whose rises are nearest to the limit.
-
-        Returns:
-            The exponent, limited to `FLATTEST` and `STEEPEST`; `default` with fewer than two different cuts.
-        """
+        """Estimate p of rise ~ cut^p from the two points whose rises are nearest to the limit."""
         nearest = sorted(self.points, key=lambda point: abs(math.log(self._floored(point.rise) / self.limit)))[:2]
         if len(nearest) < 2 or nearest[0].cut == nearest[1].cut:
             return default
@@ -73,11 +69,6 @@ class SearchResult:
 
         If cuts on both sides of the limit are known, the cut is interpolated between the two next to the limit.
         Otherwise it is extrapolated from the point next to the limit.
-
-        Args:
-            target_rise: the rise that the cut should have.
-            default_exponent: exponent for the extrapolation until two cuts have been measured.
-            max_cut: the largest cut.
         """
         if self.best is not None and self.above is not None:
             return self._interpolated(self.best, self.above, target_rise)
@@ -130,23 +121,7 @@ def find_largest_cut(
     measure: Callable[[int], float], limit: float, max_cut: int, *, first: int, expected: float | None = None,
     exponent: float = 1.5, unused: float = 0.0, resolution: int = 1, tries: int | None = None,
 ) -> SearchResult:  # fmt: skip
-    """Search for the largest cut whose rise is at most `limit`.
-
-    Args:
-        measure: measures the rise of log perplexity of a cut.
-        limit: the largest allowed rise, above 0.
-        max_cut: the largest cut; cuts are 1 to `max_cut`.
-        first: the cut to measure first.
-        expected: the predicted rise of the first cut.
-        exponent: p of rise ~ cut^p, until two cuts have been measured.
-        unused: share of the limit that may stay unused; the search ends when the rise of the best cut is that near to
-            the limit.
-        resolution: the search ends when a cut that is larger by at most this number exceeds the limit.
-        tries: number of measurements after which the search ends, if a cut within the limit was found.
-
-    Returns:
-        All measurements. Its `best` is None if even a cut of at most `resolution` exceeds the limit.
-    """
+    """Search for the largest cut whose rise is at most `limit`."""
     result = SearchResult([], limit)
     cut = min(max_cut, max(1, first))
     while True:

@@ -41,11 +41,7 @@ class Target:
 
     @classmethod
     def of(cls, setting: float | str) -> Target:
-        """Parse a value of `--sparsity.target`.
-
-        Raises:
-            UserError: if the value is not a target.
-        """
+        """Parse a value of `--sparsity.target`."""
         # `type` and not `isinstance`, because a bool is an int.
         if type(setting) in (int, float) and 0 < setting < 1:
             return cls(setting, Fraction(str(setting)), "share")  # exact decimal: 0.1 of 30 is 3
@@ -64,12 +60,7 @@ class Target:
         raise UserError(f"--sparsity.target must be {FORMS}; got {format_value(setting)}.")
 
     def removes(self, scope: int, model: int) -> int:
-        """Return the cost to remove, rounded up.
-
-        Args:
-            scope: total cost of the units in scope, in the budget's currency.
-            model: total cost of the model, in the budget's currency.
-        """
+        """Return the cost to remove, rounded up."""
         if self.unit == "share":
             return math.ceil(self.number * scope)
         if self.unit == "%":
@@ -83,14 +74,7 @@ class Target:
         return model - math.floor(kept)
 
     def limit(self, removed: int, scope: int, model: int, *, least: bool = False) -> str:
-        """Return the limit of the target in its unit, such as "at most 0.9".
-
-        Args:
-            removed: the largest removable cost, in the budget's currency.
-            scope: total cost of the units in scope.
-            model: total cost of the model.
-            least: whether `removed` is instead the smallest cost that can be removed.
-        """
+        """Return the limit of the target in its unit, such as "at most 0.9"."""
         kept = model - removed
         if self.unit in ("parameters", "bytes"):
             bound = "at most" if least else "at least"

@@ -35,12 +35,7 @@ def start_thresholds(masks: Masks, ranks: ModuleRanks) -> Thresholds:
 
 
 def unit_margins(ranks: ModuleRanks, thresholds: Thresholds) -> tuple[list[Tensor], list[Tensor]]:
-    """Return margins logit p_i - t_m per block, of neurons (N,) and of KV groups (G,), float64.
-
-    Args:
-        ranks: ranks p of units inside their modules.
-        thresholds: thresholds t of the modules, on the device of the ranks.
-    """
+    """Return margins logit p_i - t_m per block, of neurons (N,) and of KV groups (G,), float64."""
     neuron_logits, group_logits = ranks.logits
     ffn_thresholds, attention_thresholds = thresholds
     blocks = zip(neuron_logits, ffn_thresholds, ranks.labels, strict=True)

@@ -34,12 +34,6 @@ class Autocast:
 
         If a loss is not finite on any process, log a warning, fall back to float32 for the rest of the stage and
         compute again.
-
-        Args:
-            stage: the stage, with a Trainer.
-            compute: returns the losses, (B,).
-            models: the models whose frozen weights are cast.
-            always: whether to check in every step that losses are finite, and not only before the first optimizer step.
         """
         strategy = stage.trainer.strategy
         device = strategy.root_device.type

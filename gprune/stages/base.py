@@ -212,13 +212,7 @@ def log_exactly(stage: L.LightningModule, values: Mapping[str, float]) -> None:
 
 
 def require_finite_loss(value: float, what: str, *, autocast: bool = False) -> None:
-    """Raise UserError if a loss is NaN or infinite.
-
-    Args:
-        value: the loss.
-        what: its name, such as "The loss of distillation".
-        autocast: whether it was computed in bfloat16 by autocast.
-    """
+    """Raise UserError if a loss is NaN or infinite."""
     if not abs(value) < float("inf"):
         flag = "--trainer.precision 32-true" if autocast else "--model.dtype float32"
         remedy = f"Lower the learning rate, or use {flag}"

@@ -84,11 +84,7 @@ class CalibrationStage(FrozenLMStage):
         self._finish_corpus()
 
     def _finish_corpus(self) -> None:
-        """Compute the statistics of the current corpus, if there is one, and free its sums.
-
-        Raises:
-            UserError: if an activation or a gradient was not finite.
-        """
+        """Compute the statistics of the current corpus, if there is one, and free its sums."""
         self.hooks.close()
         corpus = self._current_corpus
         sums = self._sums

@@ -68,9 +68,6 @@ class ApplyMasks(L.Callback):
 
     The gates of `ThresholdLearning` are applied only inside its training step, so validation measures the model exactly
     as it would be after pruning.
-
-    Args:
-        masks: returns the masks, called at the start of each validation; None measures the dense model.
     """
 
     def __init__(self, masks: Callable[[], Masks | None]):
@@ -125,14 +122,7 @@ class PerplexityCurve(L.Callback):
     def against_sparsity(
         self, trainer: L.Trainer, stage: FrozenLMStage, data: L.LightningDataModule, masks: Mapping[float, Masks | None]
     ) -> None:
-        """Measure perplexity at several sparsities with `trainer.validate`, and log it as `curve/perplexity/<corpus>`.
-
-        Args:
-            trainer: the Trainer of the fit; one of its callbacks has to be an `ApplyMasks`.
-            stage: the stage of the fit.
-            data: the data module, with development windows.
-            masks: sparsity -> masks, or None for the dense model.
-        """
+        """Measure perplexity at several sparsities with `trainer.validate`, and log it as `curve/perplexity/<corpus>`."""
         (apply_masks,) = (callback for callback in trainer.callbacks if isinstance(callback, ApplyMasks))
         stage.validation_prefix = "curve"
         for step, sparsity in enumerate(sorted(masks)):
@@ -146,9 +136,6 @@ class BestWeights(PerplexityCurve):
     """A `PerplexityCurve` that warns if perplexity rose during the fit, and can restore the best weights.
 
     The best weights have the lowest geometric mean of development perplexity over corpora.
-
-    Args:
-        keep: the value of `--distill.keep`. Weights are copied only for `best`.
     """
 
     def __init__(self, keep: Literal["last", "best"] = "best") -> None:

@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 @recovery("distill")
 class Distill(Recovery):
-    """Recovery by end-to-end distillation from the dense model on text of `corpora.recover` (`DistillationStage`).
-
-    Args:
-        settings: the flags `--distill.*`; by default their default values.
-    """
+    """Recovery by end-to-end distillation from the dense model on text of `corpora.recover` (`DistillationStage`)."""
 
     learns = uses_teacher = True
 

@@ -52,10 +52,6 @@ class OutlierDetector:
         """Return whether to apply a step, which is the case unless its loss or gradient norm is an outlier.
 
         Values of an applied step become part of the median. Otherwise the step is counted as skipped.
-
-        Args:
-            loss: loss of the step.
-            norm: gradient norm of the step.
         """
         if self._is_outlier(loss, self.losses) or self._is_outlier(norm, self.norms):
             self.left_out += 1

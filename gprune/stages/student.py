@@ -31,16 +31,6 @@ class Student:
 
     This is not an `nn.Module`, so a stage with a student as attribute does not register all its weights. Matrices that
     a family stores in one tensor (gate and up, or query, key and value) are trained as separate tensors.
-
-    Args:
-        model: the pruned model, which is changed in place.
-        targets: `mlp`: weights of FFNs; `all`: all weights of decoder layers; `lora`: adapters.
-        rank: rank of adapters.
-        checkpointing: recompute the activations of each layer in the backward pass.
-
-    Attributes:
-        learned: trained parameters by name.
-        sizes: RMS of each trained tensor before training, by name, to which learning rates are relative.
     """
 
     def __init__(
@@ -78,14 +68,7 @@ class Student:
         return self._unsharded is not None
 
     def _learn(self, name: str, parameter: nn.Parameter, size: Tensor | None = None) -> None:
-        """Add a parameter to `learned` and `sizes`.
-
-        Args:
-            name: name of the parameter.
-            parameter: the parameter.
-            size: the size to which its learning rate is relative, (); by default its RMS. For the gain of a norm this
-                is the RMS of the factor by which the norm multiplies.
-        """
+        """Add a parameter to `learned` and `sizes`."""
         if size is None:
             is_gain = parameter.dim() == 1 and name.endswith("weight")
             size = rms(parameter + self._norm_offset if is_gain else parameter)
@@ -235,12 +218,7 @@ def _parametrize(host: nn.Module, name: str, parts: FusedParts) -> None:
 
 
 class FusedParts(nn.Module):
-    """Parametrization of a fused tensor by its parts.
-
-    Args:
-        rows: indices of each part along `dim`.
-        dim: dimension along which parts are fused.
-    """
+    """Parametrization of a fused tensor by its parts."""
 
     def __init__(self, rows: list[Tensor], dim: int):
         super().__init__()
@@ -266,10 +244,6 @@ def factor_sizes(host: nn.Module, rows_of_parts: list[Tensor]) -> list[Tensor]:
     """Return the size of the factor B of PEFT's W + s B A, for each part of the rows of W; B itself starts at zero.
 
     With rms(W) / (s sqrt(rank) rms(A)), a step of B changes W as much as a step of W would.
-
-    Args:
-        host: a linear layer of PEFT.
-        rows_of_parts: rows of each part in W; empty if W is not fused.
     """
     A, W = host.lora_A["default"].weight, host.base_layer.weight
     if host.fan_in_fan_out:

@@ -259,12 +259,7 @@ def _unit_mean(blocks: Sequence[BlockGradient]) -> Tensor:
 
 
 def _group_gate(p: Tensor, threshold: Tensor) -> Tensor:
-    """Return `soft_gate` for ranks (G,) and a threshold (1,) of the KV groups of a block, which form one module.
-
-    Args:
-        p: (G,) ranks.
-        threshold: (1,).
-    """
+    """Return `soft_gate` for ranks (G,) and a threshold (1,) of the KV groups of a block, which form one module."""
     labels = torch.zeros(len(p), dtype=torch.long, device=p.device)
     sizes = torch.full((1,), len(p), device=p.device)
     return soft_gate(p, threshold, labels, sizes)

@@ -15,11 +15,7 @@ from gprune.storage.reading import expanded
 
 
 def cache_dir() -> Path:
-    """Return the cache folder `$GPRUNE_CACHE` or `~/.cache/gprune`, and create it if it does not exist.
-
-    Raises:
-        UserError: if it cannot be created.
-    """
+    """Return the cache folder `$GPRUNE_CACHE` or `~/.cache/gprune`, and create it if it does not exist."""
     path = expanded(os.environ.get("GPRUNE_CACHE") or "~/.cache/gprune")
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)

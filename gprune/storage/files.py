@@ -44,12 +44,6 @@ def replacing(path: Path) -> Iterator[Path]:
     On failure the temporary file is removed, and `path` stays as it was. The temporary path is in a scratch folder
     beside `path` and has the same name, because files may store their name. Files get the default mode of new files
     (safetensors would make them readable for the owner only).
-
-    Yields:
-        The temporary path, to which the caller writes.
-
-    Raises:
-        UserError: if the folder cannot be written or the disk is full.
     """
     with disk_errors(path), scratch_folder(path) as folder:
         temporary = folder / path.name
@@ -99,12 +93,7 @@ def _remove(scratch: Path, path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Context manager that holds the lock of a folder. The lock is a file `.lock` in the folder, and is not removed.
-
-    Raises:
-        TimeoutError: if another process holds the lock.
-        OSError: if there is no such folder.
-    """
+    """Context manager that holds the lock of a folder. The lock is a file `.lock` in the folder, and is not removed."""
     if not folder.is_dir():  # FileLock would create the folder
         raise NotADirectoryError(f"{folder} is not a folder")
     with FileLock(folder / ".lock", blocking=False):
@@ -113,18 +102,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @rank_zero_only
 def write_json(path: Path, content: dict[str, Any], *, run: str | None = None, width: int = 0) -> None:
-    """Write a JSON object, with its checksum and the key of its `run`, if any.
-
-    Args:
-        path: path of the file.
-        content: the content, which must be JSON without NaN.
-        run: key of the run that the file belongs to.
-        width: 0 for an indented file; otherwise values of at most `width` characters are on one line.
-
-    Raises:
-        UserError: if the folder cannot be written or the disk is full.
-        ValueError: if the content has NaN or infinity.
-    """
+    """Write a JSON object, with its checksum and the key of its `run`, if any."""
     content = json.loads(json.dumps(content, allow_nan=False))  # a copy, as it will be read
     if run:
         content["run"] = run
@@ -164,11 +142,6 @@ def inspect_json(
     """Read JSON and return (content, None), or (None, reason) if the file is missing, truncated, altered or foreign.
 
     The reason for a missing file is `MISSING`.
-
-    Args:
-        path: path of the file.
-        run: the key of the run that the file has to belong to, if it names a run.
-        check: raises ValueError if the content is invalid for another reason.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -210,16 +183,7 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
 
 @rank_zero_only
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Save tensors, with their content hash and the file's name in the metadata.
-
-    Args:
-        path: path of the file.
-        tensors: tensors by name, on any device.
-        metadata: more entries of the metadata, such as `run`, the key of the run that the file belongs to.
-
-    Raises:
-        UserError: if the folder cannot be written or the disk is full.
-    """
+    """Save tensors, with their content hash and the file's name in the metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     marks = {**(metadata or {}), "content_hash": content_hash(tensors), "file": path.name}
     with replacing(path) as temporary:
@@ -229,14 +193,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> dict[str, Tensor] | None:
-    """Read tensors. Return None if the file is missing or, with a warning, if it is truncated, altered or foreign.
-
-    Args:
-        path: path of the file.
-        run: the key of the run that the file has to belong to.
-        once: verify the content hash only once per process while the file is unchanged, for large files that are read
-            many times.
-    """
+    """Read tensors. Return None if the file is missing or, with a warning, if it is truncated, altered or foreign."""
     try:
         stat = path.stat()
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)

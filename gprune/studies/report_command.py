@@ -54,11 +54,7 @@ def parser() -> Parser:
 
 
 def run(args: Sequence[str]) -> str:
-    """Write tables and figures, and return the tables and the path of the report as text.
-
-    Raises:
-        UserError: if a run, record or list does not exist or is invalid, or files cannot be written.
-    """
+    """Write tables and figures, and return the tables and the path of the report as text."""
     options = parser().parse_args(args)
     for name in (*options.runs, *filter(None, [options.base])):
         check_exists(name)
@@ -83,11 +79,7 @@ def run(args: Sequence[str]) -> str:
 
 
 def split_list_name(name: str) -> tuple[str, str | None] | None:
-    """Split the argument LIST.yaml:ROW.
-
-    Returns:
-        (list, row) for a row, (list, None) for a whole list, or None for a folder or a record.
-    """
+    """Split the argument LIST.yaml:ROW."""
     if expanded(name).is_dir():
         return None
     path, colon, row = name.rpartition(":")
@@ -111,14 +103,6 @@ def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -
     """Return the runs of an argument, which is a run folder, a record, or rows of a list.
 
     For a list it also returns the references of the runs, and the corpora that count as seen in all rows.
-
-    Args:
-        name: the argument.
-        records: folder of records; None for the default of the list.
-        seeds: seeds of rows of a list; None for those of the list.
-
-    Raises:
-        UserError: if a record or a list is invalid, or rows of a list have no records.
     """
     from gprune.studies.archive import read_record, record_to_run
     from gprune.studies.listing import Listing
@@ -147,11 +131,7 @@ def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -
 
 
 def merge_references(arguments: Sequence[Argument]) -> dict[Path, FinishedRun] | None:
-    """Return path of a run -> reference run of its list; None unless all arguments are lists with a reference.
-
-    Raises:
-        UserError: if two lists share a run and have different references for it.
-    """
+    """Return path of a run -> reference run of its list; None unless all arguments are lists with a reference."""
     if any(references is None for _, references, _ in arguments):
         return None
     merged: dict[Path, FinishedRun] = {}
@@ -177,9 +157,6 @@ def default_output(runs: Sequence[Path]) -> Path:
     """Return the default folder `report`.
 
     It is in the run, in the common parent of several runs or, if any argument is a record, in the current directory.
-
-    Args:
-        runs: paths of run folders and of records.
     """
     if not all(run.is_dir() for run in runs):
         return Path("report")

@@ -189,11 +189,7 @@ def describe_outdated(rows: Sequence[Row]) -> str:
 
 
 def select_rows(listing: Listing, names: Iterable[str] | None, *, what: str = "The rows") -> list[Row]:
-    """Select rows of a list by name, by default all.
-
-    Raises:
-        UserError: for an unknown name. The message begins with `what`.
-    """
+    """Select rows of a list by name, by default all."""
     all_names = dict.fromkeys(row.name for row in listing.rows)
     selected = list(all_names if names is None else names)
     if unknown := [name for name in selected if name not in all_names]:

@@ -39,15 +39,7 @@ from gprune.studies.tracking import log_study, wandb_beside_records, with_wandb_
 
 
 def run_lists(listings: Sequence[Listing], options: Namespace) -> None:
-    """Run the rows of the lists that have no record, and print the results.
-
-    Args:
-        listings: the lists.
-        options: the parsed arguments of `gprune study`.
-
-    Raises:
-        UserError: if an argument or a row is invalid.
-    """
+    """Run the rows of the lists that have no record, and print the results."""
     for listing in listings:
         rows = select_part(select_rows(listing, options.only, what="--only"), options.part)
         pending = [row for row in rows if finished_record(row) is None]
@@ -60,11 +52,7 @@ def run_lists(listings: Sequence[Listing], options: Namespace) -> None:
 
 
 def run_rows(pending: Sequence[Row]) -> None:
-    """Print the expected cost, run each row and its tasks, and print when its record is stored.
-
-    Raises:
-        UserError: before anything runs, if a record could not be written or a row is invalid.
-    """
+    """Print the expected cost, run each row and its tasks, and print when its record is stored."""
     is_rank_0 = process_index() == 0
     if is_rank_0 and (outdated := describe_outdated(pending)):
         write_stdout(outdated + "\n")
@@ -125,9 +113,6 @@ def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
     """Run one configuration and store its record.
 
     Tasks and their results in an existing record are kept.
-
-    Returns:
-        The run's folder and the record, which is empty on ranks other than 0.
     """
     cfg = with_wandb_names(row)
     if row.tasks and cfg.recovery != "none":
@@ -172,15 +157,7 @@ def _with_exported_model(cfg: RunConfig) -> RunConfig:
 
 
 def print_results(study: StudyResult, options: Namespace) -> None:
-    """Print the results of a list, write its output file and figures, and log them to W&B.
-
-    Args:
-        study: the selected rows of the list, with their records.
-        options: the parsed arguments of `gprune study`.
-
-    Raises:
-        UserError: if there is an output file to write, but no record.
-    """
+    """Print the results of a list, write its output file and figures, and log them to W&B."""
     listing, done = study.listing, study.done
     if options.commands:
         write_stdout("\n" + "\n\n".join(f"# {row.name}, seed {row.seed}\n{row.command}" for row in study.rows) + "\n")
@@ -215,13 +192,7 @@ def print_results(study: StudyResult, options: Namespace) -> None:
 
 
 def print_stored(row: Row, start: float, what: str = "") -> None:
-    """Print the seconds since the start of a row or of its tasks, and that the record is stored.
-
-    Args:
-        row: the finished row.
-        start: time of the start, by `time.monotonic`.
-        what: text before the seconds.
-    """
+    """Print the seconds since the start of a row or of its tasks, and that the record is stored."""
     write_stdout(f"{row.name}, seed {row.seed}: {what}{time.monotonic() - start:.0f} s, stored\n")
 
 

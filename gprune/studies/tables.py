@@ -29,12 +29,7 @@ def make_report(listing: Listing, done: FinishedRows) -> Report:
 
 
 def reference_runs(reference: str | None, runs: Sequence[FinishedRun]) -> dict[Path, FinishedRun] | None:
-    """Return path of a run -> reference run with the same seed, if the two have the same number of parameters.
-
-    Args:
-        reference: name of the row that is the reference of the list, or None.
-        runs: runs of the list.
-    """
+    """Return path of a run -> reference run with the same seed, if the two have the same number of parameters."""
     if reference is None:
         return None
     references = {run.seed: run for run in runs if run.name == reference}
@@ -120,17 +115,7 @@ def select_stage(records: Sequence[Record], stage: tuple[str, str]) -> list[Reco
 
 
 def stage_ratios(runs: Sequence[FinishedRun], first: str, second: str, number: str = "nll") -> list[Estimate] | None:
-    """Compute `unseen_ratio` of two stages for every common seed.
-
-    Args:
-        runs: runs of a list.
-        first: the numerator, as `row: stage`.
-        second: the denominator, as `row: stage`.
-        number: as for `unseen_ratio`.
-
-    Returns:
-        The ratios. None if a row is not finished; an empty list if the rows have no seed in common, or windows differ.
-    """
+    """Compute `unseen_ratio` of two stages for every common seed."""
     first_runs, first_stage = _find_stage(runs, first)
     second_runs, second_stage = _find_stage(runs, second)
     if not first_runs or not second_runs:
@@ -143,19 +128,7 @@ def stage_ratios(runs: Sequence[FinishedRun], first: str, second: str, number: s
 
 
 def _find_stage(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], tuple[str, str]]:
-    """Find the runs and the stage that a name such as `ours: gprune` refers to.
-
-    Args:
-        runs: runs of a list.
-        name: `row: stage`, as in the key `compare`.
-
-    Returns:
-        The runs of the row, which are none if the row is not finished, and the key (stage, recovery) of the stage in
-        their records. Without runs the key is a pair of empty strings.
-
-    Raises:
-        UserError: if the row has finished runs, but no such stage.
-    """
+    """Find the runs and the stage that a name such as `ours: gprune` refers to."""
     row, _, stage = name.rpartition(": ")
     runs_of_row = [run for run in runs if run.name == row]
     keys = {row_name(*key): key for run in runs_of_row for key in by_stage(run.records)}

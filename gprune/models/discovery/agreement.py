@@ -92,14 +92,7 @@ def watchers_get_tokens(probe: Probe) -> bool:
 
 
 def random_masks(model: PreTrainedModel, share: float | None = None, seed: int = 5) -> Masks:
-    """Return keep masks, random for neurons, which keep at least one neuron and one KV group of each block.
-
-    Args:
-        model: the model, whose structure is known.
-        share: share of the neurons and of the KV groups to remove. None: neurons as many as 3 plus the index of the
-            block, so that blocks get different widths, and one KV group.
-        seed: seed of the masks of neurons.
-    """
+    """Return keep masks, random for neurons, which keep at least one neuron and one KV group of each block."""
     generator = torch.Generator().manual_seed(seed)
     ffn, attention = [], []
     for block in blocks_of(model):

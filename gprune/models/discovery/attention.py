@@ -23,12 +23,6 @@ def attention_kinds(
 
     A KV group is the smallest group of columns for which rows of query, key and value vanish. With fewer columns only
     rows of value vanish.
-
-    Args:
-        probe: the tiny model.
-        path: path of the output projection in a layer.
-        projections: number of a layer -> the projection and its dimension of columns.
-        size: number of columns.
     """
     remaining = dict(projections)
     counts = {
@@ -67,20 +61,7 @@ def _attention_kind(
     probe: Probe, index: int, path: str, size: int, width: int, rows: Rows,
     value_rows: Mapping[tuple[str, int], set[int]],
 ) -> dict[str, Any] | None:  # fmt: skip
-    """Return the kind of attention, from rows of its first KV group.
-
-    Args:
-        probe: the tiny model.
-        index: number of the layer.
-        path: path of the output projection in the layer.
-        size: number of columns of the output projection.
-        width: number of its columns per KV group.
-        rows: rows of parameters that vanish with the first KV group.
-        value_rows: the rows among them that also vanish with fewer columns, so they belong to value.
-
-    Returns:
-        The kind, or None if there are no rows of query, key or value, or their order is unknown.
-    """
+    """Return the kind of attention, from rows of its first KV group."""
     layer = probe.layers[index]
     output = owner_of(path)
     groups = size // width
@@ -136,10 +117,6 @@ def _choose_hosts(hosts: Mapping[str, Tensor], roles: Mapping[str, Sequence[str]
     """Return {role: path of its linear layer}, or None unless there are a query, one key and one value.
 
     A gate of the attention output also depends on its own token only. The query has a q in its name, or is larger.
-
-    Args:
-        hosts: path of a linear layer -> its rows.
-        roles: path of a linear layer -> role of each of these rows.
     """
     by_role = {role: [host for host in hosts if role in roles[host]] for role in ROLES}
     if not by_role["query"] or len(by_role["key"]) != 1 or len(by_role["value"]) != 1:
@@ -155,13 +132,6 @@ def _layout_of_hosts(
     """Return the order of parts in each fused linear layer, as in `Family.layout`; None if an order is unknown.
 
     The default, `query | key | value` in one linear layer, is omitted.
-
-    Args:
-        layer: the decoder layer.
-        hosts: path of a linear layer -> its rows for the first KV group.
-        roles: path of a linear layer -> role of each of these rows.
-        chosen: role -> path of its linear layer.
-        groups: number of KV groups.
     """
     layout = {}
     for host in dict.fromkeys(chosen.values()):
@@ -199,17 +169,7 @@ def _number_of_outputs(layer: nn.Module, host: str) -> int:
 
 
 def _order_of_parts(indices: Sequence[int], roles: Sequence[str], groups: int, length: int) -> str | None:
-    """Return the order of parts in a parameter, from rows of its first KV group and their roles.
-
-    Args:
-        indices: rows of the first KV group, ascending.
-        roles: role of each of these rows.
-        groups: number of KV groups.
-        length: number of rows of the parameter.
-
-    Returns:
-        `query | key | value`, `query key value`, or a single part, with parts in their order; None for any other order.
-    """
+    """Return the order of parts in a parameter, from rows of its first KV group and their roles."""
     runs: list[tuple[str, int, int]] = []  # consecutive rows of a role: role, first row, length
     for row, role in zip(indices, roles, strict=True):
         if runs:
@@ -229,14 +189,7 @@ def _order_of_parts(indices: Sequence[int], roles: Sequence[str], groups: int, l
 
 
 def _norm_over_heads(layer: nn.Module, extras: Mapping[str, Any], length: int, role: str) -> str | None:
-    """Return the path of a norm over all heads of query or key, or None.
-
-    Args:
-        layer: the layer.
-        extras: parameters other than those of linear layers that have rows of KV groups.
-        length: number of outputs of query or key.
-        role: `query` or `key`. The name of the norm begins with its first letter.
-    """
+    """Return the path of a norm over all heads of query or key, or None."""
     for name in extras:
         path, _, attribute = name.rpartition(".")
         is_over_all = attribute == "weight" and layer.get_parameter(name).shape == (length,)
@@ -250,12 +203,6 @@ def _rows_of_own_token(probe: Probe, index: int, output: str, hosts: Sequence[st
 
     They are outputs at earlier tokens without a gradient of the attention output at the last token. Modules without any
     gradient are omitted.
-
-    Args:
-        probe: the tiny model.
-        index: number of the layer.
-        output: path of the output projection.
-        hosts: paths of linear layers.
     """
     calls = probe.in_layer(index, [*hosts, output], gradients=True)
     # The last call of each module: recurrent types may compute earlier ones without gradients.

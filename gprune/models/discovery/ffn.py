@@ -18,16 +18,7 @@ from gprune.models.parts import names_in
 
 
 def ffn_kind(probe: Probe, index: int, path: str, size: int, neuron: int, rows: Rows) -> dict[str, Any] | None:
-    """Return the kind of FFN with an output projection, or None if the order of its rows is unknown.
-
-    Args:
-        probe: the tiny model.
-        index: number of the layer.
-        path: path of the output projection in the layer.
-        size: number of neurons.
-        neuron: one of the neurons.
-        rows: rows of parameters that belong to this neuron.
-    """
+    """Return the kind of FFN with an output projection, or None if the order of its rows is unknown."""
     layer = probe.layers[index]
     order_of_rows = {
         (neuron,): "up",
@@ -45,14 +36,7 @@ def ffn_kind(probe: Probe, index: int, path: str, size: int, neuron: int, rows: 
 
 
 def _dense_kind(probe: Probe, index: int, path: str, row_orders: dict[str, tuple[int, str]]) -> dict[str, Any] | None:
-    """Return the kind of an FFN of linear layers, or None if it cannot be pruned by slicing these layers.
-
-    Args:
-        probe: the tiny model.
-        index: number of the layer.
-        path: path of the weight of the down projection.
-        row_orders: parameters with rows of neurons, where a single part is called `up`.
-    """
+    """Return the kind of an FFN of linear layers, or None if it cannot be pruned by slicing these layers."""
     layer = probe.layers[index]
     down = owner_of(path)
     hosts = [
@@ -79,14 +63,7 @@ def _dense_kind(probe: Probe, index: int, path: str, row_orders: dict[str, tuple
 
 
 def _experts_kind(probe: Probe, index: int, path: str, row_orders: dict[str, tuple[int, str]]) -> dict[str, Any] | None:
-    """Return the kind of experts with projections stacked in tensors (E, n, H) or (E, H, n), or None.
-
-    Args:
-        probe: the tiny model.
-        index: number of the layer.
-        path: path of the stacked down projections.
-        row_orders: parameters with rows of neurons, where a single part is called `up`.
-    """
+    """Return the kind of experts with projections stacked in tensors (E, n, H) or (E, H, n), or None."""
     layer = probe.layers[index]
     experts = common_module([path, *row_orders])
     if not experts or not probe.is_called(index, experts):
@@ -116,17 +93,7 @@ def _experts_kind(probe: Probe, index: int, path: str, row_orders: dict[str, tup
 def _tell_gate_from_up(
     probe: Probe, index: int, weights: dict[str, tuple[int, str]], measure: Callable[[], Tensor]
 ) -> dict[str, str] | None:
-    """Return the true order of parts in each weight. Neurons are linear in up, but not in gate.
-
-    Args:
-        probe: the tiny model.
-        index: number of the layer.
-        weights: weight -> its dimension of rows and a preliminary order, in which gate and up may be exchanged.
-        measure: returns a tensor that is linear in up, such as the inputs of the down projection.
-
-    Returns:
-        weight -> order, or None if neurons are linear in no part, or weights are neither one nor a pair of two parts.
-    """
+    """Return the true order of parts in each weight. Neurons are linear in up, but not in gate."""
     layer = probe.layers[index]
 
     def is_linear_in(name: str, part: Callable[[Tensor], Tensor] = lambda weight: weight) -> bool:

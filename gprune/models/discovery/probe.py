@@ -99,9 +99,6 @@ class Probe:
         """Path of the layers in the decoder: the largest list of modules that the text passes.
 
         Lists with as many entries as the config has layers are preferred.
-
-        Raises:
-            UserError: if there is no list of modules that the text passes.
         """
         lists = {
             path: module for path, module in self.decoder.named_modules()
@@ -131,12 +128,7 @@ class Probe:
     # Inputs and outputs of modules
 
     def calls(self, modules: Mapping[str, nn.Module], *, gradients: bool = False) -> list[Call]:
-        """Return the calls of modules in one forward pass, in the order in which they return.
-
-        Args:
-            modules: modules by path. The path is only used as `Call.path`.
-            gradients: whether tensors of the calls have gradients.
-        """
+        """Return the calls of modules in one forward pass, in the order in which they return."""
         calls: list[Call] = []
 
         def recorder(path: str) -> Callable[..., None]:
@@ -194,11 +186,6 @@ class Probe:
         """Return rows of parameters whose gradient vanishes if columns of output projections are zero, by layer.
 
         A parameter is omitted if none or all of its rows vanish.
-
-        Args:
-            projections: number of a layer -> its output projection and the dimension of columns.
-            columns: the columns.
-            skip: path of the projections in their layers, which are ignored.
         """
         with torch.no_grad(), ExitStack() as restored:
             for weight, dim in projections.values():
@@ -335,11 +322,7 @@ def row_dim(module: nn.Module) -> int:
 
 
 def _live(gradients: Mapping[str, Tensor], *, threshold: float = 0.0) -> dict[tuple[str, int], Tensor]:
-    """Return for each parameter and dimension which indices have a gradient larger than `threshold`.
-
-    Returns:
-        (name of a parameter, dimension) -> (size along the dimension,) bool.
-    """
+    """Return for each parameter and dimension which indices have a gradient larger than `threshold`."""
     live = {}
     for name, gradient in gradients.items():
         is_large = gradient.abs() > threshold

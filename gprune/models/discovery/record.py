@@ -44,11 +44,7 @@ PATHS = ("gate", "up", "down", "query", "key", "value", "output")  # fields of a
 
 
 def discover(config: PreTrainedConfig) -> Family:
-    """Return the record of a configuration's type, from the cache or by discovery.
-
-    Raises:
-        UserError: if discovery fails.
-    """
+    """Return the record of a configuration's type, from the cache or by discovery."""
     check_supported(config)
     with quoting(f"Cannot configure a tiny copy of model type '{dense_type(config)}': ", f". {REMEDY}."):
         tiny = shrunk(stock_config(config))
@@ -61,11 +57,7 @@ def discover(config: PreTrainedConfig) -> Family:
 
 
 def discover_from_tiny(tiny: PreTrainedConfig) -> Family:
-    """Build a random model from a tiny configuration, and return the record of its type.
-
-    Raises:
-        UserError: if the model cannot be built, or discovery fails.
-    """
+    """Build a random model from a tiny configuration, and return the record of its type."""
     with quoting(f"Cannot make a tiny copy of model type '{tiny.model_type}': ", f". {REMEDY}."):
         model = tiny_model(tiny)
     failure = f"Cannot find the structure of model type '{tiny.model_type}': "
@@ -115,13 +107,6 @@ def accept_candidates(probe: Probe, base: Family) -> tuple[dict[str, list[Kind]]
     """Return the candidates for which the masked and the sliced model agree, by scope, and the refused FFNs.
 
     Candidates with the largest projection come first. Refused FFNs are in the form of `Family.refused`.
-
-    Args:
-        probe: the tiny model.
-        base: a record without FFN and attention. Each candidate is checked alone in it.
-
-    Raises:
-        UserError: if no FFN is accepted.
     """
     with separable_norms(probe.layers):
         largest_first = sorted(candidates(probe), key=lambda candidate: -candidate[2])
@@ -270,11 +255,6 @@ def kinds_at(probe: Probe, path: str, projections: Mapping[int, tuple[Tensor, in
 
     In an FFN each neuron has its own rows, so the number of vanishing rows is proportional to the number of columns.
     Other projections may be those of attention.
-
-    Args:
-        probe: the tiny model.
-        path: path of the projection in a layer.
-        projections: number of a layer -> the projection and its dimension of columns.
     """
     weight, dim = next(iter(projections.values()))
     size = weight.shape[dim]
@@ -345,12 +325,7 @@ def _first_norm(probe: Probe, path: str | None) -> nn.Module | None:
 
 
 def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
-    """Return config keys of numbers of units, which are needed to export stock folders.
-
-    Returns:
-        `width`: '', because every kind of FFN has its own key; `widths`: the key for each kind of FFN, or '' if there
-        is none; `kv_heads`: the key of the number of KV heads, or None.
-    """
+    """Return config keys of numbers of units, which are needed to export stock folders."""
     remember(probe.model, record)
     blocks = blocks_of(probe.model)
     config_values = {name: value for name, value in probe.config.to_dict().items() if type(value) is int}

@@ -21,17 +21,7 @@ def complete_kind(
     probe: Probe, index: int, kind: dict[str, Any], scope: str, hosts: Sequence[str], output: str,
     sizes: Mapping[int, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Add norms, attributes with sizes, and classes of modules to a kind in place, and return it.
-
-    Args:
-        probe: the tiny model.
-        index: number of the layer.
-        kind: fields of a record.
-        scope: `ffn` or `attention`.
-        hosts: modules that read the hidden states, after a norm.
-        output: the output projection, or the experts.
-        sizes: values of attributes that change by pruning -> the meaning of the value, such as `neurons`.
-    """
+    """Add norms, attributes with sizes, and classes of modules to a kind in place, and return it."""
     layer = probe.layers[index]
     owner = kind.get("experts") or owner_of(output)
     paths = [path for path in (*hosts, output, owner) if path]
@@ -54,14 +44,7 @@ def complete_kind(
 
 
 def norms_around(probe: Probe, index: int, host: str, output: str) -> tuple[str | None, str | None]:
-    """Return the norm whose output a module reads, and the first norm after the output projection.
-
-    Args:
-        probe: the tiny model.
-        index: number of the layer.
-        host: path of the module that reads the output of the first norm.
-        output: path of the output projection.
-    """
+    """Return the norm whose output a module reads, and the first norm after the output projection."""
     norms = _norm_paths(probe.layers[index])
     calls = probe.in_layer(index, dict.fromkeys([*norms, host, output]))
     host_input = next((call.entering for call in calls if call.path == host), None)
@@ -168,11 +151,6 @@ def logit_transform(probe: Probe) -> dict[str, Any]:
     division by the ratio of the hidden size and any config value is tried, and last every module outside of the decoder
     through which hidden states may pass before the head. Sizes are not tried, because in the tiny copy they may equal a
     factor by chance.
-
-    Returns:
-        {field: config key} with one of `logits_scaling`, `logits_multiplier`, `softcap`; {"before_head": path}; {} if
-        logits are the plain product; {"plain_head": False} if their computation is unknown. A ratio has the key
-        `hidden_size/<key>`.
     """
     product = None
     head = probe.model.get_output_embeddings()
