@@ -187,7 +187,7 @@ def _measure(
         run.step(10, "Evaluating")
         with run.folder.step("evaluate"):
             _evaluate(run, records, other, recovery, test)
-        summary = summarise(run, records, None, other, None, {})
+        summary = summarise(run, records, None, other, None)
         with optional_output("report.html", f"`gprune report {run.folder.path}` writes it"):
             write_pages(run)
         recovered = recovery == "distill"

@@ -55,7 +55,7 @@ def test_a_changed_default_renames_no_record_and_changes_no_record_that_lacks_th
 
 def test_defaults_of_pruning_do_not_identify_a_row_of_a_model_made_elsewhere(bench):
     (row,) = bench.rows(bench.write("elsewhere", {"x": {"model": "some/model"}}))
-    settings = row.config.settings()
+    settings = row.identity
     other = settings | {"sparsity": settings["sparsity"] | {"width_multiple": 1, "target": 0.3}}
     assert archive.identifying_settings(other) == archive.identifying_settings(settings)
     assert archive.identifying_settings(settings | {"gprune": True}) != archive.identifying_settings(settings)
