@@ -45,7 +45,7 @@ def _sum_of_processes(tensor: Tensor, group: Any = None) -> list[Tensor]:
 
 
 class Collector:
-    """Context manager that collects statistics of inputs of down and output projections. Leaving it removes the hooks."""
+    """Context manager that collects statistics of the inputs of down and output projections by hooks."""
 
     def __init__(
         self,

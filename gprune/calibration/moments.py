@@ -63,7 +63,7 @@ class StreamingMoments(_Sums):
     """Sums of one projection's input with C channels."""
 
     def update(self, x: Tensor, half: Tensor, weight: Tensor) -> None:
-        """Add activations (B, T, C) of windows to their halves, (B,) in {0, 1}; a weight of 0, (B,), ignores a window."""
+        """Add activations (B, T, C) of windows to their halves, (B,) in {0, 1}; weights (B,) of 0 ignore windows."""
         values = x.float()
         # The column of each window has its weight in the row of its half, and 0 in the other row.
         weight_by_half = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)  # (half, window)

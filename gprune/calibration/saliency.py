@@ -40,7 +40,7 @@ class StreamingGradients(Metric):
         add_large_state(self, "gradient", 2, *shape)
 
     def update(self, x: Tensor, gradient: Tensor, halves: Sequence[int | None]) -> None:
-        """Add inputs (B, T, in) and gradients (B, T, out) of windows to their halves; those of half None are ignored."""
+        """Add inputs (B, T, in) and gradients (B, T, out) of windows to their halves; None ignores a window."""
         for window, half in enumerate(halves):
             if half is not None:
                 self.gradient[half] += gradient[window].float().T @ x[window].float()

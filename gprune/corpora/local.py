@@ -56,7 +56,7 @@ def text_files(path: Path) -> list[Path]:
 
 
 def load_files(path: Path, split: str) -> list[str]:
-    """Read the documents of one split: the files `<split>.*`, or without such files the split's share of a 70/30 cut."""
+    """Read the documents of one split: the files `<split>.*`, or the split's share of a 70/30 cut."""
     files = text_files(path)
     # Names begin with the split, and continue with a suffix (`train.txt`) or a part number (`train-00000.parquet`).
     train, validation, test = (

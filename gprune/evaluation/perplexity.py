@@ -118,7 +118,7 @@ def perplexity(
     shared: bool = False,
     forecasts: list[Forecast] | None = None,
 ) -> PerplexityResult:
-    """Return the perplexity: exp of the mean next-token cross-entropy over windows, each scored from its second token."""
+    """Return exp of the mean next-token cross-entropy over windows, each scored from its second token."""
     rank, world_size = rank_and_world_size() if shared else (0, 1)
     batches = windows.tokens.split(batch_size)  # batch i belongs to rank i % world_size
     dense_forecasts = list(forecasts or ())

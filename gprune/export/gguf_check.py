@@ -58,7 +58,7 @@ def check_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 
 
 def score_in_llama_cpp(path: Path, ids: list[int], texts: list[str]) -> tuple[Tensor, list[list[int]]]:
-    """Return log-probabilities after each of T `ids`, (T, vocabulary) float64, and the tokens of `texts`, by llama.cpp."""
+    """Return llama.cpp's log-probabilities after each of T `ids`, (T, vocabulary), and tokens of `texts`."""
     with tempfile.TemporaryDirectory(prefix="gprune-llamacpp-") as scratch:
         file = Path(scratch) / "logprobs.npy"
         tokens = ask_llama_cpp("score", path, ids=ids, texts=texts, logprobs=str(file))

@@ -72,7 +72,7 @@ def _special_token_keys(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def find_word_splitting(content: dict[str, Any]) -> str | None:
-    """Return llama.cpp's name of the tokenizer's word splitting, or None if llama.cpp does not support the tokenizer."""
+    """Return llama.cpp's name of the tokenizer's word splitting, or None if llama.cpp does not support it."""
     model = content["model"]
     has_affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model["type"] != "BPE" or model["byte_fallback"] or has_affixes or content["normalizer"]:

@@ -236,7 +236,7 @@ def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> P
 
 
 def implementation(config: PreTrainedConfig, name: str) -> Any:
-    """Return the implementation that a config names, in the form that transformers accepts for a config of its class."""
+    """Return the implementation that a config names, in the form that transformers accepts for its class."""
     sub_configs = {key: getattr(config, key, None) for key in config.sub_configs}
     sub_configs = {key: getattr(config, key, None) for key in config.sub_configs}
     nested = {key: implementation(sub, name) for key, sub in sub_configs.items() if isinstance(sub, PreTrainedConfig)}
@@ -364,7 +364,7 @@ def reloaded_logits(
     max_memory: Mapping[str, str] | None = None,
     **load: Any,
 ) -> Tensor:
-    """Return logits (B, T, vocabulary) of a saved model for ids (B, T), in a fresh process without gprune and network."""
+    """Return logits (B, T, vocabulary) of a saved model in a fresh process, without gprune and network."""
     limits = None if max_memory is None else list(memory_limits(max_memory).items())
     with tempfile.TemporaryDirectory(prefix="gprune-reload-") as scratch:
         tokens_file, logits_file = f"{scratch}/tokens", f"{scratch}/logits"

@@ -93,7 +93,7 @@ def add_row(
 def measurement_of(
     run: Run, row: Stage, model: PreTrainedModel
 ) -> tuple[Callable[..., PerplexityResult], list[Windows]]:
-    """Return the function that measures a row's model, and the text. Tokens of a pruned model are counted from here on."""
+    """Return the function that measures a row's model, and the text, and count a pruned model's tokens from now on."""
     if row == DENSE:  # counted since the run was opened
         return dense_perplexity, run.text.test
     run.meter.watch(model)

@@ -140,7 +140,7 @@ def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: l
 
 
 def checked_labels(name: str, value: Any, labels: Sequence[Tensor]) -> list[Tensor]:
-    """Check the labels that a refiner returned, and return them as (N,) int64 on the CPU, for each block with an FFN."""
+    """Check the labels that a refiner returned, and return (N,) int64 on the CPU for each block with an FFN."""
     try:
         pairs = list(zip(value, labels, strict=True))
     except (TypeError, ValueError) as error:  # not a list, or a list of another length

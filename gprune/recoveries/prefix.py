@@ -236,7 +236,7 @@ class PrunedPrefix:
         self, block: Block, dense: Block, part: str, target: Target, projection: Observed,
         before: Tensor, after: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Return x_t, (tokens, K), and y*_t - W_K x_t, (tokens, H), of one batch, as in the docstring of this module."""
+        """Return x_t, (tokens, K), and y*_t - W_K x_t, (tokens, H), of one batch (docstring of this module)."""
         x, y = projection.input.flatten(0, -2), projection.output.flatten(0, -2)
         dense_output = None
         if target.output is not None:

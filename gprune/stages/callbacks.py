@@ -122,7 +122,7 @@ class PerplexityCurve(L.Callback):
     def against_sparsity(
         self, trainer: L.Trainer, stage: FrozenLMStage, data: L.LightningDataModule, masks: Mapping[float, Masks | None]
     ) -> None:
-        """Measure perplexity at several sparsities with `trainer.validate`, and log it as `curve/perplexity/<corpus>`."""
+        """Measure perplexity at several sparsities by `trainer.validate`, logged as `curve/perplexity/<corpus>`."""
         (apply_masks,) = (callback for callback in trainer.callbacks if isinstance(callback, ApplyMasks))
         stage.validation_prefix = "curve"
         for step, sparsity in enumerate(sorted(masks)):

@@ -188,7 +188,7 @@ def record_to_run(path: Path, record: dict[str, Any]) -> FinishedRun:
 
 
 def row_to_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> FinishedRun:
-    """Convert a row's record to a `FinishedRun` with the row's name, its tasks and, for a control, the stage `control`."""
+    """Convert a record to a `FinishedRun` with the row's name, its tasks and, for a control, the stage `control`."""
     records, evaluation = record["records"], task_results(row, record)
     if row.control:
         records, evaluation = _mark_control(records), _mark_control(evaluation)
