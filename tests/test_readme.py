@@ -88,8 +88,6 @@ def test_every_flag_on_a_page_exists(page):
 def test_every_command_and_file_on_a_page_exists(page):
     """Checks modules, subcommands, and files below experiments/. A command "of commit ..." may be a removed one."""
     text = " ".join(PAGES[page].split())
-    if page == "CHANGELOG.md":  # its section Renamed has old commands
-        text = text.partition("### Renamed")[0]
     for module in re.findall(r"python -m ([a-z_.]+[a-z])\b(?![^`]*` of commit)", text):
         assert find_spec(module) or module in ("venv", "pip"), f"{page}: python -m {module}"
     for command in re.findall(r"`gprune ([a-z]+)", text):
