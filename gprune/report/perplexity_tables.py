@@ -38,7 +38,7 @@ from gprune.runs.results import FinishedRun
 
 
 def mean_over_seeds(values: Sequence[float]) -> Estimate:
-    """Return the geometric mean over seeds, and exp(mean(log) +- t(0.975, n - 1) sd(log) / sqrt(n)), its 95 % interval."""
+    """Return the geometric mean over seeds with exp(mean(log) +- t(0.975, n - 1) sd(log) / sqrt(n)) as its interval."""
     mean, half_width = _mean_and_half_width(np.log(values))
     return Estimate(math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width))
 
