@@ -319,8 +319,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     q8_0), 8 for experts from 128 neurons up (their grouped kernels), and otherwise 1. auto, or null: the smallest of 1,
     8, 16, ... 128 that loses at most 5 % of the speed on this machine, by its latency table (the default for speed
     targets). 64 or 128 suit matrix-multiply tiles and serving kernels (128 if quantised), 256 the K-quants of GGUF such
-    as q4_k_m. The
-    target is overshot by less than one multiple."""
+    as q4_k_m. The target is overshot by less than one multiple."""
     uniform_width: bool = False
     """Give all blocks the same width and number of KV groups, the largest that reach the target. The result loads as a
     stock model without custom code, if the family's config can express the sizes (gpt2, opt and gpt_neox cannot have

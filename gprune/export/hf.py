@@ -291,7 +291,8 @@ def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
     Args:
         model: a model of a supported family, dense or pruned.
         masks: per block (neurons,) and (kv_groups,) bool, True = keep, for the current widths of the model.
-        inplace: slice `model` itself, to save memory. Otherwise `model` is not changed.
+        inplace: slice `model` itself, to save memory. Otherwise `model` is not changed, except that RWKV's rescaling of
+            weights is turned off, which leaves its logits as they are.
 
     Returns:
         The pruned model.
