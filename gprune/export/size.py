@@ -62,7 +62,7 @@ def quantised_size(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
     shapes = {name: list(tensor.shape) for name, tensor in named_tensors(dense)}
     key = key_of(shapes=shapes, type=type, llama_cpp=version(LLAMA_CPP), vocabulary=len(tokenizer))
     cached = cache_dir() / "gguf_sizes" / f"{key}.json"
-    if content := read_json(cached, sealed=True):
+    if content := read_json(cached):
         return content["bytes"]
     log.info("Quantising the dense model once, for its size in %s", type)
     zeros = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in dense.state_dict().items()}
