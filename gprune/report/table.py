@@ -113,14 +113,10 @@ class Table:
 
     def to_html(self) -> str:
         """Format the table, without the note, as an HTML table with a row header and with intervals in `<small>`."""
-        import pandas
-
         texts = self.formatted()
         name = texts.columns[0]
         frame = texts.set_index(name).rename_axis(index=None, columns=name or "row")
-        with pandas.option_context("display.max_colwidth", None):  # otherwise long names are cut off
-            html = frame.to_html(border=0)
-        return INTERVAL.sub(r" <small>\1</small></td>", html)
+        return INTERVAL.sub(r" <small>\1</small></td>", frame.to_html(border=0))
 
     def to_latex(self, label: str) -> str:
         """Format the table and its note as a LaTeX table environment, which needs the package booktabs."""

@@ -188,15 +188,6 @@ def test_names_are_escaped_in_latex_and_html(study):
     assert page.count("50 % &amp; &lt;b&gt;_{x}") >= 2
 
 
-def test_long_names_are_not_cut_off_in_html(study):
-    """By default pandas cuts off the cells of an HTML table after 50 characters."""
-    name, table = "x" * 80, study.tables[0]
-    with_renamed_rows = replace(study)
-    renamed = type(table)(**vars(table) | {"rows": [[name, *row[1:]] for row in table.rows]})
-    vars(with_renamed_rows)["tables"] = [renamed]  # replaces the cached property `tables`
-    assert output.WRITERS[".html"](with_renamed_rows).count(name) == len(table.rows)
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
