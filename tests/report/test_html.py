@@ -232,7 +232,7 @@ def test_tables_fit_a_wide_screen_and_show_a_scroll_hint_on_a_narrow_one(browser
     interval = page.locator("td small").first
     assert interval.inner_text().startswith("[")
     page.set_viewport_size({"width": 390, "height": 844})
-    page.wait_for_function("document.querySelectorAll('.wide.more').length > 0")
+    page.locator(".wide.more").first.wait_for(state="attached")  # not by a function, which the page's policy refuses
     hints = boxes.evaluate_all("all => all.map(box => getComputedStyle(box, '::before').content.includes('sideways'))")
     assert hints == boxes.evaluate_all(is_scrollable)
     assert any(hints)
