@@ -63,6 +63,25 @@ def evaluate(
         cfg = gprune.config.parse(["--config", "protocol"])
         result = gprune.evaluate("peers/osscar", "smollm2-135m", cfg)
         result.table()
+
+    Args:
+        model: folder or hub id, or a loaded model. It must load exactly as it was saved. A loaded model is saved to
+            the cache with the tokenizer of `dense`, and loaded from there in `model.dtype`; the object is not changed.
+        dense: embedded name, folder or hub id of the dense model, whose structure must be known to gprune, or a loaded
+            model. The tokenizer of a loaded one is read from where the model was loaded (`config.name_or_path`).
+        cfg: the protocol: settings of `corpora`, `evaluation`, `trainer`, `run` and `logging`, and `model.dtype`. A
+            corpus counts as seen if `corpora.score`, `drift` or `recover` names it. Settings of pruning and recovery
+            are ignored. By default `RunConfig()`.
+        logger: Lightning loggers, in addition to CSV and W&B.
+
+    Returns:
+        Records with the stages `dense` and `model`, the summary with the numbers of parameters, and the folder of the
+        run, which `gprune report` and `load_run` read. Masks, modules, thresholds, `model` and `tokenizer` are None.
+
+    Raises:
+        UserError: if weights are missing, unexpected, of other shapes or quantised; if the model needs code of its own
+            that `model.trust_remote_code` does not allow; if both models do not fit in memory; or if a setting, a
+            corpus or a file is invalid.
     """
     return _measure(model, dense, cfg, "none", (), logger)
 
@@ -80,6 +99,21 @@ def recover(
         cfg = gprune.config.parse(["--config", "protocol", "--distill.tokens", "49152"])
         result = gprune.recover("peers/osscar", "smollm2-135m", cfg)
         result.model.save_pretrained("osscar-distilled")
+
+    Args:
+        model: as for `evaluate`. The model needs the tokenizer, the output embedding and the vocabulary of `dense`, and
+            a structure that gprune can find.
+        dense: as for `evaluate`.
+        cfg: as for `evaluate`, with the settings of `distill` and `export`.
+        callbacks: Lightning callbacks of the Trainer, as for `prune`.
+        logger: Lightning loggers, in addition to CSV and W&B.
+
+    Returns:
+        As `evaluate`, with the recovered model and its tokenizer. Records of the stage `model` have the recovery
+        `distill`, and `none` too if `evaluation.controls` has `unrecovered`.
+
+    Raises:
+        UserError: as `evaluate`, and if the tokenizers or the output embeddings differ.
     """
     return _measure(model, dense, cfg, "distill", callbacks, logger)
 

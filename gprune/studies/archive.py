@@ -140,8 +140,7 @@ def _records_with_settings(row: Row) -> Iterator[tuple[Path, dict[str, Any]]]:
 def identifying_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that identify a record, by dotted name, without the user's code.
 
-    Settings of pruning are left out with `--model.made_elsewhere`, which ignores them, so that their defaults do not
-    matter.
+    Settings of pruning are left out for a model made elsewhere, so that their defaults do not matter.
     """
     settings = {name: value for name, value in settings.items() if name != "code"}
     return effective_settings(settings) | {"gprune": settings["gprune"]}
