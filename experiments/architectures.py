@@ -53,7 +53,7 @@ from gprune.models.lookup import family_of
 from gprune.models.structure import why_not_measurable
 from gprune.models.surgery import prune
 from gprune.models.tiny import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, shrunk, tiny_model
-from gprune.sparsity.budget import unit_costs
+from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.gates import masked
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -219,8 +219,7 @@ def _compare(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> d
     found["agrees"] = float((expected - logits).abs().max() / expected.abs().max())
     found["perplexity"] = why_not_measurable(model) is None
     removed = model.num_parameters() - small.num_parameters()
-    costs = unit_costs(blocks, scope="attention+ffn")
-    found["budget"] = removed == costs.removed(masks)
+    found["budget"] = removed == Budget(unit_costs(blocks, scope="attention+ffn"), 0).removed_by(masks)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     try:
         model.generate(ids[:, :9], **settings)

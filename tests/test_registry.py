@@ -16,9 +16,8 @@ from gprune.models.surgery import prune
 from gprune.partition.modules import ModuleRanks
 from gprune.recoveries import RECOVERY, Material, Recovery, recovery
 from gprune.recoveries.contract import apply_tune
-from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, module_thresholds
+from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked_masks, module_thresholds
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.returned import checked_masks
 from tests import registries
 from tests.calibration.test_collector import batches
 from tests.conftest import collect, make_tiny_llama

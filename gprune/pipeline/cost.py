@@ -10,7 +10,8 @@ from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.models.blocks import Block
 from gprune.recoveries import recovery_of
-from gprune.sparsity.budget import UnitCosts
+from gprune.sparsity.budget import Budget
+from gprune.sparsity.whole_blocks import trials_of_choice
 
 # Fields of configurations with the number of experts to which each token is routed.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
@@ -40,7 +41,7 @@ def active_experts(config: PreTrainedConfig, block: Block) -> int:
     return block.experts
 
 
-def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[int, tuple[int, int]]:
+def tokens_by_step(cfg: RunConfig, hidden_size: int, budget: Budget) -> dict[int, tuple[int, int]]:
     """Return upper bounds of the tokens of each step of the method that computes the model."""
     calibration = calibration_tokens(cfg)
     saliency = calibration if "saliency" in cfg.collects else 0
@@ -63,7 +64,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, costs: UnitCosts) -> dict[i
         forward_backward[step] += model_trained
     tokens = {
         1: (calibration - saliency, saliency),
-        2: (_block_choice_tokens(cfg, costs), error_tokens(cfg, "base", "averaged")),
+        2: (_block_choice_tokens(cfg, budget), error_tokens(cfg, "base", "averaged")),
         7: (curve + kl_teacher, learning + error_tokens(cfg, "modules")),
     }
     if cfg.trials:
@@ -82,15 +83,9 @@ def _learning_tokens(cfg: RunConfig) -> tuple[int, int]:
     return cfg.sparsity.epochs * windows * cfg.corpora.seq_len, measured * development_tokens(cfg)
 
 
-def _block_choice_tokens(cfg: RunConfig, costs: UnitCosts) -> int:
-    """Return the tokens that pass forward to choose whole blocks by the loss: one window per corpus and trial.
-
-    Each round removes one layer. It has a trial for every layer that is left, so one less than the round before. There
-    are none if blocks are not chosen by the loss.
-    """
-    open_layers = sum(costs.protected.isdisjoint(blocks) for blocks in costs.by_layer)
-    rounds = len(costs.removed_layers) if cfg.sparsity.block_choice == "loss" else 0
-    trials = sum(range(open_layers, open_layers - rounds, -1))
+def _block_choice_tokens(cfg: RunConfig, budget: Budget) -> int:
+    """Return the tokens that pass forward to choose whole blocks by the loss: one window per corpus and trial."""
+    trials = trials_of_choice(budget) if cfg.sparsity.block_choice == "loss" else 0
     return trials * len(cfg.corpora.drift) * cfg.corpora.seq_len
 
 

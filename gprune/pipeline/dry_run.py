@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoTokenizer
 
-from gprune.benchmarks.speed import price_from_table
+from gprune.benchmarks.speed import costs_from_table
 from gprune.config import RunConfig
 from gprune.corpora import is_local
 from gprune.models.blocks import PARTS, blocks_of
@@ -25,8 +25,9 @@ from gprune.pipeline.inputs import prepare_text
 from gprune.pipeline.memory import memory_lines
 from gprune.pipeline.plan import Plan, describe_unpruned
 from gprune.sparsity.allocation import ALLOCATION
-from gprune.sparsity.budget import Budget
+from gprune.sparsity.budget import Budget, removed_cost
 from gprune.sparsity.cut import uniform_masks
+from gprune.sparsity.whole_blocks import removed_layers
 
 
 def describe(plan: Plan) -> str:
@@ -35,15 +36,15 @@ def describe(plan: Plan) -> str:
     removed_at_most = plan.removed
     if cfg.trials:  # the sparsity is not known yet, so costs are upper bounds, as if almost nothing were removed
         plan = replace(plan, budget=budget.removing(budget.step))
-    parameters, in_scope = plan.skeleton.num_parameters(), budget.costs.in_parameters.total
+    parameters, in_scope = plan.skeleton.num_parameters(), budget.total_parameters
     dtype = plan.pricing.exported_dtype
     remaining = parameters - plan.removed
     lines = {
-        "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.by_layer)} blocks",
+        "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.by_layer)} blocks",
         "scope": f"{cfg.sparsity.scope}: {in_scope:,} parameters in units",
     }
     if "blocks" in cfg.sparsity.scope:
-        lines["blocks"] = f"{len(budget.costs.removed_layers)} are removed as a whole"
+        lines["blocks"] = f"{len(removed_layers(budget))} are removed as a whole"
     if cfg.trials:
         target = f"the run finds the sparsity that keeps {cfg.sparsity.target}"
         lines["removes"] = f"at most {removed_at_most:,} parameters: {target}"
@@ -100,9 +101,10 @@ def describe_speed(plan: Plan) -> str:
     """Describe the speed at uniform sparsity, which is predicted from the latency table, if there is one."""
     if not plan.pricing.device_available or plan.pricing.speed is None:
         return "not measured; --sparsity.target 1.2x measures it"
-    price = price_from_table(plan.pricing.speed, blocks_of(plan.skeleton))
-    saved_time = replace(plan.budget.costs, price=price).removed(uniform_masks(plan.budget))
-    return f"{price.model / (price.model - saved_time):.2f}x of dense by the table ({plan.cfg.speed})"
+    times, time_outside = costs_from_table(plan.pricing.speed, blocks_of(plan.skeleton))
+    time = sum(of_block.whole for of_block in times) + time_outside
+    saved_time = removed_cost(times, uniform_masks(plan.budget))
+    return f"{time / (time - saved_time):.2f}x of dense by the table ({plan.cfg.speed})"
 
 
 def describe_widths(cfg: RunConfig, budget: Budget) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -20,19 +20,15 @@ from gprune.export.gguf_writer import check_expressible
 from gprune.models.blocks import Block, blocks_of, find_unpruned
 from gprune.models.families import PRUNED
 from gprune.models.loading import read_config, skeleton
-from gprune.models.masks import Masks
 from gprune.models.structure import check_by_copy, check_structure, why_not_measurable
-from gprune.models.surgery import attention_by_layer, prune
 from gprune.pipeline.cost import tokens_by_step
 from gprune.pipeline.pricing import Pricing
 from gprune.recoveries import recovery_of
 from gprune.runs.precision import resolve_precision
 from gprune.runs.trainer import check_trainer
 from gprune.runs.user_callbacks import UserCallbacks
-from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.target import Target
 
 
 @dataclass(frozen=True)
@@ -59,14 +55,12 @@ class Plan:
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
         """Largest numbers of tokens (forward, forward and backward), by step."""
-        return tokens_by_step(
-            self.cfg, self.skeleton.config.get_text_config(decoder=True).hidden_size, self.budget.costs
-        )
+        return tokens_by_step(self.cfg, self.skeleton.config.get_text_config(decoder=True).hidden_size, self.budget)
 
     @cached_property
     def removed(self) -> int:
         """Number of removed parameters if all blocks are equally sparse; exact only for a target in parameters."""
-        return self.budget.costs.in_parameters.removed(uniform_masks(self.budget))
+        return self.budget.parameters_removed_by(uniform_masks(self.budget))
 
     @property
     def forward_tokens(self) -> int:
@@ -106,13 +100,6 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     cfg, why_precision = resolve_precision(cfg, device, together=together)
     pricing = Pricing(cfg, dense, device)
     budget = pricing.budget()
-    whole_blocks = ALLOCATION[cfg.base_allocation].whole_blocks
-    if whole_blocks:
-        budget = limit_to_depth(budget)
-    if whole_blocks or budget.costs.block_share:
-        check_attention_remains(config, budget)
-    if whole_blocks or budget.costs.removed_blocks:
-        check_renumbering(dense, budget)
     if cfg.learns:
         for sparsity in cfg.evaluation.curve:
             budget.at(sparsity)  # raises UserError for an impossible sparsity
@@ -176,73 +163,17 @@ def check_checkpointing(cfg: RunConfig, dense: PreTrainedModel) -> None:
         )
 
 
-def check_attention_remains(config: PreTrainedConfig, budget: Budget) -> None:
-    """Raise UserError if a budget allows removing all layers with attention of a model that has others too.
-
-    Without attention, generation with a cache fails, because recurrent layers do not count tokens.
-    """
-    costs = budget.costs
-    has_attention = attention_by_layer(config)
-    if all(has_attention) or not any(has_attention):
-        return
-    layers = [blocks for blocks, has in zip(costs.by_layer, has_attention, strict=True) if has]
-    if any(blocks not in costs.open_layers for blocks in layers):
-        return
-    layer_costs = [sum(costs.prices.blocks[block] for block in blocks) for blocks in layers]
-    limit = costs.block_share * budget.target if costs.block_share else budget.target
-    # The last removed layer may exceed the target.
-    if sum(layer_costs) - max(layer_costs) < limit:
-        numbers = [layer for layer, has in enumerate(has_attention) if has]
-        raise UserError(
-            f"--sparsity.protect must name a layer with attention of model type '{config.model_type}' if whole blocks "
-            f"are removed, because generation needs one; these are {numbers}, such as --sparsity.protect "
-            f"[{numbers[-1]}]."
-        )
-
-
-def check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
-    """Raise UserError if other layers would change when a layer is removed and the following ones are renumbered.
-
-    The first removable layer of the model without weights is removed, and `prune` compares the others.
-    """
-    blocks = blocks_of(dense)
-    first = min(b.layer_index for b in blocks if b.index not in budget.costs.protected)
-    ffn = [torch.full((b.experts * b.neurons,), b.layer_index != first) for b in blocks]
-    attention = [torch.full((b.kv_groups,), b.layer_index != first) for b in blocks]
-    prune(dense, Masks(ffn, attention))  # the result is not needed, only its error
-
-
-def limit_to_depth(budget: Budget) -> Budget:
-    """Limit a budget to the cost of all whole blocks except one.
-
-    A quality target is lowered to that limit.
-    """
-    protected, prices = budget.costs.protected, budget.costs.prices.blocks
-    layers = [layer for layer in budget.costs.by_layer if protected.isdisjoint(layer)]
-    layer_costs = [sum(prices[block] for block in layer) for layer in layers]
-    kept = 0 if protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
-    removable = sum(layer_costs) - kept
-    if Target.of(budget.setting).unit == "quality":
-        return replace(budget.removing(min(budget.target, removable)), setting=budget.setting)
-    if budget.target > removable:
-        raise UserError(
-            f"--sparsity.allocation depth cannot remove {budget.target:,}: whole blocks are at most {removable:,} if "
-            "one block is kept. Use a lower --sparsity.target."
-        )
-    return budget
-
-
 def describe_unpruned(plan: Plan) -> str:
     """Describe layers whose FFN or attention is not pruned, and how large they are; empty if all layers are pruned."""
-    costs, model = plan.budget.costs, plan.skeleton
-    units_by_kind = {"FFN": costs.neurons}
+    budget, model = plan.budget, plan.skeleton
+    units_by_kind = {"FFN": [block.neurons for block in budget.units]}
     if "attention" in plan.cfg.sparsity.scope:
-        units_by_kind["attention"] = costs.groups
+        units_by_kind["attention"] = [block.groups for block in budget.units]
     sentences = []
     for kind, units in units_by_kind.items():
-        missing = sum(not any(units[block] for block in layer) for layer in costs.by_layer)
+        missing = sum(not any(units[block] for block in layer) for layer in budget.by_layer)
         if missing:
-            layers = f"{missing} of {len(costs.by_layer)} layers"
+            layers = f"{missing} of {len(budget.by_layer)} layers"
             sentences.append(f"{kind} of {layers}, without units that can be removed")
     for path, module in find_unpruned(model).items():
         share = module.parameters / model.num_parameters()

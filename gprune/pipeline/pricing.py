@@ -12,16 +12,18 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_from_table, speed_table
+from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, costs_from_table, speed_table
 from gprune.config import DEFAULT_MULTIPLE, RunConfig
 from gprune.errors import UserError, quoting
 from gprune.export.convert import TYPES
 from gprune.export.hf import kept_in_float32
 from gprune.models.blocks import Block, blocks_of
 from gprune.runs.trainer import matmul_precision
-from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.cost import COST, Costs, Price, parameter_costs
+from gprune.sparsity.allocation import ALLOCATION
+from gprune.sparsity.budget import Budget, default_width_multiple, unit_costs
+from gprune.sparsity.cost import COST, BlockCosts, Costs, costs_of_blocks, parameter_costs
 from gprune.sparsity.target import HALF_BITS
+from gprune.sparsity.whole_blocks import checked_budget
 
 
 def device_memory(device: torch.device) -> int:
@@ -57,24 +59,26 @@ class Pricing:
         return m.dtype
 
     def budget(self) -> Budget:
-        """Return the budget of `--sparsity.target`."""
+        """Return the budget of `--sparsity.target`. UserError if the model cannot meet it."""
         s, export, blocks = self.cfg.sparsity, self.cfg.export, blocks_of(self.skeleton)
-        price = price_from_table(self.speed, blocks) if s.currency == "seconds" else self.price_in(s.currency)
-        costs = unit_costs(
-            blocks, scope=s.scope, protect=s.protect, uniform=s.uniform_width, block_share=s.block_share, price=price
-        )
-        multiple = costs.default_multiple if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
+        costs, outside = self.costs_in(s.currency)
+        units = unit_costs(blocks, scope=s.scope, protect=s.protect, costs=costs)
+        multiple = default_width_multiple(units) if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
         multiple = multiple or best_multiple(self.speed)
         if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:
             raise UserError(
                 f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
             )
+        block_share = s.block_share if "blocks" in s.scope else 0.0
         try:
-            return Budget.of(costs, s.target, multiple)
+            budget = Budget.of(
+                units, s.target, multiple, uniform=s.uniform_width, block_share=block_share, outside=outside
+            )
         except UserError as error:
             if s.currency == "bytes" and (narrower := self.narrower_export):
                 raise UserError(f"{error} {narrower}.") from error
             raise
+        return checked_budget(budget, self.skeleton, depth=ALLOCATION[self.cfg.base_allocation].whole_blocks)
 
     @property
     def narrower_export(self) -> str:
@@ -87,14 +91,18 @@ class Pricing:
             return "With --export.dtype bfloat16 the weights take half the bytes"
         return ""
 
-    def price_in(self, currency: str) -> Price:
-        """Return the costs of units in a registered currency, or for `bytes` in half bits (1/16 byte) of the export."""
+    def costs_in(self, currency: str) -> tuple[list[BlockCosts], int]:
+        """Return the costs of blocks, and of everything outside of them.
+
+        A registered currency, `bytes` (in half bits, 1/16 byte, of the export) or `seconds` (in picoseconds).
+        """
         blocks = blocks_of(self.skeleton)
+        if currency == "seconds":
+            return costs_from_table(self.speed, blocks)
         cost = self._exported_bytes if currency == "bytes" else COST[currency]
         needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
         with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):
-            costs = cost(self.skeleton, blocks)
-            return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
+            return costs_of_blocks(cost(self.skeleton, blocks), blocks)
 
     def _exported_bytes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Costs:
         """Return the cost of units in half bits of the export.

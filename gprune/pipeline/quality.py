@@ -29,11 +29,11 @@ from gprune.models.masks import Masks
 from gprune.pipeline.evaluate import dense_perplexity, measure_perplexity, shard_if_requested
 from gprune.pipeline.recover import learned_file, shrink
 from gprune.pipeline.run import Run
-from gprune.pipeline.sparsity import MasksOf, ModuleMasks
 from gprune.recoveries import recovery_of
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import Record, Stage, estimates, row_name
 from gprune.sparsity.budget import Budget
+from gprune.sparsity.masks import StageMasks
 from gprune.sparsity.search import SearchResult, find_largest_cut
 from gprune.storage.files import content_hash, read_json, write_json
 
@@ -69,7 +69,7 @@ class Trials:
 
     def cuts(self, sparsity: float) -> float:
         """Return the number of smallest steps that remove a share of the scope."""
-        return sparsity * self.run.budget.costs.total / self.step
+        return sparsity * self.run.budget.total / self.step
 
     def budget(self, cut: int) -> Budget:
         """Return the budget of `cut` smallest steps, at most the largest budget."""
@@ -130,7 +130,7 @@ class Trials:
         return paired_ratio(by_corpus(results), by_corpus(self.dense), predicted_tokens)
 
     def search(
-        self, row: Stage, masks_of: MasksOf, *, after: SearchResult | None = None, resolution: int = 1
+        self, row: Stage, masks_of: StageMasks, *, after: SearchResult | None = None, resolution: int = 1
     ) -> SearchResult:
         """Search the largest cut of a row (stage, recovery) that keeps the quality, from the result of another search.
 
@@ -154,7 +154,9 @@ class Trials:
         )  # fmt: skip
 
 
-def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
+def with_learning_budget(
+    run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, StageMasks]
+) -> Run:
     """Return the run with the budget at which thresholds are learned; the same run if the target is not a quality.
 
     It is the largest budget, to a percentage point, at which masks of a control keep the quality. If there is none, it
@@ -171,7 +173,9 @@ def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], m
     return run.with_budget(trials.budget(best.cut if best else resolution))
 
 
-def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
+def with_quality_budget(
+    run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, StageMasks]
+) -> Run:
     """Return the run with the largest budget that keeps the quality; the same run if the target is not a quality.
 
     It is searched for with models of the main row. The trials and the result are stored in `quality.json`. UserError if
@@ -182,7 +186,7 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
         return run
     run.step(8, "Finding the share that keeps the quality")
     masks_at = masks_of[cfg.final]
-    if isinstance(masks_at, ModuleMasks) and masks_at.fixed(run.budget):
+    if masks_at.for_one_budget:
         reason = "the masks of a quality target must follow from its thresholds"
         raise UserError(f"--sparsity.learner {s.learner} needs a share such as 0.3 as target: {reason}.")
     trials = Trials(run, statistics)
@@ -193,7 +197,7 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
     if search.best is None:
         smallest = trials.budget(1)
         ratio, _, _ = trials.interval(trials.results(masks_at(smallest), cfg.own_row, smallest))
-        removed = f"{smallest.costs.removed(masks_at(smallest)):,} {s.currency.replace('_', ' ')}"
+        removed = f"{smallest.removed_by(masks_at(smallest)):,} {s.currency.replace('_', ' ')}"
         raise UserError(
             f"--sparsity.target must be above {_percent(ratio)}, the change of development perplexity by the smallest "
             f"cut ({removed}); got {s.target}."
@@ -213,13 +217,13 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
 def _size_of_main_row(trials: Trials, search: SearchResult, budget: Budget, masks: Masks) -> dict[str, Any]:
     """Return how many parameters the main row needs for the requested quality."""
     run, row = trials.run, trials.run.cfg.own_row
-    costs, predicted_rise = run.budget.costs, search.best.predicted
+    predicted_rise = search.best.predicted
     ratio, low, high = trials.interval(trials.results(masks, row, budget))
     return {
         "row": row_name(*row),
         "models": len(search.points),
-        "share": costs.removed(masks) / costs.total,
-        "parameters": run.model.num_parameters() - costs.in_parameters.removed(masks),
+        "share": run.budget.removed_by(masks) / run.budget.total,
+        "parameters": run.model.num_parameters() - run.budget.parameters_removed_by(masks),
         "predicted": None if predicted_rise is None else math.exp(predicted_rise),
         "got": ratio,
         "low": low,

@@ -32,15 +32,14 @@ MEANS = ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement")  # of each ro
 
 def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
     """Measure the speed of the pruned model in alternation with the dense model."""
-    costs = run.budget.costs
-    dense_cost = costs.prices.model  # in units of time
+    dense_cost = run.budget.model  # in units of time
     with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # as in the latency table
         (_, _, (dense_seconds, pruned_seconds)), spread = time_generation(
             [run.model, pruned], **run.cfg.speed.workload()
         )
     speeds = {
         "asked": dense_cost / (dense_cost - run.budget.target),
-        "predicted": dense_cost / (dense_cost - costs.removed(masks)),
+        "predicted": dense_cost / (dense_cost - run.budget.removed_by(masks)),
         "got": dense_seconds / pruned_seconds,
     }
     numbers = ", ".join(f"{name} {speed:.2f}x" for name, speed in speeds.items())
@@ -100,8 +99,8 @@ def sizes_and_perplexity(
     before, after = run.model.num_parameters(), pruned.num_parameters()
     summary = {}
     if masks is not None:
-        units = run.budget.costs.in_parameters
-        summary["sparsity_of_scope"] = units.removed(masks) / units.total
+        removed_parameters = run.budget.parameters_removed_by(masks)
+        summary["sparsity_of_scope"] = removed_parameters / run.budget.total_parameters
     numbers = number_frame(records, base=records)
     means: dict[str, dict[str, float | None]] = {row: dict.fromkeys(MEANS) for row in numbers["row"].unique()}
     ratios = {}

@@ -1,0 +1,1 @@
+from gprune.sparsity import whole_blocks as whole_blocks  # registers the allocation `depth`

@@ -14,7 +14,7 @@ from gprune.checks import format_value
 from gprune.errors import UserError
 
 NUMBER_AND_UNIT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(%|x|[KMB]|[KMG]i?B|)")
-QUALITY = re.compile(r"\+([0-9]{1,4}(?:\.[0-9]{1,9})?)%")
+RISE = re.compile(r"\+([0-9]{1,4}(?:\.[0-9]{1,9})?)%")
 MAX_RISE = 1000  # largest rise of perplexity over dense, in percent
 BYTE_UNITS = {
     f"{letter}{infix}B": base**power
@@ -45,7 +45,7 @@ class Target:
         # `type` and not `isinstance`, because a bool is an int.
         if type(setting) in (int, float) and 0 < setting < 1:
             return cls(setting, Fraction(str(setting)), "share")  # exact decimal: 0.1 of 30 is 3
-        if isinstance(setting, str) and (rise := QUALITY.fullmatch(setting)) and 0 < Fraction(rise[1]) <= MAX_RISE:
+        if isinstance(setting, str) and (rise := RISE.fullmatch(setting)) and 0 < Fraction(rise[1]) <= MAX_RISE:
             return cls(setting, Fraction(rise[1]) / 100, "quality")
         match = NUMBER_AND_UNIT.fullmatch(str(setting)) if type(setting) in (int, str) else None
         if match is not None:
@@ -59,8 +59,10 @@ class Target:
                 return cls(setting, number, unit)
         raise UserError(f"--sparsity.target must be {FORMS}; got {format_value(setting)}.")
 
-    def removes(self, scope: int, model: int) -> int:
-        """Return the cost to remove, rounded up."""
+    def removes(self, scope: int, model: int) -> int | None:
+        """Return the cost to remove, rounded up; None if it has to be searched for, as that of a quality."""
+        if self.unit == "quality":
+            return None
         if self.unit == "share":
             return math.ceil(self.number * scope)
         if self.unit == "%":

@@ -31,7 +31,7 @@ from gprune.models.losses import iter_logits
 from gprune.models.structure import check_by_copy, check_structure, why_not_measurable
 from gprune.models.surgery import prune
 from gprune.models.tiny import ROUTED, shrunk, tiny_model
-from gprune.sparsity.budget import unit_costs
+from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.conftest import collect
@@ -82,7 +82,7 @@ def test_masked_sliced_and_reloaded_models_of_discovered_types_agree(model_type,
     sliced = logits(small, ids)
     torch.testing.assert_close(sliced, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
     removed = model.num_parameters() - small.num_parameters()
-    assert removed == unit_costs(blocks, scope="attention+ffn").removed(masks) > 0
+    assert removed == Budget(unit_costs(blocks, scope="attention+ffn"), 0).removed_by(masks) > 0
     assert any(block.neurons for block in blocks)
     assert any(block.kv_groups for block in blocks) or model_type not in WITH_KV_GROUPS
     save_pruned(small, None, tmp_path / "model")

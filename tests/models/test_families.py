@@ -187,7 +187,7 @@ def test_masked_sliced_and_reloaded_models_agree(family, overrides, ids, tmp_pat
         assert after.heads * before.kv_groups == before.heads * after.kv_groups
         assert after.head_dim == before.head_dim
     removed = model.num_parameters() - pruned.num_parameters()
-    assert removed == unit_costs(blocks_of(model), scope="attention+ffn").removed(masks)
+    assert removed == Budget(unit_costs(blocks_of(model), scope="attention+ffn"), 0).removed_by(masks)
     sliced = pruned(ids).logits
     torch.testing.assert_close(sliced, reference, atol=1e-4, rtol=0)
     save_pruned(pruned, None, tmp_path / "model")
@@ -355,11 +355,12 @@ def test_gradients_include_the_softcap_and_the_scaling_of_logits(family, overrid
 @pytest.mark.parametrize("family", EXPERTS)
 def test_each_expert_keeps_its_best_neurons_and_experts_of_a_block_have_equal_widths(family):
     model = make_tiny(family)
-    costs = unit_costs(blocks_of(model), scope="ffn")
-    assert costs.neuron == [4 * 3 * 32] * 3  # a row of gate, a row of up and a column of down in four experts
+    units = unit_costs(blocks_of(model), scope="ffn")
+    # A neuron has a row of gate, a row of up and a column of down in four experts.
+    assert [block.costs.neurons[1] for block in units] == [4 * 3 * 32] * 3
     generator = torch.Generator().manual_seed(0)
     margins = [torch.randn(4 * NEURONS, generator=generator) for _ in range(3)]
-    masks = keep_masks(Budget.of(costs, 0.5), margins)
+    masks = keep_masks(Budget.of(units, 0.5), margins)
     for margin, mask in zip(margins, masks.ffn, strict=True):
         rows, kept = margin.view(4, -1), mask.view(4, -1)
         assert len({int(k.sum()) for k in kept}) == 1
@@ -455,9 +456,10 @@ def test_a_command_line_run_meets_budget_and_exports_each_family(family, worlds,
     checks = json.loads((tmp_path / "run" / "manifest.json").read_text())["logits"]
     assert checks["sliced_minus_reloaded"] == 0.0
     assert checks["masked_minus_sliced"] <= 1e-4
-    costs = unit_costs(blocks_of(make_tiny(family, neurons=tiny_run.NEURONS)), scope="attention+ffn")
-    target = Budget.of(costs, 0.5).target
-    assert target <= costs.removed(result.masks) < target + 8 * max(costs.neuron)
+    units = unit_costs(blocks_of(make_tiny(family, neurons=tiny_run.NEURONS)), scope="attention+ffn")
+    budget = Budget.of(units, 0.5)
+    most = budget.target + 8 * max(block.costs.neurons[1] for block in units)
+    assert budget.target <= budget.removed_by(result.masks) < most
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "| gprune + least_squares |" in " ".join(card.split())
     rows = {(r["stage"], r["recovery"]) for r in result.records}

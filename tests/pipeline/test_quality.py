@@ -22,7 +22,7 @@ from gprune.corpora.windows import Sample, make_windows
 from gprune.evaluation.tolerance import largest_share
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
-from gprune.pipeline import prune, quality
+from gprune.pipeline import quality
 from gprune.pipeline.plan import check
 from gprune.report import html
 from gprune.report.curves import read_curves
@@ -215,28 +215,24 @@ def test_a_quality_target_holds_together_with_other_constraints_and_recoveries(f
 
 
 def test_thresholds_are_learned_where_the_averaged_control_reaches_the_target(trained, dense, tmp_path, monkeypatch):
-    calls, learn = [], prune.learn_sparsity
+    calls = []
 
-    def with_recorded_budget(run, *args):
-        calls.append(run.budget)
-        return learn(run, *args)
+    def recorded(run, statistics, masks_of):
+        learning = quality.with_learning_budget(run, statistics, masks_of)
+        calls.append((masks_of["averaged"], learning.budget))
+        return learning
 
-    def with_recorded_masks(*args):
-        calls.append(args[-1]["averaged"])
-        return quality.with_learning_budget(*args)
-
-    monkeypatch.setattr(prune, "learn_sparsity", with_recorded_budget)
-    monkeypatch.setattr(prune, "with_learning_budget", with_recorded_masks)
+    monkeypatch.setattr("gprune.pipeline.sparsity.with_learning_budget", recorded)
     result = trained.run(tmp_path, *with_target("+15%"))
     assert result.thresholds is not None
-    masks_of, budget = calls
+    ((masks_of, budget),) = calls
 
     def ratio(target):
         with masked(dense, masks_of(budget.removing(target))):
             pruned = log_perplexity(trained, tiny_run.SEEN, dense)
         return math.exp(pruned - log_perplexity(trained, tiny_run.SEEN, dense))
 
-    percentage_point = budget.costs.total // 100
+    percentage_point = budget.total // 100
     assert ratio(budget.target) <= 1.15 < ratio(budget.target + percentage_point)
 
 
