@@ -27,6 +27,7 @@ from gprune.recoveries import RECOVERY, recovery_of
 from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.cost import COST
+from gprune.sparsity.units import UNITS, units_in
 
 TRIES = 12  # largest number of models in a search for the sparsity of a target in quality; typical are about 4
 LEARNED_TRIES = 4  # the same if each model is trained; typical are about 2
@@ -322,10 +323,10 @@ class RunConfig(Group):
         The list of a role that the run does not use is empty.
         """
         corpora, recovery = self.corpora, recovery_of(self.recovery)
-        chooses_blocks_by_loss = "blocks" in self.sparsity.scope and self.sparsity.block_choice == "loss"
+        chosen_on_text = any(unit.reads_drift(self.sparsity) for unit in units_in(self.sparsity.scope).values())
         return {
             "score": [corpora.score],
-            "drift": corpora.drift if self.gprune or chooses_blocks_by_loss else [],
+            "drift": corpora.drift if self.gprune or chosen_on_text else [],
             "learn": corpora.learn if self.learns else [],
             "recover": corpora.recover if recovery.needs or recovery.learns else [],
         }
@@ -430,8 +431,8 @@ class RunConfig(Group):
         """
         excluded: dict[str, Any] = {"model": {"max_memory", "shard"}, "corpora": {"collect"}}
         excluded |= dict.fromkeys(("logging", "export", "dry_run", "plan"), True)
-        if "blocks" not in self.sparsity.scope:
-            excluded["sparsity"] = {"block_share", "block_choice"}
+        in_scope = units_in(self.sparsity.scope)
+        excluded["sparsity"] = {flag for name, unit in UNITS.items() if name not in in_scope for flag in unit.flags}
         settings = self.model_dump(exclude=excluded)
         for group, name in STAGES.items():
             if settings[group][name] == type(getattr(self, group)).model_fields[name].default:

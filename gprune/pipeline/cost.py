@@ -11,7 +11,7 @@ from gprune.errors import UserError
 from gprune.models.blocks import Block
 from gprune.recoveries import recovery_of
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.whole_blocks import trials_of_choice
+from gprune.sparsity.units import units_in
 
 # Fields of configurations with the number of experts to which each token is routed.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
@@ -64,7 +64,7 @@ def tokens_by_step(cfg: RunConfig, hidden_size: int, budget: Budget) -> dict[int
         forward_backward[step] += model_trained
     tokens = {
         1: (calibration - saliency, saliency),
-        2: (_block_choice_tokens(cfg, budget), error_tokens(cfg, "base", "averaged")),
+        2: (_choice_tokens(cfg, budget), error_tokens(cfg, "base", "averaged")),
         7: (curve + kl_teacher, learning + error_tokens(cfg, "modules")),
     }
     if cfg.trials:
@@ -83,10 +83,10 @@ def _learning_tokens(cfg: RunConfig) -> tuple[int, int]:
     return cfg.sparsity.epochs * windows * cfg.corpora.seq_len, measured * development_tokens(cfg)
 
 
-def _block_choice_tokens(cfg: RunConfig, budget: Budget) -> int:
-    """Return the tokens that pass forward to choose whole blocks by the loss: one window per corpus and trial."""
-    trials = trials_of_choice(budget) if cfg.sparsity.block_choice == "loss" else 0
-    return trials * len(cfg.corpora.drift) * cfg.corpora.seq_len
+def _choice_tokens(cfg: RunConfig, budget: Budget) -> int:
+    """Return the tokens that pass forward to choose units before sparsity is allocated."""
+    passes = sum(unit.forward_passes(cfg.sparsity, budget) for unit in units_in(cfg.sparsity.scope).values())
+    return passes * len(cfg.corpora.drift) * cfg.corpora.seq_len
 
 
 def evaluated_models(cfg: RunConfig, hidden_size: int) -> tuple[int, int]:

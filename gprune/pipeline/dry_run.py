@@ -27,7 +27,7 @@ from gprune.pipeline.plan import Plan, describe_unpruned
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget, removed_cost
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.whole_blocks import removed_layers
+from gprune.sparsity.units import units_in
 
 
 def describe(plan: Plan) -> str:
@@ -43,8 +43,7 @@ def describe(plan: Plan) -> str:
         "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.by_layer)} blocks",
         "scope": f"{cfg.sparsity.scope}: {in_scope:,} parameters in units",
     }
-    if "blocks" in cfg.sparsity.scope:
-        lines["blocks"] = f"{len(removed_layers(budget))} are removed as a whole"
+    lines |= {name: unit.describe(budget) for name, unit in units_in(cfg.sparsity.scope).items()}
     if cfg.trials:
         target = f"the run finds the sparsity that keeps {cfg.sparsity.target}"
         lines["removes"] = f"at most {removed_at_most:,} parameters: {target}"

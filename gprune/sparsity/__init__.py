@@ -1,1 +1,1 @@
-from gprune.sparsity import whole_blocks as whole_blocks  # registers the allocation `depth`
+from gprune.sparsity import whole_blocks as whole_blocks  # registers the unit `blocks` and the allocation `depth`

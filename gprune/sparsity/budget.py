@@ -49,6 +49,11 @@ class BlockUnits:
         """Number of KV groups that may be removed; one is kept."""
         return max(0, self.groups - 1) if self.attention and not self.protected else 0
 
+    def removable(self, width_multiple: int) -> int:
+        """Return the cost of all units that may be removed."""
+        cost = cost_beyond(self.costs.neurons, self.neurons - self.removable_neurons(width_multiple))
+        return cost + cost_beyond(self.costs.groups, self.groups - self.removable_groups)
+
 
 def unit_costs(
     blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), costs: Sequence[BlockCosts] | None = None
@@ -131,9 +136,9 @@ class Budget:
         goal = Target.of(setting)
         target = goal.removes(self.total, self.model)
         if target is None:
-            largest = replace(self, removed=order, setting=setting).largest()
+            largest = replace(self, removed=order).removing(self.total)
             if largest.target:
-                return largest
+                return replace(largest, setting=setting)
             target = 0
         if target < 1:
             sizes = f"the scope has {self.total:,}, the model {self.model:,}"
@@ -171,10 +176,6 @@ class Budget:
             if target <= budget.removable:
                 return replace(budget, target=max(target, budget.unavoidable))
             target = budget.removable
-
-    def largest(self) -> Budget:
-        """Return the largest possible budget of the same units and grid."""
-        return replace(self.removing(self.total), setting=self.setting)
 
     @property
     def is_searched(self) -> bool:
@@ -253,13 +254,8 @@ class Budget:
 
         Protected blocks keep everything, and blocks in `removed` nothing.
         """
-        removable = self.removed_cost
-        for block in (self.units[b] for b in self.kept):
-            if not block.protected:
-                removable += cost_beyond(block.costs.neurons, self.width_multiple)
-            if block.attention and not block.protected:
-                removable += cost_beyond(block.costs.groups, 1)
-        return removable
+        kept = [self.units[b] for b in self.kept]
+        return self.removed_cost + sum(block.removable(self.width_multiple) for block in kept)
 
     @property
     def unavoidable(self) -> int:

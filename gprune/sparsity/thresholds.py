@@ -49,8 +49,7 @@ def unit_margins(ranks: ModuleRanks, thresholds: Thresholds) -> tuple[list[Tenso
 
 def masks_from_thresholds(ranks: ModuleRanks, thresholds: Thresholds, budget: Budget) -> Masks:
     """Return keep masks that meet the budget, from thresholds per module."""
-    neuron_margins, group_margins = unit_margins(ranks, thresholds)
-    return keep_masks(budget, neuron_margins, group_margins)
+    return keep_masks(budget, *unit_margins(ranks, thresholds))
 
 
 @dataclass(frozen=True)

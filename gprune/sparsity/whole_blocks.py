@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gprune.errors import UserError
 from gprune.sparsity.allocation import allocation
+from gprune.sparsity.units import UNITS, Unit
 
 if TYPE_CHECKING:  # allocations are imported to check flags, which should not wait for PyTorch
     from transformers import PreTrainedModel
@@ -39,13 +40,29 @@ def choose_blocks(budget: Budget, loss: Callable[[list[int]], float]) -> list[in
         chosen += min(candidates, key=lambda blocks: loss([*chosen, *blocks]))
 
 
-def trials_of_choice(budget: Budget) -> int:
-    """Return how often `choose_blocks` measures the loss, for as many removed layers as the budget has.
+class WholeBlocks(Unit):
+    """Whole blocks, by layer. They are chosen before units of the other blocks."""
 
-    Each round has a trial for every layer that is left, so one less than the round before.
-    """
-    open_layers = sum(budget.protected.isdisjoint(blocks) for blocks in budget.by_layer)
-    return sum(range(open_layers, open_layers - len(removed_layers(budget)), -1))
+    flags = ("block_share", "block_choice")
+
+    def reads_drift(self, sparsity: Any) -> bool:
+        return sparsity.block_choice == "loss"
+
+    def forward_passes(self, sparsity: Any, budget: Budget) -> int:
+        """Return how often `choose_blocks` measures the loss, for as many removed layers as the budget has.
+
+        Each round has a trial for every layer that is left, so one less than the round before.
+        """
+        if sparsity.block_choice != "loss":
+            return 0
+        open_layers = sum(budget.protected.isdisjoint(blocks) for blocks in budget.by_layer)
+        return sum(range(open_layers, open_layers - len(removed_layers(budget)), -1))
+
+    def describe(self, budget: Budget) -> str:
+        return f"{len(removed_layers(budget))} are removed as a whole"
+
+
+UNITS["blocks"] = WholeBlocks()
 
 
 def removed_layers(budget: Budget) -> list[int]:

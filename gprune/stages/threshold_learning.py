@@ -15,9 +15,9 @@ from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.cut import Cut, cut_margin, cut_of
+from gprune.sparsity.cut import Cut, cut_margin, cut_of, keep_masks
 from gprune.sparsity.gates import bypassed, gated, soft_gate, straight_through
-from gprune.sparsity.thresholds import Thresholds, masks_from_thresholds, unit_margins
+from gprune.sparsity.thresholds import Thresholds, unit_margins
 from gprune.stages.base import FrozenLMStage
 
 
@@ -121,12 +121,12 @@ class ThresholdLearning(FrozenLMStage):
     @torch.no_grad()
     def masks(self, budget: Budget | None = None) -> Masks:
         """Compute the hard masks of the current thresholds for a budget; by default the budget of the stage."""
+        margins = unit_margins(self.offset_ranks, self.thresholds)
         if budget is not None:
-            return masks_from_thresholds(self.offset_ranks, self.thresholds, budget)
-        neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
+            return keep_masks(budget, *margins)
         if self._cut is None:
-            self._cut = cut_of(self.budget, neuron_margins[0].device)
-        return self._cut(neuron_margins, group_margins)
+            self._cut = cut_of(self.budget, self.ffn_thresholds[0].device)
+        return self._cut(*margins)
 
     def refresh_gates(self) -> None:
         """Compute the gates of a training step: per block (N,) for neurons and (G,) for KV groups."""
