@@ -27,7 +27,6 @@ from gprune.models.loading import fingerprint, locate_model
 from gprune.models.losses import same_head
 from gprune.models.masks import Masks
 from gprune.models.structure import check_structure, why_not_measurable
-from gprune.pipeline.cost import compared_tokens, evaluated_tokens, recovery_tokens
 from gprune.pipeline.evaluate import add_row, dense_perplexity, leaks, measure_perplexity
 from gprune.pipeline.inputs import Text, load_dense, window_cutter
 from gprune.pipeline.plan import Plan, check
@@ -125,9 +124,9 @@ class MeasurementPlan(Plan):
     def tokens(self) -> dict[int, tuple[int, int]]:
         """Largest numbers of tokens (forward, forward and backward) by step: 9 recovers, 10 evaluates."""
         cfg = self.cfg
-        forward, trained = recovery_tokens(cfg, cfg.recovery)
-        of_row = 2 * evaluated_tokens(cfg)  # by the model, and by the dense model for KL
-        return {9: (forward + compared_tokens(cfg), trained), 10: (of_row // 2 + of_row * len(cfg.stages), 0)}
+        forward, trained = self.recovery_tokens(cfg.recovery, counts_teacher=True)
+        of_row = 2 * cfg.evaluated_tokens  # by the model, and by the dense model for KL
+        return {9: (forward + cfg.evaluation.compared_tokens, trained), 10: (of_row // 2 + of_row * len(cfg.stages), 0)}
 
 
 def check_models(name: str, cfg: RunConfig, callbacks: UserCallbacks | None = None) -> MeasurementPlan:

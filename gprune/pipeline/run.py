@@ -20,18 +20,17 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.benchmarks.speed import SPEED_TABLE, speed_key, store_run_table
 from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import Forecast
+from gprune.features import attribute
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
-from gprune.pipeline.cost import caches_teacher, forward_equivalents, validation_interval
 from gprune.pipeline.inputs import Text, load_dense, prepare_text
-from gprune.pipeline.plan import Plan, check, describe_unpruned
+from gprune.pipeline.plan import Plan, check, describe_unpruned, forward_equivalents
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import construct_loggers, row_metrics, tracking
@@ -128,8 +127,7 @@ class Run:
     @property
     def cached_teacher_states(self) -> dict[bytes, Tensor] | None:
         """Cache of the teacher's hidden states for all rows; None if they are not cached."""
-        hidden_size = self.model.config.get_text_config(decoder=True).hidden_size
-        return self.teacher_states if caches_teacher(self.cfg, hidden_size) else None
+        return self.teacher_states if self.plan.caches_teacher else None
 
     def with_budget(self, budget: Budget) -> Run:
         """Return a copy with another budget."""
@@ -200,7 +198,7 @@ class Run:
         if validates:
             windows = sum(len(of_corpus.tokens) for of_corpus in text)
             accumulate = kwargs.get("accumulate_grad_batches", 1)
-            _, interval = validation_interval(cfg, windows, data.batch_size, measured_after, accumulate=accumulate)
+            _, interval = t.validation_interval(windows, data.batch_size, measured_after, accumulate=accumulate)
             kwargs["val_check_interval"] = interval
         learned = {} if control and not trial else self.folder.manifest.get("learned_tokens", {})
         if trial:  # the other trials are of other models
@@ -261,8 +259,8 @@ def open_run(
     log.info("Reading %d corpora", len({*cfg.train_corpora, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
     settings = cfg.settings() | {"inputs": {"model": fingerprint(model), "text": text.hashes()}}
-    if cfg.latency_table_flag:  # another latency table gives another budget
-        settings["inputs"]["speed"] = key_of(table=plan.pricing.speed)
+    for feature in cfg.features:
+        settings["inputs"] |= attribute(feature, "inputs")(plan)
     with in_folder(
         plan, model, tokenizer, text, settings, user_callbacks, loggers, asked_precision=asked_precision
     ) as run:
@@ -315,12 +313,10 @@ def in_folder(
 
 
 def _record_machine_choices(folder: RunFolder, plan: Plan, requested_precision: str) -> None:
-    """Write the latency table to the folder if the run uses one, and the reason for the resolved precision `auto`."""
-    cfg = plan.cfg
-    if cfg.latency_table_flag:
-        with matmul_precision(cfg.trainer.float32_matmul_precision):  # in which the table was measured
-            key = speed_key(plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.workload())
-        store_run_table(plan.pricing.speed, key, folder / SPEED_TABLE)
+    """Write what features have measured on this machine, and the reason for the resolved precision `auto`."""
+    with matmul_precision(plan.cfg.trainer.float32_matmul_precision):  # in which they were measured
+        for feature in plan.cfg.features:
+            attribute(feature, "store")(plan, folder)
     if requested_precision == "auto" and not folder.manifest.get("precision"):
         folder.update_manifest(precision={"asked": requested_precision, "because": plan.why_precision})
 

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from gprune.calibration.projections import OUTPUT_PROJECTIONS
 from gprune.checks import format_value
 from gprune.errors import UserError
+from gprune.features import Feature
 from gprune.registry import Registry, StandIn
 
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
@@ -82,10 +83,11 @@ class Material:
         return [ids for windows in self.text for ids in windows.tokens.split(self.batch_size)]
 
 
-class Recovery:
+class Recovery(Feature):
     """Base class of recoveries. It changes nothing, and is itself the recovery `none`, as in the paper."""
 
     name = ""  # set when it is registered
+    flags = frozenset({"ridge", "distill"})  # flags or groups of flags that it reads, if it has statistics or text
     needs: frozenset[str] = frozenset()  # which of `NEEDS` (statistics of the dense model, or text) it reads
     learns = False  # whether it trains on text
     uses_teacher = False  # whether it uses the cache `Material.teacher_states`
@@ -93,6 +95,11 @@ class Recovery:
     sharded = True  # whether it works with a dense model that is sharded over processes
     registered: Any = None  # the registered class or function, whose keyword-only parameters are options
     factory: Callable[..., Recovery]  # constructs the recovery with options
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Flags or groups of flags that this recovery reads: none without statistics and text."""
+        return self.flags | {"corpora.recover"} if self.needs or self.learns else frozenset()
 
     def revise(self, material: Material) -> Revise | None:
         """Return a function that changes each sliced block, called in the order of blocks, or None."""
@@ -112,15 +119,37 @@ class Recovery:
         """
         return 0, 0
 
-    def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
+    def memory(self, sizes: Any) -> dict[str, float]:
+        """Return the bytes of a recovery by term of `pipeline.memory.Memory`; empty if it needs nothing.
+
+        Without training these are the equations of the widest block, 12 N^2, in float64.
+        """
+        if not self.needs:
+            return {}
+        return {
+            "weights": sizes.rows + sizes.weight * sizes.kept_parameters,
+            "gram_matrices": sizes.grams + 12 * max(sizes.costs.neurons) ** 2,
+            "activations": sizes.forecasts,
+        }
+
+    def refuse_settings(self, cfg: Any) -> None:
+        """Raise UserError if a recovery that trains has less than one window of each corpus."""
+        if self.learns and cfg.fresh_windows < 1:
+            least = f"{len(cfg.corpora.recover) * cfg.corpora.seq_len:,}"
+            window = "one window of each of --corpora.recover"
+            raise UserError(f"--distill.tokens must be {least} or more ({window}); got {cfg.distill.tokens:,}.")
+
+    def refuse(self, plan: Any) -> None:
         """Raise UserError if this recovery does not support a model; called before weights are loaded.
 
         Args:
-            blocks: blocks of the dense model, without weights.
-            shard: whether the dense model is sharded over processes.
+            plan: has `skeleton`, the dense model without weights, and `cfg`, the settings.
         """
+        from gprune.models.blocks import blocks_of
+
+        blocks = blocks_of(plan.skeleton)
         alternatives = ", ".join(name for name in RECOVERY if RECOVERY[name].experts and RECOVERY[name].sharded)
-        if shard and not self.sharded:
+        if plan.cfg.model.shard and not self.sharded:
             raise UserError(
                 f"--recovery {self.name} cannot be combined with --model.shard true, because every process would "
                 f"compute all layers. Use one of {alternatives}."
@@ -171,11 +200,6 @@ class Chain(Recovery):
         costs = [member.tokens(text, fresh, attention=attention) for member in self.recoveries]
         return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
 
-    def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
-        """Raise UserError if one of the recoveries does not support a model."""
-        for member in self.recoveries:
-            member.refuse(blocks, shard=shard)
-
 
 def recovery_of(name: str, settings: Mapping[str, Any] = NOTHING) -> Recovery:
     """Return a recovery by its name."""
@@ -204,10 +228,11 @@ def apply_tune(name: str, material: Material, pruned: PreTrainedModel) -> PreTra
 class Projection(Recovery):
     """A recovery that solves each output projection separately, from statistics of the dense model."""
 
-    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool):
+    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool, flags: Collection[str]):
         self.solver = solver
         self.needs = frozenset(needs)
         self.experts = experts
+        self.flags = frozenset(flags)
 
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block, with errors as `solve`."""
@@ -263,7 +288,9 @@ class Projection(Recovery):
         return new_weight, bias
 
 
-def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool = True) -> Callable[[Any], Any]:
+def recovery(
+    name: str, *, needs: Collection[str] = ("moments",), experts: bool = True, flags: Collection[str] = ("ridge",)
+) -> Callable[[Any], Any]:
     """Register a recovery as the value `name` of `--recovery`: a function, or a subclass of `Recovery`.
 
     A function is called as `function(weight, keep, moments, ridge, **options)` for each output projection that lost
@@ -292,6 +319,7 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
         name: the value of `--recovery`.
         needs: which of `NEEDS` a function reads from `moments`. A class has its own attribute.
         experts: whether a function supports experts, which have no biases. A class has its own attribute.
+        flags: flags that a function reads, to list ignored flags. A class has its own attribute.
 
     Raises:
         ValueError: if `needs` has another name, or another recovery has this name.
@@ -318,7 +346,7 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
             if isinstance(entry, type):
                 instance = entry(**options)
             else:
-                instance = Projection(functools.partial(entry, **options), needs=needs, experts=experts)
+                instance = Projection(functools.partial(entry, **options), needs=needs, experts=experts, flags=flags)
             instance.name = name
             instance.registered = entry
             instance.factory = create
