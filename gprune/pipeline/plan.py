@@ -10,7 +10,7 @@ import torch
 from lightning import Callback
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.calibration.errors import check_dense
+from gprune.calibration.block_errors import check_dense
 from gprune.calibration.layerwise import check_walk, needs_walk
 from gprune.calibration.saliency import salient_parts
 from gprune.config import RunConfig
