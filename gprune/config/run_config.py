@@ -114,7 +114,7 @@ class RunConfig(Group):
     """Ridge penalty of least_squares and least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
     distill: DistillConfig = Field(default_factory=DistillConfig)
     options: dict[Text, dict[Text, bool | int | float | Text]] = Field({})
-    """Options of registered recoveries, refiners, learners and calibrators by name: --options.mine.power 2."""
+    """Options of your own recoveries and stages by name or class path: --options.mine.power 2."""
     gprune: bool = True
     """False: prune by the base metric only, with --sparsity.start instead of --sparsity.allocation learned."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -218,6 +218,15 @@ class RunConfig(Group):
             registry, settings = used_entries[name]
             entry = getattr(registry[name], "registered", registry[name])
             check_options(f"--options.{name}", name, entry, options, settings=settings)
+
+    def with_stages(self, **classes: type | None) -> RunConfig:
+        """Return a copy with classes in place of some of `refiner`, `learner` and `calibrator`."""
+        cfg = self.model_copy(deep=True)
+        for stage in (REFINER, LEARNER, CALIBRATOR):
+            if (cls := classes[stage.kind]) is not None:
+                group, _, setting = stage.flag.partition(".")
+                setattr(getattr(cfg, group), setting, stage.name_of(cls))
+        return cfg
 
     @property
     def final(self) -> str:
