@@ -16,6 +16,7 @@ class SequentialLeastSquares(Recovery):
 
     needs = frozenset({"text"})
     experts = sharded = False
+    reads = ("ridge",)
 
     def revise(self, material: Material) -> Revise:
         """Return a function that solves projections of each block after all earlier blocks."""

@@ -22,6 +22,8 @@ class Distill(Recovery):
     """Recovery by end-to-end distillation from the dense model on text of `corpora.recover` (`DistillationStage`)."""
 
     learns = uses_teacher = True
+    reads = ("distill",)
+    group = "distill"
 
     def __init__(self, settings: DistillConfig | None = None):
         self.settings = settings or DistillConfig()
@@ -46,8 +48,7 @@ class Distill(Recovery):
             material.dense,
             pruned,
             shard=material.shard,
-            teacher_states=material.teacher_states,
-            count=material.count if material.already_counted else None,
+            teacher=material.teacher,
             **select_options(DistillationStage, dict(settings)),
         )
         title = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"

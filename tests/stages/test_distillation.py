@@ -30,7 +30,7 @@ from gprune.runs import folder
 from gprune.runs.results import load_run
 from gprune.stages.distill_recovery import Distill
 from gprune.stages.distillation import DistillationStage, OutlierDetector
-from gprune.stages.student import Student
+from gprune.stages.student import Student, TeacherStates
 from gprune.storage.files import read_tensors
 from tests import tiny_run
 from tests.stages.test_threshold_learning import data_of, sampled_tokens, trainer_of
@@ -233,7 +233,7 @@ def test_a_sharded_teacher_runs_on_all_ranks_unless_all_have_its_states(problem,
 
     dense.model.register_forward_hook(lambda *_: passes.append(1))
     monkeypatch.setattr(DistillationStage, "_is_sharded", True)
-    stage = DistillationStage(dense, student, teacher_states={})
+    stage = DistillationStage(dense, student, teacher=TeacherStates(keep=True))
     stage.trainer = SimpleNamespace(strategy=SimpleNamespace(reduce_boolean_decision=decide))
     first, second = (stage._losses(tokens[:2]) for _ in range(2))
     assert (len(passes), decisions) == (2, [False, True])
