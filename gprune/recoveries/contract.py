@@ -73,17 +73,18 @@ class Material:
 
 
 class Recovery:
-    """Base class of recoveries. For each pruned model, a run constructs one instance with its options."""
+    """Base class of recoveries. It changes nothing, and is itself the recovery `none`, as in the paper.
+
+    For each pruned model, a run constructs one instance with the options.
+    """
 
     name = ""  # set when it is registered
+    flags = frozenset({"ridge", "distill"})  # flags or groups of flags that it reads, if it has statistics or text
     needs: frozenset[str] = frozenset()  # which of `NEEDS` (statistics of the dense model, or text) it reads
     learns = False  # whether it trains on `--distill.tokens` of text
     uses_teacher = False  # whether it reads the states of `Material.teacher`
     experts = True  # whether it can recover experts
     sharded = True  # whether it works with a dense model that is sharded over processes
-    # Which flags and groups of flags it reads, of those that only recoveries read. By default all of them, so that none
-    # is reported as ignored.
-    reads: tuple[str, ...] = ("ridge", "distill")
     group = ""  # the group of flags that a run assigns to `settings`
     settings: Any = None
     registered: Any = None  # the registered class or function, whose keyword-only parameters are options
@@ -153,7 +154,7 @@ class Chain(Recovery):
     def __init__(self, name: str, settings: Mapping[str, Any] = NOTHING):
         check_chain(name)
         self.name = name
-        self.recoveries = recoveries_of(name, settings)
+        self.recoveries = [recovery_of(member, settings) for member in name.split("+")]
         self.needs = frozenset().union(*(member.needs for member in self.recoveries))
         self.learns = any(member.learns for member in self.recoveries)
         self.uses_teacher = any(member.uses_teacher for member in self.recoveries)
@@ -191,11 +192,11 @@ def check_chain(name: str) -> None:
 class Projection(Recovery):
     """A recovery that solves each output projection separately, from statistics of the dense model."""
 
-    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool, reads: Collection[str] = ("ridge",)):
+    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool, flags: Collection[str] = ("ridge",)):
         self.solver = solver
         self.needs = frozenset(needs)
         self.experts = experts
-        self.reads = tuple(reads)
+        self.flags = frozenset(flags)
 
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block, with errors as `solve`."""
@@ -252,7 +253,7 @@ class Projection(Recovery):
 
 
 def recovery(
-    name: str, *, needs: Collection[str] = ("moments",), experts: bool = True, reads: Collection[str] = ("ridge",)
+    name: str, *, needs: Collection[str] = ("moments",), experts: bool = True, flags: Collection[str] = ("ridge",)
 ) -> Callable[[Any], Any]:
     """Register a recovery as the value `name` of `--recovery`: a function, or a subclass of `Recovery`.
 
@@ -282,7 +283,7 @@ def recovery(
         name: the value of `--recovery`.
         needs: which of `NEEDS` a function reads from `moments`. A class has its own attribute.
         experts: whether a function supports experts, which have no biases. A class has its own attribute.
-        reads: the flags of recoveries that a function reads; `()` if it ignores `ridge`. A class has its own attribute.
+        flags: flags that a function reads, to list ignored flags. A class has its own attribute.
 
     Raises:
         ValueError: if `needs` has another name, or another recovery has this name.
@@ -310,7 +311,7 @@ def recovery(
                 instance = entry(**options)
             else:
                 solver = functools.partial(entry, **options)
-                instance = Projection(solver, needs=needs, experts=experts, reads=reads)
+                instance = Projection(solver, needs=needs, experts=experts, flags=flags)
             instance.name = name
             instance.registered = entry
             instance.factory = create
@@ -324,8 +325,4 @@ def recovery(
     return decorate
 
 
-@recovery("none")
-class NoRecovery(Recovery):
-    """Recovery `none`: change nothing, as in the paper."""
-
-    reads = ()
+recovery("none")(Recovery)

@@ -15,8 +15,8 @@ class SequentialLeastSquares(Recovery):
     """Recovery by `PrunedPrefix`. It reads the text of `corpora.recover`, and no statistics."""
 
     needs = frozenset({"text"})
+    flags = frozenset({"ridge"})
     experts = sharded = False
-    reads = ("ridge",)
 
     def revise(self, material: Material) -> Revise:
         """Return a function that solves projections of each block after all earlier blocks."""

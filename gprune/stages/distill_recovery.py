@@ -22,7 +22,7 @@ class Distill(Recovery):
     """Recovery by end-to-end distillation from the dense model on text of `corpora.recover` (`DistillationStage`)."""
 
     learns = uses_teacher = True
-    reads = ("distill",)
+    flags = frozenset({"distill"})
     group = "distill"
 
     def __init__(self, settings: DistillConfig | None = None):
