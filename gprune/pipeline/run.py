@@ -38,7 +38,7 @@ from gprune.runs.trainer import PROFILERS, StageBar, matmul_precision, plain_int
 from gprune.runs.user_callbacks import CallbackChecks, UserCallbacks, raise_as_user_error
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
-from gprune.stages.base import FrozenLMStage, curves_of
+from gprune.stages.base import curves_of
 from gprune.stages.callbacks import StepCurves
 from gprune.stages.student import TeacherStates
 from gprune.storage.files import key_of
@@ -218,7 +218,7 @@ class Run:
             trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
             if validates and getattr(stage, "measured_at", None) != trainer.global_step:
                 trainer.validate(stage, data, verbose=False)
-        if isinstance(stage, FrozenLMStage) and stage.autocast.in_float32:
+        if getattr(stage, "in_float32", False):
             self.folder.update_manifest(fallbacks={name: "32-true, because a loss was not finite in bf16-mixed"})
         if not control:
             self.callbacks.keep_state()

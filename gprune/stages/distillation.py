@@ -253,7 +253,7 @@ class DistillationStage(FrozenLMStage):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the weighted sum of KL and cross-entropy on a batch, () float32. It may be infinite or NaN."""
-        losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm, self.student)
+        losses = self.autocast_losses(partial(self._losses, batch["input_ids"]), self.lm, self.student)
         return self.batch_loss(losses, batch, "distill/loss", finite=False)
 
     def _losses(self, ids: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ class DistillationStage(FrozenLMStage):
         if self.kl:
             # Layers of a sharded teacher are gathered by all ranks together, so all of them compute, or none.
             agree = self.trainer.strategy.reduce_boolean_decision if self._is_sharded else bool
-            states = self._teacher.hidden(self.lm, ids, agree=agree, in_float32=self.autocast.in_float32)
+            states = self._teacher.hidden(self.lm, ids, agree=agree, in_float32=self.in_float32)
             teacher_hidden = states.flatten(0, 1)
         hidden = final_hidden(self.student, ids).flatten(0, 1)
         head = self.student.get_output_embeddings()
