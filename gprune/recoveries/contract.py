@@ -214,7 +214,7 @@ def check_chain(name: str) -> None:
 class Projection(Recovery):
     """A recovery that solves each output projection separately, from statistics of the dense model."""
 
-    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool, flags: Collection[str]):
+    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool, flags: Collection[str] = ("ridge",)):
         self.solver = solver
         self.needs = frozenset(needs)
         self.experts = experts
