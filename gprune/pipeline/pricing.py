@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, costs_from_table, speed_table
 from gprune.config import DEFAULT_MULTIPLE, RunConfig
 from gprune.errors import UserError, quoting
 from gprune.export.convert import TYPES
 from gprune.export.hf import kept_in_float32
 from gprune.models.blocks import Block, blocks_of
 from gprune.runs.trainer import matmul_precision
-from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget, default_width_multiple, unit_costs
-from gprune.sparsity.cost import COST, BlockCosts, Costs, costs_of_blocks, parameter_costs
+from gprune.sparsity.cost import COST, Costs, Currency, ModelCosts, costs_of_blocks, parameter_costs
 from gprune.sparsity.target import HALF_BITS
-from gprune.sparsity.whole_blocks import checked_budget
 
 
 def device_memory(device: torch.device) -> int:
@@ -40,6 +36,7 @@ class Pricing:
     cfg: RunConfig
     skeleton: PreTrainedModel  # the dense model without weights
     device: torch.device
+    measured: dict[str, Any] = field(default_factory=dict)  # what currencies have measured on this machine
 
     @property
     def device_available(self) -> bool:
@@ -59,26 +56,27 @@ class Pricing:
         return m.dtype
 
     def budget(self) -> Budget:
-        """Return the budget of `--sparsity.target`. UserError if the model cannot meet it."""
+        """Return the budget of `--sparsity.target`."""
         s, export, blocks = self.cfg.sparsity, self.cfg.export, blocks_of(self.skeleton)
         costs, outside = self.costs_in(s.currency)
         units = unit_costs(blocks, scope=s.scope, protect=s.protect, costs=costs)
         multiple = default_width_multiple(units) if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
-        multiple = multiple or best_multiple(self.speed)
+        if multiple is None:
+            with matmul_precision(self.cfg.trainer.float32_matmul_precision):
+                multiple = COST["seconds"].best_multiple(self)
         if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:
             raise UserError(
                 f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
             )
         block_share = s.block_share if "blocks" in s.scope else 0.0
         try:
-            budget = Budget.of(
+            return Budget.of(
                 units, s.target, multiple, uniform=s.uniform_width, block_share=block_share, outside=outside
             )
         except UserError as error:
             if s.currency == "bytes" and (narrower := self.narrower_export):
                 raise UserError(f"{error} {narrower}.") from error
             raise
-        return checked_budget(budget, self.skeleton, depth=ALLOCATION[self.cfg.base_allocation].whole_blocks)
 
     @property
     def narrower_export(self) -> str:
@@ -91,20 +89,22 @@ class Pricing:
             return "With --export.dtype bfloat16 the weights take half the bytes"
         return ""
 
-    def costs_in(self, currency: str) -> tuple[list[BlockCosts], int]:
-        """Return the costs of blocks, and of everything outside of them.
+    def costs_in(self, currency: str) -> ModelCosts:
+        """Return the costs of the model in a registered currency."""
+        cost = COST[currency]
+        if not isinstance(cost, Currency):
+            return self.costs_by(currency, cost)
+        with matmul_precision(self.cfg.trainer.float32_matmul_precision):  # a currency may measure
+            return cost.costs(self)
 
-        A registered currency, `bytes` (in half bits, 1/16 byte, of the export) or `seconds` (in picoseconds).
-        """
+    def costs_by(self, currency: str, cost: Callable[..., Costs]) -> ModelCosts:
+        """Return the costs of the model by a function of the model and its blocks."""
         blocks = blocks_of(self.skeleton)
-        if currency == "seconds":
-            return costs_from_table(self.speed, blocks)
-        cost = self._exported_bytes if currency == "bytes" else COST[currency]
         needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
         with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):
             return costs_of_blocks(cost(self.skeleton, blocks), blocks)
 
-    def _exported_bytes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Costs:
+    def exported_bytes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Costs:
         """Return the cost of units in half bits of the export.
 
         GGUF files store vectors as float32. Some parameters of Hugging Face folders are float32 in any case.
@@ -118,24 +118,3 @@ class Pricing:
         return parameter_costs(
             model, blocks, weight=lambda p: HALF_BITS * (4 if id(p) in in_float32 else dtype.itemsize)
         )
-
-    @cached_property
-    def speed(self) -> Table | None:
-        """Latency table of this machine at the `--speed` settings.
-
-        If a flag needs the table (`RunConfig.latency_table_flag`), it is measured unless it is cached. Otherwise it is
-        read from the cache; None if the cache has no table.
-        """
-        cfg, positions = self.cfg, getattr(self.skeleton.config, "max_position_embeddings", math.inf)
-        length, measure = cfg.speed.prompt + cfg.speed.generate, bool(cfg.latency_table_flag)
-        if measure and length > positions:
-            raise UserError(
-                f"--speed.prompt and --speed.generate must add up to at most {positions:,} positions; got {length:,}."
-            )
-        if measure and not self.device_available:
-            raise UserError(f"{cfg.latency_table_flag} needs a GPU in this machine to measure on.")
-        with matmul_precision(cfg.trainer.float32_matmul_precision):
-            return speed_table(
-                self.skeleton, self.device, getattr(torch, cfg.model.dtype), cfg.speed.workload(), measure=measure,
-                again=cfg.speed.measure, run_table=Path(cfg.folder) / SPEED_TABLE,
-            )  # fmt: skip

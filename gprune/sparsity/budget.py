@@ -134,12 +134,11 @@ class Budget:
             )  # fmt: skip
         order = tuple(order)
         goal = Target.of(setting)
-        target = goal.removes(self.total, self.model)
-        if target is None:
+        if goal.is_searched:
             largest = replace(self, removed=order).removing(self.total)
             if largest.target:
                 return replace(largest, setting=setting)
-            target = 0
+        target = 0 if goal.is_searched else goal.removes(self.total, self.model)
         if target < 1:
             sizes = f"the scope has {self.total:,}, the model {self.model:,}"
             raise UserError(f"{flag} {setting} cannot remove anything: {sizes}.")
@@ -176,11 +175,6 @@ class Budget:
             if target <= budget.removable:
                 return replace(budget, target=max(target, budget.unavoidable))
             target = budget.removable
-
-    @property
-    def is_searched(self) -> bool:
-        """Whether the cost of the target is searched for, as that of a quality; then this is the largest budget."""
-        return self.setting is not None and Target.of(self.setting).removes(self.total, self.model) is None
 
     @property
     def attention(self) -> bool:

@@ -1,7 +1,7 @@
-"""Currencies of the budget: parameters, KV cache, or a function that is registered in `COST`.
+"""Currencies of the budget: parameters, KV cache, bytes, seconds, or a function that is registered in `COST`.
 
 The function is called with the model and its blocks. It returns whole numbers: for each block the cost of a neuron, of
-a KV group and of the whole block; and the cost of the rest of the model.
+a KV group and of the whole block; and the cost of the rest of the model. A currency that needs more is a `Currency`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gprune.features import Feature
 from gprune.registry import Registry
 
+# Result of a registered function: costs of (a neuron, a KV group, the whole block) for each block, and of the rest.
 Costs = tuple[Sequence[tuple[int, int, int]], int]
 COST: Registry[Callable[..., Costs]] = Registry("cost")
 
@@ -36,8 +38,11 @@ class BlockCosts:
         return cls(table(_whole_number(neuron), neurons), table(_whole_number(group), groups), _whole_number(whole))
 
 
-def costs_of_blocks(costs: Costs, blocks: Sequence[Any]) -> tuple[list[BlockCosts], int]:
-    """Convert the result of a registered function to the costs of each block, and of the rest of the model."""
+ModelCosts = tuple[list[BlockCosts], int]  # of each block, and of the rest of the model
+
+
+def costs_of_blocks(costs: Costs, blocks: Sequence[Any]) -> ModelCosts:
+    """Convert the result of a registered function to tables of costs."""
     by_block, rest = costs
     of_blocks = [
         BlockCosts.by_unit(*of_block, neurons=block.neurons, groups=block.kv_groups)
@@ -49,6 +54,14 @@ def costs_of_blocks(costs: Costs, blocks: Sequence[Any]) -> tuple[list[BlockCost
 def cost_beyond(table: Sequence[int], kept: int) -> int:
     """Return the cost of all units after the first `kept`, from a table of `BlockCosts`."""
     return table[-1] - table[min(kept, len(table) - 1)]
+
+
+class Currency(Feature):
+    """A currency whose costs depend on more than the model and its blocks."""
+
+    def costs(self, pricing: Any) -> ModelCosts:
+        """Return the costs of the model of a `pipeline.pricing.Pricing`."""
+        raise NotImplementedError
 
 
 def _whole_number(cost: Any) -> int:
@@ -75,3 +88,21 @@ def kv_cache(model: Any, blocks: Sequence[Any]) -> Costs:
     """Return how many numbers the KV cache stores per token: a key and a value of `head_dim` for each KV group."""
     by_block = [(0, 2 * block.head_dim, 2 * block.head_dim * block.kv_groups) for block in blocks]
     return by_block, 0
+
+
+class Bytes(Currency):
+    """Half bits (1/16 byte) of the exported weights."""
+
+    also_reads = frozenset({"export.dtype"})
+
+    def identity(self, cfg: Any) -> dict[str, Any]:
+        """Return the settings of the export that change its size."""
+        unused = set() if cfg.export.format == "gguf" else {"format", "type"}
+        return {"export": cfg.export.model_dump(exclude=unused)}
+
+    def costs(self, pricing: Any) -> ModelCosts:
+        """Return the costs of the model in half bits."""
+        return pricing.costs_by("bytes", pricing.exported_bytes)
+
+
+COST.register("bytes")(Bytes())

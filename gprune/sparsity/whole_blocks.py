@@ -1,7 +1,7 @@
-"""Whole blocks: the scope `blocks`, and the allocation `depth`, which removes little else.
+"""Whole blocks as a feature of a run: in the scope (`WholeBlocks`), or by an allocation that removes little else.
 
-Blocks are removed by whole layers. With the scope `blocks`, blocks are chosen before sparsity is allocated, and make up
-at most `--sparsity.block_share` of the target (`Budget.removed`). With `depth`, they make up all of it.
+Blocks are removed by whole layers. With the scope `blocks` they are chosen before sparsity is allocated, and make up at
+most `--sparsity.block_share` of the target (`Budget.removed`). With the allocation `depth` they make up all of it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,53 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gprune.errors import UserError
-from gprune.sparsity.allocation import allocation
-from gprune.sparsity.units import UNITS, Unit
+from gprune.features import Feature, Tokens
+from gprune.sparsity.target import Target
 
 if TYPE_CHECKING:  # allocations are imported to check flags, which should not wait for PyTorch
-    from transformers import PreTrainedModel
-
     from gprune.calibration.statistics import CorpusStatistics
     from gprune.importance.scores import Scores
     from gprune.models.blocks import Block
     from gprune.models.masks import Masks
     from gprune.sparsity.budget import Budget
+
+
+class WholeBlocks(Feature):
+    """Whole blocks that are removed, chosen by `--sparsity.block_choice`."""
+
+    def __init__(self, choice: str):
+        self.chosen_by_loss = choice == "loss"
+        self.also_reads = frozenset({"corpora.drift"} if self.chosen_by_loss else ())
+
+    def identity(self, cfg: Any) -> dict[str, Any]:
+        """Return the settings of whole blocks, which identify no run without them."""
+        return {"sparsity": {name: getattr(cfg.sparsity, name) for name in ("block_share", "block_choice")}}
+
+    def refuse(self, plan: Any) -> None:
+        """Raise UserError if a layer cannot be removed, or all layers with attention would be."""
+        check_attention_remains(plan)
+        if plan.budget.removed:
+            check_renumbering(plan)
+
+    def planned_tokens(self, plan: Any) -> Tokens:
+        """Return the tokens of a choice by the loss: one window of each corpus for every trial.
+
+        Each round removes one layer. It has a trial for every layer that is left, so one less than the round before.
+        """
+        budget, corpora = plan.budget, plan.cfg.corpora
+        open_layers = sum(budget.protected.isdisjoint(blocks) for blocks in budget.by_layer)
+        rounds = len(removed_layers(budget)) if self.chosen_by_loss else 0
+        trials = sum(range(open_layers, open_layers - rounds, -1))
+        return {2: (trials * len(corpora.drift) * corpora.seq_len, 0)}
+
+    def lines(self, plan: Any) -> dict[str, str]:
+        """Return how many layers are removed."""
+        return {"blocks": f"{len(removed_layers(plan.budget))} are removed as a whole"}
+
+
+def removed_layers(budget: Budget) -> list[int]:
+    """Return the layers that are removed as a whole, in the order of choice."""
+    return list(dict.fromkeys(budget.units[block].layer for block in budget.removed))
 
 
 def choose_blocks(budget: Budget, loss: Callable[[list[int]], float]) -> list[int]:
@@ -40,44 +76,13 @@ def choose_blocks(budget: Budget, loss: Callable[[list[int]], float]) -> list[in
         chosen += min(candidates, key=lambda blocks: loss([*chosen, *blocks]))
 
 
-class WholeBlocks(Unit):
-    """Whole blocks, by layer. They are chosen before units of the other blocks."""
-
-    flags = ("block_share", "block_choice")
-
-    def reads_drift(self, sparsity: Any) -> bool:
-        return sparsity.block_choice == "loss"
-
-    def forward_passes(self, sparsity: Any, budget: Budget) -> int:
-        """Return how often `choose_blocks` measures the loss, for as many removed layers as the budget has.
-
-        Each round has a trial for every layer that is left, so one less than the round before.
-        """
-        if sparsity.block_choice != "loss":
-            return 0
-        open_layers = sum(budget.protected.isdisjoint(blocks) for blocks in budget.by_layer)
-        return sum(range(open_layers, open_layers - len(removed_layers(budget)), -1))
-
-    def describe(self, budget: Budget) -> str:
-        return f"{len(removed_layers(budget))} are removed as a whole"
-
-
-UNITS["blocks"] = WholeBlocks()
-
-
-def removed_layers(budget: Budget) -> list[int]:
-    """Return the layers that are removed as a whole, in the order of choice."""
-    return list(dict.fromkeys(budget.units[block].layer for block in budget.removed))
-
-
-@allocation("depth", whole_blocks=True)
 def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Masks:
     """Remove whole blocks, least influential first: ShortGPT (arXiv 2403.03853), BI_b = 1 - E cos(x_b, x_b+1).
 
     Blocks are removed until the next one would exceed the target. The next block only loses its lowest-scoring neurons,
     so that the baseline removes as many parameters as other methods. If its FFN is too small for that, the block is
     removed too. A removed block includes attention and norms, whatever the scope. A width that changes becomes a
-    multiple of the budget's `width_multiple`. `checked_budget` rejects targets that would leave no block.
+    multiple of the budget's `width_multiple`. `limit_to_depth` rejects targets that would leave no block.
     """
     import torch
 
@@ -118,30 +123,25 @@ def _layers_by_influence(statistics: CorpusStatistics, budget: Budget) -> list[l
     return list({blocks[0]: blocks for blocks in order}.values())  # each layer once
 
 
-def checked_budget(budget: Budget, dense: PreTrainedModel, *, depth: bool) -> Budget:
-    """Check that whole blocks of a model without weights can be removed, and return the budget.
-
-    For the allocation `depth` the budget is limited.
-    """
-    if depth:
-        budget = _limit_to_depth(budget)
-    if depth or budget.block_share:
-        check_attention_remains(dense, budget)
-    if depth or budget.removed:
-        _check_renumbering(dense, budget)
-    return budget
+def refuse_modules(cfg: Any) -> None:
+    """Raise UserError for an allocation that removes whole blocks if the run has modules."""
+    if cfg.gprune:
+        raise UserError(f"--sparsity.allocation {cfg.base_allocation} needs --gprune false, because it has no modules.")
 
 
-def _limit_to_depth(budget: Budget) -> Budget:
-    """Limit a budget to the cost of all whole blocks except one.
+def refuse_layers(plan: Any) -> None:
+    """Raise UserError if a layer cannot be removed, or all layers with attention would be."""
+    check_attention_remains(plan)
+    check_renumbering(plan)
 
-    A target whose cost is searched for is lowered to that limit.
-    """
+
+def limit_to_depth(budget: Budget) -> Budget:
+    """Limit a budget to the cost of all whole blocks except one. A quality target is lowered to that limit."""
     layers = [layer for layer in budget.by_layer if budget.protected.isdisjoint(layer)]
     layer_costs = [sum(budget.units[block].costs.whole for block in layer) for layer in layers]
     kept = 0 if budget.protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
     removable = sum(layer_costs) - kept
-    if budget.is_searched:
+    if Target.of(budget.setting).is_searched:
         return replace(budget.removing(min(budget.target, removable)), setting=budget.setting)
     if budget.target > removable:
         raise UserError(
@@ -151,14 +151,15 @@ def _limit_to_depth(budget: Budget) -> Budget:
     return budget
 
 
-def check_attention_remains(dense: PreTrainedModel, budget: Budget) -> None:
+def check_attention_remains(plan: Any) -> None:
     """Raise UserError if a budget allows removing all layers with attention of a model that has others too.
 
     Without attention, generation with a cache fails, because recurrent layers do not count tokens.
     """
     from gprune.models.surgery import attention_by_layer
 
-    has_attention = attention_by_layer(dense.config)
+    config, budget = plan.skeleton.config, plan.budget
+    has_attention = attention_by_layer(config)
     if all(has_attention) or not any(has_attention):
         return
     layers = [blocks for blocks, has in zip(budget.by_layer, has_attention, strict=True) if has]
@@ -170,13 +171,13 @@ def check_attention_remains(dense: PreTrainedModel, budget: Budget) -> None:
     if sum(layer_costs) - max(layer_costs) < limit:
         numbers = [layer for layer, has in enumerate(has_attention) if has]
         raise UserError(
-            f"--sparsity.protect must name a layer with attention of model type '{dense.config.model_type}' if whole "
-            f"blocks are removed, because generation needs one; these are {numbers}, such as --sparsity.protect "
+            f"--sparsity.protect must name a layer with attention of model type '{config.model_type}' if whole blocks "
+            f"are removed, because generation needs one; these are {numbers}, such as --sparsity.protect "
             f"[{numbers[-1]}]."
         )
 
 
-def _check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
+def check_renumbering(plan: Any) -> None:
     """Raise UserError if other layers would change when a layer is removed and the following ones are renumbered.
 
     The first removable layer of the model without weights is removed, and `prune` compares the others.
@@ -186,7 +187,8 @@ def _check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
     from gprune.models.masks import Masks
     from gprune.models.surgery import prune
 
-    first = min(block.layer for block in budget.units if not block.protected)
-    ffn = [torch.full((block.experts * block.neurons,), block.layer != first) for block in budget.units]
-    attention = [torch.full((block.groups,), block.layer != first) for block in budget.units]
-    prune(dense, Masks(ffn, attention))  # the result is not needed, only its error
+    units = plan.budget.units
+    first = min(block.layer for block in units if not block.protected)
+    ffn = [torch.full((block.experts * block.neurons,), block.layer != first) for block in units]
+    attention = [torch.full((block.groups,), block.layer != first) for block in units]
+    prune(plan.skeleton, Masks(ffn, attention))  # the result is not needed, only its error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -50,11 +52,12 @@ def test_a_budget_for_whole_layers_that_fits_all_attention_layers_is_refused(tar
     model.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
     budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), target, block_share=1.0)
     if not refused:
-        return check_attention_remains(model, budget)
+        return check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
     with pytest.raises(UserError, match=r"these are \[1, 2\], such as --sparsity\.protect \[2\]"):
-        check_attention_remains(model, budget)
+        check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
     protected = unit_costs(blocks_of(model), scope="ffn", protect=[1])
-    return check_attention_remains(model, Budget.of(protected, target, block_share=1.0))
+    budget = Budget.of(protected, target, block_share=1.0)
+    return check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
 
 
 def test_a_type_without_a_cache_in_transformers_has_no_layers_that_must_be_kept():

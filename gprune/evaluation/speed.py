@@ -21,20 +21,18 @@ import torch
 from torch.utils.benchmark import Timer
 from transformers import GenerationConfig, PreTrainedModel
 
-from gprune.benchmarks.settings import SPEED
 from gprune.errors import UserError
 from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.copies import copy_without_hooks
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.models.surgery import prune, widths
-from gprune.sparsity.cost import BlockCosts
+from gprune.sparsity.cost import BlockCosts, ModelCosts
 from gprune.sparsity.cut import top_of_experts
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
-SPEED_TABLE = "speed.json"  # file in a run's folder
 DECODING_STEPS = 8  # number of decoding steps that are timed
 MIN_ROUNDS, MAX_ROUNDS = 2, 12  # numbers of rounds of a measurement
 MAX_SECONDS = 25.0  # after this time no round begins, except the first ones
@@ -80,13 +78,8 @@ def speed_table(
     return table
 
 
-def store_run_table(table: Table, key: str, file: Path) -> None:
-    """Store the table of a run and its `speed_key` in the run's folder, so that a resumed run has the same budget."""
-    write_json(file, {"key": key, "table": table})
-
-
-def costs_from_table(table: Table, blocks: Sequence[Block]) -> tuple[list[BlockCosts], int]:
-    """Convert a latency table to costs in integer picoseconds, of each block and of everything outside of blocks.
+def costs_from_table(table: Table, blocks: Sequence[Block]) -> ModelCosts:
+    """Convert a latency table to costs of the model in integer picoseconds.
 
     The cost of keeping 0, 1, ..., n units of a block is interpolated linearly between measured widths. Models are timed
     as a whole. If several blocks become narrower at once, the saved time is divided between them in proportion to their
@@ -273,7 +266,7 @@ def measure_throughput(
             models, batch=batch, prompt=prompt, generate=DECODING_STEPS
         )
         shared = {
-            "kind": SPEED, "split": "none", "batch": batch, "prompt": prompt, "spread": spread,
+            "kind": "speed", "split": "none", "batch": batch, "prompt": prompt, "spread": spread,
             "standard_protocol": False, "note": f"prompts of {prompt} tokens, {device}",
             "rounds": key_of(first=first_seconds, step=step_seconds)[:16],
             "content_hash": key_of(machine=[device, platform.node()], batch=batch, prompt=prompt)[:16],
