@@ -129,9 +129,7 @@ class Budget:
         """
         narrowest = narrowest_width(self.units)
         if self.width_multiple > narrowest:
-            raise UserError(
-                f"--sparsity.width_multiple must be 1 to {narrowest} neurons; got {self.width_multiple}."
-            )  # fmt: skip
+            raise UserError(f"--sparsity.width_multiple must be 1 to {narrowest} neurons; got {self.width_multiple}.")
         order = tuple(order)
         goal = Target.of(setting)
         if goal.is_searched:
