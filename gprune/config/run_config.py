@@ -293,7 +293,7 @@ class RunConfig(Group):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Extra statistics (`gprune.calibration.statistics.EXTRAS`) that the run reads."""
+        """Extra statistics (`gprune.calibration.EXTRAS`) that the run reads."""
         metrics = {self.importance}
         if self.gprune:
             metrics |= {IMPORTANCE[self.importance].drift, self.reliability.metric}
