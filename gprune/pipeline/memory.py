@@ -13,9 +13,9 @@ import torch
 
 from gprune.calibration.layerwise import needs_walk
 from gprune.calibration.statistics import gram_bytes
-from gprune.models.autocast import count_cast_weights
 from gprune.models.blocks import blocks_of, by_layer
 from gprune.models.losses import CHUNK
+from gprune.models.products import count_cast_weights
 from gprune.pipeline.cost import active_experts, error_corpora, error_tokens, evaluated_tokens, fits_cache
 from gprune.pipeline.plan import Plan
 from gprune.pipeline.pricing import device_memory

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gprune.models.autocast import CastWeights
+from gprune.models.products import CastWeights
 
 log = logging.getLogger("gprune")
 
