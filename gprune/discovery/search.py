@@ -15,10 +15,11 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -27,7 +28,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gprune.discovery import records
 from gprune.discovery.fit import check_fit, check_untied, record_error
 from gprune.discovery.probe import (
     REMEDY,
@@ -51,9 +51,12 @@ from gprune.models.families import FAMILIES, PRUNED, Family, attach_record, deco
 from gprune.models.gating import masked
 from gprune.models.losses import LogitTransform, head_input
 from gprune.models.surgery import prune
+from gprune.storage.files import Cache, key_of
 
 log = logging.getLogger("gprune")
 Kind = dict[str, Any]  # fields of a record for one kind of FFN or attention
+RECORDS = Cache("structures")  # by class, structure and version of transformers
+FORMAT = 9  # part of their keys; increase it when results of discovery change
 PATHS = ("gate", "up", "down", "query", "key", "value", "output")  # fields of a record that differ between kinds
 # Both bounds were measured on all types in transformers: masks change logits by 0.07 or more of the largest logit, and
 # masked and sliced models differ by at most 2e-5 of that change.
@@ -66,12 +69,14 @@ def discover(config: PreTrainedConfig) -> Family:
     check_supported(config)
     with quoting(f"Cannot configure a tiny copy of model type '{dense_type(config)}': ", f". {REMEDY}."):
         tiny = shrunk(stock_config(config))
-    record = records.read_record(tiny)
-    if record is None:
-        record = discover_from_tiny(tiny)
-        records.write_record(tiny, record)
-        log.info("Found the structure of model type '%s' on a tiny copy", record.model_type)
-    return record
+    module = type(tiny).__module__
+    if not module.startswith("transformers."):  # code of other packages may change between runs
+        return discover_from_tiny(tiny)
+    settings = json.dumps(tiny.to_dict(), sort_keys=True, default=str)
+    kind = f"{module}.{type(tiny).__qualname__}"
+    key = key_of(kind=kind, settings=settings, transformers=transformers.__version__, format=FORMAT)
+    content = RECORDS.get(key, lambda: {"record": asdict(discover_from_tiny(tiny))})
+    return Family(**content["record"])
 
 
 def discover_from_tiny(tiny: PreTrainedConfig) -> Family:
@@ -80,7 +85,9 @@ def discover_from_tiny(tiny: PreTrainedConfig) -> Family:
         model = tiny_model(tiny)
     failure = f"Cannot find the structure of model type '{tiny.model_type}': "
     with quoting(failure, f". {REMEDY}."), torch.enable_grad():
-        return discover_record(model)
+        record = discover_record(model)
+    log.info("Found the structure of model type '%s' on a tiny copy", record.model_type)
+    return record
 
 
 def discover_record(model: PreTrainedModel) -> Family:

@@ -18,7 +18,7 @@ from experiments.architectures import DEFAULTS, PAGE, default_config, describe, 
 from gprune import discovery
 from gprune.calibration.layerwise import check_walk
 from gprune.cli import main
-from gprune.discovery import check_structure, family_of, records, search
+from gprune.discovery import check_structure, family_of, search
 from gprune.discovery.search import check_by_copy, discover_from_tiny, discover_record
 from gprune.discovery.tiny import ROUTED, shrunk, tiny_model
 from gprune.errors import UserError
@@ -217,13 +217,6 @@ def test_the_layerwise_check_sees_what_only_later_layers_do(model_type, reason):
         config.activation_sparsity_pattern = [0.0] * config.num_hidden_layers
     with pytest.raises(UserError, match=rf"'{model_type}' cannot be computed layer by layer \({reason}\)"):
         check_walk(config)
-
-
-def test_a_record_in_the_cache_is_read_as_it_was_written():
-    config = shrunk(CONFIG_MAPPING["gemma"]())
-    record = discover_from_tiny(config)
-    records.write_record(config, record)
-    assert as_json(records.read_record(config)) == as_json(record)
 
 
 def test_discovery_does_not_change_the_global_random_state():

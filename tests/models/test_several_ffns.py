@@ -16,12 +16,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from experiments.architectures import example
 from gprune import discovery
-from gprune.benchmarks.speed import price_from_table
 from gprune.calibration.collector import Collector
 from gprune.calibration.layerwise import Walk
 from gprune.discovery.search import discover_record
 from gprune.discovery.tiny import tiny_model
 from gprune.errors import UserError
+from gprune.evaluation.speed import price_from_table
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.models.agreement import random_masks
