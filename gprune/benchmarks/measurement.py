@@ -14,6 +14,7 @@ from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks
 from gprune.benchmarks.subjects import Loaded, find_subjects
 from gprune.benchmarks.tasks import require_lm_eval
 from gprune.benchmarks.zero_shot import zero_shot
+from gprune.discovery import family_of
 from gprune.errors import optional_output
 from gprune.evaluation.speed import measure_throughput
 from gprune.report.model_card import write_card
@@ -86,6 +87,7 @@ def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dic
     limit = benchmarks.limit
     if task not in TEXTS:
         return zero_shot(*loaded, [task], limit=limit, batch_size=benchmarks.batch_size, source=benchmarks.source)
+    family_of(loaded[0])
     lengths = dict.fromkeys(benchmarks.seq_len)
     return [literature_perplexity(*loaded, task, seq_len=n, bos=benchmarks.bos, limit=limit) for n in lengths]
 

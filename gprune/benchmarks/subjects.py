@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.config.elsewhere import made_elsewhere
+from gprune.discovery import family_of
 from gprune.errors import UserError
 from gprune.models.elsewhere import load_elsewhere
 from gprune.models.embedded import model_label
@@ -66,10 +67,12 @@ def find_subjects(
 
 def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
     """Load the frozen dense model of a run in any dtype, and its tokenizer."""
-    return _load_verified(
+    model, tokenizer = _load_verified(
         load_model, settings["model"]["name"], settings, settings["inputs"]["model"], f"the model that '{run}' pruned",
         dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    family_of(model)
+    return model, tokenizer
 
 
 def _load_verified(

@@ -120,10 +120,12 @@ def find_model_folder(run_or_folder: str | Path) -> Path:
 
 def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in float32, and its tokenizer, without running code of the folder."""
+    from gprune.discovery import family_of
     from gprune.models.loading import load_model
 
     try:
         model, tokenizer = load_model(str(folder))
+        family_of(model)
         require_finite("weight was read", *model.parameters())
     except UserError as error:
         raise UserError(f"Cannot export '{folder}': {error}") from error

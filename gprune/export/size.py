@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gprune.discovery import family_of
 from gprune.export.gguf_check import ask_llama_cpp
 from gprune.export.gguf_types import BLOCK_SIZES, LLAMA_CPP, QUANTISED
 from gprune.export.gguf_writer import named_tensors, tensor_bytes, write_gguf
 from gprune.models.blocks import blocks_of
-from gprune.models.loading import read_config, skeleton
+from gprune.models.copies import skeleton
+from gprune.models.loading import read_config
 from gprune.runs.folder import RunFolder
 from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, scratch_folder, write_json
@@ -33,7 +35,8 @@ def report_size(
     if not (folder.parent / "manifest.json").is_file():
         log.info("Size: %.1f MB", size / 1e6)
         return
-    dense = skeleton(read_config(RunFolder(folder.parent).manifest["settings"]["model"]["name"]))
+    config = read_config(RunFolder(folder.parent).manifest["settings"]["model"]["name"])
+    dense = skeleton(config, record=family_of(config))
     dense.get_decoder().rotary_emb = model.get_decoder().rotary_emb  # has numbers, and is stored in some files
     if type in QUANTISED:
         dense_size = quantised_size(dense, tokenizer, file, type=type)

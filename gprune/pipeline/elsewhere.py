@@ -18,15 +18,15 @@ from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.config.elsewhere import default_run_name, with_made_elsewhere, without_pruning
 from gprune.corpora.windows import Windows
+from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError, optional_output, quoting
 from gprune.evaluation.distance import perplexity_from_logits
 from gprune.evaluation.perplexity import PerplexityResult
 from gprune.export.hf import to_portable
 from gprune.models.elsewhere import SUBJECT, check_elsewhere, load_elsewhere
 from gprune.models.loading import fingerprint, locate_model
-from gprune.models.losses import same_head
+from gprune.models.losses import same_head, why_not_measurable
 from gprune.models.masks import Masks
-from gprune.models.structure import check_structure, why_not_measurable
 from gprune.pipeline.evaluate import add_row, dense_perplexity, leaks, measure_perplexity
 from gprune.pipeline.inputs import Text, load_dense, window_cutter
 from gprune.pipeline.plan import Plan, check
@@ -192,9 +192,11 @@ def _measure(
     dtype, trust = getattr(torch, cfg.model.dtype), cfg.model.trust_remote_code
     other, other_tokenizer = load_elsewhere(name, dtype=dtype, trust_remote_code=trust)
     other = other.to(plan.device)
-    if recovery == "distill" and not same_head(other, dense_model):
-        reason = f"its output embedding differs from that of '{cfg.model.name}'"
-        raise UserError(f"{SUBJECT}: Cannot distil '{name}': {reason}.")
+    if recovery == "distill":
+        family_of(other)
+        if not same_head(other, dense_model):
+            reason = f"its output embedding differs from that of '{cfg.model.name}'"
+            raise UserError(f"{SUBJECT}: Cannot distil '{name}': {reason}.")
     text = _text(cfg, dense_model, tokenizer)
     test = _tokenized_for(name, other, other_tokenizer, tokenizer, cfg, text.test)
     settings = with_made_elsewhere(cfg.settings(), name)
