@@ -26,8 +26,7 @@ from gprune.models.surgery import attention_by_layer, prune
 from gprune.pipeline.cost import tokens_by_step
 from gprune.pipeline.pricing import Pricing
 from gprune.recoveries import recovery_of
-from gprune.runs.precision import resolve_precision
-from gprune.runs.trainer import check_trainer
+from gprune.runs.trainer import check_trainer, resolve_precision
 from gprune.runs.user_callbacks import UserCallbacks
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget
