@@ -57,7 +57,7 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
 
 def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
     """Return the text that is printed after a run: result table, parameters, tokens, and paths of the results."""
-    from gprune.report.records import result_table
+    from gprune.report.tables import result_table
     from gprune.runs.folder import RunFolder
     from gprune.runs.tracking import curves_hint
     from gprune.sparsity.allocation import format_removed

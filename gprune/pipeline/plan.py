@@ -26,8 +26,7 @@ from gprune.models.loading import read_config
 from gprune.models.losses import why_not_measurable
 from gprune.pipeline.pricing import Pricing
 from gprune.recoveries import recovery_of
-from gprune.runs.precision import resolve_precision
-from gprune.runs.trainer import check_trainer
+from gprune.runs.trainer import check_trainer, resolve_precision
 from gprune.runs.user_callbacks import UserCallbacks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks

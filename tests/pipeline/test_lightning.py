@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from gprune.report.style import save
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
@@ -23,7 +24,6 @@ from gprune.errors import UserError
 from gprune.evaluation.perplexity import WindowPerplexity, perplexity, window_losses
 from gprune.models.surgery import prune as sliced
 from gprune.pipeline import summary
-from gprune.report.style import save
 from gprune.sparsity.gates import masked
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 from gprune.stages.distillation import DistillationStage
