@@ -43,7 +43,6 @@ class Seconds(Currency):
     """Seconds of the workload of `--speed` on this machine, by its latency table."""
 
     reads = frozenset({"speed"})
-    reports = ("speed",)
 
     @staticmethod
     def flag(cfg: Any) -> str:
