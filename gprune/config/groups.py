@@ -248,7 +248,8 @@ class CorporaConfig(Group, prefix="corpora."):
     collect: Annotated[list[Literal["gram", "saliency"]], NEVER] = Field([])
     """Additional statistics to cache for later runs: gram (for least_squares), saliency (for taylor)."""
     calibrator: Annotated[Text, IF_CHANGED] = "streaming"
-    """Stage that collects statistics. streaming: one pass over each corpus. Or the name of a registered calibrator."""
+    """Stage that collects statistics. streaming: one pass over each corpus. Or the path of your own class, such as
+    my_module.MyCalibrator, with --import my_module."""
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError if a role has no corpora, or has a corpus twice."""
@@ -288,8 +289,8 @@ class PartitionConfig(Group, prefix="partition."):
     entropy_weight: NonNegative = 0.1
     """Weight of the entropy of assignments, which makes them hard."""
     refiner: Annotated[Text, IF_CHANGED] = "soft_assignment"
-    """Stage that refines the partition. soft_assignment: gradient descent on soft assignments. Or the name of a
-    registered refiner."""
+    """Stage that refines the partition. soft_assignment: gradient descent on soft assignments. Or the path of your own
+    class, such as my_module.MyRefiner, with --import my_module."""
 
 
 class ReliabilityConfig(Group, prefix="reliability."):
@@ -407,7 +408,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     """Subtract the mean gradient over all units. Without it Adam raises all gates together, which changes no mask."""
     learner: Annotated[Text, IF_CHANGED] = "straight_through"
     """Stage that learns. straight_through: gates that are hard in the forward and soft in the backward pass. Or the
-    name of a registered learner."""
+    path of your own class, such as my_module.MyLearner, with --import my_module."""
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that contradict each other."""

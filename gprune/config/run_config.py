@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field
 
-from gprune.calibration.projections import EXTRAS
+from gprune.calibration.statistics import EXTRAS
 from gprune.checks import NonNegative, Text, check_options, whole_numbers
 from gprune.config.groups import (
     IF_CHANGED,
@@ -103,7 +103,7 @@ class RunConfig(Group):
     """Ridge penalty of least_squares and least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
     distill: DistillConfig = Field(default_factory=DistillConfig)
     options: Annotated[dict[Text, dict[Text, bool | int | float | Text]], IF_CHANGED] = Field({})
-    """Options of registered recoveries, refiners, learners and calibrators by name: --options.mine.power 2."""
+    """Options of your own recoveries and stages by name or class path: --options.mine.power 2."""
     gprune: Annotated[bool, Reads({True: ("partition", "reliability", "corpora.drift", *LEARNING_FLAGS)})] = True
     """False: prune by the base metric only, with --sparsity.start instead of --sparsity.allocation learned."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -225,6 +225,15 @@ class RunConfig(Group):
                     for unread_flag in marker.unread(named or [value]) - read:
                         unread.setdefault(unread_flag, f"--{flag} {shown}")
         return unread
+
+    def with_stages(self, **classes: type | None) -> RunConfig:
+        """Return a copy with classes in place of some of `refiner`, `learner` and `calibrator`."""
+        cfg = self.model_copy(deep=True)
+        for stage in (REFINER, LEARNER, CALIBRATOR):
+            if (cls := classes[stage.kind]) is not None:
+                group, _, setting = stage.flag.partition(".")
+                setattr(getattr(cfg, group), setting, stage.name_of(cls))
+        return cfg
 
     @property
     def final(self) -> str:

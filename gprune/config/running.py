@@ -12,8 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 from gprune.checks import AtLeast1, AtLeast8, NonNegative, Positive, Quantile, Seed, Sparsity, Text, UpTo4096
 from gprune.config.groups import IF_CHANGED, NEVER, Group, Reads
 from gprune.errors import UserError
-from gprune.imports import find_loaded
-from gprune.user_code import code_of
+from gprune.user_code import code_at
 
 WandbName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\p{Cc}\p{Zl}\p{Zp}]*$")]
 # Default of --distill.learning_rate, tuned on text that no result table uses.
@@ -153,12 +152,7 @@ class ClassPath(BaseModel, strict=True, extra="forbid"):
 
         The hash is None if the class is not loaded.
         """
-        if "." not in self.class_path:
-            return {}
-        try:
-            return code_of(find_loaded(self.class_path))
-        except UserError:
-            return {self.class_path: None}
+        return code_at(self.class_path) if "." in self.class_path else {}
 
 
 def parse_precision(value: Any) -> Any:

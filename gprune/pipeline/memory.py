@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
-from gprune.calibration.errors import error_corpora, error_tokens
+from gprune.calibration.block_errors import error_corpora, error_tokens
 from gprune.calibration.layerwise import needs_walk
 from gprune.calibration.statistics import gram_bytes
 from gprune.models.autocast import count_cast_weights

@@ -11,7 +11,7 @@ import torch
 from lightning import Callback
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.calibration.errors import BlockErrors
+from gprune.calibration.block_errors import BlockErrors
 from gprune.calibration.layerwise import Grams
 from gprune.calibration.saliency import Saliency
 from gprune.config import RunConfig

@@ -10,7 +10,7 @@ from lightning import LightningModule
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from gprune.calibration.errors import block_errors, error_corpora, error_windows
+from gprune.calibration.block_errors import block_errors, error_corpora, error_windows
 from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.checks import select_options, typed_options
 from gprune.evaluation.perplexity import perplexity
@@ -111,7 +111,7 @@ def allocated_masks(
 
 
 def measured_errors(run: Run, name: str, scores: Scores, statistics: CorpusStatistics) -> Tensor:
-    """Return `calibration.errors.block_errors` for neurons in the order of scores, computed once per run and `name`.
+    """Return the `block_errors` of neurons in the order of scores, computed once per run and `name`.
 
     The text is `error_windows` windows of each corpus of `error_corpora`. A float32 model is computed in the
     precision of learning, which is part of the run's key.

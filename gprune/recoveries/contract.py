@@ -29,11 +29,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from gprune.calibration.projections import OUTPUT_PROJECTIONS
 from gprune.checks import format_value
 from gprune.errors import UserError
 from gprune.features import Feature
@@ -44,7 +43,6 @@ if TYPE_CHECKING:  # this registry is imported to check flags, which should not 
     from transformers import PreTrainedModel
 
     from gprune.calibration.statistics import CorpusStatistics, Moments
-    from gprune.corpora.windows import Windows
     from gprune.models.blocks import Block
     from gprune.models.masks import Masks
 
@@ -63,36 +61,32 @@ class Material:
     ridge: float = 0.01  # `--ridge`
     # Statistics of the dense model, pooled over `corpora.recover`; None unless the recovery needs them.
     statistics: CorpusStatistics | None = None
-    text: Sequence[Windows] = ()  # calibration windows of `corpora.recover`; empty unless the recovery needs them
-    batch_size: int = 4  # windows in a batch of `batches`
+    # Calibration text of `corpora.recover`, corpus by corpus: (B, T) int64 token ids; empty unless it is needed.
+    batches: Sequence[Tensor] = ()
     # Counts tokens that pass layers one by one: forward, and forward and backward.
     count: Callable[..., None] = lambda forward, forward_backward=0: None
-    fresh: Sequence[Windows] = ()  # `--distill.tokens` of training text from `corpora.recover`
-    settings: Mapping[str, Any] = field(default_factory=dict)  # groups of flags, or options, by name of the recovery
-    # Trains a stage on `fresh`, or on `text` if there is no fresh text. A resumed run restores the state_dict of a
-    # finished stage.
+    # Trains a stage on `--distill.tokens` of text from `corpora.recover` if the recovery learns, otherwise on
+    # calibration text. A resumed run restores the state_dict of a finished stage.
     fit: Callable[..., None] | None = None
     shard: bool = False  # whether layers are sharded over processes during training
-    # Cache of the dense model's final hidden states by batch, shared by all rows of a run; None: no cache.
-    teacher_states: dict[bytes, Tensor] | None = None
-    already_counted: bool = False  # whether the tokens of `teacher_states` are counted already
-
-    @property
-    def batches(self) -> list[Tensor]:
-        """The text in batches of (B, T) int64 token ids, corpus by corpus."""
-        return [ids for windows in self.text for ids in windows.tokens.split(self.batch_size)]
+    teacher: Any = None  # `stages.distillation.TeacherStates`, shared by all rows of a run; None: a new one
 
 
 class Recovery(Feature):
-    """Base class of recoveries. It changes nothing, and is itself the recovery `none`, as in the paper."""
+    """Base class of recoveries. It changes nothing, and is itself the recovery `none`, as in the paper.
+
+    For each pruned model, a run constructs one instance with the options.
+    """
 
     name = ""  # set when it is registered
     flags = frozenset({"ridge", "distill"})  # flags or groups of flags that it reads, if it has statistics or text
     needs: frozenset[str] = frozenset()  # which of `NEEDS` (statistics of the dense model, or text) it reads
-    learns = False  # whether it trains on text
-    uses_teacher = False  # whether it uses the cache `Material.teacher_states`
+    learns = False  # whether it trains on `--distill.tokens` of text
+    uses_teacher = False  # whether it reads the states of `Material.teacher`
     experts = True  # whether it can recover experts
     sharded = True  # whether it works with a dense model that is sharded over processes
+    group = ""  # the group of flags that a run assigns to `settings`
+    settings: Any = None
     registered: Any = None  # the registered class or function, whose keyword-only parameters are options
     factory: Callable[..., Recovery]  # constructs the recovery with options
 
@@ -113,8 +107,8 @@ class Recovery(Feature):
         """Return the largest numbers of tokens (forward, forward and backward) for one pruned model.
 
         Args:
-            text: tokens of `Material.text`.
-            fresh: tokens of `Material.fresh`.
+            text: tokens of `Material.batches`.
+            fresh: `--distill.tokens`, the training text of a recovery that learns.
             attention: whether attention is in scope.
         """
         return 0, 0
@@ -159,34 +153,32 @@ class RecoveryStandIn(StandIn, Recovery):
 RECOVERY: Registry[Recovery] = Registry("recovery", stand_in=RecoveryStandIn)
 
 
+def recoveries_of(name: str, settings: Mapping[str, Any] = NOTHING) -> list[Recovery]:
+    """Construct the recoveries of a chain such as `least_squares+distill`, one instance each, for one pruned model.
+
+    `settings` maps names to options, and groups of flags to their values.
+    """
+    recoveries = []
+    for part in name.split("+"):
+        group = RECOVERY[part].group
+        each = RECOVERY[part].factory(**({} if part == group else settings.get(part, {})))
+        if group in settings:
+            each.settings = settings[group]
+        recoveries.append(each)
+    return recoveries
+
+
 class Chain(Recovery):
-    """Several recoveries in sequence, with the interface of one."""
+    """Several recoveries, with the attributes of one."""
 
     def __init__(self, name: str, settings: Mapping[str, Any] = NOTHING):
+        check_chain(name)
         self.name = name
-        names = name.split("+")
-        self.recoveries = [recovery_of(member, settings) for member in names]
+        self.recoveries = [recovery_of(member, settings) for member in name.split("+")]
         self.needs = frozenset().union(*(member.needs for member in self.recoveries))
         self.learns = any(member.learns for member in self.recoveries)
         self.uses_teacher = any(member.uses_teacher for member in self.recoveries)
         self.sharded = all(member.sharded for member in self.recoveries)
-        # Later recoveries that change blocks one at a time.
-        misplaced = [member.name for member in self.recoveries[1:] if type(member).revise is not Recovery.revise]
-        if len(set(names)) < len(names) or "none" in names or misplaced:
-            why = "each once, and no 'none'"
-            if misplaced:
-                why = f"'{misplaced[0]}' goes block by block, so it must come first"
-            raise UserError(f"--recovery must be a chain such as [least_squares,distill]; got {name} ({why}).")
-
-    def revise(self, material: Material) -> Revise | None:
-        """Return the function of the first recovery, the only one that may change blocks one at a time."""
-        return self.recoveries[0].revise(material)
-
-    def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-        """Return the model after `tune` of all recoveries, in order."""
-        for member in self.recoveries:
-            pruned = member.tune(material, pruned)
-        return pruned
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         """Return the sums over all recoveries of their largest numbers of tokens."""
@@ -195,33 +187,27 @@ class Chain(Recovery):
 
 
 def recovery_of(name: str, settings: Mapping[str, Any] = NOTHING) -> Recovery:
-    """Return a recovery by its name."""
+    """Return a recovery or a chain by its name."""
     if "+" in name:
         return Chain(name, settings)
-    own_settings = settings.get(name)
-    if own_settings is None:
-        return RECOVERY[name]
-    options = own_settings if isinstance(own_settings, dict) else {"settings": own_settings}
-    return RECOVERY[name].factory(**options)
+    return recoveries_of(name, settings)[0] if name in settings else RECOVERY[name]
 
 
-def apply_tune(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-    """Return the pruned model after `tune` of a recovery or a chain."""
-    from transformers import PreTrainedModel
-
-    model = recovery_of(name, material.settings).tune(material, pruned)
-    if not isinstance(model, PreTrainedModel):
-        raise UserError(f"Recovery '{name}' must return the pruned model from tune; got {type(model).__name__}.")
-    for parameter_name, weight in model.named_parameters():
-        if not weight.is_meta:  # offloaded
-            RECOVERY.checked(name, parameter_name, weight, tuple(weight.shape), of="finite floats")
-    return model
+def check_chain(name: str) -> None:
+    """Raise UserError unless the name is that of a recovery or of a valid chain."""
+    names = name.split("+")
+    misplaced = [other for other in names[1:] if type(RECOVERY[other]).revise is not Recovery.revise]
+    if len(names) > 1 and (len(set(names)) < len(names) or "none" in names or misplaced):
+        why = "each once, and no 'none'"
+        if misplaced:
+            why = f"'{misplaced[0]}' goes block by block, so it must come first"
+        raise UserError(f"--recovery must be a chain such as [least_squares,distill]; got {name} ({why}).")
 
 
 class Projection(Recovery):
     """A recovery that solves each output projection separately, from statistics of the dense model."""
 
-    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool, flags: Collection[str]):
+    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool, flags: Collection[str] = ("ridge",)):
         self.solver = solver
         self.needs = frozenset(needs)
         self.experts = experts
@@ -229,6 +215,7 @@ class Projection(Recovery):
 
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block, with errors as `solve`."""
+        from gprune.calibration.statistics import OUTPUT_PROJECTIONS
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:
@@ -339,7 +326,8 @@ def recovery(
             if isinstance(entry, type):
                 instance = entry(**options)
             else:
-                instance = Projection(functools.partial(entry, **options), needs=needs, experts=experts, flags=flags)
+                solver = functools.partial(entry, **options)
+                instance = Projection(solver, needs=needs, experts=experts, flags=flags)
             instance.name = name
             instance.registered = entry
             instance.factory = create

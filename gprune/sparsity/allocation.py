@@ -271,13 +271,13 @@ def reconstruction(
 ) -> Margins:
     """m_i = r_i - S_b: block b loses the fraction S_b, chosen to minimise the estimated rise of the loss.
 
-    `statistics.errors` estimates how much the loss rises if a block is cut to a few widths (`calibration.errors`). The
-    lower convex hull of these points gives every neuron a price: the rise of the loss divided by the neuron's cost in
-    the budget. Removing the cheapest neurons of the whole model would remove the fraction S*_b of block b. As the
-    estimate is only accurate near the dense model, S_b = S + `strength` (S*_b - S), with S the sparsity. With strength
-    1 the first blocks of a model would lose nothing. KV groups are allocated as by `uniform`. The estimate assumes
-    least squares, whatever the recovery. This rule is ours; the strength was chosen on development text of SmolLM2.
-    """
+    `statistics.errors` estimates how much the loss rises if a block is cut to a few widths
+    (`calibration.block_errors`). The lower convex hull of these points gives every neuron a price: the rise of the loss
+    divided by the neuron's cost in the budget. Removing the cheapest neurons of the whole model would remove the
+    fraction S*_b of block b. As the estimate is only accurate near the dense model, S_b = S + `strength` (S*_b - S),
+    with S the sparsity. With strength 1 the first blocks of a model would lose nothing. KV groups are allocated as by
+    `uniform`. The estimate assumes least squares, whatever the recovery. This rule is ours; the strength was chosen on
+    development text of SmolLM2."""
     import torch
 
     costs = budget.costs

@@ -23,6 +23,7 @@ class Distill(Recovery):
 
     learns = uses_teacher = True
     flags = frozenset({"distill"})
+    group = "distill"
 
     def __init__(self, settings: DistillConfig | None = None):
         self.settings = settings or DistillConfig()
@@ -64,8 +65,7 @@ class Distill(Recovery):
             material.dense,
             pruned,
             shard=material.shard,
-            teacher_states=material.teacher_states,
-            count=material.count if material.already_counted else None,
+            teacher=material.teacher,
             **select_options(DistillationStage, dict(settings)),
         )
         title = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
