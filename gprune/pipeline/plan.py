@@ -69,10 +69,9 @@ class Plan:
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
         """Largest numbers of tokens (forward, forward and backward), by step: sums over the features of the run."""
-        planned = [{1: (self.calibration_tokens, 0)}, self.row_tokens]
-        planned += [attribute(feature, "planned_tokens")(self) for feature in self.features]
+        of_features = [attribute(feature, "planned_tokens")(self) for feature in self.features]
         total: dict[int, tuple[int, int]] = {}
-        for tokens in planned:
+        for tokens in ({1: (self.calibration_tokens, 0)}, *of_features, self.row_tokens):
             for step, (forward, trained) in tokens.items():
                 earlier_forward, earlier_trained = total.get(step, (0, 0))
                 total[step] = earlier_forward + forward, earlier_trained + trained
