@@ -131,7 +131,6 @@ class RunConfig(Group):
         check_options("--sparsity.options", allocation, ALLOCATION[allocation], options)
         for registry, name in self.entries:
             registry.check(name)
-        _ = recovery_of(self.recovery)  # raises for an invalid chain
         # Name -> its registry, and its parameters that are set by flags instead of options.
         with_options: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), (RECOVERY, ()))
         with_options |= {
@@ -183,19 +182,16 @@ class RunConfig(Group):
         if self.gprune:
             drift_metric = IMPORTANCE[self.importance].drift
             metrics |= {name: None for name in (drift_metric, self.reliability.metric) if name in IMPORTANCE}
+        currencies = [self.sparsity.currency]
+        if self.sparsity.width_multiple is None or self.dry_run:  # read the latency table of this machine
+            currencies.append("seconds")
         return [
             *((IMPORTANCE, name) for name in metrics),
             (CALIBRATOR, self.corpora.calibrator), (REFINER, self.partition.refiner), (LEARNER, self.sparsity.learner),
-            *((COST, name) for name in self.currencies),
+            *((COST, name) for name in dict.fromkeys(currencies)),
             *((ALLOCATION, name) for name in dict.fromkeys([self.base_allocation, self.sparsity.allocation])),
             *((RECOVERY, name) for name in self.recovery.split("+")),
         ]  # fmt: skip
-
-    @property
-    def currencies(self) -> list[str]:
-        """What the target counts, and `seconds` if the width multiple or a dry run reads the latency table."""
-        reads_table = self.sparsity.width_multiple is None or self.dry_run
-        return list(dict.fromkeys([self.sparsity.currency, *(["seconds"] if reads_table else [])]))
 
     @property
     def features(self) -> list[Any]:
