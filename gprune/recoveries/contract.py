@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from gprune.calibration import OUTPUT_PROJECTIONS
 from gprune.checks import format_value
 from gprune.errors import UserError
 from gprune.features import Feature
@@ -215,7 +216,6 @@ class Projection(Recovery):
 
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block, with errors as `solve`."""
-        from gprune.calibration.statistics import OUTPUT_PROJECTIONS
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:
