@@ -26,7 +26,7 @@ from gprune.importance import IMPORTANCE
 from tests import registries
 
 # Deadlines would depend on the load of the machine.
-hypothesis.settings.register_profile("gprune", deadline=None)
+hypothesis.settings.register_profile("gprune", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("gprune")
 
 

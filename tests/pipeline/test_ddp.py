@@ -23,6 +23,7 @@ UNEVEN = [
     "--sparsity.block_share=0.8",  # one whole block is removed
     "--recovery=least_squares",
     "--logging.mode=offline",
+    "--partition.steps=5",
 ]
 
 

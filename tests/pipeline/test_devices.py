@@ -58,7 +58,7 @@ def check_part(part, model, devices, max_waits=None):
         assert 0 < counted.waits <= max_waits, counted.by_place
 
 
-PLACES = [(1, False), pytest.param(2, False, marks=pytest.mark.slow), (2, True)]
+PLACES = [(1, False), (2, True)]
 
 
 @pytest.mark.parametrize(("devices", "tied"), PLACES)
