@@ -20,7 +20,6 @@ from gprune.importance.metrics import IMPORTANCE, metric
 from gprune.imports import lazy_exports
 from gprune.models.families import FAMILIES, Family
 from gprune.recoveries import RECOVERY, recovery
-from gprune.registry import CALIBRATOR, LEARNER, REFINER, calibrator, learner, refiner
 from gprune.sparsity.allocation import ALLOCATION, allocation
 
 if TYPE_CHECKING:
@@ -35,10 +34,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "ALLOCATION", "CALIBRATOR", "CORPORA", "FAMILIES", "IMPORTANCE", "LEARNER", "RECOVERY", "REFINER", "Family",
-    "Masks", "PruningResult", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks", "calibrator",
-    "evaluate", "learner", "load_run", "load_study", "masked", "metric", "prune", "recover", "recovery", "refiner",
-    "register",
+    "ALLOCATION", "CORPORA", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks", "PruningResult", "RunConfig",
+    "StudyResult", "UserError", "allocation", "apply_masks", "evaluate", "load_run", "load_study", "masked", "metric",
+    "prune", "recover", "recovery", "register",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_exports(__name__, {
     "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.result",

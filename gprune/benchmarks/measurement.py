@@ -11,11 +11,11 @@ import torch
 
 from gprune.benchmarks.literature import literature_perplexity
 from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks
-from gprune.benchmarks.speed import measure_throughput
 from gprune.benchmarks.subjects import Loaded, find_subjects
 from gprune.benchmarks.tasks import require_lm_eval
 from gprune.benchmarks.zero_shot import zero_shot
 from gprune.errors import optional_output
+from gprune.evaluation.speed import measure_throughput
 from gprune.report.model_card import write_card
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import key_part

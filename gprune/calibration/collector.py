@@ -27,9 +27,8 @@ from gprune.calibration.moments import (
     StreamingMoments,
     channel_statistics,
 )
-from gprune.calibration.projections import OUTPUT_PROJECTIONS
 from gprune.calibration.saliency import StreamingGradients, channel_saliency, salient_parts
-from gprune.calibration.statistics import CorpusStatistics
+from gprune.calibration.statistics import OUTPUT_PROJECTIONS, CorpusStatistics
 from gprune.models.blocks import Block, Part, blocks_of
 from gprune.models.experts import watch_experts
 from gprune.models.lookup import decoder_of

@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gprune.calibration.collector import Collector
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes
 from gprune.errors import UserError, first_line
+from gprune.features import Feature
 from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.families import BUILT_IN
 from gprune.models.loading import turn_off_rescaling
@@ -43,6 +44,16 @@ def needs_walk(model: PreTrainedModel, *, corpora: int, gram: bool, sharded: boo
     if is_offloaded(model) and not sharded:
         return True
     return gram and corpora * gram_bytes(blocks_of(model)) > GRAMS_IN_MEMORY
+
+
+class Grams(Feature):
+    """Gram matrices as a feature of a run: beyond memory they are collected layer by layer."""
+
+    def refuse(self, plan: Any) -> None:
+        """Raise UserError if the model cannot be computed layer by layer and has to be."""
+        corpora = len(plan.cfg.calibration_corpora)
+        if needs_walk(plan.skeleton, corpora=corpora, gram=True, sharded=plan.cfg.model.shard):
+            check_walk(plan.skeleton.config)
 
 
 def check_walk(config: PreTrainedConfig, *, along_prefix: bool = False) -> None:

@@ -5,26 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig
 
 from gprune.models.families import Family
-from gprune.storage.cache import cache_dir
-from gprune.storage.files import key_of, read_json, write_json
+from gprune.storage.files import Cache, key_of
 
 FORMAT = 9  # increase it when results of discovery change
+CACHE = Cache("structures")
 MAPPINGS = {"layout", "extras", "attributes", "expert_rows", "classes"}  # fields with a dictionary
 
 
-def record_path(config: PreTrainedConfig) -> Path:
-    """Return the file of the record of a tiny configuration."""
+def _key(config: PreTrainedConfig) -> str:
+    """Return the key of the record of a tiny configuration."""
     settings = json.dumps(config.to_dict(), sort_keys=True, default=str)
     kind = f"{type(config).__module__}.{type(config).__qualname__}"
-    key = key_of(kind=kind, settings=settings, transformers=transformers.__version__, format=FORMAT)
-    return cache_dir() / "structures" / f"{key}.json"
+    return key_of(kind=kind, settings=settings, transformers=transformers.__version__, format=FORMAT)
 
 
 def read_record(config: PreTrainedConfig) -> Family | None:
@@ -35,13 +33,13 @@ def read_record(config: PreTrainedConfig) -> Family | None:
     package = type(config).__module__.partition(".")[0]
     if package != "transformers":
         return None
-    content = read_json(record_path(config))
+    content = CACHE.read(_key(config))
     return None if content is None else parse_record(content)
 
 
 def write_record(config: PreTrainedConfig, record: Family) -> None:
     """Write a record to the cache."""
-    write_json(record_path(config), {"record": asdict(record)})
+    CACHE.write(_key(config), {"record": asdict(record)})
 
 
 def freeze_kinds(kinds: Iterable[Iterable[Mapping[str, Any]]]) -> tuple[tuple[dict[str, Any], ...], ...]:

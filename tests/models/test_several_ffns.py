@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from experiments.architectures import example
-from gprune.benchmarks.speed import price_from_table
 from gprune.calibration.collector import Collector
 from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
+from gprune.evaluation.speed import price_from_table
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.models import lookup

@@ -21,12 +21,11 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import WindowPerplexity, perplexity, window_losses
 from gprune.models.surgery import prune as sliced
-from gprune.registry import LEARNER
 from gprune.sparsity.gates import masked
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.threshold_learning import ThresholdLearning
-from tests import registries, tiny_run
+from tests import tiny_run
 from tests.stages.test_threshold_learning import data_of, make_stage, sampled_tokens, trainer_of
 from tests.tiny_families import some_masks
 
@@ -312,10 +311,7 @@ def test_masks_of_a_stage_that_a_callback_changed_are_refused_if_they_are_not_on
                 nothing_removed = type(masks)([k | True for k in masks.ffn], masks.attention)
                 pl_module.masks = lambda budget=None: nothing_removed
 
-    with (
-        registries.restored(LEARNER),
-        pytest.raises(UserError, match=r"^Learner 'straight_through' must return masks on budget"),
-    ):
+    with pytest.raises(UserError, match=r"^Learner 'straight_through' must return masks on budget"):
         prune(parse(flags(world, tmp_path)), callbacks=[Changer()])
 
 
