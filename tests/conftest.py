@@ -128,8 +128,7 @@ def shared_cache(cache):
     """Share one cache among the runs of a module, so each kind of statistics is collected once."""
     from tests import tiny_run
 
-    with tiny_run.isolated(cache), pytest.MonkeyPatch.context() as patch:
-        tiny_run.quick(patch)
+    with tiny_run.isolated(cache):
         yield
 
 

@@ -145,8 +145,7 @@ def test_inference_compares_the_dense_model_with_a_pruned_folder(tmp_path, capsy
     assert numbers(out, "weights")[-1] == pytest.approx(share_of_weights, abs=1e-3)
 
 
-def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path):
     (tmp_path / "world").mkdir()
     world = tiny_run.make_world(tmp_path / "world")
     run = world.run(tmp_path / "runs", "--gprune=false", "--evaluation.controls=[]")

@@ -49,13 +49,6 @@ def train(world, folder, *flags, processes=2, **how):
     return first
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_run.quick(patch)
-        yield
-
-
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
     """Return the folders of the same run by one process and by two, each with its own cache."""

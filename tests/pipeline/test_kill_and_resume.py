@@ -24,7 +24,7 @@ def test_a_run_that_is_killed_at_five_points_and_resumed_has_the_same_results(tm
     """Each kind of point is tested once. At the end, the comparison itself is tested with a changed mask."""
     with tiny_run.isolated(tmp_path / "none"):
         flags = tiny_run_flags(tmp_path)
-        launcher = Launcher(tmp_path, flags, prepare=lambda: tiny_run.quick(pytest.MonkeyPatch()))
+        launcher = Launcher(tmp_path, flags)
         tally = kill_and_resume(launcher, count=5, length=5, seed=0)
         assert tally.differing == []
         assert {kind for _, kind in tally.kills} == set(KINDS)
@@ -114,7 +114,6 @@ def test_results_do_not_depend_on_the_order_of_directory_listings(tmp_path, monk
         for part, text in enumerate(path.read_text().split("\n\n")):
             (folder / f"part-{part:02}.txt").write_text(text)
         world.corpora[name] = folder
-    tiny_run.quick(monkeypatch)
     listdir, scandir = os.listdir, os.scandir
     results, orders = [], []
     for is_reversed in (False, True):
