@@ -15,17 +15,18 @@ from gprune.calibration.block_errors import BlockErrors
 from gprune.calibration.layerwise import Grams
 from gprune.calibration.saliency import Saliency
 from gprune.config import RunConfig
+from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError
 from gprune.export.convert import check_type
 from gprune.export.gguf_writer import check_expressible
 from gprune.features import Feature, attribute
 from gprune.models.blocks import Block, blocks_of, find_unpruned
-from gprune.models.loading import read_config, skeleton
-from gprune.models.structure import check_by_copy, check_structure, why_not_measurable
+from gprune.models.copies import skeleton
+from gprune.models.loading import read_config
+from gprune.models.losses import why_not_measurable
 from gprune.pipeline.pricing import Pricing
 from gprune.recoveries import recovery_of
-from gprune.runs.precision import resolve_precision
-from gprune.runs.trainer import check_trainer
+from gprune.runs.trainer import check_trainer, resolve_precision
 from gprune.runs.user_callbacks import UserCallbacks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
@@ -69,11 +70,13 @@ class Plan:
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
         """Largest numbers of tokens (forward, forward and backward), by step: sums over the features of the run."""
-        planned = [attribute(feature, "planned_tokens")(self) for feature in self.features]
-        planned += [{1: (self.calibration_tokens, 0)}, self.row_tokens]
-        steps = sorted({step for tokens in planned for step in tokens})
-        pairs = {step: [tokens[step] for tokens in planned if step in tokens] for step in steps}
-        return {step: (sum(f for f, _ in of_step), sum(b for _, b in of_step)) for step, of_step in pairs.items()}
+        of_features = [attribute(feature, "planned_tokens")(self) for feature in self.features]
+        total: dict[int, tuple[int, int]] = {}
+        for tokens in ({1: (self.calibration_tokens, 0)}, *of_features, self.row_tokens):
+            for step, (forward, trained) in tokens.items():
+                earlier_forward, earlier_trained = total.get(step, (0, 0))
+                total[step] = earlier_forward + forward, earlier_trained + trained
+        return total
 
     @property
     def calibration_tokens(self) -> int:
@@ -118,9 +121,7 @@ class Plan:
         text = len(cfg.corpora.recover) * cfg.corpora.num_samples * cfg.corpora.seq_len
         forward, trained = recovery.tokens(text, cfg.fresh_tokens, attention=cfg.attention)
         if recovery.learns:
-            windows, d = cfg.fresh_tokens // cfg.corpora.seq_len, cfg.distill
-            measured = cfg.trainer.measurements(windows, d.batch_size, 0.25, accumulate=d.accumulate)
-            forward += measured * cfg.development_tokens
+            forward += cfg.recovery_measurements * cfg.development_tokens
         if recovery.uses_teacher and not counts_teacher and self.caches_teacher:
             forward -= cfg.fresh_tokens
         return forward, trained
@@ -163,8 +164,7 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     callbacks = callbacks or UserCallbacks(paths=cfg.trainer.callbacks)
     device = trainer_device(cfg, callbacks.of_stage(None))
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
-    dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
-    check_by_copy(config)
+    dense = skeleton(config, record=family_of(config), trust_remote_code=cfg.model.trust_remote_code)
     check_structure(dense)
     blocks = blocks_of(dense)
     if "attention" in cfg.sparsity.scope and not any(block.kv_groups for block in blocks):
