@@ -246,7 +246,12 @@ def _remove_other_trials(trials: Trials, kept_masks: Masks) -> None:
 
 
 def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
-    """Return the ratio to dense perplexity: requested, predicted and measured, on development and on unseen text."""
+    """Return the entry `quality` of the summary (see `numbers.entries`); empty unless the target is a quality.
+
+    It has the ratio to dense perplexity: requested, predicted and measured, on development and on unseen text.
+    """
+    if not run.cfg.sparsity.quality:
+        return {}
     reached = read_json(run.folder / FILE, run=run.folder.key)["reached"]
     main_row = reached["rows"][-1]
     numbers = {name: main_row[name] for name in ("predicted", "got", "low", "high", "share")}
@@ -260,7 +265,39 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
         phrases.append(f"on unseen text {_percent_with_interval(unseen.value, unseen.low, unseen.high)}")
     limit = "; the largest possible cut" if reached["largest"] else ""
     phrases.append(f"removed {main_row['share']:.2%} of {run.cfg.sparsity.scope}{limit}")
-    return reached | numbers | {"said": f"{', '.join(phrases)}.", "warnings": _warnings(run.cfg, numbers)}
+    entry = reached | numbers | {"said": f"{', '.join(phrases)}.", "warnings": _warnings(run.cfg, numbers)}
+    return {"quality": entry | _numbers_and_table(entry)}
+
+
+def _numbers_and_table(reached: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of the entry, which are rises of perplexity above dense, and its table."""
+    (row,) = reached["rows"]
+    ratios = {name: reached.get(name) for name in ("predicted", "got", "low", "high", "unseen")}
+    rises = {name: None if ratio is None else ratio - 1 for name, ratio in ratios.items()}
+    asked, unseen_interval = reached["asked"], [reached.get(f"unseen{end}") for end in ("", "_low", "_high")]
+    columns = ["row", "asked, %", "parameters kept", "removed, %", "predicted, %", "development, %", "unseen, %"]
+    cells = [
+        row["row"], 100 * asked, row["parameters"], 100 * row["share"], _percent_above_dense([row["predicted"]]),
+        _percent_above_dense([row["got"], row["low"], row["high"]]), _percent_above_dense(unseen_interval),
+        row["models"],
+    ]  # fmt: skip
+    table = {
+        "title": "Parameters at the same quality",
+        "columns": [*columns, "models tried"],
+        "rows": [cells],
+        "digits": {"asked, %": 1},
+        "note": "The largest share that was found whose development perplexity, above dense, is at most what was "
+        "asked. In brackets 95 % intervals: Student's t over windows, paired.",
+    }
+    return {"numbers": {"asked": asked} | rises, "table": table}
+
+
+def _percent_above_dense(ratios: Sequence[float | None]) -> float | list[float | None] | None:
+    """Convert a ratio to dense, or [ratio, low, high] with its interval if there is one, to percent above 1."""
+    if ratios[0] is None:
+        return None
+    percent = [None if ratio is None else 100 * (ratio - 1) for ratio in ratios]
+    return percent if len(percent) == 3 else percent[0]
 
 
 def _warnings(cfg: RunConfig, numbers: Mapping[str, float]) -> list[str]:
