@@ -51,10 +51,10 @@ from gprune.export.hf import save_pruned
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import Block, blocks_of, by_layer, find_unpruned
 from gprune.models.families import FAMILIES
+from gprune.models.gating import masked
 from gprune.models.losses import why_not_measurable
 from gprune.models.surgery import prune
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.gates import masked
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 LIMIT = 90  # seconds for one type

@@ -34,7 +34,7 @@ from gprune.runs.numbers import Record, Stage, estimates, row_name
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.masks import StageMasks
 from gprune.sparsity.search import SearchResult, find_largest_cut
-from gprune.sparsity.target import LEARNED_TRIES, TRIES
+from gprune.sparsity.target import LEARNED_TRIES, TRIES, Target
 from gprune.storage.files import content_hash, read_json, write_json
 
 log = logging.getLogger("gprune")
@@ -49,12 +49,18 @@ TOLERANCE = 0.05, 0.002
 TRAINED_TOLERANCE = 0.1, 0.005  # if each model has to be trained
 
 
+def requested_rise(cfg: RunConfig) -> float | None:
+    """Return the relative rise of perplexity that the target allows (0.05 for `+5%`); None for other targets."""
+    target = Target.of(cfg.sparsity.target)
+    return float(target.number) if target.is_searched else None
+
+
 class Trials:
     """Trials of the search: models of a run with their perplexity on development text."""
 
     def __init__(self, run: Run, statistics: Mapping[str, CorpusStatistics]):
         self.run, self.statistics = run, statistics
-        self.requested_rise = run.cfg.sparsity.quality  # relative rise of perplexity, such as 0.03
+        self.requested_rise = requested_rise(run.cfg)
         self.file = run.folder / FILE
         stored = self._stored()
         self.measured: dict[str, list[dict[str, Any]]] = broadcast(stored.get("measured", {}))
@@ -163,7 +169,7 @@ def with_learning_budget(
     is one percentage point.
     """
     cfg = run.cfg
-    if not (cfg.sparsity.quality and cfg.learns):
+    if requested_rise(cfg) is None or not cfg.learns:
         return run
     run.step(7, "Finding the share at which sparsity is learned")
     trials = Trials(run, statistics)
@@ -182,7 +188,7 @@ def with_quality_budget(
     even the smallest cut does not keep the quality, or the masks of the learner are for one budget.
     """
     cfg, s = run.cfg, run.cfg.sparsity
-    if not s.quality:
+    if requested_rise(cfg) is None:
         return run
     run.step(8, "Finding the share that keeps the quality")
     masks_at = masks_of[cfg.final]
@@ -209,7 +215,7 @@ def with_quality_budget(
     masks = masks_at(budget)
     rows = [_size_of_main_row(trials, search, budget, masks)]
     trial = trials.number(masks, cfg.own_row)
-    trials.write(reached={"asked": s.quality, "largest": is_largest, "trial": trial, "rows": rows})
+    trials.write(reached={"asked": trials.requested_rise, "largest": is_largest, "trial": trial, "rows": rows})
     _remove_other_trials(trials, masks)
     return run.with_budget(budget)
 
@@ -250,7 +256,7 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
 
     It has the ratio to dense perplexity: requested, predicted and measured, on development and on unseen text.
     """
-    if not run.cfg.sparsity.quality:
+    if requested_rise(run.cfg) is None:
         return {}
     reached = read_json(run.folder / FILE, run=run.folder.key)["reached"]
     main_row = reached["rows"][-1]
@@ -305,7 +311,7 @@ def _warnings(cfg: RunConfig, numbers: Mapping[str, float]) -> list[str]:
 
     An interval is wide if its upper end is above the limit by more than half of the requested rise.
     """
-    target, rise = cfg.sparsity.target, cfg.sparsity.quality
+    target, rise = cfg.sparsity.target, requested_rise(cfg)
     warnings = []
     if numbers["high"] > 1 + (1 + WIDE) * rise:
         warnings.append(

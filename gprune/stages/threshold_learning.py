@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gprune.models.gating import bypassed, gated
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import Cut, cut_margin, cut_of, keep_masks
-from gprune.sparsity.gates import bypassed, gated, soft_gate, straight_through
 from gprune.sparsity.thresholds import Thresholds, unit_margins
 from gprune.stages.base import FrozenLMStage
 
@@ -262,3 +262,18 @@ def _group_gate(p: Tensor, threshold: Tensor) -> Tensor:
     labels = torch.zeros(len(p), dtype=torch.long, device=p.device)
     sizes = torch.full((1,), len(p), device=p.device)
     return soft_gate(p, threshold, labels, sizes)
+
+
+def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+    """Return the differentiable mask sigmoid((p_i - sigmoid(t_m)) / T_m), (N,), with T_m = max(0.05, 1 / n_m).
+
+    p are within-module ranks (N,) in (0, 1), and labels (N,) are modules in [0, K). Thresholds t (K,) are logits:
+    sigmoid(t_m) is the share of the module that is removed. Sizes n are (K,) units per module.
+    """
+    temperature = (1 / sizes.to(p.dtype)).clamp_min(0.05)
+    return torch.sigmoid((p - torch.sigmoid(thresholds)[labels]) / temperature[labels])
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """Return the value of `hard` with the gradient of `soft` (Bengio et al., arXiv 1308.3432)."""
+    return (soft - soft.detach()) + hard.to(soft.dtype)  # in this order the value is exactly 0 or 1

@@ -27,10 +27,10 @@ from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of
 from gprune.models.copies import skeleton
 from gprune.models.families import FAMILIES, Family, attach_record
+from gprune.models.gating import masked
 from gprune.models.losses import iter_logits, why_not_measurable
 from gprune.models.surgery import prune
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.conftest import collect
 from tests.models.records_by_hand import BY_HAND

@@ -29,12 +29,12 @@ from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.embedded import byte_tokenizer
 from gprune.models.families import FAMILIES, Family
+from gprune.models.gating import gated, masked
 from gprune.models.loading import read_config
 from gprune.models.losses import final_hidden, iter_logits, next_token_losses
 from gprune.models.surgery import prune, widths
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
-from gprune.sparsity.gates import gated, masked
 from tests import tiny_run
 from tests.conftest import collect
 from tests.tiny_families import SIZES, TYPES, WITH_EXPERTS, make_tiny, some_masks

@@ -27,6 +27,7 @@ from gprune.importance.scores import score_units
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, by_layer, decoder_layers, find_unpruned
 from gprune.models.families import attach_record
+from gprune.models.gating import bypassed, masked
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.dry_run import describe_unpruned
@@ -36,7 +37,6 @@ from gprune.recoveries.prefix import PrunedPrefix
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.gates import bypassed, masked
 from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
 from gprune.stages.student import Student
 from tests import tiny_run

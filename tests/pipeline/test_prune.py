@@ -28,12 +28,12 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
+from gprune.models.gating import masked
 from gprune.models.masks import Masks
 from gprune.pipeline import evaluate as outcome
 from gprune.pipeline.plan import check
 from gprune.pipeline.run import open_run
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.gates import masked
 from tests import tiny_run
 
 pytestmark = pytest.mark.usefixtures("shared_cache")

@@ -21,6 +21,7 @@ from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, make_windows
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
+from gprune.models.gating import masked
 from gprune.pipeline import quality
 from gprune.pipeline.plan import check
 from gprune.pipeline.summary import largest_share
@@ -29,7 +30,6 @@ from gprune.report.page import render
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.pipeline.test_prune import counted_forwards
 from tests.tiny_run import WORDS, World

@@ -11,6 +11,7 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.importance.scores import fractional_ranks
 from gprune.models.blocks import blocks_of
+from gprune.models.gating import gated, masked
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks
@@ -18,9 +19,8 @@ from gprune.partition.reliability import within_module_ranks
 from gprune.sparsity.budget import BlockUnits, Budget, unit_costs
 from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks
 from gprune.sparsity.cut import keep_masks
-from gprune.sparsity.gates import gated, masked
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
-from gprune.stages.threshold_learning import ThresholdLearning
+from gprune.stages.threshold_learning import ThresholdLearning, soft_gate, straight_through
 from tests.conftest import hooks_of, make_tiny_llama
 
 K = 4
@@ -423,3 +423,44 @@ def test_gradients_are_those_of_hard_gates_times_the_slope_of_soft_gates(seed, t
         slope = slopes(p, t.detach().double()[y], temperature)
         expected = torch.zeros(len(t)).double().index_add(0, y, reference_gate.grad * slope)
         np.testing.assert_allclose(t.grad, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+
+
+# --- soft gates
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_soft_gate_equals_the_formula_in_numpy(dtype):
+    labels = torch.tensor([0] * 5 + [1] * 50)
+    sizes = torch.bincount(labels)
+    p = torch.cat([(torch.arange(n) + 0.5) / n for n in (5, 50)]).to(dtype)
+    t = torch.tensor([-0.4, 0.7], dtype=dtype)
+    cut = 1 / (1 + np.exp(-t.double().numpy()))
+    temperature = np.array([0.2, 0.05])  # 1/5, and the minimum instead of 1/50
+    y = labels.numpy()
+    expected = 1 / (1 + np.exp(-(p.double().numpy() - cut[y]) / temperature[y]))
+    gate = soft_gate(p, t, labels, sizes)
+    assert gate.dtype == dtype
+    np.testing.assert_allclose(gate.numpy(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_soft_gates_decrease_with_the_threshold_of_their_module_only():
+    labels, sizes = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2])
+    t = torch.tensor([0.1, -0.3], dtype=torch.float64, requires_grad=True)
+    p = torch.tensor([0.25, 0.75, 0.25, 0.75], dtype=torch.float64)
+    soft_gate(p, t, labels, sizes)[:2].sum().backward()
+    assert t.grad[0] < 0
+    assert t.grad[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_straight_through_has_hard_values_and_soft_gradients(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (8 * torch.randn(2000, generator=generator)).to(dtype).requires_grad_()
+    hard = torch.rand(2000, generator=generator) < 0.5
+    slope = torch.randn(2000, generator=generator).to(dtype)
+    gate = straight_through(hard, torch.sigmoid(x))
+    assert torch.equal(gate.detach(), hard.to(dtype))  # exactly 0 or 1
+    (gate * slope).sum().backward()
+    gradient, x.grad = x.grad, None
+    (torch.sigmoid(x) * slope).sum().backward()
+    assert torch.equal(gradient, x.grad)
