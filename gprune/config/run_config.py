@@ -47,11 +47,12 @@ class ExportConfig(Group, prefix="export.", plain_setting="format"):
     """Export of the pruned model."""
 
     format: Annotated[
-        Literal["hf", "gguf", "none"], Reads({"hf": ("export.dtype",), "gguf": ("export.dtype", "export.type")})
+        Literal["hf", "gguf", "nemotron-nas", "none"],
+        Reads({"hf": ("export.dtype",), "gguf": ("export.dtype", "export.type"), "nemotron-nas": ("export.dtype",)}),
     ] = "hf"
     """Format of the model. hf: a Hugging Face folder, which is reloaded and compared. gguf: a GGUF file too
-    (--export.type is its quantization). none: masks and numbers only. Short form:
-    `--export gguf`."""
+    (--export.type is its quantization). nemotron-nas: a DeciLM folder too, for serving engines (docs/export.md). none:
+    masks and numbers only. Short form: `--export gguf`."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the exported weights. Default: --model.dtype, or for float32 the dtype in which the model is published.
     Perplexity is measured in --model.dtype."""
