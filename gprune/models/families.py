@@ -107,7 +107,7 @@ def record_of(model: PreTrainedModel) -> Family:
     record = model.__dict__.get(RECORD) or FAMILIES.get(name)
     if record is None:
         raise UserError(
-            f"Model type '{name}' needs gprune.discovery.family_of(model) first, which finds and attaches its structure."
+            f"Model type '{name}' needs gprune.discovery.family_of(model) first, which finds and attaches its record."
         )
     return record
 
