@@ -51,10 +51,8 @@ from gprune.partition.drift import rank_drift
 from gprune.partition.initial import initial_partition, parameter_embedding, shuffled_partition
 from gprune.partition.modules import Modules
 from gprune.partition.reliability import module_means
-from gprune.report.records import caption
-from gprune.report.run_figures import heterogeneity_figure
-from gprune.report.style import FORMATS, add_title, save
-from gprune.report.table import Cell, Table
+from gprune.report.figures import FORMATS, add_title, heterogeneity_figure, save
+from gprune.report.tables import Cell, Table, caption
 from gprune.runs.results import FinishedRun, read_run
 
 EVERY = 3  # blocks of the short table

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gprune.pipeline.elsewhere import evaluate, recover
     from gprune.pipeline.prune import prune
     from gprune.runs.results import PruningResult, load_run
-    from gprune.studies.result import StudyResult, load_study
+    from gprune.studies.study import StudyResult, load_study
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,8 +39,8 @@ __all__ = [
     "prune", "recover", "recovery", "register",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_exports(__name__, {
-    "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.result",
+    "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.study",
     "apply_masks": "gprune.export.hf", "evaluate": "gprune.pipeline.elsewhere", "load_run": "gprune.runs.results",
-    "load_study": "gprune.studies.result", "masked": "gprune.discovery", "prune": "gprune.pipeline.prune",
+    "load_study": "gprune.studies.study", "masked": "gprune.discovery", "prune": "gprune.pipeline.prune",
     "recover": "gprune.pipeline.elsewhere", "register": "gprune.models.loading",
 })  # fmt: skip

@@ -2,6 +2,7 @@
 
 A feature is a metric, an allocation, the unit of a target, a currency, whole blocks, a recovery or a kind of
 statistics. Plan, settings and command line loop over the features of a run (`RunConfig.features`), and never name one.
+`plan` is a `pipeline.plan.Plan`, `cfg` a `RunConfig`, and `run` a `pipeline.run.Run`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ class Feature:
     reads: frozenset[str] = frozenset()
     also_reads: frozenset[str] = frozenset()  # flags that another choice decides about, unless this feature is used
     needs: frozenset[str] = frozenset()  # statistics of the dense model beyond moments, or `text`
-    reports: tuple[str, ...] = ()  # entries of the summary with a sentence, `said`, that is logged and printed
 
     def identity(self, cfg: Any) -> dict[str, Any]:
         """Return settings, by group, that identify a run only because of this feature."""

@@ -23,7 +23,7 @@ from typing import Any
 from gprune.config.parse import parse
 from gprune.console import quiet, run_guarded
 from gprune.errors import UserError
-from gprune.report.table import Cell, Table
+from gprune.report.tables import Cell, Table
 from gprune.storage.files import replacing
 
 from .common import CUT, RECORD

@@ -43,13 +43,12 @@ class Seconds(Currency):
     """Seconds of the workload of `--speed` on this machine, by its latency table."""
 
     reads = frozenset({"speed"})
-    reports = ("speed",)
 
     @staticmethod
     def flag(cfg: Any) -> str:
         """Return the flag that needs the latency table, or an empty string. A dry run only shows a cached table."""
         if cfg.sparsity.currency == "seconds":
-            return f"--sparsity.target {cfg.sparsity.target}"
+            return "--sparsity.cost seconds" if cfg.sparsity.cost else f"--sparsity.target {cfg.sparsity.target}"
         return "--sparsity.width_multiple auto" if cfg.sparsity.width_multiple is None else ""
 
     def identity(self, cfg: Any) -> dict[str, Any]:
@@ -151,7 +150,9 @@ class Seconds(Currency):
         }
         numbers = ", ".join(f"{name} {speed:.2f}x" for name, speed in speeds.items())
         sentence = f"Speed: {numbers} of dense ({run.cfg.speed}, {describe_device(run.model.device)})."
-        return speeds | {"said": sentence, "spread": spread, "seconds": [dense_seconds, pruned_seconds]}
+        return speeds | {
+            "said": sentence, "numbers": speeds, "spread": spread, "seconds": [dense_seconds, pruned_seconds],
+        }  # fmt: skip
 
 
 COST.register("seconds")(Seconds())

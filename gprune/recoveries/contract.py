@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from gprune.calibration import OUTPUT_PROJECTIONS
 from gprune.checks import format_value
 from gprune.errors import UserError
 from gprune.features import Feature
@@ -69,7 +70,7 @@ class Material:
     # calibration text. A resumed run restores the state_dict of a finished stage.
     fit: Callable[..., None] | None = None
     shard: bool = False  # whether layers are sharded over processes during training
-    teacher: Any = None  # `stages.distillation.TeacherStates`, shared by all rows of a run; None: a new one
+    teacher: Any = None  # `stages.student.TeacherStates`, shared by all rows of a run; None: a new one
 
 
 class Recovery(Feature):
@@ -125,13 +126,6 @@ class Recovery(Feature):
             "gram_matrices": sizes.grams + 12 * max(sizes.costs.neurons) ** 2,
             "activations": sizes.forecasts,
         }
-
-    def refuse_settings(self, cfg: Any) -> None:
-        """Raise UserError if a recovery that trains has less than one window of each corpus."""
-        if self.learns and cfg.fresh_windows < 1:
-            least = f"{len(cfg.corpora.recover) * cfg.corpora.seq_len:,}"
-            window = "one window of each of --corpora.recover"
-            raise UserError(f"--distill.tokens must be {least} or more ({window}); got {cfg.distill.tokens:,}.")
 
     def refuse(self, plan: Any) -> None:
         """Raise UserError if this recovery does not support a model; called before weights are loaded.
@@ -222,7 +216,6 @@ class Projection(Recovery):
 
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block, with errors as `solve`."""
-        from gprune.calibration.statistics import OUTPUT_PROJECTIONS
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:

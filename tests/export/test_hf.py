@@ -343,7 +343,7 @@ def test_overwrite_refuses_folders_with_foreign_files(name, message, tmp_path):
     assert (folder / name).read_text() == "dear"
 
 
-def test_a_failing_reload_is_reported_by_the_last_line_of_its_process(tmp_path, monkeypatch):
+def test_a_failing_reload_is_reported_by_the_last_line_of_its_process(tmp_path, monkeypatch, fresh_process):
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho Traceback >&2\necho 'OSError: weights are gone' >&2\nexit 1\n")
     fake.chmod(0o755)
@@ -368,7 +368,9 @@ def test_weights_are_restored_if_the_forward_pass_of_the_check_fails(tmp_path, t
 
 
 @pytest.mark.slow
-def test_a_fresh_process_reloads_a_twice_saved_model_with_fewer_layers_and_all_biases(tmp_path, token_batch):
+def test_a_fresh_process_reloads_a_twice_saved_model_with_fewer_layers_and_all_biases(
+    tmp_path, token_batch, fresh_process
+):
     model = make_pruned(recovered=True, **VARIANTS["biases"])
     model = prune(model, masks_without(model, 0))  # also one layer fewer
     load(hf.save_pruned(model, None, tmp_path / "model")).save_pretrained(tmp_path / "again")
