@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig
 
 from gprune.errors import UserError
-from gprune.export.hf import max_logit_difference, reloaded_logits
+from gprune.export.hf import reloaded_logits
 from gprune.export.nemotron import ffn_settings, write_nemotron
+from gprune.models.agreement import compare
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
@@ -55,7 +56,7 @@ def test_the_folder_computes_the_same_logits_in_a_fresh_process(family, override
     model = pruned(family, **overrides)
     config = written_config(model, tmp_path / "folder")
     assert [block["ffn"]["intermediate_size"] for block in config["block_configs"]] == [17, 48, 33]
-    assert max_logit_difference(model(IDS).logits, reloaded_logits(tmp_path / "folder", IDS)) == 0
+    assert compare(model(IDS).logits, reloaded_logits(tmp_path / "folder", IDS)).largest == 0
 
 
 def test_widths_in_multiples_of_256_are_written_for_all_engines(tmp_path):
@@ -66,7 +67,7 @@ def test_widths_in_multiples_of_256_are_written_for_all_engines(tmp_path):
         ["ffn_mult", "no_op", "replace_with_linear"]
     ] * 3
     assert config["block_configs"][0]["attention"]["n_heads_in_group"] == 2
-    assert max_logit_difference(model(IDS).logits, reloaded_logits(tmp_path / "folder", IDS)) == 0
+    assert compare(model(IDS).logits, reloaded_logits(tmp_path / "folder", IDS)).largest == 0
 
 
 def test_the_config_has_attributes_for_engines_and_is_written_as_plain_json(tmp_path):
@@ -82,7 +83,7 @@ def test_a_bias_that_recovery_added_to_one_layer_is_kept(tmp_path):
     blocks_of(model)[1].parts["down"].set(blocks_of(model)[1].parts["down"].weight, torch.linspace(-1, 1, 32))
     config = written_config(model, tmp_path / "folder")
     assert config["mlp_bias"]
-    assert max_logit_difference(model(IDS).logits, reloaded_logits(tmp_path / "folder", IDS)) == 0
+    assert compare(model(IDS).logits, reloaded_logits(tmp_path / "folder", IDS)).largest == 0
 
 
 def test_removed_blocks_leave_fewer_layers(tmp_path):
@@ -91,7 +92,7 @@ def test_removed_blocks_leave_fewer_layers(tmp_path):
     attention = [torch.full((2,), index != 1) for index in range(3)]
     model = prune(model, Masks(ffn, attention))
     assert written_config(model, tmp_path / "folder")["num_hidden_layers"] == 2
-    assert max_logit_difference(model(IDS).logits, reloaded_logits(tmp_path / "folder", IDS)) == 0
+    assert compare(model(IDS).logits, reloaded_logits(tmp_path / "folder", IDS)).largest == 0
 
 
 @pytest.mark.parametrize(
