@@ -379,8 +379,7 @@ JOURNEYS = {  # flags of a run for each type
 
 
 @pytest.mark.parametrize("model_type", types(("stablelm",), tuple(name for name in JOURNEYS if name != "stablelm")))
-def test_a_command_line_run_prunes_and_reloads_a_discovered_type(model_type, corpora, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def test_a_command_line_run_prunes_and_reloads_a_discovered_type(model_type, corpora, tmp_path):
     example(model_type).save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
     with tiny_run.isolated(tmp_path / "cache"):
