@@ -5,7 +5,7 @@
 `--clones` is a folder with a clone of every repository in `KINDS`, each named like the repository; for a clone that is
 missing, an error has the command that makes it. A repository is read at a fixed commit, so that everybody has the same
 text. Writes `corpora/NAME/text.jsonl`, with an object with the key `text` per line, and prints what was written. The
-first 70 % of the documents of a corpus are its train split, the others its test split (`gprune.corpora.local`). Kinds
+first 70 % of the documents of a corpus are its train split, the others its test split (`gprune.corpora.load`). Kinds
 for choosing settings and kinds of unseen text have no repository in common, except that documents of different genres
 come from the corpus GUM.
 """
@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from gprune.report.table import Table
+
 from experiments.corpora import write
 from gprune.console import Parser, run_guarded
-from gprune.corpora.local import split_text
+from gprune.corpora.load import split_text
 from gprune.errors import UserError
-from gprune.report.table import Table
 from gprune.storage.reading import expanded
 
 SENTENCES = 20  # of a treebank without documents, in one document

@@ -70,7 +70,7 @@ def write_corpus(path: Path, *, seed: int, documents: int = 36, words: int = 560
     for _ in range(documents):
         text = generator.choices(order, weights, k=words)
         texts.append("\n".join(" ".join(text[i : i + 12]) for i in range(0, words, 12)))
-    # `corpora.local.split_text` splits at the first blank line after 2000 characters.
+    # `corpora.load.split_text` splits at the first blank line after 2000 characters.
     path.write_text("\n\n".join(texts), encoding="utf-8")
     return path
 

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gprune.calibration import EXTRAS, OUTPUT_PROJECTIONS
 from gprune.errors import UserError
 from gprune.models.blocks import Block
 from gprune.storage.files import Cache, key_of, read_tensors
 
 SUMS = ("count", "sum", "sum_sq")
-OUTPUT_PROJECTIONS = {"ffn": "down", "attention": "output"}  # the part of a block whose inputs are observed, by scope
-EXTRAS = ("gram", "saliency")  # collected only if something needs them
 CACHE = Cache("statistics", tensors=True)  # shared between runs
 
 

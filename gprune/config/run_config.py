@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field
 
-from gprune.calibration.statistics import EXTRAS
+from gprune.calibration import EXTRAS
 from gprune.checks import NonNegative, Text, check_options, whole_numbers
 from gprune.config.groups import (
     IF_CHANGED,

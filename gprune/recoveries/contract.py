@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from gprune.calibration import OUTPUT_PROJECTIONS
 from gprune.checks import format_value
 from gprune.errors import UserError
 from gprune.features import Feature
@@ -69,7 +70,7 @@ class Material:
     # calibration text. A resumed run restores the state_dict of a finished stage.
     fit: Callable[..., None] | None = None
     shard: bool = False  # whether layers are sharded over processes during training
-    teacher: Any = None  # `stages.distillation.TeacherStates`, shared by all rows of a run; None: a new one
+    teacher: Any = None  # `stages.student.TeacherStates`, shared by all rows of a run; None: a new one
 
 
 class Recovery(Feature):
@@ -222,7 +223,6 @@ class Projection(Recovery):
 
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block, with errors as `solve`."""
-        from gprune.calibration.statistics import OUTPUT_PROJECTIONS
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:

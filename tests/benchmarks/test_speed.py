@@ -19,7 +19,7 @@ from gprune.models.copies import without_weights
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.pipeline import evaluate
-from gprune.report.run_figures import speed_figure
+from gprune.report.figures import speed_figure
 from gprune.runs import trainer
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
