@@ -21,18 +21,13 @@ from typing import Any, NoReturn, TextIO
 import jsonargparse
 
 from gprune.errors import UserError, closest_name
-from gprune.imports import UNREADABLE, Import, import_matplotlib
+from gprune.imports import Import, import_matplotlib
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Parser of jsonargparse that raises UserError, keeps line breaks in help, and has the flag `--import`.
+    """Parser of jsonargparse that raises UserError, keeps line breaks in help, and has the flag `--import`."""
 
-    With `shows_records` the command works without a module of `--import` that cannot be read, because it shows records
-    of earlier runs.
-    """
-
-    def __init__(self, prog: str, *, shows_records: bool = False, **options: Any):
-        self.shows_records = shows_records
+    def __init__(self, prog: str, **options: Any):
         defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(prog, **defaults | options)
         text = "a module or .py file to import first, which registers metrics, recoveries or stages; may be repeated"
@@ -96,8 +91,6 @@ def run_guarded(command: str, work: Callable[[], str], *, stopped: str = ".", me
             if process_index() == 0:
                 return fail(f"Another process of this run has ended; its own error, if any, is above{stopped}")
             return 2  # rank 0 has ended and has reported the cause
-        finally:
-            UNREADABLE.clear()  # another command in this process does not have these modules in --import
     return 0
 
 

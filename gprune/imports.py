@@ -13,12 +13,6 @@ from typing import Any
 from gprune.errors import UnregisteredError, UserError, closest_name, first_line
 
 IMPORTED: list[str] = []  # names as given to --import; stored in the manifest of a run
-# Name as given to --import -> the error, for modules without which a command shows records of earlier runs.
-UNREADABLE: dict[str, UnreadableModuleError] = {}
-
-
-class UnreadableModuleError(UserError):
-    """A module that cannot be imported because its file is missing or unreadable."""
 
 
 def import_user_module(name: str) -> None:
@@ -26,16 +20,12 @@ def import_user_module(name: str) -> None:
     file = Path(name).expanduser().absolute() if name.endswith(".py") else None
     can_import = Path(name).name == name if file is None else file.is_file() and "." not in file.stem
     if not can_import:
-        problem = UserError if file is None or file.is_file() else UnreadableModuleError
-        raise problem(f"--import must be a module or an existing .py file without other dots; got '{name}'.")
+        raise UserError(f"--import must be a module or an existing .py file without other dots; got '{name}'.")
     sys.path.insert(0, str(Path.cwd() if file is None else file.parent))
     try:
         module = importlib.import_module(name if file is None else file.stem)
     except (Exception, SystemExit) as error:
-        message = f"--import {name}: Cannot import it: {type(error).__name__}: {first_line(error)}."
-        if isinstance(error, ModuleNotFoundError) and error.name == name:
-            raise UnreadableModuleError(message) from error
-        raise UserError(message) from error
+        raise UserError(f"--import {name}: Cannot import it: {type(error).__name__}: {first_line(error)}.") from error
     if file is not None and not file.samefile(getattr(module, "__file__", None) or "."):
         raise UserError(f"--import {name}: Cannot import it: {module.__name__} is another module. Rename the file.")
     if name not in IMPORTED:
@@ -75,12 +65,7 @@ class Import(argparse.Action):
     """Action of `--import`: import immediately, so that other flags can use registered names."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        try:
-            import_user_module(values)
-        except UnreadableModuleError as error:
-            if not parser.shows_records:
-                raise
-            UNREADABLE[values] = error
+        import_user_module(values)
 
 
 def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

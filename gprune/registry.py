@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gprune.errors import UnregisteredError, UserError, closest_name
-from gprune.imports import UNREADABLE, find_loaded, path_of
+from gprune.imports import find_loaded, path_of
 from gprune.user_code import code_at, code_of
 
 if TYPE_CHECKING:  # flags are checked by what is registered, which should not wait for PyTorch
@@ -86,11 +86,10 @@ class Registry(UserCode, Generic[T]):
 
     Args:
         kind: the word for an entry in messages, such as "corpus".
-        stand_in: class of an entry whose module cannot be read.
     """
 
-    def __init__(self, kind: str, stand_in: type[StandIn] | None = None):
-        self.kind, self.stand_in = kind, stand_in or StandIn
+    def __init__(self, kind: str):
+        self.kind = kind
         self._entries: dict[str, T] = {}
         self._registered_in: dict[str, str] = {}  # name -> the module that registers it
 
@@ -128,19 +127,16 @@ class Registry(UserCode, Generic[T]):
         return code_of(getattr(entry, "registered", entry), self._registered_in.get(name, ""))
 
     def check(self, name: str) -> None:
-        """Raise UserError if the name is not registered and all modules were imported. Nothing is imported here."""
-        if name not in self._entries and not UNREADABLE:
+        """Raise UserError if the name is not registered."""
+        if name not in self._entries:
             closest = closest_name(name, self._entries)
             hint = f" Did you mean '{closest}'?" if closest else ""
             raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
 
     def __getitem__(self, name: str) -> T:
-        """Return the entry. Raise UserError if the name is not registered.
-
-        For an unknown name, after a module of `--import` could not be read, the result is a stand-in.
-        """
+        """Return the entry. Raise UserError if the name is not registered."""
         self.check(name)
-        return self._entries[name] if name in self._entries else self.stand_in(name)
+        return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -197,20 +193,6 @@ class StageClass(UserCode):
             needed = f"the path of a LightningModule with the method {self.method}"
             raise UserError(f"--{self.flag} must be {needed}; got '{path}'.")
         return found
-
-
-class StandIn:
-    """Stand-in for an entry whose module cannot be read, with which the records of earlier runs can be shown.
-
-    The attributes are those of registered metrics, allocations and recoveries.
-    """
-
-    modules = learned = whole_blocks = errors = activation_free = learns = False
-    needs: frozenset[str] = frozenset()
-    drift = ""
-
-    def __init__(self, name: str):
-        self.name = name
 
 
 def _calling_module() -> str:

@@ -21,7 +21,6 @@ from gprune.config import ExportConfig, RunConfig
 from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import rank_and_world_size
-from gprune.imports import UNREADABLE
 from gprune.pipeline.dry_run import estimated_flops
 from gprune.pipeline.plan import Plan, check
 from gprune.report.records import cost_table
@@ -44,8 +43,6 @@ def run_lists(listings: Sequence[Listing], options: Namespace) -> None:
         rows = select_part(select_rows(listing, options.only, what="--only"), options.part)
         pending = [row for row in rows if finished_record(row) is None]
         if pending and not (options.table or options.files or options.commands):
-            for error in UNREADABLE.values():  # rows cannot run without the module
-                raise error
             run_rows(pending)
         if process_index() == 0:  # Lightning may have started other processes with the same command
             print_results(read_study(listing, rows), options)
@@ -54,6 +51,8 @@ def run_lists(listings: Sequence[Listing], options: Namespace) -> None:
 def run_rows(pending: Sequence[Row]) -> None:
     """Print the expected cost, run each row and its tasks, and print when its record is stored."""
     is_rank_0 = process_index() == 0
+    for row in pending:
+        row.check()
     if is_rank_0 and (outdated := describe_outdated(pending)):
         write_stdout(outdated + "\n")
     for row in pending:
