@@ -23,14 +23,14 @@ from gprune.recoveries import RECOVERY, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocation
 
 if TYPE_CHECKING:
+    from gprune.discovery import masked
     from gprune.export.hf import apply_masks
     from gprune.models.loading import register
     from gprune.models.masks import Masks
     from gprune.pipeline.elsewhere import evaluate, recover
     from gprune.pipeline.prune import prune
     from gprune.runs.results import PruningResult, load_run
-    from gprune.sparsity.gates import masked
-    from gprune.studies.result import StudyResult, load_study
+    from gprune.studies.study import StudyResult, load_study
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,8 +39,8 @@ __all__ = [
     "prune", "recover", "recovery", "register",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_exports(__name__, {
-    "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.result",
+    "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.study",
     "apply_masks": "gprune.export.hf", "evaluate": "gprune.pipeline.elsewhere", "load_run": "gprune.runs.results",
-    "load_study": "gprune.studies.result", "masked": "gprune.sparsity.gates", "prune": "gprune.pipeline.prune",
+    "load_study": "gprune.studies.study", "masked": "gprune.discovery", "prune": "gprune.pipeline.prune",
     "recover": "gprune.pipeline.elsewhere", "register": "gprune.models.loading",
 })  # fmt: skip

@@ -13,8 +13,7 @@ from gprune.config.parse import given_flags, parse
 from gprune.console import log_to_stdout, process_index, quiet, run_guarded
 from gprune.corpora import is_local, load_corpus
 from gprune.errors import UserError
-from gprune.features import attribute
-from gprune.models.names import check_model_name
+from gprune.models.embedded import check_model_name
 from gprune.storage.cache import check_writable
 
 if TYPE_CHECKING:
@@ -57,8 +56,9 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
 
 def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
     """Return the text that is printed after a run: result table, parameters, tokens, and paths of the results."""
-    from gprune.report.records import result_table
+    from gprune.report.tables import result_table
     from gprune.runs.folder import RunFolder
+    from gprune.runs.numbers import entries
     from gprune.runs.tracking import curves_hint
     from gprune.sparsity.allocation import format_removed
 
@@ -71,13 +71,11 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
     if cfg.export.format != "none":
         dtype = RunFolder(result.path).manifest.get("exported_dtype", cfg.model.dtype)
         results += f"; model: {result.path / 'model'}, in {dtype}"
-    names = (name for feature in cfg.features for name in attribute(feature, "reports"))
-    reported = [summary[name] for name in names if name in summary]
     lines = [
         f"\n{result_table(result.records).for_stdout()}\n",
         f"Removed {of_scope}, {summary['sparsity_of_model']:.2%} of the model: {summary['parameters_before']:,} -> "
         f"{summary['parameters_after']:,} parameters.",
-        *(line for entry in reported for line in (entry["said"], *entry.get("warnings", ()))),
+        *(line for entry in entries(summary).values() for line in (entry["said"], *entry.get("warnings", ()))),
         f"Tokens: {forward:,} forward, {backward:,} forward and backward.",
         f"{results}.",
         f"Curves: {curves_hint(result.path)}.\n",

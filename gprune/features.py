@@ -19,7 +19,6 @@ class Feature:
     reads: frozenset[str] = frozenset()
     also_reads: frozenset[str] = frozenset()  # flags that another choice decides about, unless this feature is used
     needs: frozenset[str] = frozenset()  # statistics of the dense model beyond moments, or `text`
-    reports: tuple[str, ...] = ()  # entries of the summary with a sentence, `said`, that is logged and printed
 
     def identity(self, cfg: Any) -> dict[str, Any]:
         """Return settings, by group, that identify a run only because of this feature."""

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gprune.runs.schema import check_evaluation
+from gprune.runs.folder import check_evaluation
 from gprune.storage.files import read_json, write_json
 from tests import synthetic_run, tiny_run
 from tests.fuzzing import ENTRY_POINTS, READERS, is_acceptable, outcome

@@ -26,11 +26,10 @@ from gprune.calibration.moments import add_gram, fill_gram
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError, require_finite
 from gprune.features import Feature, Tokens
-from gprune.models.autocast import CastWeights
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.offload import device_of
-from gprune.models.products import fast_products
+from gprune.models.products import CastWeights, fast_products
 
 log = logging.getLogger("gprune")
 

@@ -32,7 +32,7 @@ from gprune.calibration.saliency import StreamingGradients, channel_saliency, sa
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.models.blocks import Block, Part, blocks_of
 from gprune.models.experts import watch_experts
-from gprune.models.lookup import decoder_of
+from gprune.models.families import decoder_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.offload import device_of
 

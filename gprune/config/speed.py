@@ -43,7 +43,6 @@ class Seconds(Currency):
     """Seconds of the workload of `--speed` on this machine, by its latency table."""
 
     reads = frozenset({"speed"})
-    reports = ("speed",)
 
     @staticmethod
     def flag(cfg: Any) -> str:
@@ -151,7 +150,9 @@ class Seconds(Currency):
         }
         numbers = ", ".join(f"{name} {speed:.2f}x" for name, speed in speeds.items())
         sentence = f"Speed: {numbers} of dense ({run.cfg.speed}, {describe_device(run.model.device)})."
-        return speeds | {"said": sentence, "spread": spread, "seconds": [dense_seconds, pruned_seconds]}
+        return speeds | {
+            "said": sentence, "numbers": speeds, "spread": spread, "seconds": [dense_seconds, pruned_seconds],
+        }  # fmt: skip
 
 
 COST.register("seconds")(Seconds())

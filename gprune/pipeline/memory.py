@@ -15,9 +15,9 @@ from transformers import PreTrainedConfig
 from gprune.calibration.block_errors import error_corpora, error_tokens
 from gprune.calibration.layerwise import needs_walk
 from gprune.calibration.statistics import gram_bytes
-from gprune.models.autocast import count_cast_weights
 from gprune.models.blocks import Block, blocks_of, by_layer
 from gprune.models.losses import CHUNK
+from gprune.models.products import count_cast_weights
 from gprune.pipeline.plan import Plan
 from gprune.pipeline.pricing import device_memory
 from gprune.recoveries import recovery_of

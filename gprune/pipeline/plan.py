@@ -15,17 +15,18 @@ from gprune.calibration.block_errors import BlockErrors
 from gprune.calibration.layerwise import Grams
 from gprune.calibration.saliency import Saliency
 from gprune.config import RunConfig
+from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError
 from gprune.export.convert import check_type
 from gprune.export.gguf_writer import check_expressible
 from gprune.features import Feature, attribute
 from gprune.models.blocks import Block, blocks_of, find_unpruned
-from gprune.models.loading import read_config, skeleton
-from gprune.models.structure import check_by_copy, check_structure, why_not_measurable
+from gprune.models.copies import skeleton
+from gprune.models.loading import read_config
+from gprune.models.losses import why_not_measurable
 from gprune.pipeline.pricing import Pricing
 from gprune.recoveries import recovery_of
-from gprune.runs.precision import resolve_precision
-from gprune.runs.trainer import check_trainer
+from gprune.runs.trainer import check_trainer, resolve_precision
 from gprune.runs.user_callbacks import UserCallbacks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
@@ -163,8 +164,7 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     callbacks = callbacks or UserCallbacks(paths=cfg.trainer.callbacks)
     device = trainer_device(cfg, callbacks.of_stage(None))
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
-    dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
-    check_by_copy(config)
+    dense = skeleton(config, record=family_of(config), trust_remote_code=cfg.model.trust_remote_code)
     check_structure(dense)
     blocks = blocks_of(dense)
     if "attention" in cfg.sparsity.scope and not any(block.kv_groups for block in blocks):

@@ -19,6 +19,7 @@ from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
+from gprune.models.families import attach_record, record_of
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.models.offload import free_memory, is_offloaded, offload_folder
@@ -108,6 +109,7 @@ def _slice_to_files(run: Run, masks: Masks, revise: Revise | None, load_argument
         save_pruned(prune_to_files(run.model, masks, folder / "blocks", revise), None, folder / "model")
         shutil.rmtree(folder / "blocks")
         pruned = load_weights(folder / "model", dtype=getattr(torch, run.cfg.model.dtype), **load_arguments)
+        attach_record(pruned, record_of(run.model))
         weakref.finalize(pruned, removal.pop_all().close)
     return pruned
 

@@ -256,7 +256,6 @@ def open_run(
 def in_folder(
     plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, settings: dict[str, Any],
     callbacks: UserCallbacks, loggers: Sequence[Logger], *, asked_precision: str,
-    made_elsewhere: str | None = None,
 ) -> Iterator[Run]:  # fmt: skip
     """Context with an open run of a loaded model: create or resume the folder, and open the loggers."""
     cfg = plan.cfg
@@ -277,7 +276,7 @@ def in_folder(
     screen = Screen({step: forward_equivalents(*tokens) for step, tokens in plan.tokens.items()}, meter.work)
     with (
         folder.in_use(settings, to_yaml(cfg.resolved())), plain_interrupts(),
-        tracking(folder, cfg, loggers, made_elsewhere) as all_loggers, screen, meter.hooks,
+        tracking(folder, cfg, loggers) as all_loggers, screen, meter.hooks,
         matmul_precision(cfg.trainer.float32_matmul_precision, fastest_on=plan.device),
     ):  # fmt: skip
         log.info("Run folder: %s", folder.path)

@@ -70,7 +70,7 @@ class Material:
     # calibration text. A resumed run restores the state_dict of a finished stage.
     fit: Callable[..., None] | None = None
     shard: bool = False  # whether layers are sharded over processes during training
-    teacher: Any = None  # `stages.distillation.TeacherStates`, shared by all rows of a run; None: a new one
+    teacher: Any = None  # `stages.student.TeacherStates`, shared by all rows of a run; None: a new one
 
 
 class Recovery(Feature):

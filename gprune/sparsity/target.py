@@ -118,7 +118,6 @@ class QualityTarget(Target):
     # corpora has 8 windows of development text.
     development_samples: ClassVar[int] = 8
     is_searched: ClassVar[bool] = True
-    reports: ClassVar[tuple[str, ...]] = ("quality",)
 
     def refuse_settings(self, cfg: Any) -> None:
         """Raise UserError if the rise cannot be measured with these settings."""

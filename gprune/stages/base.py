@@ -17,8 +17,8 @@ from gprune.corpora.load import corpus_labels
 from gprune.errors import UserError
 from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.perplexity import WindowPerplexity, window_losses
-from gprune.models.autocast import CastWeights
 from gprune.models.copies import sharded_copy
+from gprune.models.products import CastWeights
 from gprune.runs.numbers import key_part
 
 log = logging.getLogger("gprune")

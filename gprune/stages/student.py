@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
 from gprune.models.copies import has_own_head, share_hooks, without_weights
-from gprune.models.lookup import decoder_of
+from gprune.models.families import decoder_of
 from gprune.models.losses import final_hidden
 from gprune.models.modeling_pruned import find_parent
 from gprune.models.offload import gathered

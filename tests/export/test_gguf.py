@@ -19,8 +19,7 @@ from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.export import export, gguf_check, gguf_writer
 from gprune.export.convert import LLAMA_CPP, QUANTISED, TYPES, has_llama_cpp, load_folder
-from gprune.export.gguf_tokenizer import tokenizer_keys
-from gprune.export.gguf_writer import write_gguf
+from gprune.export.gguf_writer import tokenizer_keys, write_gguf
 from gprune.export.hf import save_pruned
 from gprune.models import embedded as assets
 from gprune.models import gguf as reading

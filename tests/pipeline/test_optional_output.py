@@ -19,8 +19,7 @@ from gprune.__main__ import run as command
 from gprune.errors import UserError, optional_output
 from gprune.export.hf import save_pruned
 from gprune.models.loading import load_model
-from gprune.report.run_figures import perplexity_figure
-from gprune.report.style import save
+from gprune.report.figures import perplexity_figure, save
 from gprune.runs.results import load_run
 from tests import synthetic_run, tiny_run
 
@@ -61,7 +60,7 @@ def test_a_run_finishes_without_figures_model_card_and_page_and_report_adds_them
         shutil.rmtree(figures)
         figures.touch()
         with monkeypatch.context() as patch:
-            patch.setattr("gprune.report.model_card.ModelCardData", lambda **_: 1 / 0)
+            patch.setattr("gprune.report.card.ModelCardData", lambda **_: 1 / 0)
             (first.path / "model/config.json").unlink()  # the export is written again, with its model card
             capsys.readouterr()
             assert tiny_run.main(args) == 0

@@ -19,13 +19,13 @@ from gprune import report
 from gprune.config.parse import parse
 from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, make_windows
-from gprune.evaluation.tolerance import largest_share
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.pipeline import prune, quality
 from gprune.pipeline.plan import check
-from gprune.report import html
-from gprune.report.curves import read_curves
+from gprune.pipeline.summary import largest_share
+from gprune.report.figures import read_curves
+from gprune.report.page import render
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import Budget, unit_costs
@@ -358,7 +358,7 @@ def output_and_pages(result, capsys) -> list[list[str] | str]:
     """Return the lines that a run printed, its report as Markdown, its page, and its model card."""
     run_report = report.make([result.path])
     markdown, model_card = run_report.to_markdown().replace("\\", ""), (result.path / "model/README.md").read_text()
-    return [capsys.readouterr().out.splitlines(), markdown, html.render(run_report), model_card]
+    return [capsys.readouterr().out.splitlines(), markdown, render(run_report), model_card]
 
 
 def test_a_wide_interval_is_warned_of_on_a_line_of_its_own(trained, tmp_path, capsys):
@@ -448,7 +448,7 @@ def test_the_reached_quality_is_in_the_summary_frame_report_and_page(trained, tm
     (row,) = table.rows
     assert row[0] == "gprune"
     assert row[2] == result.summary["parameters_after"]
-    page = html.render(run_report)
+    page = render(run_report)
     assert quality_summary["said"] in page
     assert "Parameters at the same quality" in page
 

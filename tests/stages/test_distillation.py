@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 import gprune
 from experiments.architectures import default_config
 from gprune.config import DistillConfig, RunConfig, parse
+from gprune.discovery import tiny
 from gprune.errors import UserError
-from gprune.models import tiny
 from gprune.models.blocks import blocks_of
 from gprune.models.parts import ExpertPart
 from gprune.models.surgery import prune
@@ -35,7 +35,7 @@ from gprune.stages.student import Student, TeacherStates
 from gprune.storage.files import read_tensors
 from tests import tiny_run
 from tests.stages.test_threshold_learning import data_of, sampled_tokens, trainer_of
-from tests.tiny_families import make_tiny, some_masks
+from tests.tiny_families import make_tiny, some_masks, tiny_of
 
 TARGETS = ("mlp", "all", "lora")
 
@@ -136,7 +136,7 @@ def with_dropout(model_type: str):
     assert names
     for name in names:
         setattr(text_config, name, 0.5)
-    return tiny.tiny_model(config)
+    return tiny_of(config)
 
 
 @pytest.mark.parametrize(

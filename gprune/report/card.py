@@ -19,12 +19,10 @@ from gprune.config.elsewhere import made_elsewhere
 from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
 from gprune.models.families import PRUNED
-from gprune.models.processor import has_processor
-from gprune.report.benchmark_table import compare_records, format_speed
-from gprune.report.records import result_table
-from gprune.report.table import in_markdown
+from gprune.models.loading import has_processor
+from gprune.report.tables import evaluation_table, in_markdown, result_table
 from gprune.runs.folder import RunFolder
-from gprune.runs.numbers import Record
+from gprune.runs.numbers import entries
 from gprune.runs.results import read_evaluation
 from gprune.storage.files import file_hashes, replacing
 from gprune.storage.reading import expanded
@@ -38,14 +36,12 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
     if not model.is_dir():
         return
     manifest = folder.manifest
-    summary = manifest.get("summary", {})
-    on_speed = summary.get("speed", {}).get("said")
-    quality = summary.get("quality")
     other = made_elsewhere(manifest["settings"])
     card = model_card(cfg, records, model, dtype=manifest.get("exported_dtype"), other=other)
-    if quality:
-        card += "".join(f"\n{line}\n" for line in (quality["said"], *quality.get("warnings", ())))
-    card += speed_section(read_evaluation(folder / "evaluation.json"), on_speed)
+    for entry in entries(manifest.get("summary", {})).values():
+        card += "".join(f"\n{line}\n" for line in (entry["said"], *entry.get("warnings", ())))
+    if evaluation := read_evaluation(folder / "evaluation.json"):
+        card += f"\n## Benchmarks\n\n{evaluation_table(evaluation).to_text()}\n"
     with replacing(model / "README.md") as new:
         new.write_text(card, encoding="utf-8")
     folder.update_manifest(model=file_hashes(model, "README.md"))
@@ -115,17 +111,6 @@ def _describe_method(cfg: RunConfig, labels: Mapping[str, str], *, sparsity: flo
 def _describe_recovery(cfg: RunConfig) -> str:
     """Return the recovery as a part of a sentence; empty without recovery."""
     return "" if cfg.recovery == "none" else f", recovery `{cfg.recovery}`"
-
-
-def speed_section(records: Sequence[Record], target: str | None) -> str:
-    """Return the section on speed; empty if nothing is known."""
-    dense = [r for r in records if r["stage"] == "dense"]
-    pruned = [r for r in records if r["kind"] == "speed" and r["stage"] != "dense"]
-    lines = [f"{target}\n"] if target else []
-    for r in pruned:
-        ratios = "".join(f", {ratio} of dense" for ratio in compare_records([r], dense).values())
-        lines.append(f"- {r['task']}, batch {r['batch']}: {format_speed(r)}{ratios} ({r['dtype']}, {r['note']})")
-    return "\n".join(["\n## Speed\n", *lines, ""]) if lines else ""
 
 
 def loading_code(model: Path, name: str | None = None) -> str:

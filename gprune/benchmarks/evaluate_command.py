@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks, parse_benchmarks
+from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
 from gprune.console import Parser, quiet
 from gprune.storage.reading import expanded
 
-ABOUT = f"""Measure tasks, perplexity and speed of a run, a model folder or any model by name.
+ABOUT = """Measure tasks, perplexity and speed of a run, a model folder or any model by name.
 
 Tasks are those of EleutherAI's lm_eval, with its data or local files in $GPRUNE_DATA_DIR/tasks.
-{" and ".join(TEXTS)} are perplexities in the conventions of the literature. {SPEED} is prefill, decoding and
+wikitext2 and c4 are perplexities in the conventions of the literature. speed is prefill, decoding and
 the time to the first token on this machine, in alternation with the dense model if --dense is given. Each record is
 written to evaluation.json of the run immediately, for `gprune report`."""
 
@@ -65,7 +65,7 @@ def run(args: Sequence[str]) -> str:
     from gprune.benchmarks.measurement import evaluate
 
     records, path = evaluate(model, benchmarks, dense=dense, output=None if output is None else expanded(output))
-    from gprune.report.benchmark_table import evaluation_table
+    from gprune.report.tables import evaluation_table
 
     text = f"\n{evaluation_table(records).for_stdout()}\n"
     return f"{text}\nRecords: {path}\n" if path else text

@@ -20,15 +20,15 @@ EXAMPLES = """Flags of train.py come after --, and override the settings of ever
 examples:
   gprune study experiments/questions/parts.yaml             prints token-hours, runs, prints tables
   gprune study experiments/questions/parts.yaml --table     prints tables from existing records
-  gprune study mine.yaml --table --output t.csv             the same as a file: a line for each row and seed
+  gprune study mine.yaml --table --output t.csv             the same as a file: lines for rows, seeds and means
   gprune study mine.yaml --records results                  a list of your own
   gprune study LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
   gprune study LIST -- --logging.mode=online                each row a run of W&B, in the group LIST (default: offline)
   gprune study LIST --part 1/8                              one of eight machines' share (docs/experiments.md)"""
 FORMATS = (".csv", ".json", ".md", ".tex", ".html")
 OUTPUT = (
-    "write the results too: .csv or .json with one line per row and seed (all numbers, intervals, settings and the "
-    "record's file); .md, .tex or .html with the tables that are printed"
+    "write the results too: .csv or .json with one line per row and seed, and one with the means over seeds (all "
+    "numbers, intervals, settings and the record's file); .md, .tex or .html with the tables that are printed"
 )
 MESSAGE_ENDINGS = {"stopped": ". Finished rows are kept."}  # keyword arguments of `run_guarded`
 
