@@ -22,8 +22,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gprune.errors import UnregisteredError, UserError, closest_name
-from gprune.imports import find_loaded, path_of
-from gprune.user_code import code_at, code_of
+from gprune.user_code import code_at, code_of, find_loaded, path_of
 
 if TYPE_CHECKING:  # flags are checked by what is registered, which should not wait for PyTorch
     from torch import Tensor
@@ -184,10 +183,7 @@ class StageClass(UserCode):
         if "." not in path:
             known = f"{self.built_in[0]}, or the path of a class such as my_module.MyClass, with --import my_module"
             raise UnregisteredError(f"Unknown {self.kind} '{path}'. Available: {known}.")
-        try:
-            found = find_loaded(path)
-        except UnregisteredError as error:
-            raise UnregisteredError(f"--{self.flag}: {error}") from error
+        found = find_loaded(path, f"--{self.flag}")
         is_stage = isinstance(found, type) and any(cls.__name__ == "LightningModule" for cls in found.__mro__)
         if not (is_stage and callable(getattr(found, self.method, None))):
             needed = f"the path of a LightningModule with the method {self.method}"

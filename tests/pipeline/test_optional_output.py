@@ -106,7 +106,7 @@ def test_invalid_matplotlib_settings_do_not_prevent_its_import(tmp_path):
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe\x80")
     import_pyplot = "; import matplotlib.pyplot, os; print(os.environ['MPLBACKEND'])"
     use_public_name = "import gprune; gprune.load_run"  # calls `import_matplotlib`
-    call_directly = "from gprune.imports import import_matplotlib; import_matplotlib()"  # does not import torch
+    call_directly = "from gprune.console import import_matplotlib; import_matplotlib()"  # does not import torch
     for code, backend, file in (
         (use_public_name, "QtAgg", str(tmp_path / "matplotlibrc")), (call_directly, "nonsense", os.devnull),
     ):  # fmt: skip

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import gprune
-from gprune import imports
+from gprune import user_code
 from gprune.corpora import CORPORA
 from gprune.importance import IMPORTANCE
 from gprune.recoveries import RECOVERY
@@ -86,7 +86,7 @@ def modules(tmp_path, monkeypatch, bench):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(imports, "IMPORTED", [])
+    monkeypatch.setattr(user_code, "IMPORTED", [])
     yield tmp_path
     forget()
 
@@ -193,7 +193,7 @@ def test_a_run_folder_with_other_code_is_refused_with_the_module_that_has_change
     )
     with registries.restored(*REGISTRIES):  # results of earlier code can still be loaded
         forget()
-        imports.import_user_module("./mine_metric.py")
+        user_code.import_user_module("./mine_metric.py")
         assert gprune.load_run(modules / "runs/run").summary
 
 
