@@ -35,7 +35,7 @@ DTYPES = {"numbers": FLOATS + INTEGERS, "floats": FLOATS, "whole numbers": INTEG
 NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
-class UserCode:
+class _Checks:
     """Checks of functions and classes of users. Errors name them by their kind, such as "Corpus 'mine'"."""
 
     kind: str
@@ -80,7 +80,7 @@ class UserCode:
         raise UserError(f"{subject} must give {what} {shape} as a tensor of {of}; got {received}.")
 
 
-class Registry(UserCode, Generic[T]):
+class Registry(_Checks, Generic[T]):
     """Map names to registered functions or classes.
 
     Args:
@@ -141,7 +141,7 @@ class Registry(UserCode, Generic[T]):
         return iter(self._entries)
 
 
-class StageClass(UserCode):
+class StageClass(_Checks):
     """The class of a stage, which a flag names: the built-in one, or the path of a class of the user.
 
     As for `--trainer.callbacks`, the path names a class in a module that is already imported (`--import`), because it
