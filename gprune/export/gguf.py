@@ -132,21 +132,19 @@ def quantised_size(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
 
     from gprune.export.gguf_check import ask_llama_cpp
     from gprune.export.gguf_writer import named_tensors, write_gguf
-    from gprune.storage.cache import cache_dir
-    from gprune.storage.files import key_of, read_json, scratch_folder, write_json
+    from gprune.storage.files import Cache, key_of, scratch_folder
 
     shapes = {name: list(tensor.shape) for name, tensor in named_tensors(dense)}
     key = key_of(shapes=shapes, type=type, llama_cpp=version(LLAMA_CPP), vocabulary=len(tokenizer))
-    cached = cache_dir() / "gguf_sizes" / f"{key}.json"
-    if content := read_json(cached):
-        return content["bytes"]
-    log.info("Quantising the dense model once, for its size in %s", type)
-    zeros = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in dense.state_dict().items()}
-    dense.load_state_dict(zeros, assign=True)
-    dense.tie_weights()
-    with scratch_folder(file) as scratch:
-        write_gguf(dense, tokenizer, scratch / "f16.gguf", type="f16", name="dense")
-        ask_llama_cpp("quantise", scratch / "f16.gguf", output=str(scratch / "dense.gguf"), type=type.upper())
-        size = (scratch / "dense.gguf").stat().st_size
-    write_json(cached, {"bytes": size})
-    return size
+
+    def quantise() -> dict[str, int]:
+        log.info("Quantising the dense model once, for its size in %s", type)
+        zeros = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in dense.state_dict().items()}
+        dense.load_state_dict(zeros, assign=True)
+        dense.tie_weights()
+        with scratch_folder(file) as scratch:
+            write_gguf(dense, tokenizer, scratch / "f16.gguf", type="f16", name="dense")
+            ask_llama_cpp("quantise", scratch / "f16.gguf", output=str(scratch / "dense.gguf"), type=type.upper())
+            return {"bytes": (scratch / "dense.gguf").stat().st_size}
+
+    return Cache("gguf_sizes").get(key, quantise)["bytes"]

@@ -28,9 +28,8 @@ from gprune.report.tables import result_table
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import DENSE, Stage, row_name
 from gprune.runs.results import STAGES
-from gprune.storage.cache import cache_dir
 from gprune.storage.environment import model_versions
-from gprune.storage.files import key_of, read_json, write_json
+from gprune.storage.files import Cache, key_of, write_json
 
 log = logging.getLogger("gprune")
 LEARNING_SETTINGS = ("learn", "loss", "epochs", "centred", "learner")  # of `--sparsity`, in records of learned masks
@@ -138,12 +137,12 @@ def dense_perplexity(
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul_settings,
         versions=model_versions(),
     )  # fmt: skip
-    path = cache_dir() / "evaluations" / f"{key}.json"
-    if (cached := broadcast(read_json(path))) is not None:
-        return PerplexityResult(**cached)
-    result = (measure or measure_and_keep_forecasts)(run, model, windows, name)
-    write_json(path, {name: value for name, value in vars(result).items() if value is not None})
-    return result
+
+    def compute() -> dict[str, Any]:
+        result = (measure or measure_and_keep_forecasts)(run, model, windows, name)
+        return {name: value for name, value in vars(result).items() if value is not None}
+
+    return PerplexityResult(**Cache("evaluations").get(key, compute, share=broadcast))
 
 
 def measure_and_keep_forecasts(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
