@@ -41,6 +41,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from gprune.console import Parser, quiet, run_guarded
+from gprune.discovery import family_of
 from gprune.errors import UserError
 from gprune.importance.weights import ffn_weights
 from gprune.models.blocks import blocks_of
@@ -125,6 +126,7 @@ def data_free_modules(run: FinishedRun) -> list[Tensor]:
     """
     model_settings, p = run.settings["model"], run.settings["partition"]
     model, _ = load_model(model_settings["name"], dtype=getattr(torch, model_settings["dtype"]))
+    family_of(model)
     if fingerprint(model) != run.model:
         raise UserError(
             f"Run '{run.path}' needs the dense model that it pruned, but '{model_settings['name']}' has other weights. "

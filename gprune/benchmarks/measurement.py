@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.literature import literature_perplexity
 from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks
-from gprune.benchmarks.speed import measure_throughput
 from gprune.benchmarks.tasks import require_lm_eval, zero_shot
 from gprune.config.elsewhere import made_elsewhere
+from gprune.discovery import family_of
 from gprune.errors import UserError, optional_output
+from gprune.evaluation.speed import measure_throughput
 from gprune.models.elsewhere import load_elsewhere
 from gprune.models.embedded import model_label
 from gprune.models.loading import fingerprint, load_model
@@ -101,6 +102,7 @@ def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dic
     limit = benchmarks.limit
     if task not in TEXTS:
         return zero_shot(*loaded, [task], limit=limit, batch_size=benchmarks.batch_size, source=benchmarks.source)
+    family_of(loaded[0])
     lengths = dict.fromkeys(benchmarks.seq_len)
     return [literature_perplexity(*loaded, task, seq_len=n, bos=benchmarks.bos, limit=limit) for n in lengths]
 
@@ -184,10 +186,12 @@ def find_subjects(
 
 def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
     """Load the frozen dense model of a run in any dtype, and its tokenizer."""
-    return _load_verified(
+    model, tokenizer = _load_verified(
         load_model, settings["model"]["name"], settings, settings["inputs"]["model"], f"the model that '{run}' pruned",
         dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    family_of(model)
+    return model, tokenizer
 
 
 def _load_verified(

@@ -141,10 +141,12 @@ def find_model_folder(run_or_folder: str | Path) -> Path:
 
 def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in float32, and its tokenizer, without running code of the folder."""
+    from gprune.discovery import family_of
     from gprune.models.loading import load_model
 
     try:
         model, tokenizer = load_model(str(folder))
+        family_of(model)
         require_finite("weight was read", *model.parameters())
     except UserError as error:
         raise UserError(f"Cannot export '{folder}': {error}") from error
@@ -159,16 +161,19 @@ def report_size(
     Rows of a down projection that do not fit the type's blocks are stored in a larger type. A warning says so if the
     file is larger than that of the dense model, and names the width multiple with which they fit.
     """
+    from gprune.discovery import family_of
     from gprune.export.gguf_writer import tensor_bytes
     from gprune.models.blocks import blocks_of
-    from gprune.models.loading import read_config, skeleton
+    from gprune.models.copies import skeleton
+    from gprune.models.loading import read_config
     from gprune.runs.folder import RunFolder
 
     size = file.stat().st_size
     if not (folder.parent / "manifest.json").is_file():
         log.info("Size: %.1f MB", size / 1e6)
         return
-    dense = skeleton(read_config(RunFolder(folder.parent).manifest["settings"]["model"]["name"]))
+    config = read_config(RunFolder(folder.parent).manifest["settings"]["model"]["name"])
+    dense = skeleton(config, record=family_of(config))
     dense.get_decoder().rotary_emb = model.get_decoder().rotary_emb  # has numbers, and is stored in some files
     if type in QUANTISED:
         dense_size = quantised_size(dense, tokenizer, file, type=type)

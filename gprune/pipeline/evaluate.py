@@ -21,7 +21,6 @@ from gprune.models.embedded import model_label
 from gprune.models.losses import same_head
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
-from gprune.pipeline.cost import evaluated_tokens, fits_cache
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
@@ -156,8 +155,7 @@ def measure_and_keep_forecasts(run: Run, model: PreTrainedModel, windows: Window
     If all forecasts are kept, their tokens are counted as the one pass of the dense row, even if its perplexity was
     cached or a later session repeats the pass.
     """
-    hidden_size = run.model.config.get_text_config(decoder=True).hidden_size
-    keeps_all = fits_cache(run.cfg, evaluated_tokens(run.cfg), hidden_size)
+    keeps_all = run.plan.can_cache(run.cfg.evaluated_tokens)
     if not keeps_all:
         run.forecasts.clear()
     forecasts = run.forecasts.setdefault(windows.content_hash, [])  # filled by `perplexity`

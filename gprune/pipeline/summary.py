@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from gprune.benchmarks.speed import describe_device, time_generation
 from gprune.errors import optional_output
 from gprune.evaluation.intervals import geometric_mean
-from gprune.models.blocks import by_layer
+from gprune.features import attribute
 from gprune.models.masks import Masks
 from gprune.models.surgery import widths
 from gprune.partition.modules import Modules
@@ -31,29 +30,6 @@ from gprune.storage.files import write_json
 log = logging.getLogger("gprune")
 MEANS = ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement")  # of each row in the summary; None if undefined
 TOLERATED_PERCENT = 3, 10  # percent of perplexity above dense
-
-
-def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
-    """Measure the speed of the pruned model in alternation with the dense model."""
-    costs = run.budget.costs
-    dense_cost = costs.prices.model  # in units of time
-    with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # as in the latency table
-        (_, _, (dense_seconds, pruned_seconds)), spread = time_generation(
-            [run.model, pruned], **run.cfg.speed.workload()
-        )
-    speeds = {
-        "asked": dense_cost / (dense_cost - run.budget.target),
-        "predicted": dense_cost / (dense_cost - costs.removed(masks)),
-        "got": dense_seconds / pruned_seconds,
-    }
-    numbers = ", ".join(f"{name} {speed:.2f}x" for name, speed in speeds.items())
-    sentence = f"Speed: {numbers} of dense ({run.cfg.speed}, {describe_device(run.model.device)})."
-    return speeds | {
-        "said": sentence,
-        "numbers": speeds,
-        "spread": spread,
-        "seconds": [dense_seconds, pruned_seconds],
-    }
 
 
 def with_table(reached: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,11 +68,9 @@ def summarise(
 ) -> dict[str, Any]:
     """Compute the summary of a run, and write it to manifest, metrics.json, model card, figures and trackers."""
     summary = sizes_and_perplexity(run, records, masks, pruned)
-    if run.cfg.latency_table_flag:
-        summary["speed_table"] = run.plan.pricing.speed | {"layers": len(by_layer(run.blocks))}
-    if run.cfg.sparsity.currency == "seconds":
-        measured_earlier = run.folder.manifest.get("summary", {}).get("speed")
-        summary["speed"] = measured_earlier or speed_reached(run, masks, pruned)
+    with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # in which prices were measured
+        for feature in run.cfg.features:
+            summary |= attribute(feature, "summary")(run, masks, pruned)
     if run.cfg.sparsity.quality:
         summary["quality"] = with_table(quality_reached(run, records))
     curve = run.folder.manifest.get("learning", {}).get("development_perplexity_by_sparsity") or {}

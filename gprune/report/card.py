@@ -19,7 +19,7 @@ from gprune.config.elsewhere import made_elsewhere
 from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
 from gprune.models.families import PRUNED
-from gprune.models.processor import has_processor
+from gprune.models.loading import has_processor
 from gprune.report.tables import evaluation_table, in_markdown, result_table
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import entries

@@ -22,6 +22,7 @@ from gprune.calibration.statistics import CorpusStatistics
 from gprune.checks import require
 from gprune.config import RunConfig, config_from_mapping, migrate_settings
 from gprune.config.elsewhere import made_elsewhere, with_made_elsewhere
+from gprune.discovery import family_of
 from gprune.errors import UnregisteredError, UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
@@ -279,7 +280,9 @@ def _load_exported(run: FinishedRun) -> tuple[PreTrainedModel | None, PreTrained
     folder = exported_model(run.path)
     no_code = {"trust_remote_code": False}  # with None transformers would ask the user
     try:
-        return load_weights(folder, dtype="auto", **no_code), AutoTokenizer.from_pretrained(folder, **no_code)
+        model = load_weights(folder, dtype="auto", **no_code)
+        family_of(model)
+        return model, AutoTokenizer.from_pretrained(folder, **no_code)
     except Exception as error:  # safetensors, tokenizers and transformers raise many classes
         imports = [str(name) for name in run.environment.get("imports") or ()]  # modules or paths of files
         missing = [name for name in imports if Path(name).stem not in sys.modules and name not in sys.modules]

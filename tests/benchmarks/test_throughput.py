@@ -8,8 +8,8 @@ import pytest
 
 from gprune import report
 from gprune.__main__ import run as command
-from gprune.benchmarks import speed
 from gprune.benchmarks.measurement import task_numbers
+from gprune.evaluation import speed
 from gprune.report.tables import format_rate
 from gprune.runs.results import load_run
 from gprune.studies.archive import finished_record

@@ -15,7 +15,7 @@ import pytest
 from gprune.__main__ import run as command
 from gprune.export import convert, export, gguf_check, gguf_writer, hf
 from gprune.export.convert import has_llama_cpp, load_folder
-from gprune.models.loading import skeleton
+from gprune.models.copies import skeleton
 from gprune.models.surgery import prune
 from gprune.storage.files import write_json
 from tests import synthetic_run

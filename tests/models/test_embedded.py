@@ -108,7 +108,7 @@ def tiny_embedded(cache, tiny_model, monkeypatch):
     model = assets.from_gguf("demo", "me/demo", (wheel, "wei"), (wheel, "ghts"))
     monkeypatch.setitem(assets.EMBEDDED_MODELS, "demo", model)
     monkeypatch.setattr(assets, "read_member", lambda _wheel, member: member.encode())
-    monkeypatch.setattr(assets, "convert_gguf", convert)
+    monkeypatch.setattr("gprune.models.gguf.convert_gguf", convert)
     return conversions
 
 

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import gprune
 from gprune.cli import main
 from gprune.config.parse import parse
+from gprune.discovery import family_of
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
@@ -193,6 +194,7 @@ def test_masked_sliced_and_reloaded_models_agree(family, overrides, ids, tmp_pat
     save_pruned(pruned, None, tmp_path / "model")
     reloaded_model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert type(reloaded_model).__name__.startswith("Pruned")
+    family_of(reloaded_model)
     assert widths(reloaded_model) == widths(pruned)
     assert torch.equal(reloaded_model(ids).logits, sliced)
     # Generation with and without a KV cache
@@ -223,7 +225,9 @@ def test_equal_blocks_are_exported_as_the_stock_class(family, ids, tmp_path):
 def reloaded(model: nn.Module, folder: Path) -> nn.Module:
     """Save a model with its `save_pretrained` and load it again."""
     model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
+    reloaded_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
+    family_of(reloaded_model)
+    return reloaded_model
 
 
 def train_a_step(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -242,7 +242,7 @@ def test_a_model_type_that_gprune_cannot_prune_is_evaluated(bench, folders, caps
 
 def test_tasks_evaluate_the_given_model_or_its_distilled_version(bench, exported, folders, capsys, monkeypatch):
     for bound in ("MIN_ROUNDS", "MAX_ROUNDS"):  # one round of timing is enough here
-        monkeypatch.setattr(f"gprune.benchmarks.speed.{bound}", 1)
+        monkeypatch.setattr(f"gprune.evaluation.speed.{bound}", 1)
     tasks = {"names": ["speed"], "speed_batch": [1], "speed_prompt": 8}
     distilled = {"model": str(exported[0]), "recovery": "distill", "distill.tokens": 96}
     rows = {"gpt": {"model": str(save_gpt2(folders / "for tasks"))}, "distilled": distilled}

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from gprune.models.lookup import auto_class
-from gprune.models.modeling_pruned import PREFIX
+from gprune.models.copies import auto_class
+from gprune.models.families import PRUNED
+from gprune.models.surgery import lists_of_layer_numbers, per_layer_lists
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, NEURONS, EXPERT_NEURONS, SHARED_NEURONS = 48, 6, 3, 8, 44, 20, 28
 VOCABULARY, POSITIONS, EXPERTS, ROUTED, LAYERS = 136, 128, 4, 2, 3
@@ -70,15 +71,9 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"patch_size", 8),
 )  # fmt: skip
 COMPILED_RULES = tuple((re.compile(pattern), value) for pattern, value in RULES)
-# Patterns of names of fields: with the number of layers that share tensors of other layers, with token ids, with layer
-# numbers, and with one value per layer.
+# Patterns of names of fields: with the number of layers that share tensors of other layers, and with token ids.
 SHARED_LAYERS = re.compile(r"(n|num|kv|encoder|decoder)_.*shared_layers")
 TOKEN_IDS = re.compile(r"(.*_)?(token_id|token_index|tokens?_ids?)")
-LAYER_NUMBERS = re.compile(r"(mlp_only|dense|moe|full_attn|attn).*(idxs|indices|layers)|hybrid_layer_ids")
-PER_LAYER = re.compile(
-    r".*layers?.*|.*types|.*windows?|.*pattern|.*sparsity.*|.*widths?|.*(intermediate|heads).*"
-    r"|.*experts?.*|.*top_?k"  # of Hunyuan, whose config has a list of numbers of experts, and of experts per token
-)
 # Names of fields with the number of layers, query heads, and key/value heads. The first that exists is used.
 DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
@@ -119,11 +114,11 @@ def tiny_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the stock configuration of a pruned model's configuration; others are returned unchanged."""
-    if not config.model_type.startswith(PREFIX):
+    if not config.model_type.startswith(PRUNED):
         return config
     excluded = ("pruned_layout", "per_layer_config", "added_biases", "auto_map", "model_type", "architectures")
     values = {name: value for name, value in config.to_dict().items() if name not in excluded}
-    return CONFIG_MAPPING[config.model_type.removeprefix(PREFIX)](**values)
+    return CONFIG_MAPPING[config.model_type.removeprefix(PRUNED)](**values)
 
 
 def _depth(content: Mapping[str, Any]) -> int | None:
@@ -151,32 +146,6 @@ def _layers_to_keep(content: Mapping[str, Any], depth: int) -> list[int]:
     others = [index for index in range(depth) if index not in first_kept]
     number_of_others = max(0, min(LAYERS, depth) - len(first_kept))
     return sorted([*first_kept, *others[:number_of_others]])
-
-
-def per_layer_lists(content: Mapping[str, Any], depth: int) -> dict[str, list[Any]]:
-    """Return the fields of a configuration with one value for each of its `depth` layers, such as `layer_types`.
-
-    A list of all layer numbers, such as the `moe_layers` of a model whose layers all have experts, is not one of them.
-    """
-    return {
-        name: value
-        for name, value in content.items()
-        if isinstance(value, (list, tuple)) and len(value) == depth and PER_LAYER.fullmatch(name)
-        and not (LAYER_NUMBERS.fullmatch(name) and list(value) == list(range(depth)))
-    }  # fmt: skip
-
-
-def lists_of_layer_numbers(content: Mapping[str, Any], per_layer: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the fields of a configuration with layer numbers, such as those of layers with attention.
-
-    `per_layer` is the result of `per_layer_lists`, whose fields are excluded.
-    """
-    return {
-        name: value
-        for name, value in content.items()
-        if name not in per_layer and LAYER_NUMBERS.fullmatch(name) and isinstance(value, list)
-        and all(isinstance(number, int) for number in value)
-    }  # fmt: skip
 
 
 def _shrink(content: dict[str, Any], config: PreTrainedConfig, *, all_layers: bool) -> None:

@@ -21,7 +21,6 @@ import torch
 from torch.utils.benchmark import Timer
 from transformers import GenerationConfig, PreTrainedModel
 
-from gprune.benchmarks.settings import SPEED
 from gprune.errors import UserError
 from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.copies import copy_without_hooks
@@ -34,7 +33,6 @@ from gprune.storage.cache import cache_dir
 from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
-SPEED_TABLE = "speed.json"  # file in a run's folder
 DECODING_STEPS = 8  # number of decoding steps that are timed
 MIN_ROUNDS, MAX_ROUNDS = 2, 12  # numbers of rounds of a measurement
 MAX_SECONDS = 25.0  # after this time no round begins, except the first ones
@@ -80,11 +78,6 @@ def speed_table(
     return table
 
 
-def store_run_table(table: Table, key: str, file: Path) -> None:
-    """Store the table of a run and its `speed_key` in the run's folder, so that a resumed run has the same budget."""
-    write_json(file, {"key": key, "table": table})
-
-
 def price_from_table(table: Table, blocks: Sequence[Block]) -> Price:
     """Convert a latency table to costs of units in integer picoseconds.
 
@@ -101,8 +94,8 @@ def price_from_table(table: Table, blocks: Sequence[Block]) -> Price:
     # Mean time of a layer besides its units, such as norms. It is saved only if the whole layer is removed.
     _, seconds_per_layer = table["neurons"][-1]
     fixed = max(0, round(PICOSECONDS * seconds_per_layer) - sum(all_units) // len(layers))
-    whole_blocks = [cost + (fixed if b.order == 0 else 0) for b, cost in zip(blocks, all_units, strict=True)]
-    return Price(neuron_costs, group_costs, whole_blocks, round(PICOSECONDS * table["rest"]))
+    layer_costs = [cost + (fixed if b.order == 0 else 0) for b, cost in zip(blocks, all_units, strict=True)]
+    return Price(neuron_costs, group_costs, layer_costs, round(PICOSECONDS * table["rest"]))
 
 
 def _unit_costs(points: Sequence[tuple[int, float]], blocks: Sequence[tuple[int, int]], layers: int) -> list[list[int]]:
@@ -272,7 +265,7 @@ def measure_throughput(
             models, batch=batch, prompt=prompt, generate=DECODING_STEPS
         )
         shared = {
-            "kind": SPEED, "split": "none", "batch": batch, "prompt": prompt, "spread": spread,
+            "kind": "speed", "split": "none", "batch": batch, "prompt": prompt, "spread": spread,
             "standard_protocol": False, "note": f"prompts of {prompt} tokens, {device}",
             "rounds": key_of(first=first_seconds, step=step_seconds)[:16],
             "content_hash": key_of(machine=[device, platform.node()], batch=batch, prompt=prompt)[:16],

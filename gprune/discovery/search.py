@@ -10,13 +10,16 @@ must give the same logits. A record has only candidates that pass this check.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,22 +28,40 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gprune.errors import UserError, quoting
-from gprune.models import cached_records
-from gprune.models.blocks import blocks_of, by_layer, check_untied, kinds_of, output_of
-from gprune.models.discovery.agreement import is_correct
-from gprune.models.discovery.attention import attention_kinds
-from gprune.models.discovery.ffn import ffn_kind
-from gprune.models.discovery.probe import REMEDY, Probe, is_linear, owner_of, row_dim, separable_norms
-from gprune.models.discovery.surroundings import logit_transform, norm_offset, why_it_stays
-from gprune.models.families import Family
-from gprune.models.lookup import remember
-from gprune.models.modeling_pruned import PREFIX
-from gprune.models.tiny import shrunk, stock_config, tiny_model
+from gprune.discovery.fit import check_fit, check_untied, record_error
+from gprune.discovery.probe import (
+    REMEDY,
+    Probe,
+    is_linear,
+    joins_residual,
+    logit_transform,
+    norm_offset,
+    owner_of,
+    row_dim,
+    separable_norms,
+    why_it_stays,
+)
+from gprune.discovery.tiny import shrunk, stock_config, tiny_model
+from gprune.discovery.units import attention_kinds, ffn_kind
+from gprune.errors import UserError, first_line, quoting
+from gprune.models.agreement import compare, random_masks
+from gprune.models.blocks import Block, blocks_of, by_layer, kinds_of, output_of
+from gprune.models.experts import watch_experts
+from gprune.models.families import FAMILIES, PRUNED, Family, attach_record, decoder_of
+from gprune.models.gating import masked
+from gprune.models.losses import LogitTransform, head_input
+from gprune.models.surgery import prune
+from gprune.storage.files import Cache, key_of
 
 log = logging.getLogger("gprune")
 Kind = dict[str, Any]  # fields of a record for one kind of FFN or attention
+RECORDS = Cache("structures")  # by class, structure and version of transformers
+FORMAT = 9  # part of their keys; increase it when results of discovery change
 PATHS = ("gate", "up", "down", "query", "key", "value", "output")  # fields of a record that differ between kinds
+# Both bounds were measured on all types in transformers: masks change logits by 0.07 or more of the largest logit, and
+# masked and sliced models differ by at most 2e-5 of that change.
+MIN_MASK_EFFECT = 1e-4  # relative to the largest logit; smaller changes may be rounding errors
+MAX_SLICING_ERROR = 1e-3  # relative to the mask effect
 
 
 def discover(config: PreTrainedConfig) -> Family:
@@ -48,12 +69,14 @@ def discover(config: PreTrainedConfig) -> Family:
     check_supported(config)
     with quoting(f"Cannot configure a tiny copy of model type '{dense_type(config)}': ", f". {REMEDY}."):
         tiny = shrunk(stock_config(config))
-    record = cached_records.read_record(tiny)
-    if record is None:
-        record = discover_from_tiny(tiny)
-        cached_records.write_record(tiny, record)
-        log.info("Found the structure of model type '%s' on a tiny copy", record.model_type)
-    return record
+    module = type(tiny).__module__
+    if not module.startswith("transformers."):  # code of other packages may change between runs
+        return discover_from_tiny(tiny)
+    settings = json.dumps(tiny.to_dict(), sort_keys=True, default=str)
+    kind = f"{module}.{type(tiny).__qualname__}"
+    key = key_of(kind=kind, settings=settings, transformers=transformers.__version__, format=FORMAT)
+    content = RECORDS.get(key, lambda: {"record": asdict(discover_from_tiny(tiny))})
+    return Family(**content["record"])
 
 
 def discover_from_tiny(tiny: PreTrainedConfig) -> Family:
@@ -62,7 +85,9 @@ def discover_from_tiny(tiny: PreTrainedConfig) -> Family:
         model = tiny_model(tiny)
     failure = f"Cannot find the structure of model type '{tiny.model_type}': "
     with quoting(failure, f". {REMEDY}."), torch.enable_grad():
-        return discover_record(model)
+        record = discover_record(model)
+    log.info("Found the structure of model type '%s' on a tiny copy", record.model_type)
+    return record
 
 
 def discover_record(model: PreTrainedModel) -> Family:
@@ -282,7 +307,7 @@ def kinds_at(probe: Probe, path: str, projections: Mapping[int, tuple[Tensor, in
 
 def with_kinds(base: Family, kinds: Mapping[str, list[Kind]]) -> Family:
     """Return a record with these kinds of FFN and attention."""
-    return replace(base, kinds=cached_records.freeze_kinds((kinds["ffn"], kinds["attention"])))
+    return replace(base, kinds=copy.deepcopy((kinds["ffn"], kinds["attention"])))
 
 
 def drop_needless_attributes(probe: Probe, base: Family, kind: Kind, kinds: Mapping[str, list[Kind]]) -> None:
@@ -326,7 +351,7 @@ def _first_norm(probe: Probe, path: str | None) -> nn.Module | None:
 
 def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
     """Return config keys of numbers of units, which are needed to export stock folders."""
-    remember(probe.model, record)
+    attach_record(probe.model, record)
     blocks = blocks_of(probe.model)
     config_values = {name: value for name, value in probe.config.to_dict().items() if type(value) is int}
 
@@ -350,7 +375,7 @@ def sizes_in_config(probe: Probe, record: Family) -> dict[str, Any]:
 
 def dense_type(config: PreTrainedConfig) -> str:
     """Return the model type of a configuration, without the prefix of exports of gprune."""
-    return config.model_type.removeprefix(PREFIX)
+    return config.model_type.removeprefix(PRUNED)
 
 
 def check_supported(config: PreTrainedConfig) -> None:
@@ -364,3 +389,98 @@ def check_supported(config: PreTrainedConfig) -> None:
             f"{named} needs a class in transformers that predicts next tokens (AutoModelForCausalLM). Convert the "
             "checkpoint to such a class (docs/extend.md, 'A model family'), or choose a type in docs/architectures.md."
         )
+
+
+def masked_equals_sliced(probe: Probe) -> bool:
+    """Return whether random masks change the logits of a probe's model, by hooks and by slicing in the same way."""
+    masks = random_masks(probe.model)
+    with masked(probe.model, masks):
+        masked_logits = probe.logits()
+    return agree(masked_logits, probe.logits(model=prune(probe.model, masks)), dense=probe.dense)
+
+
+def agree(masked_logits: Tensor, sliced_logits: Tensor, *, dense: Tensor) -> bool:
+    """Return whether masks have an effect on logits of the dense model, and both models have the same effect."""
+    effect = compare(masked_logits, dense)
+    slicing_error = compare(masked_logits, sliced_logits).largest
+    return effect.largest > MIN_MASK_EFFECT * effect.peak and slicing_error <= MAX_SLICING_ERROR * effect.largest
+
+
+def is_correct(probe: Probe, record: Family) -> bool:
+    """Return whether a record is correct, and attach it to the probe's model.
+
+    A record is correct if the masked and the sliced model agree and watchers of experts get the correct tokens. Any
+    exception, such as a failed slicing, means that it is not.
+    """
+    attach_record(probe.model, record)
+    try:
+        return masked_equals_sliced(probe) and watchers_get_tokens(probe)
+    except Exception as error:
+        log.debug("%s: %s", record, first_line(error))
+        return False
+
+
+def watchers_get_tokens(probe: Probe) -> bool:
+    """Return whether watchers of experts are called with the correct tokens; True without experts.
+
+    A watcher sets activations to zero from a given token on. The logits of this or a later token must change, and those
+    of earlier tokens must not.
+    """
+    blocks = [block for block in blocks_of(probe.model) if block.has_experts]
+    first_zeroed = probe.ids.numel() * 3 // 4  # any position with tokens on both sides
+
+    def zero_later_tokens(x: Tensor, _expert: int, tokens: Tensor) -> Tensor:
+        """Watcher that sets activations to zero from token `first_zeroed` on."""
+        return x * (tokens < first_zeroed)[:, None]
+
+    with ExitStack() as watches:
+        for block in blocks:
+            watches.callback(watch_experts(block.down.host, zero_later_tokens, block.family.expert_down).remove)
+        difference = (probe.logits() - probe.dense).abs().flatten(0, 1).amax(-1)  # (B x T,)
+        is_changed = difference > MIN_MASK_EFFECT * probe.dense.abs().max()
+    return not blocks or bool(is_changed[first_zeroed:].any() and not is_changed[:first_zeroed].any())
+
+
+def check_by_copy(config: PreTrainedConfig) -> None:
+    """Check the record of a user for a type. Raise UserError if it is wrong, with the wrong field if known.
+
+    Nothing is checked for classes of which no tiny copy can be made.
+    """
+    name = config.model_type.removeprefix(PRUNED)
+    try:
+        model = tiny_model(shrunk(stock_config(config)))
+        probe = Probe(model)
+        probe.check_forward()
+    except Exception:  # no tiny copy of this class: only shapes are checked
+        return
+    attach_record(model, FAMILIES[name])
+    check_fit(model)
+    try:
+        is_sliced_correctly = masked_equals_sliced(probe)
+    except Exception as error:
+        raise record_error(name, f"a tiny copy cannot be sliced: {first_line(error)}") from error
+    if not is_sliced_correctly:
+        problem = "the masked and the sliced tiny copy do not compute the same; a parameter may be missing"
+        raise record_error(name, problem)
+    with torch.no_grad():
+        hidden = head_input(model, decoder_of(model)(input_ids=probe.ids, use_cache=False))
+        logits = LogitTransform.of(model)(model.get_output_embeddings()(hidden))
+    if (logits - probe.dense).abs().max() > 1e-3 * probe.dense.abs().max():  # more than rounding errors
+        fields = "logits_scaling, logits_multiplier, softcap or before_head"
+        raise record_error(name, f"logits are not head times hidden states; it needs {fields}")
+    for block in blocks_of(model)[:1]:  # by a record of a user, all layers have the same norms
+        check_norms(name, probe, block)
+
+
+def check_norms(name: str, probe: Probe, block: Block) -> None:
+    """Raise UserError if the record of a block is wrong about the norm before or after its FFN."""
+    if block.down is not None and not block.has_experts:
+        measured = joins_residual(probe, block.layer_index, block.family.down)
+        recorded = block.joins_residual("down")
+        if measured != recorded:
+            problem = "has after_ffn, but nothing follows the FFN" if measured else "needs after_ffn"
+            raise record_error(name, f"it {problem}: a norm between the output of the FFN and the residual")
+    if block.ffn_norm is not None and isinstance(getattr(block.ffn_norm, "weight", None), nn.Parameter):
+        offset = norm_offset(block.ffn_norm)
+        if offset != block.family.norm_offset:
+            raise record_error(name, f"it needs norm_offset={offset}: the norms multiply by {offset} + weight")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gprune.calibration import errors as errors_module
-from gprune.calibration.errors import LEVELS, block_errors, errors_by_width, tokens_with_gradients
+from gprune.calibration import block_errors as errors_module
+from gprune.calibration.block_errors import LEVELS, block_errors, errors_by_width, tokens_with_gradients
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.sparsity.allocation import ALLOCATION, allocate

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +25,64 @@ from transformers import PreTrainedModel
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.errors import UserError, require_finite
-from gprune.models.autocast import CastWeights
-from gprune.models.blocks import Block, blocks_of
+from gprune.features import Feature, Tokens
+from gprune.models.blocks import blocks_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.offload import device_of
-from gprune.models.products import fast_products
+from gprune.models.products import CastWeights, fast_products
 
 log = logging.getLogger("gprune")
 
+ERROR_TOKENS = 2048  # tokens per corpus for errors of blocks; 16,384 tokens do not give a better choice
 LEVELS = 8  # errors are computed for widths that are N / LEVELS apart
 
 
-def check_dense(blocks: Sequence[Block]) -> None:
-    """Raise UserError for blocks with experts. Errors are only implemented for dense FFNs."""
-    if any(block.has_experts for block in blocks):
-        raise UserError(
-            f"--sparsity.allocation reconstruction cannot measure experts ('{blocks[0].family.model_type}'). "
-            "Use uniform."
-        )
+class BlockErrors(Feature):
+    """Errors of blocks as a feature of a run: they take a forward and backward pass over a little text."""
+
+    def refuse(self, plan: Any) -> None:
+        """Raise UserError for blocks with experts. Errors are only implemented for dense FFNs."""
+        blocks = blocks_of(plan.skeleton)
+        if any(block.has_experts for block in blocks):
+            raise UserError(
+                f"--sparsity.allocation reconstruction cannot measure experts ('{blocks[0].family.model_type}'). "
+                "Use uniform."
+            )
+
+    def planned_tokens(self, plan: Any) -> Tokens:
+        """Return the tokens on which errors are measured, for masks of the base metric and of modules."""
+        of_base = error_tokens(plan.cfg, "base") + error_tokens(plan.cfg, "averaged")
+        return {2: (0, of_base), 7: (0, error_tokens(plan.cfg, "modules"))}
+
+
+def error_corpora(cfg: Any) -> dict[str, list[str]]:
+    """Return the corpora on which errors of blocks are measured, by the masks that are allocated by these errors.
+
+    The keys are among `base`, `averaged` and `modules`. There are none if the allocation does not read errors.
+    """
+    if not cfg.measures_errors:
+        return {}
+    stages = {stage for stage, _ in cfg.stages}
+    # Without the control `averaged`, the sparsity at which thresholds are learned is found with masks of `base`.
+    base_starts_learning = cfg.learns and bool(cfg.trials) and "averaged" not in stages
+    corpora = {}
+    if "base" in stages or base_starts_learning:
+        corpora["base"] = [cfg.corpora.score]
+    if "averaged" in stages:
+        corpora["averaged"] = cfg.corpora.drift
+    if cfg.gprune:
+        corpora["modules"] = cfg.corpora.drift
+    return corpora
+
+
+def error_windows(cfg: Any) -> int:
+    """Number of windows per corpus for errors of blocks: as many as fit into `ERROR_TOKENS`, but at least one."""
+    return min(cfg.corpora.num_samples, max(1, ERROR_TOKENS // cfg.corpora.seq_len))
+
+
+def error_tokens(cfg: Any, name: str) -> int:
+    """Number of tokens on which errors of blocks are measured for masks with a name of `error_corpora`."""
+    return len(error_corpora(cfg).get(name, ())) * error_windows(cfg) * cfg.corpora.seq_len
 
 
 def tokens_with_gradients(
