@@ -64,8 +64,8 @@ def run_lists(listings: Sequence[Listing], options: Namespace) -> None:
     """Run the rows of the lists that have no record, and print the results."""
     for listing in listings:
         rows = select_part(select_rows(listing, options.only, what="--only"), options.part)
-        pending = [found for row in rows if (found := find_records(row)).finished is None]
-        if pending and not (options.table or options.files or options.commands):
+        only_prints = options.table or options.files or options.commands
+        if not only_prints and (pending := [found for row in rows if (found := find_records(row)).finished is None]):
             for error in UNREADABLE.values():  # rows cannot run without the module
                 raise error
             run_rows(pending, len(rows))
