@@ -107,6 +107,6 @@ def describe_ignored_flags(cfg: RunConfig, names: Iterable[str]) -> str:
     """
     unread, flags_by_reason = cfg.unread, {}
     for name in sorted(names):
-        if reason := unread.get(name) or unread.get(name.partition(".")[0]):
+        if reason := unread.get(name.partition(".")[0]) or unread.get(name):
             flags_by_reason.setdefault(reason, []).append(f"--{name}")
     return "; ".join(f"{', '.join(flags)} ({reason})" for reason, flags in flags_by_reason.items())

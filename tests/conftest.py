@@ -26,7 +26,7 @@ from gprune.importance import IMPORTANCE
 from tests import registries
 
 # Deadlines would depend on the load of the machine.
-hypothesis.settings.register_profile("gprune", deadline=None)
+hypothesis.settings.register_profile("gprune", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("gprune")
 
 
@@ -128,8 +128,7 @@ def shared_cache(cache):
     """Share one cache among the runs of a module, so each kind of statistics is collected once."""
     from tests import tiny_run
 
-    with tiny_run.isolated(cache), pytest.MonkeyPatch.context() as patch:
-        tiny_run.quick(patch)
+    with tiny_run.isolated(cache):
         yield
 
 

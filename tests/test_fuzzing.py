@@ -29,8 +29,7 @@ EXAMPLES = {"flags": 20, "study": 20, "text": 40}  # for an entry point; 12 for 
 
 @pytest.fixture(scope="module", autouse=True)
 def _isolated(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, tiny_run.isolated(tmp_path_factory.mktemp("cache")):
-        tiny_run.quick(patch)
+    with tiny_run.isolated(tmp_path_factory.mktemp("cache")):
         yield
 
 

@@ -46,9 +46,8 @@ USER_PAGES = [name for name in PAGES if name not in ("CHANGELOG.md", "experiment
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
+def world(tmp_path):
     """Return a tiny model and tiny corpora; exports of runs are checked in this process."""
-    tiny_run.quick(monkeypatch)
     (tmp_path / "world").mkdir()
     with tiny_run.isolated(tmp_path / "cache"):
         yield tiny_run.make_world(tmp_path / "world")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -48,13 +48,18 @@ from gprune.sparsity.target import Target, TargetSetting
 CONSENSUS, AVERAGED = "consensus", "averaged"
 MULTI_CORPUS_METRICS = (CONSENSUS, AVERAGED)
 DEFAULT_MULTIPLE = "default"  # value of --sparsity.width_multiple for `UnitCosts.default_multiple`
-# A number, `DEFAULT_MULTIPLE`, or None for auto. A union of types would add their names to error messages.
-WidthMultiple = Annotated[
-    AtLeast1 | None,
-    WrapValidator(lambda value, check: value if value == DEFAULT_MULTIPLE else check(value)),
-    BeforeValidator(lambda value: None if value == "auto" else value),
-    PlainSerializer(lambda value: value),
-]
+
+
+def _parse_multiple(value: Any, check: Callable[[Any], int | None]) -> Any:
+    """Return a width multiple: a number, `DEFAULT_MULTIPLE`, or None for auto."""
+    if value == "auto":
+        return None
+    if isinstance(value, str) and value != DEFAULT_MULTIPLE:
+        raise UserError(f"--sparsity.width_multiple must be a whole number, default or auto; got '{value}'.")
+    return value if value == DEFAULT_MULTIPLE else check(value)
+
+
+WidthMultiple = Annotated[AtLeast1 | None, WrapValidator(_parse_multiple), PlainSerializer(lambda value: value)]
 DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|npu|mps)(:[0-9]{1,3})?")
 
 
@@ -138,11 +143,10 @@ class Group(
         with self._user_errors(name):
             super().__setattr__(name, value)
 
-    def as_flag(self, name: str) -> str:
-        """Return a setting of this group as a flag with its value, such as `--gprune false`."""
-        value = getattr(self, name)
-        flag = self.prefix.rstrip(".") if name == self.plain_setting else f"{self.prefix}{name}"
-        return f"--{flag} {str(value).lower() if isinstance(value, bool) else value}"
+    @classmethod
+    def migrate(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return settings of this group that an earlier version has stored, in the form of this version."""
+        return settings
 
     @classmethod
     @contextlib.contextmanager
@@ -323,8 +327,8 @@ def _sort_scope(scope: Any) -> str:
 
 def _default_width_multiple(settings: dict[str, Any]) -> str | None:
     """Return `DEFAULT_MULTIPLE` or, for a speed target such as 1.4x, None (`auto`)."""
-    is_speed_target = str(settings.get("target")).endswith("x") and not settings.get("cost")
-    return None if is_speed_target else DEFAULT_MULTIPLE
+    counts_seconds = str(settings.get("target")).endswith("x") and not settings.get("cost")
+    return None if counts_seconds else DEFAULT_MULTIPLE
 
 
 class SparsityConfig(Group, prefix="sparsity."):
@@ -337,7 +341,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     --recovery, is at most 5 % above the dense model (3% is a share of all parameters, +3% a quality)."""
     cost: Annotated[Text | None, IF_CHANGED] = None
     """What the target counts, instead of the quantity that its unit implies: parameters, kv_cache (numbers per token),
-    or the name of a registered cost."""
+    bytes (of the export), seconds (in the setting of --speed), or the name of a registered cost."""
     scope: Annotated[
         Literal["ffn", "attention+ffn", "ffn+blocks", "attention+ffn+blocks"],
         BeforeValidator(_sort_scope),

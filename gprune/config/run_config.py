@@ -118,7 +118,7 @@ class RunConfig(Group):
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that contradict each other, and for what a feature of the run refuses."""
         self._check_options()
-        self._check_corpora_and_gradients()
+        self._check_text_and_gradients()
         for feature in self.features:
             attribute(feature, "refuse_settings")(self)
         self._check_placement()
@@ -147,13 +147,17 @@ class RunConfig(Group):
             entry = getattr(registry[name], "registered", registry[name])
             check_options(f"--options.{name}", name, entry, options, settings=settings)
 
-    def _check_corpora_and_gradients(self) -> None:
-        """Raise UserError if the method needs several corpora or gradients that the settings rule out."""
+    def _check_text_and_gradients(self) -> None:
+        """Raise UserError if the method needs several corpora, text or gradients that the settings rule out."""
         drift = self.corpora.drift
         if self.gprune and self.partition.method == "drift_only" and len(drift) < 2:
             raise UserError(f"--partition.method drift_only needs two or more --corpora.drift; got {drift}.")
         if self.gprune and self.reliability.everywhere and len(drift) < 2:
             raise UserError(f"--reliability.everywhere true needs two or more --corpora.drift; got {drift}.")
+        if self.recovery_learns and self.fresh_windows < 1:
+            least = f"{len(self.corpora.recover) * self.corpora.seq_len:,}"
+            window = "one window of each of --corpora.recover"
+            raise UserError(f"--distill.tokens must be {least} or more ({window}); got {self.distill.tokens:,}.")
         if self.model.dtype == "float16" and self.backward_flag:
             raise UserError(f"--model.dtype must be bfloat16 or float32 for {self.backward_flag}; got float16.")
 
@@ -178,19 +182,16 @@ class RunConfig(Group):
         if self.gprune:
             drift_metric = IMPORTANCE[self.importance].drift
             metrics |= {name: None for name in (drift_metric, self.reliability.metric) if name in IMPORTANCE}
+        currencies = [self.sparsity.currency]
+        if self.sparsity.width_multiple is None or self.dry_run:  # read the latency table of this machine
+            currencies.append("seconds")
         return [
             *((IMPORTANCE, name) for name in metrics),
             (CALIBRATOR, self.corpora.calibrator), (REFINER, self.partition.refiner), (LEARNER, self.sparsity.learner),
-            *((COST, name) for name in self.currencies),
+            *((COST, name) for name in dict.fromkeys(currencies)),
             *((ALLOCATION, name) for name in dict.fromkeys([self.base_allocation, self.sparsity.allocation])),
             *((RECOVERY, name) for name in self.recovery.split("+")),
         ]  # fmt: skip
-
-    @property
-    def currencies(self) -> list[str]:
-        """What the target counts, and `seconds` if the width multiple or a dry run reads the latency table."""
-        reads_table = self.sparsity.width_multiple is None or self.dry_run
-        return list(dict.fromkeys([self.sparsity.currency, *(["seconds"] if reads_table else [])]))
 
     @property
     def features(self) -> list[Any]:
@@ -212,10 +213,13 @@ class RunConfig(Group):
         unread: dict[str, str] = {}
         for group in (self, *(value for _, value in self if isinstance(value, Group))):
             for name, field in type(group).model_fields.items():
+                value = getattr(group, name)
+                shown = str(value).lower() if isinstance(value, bool) else value
+                flag = group.prefix.rstrip(".") if name == group.plain_setting else f"{group.prefix}{name}"
                 for marker in (marker for marker in field.metadata if isinstance(marker, Reads)):
                     named = [entry for registry, entry in self.entries if registry is marker.by_value]
-                    for flag in marker.unread(named or [getattr(group, name)]) - read:
-                        unread.setdefault(flag, group.as_flag(name))
+                    for unread_flag in marker.unread(named or [value]) - read:
+                        unread.setdefault(unread_flag, f"--{flag} {shown}")
         return unread
 
     def with_stages(self, **classes: type | None) -> RunConfig:
@@ -287,6 +291,12 @@ class RunConfig(Group):
     def fresh_tokens(self) -> int:
         """Number of training tokens of a recovery."""
         return len(self.corpora.recover) * self.fresh_windows * self.corpora.seq_len
+
+    @property
+    def recovery_measurements(self) -> int:
+        """Number of measurements of development perplexity while a recovery trains."""
+        windows, batch_size = len(self.corpora.recover) * self.fresh_windows, self.distill.batch_size
+        return self.trainer.measurements(windows, batch_size, 0.25, accumulate=self.distill.accumulate)
 
     @property
     def learned_windows(self) -> int:

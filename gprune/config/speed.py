@@ -48,7 +48,7 @@ class Seconds(Currency):
     def flag(cfg: Any) -> str:
         """Return the flag that needs the latency table, or an empty string. A dry run only shows a cached table."""
         if cfg.sparsity.currency == "seconds":
-            return f"--sparsity.target {cfg.sparsity.target}"
+            return "--sparsity.cost seconds" if cfg.sparsity.cost else f"--sparsity.target {cfg.sparsity.target}"
         return "--sparsity.width_multiple auto" if cfg.sparsity.width_multiple is None else ""
 
     def identity(self, cfg: Any) -> dict[str, Any]:

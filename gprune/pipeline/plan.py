@@ -70,11 +70,13 @@ class Plan:
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
         """Largest numbers of tokens (forward, forward and backward), by step: sums over the features of the run."""
-        planned = [attribute(feature, "planned_tokens")(self) for feature in self.features]
-        planned += [{1: (self.calibration_tokens, 0)}, self.row_tokens]
-        steps = sorted({step for tokens in planned for step in tokens})
-        pairs = {step: [tokens[step] for tokens in planned if step in tokens] for step in steps}
-        return {step: (sum(f for f, _ in of_step), sum(b for _, b in of_step)) for step, of_step in pairs.items()}
+        of_features = [attribute(feature, "planned_tokens")(self) for feature in self.features]
+        total: dict[int, tuple[int, int]] = {}
+        for tokens in ({1: (self.calibration_tokens, 0)}, *of_features, self.row_tokens):
+            for step, (forward, trained) in tokens.items():
+                earlier_forward, earlier_trained = total.get(step, (0, 0))
+                total[step] = earlier_forward + forward, earlier_trained + trained
+        return total
 
     @property
     def calibration_tokens(self) -> int:
@@ -119,9 +121,7 @@ class Plan:
         text = len(cfg.corpora.recover) * cfg.corpora.num_samples * cfg.corpora.seq_len
         forward, trained = recovery.tokens(text, cfg.fresh_tokens, attention=cfg.attention)
         if recovery.learns:
-            windows, d = cfg.fresh_tokens // cfg.corpora.seq_len, cfg.distill
-            measured = cfg.trainer.measurements(windows, d.batch_size, 0.25, accumulate=d.accumulate)
-            forward += measured * cfg.development_tokens
+            forward += cfg.recovery_measurements * cfg.development_tokens
         if recovery.uses_teacher and not counts_teacher and self.caches_teacher:
             forward -= cfg.fresh_tokens
         return forward, trained

@@ -127,13 +127,6 @@ class Recovery(Feature):
             "activations": sizes.forecasts,
         }
 
-    def refuse_settings(self, cfg: Any) -> None:
-        """Raise UserError if a recovery that trains has less than one window of each corpus."""
-        if self.learns and cfg.fresh_windows < 1:
-            least = f"{len(cfg.corpora.recover) * cfg.corpora.seq_len:,}"
-            window = "one window of each of --corpora.recover"
-            raise UserError(f"--distill.tokens must be {least} or more ({window}); got {cfg.distill.tokens:,}.")
-
     def refuse(self, plan: Any) -> None:
         """Raise UserError if this recovery does not support a model; called before weights are loaded.
 

@@ -25,7 +25,7 @@ BYTE_UNITS = {
 }
 KEPT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9} | BYTE_UNITS  # units of a size that is kept
 MIN_KEPT = 1000  # smallest size that may be kept, in parameters or bytes
-MAX_SPEEDUP = 1000
+MAX_RATIO = 1000  # largest speedup
 TRIES = 12  # largest number of models in a search for the sparsity of a target in quality; typical are about 4
 LEARNED_TRIES = 4  # the same if each model is trained; typical are about 2
 HALF_BITS = 16  # half-bits per byte; byte budgets are counted in half-bits because q8_0 takes 8.5 bits per weight
@@ -61,7 +61,7 @@ class Target(Feature):
                 return cls(str(setting), number * KEPT_UNITS[unit], kind)
             if unit == "%" and 0 < number < 100:
                 return cls(setting, number / 100, unit)
-            if unit == "x" and 1 < number <= MAX_SPEEDUP:
+            if unit == "x" and 1 < number <= MAX_RATIO:
                 return cls(setting, number, unit)
         raise UserError(f"--sparsity.target must be {FORMS}; got {format_value(setting)}.")
 

@@ -29,8 +29,7 @@ class Distill(Recovery):
         self.settings = settings or DistillConfig()
 
     def refuse_settings(self, cfg: RunConfig) -> None:
-        """Raise UserError if there is too little text, or too little to choose the best weights."""
-        super().refuse_settings(cfg)
+        """Raise UserError if there is too little text to choose the best weights."""
         settings = cfg.distill
         if settings.keep == "best" and cfg.evaluation.split == "development":
             raise UserError("--distill.keep best cannot be combined with --evaluation.split development.")

@@ -25,8 +25,7 @@ from tests.tiny_run import isolated
 def finished(tmp_path_factory):
     """A tiny run with an exported model, a tiny run without one, and local data, in an isolated environment."""
     folder = tmp_path_factory.mktemp("zero-shot")
-    with pytest.MonkeyPatch.context() as patch, isolated(folder / "cache"):
-        tiny_run.quick(patch)
+    with isolated(folder / "cache"):
         world = tiny_run.make_world(folder)
         kept = world.run(folder / "runs", "--sparsity.allocation=uniform", name="kept")
         world.run(folder / "runs", "--export=none", "--sparsity.allocation=uniform", name="masks")

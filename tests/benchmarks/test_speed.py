@@ -247,7 +247,10 @@ def test_auto_multiple_without_a_speed_target_measures_and_reports_the_table(
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--sparsity.width_multiple=automatic", "--sparsity.width_multiple must be a valid integer"),
+        (
+            "--sparsity.width_multiple=defalt",
+            "--sparsity.width_multiple must be a whole number, default or auto; got 'defalt'.",
+        ),
         ("--sparsity.width_multiple=0", "must be 1 or more; got 0"),
         ("--trainer.devices=2", "--sparsity.width_multiple auto cannot be combined with 2 processes"),
     ],

@@ -13,7 +13,6 @@ from gprune.evaluation import speed
 from gprune.report.tables import format_rate
 from gprune.runs.results import load_run
 from gprune.studies.archive import finished_record
-from tests import tiny_run
 from tests.studies.workbench import Workbench, cells
 
 
@@ -40,9 +39,8 @@ def evaluated(capsys, *args) -> dict[str, list[str]]:
 
 
 def test_rates_are_for_the_whole_batch_and_have_a_ratio_if_the_dense_model_was_timed_too(
-    world, tmp_path, timings, capsys, monkeypatch
+    world, tmp_path, timings, capsys
 ):
-    tiny_run.quick(monkeypatch)
     run = tmp_path / "run"
     world.run(tmp_path, "--gprune=false")
     rows = evaluated(capsys, run, "--dense", "--speed_prompt", "20", "--speed_batch", "1,4")
@@ -66,8 +64,7 @@ def test_rates_are_for_the_whole_batch_and_have_a_ratio_if_the_dense_model_was_t
 
 
 @pytest.fixture
-def bench(world, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def bench(world, tmp_path):
     return Workbench(world, tmp_path)
 
 
@@ -83,7 +80,6 @@ def test_a_study_measures_the_speed_of_each_row_and_its_dense_model(bench, timin
 
 @pytest.mark.slow
 def test_measured_rates_of_two_models_are_consistent_with_their_seconds(world, tmp_path, capsys, monkeypatch):
-    tiny_run.quick(monkeypatch)
     monkeypatch.setattr(speed, "MAX_SECONDS", 0.1)
     world.run(tmp_path, "--gprune=false")
     rows = evaluated(capsys, tmp_path / "run", "--dense", "--speed_prompt", "200", "--speed_batch", "2")

@@ -49,6 +49,8 @@ from tests.tiny_families import TYPES, make_tiny, some_masks, tiny_of
 
 ROOT = Path(__file__).parents[2]
 AUTO = "--model.device_map=auto"
+# Gated, tied with norms of heads, fused, with biases, with transposed weights, with experts
+FAMILIES = [type for type in TYPES if type in ("llama", "gemma3_text", "phi3", "opt", "gpt2", "qwen3_moe")]
 
 
 def bytes_in(module: torch.nn.Module) -> int:
@@ -90,7 +92,7 @@ def ids() -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", TYPES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_offloaded_model_has_the_same_weights_statistics_and_logits(family, placed, ids):
     whole, offloaded = placed(family)
     assert is_offloaded(offloaded)
@@ -115,7 +117,7 @@ def test_an_offloaded_model_has_the_same_weights_statistics_and_logits(family, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", TYPES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_offloaded_model_is_exported_like_the_model_in_memory(family, placed, ids, tmp_path):
     whole, offloaded = placed(family)
     masks = some_masks(whole, attention=True)
@@ -406,6 +408,10 @@ TWO_GPUS = pytest.mark.skipif(
 )
 
 
+# Each collective step of two processes on one core waits for the other process, so runs of two processes do less.
+SHORT = ("--partition.steps=2", "--evaluation.curve=[]")
+
+
 # A run that records how many numbers of a sharded model this rank has, and writes all Gram matrices to files. Rank 0 is
 # late with `metrics.json`: rank 1 must ask rank 0 which steps are finished, instead of reading the disk.
 SHARDED = """
@@ -446,7 +452,7 @@ def test_a_model_sharded_over_two_processes_has_the_results_of_whole_models(acce
         ("sharded", tmp_path / "sharded.py", [str(tmp_path)]),
     ):
         flags = ["--corpora.num_samples=5", "--sparsity.scope=attention+ffn", "--recovery=least_squares"]
-        flags += ["--export=none", "--evaluation.num_samples=5", "--evaluation.development_samples=5"]
+        flags += ["--export=none", "--evaluation.num_samples=5", "--evaluation.development_samples=5", *SHORT]
         flags += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.accelerator={accelerator}"]
         if name == "sharded":
             flags += ["--model.shard=true"]
@@ -485,8 +491,8 @@ def test_a_model_sharded_over_two_processes_has_the_results_of_whole_models(acce
 @pytest.mark.slow
 def test_a_sharded_run_recomputes_a_missing_recovery_and_metrics_to_the_same_bits(world, tmp_path):
     """The recovery is then the only collective step, and a control is recovered during evaluation."""
-    flags = ["--recovery=[least_squares,distill]", "--distill.tokens=576", "--export=none", "--model.shard=true"]
-    flags += ["--evaluation.controls=[base]", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    flags = ["--recovery=[least_squares,distill]", "--distill.tokens=384", "--export=none", "--model.shard=true"]
+    flags += [*SHORT, "--evaluation.controls=[base]", "--trainer.devices=2", "--trainer.strategy=ddp"]
     args = world.args(tmp_path, *flags, name="run")
 
     def losses_of_run():

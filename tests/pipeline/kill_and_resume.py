@@ -160,7 +160,6 @@ class Launcher:
 
     folder: Path
     flags: Sequence[str]
-    prepare: Callable[[], None] = lambda: None  # called in the child
 
     def start(self, trial: Path, cache: Path, target: Point | None = None) -> bool:
         """Start the run in `trial`. Return whether it was killed at `target`. Any other failure is a SystemExit."""
@@ -187,7 +186,6 @@ class Launcher:
         cache.mkdir(parents=True, exist_ok=True)
         os.environ["GPRUNE_CACHE"] = str(cache)
         sys.argv = ["train.py", *self.flags, f"--run.dir={trial}", "--run.name=run"]
-        self.prepare()
         Watch(os.open(trial / "points.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target).install()
         try:
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -11,10 +11,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from gprune.report.style import save
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from matplotlib.figure import Figure
 
 from gprune import prune
 from gprune.config.parse import parse
@@ -23,7 +21,6 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import WindowPerplexity, perplexity, window_losses
 from gprune.models.surgery import prune as sliced
-from gprune.pipeline import summary
 from gprune.sparsity.gates import masked
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 from gprune.stages.distillation import DistillationStage
@@ -186,7 +183,7 @@ def test_fast_dev_run_trains_every_stage_on_one_batch(tiny_model):
 
 
 def test_a_run_from_python_uses_callback_and_logger_objects(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(summary, "write_figures", lambda folder, *_: save(Figure(), folder, "demo"))
+    tiny_run.quick(monkeypatch, draw=True)
     stopping, saving = EarlyStopping(**NEVER_BETTER), ModelCheckpoint(monitor="development/perplexity", save_top_k=2)
     tensorboard = TensorBoardLogger(tmp_path / "tb", name="", version="")
     result = prune(parse(flags(world, tmp_path, *LEARNS)), callbacks=[stopping, saving], logger=tensorboard)
