@@ -22,7 +22,7 @@ from typing import Any
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
 from gprune.errors import UserError
-from gprune.evaluation.intervals import Interval, paired_ratio
+from gprune.evaluation.intervals import Estimate, Interval, paired_ratio
 from gprune.evaluation.perplexity import PerplexityResult
 from gprune.models.masks import Masks
 from gprune.pipeline.evaluate import dense_perplexity, measure_perplexity, shard_if_requested
@@ -252,9 +252,10 @@ def _remove_other_trials(trials: Trials, kept_masks: Masks) -> None:
 
 
 def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
-    """Return the entry `quality` of the summary (see `numbers.entries`); empty unless the target is a quality.
+    """Return the entry `quality` of the summary; empty unless the target is a quality.
 
-    It has the ratio to dense perplexity: requested, predicted and measured, on development and on unseen text.
+    It has requested, predicted and measured quality, on development and on unseen text. `numbers` are rises of
+    perplexity above dense; the others are ratios to dense.
     """
     if requested_rise(run.cfg) is None:
         return {}
@@ -271,39 +272,41 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
         phrases.append(f"on unseen text {_percent_with_interval(unseen.value, unseen.low, unseen.high)}")
     limit = "; the largest possible cut" if reached["largest"] else ""
     phrases.append(f"removed {main_row['share']:.2%} of {run.cfg.sparsity.scope}{limit}")
-    entry = reached | numbers | {"said": f"{', '.join(phrases)}.", "warnings": _warnings(run.cfg, numbers)}
-    return {"quality": entry | _numbers_and_table(entry)}
+    rises = {name: None if numbers[name] is None else numbers[name] - 1 for name in ("predicted", "got", "low", "high")}
+    entry = {
+        "said": f"{', '.join(phrases)}.",
+        "warnings": _warnings(run.cfg, numbers),
+        "numbers": {"asked": reached["asked"], **rises, "unseen": None if unseen is None else unseen.value - 1},
+        "table": _table(reached["asked"], main_row, unseen),
+    }
+    return {"quality": reached | numbers | entry}
 
 
-def _numbers_and_table(reached: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers of the entry, which are rises of perplexity above dense, and its table."""
-    (row,) = reached["rows"]
-    ratios = {name: reached.get(name) for name in ("predicted", "got", "low", "high", "unseen")}
-    rises = {name: None if ratio is None else ratio - 1 for name, ratio in ratios.items()}
-    asked, unseen_interval = reached["asked"], [reached.get(f"unseen{end}") for end in ("", "_low", "_high")]
-    columns = ["row", "asked, %", "parameters kept", "removed, %", "predicted, %", "development, %", "unseen, %"]
-    cells = [
-        row["row"], 100 * asked, row["parameters"], 100 * row["share"], _percent_above_dense([row["predicted"]]),
-        _percent_above_dense([row["got"], row["low"], row["high"]]), _percent_above_dense(unseen_interval),
-        row["models"],
-    ]  # fmt: skip
-    table = {
+def _table(asked: float, row: Mapping[str, Any], unseen: Estimate | None) -> dict[str, Any]:
+    """Return the table of the entry, with the run's own row."""
+
+    def percent(*ratios: float | None) -> list[float | None] | None:
+        """Convert a ratio to dense and the ends of its interval to percent above dense."""
+        return None if ratios[0] is None else [None if ratio is None else 100 * (ratio - 1) for ratio in ratios]
+
+    cells = {
+        "row": row["row"],
+        "asked, %": 100 * asked,
+        "parameters kept": row["parameters"],
+        "removed, %": 100 * row["share"],
+        "predicted, %": percent(row["predicted"]),
+        "development, %": percent(row["got"], row["low"], row["high"]),
+        "unseen, %": None if unseen is None else percent(*unseen),
+        "models tried": row["models"],
+    }
+    return {
         "title": "Parameters at the same quality",
-        "columns": [*columns, "models tried"],
-        "rows": [cells],
+        "columns": list(cells),
+        "rows": [list(cells.values())],
         "digits": {"asked, %": 1},
         "note": "The largest share that was found whose development perplexity, above dense, is at most what was "
         "asked. In brackets 95 % intervals: Student's t over windows, paired.",
     }
-    return {"numbers": {"asked": asked} | rises, "table": table}
-
-
-def _percent_above_dense(ratios: Sequence[float | None]) -> float | list[float | None] | None:
-    """Convert a ratio to dense, or [ratio, low, high] with its interval if there is one, to percent above 1."""
-    if ratios[0] is None:
-        return None
-    percent = [None if ratio is None else 100 * (ratio - 1) for ratio in ratios]
-    return percent if len(percent) == 3 else percent[0]
 
 
 def _warnings(cfg: RunConfig, numbers: Mapping[str, float]) -> list[str]:
