@@ -74,7 +74,7 @@ def greedy(
     margins = []
     for block, channels in zip(blocks, statistics.ffn, strict=True):
         gram = channels.total.gram
-        if block.has_experts or gram is None or budget.costs.attention:
+        if block.has_experts or gram is None or budget.attention:
             needed = "--sparsity.scope ffn, dense blocks and --recovery least_squares"
             raise UserError(f"--sparsity.allocation greedy needs {needed}.")
         weight, N = block.down.weight.detach().cpu(), block.neurons

@@ -36,12 +36,13 @@ from gprune.checks import (
     validation_message,
 )
 from gprune.errors import UserError, closest_name
-from gprune.features import attribute
+from gprune.features import Feature, attribute
 from gprune.importance.metrics import IMPORTANCE
 from gprune.registry import Registry
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.cost import COST
 from gprune.sparsity.target import Target, TargetSetting
+from gprune.sparsity.whole_blocks import WholeBlocks
 
 # Values of --reliability.metric besides activation-free metrics: the mean rank of the base metric over the drift
 # corpora, and the base metric computed from their pooled statistics.
@@ -430,10 +431,10 @@ class SparsityConfig(Group, prefix="sparsity."):
             raise UserError(f"--sparsity.target {self.target} cannot be combined with --sparsity.cost {self.cost}.")
 
     @property
-    def quality(self) -> float | None:
-        """Relative rise of perplexity that the target allows (0.05 for `+5%`); None for a target in other units."""
-        target = Target.of(self.target)
-        return float(target.number) if target.unit == "quality" else None
+    def features(self) -> list[Feature]:
+        """Whole blocks, if they are in scope, and the target."""
+        whole_blocks = [WholeBlocks(self.block_choice)] if "blocks" in self.scope else []
+        return [*whole_blocks, Target.of(self.target)]
 
     @property
     def currency(self) -> str:

@@ -41,7 +41,6 @@ from gprune.registry import CALIBRATOR, LEARNER, REFINER, Registry
 from gprune.sparsity.allocation import ALLOCATION, LEARNING_FLAGS
 from gprune.sparsity.cost import COST
 from gprune.sparsity.target import Target
-from gprune.sparsity.whole_blocks import WholeBlocks
 
 
 class ExportConfig(Group, prefix="export.", plain_setting="format"):
@@ -203,9 +202,7 @@ class RunConfig(Group):
 
         Names that are not registered are left out.
         """
-        features: list[Any] = [Target.of(self.sparsity.target)]
-        if "blocks" in self.sparsity.scope:
-            features.insert(0, WholeBlocks(self.sparsity.block_choice))
+        features: list[Any] = self.sparsity.features
         for registry, name in self.entries:
             is_stage = registry in (CALIBRATOR, REFINER, LEARNER)  # these import PyTorch
             has_no_modules = registry is ALLOCATION and not self.gprune and name != self.base_allocation

@@ -16,13 +16,13 @@ import gprune
 from gprune.checks import Positive
 from gprune.config import RunConfig, config_from_mapping
 from gprune.errors import UserError
+from gprune.models.gating import gated
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.pipeline.partition import checked_labels
 from gprune.recoveries import Recovery, recovery
 from gprune.sparsity.cut import keep_masks
-from gprune.sparsity.gates import gated
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement
