@@ -125,7 +125,7 @@ def unused_flag_rules(cfg: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ..
     needs_no_training = recoveries <= {"none", "bias", "least_squares", "least_squares_sequential"}
     block_flags = ("sparsity.block_share", "sparsity.block_choice")
     yield "--gprune false", not cfg.gprune, ("partition", "reliability", *LEARNING_FLAGS)
-    yield "--gprune false", not cfg.roles["drift"], ("corpora.drift",)
+    yield "--gprune false", not cfg.roles["drift"] and cfg.corpora.score is not None, ("corpora.drift",)
     yield f"--sparsity.scope {sparsity.scope}", "blocks" not in sparsity.scope, block_flags
     yield f"--sparsity.allocation {sparsity.allocation}", not cfg.learns, LEARNING_FLAGS
     allocation_is_base = cfg.base_allocation == sparsity.allocation

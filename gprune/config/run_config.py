@@ -221,8 +221,10 @@ class RunConfig(Group):
 
     @property
     def final(self) -> str:
-        """Stage of the run's main row: `gprune`, or `base` with `--gprune false`."""
-        return "gprune" if self.gprune else "base"
+        """Stage of the run's main row: `gprune`, or with `--gprune false` `base`, or `averaged` for several corpora."""
+        if self.gprune:
+            return "gprune"
+        return "base" if len(self.corpora.scored) == 1 else "averaged"
 
     @property
     def own_row(self) -> tuple[str, str]:
@@ -302,13 +304,21 @@ class RunConfig(Group):
     def stages(self) -> list[tuple[str, str]]:
         """(stage, recovery) of every row of the result table after `dense`."""
         controls = self.evaluation.controls
-        stages = [self.final]
-        if self.gprune:
-            stages = [name for name in ("base", "averaged") if name in controls] + ["gprune"]
+        before = {"base": (), "averaged": ("base",), "gprune": ("base", "averaged")}[self.final]
+        stages = [*(name for name in before if name in controls), self.final]
         recoveries = [self.recovery]
         if self.recovery != "none" and "unrecovered" in controls:
             recoveries = ["none", self.recovery]
         return [(stage, recovery) for recovery in recoveries for stage in stages]
+
+    @property
+    def scored_on(self) -> dict[str, list[str]]:
+        """Stage -> the corpora on whose pooled statistics its units are scored."""
+        scored, needed = self.corpora.scored, {stage for stage, _ in self.stages}
+        if self.gprune:
+            needed.add("base")  # learning starts from its masks
+        corpora = {"base": scored[:1], "averaged": self.corpora.drift if self.gprune else scored, "gprune": scored}
+        return {stage: names for stage, names in corpora.items() if stage in needed}
 
     @property
     def evaluates_early(self) -> bool:
@@ -324,7 +334,7 @@ class RunConfig(Group):
         corpora, recovery = self.corpora, recovery_of(self.recovery)
         chooses_blocks_by_loss = "blocks" in self.sparsity.scope and self.sparsity.block_choice == "loss"
         return {
-            "score": [corpora.score],
+            "score": corpora.scored,
             "drift": corpora.drift if self.gprune or chooses_blocks_by_loss else [],
             "learn": corpora.learn if self.learns else [],
             "recover": corpora.recover if recovery.needs or recovery.learns else [],
@@ -382,9 +392,9 @@ class RunConfig(Group):
         """Raise UserError for unknown or repeated corpora. No text is read."""
         for name in dict.fromkeys([*self.train_corpora, *self.corpora.evaluate]):
             source_of(name)
-        for role in ("drift", "learn", "recover", "evaluate"):
+        for role in ("score", "drift", "learn", "recover", "evaluate"):
             names: dict[str, str] = {}  # identity of a corpus -> its first name
-            for name in getattr(self.corpora, role):
+            for name in getattr(self.corpora, role) or ():
                 if (first_name := names.setdefault(identity(name), name)) != name:
                     raise UserError(f"--corpora.{role} must name each corpus once; got '{first_name}' and '{name}'.")
         trained_on = {identity(name) for name in self.train_corpora}
@@ -447,6 +457,8 @@ class RunConfig(Group):
         if self.sparsity.currency == "bytes":
             unused = set() if self.export.format == "gguf" else {"format", "type"}
             settings["export"] = self.export.model_dump(exclude=unused)
+        if self.corpora.score is None:
+            settings["corpora"]["score"] = self.corpora.drift
         settings["evaluation"]["development_samples"] = self.development_windows
         settings["run"] = {"seed": self.run.seed}
         trainer = {"world_size": self.processes, "precision": self.trainer.precision}

@@ -200,7 +200,7 @@ def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list
     the mean of the ranks by corpus, and `averaged` the ranks by pooled statistics.
     """
     cfg = run.cfg
-    metric, sources = cfg.reliability.metric, [statistics[cfg.corpora.score]]
+    metric, sources = cfg.reliability.metric, [statistics[cfg.corpora.scored[0]]]
     if cfg.reliability.metric in (CONSENSUS, AVERAGED):
         metric = cfg.importance  # the ranks in `Drift` may be of another metric
         sources = [statistics[corpus] for corpus in cfg.corpora.drift]

@@ -66,9 +66,11 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
         if cfg.gprune:
             drift = measure_drift(run, statistics)  # 3
             labels = partition(run, drift)  # 4, 5
-            modules = assess(run, statistics, scores, drift, labels)  # 6
+            modules = assess(run, statistics, scores["gprune"], drift, labels)  # 6
             learning = with_learning_budget(run, statistics, masks_of)
-            masks_of["gprune"] = learn_sparsity(learning, statistics, scores, modules, masks_of.get("base"))  # 7
+            masks_of["gprune"] = learn_sparsity(
+                learning, statistics, scores["gprune"], modules, masks_of.get("base")
+            )  # 7
         run = with_quality_budget(run, statistics, masks_of)  # no-op unless the target is a quality
         thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:

@@ -67,7 +67,9 @@ class FinishedRun:
         """Stage of the run's main row."""
         if made_elsewhere(self.settings) is not None:
             return "model"
-        return "gprune" if self.settings["gprune"] else "base"
+        if self.settings["gprune"]:
+            return "gprune"
+        return "averaged" if isinstance(self.settings["corpora"]["score"], list) else "base"
 
     @property
     def has_another_tokenizer(self) -> bool:
