@@ -27,8 +27,9 @@ from gprune.user_code import compare_code
 
 LINE_WIDTH = 1000  # characters per line of a record
 RECORD_FORMAT = 4  # part of the hash in the names of records, independent of the version of caches
+# Settings of earlier versions for scores on several corpora together.
+ALL_SWITCH = {"switch": True, "everywhere": True, "metric": "averaged"}
 FIRST_DEFAULTS = Path(__file__).with_name("first_defaults.json")  # never changed
-CONTROL = "control"  # stage, in tables, of rows that the list declares as controls
 
 
 @functools.cache
@@ -75,7 +76,57 @@ def read_record(path: Path) -> dict[str, Any] | None:
     settings = migrate_settings(content["settings"])
     defaults = first_defaults()
     groups = {name: group | settings.get(name, {}) for name, group in defaults.items() if isinstance(group, dict)}
-    return unfold_records(content) | {"settings": defaults | settings | groups}
+    return migrate_pooled_scores(unfold_records(content) | {"settings": defaults | settings | groups})
+
+
+def migrate_pooled_scores(record: dict[str, Any]) -> dict[str, Any]:
+    """Convert a record of an earlier version that scored units on several corpora together.
+
+    The earlier settings switched all modules to the metric `averaged`. Without learning there was a single module, and
+    the row was called `gprune`, which is `averaged` now.
+    """
+    settings, defaults = record["settings"], first_defaults()
+    learns = settings["sparsity"]["allocation"] == "learned"
+    if not ALL_SWITCH.items() <= settings["reliability"].items():
+        return record
+    if not (learns or settings["partition"]["num_modules"] == 1):
+        return record
+    corpora = settings["corpora"] | {"score": settings["corpora"]["drift"]}
+    if settings["gprune"] and learns:
+        reliability = defaults["reliability"] | {"switch": False}
+        return record | {"settings": settings | {"corpora": corpora, "reliability": reliability}}
+    settings = settings | {name: defaults[name] for name in ("partition", "reliability")}
+    if not settings["gprune"]:
+        return record | {"settings": settings}
+    no_modules = dict.fromkeys(("partition", "switch", "switch_to", "switch_everywhere"))
+
+    def rename(records: Sequence[Record]) -> list[Record]:
+        return [r | {"stage": "averaged"} | no_modules if r["stage"] == "gprune" else r for r in records]
+
+    record = record | {
+        "settings": settings | {"gprune": False, "corpora": corpora},
+        "records": rename(record["records"]),
+    }
+    if record.get("evaluation"):
+        record["evaluation"] = rename(record["evaluation"])
+    if quality := record["summary"].get("quality"):
+        rows = [r | {"row": r["row"].replace("gprune", "averaged")} for r in quality["rows"]]
+        record["summary"] = record["summary"] | {"quality": quality | {"rows": rows}}
+    return record
+
+
+def before_pooled_scores(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an earlier version that `migrate_pooled_scores` converts to these settings.
+
+    Names of records are hashes of the settings with which they were written.
+    """
+    corpora, one_module = settings["corpora"], {"num_modules": 1, "method": "initial"}
+    earlier = {**settings, "reliability": settings["reliability"] | ALL_SWITCH}
+    if not settings["gprune"]:
+        earlier["partition"] = settings["partition"] | one_module
+    if isinstance(corpora["score"], list):
+        earlier |= {"gprune": True, "corpora": corpora | {"score": corpora["score"][0]}}
+    return earlier
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
@@ -103,7 +154,7 @@ def find_record(row: Row, *, checked: bool = False) -> tuple[Path, dict[str, Any
     if records:
         complete = (pair for pair in records if _is_complete(row, pair[1]))
         return next(complete, records[0])
-    return _new_path(row, _settings_key(row)), None
+    return _new_path(row, _settings_key(row.identity)), None
 
 
 def is_unchecked(row: Row, record: Mapping[str, Any]) -> bool:
@@ -121,9 +172,9 @@ def outdated_records(row: Row) -> list[tuple[Path, list[str]]]:
     ]
 
 
-def _settings_key(row: Row) -> str:
-    """Return the hash of a row's settings that differ from their defaults, without the user's code."""
-    defaults, settings = flatten(first_defaults()), identifying_settings(row.identity)
+def _settings_key(settings: Mapping[str, Any]) -> str:
+    """Return the hash of settings that differ from their defaults, without the user's code."""
+    defaults, settings = flatten(first_defaults()), identifying_settings(settings)
     changed = {name: value for name, value in settings.items() if value != defaults.get(name)}
     return key_of(format=RECORD_FORMAT, settings=changed)[:10]
 
@@ -131,10 +182,11 @@ def _settings_key(row: Row) -> str:
 def _records_with_settings(row: Row) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield the records with the row's settings, made by any code of the user."""
     settings = identifying_settings(row.identity)
-    for path in sorted((row.records / "runs").glob(f"*-{_settings_key(row)}*.json")):
-        record = read_record(path)
-        if record is not None and identifying_settings(record["settings"]) == settings:
-            yield path, record
+    for key in map(_settings_key, (row.identity, before_pooled_scores(row.identity))):
+        for path in sorted((row.records / "runs").glob(f"*-{key}*.json")):
+            record = read_record(path)
+            if record is not None and identifying_settings(record["settings"]) == settings:
+                yield path, record
 
 
 def identifying_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,10 +239,8 @@ def record_to_run(path: Path, record: dict[str, Any]) -> FinishedRun:
 
 
 def row_to_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> FinishedRun:
-    """Convert a record to a `FinishedRun` with the row's name, its tasks and, for a control, the stage `control`."""
+    """Convert a record to a `FinishedRun` with the row's name, and its tasks."""
     records, evaluation = record["records"], task_results(row, record)
-    if row.control:
-        records, evaluation = _mark_control(records), _mark_control(evaluation)
     if seen is not None:
         missing = sorted({r["corpus"] for r in records if r["seen"]} - set(seen))
         if missing:
@@ -200,11 +250,6 @@ def row_to_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> 
             )
     evaluation = [r | {"run": row.name} for r in evaluation]
     return replace(record_to_run(find_record(row)[0], record), name=row.name, records=records, evaluation=evaluation)
-
-
-def _mark_control(records: Sequence[Record]) -> list[Record]:
-    """Replace the stage `gprune` by `control`."""
-    return [r | {"stage": CONTROL} if r["stage"] == "gprune" else r for r in records]
 
 
 def learned_tokens(manifest: Mapping[str, Any]) -> int:
