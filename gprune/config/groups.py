@@ -315,8 +315,8 @@ class SparsityConfig(Group, prefix="sparsity."):
     """Largest share of the target that is met by whole blocks; the rest is met by units of the other blocks."""
     block_choice: Literal["loss", "influence"] = "loss"
     """How whole blocks are chosen. loss: greedily, each time the block whose removal gives the lowest loss on a window
-    of each of --corpora.drift. influence: the blocks that change hidden states of the scoring corpus least
-    (ShortGPT)."""
+    of each of --corpora.drift. influence: the blocks that change hidden states of the first scoring corpus
+    least (ShortGPT)."""
     allocation: Text = "learned"
     """How sparsity is allocated: learned, equal, uniform, global, owl, reconstruction or depth. learned: one threshold
     per module, trained with the model frozen. equal: the same fraction of every module. The others do not learn, and

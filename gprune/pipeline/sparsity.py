@@ -17,8 +17,7 @@ from gprune.checks import select_options, typed_options
 from gprune.evaluation.perplexity import perplexity
 from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
-from gprune.partition.modules import ModuleRanks, Modules
-from gprune.partition.reliability import module_means
+from gprune.partition.modules import ModuleRanks, Modules, module_means
 from gprune.pipeline.cost import error_corpora, error_windows
 from gprune.pipeline.run import Run
 from gprune.registry import LEARNER

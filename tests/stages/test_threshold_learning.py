@@ -13,8 +13,7 @@ from gprune.importance.scores import fractional_ranks
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks
-from gprune.partition.modules import ModuleRanks
-from gprune.partition.reliability import within_module_ranks
+from gprune.partition.modules import ModuleRanks, within_module_ranks
 from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
 from gprune.sparsity.cost import COST, Price
 from gprune.sparsity.cut import keep_masks
