@@ -27,8 +27,9 @@ from gprune.user_code import compare_code
 
 LINE_WIDTH = 1000  # characters per line of a record
 RECORD_FORMAT = 4  # part of the hash in the names of records, independent of the version of caches
-# Settings of earlier versions for scores on several corpora together.
+# Settings of earlier versions for scores on several corpora together, in the groups `reliability` and `partition`.
 ALL_SWITCH = {"switch": True, "everywhere": True, "metric": "averaged"}
+ONE_MODULE = {"num_modules": 1, "method": "initial"}
 FIRST_DEFAULTS = Path(__file__).with_name("first_defaults.json")  # never changed
 
 
@@ -91,11 +92,12 @@ def migrate_pooled_scores(record: dict[str, Any]) -> dict[str, Any]:
         return record
     if not (learns or settings["partition"]["num_modules"] == 1):
         return record
+    reliability = settings["reliability"] | {name: defaults["reliability"][name] for name in ALL_SWITCH}
     corpora = settings["corpora"] | {"score": settings["corpora"]["drift"]}
     if settings["gprune"] and learns:
-        reliability = defaults["reliability"] | {"switch": False}
-        return record | {"settings": settings | {"corpora": corpora, "reliability": reliability}}
-    settings = settings | {name: defaults[name] for name in ("partition", "reliability")}
+        return record | {"settings": settings | {"corpora": corpora, "reliability": reliability | {"switch": False}}}
+    partition = settings["partition"] | {name: defaults["partition"][name] for name in ONE_MODULE}
+    settings = settings | {"partition": partition, "reliability": reliability}
     if not settings["gprune"]:
         return record | {"settings": settings}
     no_modules = dict.fromkeys(("partition", "switch", "switch_to", "switch_everywhere"))
@@ -120,10 +122,10 @@ def before_pooled_scores(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Names of records are hashes of the settings with which they were written.
     """
-    corpora, one_module = settings["corpora"], {"num_modules": 1, "method": "initial"}
+    corpora = settings["corpora"]
     earlier = {**settings, "reliability": settings["reliability"] | ALL_SWITCH}
     if not settings["gprune"]:
-        earlier["partition"] = settings["partition"] | one_module
+        earlier["partition"] = settings["partition"] | ONE_MODULE
     if isinstance(corpora["score"], list):
         earlier |= {"gprune": True, "corpora": corpora | {"score": corpora["score"][0]}}
     return earlier

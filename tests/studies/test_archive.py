@@ -60,10 +60,10 @@ ONE_MODULE = {"partition.method": "initial", "partition.num_modules": 1}
 @pytest.mark.parametrize(
     ("row", "stage"),
     [
-        (POOLED | {"gprune": False, "sparsity.allocation": "uniform"}, "averaged"),
+        (POOLED | {"gprune": False, "partition.num_modules": 8, "sparsity.allocation": "uniform"}, "averaged"),
         (POOLED | ONE_MODULE | {"reliability.switch": False}, "gprune"),
         (POOLED | {"partition.num_modules": 6, "reliability.switch": False}, "gprune"),
-        ({"gprune": False}, "base"),
+        ({"gprune": False, "partition.num_modules": 8}, "base"),
     ],
     ids=["not learned", "one module", "six modules", "base"],
 )
