@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from gprune.benchmarks import command as evaluate
+from gprune.benchmarks import evaluate_command as evaluate
 from gprune.config.parse import FlagParser
-from gprune.export import command as export
-from gprune.studies import command as study
+from gprune.export import convert as export
 from gprune.studies import report_command as report
+from gprune.studies import study_command as study
 
 HEAD = """# Flags
 

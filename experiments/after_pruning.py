@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, Windows, leading_token, make_windows
+from gprune.discovery import family_of
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import export
@@ -115,7 +116,9 @@ def int8_row(folder: Path, text: Text, scratch: Path) -> Row:
 
 def load(folder: Path) -> PreTrainedModel:
     """Load a pruned or stock model in float32. Code in the folder is not run."""
-    return load_weights(folder, dtype=torch.float32)
+    model = load_weights(folder, dtype=torch.float32)
+    family_of(model)
+    return model
 
 
 def fine_tune(folder: Path, text: Text, into: Path) -> PreTrainedModel:

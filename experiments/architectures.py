@@ -44,15 +44,15 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from gprune.discovery import family_of
+from gprune.discovery.tiny import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, shrunk, tiny_model
 from gprune.errors import UserError, first_line
 from gprune.export.hf import save_pruned
+from gprune.models.agreement import random_masks
 from gprune.models.blocks import Block, blocks_of, by_layer, find_unpruned
-from gprune.models.discovery.agreement import random_masks
 from gprune.models.families import FAMILIES
-from gprune.models.lookup import family_of
-from gprune.models.structure import why_not_measurable
+from gprune.models.losses import why_not_measurable
 from gprune.models.surgery import prune
-from gprune.models.tiny import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, shrunk, tiny_model
 from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
 
@@ -142,6 +142,13 @@ def default_config(model_type: str) -> PreTrainedConfig:
 
 
 def example(model_type: str) -> PreTrainedModel:
+    """Make a tiny random model of a type, with its structure."""
+    model = random_model(model_type)
+    family_of(model)
+    return model
+
+
+def random_model(model_type: str) -> PreTrainedModel:
     """Make a tiny random model of a type, wider than the copies that discovery makes."""
     config = shrunk(default_config(model_type))
     for own in (config, *(v for v in vars(config).values() if isinstance(v, PreTrainedConfig))):
@@ -182,7 +189,7 @@ def row_of(model_type: str, folder: Path, *, vision: bool = False) -> dict[str, 
     """Make a row of the table, and save the pruned model and its logits in a folder below `folder`."""
     row: dict[str, Any] = {"type": model_type, "record": model_type in FAMILIES}
     try:
-        model = example(model_type)
+        model = random_model(model_type)
     except Exception as error:
         return row | {"reason": f"no tiny model: {first_line(error)}", "built": False}
     row["built"] = True

@@ -26,7 +26,7 @@ from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, make_windows
 from gprune.errors import UserError
 from gprune.models.embedded import embedded_model_dir
-from gprune.report.table import Table
+from gprune.report.tables import Table
 from gprune.storage.files import read_json, replacing
 from gprune.storage.reading import expanded
 

@@ -41,6 +41,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from gprune.console import Parser, quiet, run_guarded
+from gprune.discovery import family_of
 from gprune.errors import UserError
 from gprune.importance.scores import ffn_weights
 from gprune.models.blocks import blocks_of
@@ -49,10 +50,8 @@ from gprune.models.loading import fingerprint, load_model
 from gprune.partition.drift import rank_drift
 from gprune.partition.initial import initial_partition, parameter_embedding, shuffled_partition
 from gprune.partition.modules import Modules, module_means
-from gprune.report.records import caption
-from gprune.report.run_figures import heterogeneity_figure
-from gprune.report.style import FORMATS, add_title, save
-from gprune.report.table import Cell, Table
+from gprune.report.figures import FORMATS, add_title, heterogeneity_figure, save
+from gprune.report.tables import Cell, Table, caption
 from gprune.runs.results import FinishedRun, read_run
 
 EVERY = 3  # blocks of the short table
@@ -126,6 +125,7 @@ def data_free_modules(run: FinishedRun) -> list[Tensor]:
     """
     model_settings, p = run.settings["model"], run.settings["partition"]
     model, _ = load_model(model_settings["name"], dtype=getattr(torch, model_settings["dtype"]))
+    family_of(model)
     if fingerprint(model) != run.model:
         raise UserError(
             f"Run '{run.path}' needs the dense model that it pruned, but '{model_settings['name']}' has other weights. "

@@ -38,8 +38,8 @@ from transformers import LlamaConfig
 from gprune.calibration.statistics import gram_bytes
 from gprune.checks import memory_limits
 from gprune.models.blocks import blocks_of
+from gprune.models.copies import skeleton
 from gprune.models.embedded import byte_tokenizer
-from gprune.models.loading import skeleton
 from gprune.runs.results import load_run
 
 MB = 1e6

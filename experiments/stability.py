@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gprune.console import Parser, run_guarded
 from gprune.report.grouping import group_by_seed, with_distinct_names
-from gprune.report.table import Table
+from gprune.report.tables import Table
 from gprune.runs.results import FinishedRun
 
 from .summary import runs_of

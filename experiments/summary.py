@@ -16,15 +16,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gprune.console import Parser, quiet, run_guarded
-from gprune.report.comparison_figures import draw_ratios
-from gprune.report.perplexity_tables import pool_estimates, ratio_to
-from gprune.report.style import FORMATS, LINES, add_title, canvas, interval_lengths, plain_ticks, save, style
-from gprune.report.table import Estimate
+from gprune.report.figures import (
+    FORMATS,
+    LINES,
+    add_title,
+    canvas,
+    draw_ratios,
+    interval_lengths,
+    plain_ticks,
+    save,
+    style,
+)
+from gprune.report.tables import Estimate, pool_estimates, ratio_to
 from gprune.runs.numbers import by_stage
 from gprune.runs.results import FinishedRun
 from gprune.studies.archive import finished_record, row_to_run
 from gprune.studies.listing import Listing
-from gprune.studies.tables import stage_ratios
+from gprune.studies.study import stage_ratios
 
 HERE = Path(__file__).resolve().parent
 DENSE = ("dense", "none")

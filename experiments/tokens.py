@@ -26,9 +26,8 @@ from matplotlib.figure import Figure
 from experiments.summary import DENSE, draw_curves, runs_of
 from gprune.console import Parser, quiet, run_guarded
 from gprune.errors import UserError
-from gprune.report.perplexity_tables import ratio_to
-from gprune.report.style import FORMATS, LINES, add_title, canvas, save, style
-from gprune.report.table import Cell, Estimate, Table
+from gprune.report.figures import FORMATS, LINES, add_title, canvas, save, style
+from gprune.report.tables import Cell, Estimate, Table, ratio_to
 from gprune.runs.numbers import by_stage
 from gprune.runs.results import FinishedRun
 

@@ -30,8 +30,8 @@ from gprune.errors import UserError
 from gprune.export import export
 from gprune.export.convert import TYPES, has_llama_cpp
 from gprune.models.loading import locate_model
-from gprune.report.style import FORMATS, add_title, save, style
-from gprune.report.table import Cell, Estimate, Table
+from gprune.report.figures import FORMATS, add_title, save, style
+from gprune.report.tables import Cell, Estimate, Table
 from gprune.runs.numbers import by_stage, unseen_ratio
 from gprune.runs.results import FinishedRun
 

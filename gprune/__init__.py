@@ -20,29 +20,27 @@ from gprune.importance.metrics import IMPORTANCE, metric
 from gprune.imports import lazy_exports
 from gprune.models.families import FAMILIES, Family
 from gprune.recoveries import RECOVERY, recovery
-from gprune.registry import CALIBRATOR, LEARNER, REFINER, calibrator, learner, refiner
 from gprune.sparsity.allocation import ALLOCATION, allocation
 
 if TYPE_CHECKING:
+    from gprune.discovery import masked
     from gprune.export.hf import apply_masks
     from gprune.models.loading import register
     from gprune.models.masks import Masks
     from gprune.pipeline.elsewhere import evaluate, recover
     from gprune.pipeline.prune import prune
     from gprune.runs.results import PruningResult, load_run
-    from gprune.sparsity.gates import masked
-    from gprune.studies.result import StudyResult, load_study
+    from gprune.studies.study import StudyResult, load_study
 
 __version__ = "0.1.0"
 __all__ = [
-    "ALLOCATION", "CALIBRATOR", "CORPORA", "FAMILIES", "IMPORTANCE", "LEARNER", "RECOVERY", "REFINER", "Family",
-    "Masks", "PruningResult", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks", "calibrator",
-    "evaluate", "learner", "load_run", "load_study", "masked", "metric", "prune", "recover", "recovery", "refiner",
-    "register",
+    "ALLOCATION", "CORPORA", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks", "PruningResult", "RunConfig",
+    "StudyResult", "UserError", "allocation", "apply_masks", "evaluate", "load_run", "load_study", "masked", "metric",
+    "prune", "recover", "recovery", "register",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_exports(__name__, {
-    "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.result",
+    "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.study",
     "apply_masks": "gprune.export.hf", "evaluate": "gprune.pipeline.elsewhere", "load_run": "gprune.runs.results",
-    "load_study": "gprune.studies.result", "masked": "gprune.sparsity.gates", "prune": "gprune.pipeline.prune",
+    "load_study": "gprune.studies.study", "masked": "gprune.discovery", "prune": "gprune.pipeline.prune",
     "recover": "gprune.pipeline.elsewhere", "register": "gprune.models.loading",
 })  # fmt: skip

@@ -12,9 +12,9 @@ from gprune.console import Parser, leave, run_guarded
 COMMANDS = {
     "prune": ("gprune.cli", "prune a model, configured by flags and --config files"),
     "report": ("gprune.studies.report_command", "make tables and figures of finished runs"),
-    "export": ("gprune.export.command", "convert the pruned model of a run for another program"),
-    "evaluate": ("gprune.benchmarks.command", "measure tasks, perplexity and speed of a run or a model"),
-    "study": ("gprune.studies.command", "run a list of configurations and tabulate the results"),
+    "export": ("gprune.export.convert", "convert the pruned model of a run for another program"),
+    "evaluate": ("gprune.benchmarks.evaluate_command", "measure tasks, perplexity and speed of a run or a model"),
+    "study": ("gprune.studies.study_command", "run a list of configurations and tabulate the results"),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,30 +13,17 @@ from gprune.config.parse import given_flags, parse
 from gprune.console import log_to_stdout, process_index, quiet, run_guarded
 from gprune.corpora import is_local, load_corpus
 from gprune.errors import UserError
-from gprune.models.names import check_model_name
+from gprune.models.embedded import check_model_name
 from gprune.storage.cache import check_writable
 
 if TYPE_CHECKING:
     from gprune.runs.results import PruningResult
 
 log = logging.getLogger("gprune")
-LEARNING_FLAGS = (  # flags of threshold learning
-    "corpora.learn", "corpora.learn_samples", "evaluation.curve", "sparsity.learn", "sparsity.loss", "sparsity.epochs",
-    "sparsity.centred", "sparsity.learning_rate", "sparsity.learner", "sparsity.offset_learning_rate",
-    "sparsity.offset_limit",
-)  # fmt: skip
-OFFSET_FLAGS = ("sparsity.offset_learning_rate", "sparsity.offset_limit")
-REFINEMENT_FLAGS = tuple(
-    f"partition.{name}"
-    for name in ("steps", "learning_rate", "consistency_weight", "balance_weight", "entropy_weight", "refiner")
-)
 MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
     "stopped": ". Finished steps are kept; the same command resumes the run.",
     "memory": "; lower --corpora.batch_size or --corpora.seq_len.",
 }
-SWITCHING_FLAGS = tuple(
-    f"reliability.{name}" for name in ("everywhere", "metric", "sensitivity_quantile", "score_quantile")
-)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -69,8 +56,9 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
 
 def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
     """Return the text that is printed after a run: result table, parameters, tokens, and paths of the results."""
-    from gprune.report.records import result_table
+    from gprune.report.tables import result_table
     from gprune.runs.folder import RunFolder
+    from gprune.runs.numbers import entries
     from gprune.runs.tracking import curves_hint
     from gprune.sparsity.allocation import format_removed
 
@@ -87,8 +75,7 @@ def _describe_result(cfg: RunConfig, result: PruningResult) -> str:
         f"\n{result_table(result.records).for_stdout()}\n",
         f"Removed {of_scope}, {summary['sparsity_of_model']:.2%} of the model: {summary['parameters_before']:,} -> "
         f"{summary['parameters_after']:,} parameters.",
-        *([summary["speed"]["said"]] if "speed" in summary else []),
-        *summary.get("quality", {}).get("warnings", ()),
+        *(line for entry in entries(summary).values() for line in (entry["said"], *entry.get("warnings", ()))),
         f"Tokens: {forward:,} forward, {backward:,} forward and backward.",
         f"{results}.",
         f"Curves: {curves_hint(result.path)}.\n",
@@ -113,49 +100,13 @@ def check_early(cfg: RunConfig) -> None:
             raise UserError("--trainer.accelerator must be cpu or auto if PyTorch finds no GPU; got gpu.")
 
 
-def unused_flag_rules(cfg: RunConfig) -> Iterator[tuple[str, bool, tuple[str, ...]]]:
-    """Yield rules on ignored flags: the flag that is the reason, whether it applies, and the flags that are ignored.
-
-    The name of a group means all its flags. Recoveries registered from Python have no rule, because the flags that
-    they read are unknown.
-    """
-    sparsity = cfg.sparsity
-    recoveries = set(cfg.recovery.split("+"))
-    needs_no_ridge = recoveries <= {"none", "bias", "distill"}
-    needs_no_training = recoveries <= {"none", "bias", "least_squares", "least_squares_sequential"}
-    block_flags = ("sparsity.block_share", "sparsity.block_choice")
-    yield "--gprune false", not cfg.gprune, ("partition", "reliability", *LEARNING_FLAGS)
-    yield "--gprune false", not cfg.roles["drift"] and cfg.corpora.score is not None, ("corpora.drift",)
-    yield f"--sparsity.scope {sparsity.scope}", "blocks" not in sparsity.scope, block_flags
-    yield f"--sparsity.allocation {sparsity.allocation}", not cfg.learns, LEARNING_FLAGS
-    allocation_is_base = cfg.base_allocation == sparsity.allocation
-    yield f"--sparsity.allocation {sparsity.allocation}", allocation_is_base, ("sparsity.start",)
-    yield "--sparsity.learn thresholds", sparsity.learn == "thresholds", OFFSET_FLAGS
-    yield "--sparsity.learn offsets", sparsity.learn == "offsets", ("sparsity.learning_rate",)
-    yield "--partition.method initial", cfg.partition.method == "initial", REFINEMENT_FLAGS
-    yield "--reliability.switch false", not cfg.reliability.switch, SWITCHING_FLAGS
-    yield f"--recovery {cfg.recovery}", not cfg.roles["recover"], ("corpora.recover",)
-    yield f"--recovery {cfg.recovery}", needs_no_ridge, ("ridge",)
-    yield f"--recovery {cfg.recovery}", needs_no_training, ("distill",)
-    yield f"--distill.targets {cfg.distill.targets}", cfg.distill.targets != "lora", ("distill.rank",)
-    yield "--export none", cfg.export.format == "none" and sparsity.currency != "bytes", ("export.dtype",)
-    yield f"--export {cfg.export.format}", cfg.export.format != "gguf", ("export.type",)
-    yield "--dry_run false", not cfg.dry_run, ("plan",)
-    yield f"--sparsity.target {sparsity.target}", not (cfg.latency_table_flag or cfg.dry_run), ("speed",)
-
-
 def describe_ignored_flags(cfg: RunConfig, names: Iterable[str]) -> str:
     """Return a line with the flags that a run with these settings ignores, and the reasons.
 
     The line is empty if no flag is known to be ignored.
     """
-    remaining = set(names)
-    flags_by_reason: dict[str, list[str]] = {}
-    for reason, applies, flags in unused_flag_rules(cfg):
-        if not applies:
-            continue
-        ignored = sorted(name for name in remaining if name in flags or name.partition(".")[0] in flags)
-        if ignored:
-            flags_by_reason.setdefault(reason, []).extend(f"--{name}" for name in ignored)
-            remaining.difference_update(ignored)
+    unread, flags_by_reason = cfg.unread, {}
+    for name in sorted(names):
+        if reason := unread.get(name.partition(".")[0]) or unread.get(name):
+            flags_by_reason.setdefault(reason, []).append(f"--{name}")
     return "; ".join(f"{', '.join(flags)} ({reason})" for reason, flags in flags_by_reason.items())

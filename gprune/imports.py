@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gprune.errors import UserError, closest_name, first_line
+from gprune.errors import UnregisteredError, UserError, closest_name, first_line
 
 IMPORTED: list[str] = []  # names as given to --import; stored in the manifest of a run
 # Name as given to --import -> the error, for modules without which a command shows records of earlier runs.
@@ -50,13 +50,25 @@ def find_loaded(path: str) -> Any:
     """
     module, _, name = path.rpartition(".")
     if sys.modules.get(module) is None:
-        raise UserError(f"{path}: Cannot find it: module '{module}' is not imported. Add --import {module or name}.")
+        raise UnregisteredError(
+            f"{path}: Cannot find it: module '{module}' is not imported. Add --import {module or name}."
+        )
     names = vars(sys.modules[module])
     if name not in names:
         closest = closest_name(name, names)
         hint = f" The closest name is '{closest}'." if closest else ""
-        raise UserError(f"Unknown class '{path}': module '{module}' does not define '{name}'.{hint}")
+        raise UnregisteredError(f"Unknown class '{path}': module '{module}' does not define '{name}'.{hint}")
     return names[name]
+
+
+def path_of(cls: type) -> str:
+    """Return the path by which `find_loaded` finds a class. Raise UserError for a class inside a function or class."""
+    if not isinstance(cls, type):
+        raise UserError(f"A stage must be a class; got {cls!r:.100}.")
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    if "." in cls.__qualname__ or find_loaded(path) is not cls:
+        raise UserError(f"Class {path} must be defined at the top level of a module or a notebook, to have a path.")
+    return path
 
 
 class Import(argparse.Action):

@@ -1,4 +1,4 @@
-"""Registry of metrics, corpora, recoveries and stages, with the checks of what registered code returns.
+"""Code of users: functions that are registered by name, stages that are named by the path of their class, and checks.
 
 IMPORTANCE = Registry("importance metric")
 
@@ -8,6 +8,8 @@ def my_metric(...): ...
 IMPORTANCE["my_metric"]     # for an unknown name the error lists all names
 with IMPORTANCE.unchanged("my_metric", weight):
     scores = IMPORTANCE.checked("my_metric", "scores", my_metric(weight), (48,))
+
+LEARNER["my_module.MyLearner"]     # a class in a module that is already imported
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gprune.errors import UnregisteredError, UserError, closest_name
-from gprune.imports import UNREADABLE
-from gprune.user_code import code_of
+from gprune.imports import UNREADABLE, find_loaded, path_of
+from gprune.user_code import code_at, code_of
 
 if TYPE_CHECKING:  # flags are checked by what is registered, which should not wait for PyTorch
     from torch import Tensor
@@ -34,80 +36,10 @@ DTYPES = {"numbers": FLOATS + INTEGERS, "floats": FLOATS, "whole numbers": INTEG
 NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
-class Registry(Generic[T]):
-    """Map names to registered functions or classes.
+class UserCode:
+    """Checks of functions and classes of users. Errors name them by their kind, such as "Corpus 'mine'"."""
 
-    Args:
-        kind: the word for an entry in messages, such as "corpus".
-        method: a method that every entry must have.
-        stand_in: class of an entry whose module cannot be read.
-    """
-
-    def __init__(self, kind: str, method: str | None = None, stand_in: type[StandIn] | None = None):
-        self.kind, self.method, self.stand_in = kind, method, stand_in or StandIn
-        self._entries: dict[str, T | str] = {}
-        self._registered_in: dict[str, str] = {}  # name -> the module that registers it
-
-    def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that registers an object under `name`.
-
-        The decorator may also be called with the text "module:name", which is imported when the entry is first used.
-
-        Raises:
-            ValueError: if another object has the name (running a notebook cell again is allowed).
-            UserError: if the name has characters that are special in paths, or separate names in chains and lists.
-        """
-        if not (isinstance(name, str) and NAME.fullmatch(name)):
-            raise UserError(f"The name of a {self.kind} must have letters, digits, _, - and dots; got {name!r:.100}.")
-        registered_in = _calling_module()
-
-        def decorate(entry: T) -> T:
-            """Register the entry under `name`, and return it unchanged."""
-            if self.method and not isinstance(entry, str) and not callable(getattr(entry, self.method, None)):
-                subject = f"{self.kind.capitalize()} '{name}'"
-                raise UserError(f"{subject} must be a class with the method {self.method}; got {entry!r}.")
-            existing = self._entries.setdefault(name, entry)
-            if _origin(existing) != _origin(entry):
-                raise ValueError(f"{self.kind} '{name}' is already registered as {existing!r}; choose another name.")
-            self._entries[name] = entry
-            self._registered_in[name] = registered_in
-            self.code(name)  # reads the module's file now, because it may be changed later
-            return entry
-
-        return decorate
-
-    def code(self, name: str) -> dict[str, str | None]:
-        """Return the hashes of the user's code of an entry, by module; empty for an entry of gprune.
-
-        The hash is None if the code cannot be read.
-        """
-        if name not in self._entries:
-            return {f"{self.kind} {name}": None}
-        entry = self._entries[name]
-        if isinstance(entry, str):
-            return code_of(entry, entry.partition(":")[0])
-        return code_of(getattr(entry, "registered", entry), self._registered_in.get(name, ""))
-
-    def check(self, name: str) -> None:
-        """Raise UserError if the name is not registered and all modules were imported. Nothing is imported here."""
-        if name not in self._entries and not UNREADABLE:
-            closest = closest_name(name, self._entries)
-            hint = f" Did you mean '{closest}'?" if closest else ""
-            raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
-
-    def __getitem__(self, name: str) -> T:
-        """Return the entry. Raise UserError if the name is not registered. An entry given as text is imported.
-
-        For an unknown name, after a module of `--import` could not be read, the result is a stand-in.
-        """
-        self.check(name)
-        entry = self._entries.get(name, self.stand_in)
-        if entry is self.stand_in:
-            return self.stand_in(name)
-        if isinstance(entry, str):
-            module, _, attribute = entry.partition(":")
-            entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
-        return entry
+    kind: str
 
     @contextmanager
     def unchanged(self, name: str, *inputs: Tensor) -> Iterator[None]:
@@ -148,8 +80,123 @@ class Registry(Generic[T]):
         subject = f"{self.kind.capitalize()} '{name}'"
         raise UserError(f"{subject} must give {what} {shape} as a tensor of {of}; got {received}.")
 
+
+class Registry(UserCode, Generic[T]):
+    """Map names to registered functions or classes.
+
+    Args:
+        kind: the word for an entry in messages, such as "corpus".
+        stand_in: class of an entry whose module cannot be read.
+    """
+
+    def __init__(self, kind: str, stand_in: type[StandIn] | None = None):
+        self.kind, self.stand_in = kind, stand_in or StandIn
+        self._entries: dict[str, T] = {}
+        self._registered_in: dict[str, str] = {}  # name -> the module that registers it
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that registers an object under `name`.
+
+        Raises:
+            ValueError: if another object has the name (running a notebook cell again is allowed).
+            UserError: if the name has characters that are special in paths, or separate names in chains and lists.
+        """
+        if not (isinstance(name, str) and NAME.fullmatch(name)):
+            raise UserError(f"The name of a {self.kind} must have letters, digits, _, - and dots; got {name!r:.100}.")
+        registered_in = _calling_module()
+
+        def decorate(entry: T) -> T:
+            """Register the entry under `name`, and return it unchanged."""
+            existing = self._entries.setdefault(name, entry)
+            if _origin(existing) != _origin(entry):
+                raise ValueError(f"{self.kind} '{name}' is already registered as {existing!r}; choose another name.")
+            self._entries[name] = entry
+            self._registered_in[name] = registered_in
+            self.code(name)  # reads the module's file now, because it may be changed later
+            return entry
+
+        return decorate
+
+    def code(self, name: str) -> dict[str, str | None]:
+        """Return the hashes of the user's code of an entry, by module; empty for an entry of gprune.
+
+        The hash is None if the code cannot be read.
+        """
+        if name not in self._entries:
+            return {f"{self.kind} {name}": None}
+        entry = self._entries[name]
+        return code_of(getattr(entry, "registered", entry), self._registered_in.get(name, ""))
+
+    def check(self, name: str) -> None:
+        """Raise UserError if the name is not registered and all modules were imported. Nothing is imported here."""
+        if name not in self._entries and not UNREADABLE:
+            closest = closest_name(name, self._entries)
+            hint = f" Did you mean '{closest}'?" if closest else ""
+            raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
+
+    def __getitem__(self, name: str) -> T:
+        """Return the entry. Raise UserError if the name is not registered.
+
+        For an unknown name, after a module of `--import` could not be read, the result is a stand-in.
+        """
+        self.check(name)
+        return self._entries[name] if name in self._entries else self.stand_in(name)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
+
+
+class StageClass(UserCode):
+    """The class of a stage, which a flag names: the built-in one, or the path of a class of the user.
+
+    As for `--trainer.callbacks`, the path names a class in a module that is already imported (`--import`), because it
+    may come from a file of somebody else.
+
+    Args:
+        flag: the flag, such as "sparsity.learner".
+        method: a method that every class must have.
+        built_in: name of the built-in class, and its path.
+    """
+
+    def __init__(self, flag: str, method: str, built_in: tuple[str, str]):
+        self.flag, self.method, self.built_in = flag, method, built_in
+        self.kind = flag.rpartition(".")[2]
+
+    def check(self, name: str) -> None:
+        """Raise UserError unless the name is the built-in one, or the path of a loaded class with the method."""
+        if name != self.built_in[0]:
+            self._loaded(name)
+
+    def __getitem__(self, name: str) -> type:
+        """Return the class. The built-in one is imported when it is first used."""
+        if name != self.built_in[0]:
+            return self._loaded(name)
+        module, _, attribute = self.built_in[1].rpartition(".")
+        return getattr(importlib.import_module(module), attribute)
+
+    def name_of(self, cls: type) -> str:
+        """Return the name of a class: its path, or that of the built-in one."""
+        path = path_of(cls)
+        return self.built_in[0] if path == self.built_in[1] else path
+
+    def code(self, name: str) -> dict[str, str | None]:
+        """Return the hashes of the user's code of a class, by module; empty for the built-in one."""
+        return {} if name == self.built_in[0] else code_at(name)
+
+    def _loaded(self, path: str) -> type:
+        """Return the class of a path. Raise UserError if it is not loaded, or is no stage with the method."""
+        if "." not in path:
+            known = f"{self.built_in[0]}, or the path of a class such as my_module.MyClass, with --import my_module"
+            raise UnregisteredError(f"Unknown {self.kind} '{path}'. Available: {known}.")
+        try:
+            found = find_loaded(path)
+        except UnregisteredError as error:
+            raise UnregisteredError(f"--{self.flag}: {error}") from error
+        is_stage = isinstance(found, type) and any(cls.__name__ == "LightningModule" for cls in found.__mro__)
+        if not (is_stage and callable(getattr(found, self.method, None))):
+            needed = f"the path of a LightningModule with the method {self.method}"
+            raise UserError(f"--{self.flag} must be {needed}; got '{path}'.")
+        return found
 
 
 class StandIn:
@@ -179,98 +226,10 @@ def _origin(entry: object) -> tuple[str, str]:
     return getattr(entry, "__module__", ""), getattr(entry, "__qualname__", repr(entry))
 
 
-# Registries of stages, each with the method that the pipeline calls.
-REFINER: Registry[Any] = Registry("refiner", "labels")  # --partition.refiner
-LEARNER: Registry[Any] = Registry("learner", "masks")  # --sparsity.learner
-CALIBRATOR: Registry[Any] = Registry("calibrator", "test_step")  # --corpora.calibrator
-
-
-def refiner(name: str) -> Callable[[T], T]:
-    """Register a LightningModule that refines modules of neurons, as a value of `--partition.refiner`.
-
-    A run builds `Class(inputs, labels, **options)`, fits it with the class' own `train_dataloader`, and calls
-    `labels()`.
-
-    - inputs: `partition.objective.RefinementInputs` of B blocks, padded to N neurons: embedding (B, N, E), drift
-      (B, N, 1), shifts (B, N, D) and valid (B, N), all float32.
-    - labels: module labels of the initial partition, one (N,) int64 tensor per block with values 0 to K - 1.
-    - options: keyword-only parameters. A parameter named like a `--partition` flag, such as `learning_rate`, receives
-      that flag's value. Others are set with `--options.NAME.OPTION`.
-    - labels() -> list of (N,) int64, one per block, with values 0 to K - 1. Every module has at least one neuron.
-
-    Example:
-
-        import gprune
-        from gprune.stages.refinement import AssignmentRefinement
-
-        @gprune.refiner("merged")
-        class Merged(AssignmentRefinement):
-            def labels(self):
-                return [y // 2 for y in super().labels()]  # merges modules 0 and 1, 2 and 3, ...
-    """
-    return REFINER.register(name)
-
-
-def learner(name: str) -> Callable[[T], T]:
-    """Register a LightningModule that learns masks, as a value of `--sparsity.learner`.
-
-    A run builds `Class(model, ranks, start, budget, **options)`, fits it on the text of `--corpora.learn`, and calls
-    `masks(budget)`. Its `training_step` gets batches with `input_ids` (B, T) int64 and `weight` (B,) float32, which is
-    0 for windows that pad a batch. A class with a `validation_step`, such as every `FrozenLMStage`, is validated on
-    development text with its current masks applied to the model.
-
-    - model: the frozen language model; a stage must not train it.
-    - ranks: `partition.modules.ModuleRanks`, lists with one tensor per block. `ffn` (N,) float64: rank of each neuron
-      in its module, in (0, 1). `labels` (N,) int64: module of each neuron. `attention` (G,) float64: rank of each KV
-      group in its block.
-    - start: initial thresholds. (K,) float64 per block for its K modules, and (1,) per block for its KV groups.
-    - budget: `sparsity.budget.Budget`, how much has to be removed.
-    - options: keyword-only parameters. A parameter named like a `--sparsity` flag, such as `epochs`, receives that
-      flag's value. `shard` receives `--model.shard`. Others are set with `--options.NAME.OPTION`.
-    - masks(budget) -> `models.masks.Masks` that meet the budget. It is also called for the sparsities of
-      `--evaluation.curve`.
-    - thresholds (optional): learned thresholds in the form of `start`.
-
-    Example:
-
-        import gprune
-        import torch
-        from gprune.stages.threshold_learning import ThresholdLearning
-
-        @gprune.learner("plain_sgd")
-        class PlainSgd(ThresholdLearning):
-            def configure_optimizers(self):
-                return torch.optim.SGD(self.parameters(), lr=1.0)
-    """
-    return LEARNER.register(name)
-
-
-def calibrator(name: str) -> Callable[[T], T]:
-    """Register a LightningModule that collects statistics, as a value of `--corpora.calibrator`.
-
-    A run builds `Class(model, corpora, gram=, saliency=, walk=, store=, shard=, **options)`, calls `trainer.test` with
-    one loader per corpus, and reads `statistics`. `test_step(batch, batch_idx, dataloader_idx)` gets `input_ids` (B, T)
-    int64, and per window `half` (0 or 1) and `weight`.
-
-    - model: the frozen language model.
-    - corpora: names of the corpora, in the order of the loaders.
-    - gram: whether Gram matrices are needed.
-    - saliency: scopes (`ffn`, `attention`) whose gradients are needed.
-    - walk: whether Gram matrices are collected block by block.
-    - store: function that stores the Gram matrices of a block.
-    - shard: whether the layers of the model are sharded over processes.
-    - options: keyword-only parameters, set with `--options.NAME.OPTION`.
-    - statistics: corpus -> `calibration.statistics.CorpusStatistics`.
-
-    Example:
-
-        import gprune
-        from gprune.stages.calibration import CalibrationStage
-
-        @gprune.calibrator("every_second")
-        class EverySecond(CalibrationStage):
-            def test_step(self, batch, batch_idx, dataloader_idx=0):
-                if batch_idx % 2 == 0:
-                    super().test_step(batch, batch_idx, dataloader_idx)
-    """
-    return CALIBRATOR.register(name)
+REFINER = StageClass(
+    "partition.refiner", "labels", ("soft_assignment", "gprune.stages.refinement.AssignmentRefinement")
+)
+LEARNER = StageClass(
+    "sparsity.learner", "masks", ("straight_through", "gprune.stages.threshold_learning.ThresholdLearning")
+)
+CALIBRATOR = StageClass("corpora.calibrator", "test_step", ("streaming", "gprune.stages.calibration.CalibrationStage"))

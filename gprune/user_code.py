@@ -22,6 +22,9 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, Literal
 
+from gprune.errors import UnregisteredError
+from gprune.imports import find_loaded
+
 Code = Mapping[str, str | None]  # module -> hash of its code; None if the source cannot be read
 MAIN = "__main__"
 NOT_OF_USERS = {"gprune", *sys.stdlib_module_names}
@@ -48,6 +51,14 @@ def code_of(entry: Any, registered_in: str = "") -> dict[str, str | None]:
     if MAIN in (registered_in, definition.__module__):
         code[MAIN] = _hash(_source(definition))
     return code
+
+
+def code_at(path: str) -> dict[str, str | None]:
+    """Return the hashes of the user's code of the class at a path, by module; None as hash if it is not loaded."""
+    try:
+        return code_of(find_loaded(path), path.rpartition(".")[0])
+    except UnregisteredError:
+        return {path: None}
 
 
 def compare_code(recorded: Code, current: Code) -> Literal["same", "other", "unknown"]:

@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import gprune.pipeline.prune  # noqa: F401 - import everything before `pytest_collection_finish`
 from gprune.calibration.collector import Collector
 from gprune.calibration.statistics import CorpusStatistics
+from gprune.export import hf
 from gprune.importance import IMPORTANCE
 from tests import registries
 
 # Deadlines would depend on the load of the machine.
-hypothesis.settings.register_profile("gprune", deadline=None)
+hypothesis.settings.register_profile("gprune", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("gprune")
 
 
@@ -80,6 +82,22 @@ def hooks_of(model: torch.nn.Module) -> int:
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_runs():
+    """Let runs reload their export in this process and draw nothing, unless a test asks for it."""
+    from tests import tiny_run  # imported here, because it imports this module
+
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_run.quick(patch)
+        yield
+
+
+@pytest.fixture
+def fresh_process(monkeypatch):
+    """Reload exports in a fresh process, as for users."""
+    monkeypatch.setattr(hf, "subprocess", subprocess)
+
+
 @pytest.fixture
 def tiny_model() -> LlamaForCausalLM:
     return make_tiny_llama()
@@ -110,8 +128,7 @@ def shared_cache(cache):
     """Share one cache among the runs of a module, so each kind of statistics is collected once."""
     from tests import tiny_run
 
-    with tiny_run.isolated(cache), pytest.MonkeyPatch.context() as patch:
-        tiny_run.quick(patch)
+    with tiny_run.isolated(cache):
         yield
 
 

@@ -22,7 +22,7 @@ from pyarrow import parquet
 from gprune import cli
 from gprune.__main__ import run as command
 from gprune.config import RunConfig, flatten
-from gprune.corpora.local import load_files
+from gprune.corpora.load import load_files
 from gprune.errors import UserError
 from gprune.runs.results import load_run, read_numbers
 from gprune.storage.files import write_json

@@ -16,12 +16,14 @@ import yaml
 import gprune
 from gprune.cli import describe_ignored_flags
 from gprune.config import RunConfig, check_settings, config_from_mapping, parse
-from gprune.config.groups import REPLACEMENTS, CorporaConfig, SparsityConfig
+from gprune.config.groups import REPLACEMENTS, CorporaConfig, Reads, SparsityConfig
 from gprune.config.parse import FLAG_TYPES, GROUPS
 from gprune.config.running import LoggingConfig, RunFolderConfig, TrainerConfig
 from gprune.errors import UserError
 from gprune.registry import Registry
+from gprune.sparsity.cost import COST, Currency
 from gprune.storage.yaml_text import to_yaml
+from tests import registries
 
 ROOT = Path(__file__).parent.parent
 YAML = {
@@ -449,3 +451,56 @@ def test_a_speed_target_or_auto_takes_the_width_multiple_from_the_machine_and_us
     uses_speed_flags = multiple != "default"
     assert ("speed" in cfg.settings()) == uses_speed_flags
     assert (not describe_ignored_flags(cfg, ["speed.batch"])) == uses_speed_flags
+
+
+# --- features: choices that plan, settings and command line loop over ----------------------------------------------
+
+
+def test_all_flags_that_features_read_exist():
+    markers = [marker for group in (RunConfig, *GROUPS.values()) for field in group.model_fields.values()
+               for marker in field.metadata if isinstance(marker, Reads)]  # fmt: skip
+    read = set().union(*(marker.unread(()) for marker in markers))
+    assert {"ridge", "distill", "speed", "sparsity.start", "partition"} < read <= FLAG_TYPES.keys() | GROUPS.keys()
+
+
+class Joules(Currency):
+    """A currency of a user, with flags, settings and a refusal of its own."""
+
+    reads = frozenset({"speed"})
+    also_reads = frozenset({"export.dtype"})
+    needs = frozenset({"saliency"})
+
+    def identity(self, cfg):
+        return {"speed": {"batch": cfg.speed.batch}}
+
+    def refuse_settings(self, cfg):
+        if cfg.run.seed == 13:
+            raise UserError("--run.seed must not be 13 for joules; got 13.")
+
+
+def test_a_new_feature_reads_flags_needs_statistics_identifies_a_run_and_refuses_settings_without_other_code():
+    given = ["export.dtype", "speed.batch"]
+    settings = {"sparsity.target": 0.3, "sparsity.cost": "joules", "export": "none"}
+    without = config_from_mapping(settings | {"sparsity.cost": None})
+    assert describe_ignored_flags(without, given) == (
+        "--export.dtype (--export none); --speed.batch (--sparsity.target 0.3)"
+    )
+    with registries.restored(COST):
+        COST.register("joules")(Joules())
+        cfg = config_from_mapping(settings)
+        assert describe_ignored_flags(cfg, given) == ""
+        assert cfg.needs - without.needs == {"saliency"}
+        assert cfg.settings()["speed"] == {"batch": 1}
+        with pytest.raises(UserError, match=r"--run\.seed must not be 13 for joules"):
+            config_from_mapping(settings | {"run.seed": 13})
+
+
+def test_seconds_and_bytes_are_currencies_like_others():
+    seconds, file_size = (
+        config_from_mapping({"sparsity.target": 0.3, "sparsity.cost": name}) for name in ("seconds", "bytes")
+    )
+    assert (seconds.sparsity.currency, file_size.sparsity.currency) == ("seconds", "bytes")
+    assert seconds.settings()["speed"] == {"batch": 1, "prompt": 128, "generate": 32}
+    assert file_size.settings()["export"] == {"dtype": None}
+    with pytest.raises(UserError, match=r"--sparsity\.cost seconds cannot be combined with 2 processes"):
+        config_from_mapping({"sparsity.cost": "seconds", "trainer.devices": 2})

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gprune.runs.schema import check_evaluation
+from gprune.runs.folder import check_evaluation
 from gprune.storage.files import read_json, write_json
 from tests import synthetic_run, tiny_run
 from tests.fuzzing import ENTRY_POINTS, READERS, is_acceptable, outcome
@@ -29,8 +29,7 @@ EXAMPLES = {"flags": 20, "study": 20, "text": 40}  # for an entry point; 12 for 
 
 @pytest.fixture(scope="module", autouse=True)
 def _isolated(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, tiny_run.isolated(tmp_path_factory.mktemp("cache")):
-        tiny_run.quick(patch)
+    with tiny_run.isolated(tmp_path_factory.mktemp("cache")):
         yield
 
 

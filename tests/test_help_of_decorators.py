@@ -16,9 +16,6 @@ EXAMPLES = {  # decorator -> flags that select its example
     "metric": ["--importance=energy", "--gprune=false"],
     "allocation": ["--sparsity.start=powers", "--sparsity.allocation=equal", "--sparsity.options.power=3"],
     "recovery": ["--recovery=rescaled", "--gprune=false"],
-    "calibrator": ["--corpora.calibrator=every_second", "--corpora.batch_size=2", "--gprune=false"],
-    "refiner": ["--partition.refiner=merged", "--sparsity.allocation=equal"],
-    "learner": ["--sparsity.learner=plain_sgd"],
 }
 
 
@@ -28,8 +25,7 @@ def help_of(name: str) -> str:
 
 @pytest.fixture
 def _restore_registries(shared_cache):
-    names = gprune.IMPORTANCE, ALLOCATION, RECOVERY, gprune.CALIBRATOR, gprune.REFINER, gprune.LEARNER
-    with registries.restored(*names):
+    with registries.restored(gprune.IMPORTANCE, ALLOCATION, RECOVERY):
         yield
 
 

@@ -42,9 +42,8 @@ def test_import_accepts_a_module_name_or_path_at_any_position(name, folder):
     assert parse(["--importance=rows_of_mine", "--import", name]).importance == "rows_of_mine"
 
 
-def test_load_run_names_the_import_that_registers_its_metric_and_works_after_it(folder, monkeypatch):
+def test_load_run_names_the_import_that_registers_its_metric_and_works_after_it(folder):
     world = tiny_run.make_world(folder)
-    tiny_run.quick(monkeypatch)
     with tiny_run.isolated(folder / "cache"), registries.restored(IMPORTANCE):
         flags = ("--import=metric_of_mine", "--importance=rows_of_mine", "--gprune=false", "--export=none")
         assert world.run(folder / "runs", *flags).config.importance == "rows_of_mine"

@@ -6,8 +6,10 @@ import json
 import re
 import runpy
 import shlex
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,9 +46,8 @@ USER_PAGES = [name for name in PAGES if name not in ("CHANGELOG.md", "experiment
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
+def world(tmp_path):
     """Return a tiny model and tiny corpora; exports of runs are checked in this process."""
-    tiny_run.quick(monkeypatch)
     (tmp_path / "world").mkdir()
     with tiny_run.isolated(tmp_path / "cache"):
         yield tiny_run.make_world(tmp_path / "world")
@@ -56,7 +57,7 @@ def world(tmp_path, monkeypatch):
 def _restore_registries():
     """Restore registries and families after each test."""
     families = set(FAMILIES)
-    with registries.restored(gprune.IMPORTANCE, gprune.CORPORA, gprune.LEARNER, ALLOCATION, RECOVERY):
+    with registries.restored(gprune.IMPORTANCE, gprune.CORPORA, ALLOCATION, RECOVERY):
         yield
     for added in FAMILIES.keys() - families:
         del FAMILIES[added]
@@ -77,7 +78,7 @@ def run_recipe(word: str) -> dict[str, object]:
 def test_every_flag_on_a_page_exists(page):
     """The flags of docs/flags.md, and those of commands, scripts, and examples of registered functions."""
     flag = r"(?<![\w-])--[a-z][a-z0-9_-]*(?:\.[a-z0-9_]+)*"
-    others = "--print_config --help --sparsity.options.power --options.sgd.momentum --work --fetch --small --reference "
+    others = "--print_config --help --sparsity.options.power --options.my_stages --work --fetch --small --reference "
     others += "--array --wrap --minutes --check --trust-remote-code --summary --json --name --root --private "
     others += "--write --clock --repeats --threads --width_multiple --batch_sizes --real --expect --stat"
     text = re.sub(r"^#SBATCH.*", "", PAGES[page], flags=re.M)
@@ -227,11 +228,13 @@ def test_the_recipe_for_a_recovery_of_a_projection_rescales_the_weight():
     assert bias is None
 
 
-def test_the_recipe_for_another_optimizer_is_a_learner_with_an_option(tiny_model):
-    Sgd = run_recipe('@gprune.learner("sgd")')["Sgd"]
-    cfg = gprune.config.config_from_mapping({"sparsity.learner": "sgd", "options.sgd.momentum": 0.5})
+def test_the_recipe_for_another_optimizer_is_a_learner_with_an_option(tiny_model, monkeypatch):
+    Sgd = run_recipe("class Sgd(ThresholdLearning)")["Sgd"]
+    monkeypatch.setitem(sys.modules, "my_stages", SimpleNamespace(Sgd=Sgd))
+    flags = ["--sparsity.learner=my_stages.Sgd", "--options.my_stages.Sgd.momentum=0.5"]
+    options = gprune.config.parse(flags).options["my_stages.Sgd"]
     default = make_stage(tiny_model, lr=0.25)
-    stage = Sgd(tiny_model, default.ranks, default.thresholds, default.budget, learning_rate=0.25, **cfg.options["sgd"])
+    stage = Sgd(tiny_model, default.ranks, default.thresholds, default.budget, learning_rate=0.25, **options)
     (group,) = stage.configure_optimizers().param_groups
     assert (group["momentum"], group["lr"], len(group["params"])) == (0.5, 0.25, 3)
 

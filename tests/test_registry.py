@@ -14,8 +14,9 @@ from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.partition.modules import ModuleRanks
-from gprune.recoveries import RECOVERY, Material, Recovery, recovery
-from gprune.recoveries.contract import apply_tune
+from gprune.pipeline.recover import tune
+from gprune.pipeline.run import TokenMeter
+from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, module_thresholds
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.returned import checked_masks
@@ -85,7 +86,8 @@ def by_model(tiny, spoil):
 
     recovery("mine")(Mine)
     masks = some_masks(model, attention=False)
-    return apply_tune("mine", Material(model, masks), prune(model, masks)).model.layers[0].mlp.down_proj.weight
+    small = tune(recoveries_of("mine"), Material(model, masks), prune(model, masks), meter=TokenMeter(), seed=0)
+    return small.model.layers[0].mlp.down_proj.weight
 
 
 KINDS = {

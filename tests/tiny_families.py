@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from gprune.discovery import family_of
+from gprune.discovery.tiny import tiny_model
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.sparsity.cut import top_of_experts
@@ -64,6 +66,14 @@ def make_tiny(family: str, *, neurons: int = 48, **overrides: Any) -> PreTrained
         # With the usual scale 0.02, the logits of a random model hardly depend on the FFN.
         scale, centre = (0.3, norm_centre) if is_norm else (0.25, 0.0)
         parameter.copy_(centre + scale * torch.randn(parameter.shape, generator=generator))
+    family_of(model)
+    return model
+
+
+def tiny_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a random model of a tiny configuration, with its structure."""
+    model = tiny_model(config)
+    family_of(model)
     return model
 
 

@@ -6,7 +6,6 @@ assert main(world.args(folder / "runs")) == 0
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import os
@@ -25,16 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
-from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gprune.cli import main
-from gprune.export import reload
+from gprune.export import hf, reload
+from gprune.pipeline import prune, summary
 from gprune.runs.results import PruningResult, load_run
 from tests.conftest import make_tiny_llama
 
@@ -71,7 +70,7 @@ def write_corpus(path: Path, *, seed: int, documents: int = 36, words: int = 560
     for _ in range(documents):
         text = generator.choices(order, weights, k=words)
         texts.append("\n".join(" ".join(text[i : i + 12]) for i in range(0, words, 12)))
-    # `corpora.local.split_text` splits at the first blank line after 2000 characters.
+    # `corpora.load.split_text` splits at the first blank line after 2000 characters.
     path.write_text("\n\n".join(texts), encoding="utf-8")
     return path
 
@@ -142,25 +141,18 @@ def in_this_process(command: list[str], *, input: str, **_: object) -> Completed
     return CompletedProcess(command, 0)
 
 
-# A PNG of one white pixel.
-PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg==")
+WRITE_PAGES, WRITE_FIGURES = prune.write_pages, summary.write_figures
 
 
 def quick(patch: pytest.MonkeyPatch, *, draw: bool = False) -> None:
-    """Replace the two slowest parts of tiny runs.
+    """Replace the two slowest parts of tiny runs; `conftest.py` does so for all tests.
 
-    - The export is reloaded in this process. `tests/export/test_hf.py` and tests of scripts start a fresh process.
-    - Unless `draw`, figures are files of one pixel, and no page is written. `tests/report` tests figures and pages.
+    - The export is reloaded in this process, except in tests with the fixture `fresh_process` and in scripts.
+    - Unless `draw`, a run draws no figures and writes no page.
     """
-    patch.setattr("gprune.export.hf.subprocess", SimpleNamespace(run=in_this_process))
-    if not draw:
-        patch.setattr("gprune.pipeline.prune.write_pages", lambda run: None)
-        patch.setattr("matplotlib.figure.Figure.savefig", _not_drawn)
-
-
-def _not_drawn(_: Figure, file: Path | TextIO, **options: Any) -> None:
-    """Write a PNG of one pixel to a path, and an empty SVG to a file object."""
-    file.write_bytes(PIXEL) if isinstance(file, Path) else file.write("<svg/>")
+    patch.setattr(hf, "subprocess", SimpleNamespace(run=in_this_process))
+    patch.setattr(prune, "write_pages", WRITE_PAGES if draw else lambda run: None)
+    patch.setattr(summary, "write_figures", WRITE_FIGURES if draw else lambda *_: [])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import gprune
+from gprune.discovery import family_of
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.embedded import model_label
@@ -68,6 +69,7 @@ def model_of(settings: Settings) -> PreTrainedModel:
         model = random_llama(neurons=256, blocks=2, groups=2, seed=settings.seed).to(settings.dtype)
     else:
         model, _ = load_model(settings.model, dtype=settings.dtype)
+        family_of(model)
     return model.to(settings.device)
 
 
@@ -109,6 +111,7 @@ def pair_of(settings: Settings) -> Pair:
             small, name = result.model, result.config.model.name
         else:
             small, _ = load_model(str(folder))
+            family_of(small)
         dense, how = model_of(replace(settings, model=name)), f"pruned as in {folder.name}"
         small = small.to(settings.device, settings.dtype)
     label = "a tiny random Llama" if name == "tiny" else model_label(name)

@@ -33,6 +33,7 @@ from gprune.errors import UserError
 from gprune.export import gguf_check, hf
 from gprune.export.convert import LLAMA_CPP, TYPES, has_llama_cpp, load_folder
 from gprune.export.gguf_writer import write_gguf
+from gprune.models import agreement
 
 from .models import MODELS, SPARSITY, WIDTH_MULTIPLE, embedded, make
 from .packages import OLDER, fetch
@@ -69,7 +70,7 @@ def in_transformers(folder: Path, overlay: Path | None) -> Figures:
     expected = load_file(folder.with_name("reference.safetensors"))
     with patch.dict(os.environ, {} if overlay is None else {"PYTHONPATH": str(overlay)}):
         got = hf.reloaded_logits(folder, expected["ids"][None])[0]
-    difference = hf.max_logit_difference(got, expected["logits"])
+    difference = agreement.compare(expected["logits"], got).largest
     if not difference <= LIMIT:  # also true of NaN
         raise UserError(f"Logits must be within {LIMIT:.0e}; got a difference of {difference:.1e}.")
     return compare(expected, got.double().log_softmax(-1)) | {"max diff.": f"{difference:.1e} logit"}

@@ -23,7 +23,7 @@ from typing import Any
 from gprune.config.parse import parse
 from gprune.console import quiet, run_guarded
 from gprune.errors import UserError
-from gprune.report.table import Cell, Table
+from gprune.report.tables import Cell, Table
 from gprune.storage.files import replacing
 
 from .common import CUT, RECORD
@@ -65,6 +65,7 @@ def save(cut: Path, output: Path) -> str:
     from safetensors import safe_open
     from torch import nn
 
+    from gprune.discovery import family_of
     from gprune.export.hf import check_reload, save_pruned
     from gprune.models.loading import load_model
     from gprune.models.masks import Masks
@@ -76,6 +77,7 @@ def save(cut: Path, output: Path) -> str:
         source, tensors = file.metadata()["model"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     weights = {name: tensors.pop(name) for name in list(tensors) if name.endswith((".weight", ".bias"))}
     model, tokenizer = load_model(source, dtype=torch.float32)
+    family_of(model)
     small = prune(model, Masks.from_tensors(tensors), inplace=True)
     for name, value in weights.items():
         path, _, own = name.rpartition(".")

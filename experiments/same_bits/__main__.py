@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gprune.console import Parser, run_guarded
 from gprune.errors import UserError
-from gprune.report.table import Table
+from gprune.report.tables import Table
 
 from . import layout
 from .configurations import configurations

@@ -33,7 +33,7 @@ GROUPS = (*TENSORS, RECORDS)
 ALWAYS = ("masks", "weights", RECORDS)  # groups that every run has
 METRICS = ["metrics.json"]
 NUMBERS = ("perplexity", "nll", "tokens", "window_nll", "kl", "window_kl", "agreement", "window_agreement")
-LATENCY_MODULES = ["gprune.benchmarks.speed"]  # modules with `measure_table`
+LATENCY_MODULES = ["gprune.benchmarks.speed", "gprune.evaluation.speed"]  # modules with `measure_table`
 # The latency table of `tiny-random` that replaces a measurement. Times are linear in the width.
 LATENCY_TABLE = {
     "neurons": [[1, 0.00101], [64, 0.00164], [128, 0.00228], [192, 0.00292], [256, 0.00356]],

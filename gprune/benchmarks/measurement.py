@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.literature import literature_perplexity
 from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks
-from gprune.benchmarks.speed import measure_throughput
-from gprune.benchmarks.subjects import Loaded, find_subjects
-from gprune.benchmarks.tasks import require_lm_eval
-from gprune.benchmarks.zero_shot import zero_shot
-from gprune.errors import optional_output
-from gprune.report.model_card import write_card
+from gprune.benchmarks.tasks import require_lm_eval, zero_shot
+from gprune.config.elsewhere import made_elsewhere
+from gprune.discovery import family_of
+from gprune.errors import UserError, optional_output
+from gprune.evaluation.speed import measure_throughput
+from gprune.models.elsewhere import load_elsewhere
+from gprune.models.embedded import model_label
+from gprune.models.loading import fingerprint, load_model
+from gprune.models.surgery import prune
+from gprune.report.card import write_card
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import key_part
-from gprune.runs.results import config_of, read_evaluation, read_numbers
+from gprune.runs.results import config_of, exported_model, read_evaluation, read_numbers, read_run
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.files import key_of, write_json
 from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
 METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "exact_match_stderr", "perplexity")
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate, and the entries of its records that describe the model."""
+
+    about: dict[str, Any]  # model, stage, recovery, sparsity, scope
+    load: Callable[[], Loaded]
+
+
 METRICS += ("tokens_per_second", "seconds")
 
 
@@ -64,7 +81,7 @@ def evaluate(
             records += [r | subject.about | origin for r in measured]
             if output is not None:
                 merge_records(output, records, run=output_key)
-    if SPEED in benchmarks.tasks:
+    if benchmarks.alternates:
         log.info("Evaluating %s", SPEED)
         models = [subject.load()[0].to(device) for subject in subjects]  # loaded together, to be timed in alternation
         by_model = measure_throughput(models, batches=benchmarks.speed_batch, prompt=benchmarks.speed_prompt)
@@ -74,10 +91,9 @@ def evaluate(
             merge_records(output, records, run=output_key)
     if run_key is not None:
         with optional_output("numbers to the model card or to W&B", "evaluation.json has them"):
-            if SPEED in benchmarks.tasks:
-                run = read_numbers(folder)
-                write_card(RunFolder(folder), config_of(run), run.records)
             log_evaluation(folder, records)
+            run = read_numbers(folder)
+            write_card(RunFolder(folder), config_of(run), run.records)
     return records, output
 
 
@@ -86,6 +102,7 @@ def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dic
     limit = benchmarks.limit
     if task not in TEXTS:
         return zero_shot(*loaded, [task], limit=limit, batch_size=benchmarks.batch_size, source=benchmarks.source)
+    family_of(loaded[0])
     lengths = dict.fromkeys(benchmarks.seq_len)
     return [literature_perplexity(*loaded, task, seq_len=n, bos=benchmarks.bos, limit=limit) for n in lengths]
 
@@ -131,3 +148,79 @@ def task_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
             task += f"/{size}"
         numbers |= {f"{prefix}/{task}/{name}": r[name] for name in METRICS if r.get(name) is not None}
     return numbers
+
+
+def find_subjects(
+    name: str, *, dense: bool = False, dtype: str | None = None, trust_remote_code: bool = False
+) -> tuple[list[Subject], Path | None, str | None]:
+    """Find the models to evaluate, without loading them."""
+    path = expanded(name)
+    if not (path / "manifest.json").is_file():
+        if dense:
+            raise UserError(f"--dense needs the folder of a run, which names the dense model; got '{name}'.")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UserError(f"'{name}' must be a run (manifest.json) or a model folder (config.json); got neither.")
+        about = {"model": model_label(name), "stage": "model", "recovery": None, "sparsity": None, "scope": None}
+        settings = {"dtype": getattr(torch, dtype or "float32"), "trust_remote_code": trust_remote_code}
+        return [Subject(about, lambda: load_model(name, **settings))], None, None
+    run = read_numbers(path)
+    settings, label = run.settings, model_label(run.settings["model"]["name"])
+    if settings["recovery"] != "none" and not (path / "model" / "config.json").is_file():
+        reason = "the recovered model was not exported (--export none)"
+        raise UserError(f"Cannot evaluate run '{path}': {reason}. Repeat the run with --export hf.")
+    load_arguments = (path, settings, getattr(torch, dtype or settings["model"]["dtype"]), trust_remote_code)
+    pruned_by_gprune = run.final != "model"  # otherwise made elsewhere, so the sparsity is unknown
+    about_pruned = {
+        "model": label,
+        "stage": run.final,
+        "recovery": settings["recovery"],
+        "sparsity": run.records[-1]["sparsity"] if pruned_by_gprune else None,
+        "scope": settings["sparsity"]["scope"] if pruned_by_gprune else None,
+    }
+    subjects = [Subject(about_pruned, lambda: _load_pruned(*load_arguments))]
+    if dense:
+        about_dense = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
+        subjects.insert(0, Subject(about_dense, lambda: load_dense(*load_arguments)))
+    return subjects, path / "evaluation.json", run.key
+
+
+def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
+    """Load the frozen dense model of a run in any dtype, and its tokenizer."""
+    model, tokenizer = _load_verified(
+        load_model, settings["model"]["name"], settings, settings["inputs"]["model"], f"the model that '{run}' pruned",
+        dtype=dtype, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    family_of(model)
+    return model, tokenizer
+
+
+def _load_verified(
+    load: Callable[..., Loaded], name: str, settings: Mapping[str, Any], expected: str, what: str, *,
+    dtype: torch.dtype, trust_remote_code: bool,
+) -> Loaded:  # fmt: skip
+    """Load a model and its tokenizer, and check that the weights are those that a run has used."""
+    model, tokenizer = load(name, dtype=getattr(torch, settings["model"]["dtype"]), trust_remote_code=trust_remote_code)
+    if fingerprint(model) != expected:
+        raise UserError(f"Cannot evaluate '{name}': it has other weights than {what}. Repeat the run.")
+    if model.dtype != dtype:
+        # Loaded again, because `.to` would also round the frequencies of the rotary embedding.
+        model, _ = load(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model, tokenizer
+
+
+def _load_pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
+    """Load the exported model of a run, and its tokenizer.
+
+    If the run did not export a model, the dense model is pruned by the run's masks, which gives the same model because
+    `find_subjects` accepts such a run only without recovery. A model that gprune did not prune is loaded again.
+    """
+    if (run / "model" / "config.json").is_file():
+        return load_model(str(exported_model(run)), dtype=dtype)
+    if (other := made_elsewhere(settings)) is not None:
+        return _load_verified(
+            load_elsewhere, other, settings, settings["inputs"]["made_elsewhere"],
+            f"the model made elsewhere that '{run}' measured", dtype=dtype, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    masks = read_run(run).masks
+    model, tokenizer = load_dense(run, settings, dtype, trust_remote_code)
+    return prune(model, masks), tokenizer

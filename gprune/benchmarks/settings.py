@@ -40,6 +40,11 @@ class Benchmarks:
     trust_remote_code: bool = False
     """run Python code in the model's repository; use it only if you have read that code"""
 
+    @property
+    def alternates(self) -> bool:
+        """Whether a task is measured on the pruned and the dense model in alternation."""
+        return SPEED in self.tasks
+
 
 def parse_benchmarks(**settings: Any) -> Benchmarks:
     """Build `Benchmarks` from settings. Numbers may be given as text. Raise UserError for invalid settings."""

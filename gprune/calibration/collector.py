@@ -21,18 +21,18 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
+from gprune.calibration import OUTPUT_PROJECTIONS
 from gprune.calibration.moments import (
     StreamingCosineChange,
     StreamingExpertMoments,
     StreamingMoments,
     channel_statistics,
 )
-from gprune.calibration.projections import OUTPUT_PROJECTIONS
 from gprune.calibration.saliency import StreamingGradients, channel_saliency, salient_parts
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.models.blocks import Block, Part, blocks_of
 from gprune.models.experts import watch_experts
-from gprune.models.lookup import decoder_of
+from gprune.models.families import decoder_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.offload import device_of
 

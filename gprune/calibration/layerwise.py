@@ -24,15 +24,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.calibration.collector import Collector
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes
+from gprune.discovery import family_of, tiny_copy
 from gprune.errors import UserError, first_line
+from gprune.features import Feature
 from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
-from gprune.models.families import BUILT_IN
-from gprune.models.loading import turn_off_rescaling
-from gprune.models.lookup import decoder_of, family_of_config, remember
+from gprune.models.copies import turn_off_rescaling
+from gprune.models.families import BUILT_IN, decoder_of
+from gprune.models.gating import hidden_in, with_hidden
 from gprune.models.losses import LogitTransform, head_input
 from gprune.models.offload import device_of, is_offloaded, resident
-from gprune.models.outputs import hidden_in, with_hidden
-from gprune.models.tiny import shrunk, stock_config, tiny_model
 
 GRAMS_IN_MEMORY = 4 * 2**30  # bytes; larger Gram matrices of a run are written to files block by block
 Store = Callable[[Block, dict[str, Tensor]], dict[str, StoredGram]]
@@ -45,6 +45,16 @@ def needs_walk(model: PreTrainedModel, *, corpora: int, gram: bool, sharded: boo
     return gram and corpora * gram_bytes(blocks_of(model)) > GRAMS_IN_MEMORY
 
 
+class Grams(Feature):
+    """Gram matrices as a feature of a run: beyond memory they are collected layer by layer."""
+
+    def refuse(self, plan: Any) -> None:
+        """Raise UserError if the model cannot be computed layer by layer and has to be."""
+        corpora = len(plan.cfg.calibration_corpora)
+        if needs_walk(plan.skeleton, corpora=corpora, gram=True, sharded=plan.cfg.model.shard):
+            check_walk(plan.skeleton.config)
+
+
 def check_walk(config: PreTrainedConfig, *, along_prefix: bool = False) -> None:
     """Raise UserError if a tiny random model of the type gives other logits layer by layer.
 
@@ -52,14 +62,12 @@ def check_walk(config: PreTrainedConfig, *, along_prefix: bool = False) -> None:
     decoder. The tiny model has all layers, since the type may treat later layers in another way. Types with a built-in
     record are not checked.
     """
-    record = family_of_config(config)
-    if record in BUILT_IN.values():
+    if family_of(config) in BUILT_IN.values():
         return
     try:
-        model = tiny_model(shrunk(stock_config(config), all_layers=True))
+        model = tiny_copy(config, all_layers=True)
     except Exception:  # no tiny model of this class
         return
-    remember(model, record)  # avoids another discovery for classes of other packages
     models = [model]
     if along_prefix:
         models.append(copy.deepcopy(model))

@@ -11,20 +11,21 @@ They are collected by one pass per corpus through the frozen decoder, without th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gprune.calibration.projections import EXTRAS, OUTPUT_PROJECTIONS
+from gprune.calibration import EXTRAS, OUTPUT_PROJECTIONS
 from gprune.errors import UserError
 from gprune.models.blocks import Block
-from gprune.storage.files import read_tensors
+from gprune.storage.files import Cache, key_of, read_tensors
 
 SUMS = ("count", "sum", "sum_sq")
+CACHE = Cache("statistics", tensors=True)  # shared between runs
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class CorpusStatistics:
     ffn: list[ChannelStatistics]
     attention: list[ChannelStatistics]
     turned: Tensor  # (blocks,) float64: sum over tokens of 1 - cos(input of the block, output of the block)
-    errors: Tensor | None = None  # (blocks, widths) float64, from `calibration.errors`; for rules that need it
+    errors: Tensor | None = None  # (blocks, widths) float64, from `calibration.block_errors`; for rules that need it
 
     @property
     def influence(self) -> Tensor:
@@ -235,3 +236,65 @@ def gram_bytes(blocks: Sequence[Block]) -> int:
     neurons and 67 MB for attention.
     """
     return sum(4 * (b.experts * b.neurons**2 + b.channels**2) for b in blocks)
+
+
+@dataclass(frozen=True)
+class StatisticsCache:
+    """Cached statistics of one model on several corpora, in one file per corpus and kind.
+
+    Kinds have separate files, because moments are the same bits whatever else was collected in the same pass. Gram
+    matrices that are collected block by block (`gprune.calibration.layerwise`) have a file per block.
+    """
+
+    texts: Mapping[str, str]  # corpus -> content hash of its windows
+    bits: Mapping[str, Any]  # everything else that determines the numbers to the last bit
+    scopes: Collection[str]  # scopes (`ffn`, `attention`) whose saliency is collected
+    walked_blocks: int | None  # number of blocks if Gram matrices are collected block by block, else None
+    gram_bits: Mapping[str, Any] = field(default_factory=dict)  # like `bits`, but only for Gram matrices
+
+    def read(self, corpus: str, kinds: Collection[str]) -> CorpusStatistics | None:
+        """Return the statistics of a corpus, or None unless all kinds are cached and valid."""
+        flat: dict[str, Tensor | StoredGram] = {}  # by the names of `CorpusStatistics.tensors`
+        for kind in kinds:
+            is_walked = kind == "gram" and self.walked_blocks is not None
+            tensors = self._stored_grams(corpus) if is_walked else CACHE.read(self._key(corpus, kind))
+            if tensors is None:
+                return None
+            flat |= tensors
+        return CorpusStatistics.from_tensors(flat)
+
+    def write(self, corpus: str, statistics: CorpusStatistics, kinds: Collection[str]) -> None:
+        """Write kinds of statistics, except Gram matrices that `store` writes block by block."""
+        tensors = statistics.tensors()
+        for kind in kinds:
+            if kind != "gram" or self.walked_blocks is None:
+                of_kind = {name: tensor for name, tensor in tensors.items() if kind_of(name) == kind}
+                CACHE.write(self._key(corpus, kind), of_kind)
+
+    def store(self, corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
+        """Write the Gram matrices of a block by scope, `ffn` and `attention`, and return references to the files."""
+        stored = {}
+        for scope, gram in grams.items():
+            key = self._key(corpus, "gram", scope, block.index)
+            CACHE.write(key, {"gram": gram})
+            stored[scope] = StoredGram(((CACHE.file(key), "gram"),))
+        return stored
+
+    def _stored_grams(self, corpus: str) -> dict[str, StoredGram] | None:
+        """Return references to the Gram matrices of all blocks, or None if a file is missing or damaged."""
+        grams = {}
+        for block_index in range(self.walked_blocks):
+            for scope in OUTPUT_PROJECTIONS:
+                key = self._key(corpus, "gram", scope, block_index)
+                # Read only to verify the file's hash, once per process; the matrix is loaded again on access.
+                if CACHE.read(key, once=True) is None:
+                    return None
+                grams[f"{scope}.{block_index}.gram"] = StoredGram(((CACHE.file(key), "gram"),))
+        return grams
+
+    def _key(self, corpus: str, kind: str, *part: str | int) -> str:
+        """Return the key of a kind of statistics or, with `part`, of the Gram matrix of a scope and a block."""
+        bits = self.bits | self.gram_bits if kind == "gram" else self.bits
+        if kind == "saliency":  # the content of the file depends on the scopes
+            kind, part = "taylor", tuple(self.scopes)
+        return key_of(text=self.texts[corpus], kind=[kind, *part] if part else kind, **bits)

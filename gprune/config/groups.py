@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -35,7 +36,9 @@ from gprune.checks import (
     validation_message,
 )
 from gprune.errors import UnregisteredError, UserError, closest_name
+from gprune.features import attribute
 from gprune.importance.metrics import IMPORTANCE
+from gprune.registry import Registry
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.cost import COST
 from gprune.sparsity.target import Target, TargetSetting
@@ -45,14 +48,57 @@ from gprune.sparsity.target import Target, TargetSetting
 CONSENSUS, AVERAGED = "consensus", "averaged"
 MULTI_CORPUS_METRICS = (CONSENSUS, AVERAGED)
 DEFAULT_MULTIPLE = "default"  # value of --sparsity.width_multiple for `UnitCosts.default_multiple`
-# A number, `DEFAULT_MULTIPLE`, or None for auto. A union of types would add their names to error messages.
-WidthMultiple = Annotated[
-    AtLeast1 | None,
-    WrapValidator(lambda value, check: value if value == DEFAULT_MULTIPLE else check(value)),
-    BeforeValidator(lambda value: None if value == "auto" else value),
-    PlainSerializer(lambda value: value),
-]
+
+
+def _parse_multiple(value: Any, check: Callable[[Any], int | None]) -> Any:
+    """Return a width multiple: a number, `DEFAULT_MULTIPLE`, or None for auto."""
+    if value == "auto":
+        return None
+    if isinstance(value, str) and value != DEFAULT_MULTIPLE:
+        raise UserError(f"--sparsity.width_multiple must be a whole number, default or auto; got '{value}'.")
+    return value if value == DEFAULT_MULTIPLE else check(value)
+
+
+WidthMultiple = Annotated[AtLeast1 | None, WrapValidator(_parse_multiple), PlainSerializer(lambda value: value)]
 DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|cpu|(cuda|xpu|npu|mps)(:[0-9]{1,3})?")
+
+
+class Reads:
+    """Marker of a setting that chooses a feature: the flags, or groups of flags, that only some of its values read.
+
+    The values are those of a registry, whose entries have the attribute `reads`, or keys of a mapping.
+    """
+
+    def __init__(self, by_value: Mapping[Any, Collection[str]] | Registry[Any]):
+        self.by_value = by_value
+
+    def unread(self, values: Collection[Any]) -> set[str]:
+        """Return the flags that other values read, and these do not."""
+        by_value = {name: self._flags(name) for name in self.by_value}
+        return set().union(*by_value.values()).difference(*(by_value.get(name, ()) for name in values))
+
+    def _flags(self, name: Any) -> Collection[str]:
+        entry = self.by_value[name]
+        return attribute(entry, "reads") if isinstance(self.by_value, Registry) else entry
+
+
+class Identity(Enum):
+    """Marker of a setting, or a group, that does not always identify a run. Without a marker it does."""
+
+    NEVER = "never, unless a feature of the run adds it (`Feature.identity`)"
+    IF_CHANGED = "unless it has its default value, since settings stored by earlier versions may lack it"
+
+
+NEVER, IF_CHANGED = Identity
+BLOCK_FLAGS = ("sparsity.block_share", "sparsity.block_choice")
+REFINEMENT_FLAGS = tuple(
+    f"partition.{name}"
+    for name in ("steps", "learning_rate", "consistency_weight", "balance_weight", "entropy_weight", "refiner")
+)
+SWITCHING_FLAGS = tuple(
+    f"reliability.{name}" for name in ("everywhere", "metric", "sensitivity_quantile", "score_quantile")
+)
+OFFSET_FLAGS = ("sparsity.offset_learning_rate", "sparsity.offset_limit")
 
 REPLACEMENTS = {  # flags of Lightning and earlier flags -> what to use instead, which errors suggest
     "seed": "--run.seed",
@@ -96,6 +142,11 @@ class Group(
     def __setattr__(self, name: str, value: Any) -> None:
         with self._user_errors(name):
             super().__setattr__(name, value)
+
+    @classmethod
+    def migrate(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return settings of this group that an earlier version has stored, in the form of this version."""
+        return settings
 
     @classmethod
     @contextlib.contextmanager
@@ -152,11 +203,11 @@ class ModelConfig(Group, prefix="model."):
     """Dtype of the frozen weights; statistics are accumulated in float64."""
     device_map: Text | None = None
     """Passed to transformers, such as auto. Default: the whole model is on the Trainer's device."""
-    max_memory: Memory | None = None
+    max_memory: Annotated[Memory | None, NEVER] = None
     """Memory for weights by device number or cpu, such as {0: 20GiB, cpu: 60GiB}; needs --model.device_map. Weights
     that do not fit stay on disk and are loaded block by block. Gradients of such a model are not available, but the
     pruned model can be distilled."""
-    shard: bool = False
+    shard: Annotated[bool, NEVER] = False
     """Shard the layers over all processes (PyTorch's fully_shard), for models that do not fit on one device."""
     trust_remote_code: bool = False
     """Run Python code in the model's repository. Use it only if you have read that code."""
@@ -174,7 +225,7 @@ def _one_name_to_list(names: Any) -> Any:
     return [names] if isinstance(names, str) else names
 
 
-def _list_to_one_name(names: list[str] | None) -> list[str] | str | None:
+def name_or_list(names: list[str] | None) -> list[str] | str | None:
     """Convert a list of one corpus to its name, the form in which settings are stored."""
     return names[0] if names is not None and len(names) == 1 else names
 
@@ -183,7 +234,7 @@ class CorporaConfig(Group, prefix="corpora."):
     """Corpora for each step. A corpus is an embedded name, a hub name, a folder in $GPRUNE_DATA_DIR/corpora, or the
     path of a .txt, .jsonl or .parquet file or of a folder."""
 
-    score: Annotated[list[Text] | None, BeforeValidator(_one_name_to_list), PlainSerializer(_list_to_one_name)] = Field(
+    score: Annotated[list[Text] | None, BeforeValidator(_one_name_to_list), PlainSerializer(name_or_list)] = Field(
         ["wiki"]
     )
     """Corpus for the activations of importance scores, or a list of corpora, whose statistics are pooled. null: all of
@@ -207,10 +258,11 @@ class CorporaConfig(Group, prefix="corpora."):
     """Windows per step, over all devices together."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether every window begins with the BOS token, which is never scored. auto: if the tokenizer adds it."""
-    collect: list[Literal["gram", "saliency"]] = Field([])
+    collect: Annotated[list[Literal["gram", "saliency"]], NEVER] = Field([])
     """Additional statistics to cache for later runs: gram (for least_squares), saliency (for taylor)."""
-    calibrator: Text = "streaming"
-    """Stage that collects statistics. streaming: one pass over each corpus. Or the name of a registered calibrator."""
+    calibrator: Annotated[Text, IF_CHANGED] = "streaming"
+    """Stage that collects statistics. streaming: one pass over each corpus. Or the path of your own class, such as
+    my_module.MyCalibrator, with --import my_module."""
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError if a role has no corpora, or has a corpus twice."""
@@ -232,7 +284,10 @@ class PartitionConfig(Group, prefix="partition."):
 
     num_modules: AtLeast1 = 8
     """K, the initial number of modules per block. Modules of fewer than max(32, N / 4K) of the N neurons are merged."""
-    method: Literal["refined", "initial", "random", "drift_only"] = "refined"
+    method: Annotated[
+        Literal["refined", "initial", "random", "drift_only"],
+        Reads(dict.fromkeys(("refined", "random", "drift_only"), REFINEMENT_FLAGS)),
+    ] = "refined"
     """How modules are found. refined: k-means, then differentiable refinement. Ablations: initial (k-means alone),
     random (refined sizes, random members), drift_only (refined sizes, members by drift alone)."""
     embedding_dim: AtLeast1 = 8
@@ -251,15 +306,15 @@ class PartitionConfig(Group, prefix="partition."):
     """Weight of the term for equal module sizes."""
     entropy_weight: NonNegative = 0.1
     """Weight of the entropy of assignments, which makes them hard."""
-    refiner: Text = "soft_assignment"
-    """Stage that refines the partition. soft_assignment: gradient descent on soft assignments. Or the name of a
-    registered refiner."""
+    refiner: Annotated[Text, IF_CHANGED] = "soft_assignment"
+    """Stage that refines the partition. soft_assignment: gradient descent on soft assignments. Or the path of your own
+    class, such as my_module.MyRefiner, with --import my_module."""
 
 
 class ReliabilityConfig(Group, prefix="reliability."):
     """Which modules are ranked by another metric because the base metric is unreliable there."""
 
-    switch: bool = True
+    switch: Annotated[bool, Reads({True: SWITCHING_FLAGS})] = True
     """Rank sensitive, weakly activated modules by --reliability.metric. False: every module keeps the base metric."""
     everywhere: bool = False
     """Switch all modules, reliable or not (a control)."""
@@ -290,34 +345,35 @@ def _sort_scope(scope: Any) -> str:
 
 def _default_width_multiple(settings: dict[str, Any]) -> str | None:
     """Return `DEFAULT_MULTIPLE` or, for a speed target such as 1.4x, None (`auto`)."""
-    is_speed_target = str(settings.get("target")).endswith("x") and not settings.get("cost")
-    return None if is_speed_target else DEFAULT_MULTIPLE
+    counts_seconds = str(settings.get("target")).endswith("x") and not settings.get("cost")
+    return None if counts_seconds else DEFAULT_MULTIPLE
 
 
 class SparsityConfig(Group, prefix="sparsity."):
     """The sparsity target, what may be pruned, and how sparsity is allocated to modules."""
 
-    target: TargetSetting = 0.5
+    target: Annotated[TargetSetting, Reads(COST)] = 0.5
     """How much is removed: 0.5, 30%, 95M, 200MiB, 1.4x or +5%. 0.5: half of the scope's parameters. 30%: 30 % of all
     parameters. 95M or 200MiB: until so many parameters or bytes (as exported) are left. 1.4x: until the model is 1.4
     times as fast in the setting of --speed. +5%: as much as possible while perplexity on development text, after
     --recovery, is at most 5 % above the dense model (3% is a share of all parameters, +3% a quality)."""
-    cost: Text | None = None
+    cost: Annotated[Text | None, IF_CHANGED] = None
     """What the target counts, instead of the quantity that its unit implies: parameters, kv_cache (numbers per token),
-    or the name of a registered cost."""
+    bytes (of the export), seconds (in the setting of --speed), or the name of a registered cost."""
     scope: Annotated[
         Literal["ffn", "attention+ffn", "ffn+blocks", "attention+ffn+blocks"],
         BeforeValidator(_sort_scope),
+        Reads(dict.fromkeys(("ffn+blocks", "attention+ffn+blocks"), BLOCK_FLAGS)),
     ] = "ffn"
     """What may be removed. ffn: FFN neurons. attention: KV groups too. blocks: whole blocks too. They share one
     budget."""
-    block_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    block_share: Annotated[float, Field(gt=0, le=1), NEVER] = 0.25
     """Largest share of the target that is met by whole blocks; the rest is met by units of the other blocks."""
-    block_choice: Literal["loss", "influence"] = "loss"
+    block_choice: Annotated[Literal["loss", "influence"], NEVER] = "loss"
     """How whole blocks are chosen. loss: greedily, each time the block whose removal gives the lowest loss on a window
     of each of --corpora.drift. influence: the blocks that change hidden states of the first scoring corpus
     least (ShortGPT)."""
-    allocation: Text = "learned"
+    allocation: Annotated[Text, Reads(ALLOCATION)] = "learned"
     """How sparsity is allocated: learned, equal, uniform, global, owl, reconstruction or depth. learned: one threshold
     per module, trained with the model frozen. equal: the same fraction of every module. The others do not learn, and
     each module loses what the base metric ranks lowest in its block: uniform (the same sparsity in every block), global
@@ -342,7 +398,16 @@ class SparsityConfig(Group, prefix="sparsity."):
     """Give all blocks the same width and number of KV groups, the largest that reach the target. The result loads as a
     stock model without custom code, if the family's config can express the sizes (gpt2, opt and gpt_neox cannot have
     fewer heads)."""
-    learn: Literal["thresholds", "offsets", "both"] = "thresholds"
+    learn: Annotated[
+        Literal["thresholds", "offsets", "both"],
+        Reads(
+            {
+                "thresholds": ("sparsity.learning_rate",),
+                "offsets": OFFSET_FLAGS,
+                "both": ("sparsity.learning_rate", *OFFSET_FLAGS),
+            }
+        ),
+    ] = "thresholds"
     """Learned parameters. thresholds: one number per module. offsets: one number per neuron, which shifts its rank;
     modules then matter for initialization only. both: thresholds and offsets."""
     loss: Literal["cross_entropy", "kl"] = "cross_entropy"
@@ -359,9 +424,9 @@ class SparsityConfig(Group, prefix="sparsity."):
     because gradients underestimate what their removal costs."""
     centred: bool = True
     """Subtract the mean gradient over all units. Without it Adam raises all gates together, which changes no mask."""
-    learner: Text = "straight_through"
+    learner: Annotated[Text, IF_CHANGED] = "straight_through"
     """Stage that learns. straight_through: gates that are hard in the forward and soft in the backward pass. Or the
-    name of a registered learner."""
+    path of your own class, such as my_module.MyLearner, with --import my_module."""
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError for settings that contradict each other."""

@@ -18,7 +18,6 @@ from jsonargparse import ActionConfigFile, Namespace
 from gprune.checks import format_value
 from gprune.config.groups import Group
 from gprune.config.run_config import RunConfig
-from gprune.config.running import RELATIVE_RATE
 from gprune.console import Parser, write_stdout
 from gprune.errors import UserError
 from gprune.storage.yaml_text import load_yaml, read_yaml, reason, to_yaml
@@ -33,6 +32,15 @@ FLAG_TYPES = {  # type annotations by dotted name of the setting
     for group in (RunConfig, *GROUPS.values())
     for name, annotation in get_type_hints(group).items()
 }
+EXAMPLES = (
+    "--config smoke                                 a tiny model, in less than a minute",
+    "--model.name FOLDER --sparsity.target 30%      30 % of all parameters of a model",
+    "--model.name FOLDER --dry_run true             widths, tokens and memory; nothing is run",
+)
+MAIN_FLAGS = (  # the flags that `--help` lists, besides --config
+    "model.name", "model.dtype", "sparsity.target", "sparsity.scope", "recovery", "distill.tokens", "corpora.evaluate",
+    "export.format", "run.name", "dry_run",
+)  # fmt: skip
 # Settings removed since earlier versions, with the value that matches today's behaviour (`...`: any value does).
 REMOVED = {
     "corpora.separator": "blank", "distill.hidden": 0.0, "distill.points": 4,
@@ -175,8 +183,7 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
 def migrate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Convert nested settings stored by an earlier version to those of this version.
 
-    A `distill.learning_rate` of earlier versions was in the units of the weights. A setting in `REMOVED` is dropped if
-    it has the value in that table.
+    A setting in `REMOVED` is dropped if it has the value in that table.
     """
     current = {group: dict(value) if isinstance(value, dict) else value for group, value in settings.items()}
     for name, value in REMOVED.items():
@@ -184,11 +191,10 @@ def migrate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         group_settings = current.get(group)
         if isinstance(group_settings, dict) and value in (..., group_settings.get(setting)):
             group_settings.pop(setting, None)
-    distill = current.get("distill")
-    if isinstance(distill, dict) and "learning_rate" in distill and "absolute_learning_rate" not in distill:
-        distill["absolute_learning_rate"] = distill["learning_rate"]
-        distill["learning_rate"] = RELATIVE_RATE
-    return current
+    return {
+        name: GROUPS[name].migrate(value) if name in GROUPS and isinstance(value, dict) else value
+        for name, value in current.items()
+    }
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -273,10 +279,17 @@ class FlagParser(Parser):
     """
 
     def __init__(self, prog: str = "train.py", args: Sequence[str] = (), *, full_help: bool = True):
-        """Add a flag for each setting, and the flags in `args` that mean part of one, such as --options.mine.power."""
+        """Add a flag for each setting, and the flags in `args` that mean part of one, such as --options.mine.power.
+
+        Without `full_help`, the help has examples and `MAIN_FLAGS` with their first sentence.
+        """
+        description = inspect.getdoc(RunConfig)
+        if not full_help:
+            examples = "\n".join(f"  {prog} {example}" for example in EXAMPLES)
+            description = f"{description.partition('.')[0]}.\n\nexamples:\n{examples}"
         usage = f"{prog} [--config FILE] [--FLAG VALUE ...]"
-        super().__init__(prog, usage=usage, description=inspect.getdoc(RunConfig), formatter_class=_Help)
-        self.add_argument("--help_all", action="help", help="show the complete text about each flag and exit")
+        super().__init__(prog, usage=usage, description=description, formatter_class=_Help)
+        self.add_argument("--help_all", action="help", help="show all flags with the complete text about each and exit")
         names = ", ".join(file.stem for file in sorted(SHIPPED.glob("*.yaml")))
         config_help = f"A YAML file of flags, or the name of one that ships: {names}. Several merge in order."
         config = self.add_argument("--config", metavar="FILE", action=_SettingsFile, help=config_help)
@@ -284,8 +297,9 @@ class FlagParser(Parser):
         self.full_help = full_help
         self._add_settings(RunConfig(), self)
         for group in GROUPS.values():
-            title, _, description = (inspect.getdoc(group) or "").partition(". ")
-            self._add_settings(group(), self.add_argument_group(title.rstrip("."), description))
+            title, _, about = (inspect.getdoc(group) or "").partition(". ")
+            in_full_help = self.add_argument_group(title.rstrip("."), about) if full_help else self
+            self._add_settings(group(), in_full_help)
         given = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
         for flag in given - self._option_string_actions.keys():
             self.add_argument(flag, action=_Setting, dest=SUPPRESS, help=SUPPRESS)
@@ -296,15 +310,15 @@ class FlagParser(Parser):
             flag, value = f"{group.prefix}{name}", getattr(group, name)
             if flag in GROUPS:
                 continue
-            text = " ".join((field.description or "").split())
+            text = " ".join((field.description or "").split()).replace("%", "%%")
             if not self.full_help:
-                text = f"{text.removesuffix('.').partition('. ')[0]}."
+                text = f"{text.removesuffix('.').partition('. ')[0]}." if flag in MAIN_FLAGS else SUPPRESS
             section.add_argument(
                 f"--{flag}",
                 action=_Target if flag == "sparsity.target" else _Setting,
                 metavar=_placeholder(name, FLAG_TYPES[flag]),
                 default=SUPPRESS if value is None else value,
-                help=text.replace("%", "%%"),
+                help=text,
             )
 
     def _get_values(self, action: Any, arg_strings: list[str]) -> Any:

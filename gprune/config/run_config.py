@@ -9,35 +9,47 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field
 
-from gprune.checks import AtLeast0, AtLeast1, NonNegative, Text, UpTo4096, check_options, whole_numbers
-from gprune.config.groups import CorporaConfig, Group, ModelConfig, PartitionConfig, ReliabilityConfig, SparsityConfig
+from gprune.calibration import EXTRAS
+from gprune.checks import NonNegative, Text, check_options, whole_numbers
+from gprune.config.groups import (
+    IF_CHANGED,
+    NEVER,
+    CorporaConfig,
+    Group,
+    Identity,
+    ModelConfig,
+    PartitionConfig,
+    Reads,
+    ReliabilityConfig,
+    SparsityConfig,
+    name_or_list,
+)
 from gprune.config.running import (
-    DEVELOPMENT_SAMPLES,
-    QUALITY_DEVELOPMENT_SAMPLES,
     DistillConfig,
     EvaluationConfig,
     LoggingConfig,
     RunFolderConfig,
     TrainerConfig,
 )
+from gprune.config.speed import SpeedConfig
 from gprune.corpora.load import code_of_corpora, identity, source_of
 from gprune.errors import UserError
+from gprune.features import attribute
 from gprune.importance.metrics import IMPORTANCE
 from gprune.recoveries import RECOVERY, recovery_of
-from gprune.registry import CALIBRATOR, LEARNER, REFINER
-from gprune.sparsity.allocation import ALLOCATION
+from gprune.registry import CALIBRATOR, LEARNER, REFINER, Registry
+from gprune.sparsity.allocation import ALLOCATION, LEARNING_FLAGS
 from gprune.sparsity.cost import COST
-
-TRIES = 12  # largest number of models in a search for the sparsity of a target in quality; typical are about 4
-LEARNED_TRIES = 4  # the same if each model is trained; typical are about 2
-# Replaceable stages: group -> setting. `settings()` names a stage only if it is not the default.
-STAGES = {"corpora": "calibrator", "partition": "refiner", "sparsity": "learner"}
+from gprune.sparsity.target import Target
+from gprune.sparsity.whole_blocks import WholeBlocks
 
 
 class ExportConfig(Group, prefix="export.", plain_setting="format"):
     """Export of the pruned model."""
 
-    format: Literal["hf", "gguf", "none"] = "hf"
+    format: Annotated[
+        Literal["hf", "gguf", "none"], Reads({"hf": ("export.dtype",), "gguf": ("export.dtype", "export.type")})
+    ] = "hf"
     """Format of the model. hf: a Hugging Face folder, which is reloaded and compared. gguf: a GGUF file too
     (--export.type is its quantization). none: masks and numbers only. Short form:
     `--export gguf`."""
@@ -46,28 +58,6 @@ class ExportConfig(Group, prefix="export.", plain_setting="format"):
     Perplexity is measured in --model.dtype."""
     type: Literal["f32", "f16", "q8_0"] = "f16"
     """Type of the matrices in the GGUF file; vectors are f32."""
-
-
-class SpeedConfig(Group, prefix="speed."):
-    """Workload for speed targets such as 1.4x, timed with transformers on this machine in --model.dtype."""
-
-    batch: UpTo4096 = 1
-    """Batch size (prompts)."""
-    prompt: AtLeast1 = 128
-    """Tokens of each prompt (prefill)."""
-    generate: AtLeast0 = 32
-    """Tokens generated after the first one (decoding); 0 times prefill alone."""
-    measure: bool = False
-    """Measure the latency table of this machine again instead of using the cached table, for example if its
-    load has changed. A resumed run keeps its table."""
-
-    def workload(self) -> dict[str, int]:
-        """Return the workload that is timed: `batch`, `prompt` and `generate`."""
-        return self.model_dump(exclude={"measure"})
-
-    def __str__(self) -> str:
-        decode = f", decode {self.generate}" if self.generate else ""
-        return f"prefill {self.prompt} tokens{decode}, batch {self.batch}"
 
 
 class PlanConfig(Group, prefix="plan."):
@@ -103,8 +93,8 @@ class RunConfig(Group):
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     reliability: ReliabilityConfig = Field(default_factory=ReliabilityConfig)
     sparsity: SparsityConfig = Field(default_factory=SparsityConfig)
-    speed: SpeedConfig = Field(default_factory=SpeedConfig)
-    recovery: Annotated[Text, BeforeValidator(_join_chain)] = "least_squares+distill"
+    speed: Annotated[SpeedConfig, NEVER] = Field(default_factory=SpeedConfig)
+    recovery: Annotated[Text, BeforeValidator(_join_chain), Reads(RECOVERY)] = "least_squares+distill"
     """Recovery of the pruned model: one method, or a chain such as [least_squares,distill]. none: as in the paper.
     bias: the mean output of removed units is added to biases. least_squares: output projections are fitted again to
     the dense model's activations. least_squares_sequential: the same block by block, on activations of the blocks
@@ -113,73 +103,64 @@ class RunConfig(Group):
     ridge: NonNegative = 0.01
     """Ridge penalty of least_squares and least_squares_sequential, relative to the mean diagonal of the Gram matrix."""
     distill: DistillConfig = Field(default_factory=DistillConfig)
-    options: dict[Text, dict[Text, bool | int | float | Text]] = Field({})
-    """Options of registered recoveries, refiners, learners and calibrators by name: --options.mine.power 2."""
-    gprune: bool = True
+    options: Annotated[dict[Text, dict[Text, bool | int | float | Text]], IF_CHANGED] = Field({})
+    """Options of your own recoveries and stages by name or class path: --options.mine.power 2."""
+    gprune: Annotated[bool, Reads({True: ("partition", "reliability", "corpora.drift", *LEARNING_FLAGS)})] = True
     """False: prune by the base metric only, with --sparsity.start instead of --sparsity.allocation learned."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    logging: Annotated[LoggingConfig, NEVER] = Field(default_factory=LoggingConfig)
     trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     run: RunFolderConfig = Field(default_factory=RunFolderConfig)
-    export: Annotated[ExportConfig, BeforeValidator(_from_format)] = Field(default_factory=ExportConfig)
-    dry_run: bool = False
+    export: Annotated[ExportConfig, BeforeValidator(_from_format), NEVER] = Field(default_factory=ExportConfig)
+    dry_run: Annotated[bool, NEVER, Reads({True: ("plan",)})] = False
     """Print the widths, and the number of parameters, tokens and FLOPs and the memory needed. Nothing is run."""
-    plan: PlanConfig = Field(default_factory=PlanConfig)
+    plan: Annotated[PlanConfig, NEVER] = Field(default_factory=PlanConfig)
 
     def model_post_init(self, _: Any) -> None:
-        """Raise UserError for settings that contradict each other."""
+        """Raise UserError for settings that contradict each other, and for what a feature of the run refuses."""
         self._check_options()
-        _ = IMPORTANCE[self.importance]  # raises if the metric is not registered
-        self._check_method()
-        self._check_recovery()
-        self._check_quality_and_speed_targets()
+        self._check_text_and_gradients()
+        for feature in self.features:
+            attribute(feature, "refuse_settings")(self)
         self._check_placement()
 
-    def _check_method(self) -> None:
-        """Raise UserError if the method needs modules, several corpora or gradients that the settings rule out."""
-        drift = self.corpora.drift
+    def _check_options(self) -> None:
+        """Raise UserError for features that are not registered, and for options of a name that the run does not use."""
+        # Numbers are stored as floats, so 3 and 3.0 are the same setting. A parameter of type int takes whole numbers.
         allocation = self.base_allocation
-        if self.gprune and ALLOCATION[allocation].whole_blocks:
-            raise UserError(f"--sparsity.allocation {allocation} needs --gprune false, because it has no modules.")
+        options = whole_numbers(self.sparsity.options)
+        check_options("--sparsity.options", allocation, ALLOCATION[allocation], options)
+        for registry, name in self.entries:
+            registry.check(name)
+        # Name -> its registry, and its parameters that are set by flags instead of options.
+        with_options: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), (RECOVERY, ()))
+        with_options |= {
+            self.partition.refiner: (REFINER, type(self.partition).model_fields),
+            self.sparsity.learner: (LEARNER, {*type(self.sparsity).model_fields, "shard"}),
+            self.corpora.calibrator: (CALIBRATOR, ()),
+        }
+        for name, options in self.options.items():
+            if name not in with_options:
+                raise UserError(
+                    f"--options must name stages that the run uses ({', '.join(with_options)}); got '{name}'."
+                )
+            registry, settings = with_options[name]
+            entry = getattr(registry[name], "registered", registry[name])
+            check_options(f"--options.{name}", name, entry, options, settings=settings)
+
+    def _check_text_and_gradients(self) -> None:
+        """Raise UserError if the method needs several corpora, text or gradients that the settings rule out."""
+        drift = self.corpora.drift
         if self.gprune and self.partition.method == "drift_only" and len(drift) < 2:
             raise UserError(f"--partition.method drift_only needs two or more --corpora.drift; got {drift}.")
         if self.gprune and self.reliability.everywhere and len(drift) < 2:
             raise UserError(f"--reliability.everywhere true needs two or more --corpora.drift; got {drift}.")
-        if self.model.dtype == "float16" and self.backward_flag:
-            raise UserError(f"--model.dtype must be bfloat16 or float32 for {self.backward_flag}; got float16.")
-
-    def _check_recovery(self) -> None:
-        """Raise UserError for settings with which a recovery that trains cannot work."""
-        if not recovery_of(self.recovery).learns:
-            return
-        if self.distilled_windows < 1:
+        if self.recovery_learns and self.fresh_windows < 1:
             least = f"{len(self.corpora.recover) * self.corpora.seq_len:,}"
             window = "one window of each of --corpora.recover"
             raise UserError(f"--distill.tokens must be {least} or more ({window}); got {self.distill.tokens:,}.")
-        if self.evaluation.split == "development" and self.distill.keep == "best":
-            raise UserError("--distill.keep best cannot be combined with --evaluation.split development.")
-        if self.distill.keep == "best" and self.development_windows < 2:
-            raise UserError(
-                "--distill.keep best needs two or more --evaluation.development_samples to tell a rise from noise; got "
-                f"{self.development_windows}."
-            )
-
-    def _check_quality_and_speed_targets(self) -> None:
-        """Raise UserError if a target in quality or speed cannot be measured with these settings."""
-        if self.sparsity.quality and self.evaluation.split == "development":
-            raise UserError(
-                f"--sparsity.target {self.sparsity.target} cannot be combined with --evaluation.split development, on "
-                "which the sparsity is chosen."
-            )
-        if self.sparsity.quality and self.development_windows < 2:
-            raise UserError(
-                f"--sparsity.target {self.sparsity.target} needs two or more --evaluation.development_samples for a "
-                f"confidence interval; got {self.development_windows}."
-            )
-        device_map, processes = self.model.device_map, self.processes
-        if (flag := self.latency_table_flag) and (processes > 1 or device_map is not None):
-            setting = f"{processes} processes" if processes > 1 else f"--model.device_map {device_map}"
-            raise UserError(f"{flag} cannot be combined with {setting}, because speed is measured in one process.")
+        if self.model.dtype == "float16" and self.backward_flag:
+            raise UserError(f"--model.dtype must be bfloat16 or float32 for {self.backward_flag}; got float16.")
 
     def _check_placement(self) -> None:
         """Raise UserError for a combination of sharding, offloading and processes that is not supported."""
@@ -195,29 +176,62 @@ class RunConfig(Group):
             if model.device_map != "cpu" and set(model.max_memory or ()) != {"cpu"}:
                 raise UserError(f"{flag} needs --model.max_memory for cpu alone if --model.shard is true.")
 
-    def _check_options(self) -> None:
-        """Raise UserError for a stage that is not registered, and for options of a name that the run does not use."""
-        # Name of a recovery or stage -> its registry, and its parameters that are set by flags instead of options.
-        used_entries: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), (RECOVERY, ()))
-        used_entries |= {
-            self.partition.refiner: (REFINER, type(self.partition).model_fields),
-            self.sparsity.learner: (LEARNER, {*type(self.sparsity).model_fields, "shard"}),
-            self.corpora.calibrator: (CALIBRATOR, ()),
-        }
-        allocation = self.base_allocation
-        # Numbers are stored as floats, so 3 and 3.0 are the same setting. A parameter of type int takes whole numbers.
-        options = whole_numbers(self.sparsity.options)
-        check_options("--sparsity.options", allocation, ALLOCATION[allocation], options)
-        for name, (registry, _) in used_entries.items():
-            registry.check(name)
-        for name, options in self.options.items():
-            if name not in used_entries:
-                raise UserError(
-                    f"--options must name stages that the run uses ({', '.join(used_entries)}); got '{name}'."
-                )
-            registry, settings = used_entries[name]
-            entry = getattr(registry[name], "registered", registry[name])
-            check_options(f"--options.{name}", name, entry, options, settings=settings)
+    @property
+    def entries(self) -> list[tuple[Registry[Any], str]]:
+        """The registered features that the run uses, as (registry, name)."""
+        metrics = {self.importance: None}
+        if self.gprune:
+            drift_metric = IMPORTANCE[self.importance].drift
+            metrics |= {name: None for name in (drift_metric, self.reliability.metric) if name in IMPORTANCE}
+        currencies = [self.sparsity.currency]
+        if self.sparsity.width_multiple is None or self.dry_run:  # read the latency table of this machine
+            currencies.append("seconds")
+        return [
+            *((IMPORTANCE, name) for name in metrics),
+            (CALIBRATOR, self.corpora.calibrator), (REFINER, self.partition.refiner), (LEARNER, self.sparsity.learner),
+            *((COST, name) for name in dict.fromkeys(currencies)),
+            *((ALLOCATION, name) for name in dict.fromkeys([self.base_allocation, self.sparsity.allocation])),
+            *((RECOVERY, name) for name in self.recovery.split("+")),
+        ]  # fmt: skip
+
+    @property
+    def features(self) -> list[Any]:
+        """The features of the run (`gprune.features.Feature`), which plan, settings and command line loop over."""
+        features: list[Any] = [Target.of(self.sparsity.target)]
+        if "blocks" in self.sparsity.scope:
+            features.insert(0, WholeBlocks(self.sparsity.block_choice))
+        for registry, name in self.entries:
+            is_stage = registry in (CALIBRATOR, REFINER, LEARNER)  # these import PyTorch
+            has_no_modules = registry is ALLOCATION and not self.gprune and name != self.base_allocation
+            if not is_stage and not has_no_modules:
+                features.append(registry[name])
+        return features
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """Flags and groups of flags that the run does not read, with the flag that is the reason."""
+        read = {"corpora.drift"} if self.corpora.score is None else set()
+        read = read.union(*(attribute(feature, "also_reads") for feature in self.features))
+        unread: dict[str, str] = {}
+        for group in (self, *(value for _, value in self if isinstance(value, Group))):
+            for name, field in type(group).model_fields.items():
+                value = getattr(group, name)
+                shown = str(value).lower() if isinstance(value, bool) else value
+                flag = group.prefix.rstrip(".") if name == group.plain_setting else f"{group.prefix}{name}"
+                for marker in (marker for marker in field.metadata if isinstance(marker, Reads)):
+                    named = [entry for registry, entry in self.entries if registry is marker.by_value]
+                    for unread_flag in marker.unread(named or [value]) - read:
+                        unread.setdefault(unread_flag, f"--{flag} {shown}")
+        return unread
+
+    def with_stages(self, **classes: type | None) -> RunConfig:
+        """Return a copy with classes in place of some of `refiner`, `learner` and `calibrator`."""
+        cfg = self.model_copy(deep=True)
+        for stage in (REFINER, LEARNER, CALIBRATOR):
+            if (cls := classes[stage.kind]) is not None:
+                group, _, setting = stage.flag.partition(".")
+                setattr(getattr(cfg, group), setting, stage.name_of(cls))
+        return cfg
 
     @property
     def final(self) -> str:
@@ -235,13 +249,6 @@ class RunConfig(Group):
     def processes(self) -> int:
         """Number of processes over all nodes (the world size)."""
         return self.trainer.devices * self.trainer.num_nodes
-
-    @property
-    def latency_table_flag(self) -> str:
-        """The flag that needs a latency table of this machine, or an empty string."""
-        if self.sparsity.currency == "seconds":
-            return f"--sparsity.target {self.sparsity.target}"
-        return "--sparsity.width_multiple auto" if self.sparsity.width_multiple is None else ""
 
     @property
     def learns(self) -> bool:
@@ -275,9 +282,40 @@ class RunConfig(Group):
         return groups | {name: options for name, options in self.options.items() if name in RECOVERY}
 
     @property
-    def distilled_windows(self) -> int:
+    def recovery_learns(self) -> bool:
+        """Whether the recovery trains on text."""
+        return recovery_of(self.recovery).learns
+
+    @property
+    def fresh_windows(self) -> int:
         """Training windows per recovery corpus, computed from `--distill.tokens`."""
         return self.distill.tokens // (len(self.corpora.recover) * self.corpora.seq_len)
+
+    @property
+    def fresh_tokens(self) -> int:
+        """Number of training tokens of a recovery."""
+        return len(self.corpora.recover) * self.fresh_windows * self.corpora.seq_len
+
+    @property
+    def recovery_measurements(self) -> int:
+        """Number of measurements of development perplexity while a recovery trains."""
+        windows, batch_size = len(self.corpora.recover) * self.fresh_windows, self.distill.batch_size
+        return self.trainer.measurements(windows, batch_size, 0.25, accumulate=self.distill.accumulate)
+
+    @property
+    def learned_windows(self) -> int:
+        """Number of windows in an epoch of threshold learning."""
+        return len(self.corpora.learn) * (self.corpora.learn_samples or self.corpora.num_samples)
+
+    @property
+    def development_tokens(self) -> int:
+        """Largest number of tokens in the development text. By default a quality target uses less of small corpora."""
+        return len(self.development_corpora) * self.development_windows * self.corpora.seq_len
+
+    @property
+    def evaluated_tokens(self) -> int:
+        """Number of tokens that each model is evaluated on."""
+        return len(self.corpora.evaluate) * self.evaluation.num_samples * self.evaluation.seq_len
 
     @property
     def attention(self) -> bool:
@@ -286,14 +324,8 @@ class RunConfig(Group):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Extra statistics (`gprune.calibration.projections.EXTRAS`) that the run reads."""
-        metrics = {self.importance}
-        if self.gprune:
-            metrics |= {IMPORTANCE[self.importance].drift, self.reliability.metric}
-        needed = set(recovery_of(self.recovery).needs & {"gram"})
-        if self.measures_errors:
-            needed.add("gram")
-        return frozenset(needed.union(*(IMPORTANCE[name].needs for name in metrics if name in IMPORTANCE)))
+        """Extra statistics that the run reads."""
+        return frozenset(name for feature in self.features for name in attribute(feature, "needs") if name in EXTRAS)
 
     @property
     def collects(self) -> frozenset[str]:
@@ -331,33 +363,20 @@ class RunConfig(Group):
 
         The list of a role that the run does not use is empty.
         """
-        corpora, recovery = self.corpora, recovery_of(self.recovery)
-        chooses_blocks_by_loss = "blocks" in self.sparsity.scope and self.sparsity.block_choice == "loss"
-        return {
-            "score": corpora.scored,
-            "drift": corpora.drift if self.gprune or chooses_blocks_by_loss else [],
-            "learn": corpora.learn if self.learns else [],
-            "recover": corpora.recover if recovery.needs or recovery.learns else [],
-        }
+        unread = self.unread
+        roles = {role: getattr(self.corpora, role) for role in ("drift", "learn", "recover")}
+        used = {role: [] if f"corpora.{role}" in unread else corpora for role, corpora in roles.items()}
+        return {"score": self.corpora.scored} | used
 
     @property
     def development_corpora(self) -> list[str]:
-        """Corpora whose development split is measured.
-
-        For a quality target these are all train corpora, otherwise those of learning and of recoveries that train.
-        """
-        if self.sparsity.quality:
-            return self.train_corpora
-        roles = self.roles
-        recover = roles["recover"] if recovery_of(self.recovery).learns else []
-        return list(dict.fromkeys([*roles["learn"], *recover]))
+        """Corpora whose development split is measured."""
+        return Target.of(self.sparsity.target).development_corpora(self)
 
     @property
     def development_windows(self) -> int:
-        """Largest number of development windows of each corpus, by default more for a quality target."""
-        if self.evaluation.development_samples is not None:
-            return self.evaluation.development_samples
-        return QUALITY_DEVELOPMENT_SAMPLES if self.sparsity.quality else DEVELOPMENT_SAMPLES
+        """Largest number of development windows of each corpus."""
+        return self.evaluation.development_samples or Target.of(self.sparsity.target).development_samples
 
     @property
     def training_free_recovery(self) -> str:
@@ -366,15 +385,8 @@ class RunConfig(Group):
 
     @property
     def trials(self) -> list[str]:
-        """The recovery of every model that is measured at most to find the sparsity of a target such as `+5%`.
-
-        Empty for other targets, whose sparsity is known.
-        """
-        if not self.sparsity.quality:
-            return []
-        searches = 2 if self.learns else 1  # the first one is for the sparsity at which thresholds are learned
-        trained = [self.recovery] * LEARNED_TRIES if recovery_of(self.recovery).learns else []
-        return [self.training_free_recovery] * (searches * TRIES) + trained
+        """The recovery of every model that is measured at most to find how much is removed; empty if that is known."""
+        return Target.of(self.sparsity.target).trials(self)
 
     @property
     def calibration_corpora(self) -> list[str]:
@@ -416,16 +428,8 @@ class RunConfig(Group):
 
         It is the code of registered functions and classes, and of `--trainer.callbacks`.
         """
-        others = {IMPORTANCE[self.importance].drift, self.reliability.metric} if self.gprune else set()
-        metrics = {self.importance, *(name for name in others if name in IMPORTANCE)}  # `averaged` is not a metric
-        entries = [(IMPORTANCE, name) for name in metrics]
-        entries += [(ALLOCATION, name) for name in {self.sparsity.allocation, self.base_allocation}]
-        entries += [(COST, self.sparsity.cost)] if self.sparsity.cost else []
-        entries += [(REFINER, self.partition.refiner), (LEARNER, self.sparsity.learner)]
-        entries += [(CALIBRATOR, self.corpora.calibrator)]
-        entries += [(RECOVERY, name) for name in self.recovery.split("+")]
         code = code_of_corpora([*self.train_corpora, *self.corpora.evaluate])
-        for registry, name in entries:
+        for registry, name in self.entries:
             code |= registry.code(name)
         for callback in self.trainer.callbacks:
             code |= callback.code()
@@ -434,35 +438,15 @@ class RunConfig(Group):
     def settings(self) -> dict[str, Any]:
         """Return the settings that can change a result, as plain data. They identify a run: a folder holds one set.
 
-        Left out are the run folder, logging, export (except for a target in bytes), statistics collected for later
-        runs, `max_memory` and `shard`. Some settings are left out at their default, so that settings stored by earlier
-        versions, which lack them, identify the same run. `code` is the user's code, if there is any.
+        `Identity` marks settings that are left out, of which `Feature.identity` adds some. `code` is the user's code.
         """
-        excluded: dict[str, Any] = {"model": {"max_memory", "shard"}, "corpora": {"collect"}}
-        excluded |= dict.fromkeys(("logging", "export", "dry_run", "plan"), True)
-        if "blocks" not in self.sparsity.scope:
-            excluded["sparsity"] = {"block_share", "block_choice"}
-        settings = self.model_dump(exclude=excluded)
-        for group, name in STAGES.items():
-            if settings[group][name] == type(getattr(self, group)).model_fields[name].default:
-                del settings[group][name]
-        if not self.options:
-            del settings["options"]
-        if self.latency_table_flag:  # without `measure`, because the latency table itself is an input of the run
-            settings["speed"] = self.speed.workload()
-        else:
-            del settings["speed"]
-        if self.sparsity.cost is None:
-            del settings["sparsity"]["cost"]
-        if self.sparsity.currency == "bytes":
-            unused = set() if self.export.format == "gguf" else {"format", "type"}
-            settings["export"] = self.export.model_dump(exclude=unused)
-        if self.corpora.score is None:
-            settings["corpora"]["score"] = self.corpora.drift
+        settings = _identifying(self)
+        settings["corpora"]["score"] = name_or_list(self.corpora.scored)
         settings["evaluation"]["development_samples"] = self.development_windows
-        settings["run"] = {"seed": self.run.seed}
-        trainer = {"world_size": self.processes, "precision": self.trainer.precision}
-        settings["trainer"] = trainer | self.trainer.result_changing
+        settings["trainer"]["world_size"] = self.processes
+        for feature in self.features:
+            for group, values in attribute(feature, "identity")(self).items():
+                settings[group] = settings.get(group, {}) | values
         if code := self.code:
             settings["code"] = code
         return settings
@@ -490,3 +474,17 @@ class RunConfig(Group):
         target = self.sparsity.target
         target_text = f"{target:g}" if isinstance(target, float) else target.replace("%", "pct")
         return f"{model}-{self.final}-{self.importance}-{target_text}-{digest}"
+
+
+def _identifying(group: Group) -> dict[str, Any]:
+    """Return the settings of a group that identify a run, as plain data (see `Identity`)."""
+    settings, changed = group.model_dump(), group.model_dump(exclude_defaults=True)
+    for name, field in type(group).model_fields.items():
+        if Identity.NEVER in field.metadata:
+            del settings[name]
+        elif Identity.IF_CHANGED in field.metadata:
+            del settings[name]
+            settings |= {name: changed[name]} if name in changed else {}
+        elif isinstance(nested := getattr(group, name), Group):
+            settings[name] = _identifying(nested)
+    return settings

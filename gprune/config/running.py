@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from typing import Annotated, Any, Literal
@@ -9,25 +10,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
 from gprune.checks import AtLeast1, AtLeast8, NonNegative, Positive, Quantile, Seed, Sparsity, Text, UpTo4096
-from gprune.config.groups import Group
+from gprune.config.groups import IF_CHANGED, NEVER, Group, Reads
 from gprune.errors import UserError
-from gprune.imports import find_loaded
-from gprune.user_code import code_of
+from gprune.user_code import code_at
 
 WandbName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:\p{Cc}\p{Zl}\p{Zp}]*$")]
 # Default of --distill.learning_rate, tuned on text that no result table uses.
 RELATIVE_RATE = 1.6e-3
-# Defaults of --evaluation.development_samples. At a rise of 10 % of SmolLM2, the half width of the 95 % interval over
-# the three default corpora is 8.8 points with 2 windows of each (median of random choices), 3.3 with 4, 2.1 with 8, and
-# 1.7 with 16. The smallest of these corpora has 8 windows of development text.
-DEVELOPMENT_SAMPLES = 2
-QUALITY_DEVELOPMENT_SAMPLES = 8
 
 
 class DistillConfig(Group, prefix="distill."):
     """Distillation of the dense model into the pruned one, for recoveries that include distill."""
 
-    targets: Literal["mlp", "all", "lora"] = "all"
+    targets: Annotated[Literal["mlp", "all", "lora"], Reads({"lora": ("distill.rank",)})] = "all"
     """Which weights are trained. mlp: those of the FFN. all: all weights of the decoder layers. lora: LoRA adapters,
     merged at the end (needs peft)."""
     tokens: AtLeast1 = 12_288
@@ -72,6 +67,14 @@ class DistillConfig(Group, prefix="distill."):
         if self.absolute_learning_rate is not None and self.learning_rate != RELATIVE_RATE:
             raise UserError("--distill.absolute_learning_rate cannot be combined with --distill.learning_rate.")
 
+    @classmethod
+    def migrate(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """The learning rate of earlier versions was in the units of the weights."""
+        if "learning_rate" in settings and "absolute_learning_rate" not in settings:
+            rates = {"absolute_learning_rate": settings["learning_rate"], "learning_rate": RELATIVE_RATE}
+            return settings | rates
+        return settings
+
 
 class EvaluationConfig(Group, prefix="evaluation."):
     """Evaluation at the end, and development text during learning."""
@@ -93,6 +96,11 @@ class EvaluationConfig(Group, prefix="evaluation."):
     """Controls, which are extra rows of the result table. base: the base metric alone, allocated by --sparsity.start or
     by an --sparsity.allocation that does not learn. averaged: the same, scored on all drift corpora. unrecovered: every
     row without recovery too."""
+
+    @property
+    def compared_tokens(self) -> int:
+        """Number of tokens on which masked, sliced and reloaded logits are compared."""
+        return min(self.seq_len, 128)
 
 
 class LoggingConfig(Group, prefix="logging."):
@@ -144,12 +152,7 @@ class ClassPath(BaseModel, strict=True, extra="forbid"):
 
         The hash is None if the class is not loaded.
         """
-        if "." not in self.class_path:
-            return {}
-        try:
-            return code_of(find_loaded(self.class_path))
-        except UserError:
-            return {self.class_path: None}
+        return code_at(self.class_path) if "." in self.class_path else {}
 
 
 def parse_precision(value: Any) -> Any:
@@ -174,15 +177,15 @@ class TrainerConfig(Group, prefix="trainer."):
     """Flags of Lightning's Trainer. Each stage has its own Trainer: calibration, refinement, threshold learning, and
     recoveries that train."""
 
-    accelerator: Text = "auto"
+    accelerator: Annotated[Text, NEVER] = "auto"
     """cpu, gpu, or auto. auto: a GPU if there is one; cpu on a Mac."""
-    devices: UpTo4096 = 1
+    devices: Annotated[UpTo4096, NEVER] = 1
     """Processes per node. Statistics and thresholds agree with those of one process."""
-    num_nodes: UpTo4096 = 1
+    num_nodes: Annotated[UpTo4096, NEVER] = 1
     """Number of nodes."""
-    strategy: Literal["auto", "ddp"] = "auto"
+    strategy: Annotated[Literal["auto", "ddp"], NEVER] = "auto"
     """auto or ddp."""
-    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    float32_matmul_precision: Annotated[Literal["highest", "high", "medium"], IF_CHANGED] = "highest"
     """Argument of torch.set_float32_matmul_precision. highest: float32 matrix products in float32, on AMD's CPUs with
     AVX-512 by oneDNN instead of MKL. high: in TF32 on GPUs that support it, several times faster. medium: permits
     bfloat16, which CPUs with AMX and GPUs use."""
@@ -193,32 +196,32 @@ class TrainerConfig(Group, prefix="trainer."):
     CPUs; on GPUs they were not measured. auto: bf16-mixed on these CPUs and on GPUs of compute capability 8 and above,
     32-true elsewhere and with --model.dtype float16. A resumed run keeps its precision. Rows of a study list use
     32-true unless they set a precision."""
-    callbacks: list[ClassPath] = Field([])
+    callbacks: Annotated[list[ClassPath], IF_CHANGED] = Field([])
     """Lightning callbacks of every stage, constructed again for each: [{class_path:
     lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: learn/loss, strict: false}}]. Classes of other
     packages need --import."""
-    logger: list[ClassPath] = Field([])
+    logger: Annotated[list[ClassPath], NEVER] = Field([])
     """Lightning loggers in addition to CSV and W&B, such as [{class_path: TensorBoardLogger}] or MLFlowLogger. They
     write into the run's folder unless `save_dir` is given. Classes of other packages need --import."""
-    log_every_n_steps: AtLeast1 | None = None
+    log_every_n_steps: Annotated[AtLeast1 | None, NEVER] = None
     """Steps between points of a curve. Default: 1, and 10 in the refinement."""
-    gradient_clip_val: Positive | None = None
+    gradient_clip_val: Annotated[Positive | None, IF_CHANGED] = None
     """Largest gradient norm in stages without a limit of their own (distillation has --distill.clip). Default: none."""
-    limit_train_batches: Positive | None = None
+    limit_train_batches: Annotated[Positive | None, IF_CHANGED] = None
     """Batches per epoch of stages that train on text: a number of batches, or a share if below 1. Default: all."""
-    profiler: Literal["simple", "advanced", "pytorch"] | None = None
+    profiler: Annotated[Literal["simple", "advanced", "pytorch"] | None, NEVER] = None
     """Lightning profiler. Reports are written to profiles/ of the run folder, one file per stage."""
-    max_steps: AtLeast1 | None = None
+    max_steps: Annotated[AtLeast1 | None, IF_CHANGED] = None
     """Largest number of optimizer steps of stages that train on text. Default: no limit."""
-    val_check_interval: Annotated[int | float, Field(gt=0)] | None = None
+    val_check_interval: Annotated[Annotated[int | float, Field(gt=0)] | None, IF_CHANGED] = None
     """How often development perplexity is measured while a stage trains on text: a number of batches, or a share of the
     batches if below 1. Default: after each epoch of threshold learning, and up to four times in a distillation."""
-    fast_dev_run: bool = False
+    fast_dev_run: Annotated[bool, IF_CHANGED] = False
     """Train each stage on one batch, without curves and checkpoints, to find errors quickly. Other steps run in
     full."""
-    deterministic: bool = False
+    deterministic: Annotated[bool, IF_CHANGED] = False
     """Use torch.use_deterministic_algorithms in stages: the same bits in every run on a GPU, but slower."""
-    detect_anomaly: bool = False
+    detect_anomaly: Annotated[bool, NEVER] = False
     """Report the operation whose gradient is NaN, and stop. Slow."""
 
     def model_post_init(self, _: Any) -> None:
@@ -247,29 +250,56 @@ class TrainerConfig(Group, prefix="trainer."):
         """
         return "cpu" if self.accelerator == "auto" and sys.platform == "darwin" else self.accelerator
 
-    @property
-    def result_changing(self) -> dict[str, Any]:
-        """Flags that can change a result, by name, except those with their default value.
+    def validation_interval(
+        self, windows: int, batch_size: int, share: float = 1.0, *, accumulate: int = 1
+    ) -> tuple[int, int]:
+        """Return the number of batches in an epoch, and the number of batches between two development measurements.
 
-        Settings stored by earlier versions lack these flags, so a flag at its default must not be part of the settings.
+        The interval is rounded up to whole optimizer steps.
         """
-        names = (
-            "callbacks", "gradient_clip_val", "limit_train_batches", "max_steps", "deterministic", "val_check_interval",
-            "fast_dev_run",
-        )  # fmt: skip
-        return self.model_dump(include={*names, "float32_matmul_precision"}, exclude_defaults=True)
+        all_batches = math.ceil(windows / batch_size)
+        batches = all_batches
+        if limit := self.limit_train_batches:  # a number of batches, or a share below 1
+            batches = min(all_batches, int(limit)) if limit >= 1 else int(all_batches * limit)
+            if not batches:
+                raise UserError(
+                    f"--trainer.limit_train_batches must leave at least 1 of the {all_batches} batches in an epoch of "
+                    f"each training stage; got {limit:g}."
+                )
+        interval = self.val_check_interval or share
+        if isinstance(interval, float):
+            rounding_error = 1e-9  # of the product, which would otherwise add a batch
+            interval = math.ceil(batches * interval - rounding_error)
+        if interval > batches:
+            raise UserError(
+                f"--trainer.val_check_interval must be {batches} or less, the batches in an epoch of a training stage, "
+                f"or a share from 0 to 1; got {interval}."
+            )
+        whole_steps = accumulate * math.ceil(interval / accumulate)
+        return batches, min(batches, whole_steps)
+
+    def measurements(
+        self, windows: int, batch_size: int, share: float = 1.0, *, accumulate: int = 1, epochs: int = 1
+    ) -> int:
+        """Return the number of measurements of development perplexity before, during and after training.
+
+        The last measurement is after the last step, also if the interval does not divide the batches of an epoch.
+        """
+        batches, interval = self.validation_interval(windows, batch_size, share, accumulate=accumulate)
+        after_last_step = int(batches % interval > 0)
+        return 1 + epochs * (batches // interval) + after_last_step
 
 
 class RunFolderConfig(Group, prefix="run."):
     """The run folder, the seed and checkpoints."""
 
-    dir: Text = "runs"
+    dir: Annotated[Text, NEVER] = "runs"
     """Parent folder of all runs."""
-    name: Text | None = None
+    name: Annotated[Text | None, NEVER] = None
     """Name of this run's folder. Default: model, metric, sparsity and a hash of all settings."""
     seed: Seed = 0
     """Random seed of the choice of windows, the partition, and the order of training windows."""
-    checkpoint_minutes: NonNegative = 5.0
+    checkpoint_minutes: Annotated[NonNegative, NEVER] = 5.0
     """Minutes between checkpoints; 0: after every step. A killed run resumes from them with identical results."""
 
     def model_post_init(self, _: Any) -> None:

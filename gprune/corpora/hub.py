@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 import huggingface_hub
 
 from gprune.console import quieted
-from gprune.corpora.load import CORPORA
-from gprune.corpora.local import contiguous_split
+from gprune.corpora.load import CORPORA, contiguous_split
 from gprune.errors import quoting
 
 

@@ -10,9 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
+
+
+class Estimate(NamedTuple):
+    """A number with an optional 95 % confidence interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
 
 LARGEST = 1e300  # largest bound of an interval; records cannot store infinity
 Nll = Mapping[str, list[float]]  # corpus -> summed negative log-likelihood per window, nats

@@ -9,15 +9,37 @@ PyTorch is imported late, so that errors in arguments are reported at once.
 from __future__ import annotations
 
 import importlib.util
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gprune.console import Parser, quiet
 from gprune.errors import UserError, optional_output, require_finite
-from gprune.export.gguf_types import LLAMA_CPP, QUANTISED, TYPES
 from gprune.storage.reading import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("gprune")
+LLAMA_CPP = "llama-cpp-py-sync"  # a package with a compiled llama.cpp, which runs in a separate process
+TYPES = {"f32": 32, "f16": 16, "q8_0": 8.5}  # bits per weight
+QUANTISED = ("q4_k_m",)  # quantised by llama.cpp from f16
+BLOCK_SIZES = {"f32": 1, "f16": 1, "q8_0": 32, "q4_k_m": 256}  # numbers of a row that are quantised together
+ABOUT = """Export the model of a finished run to a GGUF file for llama.cpp.
+
+With --check, llama.cpp runs the file, and its predictions are compared with the model's. The model folder of a run is
+a Hugging Face model, which needs no export; publish it with `hf upload`."""
+EXAMPLES = """
+examples:
+  gprune export runs/NAME                              runs/NAME/model-f16.gguf
+  gprune export runs/NAME --type q8_0 --overwrite      8-bit matrices; replaces an earlier export
+  gprune export runs/NAME/model --output small.gguf    a model folder and an output path"""
+MESSAGE_ENDINGS = {
+    "stopped": "; nothing was written.",
+    "memory": "; the model is loaded whole.",
+}  # as for `run_guarded`
 
 
 def export(
@@ -56,7 +78,6 @@ def export(
         raise UserError(f"--output must be in an existing folder; got '{path}'.")
     from gprune.export.gguf_check import ask_llama_cpp, check_gguf
     from gprune.export.gguf_writer import write_gguf
-    from gprune.export.size import report_size
     from gprune.storage.files import replacing
 
     model, tokenizer = load_folder(folder)
@@ -120,11 +141,105 @@ def find_model_folder(run_or_folder: str | Path) -> Path:
 
 def load_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in float32, and its tokenizer, without running code of the folder."""
+    from gprune.discovery import family_of
     from gprune.models.loading import load_model
 
     try:
         model, tokenizer = load_model(str(folder))
+        family_of(model)
         require_finite("weight was read", *model.parameters())
     except UserError as error:
         raise UserError(f"Cannot export '{folder}': {error}") from error
     return model, tokenizer
+
+
+def report_size(
+    file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, type: str
+) -> None:
+    """Log the size of a GGUF file, and that of the dense model in the same type if `folder` is the model of a run.
+
+    Rows of a down projection that do not fit the type's blocks are stored in a larger type. A warning says so if the
+    file is larger than that of the dense model, and names the width multiple with which they fit.
+    """
+    from gprune.discovery import family_of
+    from gprune.export.gguf_writer import tensor_bytes
+    from gprune.models.blocks import blocks_of
+    from gprune.models.copies import skeleton
+    from gprune.models.loading import read_config
+    from gprune.runs.folder import RunFolder
+
+    size = file.stat().st_size
+    if not (folder.parent / "manifest.json").is_file():
+        log.info("Size: %.1f MB", size / 1e6)
+        return
+    config = read_config(RunFolder(folder.parent).manifest["settings"]["model"]["name"])
+    dense = skeleton(config, record=family_of(config))
+    dense.get_decoder().rotary_emb = model.get_decoder().rotary_emb  # has numbers, and is stored in some files
+    if type in QUANTISED:
+        dense_size = quantised_size(dense, tokenizer, file, type=type)
+    else:
+        dense_size = size - tensor_bytes(model, type) + tensor_bytes(dense, type)
+    block_size = BLOCK_SIZES[type]
+    fits = all(block.neurons % block_size == 0 for block in blocks_of(model))
+    hint = f"; widths in multiples of {block_size} (--sparsity.width_multiple {block_size}) make it smaller"
+    log.info(
+        "Size: %.1f MB; the dense model in %s: %.1f MB%s", size / 1e6, type, dense_size / 1e6, "" if fits else hint
+    )
+    if size > dense_size:
+        log.warning(
+            "The file is larger than that of the dense model, because rows of down projections that do not fit blocks "
+            "of %d are stored in a larger type. Prune with --sparsity.width_multiple %d.",
+            block_size, block_size,
+        )  # fmt: skip
+
+
+def quantised_size(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, *, type: str) -> int:
+    """Return the bytes of a GGUF file that llama.cpp quantises from a model with the shapes of `dense`.
+
+    The types of tensors depend on shapes alone, so the weights are zeros and the dense model is not loaded. The result
+    is cached. Temporary files are written beside `file`.
+    """
+    import torch
+
+    from gprune.export.gguf_check import ask_llama_cpp
+    from gprune.export.gguf_writer import named_tensors, write_gguf
+    from gprune.storage.cache import cache_dir
+    from gprune.storage.files import key_of, read_json, scratch_folder, write_json
+
+    shapes = {name: list(tensor.shape) for name, tensor in named_tensors(dense)}
+    key = key_of(shapes=shapes, type=type, llama_cpp=version(LLAMA_CPP), vocabulary=len(tokenizer))
+    cached = cache_dir() / "gguf_sizes" / f"{key}.json"
+    if content := read_json(cached):
+        return content["bytes"]
+    log.info("Quantising the dense model once, for its size in %s", type)
+    zeros = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in dense.state_dict().items()}
+    dense.load_state_dict(zeros, assign=True)
+    dense.tie_weights()
+    with scratch_folder(file) as scratch:
+        write_gguf(dense, tokenizer, scratch / "f16.gguf", type="f16", name="dense")
+        ask_llama_cpp("quantise", scratch / "f16.gguf", output=str(scratch / "dense.gguf"), type=type.upper())
+        size = (scratch / "dense.gguf").stat().st_size
+    write_json(cached, {"bytes": size})
+    return size
+
+
+def parser() -> Parser:
+    """Return the parser of the command's arguments."""
+    command_line = Parser("gprune export", description=ABOUT, epilog=EXAMPLES)
+    command_line.add_argument("run", metavar="RUN", help="a finished run, or a model folder")
+    command_line.add_argument("--output", metavar="PATH", help="the file to write (default: beside the model)")
+    command_line.add_argument("--overwrite", action="store_true", help="replace a GGUF file")
+    command_line.add_argument(
+        "--type", type=str.lower, choices=(*TYPES, *QUANTISED), default="f16", help="type of matrices (default: f16)"
+    )
+    command_line.add_argument("--check", action="store_true", help="run the file in llama.cpp and compare it")
+    return command_line
+
+
+def run(args: Sequence[str]) -> str:
+    """Run the command, and return a line with the path of the written file. Errors are those of `export`."""
+    options = parser().parse_args(args)
+    find_model_folder(options.run)  # reports an invalid path before the imports that take seconds
+    quiet()
+    path = export(options.run, options.output, type=options.type, overwrite=options.overwrite, check=options.check)
+    return f"Wrote {path}\n"

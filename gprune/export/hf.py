@@ -27,22 +27,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.checks import memory_limits, require
+from gprune.discovery import family_of
 from gprune.errors import UserError
 from gprune.export.reload import align_weights
 from gprune.models import modeling_pruned
-from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers, layer_values
-from gprune.models.copies import has_own_head
-from gprune.models.loading import pruned_classes, register_type, skeleton, turn_off_rescaling
-from gprune.models.lookup import family_of, remember
+from gprune.models.agreement import compare
+from gprune.models.blocks import blocks_of, by_layer, sizes_of_layer
+from gprune.models.copies import has_own_head, skeleton, turn_off_rescaling
+from gprune.models.families import decoder_layers, record_of
+from gprune.models.loading import copy_processor, pruned_classes, register_type
 from gprune.models.masks import Masks
 from gprune.models.offload import attach_all_weights, device_of, is_offloaded
-from gprune.models.processor import copy_processor
 from gprune.models.surgery import prune
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
@@ -62,7 +62,7 @@ MAX_FILE_BYTES = 5 * 10**9  # largest file of weights
 CARD = "Pruned by gprune. Where layers differ in width, config.json has a table `per_layer_config`.\n"
 
 
-def stock_settings(model: PreTrainedModel) -> dict[str, Any]:
+def dense_settings(model: PreTrainedModel) -> dict[str, Any]:
     """Return the model's config without gprune's keys, plus `dtype` and, for types with a record, `head_dim`.
 
     A type has a record if it is in `gprune.FAMILIES`. For the other, discovered types the config may not have the key
@@ -74,86 +74,16 @@ def stock_settings(model: PreTrainedModel) -> dict[str, Any]:
     # sizes.
     excluded = EXCLUDED_KEYS - {"per_layer_config"} if is_discovered else EXCLUDED_KEYS
     settings = {key: value for key, value in model.config.to_dict().items() if key not in excluded}
-    if not is_discovered:
+    if not is_discovered and first_block.output is not None:
         settings["head_dim"] = first_block.head_dim
-    parts = [part for part in (settings, _text_settings(model, settings)) if part.get("tie_word_embeddings")]
+    parts = [part for part in (settings, text_settings(model, settings)) if part.get("tie_word_embeddings")]
     if parts and has_own_head(model):
         for part in parts:
             part["tie_word_embeddings"] = False
     return settings | {"dtype": model.dtype}
 
 
-def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return a stock model with the shapes of `model`, without weights; None if no stock config has these shapes.
-
-    If the config of the family does not allow the shapes, other model types with the same computation are tried (the
-    family's `same_as`, such as mistral for llama).
-    """
-    blocks = blocks_of(model)
-    family, sizes = blocks[0].family, blocks[0].config_values
-    if family.found:
-        return _discovered_stock_skeleton(model)
-    same_sizes = all(block.config_values == sizes for block in blocks)
-    if not same_sizes or not modeling_pruned.experts_aligned(model):
-        return None
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    candidates = {family.model_type: {}, **family.same_as}  # model type -> settings with which it computes the same
-    for model_type, needed_settings in candidates.items():
-        settings = stock_settings(model) | sizes | needed_settings
-        with suppress(ValueError, StrictDataclassError):  # a config may reject these sizes
-            stock = skeleton(CONFIG_MAPPING[model_type](**settings))
-            if {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes:
-                return stock
-    return None
-
-
-def pruned_skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the family's pruned class with the shapes of `model`, without weights.
-
-    Its config has the table `per_layer_config`: layer -> the settings in which the layer differs from the dense model.
-    """
-    blocks, settings = blocks_of(model), stock_settings(model)
-    family = blocks[0].family
-    if family.found:
-        return _discovered_skeleton(model)
-    dense_blocks = blocks_of(skeleton(CONFIG_MAPPING[family.model_type](**settings)))
-    layout: dict[str, Any] = {"layers": family.layers, "sizes": {}, "attributes": {}}
-    per_layer_config = {}
-    for block, dense_block in zip(blocks, dense_blocks, strict=True):
-        layout["sizes"] |= {place.path: [place.dim, block.config_terms(place.sizes)] for place in block.slices}
-        layout["attributes"] |= block.attributes
-        layer_config = block.config_values | {"added_biases": _added_biases(block, dense_block)}
-        different = {key: value for key, value in layer_config.items() if value != settings.get(key, [])}
-        if different:
-            per_layer_config[str(block.layer_index)] = different
-    config_class, _, model_class = pruned_classes(family.model_type)
-    config = config_class(**settings, added_biases=[], pruned_layout=layout, per_layer_config=per_layer_config)
-    return skeleton(config, model_class)
-
-
-def _added_biases(block: Block, dense_block: Block) -> list[str]:
-    """Return paths of the output projections of a block to which recovery has added a bias."""
-    return [
-        getattr(block.family, part)
-        for part in ("down", "output")
-        if part in block.parts and block.parts[part].bias is not None and dense_block.parts[part].bias is None
-    ]
-
-
-def _dense_skeleton(model: PreTrainedModel, changes: Mapping[str, Any]) -> PreTrainedModel:
-    """Return a stock model of a discovered type, without weights, with the config of `model` and some changes."""
-    record = family_of(model)
-    settings = stock_settings(model)
-    text_settings = _text_settings(model, settings)
-    text_settings.update(changes)  # in place, because a composite config contains the settings of its text model
-    config = CONFIG_MAPPING[record.model_type](**settings)
-    config._attn_implementation = implementation(model.config, "_attn_implementation")
-    stock = skeleton(config)
-    remember(stock, record)
-    return stock
-
-
-def _text_settings(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
+def text_settings(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the dictionary of the text model's settings in the settings of a configuration, composite or not."""
     text = model.config.get_text_config(decoder=True)
     if text is model.config:
@@ -161,61 +91,87 @@ def _text_settings(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str
     return next(settings[name] for name in model.config.sub_configs if getattr(model.config, name, None) is text)
 
 
-def _discovered_stock_skeleton(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return `stock_skeleton` of a discovered type; None if a size has no config key or differs between blocks."""
-    blocks = blocks_of(model)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+def stock_skeleton(
+    model: PreTrainedModel, changes: Mapping[str, Any], *, model_type: str | None = None
+) -> PreTrainedModel:
+    """Return a stock model without weights, with the config of `model`, some changes, and its record or another type.
+
+    Without changes it has the shapes of the dense model.
+    """
+    record = record_of(model)
+    settings = dense_settings(model)
+    text_settings(model, settings).update(changes)  # in place, because a composite config contains them
+    config = CONFIG_MAPPING[model_type or record.model_type](**settings)
+    config._attn_implementation = implementation(model.config, "_attn_implementation")
+    return skeleton(config, record=record)
+
+
+def stock_export(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Return a stock model with the shapes of `model`, without weights; None if no stock config has these shapes.
+
+    If the config of the type does not allow the shapes, other types with the same computation are tried (the record's
+    `same_as`, such as mistral for llama).
+    """
+    if not modeling_pruned.experts_aligned(model):
+        return None
+    blocks, record = blocks_of(model), record_of(model)
     keys_and_sizes = {
-        (key, size) for block in blocks for key, size in block.config_values.items() if hasattr(model.config, key)
+        (key, size)
+        for block in blocks
+        for key, size in block.config_values.items()
+        if not record.found or hasattr(model.config, key)  # keys of discovered types may be those of a nested config
     }
     sizes = dict(keys_and_sizes)
-    key_has_several_values = len(sizes) < len(keys_and_sizes)
-    if key_has_several_values or not modeling_pruned.experts_aligned(model):
+    if len(sizes) < len(keys_and_sizes):  # a key has several values
         return None
-    with suppress(Exception):  # a class may reject these sizes with an exception of any type
-        stock = _dense_skeleton(model, sizes)
-        same_shapes = {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes
-        if same_shapes and _head_counts(stock) == _head_counts(model):
-            return stock
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    head_counts = [(block.heads, block.kv_groups) for block in blocks]
+    for model_type, needed_settings in ({record.model_type: {}} | dict(record.same_as)).items():
+        with suppress(Exception):  # a class may reject these sizes with an exception of any type
+            stock = stock_skeleton(model, sizes | needed_settings, model_type=model_type)
+            same_shapes = {name: tensor.shape for name, tensor in stock.state_dict().items()} == shapes
+            if same_shapes and [(block.heads, block.kv_groups) for block in blocks_of(stock)] == head_counts:
+                return stock
     return None
 
 
-def _head_counts(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """Return (query heads, KV groups) of each block."""
-    return [(block.heads, block.kv_groups) for block in blocks_of(model)]
+def pruned_export(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the type's pruned class with the shapes of `model`, without weights.
 
-
-def _discovered_skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """Return `pruned_skeleton` of a discovered type. Its config has the sizes of every layer, not only differences."""
-    record = family_of(model)
-    stock = _dense_skeleton(model, {})
-    stock_blocks = blocks_of(stock)
-    layers: dict[str, dict[str, Any]] = {}
-    for index, layer_blocks in enumerate(by_layer(blocks_of(model))):
-        sizes: dict[str, list[int]] = {}
-        attributes: dict[str, int] = {}
-        biases: list[str] = []
-        for block in layer_blocks:
+    Its config has all sizes of every layer. For types with a record it also has the table `per_layer_config`: layer ->
+    the settings in which the layer differs from the dense model.
+    """
+    record, settings = record_of(model), dense_settings(model)
+    stock = stock_skeleton(model, {})
+    own: dict[str, dict[str, Any]] = {}
+    table: dict[str, dict[str, Any]] = {}
+    for layer_blocks, stock_blocks in zip(by_layer(blocks_of(model)), by_layer(blocks_of(stock)), strict=True):
+        sizes, biases = {}, []
+        for block, stock_block in zip(layer_blocks, stock_blocks, strict=True):
             sizes |= {place.path: [place.dim, block.parameter(place).shape[place.dim]] for place in block.slices}
-            attributes |= {
-                path: modeling_pruned.weighted_sum(terms, block.sizes) for path, terms in block.attributes.items()
-            }
-            biases += _added_biases(block, stock_blocks[block.index])
-        values = layer_values(layer_blocks)
-        layers[str(index)] = {"sizes": sizes, "attributes": attributes, "values": values, "added_biases": biases}
+            biases += [  # that recovery has added
+                getattr(block.family, part)
+                for part in ("down", "output")
+                if part in block.parts and block.parts[part].bias is not None and stock_block.parts[part].bias is None
+            ]
+        index, (values, attributes) = str(layer_blocks[0].layer_index), sizes_of_layer(layer_blocks)
+        own[index] = {"sizes": sizes, "attributes": attributes, "values": values, "added_biases": biases}
+        shown = layer_blocks[0].config_values | {"added_biases": biases}
+        different = {key: value for key, value in shown.items() if value != settings.get(key, [])}
+        if different:
+            table[index] = different
     path = next(path for path, module in stock.named_modules() if module is decoder_layers(stock))
     config_class, _, model_class = pruned_classes(record.model_type)
-    config = config_class(**stock_settings(model), pruned_layout={"layers": path, "own": layers})
-    pruned = skeleton(config, model_class)
-    remember(pruned, record)
-    return pruned
+    keys = {} if record.found else {"per_layer_config": table, "added_biases": []}
+    config = config_class(**settings, **keys, pruned_layout={"layers": path, "own": own})
+    return skeleton(config, model_class, record=record)
 
 
 def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Convert a model to the class that is saved, if possible a stock class. Weights are shared, not copied."""
     turn_off_rescaling(model)
     register_type(family_of(model).model_type)  # for records that were added after the import, or discovered
-    exportable = stock_skeleton(model) or pruned_skeleton(model)
+    exportable = stock_export(model) or pruned_export(model)
     exportable.load_state_dict(model.state_dict(), strict=True, assign=True)
     exportable.tie_weights()
     for name, parameter in model.named_parameters():
@@ -237,7 +193,6 @@ def to_exportable(model: PreTrainedModel, dtype: torch.dtype | None = None) -> P
 
 def implementation(config: PreTrainedConfig, name: str) -> Any:
     """Return the implementation that a config names, in the form that transformers accepts for its class."""
-    sub_configs = {key: getattr(config, key, None) for key in config.sub_configs}
     sub_configs = {key: getattr(config, key, None) for key in config.sub_configs}
     nested = {key: implementation(sub, name) for key, sub in sub_configs.items() if isinstance(sub, PreTrainedConfig)}
     own = getattr(config, name)
@@ -303,6 +258,7 @@ def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
     """
     require(model, PreTrainedModel, "The model of apply_masks must be a model of transformers")
     require(masks, Masks, "The masks of apply_masks must be Masks, such as those of a run's result")
+    family_of(model)
     return to_portable(prune(model, masks, inplace=inplace))
 
 
@@ -392,12 +348,6 @@ def reloaded_logits(
         return load_file(logits_file)["logits"]
 
 
-def max_logit_difference(a: Tensor, b: Tensor) -> float:
-    """Return max |a - b| in float32; NaN if either has NaN. Shapes must be equal."""
-    assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
-    return (a.detach().float().cpu() - b.detach().float().cpu()).abs().max().item()
-
-
 @torch.no_grad()
 def check_reload(
     model: PreTrainedModel, folder: str | Path, input_ids: Tensor, *, dtype: torch.dtype | None = None, **placement: Any
@@ -420,7 +370,7 @@ def check_reload(
             for parameter, data in weights:
                 parameter.data = data
         logits = reloaded_logits(folder, input_ids, device=device, attn_implementation=attention, **placement)
-        difference = max_logit_difference(expected, logits)
+        difference = compare(expected, logits).largest
         if difference != 0:  # also true for NaN
             raise UserError(
                 f"Cannot export to '{folder}': logits of the reloaded model differ from the pruned model's by up to "

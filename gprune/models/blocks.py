@@ -6,13 +6,11 @@ format of exports are all defined by slices.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby, zip_longest
 from operator import attrgetter
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,11 +18,9 @@ from einops import repeat
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.errors import UserError
-from gprune.models.families import Family
-from gprune.models.lookup import decoder_of, family_of
+from gprune.models.families import Family, decoder_layers, record_of
 from gprune.models.modeling_pruned import find_parent
-from gprune.models.parts import PARTS, ExpertPart, Part, names_in, parts_of
+from gprune.models.parts import PARTS, ExpertPart, Part, parts_of
 
 HEADS = "num_attention_heads"
 
@@ -37,7 +33,6 @@ class Slice:
     dim: int
     kind: str  # `ffn` or `attention`
     units: Tensor  # (size along dim,) int64; for one expert
-    sizes: dict[str, int]  # size along dim, as multiples of `neurons`, `heads` and `kv_groups`
 
 
 @dataclass(frozen=True)
@@ -177,14 +172,12 @@ class Block:
             for tensor, (dim, layout) in family.expert_rows.items():
                 # With `gate | up` rows belong to neurons 0, 1, ..., N - 1, 0, 1, ...; with `gate up` to 0, 0, 1, 1, ...
                 units = torch.cat([neurons.repeat_interleave(len(names.split())) for names in layout.split("|")])
-                size = {"neurons": len(names_in(layout))}
-                slices.append(Slice(f"{family.experts}.{tensor}", dim, "ffn", units, size))
+                slices.append(Slice(f"{family.experts}.{tensor}", dim, "ffn", units))
             tensor, dim = family.expert_down
-            slices.append(Slice(f"{family.experts}.{tensor}", dim, "ffn", neurons, {"neurons": 1}))
+            slices.append(Slice(f"{family.experts}.{tensor}", dim, "ffn", neurons))
             return slices
-        one_per_neuron = neurons, {"neurons": 1}  # `units` and `sizes` of a slice
-        slices += self._row_slices("ffn", {"gate": one_per_neuron, "up": one_per_neuron})
-        slices.append(Slice(f"{family.down}.weight", self._column_dim("down"), "ffn", *one_per_neuron))
+        slices += self._row_slices("ffn", {"gate": neurons, "up": neurons})
+        slices.append(Slice(f"{family.down}.weight", self._column_dim("down"), "ffn", neurons))
         return slices
 
     def _attention_slices(self) -> list[Slice]:
@@ -192,22 +185,17 @@ class Block:
         family = self.family
         if self.output is None:
             return []
-        rows = {
-            "query": self._units_of_groups(self.query.out_features),
-            "key": self._units_of_groups(self.key.out_features, "kv_groups"),
-            "value": self._units_of_groups(self.value.out_features, "kv_groups"),
-        }
+        rows = {name: self._groups_of_rows(self.parts[name].out_features) for name in ("query", "key", "value")}
         slices = self._row_slices("attention", rows)
         for path, (dim, kind) in family.extras.items():
             parameter = self._parameter_at(path)
             if parameter is not None:  # a layer may lack it, such as a bias
-                slices.append(Slice(path, dim, kind, *self._units_of_groups(parameter.shape[dim])))
+                slices.append(Slice(path, dim, kind, self._groups_of_rows(parameter.shape[dim])))
         for norm, part in ((family.query_norm, "query"), (family.key_norm, "key")):
             if norm is not None:
-                slices.append(Slice(f"{norm}.weight", 0, "attention", *rows[part]))
+                slices.append(Slice(f"{norm}.weight", 0, "attention", rows[part]))
         columns = torch.arange(self.kv_groups).repeat_interleave(self.channels_per_group)
-        size = {"heads": self.head_dim}
-        slices.append(Slice(f"{family.output}.weight", self._column_dim("output"), "attention", columns, size))
+        slices.append(Slice(f"{family.output}.weight", self._column_dim("output"), "attention", columns))
         return slices
 
     def _column_dim(self, name: str) -> int:
@@ -219,110 +207,96 @@ class Block:
         module, name = find_parent(self.layer, path)
         return getattr(module, name, None)
 
-    def _units_of_groups(self, length: int, unit: str = "heads") -> tuple[Tensor, dict[str, int]]:
-        """Return `units` and `sizes` of a slice of `length` rows that are divided equally among KV groups, in order.
+    def _groups_of_rows(self, length: int) -> Tensor:
+        """Return the KV group of each of `length` rows, which are divided equally among the groups, in order."""
+        return torch.arange(self.kv_groups).repeat_interleave(length // self.kv_groups)
 
-        The size is a multiple of `unit`, which is `heads` or `kv_groups`.
-        """
-        units = torch.arange(self.kv_groups).repeat_interleave(length // self.kv_groups)
-        return units, {unit: length // (self.heads if unit == "heads" else self.kv_groups)}
-
-    def _row_slices(self, kind: str, rows: Mapping[str, tuple[Tensor, dict[str, int]]]) -> list[Slice]:
-        """Return slices of weights and biases of modules whose rows belong to units, fused or not."""
+    def _row_slices(self, kind: str, rows: Mapping[str, Tensor]) -> list[Slice]:
+        """Return slices of weights and biases of modules, fused or not, from the units of each part's rows."""
         slices = []
         paths = {name: getattr(self.family, name) for name in rows if name in self.parts}
         for path in dict.fromkeys(paths.values()):
             names = [name for name in paths if paths[name] == path]  # several if fused
             first_part = self.parts[names[0]]
-            units = torch.cat([rows[name][0] for name in names])
+            units = torch.cat([rows[name] for name in names])
             if first_part.rows is not None:  # in the order in which they are stored
                 stored_order = torch.cat([self.parts[name].rows for name in names]).argsort()
                 units = units[stored_order]
-            sizes: Counter[str] = Counter()
-            for name in names:
-                sizes += Counter(rows[name][1])
             row_dim = 1 if first_part.transposed else 0
-            slices.append(Slice(f"{path}.weight", row_dim, kind, units, dict(sizes)))
+            slices.append(Slice(f"{path}.weight", row_dim, kind, units))
             if self.module(path).bias is not None:
-                slices.append(Slice(f"{path}.bias", 0, kind, units, dict(sizes)))
+                slices.append(Slice(f"{path}.bias", 0, kind, units))
         return slices
 
-    def config_terms(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Convert a sum of sizes to a sum of values of the config."""
-        if self.family.found:
-            return dict(sizes)
-        # `Family.width` is the width of experts if the family has any. Dense layers between them have another key.
-        is_dense_layer = self.family.experts is not None and not self.has_experts
-        width = "intermediate_size" if is_dense_layer else self.family.width
-        keys = {"neurons": width, "heads": HEADS, "kv_groups": self.family.kv_heads or HEADS, "channels": HEADS}
-        terms: Counter[str] = Counter()
-        for name, factor in sizes.items():
-            terms[keys[name]] += factor * (self.head_dim if name == "channels" else 1)
-        return dict(terms)
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the block, by the names that `Family.attributes` uses."""
+        return {
+            "neurons": self.neurons,
+            "heads": self.heads,
+            "kv_groups": self.kv_groups,
+            "channels": self.channels,
+            "kv_channels": self.kv_groups * self.head_dim,
+        }
 
     @property
     def config_values(self) -> dict[str, int]:
-        """Sizes of the block by config key. Blocks of discovered types also have them by our own names."""
-        sizes = {"neurons": self.neurons, "heads": self.heads}
-        if self.family.found:
-            sizes |= {
-                "kv_groups": self.kv_groups,
-                "channels": self.channels,
-                "kv_channels": self.kv_groups * self.head_dim,
-            }
-            names_by_key = {self.family.width: "neurons", HEADS: "heads", self.family.kv_heads: "kv_groups"}
-            return sizes | {key: sizes[name] for key, name in names_by_key.items() if key and sizes[name]}
-        if self.family.kv_heads is not None:
-            sizes["kv_groups"] = self.kv_groups
-        return self.config_terms(sizes)
+        """Sizes of the block by config key, as far as it has them."""
+        family, sizes = self.family, self.sizes
+        # `Family.width` is the width of experts if the family has any. Dense layers between them have another key.
+        is_dense_layer = family.experts is not None and not self.has_experts
+        width = "intermediate_size" if is_dense_layer else family.width
+        names = {width: "neurons", HEADS: "heads", family.kv_heads: "kv_groups"}
+        return {key: sizes[name] for key, name in names.items() if key and sizes[name]}
 
     @property
-    def sizes(self) -> SimpleNamespace:
-        """`config_values` as attributes of an object, like those of a config."""
-        return SimpleNamespace(**self.config_values)
-
-    @property
-    def attributes(self) -> dict[str, dict[str, int]]:
-        """Attributes of stock modules that contain sizes: path -> {config key: n}, for the size n x value."""
-        return {path: self.config_terms({size: 1}) for path, size in self.family.attributes.items()}
+    def attributes(self) -> dict[str, int]:
+        """Attributes of stock modules that contain sizes: path -> value."""
+        return {path: self.sizes[name] for path, name in self.family.attributes.items()}
 
 
 def blocks_of(model: PreTrainedModel) -> list[Block]:
-    """Return the blocks of a supported model, in order."""
-    family = family_of(model)
+    """Return the blocks of a model, in order, by its record: one or more for each layer."""
+    record = record_of(model)
     config = model.config.get_text_config(decoder=True)
-    layers = decoder_layers(model)
-    # A discovered record has `kinds`: layers may differ, and each has a block for every FFN or attention that it has.
-    # By a record without `kinds`, which is built in or written by a user, every layer is one block.
-    if family.kinds:
-        blocks: list[Block] = []
-        for layer_index, layer in enumerate(layers):
-            blocks += _discovered_blocks(len(blocks), layer_index, layer, family, config)
-        return blocks
-    head_dim = _config_head_dim(config)
-    return [Block(index, index, layer, family, head_dim) for index, layer in enumerate(layers)]
+    blocks: list[Block] = []
+    for layer_index, layer in enumerate(decoder_layers(model)):
+        blocks += _blocks_of_layer(len(blocks), layer_index, layer, record, config)
+    return blocks
 
 
-def layer_values(blocks: Sequence[Block]) -> dict[str, int]:
-    """Return `Block.config_values` of a layer, merged over its blocks; the first block has precedence."""
+def _blocks_of_layer(
+    first_index: int, layer_index: int, layer: nn.Module, record: Family, config: PreTrainedConfig
+) -> list[Block]:
+    """Return the blocks of a layer, at least one.
+
+    Block number i has FFN number i and attention number i of the layer, among those that are pruned.
+    """
+    pruned_ffns, pruned_attentions = (
+        [kind for kind, stays in kinds_of(layer, kinds) if stays is None] for kinds in record.kinds
+    )
+    pairs = list(zip_longest(pruned_ffns, pruned_attentions, fillvalue={})) or [({}, {})]
+    blocks: list[Block] = []
+    for order, pair in reversed(list(enumerate(pairs))):  # the first block last, because it refers to the others
+        own_record = _record_of_block(record, pair)
+        other_blocks = tuple(blocks) if order == 0 else ()
+        head_dim = _head_dim(layer, own_record, config)
+        block = Block(first_index + order, layer_index, layer, own_record, head_dim, order, other_blocks)
+        blocks.insert(0, block)
+    return blocks
+
+
+def sizes_of_layer(blocks: Sequence[Block]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the sizes of a layer by our names and by config key, and `Block.attributes`, over its blocks.
+
+    The first block has precedence.
+    """
     values: dict[str, int] = {}
+    attributes: dict[str, int] = {}
     for block in reversed(blocks):
-        values |= block.config_values
-    return values
-
-
-def check_untied(model: PreTrainedModel) -> None:
-    """Raise UserError if two layers share a tensor that units are sliced from."""
-    owners: dict[int, str] = {}  # id of a parameter -> the first place where it is used
-    for block in blocks_of(model):
-        for slice_ in block.slices:
-            place = f"'{slice_.path}' of layer {block.layer_index}"
-            first_place = owners.setdefault(id(block.parameter(slice_)), place)
-            if first_place != place:
-                raise UserError(
-                    f"Model type '{model.config.model_type}' cannot be pruned: {place} and {first_place} are one "
-                    "tensor, so removing a unit of one layer would remove weights of the other."
-                )
+        values |= block.sizes | block.config_values
+        attributes |= block.attributes
+    return values, attributes
 
 
 def by_layer(blocks: Iterable[Block]) -> list[list[Block]]:
@@ -330,44 +304,21 @@ def by_layer(blocks: Iterable[Block]) -> list[list[Block]]:
     return [list(group) for _, group in groupby(blocks, key=lambda block: block.layer_index)]
 
 
-def _discovered_blocks(
-    first_index: int, layer_index: int, layer: nn.Module, family: Family, config: PreTrainedConfig
-) -> list[Block]:
-    """Return the blocks of a layer of a discovered type, at least one.
-
-    Block number i has FFN number i and attention number i of the layer, among those that are pruned.
-    """
-    ffn_kinds, attention_kinds = family.kinds
-    pruned_ffns = [kind for kind, stays in kinds_of(layer, ffn_kinds) if stays is None]
-    pruned_attentions = [kind for kind, stays in kinds_of(layer, attention_kinds) if stays is None]
-    pairs = list(zip_longest(pruned_ffns, pruned_attentions, fillvalue={}))
-    if not pairs:
-        return [Block(first_index, layer_index, layer, _record_of_block(family, ()), head_dim=1)]
-    blocks: list[Block] = []
-    for order, pair in reversed(list(enumerate(pairs))):  # the first block last, because it refers to the others
-        record = _record_of_block(family, pair)
-        other_blocks = tuple(blocks) if order == 0 else ()
-        head_dim = _head_dim(layer, record, config)
-        block = Block(first_index + order, layer_index, layer, record, head_dim, order, other_blocks)
-        blocks.insert(0, block)
-    return blocks
-
-
 def kinds_of(layer: nn.Module, kinds: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str | None]]:
     """Return the kinds of FFN or attention in a layer, each with the reason not to prune it, or None if it is pruned.
 
     The first of several kinds with the same output projection is used. The first kind of a layer is always pruned.
     """
-    kind_by_output: dict[str, Mapping[str, Any]] = {}
+    kind_by_output: dict[str | None, Mapping[str, Any]] = {}
     for kind in kinds:
         if _has_kind(layer, kind):
             kind_by_output.setdefault(output_of(kind), kind)
     return [(kind, kind.get("stays") if position else None) for position, kind in enumerate(kind_by_output.values())]
 
 
-def output_of(kind: Mapping[str, Any]) -> str:
-    """Return the path of the output projection or of the experts of a kind of FFN or attention."""
-    return kind.get("experts") or kind.get("down") or kind["output"]
+def output_of(kind: Mapping[str, Any]) -> str | None:
+    """Return the path of the output projection or of the experts of a kind; None if the record's fields have it."""
+    return kind.get("experts") or kind.get("down") or kind.get("output")
 
 
 @dataclass
@@ -384,11 +335,9 @@ def find_unpruned(model: PreTrainedModel) -> dict[str, Unpruned]:
 
     They are those next to a larger one of their layer, if the record says so, and refused FFNs.
     """
-    family = family_of(model)
+    family = record_of(model)
     config = model.config.get_text_config(decoder=True)
     by_output: dict[str, Unpruned] = {}
-    if not family.kinds:
-        return by_output
     sliced = {id(block.parameter(slice_)) for block in blocks_of(model) for slice_ in block.slices}
     for layer in decoder_layers(model):
         for scope, kinds in zip(PARTS, family.kinds, strict=True):
@@ -418,14 +367,14 @@ def _remaining_parameters(layer: nn.Module, kind: Mapping[str, Any], sliced: Con
     return sum(parameter.numel() for key, parameter in by_id.items() if key not in sliced)
 
 
-def _record_of_block(family: Family, kinds: Sequence[Mapping[str, Any]]) -> Family:
+def _record_of_block(record: Family, kinds: Sequence[Mapping[str, Any]]) -> Family:
     """Return the record of one block with these kinds, at most one FFN and one attention."""
-    fields: dict[str, Any] = dict.fromkeys(("gate", "up", "down", "query", "key", "value", "output"))
-    for kind in kinds:
-        fields |= {name: value for name, value in kind.items() if name != "classes"}
-    for name in ("layout", "attributes", "extras"):
-        fields[name] = {path: value for kind in kinds for path, value in kind.get(name, {}).items()}
-    return replace(family, kinds=(), **fields)
+    fields = {name: value for kind in kinds for name, value in kind.items() if name != "classes"}
+    for name in ("layout", "attributes", "extras"):  # both kinds may have them
+        fields[name] = dict(getattr(record, name))
+        for kind in kinds:
+            fields[name] |= kind.get(name, {})
+    return replace(record, kinds=(), **fields)
 
 
 def _head_dim(layer: nn.Module, record: Family, config: PreTrainedConfig) -> int:
@@ -444,7 +393,7 @@ def _config_head_dim(config: PreTrainedConfig) -> int:
 
 def _has_kind(layer: nn.Module, kind: Mapping[str, Any]) -> bool:
     """Return whether a layer has the modules of a kind of FFN or attention, with the same classes."""
-    return all(_class_at(layer, path) == name for path, name in kind["classes"].items())
+    return all(_class_at(layer, path) == name for path, name in kind.get("classes", {}).items())
 
 
 def _class_at(layer: nn.Module, path: str) -> str | None:
@@ -462,8 +411,3 @@ def _module_at(layer: nn.Module, path: str) -> nn.Module | None:
         return layer
     module, name = find_parent(layer, path)
     return getattr(module, name, None)
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers of a supported model."""
-    return attrgetter(family_of(model).layers)(decoder_of(model))

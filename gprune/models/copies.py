@@ -1,4 +1,4 @@
-"""Copies of a model: without hooks, without weights, or with each layer sharded over processes."""
+"""Models from a configuration and copies of models: without weights, without hooks, or sharded over processes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,48 @@ from collections import OrderedDict
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from gprune.models.blocks import decoder_layers
-from gprune.models.loading import skeleton
-from gprune.models.lookup import decoder_of
+from gprune.errors import quoting
+from gprune.models.families import Family, attach_record, decoder_layers, decoder_of, record_of
 from gprune.models.offload import load_parameter
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """Return the Auto class of a configuration: for causal language models, or else for images and text."""
+    has_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if has_images and not is_causal(config) else AutoModelForCausalLM
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Return whether AutoModelForCausalLM supports a configuration, natively or by remote code."""
+    has_remote_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return has_remote_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def skeleton(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, *, record: Family | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:  # fmt: skip
+    """Return a model without weights, on the meta device, with a record if it is known.
+
+    `model_class` overrides the class of the config.
+    """
+    with quoting("--model.name: Cannot build a model from its configuration: "), torch.device("meta"):
+        if model_class is not None:
+            model = model_class(config)
+        else:
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    if record is not None:
+        attach_record(model, record)
+    return model
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -21,7 +57,7 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
     An offloaded model was loaded from a folder, so its config determines its shapes.
     """
     if getattr(model, "hf_device_map", None) is not None:  # its modules refer to stored weights
-        return skeleton(copy.deepcopy(model.config), type(model))
+        return skeleton(copy.deepcopy(model.config), type(model), record=record_of(model))
     memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
@@ -100,3 +136,20 @@ def _copy_weights(module: nn.Module, source: nn.Module, device: torch.device) ->
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))
     for name, buffer in source.named_buffers(recurse=False):
         module._buffers[name] = buffer.to(device, copy=True)
+
+
+@torch.no_grad()
+def turn_off_rescaling(model: PreTrainedModel) -> None:
+    """Make a model compute with the weights of its files, in place. A no-op for types other than RWKV.
+
+    Against overflow in float16, the first evaluation of RWKV divides weights of layer i by 2^(i // rescale_every) in
+    place. Then weights depend on whether the model has run, and on the number of their layer, which sliced, saved or
+    removed layers do not keep. Logits do not change, except for the epsilon of norms.
+    """
+    for module in model.modules():
+        if getattr(module, "layers_are_rescaled", False):
+            was_training, module.training = module.training, True
+            module._rescale_layers()  # multiplies by powers of 2, which is exact
+            module.training = was_training
+    if hasattr(model.config, "rescale_every"):
+        model.config.rescale_every = 0

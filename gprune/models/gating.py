@@ -18,9 +18,30 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.experts import Watch, watch_experts
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
-from gprune.models.outputs import with_hidden
 
 Gates = Sequence[Tensor | None] | None  # one per block; None: no gate
+
+
+def hidden_in(out: Any) -> Tensor:
+    """Return the hidden states in the output of a module."""
+    return out if isinstance(out, Tensor) else hidden_in(out[0])
+
+
+def with_hidden(out: Any, hidden: Tensor) -> Any:
+    """Return the output of a module with other hidden states."""
+    return hidden if isinstance(out, Tensor) else type(out)([hidden, *out[1:]])
+
+
+@contextmanager
+def changed(module: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the hidden states h that a module returns by `change(h)` while the context lasts."""
+    handle = module.register_forward_hook(
+        lambda _module, _inputs, output: with_hidden(output, change(hidden_in(output)))
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""Find, check and load models, and compute fingerprints of their content."""
+"""Find, check, load and register models, copy their processors, and compute fingerprints of their content."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import shutil
 import weakref
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -29,20 +30,24 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
+from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
 from gprune.checks import memory_limits
 from gprune.console import quieted
 from gprune.errors import UserError, first_line, quoting
 from gprune.models import embedded as assets
 from gprune.models import modeling_pruned
-from gprune.models.families import FAMILIES, PRUNED
-from gprune.models.lookup import auto_class, family_of_config
-from gprune.models.names import check_model_name
+from gprune.models.copies import auto_class, turn_off_rescaling
+from gprune.models.families import FAMILIES, PRUNED, refuse_quantised
 from gprune.models.offload import StoredWeights, offload_folder
 from gprune.storage.files import as_bytes
 from gprune.storage.reading import expanded
 
 log = logging.getLogger("gprune")
+# Files of a processor, which prepares images and text. A processor has at least one of the first three.
+PROCESSOR_CONFIGS = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
+PROCESSOR_FILES = (*PROCESSOR_CONFIGS, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)  # others are saved with the tokenizer
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -124,11 +129,11 @@ def locate_model(name: str) -> str:
     if name in assets.EMBEDDED_MODELS:
         return str(assets.embedded_model_dir(name))
     path = expanded(name)
-    check_model_name(name)
+    assets.check_model_name(name)
     return str(path) if path.is_dir() else name
 
 
-def read_config(name: str, *, trust_remote_code: bool = False, prunable: bool = True) -> PreTrainedConfig:
+def read_config(name: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Read the configuration of a model."""
     location = locate_model(name)
     register()  # for records that were added after the import
@@ -139,20 +144,7 @@ def read_config(name: str, *, trust_remote_code: bool = False, prunable: bool = 
             dense_type = model_type.removeprefix(PRUNED)
             if dense_type in CONFIG_MAPPING:
                 register_type(dense_type)
-        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
-        if prunable:
-            family_of_config(config)
-    return config
-
-
-def skeleton(
-    config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Return a model without weights, on the meta device. `model_class` overrides the class of the config."""
-    with quoting("--model.name: Cannot build a model from its configuration: "), torch.device("meta"):
-        if model_class is not None:
-            return model_class(config)
-        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -174,14 +166,16 @@ def load_weights(
     device_map: str | None = None,
     max_memory: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
-    prunable: bool = True,
 ) -> PreTrainedModel:
     """Load a frozen causal language model from a folder or the hub, in eval mode.
+
+    Its structure is not known yet: `gprune.discovery.family_of(model)` finds it.
 
     Offloaded weights are read from the files of the model. If weights need conversion, converted files are written to
     the cache, and removed with the model.
     """
-    config = read_config(str(location), trust_remote_code=trust_remote_code, prunable=prunable)
+    config = read_config(str(location), trust_remote_code=trust_remote_code)
+    refuse_quantised(config)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     with ExitStack() as cleanup:
         if device_map is not None:
@@ -198,23 +192,6 @@ def load_weights(
         # Loading has succeeded, so the offload folder is removed with the model, and not at the end of this block.
         weakref.finalize(model, cleanup.pop_all().close)
     return model.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def turn_off_rescaling(model: PreTrainedModel) -> None:
-    """Make a model compute with the weights of its files, in place. A no-op for types other than RWKV.
-
-    Against overflow in float16, the first evaluation of RWKV divides weights of layer i by 2^(i // rescale_every) in
-    place. Then weights depend on whether the model has run, and on the number of their layer, which sliced, saved or
-    removed layers do not keep. Logits do not change, except for the epsilon of norms.
-    """
-    for module in model.modules():
-        if getattr(module, "layers_are_rescaled", False):
-            was_training, module.training = module.training, True
-            module._rescale_layers()  # multiplies by powers of 2, which is exact
-            module.training = was_training
-    if hasattr(model.config, "rescale_every"):
-        model.config.rescale_every = 0
 
 
 def has_usable_generation_config(location: str | Path) -> bool:
@@ -264,6 +241,34 @@ def check_complete(report: Mapping[str, Collection[str]], location: str | Path) 
             "'%s' has %d weights that do not belong to the model of its config.json, such as %s. They are ignored."
         )
         log.warning(warning, location, len(unknown), unknown[0])
+
+
+def has_processor(folder: Path) -> bool:
+    """Return whether a model folder has the files of a processor."""
+    return any((folder / name).is_file() for name in PROCESSOR_CONFIGS)
+
+
+def copy_processor(location: str, model: PreTrainedModel, folder: Path) -> None:
+    """Copy the files of the dense model's processor without changes, if the model takes images.
+
+    The processor is not loaded, because some processors need packages that pruning does not need. Files on the hub are
+    read from its cache, or downloaded. If none is found there, a warning is logged.
+    """
+    if not location or "image" not in model.input_modalities:
+        return
+    for name in PROCESSOR_FILES:
+        try:
+            file = cached_file(location, name)
+        except OSError:  # the file does not exist, or the hub cannot be reached
+            continue
+        shutil.copyfile(file, folder / name)
+    if not has_processor(folder) and not Path(location).is_dir():
+        log.warning(
+            "The processor of '%s' is not saved with the model, because none of its files was found: %s. AutoProcessor "
+            "needs one of them. Copy it into the model's folder.",
+            location,
+            ", ".join(PROCESSOR_CONFIGS),
+        )
 
 
 register()  # so that exports load after importing this module

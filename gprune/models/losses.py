@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from gprune.models.lookup import decoder_of, family_of
+from gprune.models.families import decoder_of, record_of
 from gprune.models.offload import load_parameter
 
 CHUNK = 256  # tokens per matrix product
@@ -35,7 +35,7 @@ class LogitTransform:
     @classmethod
     def of(cls, model: PreTrainedModel) -> LogitTransform:
         """Return the transform of a model, by the config keys in its family's record."""
-        family = family_of(model)
+        family = record_of(model)
         config = model.config.get_text_config(decoder=True)
         scaling = 1.0
         if family.logits_scaling:
@@ -56,6 +56,15 @@ class LogitTransform:
             error.mul_(1 - (logits.float() / self.softcap).square())
         if self.scaling != 1:
             error.div_(self.scaling)
+
+
+def why_not_measurable(model: PreTrainedModel) -> str | None:
+    """Return why the perplexity of a model cannot be measured, such as "its config has no hidden_size", or None."""
+    if not record_of(model).plain_head:
+        return "its logits are not the product of hidden states and head"
+    config = model.config.get_text_config(decoder=True)
+    missing = [key for key in ("hidden_size", "vocab_size", "num_hidden_layers") if not hasattr(config, key)]
+    return f"its config has no {missing[0]}" if missing else None
 
 
 def same_head(model: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -178,7 +187,7 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 def head_input(model: PreTrainedModel, decoded: BaseModelOutput) -> Tensor:
     """Return the hidden states that are multiplied by the head, (B, T, H), from the output of the decoder."""
-    path = family_of(model).before_head
+    path = record_of(model).before_head
     hidden = decoded.last_hidden_state
     return hidden if path is None else model.get_submodule(path)(hidden)
 

@@ -5,20 +5,21 @@ This file needs only transformers, and supports every family. gprune copies it i
 `LlamaForCausalLM` of transformers, constructed from its config and then sliced to the sizes of each layer. Classes
 exist for all other names too. All computations are those of transformers. Additional keys in config.json:
 
-per_layer_config  values of layers that differ from the global ones: widths, numbers of heads, and `added_biases`, the
-                  projections to which recovery has added a bias; with `own` below, the dense model's own table or none
-pruned_layout     `layers`: path of the layers in the decoder
-                  `sizes`: parameter of a layer -> [dim, {config key: n}]; its size along dim is the sum of n x value
-                  `attributes`: attribute with a size in stock modules -> {config key: n}, the same sum
-                  `own`: for discovered types, instead of `sizes` and `attributes`: number of a layer -> its `sizes`
-                  (parameter -> [dim, size]), `attributes` (path -> value), `values` (config key -> value) and
-                  `added_biases`
+pruned_layout     `layers`: path of the layers in the model
+                  `own`: number of a layer -> its `sizes` (parameter -> [dim, size]), `attributes` with sizes in stock
+                  modules (path -> value), `values` (config key -> value) and `added_biases`, the projections to which
+                  recovery has added a bias
+per_layer_config  for types with a record of gprune, the values of layers that differ from the global ones, for readers
+                  of config.json; for other types the dense model's own table, or none
+added_biases      an empty list; only beside a table of ours
+
+Folders of earlier versions have no `own` for types with a record. Their `layers` is a path in the decoder, and `sizes`
+(parameter -> [dim, {config key: n}]) and `attributes` (path -> {config key: n}) are sums of n x value of the table.
 """
 
 import copy
 from operator import attrgetter
 
-import torch
 import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
@@ -85,9 +86,8 @@ class PrunedModel:
 
     def __init__(self, config):
         """Construct the dense model of a pruned config, and slice its layers."""
-        layout = config.pruned_layout
         dense_config = copy.copy(config)
-        if "own" not in layout:  # otherwise the table is one of the dense model, such as Gemma 4's head sizes
+        if "added_biases" in config.__dict__:  # otherwise the table is the dense model's, such as Gemma 4's head sizes
             for attribute in ("_heterogeneity_spec", "per_layer_config"):  # the table in new and old transformers
                 dense_config.__dict__.pop(attribute, None)
         super().__init__(dense_config)
@@ -100,17 +100,9 @@ class PrunedModel:
         for module in self.modules():
             if getattr(module, "config", None) is dense_config and "RotaryEmbedding" not in type(module).__name__:
                 module.config = config
-        path = layout["layers"]
-        if "own" in layout:
-            text_config = config.get_text_config(decoder=True)
-            for index, layer in enumerate(attrgetter(path)(self)):
-                slice_to_sizes(layer, text_config, layout["own"][str(index)])
-        else:
-            decoder = self.get_decoder()
-            if not hasattr(decoder, path):  # transformers before 5
-                decoder = self.base_model
-            for layer, layer_config in zip(getattr(decoder, path), layer_configs(config), strict=True):
-                slice_to_config(layer, config, layer_config)
+        text_config = config.get_text_config(decoder=True)
+        for layer, own in zip(layers_of(self, config), sizes_by_layer(config), strict=True):
+            slice_to_sizes(layer, text_config, own)
         if not experts_aligned(self):
             config._experts_implementation = "eager"
 
@@ -164,38 +156,45 @@ def layer_configs(config):
     return configs
 
 
-def slice_to_config(layer, config, layer_config):
-    """Slice a dense layer in place to the sizes in its own config, and add biases that recovery has added.
+def layers_of(model, config):
+    """Return the layers of a model, which may be a decoder without a head."""
+    path = config.pruned_layout["layers"]
+    if "own" in config.pruned_layout:
+        is_decoder = not hasattr(model, model.base_model_prefix)
+        return attrgetter(path.removeprefix(f"{model.base_model_prefix}.") if is_decoder else path)(model)
+    decoder = model.get_decoder()
+    return getattr(decoder if hasattr(decoder, path) else model.base_model, path)  # the latter before transformers 5
 
-    `config` is that of the model, whose `pruned_layout` relates config keys to sizes of parameters.
-    """
+
+def sizes_by_layer(config):
+    """Return `own` of each layer. That of folders of earlier versions is computed from their table."""
     layout = config.pruned_layout
-    for path, (dim, terms) in layout["sizes"].items():
-        module, name = find_parent(layer, path)
-        # Some layers lack parameters, such as dense layers between layers with experts.
-        if getattr(module, name, None) is not None:
-            narrow_parameter(module, name, dim, weighted_sum(terms, layer_config))
-    for path in layer_config.added_biases:
-        linear = attrgetter(path)(layer)
-        linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
+    if "own" in layout:
+        return [layout["own"][str(index)] for index in range(len(layout["own"]))]
     keys = {key for _, terms in layout["sizes"].values() for key in terms}
-    values = {key: getattr(layer_config, key, None) for key in keys}
-    set_layer_sizes(layer, config, values, layout["attributes"])
+    return [
+        {
+            "sizes": {path: (dim, weighted_sum(terms, own)) for path, (dim, terms) in layout["sizes"].items()},
+            "attributes": {path: weighted_sum(terms, own) for path, terms in layout["attributes"].items()},
+            "values": {key: getattr(own, key, None) for key in keys},
+            "added_biases": own.added_biases,
+        }
+        for own in layer_configs(config)
+    ]
 
 
 def slice_to_sizes(layer, config, own):
     """Slice a dense layer in place to explicit sizes, `own` of its layout, and add biases that recovery has added."""
     for path, (dim, length) in own["sizes"].items():
         module, name = find_parent(layer, path)
-        narrow_parameter(module, name, dim, length)
+        # Some layers lack parameters, such as dense layers between layers with experts.
+        if getattr(module, name, None) is not None:
+            narrow_parameter(module, name, dim, length)
     for path in own["added_biases"]:
         linear = attrgetter(path)(layer)
         rows = linear.weight.shape[1 if isinstance(linear, Conv1D) else 0]
         linear.bias = nn.Parameter(linear.weight.new_zeros(rows))
-    for path, value in own["attributes"].items():
-        module, name = find_parent(layer, path)
-        setattr(module, name, value)
-    set_layer_sizes(layer, config, own["values"], {})
+    set_layer_sizes(layer, config, own["values"], own["attributes"])
 
 
 def narrow_parameter(module, name, dim, length):
@@ -229,12 +228,12 @@ def update_linear_sizes(module):
 
 
 def set_layer_sizes(layer, config, values, attributes):
-    """Set the sizes of a layer in attributes of its modules, and in their config."""
-    layer_config = LayerConfig(config, values)
-    for path, terms in attributes.items():
+    """Set the sizes of a layer in attributes of its modules (path -> value), and in their config (key -> value)."""
+    for path, value in attributes.items():
         module, name = find_parent(layer, path)
         if hasattr(module, name):
-            setattr(module, name, weighted_sum(terms, layer_config))
+            setattr(module, name, value)
+    layer_config = LayerConfig(config, values)
     for module in layer.modules():
         module_config = getattr(module, "config", None)
         if module_config is config or isinstance(module_config, LayerConfig):

@@ -217,3 +217,9 @@ def _expert_parts(experts: nn.Module, family: Family) -> dict[str, ExpertPart]:
         if not tensor.endswith("bias"):
             parts |= {name: ExpertPart(experts, name, tensor, dim, layout) for name in names_in(layout)}
     return parts
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm with one weight per channel."""
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1

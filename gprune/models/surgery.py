@@ -14,9 +14,11 @@ whose masks keep nothing is removed from the decoder with its norms.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import OffloadedWeightsLoader
@@ -27,14 +29,19 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from gprune.errors import UserError
-from gprune.models.blocks import Block, Slice, blocks_of, by_layer, decoder_layers, layer_values
-from gprune.models.copies import copy_without_hooks
-from gprune.models.loading import skeleton, turn_off_rescaling
-from gprune.models.lookup import decoder_of, family_of, refuse_quantised, remember
+from gprune.models.blocks import Block, Slice, blocks_of, by_layer, sizes_of_layer
+from gprune.models.copies import copy_without_hooks, skeleton, turn_off_rescaling
+from gprune.models.families import decoder_layers, decoder_of, record_of, refuse_quantised
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, find_parent, set_layer_sizes, update_linear_sizes
 from gprune.models.offload import StoredWeights, attach_all_weights, attach_weights, load_parameter
-from gprune.models.tiny import lists_of_layer_numbers, per_layer_lists
+
+# Patterns of names of fields of a configuration: with layer numbers, and with one value per layer.
+LAYER_NUMBERS = re.compile(r"(mlp_only|dense|moe|full_attn|attn).*(idxs|indices|layers)|hybrid_layer_ids")
+PER_LAYER = re.compile(
+    r".*layers?.*|.*types|.*windows?|.*pattern|.*sparsity.*|.*widths?|.*(intermediate|heads).*"
+    r"|.*experts?.*|.*top_?k"  # of Hunyuan, whose config has a list of numbers of experts, and of experts per token
+)
 
 
 @torch.no_grad()
@@ -85,7 +92,7 @@ def prune_to_files(
 ) -> PreTrainedModel:
     """Prune an offloaded model layer by layer, with one layer in memory, and write each layer to a file."""
     check_masks(model, masks)
-    pruned = skeleton(copy.deepcopy(model.config), type(model)).eval().requires_grad_(False)
+    pruned = skeleton(copy.deepcopy(model.config), type(model), record=record_of(model)).eval().requires_grad_(False)
     for name, parameter in pruned.named_parameters():
         parameter.data = parameter.data.to(model.get_parameter(name).dtype)
     pruned.generation_config = model.generation_config
@@ -142,10 +149,9 @@ def _renumbered(model: PreTrainedModel, layer_is_kept: list[bool]) -> PreTrained
             f"Masks of model type '{model.config.model_type}' must keep a layer with attention, because generation "
             f"counts tokens by its cache; got masks that remove all of them: {layers}."
         )
-    model_before = skeleton(copy.deepcopy(model.config), type(model))
-    model_after = skeleton(config, type(model))
-    for model_without_weights in (model_before, model_after):  # avoids another discovery for another number of layers
-        remember(model_without_weights, family_of(model))
+    record = record_of(model)
+    model_before = skeleton(copy.deepcopy(model.config), type(model), record=record)
+    model_after = skeleton(config, type(model), record=record)
     _check_numbering(model_before, model_after, kept)
     return model_after
 
@@ -168,7 +174,7 @@ def _drop_layers(model: PreTrainedModel, layer_is_kept: list[bool], renumbered: 
     kept = [index for index, is_kept in enumerate(layer_is_kept) if is_kept]
     layers = decoder_layers(model)
     remaining = nn.ModuleList(layers[index] for index in kept)
-    holder, name = find_parent(decoder_of(model), family_of(model).layers)
+    holder, name = find_parent(decoder_of(model), record_of(model).layers)
     setattr(holder, name, remaining)
     _drop_layers_from_config(model.config, kept, len(layer_is_kept))
     for index, (layer, new_layer) in enumerate(zip(remaining, decoder_layers(renumbered), strict=True)):
@@ -203,6 +209,32 @@ def _drop_layers_from_config(config: PreTrainedConfig, kept: list[int], depth: i
     if layout and "own" in layout:  # sizes of layers of a discovered type
         own = {str(new): layout["own"][str(old)] for new, old in enumerate(kept)}
         config.pruned_layout = {**layout, "own": own}
+
+
+def per_layer_lists(content: Mapping[str, Any], depth: int) -> dict[str, list[Any]]:
+    """Return the fields of a configuration with one value for each of its `depth` layers, such as `layer_types`.
+
+    A list of all layer numbers, such as the `moe_layers` of a model whose layers all have experts, is not one of them.
+    """
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(value, (list, tuple)) and len(value) == depth and PER_LAYER.fullmatch(name)
+        and not (LAYER_NUMBERS.fullmatch(name) and list(value) == list(range(depth)))
+    }  # fmt: skip
+
+
+def lists_of_layer_numbers(content: Mapping[str, Any], per_layer: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the fields of a configuration with layer numbers, such as those of layers with attention.
+
+    `per_layer` is the result of `per_layer_lists`, whose fields are excluded.
+    """
+    return {
+        name: value
+        for name, value in content.items()
+        if name not in per_layer and LAYER_NUMBERS.fullmatch(name) and isinstance(value, list)
+        and all(isinstance(number, int) for number in value)
+    }  # fmt: skip
 
 
 def _check_numbering(before: PreTrainedModel, after: PreTrainedModel, kept: list[int]) -> None:
@@ -306,9 +338,7 @@ def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks
             setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
             update_linear_sizes(module)
     sliced_blocks = [replace(block) for block in blocks]  # without the cached properties of the dense blocks
-    values = layer_values(sliced_blocks)
-    for block in reversed(sliced_blocks):  # the first block has precedence
-        set_layer_sizes(block.layer, config, values | block.config_values, block.attributes)
+    set_layer_sizes(blocks[0].layer, config, *sizes_of_layer(sliced_blocks))
 
 
 def _slice_parameter(block: Block, slice_: Slice, masks: Masks, weight: Tensor) -> Tensor:

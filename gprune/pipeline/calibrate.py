@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gprune.calibration.layerwise import check_walk, needs_walk
-from gprune.calibration.statistics import CorpusStatistics, StoredGram, kind_of
-from gprune.calibration.statistics_cache import StatisticsCache
+from gprune.calibration.statistics import CorpusStatistics, StatisticsCache, StoredGram, kind_of
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.errors import UserError
 from gprune.models.blocks import Block

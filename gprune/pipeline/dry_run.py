@@ -2,57 +2,38 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import torch
 from transformers import AutoTokenizer
 
-from gprune.benchmarks.speed import price_from_table
-from gprune.config import RunConfig
 from gprune.corpora import is_local
+from gprune.features import attribute
 from gprune.models.blocks import PARTS, blocks_of
 from gprune.models.loading import locate_model
-from gprune.pipeline.cost import (
-    active_experts,
-    calibration_tokens,
-    development_tokens,
-    evaluated_models,
-    evaluated_tokens,
-    forward_equivalents,
-)
 from gprune.pipeline.inputs import prepare_text
-from gprune.pipeline.memory import memory_lines
-from gprune.pipeline.plan import Plan, describe_unpruned
-from gprune.sparsity.allocation import ALLOCATION
+from gprune.pipeline.memory import active_experts, memory_lines
+from gprune.pipeline.plan import Plan, describe_unpruned, forward_equivalents
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
 
 
 def describe(plan: Plan) -> str:
     """Return the text of `--dry_run`: one line per property of a plan. Properties without a text are left out."""
-    cfg, budget = plan.cfg, plan.budget
-    removed_at_most = plan.removed
-    if cfg.trials:  # the sparsity is not known yet, so costs are upper bounds, as if almost nothing were removed
-        plan = replace(plan, budget=budget.removing(budget.step))
-    parameters, in_scope = plan.skeleton.num_parameters(), budget.costs.in_parameters.total
-    dtype = plan.pricing.exported_dtype
-    remaining = parameters - plan.removed
+    cfg, costs = plan.cfg, plan.budget.costs
+    parameters, dtype = plan.skeleton.num_parameters(), plan.pricing.exported_dtype
     lines = {
-        "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.costs.by_layer)} blocks",
-        "scope": f"{cfg.sparsity.scope}: {in_scope:,} parameters in units",
+        "model": f"{cfg.model.name}: {parameters:,} parameters, {len(costs.by_layer)} blocks",
+        "scope": f"{cfg.sparsity.scope}: {costs.in_parameters.total:,} parameters in units",
     }
-    if "blocks" in cfg.sparsity.scope:
-        lines["blocks"] = f"{len(budget.costs.removed_layers)} are removed as a whole"
-    if cfg.trials:
-        target = f"the run finds the sparsity that keeps {cfg.sparsity.target}"
-        lines["removes"] = f"at most {removed_at_most:,} parameters: {target}"
-        lines["quality"] = describe_search(cfg)
+    for feature in plan.features:
+        lines |= attribute(feature, "lines")(plan)
+    if cfg.trials:  # the sparsity is not known yet, so costs are upper bounds, as if almost nothing were removed
+        plan = replace(plan, budget=plan.budget.removing(plan.budget.step))
+        lines.pop("speed", None)
     else:
-        shares = f"{plan.removed / in_scope:.1%} of the scope, {plan.removed / parameters:.1%} of the model"
-        lines["removes"] = f"{plan.removed:,} parameters: {shares}"
-        lines["speed"] = describe_speed(plan)
-        lines["widths"] = describe_widths(cfg, budget)
+        lines.setdefault("widths", describe_widths(plan.budget))
+    remaining = parameters - plan.removed
     size = f"{remaining * getattr(torch, dtype).itemsize / 1e6:,.1f} MB in {dtype}"
     lines |= {
         "stays": describe_unpruned(plan),
@@ -67,14 +48,6 @@ def describe(plan: Plan) -> str:
         "results": cfg.folder,
     }
     return "\n".join(f"{name:16} {line}" for name, line in lines.items() if line)
-
-
-def describe_search(cfg: RunConfig) -> str:
-    """Describe how many models are tried to find the sparsity, and on how much text."""
-    models = " and ".join(f"{number} models after {recovery}" for recovery, number in Counter(cfg.trials).items())
-    corpora = ", ".join(cfg.development_corpora)
-    text = f"{development_tokens(cfg):,} tokens of development text ({corpora})"
-    return f"at most {models}, usually less than half, or more if none keeps the quality, each on {text}"
 
 
 def describe_text(plan: Plan) -> str:
@@ -96,19 +69,8 @@ def describe_text(plan: Plan) -> str:
     return f"{counted}; not counted, because they are not on this machine: {', '.join(to_download)}"
 
 
-def describe_speed(plan: Plan) -> str:
-    """Describe the speed at uniform sparsity, which is predicted from the latency table, if there is one."""
-    if not plan.pricing.device_available or plan.pricing.speed is None:
-        return "not measured; --sparsity.target 1.2x measures it"
-    price = price_from_table(plan.pricing.speed, blocks_of(plan.skeleton))
-    saved_time = replace(plan.budget.costs, price=price).removed(uniform_masks(plan.budget))
-    return f"{price.model / (price.model - saved_time):.2f}x of dense by the table ({plan.cfg.speed})"
-
-
-def describe_widths(cfg: RunConfig, budget: Budget) -> str:
+def describe_widths(budget: Budget) -> str:
     """Describe how many neurons and KV groups blocks keep if every module has the same sparsity."""
-    if ALLOCATION[cfg.base_allocation].whole_blocks:
-        return "whole blocks are removed, and part of one"
     masks = uniform_masks(budget.rest)
     kept_neurons = [int(mask.sum()) for mask in masks.ffn]
     kept_groups = [int(mask.sum()) for mask in masks.attention]
@@ -149,10 +111,10 @@ def estimated_flops(plan: Plan) -> float:
     tokens = forward_equivalents(plan.forward_tokens, plan.forward_backward_tokens)
     total = tokens * (per_token + cfg.corpora.seq_len * per_attended_token)
     if cfg.evaluation.seq_len > cfg.corpora.seq_len:  # windows of evaluation are longer
-        evaluated = sum(evaluated_models(cfg, config.hidden_size)) * evaluated_tokens(cfg)
+        evaluated = sum(plan.evaluated_models) * cfg.evaluated_tokens
         total += evaluated * (cfg.evaluation.seq_len - cfg.corpora.seq_len) * per_attended_token
     if "gram" in cfg.collects:
-        total += calibration_tokens(cfg) * grams_per_token
+        total += plan.calibration_tokens * grams_per_token
     return total
 
 

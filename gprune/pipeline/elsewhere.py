@@ -18,26 +18,24 @@ from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.config.elsewhere import default_run_name, with_made_elsewhere, without_pruning
 from gprune.corpora.windows import Windows
+from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError, optional_output, quoting
-from gprune.evaluation.distance import perplexity_from_logits
-from gprune.evaluation.perplexity import PerplexityResult
+from gprune.evaluation.perplexity import PerplexityResult, perplexity_from_logits
 from gprune.export.hf import to_portable
 from gprune.models.elsewhere import SUBJECT, check_elsewhere, load_elsewhere
 from gprune.models.loading import fingerprint, locate_model
-from gprune.models.losses import same_head
+from gprune.models.losses import same_head, why_not_measurable
 from gprune.models.masks import Masks
-from gprune.models.structure import check_structure, why_not_measurable
-from gprune.pipeline.cost import compared_tokens, evaluated_tokens, recovery_tokens
 from gprune.pipeline.evaluate import add_row, dense_perplexity, leaks, measure_perplexity
 from gprune.pipeline.inputs import Text, load_dense, window_cutter
 from gprune.pipeline.plan import Plan, check
 from gprune.pipeline.pricing import device_memory
-from gprune.pipeline.recover import fit_once, tuned
+from gprune.pipeline.recover import fit_once, tune
 from gprune.pipeline.run import Run, in_folder, user_loggers
 from gprune.pipeline.save import export_and_reload, is_exported
 from gprune.pipeline.summary import summarise, write_pages
-from gprune.recoveries import Material
-from gprune.report.records import result_table
+from gprune.recoveries import Material, recoveries_of
+from gprune.report.tables import result_table
 from gprune.runs.numbers import DENSE
 from gprune.runs.results import PruningResult
 from gprune.runs.trainer import matmul_precision
@@ -125,9 +123,9 @@ class MeasurementPlan(Plan):
     def tokens(self) -> dict[int, tuple[int, int]]:
         """Largest numbers of tokens (forward, forward and backward) by step: 9 recovers, 10 evaluates."""
         cfg = self.cfg
-        forward, trained = recovery_tokens(cfg, cfg.recovery)
-        of_row = 2 * evaluated_tokens(cfg)  # by the model, and by the dense model for KL
-        return {9: (forward + compared_tokens(cfg), trained), 10: (of_row // 2 + of_row * len(cfg.stages), 0)}
+        forward, trained = self.recovery_tokens(cfg.recovery, counts_teacher=True)
+        of_row = 2 * cfg.evaluated_tokens  # by the model, and by the dense model for KL
+        return {9: (forward + cfg.evaluation.compared_tokens, trained), 10: (of_row // 2 + of_row * len(cfg.stages), 0)}
 
 
 def check_models(name: str, cfg: RunConfig, callbacks: UserCallbacks | None = None) -> MeasurementPlan:
@@ -144,14 +142,9 @@ def check_models(name: str, cfg: RunConfig, callbacks: UserCallbacks | None = No
         reason = f"it and the dense model need {needed / GIB:,.2f} GiB in {cfg.model.dtype}, of {memory / GIB:,.2f}"
         raise UserError(f"{SUBJECT}: Cannot load '{name}' into memory: {reason}. Try --model.dtype bfloat16.")
     positions = getattr(other.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
-    table_sizes = [module.num_embeddings for module in other.modules() if isinstance(module, torch.nn.Embedding)]
-    # Tables of position embeddings may have a few rows more than positions; OPT's table has two more.
-    has_learned_positions = any(positions <= size <= positions + 8 for size in table_sizes)
-    if has_learned_positions and cfg.evaluation.seq_len > positions:
-        raise UserError(
-            f"--evaluation.seq_len must be {positions} or less, the number of learned positions of '{name}'; got "
-            f"{cfg.evaluation.seq_len}."
-        )
+    if cfg.evaluation.seq_len > positions:
+        must = f"must be at most {positions}, the number of positions of '{name}'"
+        raise UserError(f"--evaluation.seq_len {must}; got {cfg.evaluation.seq_len}.")
     if cfg.recovery == "distill":
         check_structure(other)
         if (why := why_not_measurable(other)) is not None:
@@ -193,9 +186,11 @@ def _measure(
     dtype, trust = getattr(torch, cfg.model.dtype), cfg.model.trust_remote_code
     other, other_tokenizer = load_elsewhere(name, dtype=dtype, trust_remote_code=trust)
     other = other.to(plan.device)
-    if recovery == "distill" and not same_head(other, dense_model):
-        reason = f"its output embedding differs from that of '{cfg.model.name}'"
-        raise UserError(f"{SUBJECT}: Cannot distil '{name}': {reason}.")
+    if recovery == "distill":
+        family_of(other)
+        if not same_head(other, dense_model):
+            reason = f"its output embedding differs from that of '{cfg.model.name}'"
+            raise UserError(f"{SUBJECT}: Cannot distil '{name}': {reason}.")
     text = _text(cfg, dense_model, tokenizer)
     test = _tokenized_for(name, other, other_tokenizer, tokenizer, cfg, text.test)
     settings = with_made_elsewhere(cfg.settings(), name)
@@ -205,7 +200,7 @@ def _measure(
         cfg.run.name = default_run_name(settings)
     with in_folder(
         plan, dense_model, tokenizer, text, settings, user_callbacks, user_loggers(cfg, logger),
-        asked_precision=asked_precision, made_elsewhere=name,
+        asked_precision=asked_precision,
     ) as run:  # fmt: skip
         records = list(run.folder.metrics.get("records", []))
         if cfg.evaluates_early:
@@ -308,11 +303,9 @@ def _perplexity_and_distance(run: Run, model: PreTrainedModel, windows: Windows,
 def _distilled(run: Run, model: PreTrainedModel) -> PreTrainedModel:
     """Return a model after distillation from the dense model; the model is changed in place."""
     cfg = run.cfg
-    material = Material(
-        run.model, Masks([], []), batch_size=cfg.corpora.batch_size, count=run.meter.add, fresh=run.text.fresh,
-        settings=cfg.recovery_settings, fit=fit_once(run, "recovery/distill", ("model", "distill")),
-    )  # fmt: skip
-    return tuned(run, "distill", material, model)
+    material = Material(run.model, Masks([], []), fit=fit_once(run, "recovery/distill", ("model", "distill")))
+    recoveries = recoveries_of("distill", cfg.recovery_settings)
+    return tune(recoveries, material, model, meter=run.meter, seed=cfg.run.seed)
 
 
 def _export(run: Run, model: PreTrainedModel) -> None:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
-from gprune.evaluation.leakage import SEEN_ABOVE, leaked_share_of_windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, rank_and_world_size
 from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.losses import same_head
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
-from gprune.pipeline.cost import evaluated_tokens, fits_cache
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_of
-from gprune.report.records import result_table
+from gprune.report.tables import result_table
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import DENSE, Stage, row_name
 from gprune.runs.results import STAGES
@@ -34,6 +34,7 @@ from gprune.storage.files import key_of, read_json, write_json
 
 log = logging.getLogger("gprune")
 LEARNING_SETTINGS = ("learn", "loss", "epochs", "centred", "learner")  # of `--sparsity`, in records of learned masks
+SEEN_ABOVE = 0.01  # leaked share above which a corpus counts as seen
 
 
 def evaluate(
@@ -154,8 +155,7 @@ def measure_and_keep_forecasts(run: Run, model: PreTrainedModel, windows: Window
     If all forecasts are kept, their tokens are counted as the one pass of the dense row, even if its perplexity was
     cached or a later session repeats the pass.
     """
-    hidden_size = run.model.config.get_text_config(decoder=True).hidden_size
-    keeps_all = fits_cache(run.cfg, evaluated_tokens(run.cfg), hidden_size)
+    keeps_all = run.plan.can_cache(run.cfg.evaluated_tokens)
     if not keeps_all:
         run.forecasts.clear()
     forecasts = run.forecasts.setdefault(windows.content_hash, [])  # filled by `perplexity`
@@ -237,3 +237,39 @@ def _pruning_settings(cfg: RunConfig, stage: str) -> dict[str, Any]:
         settings["learn"] = {name: value for name, value in sparsity_settings.items() if name in LEARNING_SETTINGS}
         settings["learn_samples"] = cfg.corpora.learn_samples or cfg.corpora.num_samples
     return settings
+
+
+def leaked_share(evaluated: Sequence[str], used: Sequence[str], n: int = 13) -> float:
+    """Return the share of the n-grams in `evaluated` (each occurrence counts) that occur anywhere in `used`, in [0, 1].
+
+    Words are lower-cased runs of letters and digits of any script; n-grams of `n` words do not cross documents. Scripts
+    without spaces have few "words", so the check is weak for them. Without any n-gram the share is 0.
+    """
+    counts = Counter(gram for text in evaluated for gram in _ngrams(text, n))
+    total = counts.total()
+    # Only n-grams of the evaluated text, which is smaller, stay in memory; the used text is streamed.
+    # An n-gram is removed when it is found, so that its occurrences are added once.
+    leaked = sum(counts.pop(gram, 0) for text in used for gram in _ngrams(text, n))
+    return leaked / total if total else 0.0
+
+
+def leaked_share_of_windows(
+    evaluated: Sequence[Windows], used: Sequence[Windows], tokenizer: PreTrainedTokenizerBase
+) -> float:
+    """Compute `leaked_share` of decoded windows. Their n-grams may cross documents."""
+
+    def decode(corpora: Sequence[Windows]) -> list[str]:
+        """Return the text of each window, without a BOS token."""
+        texts = []
+        for windows in corpora:
+            first_token = 1 if windows.bos else 0
+            texts += tokenizer.batch_decode(windows.tokens[:, first_token:].tolist())
+        return texts
+
+    return leaked_share(decode(evaluated), decode(used))
+
+
+def _ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
+    """Yield the n-grams of words in a text. Words are lower-cased runs of letters and digits of any script."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    return zip(*(words[i:] for i in range(n)), strict=False)

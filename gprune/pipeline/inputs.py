@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gprune.config import RunConfig
 from gprune.corpora.load import load_corpus, read_corpus
 from gprune.corpora.windows import Sample, Windows, check_tokens, leading_token, make_windows
+from gprune.discovery import family_of
 from gprune.errors import UserError
-from gprune.export.gguf_tokenizer import tokenizer_keys
+from gprune.export.gguf_writer import tokenizer_keys
 from gprune.models.loading import load_model
 from gprune.models.offload import is_offloaded
 from gprune.recoveries import recovery_of
@@ -32,7 +33,7 @@ def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
 
 
 def load_dense(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the frozen model, and its tokenizer.
+    """Load the frozen model with its structure, and its tokenizer.
 
     The model is moved to the device of the Trainer, except with a `device_map`, and except a model that will be
     sharded: it stays on the CPU, and each process copies its part from there.
@@ -41,6 +42,7 @@ def load_dense(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, P
     log.info("Loading %s", m.name)
     settings = m.model_dump(include={"device_map", "max_memory", "trust_remote_code"})
     model, tokenizer = load_model(m.name, dtype=getattr(torch, m.dtype), **settings)
+    family_of(model)
     check_backward(cfg, model)
     if cfg.export.format == "gguf":
         tokenizer_keys(tokenizer, model.get_input_embeddings().num_embeddings)  # raises if GGUF cannot express it
@@ -134,7 +136,7 @@ def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
         "train": Sample(c.num_samples, c.seq_len, seed, bos=bos, flags=("--corpora.num_samples", length_flag)),
         "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, bos=bos, flags=(learn_flag, length_flag)),
         "fresh": Sample(
-            cfg.distilled_windows or 1,
+            cfg.fresh_windows or 1,
             c.seq_len,
             seed,
             bos=bos,

@@ -10,18 +10,21 @@ import math
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedConfig
 
+from gprune.calibration.block_errors import error_corpora, error_tokens
 from gprune.calibration.layerwise import needs_walk
 from gprune.calibration.statistics import gram_bytes
-from gprune.models.autocast import count_cast_weights
-from gprune.models.blocks import blocks_of, by_layer
+from gprune.models.blocks import Block, blocks_of, by_layer
 from gprune.models.losses import CHUNK
-from gprune.pipeline.cost import active_experts, error_corpora, error_tokens, evaluated_tokens, fits_cache
+from gprune.models.products import count_cast_weights
 from gprune.pipeline.plan import Plan
 from gprune.pipeline.pricing import device_memory
 from gprune.recoveries import recovery_of
 
 GIB = 2**30
+# Fields of configurations with the number of experts to which each token is routed.
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 MEMORY_SAVERS = {  # step -> flags that lower its peak most
     "calibrate": "--corpora.batch_size 1, --model.dtype bfloat16 or --model.device_map auto",
     "learn": "--corpora.batch_size 1 or --sparsity.allocation uniform",
@@ -62,17 +65,24 @@ def memory_lines(plan: Plan) -> dict[str, str]:
     return {"memory": f"{estimate}: {fits}", **by_term}
 
 
+def active_experts(config: PreTrainedConfig, block: Block) -> int:
+    """Return how many experts of a block compute each token; 1 without experts, all if the config does not tell."""
+    for name in EXPERTS_PER_TOKEN:
+        if value := getattr(config, name, None):
+            per_token = max(value) if isinstance(value, list | tuple) else value  # some configs have a list by layer
+            return min(per_token, block.experts)
+    return block.experts
+
+
 def estimated_peaks(plan: Plan) -> dict[str, Memory]:
     """Estimate the memory by step: of each device, or of all processes that share main memory."""
     estimate, cfg = MemoryEstimate(plan), plan.cfg
     peaks = {"calibrate": estimate.calibrate()}
     if cfg.learns:
         peaks["learn"] = estimate.learn()
-    recovery = recovery_of(cfg.recovery)
-    if recovery.learns:
-        peaks["recover"] = estimate.distill()
-    elif recovery.needs:
-        peaks["recover"] = estimate.solve()
+    recoveries = [recovery_of(name).memory(estimate) for name in cfg.recovery.split("+")]
+    if recoveries := [Memory(**terms) for terms in recoveries if terms]:
+        peaks["recover"] = max(recoveries, key=sum)
     peaks["evaluate"] = estimate.evaluate()
     processes = cfg.trainer.devices if estimate.cpu else 1  # processes that share the memory
     return {step: Memory(*(processes * term for term in terms)) for step, terms in peaks.items()}
@@ -130,8 +140,8 @@ class MemoryEstimate:
     @property
     def forecasts(self) -> float:
         """Hidden states of the dense model on the text of the evaluation; with a GPU they are in main memory."""
-        tokens = evaluated_tokens(self.cfg)
-        return self.weight * self.H * tokens if self.cpu and fits_cache(self.cfg, tokens, self.H) else 0
+        tokens = self.cfg.evaluated_tokens
+        return self.weight * self.H * tokens if self.cpu and self.plan.can_cache(tokens) else 0
 
     def learn(self) -> Memory:
         """Threshold learning: activations of all layers. Gates and their moments are small."""
@@ -157,31 +167,6 @@ class MemoryEstimate:
             activations=activations,
         )
 
-    def distill(self) -> Memory:
-        """Distillation with AdamW of a student in float32."""
-        d, tokens = self.cfg.distill, self.tokens_of(self.cfg.distill.batch_size)
-        trained = trained_parameters(self.plan, self.kept_share)
-        layer = self.layer(tokens, activation=4, kept_share=self.kept_share)
-        layers = layer + self.L * tokens * 4 * self.H if d.checkpointing else self.L * layer
-        best_weights = 4 * trained * (d.keep == "best") if self.cpu else 0  # so far, in main memory
-        student = 4 * self.kept_parameters + best_weights
-        cast = self.cast + 2 * (self.H * self.V + trained) * self.autocast  # also of the student
-        return Memory(
-            weights=self.rows + student + cast,
-            gradients=4 * trained,
-            optimizer=(8 if self.cpu else 12) * trained,  # a GPU updates all weights at once, in copies
-            gram_matrices=self.grams,
-            activations=self.forecasts + layers + self.chunk_logits(teacher=True),
-        )
-
-    def solve(self) -> Memory:
-        """Least squares: the equations of the widest block, 12 N^2, in float64."""
-        return Memory(
-            weights=self.rows + self.weight * self.kept_parameters,
-            gram_matrices=self.grams + 12 * max(self.costs.neurons) ** 2,
-            activations=self.forecasts,
-        )
-
     def evaluate(self) -> Memory:
         """Evaluation of a row: logits of one window, and their softmax."""
         logits = self.cfg.evaluation.seq_len * self.V * (2 * self.weight if self.cpu else 2 * self.weight + 8)
@@ -191,14 +176,3 @@ class MemoryEstimate:
             gram_matrices=self.grams,
             activations=self.forecasts + self.layer(tokens, activation=self.weight) + logits,
         )
-
-
-def trained_parameters(plan: Plan, kept_share: float) -> float:
-    """Number of parameters that distillation trains in a model that keeps a share of its units."""
-    d, blocks = plan.cfg.distill, blocks_of(plan.skeleton)
-    parts = [part for block in blocks for part in block.parts.values()]
-    return {
-        "all": sum(block.cost for block in blocks) - plan.removed,
-        "mlp": kept_share * sum(block.unit_cost("ffn") * block.neurons for block in blocks),
-        "lora": d.rank * sum(part.in_features + part.out_features for part in parts),
-    }[d.targets]

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from lightning import Callback
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gprune.calibration.errors import check_dense
-from gprune.calibration.layerwise import check_walk, needs_walk
-from gprune.calibration.saliency import salient_parts
+from gprune.calibration.block_errors import BlockErrors
+from gprune.calibration.layerwise import Grams
+from gprune.calibration.saliency import Saliency
 from gprune.config import RunConfig
+from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError
 from gprune.export.convert import check_type
 from gprune.export.gguf_writer import check_expressible
+from gprune.features import Feature, attribute
 from gprune.models.blocks import Block, blocks_of, find_unpruned
-from gprune.models.families import PRUNED
-from gprune.models.loading import read_config, skeleton
-from gprune.models.masks import Masks
-from gprune.models.structure import check_by_copy, check_structure, why_not_measurable
-from gprune.models.surgery import attention_by_layer, prune
-from gprune.pipeline.cost import tokens_by_step
+from gprune.models.copies import skeleton
+from gprune.models.loading import read_config
+from gprune.models.losses import why_not_measurable
 from gprune.pipeline.pricing import Pricing
 from gprune.recoveries import recovery_of
-from gprune.runs.precision import resolve_precision
-from gprune.runs.trainer import check_trainer
+from gprune.runs.trainer import check_trainer, resolve_precision
 from gprune.runs.user_callbacks import UserCallbacks
-from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.target import Target
+
+STATISTICS: dict[str, Feature] = {"gram": Grams(), "saliency": Saliency(), "errors": BlockErrors()}
+MAX_CACHED_BYTES = 2**32  # limit of the dense model's hidden states that are cached for other rows
+
+
+def forward_equivalents(forward: int, forward_backward: int) -> float:
+    """Cost of tokens in forward passes of one token. A backward pass costs as much as two forward passes."""
+    return forward + 3 * forward_backward
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,82 @@ class Plan:
     def device(self) -> torch.device:
         return self.pricing.device
 
+    @property
+    def features(self) -> list[Any]:
+        """The features of the run (`RunConfig.features`), and the statistics that they need."""
+        needs = {need for feature in self.cfg.features for need in attribute(feature, "needs")} | self.cfg.collects
+        return [*self.cfg.features, *(STATISTICS[name] for name in sorted(needs & STATISTICS.keys()))]
+
     @cached_property
     def tokens(self) -> dict[int, tuple[int, int]]:
-        """Largest numbers of tokens (forward, forward and backward), by step."""
-        return tokens_by_step(
-            self.cfg, self.skeleton.config.get_text_config(decoder=True).hidden_size, self.budget.costs
-        )
+        """Largest numbers of tokens (forward, forward and backward), by step: sums over the features of the run."""
+        of_features = [attribute(feature, "planned_tokens")(self) for feature in self.features]
+        total: dict[int, tuple[int, int]] = {}
+        for tokens in ({1: (self.calibration_tokens, 0)}, *of_features, self.row_tokens):
+            for step, (forward, trained) in tokens.items():
+                earlier_forward, earlier_trained = total.get(step, (0, 0))
+                total[step] = earlier_forward + forward, earlier_trained + trained
+        return total
+
+    @property
+    def calibration_tokens(self) -> int:
+        """Number of tokens in a pass over all calibration corpora."""
+        return len(self.cfg.calibration_corpora) * self.cfg.corpora.num_samples * self.cfg.corpora.seq_len
+
+    @property
+    def row_tokens(self) -> dict[int, tuple[int, int]]:
+        """Tokens of recovering and evaluating the rows of the result table: the main row in step 9, controls in 10."""
+        cfg = self.cfg
+        early, late = self.evaluated_models
+        compared = 3 * cfg.evaluation.compared_tokens  # by the masked, the sliced and the reloaded model
+        forward = {9: compared + early * cfg.evaluated_tokens, 10: late * cfg.evaluated_tokens}
+        trained = {9: 0, 10: 0}
+        for row in cfg.stages:
+            is_main = row == cfg.own_row
+            if is_main and cfg.trials and cfg.recovery_learns:
+                continue  # the main row's model is one of the trials
+            step = 9 if is_main else 10
+            row_forward, row_trained = self.recovery_tokens(row[1], counts_teacher=is_main)
+            forward[step] += row_forward
+            trained[step] += row_trained
+        return {step: (forward[step], trained[step]) for step in (9, 10)}
+
+    @property
+    def evaluated_models(self) -> tuple[int, int]:
+        """How many models are evaluated before recovery (rows without recovery), and afterwards.
+
+        If the dense model's forecasts are not cached, the dense model is evaluated again beside each row, and counts
+        each time.
+        """
+        cfg = self.cfg
+        models_per_row = 1 if self.can_cache(cfg.evaluated_tokens) else 2
+        total = 1 + models_per_row * len(cfg.stages)
+        unrecovered_rows = sum(recovery == "none" for _, recovery in cfg.stages)
+        early = 1 + models_per_row * unrecovered_rows if cfg.evaluates_early else 0
+        return early, total - early
+
+    def recovery_tokens(self, name: str, *, counts_teacher: bool) -> tuple[int, int]:
+        """Return the (forward, forward and backward) tokens of one model's recovery, including development text."""
+        cfg, recovery = self.cfg, recovery_of(name, self.cfg.recovery_settings)
+        text = len(cfg.corpora.recover) * cfg.corpora.num_samples * cfg.corpora.seq_len
+        forward, trained = recovery.tokens(text, cfg.fresh_tokens, attention=cfg.attention)
+        if recovery.learns:
+            forward += cfg.recovery_measurements * cfg.development_tokens
+        if recovery.uses_teacher and not counts_teacher and self.caches_teacher:
+            forward -= cfg.fresh_tokens
+        return forward, trained
+
+    @property
+    def caches_teacher(self) -> bool:
+        """Whether the teacher's hidden states are cached: several models are distilled and the states are small."""
+        recoveries = [*self.cfg.trials, *(recovery for _, recovery in self.cfg.stages)]
+        trained_models = sum(recovery_of(recovery).learns for recovery in recoveries)
+        return trained_models > 1 and self.can_cache(self.cfg.fresh_tokens)
+
+    def can_cache(self, tokens: int) -> bool:
+        """Return whether the dense model's final hidden states of a number of tokens are small enough to cache."""
+        hidden_size = self.skeleton.config.get_text_config(decoder=True).hidden_size
+        return tokens * hidden_size * (4 if self.cfg.model.dtype == "float32" else 2) <= MAX_CACHED_BYTES
 
     @cached_property
     def removed(self) -> int:
@@ -89,8 +164,7 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     callbacks = callbacks or UserCallbacks(paths=cfg.trainer.callbacks)
     device = trainer_device(cfg, callbacks.of_stage(None))
     config = read_config(cfg.model.name, trust_remote_code=cfg.model.trust_remote_code)
-    dense = skeleton(config, trust_remote_code=cfg.model.trust_remote_code)
-    check_by_copy(config)
+    dense = skeleton(config, record=family_of(config), trust_remote_code=cfg.model.trust_remote_code)
     check_structure(dense)
     blocks = blocks_of(dense)
     if "attention" in cfg.sparsity.scope and not any(block.kv_groups for block in blocks):
@@ -106,24 +180,12 @@ def check(cfg: RunConfig, callbacks: UserCallbacks | None = None, *, together: b
     cfg, why_precision = resolve_precision(cfg, device, together=together)
     pricing = Pricing(cfg, dense, device)
     budget = pricing.budget()
-    whole_blocks = ALLOCATION[cfg.base_allocation].whole_blocks
-    if whole_blocks:
-        budget = limit_to_depth(budget)
-    if whole_blocks or budget.costs.block_share:
-        check_attention_remains(config, budget)
-    if whole_blocks or budget.costs.removed_blocks:
-        check_renumbering(dense, budget)
-    if cfg.learns:
-        for sparsity in cfg.evaluation.curve:
-            budget.at(sparsity)  # raises UserError for an impossible sparsity
-    check_blocks(cfg, blocks, config)
-    corpora, gram = len(cfg.calibration_corpora), "gram" in cfg.collects
-    by_block = needs_walk(dense, corpora=corpora, gram=gram, sharded=cfg.model.shard)
-    along_prefix = not recovery_of(cfg.recovery, cfg.recovery_settings).sharded
-    if by_block or along_prefix:
-        check_walk(config, along_prefix=along_prefix)
-    check_checkpointing(cfg, dense)
+    for feature in cfg.features:
+        budget = attribute(feature, "limit_budget")(budget)
     plan = Plan(pricing, budget, why_precision)
+    check_blocks(cfg, blocks, config)
+    for feature in plan.features:
+        attribute(feature, "refuse")(plan)
     _ = plan.tokens  # raises UserError for an impossible validation interval
     return plan
 
@@ -151,12 +213,6 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
             f"--export.dtype must be --model.dtype ({cfg.model.dtype}) with --model.device_map, because offloaded "
             f"weights are not converted; got '{cfg.export.dtype}'."
         )
-    recovery_of(cfg.recovery, cfg.recovery_settings).refuse(blocks, shard=cfg.model.shard)
-    if "saliency" in cfg.collects:
-        for block in blocks:
-            salient_parts(block, "ffn")  # raises UserError for experts
-    if cfg.measures_errors:
-        check_dense(blocks)
     longest = max(cfg.corpora.seq_len, cfg.evaluation.seq_len)
     text_config = config.get_text_config(decoder=True)
     if blocks[0].family.learned_positions and longest > (positions := text_config.max_position_embeddings):
@@ -164,72 +220,6 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
             f"--corpora.seq_len and --evaluation.seq_len must be at most {positions} tokens, the number of positions "
             f"that model type '{config.model_type}' has learned; got {longest}."
         )
-
-
-def check_checkpointing(cfg: RunConfig, dense: PreTrainedModel) -> None:
-    """Raise UserError if layers of the model cannot be recomputed in the backward pass, which the run asks for."""
-    distills = "distill" in cfg.recovery.split("+")
-    if distills and cfg.distill.checkpointing and not dense.supports_gradient_checkpointing:
-        raise UserError(
-            "--distill.checkpointing must be false, because transformers does not support it for model type "
-            f"'{dense.config.model_type.removeprefix(PRUNED)}'; got true."
-        )
-
-
-def check_attention_remains(config: PreTrainedConfig, budget: Budget) -> None:
-    """Raise UserError if a budget allows removing all layers with attention of a model that has others too.
-
-    Without attention, generation with a cache fails, because recurrent layers do not count tokens.
-    """
-    costs = budget.costs
-    has_attention = attention_by_layer(config)
-    if all(has_attention) or not any(has_attention):
-        return
-    layers = [blocks for blocks, has in zip(costs.by_layer, has_attention, strict=True) if has]
-    if any(blocks not in costs.open_layers for blocks in layers):
-        return
-    layer_costs = [sum(costs.prices.blocks[block] for block in blocks) for blocks in layers]
-    limit = costs.block_share * budget.target if costs.block_share else budget.target
-    # The last removed layer may exceed the target.
-    if sum(layer_costs) - max(layer_costs) < limit:
-        numbers = [layer for layer, has in enumerate(has_attention) if has]
-        raise UserError(
-            f"--sparsity.protect must name a layer with attention of model type '{config.model_type}' if whole blocks "
-            f"are removed, because generation needs one; these are {numbers}, such as --sparsity.protect "
-            f"[{numbers[-1]}]."
-        )
-
-
-def check_renumbering(dense: PreTrainedModel, budget: Budget) -> None:
-    """Raise UserError if other layers would change when a layer is removed and the following ones are renumbered.
-
-    The first removable layer of the model without weights is removed, and `prune` compares the others.
-    """
-    blocks = blocks_of(dense)
-    first = min(b.layer_index for b in blocks if b.index not in budget.costs.protected)
-    ffn = [torch.full((b.experts * b.neurons,), b.layer_index != first) for b in blocks]
-    attention = [torch.full((b.kv_groups,), b.layer_index != first) for b in blocks]
-    prune(dense, Masks(ffn, attention))  # the result is not needed, only its error
-
-
-def limit_to_depth(budget: Budget) -> Budget:
-    """Limit a budget to the cost of all whole blocks except one.
-
-    A quality target is lowered to that limit.
-    """
-    protected, prices = budget.costs.protected, budget.costs.prices.blocks
-    layers = [layer for layer in budget.costs.by_layer if protected.isdisjoint(layer)]
-    layer_costs = [sum(prices[block] for block in layer) for layer in layers]
-    kept = 0 if protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
-    removable = sum(layer_costs) - kept
-    if Target.of(budget.setting).unit == "quality":
-        return replace(budget.removing(min(budget.target, removable)), setting=budget.setting)
-    if budget.target > removable:
-        raise UserError(
-            f"--sparsity.allocation depth cannot remove {budget.target:,}: whole blocks are at most {removable:,} if "
-            "one block is kept. Use a lower --sparsity.target."
-        )
-    return budget
 
 
 def describe_unpruned(plan: Plan) -> str:

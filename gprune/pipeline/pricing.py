@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from gprune.benchmarks.speed import SPEED_TABLE, Table, best_multiple, price_from_table, speed_table
 from gprune.config import DEFAULT_MULTIPLE, RunConfig
 from gprune.errors import UserError, quoting
 from gprune.export.convert import TYPES
@@ -20,7 +18,7 @@ from gprune.export.hf import kept_in_float32
 from gprune.models.blocks import Block, blocks_of
 from gprune.runs.trainer import matmul_precision
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.cost import COST, Costs, Price, parameter_costs
+from gprune.sparsity.cost import COST, Costs, Currency, Price, parameter_costs
 from gprune.sparsity.target import HALF_BITS
 
 
@@ -38,6 +36,7 @@ class Pricing:
     cfg: RunConfig
     skeleton: PreTrainedModel  # the dense model without weights
     device: torch.device
+    measured: dict[str, Any] = field(default_factory=dict)  # what currencies have measured on this machine
 
     @property
     def device_available(self) -> bool:
@@ -59,12 +58,14 @@ class Pricing:
     def budget(self) -> Budget:
         """Return the budget of `--sparsity.target`."""
         s, export, blocks = self.cfg.sparsity, self.cfg.export, blocks_of(self.skeleton)
-        price = price_from_table(self.speed, blocks) if s.currency == "seconds" else self.price_in(s.currency)
+        price = self.price_in(s.currency)
         costs = unit_costs(
             blocks, scope=s.scope, protect=s.protect, uniform=s.uniform_width, block_share=s.block_share, price=price
         )
         multiple = costs.default_multiple if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
-        multiple = multiple or best_multiple(self.speed)
+        if multiple is None:
+            with matmul_precision(self.cfg.trainer.float32_matmul_precision):
+                multiple = COST["seconds"].best_multiple(self)
         if (export.format, export.type) == ("gguf", "q8_0") and multiple % 32:
             raise UserError(
                 f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
@@ -88,15 +89,22 @@ class Pricing:
         return ""
 
     def price_in(self, currency: str) -> Price:
-        """Return the costs of units in a registered currency, or for `bytes` in half bits (1/16 byte) of the export."""
+        """Return the costs of units in a registered currency."""
+        cost = COST[currency]
+        if not isinstance(cost, Currency):
+            return self.price_of(currency, cost)
+        with matmul_precision(self.cfg.trainer.float32_matmul_precision):  # a currency may measure
+            return cost.price(self)
+
+    def price_of(self, currency: str, cost: Callable[..., Costs]) -> Price:
+        """Return the costs of units by a function of the model and its blocks."""
         blocks = blocks_of(self.skeleton)
-        cost = self._exported_bytes if currency == "bytes" else COST[currency]
         needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
         with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):
             costs = cost(self.skeleton, blocks)
             return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
 
-    def _exported_bytes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Costs:
+    def exported_bytes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Costs:
         """Return the cost of units in half bits of the export.
 
         GGUF files store vectors as float32. Some parameters of Hugging Face folders are float32 in any case.
@@ -110,24 +118,3 @@ class Pricing:
         return parameter_costs(
             model, blocks, weight=lambda p: HALF_BITS * (4 if id(p) in in_float32 else dtype.itemsize)
         )
-
-    @cached_property
-    def speed(self) -> Table | None:
-        """Latency table of this machine at the `--speed` settings.
-
-        If a flag needs the table (`RunConfig.latency_table_flag`), it is measured unless it is cached. Otherwise it is
-        read from the cache; None if the cache has no table.
-        """
-        cfg, positions = self.cfg, getattr(self.skeleton.config, "max_position_embeddings", math.inf)
-        length, measure = cfg.speed.prompt + cfg.speed.generate, bool(cfg.latency_table_flag)
-        if measure and length > positions:
-            raise UserError(
-                f"--speed.prompt and --speed.generate must add up to at most {positions:,} positions; got {length:,}."
-            )
-        if measure and not self.device_available:
-            raise UserError(f"{cfg.latency_table_flag} needs a GPU in this machine to measure on.")
-        with matmul_precision(cfg.trainer.float32_matmul_precision):
-            return speed_table(
-                self.skeleton, self.device, getattr(torch, cfg.model.dtype), cfg.speed.workload(), measure=measure,
-                again=cfg.speed.measure, run_table=Path(cfg.folder) / SPEED_TABLE,
-            )  # fmt: skip

@@ -36,7 +36,10 @@ from gprune.pipeline.summary import summarise, write_pages
 from gprune.runs.results import PruningResult
 
 
-def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | Sequence[Logger] = ()) -> PruningResult:
+def prune(
+    cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | Sequence[Logger] = (), *,
+    refiner: type | None = None, learner: type | None = None, calibrator: type | None = None,
+) -> PruningResult:  # fmt: skip
     """Run the whole method, or resume an earlier run of the same settings.
 
     Args:
@@ -46,6 +49,9 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
             copied for each stage. After the run, your object has the state (such as `best_model_path`) of the copy
             in the last stage of the run's own model; stages of controls do not count.
         logger: Lightning loggers for all stages, in addition to CSV and W&B.
+        refiner: class of your own (docs/extend.md) instead of `--partition.refiner`.
+        learner: class of your own instead of `--sparsity.learner`.
+        calibrator: class of your own instead of `--corpora.calibrator`.
 
     Returns:
         Masks, modules, thresholds, statistics, records and the pruned model.
@@ -56,6 +62,7 @@ def prune(cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | S
     require(cfg, RunConfig, "The configuration must be a RunConfig, such as gprune.RunConfig(importance='wifv')")
     if cfg.dry_run:
         raise UserError("--dry_run must be false for gprune.prune; got true. Use `python train.py --dry_run true`.")
+    cfg = cfg.with_stages(refiner=refiner, learner=learner, calibrator=calibrator)
     with open_run(cfg, callbacks, logger) as run:  # plan, model, tokenizer, text, blocks, budget
         modules = None
         check_discovered_structure(run)

@@ -21,7 +21,6 @@ from typing import Any
 
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
-from gprune.config.run_config import LEARNED_TRIES, TRIES
 from gprune.errors import UserError
 from gprune.evaluation.intervals import Interval, paired_ratio
 from gprune.evaluation.perplexity import PerplexityResult
@@ -35,6 +34,7 @@ from gprune.runs.folder import broadcast
 from gprune.runs.numbers import Record, Stage, estimates, row_name
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.search import SearchResult, find_largest_cut
+from gprune.sparsity.target import LEARNED_TRIES, TRIES
 from gprune.storage.files import content_hash, read_json, write_json
 
 log = logging.getLogger("gprune")

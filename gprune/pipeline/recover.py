@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -19,13 +19,14 @@ from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
+from gprune.models.families import attach_record, record_of
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.models.offload import free_memory, is_offloaded, offload_folder
 from gprune.models.surgery import prune, prune_to_files
-from gprune.pipeline.run import Run
-from gprune.recoveries import Material, recovery_of
-from gprune.recoveries.contract import Revise, apply_tune
+from gprune.pipeline.run import Run, TokenMeter
+from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of
+from gprune.recoveries.contract import Revise
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import Stage
 from gprune.stages.callbacks import BestWeights
@@ -42,28 +43,52 @@ def shrink(
     If the model is offloaded, the copy is written to the cache block by block, and then loaded with the same
     arguments. With DDP every process computes the whole copy, with the same bits.
     """
+    cfg = run.cfg
     free_memory(run.plan.device)
-    row = row or run.cfg.own_row
-    material = material_of(run, masks, statistics, row, trial)
-    name = row[1]
-    recovery = recovery_of(name, run.cfg.recovery_settings)
-    revise = recovery.revise(material)
+    row = row or cfg.own_row
+    recoveries = recoveries_of(row[1], cfg.recovery_settings)
+    needs = frozenset().union(*(each.needs for each in recoveries))
+    corpora = cfg.corpora.recover
+    texts = [run.text.train[corpus] for corpus in corpora] if "text" in needs else []
+    material = Material(
+        run.model,
+        masks,
+        ridge=cfg.ridge,
+        statistics=pool_statistics(statistics[corpus] for corpus in corpora) if needs - {"text"} else None,
+        batches=[ids for windows in texts for ids in windows.tokens.split(cfg.corpora.batch_size)],
+        count=run.meter.add,
+        fit=fit_once(run, learned_file(masks, row[1]), row, trial, control=row != cfg.own_row),
+        shard=cfg.model.shard,
+        teacher=run.teacher,
+    )
+    revise = recoveries[0].revise(material)  # only the first one of a chain may change blocks one at a time
     if is_offloaded(run.model):
         # A model that is trained has to be in memory on one device.
-        pruned = _slice_to_files(run, masks, revise, {} if recovery.learns else placement(run))
+        is_trained = any(each.learns for each in recoveries)
+        pruned = _slice_to_files(run, masks, revise, {} if is_trained else placement(run))
     else:
         pruned = _slice_in_memory(run, masks, revise)
-    return tuned(run, name, material, pruned)
+    return tune(recoveries, material, pruned, meter=run.meter, seed=cfg.run.seed)
 
 
-def tuned(run: Run, recovery: str, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-    """Return a model after `tune` of a recovery, which may change it in place. Its tokens are counted."""
-    counting = run.meter.watch(pruned)
+def tune(
+    recoveries: Sequence[Recovery], material: Material, pruned: PreTrainedModel, *, meter: TokenMeter, seed: int
+) -> PreTrainedModel:
+    """Return a model after `tune` of each recovery, which may change it in place. Its tokens are counted."""
+    counting = meter.watch(pruned)
     # Random numbers of a recovery must not depend on earlier work: calibration, another row, an earlier session.
-    torch.manual_seed(run.cfg.run.seed)
+    torch.manual_seed(seed)
     with torch.enable_grad():  # a recovery may train the model
-        pruned = apply_tune(recovery, material, pruned)
+        for recovery in recoveries:
+            pruned = recovery.tune(material, pruned)
+            if not isinstance(pruned, PreTrainedModel):
+                received = type(pruned).__name__
+                raise UserError(f"Recovery '{recovery.name}' must return the pruned model from tune; got {received}.")
     counting.remove()
+    chain = "+".join(recovery.name for recovery in recoveries)
+    for name, weight in pruned.named_parameters():
+        if not weight.is_meta:  # offloaded
+            RECOVERY.checked(chain, name, weight, tuple(weight.shape), of="finite floats")
     return pruned
 
 
@@ -84,6 +109,7 @@ def _slice_to_files(run: Run, masks: Masks, revise: Revise | None, load_argument
         save_pruned(prune_to_files(run.model, masks, folder / "blocks", revise), None, folder / "model")
         shutil.rmtree(folder / "blocks")
         pruned = load_weights(folder / "model", dtype=getattr(torch, run.cfg.model.dtype), **load_arguments)
+        attach_record(pruned, record_of(run.model))
         weakref.finalize(pruned, removal.pop_all().close)
     return pruned
 
@@ -92,34 +118,6 @@ def placement(run: Run) -> dict[str, Any]:
     """Arguments `device_map` and `max_memory` for loading a model; empty without `--model.device_map`."""
     m = run.cfg.model
     return {} if m.device_map is None else {"device_map": m.device_map, "max_memory": m.max_memory}
-
-
-def material_of(
-    run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], row: Stage, trial: int | None
-) -> Material:
-    """Return the inputs of a row's recovery: model, masks, and the statistics and text of `corpora.recover`.
-
-    Statistics and text are only included if the recovery needs them. The arguments are those of `shrink`.
-    """
-    cfg, recovery = run.cfg, recovery_of(row[1])
-    corpora = cfg.corpora.recover
-    # The tokens of the teacher are counted once in a run: in the main row or, if there are trials, in the first trial.
-    counts_teacher = row == cfg.own_row if trial is None else trial == 0
-    return Material(
-        run.model,
-        masks,
-        ridge=cfg.ridge,
-        statistics=pool_statistics(statistics[corpus] for corpus in corpora) if recovery.needs - {"text"} else None,
-        text=[run.text.train[corpus] for corpus in corpora] if "text" in recovery.needs else (),
-        batch_size=cfg.corpora.batch_size,
-        count=run.meter.add,
-        fresh=run.text.fresh if recovery.learns else (),
-        settings=cfg.recovery_settings,
-        fit=fit_once(run, learned_file(masks, row[1]), row, trial, control=row != cfg.own_row),
-        shard=cfg.model.shard,
-        teacher_states=run.cached_teacher_states,
-        already_counted=not counts_teacher,
-    )
 
 
 def learned_file(masks: Masks, recovery: str) -> str:

@@ -16,22 +16,20 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gprune.benchmarks.speed import SPEED_TABLE, speed_key, store_run_table
 from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import Forecast
+from gprune.features import attribute
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
-from gprune.pipeline.cost import caches_teacher, forward_equivalents, validation_interval
 from gprune.pipeline.inputs import Text, load_dense, prepare_text
-from gprune.pipeline.plan import Plan, check, describe_unpruned
+from gprune.pipeline.plan import Plan, check, describe_unpruned, forward_equivalents
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import construct_loggers, row_metrics, tracking
@@ -39,8 +37,9 @@ from gprune.runs.trainer import PROFILERS, StageBar, matmul_precision, plain_int
 from gprune.runs.user_callbacks import CallbackChecks, UserCallbacks, raise_as_user_error
 from gprune.screen import Screen
 from gprune.sparsity.budget import Budget
-from gprune.stages.base import FrozenLMStage, curves_of
+from gprune.stages.base import curves_of
 from gprune.stages.callbacks import StepCurves
+from gprune.stages.student import TeacherStates
 from gprune.storage.files import key_of
 from gprune.storage.yaml_text import to_yaml
 from gprune.user_code import code_of
@@ -109,8 +108,8 @@ class Run:
     fingerprint: str  # hash of the dense model
     screen: Screen
     callbacks: UserCallbacks
+    teacher: TeacherStates  # the dense model's hidden states on the text of recoveries that train, for all rows
     forecasts: dict[str, list[Forecast]] = field(default_factory=dict)  # hash of windows -> forecasts, if they are kept
-    teacher_states: dict[bytes, Tensor] = field(default_factory=dict)  # the cache that `cached_teacher_states` returns
 
     @property
     def cfg(self) -> RunConfig:
@@ -124,12 +123,6 @@ class Run:
     def blocks(self) -> list[Block]:
         """Blocks of the dense model."""
         return blocks_of(self.model)
-
-    @property
-    def cached_teacher_states(self) -> dict[bytes, Tensor] | None:
-        """Cache of the teacher's hidden states for all rows; None if they are not cached."""
-        hidden_size = self.model.config.get_text_config(decoder=True).hidden_size
-        return self.teacher_states if caches_teacher(self.cfg, hidden_size) else None
 
     def with_budget(self, budget: Budget) -> Run:
         """Return a copy with another budget."""
@@ -200,49 +193,37 @@ class Run:
         if validates:
             windows = sum(len(of_corpus.tokens) for of_corpus in text)
             accumulate = kwargs.get("accumulate_grad_batches", 1)
-            _, interval = validation_interval(cfg, windows, data.batch_size, measured_after, accumulate=accumulate)
+            _, interval = t.validation_interval(windows, data.batch_size, measured_after, accumulate=accumulate)
             kwargs["val_check_interval"] = interval
-        learned = {} if control and not trial else self.folder.manifest.get("learned_tokens", {})
-        if trial:  # the other trials are of other models
-            learned = {stage_name: tokens for stage_name, tokens in learned.items() if "/" not in stage_name}
-        stage.tokens_before = sum(tokens for other_stage, tokens in learned.items() if other_stage != name)
+        if trial or not control:
+            learned = self.folder.manifest.get("learned_tokens", {})
+            # Stages whose names have a slash recover a model; those of other trials recover other models.
+            earlier = [other for other in learned if other != name and not (trial and "/" in other)]
+            stage.tokens_before = sum(learned[other] for other in earlier)
+        limit = t.limit_train_batches
         curves = StepCurves()
         trainer = self.trainer(
             what, stage, name=name, role=role, callbacks=[curves, *callbacks, checkpoints], precision=t.precision,
-            limit_train_batches=_batch_limit(t.limit_train_batches), max_steps=t.max_steps or -1,
+            limit_train_batches=int(limit) if limit and limit >= 1 else limit,  # Lightning reads a float as a share
+            max_steps=t.max_steps or -1,
             fast_dev_run=t.fast_dev_run, inference_mode=False, **kwargs,
         )  # fmt: skip
         checkpoint = checkpoints.usable()
         if checkpoint is not None:
             log.info("Resuming from %s; steps that are repeated are counted once", checkpoint)
         with self.folder.part(name, shared=True), row_metrics(self.loggers, row, curves_of(stage), control=control):
-            _fit_and_validate(trainer, stage, data, checkpoint, validates=validates)
-        if isinstance(stage, FrozenLMStage) and stage.autocast.in_float32:
+            if validates and checkpoint is None:
+                trainer.validate(stage, data, verbose=False)
+            trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
+            if validates and getattr(stage, "measured_at", None) != trainer.global_step:
+                trainer.validate(stage, data, verbose=False)
+        if getattr(stage, "in_float32", False):
             self.folder.update_manifest(fallbacks={name: "32-true, because a loss was not finite in bf16-mixed"})
         if not control:
             self.callbacks.keep_state()
         if trial or not control:
             self.folder.update_manifest(learned_tokens={name: getattr(stage, "tokens", curves.tokens)})
         return trainer, data
-
-
-def _batch_limit(limit: float | None) -> int | float | None:
-    """Convert `--trainer.limit_train_batches` for Lightning, which reads an int as a number of batches.
-
-    A float is a share of the epoch.
-    """
-    return int(limit) if limit is not None and limit >= 1 else limit
-
-
-def _fit_and_validate(
-    trainer: L.Trainer, stage: L.LightningModule, data: CorpusDataModule, checkpoint: Path | None, *, validates: bool
-) -> None:
-    """Fit a stage, and measure development perplexity before the first step and after the last one."""
-    if checkpoint is None and validates:
-        trainer.validate(stage, data, verbose=False)
-    trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
-    if validates and getattr(stage, "measured_at", None) != trainer.global_step:
-        trainer.validate(stage, data, verbose=False)
 
 
 @contextmanager
@@ -261,8 +242,8 @@ def open_run(
     log.info("Reading %d corpora", len({*cfg.train_corpora, *cfg.corpora.evaluate}))
     text = prepare_text(cfg, tokenizer, model.get_input_embeddings().num_embeddings)
     settings = cfg.settings() | {"inputs": {"model": fingerprint(model), "text": text.hashes()}}
-    if cfg.latency_table_flag:  # another latency table gives another budget
-        settings["inputs"]["speed"] = key_of(table=plan.pricing.speed)
+    for feature in cfg.features:
+        settings["inputs"] |= attribute(feature, "inputs")(plan)
     with in_folder(
         plan, model, tokenizer, text, settings, user_callbacks, loggers, asked_precision=asked_precision
     ) as run:
@@ -275,7 +256,6 @@ def open_run(
 def in_folder(
     plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, settings: dict[str, Any],
     callbacks: UserCallbacks, loggers: Sequence[Logger], *, asked_precision: str,
-    made_elsewhere: str | None = None,
 ) -> Iterator[Run]:  # fmt: skip
     """Context with an open run of a loaded model: create or resume the folder, and open the loggers."""
     cfg = plan.cfg
@@ -296,7 +276,7 @@ def in_folder(
     screen = Screen({step: forward_equivalents(*tokens) for step, tokens in plan.tokens.items()}, meter.work)
     with (
         folder.in_use(settings, to_yaml(cfg.resolved())), plain_interrupts(),
-        tracking(folder, cfg, loggers, made_elsewhere) as all_loggers, screen, meter.hooks,
+        tracking(folder, cfg, loggers) as all_loggers, screen, meter.hooks,
         matmul_precision(cfg.trainer.float32_matmul_precision, fastest_on=plan.device),
     ):  # fmt: skip
         log.info("Run folder: %s", folder.path)
@@ -305,22 +285,23 @@ def in_folder(
         log.info("Precision of training: %s (%s)", cfg.trainer.precision, plan.why_precision)
         if torch.get_float32_matmul_precision() != cfg.trainer.float32_matmul_precision:
             log.info("Float32 products by oneDNN, which is faster on this processor than MKL, in the same precision")
+        teacher = TeacherStates(keep=plan.caches_teacher)
+        fingerprint_of_model = settings["inputs"]["model"]
         try:
             yield Run(
-                plan, model, tokenizer, text, folder, all_loggers, meter, settings["inputs"]["model"], screen, callbacks
-            )
+                plan, model, tokenizer, text, folder, all_loggers, meter, fingerprint_of_model, screen, callbacks,
+                teacher,
+            )  # fmt: skip
         except Exception as error:
             raise_as_user_error(error, callbacks)
             raise
 
 
 def _record_machine_choices(folder: RunFolder, plan: Plan, requested_precision: str) -> None:
-    """Write the latency table to the folder if the run uses one, and the reason for the resolved precision `auto`."""
-    cfg = plan.cfg
-    if cfg.latency_table_flag:
-        with matmul_precision(cfg.trainer.float32_matmul_precision):  # in which the table was measured
-            key = speed_key(plan.skeleton, plan.device, getattr(torch, cfg.model.dtype), cfg.speed.workload())
-        store_run_table(plan.pricing.speed, key, folder / SPEED_TABLE)
+    """Write what features have measured on this machine, and the reason for the resolved precision `auto`."""
+    with matmul_precision(plan.cfg.trainer.float32_matmul_precision):  # in which they were measured
+        for feature in plan.cfg.features:
+            attribute(feature, "store")(plan, folder)
     if requested_precision == "auto" and not folder.manifest.get("precision"):
         folder.update_manifest(precision={"asked": requested_precision, "because": plan.why_precision})
 

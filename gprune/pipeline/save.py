@@ -13,13 +13,12 @@ from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
 from gprune.export.convert import export
 from gprune.export.hf import check_reload, save_pruned
-from gprune.models.discovery.agreement import random_masks
-from gprune.models.lookup import family_of
+from gprune.models.agreement import LOGIT_LIMIT, compare, random_masks
+from gprune.models.families import record_of
 from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, free_memory, is_offloaded
 from gprune.models.surgery import prune
-from gprune.pipeline.cost import compared_tokens
 from gprune.pipeline.recover import placement, shrink
 from gprune.pipeline.run import Run
 from gprune.runs.trainer import matmul_precision
@@ -27,11 +26,6 @@ from gprune.sparsity.gates import masked
 from gprune.storage.files import file_hashes
 
 log = logging.getLogger("gprune")
-# Limits for differences between masked and sliced logits, in standard deviations of the logits. Both models add the
-# same terms in another order. The limit of float32 is for the largest difference. The limits of 16-bit types, which
-# round after every operation, are for the root mean square. In bfloat16 we measured 0.02 to 0.2, largest in models that
-# pruning has damaged, and 1.5e-5 with the same masks in float32. A wrong slice gives about 1.
-LOGIT_LIMIT = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.5}
 
 
 def masked_logits(model: PreTrainedModel, masks: Masks, input_ids: Tensor) -> Tensor:
@@ -105,28 +99,25 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
     del unrecovered  # frees the memory of a third model
     free_memory(run.plan.device)
     reference = masked_logits(run.model, masks, ids.to(device)).to(device)
-    std = float(reference.std())
-    limit = LOGIT_LIMIT[cfg.model.dtype] * std
-    perplexity_difference = root_mean_square(perplexity_logits - sliced_logits[:, :-1])
+    dtype = getattr(torch, cfg.model.dtype)
+    difference = compare(reference, sliced_logits)
+    limit = LOGIT_LIMIT[dtype] * difference.std
+    perplexity_difference = compare(sliced_logits[:, :-1], perplexity_logits).rms
     if not perplexity_difference <= limit:  # also for NaN
         subject = f"Logits of model_type '{run.model.config.model_type}' computed for perplexity"
         raise UserError(
             f"{subject} must differ by {limit:.2e} or less; got {perplexity_difference:.2e}. Please report this model."
         )
-    differences = reference - sliced_logits
-    largest, rms = float(differences.abs().max()), root_mean_square(differences)
-    difference = largest if cfg.model.dtype == "float32" else rms
-    if not difference <= limit:
+    measured = difference.largest if dtype == torch.float32 else difference.rms
+    if not measured <= limit:
         subject = "Logits of the sliced and the masked model"
-        raise UserError(
-            f"{subject} must differ by {limit:.2e} or less; got {difference:.2e}. Please report this model."
-        )
-    return {"tokens": ids.numel(), "std": std, "masked_minus_sliced": largest, "masked_minus_sliced_rms": rms}
-
-
-def root_mean_square(difference: Tensor) -> float:
-    """Return the root mean square of all elements."""
-    return float(difference.square().mean().sqrt())
+        raise UserError(f"{subject} must differ by {limit:.2e} or less; got {measured:.2e}. Please report this model.")
+    return {
+        "tokens": ids.numel(),
+        "std": difference.std,
+        "masked_minus_sliced": difference.largest,
+        "masked_minus_sliced_rms": difference.rms,
+    }
 
 
 @torch.no_grad()
@@ -136,7 +127,7 @@ def check_discovered_structure(run: Run) -> None:
     The structure was found and checked on a tiny copy. The loaded model has the same class, but other settings. Nothing
     is compared if the model type has a record, or if the model is offloaded or sharded.
     """
-    if not family_of(run.model).found or is_offloaded(run.model) or run.cfg.model.shard:
+    if not record_of(run.model).found or is_offloaded(run.model) or run.cfg.model.shard:
         return
     masks = random_masks(run.model, share=0.5)
     if not run.cfg.attention:
@@ -145,17 +136,17 @@ def check_discovered_structure(run: Run) -> None:
     sliced_logits = prune(run.model, masks)(input_ids=ids, use_cache=False).logits.float()
     free_memory(run.plan.device)
     reference = masked_logits(run.model, masks, ids).to(sliced_logits.device)
-    limit = LOGIT_LIMIT[run.cfg.model.dtype] * float(reference.std())
-    difference = root_mean_square(reference - sliced_logits)
-    if not difference <= limit:
+    difference = compare(reference, sliced_logits)
+    limit = LOGIT_LIMIT[getattr(torch, run.cfg.model.dtype)] * difference.std
+    if not difference.rms <= limit:
         raise UserError(
             f"Model type '{run.model.config.model_type}' cannot be pruned: its structure, found on a tiny copy, does "
             "not fit this model. With half of the units removed, logits of the masked and the sliced model must differ "
-            f"by {limit:.2e} or less; got {difference:.2e}. Write a record in a file that --import names "
+            f"by {limit:.2e} or less; got {difference.rms:.2e}. Write a record in a file that --import names "
             "(docs/extend.md, 'A model family')."
         )
 
 
 def checked_tokens(run: Run) -> Tensor:
     """Token ids for comparing logits, (1, T)."""
-    return run.text.test[0].tokens[:1, : compared_tokens(run.cfg)]
+    return run.text.test[0].tokens[:1, : run.cfg.evaluation.compared_tokens]

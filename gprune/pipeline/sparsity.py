@@ -11,14 +11,13 @@ from lightning import LightningModule
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from gprune.calibration.errors import block_errors
+from gprune.calibration.block_errors import block_errors, error_corpora, error_windows
 from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.checks import select_options, typed_options
 from gprune.evaluation.perplexity import perplexity
 from gprune.importance.scores import Scores, score_units
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks, Modules, module_means
-from gprune.pipeline.cost import error_corpora, error_windows
 from gprune.pipeline.run import Run
 from gprune.registry import LEARNER
 from gprune.runs.tracking import log_scalars
@@ -114,9 +113,9 @@ def allocated_masks(
 
 
 def measured_errors(run: Run, name: str, scores: Scores, statistics: CorpusStatistics) -> Tensor:
-    """Return `calibration.errors.block_errors` for neurons in the order of scores, computed once per run and `name`.
+    """Return the `block_errors` of neurons in the order of scores, computed once per run and `name`.
 
-    The text is `error_windows` windows of each corpus of `cost.error_corpora`. A float32 model is computed in the
+    The text is `error_windows` windows of each corpus of `error_corpora`. A float32 model is computed in the
     precision of learning, which is part of the run's key.
     """
     cfg, windows, corpora = run.cfg, error_windows(run.cfg), error_corpora(run.cfg)[name]

@@ -2,50 +2,65 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from gprune.benchmarks.speed import describe_device, time_generation
 from gprune.errors import optional_output
-from gprune.evaluation.tolerance import tolerated_shares
-from gprune.models.blocks import by_layer
+from gprune.evaluation.intervals import geometric_mean
+from gprune.features import attribute
 from gprune.models.masks import Masks
 from gprune.models.surgery import widths
 from gprune.partition.modules import Modules
 from gprune.pipeline.quality import quality_reached
 from gprune.pipeline.run import Run
-from gprune.report import html, page
-from gprune.report.model_card import write_card
-from gprune.report.records import quality_table, result_table
-from gprune.report.run_figures import write_figures
+from gprune.report.card import write_card
+from gprune.report.figures import write_figures
+from gprune.report.page import make, write_report
+from gprune.report.tables import entry_tables, result_table
 from gprune.runs import tracking
-from gprune.runs.numbers import number_frame, run_numbers, to_estimate
+from gprune.runs.numbers import entries, number_frame, run_numbers, to_estimate
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.files import write_json
 
 log = logging.getLogger("gprune")
 MEANS = ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement")  # of each row in the summary; None if undefined
+TOLERATED_PERCENT = 3, 10  # percent of perplexity above dense
 
 
-def speed_reached(run: Run, masks: Masks, pruned: PreTrainedModel) -> dict[str, Any]:
-    """Measure the speed of the pruned model in alternation with the dense model."""
-    costs = run.budget.costs
-    dense_cost = costs.prices.model  # in units of time
-    with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # as in the latency table
-        (_, _, (dense_seconds, pruned_seconds)), spread = time_generation(
-            [run.model, pruned], **run.cfg.speed.workload()
-        )
-    speeds = {
-        "asked": dense_cost / (dense_cost - run.budget.target),
-        "predicted": dense_cost / (dense_cost - costs.removed(masks)),
-        "got": dense_seconds / pruned_seconds,
+def with_table(reached: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry of a quality target with its numbers, which are rises of perplexity above dense, and a table."""
+    (row,) = reached["rows"]
+    ratios = {name: reached.get(name) for name in ("predicted", "got", "low", "high", "unseen")}
+    rises = {name: None if ratio is None else ratio - 1 for name, ratio in ratios.items()}
+    asked, unseen_interval = reached["asked"], [reached.get(f"unseen{end}") for end in ("", "_low", "_high")]
+    columns = ["row", "asked, %", "parameters kept", "removed, %", "predicted, %", "development, %", "unseen, %"]
+    cells = [
+        row["row"], 100 * asked, row["parameters"], 100 * row["share"], _percent_above_dense([row["predicted"]]),
+        _percent_above_dense([row["got"], row["low"], row["high"]]), _percent_above_dense(unseen_interval),
+        row["models"],
+    ]  # fmt: skip
+    table = {
+        "title": "Parameters at the same quality",
+        "columns": [*columns, "models tried"],
+        "rows": [cells],
+        "digits": {"asked, %": 1},
+        "note": "The largest share that was found whose development perplexity, above dense, is at most what was "
+        "asked. In brackets 95 % intervals: Student's t over windows, paired.",
     }
-    numbers = ", ".join(f"{name} {speed:.2f}x" for name, speed in speeds.items())
-    sentence = f"Speed: {numbers} of dense ({run.cfg.speed}, {describe_device(run.model.device)})."
-    return speeds | {"said": sentence, "spread": spread, "seconds": [dense_seconds, pruned_seconds]}
+    return {**reached, "numbers": {"asked": asked} | rises, "table": table}
+
+
+def _percent_above_dense(ratios: Sequence[float | None]) -> float | list[float | None] | None:
+    """Convert a ratio to dense, or [ratio, low, high] with its interval if there is one, to percent above 1."""
+    if ratios[0] is None:
+        return None
+    percent = [None if ratio is None else 100 * (ratio - 1) for ratio in ratios]
+    return percent if len(percent) == 3 else percent[0]
 
 
 def summarise(
@@ -53,23 +68,20 @@ def summarise(
 ) -> dict[str, Any]:
     """Compute the summary of a run, and write it to manifest, metrics.json, model card, figures and trackers."""
     summary = sizes_and_perplexity(run, records, masks, pruned)
-    if run.cfg.latency_table_flag:
-        summary["speed_table"] = run.plan.pricing.speed | {"layers": len(by_layer(run.blocks))}
-    if run.cfg.sparsity.currency == "seconds":
-        measured_earlier = run.folder.manifest.get("summary", {}).get("speed")
-        summary["speed"] = measured_earlier or speed_reached(run, masks, pruned)
-        log.info("%s", summary["speed"]["said"])
+    with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # in which prices were measured
+        for feature in run.cfg.features:
+            summary |= attribute(feature, "summary")(run, masks, pruned)
     if run.cfg.sparsity.quality:
-        summary["quality"] = quality_reached(run, records)
-        log.info("%s", summary["quality"]["said"])
-        for warning in summary["quality"]["warnings"]:
-            log.warning("%s", warning)
-        table = quality_table({run.folder.path.name: summary})
-        log.info("%s:\n\n%s\n", table.title, table.for_stdout())
+        summary["quality"] = with_table(quality_reached(run, records))
     curve = run.folder.manifest.get("learning", {}).get("development_perplexity_by_sparsity") or {}
     if tolerated := tolerated_shares(curve, run.cfg.sparsity.scope, recovered=run.cfg.recovery != "none"):
         summary["tolerated"] = tolerated
-        log.info("%s", tolerated["said"])
+    for entry in entries(summary).values():
+        log.info("%s", entry["said"])
+        for warning in entry.get("warnings", ()):
+            log.warning("%s", warning)
+    for table in entry_tables({run.folder.path.name: summary}):
+        log.info("%s:\n\n%s\n", table.title, table.for_stdout())
     if stopped := run.folder.manifest.get("stopped"):
         summary["stopped"] = stopped  # stages that a callback stopped early
     block_widths = {} if masks is None else {"widths": widths(pruned)}
@@ -122,19 +134,65 @@ def sizes_and_perplexity(
 
 
 def results_as_markdown(run: Run, records: Sequence[dict[str, Any]], summary: Mapping[str, Any]) -> list[str]:
-    """Return paragraphs in Markdown: the result table, and for a quality target sentences and a table."""
+    """Return paragraphs in Markdown: the result table, and the sentences and tables of the entries of the summary."""
     paragraphs = [result_table(records).to_markdown()]
-    for name in ("quality", "tolerated"):
-        if name in summary:
-            paragraphs += [summary[name]["said"], *summary[name].get("warnings", ())]
-    quality = quality_table({run.folder.path.name: summary})
-    if quality.rows:
-        paragraphs.append(quality.to_markdown())
-    return paragraphs
+    for entry in entries(summary).values():
+        paragraphs += [entry["said"], *entry.get("warnings", ())]
+    return [*paragraphs, *(table.to_markdown() for table in entry_tables({run.folder.path.name: summary}))]
 
 
 def write_pages(run: Run) -> None:
     """Write `report.html` from the files in the run folder."""
     for logger in run.loggers:
         logger.save()  # writes curves that are still in memory
-    html.write_report(page.make([run.folder.path]), run.folder / "report.html")
+    write_report(make([run.folder.path]), run.folder / "report.html")
+
+
+class LargestShare(NamedTuple):
+    """The largest removed share within a limit."""
+
+    value: float
+    at_least: bool  # whether the curve ends before the limit is reached
+
+    def __str__(self) -> str:
+        digits = 1 if self.value < 0.01 else 0
+        prefix = "at least " if self.at_least else ""
+        return f"{prefix}{100 * self.value:.{digits}f} %"
+
+
+def largest_share(perplexity: Mapping[float, float], ratio: float) -> LargestShare | None:
+    """Return the largest share up to which perplexity stays within `ratio` times that of share 0.
+
+    log perplexity is made monotone (running maximum) and interpolated linearly between the measured shares. Measured
+    curves are convex, so the interpolation lies above the curve and the result is a lower estimate.
+    `perplexity` is by removed share, and share 0 is the dense model. None if share 0 or all other shares are missing.
+    """
+    shares = sorted(perplexity)
+    if len(shares) < 2 or shares[0] != 0:
+        return None
+    limit = math.log(ratio)
+    rise = 0.0  # running maximum of log(perplexity / dense perplexity)
+    for former_share, share in itertools.pairwise(shares):
+        former_rise = rise
+        rise = max(former_rise, math.log(perplexity[share] / perplexity[0]))
+        if rise > limit:
+            crossing = former_share + (share - former_share) * (limit - former_rise) / (rise - former_rise)
+            return LargestShare(crossing, at_least=False)
+    return LargestShare(shares[-1], at_least=True)
+
+
+def tolerated_shares(curve: Mapping[str, Mapping[str, float]], scope: str, *, recovered: bool) -> dict[str, Any] | None:
+    """Return the largest shares at which masks alone raise development perplexity by at most 3 % and 10 %, and a line.
+
+    `curve` is removed share -> corpus -> perplexity, as measured after learning. None for a curve without points.
+    """
+    means = {float(share): geometric_mean(by_corpus.values()) for share, by_corpus in curve.items() if by_corpus}
+    shares = {percent: largest_share(means, 1 + percent / 100) for percent in TOLERATED_PERCENT}
+    if None in shares.values():
+        return None
+    (lowest_percent, lowest_share), *others = shares.items()
+    limits = [f"within {lowest_percent} % of dense up to {lowest_share} of {scope}"]
+    limits += [f"within {percent} % up to {share}" for percent, share in others if share != lowest_share]
+    condition = ", under masks without recovery" if recovered else ""
+    sentence = f"Development perplexity stays {', '.join(limits)}{condition}."
+    return {"said": sentence, "shares": {str(percent): share.value for percent, share in shares.items()}}

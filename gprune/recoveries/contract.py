@@ -29,13 +29,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from gprune.calibration.projections import OUTPUT_PROJECTIONS
+from gprune.calibration import OUTPUT_PROJECTIONS
 from gprune.checks import format_value
 from gprune.errors import UserError
+from gprune.features import Feature
 from gprune.registry import Registry, StandIn
 
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
@@ -43,7 +44,6 @@ if TYPE_CHECKING:  # this registry is imported to check flags, which should not 
     from transformers import PreTrainedModel
 
     from gprune.calibration.statistics import CorpusStatistics, Moments
-    from gprune.corpora.windows import Windows
     from gprune.models.blocks import Block
     from gprune.models.masks import Masks
 
@@ -62,37 +62,39 @@ class Material:
     ridge: float = 0.01  # `--ridge`
     # Statistics of the dense model, pooled over `corpora.recover`; None unless the recovery needs them.
     statistics: CorpusStatistics | None = None
-    text: Sequence[Windows] = ()  # calibration windows of `corpora.recover`; empty unless the recovery needs them
-    batch_size: int = 4  # windows in a batch of `batches`
+    # Calibration text of `corpora.recover`, corpus by corpus: (B, T) int64 token ids; empty unless it is needed.
+    batches: Sequence[Tensor] = ()
     # Counts tokens that pass layers one by one: forward, and forward and backward.
     count: Callable[..., None] = lambda forward, forward_backward=0: None
-    fresh: Sequence[Windows] = ()  # `--distill.tokens` of training text from `corpora.recover`
-    settings: Mapping[str, Any] = field(default_factory=dict)  # groups of flags, or options, by name of the recovery
-    # Trains a stage on `fresh`, or on `text` if there is no fresh text. A resumed run restores the state_dict of a
-    # finished stage.
+    # Trains a stage on `--distill.tokens` of text from `corpora.recover` if the recovery learns, otherwise on
+    # calibration text. A resumed run restores the state_dict of a finished stage.
     fit: Callable[..., None] | None = None
     shard: bool = False  # whether layers are sharded over processes during training
-    # Cache of the dense model's final hidden states by batch, shared by all rows of a run; None: no cache.
-    teacher_states: dict[bytes, Tensor] | None = None
-    already_counted: bool = False  # whether the tokens of `teacher_states` are counted already
-
-    @property
-    def batches(self) -> list[Tensor]:
-        """The text in batches of (B, T) int64 token ids, corpus by corpus."""
-        return [ids for windows in self.text for ids in windows.tokens.split(self.batch_size)]
+    teacher: Any = None  # `stages.student.TeacherStates`, shared by all rows of a run; None: a new one
 
 
-class Recovery:
-    """Base class of recoveries. It changes nothing, and is itself the recovery `none`, as in the paper."""
+class Recovery(Feature):
+    """Base class of recoveries. It changes nothing, and is itself the recovery `none`, as in the paper.
+
+    For each pruned model, a run constructs one instance with the options.
+    """
 
     name = ""  # set when it is registered
+    flags = frozenset({"ridge", "distill"})  # flags or groups of flags that it reads, if it has statistics or text
     needs: frozenset[str] = frozenset()  # which of `NEEDS` (statistics of the dense model, or text) it reads
-    learns = False  # whether it trains on text
-    uses_teacher = False  # whether it uses the cache `Material.teacher_states`
+    learns = False  # whether it trains on `--distill.tokens` of text
+    uses_teacher = False  # whether it reads the states of `Material.teacher`
     experts = True  # whether it can recover experts
     sharded = True  # whether it works with a dense model that is sharded over processes
+    group = ""  # the group of flags that a run assigns to `settings`
+    settings: Any = None
     registered: Any = None  # the registered class or function, whose keyword-only parameters are options
     factory: Callable[..., Recovery]  # constructs the recovery with options
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Flags or groups of flags that this recovery reads: none without statistics and text."""
+        return self.flags | {"corpora.recover"} if self.needs or self.learns else frozenset()
 
     def revise(self, material: Material) -> Revise | None:
         """Return a function that changes each sliced block, called in the order of blocks, or None."""
@@ -106,21 +108,36 @@ class Recovery:
         """Return the largest numbers of tokens (forward, forward and backward) for one pruned model.
 
         Args:
-            text: tokens of `Material.text`.
-            fresh: tokens of `Material.fresh`.
+            text: tokens of `Material.batches`.
+            fresh: `--distill.tokens`, the training text of a recovery that learns.
             attention: whether attention is in scope.
         """
         return 0, 0
 
-    def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
+    def memory(self, sizes: Any) -> dict[str, float]:
+        """Return the bytes of a recovery by term of `pipeline.memory.Memory`; empty if it needs nothing.
+
+        Without training these are the equations of the widest block, 12 N^2, in float64.
+        """
+        if not self.needs:
+            return {}
+        return {
+            "weights": sizes.rows + sizes.weight * sizes.kept_parameters,
+            "gram_matrices": sizes.grams + 12 * max(sizes.costs.neurons) ** 2,
+            "activations": sizes.forecasts,
+        }
+
+    def refuse(self, plan: Any) -> None:
         """Raise UserError if this recovery does not support a model; called before weights are loaded.
 
         Args:
-            blocks: blocks of the dense model, without weights.
-            shard: whether the dense model is sharded over processes.
+            plan: has `skeleton`, the dense model without weights, and `cfg`, the settings.
         """
+        from gprune.models.blocks import blocks_of
+
+        blocks = blocks_of(plan.skeleton)
         alternatives = ", ".join(name for name in RECOVERY if RECOVERY[name].experts and RECOVERY[name].sharded)
-        if shard and not self.sharded:
+        if plan.cfg.model.shard and not self.sharded:
             raise UserError(
                 f"--recovery {self.name} cannot be combined with --model.shard true, because every process would "
                 f"compute all layers. Use one of {alternatives}."
@@ -137,77 +154,65 @@ class RecoveryStandIn(StandIn, Recovery):
 RECOVERY: Registry[Recovery] = Registry("recovery", stand_in=RecoveryStandIn)
 
 
+def recoveries_of(name: str, settings: Mapping[str, Any] = NOTHING) -> list[Recovery]:
+    """Construct the recoveries of a chain such as `least_squares+distill`, one instance each, for one pruned model.
+
+    `settings` maps names to options, and groups of flags to their values.
+    """
+    recoveries = []
+    for part in name.split("+"):
+        group = RECOVERY[part].group
+        each = RECOVERY[part].factory(**({} if part == group else settings.get(part, {})))
+        if group in settings:
+            each.settings = settings[group]
+        recoveries.append(each)
+    return recoveries
+
+
 class Chain(Recovery):
-    """Several recoveries in sequence, with the interface of one."""
+    """Several recoveries, with the attributes of one."""
 
     def __init__(self, name: str, settings: Mapping[str, Any] = NOTHING):
+        check_chain(name)
         self.name = name
-        names = name.split("+")
-        self.recoveries = [recovery_of(member, settings) for member in names]
+        self.recoveries = [recovery_of(member, settings) for member in name.split("+")]
         self.needs = frozenset().union(*(member.needs for member in self.recoveries))
         self.learns = any(member.learns for member in self.recoveries)
         self.uses_teacher = any(member.uses_teacher for member in self.recoveries)
         self.sharded = all(member.sharded for member in self.recoveries)
-        # Later recoveries that change blocks one at a time.
-        misplaced = [member.name for member in self.recoveries[1:] if type(member).revise is not Recovery.revise]
-        if len(set(names)) < len(names) or "none" in names or misplaced:
-            why = "each once, and no 'none'"
-            if misplaced:
-                why = f"'{misplaced[0]}' goes block by block, so it must come first"
-            raise UserError(f"--recovery must be a chain such as [least_squares,distill]; got {name} ({why}).")
-
-    def revise(self, material: Material) -> Revise | None:
-        """Return the function of the first recovery, the only one that may change blocks one at a time."""
-        return self.recoveries[0].revise(material)
-
-    def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-        """Return the model after `tune` of all recoveries, in order."""
-        for member in self.recoveries:
-            pruned = member.tune(material, pruned)
-        return pruned
 
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         """Return the sums over all recoveries of their largest numbers of tokens."""
         costs = [member.tokens(text, fresh, attention=attention) for member in self.recoveries]
         return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
 
-    def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
-        """Raise UserError if one of the recoveries does not support a model."""
-        for member in self.recoveries:
-            member.refuse(blocks, shard=shard)
-
 
 def recovery_of(name: str, settings: Mapping[str, Any] = NOTHING) -> Recovery:
-    """Return a recovery by its name."""
+    """Return a recovery or a chain by its name."""
     if "+" in name:
         return Chain(name, settings)
-    own_settings = settings.get(name)
-    if own_settings is None:
-        return RECOVERY[name]
-    options = own_settings if isinstance(own_settings, dict) else {"settings": own_settings}
-    return RECOVERY[name].factory(**options)
+    return recoveries_of(name, settings)[0] if name in settings else RECOVERY[name]
 
 
-def apply_tune(name: str, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
-    """Return the pruned model after `tune` of a recovery or a chain."""
-    from transformers import PreTrainedModel
-
-    model = recovery_of(name, material.settings).tune(material, pruned)
-    if not isinstance(model, PreTrainedModel):
-        raise UserError(f"Recovery '{name}' must return the pruned model from tune; got {type(model).__name__}.")
-    for parameter_name, weight in model.named_parameters():
-        if not weight.is_meta:  # offloaded
-            RECOVERY.checked(name, parameter_name, weight, tuple(weight.shape), of="finite floats")
-    return model
+def check_chain(name: str) -> None:
+    """Raise UserError unless the name is that of a recovery or of a valid chain."""
+    names = name.split("+")
+    misplaced = [other for other in names[1:] if type(RECOVERY[other]).revise is not Recovery.revise]
+    if len(names) > 1 and (len(set(names)) < len(names) or "none" in names or misplaced):
+        why = "each once, and no 'none'"
+        if misplaced:
+            why = f"'{misplaced[0]}' goes block by block, so it must come first"
+        raise UserError(f"--recovery must be a chain such as [least_squares,distill]; got {name} ({why}).")
 
 
 class Projection(Recovery):
     """A recovery that solves each output projection separately, from statistics of the dense model."""
 
-    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool):
+    def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool, flags: Collection[str] = ("ridge",)):
         self.solver = solver
         self.needs = frozenset(needs)
         self.experts = experts
+        self.flags = frozenset(flags)
 
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block, with errors as `solve`."""
@@ -263,7 +268,9 @@ class Projection(Recovery):
         return new_weight, bias
 
 
-def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool = True) -> Callable[[Any], Any]:
+def recovery(
+    name: str, *, needs: Collection[str] = ("moments",), experts: bool = True, flags: Collection[str] = ("ridge",)
+) -> Callable[[Any], Any]:
     """Register a recovery as the value `name` of `--recovery`: a function, or a subclass of `Recovery`.
 
     A function is called as `function(weight, keep, moments, ridge, **options)` for each output projection that lost
@@ -292,6 +299,7 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
         name: the value of `--recovery`.
         needs: which of `NEEDS` a function reads from `moments`. A class has its own attribute.
         experts: whether a function supports experts, which have no biases. A class has its own attribute.
+        flags: flags that a function reads, to list ignored flags. A class has its own attribute.
 
     Raises:
         ValueError: if `needs` has another name, or another recovery has this name.
@@ -318,7 +326,8 @@ def recovery(name: str, *, needs: Collection[str] = ("moments",), experts: bool 
             if isinstance(entry, type):
                 instance = entry(**options)
             else:
-                instance = Projection(functools.partial(entry, **options), needs=needs, experts=experts)
+                solver = functools.partial(entry, **options)
+                instance = Projection(solver, needs=needs, experts=experts, flags=flags)
             instance.name = name
             instance.registered = entry
             instance.factory = create

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gprune.recoveries.contract import Material, Recovery, Revise, recovery
 
@@ -15,7 +15,15 @@ class SequentialLeastSquares(Recovery):
     """Recovery by `PrunedPrefix`. It reads the text of `corpora.recover`, and no statistics."""
 
     needs = frozenset({"text"})
+    flags = frozenset({"ridge"})
     experts = sharded = False
+
+    def refuse(self, plan: Any) -> None:
+        """Raise UserError as `Recovery.refuse`, and if the model cannot be computed layer by layer."""
+        from gprune.calibration.layerwise import check_walk
+
+        super().refuse(plan)
+        check_walk(plan.skeleton.config, along_prefix=True)
 
     def revise(self, material: Material) -> Revise:
         """Return a function that solves projections of each block after all earlier blocks."""

@@ -13,7 +13,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from gprune.config import effective_settings
-from gprune.report.table import Table
 from gprune.runs.results import FinishedRun, read_run
 from gprune.storage.reading import expanded
 
@@ -140,19 +139,6 @@ def run_flags(run: FinishedRun) -> dict[str, Any]:
     """Return the settings of a run by flag, except those of the run folder and the seed."""
     settings = {group: values for group, values in run.settings.items() if group not in ("inputs", "run")}
     return effective_settings(settings)
-
-
-def settings_table(groups: Sequence[SeedGroup]) -> Table:
-    """Table with a row per flag in which groups differ, and a column per group."""
-    settings = [run_flags(group.runs[0]) | {"run.seed": [run.seed for run in group.runs]} for group in groups]
-    first = settings[0]
-    different = [
-        flag
-        for flag in dict.fromkeys(chain(*settings))
-        if any(other.get(flag) != first.get(flag) for other in settings)
-    ]
-    rows = [[flag, *(format_setting(values.get(flag)) for values in settings)] for flag in different]
-    return Table("settings", "Settings that differ", ["flag", *(group.name for group in groups)], rows)
 
 
 def format_setting(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Report of one or several runs: tables, figures and files.
+"""Report of one or several runs: tables, figures, files, and one HTML page without external resources.
 
 from gprune import report
 made = report.make(["runs/a", "runs/b"])
@@ -10,47 +10,83 @@ Runs that differ only in the seed become one row, with mean and interval over se
 
 from __future__ import annotations
 
+import io
+import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import matplotlib
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from gprune.report.benchmark_table import evaluation_table
-from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
-from gprune.report.curves import read_curves
+from gprune.config.elsewhere import made_elsewhere
+from gprune.models.embedded import model_label
+from gprune.report import TableName, prune_command
+from gprune.report.card import RESULTS, loading_code, write_card
+from gprune.report.figures import (
+    FORMATS,
+    add_title,
+    curve_figures,
+    learning_figure,
+    ratio_figure,
+    read_curves,
+    run_figures,
+    save,
+    sparsity_lines,
+    style,
+    write_figures,
+)
 from gprune.report.grouping import (
     SeedGroup,
     group_by_seed,
     named_by_difference,
     read_runs,
-    settings_table,
     with_distinct_names,
 )
-from gprune.report.perplexity_tables import (
+from gprune.report.tables import (
+    Table,
+    caption,
     comparison_table,
+    cost_table,
     distance_table,
+    entry_tables,
+    evaluation_table,
     group_frame,
+    in_markdown,
     perplexity_table,
+    settings_table,
     summary_table,
 )
-from gprune.report.records import caption, quality_table
-from gprune.report.run_figures import write_figures
-from gprune.report.style import FORMATS, add_title, save
-from gprune.report.table import Table, TableName, in_markdown
-from gprune.runs.numbers import Record
-from gprune.runs.results import FinishedRun, read_run
+from gprune.runs.folder import RunFolder
+from gprune.runs.numbers import Record, entries
+from gprune.runs.results import FinishedRun, config_of, read_run
+from gprune.sparsity.allocation import format_removed
 from gprune.storage.files import replacing
 from gprune.storage.reading import expanded
+from gprune.storage.yaml_text import to_yaml
 
 FIGURES = ("ratios", "learning", "sparsity", "perplexity", "heterogeneity", "speed")
 MAX_TITLE = 80  # characters
 # Largest number of runs for pairwise comparisons and figures. With more they would take minutes and be unreadable.
 SIDE_BY_SIDE = 40
+# Colours of figures -> CSS of the page's theme (light or dark).
+THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--line)", "#555555": "var(--soft)"}
+CAPTIONS = {
+    "perplexity": "Perplexity by corpus and row.",
+    "heterogeneity": "How far the ranks of each module's neurons drift between corpora, and how far corpora agree.",
+    "sparsity": "Share of the neurons that each block, and each of its modules, loses.",
+    "speed": "Milliseconds of all blocks by what each keeps, measured on random weights.",
+    "ratios": "Unseen perplexity of each row over that of base; the axis names which base.",
+    "learning": "Each run's own model over the tokens that it has learned from; losses are running means.",
+}
+WIDE = 2.2  # width / height of a figure above which it is shown in the full width of the page
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Tables and figures of runs.
 
@@ -65,6 +101,9 @@ class Report:
     groups: list[SeedGroup]
     tables: list[Table]
     base: FinishedRun | None
+
+    def __repr__(self) -> str:
+        return f"Report({self.title!r}, {len(self.runs)} runs, {len(self.nonempty_tables)} tables)"
 
     def to_markdown(self) -> str:
         """Format tables with titles and notes, and the protocols, as Markdown."""
@@ -83,14 +122,13 @@ class Report:
         return "\n".join(paragraphs)
 
     def sentences(self) -> list[str]:
-        """Return the sentences of runs on their targets in speed and quality, with warnings."""
-        sentences = []
-        for name in ("speed", "quality", "tolerated"):
-            for run in self.runs:
-                if entry := run.summary.get(name):
-                    lines = (entry["said"], *entry.get("warnings", ()))
-                    sentences += [f"{run.name}: {line}" for line in lines]
-        return sentences
+        """Return the sentences and warnings of the entries in the summaries of runs, by entry."""
+        sentences: dict[str, list[str]] = {}  # by entry
+        for run in self.runs:
+            for name, entry in entries(run.summary).items():
+                lines = (entry["said"], *entry.get("warnings", ()))
+                sentences.setdefault(name, []).extend(f"{run.name}: {line}" for line in lines)
+        return [line for lines in sentences.values() for line in lines]
 
     @property
     def nonempty_tables(self) -> list[Table]:
@@ -238,7 +276,7 @@ def of_runs(
         summary_table(groups, numbers, bases, seen=seen),
         perplexity_table(groups, numbers, seen=seen),
         distance_table(groups, numbers),
-        quality_table({run.name: run.summary for run in named_runs}),
+        *entry_tables({run.name: run.summary for run in named_runs}),
     ]
     if 1 < len(runs) <= SIDE_BY_SIDE:
         tables += [comparison_table(groups), settings_table(groups)]
@@ -247,3 +285,107 @@ def of_runs(
     bases_by_name = {base.name: base for base in (bases or {}).values()}  # several if rows have different budgets
     (base,) = bases_by_name.values() if len(bases_by_name) == 1 else (None,)
     return Report(list(runs), groups, tables, base)
+
+
+def write_report(report: Report, path: Path | str) -> Path:
+    """Write the page of a report atomically, and return its path."""
+    path = expanded(path)
+    with replacing(path) as temporary:
+        temporary.write_text(render(report), encoding="utf-8")
+    return path
+
+
+def write_missing(report: Report) -> None:
+    """Write those of figures, model card and HTML page that are missing from a run's folder."""
+    (run,) = report.runs
+    if not any(run.path.glob("figures/*.png")):
+        write_figures(run.path / "figures", run.records, run.modules, run.masks, run.summary)
+    card = run.path / "model/README.md"
+    if card.is_file() and RESULTS not in card.read_text(encoding="utf-8"):
+        write_card(RunFolder(run.path), config_of(run), run.records)
+    if not (run.path / "report.html").exists():
+        write_report(report, run.path / "report.html")
+
+
+def render(report: Report) -> str:
+    """Render a report as HTML: tables and figures of all runs, and a section for each run."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    has_several_runs = len(report.runs) > 1
+    sections = [run_section(run) for run in report.named_runs]
+    return templates.get_template("page.html").render(
+        title=report.title if has_several_runs else sections[0]["title"],
+        tables=report.nonempty_tables,
+        figures=render_figures(report.figures(), "all") if has_several_runs else [],
+        lines=[*report.sentences(), *report.protocols()],
+        runs=sections,
+    )
+
+
+def run_section(run: FinishedRun) -> dict[str, Any]:
+    """Return the values for a run's section of the template `page.html`."""
+    model = run.path / "model"
+    title, about = _describe_run(run)
+    figures = run_figures(run.records, run.modules, run.masks, run.summary) if run.masks else {}
+    settings = {name: value for name, value in run.settings.items() if name not in ("inputs", "code")}
+    return {
+        "name": run.name,
+        "title": title,
+        "about": about,
+        "figures": render_figures(figures, run.name),
+        "curves": render_figures(curve_figures(read_curves(run.path)), f"{run.name} curves"),
+        "settings": to_yaml(settings),
+        "cost": cost_table(run.steps),
+        "environment": run.environment,
+        "load": loading_code(model) if model.is_dir() else "",
+        "here": shlex.quote(str(run.path)),
+        "prune": shlex.join(prune_command()),
+        "folder": run.path.is_dir(),  # false for a record
+    }
+
+
+def _describe_run(run: FinishedRun) -> tuple[str, list[str]]:
+    """Return the title of a run, and sentences on its method, sizes and cost."""
+    settings, summary = run.settings, run.summary
+    label = model_label(settings["model"]["name"])
+    other = made_elsewhere(settings)
+    seconds = sum(step.get("seconds", 0) for step in run.steps.values())
+    cost = (
+        f"{summary['sparsity_of_model']:.1%} of the model removed: {summary['parameters_after']:,} of "
+        f"{summary['parameters_before']:,} parameters are left. Cost: {summary['forward_tokens']:,} tokens forward, "
+        f"{summary['forward_backward_tokens']:,} forward and backward, {seconds:,.0f} seconds of all steps."
+    )
+    if other is not None:
+        about = f"Made elsewhere, recovery {settings['recovery']}, seed {run.seed}."
+        return f"{model_label(other)} beside {label}", [about, cost]
+    sparsity = summary["sparsity_of_scope"], settings["sparsity"]["scope"], settings["sparsity"]["allocation"]
+    method = "gprune" if settings["gprune"] else "the base metric alone"
+    importance, recovery = settings["importance"], settings["recovery"]
+    about = (
+        f"{format_removed(*sparsity, digits=2)} removed by {method}, importance {importance}, recovery {recovery}, "
+        f"seed {run.seed}."
+    )
+    return f"{format_removed(*sparsity, digits=0)} removed from {label}", [about, cost]
+
+
+def render_figures(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:
+    """Return (caption, SVG, whether it needs the full width of the page) for each figure."""
+    rendered = []
+    for title, figure in figures.items():
+        is_wide = figure.get_figwidth() > WIDE * figure.get_figheight()
+        rendered.append((CAPTIONS.get(title, title), figure_to_svg(figure, f"{name} {title}"), is_wide))
+    return rendered
+
+
+@style()
+def figure_to_svg(figure: Figure, name: str) -> Markup:
+    """Convert a figure to inline SVG with text elements, and with black, white and grey replaced by theme colours."""
+    file = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    text = re.sub('<g id="[^"]*"', "<g", file.getvalue())  # ids such as axes_1 would be repeated on the page
+    text = re.sub("|".join(THEME), lambda match: THEME[match[0].lower()], text, flags=re.IGNORECASE)
+    return Markup(text[text.index("<svg") :])

@@ -5,19 +5,35 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from gprune.corpora.load import corpus_labels
-from gprune.evaluation.estimate import Estimate
-from gprune.evaluation.intervals import mean_per_token, mean_perplexity, paired_gap, paired_ratio
-
-if TYPE_CHECKING:
-    import pandas
+from gprune.evaluation.intervals import Estimate, mean_per_token, mean_perplexity, paired_gap, paired_ratio
 
 Record = dict[str, Any]  # a perplexity with its evaluation protocol, as in metrics.json
 Stage = tuple[str, str]  # stage, recovery
+Line = dict[str, Any]  # a line of the frame of a run
 DENSE, BASE = ("dense", "none"), ("base", "none")
 NUMBER_COLUMNS = ["row", "seed", "stage", "recovery", "corpus", "number", "value", "low", "high"]
+
+
+ESTIMATES = (
+    "unseen", "seen", "gap", "unseen_over_dense", "unseen_over_unrecovered_base", "unseen_over_base_same_recovery",
+    "unseen_kl", "unseen_agreement",
+)  # fmt: skip
+WITH_INTERVALS = [column for name in ESTIMATES for column in (name, f"{name}_low", f"{name}_high")]
+SUMMARY = (
+    "sparsity_of_scope", "sparsity_of_model", "parameters_before", "parameters_after", "forward_tokens",
+    "forward_backward_tokens",
+)  # fmt: skip
+ABOUT = ("model", "dtype", "precision", "scope", "target", "importance", "allocation")
+# Columns of every frame. Columns of corpora, entries, settings and tasks follow, and `record` is the last column.
+COLUMNS = [
+    "row", "seed", "stage", "recovery", *WITH_INTERVALS, "unseen_dense", "seen_dense", *SUMMARY, "seconds",
+    "peak_memory_mib", *ABOUT, "seen_corpora",
+]  # fmt: skip
 
 
 def row_name(stage: str, recovery: str) -> str:
@@ -124,14 +140,21 @@ def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | 
     }
 
 
-def number_frame(records: Sequence[Record], *, base: Sequence[Record] | None = None) -> pandas.DataFrame:
+def entries(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the entries of a summary, which features write and readers print without knowing the feature.
+
+    An entry has a sentence `said` and, optionally, lines `warnings`, `numbers` by name, and a `table`, which has the
+    arguments of `report.tables.Table` except its name; an estimate in its rows is [value, low, high].
+    """
+    return {name: value for name, value in summary.items() if isinstance(value, dict) and "said" in value}
+
+
+def number_frame(records: Sequence[Record], *, base: Sequence[Record] | None = None) -> pd.DataFrame:
     """Return all numbers of a run, one per line, with the columns `NUMBER_COLUMNS`. Undefined numbers have no line.
 
     Numbers of one corpus are `perplexity`, `kl` and `agreement`. The others, which have an empty corpus, are those of
     `estimates`; `base` is as there. Ends of intervals are NaN if there is no interval.
     """
-    import pandas
-
     lines: list[tuple[str, int, str, str, str, str, float, float | None, float | None]] = []
     for stage in by_stage(records):
         identity = (row_name(*stage), records[0]["seed"], *stage)
@@ -141,7 +164,7 @@ def number_frame(records: Sequence[Record], *, base: Sequence[Record] | None = N
         for name, estimate in estimates(records, stage, base).items():
             if estimate is not None:
                 lines.append((*identity, "", name, *estimate))
-    frame = pandas.DataFrame(lines, columns=NUMBER_COLUMNS)
+    frame = pd.DataFrame(lines, columns=NUMBER_COLUMNS)
     return frame.astype({"value": float, "low": float, "high": float})
 
 
@@ -168,7 +191,7 @@ def run_numbers(
       `agreement/<corpus>`, if they are defined.
     - `rows/<row>/...`: the same for every row.
     - `parameters_after` and other numbers of the summary.
-    - `quality/...`: numbers of a quality target.
+    - `<entry>/...`: the numbers of an entry of the summary.
     - `steps/<step>/...`: seconds, tokens and peak memory in MiB.
     """
     labels = corpus_labels(r["corpus"] for r in records)
@@ -179,6 +202,68 @@ def run_numbers(
         if (line.stage, line.recovery) == final:
             numbers[f"final/{key}"] = line.value
     numbers |= {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    quality = summary.get("quality") or {}
-    numbers |= {f"quality/{name}": value for name, value in quality.items() if type(value) is float}
+    for entry, content in entries(summary).items():
+        numbers |= {f"{entry}/{name}": value for name, value in content.get("numbers", {}).items() if value is not None}
     return numbers | {f"steps/{step}/{name}": value for step, costs in steps.items() for name, value in costs.items()}
+
+
+def stage_lines(
+    records: Sequence[Record], settings: Mapping[str, Any], summary: Mapping[str, Any],
+    steps: Mapping[str, Mapping[str, float]], *, base: Sequence[Record] | None, labels: Mapping[str, str] | None = None,
+) -> list[Line]:  # fmt: skip
+    """Return one line per stage of a run, with the main row last. Undefined numbers are missing.
+
+    Only the main row has sizes, tokens, seconds and the numbers of entries of the summary.
+    """
+    labels = labels or corpus_labels(r["corpus"] for r in records)
+    numbers = number_frame(records, base=base)
+    lines = [_stage_line(of_row, records, settings, labels) for _, of_row in numbers.groupby("row", sort=False)]
+    of_dense = lines[0]
+    for line in lines:
+        line |= {f"{name}_dense": of_dense[name] for name in ("unseen", "seen") if name in of_dense}
+    main_row = lines[-1]
+    main_row |= {name: summary.get(name) for name in SUMMARY}
+    for entry, content in entries(summary).items():
+        main_row |= {f"{entry}_{name}": value for name, value in content.get("numbers", {}).items()}
+    main_row["seconds"] = sum(step.get("seconds", 0) for step in steps.values()) if steps else math.nan
+    main_row["peak_memory_mib"] = max((step.get("peak_memory_mib", 0) for step in steps.values()), default=math.nan)
+    return lines
+
+
+def line_frame(lines: Sequence[Line]) -> pd.DataFrame:
+    """Build a DataFrame with `COLUMNS` and all other columns of the lines; missing values are empty."""
+    other_columns = dict.fromkeys(name for line in lines for name in line if name not in COLUMNS and name != "record")
+    return pd.DataFrame(lines, columns=[*COLUMNS, *other_columns, "record"])
+
+
+def number_columns(numbers: pd.DataFrame, labels: Mapping[str, str]) -> Line:
+    """Return the lines of one row in `number_frame` as columns `NUMBER/CORPUS`, and `_low` and `_high` of intervals."""
+    columns = {}
+    for number in numbers.itertuples():
+        name = f"{number.number}/{key_part(labels[number.corpus])}" if number.corpus else number.number
+        columns[name] = number.value
+        if number.number not in ("kl", "agreement"):  # these have no interval for a single corpus
+            columns |= {f"{name}_low": number.low, f"{name}_high": number.high}
+    return columns
+
+
+def _stage_line(
+    numbers: pd.DataFrame, records: Sequence[Record], settings: Mapping[str, Any], labels: Mapping[str, str]
+) -> Line:
+    """Return the line of one row from its lines of `number_frame`, without the columns that only the main row has."""
+    first = numbers.iloc[0]
+    line = {"seed": first["seed"], "stage": first["stage"], "recovery": first["recovery"]}
+    line |= number_columns(numbers, labels)
+    by_corpus = records_of(records, (first["stage"], first["recovery"]))
+    first_record = next(iter(by_corpus.values()))
+    pruned = first["stage"] not in ("dense", "model")
+    return line | {
+        "model": first_record["model"],
+        "dtype": first_record["dtype"],
+        "precision": settings["trainer"]["precision"],
+        "scope": settings["sparsity"]["scope"] if pruned else None,
+        "target": settings["sparsity"]["target"] if pruned else None,
+        "importance": first_record.get("importance"),
+        "allocation": first_record.get("allocation"),
+        "seen_corpora": ", ".join(labels[corpus] for corpus, r in by_corpus.items() if r["seen"]),
+    }

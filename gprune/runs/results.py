@@ -12,8 +12,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,13 +22,13 @@ from gprune.calibration.statistics import CorpusStatistics
 from gprune.checks import require
 from gprune.config import RunConfig, config_from_mapping, migrate_settings
 from gprune.config.elsewhere import made_elsewhere, with_made_elsewhere
+from gprune.discovery import family_of
 from gprune.errors import UnregisteredError, UserError, first_line
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
-from gprune.runs import frames, schema
-from gprune.runs.folder import RunFolder, changed_settings
-from gprune.runs.numbers import Record, by_stage, number_frame, on_same_windows
+from gprune.runs.folder import RunFolder, changed_settings, check_evaluation, check_manifest, check_metrics
+from gprune.runs.numbers import Record, by_stage, line_frame, number_frame, on_same_windows, stage_lines
 from gprune.sparsity.allocation import format_removed
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
 from gprune.storage.cache import cache_dir
@@ -37,11 +38,8 @@ from gprune.storage.yaml_text import read_yaml
 
 STAGES = ("base", "averaged", "gprune")  # stages of pruned models
 
-if TYPE_CHECKING:
-    import pandas
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FinishedRun:
     """A finished run: settings, numbers and, if they were read, masks and modules."""
 
@@ -57,6 +55,9 @@ class FinishedRun:
     environment: Mapping[str, Any] = field(default_factory=dict)  # versions and machine
     key: str | None = None  # key that is stored in the run's files
 
+    def __repr__(self) -> str:
+        return f"FinishedRun({self.name!r}, seed {self.seed}, {str(self.path)!r})"
+
     @property
     def seed(self) -> int:
         """Random seed of the run."""
@@ -64,12 +65,8 @@ class FinishedRun:
 
     @property
     def final(self) -> str:
-        """Stage of the run's main row."""
-        if made_elsewhere(self.settings) is not None:
-            return "model"
-        if self.settings["gprune"]:
-            return "gprune"
-        return "averaged" if isinstance(self.settings["corpora"]["score"], list) else "base"
+        """Stage of the run's main row, which is measured last."""
+        return self.records[-1]["stage"]
 
     @property
     def has_another_tokenizer(self) -> bool:
@@ -106,18 +103,18 @@ class PruningResult:
     model: PreTrainedModel | None  # None, like the tokenizer, if a run with `--export none` is loaded
     tokenizer: PreTrainedTokenizerBase | None
 
-    def to_frame(self) -> pandas.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """Return all numbers with 95 % intervals as a DataFrame, one line per stage, with the main row last.
 
-        The columns are `frames.COLUMNS` and columns of corpora, as in `StudyResult.to_frame`, so frames of several runs
+        The columns are `COLUMNS` and columns of corpora, as in `StudyResult.to_frame`, so frames of several runs
         can be concatenated. `unseen_over_unrecovered_base` is relative to this run's `base`.
         """
         steps = RunFolder(self.path).manifest.get("steps", {})
         run_columns = {"row": self.path.name, "record": str(self.path / "metrics.json")}
-        lines = frames.lines(self.records, self.config.settings(), self.summary, steps, base=self.records)
-        return frames.frame([run_columns | line for line in lines])
+        lines = stage_lines(self.records, self.config.settings(), self.summary, steps, base=self.records)
+        return line_frame([run_columns | line for line in lines])
 
-    def table(self) -> pandas.DataFrame:
+    def table(self) -> pd.DataFrame:
         """Return perplexity by row and corpus as a DataFrame; seen corpora have a star."""
         numbers = number_frame(self.records)
         by_corpus = numbers[numbers["number"] == "perplexity"]
@@ -150,12 +147,12 @@ def read_numbers(path: Path | str) -> FinishedRun:
     folder = expanded(path)
     if not folder.is_dir():
         raise UserError(f"Cannot read run '{path}': there is no folder '{path}'.")
-    manifest, problem = inspect_json(folder / "manifest.json", check=schema.check_manifest)
+    manifest, problem = inspect_json(folder / "manifest.json", check=check_manifest)
     if problem or manifest["settings"].get("inputs") is None:
         reason = f"manifest.json: {problem or 'no step was begun'}"
         raise UserError(f"Cannot read run '{path}': not a gprune run, or of an older version ({reason}).")
     key = key_of(settings=manifest["settings"])
-    metrics, problem = inspect_json(folder / "metrics.json", run=key, check=schema.check_metrics)
+    metrics, problem = inspect_json(folder / "metrics.json", run=key, check=check_metrics)
     if problem or metrics.get("summary") is None:
         reason = f"metrics.json: {problem or 'no summary yet'}"
         raise UserError(f"Cannot read run '{path}': the run is not finished ({reason}). Run the same command again.")
@@ -191,7 +188,7 @@ def _read_tensors_of(run: FinishedRun, name: str) -> dict[str, Tensor]:
 
 def read_evaluation(path: Path, *, run: str | None = None) -> list[Record]:
     """Read records of `gprune evaluate`; empty if there is no file."""
-    content, problem = inspect_json(path, run=run, check=schema.check_evaluation)
+    content, problem = inspect_json(path, run=run, check=check_evaluation)
     if problem and problem != MISSING:
         remedy = "Move the file away, or choose another one"
         raise UserError(f"Cannot read records of gprune evaluate in '{path}': {problem}. {remedy}.")
@@ -283,7 +280,9 @@ def _load_exported(run: FinishedRun) -> tuple[PreTrainedModel | None, PreTrained
     folder = exported_model(run.path)
     no_code = {"trust_remote_code": False}  # with None transformers would ask the user
     try:
-        return load_weights(folder, dtype="auto", **no_code), AutoTokenizer.from_pretrained(folder, **no_code)
+        model = load_weights(folder, dtype="auto", **no_code)
+        family_of(model)
+        return model, AutoTokenizer.from_pretrained(folder, **no_code)
     except Exception as error:  # safetensors, tokenizers and transformers raise many classes
         imports = [str(name) for name in run.environment.get("imports") or ()]  # modules or paths of files
         missing = [name for name in imports if Path(name).stem not in sys.modules and name not in sys.modules]

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from gprune.config import LoggingConfig, RunConfig, flatten
-from gprune.config.elsewhere import with_made_elsewhere
+from gprune.config.elsewhere import made_elsewhere, with_made_elsewhere
 from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line, optional_output
 from gprune.runs.folder import RunFolder
@@ -67,9 +67,7 @@ def wandb_loggers(loggers: Sequence[Logger]) -> list[_Wandb]:
 
 
 @contextmanager
-def tracking(
-    folder: RunFolder, cfg: RunConfig, user_loggers: Sequence[Logger] = (), made_elsewhere: str | None = None
-) -> Iterator[list[Logger]]:
+def tracking(folder: RunFolder, cfg: RunConfig, user_loggers: Sequence[Logger] = ()) -> Iterator[list[Logger]]:
     """Context with the open loggers of a run: CSV, W&B unless `--logging` disables it, and the user's.
 
     A finished run has no loggers, because it is not logged again.
@@ -79,7 +77,7 @@ def tracking(
         return
     # CSVLogger chooses a new version, so that a resumed run does not delete the curves of earlier sessions.
     loggers: list[Logger] = [CSVLogger(folder.path, name="csv")]
-    about = wandb_arguments(cfg, made_elsewhere)
+    about = wandb_arguments(cfg, made_elsewhere(folder.manifest.get("settings", {})))
     with wandb_run(folder.path, cfg.logging, id=wandb_id(folder.key, cfg), **about) as run:
         if run is not None:
             # Without `experiment`, WandbLogger would open a run itself: all metrics would also match the axis
@@ -112,8 +110,8 @@ def construct_loggers(paths: Sequence[ClassPath], folder: Path) -> list[Logger]:
     return loggers
 
 
-def wandb_arguments(cfg: RunConfig, made_elsewhere: str | None = None) -> dict[str, Any]:
-    """Arguments of `wandb_run` for a run with these settings, except `id`."""
+def wandb_arguments(cfg: RunConfig, other: str | None) -> dict[str, Any]:
+    """Arguments of `wandb_run` except `id`, for a run that prunes or, without pruning, measures the model `other`."""
     s = cfg.sparsity
     arguments = {
         "name": cfg.run_name,
@@ -122,8 +120,8 @@ def wandb_arguments(cfg: RunConfig, made_elsewhere: str | None = None) -> dict[s
         "tags": [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"],
         "config": cfg.resolved(),
     }
-    if made_elsewhere is not None:
-        config = with_made_elsewhere(cfg.resolved(), made_elsewhere)
+    if other is not None:
+        config = with_made_elsewhere(cfg.resolved(), other)
         arguments |= {"job_type": "model", "tags": ["made elsewhere"], "config": config}
     return arguments
 

@@ -1,4 +1,4 @@
-"""Lightning's Trainer: check its settings early, keep Ctrl-C a KeyboardInterrupt, and show the progress bar."""
+"""Lightning's Trainer: check its settings early, choose its precision, keep Ctrl-C an interrupt, show progress."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -18,11 +19,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
+from gprune.config import RunConfig
 from gprune.config.running import TrainerConfig
 from gprune.console import quieted
 from gprune.errors import UserError
-from gprune.models.products import float32_by_onednn
+from gprune.models.products import float32_by_onednn, multiplies_bfloat16
+from gprune.runs.folder import check_manifest
 from gprune.screen import Screen
+from gprune.storage.files import read_json
 
 log = logging.getLogger("gprune")
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
@@ -31,6 +35,7 @@ RANKS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "NODE_RANK"
 LAUNCHER_VARIABLES = {
     "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "NODE_RANK", "GROUP_RANK", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID",
 }  # fmt: skip
+Precision = Literal["32-true", "bf16-mixed"]
 
 
 def check_trainer(*, callbacks: Sequence[L.Callback] = (), **settings: Any) -> torch.device:
@@ -142,3 +147,41 @@ class StageBar(L.Callback):
         self.screen.add_batch(tokens, metrics)
 
     on_test_batch_end = on_validation_batch_end = on_train_batch_end
+
+
+def resolve_precision(cfg: RunConfig, device: torch.device, *, together: bool = False) -> tuple[RunConfig, str]:
+    """Replace the precision `auto` in a configuration, and return the reason for the choice.
+
+    A resumed run keeps its precision on any hardware. With float16 weights, training uses float32, because bfloat16 has
+    three bits of precision less. The default name of the run does not depend on the hardware.
+    """
+    if cfg.trainer.precision != "auto":
+        return cfg, "--trainer.precision"
+    stored = _stored_precision(Path(cfg.folder))
+    uses_bfloat16, reason = multiplies_bfloat16(device)
+    if cfg.model.dtype == "float16":
+        uses_bfloat16, reason = False, "bfloat16 has fewer digits than --model.dtype float16"
+    if together and cfg.trainer.num_nodes > 1:
+        slow_on_any_rank, stored = _decide_together(cfg, uses_bfloat16=uses_bfloat16, stored=stored)
+        if uses_bfloat16 and slow_on_any_rank:
+            uses_bfloat16, reason = False, "another process has hardware without bfloat16"
+    precision = "bf16-mixed" if uses_bfloat16 else "32-true"
+    if stored:
+        precision, reason = stored, "the resumed run has this precision"
+    trainer = cfg.trainer.model_copy(update={"precision": precision})
+    run = cfg.run.model_copy(update={"name": cfg.run_name})
+    return cfg.model_copy(update={"trainer": trainer, "run": run}), reason
+
+
+def _stored_precision(folder: Path) -> Precision | None:
+    """Return the precision of the run in a folder, or None if there is no run."""
+    manifest = read_json(folder / "manifest.json", check=check_manifest) or {}
+    precision = manifest.get("settings", {}).get("trainer", {}).get("precision")
+    return precision if precision in get_args(Precision) else None
+
+
+def _decide_together(cfg: RunConfig, *, uses_bfloat16: bool, stored: Precision | None) -> tuple[bool, Precision | None]:
+    """Return whether at least one rank does not use bfloat16, and the precision that rank 0 has stored."""
+    fabric = launch_processes(cfg.trainer)
+    not_on_all_ranks = fabric.strategy.reduce_boolean_decision(not uses_bfloat16, all=False)
+    return not_on_all_ranks, fabric.broadcast(stored)

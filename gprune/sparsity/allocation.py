@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gprune.checks import AtLeast1Float, NonNegative
+from gprune.features import Tokens
 from gprune.registry import Registry
+from gprune.sparsity.whole_blocks import limit_to_depth, refuse_layers, refuse_modules
 
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
     from torch import Tensor
@@ -33,6 +35,29 @@ if TYPE_CHECKING:  # this registry is imported to check flags, which should not 
 Margins = tuple[list["Tensor"], list["Tensor"]]
 Rule = Callable[..., Any]
 ALLOCATION: Registry[Rule] = Registry("allocation")
+
+LEARNING_FLAGS = (  # flags of threshold learning
+    "corpora.learn", "corpora.learn_samples", "evaluation.curve", "sparsity.learn", "sparsity.loss", "sparsity.epochs",
+    "sparsity.centred", "sparsity.learning_rate", "sparsity.learner", "sparsity.offset_learning_rate",
+    "sparsity.offset_limit",
+)  # fmt: skip
+
+
+def refuse_curve(plan: Any) -> None:
+    """Raise UserError for an impossible sparsity of `--evaluation.curve`."""
+    for sparsity in plan.cfg.evaluation.curve:
+        plan.budget.at(sparsity)
+
+
+def learning_tokens(plan: Any) -> Tokens:
+    """Return the tokens of threshold learning, and of development perplexity before, during and after learning."""
+    cfg, epochs = plan.cfg, plan.cfg.sparsity.epochs
+    learning = epochs * cfg.learned_windows * cfg.corpora.seq_len
+    # The curve over sparsities has the dense model, the target and others.
+    measured = cfg.trainer.measurements(cfg.learned_windows, cfg.corpora.batch_size, epochs=epochs)
+    measured += 2 + len(cfg.evaluation.curve)
+    teacher = learning if cfg.sparsity.loss == "kl" else 0
+    return {7: (measured * cfg.development_tokens + teacher, learning)}
 
 
 def allocation(
@@ -79,6 +104,16 @@ def allocation(
         function.learned = learned
         function.whole_blocks = whole_blocks
         function.errors = errors
+        function.reads = frozenset([*(["sparsity.start"] if modules else []), *(LEARNING_FLAGS if learned else [])])
+        function.needs = frozenset({"gram", "errors"} if errors else ())
+        if learned:
+            function.refuse = refuse_curve
+            function.planned_tokens = learning_tokens
+        if whole_blocks:
+            function.refuse_settings = refuse_modules
+            function.refuse = refuse_layers
+            function.limit_budget = limit_to_depth
+            function.lines = lambda plan: {"widths": "whole blocks are removed, and part of one"}
         return function
 
     return decorate
@@ -236,13 +271,13 @@ def reconstruction(
 ) -> Margins:
     """m_i = r_i - S_b: block b loses the fraction S_b, chosen to minimise the estimated rise of the loss.
 
-    `statistics.errors` estimates how much the loss rises if a block is cut to a few widths (`calibration.errors`). The
-    lower convex hull of these points gives every neuron a price: the rise of the loss divided by the neuron's cost in
-    the budget. Removing the cheapest neurons of the whole model would remove the fraction S*_b of block b. As the
-    estimate is only accurate near the dense model, S_b = S + `strength` (S*_b - S), with S the sparsity. With strength
-    1 the first blocks of a model would lose nothing. KV groups are allocated as by `uniform`. The estimate assumes
-    least squares, whatever the recovery. This rule is ours; the strength was chosen on development text of SmolLM2.
-    """
+    `statistics.errors` estimates how much the loss rises if a block is cut to a few widths
+    (`calibration.block_errors`). The lower convex hull of these points gives every neuron a price: the rise of the loss
+    divided by the neuron's cost in the budget. Removing the cheapest neurons of the whole model would remove the
+    fraction S*_b of block b. As the estimate is only accurate near the dense model, S_b = S + `strength` (S*_b - S),
+    with S the sparsity. With strength 1 the first blocks of a model would lose nothing. KV groups are allocated as by
+    `uniform`. The estimate assumes least squares, whatever the recovery. This rule is ours; the strength was chosen on
+    development text of SmolLM2."""
     import torch
 
     costs = budget.costs

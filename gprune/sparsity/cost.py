@@ -1,7 +1,7 @@
-"""Currencies of the budget: parameters, KV cache, or a function that is registered in `COST`.
+"""Currencies of the budget: parameters, KV cache, bytes, seconds, or a function that is registered in `COST`.
 
 The function is called with the model and its blocks. It returns whole numbers: for each block the cost of a neuron, of
-a KV group and of the whole block; and the cost of the rest of the model.
+a KV group and of the whole block; and the cost of the rest of the model. A currency that needs more is a `Currency`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gprune.features import Feature
 from gprune.registry import Registry
 
 Costs = tuple[Sequence[tuple[int, int, int]], int]
@@ -45,6 +46,14 @@ class Price:
         return sum(self.blocks) + self.rest
 
 
+class Currency(Feature):
+    """A currency whose costs depend on more than the model and its blocks."""
+
+    def price(self, pricing: Any) -> Price:
+        """Return the costs of the model of a `pipeline.pricing.Pricing`."""
+        raise NotImplementedError
+
+
 def _whole_number(cost: Any) -> int:
     """Return a cost as an int. Raise TypeError if it is not a whole number, and ValueError if it is negative."""
     number = operator.index(cost)
@@ -69,3 +78,21 @@ def kv_cache(model: Any, blocks: Sequence[Any]) -> Costs:
     """Return how many numbers the KV cache stores per token: a key and a value of `head_dim` for each KV group."""
     by_block = [(0, 2 * block.head_dim, 2 * block.head_dim * block.kv_groups) for block in blocks]
     return by_block, 0
+
+
+class Bytes(Currency):
+    """Half bits (1/16 byte) of the exported weights."""
+
+    also_reads = frozenset({"export.dtype"})
+
+    def identity(self, cfg: Any) -> dict[str, Any]:
+        """Return the settings of the export that change its size."""
+        unused = set() if cfg.export.format == "gguf" else {"format", "type"}
+        return {"export": cfg.export.model_dump(exclude=unused)}
+
+    def price(self, pricing: Any) -> Price:
+        """Return the costs of units in half bits."""
+        return pricing.price_of("bytes", pricing.exported_bytes)
+
+
+COST.register("bytes")(Bytes())

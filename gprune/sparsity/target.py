@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
 
 from gprune.checks import format_value
 from gprune.errors import UserError
+from gprune.features import Feature, Tokens
 
 NUMBER_AND_UNIT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(%|x|[KMB]|[KMG]i?B|)")
 QUALITY = re.compile(r"\+([0-9]{1,4}(?:\.[0-9]{1,9})?)%")
@@ -23,7 +25,9 @@ BYTE_UNITS = {
 }
 KEPT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9} | BYTE_UNITS  # units of a size that is kept
 MIN_KEPT = 1000  # smallest size that may be kept, in parameters or bytes
-MAX_SPEEDUP = 1000
+MAX_RATIO = 1000  # largest speedup
+TRIES = 12  # largest number of models in a search for the sparsity of a target in quality; typical are about 4
+LEARNED_TRIES = 4  # the same if each model is trained; typical are about 2
 HALF_BITS = 16  # half-bits per byte; byte budgets are counted in half-bits because q8_0 takes 8.5 bits per weight
 FORMS = (
     "a share of the scope between 0 and 1, a share of all parameters such as 30%, what is left such as 95M or 200MiB, "
@@ -32,12 +36,14 @@ FORMS = (
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(Feature):
     """A parsed target: how much of a model's cost is to be removed."""
 
     setting: float | str  # the value of `--sparsity.target`
     number: Fraction  # share to remove, size to keep, speedup, or rise of perplexity as a share
     unit: str  # `share` of scope, `%` of model, `x`, `parameters` or `bytes` to keep, `quality`
+    development_samples: ClassVar[int] = 2  # default of --evaluation.development_samples
+    is_searched: ClassVar[bool] = False  # whether the run finds out how much is removed
 
     @classmethod
     def of(cls, setting: float | str) -> Target:
@@ -46,7 +52,7 @@ class Target:
         if type(setting) in (int, float) and 0 < setting < 1:
             return cls(setting, Fraction(str(setting)), "share")  # exact decimal: 0.1 of 30 is 3
         if isinstance(setting, str) and (rise := QUALITY.fullmatch(setting)) and 0 < Fraction(rise[1]) <= MAX_RISE:
-            return cls(setting, Fraction(rise[1]) / 100, "quality")
+            return QualityTarget(setting, Fraction(rise[1]) / 100, "quality")
         match = NUMBER_AND_UNIT.fullmatch(str(setting)) if type(setting) in (int, str) else None
         if match is not None:
             number, unit = Fraction(match[1]), match[2]
@@ -55,9 +61,24 @@ class Target:
                 return cls(str(setting), number * KEPT_UNITS[unit], kind)
             if unit == "%" and 0 < number < 100:
                 return cls(setting, number / 100, unit)
-            if unit == "x" and 1 < number <= MAX_SPEEDUP:
+            if unit == "x" and 1 < number <= MAX_RATIO:
                 return cls(setting, number, unit)
         raise UserError(f"--sparsity.target must be {FORMS}; got {format_value(setting)}.")
+
+    def trials(self, cfg: Any) -> list[str]:
+        """Return the recovery of every model that is measured at most to find how much is removed."""
+        return []
+
+    def development_corpora(self, cfg: Any) -> list[str]:
+        """Return the corpora whose development split is measured: those of stages that train on text."""
+        recover = cfg.roles["recover"] if cfg.recovery_learns else []
+        return list(dict.fromkeys([*cfg.roles["learn"], *recover]))
+
+    def lines(self, plan: Any) -> dict[str, str]:
+        """Return how many parameters are removed if all blocks are equally sparse."""
+        parameters, in_scope = plan.skeleton.num_parameters(), plan.budget.costs.in_parameters.total
+        shares = f"{plan.removed / in_scope:.1%} of the scope, {plan.removed / parameters:.1%} of the model"
+        return {"removes": f"{plan.removed:,} parameters: {shares}"}
 
     def removes(self, scope: int, model: int) -> int:
         """Return the cost to remove, rounded up."""
@@ -87,6 +108,60 @@ class Target:
         if least:
             share = math.ceil(10_000 * share) / 10_000
         return f"{bound} {share:.4f}" if self.unit == "share" else f"{bound} {share:.2%}"
+
+
+class QualityTarget(Target):
+    """A rise of perplexity on development text, such as `+5%`: the run searches for the largest cut that keeps it."""
+
+    # At a rise of 10 % of SmolLM2, the half width of the 95 % interval over the three default corpora is 8.8 points
+    # with 2 windows of each (median of random choices), 3.3 with 4, 2.1 with 8, and 1.7 with 16. The smallest of these
+    # corpora has 8 windows of development text.
+    development_samples: ClassVar[int] = 8
+    is_searched: ClassVar[bool] = True
+
+    def refuse_settings(self, cfg: Any) -> None:
+        """Raise UserError if the rise cannot be measured with these settings."""
+        if cfg.evaluation.split == "development":
+            raise UserError(
+                f"--sparsity.target {self.setting} cannot be combined with --evaluation.split development, on "
+                "which the sparsity is chosen."
+            )
+        if cfg.development_windows < 2:
+            raise UserError(
+                f"--sparsity.target {self.setting} needs two or more --evaluation.development_samples for a "
+                f"confidence interval; got {cfg.development_windows}."
+            )
+
+    def trials(self, cfg: Any) -> list[str]:
+        """Return the recovery of every trial. Thresholds need a search of their own for where learning starts."""
+        searches = 2 if cfg.learns else 1
+        trained = [cfg.recovery] * LEARNED_TRIES if cfg.recovery_learns else []
+        return [cfg.training_free_recovery] * (searches * TRIES) + trained
+
+    def development_corpora(self, cfg: Any) -> list[str]:
+        """Return all corpora whose train split the run reads."""
+        return cfg.train_corpora
+
+    def planned_tokens(self, plan: Any) -> Tokens:
+        """Return the tokens of step 8: the dense model and every trial on development text, and all recoveries.
+
+        The main row's model is one of the trained trials. The teacher's pass is counted in the first of them.
+        """
+        recoveries = self.trials(plan.cfg)
+        counting = recoveries.index(plan.cfg.recovery) if plan.cfg.recovery_learns else None
+        costs = [plan.recovery_tokens(name, counts_teacher=i == counting) for i, name in enumerate(recoveries)]
+        measured = (1 + len(recoveries)) * plan.cfg.development_tokens
+        return {8: (measured + sum(forward for forward, _ in costs), sum(trained for _, trained in costs))}
+
+    def lines(self, plan: Any) -> dict[str, str]:
+        """Return how much is removed at most, how many models are tried, and on how much text."""
+        cfg = plan.cfg
+        models = " and ".join(f"{number} models after {name}" for name, number in Counter(self.trials(cfg)).items())
+        text = f"{cfg.development_tokens:,} tokens of development text ({', '.join(cfg.development_corpora)})"
+        return {
+            "removes": f"at most {plan.removed:,} parameters: the run finds the sparsity that keeps {self.setting}",
+            "quality": f"at most {models}, usually less than half, or more if none keeps the quality, each on {text}",
+        }
 
 
 # The type of the setting: a value that `Target.of` accepts, in the form in which it is stored.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -16,8 +18,10 @@ from gprune.errors import UserError
 from gprune.evaluation.intervals import geometric_mean
 from gprune.evaluation.perplexity import WindowPerplexity, window_losses
 from gprune.models.copies import sharded_copy
+from gprune.models.products import CastWeights
 from gprune.runs.numbers import key_part
-from gprune.stages.autocast import Autocast
+
+log = logging.getLogger("gprune")
 
 
 class FrozenLMStage(L.LightningModule):
@@ -52,6 +56,7 @@ class FrozenLMStage(L.LightningModule):
     tokens_before = 0
     validation_prefix = "development"
     measured_at: int | None = None
+    in_float32 = False  # whether the stage continues without autocast, because a loss was not finite
 
     def __init__(self, model: PreTrainedModel, *, shard: bool = False):
         super().__init__()
@@ -63,7 +68,7 @@ class FrozenLMStage(L.LightningModule):
         self._perplexities: list[WindowPerplexity] = []  # one per validation loader; a list keeps them unregistered
         self.development: dict[str, float] = {}
         self.development_nll: dict[str, list[float]] = {}
-        self.autocast = Autocast()
+        self._cast_weights: dict[int, CastWeights] = {}  # by id of a model: its frozen weights in the dtype of autocast
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -98,10 +103,37 @@ class FrozenLMStage(L.LightningModule):
         has already moved the stage to the CPU.
         """
         self._copy = ()
-        self.autocast.clear()
+        self._cast_weights.clear()
         if not self._shard:
             # Registered tensors may be only some of a student's weights, and the others are still on the device.
             self.to(self.trainer.strategy.root_device, non_blocking=True)
+
+    def autocast_losses(
+        self, compute: Callable[[], Tensor], *models: PreTrainedModel, check_always: bool = False
+    ) -> Tensor:
+        """Return the losses of a batch, (B,), that `compute` returns. With autocast, frozen weights are cast once.
+
+        If a loss is not finite under autocast on any process, the stage continues in float32, with a warning. Losses
+        are checked before the first optimizer step, or always.
+        """
+        strategy = self.trainer.strategy
+        device = strategy.root_device.type
+        if not torch.is_autocast_enabled(device):
+            return compute()
+        if not self.in_float32:
+            with ExitStack() as applied:
+                for model in models:
+                    copies = self._cast_weights.setdefault(id(model), CastWeights(model))
+                    applied.enter_context(copies.applied())
+                losses = compute()
+            is_checked = check_always or self.trainer.global_step == 0
+            if not is_checked or strategy.reduce_boolean_decision(bool(losses.isfinite().all()), all=True):
+                return losses
+            log.warning("The loss of %s is not finite in bfloat16. Falling back to float32.", self.purpose)
+            self.in_float32 = True
+            self._cast_weights.clear()
+        with torch.autocast(device, enabled=False):
+            return compute()
 
     def batch_loss(self, losses: Tensor, batch: Mapping[str, Tensor], name: str, *, finite: bool = True) -> Tensor:
         """Compute the loss of a training step from the losses of its windows, and log the mean of the global batch.
@@ -145,7 +177,7 @@ class FrozenLMStage(L.LightningModule):
     @property
     def uses_bfloat16(self) -> bool:
         """Whether losses are computed in bfloat16 by autocast."""
-        return self.trainer.precision == "bf16-mixed" and not self.autocast.in_float32
+        return self.trainer.precision == "bf16-mixed" and not self.in_float32
 
     def on_validation_epoch_start(self) -> None:
         """Create a perplexity metric for the corpus of each validation loader."""
@@ -165,7 +197,7 @@ class FrozenLMStage(L.LightningModule):
         """
         ids = batch["input_ids"]
         model = self.measured_model
-        nll = self.autocast.losses(self, partial(window_losses, model, ids), model, always=True).to(self.device)
+        nll = self.autocast_losses(partial(window_losses, model, ids), model, check_always=True).to(self.device)
         positions = batch_idx * len(ids) + torch.arange(len(ids), device=nll.device)
         index = batch.get("index", positions)
         is_counted = batch.get("weight", torch.ones_like(nll)).to(nll.device) > 0
@@ -193,11 +225,11 @@ class FrozenLMStage(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["learned_tokens"] = self.tokens
-        checkpoint["in_float32"] = self.autocast.in_float32
+        checkpoint["in_float32"] = self.in_float32
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._tokens = checkpoint["learned_tokens"]
-        self.autocast.in_float32 = checkpoint["in_float32"]
+        self.in_float32 = checkpoint["in_float32"]
 
 
 def curves_of(stage: L.LightningModule) -> str:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gprune.checks import select_options
 from gprune.config import DistillConfig
 from gprune.errors import UserError
+from gprune.models.families import PRUNED
 from gprune.recoveries.contract import Material, Recovery, recovery
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from gprune.models.blocks import Block
+    from gprune.config import RunConfig
 
 
 @recovery("distill")
@@ -22,17 +22,36 @@ class Distill(Recovery):
     """Recovery by end-to-end distillation from the dense model on text of `corpora.recover` (`DistillationStage`)."""
 
     learns = uses_teacher = True
+    flags = frozenset({"distill"})
+    group = "distill"
 
     def __init__(self, settings: DistillConfig | None = None):
         self.settings = settings or DistillConfig()
 
-    def refuse(self, blocks: Sequence[Block], *, shard: bool = False) -> None:
-        """Raise UserError as `Recovery.refuse`, and for LoRA if PEFT is missing or the model is sharded."""
-        super().refuse(blocks, shard=shard)
-        if self.settings.targets == "lora" and shard:
+    def refuse_settings(self, cfg: RunConfig) -> None:
+        """Raise UserError if there is too little text to choose the best weights."""
+        settings = cfg.distill
+        if settings.keep == "best" and cfg.evaluation.split == "development":
+            raise UserError("--distill.keep best cannot be combined with --evaluation.split development.")
+        if settings.keep == "best" and cfg.development_windows < 2:
+            raise UserError(
+                "--distill.keep best needs two or more --evaluation.development_samples to tell a rise from noise; got "
+                f"{cfg.development_windows}."
+            )
+
+    def refuse(self, plan: Any) -> None:
+        """Raise UserError as `Recovery.refuse`, if PEFT is missing, or if layers cannot be sharded or recomputed."""
+        super().refuse(plan)
+        settings = plan.cfg.distill
+        if settings.targets == "lora" and plan.cfg.model.shard:
             raise UserError("--distill.targets must be mlp or all with --model.shard true; got lora.")
-        if self.settings.targets == "lora" and find_spec("peft") is None:
+        if settings.targets == "lora" and find_spec("peft") is None:
             raise UserError("--distill.targets lora needs peft, which is not installed. Run pip install peft.")
+        if settings.checkpointing and not plan.skeleton.supports_gradient_checkpointing:
+            raise UserError(
+                "--distill.checkpointing must be false, because transformers does not support it for model type "
+                f"'{plan.skeleton.config.model_type.removeprefix(PRUNED)}'; got true."
+            )
 
     def tune(self, material: Material, pruned: PreTrainedModel) -> PreTrainedModel:
         """Train a `DistillationStage` with `material.fit`, and return the trained model as a plain model."""
@@ -46,8 +65,7 @@ class Distill(Recovery):
             material.dense,
             pruned,
             shard=material.shard,
-            teacher_states=material.teacher_states,
-            count=material.count if material.already_counted else None,
+            teacher=material.teacher,
             **select_options(DistillationStage, dict(settings)),
         )
         title = f"Distilling {sum(p.numel() for p in stage.learned.values()):,} numbers"
@@ -64,3 +82,33 @@ class Distill(Recovery):
     def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
         """Return the teacher's forward tokens, and the student's forward and backward tokens."""
         return fresh, fresh
+
+    def memory(self, sizes: Any) -> dict[str, float]:
+        """Return the bytes by term of distillation with AdamW of a student in float32."""
+        d, tokens = sizes.cfg.distill, sizes.tokens_of(sizes.cfg.distill.batch_size)
+        trained = self._trained_parameters(sizes)
+        layer = sizes.layer(tokens, activation=4, kept_share=sizes.kept_share)
+        layers = layer + sizes.L * tokens * 4 * sizes.H if d.checkpointing else sizes.L * layer
+        best_weights = 4 * trained * (d.keep == "best") if sizes.cpu else 0  # so far, in main memory
+        student = 4 * sizes.kept_parameters + best_weights
+        cast = sizes.cast + 2 * (sizes.H * sizes.V + trained) * sizes.autocast  # also of the student
+        return {
+            "weights": sizes.rows + student + cast,
+            "gradients": 4 * trained,
+            "optimizer": (8 if sizes.cpu else 12) * trained,  # a GPU updates all weights at once, in copies
+            "gram_matrices": sizes.grams,
+            "activations": sizes.forecasts + layers + sizes.chunk_logits(teacher=True),
+        }
+
+    @staticmethod
+    def _trained_parameters(sizes: Any) -> float:
+        """Number of parameters that are trained in a model that keeps a share of its units."""
+        from gprune.models.blocks import blocks_of
+
+        d, blocks = sizes.cfg.distill, blocks_of(sizes.plan.skeleton)
+        parts = [part for block in blocks for part in block.parts.values()]
+        return {
+            "all": sum(block.cost for block in blocks) - sizes.plan.removed,
+            "mlp": sizes.kept_share * sum(block.unit_cost("ffn") * block.neurons for block in blocks),
+            "lora": d.rank * sum(part.in_features + part.out_features for part in parts),
+        }[d.targets]

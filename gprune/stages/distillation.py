@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from gprune.errors import UserError
 from gprune.models.losses import LogitTransform, final_hidden, frozen_head_losses, same_head
 from gprune.models.offload import gathered
 from gprune.stages.base import FrozenLMStage, require_finite_loss
-from gprune.stages.student import Student
+from gprune.stages.student import Student, TeacherStates
 
 log = logging.getLogger("gprune")
 
@@ -97,10 +96,7 @@ class DistillationStage(FrozenLMStage):
         cross_entropy: weight of the next-token cross-entropy.
         checkpointing: whether to recompute the activations of each layer in the backward pass.
         shard: whether to shard the layers of both models over all processes.
-        teacher_states: cache of the final hidden states of `dense` by batch of tokens, which this stage reads and
-            extends; None: no cache.
-        count: adds a number to the token count of the run. It is given if another row has counted the teacher's tokens
-            already; this stage then subtracts the tokens whose states it computes again.
+        teacher: final hidden states of `dense` for all rows of a run; None: they are computed for each batch.
 
     Raises:
         UserError: with `kl`, if the heads of both models differ.
@@ -113,8 +109,7 @@ class DistillationStage(FrozenLMStage):
         self, dense: PreTrainedModel, student: PreTrainedModel, *, targets: Literal["mlp", "all", "lora"] = "all",
         rank: int = 8, learning_rate: float = RELATIVE_RATE, absolute_learning_rate: float | None = None,
         warmup: float = 0.1, weight_decay: float = 0.0, kl: float = 1.0, cross_entropy: float = 0.0,
-        checkpointing: bool = False, shard: bool = False, teacher_states: dict[bytes, Tensor] | None = None,
-        count: Callable[[int], None] | None = None,
+        checkpointing: bool = False, shard: bool = False, teacher: TeacherStates | None = None,
     ):  # fmt: skip
         if kl and not same_head(student, dense):
             raise UserError(
@@ -122,9 +117,8 @@ class DistillationStage(FrozenLMStage):
                 f"model; got {kl:g}. Or put distill before the recovery that changes the output embedding."
             )
         super().__init__(dense, shard=shard)
-        self.save_hyperparameters(ignore=["dense", "student", "shard", "teacher_states", "count"], logger=False)
-        self._teacher_states = teacher_states
-        self._count = count
+        self.save_hyperparameters(ignore=["dense", "student", "shard", "teacher"], logger=False)
+        self._teacher = teacher or TeacherStates(keep=False)
         self.learning_rate = learning_rate
         self.absolute_learning_rate = absolute_learning_rate
         self.warmup = warmup
@@ -259,12 +253,17 @@ class DistillationStage(FrozenLMStage):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the weighted sum of KL and cross-entropy on a batch, () float32. It may be infinite or NaN."""
-        losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm, self.student)
+        losses = self.autocast_losses(partial(self._losses, batch["input_ids"]), self.lm, self.student)
         return self.batch_loss(losses, batch, "distill/loss", finite=False)
 
     def _losses(self, ids: Tensor) -> Tensor:
         """Return the loss of each window, (B, T) -> (B,) float32."""
-        teacher_hidden = self._teacher_hidden(ids).flatten(0, 1) if self.kl else None
+        teacher_hidden = None
+        if self.kl:
+            # Layers of a sharded teacher are gathered by all ranks together, so all of them compute, or none.
+            agree = self.trainer.strategy.reduce_boolean_decision if self._is_sharded else bool
+            states = self._teacher.hidden(self.lm, ids, agree=agree, in_float32=self.in_float32)
+            teacher_hidden = states.flatten(0, 1)
         hidden = final_hidden(self.student, ids).flatten(0, 1)
         head = self.student.get_output_embeddings()
         transform = LogitTransform.of(self.student)
@@ -280,20 +279,3 @@ class DistillationStage(FrozenLMStage):
         if self.cross_entropy:
             losses = losses + self.cross_entropy * window_means(ids[:, 1:].flatten().to(hidden.device))
         return losses
-
-    @torch.no_grad()
-    def _teacher_hidden(self, ids: Tensor) -> Tensor:
-        """Return the final hidden states of the teacher, (B, T - 1, H) in its dtype, from the cache or computed."""
-        if self._teacher_states is None:
-            return final_hidden(self.lm, ids)
-        key = ids.cpu().numpy().tobytes()
-        if self.autocast.in_float32:  # states in bfloat16 may also be in the cache
-            key += b"float32"
-        is_cached = key in self._teacher_states
-        if self._is_sharded:  # layers are gathered by all ranks together, so all of them compute, or none
-            is_cached = self.trainer.strategy.reduce_boolean_decision(is_cached)
-        if not is_cached:
-            self._teacher_states[key] = final_hidden(self.lm, ids).cpu()
-            if self._count is not None:
-                self._count(-ids.numel())
-        return self._teacher_states[key]

@@ -1,4 +1,8 @@
-"""The student of a distillation: select the trained weights of a pruned model, and convert it back afterwards."""
+"""The two models of a distillation.
+
+`Student` selects the trained weights of a pruned model, and converts it back afterwards. `TeacherStates` has the final
+hidden states of the dense model.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,41 @@ from transformers.pytorch_utils import Conv1D
 
 from gprune.models.blocks import Block, Part, blocks_of, decoder_layers
 from gprune.models.copies import has_own_head, share_hooks, without_weights
-from gprune.models.lookup import decoder_of
+from gprune.models.families import decoder_of
+from gprune.models.losses import final_hidden
 from gprune.models.modeling_pruned import find_parent
 from gprune.models.offload import gathered
 from gprune.models.parts import names_in, part_row_indices
 
 if TYPE_CHECKING:  # not every build of torch has it
     from torch.distributed.device_mesh import DeviceMesh
+
+
+class TeacherStates:
+    """Final hidden states of the dense model by batch of tokens, shared by all rows of a run.
+
+    With `keep` the model computes a batch once, and the states stay in main memory; otherwise it computes every call.
+    """
+
+    def __init__(self, *, keep: bool):
+        self.keep = keep
+        self._states: dict[bytes, Tensor] = {}
+
+    @torch.no_grad()
+    def hidden(
+        self, model: PreTrainedModel, ids: Tensor, *, agree: Callable[[bool], bool] = bool, in_float32: bool = False
+    ) -> Tensor:
+        """Return the states of token ids (B, T), (B, T - 1, H) in the model's dtype.
+
+        `agree` decides from whether this process has the states whether all of them are read. With `in_float32` they
+        are computed without autocast, so those of bfloat16 are not used.
+        """
+        if not self.keep:
+            return final_hidden(model, ids)
+        key = ids.cpu().numpy().tobytes() + (b"float32" if in_float32 else b"")
+        if not agree(key in self._states):
+            self._states[key] = final_hidden(model, ids).cpu()
+        return self._states[key]
 
 
 class Student:

@@ -175,7 +175,7 @@ class ThresholdLearning(FrozenLMStage):
         Raises:
             UserError: if the loss is not finite.
         """
-        losses = self.autocast.losses(self, partial(self._losses, batch["input_ids"]), self.lm, always=True)
+        losses = self.autocast_losses(partial(self._losses, batch["input_ids"]), self.lm, check_always=True)
         return self.batch_loss(losses, batch, "learn/loss")
 
     def _losses(self, ids: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from gprune.storage.reading import expanded
 
 
 def cache_dir() -> Path:
-    """Return the cache folder `$GPRUNE_CACHE` or `~/.cache/gprune`, and create it if it does not exist."""
-    path = expanded(os.environ.get("GPRUNE_CACHE") or "~/.cache/gprune")
+    """Return the cache folder `$GPRUNE_CACHE`, or `gprune` in `$XDG_CACHE_HOME` (`~/.cache`), and create it."""
+    path = expanded(os.environ.get("GPRUNE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "gprune"))
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     return path

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders; safetensors and JSON that are verified when they are read.
+"""Atomic writes of files and folders; safetensors and JSON that are verified when they are read; the cache.
 
 Nothing is ever unpickled. Only rank 0 writes; all ranks read. A file is written into a scratch folder beside its
 destination, and renamed when it is complete. It stores the hash of its content, its name and, if it belongs to one run,
@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from glob import escape as glob_escape
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gprune.errors import first_line
-from gprune.storage.cache import disk_errors
+from gprune.storage.cache import cache_dir, disk_errors
 
 log = logging.getLogger("gprune")
 FORMAT_VERSION = 4  # part of every cache key; increase it when stored data changes its meaning
-_hashed: dict[Path, tuple[int, int, int]] = {}  # inode, size and time of files whose content this process has hashed
+VERIFIED: dict[Path, tuple[int, int, int]] = {}  # inode, size and time of files whose hash this process has verified
 MISSING = "the file is missing"
 UNUSABLE = "Ignored %s: %s."
 FORMER = "former"  # name in a scratch folder of the folder that is being replaced
@@ -197,7 +198,7 @@ def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> d
     try:
         stat = path.stat()
         state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        is_verified = once and _hashed.get(path) == state
+        is_verified = once and VERIFIED.get(path) == state
         with safetensors.safe_open(path, "pt") as file:
             marks = json.loads((file.metadata() or {}).get("marks", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -213,7 +214,7 @@ def read_tensors(path: Path, *, run: str | None = None, once: bool = False) -> d
         log.warning(UNUSABLE, path, first_line(error))
         return None
     if once:
-        _hashed[path] = state
+        VERIFIED[path] = state
     return tensors
 
 
@@ -231,3 +232,57 @@ def file_hashes(folder: Path, pattern: str = "*") -> dict[str, str]:
             with path.open("rb") as file:
                 hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return hashes
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Results of one kind in the cache folder, which are computed once on this machine and then found by their key.
+
+        sizes = Cache("gguf_sizes")
+        size = sizes.get(key_of(shapes=shapes, type="q8_0"), lambda: {"bytes": measure()})["bytes"]
+
+    A result is a JSON object or, with `tensors`, tensors by name. It is computed again if its file is damaged.
+    """
+
+    name: str  # of a folder in the cache folder
+    tensors: bool = False
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file or folder, which may not exist."""
+        return cache_dir() / self.name / name
+
+    def file(self, key: str) -> Path:
+        """Return the path of the file of a result."""
+        return self.path(f"{key}.safetensors" if self.tensors else f"{key}.json")
+
+    def read(self, key: str, *, once: bool = False) -> dict[str, Any] | None:
+        """Read a result; None if the file is missing or damaged. With `once`, tensors are verified once per process."""
+        return read_tensors(self.file(key), once=once) if self.tensors else read_json(self.file(key))
+
+    def write(self, key: str, content: dict[str, Any]) -> None:
+        """Write a result on rank 0."""
+        write = write_tensors if self.tensors else write_json
+        write(self.file(key), content)
+
+    def get(
+        self, key: str, compute: Callable[[], dict[str, Any]], *, share: Callable[[Any], Any] = lambda content: content
+    ) -> dict[str, Any]:
+        """Return a result from its file, or compute and write it. `share` makes all ranks see the same file."""
+        content = share(self.read(key))
+        if content is None:
+            content = compute()
+            self.write(key, content)
+        return content
+
+    def folder(self, name: str, make: Callable[[Path], None]) -> Path:
+        """Return a folder that `make` writes once: one process makes it, and others wait."""
+        folder = self.path(name)
+        if folder.is_dir():  # return before writing anything, because the cache may be read-only
+            return folder
+        with disk_errors(folder):
+            folder.parent.mkdir(exist_ok=True)
+            with FileLock(folder.parent / f".{name}.lock"):
+                if not folder.is_dir():
+                    with replacing(folder) as temporary:
+                        make(temporary)
+        return folder

@@ -6,8 +6,8 @@ import base64
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ import torch
 from gprune.config import RunConfig, effective_settings, flatten, migrate_settings
 from gprune.errors import UserError
 from gprune.models.masks import Masks
-from gprune.runs import schema
-from gprune.runs.folder import changed_code
+from gprune.runs.folder import changed_code, check_evaluation, check_study
 from gprune.runs.numbers import Record
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import key_of, read_json, write_json
@@ -50,34 +49,103 @@ def first_defaults() -> dict[str, Any]:
     return settings
 
 
+@dataclass(frozen=True)
+class Found:
+    """Records with the settings of a row, by whether the user's code that made them is that of the row."""
+
+    row: Row
+    same: list[dict[str, Any]]
+    unknown: list[dict[str, Any]]  # the code of the row or of the record is not known
+    other: list[dict[str, Any]]
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """Record of the row, preferably a complete one; None if there is no record."""
+        records = self.same or self.unknown
+        return next(filter(self._is_complete, records), records[0] if records else None)
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """Record of the row if it has the tasks and masks that the list asks for; otherwise None."""
+        return self.record if self.record is not None and self._is_complete(self.record) else None
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the record was made by the code of the row for certain."""
+        return bool(self.same)
+
+    @property
+    def outdated(self) -> list[tuple[Path, list[str]]]:
+        """Paths of the records that were made by other code, with the changes of the code."""
+        code = self.row.config.code
+        return [(record["path"], changed_code(record["settings"].get("code", {}), code)) for record in self.other]
+
+    def _is_complete(self, record: dict[str, Any]) -> bool:
+        """Return whether a record has the masks that the row asks for, and the results of its tasks for both models."""
+        row = self.row
+        if row.masks and record["masks"] is None:
+            return False
+        if not row.tasks:
+            return True
+        has_dense_results = any(r["stage"] == "dense" for r in task_results(row, record))
+        return row.tasks == record.get("tasks") and has_dense_results
+
+
+def find_records(row: Row) -> Found:
+    """Read the records of a row.
+
+    The name of a record's file consists of the row's name, for readability, the seed, and a hash of all settings that
+    differ from `first_defaults`. Records are found by the hash, so that lists with other names for a row share its
+    record, and new settings and new defaults do not change the names of existing records. Several lists may have
+    written records with the same settings, but with other tasks or without masks. Records with other tasks are left
+    out, except those that other code has made.
+    """
+    code, settings = row.config.code, identifying_settings(row.identity)
+    by_code = {"same": [], "unknown": [], "other": []}
+    keys = map(_settings_key, (row.identity, before_pooled_scores(row.identity)))
+    for path in itertools.chain(*(sorted((row.records / "runs").glob(f"*-{key}*.json")) for key in keys)):
+        record = read_record(path)
+        if record is None or identifying_settings(record["settings"]) != settings:
+            continue
+        recorded = record["settings"].get("code", {})
+        relation = "same" if recorded == code else compare_code(recorded, code)
+        if relation == "other" or not row.tasks or record.get("tasks", row.tasks) == row.tasks:
+            by_code[relation].append(record)
+    return Found(row, **by_code)
+
+
 def finished_record(row: Row) -> dict[str, Any] | None:
     """Return the record of a row if it has the tasks and masks that the list asks for; otherwise None."""
-    _, record = find_record(row)
-    return record if record is not None and _is_complete(row, record) else None
+    return find_records(row).finished
 
 
-def _is_complete(row: Row, record: dict[str, Any]) -> bool:
-    """Return whether a record has the masks that a row asks for, and the results of its tasks for both models."""
-    if row.masks and record["masks"] is None:
-        return False
-    if not row.tasks:
-        return True
-    has_dense_results = any(r["stage"] == "dense" for r in task_results(row, record))
-    return row.tasks == record.get("tasks") and has_dense_results
+def find_record(row: Row, *, checked: bool = False) -> tuple[Path, dict[str, Any] | None]:
+    """Return the path of a row's record, and the record. For a row without a record, return a new path, and None.
+
+    With `checked`, a record counts only if it was made by the code of the row for certain, so that it may be replaced.
+    A record with other tasks, or made by other code, is never overwritten.
+    """
+    found = find_records(row)
+    if checked:
+        found = replace(found, unknown=[])
+    if found.record is not None:
+        return found.record["path"], found.record
+    return _new_path(row, _settings_key(row.identity)), None
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Load a record. Return None if it is missing or, with a warning, if it is not a valid record.
+    """Load a record with its `path`. Return None if it is missing or, with a warning, if it is not a valid record.
 
     Settings of earlier versions are converted (`migrate_settings`); missing settings get the value of `first_defaults`.
     """
-    content = read_json(path, check=lambda content: schema.check_study(unfold_records(content)))
+    content = read_json(path, check=lambda content: check_study(unfold_records(content)))
     if content is None:
         return None
     settings = migrate_settings(content["settings"])
     defaults = first_defaults()
     groups = {name: group | settings.get(name, {}) for name, group in defaults.items() if isinstance(group, dict)}
-    return migrate_pooled_scores(unfold_records(content) | {"settings": defaults | settings | groups})
+    record = unfold_records(content) | {"settings": defaults | settings | groups, "path": path}
+    return migrate_pooled_scores(record)
 
 
 def migrate_pooled_scores(record: dict[str, Any]) -> dict[str, Any]:
@@ -131,47 +199,11 @@ def before_pooled_scores(settings: Mapping[str, Any]) -> dict[str, Any]:
     return earlier
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a record in compact form (`fold_records`)."""
-    write_json(path, record | {"records": fold_records(record["records"])}, width=LINE_WIDTH)
-
-
-def find_record(row: Row, *, checked: bool = False) -> tuple[Path, dict[str, Any] | None]:
-    """Return the path of a row's record, and the record. For a row without a record, return a new path, and None.
-
-    The name of the file consists of the row's name, for readability, the seed, and a hash of all settings that differ
-    from `first_defaults`. Records are found by the hash, so that lists with other names for a row share its record, and
-    new settings and new defaults do not change the names of existing records. Several lists may have written records
-    with the same settings, but with other tasks or without masks; a complete record is preferred. A record with other
-    tasks, or made by other code, is never overwritten.
-    """
-    code = row.config.code
-    by_code = {"same": [], "unknown": [], "other": []}
-    for path, record in _records_with_settings(row):
-        same_tasks = not row.tasks or record.get("tasks", row.tasks) == row.tasks
-        if same_tasks:
-            recorded = record["settings"].get("code", {})
-            by_code["same" if recorded == code else compare_code(recorded, code)].append((path, record))
-    records = by_code["same"] or ([] if checked else by_code["unknown"])
-    if records:
-        complete = (pair for pair in records if _is_complete(row, pair[1]))
-        return next(complete, records[0])
-    return _new_path(row, _settings_key(row.identity)), None
-
-
-def is_unchecked(row: Row, record: Mapping[str, Any]) -> bool:
-    """Return whether a record of the row was made by code of the user that may be another one than the row's."""
-    recorded = record["settings"].get("code", {})
-    return compare_code(recorded, row.config.code) != "same"
-
-
-def outdated_records(row: Row) -> list[tuple[Path, list[str]]]:
-    """Return the records of the row's settings that were made by other code, with the changes of the code."""
-    code = row.config.code
-    codes = [(path, record["settings"].get("code", {})) for path, record in _records_with_settings(row)]
-    return [
-        (path, changed_code(of_record, code)) for path, of_record in codes if compare_code(of_record, code) == "other"
-    ]
+def write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write a record in compact form (`fold_records`), and return the record with its path."""
+    content = {name: value for name, value in record.items() if name != "path"}
+    write_json(path, content | {"records": fold_records(record["records"])}, width=LINE_WIDTH)
+    return content | {"path": path}
 
 
 def _settings_key(settings: Mapping[str, Any]) -> str:
@@ -179,16 +211,6 @@ def _settings_key(settings: Mapping[str, Any]) -> str:
     defaults, settings = flatten(first_defaults()), identifying_settings(settings)
     changed = {name: value for name, value in settings.items() if value != defaults.get(name)}
     return key_of(format=RECORD_FORMAT, settings=changed)[:10]
-
-
-def _records_with_settings(row: Row) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the records with the row's settings, made by any code of the user."""
-    settings = identifying_settings(row.identity)
-    for key in map(_settings_key, (row.identity, before_pooled_scores(row.identity))):
-        for path in sorted((row.records / "runs").glob(f"*-{key}*.json")):
-            record = read_record(path)
-            if record is not None and identifying_settings(record["settings"]) == settings:
-                yield path, record
 
 
 def identifying_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,14 +244,14 @@ def task_results(row: Row, record: dict[str, Any]) -> list[Record]:
     """
     if not (row.tasks and record.get("evaluation")):
         return []
-    dense = read_json(dense_path(row, record["inputs"]["model"]), check=schema.check_evaluation) or {"records": []}
+    dense = read_json(dense_path(row, record["inputs"]["model"]), check=check_evaluation) or {"records": []}
     return dense["records"] + record["evaluation"]
 
 
-def record_to_run(path: Path, record: dict[str, Any]) -> FinishedRun:
+def record_to_run(record: dict[str, Any]) -> FinishedRun:
     """Convert a record to a `FinishedRun` with the record's name."""
     return FinishedRun(
-        path=path,
+        path=record["path"],
         name=record["name"],
         settings=record["settings"] | {"inputs": record["inputs"]},
         records=record["records"],
@@ -251,7 +273,7 @@ def row_to_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> 
                 f"got {', '.join(seen)}."
             )
     evaluation = [r | {"run": row.name} for r in evaluation]
-    return replace(record_to_run(find_record(row)[0], record), name=row.name, records=records, evaluation=evaluation)
+    return replace(record_to_run(record), name=row.name, records=records, evaluation=evaluation)
 
 
 def learned_tokens(manifest: Mapping[str, Any]) -> int:

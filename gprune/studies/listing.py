@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from gprune.config import CONSENT, RunConfig, config_from_mapping, read_flags, r
 from gprune.config.elsewhere import PRUNING_SETTINGS, default_run_name, with_made_elsewhere, without_pruning
 from gprune.config.parse import as_flag, overlay
 from gprune.errors import UserError
-from gprune.report.table import TableName
+from gprune.report import TableName, prune_command
 from gprune.storage.yaml_text import read_yaml
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"  # exists in a clone of the repository
@@ -69,6 +69,14 @@ class RowContent(BaseModel):
         return self.model_extra | ({} if self.model is None else {"model": self.model})
 
 
+def split_stage(name: str, rows: Collection[str]) -> tuple[str, str | None]:
+    """Split a name of `compare` into a row and its stage. The stage of a row's own name is None: its final model."""
+    if name in rows:
+        return name, None
+    row, _, stage = name.rpartition(": ")
+    return row, stage
+
+
 class Content(StrictModel):
     """Keys of a list file."""
 
@@ -81,7 +89,7 @@ class Content(StrictModel):
     reference: Name | None = None
     """Row whose stage `base` is the denominator of ratios, for all rows with as few parameters."""
     compare: list[Pair] = []
-    """Pairs of stages to compare, such as ['a: gprune', 'b: base']."""
+    """Pairs to compare: a row's name, as in 'a', is its final model; another stage is named as in 'a: base'."""
     seeds: list[int] = [0]
     tables: list[TableName] = list(TABLES)
     """Tables of the report to print."""
@@ -97,10 +105,15 @@ class Content(StrictModel):
         """Raise UserError if a key names an unknown row, or a task cannot be measured."""
         for key, names in (
             ("reference", [] if self.reference is None else [self.reference]),
-            ("compare", [stage.rpartition(": ")[0] for pair in self.compare for stage in pair]),
+            ("compare", [split_stage(name, self.rows)[0] for pair in self.compare for name in pair]),
         ):
             if unknown := [name for name in names if name not in self.rows]:
                 raise UserError(f"The key {key} must name rows ({', '.join(self.rows)}); got '{unknown[0]}'.")
+        for name in [name for pair in self.compare for name in pair if name in self.rows]:
+            if (row := name.rpartition(": ")[0]) in self.rows:
+                raise UserError(
+                    f"The key compare has '{name}', which is a row and a stage of row '{row}'. Rename a row."
+                )
         if self.tasks:
             benchmarks_of(self.tasks)
         return self
@@ -143,7 +156,7 @@ class Row:
         """The shell command that runs this row alone, without its tasks and without a record."""
         flags = [as_flag(*setting) for setting in self._all_settings.items()]
         if self.made_elsewhere is None:
-            return shlex.join(["python", "train.py", *flags])
+            return shlex.join([*prune_command(), *flags])
         function = "evaluate" if self.config.recovery == "none" else "recover"
         models = f"{self.made_elsewhere!r}, {self.config.model.name!r}"
         code = f"import gprune, sys; gprune.{function}({models}, gprune.config.parse(sys.argv[1:]))"

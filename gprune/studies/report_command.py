@@ -61,7 +61,7 @@ def run(args: Sequence[str]) -> str:
     if options.html is not None and options.output is not None:
         raise UserError("--html cannot be combined with --output. Run the command twice.")
     quiet()  # warnings go to stdout
-    from gprune.report import html, page
+    from gprune.report import page
 
     arguments = [read_argument(name, options.records, options.seeds) for name in options.runs]
     if options.base is None:
@@ -71,10 +71,10 @@ def run(args: Sequence[str]) -> str:
     seen = arguments[0][2] if all(argument[2] == arguments[0][2] for argument in arguments) else None
     report = page.make([run for runs, *_ in arguments for run in runs], base=base, seen=seen)
     if options.html is not None:
-        return f"{report.for_stdout()}\nWrote {html.write_report(report, options.html)}.\n"
+        return f"{report.for_stdout()}\nWrote {page.write_report(report, options.html)}.\n"
     paths = report.write(options.output or default_output([run.path for run in report.runs]))
     if options.output is None and len(report.runs) == 1 and report.runs[0].path.is_dir():
-        html.write_missing(report)
+        page.write_missing(report)
     return f"{report.for_stdout()}\nWrote {paths[0]} and {len(paths) - 1} tables and figures.\n"
 
 
@@ -106,8 +106,7 @@ def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -
     """
     from gprune.studies.archive import read_record, record_to_run
     from gprune.studies.listing import Listing
-    from gprune.studies.result import read_study, select_rows
-    from gprune.studies.tables import reference_runs
+    from gprune.studies.study import read_study, reference_runs, select_rows
 
     path = expanded(name)
     if (list_and_row := split_list_name(name)) is not None:
@@ -127,7 +126,7 @@ def read_argument(name: str, records: str | None, seeds: Sequence[int] | None) -
         return [path], None, None
     if (record := read_record(path)) is None:
         raise UserError(f"Cannot read '{name}': the file is not a record of gprune study.")
-    return [record_to_run(path, record)], None, None
+    return [record_to_run(record)], None, None
 
 
 def merge_references(arguments: Sequence[Argument]) -> dict[Path, FinishedRun] | None:

@@ -2,13 +2,19 @@
 
 After each configuration its numbers, masks and costs are written to the folder of records. A configuration with a
 record is not run again, even for another list.
+
+In W&B each row is a run, named after the row and in the group of its list. The W&B folders of all runs are in
+`<records>/<list>/wandb/`, so that `wandb leet` shows them together. A folder's name ends in the id of its run, so that
+nothing is logged twice.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,7 @@ import torch
 
 import gprune
 from gprune.benchmarks import measurement
-from gprune.benchmarks.settings import SPEED
+from gprune.benchmarks.measurement import task_numbers
 from gprune.config import ExportConfig, RunConfig
 from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output
@@ -24,51 +30,75 @@ from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.imports import UNREADABLE
 from gprune.pipeline.dry_run import estimated_flops
 from gprune.pipeline.plan import Plan, check
-from gprune.report.records import cost_table
-from gprune.runs import schema
-from gprune.runs.folder import RunFolder
+from gprune.report.tables import cost_table
+from gprune.runs.folder import RunFolder, check_evaluation
+from gprune.runs.numbers import run_numbers
 from gprune.runs.results import PruningResult
 from gprune.storage.cache import disk_errors
-from gprune.storage.files import read_json, scratch_folder, write_json
+from gprune.storage.files import key_of, read_json, scratch_folder, write_json
 from gprune.storage.reading import expanded
-from gprune.studies.archive import dense_path, find_record, finished_record, learned_tokens, pack_masks, write_record
-from gprune.studies.listing import Listing, Row, benchmarks_of, select_part
-from gprune.studies.output import notes_of, title_of, write_results
-from gprune.studies.result import StudyResult, describe_outdated, read_study, select_rows
-from gprune.studies.tracking import log_study, wandb_beside_records, with_wandb_names
+from gprune.studies.archive import (
+    Found,
+    dense_path,
+    find_record,
+    find_records,
+    learned_tokens,
+    pack_masks,
+    task_results,
+    write_record,
+)
+from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing, Row, benchmarks_of, select_part
+from gprune.studies.study import (
+    FinishedRows,
+    StudyResult,
+    describe_outdated,
+    notes_of,
+    read_study,
+    select_rows,
+    title_of,
+    write_results,
+)
 
 
 def run_lists(listings: Sequence[Listing], options: Namespace) -> None:
     """Run the rows of the lists that have no record, and print the results."""
     for listing in listings:
         rows = select_part(select_rows(listing, options.only, what="--only"), options.part)
-        pending = [row for row in rows if finished_record(row) is None]
+        pending = [found for row in rows if (found := find_records(row)).finished is None]
         if pending and not (options.table or options.files or options.commands):
             for error in UNREADABLE.values():  # rows cannot run without the module
                 raise error
-            run_rows(pending)
+            run_rows(pending, len(rows))
         if process_index() == 0:  # Lightning may have started other processes with the same command
             print_results(read_study(listing, rows), options)
 
 
-def run_rows(pending: Sequence[Row]) -> None:
-    """Print the expected cost, run each row and its tasks, and print when its record is stored."""
+def run_rows(unfinished: Sequence[Found], num_rows: int) -> None:
+    """Print the expected cost, run each row and its tasks, and print when its record is stored.
+
+    The rows are numbered among all `num_rows` rows of the list, of which the others have records.
+    """
     is_rank_0 = process_index() == 0
-    if is_rank_0 and (outdated := describe_outdated(pending)):
+    if is_rank_0 and (outdated := describe_outdated(unfinished)):
         write_stdout(outdated + "\n")
+    pending = [found.row for found in unfinished]
+    if is_rank_0:
+        file = pending[0].records / "runs" / "record.json"
+        with disk_errors(file), scratch_folder(file):  # raises if the folder of records cannot be written
+            pass
     for row in pending:
-        if is_rank_0:
-            path, _ = find_record(row)
-            with disk_errors(path), scratch_folder(path):  # raises if the folder of records cannot be written
-                pass
         if row.tasks:
             measurement.check_tasks(benchmarks_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code))
             if row.config.processes > 1:  # other processes would wait until torch's timeout
                 raise UserError(f"Row '{row.name}' must have one process for tasks; got {row.config.processes}.")
     if is_rank_0:
         write_stdout(largest_costs(pending) + "\n")
-    for row in pending:
+    started = time.monotonic()
+    for done, row in enumerate(pending):
         start = time.monotonic()
+        if is_rank_0:
+            place = f"row {num_rows - len(pending) + done + 1} of {num_rows}"
+            write_stdout(f"{place}: {row.name}, seed {row.seed}{time_left(started, done, pending)}\n")
         folder_and_record = run_row(row)
         if rank_and_world_size()[1] > 1:  # all processes need the record for the next list
             torch.distributed.barrier()
@@ -139,8 +169,7 @@ def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
         "records": [round_window_nll(r) for r in result.records],
     }
     record |= {name: existing[name] for name in ("tasks", "evaluation") if name in existing}
-    write_record(find_record(row, checked=True)[0], record)
-    return result.path, record
+    return result.path, write_record(find_record(row, checked=True)[0], record)
 
 
 def _with_exported_model(cfg: RunConfig) -> RunConfig:
@@ -168,7 +197,7 @@ def print_results(study: StudyResult, options: Namespace) -> None:
     if not done:
         if options.output:
             raise UserError(f"--output {options.output} needs a list with records; {listing.path} has none yet.")
-        lines = [f"{listing.path}: no records yet.", describe_outdated(study.rows)]
+        lines = [f"{listing.path}: no records yet.", describe_outdated(study.found)]
         write_stdout("\n" + "\n".join(filter(None, lines)) + "\n")
         return
     report, tables = study.report, study.tables
@@ -191,6 +220,14 @@ def print_results(study: StudyResult, options: Namespace) -> None:
             write_stdout(f"\nW&B: `wandb leet {folder}` shows these rows together.\n")
 
 
+def time_left(started: float, done: int, pending: Sequence[Row]) -> str:
+    """Return the expected time of the rows that are left, by the mean of the finished ones; empty before the first."""
+    if not done:
+        return ""
+    minutes = (time.monotonic() - started) / done * (len(pending) - done) / 60
+    return f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"
+
+
 def print_stored(row: Row, start: float, what: str = "") -> None:
     """Print the seconds since the start of a row or of its tasks, and that the record is stored."""
     write_stdout(f"{row.name}, seed {row.seed}: {what}{time.monotonic() - start:.0f} s, stored\n")
@@ -204,19 +241,17 @@ def measure_tasks(row: Row, folder: Path, record: dict[str, Any]) -> dict[str, A
     """
     benchmarks = benchmarks_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code)
     dense_file = dense_path(row, record["inputs"]["model"])
-    with_speed = SPEED in benchmarks.tasks
     with wandb_beside_records(row):
-        if not with_speed:
-            dense_results = read_json(dense_file, check=schema.check_evaluation) or {}
+        if not benchmarks.alternates:
+            dense_results = read_json(dense_file, check=check_evaluation) or {}
             if not dense_results.get("records"):
                 measured, _ = measurement.evaluate(str(folder), benchmarks, dense=True, pruned=False)
                 # Stored at once, because the tasks of the pruned model take long.
                 write_json(dense_file, {"records": list(map(round_window_nll, measured))})
-        measured, _ = measurement.evaluate(str(folder), benchmarks, dense=with_speed)
+        measured, _ = measurement.evaluate(str(folder), benchmarks, dense=benchmarks.alternates)
     record = record | {"tasks": row.tasks, "evaluation": list(map(round_window_nll, measured))}
     # Looked up again, because another list may have written its tasks.
-    write_record(find_record(row, checked=True)[0], record)
-    return record
+    return write_record(find_record(row, checked=True)[0], record)
 
 
 def round_window_nll(record: dict[str, Any]) -> dict[str, Any]:
@@ -224,3 +259,79 @@ def round_window_nll(record: dict[str, Any]) -> dict[str, Any]:
     if "window_nll" not in record:
         return record
     return record | {"window_nll": [round(nll, 4) for nll in record["window_nll"]]}
+
+
+def with_wandb_names(row: Row) -> RunConfig:
+    """Return the row's configuration with a name, a group and tags for W&B. A group and tags of the user are kept."""
+    logging = row.config.logging
+    names = {
+        "name": f"{_words(row.name)[:100]}, seed {row.seed}",
+        "group": logging.resolved_group or _words(row.study)[:128],
+        "tags": [_words(row.study)[:64], _words(row.name)[:64], *logging.resolved_tags],
+    }
+    return row.config.model_copy(update={"logging": logging.model_copy(update=names)})
+
+
+def wandb_folder(row: Row) -> Path:
+    """Return W&B's folder for a list. It is next to the records, unless they are in `experiments`."""
+    in_repository = row.records.resolve().is_relative_to(EXPERIMENTS)
+    return (OTHER_RECORDS if in_repository else row.records) / row.study
+
+
+@contextmanager
+def wandb_beside_records(row: Row) -> Iterator[Path]:
+    """Context in which W&B writes to `wandb_folder` of the row or, if it is set, to $WANDB_DIR."""
+    users_folder = os.environ.get("WANDB_DIR")
+    folder = users_folder or str(wandb_folder(row))
+    os.environ["WANDB_DIR"] = folder
+    try:
+        yield Path(folder)
+    finally:
+        if users_folder:
+            os.environ["WANDB_DIR"] = users_folder
+        else:
+            del os.environ["WANDB_DIR"]
+
+
+def log_study(done: FinishedRows) -> Path | None:
+    """Log finished rows that are not in W&B yet, and return the folder for `wandb leet`; None if W&B is disabled."""
+    tracked = [(row, record) for row, record in done if row.config.logging.resolved_mode != "disabled"]
+    if not tracked:
+        return None
+    with wandb_beside_records(tracked[0][0]) as folder:
+        for row, record in tracked:
+            log_row(folder, row, record)
+    return folder / "wandb"
+
+
+def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
+    """Log the numbers of a row's record, without curves, unless the row was logged when it ran.
+
+    The W&B configuration of such a run has `record: true`.
+    """
+    from gprune.runs.tracking import wandb_arguments, wandb_id, wandb_run
+
+    cfg = with_wandb_names(row)
+    settings = row.identity | {"inputs": record["inputs"]}
+    id = wandb_id(key_of(settings=settings), cfg)
+    if _has_run(folder, id):
+        return
+    with wandb_run(folder, cfg.logging, id=id, **wandb_arguments(cfg, row.made_elsewhere)) as run:
+        if run is None:
+            return
+        if not run.resumed:  # otherwise the row has run on another machine, and has logged its curves online
+            run.config.update({"record": True, "environment": record["environment"]})
+        main_row = record["records"][-1]["stage"], record["records"][-1]["recovery"]
+        numbers = run_numbers(record["records"], record["summary"], record["steps"], main_row)
+        run.log({name: value for name, value in numbers.items() if name.startswith("final/")})
+        run.summary.update(numbers | task_numbers(task_results(row, record)))
+
+
+def _words(name: str) -> str:
+    """Replace the characters of a name that are invalid in W&B."""
+    return "".join(c if c.isprintable() and c not in r"/\#?%:" else " " for c in name)
+
+
+def _has_run(folder: Path, id: str) -> bool:
+    """Return whether W&B's folder has a run with this id."""
+    return any(folder.glob(f"wandb/*run-*-{id}"))

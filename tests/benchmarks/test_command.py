@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gprune.__main__ import run as command
-from gprune.benchmarks.zero_shot import zero_shot
+from gprune.benchmarks.tasks import zero_shot
 from gprune.evaluation.intervals import paired_difference
 from gprune.storage.files import key_of, read_json, write_json
 from tests import tiny_run
@@ -25,8 +25,7 @@ from tests.tiny_run import isolated
 def finished(tmp_path_factory):
     """A tiny run with an exported model, a tiny run without one, and local data, in an isolated environment."""
     folder = tmp_path_factory.mktemp("zero-shot")
-    with pytest.MonkeyPatch.context() as patch, isolated(folder / "cache"):
-        tiny_run.quick(patch)
+    with isolated(folder / "cache"):
         world = tiny_run.make_world(folder)
         kept = world.run(folder / "runs", "--sparsity.allocation=uniform", name="kept")
         world.run(folder / "runs", "--export=none", "--sparsity.allocation=uniform", name="masks")
@@ -148,7 +147,9 @@ def test_exported_or_dense_weights_that_changed_after_the_run_are_refused(offlin
 def test_wikitext2_works_without_lm_eval_and_other_tasks_name_the_package_to_install(offline_runs, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert exit_code_of_wikitext2(offline_runs.runs / "kept") == 0
-    monkeypatch.setattr("gprune.benchmarks.subjects.load_model", lambda *_, **__: pytest.fail("loaded a model first"))
+    monkeypatch.setattr(
+        "gprune.benchmarks.measurement.load_model", lambda *_, **__: pytest.fail("loaded a model first")
+    )
     assert command("evaluate", [str(offline_runs.runs / "kept"), "--tasks", "piqa"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install 'gprune[lm-eval]'" in line

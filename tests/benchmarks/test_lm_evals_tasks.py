@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gprune.benchmarks import tasks
-from gprune.benchmarks.zero_shot import zero_shot
+from gprune.benchmarks.tasks import zero_shot
 from gprune.errors import UserError
-from gprune.report.benchmark_table import evaluation_table
-from gprune.runs.schema import check_evaluation
+from gprune.report.tables import evaluation_table
+from gprune.runs.folder import check_evaluation
 from tests.benchmarks.conftest import fake_hub, manager_of, sentence, write_task
 from tests.conftest import make_tiny_llama
 from tests.tiny_run import SPECIAL, WORDS

@@ -11,15 +11,15 @@ import torch
 
 from experiments.architectures import example
 from gprune import report
-from gprune.benchmarks import speed
 from gprune.cli import main
 from gprune.errors import UserError
+from gprune.evaluation import speed
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.copies import without_weights
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
-from gprune.pipeline import evaluate, summary
-from gprune.report.run_figures import speed_figure
+from gprune.pipeline import evaluate
+from gprune.report.figures import speed_figure
 from gprune.runs import trainer
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
@@ -201,7 +201,7 @@ def test_speed_is_measured_with_the_default_products_of_torch_and_perplexity_wit
 
         monkeypatch.setattr(module, name, watched)
 
-    watch(summary, "time_generation")
+    watch(speed, "time_generation")
     watch(speed, "measure_table")
     watch(evaluate, "perplexity")
     world.run(tmp_path, *FLAGS)
@@ -233,7 +233,7 @@ def test_auto_multiple_is_the_smallest_one_that_loses_at_most_5_percent_of_the_s
 def test_auto_multiple_without_a_speed_target_measures_and_reports_the_table(
     measurements, world, tmp_path, capsys, monkeypatch
 ):
-    tiny_run.quick(monkeypatch)
+    tiny_run.quick(monkeypatch, draw=True)
     flags = ("--sparsity.width_multiple=auto", "--gprune=false", "--sparsity.target=30%")
     assert main(world.args(tmp_path, *flags, "--dry_run=true")) == 0
     assert "Widths in multiples of 8 lose 0.0 % of the speed (loss: 1: 31.5%, 8: 0.0%, " in capsys.readouterr().out
@@ -247,7 +247,10 @@ def test_auto_multiple_without_a_speed_target_measures_and_reports_the_table(
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--sparsity.width_multiple=automatic", "--sparsity.width_multiple must be a valid integer"),
+        (
+            "--sparsity.width_multiple=defalt",
+            "--sparsity.width_multiple must be a whole number, default or auto; got 'defalt'.",
+        ),
         ("--sparsity.width_multiple=0", "must be 1 or more; got 0"),
         ("--trainer.devices=2", "--sparsity.width_multiple auto cannot be combined with 2 processes"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gprune
-from gprune.benchmarks.subjects import find_subjects, load_dense
+from gprune.benchmarks.measurement import find_subjects, load_dense
 from gprune.config import parse
 from gprune.errors import UserError
 from gprune.models.loading import load_model
@@ -30,8 +30,7 @@ def test_trust_remote_code_in_a_manifest_does_not_run_the_models_code(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_an_externally_pruned_model_that_changed_after_the_run_is_refused(dtype, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def test_an_externally_pruned_model_that_changed_after_the_run_is_refused(dtype, tmp_path):
     run = tmp_path / "runs" / "run"
     with tiny_run.isolated(tmp_path / "cache"):
         world = tiny_run.make_world(tmp_path)

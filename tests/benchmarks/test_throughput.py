@@ -8,12 +8,11 @@ import pytest
 
 from gprune import report
 from gprune.__main__ import run as command
-from gprune.benchmarks import speed
 from gprune.benchmarks.measurement import task_numbers
-from gprune.report.benchmark_table import format_speed
+from gprune.evaluation import speed
+from gprune.report.tables import format_rate
 from gprune.runs.results import load_run
 from gprune.studies.archive import finished_record
-from tests import tiny_run
 from tests.studies.workbench import Workbench, cells
 
 
@@ -40,9 +39,8 @@ def evaluated(capsys, *args) -> dict[str, list[str]]:
 
 
 def test_rates_are_for_the_whole_batch_and_have_a_ratio_if_the_dense_model_was_timed_too(
-    world, tmp_path, timings, capsys, monkeypatch
+    world, tmp_path, timings, capsys
 ):
-    tiny_run.quick(monkeypatch)
     run = tmp_path / "run"
     world.run(tmp_path, "--gprune=false")
     rows = evaluated(capsys, run, "--dense", "--speed_prompt", "20", "--speed_batch", "1,4")
@@ -54,10 +52,9 @@ def test_rates_are_for_the_whole_batch_and_have_a_ratio_if_the_dense_model_was_t
         "prefill dense 4": ["40.0 tokens/s, 2.000 s", ""], "prefill base 4": ["80.0 tokens/s, 1.000 s", "x 2.000"],
     }  # fmt: skip
     assert [t.name for t in report.make([run]).tables][-1] == "evaluation"
-    line = (
-        "- prefill, batch 4: 80.0 tokens/s, 1.000 s, x 2.000 of dense (float32, prompts of 20 tokens, CPU, threads: 1)"
-    )
-    assert line in (run / "model/README.md").read_text()
+    rows_of_card = [cells(line) for line in (run / "model/README.md").read_text().splitlines() if "| prefill " in line]
+    (fast,) = (row for row in rows_of_card if row[2] == "base" and row[4] == "4")
+    assert (fast[5], fast[7]) == ("80.0 tokens/s, 1.000 s", "x 2.000")
     assert load_run(run).model is not None  # the new card does not invalidate the model
     numbers = task_numbers(json.loads((run / "evaluation.json").read_text())["records"])
     assert (numbers["rows/dense/prefill/4/tokens_per_second"], numbers["final/decode/1/seconds"]) == (40.0, 0.25)
@@ -67,8 +64,7 @@ def test_rates_are_for_the_whole_batch_and_have_a_ratio_if_the_dense_model_was_t
 
 
 @pytest.fixture
-def bench(world, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def bench(world, tmp_path):
     return Workbench(world, tmp_path)
 
 
@@ -84,7 +80,6 @@ def test_a_study_measures_the_speed_of_each_row_and_its_dense_model(bench, timin
 
 @pytest.mark.slow
 def test_measured_rates_of_two_models_are_consistent_with_their_seconds(world, tmp_path, capsys, monkeypatch):
-    tiny_run.quick(monkeypatch)
     monkeypatch.setattr(speed, "MAX_SECONDS", 0.1)
     world.run(tmp_path, "--gprune=false")
     rows = evaluated(capsys, tmp_path / "run", "--dense", "--speed_prompt", "200", "--speed_batch", "2")
@@ -93,5 +88,5 @@ def test_measured_rates_of_two_models_are_consistent_with_their_seconds(world, t
     # Tokens of a batch of two: prompts of 200 tokens, or one generated token each.
     for task, tokens in (("prefill", 400), ("decode", 2)):
         assert unrounded[task]["tokens_per_second"] == pytest.approx(tokens / unrounded[task]["seconds"], rel=0.2)
-        assert rows[f"{task} base 2"][0] == format_speed(unrounded[task])
+        assert rows[f"{task} base 2"][0] == format_rate(unrounded[task])
     assert all(0.2 < float(ratio.removeprefix("x ")) < 5 for name, (_, ratio) in rows.items() if "base" in name)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from gprune.benchmarks import tasks, zero_shot
+from gprune.benchmarks import tasks
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
-from gprune.report.benchmark_table import evaluation_table
+from gprune.report.tables import evaluation_table
 from gprune.sparsity.gates import masked
 from tests.benchmarks.conftest import questions, write_task
 from tests.conftest import make_tiny_llama
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("data")
 
 
 def measured(*names, **options) -> list[dict]:
-    return zero_shot.zero_shot(make_tiny_llama(), tiny_tokenizer(), names, **options)
+    return tasks.zero_shot(make_tiny_llama(), tiny_tokenizer(), names, **options)
 
 
 def float64_loglikelihoods(model, tokenizer, row) -> np.ndarray:
@@ -126,17 +126,15 @@ def test_texts_longer_than_the_positions_of_the_model_are_not_generated(lm):
 def test_prompts_that_are_cut_are_counted_and_no_standard_protocol(lm, data, monkeypatch):
     rows = questions(3)
     rows[1]["prompt"] = " ".join(30 * ["Question:"])
-    write_task(data, "long", "test", rows)
-    monkeypatch.setattr(zero_shot, "load_tasks", lambda *_: [replace(task, complete=True)])
-    (task,) = tasks.load_tasks("long", "local")
-    (record,) = zero_shot.zero_shot(lm.model, tiny_tokenizer(), ["long"])
+    task = tasks.local_task(write_task(data, "long", "test", rows))
+    monkeypatch.setattr(tasks, "load_tasks", lambda *_: [replace(task, complete=True)])
+    (record,) = tasks.zero_shot(lm.model, tiny_tokenizer(), ["long"])
     assert record["note"].startswith("questions with prompts cut to the positions of the model: 1; ")
     assert record["standard_protocol"] is False
     del rows[1]
-    write_task(data, "long", "test", rows)
-    monkeypatch.setattr(zero_shot, "load_tasks", lambda *_: [replace(short, complete=True)])
-    (short,) = tasks.load_tasks("long", "local")
-    assert zero_shot.zero_shot(lm.model, tiny_tokenizer(), ["long"])[0]["standard_protocol"] is True
+    short = tasks.local_task(write_task(data, "long", "test", rows))
+    monkeypatch.setattr(tasks, "load_tasks", lambda *_: [replace(short, complete=True)])
+    assert tasks.zero_shot(lm.model, tiny_tokenizer(), ["long"])[0]["standard_protocol"] is True
     prompts = ["Question: " * 9, "Answer:"]  # of texts to generate
     lm.tok_batch_encode(prompts, left_truncate_len=8)
     assert lm.cut_prompts == {prompts[0]}
@@ -145,7 +143,7 @@ def test_prompts_that_are_cut_are_counted_and_no_standard_protocol(lm, data, mon
 def test_a_task_with_acc_norm_only_has_no_acc_and_is_compared_by_acc_norm(monkeypatch):
     (task,) = tasks.load_tasks("mine", "local")
     del task.task._metric_fn_list["acc"]
-    monkeypatch.setattr(zero_shot, "load_tasks", lambda *_: [task])
+    monkeypatch.setattr(tasks, "load_tasks", lambda *_: [task])
     (record,) = measured("mine", batch_size=2)
     assert record["acc_norm"] == pytest.approx(record["correct_norm"].count("1") / 12)
     assert record["acc"] is None
@@ -158,13 +156,13 @@ def test_non_finite_loglikelihoods_are_refused():
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(UserError, match="non-finite log-likelihood came up in task 'piqa'"):
-        zero_shot.zero_shot(model, tiny_tokenizer(), ["piqa"])
+        tasks.zero_shot(model, tiny_tokenizer(), ["piqa"])
 
 
 def test_tokens_beyond_the_embedding_are_refused():
     model = make_tiny_llama(vocab_size=100)
     with pytest.raises(UserError, match=r"Tokens must be less than 100, the number of embeddings; got 1\d\d\."):
-        zero_shot.zero_shot(model, tiny_tokenizer(), ["piqa"])
+        tasks.zero_shot(model, tiny_tokenizer(), ["piqa"])
 
 
 def test_records_contain_their_protocol_and_the_number_of_questions():
@@ -193,10 +191,10 @@ def test_masked_and_sliced_models_answer_alike_and_evaluation_has_no_side_effect
     tokenizer.pad_token = None
     before = copy.deepcopy(model.state_dict())
     state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
-    (dense,) = zero_shot.zero_shot(model, tokenizer, ["many"])
+    (dense,) = tasks.zero_shot(model, tokenizer, ["many"])
     with masked(model, masks):
-        (first,) = zero_shot.zero_shot(model, tokenizer, ["many"])
-    (second,) = zero_shot.zero_shot(prune(model, masks), tokenizer, ["many"])
+        (first,) = tasks.zero_shot(model, tokenizer, ["many"])
+    (second,) = tasks.zero_shot(prune(model, masks), tokenizer, ["many"])
     assert first == second
     assert first["correct"] != dense["correct"]
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from gprune.calibration import EXTRAS
 from gprune.calibration.collector import Collector
 from gprune.calibration.moments import StreamingCosineChange, StreamingMoments
-from gprune.calibration.projections import EXTRAS
 from gprune.calibration.statistics import CorpusStatistics, Moments, kind_of, pool_statistics
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gprune.calibration import OUTPUT_PROJECTIONS
 from gprune.calibration import layerwise as walking
 from gprune.calibration.layerwise import Walk
-from gprune.calibration.projections import OUTPUT_PROJECTIONS
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes, pool_statistics
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from gprune.corpora import local
-from gprune.corpora.load import load_corpus, source_of
-from gprune.corpora.local import contiguous_split, load_files, split_text
+from gprune.corpora import load
+from gprune.corpora.load import contiguous_split, load_corpus, load_files, source_of, split_text
 from gprune.errors import UserError
 
 
@@ -41,13 +40,13 @@ def test_all_files_without_text_are_named(tmp_path):
     for file in files:
         file.write_text("\n")
     with pytest.raises(UserError, match=r"Corpus files '.*train-1\.jsonl', '.*train-2\.jsonl' must have at least one"):
-        local._read_all(files)
+        load._read_all(files)
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.txt", "one\n\ntwo\n"), ("a.jsonl", '{"text": "one\\n\\ntwo"}')])
 def test_a_byte_order_mark_is_removed_from_the_first_document(name, content, tmp_path):
     (tmp_path / name).write_text(content, encoding="utf-8-sig")
-    assert local._read_all([tmp_path / name]) == ["one\n\ntwo"]
+    assert load._read_all([tmp_path / name]) == ["one\n\ntwo"]
 
 
 INVALID_FILES = {  # file name, content, expected error

@@ -7,8 +7,7 @@ import torch
 
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
-from gprune.evaluation.distance import perplexity_from_logits
-from gprune.evaluation.perplexity import perplexity
+from gprune.evaluation.perplexity import perplexity, perplexity_from_logits
 from tests.conftest import make_tiny_llama
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +15,7 @@ import gprune
 from experiments.bench import inference as speed
 from experiments.bench import learning, measure, models
 from experiments.bench.__main__ import main
-from experiments.bench.measure import Timing
 from experiments.bench.models import Settings
-from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from tests import tiny_run
 
@@ -102,11 +99,6 @@ def test_calls_alternate_and_ratios_are_taken_within_a_round(monkeypatch):
     assert (timing.ratio("a", "b"), timing.range("a", "b")) == (1.5, "1.5 to 1.5")
 
 
-def test_the_ratio_is_the_median_of_the_ratios_of_rounds():
-    timing = Timing({"a": [1.0, 10.0, 5.0], "b": [2.0, 4.0, 5.0]})
-    assert (timing.ratio("a", "b"), timing.range("a", "b")) == (1.0, "0.5 to 2.5")
-
-
 @linux
 def test_peak_memory_is_that_of_the_call_and_not_of_earlier_ones():
     def allocate(mib):
@@ -153,8 +145,7 @@ def test_inference_compares_the_dense_model_with_a_pruned_folder(tmp_path, capsy
     assert numbers(out, "weights")[-1] == pytest.approx(share_of_weights, abs=1e-3)
 
 
-def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path):
     (tmp_path / "world").mkdir()
     world = tiny_run.make_world(tmp_path / "world")
     run = world.run(tmp_path / "runs", "--gprune=false", "--evaluation.controls=[]")
@@ -168,33 +159,21 @@ def test_a_finished_run_is_compared_with_its_own_dense_model(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--repeats", "0"], "--repeats must be 1 or more; got 0."),
-        (["--width_multiple", "0"], "--width_multiple must be 1 or more; got 0."),
-        (["--batch_sizes", "0"], "--batch_sizes must be 1 or more"),
-        (["--device", "abacus"], "--device must be an available device, such as cpu or cuda; got 'abacus'"),
-        (["--sparsity", "1.5", "--model", "tiny"], "--sparsity.target must be a share of the scope"),
-        (["--model", "nowhere"], "--model.name must be an embedded model"),
+        (["inference", "--repeats", "0"], "--repeats must be 1 or more; got 0."),
+        (["inference", "--width_multiple", "0"], "--width_multiple must be 1 or more; got 0."),
+        (["inference", "--batch_sizes", "0"], "--batch_sizes must be 1 or more"),
+        (["inference", "--device", "abacus"], "--device must be an available device, such as cpu or cuda"),
+        (["inference", "--sparsity", "1.5", "--model", "tiny"], "--sparsity.target must be a share of the scope"),
+        (["inference", "--model", "nowhere"], "--model.name must be an embedded model"),
+        (["run", "--clock", "cpu"], "'run' cannot have --clock cpu"),
+        (["learning", "--small", "--", "--recovery", "none"], "'learning' cannot have flags of train.py after --"),
     ],
 )
 def test_invalid_arguments_are_refused_in_one_line(arguments, message, capsys):
-    assert main(["inference", *arguments]) == 2
+    assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("experiments.bench: ")
     assert message in line
-
-
-def test_whole_runs_cannot_be_measured_in_cpu_time(capsys):
-    assert main(["run", "--clock", "cpu"]) == 2
-    assert "'run' cannot have --clock cpu" in capsys.readouterr().err
-
-
-def test_inference_is_measured_by_the_given_clock_which_the_protocol_names():
-    readings = []
-    speed.inference(SMALL, lambda: readings.append(time.perf_counter()) or readings[-1])
-    assert len(readings) > 8
-    model = models.random_llama(neurons=8, blocks=1)
-    assert replace(SMALL, clock="cpu").protocol(model, "a model").endswith("rounds, CPU time.")
-    assert replace(SMALL, clock="wall").protocol(model, "a model").endswith("rounds.")
 
 
 @pytest.mark.slow
@@ -209,15 +188,10 @@ def test_learning_compares_training_steps_with_plain_pytorch_steps(capsys):
         assert goal == learning.STEP
 
 
-def test_flags_of_train_py_are_accepted_only_for_whole_runs(capsys):
-    assert main(["learning", "--small", "--", "--recovery", "none"]) == 2
-    assert "'learning' cannot have flags of train.py after --; got --recovery none" in capsys.readouterr().err
-
-
 @pytest.fixture
 def train_py(monkeypatch):
-    """Replace train.py by a function that writes a run folder. Returns its settings, which a test may change."""
-    settings = {"seconds": {"32-true": 100.0, "auto": 60.0}, "error": ""}
+    """Replace train.py by a function that writes a run folder."""
+    seconds_of_run = {"32-true": 100.0, "auto": 60.0}
 
     def run(command, **_):
         flags = dict(zip(command[2::2], command[3::2], strict=True))
@@ -225,7 +199,7 @@ def train_py(monkeypatch):
         folder = Path(flags["--run.dir"]) / "run"
         folder.mkdir()
         passes = {"forward_tokens": 1000, "seconds": 20.0}
-        other_seconds = settings["seconds"][precision] - 40.0
+        other_seconds = seconds_of_run[precision] - 40.0
         steps = {"calibrate": passes, "evaluate_unrecovered": passes, "learn": {"seconds": other_seconds}}
         chosen = {"auto": "bf16-mixed"}.get(precision, precision)
         manifest = {"steps": steps, "settings": {"trainer": {"precision": chosen}}}
@@ -236,10 +210,9 @@ def train_py(monkeypatch):
             for (stage, recovery), value in rows.items()
         ]
         (folder / "metrics.json").write_text(json.dumps({"records": records}))
-        return SimpleNamespace(returncode=2 if settings["error"] else 0, stdout="", stderr=settings["error"])
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
 
     monkeypatch.setattr(learning.subprocess, "run", run)
-    return settings
 
 
 def test_whole_runs_are_compared_with_float32(train_py):
@@ -249,9 +222,3 @@ def test_whole_runs_are_compared_with_float32(train_py):
     assert auto[:3] == ["auto (bf16-mixed), 0", 60.0, 0.6]
     assert auto[3:5] == pytest.approx([0.3, 1.2])
     assert auto[5:] == [1.0, "run, unseen"]
-
-
-def test_a_failed_run_is_refused(train_py):
-    train_py["error"] = "train.py: --ridge must be 0 or more; got -1.\n"
-    with pytest.raises(UserError, match=r"Cannot run train.py: train.py: --ridge must be 0 or more; got -1\.$"):
-        learning.whole_runs([], 1)

@@ -108,11 +108,8 @@ def imported(monkeypatch):
     sys.modules.pop("greedy", None)
 
 
-def test_a_run_with_greedy_allocation_keeps_equal_widths_and_needs_least_squares(
-    tmp_path, monkeypatch, imported, capsys
-):
+def test_a_run_with_greedy_allocation_keeps_equal_widths_and_needs_least_squares(tmp_path, imported, capsys):
     world = tiny_run.make_world(tmp_path)
-    tiny_run.quick(monkeypatch)
     script = Path(__file__).parents[2] / "experiments/greedy.py"
     flags = [f"--import={script}", "--sparsity.allocation=greedy", "--gprune=false", "--export=none"]
     with tiny_run.isolated(tmp_path / "cache"):

@@ -28,11 +28,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with tiny_run.isolated(folder / "cache"):
         quick = ("--export=none", "--sparsity.allocation=uniform", "--evaluation.curve=[]")
-        with pytest.MonkeyPatch.context() as patch:
-            tiny_run.quick(patch)
-            world.run(folder, *quick, name="run")
-            world.run(folder, *quick, f"--corpora.drift={world.names('alpha', 'beta')}", name="two")
-            world.run(folder, *quick, "--gprune=false", name="base")
+        world.run(folder, *quick, name="run")
+        world.run(folder, *quick, f"--corpora.drift={world.names('alpha', 'beta')}", name="two")
+        world.run(folder, *quick, "--gprune=false", name="base")
         yield folder
 
 

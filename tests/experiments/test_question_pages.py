@@ -1,4 +1,7 @@
-"""Pages of questions: tables are the output of commands on the committed records, and every list has a page."""
+"""Pages of questions: tables are the output of commands on the committed records, and every list has a page.
+
+`tests/snapshots/test_lists.py` tests the output of `gprune study LIST --table`, which it has printed already.
+"""
 
 import re
 import shlex
@@ -18,7 +21,12 @@ COMMANDS = {
     "python -m experiments.tokens": tokens.main,
 }
 OUTPUT = re.compile(rf"<!-- ({'|'.join(COMMANDS)}) (.*?) -->\n\n(.*?)\n\n<!-- end of its output -->", re.DOTALL)
-TABLES = [(page, *match.groups()) for page in PAGES for match in OUTPUT.finditer(page.read_text(encoding="utf-8"))]
+TABLES = [
+    (page, *match.groups())
+    for page in PAGES
+    for match in OUTPUT.finditer(page.read_text(encoding="utf-8"))
+    if not re.fullmatch(r"study \S+ --table", match[2])
+]
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from importlib import import_module
 
 import pytest
@@ -112,13 +111,3 @@ def test_the_configurations_have_every_allocation_recovery_scope_and_kind_of_tar
     assert targets == {"", "%", "M", "KiB", "x"}
     assert any(cfg.sparsity.quality for cfg in tiny)
     assert len(known) - len(tiny) == 2
-
-
-@pytest.mark.slow
-def test_a_commit_and_the_tree_run_in_processes_of_their_own(capfd):
-    if subprocess.run(["git", "-C", str(tiny_run.ROOT), "rev-parse", "HEAD"], capture_output=True).returncode:
-        pytest.skip("the tree is not a git repository")
-    assert same_bits.main(["HEAD", "--only", OTHER, "--", "--sparsity.target=0.4"]) == 1
-    output = capfd.readouterr()
-    assert {"commit: depth", "tree: depth"} <= {line.partition(",")[0] for line in output.err.splitlines()}
-    assert "weights: " in output.out

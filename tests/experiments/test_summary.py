@@ -8,7 +8,6 @@ import pytest
 from scipy.stats import t
 
 from experiments import summary
-from gprune.errors import UserError
 from gprune.studies.archive import finished_record
 from gprune.studies.listing import Listing
 
@@ -60,10 +59,3 @@ def test_the_command_writes_all_figures(tmp_path):
     names = {f"{name}.{kind}" for name in ("summary", "distill-tokens", "sparsity-curve") for kind in ("png", "svg")}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert (tmp_path / "summary.svg").read_text().count('<g id="axes_') == 4
-
-
-@pytest.mark.slow
-def test_a_file_in_place_of_the_output_folder_is_refused(tmp_path):
-    (tmp_path / "a file").touch()
-    with pytest.raises((UserError, OSError)):
-        summary.work([str(tmp_path / "a file")])

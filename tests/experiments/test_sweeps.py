@@ -103,9 +103,8 @@ def test_booleans_and_lists_of_sweep_parameters_are_parsed():
 
 
 @pytest.mark.slow
-def test_a_run_started_by_an_agent_belongs_to_the_sweep_and_logs_its_metric(tmp_path, monkeypatch):
+def test_a_run_started_by_an_agent_belongs_to_the_sweep_and_logs_its_metric(tmp_path):
     """The W&B run has the ids of the agent, the settings, the metric of the sweep at the end, and curves before it."""
-    tiny_run.quick(monkeypatch)
     (tmp_path / "world").mkdir()
     world = tiny_run.make_world(tmp_path / "world")
     sweep = read(ROOT / "experiments/sweeps/budgets.yaml")

@@ -10,9 +10,10 @@ import yaml
 
 from experiments import trade_off
 from gprune.__main__ import main
+from gprune.benchmarks import speed
 from gprune.errors import UserError
 from gprune.export.convert import has_llama_cpp
-from gprune.report.table import Estimate
+from gprune.report.tables import Estimate
 from tests.studies.workbench import fake_run
 
 LIST = {
@@ -57,6 +58,7 @@ def test_a_list_is_compared_with_quantized_files_of_its_dense_model(tmp_path, mo
     """Without llama.cpp, GGUF files have only a size. With llama.cpp, f16 has the perplexity and speed of the model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(speed, "MAX_SECONDS", 0.1)
     path = tmp_path / "list.yaml"
     path.write_text(yaml.safe_dump(LIST, sort_keys=False))
     assert main(["study", str(path)]) == 0

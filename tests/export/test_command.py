@@ -13,9 +13,9 @@ import gguf
 import pytest
 
 from gprune.__main__ import run as command
-from gprune.export import convert, export, gguf_check, gguf_writer, hf, size
+from gprune.export import convert, export, gguf_check, gguf_writer, hf
 from gprune.export.convert import has_llama_cpp, load_folder
-from gprune.models.loading import skeleton
+from gprune.models.copies import skeleton
 from gprune.models.surgery import prune
 from gprune.storage.files import write_json
 from tests import synthetic_run
@@ -153,13 +153,15 @@ def test_the_dense_model_is_quantised_once_for_its_size_in_q4_k_m(tmp_path, caps
     gguf_check.ask_llama_cpp("quantise", tmp_path / "f16.gguf", output=str(tmp_path / "q.gguf"), type="Q4_K_M")
     quantised = []
     ask = gguf_check.ask_llama_cpp
-    monkeypatch.setattr(size, "ask_llama_cpp", lambda *args, **request: quantised.append(1) or ask(*args, **request))
+    monkeypatch.setattr(
+        gguf_check, "ask_llama_cpp", lambda *args, **request: quantised.append(1) or ask(*args, **request)
+    )
     for _ in range(2):
         assert command("export", [str(run), "--overwrite", "--type", "q4_k_m"]) == 0
         output = capsys.readouterr().out
         assert printed_sizes(output)[1] == pytest.approx((tmp_path / "q.gguf").stat().st_size, abs=0.05e6 + 500)
         assert "widths in multiples of 256 (--sparsity.width_multiple 256)" in output
-    assert quantised == [1]
+    assert len(quantised) == 3  # the model of each export, and the dense model once
 
 
 def test_a_gguf_file_that_fails_the_check_in_llama_cpp_is_not_written(run, monkeypatch, capsys):

@@ -10,17 +10,18 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from gprune.config import RunConfig, config_from_mapping, parse
+from gprune.discovery import family_of
+from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
 from gprune.export import hf
-from gprune.models.discovery.agreement import random_masks
+from gprune.models.agreement import random_masks
 from gprune.models.surgery import prune
-from gprune.models.tiny import shrunk, tiny_model
 from gprune.pipeline.plan import check
 from gprune.runs.results import load_run
 from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.target import HALF_BITS
 from tests import tiny_run
-from tests.tiny_families import make_tiny, some_masks
+from tests.tiny_families import make_tiny, some_masks, tiny_of
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
@@ -44,7 +45,7 @@ def test_parameters_that_loading_keeps_in_float32_are_not_rounded(
     model_type, in_float32, tmp_path, token_batch, monkeypatch
 ):
     tiny_run.quick(monkeypatch)
-    model = tiny_model(shrunk(CONFIG_MAPPING[model_type]()))
+    model = tiny_of(shrunk(CONFIG_MAPPING[model_type]()))
     small = prune(model, random_masks(model))
     folder = hf.save_pruned(small, None, tmp_path / "model", dtype=torch.bfloat16)
     assert hf.check_reload(small, folder, token_batch, dtype=torch.bfloat16) == 0.0
@@ -56,7 +57,7 @@ def test_parameters_that_loading_keeps_in_float32_are_not_rounded(
 
 
 def test_some_parameters_are_kept_in_float32_in_exports_in_float16_only():
-    model = tiny_model(shrunk(CONFIG_MAPPING["deepseek_v4"]()))
+    model = tiny_of(shrunk(CONFIG_MAPPING["deepseek_v4"]()))
     for dtype, expected in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
         weights = dict(hf.to_exportable(model, dtype).named_parameters())
         kept = {p.dtype for name, p in weights.items() if name.endswith("self_attn.compressor.kv_proj.weight")}
@@ -64,12 +65,14 @@ def test_some_parameters_are_kept_in_float32_in_exports_in_float16_only():
 
 
 def test_a_byte_target_counts_parameters_that_are_kept_in_float32(tmp_path):
-    model = tiny_model(shrunk(CONFIG_MAPPING["deepseek_v3"]()))
+    model = tiny_of(shrunk(CONFIG_MAPPING["deepseek_v3"]()))
     model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     flags = [f"--model.name={tmp_path / 'dense'}", "--model.dtype=bfloat16", "--recovery=none"]
     plan = check(parse([*flags, "--sparsity.target=120KiB"]))
     masks = uniform_masks(plan.budget)
-    small = prune(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16), masks)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    family_of(dense)
+    small = prune(dense, masks)
     folder = hf.save_pruned(small, None, tmp_path / "model", dtype=torch.bfloat16)
     parameters = dict(small.named_parameters())
     files = [load_file(file) for file in folder.glob("*.safetensors")]

@@ -11,19 +11,21 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import gprune
+from gprune.discovery import family_of
+from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
 from gprune.export import hf
+from gprune.models.agreement import compare
 from gprune.models.blocks import blocks_of
 from gprune.models.modeling_pruned import PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
 from gprune.models.surgery import prune, widths
-from gprune.models.tiny import shrunk, tiny_model
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
 from tests.models.test_surgery import GREEDY, masks_without, random_masks
-from tests.tiny_families import make_tiny, some_masks
+from tests.tiny_families import make_tiny, some_masks, tiny_of
 from tests.tiny_run import WORDS, tiny_tokenizer
 
 NEURONS, GROUPS = [1, 7, 47], [1, 2, 1]
@@ -80,11 +82,17 @@ def test_yarn_dynamic_and_longrope_reload_with_unequal_heads(rope_type, tmp_path
     copies = hf.to_portable(model), load(hf.save_pruned(model, None, tmp_path / "model"))
     for length in (12, 40):  # within the original context length and beyond it
         ids = torch.arange(2, 2 + length)[None]
-        assert [hf.max_logit_difference(copy(ids).logits, model(ids).logits) for copy in copies] == [0.0, 0.0]
+        assert [largest_difference(copy(ids).logits, model(ids).logits) for copy in copies] == [0.0, 0.0]
+
+
+def largest_difference(logits, expected) -> float:
+    return compare(expected, logits).largest
 
 
 def load(folder, auto=AutoModelForCausalLM, **options):
-    return auto.from_pretrained(folder, dtype="auto", **options).eval()
+    model = auto.from_pretrained(folder, dtype="auto", **options).eval()
+    family_of(model)
+    return model
 
 
 @pytest.mark.parametrize("recovered", [False, True])
@@ -96,15 +104,15 @@ def test_exported_models_reload_with_the_same_bits(variant, recovered, tmp_path,
     loaded = load(hf.save_pruned(model, None, tmp_path / "model"), **attention)
     assert type(loaded) is PrunedLlamaForCausalLM
     assert loaded.dtype == model.dtype
-    assert hf.max_logit_difference(loaded(token_batch).logits, expected) == 0.0
+    assert largest_difference(loaded(token_batch).logits, expected) == 0.0
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == model.config.tie_word_embeddings
     # Saved again by transformers, and loaded as a decoder without head.
     loaded.save_pretrained(tmp_path / "again")
-    assert hf.max_logit_difference(load(tmp_path / "again", **attention)(token_batch).logits, expected) == 0.0
+    assert largest_difference(load(tmp_path / "again", **attention)(token_batch).logits, expected) == 0.0
     decoder = load(tmp_path / "again", AutoModel, **attention)
     assert type(decoder) is PrunedLlamaModel
     reference = model.model(token_batch).last_hidden_state
-    assert hf.max_logit_difference(decoder(token_batch).last_hidden_state, reference) == 0.0
+    assert largest_difference(decoder(token_batch).last_hidden_state, reference) == 0.0
 
 
 def misaligned(model: nn.Module, elements: int) -> nn.Module:
@@ -151,6 +159,36 @@ def test_the_config_has_widths_per_layer_and_the_keys_of_older_transformers(tmp_
         assert "quantization_config" not in config
         assert (path / "modeling_pruned.py").is_file()
     assert model.config.rope_parameters == AutoConfig.from_pretrained(folder).rope_parameters
+
+
+# `pruned_layout` of Llamas in folders of earlier versions: sums of values of `per_layer_config`.
+EARLIER_LAYOUT = {
+    "layers": "layers",
+    "attributes": {},
+    "sizes": {
+        **{f"mlp.{name}_proj.weight": [0, {"intermediate_size": 1}] for name in ("gate", "up")},
+        "mlp.down_proj.weight": [1, {"intermediate_size": 1}],
+        **{f"self_attn.{name}_proj.weight": [0, {"num_key_value_heads": 8}] for name in ("k", "v")},
+        "self_attn.q_proj.weight": [0, {"num_attention_heads": 8}],
+        "self_attn.o_proj.weight": [1, {"num_attention_heads": 8}],
+    },
+}
+
+
+def test_a_folder_of_an_earlier_version_loads_and_can_be_pruned_and_saved_again(tmp_path, token_batch):
+    model = make_pruned(recovered=True)
+    folder = hf.save_pruned(model, None, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["pruned_layout"]["own"]["0"]["sizes"]["mlp.down_proj.weight"] == [1, 1]
+    (folder / "config.json").write_text(json.dumps(config | {"pruned_layout": EARLIER_LAYOUT}))
+    loaded = load(folder)
+    assert torch.equal(loaded(token_batch).logits, model(token_batch).logits)
+    assert torch.equal(load(folder, AutoModel)(token_batch)[0], model.model(token_batch)[0])
+    for masks in (masks_without(loaded, narrow=True), masks_without(loaded, 1)):
+        small = prune(loaded, masks)
+        again = load(hf.save_pruned(small, None, tmp_path / "again", overwrite=(tmp_path / "again").exists()))
+        assert torch.equal(again(token_batch).logits, small(token_batch).logits)
+        assert "own" in again.config.pruned_layout
 
 
 @pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}])
@@ -248,9 +286,9 @@ def test_the_config_of_a_reloaded_model_describes_the_remaining_layers_after_who
         with masked(before, cut):
             logits = before(token_batch).logits
             continued = before.generate(token_batch[:2, :9], **GREEDY)
-        assert hf.max_logit_difference(after(token_batch).logits, logits) <= 1e-4
+        assert largest_difference(after(token_batch).logits, logits) <= 1e-4
         assert torch.equal(after.generate(token_batch[:2, :9], **GREEDY), continued)
-    assert hf.max_logit_difference(load(folder)(token_batch).logits, last(token_batch).logits) == 0.0
+    assert largest_difference(load(folder)(token_batch).logits, last(token_batch).logits) == 0.0
 
 
 def test_tokenizer_chat_templates_and_model_card_are_exported(tmp_path):
@@ -305,7 +343,7 @@ def test_overwrite_refuses_folders_with_foreign_files(name, message, tmp_path):
     assert (folder / name).read_text() == "dear"
 
 
-def test_a_failing_reload_is_reported_by_the_last_line_of_its_process(tmp_path, monkeypatch):
+def test_a_failing_reload_is_reported_by_the_last_line_of_its_process(tmp_path, monkeypatch, fresh_process):
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho Traceback >&2\necho 'OSError: weights are gone' >&2\nexit 1\n")
     fake.chmod(0o755)
@@ -330,7 +368,9 @@ def test_weights_are_restored_if_the_forward_pass_of_the_check_fails(tmp_path, t
 
 
 @pytest.mark.slow
-def test_a_fresh_process_reloads_a_twice_saved_model_with_fewer_layers_and_all_biases(tmp_path, token_batch):
+def test_a_fresh_process_reloads_a_twice_saved_model_with_fewer_layers_and_all_biases(
+    tmp_path, token_batch, fresh_process
+):
     model = make_pruned(recovered=True, **VARIANTS["biases"])
     model = prune(model, masks_without(model, 0))  # also one layer fewer
     load(hf.save_pruned(model, None, tmp_path / "model")).save_pretrained(tmp_path / "again")
@@ -375,7 +415,7 @@ def test_a_table_of_values_by_layer_of_the_dense_model_is_exported(removed, tmp_
     """Heads of full attention have another size than those of sliding attention."""
     settings = shrunk(CONFIG_MAPPING["gemma4_text"]()).to_dict() | {"hidden_size_per_layer_input": 0}
     del settings["per_layer_config"]  # made from the next two settings
-    dense = tiny_model(CONFIG_MAPPING["gemma4_text"](**settings | {"head_dim": 8, "global_head_dim": 16}))
+    dense = tiny_of(CONFIG_MAPPING["gemma4_text"](**settings | {"head_dim": 8, "global_head_dim": 16}))
     assert dense.config.to_dict()["per_layer_config"] == {"2": {"head_dim": 16}}
     masks = masks_without(dense, *removed, narrow=True)
     masks.ffn[2][:7] = True  # layers of unequal widths

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import gprune
 from experiments.architectures import LOADER, example
 from gprune.calibration.saliency import channel_saliency
+from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of
-from gprune.models.discovery.agreement import random_masks
 from tests import tiny_run
 
 IDS = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))

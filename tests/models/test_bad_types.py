@@ -9,16 +9,18 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from experiments.architectures import default_config
+from gprune.discovery import check_structure
+from gprune.discovery.search import discover
+from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
-from gprune.models.discovery.record import discover
 from gprune.models.families import FAMILIES
-from gprune.models.structure import check_structure
-from gprune.models.tiny import shrunk, tiny_model
 from tests import tiny_run
+from tests.tiny_families import tiny_of
 
 CODE = """
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from tests.tiny_families import tiny_of
 
 class OwnConfig(PretrainedConfig):
     model_type = "own_type"
@@ -81,7 +83,7 @@ def test_a_type_whose_tiny_copy_does_not_run_is_refused():
 
 def test_projections_that_do_not_divide_into_heads_are_refused():
     """The shapes of the real model are checked, even if the tiny copy is correct."""
-    model = tiny_model(shrunk(CONFIG_MAPPING["gemma"]()))
+    model = tiny_of(shrunk(CONFIG_MAPPING["gemma"]()))
     check_structure(model)
     model.model.layers[1].self_attn.v_proj.weight.data = model.model.layers[1].self_attn.v_proj.weight.data[:-3]
     with pytest.raises(UserError, match=r"does not fit layer 1 of this model: .* do not divide into heads of 8"):
@@ -89,7 +91,7 @@ def test_projections_that_do_not_divide_into_heads_are_refused():
 
 
 def test_experts_shared_between_layers_are_refused():
-    model = tiny_model(shrunk(CONFIG_MAPPING["gpt_oss"]()))
+    model = tiny_of(shrunk(CONFIG_MAPPING["gpt_oss"]()))
     first, second = (layer.mlp.experts for layer in model.model.layers[:2])
     second.down_proj = first.down_proj
     with pytest.raises(UserError, match=r"'mlp\.experts\.down_proj' of layer 1 and '.*' of layer 0 are one tensor"):

@@ -7,13 +7,12 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from gprune.discovery.search import agree, discover_record
+from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.errors import UserError
 from gprune.models import experts
 from gprune.models.blocks import blocks_of
-from gprune.models.discovery.agreement import Agreement
-from gprune.models.discovery.record import discover_record
-from gprune.models.lookup import remember
-from gprune.models.tiny import shrunk, tiny_model
+from gprune.models.families import attach_record
 
 
 def tiny(model_type: str = "gemma") -> PreTrainedModel:
@@ -51,9 +50,10 @@ def test_an_ffn_that_cannot_be_sliced_or_masked_is_rejected(forward):
 
 
 def test_agreement_is_relative_to_the_change_by_the_mask():
-    assert Agreement(mask_effect=0.5, slicing_error=1e-4).holds
-    assert not Agreement(mask_effect=1e-3, slicing_error=1e-4).holds
-    assert not Agreement(mask_effect=0.0, slicing_error=0.0).holds
+    dense = torch.tensor([1.0, 0.0])
+    for effect, error, expected in ((0.5, 1e-4, True), (1e-3, 1e-4, False), (0.0, 0.0, False)):
+        masked_logits = dense + torch.tensor([0.0, effect])
+        assert agree(masked_logits, masked_logits + torch.tensor([0.0, error]), dense=dense) == expected
 
 
 def without_calls(_experts: nn.Module, watcher: experts.Watcher, _down: tuple[str, int]) -> experts.Watch:
@@ -76,10 +76,10 @@ def test_experts_whose_activations_cannot_be_observed_are_not_pruned(broken, mon
     model = tiny("deepseek_v3")
     record = discover_record(model)
     assert any("experts" in kind for kind in record.kinds[0])
-    for module in ("gprune.models.gating", "gprune.models.discovery.agreement"):
+    for module in ("gprune.models.gating", "gprune.discovery.search"):
         monkeypatch.setattr(f"{module}.watch_experts", broken)
     record = discover_record(model)
     assert record.kinds[0]
     assert not any("experts" in kind for kind in record.kinds[0])
-    remember(model, record)
+    attach_record(model, record)
     assert not any(block.has_experts for block in blocks_of(model))

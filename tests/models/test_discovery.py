@@ -15,22 +15,20 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BertConfig, PreTrainedModel
 
 from experiments.architectures import DEFAULTS, PAGE, default_config, describe, example
+from gprune import discovery
 from gprune.calibration.layerwise import check_walk
 from gprune.cli import main
+from gprune.discovery import check_structure, family_of, search
+from gprune.discovery.search import check_by_copy, discover_from_tiny, discover_record
+from gprune.discovery.tiny import ROUTED, shrunk, tiny_model
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
-from gprune.models import cached_records, lookup
+from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of
-from gprune.models.discovery import record as discovery
-from gprune.models.discovery.agreement import random_masks
-from gprune.models.discovery.record import discover_from_tiny, discover_record
-from gprune.models.families import FAMILIES, Family
-from gprune.models.loading import skeleton
-from gprune.models.lookup import family_of, remember
-from gprune.models.losses import iter_logits
-from gprune.models.structure import check_by_copy, check_structure, why_not_measurable
+from gprune.models.copies import skeleton
+from gprune.models.families import FAMILIES, Family, attach_record
+from gprune.models.losses import iter_logits, why_not_measurable
 from gprune.models.surgery import prune
-from gprune.models.tiny import ROUTED, shrunk, tiny_model
 from gprune.sparsity.budget import unit_costs
 from gprune.sparsity.gates import masked
 from tests import tiny_run
@@ -56,12 +54,16 @@ def types(quick: tuple[str, ...], more: tuple[str, ...]) -> list:
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(lookup, "_known", {})
+    monkeypatch.setattr(discovery, "_known", {})
 
 
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def as_json(record: Family) -> str:
+    return json.dumps(asdict(record))
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -94,6 +96,7 @@ def test_masked_sliced_and_reloaded_models_of_discovered_types_agree(model_type,
         expected_tokens = model.generate(ids[:, :9], **settings)
     assert torch.equal(reloaded.generate(ids[:, :9], **settings), expected_tokens)
     # The reloaded model can be pruned again.
+    family_of(reloaded)
     assert prune(reloaded, random_masks(reloaded)).num_parameters() < reloaded.num_parameters()
 
 
@@ -158,14 +161,13 @@ def test_statistics_of_discovered_types_equal_those_of_forward_hooks(model_type,
 @pytest.mark.parametrize(
     "family", [f if f in ("llama", "gpt2") else pytest.param(f, marks=pytest.mark.slow) for f in BY_HAND]
 )
-def test_discovery_finds_the_same_structure_as_a_record_by_hand(family, monkeypatch):
+def test_discovery_finds_the_same_structure_as_a_record_by_hand(family):
     """The same tensors for parts, slices and norms, and the same transform of logits."""
-    monkeypatch.setattr(lookup, "FAMILIES", {})
     config = shrunk(default_config(family))
     record, model = discover_from_tiny(config), tiny_model(config)
     model_by_hand = copy.deepcopy(model)
-    remember(model, record)
-    remember(model_by_hand, BY_HAND[family])
+    attach_record(model, record)
+    attach_record(model_by_hand, BY_HAND[family])
     discovered_blocks, blocks_by_hand = blocks_of(model), blocks_of(model_by_hand)
     assert len(discovered_blocks) == len(blocks_by_hand)
     for discovered, by_hand in zip(discovered_blocks, blocks_by_hand, strict=True):
@@ -193,15 +195,15 @@ def test_discovery_finds_the_same_structure_as_a_record_by_hand(family, monkeypa
 
 def test_a_discovered_record_is_loaded_from_the_cache(monkeypatch):
     config = CONFIG_MAPPING["gemma"]()
-    record = discovery.discover(config)
-    monkeypatch.setattr(discovery, "discover_from_tiny", lambda _: pytest.fail("discovered again"))
-    assert discovery.discover(config) == record
+    record = search.discover(config)
+    monkeypatch.setattr(search, "discover_from_tiny", lambda _: pytest.fail("discovered again"))
+    assert as_json(search.discover(config)) == as_json(record)
 
 
 def test_the_layerwise_check_uses_the_discovered_record(monkeypatch):
     config = CONFIG_MAPPING["gemma"]()
-    lookup.family_of_config(config)
-    monkeypatch.setattr(discovery, "discover", lambda _: pytest.fail("discovered again"))
+    family_of(config)
+    monkeypatch.setattr(search, "discover", lambda _: pytest.fail("discovered again"))
     check_walk(config)
 
 
@@ -215,13 +217,6 @@ def test_the_layerwise_check_sees_what_only_later_layers_do(model_type, reason):
         config.activation_sparsity_pattern = [0.0] * config.num_hidden_layers
     with pytest.raises(UserError, match=rf"'{model_type}' cannot be computed layer by layer \({reason}\)"):
         check_walk(config)
-
-
-def test_a_record_in_the_cache_is_read_as_it_was_written():
-    config = shrunk(CONFIG_MAPPING["gemma"]())
-    record = discover_from_tiny(config)
-    content = json.loads(json.dumps(asdict(record)))
-    assert cached_records.parse_record({"record": content}) == record
 
 
 def test_discovery_does_not_change_the_global_random_state():
@@ -312,7 +307,7 @@ def vision_model():
 )
 def test_a_type_that_cannot_be_pruned_is_refused_in_one_line_with_the_reason(config, reason):
     with pytest.raises(UserError, match=reason) as caught:
-        discovery.discover(config())
+        search.discover(config())
     assert "\n" not in str(caught.value)
 
 
@@ -425,7 +420,7 @@ from gprune.models.families import FAMILIES, Family
 FAMILIES["granite"] = Family("granite")  # without the scale of its logits
 from transformers import GraniteConfig
 from gprune.errors import UserError
-from gprune.models.structure import check_by_copy
+from gprune.discovery.search import check_by_copy
 try:
     check_by_copy(GraniteConfig(logits_scaling=4.0))
 except UserError as error:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import gprune
 from gprune.cli import main
 from gprune.config.parse import parse
+from gprune.discovery import family_of
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
@@ -44,14 +45,14 @@ FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "us
 
 
 def variants() -> list[tuple[str, dict]]:
-    """Each family with its defaults, with each boolean flag of its config inverted, and with 1 and 4 KV heads."""
+    """Each family with its defaults and with each boolean flag of its config inverted; some with 1 and 4 KV heads."""
     rows: list[tuple[str, dict]] = [("qwen3_moe", {"mlp_only_layers": [1]})]  # a dense layer between experts
     rows.append(("smollm3", {"no_rope_layers": [1, 0, 1]}))
     for name in TYPES:
         known = CONFIG_MAPPING[name]()
         flags = [flag for flag in FLAGS if isinstance(getattr(known, flag, 0), bool)]
         rows += [(name, {}), *((name, {flag: not getattr(known, flag)}) for flag in flags)]
-        if hasattr(known, "num_key_value_heads"):
+        if name in ("llama", "gemma2", "olmo2", "phi3", "mixtral"):
             rows += [(name, {"num_key_value_heads": heads}) for heads in (1, 4)]
     return rows
 
@@ -193,11 +194,12 @@ def test_masked_sliced_and_reloaded_models_agree(family, overrides, ids, tmp_pat
     save_pruned(pruned, None, tmp_path / "model")
     reloaded_model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert type(reloaded_model).__name__.startswith("Pruned")
+    family_of(reloaded_model)
     assert widths(reloaded_model) == widths(pruned)
     assert torch.equal(reloaded_model(ids).logits, sliced)
-    # Generation with and without a KV cache
+    # Generation with and without a KV cache, for families with their defaults beyond the sliding window
     prompt = ids[:2, :9]
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings = {"max_new_tokens": 3 if overrides else 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = pruned.generate(prompt, **settings)
     assert torch.equal(cached, pruned.generate(prompt, use_cache=False, **settings))
     assert torch.equal(cached, reloaded_model.generate(prompt, **settings))
@@ -223,7 +225,9 @@ def test_equal_blocks_are_exported_as_the_stock_class(family, ids, tmp_path):
 def reloaded(model: nn.Module, folder: Path) -> nn.Module:
     """Save a model with its `save_pretrained` and load it again."""
     model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
+    reloaded_model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
+    family_of(reloaded_model)
+    return reloaded_model
 
 
 def train_a_step(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -444,10 +448,11 @@ def test_a_record_without_the_models_logit_scaling_is_refused(overrides, worlds,
 
 # One family of each kind: gated; ungated with transposed weights; with experts.
 KINDS = ("llama", "gpt2", "mixtral")
+OTHERS = ("gemma3_text", "phi3", "opt")  # norms of heads, fused matrices, biases and learned positions
 
 
-@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in TYPES if f != "llama")])
-def test_a_command_line_run_meets_budget_and_exports_each_family(family, worlds, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in (*KINDS[1:], *OTHERS))])
+def test_a_command_line_run_meets_budget_and_exports_each_kind_of_family(family, worlds, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     result = worlds(family).run(
         tmp_path, "--sparsity.scope=attention+ffn", "--recovery=least_squares", "--sparsity.width_multiple=8"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from experiments.architectures import default_config
+from gprune.discovery.tiny import shrunk
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import (
     CHUNK,
@@ -17,10 +18,9 @@ from gprune.models.losses import (
     rows_at_once,
     same_head,
 )
-from gprune.models.tiny import shrunk, tiny_model
 from gprune.sparsity.gates import gated
 from tests.conftest import make_tiny_llama
-from tests.tiny_families import make_tiny
+from tests.tiny_families import make_tiny, tiny_of
 
 
 def random_gates(dtype=torch.float32, seed: int = 3) -> list[torch.Tensor]:
@@ -153,7 +153,7 @@ def test_a_large_vocabulary_is_computed_in_fewer_rows_with_the_same_bits(diverge
 @pytest.mark.parametrize("model_type", ["ctrl", "git"])
 def test_gradients_of_activations_are_correct_if_the_model_changes_the_embeddings_in_place(model_type, token_batch):
     """CTRL scales the output of the embedding in place, and GIT adds positions. Weights stay frozen."""
-    model = tiny_model(shrunk(default_config(model_type)))
+    model = tiny_of(shrunk(default_config(model_type)))
     down = blocks_of(model)[1].parts["down"].host
 
     def gradient_at_output() -> torch.Tensor:

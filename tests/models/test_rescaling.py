@@ -8,9 +8,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import gprune
 from gprune.calibration.layerwise import Walk
+from gprune.discovery import family_of
+from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.export.hf import save_pruned
 from gprune.models.loading import load_weights
-from gprune.models.tiny import shrunk, tiny_model
 from gprune.sparsity.gates import masked
 from tests.models.test_surgery import masks_without
 
@@ -26,6 +27,7 @@ def folder(tmp_path):
 def rescaled(folder, token_batch):
     """A model of the user after a forward pass: weights of its last two layers are half of the folder's."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    family_of(model)
     before = model.rwkv.blocks[7].feed_forward.value.weight.clone()
     model(token_batch)
     assert torch.equal(2 * model.rwkv.blocks[7].feed_forward.value.weight, before)
@@ -59,6 +61,7 @@ def test_a_dense_model_that_has_run_is_saved_with_the_weights_of_its_folder(fold
 
 def test_a_loaded_model_computes_the_same_logits_whole_and_layer_by_layer(folder, rescaled, token_batch):
     model = load_weights(folder)
+    family_of(model)
     expected = model(token_batch).logits
     assert_close(expected, rescaled(token_batch).logits)
     walk = Walk(model)

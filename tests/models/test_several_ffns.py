@@ -15,20 +15,20 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from experiments.architectures import example
-from gprune.benchmarks.speed import price_from_table
+from gprune import discovery
 from gprune.calibration.collector import Collector
 from gprune.calibration.layerwise import Walk
+from gprune.discovery.search import discover_record
+from gprune.discovery.tiny import tiny_model
 from gprune.errors import UserError
+from gprune.evaluation.speed import price_from_table
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
-from gprune.models import lookup
+from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, by_layer, decoder_layers, find_unpruned
-from gprune.models.discovery.agreement import random_masks
-from gprune.models.discovery.record import discover_record
-from gprune.models.lookup import remember
+from gprune.models.families import attach_record
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune, prune_to_files
-from gprune.models.tiny import tiny_model
 from gprune.pipeline.dry_run import describe_unpruned
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
@@ -48,9 +48,7 @@ HALF = torch.tensor([0, 1, 0, 1])
 def shared_expert_model(tmp_path_factory):
     """A tiny Qwen2-MoE: three layers, each with four experts and a gated shared expert."""
     with tiny_run.isolated(tmp_path_factory.mktemp("cache")):
-        model = example("qwen2_moe")
-        blocks_of(model)  # discovery, while the isolated cache exists
-    return model
+        return example("qwen2_moe")
 
 
 class TwoMLPs(nn.Module):
@@ -69,7 +67,7 @@ class TwoMLPs(nn.Module):
 @pytest.fixture
 def two_ffn_model(monkeypatch):
     """A Llama whose layers have two dense FFNs, with its discovered structure."""
-    monkeypatch.setattr(lookup, "FAMILIES", {})
+    monkeypatch.setattr(discovery, "FAMILIES", {})
     config = LlamaConfig(
         vocab_size=128, hidden_size=48, intermediate_size=44, num_hidden_layers=3, num_attention_heads=6,
         num_key_value_heads=3, head_dim=8,
@@ -82,7 +80,7 @@ def two_ffn_model(monkeypatch):
             for parameter in layer.mlp.parameters():
                 nn.init.normal_(parameter, std=0.3)
     with torch.enable_grad():
-        remember(model, discover_record(model))
+        attach_record(model, discover_record(model))
     return model.requires_grad_(False)
 
 

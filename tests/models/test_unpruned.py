@@ -11,16 +11,17 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from experiments.architectures import default_config, example
+from gprune import discovery
+from gprune.discovery import search
+from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
-from gprune.models import cached_records, lookup
+from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, decoder_layers, find_unpruned
-from gprune.models.discovery import record as discovery
-from gprune.models.discovery.agreement import random_masks
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
-from gprune.models.tiny import shrunk, tiny_model
 from gprune.sparsity.gates import masked
 from tests import tiny_run
+from tests.tiny_families import tiny_of
 
 IDS = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -28,12 +29,12 @@ IDS = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(lookup, "_known", {})
+    monkeypatch.setattr(discovery, "_known", {})
 
 
 def doge_with_experts() -> PreTrainedModel:
     """A tiny Doge, whose experts are rows of two embedding tables next to an FFN."""
-    return tiny_model(shrunk(CONFIG_MAPPING["doge"](is_moe=True)))
+    return tiny_of(shrunk(CONFIG_MAPPING["doge"](is_moe=True)))
 
 
 def number_of_parameters(layers: nn.ModuleList, *paths: str) -> int:
@@ -67,13 +68,13 @@ def test_an_ffn_that_is_refused_is_named_with_all_of_its_parameters(model, outpu
 def test_gemma_3n_is_refused_instead_of_pruning_a_residual_layer_of_low_rank():
     """Its activation sparsity depends on the mean over neurons, so that slicing and masking its FFN disagree."""
     with pytest.raises(UserError, match=r"mlp\.down_proj cannot be pruned \(slicing and masking disagree\)") as caught:
-        discovery.discover(default_config("gemma3n_text"))
+        search.discover(default_config("gemma3n_text"))
     assert "laurel.linear_right cannot be pruned (its output does not join the residual)" in str(caught.value)
 
 
 def test_the_ffn_of_gemma_3n_is_pruned_without_activation_sparsity():
     config = CONFIG_MAPPING["gemma3n_text"](activation_sparsity_pattern=[0.0] * 35)
-    model = tiny_model(shrunk(config))
+    model = tiny_of(shrunk(config))
     assert {block.family.down for block in blocks_of(model)} == {"mlp.down_proj"}
     assert find_unpruned(model).keys() == {"laurel.linear_right", "per_layer_projection"}
 
@@ -84,10 +85,9 @@ def test_nothing_is_named_if_every_ffn_is_pruned():
 
 def test_refused_ffns_are_cached_with_the_record():
     config = default_config("longcat_flash")
-    record = discovery.discover(config)
+    record = search.discover(config)
     assert [kind["experts"] for kind in record.refused] == ["mlp.experts"]
-    content = json.loads(json.dumps(asdict(record)))
-    assert cached_records.parse_record({"record": content}) == record
+    assert json.dumps(asdict(search.discover(config))) == json.dumps(asdict(record))
 
 
 def test_dry_run_and_log_name_experts_that_stay(tmp_path, capsys):
@@ -120,7 +120,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def test_experts_of_hunyuan_are_pruned_with_lists_by_layer():
-    model = tiny_model(shrunk(hunyuan_config())).requires_grad_(False)
+    model = tiny_of(shrunk(hunyuan_config())).requires_grad_(False)
     assert model.config.moe_topk == [2, 2, 2]
     blocks = blocks_of(model)
     assert [(block.has_experts, block.neurons > 0) for block in blocks] == [(True, True), (False, True)] * 3
@@ -133,7 +133,7 @@ def test_experts_of_hunyuan_are_pruned_with_lists_by_layer():
 def test_lists_by_layer_of_hunyuan_lose_the_entries_of_removed_layers():
     config = shrunk(hunyuan_config())
     config.moe_topk = [1, 2, 3]
-    model = tiny_model(config).requires_grad_(False)
+    model = tiny_of(config).requires_grad_(False)
     blocks = blocks_of(model)
     masks = Masks(
         [torch.full((b.experts * b.neurons,), b.layer_index != 1) for b in blocks],

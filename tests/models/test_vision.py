@@ -26,13 +26,14 @@ from transformers import (
 
 from experiments.architectures import example, image_arguments
 from gprune.cli import main
+from gprune.discovery import family_of
+from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.export.hf import check_reload, save_pruned
 from gprune.export.reload import align_weights
-from gprune.models.discovery.agreement import random_masks
+from gprune.models.agreement import random_masks
+from gprune.models.loading import PROCESSOR_FILES
 from gprune.models.masks import Masks
-from gprune.models.processor import PROCESSOR_FILES
 from gprune.models.surgery import prune
-from gprune.models.tiny import shrunk, tiny_model
 from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
@@ -97,6 +98,7 @@ def test_a_text_model_with_another_attention_than_its_composite_reloads_with_the
     dense = example("got_ocr2")
     dense.save_pretrained(tmp_path / "dense")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense").eval()
+    family_of(loaded)
     assert (loaded.config._attn_implementation, loaded.config.text_config._attn_implementation) == ("eager", "sdpa")
     small, picture = prune(loaded, random_masks(loaded)), image_arguments(loaded)
     folder = save_pruned(small, None, tmp_path / "model")

@@ -27,7 +27,7 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.partition.modules import ModuleRanks
 from gprune.pipeline.save import masked_logits
-from gprune.recoveries import Material, recovery_of
+from gprune.recoveries import Material, recoveries_of
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import start_thresholds
@@ -112,7 +112,7 @@ def train(stage: L.LightningModule, loader: DataLoader, **kwargs: Any) -> None:
 
 def recover(place: Place, name: str, **settings: Any) -> Tensor:
     """Return the logits of a pruned and recovered model."""
-    method, masks = recovery_of(name), place.masks
+    (method,), masks = recoveries_of(name, settings), place.masks
     statistics = calibrate(place, gram="gram" in method.needs) if method.needs - {"text"} else None
     gc.collect()  # metrics of torchmetrics contain reference cycles
 
@@ -123,10 +123,8 @@ def recover(place: Place, name: str, **settings: Any) -> Tensor:
         place.model,
         masks,
         statistics=statistics,
-        text=[place.windows],
-        batch_size=WINDOWS,
+        batches=place.windows.tokens.split(WINDOWS),
         fit=fit,
-        settings=settings,
     )
     revise = method.revise(material)
     with torch.no_grad():

@@ -26,8 +26,7 @@ def world(tmp_path_factory):
     token = ("<s>", tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[token])
     tokenizer.save_pretrained(world.model)
-    with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
-        tiny_run.quick(patch)
+    with tiny_run.isolated(folder / "cache"):
         yield world
 
 

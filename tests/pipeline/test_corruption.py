@@ -27,17 +27,11 @@ from tests import tiny_run
 from tests.pipeline.kill_and_resume import digests, leftover_files
 
 
-@pytest.fixture(autouse=True)
-def _in_process(monkeypatch):
-    tiny_run.quick(monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(world, tmp_path_factory):
     """Return a folder with a finished run in `runs/run` and its cache in `cache`. Tests do not write to it."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    with pytest.MonkeyPatch.context() as patch, tiny_run.isolated(folder / "cache"):
-        tiny_run.quick(patch)
+    with tiny_run.isolated(folder / "cache"):
         world.run(folder / "runs")
     return folder
 

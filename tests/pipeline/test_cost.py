@@ -12,8 +12,8 @@ from gprune.calibration.moments import _panels
 from gprune.config.parse import parse
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import next_token_losses
-from gprune.pipeline.cost import EXPERTS_PER_TOKEN, active_experts
 from gprune.pipeline.dry_run import estimated_flops, gram_flops
+from gprune.pipeline.memory import EXPERTS_PER_TOKEN, active_experts
 from gprune.pipeline.plan import check
 from tests.tiny_families import make_tiny
 

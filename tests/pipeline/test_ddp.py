@@ -23,6 +23,7 @@ UNEVEN = [
     "--sparsity.block_share=0.8",  # one whole block is removed
     "--recovery=least_squares",
     "--logging.mode=offline",
+    "--partition.steps=5",
 ]
 
 
@@ -46,13 +47,6 @@ def train(world, folder, *flags, processes=2, **how):
     assert all((other.stdout, other.stderr) == ("", "") for other in others)
     assert all(other.returncode == first.returncode for other in others)
     return first
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_run.quick(patch)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def check_part(part, model, devices, max_waits=None):
         assert 0 < counted.waits <= max_waits, counted.by_place
 
 
-PLACES = [(1, False), pytest.param(2, False, marks=pytest.mark.slow), (2, True)]
+PLACES = [(1, False), (2, True)]
 
 
 @pytest.mark.parametrize(("devices", "tied"), PLACES)
@@ -144,7 +144,6 @@ def world(tmp_path_factory):
 @pytest.mark.slow
 def test_the_default_run_on_two_devices_matches_the_cpu(world, tmp_path, monkeypatch):
     """The run also removes KV groups, recovers by least squares and distillation, and exports the model."""
-    tiny_run.quick(monkeypatch)
     flags = ("--sparsity.scope=attention+ffn", "--recovery=[least_squares,distill]", "--distill.tokens=384")
     flags += ("--evaluation.controls=[]", "--evaluation.curve=[]", "--partition.steps=5")
     expected = world.run(tmp_path, *flags, name="cpu")

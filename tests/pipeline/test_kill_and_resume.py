@@ -1,4 +1,4 @@
-"""Results are identical after SIGKILLs, with another hash seed and with another order of directory listings.
+"""Results are identical after SIGKILLs and with another order of directory listings.
 
 `python -m tests.pipeline.kill_and_resume` tests fifty kills and more.
 """
@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import subprocess
-import sys
 from operator import attrgetter
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from gprune.runs.folder import RunFolder
 from gprune.storage import files as artifacts
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
-from tests.pipeline.kill_and_resume import KINDS, ROOT, Launcher, digests, kill_and_resume, tiny_run_flags
+from tests.pipeline.kill_and_resume import KINDS, Launcher, digests, kill_and_resume, tiny_run_flags
 
 
 @pytest.mark.slow
@@ -27,7 +24,7 @@ def test_a_run_that_is_killed_at_five_points_and_resumed_has_the_same_results(tm
     """Each kind of point is tested once. At the end, the comparison itself is tested with a changed mask."""
     with tiny_run.isolated(tmp_path / "none"):
         flags = tiny_run_flags(tmp_path)
-        launcher = Launcher(tmp_path, flags, prepare=lambda: tiny_run.quick(pytest.MonkeyPatch()))
+        launcher = Launcher(tmp_path, flags)
         tally = kill_and_resume(launcher, count=5, length=5, seed=0)
         assert tally.differing == []
         assert {kind for _, kind in tally.kills} == set(KINDS)
@@ -93,29 +90,6 @@ def test_training_tokens_before_a_kill_are_counted_in_the_resumed_run(tmp_path):
 # --- independence of undefined orders --------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_fresh_process_prints_nothing_on_stderr_and_ignores_the_hash_seed(tmp_path, monkeypatch):
-    """The results of a fresh process are compared with those of this process, which has another hash seed.
-
-    Progress, warnings and W&B's messages are not printed to stderr. Libraries that the fresh process imports late, such
-    as Lightning, print nothing to stdout either.
-    """
-    world = tiny_run.make_world(tmp_path)
-    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    scope = "--sparsity.scope=attention+ffn"
-    done = subprocess.run(
-        [sys.executable, "train.py", *world.args(tmp_path / "there", scope, "--logging.mode=offline")],
-        cwd=ROOT, env=tiny_run.environment(tmp_path / "cache", PYTHONHASHSEED=seed),
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    assert not re.search("Traceback|GPU available|Tip:|LOCAL_RANK", done.stdout)
-    tiny_run.quick(monkeypatch)
-    with tiny_run.isolated(tmp_path / "other-cache"):
-        assert tiny_run.main(world.args(tmp_path / "here", scope)) == 0
-    assert digests(tmp_path / "there/run") == digests(tmp_path / "here/run")
-
-
 class Listing(contextlib.nullcontext):
     """A replacement for the return value of `os.scandir`, with the order of a given iterator."""
 
@@ -140,7 +114,6 @@ def test_results_do_not_depend_on_the_order_of_directory_listings(tmp_path, monk
         for part, text in enumerate(path.read_text().split("\n\n")):
             (folder / f"part-{part:02}.txt").write_text(text)
         world.corpora[name] = folder
-    tiny_run.quick(monkeypatch)
     listdir, scandir = os.listdir, os.scandir
     results, orders = [], []
     for is_reversed in (False, True):

@@ -21,12 +21,11 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import WindowPerplexity, perplexity, window_losses
 from gprune.models.surgery import prune as sliced
-from gprune.registry import LEARNER
 from gprune.sparsity.gates import masked
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.threshold_learning import ThresholdLearning
-from tests import registries, tiny_run
+from tests import tiny_run
 from tests.stages.test_threshold_learning import data_of, make_stage, sampled_tokens, trainer_of
 from tests.tiny_families import some_masks
 
@@ -183,7 +182,8 @@ def test_fast_dev_run_trains_every_stage_on_one_batch(tiny_model):
 # --- in a run -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_from_python_uses_callback_and_logger_objects(world, tmp_path):
+def test_a_run_from_python_uses_callback_and_logger_objects(world, tmp_path, monkeypatch):
+    tiny_run.quick(monkeypatch, draw=True)
     stopping, saving = EarlyStopping(**NEVER_BETTER), ModelCheckpoint(monitor="development/perplexity", save_top_k=2)
     tensorboard = TensorBoardLogger(tmp_path / "tb", name="", version="")
     result = prune(parse(flags(world, tmp_path, *LEARNS)), callbacks=[stopping, saving], logger=tensorboard)
@@ -311,10 +311,7 @@ def test_masks_of_a_stage_that_a_callback_changed_are_refused_if_they_are_not_on
                 nothing_removed = type(masks)([k | True for k in masks.ffn], masks.attention)
                 pl_module.masks = lambda budget=None: nothing_removed
 
-    with (
-        registries.restored(LEARNER),
-        pytest.raises(UserError, match=r"^Learner 'straight_through' must return masks on budget"),
-    ):
+    with pytest.raises(UserError, match=r"^Learner 'straight_through' must return masks on budget"):
         prune(parse(flags(world, tmp_path)), callbacks=[Changer()])
 
 

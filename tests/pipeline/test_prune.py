@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -44,8 +43,6 @@ FIELDS = {
     "nll", "tokens", "seq_len", "stride", "bos", "join", "seed", "dtype", "precision", "float32_matmul_precision",
     "content_hash", "corpora",
 }  # fmt: skip
-# One metric of each kind: by the statistics that it needs, and by the source of its drift.
-METRICS = ["wanda_sp", "taylor", "magnitude", "random"]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +89,6 @@ def test_a_run_folder_is_complete(finished):
     for stage in ("base", "averaged", "gprune"):
         assert (path / f"masks/{stage}.safetensors").is_file()
     assert len(list((path / "statistics").glob("*.safetensors"))) == 3
-    assert len(list((path / "figures").glob("*.png"))) >= 2
     assert (path / "model/config.json").is_file()
     names = [file.name for file in path.rglob("*")]
     assert not [name for name in names if name.endswith(".tmp") or (name.startswith(".") and name != ".lock")]
@@ -116,11 +112,6 @@ def test_files_of_a_run_and_of_the_cache_have_the_permissions_of_the_umask(finis
         for folder in (finished.path, Path(os.environ["GPRUNE_CACHE"]))
     )
     assert {file.stat().st_mode & 0o777 for file in (*run_files, *cached)} == {0o666 & ~umask}
-    if os.getuid() == 0 and umask == 0o022:
-        # The working directory is the run folder, because `nobody` cannot enter the folders above it.
-        names = [file.relative_to(finished.path) for file in run_files]
-        nobody = {"user": 65534, "group": 65534, "extra_groups": []}
-        subprocess.run(["cat", *names], cwd=finished.path, stdout=subprocess.DEVNULL, check=True, **nobody)
 
 
 def test_config_yaml_has_all_defaults_and_parses_to_the_same_configuration(finished):
@@ -200,14 +191,6 @@ def test_the_same_seed_gives_identical_results_and_another_seed_other_masks(fini
     assert [r["content_hash"] for r in other_seed.records] == [r["content_hash"] for r in finished.records]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("metric", METRICS)
-def test_every_kind_of_metric_meets_the_budget(metric, world, tmp_path, dense):
-    result = world.run(tmp_path, f"--importance={metric}")
-    check_budget(result, dense)
-    assert {r["importance"] for r in result.records} == {None, metric}
-
-
 OPTIONS = {
     "random": "--partition.method=random",
     "drift_only": "--partition.method=drift_only",
@@ -262,11 +245,7 @@ def masks_of(result, stage):
     return Masks.from_tensors(gprune.storage.files.read_tensors(result.path / f"masks/{stage}.safetensors"))
 
 
-# One option of each kind in the fast tests: partition, training, allocation and recovery.
-FAST = ("random", "kl_on_fresh_text", "width_multiple", "attention_both", "equal", "bias")
-
-
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_meets_the_budget(name, run_with_option, dense):
     # Neurons that can be removed only together: four by the width multiple, or one in each of the three blocks.
     slack = {"width_multiple": 4, "uniform_width": 3}.get(name, 1)
@@ -390,15 +369,11 @@ def test_every_pruned_row_is_evaluated_with_and_without_recovery(recovery, run_w
         assert is_equal == (r["recovery"] == "none"), r["stage"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("controls", ["[averaged]", "[]"])
-def test_rows_without_recovery_are_omitted_unless_unrecovered_is_a_control(controls, world, tmp_path, run_with_option):
+def test_rows_without_recovery_are_omitted_unless_unrecovered_is_a_control(world, tmp_path, run_with_option):
     """A control such as `averaged` is then evaluated only with recovery. The losses do not depend on the controls."""
-    result = world.run(tmp_path, "--recovery=bias", f"--evaluation.controls={controls}")
-    stages = [*yaml.safe_load(controls), "gprune"]
-    assert {(r["stage"], r["recovery"]) for r in result.records} == {
-        ("dense", "none"), *((stage, "bias") for stage in stages)
-    }  # fmt: skip
+    result = world.run(tmp_path, "--recovery=bias", "--evaluation.controls=[averaged]")
+    rows = {(r["stage"], r["recovery"]) for r in result.records}
+    assert rows == {("dense", "none"), ("averaged", "bias"), ("gprune", "bias")}
     full = {(r["stage"], r["recovery"], r["corpus"]): r["nll"] for r in run_with_option("bias").records}
     assert all(r["nll"] == full[r["stage"], r["recovery"], r["corpus"]] for r in result.records)
 
@@ -537,24 +512,20 @@ def test_dry_run_bounds_the_tokens_of_a_gradient_metric(world, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("has_modules", [True, False])
-def test_reconstruction_uses_the_planned_tokens_and_has_the_same_masks_after_resuming(has_modules, world, tmp_path):
-    flags = ["--sparsity.allocation=reconstruction", "--recovery=least_squares", f"--gprune={str(has_modules).lower()}"]
+def test_reconstruction_uses_the_planned_tokens_and_has_the_same_masks_after_resuming(world, tmp_path):
+    flags = ["--sparsity.allocation=reconstruction", "--recovery=least_squares"]
     result = world.run(tmp_path, *flags)
     plan = check(result.config)
-    rows = ("base", "averaged", "modules") if has_modules else ("base",)
-    drift_corpora = len(result.config.corpora.drift)
-    # Errors of blocks are measured on four windows of each corpus: one corpus for `base`, all for the other rows.
-    windows = 4 * (1 + 2 * drift_corpora if has_modules else 1)
+    # Errors of blocks are measured on four windows of each corpus: one corpus for `base`, all for the other two rows.
+    windows = 4 * (1 + 2 * len(result.config.corpora.drift))
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == windows * 32
     assert result.summary["forward_tokens"] <= plan.forward_tokens
     widths = [int(keep.sum()) for keep in result.masks.ffn]
     assert len({*widths}) > 1
     assert sum(widths) == result.masks.ffn[0].numel() * len(widths) // 2
-    assert {path.stem for path in result.path.glob("errors_*")} == {f"errors_{row}" for row in rows}
+    assert {path.stem for path in result.path.glob("errors_*")} == {"errors_base", "errors_averaged", "errors_modules"}
     (result.path / "metrics.json").unlink()
-    resumed = world.run(tmp_path, *flags)
-    assert resumed.masks == result.masks
+    assert world.run(tmp_path, *flags).masks == result.masks
 
 
 @pytest.mark.slow
@@ -563,7 +534,7 @@ def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world,
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     flags, runs = ("--gprune=false", "--export=hf"), []
     for name, max_bytes in (("kept", 2**32), ("cached", 2**32), ("recomputed", 0)):
-        monkeypatch.setattr("gprune.pipeline.cost.MAX_CACHED_BYTES", max_bytes)
+        monkeypatch.setattr("gprune.pipeline.plan.MAX_CACHED_BYTES", max_bytes)
         runs.append(world.run(tmp_path, *flags, name=name))
         assert json.loads((runs[-1].path / "manifest.json").read_text())["steps"]["evaluate"]["forward_tokens"] == 384
         assert runs[-1].summary["forward_tokens"] <= check(runs[-1].config).forward_tokens
@@ -708,12 +679,11 @@ def text_of(world, *flags):
     return cfg, gprune.pipeline.inputs.prepare_text(cfg, tokenizer, 128), tokenizer
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_training_windows_are_the_calibration_windows_followed_by_new_ones(seed, world):
+def test_training_windows_are_the_calibration_windows_followed_by_new_ones(world):
     """By default training uses the four calibration windows of a corpus. Only the hash of training text changes."""
-    _, eleven, _ = text_of(world, "--corpora.learn_samples=11", f"--run.seed={seed}")
-    _, four, _ = text_of(world, f"--run.seed={seed}")
-    _, three, _ = text_of(world, "--corpora.learn_samples=3", f"--run.seed={seed}")
+    _, eleven, _ = text_of(world, "--corpora.learn_samples=11")
+    _, four, _ = text_of(world)
+    _, three, _ = text_of(world, "--corpora.learn_samples=3")
     assert [w.corpus for w in eleven.learn] == [str(world.corpora[c]) for c in ("alpha", "beta")]
     for of_eleven, of_four, of_three in zip(eleven.learn, four.learn, three.learn, strict=True):
         calibration = four.train[of_eleven.corpus]

@@ -48,7 +48,8 @@ def test_shipped_configurations_without_modules_have_the_row_averaged(config):
     cfg = parse(["--config", config])
     assert cfg.own_row == ("averaged", cfg.recovery)
     assert cfg.scored_on == {"averaged": ["wiki", "web", "python_code"]}
-    assert cfg.roles["drift"] == cfg.roles["learn"] == []
+    assert cfg.roles["learn"] == []
+    assert "corpora.drift" not in cfg.unread
     with_control = parse(["--config", config, "--evaluation.controls=[base]"])
     assert [stage for stage, _ in with_control.stages] == ["base", "averaged"]
     assert with_control.scored_on["base"] == ["wiki"]

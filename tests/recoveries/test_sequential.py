@@ -15,12 +15,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from experiments.architectures import example
 from gprune.cli import main
 from gprune.config.parse import parse
+from gprune.discovery import family_of
+from gprune.discovery.tiny import tiny_model
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.masks import Masks
 from gprune.models.offload import is_offloaded
 from gprune.models.surgery import prune, prune_to_files
-from gprune.models.tiny import tiny_model
 from gprune.pipeline import plan as preparation
 from gprune.recoveries import RECOVERY, Material
 from gprune.recoveries.prefix import SAMPLE_TOKENS, PrunedPrefix, projections_to_solve
@@ -204,6 +205,7 @@ def with_factors(model_type: str, values: dict, scaled: dict[str, float]):
         for name, pair in values.items():
             setattr(config, name, pair[which])
         models.append(tiny_model(config, seed=7).requires_grad_(False))
+        family_of(models[-1])
     model, plain = models
     for name, weight in plain.named_parameters():
         for end, factor in scaled.items():

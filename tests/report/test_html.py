@@ -13,9 +13,8 @@ import pytest
 
 from gprune import report
 from gprune.__main__ import run as command
-from gprune.report import html
-from gprune.report.comparison_figures import learning_figure
-from gprune.report.curves import curve_figures, curve_points, read_curves
+from gprune.report.figures import curve_figures, curve_points, learning_figure, read_curves
+from gprune.report.page import write_report
 from gprune.storage.files import write_json
 from tests import tiny_run
 
@@ -89,7 +88,7 @@ def test_figures_use_the_text_colour_of_the_page_and_pages_are_reproducible(fini
     for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         assert "currentColor" in drawing
         assert not re.search("#000000|#ffffff", drawing)
-    assert html.write_report(report.make([finished.path]), tmp_path / "again.html").read_text() == text
+    assert write_report(report.make([finished.path]), tmp_path / "again.html").read_text() == text
 
 
 def test_curves_of_a_resumed_run_are_concatenated(tmp_path):

@@ -27,16 +27,11 @@ from gprune.config.running import EvaluationConfig
 from gprune.corpora.load import corpus_labels
 from gprune.evaluation.intervals import mean_per_token, paired_difference, paired_ratio
 from gprune.models.masks import Masks
-from gprune.report import html
-from gprune.report.benchmark_table import evaluation_table
-from gprune.report.comparison_figures import learning_figure, ratio_figure, sparsity_lines
-from gprune.report.curves import curve_figures
+from gprune.report.card import model_card
+from gprune.report.figures import LINES, curve_figures, learning_figure, perplexity_figure, ratio_figure, sparsity_lines
 from gprune.report.grouping import read_runs
-from gprune.report.model_card import model_card
-from gprune.report.records import result_table
-from gprune.report.run_figures import perplexity_figure
-from gprune.report.style import LINES
-from gprune.report.table import Estimate, Table
+from gprune.report.page import render
+from gprune.report.tables import Estimate, Table, evaluation_table, result_table
 from gprune.runs.numbers import run_numbers
 from gprune.storage.files import key_of, read_json, read_tensors, write_json, write_tensors
 from gprune.studies.report_command import default_output
@@ -186,7 +181,7 @@ def test_ratios_to_the_recovered_and_the_unrecovered_base_have_different_names(r
     assert numbers["final/unseen_over_base_same_recovery"] == pytest.approx(expected["same"], rel=1e-9)
     assert numbers["final/unseen_over_unrecovered_base"] == pytest.approx(expected["unrecovered"], rel=1e-9)
     for base_run, name, ratio in ((None, "base, same recovery", "same"), (run, "unrecovered base", "unrecovered")):
-        page = html.render(report.make([run], base=base_run))
+        page = render(report.make([run], base=base_run))
         assert f"<th>unseen / {name}</th>" in page
         assert f"<td>{expected[ratio]:.3f} <small>[" in page
 

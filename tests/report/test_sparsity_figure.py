@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gprune.models.masks import Masks
-from gprune.report.run_figures import sparsity_figure
+from gprune.report.figures import sparsity_figure
 
 
 def test_a_block_without_an_ffn_has_a_bar_of_height_0():

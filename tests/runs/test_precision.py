@@ -15,8 +15,8 @@ from gprune.errors import UserError
 from gprune.models import products
 from gprune.models.products import multiplies_bfloat16
 from gprune.pipeline.plan import check
-from gprune.runs import precision
-from gprune.runs.precision import resolve_precision
+from gprune.runs import trainer
+from gprune.runs.trainer import resolve_precision
 from gprune.stages import threshold_learning
 from gprune.stages.base import require_finite_loss
 from gprune.studies.listing import Row
@@ -31,7 +31,7 @@ def hardware(monkeypatch):
     """Return a function that simulates hardware: whether it multiplies bfloat16, and its name."""
 
     def set_hardware(fast_and_name):
-        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: fast_and_name)
+        monkeypatch.setattr(trainer, "multiplies_bfloat16", lambda device: fast_and_name)
 
     return set_hardware
 
@@ -153,7 +153,7 @@ def test_processes_use_the_precision_of_the_slowest_hardware_or_of_the_resumed_r
         strategy = SimpleNamespace(reduce_boolean_decision=lambda mine, all: mine or other_lacks_bfloat16)
         return SimpleNamespace(strategy=strategy, broadcast=lambda mine: resumed_precision)
 
-    monkeypatch.setattr(precision, "launch_processes", simulated_processes)
+    monkeypatch.setattr(trainer, "launch_processes", simulated_processes)
     cfg = RunConfig(trainer={"num_nodes": 2, "strategy": "ddp"})
     assert resolve_precision(cfg, CPU, together=True)[0].trainer.precision == chosen
 

@@ -11,10 +11,10 @@ import pytest
 
 import gprune
 from gprune.errors import UserError
-from gprune.report.grouping import group_by_seed, read_runs, settings_table
+from gprune.report.grouping import group_by_seed, read_runs
+from gprune.report.tables import settings_table
 from gprune.runs.folder import RunFolder
-from gprune.runs.frames import COLUMNS
-from gprune.runs.numbers import NUMBER_COLUMNS, number_frame
+from gprune.runs.numbers import COLUMNS, NUMBER_COLUMNS, number_frame
 from gprune.storage.files import key_of, read_json, read_tensors, write_json, write_tensors
 from gprune.storage.yaml_text import read_yaml, to_yaml
 from tests import tiny_run

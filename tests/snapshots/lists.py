@@ -23,8 +23,8 @@ Cells = list[list[list[str]]]  # tables, rows, cells; the first row of a table i
 
 
 @functools.cache
-def read_tables(listing: str) -> Cells:
-    """Return the cells of the tables that `gprune study LIST --table --files` prints. The first table is of files.
+def printed(listing: str) -> str:
+    """Return what `gprune study LIST --table --files` prints: a table of files, and then a title and the results.
 
     All paths are relative to the repository.
     """
@@ -32,7 +32,19 @@ def read_tables(listing: str) -> Cells:
     with contextlib.redirect_stdout(output), contextlib.chdir(ROOT):
         code = main(["study", listing, "--table", "--files"])
     assert code == 0, f"gprune study {listing} --table --files ends with {code}"
-    return parse_tables(output.getvalue())
+    return output.getvalue()
+
+
+def results(listing: str) -> str:
+    """Return what `gprune study LIST --table` prints."""
+    _, title, rest = printed(listing).partition("\n**")
+    return (title + rest).strip()
+
+
+@functools.cache
+def read_tables(listing: str) -> Cells:
+    """Return the cells of the tables that `printed` has. The first table is of files."""
+    return parse_tables(printed(listing))
 
 
 def parse_tables(text: str) -> Cells:

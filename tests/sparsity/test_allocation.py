@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from gprune.calibration.errors import block_errors
+from gprune.calibration.block_errors import block_errors
 from gprune.importance.scores import Scores, score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks

@@ -168,7 +168,7 @@ def solve(problem, data):
     return keep_masks(budget, neuron, group), neuron, group, budget.target
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(problem=problems(), data=st.data())
 def test_masks_meet_the_budget_with_widths_in_multiples_and_units_in_order_of_margins(problem, data):
     costs, width_multiple, _ = problem
@@ -247,7 +247,7 @@ def reference_masks(costs, neuron, group, target, width_multiple) -> Masks:
     return masks
 
 
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(problem=problems(width_multiples=(1, 2, 3), largest=9), data=st.data())
 def test_masks_of_small_problems_equal_the_documented_rule(problem, data):
     costs, width_multiple, _ = problem

@@ -23,7 +23,7 @@ def recording(curve):
     return measure, measured
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=400), st.floats(1e-3, 3.0), st.integers(1, 400))
 def test_the_cut_of_an_increasing_curve_is_that_of_an_exhaustive_scan(steps, limit, first):
     curve = np.cumsum(steps)  # strictly increasing
@@ -45,7 +45,7 @@ def test_curves_similar_to_those_of_models_need_few_measurements(limit, exponent
     assert len(measured) <= 6
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(st.lists(st.floats(-0.5, 1.0), min_size=1, max_size=60), st.floats(0.01, 1.0), st.integers(1, 60))
 def test_on_a_non_monotone_curve_the_cut_is_within_the_limit_and_the_next_is_not(steps, limit, first):
     curve = np.cumsum(steps)
@@ -59,7 +59,7 @@ def test_on_a_non_monotone_curve_the_cut_is_within_the_limit_and_the_next_is_not
         assert result.best.cut == len(curve) or curve[result.best.cut] > limit
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=400), st.floats(1e-3, 3.0), st.integers(1, 400))
 def test_a_coarse_search_ends_within_its_resolution_of_the_exhaustive_scan(steps, limit, first):
     curve, resolution = np.cumsum(steps), 20

@@ -56,16 +56,16 @@ def test_distillation_falls_back_to_float32_if_losses_overflow_in_bfloat16(valid
     with caplog.at_level(logging.WARNING, logger="gprune"):
         learned, stage = distill(overflowing, precision="bf16-mixed", validated=validated)
     assert warnings_of(caplog) == [WARNING]
-    assert stage.autocast.in_float32
+    assert stage.in_float32
     expected, float32_stage = distill(overflowing, precision="32-true", validated=validated)
-    assert not float32_stage.autocast.in_float32  # it did not have to fall back
+    assert not float32_stage.in_float32  # it did not have to fall back
     assert all(torch.equal(learned[name], t) for name, t in expected.items())
 
 
 def test_distillation_with_finite_losses_uses_bfloat16(tiny_model, caplog):
     learned, stage = distill(tiny_model, precision="bf16-mixed")
     expected, _ = distill(tiny_model, precision="32-true")
-    assert (warnings_of(caplog), stage.autocast.in_float32) == ([], False)
+    assert (warnings_of(caplog), stage.in_float32) == ([], False)
     assert any(not torch.equal(learned[name], t) for name, t in expected.items())
 
 
@@ -75,4 +75,4 @@ def test_the_fallback_to_float32_is_saved_in_checkpoints(overflowing):
     stage.on_save_checkpoint(checkpoint)
     resumed = DistillationStage(overflowing, prune(overflowing, some_masks(overflowing, attention=False)))
     resumed.on_load_checkpoint(checkpoint)
-    assert resumed.autocast.in_float32
+    assert resumed.in_float32

@@ -1,4 +1,4 @@
-"""Registered stages in a run, and built-in stages with any Trainer and from checkpoints."""
+"""Stages of users in a run, and built-in stages with any Trainer and from checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.pipeline.partition import checked_labels
 from gprune.recoveries import Recovery, recovery
-from gprune.registry import CALIBRATOR, LEARNER, REFINER
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.gates import gated
 from gprune.stages.calibration import CalibrationStage
@@ -60,76 +59,89 @@ class GateLearner(L.LightningModule):
         return keep_masks(budget, self.margins(), self.ranks.attention)
 
 
+CALLS = []  # of the classes below
+
+
+class Swapped(AssignmentRefinement):
+    def labels(self):
+        CALLS.append(("steps", self.steps, self.final_tau))
+        return [int(y.max()) - y for y in self.start]
+
+
+class Doubled(CalibrationStage):
+    def __init__(self, *args, times: int = 2, **kwargs):
+        super().__init__(*args, **kwargs)
+        CALLS.append(("times", times))
+
+
+class WithoutMasks(L.LightningModule):
+    """A stage that cannot be a learner."""
+
+
+class Masked:
+    """A class that cannot be a learner, because it is no LightningModule."""
+
+    masks = ()
+
+
+PLAIN, SWAPPED, DOUBLED = (f"{__name__}.{cls.__name__}" for cls in (GateLearner, Swapped, Doubled))
+
+
 @pytest.fixture
-def scratch_registries():
-    """Restore the registries afterwards."""
-    with registries.restored(REFINER, LEARNER, CALIBRATOR, gprune.RECOVERY):
+def own_recoveries():
+    """Register two recoveries, and remove them afterwards."""
+    with registries.restored(gprune.RECOVERY):
+
+        @recovery("heal")
+        class Heal(Recovery):
+            def __init__(self, *, factor: float = 1.0):
+                self.factor = factor
+
+            def tune(self, material, pruned):
+                CALLS.append(("factor", self.factor))
+                return pruned
+
+        @recovery("scaled")
+        def scaled(weight, keep, moments, ridge, *, by=1):
+            return weight[:, keep] * by, None
+
         yield
 
 
 @pytest.mark.slow
-def test_a_run_uses_registered_stages_with_their_options_and_records_them(
-    scratch_registries, world, cache, tmp_path, monkeypatch
+def test_a_run_uses_stages_of_the_user_with_their_options_and_records_them(
+    own_recoveries, world, cache, tmp_path, monkeypatch
 ):
-    calls = []
-
-    @gprune.refiner("swapped")
-    class Swapped(AssignmentRefinement):
-        def labels(self):
-            calls.append(("steps", self.steps, self.final_tau))
-            return [int(y.max()) - y for y in self.start]
-
-    @gprune.calibrator("doubled")
-    class Doubled(CalibrationStage):
-        def __init__(self, *args, times: int = 2, **kwargs):
-            super().__init__(*args, **kwargs)
-            calls.append(("times", times))
-
-    @recovery("heal")
-    class Heal(Recovery):
-        def __init__(self, *, factor: float = 1.0):
-            self.factor = factor
-
-        def tune(self, material, pruned):
-            calls.append(("factor", self.factor))
-            return pruned
-
-    @recovery("scaled")
-    def scaled(weight, keep, moments, ridge, *, by=1):
-        return weight[:, keep] * by, None
-
-    gprune.learner("plain")(GateLearner)
+    CALLS.clear()
     monkeypatch.setattr(GateLearner, "instances", ())
     tiny_run.quick(monkeypatch)
-    flags = ["--partition.refiner=swapped", "--sparsity.learner=plain", "--corpora.calibrator=doubled",
-             "--recovery=[scaled,heal]", "--options.plain.rate=30", "--options={plain: {rate: 50, kind: b}}",
-             "--options.doubled.times=3", "--options.heal.factor=2", "--options.scaled.by=1.5",
-             "--options.swapped.final_tau=0.5", "--evaluation.controls=[]"]  # fmt: skip
+    flags = [f"--partition.refiner={SWAPPED}", f"--sparsity.learner={PLAIN}", f"--corpora.calibrator={DOUBLED}",
+             "--recovery=[scaled,heal]", f"--options.{PLAIN}.rate=30", f"--options={{{PLAIN}: {{rate: 50, kind: b}}}}",
+             f"--options.{DOUBLED}.times=3", "--options.heal.factor=2", "--options.scaled.by=1.5",
+             f"--options.{SWAPPED}.final_tau=0.5", "--evaluation.controls=[]"]  # fmt: skip
     with tiny_run.isolated(cache):
         first = world.run(tmp_path, *flags)
         assert GateLearner.instances[-1] == (50, "b", 1)
-        assert {("times", 3), ("factor", 2), ("steps", 20, 0.5)} == set(calls)
+        assert {("times", 3), ("factor", 2), ("steps", 20, 0.5)} == set(CALLS)
         resumed = world.run(tmp_path, *flags)
         assert (len(GateLearner.instances), resumed.masks) == (1, first.masks)  # loaded instead of trained again
-        unlearned = world.run(tmp_path, *flags, "--options.plain.rate=1e-9", name="unlearned")
+        unlearned = world.run(tmp_path, *flags, f"--options.{PLAIN}.rate=1e-9", name="unlearned")
         built_in = world.run(tmp_path, "--evaluation.controls=[]", name="built-in")
     assert first.thresholds is None
     assert built_in.thresholds is not None
     assert first.masks != unlearned.masks  # with a rate of 50 the masks change
     assert [int(y.max()) for y in first.modules.labels] == [int(y.max()) for y in built_in.modules.labels]
     row = next(r for r in first.records if r["recovery"] == "scaled+heal")
-    assert (row["scaled"], row["heal"], row["learn"]["learner"]) == ({"by": 1.5}, {"factor": 2}, "plain")
+    assert (row["scaled"], row["heal"], row["learn"]["learner"]) == ({"by": 1.5}, {"factor": 2}, PLAIN)
     settings = first.config.settings()
-    assert (settings["sparsity"]["learner"], settings["options"]["heal"]) == ("plain", {"factor": 2})
+    assert (settings["sparsity"]["learner"], settings["options"]["heal"]) == (PLAIN, {"factor": 2})
 
 
 CALIBRATOR_FILE = """
-import gprune
 from gprune.stages.calibration import CalibrationStage
 
 steps = []
 
-@gprune.calibrator("mine")
 class Mine(CalibrationStage):
     def test_step(self, *args):
         steps.append({number})
@@ -137,17 +149,17 @@ class Mine(CalibrationStage):
 """
 
 
-def test_an_edited_calibrator_collects_its_statistics_again(scratch_registries, world, cache, tmp_path, monkeypatch):
+def test_an_edited_calibrator_collects_its_statistics_again(world, cache, tmp_path, monkeypatch):
     tiny_run.quick(monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
-    flags = ["--corpora.calibrator=mine", "--recovery=none", "--gprune=false", "--export=none"]
+    flags = ["--corpora.calibrator=my_calibrator.Mine", "--recovery=none", "--gprune=false", "--export=none"]
     collected = []
     for name, number in (("first", 1), ("same", 1), ("edited", 2)):
         (tmp_path / "my_calibrator.py").write_text(CALIBRATOR_FILE.format(number=number))
         linecache.checkcache()
         sys.modules.pop("my_calibrator", None)
         sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
-        with registries.restored(CALIBRATOR), tiny_run.isolated(cache):
+        with tiny_run.isolated(cache):
             module = importlib.import_module("my_calibrator")
             world.run(tmp_path, *flags, name=name)
         sys.dont_write_bytecode = before
@@ -155,7 +167,7 @@ def test_an_edited_calibrator_collects_its_statistics_again(scratch_registries, 
     assert collected == [True, False, True]
 
 
-def test_default_settings_have_no_keys_of_registered_stages():
+def test_default_settings_have_no_keys_of_stages():
     settings = RunConfig().settings()
     names = {*settings, *settings["corpora"], *settings["partition"], *settings["sparsity"].keys() - {"options"}}
     assert not names & {"options", "calibrator", "refiner", "learner"}
@@ -164,28 +176,47 @@ def test_default_settings_have_no_keys_of_registered_stages():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sparsity.learner": "plane"}, "Unknown learner 'plane'. Did you mean 'plain'? Available: straight_through"),
-        ({"partition.refiner": "x"}, "Unknown refiner 'x'. Available: soft_assignment."),
-        ({"corpora.calibrator": "x"}, "Unknown calibrator 'x'. Available: streaming."),
-        ({"options.plain.rate": 1}, "--options must name stages that the run uses"),
-        ({"sparsity.learner": "plain", "options.plain.rat": 1},
-         "--options.plain must name options of 'plain' (rate, kind); got 'rat'."),
-        ({"sparsity.learner": "plain", "options.plain.rate": 0}, "--options.plain.rate must be more than 0; got 0."),
-        ({"sparsity.learner": "plain", "options.plain.kind": 1}, "--options.plain.kind must be a valid string"),
+        ({"sparsity.learner": "plain"}, "Unknown learner 'plain'. Available: straight_through, or the path of a class"),
+        ({"partition.refiner": "x.Y"}, "--partition.refiner: x.Y: Cannot find it: module 'x' is not imported."),
+        ({"corpora.calibrator": f"{__name__}.X"}, f"--corpora.calibrator: Unknown class '{__name__}.X'"),
+        ({"sparsity.learner": f"{__name__}.WithoutMasks"},
+         "--sparsity.learner must be the path of a LightningModule with the method masks; got 'tests."),
+        ({"sparsity.learner": f"{__name__}.Masked"}, "--sparsity.learner must be the path of a LightningModule"),
+        ({f"options.{PLAIN}.rate": 1}, "--options must name stages that the run uses"),
+        ({"sparsity.learner": PLAIN, f"options.{PLAIN}.rat": 1},
+         f"--options.{PLAIN} must name options of '{PLAIN}' (rate, kind); got 'rat'."),
+        ({"sparsity.learner": PLAIN, f"options.{PLAIN}.rate": 0},
+         f"--options.{PLAIN}.rate must be more than 0; got 0."),
+        ({"sparsity.learner": PLAIN, f"options.{PLAIN}.kind": 1}, f"--options.{PLAIN}.kind must be a valid string"),
         ({"options.soft_assignment.tau": 1},
          "--options.soft_assignment must name options of 'soft_assignment' (final_tau); got 'tau'."),
         ({"options": {"x": 1}}, "--options.x must be a mapping of names to values; got 1."),
     ],
 )  # fmt: skip
-def test_invalid_stages_and_options_are_refused_by_name(settings, message, scratch_registries):
-    gprune.learner("plain")(GateLearner)
+def test_invalid_stages_and_options_are_refused_by_name(settings, message):
     with pytest.raises(UserError, match="^" + re.escape(message)):
         config_from_mapping(settings)
 
 
-def test_a_learner_without_masks_is_refused(scratch_registries):
-    with pytest.raises(UserError, match="Learner 'x' must be a class with the method masks"):
-        gprune.learner("x")(L.LightningModule)
+def test_a_class_from_python_is_named_by_its_path():
+    cfg = RunConfig()
+    assert cfg.with_stages(refiner=None, learner=GateLearner, calibrator=None).sparsity.learner == PLAIN
+    assert cfg.sparsity.learner == "straight_through"  # unchanged
+
+
+@pytest.mark.parametrize(
+    ("learner", "message"),
+    [
+        (PLAIN, f"A stage must be a class; got '{PLAIN}'."),
+        (
+            type("Inner", (GateLearner,), {"__qualname__": "outer.<locals>.Inner"}),
+            "Class .*Inner must be defined at the top level of a module or a notebook, to have a path.",
+        ),
+    ],
+)
+def test_a_class_without_a_path_is_refused(learner, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        gprune.prune(RunConfig(), learner=learner)
 
 
 @pytest.mark.parametrize(
@@ -219,33 +250,34 @@ INVALID = {
 }
 
 
+class Invalid(GateLearner):
+    """A learner whose masks are changed by the test, with invalid thresholds."""
+
+    change = None
+    thresholds = property(
+        lambda self: ([float("nan") * torch.ones(k) for k in self.ranks.modules], [torch.ones(1)] * 3)
+    )
+
+    def masks(self, budget):
+        return type(self).change(super().masks(budget))
+
+
 @pytest.mark.parametrize(("change", "message"), INVALID.values(), ids=INVALID)
 def test_invalid_masks_and_thresholds_of_a_learner_are_refused(
-    change, message, scratch_registries, world, cache, tmp_path, capsys
+    change, message, world, cache, tmp_path, capsys, monkeypatch
 ):
-    @gprune.learner("bad")
-    class Invalid(GateLearner):
-        thresholds = property(
-            lambda self: ([float("nan") * torch.ones(k) for k in self.ranks.modules], [torch.ones(1)] * 3)
-        )
-
-        def masks(self, budget):
-            return change(super().masks(budget))
-
+    monkeypatch.setattr(Invalid, "change", change)
     with tiny_run.isolated(cache):
-        assert tiny_run.main(world.args(tmp_path, "--sparsity.learner=bad")) == 2
-    assert re.search(f"Learner 'bad'.*{message}", capsys.readouterr().err)
+        assert tiny_run.main(world.args(tmp_path, f"--sparsity.learner={__name__}.Invalid")) == 2
+    assert re.search(f"Learner '{__name__}.Invalid'.*{message}", capsys.readouterr().err)
 
 
-def test_a_learner_with_masks_for_one_budget_is_refused_for_a_quality_target(
-    scratch_registries, world, cache, tmp_path, capsys
-):
-    gprune.learner("plain")(GateLearner)
-    flags = ["--sparsity.learner=plain", "--sparsity.target=+20%", "--evaluation.development_samples=2"]
+def test_a_learner_with_masks_for_one_budget_is_refused_for_a_quality_target(world, cache, tmp_path, capsys):
+    flags = [f"--sparsity.learner={PLAIN}", "--sparsity.target=+20%", "--evaluation.development_samples=2"]
     with tiny_run.isolated(cache):
         assert tiny_run.main(world.args(tmp_path, *flags)) == 2
     error = capsys.readouterr().err
-    assert "--sparsity.learner plain needs a share such as 0.3 as target" in error
+    assert f"--sparsity.learner {PLAIN} needs a share such as 0.3 as target" in error
     assert error.count("\n") == 1
 
 

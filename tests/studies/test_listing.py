@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gprune import report
 from gprune.config import parse
 from gprune.studies.listing import Listing
 from tests import registries
@@ -38,6 +39,14 @@ def test_the_command_of_a_row_has_its_settings(path):
             assert f"gprune.{function}('{row.made_elsewhere}', '{row.config.model.name}', " in code
         assert (program, script) == ("python", "train.py" if row.made_elsewhere is None else "-c")
         assert parse(flags).settings() == row.config.settings(), row.name
+
+
+def test_the_command_of_a_wheel_is_gprune_prune_and_has_the_imported_modules(bench, monkeypatch, tmp_path):
+    (row,) = bench.rows(bench.write("commanded", {"x": {"sparsity.target": 0.3}}))
+    monkeypatch.setattr(report, "CLONE", tmp_path)  # no train.py
+    monkeypatch.setattr(report, "IMPORTED", ["my_metric.py"])
+    assert shlex.split(row.command)[:3] == ["gprune", "prune", "--import=my_metric.py"]
+    assert "--sparsity.target=0.3" in row.command
 
 
 def test_all_ablations_are_rows_of_their_list_and_the_row_default_is_the_default_method():

@@ -30,15 +30,15 @@ from transformers import (
 
 import gprune
 from gprune.__main__ import run as command
-from gprune.benchmarks.subjects import find_subjects
+from gprune.benchmarks.measurement import find_subjects
 from gprune.cli import main
 from gprune.config import parse
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.elsewhere import check_elsewhere, load_elsewhere
 from gprune.models.surgery import prune
-from gprune.report.html import render
-from gprune.report.run_figures import run_figures
+from gprune.report.figures import run_figures
+from gprune.report.page import render
 from gprune.studies.archive import finished_record, record_to_run
 from tests import tiny_run, wandb_files
 from tests.studies.workbench import cells
@@ -138,7 +138,7 @@ def test_frames_files_reports_and_load_run_accept_a_model_row(bench, list_with_e
     loaded = gprune.load_run(row.config.folder)
     assert loaded.masks is None
     assert "made elsewhere" in repr(loaded)
-    assert record_to_run(tmp_path, finished_record(row)).final == "model"
+    assert record_to_run(finished_record(row)).final == "model"
 
 
 def test_the_dense_model_as_a_row_has_kl_0_and_agreement_1(bench, capsys):
@@ -242,7 +242,7 @@ def test_a_model_type_that_gprune_cannot_prune_is_evaluated(bench, folders, caps
 
 def test_tasks_evaluate_the_given_model_or_its_distilled_version(bench, exported, folders, capsys, monkeypatch):
     for bound in ("MIN_ROUNDS", "MAX_ROUNDS"):  # one round of timing is enough here
-        monkeypatch.setattr(f"gprune.benchmarks.speed.{bound}", 1)
+        monkeypatch.setattr(f"gprune.evaluation.speed.{bound}", 1)
     tasks = {"names": ["speed"], "speed_batch": [1], "speed_prompt": 8}
     distilled = {"model": str(exported[0]), "recovery": "distill", "distill.tokens": 96}
     rows = {"gpt": {"model": str(save_gpt2(folders / "for tasks"))}, "distilled": distilled}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import json
 import math
 import os
@@ -20,9 +21,11 @@ from gprune.__main__ import run as command
 from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
-from gprune.runs.frames import COLUMNS
-from gprune.studies import output
-from gprune.studies.archive import find_record
+from gprune.report.tables import mean_over_seeds
+from gprune.runs.numbers import COLUMNS
+from gprune.studies.archive import Found, find_record, finished_record
+from gprune.studies.listing import Listing
+from gprune.studies.study import WRITERS, StudyResult
 from tests.studies.workbench import ROWS, cells, unseen
 
 SUFFIXES = {".csv", ".json", ".md", ".tex", ".html"}
@@ -58,6 +61,35 @@ def test_a_frame_has_a_line_for_each_row_and_seed_with_the_numbers_of_its_record
             if r["stage"] == stage:
                 label = r["corpus"].rpartition("/")[2]
                 assert line[f"perplexity/{label}"] == r["perplexity"]
+
+
+def test_frames_and_csv_have_means_over_seeds_beside_the_lines_per_seed(bench, first):
+    """The second seed has the records of the first, with other losses of the pruned models."""
+    listing = Listing.read(first[0], seeds=[0, 1], records=bench.records)
+    found = []
+    for row in listing.rows:
+        record = finished_record(replace(row, seed=0, settings=row.settings | {"run.seed": 0}))
+        if row.seed == 1:
+            records = []
+            for r in record["records"]:
+                factor = 1 if r["stage"] == "dense" else 1.1
+                records.append(r | {"seed": 1, "window_nll": [factor * nll for nll in r["window_nll"]]})
+            settings = record["settings"] | {"run": record["settings"]["run"] | {"seed": 1}}
+            path = record["path"].with_stem(f"{record['path'].stem}-other-seed")
+            record = record | {"records": records, "settings": settings, "path": path}
+        found.append(Found(row, [record], [], []))
+    study = StudyResult(listing, found)
+    assert repr(study) == f"StudyResult({str(first[0])!r}, 6 of 6 rows and seeds)"
+    frame = pd.read_csv(io.StringIO(WRITERS[".csv"](study)))
+    for name in ROWS:
+        of_row = frame[frame["row"] == name]
+        assert of_row["seed"].tolist() == ["0", "1", "mean"]
+        expected = mean_over_seeds(of_row["unseen"].iloc[:2])
+        mean = of_row.iloc[2]
+        assert (mean["unseen"], mean["unseen_low"], mean["unseen_high"]) == pytest.approx(tuple(expected))
+        assert mean["parameters_after"] == of_row["parameters_after"].iloc[0]
+        assert pd.isna(mean["record"])
+    assert study.to_frame()["seed"].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_a_frame_has_columns_only_for_settings_in_which_rows_differ(study):
@@ -182,8 +214,8 @@ def test_names_are_escaped_in_latex_and_html(study):
     renamed = type(table)(**vars(table) | {"rows": [[name, *row[1:]] for row in table.rows], "note": name})
     with_renamed_rows = replace(study)
     vars(with_renamed_rows)["tables"] = [renamed]  # replaces the cached property `tables`
-    assert output.WRITERS[".tex"](with_renamed_rows).count(r"50 \% \& <b>\_\{x\}") >= 2
-    page = output.WRITERS[".html"](with_renamed_rows)
+    assert WRITERS[".tex"](with_renamed_rows).count(r"50 \% \& <b>\_\{x\}") >= 2
+    page = WRITERS[".html"](with_renamed_rows)
     assert "<b>" not in page
     assert page.count("50 % &amp; &lt;b&gt;_{x}") >= 2
 
@@ -217,7 +249,7 @@ def test_a_failed_write_keeps_the_existing_file(bench, first, capsys, tmp_path, 
     def raise_disk_full(study):
         raise OSError(errno.ENOSPC, "No space left on device", "t.csv")
 
-    monkeypatch.setitem(output.WRITERS, ".csv", raise_disk_full)
+    monkeypatch.setitem(WRITERS, ".csv", raise_disk_full)
     bench.refused(capsys, first[0], "--table", "--output", path)
     assert path.read_text() == "former"
     assert [file.name for file in tmp_path.iterdir()] == ["t.csv"]

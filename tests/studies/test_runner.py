@@ -10,7 +10,7 @@ import pytest
 import gprune
 from gprune.benchmarks import measurement
 from gprune.errors import UserError
-from gprune.report.records import caption
+from gprune.report.tables import caption
 from gprune.studies import archive, runner
 from gprune.studies.archive import finished_record
 from tests.studies.workbench import ROWS, cells
@@ -53,7 +53,12 @@ def test_rows_with_other_settings_or_seeds_run_unless_only_tables_are_printed(be
     assert "3 pending" in bench(capsys, path, "--", "--sparsity.target=0.4")
     assert ran == [(name, 0, 0.4) for name in ROWS]
     ran.clear()
-    assert "2 pending" in bench(capsys, path, "--seeds", "0", "7", "--only", "ours", "plain")
+    out = bench(capsys, path, "--seeds", "0", "7", "--only", "ours", "plain")
+    assert "2 pending" in out
+    assert [line.partition(";")[0] for line in out.splitlines() if line.startswith("row ")] == [
+        "row 3 of 4: plain, seed 7", "row 4 of 4: ours, seed 7"  # the rows with seed 0 are finished
+    ]  # fmt: skip
+    assert "row 4 of 4: ours, seed 7; less than a minute left" in out
     assert ran == [("plain", 7, 0.5), ("ours", 7, 0.5)]
     ran.clear()
     assert "no records yet" in bench(capsys, path, "--table", "--seeds", "7")
@@ -77,10 +82,14 @@ def test_parts_run_every_row_once_also_if_they_start_one_after_another(count, be
         ran.append((row.name, row.seed))
         records.add(archive.find_record(row)[0])
 
+    def find_records(row):
+        is_simulated = archive.find_record(row)[0] in records
+        return archive.Found(row, [{"masks": {}}] if is_simulated else [], [], [])
+
     monkeypatch.setattr(runner, "run_row", run_row)
     monkeypatch.setattr(runner, "largest_costs", lambda pending: "")
     monkeypatch.setattr(runner, "print_results", lambda *_: None)
-    monkeypatch.setattr(runner, "finished_record", lambda row: {} if archive.find_record(row)[0] in records else None)
+    monkeypatch.setattr(runner, "find_records", find_records)
     for i in range(count):
         bench(capsys, first[0], "--seeds", "0", "1", "--part", f"{i + 1}/{count}")
     assert sorted(ran) == sorted((name, seed) for name in ROWS for seed in (0, 1))

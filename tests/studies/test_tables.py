@@ -11,10 +11,10 @@ import pytest
 from gprune.__main__ import run as command
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
-from gprune.report.perplexity_tables import arithmetic_mean_over_seeds, mean_over_seeds
-from gprune.report.table import Estimate
-from gprune.studies import tables
+from gprune.report.tables import Estimate, arithmetic_mean_over_seeds, mean_over_seeds
+from gprune.studies import study
 from gprune.studies.archive import finished_record
+from gprune.studies.listing import Listing
 from gprune.studies.report_command import merge_references
 from tests.studies.workbench import COMPARE, ROWS, cells, fake_run, unseen
 from tests.tiny_run import on_a_terminal
@@ -23,7 +23,7 @@ from tests.tiny_run import on_a_terminal
 def test_comparisons_are_paired_over_windows(bench, first):
     listing, done = bench.done(first[0])
     records = {row.name: record for row, record in done}
-    runs = tables.make_report(listing, done).runs
+    runs = study.make_report(listing, done).runs
     assert listing.content.compare == COMPARE
     references = (("ours", "averaged"), ("plain", "base"))
     for (a, b), (row, stage) in zip(listing.content.compare, references, strict=True):
@@ -32,7 +32,7 @@ def test_comparisons_are_paired_over_windows(bench, first):
             of_gprune = unseen(records["ours"], "gprune", f"window_{number}")
             of_reference = unseen(records[row], stage, f"window_{number}")
             ratio, low, high = paired_ratio(of_gprune, of_reference, 31)
-            assert tables.stage_ratios(runs, a, b, number) == [Estimate(ratio, low, high)]
+            assert study.stage_ratios(runs, a, b, number) == [Estimate(ratio, low, high)]
             assert ratio != 1
             expected_cells.append(f"{ratio:.3f} [{low:.3f}, {high:.3f}]")
         assert expected_cells in [cells(line) for line in first[1].splitlines()]
@@ -42,7 +42,7 @@ def test_the_key_seen_sets_the_seen_corpora_of_all_rows(bench, first):
     """`seen` must include the seen corpora of each row. Means over unseen corpora use the remaining ones."""
     delta, alpha = (str(bench.world.corpora[c]) for c in ("delta", "alpha"))
     listing, done = bench.done(bench.write("divided", ROWS, seen=[alpha, delta], reference="plain"))
-    report = tables.make_report(listing, done)
+    report = study.make_report(listing, done)
     by_corpus = {r["corpus"]: r["seen"] for run in report.runs for r in run.records}
     assert by_corpus == {name: name in (alpha, delta) for name in by_corpus}
     epsilon = str(bench.world.corpora["epsilon"])
@@ -52,10 +52,10 @@ def test_the_key_seen_sets_the_seen_corpora_of_all_rows(bench, first):
     table = report.tables[0]
     ratios = {tuple(row[:2]): row[table.columns.index("unseen / unrecovered base")] for row in table.rows}
     assert ratios["ours", "gprune"] == Estimate(*paired_ratio(nll["ours"], nll["plain"], 31))
-    notes = [table.note for table in tables.study_tables(listing, report)]
+    notes = [table.note for table in study.study_tables(listing, report)]
     assert any("In every row alpha.txt, delta.txt count as seen" in note for note in notes)
     with pytest.raises(UserError, match=r"Row 'plain': The key seen must include .*alpha"):
-        tables.make_report(*bench.done(bench.write("hidden", ROWS, seen=[delta])))
+        study.make_report(*bench.done(bench.write("hidden", ROWS, seen=[delta])))
 
 
 def test_tables_have_bold_headers_on_a_terminal(bench, first):
@@ -71,7 +71,7 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     bench(capsys, path)
     listing, done = bench.done(path)
     assert [(row.name, row.seed) for row, _ in done] == [(name, seed) for seed in (0, 1, 2) for name in rows]
-    table = tables.make_report(listing, done).tables[0]
+    table = study.make_report(listing, done).tables[0]
     by_stage = {(row[0], row[1]): row for row in table.rows}
     assert by_stage["plain (3 seeds)", "base"][2] == by_stage["wifv (3 seeds)", "base"][2] == 3
     by_seed = [[record for row, record in done if row.seed == seed] for seed in (0, 1, 2)]
@@ -79,7 +79,7 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
         [paired_ratio(unseen(wifv, "base", number), unseen(plain, "base", number), 31)[0] for plain, wifv in by_seed]
         for number in ("window_nll", "window_kl")
     )
-    (compared,) = tables.stage_comparison_table(listing, tables.make_report(listing, done).runs).rows
+    (compared,) = study.stage_comparison_table(listing, study.make_report(listing, done).runs).rows
     assert compared == ["wifv: base / plain: base", 3, mean_over_seeds(ratios), mean_over_seeds(distances)]
     assert len(set(ratios)) == 3
     # Each seed is divided by the run of the reference with the same seed.
@@ -89,7 +89,7 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     # Without a seed of the reference there is no ratio. Without a seed of the row, the mean is over the others.
     for missing, has_ratio in ((("plain", 2), False), (("wifv", 2), True)):
         fewer = [(row, record) for row, record in done if (row.name, row.seed) != missing]
-        rows = tables.make_report(listing, fewer).tables[0].rows
+        rows = study.make_report(listing, fewer).tables[0].rows
         assert {row[column] is not None for row in rows if row[0].startswith("wifv")} == {has_ratio}
 
 
@@ -112,7 +112,7 @@ def test_the_key_tables_selects_the_printed_tables(bench, first, capsys):
 def test_pairs_with_missing_rows_are_omitted_and_pairs_without_common_windows_have_no_ratio(bench, first):
     compare = [["later: gprune", "ours: base"], ["ours: gprune", "plain: base"]]
     listing, done = bench.done(bench.write("apart", ROWS | {"later": {"sparsity.target": 0.1}}, compare=compare))
-    table = tables.stage_comparison_table(listing, tables.make_report(listing, done).runs)
+    table = study.stage_comparison_table(listing, study.make_report(listing, done).runs)
     assert [row[:2] for row in table.rows] == [["ours: gprune / plain: base", 1]]
     assert table.note == "exp(KL): of KL(dense || row) per token on the same windows."
     with_other_windows = []
@@ -120,16 +120,32 @@ def test_pairs_with_missing_rows_are_omitted_and_pairs_without_common_windows_ha
         if row.name == "plain":
             record = record | {"records": [r | {"content_hash": "other"} for r in record["records"]]}
         with_other_windows.append((row, record))
-    runs = tables.make_report(listing, with_other_windows).runs
-    table = tables.stage_comparison_table(listing, runs)
+    runs = study.make_report(listing, with_other_windows).runs
+    table = study.stage_comparison_table(listing, runs)
     assert table.rows == [["ours: gprune / plain: base", 0, None]]
     assert table.note == "No ratio: the two have no seed in common, or were evaluated on other windows."
 
 
+def test_the_name_of_a_row_compares_its_final_model(bench):
+    """A row with a recovery was also measured before it, as another stage."""
+    unrecovered, recovered = {"beta": [30.0, 35.0]}, {"beta": [20.0, 26.0]}
+    before = fake_run("ours", {"gprune": unrecovered}).records
+    ours = fake_run("ours", {"gprune": recovered}, recovery="bias")
+    ours = replace(ours, records=[*before, *ours.records])
+    runs = [ours, fake_run("plain", {"base": {"beta": [21.0, 25.0]}})]
+    final = study.stage_ratios(runs, "ours", "plain")
+    assert final == study.stage_ratios(runs, "ours: gprune + bias", "plain: base")
+    assert final == [Estimate(*paired_ratio(recovered, {"beta": [21.0, 25.0]}, 10))]
+    assert final != study.stage_ratios(runs, "ours: gprune", "plain")
+    rows = {"a": {"gprune": False}, "a: base": {"ridge": 0.5}}
+    with pytest.raises(UserError, match=r"compare has 'a: base', which is a row and a stage of row 'a'"):
+        Listing.read(bench.write("shared name", rows, compare=[["a", "a: base"]]))
+
+
 def test_comparing_a_stage_that_a_row_does_not_have_is_refused(bench, first):
-    runs = tables.make_report(*bench.done(first[0])).runs
+    runs = study.make_report(*bench.done(first[0])).runs
     with pytest.raises(UserError, match=r"stage of 'ours' \(dense, base, averaged, gprune\); got 'best'"):
-        tables.stage_ratios(runs, "ours: best", "ours: base")
+        study.stage_ratios(runs, "ours: best", "ours: base")
 
 
 def test_rows_with_different_text_are_refused_unless_their_models_differ(bench, first):
@@ -137,10 +153,10 @@ def test_rows_with_different_text_are_refused_unless_their_models_differ(bench, 
     role = next(iter(record["inputs"]["text"]))
     inputs = record["inputs"] | {"text": record["inputs"]["text"] | {role: "other"}}
     with pytest.raises(UserError, match=rf"have read different text as {role}. Remove the outdated record"):
-        tables.make_report(listing, [*others, (row, record | {"inputs": inputs})])
+        study.make_report(listing, [*others, (row, record | {"inputs": inputs})])
     # Another model may have another tokenizer, which gives other windows.
     other_model = record | {"inputs": inputs | {"model": "another"}}
-    assert len(tables.make_report(listing, [*others, (row, other_model)]).runs) == 3
+    assert len(study.make_report(listing, [*others, (row, other_model)]).runs) == 3
 
 
 @pytest.mark.slow
@@ -165,7 +181,7 @@ def test_figures_are_drawn_from_records_with_and_without_masks(bench, first, cap
     bench(capsys, first[0], "--table", "--figures", tmp_path)
     assert {f"first-{name}.png" for name in ("ratios", "sparsity")} <= {p.name for p in tmp_path.iterdir()}
     listing, done = bench.done(first[0])
-    report = tables.make_report(listing, [(row, record | {"masks": None}) for row, record in done])
+    report = study.make_report(listing, [(row, record | {"masks": None}) for row, record in done])
     assert set(report.figures()) == {"ratios"}
 
 

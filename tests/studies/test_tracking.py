@@ -13,7 +13,7 @@ import pytest
 
 from gprune.__main__ import run as command
 from gprune.config import LoggingConfig
-from gprune.studies import tracking
+from gprune.studies import runner
 from gprune.studies.listing import EXPERIMENTS, OTHER_RECORDS, Listing
 from tests import tiny_run, wandb_files
 
@@ -102,16 +102,16 @@ def test_names_groups_and_tags_of_rows_are_valid_logging_settings(bench, monkeyp
     monkeypatch.setenv("WANDB_TAGS", "a,b")
     rows = bench.rows(bench.write("ablations", ROWS | {"long" * 50: {}}), seeds=[3])
     for row in rows:
-        cfg = tracking.with_wandb_names(row)
+        cfg = runner.with_wandb_names(row)
         LoggingConfig(**cfg.logging.model_dump())
         assert cfg.logging.name.endswith(", seed 3")
         assert cfg.logging.tags[2:] == ["a", "b"]
         assert cfg.logging.group == "ablations"
     monkeypatch.setenv("WANDB_RUN_GROUP", "lab")
-    assert tracking.with_wandb_names(rows[0]).logging.group == "lab"
-    assert tracking.with_wandb_names(rows[0]).settings() == rows[0].config.settings()
+    assert runner.with_wandb_names(rows[0]).logging.group == "lab"
+    assert runner.with_wandb_names(rows[0]).settings() == rows[0].config.settings()
 
 
 def test_wandb_files_of_shipped_lists_are_not_written_next_to_the_committed_records():
     row = Listing.read(EXPERIMENTS / "ablations.yaml").rows[0]
-    assert tracking.wandb_folder(row) == OTHER_RECORDS / "ablations"
+    assert runner.wandb_folder(row) == OTHER_RECORDS / "ablations"

@@ -11,7 +11,6 @@ from gprune import imports
 from gprune.corpora import CORPORA
 from gprune.importance import IMPORTANCE
 from gprune.recoveries import RECOVERY
-from gprune.registry import CALIBRATOR, LEARNER
 from gprune.sparsity.allocation import ALLOCATION
 from tests import registries, tiny_run
 
@@ -62,12 +61,10 @@ KINDS = {
         ("[:, keep],", "[:, keep] * 0.5,"),
     ),
     "stage": (
-        {"gprune": True, "sparsity.learner": "my_stage"},
+        {"gprune": True, "sparsity.learner": "mine_stage.MyStage"},
         """
-        import gprune
         from gprune.stages.threshold_learning import ThresholdLearning
 
-        @gprune.learner("my_stage")
         class MyStage(ThresholdLearning):
             RATE = 1
 
@@ -77,7 +74,7 @@ KINDS = {
         ("RATE = 1", "RATE = 500"),
     ),
 }
-REGISTRIES = (IMPORTANCE, CORPORA, ALLOCATION, RECOVERY, LEARNER, CALIBRATOR)
+REGISTRIES = (IMPORTANCE, CORPORA, ALLOCATION, RECOVERY)
 
 
 @pytest.fixture

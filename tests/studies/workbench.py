@@ -88,7 +88,7 @@ def fake_run(
     records = [
         {
             "stage": stage, "recovery": recovery, "seen": False, "corpus": corpus, "seq_len": 11,
-            "content_hash": corpus, "window_nll": list(nll),
+            "content_hash": corpus, "window_nll": list(nll), "perplexity": 1.0,
         }
         for stage, corpora in stages.items() for corpus, nll in corpora.items()
     ]  # fmt: skip

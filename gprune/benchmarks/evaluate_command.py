@@ -1,0 +1,71 @@
+"""`gprune evaluate`: measure tasks, perplexity and speed of a run, a model folder or any model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
+from gprune.console import Parser, quiet
+from gprune.storage.reading import expanded
+
+ABOUT = """Measure tasks, perplexity and speed of a run, a model folder or any model by name.
+
+Tasks are those of EleutherAI's lm_eval, with its data or local files in $GPRUNE_DATA_DIR/tasks.
+wikitext2 and c4 are perplexities in the conventions of the literature. speed is prefill, decoding and
+the time to the first token on this machine, in alternation with the dense model if --dense is given. Each record is
+written to evaluation.json of the run immediately, for `gprune report`."""
+
+EXAMPLES = """examples:
+  gprune evaluate runs/NAME --tasks piqa,arc_easy,wikitext2 --dense
+  gprune evaluate smollm2-135m --tasks piqa --limit 200
+  gprune evaluate runs/NAME/model --tasks wikitext2 --seq_len 2048,128 --output numbers.json"""
+MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
+    "stopped": ". Finished tasks are kept.",
+    "memory": "; lower --batch_size or --seq_len.",
+}
+
+
+def parser() -> Parser:
+    """Return the parser of the command: the model, the output file, and a flag for each field of `Benchmarks`."""
+    result = Parser("gprune evaluate", description=ABOUT, epilog=EXAMPLES)
+    result.add_argument("model", metavar="MODEL", help="folder of a run or a model, embedded name, or hub id")
+    dense_help = "measure the dense model of a run too, with paired differences"
+    result.add_argument("--dense", action="store_true", help=dense_help)
+    output_help = "JSON file for records (default: evaluation.json in the run; none for other models)"
+    result.add_argument("--output", metavar="FILE", help=output_help)
+    for name, field in Benchmarks.__pydantic_fields__.items():
+        default, flag_help = field.default, field.description
+        if default is False:
+            result.add_argument(f"--{name}", action="store_true", help=flag_help)
+            continue
+        list_options: dict[str, Any] = {}
+        if isinstance(default, tuple):
+            list_options = {"metavar": "A,B", "type": split_commas}
+            default = ",".join(map(str, default))
+        if default is not None:
+            flag_help = f"{flag_help} (default: {default})"
+        result.add_argument(f"--{name}", default=default, help=flag_help, **list_options)
+    return result
+
+
+def split_commas(text: str | list[str]) -> list[str]:
+    """Split text at commas, without blanks and empty parts. Parts, which the parser checks again, are unchanged."""
+    if isinstance(text, list):
+        return text
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def run(args: Sequence[str]) -> str:
+    """Run the command, and return the table of results and the path of the records as text."""
+    options = vars(parser().parse_args(args))
+    model, dense, output = (options.pop(name) for name in ("model", "dense", "output"))
+    benchmarks = parse_benchmarks(**options)
+    quiet()
+    from gprune.benchmarks.measurement import evaluate
+
+    records, path = evaluate(model, benchmarks, dense=dense, output=None if output is None else expanded(output))
+    from gprune.report.tables import evaluation_table
+
+    text = f"\n{evaluation_table(records).for_stdout()}\n"
+    return f"{text}\nRecords: {path}\n" if path else text

@@ -1,0 +1,195 @@
+"""Errors of blocks: estimates of how much the loss rises if a block is cut to a given width, for several widths.
+
+Neurons are removed in a given order. If the last K of them are kept, least squares gives the best output projection V,
+and token t has the error r_t = W x_t - V x_t,K, (H,). The rise of the loss is estimated to second order, with the
+Fisher information instead of the curvature and for errors of random direction. It is proportional to
+
+    E(K) = mean over tokens of ||r_t||^2 ||g_t||^2,    g_t = gradient of the loss by the output of the projection,
+
+so errors of different blocks are comparable. The factor ||g_t||^2 matters most for the first token of a window, which
+has most of the energy of the activations but hardly influences the loss. Two thousand tokens per corpus are enough.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gprune.calibration.moments import add_gram, fill_gram
+from gprune.calibration.statistics import CorpusStatistics
+from gprune.errors import UserError, require_finite
+from gprune.features import Feature, Tokens
+from gprune.models.blocks import blocks_of
+from gprune.models.losses import next_token_losses, require_activation_gradients
+from gprune.models.offload import device_of
+from gprune.models.products import CastWeights, fast_products
+
+log = logging.getLogger("gprune")
+
+ERROR_TOKENS = 2048  # tokens per corpus for errors of blocks; 16,384 tokens do not give a better choice
+LEVELS = 8  # errors are computed for widths that are N / LEVELS apart
+
+
+class BlockErrors(Feature):
+    """Errors of blocks as a feature of a run: they take a forward and backward pass over a little text."""
+
+    def refuse(self, plan: Any) -> None:
+        """Raise UserError for blocks with experts. Errors are only implemented for dense FFNs."""
+        blocks = blocks_of(plan.skeleton)
+        if any(block.has_experts for block in blocks):
+            raise UserError(
+                f"--sparsity.allocation reconstruction cannot measure experts ('{blocks[0].family.model_type}'). "
+                "Use uniform."
+            )
+
+    def planned_tokens(self, plan: Any) -> Tokens:
+        """Return the tokens on which errors are measured, for masks of the base metric and of modules."""
+        of_base = error_tokens(plan.cfg, "base") + error_tokens(plan.cfg, "averaged")
+        return {2: (0, of_base), 7: (0, error_tokens(plan.cfg, "modules"))}
+
+
+def error_corpora(cfg: Any) -> dict[str, list[str]]:
+    """Return the corpora on which errors of blocks are measured, by the masks that are allocated by these errors.
+
+    The keys are among `base`, `averaged` and `modules`. There are none if the allocation does not read errors.
+    """
+    if not cfg.measures_errors:
+        return {}
+    stages = {stage for stage, _ in cfg.stages}
+    # Without the control `averaged`, the sparsity at which thresholds are learned is found with masks of `base`.
+    base_starts_learning = cfg.learns and bool(cfg.trials) and "averaged" not in stages
+    corpora = {}
+    if "base" in stages or base_starts_learning:
+        corpora["base"] = cfg.scored_on["base"]
+    if "averaged" in stages:
+        corpora["averaged"] = cfg.scored_on["averaged"]
+    if cfg.gprune:
+        corpora["modules"] = cfg.corpora.drift
+    return corpora
+
+
+def error_windows(cfg: Any) -> int:
+    """Number of windows per corpus for errors of blocks: as many as fit into `ERROR_TOKENS`, but at least one."""
+    return min(cfg.corpora.num_samples, max(1, ERROR_TOKENS // cfg.corpora.seq_len))
+
+
+def error_tokens(cfg: Any, name: str) -> int:
+    """Number of tokens on which errors of blocks are measured for masks with a name of `error_corpora`."""
+    return len(error_corpora(cfg).get(name, ())) * error_windows(cfg) * cfg.corpora.seq_len
+
+
+def tokens_with_gradients(
+    model: PreTrainedModel, batches: Sequence[Tensor], *, bfloat16: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the inputs of each `down` projection and ||g_t||^2, g_t being the gradient of the loss by its output.
+
+    For each block, on the CPU: (n, N) bfloat16 inputs of all n tokens, and (n,) float32. The loss is the mean
+    next-token cross-entropy of a window in nats. Blocks without an FFN have two empty tensors. Batches are (B, T) token
+    ids. With `bfloat16`, matrices are multiplied in autocast, with fallback to float32 if a loss is not finite.
+    """
+    blocks = blocks_of(model)
+    device = device_of(model)
+    recorded: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]  # one pair per batch
+
+    def record(index: int, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Record a batch of block `index` when the backward pass reaches the projection."""
+        x = inputs[0].detach().flatten(0, -2).bfloat16().cpu()
+
+        def record_gradient(gradient: Tensor) -> None:
+            energy = gradient.flatten(0, -2).float().square().sum(1).cpu()
+            recorded[index].append((x, energy))
+
+        output.register_hook(record_gradient)
+
+    casts = CastWeights(model)
+    with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
+        hooks.callback(require_activation_gradients(model).remove)
+        for block in blocks:
+            if block.down is not None:
+                host = block.parts["down"].host
+                hooks.callback(host.register_forward_hook(partial(record, block.index)).remove)
+        for ids in batches:
+            ids = ids.to(device).clone()  # a normal tensor, even if the batch was created in inference mode
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), casts.applied():
+                losses = next_token_losses(model, ids)
+            if bfloat16 and not losses.isfinite().all():
+                log.warning("A loss is not finite in bfloat16. Errors of blocks are measured in float32 instead.")
+                bfloat16 = False  # for the following batches too
+                losses = next_token_losses(model, ids)
+            losses.sum().backward()
+    by_block = []
+    for pairs in recorded:
+        if pairs:
+            inputs, energies = zip(*pairs, strict=True)
+            by_block.append((torch.cat(inputs), torch.cat(energies)))
+        else:
+            by_block.append((torch.zeros(0, 0, dtype=torch.bfloat16), torch.zeros(0)))
+    return by_block
+
+
+@torch.no_grad()
+def errors_by_width(weight: Tensor, gram: Tensor, x: Tensor, energy: Tensor, *, ridge: float) -> Tensor:
+    """Return E(K) at K = 0, N / LEVELS, ..., N kept neurons, (LEVELS + 1,) float64 on the CPU; the last one is 0.
+
+    All widths share one Cholesky factor: G + lambda I = L L^T, and the leading part of L is the factor of the leading
+    part of G + lambda I. With P = W L and R the N - K removed neurons, the error of token t is r_t = P_R (L^-1 x_t)_R,
+    so
+
+        E(K) = sum over i, j in R of (P^T P)_ij (L^-1 S L^-T)_ij,    S = mean over tokens of x_t x_t^T ||g_t||^2.
+
+    W is `weight` (H, N), G is `gram` (N, N), x (n, N), and ||g_t||^2 is `energy` (n,). In all of them the neuron that
+    is removed first comes last.
+    """
+    N = weight.shape[1]
+    S = torch.zeros(N, N, device=weight.device)
+    scaled = x.float() * (energy.float() / max(1, len(x))).sqrt()[:, None]
+    with fast_products(x):  # rounds `scaled` to bfloat16, which changes errors by about 1e-4 of their size
+        add_gram(S, scaled)
+    fill_gram(S)
+    require_finite("activation or gradient came up while errors were measured", S)
+    G = gram.double()
+    # The least lambda exceeds the rounding errors of a float32 Gram matrix, as in `least_squares.ridge_correction`.
+    damping = max(ridge, torch.finfo(torch.float32).eps * N) * G.diagonal().mean().clamp_min(1e-12)
+    L = torch.linalg.cholesky(G + damping * torch.eye(N, device=G.device)).float()
+    half_whitened = torch.linalg.solve_triangular(L, S, upper=False)  # L^-1 S
+    whitened = torch.linalg.solve_triangular(L, half_whitened.T, upper=False)  # L^-1 S L^-T, as S is symmetric
+    P = weight.float() @ L
+    products = (P.T @ P).mul_(whitened)
+    widths = [level * N // LEVELS for level in range(LEVELS + 1)]
+    return torch.stack([products[K:, K:].sum(dtype=torch.float64) for K in widths]).cpu()
+
+
+def block_errors(
+    model: PreTrainedModel,
+    scores: Sequence[Tensor],
+    statistics: CorpusStatistics,
+    batches: Sequence[Tensor],
+    *,
+    ridge: float = 0.01,
+    bfloat16: bool = False,
+) -> Tensor:
+    """Return E(K) of each block at K = 0, N / LEVELS, ..., N: (blocks, LEVELS + 1) float64 on the CPU.
+
+    The neurons with the smallest `scores`, (N,) per block, are removed first. Batches are (B, T) token ids for the
+    forward and backward pass. The errors of a block without an FFN are zeros.
+    """
+    errors = []
+    tokens = tokens_with_gradients(model, batches, bfloat16=bfloat16)
+    for block, block_scores, (x, energy) in zip(blocks_of(model), scores, tokens, strict=True):
+        if block.down is None:
+            errors.append(torch.zeros(LEVELS + 1, dtype=torch.float64))
+            continue
+        weight = block.down.weight.detach()
+        gram = statistics.ffn[block.index].total.gram
+        assert gram is not None, "errors are measured behind least squares, which needs Gram matrices"
+        order = block_scores.argsort(descending=True, stable=True).to(weight.device)
+        gram, x, energy = (tensor.to(weight.device) for tensor in (gram, x, energy))
+        errors.append(errors_by_width(weight[:, order], gram[order][:, order], x[:, order], energy, ridge=ridge))
+    return torch.stack(errors)

@@ -1,0 +1,88 @@
+"""Find the structure of a model of any type.
+
+`family_of` is the door: nothing outside of this package knows what is in it. Types with a record in `FAMILIES` need no
+more than this file. For other types the structure is found once on a tiny random copy, and cached.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from gprune.discovery.fit import check_fit
+from gprune.models import gating
+from gprune.models.families import BUILT_IN, FAMILIES, PRUNED, RECORD, Family, attach_record, refuse_quantised
+from gprune.models.masks import Masks
+
+# Records that this process has discovered or read from the cache, by class of the config and its content as JSON.
+_known: dict[tuple[type, str], Family] = {}
+
+
+def family_of(subject: PreTrainedModel | PreTrainedConfig) -> Family:
+    """Return the record of a model or configuration, and attach it to the model, from where `record_of` reads it.
+
+    For exports of gprune this is the record of the dense type. A model keeps a record that was found before. Raise
+    UserError if the type cannot be pruned.
+    """
+    is_model = isinstance(subject, PreTrainedModel)
+    config = subject.config if is_model else subject
+    refuse_quantised(config)
+    record = FAMILIES.get(config.model_type.removeprefix(PRUNED))
+    if record is None and is_model:
+        record = subject.__dict__.get(RECORD)
+    if record is None:
+        record = _discovered(config)
+    if is_model:
+        attach_record(subject, record)
+    return record
+
+
+def _discovered(config: PreTrainedConfig) -> Family:
+    """Return the record of a configuration's type, discovered once per process."""
+    key = type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)
+    if key not in _known:
+        from gprune.discovery.search import discover  # only types without a record need it
+
+        _known[key] = discover(config)
+    return _known[key]
+
+
+def check_structure(model: PreTrainedModel) -> None:
+    """Find the record of a model, which may have no weights, and raise UserError unless it fits the model.
+
+    A record of a user is also checked on a tiny copy.
+    """
+    record = family_of(model)
+    if not record.found and record not in BUILT_IN.values():
+        from gprune.discovery.search import check_by_copy
+
+        check_by_copy(model.config)
+    check_fit(model)
+
+
+def tiny_copy(config: PreTrainedConfig, *, all_layers: bool = False) -> PreTrainedModel:
+    """Return a tiny random model of a configuration's type, with layers of each kind or all layers."""
+    from gprune.discovery.tiny import shrunk, stock_config, tiny_model
+
+    model = tiny_model(shrunk(stock_config(config), all_layers=all_layers))
+    attach_record(model, family_of(config))
+    return model
+
+
+@contextmanager
+def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
+    """Let a model of transformers compute as if it were pruned while the context lasts. Its weights do not change.
+
+    Args:
+        model: a model of a supported type.
+        masks: one keep mask per block and scope, such as those of a run's result. Their sizes are not checked.
+
+    Raises:
+        UserError: if the model's type is not supported.
+    """
+    family_of(model)
+    with gating.masked(model, masks):
+        yield model

@@ -1,0 +1,96 @@
+"""Check that the record of a model fits the model's paths and sizes. The model may have no weights."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gprune.errors import UserError, closest_name
+from gprune.models.blocks import Block, blocks_of
+from gprune.models.families import BUILT_IN, Family, record_of
+from gprune.models.modeling_pruned import find_parent
+
+REMEDY = (
+    "Correct the record (docs/extend.md, 'A model family'), or remove it, so that gprune finds the structure itself"
+)
+
+
+def check_fit(model: PreTrainedModel) -> None:
+    """Raise UserError unless the record of a model fits all its layers. The model may have no weights.
+
+    The error depends on the origin of the record: built in, of a user, or discovered.
+    """
+    name = model.config.model_type
+    record = record_of(model)
+    try:
+        layers = [block.layer for block in blocks_of(model)]
+    except AttributeError as error:
+        raise record_error(name, f"its decoder has no layers '{record.layers}'") from error
+    if layers and not record.found:
+        _check_paths(name, record, layers[0])
+    for block in blocks_of(model):
+        mismatch = _size_mismatch(block)
+        if mismatch is None:
+            continue
+        if BUILT_IN.get(record.model_type) == record:
+            raise UserError(
+                f"--model.name: layer {block.layer_index} of this '{name}' model cannot be pruned: {mismatch}."
+            )
+        if not record.found:
+            raise record_error(name, f"layer {block.layer_index}: {mismatch}")
+        raise UserError(
+            f"Model type '{name}' cannot be pruned: the structure of a tiny copy does not fit layer "
+            f"{block.layer_index} of this model: {mismatch}. Write a record in a file that --import names "
+            "(docs/extend.md, 'A model family')."
+        )
+    check_untied(model)
+    if not any(block.neurons for block in blocks_of(model)):
+        raise UserError(f"Model type '{name}' cannot be pruned: no layer has the FFN that was found on a tiny copy.")
+
+
+def check_untied(model: PreTrainedModel) -> None:
+    """Raise UserError if two layers share a tensor that units are sliced from."""
+    owners: dict[int, str] = {}  # id of a parameter -> the first place where it is used
+    for block in blocks_of(model):
+        for slice_ in block.slices:
+            place = f"'{slice_.path}' of layer {block.layer_index}"
+            first_place = owners.setdefault(id(block.parameter(slice_)), place)
+            if first_place != place:
+                raise UserError(
+                    f"Model type '{model.config.model_type}' cannot be pruned: {place} and {first_place} are one "
+                    "tensor, so removing a unit of one layer would remove weights of the other."
+                )
+
+
+def record_error(name: str, problem: str) -> UserError:
+    """Return the error for a wrong record of a user."""
+    return UserError(f"Cannot use the Family record of model type '{name}': {problem}. {REMEDY}.")
+
+
+def _check_paths(name: str, record: Family, layer: nn.Module) -> None:
+    """Raise UserError if a record of a user has a path that the first layer does not have."""
+    known = [path for path, _ in layer.named_modules() if path]
+    fields = ["query", "key", "value", "output", "query_norm", "key_norm", "ffn_norm", "attention_norm"]
+    fields += ["after_ffn", "after_attention"]
+    experts_parent, experts_name = find_parent(layer, record.experts or "")
+    if not hasattr(experts_parent, experts_name):
+        fields += ["gate", "up", "down"]
+    for field in fields:
+        path = getattr(record, field)
+        if path is not None and path not in known:
+            close = closest_name(path, known)
+            hint = f"; did you mean '{close}'?" if close else f"; it has {', '.join(known)}"
+            raise record_error(name, f"{field}='{path}' is not a module of {type(layer).__name__}{hint}")
+
+
+def _size_mismatch(block: Block) -> str | None:
+    """Return why the sizes of a block do not fit its record, or None if they do."""
+    if block.output is not None:
+        columns, rows = block.output.in_features, block.value.out_features
+        if not block.kv_groups or rows % block.head_dim or columns % block.head_dim or columns % block.kv_groups:
+            return f"{columns} attention channels and {rows} value rows do not divide into heads of {block.head_dim}"
+    for slice_ in block.slices:
+        size = block.parameter(slice_).shape[slice_.dim]
+        if size != len(slice_.units):
+            return f"'{slice_.path}' has {size} rows, where {len(slice_.units)} belong to its units"
+    return None

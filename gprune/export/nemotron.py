@@ -1,0 +1,142 @@
+"""Write a pruned model as DeciLM (`model_type: nemotron-nas`), which engines compute by a class of their own.
+
+vLLM, SGLang, TensorRT-LLM, mlx-lm and exllamav3 have this class: Llama with an FFN width and a number of key/value
+heads of its own in each layer. A layer's width is its `intermediate_size`, which vLLM reads, or results from its
+`ffn_mult`, which all of them read and round to a multiple of 256. So a folder in which all widths are multiples of 256
+(`--sparsity.width_multiple 256`) works everywhere, and any other folder in vLLM and transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gprune.errors import UserError
+from gprune.export import modeling_decilm
+from gprune.export.gguf_writer import difference_from_llama
+from gprune.export.modeling_decilm import MULTIPLE
+from gprune.models.blocks import Block, blocks_of
+from gprune.models.copies import has_own_head
+from gprune.models.modeling_pruned import legacy_rope_settings
+from gprune.storage.files import replacing
+
+# Module of a layer -> our names of its projections -> Llama's names.
+PROJECTIONS = {
+    "self_attn": {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"},
+    "mlp": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+}
+CONFIG_KEYS = (
+    "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings",
+    "initializer_range", "rms_norm_eps", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig) -> None:
+    """Raise UserError if DeciLM computes something else than the model."""
+    dense_heads = config.num_attention_heads, _head_dim(config)
+    for block in blocks:
+        reason = difference_from_llama(config, block)
+        if reason is None and (block.heads, block.head_dim) != dense_heads:
+            reason = f"layer {block.layer_index} has {block.heads} of {config.num_attention_heads} query heads"
+        if reason is not None:
+            raise UserError(
+                f"Cannot export '{config.model_type}' to nemotron-nas: it must compute like Llama with equally many "
+                f"query heads in all layers, but {reason}. Export to hf or gguf, which vLLM and llama.cpp load."
+            )
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    """Return the number of channels of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def ffn_settings(width: int, hidden_size: int, *, by_multiplier: bool) -> dict[str, Any]:
+    """Return the settings of an FFN, with its width as `ffn_mult` or as `intermediate_size`.
+
+    Engines compute the width 2 / 3 x ffn_mult x hidden_size, rounded up to a multiple of 256. `ffn_mult` is in the
+    middle of the numbers that give `width`, so that no rounding of theirs can give another one.
+    """
+    size: dict[str, Any] = {"intermediate_size": width}
+    if by_multiplier:
+        size = {"ffn_mult": 3 * (width - MULTIPLE // 2) / (2 * hidden_size)}
+    return {"no_op": False, "replace_with_linear": False} | size
+
+
+def decilm_config(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the content of config.json."""
+    config, blocks = model.config, blocks_of(model)
+    values = config.to_dict()
+    widths = [block.neurons for block in blocks]
+    by_multiplier = all(width % MULTIPLE == 0 for width in widths)
+    block_configs = [
+        {
+            "attention": {
+                "no_op": False, "replace_with_linear": False, "n_heads_in_group": block.heads // block.kv_groups,
+            },
+            "ffn": ffn_settings(block.neurons, config.hidden_size, by_multiplier=by_multiplier),
+        }
+        for block in blocks
+    ]  # fmt: skip
+    module = Path(modeling_decilm.__file__).stem
+    settings = {key: values[key] for key in CONFIG_KEYS if values.get(key) is not None}
+    settings |= legacy_rope_settings(values)
+    return settings | {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": modeling_decilm.DeciLMConfig.model_type,
+        "auto_map": {
+            "AutoConfig": f"{module}.DeciLMConfig", "AutoModelForCausalLM": f"{module}.DeciLMForCausalLM",
+        },
+        "num_hidden_layers": len(blocks),
+        "intermediate_size": max(widths),
+        "head_dim": _head_dim(config),
+        "attention_bias": any(name.endswith("_proj.bias") and ".self_attn." in name for name in tensors),
+        "mlp_bias": any(name.endswith("_proj.bias") and ".mlp." in name for name in tensors),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "torch_dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        "block_configs": block_configs,
+    }  # fmt: skip
+
+
+def llama_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights by the names of Llama. If a kind of projection has a bias in a layer, it has one in all."""
+    decoder = model.get_decoder()
+    tensors = {"model.embed_tokens.weight": decoder.embed_tokens.weight, "model.norm.weight": decoder.norm.weight}
+    if has_own_head(model):
+        tensors["lm_head.weight"] = model.lm_head.weight
+    blocks = blocks_of(model)
+    biased = {
+        scope for scope, parts in PROJECTIONS.items()
+        if any(block.parts[part].bias is not None for block in blocks for part in parts)
+    }  # fmt: skip
+    for index, block in enumerate(blocks):
+        prefix = f"model.layers.{index}"
+        tensors[f"{prefix}.input_layernorm.weight"] = block.attention_norm.weight
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = block.ffn_norm.weight
+        for scope, parts in PROJECTIONS.items():
+            for part, name in parts.items():
+                weight, bias = block.parts[part].weight, block.parts[part].bias
+                tensors[f"{prefix}.{scope}.{name}.weight"] = weight
+                if scope in biased:
+                    tensors[f"{prefix}.{scope}.{name}.bias"] = weight.new_zeros(len(weight)) if bias is None else bias
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def write_nemotron(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a folder with config.json, the file with its classes, weights, and the tokenizer; all or nothing."""
+    check_expressible(blocks_of(model), model.config)
+    tensors = llama_tensors(model)
+    with replacing(folder) as new:
+        new.mkdir()
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(decilm_config(model, tensors), indent=2, sort_keys=True)
+        (new / "config.json").write_text(text + "\n", encoding="utf-8")
+        shutil.copy(modeling_decilm.__file__, new)
+        model.generation_config.save_pretrained(new)
+        tokenizer.save_pretrained(new)

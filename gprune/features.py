@@ -1,0 +1,66 @@
+"""The interface of features: what plan, settings, dry run and command line know about a choice that a run makes.
+
+A feature is a metric, an allocation, the unit of a target, a currency, whole blocks, a recovery or a kind of
+statistics. Plan, settings and command line loop over the features of a run (`RunConfig.features`), and never name one.
+`plan` is a `pipeline.plan.Plan`, `cfg` a `RunConfig`, and `run` a `pipeline.run.Run`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Tokens = dict[int, tuple[int, int]]  # step of the method -> (forward, forward and backward)
+
+
+class Feature:
+    """Base class of features. A function or class that is registered without this base has these defaults."""
+
+    # Flags that only some values of a choice read, by name: `ridge`, or `distill` for a group. They are listed under
+    # "Ignored flags" if the chosen value does not read them. With `corpora.ROLE` a feature gets the text of that role.
+    reads: frozenset[str] = frozenset()
+    also_reads: frozenset[str] = frozenset()  # flags that another choice decides about, unless this feature is used
+    needs: frozenset[str] = frozenset()  # statistics of the dense model beyond moments, or `text`
+
+    def identity(self, cfg: Any) -> dict[str, Any]:
+        """Return settings, by group, that identify a run only because of this feature."""
+        return {}
+
+    def refuse_settings(self, cfg: Any) -> None:
+        """Raise UserError for settings (`RunConfig`) that this feature cannot work with; called before imports."""
+
+    def refuse(self, plan: Any) -> None:
+        """Raise UserError for a model that this feature cannot work with.
+
+        `plan.skeleton` is the dense model without weights; `plan.cfg` and `plan.budget` are set.
+        """
+
+    def limit_budget(self, budget: Any) -> Any:
+        """Return the budget, limited to what this feature can remove. UserError if that is impossible."""
+        return budget
+
+    def planned_tokens(self, plan: Any) -> Tokens:
+        """Return the largest numbers of tokens that pass through the model because of this feature, by step."""
+        return {}
+
+    def lines(self, plan: Any) -> dict[str, str]:
+        """Return the lines of `--dry_run` about this feature: title -> text."""
+        return {}
+
+    def inputs(self, plan: Any) -> dict[str, str]:
+        """Return hashes of what this feature has measured on this machine, which identify a run: name -> hash."""
+        return {}
+
+    def store(self, plan: Any, folder: Any) -> None:
+        """Write what this feature has measured to the run's folder, from which a resumed run reads it."""
+
+    def summary(self, run: Any, masks: Any, pruned: Any) -> dict[str, Any]:
+        """Return entries of the summary of a finished run."""
+        return {}
+
+
+DEFAULTS = Feature()
+
+
+def attribute(feature: Any, name: str) -> Any:
+    """Return an attribute of a feature, by default that of `Feature`."""
+    return getattr(feature, name, getattr(DEFAULTS, name))

@@ -1,0 +1,634 @@
+"""Tables of runs: perplexity, gap and ratios, distance from dense, tasks, cost; formatted by pandas.
+
+Intervals are Student's t of logarithms, because all numbers are ratios or geometric means. They are over the windows of
+a run, or over runs that differ only in the seed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from gprune.corpora.load import corpus_labels
+from gprune.errors import UserError
+from gprune.evaluation.intervals import Estimate, paired_difference, paired_ratio
+from gprune.report.grouping import format_setting, run_flags
+from gprune.runs.numbers import (
+    Record,
+    Stage,
+    by_stage,
+    entries,
+    number_frame,
+    records_of,
+    row_name,
+    to_estimate,
+    unseen_ratio,
+)
+
+if TYPE_CHECKING:
+    from gprune.report.grouping import SeedGroup
+    from gprune.runs.results import FinishedRun
+
+# Characters that Markdown would interpret. A `*` at the end of a name, `_` inside it and most brackets are plain text.
+MARKUP = re.compile(r"^\*|[\\`<|~$]|&(?=#?\w+;)|\*(?=[^\s)])|(?<![^\W_])_|_(?![^\W_])|\[(?=[^\]]*\][(\[])")
+LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)  # fmt: skip
+CONTINUED = re.compile(r" *\\?$", re.MULTILINE)  # pandas marks lines that are continued in the next part
+HEADER = re.compile(r"(?:\A|(?<=\n\n)).+")  # of each part in a terminal
+INTERVAL = re.compile(r" (\[[^\[\]<]*\])</td>")  # in HTML
+Cell = str | int | float | Estimate | None
+# Names of the two ratios to the base metric. They differ only for rows with recovery.
+SAME_RECOVERY = "unseen / base, same recovery"
+UNRECOVERED = "unseen / unrecovered base"
+RATIO = "unseen_over_base_same_recovery"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that is formatted for readers (Markdown, terminal) and for programs (CSV).
+
+    Attributes:
+        name: name of files.
+        title: title of the section.
+        columns: headers; the first column is text.
+        rows: cells; None is an empty cell.
+        digits: column -> decimal places in Markdown, by default 2. CSV has all digits.
+        note: a paragraph of plain text below the table.
+    """
+
+    name: str
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    digits: Mapping[str, int] = field(default_factory=dict)
+    note: str = ""
+
+    def formatted(self) -> pd.DataFrame:
+        """Return the cells as text of one line, in a frame that all writers for readers use."""
+        texts = [
+            [self._format_cell(cell, column) for cell, column in zip(row, self.columns, strict=True)]
+            for row in self.rows
+        ]
+        return pd.DataFrame(texts, columns=list(self.columns), dtype=object)
+
+    def values(self) -> pd.DataFrame:
+        """Return the numbers with all digits, and columns `_low` and `_high` after columns with intervals."""
+        columns: dict[str, list[str | int | float | None]] = {}
+        for place, name in enumerate(self.columns):
+            cells = [row[place] for row in self.rows]
+            estimates = [cell if isinstance(cell, Estimate) else Estimate(cell) for cell in cells]
+            columns[name or "row"] = [estimate.value for estimate in estimates]
+            if any(isinstance(cell, Estimate) for cell in cells):
+                columns[f"{name}_low"] = [estimate.low for estimate in estimates]
+                columns[f"{name}_high"] = [estimate.high for estimate in estimates]
+        return pd.DataFrame(columns, dtype=object)
+
+    def to_csv(self) -> str:
+        """Format `values` as CSV."""
+        return self.values().to_csv(index=False, lineterminator="\n")
+
+    def to_markdown(self) -> str:
+        """Format the table, without the note, as aligned Markdown."""
+        texts = self.formatted().map(in_markdown).rename(columns=in_markdown)
+        alignment = ["left"] + ["right"] * (len(texts.columns) - 1)
+        return texts.to_markdown(index=False, disable_numparse=True, colalign=alignment)
+
+    def to_text(self) -> str:
+        """Format the table and its note as Markdown."""
+        return f"{self.to_markdown()}\n\n{in_markdown(self.note)}".strip()
+
+    def for_stdout(self) -> str:
+        """Format for the terminal's width; without a terminal, as Markdown with the note as plain text."""
+        if sys.stdout.isatty():
+            return self.to_terminal(shutil.get_terminal_size().columns)
+        return f"{self.to_markdown()}\n\n{self.note}".strip()
+
+    def to_terminal(self, width: int) -> str:
+        """Format the table and its note as plain text for a terminal with `width` characters per line.
+
+        A table that is too wide is split into several parts. Each begins with the columns that identify a row, which
+        are the index of the frame. Headers are bold if stdout is a terminal and `$NO_COLOR` is not set.
+        """
+        texts = self.formatted()
+        num_keys = next((n for n in range(1, len(texts.columns)) if not texts.iloc[:, :n].duplicated().any()), 1)
+        lines = [texts.columns.to_list(), *texts.to_numpy().tolist()]
+        key_widths = [max(len(line[column]) for line in lines) for column in range(num_keys)]
+        header, *keys = ["  ".join(map(str.ljust, line, key_widths)) for line in lines]
+        others = texts.iloc[:, num_keys:].set_axis(keys, axis="index").rename_axis(columns=header)
+        text = CONTINUED.sub("", others.to_string(line_width=width))
+        if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+            text = HEADER.sub("\x1b[1m\\g<0>\x1b[0m", text)
+        return f"{text}\n\n{textwrap.fill(self.note, width)}".strip("\n")
+
+    def to_html(self) -> str:
+        """Format the table, without the note, as an HTML table with a row header and with intervals in `<small>`."""
+        texts = self.formatted()
+        name = texts.columns[0]
+        frame = texts.set_index(name).rename_axis(index=None, columns=name or "row")
+        return INTERVAL.sub(r" <small>\1</small></td>", frame.to_html(border=0))
+
+    def to_latex(self, label: str) -> str:
+        """Format the table and its note as a LaTeX table environment, which needs the package booktabs."""
+        caption = " ".join(filter(None, [f"{self.title}.", self.note])).translate(LATEX)
+        alignment = "l" + "r" * (len(self.columns) - 1)
+        return self.formatted().to_latex(
+            index=False, escape=True, caption=caption, label=label, column_format=alignment
+        )
+
+    def _format_cell(self, cell: Cell, column: str) -> str:
+        """Format a cell: numbers with the digits of the column, and intervals in brackets."""
+        digits = self.digits.get(column, 2)
+        if cell is None:
+            return ""
+        if isinstance(cell, Estimate):
+            return format_estimate(cell, digits)
+        return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
+
+
+def format_estimate(estimate: Estimate, digits: int = 2) -> str:
+    """Format a number and, if there is one, its interval in brackets: 1.23 [1.20, 1.26]."""
+    text = f"{estimate.value:.{digits}f}"
+    return text if estimate.low is None else f"{text} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+def in_markdown(text: str) -> str:
+    """Escape text for Markdown."""
+    return MARKUP.sub(r"\\\g<0>", text)
+
+
+def caption(records: Sequence[Record]) -> str:
+    """Return the caption of figures: model, budget and protocol in three lines."""
+    names = ("model", "scope", "importance", "dtype", "seq_len", "split")
+    pruned = [r for r in records if r["stage"] != "dense"]
+    values = {name: ", ".join(dict.fromkeys(str(r[name]) for r in pruned)) for name in names}
+    protocol = f"{values['split']} text, windows of {values['seq_len']} tokens, {values['dtype']}"
+    if all(r["stage"] == "model" for r in pruned):
+        return f"beside {values['model']}\n{protocol}"
+    sparsities = sorted({r["sparsity"] for r in pruned})
+    lowest_and_highest = dict.fromkeys((sparsities[0], sparsities[-1]))
+    removed = " to ".join(f"{100 * sparsity:.3g}" for sparsity in lowest_and_highest)
+    costs = ", ".join(dict.fromkeys(f"the {r['cost']} of " if "cost" in r else "" for r in pruned))
+    return f"{values['model']}\n{removed} % of {costs}{values['scope']} removed by {values['importance']}\n{protocol}"
+
+
+def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = None) -> Table:
+    """Result table of a run.
+
+    It has a row per stage, and columns of corpora (seen ones have a star), geometric means, gap and ratio. If the
+    distance from the dense model was measured, there are also columns of KL and agreement.
+    """
+    is_seen = {r["corpus"]: r["seen"] for r in records}
+    corpora = sorted(is_seen, key=lambda c: not is_seen[c])
+    labels = labels or corpus_labels(corpora)
+    columns = {("perplexity", c): labels[c] + ("*" if is_seen[c] else "") for c in corpora}
+    columns |= {("seen", ""): "seen", ("unseen", ""): "unseen", ("gap", ""): "gap", (RATIO, ""): SAME_RECOVERY}
+    note = "* seen: the corpus, in other documents, was used by the run. Perplexity, lower is better."
+    numbers = number_frame(records)
+    if "unseen_kl" in set(numbers["number"]):
+        columns |= {("unseen_kl", ""): "KL", ("unseen_agreement", ""): "agreement"}
+        note += " KL(dense || row) in nats per token, and how often both have the same most likely token: unseen text."
+    without_interval = numbers["number"] != RATIO
+    numbers.loc[without_interval, ["low", "high"]] = math.nan
+    cells = cell_frame(numbers, ["row"], list(columns))
+    rows = [[row, *cells.loc[row]] for row in numbers["row"].unique()]
+    digits = dict.fromkeys(("gap", SAME_RECOVERY, "KL", "agreement"), 3)
+    return Table("result", "Perplexity by corpus", ["", *columns.values()], rows, digits, note)
+
+
+def cell_frame(numbers: pd.DataFrame, index: list[str], columns: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Return lines of `number_frame` as a frame of Estimates, by `index` and (number, corpus); None if undefined."""
+    estimates = [to_estimate(line.value, line.low, line.high) for line in numbers.itertuples()]
+    cells = numbers.assign(cell=estimates).pivot(index=index, columns=["number", "corpus"], values="cell")
+    cells = cells.reindex(columns=list(columns)).astype(object)
+    return cells.where(cells.notna(), None)
+
+
+def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
+    """Table of seconds, tokens and memory by step."""
+    counts = {  # entry of a step -> column
+        "forward_tokens": "tokens forward",
+        "forward_backward_tokens": "and backward",
+        "peak_memory_mib": "peak MiB",
+    }
+    if any("peak_gpu_memory_mib" in step for step in steps.values()):
+        counts["peak_gpu_memory_mib"] = "of the GPU"
+    rows = [
+        [name, float(step.get("seconds", 0)), *(int(step.get(entry, 0)) for entry in counts)]
+        for name, step in steps.items()
+    ]
+    note = "peak MiB: the process's highest so far, so that a step may show that of one before it."
+    return Table("cost", "Cost by step", ["step", "seconds", *counts.values()], rows, {"seconds": 1}, note)
+
+
+def mean_over_seeds(values: Sequence[float]) -> Estimate:
+    """Return the geometric mean over seeds with exp(mean(log) +- t(0.975, n - 1) sd(log) / sqrt(n)) as its interval."""
+    mean, half_width = _mean_and_half_width(np.log(values))
+    return Estimate(math.exp(mean), math.exp(mean - half_width), math.exp(mean + half_width))
+
+
+def arithmetic_mean_over_seeds(values: Sequence[float], largest: float = math.inf) -> Estimate:
+    """Return the arithmetic mean over seeds with a 95 % interval by Student's t, for KL and agreement."""
+    mean, half_width = _mean_and_half_width(np.array(values))
+    return Estimate(mean, max(0.0, mean - half_width), min(largest, mean + half_width))
+
+
+def _mean_and_half_width(values: np.ndarray) -> tuple[float, float]:
+    """Return the mean of n values, and half of its 95 % interval: t(0.975, n - 1) sd / sqrt(n)."""
+    half_width = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half_width)
+
+
+MEANS = {  # how numbers of several seeds are combined; all others by `mean_over_seeds`
+    "kl": arithmetic_mean_over_seeds,
+    "unseen_kl": arithmetic_mean_over_seeds,
+    "agreement": partial(arithmetic_mean_over_seeds, largest=1.0),
+    "unseen_agreement": partial(arithmetic_mean_over_seeds, largest=1.0),
+}
+
+
+def pool_estimates(
+    estimates: Sequence[Estimate | None], mean: Callable[[Sequence[float]], Estimate] = mean_over_seeds
+) -> Estimate | None:
+    """Combine the estimates of seeds."""
+    if not estimates or None in estimates:
+        return None
+    return estimates[0] if len(estimates) == 1 else mean([estimate.value for estimate in estimates])
+
+
+def run_stages(run: FinishedRun) -> list[Stage]:
+    """Return (stage, recovery) of the rows of a run's result table, with `dense` first."""
+    return list(by_stage(run.records))
+
+
+def ratio_to(
+    run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stage, number: str = "nll"
+) -> Estimate | None:
+    """Compute `unseen_ratio` of stages of two runs."""
+    if run.path.resolve() == other.path.resolve() and stage == reference:
+        return None
+    return unseen_ratio(run.records, stage, other.records, reference, number)
+
+
+def group_frame(groups: Sequence[SeedGroup], bases: Mapping[Path, FinishedRun] | None = None) -> pd.DataFrame:
+    """Return `number_frame` of all groups, pooled over seeds, with the place of the group in a column `group`.
+
+    The dense model does not depend on the seed, so its numbers are those of the first run. `bases` is as for
+    `summary_table`.
+    """
+    lines = []
+    for place, group in enumerate(groups):
+        frames = [number_frame(run.records, base=base_records(run, bases)) for run in group.runs]
+        numbers = pd.concat([frames[0], *(frame[frame["stage"] != "dense"] for frame in frames[1:])])
+        for (row, corpus, number), same_number in numbers.groupby(["row", "corpus", "number"], sort=False):
+            seeds = 1 if row == "dense" else len(group.runs)
+            if len(same_number) == seeds:  # otherwise undefined for a seed
+                values = [to_estimate(line.value, line.low, line.high) for line in same_number.itertuples()]
+                estimate = pool_estimates(values, MEANS.get(number, mean_over_seeds))
+                lines.append((place, row, corpus, number, *estimate))
+    columns = ["group", "row", "corpus", "number", "value", "low", "high"]
+    return pd.DataFrame(lines, columns=columns).astype({"low": float, "high": float})
+
+
+def summary_table(
+    groups: Sequence[SeedGroup], numbers: pd.DataFrame, bases: Mapping[Path, FinishedRun] | None = None, *,
+    seen: Sequence[str] | None = None,
+) -> Table:  # fmt: skip
+    """Table with a row per group and stage: means over seen and unseen corpora, gap, and ratios to dense and `base`."""
+    by_name = {run.name: run for run in (bases or {}).values()}
+    for name, run in by_name.items():
+        if ("base", "none") not in run_stages(run):
+            remedy = "Use a run with --gprune false, or with base in --evaluation.controls"
+            raise UserError(f"Cannot divide by run '{name}': it has no stage 'base'. {remedy}.")
+    ratio, number = (SAME_RECOVERY, RATIO) if bases is None else (UNRECOVERED, "unseen_over_unrecovered_base")
+    wanted = [(name, "") for name in ("seen", "unseen", "gap", "unseen_over_dense", number)]
+    note = (
+        "Perplexity, lower is better. In brackets 95 % intervals: Student's t over windows (paired, for ratios) of "
+        "a single run; over seeds, which have the same windows, where there are several. gap: (unseen pruned "
+        f"/ dense) / (seen pruned / dense). {_seen_note(seen)}"
+    )
+    if bases is not None:
+        base = f"the stage `base` of {', '.join(by_name)}"
+        note += f" base: {base if by_name else 'the run that rows are divided by is not there yet'}."
+    return Table(
+        "summary",
+        "Geometric means, gap and ratios",
+        ["run", "stage", "seeds", "seen", "unseen", "gap", "unseen / dense", ratio],
+        _stage_rows(groups, numbers, wanted),
+        {"gap": 3, "unseen / dense": 3, ratio: 3},
+        note,
+    )
+
+
+def distance_table(groups: Sequence[SeedGroup], numbers: pd.DataFrame) -> Table:
+    """Table with a row per group and pruned stage: KL from the dense model and agreement with it on unseen text."""
+    rows = _stage_rows(groups, numbers, [("unseen_kl", ""), ("unseen_agreement", "")])
+    rows = [row for row in rows if row[-1]]  # stages without a distance have no row
+    columns, digits = ["run", "stage", "seeds", "KL", "agreement"], {"KL": 3, "agreement": 3}
+    note = (
+        "Over unseen text: KL(dense || row) in nats per token, and how often both have the same most likely token. "
+        "In brackets 95 % intervals: Student's t over windows; where there are several seeds, over seeds, with their "
+        "arithmetic mean."
+    )
+    return Table("distance", "Distance from dense", columns, rows, digits, note)
+
+
+def comparison_table(groups: Sequence[SeedGroup]) -> Table:
+    """Table of perplexity ratios for every pair of groups, between their main rows.
+
+    The text is unseen by both. Runs are paired by seed; without a common seed the first runs are a pair. Groups that
+    were evaluated on different windows have no row.
+    """
+    rows: list[list[Cell]] = []
+    for group, other_group in combinations(groups, 2):
+        by_seed = {run.seed: run for run in other_group.runs}
+        pairs = [(run, by_seed[run.seed]) for run in group.runs if run.seed in by_seed]
+        if not pairs:
+            pairs = [(group.runs[0], other_group.runs[0])]
+        ratios = [ratio_to(run, run_stages(run)[-1], other, run_stages(other)[-1]) for run, other in pairs]
+        ratio = pool_estimates(ratios)
+        if ratio is not None:
+            names = [f"{g.name}: {row_name(*run_stages(g.runs[0])[-1])}" for g in (group, other_group)]
+            rows.append([*names, len(ratios), ratio])
+    columns, title = ["unseen perplexity of", "over that of", "seeds", "ratio"], "Pruned models, pair by pair"
+    note = "Over text unseen by both. In brackets 95 % intervals: Student's t, paired over the windows of a single "
+    note += "pair; over several seeds where there are some."
+    return Table("comparison", title, columns, rows, {"ratio": 3}, note)
+
+
+def perplexity_table(groups: Sequence[SeedGroup], numbers: pd.DataFrame, *, seen: Sequence[str] | None = None) -> Table:
+    """Table with a row per group and stage and a column per corpus; seen corpora have a star.
+
+    Intervals are over seeds; a single run has none. Arguments are as for `summary_table`.
+    """
+    records = [r for group in groups for run in group.runs for r in run.records]
+    is_seen = {r["corpus"]: r["seen"] for r in records}
+    mixed = {r["corpus"] for r in records if r["seen"] != is_seen[r["corpus"]]}  # seen by some of the runs
+    corpora = sorted(is_seen, key=lambda c: (c not in mixed and not is_seen[c], c in mixed))
+    labels = corpus_labels(corpora)
+    stars = ["(*)" if c in mixed else "*" if is_seen[c] else "" for c in corpora]
+    columns = ["run", "stage", "seeds", *(labels[c] + star for c, star in zip(corpora, stars, strict=True))]
+    note = "* seen: the corpus, in other documents, was used by the run; (*) by some of the runs."
+    if seen is not None:
+        note = f"* seen. {_seen_note(seen)}"
+    single = [place for place, group in enumerate(groups) if len(group.runs) == 1]
+    numbers = numbers.copy()
+    numbers.loc[(numbers["row"] == "dense") | numbers["group"].isin(single), ["low", "high"]] = math.nan
+    rows = _stage_rows(groups, numbers, [("perplexity", c) for c in corpora])
+    return Table("perplexity", "Perplexity by corpus", columns, rows, note=note)
+
+
+def _seen_note(seen: Sequence[str] | None) -> str:
+    """Return a sentence on the corpora that count as seen: `seen`, or by default those of each run."""
+    if seen is None:
+        return "Seen and unseen are each run's own."
+    if not seen:
+        return "All text is unseen in every row."
+    verb = "counts" if len(seen) == 1 else "count"
+    return f"In every row {', '.join(corpus_labels(seen).values())} {verb} as seen, and all other text as unseen."
+
+
+def base_records(run: FinishedRun, bases: Mapping[Path, FinishedRun] | None) -> Sequence[Record] | None:
+    """Return the records of the run whose `base` is the denominator for a run; None if there is no such run."""
+    base = run if bases is None else bases.get(run.path)
+    if base is None:
+        return None
+    is_same_run = base.path.resolve() == run.path.resolve()
+    return run.records if is_same_run else base.records
+
+
+def _stage_rows(
+    groups: Sequence[SeedGroup], numbers: pd.DataFrame, wanted: Sequence[tuple[str, str]]
+) -> list[list[Cell]]:
+    """Return rows of name, stage, seeds and the wanted (number, corpus) of `group_frame` for every group and stage.
+
+    Equal rows of several groups are merged. A merged dense row is named after the dense model, and a merged control
+    after its groups.
+    """
+    all_cells = cell_frame(numbers, ["group", "row"], wanted)
+    rows: dict[tuple[Any, ...], list[Cell]] = {}  # equal rows have the same key
+    groups_of_row: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for place, group in enumerate(groups):
+        for stage in run_stages(group.runs[0]):
+            is_dense = stage[0] == "dense"
+            runs = group.runs[:1] if is_dense else group.runs
+            cells = list(all_cells.loc[place, row_name(*stage)])
+            key = _row_key(group, runs, stage, cells)
+            name = group.name
+            if is_dense:
+                name = runs[0].records[0]["model"]
+                if any(other_key[0] == stage for other_key in rows):  # another dense model has a row
+                    name = f"{name} (of {group.name})"
+            rows.setdefault(key, [name, row_name(*stage), None if is_dense else len(runs), *cells])
+            groups_of_row[key].append(group.name)
+    for key, row in rows.items():
+        if row[1] != "dense" and len(groups_of_row[key]) > 1:
+            row[0] = "all runs" if len(groups_of_row[key]) == len(groups) else "; ".join(groups_of_row[key])
+    return list(rows.values())
+
+
+def _row_key(
+    group: SeedGroup, runs: Sequence[FinishedRun], stage: Stage, cells: Sequence[Estimate | None]
+) -> tuple[Any, ...]:
+    """Return a key that is equal for rows of several groups that are merged into one.
+
+    Dense rows are merged if their results are equal, and controls if results and cells are. Main rows are not merged.
+    """
+    results = tuple(_rounded_results(run, stage) for run in runs)
+    if stage[0] == "dense":
+        return (stage, *results)
+    rounded_cells = tuple(cell and f"{cell.value:.5g}" for cell in cells)  # denominators of ratios may differ
+    is_main_row = stage == run_stages(runs[0])[-1]
+    if is_main_row:  # never merged with a row of another group
+        return (group.name, stage, *rounded_cells)
+    return (stage, *results, *rounded_cells)
+
+
+def _rounded_results(run: FinishedRun, stage: Stage) -> tuple[Any, ...]:
+    """Return the dense model and the results of a stage, rounded to five digits because sums differ by machine."""
+    records = records_of(run.records, stage).values()
+    return run.model, *((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in records)
+
+
+def entry_tables(summaries: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Return a table per entry that has one, with the rows of all runs, from name of a run -> summary.
+
+    With several runs the first column is their name. A column that a run does not have is empty for it.
+    """
+    by_entry: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for run, summary in summaries.items():
+        for name, entry in entries(summary).items():
+            if "table" in entry:
+                by_entry[name][run] = entry["table"]
+    tables = []
+    for name, contents in by_entry.items():
+        first = next(iter(contents.values()))
+        columns = list(dict.fromkeys(chain(*(content["columns"] for content in contents.values()))))
+        rows: list[list[Cell]] = []
+        for run, content in contents.items():
+            for cells in content["rows"]:
+                by_column = dict(zip(content["columns"], cells, strict=True))
+                ordered = [by_column.get(column) for column in columns]
+                rows.append([run, *(Estimate(*cell) if isinstance(cell, list) else cell for cell in ordered)])
+        table = Table(name, first["title"], ["run", *columns], rows, first["digits"], first["note"])
+        if len(summaries) == 1:
+            table = replace(table, columns=columns, rows=[row[1:] for row in rows])
+        tables.append(table)
+    return tables
+
+
+def evaluation_table(records: Sequence[Record]) -> Table:
+    """Table of accuracies, perplexities and speeds, with paired differences from the dense model if it was measured."""
+    # Runs may share a dense model. Its first record is shown, and compared with.
+    dense = {_pair_key(r): r for r in reversed(records) if r["stage"] == "dense"}
+    selected = [r for r in records if r["stage"] != "dense" or dense[_pair_key(r)] is r]
+    rows: list[list[Cell]] = []
+    for r in sorted(selected, key=_order):
+        reference = dense.get(_pair_key(r)) if r["stage"] != "dense" else None
+        rows.append([r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none"), *_cells(r, reference)])
+    header = ["task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "flips"]
+    note_on_flips = "Flips: answers other than the dense model's; - right there and wrong here, + the reverse. "
+    flips = header.index("flips")
+    if all(row[flips] is None for row in rows):
+        rows = [row[:flips] + row[flips + 1 :] for row in rows]
+        header.remove("flips")
+        note_on_flips = ""
+    return Table(
+        "evaluation",
+        "Tasks and perplexity",
+        [*header, "standard protocol", "note"],
+        rows,
+        note="Accuracy +- standard error; perplexity with a 95 % interval. n: questions, or predicted tokens. Against "
+        "dense, paired over questions or windows: accuracy minus the dense model's +- standard error; perplexity over "
+        "the dense model's with a 95 % interval. "
+        f"{note_on_flips}Standard protocol: all questions of the split with lm_eval's own prompts, or all windows; "
+        "other numbers are never to be set beside published figures, nor is any number of a de-quantised model.",
+    )
+
+
+def _order(r: Record) -> tuple[Any, ...]:
+    """Return the sort key of a record: zero-shot tasks first, then by task, with the dense model first.
+
+    Records of speed are sorted by batch size instead, so that the dense model stays next to the model that was timed in
+    alternation with it.
+    """
+    return r["kind"] != "zero_shot", r["task"], r.get("batch", r["stage"] != "dense")
+
+
+def compare_records(records: Sequence[Record], references: Sequence[Record]) -> dict[str, str]:
+    """Compare the records of two models."""
+    by_key = {_pair_key(r): r for r in references}
+    comparisons = {}
+    for r in records:
+        reference = by_key.get(_pair_key(r))
+        if reference is None:
+            continue
+        task = r["task"]
+        if "seq_len" in r:
+            task += f", {r['seq_len']}"
+        if "batch" in r:
+            task += f", batch {r['batch']}"
+        comparisons[task] = _format_comparison(r, reference)
+    return comparisons
+
+
+def format_rate(r: Record) -> str:
+    """Format a record of speed: tokens per second, and seconds."""
+    return f"{r['tokens_per_second']:.1f} tokens/s, {r['seconds']:.3f} s"
+
+
+def _format_comparison(r: Record, reference: Record) -> str:
+    """Format the ratio of perplexities with its interval, the ratio of speeds, or the difference of accuracies."""
+    if r["kind"] == "perplexity":
+        nll, reference_nll = {"": r["window_nll"]}, {"": reference["window_nll"]}
+        ratio = Estimate(*paired_ratio(nll, reference_nll, r["seq_len"] - 1))
+        return f"x {format_estimate(ratio, 3)}"
+    if r["kind"] == "speed":
+        return f"x {r['tokens_per_second'] / reference['tokens_per_second']:.3f}"
+    key = "correct" if "correct" in r else "correct_norm"  # some tasks of lm_eval have only acc_norm
+    correct = [digit == "1" for digit in r[key]]
+    reference_correct = [digit == "1" for digit in reference[key]]
+    return _with_error(*paired_difference(correct, reference_correct), sign="+")
+
+
+def _format_flips(r: Record, dense: Record) -> str | None:
+    """Format the shares of questions whose answer changed, changed from right to wrong, and from wrong to right."""
+    if not ("correct" in r and r.get("answers") and dense.get("answers")):
+        return None
+    pairs = list(zip(dense["correct"], r["correct"], strict=True))
+    answers = zip(dense["answers"], r["answers"], strict=True)
+    changed = sum(dense_answer != answer for dense_answer, answer in answers)
+    to_wrong, to_right = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    n = len(pairs)
+    return f"{changed / n:.1%}: -{to_wrong / n:.1%} +{to_right / n:.1%}"
+
+
+def _with_error(value: float | None, error: float | None, sign: str = "") -> str | None:
+    """Format a value with its standard error, if there is one; None for a missing value."""
+    if value is None:
+        return None
+    text = f"{value:{sign}.3f}"
+    return text if error is None else f"{text} +- {error:.3f}"
+
+
+def _pair_key(r: Record) -> tuple[Cell, ...]:
+    """Return a key that is equal for records that can be paired.
+
+    Such records have the same base model and dtype, and the same questions, windows, or rounds of timing.
+    """
+    amount = len(r["window_nll"]) if r["kind"] == "perplexity" else r.get("questions")
+    measured_on = r.get("rounds") or amount  # only records of speed have rounds
+    has_accuracy = "correct" in r  # otherwise `_format_comparison` uses acc_norm
+    names = ("task", "content_hash", "dtype", "model")
+    return (r["kind"], measured_on, has_accuracy, *(r.get(name) for name in names))
+
+
+def _cells(r: Record, dense: Record | None) -> list[Cell]:
+    """Return the cells of a record after its name.
+
+    They are split, n, number, acc_norm, difference from dense, flips, standard protocol, and note.
+    """
+    description = [r["source"]] if "source" in r else []
+    if r["kind"] == "perplexity":
+        description.append(f"windows of {r['seq_len']} tokens")
+        n, number = r["tokens"], format_estimate(Estimate(r["perplexity"], r["low"], r["high"]))
+    elif r["kind"] == "speed":
+        n, number = r["batch"], format_rate(r)
+    else:
+        metric = "acc" if r.get("exact_match") is None else "exact_match"
+        n, number = r["questions"], _with_error(r.get(metric), r.get(f"{metric}_stderr"))
+    acc_norm = _with_error(r.get("acc_norm"), r.get("acc_norm_stderr"))
+    comparison = None if dense is None else _format_comparison(r, dense)
+    flips = None if dense is None else _format_flips(r, dense)
+    standard = "yes" if r["standard_protocol"] else "no"
+    note = f"{', '.join([*description, r['dtype']])}: {r['note']}"
+    return [r["split"], n, number, acc_norm, comparison, flips, standard, note]
+
+
+def settings_table(groups: Sequence[SeedGroup]) -> Table:
+    """Table with a row per flag in which groups differ, and a column per group."""
+    settings = [run_flags(group.runs[0]) | {"run.seed": [run.seed for run in group.runs]} for group in groups]
+    first = settings[0]
+    different = [
+        flag
+        for flag in dict.fromkeys(chain(*settings))
+        if any(other.get(flag) != first.get(flag) for other in settings)
+    ]
+    rows = [[flag, *(format_setting(values.get(flag)) for values in settings)] for flag in different]
+    return Table("settings", "Settings that differ", ["flag", *(group.name for group in groups)], rows)

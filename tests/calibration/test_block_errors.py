@@ -1,0 +1,212 @@
+"""Errors of blocks by width, weighted by squared gradients, compared with computations token by token in float64."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from gprune.calibration import block_errors as errors_module
+from gprune.calibration.block_errors import LEVELS, block_errors, errors_by_width, tokens_with_gradients
+from gprune.importance.scores import score_units
+from gprune.models.blocks import blocks_of
+from gprune.sparsity.allocation import ALLOCATION, allocate
+from gprune.sparsity.budget import Budget, unit_costs
+from tests.calibration.test_collector import batches
+from tests.conftest import collect, hooks_of, make_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A tiny model, tokens, statistics with Gram matrices, and `act_norm` scores."""
+    model = make_tiny_llama()
+    tokens = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(1))
+    statistics = collect(model, batches(tokens, 6), gram=True)
+    return model, tokens, statistics, score_units("act_norm", blocks_of(model), statistics)
+
+
+def test_errors_by_width_equal_those_of_least_squares_token_by_token():
+    generator = torch.Generator().manual_seed(0)
+    N, H, tokens, ridge = 24, 10, 200, 0.01
+    weight, x = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((H, N), (tokens, N)))
+    energy = torch.rand(tokens, generator=generator, dtype=torch.float64)
+    gram = x.T @ x
+    errors = errors_by_width(weight, gram, x, energy, ridge=ridge)
+    for level in range(LEVELS + 1):
+        K = level * N // LEVELS
+        damping = ridge * gram.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+        solved = weight[:, :K] + (weight[:, K:] @ gram[K:, :K]) @ torch.linalg.inv(gram[:K, :K] + damping)
+        residual = x @ weight.T - x[:, :K] @ solved.T
+        expected = float((residual.square().sum(1) * energy).mean())
+        assert errors[level] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+def reference(weight, x, energy, ridge, floor):
+    """Errors of the first K neurons, by width K, token by token in float64.
+
+    Args:
+        floor: minimum of the damping, as a share of the trace of the Gram matrix.
+    """
+    N, gram, errors = x.shape[1], x.T @ x, []
+    damping = max(max(ridge, floor * N) * float(gram.diagonal().mean()), 1e-15)
+    for level in range(LEVELS + 1):
+        K = level * N // LEVELS
+        inverse = torch.linalg.pinv(gram[:K, :K] + damping * torch.eye(K, dtype=torch.float64), hermitian=True)
+        solved = weight[:, :K] + (weight[:, K:] @ gram[K:, :K]) @ inverse
+        residual = x @ weight.T - x[:, :K] @ solved.T
+        errors.append(float((residual.square().sum(1) * energy).mean()))
+    return torch.tensor(errors, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+@pytest.mark.parametrize(
+    "case", ["idle neurons", "all idle", "fewer tokens than neurons", "equal neurons", "one token"]
+)
+def test_errors_of_singular_gram_matrices_equal_damped_least_squares(case, ridge):
+    generator = torch.Generator().manual_seed(0)
+    tokens = {"fewer tokens than neurons": 7, "one token": 1}.get(case, 100)
+    weight, x = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((5, 32), (tokens, 32)))
+    energy = torch.rand(tokens, generator=generator, dtype=torch.float64)
+    if case == "idle neurons":
+        x[:, ::3] = 0
+    if case == "all idle":
+        x[:] = 0
+    if case == "equal neurons":
+        x[:, 1::2] = x[:, ::2]
+    errors = errors_by_width(weight, (x.T @ x).float(), x, energy, ridge=ridge)
+    expected = reference(weight, x, energy, ridge, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(errors, expected, rtol=1e-3, atol=1e-6 * float(expected[0]))
+
+
+def test_errors_measured_in_bfloat16_are_close_to_float32(measured):
+    model, tokens, statistics, scores = measured
+    exact = block_errors(model, scores.ffn, statistics, tokens.split(2))
+    errors = block_errors(model, scores.ffn, statistics, tokens.split(2), bfloat16=True)
+    assert hooks_of(model) == 0
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert not torch.equal(errors, exact)
+    torch.testing.assert_close(errors, exact, rtol=0.05, atol=0)
+
+
+def test_a_loss_that_overflows_in_bfloat16_is_computed_in_float32(measured, monkeypatch, caplog):
+    model, tokens, statistics, scores = measured
+    exact = block_errors(model, scores.ffn, statistics, tokens.split(2))
+    losses = errors_module.next_token_losses
+
+    def overflowing(*args):
+        return losses(*args) * (torch.inf if torch.is_autocast_enabled("cpu") else 1)
+
+    monkeypatch.setattr(errors_module, "next_token_losses", overflowing)
+    assert torch.equal(block_errors(model, scores.ffn, statistics, tokens.split(2), bfloat16=True), exact)
+    assert caplog.text.count("not finite in bfloat16") == 1
+
+
+def test_energies_are_squared_gradients_of_each_windows_loss(measured):
+    model, tokens, *_ = measured
+    inputs_and_energies = tokens_with_gradients(model, tokens.split(2))
+    assert hooks_of(model) == 0
+    # The reference adds zeros to the output of each FFN and takes their gradient.
+    exact = make_tiny_llama().double()
+    added = [torch.zeros(6, 32, 32, dtype=torch.float64, requires_grad=True) for _ in exact.model.layers]
+    inputs = []
+    for layer, shift in zip(exact.model.layers, added, strict=True):
+        layer.mlp.down_proj.register_forward_hook(lambda _m, i, o, shift=shift: (inputs.append(i[0]), o + shift)[1])
+    logits = exact(input_ids=tokens).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").div(31).backward()
+    for (x, energy), shift, entered in zip(inputs_and_energies, added, inputs, strict=True):
+        assert x.dtype == torch.bfloat16
+        torch.testing.assert_close(x.double(), entered.flatten(0, 1).detach(), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(energy.double(), shift.grad.flatten(0, 1).square().sum(1), rtol=1e-3, atol=1e-12)
+
+
+def convex_errors(steps: torch.Tensor) -> torch.Tensor:
+    """Errors by width, (blocks, LEVELS + 1), from the decrease of the error by each step of the width."""
+    return torch.cat([steps.flip(1).cumsum(1).flip(1), torch.zeros(len(steps), 1, dtype=torch.float64)], 1)
+
+
+def test_reconstruction_allocation_minimizes_the_sum_of_errors(measured):
+    """With strength 1 and convex errors, compared with all combinations of widths of the same cost.
+
+    With strength 0, the allocation is uniform.
+    """
+    model, _, statistics, scores = measured
+    blocks = blocks_of(model)
+    generator = torch.Generator().manual_seed(2)
+    steps = torch.rand(len(blocks), LEVELS, generator=generator, dtype=torch.float64).sort(1, descending=True).values
+    errors = convex_errors(steps)
+    statistics = replace(statistics, errors=errors)
+    budget = Budget.of(unit_costs(blocks, scope="ffn"), 0.5)
+    masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
+    widths = [int(keep.sum()) for keep in masks.ffn]
+    assert sum(widths) == sum(b.neurons for b in blocks) // 2
+    level_widths = [blocks[0].neurons * level // LEVELS for level in range(LEVELS + 1)]
+
+    def cost(widths) -> float:
+        """Sum of the blocks' errors, interpolated linearly between levels."""
+        blocks_and_widths = zip(errors.tolist(), widths, strict=True)
+        return sum(float(np.interp(width, level_widths, of_block)) for of_block, width in blocks_and_widths)
+
+    combinations = itertools.product(level_widths, repeat=len(blocks))
+    best = min(cost(combination) for combination in combinations if sum(combination) == sum(widths))
+    # Chosen widths may be between levels, whereas the scan has levels only, so the comparison has a tolerance.
+    assert cost(widths) <= best + 0.05 * float(errors[:, 0].sum())
+    uniform = allocate("uniform", scores, statistics, blocks, budget)
+    assert cost(widths) < cost([int(keep.sum()) for keep in uniform.ffn])
+    assert allocate("reconstruction", scores, statistics, blocks, budget, strength=0.0) == uniform
+
+
+def test_a_block_with_negligible_output_is_pruned_first(measured):
+    _, tokens, statistics, scores = measured
+    model = make_tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(1e-4)
+    errors = block_errors(model, scores.ffn, statistics, tokens.split(2))
+    assert errors.shape == (3, LEVELS + 1)
+    assert (errors[:, :-1] >= errors[:, 1:] * (1 - 1e-6)).all()
+    assert (errors[:, -1] == 0).all()
+    blocks, statistics = blocks_of(model), replace(statistics, errors=errors)
+    budget = Budget.of(unit_costs(blocks, scope="ffn"), 1 / 3)
+    masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
+    assert [int(keep.sum()) for keep in masks.ffn] == [47, 1, 48]  # each block keeps at least one neuron
+    assert ALLOCATION["reconstruction"].errors
+
+
+def idle_model():
+    """A model with idle neurons (all of block 0, a third of block 1), and so few tokens that Grams are singular."""
+    model = make_tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    model.model.layers[1].mlp.up_proj.weight.data[::3] = 0
+    return model, torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("strength", [0.75, 1.0])
+def test_idle_neurons_with_few_tokens_still_give_masks_that_meet_the_budget(strength):
+    model, tokens = idle_model()
+    blocks, statistics = blocks_of(model), collect(model, batches(tokens, 2), gram=True)
+    scores = score_units("act_norm", blocks, statistics)
+    errors = block_errors(model, scores.ffn, statistics, [tokens], ridge=0.0)
+    assert errors.isfinite().all()
+    assert (errors[0] == 0).all()
+    assert errors[1, 0] > errors[1, LEVELS // 2] >= 0
+    statistics = replace(statistics, errors=errors)
+    budget = Budget.of(unit_costs(blocks, scope="ffn"), 1 / 3)
+    masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=strength)
+    widths = [int(keep.sum()) for keep in masks.ffn]
+    assert sum(widths) == 2 * 48
+    assert widths[0] == min(widths)  # a block without error is pruned first
+    if strength == 1:
+        assert widths[0] == 1
+        assert masks.ffn[1][1::3].all()  # block 1 loses only idle neurons
+
+
+def test_protected_blocks_are_not_pruned_by_reconstruction_allocation(measured):
+    """The cheapest block is protected, so the next cheapest is pruned instead."""
+    model, _, statistics, scores = measured
+    blocks = blocks_of(model)
+    steps = torch.tensor([[1e-6] * LEVELS, [1.0] * LEVELS, [3.0] * LEVELS], dtype=torch.float64)
+    statistics = replace(statistics, errors=convex_errors(steps))
+    budget = Budget.of(unit_costs(blocks, scope="ffn", protect=[0]), 0.25)
+    masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
+    assert [int(keep.sum()) for keep in masks.ffn] == [48, 12, 48]

@@ -1,0 +1,81 @@
+"""Corpora of many kinds: documents from clones of repositories at a fixed commit."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+
+from experiments import kinds
+from gprune.corpora.load import load_corpus
+from gprune.errors import UserError
+
+CONLLU = "# newdoc id = one\n# text = First sentence.\n1\tFirst\n\n# text = Second one.\n1\tSecond\n"
+PLAY = (
+    '<TEI xmlns="http://www.tei-c.org/ns/1.0"><div type="act"><div type="scene"><head>Scene 1</head>'
+    "<stage>Enter.</stage><sp><speaker>ROBIN </speaker><l>How now,\n spirit? </l></sp>"
+    "<sp><speaker>FAIRY </speaker><p><lb/>Over hill, <lb/>over dale. </p></sp></div></div></TEI>"
+)
+LAW = (
+    '<document xmlns="https://code.dccouncil.us/schemas/dc-library"><meta><text>2021</text></meta>'
+    "<text>Be it enacted.</text><container><para><text>Section 1 of\n the act.</text></para></container></document>"
+)
+
+
+def commit_files(clone, files: dict[str, str]) -> str:
+    """Make a repository with these files, and return its commit."""
+    for path, content in files.items():
+        (clone / path).parent.mkdir(parents=True, exist_ok=True)
+        (clone / path).write_text(content, encoding="utf-8")
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "text"]):
+        subprocess.run(["git", "-C", str(clone), *arguments], check=True)
+    return subprocess.check_output(["git", "-C", str(clone), "rev-parse", "HEAD"], text=True).strip()
+
+
+def kind(commit: str, files: str, read=kinds.treebank_document) -> kinds.Kind:
+    return kinds.Kind("somebody/texts", commit, files, read, "CC0")
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "documents"),
+    [
+        (kinds.treebank_document, CONLLU, ["First sentence. Second one."]),
+        (kinds.treebank, CONLLU * 11, [" ".join(["First sentence. Second one."] * 10), "First sentence. Second one."]),
+        (kinds.abstracts_of_medicine, '{"1": {"CONTEXTS": ["Aim.", "Result."]}}', ["Aim.\nResult."]),
+        (kinds.abstracts_of_papers, '{"source": ["We prune.", "It works."]}\n', ["We prune. It works."]),
+        (kinds.play, PLAY, ["ROBIN\nHow now, spirit?\n\nFAIRY\nOver hill, over dale."]),
+        (kinds.law, LAW, ["Be it enacted.\n\nSection 1 of the act."]),
+    ],
+)  # fmt: skip
+def test_each_format_becomes_plain_documents(read, content, documents):
+    assert read(content) == documents
+
+
+def test_documents_come_from_the_fixed_commit_in_the_order_of_paths(tmp_path, monkeypatch):
+    clone = tmp_path / "clones/texts"
+    commit = commit_files(clone, {"b.conllu": CONLLU, "a.conllu": "# text = Of a.\n", "a.txt": "# text = Not read.\n"})
+    commit_files(clone, {"a.conllu": "# text = Later.\n"})
+    monkeypatch.setattr(kinds, "KINDS", {"mine": kind(commit, r".*\.conllu")})
+    table = kinds.work(["--clones", str(tmp_path / "clones"), "--output", str(tmp_path / "data")])
+    assert "unseen" in table
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path / "data"))
+    assert load_corpus("mine", "train") == ["Of a."]
+    assert load_corpus("mine", "test") == ["First sentence. Second one."]
+
+
+def test_a_missing_clone_or_commit_is_named_with_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match=re.escape("git clone https://github.com/somebody/texts")):
+        kinds.documents_of(kind("0" * 40, ".*"), tmp_path)
+    commit_files(tmp_path / "texts", {"a.conllu": CONLLU})
+    with pytest.raises(UserError, match="commit 000000000000"):
+        kinds.documents_of(kind("0" * 40, ".*"), tmp_path)
+
+
+def test_unseen_text_and_text_for_choosing_share_no_file():
+    unseen = {(kinds.KINDS[name].repository, kinds.KINDS[name].files) for name in kinds.UNSEEN}
+    choosing = {(kinds.KINDS[name].repository, kinds.KINDS[name].files) for name in kinds.CHOOSING}
+    assert len(unseen) >= 10
+    assert len(choosing) >= 8
+    assert not unseen & choosing

@@ -1,0 +1,109 @@
+"""DeciLM folders: the classes in the folder, widths by the engines' formula, and what the format cannot express."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from gprune.errors import UserError
+from gprune.export.hf import max_logit_difference, reloaded_logits
+from gprune.export.nemotron import ffn_settings, write_nemotron
+from gprune.models.blocks import blocks_of
+from gprune.models.masks import Masks
+from gprune.models.surgery import prune
+from tests.tiny_families import make_tiny, some_masks
+from tests.tiny_run import tiny_tokenizer
+
+IDS = torch.tensor([[3, 17, 4, 99, 23, 8]])
+
+
+def written_config(model, folder):
+    """Write a folder, and return its config.json."""
+    write_nemotron(model, tiny_tokenizer(), folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def pruned(family, **overrides):
+    """Return a tiny model with FFNs of 17, 48 and 33 neurons."""
+    model = make_tiny(family, **overrides)
+    return prune(model, some_masks(model, attention=False))
+
+
+@pytest.mark.parametrize("hidden_size", [576, 960, 2048, 4096])
+def test_engines_compute_each_width_from_ffn_mult(hidden_size):
+    """mlx-lm rounds `ffn_mult` to six decimals first; all engines round the width up to a multiple of 256."""
+    for width in range(256, 16384 + 1, 256):
+        multiplier = ffn_settings(width, hidden_size, by_multiplier=True)["ffn_mult"]
+        for read in (multiplier, round(multiplier, 6)):
+            neurons = int(2 * read * hidden_size / 3)
+            assert neurons + -neurons % 256 == width
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"mlp_bias": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {}),  # biases of q, k and v alone
+    ],
+)
+def test_the_folder_computes_the_same_logits_in_a_fresh_process(family, overrides, tmp_path):
+    model = pruned(family, **overrides)
+    config = written_config(model, tmp_path / "folder")
+    assert [block["ffn"]["intermediate_size"] for block in config["block_configs"]] == [17, 48, 33]
+    assert max_logit_difference(model(IDS).logits, reloaded_logits(tmp_path / "folder", IDS)) == 0
+
+
+def test_widths_in_multiples_of_256_are_written_for_all_engines(tmp_path):
+    model = make_tiny("llama", neurons=768)
+    model = prune(model, some_masks(model, kept=(256, 768, 512), attention=False))
+    config = written_config(model, tmp_path / "folder")
+    assert [sorted(block["ffn"]) for block in config["block_configs"]] == [
+        ["ffn_mult", "no_op", "replace_with_linear"]
+    ] * 3
+    assert config["block_configs"][0]["attention"]["n_heads_in_group"] == 2
+    assert max_logit_difference(model(IDS).logits, reloaded_logits(tmp_path / "folder", IDS)) == 0
+
+
+def test_the_config_has_attributes_for_engines_and_is_written_as_plain_json(tmp_path):
+    written_config(pruned("llama"), tmp_path / "folder")
+    config = AutoConfig.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+    assert config.block_configs[0].ffn.intermediate_size == 17
+    assert not hasattr(config.block_configs[0].ffn, "ffn_mult")  # vLLM would compute the width from it
+    assert json.loads(config.to_json_string())["block_configs"][2]["ffn"]["intermediate_size"] == 33
+
+
+def test_a_bias_that_recovery_added_to_one_layer_is_kept(tmp_path):
+    model = pruned("llama")
+    blocks_of(model)[1].parts["down"].set(blocks_of(model)[1].parts["down"].weight, torch.linspace(-1, 1, 32))
+    config = written_config(model, tmp_path / "folder")
+    assert config["mlp_bias"]
+    assert max_logit_difference(model(IDS).logits, reloaded_logits(tmp_path / "folder", IDS)) == 0
+
+
+def test_removed_blocks_leave_fewer_layers(tmp_path):
+    model = make_tiny("llama")
+    ffn = [torch.full((48,), index != 1) for index in range(3)]
+    attention = [torch.full((2,), index != 1) for index in range(3)]
+    model = prune(model, Masks(ffn, attention))
+    assert written_config(model, tmp_path / "folder")["num_hidden_layers"] == 2
+    assert max_logit_difference(model(IDS).logits, reloaded_logits(tmp_path / "folder", IDS)) == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "reason"),
+    [
+        ("llama", True, "query heads"), ("qwen3", False, "q_norm"), ("gemma3_text", False, "norms"),
+        ("mixtral", False, "has experts"), ("gpt2", False, "has no gate"),
+    ],
+)  # fmt: skip
+def test_what_the_format_cannot_express_is_refused_before_anything_is_written(family, attention, reason, tmp_path):
+    model = make_tiny(family)
+    model = prune(model, some_masks(model, attention=attention))
+    with pytest.raises(UserError, match=reason):
+        write_nemotron(model, tiny_tokenizer(), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()

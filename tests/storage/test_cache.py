@@ -1,0 +1,75 @@
+"""The cache: results are computed once and found by their key, and damaged files are computed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gprune.storage.cache import cache_dir
+from gprune.storage.files import Cache, key_of
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+
+
+def damage(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_a_result_is_computed_once_for_its_key_and_again_if_its_file_is_damaged(tensors):
+    cache = Cache("examples", tensors=tensors)
+    computed = []
+
+    def compute() -> dict:
+        computed.append(None)
+        return {"x": torch.arange(3)} if tensors else {"x": [0, 1, 2]}
+
+    for _ in range(2):
+        assert list(cache.get(key_of(shape=1), compute)["x"]) == [0, 1, 2]
+    assert len(computed) == 1
+    cache.get(key_of(shape=2), compute)
+    assert len(computed) == 2
+    damage(cache.file(key_of(shape=1)))
+    cache.get(key_of(shape=1), compute)
+    assert len(computed) == 3
+    assert cache.read(key_of(shape=3)) is None
+
+
+def test_a_folder_is_made_once_and_not_at_all_if_making_it_fails():
+    made = []
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        made.append(folder)
+        if len(made) == 1:
+            raise RuntimeError
+        (folder / "a.txt").write_text("a")
+
+    with pytest.raises(RuntimeError):
+        Cache("examples").folder("mine", make)
+    for _ in range(2):
+        assert (Cache("examples").folder("mine", make) / "a.txt").read_text() == "a"
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"GPRUNE_CACHE": "own", "XDG_CACHE_HOME": "xdg"}, "own"),
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/gprune"),
+        ({}, ".cache/gprune"),
+    ],
+)
+def test_the_cache_folder_follows_the_environment(variables, expected, tmp_path, monkeypatch):
+    for name in ("GPRUNE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, folder in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    assert cache_dir() == tmp_path / expected
