@@ -657,7 +657,7 @@ def test_switched_modules_with_metric_averaged_rank_by_scores_of_the_pooled_corp
     result = world.run(tmp_path, *flags)
     pool = pool_statistics(result.statistics[corpus] for corpus in result.config.corpora.drift)
     scores = score_units(result.config.importance, blocks_of(dense), pool, seed=0).ffn
-    of_scoring_corpus = result.statistics[result.config.corpora.score]
+    of_scoring_corpus = result.statistics[result.config.corpora.scored[0]]
     base_scores = score_units(result.config.importance, blocks_of(dense), of_scoring_corpus, seed=0).ffn
     in_order_of_base_scores = []
     for b, (labels, mask) in enumerate(zip(result.modules.labels, result.masks.ffn, strict=True)):
