@@ -37,7 +37,7 @@ from gprune.corpora.load import code_of_corpora, identity, source_of
 from gprune.errors import UserError
 from gprune.features import attribute
 from gprune.importance.metrics import IMPORTANCE
-from gprune.recoveries import RECOVERY, recovery_of
+from gprune.recoveries import RECOVERY, check_chain, recovery_learns, recovery_needs
 from gprune.registry import CALIBRATOR, LEARNER, REFINER, Registry
 from gprune.sparsity.allocation import ALLOCATION, LEARNING_FLAGS
 from gprune.sparsity.cost import COST
@@ -136,6 +136,7 @@ class RunConfig(Group):
         check_options("--sparsity.options", allocation, ALLOCATION[allocation], options)
         for registry, name in self.entries:
             registry.check(name)
+        check_chain(self.recovery)
         # Name -> its registry, and its parameters that are set by flags instead of options.
         with_options: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), (RECOVERY, ()))
         with_options |= {
@@ -288,7 +289,7 @@ class RunConfig(Group):
     @property
     def recovery_learns(self) -> bool:
         """Whether the recovery trains on text."""
-        return recovery_of(self.recovery).learns
+        return recovery_learns(self.recovery)
 
     @property
     def fresh_windows(self) -> int:
@@ -385,7 +386,7 @@ class RunConfig(Group):
     @property
     def training_free_recovery(self) -> str:
         """The recoveries of the `--recovery` chain that do not train, or `none`."""
-        return "+".join(name for name in self.recovery.split("+") if not recovery_of(name).learns) or "none"
+        return "+".join(name for name in self.recovery.split("+") if not recovery_learns(name)) or "none"
 
     @property
     def trials(self) -> list[str]:
@@ -396,7 +397,7 @@ class RunConfig(Group):
     def calibration_corpora(self) -> list[str]:
         """Corpora of calibration, without duplicates, in a fixed order."""
         roles = self.roles
-        recover = roles["recover"] if recovery_of(self.recovery).needs - {"text"} else []
+        recover = roles["recover"] if recovery_needs(self.recovery) - {"text"} else []
         return list(dict.fromkeys([*roles["score"], *roles["drift"], *recover]))
 
     @property

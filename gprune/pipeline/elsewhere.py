@@ -211,7 +211,7 @@ def _measure(
         if recovery == "distill":
             run.step(9, "Recovering")
             with run.folder.step("recover"):
-                other = _distilled(run, other)
+                other = _recovered(run, other)
             _export(run, other)
         run.step(10, "Evaluating")
         with run.folder.step("evaluate"):
@@ -300,7 +300,7 @@ def _perplexity_and_distance(run: Run, model: PreTrainedModel, windows: Windows,
         return perplexity_from_logits(model, windows, run.model if same_tokenizer else None, progress=advance)
 
 
-def _distilled(run: Run, model: PreTrainedModel) -> PreTrainedModel:
+def _recovered(run: Run, model: PreTrainedModel) -> PreTrainedModel:
     """Return a model after distillation from the dense model; the model is changed in place."""
     cfg = run.cfg
     material = Material(run.model, Masks([], []), fit=fit_once(run, "recovery/distill", ("model", "distill")))
