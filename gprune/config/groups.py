@@ -35,7 +35,7 @@ from gprune.checks import (
     Text,
     validation_message,
 )
-from gprune.errors import UnregisteredError, UserError, closest_name
+from gprune.errors import UserError, closest_name
 from gprune.features import attribute
 from gprune.importance.metrics import IMPORTANCE
 from gprune.registry import Registry
@@ -426,11 +426,6 @@ class SparsityConfig(Group, prefix="sparsity."):
         if "blocks" in self.scope and allocation.whole_blocks:
             flag = f"--sparsity.allocation {self.allocation}"
             raise UserError(f"--sparsity.scope {self.scope} cannot be combined with {flag}. Remove blocks from it.")
-        if self.cost is not None:
-            try:
-                COST.check(self.cost)
-            except UnregisteredError as error:
-                raise UnregisteredError(f"--sparsity.cost: {error}") from error
         if self.cost and Target.of(self.target).unit == "bytes":
             raise UserError(f"--sparsity.target {self.target} cannot be combined with --sparsity.cost {self.cost}.")
 
