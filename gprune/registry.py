@@ -35,7 +35,7 @@ DTYPES = {"numbers": FLOATS + INTEGERS, "floats": FLOATS, "whole numbers": INTEG
 NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
-class _Checks:
+class UserCode:
     """Checks of functions and classes of users. Errors name them by their kind, such as "Corpus 'mine'"."""
 
     kind: str
@@ -71,7 +71,7 @@ class _Checks:
         raise UserError(f"{subject} must give {what} {shape} as a tensor of {of}; got {received}.")
 
 
-class Registry(_Checks, Generic[T]):
+class Registry(UserCode, Generic[T]):
     """Map names to registered functions or classes."""
 
     def __init__(self, kind: str):
@@ -128,7 +128,7 @@ class Registry(_Checks, Generic[T]):
         return iter(self._entries)
 
 
-class StageClass(_Checks):
+class StageClass(UserCode):
     """The class of a stage, which a flag names: the built-in one, or the path of a class of the user.
 
     As for `--trainer.callbacks`, the path names a class in a module that is already imported (`--import`), because it
