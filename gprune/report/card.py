@@ -25,7 +25,7 @@ from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import entries
 from gprune.runs.results import read_evaluation
 from gprune.storage.files import file_hashes, replacing
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 RESULTS = "## Perplexity"  # heading of the results
 

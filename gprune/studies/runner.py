@@ -33,9 +33,8 @@ from gprune.report.tables import cost_table
 from gprune.runs.folder import RunFolder, check_evaluation
 from gprune.runs.numbers import run_numbers
 from gprune.runs.results import PruningResult
-from gprune.storage.cache import disk_errors
 from gprune.storage.files import key_of, read_json, scratch_folder, write_json
-from gprune.storage.reading import expanded
+from gprune.storage.paths import disk_errors, expanded
 from gprune.studies.archive import (
     Found,
     dense_path,
