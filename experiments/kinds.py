@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from gprune.report.table import Table
+from gprune.report.tables import Table
 
 from experiments.corpora import write
 from gprune.console import Parser, run_guarded
