@@ -122,7 +122,7 @@ def test_a_run_uses_stages_of_the_user_with_their_options_and_records_them(
     with tiny_run.isolated(cache):
         first = world.run(tmp_path, *flags)
         assert GateLearner.instances[-1] == (50, "b", 1)
-        assert {("times", 3), ("factor", 2), ("steps", 20, 0.5)} == set(CALLS)
+        assert {("times", 3), ("factor", 2), ("steps", 10, 0.5)} == set(CALLS)
         resumed = world.run(tmp_path, *flags)
         assert (len(GateLearner.instances), resumed.masks) == (1, first.masks)  # loaded instead of trained again
         unlearned = world.run(tmp_path, *flags, f"--options.{PLAIN}.rate=1e-9", name="unlearned")
