@@ -29,7 +29,8 @@ def family_of(subject: PreTrainedModel | PreTrainedConfig) -> Family:
     """
     is_model = isinstance(subject, PreTrainedModel)
     config = subject.config if is_model else subject
-    refuse_quantised(config)
+    if not (is_model and RECORD in subject.__dict__):  # a model keeps the configuration of a de-quantised GGUF file
+        refuse_quantised(config)
     record = FAMILIES.get(config.model_type.removeprefix(PRUNED))
     if record is None and is_model:
         record = subject.__dict__.get(RECORD)
