@@ -23,7 +23,6 @@ UNEVEN = [
     "--sparsity.block_share=0.8",  # one whole block is removed
     "--recovery=least_squares",
     "--logging.mode=offline",
-    "--partition.steps=5",
 ]
 
 
