@@ -17,7 +17,7 @@ from gprune.models.loading import load_model
 from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 from .measure import machine
 

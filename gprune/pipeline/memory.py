@@ -20,7 +20,7 @@ from gprune.models.losses import CHUNK
 from gprune.models.products import count_cast_weights
 from gprune.pipeline.plan import Plan
 from gprune.pipeline.pricing import device_memory
-from gprune.recoveries import recovery_of
+from gprune.recoveries import recoveries_of
 
 GIB = 2**30
 # Fields of configurations with the number of experts to which each token is routed.
@@ -80,7 +80,7 @@ def estimated_peaks(plan: Plan) -> dict[str, Memory]:
     peaks = {"calibrate": estimate.calibrate()}
     if cfg.learns:
         peaks["learn"] = estimate.learn()
-    recoveries = [recovery_of(name).memory(estimate) for name in cfg.recovery.split("+")]
+    recoveries = [each.memory(estimate) for each in recoveries_of(cfg.recovery, cfg.recovery_settings)]
     if recoveries := [Memory(**terms) for terms in recoveries if terms]:
         peaks["recover"] = max(recoveries, key=sum)
     peaks["evaluate"] = estimate.evaluate()

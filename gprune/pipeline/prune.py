@@ -73,8 +73,8 @@ def prune(
         if cfg.gprune:
             drift = measure_drift(run, statistics)  # 3
             labels = partition(run, drift)  # 4, 5
-            modules = assess(run, statistics, scores, drift, labels)  # 6
-            masks_of["gprune"] = learn_sparsity(run, statistics, scores, modules, masks_of)  # 7
+            modules = assess(run, statistics, scores["gprune"], drift, labels)  # 6
+            masks_of["gprune"] = learn_sparsity(run, statistics, scores["gprune"], modules, masks_of)  # 7
         run = with_quality_budget(run, statistics, masks_of)  # no-op unless the target is a quality
         thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:

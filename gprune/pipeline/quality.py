@@ -28,7 +28,7 @@ from gprune.models.masks import Masks
 from gprune.pipeline.evaluate import dense_perplexity, measure_perplexity, shard_if_requested
 from gprune.pipeline.recover import learned_file, shrink
 from gprune.pipeline.run import Run
-from gprune.recoveries import recovery_of
+from gprune.recoveries import recovery_learns
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import Record, Stage, estimates, row_name
 from gprune.sparsity.budget import Budget
@@ -84,7 +84,7 @@ class Trials:
     def results(self, masks: Masks, row: Stage, budget: Budget) -> list[PerplexityResult]:
         """Return the perplexity of a recovered model on each development text, measured or from an earlier trial."""
         run, key = self.run, self._key(masks, row)
-        learns = recovery_of(row[1]).learns
+        learns = recovery_learns(row[1])
         if learns:
             self.trained.setdefault(key, masks)
         if key not in self.measured:
@@ -142,7 +142,7 @@ class Trials:
 
         The search ends within `resolution` cuts of one that does not keep the quality.
         """
-        learns = recovery_of(row[1]).learns
+        learns = recovery_learns(row[1])
         share_of_rise, share_of_dense = TRAINED_TOLERANCE if learns else TOLERANCE
 
         def rise(cut: int) -> float:
@@ -252,7 +252,7 @@ def _remove_other_trials(trials: Trials, kept_masks: Masks) -> None:
 
 
 def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
-    """Return the entry `quality` of the summary; empty unless the target is a quality.
+    """Return the entry `quality` of the summary (see `numbers.entries`); empty unless the target is a quality.
 
     It has requested, predicted and measured quality, on development and on unseen text. `numbers` are rises of
     perplexity above dense; the others are ratios to dense.

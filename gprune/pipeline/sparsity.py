@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from lightning import LightningModule
@@ -17,8 +18,7 @@ from gprune.evaluation.perplexity import perplexity
 from gprune.importance.scores import Scores, score_units
 from gprune.models.gating import bypassed
 from gprune.models.masks import Masks
-from gprune.partition.modules import ModuleRanks, Modules
-from gprune.partition.reliability import module_means
+from gprune.partition.modules import ModuleRanks, Modules, module_means
 from gprune.pipeline.quality import with_learning_budget
 from gprune.pipeline.run import Run
 from gprune.registry import LEARNER
@@ -31,15 +31,17 @@ from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 
 
-def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:
-    """Step 2: importance of every unit by the base metric, on `corpora.score`."""
+def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Scores]:
+    """Step 2: stage -> importance of every unit by the base metric, on the corpora of `RunConfig.scored_on`."""
     run.step(2, "Scoring")
-    return _score(run, statistics[run.cfg.corpora.score])
-
-
-def _score(run: Run, statistics: CorpusStatistics) -> Scores:
     cfg = run.cfg
-    return score_units(cfg.importance, run.blocks, statistics, seed=cfg.run.seed, attention=cfg.attention)
+
+    @cache
+    def score_on(*corpora: str) -> Scores:
+        pooled = pool_statistics(statistics[corpus] for corpus in corpora)
+        return score_units(cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention)
+
+    return {stage: score_on(*corpora) for stage, corpora in cfg.scored_on.items()}
 
 
 def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
@@ -57,7 +59,7 @@ def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
     def choose() -> dict[str, Tensor]:
         """Return blocks in the order of their removal."""
         if s.block_choice == "influence":
-            return {"gone": statistics[cfg.corpora.score].influence.argsort(stable=True)}
+            return {"gone": statistics[cfg.corpora.scored[0]].influence.argsort(stable=True)}
         return {"gone": torch.tensor(choose_blocks(run.budget, loss_without), dtype=torch.long)}
 
     budget = run.budget.without(run.folder.tensors("blocks", choose)["gone"].tolist())
@@ -66,14 +68,14 @@ def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
     return run.with_budget(budget)
 
 
-def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores) -> dict[str, StageMasks]:
-    """Return masks of the base metric, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`)."""
+def base_masks(
+    run: Run, statistics: Mapping[str, CorpusStatistics], scores: Mapping[str, Scores]
+) -> dict[str, StageMasks]:
+    """Return stage -> masks of the base metric, with sparsity allocated by `--sparsity.allocation` (or `.start`)."""
     cfg, masks_of = run.cfg, {}
-    if not cfg.measures_errors or "base" in error_corpora(cfg):
-        masks_of["base"] = allocated_masks(run, "base", scores, statistics, [cfg.corpora.score])
-    if "averaged" in dict(cfg.stages):
-        averaged_scores = _score(run, pool_statistics(statistics[corpus] for corpus in cfg.corpora.drift))
-        masks_of["averaged"] = allocated_masks(run, "averaged", averaged_scores, statistics, cfg.corpora.drift)
+    for stage, corpora in cfg.scored_on.items():
+        if stage != "gprune" and (not cfg.measures_errors or stage in error_corpora(cfg)):
+            masks_of[stage] = allocated_masks(run, stage, scores[stage], statistics, corpora)
     return masks_of
 
 

@@ -32,7 +32,7 @@ from gprune.runs.numbers import Record, by_stage, line_frame, number_frame, on_s
 from gprune.sparsity.allocation import format_removed
 from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
 from gprune.storage.files import MISSING, Cache, file_hashes, inspect_json, key_of, read_tensors
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 from gprune.storage.yaml_text import read_yaml
 
 STAGES = ("base", "averaged", "gprune")  # stages of pruned models

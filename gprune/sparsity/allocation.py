@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gprune.checks import AtLeast1Float, NonNegative
 from gprune.errors import UserError
 from gprune.features import Tokens
-from gprune.registry import Registry, StageClass
+from gprune.registry import Registry, UserCode
 from gprune.sparsity.whole_blocks import depth, limit_to_depth, refuse_layers, refuse_modules
 
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
@@ -148,9 +148,7 @@ def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds
     return checked_pair(ALLOCATION, name, "thresholds", result, sizes)
 
 
-def checked_masks(
-    registry: Registry | StageClass, name: str, value: Any, budget: Budget, *, exact: bool = True
-) -> Masks:
+def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget, *, exact: bool = True) -> Masks:
     """Check that a registered function or stage has returned masks that fit a budget's units and meet it."""
     from gprune.models.masks import Masks
 
@@ -169,12 +167,7 @@ def checked_masks(
 
 
 def checked_pair(
-    registry: Registry | StageClass,
-    name: str,
-    what: str,
-    value: Any,
-    sizes: Sequence[Sequence[int]],
-    of: str = "finite numbers",
+    registry: UserCode, name: str, what: str, value: Any, sizes: Sequence[Sequence[int]], of: str = "finite numbers"
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Check that a value is (neurons, KV groups) with a tensor for each block, and return it on the CPU."""
 

@@ -236,7 +236,7 @@ def test_auto_multiple_is_the_smallest_one_that_loses_at_most_5_percent_of_the_s
 def test_auto_multiple_without_a_speed_target_measures_and_reports_the_table(
     measurements, world, tmp_path, capsys, monkeypatch
 ):
-    tiny_run.quick(monkeypatch, draw=True)
+    tiny_run.draw(monkeypatch)
     flags = ("--sparsity.width_multiple=auto", "--gprune=false", "--sparsity.target=30%")
     assert main(world.args(tmp_path, *flags, "--dry_run=true")) == 0
     assert "Widths in multiples of 8 lose 0.0 % of the speed (loss: 1: 31.5%, 8: 0.0%, " in capsys.readouterr().out

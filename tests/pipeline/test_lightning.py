@@ -183,7 +183,7 @@ def test_fast_dev_run_trains_every_stage_on_one_batch(tiny_model):
 
 
 def test_a_run_from_python_uses_callback_and_logger_objects(world, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch, draw=True)
+    tiny_run.draw(monkeypatch)
     stopping, saving = EarlyStopping(**NEVER_BETTER), ModelCheckpoint(monitor="development/perplexity", save_top_k=2)
     tensorboard = TensorBoardLogger(tmp_path / "tb", name="", version="")
     result = prune(parse(flags(world, tmp_path, *LEARNS)), callbacks=[stopping, saving], logger=tensorboard)

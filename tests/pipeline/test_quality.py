@@ -125,7 +125,7 @@ def dense(trained):
 
 def test_the_removed_share_equals_that_of_an_exhaustive_search(trained, dense, tmp_path, search_to_the_last_step):
     result = trained.run(tmp_path, *with_target("+20%", "--gprune=false"))
-    statistics, blocks = result.statistics[result.config.corpora.score], blocks_of(dense)
+    statistics, blocks = result.statistics[result.config.corpora.scored[0]], blocks_of(dense)
     scores = score_units("wanda_sp", blocks_of(AutoModelForCausalLM.from_pretrained(trained.model)), statistics, seed=0)
     budget, neuron_cost = Budget.of(unit_costs(blocks, scope="ffn"), "+20%"), blocks[0].unit_cost("ffn")
     dense_log_perplexity = log_perplexity(trained, ["alpha"], dense)

@@ -14,8 +14,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.gating import gated, masked
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks
-from gprune.partition.modules import ModuleRanks
-from gprune.partition.reliability import within_module_ranks
+from gprune.partition.modules import ModuleRanks, within_module_ranks
 from gprune.sparsity.budget import BlockUnits, Budget, unit_costs
 from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks
 from gprune.sparsity.cut import keep_masks
