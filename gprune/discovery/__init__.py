@@ -29,10 +29,11 @@ def family_of(subject: PreTrainedModel | PreTrainedConfig) -> Family:
     """
     is_model = isinstance(subject, PreTrainedModel)
     config = subject.config if is_model else subject
-    refuse_quantised(config)
     record = FAMILIES.get(config.model_type.removeprefix(PRUNED))
-    if record is None and is_model:
-        record = subject.__dict__.get(RECORD)
+    if is_model:
+        record = record or subject.__dict__.get(RECORD)
+    else:  # weights of a model may have been de-quantised
+        refuse_quantised(config)
     if record is None:
         record = _discovered(config)
     if is_model:
