@@ -294,7 +294,7 @@ def test_a_chain_of_recoveries_is_a_recovery():
 )
 def test_invalid_chains_of_recoveries_are_refused(chain, reason):
     with pytest.raises(UserError, match=reason):
-        RunConfig(recovery=chain)
+        RunConfig(recovery=chain).check()
 
 
 def test_too_few_distillation_tokens_are_refused():
