@@ -50,17 +50,14 @@ def test_masks_that_remove_the_last_attention_layer_are_refused(model_type):
 def test_a_budget_for_whole_layers_that_fits_all_attention_layers_is_refused(target, refused):
     model = example("qwen3_next")
     model.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
-
-    def check(protect: tuple[int, ...] = ()) -> None:
-        costs = unit_costs(blocks_of(model), scope="ffn+blocks", protect=protect)
-        check_attention_remains(SimpleNamespace(skeleton=model, budget=Budget.of(costs, target)))
-
-    if refused:
-        with pytest.raises(UserError, match=r"these are \[1, 2\], such as --sparsity\.protect \[2\]"):
-            check()
-        check(protect=(1,))
-    else:
-        check()
+    budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), target, block_share=1.0)
+    if not refused:
+        return check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
+    with pytest.raises(UserError, match=r"these are \[1, 2\], such as --sparsity\.protect \[2\]"):
+        check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
+    protected = unit_costs(blocks_of(model), scope="ffn", protect=[1])
+    budget = Budget.of(protected, target, block_share=1.0)
+    return check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
 
 
 def test_a_type_without_a_cache_in_transformers_has_no_layers_that_must_be_kept():
