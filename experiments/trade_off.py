@@ -28,7 +28,7 @@ from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, leading_token, make_windows
 from gprune.errors import UserError
 from gprune.export import export
-from gprune.export.convert import TYPES, has_llama_cpp
+from gprune.export.gguf import TYPES, has_llama_cpp
 from gprune.models.loading import locate_model
 from gprune.report.figures import FORMATS, add_title, save, style
 from gprune.report.tables import Cell, Estimate, Table

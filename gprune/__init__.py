@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from gprune import corpora, stages  # noqa: F401 - they register themselves
 from gprune.config import RunConfig
+from gprune.console import lazy_exports
 from gprune.corpora.load import CORPORA
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE, metric
-from gprune.imports import lazy_exports
 from gprune.models.families import FAMILIES, Family
 from gprune.recoveries import RECOVERY, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocation

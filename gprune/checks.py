@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ByteSize, Field, PlainSerializer, TypeAdapter, ValidationError, WrapValidator
 
 from gprune.errors import UserError
-from gprune.registry import StandIn
 
 # Largest count. Larger values are typing errors, or would overflow. For the same reason other numbers end at 1e30.
 MAX_COUNT = 10**12
@@ -153,8 +152,6 @@ def check_options(
     flag: str, name: str, entry: Any, options: Mapping[str, Any], *, settings: Collection[str] = ()
 ) -> None:
     """Raise UserError for an option that a registered entry does not have, or a value of wrong type or range."""
-    if isinstance(entry, StandIn):
-        return
     known = {option: kind for option, kind in option_types(entry).items() if option not in settings}
     if unknown := [option for option in options if option not in known]:
         raise UserError(f"{flag} must name options of '{name}' ({', '.join(known) or 'none'}); got '{unknown[0]}'.")

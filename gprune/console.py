@@ -1,10 +1,11 @@
-"""Shared parts of all commands: the argument parser, error handling, logging, and silencing of libraries."""
+"""Shared parts of all commands: parser, error handling, logging, silent libraries, and deferred imports."""
 
 from __future__ import annotations
 
 import argparse
 import atexit
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -15,24 +16,26 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TextIO
 
 import jsonargparse
 
 from gprune.errors import UserError, closest_name
-from gprune.imports import UNREADABLE, Import, import_matplotlib
+from gprune.user_code import import_user_module
+
+
+class Import(argparse.Action):
+    """Action of `--import`: import immediately, so that other flags can use registered names."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        import_user_module(values)
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Parser of jsonargparse that raises UserError, keeps line breaks in help, and has the flag `--import`.
+    """Parser of jsonargparse that raises UserError, keeps line breaks in help, and has the flag `--import`."""
 
-    With `shows_records` the command works without a module of `--import` that cannot be read, because it shows records
-    of earlier runs.
-    """
-
-    def __init__(self, prog: str, *, shows_records: bool = False, **options: Any):
-        self.shows_records = shows_records
+    def __init__(self, prog: str, **options: Any):
         defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(prog, **defaults | options)
         text = "a module or .py file to import first, which registers metrics, recoveries or stages; may be repeated"
@@ -96,8 +99,6 @@ def run_guarded(command: str, work: Callable[[], str], *, stopped: str = ".", me
             if process_index() == 0:
                 return fail(f"Another process of this run has ended; its own error, if any, is above{stopped}")
             return 2  # rank 0 has ended and has reported the cause
-        finally:
-            UNREADABLE.clear()  # another command in this process does not have these modules in --import
     return 0
 
 
@@ -214,6 +215,25 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Implicitly cleaning up")  # of W&B's tables, at exit
 
 
+def import_matplotlib() -> None:
+    """Import matplotlib, without the user's matplotlibrc and backend if they are broken.
+
+    Call it before Lightning imports matplotlib, which would raise their error.
+    """
+    try:
+        import matplotlib
+    except Exception:
+        partly_imported = [name for name in sys.modules if name.split(".")[0] == "matplotlib"]
+        for name in partly_imported:
+            del sys.modules[name]
+        environment = os.environ.copy()
+        os.environ |= {"MPLBACKEND": "", "MATPLOTLIBRC": os.devnull}
+        import matplotlib  # noqa: F401
+
+        os.environ.clear()
+        os.environ.update(environment)
+
+
 def _set_wandb_cache() -> None:
     """Give W&B a temporary cache folder if the home folder is not writable; it would log to stderr instead."""
     home = os.path.expanduser("~")
@@ -253,3 +273,22 @@ def process_index() -> int:
     if rank == 0 and distributed and "RANK" not in os.environ:
         return read_number("NODE_RANK")
     return rank
+
+
+def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` for a package whose public names are imported at first use."""
+
+    def lazy_getattr(name: str) -> Any:
+        """Import a public name, and store it in the package, so that this function is called once for each name."""
+        if name not in modules:
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        # The modules import Lightning, which imports matplotlib and fails if the user's matplotlibrc is broken.
+        import_matplotlib()
+        value = getattr(importlib.import_module(modules[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def list_names() -> list[str]:
+        return sorted(sys.modules[package].__all__)
+
+    return lazy_getattr, list_names

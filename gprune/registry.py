@@ -22,8 +22,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gprune.errors import UnregisteredError, UserError, closest_name
-from gprune.imports import UNREADABLE, find_loaded, path_of
-from gprune.user_code import code_at, code_of
+from gprune.user_code import code_at, code_of, find_loaded, path_of
 
 if TYPE_CHECKING:  # flags are checked by what is registered, which should not wait for PyTorch
     from torch import Tensor
@@ -36,7 +35,7 @@ DTYPES = {"numbers": FLOATS + INTEGERS, "floats": FLOATS, "whole numbers": INTEG
 NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
-class UserCode:
+class _Checks:
     """Checks of functions and classes of users. Errors name them by their kind, such as "Corpus 'mine'"."""
 
     kind: str
@@ -81,16 +80,15 @@ class UserCode:
         raise UserError(f"{subject} must give {what} {shape} as a tensor of {of}; got {received}.")
 
 
-class Registry(UserCode, Generic[T]):
+class Registry(_Checks, Generic[T]):
     """Map names to registered functions or classes.
 
     Args:
         kind: the word for an entry in messages, such as "corpus".
-        stand_in: class of an entry whose module cannot be read.
     """
 
-    def __init__(self, kind: str, stand_in: type[StandIn] | None = None):
-        self.kind, self.stand_in = kind, stand_in or StandIn
+    def __init__(self, kind: str):
+        self.kind = kind
         self._entries: dict[str, T] = {}
         self._registered_in: dict[str, str] = {}  # name -> the module that registers it
 
@@ -128,25 +126,22 @@ class Registry(UserCode, Generic[T]):
         return code_of(getattr(entry, "registered", entry), self._registered_in.get(name, ""))
 
     def check(self, name: str) -> None:
-        """Raise UserError if the name is not registered and all modules were imported. Nothing is imported here."""
-        if name not in self._entries and not UNREADABLE:
+        """Raise UserError if the name is not registered."""
+        if name not in self._entries:
             closest = closest_name(name, self._entries)
             hint = f" Did you mean '{closest}'?" if closest else ""
             raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
 
     def __getitem__(self, name: str) -> T:
-        """Return the entry. Raise UserError if the name is not registered.
-
-        For an unknown name, after a module of `--import` could not be read, the result is a stand-in.
-        """
+        """Return the entry. Raise UserError if the name is not registered."""
         self.check(name)
-        return self._entries[name] if name in self._entries else self.stand_in(name)
+        return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
 
-class StageClass(UserCode):
+class StageClass(_Checks):
     """The class of a stage, which a flag names: the built-in one, or the path of a class of the user.
 
     As for `--trainer.callbacks`, the path names a class in a module that is already imported (`--import`), because it
@@ -188,29 +183,12 @@ class StageClass(UserCode):
         if "." not in path:
             known = f"{self.built_in[0]}, or the path of a class such as my_module.MyClass, with --import my_module"
             raise UnregisteredError(f"Unknown {self.kind} '{path}'. Available: {known}.")
-        try:
-            found = find_loaded(path)
-        except UnregisteredError as error:
-            raise UnregisteredError(f"--{self.flag}: {error}") from error
+        found = find_loaded(path, f"--{self.flag}")
         is_stage = isinstance(found, type) and any(cls.__name__ == "LightningModule" for cls in found.__mro__)
         if not (is_stage and callable(getattr(found, self.method, None))):
             needed = f"the path of a LightningModule with the method {self.method}"
             raise UserError(f"--{self.flag} must be {needed}; got '{path}'.")
         return found
-
-
-class StandIn:
-    """Stand-in for an entry whose module cannot be read, with which the records of earlier runs can be shown.
-
-    The attributes are those of registered metrics, allocations and recoveries.
-    """
-
-    modules = learned = whole_blocks = errors = activation_free = learns = False
-    needs: frozenset[str] = frozenset()
-    drift = ""
-
-    def __init__(self, name: str):
-        self.name = name
 
 
 def _calling_module() -> str:

@@ -1,4 +1,6 @@
-"""Hashes of the user's code, so that results of other code are not reused.
+"""Code of the user: imported by `--import`, found by the path of a class, and hashed.
+
+Results of other code are not reused:
 
 code_of(function, "my_metric")     # {"my_metric": "3f0c...", "my_helpers": "81d2..."}
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import importlib
 import inspect
 import sys
 import textwrap
@@ -22,14 +25,62 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, Literal
 
-from gprune.errors import UnregisteredError
-from gprune.imports import find_loaded
+from gprune.errors import UnregisteredError, UserError, closest_name, first_line
 
+IMPORTED: list[str] = []  # names as given to --import; stored in the manifest of a run
 Code = Mapping[str, str | None]  # module -> hash of its code; None if the source cannot be read
 MAIN = "__main__"
 NOT_OF_USERS = {"gprune", *sys.stdlib_module_names}
 INSTALLED = {"site-packages", "dist-packages"}
 DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def import_user_module(name: str) -> None:
+    """Import a user's module, which may register metrics, recoveries or stages, or define callbacks."""
+    file = Path(name).expanduser().absolute() if name.endswith(".py") else None
+    can_import = Path(name).name == name if file is None else file.is_file() and "." not in file.stem
+    if not can_import:
+        raise UserError(f"--import must be a module or an existing .py file without other dots; got '{name}'.")
+    sys.path.insert(0, str(Path.cwd() if file is None else file.parent))
+    try:
+        module = importlib.import_module(name if file is None else file.stem)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--import {name}: Cannot import it: {type(error).__name__}: {first_line(error)}.") from error
+    if file is not None and not file.samefile(getattr(module, "__file__", None) or "."):
+        raise UserError(f"--import {name}: Cannot import it: {module.__name__} is another module. Rename the file.")
+    _add_module(module.__name__, {})  # reads the file now, because it may be changed later
+    if name not in IMPORTED:
+        IMPORTED.append(name)
+
+
+def find_loaded(path: str, flag: str = "") -> Any:
+    """Look up a dotted path, such as `lightning.pytorch.callbacks.Timer`, in a module that is already imported.
+
+    Nothing is imported and no code runs, not even a module's `__getattr__`, because the path may come from an untrusted
+    file. Errors begin with the flag that has the path.
+    """
+    where = f"{flag}: " if flag else ""
+    module, _, name = path.rpartition(".")
+    if sys.modules.get(module) is None:
+        raise UnregisteredError(
+            f"{where}{path}: Cannot find it: module '{module}' is not imported. Add --import {module or name}."
+        )
+    names = vars(sys.modules[module])
+    if name not in names:
+        closest = closest_name(name, names)
+        hint = f" The closest name is '{closest}'." if closest else ""
+        raise UnregisteredError(f"{where}Unknown class '{path}': module '{module}' does not define '{name}'.{hint}")
+    return names[name]
+
+
+def path_of(cls: type) -> str:
+    """Return the path by which `find_loaded` finds a class. Raise UserError for a class inside a function or class."""
+    if not isinstance(cls, type):
+        raise UserError(f"A stage must be a class; got {cls!r:.100}.")
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    if "." in cls.__qualname__ or find_loaded(path) is not cls:
+        raise UserError(f"Class {path} must be defined at the top level of a module or a notebook, to have a path.")
+    return path
 
 
 def code_of(entry: Any, registered_in: str = "") -> dict[str, str | None]:

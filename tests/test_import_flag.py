@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gprune import imports
+from gprune import user_code
 from gprune.__main__ import main
 from gprune.config import parse
 from gprune.errors import UserError
@@ -29,10 +29,10 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "metric_of_mine.py").write_text(METRIC)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    imports.IMPORTED.clear()
+    user_code.IMPORTED.clear()
     with registries.restored(IMPORTANCE):
         yield tmp_path
-    imports.IMPORTED.clear()
+    user_code.IMPORTED.clear()
     for name in ("metric_of_mine", "raises"):
         sys.modules.pop(name, None)
 

@@ -9,8 +9,9 @@ from types import ModuleType
 
 import pytest
 
+from gprune import user_code
 from gprune.importance import IMPORTANCE
-from gprune.user_code import code_of, compare_code
+from gprune.user_code import code_at, code_of, compare_code
 from tests import registries
 
 METRIC = '''"""About the module."""
@@ -92,6 +93,21 @@ def test_an_imported_module_counts_as_it_was_imported_until_it_is_reloaded(packa
     assert IMPORTANCE.code("coded") == before
     importlib.reload(sys.modules["code_of_mine.helper"])
     assert IMPORTANCE.code("coded") != before
+
+
+def test_the_code_of_a_class_is_that_of_its_module_when_it_was_imported(package, monkeypatch):
+    monkeypatch.setattr(user_code, "IMPORTED", [])
+    (package.parent / "code_of_mine_too.py").write_text("class Mine:\n    RATE = 1\n")
+    user_code.import_user_module(str(package.parent / "code_of_mine_too.py"))
+    (package.parent / "code_of_mine_too.py").write_text("class Mine:\n    RATE = 2\n")
+    code = code_at("code_of_mine_too.Mine")
+    del sys.modules["code_of_mine_too"]
+    assert code_at("code_of_mine_too.Mine") == {"code_of_mine_too.Mine": None}
+    linecache.checkcache()
+    importlib.invalidate_caches()
+    user_code.import_user_module(str(package.parent / "code_of_mine_too.py"))
+    assert compare_code(code, code_at("code_of_mine_too.Mine")) == "other"
+    del sys.modules["code_of_mine_too"]
 
 
 def test_code_of_gprune_and_lightning_is_not_the_users(package):

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from gprune.errors import UserError
 from gprune.export import gguf_check, hf
-from gprune.export.convert import LLAMA_CPP, TYPES, has_llama_cpp, load_folder
+from gprune.export.convert import load_folder
+from gprune.export.gguf import LLAMA_CPP, TYPES, has_llama_cpp
 from gprune.export.gguf_writer import write_gguf
 from gprune.models import agreement
 

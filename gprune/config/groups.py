@@ -35,7 +35,7 @@ from gprune.checks import (
     Text,
     validation_message,
 )
-from gprune.errors import UnregisteredError, UserError, closest_name
+from gprune.errors import UserError, closest_name
 from gprune.features import attribute
 from gprune.importance.metrics import IMPORTANCE
 from gprune.registry import Registry
@@ -124,8 +124,9 @@ class Group(
 ):
     """A group of flags. An invalid value raises UserError with the name of the flag.
 
-    Types and ranges are checked in the constructor and on assignment. Rules that involve several settings
-    (`model_post_init`) are checked in the constructor and by `validate`.
+    Types and ranges are checked in the constructor and on assignment. Rules about several settings of a group
+    (`model_post_init`) are checked in the constructor. Names of features, and what features refuse, are checked by
+    `check` before a run begins. So settings of a record can be read without the code of its features.
     """
 
     prefix: ClassVar[str]  # prefix of the flags, including the dot
@@ -189,9 +190,13 @@ class Group(
             hint = f"Use {replacement}" if replacement else f"{suggestion}Available: {', '.join(cls.model_fields)}"
             raise UserError(f"{where}: Unknown setting '{cls.prefix}{name}'. {hint}.")
 
+    def check(self) -> None:
+        """Raise UserError for a name that is not registered, and for settings that contradict what is registered."""
+
     def validate(self) -> None:
-        """Check all settings again, after assignments and changes inside lists."""
+        """Check all settings, also after assignments and changes inside lists."""
         type(self)(**self.model_dump(warnings=False))
+        self.check()
 
 
 class ModelConfig(Group, prefix="model."):
@@ -308,7 +313,7 @@ class ReliabilityConfig(Group, prefix="reliability."):
     score_quantile: Quantile = 0.5
     """A module is weakly activated if its mean importance rank is below this quantile."""
 
-    def model_post_init(self, _: Any) -> None:
+    def check(self) -> None:
         """Raise UserError if the metric needs activations of a single corpus, or settings contradict each other."""
         if self.metric not in MULTI_CORPUS_METRICS and not IMPORTANCE[self.metric].activation_free:
             activation_free = [name for name in IMPORTANCE if IMPORTANCE[name].activation_free]
@@ -410,7 +415,7 @@ class SparsityConfig(Group, prefix="sparsity."):
     """Stage that learns. straight_through: gates that are hard in the forward and soft in the backward pass. Or the
     path of your own class, such as my_module.MyLearner, with --import my_module."""
 
-    def model_post_init(self, _: Any) -> None:
+    def check(self) -> None:
         """Raise UserError for settings that contradict each other."""
         allocation, start = ALLOCATION[self.allocation], ALLOCATION[self.start]
         if start.modules or start.whole_blocks:
@@ -421,11 +426,6 @@ class SparsityConfig(Group, prefix="sparsity."):
         if "blocks" in self.scope and allocation.whole_blocks:
             flag = f"--sparsity.allocation {self.allocation}"
             raise UserError(f"--sparsity.scope {self.scope} cannot be combined with {flag}. Remove blocks from it.")
-        if self.cost is not None:
-            try:
-                COST.check(self.cost)
-            except UnregisteredError as error:
-                raise UnregisteredError(f"--sparsity.cost: {error}") from error
         if self.cost and Target.of(self.target).unit == "bytes":
             raise UserError(f"--sparsity.target {self.target} cannot be combined with --sparsity.cost {self.cost}.")
 

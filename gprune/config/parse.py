@@ -62,12 +62,13 @@ def parse(args: Sequence[str] | None = None, prog: str = "train.py") -> RunConfi
     return config_from_mapping(read_flags(sys.argv[1:] if args is None else args, prog))
 
 
-def config_from_mapping(settings: Mapping[str, Any], where: str = "") -> RunConfig:
+def config_from_mapping(settings: Mapping[str, Any], where: str = "", *, check: bool = True) -> RunConfig:
     """Build a RunConfig from settings as plain data. Missing settings have their defaults.
 
     Args:
         settings: nested mappings (`{"sparsity": {"target": 0.3}}`), dotted names (`{"sparsity.target": 0.3}`), or both.
         where: the beginning of error messages, such as "Row 'base'".
+        check: whether names must be registered (`RunConfig.check`), as for a run.
 
     Raises:
         UserError: if a setting is unknown, has a wrong type or range, or contradicts another one.
@@ -75,7 +76,10 @@ def config_from_mapping(settings: Mapping[str, Any], where: str = "") -> RunConf
     dotted: dict[str, Any] = {}
     overlay(dotted, settings, where or "Settings")
     try:
-        return RunConfig(**Namespace(dotted).as_dict())
+        cfg = RunConfig(**Namespace(dotted).as_dict())
+        if check:
+            cfg.check()
+        return cfg
     except UserError as error:
         raise type(error)(f"{where}: {error}" if where else str(error)) from error
 

@@ -13,6 +13,7 @@ from gprune.calibration import EXTRAS
 from gprune.checks import NonNegative, Text, check_options, whole_numbers
 from gprune.config.groups import (
     IF_CHANGED,
+    MULTI_CORPUS_METRICS,
     NEVER,
     CorporaConfig,
     Group,
@@ -47,11 +48,12 @@ class ExportConfig(Group, prefix="export.", plain_setting="format"):
     """Export of the pruned model."""
 
     format: Annotated[
-        Literal["hf", "gguf", "none"], Reads({"hf": ("export.dtype",), "gguf": ("export.dtype", "export.type")})
+        Literal["hf", "gguf", "nemotron-nas", "none"],
+        Reads({"hf": ("export.dtype",), "gguf": ("export.dtype", "export.type"), "nemotron-nas": ("export.dtype",)}),
     ] = "hf"
     """Format of the model. hf: a Hugging Face folder, which is reloaded and compared. gguf: a GGUF file too
-    (--export.type is its quantization). none: masks and numbers only. Short form:
-    `--export gguf`."""
+    (--export.type is its quantization). nemotron-nas: a DeciLM folder too, for serving engines (docs/export.md). none:
+    masks and numbers only. Short form: `--export gguf`."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the exported weights. Default: --model.dtype, or for float32 the dtype in which the model is published.
     Perplexity is measured in --model.dtype."""
@@ -115,8 +117,11 @@ class RunConfig(Group):
     """Print the widths, and the number of parameters, tokens and FLOPs and the memory needed. Nothing is run."""
     plan: Annotated[PlanConfig, NEVER] = Field(default_factory=PlanConfig)
 
-    def model_post_init(self, _: Any) -> None:
+    def check(self) -> None:
         """Raise UserError for settings that contradict each other, and for what a feature of the run refuses."""
+        for _, group in self:
+            if isinstance(group, Group):
+                group.check()
         self._check_options()
         self._check_text_and_gradients()
         for feature in self.features:
@@ -179,15 +184,14 @@ class RunConfig(Group):
     @property
     def entries(self) -> list[tuple[Registry[Any], str]]:
         """The registered features that the run uses, as (registry, name)."""
-        metrics = {self.importance: None}
-        if self.gprune:
-            drift_metric = IMPORTANCE[self.importance].drift
-            metrics |= {name: None for name in (drift_metric, self.reliability.metric) if name in IMPORTANCE}
+        metrics = [self.importance]
+        if self.gprune and self.reliability.metric not in MULTI_CORPUS_METRICS:
+            metrics.append(self.reliability.metric)
         currencies = [self.sparsity.currency]
         if self.sparsity.width_multiple is None or self.dry_run:  # read the latency table of this machine
             currencies.append("seconds")
         return [
-            *((IMPORTANCE, name) for name in metrics),
+            *((IMPORTANCE, name) for name in dict.fromkeys(metrics)),
             (CALIBRATOR, self.corpora.calibrator), (REFINER, self.partition.refiner), (LEARNER, self.sparsity.learner),
             *((COST, name) for name in dict.fromkeys(currencies)),
             *((ALLOCATION, name) for name in dict.fromkeys([self.base_allocation, self.sparsity.allocation])),
@@ -196,14 +200,17 @@ class RunConfig(Group):
 
     @property
     def features(self) -> list[Any]:
-        """The features of the run (`gprune.features.Feature`), which plan, settings and command line loop over."""
+        """The features of the run (`gprune.features.Feature`), which plan, settings and command line loop over.
+
+        Names that are not registered are left out.
+        """
         features: list[Any] = [Target.of(self.sparsity.target)]
         if "blocks" in self.sparsity.scope:
             features.insert(0, WholeBlocks(self.sparsity.block_choice))
         for registry, name in self.entries:
             is_stage = registry in (CALIBRATOR, REFINER, LEARNER)  # these import PyTorch
             has_no_modules = registry is ALLOCATION and not self.gprune and name != self.base_allocation
-            if not is_stage and not has_no_modules:
+            if not is_stage and not has_no_modules and name in registry:
                 features.append(registry[name])
         return features
 
@@ -211,16 +218,15 @@ class RunConfig(Group):
     def unread(self) -> dict[str, str]:
         """Flags and groups of flags that the run does not read, with the flag that is the reason."""
         read = frozenset().union(*(attribute(feature, "also_reads") for feature in self.features))
-        unread: dict[str, str] = {}
+        entries, unread = self.entries, {}
         for group in (self, *(value for _, value in self if isinstance(value, Group))):
             for name, field in type(group).model_fields.items():
-                value = getattr(group, name)
-                shown = str(value).lower() if isinstance(value, bool) else value
-                flag = group.prefix.rstrip(".") if name == group.plain_setting else f"{group.prefix}{name}"
                 for marker in (marker for marker in field.metadata if isinstance(marker, Reads)):
-                    named = [entry for registry, entry in self.entries if registry is marker.by_value]
-                    for unread_flag in marker.unread(named or [value]) - read:
-                        unread.setdefault(unread_flag, f"--{flag} {shown}")
+                    value = getattr(group, name)
+                    named = [entry for registry, entry in entries if registry is marker.by_value]
+                    flag = group.prefix.rstrip(".") if name == group.plain_setting else f"{group.prefix}{name}"
+                    reason = f"--{flag} {str(value).lower() if isinstance(value, bool) else value}"
+                    unread = dict.fromkeys(marker.unread(named or [value]) - read, reason) | unread
         return unread
 
     def with_stages(self, **classes: type | None) -> RunConfig:
@@ -270,7 +276,8 @@ class RunConfig(Group):
     def base_allocation(self) -> str:
         """Allocation of the base metric, in control rows and as the start of learning."""
         allocation = self.sparsity.allocation
-        return self.sparsity.start if ALLOCATION[allocation].modules else allocation
+        has_modules = allocation in ALLOCATION and ALLOCATION[allocation].modules
+        return self.sparsity.start if has_modules else allocation
 
     @property
     def recovery_settings(self) -> dict[str, Any]:
@@ -429,7 +436,7 @@ class RunConfig(Group):
 
         `Identity` marks settings that are left out, of which `Feature.identity` adds some. `code` is the user's code.
         """
-        settings = _identifying(self)
+        settings = _identifying(self, self.model_dump(), self.model_dump(exclude_defaults=True))
         settings["evaluation"]["development_samples"] = self.development_windows
         settings["trainer"]["world_size"] = self.processes
         for feature in self.features:
@@ -464,15 +471,17 @@ class RunConfig(Group):
         return f"{model}-{self.final}-{self.importance}-{target_text}-{digest}"
 
 
-def _identifying(group: Group) -> dict[str, Any]:
-    """Return the settings of a group that identify a run, as plain data (see `Identity`)."""
-    settings, changed = group.model_dump(), group.model_dump(exclude_defaults=True)
+def _identifying(group: Group, settings: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    """Return those settings of a group that identify a run (see `Identity`); `changed` differ from their defaults."""
+    identifying = {}
     for name, field in type(group).model_fields.items():
+        value = getattr(group, name)
         if Identity.NEVER in field.metadata:
-            del settings[name]
-        elif Identity.IF_CHANGED in field.metadata:
-            del settings[name]
-            settings |= {name: changed[name]} if name in changed else {}
-        elif isinstance(nested := getattr(group, name), Group):
-            settings[name] = _identifying(nested)
-    return settings
+            continue
+        if isinstance(value, Group):
+            identifying[name] = _identifying(value, settings[name], changed.get(name, {}))
+        elif Identity.IF_CHANGED not in field.metadata:
+            identifying[name] = settings[name]
+        elif name in changed:
+            identifying[name] = changed[name]
+    return identifying

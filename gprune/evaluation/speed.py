@@ -29,10 +29,10 @@ from gprune.models.offload import device_of
 from gprune.models.surgery import prune, widths
 from gprune.sparsity.cost import Price
 from gprune.sparsity.cut import top_of_experts
-from gprune.storage.cache import cache_dir
-from gprune.storage.files import key_of, read_json, write_json
+from gprune.storage.files import Cache, key_of, read_json
 
 log = logging.getLogger("gprune")
+CACHE = Cache("speed")
 DECODING_STEPS = 8  # number of decoding steps that are timed
 MIN_ROUNDS, MAX_ROUNDS = 2, 12  # numbers of rounds of a measurement
 MAX_SECONDS = 25.0  # after this time no round begins, except the first ones
@@ -69,12 +69,11 @@ def speed_table(
         content = read_json(run_table)
         if content and content["key"] == key:
             return content["table"]
-    path = cache_dir() / "speed" / f"{key}.json"
-    table = read_json(path)
-    if measure and (table is None or again):
+    table = None if measure and again else CACHE.read(key)
+    if measure and table is None:
         log.info("Measuring the latency table of this machine. It is cached; --speed.measure true measures it again")
         table = measure_table(dense, device, dtype, workload)
-        write_json(path, table)
+        CACHE.write(key, table)
     return table
 
 

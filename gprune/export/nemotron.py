@@ -9,6 +9,7 @@ heads of its own in each layer. A layer's width is its `intermediate_size`, whic
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,25 +21,48 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gprune.errors import UserError
 from gprune.export import modeling_decilm
+from gprune.export.gguf_check import CHECK_TEXT, CHECK_TOKENS
 from gprune.export.gguf_writer import difference_from_llama
+from gprune.export.hf import check_reload
 from gprune.export.modeling_decilm import MULTIPLE
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.copies import has_own_head
 from gprune.models.modeling_pruned import legacy_rope_settings
 from gprune.storage.files import replacing
 
+log = logging.getLogger("gprune")
 # Module of a layer -> our names of its projections -> Llama's names.
 PROJECTIONS = {
     "self_attn": {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"},
     "mlp": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
 }
+MODEL_TYPE = modeling_decilm.DeciLMConfig.model_type
 CONFIG_KEYS = (
     "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings",
     "initializer_range", "rms_norm_eps", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 
+TYPES_OF_FILE, DEFAULT_TYPE, DTYPE = (), "", "auto"  # weights have the dtype of the model folder
 
-def check_expressible(blocks: Sequence[Block], config: PreTrainedConfig) -> None:
+
+def path_beside(folder: Path, type: str) -> str:
+    """Return the path of a folder beside a model folder."""
+    return f"{folder}-nemotron-nas"
+
+
+def check_settings(type: str, *, check: bool = False) -> None:
+    """Raise UserError for a type, which is of GGUF files only."""
+    if type:
+        raise UserError(f"--type must be left out with --format nemotron-nas, which keeps the dtype; got {type}.")
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a path is a folder of this format."""
+    config = path / "config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
+
+
+def refuse(blocks: Sequence[Block], config: PreTrainedConfig, **_: Any) -> None:
     """Raise UserError if DeciLM computes something else than the model."""
     dense_heads = config.num_attention_heads, _head_dim(config)
     for block in blocks:
@@ -89,7 +113,7 @@ def decilm_config(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[st
     settings |= legacy_rope_settings(values)
     return settings | {
         "architectures": ["DeciLMForCausalLM"],
-        "model_type": modeling_decilm.DeciLMConfig.model_type,
+        "model_type": MODEL_TYPE,
         "auto_map": {
             "AutoConfig": f"{module}.DeciLMConfig", "AutoModelForCausalLM": f"{module}.DeciLMForCausalLM",
         },
@@ -128,15 +152,33 @@ def llama_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def write_nemotron(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder with config.json, the file with its classes, weights, and the tokenizer; all or nothing."""
-    check_expressible(blocks_of(model), model.config)
+def write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, check: bool = False, **_: Any
+) -> None:
+    """Write config.json, the file with its classes, weights and the tokenizer to a folder; all or nothing.
+
+    With `check`, logits of the folder in a fresh process are compared with those of the model.
+    """
+    refuse(blocks_of(model), model.config)
     tensors = llama_tensors(model)
-    with replacing(folder) as new:
-        new.mkdir()
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+    with replacing(path) as folder:
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         text = json.dumps(decilm_config(model, tensors), indent=2, sort_keys=True)
-        (new / "config.json").write_text(text + "\n", encoding="utf-8")
-        shutil.copy(modeling_decilm.__file__, new)
-        model.generation_config.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        shutil.copy(modeling_decilm.__file__, folder)
+        model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if check:
+            ids = tokenizer(CHECK_TEXT, return_tensors="pt").input_ids[:, :CHECK_TOKENS]
+            log.info("Checked in transformers: largest difference of logits %g", check_reload(model, folder, ids))
+
+
+def report_size(path: Path, *_: Any, **__: Any) -> None:
+    """Log the size of a folder, and which engines can read its widths."""
+    size = sum(file.stat().st_size for file in path.iterdir())
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    for_all = all("ffn_mult" in block["ffn"] for block in settings["block_configs"])
+    engines = "all engines with the class" if for_all else "vLLM and transformers"
+    hint = "" if for_all else f"; with --sparsity.width_multiple {MULTIPLE} others can too"
+    log.info("Size: %.1f MB; %s can read its widths%s", size / 1e6, engines, hint)

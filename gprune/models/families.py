@@ -107,8 +107,7 @@ def record_of(model: PreTrainedModel) -> Family:
     record = model.__dict__.get(RECORD) or FAMILIES.get(name)
     if record is None:
         raise UserError(
-            f"Models of type '{name}' need gprune.discovery.family_of(model) first, which finds and attaches their "
-            "structure."
+            f"Model type '{name}' needs gprune.discovery.family_of(model) first, which finds and attaches its record."
         )
     return record
 

@@ -19,8 +19,7 @@ from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gprune.storage.cache import cache_dir
-from gprune.storage.files import scratch_folder
+from gprune.storage.files import Cache, scratch_folder
 
 
 def load_parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -149,4 +148,4 @@ def offload_folder() -> AbstractContextManager[Path]:
 
     Folders of killed processes are removed too.
     """
-    return scratch_folder(cache_dir() / "offload" / "weights")
+    return scratch_folder(Cache("offload").path("weights"))

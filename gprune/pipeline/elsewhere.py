@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,8 +41,7 @@ from gprune.runs.numbers import DENSE
 from gprune.runs.results import PruningResult
 from gprune.runs.trainer import matmul_precision
 from gprune.runs.user_callbacks import UserCallbacks
-from gprune.storage.cache import cache_dir
-from gprune.storage.files import replacing
+from gprune.storage.files import Cache
 
 log = logging.getLogger("gprune")
 GIB = 2**30
@@ -159,14 +159,14 @@ def _as_folder(model: Model, tokenizer: str | None = None) -> str:
         return os.fspath(model)
     source = tokenizer or model.config.name_or_path
     name = os.path.basename(os.path.normpath(model.config.name_or_path or model.config.model_type))
-    folder = cache_dir() / "loaded" / f"{name}-{fingerprint(model)}"
-    if not folder.is_dir():
+
+    def save(folder: Path) -> None:
         with quoting(f"Cannot load the tokenizer of a loaded model from '{source}': ", ". Give the model's folder."):
             loaded_tokenizer = AutoTokenizer.from_pretrained(locate_model(source), trust_remote_code=False)
-        with replacing(folder) as new:
-            model.save_pretrained(new)
-            loaded_tokenizer.save_pretrained(new)
-    return str(folder)
+        model.save_pretrained(folder)
+        loaded_tokenizer.save_pretrained(folder)
+
+    return str(Cache("loaded").folder(f"{name}-{fingerprint(model)}", save))
 
 
 def _measure(

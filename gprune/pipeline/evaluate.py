@@ -28,9 +28,8 @@ from gprune.report.tables import result_table
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import DENSE, Stage, row_name
 from gprune.runs.results import STAGES
-from gprune.storage.cache import cache_dir
 from gprune.storage.environment import model_versions
-from gprune.storage.files import key_of, read_json, write_json
+from gprune.storage.files import Cache, key_of, write_json
 
 log = logging.getLogger("gprune")
 LEARNING_SETTINGS = ("learn", "loss", "epochs", "centred", "learner")  # of `--sparsity`, in records of learned masks
@@ -72,9 +71,9 @@ def evaluate(
                     model = shrink(run, masks[row[0]], statistics, row=row)
             if not rank_evaluates:
                 continue
-            measure, text = measurement_of(run, row, model)
+            measure = measurement_of(run, row, model)
             model = shard_if_requested(run, model)
-            add_row(run, records, row, measure, model, text, leaked)
+            add_row(run, records, row, measure, model, run.text.test, leaked)
     if before_recovery and rank_evaluates and not run.folder.finished:
         log.info("Before recovery:\n\n%s\n", result_table(records).for_stdout())
     return records
@@ -91,16 +90,13 @@ def add_row(
     write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
 
 
-def measurement_of(
-    run: Run, row: Stage, model: PreTrainedModel
-) -> tuple[Callable[..., PerplexityResult], list[Windows]]:
-    """Return the function that measures a row's model, and the text, and count a pruned model's tokens from now on."""
+def measurement_of(run: Run, row: Stage, model: PreTrainedModel) -> Callable[..., PerplexityResult]:
+    """Return the function that measures a row's model, and count a pruned model's tokens from now on."""
     if row == DENSE:  # counted since the run was opened
-        return dense_perplexity, run.text.test
+        return dense_perplexity
     run.meter.watch(model)
-    if same_head(model, run.model):  # a recovery of the user may have changed the head
-        return measure_with_distance, run.text.test
-    return measure_perplexity, run.text.test
+    # A recovery of the user may have changed the head.
+    return measure_with_distance if same_head(model, run.model) else measure_perplexity
 
 
 def leaks(run: Run, also_used: Collection[str] = ()) -> dict[str, tuple[bool, float]]:
@@ -138,12 +134,12 @@ def dense_perplexity(
         device=device_of(model).type, batch_size=run.cfg.corpora.batch_size, **run.cfg.matmul_settings,
         versions=model_versions(),
     )  # fmt: skip
-    path = cache_dir() / "evaluations" / f"{key}.json"
-    if (cached := broadcast(read_json(path))) is not None:
-        return PerplexityResult(**cached)
-    result = (measure or measure_and_keep_forecasts)(run, model, windows, name)
-    write_json(path, {name: value for name, value in vars(result).items() if value is not None})
-    return result
+
+    def compute() -> dict[str, Any]:
+        result = (measure or measure_and_keep_forecasts)(run, model, windows, name)
+        return {name: value for name, value in vars(result).items() if value is not None}
+
+    return PerplexityResult(**Cache("evaluations").get(key, compute, share=broadcast))
 
 
 def measure_and_keep_forecasts(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:

@@ -17,8 +17,7 @@ from gprune.calibration.saliency import Saliency
 from gprune.config import RunConfig
 from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError
-from gprune.export.convert import check_type
-from gprune.export.gguf_writer import check_expressible
+from gprune.export.convert import FORMATS, format_named
 from gprune.features import Feature, attribute
 from gprune.models.blocks import Block, blocks_of, find_unpruned
 from gprune.models.copies import skeleton
@@ -209,9 +208,9 @@ def trainer_device(cfg: RunConfig, callbacks: Sequence[Callback]) -> torch.devic
 
 def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConfig) -> None:
     """Raise UserError if flags do not fit the model's blocks or positions, or this machine."""
-    if cfg.export.format == "gguf":
-        check_type(cfg.export.type)
-        check_expressible(blocks, config, uniform=cfg.sparsity.uniform_width)
+    if cfg.export.format in FORMATS:
+        target = format_named(cfg.export.format)
+        target.refuse(blocks, config, type=cfg.export.type, uniform=cfg.sparsity.uniform_width)
     if cfg.model.device_map is not None and cfg.export.dtype not in (None, cfg.model.dtype):
         raise UserError(
             f"--export.dtype must be --model.dtype ({cfg.model.dtype}) with --model.device_map, because offloaded "

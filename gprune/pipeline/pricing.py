@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gprune.config import DEFAULT_MULTIPLE, RunConfig
 from gprune.errors import UserError, quoting
-from gprune.export.convert import TYPES
+from gprune.export.gguf import TYPES
 from gprune.export.hf import kept_in_float32
 from gprune.models.blocks import Block, blocks_of
 from gprune.runs.trainer import matmul_precision

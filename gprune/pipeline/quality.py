@@ -22,7 +22,7 @@ from typing import Any
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
 from gprune.errors import UserError
-from gprune.evaluation.intervals import Interval, paired_ratio
+from gprune.evaluation.intervals import Estimate, Interval, paired_ratio
 from gprune.evaluation.perplexity import PerplexityResult
 from gprune.models.masks import Masks
 from gprune.pipeline.evaluate import dense_perplexity, measure_perplexity, shard_if_requested
@@ -242,7 +242,10 @@ def _remove_other_trials(trials: Trials, kept_masks: Masks) -> None:
 
 
 def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
-    """Return the ratio to dense perplexity: requested, predicted and measured, on development and on unseen text."""
+    """Return the entry of the summary: requested, predicted and measured quality, on development and on unseen text.
+
+    `numbers` are rises of perplexity above dense; the others are ratios to dense.
+    """
     reached = read_json(run.folder / FILE, run=run.folder.key)["reached"]
     main_row = reached["rows"][-1]
     numbers = {name: main_row[name] for name in ("predicted", "got", "low", "high", "share")}
@@ -256,7 +259,44 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
         phrases.append(f"on unseen text {_percent_with_interval(unseen.value, unseen.low, unseen.high)}")
     limit = "; the largest possible cut" if reached["largest"] else ""
     phrases.append(f"removed {main_row['share']:.2%} of {run.cfg.sparsity.scope}{limit}")
-    return reached | numbers | {"said": f"{', '.join(phrases)}.", "warnings": _warnings(run.cfg, numbers)}
+    rises = {name: None if numbers[name] is None else numbers[name] - 1 for name in ("predicted", "got", "low", "high")}
+    return (
+        reached
+        | numbers
+        | {
+            "said": f"{', '.join(phrases)}.",
+            "warnings": _warnings(run.cfg, numbers),
+            "numbers": {"asked": reached["asked"], **rises, "unseen": None if unseen is None else unseen.value - 1},
+            "table": _table(reached["asked"], main_row, unseen),
+        }
+    )
+
+
+def _table(asked: float, row: Mapping[str, Any], unseen: Estimate | None) -> dict[str, Any]:
+    """Return the table of the entry, with the run's own row."""
+
+    def percent(*ratios: float | None) -> list[float | None] | None:
+        """Convert a ratio to dense and the ends of its interval to percent above dense."""
+        return None if ratios[0] is None else [None if ratio is None else 100 * (ratio - 1) for ratio in ratios]
+
+    cells = {
+        "row": row["row"],
+        "asked, %": 100 * asked,
+        "parameters kept": row["parameters"],
+        "removed, %": 100 * row["share"],
+        "predicted, %": percent(row["predicted"]),
+        "development, %": percent(row["got"], row["low"], row["high"]),
+        "unseen, %": None if unseen is None else percent(*unseen),
+        "models tried": row["models"],
+    }
+    return {
+        "title": "Parameters at the same quality",
+        "columns": list(cells),
+        "rows": [list(cells.values())],
+        "digits": {"asked, %": 1},
+        "note": "The largest share that was found whose development perplexity, above dense, is at most what was "
+        "asked. In brackets 95 % intervals: Student's t over windows, paired.",
+    }
 
 
 def _warnings(cfg: RunConfig, numbers: Mapping[str, float]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
-from gprune.export.convert import export
+from gprune.export.convert import FORMATS, export, format_named
 from gprune.export.hf import check_reload, save_pruned
 from gprune.models.agreement import LOGIT_LIMIT, compare, random_masks
 from gprune.models.families import record_of
@@ -52,11 +53,14 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
             if exports:
                 checks["sliced_minus_reloaded"] = export_and_reload(run, pruned)
         run.folder.update_manifest(logits=checks)
-    gguf = run.folder / f"model-{cfg.export.type}.gguf"
-    if cfg.export.format == "gguf" and not gguf.exists():
-        log.info("Writing %s", gguf)
-        with run.folder.step("export_gguf"):
-            export(run.folder / "model", gguf, type=cfg.export.type)
+    if cfg.export.format in FORMATS:
+        target = format_named(cfg.export.format)
+        type = cfg.export.type if target.TYPES_OF_FILE else ""
+        path = Path(target.path_beside(run.folder / "model", type))
+        if not path.exists():
+            log.info("Writing %s", path)
+            with run.folder.step("export"):
+                export(run.folder / "model", path, format=cfg.export.format, type=type)
 
 
 def is_exported(run: Run) -> bool:

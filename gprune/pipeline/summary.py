@@ -32,37 +32,6 @@ MEANS = ("seen", "unseen", "gap", "unseen_kl", "unseen_agreement")  # of each ro
 TOLERATED_PERCENT = 3, 10  # percent of perplexity above dense
 
 
-def with_table(reached: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entry of a quality target with its numbers, which are rises of perplexity above dense, and a table."""
-    (row,) = reached["rows"]
-    ratios = {name: reached.get(name) for name in ("predicted", "got", "low", "high", "unseen")}
-    rises = {name: None if ratio is None else ratio - 1 for name, ratio in ratios.items()}
-    asked, unseen_interval = reached["asked"], [reached.get(f"unseen{end}") for end in ("", "_low", "_high")]
-    columns = ["row", "asked, %", "parameters kept", "removed, %", "predicted, %", "development, %", "unseen, %"]
-    cells = [
-        row["row"], 100 * asked, row["parameters"], 100 * row["share"], _percent_above_dense([row["predicted"]]),
-        _percent_above_dense([row["got"], row["low"], row["high"]]), _percent_above_dense(unseen_interval),
-        row["models"],
-    ]  # fmt: skip
-    table = {
-        "title": "Parameters at the same quality",
-        "columns": [*columns, "models tried"],
-        "rows": [cells],
-        "digits": {"asked, %": 1},
-        "note": "The largest share that was found whose development perplexity, above dense, is at most what was "
-        "asked. In brackets 95 % intervals: Student's t over windows, paired.",
-    }
-    return {**reached, "numbers": {"asked": asked} | rises, "table": table}
-
-
-def _percent_above_dense(ratios: Sequence[float | None]) -> float | list[float | None] | None:
-    """Convert a ratio to dense, or [ratio, low, high] with its interval if there is one, to percent above 1."""
-    if ratios[0] is None:
-        return None
-    percent = [None if ratio is None else 100 * (ratio - 1) for ratio in ratios]
-    return percent if len(percent) == 3 else percent[0]
-
-
 def summarise(
     run: Run, records: Sequence[dict[str, Any]], masks: Masks | None, pruned: PreTrainedModel, modules: Modules | None
 ) -> dict[str, Any]:
@@ -72,7 +41,7 @@ def summarise(
         for feature in run.cfg.features:
             summary |= attribute(feature, "summary")(run, masks, pruned)
     if run.cfg.sparsity.quality:
-        summary["quality"] = with_table(quality_reached(run, records))
+        summary["quality"] = quality_reached(run, records)
     curve = run.folder.manifest.get("learning", {}).get("development_perplexity_by_sparsity") or {}
     if tolerated := tolerated_shares(curve, run.cfg.sparsity.scope, recovered=run.cfg.recovery != "none"):
         summary["tolerated"] = tolerated

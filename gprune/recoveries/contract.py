@@ -37,7 +37,7 @@ from gprune.calibration import OUTPUT_PROJECTIONS
 from gprune.checks import format_value
 from gprune.errors import UserError
 from gprune.features import Feature
-from gprune.registry import Registry, StandIn
+from gprune.registry import Registry
 
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
     from torch import Tensor
@@ -147,11 +147,7 @@ class Recovery(Feature):
             raise UserError(f"--recovery {self.name} cannot recover {kind}. Use one of {alternatives}.")
 
 
-class RecoveryStandIn(StandIn, Recovery):
-    """Stand-in for a recovery whose module cannot be read."""
-
-
-RECOVERY: Registry[Recovery] = Registry("recovery", stand_in=RecoveryStandIn)
+RECOVERY: Registry[Recovery] = Registry("recovery")
 
 
 def recoveries_of(chain: str, settings: Mapping[str, Any] = NOTHING) -> list[Recovery]:

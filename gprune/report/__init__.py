@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gprune.imports import IMPORTED, lazy_exports
+from gprune.console import lazy_exports
+from gprune.user_code import IMPORTED
 
 if TYPE_CHECKING:
     from gprune.report.page import Report, make, of_runs

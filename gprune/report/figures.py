@@ -361,8 +361,10 @@ def read_curves(run: Path) -> pd.DataFrame:
     Sessions are concatenated in their order. The DataFrame is empty if there are no files. In a run with a quality
     target, metrics of the trial that is the main row have the names of the main row.
     """
-    files = sorted(run.glob("csv/version_*/metrics.csv"), key=_session_number)
     frames = []
+    files = sorted(
+        run.glob("csv/version_*/metrics.csv"), key=lambda file: int(re.sub(r"\D", "", file.parent.name) or 0)
+    )
     for file in files:
         try:
             frames.append(pd.read_csv(file))
@@ -377,31 +379,20 @@ def read_curves(run: Path) -> pd.DataFrame:
 
 
 def _with_main_row(frame: pd.DataFrame, kept: int) -> pd.DataFrame:
-    """Rename the metrics of a trial to those of the main row, and merge them with columns that exist already."""
-    columns: dict[str, pd.Series] = {}
-    for column, values in frame.items():
-        name = _name_in_main_row(column, kept)
-        columns[name] = values.combine_first(columns[name]) if name in columns else values
-    return pd.DataFrame(columns)
-
-
-def _name_in_main_row(column: str, kept: int) -> str:
-    """Return the name of a metric of the trial `kept` if its row is the main row; names of other metrics are kept.
+    """Rename the metrics of the trial `kept` to those of the main row, and merge them with columns that exist already.
 
     `distill/gprune_trial_2/loss` becomes `distill/gprune/loss`, and `controls/gprune_trial_2/perplexity` becomes
     `development/perplexity`.
     """
-    prefix, _, rest = column.partition("/")
-    row, _, metric = rest.partition("/")
-    trial = TRIAL.search(row)
-    if trial is None or int(trial[1]) != kept:
-        return column
-    return f"development/{metric}" if prefix == "controls" else f"{prefix}/{TRIAL.sub('', row)}/{metric}"
-
-
-def _session_number(file: Path) -> int:
-    """Return N for `csv/version_N/metrics.csv`; 0 without a number."""
-    return int(re.sub(r"\D", "", file.parent.name) or 0)
+    columns: dict[str, pd.Series] = {}
+    for name, values in frame.items():
+        prefix, _, rest = name.partition("/")
+        row, _, metric = rest.partition("/")
+        trial = TRIAL.search(row)
+        if trial is not None and int(trial[1]) == kept:
+            name = f"development/{metric}" if prefix == "controls" else f"{prefix}/{TRIAL.sub('', row)}/{metric}"
+        columns[name] = values.combine_first(columns[name]) if name in columns else values
+    return pd.DataFrame(columns)
 
 
 def curve_figures(frame: pd.DataFrame) -> dict[str, Figure]:

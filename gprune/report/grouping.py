@@ -71,6 +71,8 @@ def named_by_difference(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     runs; seeds are ignored. Names chosen by the user are kept. All names are kept if there is a single run, or if the
     new names of two runs with the same seed would be equal.
     """
+    if len(runs) == 1:
+        return list(runs)
     settings = {run.all_but_seed: run_flags(run) for run in runs}
     descriptions = dict.fromkeys(settings, "")
     for flag, short_name in _short_names(dict.fromkeys(chain(*settings.values()))).items():
@@ -85,7 +87,7 @@ def named_by_difference(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
         has_default_name = not run.path.is_file() and DEFAULT_NAME.fullmatch(run.name) is not None
         default = descriptions[run.all_but_seed] or HASH.sub("", run.name)
         names.append(default if has_default_name else run.name)
-    if len(runs) == 1 or len({(name, run.seed) for name, run in zip(names, runs, strict=True)}) < len(runs):
+    if len({(name, run.seed) for name, run in zip(names, runs, strict=True)}) < len(runs):
         return list(runs)
     return [replace(run, name=name) for name, run in zip(names, runs, strict=True)]
 

@@ -450,7 +450,10 @@ def _row_key(
 
     Dense rows are merged if their results are equal, and controls if results and cells are. Main rows are not merged.
     """
-    results = tuple(_rounded_results(run, stage) for run in runs)
+    results = []
+    for run in runs:  # rounded to five digits, because sums differ by machine
+        records = records_of(run.records, stage).values()
+        results.append((run.model, *((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in records)))
     if stage[0] == "dense":
         return (stage, *results)
     rounded_cells = tuple(cell and f"{cell.value:.5g}" for cell in cells)  # denominators of ratios may differ
@@ -458,12 +461,6 @@ def _row_key(
     if is_main_row:  # never merged with a row of another group
         return (group.name, stage, *rounded_cells)
     return (stage, *results, *rounded_cells)
-
-
-def _rounded_results(run: FinishedRun, stage: Stage) -> tuple[Any, ...]:
-    """Return the dense model and the results of a stage, rounded to five digits because sums differ by machine."""
-    records = records_of(run.records, stage).values()
-    return run.model, *((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in records)
 
 
 def entry_tables(summaries: Mapping[str, Mapping[str, Any]]) -> list[Table]:

@@ -31,8 +31,7 @@ from gprune.runs.folder import RunFolder, changed_settings, check_evaluation, ch
 from gprune.runs.numbers import Record, by_stage, line_frame, number_frame, on_same_windows, stage_lines
 from gprune.sparsity.allocation import format_removed
 from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
-from gprune.storage.cache import cache_dir
-from gprune.storage.files import MISSING, file_hashes, inspect_json, key_of, read_tensors
+from gprune.storage.files import MISSING, Cache, file_hashes, inspect_json, key_of, read_tensors
 from gprune.storage.reading import expanded
 from gprune.storage.yaml_text import read_yaml
 
@@ -230,7 +229,7 @@ def _download_artifact(name: str) -> Path:
 
     try:
         artifact = wandb.Api().artifact(name)
-        return Path(artifact.download(root=str(cache_dir() / "artifacts" / artifact.digest)))
+        return Path(artifact.download(root=str(Cache("artifacts").path(artifact.digest))))
     except (wandb.errors.Error, ValueError, OSError) as error:
         remedy = "It must be entity/project/artifact:version, and needs an account (`wandb login`)"
         raise UserError(f"Cannot download artifact wandb:{name}: {first_line(error)}. {remedy}.") from error

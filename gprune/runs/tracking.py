@@ -155,15 +155,15 @@ def row_metrics(loggers: Sequence[Logger], row: str, stage: str, *, control: boo
     for logger in wandb_loggers(loggers):
         logger.try_with_run(partial(define_axes, axes={f"{group}/*": f"{group}/tokens" for group in groups}))
 
-    def with_row(name: str) -> str:
-        """Return the name under which a metric is logged."""
-        if control and name.startswith("development/"):
-            return name.replace("development", f"controls/{row_key}", 1)
-        return STAGE_PREFIX.sub(rf"\g<0>/{row_key}", name)
-
     def log_with_row(log_metrics: Callable[..., None], metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics by a logger's `log_metrics`, under their names with the row."""
-        log_metrics({with_row(name): value for name, value in metrics.items()}, step)
+        with_row = {}
+        for name, value in metrics.items():
+            if control and name.startswith("development/"):
+                with_row[name.replace("development", f"controls/{row_key}", 1)] = value
+            else:
+                with_row[STAGE_PREFIX.sub(rf"\g<0>/{row_key}", name)] = value
+        log_metrics(with_row, step)
 
     for logger in loggers:
         logger.log_metrics = partial(log_with_row, logger.log_metrics)

@@ -157,31 +157,19 @@ def resolve_precision(cfg: RunConfig, device: torch.device, *, together: bool = 
     """
     if cfg.trainer.precision != "auto":
         return cfg, "--trainer.precision"
-    stored = _stored_precision(Path(cfg.folder))
+    manifest = read_json(Path(cfg.folder) / "manifest.json", check=check_manifest) or {}
+    stored = manifest.get("settings", {}).get("trainer", {}).get("precision")
     uses_bfloat16, reason = multiplies_bfloat16(device)
     if cfg.model.dtype == "float16":
         uses_bfloat16, reason = False, "bfloat16 has fewer digits than --model.dtype float16"
     if together and cfg.trainer.num_nodes > 1:
-        slow_on_any_rank, stored = _decide_together(cfg, uses_bfloat16=uses_bfloat16, stored=stored)
-        if uses_bfloat16 and slow_on_any_rank:
+        fabric = launch_processes(cfg.trainer)
+        stored = fabric.broadcast(stored)
+        if fabric.strategy.reduce_boolean_decision(not uses_bfloat16, all=False) and uses_bfloat16:
             uses_bfloat16, reason = False, "another process has hardware without bfloat16"
     precision = "bf16-mixed" if uses_bfloat16 else "32-true"
-    if stored:
+    if stored in get_args(Precision):
         precision, reason = stored, "the resumed run has this precision"
     trainer = cfg.trainer.model_copy(update={"precision": precision})
     run = cfg.run.model_copy(update={"name": cfg.run_name})
     return cfg.model_copy(update={"trainer": trainer, "run": run}), reason
-
-
-def _stored_precision(folder: Path) -> Precision | None:
-    """Return the precision of the run in a folder, or None if there is no run."""
-    manifest = read_json(folder / "manifest.json", check=check_manifest) or {}
-    precision = manifest.get("settings", {}).get("trainer", {}).get("precision")
-    return precision if precision in get_args(Precision) else None
-
-
-def _decide_together(cfg: RunConfig, *, uses_bfloat16: bool, stored: Precision | None) -> tuple[bool, Precision | None]:
-    """Return whether at least one rank does not use bfloat16, and the precision that rank 0 has stored."""
-    fabric = launch_processes(cfg.trainer)
-    not_on_all_ranks = fabric.strategy.reduce_boolean_decision(not uses_bfloat16, all=False)
-    return not_on_all_ranks, fabric.broadcast(stored)

@@ -21,7 +21,7 @@ from pydantic import ValidationError, validate_call
 from gprune.checks import require, validation_message
 from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line
-from gprune.imports import find_loaded
+from gprune.user_code import find_loaded
 
 log = logging.getLogger("gprune")
 LIGHTNING = {L.Callback: "lightning.pytorch.callbacks", Logger: "lightning.pytorch.loggers"}  # modules of bare names
@@ -119,10 +119,7 @@ def _monitors_stage(callback: L.Callback, stage: L.LightningModule, role: str) -
 def class_of(described: ClassPath, flag: str, base: type) -> type:
     """Return the class of a class path; a bare name is a class of Lightning. Nothing is imported."""
     name = described.class_path
-    try:
-        cls = find_loaded(name if "." in name else f"{LIGHTNING[base]}.{name}")
-    except UserError as error:
-        raise UserError(f"{flag}: {error}") from error
+    cls = find_loaded(name if "." in name else f"{LIGHTNING[base]}.{name}", flag)
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UserError(f"{flag}: {name} must be a subclass of lightning.pytorch.{base.__name__}.")
     return cls

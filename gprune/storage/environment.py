@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from gprune.imports import IMPORTED
+from gprune.user_code import IMPORTED
 
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics", "wandb", "scikit-learn", "scipy")
 

@@ -56,13 +56,13 @@ class Found:
     unknown: list[dict[str, Any]]  # the code of the row or of the record is not known
     other: list[dict[str, Any]]
 
-    @property
+    @functools.cached_property
     def record(self) -> dict[str, Any] | None:
         """Record of the row, preferably a complete one; None if there is no record."""
         records = self.same or self.unknown
         return next(filter(self._is_complete, records), records[0] if records else None)
 
-    @property
+    @functools.cached_property
     def finished(self) -> dict[str, Any] | None:
         """Record of the row if it has the tasks and masks that the list asks for; otherwise None."""
         return self.record if self.record is not None and self._is_complete(self.record) else None

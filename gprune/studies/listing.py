@@ -138,9 +138,9 @@ class Row:
 
     @cached_property
     def config(self) -> RunConfig:
-        """Configuration of the row."""
+        """Configuration of the row, of which metrics and so on may be unknown: records are read without them."""
         where = f"Row '{self.name}'"
-        cfg = config_from_mapping(self._all_settings, where=where)
+        cfg = config_from_mapping(self._all_settings, where=where, check=False)
         if cfg.trainer.precision == "auto":
             must = "must be 32-true or bf16-mixed in a list, so that records do not depend on the machine"
             raise UserError(f"{where}: --trainer.precision {must}; got auto.")
@@ -148,6 +148,10 @@ class Row:
             cfg = without_pruning(cfg, cfg.recovery, f"{where}: A model made elsewhere")
             cfg.run.name = default_run_name(with_made_elsewhere(cfg.settings(), self.made_elsewhere))
         return cfg
+
+    def check(self) -> None:
+        """Raise UserError for a name that is not registered, and for settings that contradict each other."""
+        config_from_mapping(self._all_settings, where=f"Row '{self.name}'")
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ RUN = "folder of a finished run, record (.json), LIST.yaml:ROW for the seeds of 
 
 def parser() -> Parser:
     """Return the parser of the command's arguments."""
-    result = Parser("gprune report", shows_records=True, description=ABOUT, epilog=EXAMPLES)
+    result = Parser("gprune report", description=ABOUT, epilog=EXAMPLES)
     result.add_argument("runs", metavar="RUN", nargs="+", help=RUN)
     folder = "folder for tables and figures (default: report/ in the run, or beside several runs)"
     result.add_argument("--output", metavar="FOLDER", help=folder)

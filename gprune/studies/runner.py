@@ -27,7 +27,6 @@ from gprune.config import ExportConfig, RunConfig
 from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import rank_and_world_size
-from gprune.imports import UNREADABLE
 from gprune.pipeline.dry_run import estimated_flops
 from gprune.pipeline.plan import Plan, check
 from gprune.report.tables import cost_table
@@ -66,8 +65,6 @@ def run_lists(listings: Sequence[Listing], options: Namespace) -> None:
         rows = select_part(select_rows(listing, options.only, what="--only"), options.part)
         pending = [found for row in rows if (found := find_records(row)).finished is None]
         if pending and not (options.table or options.files or options.commands):
-            for error in UNREADABLE.values():  # rows cannot run without the module
-                raise error
             run_rows(pending, len(rows))
         if process_index() == 0:  # Lightning may have started other processes with the same command
             print_results(read_study(listing, rows), options)
@@ -79,9 +76,11 @@ def run_rows(unfinished: Sequence[Found], num_rows: int) -> None:
     The rows are numbered among all `num_rows` rows of the list, of which the others have records.
     """
     is_rank_0 = process_index() == 0
+    pending = [found.row for found in unfinished]
+    for row in pending:
+        row.check()
     if is_rank_0 and (outdated := describe_outdated(unfinished)):
         write_stdout(outdated + "\n")
-    pending = [found.row for found in unfinished]
     if is_rank_0:
         file = pending[0].records / "runs" / "record.json"
         with disk_errors(file), scratch_folder(file):  # raises if the folder of records cannot be written

@@ -37,6 +37,7 @@ from gprune.studies.archive import Found, find_records, row_to_run, task_results
 from gprune.studies.listing import Listing, Row, split_stage
 
 log = logging.getLogger("gprune")
+FinishedRows = Sequence[tuple[Row, dict[str, Any]]]  # finished rows with their records
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>{title}</title></head>
@@ -256,9 +257,6 @@ def read_study(listing: Listing, rows: Sequence[Row]) -> StudyResult:
     """Read the records of selected rows and of the list's reference."""
     with_reference = [row for row in listing.rows if row in rows or row.name == listing.content.reference]
     return StudyResult(listing, [find_records(row) for row in with_reference])
-
-
-FinishedRows = Sequence[tuple[Row, dict[str, Any]]]  # finished rows with their records
 
 
 def make_report(listing: Listing, done: FinishedRows) -> Report:

@@ -35,7 +35,7 @@ MESSAGE_ENDINGS = {"stopped": ". Finished rows are kept."}  # keyword arguments 
 
 def parser() -> Parser:
     """Return the parser of the command's arguments, without the flags after `--`."""
-    result = Parser("gprune study", shows_records=True, description=ABOUT, epilog=EXAMPLES)
+    result = Parser("gprune study", description=ABOUT, epilog=EXAMPLES)
     add = result.add_argument
     add("lists", nargs="+", metavar="LIST", help="YAML files, such as experiments/questions/parts.yaml")
     add("--seeds", nargs="+", type=int, metavar="SEED", help="seeds of all rows (default: those of the list)")

@@ -151,9 +151,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def ordinary(world, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_run.quick(patch)
-        return world.run(tmp_path_factory.mktemp("ordinary"), *FLAGS)
+    return world.run(tmp_path_factory.mktemp("ordinary"), *FLAGS)
 
 
 def assert_same_run(one, two) -> None:
@@ -168,7 +166,6 @@ def assert_same_run(one, two) -> None:
 def test_a_run_with_gram_matrices_in_files_has_the_same_bits_also_from_a_damaged_cache(
     world, ordinary, tmp_path, monkeypatch
 ):
-    tiny_run.quick(monkeypatch)
     monkeypatch.setattr(walking, "GRAMS_IN_MEMORY", 1)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     result = world.run(tmp_path, *FLAGS)

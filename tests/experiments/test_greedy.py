@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gprune import imports
+from gprune import user_code
 from gprune.cli import main
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import ALLOCATION
@@ -102,7 +102,7 @@ def test_idle_and_duplicate_neurons_are_removed_first_and_a_singular_gram_matrix
 def imported(monkeypatch):
     """Undo the effects of `--import`."""
     monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setattr(imports, "IMPORTED", [])
+    monkeypatch.setattr(user_code, "IMPORTED", [])
     with registries.restored(ALLOCATION):
         yield
     sys.modules.pop("greedy", None)

@@ -14,7 +14,9 @@ import pytest
 
 from gprune.__main__ import run as command
 from gprune.export import convert, export, gguf_check, gguf_writer, hf
-from gprune.export.convert import has_llama_cpp, load_folder
+from gprune.export import gguf as gguf_files
+from gprune.export.convert import load_folder
+from gprune.export.gguf import has_llama_cpp
 from gprune.models.copies import skeleton
 from gprune.models.surgery import prune
 from gprune.storage.files import write_json
@@ -35,7 +37,7 @@ EXISTING = "GGUF of somebody's"  # an existing file; only its first bytes are re
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path_factory, monkeypatch):
     """Restore logging, and hide any llama.cpp build."""
-    monkeypatch.setattr(convert, "has_llama_cpp", lambda: False)
+    monkeypatch.setattr(gguf_files, "has_llama_cpp", lambda: False)
     with isolated(tmp_path_factory.mktemp("cache")):
         yield
 
@@ -100,6 +102,22 @@ def test_a_model_folder_and_an_output_path_can_be_given(run, tmp_path):
     assert (tmp_path / "a name.bin").is_file()
 
 
+def test_a_decilm_folder_is_written_next_to_the_model_and_checked(tmp_path, capsys):
+    run = tmp_path / "mine"
+    model = make_tiny_llama(vocab_size=SIZE)
+    pruned = prune(model, random_masks([1, 32, 47], [2, 2, 2]))
+    write_run_of(run, make_dense(tmp_path / "dense"), pruned)
+    assert command("export", [str(run), "--format", "nemotron-nas", "--check"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"Wrote {run / 'model-nemotron-nas'}"
+    assert "largest difference of logits 0\n" in printed
+    assert "vLLM and transformers can read its widths" in printed
+    assert "exists already" in error_line(capsys, run, "--format", "nemotron-nas")
+    assert command("export", [str(run), "--format", "nemotron-nas", "--overwrite"]) == 0
+    capsys.readouterr()
+    assert "got q8_0" in error_line(capsys, run, "--format", "nemotron-nas", "--type", "q8_0")
+
+
 def narrowed(dense, width):
     """Remove neurons from two of three blocks of a model with the sizes `WIDE`."""
     return prune(dense, random_masks([width, width, 1024], [2, 2, 2], of_neurons=1024, of_groups=2))
@@ -146,7 +164,7 @@ def test_an_export_without_a_readable_dense_model_prints_the_size_of_the_file_al
 @pytest.mark.slow
 def test_the_dense_model_is_quantised_once_for_its_size_in_q4_k_m(tmp_path, capsys, monkeypatch):
     """Weights do not matter for the size: it is that of the dense model with its weights."""
-    monkeypatch.setattr(convert, "has_llama_cpp", has_llama_cpp)
+    monkeypatch.setattr(gguf_files, "has_llama_cpp", has_llama_cpp)
     run, dense = tmp_path / "mine", make_tiny_llama(**WIDE)
     write_run_of(run, make_dense(tmp_path / "dense", **WIDE), narrowed(dense, 960))
     gguf_writer.write_gguf(dense, byte_tokenizer(), tmp_path / "f16.gguf", type="f16")
@@ -169,7 +187,7 @@ def test_a_gguf_file_that_fails_the_check_in_llama_cpp_is_not_written(run, monke
     before = listing(run)
 
     def fake_llama_cpp(change):
-        monkeypatch.setattr(convert, "has_llama_cpp", lambda: True)
+        monkeypatch.setattr(gguf_files, "has_llama_cpp", lambda: True)
         monkeypatch.setattr(gguf_check, "score_in_llama_cpp", fake_in_llama_cpp(model, tokenizer, change))
 
     fake_llama_cpp(lambda logprobs: logprobs.roll(1))
@@ -200,7 +218,7 @@ def test_a_gguf_file_that_fails_the_check_in_llama_cpp_is_not_written(run, monke
     ],
 )
 def test_invalid_arguments_of_export_are_refused_and_change_no_files(args, message, run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(convert, "load_folder", lambda *_: pytest.fail("loaded a model first"))
+    monkeypatch.setattr(convert, "load_folder", lambda *_, **__: pytest.fail("loaded a model first"))
     diary = tmp_path / "diary.txt"
     diary.write_text("dear")
     before = listing(tmp_path)

@@ -115,7 +115,8 @@ def test_export_accepts_a_format_or_a_group_and_does_not_affect_result_settings(
 
 
 def test_an_unknown_export_format_and_a_cast_with_device_map_are_refused():
-    with pytest.raises(UserError, match=r"--export.format must be 'hf', 'gguf' or 'none'; got 'onnx'\."):
+    formats = r"--export.format must be 'hf', 'gguf', 'nemotron-nas' or 'none'; got 'onnx'\."
+    with pytest.raises(UserError, match=formats):
         parse(["--export", "onnx"])
     with pytest.raises(UserError, match=r"--model.dtype \(float32\) with --model.device_map"):
         check(parse(["--model.name=tiny-random", "--model.device_map=auto", "--export.dtype=float16"]))

@@ -18,7 +18,8 @@ from gprune.cli import main
 from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.export import export, gguf_check, gguf_writer
-from gprune.export.convert import LLAMA_CPP, QUANTISED, TYPES, has_llama_cpp, load_folder
+from gprune.export.convert import load_folder
+from gprune.export.gguf import LLAMA_CPP, QUANTISED, TYPES, has_llama_cpp
 from gprune.export.gguf_writer import tokenizer_keys, write_gguf
 from gprune.export.hf import save_pruned
 from gprune.models import embedded as assets
@@ -320,7 +321,7 @@ def test_a_run_with_a_byte_budget_writes_a_gguf_file_of_that_size_and_restores_i
 
 @pytest.mark.parametrize("gguf_type", TYPES)
 def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(gguf_type, world, tmp_path, monkeypatch):
-    monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: True)
+    monkeypatch.setattr("gprune.export.gguf.has_llama_cpp", lambda: True)
     llama = world("llama")
     args = llama.args(tmp_path, "--export=gguf", f"--export.type={gguf_type}", "--sparsity.width_multiple=32")
     model = AutoModelForCausalLM.from_pretrained(llama.model)
@@ -330,7 +331,7 @@ def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(gguf_type, world, tmp_p
 
 
 def test_q8_0_needs_widths_in_multiples_of_32(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: True)
+    monkeypatch.setattr("gprune.export.gguf.has_llama_cpp", lambda: True)
     args = world("llama").args(tmp_path / "runs", "--export=gguf", "--export.type=q8_0")
     assert main(args) == 2
     assert (
@@ -339,14 +340,14 @@ def test_q8_0_needs_widths_in_multiples_of_32(world, tmp_path, monkeypatch, caps
 
 
 def test_the_default_widths_of_a_model_with_512_neurons_fit_q8_0(tmp_path, monkeypatch, world):
-    monkeypatch.setattr("gprune.export.convert.has_llama_cpp", lambda: True)
+    monkeypatch.setattr("gprune.export.gguf.has_llama_cpp", lambda: True)
     llama = world("llama")
     dense = make_tiny("llama", head_dim=32, hidden_size=128, neurons=512, vocab_size=512)
     dense.save_pretrained(llama.model)
     args = llama.args(tmp_path / "runs", "--export=gguf", "--export.type=q8_0", "--partition.num_modules=1")
     plan = check(parse(args))
     assert plan.budget.width_multiple == 32
-    assert describe_widths(plan.cfg, plan.budget).endswith("at uniform sparsity, in multiples of 32 neurons")
+    assert describe_widths(plan.budget).endswith("at uniform sparsity, in multiples of 32 neurons")
     assert check(parse([*args, "--sparsity.width_multiple=96"])).budget.width_multiple == 96
     small = prune(dense, uniform_masks(check(parse([*args, "--sparsity.target=0.1"])).budget))
     assert gguf_writer.tensor_bytes(small, "q8_0") < gguf_writer.tensor_bytes(dense, "q8_0")

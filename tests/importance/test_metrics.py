@@ -346,7 +346,7 @@ def test_a_registered_metric_has_default_attributes_and_is_refused_as_reliabilit
     assert registered.drift == "mean_square"
     assert gprune.RunConfig(importance="mean_square").importance == "mean_square"
     with pytest.raises(UserError, match=r"--reliability\.metric.*magnitude.*got 'mean_square'"):
-        gprune.config.ReliabilityConfig(metric="mean_square")
+        gprune.config.ReliabilityConfig(metric="mean_square").check()
 
 
 @pytest.mark.usefixtures("scratch_registry")

@@ -51,9 +51,15 @@ def types(quick: tuple[str, ...], more: tuple[str, ...]) -> list:
     return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in more)]
 
 
+@pytest.fixture(scope="module")
+def structures(tmp_path_factory) -> Path:
+    """Return a cache folder that is empty at first, so that each type is discovered once."""
+    return tmp_path_factory.mktemp("structures")
+
+
 @pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
+def _own_cache(structures, monkeypatch):
+    monkeypatch.setenv("GPRUNE_CACHE", str(structures))
     monkeypatch.setattr(discovery, "_known", {})
 
 
@@ -374,11 +380,10 @@ JOURNEYS = {  # flags of a run for each type
 
 
 @pytest.mark.parametrize("model_type", types(("stablelm",), tuple(name for name in JOURNEYS if name != "stablelm")))
-def test_a_command_line_run_prunes_and_reloads_a_discovered_type(model_type, corpora, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def test_a_command_line_run_prunes_and_reloads_a_discovered_type(model_type, corpora, structures, tmp_path):
     example(model_type).save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
-    with tiny_run.isolated(tmp_path / "cache"):
+    with tiny_run.isolated(structures):
         world = tiny_run.World(Path(tmp_path / "model"), corpora)
         result = world.run(tmp_path, "--sparsity.scope=attention+ffn", *JOURNEYS[model_type])
     checks = json.loads((tmp_path / "run" / "manifest.json").read_text())["logits"]

@@ -354,7 +354,6 @@ def placement(model: torch.nn.Module) -> list[str]:
 
 @pytest.mark.slow
 def test_a_run_with_an_offloaded_model_has_the_same_results(world, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
     whole = world.run(tmp_path, *FLAGS)
     model = AutoModelForCausalLM.from_pretrained(world.model)
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
@@ -397,7 +396,6 @@ def test_the_large_model_experiment_runs_on_a_small_model(monkeypatch, capsys):
         assert main(flags) == 0
         return large.Peak(0.0)
 
-    tiny_run.quick(monkeypatch)
     monkeypatch.setattr(large, "train", train)
     large.main(["--small"])
     assert capsys.readouterr().out.count("| the same in memory |") == 1

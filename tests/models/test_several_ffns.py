@@ -408,8 +408,7 @@ def test_a_student_trains_the_weights_of_each_ffn_once(targets, shared_expert_mo
         ("deepseek_v3", 3, ["--sparsity.scope=ffn", "--sparsity.target=0.4", "--recovery=least_squares"]),
     ],
 )  # fmt: skip
-def test_a_command_line_run_prunes_layers_with_several_ffns(model_type, layers, flags, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def test_a_command_line_run_prunes_layers_with_several_ffns(model_type, layers, flags, tmp_path):
     example(model_type).save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
     with tiny_run.isolated(tmp_path / "cache"):

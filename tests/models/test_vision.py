@@ -208,8 +208,7 @@ def save_llava(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_command_line_run_saves_a_model_that_its_card_loads_with_its_processor(tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def test_a_command_line_run_saves_a_model_that_its_card_loads_with_its_processor(tmp_path):
     dense = save_llava(tmp_path / "llava")
     world = tiny_run.World(dense, tiny_run.make_world(tmp_path).corpora)
     with tiny_run.isolated(tmp_path / "cache"):

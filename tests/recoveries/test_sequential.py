@@ -408,15 +408,10 @@ def world(tmp_path_factory):
         yield world
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    tiny_run.quick(monkeypatch)
-
-
 FLAGS = ["--recovery=least_squares_sequential", "--sparsity.scope=attention+ffn"]
 
 
-def test_a_run_recovers_its_controls_within_the_planned_tokens(world, tmp_path, quick):
+def test_a_run_recovers_its_controls_within_the_planned_tokens(world, tmp_path):
     result = world.run(tmp_path, *FLAGS)
     stages = ("base", "averaged", "gprune")
     assert {(r["stage"], r["recovery"]) for r in result.records} == {("dense", "none")} | {
@@ -444,7 +439,7 @@ def test_a_run_recovers_its_controls_within_the_planned_tokens(world, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_resumed_run_has_the_same_bits(world, tmp_path, quick):
+def test_a_resumed_run_has_the_same_bits(world, tmp_path):
     flags = [*FLAGS, "--gprune=false", f"--corpora.recover={world.names('beta')}"]
     first = world.run(tmp_path, *flags)
     # There are no statistics of corpora that are used for recovery only.
@@ -459,7 +454,7 @@ def test_a_resumed_run_has_the_same_bits(world, tmp_path, quick):
     assert (tmp_path / "other/model/model.safetensors").read_bytes() == model
 
 
-def test_a_run_recovers_models_without_whole_blocks(world, tmp_path, quick):
+def test_a_run_recovers_models_without_whole_blocks(world, tmp_path):
     flags = ["--gprune=false", "--sparsity.allocation=depth", "--recovery=least_squares_sequential"]
     result = world.run(tmp_path, *flags, "--model.dtype=bfloat16")
     assert result.model.config.num_hidden_layers == 2
@@ -467,7 +462,7 @@ def test_a_run_recovers_models_without_whole_blocks(world, tmp_path, quick):
 
 
 @pytest.mark.slow
-def test_recovery_of_an_offloaded_model_has_the_same_bits(world, tmp_path, quick, monkeypatch):
+def test_recovery_of_an_offloaded_model_has_the_same_bits(world, tmp_path, monkeypatch):
     monkeypatch.setattr("gprune.pipeline.save.check_reload", lambda *_, **__: 0.0)
     flags = [*FLAGS, "--gprune=false"]
     whole = world.run(tmp_path, *flags)

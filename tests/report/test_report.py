@@ -44,8 +44,7 @@ from tests.tiny_run import isolated
 def pristine(tmp_path_factory):
     """Return the folder of a run with both controls and with recovery."""
     folder = tmp_path_factory.mktemp("report")
-    with pytest.MonkeyPatch.context() as patch, isolated(folder / "cache"):
-        tiny_run.quick(patch)
+    with isolated(folder / "cache"):
         world = tiny_run.make_world(folder)
         flags = ("--export=none", "--recovery=bias", "--sparsity.allocation=uniform", "--evaluation.num_samples=4")
         return world.run(folder / "runs", *flags, name="tiny-gprune-wanda_sp-0.5-0123abcd").path

@@ -24,8 +24,7 @@ from tests import tiny_run
 def recovered(tmp_path_factory):
     """Return the result of a run with recovery, with its model and all rows."""
     folder = tmp_path_factory.mktemp("results")
-    with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
-        tiny_run.quick(patch)
+    with tiny_run.isolated(folder / "cache"):
         world = tiny_run.make_world(folder)
         yield world.run(folder / "runs", "--sparsity.allocation=uniform", "--recovery=bias", "--export=none")
 

@@ -33,11 +33,7 @@ def logged(world, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     flags = ["--logging.mode=offline", "--logging.group=tiny", "--logging.tags=[ours]", "--sparsity.epochs=3"]
     flags.append("--logging.artifacts=[masks,model]")
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        tiny_run.isolated(runs / "cache", WANDB_MODE="disabled"),
-    ):
-        tiny_run.quick(patch)
+    with tiny_run.isolated(runs / "cache", WANDB_MODE="disabled"):
         run = world.run(runs, *flags)
         assert os.environ["WANDB_MODE"] == "disabled"
     (file,) = wandb_files.find(run.path)
@@ -215,8 +211,7 @@ def test_wandb_variables_apply_unless_a_flag_is_given(tmp_path, unread_environme
     assert not (tmp_path / "unused").exists()
 
 
-def test_an_open_wandb_run_is_used_and_stays_open(world, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def test_an_open_wandb_run_is_used_and_stays_open(world, tmp_path):
     with tiny_run.isolated(tmp_path / "cache"):
         about = {"project": "mine", "mode": "offline", "config": {"model": "x"}, "dir": tmp_path / "mine"}
         open_run = wandb.init(**about, settings=wandb.Settings(silent=True))
@@ -267,8 +262,7 @@ def test_a_run_is_logged_offline_if_the_server_cannot_be_reached(tmp_path, caplo
     assert "The run is logged offline, for `wandb sync`" in line
 
 
-def test_logging_is_offline_by_default_and_follows_wandb_mode(world, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def test_logging_is_offline_by_default_and_follows_wandb_mode(world, tmp_path):
     args = [a for a in world.args(tmp_path, "--gprune=false") if not a.startswith("--logging")]
     for name, mode in (("quiet", "disabled"), ("default", None)):
         with tiny_run.isolated(tmp_path / "cache", WANDB_MODE=mode):
@@ -306,8 +300,7 @@ def wandb_ids_and_csv_versions(path):
     return ids, sorted(folder.name for folder in (path / "csv").iterdir())
 
 
-def test_a_finished_run_is_not_logged_again_and_a_resumed_run_keeps_its_wandb_id(world, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
+def test_a_finished_run_is_not_logged_again_and_a_resumed_run_keeps_its_wandb_id(world, tmp_path):
     with tiny_run.isolated(tmp_path / "cache"):
         flags = ("--logging.mode=offline", "--gprune=false")
         first = world.run(tmp_path, *flags)
@@ -322,7 +315,6 @@ def test_a_finished_run_is_not_logged_again_and_a_resumed_run_keeps_its_wandb_id
 
 
 def test_a_run_interrupted_while_drawing_figures_logs_its_summary_after_resuming(world, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch)
     with tiny_run.isolated(tmp_path / "cache"):
         args = world.args(tmp_path, "--gprune=false")
         with monkeypatch.context() as patch:

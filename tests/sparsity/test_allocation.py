@@ -219,7 +219,6 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
 @pytest.mark.slow
 def test_a_registered_allocation_works_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
-    tiny_run.quick(monkeypatch)
     world, calls = tiny_run.make_world(tmp_path), []
     with tiny_run.isolated(tmp_path / "cache"):
         args = world.args(tmp_path / "runs", "--gprune=false", "--sparsity.allocation=mine")

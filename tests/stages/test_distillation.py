@@ -299,7 +299,7 @@ def test_a_chain_of_recoveries_has_the_needs_of_all_and_an_instance_of_each():
 )
 def test_invalid_chains_of_recoveries_are_refused(chain, reason):
     with pytest.raises(UserError, match=reason):
-        RunConfig(recovery=chain)
+        RunConfig(recovery=chain).check()
 
 
 def test_too_few_distillation_tokens_are_refused():

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import gprune
-from gprune import imports
+from gprune import user_code
 from gprune.corpora import CORPORA
 from gprune.importance import IMPORTANCE
 from gprune.recoveries import RECOVERY
@@ -86,7 +86,7 @@ def modules(tmp_path, monkeypatch, bench):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(imports, "IMPORTED", [])
+    monkeypatch.setattr(user_code, "IMPORTED", [])
     yield tmp_path
     forget()
 
@@ -150,22 +150,26 @@ def test_rows_are_run_again_after_their_code_has_changed(bench, modules, capsys)
     assert "configurations" not in study(bench, capsys, path, *options)
 
 
-def test_records_are_shown_and_marked_if_an_imported_file_is_gone(bench, modules, capsys):
-    path = bench.write("gone", {"a": {"gprune": False, "importance": "my_metric"}}, common={"sparsity.target": 0.3})
-    options = ("--records", str(bench.folder / "gone records"))
-    shown = study(bench, capsys, path, *options, kinds=["metric"])
+def test_records_are_shown_and_marked_without_the_modules_that_made_them(bench, modules, capsys):
+    rows = {kind: {"gprune": False} | settings for kind, (settings, *_) in KINDS.items()}
+    path = bench.write("gone", rows, common={"sparsity.target": 0.3})
+    records = bench.folder / "gone records"
+    options = ("--records", str(records))
+    shown = study(bench, capsys, path, *options)
     assert "Not checked" not in shown
-    (modules / "mine_metric.py").unlink()
-    marked = study(bench, capsys, path, *options, "--table", kinds=["metric"])
-    assert "Not checked, because the code of the row or of its record is not known: a (seed 0)." in marked
-    row_of_table = next(line for line in shown.splitlines() if line.startswith("| a"))
-    assert row_of_table in marked
-    assert "Not checked" in study(bench, capsys, path, *options, kinds=["metric"])  # nothing has to be run
+    marked = study(bench, capsys, path, *options, "--table", kinds=[])
+    unchecked = ", ".join(f"{kind} (seed 0)" for kind in KINDS)
+    assert f"Not checked, because the code of the row or of its record is not known: {unchecked}." in marked
+    for kind in KINDS:
+        row_of_table = next(line for line in shown.splitlines() if line.startswith(f"| {kind}"))
+        assert row_of_table in marked
+    assert "Not checked" in study(bench, capsys, path, *options, kinds=[])  # nothing has to be run
     forget()
-    flags = ("--import=./mine_metric.py", "--", "--sparsity.target=0.4")
-    message = bench.refused(capsys, path, *options, *flags)
-    expected = "--import must be a module or an existing .py file without other dots; got './mine_metric.py'."
-    assert message == f"gprune study: {expected}\n"
+    with registries.restored(*REGISTRIES):
+        assert list(gprune.load_study(path, records=records).to_frame()["row"]) == [*KINDS]
+    forget()
+    message = bench.refused(capsys, path, *options, "--", "--sparsity.target=0.4")
+    assert message.startswith("gprune study: Row 'metric': Unknown importance metric 'my_metric'. Available: ")
 
 
 def run(world, folder, *flags: str) -> None:
@@ -189,7 +193,7 @@ def test_a_run_folder_with_other_code_is_refused_with_the_module_that_has_change
     )
     with registries.restored(*REGISTRIES):  # results of earlier code can still be loaded
         forget()
-        imports.import_user_module("./mine_metric.py")
+        user_code.import_user_module("./mine_metric.py")
         assert gprune.load_run(modules / "runs/run").summary
 
 
