@@ -96,7 +96,7 @@ class World:
             f"--corpora.recover={self.names(*SEEN)}",
             f"--corpora.evaluate={self.names('alpha', *UNSEEN)}",
             "--corpora.num_samples=4", "--corpora.seq_len=32", "--corpora.batch_size=4",
-            "--recovery=none", "--partition.num_modules=4", "--partition.steps=20", "--sparsity.epochs=1",
+            "--recovery=none", "--partition.num_modules=4", "--partition.steps=10", "--sparsity.epochs=1",
             "--evaluation.num_samples=2", "--evaluation.seq_len=32", "--evaluation.development_samples=1",
             "--evaluation.curve=[0.25]", "--logging.mode=disabled",
             "--trainer.accelerator=cpu", "--trainer.precision=32-true",  # the same bits on every processor
@@ -144,15 +144,21 @@ def in_this_process(command: list[str], *, input: str, **_: object) -> Completed
 WRITE_PAGES, WRITE_FIGURES = prune.write_pages, summary.write_figures
 
 
-def quick(patch: pytest.MonkeyPatch, *, draw: bool = False) -> None:
+def quick(patch: pytest.MonkeyPatch) -> None:
     """Replace the two slowest parts of tiny runs; `conftest.py` does so for all tests.
 
     - The export is reloaded in this process, except in tests with the fixture `fresh_process` and in scripts.
-    - Unless `draw`, a run draws no figures and writes no page.
+    - A run draws no figures and writes no page, except after `draw`.
     """
     patch.setattr(hf, "subprocess", SimpleNamespace(run=in_this_process))
-    patch.setattr(prune, "write_pages", WRITE_PAGES if draw else lambda run: None)
-    patch.setattr(summary, "write_figures", WRITE_FIGURES if draw else lambda *_: [])
+    patch.setattr(prune, "write_pages", lambda run: None)
+    patch.setattr(summary, "write_figures", lambda *_: [])
+
+
+def draw(patch: pytest.MonkeyPatch) -> None:
+    """Let runs draw figures and write pages, as for users."""
+    patch.setattr(prune, "write_pages", WRITE_PAGES)
+    patch.setattr(summary, "write_figures", WRITE_FIGURES)
 
 
 @dataclass(frozen=True)

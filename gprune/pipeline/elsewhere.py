@@ -271,7 +271,7 @@ def _evaluate(
     finished_rows = {(r["stage"], r["recovery"]) for r in records}
     corpora = run.cfg.corpora
     # The other tool is assumed to have used the calibration text of these settings.
-    leaked = leaks(run, also_used=[corpora.score, *corpora.drift, *corpora.recover])
+    leaked = leaks(run, also_used=[*corpora.scored, *corpora.drift, *corpora.recover])
 
     def measure_dense(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
         return dense_perplexity(run, model, windows, name, measure=measure_perplexity)

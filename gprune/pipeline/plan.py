@@ -144,7 +144,7 @@ class Plan:
     @cached_property
     def removed(self) -> int:
         """Number of removed parameters if all blocks are equally sparse; exact only for a target in parameters."""
-        return self.budget.costs.in_parameters.removed(uniform_masks(self.budget))
+        return self.budget.parameters_removed_by(uniform_masks(self.budget))
 
     @property
     def forward_tokens(self) -> int:
@@ -227,15 +227,15 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
 
 def describe_unpruned(plan: Plan) -> str:
     """Describe layers whose FFN or attention is not pruned, and how large they are; empty if all layers are pruned."""
-    costs, model = plan.budget.costs, plan.skeleton
-    units_by_kind = {"FFN": costs.neurons}
+    budget, model = plan.budget, plan.skeleton
+    units_by_kind = {"FFN": [block.neurons for block in budget.units]}
     if "attention" in plan.cfg.sparsity.scope:
-        units_by_kind["attention"] = costs.groups
+        units_by_kind["attention"] = [block.groups for block in budget.units]
     sentences = []
     for kind, units in units_by_kind.items():
-        missing = sum(not any(units[block] for block in layer) for layer in costs.by_layer)
+        missing = sum(not any(units[block] for block in layer) for layer in budget.by_layer)
         if missing:
-            layers = f"{missing} of {len(costs.by_layer)} layers"
+            layers = f"{missing} of {len(budget.by_layer)} layers"
             sentences.append(f"{kind} of {layers}, without units that can be removed")
     for path, module in find_unpruned(model).items():
         share = module.parameters / model.num_parameters()

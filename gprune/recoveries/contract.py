@@ -123,7 +123,7 @@ class Recovery(Feature):
             return {}
         return {
             "weights": sizes.rows + sizes.weight * sizes.kept_parameters,
-            "gram_matrices": sizes.grams + 12 * max(sizes.costs.neurons) ** 2,
+            "gram_matrices": sizes.grams + 12 * max(block.neurons for block in sizes.budget.units) ** 2,
             "activations": sizes.forecasts,
         }
 

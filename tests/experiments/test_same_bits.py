@@ -12,6 +12,7 @@ from experiments.same_bits import layout
 from experiments.same_bits.configurations import configurations
 from gprune.config.parse import parse
 from gprune.sparsity.allocation import ALLOCATION
+from gprune.sparsity.target import Target
 from tests import tiny_run
 
 # `from experiments.same_bits import __main__` would be the module `__main__` of pytest.
@@ -23,7 +24,7 @@ ONE, OTHER = "owl_protect", "depth"  # names of configurations; the runs here ar
 def runs(world, shared_cache, tmp_path_factory):
     """Return a folder with the run folders `first`, `again` and, with another seed, `seed`."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = ("--partition.steps=4", "--recovery=least_squares", "--evaluation.controls=[]")
+    flags = ("--recovery=least_squares", "--evaluation.controls=[]")
     for name, seed in (("first", 0), ("again", 0), ("seed", 1)):
         assert tiny_run.main(world.args(folder, *flags, f"--run.seed={seed}", name=name)) == 0
     return folder
@@ -109,5 +110,5 @@ def test_the_configurations_have_every_allocation_recovery_scope_and_kind_of_tar
     assert {cfg.sparsity.scope for cfg in tiny} == {"ffn", "attention+ffn", "ffn+blocks", "attention+ffn+blocks"}
     targets = {str(cfg.sparsity.target).lstrip("+0123456789.") for cfg in tiny}
     assert targets == {"", "%", "M", "KiB", "x"}
-    assert any(cfg.sparsity.quality for cfg in tiny)
+    assert any(Target.of(cfg.sparsity.target).is_searched for cfg in tiny)
     assert len(known) - len(tiny) == 2

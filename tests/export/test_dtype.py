@@ -26,9 +26,8 @@ from tests.tiny_families import make_tiny, some_masks, tiny_of
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_export_in_bfloat16_reloads_with_the_same_bits_and_leaves_the_model_in_memory_unchanged(
-    family, tmp_path, token_batch, monkeypatch
+    family, tmp_path, token_batch
 ):
-    tiny_run.quick(monkeypatch)
     model = make_tiny(family)
     small = prune(model, some_masks(model, attention=False))
     dtypes_and_addresses = {name: (p.dtype, p.data_ptr()) for name, p in small.named_parameters()}
@@ -41,10 +40,7 @@ def test_export_in_bfloat16_reloads_with_the_same_bits_and_leaves_the_model_in_m
 @pytest.mark.parametrize(
     ("model_type", "in_float32"), [("deepseek_v3", "mlp.gate.weight"), ("deepseek_v4", "input_layernorm.weight")]
 )
-def test_parameters_that_loading_keeps_in_float32_are_not_rounded(
-    model_type, in_float32, tmp_path, token_batch, monkeypatch
-):
-    tiny_run.quick(monkeypatch)
+def test_parameters_that_loading_keeps_in_float32_are_not_rounded(model_type, in_float32, tmp_path, token_batch):
     model = tiny_of(shrunk(CONFIG_MAPPING[model_type]()))
     small = prune(model, random_masks(model))
     folder = hf.save_pruned(small, None, tmp_path / "model", dtype=torch.bfloat16)
@@ -77,15 +73,12 @@ def test_a_byte_target_counts_parameters_that_are_kept_in_float32(tmp_path):
     parameters = dict(small.named_parameters())
     files = [load_file(file) for file in folder.glob("*.safetensors")]
     written = sum(tensor.nbytes for file in files for name, tensor in file.items() if name in parameters)
-    planned = plan.budget.costs.prices.model - plan.budget.costs.removed(masks)
+    planned = plan.budget.model - plan.budget.removed_by(masks)
     assert planned == HALF_BITS * written <= HALF_BITS * 120 * 2**10
 
 
 @pytest.mark.slow
-def test_a_float32_run_exports_in_the_dtype_of_the_checkpoint_unless_export_dtype_is_given(
-    tmp_path, monkeypatch, capsys
-):
-    tiny_run.quick(monkeypatch)
+def test_a_float32_run_exports_in_the_dtype_of_the_checkpoint_unless_export_dtype_is_given(tmp_path, capsys):
     world = tiny_run.make_world(tmp_path)
     AutoModelForCausalLM.from_pretrained(world.model, dtype=torch.bfloat16).save_pretrained(world.model)
     flags = ("--gprune=false", "--evaluation.controls=[]")

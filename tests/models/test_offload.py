@@ -406,10 +406,6 @@ TWO_GPUS = pytest.mark.skipif(
 )
 
 
-# Each collective step of two processes on one core waits for the other process, so runs of two processes do less.
-SHORT = ("--partition.steps=2", "--evaluation.curve=[]")
-
-
 # A run that records how many numbers of a sharded model this rank has, and writes all Gram matrices to files. Rank 0 is
 # late with `metrics.json`: rank 1 must ask rank 0 which steps are finished, instead of reading the disk.
 SHARDED = """
@@ -450,7 +446,8 @@ def test_a_model_sharded_over_two_processes_has_the_results_of_whole_models(acce
         ("sharded", tmp_path / "sharded.py", [str(tmp_path)]),
     ):
         flags = ["--corpora.num_samples=5", "--sparsity.scope=attention+ffn", "--recovery=least_squares"]
-        flags += ["--export=none", "--evaluation.num_samples=5", "--evaluation.development_samples=5", *SHORT]
+        flags += ["--export=none", "--evaluation.num_samples=5", "--evaluation.development_samples=5"]
+        flags += ["--evaluation.curve=[]"]
         flags += ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.accelerator={accelerator}"]
         if name == "sharded":
             flags += ["--model.shard=true"]
@@ -490,7 +487,7 @@ def test_a_model_sharded_over_two_processes_has_the_results_of_whole_models(acce
 def test_a_sharded_run_recomputes_a_missing_recovery_and_metrics_to_the_same_bits(world, tmp_path):
     """The recovery is then the only collective step, and a control is recovered during evaluation."""
     flags = ["--recovery=[least_squares,distill]", "--distill.tokens=384", "--export=none", "--model.shard=true"]
-    flags += [*SHORT, "--evaluation.controls=[base]", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    flags += ["--evaluation.curve=[]", "--evaluation.controls=[base]", "--trainer.devices=2", "--trainer.strategy=ddp"]
     args = world.args(tmp_path, *flags, name="run")
 
     def losses_of_run():

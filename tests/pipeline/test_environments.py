@@ -91,21 +91,21 @@ def matplotlibrc(folder: Path) -> dict[str, str]:
 
 
 def test_results_do_not_depend_on_the_environment_or_on_an_open_wandb_run(expected, tmp_path):
-    """Another hash seed, HOME, locale, matplotlibrc and umask, and W&B's run of the caller."""
+    """Another hash seed, locale, matplotlibrc and umask, and W&B's run of the caller."""
     (tmp_path / "mine.py").write_text(INSIDE_A_WANDB_RUN)
     variables = {"PYTHONHASHSEED": "2", "PYTHONPATH": str(ROOT)}
-    variables |= home_is_a_file(tmp_path) | matplotlibrc(tmp_path) | german_locale(tmp_path)
+    variables |= matplotlibrc(tmp_path) | german_locale(tmp_path)
     stderr = smoke(tmp_path, tmp_path / "mine.py", tmp_path, umask=0o077, **variables)
     assert stderr.count("\n") <= 1, stderr
     assert records_and_weights(tmp_path) == expected
 
 
-def test_results_do_not_depend_on_a_terminal_or_on_warnings_as_errors(expected, tmp_path):
+def test_results_do_not_depend_on_a_terminal_on_home_or_on_warnings_as_errors(expected, tmp_path):
     def work() -> None:
         os.chdir(ROOT)
         os.dup2(os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT), 2)
-        variables = environment(tmp_path / "cache", TERM="xterm-256color", PYTHONWARNINGS="error")
-        os.execve(sys.executable, command(tmp_path), variables)
+        more = {"TERM": "xterm-256color", "PYTHONWARNINGS": "error"} | home_is_a_file(tmp_path)
+        os.execve(sys.executable, command(tmp_path), environment(tmp_path / "cache", **more))
 
     screen = on_a_terminal(work, 100)
     assert "python_help" in screen

@@ -20,8 +20,8 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import WindowPerplexity, perplexity, window_losses
+from gprune.models.gating import masked
 from gprune.models.surgery import prune as sliced
-from gprune.sparsity.gates import masked
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.threshold_learning import ThresholdLearning
@@ -183,7 +183,7 @@ def test_fast_dev_run_trains_every_stage_on_one_batch(tiny_model):
 
 
 def test_a_run_from_python_uses_callback_and_logger_objects(world, tmp_path, monkeypatch):
-    tiny_run.quick(monkeypatch, draw=True)
+    tiny_run.draw(monkeypatch)
     stopping, saving = EarlyStopping(**NEVER_BETTER), ModelCheckpoint(monitor="development/perplexity", save_top_k=2)
     tensorboard = TensorBoardLogger(tmp_path / "tb", name="", version="")
     result = prune(parse(flags(world, tmp_path, *LEARNS)), callbacks=[stopping, saving], logger=tensorboard)

@@ -73,7 +73,7 @@ def test_predicted_memory_peaks_are_within_25_percent_of_measured_ones(flags, tm
 
     monkeypatch.setattr(RunFolder, "step", measured_step)
     args = ("--corpora.seq_len=256", "--evaluation.seq_len=256", "--recovery=least_squares+distill", "--export=none")
-    short = ("--partition.steps=2", "--evaluation.curve=[]", f"--corpora.evaluate={world.names('alpha')}")
+    short = ("--evaluation.curve=[]", f"--corpora.evaluate={world.names('alpha')}")
     cfg = parse(world.args(tmp_path / "runs", *args, "--distill.tokens=3072", *short, *flags))
     with tiny_run.isolated(tmp_path / "cache"), live:
         gprune.prune(cfg)

@@ -47,7 +47,7 @@ def test_a_valid_generation_config_is_exported(tmp_path):
 @pytest.mark.slow
 def test_a_run_finishes_without_figures_model_card_and_page_and_report_adds_them(tmp_path, monkeypatch, capsys):
     with tiny_run.isolated(tmp_path / "cache"):
-        tiny_run.quick(monkeypatch, draw=True)
+        tiny_run.draw(monkeypatch)
         world = tiny_run.make_world(tmp_path)
         args = world.args(tmp_path, "--gprune=false")
         first = world.run(tmp_path, "--gprune=false")

@@ -32,7 +32,7 @@ def runs(world, tmp_path_factory):
     evaluate = f"--corpora.evaluate={json.dumps([str(world.corpora['alpha']), str(odd)])}"
     flags = ("--sparsity.epochs=2", "--recovery=least_squares", evaluate)
     with pytest.MonkeyPatch.context() as patch, tiny_run.isolated(folder / "cache"):
-        tiny_run.quick(patch, draw=True)
+        tiny_run.draw(patch)
         return [world.run(folder / "runs", *flags, f"--run.seed={seed}", name=f"seed-{seed}") for seed in (0, 1)]
 
 

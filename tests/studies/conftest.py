@@ -16,8 +16,7 @@ from tests.studies.workbench import COMPARE, ROWS, Workbench
 def bench(tmp_path_factory):
     world = tiny_run.make_world(tmp_path_factory.mktemp("world"))
     folder = tmp_path_factory.mktemp("lists")
-    with tiny_run.isolated(folder / "cache"), pytest.MonkeyPatch.context() as patch:
-        tiny_run.quick(patch)
+    with tiny_run.isolated(folder / "cache"):
         yield Workbench(world, folder)
 
 
