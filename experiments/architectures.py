@@ -51,10 +51,10 @@ from gprune.export.hf import save_pruned
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import Block, blocks_of, by_layer, find_unpruned
 from gprune.models.families import FAMILIES
+from gprune.models.gating import masked
 from gprune.models.losses import why_not_measurable
 from gprune.models.surgery import prune
-from gprune.sparsity.budget import unit_costs
-from gprune.sparsity.gates import masked
+from gprune.sparsity.budget import Budget, unit_costs
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 LIMIT = 90  # seconds for one type
@@ -226,8 +226,7 @@ def _compare(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> d
     found["agrees"] = float((expected - logits).abs().max() / expected.abs().max())
     found["perplexity"] = why_not_measurable(model) is None
     removed = model.num_parameters() - small.num_parameters()
-    costs = unit_costs(blocks, scope="attention+ffn")
-    found["budget"] = removed == costs.removed(masks)
+    found["budget"] = removed == Budget(unit_costs(blocks, scope="attention+ffn"), 0).removed_by(masks)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     try:
         model.generate(ids[:, :9], **settings)

@@ -28,7 +28,7 @@ from gprune.errors import UserError
 from gprune.models.embedded import embedded_model_dir
 from gprune.report.tables import Table
 from gprune.storage.files import read_json, replacing
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 RECORDS = Path(__file__).resolve().parent / "records/runs"
 SHEARING = (

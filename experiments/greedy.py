@@ -1,13 +1,12 @@
 """Greedy removal of neurons with compensation, as an allocation, to compare with scores before least squares.
 
     python train.py --config protocol --config untrained --model.name smollm2-135m --import experiments/greedy.py \\
-        --sparsity.allocation greedy --evaluation.controls [averaged] --recovery least_squares
+        --sparsity.allocation greedy --recovery least_squares
 
 In each block, neurons are removed one by one: each time the neuron whose removal increases the error of the output
 projection least, after the remaining neurons have compensated for it. OSSCAR (arXiv 2403.12983), ZipLM (2302.04089) and
-SlimGPT (2412.18110) have this objective. All blocks lose the same fraction. The rows `base` and `averaged` use these
-masks, from the Gram matrices of `corpora.score` and of `corpora.drift`. The row `gprune` ranks by the metric, here
-averaged `act_norm`.
+SlimGPT (2412.18110) have this objective. All blocks lose the same fraction. The Gram matrices of the row `averaged` are
+those of all scoring corpora together.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def greedy(
     margins = []
     for block, channels in zip(blocks, statistics.ffn, strict=True):
         gram = channels.total.gram
-        if block.has_experts or gram is None or budget.costs.attention:
+        if block.has_experts or gram is None or budget.attention:
             needed = "--sparsity.scope ffn, dense blocks and --recovery least_squares"
             raise UserError(f"--sparsity.allocation greedy needs {needed}.")
         weight, N = block.down.weight.detach().cpu(), block.neurons

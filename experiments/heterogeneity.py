@@ -43,14 +43,13 @@ from torch import Tensor
 from gprune.console import Parser, quiet, run_guarded
 from gprune.discovery import family_of
 from gprune.errors import UserError
-from gprune.importance.weights import ffn_weights
+from gprune.importance.scores import ffn_weights
 from gprune.models.blocks import blocks_of
 from gprune.models.embedded import model_label
 from gprune.models.loading import fingerprint, load_model
 from gprune.partition.drift import rank_drift
 from gprune.partition.initial import initial_partition, parameter_embedding, shuffled_partition
-from gprune.partition.modules import Modules
-from gprune.partition.reliability import module_means
+from gprune.partition.modules import Modules, module_means
 from gprune.report.figures import FORMATS, add_title, heterogeneity_figure, save
 from gprune.report.tables import Cell, Table, caption
 from gprune.runs.results import FinishedRun, read_run

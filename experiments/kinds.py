@@ -26,7 +26,7 @@ from gprune.console import Parser, run_guarded
 from gprune.corpora.load import split_text
 from gprune.errors import UserError
 from gprune.report.tables import Table
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 SENTENCES = 20  # of a treebank without documents, in one document
 GUM = ("UniversalDependencies/UD_English-GUM", "afb41ee9bca57991125814fa04d96a0e61470c8b")

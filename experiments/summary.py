@@ -30,7 +30,7 @@ from gprune.report.figures import (
 from gprune.report.tables import Estimate, pool_estimates, ratio_to
 from gprune.runs.numbers import by_stage
 from gprune.runs.results import FinishedRun
-from gprune.studies.archive import CONTROL, finished_record, row_to_run
+from gprune.studies.archive import finished_record, row_to_run
 from gprune.studies.listing import Listing
 from gprune.studies.study import stage_ratios
 
@@ -41,20 +41,20 @@ PARTS = {
     "paper: gprune": "the paper: modules, thresholds",
     "paper, centred: gprune": "the same, centred gradient",
     "paper: averaged": "scores averaged over corpora",
-    "averaged, least squares: control + least_squares": "and least squares",
+    "averaged, least squares: averaged + least_squares": "and least squares",
     "gates: gprune + least_squares": "and gates by KL, 49k tokens",
-    "best: control + least_squares+distill": "or distillation, 98k tokens",
+    "best: averaged + least_squares+distill": "or distillation, 98k tokens",
     "base: dense": "the dense model",
 }
 # (stage, recovery, tokens of distillation): label in the figure
 LINES_BY_BUDGET = {
     ("base", "none", None): "base metric",
     ("gprune", "none", None): "the paper",
-    (CONTROL, "none", None): "averaged scores",
-    (CONTROL, "least_squares", None): "averaged, least squares",
+    ("averaged", "none", None): "averaged scores",
+    ("averaged", "least_squares", None): "averaged, least squares",
     ("gprune", "least_squares", None): "and gates, 49k tokens",
-    (CONTROL, "least_squares+distill", 49152): "or distillation, 49k",
-    (CONTROL, "least_squares+distill", 98304): "or distillation, 98k",
+    ("averaged", "least_squares+distill", 49152): "or distillation, 49k",
+    ("averaged", "least_squares+distill", 98304): "or distillation, 98k",
 }
 SMOLLM2 = {
     "questions/sparsity.yaml": [f"wanda_sp {share}" for share in (0.2, 0.3, 0.4, 0.5, 0.6)],
@@ -112,7 +112,7 @@ def _label(run: FinishedRun, stage: tuple[str, str]) -> str | None:
     """Label of a stage of a run; None if the stage is not drawn."""
     name, recovery = stage
     learned = run.settings["distill"]["tokens"] if recovery.endswith("distill") else None
-    return LINES_BY_BUDGET.get(({"averaged": CONTROL}.get(name, name), recovery, learned))
+    return LINES_BY_BUDGET.get((name, recovery, learned))
 
 
 def by_tokens() -> Lines:

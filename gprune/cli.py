@@ -14,7 +14,7 @@ from gprune.console import log_to_stdout, process_index, quiet, run_guarded
 from gprune.corpora import is_local, load_corpus
 from gprune.errors import UserError
 from gprune.models.embedded import check_model_name
-from gprune.storage.cache import check_writable
+from gprune.storage.paths import check_writable
 
 if TYPE_CHECKING:
     from gprune.runs.results import PruningResult

@@ -38,7 +38,7 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, prog: str, **options: Any):
         defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(prog, **defaults | options)
-        text = "a module or .py file to import first, which registers metrics, recoveries or stages; may be repeated"
+        text = "a module or .py file to import first, with metrics, recoveries, stages or callbacks; may be repeated"
         self.add_argument("--import", metavar="MODULE", action=Import, default=argparse.SUPPRESS, help=text)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -35,7 +35,7 @@ DTYPES = {"numbers": FLOATS + INTEGERS, "floats": FLOATS, "whole numbers": INTEG
 NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
-class _Checks:
+class UserCode:
     """Checks of functions and classes of users. Errors name them by their kind, such as "Corpus 'mine'"."""
 
     kind: str
@@ -50,19 +50,10 @@ class _Checks:
             raise UserError(f"{subject} must not change its inputs in place. Use abs() instead of abs_(), for example.")
 
     def checked(self, name: str, what: str, value: Any, *shapes: tuple[int, ...], of: str = "finite numbers") -> Tensor:
-        """Check a tensor that the entry `name` returned, and return it detached.
+        """Return the tensor `value`, detached, that the entry `name` returned as `what`, such as "scores".
 
-        Args:
-            name: name of the entry.
-            what: the word for the tensor, such as "scores".
-            value: what the entry returned.
-            shapes: the shapes that are allowed.
-            of: content of the tensor: a key of `DTYPES`, or `finite ` and a key, with which values are checked too.
-                That check waits for the device.
-
-        Raises:
-            UserError: if the value is not a tensor with one of the shapes and the dtypes, or has values that are not
-                finite.
+        Raise UserError unless it has one of the shapes and a dtype of `DTYPES[of]`. With `finite ` before the key of
+        `DTYPES`, values are checked too, which waits for the device.
         """
         import torch
 
@@ -80,15 +71,11 @@ class _Checks:
         raise UserError(f"{subject} must give {what} {shape} as a tensor of {of}; got {received}.")
 
 
-class Registry(_Checks, Generic[T]):
-    """Map names to registered functions or classes.
-
-    Args:
-        kind: the word for an entry in messages, such as "corpus".
-    """
+class Registry(UserCode, Generic[T]):
+    """Map names to registered functions or classes."""
 
     def __init__(self, kind: str):
-        self.kind = kind
+        self.kind = kind  # the word for an entry in messages, such as "corpus"
         self._entries: dict[str, T] = {}
         self._registered_in: dict[str, str] = {}  # name -> the module that registers it
 
@@ -141,7 +128,7 @@ class Registry(_Checks, Generic[T]):
         return iter(self._entries)
 
 
-class StageClass(_Checks):
+class StageClass(UserCode):
     """The class of a stage, which a flag names: the built-in one, or the path of a class of the user.
 
     As for `--trainer.callbacks`, the path names a class in a module that is already imported (`--import`), because it
@@ -159,15 +146,23 @@ class StageClass(_Checks):
 
     def check(self, name: str) -> None:
         """Raise UserError unless the name is the built-in one, or the path of a loaded class with the method."""
-        if name != self.built_in[0]:
-            self._loaded(name)
+        if name != self.built_in[0]:  # its file imports PyTorch
+            _ = self[name]
 
     def __getitem__(self, name: str) -> type:
-        """Return the class. The built-in one is imported when it is first used."""
-        if name != self.built_in[0]:
-            return self._loaded(name)
-        module, _, attribute = self.built_in[1].rpartition(".")
-        return getattr(importlib.import_module(module), attribute)
+        """Return the class of a name, with the errors of `check`."""
+        if name == self.built_in[0]:
+            module, _, attribute = self.built_in[1].rpartition(".")
+            return getattr(importlib.import_module(module), attribute)
+        if "." not in name:
+            known = f"{self.built_in[0]}, or the path of a class such as my_module.MyClass, with --import my_module"
+            raise UnregisteredError(f"Unknown {self.kind} '{name}'. Available: {known}.")
+        found = find_loaded(name, f"--{self.flag}")
+        is_stage = isinstance(found, type) and any(cls.__name__ == "LightningModule" for cls in found.__mro__)
+        if not (is_stage and callable(getattr(found, self.method, None))):
+            needed = f"the path of a LightningModule with the method {self.method}"
+            raise UserError(f"--{self.flag} must be {needed}; got '{name}'.")
+        return found
 
     def name_of(self, cls: type) -> str:
         """Return the name of a class: its path, or that of the built-in one."""
@@ -177,18 +172,6 @@ class StageClass(_Checks):
     def code(self, name: str) -> dict[str, str | None]:
         """Return the hashes of the user's code of a class, by module; empty for the built-in one."""
         return {} if name == self.built_in[0] else code_at(name)
-
-    def _loaded(self, path: str) -> type:
-        """Return the class of a path. Raise UserError if it is not loaded, or is no stage with the method."""
-        if "." not in path:
-            known = f"{self.built_in[0]}, or the path of a class such as my_module.MyClass, with --import my_module"
-            raise UnregisteredError(f"Unknown {self.kind} '{path}'. Available: {known}.")
-        found = find_loaded(path, f"--{self.flag}")
-        is_stage = isinstance(found, type) and any(cls.__name__ == "LightningModule" for cls in found.__mro__)
-        if not (is_stage and callable(getattr(found, self.method, None))):
-            needed = f"the path of a LightningModule with the method {self.method}"
-            raise UserError(f"--{self.flag} must be {needed}; got '{path}'.")
-        return found
 
 
 def _calling_module() -> str:

@@ -24,12 +24,12 @@ from gprune.calibration.statistics import Moments
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
 from gprune.models.families import FAMILIES
+from gprune.models.gating import masked
 from gprune.models.loading import load_model
 from gprune.models.surgery import prune
 from gprune.pipeline.plan import check
 from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
-from gprune.sparsity.gates import masked
 from tests import registries, tiny_run
 from tests.stages.test_threshold_learning import make_stage, trainer_of
 from tests.tiny_families import make_tiny, some_masks

@@ -17,9 +17,8 @@ from gprune.partition.modules import ModuleRanks
 from gprune.pipeline.recover import tune
 from gprune.pipeline.run import TokenMeter
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery
-from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, module_thresholds
+from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked_masks, module_thresholds
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.returned import checked_masks
 from tests import registries
 from tests.calibration.test_collector import batches
 from tests.conftest import collect, make_tiny_llama

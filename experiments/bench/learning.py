@@ -38,7 +38,7 @@ from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.callbacks import StepCurves
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.threshold_learning import ThresholdLearning
-from gprune.storage.cache import cache_dir
+from gprune.storage.paths import cache_dir
 
 from .measure import Table, in_turn
 from .models import Settings, pair_of, random_masks, tokens

@@ -17,7 +17,7 @@ from gprune.models.loading import load_model
 from gprune.models.masks import Masks
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 from .measure import machine
 
@@ -76,8 +76,9 @@ def model_of(settings: Settings) -> PreTrainedModel:
 def random_masks(model: PreTrainedModel, settings: Settings) -> Masks:
     """Draw random masks that remove `sparsity` of the FFN, with equal (`uniform`) or different widths of blocks."""
     blocks = blocks_of(model)
-    costs = unit_costs(blocks, scope="ffn", uniform=settings.widths == "uniform")
-    budget = Budget.of(costs, settings.sparsity, settings.width_multiple)
+    units = unit_costs(blocks, scope="ffn")
+    uniform = settings.widths == "uniform"
+    budget = Budget.of(units, settings.sparsity, settings.width_multiple, uniform=uniform)
     generator = torch.Generator().manual_seed(settings.seed)
     margins = [torch.randn(b.neurons, generator=generator) + torch.randn(1, generator=generator) / 2 for b in blocks]
     return keep_masks(budget, margins)

@@ -68,7 +68,7 @@ def pruned(dense: PreTrainedModel, ids: Tensor, uniform: bool, groups: bool) -> 
     with Collector(dense) as collector:
         collector.observe(halves, torch.arange(2))
     scores = score_units("wanda_sp", blocks, collector.compute())
-    budget = Budget.of(unit_costs(blocks, scope="ffn", uniform=uniform), SPARSITY, WIDTH_MULTIPLE)
+    budget = Budget.of(unit_costs(blocks, scope="ffn"), SPARSITY, WIDTH_MULTIPLE, uniform=uniform)
     margins = [(s / s.mean()).log() + torch.randn(1, generator=generator) / 4 for s in scores.ffn]
     masks = keep_masks(budget, margins)
     if groups:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
 from gprune.console import Parser, quiet
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 ABOUT = """Measure tasks, perplexity and speed of a run, a model folder or any model by name.
 

@@ -30,7 +30,7 @@ from gprune.errors import UserError, quoting
 from gprune.evaluation.intervals import mean_perplexity
 from gprune.evaluation.perplexity import perplexity
 from gprune.screen import Screen
-from gprune.storage.reading import expanded, read_required_text
+from gprune.storage.paths import expanded, read_required_text
 
 WIKITEXT_FILE = "corpora/wikitext2/wiki.test.raw"
 WIKITEXT_CHARACTERS = 1_294_336  # length of the joined WikiText-2

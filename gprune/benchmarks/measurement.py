@@ -28,7 +28,7 @@ from gprune.runs.numbers import key_part
 from gprune.runs.results import config_of, exported_model, read_evaluation, read_numbers, read_run
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.files import key_of, write_json
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 log = logging.getLogger("gprune")
 METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "exact_match_stderr", "perplexity")

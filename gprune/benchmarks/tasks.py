@@ -38,7 +38,7 @@ from gprune.console import quieted
 from gprune.corpora.hub import hub_errors, offline_if_unreachable
 from gprune.corpora.windows import leading_token
 from gprune.errors import UserError, quoting, require_finite
-from gprune.storage.reading import expanded, read_required_text
+from gprune.storage.paths import expanded, read_required_text
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

@@ -67,9 +67,9 @@ def error_corpora(cfg: Any) -> dict[str, list[str]]:
     base_starts_learning = cfg.learns and bool(cfg.trials) and "averaged" not in stages
     corpora = {}
     if "base" in stages or base_starts_learning:
-        corpora["base"] = [cfg.corpora.score]
+        corpora["base"] = cfg.scored_on["base"]
     if "averaged" in stages:
-        corpora["averaged"] = cfg.corpora.drift
+        corpora["averaged"] = cfg.scored_on["averaged"]
     if cfg.gprune:
         corpora["modules"] = cfg.corpora.drift
     return corpora

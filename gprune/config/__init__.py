@@ -20,10 +20,10 @@ from gprune.config.parse import (
     read_settings,
 )
 from gprune.config.run_config import ExportConfig, RunConfig
-from gprune.config.running import DistillConfig, EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
+from gprune.config.running import EvaluationConfig, LoggingConfig, RunFolderConfig, TrainerConfig
 
 __all__ = [
-    "CONSENT", "DEFAULT_MULTIPLE", "CorporaConfig", "DistillConfig", "EvaluationConfig", "ExportConfig",
+    "CONSENT", "DEFAULT_MULTIPLE", "CorporaConfig", "EvaluationConfig", "ExportConfig",
     "LoggingConfig", "ModelConfig", "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig",
     "SparsityConfig", "TrainerConfig", "check_settings", "config_from_mapping", "effective_settings", "flatten",
     "migrate_settings", "parse", "read_flags", "read_settings",

@@ -36,12 +36,13 @@ from gprune.checks import (
     validation_message,
 )
 from gprune.errors import UserError, closest_name
-from gprune.features import attribute
+from gprune.features import Feature, attribute
 from gprune.importance.metrics import IMPORTANCE
 from gprune.registry import Registry
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.cost import COST
 from gprune.sparsity.target import Target, TargetSetting
+from gprune.sparsity.whole_blocks import WholeBlocks
 
 # Values of --reliability.metric besides activation-free metrics: the mean rank of the base metric over the drift
 # corpora, and the base metric computed from their pooled statistics.
@@ -225,12 +226,25 @@ class ModelConfig(Group, prefix="model."):
             raise UserError("--model.max_memory needs --model.device_map auto.")
 
 
+def _one_name_to_list(names: Any) -> Any:
+    """Convert the name of a single corpus to a list."""
+    return [names] if isinstance(names, str) else names
+
+
+def name_or_list(names: list[str] | None) -> list[str] | str | None:
+    """Convert a list of one corpus to its name, the form in which settings are stored."""
+    return names[0] if names is not None and len(names) == 1 else names
+
+
 class CorporaConfig(Group, prefix="corpora."):
     """Corpora for each step. A corpus is an embedded name, a hub name, a folder in $GPRUNE_DATA_DIR/corpora, or the
     path of a .txt, .jsonl or .parquet file or of a folder."""
 
-    score: Text = "wiki"
-    """Corpus for the activations of importance scores."""
+    score: Annotated[list[Text] | None, BeforeValidator(_one_name_to_list), PlainSerializer(name_or_list)] = Field(
+        ["wiki"]
+    )
+    """Corpus for the activations of importance scores, or a list of corpora, whose statistics are pooled. null: all of
+    --corpora.drift. The control base is scored on the first one."""
     drift: list[Text] = Field(["wiki", "web", "python_code"])
     """Corpora between which rank drift is measured. With a single corpus drift is 0 and no module switches."""
     learn: list[Text] = Field(["wiki", "web", "python_code"])
@@ -258,12 +272,17 @@ class CorporaConfig(Group, prefix="corpora."):
 
     def model_post_init(self, _: Any) -> None:
         """Raise UserError if a role has no corpora, or has a corpus twice."""
-        for role in ("drift", "learn", "recover", "evaluate"):
-            names = getattr(self, role)
+        for role in ("score", "drift", "learn", "recover", "evaluate"):
+            names = self.scored if role == "score" else getattr(self, role)
             if not names:
                 raise UserError(f"--corpora.{role} must name at least one corpus; got an empty list.")
             if len(set(names)) != len(names):
                 raise UserError(f"--corpora.{role} must name each corpus once; got {names}.")
+
+    @property
+    def scored(self) -> list[str]:
+        """Corpora of `score`, which are those of `drift` by null."""
+        return self.drift if self.score is None else self.score
 
 
 class PartitionConfig(Group, prefix="partition."):
@@ -358,8 +377,8 @@ class SparsityConfig(Group, prefix="sparsity."):
     """Largest share of the target that is met by whole blocks; the rest is met by units of the other blocks."""
     block_choice: Annotated[Literal["loss", "influence"], NEVER] = "loss"
     """How whole blocks are chosen. loss: greedily, each time the block whose removal gives the lowest loss on a window
-    of each of --corpora.drift. influence: the blocks that change hidden states of the scoring corpus least
-    (ShortGPT)."""
+    of each of --corpora.drift. influence: the blocks that change hidden states of the first scoring corpus
+    least (ShortGPT)."""
     allocation: Annotated[Text, Reads(ALLOCATION)] = "learned"
     """How sparsity is allocated: learned, equal, uniform, global, owl, reconstruction or depth. learned: one threshold
     per module, trained with the model frozen. equal: the same fraction of every module. The others do not learn, and
@@ -430,10 +449,10 @@ class SparsityConfig(Group, prefix="sparsity."):
             raise UserError(f"--sparsity.target {self.target} cannot be combined with --sparsity.cost {self.cost}.")
 
     @property
-    def quality(self) -> float | None:
-        """Relative rise of perplexity that the target allows (0.05 for `+5%`); None for a target in other units."""
-        target = Target.of(self.target)
-        return float(target.number) if target.unit == "quality" else None
+    def features(self) -> list[Feature]:
+        """Whole blocks, if they are in scope, and the target."""
+        whole_blocks = [WholeBlocks(self.block_choice)] if "blocks" in self.scope else []
+        return [*whole_blocks, Target.of(self.target)]
 
     @property
     def currency(self) -> str:

@@ -23,6 +23,7 @@ from gprune.config.groups import (
     Reads,
     ReliabilityConfig,
     SparsityConfig,
+    name_or_list,
 )
 from gprune.config.running import (
     DistillConfig,
@@ -36,12 +37,11 @@ from gprune.corpora.load import code_of_corpora, identity, source_of
 from gprune.errors import UserError
 from gprune.features import attribute
 from gprune.importance.metrics import IMPORTANCE
-from gprune.recoveries import RECOVERY, recovery_of
+from gprune.recoveries import RECOVERY, check_chain, recovery_learns, recovery_needs
 from gprune.registry import CALIBRATOR, LEARNER, REFINER, Registry
 from gprune.sparsity.allocation import ALLOCATION, LEARNING_FLAGS
 from gprune.sparsity.cost import COST
 from gprune.sparsity.target import Target
-from gprune.sparsity.whole_blocks import WholeBlocks
 
 
 class ExportConfig(Group, prefix="export.", plain_setting="format"):
@@ -136,6 +136,7 @@ class RunConfig(Group):
         check_options("--sparsity.options", allocation, ALLOCATION[allocation], options)
         for registry, name in self.entries:
             registry.check(name)
+        check_chain(self.recovery)
         # Name -> its registry, and its parameters that are set by flags instead of options.
         with_options: dict[str, Any] = dict.fromkeys(self.recovery.split("+"), (RECOVERY, ()))
         with_options |= {
@@ -203,9 +204,7 @@ class RunConfig(Group):
 
         Names that are not registered are left out.
         """
-        features: list[Any] = [Target.of(self.sparsity.target)]
-        if "blocks" in self.sparsity.scope:
-            features.insert(0, WholeBlocks(self.sparsity.block_choice))
+        features: list[Any] = self.sparsity.features
         for registry, name in self.entries:
             is_stage = registry in (CALIBRATOR, REFINER, LEARNER)  # these import PyTorch
             has_no_modules = registry is ALLOCATION and not self.gprune and name != self.base_allocation
@@ -216,7 +215,8 @@ class RunConfig(Group):
     @property
     def unread(self) -> dict[str, str]:
         """Flags and groups of flags that the run does not read, with the flag that is the reason."""
-        read = frozenset().union(*(attribute(feature, "also_reads") for feature in self.features))
+        read = {"corpora.drift"} if self.corpora.score is None else set()
+        read = read.union(*(attribute(feature, "also_reads") for feature in self.features))
         entries, unread = self.entries, {}
         for group in (self, *(value for _, value in self if isinstance(value, Group))):
             for name, field in type(group).model_fields.items():
@@ -239,8 +239,10 @@ class RunConfig(Group):
 
     @property
     def final(self) -> str:
-        """Stage of the run's main row: `gprune`, or `base` with `--gprune false`."""
-        return "gprune" if self.gprune else "base"
+        """Stage of the run's main row: `gprune`, or with `--gprune false` `base`, or `averaged` for several corpora."""
+        if self.gprune:
+            return "gprune"
+        return "base" if len(self.corpora.scored) == 1 else "averaged"
 
     @property
     def own_row(self) -> tuple[str, str]:
@@ -287,7 +289,7 @@ class RunConfig(Group):
     @property
     def recovery_learns(self) -> bool:
         """Whether the recovery trains on text."""
-        return recovery_of(self.recovery).learns
+        return recovery_learns(self.recovery)
 
     @property
     def fresh_windows(self) -> int:
@@ -339,13 +341,21 @@ class RunConfig(Group):
     def stages(self) -> list[tuple[str, str]]:
         """(stage, recovery) of every row of the result table after `dense`."""
         controls = self.evaluation.controls
-        stages = [self.final]
-        if self.gprune:
-            stages = [name for name in ("base", "averaged") if name in controls] + ["gprune"]
+        before = {"base": (), "averaged": ("base",), "gprune": ("base", "averaged")}[self.final]
+        stages = [*(name for name in before if name in controls), self.final]
         recoveries = [self.recovery]
         if self.recovery != "none" and "unrecovered" in controls:
             recoveries = ["none", self.recovery]
         return [(stage, recovery) for recovery in recoveries for stage in stages]
+
+    @property
+    def scored_on(self) -> dict[str, list[str]]:
+        """Stage -> the corpora on whose pooled statistics its units are scored."""
+        scored, needed = self.corpora.scored, {stage for stage, _ in self.stages}
+        if self.gprune:
+            needed.add("base")  # learning starts from its masks
+        corpora = {"base": scored[:1], "averaged": self.corpora.drift if self.gprune else scored, "gprune": scored}
+        return {stage: names for stage, names in corpora.items() if stage in needed}
 
     @property
     def evaluates_early(self) -> bool:
@@ -361,7 +371,7 @@ class RunConfig(Group):
         unread = self.unread
         roles = {role: getattr(self.corpora, role) for role in ("drift", "learn", "recover")}
         used = {role: [] if f"corpora.{role}" in unread else corpora for role, corpora in roles.items()}
-        return {"score": [self.corpora.score]} | used
+        return {"score": self.corpora.scored} | used
 
     @property
     def development_corpora(self) -> list[str]:
@@ -376,7 +386,7 @@ class RunConfig(Group):
     @property
     def training_free_recovery(self) -> str:
         """The recoveries of the `--recovery` chain that do not train, or `none`."""
-        return "+".join(name for name in self.recovery.split("+") if not recovery_of(name).learns) or "none"
+        return "+".join(name for name in self.recovery.split("+") if not recovery_learns(name)) or "none"
 
     @property
     def trials(self) -> list[str]:
@@ -387,7 +397,7 @@ class RunConfig(Group):
     def calibration_corpora(self) -> list[str]:
         """Corpora of calibration, without duplicates, in a fixed order."""
         roles = self.roles
-        recover = roles["recover"] if recovery_of(self.recovery).needs - {"text"} else []
+        recover = roles["recover"] if recovery_needs(self.recovery) - {"text"} else []
         return list(dict.fromkeys([*roles["score"], *roles["drift"], *recover]))
 
     @property
@@ -399,9 +409,9 @@ class RunConfig(Group):
         """Raise UserError for unknown or repeated corpora. No text is read."""
         for name in dict.fromkeys([*self.train_corpora, *self.corpora.evaluate]):
             source_of(name)
-        for role in ("drift", "learn", "recover", "evaluate"):
+        for role in ("score", "drift", "learn", "recover", "evaluate"):
             names: dict[str, str] = {}  # identity of a corpus -> its first name
-            for name in getattr(self.corpora, role):
+            for name in getattr(self.corpora, role) or ():
                 if (first_name := names.setdefault(identity(name), name)) != name:
                     raise UserError(f"--corpora.{role} must name each corpus once; got '{first_name}' and '{name}'.")
         trained_on = {identity(name) for name in self.train_corpora}
@@ -436,6 +446,7 @@ class RunConfig(Group):
         `Identity` marks settings that are left out, of which `Feature.identity` adds some. `code` is the user's code.
         """
         settings = _identifying(self, self.model_dump(), self.model_dump(exclude_defaults=True))
+        settings["corpora"]["score"] = name_or_list(self.corpora.scored)
         settings["evaluation"]["development_samples"] = self.development_windows
         settings["trainer"]["world_size"] = self.processes
         for feature in self.features:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gprune.checks import AtLeast0, AtLeast1, UpTo4096
 from gprune.config.groups import Group
 from gprune.errors import UserError
-from gprune.sparsity.cost import COST, Currency, Price
+from gprune.sparsity.cost import COST, Currency, ModelCosts
 
 log = logging.getLogger("gprune")
 FILE = "speed.json"  # file in a run's folder
@@ -87,12 +86,12 @@ class Seconds(Currency):
             measure=bool(flag), again=cfg.speed.measure, run_table=Path(cfg.folder) / FILE,
         )  # fmt: skip
 
-    def price(self, pricing: Any) -> Price:
-        """Return the costs of units in picoseconds."""
-        from gprune.evaluation.speed import price_from_table
+    def costs(self, pricing: Any) -> ModelCosts:
+        """Return the costs of the model in picoseconds."""
+        from gprune.evaluation.speed import costs_from_table
         from gprune.models.blocks import blocks_of
 
-        return price_from_table(self.table(pricing), blocks_of(pricing.skeleton))
+        return costs_from_table(self.table(pricing), blocks_of(pricing.skeleton))
 
     def best_multiple(self, pricing: Any) -> int:
         """Return the width multiple of `--sparsity.width_multiple auto`."""
@@ -102,13 +101,15 @@ class Seconds(Currency):
 
     def lines(self, plan: Any) -> dict[str, str]:
         """Return the speed at uniform sparsity, which is predicted from the latency table, if there is one."""
+        from gprune.sparsity.budget import removed_cost
         from gprune.sparsity.cut import uniform_masks
 
         if not plan.pricing.device_available or self.table(plan.pricing) is None:
             return {"speed": "not measured; --sparsity.target 1.2x measures it"}
-        price = self.price(plan.pricing)
-        saved_time = replace(plan.budget.costs, price=price).removed(uniform_masks(plan.budget))
-        return {"speed": f"{price.model / (price.model - saved_time):.2f}x of dense by the table ({plan.cfg.speed})"}
+        costs, time_outside = self.costs(plan.pricing)
+        time = sum(of_block.whole for of_block in costs) + time_outside
+        saved_time = removed_cost(costs, uniform_masks(plan.budget))
+        return {"speed": f"{time / (time - saved_time):.2f}x of dense by the table ({plan.cfg.speed})"}
 
     def inputs(self, plan: Any) -> dict[str, str]:
         """Return the hash of the table, because another table gives another budget."""
@@ -128,7 +129,7 @@ class Seconds(Currency):
 
     def summary(self, run: Any, masks: Any, pruned: Any) -> dict[str, Any]:
         """Return the table and, for a target in seconds, the speed of the pruned model beside the dense model."""
-        summary = {"speed_table": self.table(run.plan.pricing) | {"layers": len(run.budget.costs.by_layer)}}
+        summary = {"speed_table": self.table(run.plan.pricing) | {"layers": len(run.budget.by_layer)}}
         if run.cfg.sparsity.currency == "seconds":
             measured_earlier = run.folder.manifest.get("summary", {}).get("speed")
             summary["speed"] = measured_earlier or self._reached(run, masks, pruned)
@@ -138,14 +139,13 @@ class Seconds(Currency):
         """Measure the speed of the pruned model in alternation with the dense model."""
         from gprune.evaluation.speed import describe_device, time_generation
 
-        costs = run.budget.costs
-        dense_cost = costs.prices.model  # in units of time
+        dense_cost = run.budget.model  # in units of time
         (_, _, (dense_seconds, pruned_seconds)), spread = time_generation(
             [run.model, pruned], **run.cfg.speed.workload()
         )
         speeds = {
             "asked": dense_cost / (dense_cost - run.budget.target),
-            "predicted": dense_cost / (dense_cost - costs.removed(masks)),
+            "predicted": dense_cost / (dense_cost - run.budget.removed_by(masks)),
             "got": dense_seconds / pruned_seconds,
         }
         numbers = ", ".join(f"{name} {speed:.2f}x" for name, speed in speeds.items())

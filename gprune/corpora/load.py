@@ -24,7 +24,7 @@ from pathlib import Path, PurePath
 
 from gprune.errors import UserError, quoting
 from gprune.registry import NAME, Registry
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 SPLITS = ("train", "development", "test")
 DEVELOPMENT_EVERY = 10

@@ -29,7 +29,7 @@ def family_of(subject: PreTrainedModel | PreTrainedConfig) -> Family:
     """
     is_model = isinstance(subject, PreTrainedModel)
     config = subject.config if is_model else subject
-    if not (is_model and RECORD in subject.__dict__):  # a model keeps the configuration of a de-quantised GGUF file
+    if not is_model:  # the weights of a model may have been de-quantised; `prune` refuses others
         refuse_quantised(config)
     record = FAMILIES.get(config.model_type.removeprefix(PRUNED))
     if record is None and is_model:
@@ -43,6 +43,7 @@ def family_of(subject: PreTrainedModel | PreTrainedConfig) -> Family:
 
 def _discovered(config: PreTrainedConfig) -> Family:
     """Return the record of a configuration's type, discovered once per process."""
+    refuse_quantised(config)
     key = type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)
     if key not in _known:
         from gprune.discovery.search import discover  # only types without a record need it

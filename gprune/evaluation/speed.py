@@ -27,7 +27,7 @@ from gprune.models.copies import copy_without_hooks
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.models.surgery import prune, widths
-from gprune.sparsity.cost import Price
+from gprune.sparsity.cost import BlockCosts, ModelCosts
 from gprune.sparsity.cut import top_of_experts
 from gprune.storage.files import Cache, key_of, read_json
 
@@ -77,12 +77,12 @@ def speed_table(
     return table
 
 
-def price_from_table(table: Table, blocks: Sequence[Block]) -> Price:
-    """Convert a latency table to costs of units in integer picoseconds.
+def costs_from_table(table: Table, blocks: Sequence[Block]) -> ModelCosts:
+    """Convert a latency table to costs of the model in integer picoseconds.
 
-    The price of a block is the cost of keeping 0, 1, ..., n of its units, interpolated linearly between measured
-    widths. Models are timed as a whole. If several blocks become narrower at once, the saved time is divided between
-    them in proportion to their parameters.
+    The cost of keeping 0, 1, ..., n units of a block is interpolated linearly between measured widths. Models are timed
+    as a whole. If several blocks become narrower at once, the saved time is divided between them in proportion to their
+    parameters.
     """
     layers = by_layer(blocks)
     neurons = [(b.neurons, b.unit_cost("ffn")) for b in blocks]
@@ -93,8 +93,9 @@ def price_from_table(table: Table, blocks: Sequence[Block]) -> Price:
     # Mean time of a layer besides its units, such as norms. It is saved only if the whole layer is removed.
     _, seconds_per_layer = table["neurons"][-1]
     fixed = max(0, round(PICOSECONDS * seconds_per_layer) - sum(all_units) // len(layers))
-    layer_costs = [cost + (fixed if b.order == 0 else 0) for b, cost in zip(blocks, all_units, strict=True)]
-    return Price(neuron_costs, group_costs, layer_costs, round(PICOSECONDS * table["rest"]))
+    whole = [cost + (fixed if b.order == 0 else 0) for b, cost in zip(blocks, all_units, strict=True)]
+    costs = [BlockCosts(*of_block) for of_block in zip(neuron_costs, group_costs, whole, strict=True)]
+    return costs, round(PICOSECONDS * table["rest"])
 
 
 def _unit_costs(points: Sequence[tuple[int, float]], blocks: Sequence[tuple[int, int]], layers: int) -> list[list[int]]:

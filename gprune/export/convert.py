@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from gprune.console import Parser, quiet
 from gprune.errors import UserError, optional_output, require_finite
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -45,7 +45,7 @@ from gprune.models.masks import Masks
 from gprune.models.offload import attach_all_weights, device_of, is_offloaded
 from gprune.models.surgery import prune
 from gprune.storage.files import replacing
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 log = logging.getLogger("gprune")
 

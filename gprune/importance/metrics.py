@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gprune.registry import Registry
@@ -26,7 +27,27 @@ if TYPE_CHECKING:  # this registry is imported to check flags, which should not 
     from torch import Tensor
 
     from gprune.calibration.statistics import Moments
-    from gprune.importance.weights import UnitWeights
+
+
+@dataclass(frozen=True)
+class UnitWeights:
+    """Weights of C channels with H hidden dimensions, float32.
+
+    For neurons `inputs` are the rows of gate and up, or of up only without a gate. For attention they are the value
+    rows, repeated for the query heads that share them, because a channel of the output projection's input is a weighted
+    mean over tokens of the value row's output.
+    """
+
+    inputs: tuple[Tensor, ...]  # each (C, H)
+    output: Tensor  # (H, C)
+
+    def of_expert(self, index: int, experts: int) -> UnitWeights:
+        """Return the weights of one expert, C / experts channels."""
+        per_expert = self.output.shape[1] // experts
+        channels = slice(per_expert * index, per_expert * (index + 1))
+        inputs = tuple(rows[channels] for rows in self.inputs)
+        return replace(self, inputs=inputs, output=self.output[:, channels])
+
 
 IMPORTANCE: Registry[Callable[..., Tensor]] = Registry("importance metric")
 
@@ -39,7 +60,7 @@ def metric(
     The metric is called as `function(weights, moments, generator)` for the C neurons (or attention channels) of a
     block. It returns their scores, (C,) of any float dtype, finite. Units with the smallest scores are removed first.
 
-    - weights: `importance.weights.UnitWeights`, float32: output (H, C), the columns that write to the H hidden
+    - weights: `importance.metrics.UnitWeights`, float32: output (H, C), the columns that write to the H hidden
       dimensions, and inputs, a tuple of (C, H): gate and up rows, or value rows of attention.
     - moments: `calibration.statistics.Moments` of inputs of the output projection, float64: count (), number of tokens;
       sum, sum_sq, mean, mean_sq and variance (C,); saliency (C,) if the metric needs it.

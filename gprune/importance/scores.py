@@ -1,4 +1,4 @@
-"""Scores of all units by a metric: checked, separately for each expert, and summed over the channels of a KV group."""
+"""Scores of all units by a metric, from weights and moments: each expert separately, and summed over KV groups."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from gprune.calibration.statistics import CorpusStatistics, Moments
-from gprune.importance.metrics import IMPORTANCE, magnitude
-from gprune.importance.weights import UnitWeights, attention_weights, ffn_weights
-from gprune.models.blocks import Block
+from gprune.importance.metrics import IMPORTANCE, UnitWeights, magnitude
+from gprune.models.blocks import Block, ExpertPart, Part
 
 SEED_STRIDE = 100_003  # a prime; seeds of the same block in two runs differ by a multiple of it
 
@@ -26,6 +25,22 @@ class Scores:
     ffn: list[Tensor]  # neurons (N,), or (E x N,) with E experts
     attention: list[Tensor]  # KV groups (G,): sums over their channels
     channels: list[Tensor]  # attention channels (C,)
+
+
+def ffn_weights(block: Block, device: torch.device | str = "cpu") -> UnitWeights:
+    """Return weights of the experts x neurons channels of a block's FFN, on a device."""
+    parts = [part for part in (block.gate, block.up) if part is not None]
+    return UnitWeights(tuple(_weight(part, device) for part in parts), _weight(block.down, device))
+
+
+def attention_weights(block: Block) -> UnitWeights:
+    """Return weights of the query heads x head_dim channels of a block's attention."""
+    rows = block.per_query_head(_weight(block.value))
+    return UnitWeights((rows,), _weight(block.output))
+
+
+def _weight(part: Part | ExpertPart, device: torch.device | str = "cpu") -> Tensor:
+    return part.weight.detach().float().to(device)
 
 
 def score_channels(name: str, weights: UnitWeights, moments: Moments, generator: torch.Generator) -> Tensor:
@@ -67,33 +82,23 @@ def generator_for(seed: int, block_index: int, kind: str) -> torch.Generator:
 def score_units(
     name: str, blocks: Sequence[Block], statistics: CorpusStatistics, *, seed: int = 0, attention: bool = True
 ) -> Scores:
-    """Return scores of every unit by the metric `name`."""
-
-    def channel_scores(block: Block) -> Tensor:
-        """Return the scores of a block's attention channels, (C,); zeros, (G,), if attention is not in scope."""
-        if not attention or block.output is None:
-            return torch.zeros(block.kv_groups, dtype=torch.float64)
-        generator = generator_for(seed, block.index, "attention")
-        moments = statistics.attention[block.index].total
-        return score_channels(name, attention_weights(block), moments, generator)
-
-    def neuron_scores(block: Block) -> Tensor:
-        """Return the scores of a block's neurons, (E x N,); empty without an FFN."""
-        if block.down is None:
-            return torch.zeros(0, dtype=torch.float64)
-        generator = generator_for(seed, block.index, "ffn")
-        moments = statistics.ffn[block.index].total
-        return score_ffn(name, block, ffn_weights(block), moments, generator)
-
-    def group_scores(block: Block, channels: Tensor) -> Tensor:
-        """Return the scores of a block's KV groups, (G,): sums of the scores of their channels."""
-        if not block.kv_groups:
-            return channels  # empty
-        return reduce(channels, "(g c) -> g", "sum", g=block.kv_groups)
-
-    ffn = [neuron_scores(block) for block in blocks]
-    channels = [channel_scores(block) for block in blocks]
-    groups = [group_scores(*pair) for pair in zip(blocks, channels, strict=True)]
+    """Return scores of every unit by the metric `name`; attention has the score 0 if it is not in scope."""
+    ffn, groups, channels = [], [], []
+    for block in blocks:
+        neuron_scores = torch.zeros(0, dtype=torch.float64)  # without an FFN
+        if block.down is not None:
+            moments, generator = statistics.ffn[block.index].total, generator_for(seed, block.index, "ffn")
+            neuron_scores = score_ffn(name, block, ffn_weights(block), moments, generator)
+        channel_scores = torch.zeros(block.kv_groups, dtype=torch.float64)
+        if attention and block.output is not None:
+            moments, generator = statistics.attention[block.index].total, generator_for(seed, block.index, "attention")
+            channel_scores = score_channels(name, attention_weights(block), moments, generator)
+        group_scores = channel_scores  # empty
+        if block.kv_groups:
+            group_scores = reduce(channel_scores, "(g c) -> g", "sum", g=block.kv_groups)
+        ffn.append(neuron_scores)
+        groups.append(group_scores)
+        channels.append(channel_scores)
     return Scores(ffn, groups, channels)
 
 

@@ -13,7 +13,7 @@ from gprune.errors import UserError, quoting
 from gprune.models.copies import auto_class
 from gprune.models.families import PRUNED
 from gprune.models.loading import check_complete, load_model, locate_model, read_config
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 SUBJECT = "The model made elsewhere"  # beginning of errors
 

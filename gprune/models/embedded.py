@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from gprune.console import quieted
 from gprune.errors import UserError
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 from gprune.storage.wheels import Wheel, read_member
 
 if TYPE_CHECKING:

@@ -145,10 +145,10 @@ def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTrai
         """Forward hook that replaces the hidden states in a layer's output by those in its input."""
         return with_hidden(output, args[0] if args else kwargs["hidden_states"])
 
-    removed_blocks = list(removed)
-    blocks = blocks_of(model) if removed_blocks else []
+    indices = list(removed)
+    blocks = blocks_of(model) if indices else []
     # By layer, because a layer may have several blocks.
-    layers = {blocks[index].layer_index: blocks[index].layer for index in removed_blocks}
+    layers = {blocks[index].layer_index: blocks[index].layer for index in indices}
     with ExitStack() as hooks:
         for layer in layers.values():
             hooks.callback(layer.register_forward_hook(return_input, with_kwargs=True).remove)

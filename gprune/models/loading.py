@@ -42,7 +42,7 @@ from gprune.models.copies import auto_class, turn_off_rescaling
 from gprune.models.families import FAMILIES, PRUNED, refuse_quantised
 from gprune.models.offload import StoredWeights, offload_folder
 from gprune.storage.files import as_bytes
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 log = logging.getLogger("gprune")
 # Files of a processor, which prepares images and text. A processor has at least one of the first three.

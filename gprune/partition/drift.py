@@ -9,7 +9,7 @@ import torch
 from scipy.stats import kendalltau
 from torch import Tensor
 
-from gprune.partition.reliability import count_modules
+from gprune.partition.modules import count_modules
 
 MIN_AGREEMENT_SIZE = 16  # Kendall's tau of fewer neurons is mostly noise
 

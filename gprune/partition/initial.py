@@ -11,7 +11,7 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from gprune.importance.weights import UnitWeights
+from gprune.importance.metrics import UnitWeights
 
 OVERSAMPLING = 8  # additional components that make the randomised SVD more accurate
 

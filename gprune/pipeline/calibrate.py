@@ -39,7 +39,7 @@ def calibrate(run: Run) -> dict[str, CorpusStatistics]:
         missing = missing_on_any_rank(run, missing)
     to_collect = [corpus for corpus, is_missing in zip(statistics, missing, strict=True) if is_missing]
     if to_collect:
-        statistics |= collect(run, to_collect, cache)
+        statistics |= collect_statistics(run, to_collect, kinds, cache)
     else:
         log.info("Statistics of %s are in the cache", ", ".join(statistics))
     for corpus in cfg.calibration_corpora:
@@ -102,10 +102,11 @@ def statistics_cache(run: Run) -> StatisticsCache:
     )  # fmt: skip
 
 
-def collect(run: Run, corpora: list[str], cache: StatisticsCache) -> dict[str, CorpusStatistics]:
+def collect_statistics(
+    run: Run, corpora: list[str], kinds: list[str], cache: StatisticsCache
+) -> dict[str, CorpusStatistics]:
     """Collect the statistics of corpora in one pass over each corpus, and write them to the cache."""
     cfg = run.cfg
-    kinds = ["moments", *sorted(cfg.collects)]
     saliency = cache.scopes if "saliency" in kinds else ()
 
     def store(corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:

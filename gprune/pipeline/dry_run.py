@@ -20,11 +20,11 @@ from gprune.sparsity.cut import uniform_masks
 
 def describe(plan: Plan) -> str:
     """Return the text of `--dry_run`: one line per property of a plan. Properties without a text are left out."""
-    cfg, costs = plan.cfg, plan.budget.costs
+    cfg, budget = plan.cfg, plan.budget
     parameters, dtype = plan.skeleton.num_parameters(), plan.pricing.exported_dtype
     lines = {
-        "model": f"{cfg.model.name}: {parameters:,} parameters, {len(costs.by_layer)} blocks",
-        "scope": f"{cfg.sparsity.scope}: {costs.in_parameters.total:,} parameters in units",
+        "model": f"{cfg.model.name}: {parameters:,} parameters, {len(budget.by_layer)} blocks",
+        "scope": f"{cfg.sparsity.scope}: {budget.total_parameters:,} parameters in units",
     }
     for feature in plan.features:
         lines |= attribute(feature, "lines")(plan)

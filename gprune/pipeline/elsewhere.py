@@ -211,7 +211,7 @@ def _measure(
         if recovery == "distill":
             run.step(9, "Recovering")
             with run.folder.step("recover"):
-                other = _distilled(run, other)
+                other = _recovered(run, other)
             _export(run, other)
         run.step(10, "Evaluating")
         with run.folder.step("evaluate"):
@@ -271,7 +271,7 @@ def _evaluate(
     finished_rows = {(r["stage"], r["recovery"]) for r in records}
     corpora = run.cfg.corpora
     # The other tool is assumed to have used the calibration text of these settings.
-    leaked = leaks(run, also_used=[corpora.score, *corpora.drift, *corpora.recover])
+    leaked = leaks(run, also_used=[*corpora.scored, *corpora.drift, *corpora.recover])
 
     def measure_dense(run: Run, model: PreTrainedModel, windows: Windows, name: str) -> PerplexityResult:
         return dense_perplexity(run, model, windows, name, measure=measure_perplexity)
@@ -300,7 +300,7 @@ def _perplexity_and_distance(run: Run, model: PreTrainedModel, windows: Windows,
         return perplexity_from_logits(model, windows, run.model if same_tokenizer else None, progress=advance)
 
 
-def _distilled(run: Run, model: PreTrainedModel) -> PreTrainedModel:
+def _recovered(run: Run, model: PreTrainedModel) -> PreTrainedModel:
     """Return a model after distillation from the dense model; the model is changed in place."""
     cfg = run.cfg
     material = Material(run.model, Masks([], []), fit=fit_once(run, "recovery/distill", ("model", "distill")))

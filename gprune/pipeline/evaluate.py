@@ -23,7 +23,7 @@ from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import Run
-from gprune.recoveries import recovery_of
+from gprune.recoveries import recovery_learns, recovery_needs
 from gprune.report.tables import result_table
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import DENSE, Stage, row_name
@@ -63,7 +63,7 @@ def evaluate(
     with run.folder.step("evaluate_unrecovered" if before_recovery else "evaluate"):
         for row in rows:
             # All processes are needed for a recovery that trains.
-            if row in finished_rows or not (rank_evaluates or recovery_of(row[1]).learns):
+            if row in finished_rows or not (rank_evaluates or recovery_learns(row[1])):
                 continue
             model = run.model if row == DENSE else pruned  # frees the model of the previous row
             if row not in (DENSE, cfg.own_row):
@@ -191,7 +191,7 @@ def as_record(
         "stage": stage,
         **_pruning_settings(cfg, stage),
         "recovery": recovery,
-        "ridge": cfg.ridge if recovery_of(recovery).needs else None,
+        "ridge": cfg.ridge if recovery_needs(recovery) else None,
         **recovery_settings,
         "sparsity": run.budget.sparsity if stage in STAGES else 0.0,
         "scope": cfg.sparsity.scope,

@@ -18,7 +18,7 @@ from gprune.errors import UserError
 from gprune.export.gguf_writer import tokenizer_keys
 from gprune.models.loading import load_model
 from gprune.models.offload import is_offloaded
-from gprune.recoveries import recovery_of
+from gprune.recoveries import recovery_learns
 
 log = logging.getLogger("gprune")
 
@@ -93,11 +93,11 @@ def prepare_text(
     """
     windows = window_cutter(cfg, tokenizer, embeddings, without=without)
     calibrated = dict.fromkeys([*cfg.calibration_corpora, *cfg.roles["recover"]])
-    distilled = cfg.roles["recover"] if recovery_of(cfg.recovery).learns else []
+    recovered = cfg.roles["recover"] if recovery_learns(cfg.recovery) else []
     return Text(
         train={w.corpus: w for w in windows(calibrated, "train", "train")},
         learn=[*windows(cfg.roles["learn"], "train", "learn")],
-        fresh=[*windows(distilled, "train", "fresh")],
+        fresh=[*windows(recovered, "train", "fresh")],
         development=[*windows(cfg.development_corpora, "development", "development")],
         test=[*windows(cfg.corpora.evaluate, cfg.evaluation.split, "test")],
     )

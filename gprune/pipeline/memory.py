@@ -20,7 +20,7 @@ from gprune.models.losses import CHUNK
 from gprune.models.products import count_cast_weights
 from gprune.pipeline.plan import Plan
 from gprune.pipeline.pricing import device_memory
-from gprune.recoveries import recovery_of
+from gprune.recoveries import recoveries_of
 
 GIB = 2**30
 # Fields of configurations with the number of experts to which each token is routed.
@@ -80,7 +80,7 @@ def estimated_peaks(plan: Plan) -> dict[str, Memory]:
     peaks = {"calibrate": estimate.calibrate()}
     if cfg.learns:
         peaks["learn"] = estimate.learn()
-    recoveries = [recovery_of(name).memory(estimate) for name in cfg.recovery.split("+")]
+    recoveries = [each.memory(estimate) for each in recoveries_of(cfg.recovery, cfg.recovery_settings)]
     if recoveries := [Memory(**terms) for terms in recoveries if terms]:
         peaks["recover"] = max(recoveries, key=sum)
     peaks["evaluate"] = estimate.evaluate()
@@ -92,11 +92,11 @@ class MemoryEstimate:
     """The terms of one process."""
 
     def __init__(self, plan: Plan):
-        cfg, costs, blocks = plan.cfg, plan.budget.costs, blocks_of(plan.skeleton)
+        cfg, budget, blocks = plan.cfg, plan.budget, blocks_of(plan.skeleton)
         config = plan.skeleton.config.get_text_config(decoder=True)
-        self.plan, self.cfg, self.costs = plan, cfg, costs
+        self.plan, self.cfg, self.budget = plan, cfg, budget
         self.cpu = plan.device.type == "cpu"
-        self.H, self.V, self.L = config.hidden_size, config.vocab_size, len(costs.by_layer)
+        self.H, self.V, self.L = config.hidden_size, config.vocab_size, len(budget.by_layer)
         self.C = max(block.channels for block in blocks)
         self.N = max(
             sum(block.neurons * active_experts(config, block) for block in layer) for layer in by_layer(blocks)
@@ -106,7 +106,7 @@ class MemoryEstimate:
         self.activation = 2 if self.autocast else self.weight
         self.parameters = plan.skeleton.num_parameters()
         self.kept_parameters = self.parameters - plan.removed
-        self.kept_share = 1 - plan.removed / costs.in_parameters.total
+        self.kept_share = 1 - plan.removed / budget.total_parameters
         # Copies in bfloat16 of frozen float32 weights
         self.cast = 2 * count_cast_weights(plan.skeleton) if self.autocast and self.weight == 4 else 0
 
@@ -162,7 +162,7 @@ class MemoryEstimate:
             activations += 2 * self.L * self.N * tokens
         return Memory(
             weights=self.weight * self.parameters,
-            gradients=8 * self.costs.in_parameters.total * ("saliency" in cfg.collects),  # sums in float32
+            gradients=8 * self.budget.total_parameters * ("saliency" in cfg.collects),  # sums in float32
             gram_matrices=self.grams,
             activations=activations,
         )

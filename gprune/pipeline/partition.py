@@ -15,15 +15,20 @@ from gprune.checks import format_value, select_options
 from gprune.config.groups import AVERAGED, CONSENSUS
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE
-from gprune.importance.scores import Scores, fractional_ranks, generator_for, score_ffn, score_units
-from gprune.importance.weights import ffn_weights
+from gprune.importance.scores import Scores, ffn_weights, fractional_ranks, generator_for, score_ffn, score_units
 from gprune.models.blocks import Block
 from gprune.models.offload import device_of
 from gprune.partition.drift import half_agreement, kendall_agreement, module_agreements, noise_floor, rank_drift
 from gprune.partition.initial import initial_partition, parameter_embedding, same_sizes_by_drift, shuffled_partition
-from gprune.partition.modules import Drift, ModuleRanks, Modules
+from gprune.partition.modules import (
+    Drift,
+    ModuleRanks,
+    Modules,
+    assess_reliability,
+    switched_share,
+    within_module_ranks,
+)
 from gprune.partition.objective import refinement_inputs
-from gprune.partition.reliability import assess_reliability, switched_share, within_module_ranks
 from gprune.pipeline.run import Run
 from gprune.registry import REFINER
 from gprune.runs import tracking
@@ -39,85 +44,80 @@ def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[
     drift is 0.
     """
     run.step(3, "Measuring drift")
-    corpora = run.cfg.corpora.drift
-    drift = [_drift_of(run, block, [statistics[corpus] for corpus in corpora]) for block in run.blocks]
+    drift = [drift_of_block(run, block, statistics) for block in run.blocks]
     mean = float(torch.cat([d.drift for d in drift]).mean())
     noise = float(torch.cat([d.floor for d in drift]).mean())
     log.info("Mean rank drift %.3f; sampling noise alone gives %.3f", mean, noise)
     return drift
 
 
-def _drift_of(run: Run, block: Block, statistics: Sequence[CorpusStatistics]) -> Drift:
-    """Return the rank drift of one block's N neurons between D corpora, and its noise floor."""
+def drift_of_block(run: Run, block: Block, statistics: Mapping[str, CorpusStatistics]) -> Drift:
+    """Return the rank drift of one block's N neurons between the D drift corpora, and its noise floor."""
+    cfg = run.cfg
     if block.down is None:
-        no_neurons = torch.zeros(len(statistics), 0, dtype=torch.float64)
+        no_neurons = torch.zeros(len(cfg.corpora.drift), 0, dtype=torch.float64)
         undefined = torch.tensor(float("nan"), dtype=torch.float64)
         return Drift(no_neurons, no_neurons, no_neurons[0], no_neurons[0], undefined)
-    metric, weights = IMPORTANCE[run.cfg.importance].drift, ffn_weights(block)
-    moments_by_corpus = [of_corpus.ffn[block.index] for of_corpus in statistics]
+    metric, weights = IMPORTANCE[cfg.importance].drift, ffn_weights(block)
 
-    def score(moments: Moments) -> Tensor:
+    def score_neurons(moments: Moments) -> Tensor:
         """Score the neurons, (N,), from the moments of a corpus or of half of it."""
-        return score_ffn(metric, block, weights, moments, generator_for(run.cfg.run.seed, block.index, "ffn"))
+        return score_ffn(metric, block, weights, moments, generator_for(cfg.run.seed, block.index, "ffn"))
 
-    scores = torch.stack([score(of_corpus.total) for of_corpus in moments_by_corpus])  # (D, N)
-    half_scores = torch.stack(
-        [torch.stack([score(of_corpus.half(h)) for h in (0, 1)]) for of_corpus in moments_by_corpus]
-    )  # (D, 2, N)
+    by_corpus, by_half = [], []
+    for corpus in cfg.corpora.drift:
+        channels = statistics[corpus].ffn[block.index]
+        by_corpus.append(score_neurons(channels.total))
+        by_half.append(torch.stack([score_neurons(channels.half(h)) for h in (0, 1)]))
+    scores = torch.stack(by_corpus)  # (D, N)
     ranks = fractional_ranks(scores, groups=block.experts)
-    half_ranks = fractional_ranks(half_scores, groups=block.experts)
+    half_ranks = fractional_ranks(torch.stack(by_half), groups=block.experts)  # (D, 2, N)
     if block.has_experts:  # scores of different experts are on different scales
         scores = ranks.clone()
     return Drift(scores, ranks, rank_drift(ranks), noise_floor(half_ranks), half_agreement(half_ranks))
 
 
 def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
-    """Steps 4 and 5: module labels per block, (N,) int64, by `--partition.method`."""
+    """Steps 4 and 5: module labels per block, (N,) int64, by `--partition.method`; (0,) for a block without an FFN."""
     run.step(4, "Partitioning")
 
     def compute() -> dict[str, Tensor]:
-        return {f"labels.{b}": labels for b, labels in enumerate(compute_labels(run, drift))}
+        labels = [torch.zeros(0, dtype=torch.long)] * len(run.blocks)
+        ffn_blocks = [block for block in run.blocks if block.neurons]
+        for block, block_labels in zip(ffn_blocks, compute_labels(run, ffn_blocks, drift), strict=True):
+            labels[block.index] = block_labels
+        return {f"labels.{b}": block_labels for b, block_labels in enumerate(labels)}
 
     tensors = run.folder.tensors("assignment", compute)
     return [tensors[f"labels.{b}"] for b in range(len(run.blocks))]
 
 
-def compute_labels(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
-    """Compute the module labels of every block, (N,) int64, and (0,) for a block without an FFN.
+def compute_labels(run: Run, blocks: Sequence[Block], drift: Sequence[Drift]) -> list[Tensor]:
+    """Compute the module labels, (N,) int64, of blocks with an FFN.
 
     The controls `random` and `drift_only` keep the refined module sizes and reassign the neurons.
     """
     p, seed = run.cfg.partition, run.cfg.run.seed
-    ffn_blocks = [block for block in run.blocks if block.neurons]
-    log.info("Partitioning %d blocks into modules", len(ffn_blocks))
-    ffn_drift = [drift[block.index] for block in ffn_blocks]
-    embeddings = [
-        parameter_embedding(ffn_weights(block, device_of(block.layer)), dim=p.embedding_dim, seed=seed)
-        for block in ffn_blocks
-    ]
-    labels = [
-        initial_partition(
-            embedding, block_drift.drift, num_modules=p.num_modules, similarity_weight=p.similarity_weight,
+    log.info("Partitioning %d blocks into modules", len(blocks))
+    embeddings, labels = [], []
+    for block in blocks:
+        embedding = parameter_embedding(ffn_weights(block, device_of(block.layer)), dim=p.embedding_dim, seed=seed)
+        initial = initial_partition(
+            embedding, drift[block.index].drift, num_modules=p.num_modules, similarity_weight=p.similarity_weight,
             drift_weight=p.drift_weight, seed=seed,
-        )
-        for embedding, block_drift in zip(embeddings, ffn_drift, strict=True)
-    ]  # fmt: skip
-    if p.method != "initial":
-        labels = refine(run, embeddings, ffn_drift, labels)
+        )  # fmt: skip
+        embeddings.append(embedding)
+        labels.append(initial)
+    if p.method == "initial":
+        return labels
+    refined = refine(run, embeddings, [drift[block.index] for block in blocks], labels)
     if p.method == "random":
-        seeds = [seed + BLOCK_SEED_STEP * block.index for block in ffn_blocks]
-        labels = [
-            shuffled_partition(block_labels, seed=block_seed)
-            for block_labels, block_seed in zip(labels, seeds, strict=True)
-        ]
+        pairs = zip(blocks, refined, strict=True)
+        return [shuffled_partition(of_block, seed=seed + BLOCK_SEED_STEP * block.index) for block, of_block in pairs]
     if p.method == "drift_only":
-        labels = [
-            same_sizes_by_drift(block_labels, block_drift.drift)
-            for block_labels, block_drift in zip(labels, ffn_drift, strict=True)
-        ]
-    by_block = {block.index: block_labels for block, block_labels in zip(ffn_blocks, labels, strict=True)}
-    no_labels = torch.zeros(0, dtype=torch.long)
-    return [by_block.get(b, no_labels) for b in range(len(run.blocks))]
+        pairs = zip(blocks, refined, strict=True)
+        return [same_sizes_by_drift(of_block, drift[block.index].drift) for block, of_block in pairs]
+    return refined
 
 
 def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: list[Tensor]) -> list[Tensor]:
@@ -162,20 +162,15 @@ def assess(
     switch = "off"
     if r.switch and len(run.cfg.corpora.drift) > 1:
         switch = "everywhere" if r.everywhere else "unreliable"
-    block_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, run.blocks, strict=True)]
+    base_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, run.blocks, strict=True)]
     reliability = assess_reliability(
-        labels, block_ranks, [d.drift for d in drift], [d.floor for d in drift],
+        labels, base_ranks, [d.drift for d in drift], [d.floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
     )  # fmt: skip
-    block_fallback_ranks = fallback_ranks(run, statistics)
-    module_ranks = [
-        within_module_ranks(base_ranks, fallback, block_labels, of_block.switched)
-        for base_ranks, fallback, block_labels, of_block in zip(
-            block_ranks, block_fallback_ranks, labels, reliability, strict=True
-        )
-    ]
+    switched = [of_block.switched for of_block in reliability]
+    by_block = zip(base_ranks, fallback_ranks(run, statistics), labels, switched, strict=True)
     ranks = ModuleRanks(
-        ffn=module_ranks,
+        ffn=[within_module_ranks(*of_block) for of_block in by_block],
         labels=labels,
         attention=[fractional_ranks(s, ties="ordinal") for s in scores.attention],
     )
@@ -185,8 +180,7 @@ def assess(
         block_agreement=[kendall_agreement(d.scores) for d in drift],
     )  # fmt: skip
     run.folder.write("modules", modules.tensors())
-    share = switched_share(reliability)
-    count = sum(int(of_block.switched.sum()) for of_block in reliability)
+    count, share = sum(int(of_block.sum()) for of_block in switched), switched_share(reliability)
     tracking.log_scalars(run.loggers, {"partition/switched_share": share}, step=0)
     level = logging.WARNING if switch != "off" and count == 0 else logging.INFO
     log.log(level, "%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
@@ -200,12 +194,13 @@ def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list
     the mean of the ranks by corpus, and `averaged` the ranks by pooled statistics.
     """
     cfg = run.cfg
-    metric, sources = cfg.reliability.metric, [statistics[cfg.corpora.score]]
-    if cfg.reliability.metric in (CONSENSUS, AVERAGED):
-        metric = cfg.importance  # the ranks in `Drift` may be of another metric
-        sources = [statistics[corpus] for corpus in cfg.corpora.drift]
-    if cfg.reliability.metric == AVERAGED:
+    metric, sources = cfg.reliability.metric, [statistics[corpus] for corpus in cfg.corpora.drift]
+    if metric == AVERAGED:
         sources = [pool_statistics(sources)]
+    elif metric != CONSENSUS:  # it ignores activations
+        sources = sources[:1]
+    if metric in (CONSENSUS, AVERAGED):
+        metric = cfg.importance  # the ranks in `Drift` may be of another metric
     scores_by_source = [
         score_units(metric, run.blocks, source, seed=cfg.run.seed, attention=False).ffn for source in sources
     ]

@@ -24,7 +24,7 @@ from gprune.models.copies import skeleton
 from gprune.models.loading import read_config
 from gprune.models.losses import why_not_measurable
 from gprune.pipeline.pricing import Pricing
-from gprune.recoveries import recovery_of
+from gprune.recoveries import recoveries_of, recovery_learns
 from gprune.runs.trainer import check_trainer, resolve_precision
 from gprune.runs.user_callbacks import UserCallbacks
 from gprune.sparsity.budget import Budget
@@ -114,22 +114,26 @@ class Plan:
         early = 1 + models_per_row * unrecovered_rows if cfg.evaluates_early else 0
         return early, total - early
 
-    def recovery_tokens(self, name: str, *, counts_teacher: bool) -> tuple[int, int]:
+    def recovery_tokens(self, chain: str, *, counts_teacher: bool) -> tuple[int, int]:
         """Return the (forward, forward and backward) tokens of one model's recovery, including development text."""
-        cfg, recovery = self.cfg, recovery_of(name, self.cfg.recovery_settings)
+        cfg = self.cfg
         text = len(cfg.corpora.recover) * cfg.corpora.num_samples * cfg.corpora.seq_len
-        forward, trained = recovery.tokens(text, cfg.fresh_tokens, attention=cfg.attention)
-        if recovery.learns:
-            forward += cfg.recovery_measurements * cfg.development_tokens
-        if recovery.uses_teacher and not counts_teacher and self.caches_teacher:
-            forward -= cfg.fresh_tokens
+        forward = trained = 0
+        for recovery in recoveries_of(chain, cfg.recovery_settings):
+            own_forward, own_trained = recovery.tokens(text, cfg.fresh_tokens, attention=cfg.attention)
+            forward += own_forward
+            trained += own_trained
+            if recovery.learns:
+                forward += cfg.recovery_measurements * cfg.development_tokens
+            if recovery.uses_teacher and not counts_teacher and self.caches_teacher:
+                forward -= cfg.fresh_tokens
         return forward, trained
 
     @property
     def caches_teacher(self) -> bool:
         """Whether the teacher's hidden states are cached: several models are distilled and the states are small."""
         recoveries = [*self.cfg.trials, *(recovery for _, recovery in self.cfg.stages)]
-        trained_models = sum(recovery_of(recovery).learns for recovery in recoveries)
+        trained_models = sum(recovery_learns(recovery) for recovery in recoveries)
         return trained_models > 1 and self.can_cache(self.cfg.fresh_tokens)
 
     def can_cache(self, tokens: int) -> bool:
@@ -140,7 +144,7 @@ class Plan:
     @cached_property
     def removed(self) -> int:
         """Number of removed parameters if all blocks are equally sparse; exact only for a target in parameters."""
-        return self.budget.costs.in_parameters.removed(uniform_masks(self.budget))
+        return self.budget.parameters_removed_by(uniform_masks(self.budget))
 
     @property
     def forward_tokens(self) -> int:
@@ -223,15 +227,15 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
 
 def describe_unpruned(plan: Plan) -> str:
     """Describe layers whose FFN or attention is not pruned, and how large they are; empty if all layers are pruned."""
-    costs, model = plan.budget.costs, plan.skeleton
-    units_by_kind = {"FFN": costs.neurons}
+    budget, model = plan.budget, plan.skeleton
+    units_by_kind = {"FFN": [block.neurons for block in budget.units]}
     if "attention" in plan.cfg.sparsity.scope:
-        units_by_kind["attention"] = costs.groups
+        units_by_kind["attention"] = [block.groups for block in budget.units]
     sentences = []
     for kind, units in units_by_kind.items():
-        missing = sum(not any(units[block] for block in layer) for layer in costs.by_layer)
+        missing = sum(not any(units[block] for block in layer) for layer in budget.by_layer)
         if missing:
-            layers = f"{missing} of {len(costs.by_layer)} layers"
+            layers = f"{missing} of {len(budget.by_layer)} layers"
             sentences.append(f"{kind} of {layers}, without units that can be removed")
     for path, module in find_unpruned(model).items():
         share = module.parameters / model.num_parameters()

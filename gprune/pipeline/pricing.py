@@ -17,8 +17,8 @@ from gprune.export.gguf import TYPES
 from gprune.export.hf import kept_in_float32
 from gprune.models.blocks import Block, blocks_of
 from gprune.runs.trainer import matmul_precision
-from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.cost import COST, Costs, Currency, Price, parameter_costs
+from gprune.sparsity.budget import Budget, default_width_multiple, unit_costs
+from gprune.sparsity.cost import COST, Costs, Currency, ModelCosts, costs_of_blocks, parameter_costs
 from gprune.sparsity.target import HALF_BITS
 
 
@@ -58,11 +58,9 @@ class Pricing:
     def budget(self) -> Budget:
         """Return the budget of `--sparsity.target`."""
         s, export, blocks = self.cfg.sparsity, self.cfg.export, blocks_of(self.skeleton)
-        price = self.price_in(s.currency)
-        costs = unit_costs(
-            blocks, scope=s.scope, protect=s.protect, uniform=s.uniform_width, block_share=s.block_share, price=price
-        )
-        multiple = costs.default_multiple if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
+        costs, outside = self.costs_in(s.currency)
+        units = unit_costs(blocks, scope=s.scope, protect=s.protect, costs=costs)
+        multiple = default_width_multiple(units) if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
         if multiple is None:
             with matmul_precision(self.cfg.trainer.float32_matmul_precision):
                 multiple = COST["seconds"].best_multiple(self)
@@ -70,8 +68,11 @@ class Pricing:
             raise UserError(
                 f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
             )
+        block_share = s.block_share if "blocks" in s.scope else 0.0
         try:
-            return Budget.of(costs, s.target, multiple)
+            return Budget.of(
+                units, s.target, multiple, uniform=s.uniform_width, block_share=block_share, outside=outside
+            )
         except UserError as error:
             if s.currency == "bytes" and (narrower := self.narrower_export):
                 raise UserError(f"{error} {narrower}.") from error
@@ -88,21 +89,20 @@ class Pricing:
             return "With --export.dtype bfloat16 the weights take half the bytes"
         return ""
 
-    def price_in(self, currency: str) -> Price:
-        """Return the costs of units in a registered currency."""
+    def costs_in(self, currency: str) -> ModelCosts:
+        """Return the costs of the model in a registered currency."""
         cost = COST[currency]
         if not isinstance(cost, Currency):
-            return self.price_of(currency, cost)
+            return self.costs_by(currency, cost)
         with matmul_precision(self.cfg.trainer.float32_matmul_precision):  # a currency may measure
-            return cost.price(self)
+            return cost.costs(self)
 
-    def price_of(self, currency: str, cost: Callable[..., Costs]) -> Price:
-        """Return the costs of units by a function of the model and its blocks."""
+    def costs_by(self, currency: str, cost: Callable[..., Costs]) -> ModelCosts:
+        """Return the costs of the model by a function of the model and its blocks."""
         blocks = blocks_of(self.skeleton)
         needed = "It must return whole numbers for a neuron, a KV group and the whole of each block"
         with quoting(f"Cannot compute cost '{currency}': ", f". {needed}."):
-            costs = cost(self.skeleton, blocks)
-            return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
+            return costs_of_blocks(cost(self.skeleton, blocks), blocks)
 
     def exported_bytes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Costs:
         """Return the cost of units in half bits of the export.

@@ -27,7 +27,7 @@ from gprune.export.hf import to_portable
 from gprune.pipeline.calibrate import calibrate
 from gprune.pipeline.evaluate import evaluate
 from gprune.pipeline.partition import assess, measure_drift, partition
-from gprune.pipeline.quality import with_learning_budget, with_quality_budget
+from gprune.pipeline.quality import with_quality_budget
 from gprune.pipeline.recover import shrink
 from gprune.pipeline.run import open_run
 from gprune.pipeline.save import check_discovered_structure, save
@@ -73,9 +73,8 @@ def prune(
         if cfg.gprune:
             drift = measure_drift(run, statistics)  # 3
             labels = partition(run, drift)  # 4, 5
-            modules = assess(run, statistics, scores, drift, labels)  # 6
-            learning = with_learning_budget(run, statistics, masks_of)
-            masks_of["gprune"] = learn_sparsity(learning, statistics, scores, modules, masks_of.get("base"))  # 7
+            modules = assess(run, statistics, scores["gprune"], drift, labels)  # 6
+            masks_of["gprune"] = learn_sparsity(run, statistics, scores["gprune"], modules, masks_of)  # 7
         run = with_quality_budget(run, statistics, masks_of)  # no-op unless the target is a quality
         thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:

@@ -28,13 +28,13 @@ from gprune.models.masks import Masks
 from gprune.pipeline.evaluate import dense_perplexity, measure_perplexity, shard_if_requested
 from gprune.pipeline.recover import learned_file, shrink
 from gprune.pipeline.run import Run
-from gprune.pipeline.sparsity import MasksOf, ModuleMasks
-from gprune.recoveries import recovery_of
+from gprune.recoveries import recovery_learns
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import Record, Stage, estimates, row_name
 from gprune.sparsity.budget import Budget
+from gprune.sparsity.masks import StageMasks
 from gprune.sparsity.search import SearchResult, find_largest_cut
-from gprune.sparsity.target import LEARNED_TRIES, TRIES
+from gprune.sparsity.target import LEARNED_TRIES, TRIES, Target
 from gprune.storage.files import content_hash, read_json, write_json
 
 log = logging.getLogger("gprune")
@@ -49,12 +49,18 @@ TOLERANCE = 0.05, 0.002
 TRAINED_TOLERANCE = 0.1, 0.005  # if each model has to be trained
 
 
+def requested_rise(cfg: RunConfig) -> float | None:
+    """Return the relative rise of perplexity that the target allows (0.05 for `+5%`); None for other targets."""
+    target = Target.of(cfg.sparsity.target)
+    return float(target.number) if target.is_searched else None
+
+
 class Trials:
     """Trials of the search: models of a run with their perplexity on development text."""
 
     def __init__(self, run: Run, statistics: Mapping[str, CorpusStatistics]):
         self.run, self.statistics = run, statistics
-        self.requested_rise = run.cfg.sparsity.quality  # relative rise of perplexity, such as 0.03
+        self.requested_rise = requested_rise(run.cfg)
         self.file = run.folder / FILE
         stored = self._stored()
         self.measured: dict[str, list[dict[str, Any]]] = broadcast(stored.get("measured", {}))
@@ -69,7 +75,7 @@ class Trials:
 
     def cuts(self, sparsity: float) -> float:
         """Return the number of smallest steps that remove a share of the scope."""
-        return sparsity * self.run.budget.costs.total / self.step
+        return sparsity * self.run.budget.total / self.step
 
     def budget(self, cut: int) -> Budget:
         """Return the budget of `cut` smallest steps, at most the largest budget."""
@@ -78,7 +84,7 @@ class Trials:
     def results(self, masks: Masks, row: Stage, budget: Budget) -> list[PerplexityResult]:
         """Return the perplexity of a recovered model on each development text, measured or from an earlier trial."""
         run, key = self.run, self._key(masks, row)
-        learns = recovery_of(row[1]).learns
+        learns = recovery_learns(row[1])
         if learns:
             self.trained.setdefault(key, masks)
         if key not in self.measured:
@@ -130,13 +136,13 @@ class Trials:
         return paired_ratio(by_corpus(results), by_corpus(self.dense), predicted_tokens)
 
     def search(
-        self, row: Stage, masks_of: MasksOf, *, after: SearchResult | None = None, resolution: int = 1
+        self, row: Stage, masks_of: StageMasks, *, after: SearchResult | None = None, resolution: int = 1
     ) -> SearchResult:
         """Search the largest cut of a row (stage, recovery) that keeps the quality, from the result of another search.
 
         The search ends within `resolution` cuts of one that does not keep the quality.
         """
-        learns = recovery_of(row[1]).learns
+        learns = recovery_learns(row[1])
         share_of_rise, share_of_dense = TRAINED_TOLERANCE if learns else TOLERANCE
 
         def rise(cut: int) -> float:
@@ -154,14 +160,16 @@ class Trials:
         )  # fmt: skip
 
 
-def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
+def with_learning_budget(
+    run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, StageMasks]
+) -> Run:
     """Return the run with the budget at which thresholds are learned; the same run if the target is not a quality.
 
     It is the largest budget, to a percentage point, at which masks of a control keep the quality. If there is none, it
     is one percentage point.
     """
     cfg = run.cfg
-    if not (cfg.sparsity.quality and cfg.learns):
+    if requested_rise(cfg) is None or not cfg.learns:
         return run
     run.step(7, "Finding the share at which sparsity is learned")
     trials = Trials(run, statistics)
@@ -171,18 +179,20 @@ def with_learning_budget(run: Run, statistics: Mapping[str, CorpusStatistics], m
     return run.with_budget(trials.budget(best.cut if best else resolution))
 
 
-def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, MasksOf]) -> Run:
+def with_quality_budget(
+    run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, StageMasks]
+) -> Run:
     """Return the run with the largest budget that keeps the quality; the same run if the target is not a quality.
 
     It is searched for with models of the main row. The trials and the result are stored in `quality.json`. UserError if
     even the smallest cut does not keep the quality, or the masks of the learner are for one budget.
     """
     cfg, s = run.cfg, run.cfg.sparsity
-    if not s.quality:
+    if requested_rise(cfg) is None:
         return run
     run.step(8, "Finding the share that keeps the quality")
     masks_at = masks_of[cfg.final]
-    if isinstance(masks_at, ModuleMasks) and masks_at.fixed(run.budget):
+    if masks_at.for_one_budget:
         reason = "the masks of a quality target must follow from its thresholds"
         raise UserError(f"--sparsity.learner {s.learner} needs a share such as 0.3 as target: {reason}.")
     trials = Trials(run, statistics)
@@ -193,7 +203,7 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
     if search.best is None:
         smallest = trials.budget(1)
         ratio, _, _ = trials.interval(trials.results(masks_at(smallest), cfg.own_row, smallest))
-        removed = f"{smallest.costs.removed(masks_at(smallest)):,} {s.currency.replace('_', ' ')}"
+        removed = f"{smallest.removed_by(masks_at(smallest)):,} {s.currency.replace('_', ' ')}"
         raise UserError(
             f"--sparsity.target must be above {_percent(ratio)}, the change of development perplexity by the smallest "
             f"cut ({removed}); got {s.target}."
@@ -205,7 +215,7 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
     masks = masks_at(budget)
     rows = [_size_of_main_row(trials, search, budget, masks)]
     trial = trials.number(masks, cfg.own_row)
-    trials.write(reached={"asked": s.quality, "largest": is_largest, "trial": trial, "rows": rows})
+    trials.write(reached={"asked": trials.requested_rise, "largest": is_largest, "trial": trial, "rows": rows})
     _remove_other_trials(trials, masks)
     return run.with_budget(budget)
 
@@ -213,13 +223,13 @@ def with_quality_budget(run: Run, statistics: Mapping[str, CorpusStatistics], ma
 def _size_of_main_row(trials: Trials, search: SearchResult, budget: Budget, masks: Masks) -> dict[str, Any]:
     """Return how many parameters the main row needs for the requested quality."""
     run, row = trials.run, trials.run.cfg.own_row
-    costs, predicted_rise = run.budget.costs, search.best.predicted
+    predicted_rise = search.best.predicted
     ratio, low, high = trials.interval(trials.results(masks, row, budget))
     return {
         "row": row_name(*row),
         "models": len(search.points),
-        "share": costs.removed(masks) / costs.total,
-        "parameters": run.model.num_parameters() - costs.in_parameters.removed(masks),
+        "share": run.budget.removed_by(masks) / run.budget.total,
+        "parameters": run.model.num_parameters() - run.budget.parameters_removed_by(masks),
         "predicted": None if predicted_rise is None else math.exp(predicted_rise),
         "got": ratio,
         "low": low,
@@ -242,10 +252,12 @@ def _remove_other_trials(trials: Trials, kept_masks: Masks) -> None:
 
 
 def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
-    """Return the entry of the summary: requested, predicted and measured quality, on development and on unseen text.
+    """Return the entry `quality` of the summary (see `numbers.entries`); empty unless the target is a quality.
 
-    `numbers` are rises of perplexity above dense; the others are ratios to dense.
+    It has the ratio to dense perplexity: requested, predicted and measured, on development and on unseen text.
     """
+    if requested_rise(run.cfg) is None:
+        return {}
     reached = read_json(run.folder / FILE, run=run.folder.key)["reached"]
     main_row = reached["rows"][-1]
     numbers = {name: main_row[name] for name in ("predicted", "got", "low", "high", "share")}
@@ -260,16 +272,13 @@ def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
     limit = "; the largest possible cut" if reached["largest"] else ""
     phrases.append(f"removed {main_row['share']:.2%} of {run.cfg.sparsity.scope}{limit}")
     rises = {name: None if numbers[name] is None else numbers[name] - 1 for name in ("predicted", "got", "low", "high")}
-    return (
-        reached
-        | numbers
-        | {
-            "said": f"{', '.join(phrases)}.",
-            "warnings": _warnings(run.cfg, numbers),
-            "numbers": {"asked": reached["asked"], **rises, "unseen": None if unseen is None else unseen.value - 1},
-            "table": _table(reached["asked"], main_row, unseen),
-        }
-    )
+    entry = {
+        "said": f"{', '.join(phrases)}.",
+        "warnings": _warnings(run.cfg, numbers),
+        "numbers": {"asked": reached["asked"], **rises, "unseen": None if unseen is None else unseen.value - 1},
+        "table": _table(reached["asked"], main_row, unseen),
+    }
+    return {"quality": reached | numbers | entry}
 
 
 def _table(asked: float, row: Mapping[str, Any], unseen: Estimate | None) -> dict[str, Any]:
@@ -304,7 +313,7 @@ def _warnings(cfg: RunConfig, numbers: Mapping[str, float]) -> list[str]:
 
     An interval is wide if its upper end is above the limit by more than half of the requested rise.
     """
-    target, rise = cfg.sparsity.target, cfg.sparsity.quality
+    target, rise = cfg.sparsity.target, requested_rise(cfg)
     warnings = []
     if numbers["high"] > 1 + (1 + WIDE) * rise:
         warnings.append(

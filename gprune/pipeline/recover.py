@@ -25,7 +25,7 @@ from gprune.models.masks import Masks
 from gprune.models.offload import free_memory, is_offloaded, offload_folder
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.run import Run, TokenMeter
-from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of
+from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery_learns, recovery_needs
 from gprune.recoveries.contract import Revise
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import Stage
@@ -46,8 +46,7 @@ def shrink(
     cfg = run.cfg
     free_memory(run.plan.device)
     row = row or cfg.own_row
-    recoveries = recoveries_of(row[1], cfg.recovery_settings)
-    needs = frozenset().union(*(each.needs for each in recoveries))
+    needs, recoveries = recovery_needs(row[1]), recoveries_of(row[1], cfg.recovery_settings)
     corpora = cfg.corpora.recover
     texts = [run.text.train[corpus] for corpus in corpora] if "text" in needs else []
     material = Material(
@@ -64,8 +63,7 @@ def shrink(
     revise = recoveries[0].revise(material)  # only the first one of a chain may change blocks one at a time
     if is_offloaded(run.model):
         # A model that is trained has to be in memory on one device.
-        is_trained = any(each.learns for each in recoveries)
-        pruned = _slice_to_files(run, masks, revise, {} if is_trained else placement(run))
+        pruned = _slice_to_files(run, masks, revise, {} if recovery_learns(row[1]) else placement(run))
     else:
         pruned = _slice_in_memory(run, masks, revise)
     return tune(recoveries, material, pruned, meter=run.meter, seed=cfg.run.seed)

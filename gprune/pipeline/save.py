@@ -16,6 +16,7 @@ from gprune.export.convert import FORMATS, export, format_named
 from gprune.export.hf import check_reload, save_pruned
 from gprune.models.agreement import LOGIT_LIMIT, compare, random_masks
 from gprune.models.families import record_of
+from gprune.models.gating import masked
 from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, free_memory, is_offloaded
@@ -23,7 +24,6 @@ from gprune.models.surgery import prune
 from gprune.pipeline.recover import placement, shrink
 from gprune.pipeline.run import Run
 from gprune.runs.trainer import matmul_precision
-from gprune.sparsity.gates import masked
 from gprune.storage.files import file_hashes
 
 log = logging.getLogger("gprune")

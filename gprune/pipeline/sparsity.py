@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 
 import torch
 from lightning import LightningModule
@@ -15,37 +16,32 @@ from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.checks import select_options, typed_options
 from gprune.evaluation.perplexity import perplexity
 from gprune.importance.scores import Scores, score_units
+from gprune.models.gating import bypassed
 from gprune.models.masks import Masks
-from gprune.partition.modules import ModuleRanks, Modules
-from gprune.partition.reliability import module_means
+from gprune.partition.modules import ModuleRanks, Modules, module_means
+from gprune.pipeline.quality import with_learning_budget
 from gprune.pipeline.run import Run
 from gprune.registry import LEARNER
 from gprune.runs.tracking import log_scalars
-from gprune.sparsity.allocation import ALLOCATION, allocate, module_thresholds
-from gprune.sparsity.budget import Budget, choose_blocks
-from gprune.sparsity.gates import bypassed
-from gprune.sparsity.returned import checked_masks, checked_pair
-from gprune.sparsity.thresholds import (
-    Thresholds,
-    masks_from_thresholds,
-    named_thresholds,
-    start_thresholds,
-    thresholds_from_named,
-)
+from gprune.sparsity.allocation import ALLOCATION, checked_masks, checked_pair
+from gprune.sparsity.budget import Budget
+from gprune.sparsity.masks import StageMasks
+from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
+from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 
-MasksOf = Callable[[Budget], Masks]  # masks of a stage as a function of the budget
 
-
-def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Scores:
-    """Step 2: importance of every unit by the base metric, on `corpora.score`."""
+def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Scores]:
+    """Step 2: stage -> importance of every unit by the base metric, on the corpora of `RunConfig.scored_on`."""
     run.step(2, "Scoring")
-    return _score(run, statistics[run.cfg.corpora.score])
-
-
-def _score(run: Run, statistics: CorpusStatistics) -> Scores:
     cfg = run.cfg
-    return score_units(cfg.importance, run.blocks, statistics, seed=cfg.run.seed, attention=cfg.attention)
+
+    @cache
+    def score_on(*corpora: str) -> Scores:
+        pooled = pool_statistics(statistics[corpus] for corpus in corpora)
+        return score_units(cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention)
+
+    return {stage: score_on(*corpora) for stage, corpora in cfg.scored_on.items()}
 
 
 def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
@@ -63,51 +59,40 @@ def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
     def choose() -> dict[str, Tensor]:
         """Return blocks in the order of their removal."""
         if s.block_choice == "influence":
-            return {"gone": statistics[cfg.corpora.score].influence.argsort(stable=True)}
+            return {"gone": statistics[cfg.corpora.scored[0]].influence.argsort(stable=True)}
         return {"gone": torch.tensor(choose_blocks(run.budget, loss_without), dtype=torch.long)}
 
     budget = run.budget.without(run.folder.tensors("blocks", choose)["gone"].tolist())
-    layers = ", ".join(map(str, budget.costs.removed_layers)) or "none, as a block is more than --sparsity.block_share"
+    layers = ", ".join(map(str, removed_layers(budget))) or "none, as a block is more than --sparsity.block_share"
     run.step(2, f"Removing whole blocks: {layers}")
     return run.with_budget(budget)
 
 
-def base_masks(run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores) -> dict[str, MasksOf]:
-    """Return masks of the base metric, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`)."""
+def base_masks(
+    run: Run, statistics: Mapping[str, CorpusStatistics], scores: Mapping[str, Scores]
+) -> dict[str, StageMasks]:
+    """Return stage -> masks of the base metric, with sparsity allocated by `--sparsity.allocation` (or `.start`)."""
     cfg, masks_of = run.cfg, {}
-    if not cfg.measures_errors or "base" in error_corpora(cfg):
-        masks_of["base"] = allocated_masks(run, "base", scores, statistics, [cfg.corpora.score])
-    if "averaged" in dict(cfg.stages):
-        averaged_scores = _score(run, pool_statistics(statistics[corpus] for corpus in cfg.corpora.drift))
-        masks_of["averaged"] = allocated_masks(run, "averaged", averaged_scores, statistics, cfg.corpora.drift)
+    for stage, corpora in cfg.scored_on.items():
+        if stage != "gprune" and (not cfg.measures_errors or stage in error_corpora(cfg)):
+            masks_of[stage] = allocated_masks(run, stage, scores[stage], statistics, corpora)
     return masks_of
 
 
 def allocated_masks(
     run: Run, name: str, scores: Scores, statistics: Mapping[str, CorpusStatistics], corpora: Sequence[str]
-) -> MasksOf:
-    """Return a function that computes masks by scores for a budget.
-
-    Sparsity is allocated to blocks by `--sparsity.allocation` (or `.start`).
-    """
+) -> StageMasks:
+    """Return masks by scores, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`)."""
     cfg = run.cfg
-    cached: dict[int, Masks] = {}
-
-    def pool() -> CorpusStatistics:
-        """Pool the statistics in each call. They are not kept, because of the size of their Gram matrices."""
-        return pool_statistics(statistics[corpus] for corpus in corpora)
-
-    errors = measured_errors(run, name, scores, pool()) if cfg.measures_errors else None
-
-    def masks(budget: Budget) -> Masks:
-        """Return the masks for a budget, computed once per target."""
-        if budget.target not in cached:
-            with_errors = replace(pool(), errors=errors)
-            options = typed_options(ALLOCATION[cfg.base_allocation], cfg.sparsity.options)
-            cached[budget.target] = allocate(cfg.base_allocation, scores, with_errors, run.blocks, budget, **options)
-        return cached[budget.target]
-
-    return masks
+    of_corpora = [statistics[corpus] for corpus in corpora]
+    return StageMasks(
+        allocation=cfg.base_allocation,
+        options=typed_options(ALLOCATION[cfg.base_allocation], cfg.sparsity.options),
+        blocks=run.blocks,
+        scores=scores,
+        statistics=of_corpora,
+        errors=measured_errors(run, name, scores, pool_statistics(of_corpora)) if cfg.measures_errors else None,
+    )
 
 
 def measured_errors(run: Run, name: str, scores: Scores, statistics: CorpusStatistics) -> Tensor:
@@ -131,78 +116,47 @@ def measured_errors(run: Run, name: str, scores: Scores, statistics: CorpusStati
     return run.folder.tensors(f"errors_{name}", compute)["errors"]
 
 
-@dataclass(frozen=True)
-class ModuleMasks:
-    """Masks of modules as a function of the budget, the result of step 7.
-
-    Attributes:
-        modules: modules of neurons from step 6, with ranks inside each module.
-        thresholds: returns thresholds, offsets and masks for a budget, by the names under which they are saved.
-    """
-
-    modules: Modules
-    thresholds: Callable[[Budget], dict[str, Tensor]]
-
-    def __call__(self, budget: Budget) -> Masks:
-        """Return the masks for a budget (see `masks_from_saved_tensors`)."""
-        return masks_from_saved_tensors(self.modules.ranks, self.thresholds(budget), budget)
-
-    def fixed(self, budget: Budget) -> bool:
-        """Return whether the masks are those of the learner, which are for one budget."""
-        return "masks.ffn.0" in self.thresholds(budget)
-
-
 def learn_sparsity(
-    run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, modules: Modules, base: MasksOf | None
-) -> ModuleMasks:
+    run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, modules: Modules,
+    masks_of: Mapping[str, StageMasks],
+) -> StageMasks:  # fmt: skip
     """Step 7: compute or learn thresholds per module, which give masks for any budget."""
-    name, ranks = run.cfg.sparsity.allocation, modules.ranks
-    allocation = ALLOCATION[name]
-    run.step(7, "Learning sparsity" if allocation.learned else "Allocating sparsity")
+    run = with_learning_budget(run, statistics, masks_of)
+    name = run.cfg.sparsity.allocation
+    learns = ALLOCATION[name].learned
+    run.step(7, "Learning sparsity" if learns else "Allocating sparsity")
     if run.cfg.measures_errors:
-        base = allocated_masks(run, "modules", replace(scores, ffn=ranks.ffn), statistics, run.cfg.corpora.drift)
-
-    def start(budget: Budget) -> Thresholds:
-        """Return the thresholds of the allocation, which are final or the start of learning."""
-        if allocation.modules:
-            return module_thresholds(name, base(budget), ranks)
-        return start_thresholds(base(budget), ranks)
-
-    if not allocation.learned:
-        return ModuleMasks(modules, lambda budget: named_thresholds(start(budget)))
-    tensors = run.folder.tensors("thresholds", lambda: fit_thresholds(run, modules, start(run.budget)))
-    return ModuleMasks(modules, lambda _: tensors)
+        scores_in_modules = replace(scores, ffn=modules.ranks.ffn)
+        start = allocated_masks(run, "modules", scores_in_modules, statistics, run.cfg.corpora.drift)
+    else:
+        start = masks_of["base"]
+    masks = replace(start, modules=modules, module_allocation=name)
+    if not learns:
+        return masks
+    tensors = run.folder.tensors("thresholds", lambda: fit_thresholds(run, masks).tensors())
+    return replace(masks, learned=ModuleSparsity.from_tensors(tensors))
 
 
-def meet_budget(run: Run, masks_of: Mapping[str, MasksOf]) -> tuple[Thresholds | None, dict[str, Masks]]:
+def meet_budget(run: Run, masks_of: Mapping[str, StageMasks]) -> tuple[Thresholds | None, dict[str, Masks]]:
     """Step 8: return the thresholds of modules, if there are any, and masks of all stages that meet the budget."""
     run.step(8, "Meeting the budget")
     masks = {stage: masks_at(run.budget) for stage, masks_at in masks_of.items()}
-    module_masks = masks_of.get("gprune")
-    if not isinstance(module_masks, ModuleMasks):
+    if "gprune" not in masks_of:
         return None, masks
-    tensors = run.folder.tensors("thresholds", lambda: module_masks.thresholds(run.budget))
-    log_modules(run.loggers, module_masks.modules, masks["gprune"])
-    return thresholds_from_named(tensors), masks
+    of_modules = masks_of["gprune"]
+    tensors = run.folder.tensors("thresholds", lambda: of_modules.module_sparsity(run.budget).tensors())
+    log_modules(run.loggers, of_modules.modules, masks["gprune"])
+    return ModuleSparsity.from_tensors(tensors).thresholds, masks
 
 
-def masks_from_saved_tensors(ranks: ModuleRanks, tensors: Mapping[str, Tensor], budget: Budget) -> Masks:
-    """Return the masks of step 7: the learner's masks if they were saved, otherwise masks of thresholds and offsets."""
-    learner_masks = {name.removeprefix("masks."): t for name, t in tensors.items() if name.startswith("masks.")}
-    if learner_masks:
-        return Masks.from_tensors(learner_masks)
-    if "offsets.0" in tensors:
-        ranks = ranks.with_offsets([tensors[f"offsets.{b}"] for b in range(len(ranks.ffn))])
-    return masks_from_thresholds(ranks, thresholds_from_named(tensors), budget)
-
-
-def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, Tensor]:
+def fit_thresholds(run: Run, masks: StageMasks) -> ModuleSparsity:
     """Fit the learner of step 7. Its masks are applied whenever development perplexity is measured."""
+    ranks, start = masks.modules.ranks, masks.module_sparsity(run.budget).thresholds
     cfg, s = run.cfg, run.cfg.sparsity
     _set_removed_to_mean(start, run.budget)
     learner, settings = LEARNER[s.learner], dict(s) | {"shard": cfg.model.shard}
     options = cfg.options.get(s.learner, {})
-    stage = learner(run.model, modules.ranks, start, run.budget, **select_options(learner, settings) | options)
+    stage = learner(run.model, ranks, start, run.budget, **select_options(learner, settings) | options)
 
     def masks_at(budget: Budget) -> Masks:
         """Return the learner's masks for a budget. Raise UserError if they are invalid."""
@@ -229,32 +183,31 @@ def fit_thresholds(run: Run, modules: Modules, start: Thresholds) -> dict[str, T
             "development_perplexity_by_sparsity": perplexity_by_sparsity,
         }
     )
-    return _learned_tensors(stage, s.learner, modules.ranks, masks_at(run.budget), run.budget)
+    return _learned_sparsity(stage, s.learner, ranks, masks_at(run.budget), run.budget)
 
 
 def _set_removed_to_mean(thresholds: Thresholds, budget: Budget) -> None:
     """Give blocks that the budget removes the mean threshold, in place. Other sparsities of the curve may keep them."""
     for by_block in thresholds:  # of neurons, then of KV groups
-        mean = torch.cat([by_block[b] for b in budget.costs.remaining_blocks]).mean()
-        for b in budget.costs.removed_blocks:
+        mean = torch.cat([by_block[b] for b in budget.kept]).mean()
+        for b in budget.removed:
             by_block[b] = torch.full_like(by_block[b], mean)
 
 
-def _learned_tensors(
+def _learned_sparsity(
     stage: LightningModule, learner: str, ranks: ModuleRanks, masks: Masks, budget: Budget
-) -> dict[str, Tensor]:
-    """Return the tensors that a learner has learned, by the names under which they are saved."""
-    mask_tensors = {f"masks.{name}": mask for name, mask in masks.tensors().items()}
+) -> ModuleSparsity:
+    """Return what a learner has learned: thresholds and offsets if they give its masks, otherwise its masks too."""
     thresholds = getattr(stage, "thresholds", None)
     if thresholds is None:
-        return mask_tensors
+        return ModuleSparsity(None, fixed_masks=masks)
     sizes = [ranks.modules, [1] * len(ranks.ffn)]
-    tensors = named_thresholds(checked_pair(LEARNER, learner, "thresholds", thresholds, sizes))
-    offsets = getattr(stage, "offsets", None) or ()
-    tensors |= {f"offsets.{b}": of_block.detach().cpu() for b, of_block in enumerate(offsets)}
-    if masks_from_saved_tensors(ranks, tensors, budget) == masks:
-        return tensors
-    return tensors | mask_tensors
+    offsets = getattr(stage, "offsets", None)
+    learned = ModuleSparsity(
+        checked_pair(LEARNER, learner, "thresholds", thresholds, sizes),
+        [of_block.detach().cpu() for of_block in offsets] if offsets else None,
+    )
+    return learned if learned.masks(ranks, budget) == masks else replace(learned, fixed_masks=masks)
 
 
 def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> None:

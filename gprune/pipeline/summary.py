@@ -40,8 +40,7 @@ def summarise(
     with matmul_precision(run.cfg.trainer.float32_matmul_precision):  # in which prices were measured
         for feature in run.cfg.features:
             summary |= attribute(feature, "summary")(run, masks, pruned)
-    if run.cfg.sparsity.quality:
-        summary["quality"] = quality_reached(run, records)
+    summary |= quality_reached(run, records)
     curve = run.folder.manifest.get("learning", {}).get("development_perplexity_by_sparsity") or {}
     if tolerated := tolerated_shares(curve, run.cfg.sparsity.scope, recovered=run.cfg.recovery != "none"):
         summary["tolerated"] = tolerated
@@ -81,8 +80,8 @@ def sizes_and_perplexity(
     before, after = run.model.num_parameters(), pruned.num_parameters()
     summary = {}
     if masks is not None:
-        units = run.budget.costs.in_parameters
-        summary["sparsity_of_scope"] = units.removed(masks) / units.total
+        removed_parameters = run.budget.parameters_removed_by(masks)
+        summary["sparsity_of_scope"] = removed_parameters / run.budget.total_parameters
     numbers = number_frame(records, base=records)
     means: dict[str, dict[str, float | None]] = {row: dict.fromkeys(MEANS) for row in numbers["row"].unique()}
     ratios = {}

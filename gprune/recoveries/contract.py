@@ -123,7 +123,7 @@ class Recovery(Feature):
             return {}
         return {
             "weights": sizes.rows + sizes.weight * sizes.kept_parameters,
-            "gram_matrices": sizes.grams + 12 * max(sizes.costs.neurons) ** 2,
+            "gram_matrices": sizes.grams + 12 * max(block.neurons for block in sizes.budget.units) ** 2,
             "activations": sizes.forecasts,
         }
 
@@ -150,55 +150,41 @@ class Recovery(Feature):
 RECOVERY: Registry[Recovery] = Registry("recovery")
 
 
-def recoveries_of(name: str, settings: Mapping[str, Any] = NOTHING) -> list[Recovery]:
+def recoveries_of(chain: str, settings: Mapping[str, Any] = NOTHING) -> list[Recovery]:
     """Construct the recoveries of a chain such as `least_squares+distill`, one instance each, for one pruned model.
 
     `settings` maps names to options, and groups of flags to their values.
     """
     recoveries = []
-    for part in name.split("+"):
-        group = RECOVERY[part].group
-        each = RECOVERY[part].factory(**({} if part == group else settings.get(part, {})))
+    for name in chain.split("+"):
+        group = RECOVERY[name].group
+        options = {} if name == group else settings.get(name, {})
+        each = RECOVERY[name].factory(**options)
         if group in settings:
             each.settings = settings[group]
         recoveries.append(each)
     return recoveries
 
 
-class Chain(Recovery):
-    """Several recoveries, with the attributes of one."""
-
-    def __init__(self, name: str, settings: Mapping[str, Any] = NOTHING):
-        check_chain(name)
-        self.name = name
-        self.recoveries = [recovery_of(member, settings) for member in name.split("+")]
-        self.needs = frozenset().union(*(member.needs for member in self.recoveries))
-        self.learns = any(member.learns for member in self.recoveries)
-        self.uses_teacher = any(member.uses_teacher for member in self.recoveries)
-        self.sharded = all(member.sharded for member in self.recoveries)
-
-    def tokens(self, text: int, fresh: int, *, attention: bool) -> tuple[int, int]:
-        """Return the sums over all recoveries of their largest numbers of tokens."""
-        costs = [member.tokens(text, fresh, attention=attention) for member in self.recoveries]
-        return sum(forward for forward, _ in costs), sum(backward for _, backward in costs)
+def recovery_needs(chain: str) -> frozenset[str]:
+    """Return which of `NEEDS` the recoveries of a chain read."""
+    return frozenset().union(*(RECOVERY[name].needs for name in chain.split("+")))
 
 
-def recovery_of(name: str, settings: Mapping[str, Any] = NOTHING) -> Recovery:
-    """Return a recovery or a chain by its name."""
-    if "+" in name:
-        return Chain(name, settings)
-    return recoveries_of(name, settings)[0] if name in settings else RECOVERY[name]
+def recovery_learns(chain: str) -> bool:
+    """Return whether a recovery of a chain trains on text."""
+    return any(RECOVERY[name].learns for name in chain.split("+"))
 
 
-def check_chain(name: str) -> None:
-    """Raise UserError unless the name is that of a recovery or of a valid chain."""
-    names = name.split("+")
+def check_chain(chain: str) -> None:
+    """Raise UserError unless the recoveries of a chain exist and may follow each other."""
+    names = chain.split("+")
     misplaced = [other for other in names[1:] if type(RECOVERY[other]).revise is not Recovery.revise]
     if len(names) > 1 and (len(set(names)) < len(names) or "none" in names or misplaced):
         why = "each once, and no 'none'"
         if misplaced:
             why = f"'{misplaced[0]}' goes block by block, so it must come first"
-        raise UserError(f"--recovery must be a chain such as [least_squares,distill]; got {name} ({why}).")
+        raise UserError(f"--recovery must be a chain such as [least_squares,distill]; got {chain} ({why}).")
 
 
 class Projection(Recovery):

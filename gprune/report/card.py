@@ -25,7 +25,7 @@ from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import entries
 from gprune.runs.results import read_evaluation
 from gprune.storage.files import file_hashes, replacing
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 RESULTS = "## Perplexity"  # heading of the results
 
@@ -64,7 +64,7 @@ def model_card(
     local_folder = _local_folder(cfg)
     # The name alone, because a path on this machine is not useful for others.
     label = in_markdown(local_folder.name if local_folder else model_label(cfg.model.name))
-    labels = corpus_labels([cfg.corpora.score, *cfg.roles["drift"], *(r["corpus"] for r in records)])
+    labels = corpus_labels([*cfg.corpora.scored, *cfg.roles["drift"], *(r["corpus"] for r in records)])
     if other is None:
         heading, verb = "structurally pruned", "pruned and measured"
         method = _describe_method(cfg, labels, sparsity=records[-1]["sparsity"])
@@ -97,13 +97,13 @@ def _describe_method(cfg: RunConfig, labels: Mapping[str, str], *, sparsity: flo
     """Return a sentence on how the model was pruned."""
     method = "gprune" if cfg.gprune else "base metric alone"
     removed = f"{sparsity:.0%} of the {cfg.sparsity.currency.replace('_', ' ')}"
-    score = in_markdown(labels[cfg.corpora.score])
+    score_corpora = ", ".join(in_markdown(labels[corpus]) for corpus in cfg.corpora.scored)
     drift_corpora = ", ".join(in_markdown(labels[corpus]) for corpus in cfg.roles["drift"])
     drift = f"drift measured on {drift_corpora},\n" if drift_corpora else ""
     allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
     return (
         f"{removed} in scope `{cfg.sparsity.scope}` removed by {method}: importance\n"
-        f"`{cfg.importance}` scored on {score}, {drift}allocation `{allocation}`{_describe_recovery(cfg)}, "
+        f"`{cfg.importance}` scored on {score_corpora}, {drift}allocation `{allocation}`{_describe_recovery(cfg)}, "
         f"seed {cfg.run.seed}."
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from gprune.config import effective_settings
 from gprune.runs.results import FinishedRun, read_run
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 DEFAULT_NAME = re.compile(r"(.+-(base|gprune)-.+-.+|.+-beside-.+)-[0-9a-f]{8}")  # made by `RunConfig.run_name`
 HASH = re.compile(r"-[0-9a-f]{8}$")

@@ -66,7 +66,7 @@ from gprune.runs.numbers import Record, entries
 from gprune.runs.results import FinishedRun, config_of, read_run
 from gprune.sparsity.allocation import format_removed
 from gprune.storage.files import replacing
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 from gprune.storage.yaml_text import to_yaml
 
 FIGURES = ("ratios", "learning", "sparsity", "perplexity", "heterogeneity", "speed")

@@ -24,9 +24,9 @@ from torch import Tensor
 from gprune.config import check_settings, flatten, migrate_settings
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import rank_and_world_size
-from gprune.storage.cache import disk_errors
 from gprune.storage.environment import environment, peak_memory, reset_peak_memory
 from gprune.storage.files import inspect_json, locked, read_json, read_tensors, replacing, write_json, write_tensors
+from gprune.storage.paths import disk_errors
 from gprune.user_code import Code
 
 SCRATCH_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of scratch folders of `storage.files`

@@ -30,9 +30,9 @@ from gprune.partition.modules import Modules
 from gprune.runs.folder import RunFolder, changed_settings, check_evaluation, check_manifest, check_metrics
 from gprune.runs.numbers import Record, by_stage, line_frame, number_frame, on_same_windows, stage_lines
 from gprune.sparsity.allocation import format_removed
-from gprune.sparsity.thresholds import Thresholds, thresholds_from_named
+from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
 from gprune.storage.files import MISSING, Cache, file_hashes, inspect_json, key_of, read_tensors
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 from gprune.storage.yaml_text import read_yaml
 
 STAGES = ("base", "averaged", "gprune")  # stages of pruned models
@@ -216,7 +216,7 @@ def load_run(path: Path | str) -> PruningResult:
         corpus: CorpusStatistics.from_tensors(_read_tensors_of(run, f"statistics/{corpus_file(corpus)}"))
         for corpus in (() if run.final == "model" else cfg.calibration_corpora)
     }
-    thresholds = thresholds_from_named(_read_tensors_of(run, "thresholds")) if cfg.gprune else None
+    thresholds = ModuleSparsity.from_tensors(_read_tensors_of(run, "thresholds")).thresholds if cfg.gprune else None
     model, tokenizer = _load_exported(run)
     return PruningResult(
         run.path, cfg, run.masks, run.modules, thresholds, statistics, run.records, run.summary, model, tokenizer

@@ -30,12 +30,11 @@ from gprune.storage.files import key_of
 log = messages.getLogger("gprune")
 STAGE_PREFIX = re.compile(r"^(?!(?:development|epoch|trainer)\b)[^/]+")  # prefix of keys that belong to one stage
 RESUME_KEYS = ("id", "project", "entity", "name", "group", "job_type")  # stored for `resumed_run`
-# Metric pattern -> x axis. Lightning's step restarts in every stage, so stages have axes of their own. Those of
-# recoveries are defined in `row_metrics`.
+# Metric pattern -> x axis. Lightning's step restarts in every stage, so stages that are trained on text have axes of
+# their own, which `row_metrics` defines.
 AXES = {
     "development/*": "development/tokens",
     "partition/*": "trainer/global_step",
-    "learn/*": "learn/tokens",
     "curve/*": "curve/sparsity",
     "modules/*": "modules/index",
 }
@@ -140,20 +139,20 @@ def wandb_id(key: str, cfg: RunConfig) -> str:
 
 @contextmanager
 def row_metrics(loggers: Sequence[Logger], row: str, stage: str, *, control: bool = False) -> Iterator[None]:
-    """Context in which the name of a row of the result table is added to the names of metrics.
+    """Context in which a stage is trained, whose metrics W&B shows over tokens, with the name of a row if one is given.
 
     `distill/loss` becomes `distill/<row>/loss`, over the axis `distill/<row>/tokens`. Development perplexity keeps its
     name for the run's main row, and becomes `controls/<row>/perplexity` for a control.
     """
-    if not row:
-        yield
-        return
     row_key = key_part(row)
-    groups = [f"{stage}/{row_key}"]
+    groups = [f"{stage}/{row_key}" if row else stage]
     if control:
         groups.append(f"controls/{row_key}")
     for logger in wandb_loggers(loggers):
         logger.try_with_run(partial(define_axes, axes={f"{group}/*": f"{group}/tokens" for group in groups}))
+    if not row:
+        yield
+        return
 
     def log_with_row(log_metrics: Callable[..., None], metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics by a logger's `log_metrics`, under their names with the row."""

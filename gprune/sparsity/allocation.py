@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gprune.checks import AtLeast1Float, NonNegative
+from gprune.errors import UserError
 from gprune.features import Tokens
-from gprune.registry import Registry
-from gprune.sparsity.whole_blocks import limit_to_depth, refuse_layers, refuse_modules
+from gprune.registry import Registry, UserCode
+from gprune.sparsity.whole_blocks import depth, limit_to_depth, refuse_layers, refuse_modules
 
 if TYPE_CHECKING:  # this registry is imported to check flags, which should not wait for PyTorch
     from torch import Tensor
@@ -125,7 +126,6 @@ def allocate(
     """Return keep masks by the rule `name`. The rule is called with copies of scores and statistics."""
     from gprune.models.masks import Masks
     from gprune.sparsity.cut import keep_masks
-    from gprune.sparsity.returned import checked_masks, checked_pair
 
     rule = ALLOCATION[name]
     result = rule(copy.deepcopy(scores), statistics.copy(), blocks, budget, **options)
@@ -137,12 +137,57 @@ def allocate(
 
 
 def module_thresholds(name: str, masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """Return thresholds by the rule `name` for modules. The rule is called with copies of masks and ranks."""
-    from gprune.sparsity.returned import checked_pair
+    """Return thresholds by the rule `name` for modules. The rule is called with copies of masks and ranks.
 
+    A rule for blocks has been used for the masks. Its thresholds are those at which learning would start.
+    """
+    if not ALLOCATION[name].modules:
+        name = "learned"
     result = ALLOCATION[name](*copy.deepcopy((masks, ranks)))
     sizes = ranks.modules, [1] * len(ranks.attention)
     return checked_pair(ALLOCATION, name, "thresholds", result, sizes)
+
+
+def checked_masks(registry: UserCode, name: str, value: Any, budget: Budget, *, exact: bool = True) -> Masks:
+    """Check that a registered function or stage has returned masks that fit a budget's units and meet it."""
+    from gprune.models.masks import Masks
+
+    entry = f"{registry.kind.capitalize()} '{name}'"
+    if not isinstance(value, Masks):
+        raise UserError(f"{entry} must return Masks; got {type(value).__name__}.")
+    sizes = [block.experts * block.neurons for block in budget.units], [block.groups for block in budget.units]
+    masks = Masks(*checked_pair(registry, name, "masks", (value.ffn, value.attention), sizes, "bool"))
+    step = budget.largest_step
+    removed = budget.removed_by(masks)
+    target = budget.target
+    if removed < target or (exact and removed >= target + step):
+        needed = f"at least {target:,}" + (f", and less than {target + step:,}" if exact else "")
+        raise UserError(f"{entry} must return masks on budget, which remove {needed}; got {removed:,}.")
+    return masks
+
+
+def checked_pair(
+    registry: UserCode, name: str, what: str, value: Any, sizes: Sequence[Sequence[int]], of: str = "finite numbers"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Check that a value is (neurons, KV groups) with a tensor for each block, and return it on the CPU."""
+
+    def checked_kind(kind: str, tensors: Any, kind_sizes: Sequence[int]) -> list[Tensor]:
+        """Check the tensors of all blocks for one kind of units."""
+        pairs = zip(tensors, kind_sizes, strict=True)
+        return [
+            registry.checked(name, f"{what} of {kind} in block {b}", tensor, (size,), of=of).cpu()
+            for b, (tensor, size) in enumerate(pairs)
+        ]
+
+    try:
+        return tuple(checked_kind(*kind) for kind in zip(("neurons", "KV groups"), value, sizes, strict=True))
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:  # not lists, or lists of other lengths
+        raise UserError(
+            f"{registry.kind.capitalize()} '{name}' must return {what} as (neurons, KV groups), each a list with a "
+            f"tensor for each of {len(sizes[0])} blocks; got {type(value).__name__}."
+        ) from error
 
 
 def format_removed(share: float, scope: str, rule: str, digits: int = 2) -> str:
@@ -243,7 +288,7 @@ def outlier_weighted(
     def sparsities(part: str, channels: Sequence[ChannelStatistics]) -> Tensor:
         """Return S_b per block, (L,) float64, from the weight of `part` and the statistics of its inputs."""
         outlier_shares = torch.zeros(len(blocks), dtype=torch.float64)
-        remaining = [b for b in budget.costs.remaining_blocks if part in blocks[b].parts]
+        remaining = [b for b in budget.kept if part in blocks[b].parts]
         for block, channel in zip(blocks, channels, strict=True):
             if part in block.parts:
                 A = block.parts[part].weight.detach().float().cpu().abs() * channel.total.mean_sq.sqrt().float()
@@ -280,18 +325,17 @@ def reconstruction(
     development text of SmolLM2."""
     import torch
 
-    costs = budget.costs
-    rest = budget.rest
+    units = budget.units
     # S, the sparsity of the blocks that are not removed as a whole, protected ones included.
-    share = rest.target / rest.costs.total
+    share = budget.rest.target / budget.rest.total
     neuron_costs = {}  # index of a block -> average cost of a neuron
-    for b in costs.remaining_blocks:
-        by_width = costs.prices.neurons[b]
-        neuron_costs[b] = (by_width[-1] - by_width[0]) / max(1, costs.neurons[b])
-    target = share * sum(cost * costs.neurons[b] for b, cost in neuron_costs.items())  # cost of neurons to remove
-    open_costs = {b: cost for b, cost in neuron_costs.items() if cost and b not in costs.protected}
+    for b in budget.kept:
+        by_width = units[b].costs.neurons
+        neuron_costs[b] = (by_width[-1] - by_width[0]) / max(1, units[b].neurons)
+    target = share * sum(cost * units[b].neurons for b, cost in neuron_costs.items())  # cost of neurons to remove
+    open_costs = {b: cost for b, cost in neuron_costs.items() if cost and not units[b].protected}
     # Index of a block that is not protected -> prices of its neurons, in order of removal.
-    prices = {b: _error_per_neuron(statistics.errors[b], costs.neurons[b]) / cost for b, cost in open_costs.items()}
+    prices = {b: _error_per_neuron(statistics.errors[b], units[b].neurons) / cost for b, cost in open_costs.items()}
 
     shares = [share] * len(blocks)  # S_b
     if prices:
@@ -329,50 +373,4 @@ def _error_per_neuron(errors: Tensor, neurons: int) -> Tensor:
     return torch.from_numpy(numpy.exp(logs)).flip(0)
 
 
-@allocation("depth", whole_blocks=True)
-def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Masks:
-    """Remove whole blocks, least influential first: ShortGPT (arXiv 2403.03853), BI_b = 1 - E cos(x_b, x_b+1).
-
-    Blocks are removed until the next one would exceed the target. The next block only loses its lowest-scoring neurons,
-    so that the baseline removes as many parameters as other methods. If its FFN is too small for that, the block is
-    removed too. A removed block includes attention and norms, whatever the scope. A width that changes becomes a
-    multiple of the budget's `width_multiple`. `pipeline.plan` rejects targets that would leave no block.
-    """
-    import torch
-
-    from gprune.models.masks import Masks
-    from gprune.sparsity.cut import top_of_experts
-
-    masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
-                  [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
-    costs = budget.costs
-    prices = budget.costs.prices
-    remaining = budget.target  # the cost that is still to be removed
-    for layer in _layers_by_influence(statistics, budget):
-        if remaining <= 0 or not costs.protected.isdisjoint(layer):
-            continue
-        largest = max(layer, key=lambda b: prices.neurons[b][-1])  # the block with the largest FFN
-        by_width = prices.neurons[largest]
-        widths = range(0, blocks[largest].neurons, budget.width_multiple)
-        wide_enough = [width for width in widths if by_width[-1] - by_width[width] >= remaining]
-        kept_width = max(wide_enough, default=0)
-        whole_cost = sum(prices.blocks[b] for b in layer)
-        if remaining < whole_cost and kept_width > 0:
-            experts = blocks[largest].experts
-            masks.ffn[largest] = top_of_experts(scores.ffn[largest], kept_width, experts=experts)
-            break
-        for b in layer:
-            masks.ffn[b][:] = False
-            masks.attention[b][:] = False
-        remaining -= whole_cost
-    return masks
-
-
-def _layers_by_influence(statistics: CorpusStatistics, budget: Budget) -> list[list[int]]:
-    """Return the blocks of each layer, the least influential layer first.
-
-    All blocks of a layer have the same influence.
-    """
-    layer_of = {block: blocks for blocks in budget.costs.by_layer for block in blocks}
-    order = [layer_of[block] for block in statistics.influence.argsort(stable=True).tolist()]
-    return list({blocks[0]: blocks for blocks in order}.values())  # each layer once
+allocation("depth", whole_blocks=True)(depth)

@@ -14,42 +14,52 @@ from typing import Any
 from gprune.features import Feature
 from gprune.registry import Registry
 
+# Result of a registered function: costs of (a neuron, a KV group, the whole block) for each block, and of the rest.
 Costs = tuple[Sequence[tuple[int, int, int]], int]
 COST: Registry[Callable[..., Costs]] = Registry("cost")
 
 
 @dataclass(frozen=True)
-class Price:
-    """Costs of a model, in whole numbers."""
+class BlockCosts:
+    """Costs of one block, in whole numbers."""
 
-    neurons: Sequence[Sequence[int]]  # per block: cost of its FFN if it keeps 0, 1, ..., all neurons (or slots)
-    groups: Sequence[Sequence[int]]  # per block: cost of its attention if it keeps 0, 1, ..., all KV groups
-    blocks: Sequence[int]  # cost of each whole block
-    rest: int = 0  # cost of everything outside of blocks
+    neurons: Sequence[int]  # cost of the FFN if it keeps 0, 1, ..., all neurons (or slots)
+    groups: Sequence[int]  # cost of the attention if it keeps 0, 1, ..., all KV groups
+    whole: int  # cost of the whole block, norms included
 
     @classmethod
-    def by_unit(cls, costs: Costs, neurons: Sequence[int], groups: Sequence[int]) -> Price:
-        """Return costs of a model in which all neurons of a block cost the same, and all its KV groups."""
-        by_block, rest = costs
-        neuron, group, blocks = ([_whole_number(cost) for cost in of_kind] for of_kind in zip(*by_block, strict=True))
+    def by_unit(cls, neuron: int, group: int, whole: int, *, neurons: int, groups: int) -> BlockCosts:
+        """Return the costs of a block in which all neurons cost the same, and all KV groups."""
 
-        def tables(unit_costs: Sequence[int], numbers: Sequence[int]) -> list[Sequence[int]]:
-            """Return for each block the costs of 0, 1, ..., all units."""
-            pairs = zip(unit_costs, numbers, strict=True)
-            return [range(0, cost * number + 1, cost) if cost else [0] * (number + 1) for cost, number in pairs]
+        def table(cost: int, units: int) -> Sequence[int]:
+            """Return the costs of 0, 1, ..., all units."""
+            return range(0, cost * units + 1, cost) if cost else [0] * (units + 1)
 
-        return cls(tables(neuron, neurons), tables(group, groups), blocks, _whole_number(rest))
+        return cls(table(_whole_number(neuron), neurons), table(_whole_number(group), groups), _whole_number(whole))
 
-    @property
-    def model(self) -> int:
-        """Cost of the whole model."""
-        return sum(self.blocks) + self.rest
+
+ModelCosts = tuple[list[BlockCosts], int]  # of each block, and of the rest of the model
+
+
+def costs_of_blocks(costs: Costs, blocks: Sequence[Any]) -> ModelCosts:
+    """Convert the result of a registered function to tables of costs."""
+    by_block, rest = costs
+    of_blocks = [
+        BlockCosts.by_unit(*of_block, neurons=block.neurons, groups=block.kv_groups)
+        for of_block, block in zip(by_block, blocks, strict=True)
+    ]
+    return of_blocks, _whole_number(rest)
+
+
+def cost_beyond(table: Sequence[int], kept: int) -> int:
+    """Return the cost of all units after the first `kept`, from a table of `BlockCosts`."""
+    return table[-1] - table[min(kept, len(table) - 1)]
 
 
 class Currency(Feature):
     """A currency whose costs depend on more than the model and its blocks."""
 
-    def price(self, pricing: Any) -> Price:
+    def costs(self, pricing: Any) -> ModelCosts:
         """Return the costs of the model of a `pipeline.pricing.Pricing`."""
         raise NotImplementedError
 
@@ -90,9 +100,9 @@ class Bytes(Currency):
         unused = set() if cfg.export.format == "gguf" else {"format", "type"}
         return {"export": cfg.export.model_dump(exclude=unused)}
 
-    def price(self, pricing: Any) -> Price:
-        """Return the costs of units in half bits."""
-        return pricing.price_of("bytes", pricing.exported_bytes)
+    def costs(self, pricing: Any) -> ModelCosts:
+        """Return the costs of the model in half bits."""
+        return pricing.costs_by("bytes", pricing.exported_bytes)
 
 
 COST.register("bytes")(Bytes())

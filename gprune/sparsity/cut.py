@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gprune.importance.scores import fractional_ranks
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import Budget
+from gprune.sparsity.budget import Budget, narrowest_width
+from gprune.sparsity.cost import cost_beyond
 
 
 def slot_margins(margin: Tensor, experts: int) -> Tensor:
@@ -92,23 +92,20 @@ class Cut:
     """
 
     def __init__(self, budget: Budget, device: torch.device):
-        self.costs = budget.costs  # of all blocks
+        self.all_units = budget.units
+        self.kept = budget.kept
         self.budget = budget.rest  # of the blocks that are not removed as a whole
-        costs = self.budget.costs
-        self.slots = Segments(costs.neurons, device)
-        self.groups = Segments(costs.groups, device)
+        self.slots = Segments([block.neurons for block in self.budget.units], device)
+        self.groups = Segments([block.groups for block in self.budget.units], device)
         self._init_neuron_steps(device)
         self._init_group_steps(device)
 
     def _init_neuron_steps(self, device: torch.device) -> None:
         """Compute the steps in which neurons are removed."""
-        costs = self.budget.costs
         width_multiple = self.budget.width_multiple
         # Number of neurons (or slots) of each block that may be removed.
-        removable = [
-            0 if b in costs.protected else max(0, width - width_multiple) for b, width in enumerate(costs.neurons)
-        ]
-        tables = costs.prices.neurons
+        removable = [block.removable_neurons(width_multiple) for block in self.budget.units]
+        tables = [block.costs.neurons for block in self.budget.units]
         # The cost of all removable neurons.
         self.removable_cost = sum(t[-1] - t[-1 - n] for t, n in zip(tables, removable, strict=True))
         # For each block: number of neurons that are removed after each step. The first step removes the remainder, so
@@ -134,12 +131,10 @@ class Cut:
 
         The KV group with the largest margin in a block is never removed.
         """
-        costs = self.budget.costs
-        # Number of KV groups of each block that may be removed.
-        removable = [0 if b in costs.protected else max(0, groups - 1) for b, groups in enumerate(costs.groups)]
+        removable = [block.removable_groups for block in self.budget.units]
         starts = zip(self.groups.starts, removable, strict=True)
         indices = torch.cat([torch.arange(start, start + n) for start, n in starts])
-        tables = zip(costs.prices.groups, removable, strict=True)
+        tables = zip([block.costs.groups for block in self.budget.units], removable, strict=True)
         group_cost = torch.cat([_step_costs(table, torch.arange(1, n + 1)) for table, n in tables])
         # One entry per removable group, (removable groups,): its index in the output of `Segments.sort`, its cost.
         self.group_index = indices.to(device, non_blocking=True)
@@ -147,24 +142,26 @@ class Cut:
 
     def __call__(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None) -> Masks:
         """Return masks from margins; see `keep_masks`."""
-        remaining = self.costs.remaining_blocks
-        neuron_margins = [neuron_margins[b] for b in remaining]
-        if group_margins is not None:
-            group_margins = [group_margins[b] for b in remaining]
-        return self.costs.with_removed_blocks(self._masks(neuron_margins, group_margins))
+        of_kept_groups = None if group_margins is None else [group_margins[b] for b in self.kept]
+        masks = self._masks([neuron_margins[b] for b in self.kept], of_kept_groups)
+        ffn, attention = list(masks.ffn), list(masks.attention)
+        for b, block in enumerate(self.all_units):
+            if b not in self.kept:
+                ffn.insert(b, masks.ffn[0].new_zeros(block.experts * block.neurons))
+                attention.insert(b, masks.attention[0].new_zeros(block.groups))
+        return Masks(ffn, attention)
 
     def _masks(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None) -> Masks:
         """Return masks of blocks that are not removed as a whole, from their margins."""
-        costs = self.budget.costs
         target = self.budget.target
-        if costs.uniform:
-            return equal_width_masks(self.budget, neuron_margins, group_margins)
-        experts = costs.experts_per_block
-        slots = [slot_margins(m.detach().double(), e) for m, e in zip(neuron_margins, experts, strict=True)]
+        units = self.budget.units
+        slots = [
+            slot_margins(m.detach().double(), block.experts) for m, block in zip(neuron_margins, units, strict=True)
+        ]
         margins, order = self.slots.sort(slots)
         keys = margins[self.step_last]
         keep_groups = torch.ones_like(self.groups.block, dtype=torch.bool)
-        if costs.attention:
+        if self.budget.attention:
             assert group_margins is not None
             sorted_group_margins, group_order = self.groups.sort(group_margins)
             removed_groups = self._select_groups(sorted_group_margins[self.group_index], keys)
@@ -176,9 +173,9 @@ class Cut:
         removed.index_add_(0, self.step_block, removed_by_step)
         keep_in_order = self.slots.place >= removed[self.slots.block]
         ffn = list(torch.empty_like(keep_in_order).scatter_(0, order, keep_in_order).split(self.slots.sizes))
-        for b, e in enumerate(experts):
-            if e > 1:
-                ffn[b] = top_of_experts(neuron_margins[b], costs.neurons[b] - removed[b], experts=e)
+        for b, block in enumerate(units):
+            if block.experts > 1:
+                ffn[b] = top_of_experts(neuron_margins[b], block.neurons - removed[b], experts=block.experts)
         return Masks(ffn, list(keep_groups.split(self.groups.sizes)))
 
     def _select_groups(self, group_keys: Tensor, step_keys: Tensor) -> Tensor:
@@ -197,6 +194,84 @@ class Cut:
         return torch.empty_like(selected).scatter_(0, order, selected[order] & ~exceeds)
 
 
+class EqualWidthCut(Cut):
+    """Cut to the same widths for every block, the largest ones that meet the target.
+
+    With attention in scope every block keeps as many KV groups as blocks of different widths would keep on average, and
+    the width of the FFN makes up the rest.
+    """
+
+    def _masks(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None) -> Masks:
+        """Return masks of blocks that are not removed as a whole, from their margins."""
+        units = self.budget.units
+        target = self.budget.target
+        device = neuron_margins[0].device
+        attention = [torch.ones(block.groups, dtype=torch.bool, device=device) for block in units]
+        if self.budget.attention:
+            of_different_widths = super()._masks(neuron_margins, group_margins)
+            groups = self._equal_groups(int(torch.cat(of_different_widths.attention).sum()))
+            # A block without KV groups has an empty mask.
+            attention = [
+                top_of_experts(margins, groups) if len(margins) else margins.bool() for margins in group_margins
+            ]
+            target -= self._cost_beyond_groups(groups)
+        width = self._widest(target)
+        ffn = [
+            top_of_experts(margins, width, experts=block.experts) if len(margins) else margins.bool()
+            for margins, block in zip(neuron_margins, units, strict=True)
+        ]
+        return Masks(ffn, attention)
+
+    def _cost_beyond_width(self, width: int) -> int:
+        """Return the removed cost if the FFN of every block keeps `width` neurons (or slots)."""
+        return sum(cost_beyond(block.costs.neurons, width) for block in self.budget.units)
+
+    def _cost_beyond_groups(self, groups: int) -> int:
+        """Return the removed cost if every block keeps `groups` KV groups."""
+        return sum(cost_beyond(block.costs.groups, groups) for block in self.budget.units)
+
+    def _widest(self, target: int) -> int:
+        """Return the largest common width of FFNs that removes at least the cost `target`; 0 if there is none."""
+        multiple = self.budget.width_multiple
+        narrowest = narrowest_width(self.budget.units)
+        widest = max(block.neurons for block in self.budget.units)
+        widths = list(range(narrowest // multiple * multiple, 0, -multiple))
+        if narrowest == widest:
+            widths.insert(0, widest)  # an unchanged width need not be a multiple of `width_multiple`
+        # Costs rise along the descending widths, so the first width that removes enough is the largest one.
+        index = bisect_left(widths, target, key=self._cost_beyond_width)
+        return widths[index] if index < len(widths) else 0
+
+    def _equal_groups(self, kept_groups: int) -> int:
+        """Return the number of KV groups that every block keeps, from their total number in blocks of other widths."""
+        width_multiple = self.budget.width_multiple
+        group_counts = [
+            block.groups for block in self.budget.units if block.groups
+        ]  # of blocks with prunable attention
+        max_groups = min(group_counts)
+        groups = max(1, min(round(kept_groups / len(group_counts)), max_groups))
+
+        def remaining(kept: int) -> int:
+            """Return the cost that FFNs have to make up if every block keeps `kept` KV groups."""
+            return self.budget.target - self._cost_beyond_groups(kept)
+
+        # Remove more groups if the FFNs cannot make up the rest.
+        while groups > 1 and self._widest(remaining(groups)) < width_multiple:
+            groups -= 1
+        # Keep groups that exceed the target, as long as neurons can be removed instead. FFNs of different widths lose
+        # neurons in any case.
+        unavoidable_cost = self._cost_beyond_width(self._widest(0))
+        removable_cost = self._cost_beyond_width(width_multiple)
+        while remaining(groups) < unavoidable_cost and groups < max_groups and remaining(groups + 1) <= removable_cost:
+            groups += 1
+        return groups
+
+
+def cut_of(budget: Budget, device: torch.device) -> Cut:
+    """Return the cut of a budget: to equal widths if all blocks must have the same widths (`uniform_width`)."""
+    return EqualWidthCut(budget, device) if budget.uniform else Cut(budget, device)
+
+
 def keep_masks(
     budget: Budget, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None
 ) -> Masks:
@@ -206,96 +281,21 @@ def keep_masks(
     and neurons make up the rest. So the overshoot is less than one step of `width_multiple` neurons, and no group is
     removed that exceeds the target by far. Each block keeps at least `width_multiple` neurons and one KV group.
 
-    Blocks in `UnitCosts.removed_blocks` are removed as a whole, and units of other blocks make up the rest of the
-    target. Protected blocks keep everything. If all blocks must have the same widths, see `equal_width_masks`; then the
-    overshoot is less than one step in every block.
+    Blocks in `Budget.removed` are removed as a whole, and units of other blocks make up the rest of the target.
+    Protected blocks keep everything. If all blocks must have the same widths, the overshoot is less than one step in
+    every block.
 
     Margins are (N,) or (E x N,) per block for neurons, and (G,) for KV groups if attention is in scope. Widths of
     blocks that lose neurons are multiples of `width_multiple`.
     """
-    return Cut(budget, neuron_margins[0].device)(neuron_margins, group_margins)
+    return cut_of(budget, neuron_margins[0].device)(neuron_margins, group_margins)
 
 
 def uniform_masks(budget: Budget) -> Masks:
     """Return masks that meet a budget with equally sparse blocks and arbitrary units, to estimate sizes."""
-    costs = budget.costs
-    pairs = zip(costs.neurons, costs.experts_per_block, strict=True)
-    neuron_ranks = [fractional_ranks(torch.arange(width)).repeat(experts) for width, experts in pairs]
-    group_ranks = [fractional_ranks(torch.arange(groups)) for groups in costs.groups]
+    neuron_ranks = [fractional_ranks(torch.arange(block.neurons)).repeat(block.experts) for block in budget.units]
+    group_ranks = [fractional_ranks(torch.arange(block.groups)) for block in budget.units]
     return keep_masks(budget, neuron_ranks, group_ranks)
-
-
-def equal_width_masks(
-    budget: Budget, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None
-) -> Masks:
-    """Return masks with the same widths for every block, the largest ones that meet the target; see `keep_masks`.
-
-    With attention in scope every block keeps as many KV groups as blocks of different widths would keep on average, and
-    the width of the FFN makes up the rest.
-    """
-    costs = budget.costs
-    target = budget.target
-    device = neuron_margins[0].device
-    attention = [torch.ones(groups, dtype=torch.bool, device=device) for groups in costs.groups]
-    if costs.attention:
-        without_equal_widths = replace(budget, costs=replace(costs, uniform=False))
-        free_masks = keep_masks(without_equal_widths, neuron_margins, group_margins)
-        kept_groups = int(torch.cat(free_masks.attention).sum())
-        groups = _equal_groups(budget, kept_groups)
-        # A block without KV groups has an empty mask.
-        attention = [top_of_experts(margins, groups) if len(margins) else margins.bool() for margins in group_margins]
-        target -= _removed_cost(costs.prices.groups, groups)
-    width = _widest(budget, target)
-    pairs = zip(neuron_margins, costs.experts_per_block, strict=True)
-    ffn = [
-        top_of_experts(margins, width, experts=experts) if len(margins) else margins.bool()
-        for margins, experts in pairs
-    ]
-    return Masks(ffn, attention)
-
-
-def _removed_cost(tables: Sequence[Sequence[int]], kept: int) -> int:
-    """Return the removed cost if every block keeps `kept` units, from costs by number of kept units (`Price`)."""
-    return sum(table[-1] - table[min(kept, len(table) - 1)] for table in tables)
-
-
-def _widest(budget: Budget, target: int) -> int:
-    """Return the largest common width of FFNs that removes at least the cost `target`; 0 if there is none."""
-    costs = budget.costs
-    multiple = budget.width_multiple
-    narrowest = min(width for width in costs.neurons if width)  # 0 is the width of a block without an FFN
-    widest = max(costs.neurons)
-    widths = list(range(narrowest // multiple * multiple, 0, -multiple))
-    if narrowest == widest:
-        widths.insert(0, widest)  # an unchanged width need not be a multiple of `width_multiple`
-    # Costs rise along the descending widths, so the first width that removes enough is the largest one.
-    index = bisect_left(widths, target, key=lambda width: _removed_cost(costs.prices.neurons, width))
-    return widths[index] if index < len(widths) else 0
-
-
-def _equal_groups(budget: Budget, kept_groups: int) -> int:
-    """Return the number of KV groups that every block keeps."""
-    costs = budget.costs
-    prices = budget.costs.prices
-    width_multiple = budget.width_multiple
-    group_counts = [count for count in costs.groups if count]  # of blocks with prunable attention
-    max_groups = min(group_counts)
-    groups = max(1, min(round(kept_groups / len(group_counts)), max_groups))
-
-    def remaining(kept: int) -> int:
-        """Return the cost that FFNs have to make up if every block keeps `kept` KV groups."""
-        return budget.target - _removed_cost(prices.groups, kept)
-
-    # Remove more groups if the FFNs cannot make up the rest.
-    while groups > 1 and _widest(budget, remaining(groups)) < width_multiple:
-        groups -= 1
-    # Keep groups that exceed the target, as long as neurons can be removed instead. FFNs of different widths lose
-    # neurons in any case.
-    unavoidable_cost = _removed_cost(prices.neurons, _widest(budget, 0))
-    removable_cost = _removed_cost(prices.neurons, width_multiple)
-    while remaining(groups) < unavoidable_cost and groups < max_groups and remaining(groups + 1) <= removable_cost:
-        groups += 1
-    return groups
 
 
 def cut_margin(

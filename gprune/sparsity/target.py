@@ -76,7 +76,7 @@ class Target(Feature):
 
     def lines(self, plan: Any) -> dict[str, str]:
         """Return how many parameters are removed if all blocks are equally sparse."""
-        parameters, in_scope = plan.skeleton.num_parameters(), plan.budget.costs.in_parameters.total
+        parameters, in_scope = plan.skeleton.num_parameters(), plan.budget.total_parameters
         shares = f"{plan.removed / in_scope:.1%} of the scope, {plan.removed / parameters:.1%} of the model"
         return {"removes": f"{plan.removed:,} parameters: {shares}"}
 

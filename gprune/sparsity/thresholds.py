@@ -1,6 +1,9 @@
-"""Thresholds of modules: initial values, and conversion to masks under a budget."""
+"""Sparsity of modules: initial thresholds, what is learned, and conversion to masks under a budget."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -46,21 +49,45 @@ def unit_margins(ranks: ModuleRanks, thresholds: Thresholds) -> tuple[list[Tenso
 
 def masks_from_thresholds(ranks: ModuleRanks, thresholds: Thresholds, budget: Budget) -> Masks:
     """Return keep masks that meet the budget, from thresholds per module."""
-    neuron_margins, group_margins = unit_margins(ranks, thresholds)
-    return keep_masks(budget, neuron_margins, group_margins)
+    return keep_masks(budget, *unit_margins(ranks, thresholds))
 
 
-def named_thresholds(thresholds: Thresholds) -> dict[str, Tensor]:
-    """Return thresholds by their names in safetensors files: `ffn.<block>` and `attention.<block>`."""
-    named = {}
-    for kind, by_block in zip(("ffn", "attention"), thresholds, strict=True):
-        named |= {f"{kind}.{b}": t.detach().cpu() for b, t in enumerate(by_block)}
-    return named
+@dataclass(frozen=True)
+class ModuleSparsity:
+    """What step 7 decides, as it is stored in `thresholds.safetensors`: thresholds, offsets, or the learner's masks."""
 
+    thresholds: Thresholds | None  # None if the learner has no thresholds
+    offsets: list[Tensor] | None = None  # shift of each neuron's rank in logits, per block (N,)
+    fixed_masks: Masks | None = None  # masks for one budget, if they do not follow from thresholds and offsets
 
-def thresholds_from_named(tensors: dict[str, Tensor]) -> Thresholds | None:
-    """Return thresholds from the result of `named_thresholds`; None if it has none. Other names are ignored."""
-    blocks = sum(name.startswith("ffn.") for name in tensors)
-    if not blocks:
-        return None
-    return [tensors[f"ffn.{b}"] for b in range(blocks)], [tensors[f"attention.{b}"] for b in range(blocks)]
+    def masks(self, ranks: ModuleRanks, budget: Budget) -> Masks:
+        """Return keep masks that meet the budget."""
+        if self.fixed_masks is not None:
+            return self.fixed_masks
+        shifted_ranks = ranks if self.offsets is None else ranks.with_offsets(self.offsets)
+        return masks_from_thresholds(shifted_ranks, self.thresholds, budget)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return tensors by the names `ffn.0`, `attention.0`, `offsets.0`, `masks.ffn.0` and so on."""
+        named = {}
+        for kind, by_block in zip(("ffn", "attention"), self.thresholds or ((), ()), strict=True):
+            named |= {f"{kind}.{b}": t.detach().cpu() for b, t in enumerate(by_block)}
+        named |= {f"offsets.{b}": of_block.detach().cpu() for b, of_block in enumerate(self.offsets or ())}
+        if self.fixed_masks is not None:
+            named |= {f"masks.{name}": mask for name, mask in self.fixed_masks.tensors().items()}
+        return named
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ModuleSparsity:
+        """Return the sparsity of modules from the result of `tensors`."""
+
+        def by_block(kind: str) -> list[Tensor]:
+            return [tensors[f"{kind}.{b}"] for b in range(sum(name.startswith(f"{kind}.") for name in tensors))]
+
+        thresholds = by_block("ffn"), by_block("attention")
+        masks = {name.removeprefix("masks."): t for name, t in tensors.items() if name.startswith("masks.")}
+        return cls(
+            thresholds=thresholds if thresholds[0] else None,
+            offsets=by_block("offsets") or None,
+            fixed_masks=Masks.from_tensors(masks) if masks else None,
+        )

@@ -1,13 +1,25 @@
-"""Whole blocks as a feature of a run: in the scope (`WholeBlocks`), or by an allocation that removes nothing else."""
+"""Whole blocks as a feature of a run: in the scope (`WholeBlocks`), or by an allocation that removes little else.
+
+Blocks are removed by whole layers. With the scope `blocks` they are chosen before sparsity is allocated, and make up at
+most `--sparsity.block_share` of the target (`Budget.removed`). With the allocation `depth` they make up all of it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gprune.errors import UserError
 from gprune.features import Feature, Tokens
 from gprune.sparsity.target import Target
+
+if TYPE_CHECKING:  # allocations are imported to check flags, which should not wait for PyTorch
+    from gprune.calibration.statistics import CorpusStatistics
+    from gprune.importance.scores import Scores
+    from gprune.models.blocks import Block
+    from gprune.models.masks import Masks
+    from gprune.sparsity.budget import Budget
 
 
 class WholeBlocks(Feature):
@@ -23,9 +35,8 @@ class WholeBlocks(Feature):
 
     def refuse(self, plan: Any) -> None:
         """Raise UserError if a layer cannot be removed, or all layers with attention would be."""
-        if plan.budget.costs.block_share:
-            check_attention_remains(plan)
-        if plan.budget.costs.removed_blocks:
+        check_attention_remains(plan)
+        if plan.budget.removed:
             check_renumbering(plan)
 
     def planned_tokens(self, plan: Any) -> Tokens:
@@ -33,15 +44,83 @@ class WholeBlocks(Feature):
 
         Each round removes one layer. It has a trial for every layer that is left, so one less than the round before.
         """
-        costs, corpora = plan.budget.costs, plan.cfg.corpora
-        open_layers = sum(costs.protected.isdisjoint(blocks) for blocks in costs.by_layer)
-        rounds = len(costs.removed_layers) if self.chosen_by_loss else 0
+        budget, corpora = plan.budget, plan.cfg.corpora
+        open_layers = sum(budget.protected.isdisjoint(blocks) for blocks in budget.by_layer)
+        rounds = len(removed_layers(budget)) if self.chosen_by_loss else 0
         trials = sum(range(open_layers, open_layers - rounds, -1))
         return {2: (trials * len(corpora.drift) * corpora.seq_len, 0)}
 
     def lines(self, plan: Any) -> dict[str, str]:
         """Return how many layers are removed."""
-        return {"blocks": f"{len(plan.budget.costs.removed_layers)} are removed as a whole"}
+        return {"blocks": f"{len(removed_layers(plan.budget))} are removed as a whole"}
+
+
+def removed_layers(budget: Budget) -> list[int]:
+    """Return the layers that are removed as a whole, in the order of choice."""
+    return list(dict.fromkeys(budget.units[block].layer for block in budget.removed))
+
+
+def choose_blocks(budget: Budget, loss: Callable[[list[int]], float]) -> list[int]:
+    """Choose blocks to remove as a whole, greedily by the loss of the model without them.
+
+    In each round the layer is added without which the loss is lowest, as long as a layer fits into the budget.
+    """
+    chosen: list[int] = []
+    while True:
+        candidates = [
+            blocks for blocks in budget.by_layer
+            if blocks[0] not in chosen and blocks[0] in budget.blocks_that_fit([*chosen, blocks[0]], budget.target)
+        ]  # fmt: skip
+        if not candidates:
+            return chosen
+        chosen += min(candidates, key=lambda blocks: loss([*chosen, *blocks]))
+
+
+def depth(scores: Scores, statistics: CorpusStatistics, blocks: Sequence[Block], budget: Budget) -> Masks:
+    """Remove whole blocks, least influential first: ShortGPT (arXiv 2403.03853), BI_b = 1 - E cos(x_b, x_b+1).
+
+    Blocks are removed until the next one would exceed the target. The next block only loses its lowest-scoring neurons,
+    so that the baseline removes as many parameters as other methods. If its FFN is too small for that, the block is
+    removed too. A removed block includes attention and norms, whatever the scope. A width that changes becomes a
+    multiple of the budget's `width_multiple`. `limit_to_depth` rejects targets that would leave no block.
+    """
+    import torch
+
+    from gprune.models.masks import Masks
+    from gprune.sparsity.cut import top_of_experts
+
+    masks = Masks([torch.ones(b.experts * b.neurons, dtype=torch.bool) for b in blocks],
+                  [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks])  # fmt: skip
+    remaining = budget.target  # the cost that is still to be removed
+    for layer in _layers_by_influence(statistics, budget):
+        units = {b: budget.units[b] for b in layer}
+        if remaining <= 0 or any(of_block.protected for of_block in units.values()):
+            continue
+        largest = max(layer, key=lambda b: budget.units[b].costs.neurons[-1])  # the block with the largest FFN
+        by_width = units[largest].costs.neurons
+        widths = range(0, units[largest].neurons, budget.width_multiple)
+        wide_enough = [width for width in widths if by_width[-1] - by_width[width] >= remaining]
+        kept_width = max(wide_enough, default=0)
+        whole_cost = sum(of_block.costs.whole for of_block in units.values())
+        if remaining < whole_cost and kept_width > 0:
+            experts = units[largest].experts
+            masks.ffn[largest] = top_of_experts(scores.ffn[largest], kept_width, experts=experts)
+            break
+        for b in layer:
+            masks.ffn[b][:] = False
+            masks.attention[b][:] = False
+        remaining -= whole_cost
+    return masks
+
+
+def _layers_by_influence(statistics: CorpusStatistics, budget: Budget) -> list[list[int]]:
+    """Return the blocks of each layer, the least influential layer first.
+
+    All blocks of a layer have the same influence.
+    """
+    layer_of = {block: blocks for blocks in budget.by_layer for block in blocks}
+    order = [layer_of[block] for block in statistics.influence.argsort(stable=True).tolist()]
+    return list({blocks[0]: blocks for blocks in order}.values())  # each layer once
 
 
 def refuse_modules(cfg: Any) -> None:
@@ -56,12 +135,11 @@ def refuse_layers(plan: Any) -> None:
     check_renumbering(plan)
 
 
-def limit_to_depth(budget: Any) -> Any:
+def limit_to_depth(budget: Budget) -> Budget:
     """Limit a budget to the cost of all whole blocks except one. A quality target is lowered to that limit."""
-    protected, prices = budget.costs.protected, budget.costs.prices.blocks
-    layers = [layer for layer in budget.costs.by_layer if protected.isdisjoint(layer)]
-    layer_costs = [sum(prices[block] for block in layer) for layer in layers]
-    kept = 0 if protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
+    layers = [layer for layer in budget.by_layer if budget.protected.isdisjoint(layer)]
+    layer_costs = [sum(budget.units[block].costs.whole for block in layer) for layer in layers]
+    kept = 0 if budget.protected else max(layer_costs)  # protected blocks are kept, otherwise the largest layer
     removable = sum(layer_costs) - kept
     if Target.of(budget.setting).is_searched:
         return replace(budget.removing(min(budget.target, removable)), setting=budget.setting)
@@ -80,15 +158,15 @@ def check_attention_remains(plan: Any) -> None:
     """
     from gprune.models.surgery import attention_by_layer
 
-    config, budget, costs = plan.skeleton.config, plan.budget, plan.budget.costs
+    config, budget = plan.skeleton.config, plan.budget
     has_attention = attention_by_layer(config)
     if all(has_attention) or not any(has_attention):
         return
-    layers = [blocks for blocks, has in zip(costs.by_layer, has_attention, strict=True) if has]
-    if any(blocks not in costs.open_layers for blocks in layers):
+    layers = [blocks for blocks, has in zip(budget.by_layer, has_attention, strict=True) if has]
+    if any(blocks not in budget.removable_layers for blocks in layers):
         return
-    layer_costs = [sum(costs.prices.blocks[block] for block in blocks) for blocks in layers]
-    limit = costs.block_share * budget.target if costs.block_share else budget.target
+    layer_costs = [sum(budget.units[block].costs.whole for block in blocks) for blocks in layers]
+    limit = budget.block_share * budget.target if budget.block_share else budget.target
     # The last removed layer may exceed the target.
     if sum(layer_costs) - max(layer_costs) < limit:
         numbers = [layer for layer, has in enumerate(has_attention) if has]
@@ -106,12 +184,11 @@ def check_renumbering(plan: Any) -> None:
     """
     import torch
 
-    from gprune.models.blocks import blocks_of
     from gprune.models.masks import Masks
     from gprune.models.surgery import prune
 
-    blocks = blocks_of(plan.skeleton)
-    first = min(b.layer_index for b in blocks if b.index not in plan.budget.costs.protected)
-    ffn = [torch.full((b.experts * b.neurons,), b.layer_index != first) for b in blocks]
-    attention = [torch.full((b.kv_groups,), b.layer_index != first) for b in blocks]
+    units = plan.budget.units
+    first = min(block.layer for block in units if not block.protected)
+    ffn = [torch.full((block.experts * block.neurons,), block.layer != first) for block in units]
+    attention = [torch.full((block.groups,), block.layer != first) for block in units]
     prune(plan.skeleton, Masks(ffn, attention))  # the result is not needed, only its error

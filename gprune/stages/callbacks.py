@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from gprune.evaluation.intervals import geometric_mean, paired_ratio
+from gprune.models.gating import masked
 from gprune.models.masks import Masks
 from gprune.models.offload import gathered
-from gprune.sparsity.gates import masked
 from gprune.stages.base import FrozenLMStage, curves_of, log_exactly
 
 log = logging.getLogger("gprune")

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from gprune.checks import select_options
-from gprune.config import DistillConfig
+from gprune.config.running import DistillConfig
 from gprune.errors import UserError
 from gprune.models.families import PRUNED
 from gprune.recoveries.contract import Material, Recovery, recovery

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gprune.models.gating import bypassed, gated
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.cut import Cut, cut_margin
-from gprune.sparsity.gates import bypassed, gated, soft_gate, straight_through
-from gprune.sparsity.thresholds import Thresholds, masks_from_thresholds, unit_margins
+from gprune.sparsity.cut import Cut, cut_margin, cut_of, keep_masks
+from gprune.sparsity.thresholds import Thresholds, unit_margins
 from gprune.stages.base import FrozenLMStage
 
 
@@ -86,13 +86,13 @@ class ThresholdLearning(FrozenLMStage):
         self.ffn_offsets = nn.ParameterList(nn.Parameter(torch.zeros(len(p))) for p in ranks_with_offsets)
         # Thresholds of KV groups always exist, but are trained only if KV groups are in scope.
         self.attention_thresholds = nn.ParameterList(
-            nn.Parameter(t.float(), requires_grad=budget.costs.attention) for t in attention_start
+            nn.Parameter(t.float(), requires_grad=budget.attention) for t in attention_start
         )
-        for b in budget.costs.removed_blocks:  # the loss does not depend on thresholds of removed blocks
+        for b in budget.removed:  # the loss does not depend on thresholds of removed blocks
             for learned in (self.ffn_thresholds, self.ffn_offsets, self.attention_thresholds):
                 learned[b : b + 1].requires_grad_(False)
         self.ffn_gates: list[Tensor] = []
-        self.attention_gates: list[Tensor] | None = [] if budget.costs.attention else None
+        self.attention_gates: list[Tensor] | None = [] if budget.attention else None
 
     @property
     def ranks(self) -> ModuleRanks:
@@ -121,12 +121,12 @@ class ThresholdLearning(FrozenLMStage):
     @torch.no_grad()
     def masks(self, budget: Budget | None = None) -> Masks:
         """Compute the hard masks of the current thresholds for a budget; by default the budget of the stage."""
+        margins = unit_margins(self.offset_ranks, self.thresholds)
         if budget is not None:
-            return masks_from_thresholds(self.offset_ranks, self.thresholds, budget)
-        neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
+            return keep_masks(budget, *margins)
         if self._cut is None:
-            self._cut = Cut(self.budget, neuron_margins[0].device)
-        return self._cut(neuron_margins, group_margins)
+            self._cut = cut_of(self.budget, self.ffn_thresholds[0].device)
+        return self._cut(*margins)
 
     def refresh_gates(self) -> None:
         """Compute the gates of a training step: per block (N,) for neurons and (G,) for KV groups."""
@@ -147,7 +147,7 @@ class ThresholdLearning(FrozenLMStage):
         `recentre` has moved the cut to margin 0, so thresholds are usually not shifted. If all blocks must have the
         same width, each block has its own cut, and its thresholds are shifted by the margin of this cut.
         """
-        if not self.budget.costs.uniform:
+        if not self.budget.uniform:
             return self.thresholds
         with torch.no_grad():
             neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
@@ -186,7 +186,7 @@ class ThresholdLearning(FrozenLMStage):
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # the autograd graph of the last step was freed
         gates = gated(self.lm, self.ffn_gates, self.attention_gates)
-        with bypassed(self.lm, self.budget.costs.removed_blocks), gates:
+        with bypassed(self.lm, self.budget.removed), gates:
             return next_token_losses(self.lm, ids, teacher=teacher)
 
     def axes(self) -> dict[str, float]:
@@ -211,12 +211,11 @@ class ThresholdLearning(FrozenLMStage):
         the same width, neurons compete inside their block only, so the mean of their block is subtracted. KV groups
         compete with all neurons in either case.
         """
-        costs = self.budget.costs
-        ranks = self.ranks
-        open_blocks = [b for b in range(len(ranks.sizes)) if b not in costs.protected]
-        neurons = [BlockGradient(self.ffn_thresholds[b].grad, ranks.sizes[b], costs.uniform) for b in open_blocks]
+        ranks, uniform = self.ranks, self.budget.uniform
+        open_blocks = [b for b, block in enumerate(self.budget.units) if not block.protected]
+        neurons = [BlockGradient(self.ffn_thresholds[b].grad, ranks.sizes[b], uniform) for b in open_blocks]
         groups = [BlockGradient(self.attention_thresholds[b].grad, len(ranks.attention[b]), False) for b in open_blocks]
-        offsets = [BlockGradient(self.ffn_offsets[b].grad, 1, costs.uniform) for b in open_blocks if self.offsets]
+        offsets = [BlockGradient(self.ffn_offsets[b].grad, 1, uniform) for b in open_blocks if self.offsets]
         # Thresholds and offsets are centred separately.
         for gradients in ([*neurons, *groups], offsets):
             learned = [gradient for gradient in gradients if gradient.grad is not None]
@@ -239,7 +238,7 @@ class ThresholdLearning(FrozenLMStage):
     def recentre(self, hard: Masks) -> None:
         """Shift all thresholds by the same amount so that the budget cuts at margin 0, without changing `hard`."""
         neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
-        shift = cut_margin(hard, neuron_margins, self.budget.costs.experts_per_block, group_margins)
+        shift = cut_margin(hard, neuron_margins, [block.experts for block in self.budget.units], group_margins)
         for t in (*self.ffn_thresholds, *self.attention_thresholds):
             t += shift.to(t.dtype)
 
@@ -263,3 +262,18 @@ def _group_gate(p: Tensor, threshold: Tensor) -> Tensor:
     labels = torch.zeros(len(p), dtype=torch.long, device=p.device)
     sizes = torch.full((1,), len(p), device=p.device)
     return soft_gate(p, threshold, labels, sizes)
+
+
+def soft_gate(p: Tensor, thresholds: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+    """Return the differentiable mask sigmoid((p_i - sigmoid(t_m)) / T_m), (N,), with T_m = max(0.05, 1 / n_m).
+
+    p are within-module ranks (N,) in (0, 1), and labels (N,) are modules in [0, K). Thresholds t (K,) are logits:
+    sigmoid(t_m) is the share of the module that is removed. Sizes n are (K,) units per module.
+    """
+    temperature = (1 / sizes.to(p.dtype)).clamp_min(0.05)
+    return torch.sigmoid((p - torch.sigmoid(thresholds)[labels]) / temperature[labels])
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """Return the value of `hard` with the gradient of `soft` (Bengio et al., arXiv 1308.3432)."""
+    return (soft - soft.detach()) + hard.to(soft.dtype)  # in this order the value is exactly 0 or 1

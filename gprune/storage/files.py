@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gprune.errors import first_line
-from gprune.storage.cache import cache_dir, disk_errors
+from gprune.storage.paths import cache_dir, disk_errors
 
 log = logging.getLogger("gprune")
 FORMAT_VERSION = 4  # part of every cache key; increase it when stored data changes its meaning

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gprune.errors import UserError
-from gprune.storage.cache import cache_dir, disk_errors
+from gprune.storage.paths import cache_dir, disk_errors
 
 log = logging.getLogger("gprune")
 

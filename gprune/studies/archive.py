@@ -26,8 +26,10 @@ from gprune.user_code import compare_code
 
 LINE_WIDTH = 1000  # characters per line of a record
 RECORD_FORMAT = 4  # part of the hash in the names of records, independent of the version of caches
+# Settings of earlier versions for scores on several corpora together, in the groups `reliability` and `partition`.
+ALL_SWITCH = {"switch": True, "everywhere": True, "metric": "averaged"}
+ONE_MODULE = {"num_modules": 1, "method": "initial"}
 FIRST_DEFAULTS = Path(__file__).with_name("first_defaults.json")  # never changed
-CONTROL = "control"  # stage, in tables, of rows that the list declares as controls
 
 
 @functools.cache
@@ -100,7 +102,8 @@ def find_records(row: Row) -> Found:
     """
     code, settings = row.config.code, identifying_settings(row.identity)
     by_code = {"same": [], "unknown": [], "other": []}
-    for path in sorted((row.records / "runs").glob(f"*-{_settings_key(row)}*.json")):
+    keys = map(_settings_key, (row.identity, before_pooled_scores(row.identity)))
+    for path in itertools.chain(*(sorted((row.records / "runs").glob(f"*-{key}*.json")) for key in keys)):
         record = read_record(path)
         if record is None or identifying_settings(record["settings"]) != settings:
             continue
@@ -127,7 +130,7 @@ def find_record(row: Row, *, checked: bool = False) -> tuple[Path, dict[str, Any
         found = replace(found, unknown=[])
     if found.record is not None:
         return found.record["path"], found.record
-    return _new_path(row, _settings_key(row)), None
+    return _new_path(row, _settings_key(row.identity)), None
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -141,7 +144,59 @@ def read_record(path: Path) -> dict[str, Any] | None:
     settings = migrate_settings(content["settings"])
     defaults = first_defaults()
     groups = {name: group | settings.get(name, {}) for name, group in defaults.items() if isinstance(group, dict)}
-    return unfold_records(content) | {"settings": defaults | settings | groups, "path": path}
+    record = unfold_records(content) | {"settings": defaults | settings | groups, "path": path}
+    return migrate_pooled_scores(record)
+
+
+def migrate_pooled_scores(record: dict[str, Any]) -> dict[str, Any]:
+    """Convert a record of an earlier version that scored units on several corpora together.
+
+    The earlier settings switched all modules to the metric `averaged`. Without learning there was a single module, and
+    the row was called `gprune`, which is `averaged` now.
+    """
+    settings, defaults = record["settings"], first_defaults()
+    learns = settings["sparsity"]["allocation"] == "learned"
+    if not ALL_SWITCH.items() <= settings["reliability"].items():
+        return record
+    if not (learns or settings["partition"]["num_modules"] == 1):
+        return record
+    reliability = settings["reliability"] | {name: defaults["reliability"][name] for name in ALL_SWITCH}
+    corpora = settings["corpora"] | {"score": settings["corpora"]["drift"]}
+    if settings["gprune"] and learns:
+        return record | {"settings": settings | {"corpora": corpora, "reliability": reliability | {"switch": False}}}
+    partition = settings["partition"] | {name: defaults["partition"][name] for name in ONE_MODULE}
+    settings = settings | {"partition": partition, "reliability": reliability}
+    if not settings["gprune"]:
+        return record | {"settings": settings}
+    no_modules = dict.fromkeys(("partition", "switch", "switch_to", "switch_everywhere"))
+
+    def rename(records: Sequence[Record]) -> list[Record]:
+        return [r | {"stage": "averaged"} | no_modules if r["stage"] == "gprune" else r for r in records]
+
+    record = record | {
+        "settings": settings | {"gprune": False, "corpora": corpora},
+        "records": rename(record["records"]),
+    }
+    if record.get("evaluation"):
+        record["evaluation"] = rename(record["evaluation"])
+    if quality := record["summary"].get("quality"):
+        rows = [r | {"row": r["row"].replace("gprune", "averaged")} for r in quality["rows"]]
+        record["summary"] = record["summary"] | {"quality": quality | {"rows": rows}}
+    return record
+
+
+def before_pooled_scores(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an earlier version that `migrate_pooled_scores` converts to these settings.
+
+    Names of records are hashes of the settings with which they were written.
+    """
+    corpora = settings["corpora"]
+    earlier = {**settings, "reliability": settings["reliability"] | ALL_SWITCH}
+    if not settings["gprune"]:
+        earlier["partition"] = settings["partition"] | ONE_MODULE
+    if isinstance(corpora["score"], list):
+        earlier |= {"gprune": True, "corpora": corpora | {"score": corpora["score"][0]}}
+    return earlier
 
 
 def write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -151,9 +206,9 @@ def write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     return content | {"path": path}
 
 
-def _settings_key(row: Row) -> str:
-    """Return the hash of a row's settings that differ from their defaults, without the user's code."""
-    defaults, settings = flatten(first_defaults()), identifying_settings(row.identity)
+def _settings_key(settings: Mapping[str, Any]) -> str:
+    """Return the hash of settings that differ from their defaults, without the user's code."""
+    defaults, settings = flatten(first_defaults()), identifying_settings(settings)
     changed = {name: value for name, value in settings.items() if value != defaults.get(name)}
     return key_of(format=RECORD_FORMAT, settings=changed)[:10]
 
@@ -208,10 +263,8 @@ def record_to_run(record: dict[str, Any]) -> FinishedRun:
 
 
 def row_to_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> FinishedRun:
-    """Convert a record to a `FinishedRun` with the row's name, its tasks and, for a control, the stage `control`."""
+    """Convert a record to a `FinishedRun` with the row's name, and its tasks."""
     records, evaluation = record["records"], task_results(row, record)
-    if row.control:
-        records, evaluation = _mark_control(records), _mark_control(evaluation)
     if seen is not None:
         missing = sorted({r["corpus"] for r in records if r["seen"]} - set(seen))
         if missing:
@@ -221,11 +274,6 @@ def row_to_run(row: Row, record: dict[str, Any], seen: Sequence[str] | None) -> 
             )
     evaluation = [r | {"run": row.name} for r in evaluation]
     return replace(record_to_run(record), name=row.name, records=records, evaluation=evaluation)
-
-
-def _mark_control(records: Sequence[Record]) -> list[Record]:
-    """Replace the stage `gprune` by `control`."""
-    return [r | {"stage": CONTROL} if r["stage"] == "gprune" else r for r in records]
 
 
 def learned_tokens(manifest: Mapping[str, Any]) -> int:

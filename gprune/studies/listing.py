@@ -90,8 +90,6 @@ class Content(StrictModel):
     """Row whose stage `base` is the denominator of ratios, for all rows with as few parameters."""
     compare: list[Pair] = []
     """Pairs to compare: a row's name, as in 'a', is its final model; another stage is named as in 'a: base'."""
-    controls: Names = []
-    """Rows whose result is a control, not a result of gprune."""
     seeds: list[int] = [0]
     tables: list[TableName] = list(TABLES)
     """Tables of the report to print."""
@@ -106,7 +104,6 @@ class Content(StrictModel):
     def check_rows(self) -> Self:
         """Raise UserError if a key names an unknown row, or a task cannot be measured."""
         for key, names in (
-            ("controls", self.controls),
             ("reference", [] if self.reference is None else [self.reference]),
             ("compare", [split_stage(name, self.rows)[0] for pair in self.compare for name in pair]),
         ):
@@ -130,7 +127,6 @@ class Row:
     seed: int
     settings: dict[str, Any]  # settings of the list and the command line, by dotted name
     tasks: dict[str, Any] = field(default_factory=dict)  # empty if the list has no tasks
-    control: bool = False  # whether the result is a control, not a result of gprune
     masks: bool = True  # whether to store masks; a model made elsewhere has none
     records: Path = OTHER_RECORDS  # folder of records
     study: str = ""  # name of the list
@@ -244,7 +240,7 @@ def _rows(
             _check_settings(where, settings, flag_settings)
             overlay(settings, flag_settings, where)
             yield Row(
-                name, seed, settings | {"run.seed": seed}, tasks=content.tasks, control=name in content.controls,
+                name, seed, settings | {"run.seed": seed}, tasks=content.tasks,
                 masks=masks and row.made_elsewhere is None, records=records, study=path.stem,
                 made_elsewhere=row.made_elsewhere,
             )  # fmt: skip

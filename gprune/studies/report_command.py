@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gprune.console import Parser, quiet
 from gprune.errors import UserError
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 if TYPE_CHECKING:
     from gprune.runs.results import FinishedRun

@@ -32,10 +32,8 @@ from gprune.pipeline.plan import Plan, check
 from gprune.report.tables import cost_table
 from gprune.runs.folder import RunFolder, check_evaluation
 from gprune.runs.numbers import run_numbers
-from gprune.runs.results import PruningResult
-from gprune.storage.cache import disk_errors
 from gprune.storage.files import key_of, read_json, scratch_folder, write_json
-from gprune.storage.reading import expanded
+from gprune.storage.paths import disk_errors, expanded
 from gprune.studies.archive import (
     Found,
     dense_path,
@@ -130,14 +128,6 @@ def _plan_of(row: Row) -> Plan:
     return check_models(row.made_elsewhere, row.config)
 
 
-def _run_method(row: Row, cfg: RunConfig) -> PruningResult:
-    """Prune, or measure or distil the model made elsewhere, with the configuration of a row."""
-    if row.made_elsewhere is None:
-        return gprune.prune(cfg)
-    function = gprune.evaluate if cfg.recovery == "none" else gprune.recover
-    return function(row.made_elsewhere, cfg.model.name, cfg)
-
-
 def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
     """Run one configuration and store its record.
 
@@ -149,7 +139,11 @@ def run_row(row: Row) -> tuple[Path, dict[str, Any]]:
     # A record exists if another list has this row with other tasks, or without masks.
     existing = find_record(row, checked=True)[1] or {"masks": None}
     with wandb_beside_records(row):
-        result = _run_method(row, cfg)
+        if row.made_elsewhere is None:
+            result = gprune.prune(cfg)
+        else:
+            function = gprune.evaluate if cfg.recovery == "none" else gprune.recover
+            result = function(row.made_elsewhere, cfg.model.name, cfg)
     if process_index() != 0:
         return result.path, {}
     manifest = RunFolder(result.path).manifest

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from gprune.console import Parser, quiet
 from gprune.errors import UserError
-from gprune.storage.reading import expanded
+from gprune.storage.paths import expanded
 
 ABOUT = """Run a list of configurations, store the results, and print tables. gprune/studies/listing.py has the format.
 

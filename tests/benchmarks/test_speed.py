@@ -86,17 +86,18 @@ def test_a_damaged_or_edited_table_is_measured_again(damage, measurements, tmp_p
 
 def test_a_speed_budget_is_met_within_one_unit_and_an_impossible_one_reports_the_maximum():
     blocks = blocks_of(make_tiny_llama())
-    costs = unit_costs(blocks, scope="attention+ffn", price=speed.price_from_table(TABLE, blocks))
-    assert costs.prices.model == 14 * 10**9  # picoseconds of three blocks and the rest
-    neurons = speed.price_from_table(TABLE, blocks).neurons[0]
+    costs, outside = speed.costs_from_table(TABLE, blocks)
+    units = unit_costs(blocks, scope="attention+ffn", costs=costs)
+    neurons = costs[0].neurons
     assert [neurons[n] for n in (1, 24, 48)] == [0, 2 * 10**9, 3 * 10**9]  # the measured widths
     assert neurons[36] == pytest.approx(25 * 10**8)  # linear between them
-    budget = Budget.of(costs, "1.4x")
+    budget = Budget.of(units, "1.4x", outside=outside)
+    assert budget.model == 14 * 10**9  # picoseconds of three blocks and the rest
     masks = keep_masks(budget, [torch.arange(48.0)] * 3, [torch.arange(2.0)] * 3)
-    remaining = costs.prices.model - costs.removed(masks)
-    assert 0 <= costs.prices.model / 1.4 - remaining < 10**9  # the cost of a KV group, the most expensive unit
+    remaining = budget.model - budget.removed_by(masks)
+    assert 0 <= budget.model / 1.4 - remaining < 10**9  # the cost of a KV group, the most expensive unit
     with pytest.raises(UserError, match=r"^--sparsity.target must be at most \d\.\d\dx.*; got 9x"):
-        Budget.of(costs, "9x")
+        Budget.of(units, "9x", outside=outside)
 
 
 @pytest.mark.slow
@@ -107,8 +108,9 @@ def test_a_measured_table_has_all_sampled_widths_and_multiples(monkeypatch):
     assert [n for n, _ in measured["neurons"]] == [1, 12, 24, 36, 48]
     assert [g for g, _ in measured["groups"]] == [1, 2]
     assert [n for n, _ in measured["multiples"]] == [37, 40, 48, 32]  # odd multiples of 1, 8, 16 and 32 near 36
-    price = speed.price_from_table(measured, blocks_of(dense))
-    assert all(a <= b for table in (*price.neurons, *price.groups) for a, b in itertools.pairwise(table))
+    costs, _ = speed.costs_from_table(measured, blocks_of(dense))
+    tables = [table for of_block in costs for table in (of_block.neurons, of_block.groups)]
+    assert all(a <= b for table in tables for a, b in itertools.pairwise(table))
 
 
 def narrowed_llama(*widths):
@@ -138,17 +140,18 @@ def test_if_time_is_proportional_to_parameters_so_are_the_prices(make_model, mon
 
         monkeypatch.setattr(speed, "time_generation", time_by_parameters)
         measured = speed.measure_table(without_weights(model), torch.device("cpu"), torch.float32, SETTING)
-    price = speed.price_from_table(measured, blocks)
+    costs, outside = speed.costs_from_table(measured, blocks)
 
     def picoseconds(units, parameters):
         """Return the prices of keeping 0, 1, ..., all units; the first one is free, as no smaller width is timed."""
         return pytest.approx([1000 * parameters * max(0, n - 1) for n in range(units + 1)], abs=5)
 
-    for b, neurons, groups in zip(blocks, price.neurons, price.groups, strict=True):
-        assert neurons == picoseconds(b.neurons, b.unit_cost("ffn"))
-        assert groups == picoseconds(b.kv_groups, b.unit_cost("attention"))
+    for b, of_block in zip(blocks, costs, strict=True):
+        assert of_block.neurons == picoseconds(b.neurons, b.unit_cost("ffn"))
+        assert of_block.groups == picoseconds(b.kv_groups, b.unit_cost("attention"))
     layers = len(decoder_layers(model))
-    assert price.model == pytest.approx(1e12 * (layers * measured["neurons"][-1][1] + measured["rest"]), rel=1e-6)
+    model_cost = sum(of_block.whole for of_block in costs) + outside
+    assert model_cost == pytest.approx(1e12 * (layers * measured["neurons"][-1][1] + measured["rest"]), rel=1e-6)
     assert speed.best_multiple(measured) in speed.MULTIPLES
 
 

@@ -13,10 +13,10 @@ import torch
 
 from gprune.benchmarks import tasks
 from gprune.errors import UserError
+from gprune.models.gating import masked
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.report.tables import evaluation_table
-from gprune.sparsity.gates import masked
 from tests.benchmarks.conftest import questions, write_task
 from tests.conftest import make_tiny_llama
 from tests.tiny_run import tiny_tokenizer

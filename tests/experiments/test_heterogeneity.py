@@ -13,8 +13,7 @@ from scipy.stats import f_oneway, kendalltau
 
 import gprune
 from experiments import heterogeneity
-from gprune.importance.scores import fractional_ranks, score_ffn
-from gprune.importance.weights import ffn_weights
+from gprune.importance.scores import ffn_weights, fractional_ranks, score_ffn
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
 from gprune.partition.drift import noise_floor, rank_drift

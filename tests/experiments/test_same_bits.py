@@ -12,6 +12,7 @@ from experiments.same_bits import layout
 from experiments.same_bits.configurations import configurations
 from gprune.config.parse import parse
 from gprune.sparsity.allocation import ALLOCATION
+from gprune.sparsity.target import Target
 from tests import tiny_run
 
 # `from experiments.same_bits import __main__` would be the module `__main__` of pytest.
@@ -109,5 +110,5 @@ def test_the_configurations_have_every_allocation_recovery_scope_and_kind_of_tar
     assert {cfg.sparsity.scope for cfg in tiny} == {"ffn", "attention+ffn", "ffn+blocks", "attention+ffn+blocks"}
     targets = {str(cfg.sparsity.target).lstrip("+0123456789.") for cfg in tiny}
     assert targets == {"", "%", "M", "KiB", "x"}
-    assert any(cfg.sparsity.quality for cfg in tiny)
+    assert any(Target.of(cfg.sparsity.target).is_searched for cfg in tiny)
     assert len(known) - len(tiny) == 2

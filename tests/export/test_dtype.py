@@ -73,7 +73,7 @@ def test_a_byte_target_counts_parameters_that_are_kept_in_float32(tmp_path):
     parameters = dict(small.named_parameters())
     files = [load_file(file) for file in folder.glob("*.safetensors")]
     written = sum(tensor.nbytes for file in files for name, tensor in file.items() if name in parameters)
-    planned = plan.budget.costs.prices.model - plan.budget.costs.removed(masks)
+    planned = plan.budget.model - plan.budget.removed_by(masks)
     assert planned == HALF_BITS * written <= HALF_BITS * 120 * 2**10
 
 

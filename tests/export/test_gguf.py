@@ -327,7 +327,8 @@ def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(gguf_type, world, tmp_p
     model = AutoModelForCausalLM.from_pretrained(llama.model)
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=gguf_type)
     num_bytes = sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
-    assert check(parse(args)).pricing.price_in("bytes").model == HALF_BITS * num_bytes
+    costs, outside = check(parse(args)).pricing.costs_in("bytes")
+    assert sum(of_block.whole for of_block in costs) + outside == HALF_BITS * num_bytes
 
 
 def test_q8_0_needs_widths_in_multiples_of_32(world, tmp_path, monkeypatch, capsys):

@@ -17,11 +17,11 @@ from gprune.errors import UserError
 from gprune.export import hf
 from gprune.models.agreement import compare
 from gprune.models.blocks import blocks_of
+from gprune.models.gating import masked
 from gprune.models.modeling_pruned import PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
 from gprune.models.surgery import prune, widths
 from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
-from gprune.sparsity.gates import masked
 from tests.conftest import make_tiny_llama
 from tests.models.test_surgery import GREEDY, masks_without, random_masks
 from tests.tiny_families import make_tiny, some_masks, tiny_of

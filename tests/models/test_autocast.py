@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gprune.models.gating import gated
 from gprune.models.losses import next_token_losses
 from gprune.models.products import CastWeights, count_cast_weights
-from gprune.sparsity.gates import gated
 
 
 def step(model, ids, copies=None):

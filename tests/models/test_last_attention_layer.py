@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -11,8 +13,8 @@ from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import attention_by_layer, prune
-from gprune.pipeline import plan
 from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.whole_blocks import check_attention_remains
 from tests import tiny_run
 
 PROMPT = torch.arange(3, 12)[None]
@@ -48,14 +50,14 @@ def test_masks_that_remove_the_last_attention_layer_are_refused(model_type):
 def test_a_budget_for_whole_layers_that_fits_all_attention_layers_is_refused(target, refused):
     model = example("qwen3_next")
     model.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
-    costs = unit_costs(blocks_of(model), scope="ffn+blocks")
-    budget = Budget.of(costs, target)
+    budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), target, block_share=1.0)
     if not refused:
-        return plan.check_attention_remains(model.config, budget)
+        return check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
     with pytest.raises(UserError, match=r"these are \[1, 2\], such as --sparsity\.protect \[2\]"):
-        plan.check_attention_remains(model.config, budget)
-    protected = unit_costs(blocks_of(model), scope="ffn+blocks", protect=[1])
-    return plan.check_attention_remains(model.config, Budget.of(protected, target))
+        check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
+    protected = unit_costs(blocks_of(model), scope="ffn", protect=[1])
+    budget = Budget.of(protected, target, block_share=1.0)
+    return check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
 
 
 def test_a_type_without_a_cache_in_transformers_has_no_layers_that_must_be_kept():

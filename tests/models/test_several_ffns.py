@@ -21,12 +21,13 @@ from gprune.calibration.layerwise import Walk
 from gprune.discovery.search import discover_record
 from gprune.discovery.tiny import tiny_model
 from gprune.errors import UserError
-from gprune.evaluation.speed import price_from_table
+from gprune.evaluation.speed import costs_from_table
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, by_layer, decoder_layers, find_unpruned
 from gprune.models.families import attach_record
+from gprune.models.gating import bypassed, masked
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune, prune_to_files
 from gprune.pipeline.dry_run import describe_unpruned
@@ -34,9 +35,9 @@ from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
 from gprune.recoveries.prefix import PrunedPrefix
 from gprune.sparsity.allocation import allocate
-from gprune.sparsity.budget import Budget, choose_blocks, unit_costs
+from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import uniform_masks
-from gprune.sparsity.gates import bypassed, masked
+from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
 from gprune.stages.student import Student
 from tests import tiny_run
 
@@ -101,7 +102,7 @@ def statistics_of(model, **collects):
 
 def plan_of(model) -> SimpleNamespace:
     """The part of a plan that `describe_unpruned` reads, with attention in scope."""
-    budget = SimpleNamespace(costs=unit_costs(blocks_of(model), scope="attention+ffn"))
+    budget = Budget(unit_costs(blocks_of(model), scope="attention+ffn"), 0)
     sparsity = SimpleNamespace(scope="attention+ffn")
     return SimpleNamespace(budget=budget, skeleton=model, cfg=SimpleNamespace(sparsity=sparsity))
 
@@ -207,31 +208,31 @@ def test_a_removed_layer_loses_all_of_its_blocks(shared_expert_model):
     assert small.config.num_hidden_layers == 2
     assert_close(logits(small), expected)
     removed = shared_expert_model.num_parameters() - small.num_parameters()
-    assert removed == unit_costs(blocks_of(shared_expert_model), scope="ffn+blocks").removed(masks)
+    assert removed == Budget(unit_costs(blocks_of(shared_expert_model), scope="ffn"), 0).removed_by(masks)
 
 
 def test_the_budget_over_all_ffns_is_met_within_one_unit(shared_expert_model):
     blocks = blocks_of(shared_expert_model)
-    costs = unit_costs(blocks, scope="attention+ffn")
-    budget = Budget.of(costs, 0.4)
+    budget = Budget.of(unit_costs(blocks, scope="attention+ffn"), 0.4)
     masks = uniform_masks(budget)
     removed = shared_expert_model.num_parameters() - prune(shared_expert_model, masks).num_parameters()
-    assert budget.target <= removed < budget.target + max(costs.neuron)
+    assert budget.target <= removed < budget.target + max(block.unit_cost("ffn") for block in blocks)
     assert all(0 < int(keep.sum()) < len(keep) for keep in masks.ffn)
 
 
 def test_protected_layers_keep_all_of_their_blocks(shared_expert_model):
-    costs = unit_costs(blocks_of(shared_expert_model), scope="ffn", protect=[-1])
-    assert costs.protected == {4, 5}
-    assert all(uniform_masks(Budget.of(costs, 0.3)).ffn[b].all() for b in (4, 5))
+    budget = Budget.of(unit_costs(blocks_of(shared_expert_model), scope="ffn", protect=[-1]), 0.3)
+    assert budget.protected == {4, 5}
+    assert all(uniform_masks(budget).ffn[b].all() for b in (4, 5))
     with pytest.raises(UserError, match=r"--sparsity.protect .* from -3 to 2.*; got 3"):
         unit_costs(blocks_of(shared_expert_model), scope="ffn", protect=[3])
 
 
 def test_whole_layers_are_chosen_by_the_loss_without_them(shared_expert_model):
-    costs = unit_costs(blocks_of(shared_expert_model), scope="ffn+blocks")
-    layer = sum(costs.block[:2])
-    budget = Budget.of(costs, (layer + 1) / costs.total)
+    blocks = blocks_of(shared_expert_model)
+    layer = blocks[0].cost + blocks[1].cost
+    share = (layer + 1) / sum(block.cost for block in blocks)
+    budget = Budget.of(unit_costs(blocks, scope="ffn"), share, block_share=1.0)
     candidates = []
 
     def loss(removed: list[int]) -> float:
@@ -242,18 +243,18 @@ def test_whole_layers_are_chosen_by_the_loss_without_them(shared_expert_model):
     assert candidates == [(0, 1), (2, 3), (4, 5)]
     # Block 3 stands for its layer 1. The target allows to remove only one layer, so that of block 0 remains.
     chosen = budget.without([3, 0])
-    assert chosen.costs.removed_blocks == (2, 3)
-    assert chosen.costs.removed_layers == [1]
+    assert chosen.removed == (2, 3)
+    assert removed_layers(chosen) == [1]
 
 
 @pytest.mark.parametrize("rule", ["uniform", "global", "owl"])
 def test_allocations_meet_the_budget_with_blocks_without_attention(rule, shared_expert_model):
     blocks, statistics = blocks_of(shared_expert_model), statistics_of(shared_expert_model)
-    costs = unit_costs(blocks, scope="attention+ffn")
+    budget = Budget.of(unit_costs(blocks, scope="attention+ffn"), 0.4)
     scores = score_units("wanda_sp", blocks, statistics, attention=True)
-    masks = allocate(rule, scores, statistics, blocks, Budget.of(costs, 0.4))
+    masks = allocate(rule, scores, statistics, blocks, budget)
     removed = shared_expert_model.num_parameters() - prune(shared_expert_model, masks).num_parameters()
-    assert 0 <= removed - Budget.of(costs, 0.4).target < max(costs.neuron)
+    assert 0 <= removed - budget.target < max(block.unit_cost("ffn") for block in blocks)
 
 
 @pytest.mark.filterwarnings("error")
@@ -266,11 +267,11 @@ def test_allocations_meet_the_budget_with_layers_without_an_ffn(rule):
         (False, True),
         (False, False),
     }
-    costs = unit_costs(blocks, scope="attention+ffn")
+    budget = Budget.of(unit_costs(blocks, scope="attention+ffn"), 0.3)
     scores = score_units("wanda_sp", blocks, statistics, attention=True)
-    masks = allocate(rule, scores, statistics, blocks, Budget.of(costs, 0.3))
+    masks = allocate(rule, scores, statistics, blocks, budget)
     removed = model.num_parameters() - prune(model, masks).num_parameters()
-    assert 0 <= removed - Budget.of(costs, 0.3).target < max([*costs.neuron, *costs.group])
+    assert 0 <= removed - budget.target < budget.largest_step
 
 
 @pytest.mark.parametrize("extra", [0, 2000])
@@ -279,26 +280,26 @@ def test_depth_allocation_removes_layers_and_narrows_the_largest_ffn_of_one(extr
     tokens = float(statistics.ffn[1].total.count)
     influence = torch.tensor([0.5, 0.5, 0.1, 0.1, 0.9, 0.9], dtype=torch.float64)
     statistics = replace(statistics, turned=influence * tokens)
-    costs = unit_costs(blocks, scope="ffn")
-    target = sum(costs.block[2:4]) + extra
+    target = blocks[2].cost + blocks[3].cost + extra
+    budget = Budget(unit_costs(blocks, scope="ffn"), target)
     scores = score_units("wanda_sp", blocks, statistics, attention=False)
-    masks = allocate("depth", scores, statistics, blocks, Budget(costs, target))
+    masks = allocate("depth", scores, statistics, blocks, budget)
     assert masks.blocks == [True, True, False, False, True, True]
     assert bool(masks.ffn[0].all()) == (extra == 0)
     assert all(masks.ffn[b].all() for b in (1, 4, 5))
-    assert target <= costs.removed(masks) < target + costs.neuron[0]
+    assert target <= budget.removed_by(masks) < target + blocks[0].unit_cost("ffn")
 
 
 def test_the_measured_time_of_a_layer_is_divided_among_its_ffns(shared_expert_model):
     neurons, groups = [[1, 1.0], [16, 2.0], [32, 3.5]], [[1, 3.0], [6, 3.5]]
     blocks, table = blocks_of(shared_expert_model), {"neurons": neurons, "groups": groups, "rest": 0.5, "spread": 0.0}
-    price = price_from_table(table, blocks)
+    costs, outside = costs_from_table(table, blocks)
     for experts, shared_expert in by_layer(blocks):
         # 3.5 s per layer, in picoseconds.
-        assert price.blocks[experts.index] + price.blocks[shared_expert.index] == pytest.approx(3.5e12)
-        per_neuron = [price.neurons[b.index][-1] / b.neurons for b in (experts, shared_expert)]
+        assert costs[experts.index].whole + costs[shared_expert.index].whole == pytest.approx(3.5e12)
+        per_neuron = [costs[b.index].neurons[-1] / b.neurons for b in (experts, shared_expert)]
         assert per_neuron[0] > per_neuron[1] > 0  # a neuron of the experts has more parameters
-    assert price.model == pytest.approx(11e12)  # three layers and the rest
+    assert sum(of_block.whole for of_block in costs) + outside == pytest.approx(11e12)  # three layers and the rest
 
 
 def test_equal_widths_of_each_kind_of_ffn_are_exported_as_the_stock_class(shared_expert_model, tmp_path):

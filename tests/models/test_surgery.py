@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
+from gprune.models.gating import masked
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned
 from gprune.models.surgery import prune, widths
-from gprune.sparsity.gates import masked
 from tests.conftest import make_tiny_llama
 from tests.tiny_families import make_tiny
 

@@ -17,9 +17,9 @@ from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, decoder_layers, find_unpruned
+from gprune.models.gating import masked
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
-from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.tiny_families import tiny_of
 

@@ -31,10 +31,10 @@ from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.export.hf import check_reload, save_pruned
 from gprune.export.reload import align_weights
 from gprune.models.agreement import random_masks
+from gprune.models.gating import masked
 from gprune.models.loading import PROCESSOR_FILES
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
-from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
 from tests.tiny_run import tiny_tokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from gprune.importance.weights import UnitWeights
+from gprune.importance.metrics import UnitWeights
 from gprune.partition.initial import (
     initial_partition,
     merge_small,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gprune.partition.reliability import (
+from gprune.partition.modules import (
     ModuleReliability,
     assess_reliability,
     module_means,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gprune.calibration.layerwise import Walk
 from gprune.calibration.statistics import CorpusStatistics
-from gprune.config import DistillConfig
+from gprune.config.running import DistillConfig
 from gprune.corpora.windows import Windows
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import hf

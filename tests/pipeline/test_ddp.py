@@ -161,7 +161,7 @@ def test_saliency_agrees_and_masks_differ_in_at_most_two_units(taylor):
     one, two = (load_run(taylor[n]) for n in ("one", "two"))
     steps = [read_json(taylor[n] / "manifest.json")["steps"]["calibrate"] for n in ("one", "two")]
     assert [step["forward_backward_tokens"] for step in steps] == [5 * 32, 6 * 32]  # shared; one window is padding
-    of_one, of_two = (r.statistics[r.config.corpora.score].tensors() for r in (one, two))
+    of_one, of_two = (r.statistics[r.config.corpora.scored[0]].tensors() for r in (one, two))
     assert of_one.keys() == of_two.keys()
     # Three blocks, FFN and attention, and a tensor for each half of the corpus and for the whole corpus.
     assert sum(kind_of(name) == "saliency" for name in of_one) == 3 * 2 * 3

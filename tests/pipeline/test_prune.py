@@ -28,12 +28,12 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
+from gprune.models.gating import masked
 from gprune.models.masks import Masks
 from gprune.pipeline import evaluate as outcome
 from gprune.pipeline.plan import check
 from gprune.pipeline.run import open_run
-from gprune.sparsity.budget import unit_costs
-from gprune.sparsity.gates import masked
+from gprune.sparsity.budget import Budget, unit_costs
 from tests import tiny_run
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
@@ -136,10 +136,10 @@ def test_there_is_one_record_with_all_fields_for_each_row_and_corpus(finished, w
 
 
 def test_the_target_sparsity_is_reached_and_matches_the_parameter_counts(finished, dense):
-    costs = unit_costs(blocks_of(dense), scope="ffn")
-    removed = costs.removed(finished.masks)
-    assert 0 <= removed - costs.total / 2 < max(costs.neuron)
-    assert finished.summary["sparsity_of_scope"] == removed / costs.total
+    units = Budget(unit_costs(blocks_of(dense), scope="ffn"), 0)
+    removed = units.removed_by(finished.masks)
+    assert 0 <= removed - units.total / 2 < units.largest_step
+    assert finished.summary["sparsity_of_scope"] == removed / units.total
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, finished.model))
     assert before - after == removed
     assert finished.summary["sparsity_of_model"] == pytest.approx(removed / before)
@@ -230,13 +230,15 @@ def run_with_option(world, tmp_path_factory, cache):
 
 def check_budget(result, dense, slack=1):
     """Assert that a run removes its target and less than `slack` neurons more, and that the model has lost as much."""
-    costs = unit_costs(blocks_of(dense), scope=result.config.sparsity.scope)
-    surplus = costs.removed(result.masks) - result.config.sparsity.target * costs.total
-    assert 0 <= surplus < slack * max(costs.neuron)
+    sparsity = result.config.sparsity
+    block_share = sparsity.block_share if "blocks" in sparsity.scope else 0.0
+    units = Budget(unit_costs(blocks_of(dense), scope=sparsity.scope), 0, block_share=block_share)
+    surplus = units.removed_by(result.masks) - sparsity.target * units.total
+    assert 0 <= surplus < slack * max(block.costs.neurons[1] for block in units.units)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
     has_bias = [p.bias is not None for b in blocks_of(result.model) for p in (b.down, b.output)]
     added_by_recovery = sum(has_bias) * dense.config.hidden_size
-    assert before - after == costs.removed(result.masks) - added_by_recovery
+    assert before - after == units.removed_by(result.masks) - added_by_recovery
 
 
 def masks_of(result, stage):
@@ -427,16 +429,17 @@ def test_flap_adds_a_bias_to_every_projection_that_lost_inputs(preset):
 
 def test_shortgpt_removes_blocks_and_narrows_one_to_reach_the_parameter_count(preset, dense, token_batch):
     result = preset("ShortGPT")
-    costs, blocks = unit_costs(blocks_of(dense), scope="ffn"), blocks_of(dense)
+    blocks = blocks_of(dense)
+    neuron_cost, total = blocks[0].unit_cost("ffn"), Budget(unit_costs(blocks, scope="ffn"), 0).total
     influence = next(iter(result.statistics.values())).influence
     first, second, third = influence.argsort().tolist()
     assert [b for b, is_kept in enumerate(result.masks.blocks) if not is_kept] == [first]
-    removed_neurons = math.ceil((costs.total // 2 - blocks[first].cost) / costs.neuron[0])
+    removed_neurons = math.ceil((total // 2 - blocks[first].cost) / neuron_cost)
     assert int(result.masks.ffn[second].sum()) == tiny_run.NEURONS - removed_neurons
     assert bool(result.masks.ffn[third].all())
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
-    assert before - after == blocks[first].cost + removed_neurons * costs.neuron[0]
-    assert result.summary["sparsity_of_scope"] == (before - after) / costs.total >= 0.5
+    assert before - after == blocks[first].cost + removed_neurons * neuron_cost
+    assert result.summary["sparsity_of_scope"] == (before - after) / total >= 0.5
     assert result.model.config.num_hidden_layers == len(result.model.model.layers) == 2
     assert {r["allocation"] for r in result.records} == {None, "depth"}
     assert "\nas many parameters as 50." in repr(result)  # in units of the FFN: attention and norms were removed too
@@ -653,7 +656,7 @@ def test_switched_modules_with_metric_averaged_rank_by_scores_of_the_pooled_corp
     result = world.run(tmp_path, *flags)
     pool = pool_statistics(result.statistics[corpus] for corpus in result.config.corpora.drift)
     scores = score_units(result.config.importance, blocks_of(dense), pool, seed=0).ffn
-    of_scoring_corpus = result.statistics[result.config.corpora.score]
+    of_scoring_corpus = result.statistics[result.config.corpora.scored[0]]
     base_scores = score_units(result.config.importance, blocks_of(dense), of_scoring_corpus, seed=0).ffn
     in_order_of_base_scores = []
     for b, (labels, mask) in enumerate(zip(result.modules.labels, result.masks.ffn, strict=True)):

@@ -21,7 +21,8 @@ from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, make_windows
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
-from gprune.pipeline import prune, quality
+from gprune.models.gating import masked
+from gprune.pipeline import quality
 from gprune.pipeline.plan import check
 from gprune.pipeline.summary import largest_share
 from gprune.report.figures import read_curves
@@ -29,7 +30,6 @@ from gprune.report.page import render
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import Budget, unit_costs
-from gprune.sparsity.gates import masked
 from tests import tiny_run
 from tests.pipeline.test_prune import counted_forwards
 from tests.tiny_run import WORDS, World
@@ -125,7 +125,7 @@ def dense(trained):
 
 def test_the_removed_share_equals_that_of_an_exhaustive_search(trained, dense, tmp_path, search_to_the_last_step):
     result = trained.run(tmp_path, *with_target("+20%", "--gprune=false"))
-    statistics, blocks = result.statistics[result.config.corpora.score], blocks_of(dense)
+    statistics, blocks = result.statistics[result.config.corpora.scored[0]], blocks_of(dense)
     scores = score_units("wanda_sp", blocks_of(AutoModelForCausalLM.from_pretrained(trained.model)), statistics, seed=0)
     budget, neuron_cost = Budget.of(unit_costs(blocks, scope="ffn"), "+20%"), blocks[0].unit_cost("ffn")
     dense_log_perplexity = log_perplexity(trained, ["alpha"], dense)
@@ -219,28 +219,24 @@ def test_a_quality_target_holds_together_with_other_constraints_and_recoveries(f
 
 
 def test_thresholds_are_learned_where_the_averaged_control_reaches_the_target(trained, dense, tmp_path, monkeypatch):
-    calls, learn = [], prune.learn_sparsity
+    calls = []
 
-    def with_recorded_budget(run, *args):
-        calls.append(run.budget)
-        return learn(run, *args)
+    def recorded(run, statistics, masks_of):
+        learning = quality.with_learning_budget(run, statistics, masks_of)
+        calls.append((masks_of["averaged"], learning.budget))
+        return learning
 
-    def with_recorded_masks(*args):
-        calls.append(args[-1]["averaged"])
-        return quality.with_learning_budget(*args)
-
-    monkeypatch.setattr(prune, "learn_sparsity", with_recorded_budget)
-    monkeypatch.setattr(prune, "with_learning_budget", with_recorded_masks)
+    monkeypatch.setattr("gprune.pipeline.sparsity.with_learning_budget", recorded)
     result = trained.run(tmp_path, *with_target("+15%"))
     assert result.thresholds is not None
-    masks_of, budget = calls
+    ((masks_of, budget),) = calls
 
     def ratio(target):
         with masked(dense, masks_of(budget.removing(target))):
             pruned = log_perplexity(trained, tiny_run.SEEN, dense)
         return math.exp(pruned - log_perplexity(trained, tiny_run.SEEN, dense))
 
-    percentage_point = budget.costs.total // 100
+    percentage_point = budget.total // 100
     assert ratio(budget.target) <= 1.15 < ratio(budget.target + percentage_point)
     assert_tokens_are_planned(result)
 

@@ -12,12 +12,13 @@ from scipy.stats import rankdata
 from gprune.calibration.block_errors import block_errors
 from gprune.importance.scores import Scores, score_units
 from gprune.models.blocks import blocks_of
+from gprune.models.gating import bypassed
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation
-from gprune.sparsity.budget import Budget, choose_blocks, unit_costs
+from gprune.sparsity.budget import Budget, unit_costs
 from gprune.sparsity.cut import keep_masks
-from gprune.sparsity.gates import bypassed
+from gprune.sparsity.whole_blocks import choose_blocks
 from tests import tiny_run
 from tests.calibration.test_collector import batches, projection_inputs
 from tests.conftest import collect, make_tiny_llama
@@ -149,9 +150,9 @@ def test_owl_removes_less_from_blocks_with_more_outliers(options, with_outliers)
 
 @pytest.mark.parametrize("options", [{"multiple": 1e9}, {"spread": 0.0}], ids=["no outlier at all", "no spread"])
 def test_owl_without_differences_between_blocks_equals_uniform(options, with_outliers):
-    costs = unit_costs(blocks_of(with_outliers[0]), scope="attention+ffn")
+    units = unit_costs(blocks_of(with_outliers[0]), scope="attention+ffn")
     owl, uniform = (
-        keep_masks(Budget.of(costs, 0.4), *margins_of(name, with_outliers, **rule_options))
+        keep_masks(Budget.of(units, 0.4), *margins_of(name, with_outliers, **rule_options))
         for name, rule_options in (("owl", options), ("uniform", {}))
     )
     assert owl == uniform
@@ -176,13 +177,12 @@ def test_margins_are_finite_for_a_dead_block(name, token_batch):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_masks_of_all_allocations_meet_the_budget(name, scope, width_multiple, protect, with_outliers):
     model = with_outliers[0]
-    costs = unit_costs(blocks_of(model), scope=scope, protect=protect)
-    budget = Budget.of(costs, 0.23, width_multiple)
+    budget = Budget.of(unit_costs(blocks_of(model), scope=scope, protect=protect), 0.23, width_multiple)
     masks = keep_masks(budget, *margins_of(name, with_outliers))
     removed = model.num_parameters() - prune(model, masks).num_parameters()
-    assert removed == costs.removed(masks)
+    assert removed == budget.removed_by(masks)
     assert 0 <= removed - budget.target < width_multiple * 3 * 32  # parameters of `width_multiple` neurons
-    for b in costs.protected:
+    for b in budget.protected:
         assert bool(masks.ffn[b].all())
         assert bool(masks.attention[b].all())
     assert all(int(m.sum()) % width_multiple == 0 for m in masks.ffn)
@@ -194,8 +194,8 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
     monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
     allocation("mine")(lambda scores, statistics, blocks, budget: (scores.ffn, scores.attention))
     model, _, statistics, scores = with_outliers
-    costs = unit_costs(blocks_of(model), scope="attention+ffn+blocks", block_share=0.9)
-    budget = Budget.of(costs, 0.6).without([2])
+    units = unit_costs(blocks_of(model), scope="attention+ffn")
+    budget = Budget.of(units, 0.6, block_share=0.9).without([2])
     masks = allocate(name, scores, statistics, blocks_of(model), budget)
     keep = [[torch.full((n,), b != 2) for b in range(3)] for n in (48, 2)]
     shallow = prune(model, Masks(*keep))
@@ -203,14 +203,14 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
         replace(all_blocks, **{field: values[:2] for field, values in vars(all_blocks).items()})
         for all_blocks in (scores, statistics)
     )
-    remaining_costs = unit_costs(blocks_of(shallow), scope="attention+ffn")
-    rest = Budget(remaining_costs, budget.target - costs.block[2])
+    remaining_units = unit_costs(blocks_of(shallow), scope="attention+ffn")
+    rest = Budget(remaining_units, budget.target - units[2].costs.whole)
     expected = allocate(name, scores_of_others, statistics_of_others, blocks_of(shallow), rest)
     assert masks.blocks == [True, True, False]
     assert Masks(masks.ffn[:2], masks.attention[:2]) == expected
     removed = model.num_parameters() - prune(model, masks).num_parameters()
-    assert removed == costs.removed(masks)
-    assert 0 <= removed - budget.target < costs.neuron[0]
+    assert removed == budget.removed_by(masks)
+    assert 0 <= removed - budget.target < units[0].costs.neurons[1]
 
 
 # --- registered allocations
@@ -270,8 +270,12 @@ def uneven():
 
 def depth(model, scores, statistics, target: int, protected=frozenset(), width_multiple: int = 1) -> Masks:
     blocks = blocks_of(model)
-    costs = replace(unit_costs(blocks, scope="ffn"), protected=protected)
-    return allocate("depth", scores, statistics, blocks, Budget(costs, target, width_multiple))
+    units = unit_costs(blocks, scope="ffn", protect=sorted(protected))
+    return allocate("depth", scores, statistics, blocks, Budget(units, target, width_multiple))
+
+
+def removed_parameters(model, masks: Masks) -> int:
+    return Budget(unit_costs(blocks_of(model), scope="ffn"), 0).removed_by(masks)
 
 
 @pytest.mark.parametrize("protected", [frozenset(), frozenset({0}), frozenset({2, 1})])
@@ -287,7 +291,7 @@ def test_depth_removes_blocks_in_order_of_influence_and_meets_the_budget(protect
         removed = [b for b, kept in enumerate(masks.blocks) if not kept]
         assert removed == sorted(order[: len(removed)])
         narrowed = [b for b in range(4) if masks.blocks[b] and not (masks.ffn[b].all() and masks.attention[b].all())]
-        excess = unit_costs(blocks, scope="ffn").removed(masks) - target
+        excess = removed_parameters(model, masks) - target
         assert excess >= 0
         if narrowed:
             (b,) = narrowed
@@ -321,7 +325,7 @@ def test_depth_removes_only_whole_blocks_if_they_meet_the_target_exactly(influen
     cost = sum(blocks_of(model)[b].cost for b in removed)
     masks = depth(model, scores, with_influence(statistics, influence), cost)
     assert masks.blocks == kept
-    assert unit_costs(blocks_of(model), scope="ffn").removed(masks) == cost
+    assert removed_parameters(model, masks) == cost
 
 
 @pytest.mark.parametrize(("share", "protect"), [(0.9, []), (0.6, [-1]), (0.1, [])])
@@ -329,7 +333,7 @@ def test_blocks_are_removed_greedily_by_the_loss_without_them(share, protect, un
     """Blocks are removed as long as one fits into their share of the target. The reference removes decoder layers."""
     model, ids = uneven[0], torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(4))
     blocks = blocks_of(model)
-    budget = Budget.of(unit_costs(blocks, scope="ffn+blocks", protect=protect, block_share=share), 0.45)
+    budget = Budget.of(unit_costs(blocks, scope="ffn", protect=protect), 0.45, block_share=share)
 
     def loss(lm) -> float:
         return float(lm(ids, labels=ids).loss)
@@ -354,4 +358,4 @@ def test_depth_narrows_its_last_block_to_the_width_multiple(tiny_model, token_ba
     masks = depth(tiny_model, scores, statistics, cost + 5 * neuron, width_multiple=16)
     assert sorted(int(m.sum()) for m in masks.ffn) == [0, 32, 48]
     removed = tiny_model.num_parameters() - prune(tiny_model, masks).num_parameters()
-    assert removed == unit_costs(blocks, scope="ffn").removed(masks) == cost + 16 * neuron
+    assert removed == removed_parameters(tiny_model, masks) == cost + 16 * neuron

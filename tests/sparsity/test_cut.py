@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -13,16 +14,30 @@ from hypothesis import strategies as st
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
+from gprune.sparsity.budget import BlockUnits, Budget, default_width_multiple, unit_costs
+from gprune.sparsity.cost import BlockCosts
 from gprune.sparsity.cut import cut_margin, keep_masks, uniform_masks
 from tests.conftest import make_tiny_llama
 
 
-def costs_of(neuron, neurons, group=None, groups=None, **more) -> UnitCosts:
-    """Costs of a neuron and of a KV group in each block, and their numbers. With `group`, attention is in scope."""
-    attention = group is not None
-    group, groups = group or [1] * len(neuron), groups or [1] * len(neuron)
-    return UnitCosts(neuron=neuron, group=group, neurons=neurons, groups=groups, attention=attention, **more)
+def units_of(neuron, neurons, group=None, groups=None, *, whole=900, experts=(), protected=()) -> list[BlockUnits]:
+    """Blocks from the costs of a neuron and of a KV group, and their numbers. With `group`, attention is in scope.
+
+    Args:
+        neuron: cost of a neuron in each block.
+        neurons: number of neurons of each block.
+        group: cost of a KV group in each block.
+        groups: number of KV groups of each block.
+        whole: cost of each whole block.
+        experts: number of experts of each block; empty: 1 each.
+        protected: indices of protected blocks.
+    """
+    units, depth = [], len(neuron)
+    for b, *numbers in zip(range(depth), neuron, group or [1] * depth, strict=True):
+        costs = BlockCosts.by_unit(*numbers, whole, neurons=neurons[b], groups=groups[b] if groups else 1)
+        of_block = BlockUnits(costs, costs, layer=b, attention=group is not None, protected=b in protected)
+        units.append(replace(of_block, experts=experts[b]) if experts else of_block)
+    return units
 
 
 FFN_OF_7B = 3 * 4096 * 11008 * 32  # parameters
@@ -36,35 +51,36 @@ FFN_OF_7B = 3 * 4096 * 11008 * 32  # parameters
      (FFN_OF_7B, 0.3, math.ceil(Fraction(3, 10) * FFN_OF_7B))],
 )  # fmt: skip
 def test_the_target_is_the_exact_ceiling_of_the_share(neurons, sparsity, target):
-    assert Budget.of(costs_of([1], [neurons]), sparsity).target == target
+    assert Budget.of(units_of([1], [neurons]), sparsity).target == target
 
 
-PROTECTED = {"protected": frozenset({0, 2})}
+PROTECTED = {"protected": (0, 2)}
 
 
 @pytest.mark.parametrize(
-    ("costs", "width_multiple", "removable_of_total"),
+    ("units", "width_multiple", "removable_of_total"),
     [
-        (costs_of([2, 2], [10, 10]), 1, (36, 40)),
-        (costs_of([2, 2], [10, 10]), 4, (24, 40)),
-        (costs_of([2], [10], [30], [2]), 1, (48, 80)),
-        (costs_of([2] * 3, [10] * 3, **PROTECTED), 1, (18, 60)),
-        (costs_of([2] * 3, [10] * 3, [5] * 3, [2] * 3, **PROTECTED), 1, (23, 90)),
+        (units_of([2, 2], [10, 10]), 1, (36, 40)),
+        (units_of([2, 2], [10, 10]), 4, (24, 40)),
+        (units_of([2], [10], [30], [2]), 1, (48, 80)),
+        (units_of([2] * 3, [10] * 3, **PROTECTED), 1, (18, 60)),
+        (units_of([2] * 3, [10] * 3, [5] * 3, [2] * 3, **PROTECTED), 1, (23, 90)),
     ],
 )
-def test_impossible_budgets_are_refused_with_the_maximum(costs, width_multiple, removable_of_total):
+def test_impossible_budgets_are_refused_with_the_maximum(units, width_multiple, removable_of_total):
     removable, total = removable_of_total
     maximum = removable / total
-    assert Budget.of(costs, maximum - 1e-6, width_multiple).target == removable
-    kept = f"{width_multiple} neurons and a KV group, and {len(costs.protected)} blocks keep everything"
+    assert Budget.of(units, maximum - 1e-6, width_multiple).target == removable
+    protected = sum(block.protected for block in units)
+    kept = f"{width_multiple} neurons and a KV group, and {protected} blocks keep everything"
     message = f"^--sparsity.target must be at most {maximum:.4f}, because .* keeps {kept}; got 0.99"
     with pytest.raises(UserError, match=message):
-        Budget.of(costs, 0.99, width_multiple)
+        Budget.of(units, 0.99, width_multiple)
 
 
 def test_a_width_multiple_above_the_narrowest_block_is_refused():
     with pytest.raises(UserError, match=r"--sparsity\.width_multiple must be 1 to 10 neurons; got"):
-        Budget.of(costs_of([1, 1], [30, 10]), 0.1, 11)
+        Budget.of(units_of([1, 1], [30, 10]), 0.1, 11)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +92,10 @@ def test_a_width_multiple_above_the_narrowest_block_is_refused():
 )  # fmt: skip
 def test_the_default_width_multiple_follows_from_the_narrowest_block_and_is_never_refused(neurons, experts, multiple):
     """A width of 0 is that of a block without an FFN."""
-    costs = costs_of([3] * len(neurons), neurons, experts=experts)
-    assert costs.default_multiple == multiple
+    units = units_of([3] * len(neurons), neurons, experts=experts)
+    assert default_width_multiple(units) == multiple
     if neurons != [1]:  # the last neuron cannot be removed
-        assert Budget.of(costs, 0.5, costs.default_multiple).width_multiple == multiple
+        assert Budget.of(units, 0.5, multiple).width_multiple == multiple
 
 
 @pytest.mark.parametrize("index", [3, -4, 99])
@@ -90,22 +106,22 @@ def test_protecting_a_missing_block_is_refused(index, tiny_model):
 
 def test_protected_blocks_can_be_negative_indices(tiny_model):
     blocks = blocks_of(tiny_model)
-    assert unit_costs(blocks, scope="ffn", protect=[0, -1, 2, -3]).protected == {0, 2}
-    assert unit_costs(blocks, scope="ffn").protected == frozenset()
+    assert Budget(unit_costs(blocks, scope="ffn", protect=[0, -1, 2, -3]), 0).protected == {0, 2}
+    assert Budget(unit_costs(blocks, scope="ffn"), 0).protected == frozenset()
 
 
 def test_unit_costs_are_numbers_of_parameters(tiny_model):
-    costs = unit_costs(blocks_of(tiny_model), scope="ffn")
+    budget = Budget(unit_costs(blocks_of(tiny_model), scope="ffn"), 0)
     layers = tiny_model.model.layers
     ffn = sum(p.numel() for layer in layers for p in layer.mlp.parameters())
     attention = sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
-    assert costs.total == ffn
-    assert unit_costs(blocks_of(tiny_model), scope="attention+ffn").total == ffn + attention
-    assert costs.neuron[0] * 48 == sum(p.numel() for p in layers[0].mlp.parameters())
-    # The masks remove 8 of 48 neurons and one of two KV groups. `total` has only the units in scope, but `removed`
+    assert budget.total == ffn
+    assert Budget(unit_costs(blocks_of(tiny_model), scope="attention+ffn"), 0).total == ffn + attention
+    assert budget.units[0].costs.neurons[48] == sum(p.numel() for p in layers[0].mlp.parameters())
+    # The masks remove 8 of 48 neurons and one of two KV groups. `total` has only the units in scope, but `removed_by`
     # counts everything that masks remove, so also the KV groups.
     masks = Masks([torch.arange(48) < 40] * 3, [torch.tensor([True, False])] * 3)
-    assert costs.removed(masks) == ffn * 8 // 48 + attention // 2
+    assert budget.removed_by(masks) == ffn * 8 // 48 + attention // 2
 
 
 # --- masks
@@ -124,7 +140,7 @@ def draw_margins(data, lengths: list[int]) -> list[torch.Tensor]:
 
 @st.composite
 def problems(draw, width_multiples=(1, 4, 8), scopes=(False, True), smallest=1, largest=30):
-    """Draw costs, a width multiple and a sparsity.
+    """Draw blocks, a width multiple and a sparsity.
 
     Args:
         width_multiples: possible width multiples.
@@ -136,18 +152,20 @@ def problems(draw, width_multiples=(1, 4, 8), scopes=(False, True), smallest=1, 
     depth = draw(st.integers(1, 4))
     lists = lambda numbers: st.lists(numbers, min_size=depth, max_size=depth)  # noqa: E731
     neurons = draw(lists(st.integers(max(width_multiple, smallest), largest)))
-    attention = draw(st.sampled_from(scopes))
-    costs = UnitCosts(
-        neuron=draw(lists(st.integers(1, 9))), group=draw(lists(st.integers(1, 60))), neurons=neurons,
-        groups=draw(lists(st.integers(1, 4))), attention=attention,
-        protected=draw(st.just(frozenset()) | st.frozensets(st.integers(0, depth - 1), max_size=depth - 1)),
-    )  # fmt: skip
-    return costs, width_multiple, draw(sparsities)
+    group = draw(lists(st.integers(1, 60))) if draw(st.sampled_from(scopes)) else None
+    protected = draw(st.just(frozenset()) | st.frozensets(st.integers(0, depth - 1), max_size=depth - 1))
+    neuron, groups = draw(lists(st.integers(1, 9))), draw(lists(st.integers(1, 4)))
+    return units_of(neuron, neurons, group, groups, protected=protected), width_multiple, draw(sparsities)
 
 
-def removable_neurons(costs: UnitCosts, width_multiple: int) -> int:
-    open_blocks = [b for b in range(len(costs.neuron)) if b not in costs.protected]
-    return sum(costs.neuron[b] * (costs.neurons[b] - width_multiple) for b in open_blocks)
+def neuron_costs(units: list[BlockUnits]) -> list[int]:
+    """Costs of a neuron of each block."""
+    return [block.costs.neurons[1] for block in units]
+
+
+def removable_neurons(units: list[BlockUnits], width_multiple: int) -> int:
+    open_blocks = [block for block in units if not block.protected]
+    return sum(block.costs.neurons[1] * (block.neurons - width_multiple) for block in open_blocks)
 
 
 def solve(problem, data):
@@ -155,60 +173,60 @@ def solve(problem, data):
 
     Problems without a solution are discarded, after a check that they have none.
     """
-    costs, width_multiple, sparsity = problem
+    units, width_multiple, sparsity = problem
     try:
-        budget = Budget.of(costs, sparsity, width_multiple)
+        budget = Budget.of(units, sparsity, width_multiple)
     except UserError:
-        open_blocks = [b for b in range(len(costs.neuron)) if b not in costs.protected]
-        groups = sum(costs.group[b] * (costs.groups[b] - 1) for b in open_blocks) * costs.attention
-        assert Fraction(str(sparsity)) * costs.total > removable_neurons(costs, width_multiple) + groups
+        open_blocks = [block for block in units if block.attention and not block.protected]
+        groups = sum(block.costs.groups[1] * (block.groups - 1) for block in open_blocks)
+        assert Fraction(str(sparsity)) * Budget(units, 0).total > removable_neurons(units, width_multiple) + groups
         assume(False)
-    neuron = draw_margins(data, costs.neurons)
-    group = draw_margins(data, costs.groups) if costs.attention else None
-    return keep_masks(budget, neuron, group), neuron, group, budget.target
+    neuron = draw_margins(data, [block.neurons for block in units])
+    group = draw_margins(data, [block.groups for block in units]) if budget.attention else None
+    return keep_masks(budget, neuron, group), neuron, group, budget
 
 
 @settings(max_examples=50)
 @given(problem=problems(), data=st.data())
 def test_masks_meet_the_budget_with_widths_in_multiples_and_units_in_order_of_margins(problem, data):
-    costs, width_multiple, _ = problem
-    masks, neuron, group, target = solve(problem, data)
+    units, width_multiple, _ = problem
+    masks, neuron, group, budget = solve(problem, data)
     # The budget is met, counted independently.
-    removed = costs.removed(masks)
-    pairs = [*zip(costs.neuron, masks.ffn, strict=True), *zip(costs.group, masks.attention, strict=True)]
+    removed = budget.removed_by(masks)
+    group_costs = [block.costs.groups[1] for block in units]
+    pairs = [*zip(neuron_costs(units), masks.ffn, strict=True), *zip(group_costs, masks.attention, strict=True)]
     assert removed == sum(cost * int((~mask).sum()) for cost, mask in pairs)
-    step = width_multiple * max(costs.neuron)
-    if costs.attention and removable_neurons(costs, width_multiple) < max(costs.group):
-        step = max(step, *costs.group)  # too few neurons to replace a group
-    assert 0 <= removed - target < step
+    step = width_multiple * max(neuron_costs(units))
+    if budget.attention and removable_neurons(units, width_multiple) < max(group_costs):
+        step = max(step, *group_costs)  # too few neurons to replace a group
+    assert 0 <= removed - budget.target < step
     # Each block keeps at least one unit, and widths are multiples.
-    for mask, n in zip(masks.ffn, costs.neurons, strict=True):
+    for mask, block in zip(masks.ffn, units, strict=True):
         kept = int(mask.sum())
-        assert (mask.dtype, len(mask)) == (torch.bool, n)
+        assert (mask.dtype, len(mask)) == (torch.bool, block.neurons)
         assert kept >= width_multiple
-        assert kept % width_multiple == 0 or kept == n  # an unpruned block may have another width
-    assert [len(mask) for mask in masks.attention] == costs.groups
-    assert all(bool(mask.any()) if costs.attention else bool(mask.all()) for mask in masks.attention)
-    assert all(bool(masks.ffn[b].all() and masks.attention[b].all()) for b in costs.protected)
+        assert kept % width_multiple == 0 or kept == block.neurons  # an unpruned block may have another width
+    assert [len(mask) for mask in masks.attention] == [block.groups for block in units]
+    assert all(bool(mask.any()) if budget.attention else bool(mask.all()) for mask in masks.attention)
+    assert all(bool(masks.ffn[b].all() and masks.attention[b].all()) for b in budget.protected)
     # Removed units of a block are the first by (margin, index).
     for mask, margin in zip([*masks.ffn, *masks.attention], [*neuron, *(group or [])], strict=False):
         order = sorted(range(len(mask)), key=lambda i, m=margin: (float(m[i]), i))
         kept = [bool(mask[i]) for i in order]
         assert kept == sorted(kept)
     # The same holds in the whole model, except for the best neuron of each block, which is always kept.
-    if width_multiple == 1 and not costs.attention:
-        unprotected = [
-            (m, keep) for b, (m, keep) in enumerate(zip(neuron, masks.ffn, strict=True)) if b not in costs.protected
-        ]
+    if width_multiple == 1 and not budget.attention:
+        blocks = zip(neuron, masks.ffn, units, strict=True)
+        unprotected = [(m, keep) for m, keep, block in blocks if not block.protected]
         highest_removed = max((float(m[~keep].max()) for m, keep in unprotected if not keep.all()), default=-math.inf)
         assert all(highest_removed <= float(m[keep].min()) for m, keep in unprotected if int(keep.sum()) > 1)
 
 
-def reference_masks(costs, neuron, group, target, width_multiple) -> Masks:
+def reference_masks(units, neuron, group, target, width_multiple) -> Masks:
     """Masks by the documented rule (see `keep_masks`), one step at a time, on Python lists."""
     ordered = [sorted(range(len(m)), key=lambda i, m=m: (float(m[i]), i)) for m in neuron]
     steps = []  # (margin, kind, block, position, members, cost)
-    open_blocks = [b for b in range(len(neuron)) if b not in costs.protected]
+    open_blocks = [b for b, block in enumerate(units) if not block.protected]
     for b in open_blocks:
         order = ordered[b]
         removable = order[: len(order) - width_multiple]
@@ -217,26 +235,28 @@ def reference_masks(costs, neuron, group, target, width_multiple) -> Masks:
         for first in range(remainder, len(removable), width_multiple):
             members_of_steps.append(removable[first : first + width_multiple])
         for position, members in enumerate(members_of_steps):
-            steps.append((float(neuron[b][members[-1]]), 1, b, position, members, costs.neuron[b] * len(members)))
+            steps.append(
+                (float(neuron[b][members[-1]]), 1, b, position, members, neuron_costs(units)[b] * len(members))
+            )
     groups = []
-    if costs.attention:
+    if group is not None:
         for b in open_blocks:
             m = group[b]
             order = sorted(range(len(m)), key=lambda i, m=m: (float(m[i]), i))[:-1]
-            groups += [(float(m[i]), 0, b, position, [i], costs.group[b]) for position, i in enumerate(order)]
+            groups += [(float(m[i]), 0, b, position, [i], units[b].costs.groups[1]) for position, i in enumerate(order)]
     removed_groups, removed = [], 0
     for unit in sorted([*steps, *groups], key=lambda u: u[:4]):
         if removed < target:
             removed += unit[5]
             if unit[1] == 0:
                 removed_groups.append(unit)
-    cost_of_neurons = removable_neurons(costs, width_multiple)
+    cost_of_neurons = removable_neurons(units, width_multiple)
     total = sum(unit[5] for unit in removed_groups)
     while removed_groups and total > target and cost_of_neurons >= target - (total - removed_groups[-1][5]):
         total -= removed_groups.pop()[5]  # restore the last group if neurons can replace it
     masks = Masks(
-        [torch.ones(n, dtype=torch.bool) for n in costs.neurons],
-        [torch.ones(n, dtype=torch.bool) for n in costs.groups],
+        [torch.ones(block.neurons, dtype=torch.bool) for block in units],
+        [torch.ones(block.groups, dtype=torch.bool) for block in units],
     )
     for unit in removed_groups:
         masks.attention[unit[2]][unit[4]] = False
@@ -250,9 +270,9 @@ def reference_masks(costs, neuron, group, target, width_multiple) -> Masks:
 @settings(max_examples=50)
 @given(problem=problems(width_multiples=(1, 2, 3), largest=9), data=st.data())
 def test_masks_of_small_problems_equal_the_documented_rule(problem, data):
-    costs, width_multiple, _ = problem
-    masks, neuron, group, target = solve(problem, data)
-    assert masks == reference_masks(costs, neuron, group, target, width_multiple)
+    units, width_multiple, _ = problem
+    masks, neuron, group, budget = solve(problem, data)
+    assert masks == reference_masks(units, neuron, group, budget.target, width_multiple)
 
 
 ZEROS, RISING = torch.zeros, lambda n: torch.arange(float(n))
@@ -260,22 +280,22 @@ EXAMPLE = ([torch.tensor([0.9, 0.1, 0.5, 0.2, 0.7]), torch.tensor([0.3, 0.8, 0.4
 
 
 @pytest.mark.parametrize(
-    ("costs", "target", "width_multiple", "margins", "removed", "removed_groups"),
+    ("units", "target", "width_multiple", "margins", "removed", "removed_groups"),
     [
         # The example in the docstring of `Cut`
-        (costs_of([3, 3], [5, 4]), 8, 2, EXAMPLE, [[1], [0, 2]], [[], []]),
-        (costs_of([1, 1], [9, 5]), 0, 1, ([ZEROS(9), ZEROS(5)], [ZEROS(1)] * 2), [[], []], [[], []]),
+        (units_of([3, 3], [5, 4]), 8, 2, EXAMPLE, [[1], [0, 2]], [[], []]),
+        (units_of([1, 1], [9, 5]), 0, 1, ([ZEROS(9), ZEROS(5)], [ZEROS(1)] * 2), [[], []], [[], []]),
         # A block whose width is the multiple is not pruned.
-        (costs_of([1, 1], [4, 8]), 3, 4, ([ZEROS(4), RISING(8)], [ZEROS(1)] * 2), [[], [0, 1, 2, 3]], [[], []]),
+        (units_of([1, 1], [4, 8]), 3, 4, ([ZEROS(4), RISING(8)], [ZEROS(1)] * 2), [[], [0, 1, 2, 3]], [[], []]),
         # Removable are one neuron of cost 1 and two groups of cost 100. A target of 150 needs both groups.
-        (costs_of([1], [2], [100], [3]), 150, 1, ([ZEROS(2)], [RISING(3)]), [[]], [[0, 1]]),
+        (units_of([1], [2], [100], [3]), 150, 1, ([ZEROS(2)], [RISING(3)]), [[]], [[0, 1]]),
         # Both groups come first, but one and a neuron are enough. Ties are resolved by block: block 1 keeps its group.
-        (costs_of([1, 1], [30, 40], [30, 30], [2, 2]), 31, 1, ([RISING(30), 99 + RISING(40)], [ZEROS(2) - 1] * 2),
+        (units_of([1, 1], [30, 40], [30, 30], [2, 2]), 31, 1, ([RISING(30), 99 + RISING(40)], [ZEROS(2) - 1] * 2),
          [[0], []], [[0], []]),
     ],
 )  # fmt: skip
-def test_masks_equal_examples_computed_by_hand(costs, target, width_multiple, margins, removed, removed_groups):
-    masks = keep_masks(Budget(costs, target, width_multiple), *margins)
+def test_masks_equal_examples_computed_by_hand(units, target, width_multiple, margins, removed, removed_groups):
+    masks = keep_masks(Budget(units, target, width_multiple), *margins)
     assert [(~m).nonzero()[:, 0].tolist() for m in masks.ffn] == removed
     assert [(~m).nonzero()[:, 0].tolist() for m in masks.attention] == removed_groups
 
@@ -283,7 +303,7 @@ def test_masks_equal_examples_computed_by_hand(costs, target, width_multiple, ma
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_masks_do_not_depend_on_the_dtype_or_gradient_of_margins(dtype):
     margin = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=dtype).requires_grad_()
-    assert keep_masks(Budget(costs_of([1], [4]), 2), [margin]).ffn[0].tolist() == [True, False, True, False]
+    assert keep_masks(Budget(units_of([1], [4]), 2), [margin]).ffn[0].tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -300,26 +320,26 @@ def test_cut_margin_is_the_highest_margin_of_removed_neurons_and_0_without_any(k
     assert cut_margin(masks, [torch.tensor(m) for m in margins], experts) == expected
 
 
-def equal_widths_costs(scope: str) -> UnitCosts:
-    return unit_costs(blocks_of(make_tiny_llama(num_key_value_heads=4)), scope=scope, uniform=True)
+def equal_widths_budget(scope: str, sparsity: float, width_multiple: int) -> Budget:
+    units = unit_costs(blocks_of(make_tiny_llama(num_key_value_heads=4)), scope=scope)
+    return Budget.of(units, sparsity, width_multiple, uniform=True)
 
 
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("sparsity", [0.02, 0.3, 0.8])
 def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, attention):
-    costs = equal_widths_costs("attention+ffn" if attention else "ffn")
     generator = torch.Generator().manual_seed(0)
     neurons = [torch.rand(48, generator=generator) for _ in range(3)]
     groups = [torch.rand(4, generator=generator) for _ in range(3)]
-    budget = Budget.of(costs, sparsity, multiple)
+    budget = equal_widths_budget("attention+ffn" if attention else "ffn", sparsity, multiple)
     target, masks = budget.target, keep_masks(budget, neurons, groups)
     (width,), (kept_groups,) = ({int(m.sum()) for m in part} for part in (masks.ffn, masks.attention))
     assert width == 48 or width % multiple == 0
-    assert costs.removed(masks) >= target
+    assert budget.removed_by(masks) >= target
     if width < 48:  # one step wider would not meet the budget
         step = width % multiple or multiple
-        assert costs.removed(masks) - step * sum(costs.neuron) < target
+        assert budget.removed_by(masks) - step * sum(neuron_costs(budget.units)) < target
     assert kept_groups == 4 or attention
     # The units with the largest margins are kept.
     for margin, mask in zip([*neurons, *groups], [*masks.ffn, *masks.attention], strict=True):
@@ -330,13 +350,12 @@ def test_equal_widths_are_the_widest_that_meet_the_budget(sparsity, multiple, at
 @pytest.mark.parametrize("removed_first", ["neurons", "groups"])
 def test_equal_widths_exceed_the_budget_by_less_than_a_step(sparsity, removed_first):
     """A KV group of each block costs more than a small target, so that neurons are removed instead."""
-    costs = equal_widths_costs("attention+ffn")
     neurons, groups = [torch.arange(48.0)] * 3, [torch.arange(4.0)] * 3
     lowest_margins = {"neurons": neurons, "groups": groups}[removed_first]
     lowest_margins[:] = [m - 100 for m in lowest_margins]
-    budget = Budget.of(costs, sparsity, 1)
+    budget = equal_widths_budget("attention+ffn", sparsity, 1)
     masks = keep_masks(budget, neurons, groups)
-    assert 0 <= costs.removed(masks) - budget.target < sum(costs.neuron)
+    assert 0 <= budget.removed_by(masks) - budget.target < sum(neuron_costs(budget.units))
 
 
 @pytest.mark.parametrize("experts", [1, 2])
@@ -347,36 +366,34 @@ def test_after_removing_whole_blocks_masks_equal_those_of_the_shallower_model(re
     """Masks of the other blocks are those of a model without the removed blocks."""
     generator = torch.Generator().manual_seed(len(removed))
     kept = [b for b in range(4) if b not in removed]
-    protected = frozenset({1} if len(removed) == 2 and not uniform else ())
+    protected = {1} if len(removed) == 2 and not uniform else set()
 
-    def costs_for(depth: int, **more) -> UnitCosts:
+    def units_for(depth: int, protected: set[int]) -> list[BlockUnits]:
         # 48 neurons of cost 6 and 4 KV groups of cost 90 per block
         lists = ([number] * depth for number in (6, 48, 90, 4))
-        return costs_of(*lists, experts=(experts,) * depth, uniform=uniform, **more)
+        return units_of(*lists, experts=(experts,) * depth, whole=700, protected=protected)
 
-    costs = costs_for(4, protected=protected, block=(700,) * 4, block_share=0.85, removed_blocks=(3, 0, 2))
     margins = [[torch.rand(n, generator=generator) for _ in range(4)] for n in (48 * experts, 4)]
-    budget = Budget.of(costs, 0.62, multiple).without(removed)
-    assert (budget.target, budget.costs.removed_blocks) == (1736, removed)  # 62 % of 4 x 700
+    budget = Budget.of(units_for(4, protected), 0.62, multiple, uniform=uniform, block_share=0.85).without(removed)
+    assert (budget.target, budget.removed) == (1736, removed)  # 62 % of 4 x 700
     masks, step = keep_masks(budget, *margins), multiple * 6 * (len(kept) if uniform else 1)
     assert masks.blocks == [b in kept for b in range(4)]
-    assert 0 <= costs.removed(masks) - budget.target < step
-    shallow_costs = costs_for(len(kept), protected=frozenset(map(kept.index, protected)))
+    assert 0 <= budget.removed_by(masks) - budget.target < step
+    shallow_units = units_for(len(kept), set(map(kept.index, protected)))
     shallow_margins = ([kind[b] for b in kept] for kind in margins)
-    rest = Budget(shallow_costs, budget.target - 700 * len(removed), multiple)
+    rest = Budget(shallow_units, budget.target - 700 * len(removed), multiple, uniform)
     expected = keep_masks(rest, *shallow_margins)
     assert Masks([masks.ffn[b] for b in kept], [masks.attention[b] for b in kept]) == expected
     # With another target, as many blocks are removed, in the chosen order, as fit into their share of it.
     for sparsity in (0.1, 0.3, 0.5):
         other = budget.at(sparsity)
-        assert other.costs.removed_blocks == removed[: int(0.85 * sparsity * 4)]
-        assert 0 <= costs.removed(keep_masks(other, *margins)) - other.target < multiple * 6 * (4 if uniform else 1)
+        assert other.removed == removed[: int(0.85 * sparsity * 4)]
+        assert 0 <= other.removed_by(keep_masks(other, *margins)) - other.target < multiple * 6 * (4 if uniform else 1)
 
 
 def test_equal_widths_are_at_most_the_narrowest_width_of_a_pruned_model():
     """In a model that was pruned before, the common width is at most that of the narrowest block."""
-    costs = UnitCosts([6, 6], [8, 8], [10, 7], [2, 2], attention=False, uniform=True)
-    masks = keep_masks(Budget(costs, 1), [torch.arange(10.0), torch.arange(7.0)])
+    masks = keep_masks(Budget(units_of([6, 6], [10, 7]), 1, uniform=True), [torch.arange(10.0), torch.arange(7.0)])
     assert [int(m.sum()) for m in masks.ffn] == [7, 7]
 
 
@@ -384,16 +401,13 @@ def test_equal_widths_are_at_most_the_narrowest_width_of_a_pruned_model():
 @pytest.mark.parametrize("protected", [(), (1,)])
 def test_every_budget_of_a_quality_target_can_be_removed_and_leaves_a_layer(block_share, protected):
     """Four layers of 48 neurons of cost 6; a whole layer costs 700."""
-    costs = costs_of(
-        [6] * 4, [48] * 4, block=(700,) * 4, block_share=block_share, removed_blocks=(3, 0, 2, 1),
-        protected=frozenset(protected),
-    )  # fmt: skip
-    largest = Budget.of(costs, "+5%")
+    units = units_of([6] * 4, [48] * 4, whole=700, protected=protected)
+    largest = Budget.of(units, "+5%", block_share=block_share).without((3, 0, 2, 1))
     for target in (*range(1, largest.target, 13), largest.target):
         budget = largest.removing(target)
         masks = uniform_masks(budget)
         assert target - 700 < budget.target <= target
-        assert 0 <= costs.removed(masks) - budget.target < 6
+        assert 0 <= budget.removed_by(masks) - budget.target < 6
         assert any(masks.blocks)
 
 
@@ -409,16 +423,17 @@ def test_equal_widths_of_unequal_blocks_need_a_target_that_the_common_width_does
     neurons, groups, attention, smallest
 ):
     """A neuron costs 1 or, with KV groups in scope, 2; a KV group costs 40."""
-    costs = UnitCosts([1 + attention] * 2, [40] * 2, neurons, groups, attention, uniform=True, block=(900,) * 2)
+    units = units_of([1 + attention] * 2, neurons, [40] * 2 if attention else None, groups)
     margins = [[torch.arange(float(n)) for n in kind] for kind in (neurons, groups)]
     message = f"^--sparsity.target must be at least {smallest:.4f}, because --sparsity.uniform_width .*; got 0.05.$"
     with pytest.raises(UserError, match=message):
-        Budget.of(costs, 0.05)
+        Budget.of(units, 0.05, uniform=True)
     for sparsity in (smallest, 0.5, 0.7):
-        budget = Budget.of(costs, sparsity)
+        budget = Budget.of(units, sparsity, uniform=True)
         masks = keep_masks(budget, *margins)
-        assert 0 <= costs.removed(masks) - budget.target < sum(costs.neuron)
+        assert 0 <= budget.removed_by(masks) - budget.target < sum(neuron_costs(units))
         assert len({int(keep.sum()) for keep in masks.ffn}) == 1
     # A search for a quality asks for smaller targets too.
-    smallest_budget = Budget.of(costs, "+5%").removing(1)
-    assert smallest_budget.target == costs.removed(keep_masks(smallest_budget, *margins)) < 0.334 * costs.total
+    smallest_budget = Budget.of(units, "+5%", uniform=True).removing(1)
+    removed = smallest_budget.removed_by(keep_masks(smallest_budget, *margins))
+    assert smallest_budget.target == removed < 0.334 * smallest_budget.total

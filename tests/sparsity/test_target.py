@@ -18,11 +18,10 @@ from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
 from gprune.pipeline.plan import check
-from gprune.sparsity.allocation import allocate
-from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
-from gprune.sparsity.cost import COST, Price, parameter_costs
+from gprune.sparsity.allocation import allocate, checked_masks
+from gprune.sparsity.budget import BlockUnits, Budget, unit_costs
+from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks, parameter_costs
 from gprune.sparsity.cut import keep_masks
-from gprune.sparsity.returned import checked_masks
 from gprune.sparsity.target import HALF_BITS, Target
 from tests.conftest import collect, make_tiny_llama
 from tests.registries import restored
@@ -79,14 +78,20 @@ def scored():
     return model, statistics, score_units("wanda_sp", blocks_of(model), statistics, attention=True)
 
 
-def price_of(model, name: str, **weights) -> Price:
+def costs_in(model, name: str, **weights) -> tuple[list[BlockCosts], int]:
+    """Costs of blocks, and of everything outside of them."""
     blocks = blocks_of(model)
     costs = parameter_costs(model, blocks, **weights) if weights else COST[name](model, blocks)
-    return Price.by_unit(costs, [b.neurons for b in blocks], [b.kv_groups for b in blocks])
+    return costs_of_blocks(costs, blocks)
 
 
-def irregular_price(model) -> Price:
-    """A cost that increases with the width in irregular steps, some of which are zero."""
+def budget_of(model, costs: tuple[list[BlockCosts], int], value, *, scope: str = "attention+ffn", **options) -> Budget:
+    of_blocks, outside = costs
+    return Budget.of(unit_costs(blocks_of(model), scope=scope, costs=of_blocks), value, outside=outside, **options)
+
+
+def irregular_costs(model) -> tuple[list[BlockCosts], int]:
+    """Costs that increase with the width in irregular steps, some of which are zero."""
     generator = torch.Generator().manual_seed(3)
 
     def table(units: int) -> list[int]:
@@ -94,7 +99,7 @@ def irregular_price(model) -> Price:
 
     blocks = blocks_of(model)
     tables = [table(b.neurons) for b in blocks], [table(b.kv_groups) for b in blocks]
-    return Price(*tables, [n[-1] + g[-1] + 7 for n, g in zip(*tables, strict=True)], 500)
+    return [BlockCosts(n, g, n[-1] + g[-1] + 7) for n, g in zip(*tables, strict=True)], 500
 
 
 @pytest.mark.parametrize("name", ["uniform", "global", "owl"])
@@ -107,21 +112,20 @@ def test_all_allocations_meet_targets_in_each_cost_within_a_step(value, cost, un
     model, statistics, scores = scored
     blocks = blocks_of(model)
     size = {"weight": lambda p: HALF_BITS * (4 if p.ndim < 2 else 2)} if cost == "bytes" else {}
-    price = irregular_price(model) if cost == "curved" else price_of(model, cost, **size)
-    costs = unit_costs(blocks, scope="attention+ffn", uniform=uniform, price=price)
+    costs = irregular_costs(model) if cost == "curved" else costs_in(model, cost, **size)
     for multiple in (1, 8):
-        budget = Budget.of(costs, value, multiple)
+        budget = budget_of(model, costs, value, width_multiple=multiple, uniform=uniform)
         masks = allocate(name, scores, statistics, blocks, budget)
         checked_masks(COST, name, masks, budget)  # meets the target, and exceeds it by less than a step
         small = prune(model, masks)
-        remaining, number = price.model - costs.removed(masks), Target.of(value).number
+        remaining, number = budget.model - budget.removed_by(masks), Target.of(value).number
         if cost == "bytes":
             assert remaining == sum(p.numel() * size["weight"](p) for p in small.parameters()) <= HALF_BITS * number
         if cost == "parameters":
-            assert remaining == small.num_parameters() <= (number if value == "24K" else (1 - number) * price.model)
+            assert remaining == small.num_parameters() <= (number if value == "24K" else (1 - number) * budget.model)
         if cost == "kv_cache":
             assert all(bool(m.all()) for m in masks.ffn)  # neurons have no KV cache
-        assert costs.in_parameters.removed(masks) == model.num_parameters() - small.num_parameters()
+        assert budget.parameters_removed_by(masks) == model.num_parameters() - small.num_parameters()
 
 
 @settings(max_examples=60)
@@ -131,13 +135,13 @@ def test_masks_for_a_cost_by_width_equal_the_documented_rule(data):
     neurons = data.draw(st.lists(st.integers(2, 12), min_size=1, max_size=3))
     tables = [[0, *torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=n, max_size=n))).cumsum(0).tolist()]
               for n in neurons]  # fmt: skip
-    ones = [1] * len(neurons)
-    price = Price(tables, [[0, 0]] * len(neurons), [t[-1] for t in tables])
-    costs = UnitCosts(ones, ones, neurons, ones, attention=False, price=price)
-    max_target = costs.removable(1)
+    costs = [BlockCosts(table, [0, 0], table[-1]) for table in tables]
+    units = [BlockUnits(of_block, of_block, layer=b) for b, of_block in enumerate(costs)]
+    max_target = Budget(units, 0).removable
     target = data.draw(st.integers(1, max_target)) if max_target else 0
     margins = [torch.tensor(data.draw(st.lists(st.integers(-3, 3), min_size=n, max_size=n))).double() for n in neurons]
-    masks = keep_masks(Budget(costs, target), margins)
+    budget = Budget(units, target)
+    masks = keep_masks(budget, margins)
     order = sorted((float(m[i]), b, i) for b, m in enumerate(margins) for i in range(len(m)))
     removed, spent = [0] * len(neurons), 0
     for _, b, _ in order:
@@ -145,22 +149,20 @@ def test_masks_for_a_cost_by_width_equal_the_documented_rule(data):
             spent += tables[b][-1 - removed[b]] - tables[b][-2 - removed[b]]
             removed[b] += 1
     assert [int((~m).sum()) for m in masks.ffn] == removed
-    assert costs.removed(masks) == spent >= target
+    assert budget.removed_by(masks) == spent >= target
 
 
 def test_the_cost_parameters_gives_the_same_masks_as_no_cost(scored):
     model, statistics, scores = scored
     blocks = blocks_of(model)
     for scope, share in (("ffn", 0.41), ("attention+ffn", 0.29)):
-        without_cost, with_cost = (
-            unit_costs(blocks, scope=scope, price=price) for price in (None, price_of(model, "parameters"))
+        budgets = (
+            Budget.of(unit_costs(blocks, scope=scope), share),
+            budget_of(model, costs_in(model, "parameters"), share, scope=scope),
         )
-        masks, masks_by_cost = (
-            allocate("global", scores, statistics, blocks, Budget.of(costs, share))
-            for costs in (without_cost, with_cost)
-        )
+        masks, masks_by_cost = (allocate("global", scores, statistics, blocks, budget) for budget in budgets)
         assert masks_by_cost == masks
-        assert with_cost.removed(masks) == without_cost.removed(masks)
+        assert len({budget.removed_by(masks) for budget in budgets}) == 1
 
 
 @pytest.mark.parametrize(
@@ -174,9 +176,9 @@ def test_the_cost_parameters_gives_the_same_masks_as_no_cost(scored):
     ],
 )  # fmt: skip
 def test_impossible_targets_are_refused_with_the_limit(value, cost, message, tiny_model):
-    costs = unit_costs(blocks_of(tiny_model), scope="ffn", price=price_of(tiny_model, cost))
+    costs = costs_in(tiny_model, cost)
     with pytest.raises(UserError, match=f"^--sparsity.target .*{message}"):
-        Budget.of(costs, value)
+        budget_of(tiny_model, costs, value, scope="ffn")
 
 
 def test_a_registered_cost_is_counted_by_the_budget(scored):
@@ -187,9 +189,8 @@ def test_a_registered_cost_is_counted_by_the_budget(scored):
         def groups_alone(model, blocks):
             return [(0, 1, b.kv_groups) for b in blocks], 0
 
-        costs = unit_costs(blocks_of(model), scope="attention+ffn", price=price_of(model, "groups_alone"))
-        margins = [torch.zeros(48)] * 3, [torch.arange(4.0)] * 3
-        masks = keep_masks(Budget.of(costs, "50%"), *margins)
+        budget = budget_of(model, costs_in(model, "groups_alone"), "50%")
+        masks = keep_masks(budget, [torch.zeros(48)] * 3, [torch.arange(4.0)] * 3)
         assert [int(m.sum()) for m in masks.attention] == [2, 2, 2]
         assert RunConfig(sparsity={"target": 0.5, "cost": "groups_alone"}).sparsity.currency == "groups_alone"
 

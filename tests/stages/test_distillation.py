@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import gprune
 from experiments.architectures import default_config
-from gprune.config import DistillConfig, RunConfig, parse
+from gprune.config import RunConfig, parse
+from gprune.config.running import DistillConfig
 from gprune.discovery import tiny
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
@@ -26,7 +27,7 @@ from gprune.models.parts import ExpertPart
 from gprune.models.surgery import prune
 from gprune.pipeline.plan import check
 from gprune.pipeline.run import TokenMeter
-from gprune.recoveries import RECOVERY, Recovery, recovery, recovery_of
+from gprune.recoveries import RECOVERY, Recovery, recoveries_of, recovery, recovery_learns, recovery_needs
 from gprune.runs import folder
 from gprune.runs.results import load_run
 from gprune.stages.distill_recovery import Distill
@@ -217,8 +218,9 @@ def test_16_bit_weights_are_trained_in_float32(dtype, resolution, targets, probl
 
 
 def test_invalid_distillation_settings_are_refused(tiny_model):
+    cfg = SimpleNamespace(model=SimpleNamespace(shard=True), distill=DistillConfig(targets="lora"))
     with pytest.raises(UserError, match=r"^--distill\.targets must be mlp or all with --model\.shard"):
-        Distill(DistillConfig(targets="lora")).refuse(blocks_of(tiny_model), shard=True)
+        Distill().refuse(SimpleNamespace(skeleton=tiny_model, cfg=cfg))
     with pytest.raises(UserError, match=r"--distill\.kl or --distill\.cross_entropy must be more than 0"):
         DistillConfig(kl=0)
 
@@ -272,14 +274,17 @@ def test_initial_adapters_do_not_depend_on_the_cache(world, tmp_path):
 # --- chains of recoveries
 
 
-def test_a_chain_of_recoveries_is_a_recovery():
-    chain = recovery_of("least_squares+distill")
-    assert isinstance(chain, Recovery)
-    assert (chain.needs, chain.learns) == (RECOVERY["least_squares"].needs, True)
+def test_a_chain_of_recoveries_has_the_needs_of_all_and_an_instance_of_each():
+    assert recovery_needs("least_squares+distill") == RECOVERY["least_squares"].needs
+    assert recovery_learns("least_squares+distill")
+    assert not recovery_learns("least_squares")
+    settings = {"distill": DistillConfig(rank=3)}
+    first, second = (recoveries_of("least_squares_sequential+distill", settings) for _ in range(2))
+    assert [each.name for each in first] == ["least_squares_sequential", "distill"]
+    assert not {*map(id, first)} & {*map(id, second)}
+    assert first[1].settings.rank == 3
     # Tokens of forward passes, and of passes with a backward pass, for 100 tokens of text and 40 to train on.
-    assert chain.tokens(100, 40, attention=False) == (40, 40)
-    assert recovery_of("least_squares_sequential+distill").tokens(100, 40, attention=True) == (440, 40)
-    assert recovery_of("none") is RECOVERY["none"]
+    assert [each.tokens(100, 40, attention=True) for each in first] == [(400, 0), (40, 40)]
 
 
 @pytest.mark.parametrize(

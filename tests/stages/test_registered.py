@@ -16,13 +16,13 @@ import gprune
 from gprune.checks import Positive
 from gprune.config import RunConfig, config_from_mapping
 from gprune.errors import UserError
+from gprune.models.gating import gated
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.pipeline.partition import checked_labels
 from gprune.recoveries import Recovery, recovery
 from gprune.sparsity.cut import keep_masks
-from gprune.sparsity.gates import gated
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement
@@ -124,6 +124,10 @@ def test_a_run_uses_stages_of_the_user_with_their_options_and_records_them(
         assert {("times", 3), ("factor", 2), ("steps", 10, 0.5)} == set(CALLS)
         resumed = world.run(tmp_path, *flags)
         assert (len(GateLearner.instances), resumed.masks) == (1, first.masks)  # loaded instead of trained again
+        cfg = gprune.config.parse(world.args(tmp_path, "--recovery=[scaled,heal]", "--evaluation.controls=[]"))
+        cfg.options = first.config.options
+        from_python = gprune.prune(cfg, refiner=Swapped, learner=GateLearner, calibrator=Doubled)
+        assert (len(GateLearner.instances), from_python.masks) == (1, first.masks)  # the same run
         unlearned = world.run(tmp_path, *flags, f"--options.{PLAIN}.rate=1e-9", name="unlearned")
         built_in = world.run(tmp_path, "--evaluation.controls=[]", name="built-in")
     assert first.thresholds is None

@@ -11,16 +11,15 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.importance.scores import fractional_ranks
 from gprune.models.blocks import blocks_of
+from gprune.models.gating import gated, masked
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks
-from gprune.partition.modules import ModuleRanks
-from gprune.partition.reliability import within_module_ranks
-from gprune.sparsity.budget import Budget, UnitCosts, unit_costs
-from gprune.sparsity.cost import COST, Price
+from gprune.partition.modules import ModuleRanks, within_module_ranks
+from gprune.sparsity.budget import BlockUnits, Budget, unit_costs
+from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks
 from gprune.sparsity.cut import keep_masks
-from gprune.sparsity.gates import gated, masked
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
-from gprune.stages.threshold_learning import ThresholdLearning
+from gprune.stages.threshold_learning import ThresholdLearning, soft_gate, straight_through
 from tests.conftest import hooks_of, make_tiny_llama
 
 K = 4
@@ -64,14 +63,15 @@ def base_masks(budget: Budget, scores, group_scores) -> Masks:
 def test_initial_thresholds_reproduce_the_base_masks(pattern, attention, width_multiple, sparsity):
     neurons, groups = [50, 64, 33], [4, 2, 3]
     scores, group_scores, ranks = random_problem(neurons, groups, seed=0, pattern=pattern)
-    costs = UnitCosts(neuron=[7] * 3, group=[90] * 3, neurons=neurons, groups=groups, attention=attention)
+    costs = [BlockCosts.by_unit(7, 90, 0, neurons=n, groups=g) for n, g in zip(neurons, groups, strict=True)]
+    units = [BlockUnits(of_block, of_block, layer=b, attention=attention) for b, of_block in enumerate(costs)]
     # Each block keeps `width_multiple` neurons, so that a sparsity of 0.9 may be impossible.
-    maximum = sum(7 * (n - width_multiple) for n in neurons) / costs.total
-    budget = Budget.of(costs, min(sparsity, round(maximum - 0.01, 3)), width_multiple)
+    maximum = sum(7 * (n - width_multiple) for n in neurons) / Budget(units, 0).total
+    budget = Budget.of(units, min(sparsity, round(maximum - 0.01, 3)), width_multiple)
     base = base_masks(budget, scores, group_scores)
     thresholds = start_thresholds(base, ranks)
     assert masks_from_thresholds(ranks, thresholds, budget) == base
-    assert costs.removed(base) >= budget.target
+    assert budget.removed_by(base) >= budget.target
     # The same holds in float32, the dtype of training.
     float32_thresholds = tuple([t.float() for t in per_block] for per_block in thresholds)
     assert masks_from_thresholds(ranks, float32_thresholds, budget) == base
@@ -106,9 +106,11 @@ def make_stage(
         removed_blocks: blocks that are removed as a whole.
         **options: arguments of `ThresholdLearning`.
     """
-    costs = unit_costs(blocks_of(model), scope=scope, uniform=uniform, block_share=0.9)
+    units = unit_costs(blocks_of(model), scope=scope)
     scores, group_scores, ranks = random_problem([48] * 3, [2] * 3, seed)
-    budget = Budget.of(costs, sparsity, width_multiple).without(removed_blocks)
+    block_share = 0.9 if "blocks" in scope else 0.0
+    budget = Budget.of(units, sparsity, width_multiple, uniform=uniform, block_share=block_share)
+    budget = budget.without(removed_blocks)
     start = start_thresholds(base_masks(budget, scores, group_scores), ranks)
     options = {"centred": False, "offset_learning_rate": lr, "offset_limit": 9.0} | options
     return ThresholdLearning(model, ranks, start, budget, learning_rate=lr, **options)
@@ -186,8 +188,8 @@ def test_training_meets_the_budget_reduces_the_loss_leaves_the_model_unchanged_a
     # The budget is met.
     masks = stage.masks()
     assert masks != first
-    excess = stage.budget.costs.removed(masks) - stage.budget.target
-    assert 0 <= excess < width_multiple * stage.budget.costs.neuron[0]
+    excess = stage.budget.removed_by(masks) - stage.budget.target
+    assert 0 <= excess < width_multiple * stage.budget.units[0].costs.neurons[1]
     assert all(int(m.sum()) % width_multiple == 0 for m in masks.ffn)
     assert [b for b, stays in enumerate(masks.blocks) if not stays] == list(options.get("removed_blocks", ()))
     trainable = [scope != "ffn" and stays for stays in masks.blocks]
@@ -382,10 +384,9 @@ def test_recentring_moves_the_cut_to_margin_zero_without_changing_masks(scope, u
 def test_recentring_uses_kv_groups_if_neurons_have_no_cost(tiny_model):
     """With the cost `kv_cache` no neuron is removed, so the cut is that of KV groups."""
     blocks = blocks_of(tiny_model)
-    neurons, groups = [b.neurons for b in blocks], [b.kv_groups for b in blocks]
-    price = Price.by_unit(COST["kv_cache"](tiny_model, blocks), neurons, groups)
+    costs, _ = costs_of_blocks(COST["kv_cache"](tiny_model, blocks), blocks)
     template = make_stage(tiny_model, scope="attention+ffn")
-    budget = Budget.of(unit_costs(blocks, scope="attention+ffn", price=price), 0.3)
+    budget = Budget.of(unit_costs(blocks, scope="attention+ffn", costs=costs), 0.3)
     stage = ThresholdLearning(tiny_model, template.ranks, template.thresholds, budget)
     with torch.no_grad():
         for t in (*stage.ffn_thresholds, *stage.attention_thresholds):
@@ -421,3 +422,44 @@ def test_gradients_are_those_of_hard_gates_times_the_slope_of_soft_gates(seed, t
         slope = slopes(p, t.detach().double()[y], temperature)
         expected = torch.zeros(len(t)).double().index_add(0, y, reference_gate.grad * slope)
         np.testing.assert_allclose(t.grad, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+
+
+# --- soft gates
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_soft_gate_equals_the_formula_in_numpy(dtype):
+    labels = torch.tensor([0] * 5 + [1] * 50)
+    sizes = torch.bincount(labels)
+    p = torch.cat([(torch.arange(n) + 0.5) / n for n in (5, 50)]).to(dtype)
+    t = torch.tensor([-0.4, 0.7], dtype=dtype)
+    cut = 1 / (1 + np.exp(-t.double().numpy()))
+    temperature = np.array([0.2, 0.05])  # 1/5, and the minimum instead of 1/50
+    y = labels.numpy()
+    expected = 1 / (1 + np.exp(-(p.double().numpy() - cut[y]) / temperature[y]))
+    gate = soft_gate(p, t, labels, sizes)
+    assert gate.dtype == dtype
+    np.testing.assert_allclose(gate.numpy(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_soft_gates_decrease_with_the_threshold_of_their_module_only():
+    labels, sizes = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2])
+    t = torch.tensor([0.1, -0.3], dtype=torch.float64, requires_grad=True)
+    p = torch.tensor([0.25, 0.75, 0.25, 0.75], dtype=torch.float64)
+    soft_gate(p, t, labels, sizes)[:2].sum().backward()
+    assert t.grad[0] < 0
+    assert t.grad[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_straight_through_has_hard_values_and_soft_gradients(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (8 * torch.randn(2000, generator=generator)).to(dtype).requires_grad_()
+    hard = torch.rand(2000, generator=generator) < 0.5
+    slope = torch.randn(2000, generator=generator).to(dtype)
+    gate = straight_through(hard, torch.sigmoid(x))
+    assert torch.equal(gate.detach(), hard.to(dtype))  # exactly 0 or 1
+    (gate * slope).sum().backward()
+    gradient, x.grad = x.grad, None
+    (torch.sigmoid(x) * slope).sum().backward()
+    assert torch.equal(gradient, x.grad)

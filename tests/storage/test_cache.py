@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gprune.storage.cache import cache_dir
 from gprune.storage.files import Cache, key_of
+from gprune.storage.paths import cache_dir
 
 
 @pytest.fixture(autouse=True)

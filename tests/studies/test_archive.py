@@ -53,6 +53,34 @@ def test_a_changed_default_renames_no_record_and_changes_no_record_that_lacks_th
     assert not name_of_today.endswith(key)
 
 
+POOLED = {"corpora.score": ["alpha", "beta"], "corpora.drift": ["alpha", "beta"]}
+ONE_MODULE = {"partition.method": "initial", "partition.num_modules": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "stage"),
+    [
+        (POOLED | {"gprune": False, "partition.num_modules": 8, "sparsity.allocation": "uniform"}, "averaged"),
+        (POOLED | ONE_MODULE | {"reliability.switch": False}, "gprune"),
+        (POOLED | {"partition.num_modules": 6, "reliability.switch": False}, "gprune"),
+        ({"gprune": False, "partition.num_modules": 8}, "base"),
+    ],
+    ids=["not learned", "one module", "six modules", "base"],
+)
+def test_a_row_that_is_scored_on_several_corpora_finds_the_record_of_earlier_settings(row, stage, bench):
+    """Earlier versions spelled these scores as modules that all switch to the metric `averaged`."""
+    (row,) = bench.rows(bench.write("pooled", {"x": row}))
+    earlier = archive.before_pooled_scores(row.identity)
+    assert earlier["corpora"]["score"] in ("alpha", str(bench.world.corpora["alpha"]))
+    assert earlier["reliability"]["everywhere"]
+    stages = ["gprune" if stage == "averaged" else stage, "dense"]
+    record = {"settings": earlier, "records": [{"stage": s} for s in stages], "summary": {}}
+    read = archive.migrate_pooled_scores(record)
+    assert archive.identifying_settings(read["settings"]) == archive.identifying_settings(row.identity)
+    assert [r["stage"] for r in read["records"]] == [stage, "dense"]
+    assert archive.migrate_pooled_scores(read) == read
+
+
 def test_defaults_of_pruning_do_not_identify_a_row_of_a_model_made_elsewhere(bench):
     (row,) = bench.rows(bench.write("elsewhere", {"x": {"model": "some/model"}}))
     settings = row.identity

@@ -91,7 +91,7 @@ def test_rows_of_a_named_protocol_have_different_run_folders(bench):
 
 def test_empty_keys_equal_missing_keys(bench):
     path = bench.folder / "empty.yaml"
-    empty = ("common", "compare", "controls", "seeds", "tables", "tasks", "seen", "protocol", "reference")
+    empty = ("common", "compare", "seeds", "tables", "tasks", "seen", "protocol", "reference")
     path.write_text("".join(f"{key}:\n" for key in empty) + "about: x\nrows: {a: , b: {}}\n")
     with_empty_keys = Listing.read(path)
     path.write_text("about: x\nrows: {a: {}, b: {}}\n")
@@ -100,11 +100,9 @@ def test_empty_keys_equal_missing_keys(bench):
 
 def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
     path = bench.folder / "numbers.yaml"
-    path.write_text("rows: {1: {}, 0.5: {}}\ncontrols: [1]\nreference: 0.5\nseeds: [4, 4, 5]\n")
+    path.write_text("rows: {1: {}, 0.5: {}}\nreference: 0.5\nseeds: [4, 4, 5]\n")
     listing = Listing.read(path)
-    assert [(row.name, row.seed, row.control) for row in listing.rows] == [
-        ("1", 4, True), ("0.5", 4, False), ("1", 5, True), ("0.5", 5, False)
-    ]  # fmt: skip
+    assert [(row.name, row.seed) for row in listing.rows] == [("1", 4), ("0.5", 4), ("1", 5), ("0.5", 5)]
     assert listing.content.reference == "0.5"
 
 
@@ -136,7 +134,6 @@ def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
         # missing rows
         ("rows: {a: {}}\nreference: b\n", ["reference", "(a)", "'b'"]),
         ("rows: {a: {}}\ncompare: [['a: gprune', 'b: base']]\n", ["compare", "(a)", "'b'"]),
-        ("rows: {a: {}}\ncontrols: [b]\n", ["controls", "(a)", "'b'"]),
         # types
         ("rows: {a: {}}\ncommon: [x]\n", ["common", "['x']"]),
         ("rows: {a: {}}\nseeds: [a]\n", ["seeds[0]", "a valid integer", "'a'"]),

@@ -1,4 +1,4 @@
-"""The cache folder, and errors of disks. This file does not import PyTorch, because checks of flags use it."""
+"""Paths that the user names, the cache folder, and errors of disks. Without PyTorch, because checks of flags use it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ from pathlib import Path
 
 import safetensors
 
-from gprune.errors import UserError
-from gprune.storage.reading import expanded
+from gprune.errors import UserError, quoting
+
+
+def expanded(path: Path | str) -> Path:
+    """Expand ~ in a path. If there is no such user, the path is unchanged (pathlib would raise)."""
+    return Path(os.path.expanduser(path))
+
+
+def read_required_text(path: Path, expected: str) -> str:
+    """Read a UTF-8 file. If it cannot be read, raise UserError with what the file must hold (`expected`)."""
+    with quoting(f"Cannot read {path}: ", f". The file must hold {expected}."):
+        return path.read_text(encoding="utf-8")
 
 
 def cache_dir() -> Path:

@@ -1,16 +1,15 @@
-"""Masks, soft gates, and masking a model by hooks."""
+"""Masks, and masking a model by hooks."""
 
 from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
 
+from gprune.models.gating import gated, masked
 from gprune.models.masks import Masks
-from gprune.sparsity.gates import gated, masked, soft_gate, straight_through
 from tests.conftest import hooks_of, make_tiny_llama
 
 
@@ -45,44 +44,6 @@ def test_masks_are_equal_if_all_bits_are_and_cannot_be_hashed():
     assert all(masks != different for different in (other, shorter, some_masks(depth=2), "masks"))
     with pytest.raises(TypeError):
         hash(masks)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_soft_gate_equals_the_formula_in_numpy(dtype):
-    labels = torch.tensor([0] * 5 + [1] * 50)
-    sizes = torch.bincount(labels)
-    p = torch.cat([(torch.arange(n) + 0.5) / n for n in (5, 50)]).to(dtype)
-    t = torch.tensor([-0.4, 0.7], dtype=dtype)
-    cut = 1 / (1 + np.exp(-t.double().numpy()))
-    temperature = np.array([0.2, 0.05])  # 1/5, and the minimum instead of 1/50
-    y = labels.numpy()
-    expected = 1 / (1 + np.exp(-(p.double().numpy() - cut[y]) / temperature[y]))
-    gate = soft_gate(p, t, labels, sizes)
-    assert gate.dtype == dtype
-    np.testing.assert_allclose(gate.numpy(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12)
-
-
-def test_soft_gates_decrease_with_the_threshold_of_their_module_only():
-    labels, sizes = torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2])
-    t = torch.tensor([0.1, -0.3], dtype=torch.float64, requires_grad=True)
-    p = torch.tensor([0.25, 0.75, 0.25, 0.75], dtype=torch.float64)
-    soft_gate(p, t, labels, sizes)[:2].sum().backward()
-    assert t.grad[0] < 0
-    assert t.grad[1] == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_straight_through_has_hard_values_and_soft_gradients(dtype):
-    generator = torch.Generator().manual_seed(0)
-    x = (8 * torch.randn(2000, generator=generator)).to(dtype).requires_grad_()
-    hard = torch.rand(2000, generator=generator) < 0.5
-    slope = torch.randn(2000, generator=generator).to(dtype)
-    gate = straight_through(hard, torch.sigmoid(x))
-    assert torch.equal(gate.detach(), hard.to(dtype))  # exactly 0 or 1
-    (gate * slope).sum().backward()
-    gradient, x.grad = x.grad, None
-    (torch.sigmoid(x) * slope).sum().backward()
-    assert torch.equal(gradient, x.grad)
 
 
 def zeroed(model, masks: Masks):

@@ -1,0 +1,63 @@
+"""Masks of a stage as a function of the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from gprune.calibration.statistics import CorpusStatistics, pool_statistics
+from gprune.importance.scores import Scores
+from gprune.models.blocks import Block
+from gprune.models.masks import Masks
+from gprune.partition.modules import Modules
+from gprune.sparsity.allocation import allocate, module_thresholds
+from gprune.sparsity.budget import Budget
+from gprune.sparsity.thresholds import ModuleSparsity
+
+
+@dataclass(frozen=True)
+class StageMasks:
+    """Masks of a stage (`base`, `averaged` or `gprune`) for any budget.
+
+    Sparsity is allocated to blocks by scores. If the stage has modules, this gives the thresholds of modules, unless
+    these are learned.
+    """
+
+    allocation: str  # allocation to blocks
+    options: Mapping[str, float]  # of the allocation
+    blocks: Sequence[Block]
+    scores: Scores
+    statistics: Sequence[CorpusStatistics]  # of the corpora of the scores
+    errors: Tensor | None = None  # `CorpusStatistics.errors`, if the allocation reads them
+    modules: Modules | None = None
+    module_allocation: str = ""  # allocation to modules
+    learned: ModuleSparsity | None = None
+    _allocated: dict[int, Masks] = field(default_factory=dict)  # target -> masks
+
+    def __call__(self, budget: Budget) -> Masks:
+        """Return the masks for a budget."""
+        if self.modules is None:
+            return self.allocated(budget)
+        return self.module_sparsity(budget).masks(self.modules.ranks, budget)
+
+    def allocated(self, budget: Budget) -> Masks:
+        """Return the masks by scores of blocks, computed once per target."""
+        if budget.target not in self._allocated:
+            # Statistics are pooled in each call and not kept, because of the size of their Gram matrices.
+            statistics = replace(pool_statistics(self.statistics), errors=self.errors)
+            masks = allocate(self.allocation, self.scores, statistics, self.blocks, budget, **self.options)
+            self._allocated[budget.target] = masks
+        return self._allocated[budget.target]
+
+    @property
+    def for_one_budget(self) -> bool:
+        """Whether the masks are those of a learner, whatever the budget."""
+        return self.learned is not None and self.learned.fixed_masks is not None
+
+    def module_sparsity(self, budget: Budget) -> ModuleSparsity:
+        """Return the sparsity of modules: the learned one, or thresholds for the budget."""
+        if self.learned is not None:
+            return self.learned
+        return ModuleSparsity(module_thresholds(self.module_allocation, self.allocated(budget), self.modules.ranks))

@@ -1,0 +1,95 @@
+"""`--corpora.score` with several corpora: units are scored on their pooled statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gprune.calibration.statistics import pool_statistics
+from gprune.config import RunConfig, parse
+from gprune.config.groups import CorporaConfig
+from gprune.errors import UserError
+from gprune.importance.scores import score_units
+from gprune.models.blocks import blocks_of
+from gprune.models.masks import Masks
+from gprune.storage.files import read_tensors
+
+pytestmark = pytest.mark.usefixtures("shared_cache")
+
+
+def masks_of(result, stage):
+    return Masks.from_tensors(read_tensors(result.path / f"masks/{stage}.safetensors"))
+
+
+def test_one_corpus_or_a_list_or_all_corpora_of_drift_can_be_given():
+    configs = [
+        CorporaConfig(score="wiki"), CorporaConfig(score=["wiki"]), parse(["--corpora.score=wiki"]).corpora,
+        CorporaConfig(score=["wiki", "web"]), parse(["--corpora.score", "[wiki,web]"]).corpora,
+        parse(["--corpora.score=null", "--corpora.drift=[web,wiki]"]).corpora,
+    ]  # fmt: skip
+    one, several = ["wiki"], ["wiki", "web"]
+    assert [corpora.scored for corpora in configs] == [one, one, one, several, several, ["web", "wiki"]]
+    with pytest.raises(UserError, match="must name at least one corpus; got an empty list"):
+        CorporaConfig(score=[])
+    with pytest.raises(UserError, match="must name each corpus once"):
+        CorporaConfig(score=["wiki", "wiki"])
+
+
+def test_settings_name_a_single_corpus_as_before_and_the_corpora_that_null_means():
+    assert RunConfig(corpora={"score": ["web"]}).settings() == RunConfig(corpora={"score": "web"}).settings()
+    assert RunConfig(corpora={"score": ["web"]}).settings()["corpora"]["score"] == "web"
+    all_of_drift = RunConfig(corpora={"score": None, "drift": ["wiki", "web"]})
+    assert all_of_drift.settings()["corpora"]["score"] == ["wiki", "web"]
+
+
+@pytest.mark.parametrize("config", ["best", "untrained"])
+def test_shipped_configurations_without_modules_have_the_row_averaged(config):
+    cfg = parse(["--config", config])
+    assert cfg.own_row == ("averaged", cfg.recovery)
+    assert cfg.scored_on == {"averaged": ["wiki", "web", "python_code"]}
+    assert cfg.roles["learn"] == []
+    assert "corpora.drift" not in cfg.unread
+    with_control = parse(["--config", config, "--evaluation.controls=[base]"])
+    assert [stage for stage, _ in with_control.stages] == ["base", "averaged"]
+    assert with_control.scored_on["base"] == ["wiki"]
+
+
+def test_a_run_without_modules_keeps_the_units_with_the_highest_scores_of_all_corpora(world, tmp_path):
+    flags = ["--gprune=false", f"--corpora.score={world.names('alpha', 'beta')}", "--sparsity.scope=attention+ffn"]
+    result = world.run(tmp_path, *flags, "--evaluation.controls=[base]")
+    assert result.modules is None is result.thresholds
+    assert {r["stage"] for r in result.records} == {"dense", "base", "averaged"}
+    assert result.masks == masks_of(result, "averaged") != masks_of(result, "base")
+    blocks = blocks_of(AutoModelForCausalLM.from_pretrained(world.model))
+    alpha, beta = (result.statistics[str(world.corpora[name])] for name in ("alpha", "beta"))
+    for stage, statistics in (("averaged", pool_statistics([alpha, beta])), ("base", alpha)):
+        scores, masks = score_units(result.config.importance, blocks, statistics), masks_of(result, stage)
+        for units in ("ffn", "attention"):
+            for of_block, keep in zip(getattr(scores, units), getattr(masks, units), strict=True):
+                assert keep.all() or of_block[keep].min() >= of_block[~keep].max()
+
+
+def test_one_module_that_switches_to_averaged_keeps_the_same_neurons(world, tmp_path):
+    """This is how earlier versions scored on several corpora; their records belong to the present rows."""
+    corpora = world.names("alpha", "beta")
+    new = world.run(tmp_path, "--gprune=false", f"--corpora.score={corpora}", name="new")
+    one_module = ["--partition.method=initial", "--partition.num_modules=1", "--sparsity.allocation=uniform"]
+    switch = ["--reliability.everywhere=true", "--reliability.metric=averaged", f"--corpora.drift={corpora}"]
+    old = world.run(tmp_path, *one_module, *switch, "--evaluation.controls=[]", name="old")
+    assert new.masks == old.masks
+    assert [r["nll"] for r in new.records if r["stage"] == "averaged"] == [
+        r["nll"] for r in old.records if r["stage"] == "gprune"
+    ]
+
+
+def test_thresholds_of_modules_that_rank_by_all_corpora_are_those_of_modules_that_switch(world, tmp_path):
+    corpora = world.names("alpha", "beta", "gamma")
+    shared = ["--partition.method=initial", "--sparsity.learn=both", f"--corpora.drift={corpora}"]
+    new = world.run(tmp_path, *shared, f"--corpora.score={corpora}", "--reliability.switch=false", name="new")
+    switch = ["--reliability.everywhere=true", "--reliability.metric=averaged"]
+    old = world.run(tmp_path, *shared, *switch, name="old")
+    assert new.masks == old.masks
+    assert new.modules.ranks.modules != [1] * 3  # so that the start of learning matters
+    for of_new, of_old in zip(new.thresholds[0], old.thresholds[0], strict=True):
+        assert torch.equal(of_new, of_old)
