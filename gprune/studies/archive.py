@@ -18,7 +18,7 @@ from gprune.config import RunConfig, effective_settings, flatten, migrate_settin
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.runs.folder import changed_code, check_evaluation, check_study
-from gprune.runs.numbers import Record
+from gprune.runs.numbers import Record, entries
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import key_of, read_json, write_json
 from gprune.studies.listing import LISTED_PRECISION, Row
@@ -179,9 +179,10 @@ def migrate_pooled_scores(record: dict[str, Any]) -> dict[str, Any]:
     }
     if record.get("evaluation"):
         record["evaluation"] = rename(record["evaluation"])
-    if quality := record["summary"].get("quality"):
-        rows = [r | {"row": r["row"].replace("gprune", "averaged")} for r in quality["rows"]]
-        record["summary"] = record["summary"] | {"quality": quality | {"rows": rows}}
+    for name, entry in entries(record["summary"]).items():
+        if table := entry.get("table"):  # its first column has names of rows
+            rows = [[cells[0].replace("gprune", "averaged"), *cells[1:]] for cells in table["rows"]]
+            record["summary"] = record["summary"] | {name: entry | {"table": table | {"rows": rows}}}
     return record
 
 
