@@ -25,10 +25,10 @@ from gprune.sparsity.allocation import ALLOCATION, allocation
 if TYPE_CHECKING:
     from gprune.discovery import masked
     from gprune.export.hf import apply_masks
+    from gprune.method.elsewhere import evaluate, recover
+    from gprune.method.prune import prune
     from gprune.models.loading import register
     from gprune.models.masks import Masks
-    from gprune.pipeline.elsewhere import evaluate, recover
-    from gprune.pipeline.prune import prune
     from gprune.runs.results import PruningResult, load_run
     from gprune.studies.study import StudyResult, load_study
 
@@ -40,7 +40,7 @@ __all__ = [
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_exports(__name__, {
     "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.study",
-    "apply_masks": "gprune.export.hf", "evaluate": "gprune.pipeline.elsewhere", "load_run": "gprune.runs.results",
-    "load_study": "gprune.studies.study", "masked": "gprune.discovery", "prune": "gprune.pipeline.prune",
-    "recover": "gprune.pipeline.elsewhere", "register": "gprune.models.loading",
+    "apply_masks": "gprune.export.hf", "evaluate": "gprune.method.elsewhere", "load_run": "gprune.runs.results",
+    "load_study": "gprune.studies.study", "masked": "gprune.discovery", "prune": "gprune.method.prune",
+    "recover": "gprune.method.elsewhere", "register": "gprune.models.loading",
 })  # fmt: skip

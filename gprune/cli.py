@@ -44,9 +44,9 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
     quiet()
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    from gprune.pipeline.dry_run import describe
-    from gprune.pipeline.plan import check
-    from gprune.pipeline.prune import prune
+    from gprune.method.dry_run import describe
+    from gprune.method.plan import check
+    from gprune.method.prune import prune
 
     if cfg.dry_run:
         return describe(check(cfg)) + "\n"

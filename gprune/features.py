@@ -2,7 +2,7 @@
 
 A feature is a metric, an allocation, the unit of a target, a currency, whole blocks, a recovery or a kind of
 statistics. Plan, settings and command line loop over the features of a run (`RunConfig.features`), and never name one.
-`plan` is a `pipeline.plan.Plan`, `cfg` a `RunConfig`, and `run` a `pipeline.run.Run`.
+`plan` is a `method.plan.Plan`, `cfg` a `RunConfig`, and `run` a `method.run.Run`.
 """
 
 from __future__ import annotations

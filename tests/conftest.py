@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import gprune.pipeline.prune  # noqa: F401 - import everything before `pytest_collection_finish`
+import gprune.method.prune  # noqa: F401 - import everything before `pytest_collection_finish`
 from gprune.calibration.collector import Collector
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.export import hf

@@ -22,12 +22,12 @@ from gprune.__main__ import COMMANDS
 from gprune.benchmarks.measurement import task_numbers
 from gprune.calibration.statistics import Moments
 from gprune.export.hf import save_pruned
+from gprune.method.plan import check
 from gprune.models.blocks import blocks_of
 from gprune.models.families import FAMILIES
 from gprune.models.gating import masked
 from gprune.models.loading import load_model
 from gprune.models.surgery import prune
-from gprune.pipeline.plan import check
 from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
 from tests import registries, tiny_run

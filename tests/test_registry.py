@@ -10,12 +10,12 @@ import torch
 from gprune.errors import UserError
 from gprune.importance import IMPORTANCE, metric
 from gprune.importance.scores import score_units
+from gprune.method.recover import tune
+from gprune.method.run import TokenMeter
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.partition.modules import ModuleRanks
-from gprune.pipeline.recover import tune
-from gprune.pipeline.run import TokenMeter
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked_masks, module_thresholds
 from gprune.sparsity.budget import Budget, block_units

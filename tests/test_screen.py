@@ -167,7 +167,7 @@ def commands(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic_run, "records", lambda: records)
     run = synthetic_run.write_run(tmp_path / "run")
     result = SimpleNamespace(records=records, summary=synthetic_run.SUMMARY, path=run)
-    monkeypatch.setattr("gprune.pipeline.prune.prune", lambda cfg: result)
+    monkeypatch.setattr("gprune.method.prune.prune", lambda cfg: result)
     monkeypatch.setattr(Report, "write", lambda report, folder: [Path(folder) / "report.md"])
     measured = synthetic_run.ANSWERS | {"task": MARKUP, "run": "a run"}
     monkeypatch.setattr(measurement, "evaluate", lambda *args, **options: ([measured], None))

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gprune.cli import main
 from gprune.export import hf, reload
-from gprune.pipeline import prune, summary
+from gprune.method import prune, summary
 from gprune.runs.results import PruningResult, load_run
 from tests.conftest import make_tiny_llama
 

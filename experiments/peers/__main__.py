@@ -38,8 +38,8 @@ def windows(output: Path, flags: Sequence[str]) -> str:
     import torch
     from safetensors.torch import save_file
 
+    from gprune.method.inputs import prepare_text
     from gprune.models.loading import load_model, locate_model
-    from gprune.pipeline.inputs import prepare_text
 
     cfg = parse(flags, "experiments.peers windows")
     model, tokenizer = load_model(cfg.model.name, dtype=torch.float32)

@@ -1,7 +1,7 @@
 """Compare the logits of a masked, a sliced and a reloaded model: they are one model, so they must be equal.
 
 Every check of this fact is a call of `compare`: of a structure on a tiny copy (`gprune.discovery`), of a run's model
-before step 1 and of its sliced model in step 9 (`gprune.pipeline.save`), and of a folder in a fresh process
+before step 1 and of its sliced model in step 9 (`gprune.method.save`), and of a folder in a fresh process
 (`gprune.export.hf.check_reload`).
 """
 

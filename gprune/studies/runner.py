@@ -27,8 +27,8 @@ from gprune.config import ExportConfig, RunConfig
 from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import rank_and_world_size
-from gprune.pipeline.dry_run import estimated_flops
-from gprune.pipeline.plan import Plan, check
+from gprune.method.dry_run import estimated_flops
+from gprune.method.plan import Plan, check
 from gprune.report.tables import cost_table
 from gprune.runs.folder import RunFolder, check_evaluation
 from gprune.runs.numbers import run_numbers
@@ -123,7 +123,7 @@ def _plan_of(row: Row) -> Plan:
     """Check the settings and the models of a row, and return its plan."""
     if row.made_elsewhere is None:
         return check(row.config)
-    from gprune.pipeline.elsewhere import check_models  # imports W&B, which tables of records do not need
+    from gprune.method.elsewhere import check_models  # imports W&B, which tables of records do not need
 
     return check_models(row.made_elsewhere, row.config)
 

@@ -14,11 +14,11 @@ from gprune import report
 from gprune.cli import main
 from gprune.errors import UserError
 from gprune.evaluation import speed
+from gprune.method import evaluate
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.copies import without_weights
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
-from gprune.pipeline import evaluate
 from gprune.report.figures import speed_figure
 from gprune.runs import trainer
 from gprune.sparsity.budget import Budget, block_units

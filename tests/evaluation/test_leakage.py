@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gprune.corpora.windows import Sample, make_windows
-from gprune.pipeline.evaluate import leaked_share, leaked_share_of_windows
+from gprune.method.evaluate import leaked_share, leaked_share_of_windows
 from tests.corpora.test_windows import word_tokenizer
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gprune.pipeline.summary import largest_share
+from gprune.method.summary import largest_share
 
 
 @given(st.lists(st.floats(-0.2, 1.0), min_size=1, max_size=6), st.floats(1.01, 3.0))

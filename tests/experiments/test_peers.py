@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from experiments.peers import common, osscar
 from experiments.peers.__main__ import main, table
 from gprune.config import parse
+from gprune.method.inputs import prepare_text
 from gprune.models.loading import load_model
-from gprune.pipeline.inputs import prepare_text
 from tests import tiny_run
 
 PEER = common.Peer("peer", "owner/tool", "0" * 40, "MIT", "2401.00001")

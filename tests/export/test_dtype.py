@@ -14,9 +14,9 @@ from gprune.discovery import family_of
 from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
 from gprune.export import hf
+from gprune.method.plan import check
 from gprune.models.agreement import random_masks
 from gprune.models.surgery import prune
-from gprune.pipeline.plan import check
 from gprune.runs.results import load_run
 from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.target import HALF_BITS

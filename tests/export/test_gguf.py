@@ -22,12 +22,12 @@ from gprune.export.convert import load_folder
 from gprune.export.gguf import LLAMA_CPP, QUANTISED, TYPES, has_llama_cpp
 from gprune.export.gguf_writer import tokenizer_keys, write_gguf
 from gprune.export.hf import save_pruned
+from gprune.method.dry_run import describe_widths
+from gprune.method.plan import check
 from gprune.models import embedded as assets
 from gprune.models import gguf as reading
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
-from gprune.pipeline.dry_run import describe_widths
-from gprune.pipeline.plan import check
 from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.target import HALF_BITS
 from gprune.storage import wheels
@@ -356,7 +356,7 @@ def test_the_default_widths_of_a_model_with_512_neurons_fit_q8_0(tmp_path, monke
 
 def test_runs_that_cannot_export_to_gguf_are_refused_before_loading_the_model(world, tmp_path, monkeypatch, capsys):
     args = world("qwen3").args(tmp_path / "runs", "--export=gguf")
-    monkeypatch.setattr("gprune.pipeline.inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("gprune.method.inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
     assert main(args) == 2
     assert "Cannot export 'qwen3' to GGUF: it must compute like Llama, but has weights" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

@@ -403,7 +403,7 @@ def test_a_discovered_structure_that_does_not_fit_the_loaded_model_is_refused_be
         blocks_of(small)[1].down.host.weight.mul_(2)
         return small
 
-    monkeypatch.setattr("gprune.pipeline.save.prune", wrong_prune)
+    monkeypatch.setattr("gprune.method.save.prune", wrong_prune)
     example("stablelm").save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
     with tiny_run.isolated(tmp_path / "cache"):

@@ -23,6 +23,7 @@ from gprune.discovery.tiny import shrunk
 from gprune.export import hf
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
+from gprune.method.save import masked_logits
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.copies import sharded_copy
@@ -37,7 +38,6 @@ from gprune.models.offload import (
     resident,
 )
 from gprune.models.surgery import prune, prune_to_files
-from gprune.pipeline.save import masked_logits
 from gprune.runs.results import load_run
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
@@ -415,7 +415,7 @@ from pathlib import Path
 import torch
 import gprune.calibration.layerwise
 from gprune.cli import main
-from gprune.pipeline import evaluate
+from gprune.method import evaluate
 from gprune.stages import base
 
 def counted(*args):

@@ -24,13 +24,13 @@ from gprune.errors import UserError
 from gprune.evaluation.speed import costs_from_table
 from gprune.export.hf import save_pruned
 from gprune.importance.scores import score_units
+from gprune.method.dry_run import describe_unpruned
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, by_layer, decoder_layers, find_unpruned
 from gprune.models.families import attach_record
 from gprune.models.gating import bypassed, masked
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune, prune_to_files
-from gprune.pipeline.dry_run import describe_unpruned
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
 from gprune.recoveries.prefix import PrunedPrefix

@@ -12,9 +12,9 @@ import torch
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.calibration.statistics import ChannelStatistics, Moments
 from gprune.errors import UserError
+from gprune.method.recover import fit_once
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
-from gprune.pipeline.recover import fit_once
 from gprune.recoveries import RECOVERY, Material, recovery
 from gprune.recoveries.contract import Projection
 from tests.calibration.test_collector import batches, projection_inputs

@@ -18,11 +18,11 @@ from gprune.config.parse import parse
 from gprune.discovery import family_of
 from gprune.discovery.tiny import tiny_model
 from gprune.errors import UserError
+from gprune.method import plan as preparation
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.masks import Masks
 from gprune.models.offload import is_offloaded
 from gprune.models.surgery import prune, prune_to_files
-from gprune.pipeline import plan as preparation
 from gprune.recoveries import RECOVERY, Material
 from gprune.recoveries.prefix import SAMPLE_TOKENS, PrunedPrefix, projections_to_solve
 from gprune.storage.files import read_json, write_json
@@ -463,7 +463,7 @@ def test_a_run_recovers_models_without_whole_blocks(world, tmp_path):
 
 @pytest.mark.slow
 def test_recovery_of_an_offloaded_model_has_the_same_bits(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("gprune.pipeline.save.check_reload", lambda *_, **__: 0.0)
+    monkeypatch.setattr("gprune.method.save.check_reload", lambda *_, **__: 0.0)
     flags = [*FLAGS, "--gprune=false"]
     whole = world.run(tmp_path, *flags)
     model = AutoModelForCausalLM.from_pretrained(world.model)
@@ -472,7 +472,7 @@ def test_recovery_of_an_offloaded_model_has_the_same_bits(world, tmp_path, monke
     limit = sum(p.nbytes for p in model.parameters()) - sum(layers) + int(1.5 * max(layers))
     pruned = []
     monkeypatch.setattr(
-        "gprune.pipeline.recover.prune_to_files",
+        "gprune.method.recover.prune_to_files",
         lambda model, *args: pruned.append(model) or prune_to_files(model, *args),
     )
     placement = ["--model.device_map=auto", f"--model.max_memory={{cpu: {limit}B}}"]

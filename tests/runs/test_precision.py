@@ -12,9 +12,9 @@ import torch
 import gprune
 from gprune.config import RunConfig
 from gprune.errors import UserError
+from gprune.method.plan import check
 from gprune.models import products
 from gprune.models.products import multiplies_bfloat16
-from gprune.pipeline.plan import check
 from gprune.runs import trainer
 from gprune.runs.trainer import resolve_precision
 from gprune.stages import threshold_learning

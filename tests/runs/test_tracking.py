@@ -20,7 +20,7 @@ from gprune.benchmarks.measurement import log_evaluation
 from gprune.config import LoggingConfig, RunConfig
 from gprune.config.parse import parse
 from gprune.errors import UserError
-from gprune.pipeline.prune import prune
+from gprune.method.prune import prune
 from gprune.runs.folder import RunFolder
 from gprune.runs.results import load_run
 from gprune.runs.tracking import curves_hint, log_numbers, log_scalars, tracking, wandb_run
@@ -318,7 +318,7 @@ def test_a_run_interrupted_while_drawing_figures_logs_its_summary_after_resuming
     with tiny_run.isolated(tmp_path / "cache"):
         args = world.args(tmp_path, "--gprune=false")
         with monkeypatch.context() as patch:
-            patch.setattr("gprune.pipeline.summary.write_figures", raise_keyboard_interrupt)
+            patch.setattr("gprune.method.summary.write_figures", raise_keyboard_interrupt)
             assert tiny_run.main(args) == 130
         assert "summary" not in json.loads((tmp_path / "run/metrics.json").read_text())
         assert tiny_run.main(args) == 0

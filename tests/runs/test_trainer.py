@@ -20,8 +20,8 @@ from gprune.config.running import TrainerConfig
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
+from gprune.method import prune as calibrate
 from gprune.models.surgery import prune
-from gprune.pipeline import calibrate
 from gprune.runs.trainer import RANKS, StageBar, check_trainer
 from gprune.screen import Screen
 from gprune.stages.distillation import DistillationStage

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelChec
 
 from gprune.config import RunConfig, check_settings, parse
 from gprune.errors import UserError
-from gprune.pipeline.prune import prune
+from gprune.method.prune import prune
 from gprune.runs.results import load_run
 from gprune.runs.user_callbacks import UserCallbacks
 from tests import tiny_run
@@ -251,7 +251,7 @@ def test_statistics_of_a_model_that_a_callback_has_changed_are_not_cached(hook, 
 
 
 def test_gram_matrices_of_a_model_that_a_callback_has_changed_are_not_cached(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("gprune.pipeline.calibrate.needs_walk", lambda *_, **__: True)
+    monkeypatch.setattr("gprune.method.prune.needs_walk", lambda *_, **__: True)
     with tiny_run.isolated(tmp_path / "cache"):
         more = ("--recovery=least_squares", "--gprune=false", f"--corpora.recover={world.names('alpha')}")
         cfg = parse(flags(world, tmp_path, *more))

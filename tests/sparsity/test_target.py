@@ -15,9 +15,9 @@ from gprune.config import RunConfig
 from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.importance.scores import score_units
+from gprune.method.plan import check
 from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
-from gprune.pipeline.plan import check
 from gprune.sparsity.allocation import allocate, checked_masks
 from gprune.sparsity.budget import BlockUnits, Budget, block_units
 from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks, parameter_costs

@@ -22,11 +22,11 @@ from gprune.config import RunConfig, parse
 from gprune.config.running import DistillConfig
 from gprune.discovery import tiny
 from gprune.errors import UserError
+from gprune.method.plan import check
+from gprune.method.run import TokenMeter
 from gprune.models.blocks import blocks_of
 from gprune.models.parts import ExpertPart
 from gprune.models.surgery import prune
-from gprune.pipeline.plan import check
-from gprune.pipeline.run import TokenMeter
 from gprune.recoveries import RECOVERY, Recovery, recoveries_of, recovery, recovery_learns, recovery_needs
 from gprune.runs import folder
 from gprune.runs.results import load_run

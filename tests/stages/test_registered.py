@@ -16,11 +16,11 @@ import gprune
 from gprune.checks import Positive
 from gprune.config import RunConfig, config_from_mapping
 from gprune.errors import UserError
+from gprune.method.prune import checked_labels
 from gprune.models.gating import gated
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
-from gprune.pipeline.partition import checked_labels
 from gprune.recoveries import Recovery, recovery
 from gprune.sparsity.cut import keep_masks
 from gprune.stages.calibration import CalibrationStage

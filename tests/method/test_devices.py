@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from gprune.calibration.collector import Collector
 from gprune.cli import main
-from gprune.pipeline import inputs
+from gprune.method import inputs
 from gprune.runs.results import load_run
 from tests import tiny_run
-from tests.pipeline import method_parts as parts
-from tests.pipeline.method_parts import EXPERTS, LEARNING, PARTS, close, model_of, run
+from tests.method import method_parts as parts
+from tests.method.method_parts import EXPERTS, LEARNING, PARTS, close, model_of, run
 from tests.simulated_devices import place_on_devices, simulate_devices
 
 # Maximum number of host synchronisations of each part, for a model with three blocks and two batches. The numbers were

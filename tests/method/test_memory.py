@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import gprune
 from gprune.config import parse
-from gprune.pipeline.memory import estimated_peaks
-from gprune.pipeline.plan import check
+from gprune.method.memory import estimated_peaks
+from gprune.method.plan import check
 from gprune.runs.folder import RunFolder
 from tests import tiny_run
 

@@ -10,11 +10,11 @@ import torch
 from experiments.bench.measure import flops as count_flops
 from gprune.calibration.moments import _panels
 from gprune.config.parse import parse
+from gprune.method.dry_run import estimated_flops, gram_flops
+from gprune.method.memory import EXPERTS_PER_TOKEN, active_experts
+from gprune.method.plan import check
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import next_token_losses
-from gprune.pipeline.dry_run import estimated_flops, gram_flops
-from gprune.pipeline.memory import EXPERTS_PER_TOKEN, active_experts
-from gprune.pipeline.plan import check
 from tests.tiny_families import make_tiny
 
 IDS = torch.randint(3, 128, (2, 64), generator=torch.Generator().manual_seed(0))

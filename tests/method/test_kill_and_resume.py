@@ -1,6 +1,6 @@
 """Results are identical after SIGKILLs and with another order of directory listings.
 
-`python -m tests.pipeline.kill_and_resume` tests fifty kills and more.
+`python -m tests.method.kill_and_resume` tests fifty kills and more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gprune.runs.folder import RunFolder
 from gprune.storage import files as artifacts
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
-from tests.pipeline.kill_and_resume import KINDS, Launcher, digests, kill_and_resume, tiny_run_flags
+from tests.method.kill_and_resume import KINDS, Launcher, digests, kill_and_resume, tiny_run_flags
 
 
 @pytest.mark.slow

@@ -23,18 +23,18 @@ from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError, optional_output, quoting
 from gprune.evaluation.perplexity import PerplexityResult, perplexity_from_logits
 from gprune.export.hf import to_portable
+from gprune.method.evaluate import add_row, dense_perplexity, leaks, measure_perplexity
+from gprune.method.inputs import Text, load_dense, window_cutter
+from gprune.method.plan import Plan, check
+from gprune.method.pricing import device_memory
+from gprune.method.recover import fit_once, tune
+from gprune.method.run import Run, in_folder, user_loggers
+from gprune.method.save import export_and_reload, is_exported
+from gprune.method.summary import summarise, write_pages
 from gprune.models.elsewhere import SUBJECT, check_elsewhere, load_elsewhere
 from gprune.models.loading import fingerprint, locate_model
 from gprune.models.losses import same_head, why_not_measurable
 from gprune.models.masks import Masks
-from gprune.pipeline.evaluate import add_row, dense_perplexity, leaks, measure_perplexity
-from gprune.pipeline.inputs import Text, load_dense, window_cutter
-from gprune.pipeline.plan import Plan, check
-from gprune.pipeline.pricing import device_memory
-from gprune.pipeline.recover import fit_once, tune
-from gprune.pipeline.run import Run, in_folder, user_loggers
-from gprune.pipeline.save import export_and_reload, is_exported
-from gprune.pipeline.summary import summarise, write_pages
 from gprune.recoveries import Material, recoveries_of
 from gprune.report.tables import result_table
 from gprune.runs.numbers import DENSE

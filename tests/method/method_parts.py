@@ -22,11 +22,11 @@ from gprune.config.running import DistillConfig
 from gprune.corpora.windows import Windows
 from gprune.evaluation.perplexity import perplexity
 from gprune.export import hf
+from gprune.method.save import masked_logits
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.partition.modules import ModuleRanks
-from gprune.pipeline.save import masked_logits
 from gprune.recoveries import Material, recoveries_of
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks

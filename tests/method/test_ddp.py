@@ -13,7 +13,7 @@ from gprune.runs.results import load_run
 from gprune.storage.files import read_json, read_tensors
 from gprune.studies.archive import learned_tokens
 from tests import tiny_run
-from tests.pipeline.test_bad_input import write_nan_weight
+from tests.method.test_bad_input import write_nan_weight
 
 pytestmark = pytest.mark.slow
 UNEVEN = [
@@ -207,8 +207,8 @@ import sys
 from pathlib import Path
 import torch
 from gprune.cli import main
-from gprune.pipeline import sparsity
-from gprune.pipeline import prune as pipeline
+from gprune.method import prune as sparsity
+from gprune.method import prune as pipeline
 
 def different_errors(*args, measure=sparsity.block_errors, **options):
     errors = measure(*args, **options)

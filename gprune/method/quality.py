@@ -24,10 +24,10 @@ from gprune.config import RunConfig
 from gprune.errors import UserError
 from gprune.evaluation.intervals import Estimate, Interval, paired_ratio
 from gprune.evaluation.perplexity import PerplexityResult
+from gprune.method.evaluate import dense_perplexity, measure_perplexity, shard_if_requested
+from gprune.method.recover import learned_file, shrink
+from gprune.method.run import Run
 from gprune.models.masks import Masks
-from gprune.pipeline.evaluate import dense_perplexity, measure_perplexity, shard_if_requested
-from gprune.pipeline.recover import learned_file, shrink
-from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_learns
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import Record, Stage, estimates, row_name

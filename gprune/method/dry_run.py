@@ -9,11 +9,11 @@ from transformers import AutoTokenizer
 
 from gprune.corpora import is_local
 from gprune.features import attribute
+from gprune.method.inputs import prepare_text
+from gprune.method.memory import active_experts, memory_lines
+from gprune.method.plan import Plan, describe_unpruned, forward_equivalents
 from gprune.models.blocks import PARTS, blocks_of
 from gprune.models.loading import locate_model
-from gprune.pipeline.inputs import prepare_text
-from gprune.pipeline.memory import active_experts, memory_lines
-from gprune.pipeline.plan import Plan, describe_unpruned, forward_equivalents
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
 

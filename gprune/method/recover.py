@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
+from gprune.method.run import Run, TokenMeter
 from gprune.models.blocks import blocks_of
 from gprune.models.families import attach_record, record_of
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.models.offload import free_memory, is_offloaded, offload_folder
 from gprune.models.surgery import prune, prune_to_files
-from gprune.pipeline.run import Run, TokenMeter
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery_learns, recovery_needs
 from gprune.recoveries.contract import Revise
 from gprune.runs.folder import broadcast

@@ -24,7 +24,7 @@ from gprune.errors import UserError
 from gprune.runs.results import load_run
 from gprune.storage.files import locked, read_json, read_tensors, write_json, write_tensors
 from tests import tiny_run
-from tests.pipeline.kill_and_resume import digests, leftover_files
+from tests.method.kill_and_resume import digests, leftover_files
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Kill runs with SIGKILL at many points, resume them, and compare the results byte by byte.
 
-python -m tests.pipeline.kill_and_resume --count 50     # kills on a tiny model: minutes
+python -m tests.method.kill_and_resume --count 50     # kills on a tiny model: minutes
 
 This process imports everything that a run needs once, and forks; each child runs `train.py`. An uninterrupted run
 records every point it passes: the start of each step, each batch, and for each written file three moments: the
@@ -39,9 +39,9 @@ from typing import Any
 import lightning as L
 from transformers import LlamaForCausalLM
 
-from gprune.pipeline import evaluate as evaluate_module
-from gprune.pipeline import prune as pipeline
-from gprune.pipeline import run as run_module
+from gprune.method import evaluate as evaluate_module
+from gprune.method import prune as pipeline
+from gprune.method import run as run_module
 from gprune.stages.calibration import CalibrationStage
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.refinement import AssignmentRefinement

@@ -20,19 +20,19 @@ from safetensors.torch import load_file
 from scipy.stats import rankdata
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import gprune.pipeline.inputs
+import gprune.method.inputs
 import gprune.storage.files
 from gprune.calibration.statistics import pool_statistics
 from gprune.corpora.load import CORPORA
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.importance.scores import score_units
+from gprune.method import evaluate as outcome
+from gprune.method.plan import check
+from gprune.method.run import open_run
 from gprune.models.blocks import blocks_of
 from gprune.models.gating import masked
 from gprune.models.masks import Masks
-from gprune.pipeline import evaluate as outcome
-from gprune.pipeline.plan import check
-from gprune.pipeline.run import open_run
 from gprune.sparsity.budget import Budget, block_units
 from tests import tiny_run
 
@@ -536,7 +536,7 @@ def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world,
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     flags, runs = ("--gprune=false", "--export=hf"), []
     for name, max_bytes in (("kept", 2**32), ("cached", 2**32), ("recomputed", 0)):
-        monkeypatch.setattr("gprune.pipeline.plan.MAX_CACHED_BYTES", max_bytes)
+        monkeypatch.setattr("gprune.method.plan.MAX_CACHED_BYTES", max_bytes)
         runs.append(world.run(tmp_path, *flags, name=name))
         assert json.loads((runs[-1].path / "manifest.json").read_text())["steps"]["evaluate"]["forward_tokens"] == 384
         assert runs[-1].summary["forward_tokens"] <= check(runs[-1].config).forward_tokens
@@ -562,7 +562,7 @@ def test_prune_refuses_a_dry_run_configuration(tmp_path):
 
 
 def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gprune.pipeline.inputs.load_model", lambda *_, **__: pytest.fail("loaded"), raising=False)
+    monkeypatch.setattr("gprune.method.inputs.load_model", lambda *_, **__: pytest.fail("loaded"), raising=False)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert tiny_run.main(world.args(tmp_path / "runs", "--dry_run=true")) == 0
     lines = {line[:16].strip(): line[17:] for line in capsys.readouterr().out.splitlines() if line.strip()}
@@ -678,7 +678,7 @@ def text_of(world, *flags):
     """Return the configuration of a tiny run, its text, and the tokenizer."""
     cfg = gprune.config.parse([*world.args(world.model.parent), *flags])
     tokenizer = tiny_run.tiny_tokenizer()
-    return cfg, gprune.pipeline.inputs.prepare_text(cfg, tokenizer, 128), tokenizer
+    return cfg, gprune.method.inputs.prepare_text(cfg, tokenizer, 128), tokenizer
 
 
 def test_training_windows_are_the_calibration_windows_followed_by_new_ones(world):

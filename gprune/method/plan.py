@@ -19,11 +19,11 @@ from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError
 from gprune.export.convert import FORMATS, format_named
 from gprune.features import Feature, attribute
+from gprune.method.pricing import Pricing
 from gprune.models.blocks import Block, blocks_of, find_unpruned
 from gprune.models.copies import skeleton
 from gprune.models.loading import read_config
 from gprune.models.losses import why_not_measurable
-from gprune.pipeline.pricing import Pricing
 from gprune.recoveries import recoveries_of, recovery_learns
 from gprune.runs.trainer import check_trainer, resolve_precision
 from gprune.runs.user_callbacks import UserCallbacks

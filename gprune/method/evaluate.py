@@ -16,13 +16,13 @@ from gprune.config import RunConfig
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, rank_and_world_size
+from gprune.method.recover import shrink
+from gprune.method.run import Run
 from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
 from gprune.models.losses import same_head
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
-from gprune.pipeline.recover import shrink
-from gprune.pipeline.run import Run
 from gprune.recoveries import recovery_learns, recovery_needs
 from gprune.report.tables import result_table
 from gprune.runs.folder import broadcast

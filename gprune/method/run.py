@@ -26,10 +26,10 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import Forecast
 from gprune.features import attribute
+from gprune.method.inputs import Text, load_dense, prepare_text
+from gprune.method.plan import Plan, check, describe_unpruned, forward_equivalents
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.loading import fingerprint
-from gprune.pipeline.inputs import Text, load_dense, prepare_text
-from gprune.pipeline.plan import Plan, check, describe_unpruned, forward_equivalents
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import construct_loggers, row_metrics, tracking

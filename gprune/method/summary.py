@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from gprune.errors import optional_output
 from gprune.evaluation.intervals import geometric_mean
 from gprune.features import attribute
+from gprune.method.quality import quality_reached
+from gprune.method.run import Run
 from gprune.models.masks import Masks
 from gprune.models.surgery import widths
 from gprune.partition.modules import Modules
-from gprune.pipeline.quality import quality_reached
-from gprune.pipeline.run import Run
 from gprune.report.card import write_card
 from gprune.report.figures import write_figures
 from gprune.report.page import make, write_report

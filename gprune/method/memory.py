@@ -1,4 +1,4 @@
-"""Peak memory of a run in five terms, for `--dry_run`; `tests/pipeline/test_memory.py` compares it with real runs.
+"""Peak memory of a run in five terms, for `--dry_run`; `tests/method/test_memory.py` compares it with real runs.
 
 Sizes: H hidden size, V vocabulary, L layers; N active neurons of the widest layer, and C its attention channels.
 `weight` is the bytes of a weight in `--model.dtype`, and `activation` those of a number in the precision of training.
@@ -15,11 +15,11 @@ from transformers import PreTrainedConfig
 from gprune.calibration.block_errors import error_corpora, error_tokens
 from gprune.calibration.layerwise import needs_walk
 from gprune.calibration.statistics import gram_bytes
+from gprune.method.plan import Plan
+from gprune.method.pricing import device_memory
 from gprune.models.blocks import Block, blocks_of, by_layer
 from gprune.models.losses import CHUNK
 from gprune.models.products import count_cast_weights
-from gprune.pipeline.plan import Plan
-from gprune.pipeline.pricing import device_memory
 from gprune.recoveries import recoveries_of
 
 GIB = 2**30

@@ -20,18 +20,18 @@ from gprune.config.parse import parse
 from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, make_windows
 from gprune.importance.scores import score_units
+from gprune.method import quality
+from gprune.method.plan import check
+from gprune.method.summary import largest_share
 from gprune.models.blocks import blocks_of
 from gprune.models.gating import masked
-from gprune.pipeline import quality
-from gprune.pipeline.plan import check
-from gprune.pipeline.summary import largest_share
 from gprune.report.figures import read_curves
 from gprune.report.page import render
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import allocate
 from gprune.sparsity.budget import Budget, block_units
 from tests import tiny_run
-from tests.pipeline.test_prune import counted_forwards
+from tests.method.test_prune import counted_forwards
 from tests.tiny_run import WORDS, World
 
 DEVELOPMENT = 4  # windows of each corpus
@@ -226,7 +226,7 @@ def test_thresholds_are_learned_where_the_averaged_control_reaches_the_target(tr
         calls.append((masks_of["averaged"], learning.budget))
         return learning
 
-    monkeypatch.setattr("gprune.pipeline.sparsity.with_learning_budget", recorded)
+    monkeypatch.setattr("gprune.method.prune.with_learning_budget", recorded)
     result = trained.run(tmp_path, *with_target("+15%"))
     assert result.thresholds is not None
     ((masks_of, budget),) = calls
@@ -404,7 +404,7 @@ REFUSED = {  # flags -> words of the message
 
 @pytest.mark.parametrize("flags", REFUSED)
 def test_an_invalid_quality_target_is_refused_before_a_model_is_loaded(flags, trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gprune.pipeline.run.load_dense", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("gprune.method.run.load_dense", lambda *_: pytest.fail("a model was loaded"))
     capsys.readouterr()
     assert tiny_run.main(trained.args(tmp_path / "runs", *flags.split())) == 2
     error = capsys.readouterr().err
@@ -415,7 +415,7 @@ def test_an_invalid_quality_target_is_refused_before_a_model_is_loaded(flags, tr
 
 
 def test_a_corpus_without_development_text_is_refused_before_a_model_is_loaded(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gprune.pipeline.run.load_dense", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("gprune.method.run.load_dense", lambda *_: pytest.fail("a model was loaded"))
     short_corpus = tmp_path / "short.txt"
     short_corpus.write_text("\n\n".join(["bana bani bano banu " * 200] * 5))
     assert tiny_run.main(trained.args(tmp_path / "runs", *with_target("+5%", f"--corpora.score={short_corpus}"))) == 2

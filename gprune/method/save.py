@@ -14,6 +14,8 @@ from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
 from gprune.export.convert import FORMATS, export, format_named
 from gprune.export.hf import check_reload, save_pruned
+from gprune.method.recover import placement, shrink
+from gprune.method.run import Run
 from gprune.models.agreement import LOGIT_LIMIT, compare, random_masks
 from gprune.models.families import record_of
 from gprune.models.gating import masked
@@ -21,8 +23,6 @@ from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of, free_memory, is_offloaded
 from gprune.models.surgery import prune
-from gprune.pipeline.recover import placement, shrink
-from gprune.pipeline.run import Run
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.files import file_hashes
 

@@ -1,0 +1,620 @@
+"""prune(cfg): generalization-aware structured pruning, step by step.
+
+ 1 statistics   one pass per corpus over the inputs of all down and output projections
+ 2 importance   a score per unit and corpus; the choice of whole blocks, if they are in scope
+ 3 drift        the variation of ranks between corpora, and its noise floor
+ 4 partition    neurons of a block into modules by parameter similarity and drift
+ 5 refinement   soft assignments optimised under a differentiable objective (a LightningModule)
+ 6 reliability  sensitive, weakly activated modules are ranked by an activation-free metric
+ 7 sparsity     one threshold per module, learned with the model frozen (a LightningModule)
+ 8 budget       keep masks that meet the target exactly, or the largest sparsity for a quality target
+ 9 pruning      smaller weight matrices; recovery
+10 evaluation   dense, controls and gprune, on seen and unseen text
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from gprune.calibration.block_errors import block_errors, error_corpora, error_windows
+from gprune.calibration.layerwise import check_walk, needs_walk
+from gprune.calibration.statistics import (
+    CorpusStatistics,
+    Moments,
+    StatisticsCache,
+    StoredGram,
+    kind_of,
+    pool_statistics,
+)
+from gprune.checks import format_value, require, select_options, typed_options
+from gprune.config import RunConfig
+from gprune.config.groups import AVERAGED, CONSENSUS
+from gprune.corpora.loaders import CorpusDataModule
+from gprune.errors import UserError, optional_output
+from gprune.evaluation.perplexity import perplexity
+from gprune.export.hf import to_portable
+from gprune.importance.metrics import IMPORTANCE
+from gprune.importance.scores import Scores, ffn_weights, fractional_ranks, generator_for, score_ffn, score_units
+from gprune.method.evaluate import evaluate
+from gprune.method.quality import with_learning_budget, with_quality_budget
+from gprune.method.recover import shrink
+from gprune.method.run import Run, open_run
+from gprune.method.save import check_discovered_structure, save
+from gprune.method.summary import summarise, write_pages
+from gprune.models.blocks import Block
+from gprune.models.gating import bypassed
+from gprune.models.masks import Masks
+from gprune.models.offload import device_of
+from gprune.models.products import has_fast_products
+from gprune.partition.drift import half_agreement, kendall_agreement, module_agreements, noise_floor, rank_drift
+from gprune.partition.initial import initial_partition, parameter_embedding, same_sizes_by_drift, shuffled_partition
+from gprune.partition.modules import (
+    Drift,
+    ModuleRanks,
+    Modules,
+    assess_reliability,
+    module_means,
+    switched_share,
+    within_module_ranks,
+)
+from gprune.partition.objective import refinement_inputs
+from gprune.registry import CALIBRATOR, LEARNER, REFINER
+from gprune.runs import tracking
+from gprune.runs.results import PruningResult, corpus_file
+from gprune.runs.tracking import log_scalars
+from gprune.runs.trainer import check_trainer, launch_processes
+from gprune.sparsity.allocation import ALLOCATION, checked_masks, checked_pair
+from gprune.sparsity.budget import Budget
+from gprune.sparsity.masks import StageMasks
+from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
+from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
+from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
+from gprune.storage.environment import model_versions
+
+log = logging.getLogger("gprune")
+
+
+def prune(
+    cfg: RunConfig, callbacks: Sequence[Callback] = (), logger: Logger | Sequence[Logger] = (), *,
+    refiner: type | None = None, learner: type | None = None, calibrator: type | None = None,
+) -> PruningResult:  # fmt: skip
+    """Run the whole method, or resume an earlier run of the same settings.
+
+    Args:
+        cfg: all settings; `RunConfig()` prunes half of SmolLM2-135M's FFN neurons.
+        callbacks: Lightning callbacks for the Trainers of all stages, in addition to `--trainer.callbacks`. An object
+            of your own class is shared by all stages. A built-in callback of Lightning, or a subclass of one, is
+            copied for each stage. After the run, your object has the state (such as `best_model_path`) of the copy
+            in the last stage of the run's own model; stages of controls do not count.
+        logger: Lightning loggers for all stages, in addition to CSV and W&B.
+        refiner: class of your own (docs/extend.md) instead of `--partition.refiner`.
+        learner: class of your own instead of `--sparsity.learner`.
+        calibrator: class of your own instead of `--corpora.calibrator`.
+
+    Returns:
+        Masks, modules, thresholds, statistics, records and the pruned model.
+
+    Raises:
+        UserError: if a setting, the model, a corpus or a file is invalid.
+    """
+    require(cfg, RunConfig, "The configuration must be a RunConfig, such as gprune.RunConfig(importance='wifv')")
+    if cfg.dry_run:
+        raise UserError("--dry_run must be false for gprune.prune; got true. Use `python train.py --dry_run true`.")
+    cfg = cfg.with_stages(refiner=refiner, learner=learner, calibrator=calibrator)
+    with open_run(cfg, callbacks, logger) as run:  # plan, model, tokenizer, text, blocks, budget
+        modules = None
+        check_discovered_structure(run)
+        statistics = calibrate(run)  # 1
+        scores = score(run, statistics)  # 2
+        run = remove_blocks(run, statistics)
+        masks_of = base_masks(run, statistics, scores)  # stage -> masks as a function of the budget
+        if cfg.gprune:
+            drift = measure_drift(run, statistics)  # 3
+            labels = partition(run, drift)  # 4, 5
+            modules = assess(run, statistics, scores["gprune"], drift, labels)  # 6
+            masks_of["gprune"] = learn_sparsity(run, statistics, scores["gprune"], modules, masks_of)  # 7
+        run = with_quality_budget(run, statistics, masks_of)  # no-op unless the target is a quality
+        thresholds, masks = meet_budget(run, masks_of)  # 8
+        if cfg.evaluates_early:
+            evaluate(run, statistics, masks)  # all rows without recovery
+        final_masks = masks[cfg.final]
+        run.step(9, "Pruning" if cfg.recovery == "none" else "Pruning and recovering")
+        with run.folder.step("shrink"):
+            pruned = shrink(run, final_masks, statistics)
+        is_rank_zero, summary = rank_zero_only.rank == 0, {}
+        if is_rank_zero:
+            save(run, pruned, masks)
+        records = evaluate(run, statistics, masks, pruned)  # 10
+        if is_rank_zero:
+            summary = summarise(run, records, final_masks, pruned, modules)
+            with optional_output("report.html", f"`gprune report {run.folder.path}` writes it"):
+                write_pages(run)
+        return PruningResult(
+            path=run.folder.path, config=run.cfg, masks=final_masks, modules=modules, thresholds=thresholds,
+            statistics=statistics, records=records, summary=summary,
+            model=to_portable(pruned), tokenizer=run.tokenizer,
+        )  # fmt: skip
+
+
+def calibrate(run: Run) -> dict[str, CorpusStatistics]:
+    """Step 1: return statistics by corpus, and write them to the run's folder without Gram matrices.
+
+    Statistics are read from the cache. Those that the cache does not have for this model, text and kind are collected.
+    """
+    run.step(1, "Calibrating")
+    cfg = run.cfg
+    cache = statistics_cache(run)
+    kinds = ["moments", *sorted(cfg.collects)]
+    statistics = {corpus: cache.read(corpus, kinds) for corpus in cfg.calibration_corpora}
+    missing = [of_corpus is None for of_corpus in statistics.values()]
+    if cfg.processes > 1:  # another run may write to the cache at the same time
+        missing = missing_on_any_rank(run, missing)
+    to_collect = [corpus for corpus, is_missing in zip(statistics, missing, strict=True) if is_missing]
+    if to_collect:
+        statistics |= collect_statistics(run, to_collect, kinds, cache)
+    else:
+        log.info("Statistics of %s are in the cache", ", ".join(statistics))
+    for corpus in cfg.calibration_corpora:
+        file = f"statistics/{corpus_file(corpus)}"
+        if run.folder.read(file) is None:
+            # Gram matrices take hundreds of megabytes, so they are only in the cache.
+            tensors = {name: t for name, t in statistics[corpus].tensors().items() if kind_of(name) != "gram"}
+            run.folder.write(file, tensors, {"corpus": corpus})
+    return statistics
+
+
+def missing_on_any_rank(run: Run, missing: Sequence[bool]) -> list[bool]:
+    """Launch the run's processes. Return for each corpus whether its statistics are missing on at least one rank.
+
+    Ranks may see different files in the cache. They have to decide together, otherwise they could enter different
+    collectives and deadlock.
+    """
+    fabric = launch_processes(run.cfg.trainer)
+
+    def on_any_rank(value: bool) -> bool:
+        return fabric.strategy.reduce_boolean_decision(value, all=False)
+
+    different_run = on_any_rank(fabric.broadcast(run.folder.key) != run.folder.key)
+    missing_anywhere = [on_any_rank(is_missing) for is_missing in missing]
+    if different_run:
+        raise UserError("All processes must be at the same run of a list. Run the same command again.")
+    return missing_anywhere
+
+
+def statistics_cache(run: Run) -> StatisticsCache:
+    """Return the cache of statistics for this run's model and text."""
+    cfg = run.cfg
+    by_block = "saliency" not in cfg.collects and needs_walk(
+        run.model, corpora=len(cfg.calibration_corpora), gram="gram" in cfg.collects, sharded=cfg.model.shard
+    )
+    if by_block:
+        check_walk(run.model.config)
+    calibrator = cfg.settings()["corpora"].get("calibrator")  # None for the built-in one
+    user_calibrator = {}
+    if calibrator:
+        code = CALIBRATOR.code(calibrator)
+        user_calibrator = {"calibrator": calibrator, "options": cfg.options.get(calibrator, {}), "code": code}
+        if None in code.values():  # the code may have changed, so only this run may use its statistics again
+            user_calibrator["run"] = str(run.folder.path.resolve())
+    # A sharded model computes on the trainer's device, wherever it was loaded.
+    device = check_trainer(**cfg.trainer.lightning_arguments) if cfg.model.shard else device_of(run.model)
+    return StatisticsCache(
+        texts={corpus: run.text.train[corpus].content_hash for corpus in cfg.calibration_corpora},
+        # Everything that can change the last bits is part of the key, so that results do not depend on which run
+        # has filled the cache. `halves`: how windows are split for the noise floor, which earlier versions did
+        # in another way.
+        bits={
+            "model": run.fingerprint, "dtype": cfg.model.dtype, "device": device.type,
+            "batch_size": cfg.corpora.batch_size, "world_size": cfg.processes,
+            "halves": "first and second", "versions": model_versions(), **cfg.matmul_settings, **user_calibrator,
+        },
+        scopes=("ffn", "attention") if cfg.attention else ("ffn",),
+        walked_blocks=len(run.blocks) if by_block else None,
+        gram_bits={"products": "bfloat16"} if has_fast_products(getattr(torch, cfg.model.dtype), device) else {},
+    )  # fmt: skip
+
+
+def collect_statistics(
+    run: Run, corpora: list[str], kinds: list[str], cache: StatisticsCache
+) -> dict[str, CorpusStatistics]:
+    """Collect the statistics of corpora in one pass over each corpus, and write them to the cache."""
+    cfg = run.cfg
+    saliency = cache.scopes if "saliency" in kinds else ()
+
+    def store(corpus: str, block: Block, grams: dict[str, Tensor]) -> dict[str, StoredGram]:
+        """Move the Gram matrices of a block to the cache."""
+        if block.index == 0:  # once per corpus, before anything is cached
+            run.check_weights(f"calibration on {corpus}")
+        return cache.store(corpus, block, grams)
+
+    with run.folder.step("calibrate"):
+        name = cfg.corpora.calibrator
+        stage = CALIBRATOR[name](
+            run.model, corpora, gram="gram" in kinds, saliency=saliency, walk=cache.walked_blocks is not None,
+            store=store, shard=cfg.model.shard, **cfg.options.get(name, {}),
+        )  # fmt: skip
+        data = CorpusDataModule(
+            test=[run.text.train[corpus] for corpus in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
+        )
+        trainer = run.trainer(f"Calibrating on {', '.join(corpora)}", stage, inference_mode=not saliency)
+        with run.folder.part(*corpora, shared=True):  # the tokens are split evenly, as all corpora have the same number
+            trainer.test(stage, data, verbose=False)
+    for corpus in corpora:
+        cache.write(corpus, stage.statistics[corpus], kinds)
+    return stage.statistics
+
+
+BLOCK_SEED_STEP = 7919  # distance of the seeds of neighbouring blocks, a prime, so that seeds of runs do not overlap
+
+
+def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[Drift]:
+    """Step 3: rank drift of every neuron and its split-half noise floor, per block.
+
+    For a metric that ignores activations, drift is measured with the metric `IMPORTANCE[name].drift`. With one corpus,
+    drift is 0.
+    """
+    run.step(3, "Measuring drift")
+    drift = [drift_of_block(run, block, statistics) for block in run.blocks]
+    mean = float(torch.cat([d.drift for d in drift]).mean())
+    noise = float(torch.cat([d.floor for d in drift]).mean())
+    log.info("Mean rank drift %.3f; sampling noise alone gives %.3f", mean, noise)
+    return drift
+
+
+def drift_of_block(run: Run, block: Block, statistics: Mapping[str, CorpusStatistics]) -> Drift:
+    """Return the rank drift of one block's N neurons between the D drift corpora, and its noise floor."""
+    cfg = run.cfg
+    if block.down is None:
+        no_neurons = torch.zeros(len(cfg.corpora.drift), 0, dtype=torch.float64)
+        undefined = torch.tensor(float("nan"), dtype=torch.float64)
+        return Drift(no_neurons, no_neurons, no_neurons[0], no_neurons[0], undefined)
+    metric, weights = IMPORTANCE[cfg.importance].drift, ffn_weights(block)
+
+    def score_neurons(moments: Moments) -> Tensor:
+        """Score the neurons, (N,), from the moments of a corpus or of half of it."""
+        return score_ffn(metric, block, weights, moments, generator_for(cfg.run.seed, block.index, "ffn"))
+
+    by_corpus, by_half = [], []
+    for corpus in cfg.corpora.drift:
+        channels = statistics[corpus].ffn[block.index]
+        by_corpus.append(score_neurons(channels.total))
+        by_half.append(torch.stack([score_neurons(channels.half(h)) for h in (0, 1)]))
+    scores = torch.stack(by_corpus)  # (D, N)
+    ranks = fractional_ranks(scores, groups=block.experts)
+    half_ranks = fractional_ranks(torch.stack(by_half), groups=block.experts)  # (D, 2, N)
+    if block.has_experts:  # scores of different experts are on different scales
+        scores = ranks.clone()
+    return Drift(scores, ranks, rank_drift(ranks), noise_floor(half_ranks), half_agreement(half_ranks))
+
+
+def partition(run: Run, drift: Sequence[Drift]) -> list[Tensor]:
+    """Steps 4 and 5: module labels per block, (N,) int64, by `--partition.method`; (0,) for a block without an FFN."""
+    run.step(4, "Partitioning")
+
+    def compute() -> dict[str, Tensor]:
+        labels = [torch.zeros(0, dtype=torch.long)] * len(run.blocks)
+        ffn_blocks = [block for block in run.blocks if block.neurons]
+        for block, block_labels in zip(ffn_blocks, compute_labels(run, ffn_blocks, drift), strict=True):
+            labels[block.index] = block_labels
+        return {f"labels.{b}": block_labels for b, block_labels in enumerate(labels)}
+
+    tensors = run.folder.tensors("assignment", compute)
+    return [tensors[f"labels.{b}"] for b in range(len(run.blocks))]
+
+
+def compute_labels(run: Run, blocks: Sequence[Block], drift: Sequence[Drift]) -> list[Tensor]:
+    """Compute the module labels, (N,) int64, of blocks with an FFN.
+
+    The controls `random` and `drift_only` keep the refined module sizes and reassign the neurons.
+    """
+    p, seed = run.cfg.partition, run.cfg.run.seed
+    log.info("Partitioning %d blocks into modules", len(blocks))
+    embeddings, labels = [], []
+    for block in blocks:
+        embedding = parameter_embedding(ffn_weights(block, device_of(block.layer)), dim=p.embedding_dim, seed=seed)
+        initial = initial_partition(
+            embedding, drift[block.index].drift, num_modules=p.num_modules, similarity_weight=p.similarity_weight,
+            drift_weight=p.drift_weight, seed=seed,
+        )  # fmt: skip
+        embeddings.append(embedding)
+        labels.append(initial)
+    if p.method == "initial":
+        return labels
+    refined = refine(run, embeddings, [drift[block.index] for block in blocks], labels)
+    if p.method == "random":
+        pairs = zip(blocks, refined, strict=True)
+        return [shuffled_partition(of_block, seed=seed + BLOCK_SEED_STEP * block.index) for block, of_block in pairs]
+    if p.method == "drift_only":
+        pairs = zip(blocks, refined, strict=True)
+        return [same_sizes_by_drift(of_block, drift[block.index].drift) for block, of_block in pairs]
+    return refined
+
+
+def refine(run: Run, embeddings: list[Tensor], drift: Sequence[Drift], labels: list[Tensor]) -> list[Tensor]:
+    """Step 5: fit the refiner, and return refined labels, (N,) int64 for each block with an FFN."""
+    run.step(5, "Refining")
+    p = run.cfg.partition
+    inputs = refinement_inputs(embeddings, [d.drift for d in drift], [d.ranks for d in drift])
+    refiner, options = REFINER[p.refiner], run.cfg.options.get(p.refiner, {})
+    stage = refiner(inputs, labels, **select_options(refiner, dict(p)) | options)
+    validation = {"val_check_interval": 0.25} if is_overridden("validation_step", stage) else {}
+    trainer = run.trainer("Refining modules", stage, role="partition", max_epochs=1, log_every_n_steps=10, **validation)
+    trainer.fit(stage)
+    run.callbacks.keep_state()
+    refined = checked_labels(p.refiner, stage.labels(), labels)
+    moved = sum(int((new != initial).sum()) for new, initial in zip(refined, labels, strict=True))
+    neurons = sum(map(len, labels))
+    log.info("Refinement moved %d of %d neurons", moved, neurons)
+    run.folder.update_manifest(refinement={"moved": moved, "neurons": neurons})
+    return refined
+
+
+def checked_labels(name: str, value: Any, labels: Sequence[Tensor]) -> list[Tensor]:
+    """Check the labels that a refiner returned, and return (N,) int64 on the CPU for each block with an FFN."""
+    try:
+        pairs = list(zip(value, labels, strict=True))
+    except (TypeError, ValueError) as error:  # not a list, or a list of another length
+        needed = f"a list with the labels of each of {len(labels)} blocks"
+        raise UserError(f"Refiner '{name}' must return {needed}; got {format_value(value)}.") from error
+    refined = [REFINER.checked(name, "labels", new, initial.shape, of="whole numbers") for new, initial in pairs]
+    if any(new.min() < 0 or not torch.bincount(new).all() for new in refined):
+        needed = "modules from 0 to K - 1 in each block, each with at least one neuron"
+        raise UserError(f"Refiner '{name}' must return {needed}.")
+    return [new.long().cpu() for new in refined]
+
+
+def assess(
+    run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, drift: list[Drift], labels: list[Tensor]
+) -> Modules:
+    """Step 6: decide which modules switch to `--reliability.metric`, and rank units inside their modules."""
+    run.step(6, "Assessing reliability of modules")
+    r = run.cfg.reliability
+    switch = "off"
+    if r.switch and len(run.cfg.corpora.drift) > 1:
+        switch = "everywhere" if r.everywhere else "unreliable"
+    base_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, run.blocks, strict=True)]
+    reliability = assess_reliability(
+        labels, base_ranks, [d.drift for d in drift], [d.floor for d in drift],
+        sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
+    )  # fmt: skip
+    switched = [of_block.switched for of_block in reliability]
+    by_block = zip(base_ranks, fallback_ranks(run, statistics), labels, switched, strict=True)
+    ranks = ModuleRanks(
+        ffn=[within_module_ranks(*of_block) for of_block in by_block],
+        labels=labels,
+        attention=[fractional_ranks(s, ties="ordinal") for s in scores.attention],
+    )
+    modules = Modules(
+        ranks, drift, reliability,
+        agreement=[module_agreements(d.scores, block_labels) for d, block_labels in zip(drift, labels, strict=True)],
+        block_agreement=[kendall_agreement(d.scores) for d in drift],
+    )  # fmt: skip
+    run.folder.write("modules", modules.tensors())
+    count, share = sum(int(of_block.sum()) for of_block in switched), switched_share(reliability)
+    tracking.log_scalars(run.loggers, {"partition/switched_share": share}, step=0)
+    level = logging.WARNING if switch != "off" and count == 0 else logging.INFO
+    log.log(level, "%d modules with %.1f%% of the neurons switch to %s", count, 100 * share, r.metric)
+    return modules
+
+
+def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[Tensor]:
+    """Return fractional ranks by `--reliability.metric` over each block, (N,) float64. Unreliable modules use them.
+
+    Two values of `--reliability.metric` use the base metric (`cfg.importance`) on all drift corpora: `consensus` takes
+    the mean of the ranks by corpus, and `averaged` the ranks by pooled statistics.
+    """
+    cfg = run.cfg
+    metric, sources = cfg.reliability.metric, [statistics[corpus] for corpus in cfg.corpora.drift]
+    if metric == AVERAGED:
+        sources = [pool_statistics(sources)]
+    elif metric != CONSENSUS:  # it ignores activations
+        sources = sources[:1]
+    if metric in (CONSENSUS, AVERAGED):
+        metric = cfg.importance  # the ranks in `Drift` may be of another metric
+    scores_by_source = [
+        score_units(metric, run.blocks, source, seed=cfg.run.seed, attention=False).ffn for source in sources
+    ]
+    ranks = []
+    for block, *block_scores in zip(run.blocks, *scores_by_source, strict=True):  # one score tensor per source
+        ranks.append(fractional_ranks(torch.stack(block_scores), groups=block.experts).mean(0))
+    return ranks
+
+
+def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Scores]:
+    """Step 2: stage -> importance of every unit by the base metric, on the corpora of `RunConfig.scored_on`."""
+    run.step(2, "Scoring")
+    cfg = run.cfg
+
+    @cache
+    def score_on(*corpora: str) -> Scores:
+        pooled = pool_statistics(statistics[corpus] for corpus in corpora)
+        return score_units(cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention)
+
+    return {stage: score_on(*corpora) for stage, corpora in cfg.scored_on.items()}
+
+
+def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
+    """Return the run with a budget in which whole blocks are removed; the same run if blocks are not in scope."""
+    cfg, s = run.cfg, run.cfg.sparsity
+    if "blocks" not in s.scope:
+        return run
+
+    def loss_without(blocks: list[int]) -> float:
+        """Return the loss of the model without these blocks: the sum over drift corpora, on one window each."""
+        text = (run.text.train[corpus] for corpus in cfg.corpora.drift)
+        with bypassed(run.model, blocks):
+            return sum(perplexity(run.model, replace(w, tokens=w.tokens[:1])).nll for w in text)
+
+    def choose() -> dict[str, Tensor]:
+        """Return blocks in the order of their removal."""
+        if s.block_choice == "influence":
+            return {"gone": statistics[cfg.corpora.scored[0]].influence.argsort(stable=True)}
+        return {"gone": torch.tensor(choose_blocks(run.budget, loss_without), dtype=torch.long)}
+
+    budget = run.budget.without(run.folder.tensors("blocks", choose)["gone"].tolist())
+    layers = ", ".join(map(str, removed_layers(budget))) or "none, as a block is more than --sparsity.block_share"
+    run.step(2, f"Removing whole blocks: {layers}")
+    return run.with_budget(budget)
+
+
+def base_masks(
+    run: Run, statistics: Mapping[str, CorpusStatistics], scores: Mapping[str, Scores]
+) -> dict[str, StageMasks]:
+    """Return stage -> masks of the base metric, with sparsity allocated by `--sparsity.allocation` (or `.start`)."""
+    cfg, masks_of = run.cfg, {}
+    for stage, corpora in cfg.scored_on.items():
+        if stage != "gprune" and (not cfg.measures_errors or stage in error_corpora(cfg)):
+            masks_of[stage] = allocated_masks(run, stage, scores[stage], statistics, corpora)
+    return masks_of
+
+
+def allocated_masks(
+    run: Run, name: str, scores: Scores, statistics: Mapping[str, CorpusStatistics], corpora: Sequence[str]
+) -> StageMasks:
+    """Return masks by scores, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`)."""
+    cfg = run.cfg
+    of_corpora = [statistics[corpus] for corpus in corpora]
+    return StageMasks(
+        allocation=cfg.base_allocation,
+        options=typed_options(ALLOCATION[cfg.base_allocation], cfg.sparsity.options),
+        blocks=run.blocks,
+        scores=scores,
+        statistics=of_corpora,
+        errors=measured_errors(run, name, scores, pool_statistics(of_corpora)) if cfg.measures_errors else None,
+    )
+
+
+def measured_errors(run: Run, name: str, scores: Scores, statistics: CorpusStatistics) -> Tensor:
+    """Return the `block_errors` of neurons in the order of scores, computed once per run and `name`.
+
+    The text is `error_windows` windows of each corpus of `error_corpora`. A float32 model is computed in the
+    precision of learning, which is part of the run's key.
+    """
+    cfg, windows, corpora = run.cfg, error_windows(run.cfg), error_corpora(run.cfg)[name]
+    bfloat16 = cfg.model.dtype == "float32" and cfg.trainer.precision == "bf16-mixed"
+    batches = [
+        ids for corpus in corpora for ids in run.text.train[corpus].tokens[:windows].split(cfg.corpora.batch_size)
+    ]
+
+    def compute() -> dict[str, Tensor]:
+        step, tokens = 7 if name == "modules" else 2, len(corpora) * windows * cfg.corpora.seq_len
+        run.step(step, f"Measuring the loss caused by errors of {name} on {tokens:,} tokens")
+        errors = block_errors(run.model, scores.ffn, statistics, batches, ridge=cfg.ridge, bfloat16=bfloat16)
+        return {"errors": errors}
+
+    return run.folder.tensors(f"errors_{name}", compute)["errors"]
+
+
+def learn_sparsity(
+    run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, modules: Modules,
+    masks_of: Mapping[str, StageMasks],
+) -> StageMasks:  # fmt: skip
+    """Step 7: compute or learn thresholds per module, which give masks for any budget."""
+    run = with_learning_budget(run, statistics, masks_of)
+    name = run.cfg.sparsity.allocation
+    learns = ALLOCATION[name].learned
+    run.step(7, "Learning sparsity" if learns else "Allocating sparsity")
+    if run.cfg.measures_errors:
+        scores_in_modules = replace(scores, ffn=modules.ranks.ffn)
+        start = allocated_masks(run, "modules", scores_in_modules, statistics, run.cfg.corpora.drift)
+    else:
+        start = masks_of["base"]
+    masks = replace(start, modules=modules, module_allocation=name)
+    if not learns:
+        return masks
+    tensors = run.folder.tensors("thresholds", lambda: fit_thresholds(run, masks).tensors())
+    return replace(masks, learned=ModuleSparsity.from_tensors(tensors))
+
+
+def meet_budget(run: Run, masks_of: Mapping[str, StageMasks]) -> tuple[Thresholds | None, dict[str, Masks]]:
+    """Step 8: return the thresholds of modules, if there are any, and masks of all stages that meet the budget."""
+    run.step(8, "Meeting the budget")
+    masks = {stage: masks_at(run.budget) for stage, masks_at in masks_of.items()}
+    if "gprune" not in masks_of:
+        return None, masks
+    of_modules = masks_of["gprune"]
+    tensors = run.folder.tensors("thresholds", lambda: of_modules.module_sparsity(run.budget).tensors())
+    log_modules(run.loggers, of_modules.modules, masks["gprune"])
+    return ModuleSparsity.from_tensors(tensors).thresholds, masks
+
+
+def fit_thresholds(run: Run, masks: StageMasks) -> ModuleSparsity:
+    """Fit the learner of step 7. Its masks are applied whenever development perplexity is measured."""
+    ranks, start = masks.modules.ranks, masks.module_sparsity(run.budget).thresholds
+    cfg, s = run.cfg, run.cfg.sparsity
+    _set_removed_to_mean(start, run.budget)
+    learner, settings = LEARNER[s.learner], dict(s) | {"shard": cfg.model.shard}
+    options = cfg.options.get(s.learner, {})
+    stage = learner(run.model, ranks, start, run.budget, **select_options(learner, settings) | options)
+
+    def masks_at(budget: Budget) -> Masks:
+        """Return the learner's masks for a budget. Raise UserError if they are invalid."""
+        return checked_masks(LEARNER, s.learner, stage.masks(budget), budget)
+
+    curve = PerplexityCurve()
+    callbacks = [curve, ApplyMasks(lambda: masks_at(run.budget))]
+    num_learned = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+    what = f"Learning {num_learned} {'thresholds' if s.learn == 'thresholds' else 'numbers'}"
+    trainer, data = run.fit(
+        "thresholds", what, stage, run.text.learn, role="learn", max_epochs=s.epochs, callbacks=callbacks
+    )
+    if curve.by_step:
+        budgets = {run.budget.sparsity: run.budget}
+        budgets |= {sparsity: run.budget.at(sparsity) for sparsity in cfg.evaluation.curve if sparsity != s.target}
+        masks_by_sparsity = {0.0: None} | {sparsity: masks_at(budget) for sparsity, budget in budgets.items()}
+        with run.folder.part("curve against sparsity", shared=True):
+            curve.against_sparsity(trainer, stage, data, masks_by_sparsity)
+    perplexity_by_sparsity = {f"{sparsity:g}": by_corpus for sparsity, by_corpus in sorted(curve.by_sparsity.items())}
+    run.folder.update_manifest(
+        learning={
+            "steps": trainer.global_step,
+            "development_perplexity_by_epoch": list(curve.by_step.values()),
+            "development_perplexity_by_sparsity": perplexity_by_sparsity,
+        }
+    )
+    return _learned_sparsity(stage, s.learner, ranks, masks_at(run.budget), run.budget)
+
+
+def _set_removed_to_mean(thresholds: Thresholds, budget: Budget) -> None:
+    """Give blocks that the budget removes the mean threshold, in place. Other sparsities of the curve may keep them."""
+    for by_block in thresholds:  # of neurons, then of KV groups
+        mean = torch.cat([by_block[b] for b in budget.kept]).mean()
+        for b in budget.removed:
+            by_block[b] = torch.full_like(by_block[b], mean)
+
+
+def _learned_sparsity(
+    stage: LightningModule, learner: str, ranks: ModuleRanks, masks: Masks, budget: Budget
+) -> ModuleSparsity:
+    """Return what a learner has learned: thresholds and offsets if they give its masks, otherwise its masks too."""
+    thresholds = getattr(stage, "thresholds", None)
+    if thresholds is None:
+        return ModuleSparsity(None, fixed_masks=masks)
+    sizes = [ranks.modules, [1] * len(ranks.ffn)]
+    offsets = getattr(stage, "offsets", None)
+    learned = ModuleSparsity(
+        checked_pair(LEARNER, learner, "thresholds", thresholds, sizes),
+        [of_block.detach().cpu() for of_block in offsets] if offsets else None,
+    )
+    return learned if learned.masks(ranks, budget) == masks else replace(learned, fixed_masks=masks)
+
+
+def log_modules(loggers: Sequence[Logger], modules: Modules, masks: Masks) -> None:
+    """Log the measurements of each module, and its sparsity, which is the share of its neurons that masks remove."""
+    sparsity = [module_means(~mask, block_labels) for mask, block_labels in zip(masks.ffn, modules.labels, strict=True)]
+    names = ("sensitivity", "noise_floor", "agreement", "sparsity")
+    for step, row in enumerate(modules.rows()):
+        row["sparsity"] = float(sparsity[row["block"]][row["module"]])
+        scalars = {f"modules/{name}": float(row[name]) for name in names if row[name] is not None}
+        log_scalars(loggers, {"modules/index": float(step)} | scalars, step=step)
