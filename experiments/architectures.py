@@ -54,7 +54,7 @@ from gprune.models.families import FAMILIES
 from gprune.models.gating import masked
 from gprune.models.losses import why_not_measurable
 from gprune.models.surgery import prune
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 LIMIT = 90  # seconds for one type
@@ -226,7 +226,7 @@ def _compare(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> d
     found["agrees"] = float((expected - logits).abs().max() / expected.abs().max())
     found["perplexity"] = why_not_measurable(model) is None
     removed = model.num_parameters() - small.num_parameters()
-    found["budget"] = removed == Budget(unit_costs(blocks, scope="attention+ffn"), 0).removed_by(masks)
+    found["budget"] = removed == Budget(block_units(blocks, scope="attention+ffn"), 0).removed_by(masks)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     try:
         model.generate(ids[:, :9], **settings)

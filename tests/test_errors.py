@@ -123,29 +123,6 @@ def test_every_message_has_one_of_the_four_forms():
     ] == []
 
 
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [
-        ("--model.dtype must be one of a, b; got 'c'.", None),
-        ("List 'a.yaml', row 'b': --ridge must be 0 or more; got -1.", None),
-        ("--model.max_memory needs --model.device_map auto.", None),
-        ("Unknown corpus 'c5'. Did you mean 'c4'? Available: c4, wiki.", None),
-        ("Cannot write runs/a: No space left on device. Free space.", None),
-        ("--ridge: expected 0 or more, got -1.", "has none of the four forms"),
-        ("--ridge must be 0 or more; got -1", "does not end with a full stop"),
-        ("there must be one; got none.", "does not begin with a flag or a capital letter"),
-        ("The file is broken.", "has none of the four forms"),
-        ("--ridge must be\n0 or more.", "is not one line"),
-        ("Cannot read it: broken..", "has two full stops"),
-    ],
-)
-def test_the_rules_accept_valid_messages_and_detect_faults(text, fault):
-    if fault is None:
-        assert faults(text) == []
-    else:
-        assert fault in faults(text)
-
-
 def fail_in_a_library():
     with quoting("Cannot read it: "):
         raise OSError("first line.\nsecond line")

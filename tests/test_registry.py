@@ -18,7 +18,7 @@ from gprune.pipeline.recover import tune
 from gprune.pipeline.run import TokenMeter
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked_masks, module_thresholds
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from tests import registries
 from tests.calibration.test_collector import batches
 from tests.conftest import collect, make_tiny_llama
@@ -31,7 +31,7 @@ def tiny():
     model = make_tiny_llama()
     tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
     statistics = collect(model, batches(tokens, 2))
-    budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), 0.5)
+    budget = Budget.of(block_units(blocks_of(model), scope="ffn"), 0.5)
     return model, statistics, score_units("act_norm", blocks_of(model), statistics), budget
 
 

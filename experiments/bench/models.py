@@ -15,7 +15,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.embedded import model_label
 from gprune.models.loading import load_model
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from gprune.storage.paths import expanded
 
@@ -76,7 +76,7 @@ def model_of(settings: Settings) -> PreTrainedModel:
 def random_masks(model: PreTrainedModel, settings: Settings) -> Masks:
     """Draw random masks that remove `sparsity` of the FFN, with equal (`uniform`) or different widths of blocks."""
     blocks = blocks_of(model)
-    units = unit_costs(blocks, scope="ffn")
+    units = block_units(blocks, scope="ffn")
     uniform = settings.widths == "uniform"
     budget = Budget.of(units, settings.sparsity, settings.width_multiple, uniform=uniform)
     generator = torch.Generator().manual_seed(settings.seed)

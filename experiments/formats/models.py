@@ -20,7 +20,7 @@ from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.models.loading import load_model
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 
 MODELS = {
@@ -68,7 +68,7 @@ def pruned(dense: PreTrainedModel, ids: Tensor, uniform: bool, groups: bool) -> 
     with Collector(dense) as collector:
         collector.observe(halves, torch.arange(2))
     scores = score_units("wanda_sp", blocks, collector.compute())
-    budget = Budget.of(unit_costs(blocks, scope="ffn"), SPARSITY, WIDTH_MULTIPLE, uniform=uniform)
+    budget = Budget.of(block_units(blocks, scope="ffn"), SPARSITY, WIDTH_MULTIPLE, uniform=uniform)
     margins = [(s / s.mean()).log() + torch.randn(1, generator=generator) / 4 for s in scores.ffn]
     masks = keep_masks(budget, margins)
     if groups:

@@ -48,7 +48,7 @@ from gprune.sparsity.whole_blocks import WholeBlocks
 # corpora, and the base metric computed from their pooled statistics.
 CONSENSUS, AVERAGED = "consensus", "averaged"
 MULTI_CORPUS_METRICS = (CONSENSUS, AVERAGED)
-DEFAULT_MULTIPLE = "default"  # value of --sparsity.width_multiple for `UnitCosts.default_multiple`
+DEFAULT_MULTIPLE = "default"  # value of --sparsity.width_multiple for `budget.default_width_multiple`
 
 
 def _parse_multiple(value: Any, check: Callable[[Any], int | None]) -> Any:

@@ -29,11 +29,11 @@ def family_of(subject: PreTrainedModel | PreTrainedConfig) -> Family:
     """
     is_model = isinstance(subject, PreTrainedModel)
     config = subject.config if is_model else subject
-    if not is_model:  # the weights of a model may have been de-quantised; `prune` refuses others
-        refuse_quantised(config)
     record = FAMILIES.get(config.model_type.removeprefix(PRUNED))
-    if record is None and is_model:
-        record = subject.__dict__.get(RECORD)
+    if is_model:
+        record = record or subject.__dict__.get(RECORD)
+    else:  # weights of a model may have been de-quantised
+        refuse_quantised(config)
     if record is None:
         record = _discovered(config)
     if is_model:
@@ -43,7 +43,6 @@ def family_of(subject: PreTrainedModel | PreTrainedConfig) -> Family:
 
 def _discovered(config: PreTrainedConfig) -> Family:
     """Return the record of a configuration's type, discovered once per process."""
-    refuse_quantised(config)
     key = type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)
     if key not in _known:
         from gprune.discovery.search import discover  # only types without a record need it

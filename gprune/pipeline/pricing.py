@@ -17,7 +17,7 @@ from gprune.export.gguf import TYPES
 from gprune.export.hf import kept_in_float32
 from gprune.models.blocks import Block, blocks_of
 from gprune.runs.trainer import matmul_precision
-from gprune.sparsity.budget import Budget, default_width_multiple, unit_costs
+from gprune.sparsity.budget import Budget, block_units, default_width_multiple
 from gprune.sparsity.cost import COST, Costs, Currency, ModelCosts, costs_of_blocks, parameter_costs
 from gprune.sparsity.target import HALF_BITS
 
@@ -59,7 +59,7 @@ class Pricing:
         """Return the budget of `--sparsity.target`."""
         s, export, blocks = self.cfg.sparsity, self.cfg.export, blocks_of(self.skeleton)
         costs, outside = self.costs_in(s.currency)
-        units = unit_costs(blocks, scope=s.scope, protect=s.protect, costs=costs)
+        units = block_units(blocks, scope=s.scope, protect=s.protect, costs=costs)
         multiple = default_width_multiple(units) if s.width_multiple == DEFAULT_MULTIPLE else s.width_multiple
         if multiple is None:
             with matmul_precision(self.cfg.trainer.float32_matmul_precision):

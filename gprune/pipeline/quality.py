@@ -254,7 +254,8 @@ def _remove_other_trials(trials: Trials, kept_masks: Masks) -> None:
 def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
     """Return the entry `quality` of the summary (see `numbers.entries`); empty unless the target is a quality.
 
-    It has the ratio to dense perplexity: requested, predicted and measured, on development and on unseen text.
+    It has requested, predicted and measured quality, on development and on unseen text. `numbers` are rises of
+    perplexity above dense; the others are ratios to dense.
     """
     if requested_rise(run.cfg) is None:
         return {}

@@ -55,7 +55,7 @@ class BlockUnits:
         return cost + cost_beyond(self.costs.groups, self.groups - self.removable_groups)
 
 
-def unit_costs(
+def block_units(
     blocks: Sequence[Block], *, scope: str, protect: Sequence[int] = (), costs: Sequence[BlockCosts] | None = None
 ) -> list[BlockUnits]:
     """Return the units of a model's blocks for a `--sparsity.scope`, with costs in parameters by default."""

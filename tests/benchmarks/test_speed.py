@@ -21,7 +21,7 @@ from gprune.models.surgery import prune
 from gprune.pipeline import evaluate
 from gprune.report.figures import speed_figure
 from gprune.runs import trainer
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
@@ -87,7 +87,7 @@ def test_a_damaged_or_edited_table_is_measured_again(damage, measurements, tmp_p
 def test_a_speed_budget_is_met_within_one_unit_and_an_impossible_one_reports_the_maximum():
     blocks = blocks_of(make_tiny_llama())
     costs, outside = speed.costs_from_table(TABLE, blocks)
-    units = unit_costs(blocks, scope="attention+ffn", costs=costs)
+    units = block_units(blocks, scope="attention+ffn", costs=costs)
     neurons = costs[0].neurons
     assert [neurons[n] for n in (1, 24, 48)] == [0, 2 * 10**9, 3 * 10**9]  # the measured widths
     assert neurons[36] == pytest.approx(25 * 10**8)  # linear between them

@@ -14,7 +14,7 @@ from gprune.calibration.block_errors import LEVELS, block_errors, errors_by_widt
 from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of
 from gprune.sparsity.allocation import ALLOCATION, allocate
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from tests.calibration.test_collector import batches
 from tests.conftest import collect, hooks_of, make_tiny_llama
 
@@ -138,7 +138,7 @@ def test_reconstruction_allocation_minimizes_the_sum_of_errors(measured):
     steps = torch.rand(len(blocks), LEVELS, generator=generator, dtype=torch.float64).sort(1, descending=True).values
     errors = convex_errors(steps)
     statistics = replace(statistics, errors=errors)
-    budget = Budget.of(unit_costs(blocks, scope="ffn"), 0.5)
+    budget = Budget.of(block_units(blocks, scope="ffn"), 0.5)
     masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
     widths = [int(keep.sum()) for keep in masks.ffn]
     assert sum(widths) == sum(b.neurons for b in blocks) // 2
@@ -167,7 +167,7 @@ def test_a_block_with_negligible_output_is_pruned_first(measured):
     assert (errors[:, :-1] >= errors[:, 1:] * (1 - 1e-6)).all()
     assert (errors[:, -1] == 0).all()
     blocks, statistics = blocks_of(model), replace(statistics, errors=errors)
-    budget = Budget.of(unit_costs(blocks, scope="ffn"), 1 / 3)
+    budget = Budget.of(block_units(blocks, scope="ffn"), 1 / 3)
     masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
     assert [int(keep.sum()) for keep in masks.ffn] == [47, 1, 48]  # each block keeps at least one neuron
     assert ALLOCATION["reconstruction"].errors
@@ -191,7 +191,7 @@ def test_idle_neurons_with_few_tokens_still_give_masks_that_meet_the_budget(stre
     assert (errors[0] == 0).all()
     assert errors[1, 0] > errors[1, LEVELS // 2] >= 0
     statistics = replace(statistics, errors=errors)
-    budget = Budget.of(unit_costs(blocks, scope="ffn"), 1 / 3)
+    budget = Budget.of(block_units(blocks, scope="ffn"), 1 / 3)
     masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=strength)
     widths = [int(keep.sum()) for keep in masks.ffn]
     assert sum(widths) == 2 * 48
@@ -207,6 +207,6 @@ def test_protected_blocks_are_not_pruned_by_reconstruction_allocation(measured):
     blocks = blocks_of(model)
     steps = torch.tensor([[1e-6] * LEVELS, [1.0] * LEVELS, [3.0] * LEVELS], dtype=torch.float64)
     statistics = replace(statistics, errors=convex_errors(steps))
-    budget = Budget.of(unit_costs(blocks, scope="ffn", protect=[0]), 0.25)
+    budget = Budget.of(block_units(blocks, scope="ffn", protect=[0]), 0.25)
     masks = allocate("reconstruction", scores, statistics, blocks, budget, strength=1.0)
     assert [int(keep.sum()) for keep in masks.ffn] == [48, 12, 48]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from experiments import vllm_check
 from experiments.formats import __main__ as formats
 from experiments.formats import models
 from experiments.formats.packages import OLDER
@@ -99,49 +96,6 @@ def reference(work):
     return SimpleNamespace(folder=work / "ffn+kv/hf", path=work / "ffn+kv/reference.json")
 
 
-def fake_vllm(monkeypatch, reference: dict, added: float) -> None:
-    """Replace vLLM by a class that returns the reference log-probabilities.
-
-    Args:
-        reference: the content of the reference file.
-        added: the error in nats that is added to the log-probability of one token, at index 5.
-    """
-
-    class LLM:
-        def __init__(self, folder, **settings):
-            assert settings["dtype"] == "float32"
-
-        def generate(self, prompts, sampling, use_tqdm):
-            (prompt,) = prompts
-            candidates = [None]  # by position: log-probability and rank of tokens; vLLM has none for the first token
-            for i, token in enumerate(prompt["prompt_token_ids"][1:]):
-                by_token = {reference["top1"][i]: SimpleNamespace(logprob=-0.1, rank=1)}
-                rank = 1 if token in by_token else 2
-                by_token[token] = SimpleNamespace(logprob=reference["logprobs"][i], rank=rank)
-                candidates.append(by_token)
-            candidates[5][prompt["prompt_token_ids"][5]].logprob += added
-            return [SimpleNamespace(prompt_logprobs=candidates)]
-
-    module = SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace, __version__="0")
-    monkeypatch.setitem(sys.modules, "vllm", module)
-
-
-@pytest.mark.parametrize(("added", "code"), [(0.005, 0), (-0.02, 2), (math.nan, 2)])
-def test_vllm_check_fails_if_a_log_probability_differs_by_more_than_the_limit(
-    added, code, reference, monkeypatch, capsys
-):
-    content = json.loads(reference.path.read_text())
-    fake_vllm(monkeypatch, content, added)
-    assert vllm_check.main([str(reference.folder), str(reference.path)]) == code
-    out, err = capsys.readouterr()
-    printed = json.loads(out.splitlines()[-1])
-    assert printed["difference"] == pytest.approx(abs(added), abs=1e-9, nan_ok=True)
-    mean_log_probability = sum(content["logprobs"]) / len(content["logprobs"])
-    assert printed["perplexity_of_reference"] == pytest.approx(math.exp(-mean_log_probability), rel=1e-6)
-    assert printed["top1"] == 1.0
-    assert ("Log-probabilities must be within 0.01" in err) == (code == 2)
-
-
 def test_the_reference_for_vllm_has_the_predictions_and_the_perplexity_of_the_saved_model(reference):
     content = json.loads(reference.path.read_text())
     ids = torch.tensor([content["ids"]])
@@ -150,15 +104,6 @@ def test_the_reference_for_vllm_has_the_predictions_and_the_perplexity_of_the_sa
     assert content["top1"] == output.logits[0, :-1].argmax(-1).tolist()
     mean_log_probability = sum(content["logprobs"]) / len(content["logprobs"])
     assert -mean_log_probability == pytest.approx(output.loss.item(), rel=1e-5)
-
-
-def test_missing_vllm_and_a_missing_reference_are_reported_in_one_line(reference, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    assert vllm_check.main([str(reference.folder), str(reference.path)]) == 2
-    assert vllm_check.main([str(reference.folder), str(tmp_path / "none.json")]) == 2
-    missing_vllm, missing_reference = capsys.readouterr().err.splitlines()
-    assert "Cannot import vLLM" in missing_vllm
-    assert "must be a file written by experiments.formats" in missing_reference
 
 
 # The table

@@ -170,15 +170,6 @@ def test_drift_differs_by_modules_of_the_run_even_in_a_random_model_but_not_by_d
     assert float(eta_squared) < 2 * float(largest_of_random)
 
 
-def test_the_figure_is_written_as_svg_and_png(runs, tmp_path, capsys, monkeypatch):
-    file = tmp_path / "drift.svg"
-    code, out, _ = main(capsys, monkeypatch, runs / "run", "--no-data-free", "--figure", file)
-    assert code == 0
-    assert str(file.with_suffix(".png")) in out
-    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert b"<svg" in file.read_bytes()
-
-
 def test_a_model_with_other_weights_is_refused(runs, capsys, monkeypatch):
     monkeypatch.setattr(heterogeneity, "fingerprint", lambda model: "0" * 16)
     code, _, err = main(capsys, monkeypatch, runs / "run")

@@ -20,7 +20,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.gating import masked
 from gprune.models.modeling_pruned import PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
 from gprune.models.surgery import prune, widths
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from tests.conftest import make_tiny_llama
 from tests.models.test_surgery import GREEDY, masks_without, random_masks
@@ -130,7 +130,7 @@ def test_experts_with_a_single_token_reload_with_the_same_bits(tmp_path):
     ids = torch.randint(3, 128, (1, 128), generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(0)
     margins = [torch.rand(b.neurons * b.experts, generator=generator) for b in blocks_of(model)]
-    small = prune(model, keep_masks(Budget.of(unit_costs(blocks_of(model), scope="ffn"), 0.3), margins))
+    small = prune(model, keep_masks(Budget.of(block_units(blocks_of(model), scope="ffn"), 0.3), margins))
     folder = hf.save_pruned(small, None, tmp_path / "model")
     assert hf.check_reload(misaligned(small, 2), folder, ids) == 0.0
 

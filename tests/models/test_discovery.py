@@ -30,7 +30,7 @@ from gprune.models.families import FAMILIES, Family, attach_record
 from gprune.models.gating import masked
 from gprune.models.losses import iter_logits, why_not_measurable
 from gprune.models.surgery import prune
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from tests import tiny_run
 from tests.conftest import collect
 from tests.models.records_by_hand import BY_HAND
@@ -90,7 +90,7 @@ def test_masked_sliced_and_reloaded_models_of_discovered_types_agree(model_type,
     sliced = logits(small, ids)
     torch.testing.assert_close(sliced, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
     removed = model.num_parameters() - small.num_parameters()
-    assert removed == Budget(unit_costs(blocks, scope="attention+ffn"), 0).removed_by(masks) > 0
+    assert removed == Budget(block_units(blocks, scope="attention+ffn"), 0).removed_by(masks) > 0
     assert any(block.neurons for block in blocks)
     assert any(block.kv_groups for block in blocks) or model_type not in WITH_KV_GROUPS
     save_pruned(small, None, tmp_path / "model")

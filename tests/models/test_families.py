@@ -33,7 +33,7 @@ from gprune.models.gating import gated, masked
 from gprune.models.loading import read_config
 from gprune.models.losses import final_hidden, iter_logits, next_token_losses
 from gprune.models.surgery import prune, widths
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from tests import tiny_run
 from tests.conftest import collect
@@ -188,7 +188,7 @@ def test_masked_sliced_and_reloaded_models_agree(family, overrides, ids, tmp_pat
         assert after.heads * before.kv_groups == before.heads * after.kv_groups
         assert after.head_dim == before.head_dim
     removed = model.num_parameters() - pruned.num_parameters()
-    assert removed == Budget(unit_costs(blocks_of(model), scope="attention+ffn"), 0).removed_by(masks)
+    assert removed == Budget(block_units(blocks_of(model), scope="attention+ffn"), 0).removed_by(masks)
     sliced = pruned(ids).logits
     torch.testing.assert_close(sliced, reference, atol=1e-4, rtol=0)
     save_pruned(pruned, None, tmp_path / "model")
@@ -358,7 +358,7 @@ def test_gradients_include_the_softcap_and_the_scaling_of_logits(family, overrid
 @pytest.mark.parametrize("family", EXPERTS)
 def test_each_expert_keeps_its_best_neurons_and_experts_of_a_block_have_equal_widths(family):
     model = make_tiny(family)
-    units = unit_costs(blocks_of(model), scope="ffn")
+    units = block_units(blocks_of(model), scope="ffn")
     # A neuron has a row of gate, a row of up and a column of down in four experts.
     assert [block.costs.neurons[1] for block in units] == [4 * 3 * 32] * 3
     generator = torch.Generator().manual_seed(0)
@@ -458,7 +458,7 @@ def test_a_command_line_run_meets_budget_and_exports_each_kind_of_family(family,
     checks = json.loads((tmp_path / "run" / "manifest.json").read_text())["logits"]
     assert checks["sliced_minus_reloaded"] == 0.0
     assert checks["masked_minus_sliced"] <= 1e-4
-    units = unit_costs(blocks_of(make_tiny(family, neurons=tiny_run.NEURONS)), scope="attention+ffn")
+    units = block_units(blocks_of(make_tiny(family, neurons=tiny_run.NEURONS)), scope="attention+ffn")
     budget = Budget.of(units, 0.5)
     most = budget.target + 8 * max(block.costs.neurons[1] for block in units)
     assert budget.target <= budget.removed_by(result.masks) < most

@@ -13,7 +13,7 @@ from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import attention_by_layer, prune
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.whole_blocks import check_attention_remains
 from tests import tiny_run
 
@@ -50,12 +50,12 @@ def test_masks_that_remove_the_last_attention_layer_are_refused(model_type):
 def test_a_budget_for_whole_layers_that_fits_all_attention_layers_is_refused(target, refused):
     model = example("qwen3_next")
     model.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
-    budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), target, block_share=1.0)
+    budget = Budget.of(block_units(blocks_of(model), scope="ffn"), target, block_share=1.0)
     if not refused:
         return check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
     with pytest.raises(UserError, match=r"these are \[1, 2\], such as --sparsity\.protect \[2\]"):
         check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
-    protected = unit_costs(blocks_of(model), scope="ffn", protect=[1])
+    protected = block_units(blocks_of(model), scope="ffn", protect=[1])
     budget = Budget.of(protected, target, block_share=1.0)
     return check_attention_remains(SimpleNamespace(skeleton=model, budget=budget))
 

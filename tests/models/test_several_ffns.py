@@ -35,7 +35,7 @@ from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
 from gprune.recoveries.prefix import PrunedPrefix
 from gprune.sparsity.allocation import allocate
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
 from gprune.stages.student import Student
@@ -102,7 +102,7 @@ def statistics_of(model, **collects):
 
 def plan_of(model) -> SimpleNamespace:
     """The part of a plan that `describe_unpruned` reads, with attention in scope."""
-    budget = Budget(unit_costs(blocks_of(model), scope="attention+ffn"), 0)
+    budget = Budget(block_units(blocks_of(model), scope="attention+ffn"), 0)
     sparsity = SimpleNamespace(scope="attention+ffn")
     return SimpleNamespace(budget=budget, skeleton=model, cfg=SimpleNamespace(sparsity=sparsity))
 
@@ -208,12 +208,12 @@ def test_a_removed_layer_loses_all_of_its_blocks(shared_expert_model):
     assert small.config.num_hidden_layers == 2
     assert_close(logits(small), expected)
     removed = shared_expert_model.num_parameters() - small.num_parameters()
-    assert removed == Budget(unit_costs(blocks_of(shared_expert_model), scope="ffn"), 0).removed_by(masks)
+    assert removed == Budget(block_units(blocks_of(shared_expert_model), scope="ffn"), 0).removed_by(masks)
 
 
 def test_the_budget_over_all_ffns_is_met_within_one_unit(shared_expert_model):
     blocks = blocks_of(shared_expert_model)
-    budget = Budget.of(unit_costs(blocks, scope="attention+ffn"), 0.4)
+    budget = Budget.of(block_units(blocks, scope="attention+ffn"), 0.4)
     masks = uniform_masks(budget)
     removed = shared_expert_model.num_parameters() - prune(shared_expert_model, masks).num_parameters()
     assert budget.target <= removed < budget.target + max(block.unit_cost("ffn") for block in blocks)
@@ -221,18 +221,18 @@ def test_the_budget_over_all_ffns_is_met_within_one_unit(shared_expert_model):
 
 
 def test_protected_layers_keep_all_of_their_blocks(shared_expert_model):
-    budget = Budget.of(unit_costs(blocks_of(shared_expert_model), scope="ffn", protect=[-1]), 0.3)
+    budget = Budget.of(block_units(blocks_of(shared_expert_model), scope="ffn", protect=[-1]), 0.3)
     assert budget.protected == {4, 5}
     assert all(uniform_masks(budget).ffn[b].all() for b in (4, 5))
     with pytest.raises(UserError, match=r"--sparsity.protect .* from -3 to 2.*; got 3"):
-        unit_costs(blocks_of(shared_expert_model), scope="ffn", protect=[3])
+        block_units(blocks_of(shared_expert_model), scope="ffn", protect=[3])
 
 
 def test_whole_layers_are_chosen_by_the_loss_without_them(shared_expert_model):
     blocks = blocks_of(shared_expert_model)
     layer = blocks[0].cost + blocks[1].cost
     share = (layer + 1) / sum(block.cost for block in blocks)
-    budget = Budget.of(unit_costs(blocks, scope="ffn"), share, block_share=1.0)
+    budget = Budget.of(block_units(blocks, scope="ffn"), share, block_share=1.0)
     candidates = []
 
     def loss(removed: list[int]) -> float:
@@ -250,7 +250,7 @@ def test_whole_layers_are_chosen_by_the_loss_without_them(shared_expert_model):
 @pytest.mark.parametrize("rule", ["uniform", "global", "owl"])
 def test_allocations_meet_the_budget_with_blocks_without_attention(rule, shared_expert_model):
     blocks, statistics = blocks_of(shared_expert_model), statistics_of(shared_expert_model)
-    budget = Budget.of(unit_costs(blocks, scope="attention+ffn"), 0.4)
+    budget = Budget.of(block_units(blocks, scope="attention+ffn"), 0.4)
     scores = score_units("wanda_sp", blocks, statistics, attention=True)
     masks = allocate(rule, scores, statistics, blocks, budget)
     removed = shared_expert_model.num_parameters() - prune(shared_expert_model, masks).num_parameters()
@@ -267,7 +267,7 @@ def test_allocations_meet_the_budget_with_layers_without_an_ffn(rule):
         (False, True),
         (False, False),
     }
-    budget = Budget.of(unit_costs(blocks, scope="attention+ffn"), 0.3)
+    budget = Budget.of(block_units(blocks, scope="attention+ffn"), 0.3)
     scores = score_units("wanda_sp", blocks, statistics, attention=True)
     masks = allocate(rule, scores, statistics, blocks, budget)
     removed = model.num_parameters() - prune(model, masks).num_parameters()
@@ -281,7 +281,7 @@ def test_depth_allocation_removes_layers_and_narrows_the_largest_ffn_of_one(extr
     influence = torch.tensor([0.5, 0.5, 0.1, 0.1, 0.9, 0.9], dtype=torch.float64)
     statistics = replace(statistics, turned=influence * tokens)
     target = blocks[2].cost + blocks[3].cost + extra
-    budget = Budget(unit_costs(blocks, scope="ffn"), target)
+    budget = Budget(block_units(blocks, scope="ffn"), target)
     scores = score_units("wanda_sp", blocks, statistics, attention=False)
     masks = allocate("depth", scores, statistics, blocks, budget)
     assert masks.blocks == [True, True, False, False, True, True]

@@ -29,7 +29,7 @@ from gprune.models.surgery import prune
 from gprune.partition.modules import ModuleRanks
 from gprune.pipeline.save import masked_logits
 from gprune.recoveries import Material, recoveries_of
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import start_thresholds
 from gprune.stages.threshold_learning import ThresholdLearning
@@ -96,7 +96,7 @@ def learn(place: Place, *, attention: bool, steps: int = STEPS, **settings: Any)
     ffn_ranks = [random_ranks(len(block_labels)) for block_labels in labels]
     group_ranks = [random_ranks(b.kv_groups) for b in blocks]
     ranks = ModuleRanks(ffn_ranks, labels, group_ranks)
-    budget = Budget.of(unit_costs(blocks, scope="attention+ffn" if attention else "ffn"), 0.4)
+    budget = Budget.of(block_units(blocks, scope="attention+ffn" if attention else "ffn"), 0.4)
     start = start_thresholds(keep_masks(budget, ffn_ranks, group_ranks), ranks)
     stage = ThresholdLearning(place.model, ranks, start, budget, **{"centred": False} | settings)
     train(stage, DataLoader(place.batches(steps), batch_size=None))

@@ -13,7 +13,7 @@ from gprune.runs.results import load_run
 from tests import tiny_run
 from tests.pipeline import method_parts as parts
 from tests.pipeline.method_parts import EXPERTS, LEARNING, PARTS, close, model_of, run
-from tests.simulated_devices import TYPE, place_on_devices, simulate_devices
+from tests.simulated_devices import place_on_devices, simulate_devices
 
 # Maximum number of host synchronisations of each part, for a model with three blocks and two batches. The numbers were
 # measured. Terms with a factor 3 grow with the number of blocks, and terms with a factor 2 with the number of batches.
@@ -108,26 +108,6 @@ def test_the_simulation_detects_a_tensor_on_the_wrong_device(models, monkeypatch
     run(PARTS["calibration"], models["llama", False], 0)  # no error on the CPU
     with pytest.raises(RuntimeError, match="different devices"):
         run(PARTS["calibration"], models["llama", False], 1)
-
-
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda x: x[0].item(), lambda x: x.cpu(), lambda x: x.tolist(), lambda x: x.nonzero(), lambda x: bool(x.any()),
-        lambda x: x[x > 0], lambda x: torch.equal(x, x), lambda x: x.copy_(torch.ones(3)), lambda x: x.to("cpu"),
-        lambda x: torch.tensor(1.0, device=x.device),
-    ],
-)  # fmt: skip
-def test_only_a_read_of_a_value_or_a_copy_to_or_from_the_cpu_counts_as_a_synchronisation(read):
-    with simulate_devices() as counted:
-        x = torch.arange(3.0).to(f"{TYPE}:0", non_blocking=True)
-        assert counted.waits == 0
-        y = (x + 1).to(f"{TYPE}:1")  # a copy between devices does not synchronise the host
-        assert (y * 2).device == torch.device(TYPE, 1)
-        assert counted.waits == 0
-        read(x)
-    assert counted.waits == 1
-    assert [place.partition(":")[0] for place in counted.by_place] == ["outside"]
 
 
 # The whole run

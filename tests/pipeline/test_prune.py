@@ -33,7 +33,7 @@ from gprune.models.masks import Masks
 from gprune.pipeline import evaluate as outcome
 from gprune.pipeline.plan import check
 from gprune.pipeline.run import open_run
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from tests import tiny_run
 
 pytestmark = pytest.mark.usefixtures("shared_cache")
@@ -136,7 +136,7 @@ def test_there_is_one_record_with_all_fields_for_each_row_and_corpus(finished, w
 
 
 def test_the_target_sparsity_is_reached_and_matches_the_parameter_counts(finished, dense):
-    units = Budget(unit_costs(blocks_of(dense), scope="ffn"), 0)
+    units = Budget(block_units(blocks_of(dense), scope="ffn"), 0)
     removed = units.removed_by(finished.masks)
     assert 0 <= removed - units.total / 2 < units.largest_step
     assert finished.summary["sparsity_of_scope"] == removed / units.total
@@ -232,7 +232,7 @@ def check_budget(result, dense, slack=1):
     """Assert that a run removes its target and less than `slack` neurons more, and that the model has lost as much."""
     sparsity = result.config.sparsity
     block_share = sparsity.block_share if "blocks" in sparsity.scope else 0.0
-    units = Budget(unit_costs(blocks_of(dense), scope=sparsity.scope), 0, block_share=block_share)
+    units = Budget(block_units(blocks_of(dense), scope=sparsity.scope), 0, block_share=block_share)
     surplus = units.removed_by(result.masks) - sparsity.target * units.total
     assert 0 <= surplus < slack * max(block.costs.neurons[1] for block in units.units)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (dense, result.model))
@@ -430,7 +430,7 @@ def test_flap_adds_a_bias_to_every_projection_that_lost_inputs(preset):
 def test_shortgpt_removes_blocks_and_narrows_one_to_reach_the_parameter_count(preset, dense, token_batch):
     result = preset("ShortGPT")
     blocks = blocks_of(dense)
-    neuron_cost, total = blocks[0].unit_cost("ffn"), Budget(unit_costs(blocks, scope="ffn"), 0).total
+    neuron_cost, total = blocks[0].unit_cost("ffn"), Budget(block_units(blocks, scope="ffn"), 0).total
     influence = next(iter(result.statistics.values())).influence
     first, second, third = influence.argsort().tolist()
     assert [b for b, is_kept in enumerate(result.masks.blocks) if not is_kept] == [first]

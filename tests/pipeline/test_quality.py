@@ -29,7 +29,7 @@ from gprune.report.figures import read_curves
 from gprune.report.page import render
 from gprune.runs.results import load_run
 from gprune.sparsity.allocation import allocate
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from tests import tiny_run
 from tests.pipeline.test_prune import counted_forwards
 from tests.tiny_run import WORDS, World
@@ -127,7 +127,7 @@ def test_the_removed_share_equals_that_of_an_exhaustive_search(trained, dense, t
     result = trained.run(tmp_path, *with_target("+20%", "--gprune=false"))
     statistics, blocks = result.statistics[result.config.corpora.scored[0]], blocks_of(dense)
     scores = score_units("wanda_sp", blocks_of(AutoModelForCausalLM.from_pretrained(trained.model)), statistics, seed=0)
-    budget, neuron_cost = Budget.of(unit_costs(blocks, scope="ffn"), "+20%"), blocks[0].unit_cost("ffn")
+    budget, neuron_cost = Budget.of(block_units(blocks, scope="ffn"), "+20%"), blocks[0].unit_cost("ffn")
     dense_log_perplexity = log_perplexity(trained, ["alpha"], dense)
     ratios = {}  # perplexity over that of the dense model, by the number of removed neurons
     for cut in range(1, 2 * tiny_run.NEURONS):

@@ -36,16 +36,3 @@ def test_every_command_of_a_page_has_the_same_settings(page):
     for command, expected in STORED["pages"].get(page, {}).items():
         got = commands.changed_settings(command, defaults)
         fail_for(f"{page}, `{command}`", commands.different_settings(expected, got))
-
-
-def test_a_changed_setting_is_named_unless_a_decision_drops_it(monkeypatch):
-    defaults = commands.default_settings()
-    command = "prune --distill.rank 4 --ridge=0.5 --config paper"
-    changed = commands.changed_settings(command, defaults)
-    assert changed["distill.rank"] == 4
-    assert changed["corpora.learn"] == ["wikitext2"]
-    assert commands.different_settings(changed, changed | {"ridge": 0.1}) == ["ridge: it was 0.5, now 0.1"]
-    monkeypatch.setattr(commands, "EXEMPT_FLAGS", ("distill.", "unknown.flag"))
-    without = commands.changed_settings(f"{command} --unknown.flag 3", defaults)
-    assert commands.different_settings(changed, without) == []
-    assert changed.keys() - without.keys() == {"distill.rank"}

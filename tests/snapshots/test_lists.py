@@ -45,15 +45,3 @@ def test_every_list_prints_the_same_cells(listing):
 @pytest.mark.parametrize(("page", "listing", "pasted"), PASTED, ids=[listing for _, listing, _ in PASTED])
 def test_every_table_on_a_page_is_the_output_of_its_list(page, listing, pasted):
     assert lists.results(listing) == pasted, f"paste the output of `gprune study {listing} --table` into {page}"
-
-
-def test_a_changed_cell_row_and_table_are_named():
-    text = "words\n\n| row | a \\| b |\n|-----|------:|\n| one |  1.50 |\n\n| row | c |\n|---|--:|\n| two | 2 |\n"
-    tables = lists.parse_tables(text)
-    assert tables == [[["row", "a \\| b"], ["one", "1.50"]], [["row", "c"], ["two", "2"]]]
-    assert lists.different_cells(tables, lists.parse_tables(text.replace("  1.50", "1.50"))) == []
-    changed = lists.parse_tables(text.replace("1.50", "1.51"))
-    expected = "table 1 ('row'), row 'one', column 'a \\| b': it was '1.50', now '1.51'"
-    assert lists.different_cells(tables, changed) == [expected]
-    assert lists.different_cells(tables, tables[:1]) == ["it had 2 tables, now 1"]
-    assert lists.different_cells(tables, [tables[0][:1], tables[1]]) == ["table 1 ('row'): it had 1 rows, now 0"]

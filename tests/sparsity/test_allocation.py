@@ -16,7 +16,7 @@ from gprune.models.gating import bypassed
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation
-from gprune.sparsity.budget import Budget, unit_costs
+from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.whole_blocks import choose_blocks
 from tests import tiny_run
@@ -52,7 +52,7 @@ def measured(model, tokens):
 
 
 def half_budget(model) -> Budget:
-    return Budget.of(unit_costs(blocks_of(model), scope="attention+ffn"), 0.5)
+    return Budget.of(block_units(blocks_of(model), scope="attention+ffn"), 0.5)
 
 
 def margins_of(name: str, with_outliers, scores: Scores | None = None, **options):
@@ -86,7 +86,7 @@ def test_uniform_removes_equally_many_neurons_from_a_block_with_dead_neurons(sha
     model, _, statistics, scores = with_outliers
     dead = replace(scores, ffn=[scores.ffn[0].clone(), *scores.ffn[1:]])
     dead.ffn[0][5:25] = 0.0
-    budget = Budget.of(unit_costs(blocks_of(model), scope="ffn"), share)
+    budget = Budget.of(block_units(blocks_of(model), scope="ffn"), share)
     masks = allocate("uniform", dead, statistics, blocks_of(model), budget)
     removed = [int((~m).sum()) for m in masks.ffn]
     assert max(removed) - min(removed) <= 1
@@ -150,7 +150,7 @@ def test_owl_removes_less_from_blocks_with_more_outliers(options, with_outliers)
 
 @pytest.mark.parametrize("options", [{"multiple": 1e9}, {"spread": 0.0}], ids=["no outlier at all", "no spread"])
 def test_owl_without_differences_between_blocks_equals_uniform(options, with_outliers):
-    units = unit_costs(blocks_of(with_outliers[0]), scope="attention+ffn")
+    units = block_units(blocks_of(with_outliers[0]), scope="attention+ffn")
     owl, uniform = (
         keep_masks(Budget.of(units, 0.4), *margins_of(name, with_outliers, **rule_options))
         for name, rule_options in (("owl", options), ("uniform", {}))
@@ -177,7 +177,7 @@ def test_margins_are_finite_for_a_dead_block(name, token_batch):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_masks_of_all_allocations_meet_the_budget(name, scope, width_multiple, protect, with_outliers):
     model = with_outliers[0]
-    budget = Budget.of(unit_costs(blocks_of(model), scope=scope, protect=protect), 0.23, width_multiple)
+    budget = Budget.of(block_units(blocks_of(model), scope=scope, protect=protect), 0.23, width_multiple)
     masks = keep_masks(budget, *margins_of(name, with_outliers))
     removed = model.num_parameters() - prune(model, masks).num_parameters()
     assert removed == budget.removed_by(masks)
@@ -194,7 +194,7 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
     monkeypatch.setattr(ALLOCATION, "_entries", dict(ALLOCATION._entries))
     allocation("mine")(lambda scores, statistics, blocks, budget: (scores.ffn, scores.attention))
     model, _, statistics, scores = with_outliers
-    units = unit_costs(blocks_of(model), scope="attention+ffn")
+    units = block_units(blocks_of(model), scope="attention+ffn")
     budget = Budget.of(units, 0.6, block_share=0.9).without([2])
     masks = allocate(name, scores, statistics, blocks_of(model), budget)
     keep = [[torch.full((n,), b != 2) for b in range(3)] for n in (48, 2)]
@@ -203,7 +203,7 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
         replace(all_blocks, **{field: values[:2] for field, values in vars(all_blocks).items()})
         for all_blocks in (scores, statistics)
     )
-    remaining_units = unit_costs(blocks_of(shallow), scope="attention+ffn")
+    remaining_units = block_units(blocks_of(shallow), scope="attention+ffn")
     rest = Budget(remaining_units, budget.target - units[2].costs.whole)
     expected = allocate(name, scores_of_others, statistics_of_others, blocks_of(shallow), rest)
     assert masks.blocks == [True, True, False]
@@ -270,12 +270,12 @@ def uneven():
 
 def depth(model, scores, statistics, target: int, protected=frozenset(), width_multiple: int = 1) -> Masks:
     blocks = blocks_of(model)
-    units = unit_costs(blocks, scope="ffn", protect=sorted(protected))
+    units = block_units(blocks, scope="ffn", protect=sorted(protected))
     return allocate("depth", scores, statistics, blocks, Budget(units, target, width_multiple))
 
 
 def removed_parameters(model, masks: Masks) -> int:
-    return Budget(unit_costs(blocks_of(model), scope="ffn"), 0).removed_by(masks)
+    return Budget(block_units(blocks_of(model), scope="ffn"), 0).removed_by(masks)
 
 
 @pytest.mark.parametrize("protected", [frozenset(), frozenset({0}), frozenset({2, 1})])
@@ -333,7 +333,7 @@ def test_blocks_are_removed_greedily_by_the_loss_without_them(share, protect, un
     """Blocks are removed as long as one fits into their share of the target. The reference removes decoder layers."""
     model, ids = uneven[0], torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(4))
     blocks = blocks_of(model)
-    budget = Budget.of(unit_costs(blocks, scope="ffn", protect=protect), 0.45, block_share=share)
+    budget = Budget.of(block_units(blocks, scope="ffn", protect=protect), 0.45, block_share=share)
 
     def loss(lm) -> float:
         return float(lm(ids, labels=ids).loss)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.sparsity.budget import BlockUnits, Budget, default_width_multiple, unit_costs
+from gprune.sparsity.budget import BlockUnits, Budget, block_units, default_width_multiple
 from gprune.sparsity.cost import BlockCosts
 from gprune.sparsity.cut import cut_margin, keep_masks, uniform_masks
 from tests.conftest import make_tiny_llama
@@ -101,22 +101,22 @@ def test_the_default_width_multiple_follows_from_the_narrowest_block_and_is_neve
 @pytest.mark.parametrize("index", [3, -4, 99])
 def test_protecting_a_missing_block_is_refused(index, tiny_model):
     with pytest.raises(UserError, match=rf"--sparsity\.protect must name layers from -3 to 2, .*; got {index}"):
-        unit_costs(blocks_of(tiny_model), scope="ffn", protect=[0, index])
+        block_units(blocks_of(tiny_model), scope="ffn", protect=[0, index])
 
 
 def test_protected_blocks_can_be_negative_indices(tiny_model):
     blocks = blocks_of(tiny_model)
-    assert Budget(unit_costs(blocks, scope="ffn", protect=[0, -1, 2, -3]), 0).protected == {0, 2}
-    assert Budget(unit_costs(blocks, scope="ffn"), 0).protected == frozenset()
+    assert Budget(block_units(blocks, scope="ffn", protect=[0, -1, 2, -3]), 0).protected == {0, 2}
+    assert Budget(block_units(blocks, scope="ffn"), 0).protected == frozenset()
 
 
 def test_unit_costs_are_numbers_of_parameters(tiny_model):
-    budget = Budget(unit_costs(blocks_of(tiny_model), scope="ffn"), 0)
+    budget = Budget(block_units(blocks_of(tiny_model), scope="ffn"), 0)
     layers = tiny_model.model.layers
     ffn = sum(p.numel() for layer in layers for p in layer.mlp.parameters())
     attention = sum(p.numel() for layer in layers for p in layer.self_attn.parameters())
     assert budget.total == ffn
-    assert Budget(unit_costs(blocks_of(tiny_model), scope="attention+ffn"), 0).total == ffn + attention
+    assert Budget(block_units(blocks_of(tiny_model), scope="attention+ffn"), 0).total == ffn + attention
     assert budget.units[0].costs.neurons[48] == sum(p.numel() for p in layers[0].mlp.parameters())
     # The masks remove 8 of 48 neurons and one of two KV groups. `total` has only the units in scope, but `removed_by`
     # counts everything that masks remove, so also the KV groups.
@@ -321,7 +321,7 @@ def test_cut_margin_is_the_highest_margin_of_removed_neurons_and_0_without_any(k
 
 
 def equal_widths_budget(scope: str, sparsity: float, width_multiple: int) -> Budget:
-    units = unit_costs(blocks_of(make_tiny_llama(num_key_value_heads=4)), scope=scope)
+    units = block_units(blocks_of(make_tiny_llama(num_key_value_heads=4)), scope=scope)
     return Budget.of(units, sparsity, width_multiple, uniform=True)
 
 

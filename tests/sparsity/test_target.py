@@ -19,7 +19,7 @@ from gprune.models.blocks import blocks_of
 from gprune.models.surgery import prune
 from gprune.pipeline.plan import check
 from gprune.sparsity.allocation import allocate, checked_masks
-from gprune.sparsity.budget import BlockUnits, Budget, unit_costs
+from gprune.sparsity.budget import BlockUnits, Budget, block_units
 from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks, parameter_costs
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.target import HALF_BITS, Target
@@ -87,7 +87,7 @@ def costs_in(model, name: str, **weights) -> tuple[list[BlockCosts], int]:
 
 def budget_of(model, costs: tuple[list[BlockCosts], int], value, *, scope: str = "attention+ffn", **options) -> Budget:
     of_blocks, outside = costs
-    return Budget.of(unit_costs(blocks_of(model), scope=scope, costs=of_blocks), value, outside=outside, **options)
+    return Budget.of(block_units(blocks_of(model), scope=scope, costs=of_blocks), value, outside=outside, **options)
 
 
 def irregular_costs(model) -> tuple[list[BlockCosts], int]:
@@ -157,7 +157,7 @@ def test_the_cost_parameters_gives_the_same_masks_as_no_cost(scored):
     blocks = blocks_of(model)
     for scope, share in (("ffn", 0.41), ("attention+ffn", 0.29)):
         budgets = (
-            Budget.of(unit_costs(blocks, scope=scope), share),
+            Budget.of(block_units(blocks, scope=scope), share),
             budget_of(model, costs_in(model, "parameters"), share, scope=scope),
         )
         masks, masks_by_cost = (allocate("global", scores, statistics, blocks, budget) for budget in budgets)

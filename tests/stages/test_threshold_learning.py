@@ -15,7 +15,7 @@ from gprune.models.gating import gated, masked
 from gprune.models.losses import next_token_losses
 from gprune.models.masks import Masks
 from gprune.partition.modules import ModuleRanks, within_module_ranks
-from gprune.sparsity.budget import BlockUnits, Budget, unit_costs
+from gprune.sparsity.budget import BlockUnits, Budget, block_units
 from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks
 from gprune.sparsity.cut import keep_masks
 from gprune.sparsity.thresholds import masks_from_thresholds, start_thresholds
@@ -106,7 +106,7 @@ def make_stage(
         removed_blocks: blocks that are removed as a whole.
         **options: arguments of `ThresholdLearning`.
     """
-    units = unit_costs(blocks_of(model), scope=scope)
+    units = block_units(blocks_of(model), scope=scope)
     scores, group_scores, ranks = random_problem([48] * 3, [2] * 3, seed)
     block_share = 0.9 if "blocks" in scope else 0.0
     budget = Budget.of(units, sparsity, width_multiple, uniform=uniform, block_share=block_share)
@@ -386,7 +386,7 @@ def test_recentring_uses_kv_groups_if_neurons_have_no_cost(tiny_model):
     blocks = blocks_of(tiny_model)
     costs, _ = costs_of_blocks(COST["kv_cache"](tiny_model, blocks), blocks)
     template = make_stage(tiny_model, scope="attention+ffn")
-    budget = Budget.of(unit_costs(blocks, scope="attention+ffn", costs=costs), 0.3)
+    budget = Budget.of(block_units(blocks, scope="attention+ffn", costs=costs), 0.3)
     stage = ThresholdLearning(tiny_model, template.ranks, template.thresholds, budget)
     with torch.no_grad():
         for t in (*stage.ffn_thresholds, *stage.attention_thresholds):
