@@ -24,6 +24,7 @@ from gprune.evaluation.perplexity import perplexity
 from gprune.export import hf
 from gprune.method.save import masked_logits
 from gprune.models.blocks import blocks_of
+from gprune.models.families import attach_record, record_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import prune
 from gprune.partition.modules import ModuleRanks
@@ -159,6 +160,7 @@ def export_difference(place: Place) -> float:
 
     def reload(folder: Path, input_ids: Tensor, *, device: str, **_: Any) -> Tensor:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
+        attach_record(model, record_of(place.model))
         model = place_on_devices(model, place.devices) if place.devices else model
         return model(input_ids.to(device), use_cache=False).logits
 
