@@ -10,8 +10,8 @@ import yaml
 
 from experiments import trade_off
 from gprune.__main__ import main
-from gprune.benchmarks import speed
 from gprune.errors import UserError
+from gprune.evaluation import speed
 from gprune.export.gguf import has_llama_cpp
 from gprune.report.tables import Estimate
 from tests.studies.workbench import fake_run
