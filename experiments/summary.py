@@ -28,7 +28,7 @@ from gprune.report.figures import (
     style,
 )
 from gprune.report.tables import Estimate, pool_estimates, ratio_to
-from gprune.runs.numbers import by_stage
+from gprune.runs.numbers import by_row
 from gprune.runs.results import FinishedRun
 from gprune.studies.archive import finished_record, row_to_run
 from gprune.studies.listing import Listing
@@ -100,7 +100,7 @@ def by_budget(lists: Mapping[str, Collection[str] | None]) -> Lines:
     runs = [run for name, rows in lists.items() for run in runs_of(name) if rows is None or run.name in rows]
     for run in runs:
         of = run.settings["sparsity"]
-        for stage in by_stage(run.records):
+        for stage in by_row(run.records):
             label, ratio = _label(run, stage), ratio_to(run, stage, run, DENSE)
             if of["scope"] == "ffn" and label is not None and ratio is not None:
                 lines.setdefault((label, ""), []).append((of["target"], ratio))
@@ -121,7 +121,7 @@ def by_tokens() -> Lines:
     lines: Lines = {}
     for line, rows in BY_TOKENS.items():
         for run in (runs[name] for name in rows if name in runs):
-            if (ratio := ratio_to(run, list(by_stage(run.records))[-1], run, DENSE)) is not None:
+            if (ratio := ratio_to(run, list(by_row(run.records))[-1], run, DENSE)) is not None:
                 lines.setdefault((line, ""), []).append((run.summary["learned_tokens"] / 1000, ratio))
     return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
 

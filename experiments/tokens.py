@@ -28,7 +28,7 @@ from gprune.console import Parser, quiet, run_guarded
 from gprune.errors import UserError
 from gprune.report.figures import FORMATS, LINES, add_title, canvas, save, style
 from gprune.report.tables import Cell, Estimate, Table, ratio_to
-from gprune.runs.numbers import by_stage
+from gprune.runs.numbers import by_row
 from gprune.runs.results import FinishedRun
 
 COLUMNS = ["model", "tokens", "text", "unseen / dense", "fit", "unseen / fit"]
@@ -74,7 +74,7 @@ def points_of(runs: Sequence[FinishedRun]) -> list[Point]:
     for run in runs:
         if not (tokens := run.summary["learned_tokens"]):
             continue
-        ratio = ratio_to(run, list(by_stage(run.records, "window_nll"))[-1], run, DENSE)
+        ratio = ratio_to(run, list(by_row(run.records, "window_nll"))[-1], run, DENSE)
         if ratio is not None:
             repeats = run.settings["distill"].get("repeat", False)
             points.append(Point(run.name.partition(", ")[0], tokens, repeats, ratio))

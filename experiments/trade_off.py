@@ -32,7 +32,7 @@ from gprune.export.gguf import TYPES, has_llama_cpp
 from gprune.models.loading import locate_model
 from gprune.report.figures import FORMATS, add_title, save, style
 from gprune.report.tables import Cell, Estimate, Table
-from gprune.runs.numbers import by_stage, unseen_ratio
+from gprune.runs.numbers import by_row, unseen_ratio
 from gprune.runs.results import FinishedRun
 
 PROMPT, GENERATE = 128, 32
@@ -48,7 +48,7 @@ def pruned(run: FinishedRun) -> list[Cell]:
         needed = f"tasks: {{names: [speed], speed_batch: [1], speed_prompt: {PROMPT}}}"
         raise UserError(f"The list needs {needed}; got no such timing of '{run.name}'.")
     dense, own = (seconds[of, "prefill"] + GENERATE * seconds[of, "decode"] for of in (True, False))
-    ratio = unseen_ratio(run.records, list(by_stage(run.records, "window_nll"))[-1], run.records, DENSE)
+    ratio = unseen_ratio(run.records, list(by_row(run.records, "window_nll"))[-1], run.records, DENSE)
     return [run.name, ratio, dense / own, run.summary["parameters_after"] * 2 / 2**20]
 
 

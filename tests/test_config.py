@@ -357,7 +357,7 @@ def test_every_shipped_file_of_flags_parses_and_only_default_yaml_has_all_defaul
     assert (parse(["--config", str(ROOT / path)]) == RunConfig()) == path.endswith("/default.yaml")
 
 
-@pytest.mark.parametrize("name", ["best", "gates", "paper", "protocol", "smoke"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "gprune/configs").glob("*.yaml")))
 def test_shipped_configurations_load_by_name_unless_a_file_has_that_path(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     by_path = parse(["--config", str(ROOT / f"gprune/configs/{name}.yaml")])

@@ -62,7 +62,7 @@ def error_corpora(cfg: Any) -> dict[str, list[str]]:
     """
     if not cfg.measures_errors:
         return {}
-    stages = {stage for stage, _ in cfg.stages}
+    stages = {stage for stage, _ in cfg.rows}
     # Without the control `averaged`, the sparsity at which thresholds are learned is found with masks of `base`.
     base_starts_learning = cfg.learns and bool(cfg.trials) and "averaged" not in stages
     corpora = {}

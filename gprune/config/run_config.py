@@ -338,7 +338,7 @@ class RunConfig(Group):
         return self.needs | set(self.corpora.collect)
 
     @property
-    def stages(self) -> list[tuple[str, str]]:
+    def rows(self) -> list[tuple[str, str]]:
         """(stage, recovery) of every row of the result table after `dense`."""
         controls = self.evaluation.controls
         before = {"base": (), "averaged": ("base",), "gprune": ("base", "averaged")}[self.final]
@@ -351,7 +351,7 @@ class RunConfig(Group):
     @property
     def scored_on(self) -> dict[str, list[str]]:
         """Stage -> the corpora on whose pooled statistics its units are scored."""
-        scored, needed = self.corpora.scored, {stage for stage, _ in self.stages}
+        scored, needed = self.corpora.scored, {stage for stage, _ in self.rows}
         if self.gprune:
             needed.add("base")  # learning starts from its masks
         corpora = {"base": scored[:1], "averaged": self.corpora.drift if self.gprune else scored, "gprune": scored}

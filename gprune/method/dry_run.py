@@ -40,7 +40,7 @@ def describe(plan: Plan) -> str:
         "exports": f"{'at most ' if cfg.trials else ''}{remaining:,} parameters: {size}",
         "text": describe_text(plan),
         "learns in": f"{cfg.trainer.precision} ({plan.why_precision})",
-        "evaluates": f"{1 + len(cfg.stages)} models on {len(cfg.corpora.evaluate)} corpora",
+        "evaluates": f"{1 + len(cfg.rows)} models on {len(cfg.corpora.evaluate)} corpora",
         "forward": f"at most {plan.forward_tokens:,} tokens; fewer where the cache has results",
         "and backward": f"{plan.forward_backward_tokens:,} tokens",
         "compute": f"at most {estimated_flops(plan):.2e} FLOP",

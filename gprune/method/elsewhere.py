@@ -125,7 +125,7 @@ class MeasurementPlan(Plan):
         cfg = self.cfg
         forward, trained = self.recovery_tokens(cfg.recovery, counts_teacher=True)
         of_row = 2 * cfg.evaluated_tokens  # by the model, and by the dense model for KL
-        return {9: (forward + cfg.evaluation.compared_tokens, trained), 10: (of_row // 2 + of_row * len(cfg.stages), 0)}
+        return {9: (forward + cfg.evaluation.compared_tokens, trained), 10: (of_row // 2 + of_row * len(cfg.rows), 0)}
 
 
 def check_models(name: str, cfg: RunConfig, callbacks: UserCallbacks | None = None) -> MeasurementPlan:

@@ -26,7 +26,7 @@ from gprune.models.offload import device_of
 from gprune.recoveries import recovery_learns, recovery_needs
 from gprune.report.tables import result_table
 from gprune.runs.folder import broadcast
-from gprune.runs.numbers import DENSE, Stage, row_name
+from gprune.runs.numbers import DENSE, ResultRow, row_name
 from gprune.runs.results import STAGES
 from gprune.storage.environment import model_versions
 from gprune.storage.files import Cache, key_of, write_json
@@ -44,17 +44,17 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Step 10, and before recovery a part of step 9: perplexity of all rows on every evaluated corpus.
 
-    The rows are the dense model, the controls and the main row. Finished rows are read from `metrics.json`. The dense
-    model's numbers are cached for other runs. Windows are split over processes, with the same bits as on one process;
-    with `--model.shard` layers are sharded too.
+    The rows are the dense model, the controls and the main row. Controls are pruned and recovered here. Finished rows
+    are read from `metrics.json`. The dense model's numbers are cached for other runs. Windows are split over processes,
+    with the same bits as on one process; with `--model.shard` layers are sharded too.
     """
     cfg, before_recovery = run.cfg, pruned is None
     if before_recovery:
         run.step(9, "Evaluating without recovery")
-        rows = [row for row in [DENSE, *cfg.stages] if row[1] == "none"]
+        rows = [row for row in [DENSE, *cfg.rows] if row[1] == "none"]
     else:
         run.step(10, "Evaluating")
-        rows = [DENSE, *cfg.stages]
+        rows = [DENSE, *cfg.rows]
     records: list[dict[str, Any]] = broadcast(run.folder.metrics.get("records", []))
     finished_rows = {(r["stage"], r["recovery"]) for r in records}
     # Without an initialised process group, rank 0 evaluates alone.
@@ -80,7 +80,7 @@ def evaluate(
 
 
 def add_row(
-    run: Run, records: list[dict[str, Any]], row: Stage, measure: Callable[..., PerplexityResult],
+    run: Run, records: list[dict[str, Any]], row: ResultRow, measure: Callable[..., PerplexityResult],
     model: PreTrainedModel, text: Sequence[Windows], leaked: Mapping[str, tuple[bool, float]], **about: Any,
 ) -> None:  # fmt: skip
     """Measure a row's model, and add its records to `records` and `metrics.json`."""
@@ -90,7 +90,7 @@ def add_row(
     write_json(run.folder / "metrics.json", {"records": records}, run=run.folder.key)
 
 
-def measurement_of(run: Run, row: Stage, model: PreTrainedModel) -> Callable[..., PerplexityResult]:
+def measurement_of(run: Run, row: ResultRow, model: PreTrainedModel) -> Callable[..., PerplexityResult]:
     """Return the function that measures a row's model, and count a pruned model's tokens from now on."""
     if row == DENSE:  # counted since the run was opened
         return dense_perplexity
@@ -178,7 +178,7 @@ def measure_perplexity(
 
 
 def as_record(
-    run: Run, row: Stage, result: PerplexityResult, windows: Windows, leak: tuple[bool, float]
+    run: Run, row: ResultRow, result: PerplexityResult, windows: Windows, leak: tuple[bool, float]
 ) -> dict[str, Any]:
     """Return a perplexity as a record of `metrics.json`, with its evaluation protocol."""
     cfg = run.cfg

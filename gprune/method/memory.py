@@ -135,7 +135,7 @@ class MemoryEstimate:
     @property
     def rows(self) -> float:
         """Weights besides a row's model: the dense model, and the model of the main row if there are controls."""
-        return self.weight * (self.parameters + self.kept_parameters * (len(self.cfg.stages) > 1))
+        return self.weight * (self.parameters + self.kept_parameters * (len(self.cfg.rows) > 1))
 
     @property
     def forecasts(self) -> float:

@@ -90,7 +90,7 @@ class Plan:
         compared = 3 * cfg.evaluation.compared_tokens  # by the masked, the sliced and the reloaded model
         forward = {9: compared + early * cfg.evaluated_tokens, 10: late * cfg.evaluated_tokens}
         trained = {9: 0, 10: 0}
-        for row in cfg.stages:
+        for row in cfg.rows:
             is_main = row == cfg.own_row
             if is_main and cfg.trials and cfg.recovery_learns:
                 continue  # the main row's model is one of the trials
@@ -109,8 +109,8 @@ class Plan:
         """
         cfg = self.cfg
         models_per_row = 1 if self.can_cache(cfg.evaluated_tokens) else 2
-        total = 1 + models_per_row * len(cfg.stages)
-        unrecovered_rows = sum(recovery == "none" for _, recovery in cfg.stages)
+        total = 1 + models_per_row * len(cfg.rows)
+        unrecovered_rows = sum(recovery == "none" for _, recovery in cfg.rows)
         early = 1 + models_per_row * unrecovered_rows if cfg.evaluates_early else 0
         return early, total - early
 
@@ -132,7 +132,7 @@ class Plan:
     @property
     def caches_teacher(self) -> bool:
         """Whether the teacher's hidden states are cached: several models are distilled and the states are small."""
-        recoveries = [*self.cfg.trials, *(recovery for _, recovery in self.cfg.stages)]
+        recoveries = [*self.cfg.trials, *(recovery for _, recovery in self.cfg.rows)]
         trained_models = sum(recovery_learns(recovery) for recovery in recoveries)
         return trained_models > 1 and self.can_cache(self.cfg.fresh_tokens)
 

@@ -1,15 +1,16 @@
 """prune(cfg): generalization-aware structured pruning, step by step.
 
  1 statistics   one pass per corpus over the inputs of all down and output projections
- 2 importance   a score per unit and corpus; the choice of whole blocks, if they are in scope
+ 2 importance   a score per unit, on one corpus or on several together; the choice of whole blocks, if in scope
  3 drift        the variation of ranks between corpora, and its noise floor
  4 partition    neurons of a block into modules by parameter similarity and drift
  5 refinement   soft assignments optimised under a differentiable objective (a LightningModule)
  6 reliability  sensitive, weakly activated modules are ranked by an activation-free metric
  7 sparsity     one threshold per module, learned with the model frozen (a LightningModule)
- 8 budget       keep masks that meet the target exactly, or the largest sparsity for a quality target
+ 8 budget       keep masks that reach the target and exceed it by less than a step, or the largest sparsity for a
+                quality target
  9 pruning      smaller weight matrices; recovery
-10 evaluation   dense, controls and gprune, on seen and unseen text
+10 evaluation   dense, controls and gprune, on seen and unseen text; controls are pruned and recovered here
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from gprune.method.run import Run
 from gprune.models.masks import Masks
 from gprune.recoveries import recovery_learns
 from gprune.runs.folder import broadcast
-from gprune.runs.numbers import Record, Stage, estimates, row_name
+from gprune.runs.numbers import Record, ResultRow, estimates, row_name
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.masks import StageMasks
 from gprune.sparsity.search import SearchResult, find_largest_cut
@@ -81,7 +81,7 @@ class Trials:
         """Return the budget of `cut` smallest steps, at most the largest budget."""
         return self.run.budget.removing(min(cut * self.step, self.run.budget.target))
 
-    def results(self, masks: Masks, row: Stage, budget: Budget) -> list[PerplexityResult]:
+    def results(self, masks: Masks, row: ResultRow, budget: Budget) -> list[PerplexityResult]:
         """Return the perplexity of a recovered model on each development text, measured or from an earlier trial."""
         run, key = self.run, self._key(masks, row)
         learns = recovery_learns(row[1])
@@ -101,13 +101,13 @@ class Trials:
                      row_name(*row), 100 * budget.sparsity, run.cfg.sparsity.scope, 100 * rise)  # fmt: skip
         return [PerplexityResult(**of_text) for of_text in self.measured[key]]
 
-    def number(self, masks: Masks, row: Stage) -> int | None:
+    def number(self, masks: Masks, row: ResultRow) -> int | None:
         """Return the number of a trained trial, from 1; None for a row that is not trained."""
         key = self._key(masks, row)
         return 1 + list(self.trained).index(key) if key in self.trained else None
 
     @staticmethod
-    def _key(masks: Masks, row: Stage) -> str:
+    def _key(masks: Masks, row: ResultRow) -> str:
         """Return the key of a model in `measured` and `trained`."""
         return f"{row[1]} {content_hash(masks.tensors())}"
 
@@ -136,7 +136,7 @@ class Trials:
         return paired_ratio(by_corpus(results), by_corpus(self.dense), predicted_tokens)
 
     def search(
-        self, row: Stage, masks_of: StageMasks, *, after: SearchResult | None = None, resolution: int = 1
+        self, row: ResultRow, masks_of: StageMasks, *, after: SearchResult | None = None, resolution: int = 1
     ) -> SearchResult:
         """Search the largest cut of a row (stage, recovery) that keeps the quality, from the result of another search.
 

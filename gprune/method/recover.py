@@ -28,14 +28,14 @@ from gprune.models.surgery import prune, prune_to_files
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery_learns, recovery_needs
 from gprune.recoveries.contract import Revise
 from gprune.runs.folder import broadcast
-from gprune.runs.numbers import Stage
+from gprune.runs.numbers import ResultRow
 from gprune.stages.callbacks import BestWeights
 from gprune.storage.files import content_hash
 
 
 @torch.no_grad()
 def shrink(
-    run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, row: Stage | None = None,
+    run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, row: ResultRow | None = None,
     trial: int | None = None,
 ) -> PreTrainedModel:  # fmt: skip
     """Return a pruned copy of the dense model, after recovery.
@@ -124,7 +124,7 @@ def learned_file(masks: Masks, recovery: str) -> str:
 
 
 def fit_once(
-    run: Run, path: str, row: Stage, trial: int | None = None, *, control: bool = False
+    run: Run, path: str, row: ResultRow, trial: int | None = None, *, control: bool = False
 ) -> Callable[..., None]:
     """Return the function `Material.fit` of one pruned model, which trains each stage once, even over several sessions.
 

@@ -1,4 +1,7 @@
-"""Recovery `least_squares`: solve every output projection on the kept units, with Gram matrices of the dense model."""
+"""Recovery `least_squares`: solve every output projection on the kept units, with Gram matrices of the dense model.
+
+`contract.Projection` calls the function for each output projection that lost channels.
+"""
 
 from __future__ import annotations
 

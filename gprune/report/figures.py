@@ -24,7 +24,7 @@ from gprune.evaluation.intervals import paired_ratio
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.report.tables import Estimate, caption
-from gprune.runs.numbers import DENSE, Record, Stage, by_stage, on_same_windows, row_name
+from gprune.runs.numbers import DENSE, Record, ResultRow, by_row, on_same_windows, row_name
 from gprune.storage.files import read_json, replacing
 
 log = logging.getLogger("gprune")
@@ -135,9 +135,9 @@ def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("png
     return paths
 
 
-def _comparable_stages(records: Sequence[Record]) -> list[Stage]:
+def _comparable_stages(records: Sequence[Record]) -> list[ResultRow]:
     """Return the stages other than dense that were measured on the dense model's windows."""
-    return [stage for stage in by_stage(records) if stage != DENSE and on_same_windows(records, stage)]
+    return [stage for stage in by_row(records) if stage != DENSE and on_same_windows(records, stage)]
 
 
 @style()
@@ -146,7 +146,7 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
 
     Stages with another tokenizer than the dense model's are left out, because their perplexity is of other tokens.
     """
-    nll = by_stage(records, "window_nll")
+    nll = by_row(records, "window_nll")
     dense_nll = nll["dense", "none"]
     is_seen = {r["corpus"]: r["seen"] for r in records}
     predicted_tokens = records[0]["seq_len"] - 1  # per window

@@ -30,8 +30,8 @@ from gprune.evaluation.intervals import Estimate, paired_difference, paired_rati
 from gprune.report.grouping import format_setting, run_flags
 from gprune.runs.numbers import (
     Record,
-    Stage,
-    by_stage,
+    ResultRow,
+    by_row,
     entries,
     number_frame,
     records_of,
@@ -233,7 +233,7 @@ def cost_table(steps: Mapping[str, Mapping[str, float]]) -> Table:
         [name, float(step.get("seconds", 0)), *(int(step.get(entry, 0)) for entry in counts)]
         for name, step in steps.items()
     ]
-    note = "peak MiB: the process's highest so far, so that a step may show that of one before it."
+    note = "peak MiB: the highest during the step, or since the process began on systems other than Linux."
     return Table("cost", "Cost by step", ["step", "seconds", *counts.values()], rows, {"seconds": 1}, note)
 
 
@@ -272,13 +272,13 @@ def pool_estimates(
     return estimates[0] if len(estimates) == 1 else mean([estimate.value for estimate in estimates])
 
 
-def run_stages(run: FinishedRun) -> list[Stage]:
+def run_stages(run: FinishedRun) -> list[ResultRow]:
     """Return (stage, recovery) of the rows of a run's result table, with `dense` first."""
-    return list(by_stage(run.records))
+    return list(by_row(run.records))
 
 
 def ratio_to(
-    run: FinishedRun, stage: Stage, other: FinishedRun, reference: Stage, number: str = "nll"
+    run: FinishedRun, stage: ResultRow, other: FinishedRun, reference: ResultRow, number: str = "nll"
 ) -> Estimate | None:
     """Compute `unseen_ratio` of stages of two runs."""
     if run.path.resolve() == other.path.resolve() and stage == reference:
@@ -444,7 +444,7 @@ def _stage_rows(
 
 
 def _row_key(
-    group: SeedGroup, runs: Sequence[FinishedRun], stage: Stage, cells: Sequence[Estimate | None]
+    group: SeedGroup, runs: Sequence[FinishedRun], stage: ResultRow, cells: Sequence[Estimate | None]
 ) -> tuple[Any, ...]:
     """Return a key that is equal for rows of several groups that are merged into one.
 

@@ -13,7 +13,7 @@ from gprune.corpora.load import corpus_labels
 from gprune.evaluation.intervals import Estimate, mean_per_token, mean_perplexity, paired_gap, paired_ratio
 
 Record = dict[str, Any]  # a perplexity with its evaluation protocol, as in metrics.json
-Stage = tuple[str, str]  # stage, recovery
+ResultRow = tuple[str, str]  # (stage, recovery) of a row of the result table
 Line = dict[str, Any]  # a line of the frame of a run
 DENSE, BASE = ("dense", "none"), ("base", "none")
 NUMBER_COLUMNS = ["row", "seed", "stage", "recovery", "corpus", "number", "value", "low", "high"]
@@ -46,30 +46,30 @@ def key_part(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def by_stage(records: Sequence[Record], number: str = "perplexity") -> dict[Stage, dict[str, Any]]:
+def by_row(records: Sequence[Record], number: str = "perplexity") -> dict[ResultRow, dict[str, Any]]:
     """Return (stage, recovery) -> corpus -> the field `number` of the record, in the order of the records."""
-    table: dict[Stage, dict[str, Any]] = {}
+    table: dict[ResultRow, dict[str, Any]] = {}
     for r in records:
         table.setdefault((r["stage"], r["recovery"]), {})[r["corpus"]] = r[number]
     return table
 
 
-def records_of(records: Sequence[Record], stage: Stage, *, seen: bool | None = None) -> dict[str, Record]:
+def records_of(records: Sequence[Record], stage: ResultRow, *, seen: bool | None = None) -> dict[str, Record]:
     """Return the records of a stage by corpus, optionally of seen or of unseen corpora only."""
     of_stage = [r for r in records if (r["stage"], r["recovery"]) == stage]
     return {r["corpus"]: r for r in of_stage if seen is None or r["seen"] == seen}
 
 
-def on_same_windows(records: Sequence[Record], stage: Stage) -> bool:
+def on_same_windows(records: Sequence[Record], stage: ResultRow) -> bool:
     """Return whether a stage was measured on the dense model's windows. It was not if the tokenizers differ."""
 
-    def content_hashes(stage: Stage) -> dict[str, str]:
+    def content_hashes(stage: ResultRow) -> dict[str, str]:
         return {corpus: r["content_hash"] for corpus, r in records_of(records, stage).items()}
 
     return content_hashes(stage) == content_hashes(DENSE)
 
 
-def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | None]:
+def distance(records: Sequence[Record], stage: ResultRow) -> dict[str, Estimate | None]:
     """Mean `kl` and `agreement` of a stage with the dense model on unseen text; None if they were not measured."""
     unseen = records_of(records, stage, seen=False)
     if not unseen or any(r.get("kl") is None for r in unseen.values()):
@@ -84,7 +84,11 @@ def distance(records: Sequence[Record], stage: Stage) -> dict[str, Estimate | No
 
 
 def unseen_ratio(
-    records: Sequence[Record], stage: Stage, other_records: Sequence[Record], other_stage: Stage, number: str = "nll"
+    records: Sequence[Record],
+    stage: ResultRow,
+    other_records: Sequence[Record],
+    other_stage: ResultRow,
+    number: str = "nll",
 ) -> Estimate | None:
     """Ratio of the geometric-mean perplexities of two stages on unseen text, with a paired 95 % interval."""
     denominator = records_of(other_records, other_stage)
@@ -106,11 +110,11 @@ def unseen_ratio(
     return Estimate(*paired_ratio(numerator_sums, denominator_sums, predicted_tokens))
 
 
-def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | None) -> dict[str, Estimate | None]:
+def estimates(records: Sequence[Record], stage: ResultRow, base: Sequence[Record] | None) -> dict[str, Estimate | None]:
     """Means, gap, ratios, KL and agreement of a stage, with intervals over windows; None for undefined numbers."""
     predicted_tokens = records[0]["seq_len"] - 1  # of a window
     seen = {r["corpus"]: r["seen"] for r in records}
-    window_nll = by_stage(records, "window_nll")
+    window_nll = by_row(records, "window_nll")
     seen_nll = {corpus: nll for corpus, nll in window_nll[stage].items() if seen[corpus]}
     unseen_nll = {corpus: nll for corpus, nll in window_nll[stage].items() if not seen[corpus]}
     gap = None
@@ -120,7 +124,7 @@ def estimates(records: Sequence[Record], stage: Stage, base: Sequence[Record] | 
     def mean(nll: Mapping[str, Sequence[float]]) -> Estimate | None:
         return Estimate(*mean_perplexity(nll, predicted_tokens)) if nll else None
 
-    def ratio_to(other_records: Sequence[Record] | None, other_stage: Stage) -> Estimate | None:
+    def ratio_to(other_records: Sequence[Record] | None, other_stage: ResultRow) -> Estimate | None:
         """Return `unseen_ratio` to a stage; None without records, for the dense model, and for the stage itself."""
         is_same_row = other_records is records and stage == other_stage
         if other_records is None or is_same_row or stage == DENSE:
@@ -156,7 +160,7 @@ def number_frame(records: Sequence[Record], *, base: Sequence[Record] | None = N
     `estimates`; `base` is as there. Ends of intervals are NaN if there is no interval.
     """
     lines: list[tuple[str, int, str, str, str, str, float, float | None, float | None]] = []
-    for stage in by_stage(records):
+    for stage in by_row(records):
         identity = (row_name(*stage), records[0]["seed"], *stage)
         for corpus, record in records_of(records, stage).items():
             for name, estimate in _corpus_estimates(record).items():
@@ -182,7 +186,7 @@ def to_estimate(value: float, low: float, high: float) -> Estimate:
 
 
 def run_numbers(
-    records: Sequence[Record], summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]], final: Stage
+    records: Sequence[Record], summary: Mapping[str, Any], steps: Mapping[str, Mapping[str, float]], final: ResultRow
 ) -> dict[str, float]:
     """Return numbers by which trackers can sort runs. Except for names of rows and corpora, keys are always the same.
 

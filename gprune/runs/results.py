@@ -28,7 +28,7 @@ from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.runs.folder import RunFolder, changed_settings, check_evaluation, check_manifest, check_metrics
-from gprune.runs.numbers import Record, by_stage, line_frame, number_frame, on_same_windows, stage_lines
+from gprune.runs.numbers import Record, by_row, line_frame, number_frame, on_same_windows, stage_lines
 from gprune.sparsity.allocation import format_removed
 from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
 from gprune.storage.files import MISSING, Cache, file_hashes, inspect_json, key_of, read_tensors
@@ -70,7 +70,7 @@ class FinishedRun:
     @property
     def has_another_tokenizer(self) -> bool:
         """Whether a stage was measured on other tokens than the dense model. Perplexities are not comparable then."""
-        return any(not on_same_windows(self.records, stage) for stage in by_stage(self.records))
+        return any(not on_same_windows(self.records, stage) for stage in by_row(self.records))
 
     @property
     def model(self) -> str:
@@ -95,7 +95,7 @@ class PruningResult:
     config: RunConfig
     masks: Masks | None  # None for a model made elsewhere
     modules: Modules | None  # None for a base run
-    thresholds: Thresholds | None  # logits per module, per block: neurons, KV groups; None if none were learned
+    thresholds: Thresholds | None  # logits per module, per block: neurons, KV groups; None without modules
     statistics: Mapping[str, CorpusStatistics]  # by corpus
     records: list[dict[str, Any]]  # metrics.json
     summary: dict[str, Any]

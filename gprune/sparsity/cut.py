@@ -1,4 +1,4 @@
-"""Convert margins to keep masks that meet the budget exactly.
+"""Convert margins to keep masks that reach the budget, and exceed it by less than the cost of one step.
 
 The *margin* of a unit is logit(p_i) - t_m: its rank inside its module, minus the module's threshold. Units of the whole
 model are removed in order of margin, smallest first, until their cost reaches the target.

@@ -30,7 +30,7 @@ from gprune.report.tables import (
     ratio_to,
     run_stages,
 )
-from gprune.runs.numbers import Line, Record, Stage, by_stage, line_frame, number_columns, row_name, stage_lines
+from gprune.runs.numbers import Line, Record, ResultRow, by_row, line_frame, number_columns, row_name, stage_lines
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import replacing
 from gprune.studies.archive import Found, find_records, row_to_run, task_results
@@ -348,7 +348,7 @@ def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
     return Table("compare_tasks", "Comparisons on tasks", ["first - second", "seed", *tasks], rows, note=note)
 
 
-def select_stage(records: Sequence[Record], stage: Stage) -> list[Record]:
+def select_stage(records: Sequence[Record], stage: ResultRow) -> list[Record]:
     """Select the records of a (stage, recovery)."""
     return [r for r in records if (r["stage"], r.get("recovery") or "none") == stage]
 
@@ -366,7 +366,7 @@ def stage_ratios(runs: Sequence[FinishedRun], first: str, second: str, number: s
     return [] if any(ratio is None for ratio in ratios) else ratios
 
 
-def _find_stage(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], Stage]:
+def _find_stage(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], ResultRow]:
     """Find the runs and the stage that a name such as `ours` (its final model) or `ours: base` refers to."""
     row, stage = split_stage(name, {run.name for run in runs})
     runs_of_row = [run for run in runs if run.name == row]
@@ -374,7 +374,7 @@ def _find_stage(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRu
         return [], ("", "")
     if stage is None:
         return runs_of_row, run_stages(runs_of_row[0])[-1]
-    keys = {row_name(*key): key for run in runs_of_row for key in by_stage(run.records)}
+    keys = {row_name(*key): key for run in runs_of_row for key in by_row(run.records)}
     if stage not in keys:
         raise UserError(f"The key compare must name a stage of '{row}' ({', '.join(keys)}); got '{stage}'.")
     return runs_of_row, keys[stage]

@@ -51,7 +51,7 @@ def test_shipped_configurations_without_modules_have_the_row_averaged(config):
     assert cfg.roles["learn"] == []
     assert "corpora.drift" not in cfg.unread
     with_control = parse(["--config", config, "--evaluation.controls=[base]"])
-    assert [stage for stage, _ in with_control.stages] == ["base", "averaged"]
+    assert [stage for stage, _ in with_control.rows] == ["base", "averaged"]
     assert with_control.scored_on["base"] == ["wiki"]
 
 

@@ -361,13 +361,13 @@ def test_equal_rows_of_several_runs_are_merged(run):
     moved = another(run, "moved", setting=0.7, shift=0.1)
     run_report = report.make([run, another(run, "other", setting=0.5), moved])
     for table in run_report.tables[:2]:
-        by_stage = {}
+        by_row = {}
         for name, stage, *_ in table.rows:
-            by_stage.setdefault(stage, []).append(name)
-        assert by_stage.pop("gprune + bias") == ["one", "other", "moved"]
-        assert len(by_stage.pop("dense")) == 1
-        assert all(names == ["one; other", "moved"] for names in by_stage.values())
-        assert {"base", "averaged", "base + bias", "gprune"} <= set(by_stage)
+            by_row.setdefault(stage, []).append(name)
+        assert by_row.pop("gprune + bias") == ["one", "other", "moved"]
+        assert len(by_row.pop("dense")) == 1
+        assert all(names == ["one; other", "moved"] for names in by_row.values())
+        assert {"base", "averaged", "base + bias", "gprune"} <= set(by_row)
     merged = row(run_report.tables[0], "one; other", "averaged")
     assert merged == row(report.make([run]).tables[0], "one", "averaged") | {"run": "one; other"}
     labels = [text.get_text() for text in run_report.figures()["ratios"].axes[0].get_yticklabels()]

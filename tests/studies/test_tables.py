@@ -72,8 +72,8 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     listing, done = bench.done(path)
     assert [(row.name, row.seed) for row, _ in done] == [(name, seed) for seed in (0, 1, 2) for name in rows]
     table = study.make_report(listing, done).tables[0]
-    by_stage = {(row[0], row[1]): row for row in table.rows}
-    assert by_stage["plain (3 seeds)", "base"][2] == by_stage["wifv (3 seeds)", "base"][2] == 3
+    by_row = {(row[0], row[1]): row for row in table.rows}
+    assert by_row["plain (3 seeds)", "base"][2] == by_row["wifv (3 seeds)", "base"][2] == 3
     by_seed = [[record for row, record in done if row.seed == seed] for seed in (0, 1, 2)]
     ratios, distances = (
         [paired_ratio(unseen(wifv, "base", number), unseen(plain, "base", number), 31)[0] for plain, wifv in by_seed]
@@ -84,8 +84,8 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
     assert len(set(ratios)) == 3
     # Each seed is divided by the run of the reference with the same seed.
     column = table.columns.index("unseen / unrecovered base")
-    assert by_stage["wifv (3 seeds)", "base"][column] == mean_over_seeds(ratios)
-    assert by_stage["plain (3 seeds)", "base"][column] is None
+    assert by_row["wifv (3 seeds)", "base"][column] == mean_over_seeds(ratios)
+    assert by_row["plain (3 seeds)", "base"][column] is None
     # Without a seed of the reference there is no ratio. Without a seed of the row, the mean is over the others.
     for missing, has_ratio in ((("plain", 2), False), (("wifv", 2), True)):
         fewer = [(row, record) for row, record in done if (row.name, row.seed) != missing]
