@@ -14,7 +14,6 @@ from gprune.config.parse import (
     check_settings,
     config_from_mapping,
     flatten,
-    migrate_settings,
     parse,
     read_flags,
     read_settings,
@@ -26,5 +25,5 @@ __all__ = [
     "CONSENT", "DEFAULT_MULTIPLE", "CorporaConfig", "EvaluationConfig", "ExportConfig",
     "LoggingConfig", "ModelConfig", "PartitionConfig", "ReliabilityConfig", "RunConfig", "RunFolderConfig",
     "SparsityConfig", "TrainerConfig", "check_settings", "config_from_mapping", "effective_settings", "flatten",
-    "migrate_settings", "parse", "read_flags", "read_settings",
+    "parse", "read_flags", "read_settings",
 ]  # fmt: skip

@@ -146,11 +146,6 @@ class Group(
             super().__setattr__(name, value)
 
     @classmethod
-    def migrate(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return settings of this group that an earlier version has stored, in the form of this version."""
-        return settings
-
-    @classmethod
     @contextlib.contextmanager
     def _user_errors(cls, *names: str) -> Iterator[None]:
         """Check that the settings exist, and convert pydantic's errors to UserError."""

@@ -41,12 +41,6 @@ MAIN_FLAGS = (  # the flags that `--help` lists, besides --config
     "model.name", "model.dtype", "sparsity.target", "sparsity.scope", "recovery", "distill.tokens", "corpora.evaluate",
     "export.format", "run.name", "dry_run",
 )  # fmt: skip
-# Settings removed since earlier versions, with the value that matches today's behaviour (`...`: any value does).
-REMOVED = {
-    "corpora.separator": "blank", "distill.hidden": 0.0, "distill.points": 4,
-    "partition.subtract_noise": False, "sparsity.schedule": [], "model.made_elsewhere": None,
-    "evaluation.samples": ..., "logging.tracker": ...,
-}  # fmt: skip
 
 
 def parse(args: Sequence[str] | None = None, prog: str = "train.py") -> RunConfig:
@@ -182,23 +176,6 @@ def read_settings(name: Path | str, folder: Path | str = "") -> dict[str, Any]:
     settings: dict[str, Any] = {}
     overlay(settings, content or {}, f"--config {path}")
     return settings
-
-
-def migrate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert nested settings stored by an earlier version to those of this version.
-
-    A setting in `REMOVED` is dropped if it has the value in that table.
-    """
-    current = {group: dict(value) if isinstance(value, dict) else value for group, value in settings.items()}
-    for name, value in REMOVED.items():
-        group, _, setting = name.partition(".")
-        group_settings = current.get(group)
-        if isinstance(group_settings, dict) and value in (..., group_settings.get(setting)):
-            group_settings.pop(setting, None)
-    return {
-        name: GROUPS[name].migrate(value) if name in GROUPS and isinstance(value, dict) else value
-        for name, value in current.items()
-    }
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -67,14 +67,6 @@ class DistillConfig(Group, prefix="distill."):
         if self.absolute_learning_rate is not None and self.learning_rate != RELATIVE_RATE:
             raise UserError("--distill.absolute_learning_rate cannot be combined with --distill.learning_rate.")
 
-    @classmethod
-    def migrate(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """The learning rate of earlier versions was in the units of the weights."""
-        if "learning_rate" in settings and "absolute_learning_rate" not in settings:
-            rates = {"absolute_learning_rate": settings["learning_rate"], "learning_rate": RELATIVE_RATE}
-            return settings | rates
-        return settings
-
 
 class EvaluationConfig(Group, prefix="evaluation."):
     """Evaluation at the end, and development text during learning."""

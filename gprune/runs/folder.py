@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from gprune.config import check_settings, flatten, migrate_settings
+from gprune.config import check_settings, flatten
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.storage.environment import environment, peak_memory, reset_peak_memory
@@ -54,7 +54,7 @@ def require_names(what: str, content: dict[str, Any], names: Iterable[str]) -> N
 def check_manifest(content: dict[str, Any]) -> None:
     """Raise ValueError unless the content of `manifest.json` has its names, and settings of this version."""
     require_names("a manifest", content, ("settings", "steps"))
-    check_settings(migrate_settings(content["settings"]))
+    check_settings(content["settings"])
 
 
 def check_metrics(content: dict[str, Any]) -> None:

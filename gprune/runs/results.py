@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.checks import require
-from gprune.config import RunConfig, config_from_mapping, migrate_settings
+from gprune.config import RunConfig, config_from_mapping
 from gprune.config.elsewhere import made_elsewhere, with_made_elsewhere
 from gprune.discovery import family_of
 from gprune.errors import UnregisteredError, UserError, first_line
@@ -156,7 +156,7 @@ def read_numbers(path: Path | str) -> FinishedRun:
         reason = f"metrics.json: {problem or 'no summary yet'}"
         raise UserError(f"Cannot read run '{path}': the run is not finished ({reason}). Run the same command again.")
     return FinishedRun(
-        folder, folder.resolve().name, migrate_settings(manifest["settings"]), metrics["records"], metrics["summary"],
+        folder, folder.resolve().name, manifest["settings"], metrics["records"], metrics["summary"],
         steps=manifest["steps"], environment=manifest.get("environment") or {}, key=key,
     )  # fmt: skip
 
@@ -257,7 +257,7 @@ def config_of(run: FinishedRun) -> RunConfig:
         settings = read_yaml(file, "The file must be YAML; got")
         if not isinstance(settings, dict):
             raise UserError("The file must hold settings.")
-        cfg = config_from_mapping(migrate_settings(settings))
+        cfg = config_from_mapping(settings)
         stored = {name: run.settings[name] for name in ("inputs", "code") if name in run.settings}
         current = {name: value for name, value in cfg.settings().items() if name != "code"}  # may have changed
         if run.final == "model":

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gprune.config import RunConfig, effective_settings, flatten, migrate_settings
+from gprune.config import RunConfig, effective_settings, flatten
 from gprune.errors import UserError
 from gprune.models.masks import Masks
 from gprune.runs.folder import changed_code, check_evaluation, check_study
-from gprune.runs.numbers import Record, entries
+from gprune.runs.numbers import Record
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import key_of, read_json, write_json
 from gprune.studies.listing import LISTED_PRECISION, Row
@@ -26,27 +26,24 @@ from gprune.user_code import compare_code
 
 LINE_WIDTH = 1000  # characters per line of a record
 RECORD_FORMAT = 4  # part of the hash in the names of records, independent of the version of caches
-# Settings of earlier versions for scores on several corpora together, in the groups `reliability` and `partition`.
-ALL_SWITCH = {"switch": True, "everywhere": True, "metric": "averaged"}
-ONE_MODULE = {"num_modules": 1, "method": "initial"}
-FIRST_DEFAULTS = Path(__file__).with_name("first_defaults.json")  # never changed
+DEFAULTS = Path(__file__).with_name("defaults_0_1_0.json")  # never changed
 
 
 @functools.cache
-def first_defaults() -> dict[str, Any]:
+def stored_defaults() -> dict[str, Any]:
     """Settings against which names of records are hashed, and which records have that lack a setting.
 
-    They are the defaults of the version that wrote the first records, in `FIRST_DEFAULTS`, so that a changed default
-    does not change the name of a record. Settings that were added later have their default.
+    They are the defaults of version 0.1.0, in `DEFAULTS`, so that neither a changed default nor a removed setting
+    changes the name of a record. Settings that were added later have their default.
     """
-    stored = json.loads(FIRST_DEFAULTS.read_text(encoding="utf-8"))
-    settings = RunConfig(trainer={"precision": LISTED_PRECISION}).settings()
-    for name, value in settings.items():
-        stored_value = stored.get(name, value)
-        if isinstance(value, dict):
-            stored_value = {key: stored_value.get(key, default) for key, default in value.items()}
-        settings[name] = stored_value
-    return settings
+    today = RunConfig(trainer={"precision": LISTED_PRECISION}).settings()
+    return _filled(json.loads(DEFAULTS.read_text(encoding="utf-8")), today)
+
+
+def _filled(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings, in which missing ones have their default."""
+    groups = {name: group | settings.get(name, {}) for name, group in defaults.items() if isinstance(group, dict)}
+    return {**defaults, **settings, **groups}
 
 
 @dataclass(frozen=True)
@@ -94,16 +91,14 @@ class Found:
 def find_records(row: Row) -> Found:
     """Read the records of a row.
 
-    The name of a record's file consists of the row's name, for readability, the seed, and a hash of all settings that
-    differ from `first_defaults`. Records are found by the hash, so that lists with other names for a row share its
-    record, and new settings and new defaults do not change the names of existing records. Several lists may have
-    written records with the same settings, but with other tasks or without masks. Records with other tasks are left
-    out, except those that other code has made.
+    The name of a record's file consists of the row's name, for readability, the seed, and a hash of
+    `identifying_settings`. Records are found by the hash, so that lists with other names for a row share its record.
+    Several lists may have written records with the same settings, but with other tasks or without masks. Records with
+    other tasks are left out, except those that other code has made.
     """
     code, settings = row.config.code, identifying_settings(row.identity)
     by_code = {"same": [], "unknown": [], "other": []}
-    keys = map(_settings_key, (row.identity, before_pooled_scores(row.identity)))
-    for path in itertools.chain(*(sorted((row.records / "runs").glob(f"*-{key}*.json")) for key in keys)):
+    for path in sorted((row.records / "runs").glob(f"*-{_settings_key(row.identity)}*.json")):
         record = read_record(path)
         if record is None or identifying_settings(record["settings"]) != settings:
             continue
@@ -136,68 +131,13 @@ def find_record(row: Row, *, checked: bool = False) -> tuple[Path, dict[str, Any
 def read_record(path: Path) -> dict[str, Any] | None:
     """Load a record with its `path`. Return None if it is missing or, with a warning, if it is not a valid record.
 
-    Settings of earlier versions are converted (`migrate_settings`); missing settings get the value of `first_defaults`.
+    Missing settings get the value of `stored_defaults`. Settings that this version does not have are kept.
     """
     content = read_json(path, check=lambda content: check_study(unfold_records(content)))
     if content is None:
         return None
-    settings = migrate_settings(content["settings"])
-    defaults = first_defaults()
-    groups = {name: group | settings.get(name, {}) for name, group in defaults.items() if isinstance(group, dict)}
-    record = unfold_records(content) | {"settings": defaults | settings | groups, "path": path}
-    return migrate_pooled_scores(record)
-
-
-def migrate_pooled_scores(record: dict[str, Any]) -> dict[str, Any]:
-    """Convert a record of an earlier version that scored units on several corpora together.
-
-    The earlier settings switched all modules to the metric `averaged`. Without learning there was a single module, and
-    the row was called `gprune`, which is `averaged` now.
-    """
-    settings, defaults = record["settings"], first_defaults()
-    learns = settings["sparsity"]["allocation"] == "learned"
-    if not ALL_SWITCH.items() <= settings["reliability"].items():
-        return record
-    if not (learns or settings["partition"]["num_modules"] == 1):
-        return record
-    reliability = settings["reliability"] | {name: defaults["reliability"][name] for name in ALL_SWITCH}
-    corpora = settings["corpora"] | {"score": settings["corpora"]["drift"]}
-    if settings["gprune"] and learns:
-        return record | {"settings": settings | {"corpora": corpora, "reliability": reliability | {"switch": False}}}
-    partition = settings["partition"] | {name: defaults["partition"][name] for name in ONE_MODULE}
-    settings = settings | {"partition": partition, "reliability": reliability}
-    if not settings["gprune"]:
-        return record | {"settings": settings}
-    no_modules = dict.fromkeys(("partition", "switch", "switch_to", "switch_everywhere"))
-
-    def rename(records: Sequence[Record]) -> list[Record]:
-        return [r | {"stage": "averaged"} | no_modules if r["stage"] == "gprune" else r for r in records]
-
-    record = record | {
-        "settings": settings | {"gprune": False, "corpora": corpora},
-        "records": rename(record["records"]),
-    }
-    if record.get("evaluation"):
-        record["evaluation"] = rename(record["evaluation"])
-    for name, entry in entries(record["summary"]).items():
-        if table := entry.get("table"):  # its first column has names of rows
-            rows = [[cells[0].replace("gprune", "averaged"), *cells[1:]] for cells in table["rows"]]
-            record["summary"] = record["summary"] | {name: entry | {"table": table | {"rows": rows}}}
-    return record
-
-
-def before_pooled_scores(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of an earlier version that `migrate_pooled_scores` converts to these settings.
-
-    Names of records are hashes of the settings with which they were written.
-    """
-    corpora = settings["corpora"]
-    earlier = {**settings, "reliability": settings["reliability"] | ALL_SWITCH}
-    if not settings["gprune"]:
-        earlier["partition"] = settings["partition"] | ONE_MODULE
-    if isinstance(corpora["score"], list):
-        earlier |= {"gprune": True, "corpora": corpora | {"score": corpora["score"][0]}}
-    return earlier
+    settings = _filled(content["settings"], stored_defaults())
+    return unfold_records(content) | {"settings": settings, "path": path}
 
 
 def write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -208,19 +148,19 @@ def write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings_key(settings: Mapping[str, Any]) -> str:
-    """Return the hash of settings that differ from their defaults, without the user's code."""
-    defaults, settings = flatten(first_defaults()), identifying_settings(settings)
-    changed = {name: value for name, value in settings.items() if value != defaults.get(name)}
-    return key_of(format=RECORD_FORMAT, settings=changed)[:10]
+    """Return the hash of `identifying_settings`."""
+    return key_of(format=RECORD_FORMAT, settings=identifying_settings(settings))[:10]
 
 
 def identifying_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that identify a record, by dotted name, without the user's code.
+    """Return the settings that differ from `stored_defaults`, by dotted name, without the user's code.
 
     Settings of pruning are left out for a model made elsewhere, so that their defaults do not matter.
     """
+    defaults = flatten(stored_defaults())
     settings = {name: value for name, value in settings.items() if name != "code"}
-    return effective_settings(settings) | {"gprune": settings["gprune"]}
+    settings = effective_settings(settings) | {"gprune": settings["gprune"]}
+    return {name: value for name, value in settings.items() if value != defaults.get(name)}
 
 
 def _new_path(row: Row, key: str) -> Path:

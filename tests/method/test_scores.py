@@ -71,7 +71,7 @@ def test_a_run_without_modules_keeps_the_units_with_the_highest_scores_of_all_co
 
 
 def test_one_module_that_switches_to_averaged_keeps_the_same_neurons(world, tmp_path):
-    """This is how earlier versions scored on several corpora; their records belong to the present rows."""
+    """Many rows were computed in this way. Their records have the settings of scores on several corpora."""
     corpora = world.names("alpha", "beta")
     new = world.run(tmp_path, "--gprune=false", f"--corpora.score={corpora}", name="new")
     one_module = ["--partition.method=initial", "--partition.num_modules=1", "--sparsity.allocation=uniform"]

@@ -11,12 +11,9 @@ import pytest
 
 import gprune
 from gprune.errors import UserError
-from gprune.report.grouping import group_by_seed, read_runs
-from gprune.report.tables import settings_table
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import COLUMNS, NUMBER_COLUMNS, number_frame
-from gprune.storage.files import key_of, read_json, read_tensors, write_json, write_tensors
-from gprune.storage.yaml_text import read_yaml, to_yaml
+from gprune.storage.files import read_json, write_json
 from tests import tiny_run
 
 
@@ -119,33 +116,6 @@ def test_a_run_of_an_older_version_is_refused_in_one_line(recovered, tmp_path, e
         folder.in_use(settings, ""),
     ):
         pass
-
-
-def test_a_run_from_before_relative_step_sizes_loads_unless_it_used_a_removed_feature(recovered, tmp_path):
-    """Such a run has an absolute step size and settings that were removed since. Its files have the key of these."""
-    folder = shutil.copytree(recovered.path, tmp_path / "older")
-    manifest, config = read_json(folder / "manifest.json"), read_yaml(folder / "config.yaml", "")
-    for settings in (manifest["settings"], config):
-        del settings["distill"]["absolute_learning_rate"]
-        settings["distill"] |= {"learning_rate": 0.0005, "hidden": 0.0}
-        settings["sparsity"]["schedule"] = []
-    config["evaluation"]["samples"], config["logging"]["artifacts"] = 7, ["masks"]
-    key = key_of(settings=manifest["settings"])
-    write_json(folder / "manifest.json", manifest)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    write_json(folder / "metrics.json", read_json(folder / "metrics.json"), run=key)
-    for file in folder.rglob("*.safetensors"):
-        write_tensors(file, read_tensors(file), {"run": key})
-    older = gprune.load_run(folder)
-    assert older.config.distill.model_dump() == recovered.config.distill.model_dump() | {"absolute_learning_rate": 5e-4}
-    assert older.records == recovered.records
-    assert settings_table(group_by_seed(read_runs([recovered.path, folder]))).rows == [
-        ["distill.absolute_learning_rate", "null", "0.0005"]
-    ]
-    manifest["settings"]["distill"]["hidden"] = 0.1  # a removed feature
-    write_json(folder / "manifest.json", manifest)
-    with pytest.raises(UserError, match=r"older version .*they differ in distill\.hidden\)"):
-        gprune.load_run(folder)
 
 
 def test_a_run_whose_import_is_missing_is_refused_with_the_import_flag(recovered, tmp_path, monkeypatch):

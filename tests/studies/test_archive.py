@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,22 @@ from gprune.studies.runner import run_row
 from tests.studies.workbench import ROWS
 
 
+@pytest.fixture
+def change_stored_defaults(tmp_path, monkeypatch):
+    """Function that replaces the stored table of defaults by an edited copy, until the end of the test."""
+
+    def change(edit: Callable[[dict[str, Any]], object]) -> None:
+        table = json.loads(archive.DEFAULTS.read_text())
+        edit(table)
+        (tmp_path / "table.json").write_text(json.dumps(table))
+        monkeypatch.setattr(archive, "DEFAULTS", tmp_path / "table.json")
+        archive.stored_defaults.cache_clear()
+
+    yield change
+    monkeypatch.undo()
+    archive.stored_defaults.cache_clear()
+
+
 def test_a_record_without_newer_settings_matches_a_row_with_their_defaults(bench, first, monkeypatch):
     """A record does not match if one of its settings has another value, or is one that this version does not have."""
     row = bench.rows(first[0])[1]
@@ -25,10 +43,8 @@ def test_a_record_without_newer_settings_matches_a_row_with_their_defaults(bench
     settings = record["settings"]
     older = {name: value for name, value in settings.items() if name != "ridge"}
     older["sparsity"] = {name: value for name, value in settings["sparsity"].items() if name != "uniform_width"}
-    # A record from the time when all learning rates were absolute has no `absolute_learning_rate`.
-    absolute = {"distill": {"learning_rate": settings["distill"]["learning_rate"]}}
     for stored_settings, matches in (
-        (older, True), (older | {"ridge": 0.5}, False), (settings | {"removed": 1}, False), (older | absolute, False),
+        (older, True), (older | {"ridge": 0.5}, False), (settings | {"removed": 1}, False),
     ):  # fmt: skip
         monkeypatch.setattr(
             archive,
@@ -38,47 +54,49 @@ def test_a_record_without_newer_settings_matches_a_row_with_their_defaults(bench
         assert (finished_record(row) == record) == matches
 
 
-def test_a_changed_default_renames_no_record_and_changes_no_record_that_lacks_the_setting(bench, monkeypatch):
+def test_a_changed_default_renames_no_record_and_changes_no_record_that_lacks_the_setting(
+    bench, monkeypatch, change_stored_defaults
+):
     """A row that names the former default has the record's file. A row with the new default does not match."""
+    change_stored_defaults(lambda table: table["sparsity"].update(width_multiple=1))
     former, today = bench.rows(bench.write("former", {"x": {"sparsity.width_multiple": 1}, "x today": {}}))
     name_of_former, name_of_today = (archive.find_record(row)[0].stem for row in (former, today))
     settings = former.config.settings()
     stored = settings | {"sparsity": {n: v for n, v in settings["sparsity"].items() if n != "width_multiple"}}
     monkeypatch.setattr(archive, "read_json", lambda *_, **__: {"settings": stored, "records": [], "masks": None})
     assert archive.read_record(former.records)["settings"] == settings != today.config.settings()
-    defaults = flatten(archive.first_defaults())
+    defaults = flatten(archive.stored_defaults())
     changed = {name: value for name, value in flatten(stored).items() if value != defaults.get(name)}
     key = key_of(format=archive.RECORD_FORMAT, settings=changed)[:10]
     assert name_of_former == f"x-seed0-{key}"
     assert not name_of_today.endswith(key)
 
 
-POOLED = {"corpora.score": ["alpha", "beta"], "corpora.drift": ["alpha", "beta"]}
-ONE_MODULE = {"partition.method": "initial", "partition.num_modules": 1}
+def test_a_setting_that_is_gone_stays_in_its_records_and_only_another_value_than_its_default_identifies_them(
+    bench, first, tmp_path, change_stored_defaults
+):
+    row = bench.rows(first[0])[1]
+    path, record = archive.find_record(row)
+    change_stored_defaults(lambda table: table["sparsity"].update(former=1))
+    assert archive.find_record(row)[0] == path
+    for value in (1, 2):
+        settings = record["settings"] | {"sparsity": record["settings"]["sparsity"] | {"former": value}}
+        archive.write_record(tmp_path / path.name, record | {"settings": settings})
+        read = archive.read_record(tmp_path / path.name)
+        assert read["settings"] == settings
+        assert read["records"] == record["records"]
+        same = archive.identifying_settings(settings) == archive.identifying_settings(row.identity)
+        assert same == (value == 1)
 
 
-@pytest.mark.parametrize(
-    ("row", "stage"),
-    [
-        (POOLED | {"gprune": False, "partition.num_modules": 8, "sparsity.allocation": "uniform"}, "averaged"),
-        (POOLED | ONE_MODULE | {"reliability.switch": False}, "gprune"),
-        (POOLED | {"partition.num_modules": 6, "reliability.switch": False}, "gprune"),
-        ({"gprune": False, "partition.num_modules": 8}, "base"),
-    ],
-    ids=["not learned", "one module", "six modules", "base"],
-)
-def test_a_row_that_is_scored_on_several_corpora_finds_the_record_of_earlier_settings(row, stage, bench):
-    """Earlier versions spelled these scores as modules that all switch to the metric `averaged`."""
-    (row,) = bench.rows(bench.write("pooled", {"x": row}))
-    earlier = archive.before_pooled_scores(row.identity)
-    assert earlier["corpora"]["score"] in ("alpha", str(bench.world.corpora["alpha"]))
-    assert earlier["reliability"]["everywhere"]
-    stages = ["gprune" if stage == "averaged" else stage, "dense"]
-    record = {"settings": earlier, "records": [{"stage": s} for s in stages], "summary": {}}
-    read = archive.migrate_pooled_scores(record)
-    assert archive.identifying_settings(read["settings"]) == archive.identifying_settings(row.identity)
-    assert [r["stage"] for r in read["records"]] == [stage, "dense"]
-    assert archive.migrate_pooled_scores(read) == read
+def test_a_setting_that_the_stored_table_lacks_has_the_default_of_this_version(change_stored_defaults):
+    expected = archive.stored_defaults()
+
+    def remove(table: dict[str, Any]) -> None:
+        del table["ridge"], table["sparsity"]["epochs"]
+
+    change_stored_defaults(remove)
+    assert archive.stored_defaults() == expected
 
 
 def test_defaults_of_pruning_do_not_identify_a_row_of_a_model_made_elsewhere(bench):
@@ -87,21 +105,6 @@ def test_defaults_of_pruning_do_not_identify_a_row_of_a_model_made_elsewhere(ben
     other = settings | {"sparsity": settings["sparsity"] | {"width_multiple": 1, "target": 0.3}}
     assert archive.identifying_settings(other) == archive.identifying_settings(settings)
     assert archive.identifying_settings(settings | {"gprune": True}) != archive.identifying_settings(settings)
-
-
-def test_a_setting_that_the_table_of_defaults_lacks_has_the_default_of_this_version(tmp_path, monkeypatch):
-    """A setting of the table that this version does not have is left out, as records with it match no row."""
-    table = json.loads(archive.FIRST_DEFAULTS.read_text())
-    del table["ridge"], table["sparsity"]["epochs"]
-    table["sparsity"]["former"] = table["former"] = 1
-    (tmp_path / "table.json").write_text(json.dumps(table))
-    expected = archive.first_defaults()
-    monkeypatch.setattr(archive, "FIRST_DEFAULTS", tmp_path / "table.json")
-    archive.first_defaults.cache_clear()
-    try:
-        assert archive.first_defaults() == expected
-    finally:
-        archive.first_defaults.cache_clear()
 
 
 def test_record_names_contain_row_and_seed_and_differ_only_by_settings(bench, first):
