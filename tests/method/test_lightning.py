@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import lightning as L
@@ -190,7 +191,8 @@ def test_a_run_from_python_uses_callback_and_logger_objects(world, tmp_path, mon
     # Both stages that train on text were stopped at the second validation, after 2 x 2 batches.
     assert [stopped["batches"] for stopped in result.summary["stopped"].values()] == [4, 4]
     assert Path(saving.best_model_path).is_file()
-    assert "DistillationStage" in saving.best_model_path
+    folder = Path(saving.best_model_path).parent.relative_to(result.path).as_posix()
+    assert re.fullmatch(r"checkpoints/recovery/gprune\+distill-\w{8}-DistillationStage", folder)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
