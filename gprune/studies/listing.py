@@ -92,7 +92,7 @@ class Content(StrictModel):
     """Pairs to compare: a row's name, as in 'a', is its final model; another stage is named as in 'a: base'."""
     seeds: list[int] = [0]
     tables: list[TableName] = list(TABLES)
-    """Tables of the report to print."""
+    """Tables of the report to print; `final` is the summary of the final models alone."""
     masks: bool = False
     """Store masks in the records of a list in `experiments/`; other lists always store them."""
     tasks: dict[str, Any] = {}
@@ -206,6 +206,9 @@ def read_content(path: Path) -> Content:
     content = read_yaml(path, "The list must be a YAML file; got")
     if isinstance(content, dict):
         content = {key: value for key, value in content.items() if value is not None}
+        names = [str(name) for name in content.get("rows") or ()]
+        if shared := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"List '{path}' has two rows with the name '{shared[0]}', a number and a text. Rename one.")
     try:
         return Content.model_validate(content)
     except ValidationError as error:
