@@ -205,6 +205,10 @@ def _restore_relations(content: dict[str, Any], original: Mapping[str, Any]) -> 
     number_of_wide_heads = 2 * HIDDEN // HEAD_DIM  # of Mamba and others with inner states of 2 x the hidden size
     if "mamba_headdim" in content and "n_mamba_heads" in content:
         content["n_mamba_heads"] = number_of_wide_heads
+    if "mamba_d_ssm" in content and isinstance(content.get("mamba_d_head"), int):  # falcon_h1
+        content["mamba_d_ssm"] = content["mamba_n_heads"] * content["mamba_d_head"]
+    elif "mamba_expand" in content and isinstance(content.get("mamba_d_head"), int):  # bamba, granitemoehybrid
+        content["mamba_n_heads"] = content["mamba_expand"] * content["hidden_size"] // content["mamba_d_head"]
     if "attention_hidden_size" in content and original["attention_hidden_size"] == 2 * original.get("hidden_size", 0):
         content["attention_hidden_size"] = 2 * HIDDEN  # Zamba concatenates hidden states and embeddings
         content["attention_head_dim"] = 2 * HIDDEN // content["num_attention_heads"]

@@ -239,9 +239,9 @@ def _size_of_main_row(trials: Trials, search: SearchResult, budget: Budget, mask
 
 def _remove_other_trials(trials: Trials, kept_masks: Masks) -> None:
     """Remove the files and the token counts of learned tensors of trials that are not the result of the search."""
-    run, recovery = trials.run, trials.run.cfg.recovery
-    prefixes = {learned_file(masks, recovery) for masks in trials.trained.values()}
-    others = tuple(f"{prefix}-" for prefix in prefixes - {learned_file(kept_masks, recovery)})
+    run, row = trials.run, trials.run.cfg.own_row
+    prefixes = {learned_file(masks, row) for masks in trials.trained.values()}
+    others = tuple(f"{prefix}-" for prefix in prefixes - {learned_file(kept_masks, row)})
     for file in (run.folder / "recovery").glob("*.safetensors"):
         if f"recovery/{file.name}".startswith(others):
             file.unlink(missing_ok=True)

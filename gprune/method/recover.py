@@ -28,7 +28,7 @@ from gprune.models.surgery import prune, prune_to_files
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery_learns, recovery_needs
 from gprune.recoveries.contract import Revise
 from gprune.runs.folder import broadcast
-from gprune.runs.numbers import ResultRow
+from gprune.runs.numbers import ResultRow, row_name
 from gprune.stages.callbacks import BestWeights
 from gprune.storage.files import content_hash
 
@@ -56,7 +56,7 @@ def shrink(
         statistics=pool_statistics(statistics[corpus] for corpus in corpora) if needs - {"text"} else None,
         batches=[ids for windows in texts for ids in windows.tokens.split(cfg.corpora.batch_size)],
         count=run.meter.add,
-        fit=fit_once(run, learned_file(masks, row[1]), row, trial, control=row != cfg.own_row),
+        fit=fit_once(run, learned_file(masks, row), row, trial, control=row != cfg.own_row),
         shard=cfg.model.shard,
         teacher=run.teacher,
     )
@@ -118,9 +118,9 @@ def placement(run: Run) -> dict[str, Any]:
     return {} if m.device_map is None else {"device_map": m.device_map, "max_memory": m.max_memory}
 
 
-def learned_file(masks: Masks, recovery: str) -> str:
-    """Prefix of the files in the run folder with the tensors that a recovery of a pruned model has learned."""
-    return f"recovery/{recovery}-{content_hash(masks.tensors())[:8]}"
+def learned_file(masks: Masks, row: ResultRow) -> str:
+    """Prefix of the files in the run folder with the tensors that the recovery of a row's model has learned."""
+    return f"recovery/{row_name(*row)}-{content_hash(masks.tensors())[:8]}".replace(" ", "")
 
 
 def fit_once(

@@ -68,26 +68,36 @@ class ApplyMasks(L.Callback):
 
     The gates of `ThresholdLearning` are applied only inside its training step, so validation measures the model exactly
     as it would be after pruning.
+
+    Attributes:
+        masks: function that returns the masks of the next validation; None for the dense model.
+        applied: the masks that are on the model now. None outside of validation, and for the dense model.
     """
+
+    applied: Masks | None = None
 
     def __init__(self, masks: Callable[[], Masks | None]):
         self.masks = masks
-        self._applied = ExitStack()
+        self._on_model = ExitStack()
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Apply the current masks, of averaged thresholds if a callback such as `WeightAveraging` has set them."""
         if not hasattr(pl_module, "measured_model"):  # a stage that measures no language model
             return
-        masks = self.masks()
-        if masks is not None:
-            self._applied.enter_context(masked(pl_module.measured_model, masks))
+        self.applied = self.masks()
+        if self.applied is not None:
+            self._on_model.enter_context(masked(pl_module.measured_model, self.applied))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._applied.close()
+        self._remove()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Remove the masks if validation raises, because `on_validation_end` is then not called."""
-        self._applied.close()
+        self._remove()
+
+    def _remove(self) -> None:
+        self._on_model.close()
+        self.applied = None
 
 
 class PerplexityCurve(L.Callback):
@@ -124,12 +134,13 @@ class PerplexityCurve(L.Callback):
     ) -> None:
         """Measure perplexity at several sparsities by `trainer.validate`, logged as `curve/perplexity/<corpus>`."""
         (apply_masks,) = (callback for callback in trainer.callbacks if isinstance(callback, ApplyMasks))
-        stage.validation_prefix = "curve"
+        masks_in_training, stage.validation_prefix = apply_masks.masks, "curve"
         for step, sparsity in enumerate(sorted(masks)):
             apply_masks.masks = lambda sparsity=sparsity: masks[sparsity]
             self._point = {"curve/sparsity": sparsity, "step": float(step)}  # Lightning reads `step` as the logged step
             trainer.validate(stage, data, verbose=False)
             self.by_sparsity[sparsity] = stage.development
+        apply_masks.masks, stage.validation_prefix = masks_in_training, "development"
 
 
 class BestWeights(PerplexityCurve):

@@ -92,7 +92,7 @@ class Content(StrictModel):
     """Pairs to compare: a row's name, as in 'a', is its final model; another stage is named as in 'a: base'."""
     seeds: list[int] = [0]
     tables: list[TableName] = list(TABLES)
-    """Tables of the report to print."""
+    """Tables of the report to print; `final` is the summary of the final models alone."""
     masks: bool = False
     """Store masks in the records of a list in `experiments/`; other lists always store them."""
     tasks: dict[str, Any] = {}
@@ -203,13 +203,29 @@ class Listing:
 
 def read_content(path: Path) -> Content:
     """Read and validate the keys of a list file."""
+    if "experiments" in path.parts and not path.exists():
+        raise UserError(f"The list must be a YAML file; got '{path}' (No such file or directory). {_place(path)}.")
     content = read_yaml(path, "The list must be a YAML file; got")
     if isinstance(content, dict):
         content = {key: value for key, value in content.items() if value is not None}
+        names = [str(name) for name in content.get("rows") or ()]
+        if shared := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"List '{path}' has two rows with the name '{shared[0]}', a number and a text. Rename one.")
     try:
         return Content.model_validate(content)
     except ValidationError as error:
         raise UserError(f"List '{path}': {validation_message(error)}.") from error
+
+
+def _place(path: Path) -> str:
+    """Return where the list of the project is that a path in `experiments/` names, which is not a file from here."""
+    parts = path.parts
+    of_project = EXPERIMENTS.joinpath(*parts[parts.index("experiments") + 1 :])
+    if of_project.is_file():
+        return f"The list of the project is {of_project}"
+    if EXPERIMENTS.is_dir():
+        return f"Lists of the project are in {EXPERIMENTS}"
+    return "Lists and records of the project are in experiments/ of its repository, and not in the installed package"
 
 
 def benchmarks_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from itertools import chain
@@ -302,9 +302,18 @@ def _check_text(done: FinishedRows) -> None:
 
 def study_tables(listing: Listing, report: Report) -> list[Table]:
     """Return the tables that have rows: those of the report that the list selects, and comparisons of stages."""
-    tables = [table for table in report.tables if table.name in listing.content.tables]
+    tables = [final_table(report), *report.tables]
+    tables = [table for table in tables if table.name in listing.content.tables]
     tables += [stage_comparison_table(listing, report.runs), task_table(listing, report.runs)]
     return [table for table in tables if table.rows]
+
+
+def final_table(report: Report) -> Table:
+    """Table with the lines of the summary that have the final models of rows, without dense models and controls."""
+    summary = report.tables[0]
+    final = {(group.name, row_name(*run_stages(group.runs[0])[-1])) for group in report.groups}
+    rows = [row for row in summary.rows if (row[0], row[1]) in final]
+    return replace(summary, name="final", title="Final models", rows=rows)
 
 
 def stage_comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import lightning as L
@@ -148,6 +149,33 @@ def test_masks_are_applied_only_during_validation(tiny_model, token_batch):
     assert is_dense == [True] * 4 + [False] * 4  # four batches at sparsity 0, then four at 0.5
 
 
+def test_callbacks_tell_validation_of_training_from_the_curve_and_see_the_masks_on_the_model(tiny_model):
+    stage, seen = make_stage(tiny_model), []
+
+    class Watching(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            (apply_masks,) = (callback for callback in trainer.callbacks if isinstance(callback, ApplyMasks))
+            kept = None if apply_masks.applied is None else kept_units(apply_masks.applied)
+            seen.append((pl_module.validation_prefix, kept))
+
+    def kept_units(masks):
+        return sum(int(mask.sum()) for mask in masks.ffn)
+
+    curve, apply_masks = PerplexityCurve(), ApplyMasks(stage.masks)
+    trainer = trainer_of(Watching(), apply_masks, curve)
+    data = data_with_validation(tiny_model)
+    trainer.fit(stage, data)
+    target, other = stage.masks(), some_masks(tiny_model, attention=False)
+    assert kept_units(other) != kept_units(target)
+    curve.against_sparsity(trainer, stage, data, {0.0: None, 0.2: other})
+    *of_training, dense, pruned = seen
+    assert {prefix for prefix, _ in of_training} == {"development"}
+    assert (dense, pruned) == (("curve", None), ("curve", kept_units(other)))
+    assert apply_masks.applied is None
+    trainer.validate(stage, data, verbose=False)
+    assert seen[-1] == of_training[-1] == ("development", kept_units(target))
+
+
 def test_an_exception_in_validation_removes_the_masks(tiny_model, token_batch):
     stage, dense = make_stage(tiny_model), tiny_model(token_batch).logits
 
@@ -190,7 +218,8 @@ def test_a_run_from_python_uses_callback_and_logger_objects(world, tmp_path, mon
     # Both stages that train on text were stopped at the second validation, after 2 x 2 batches.
     assert [stopped["batches"] for stopped in result.summary["stopped"].values()] == [4, 4]
     assert Path(saving.best_model_path).is_file()
-    assert "DistillationStage" in saving.best_model_path
+    folder = Path(saving.best_model_path).parent.relative_to(result.path).as_posix()
+    assert re.fullmatch(r"checkpoints/recovery/gprune\+distill-\w{8}-DistillationStage", folder)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "tb")).Reload()

@@ -264,6 +264,21 @@ def test_a_type_whose_rotary_size_is_a_share_of_the_head_dimension_has_a_tiny_co
 
 
 @pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("falcon_h1", {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64}),
+        ("bamba", {}),
+        ("granitemoehybrid", {"mamba_n_heads": 4}),
+    ],
+)
+def test_mamba_sizes_of_a_small_model_fit_together_in_its_tiny_copy(model_type, settings):
+    """Some of these sizes are smaller than those of a tiny copy, and are kept."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small = CONFIG_MAPPING[model_type](vocab_size=256, num_hidden_layers=3, **sizes, **settings)
+    assert discover_from_tiny(shrunk(small)).kinds[0]
+
+
+@pytest.mark.parametrize(
     ("model_type", "settings", "field", "key"),
     [
         ("granitemoehybrid", {"logits_scaling": 6.0, "num_attention_heads": 12}, "logits_scaling", "logits_scaling"),

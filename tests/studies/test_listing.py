@@ -11,6 +11,7 @@ import yaml
 
 from gprune import report
 from gprune.config import parse
+from gprune.studies import listing
 from gprune.studies.listing import Listing
 from tests import registries
 from tests.studies.workbench import ROWS
@@ -118,6 +119,7 @@ def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
         ("rows: [", ["YAML", "bad.yaml", "line 1"]),
         ("rows: {a: {}}\n1: {}\n", ["1"]),
         ("rows: {a: 3}\n", ["rows.a", "got 3"]),
+        ("rows: {1: {}, '1': {}}\ncompare: [['1', '1: base']]\n", ["bad.yaml", "two rows", "'1'"]),
         ('rows: {"a\\nb": {}}\n', ["rows", "must match pattern", r"'a\nb'"]),
         # settings
         ("rows: {a: {sparsity.target: 2}}\n", ["Row 'a'", "sparsity.target", "got 2"]),
@@ -148,6 +150,18 @@ def test_an_invalid_list_is_refused_in_one_line(content, words, bench, capsys, n
     path.write_text(content)
     line = bench.refused(capsys, path)
     assert all(word in line for word in words), line
+
+
+def test_a_list_of_the_project_that_is_not_there_is_refused_with_its_place(bench, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    headline = listing.EXPERIMENTS / "headline.yaml"
+    line = bench.refused(capsys, "experiments/headline.yaml", "--table")
+    assert line.endswith(f"(No such file or directory). The list of the project is {headline}.\n")
+    line = bench.refused(capsys, "experiments/nowhere.yaml", "--table")
+    assert line.endswith(f"Lists of the project are in {listing.EXPERIMENTS}.\n")
+    monkeypatch.setattr(listing, "EXPERIMENTS", tmp_path / "experiments")  # as in an installed wheel
+    line = bench.refused(capsys, "experiments/headline.yaml", "--table")
+    assert line.endswith("in experiments/ of its repository, and not in the installed package.\n")
 
 
 @pytest.mark.parametrize(

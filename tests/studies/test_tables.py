@@ -109,6 +109,13 @@ def test_the_key_tables_selects_the_printed_tables(bench, first, capsys):
     assert "* seen: the corpus" in out
 
 
+def test_the_table_final_has_one_line_for_each_row(bench, first, capsys):
+    out = bench(capsys, bench.write("final", ROWS, tables=["final"]), "--table")
+    lines = [cells(line) for line in out.splitlines() if line.startswith("| ")]
+    assert [line[:2] for line in lines[1:]] == [["plain", "base"], ["ours", "gprune"], ["other", "gprune"]]
+    assert lines[0][2:5] == ["seeds", "seen", "unseen"]
+
+
 def test_pairs_with_missing_rows_are_omitted_and_pairs_without_common_windows_have_no_ratio(bench, first):
     compare = [["later: gprune", "ours: base"], ["ours: gprune", "plain: base"]]
     listing, done = bench.done(bench.write("apart", ROWS | {"later": {"sparsity.target": 0.1}}, compare=compare))
