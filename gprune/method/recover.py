@@ -161,7 +161,6 @@ def fit_once(
                 best.load_best(stage)
             learned = {key: value.detach().cpu().clone() for key, value in stage.state_dict().items()}
             run.folder.write(name, learned)
-            run.folder.record_cost()
         stage.load_state_dict(learned)
 
     return fit

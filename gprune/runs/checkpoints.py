@@ -126,7 +126,6 @@ class Checkpoints(Checkpoint):
             new_hash = self._hash(temporary)
             self.folder.update_manifest(checkpoints={self.name: [*self._hashes, new_hash]})
         self._hashes = [new_hash]
-        self.folder.record_cost()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the tokens of the stage, the position in the text, and torch's random state to Lightning's checkpoint."""

@@ -11,9 +11,10 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from gprune.config import check_settings, flatten
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.storage.environment import environment, peak_memory, reset_peak_memory
-from gprune.storage.files import inspect_json, locked, read_json, read_tensors, replacing, write_json, write_tensors
+from gprune.storage.files import inspect_json, locked, read_json, read_tensors, write_json, write_tensors, write_text
 from gprune.storage.paths import disk_errors
 from gprune.user_code import Code
 
-SCRATCH_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of scratch folders of `storage.files`
+SCRATCH_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # names of temporary files and scratch folders of `storage.files`
 MEASURED = ("perplexity", "nll", "tokens", "window_nll")
 RECORD = (
     *MEASURED, "stage", "recovery", "corpus", "seen", "seq_len", "stride", "bos", "model", "scope", "sparsity",
@@ -138,7 +139,8 @@ class _RunningStep:
     """A step of a run that is not finished."""
 
     name: str
-    record: Callable[[], None]  # writes the cost of the step so far to the manifest
+    started: float  # time of the monotonic clock
+    earlier_seconds: float  # of earlier sessions
     inner_seconds: float = 0.0  # of inner steps with other names
 
 
@@ -161,7 +163,7 @@ class RunFolder:
         """Create the folder or resume the run in it, and lock it against other processes."""
         if self.path.exists():
             # Inspected before locking, so that all ranks raise the same error, and a foreign folder gets no lock file.
-            self._inspect(settings)
+            self.manifest = self._inspect(settings)
         with ExitStack() as stack:
             if rank_zero_only.rank == 0:
                 self._lock(stack)
@@ -180,19 +182,23 @@ class RunFolder:
                 raise UserError(f"Cannot run in {self.path}: {reason}.") from error
 
     def _create_or_resume(self, settings: dict[str, Any], config_yaml: str) -> None:
-        """Remove scratch files, and write the manifest of a new run and `config.yaml`."""
-        is_new = self._inspect(settings)
-        for scratch in self.path.rglob(".*.tmp"):  # of killed processes; files with other names are the user's
-            if SCRATCH_NAME.fullmatch(scratch.name):
-                shutil.rmtree(scratch, ignore_errors=True)
+        """Remove temporary files, and write the manifest of a new run and `config.yaml`."""
+        self.manifest = self._inspect(settings)
+        for temporary in self.path.rglob(".*.tmp"):  # of killed processes; files with other names are the user's
+            if not SCRATCH_NAME.fullmatch(temporary.name):
+                continue
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
         # The manifest is written first. It marks the folder as a run, which may be killed at any moment.
-        if is_new:
-            write_json(self / "manifest.json", {"settings": settings, "environment": environment(), "steps": {}})
-        with replacing(self / "config.yaml") as temporary:
-            temporary.write_text(config_yaml, encoding="utf-8")
+        if not self.manifest:
+            self.manifest = {"settings": settings, "environment": environment(), "steps": {}}
+            write_json(self / "manifest.json", self.manifest)
+        write_text(self / "config.yaml", config_yaml)
 
-    def _inspect(self, settings: dict[str, Any]) -> bool:
-        """Return whether a new run begins, because the folder has no run with these settings.
+    def _inspect(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the manifest of the run that is resumed; empty if the folder has no run with these settings.
 
         A run with other settings may be replaced if it has no results yet.
         """
@@ -204,7 +210,7 @@ class RunFolder:
         if not is_folder or (has_files and not manifest_file.exists()):
             raise UserError(f"{prefix}: it exists and is not a gprune run. Choose another --run.name or --run.dir.")
         if not has_files:
-            return True
+            return {}
         manifest, problem = inspect_json(manifest_file, check=check_manifest)
         changed = changed_settings(manifest["settings"], settings) if manifest else []
         if changed and ((self / "metrics.json").exists() or any(self.path.rglob("*.safetensors"))):
@@ -212,11 +218,11 @@ class RunFolder:
             raise UserError(f"{prefix}: it has a run with other {what}: {'; '.join(changed[:3])}. {remedy}.")
         if problem:
             raise UserError(f"{prefix}: manifest.json is damaged, or of an older version ({problem}). {remedy}.")
-        return bool(changed) or not manifest
+        return {} if changed else manifest
 
-    @property
+    @cached_property
     def manifest(self) -> dict[str, Any]:
-        """Content of `manifest.json`; empty if the file is missing or invalid."""
+        """Content of `manifest.json`, read once; empty if the file is missing or invalid."""
         return read_json(self / "manifest.json", check=check_manifest) or {}
 
     @property
@@ -224,50 +230,57 @@ class RunFolder:
         """Content of `metrics.json`; empty if the file is missing, invalid, or of another run."""
         return read_json(self / "metrics.json", run=self.key, check=check_metrics) or {}
 
-    @rank_zero_only
     def update_manifest(self, *, replace: bool = False, **entries: Any) -> None:
-        """Merge entries into the manifest. Dictionaries are merged one level deep, or replaced with `replace`."""
-        manifest = self.manifest
-        if not manifest:
-            reason = "the file was removed or altered during the run"
-            raise UserError(f"Cannot update {self / 'manifest.json'}: {reason}.")
+        """Add entries and the cost of the running step to the manifest, in memory on all ranks and by rank 0 on disk.
+
+        Dictionaries are merged one level deep, or replaced with `replace`.
+        """
         for name, value in entries.items():
-            merges = isinstance(value, dict) and not replace
-            manifest[name] = {**manifest.get(name, {}), **value} if merges else value
-        write_json(self / "manifest.json", manifest)
+            self._add(name, value, replace=replace)
+        if self._running:
+            step = self._running[-1]
+            self._add("steps", {step.name: self._cost(step)})
+        if rank_zero_only.rank == 0:
+            if not (self / "manifest.json").exists():
+                raise UserError(f"Cannot update {self / 'manifest.json'}: the file was removed during the run.")
+            write_json(self / "manifest.json", self.manifest)
+
+    def _add(self, name: str, value: Any, *, replace: bool = False) -> None:
+        """Add an entry to the manifest in memory."""
+        merges = isinstance(value, dict) and not replace
+        self.manifest[name] = {**self.manifest.get(name, {}), **value} if merges else value
+
+    def _cost(self, step: _RunningStep) -> dict[str, float]:
+        """Seconds, tokens and peak memory of a step so far."""
+        parts = [counts for part, counts in self.manifest.get("parts", {}).items() if part.startswith(f"{step.name}: ")]
+        tokens = {kind: sum(counts.get(kind, 0) for counts in parts) for kind in self.count_tokens()}
+        seconds = step.earlier_seconds + time.monotonic() - step.started - step.inner_seconds
+        return {"seconds": round(seconds, 2)} | tokens | peak_memory()
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Context that records a step's wall-clock seconds, tokens and peak memory, even if the step fails.
 
-        Seconds are summed over sessions, without those of inner steps with other names. Tokens are those of the
-        finished parts of the step, see `part`. For a finished run nothing is recorded.
+        They are written with every update of the manifest, in case the process is killed. Seconds are summed over
+        sessions, without those of inner steps with other names. Tokens are those of the finished parts of the step,
+        see `part`. For a finished run nothing is recorded.
         """
         if self.finished:
             yield
             return
-        started = time.monotonic()
-        earlier_seconds = self.manifest.get("steps", {}).get(name, {}).get("seconds", 0)
-
-        def record() -> None:
-            """Write the cost of the step so far to the manifest."""
-            parts = [counts for part, counts in self.manifest.get("parts", {}).items() if part.startswith(f"{name}: ")]
-            tokens = {kind: sum(counts.get(kind, 0) for counts in parts) for kind in self.count_tokens()}
-            seconds = round(earlier_seconds + time.monotonic() - started - step.inner_seconds, 2)
-            self.update_manifest(steps={name: {"seconds": seconds} | tokens | peak_memory()})
-
-        step = _RunningStep(name, record)
+        step = _RunningStep(name, time.monotonic(), self.manifest.get("steps", {}).get(name, {}).get("seconds", 0))
         if not self._running:  # peaks of an outer step include those of its inner steps
             reset_peak_memory()
         self._running.append(step)
+        before = self._uncounted()
         try:
-            with self.part("rest"):
-                yield
+            yield
+            self._add_part(["rest"], before)
         finally:
-            record()
+            self.update_manifest()
             self._running.pop()
             if self._running and self._running[-1].name != name:
-                self._running[-1].inner_seconds += time.monotonic() - started
+                self._running[-1].inner_seconds += time.monotonic() - step.started
 
     @contextmanager
     def part(self, *names: str, shared: bool = False) -> Iterator[None]:
@@ -278,22 +291,22 @@ class RunFolder:
         """
         before = self._uncounted()
         yield
+        self._add_part(names, before, shared=shared)
+        if self._running:
+            self.update_manifest()
+
+    def _add_part(self, names: Sequence[str], before: dict[str, int], *, shared: bool = False) -> None:
+        """Add the tokens since `before`, split evenly over names of parts, to the manifest in memory."""
         tokens = {kind: count - before[kind] for kind, count in self._uncounted().items()}
         of_all_ranks = sum_over_ranks(tokens) if shared else tokens
-        if self._running and not self.finished:
+        if self._running:
             self._counted.update(tokens)
             share = {kind: count // len(names) for kind, count in of_all_ranks.items()}
-            step = self._running[-1].name
-            self.update_manifest(parts={f"{step}: {name}": share for name in names})
+            self._add("parts", {f"{self._running[-1].name}: {name}": share for name in names})
 
     def _uncounted(self) -> dict[str, int]:
         """Tokens so far that are not in a finished part."""
         return {kind: count - self._counted[kind] for kind, count in self.count_tokens().items()}
-
-    def record_cost(self) -> None:
-        """Record the cost of the running step so far in the manifest, in case the process is killed."""
-        if self._running:
-            self._running[-1].record()
 
     def total_tokens(self) -> dict[str, int]:
         """Tokens of all steps so far, including earlier sessions."""

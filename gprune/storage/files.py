@@ -1,8 +1,9 @@
 """Atomic writes of files and folders; safetensors and JSON that are verified when they are read; the cache.
 
-Nothing is ever unpickled. Only rank 0 writes; all ranks read. A file is written into a scratch folder beside its
-destination, and renamed when it is complete. It stores the hash of its content, its name and, if it belongs to one run,
-the run's key. So a truncated, altered or foreign file is detected and computed again, never silently used.
+Nothing is ever unpickled. Only rank 0 writes; all ranks read. A file is written beside its destination, and renamed
+when it is complete: text as a temporary file, everything else in a scratch folder. A file stores the hash of its
+content, its name and, if it belongs to one run, the run's key. So a truncated, altered or foreign file is detected and
+computed again, never silently used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -101,6 +103,28 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically. Temporary files for `path` that killed processes left are removed first.
+
+    Another process that is writing the same file may lose its temporary file by this. It then writes the text again.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with disk_errors(path):
+        is_written = False
+        while not is_written:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for abandoned in path.parent.glob(f".{glob_escape(path.name)}.????????.tmp"):
+                with suppress(OSError):  # a scratch folder
+                    abandoned.unlink()
+            try:
+                temporary.write_text(text, encoding="utf-8")
+                with suppress(FileNotFoundError):
+                    os.replace(temporary, path)
+                    is_written = True
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
 @rank_zero_only
 def write_json(path: Path, content: dict[str, Any], *, run: str | None = None, width: int = 0) -> None:
     """Write a JSON object, with its checksum and the key of its `run`, if any."""
@@ -109,8 +133,7 @@ def write_json(path: Path, content: dict[str, Any], *, run: str | None = None, w
         content["run"] = run
     content["checksum"] = json_hash(content, path.name)
     text = _format_lines(content, width) if width else json.dumps(content, indent=1)
-    with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def _format_lines(content: Any, width: int, indent: str = "") -> str:

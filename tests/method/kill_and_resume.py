@@ -24,6 +24,7 @@ import json
 import math
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -138,7 +139,7 @@ class Watch:
             path = file_of(*args, **kwargs)
             content = path.read_bytes()
             os.truncate(path, len(content) // 2)
-            self("half written", path.name)
+            self("half written", re.sub(r"\.\w{8}\.tmp$", "", path.name))  # without the random part of temporary names
             path.write_bytes(content)
             return result
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from lightning.pytorch.utilities import rank_zero_only
 
 import gprune
 from gprune.errors import UserError
@@ -95,10 +96,41 @@ def test_resuming_a_run_removes_temporary_files_of_gprune_and_no_user_files(reco
     for path in (*user_files, *temporary_files):
         path.mkdir()
         (path / "file").touch()
+    temporary_files.append(folder / "masks/.metrics.json.0123abcd.tmp")
+    temporary_files[-1].touch()
     settings = folder.manifest["settings"]
     with folder.in_use(settings, (folder / "config.yaml").read_text()):
         assert all((path / "file").exists() for path in user_files)
         assert not any(path.exists() for path in temporary_files)
+
+
+def test_each_update_of_the_manifest_stores_the_cost_of_the_running_step(recovered, tmp_path):
+    """A killed process does not end its step, so the file must have the cost before."""
+    tokens = {"forward_tokens": 0}
+    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "copy"), lambda: dict(tokens))
+    with folder.step("long"):
+        with folder.part("first"):
+            tokens["forward_tokens"] += 7
+        assert read_json(folder / "manifest.json")["steps"]["long"]["forward_tokens"] == 7
+        tokens["forward_tokens"] += 5
+    assert read_json(folder / "manifest.json")["steps"]["long"]["forward_tokens"] == 12
+    assert read_json(folder / "manifest.json") == folder.manifest
+
+
+def test_other_ranks_know_the_manifest_and_do_not_write_it(recovered, tmp_path, monkeypatch):
+    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "copy"))
+    before = read_json(folder / "manifest.json")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    folder.update_manifest(learned_tokens={"thresholds": 5})
+    assert folder.manifest["learned_tokens"]["thresholds"] == 5
+    assert read_json(folder / "manifest.json") == before
+
+
+def test_a_run_whose_folder_is_removed_meanwhile_ends_in_one_line(recovered, tmp_path):
+    folder = RunFolder(shutil.copytree(recovered.path, tmp_path / "copy"), key=None)
+    with pytest.raises(UserError, match="the file was removed during the run"), folder.step("long"):
+        shutil.rmtree(folder.path)
+    assert not folder.path.exists()
 
 
 @pytest.mark.parametrize("edit", [lambda s: s.pop("ridge"), lambda s: s["sparsity"].pop("centred"),

@@ -134,8 +134,51 @@ def test_temporary_folders_of_killed_writers_of_the_same_file_are_removed_and_lo
         folder.mkdir()
         (folder / "a.json").write_text("half")
     with locked(alive):
-        write_json(tmp_path / "a.json", {"x": 1})
+        with replacing(tmp_path / "a.json") as place:
+            place.write_text("new")
         assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.json", alive, other_file])
+    assert (tmp_path / "a.json").read_text() == "new"
+
+
+def test_temporary_files_of_killed_writers_of_the_same_json_file_are_removed(tmp_path):
+    same_file, other_file = tmp_path / ".a.json.0123abcd.tmp", tmp_path / ".b.json.0123abcd.tmp"
+    for file in (same_file, other_file):
+        file.write_text("half")
+    write_json(tmp_path / "a.json", {"x": 1})
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.json", other_file])
+    assert read_json(tmp_path / "a.json") == {"x": 1}
+
+
+def test_a_json_file_that_two_processes_write_at_once_is_complete_at_every_moment(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 0, "filler": "x" * 10_000})
+    child = os.fork()
+    if child == 0:
+        try:
+            for x in range(100):
+                write_json(path, {"x": x, "filler": "x" * 10_000})
+            os._exit(0)
+        finally:  # the child must never return from here
+            os._exit(1)
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        write_json(path, {"x": -1, "filler": "x" * 10_000})
+        assert read_json(path) is not None
+    assert os.waitstatus_to_exitcode(ended[1]) == 0
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_writer_that_loses_its_temporary_file_to_another_one_writes_again(tmp_path, monkeypatch):
+    replace, lost = os.replace, []
+
+    def replace_after_another_writer(source, target):
+        if not lost:
+            lost.append(source)
+            source.unlink()  # what another writer of the file does first
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", replace_after_another_writer)
+    write_json(tmp_path / "a.json", {"x": 1})
+    assert lost
     assert read_json(tmp_path / "a.json") == {"x": 1}
 
 
