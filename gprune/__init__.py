@@ -19,8 +19,9 @@ from gprune.corpora.load import CORPORA
 from gprune.errors import UserError
 from gprune.importance.metrics import IMPORTANCE, metric
 from gprune.models.families import FAMILIES, Family
-from gprune.recoveries import RECOVERY, recovery
+from gprune.recoveries import RECOVERY, Recovery, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocation
+from gprune.sparsity.cost import COST
 
 if TYPE_CHECKING:
     from gprune.discovery import masked
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "ALLOCATION", "CORPORA", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks", "PruningResult", "RunConfig",
-    "StudyResult", "UserError", "allocation", "apply_masks", "evaluate", "load_run", "load_study", "masked", "metric",
-    "prune", "recover", "recovery", "register",
+    "ALLOCATION", "CORPORA", "COST", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks", "PruningResult",
+    "Recovery", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks", "evaluate", "load_run",
+    "load_study", "masked", "metric", "prune", "recover", "recovery", "register",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_exports(__name__, {
     "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.study",

@@ -215,6 +215,15 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Implicitly cleaning up")  # of W&B's tables, at exit
 
 
+def show_progress() -> None:
+    """Call `quiet` for a run from Python, unless the user has configured logging. A higher level is kept."""
+    logger = logging.getLogger("gprune")
+    if not logger.hasHandlers():
+        level = logger.level
+        quiet()
+        logger.setLevel(max(level, logger.level))
+
+
 def import_matplotlib() -> None:
     """Import matplotlib, without the user's matplotlibrc and backend if they are broken.
 

@@ -1,11 +1,12 @@
 """Progress bar of the whole run in a terminal: the step, its tokens per second, and the remaining time.
 
 Lightning's progress bars show one Trainer each, and a run has several. The bar is disabled if stdout is not a terminal,
-and on ranks other than 0; the log lists the steps in every case.
+and on ranks other than 0; the log lists the steps in every case. A level of the log above INFO turns both off.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -31,12 +32,13 @@ class Screen(Progress):
         self._tokens_before_part = 0
         self._part_start = time.monotonic()
         console = console or Console(file=sys.stdout)
+        is_silenced = logging.getLogger("gprune").level > logging.INFO
         title_column = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         super().__init__(
             TextColumn("{task.description}", markup=False, table_column=title_column), BarColumn(bar_width=14),
             TextColumn("{task.fields[speed]}", "cyan", "right", table_column=Column(min_width=15, no_wrap=True)),
             TimeRemainingColumn(), console=console, expand=True, transient=True, speed_estimate_period=600,
-            disable=not console.is_terminal or console.is_jupyter or process_index() != 0,
+            disable=not console.is_terminal or console.is_jupyter or is_silenced or process_index() != 0,
         )  # fmt: skip
         self._bar = self.add_task("", total=sum(self._work.values()), speed="")
 

@@ -156,6 +156,13 @@ def test_the_extension_in_the_readme_is_a_recipe_of_extend_md():
     assert block in RECIPES
 
 
+def test_pages_import_public_names_from_gprune():
+    for name, page in PAGES.items():
+        for module, names in re.findall(r"^from (gprune\.[\w.]+) import ([\w, ]+)$", page, re.MULTILINE):
+            public = {imported.strip() for imported in names.split(",")} & set(gprune.__all__)
+            assert not public, f"{name}: import {public} from gprune, not from {module}"
+
+
 def test_the_layers_in_architecture_md_are_those_of_the_import_contract():
     contract = re.findall(r"^layers = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)[0]
     rows = re.findall(r"^\| (`.*?) \|", PAGES["docs/architecture.md"], re.M)
@@ -202,7 +209,7 @@ def test_the_recipe_for_a_corpus_loads_disjoint_splits(tmp_path, monkeypatch):
 
 def test_the_recipes_for_a_metric_and_an_allocation_run_through_the_command_line(world, tmp_path):
     run_recipe("@gprune.metric")
-    run_recipe("@allocation")
+    run_recipe("@gprune.allocation")
     run = world.run(
         tmp_path, "--importance=down_norm", "--gprune=false", "--sparsity.allocation=powered",
         "--sparsity.options.power=2", "--export=none",

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from gprune.checks import require
 from gprune.config import RunConfig
 from gprune.config.elsewhere import default_run_name, with_made_elsewhere, without_pruning
+from gprune.console import show_progress
 from gprune.corpora.windows import Windows
 from gprune.discovery import check_structure, family_of
 from gprune.errors import UserError, optional_output, quoting
@@ -176,6 +177,7 @@ def _measure(
     """Measure a model after the recovery `none` or `distill`; arguments as for `recover`."""
     cfg = RunConfig() if cfg is None else cfg
     require(cfg, RunConfig, "The configuration must be a RunConfig, such as gprune.RunConfig()")
+    show_progress()
     cfg = without_pruning(cfg, recovery)
     cfg.model.name = _as_folder(dense)
     name = _as_folder(model, tokenizer=cfg.model.name)

@@ -41,6 +41,7 @@ from gprune.calibration.statistics import (
 from gprune.checks import format_value, require, select_options, typed_options
 from gprune.config import RunConfig
 from gprune.config.groups import AVERAGED, CONSENSUS
+from gprune.console import show_progress
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import perplexity
@@ -93,6 +94,9 @@ def prune(
 ) -> PruningResult:  # fmt: skip
     """Run the whole method, or resume an earlier run of the same settings.
 
+    Progress is logged to stdout, unless your program has configured `logging`, and libraries log errors only.
+    `logging.getLogger("gprune").setLevel("WARNING")` before the call turns progress off.
+
     Args:
         cfg: all settings; `RunConfig()` prunes half of SmolLM2-135M's FFN neurons.
         callbacks: Lightning callbacks for the Trainers of all stages, in addition to `--trainer.callbacks`. An object
@@ -113,6 +117,7 @@ def prune(
     require(cfg, RunConfig, "The configuration must be a RunConfig, such as gprune.RunConfig(importance='wifv')")
     if cfg.dry_run:
         raise UserError("--dry_run must be false for gprune.prune; got true. Use `python train.py --dry_run true`.")
+    show_progress()
     cfg = cfg.with_stages(refiner=refiner, learner=learner, calibrator=calibrator)
     with open_run(cfg, callbacks, logger) as run:  # plan, model, tokenizer, text, blocks, budget
         modules = None

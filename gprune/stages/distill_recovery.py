@@ -40,12 +40,12 @@ class Distill(Recovery):
             )
 
     def refuse(self, plan: Any) -> None:
-        """Raise UserError as `Recovery.refuse`, if PEFT is missing, or if layers cannot be sharded or recomputed."""
+        """Raise UserError as `Recovery.refuse`, if a run misses PEFT, or if layers cannot be sharded or recomputed."""
         super().refuse(plan)
         settings = plan.cfg.distill
         if settings.targets == "lora" and plan.cfg.model.shard:
             raise UserError("--distill.targets must be mlp or all with --model.shard true; got lora.")
-        if settings.targets == "lora" and find_spec("peft") is None:
+        if settings.targets == "lora" and find_spec("peft") is None and not plan.cfg.dry_run:
             raise UserError("--distill.targets lora needs peft, which is not installed. Run pip install peft.")
         if settings.checkpointing and not plan.skeleton.supports_gradient_checkpointing:
             raise UserError(

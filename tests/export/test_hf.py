@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -25,7 +26,7 @@ from gprune.sparsity.cut import keep_masks
 from tests.conftest import make_tiny_llama
 from tests.models.test_surgery import GREEDY, masks_without, random_masks
 from tests.tiny_families import make_tiny, some_masks, tiny_of
-from tests.tiny_run import WORDS, tiny_tokenizer
+from tests.tiny_run import WORDS, environment, tiny_tokenizer
 
 NEURONS, GROUPS = [1, 7, 47], [1, 2, 1]
 LLAMA3_ROPE = {
@@ -288,6 +289,19 @@ def test_the_config_of_a_reloaded_model_describes_the_remaining_layers_after_who
         assert largest_difference(after(token_batch).logits, logits) <= 1e-4
         assert torch.equal(after.generate(token_batch[:2, :9], **GREEDY), continued)
     assert largest_difference(load(folder)(token_batch).logits, last(token_batch).logits) == 0.0
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_a_folder_loads_without_gprune_and_without_a_question(tmp_path):
+    folder = hf.save_pruned(make_pruned(), tiny_tokenizer(), tmp_path / "model")
+    assert (folder / "modeling_pruned.py").is_file()
+    load = "transformers.AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)"
+    code = f"import sys, transformers\nprint({load}(sys.argv[2]).input_ids)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, folder, f"{WORDS[1]} {WORDS[0]}"], cwd=tmp_path, stdin=subprocess.DEVNULL,
+        env=environment(tmp_path, HF_MODULES_CACHE=str(tmp_path)), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("[5, 4]\n", "")
 
 
 def test_tokenizer_chat_templates_and_model_card_are_exported(tmp_path):

@@ -112,3 +112,27 @@ def test_results_do_not_depend_on_a_terminal_on_home_or_on_warnings_as_errors(ex
     assert "gprune + least_squares+distill" in screen
     assert (tmp_path / "stderr").read_text().count("\n") <= 1
     assert records_and_weights(tmp_path) == expected
+
+
+# Two runs of a notebook or script. The second one is silenced.
+FROM_PYTHON = """
+import logging, sys
+import gprune
+flags = sys.argv[1:]
+gprune.prune(gprune.config.parse(flags))
+print("silenced", flush=True)
+logging.getLogger("gprune").setLevel("WARNING")
+gprune.prune(gprune.config.parse([*flags, "--run.name=second", "--recovery=none"]))
+"""
+
+
+def test_a_run_from_python_logs_its_steps_unless_silenced_and_no_advice_of_libraries(world, tmp_path):
+    flags = world.args(tmp_path / "runs", "--recovery=distill", "--distill.tokens=512")
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_PYTHON, *flags], cwd=ROOT, env=environment(tmp_path / "cache"),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    progress, silenced = done.stdout.split("silenced\n")
+    assert all(f"step {number}/10" in progress for number in (1, 7, 9, 10))
+    assert done.stderr == ""
+    assert silenced == ""

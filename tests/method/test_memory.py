@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 import gprune
 from gprune.config import parse
+from gprune.config.running import DistillConfig
+from gprune.errors import UserError
 from gprune.method.memory import estimated_peaks
 from gprune.method.plan import check
 from gprune.runs.folder import RunFolder
+from gprune.stages import distill_recovery
 from tests import tiny_run
 
 SIZES = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "head_dim": 64}
@@ -97,6 +101,15 @@ def plan_of_8b(tmp_path, capsys):
         return {line[:16].strip(): line[17:] for line in capsys.readouterr().out.splitlines()}
 
     return plan
+
+
+def test_a_dry_run_plans_lora_without_peft_which_a_run_needs(plan_of_8b, tiny_model, monkeypatch):
+    monkeypatch.setattr(distill_recovery, "find_spec", lambda _: None)
+    flags = ("--trainer.accelerator=gpu", "--plan.memory=80GiB", "--distill.targets=lora")
+    assert plan_of_8b(*flags)["memory"].endswith(": fits 80.0 GiB")
+    cfg = SimpleNamespace(dry_run=False, model=SimpleNamespace(shard=False), distill=DistillConfig(targets="lora"))
+    with pytest.raises(UserError, match=r"lora needs peft, which is not installed\. Run pip install peft"):
+        distill_recovery.Distill().refuse(SimpleNamespace(skeleton=tiny_model, cfg=cfg))
 
 
 def test_a_dry_run_predicts_the_memory_of_an_8b_model_for_another_machine(plan_of_8b):
