@@ -112,7 +112,7 @@ class Content(StrictModel):
         for name in [name for pair in self.compare for name in pair if name in self.rows]:
             if (row := name.rpartition(": ")[0]) in self.rows:
                 raise UserError(
-                    f"The key compare has '{name}', which is a row and a stage of row '{row}'. Rename a row."
+                    f"The key compare must have names with one meaning; got '{name}', a row and a stage of row '{row}'."
                 )
         if self.tasks:
             benchmarks_of(self.tasks)
@@ -210,7 +210,9 @@ def read_content(path: Path) -> Content:
         content = {key: value for key, value in content.items() if value is not None}
         names = [str(name) for name in content.get("rows") or ()]
         if shared := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"List '{path}' has two rows with the name '{shared[0]}', a number and a text. Rename one.")
+            raise UserError(
+                f"The rows of list '{path}' must have different names; got '{shared[0]}' as a number and as a text."
+            )
     try:
         return Content.model_validate(content)
     except ValidationError as error:

@@ -59,6 +59,7 @@ def bytes_in(module: torch.nn.Module) -> int:
 
 def limit_for(model: torch.nn.Module) -> str:
     """Memory for all weights outside of layers, the largest layer (which accelerate reserves) and half a layer."""
+    family_of(model)
     layers = [bytes_in(layer) for layer in decoder_layers(model)]
     return f"{bytes_in(model) - sum(layers) + int(1.5 * max(layers))}B"
 

@@ -119,7 +119,7 @@ def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
         ("rows: [", ["YAML", "bad.yaml", "line 1"]),
         ("rows: {a: {}}\n1: {}\n", ["1"]),
         ("rows: {a: 3}\n", ["rows.a", "got 3"]),
-        ("rows: {1: {}, '1': {}}\ncompare: [['1', '1: base']]\n", ["bad.yaml", "two rows", "'1'"]),
+        ("rows: {1: {}, '1': {}}\ncompare: [['1', '1: base']]\n", ["bad.yaml", "different names", "'1'"]),
         ('rows: {"a\\nb": {}}\n', ["rows", "must match pattern", r"'a\nb'"]),
         # settings
         ("rows: {a: {sparsity.target: 2}}\n", ["Row 'a'", "sparsity.target", "got 2"]),

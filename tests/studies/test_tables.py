@@ -145,7 +145,7 @@ def test_the_name_of_a_row_compares_its_final_model(bench):
     assert final == [Estimate(*paired_ratio(recovered, {"beta": [21.0, 25.0]}, 10))]
     assert final != study.stage_ratios(runs, "ours: gprune", "plain")
     rows = {"a": {"gprune": False}, "a: base": {"ridge": 0.5}}
-    with pytest.raises(UserError, match=r"compare has 'a: base', which is a row and a stage of row 'a'"):
+    with pytest.raises(UserError, match=r"one meaning; got 'a: base', a row and a stage of row 'a'"):
         Listing.read(bench.write("shared name", rows, compare=[["a", "a: base"]]))
 
 
