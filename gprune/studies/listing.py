@@ -203,8 +203,8 @@ class Listing:
 
 def read_content(path: Path) -> Content:
     """Read and validate the keys of a list file."""
-    if "experiments" in path.parts and not path.exists():
-        raise UserError(f"The list must be a YAML file; got '{path}' (No such file or directory). {_place(path)}.")
+    if (place := place_in_project(path)) and not path.exists():
+        raise UserError(f"The list must be a YAML file; got '{path}' (No such file or directory).{place}")
     content = read_yaml(path, "The list must be a YAML file; got")
     if isinstance(content, dict):
         content = {key: value for key, value in content.items() if value is not None}
@@ -219,15 +219,16 @@ def read_content(path: Path) -> Content:
         raise UserError(f"List '{path}': {validation_message(error)}.") from error
 
 
-def _place(path: Path) -> str:
-    """Return where the list of the project is that a path in `experiments/` names, which is not a file from here."""
-    parts = path.parts
-    of_project = EXPERIMENTS.joinpath(*parts[parts.index("experiments") + 1 :])
+def place_in_project(path: Path) -> str:
+    """Return where the list or record of the project is that a path in `experiments/` names; empty for other paths."""
+    if "experiments" not in path.parts:
+        return ""
+    of_project = EXPERIMENTS.joinpath(*path.parts[path.parts.index("experiments") + 1 :])
     if of_project.is_file():
-        return f"The list of the project is {of_project}"
+        return f" The file of the project is {of_project}."
     if EXPERIMENTS.is_dir():
-        return f"Lists of the project are in {EXPERIMENTS}"
-    return "Lists and records of the project are in experiments/ of its repository, and not in the installed package"
+        return f" Lists and records of the project are in {EXPERIMENTS}."
+    return " Lists and records of the project are in experiments/ of its repository, and not in the installed package."
 
 
 def benchmarks_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:

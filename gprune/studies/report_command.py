@@ -95,7 +95,10 @@ def check_exists(name: str) -> None:
     if path.exists():
         return
     if path.suffix in (".json", ".yaml", ".yml"):
-        raise UserError(f"Cannot read {'list' if list_and_row else 'record'}: there is no file '{path}'.")
+        from gprune.studies.listing import place_in_project
+
+        what = "list" if list_and_row else "record"
+        raise UserError(f"Cannot read {what}: there is no file '{path}'.{place_in_project(path)}")
     raise UserError(f"Cannot read run: there is no folder '{name}'. For a row of a list, use LIST.yaml:ROW.")
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from gprune import report
+from gprune.__main__ import run as command
 from gprune.config import parse
 from gprune.studies import listing
 from gprune.studies.listing import Listing
@@ -152,16 +153,24 @@ def test_an_invalid_list_is_refused_in_one_line(content, words, bench, capsys, n
     assert all(word in line for word in words), line
 
 
-def test_a_list_of_the_project_that_is_not_there_is_refused_with_its_place(bench, capsys, tmp_path, monkeypatch):
+def test_a_list_or_record_of_the_project_that_is_not_there_is_refused_with_its_place(
+    bench, capsys, tmp_path, monkeypatch
+):
+    def refused(*arguments):
+        assert command(*arguments) == 2
+        return capsys.readouterr().err
+
     monkeypatch.chdir(tmp_path)
-    headline = listing.EXPERIMENTS / "headline.yaml"
-    line = bench.refused(capsys, "experiments/headline.yaml", "--table")
-    assert line.endswith(f"(No such file or directory). The list of the project is {headline}.\n")
-    line = bench.refused(capsys, "experiments/nowhere.yaml", "--table")
-    assert line.endswith(f"Lists of the project are in {listing.EXPERIMENTS}.\n")
+    missing = ("study", ["experiments/headline.yaml", "--table"]), ("report", ["experiments/headline.yaml:base"])
+    missing_record = "report", ["experiments/records/nowhere.json"]
+    for arguments in missing:
+        assert refused(*arguments).endswith(f" The file of the project is {EXPERIMENTS / 'headline.yaml'}.\n")
+    assert refused(*missing_record).endswith(f" Lists and records of the project are in {EXPERIMENTS}.\n")
     monkeypatch.setattr(listing, "EXPERIMENTS", tmp_path / "experiments")  # as in an installed wheel
-    line = bench.refused(capsys, "experiments/headline.yaml", "--table")
-    assert line.endswith("in experiments/ of its repository, and not in the installed package.\n")
+    for arguments in (*missing, missing_record):
+        line = refused(*arguments)
+        assert line.endswith("in experiments/ of its repository, and not in the installed package.\n")
+        assert line.count("\n") == 1
 
 
 @pytest.mark.parametrize(
