@@ -65,7 +65,7 @@ from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import Record, entries
 from gprune.runs.results import FinishedRun, config_of, read_run
 from gprune.sparsity.allocation import format_removed
-from gprune.storage.files import replacing
+from gprune.storage.files import write_text
 from gprune.storage.paths import expanded
 from gprune.storage.yaml_text import to_yaml
 
@@ -215,8 +215,7 @@ class Report:
         texts = {folder / "report.md": f"# {in_markdown(self.title)}\n\n{self.to_markdown()}"}
         texts |= {folder / "tables" / f"{table.name}.csv": table.to_csv() for table in self.tables if table.rows}
         for path, text in texts.items():
-            with replacing(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(path, text)
         figures = self.draw(folder / "figures", formats)
         run = self.runs[0]
         if len(self.runs) == 1 and run.masks is not None:  # figures of several runs are in their folders
@@ -290,8 +289,7 @@ def of_runs(
 def write_report(report: Report, path: Path | str) -> Path:
     """Write the page of a report atomically, and return its path."""
     path = expanded(path)
-    with replacing(path) as temporary:
-        temporary.write_text(render(report), encoding="utf-8")
+    write_text(path, render(report))
     return path
 
 

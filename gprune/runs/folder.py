@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -236,19 +236,15 @@ class RunFolder:
         Dictionaries are merged one level deep, or replaced with `replace`.
         """
         for name, value in entries.items():
-            self._add(name, value, replace=replace)
+            merges = isinstance(value, dict) and not replace
+            self.manifest[name] = {**self.manifest.get(name, {}), **value} if merges else value
         if self._running:
             step = self._running[-1]
-            self._add("steps", {step.name: self._cost(step)})
+            self.manifest.setdefault("steps", {})[step.name] = self._cost(step)
         if rank_zero_only.rank == 0:
             if not (self / "manifest.json").exists():
                 raise UserError(f"Cannot update {self / 'manifest.json'}: the file was removed during the run.")
             write_json(self / "manifest.json", self.manifest)
-
-    def _add(self, name: str, value: Any, *, replace: bool = False) -> None:
-        """Add an entry to the manifest in memory."""
-        merges = isinstance(value, dict) and not replace
-        self.manifest[name] = {**self.manifest.get(name, {}), **value} if merges else value
 
     def _cost(self, step: _RunningStep) -> dict[str, float]:
         """Seconds, tokens and peak memory of a step so far."""
@@ -272,12 +268,13 @@ class RunFolder:
         if not self._running:  # peaks of an outer step include those of its inner steps
             reset_peak_memory()
         self._running.append(step)
-        before = self._uncounted()
         try:
-            yield
-            self._add_part(["rest"], before)
-        finally:
+            with self.part("rest"):
+                yield
+        except BaseException:
             self.update_manifest()
+            raise
+        finally:
             self._running.pop()
             if self._running and self._running[-1].name != name:
                 self._running[-1].inner_seconds += time.monotonic() - step.started
@@ -291,18 +288,13 @@ class RunFolder:
         """
         before = self._uncounted()
         yield
-        self._add_part(names, before, shared=shared)
-        if self._running:
-            self.update_manifest()
-
-    def _add_part(self, names: Sequence[str], before: dict[str, int], *, shared: bool = False) -> None:
-        """Add the tokens since `before`, split evenly over names of parts, to the manifest in memory."""
         tokens = {kind: count - before[kind] for kind, count in self._uncounted().items()}
         of_all_ranks = sum_over_ranks(tokens) if shared else tokens
         if self._running:
             self._counted.update(tokens)
             share = {kind: count // len(names) for kind, count in of_all_ranks.items()}
-            self._add("parts", {f"{self._running[-1].name}: {name}": share for name in names})
+            step = self._running[-1].name
+            self.update_manifest(parts={f"{step}: {name}": share for name in names})
 
     def _uncounted(self) -> dict[str, int]:
         """Tokens so far that are not in a finished part."""

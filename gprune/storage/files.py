@@ -110,19 +110,17 @@ def write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with disk_errors(path):
-        is_written = False
-        while not is_written:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for abandoned in path.parent.glob(f".{glob_escape(path.name)}.????????.tmp"):
-                with suppress(OSError):  # a scratch folder
-                    abandoned.unlink()
-            try:
-                temporary.write_text(text, encoding="utf-8")
-                with suppress(FileNotFoundError):
-                    os.replace(temporary, path)
-                    is_written = True
-            finally:
-                temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for abandoned in path.parent.glob(f".{glob_escape(path.name)}.????????.tmp"):
+            with suppress(OSError):  # a scratch folder
+                abandoned.unlink()
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except FileNotFoundError:
+            write_text(path, text)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @rank_zero_only

@@ -32,7 +32,7 @@ from gprune.report.tables import (
 )
 from gprune.runs.numbers import Line, Record, ResultRow, by_row, line_frame, number_columns, row_name, stage_lines
 from gprune.runs.results import FinishedRun
-from gprune.storage.files import replacing
+from gprune.storage.files import write_text
 from gprune.studies.archive import Found, find_records, row_to_run, task_results
 from gprune.studies.listing import Listing, Row, split_stage
 
@@ -391,9 +391,7 @@ def _find_stage(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRu
 
 def write_results(study: StudyResult, path: Path) -> None:
     """Write a file atomically in the format of its suffix."""
-    text = WRITERS[path.suffix.lower()](study)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, WRITERS[path.suffix.lower()](study))
 
 
 def title_of(study: StudyResult) -> str:
