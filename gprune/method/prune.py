@@ -560,10 +560,14 @@ def learn_sparsity(
 
 
 def fit_thresholds(run: Run, masks: StageMasks) -> ModuleSparsity:
-    """Fit the learner of step 7. Its masks are applied whenever development perplexity is measured."""
+    """Fit the learner of step 7, and return what it has learned.
+
+    Its masks are applied whenever development perplexity is measured. If there is development text, perplexity is also
+    measured at the sparsities of `--evaluation.curve`, and written to the manifest.
+    """
     ranks, start = masks.modules.ranks, masks.module_sparsity(run.budget).thresholds
     cfg, s = run.cfg, run.cfg.sparsity
-    _set_removed_to_mean(start, run.budget)
+    _set_removed_to_mean(start, run.budget)  # `start` is a new object, which nobody else reads
     learner, settings = LEARNER[s.learner], dict(s) | {"shard": cfg.model.shard}
     options = cfg.options.get(s.learner, {})
     stage = learner(run.model, ranks, start, run.budget, **select_options(learner, settings) | options)
@@ -579,7 +583,7 @@ def fit_thresholds(run: Run, masks: StageMasks) -> ModuleSparsity:
     trainer, data = run.fit(
         "thresholds", what, stage, run.text.learn, role="learn", max_epochs=s.epochs, callbacks=callbacks
     )
-    if curve.by_step:
+    if curve.by_step:  # there is development text
         budgets = {run.budget.sparsity: run.budget}
         budgets |= {sparsity: run.budget.at(sparsity) for sparsity in cfg.evaluation.curve if sparsity != s.target}
         masks_by_sparsity = {0.0: None} | {sparsity: masks_at(budget) for sparsity, budget in budgets.items()}

@@ -206,13 +206,13 @@ class DistillationStage(FrozenLMStage):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def gradient_norm(self) -> Tensor:
-        """Return the gradient norm before clipping, () float32. It is computed once per step.
+        """Return the gradient norm before clipping, () float32, with the gradient of each tensor times its RMS.
 
-        The gradient of each tensor is scaled by the tensor's RMS.
+        It is computed once per step; the optimizer step forgets it.
         """
         if self._norm is None:
             pairs = zip(self.learned.values(), self.sizes, strict=True)
-            norms = [size * parameter.grad.norm() for parameter, size in pairs if parameter.grad is not None]
+            norms = [rms * parameter.grad.norm() for parameter, rms in pairs if parameter.grad is not None]
             self._norm = gathered(torch.linalg.vector_norm(torch.stack(norms)))
         return self._norm
 

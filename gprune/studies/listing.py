@@ -202,7 +202,7 @@ class Listing:
 
 
 def read_content(path: Path) -> Content:
-    """Read and validate the keys of a list file."""
+    """Read and validate the keys of a list file. Keys whose value is null count as absent."""
     if (place := place_in_project(path)) and not path.exists():
         raise UserError(f"The list must be a YAML file; got '{path}' (No such file or directory).{place}")
     content = read_yaml(path, "The list must be a YAML file; got")
