@@ -204,7 +204,7 @@ class Listing:
 def read_content(path: Path) -> Content:
     """Read and validate the keys of a list file. Keys whose value is null count as absent."""
     if (place := place_in_project(path)) and not path.exists():
-        raise UserError(f"The list must be a YAML file; got '{path}' (No such file or directory).{place}")
+        raise UserError(f"The list must be a YAML file; got '{path}' (No such file or directory). {place}.")
     content = read_yaml(path, "The list must be a YAML file; got")
     if isinstance(content, dict):
         content = {key: value for key, value in content.items() if value is not None}
@@ -225,10 +225,10 @@ def place_in_project(path: Path) -> str:
         return ""
     of_project = EXPERIMENTS.joinpath(*path.parts[path.parts.index("experiments") + 1 :])
     if of_project.is_file():
-        return f" The file of the project is {of_project}."
+        return f"The file of the project is {of_project}"
     if EXPERIMENTS.is_dir():
-        return f" Lists and records of the project are in {EXPERIMENTS}."
-    return " Lists and records of the project are in experiments/ of its repository, and not in the installed package."
+        return f"Lists and records of the project are in {EXPERIMENTS}"
+    return "Lists and records of the project are in experiments/ of its repository, and not in the installed package"
 
 
 def benchmarks_of(tasks: Mapping[str, Any], **others: Any) -> Benchmarks:

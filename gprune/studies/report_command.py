@@ -98,7 +98,8 @@ def check_exists(name: str) -> None:
         from gprune.studies.listing import place_in_project
 
         what = "list" if list_and_row else "record"
-        raise UserError(f"Cannot read {what}: there is no file '{path}'.{place_in_project(path)}")
+        remedy = place_in_project(path) or "Check the path"
+        raise UserError(f"Cannot read {what}: there is no file '{path}'. {remedy}.")
     raise UserError(f"Cannot read run: there is no folder '{name}'. For a row of a list, use LIST.yaml:ROW.")
 
 

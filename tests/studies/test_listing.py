@@ -153,9 +153,7 @@ def test_an_invalid_list_is_refused_in_one_line(content, words, bench, capsys, n
     assert all(word in line for word in words), line
 
 
-def test_a_list_or_record_of_the_project_that_is_not_there_is_refused_with_its_place(
-    bench, capsys, tmp_path, monkeypatch
-):
+def test_a_list_or_record_of_the_project_that_is_not_there_is_refused_with_its_place(capsys, tmp_path, monkeypatch):
     def refused(*arguments):
         assert command(*arguments) == 2
         return capsys.readouterr().err
