@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 MARKUP = re.compile(r"^\*|[\\`<|~$]|&(?=#?\w+;)|\*(?=[^\s)])|(?<![^\W_])_|_(?![^\W_])|\[(?=[^\]]*\][(\[])")
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"`": "", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )  # fmt: skip
 CONTINUED = re.compile(r" *\\?$", re.MULTILINE)  # pandas marks lines that are continued in the next part
 HEADER = re.compile(r"(?:\A|(?<=\n\n)).+")  # of each part in a terminal

@@ -21,7 +21,7 @@ from gprune.__main__ import run as command
 from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
-from gprune.report.tables import mean_over_seeds
+from gprune.report.tables import Table, mean_over_seeds
 from gprune.runs.numbers import COLUMNS
 from gprune.studies.archive import Found, find_record, finished_record
 from gprune.studies.listing import Listing
@@ -206,6 +206,11 @@ def test_the_results_are_written_in_every_format(bench, first, study, capsys, tm
         mark = {".md": "| run ", ".tex": r"\toprule", ".html": "<table"}[suffix]
         assert text.count(mark) >= 2
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_captions_in_latex_have_no_backticks():
+    table = Table("summary", "Ratios", ["run", "gap"], [["a", 1.0]], note="base: the stage `base` of 100% of a_b.")
+    assert r"\caption{Ratios. base: the stage base of 100\% of a\_b.}" in table.to_latex("tab:ratios")
 
 
 def test_names_are_escaped_in_latex_and_html(study):
