@@ -137,10 +137,7 @@ def test_gram_bytes_equals_the_size_of_the_gram_tensors():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("walk")
-    world = tiny_run.make_world(folder)
-    with tiny_run.isolated(folder / "cache"):
-        yield world
+    yield from tiny_run.world_with_cache(tmp_path_factory.mktemp("world"))
 
 
 FLAGS = [

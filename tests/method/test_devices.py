@@ -115,10 +115,7 @@ def test_the_simulation_detects_a_tensor_on_the_wrong_device(models, monkeypatch
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("devices")
-    world = tiny_run.make_world(folder)
-    with tiny_run.isolated(folder / "cache"):
-        yield world
+    yield from tiny_run.world_with_cache(tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.slow

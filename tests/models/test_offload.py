@@ -337,10 +337,7 @@ def test_a_model_above_the_shard_size_is_saved_in_several_files(tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    world = tiny_run.make_world(folder)
-    with tiny_run.isolated(folder / "cache"):
-        yield world
+    yield from tiny_run.world_with_cache(tmp_path_factory.mktemp("world"))
 
 
 FLAGS = [

@@ -402,10 +402,7 @@ def test_a_non_finite_activation_of_the_pruned_model_raises_a_user_error():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sequential")
-    world = tiny_run.make_world(folder)
-    with tiny_run.isolated(folder / "cache"):
-        yield world
+    yield from tiny_run.world_with_cache(tmp_path_factory.mktemp("world"))
 
 
 FLAGS = ["--recovery=least_squares_sequential", "--sparsity.scope=attention+ffn"]
