@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gprune.benchmarks import tasks
+from gprune.benchmarks import task_sources, tasks
 from gprune.errors import UserError
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
@@ -125,13 +125,13 @@ def test_texts_longer_than_the_positions_of_the_model_are_not_generated(lm):
 def test_prompts_that_are_cut_are_counted_and_no_standard_protocol(lm, data, monkeypatch):
     rows = questions(3)
     rows[1]["prompt"] = " ".join(30 * ["Question:"])
-    task = tasks.local_task(write_task(data, "long", "test", rows))
+    task = task_sources.local_task(write_task(data, "long", "test", rows))
     monkeypatch.setattr(tasks, "load_tasks", lambda *_: [replace(task, complete=True)])
     (record,) = tasks.zero_shot(lm.model, tiny_tokenizer(), ["long"])
     assert record["note"].startswith("questions with prompts cut to the positions of the model: 1; ")
     assert record["standard_protocol"] is False
     del rows[1]
-    short = tasks.local_task(write_task(data, "long", "test", rows))
+    short = task_sources.local_task(write_task(data, "long", "test", rows))
     monkeypatch.setattr(tasks, "load_tasks", lambda *_: [replace(short, complete=True)])
     assert tasks.zero_shot(lm.model, tiny_tokenizer(), ["long"])[0]["standard_protocol"] is True
     prompts = ["Question: " * 9, "Answer:"]  # of texts to generate
