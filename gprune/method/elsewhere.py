@@ -128,7 +128,7 @@ class MeasurementPlan(Plan):
 def check_models(name: str, cfg: RunConfig, callbacks: UserCallbacks | None = None) -> MeasurementPlan:
     """Check settings and both models, and return the plan, before weights are loaded.
 
-    Raise UserError as `plan.make_plan`, and if the model is incomplete, is too large for memory, or cannot be distilled.
+    Raise UserError as `plan.make_plan`, and if the model is incomplete, too large for memory, or cannot be distilled.
     """
     plan = make_plan(cfg, callbacks)
     other = check_elsewhere(name, trust_remote_code=cfg.model.trust_remote_code)
