@@ -135,7 +135,7 @@ class StageClass(UserCode):
     may come from a file of somebody else.
 
     Args:
-        flag: the flag, such as "sparsity.learner".
+        flag: the flag, such as "--sparsity.learner".
         method: a method that every class must have.
         built_in: name of the built-in class, and its path.
     """
@@ -157,11 +157,11 @@ class StageClass(UserCode):
         if "." not in name:
             known = f"{self.built_in[0]}, or the path of a class such as my_module.MyClass, with --import my_module"
             raise UnregisteredError(f"Unknown {self.kind} '{name}'. Available: {known}.")
-        found = find_loaded(name, f"--{self.flag}")
+        found = find_loaded(name, self.flag)
         is_stage = isinstance(found, type) and any(cls.__name__ == "LightningModule" for cls in found.__mro__)
         if not (is_stage and callable(getattr(found, self.method, None))):
             needed = f"the path of a LightningModule with the method {self.method}"
-            raise UserError(f"--{self.flag} must be {needed}; got '{name}'.")
+            raise UserError(f"{self.flag} must be {needed}; got '{name}'.")
         return found
 
     def name_of(self, cls: type) -> str:
@@ -188,9 +188,11 @@ def _origin(entry: object) -> tuple[str, str]:
 
 
 REFINER = StageClass(
-    "partition.refiner", "labels", ("soft_assignment", "gprune.stages.refinement.AssignmentRefinement")
+    "--partition.refiner", "labels", ("soft_assignment", "gprune.stages.refinement.AssignmentRefinement")
 )
 LEARNER = StageClass(
-    "sparsity.learner", "masks", ("straight_through", "gprune.stages.threshold_learning.ThresholdLearning")
+    "--sparsity.learner", "masks", ("straight_through", "gprune.stages.threshold_learning.ThresholdLearning")
 )
-CALIBRATOR = StageClass("corpora.calibrator", "test_step", ("streaming", "gprune.stages.calibration.CalibrationStage"))
+CALIBRATOR = StageClass(
+    "--corpora.calibrator", "test_step", ("streaming", "gprune.stages.calibration.CalibrationStage")
+)

@@ -27,7 +27,7 @@ FORMS = {
     "unknown name": re.compile(rf"{PLACE}Unknown [^.]+[.]{MORE}", re.DOTALL),
     "failure": re.compile(rf"{PLACE}Cannot .+?: .+[.]{MORE}", re.DOTALL),
 }
-BEGINNING = re.compile(rf"--[a-zX]|[A-Z$'{X}]")
+BEGINNING = re.compile(rf"--[a-z]|[A-Z$'{X}]")
 DIALECT = re.compile(
     r"\b(?:expected|is none|are none|that is no|could not be had|is not there|was asked|were asked|sittings?|takes? up|"
     r"but for|stands? for|what came|brings|lies)\b"

@@ -135,6 +135,13 @@ def isolated(cache: Path, **environment: str | None) -> Iterator[None]:
             logger.setLevel(level)
 
 
+def world_with_cache(folder: Path) -> Iterator[World]:
+    """Yield a world in `folder` with a cache of its own, as a module's fixture `world` does."""
+    world = make_world(folder)
+    with isolated(folder / "cache"):
+        yield world
+
+
 def in_this_process(command: list[str], *, input: str, **_: object) -> CompletedProcess[str]:
     """Replacement for `subprocess.run` in the export's reload check, without a fresh process."""
     reload.main(json.loads(input))

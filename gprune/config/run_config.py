@@ -233,7 +233,7 @@ class RunConfig(Group):
         cfg = self.model_copy(deep=True)
         for stage in (REFINER, LEARNER, CALIBRATOR):
             if (cls := classes[stage.kind]) is not None:
-                group, _, setting = stage.flag.partition(".")
+                group, _, setting = stage.flag.removeprefix("--").partition(".")
                 setattr(getattr(cfg, group), setting, stage.name_of(cls))
         return cfg
 

@@ -4,8 +4,9 @@ from gprune.export import export
 export("runs/NAME", type="q8_0")                  # returns the path of the GGUF file
 export("runs/NAME", format="nemotron-nas")        # returns the path of the folder
 
-A format is a module with the names `TYPES_OF_FILE`, `DEFAULT_TYPE`, `path_beside`, `check_settings`, `is_ours`,
-`refuse`, `write` and `report_size`. PyTorch is imported late, so that errors in arguments are reported at once.
+A format is a module with the names `TYPES_OF_FILE`, `DEFAULT_TYPE`, `DTYPE` (in which the model is loaded),
+`path_beside`, `check_settings`, `is_ours`, `refuse`, `write` and `report_size`. PyTorch is imported late, so that
+errors in arguments are reported at once.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ QUANTISED = ("q4_k_m",)  # quantised by llama.cpp from f16
 BLOCK_SIZES = {"f32": 1, "f16": 1, "q8_0": 32, "q4_k_m": 256}  # numbers of a row that are quantised together
 
 TYPES_OF_FILE = (*TYPES, *QUANTISED)
-DEFAULT_TYPE, DTYPE = "f16", "float32"  # dtype in which the model is loaded
+DEFAULT_TYPE, DTYPE = "f16", "float32"
 
 
 def path_beside(folder: Path, type: str) -> str:
@@ -138,6 +138,7 @@ def quantised_size(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
     key = key_of(shapes=shapes, type=type, llama_cpp=version(LLAMA_CPP), vocabulary=len(tokenizer))
 
     def quantise() -> dict[str, int]:
+        """Write and quantise the model, and return the bytes of the file."""
         log.info("Quantising the dense model once, for its size in %s", type)
         zeros = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in dense.state_dict().items()}
         dense.load_state_dict(zeros, assign=True)

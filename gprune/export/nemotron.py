@@ -28,7 +28,6 @@ from gprune.export.modeling_decilm import MULTIPLE
 from gprune.models.blocks import Block, blocks_of
 from gprune.models.copies import has_own_head
 from gprune.models.modeling_pruned import legacy_rope_settings
-from gprune.storage.files import replacing
 
 log = logging.getLogger("gprune")
 # Module of a layer -> our names of its projections -> Llama's names.
@@ -64,21 +63,15 @@ def is_ours(path: Path) -> bool:
 
 def refuse(blocks: Sequence[Block], config: PreTrainedConfig, **_: Any) -> None:
     """Raise UserError if DeciLM computes something else than the model."""
-    dense_heads = config.num_attention_heads, _head_dim(config)
     for block in blocks:
         reason = difference_from_llama(config, block)
-        if reason is None and (block.heads, block.head_dim) != dense_heads:
+        if reason is None and block.heads != config.num_attention_heads:
             reason = f"layer {block.layer_index} has {block.heads} of {config.num_attention_heads} query heads"
         if reason is not None:
             raise UserError(
                 f"Cannot export '{config.model_type}' to nemotron-nas: it must compute like Llama with equally many "
                 f"query heads in all layers, but {reason}. Export to hf or gguf, which vLLM and llama.cpp load."
             )
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    """Return the number of channels of a head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def ffn_settings(width: int, hidden_size: int, *, by_multiplier: bool) -> dict[str, Any]:
@@ -119,7 +112,7 @@ def decilm_config(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[st
         },
         "num_hidden_layers": len(blocks),
         "intermediate_size": max(widths),
-        "head_dim": _head_dim(config),
+        "head_dim": blocks[0].head_dim,
         "attention_bias": any(name.endswith("_proj.bias") and ".self_attn." in name for name in tensors),
         "mlp_bias": any(name.endswith("_proj.bias") and ".mlp." in name for name in tensors),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
@@ -155,23 +148,22 @@ def llama_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, *, check: bool = False, **_: Any
 ) -> None:
-    """Write config.json, the file with its classes, weights and the tokenizer to a folder; all or nothing.
+    """Write config.json, the file with its classes, weights and the tokenizer. `path` is in a scratch folder.
 
     With `check`, logits of the folder in a fresh process are compared with those of the model.
     """
     refuse(blocks_of(model), model.config)
     tensors = llama_tensors(model)
-    with replacing(path) as folder:
-        folder.mkdir()
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(decilm_config(model, tensors), indent=2, sort_keys=True)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        shutil.copy(modeling_decilm.__file__, folder)
-        model.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if check:
-            ids = tokenizer(CHECK_TEXT, return_tensors="pt").input_ids[:, :CHECK_TOKENS]
-            log.info("Checked in transformers: largest difference of logits %g", check_reload(model, folder, ids))
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(decilm_config(model, tensors), indent=2, sort_keys=True)
+    (path / "config.json").write_text(text + "\n", encoding="utf-8")
+    shutil.copy(modeling_decilm.__file__, path)
+    model.generation_config.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    if check:
+        ids = tokenizer(CHECK_TEXT, return_tensors="pt").input_ids[:, :CHECK_TOKENS]
+        log.info("Checked in transformers: largest difference of logits %g", check_reload(model, path, ids))
 
 
 def report_size(path: Path, *_: Any, **__: Any) -> None:

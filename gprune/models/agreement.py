@@ -25,26 +25,41 @@ LOGIT_LIMIT = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.5}
 
 @dataclass(frozen=True)
 class Difference:
-    """Differences between logits of two models, and the scale of the logits of the first one."""
+    """Differences between logits of two models, and the scale of the logits of the first one.
 
-    largest: float  # NaN if either has NaN
-    rms: float  # root mean square
-    std: float
-    peak: float  # largest absolute value
+    Each number is computed when it is read, because each one waits for the device.
+    """
+
+    expected: Tensor  # logits of the first model, float32
+    difference: Tensor  # expected - logits of the second model
+
+    @property
+    def largest(self) -> float:
+        """The largest difference; NaN if either model has NaN."""
+        return float(self.difference.abs().max())
+
+    @property
+    def rms(self) -> float:
+        """The root mean square of the differences."""
+        return float(self.difference.square().mean().sqrt())
+
+    @property
+    def std(self) -> float:
+        """The standard deviation of the expected logits."""
+        return float(self.expected.std())
+
+    @property
+    def peak(self) -> float:
+        """The largest absolute value of the expected logits."""
+        return float(self.expected.abs().max())
 
 
 @torch.no_grad()
 def compare(expected: Tensor, logits: Tensor) -> Difference:
     """Compare logits of two models for the same tokens, with any equal shape, dtype and device."""
     assert expected.shape == logits.shape, f"{tuple(expected.shape)} against {tuple(logits.shape)}"
-    reference = expected.float()
-    difference = reference - logits.float().to(reference.device)
-    return Difference(
-        largest=float(difference.abs().max()),
-        rms=float(difference.square().mean().sqrt()),
-        std=float(reference.std()),
-        peak=float(reference.abs().max()),
-    )
+    expected = expected.detach().float()
+    return Difference(expected, expected - logits.detach().float().to(expected.device))
 
 
 def random_masks(model: PreTrainedModel, share: float | None = None, seed: int = 5) -> Masks:

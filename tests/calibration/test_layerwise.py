@@ -13,7 +13,7 @@ from gprune.calibration.layerwise import Walk
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes, pool_statistics
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
-from gprune.models.gating import masked
+from gprune.models.masks import masked
 from gprune.storage.files import read_tensors, write_tensors
 from tests import tiny_run
 from tests.conftest import collect
@@ -137,10 +137,7 @@ def test_gram_bytes_equals_the_size_of_the_gram_tensors():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("walk")
-    world = tiny_run.make_world(folder)
-    with tiny_run.isolated(folder / "cache"):
-        yield world
+    yield from tiny_run.world_with_cache(tmp_path_factory.mktemp("world"))
 
 
 FLAGS = [

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import gprune.method.run
 from gprune.calibration.collector import Collector
 from gprune.cli import main
-from gprune.method import inputs
 from gprune.runs.results import load_run
 from tests import tiny_run
 from tests.method import method_parts as parts
@@ -32,7 +32,7 @@ MAX_WAITS = {
     "distill lora": 31 + 2 + 3 * 14,  # PEFT makes its adapters on the CPU
     "pruning": 31,
     "perplexity": 10,
-    "export check": 92,  # two numbers of the comparison are read
+    "export check": 90,
 }
 MAX_WAITS_OF_A_STEP = {"cross_entropy": 2, "kl": 3}  # by loss; each forward pass has one, in transformers
 FAST = ("calibration with Gram matrices", "calibration block by block", "saliency", "least_squares",
@@ -115,10 +115,7 @@ def test_the_simulation_detects_a_tensor_on_the_wrong_device(models, monkeypatch
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("devices")
-    world = tiny_run.make_world(folder)
-    with tiny_run.isolated(folder / "cache"):
-        yield world
+    yield from tiny_run.world_with_cache(tmp_path_factory.mktemp("world"))
 
 
 @pytest.mark.slow
@@ -128,7 +125,7 @@ def test_the_default_run_on_two_devices_matches_the_cpu(world, tmp_path, monkeyp
     flags += ("--evaluation.controls=[]", "--evaluation.curve=[]")
     expected = world.run(tmp_path, *flags, name="cpu")
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    load = inputs.load_model
+    load = gprune.method.run.load_model
 
     def load_on_devices(name, *, device_map=None, max_memory=None, **options):
         model, tokenizer = load(name, **options)
@@ -139,7 +136,7 @@ def test_the_default_run_on_two_devices_matches_the_cpu(world, tmp_path, monkeyp
         with torch.inference_mode():
             return model(input_ids.to(device), use_cache=False).logits
 
-    monkeypatch.setattr(inputs, "load_model", load_on_devices)
+    monkeypatch.setattr("gprune.method.run.load_model", load_on_devices)
     monkeypatch.setattr("gprune.export.hf.reloaded_logits", reload)
     with simulate_devices():
         assert main(world.args(tmp_path, *flags, "--model.device_map=auto", name="simulated")) == 0
