@@ -187,11 +187,13 @@ def _own_scores(task: Task, metric: str, samples: Sequence[dict[str, Any]]) -> d
 
 
 def _answers(task: Task, name: str, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return `answers`, for paired comparisons of models, and for tasks of type `loglikelihood` also `perplexity`.
+    """Return `answers`, for paired comparisons of models, and further numbers of log-likelihoods.
 
     An answer is the generated text, the index of the most likely choice, or whether greedy decoding gives the text.
+    Tasks of type `loglikelihood` also have `perplexity`. Tasks with choices also have `greedy`, the share of questions
+    for which greedy decoding gives the right choice, and `correct_greedy`, a text with a digit per question.
     """
-    from lm_eval.api.metrics import mean
+    from lm_eval.api.metrics import mean, mean_stderr
 
     responses = [sample["filtered_resps"] for sample in samples]
     if task.OUTPUT_TYPE == "generate_until":
@@ -202,4 +204,11 @@ def _answers(task: Task, name: str, samples: Sequence[dict[str, Any]]) -> dict[s
     if task.OUTPUT_TYPE == "loglikelihood":
         answers = [int(sample["acc"]) for sample in samples]
         return {"answers": answers, "perplexity": math.exp(-mean([of_text for (of_text,) in log_likelihoods]))}
-    return {"answers": [max(range(len(choices)), key=choices.__getitem__) for choices in log_likelihoods]}
+    answers = {"answers": [max(range(len(choices)), key=choices.__getitem__) for choices in log_likelihoods]}
+    labels = [sample["target"] for sample in samples]
+    if not all(isinstance(label, int) and label < len(of) for label, of in zip(labels, responses, strict=True)):
+        return answers  # several choices are right, or the label is a text
+    is_greedy = [int(choices[label][1]) for label, choices in zip(labels, responses, strict=True)]
+    stderr = mean_stderr(is_greedy) if len(is_greedy) > 1 else None
+    digits = "".join(map(str, is_greedy))
+    return answers | {"greedy": mean(is_greedy), "greedy_stderr": stderr, "correct_greedy": digits}

@@ -499,13 +499,19 @@ def evaluation_table(records: Sequence[Record]) -> Table:
     for r in sorted(selected, key=_order):
         reference = dense.get(pair_key(r)) if r["stage"] != "dense" else None
         rows.append([r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none"), *_cells(r, reference)])
-    header = ["task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "flips"]
-    note_on_flips = "Flips: answers other than the dense model's; - right there and wrong here, + the reverse. "
-    flips = header.index("flips")
-    if all(row[flips] is None for row in rows):
-        rows = [row[:flips] + row[flips + 1 :] for row in rows]
-        header.remove("flips")
-        note_on_flips = ""
+    header = ["task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "flips", "greedy"]
+    optional_columns = {  # dropped if empty -> their note
+        "flips": "Flips: answers other than the dense model's; - right there and wrong here, + the reverse. ",
+        "greedy": "Greedy: how often greedy decoding gives the right choice. ",
+    }
+    notes = ""
+    for column, note in optional_columns.items():
+        place = header.index(column)
+        if all(row[place] is None for row in rows):
+            rows = [row[:place] + row[place + 1 :] for row in rows]
+            header.remove(column)
+        else:
+            notes += note
     note_on_examples = ""
     if any("own_num_fewshot" in r for r in selected):
         note_on_examples = " Numbers of examples in prompts are lm_eval's own, or those of most published numbers."
@@ -517,7 +523,7 @@ def evaluation_table(records: Sequence[Record]) -> Table:
         note="Accuracy +- standard error; perplexity with a 95 % interval. n: questions, or predicted tokens. Against "
         "dense, paired over questions or windows: accuracy minus the dense model's +- standard error; perplexity over "
         "the dense model's with a 95 % interval. "
-        f"{note_on_flips}Standard protocol: all questions of the split with lm_eval's own prompts, or all windows; "
+        f"{notes}Standard protocol: all questions of the split with lm_eval's own prompts, or all windows; "
         "other numbers are never to be set beside published figures, nor is any number of a de-quantised model."
         f"{note_on_examples}",
     )
@@ -582,6 +588,15 @@ def _format_flips(r: Record, dense: Record) -> str | None:
     return f"{changed / n:.1%}: -{to_wrong / n:.1%} +{to_right / n:.1%}"
 
 
+def _format_greedy(r: Record, dense: Record | None) -> str | None:
+    """Format how often greedy decoding gives the right choice, and the paired difference from the dense model."""
+    share = _with_error(r.get("greedy"), r.get("greedy_stderr"))
+    if share is None or dense is None or "correct_greedy" not in dense:
+        return share
+    pairs = [[digit == "1" for digit in of["correct_greedy"]] for of in (r, dense)]
+    return f"{share} ({_with_error(*paired_difference(*pairs), sign='+')})"
+
+
 def _with_error(value: float | None, error: float | None, sign: str = "") -> str | None:
     """Format a value with its standard error, if there is one; None for a missing value."""
     if value is None:
@@ -605,7 +620,7 @@ def pair_key(r: Record) -> tuple[Cell, ...]:
 def _cells(r: Record, dense: Record | None) -> list[Cell]:
     """Return the cells of a record after its name.
 
-    They are split, n, number, acc_norm, difference from dense, flips, standard protocol, and note.
+    They are split, n, number, acc_norm, difference from dense, flips, greedy, standard protocol, and note.
     """
     description = [r["source"]] if "source" in r else []
     if r["kind"] == "perplexity":
@@ -624,7 +639,7 @@ def _cells(r: Record, dense: Record | None) -> list[Cell]:
         whose = "lm_eval's" if r["num_fewshot"] == r["own_num_fewshot"] else "the literature's"
         standard = f"yes, {whose} {r['num_fewshot']} examples"
     note = f"{', '.join([*description, r['dtype']])}: {r['note']}"
-    return [r["split"], n, number, acc_norm, comparison, flips, standard, note]
+    return [r["split"], n, number, acc_norm, comparison, flips, _format_greedy(r, dense), standard, note]
 
 
 def settings_table(groups: Sequence[SeedGroup]) -> Table:

@@ -51,6 +51,23 @@ def test_accuracies_equal_those_of_float64_loglikelihoods():
     assert record["answers"] == [int(np.argmax(ll)) for ll in lls]
 
 
+def test_greedy_is_how_often_greedy_decoding_gives_the_right_choice(data):
+    """The choices of every second question have the most likely token as the right one."""
+    model, tokenizer, rows = make_tiny_llama(), tiny_tokenizer(), questions(12)
+    for row in rows[::2]:
+        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+        row["choices"][row["label"]] = tokenizer.decode(model(ids).logits[0, -1].argmax())
+    write_task(data, "mine", "test", rows)
+    (record,) = measured("mine")
+    assert record["correct_greedy"] == "10" * 6
+    assert (record["greedy"], record["greedy_stderr"]) == (0.5, pytest.approx((0.25 / 11) ** 0.5))
+    dense = record | {"run": "r", "model": "tiny", "stage": "dense"}
+    pruned = dense | {"stage": "gprune", "greedy": 5 / 12, "correct_greedy": "00" + "10" * 5}
+    table = evaluation_table([dense, pruned])
+    cells = dict(zip(table.columns, table.rows[1], strict=True))
+    assert cells["greedy"] == "0.417 +- 0.151 (-0.083 +- 0.083)"
+
+
 @pytest.mark.parametrize(("batch_size", "has_logits_to_keep"), [(1, True), (3, True), (8, False)])
 def test_answers_equal_hflms_and_logits_are_computed_for_continuations_only(
     batch_size, has_logits_to_keep, monkeypatch

@@ -155,7 +155,7 @@ def test_the_limit_worst_holds_for_every_corpus_and_not_a_step_further(
     calls = []
 
     def recorded(run, statistics, masks_of):
-        calls.append(masks_of[run.cfg.final])
+        calls.append(masks_of[run.cfg.own_row[0]])
         return quality.with_quality_budget(run, statistics, masks_of)
 
     monkeypatch.setattr("gprune.method.prune.with_quality_budget", recorded)
