@@ -126,8 +126,38 @@ def test_every_link_leads_to_an_existing_file_and_heading(page):
 
 
 def test_the_readme_has_at_most_1400_words_and_180_lines():
-    assert len([word for word in README.split() if re.search("[A-Za-z]", word)]) <= 1400
+    assert len(README.split()) <= 1400
     assert len(README.splitlines()) <= 180
+
+
+QUALITY = re.compile(r"<!-- python -m experiments.readme -->.*?<!-- end of its output -->", re.DOTALL)
+NUMBER, INTERVAL = r"(\d+\.\d\d+)", r"(\d+\.\d\d+) \[(\d+\.\d\d+), (\d+\.\d\d+)\]"
+
+
+def blocks_with_numbers() -> list[str]:
+    """Return the README's paragraphs, items and rows of tables that have numbers, without its table of quality."""
+    text = re.sub(r"arXiv [\d.]+", "", QUALITY.sub("", README))
+    blocks = [" ".join(block.split()) for block in re.split(r"\n\n|\n(?=- |\|)", text)]
+    return [block for block in blocks if re.search(NUMBER, block)]
+
+
+@pytest.mark.parametrize("block", blocks_with_numbers())
+def test_every_number_of_quality_in_the_readme_is_on_a_page_that_its_block_links(block):
+    """Numbers may be rounded. Tables of these pages, and the README's table of quality, are compared with records."""
+    links = re.findall(r"\]\((experiments/[^)#]*\.md)", block)
+    source = " ".join(
+        [*(PAGES.get(link) or (ROOT / link).read_text(encoding="utf-8") for link in links), *QUALITY.findall(README)]
+    )
+    for pattern, text in ((INTERVAL, block), (NUMBER, re.sub(INTERVAL, "", block))):
+        published = re.findall(pattern, source)
+        for wanted in re.findall(pattern, text):
+            assert any(is_rounded(given, wanted) for given in published), f"{wanted} is not on {links}"
+
+
+def is_rounded(published: str | tuple[str, ...], wanted: str | tuple[str, ...]) -> bool:
+    """Return whether each wanted number is the published one, or rounds it."""
+    pairs = [(published, wanted)] if isinstance(wanted, str) else zip(published, wanted, strict=True)
+    return all(abs(float(a) - float(b)) <= 0.51 * 10 ** -len(b.partition(".")[2]) for a, b in pairs)
 
 
 def test_every_documented_speed_metric_is_logged():
