@@ -85,7 +85,7 @@ def test_every_flag_on_a_page_exists(page):
     flag = r"(?<![\w-])--[a-z][a-z0-9_-]*(?:\.[a-z0-9_]+)*"
     others = "--print_config --help --sparsity.options.power --options.my_stages --work --fetch --small --reference "
     others += "--array --wrap --minutes --check --trust-remote-code --summary --json --name --root --private "
-    others += "--write --clock --repeats --threads --width_multiple --batch_sizes --real --expect --stat --clones"
+    others += "--no-deps --write --clock --repeats --threads --width_multiple --batch_sizes --real --expect --stat --clones"
     text = re.sub(r"^#SBATCH.*", "", PAGES[page], flags=re.M)
     assert set(re.findall(flag, text)) <= {*re.findall(flag, PAGES["docs/flags.md"]), *others.split()}
 
@@ -141,7 +141,7 @@ NUMBER, INTERVAL = r"(\d+\.\d\d+)", r"(\d+\.\d\d+) \[(\d+\.\d\d+), (\d+\.\d\d+)\
 
 def blocks_with_numbers() -> list[str]:
     """Return the README's paragraphs, items and rows of tables that have numbers, without its table of quality."""
-    text = re.sub(r"arXiv [\d.]+", "", QUALITY.sub("", README))
+    text = re.sub(r"(arXiv|Python) [\d.]+", "", QUALITY.sub("", README))
     blocks = [" ".join(block.split()) for block in re.split(r"\n\n|\n(?=- |\|)", text)]
     return [block for block in blocks if re.search(NUMBER, block)]
 
