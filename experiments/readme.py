@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments.summary import DENSE, HERE, Lines, draw_curves, runs_of
+from experiments.summary import DENSE, Lines, draw_curves, runs_of
 from gprune.console import Parser, quiet, run_guarded
 from gprune.report.figures import add_title, save, style
 from gprune.report.tables import Estimate, Table, ratio_to

@@ -6,13 +6,14 @@ import pytest
 from PIL import Image
 
 from experiments import readme
+from experiments.summary import HERE
 from gprune.studies.listing import Listing
 
 
 def test_every_row_of_the_table_and_the_figure_is_in_its_list():
     drawn = [*readme.SMOLLM2_LINES.values(), *readme.GEMMA_LINES.values(), *readme.TOKEN_LINES.values()]
     for path, row, *_ in filter(None, [place for places in (*readme.ROWS.values(), *drawn) for place in places]):
-        assert row in {row.name for row in Listing.read(readme.HERE / path).rows}, f"{path} has no row {row}"
+        assert row in {row.name for row in Listing.read(HERE / path).rows}, f"{path} has no row {row}"
 
 
 def test_cells_are_times_dense_with_an_interval():
