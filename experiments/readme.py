@@ -22,7 +22,7 @@ from gprune.report.tables import Estimate, Table, ratio_to
 from gprune.runs.numbers import ResultRow, by_row
 from gprune.runs.results import FinishedRun
 
-COLUMNS = ["times dense", "SmolLM2-135M", "after 49k tokens", "Gemma-3-270M", "after 49k tokens "]
+COLUMNS = ["times dense", "SmolLM2-135M", "trained, 49k tokens", "Gemma-3-270M", "trained, 49k tokens "]
 PEERS, PEERS_GEMMA, GEMMA = "questions/peers.yaml", "questions/peers_gemma.yaml", "gemma.yaml"
 AVERAGED: ResultRow = ("averaged", "none")
 Place = tuple[str, str] | tuple[str, str, ResultRow] | None  # list, row and, unless it is the last one, stage
@@ -135,7 +135,7 @@ def drawn() -> Figure:
     for axes, title, place in (
         (smollm2, "SmolLM2-135M", "upper left"),
         (gemma, "Gemma-3-270M", "upper left"),
-        (tokens, "Half removed, trained; SmolLM2 unless named", "center left"),
+        (tokens, "Half removed, then trained (SmolLM2)", "center left"),
     ):
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_ylabel("perplexity on unseen text, times dense")
