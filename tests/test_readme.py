@@ -136,28 +136,41 @@ def test_the_readme_has_at_most_1400_words_and_180_lines():
     assert len(README.splitlines()) <= 180
 
 
+CONFIGURATIONS = sorted((ROOT / "gprune/configs").glob("*.yaml"))
 QUALITY = re.compile(r"<!-- python -m experiments.readme -->.*?<!-- end of its output -->", re.DOTALL)
 NUMBER, INTERVAL = r"(\d+\.\d\d+)", r"(\d+\.\d\d+) \[(\d+\.\d\d+), (\d+\.\d\d+)\]"
 
 
 def blocks_with_numbers() -> list[str]:
-    """Return the README's paragraphs, items and rows of tables that have numbers, without its table of quality."""
-    text = re.sub(r"(arXiv|Python) [\d.]+", "", QUALITY.sub("", README))
-    blocks = [" ".join(block.split()) for block in re.split(r"\n\n|\n(?=- |\|)", text)]
+    """Return paragraphs, items and rows of tables of the README, and headers of configurations, that have numbers.
+
+    The README's table of quality is left out.
+    """
+    readme = re.split(r"\n\n|\n(?=- |\|)", QUALITY.sub("", README))
+    headers = ["\n".join(re.findall("^# (.*)", path.read_text(), re.M)) for path in CONFIGURATIONS]
+    blocks = [re.sub(r"(arXiv|Python) [\d.]+", "", " ".join(block.split())) for block in [*readme, *headers]]
     return [block for block in blocks if re.search(NUMBER, block)]
 
 
 @pytest.mark.parametrize("block", blocks_with_numbers())
-def test_every_number_of_quality_in_the_readme_is_on_a_page_that_its_block_links(block):
+def test_every_number_of_quality_in_the_readme_and_configurations_is_on_a_page_that_is_named_beside_it(block):
     """Numbers may be rounded. Tables of these pages, and the README's table of quality, are compared with records."""
-    links = re.findall(r"\]\((experiments/[^)#]*\.md)", block)
-    source = " ".join(
-        [*(PAGES.get(link) or (ROOT / link).read_text(encoding="utf-8") for link in links), *QUALITY.findall(README)]
-    )
+    pages = re.findall(r"\]\((experiments/[^)#]*\.md)", block)
+    pages += [
+        f"experiments/questions/{name}.md" for name in re.findall(r"experiments/(?:questions/)?(\w+)\.yaml", block)
+    ]
+    source = " ".join([*((ROOT / page).read_text(encoding="utf-8") for page in pages), *QUALITY.findall(README)])
     for pattern, text in ((INTERVAL, block), (NUMBER, re.sub(INTERVAL, "", block))):
         published = re.findall(pattern, source)
         for wanted in re.findall(pattern, text):
-            assert any(is_rounded(given, wanted) for given in published), f"{wanted} is not on {links}"
+            assert any(is_rounded(given, wanted) for given in published), f"{wanted} is not on {pages}"
+
+
+def test_every_configuration_begins_with_at_most_five_lines_and_its_command():
+    for path in CONFIGURATIONS:
+        header = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))[0]
+        assert len(header.splitlines()) <= 5, path.name
+        assert f"--config {path.stem}" in header, path.name
 
 
 def is_rounded(published: str | tuple[str, ...], wanted: str | tuple[str, ...]) -> bool:
