@@ -13,7 +13,7 @@ from gprune.report.tables import Cell, Table, evaluation_table, format_estimate,
 from gprune.runs.numbers import Record, row_name
 
 HALF_WIDTH = 1.959964  # of a 95 % interval, in standard errors; tasks have hundreds of questions
-LIST = "the list"  # name of the mean over all tasks
+LIST = "all tasks"  # name of the mean over the whole list
 METRICS = {"acc": "acc_norm", "acc_norm": "acc"}  # metric -> the one that counts for a task without it
 CORRECT = {"acc": "correct", "acc_norm": "correct_norm"}  # metric -> entry of records with a digit per question
 
@@ -100,11 +100,10 @@ def _row(mean: Mean, records: Mapping[str, Record], dense: Mapping[Any, Record])
 
 
 def compare_means(records: Sequence[Record], references: Sequence[Record]) -> dict[str, str]:
-    """Compare means over groups of two models. Return such as "zeroshot7, acc" -> the difference with its interval."""
+    """Compare means of two models over what both have. Return "zeroshot7, acc" -> the difference with its interval."""
     by_key = {pair_key(r): r for r in references}
     shared = {r["task"]: r for r in records if _has_accuracy(r) and pair_key(r) in by_key}
-    complete = [mean for mean in _means(list(shared.values())) if mean.name != LIST]
-    complete = [mean for mean in complete if len(mean.weights) == mean.num_tasks]
+    complete = [mean for mean in _means(list(shared.values())) if len(mean.weights) == mean.num_tasks]
     return {
         f"{mean.name}, {metric}": format_estimate(mean.difference(shared, by_key, metric), 3)
         for mean in complete

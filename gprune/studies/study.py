@@ -356,7 +356,7 @@ def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
     note = "Paired: accuracy less accuracy +- standard error; WikiText-2 by its windows' tokens, x perplexity over "
     note += "perplexity with a 95 % interval."
     if any(task.endswith(", acc") for task in tasks):
-        note += " Means of accuracies over a group with a 95 % interval."
+        note += " Means of accuracies over tasks with a 95 % interval."
     rows = [[pair, seed, *(differences.get(task) for task in tasks)] for pair, seed, differences in results]
     return Table("compare_tasks", "Comparisons on tasks", ["first - second", "seed", *tasks], rows, note=note)
 

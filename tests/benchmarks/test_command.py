@@ -85,7 +85,7 @@ def test_a_task_that_cannot_be_measured_does_not_end_the_others(offline_runs, ca
     measured = [(r["stage"], r["task"]) for r in records_in(run / "evaluation.json")]
     assert measured == [(stage, task) for stage in ("dense", "gprune") for task in ("mine", "other")]
     assert "| mine " in printed.out
-    assert "| the list " in printed.out  # the mean of the tasks
+    assert "| all tasks " in printed.out  # the mean of the tasks
     assert command("evaluate", [str(run), "--tasks", "nowhere,elsewhere", "--source", "local"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("gprune evaluate: Cannot measure 2 tasks: Task 'nowhere' needs")

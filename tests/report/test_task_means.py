@@ -57,7 +57,7 @@ def expected(weights: dict[str, float], per_question) -> tuple[float, float, flo
     [
         ("pair", {"boolq": 1 / 2, "piqa": 1 / 2}),
         ("mmlu", {"mmlu_a": 30 / 120, "mmlu_b": 90 / 120}),
-        ("the list", {"boolq": 1 / 3, "piqa": 1 / 3, "mmlu_a": 30 / 360, "mmlu_b": 90 / 360}),
+        ("all tasks", {"boolq": 1 / 3, "piqa": 1 / 3, "mmlu_a": 30 / 360, "mmlu_b": 90 / 360}),
     ],
 )
 def test_means_and_differences_equal_sums_over_questions(name, weights):
@@ -95,13 +95,14 @@ def test_a_single_task_or_a_perplexity_has_no_mean_and_numbers_of_two_protocols_
     with_limits = [record("piqa", "dense", limit=20, groups={}), record("boolq", "dense", groups={})]
     assert means_table(with_limits).rows == []
     old = [{k: v for k, v in r.items() if k != "groups"} for r in RECORDS]  # of an earlier version
-    assert {name for name, _ in rows_by_name(old)} == {"the list"}
+    assert {name for name, _ in rows_by_name(old)} == {"all tasks"}
 
 
 def test_two_models_are_compared_on_complete_groups():
     dense, pruned = RECORDS[:4], RECORDS[4:]
     compared = compare_means(pruned, dense)
-    assert list(compared) == ["pair, acc", "pair, acc_norm", "mmlu, acc", "mmlu, acc_norm"]
+    names = [f"{name}, {metric}" for name in ("pair", "mmlu", "all tasks") for metric in ("acc", "acc_norm")]
+    assert list(compared) == names
     value = expected(
         {"boolq": 0.5, "piqa": 0.5}, lambda t: digits(t, "gprune", "acc") * 1.0 - digits(t, "dense", "acc")
     )
