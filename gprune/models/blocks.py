@@ -172,6 +172,12 @@ class Block:
         """All parameters that become smaller by pruning."""
         return (*self._expert_slices(), *self._ffn_slices(), *self._attention_slices())
 
+    @property
+    def stacked(self) -> list[str]:
+        """Paths of the tensors with neurons of all experts, which have experts in their first dimension."""
+        family = self.family
+        return [f"{family.experts}.{tensor}" for tensor in (*family.expert_rows, family.expert_down[0])]
+
     def _expert_slices(self) -> list[Slice]:
         """Return the tensors without neurons that become smaller if whole experts are removed."""
         places = self.family.per_expert.items() if self.has_experts else ()

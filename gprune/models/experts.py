@@ -254,7 +254,7 @@ def watch_routing(block: Block, watcher: Callable[[Tensor, Tensor], None]) -> Re
 
 
 def expert_output(block: Block, expert: int, x: Tensor) -> Tensor:
-    """Return the outputs of an expert before the router's weight, (n, H), for inputs x (n, N) of its down projection."""
+    """Return the outputs (n, H) of an expert for inputs x (n, N) of its down projection, not weighted by the router."""
     y = x @ block.down.of_expert(expert).T.to(x)
     for slice_ in block.slices:
         is_of_experts = slice_.kind == "experts" and is_inside(slice_.path, block.family.experts)

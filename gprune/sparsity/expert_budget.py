@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -181,7 +181,9 @@ class ExpertBudget(Budget):
         removed, units = self._experts_of(number), []
         for b in self.kept:
             block, kept = self.units[b], self.units[b].experts - len(removed.get(b, ()))
-            costs, parameters = (_of_some_experts(table, kept, block.experts) for table in (block.costs, block.parameters))
+            costs, parameters = (
+                _of_some_experts(table, kept, block.experts) for table in (block.costs, block.parameters)
+            )
             units.append(replace(block, costs=costs, parameters=parameters, experts=kept))
         target = self.target - super().removed_cost - self._costs_of_steps[number]
         return Budget(units, max(0, target), self.width_multiple, self.uniform)
@@ -207,7 +209,7 @@ class ExpertBudget(Budget):
         """The largest cost of one more unit, or of one more step if there are no other units."""
         if self.has_other_units:
             return super().largest_step
-        return max((after - before for before, after in zip(self._costs_of_steps, self._costs_of_steps[1:])), default=1)
+        return max((after - before for before, after in pairwise(self._costs_of_steps)), default=1)
 
     @property
     def step(self) -> int:

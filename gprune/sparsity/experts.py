@@ -35,9 +35,7 @@ class WholeExperts(Feature):
         if s.allocation == "depth":
             raise UserError(f"{flag} cannot be combined with --sparsity.allocation depth.")
         if s.currency in ("seconds", "kv_cache"):
-            raise UserError(
-                f"{flag} needs a target in parameters or bytes; got {s.target}, which counts {s.currency}."
-            )
+            raise UserError(f"{flag} needs a target in parameters or bytes; got {s.target}, which counts {s.currency}.")
 
     def budget_of(self, pricing: Any) -> Any:
         """Return the function that makes the budget. UserError if no expert of the model can be removed."""
