@@ -115,11 +115,12 @@ def stock_export(model: PreTrainedModel) -> PreTrainedModel | None:
     if not modeling_pruned.experts_aligned(model):
         return None
     blocks, record = blocks_of(model), record_of(model)
+    text_config = model.config.get_text_config(decoder=True)
     keys_and_sizes = {
         (key, size)
         for block in blocks
         for key, size in block.config_values.items()
-        if not record.found or hasattr(model.config, key)  # keys of discovered types may be those of a nested config
+        if not record.found or hasattr(text_config, key)  # keys of discovered types may be those of a nested config
     }
     sizes = dict(keys_and_sizes)
     if len(sizes) < len(keys_and_sizes):  # a key has several values
