@@ -206,7 +206,7 @@ def test_experts_without_tokens_are_named_and_have_the_lowest_score():
     model, ids = make("gpt_oss"), tokens()
     model.model.layers[1].mlp.router.bias[[2, 5]] = -1e4
     statistics = collect_routing(model, ids)
-    assert "layer 1: 2, 5" in idle_experts(blocks_of(model), statistics)
+    assert "layer 1: 2, 5" in idle_experts(blocks_of(model), [statistics])
     with restored(EXPERT_IMPORTANCE):
         gprune.expert_metric("negative")(lambda weights, routing, generator: -routing.count)
         for name in ("reap", "negative"):
