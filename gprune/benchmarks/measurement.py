@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks
 from gprune.benchmarks.task_sources import TaskError, load_tasks, require_lm_eval, with_groups
 from gprune.benchmarks.tasks import zero_shot
 from gprune.config.elsewhere import made_elsewhere
+from gprune.console import quieted
 from gprune.discovery import family_of
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.speed import measure_throughput
@@ -60,8 +62,9 @@ def check_tasks(benchmarks: Benchmarks, *, rows: bool = False) -> None:
     names = [name for name in benchmarks.tasks if name not in (*TEXTS, SPEED)]
     if names:
         require_lm_eval()
-    for task in with_groups(names) if rows else ():
-        load_tasks(task, benchmarks.source)
+    with quieted("lm_eval", stderr=not sys.stderr.isatty()):
+        for task in with_groups(names) if rows else ():
+            load_tasks(task, benchmarks.source)
 
 
 def evaluate(
