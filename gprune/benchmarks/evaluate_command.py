@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
-from gprune.console import Parser, quiet
+from gprune.console import Parser, process_index, quiet
 from gprune.storage.paths import expanded
 
 ABOUT = """Measure tasks, perplexity and speed of a run, a model folder or any model by name.
@@ -19,6 +19,7 @@ written to evaluation.json of the run immediately, for `gprune report`."""
 EXAMPLES = """examples:
   gprune evaluate runs/NAME --tasks piqa,arc_easy,wikitext2 --dense
   gprune evaluate smollm2-135m --tasks piqa --limit 200
+  gprune evaluate runs/NAME --tasks wikitext2 --device_map auto --max_memory '{0: 20GiB, cpu: 60GiB}'
   gprune evaluate runs/NAME/model --tasks wikitext2 --seq_len 2048,128 --output numbers.json"""
 MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
     "stopped": ". Finished tasks are kept.",
@@ -65,6 +66,8 @@ def run(args: Sequence[str]) -> str:
     from gprune.benchmarks.measurement import evaluate
 
     records, path = evaluate(model, benchmarks, dense=dense, output=None if output is None else expanded(output))
+    if process_index() != 0:
+        return ""
     from gprune.report.tables import evaluation_table
 
     text = f"\n{evaluation_table(records).for_stdout()}\n"
