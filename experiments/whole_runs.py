@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import gprune
 from gprune.config import parse
+from gprune.console import quiet
 from gprune.errors import UserError, first_line
 from gprune.export import hf, reload
 
@@ -39,6 +40,8 @@ def whole_run(model: PreTrainedModel) -> dict[str, Any]:
     Keys: `scope` and `recovery` (None if no attempt works), `reasons` (a line for each attempt that was refused) and
     `failed` (an exception other than a refusal, which is a bug).
     """
+    quiet()
+    logging.getLogger("gprune").setLevel(logging.ERROR)
     result: dict[str, Any] = {"scope": None, "recovery": None, "reasons": [], "failed": None}
     with tempfile.TemporaryDirectory(prefix="gprune-run-") as scratch:
         flags = _inputs(model, Path(scratch))
@@ -59,7 +62,6 @@ def whole_run(model: PreTrainedModel) -> dict[str, Any]:
 def _run(flags: list[str], scope: str, recovery: str) -> None:
     """Run one attempt. Raise AssertionError if the result is not what was asked for."""
     cfg = parse([*flags, f"--sparsity.scope={scope}", f"--recovery={recovery}"])
-    logging.getLogger("gprune").setLevel(logging.ERROR)
     with mock.patch.object(hf, "subprocess", SimpleNamespace(run=_reload_in_this_process)):
         result = gprune.prune(cfg)
     assert result.summary["sparsity_of_scope"] >= cfg.sparsity.target, "too little was removed"
