@@ -169,6 +169,9 @@ def find_subjects(
     if not (path / "manifest.json").is_file():
         if dense:
             raise UserError(f"--dense needs the folder of a run, which names the dense model; got '{name}'.")
+        parent, *rest = Path(name).parts
+        if rest and not path.exists() and Path(parent).is_dir():  # otherwise it may be a hub id
+            raise UserError(f"'{name}' must be the folder of a run or a model; there is no such folder.")
         if path.is_dir() and not (path / "config.json").is_file():
             raise UserError(f"'{name}' must be a run (manifest.json) or a model folder (config.json); got neither.")
         about = {"model": model_label(name), "stage": "model", "recovery": None, "sparsity": None, "scope": None}
