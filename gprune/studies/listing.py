@@ -105,9 +105,9 @@ class Content(StrictModel):
         """Raise UserError if a key names an unknown row, or a task cannot be measured."""
         for key, names in (
             ("reference", [] if self.reference is None else [self.reference]),
-            ("compare", [name for pair in self.compare for name in pair]),
+            ("compare", [split_stage(name, self.rows)[0] or name for pair in self.compare for name in pair]),
         ):
-            if unknown := [name for name in names if split_stage(name, self.rows)[0] not in self.rows]:
+            if unknown := [name for name in names if name not in self.rows]:
                 raise UserError(f"The key {key} must name rows ({', '.join(self.rows)}); got '{unknown[0]}'.")
         for name in [name for pair in self.compare for name in pair if name in self.rows]:
             if (row := name.rpartition(": ")[0]) in self.rows:

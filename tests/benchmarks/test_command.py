@@ -251,6 +251,13 @@ def test_a_model_sharded_over_two_processes_has_the_results_of_the_whole_model(o
     assert numbers_of(sharded) == numbers_of(whole)
 
 
+def test_a_missing_folder_is_refused_before_the_hub_is_asked(offline_runs, capsys, monkeypatch):
+    monkeypatch.chdir(offline_runs.folder)
+    assert command("evaluate", ["runs/nothing", "--tasks", "wikitext2"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "'runs/nothing' must be the folder of a run or a model; there is no such folder." in error
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
