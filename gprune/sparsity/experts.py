@@ -73,18 +73,21 @@ class WholeExperts(Feature):
         return lines if budget.has_other_units else lines | {"widths": "all neurons of these experts remain"}
 
     def summary(self, run: Any, masks: Any, pruned: Any) -> dict[str, Any]:
-        """Return the removed experts of each layer, and the sentence about them."""
+        """Return the scores of experts and the removed ones by layer, and the sentence about them."""
         from gprune.models.experts import kept_experts
 
-        removed = {}
+        removed, scores, stored = {}, {}, run.folder.read("experts") or {}
         for block in run.blocks:
             if block.has_experts and masks.blocks[block.index]:
-                kept = kept_experts(block, masks.ffn[block.index])
-                removed[str(block.layer_index)] = (~kept).nonzero()[:, 0].tolist()
+                kept, layer = kept_experts(block, masks.ffn[block.index]), str(block.layer_index)
+                removed[layer] = (~kept).nonzero()[:, 0].tolist()
+                scores[layer] = stored[f"scores.{block.index}"].tolist()
         counts = [len(experts) for experts in removed.values()]
         total = max(block.experts for block in run.blocks)
         said = f"{span(counts)} of {total} experts are removed in each of {len(counts)} layers{overshoot(run.plan)}."
-        return {"experts": {"said": said, "removed": removed}}
+        numbers = {"removed": sum(counts), "kept": sum(map(len, scores.values())) - sum(counts)}
+        entry = {"said": said, "metric": run.cfg.sparsity.expert_metric, "removed": removed, "scores": scores}
+        return {"experts": entry | {"numbers": numbers}}
 
 
 def overshoot(plan: Any) -> str:

@@ -96,7 +96,9 @@ def test_journey_from_flags_to_a_stock_folder_with_wandb_and_a_page(world, tmp_p
     assert sentence in (result.path / "report.html").read_text()
     (file,) = find(tmp_path)
     logged = read(file)
-    assert logged.summary["final/parameters_after"] == result.summary["parameters_after"]
+    assert logged.summary["parameters_after"] == result.summary["parameters_after"]
+    assert (logged.summary["experts/kept"], logged.summary["experts/removed"]) == (12, 12)
+    assert (result.path / "figures" / "experts.png").exists()
     assert logged.config["sparsity"]["expert_metric"] == "reap"
 
 
