@@ -277,7 +277,7 @@ def experts_figure(entry: dict[str, Any]) -> Figure:
     axes.set_yticks(range(len(layers)), layers)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.set(xlabel="expert", ylabel="layer")
-    figure.colorbar(image, ax=axes, label=f"{entry['metric']} / mean of the layer")
+    figure.colorbar(image, ax=axes, label=f"{entry['metric']} / layer mean")
     return figure
 
 

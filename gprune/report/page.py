@@ -361,7 +361,7 @@ def _describe_run(run: FinishedRun) -> tuple[str, list[str]]:
         return f"{model_label(other)} beside {label}", [about, cost]
     sparsity = summary["sparsity_of_scope"], settings["sparsity"]["scope"], settings["sparsity"]["allocation"]
     method = "gprune" if settings["gprune"] else "the base metric alone"
-    importance, recovery = settings["importance"], settings["recovery"]
+    importance, recovery = run.records[-1]["importance"], settings["recovery"]
     about = (
         f"{format_removed(*sparsity, digits=2)} removed by {method}, importance {importance}, recovery {recovery}, "
         f"seed {run.seed}."
