@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
-from gprune.console import Parser, quiet, write_stdout
+from gprune.console import Parser, process_index, quiet, write_stdout
 from gprune.storage.paths import expanded
 
 ABOUT = """Measure tasks, perplexity and speed of a run, a model folder or any model by name.
@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   gprune evaluate runs/NAME --tasks piqa,arc_easy,wikitext2 --dense
   gprune evaluate runs/NAME --tasks zeroshot7 --dense
   gprune evaluate smollm2-135m --tasks piqa --limit 200
+  gprune evaluate runs/NAME --tasks wikitext2 --device_map auto --max_memory '{0: 20GiB, cpu: 60GiB}'
   gprune evaluate runs/NAME/model --tasks wikitext2 --seq_len 2048,128 --output numbers.json"""
 MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
     "stopped": ". Finished tasks are kept.",
@@ -70,10 +71,10 @@ def run(args: Sequence[str]) -> str:
     try:
         records, path = evaluate(model, benchmarks, dense=dense, output=None if output is None else expanded(output))
     except UnmeasuredTasksError as error:
-        if error.records:
+        if error.records and process_index() == 0:
             write_stdout(results_as_text(error.records, error.path))
         raise
-    return results_as_text(records, path)
+    return results_as_text(records, path) if process_index() == 0 else ""
 
 
 def results_as_text(records: Sequence[dict[str, Any]], path: Path | None) -> str:

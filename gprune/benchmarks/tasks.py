@@ -72,7 +72,8 @@ def zero_shot(
     from gprune.benchmarks.answers import AnswerLM
 
     # lm_eval writes warnings and progress bars to stderr, which is kept for errors unless it is a terminal.
-    with quieted("lm_eval", stderr=not sys.stderr.isatty()), torch.inference_mode():
+    # Sharded layers, which keep tensors between forward passes, fail in inference mode.
+    with quieted("lm_eval", stderr=not sys.stderr.isatty()), torch.no_grad():
         by_name: dict[str, LoadedTask] = {}  # groups of tasks may overlap
         for name in tasks:
             by_name |= {loaded.task.task_name: loaded for loaded in load_tasks(name, source)}

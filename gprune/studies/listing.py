@@ -105,7 +105,7 @@ class Content(StrictModel):
         """Raise UserError if a key names an unknown row, or a task cannot be measured."""
         for key, names in (
             ("reference", [] if self.reference is None else [self.reference]),
-            ("compare", [split_stage(name, self.rows)[0] for pair in self.compare for name in pair]),
+            ("compare", [split_stage(name, self.rows)[0] or name for pair in self.compare for name in pair]),
         ):
             if unknown := [name for name in names if name not in self.rows]:
                 raise UserError(f"The key {key} must name rows ({', '.join(self.rows)}); got '{unknown[0]}'.")

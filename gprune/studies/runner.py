@@ -303,7 +303,7 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
 
     The W&B configuration of such a run has `record: true`.
     """
-    from gprune.runs.tracking import wandb_arguments, wandb_id, wandb_run
+    from gprune.runs.tracking import charts, wandb_arguments, wandb_id, wandb_run
 
     cfg = with_wandb_names(row)
     settings = row.identity | {"inputs": record["inputs"]}
@@ -317,7 +317,7 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
             run.config.update({"record": True, "environment": record["environment"]})
         main_row = record["records"][-1]["stage"], record["records"][-1]["recovery"]
         numbers = run_numbers(record["records"], record["summary"], record["steps"], main_row)
-        run.log({name: value for name, value in numbers.items() if name.startswith("final/")})
+        run.log(charts(numbers))
         run.summary.update(numbers | task_numbers(task_results(row, record)))
 
 
