@@ -114,7 +114,7 @@ def largest_costs(pending: Sequence[Row]) -> str:
     backward = sum(plan.forward_backward_tokens for plan in plans)
     tasks = ", tasks not counted" if any(row.tasks for row in pending) else ""
     return (
-        f"{len(pending)} configurations: at most {forward:,} tokens forward and {backward:,} forward and backward, "
+        f"{len(pending)} configuration{'s' * (len(pending) > 1)}: at most {forward:,} tokens forward and {backward:,} forward and backward, "
         f"without cached results{tasks}; at most {sum(map(estimated_flops, plans)):.2e} FLOP"
     )
 
