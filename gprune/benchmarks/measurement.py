@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gprune.benchmarks.literature import literature_perplexity
 from gprune.benchmarks.placement import Placement, placement
 from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks
-from gprune.benchmarks.tasks import require_lm_eval, zero_shot
+from gprune.benchmarks.task_sources import TaskError, load_tasks, require_lm_eval, with_groups
+from gprune.benchmarks.tasks import zero_shot
 from gprune.config.elsewhere import made_elsewhere
+from gprune.console import quieted
 from gprune.discovery import family_of
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.speed import measure_throughput
@@ -32,7 +35,10 @@ from gprune.storage.files import key_of, write_json
 from gprune.storage.paths import expanded
 
 log = logging.getLogger("gprune")
-METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "exact_match_stderr", "perplexity")
+METRICS = (
+    "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "exact_match_stderr", "score", "score_stderr",
+    "perplexity", "tokens_per_second", "seconds",
+)  # fmt: skip
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -45,19 +51,33 @@ class Subject:
     load: Callable[[], Loaded]
 
 
-METRICS += ("tokens_per_second", "seconds")
+class UnmeasuredTasksError(UserError):
+    """Some tasks could not be measured. `records` has the results of the others, which are stored in `path`."""
+
+    def __init__(self, errors: Mapping[str, TaskError], records: Sequence[dict[str, Any]], path: Path | None):
+        reasons = " ".join(map(str, errors.values()))
+        super().__init__(reasons if len(errors) == 1 else f"Cannot measure {len(errors)} tasks: {reasons}")
+        self.records, self.path = records, path
 
 
-def check_tasks(benchmarks: Benchmarks) -> None:
-    """Raise UserError if the tasks need lm_eval and it is not installed."""
-    if not {*benchmarks.tasks} <= {*TEXTS, SPEED}:
+def check_tasks(benchmarks: Benchmarks, *, rows: bool = False) -> None:
+    """Raise UserError if the tasks need lm_eval and it is not installed. With `rows`, load each task too."""
+    names = [name for name in benchmarks.tasks if name not in (*TEXTS, SPEED)]
+    if names:
         require_lm_eval()
+    with quieted("lm_eval", stderr=not sys.stderr.isatty()):
+        for task in with_groups(names) if rows else ():
+            load_tasks(task, benchmarks.source)
 
 
 def evaluate(
     model: str, benchmarks: Benchmarks, *, dense: bool = False, pruned: bool = True, output: Path | None = None
 ) -> tuple[list[dict[str, Any]], Path | None]:
-    """Measure a model, or the models of a run."""
+    """Measure a model, or the models of a run.
+
+    A task that cannot be measured does not end the others. UnmeasuredTasksError, which has their records, is raised at
+    the end.
+    """
     check_tasks(benchmarks)
     with placement(benchmarks, expanded(model)) as placed:
         return _evaluate(model, benchmarks, placed, dense=dense, pruned=pruned, output=output)
@@ -80,15 +100,22 @@ def _evaluate(
     if output is not None:
         read_evaluation(output, run=output_key)  # raises for another file, which must not be overwritten
     records: list[dict[str, Any]] = []
-    tasks = [task for task in dict.fromkeys(benchmarks.tasks) if task != SPEED]
+    tasks = with_groups(task for task in benchmarks.tasks if task != SPEED)
+    unmeasured: dict[str, TaskError] = {}
     for subject in subjects if tasks else ():
         loaded_model, tokenizer = subject.load()
         loaded_model = placed.place(loaded_model)
-        for task in tasks:
+        for task, groups in tasks.items():
+            if task in unmeasured:
+                continue
             log.info("Evaluating %s", task)
-            with matmul_precision(torch.get_float32_matmul_precision(), fastest_on=placed.device):
-                measured = _measure_task((loaded_model, tokenizer), task, benchmarks)
-            records += [r | subject.about | origin for r in measured]
+            try:
+                with matmul_precision(torch.get_float32_matmul_precision(), fastest_on=placed.device):
+                    measured = _measure_task((loaded_model, tokenizer), task, benchmarks)
+            except TaskError as error:
+                unmeasured[task] = error
+                continue
+            records += [r | subject.about | origin | ({"groups": groups} if groups else {}) for r in measured]
             if output is not None and placed.writes:
                 merge_records(output, records, run=output_key)
     if benchmarks.alternates:
@@ -104,6 +131,8 @@ def _evaluate(
             log_evaluation(folder, records)
             run = read_numbers(folder)
             write_card(RunFolder(folder), config_of(run), run.records)
+    if unmeasured:
+        raise UnmeasuredTasksError(unmeasured, records, output)
     return records, output
 
 
@@ -111,7 +140,8 @@ def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dic
     """Measure a task other than speed."""
     limit = benchmarks.limit
     if task not in TEXTS:
-        return zero_shot(*loaded, [task], limit=limit, batch_size=benchmarks.batch_size, source=benchmarks.source)
+        options = {"batch_size": benchmarks.batch_size, "num_fewshot": benchmarks.num_fewshot}
+        return zero_shot(*loaded, [task], limit=limit, source=benchmarks.source, **options)
     family_of(loaded[0])
     lengths = dict.fromkeys(benchmarks.seq_len)
     return [literature_perplexity(*loaded, task, seq_len=n, bos=benchmarks.bos, limit=limit) for n in lengths]

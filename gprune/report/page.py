@@ -56,7 +56,6 @@ from gprune.report.tables import (
     cost_table,
     distance_table,
     entry_tables,
-    evaluation_table,
     format_estimate,
     group_frame,
     in_markdown,
@@ -66,6 +65,7 @@ from gprune.report.tables import (
     settings_table,
     summary_table,
 )
+from gprune.report.task_means import evaluation_tables
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import Record, entries, row_name
 from gprune.runs.results import FinishedRun, config_of, read_run
@@ -285,7 +285,7 @@ def of_runs(
     if 1 < len(runs) <= SIDE_BY_SIDE:
         tables += [comparison_table(groups), settings_table(groups)]
     if evaluated := [r | {"run": run.name} for run in named_runs for r in run.evaluation]:
-        tables.append(evaluation_table(evaluated))
+        tables += evaluation_tables(evaluated)
     bases_by_name = {base.name: base for base in (bases or {}).values()}  # several if rows have different budgets
     (base,) = bases_by_name.values() if len(bases_by_name) == 1 else (None,)
     return Report(list(runs), groups, tables, base)

@@ -30,7 +30,7 @@ OTHER_RECORDS = Path("runs/records")
 # Defaults of all rows. They do not change results, so they are not part of a row's identity.
 ROW_DEFAULTS = {"export": "none", "run.dir": "runs/experiments"}
 LISTED_PRECISION = "32-true"  # default of rows, so that a row means the same on every machine
-TABLES = ("summary", "perplexity", "distance", "evaluation")
+TABLES = ("summary", "perplexity", "distance", "evaluation", "means")
 
 # YAML reads some names as numbers.
 Name = Annotated[Text, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]

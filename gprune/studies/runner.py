@@ -85,7 +85,8 @@ def run_rows(unfinished: Sequence[Found], num_rows: int) -> None:
             pass
     for row in pending:
         if row.tasks:
-            measurement.check_tasks(benchmarks_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code))
+            benchmarks = benchmarks_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code)
+            measurement.check_tasks(benchmarks, rows=row is pending[0])
             if row.config.processes > 1:  # other processes would wait until torch's timeout
                 raise UserError(f"Row '{row.name}' must have one process for tasks; got {row.config.processes}.")
     if is_rank_0:

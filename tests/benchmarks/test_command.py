@@ -79,6 +79,37 @@ def test_the_flag_dense_evaluates_the_dense_model_and_prints_the_paired_differen
     assert f"x {ratio:.3f} [" in out
 
 
+def test_a_task_that_cannot_be_measured_does_not_end_the_others(offline_runs, capsys, tmp_path):
+    needs_lm_eval()
+    write_task(offline_runs.folder, "other", "test", questions(12, seed=1))
+    run = offline_runs.runs / "kept"
+    assert command("evaluate", [str(run), "--tasks", "mine,nowhere,other", "--source", "local", "--dense"]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert "'nowhere' needs the local file $GPRUNE_DATA_DIR/tasks/nowhere/test.jsonl" in line
+    measured = [(r["stage"], r["task"]) for r in records_in(run / "evaluation.json")]
+    assert measured == [(stage, task) for stage in ("dense", "gprune") for task in ("mine", "other")]
+    assert "| mine " in printed.out
+    assert "| all tasks " in printed.out  # the mean of the tasks
+    assert command("evaluate", [str(run), "--tasks", "nowhere,elsewhere", "--source", "local"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gprune evaluate: Cannot measure 2 tasks: Task 'nowhere' needs")
+    assert "Task 'elsewhere' needs" in line
+
+
+def test_the_number_of_examples_is_a_flag(offline_runs, capsys):
+    needs_lm_eval()
+    write_task(offline_runs.folder, "shots", "test", questions(12))
+    write_task(offline_runs.folder, "shots", "train", questions(5, seed=1))
+    run = offline_runs.runs / "kept"
+    assert command("evaluate", [str(run), "--tasks", "shots", "--num_fewshot", "2"]) == 0
+    (record,) = records_in(run / "evaluation.json")
+    assert (record["num_fewshot"], record["own_num_fewshot"]) == (2, 0)
+    assert "2 examples in prompts, lm_eval's own number is 0" in capsys.readouterr().out
+    assert command("evaluate", [str(run), "--tasks", "shots", "--num_fewshot", "-1"]) == 2
+    assert "--num_fewshot must be 0 or more" in capsys.readouterr().err
+
+
 def test_a_record_is_replaced_only_by_a_record_of_the_same_protocol(offline_runs):
     path = offline_runs.runs / "kept" / "evaluation.json"
     # The second evaluation has the protocol of the first and replaces its record. Another window length or limit is
