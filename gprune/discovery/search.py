@@ -400,7 +400,7 @@ def masked_equals_sliced(probe: Probe) -> bool:
 
 
 def agree(masked_logits: Tensor, sliced_logits: Tensor, *, dense: Tensor) -> bool:
-    """Return whether masks have an effect on logits of the dense model, and both models have the same effect."""
+    """Return whether masks change the dense logits, and slicing gives the masked logits within `MAX_SLICING_ERROR`."""
     effect = compare(masked_logits, dense)
     slicing_error = compare(masked_logits, sliced_logits).largest
     return effect.largest > MIN_MASK_EFFECT * effect.peak and slicing_error <= MAX_SLICING_ERROR * effect.largest

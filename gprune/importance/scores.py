@@ -24,7 +24,7 @@ class Scores:
 
     ffn: list[Tensor]  # neurons (N,), or (E x N,) with E experts
     attention: list[Tensor]  # KV groups (G,): sums over their channels
-    channels: list[Tensor]  # attention channels (C,)
+    channels: list[Tensor]  # attention channels (C,); (G,) zeros if attention is not in scope
 
 
 def ffn_weights(block: Block, device: torch.device | str = "cpu") -> UnitWeights:
@@ -93,7 +93,7 @@ def score_units(
         if attention and block.output is not None:
             moments, generator = statistics.attention[block.index].total, generator_for(seed, block.index, "attention")
             channel_scores = score_channels(name, attention_weights(block), moments, generator)
-        group_scores = channel_scores  # empty
+        group_scores = channel_scores  # (0,) without KV groups
         if block.kv_groups:
             group_scores = reduce(channel_scores, "(g c) -> g", "sum", g=block.kv_groups)
         ffn.append(neuron_scores)

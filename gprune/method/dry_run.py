@@ -19,8 +19,8 @@ from gprune.calibration.layerwise import needs_walk
 from gprune.calibration.statistics import gram_bytes
 from gprune.corpora import is_local
 from gprune.features import attribute
+from gprune.method.inputs import prepare_text
 from gprune.method.plan import Plan, describe_unpruned, device_memory, forward_equivalents
-from gprune.method.run import prepare_text
 from gprune.models.blocks import PARTS, Block, blocks_of, by_layer
 from gprune.models.loading import locate_model
 from gprune.models.losses import CHUNK

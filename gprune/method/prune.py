@@ -50,7 +50,7 @@ from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import Scores, ffn_weights, fractional_ranks, generator_for, score_ffn, score_units
 from gprune.method.evaluate import evaluate
 from gprune.method.quality import with_learning_budget, with_quality_budget
-from gprune.method.recover import shrink
+from gprune.method.recover import prune_and_recover
 from gprune.method.run import Run, open_run
 from gprune.method.save import check_discovered_structure, save
 from gprune.method.summary import summarise, write_pages
@@ -134,10 +134,10 @@ def prune(
         thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:
             evaluate(run, statistics, masks)  # all rows without recovery
-        final_masks = masks[cfg.final]
+        final_masks = masks[cfg.main_stage]
         run.step(9, "Pruning" if cfg.recovery == "none" else "Pruning and recovering")
         with run.folder.step("shrink"):
-            pruned = shrink(run, final_masks, statistics)
+            pruned = prune_and_recover(run, final_masks, statistics)
         is_rank_zero, summary = rank_zero_only.rank == 0, {}
         if is_rank_zero:
             save(run, pruned, masks)
@@ -364,7 +364,7 @@ def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[
     run.step(3, "Measuring drift")
     drift = [drift_of_block(run, block, statistics) for block in run.blocks]
     mean = float(torch.cat([d.drift for d in drift]).mean())
-    noise = float(torch.cat([d.floor for d in drift]).mean())
+    noise = float(torch.cat([d.noise_floor for d in drift]).mean())
     log.info("Mean rank drift %.3f; sampling noise alone gives %.3f", mean, noise)
     return drift
 
@@ -488,7 +488,7 @@ def assess(
         switch = "everywhere" if r.everywhere else "unreliable"
     base_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, run.blocks, strict=True)]
     reliability = assess_reliability(
-        labels, base_ranks, [d.drift for d in drift], [d.floor for d in drift],
+        labels, base_ranks, [d.drift for d in drift], [d.noise_floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
     )  # fmt: skip
     switched = [of_block.switched for of_block in reliability]

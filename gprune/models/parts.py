@@ -84,7 +84,7 @@ class ExpertPart:
         return self.dim != default_dim
 
     def _stacked_weight(self) -> Tensor:
-        """Return the tensor as (E, n, H) for gate and up, or (E, H, N) for down; loaded if it is offloaded."""
+        """Return the tensor, loaded if offloaded: (E, H, N) for down, (E, n, H) otherwise, n = 2N for gate and up."""
         module, name = find_parent(self.host, self.tensor)
         tensor = load_parameter(module, name)
         return tensor.transpose(1, 2) if self._is_transposed else tensor

@@ -212,7 +212,7 @@ def _drop_layers_from_config(config: PreTrainedConfig, kept: list[int], depth: i
 
 
 def per_layer_lists(content: Mapping[str, Any], depth: int) -> dict[str, list[Any]]:
-    """Return the fields of a configuration with one value for each of its `depth` layers, such as `layer_types`.
+    """Return the fields that match `PER_LAYER` and have one value for each of `depth` layers, such as `layer_types`.
 
     A list of all layer numbers, such as the `moe_layers` of a model whose layers all have experts, is not one of them.
     """

@@ -115,7 +115,7 @@ class Recovery(Feature):
         return 0, 0
 
     def memory(self, sizes: Any) -> dict[str, float]:
-        """Return the bytes of a recovery by term of `method.memory.Memory`; empty if it needs nothing.
+        """Return the bytes of a recovery by term of `method.dry_run.Memory`; empty if it needs nothing.
 
         Without training these are the equations of the widest block, 12 N^2, in float64.
         """

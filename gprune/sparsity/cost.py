@@ -60,7 +60,7 @@ class Currency(Feature):
     """A currency whose costs depend on more than the model and its blocks."""
 
     def costs(self, pricing: Any) -> ModelCosts:
-        """Return the costs of the model of a `method.pricing.Pricing`."""
+        """Return the costs of the model of a `method.plan.Pricing`."""
         raise NotImplementedError
 
 
