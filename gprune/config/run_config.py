@@ -196,6 +196,7 @@ class RunConfig(Group):
             *((COST, name) for name in dict.fromkeys(currencies)),
             *((ALLOCATION, name) for name in dict.fromkeys([self.base_allocation, self.sparsity.allocation])),
             *((RECOVERY, name) for name in self.recovery.split("+")),
+            *self.sparsity.entries,
         ]  # fmt: skip
 
     @property

@@ -229,6 +229,7 @@ class Projection(Recovery):
             solved = [
                 self._solve_one(expert_weight, expert_keep, moments.of_expert(index, experts), ridge)
                 for index, (expert_weight, expert_keep) in enumerate(by_expert)
+                if expert_keep.any()  # others are removed with their row of the router
             ]
         if any(bias is not None for _, bias in solved):
             raise UserError(f"Recovery '{self.name}' must return None as the bias of experts, which have no biases.")
