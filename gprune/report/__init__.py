@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Names of the tables of a report; `corpora` and `final` are tables of lists.
 TableName = Literal[
-    "comparison", "corpora", "distance", "evaluation", "final", "perplexity", "quality", "settings", "summary"
+    "comparison", "corpora", "distance", "evaluation", "final", "means", "perplexity", "quality", "settings", "summary"
 ]
 CLONE = Path(__file__).parents[2]
 
