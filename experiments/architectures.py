@@ -51,9 +51,9 @@ from gprune.export.hf import save_pruned
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import Block, blocks_of, by_layer, find_unpruned
 from gprune.models.families import FAMILIES
-from gprune.models.gating import masked
 from gprune.models.losses import why_not_measurable
-from gprune.models.surgery import prune
+from gprune.models.masks import masked
+from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import Budget, block_units
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -220,7 +220,7 @@ def _compare(model: PreTrainedModel, folder: Path, *, vision: bool = False) -> d
         dense = model(**inputs, use_cache=False).logits
         with masked(model, masks):
             expected = model(**inputs, use_cache=False).logits
-        small = prune(model, masks)
+        small = slice_model(model, masks)
         logits = small(**inputs, use_cache=False).logits
     found["moved"] = float((expected - dense).abs().max() / dense.abs().max())
     found["agrees"] = float((expected - logits).abs().max() / expected.abs().max())

@@ -45,11 +45,11 @@ def run(args: Sequence[str] | None, prog: str = "gprune prune") -> str:
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from gprune.method.dry_run import describe
-    from gprune.method.plan import check
+    from gprune.method.plan import make_plan
     from gprune.method.prune import prune
 
     if cfg.dry_run:
-        return describe(check(cfg)) + "\n"
+        return describe(make_plan(cfg)) + "\n"
     result = prune(cfg)
     return _describe_result(cfg, result) if rank_zero_only.rank == 0 else ""
 

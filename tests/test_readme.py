@@ -22,12 +22,12 @@ from gprune.__main__ import COMMANDS
 from gprune.benchmarks.measurement import task_numbers
 from gprune.calibration.statistics import Moments
 from gprune.export.hf import save_pruned
-from gprune.method.plan import check
+from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
 from gprune.models.families import FAMILIES
-from gprune.models.gating import masked
 from gprune.models.loading import load_model
-from gprune.models.surgery import prune
+from gprune.models.masks import masked
+from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY
 from gprune.sparsity.allocation import ALLOCATION
 from tests import registries, tiny_run
@@ -257,7 +257,7 @@ def test_the_recipe_for_a_stage_reduces_the_loss_and_ignores_windows_with_weight
     dense = load_model(str(world.model))[0]
     ids = torch.arange(4, 68).view(2, 32)
     masks = some_masks(dense, attention=False)
-    stage = Distillation(dense, prune(dense, masks))
+    stage = Distillation(dense, slice_model(dense, masks))
     assert {name.partition(".")[0] for name in stage.state_dict()} == {"student"}  # without the dense model
     losses = []
     callback = LambdaCallback(on_train_batch_end=lambda *_: losses.append(stage.last_loss))
@@ -265,9 +265,9 @@ def test_the_recipe_for_a_stage_reduces_the_loss_and_ignores_windows_with_weight
     assert losses == sorted(losses, reverse=True)
     first_loss = losses[0]
     ids[1] = 5  # another second window, with weight 0 below
-    stage.student = prune(dense, masks).requires_grad_()
+    stage.student = slice_model(dense, masks).requires_grad_()
     trainer_of(callback).fit(stage, batches(ids, 1.0, 0.0))
-    alone = Distillation(dense, prune(dense, masks))
+    alone = Distillation(dense, slice_model(dense, masks))
     trainer_of().fit(alone, batches(ids[:1], 1.0))
     assert losses[-1] == pytest.approx(alone.last_loss) != first_loss
 
@@ -280,7 +280,7 @@ def test_the_recipe_for_a_stage_recovers_the_whole_model_in_a_run_with_the_plann
         tmp_path, "--gprune=false", "--recovery=distil", "--sparsity.protect=[0]", "--evaluation.controls=[]",
         "--distill.tokens=1536",
     )  # fmt: skip
-    planned = check(gprune.config.parse(flags)).tokens
+    planned = make_plan(gprune.config.parse(flags)).tokens
     assert sum(trained for _, trained in planned.values()) == 1536
     assert tiny_run.main(flags) == 0
     run = gprune.load_run(tmp_path / "run")
@@ -298,7 +298,7 @@ def test_the_recipe_for_a_family_prunes_and_reloads(family, tmp_path):
     ids = torch.arange(3, 35).view(2, 16)
     model = make_tiny(family)
     masks = some_masks(model, attention=True)
-    pruned = prune(model, masks)
+    pruned = slice_model(model, masks)
     with masked(model, masks):
         torch.testing.assert_close(pruned(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
     reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(pruned, None, tmp_path / family))

@@ -14,7 +14,7 @@ from gprune.method.recover import tune
 from gprune.method.run import TokenMeter
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.partition.modules import ModuleRanks
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation, checked_masks, module_thresholds
@@ -85,7 +85,7 @@ def by_model(tiny, spoil):
 
     recovery("mine")(Mine)
     masks = some_masks(model, attention=False)
-    small = tune(recoveries_of("mine"), Material(model, masks), prune(model, masks), meter=TokenMeter(), seed=0)
+    small = tune(recoveries_of("mine"), Material(model, masks), slice_model(model, masks), meter=TokenMeter(), seed=0)
     return small.model.layers[0].mlp.down_proj.weight
 
 

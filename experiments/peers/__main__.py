@@ -38,7 +38,7 @@ def windows(output: Path, flags: Sequence[str]) -> str:
     import torch
     from safetensors.torch import save_file
 
-    from gprune.method.inputs import prepare_text
+    from gprune.method.run import prepare_text
     from gprune.models.loading import load_model, locate_model
 
     cfg = parse(flags, "experiments.peers windows")
@@ -69,7 +69,7 @@ def save(cut: Path, output: Path) -> str:
     from gprune.export.hf import check_reload, save_pruned
     from gprune.models.loading import load_model
     from gprune.models.masks import Masks
-    from gprune.models.surgery import prune
+    from gprune.models.surgery import slice_model
 
     if not (cut / CUT).is_file() or not (cut / RECORD).is_file():
         raise UserError(f"--cut must be the output of a driver such as flap, with {CUT} and {RECORD}; got '{cut}'.")
@@ -78,7 +78,7 @@ def save(cut: Path, output: Path) -> str:
     weights = {name: tensors.pop(name) for name in list(tensors) if name.endswith((".weight", ".bias"))}
     model, tokenizer = load_model(source, dtype=torch.float32)
     family_of(model)
-    small = prune(model, Masks.from_tensors(tensors), inplace=True)
+    small = slice_model(model, Masks.from_tensors(tensors), inplace=True)
     for name, value in weights.items():
         path, _, own = name.rpartition(".")
         setattr(small.get_submodule(path), own, nn.Parameter(value, requires_grad=False))

@@ -18,10 +18,9 @@ from gprune.config.elsewhere import made_elsewhere
 from gprune.discovery import family_of
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.speed import measure_throughput
-from gprune.models.elsewhere import load_elsewhere
 from gprune.models.embedded import model_label
-from gprune.models.loading import fingerprint, load_model
-from gprune.models.surgery import prune
+from gprune.models.loading import fingerprint, load_elsewhere, load_model
+from gprune.models.surgery import slice_model
 from gprune.report.card import write_card
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import key_part
@@ -223,4 +222,4 @@ def _load_pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, tru
         )  # fmt: skip
     masks = read_run(run).masks
     model, tokenizer = load_dense(run, settings, dtype, trust_remote_code)
-    return prune(model, masks), tokenizer
+    return slice_model(model, masks), tokenizer

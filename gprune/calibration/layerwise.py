@@ -30,8 +30,8 @@ from gprune.features import Feature
 from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.copies import turn_off_rescaling
 from gprune.models.families import BUILT_IN, decoder_of
-from gprune.models.gating import hidden_in, with_hidden
 from gprune.models.losses import LogitTransform, head_input
+from gprune.models.masks import hidden_in, with_hidden
 from gprune.models.offload import device_of, is_offloaded, resident
 
 GRAMS_IN_MEMORY = 4 * 2**30  # bytes; larger Gram matrices of a run are written to files block by block

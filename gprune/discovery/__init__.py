@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gprune.discovery.fit import check_fit
-from gprune.models import gating
 from gprune.models.families import BUILT_IN, FAMILIES, PRUNED, RECORD, Family, attach_record, refuse_quantised
 from gprune.models.masks import Masks
+from gprune.models.masks import masked as masked_with_record
 
 # Records that this process has discovered or read from the cache, by class of the config and its content as JSON.
 _known: dict[tuple[type, str], Family] = {}
@@ -85,5 +85,5 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
         UserError: if the model's type is not supported.
     """
     family_of(model)
-    with gating.masked(model, masks):
+    with masked_with_record(model, masks):
         yield model

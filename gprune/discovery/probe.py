@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gprune.discovery.tiny import is_size
 from gprune.errors import UserError, first_line
-from gprune.models.gating import changed, hidden_in
+from gprune.models.masks import changed, hidden_in
 from gprune.models.parts import is_norm
 
 TOKENS = (2, 32)  # number of windows, and tokens per window

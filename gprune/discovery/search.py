@@ -48,9 +48,9 @@ from gprune.models.agreement import compare, random_masks
 from gprune.models.blocks import Block, blocks_of, by_layer, kinds_of, output_of
 from gprune.models.experts import watch_experts
 from gprune.models.families import FAMILIES, PRUNED, Family, attach_record, decoder_of
-from gprune.models.gating import masked
 from gprune.models.losses import LogitTransform, head_input
-from gprune.models.surgery import prune
+from gprune.models.masks import masked
+from gprune.models.surgery import slice_model
 from gprune.storage.files import Cache, key_of
 
 log = logging.getLogger("gprune")
@@ -396,7 +396,7 @@ def masked_equals_sliced(probe: Probe) -> bool:
     masks = random_masks(probe.model)
     with masked(probe.model, masks):
         masked_logits = probe.logits()
-    return agree(masked_logits, probe.logits(model=prune(probe.model, masks)), dense=probe.dense)
+    return agree(masked_logits, probe.logits(model=slice_model(probe.model, masks)), dense=probe.dense)
 
 
 def agree(masked_logits: Tensor, sliced_logits: Tensor, *, dense: Tensor) -> bool:

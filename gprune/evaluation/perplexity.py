@@ -166,7 +166,7 @@ class WindowPerplexity(Metric):
     def __init__(self, corpus: str = "text"):
         super().__init__()
         self.corpus = corpus
-        self.window_nll: list[float] = []
+        self.nll_per_token: list[float] = []
         for state in ("nll", "index", "tokens"):
             self.add_state(state, [], dist_reduce_fx="cat")
 
@@ -183,7 +183,7 @@ class WindowPerplexity(Metric):
         nll, tokens, index = (dim_zero_cat(state).cpu() for state in (self.nll, self.tokens, self.index))
         order = index.argsort(stable=True)
         order = order[tokens[order] > 0]  # without windows that pad a batch
-        self.window_nll = (nll[order] / tokens[order]).tolist()
+        self.nll_per_token = (nll[order] / tokens[order]).tolist()
         mean = mean_nll(nll[order], int(tokens.sum()), self.corpus)
         return torch.tensor(math.exp(mean), dtype=torch.float64)
 

@@ -26,7 +26,7 @@ from gprune.models.blocks import Block, blocks_of, by_layer, decoder_layers
 from gprune.models.copies import copy_without_hooks
 from gprune.models.masks import Masks
 from gprune.models.offload import device_of
-from gprune.models.surgery import prune, widths
+from gprune.models.surgery import slice_model, widths
 from gprune.sparsity.cost import BlockCosts, ModelCosts
 from gprune.sparsity.cut import top_of_experts
 from gprune.storage.files import Cache, key_of, read_json
@@ -195,7 +195,7 @@ def narrow_model(model: PreTrainedModel, neurons: int, groups: int) -> PreTraine
         top_of_experts(torch.zeros(b.experts * b.neurons), min(neurons, b.neurons), experts=b.experts) for b in blocks
     ]
     attention = [torch.arange(b.kv_groups) < groups for b in blocks]
-    narrow = prune(copy_sharing_weights(model), Masks(ffn, attention), inplace=True)
+    narrow = slice_model(copy_sharing_weights(model), Masks(ffn, attention), inplace=True)
     for parameter, wide_parameter in zip(narrow.parameters(), model.parameters(), strict=True):
         memory = wide_parameter.data.flatten()
         parameter.data = memory[: parameter.numel()].view(parameter.shape)

@@ -43,7 +43,7 @@ from gprune.models.families import decoder_layers, record_of
 from gprune.models.loading import copy_processor, pruned_classes, register_type
 from gprune.models.masks import Masks
 from gprune.models.offload import attach_all_weights, device_of, is_offloaded
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.storage.files import replacing
 from gprune.storage.paths import expanded
 
@@ -259,7 +259,7 @@ def apply_masks(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) 
     require(model, PreTrainedModel, "The model of apply_masks must be a model of transformers")
     require(masks, Masks, "The masks of apply_masks must be Masks, such as those of a run's result")
     family_of(model)
-    return to_portable(prune(model, masks, inplace=inplace))
+    return to_portable(slice_model(model, masks, inplace=inplace))
 
 
 def save_pruned(

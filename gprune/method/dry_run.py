@@ -1,21 +1,43 @@
-"""Text of `--dry_run`: widths, parameters, tokens, FLOPs and memory of a plan."""
+"""Text of `--dry_run`: widths, parameters, tokens, FLOPs and peak memory of a plan.
+
+`tests/method/test_memory.py` compares the memory with real runs. Sizes: H hidden size, V vocabulary, L layers; N active
+neurons of the widest layer, and C its attention channels. `weight` is the bytes of a weight in `--model.dtype`, and
+`activation` those of a number in the precision of training.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
+from gprune.calibration.block_errors import error_corpora, error_tokens
+from gprune.calibration.layerwise import needs_walk
+from gprune.calibration.statistics import gram_bytes
 from gprune.corpora import is_local
 from gprune.features import attribute
-from gprune.method.inputs import prepare_text
-from gprune.method.memory import active_experts, memory_lines
-from gprune.method.plan import Plan, describe_unpruned, forward_equivalents
-from gprune.models.blocks import PARTS, blocks_of
+from gprune.method.plan import Plan, describe_unpruned, device_memory, forward_equivalents
+from gprune.method.run import prepare_text
+from gprune.models.blocks import PARTS, Block, blocks_of, by_layer
 from gprune.models.loading import locate_model
+from gprune.models.losses import CHUNK
+from gprune.models.products import count_cast_weights
+from gprune.recoveries import recoveries_of
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
+
+GIB = 2**30
+# Fields of configurations with the number of experts to which each token is routed.
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+MEMORY_SAVERS = {  # step -> flags that lower its peak most
+    "calibrate": "--corpora.batch_size 1, --model.dtype bfloat16 or --model.device_map auto",
+    "learn": "--corpora.batch_size 1 or --sparsity.allocation uniform",
+    "recover": "--recovery least_squares or, with the package peft, --distill.targets lora",
+    "evaluate": "--evaluation.controls '[]', --model.dtype bfloat16 or --model.device_map auto",
+}
 
 
 def describe(plan: Plan) -> str:
@@ -124,3 +146,148 @@ def gram_flops(channels: int) -> float:
     `add_gram` multiplies panels of 192 columns with all columns from the diagonal on.
     """
     return channels * (channels + min(channels, 192))
+
+
+class Memory(NamedTuple):
+    """Bytes in one step."""
+
+    weights: float  # of all models in memory at once
+    gradients: float = 0.0
+    optimizer: float = 0.0  # moments of AdamW
+    gram_matrices: float = 0.0
+    activations: float = 0.0  # with logits and cached hidden states
+
+
+def memory_lines(plan: Plan) -> dict[str, str]:
+    """Return the step with the highest peak, whether the peak fits and what lowers it, and its five terms."""
+    cfg = plan.cfg
+    if cfg.model.device_map is not None or cfg.model.shard:
+        return {"memory": "not counted with --model.device_map and --model.shard; see docs/large_models.md"}
+    peaks = estimated_peaks(plan)
+    step, terms = max(peaks.items(), key=lambda item: sum(item[1]))
+    available = cfg.plan.memory
+    if available is None and plan.pricing.device_available:
+        available = device_memory(plan.device)
+    owner = "this machine" if plan.device.type == "cpu" else "each GPU"
+    estimate = f"about {sum(terms) / GIB:,.1f} GiB of {owner}, in the step {step}"
+    if available is None:
+        fits = "whether that fits: unknown without --plan.memory, as this machine has no GPU"
+    elif sum(terms) <= available:
+        fits = f"fits {available / GIB:,.1f} GiB"
+    else:
+        fits = f"does not fit {available / GIB:,.1f} GiB; try {MEMORY_SAVERS[step]} (docs/large_models.md)"
+    by_term = {f"  {name.replace('_', ' ')}": f"{value / GIB:,.2f} GiB" for name, value in terms._asdict().items()}
+    return {"memory": f"{estimate}: {fits}", **by_term}
+
+
+def active_experts(config: PreTrainedConfig, block: Block) -> int:
+    """Return how many experts of a block compute each token; 1 without experts, all if the config does not tell."""
+    for name in EXPERTS_PER_TOKEN:
+        if value := getattr(config, name, None):
+            per_token = max(value) if isinstance(value, list | tuple) else value  # some configs have a list by layer
+            return min(per_token, block.experts)
+    return block.experts
+
+
+def estimated_peaks(plan: Plan) -> dict[str, Memory]:
+    """Estimate the memory by step: of each device, or of all processes that share main memory."""
+    estimate, cfg = MemoryEstimate(plan), plan.cfg
+    peaks = {"calibrate": estimate.calibrate()}
+    if cfg.learns:
+        peaks["learn"] = estimate.learn()
+    recoveries = [each.memory(estimate) for each in recoveries_of(cfg.recovery, cfg.recovery_settings)]
+    if recoveries := [Memory(**terms) for terms in recoveries if terms]:
+        peaks["recover"] = max(recoveries, key=sum)
+    peaks["evaluate"] = estimate.evaluate()
+    processes = cfg.trainer.devices if estimate.cpu else 1  # processes that share the memory
+    return {step: Memory(*(processes * term for term in terms)) for step, terms in peaks.items()}
+
+
+class MemoryEstimate:
+    """The terms of one process."""
+
+    def __init__(self, plan: Plan):
+        cfg, budget, blocks = plan.cfg, plan.budget, blocks_of(plan.skeleton)
+        config = plan.skeleton.config.get_text_config(decoder=True)
+        self.plan, self.cfg, self.budget = plan, cfg, budget
+        self.cpu = plan.device.type == "cpu"
+        self.H, self.V, self.L = config.hidden_size, config.vocab_size, len(budget.by_layer)
+        self.C = max(block.channels for block in blocks)
+        self.N = max(
+            sum(block.neurons * active_experts(config, block) for block in layer) for layer in by_layer(blocks)
+        )
+        self.autocast = cfg.trainer.precision == "bf16-mixed"
+        self.weight = getattr(torch, cfg.model.dtype).itemsize
+        self.activation = 2 if self.autocast else self.weight
+        self.parameters = plan.skeleton.num_parameters()
+        self.kept_parameters = self.parameters - plan.removed
+        self.kept_share = 1 - plan.removed / budget.total_parameters
+        # Copies in bfloat16 of frozen float32 weights
+        self.cast = 2 * count_cast_weights(plan.skeleton) if self.autocast and self.weight == 4 else 0
+
+    def tokens_of(self, batch_size: int) -> int:
+        """Tokens of a batch in one process."""
+        return math.ceil(batch_size / self.cfg.processes) * self.cfg.corpora.seq_len
+
+    def layer(self, tokens: int, *, activation: int, kept_share: float = 1.0) -> float:
+        """Activations of one layer that its backward pass needs: 16 H + 4 (N + C) numbers a token."""
+        return tokens * (16 * self.H + 4 * activation * (kept_share * self.N + self.C))
+
+    def chunk_logits(self, *, teacher: bool) -> float:
+        """Logits of a chunk of tokens and their gradients, with those of a teacher, in float32."""
+        return 8 * CHUNK * self.V * (1 + teacher)
+
+    @property
+    def grams(self) -> float:
+        """Gram matrices in memory: of all corpora, or of one corpus on a GPU or layer by layer."""
+        if "gram" not in self.cfg.collects:
+            return 0
+        of_one_corpus, corpora = gram_bytes(blocks_of(self.plan.skeleton)), max(1, len(self.cfg.calibration_corpora))
+        if needs_walk(self.plan.skeleton, corpora=corpora, gram=True):
+            return of_one_corpus / self.L
+        return of_one_corpus * corpora if self.cpu else of_one_corpus
+
+    @property
+    def rows(self) -> float:
+        """Weights besides a row's model: the dense model, and the model of the main row if there are controls."""
+        return self.weight * (self.parameters + self.kept_parameters * (len(self.cfg.rows) > 1))
+
+    @property
+    def forecasts(self) -> float:
+        """Hidden states of the dense model on the text of the evaluation; with a GPU they are in main memory."""
+        tokens = self.cfg.evaluated_tokens
+        return self.weight * self.H * tokens if self.cpu and self.plan.can_cache(tokens) else 0
+
+    def learn(self) -> Memory:
+        """Threshold learning: activations of all layers. Gates and their moments are small."""
+        layer = self.layer(self.tokens_of(self.cfg.corpora.batch_size), activation=self.activation)
+        return Memory(
+            weights=self.weight * self.parameters + self.cast,
+            gram_matrices=self.grams,
+            activations=self.L * layer + self.chunk_logits(teacher=self.cfg.sparsity.loss == "kl"),
+        )
+
+    def calibrate(self) -> Memory:
+        """Collecting statistics: one layer at a time or, for gradients, all layers."""
+        cfg, tokens = self.cfg, self.tokens_of(self.cfg.corpora.batch_size)
+        with_gradients = "saliency" in cfg.collects or cfg.measures_errors
+        activations = self.learn().activations if with_gradients else self.layer(tokens, activation=self.weight)
+        if cfg.measures_errors:  # inputs of all output projections of FFNs, in bfloat16
+            tokens = max(error_tokens(cfg, name) for name in error_corpora(cfg))
+            activations += 2 * self.L * self.N * tokens
+        return Memory(
+            weights=self.weight * self.parameters,
+            gradients=8 * self.budget.total_parameters * ("saliency" in cfg.collects),  # sums in float32
+            gram_matrices=self.grams,
+            activations=activations,
+        )
+
+    def evaluate(self) -> Memory:
+        """Evaluation of a row: logits of one window, and their softmax."""
+        logits = self.cfg.evaluation.seq_len * self.V * (2 * self.weight if self.cpu else 2 * self.weight + 8)
+        tokens = self.tokens_of(self.cfg.corpora.batch_size)
+        return Memory(
+            weights=self.rows + self.weight * self.kept_parameters,
+            gram_matrices=self.grams,
+            activations=self.forecasts + self.layer(tokens, activation=self.weight) + logits,
+        )

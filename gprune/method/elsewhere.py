@@ -25,23 +25,19 @@ from gprune.errors import UserError, optional_output, quoting
 from gprune.evaluation.perplexity import PerplexityResult, perplexity_from_logits
 from gprune.export.hf import to_portable
 from gprune.method.evaluate import add_row, dense_perplexity, leaks, measure_perplexity
-from gprune.method.inputs import Text, load_dense, window_cutter
-from gprune.method.plan import Plan, check
-from gprune.method.pricing import device_memory
+from gprune.method.plan import Plan, device_memory, make_plan
 from gprune.method.recover import fit_once, tune
-from gprune.method.run import Run, in_folder, user_loggers
+from gprune.method.run import Run, Text, in_folder, load_dense, user_loggers, window_cutter
 from gprune.method.save import export_and_reload, is_exported
 from gprune.method.summary import summarise, write_pages
-from gprune.models.elsewhere import SUBJECT, check_elsewhere, load_elsewhere
-from gprune.models.loading import fingerprint, locate_model
+from gprune.models.loading import SUBJECT, check_elsewhere, fingerprint, load_elsewhere, locate_model
 from gprune.models.losses import same_head, why_not_measurable
 from gprune.models.masks import Masks
 from gprune.recoveries import Material, recoveries_of
 from gprune.report.tables import result_table
 from gprune.runs.numbers import DENSE
 from gprune.runs.results import PruningResult
-from gprune.runs.trainer import matmul_precision
-from gprune.runs.user_callbacks import UserCallbacks
+from gprune.runs.trainer import UserCallbacks, matmul_precision
 from gprune.storage.files import Cache
 
 log = logging.getLogger("gprune")
@@ -132,9 +128,9 @@ class MeasurementPlan(Plan):
 def check_models(name: str, cfg: RunConfig, callbacks: UserCallbacks | None = None) -> MeasurementPlan:
     """Check settings and both models, and return the plan, before weights are loaded.
 
-    Raise UserError as `plan.check`, and if the model is incomplete, does not fit into memory, or cannot be distilled.
+    Raise UserError as `plan.make_plan`, and if the model is incomplete, too large for memory, or cannot be distilled.
     """
-    plan = check(cfg, callbacks)
+    plan = make_plan(cfg, callbacks)
     other = check_elsewhere(name, trust_remote_code=cfg.model.trust_remote_code)
     bytes_per_parameter = getattr(torch, cfg.model.dtype).itemsize
     needed = bytes_per_parameter * (other.num_parameters() + plan.skeleton.num_parameters())

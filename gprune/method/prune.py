@@ -55,8 +55,7 @@ from gprune.method.run import Run, open_run
 from gprune.method.save import check_discovered_structure, save
 from gprune.method.summary import summarise, write_pages
 from gprune.models.blocks import Block
-from gprune.models.gating import bypassed
-from gprune.models.masks import Masks
+from gprune.models.masks import Masks, bypassed
 from gprune.models.offload import device_of
 from gprune.models.products import has_fast_products
 from gprune.partition.drift import half_agreement, kendall_agreement, module_agreements, noise_floor, rank_drift

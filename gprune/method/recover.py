@@ -24,7 +24,7 @@ from gprune.models.families import attach_record, record_of
 from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.models.offload import free_memory, is_offloaded, offload_folder
-from gprune.models.surgery import prune, prune_to_files
+from gprune.models.surgery import slice_model, slice_to_files
 from gprune.recoveries import RECOVERY, Material, Recovery, recoveries_of, recovery_learns, recovery_needs
 from gprune.recoveries.contract import Revise
 from gprune.runs.folder import broadcast
@@ -92,7 +92,7 @@ def tune(
 
 def _slice_in_memory(run: Run, masks: Masks, revise: Revise | None) -> PreTrainedModel:
     """Return a pruned copy of the dense model, after `revise` of each kept block."""
-    pruned = prune(run.model, masks)
+    pruned = slice_model(run.model, masks)
     if revise is not None:
         kept_blocks = [block for block, kept in zip(run.blocks, masks.blocks, strict=True) if kept]
         for dense_block, block in zip(kept_blocks, blocks_of(pruned), strict=True):
@@ -104,7 +104,7 @@ def _slice_to_files(run: Run, masks: Masks, revise: Revise | None, load_argument
     """Return a pruned copy of an offloaded model. Its files are removed when the copy is garbage-collected."""
     with ExitStack() as removal:
         folder = removal.enter_context(offload_folder())
-        save_pruned(prune_to_files(run.model, masks, folder / "blocks", revise), None, folder / "model")
+        save_pruned(slice_to_files(run.model, masks, folder / "blocks", revise), None, folder / "model")
         shutil.rmtree(folder / "blocks")
         pruned = load_weights(folder / "model", dtype=getattr(torch, run.cfg.model.dtype), **load_arguments)
         attach_record(pruned, record_of(run.model))

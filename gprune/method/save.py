@@ -18,11 +18,10 @@ from gprune.method.recover import placement, shrink
 from gprune.method.run import Run
 from gprune.models.agreement import LOGIT_LIMIT, compare, random_masks
 from gprune.models.families import record_of
-from gprune.models.gating import masked
 from gprune.models.losses import iter_logits
-from gprune.models.masks import Masks
+from gprune.models.masks import Masks, masked
 from gprune.models.offload import device_of, free_memory, is_offloaded
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.runs.trainer import matmul_precision
 from gprune.storage.files import file_hashes
 
@@ -137,7 +136,7 @@ def check_discovered_structure(run: Run) -> None:
     if not run.cfg.attention:
         masks = Masks(masks.ffn, [torch.ones_like(keep) for keep in masks.attention])
     ids = checked_tokens(run).to(device_of(run.model))
-    sliced_logits = prune(run.model, masks)(input_ids=ids, use_cache=False).logits.float()
+    sliced_logits = slice_model(run.model, masks)(input_ids=ids, use_cache=False).logits.float()
     free_memory(run.plan.device)
     reference = masked_logits(run.model, masks, ids).to(sliced_logits.device)
     difference = compare(reference, sliced_logits)

@@ -1,13 +1,23 @@
-"""Keep masks: which units of a model are kept."""
+"""Keep masks, and gates and masks on a running model: forward hooks multiply units by gates, or zero masked units.
+
+Hooks exist only inside context managers. Weights do not change.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
-from gprune.models.blocks import Block
+from gprune.models.blocks import Block, blocks_of
+from gprune.models.experts import Watch, watch_experts
+from gprune.models.offload import device_of
 
 
 @dataclass(frozen=True)
@@ -57,3 +67,161 @@ class Masks:
         return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
     __hash__ = None
+
+
+Gates = Sequence[Tensor | None] | None  # one per block; None: no gate
+
+
+def hidden_in(out: Any) -> Tensor:
+    """Return the hidden states in the output of a module."""
+    return out if isinstance(out, Tensor) else hidden_in(out[0])
+
+
+def with_hidden(out: Any, hidden: Tensor) -> Any:
+    """Return the output of a module with other hidden states."""
+    return hidden if isinstance(out, Tensor) else type(out)([hidden, *out[1:]])
+
+
+@contextmanager
+def changed(module: torch.nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace the hidden states h that a module returns by `change(h)` while the context lasts."""
+    handle = module.register_forward_hook(
+        lambda _module, _inputs, output: with_hidden(output, change(hidden_in(output)))
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def gated(model: PreTrainedModel, ffn: Gates, attention: Gates = None) -> Iterator[PreTrainedModel]:
+    """Multiply each block's FFN channels by its gate (N,), or (E x N,) with experts, and its KV groups by a gate (G,).
+
+    Norms over all heads are computed over the heads that pass the gate. The lists are read in every forward pass, so
+    their elements may be replaced between steps. Leaving the context removes all hooks.
+    """
+    with ExitStack() as hooks:
+        for block in blocks_of(model):
+            if ffn is not None and block.down is not None:
+                hooks.callback(_register_ffn_gate(block, ffn).remove)
+            if attention is not None and block.output is not None:
+                for handle in _register_attention_gates(block, attention):
+                    hooks.callback(handle.remove)
+        yield model
+
+
+def _register_ffn_gate(block: Block, gates: Sequence[Tensor | None]) -> RemovableHandle | Watch:
+    """Multiply the inputs of a block's down projection by its gate, (N,) or (E x N,). Return a handle with `remove`.
+
+    `gates` has a gate per block of the model, or None, and is read in every forward pass.
+    """
+
+    def expert_gate(x: Tensor, expert: int, tokens: Tensor) -> Tensor | None:
+        """Watcher of experts that multiplies the activations of one expert by its gate."""
+        gate = gates[block.index]
+        return None if gate is None else x * gate.view(block.experts, -1)[expert].to(x)
+
+    if block.has_experts:
+        return watch_experts(block.down.host, expert_gate, block.family.expert_down)
+    return _multiply_input(block.down.host, _channel_gate(gates, block.index))
+
+
+def _register_attention_gates(block: Block, gates: Sequence[Tensor | None]) -> Iterator[RemovableHandle]:
+    """Multiply the heads of a block by the gate of their KV group, and adapt norms over all heads. Yield handles.
+
+    `gates` has a gate (G,) per block of the model, or None, and is read in every forward pass.
+    """
+    query_gate = _channel_gate(gates, block.index, repeats=block.channels_per_group)
+    yield _multiply_input(block.output.host, query_gate)
+    if block.family.query_norm is not None:
+        yield from _renormalise(block.module(block.family.query_norm), query_gate)
+    if block.family.key_norm is not None:
+        key_gate = _channel_gate(gates, block.index, repeats=block.head_dim)
+        yield from _renormalise(block.module(block.family.key_norm), key_gate)
+
+
+def _channel_gate(gates: Sequence[Tensor | None], index: int, *, repeats: int = 1) -> Callable[[Tensor], Tensor | None]:
+    """Return a function of x that returns the current gate of each channel of x, in its dtype and on its device."""
+
+    def gate_for(x: Tensor) -> Tensor | None:
+        gate = gates[index]
+        if gate is None:
+            return None
+        return gate.to(x).repeat_interleave(repeats) if repeats > 1 else gate.to(x)
+
+    return gate_for
+
+
+def _multiply_input(module: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Multiply the input of a module by a gate from now on. `gate_for` is a result of `_channel_gate`."""
+
+    def pre_hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        gate = gate_for(inputs[0])
+        return inputs if gate is None else (inputs[0] * gate, *inputs[1:])
+
+    return module.register_forward_pre_hook(pre_hook)
+
+
+def _renormalise(norm: torch.nn.Module, gate_for: Callable[[Tensor], Tensor | None]) -> Iterator[RemovableHandle]:
+    """Convert a root-mean-square norm over all heads to the norm over kept heads.
+
+    The gate g keeps m = sum g of n channels. With c = sqrt(n / m), rms(x_kept) = rms(c g x). So the norm is called with
+    c g x and returns c x_kept / rms(x_kept), and its output is divided by c.
+    """
+
+    def scale(gate: Tensor) -> Tensor:
+        """Return c, (), in float32 or a wider dtype of the gate. It is finite even if the gate keeps nothing."""
+        kept = gate.sum(dtype=torch.promote_types(gate.dtype, torch.float32))
+        return (len(gate) / kept.clamp_min(1)).sqrt()
+
+    def pre_hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        gate = gate_for(inputs[0])
+        return inputs if gate is None else (inputs[0] * gate * scale(gate), *inputs[1:])
+
+    def hook(_module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        gate = gate_for(output)
+        return output if gate is None else output / scale(gate)
+
+    yield norm.register_forward_pre_hook(pre_hook)
+    yield norm.register_forward_hook(hook)
+
+
+@contextmanager
+def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTrainedModel]:
+    """Skip layers while the context lasts: they return their input."""
+
+    def return_input(_module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Forward hook that replaces the hidden states in a layer's output by those in its input."""
+        return with_hidden(output, args[0] if args else kwargs["hidden_states"])
+
+    indices = list(removed)
+    blocks = blocks_of(model) if indices else []
+    # By layer, because a layer may have several blocks.
+    layers = {blocks[index].layer_index: blocks[index].layer for index in indices}
+    with ExitStack() as hooks:
+        for layer in layers.values():
+            hooks.callback(layer.register_forward_hook(return_input, with_kwargs=True).remove)
+        yield model
+
+
+@contextmanager
+def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
+    """Let the model compute as if it were pruned while the context lasts. Blocks without kept units are skipped.
+
+    Args:
+        model: a supported model.
+        masks: one keep mask per block and scope. Their sizes are not checked.
+
+    Raises:
+        UserError: if the model's type is not supported.
+    """
+    blocks = blocks_of(model)
+    # Masks are copied to the devices once, and not in every forward pass.
+    devices = [device_of(block.layer) for block in blocks]
+    ffn = [mask.to(device) for mask, device in zip(masks.ffn, devices, strict=True)]
+    attention = [mask.to(device) for mask, device in zip(masks.attention, devices, strict=True)]
+    all_groups_kept = bool(torch.stack([mask.all() for mask in masks.attention]).all())
+    removed = [index for index, stays in enumerate(masks.blocks) if not stays]
+    with bypassed(model, removed), gated(model, ffn, None if all_groups_kept else attention):
+        yield model

@@ -45,7 +45,7 @@ PER_LAYER = re.compile(
 
 
 @torch.no_grad()
-def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> PreTrainedModel:
+def slice_model(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> PreTrainedModel:
     """Slice the weights of every block down to the kept units, and return the pruned model.
 
     Biases are sliced with their rows; biases of the down and output projection do not change. Parameters keep dtype,
@@ -87,7 +87,7 @@ def prune(model: PreTrainedModel, masks: Masks, *, inplace: bool = False) -> Pre
 
 
 @torch.no_grad()
-def prune_to_files(
+def slice_to_files(
     model: PreTrainedModel, masks: Masks, folder: Path, revise: Callable[[Block, Block], None] | None = None
 ) -> PreTrainedModel:
     """Prune an offloaded model layer by layer, with one layer in memory, and write each layer to a file."""
@@ -96,7 +96,7 @@ def prune_to_files(
     for name, parameter in pruned.named_parameters():
         parameter.data = parameter.data.to(model.get_parameter(name).dtype)
     pruned.generation_config = model.generation_config
-    prune(pruned, masks, inplace=True)
+    slice_model(pruned, masks, inplace=True)
     attach_all_weights(pruned, model)  # those of layers are replaced below
     folder.mkdir(parents=True, exist_ok=True)
     block_is_kept = masks.blocks

@@ -46,8 +46,7 @@ from gprune.calibration.layerwise import LayerCall, Walk
 from gprune.calibration.moments import add_gram, fill_gram
 from gprune.errors import require_finite
 from gprune.models.blocks import Block, blocks_of, by_layer
-from gprune.models.gating import changed
-from gprune.models.masks import Masks
+from gprune.models.masks import Masks, changed
 from gprune.models.offload import device_of, resident
 from gprune.models.parts import is_norm
 from gprune.models.products import fast_products

@@ -24,7 +24,7 @@ from gprune.config.running import ClassPath
 from gprune.errors import UserError, first_line, optional_output
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import key_part
-from gprune.runs.user_callbacks import class_of, instantiate
+from gprune.runs.trainer import class_of, instantiate
 from gprune.storage.files import key_of
 
 log = messages.getLogger("gprune")

@@ -185,10 +185,10 @@ def check_renumbering(plan: Any) -> None:
     import torch
 
     from gprune.models.masks import Masks
-    from gprune.models.surgery import prune
+    from gprune.models.surgery import slice_model
 
     units = plan.budget.units
     first = min(block.layer for block in units if not block.protected)
     ffn = [torch.full((block.experts * block.neurons,), block.layer != first) for block in units]
     attention = [torch.full((block.groups,), block.layer != first) for block in units]
-    prune(plan.skeleton, Masks(ffn, attention))  # the result is not needed, only its error
+    slice_model(plan.skeleton, Masks(ffn, attention))  # the result is not needed, only its error

@@ -207,7 +207,7 @@ class FrozenLMStage(L.LightningModule):
         """Log `development/perplexity/<corpus>`, the geometric mean, and the number of training tokens so far."""
         updated = [metric for metric in self._perplexities if metric.update_called]
         self.development = {metric.corpus: float(metric.compute()) for metric in updated}
-        self.development_nll = {metric.corpus: metric.window_nll for metric in updated}
+        self.development_nll = {metric.corpus: metric.nll_per_token for metric in updated}
         if not self.development:
             return
         name = f"{self.validation_prefix}/perplexity"

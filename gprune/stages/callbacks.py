@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from gprune.evaluation.intervals import geometric_mean, paired_ratio
-from gprune.models.gating import masked
-from gprune.models.masks import Masks
+from gprune.models.masks import Masks, masked
 from gprune.models.offload import gathered
 from gprune.stages.base import FrozenLMStage, curves_of, log_exactly
 
@@ -152,15 +151,15 @@ class BestWeights(PerplexityCurve):
     def __init__(self, keep: Literal["last", "best"] = "best") -> None:
         super().__init__()
         self.keep = keep
-        self.window_nll: dict[int, dict[str, list[float]]] = {}  # step -> corpus -> nats per token of each window
+        self.nll_per_token: dict[int, dict[str, list[float]]] = {}  # step -> corpus -> nats per token of each window
         self.best: dict[str, Tensor] = {}  # state dict of the stage at the lowest mean: unsharded tensors on the CPU
         self._measured: dict[str, Tensor] = {}  # state dict of the current validation
 
     def state_dict(self) -> dict[str, Any]:
-        return {"by_step": self.by_step, "window_nll": self.window_nll, "best": self.best}
+        return {"by_step": self.by_step, "window_nll": self.nll_per_token, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.by_step, self.window_nll, self.best = state["by_step"], state["window_nll"], state["best"]
+        self.by_step, self.nll_per_token, self.best = state["by_step"], state["window_nll"], state["best"]
 
     @property
     def means(self) -> dict[int, float]:
@@ -180,7 +179,7 @@ class BestWeights(PerplexityCurve):
         measured, self._measured = self._measured, {}
         if trainer.global_step not in self.by_step:
             return
-        self.window_nll[trainer.global_step] = pl_module.development_nll
+        self.nll_per_token[trainer.global_step] = pl_module.development_nll
         *earlier, current = self.means.values()
         if not earlier or current < min(earlier):
             self.best = measured
@@ -211,7 +210,7 @@ class BestWeights(PerplexityCurve):
 
     def _compare_with_noise(self, last_step: int, earlier_step: int) -> tuple[bool, str]:
         """Return whether the 95 % interval of the ratio, paired over development windows, is above 1; and as text."""
-        last, earlier = self.window_nll[last_step], self.window_nll[earlier_step]
+        last, earlier = self.nll_per_token[last_step], self.nll_per_token[earlier_step]
         if all(len(windows) == 1 for windows in last.values()):
             return False, "with unknown noise (one window per corpus)"
         ratio, low, high = paired_ratio(last, earlier, 1)

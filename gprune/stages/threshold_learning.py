@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gprune.models.gating import bypassed, gated
 from gprune.models.losses import final_hidden, next_token_losses
-from gprune.models.masks import Masks
+from gprune.models.masks import Masks, bypassed, gated
 from gprune.partition.modules import ModuleRanks
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import Cut, cut_margin, cut_of, keep_masks

@@ -28,7 +28,7 @@ from gprune.console import process_index, write_stdout
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import rank_and_world_size
 from gprune.method.dry_run import estimated_flops
-from gprune.method.plan import Plan, check
+from gprune.method.plan import Plan, make_plan
 from gprune.report.tables import cost_table
 from gprune.runs.folder import RunFolder, check_evaluation
 from gprune.runs.numbers import run_numbers
@@ -122,7 +122,7 @@ def largest_costs(pending: Sequence[Row]) -> str:
 def _plan_of(row: Row) -> Plan:
     """Check the settings and the models of a row, and return its plan."""
     if row.made_elsewhere is None:
-        return check(row.config)
+        return make_plan(row.config)
     from gprune.method.elsewhere import check_models  # imports W&B, which tables of records do not need
 
     return check_models(row.made_elsewhere, row.config)

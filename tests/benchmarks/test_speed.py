@@ -18,7 +18,7 @@ from gprune.method import evaluate
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.copies import without_weights
 from gprune.models.masks import Masks
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.report.figures import speed_figure
 from gprune.runs import trainer
 from gprune.sparsity.budget import Budget, block_units
@@ -116,7 +116,7 @@ def test_a_measured_table_has_all_sampled_widths_and_multiples(monkeypatch):
 def narrowed_llama(*widths):
     """Return a tiny model whose layers have these numbers of neurons."""
     model = make_tiny_llama()
-    return prune(model, Masks([torch.arange(48) < n for n in widths], [torch.ones(2, dtype=torch.bool)] * 3))
+    return slice_model(model, Masks([torch.arange(48) < n for n in widths], [torch.ones(2, dtype=torch.bool)] * 3))
 
 
 @pytest.mark.parametrize(

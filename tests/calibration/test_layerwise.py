@@ -13,7 +13,7 @@ from gprune.calibration.layerwise import Walk
 from gprune.calibration.statistics import CorpusStatistics, StoredGram, gram_bytes, pool_statistics
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
-from gprune.models.gating import masked
+from gprune.models.masks import masked
 from gprune.storage.files import read_tensors, write_tensors
 from tests import tiny_run
 from tests.conftest import collect

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from experiments.peers import common, osscar
 from experiments.peers.__main__ import main, table
 from gprune.config import parse
-from gprune.method.inputs import prepare_text
+from gprune.method.run import prepare_text
 from gprune.models.loading import load_model
 from tests import tiny_run
 

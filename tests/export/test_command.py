@@ -18,7 +18,7 @@ from gprune.export import gguf as gguf_files
 from gprune.export.convert import load_folder
 from gprune.export.gguf import has_llama_cpp
 from gprune.models.copies import skeleton
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.storage.files import write_json
 from tests import synthetic_run
 from tests.conftest import make_tiny_llama
@@ -105,7 +105,7 @@ def test_a_model_folder_and_an_output_path_can_be_given(run, tmp_path):
 def test_a_decilm_folder_is_written_next_to_the_model_and_checked(tmp_path, capsys):
     run = tmp_path / "mine"
     model = make_tiny_llama(vocab_size=SIZE)
-    pruned = prune(model, random_masks([1, 32, 47], [2, 2, 2]))
+    pruned = slice_model(model, random_masks([1, 32, 47], [2, 2, 2]))
     write_run_of(run, make_dense(tmp_path / "dense"), pruned)
     assert command("export", [str(run), "--format", "nemotron-nas", "--check"]) == 0
     printed = capsys.readouterr().out
@@ -120,7 +120,7 @@ def test_a_decilm_folder_is_written_next_to_the_model_and_checked(tmp_path, caps
 
 def narrowed(dense, width):
     """Remove neurons from two of three blocks of a model with the sizes `WIDE`."""
-    return prune(dense, random_masks([width, width, 1024], [2, 2, 2], of_neurons=1024, of_groups=2))
+    return slice_model(dense, random_masks([width, width, 1024], [2, 2, 2], of_neurons=1024, of_groups=2))
 
 
 def printed_sizes(text):

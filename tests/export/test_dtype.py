@@ -14,9 +14,9 @@ from gprune.discovery import family_of
 from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
 from gprune.export import hf
-from gprune.method.plan import check
+from gprune.method.plan import make_plan
 from gprune.models.agreement import random_masks
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.runs.results import load_run
 from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.target import HALF_BITS
@@ -29,7 +29,7 @@ def test_export_in_bfloat16_reloads_with_the_same_bits_and_leaves_the_model_in_m
     family, tmp_path, token_batch
 ):
     model = make_tiny(family)
-    small = prune(model, some_masks(model, attention=False))
+    small = slice_model(model, some_masks(model, attention=False))
     dtypes_and_addresses = {name: (p.dtype, p.data_ptr()) for name, p in small.named_parameters()}
     folder = hf.save_pruned(small, None, tmp_path / "model", dtype=torch.bfloat16)
     assert hf.check_reload(small, folder, token_batch, dtype=torch.bfloat16) == 0.0
@@ -42,7 +42,7 @@ def test_export_in_bfloat16_reloads_with_the_same_bits_and_leaves_the_model_in_m
 )
 def test_parameters_that_loading_keeps_in_float32_are_not_rounded(model_type, in_float32, tmp_path, token_batch):
     model = tiny_of(shrunk(CONFIG_MAPPING[model_type]()))
-    small = prune(model, random_masks(model))
+    small = slice_model(model, random_masks(model))
     folder = hf.save_pruned(small, None, tmp_path / "model", dtype=torch.bfloat16)
     assert hf.check_reload(small, folder, token_batch, dtype=torch.bfloat16) == 0.0
     weights = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
@@ -64,11 +64,11 @@ def test_a_byte_target_counts_parameters_that_are_kept_in_float32(tmp_path):
     model = tiny_of(shrunk(CONFIG_MAPPING["deepseek_v3"]()))
     model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     flags = [f"--model.name={tmp_path / 'dense'}", "--model.dtype=bfloat16", "--recovery=none"]
-    plan = check(parse([*flags, "--sparsity.target=120KiB"]))
+    plan = make_plan(parse([*flags, "--sparsity.target=120KiB"]))
     masks = uniform_masks(plan.budget)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
     family_of(dense)
-    small = prune(dense, masks)
+    small = slice_model(dense, masks)
     folder = hf.save_pruned(small, None, tmp_path / "model", dtype=torch.bfloat16)
     parameters = dict(small.named_parameters())
     files = [load_file(file) for file in folder.glob("*.safetensors")]
@@ -112,4 +112,4 @@ def test_an_unknown_export_format_and_a_cast_with_device_map_are_refused():
     with pytest.raises(UserError, match=formats):
         parse(["--export", "onnx"])
     with pytest.raises(UserError, match=r"--model.dtype \(float32\) with --model.device_map"):
-        check(parse(["--model.name=tiny-random", "--model.device_map=auto", "--export.dtype=float16"]))
+        make_plan(parse(["--model.name=tiny-random", "--model.device_map=auto", "--export.dtype=float16"]))

@@ -23,11 +23,11 @@ from gprune.export.gguf import LLAMA_CPP, QUANTISED, TYPES, has_llama_cpp
 from gprune.export.gguf_writer import tokenizer_keys, write_gguf
 from gprune.export.hf import save_pruned
 from gprune.method.dry_run import describe_widths
-from gprune.method.plan import check
+from gprune.method.plan import make_plan
 from gprune.models import embedded as assets
 from gprune.models import gguf as reading
 from gprune.models.blocks import blocks_of
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.sparsity.cut import uniform_masks
 from gprune.sparsity.target import HALF_BITS
 from gprune.storage import wheels
@@ -118,7 +118,7 @@ def test_a_gguf_file_contains_every_tensor_with_the_row_order_of_llama_cpp(varia
 
 
 def test_layers_are_renumbered_after_a_whole_block_was_removed(tmp_path):
-    model = prune(make_pruned(), masks_without(make_pruned(), 1, narrow=True))
+    model = slice_model(make_pruned(), masks_without(make_pruned(), 1, narrow=True))
     keys, tensors = written(model, tmp_path, type="f32")
     assert (keys["deci.block_count"], keys["deci.feed_forward_length"]) == (2, [1, 31])
     assert set(tensors) == set(expected_tensors(model))
@@ -281,7 +281,7 @@ def test_a_layer_without_ffn_is_refused():
 def test_families_that_compute_like_llama_pass_the_check_in_llama_cpp(family, tmp_path):
     """Heads have 32 dimensions, since llama.cpp's kernels need at least as many."""
     model = make_tiny(family, sliding_window=None, head_dim=32, hidden_size=128, neurons=96, vocab_size=512)
-    model = prune(model, some_masks(model, (17, 96, 33), attention=True))
+    model = slice_model(model, some_masks(model, (17, 96, 33), attention=True))
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
     gguf_check.check_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type="f32")
 
@@ -327,7 +327,7 @@ def test_a_byte_budget_counts_the_bytes_of_the_gguf_file(gguf_type, world, tmp_p
     model = AutoModelForCausalLM.from_pretrained(llama.model)
     write_gguf(model, byte_tokenizer(), tmp_path / "m.gguf", type=gguf_type)
     num_bytes = sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
-    costs, outside = check(parse(args)).pricing.costs_in("bytes")
+    costs, outside = make_plan(parse(args)).pricing.costs_in("bytes")
     assert sum(of_block.whole for of_block in costs) + outside == HALF_BITS * num_bytes
 
 
@@ -346,17 +346,17 @@ def test_the_default_widths_of_a_model_with_512_neurons_fit_q8_0(tmp_path, monke
     dense = make_tiny("llama", head_dim=32, hidden_size=128, neurons=512, vocab_size=512)
     dense.save_pretrained(llama.model)
     args = llama.args(tmp_path / "runs", "--export=gguf", "--export.type=q8_0", "--partition.num_modules=1")
-    plan = check(parse(args))
+    plan = make_plan(parse(args))
     assert plan.budget.width_multiple == 32
     assert describe_widths(plan.budget).endswith("at uniform sparsity, in multiples of 32 neurons")
-    assert check(parse([*args, "--sparsity.width_multiple=96"])).budget.width_multiple == 96
-    small = prune(dense, uniform_masks(check(parse([*args, "--sparsity.target=0.1"])).budget))
+    assert make_plan(parse([*args, "--sparsity.width_multiple=96"])).budget.width_multiple == 96
+    small = slice_model(dense, uniform_masks(make_plan(parse([*args, "--sparsity.target=0.1"])).budget))
     assert gguf_writer.tensor_bytes(small, "q8_0") < gguf_writer.tensor_bytes(dense, "q8_0")
 
 
 def test_runs_that_cannot_export_to_gguf_are_refused_before_loading_the_model(world, tmp_path, monkeypatch, capsys):
     args = world("qwen3").args(tmp_path / "runs", "--export=gguf")
-    monkeypatch.setattr("gprune.method.inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("gprune.method.run.load_model", lambda *_, **__: pytest.fail("loaded"))
     assert main(args) == 2
     assert "Cannot export 'qwen3' to GGUF: it must compute like Llama, but has weights" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
@@ -478,11 +478,11 @@ def test_the_check_accepts_rounding_noise_and_refuses_other_log_probabilities(gg
         """Double the logits, so that the most likely tokens are the same."""
         return (2 * x).log_softmax(-1)
 
-    assert 0 < check(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[gguf_type])) <= gguf_check.LIMITS[gguf_type]
+    assert 0 < make_plan(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[gguf_type])) <= gguf_check.LIMITS[gguf_type]
     too_much_noise = noise({"f32": 0.01, "f16": 0.1, "q8_0": 1.0}[gguf_type])
     for change in (too_much_noise, sharpen, lambda x: x.roll(1, 0), lambda x: x * np.nan):
         with pytest.raises(UserError, match=r"differ from the model's by KL .* The file was removed"):
-            check(change)
+            make_plan(change)
 
 
 def test_the_check_refuses_a_different_tokenization(tmp_path, monkeypatch):
@@ -563,7 +563,7 @@ def test_a_pruned_smollm2_passes_the_check_in_llama_cpp(gguf_type, kept, tmp_pat
     for index in set(range(30)) - set(kept):
         masks.ffn[index][:] = False
         masks.attention[index][:] = False
-    folder = save_pruned(prune(model, masks, inplace=True), tokenizer, tmp_path / "model")
+    folder = save_pruned(slice_model(model, masks, inplace=True), tokenizer, tmp_path / "model")
     keys, _ = read(export(folder, type=gguf_type, check=True))
     assert keys["deci.feed_forward_length"] == [neurons[index] for index in kept]
     assert keys["deci.attention.head_count"] == [3 * groups[index] for index in kept]

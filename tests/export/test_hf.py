@@ -18,9 +18,9 @@ from gprune.errors import UserError
 from gprune.export import hf
 from gprune.models.agreement import compare
 from gprune.models.blocks import blocks_of
-from gprune.models.gating import masked
+from gprune.models.masks import masked
 from gprune.models.modeling_pruned import PrunedLlamaForCausalLM, PrunedLlamaModel, layer_configs
-from gprune.models.surgery import prune, widths
+from gprune.models.surgery import slice_model, widths
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from tests.conftest import make_tiny_llama
@@ -57,7 +57,7 @@ def randomise_biases(model: nn.Module) -> None:
 
 def make_pruned(recovered=False, shape=(NEURONS, GROUPS), **overrides):
     """A tiny pruned Llama with odd widths. If `recovered`, some down and output projections have biases."""
-    model = prune(make_tiny_llama(**overrides), random_masks(*shape))
+    model = slice_model(make_tiny_llama(**overrides), random_masks(*shape))
     if recovered:
         blocks = blocks_of(model)
         for linear in (blocks[0].down, blocks[2].down, blocks[1].output):
@@ -131,7 +131,7 @@ def test_experts_with_a_single_token_reload_with_the_same_bits(tmp_path):
     ids = torch.randint(3, 128, (1, 128), generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(0)
     margins = [torch.rand(b.neurons * b.experts, generator=generator) for b in blocks_of(model)]
-    small = prune(model, keep_masks(Budget.of(block_units(blocks_of(model), scope="ffn"), 0.3), margins))
+    small = slice_model(model, keep_masks(Budget.of(block_units(blocks_of(model), scope="ffn"), 0.3), margins))
     folder = hf.save_pruned(small, None, tmp_path / "model")
     assert hf.check_reload(misaligned(small, 2), folder, ids) == 0.0
 
@@ -185,7 +185,7 @@ def test_a_folder_of_an_earlier_version_loads_and_can_be_pruned_and_saved_again(
     assert torch.equal(loaded(token_batch).logits, model(token_batch).logits)
     assert torch.equal(load(folder, AutoModel)(token_batch)[0], model.model(token_batch)[0])
     for masks in (masks_without(loaded, narrow=True), masks_without(loaded, 1)):
-        small = prune(loaded, masks)
+        small = slice_model(loaded, masks)
         again = load(hf.save_pruned(small, None, tmp_path / "again", overwrite=(tmp_path / "again").exists()))
         assert torch.equal(again(token_batch).logits, small(token_batch).logits)
         assert "own" in again.config.pruned_layout
@@ -193,21 +193,23 @@ def test_a_folder_of_an_earlier_version_loads_and_can_be_pruned_and_saved_again(
 
 @pytest.mark.parametrize("overrides", [{}, {"attention_bias": True, "mlp_bias": True}])
 def test_equal_blocks_are_exported_as_a_stock_llama(overrides, tmp_path, token_batch):
-    model = prune(make_tiny_llama(num_key_value_heads=4, **overrides), random_masks([20] * 3, [2] * 3, of_groups=4))
+    model = slice_model(
+        make_tiny_llama(num_key_value_heads=4, **overrides), random_masks([20] * 3, [2] * 3, of_groups=4)
+    )
     randomise_biases(model)
     folder = hf.save_pruned(model, None, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(folder)  # without trust_remote_code
     assert type(loaded).__name__ == "LlamaForCausalLM"
     assert not list(folder.glob("*.py"))
     assert torch.equal(loaded.eval()(token_batch).logits, model(token_batch).logits)
-    assert widths(prune(loaded, random_masks([9] * 3, [1] * 3, of_neurons=20, of_groups=2)))["neurons"] == [9] * 3
+    assert widths(slice_model(loaded, random_masks([9] * 3, [1] * 3, of_neurons=20, of_groups=2)))["neurons"] == [9] * 3
 
 
 def test_equal_blocks_that_llama_cannot_describe_use_another_model_type(tmp_path, token_batch):
     """A bias of a single projection, and a number of heads that does not divide the hidden size."""
-    biased = prune(make_tiny_llama(), random_masks([20] * 3, [2] * 3))
+    biased = slice_model(make_tiny_llama(), random_masks([20] * 3, [2] * 3))
     biased.model.layers[0].mlp.down_proj.bias = nn.Parameter(torch.randn(32), requires_grad=False)
-    uneven = prune(
+    uneven = slice_model(
         make_tiny_llama(num_attention_heads=4, num_key_value_heads=4), random_masks([20] * 3, [3] * 3, of_groups=4)
     )
     for model_type, model in (("pruned_llama", biased), ("mistral", uneven)):  # equal to Llama without a sliding window
@@ -261,7 +263,7 @@ def test_the_config_of_a_reloaded_model_describes_the_remaining_layers_after_who
 ):
     loaded = load(hf.save_pruned(make_pruned(recovered=True), None, tmp_path / "model"))
     masks = masks_without(loaded, 0)
-    shallow = prune(loaded, masks)
+    shallow = slice_model(loaded, masks)
     # Both configs describe their own layers in order.
     for model, neurons, groups in ((loaded, NEURONS, GROUPS), (shallow, NEURONS[1:], GROUPS[1:])):
         assert widths(model) == {"neurons": neurons, "kv_groups": groups}
@@ -271,10 +273,10 @@ def test_the_config_of_a_reloaded_model_describes_the_remaining_layers_after_who
         biases = [layer.mlp.down_proj.bias is not None for layer in model.model.layers]
         assert ["mlp.down_proj" in layer.added_biases for layer in layers] == biases
     # Narrower and then with fewer layers, saved and reloaded each time.
-    narrow = prune(shallow, masks_without(shallow, narrow=True))
+    narrow = slice_model(shallow, masks_without(shallow, narrow=True))
     narrow_reloaded = load(hf.save_pruned(narrow, None, tmp_path / "narrow"))
     last_masks = masks_without(narrow_reloaded, 0)
-    last = prune(narrow_reloaded, last_masks)
+    last = slice_model(narrow_reloaded, last_masks)
     assert last.config.num_hidden_layers == len(last.model.layers) == 1
     folder = hf.save_pruned(last, None, tmp_path / "last")
     assert set(json.loads((folder / "config.json").read_text()).get("per_layer_config", {})) <= {"0"}
@@ -385,14 +387,14 @@ def test_a_fresh_process_reloads_a_twice_saved_model_with_fewer_layers_and_all_b
     tmp_path, token_batch, fresh_process
 ):
     model = make_pruned(recovered=True, **VARIANTS["biases"])
-    model = prune(model, masks_without(model, 0))  # also one layer fewer
+    model = slice_model(model, masks_without(model, 0))  # also one layer fewer
     load(hf.save_pruned(model, None, tmp_path / "model")).save_pretrained(tmp_path / "again")
     assert hf.check_reload(model, tmp_path / "again", token_batch) == 0.0
 
 
 def test_register_makes_exports_of_a_type_without_record_load_without_remote_code(tmp_path, token_batch, monkeypatch):
     dense = make_tiny("gemma3_text")
-    model = prune(dense, some_masks(dense, attention=False))
+    model = slice_model(dense, some_masks(dense, attention=False))
     hf.save_pruned(model, None, tmp_path / "model")
     monkeypatch.delitem(CONFIG_MAPPING._extra_content, "pruned_gemma3_text")  # as in a process that did not export
     gprune.register()
@@ -415,7 +417,7 @@ def load_with_own_head(family, folder):
 def test_a_head_with_its_own_weights_stays_untied_whatever_the_config_says(family, kept, tmp_path, token_batch):
     model = load_with_own_head(family, tmp_path / "dense")
     masks = some_masks(model, kept, attention=False)
-    small = prune(model, masks)
+    small = slice_model(model, masks)
     expected = small(token_batch).logits
     assert torch.equal(gprune.apply_masks(model, masks)(token_batch).logits, expected)
     folder = hf.save_pruned(small, None, tmp_path / "model")
@@ -432,14 +434,14 @@ def test_a_table_of_values_by_layer_of_the_dense_model_is_exported(removed, tmp_
     assert dense.config.to_dict()["per_layer_config"] == {"2": {"head_dim": 16}}
     masks = masks_without(dense, *removed, narrow=True)
     masks.ffn[2][:7] = True  # layers of unequal widths
-    small = prune(dense, masks)
+    small = slice_model(dense, masks)
     expected = small(token_batch).logits
     gprune.apply_masks(dense, masks).save_pretrained(tmp_path / "applied")
     for folder in (hf.save_pruned(small, None, tmp_path / "model"), tmp_path / "applied"):
         loaded = load(folder, attn_implementation="eager")
         assert torch.equal(loaded(token_batch).logits, expected)
         assert loaded.config.to_dict()["per_layer_config"] == {str(2 - len(removed)): {"head_dim": 16}}
-    smaller = prune(loaded, masks_without(loaded, narrow=True))
+    smaller = slice_model(loaded, masks_without(loaded, narrow=True))
     again = load(hf.save_pruned(smaller, None, tmp_path / "again"), attn_implementation="eager")
     assert torch.equal(again(token_batch).logits, smaller(token_batch).logits)
 

@@ -13,7 +13,7 @@ from gprune.export.hf import reloaded_logits
 from gprune.export.nemotron import ffn_settings, write
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from tests.tiny_families import make_tiny, some_masks
 from tests.tiny_run import tiny_tokenizer
 
@@ -34,7 +34,7 @@ def difference_in_a_fresh_process(model, folder):
 def pruned(family, **overrides):
     """Return a tiny model with FFNs of 17, 48 and 33 neurons."""
     model = make_tiny(family, **overrides)
-    return prune(model, some_masks(model, attention=False))
+    return slice_model(model, some_masks(model, attention=False))
 
 
 @pytest.mark.parametrize("hidden_size", [576, 960, 2048, 4096])
@@ -65,7 +65,7 @@ def test_the_folder_computes_the_same_logits_in_a_fresh_process(family, override
 
 def test_widths_in_multiples_of_256_are_written_for_all_engines(tmp_path):
     model = make_tiny("llama", neurons=768)
-    model = prune(model, some_masks(model, kept=(256, 768, 512), attention=False))
+    model = slice_model(model, some_masks(model, kept=(256, 768, 512), attention=False))
     config = written_config(model, tmp_path / "folder")
     assert [sorted(block["ffn"]) for block in config["block_configs"]] == [
         ["ffn_mult", "no_op", "replace_with_linear"]
@@ -94,7 +94,7 @@ def test_removed_blocks_leave_fewer_layers(tmp_path):
     model = make_tiny("llama")
     ffn = [torch.full((48,), index != 1) for index in range(3)]
     attention = [torch.full((2,), index != 1) for index in range(3)]
-    model = prune(model, Masks(ffn, attention))
+    model = slice_model(model, Masks(ffn, attention))
     assert written_config(model, tmp_path / "folder")["num_hidden_layers"] == 2
     assert difference_in_a_fresh_process(model, tmp_path / "folder") == 0
 
@@ -108,7 +108,7 @@ def test_removed_blocks_leave_fewer_layers(tmp_path):
 )  # fmt: skip
 def test_what_the_format_cannot_express_is_refused_before_anything_is_written(family, attention, reason, tmp_path):
     model = make_tiny(family)
-    model = prune(model, some_masks(model, attention=attention))
+    model = slice_model(model, some_masks(model, attention=attention))
     with pytest.raises(UserError, match=reason):
         write(model, tiny_tokenizer(), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()

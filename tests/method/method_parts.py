@@ -26,7 +26,7 @@ from gprune.method.save import masked_logits
 from gprune.models.blocks import blocks_of
 from gprune.models.families import attach_record, record_of
 from gprune.models.masks import Masks
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.partition.modules import ModuleRanks
 from gprune.recoveries import Material, recoveries_of
 from gprune.sparsity.budget import Budget, block_units
@@ -129,7 +129,7 @@ def recover(place: Place, name: str, **settings: Any) -> Tensor:
     )
     revise = method.revise(material)
     with torch.no_grad():
-        small = prune(place.model, masks)
+        small = slice_model(place.model, masks)
         for dense, block in zip(blocks_of(place.model), blocks_of(small), strict=True):
             if revise is not None:
                 revise(dense, block)
@@ -147,7 +147,7 @@ def prune_and_mask(place: Place) -> list[Tensor]:
     masks = place.masks
     with torch.no_grad():
         of_masked = masked_logits(place.model, masks, place.batches()[0]["input_ids"]).cpu()
-    return [of_masked, logits(prune(place.model, masks), place)]
+    return [of_masked, logits(slice_model(place.model, masks), place)]
 
 
 def window_losses(place: Place) -> Tensor:
@@ -156,7 +156,7 @@ def window_losses(place: Place) -> Tensor:
 
 def export_difference(place: Place) -> float:
     """Return the largest difference between the logits of the pruned model and of its reloaded export."""
-    small = prune(place.model, place.masks)
+    small = slice_model(place.model, place.masks)
 
     def reload(folder: Path, input_ids: Tensor, *, device: str, **_: Any) -> Tensor:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()

@@ -10,9 +10,8 @@ import torch
 from experiments.bench.measure import flops as count_flops
 from gprune.calibration.moments import _panels
 from gprune.config.parse import parse
-from gprune.method.dry_run import estimated_flops, gram_flops
-from gprune.method.memory import EXPERTS_PER_TOKEN, active_experts
-from gprune.method.plan import check
+from gprune.method.dry_run import EXPERTS_PER_TOKEN, active_experts, estimated_flops, gram_flops
+from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
 from gprune.models.losses import next_token_losses
 from tests.tiny_families import make_tiny
@@ -23,7 +22,7 @@ IDS = torch.randint(3, 128, (2, 64), generator=torch.Generator().manual_seed(0))
 def planned(model, folder, *flags):
     """Save a model, and return the plan of a run with windows of 64 tokens and without recovery."""
     model.save_pretrained(folder)
-    return check(parse([f"--model.name={folder}", "--recovery=none", "--corpora.seq_len=64", *flags]))
+    return make_plan(parse([f"--model.name={folder}", "--recovery=none", "--corpora.seq_len=64", *flags]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])

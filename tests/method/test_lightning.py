@@ -21,8 +21,8 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import WindowPerplexity, perplexity, window_losses
-from gprune.models.gating import masked
-from gprune.models.surgery import prune as sliced
+from gprune.models.masks import masked
+from gprune.models.surgery import slice_model as sliced
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
 from gprune.stages.distillation import DistillationStage
 from gprune.stages.threshold_learning import ThresholdLearning

@@ -16,8 +16,8 @@ import gprune
 from gprune.config import parse
 from gprune.config.running import DistillConfig
 from gprune.errors import UserError
-from gprune.method.memory import estimated_peaks
-from gprune.method.plan import check
+from gprune.method.dry_run import estimated_peaks
+from gprune.method.plan import make_plan
 from gprune.runs.folder import RunFolder
 from gprune.stages import distill_recovery
 from tests import tiny_run
@@ -83,7 +83,7 @@ def test_predicted_memory_peaks_are_within_25_percent_of_measured_ones(flags, tm
         gprune.prune(cfg)
     expected = {"calibrate": measured["calibrate"], "recover": max(measured["shrink"], measured["evaluate"])}
     expected |= {"learn": measured["thresholds"]} if cfg.learns else {}
-    predicted = {step: sum(terms) for step, terms in estimated_peaks(check(cfg)).items()}
+    predicted = {step: sum(terms) for step, terms in estimated_peaks(make_plan(cfg)).items()}
     assert {name: predicted[name] for name in expected} == pytest.approx(expected, rel=0.25)
     assert predicted["evaluate"] <= max(measured.values())
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from scipy.stats import rankdata
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import gprune.method.inputs
+import gprune.method.run
 import gprune.storage.files
 from gprune.calibration.statistics import pool_statistics
 from gprune.corpora.load import CORPORA
@@ -28,11 +28,10 @@ from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.importance.scores import score_units
 from gprune.method import evaluate as outcome
-from gprune.method.plan import check
+from gprune.method.plan import make_plan
 from gprune.method.run import open_run
 from gprune.models.blocks import blocks_of
-from gprune.models.gating import masked
-from gprune.models.masks import Masks
+from gprune.models.masks import Masks, masked
 from gprune.sparsity.budget import Budget, block_units
 from tests import tiny_run
 
@@ -324,8 +323,8 @@ def test_the_choice_of_blocks_uses_the_planned_tokens_and_is_not_repeated_on_res
     result = run_with_option("blocks")
     cost = json.loads((result.path / "manifest.json").read_text())["steps"]["blocks"]
     # Two candidate blocks, and a window of 32 tokens of each of three corpora.
-    assert cost["forward_tokens"] == check(result.config).tokens[2][0] == 2 * 3 * 32
-    assert result.summary["forward_tokens"] <= check(result.config).forward_tokens
+    assert cost["forward_tokens"] == make_plan(result.config).tokens[2][0] == 2 * 3 * 32
+    assert result.summary["forward_tokens"] <= make_plan(result.config).forward_tokens
     for file in ("metrics.json", "thresholds.safetensors"):
         (result.path / file).unlink()
     resumed = world.run(result.path.parent, *OPTIONS["blocks"].split(), name="blocks")
@@ -499,14 +498,14 @@ def test_dry_run_bounds_the_tokens_of_a_gradient_metric(world, tmp_path, monkeyp
     flags = ("--importance=taylor", "--export=none")
     calibrated, learned = 3 * 4 * 32, 2 * 4 * 32  # corpora, windows, tokens
     result = world.run(tmp_path, *flags)
-    plan = check(result.config)
+    plan = make_plan(result.config)
     assert calibration_tokens(result) == (0, calibrated)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == calibrated + learned
     # The bound does not count calibration twice.
     assert 0 <= plan.forward_tokens - result.summary["forward_tokens"] < calibrated
     # A run without modules needs one corpus, and finds its statistics in the cache. The plan assumes an empty cache.
     cached = world.run(tmp_path, *flags, "--gprune=false", "--sparsity.target=0.4", name="cached")
-    plan_of_cached = check(cached.config)
+    plan_of_cached = make_plan(cached.config)
     assert cached.summary["forward_backward_tokens"] == 0
     assert plan_of_cached.forward_backward_tokens == calibrated // 3
     assert cached.summary["forward_tokens"] <= plan_of_cached.forward_tokens
@@ -517,7 +516,7 @@ def test_reconstruction_uses_the_planned_tokens_and_has_the_same_masks_after_res
     flags = ["--sparsity.allocation=reconstruction", "--recovery=least_squares"]
     result = world.run(tmp_path, *flags)
     check_budget(result, dense)
-    plan = check(result.config)
+    plan = make_plan(result.config)
     # Errors of blocks are measured on four windows of each corpus: one corpus for `base`, all for the other two rows.
     windows = 4 * (1 + 2 * len(result.config.corpora.drift))
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == windows * 32
@@ -539,7 +538,7 @@ def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world,
         monkeypatch.setattr("gprune.method.plan.MAX_CACHED_BYTES", max_bytes)
         runs.append(world.run(tmp_path, *flags, name=name))
         assert json.loads((runs[-1].path / "manifest.json").read_text())["steps"]["evaluate"]["forward_tokens"] == 384
-        assert runs[-1].summary["forward_tokens"] <= check(runs[-1].config).forward_tokens
+        assert runs[-1].summary["forward_tokens"] <= make_plan(runs[-1].config).forward_tokens
         assert runs[-1].records == runs[0].records
     dense = AutoModelForCausalLM.from_pretrained(world.model)
     with open_run(runs[0].config) as run:
@@ -562,7 +561,7 @@ def test_prune_refuses_a_dry_run_configuration(tmp_path):
 
 
 def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gprune.method.inputs.load_model", lambda *_, **__: pytest.fail("loaded"), raising=False)
+    monkeypatch.setattr("gprune.method.run.load_model", lambda *_, **__: pytest.fail("loaded"), raising=False)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert tiny_run.main(world.args(tmp_path / "runs", "--dry_run=true")) == 0
     lines = {line[:16].strip(): line[17:] for line in capsys.readouterr().out.splitlines() if line.strip()}
@@ -604,7 +603,7 @@ def test_a_dry_run_accepts_gpus_that_this_machine_lacks_and_no_invalid_accelerat
 
 def test_dry_run_bounds_the_tokens_of_the_run(finished):
     """Training uses four windows of 32 tokens of each of two corpora."""
-    plan = check(finished.config)
+    plan = make_plan(finished.config)
     assert finished.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 4 * 32
     assert finished.summary["forward_tokens"] <= plan.forward_tokens
 
@@ -612,11 +611,11 @@ def test_dry_run_bounds_the_tokens_of_the_run(finished):
 def test_dry_run_bounds_the_tokens_of_a_run_with_kl_and_counts_the_forward_pass_of_the_teacher(run_with_option):
     """Training uses seven windows of 32 tokens of each of two corpora."""
     result = run_with_option("kl_on_fresh_text")
-    plan = check(result.config)
+    plan = make_plan(result.config)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens == 2 * 7 * 32
     assert result.summary["forward_tokens"] <= plan.forward_tokens
     flags = ["--config", str(result.path / "config.yaml"), "--sparsity.loss=cross_entropy"]
-    assert plan.forward_tokens == check(gprune.config.parse(flags)).forward_tokens + 2 * 7 * 32
+    assert plan.forward_tokens == make_plan(gprune.config.parse(flags)).forward_tokens + 2 * 7 * 32
 
 
 @pytest.mark.parametrize("importance", ["wanda_sp", "magnitude"])
@@ -678,7 +677,7 @@ def text_of(world, *flags):
     """Return the configuration of a tiny run, its text, and the tokenizer."""
     cfg = gprune.config.parse([*world.args(world.model.parent), *flags])
     tokenizer = tiny_run.tiny_tokenizer()
-    return cfg, gprune.method.inputs.prepare_text(cfg, tokenizer, 128), tokenizer
+    return cfg, gprune.method.run.prepare_text(cfg, tokenizer, 128), tokenizer
 
 
 def test_training_windows_are_the_calibration_windows_followed_by_new_ones(world):

@@ -21,10 +21,10 @@ from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, make_windows
 from gprune.importance.scores import score_units
 from gprune.method import quality
-from gprune.method.plan import check
+from gprune.method.plan import make_plan
 from gprune.method.summary import largest_share
 from gprune.models.blocks import blocks_of
-from gprune.models.gating import masked
+from gprune.models.masks import masked
 from gprune.report.figures import read_curves
 from gprune.report.page import render
 from gprune.runs.results import load_run
@@ -176,7 +176,7 @@ def test_the_target_holds_after_training_and_no_model_is_trained_twice(trained, 
 
 def assert_tokens_are_planned(result) -> None:
     """A run processes at most the planned tokens."""
-    plan = check(result.config)
+    plan = make_plan(result.config)
     assert 0 < result.summary["forward_tokens"] <= plan.forward_tokens
     assert result.summary["forward_backward_tokens"] <= plan.forward_backward_tokens
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gprune.models.gating import gated
 from gprune.models.losses import next_token_losses
+from gprune.models.masks import gated
 from gprune.models.products import CastWeights, count_cast_weights
 
 

@@ -76,7 +76,7 @@ def test_experts_whose_activations_cannot_be_observed_are_not_pruned(broken, mon
     model = tiny("deepseek_v3")
     record = discover_record(model)
     assert any("experts" in kind for kind in record.kinds[0])
-    for module in ("gprune.models.gating", "gprune.discovery.search"):
+    for module in ("gprune.models.masks", "gprune.discovery.search"):
         monkeypatch.setattr(f"{module}.watch_experts", broken)
     record = discover_record(model)
     assert record.kinds[0]

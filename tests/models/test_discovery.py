@@ -27,9 +27,9 @@ from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of
 from gprune.models.copies import skeleton
 from gprune.models.families import FAMILIES, Family, attach_record
-from gprune.models.gating import masked
 from gprune.models.losses import iter_logits, why_not_measurable
-from gprune.models.surgery import prune
+from gprune.models.masks import masked
+from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import Budget, block_units
 from tests import tiny_run
 from tests.conftest import collect
@@ -86,7 +86,7 @@ def test_masked_sliced_and_reloaded_models_of_discovered_types_agree(model_type,
         expected = logits(model, ids)
     assert torch.equal(logits(model, ids), dense)
     assert (expected - dense).abs().max() > 1e-3 * dense.abs().max()
-    small = prune(model, masks)
+    small = slice_model(model, masks)
     sliced = logits(small, ids)
     torch.testing.assert_close(sliced, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
     removed = model.num_parameters() - small.num_parameters()
@@ -103,7 +103,7 @@ def test_masked_sliced_and_reloaded_models_of_discovered_types_agree(model_type,
     assert torch.equal(reloaded.generate(ids[:, :9], **settings), expected_tokens)
     # The reloaded model can be pruned again.
     family_of(reloaded)
-    assert prune(reloaded, random_masks(reloaded)).num_parameters() < reloaded.num_parameters()
+    assert slice_model(reloaded, random_masks(reloaded)).num_parameters() < reloaded.num_parameters()
 
 
 def test_statistics_of_interleaved_experts_equal_a_reference(ids):
@@ -414,11 +414,11 @@ def test_a_discovered_structure_that_does_not_fit_the_loaded_model_is_refused_be
     """A wrong slice is simulated: one output projection of the sliced model is doubled."""
 
     def wrong_prune(model, masks):
-        small = prune(model, masks)
+        small = slice_model(model, masks)
         blocks_of(small)[1].down.host.weight.mul_(2)
         return small
 
-    monkeypatch.setattr("gprune.method.save.prune", wrong_prune)
+    monkeypatch.setattr("gprune.method.save.slice_model", wrong_prune)
     example("stablelm").save_pretrained(tmp_path / "model")
     tiny_run.tiny_tokenizer().save_pretrained(tmp_path / "model")
     with tiny_run.isolated(tmp_path / "cache"):

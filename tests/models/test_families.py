@@ -29,10 +29,10 @@ from gprune.importance.scores import score_units
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.embedded import byte_tokenizer
 from gprune.models.families import FAMILIES, Family
-from gprune.models.gating import gated, masked
 from gprune.models.loading import read_config
 from gprune.models.losses import final_hidden, iter_logits, next_token_losses
-from gprune.models.surgery import prune, widths
+from gprune.models.masks import gated, masked
+from gprune.models.surgery import slice_model, widths
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
 from tests import tiny_run
@@ -181,7 +181,7 @@ def test_masked_sliced_and_reloaded_models_agree(family, overrides, ids, tmp_pat
         reference = model(ids).logits
     assert torch.equal(model(ids).logits, dense)
     assert (reference - dense).abs().max() > 0.1  # the masks have an effect
-    pruned = prune(model, masks)
+    pruned = slice_model(model, masks)
     assert widths(pruned)["neurons"] == [17, 48, 33]
     # KV groups are removed with all of their heads.
     for before, after in zip(blocks_of(model), blocks_of(pruned), strict=True):
@@ -211,7 +211,7 @@ def test_masked_sliced_and_reloaded_models_agree(family, overrides, ids, tmp_pat
 @pytest.mark.parametrize("family", TYPES)
 def test_equal_blocks_are_exported_as_the_stock_class(family, ids, tmp_path):
     model = make_tiny(family)
-    pruned = prune(model, some_masks(model, (24, 24, 24), attention=False))
+    pruned = slice_model(model, some_masks(model, (24, 24, 24), attention=False))
     folder = save_pruned(pruned, None, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == family
@@ -302,12 +302,12 @@ def test_a_pruned_model_can_be_saved_pruned_again_fine_tuned_and_adapted(family,
     model = make_tiny(family)
     masks = some_masks(model, attention=True)
     once = gprune.apply_masks(model, masks)
-    assert torch.equal(once(ids).logits, prune(model, masks)(ids).logits)
+    assert torch.equal(once(ids).logits, slice_model(model, masks)(ids).logits)
     once_reloaded = reloaded(once, tmp_path / "once")
     second = some_masks(once_reloaded, (7, 8, 9), attention=False)
     twice = gprune.apply_masks(once, second)
     assert widths(twice)["neurons"] == [7, 8, 9]
-    for other in (prune(once_reloaded, second), reloaded(twice, tmp_path / "twice")):
+    for other in (slice_model(once_reloaded, second), reloaded(twice, tmp_path / "twice")):
         assert torch.equal(other(ids).logits, twice(ids).logits)
     before = train_a_step(once, ids)
     assert once(input_ids=ids, labels=ids).loss < before
@@ -410,7 +410,7 @@ def test_masks_with_experts_of_unequal_widths_are_refused():
     masks.ffn[0][:] = True
     masks.ffn[0][0] = False
     with pytest.raises(ValueError, match=r"Masks\.ffn\[0\] must keep equally many neurons of every expert"):
-        prune(model, masks)
+        slice_model(model, masks)
 
 
 # --- whole runs
@@ -520,4 +520,4 @@ def test_the_factor_of_norms_over_kept_heads_is_not_rounded_to_bfloat16():
 
     with masked(model, masks):
         of_masked = size_of_keys(model)
-    assert of_masked == pytest.approx(size_of_keys(prune(model, masks)), rel=3e-4)
+    assert of_masked == pytest.approx(size_of_keys(slice_model(model, masks)), rel=3e-4)

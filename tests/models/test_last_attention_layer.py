@@ -12,7 +12,7 @@ from experiments.architectures import default_config, example
 from gprune.errors import UserError
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
-from gprune.models.surgery import attention_by_layer, prune
+from gprune.models.surgery import attention_by_layer, slice_model
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.whole_blocks import check_attention_remains
 from tests import tiny_run
@@ -40,9 +40,9 @@ def test_masks_that_remove_the_last_attention_layer_are_refused(model_type):
     model = example(model_type)
     (last,) = {block.layer_index for block in blocks_of(model) if block.kv_groups}
     with pytest.raises(UserError, match=rf"must keep a layer with attention, .* remove all of them: {last}\."):
-        prune(model, masks_without(model, last))
+        slice_model(model, masks_without(model, last))
     with_ffn = [block.layer_index for block in blocks_of(model) if block.neurons and block.layer_index != last]
-    small = prune(model, masks_without(model, with_ffn[0]))  # a layer without attention
+    small = slice_model(model, masks_without(model, with_ffn[0]))  # a layer without attention
     assert small.generate(PROMPT, **GREEDY).shape == (1, 13)
 
 

@@ -8,7 +8,6 @@ import torch
 from experiments.architectures import default_config
 from gprune.discovery.tiny import shrunk
 from gprune.models.blocks import blocks_of
-from gprune.models.gating import gated
 from gprune.models.losses import (
     CHUNK,
     LogitTransform,
@@ -19,6 +18,7 @@ from gprune.models.losses import (
     rows_at_once,
     same_head,
 )
+from gprune.models.masks import gated
 from tests.conftest import make_tiny_llama
 from tests.tiny_families import make_tiny, tiny_of
 

@@ -37,7 +37,7 @@ from gprune.models.offload import (
     offload_folder,
     resident,
 )
-from gprune.models.surgery import prune, prune_to_files
+from gprune.models.surgery import slice_model, slice_to_files
 from gprune.runs.results import load_run
 from gprune.storage.files import locked, read_json
 from tests import tiny_run
@@ -123,8 +123,8 @@ def test_an_offloaded_model_is_exported_like_the_model_in_memory(family, placed,
     whole, offloaded = placed(family)
     masks = some_masks(whole, attention=True)
     assert torch.equal(masked_logits(offloaded, masks, ids), masked_logits(whole, masks, ids))
-    in_memory = prune(whole, masks)
-    in_files = prune_to_files(offloaded, masks, tmp_path / "blocks")
+    in_memory = slice_model(whole, masks)
+    in_files = slice_to_files(offloaded, masks, tmp_path / "blocks")
     assert all(p.is_meta for p in in_files.parameters())
     assert in_files.num_parameters() == in_memory.num_parameters()
     pruned = {"in_memory": in_memory, "in_files": in_files}
@@ -161,10 +161,10 @@ def test_offloaded_models_can_lose_whole_blocks_and_gain_biases(family, placed, 
         keep = masks.ffn[dense.index]
         block.down.set(2 * dense.down.weight[:, keep], dense.down.weight[:, ~keep].sum(1))
 
-    in_memory = prune(whole, masks)
+    in_memory = slice_model(whole, masks)
     for dense, block in zip([b for b in blocks_of(whole) if b.index != 1], blocks_of(in_memory), strict=True):
         revise(dense, block)
-    in_files = prune_to_files(offloaded, masks, tmp_path / "blocks", revise)
+    in_files = slice_to_files(offloaded, masks, tmp_path / "blocks", revise)
     reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(in_files, None, tmp_path / "model")).eval()
     family_of(reloaded)
     assert len(blocks_of(reloaded)) == 2
@@ -186,10 +186,10 @@ def test_saved_buffers_of_offloaded_layers_are_exported(model_type, ids, tmp_pat
     family_of(offloaded)
     assert is_offloaded(offloaded)
     masks = random_masks(dense)
-    in_files = prune_to_files(offloaded, masks, tmp_path / "blocks")
+    in_files = slice_to_files(offloaded, masks, tmp_path / "blocks")
     folder = save_pruned(in_files, None, tmp_path / "model")
     reloaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()  # as the tiny model
-    assert torch.equal(reloaded(ids).logits, prune(dense, masks)(ids).logits)
+    assert torch.equal(reloaded(ids).logits, slice_model(dense, masks)(ids).logits)
 
 
 def test_an_offloaded_head_with_its_own_weights_stays_untied_whatever_the_config_says(ids, tmp_path):
@@ -198,9 +198,9 @@ def test_an_offloaded_head_with_its_own_weights_stays_untied_whatever_the_config
     offloaded = load_weights(tmp_path / "dense", dtype=torch.float32, **offloading)
     assert offloaded.lm_head.weight.is_meta
     masks = some_masks(dense, attention=True)
-    in_files = prune_to_files(offloaded, masks, tmp_path / "blocks")
+    in_files = slice_to_files(offloaded, masks, tmp_path / "blocks")
     reloaded = AutoModelForCausalLM.from_pretrained(save_pruned(in_files, None, tmp_path / "model")).eval()
-    assert torch.equal(reloaded(ids).logits, prune(dense, masks)(ids).logits)
+    assert torch.equal(reloaded(ids).logits, slice_model(dense, masks)(ids).logits)
 
 
 def test_a_sharded_copy_has_the_head_of_the_model(ids, tmp_path):
@@ -261,7 +261,7 @@ def test_a_model_with_device_hooks_is_pruned_and_calibrated_as_without(ids):
     model, with_hooks = make_tiny("llama"), make_tiny("llama")
     dispatch_model(with_hooks, {"": "cpu"}, force_hooks=True)
     masks = some_masks(model, attention=True)
-    assert torch.equal(prune(with_hooks, masks)(ids).logits, prune(model, masks)(ids).logits)
+    assert torch.equal(slice_model(with_hooks, masks)(ids).logits, slice_model(model, masks)(ids).logits)
     assert torch.equal(masked_logits(with_hooks, masks, ids), masked_logits(model, masks, ids))
     assert_same_bits(collect(with_hooks, batches()), collect(model, batches()))
     assert torch.equal(with_hooks(ids).logits, model(ids).logits)
@@ -326,7 +326,7 @@ def test_a_sharded_model_can_be_loaded_by_device_map_with_a_memory_limit_for_cpu
 def test_a_model_above_the_shard_size_is_saved_in_several_files(tmp_path, monkeypatch, ids):
     monkeypatch.setattr(hf, "MAX_FILE_BYTES", 20_000)
     model = make_tiny("llama")
-    small = prune(model, some_masks(model, attention=True))
+    small = slice_model(model, some_masks(model, attention=True))
     folder = save_pruned(small, None, tmp_path / "model")
     assert len(list(folder.glob("model-*.safetensors"))) > 3
     assert torch.equal(AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits, small(ids).logits)

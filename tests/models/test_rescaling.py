@@ -11,8 +11,8 @@ from gprune.calibration.layerwise import Walk
 from gprune.discovery import family_of
 from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.export.hf import save_pruned
-from gprune.models.gating import masked
 from gprune.models.loading import load_weights
+from gprune.models.masks import masked
 from tests.models.test_surgery import masks_without
 
 

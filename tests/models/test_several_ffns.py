@@ -28,9 +28,8 @@ from gprune.method.dry_run import describe_unpruned
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, by_layer, decoder_layers, find_unpruned
 from gprune.models.families import attach_record
-from gprune.models.gating import bypassed, masked
-from gprune.models.masks import Masks
-from gprune.models.surgery import prune, prune_to_files
+from gprune.models.masks import Masks, bypassed, masked
+from gprune.models.surgery import slice_model, slice_to_files
 from gprune.recoveries import RECOVERY
 from gprune.recoveries.contract import Material
 from gprune.recoveries.prefix import PrunedPrefix
@@ -138,7 +137,7 @@ def test_two_dense_ffns_of_a_layer_are_discovered_as_two_blocks(two_ffn_model):
     masks = random_masks(two_ffn_model)
     with masked(two_ffn_model, masks):
         expected = logits(two_ffn_model)
-    assert_close(logits(prune(two_ffn_model, masks)), expected)
+    assert_close(logits(slice_model(two_ffn_model, masks)), expected)
 
 
 def test_an_ffn_inside_a_router_is_not_pruned_and_is_reported(tmp_path):
@@ -195,7 +194,7 @@ def test_masks_that_remove_one_of_several_blocks_of_a_layer_are_refused(shared_e
     masks = masks_without_layers(shared_expert_model)
     masks.ffn[3][:] = False
     with pytest.raises(UserError, match=r"Masks of blocks 2 to 3, of layer 1, must keep units of all"):
-        prune(shared_expert_model, masks)
+        slice_model(shared_expert_model, masks)
 
 
 def test_a_removed_layer_loses_all_of_its_blocks(shared_expert_model):
@@ -204,7 +203,7 @@ def test_a_removed_layer_loses_all_of_its_blocks(shared_expert_model):
         expected = logits(shared_expert_model)
     with bypassed(shared_expert_model, [2]):
         assert torch.equal(logits(shared_expert_model), expected)
-    small = prune(shared_expert_model, masks)
+    small = slice_model(shared_expert_model, masks)
     assert small.config.num_hidden_layers == 2
     assert_close(logits(small), expected)
     removed = shared_expert_model.num_parameters() - small.num_parameters()
@@ -215,7 +214,7 @@ def test_the_budget_over_all_ffns_is_met_within_one_unit(shared_expert_model):
     blocks = blocks_of(shared_expert_model)
     budget = Budget.of(block_units(blocks, scope="attention+ffn"), 0.4)
     masks = uniform_masks(budget)
-    removed = shared_expert_model.num_parameters() - prune(shared_expert_model, masks).num_parameters()
+    removed = shared_expert_model.num_parameters() - slice_model(shared_expert_model, masks).num_parameters()
     assert budget.target <= removed < budget.target + max(block.unit_cost("ffn") for block in blocks)
     assert all(0 < int(keep.sum()) < len(keep) for keep in masks.ffn)
 
@@ -253,7 +252,7 @@ def test_allocations_meet_the_budget_with_blocks_without_attention(rule, shared_
     budget = Budget.of(block_units(blocks, scope="attention+ffn"), 0.4)
     scores = score_units("wanda_sp", blocks, statistics, attention=True)
     masks = allocate(rule, scores, statistics, blocks, budget)
-    removed = shared_expert_model.num_parameters() - prune(shared_expert_model, masks).num_parameters()
+    removed = shared_expert_model.num_parameters() - slice_model(shared_expert_model, masks).num_parameters()
     assert 0 <= removed - budget.target < max(block.unit_cost("ffn") for block in blocks)
 
 
@@ -270,7 +269,7 @@ def test_allocations_meet_the_budget_with_layers_without_an_ffn(rule):
     budget = Budget.of(block_units(blocks, scope="attention+ffn"), 0.3)
     scores = score_units("wanda_sp", blocks, statistics, attention=True)
     masks = allocate(rule, scores, statistics, blocks, budget)
-    removed = model.num_parameters() - prune(model, masks).num_parameters()
+    removed = model.num_parameters() - slice_model(model, masks).num_parameters()
     assert 0 <= removed - budget.target < budget.largest_step
 
 
@@ -305,7 +304,7 @@ def test_the_measured_time_of_a_layer_is_divided_among_its_ffns(shared_expert_mo
 def test_equal_widths_of_each_kind_of_ffn_are_exported_as_the_stock_class(shared_expert_model, tmp_path):
     blocks = blocks_of(shared_expert_model)
     ffn = [torch.arange(b.neurons).repeat(b.experts) < (16 if b.has_experts else 8) for b in blocks]
-    small = prune(shared_expert_model, Masks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
+    small = slice_model(shared_expert_model, Masks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
     save_pruned(small, None, tmp_path / "model")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
     assert type(reloaded).__name__ == "Qwen2MoeForCausalLM"
@@ -313,19 +312,19 @@ def test_equal_widths_of_each_kind_of_ffn_are_exported_as_the_stock_class(shared
     assert torch.equal(logits(reloaded), logits(small))
 
 
-def test_prune_to_files_writes_one_file_per_layer_with_all_of_its_blocks(shared_expert_model, tmp_path):
+def test_slice_to_files_writes_one_file_per_layer_with_all_of_its_blocks(shared_expert_model, tmp_path):
     # Layer 0 is removed, and the blocks of the other layers become narrower.
     masks, pairs = masks_without_layers(shared_expert_model, 0), []
     narrow = random_masks(shared_expert_model)
     masks.ffn[2:], masks.attention[2:] = narrow.ffn[2:], narrow.attention[2:]
-    small = prune_to_files(
+    small = slice_to_files(
         shared_expert_model, masks, tmp_path, lambda dense, block: pairs.append((dense.index, block.index))
     )
     assert pairs == [(2, 0), (3, 1), (4, 2), (5, 3)]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["0.safetensors", "1.safetensors"]
     save_pruned(small, None, tmp_path / "model")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
-    assert_close(logits(reloaded), logits(prune(shared_expert_model, masks)))
+    assert_close(logits(reloaded), logits(slice_model(shared_expert_model, masks)))
 
 
 def least_squares_reference(
@@ -355,7 +354,7 @@ def inputs_and_outputs(model, paths: list[str]) -> dict[str, tuple[torch.Tensor,
 
 def test_least_squares_fits_each_ffn_to_its_dense_output(shared_expert_model):
     masks = random_masks(shared_expert_model)
-    small = prune(shared_expert_model, masks)
+    small = slice_model(shared_expert_model, masks)
     material = Material(
         shared_expert_model, masks, ridge=0.05, statistics=statistics_of(shared_expert_model, gram=True)
     )
@@ -373,7 +372,7 @@ def test_least_squares_fits_each_ffn_to_its_dense_output(shared_expert_model):
 def test_sequential_least_squares_fits_each_ffn_on_activations_of_the_pruned_model(two_ffn_model):
     masks = random_masks(two_ffn_model)
     masks = Masks(masks.ffn, [torch.ones_like(groups) for groups in masks.attention])
-    small = prune(two_ffn_model, masks)
+    small = slice_model(two_ffn_model, masks)
     prefix = PrunedPrefix(two_ffn_model, masks, [IDS], ridge=0.05)
     for dense, block in zip(blocks_of(two_ffn_model), blocks_of(small), strict=True):
         prefix.recover(dense, block)

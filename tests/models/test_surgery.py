@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
 from gprune.models.blocks import blocks_of
-from gprune.models.gating import masked
-from gprune.models.masks import Masks
+from gprune.models.masks import Masks, masked
 from gprune.models.modeling_pruned import experts_aligned
-from gprune.models.surgery import prune, widths
+from gprune.models.surgery import slice_model, widths
 from tests.conftest import make_tiny_llama
 from tests.tiny_families import make_tiny
 
@@ -58,7 +57,7 @@ def test_a_sliced_model_equals_one_with_zeroed_weights(overrides, token_batch):
     model = make_tiny("llama", **overrides)
     groups = model.config.num_key_value_heads
     masks = random_masks([1, 7, 47], [1, groups, groups // 2], of_groups=groups)
-    pruned = prune(model, masks)
+    pruned = slice_model(model, masks)
     assert widths(pruned) == {"neurons": [1, 7, 47], "kv_groups": [1, groups, groups // 2]}
     torch.testing.assert_close(pruned(token_batch).logits, zeroed(model, masks)(token_batch).logits, atol=1e-4, rtol=0)
     # The masks have an effect: dense logits are different.
@@ -69,13 +68,13 @@ def test_a_sliced_model_equals_one_with_zeroed_weights(overrides, token_batch):
 def test_prune_changes_the_original_only_with_inplace(removed, tiny_model, token_batch):
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     masks = masks_without(tiny_model, *removed, narrow=True)
-    pruned = prune(tiny_model, masks)
+    pruned = slice_model(tiny_model, masks)
     logits = pruned(token_batch).logits
     for parameter in pruned.parameters():
         parameter.fill_(7.0)  # no memory is shared
     assert widths(tiny_model) == {"neurons": [48] * 3, "kv_groups": [2] * 3}
     assert all(torch.equal(before[name], tensor) for name, tensor in tiny_model.state_dict().items())
-    assert prune(tiny_model, masks, inplace=True) is tiny_model
+    assert slice_model(tiny_model, masks, inplace=True) is tiny_model
     assert tiny_model.config.num_hidden_layers == 3 - len(removed)
     assert torch.equal(tiny_model(token_batch).logits, logits)
 
@@ -83,7 +82,7 @@ def test_prune_changes_the_original_only_with_inplace(removed, tiny_model, token
 def test_sliced_parameters_keep_dtype_requires_grad_and_tying(tiny_model):
     tiny_model.to(torch.bfloat16)
     blocks_of(tiny_model)[1].gate.weight.requires_grad_(True)
-    pruned = prune(tiny_model, random_masks([5, 7, 9], [1, 2, 1]))
+    pruned = slice_model(tiny_model, random_masks([5, 7, 9], [1, 2, 1]))
     assert [name for name, p in pruned.named_parameters() if p.requires_grad] == ["model.layers.1.mlp.gate_proj.weight"]
     for block in blocks_of(pruned):
         for linear in (block.gate, block.up, block.down, block.query, block.key, block.value, block.output):
@@ -99,7 +98,7 @@ def test_biases_of_output_projections_are_kept_whole(tiny_model, token_batch):
         block.down.host.bias = nn.Parameter(torch.linspace(-1, 1, 32), requires_grad=False)
         block.output.host.bias = nn.Parameter(torch.linspace(2, -2, 32), requires_grad=False)
     masks = random_masks([5, 7, 9], [1, 2, 1])
-    pruned = prune(tiny_model, masks)
+    pruned = slice_model(tiny_model, masks)
     expected = zeroed(tiny_model, masks)(token_batch).logits
     torch.testing.assert_close(pruned(token_batch).logits, expected, atol=1e-5, rtol=0)
     assert pruned.model.layers[0].mlp.down_proj.bias is not tiny_model.model.layers[0].mlp.down_proj.bias
@@ -127,7 +126,7 @@ def test_invalid_masks_are_refused_before_anything_is_sliced(tiny_model, kind, i
     masks.ffn[1 if kind == "attention" else 0] = torch.arange(48) < 3  # would be sliced first
     getattr(masks, kind)[index : index + 1] = [] if mask is None else [mask]
     with pytest.raises(ValueError, match=message):
-        prune(tiny_model, masks, inplace=True)
+        slice_model(tiny_model, masks, inplace=True)
     assert widths(tiny_model) == {"neurons": [48] * 3, "kv_groups": [2] * 3}
 
 
@@ -135,7 +134,7 @@ def test_pruning_refuses_a_quantised_model_of_any_type(tiny_model):
     """Scales of blocks of weights cannot be sliced with neurons."""
     tiny_model.config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(UserError, match=r"'llama' must have weights in float32.*got a quantised checkpoint \(fp8\)"):
-        prune(tiny_model, masks_without(tiny_model))
+        slice_model(tiny_model, masks_without(tiny_model))
 
 
 # --- whole blocks
@@ -161,7 +160,7 @@ def layer_indices(model: nn.Module) -> list[int]:
 def test_a_model_without_whole_blocks_equals_the_masked_model(removed, narrow, token_batch):
     model = make_tiny_llama(num_hidden_layers=4)
     masks = masks_without(model, *removed, narrow=narrow)
-    pruned = prune(model, masks)
+    pruned = slice_model(model, masks)
     assert len(pruned.model.layers) == 4 - len(removed)
     prompt = token_batch[:2, :9]
     with masked(model, masks):
@@ -181,7 +180,7 @@ def test_remaining_layers_are_renumbered_and_keep_their_type_and_weights():
     model.config.activation_sparsity_pattern, model.config.moe_layers = [0.1, 0.2, 0.3, 0.4], [0, 1, 2, 3]
     model.config.eos_token_id = [1, 2, 3, 4]  # four values that do not belong to the four layers
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pruned = prune(model, masks_without(model, 0, 2))
+    pruned = slice_model(model, masks_without(model, 0, 2))
     assert pruned.config.num_hidden_layers == 2
     assert pruned.config.layer_types == ["sliding_attention"] * 2
     assert (pruned.config.no_rope_layers, pruned.config.mlp_only_layers) == ([1, 0], [1])
@@ -200,7 +199,7 @@ def test_remaining_layers_keep_their_experts_if_only_some_layers_have_experts(tm
     model = make_tiny("qwen3_moe", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
     assert [b.has_experts for b in blocks_of(model)] == [False, True, False, False, False, True]
     masks = masks_without(model, 0, 4)
-    pruned = prune(model, masks)
+    pruned = slice_model(model, masks)
     assert (pruned.config.mlp_only_layers, pruned.config.decoder_sparse_step) == ([1, 2], 1)
     with masked(model, masks):
         assert (pruned(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
@@ -214,7 +213,7 @@ def test_lists_of_layer_numbers_are_renumbered_even_if_they_name_all_layers(
 ):
     model = make_tiny("llama4_text", num_hidden_layers=4, moe_layers=experts_in)
     masks = masks_without(model, *(block.index for block in blocks_of(model) if block.layer_index == 1))
-    pruned = prune(model, masks)
+    pruned = slice_model(model, masks)
     assert pruned.config.moe_layers == remaining
     with masked(model, masks):
         assert (pruned(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
@@ -227,7 +226,7 @@ def test_removing_layers_is_refused_if_a_weight_outside_of_them_depends_on_their
     model = make_tiny("gemma3n_text", activation_sparsity_pattern=[0.0, 0.0, 0.0], **settings)
     message = r"cannot lose whole blocks, .*: model\.embed_tokens_per_layer\.weight has shape .*24.*, but .*16"
     with pytest.raises(UserError, match=message):
-        prune(model, masks_without(model, 0))
+        slice_model(model, masks_without(model, 0))
 
 
 def test_removing_layers_is_refused_if_it_changes_a_layers_computation(token_batch):
@@ -235,20 +234,20 @@ def test_removing_layers_is_refused_if_it_changes_a_layers_computation(token_bat
     message = r"^Model type 'gpt2' .*: attn\.scaling of layer 2 is 0\.1\d+, but 0\.1\d+ as layer 1\."
     for inplace in (False, True):
         with pytest.raises(UserError, match=message):
-            prune(model, masks_without(model, 1, narrow=True), inplace=inplace)
+            slice_model(model, masks_without(model, 1, narrow=True), inplace=inplace)
         assert widths(model) == {"neurons": [48] * 4, "kv_groups": [4] * 4}  # nothing has been sliced
     masks = masks_without(model, 3)  # without the last layer, the other layers keep their indices
     with masked(model, masks):
-        assert (prune(model, masks)(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
+        assert (slice_model(model, masks)(token_batch).logits - model(token_batch).logits).abs().max() <= 1e-4
 
 
 def test_pruning_in_several_steps_equals_pruning_once(token_batch):
     model = make_tiny_llama(num_hidden_layers=5)
-    first = prune(model, masks_without(model, 1))  # keeps 0 2 3 4
-    second = prune(first, masks_without(first, narrow=True))
+    first = slice_model(model, masks_without(model, 1))  # keeps 0 2 3 4
+    second = slice_model(first, masks_without(first, narrow=True))
     third_masks = masks_without(second, 2)  # keeps 0 2 4
-    third = prune(second, third_masks)
-    in_one_step = prune(model, masks_without(model, 1, 3, narrow=True))
+    third = slice_model(second, third_masks)
+    in_one_step = slice_model(model, masks_without(model, 1, 3, narrow=True))
     assert widths(third) == widths(in_one_step) == {"neurons": [32] * 3, "kv_groups": [1] * 3}
     assert layer_indices(third) == [0, 1, 2]
     for (name, stepwise), (_, expected) in zip(third.named_parameters(), in_one_step.named_parameters(), strict=True):
@@ -261,7 +260,7 @@ def test_pruning_in_several_steps_equals_pruning_once(token_batch):
 
 def test_masks_that_remove_all_blocks_are_refused(tiny_model):
     with pytest.raises(ValueError, match="keep at least 1 of 3 blocks; got 0"):
-        prune(tiny_model, masks_without(tiny_model, 0, 1, 2))
+        slice_model(tiny_model, masks_without(tiny_model, 0, 1, 2))
 
 
 def test_experts_use_grouped_kernels_if_their_width_allows_it_and_the_user_did_not_set_others():
@@ -270,7 +269,7 @@ def test_experts_use_grouped_kernels_if_their_width_allows_it_and_the_user_did_n
     def sliced(model, kept_neurons):
         blocks = blocks_of(model)
         ffn = [(torch.arange(b.neurons) < kept_neurons).repeat(b.experts) for b in blocks]
-        return prune(model, Masks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
+        return slice_model(model, Masks(ffn, [torch.ones(b.kv_groups, dtype=torch.bool) for b in blocks]))
 
     default = model.config._experts_implementation
     odd = sliced(model, 45)

@@ -17,9 +17,8 @@ from gprune.discovery.tiny import shrunk
 from gprune.errors import UserError
 from gprune.models.agreement import random_masks
 from gprune.models.blocks import blocks_of, decoder_layers, find_unpruned
-from gprune.models.gating import masked
-from gprune.models.masks import Masks
-from gprune.models.surgery import prune
+from gprune.models.masks import Masks, masked
+from gprune.models.surgery import slice_model
 from tests import tiny_run
 from tests.tiny_families import tiny_of
 
@@ -127,7 +126,9 @@ def test_experts_of_hunyuan_are_pruned_with_lists_by_layer():
     masks = random_masks(model)
     with masked(model, masks):
         expected = logits(model)
-    torch.testing.assert_close(logits(prune(model, masks)), expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+    torch.testing.assert_close(
+        logits(slice_model(model, masks)), expected, atol=1e-4 * float(expected.abs().max()), rtol=0
+    )
 
 
 def test_lists_by_layer_of_hunyuan_lose_the_entries_of_removed_layers():
@@ -141,7 +142,7 @@ def test_lists_by_layer_of_hunyuan_lose_the_entries_of_removed_layers():
     )
     with masked(model, masks):
         expected = logits(model)
-    small = prune(model, masks)
+    small = slice_model(model, masks)
     assert small.config.moe_topk == [1, 3]
     assert small.config.num_shared_expert == [1, 1]
     torch.testing.assert_close(logits(small), expected, atol=1e-4 * float(expected.abs().max()), rtol=0)

@@ -31,10 +31,9 @@ from gprune.discovery.tiny import shrunk, tiny_model
 from gprune.export.hf import check_reload, save_pruned
 from gprune.export.reload import align_weights
 from gprune.models.agreement import random_masks
-from gprune.models.gating import masked
 from gprune.models.loading import PROCESSOR_FILES
-from gprune.models.masks import Masks
-from gprune.models.surgery import prune
+from gprune.models.masks import Masks, masked
+from gprune.models.surgery import slice_model
 from tests import tiny_run
 from tests.conftest import make_tiny_llama
 from tests.tiny_run import tiny_tokenizer
@@ -63,7 +62,7 @@ def pruned(request, tmp_path_factory):
     with tiny_run.isolated(tmp_path_factory.mktemp("cache")):
         model = example(request.param)
         masks = random_masks(model)
-        return Pruned(model, masks, prune(model, masks), image_arguments(model))
+        return Pruned(model, masks, slice_model(model, masks), image_arguments(model))
 
 
 def test_masked_sliced_and_reloaded_models_have_the_same_logits_on_a_picture(pruned, tmp_path):
@@ -100,7 +99,7 @@ def test_a_text_model_with_another_attention_than_its_composite_reloads_with_the
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense").eval()
     family_of(loaded)
     assert (loaded.config._attn_implementation, loaded.config.text_config._attn_implementation) == ("eager", "sdpa")
-    small, picture = prune(loaded, random_masks(loaded)), image_arguments(loaded)
+    small, picture = slice_model(loaded, random_masks(loaded)), image_arguments(loaded)
     folder = save_pruned(small, None, tmp_path / "model")
     reloaded = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
     align_weights(reloaded)
@@ -184,7 +183,9 @@ def test_a_text_model_is_saved_without_processor_files(tmp_path):
     (tmp_path / "dense").mkdir()
     write_processor_files(tmp_path / "dense")
     model = make_tiny_llama()
-    folder = save_pruned(prune(model, random_masks(model)), tokenizer_from(tmp_path / "dense"), tmp_path / "model")
+    folder = save_pruned(
+        slice_model(model, random_masks(model)), tokenizer_from(tmp_path / "dense"), tmp_path / "model"
+    )
     assert processor_files(folder) == {}
 
 

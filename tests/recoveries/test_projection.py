@@ -14,7 +14,7 @@ from gprune.calibration.statistics import ChannelStatistics, Moments
 from gprune.errors import UserError
 from gprune.method.recover import fit_once
 from gprune.models.blocks import blocks_of
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY, Material, recovery
 from gprune.recoveries.contract import Projection
 from tests.calibration.test_collector import batches, projection_inputs
@@ -140,7 +140,7 @@ def test_least_squares_recovers_down_and_output_projections_of_a_model(tiny_mode
     """Compared with ridge regression on raw activations. The masks remove neurons and whole KV groups."""
     masks = some_masks(tiny_model, attention=True)
     material = Material(tiny_model, masks, statistics=collect(tiny_model, batches(token_batch, 6), gram=True))
-    raw, small = projection_inputs(tiny_model, token_batch), prune(tiny_model, masks)
+    raw, small = projection_inputs(tiny_model, token_batch), slice_model(tiny_model, masks)
     revise = RECOVERY["least_squares"].revise(material)
     for dense, block in zip(blocks_of(tiny_model), blocks_of(small), strict=True):
         revise(dense, block)

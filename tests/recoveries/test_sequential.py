@@ -22,7 +22,7 @@ from gprune.method import plan as preparation
 from gprune.models.blocks import blocks_of, decoder_layers
 from gprune.models.masks import Masks
 from gprune.models.offload import is_offloaded
-from gprune.models.surgery import prune, prune_to_files
+from gprune.models.surgery import slice_model, slice_to_files
 from gprune.recoveries import RECOVERY, Material
 from gprune.recoveries.prefix import SAMPLE_TOKENS, PrunedPrefix, projections_to_solve
 from gprune.storage.files import read_json, write_json
@@ -43,7 +43,7 @@ def windows(batches: tuple[int, ...] = (4, 4, 2), *, seed: int = 1) -> list[torc
 
 def recovered(model, masks, ids=None, **settings):
     """The pruned model after sequential least squares on `ids`, by default on `windows()`."""
-    small = prune(model, masks)
+    small = slice_model(model, masks)
     prefix = PrunedPrefix(model, masks, windows() if ids is None else ids, **settings)
     remaining = [block for block, stays in zip(blocks_of(model), masks.blocks, strict=True) if stays]
     for dense, block in zip(remaining, blocks_of(small), strict=True):
@@ -98,8 +98,8 @@ def solved_reference(
     block = blocks_of(model)[0]
     family = block.family
     all_kept = Masks(*([torch.ones_like(m) for m in kind] for kind in (masks.ffn, masks.attention)))
-    dense = prune(model, all_kept).double()  # a copy
-    small = prune(model, masks).double()
+    dense = slice_model(model, all_kept).double()  # a copy
+    small = slice_model(model, masks).double()
     paths = {part: path for part, path in (("output", family.output), ("down", family.down)) if path}
     normed = {"output": family.after_attention, "down": family.after_ffn}
     remaining = [i for i, stays in enumerate(masks.blocks) if stays]
@@ -158,7 +158,7 @@ def test_sequential_least_squares_equals_the_float64_reference(family):
     model, ids = make_tiny(family), windows()
     masks = some_masks(model, attention=True)
     expected = weights(solved_reference(model, masks, ids))
-    unrecovered, actual = weights(prune(model, masks)), weights(recovered(model, masks, ids, ridge=RIDGE))
+    unrecovered, actual = weights(slice_model(model, masks)), weights(recovered(model, masks, ids, ridge=RIDGE))
     assert_close_weights(actual, expected)
     solved = {name for name, tensor in actual.items() if not torch.equal(tensor, unrecovered[name])}
     record = blocks_of(make_tiny(family))[0].family
@@ -292,7 +292,7 @@ def test_sequential_recovery_is_closer_to_the_dense_model_than_parallel_recovery
         if norm := block.norm_after("down"):  # gains that differ between channels
             norm.weight.uniform_(-0.9, 4, generator=torch.Generator().manual_seed(block.index))
     masks = some_masks(model, (24, 30, 24, 30), attention=attention)
-    small = {name: prune(model, masks) for name in ("none", "least_squares")}
+    small = {name: slice_model(model, masks) for name in ("none", "least_squares")}
     statistics = collect(model, [{"input_ids": i, "index": torch.arange(len(i))} for i in ids], gram=True)
     revise = RECOVERY["least_squares"].revise(Material(model, masks, ridge=1e-3, statistics=statistics))
     for dense, block in zip(blocks_of(model), blocks_of(small["least_squares"]), strict=True):
@@ -328,7 +328,7 @@ def test_recovery_of_16_bit_models_is_close_to_float32(dtype):
     masks = some_masks(model, attention=True)
     exact = weights(recovered(model, masks, ids, ridge=0.1))
     small = recovered(make_tiny("llama").to(dtype), masks, ids, ridge=0.1)
-    unrecovered = weights(prune(model, masks))
+    unrecovered = weights(slice_model(model, masks))
     for name, tensor in weights(small).items():
         assert tensor.dtype == dtype
         correction = float((exact[name] - unrecovered[name]).norm())
@@ -362,7 +362,7 @@ def test_pruned_layers_run_only_the_passes_that_are_needed(kept, attention, pass
     masks = some_masks(model, kept, attention=False)
     masks.attention[1][0] = not attention
     prefix = PrunedPrefix(model, masks, windows())
-    for dense, block in zip(blocks_of(model), blocks_of(prune(model, masks)), strict=True):
+    for dense, block in zip(blocks_of(model), blocks_of(slice_model(model, masks)), strict=True):
         prefix.recover(dense, block)
     assert prefix.tokens == passes * 10 * 24  # ten windows of 24 tokens
 
@@ -374,7 +374,7 @@ def test_idle_neurons_keep_their_weights_and_few_tokens_are_fitted(ridge):
     model.model.layers[0].mlp.up_proj.weight.data.zero_()
     model.model.layers[1].mlp.up_proj.weight.data[::3] = 0
     masks = some_masks(model, (20, 30, 24), attention=True)
-    unrecovered, small = weights(prune(model, masks)), recovered(model, masks, ids, ridge=ridge)
+    unrecovered, small = weights(slice_model(model, masks)), recovered(model, masks, ids, ridge=ridge)
     actual = weights(small)
     assert all(tensor.isfinite().all() for tensor in actual.values())
     down_0, down_1 = (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))
@@ -383,7 +383,7 @@ def test_idle_neurons_keep_their_weights_and_few_tokens_are_fitted(ridge):
     assert 0 < idle.sum() < len(idle)
     assert torch.equal(actual[down_1][:, idle], unrecovered[down_1][:, idle])
     assert not torch.equal(actual[down_1], unrecovered[down_1])
-    error_without_recovery, _ = errors(model, prune(model, masks), ids)
+    error_without_recovery, _ = errors(model, slice_model(model, masks), ids)
     error, _ = errors(model, small, ids)
     assert error < 0.1 * error_without_recovery
 
@@ -415,7 +415,7 @@ def test_a_run_recovers_its_controls_within_the_planned_tokens(world, tmp_path):
         (stage, recovery) for stage in stages for recovery in ("none", "least_squares_sequential")
     }
     dense = AutoModelForCausalLM.from_pretrained(world.model).eval().requires_grad_(False)
-    unrecovered = weights(prune(dense, result.masks))
+    unrecovered = weights(slice_model(dense, result.masks))
     changed = {name for name, tensor in weights(result.model).items() if not torch.equal(tensor, unrecovered[name])}
     paths = {"output": "self_attn.o_proj", "down": "mlp.down_proj"}
     solved = projections_to_solve(result.masks)  # names of projections by block
@@ -469,8 +469,8 @@ def test_recovery_of_an_offloaded_model_has_the_same_bits(world, tmp_path, monke
     limit = sum(p.nbytes for p in model.parameters()) - sum(layers) + int(1.5 * max(layers))
     pruned = []
     monkeypatch.setattr(
-        "gprune.method.recover.prune_to_files",
-        lambda model, *args: pruned.append(model) or prune_to_files(model, *args),
+        "gprune.method.recover.slice_to_files",
+        lambda model, *args: pruned.append(model) or slice_to_files(model, *args),
     )
     placement = ["--model.device_map=auto", f"--model.max_memory={{cpu: {limit}B}}"]
     assert_same_run(world.run(tmp_path, *flags, *placement, name="away"), whole)

@@ -12,7 +12,7 @@ import torch
 import gprune
 from gprune.config import RunConfig
 from gprune.errors import UserError
-from gprune.method.plan import check
+from gprune.method.plan import make_plan
 from gprune.models import products
 from gprune.models.products import multiplies_bfloat16
 from gprune.runs import trainer
@@ -209,5 +209,5 @@ def test_the_plan_has_the_precision_of_the_hardware(tmp_path, hardware):
     hardware(SLOW)
     with tiny_run.isolated(tmp_path / "cache"):
         cfg = gprune.config.parse(world.args(tmp_path, "--trainer.precision=auto"))
-        plan = check(cfg)
+        plan = make_plan(cfg)
     assert (plan.cfg.trainer.precision, plan.why_precision) == ("32-true", "a processor of a test")

@@ -21,7 +21,7 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.method import prune as calibrate
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.runs.trainer import RANKS, StageBar, check_trainer
 from gprune.screen import Screen
 from gprune.stages.distillation import DistillationStage
@@ -107,7 +107,7 @@ def test_the_progress_bar_shows_the_stage_its_loss_and_tokens_per_second(tiny_mo
             console.print(screen)
             bars.append([line for line in console.file.getvalue().splitlines() if line.strip()][-1])
 
-    stage = DistillationStage(tiny_model, prune(tiny_model, some_masks(tiny_model, attention=False)))
+    stage = DistillationStage(tiny_model, slice_model(tiny_model, some_masks(tiny_model, attention=False)))
     text = [Windows("demo", "train", torch.arange(64).view(4, 16))]
     screen = Screen({0: 64}, console=console)
     trainer = L.Trainer(

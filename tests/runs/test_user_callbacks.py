@@ -18,7 +18,7 @@ from gprune.config import RunConfig, check_settings, parse
 from gprune.errors import UserError
 from gprune.method.prune import prune
 from gprune.runs.results import load_run
-from gprune.runs.user_callbacks import UserCallbacks
+from gprune.runs.trainer import UserCallbacks
 from tests import tiny_run
 
 pytestmark = pytest.mark.usefixtures("shared_cache")

@@ -12,9 +12,8 @@ from scipy.stats import rankdata
 from gprune.calibration.block_errors import block_errors
 from gprune.importance.scores import Scores, score_units
 from gprune.models.blocks import blocks_of
-from gprune.models.gating import bypassed
-from gprune.models.masks import Masks
-from gprune.models.surgery import prune
+from gprune.models.masks import Masks, bypassed
+from gprune.models.surgery import slice_model
 from gprune.sparsity.allocation import ALLOCATION, allocate, allocation
 from gprune.sparsity.budget import Budget, block_units
 from gprune.sparsity.cut import keep_masks
@@ -179,7 +178,7 @@ def test_masks_of_all_allocations_meet_the_budget(name, scope, width_multiple, p
     model = with_outliers[0]
     budget = Budget.of(block_units(blocks_of(model), scope=scope, protect=protect), 0.23, width_multiple)
     masks = keep_masks(budget, *margins_of(name, with_outliers))
-    removed = model.num_parameters() - prune(model, masks).num_parameters()
+    removed = model.num_parameters() - slice_model(model, masks).num_parameters()
     assert removed == budget.removed_by(masks)
     assert 0 <= removed - budget.target < width_multiple * 3 * 32  # parameters of `width_multiple` neurons
     for b in budget.protected:
@@ -198,7 +197,7 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
     budget = Budget.of(units, 0.6, block_share=0.9).without([2])
     masks = allocate(name, scores, statistics, blocks_of(model), budget)
     keep = [[torch.full((n,), b != 2) for b in range(3)] for n in (48, 2)]
-    shallow = prune(model, Masks(*keep))
+    shallow = slice_model(model, Masks(*keep))
     scores_of_others, statistics_of_others = (
         replace(all_blocks, **{field: values[:2] for field, values in vars(all_blocks).items()})
         for all_blocks in (scores, statistics)
@@ -208,7 +207,7 @@ def test_after_removing_whole_blocks_allocations_meet_the_rest_of_the_budget(nam
     expected = allocate(name, scores_of_others, statistics_of_others, blocks_of(shallow), rest)
     assert masks.blocks == [True, True, False]
     assert Masks(masks.ffn[:2], masks.attention[:2]) == expected
-    removed = model.num_parameters() - prune(model, masks).num_parameters()
+    removed = model.num_parameters() - slice_model(model, masks).num_parameters()
     assert removed == budget.removed_by(masks)
     assert 0 <= removed - budget.target < units[0].costs.neurons[1]
 
@@ -262,7 +261,7 @@ def uneven():
     """A model of four blocks with different costs, its statistics and scores. The order by influence is 2, 0, 3, 1."""
     model = make_tiny_llama(num_hidden_layers=4, attention_bias=True, mlp_bias=True)
     keep = [torch.arange(48) < n for n in (48, 20, 48, 7)]
-    model = prune(model, Masks(keep, [torch.arange(2) < n for n in (2, 2, 1, 2)]))
+    model = slice_model(model, Masks(keep, [torch.arange(2) < n for n in (2, 2, 1, 2)]))
     tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(1))
     statistics = with_influence(collect(model, batches(tokens, 4)), [0.2, 0.9, 0.1, 0.5])
     return model, statistics, score_units("wanda_sp", blocks_of(model), statistics, attention=False)
@@ -344,7 +343,7 @@ def test_blocks_are_removed_greedily_by_the_loss_without_them(share, protect, un
 
     expected, remaining = [], share * 0.45 * sum(b.cost for b in blocks)
     while candidates := [b for b in range(4 - len(protect)) if b not in expected and blocks[b].cost <= remaining]:
-        expected.append(min(candidates, key=lambda b: loss(prune(model, masks_without(model, *expected, b)))))
+        expected.append(min(candidates, key=lambda b: loss(slice_model(model, masks_without(model, *expected, b)))))
         remaining -= blocks[expected[-1]].cost
     assert choose_blocks(budget, bypassing) == expected
     assert bool(expected) == (share > 0.1)  # no block fits into a tenth of the target
@@ -357,5 +356,5 @@ def test_depth_narrows_its_last_block_to_the_width_multiple(tiny_model, token_ba
     cost, neuron = blocks[0].cost, blocks[0].unit_cost("ffn")
     masks = depth(tiny_model, scores, statistics, cost + 5 * neuron, width_multiple=16)
     assert sorted(int(m.sum()) for m in masks.ffn) == [0, 32, 48]
-    removed = tiny_model.num_parameters() - prune(tiny_model, masks).num_parameters()
+    removed = tiny_model.num_parameters() - slice_model(tiny_model, masks).num_parameters()
     assert removed == removed_parameters(tiny_model, masks) == cost + 16 * neuron

@@ -15,9 +15,9 @@ from gprune.config import RunConfig
 from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.importance.scores import score_units
-from gprune.method.plan import check
+from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.sparsity.allocation import allocate, checked_masks
 from gprune.sparsity.budget import BlockUnits, Budget, block_units
 from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks, parameter_costs
@@ -117,7 +117,7 @@ def test_all_allocations_meet_targets_in_each_cost_within_a_step(value, cost, un
         budget = budget_of(model, costs, value, width_multiple=multiple, uniform=uniform)
         masks = allocate(name, scores, statistics, blocks, budget)
         checked_masks(COST, name, masks, budget)  # meets the target, and exceeds it by less than a step
-        small = prune(model, masks)
+        small = slice_model(model, masks)
         remaining, number = budget.model - budget.removed_by(masks), Target.of(value).number
         if cost == "bytes":
             assert remaining == sum(p.numel() * size["weight"](p) for p in small.parameters()) <= HALF_BITS * number
@@ -223,5 +223,5 @@ def test_an_invalid_registered_cost_is_refused_by_name(costs, world, tmp_path, c
 def test_an_impossible_byte_target_names_a_smaller_export_format(export, remedy):
     sparsity = {"target": "100KiB", "width_multiple": 32}
     with pytest.raises(UserError) as error:
-        check(RunConfig(model={"name": "tiny-random"}, export=export, sparsity=sparsity))
+        make_plan(RunConfig(model={"name": "tiny-random"}, export=export, sparsity=sparsity))
     assert re.search(r"at least [\d.]+MiB, .*; got 100KiB\.(.*)$", str(error.value))[1] == remedy

@@ -11,7 +11,7 @@ import torch
 from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.models.blocks import blocks_of
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.stages.distillation import DistillationStage
 from tests.tiny_families import some_masks
 
@@ -20,7 +20,7 @@ WARNING = "The loss of distillation is not finite in bfloat16. Falling back to f
 
 def distill(dense, *, precision, validated=False):
     """Train a student on eight windows, optionally after a validation. Return the learned state and the stage."""
-    stage = DistillationStage(dense, prune(dense, some_masks(dense, attention=False)))
+    stage = DistillationStage(dense, slice_model(dense, some_masks(dense, attention=False)))
     text = [Windows("demo", "train", torch.arange(128).view(8, 16))]
     development = [Windows("demo", "development", torch.arange(32).view(2, 16))] if validated else []
     data = CorpusDataModule(train=text, validation=development, batch_size=2, seed=0)
@@ -73,6 +73,6 @@ def test_the_fallback_to_float32_is_saved_in_checkpoints(overflowing):
     _, stage = distill(overflowing, precision="bf16-mixed")
     checkpoint = {}
     stage.on_save_checkpoint(checkpoint)
-    resumed = DistillationStage(overflowing, prune(overflowing, some_masks(overflowing, attention=False)))
+    resumed = DistillationStage(overflowing, slice_model(overflowing, some_masks(overflowing, attention=False)))
     resumed.on_load_checkpoint(checkpoint)
     assert resumed.in_float32

@@ -22,11 +22,11 @@ from gprune.config import RunConfig, parse
 from gprune.config.running import DistillConfig
 from gprune.discovery import tiny
 from gprune.errors import UserError
-from gprune.method.plan import check
+from gprune.method.plan import make_plan
 from gprune.method.run import TokenMeter
 from gprune.models.blocks import blocks_of
 from gprune.models.parts import ExpertPart
-from gprune.models.surgery import prune
+from gprune.models.surgery import slice_model
 from gprune.recoveries import RECOVERY, Recovery, recoveries_of, recovery, recovery_learns, recovery_needs
 from gprune.runs import folder
 from gprune.runs.results import load_run
@@ -58,7 +58,7 @@ def fit(
 
 @pytest.fixture
 def problem(tiny_model):
-    return tiny_model, prune(tiny_model, some_masks(tiny_model, attention=True)), sampled_tokens(tiny_model)
+    return tiny_model, slice_model(tiny_model, some_masks(tiny_model, attention=True)), sampled_tokens(tiny_model)
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -110,7 +110,7 @@ def test_checkpointing_accumulation_and_mixed_precision_train_the_same_weights(s
     changes = []
     for run_settings in ({}, settings):
         stage_options = {name: value for name, value in run_settings.items() if name == "checkpointing"}
-        pruned = prune(dense, some_masks(dense, attention=True))
+        pruned = slice_model(dense, some_masks(dense, attention=True))
         before = {name: t.clone() for name, t in pruned.state_dict().items()}
         stage = DistillationStage(dense, pruned, learning_rate=1e-3, warmup=0.5, **stage_options)
         precision, accumulate = run_settings.get("precision", "32-true"), run_settings.get("accumulate", 1)
@@ -192,7 +192,7 @@ def test_the_last_group_of_batches_has_the_mean_gradient_and_loss_of_its_own_bat
 )
 def test_distillation_works_for_other_families(family, targets):
     dense = make_tiny(family)
-    pruned, tokens = prune(dense, some_masks(dense, attention=False)), sampled_tokens(dense)
+    pruned, tokens = slice_model(dense, some_masks(dense, attention=False)), sampled_tokens(dense)
     start = divergence(dense, pruned, tokens)
     stage = DistillationStage(dense, pruned, targets=targets, learning_rate=0.01)
     fit(stage, tokens, epochs=4)
@@ -359,7 +359,7 @@ def test_a_run_distills_all_rows_and_resumes_without_training_again(
     chain = "least_squares+distill"
     assert {row for row in rows if row[1] == chain} == {(s, chain) for s in ("base", "averaged", "gprune")}
     assert all((r["distill"] is not None) == (r["recovery"] == chain) for r in result.records)
-    plan = check(result.config)
+    plan = make_plan(result.config)
     assert result.summary["forward_backward_tokens"] == plan.forward_backward_tokens
     # The teacher's tokens are counted for one of three rows.
     assert result.summary["forward_tokens"] <= plan.forward_tokens
@@ -383,7 +383,7 @@ def test_a_run_distills_all_rows_and_resumes_without_training_again(
 def test_the_plan_counts_the_tokens_of_validation(uninterrupted):
     """Validation is at the start and after 3, 6 and 9 batches, on one window of each of three corpora."""
     steps = json.loads((uninterrupted.path / "manifest.json").read_text())["steps"]
-    forward, _ = check(uninterrupted.config).tokens[9]
+    forward, _ = make_plan(uninterrupted.config).tokens[9]
     assert forward - 3 * 32 == steps["shrink"]["forward_tokens"] == 576 + 4 * 3 * 32  # 3 x 32: the check of the export
 
 
@@ -690,13 +690,13 @@ def test_training_is_invariant_to_rescaling_of_weights(family, parts, targets):
     for model in (dense, gains_folded(scaled(parts, dense))):
         start = divergence(dense, model, tokens)
         assert start < 1e-9
-        pruned = prune(model, some_masks(dense, attention=False))
+        pruned = slice_model(model, some_masks(dense, attention=False))
         torch.manual_seed(0)
         stage = DistillationStage(model, pruned, targets=targets, learning_rate=0.01)
         fit(stage, tokens, epochs=2)
         divergences.append(divergence(model, stage.finished(), tokens))
     assert divergences[1] == pytest.approx(divergences[0], rel=1e-3 if targets == "all" else 0.02)
-    assert divergences[0] < 0.95 * divergence(dense, prune(dense, some_masks(dense, attention=False)), tokens)
+    assert divergences[0] < 0.95 * divergence(dense, slice_model(dense, some_masks(dense, attention=False)), tokens)
 
 
 @pytest.mark.parametrize(("non_finite", "steps", "skipped"), [({2}, 6, 1), ({2, 3, 4, 5, 6}, 7, 5)])

@@ -17,10 +17,9 @@ from gprune.checks import Positive
 from gprune.config import RunConfig, config_from_mapping
 from gprune.errors import UserError
 from gprune.method.prune import checked_labels
-from gprune.models.gating import gated
 from gprune.models.losses import next_token_losses
-from gprune.models.masks import Masks
-from gprune.models.surgery import prune
+from gprune.models.masks import Masks, gated
+from gprune.models.surgery import slice_model
 from gprune.recoveries import Recovery, recovery
 from gprune.sparsity.cut import keep_masks
 from gprune.stages.calibration import CalibrationStage
@@ -335,7 +334,7 @@ def test_assignment_refinement_reloads_from_a_checkpoint(tmp_path):
 
 def test_distillation_reloads_from_a_checkpoint(tiny_model, tmp_path):
     def pruned():
-        return prune(tiny_model, some_masks(tiny_model, attention=False))
+        return slice_model(tiny_model, some_masks(tiny_model, attention=False))
 
     stage, trainer = DistillationStage(tiny_model, pruned(), learning_rate=0.01), trainer_of()
     trainer.fit(stage, windows_of(tiny_model))

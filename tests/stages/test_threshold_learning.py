@@ -11,9 +11,8 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.corpora.windows import Windows
 from gprune.importance.scores import fractional_ranks
 from gprune.models.blocks import blocks_of
-from gprune.models.gating import gated, masked
 from gprune.models.losses import next_token_losses
-from gprune.models.masks import Masks
+from gprune.models.masks import Masks, gated, masked
 from gprune.partition.modules import ModuleRanks, within_module_ranks
 from gprune.sparsity.budget import BlockUnits, Budget, block_units
 from gprune.sparsity.cost import COST, BlockCosts, costs_of_blocks

@@ -35,8 +35,8 @@ from gprune.cli import main
 from gprune.config import parse
 from gprune.errors import UserError
 from gprune.export.hf import save_pruned
-from gprune.models.elsewhere import check_elsewhere, load_elsewhere
-from gprune.models.surgery import prune
+from gprune.models.loading import check_elsewhere, load_elsewhere
+from gprune.models.surgery import slice_model
 from gprune.report.figures import run_figures
 from gprune.report.page import render
 from gprune.studies.archive import finished_record, record_to_run
@@ -374,7 +374,7 @@ def test_sharded_and_pickled_weights_are_loaded(bench, folders, weight_format, c
 
 def test_an_export_of_a_type_without_record_is_no_foreign_code(tmp_path, monkeypatch):
     dense = make_tiny("gemma3_text")
-    pruned = prune(dense, some_masks(dense, attention=False))
+    pruned = slice_model(dense, some_masks(dense, attention=False))
     folder = str(save_pruned(pruned, tiny_run.tiny_tokenizer(), tmp_path / "model"))
     monkeypatch.delitem(CONFIG_MAPPING._extra_content, "pruned_gemma3_text")  # as in a process that did not export
     check_elsewhere(folder, trust_remote_code=False)

@@ -8,8 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from gprune.models.gating import gated, masked
-from gprune.models.masks import Masks
+from gprune.models.masks import Masks, gated, masked
 from tests.conftest import hooks_of, make_tiny_llama
 
 
