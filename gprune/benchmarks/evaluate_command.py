@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
+from gprune.benchmarks.engines import ENGINES
+from gprune.benchmarks.settings import SPEED, Benchmarks, parse_benchmarks, parse_engines
 from gprune.console import Parser, quiet
+from gprune.errors import UserError
 from gprune.storage.paths import expanded
 
-ABOUT = """Measure tasks, perplexity and speed of a run, a model folder or any model by name.
+ABOUT = """Measure tasks, perplexity and speed of runs, model folders or any models by name.
 
 Tasks are those of EleutherAI's lm_eval, with its data or local files in $GPRUNE_DATA_DIR/tasks.
 wikitext2 and c4 are perplexities in the conventions of the literature. speed is prefill, decoding and
-the time to the first token on this machine, in alternation with the dense model if --dense is given. Each record is
+the time to the first token on this machine, in alternation with the dense model if --dense is given. With --engine,
+all models are timed in the engines that are installed, by the engines' own code. Each record is
 written to evaluation.json of the run immediately, for `gprune report`."""
 
 EXAMPLES = """examples:
   gprune evaluate runs/NAME --tasks piqa,arc_easy,wikitext2 --dense
   gprune evaluate smollm2-135m --tasks piqa --limit 200
-  gprune evaluate runs/NAME/model --tasks wikitext2 --seq_len 2048,128 --output numbers.json"""
+  gprune evaluate runs/NAME/model --tasks wikitext2 --seq_len 2048,128 --output numbers.json
+  gprune evaluate runs/A runs/B --dense --tasks speed --speed_batch 1,4,16 \\
+    --engine transformers,vllm=~/vllm/bin/python,vllm:nemotron-nas,llama.cpp:q8_0"""
 MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
     "stopped": ". Finished tasks are kept.",
     "memory": "; lower --batch_size or --seq_len.",
@@ -29,11 +36,18 @@ MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
 def parser() -> Parser:
     """Return the parser of the command: the model, the output file, and a flag for each field of `Benchmarks`."""
     result = Parser("gprune evaluate", description=ABOUT, epilog=EXAMPLES)
-    result.add_argument("model", metavar="MODEL", help="folder of a run or a model, embedded name, or hub id")
+    model_help = "folder of a run or a model, embedded name, or hub id"
+    result.add_argument("model", metavar="MODEL", nargs="+", help=model_help)
     dense_help = "measure the dense model of a run too, with paired differences"
     result.add_argument("--dense", action="store_true", help=dense_help)
     output_help = "JSON file for records (default: evaluation.json in the run; none for other models)"
     result.add_argument("--output", metavar="FILE", help=output_help)
+    forms = "; ".join(f"{name} ({', '.join(engine.forms)})" for name, engine in ENGINES.items())
+    engine_help = (
+        "engines to time speed in: NAME, NAME:FORM or NAME=PYTHON, where PYTHON is that of another environment. "
+        f"Engines with the forms of models that they load, the default first: {forms}"
+    )
+    result.add_argument("--engine", metavar="A,B", type=split_commas, default=[], help=engine_help)
     for name, field in Benchmarks.__pydantic_fields__.items():
         default, flag_help = field.default, field.description
         if default is False:
@@ -59,13 +73,26 @@ def split_commas(text: str | list[str]) -> list[str]:
 def run(args: Sequence[str]) -> str:
     """Run the command, and return the table of results and the path of the records as text."""
     options = vars(parser().parse_args(args))
-    model, dense, output = (options.pop(name) for name in ("model", "dense", "output"))
-    benchmarks = parse_benchmarks(**options)
+    models, dense, output, engine = (options.pop(name) for name in ("model", "dense", "output", "engine"))
+    benchmarks, choices = parse_benchmarks(**options), parse_engines(engine)
+    if choices and SPEED not in benchmarks.tasks:
+        raise UserError("--engine needs --tasks speed.")
     quiet()
     from gprune.benchmarks.measurement import evaluate
-
-    records, path = evaluate(model, benchmarks, dense=dense, output=None if output is None else expanded(output))
     from gprune.report.tables import evaluation_table
 
+    file = None if output is None else expanded(output)
+    records: list[dict[str, Any]] = []
+    paths: list[Path] = []
+    tasks = benchmarks.tasks
+    if choices:
+        from gprune.benchmarks.serving import evaluate_engines
+
+        records, paths = evaluate_engines(models, choices, benchmarks, dense=dense, output=file)
+        tasks = tuple(task for task in tasks if task != SPEED)
+    for model in models if tasks else ():
+        measured, path = evaluate(model, replace(benchmarks, tasks=tasks), dense=dense, output=file)
+        records += measured
+        paths += [] if path is None else [path]
     text = f"\n{evaluation_table(records).for_stdout()}\n"
-    return f"{text}\nRecords: {path}\n" if path else text
+    return "\n".join([text, *(f"Records: {path}" for path in dict.fromkeys(paths))]).rstrip("\n") + "\n"

@@ -40,6 +40,7 @@ class Subject:
 
     about: dict[str, Any]  # model, stage, recovery, sparsity, scope
     load: Callable[[], Loaded]
+    weights: str | None = None  # fingerprint of a dense model, which several runs may share
 
 
 METRICS += ("tokens_per_second", "seconds")
@@ -51,22 +52,56 @@ def check_tasks(benchmarks: Benchmarks) -> None:
         require_lm_eval()
 
 
+@dataclass(frozen=True)
+class Target:
+    """A run, or any model: what is evaluated, and the file for its records."""
+
+    folder: Path
+    subjects: list[Subject]  # the dense model first, if it is evaluated too
+    output: Path | None
+    run_key: str | None  # None: not a run
+    output_key: str | None  # None: a file that the caller names, which may have records of several runs
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """The entries of records that name the run or model."""
+        return {"run": self.folder.name, "origin": key_of(of=self.run_key or str(self.folder))[:12]}
+
+    def store(self, records: Sequence[dict[str, Any]]) -> None:
+        """Add records to the file, if there is one."""
+        if self.output is not None:
+            merge_records(self.output, records, run=self.output_key)
+
+    def publish(self, records: Sequence[dict[str, Any]]) -> None:
+        """Add stored records to the model card and to W&B, if this is a run."""
+        if self.run_key is None:
+            return
+        with optional_output("numbers to the model card or to W&B", "evaluation.json has them"):
+            log_evaluation(self.folder, records)
+            run = read_numbers(self.folder)
+            write_card(RunFolder(self.folder), config_of(run), run.records)
+
+
+def find_target(model: str, benchmarks: Benchmarks, *, dense: bool = False, output: Path | None = None) -> Target:
+    """Find what is evaluated without loading it. Raise UserError for an output file with other content."""
+    subjects, run_output, run_key = find_subjects(
+        model, dense=dense, dtype=benchmarks.dtype, trust_remote_code=benchmarks.trust_remote_code
+    )
+    target = Target(
+        expanded(model).resolve(), subjects, output or run_output, run_key, output_key=None if output else run_key
+    )
+    if target.output is not None:
+        read_evaluation(target.output, run=target.output_key)
+    return target
+
+
 def evaluate(
     model: str, benchmarks: Benchmarks, *, dense: bool = False, pruned: bool = True, output: Path | None = None
 ) -> tuple[list[dict[str, Any]], Path | None]:
     """Measure a model, or the models of a run."""
     check_tasks(benchmarks)
-    subjects, run_output, run_key = find_subjects(
-        model, dense=dense, dtype=benchmarks.dtype, trust_remote_code=benchmarks.trust_remote_code
-    )
-    if not pruned:
-        subjects = subjects[:1]
-    folder = expanded(model).resolve()
-    origin = {"run": folder.name, "origin": key_of(of=run_key or str(folder))[:12]}
-    output_key = None if output else run_key  # a file that the caller names may have records of several runs
-    output = output or run_output
-    if output is not None:
-        read_evaluation(output, run=output_key)  # raises for another file, which must not be overwritten
+    target = find_target(model, benchmarks, dense=dense, output=output)
+    subjects = target.subjects if pruned else target.subjects[:1]
     records: list[dict[str, Any]] = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tasks = [task for task in dict.fromkeys(benchmarks.tasks) if task != SPEED]
@@ -77,23 +112,17 @@ def evaluate(
             log.info("Evaluating %s", task)
             with matmul_precision(torch.get_float32_matmul_precision(), fastest_on=torch.device(device)):
                 measured = _measure_task((loaded_model, tokenizer), task, benchmarks)
-            records += [r | subject.about | origin for r in measured]
-            if output is not None:
-                merge_records(output, records, run=output_key)
+            records += [r | subject.about | target.origin for r in measured]
+            target.store(records)
     if benchmarks.alternates:
         log.info("Evaluating %s", SPEED)
         models = [subject.load()[0].to(device) for subject in subjects]  # loaded together, to be timed in alternation
         by_model = measure_throughput(models, batches=benchmarks.speed_batch, prompt=benchmarks.speed_prompt)
         for subject, measured in zip(subjects, by_model, strict=True):
-            records += [r | subject.about | origin for r in measured]
-        if output is not None:
-            merge_records(output, records, run=output_key)
-    if run_key is not None:
-        with optional_output("numbers to the model card or to W&B", "evaluation.json has them"):
-            log_evaluation(folder, records)
-            run = read_numbers(folder)
-            write_card(RunFolder(folder), config_of(run), run.records)
-    return records, output
+            records += [r | subject.about | target.origin for r in measured]
+        target.store(records)
+    target.publish(records)
+    return records, target.output
 
 
 def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dict[str, Any]]:
@@ -179,7 +208,8 @@ def find_subjects(
     subjects = [Subject(about_pruned, lambda: _load_pruned(*load_arguments))]
     if dense:
         about_dense = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
-        subjects.insert(0, Subject(about_dense, lambda: load_dense(*load_arguments)))
+        dense_subject = Subject(about_dense, lambda: load_dense(*load_arguments), settings["inputs"]["model"])
+        subjects.insert(0, dense_subject)
     return subjects, path / "evaluation.json", run.key
 
 
