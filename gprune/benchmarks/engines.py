@@ -220,11 +220,14 @@ def main(name: str) -> None:
     loaded: Engine | None = None
     for line in sys.stdin:
         request = json.loads(line)
-        if loaded is None:
-            loaded = ENGINES[name](**request)
-            answer({"class": loaded.model_class})
-        else:
-            answer(time_requests(loaded, **request))
+        try:
+            if loaded is None:
+                loaded = ENGINES[name](**request)
+                answer({"class": loaded.model_class})
+            else:
+                answer(time_requests(loaded, **request))
+        except Exception as error:
+            answer({"error": f"{type(error).__name__}: {error}"})
 
 
 if __name__ == "__main__":

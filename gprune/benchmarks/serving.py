@@ -25,7 +25,7 @@ from gprune.benchmarks import engines
 from gprune.benchmarks.engines import ENGINES
 from gprune.benchmarks.measurement import Subject, find_target
 from gprune.benchmarks.settings import Benchmarks, EngineChoice
-from gprune.errors import UserError
+from gprune.errors import UserError, first_line
 from gprune.evaluation.speed import check_prompt, describe_device
 from gprune.export import gguf
 from gprune.export.convert import FORMATS, format_named
@@ -172,13 +172,17 @@ class Server:
             print(json.dumps(request), file=self.process.stdin, flush=True)
 
     def receive(self) -> Any:
-        """Wait for an answer. Raise UserError with the last line of stderr if the process has ended."""
+        """Wait for an answer. Raise UserError with the engine's error, or its last line if the process has ended."""
         line = self.process.stdout.readline()
-        if not line:
-            lines = self.errors.read_text(errors="replace").strip().splitlines()
-            cause = lines[-1].removesuffix(".") if lines else f"exit code {self.process.wait()}"
-            raise UserError(f"Cannot run the model in {self.name}: {cause}.")
-        return json.loads(line)
+        answer = json.loads(line) if line else {"error": self.last_line()}
+        if isinstance(answer, dict) and "error" in answer:
+            raise UserError(f"Cannot run the model in {self.name}: {first_line(RuntimeError(answer['error']))}.")
+        return answer
+
+    def last_line(self) -> str:
+        """Return what the process printed last."""
+        lines = self.errors.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit code {self.process.wait()}"
 
     def stop(self) -> None:
         """End the process."""

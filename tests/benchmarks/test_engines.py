@@ -10,10 +10,13 @@ import pytest
 
 from gprune.__main__ import run as command
 from gprune.benchmarks import serving
-from gprune.benchmarks.engines import ENGINES
 from gprune.benchmarks.settings import parse_engines
-from gprune.export.gguf import has_llama_cpp
+from gprune.export.hf import save_pruned
+from gprune.models.surgery import slice_model
+from tests.export.test_gguf import byte_tokenizer, make_pruned, needs_llama_cpp
 from tests.studies.workbench import cells
+from tests.tiny_families import make_tiny, some_masks
+from tests.tiny_run import tiny_tokenizer
 
 SIZES = ("--speed_batch", "1,3", "--speed_prompt", "12")
 
@@ -67,22 +70,17 @@ def test_two_runs_and_their_dense_model_are_timed_in_transformers_in_both_forms(
         assert records["transformers decode", 1, "dense"]["engine_class"] == "LlamaForCausalLM"
 
 
-@pytest.mark.skipif(not has_llama_cpp(), reason="llama.cpp is not installed: pip install llama-cpp-py-sync")
-def test_llama_cpp_times_a_model_in_two_types_and_a_missing_engine_is_named_and_skipped(
-    world, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(ENGINES["vllm"], "packages", ("not-installed-at-all",))
-    monkeypatch.setattr("gprune.benchmarks.engines.__file__", write_variant(tmp_path))
-    run = tmp_path / "run"
-    world.run(tmp_path, "--gprune=false")
-    capsys.readouterr()
-    engine = "llama.cpp:f32,vllm,llama.cpp"
-    assert command("evaluate", [str(run), "--tasks", "speed", *SIZES, "--engine", engine]) == 0
+@needs_llama_cpp
+def test_llama_cpp_times_a_model_in_two_types_and_a_missing_engine_is_named_and_skipped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(serving.engines, "__file__", write_variant(tmp_path))
+    save_pruned(make_pruned(), byte_tokenizer(), tmp_path / "small")
+    args = [str(tmp_path / "small"), "--engine", "llama.cpp:f32,vllm,llama.cpp", "--output", str(tmp_path / "out.json")]
+    assert command("evaluate", [*args, "--tasks", "speed", *SIZES]) == 0
     out = capsys.readouterr().out
     assert f"Skipped vllm, which is not installed in the environment of {sys.executable}. Run `pip install vllm" in out
-    records = records_in(run)
-    assert {(task.split()[0], r["dtype"], r["engine_class"]) for (task, *_), r in records.items()} == {
-        ("llama.cpp", "f16", "llama"), ("llama.cpp:f32", "f32", "llama"),
+    records = json.loads((tmp_path / "out.json").read_text())["records"]
+    assert {(r["task"].split()[0], r["dtype"], r["engine_class"]) for r in records} == {
+        ("llama.cpp", "f16", "deci"), ("llama.cpp:f32", "f32", "deci"),
     }  # fmt: skip
 
 
@@ -120,13 +118,14 @@ def test_invalid_engines_end_with_one_line_and_exit_code_2(args, message, world,
     assert message in line
 
 
-def test_a_model_that_a_form_cannot_express_is_refused_before_anything_is_timed(world, tmp_path, capsys, monkeypatch):
+def test_a_model_that_a_form_cannot_express_is_refused_before_anything_is_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(serving, "time_models", lambda *_: pytest.fail("timed a model first"))
-    world.run(tmp_path, "--gprune=false", "--sparsity.scope=attention+ffn", "--sparsity.target=0.6")
-    capsys.readouterr()
+    model = make_tiny("llama")
+    model = slice_model(model, some_masks(model, attention=True))  # layers have different numbers of heads
+    save_pruned(model, tiny_tokenizer(), tmp_path / "small")
     engine = "transformers,transformers:nemotron-nas"
-    assert command("evaluate", [str(tmp_path / "run"), "--tasks", "speed", "--engine", engine]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    assert command("evaluate", [str(tmp_path / "small"), "--tasks", "speed", "--engine", engine]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
     assert "Cannot export 'pruned_llama' to nemotron-nas" in line
     assert "Export to hf or gguf" in line
 
@@ -136,5 +135,5 @@ def test_an_engine_that_fails_is_quoted(tmp_path):
     (choice,) = parse_engines(["transformers"])
     forms = serving.Forms({"hf": tmp_path}, "float32")
     benchmarks = serving.Benchmarks(tasks=("speed",), speed_batch=(1,), speed_prompt=4)
-    with pytest.raises(serving.UserError, match=r"^Cannot run the model in transformers: .*no-such-type"):
+    with pytest.raises(serving.UserError, match=r"^Cannot run the model in transformers: ValueError: .*no-such-type"):
         serving.time_models(choice, "1", [forms], benchmarks, tmp_path)

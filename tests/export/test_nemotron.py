@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.export.hf import reloaded_logits
 from gprune.export.nemotron import ffn_settings, write
+from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
@@ -125,3 +127,18 @@ def test_what_the_format_cannot_express_is_refused_before_anything_is_written(fa
     with pytest.raises(UserError, match=reason):
         write(model, tiny_tokenizer(), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+def test_layers_that_all_lost_a_kv_group_are_written(tmp_path):
+    model = make_tiny("llama")
+    masks = some_masks(model, attention=False)
+    model = slice_model(model, Masks(masks.ffn, [torch.tensor([False, True])] * 3))
+    assert written_config(model, tmp_path / "folder")["num_key_value_heads"] == 1
+    assert difference_in_a_fresh_process(model, tmp_path / "folder") == 0
+
+
+def test_a_run_that_may_remove_different_numbers_of_heads_is_refused_in_the_plan():
+    flags = ["--model.name=tiny-random", "--export=nemotron-nas", "--sparsity.scope=attention+ffn"]
+    with pytest.raises(UserError, match=r"scope includes attention.* Export to hf or gguf"):
+        make_plan(parse(flags))
+    make_plan(parse([*flags, "--sparsity.uniform_width=true", "--gprune=false"]))
