@@ -10,6 +10,7 @@ gprune.evaluate("path/to/model", "smollm2-135m")  # a model of another tool; gpr
 Names that need PyTorch or transformers are imported at first use, so that `gprune --help` is fast.
 """
 
+import warnings
 from typing import TYPE_CHECKING
 
 from gprune import corpora, stages  # noqa: F401 - they register themselves
@@ -17,7 +18,7 @@ from gprune.config import RunConfig
 from gprune.console import lazy_exports
 from gprune.corpora.load import CORPORA
 from gprune.errors import UserError
-from gprune.importance.metrics import IMPORTANCE, metric
+from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE, expert_metric, metric
 from gprune.models.families import FAMILIES, Family
 from gprune.recoveries import RECOVERY, Recovery, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocation
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "ALLOCATION", "CORPORA", "COST", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks", "PruningResult",
-    "Recovery", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks", "evaluate", "load_run",
-    "load_study", "masked", "metric", "prune", "recover", "recovery", "register",
+    "ALLOCATION", "CORPORA", "COST", "EXPERT_IMPORTANCE", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks",
+    "PruningResult", "Recovery", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks", "evaluate",
+    "expert_metric", "load_run", "load_study", "masked", "metric", "prune", "recover", "recovery", "register",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_exports(__name__, {
     "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.study",
@@ -45,3 +46,5 @@ __getattr__, __dir__ = lazy_exports(__name__, {
     "load_study": "gprune.studies.study", "masked": "gprune.discovery", "prune": "gprune.method.prune",
     "recover": "gprune.method.elsewhere", "register": "gprune.models.loading",
 })  # fmt: skip
+# In a notebook without ipywidgets, tqdm would warn when transformers is imported. gprune draws no bars with tqdm there.
+warnings.filterwarnings("ignore", message="IProgress not found")

@@ -132,14 +132,16 @@ def test_a_setting_has_the_same_value_however_it_is_set(name, value, tmp_path):
         ("sparsity.target", 0, "--sparsity.target"),
         ("sparsity.target", True, "--sparsity.target"),
         ("sparsity.scope", "mlp",
-         "--sparsity.scope must be 'ffn', 'attention+ffn', 'ffn+blocks' or 'attention+ffn+blocks'; got 'mlp'."),
-        ("sparsity.scope", "blocks+attention", "--sparsity.scope must be 'ffn', 'attention+ffn', 'ffn+blocks' or"),
+         "--sparsity.scope must be 'ffn', 'attention+ffn', 'ffn+blocks', 'attention+ffn+blocks', 'experts', "
+        "'ffn+experts', 'attention+ffn+experts', 'experts+blocks', 'ffn+experts+blocks' or "
+        "'attention+ffn+experts+blocks'; got 'mlp'."),
+        ("sparsity.scope", "blocks+attention", "--sparsity.scope must be 'ffn', 'attention+ffn', 'ffn+blocks', 'att"),
         ("sparsity.block_share", 1.5, "--sparsity.block_share must be 1 or less; got 1.5."),
         ("sparsity.epochs", 2.5, "--sparsity.epochs must be a valid integer; got 2.5."),
         ("sparsity.options", {"spread": "wide"}, "--sparsity.options.spread must be a valid number; got 'wide'."),
         ("distill.tokens", 10**13, "--distill.tokens must be 1000000000000 or less; got 10000000000000."),
         ("corpora.drift", "wiki", "--corpora.drift must be a valid list; got 'wiki'."),
-        ("corpora.collect", ["gram", "x"], "--corpora.collect[1] must be 'gram' or 'saliency'; got 'x'."),
+        ("corpora.collect", ["gram", "x"], "--corpora.collect[1] must be 'gram', 'routing' or 'saliency'; got 'x'."),
         ("gprune", 1, "--gprune must be a valid boolean; got 1."),
         ("run.seed", 2**32, "--run.seed must be less than 4294967296; got 4294967296."),
         ("run.dir", ["runs"], "--run.dir must be a valid string; got ['runs']."),
@@ -377,6 +379,11 @@ def test_a_misspelt_configuration_is_refused_with_the_shipped_names():
         UserError, match=r"or one of best, gates, paper, protocol, smoke, untrained; got 'bset' \(No such file"
     ):
         parse(["--config", "bset"])
+
+
+def test_the_smoke_configuration_can_be_run_again_with_another_flag():
+    first, second = (parse(["--config=smoke", *flags]) for flags in ([], ["--sparsity.target=0.3"]))
+    assert first.folder != second.folder
 
 
 class Unexpected:

@@ -63,11 +63,16 @@ def _restore_registries():
         del FAMILIES[added]
 
 
+def recipe(word: str) -> str:
+    """Return the code block of docs/extend.md that contains `word`."""
+    (block,) = [b for b in re.findall(r"^```python\n(.*?)^```", RECIPES, re.M | re.S) if word in b]
+    return block
+
+
 def run_recipe(word: str) -> dict[str, object]:
     """Execute the code block of docs/extend.md that contains `word`, and return its namespace."""
-    (block,) = [b for b in re.findall(r"^```python\n(.*?)^```", RECIPES, re.M | re.S) if word in b]
     namespace = {"__name__": "recipe"}
-    exec(block, namespace)
+    exec(recipe(word), namespace)
     return namespace
 
 
@@ -81,6 +86,7 @@ def test_every_flag_on_a_page_exists(page):
     others = "--print_config --help --sparsity.options.power --options.my_stages --work --fetch --small --reference "
     others += "--array --wrap --minutes --check --trust-remote-code --summary --json --name --root --private "
     others += "--write --clock --repeats --threads --width_multiple --batch_sizes --real --expect --stat --clones"
+    others += " --no-deps"
     text = re.sub(r"^#SBATCH.*", "", PAGES[page], flags=re.M)
     assert set(re.findall(flag, text)) <= {*re.findall(flag, PAGES["docs/flags.md"]), *others.split()}
 
@@ -126,8 +132,51 @@ def test_every_link_leads_to_an_existing_file_and_heading(page):
 
 
 def test_the_readme_has_at_most_1400_words_and_180_lines():
-    assert len([word for word in README.split() if re.search("[A-Za-z]", word)]) <= 1400
+    assert len(README.split()) <= 1400
     assert len(README.splitlines()) <= 180
+
+
+CONFIGURATIONS = sorted((ROOT / "gprune/configs").glob("*.yaml"))
+QUALITY = re.compile(r"<!-- python -m experiments.readme -->.*?<!-- end of its output -->", re.DOTALL)
+NUMBER, INTERVAL = r"(\d+\.\d\d+)", r"(\d+\.\d\d+) \[(\d+\.\d\d+), (\d+\.\d\d+)\]"
+
+
+def blocks_with_numbers() -> list[str]:
+    """Return paragraphs, items and rows of tables of the README, and headers of configurations, that have numbers.
+
+    The README's table of quality is left out.
+    """
+    readme = re.split(r"\n\n|\n(?=- |\|)", QUALITY.sub("", README))
+    headers = ["\n".join(re.findall("^# (.*)", path.read_text(), re.M)) for path in CONFIGURATIONS]
+    blocks = [re.sub(r"(arXiv|Python) [\d.]+", "", " ".join(block.split())) for block in [*readme, *headers]]
+    return [block for block in blocks if re.search(NUMBER, block)]
+
+
+@pytest.mark.parametrize("block", blocks_with_numbers())
+def test_every_number_of_quality_in_the_readme_and_configurations_is_on_a_page_that_is_named_beside_it(block):
+    """Numbers may be rounded. Tables of these pages, and the README's table of quality, are compared with records."""
+    pages = re.findall(r"\]\((experiments/[^)#]*\.md)", block)
+    pages += [
+        f"experiments/questions/{name}.md" for name in re.findall(r"experiments/(?:questions/)?(\w+)\.yaml", block)
+    ]
+    source = " ".join([*((ROOT / page).read_text(encoding="utf-8") for page in pages), *QUALITY.findall(README)])
+    for pattern, text in ((INTERVAL, block), (NUMBER, re.sub(INTERVAL, "", block))):
+        published = re.findall(pattern, source)
+        for wanted in re.findall(pattern, text):
+            assert any(is_rounded(given, wanted) for given in published), f"{wanted} is not on {pages}"
+
+
+def test_every_configuration_begins_with_at_most_five_lines_and_its_command():
+    for path in CONFIGURATIONS:
+        header = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))[0]
+        assert len(header.splitlines()) <= 5, path.name
+        assert f"--config {path.stem}" in header, path.name
+
+
+def is_rounded(published: str | tuple[str, ...], wanted: str | tuple[str, ...]) -> bool:
+    """Return whether each wanted number is the published one, or rounds it."""
+    pairs = [(published, wanted)] if isinstance(wanted, str) else zip(published, wanted, strict=True)
+    return all(abs(float(a) - float(b)) <= 0.51 * 10 ** -len(b.partition(".")[2]) for a, b in pairs)
 
 
 def test_every_documented_speed_metric_is_logged():
@@ -172,6 +221,10 @@ def test_the_layers_in_architecture_md_are_those_of_the_import_contract():
 
 def test_flags_md_is_the_output_of_its_script():
     assert PAGES["docs/flags.md"] == runpy.run_path(str(ROOT / "docs/flags.py"))["page"]()
+
+
+def test_interfaces_md_is_the_output_of_its_script():
+    assert PAGES["docs/interfaces.md"] == runpy.run_path(str(ROOT / "docs/interfaces.py"))["page"]()
 
 
 def test_families_md_contains_the_table_of_its_script():
@@ -244,6 +297,33 @@ def test_the_recipe_for_another_optimizer_is_a_learner_with_an_option(tiny_model
     stage = Sgd(tiny_model, default.ranks, default.thresholds, default.budget, learning_rate=0.25, **options)
     (group,) = stage.configure_optimizers().param_groups
     assert (group["momentum"], group["lr"], len(group["params"])) == (0.5, 0.25, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode")  # of Lightning, which the command line keeps quiet
+def test_the_recipe_for_a_plain_learner_reduces_the_loss_at_the_budget(tiny_model):
+    default = make_stage(tiny_model)
+    stage = run_recipe("class Plain(L.LightningModule)")["Plain"](
+        tiny_model, default.ranks, default.thresholds, default.budget, learning_rate=0.5
+    )
+    ids, start = torch.arange(4, 68).view(2, 32), stage.masks(default.budget)
+    trainer_of().fit(stage, batches(ids, 1.0, 1.0, times=8))
+    learned = stage.masks(default.budget)
+    assert default.budget.removed_by(learned) == default.budget.removed_by(start)
+    with torch.no_grad():
+        losses = []
+        for masks in (start, learned):
+            with masked(tiny_model, masks):
+                losses.append(float(tiny_model(ids, labels=ids).loss))
+    assert losses[1] < losses[0]
+
+
+def test_the_recipe_for_a_plain_learner_is_a_learner_of_a_run(world, tmp_path, monkeypatch):
+    (tmp_path / "my_stages.py").write_text(recipe("class Plain(L.LightningModule)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--import=my_stages", "--sparsity.learner=my_stages.Plain", "--sparsity.learning_rate=1"]
+    run = world.run(tmp_path, *flags, "--export=none", "--evaluation.controls=[]")
+    assert run.summary["sparsity_of_scope"] == 0.5
+    assert run.thresholds is None  # the class has no attribute `thresholds`, so its masks are stored
 
 
 def batches(ids, *weights, times=1):

@@ -9,13 +9,14 @@ from typing import Any
 
 from gprune.benchmarks.engines import ENGINES
 from gprune.benchmarks.settings import SPEED, Benchmarks, parse_benchmarks, parse_engines
-from gprune.console import Parser, quiet
+from gprune.console import Parser, process_index, quiet, write_stdout
 from gprune.errors import UserError
 from gprune.storage.paths import expanded
 
 ABOUT = """Measure tasks, perplexity and speed of runs, model folders or any models by name.
 
-Tasks are those of EleutherAI's lm_eval, with its data or local files in $GPRUNE_DATA_DIR/tasks.
+Tasks are those of EleutherAI's lm_eval, with its data, local files in $GPRUNE_DATA_DIR/tasks or a wheel.
+A task that cannot be measured does not end the others.
 wikitext2 and c4 are perplexities in the conventions of the literature. speed is prefill, decoding and
 the time to the first token on this machine, in alternation with the dense model if --dense is given. With --engine,
 all models are timed in the engines that are installed, by the engines' own code. Each record is
@@ -23,7 +24,9 @@ written to evaluation.json of the run immediately, for `gprune report`."""
 
 EXAMPLES = """examples:
   gprune evaluate runs/NAME --tasks piqa,arc_easy,wikitext2 --dense
+  gprune evaluate runs/NAME --tasks zeroshot7 --dense
   gprune evaluate smollm2-135m --tasks piqa --limit 200
+  gprune evaluate runs/NAME --tasks wikitext2 --device_map auto --max_memory '{0: 20GiB, cpu: 60GiB}'
   gprune evaluate runs/NAME/model --tasks wikitext2 --seq_len 2048,128 --output numbers.json
   gprune evaluate runs/A runs/B --dense --tasks speed --speed_batch 1,4,16 \\
     --engine transformers,vllm=~/vllm/bin/python,vllm:nemotron-nas,llama.cpp:q8_0"""
@@ -78,12 +81,12 @@ def run(args: Sequence[str]) -> str:
     if choices and SPEED not in benchmarks.tasks:
         raise UserError("--engine needs --tasks speed.")
     quiet()
-    from gprune.benchmarks.measurement import evaluate
-    from gprune.report.tables import evaluation_table
+    from gprune.benchmarks.measurement import UnmeasuredTasksError, evaluate
 
     file = None if output is None else expanded(output)
     records: list[dict[str, Any]] = []
     paths: list[Path] = []
+    unmeasured: UnmeasuredTasksError | None = None
     tasks = benchmarks.tasks
     if choices:
         from gprune.benchmarks.serving import evaluate_engines
@@ -91,8 +94,24 @@ def run(args: Sequence[str]) -> str:
         records, paths = evaluate_engines(models, choices, benchmarks, dense=dense, output=file)
         tasks = tuple(task for task in tasks if task != SPEED)
     for model in models if tasks else ():
-        measured, path = evaluate(model, replace(benchmarks, tasks=tasks), dense=dense, output=file)
+        try:
+            measured, path = evaluate(model, replace(benchmarks, tasks=tasks), dense=dense, output=file)
+        except UnmeasuredTasksError as error:
+            unmeasured, measured, path = error, error.records, error.path
         records += measured
         paths += [] if path is None else [path]
-    text = f"\n{evaluation_table(records).for_stdout()}\n"
-    return "\n".join([text, *(f"Records: {path}" for path in dict.fromkeys(paths))]).rstrip("\n") + "\n"
+    text = results_as_text(records, paths) if process_index() == 0 else ""
+    if unmeasured is None:
+        return text
+    if records and text:
+        write_stdout(text)
+    raise unmeasured
+
+
+def results_as_text(records: Sequence[dict[str, Any]], paths: Sequence[Path]) -> str:
+    """Format the tables of records, and the paths where they are stored."""
+    from gprune.report.task_means import evaluation_tables
+
+    text = "".join(f"\n{table.for_stdout()}\n" for table in evaluation_tables(records))
+    stored = "".join(f"Records: {path}\n" for path in dict.fromkeys(paths))
+    return f"{text}\n{stored}" if stored else text

@@ -115,15 +115,17 @@ def stock_export(model: PreTrainedModel) -> PreTrainedModel | None:
     if not modeling_pruned.experts_aligned(model):
         return None
     blocks, record = blocks_of(model), record_of(model)
+    text_config = model.config.get_text_config(decoder=True)
     keys_and_sizes = {
         (key, size)
         for block in blocks
         for key, size in block.config_values.items()
-        if not record.found or hasattr(model.config, key)  # keys of discovered types may be those of a nested config
+        if not record.found or hasattr(text_config, key)  # keys of discovered types may be those of a nested config
     }
-    sizes = dict(keys_and_sizes)
-    if len(sizes) < len(keys_and_sizes):  # a key has several values
-        return None
+    keys = [key for key, _ in keys_and_sizes]
+    # A key with several values keeps that of the configuration. Several shared experts, for example, are wider than the
+    # size of one. Shapes are compared below.
+    sizes = {key: size for key, size in keys_and_sizes if keys.count(key) == 1}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     head_counts = [(block.heads, block.kv_groups) for block in blocks]
     for model_type, needed_settings in ({record.model_type: {}} | dict(record.same_as)).items():
@@ -146,9 +148,14 @@ def pruned_export(model: PreTrainedModel) -> PreTrainedModel:
     own: dict[str, dict[str, Any]] = {}
     table: dict[str, dict[str, Any]] = {}
     for layer_blocks, stock_blocks in zip(by_layer(blocks_of(model)), by_layer(blocks_of(stock)), strict=True):
-        sizes, biases = {}, []
+        sizes, experts, biases = {}, {}, []
         for block, stock_block in zip(layer_blocks, stock_blocks, strict=True):
-            sizes |= {place.path: [place.dim, block.parameter(place).shape[place.dim]] for place in block.slices}
+            lengths = {place.path: [place.dim, block.parameter(place).shape[place.dim]] for place in block.slices}
+            if block.experts == stock_block.experts:  # as in folders of earlier versions
+                lengths = {path: size for path, size in lengths.items() if path not in block.family.per_expert}
+            else:
+                experts |= dict.fromkeys(block.stacked, block.experts)
+            sizes |= lengths
             biases += [  # that recovery has added
                 getattr(block.family, part)
                 for part in ("down", "output")
@@ -156,6 +163,8 @@ def pruned_export(model: PreTrainedModel) -> PreTrainedModel:
             ]
         index, (values, attributes) = str(layer_blocks[0].layer_index), sizes_of_layer(layer_blocks)
         own[index] = {"sizes": sizes, "attributes": attributes, "values": values, "added_biases": biases}
+        if experts:
+            own[index]["experts"] = experts
         shown = layer_blocks[0].config_values | {"added_biases": biases}
         different = {key: value for key, value in shown.items() if value != settings.get(key, [])}
         if different:

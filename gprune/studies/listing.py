@@ -30,7 +30,7 @@ OTHER_RECORDS = Path("runs/records")
 # Defaults of all rows. They do not change results, so they are not part of a row's identity.
 ROW_DEFAULTS = {"export": "none", "run.dir": "runs/experiments"}
 LISTED_PRECISION = "32-true"  # default of rows, so that a row means the same on every machine
-TABLES = ("summary", "perplexity", "distance", "evaluation")
+TABLES = ("summary", "perplexity", "distance", "evaluation", "means")
 
 # YAML reads some names as numbers.
 Name = Annotated[Text, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
@@ -105,7 +105,7 @@ class Content(StrictModel):
         """Raise UserError if a key names an unknown row, or a task cannot be measured."""
         for key, names in (
             ("reference", [] if self.reference is None else [self.reference]),
-            ("compare", [split_stage(name, self.rows)[0] for pair in self.compare for name in pair]),
+            ("compare", [split_stage(name, self.rows)[0] or name for pair in self.compare for name in pair]),
         ):
             if unknown := [name for name in names if name not in self.rows]:
                 raise UserError(f"The key {key} must name rows ({', '.join(self.rows)}); got '{unknown[0]}'.")
@@ -189,13 +189,18 @@ class Listing:
         cls, path: Path | str, *, seeds: Sequence[int] | None = None, flags: Sequence[str] = (),
         records: Path | str | None = None,
     ) -> Listing:  # fmt: skip
-        """Read a list file."""
+        """Read a list file.
+
+        `seeds` replace those of the list, `flags` are set in every row, and `records` is the folder of the records
+        (`experiments/records` for lists in `experiments/`).
+        """
         path = Path(path)
         content = read_content(path)
         is_experiment = path.resolve().is_relative_to(EXPERIMENTS)
         default_folder = EXPERIMENTS / "records" if is_experiment else OTHER_RECORDS
+        keeps_masks = content.masks or not is_experiment  # records of our own lists would become too large
         rows = _rows(
-            path, content, seeds or content.seeds, flags, masks=content.masks or not is_experiment,
+            path, content, seeds or content.seeds, flags, masks=keeps_masks,
             records=default_folder if records is None else Path(records),
         )  # fmt: skip
         return cls(path, content, list(rows))
