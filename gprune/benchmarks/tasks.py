@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gprune.benchmarks.task_files import questions_hash
 from gprune.benchmarks.task_sources import (
     SUPPORTED_METRICS,
     LoadedTask,
     TaskError,
     load_tasks,
-    questions_hash,
     require_lm_eval,
 )
 from gprune.console import quieted
