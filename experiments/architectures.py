@@ -446,7 +446,7 @@ def page(
         "Types without heads\n"
         "or KV groups that can be removed have the scope `ffn`. The others that have less than `attention+ffn` are "
         "listed with the\n"
-        f"reason.\n\n{run_summary(rows)}\n\n"
+        f"reason. An empty cell was not measured.\n\n{run_summary(rows)}\n\n"
         "*dense fails*: `generate` of transformers fails on the tiny model before anything is pruned:\n\n"
         f"{failures(rows)}\n\n## With other settings\n\n"
         "Settings of config.json can change what is pruned. With `qk_layernorm`, each head of StableLM has a norm of "

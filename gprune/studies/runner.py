@@ -113,9 +113,10 @@ def largest_costs(pending: Sequence[Row]) -> str:
     plans = [_plan_of(row) for row in pending]
     forward = sum(plan.forward_tokens for plan in plans)
     backward = sum(plan.forward_backward_tokens for plan in plans)
+    number = "1 configuration" if len(pending) == 1 else f"{len(pending)} configurations"
     tasks = ", tasks not counted" if any(row.tasks for row in pending) else ""
     return (
-        f"{len(pending)} configurations: at most {forward:,} tokens forward and {backward:,} forward and backward, "
+        f"{number}: at most {forward:,} tokens forward and {backward:,} forward and backward, "
         f"without cached results{tasks}; at most {sum(map(estimated_flops, plans)):.2e} FLOP"
     )
 
