@@ -561,7 +561,6 @@ def learn_sparsity(
 ) -> StageMasks:  # fmt: skip
     """Step 7: compute or learn thresholds per module, which give masks for any budget."""
     run = with_learning_budget(run, statistics, masks_of)
-    run = run.with_budget(run.budget.ranked_by(scores))
     name = run.cfg.sparsity.allocation
     learns = ALLOCATION[name].learned
     run.step(7, "Learning sparsity" if learns else "Allocating sparsity")
@@ -570,7 +569,10 @@ def learn_sparsity(
         start = allocated_masks(run, "modules", scores_in_modules, statistics, run.cfg.corpora.drift)
     else:
         start = masks_of["base"]
-    masks = replace(start, modules=modules, module_allocation=name)
+    # `start` may be scored on other corpora; whole experts are those of the final masks.
+    scores = replace(start.scores, experts=scores.experts)
+    masks = replace(start, scores=scores, modules=modules, module_allocation=name)
+    run = run.with_budget(run.budget.ranked_by(masks.scores))
     if not learns:
         return masks
     tensors = run.folder.tensors("thresholds", lambda: fit_thresholds(run, masks).tensors())
@@ -652,7 +654,8 @@ def meet_budget(run: Run, masks_of: Mapping[str, StageMasks]) -> tuple[Threshold
     if "gprune" not in masks_of:
         return None, masks
     of_modules = masks_of["gprune"]
-    tensors = run.folder.tensors("thresholds", lambda: of_modules.module_sparsity(run.budget).tensors())
+    budget = run.budget.ranked_by(of_modules.scores)
+    tensors = run.folder.tensors("thresholds", lambda: of_modules.module_sparsity(budget).tensors())
     log_modules(run.loggers, of_modules.modules, masks["gprune"])
     return ModuleSparsity.from_tensors(tensors).thresholds, masks
 

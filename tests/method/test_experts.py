@@ -16,6 +16,7 @@ import gprune
 from gprune import RunConfig
 from gprune.cli import main
 from gprune.importance.metrics import EXPERT_IMPORTANCE
+from gprune.stages.threshold_learning import ThresholdLearning
 from tests.registries import restored
 from tests.tiny_run import World, draw, tiny_tokenizer, world_with_cache
 from tests.wandb_files import find, read
@@ -118,6 +119,33 @@ def test_experts_and_neurons_share_one_budget_with_modules_and_learning(world, t
     units = result.summary["parameters_before"] - result.summary["parameters_after"]
     assert result.summary["sparsity_of_scope"] == pytest.approx(0.5, abs=6 * 3 * 48 / scope)  # a neuron of 6 experts
     assert units == round(result.summary["sparsity_of_scope"] * scope)
+
+
+def test_learning_removes_the_experts_of_the_final_masks_also_if_corpora_are_routed_differently(
+    world, tmp_path, monkeypatch
+):
+    seen, refresh = [], ThresholdLearning.refresh_gates
+
+    def spy(stage: ThresholdLearning) -> None:
+        seen.append(stage.budget.removed_experts)
+        refresh(stage)
+
+    monkeypatch.setattr(ThresholdLearning, "refresh_gates", spy)
+    with restored(EXPERT_IMPORTANCE):
+
+        @gprune.expert_metric("reversed_on_several_corpora")
+        def reversed_on_several(weights, routing, generator):
+            of_one_corpus = 2 * 4 * 32  # top-2, windows, tokens
+            return torch.arange(8.0) if routing.count.sum() <= of_one_corpus else torch.arange(8.0).flip(0)
+
+        flags = ["--sparsity.scope=ffn+experts", "--sparsity.expert_metric=reversed_on_several_corpora"]
+        flags += ["--sparsity.expert_share=0.6", f"--corpora.score={world.names('alpha', 'beta')}"]
+        flags += ["--sparsity.width_multiple=1"]
+        result = world.run(tmp_path, model_of(world, "mixtral"), *flags)
+    assert seen
+    assert all(experts == {0: [6, 7], 1: [6, 7], 2: [6, 7]} for experts in seen)
+    for mask in result.masks.ffn:
+        assert (~mask.view(8, -1).any(1)).nonzero()[:, 0].tolist() == [6, 7]
 
 
 def test_all_layers_keep_the_same_number_in_groups_and_the_shared_experts_are_untouched(world, tmp_path):
