@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -55,7 +56,7 @@ class ExpertBudget(Budget):
 
     If all layers keep the same number, a step is an expert of each layer, or one of each group of its router.
     Otherwise a step is an expert of one layer, and layers compete by the scores of their experts relative to the mean
-    of their layer.
+    absolute score of their layer. Experts with the score -inf, which no token reaches, come first and are not averaged.
 
     Steps are taken as long as they fit into `share` of the target; neurons and KV groups in scope make up the rest.
     Without such units the smallest number of steps is taken that reaches the target, and the target becomes what they
@@ -126,13 +127,14 @@ class ExpertBudget(Budget):
             b for b in self.kept if self.rules[b].experts and not self.units[b].protected
         ]  # of blocks that are not removed as a whole
         rounds: dict[int, list[Step]] = {}
-        keys: list[tuple[float, int, int]] = []  # (mean score relative to the layer's mean, block, round)
+        keys: list[tuple[float, int, int]] = []  # (mean score relative to the layer, block, round)
         for b in open_blocks:
             scores = self.scores[b] if self.scores else tuple(map(float, range(self.rules[b].experts)))
             rounds[b] = [[(b, expert) for expert in experts] for experts in self.rules[b].rounds(scores)]
-            mean = sum(scores) / len(scores) or 1.0
+            sizes = [abs(score) for score in scores if math.isfinite(score)]
+            scale = sum(sizes) / max(1, len(sizes)) or 1.0
             keys += [
-                (sum(scores[expert] for _, expert in step) / len(step) / mean, b, number)
+                (sum(scores[expert] for _, expert in step) / len(step) / scale, b, number)
                 for number, step in enumerate(rounds[b])
             ]
         if self.equal:

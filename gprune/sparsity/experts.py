@@ -7,6 +7,7 @@ same number of experts, chosen by their scores, so that the exported folder is a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -81,7 +82,8 @@ class WholeExperts(Feature):
             if block.has_experts and masks.blocks[block.index]:
                 kept, layer = kept_experts(block, masks.ffn[block.index]), str(block.layer_index)
                 removed[layer] = (~kept).nonzero()[:, 0].tolist()
-                scores[layer] = stored[f"scores.{block.index}"].tolist()
+                of_layer = stored[f"scores.{block.index}"].tolist()
+                scores[layer] = [score if math.isfinite(score) else None for score in of_layer]  # JSON has no -inf
         counts = [len(experts) for experts in removed.values()]
         total = max(block.experts for block in run.blocks)
         said = f"{span(counts)} of {total} experts are removed in each of {len(counts)} layers{overshoot(run.plan)}."

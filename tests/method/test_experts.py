@@ -215,6 +215,8 @@ def test_experts_that_no_token_reaches_are_named_in_one_warning(world, tmp_path,
     assert len(warnings) == 1
     assert re.search(r"layer 1: [0-9, ]*3", warnings[0])
     assert 3 in result.summary["experts"]["removed"]["1"]
+    assert result.summary["experts"]["scores"]["1"][3] is None
+    assert (result.path / "report.html").exists()
 
 
 @pytest.mark.parametrize(

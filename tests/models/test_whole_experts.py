@@ -23,6 +23,7 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.expert_budget import ExpertBudget, RouterRule
 from tests.conftest import collect, hooks_of
 from tests.registries import restored
 
@@ -126,7 +127,7 @@ def test_routing_and_reap_equal_a_loop_over_tokens_and_experts_in_float64(name):
         routing = statistics.ffn[block.index].routing
         torch.testing.assert_close(routing, expected, rtol=1e-6, atol=1e-9)
         reap = expected[3] / expected[0].clamp_min(1)
-        torch.testing.assert_close(scores.experts[block.index], reap.where(expected[0] > 0, reap.min() - 1))
+        torch.testing.assert_close(scores.experts[block.index], reap.where(expected[0] > 0, -torch.inf))
 
 
 @pytest.mark.parametrize("norm_topk_prob", [False, True])
@@ -212,6 +213,24 @@ def test_experts_without_tokens_are_named_and_have_the_lowest_score():
         for name in ("reap", "negative"):
             scores = score_units("magnitude", blocks_of(model), statistics, experts=name).experts[1]
             assert set(scores.argsort()[:2].tolist()) == {2, 5}
+
+
+@pytest.mark.parametrize("metric", ["reap", "negative"])
+def test_a_ranking_of_all_layers_removes_experts_without_tokens_first(metric):
+    model, ids = make("gpt_oss"), tokens()
+    model.model.layers[1].mlp.router.bias[[2, 5]] = -1e4
+    blocks, statistics = blocks_of(model), collect_routing(model, ids)
+    idle = {block.index: (statistics.ffn[block.index].routing[0] == 0).nonzero()[:, 0].tolist() for block in blocks}
+    idle = {index: experts for index, experts in idle.items() if experts}
+    number = sum(map(len, idle.values()))
+    rules = [RouterRule.of(block, model.config) for block in blocks]
+    units = block_units(blocks, scope="experts")
+    budget = ExpertBudget.of_model(units, (number - 0.5) / 24, rules=rules, share=1.0, equal=False)
+    with restored(EXPERT_IMPORTANCE):
+        gprune.expert_metric("negative")(lambda weights, routing, generator: -routing.count)
+        budget = budget.ranked_by(score_units("magnitude", blocks, statistics, experts=metric))
+    assert idle[1] == [2, 5]
+    assert budget.removed_experts == idle
 
 
 # --- masks, slicing and folders

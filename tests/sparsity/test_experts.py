@@ -120,6 +120,12 @@ def test_a_global_ranking_compares_scores_relative_to_their_layer():
     assert {b: len(experts) for b, experts in few.removed_experts.items()} == {0: 6, 1: 6}  # never below top-k
 
 
+def test_a_global_ranking_of_negative_scores_removes_the_lowest():
+    ranked = budget(0.25, scope="experts", equal=False)
+    ranked = ranked.ranked_by(scores([-1.0, -1, -1, -1, -1, -1, -1, -9], [-2.0, -2, -2, -2, -2, -8, -8, -8]))
+    assert ranked.removed_experts == {0: [7], 1: [5, 6, 7]}
+
+
 def test_dense_layers_and_protected_ones_keep_what_they_have():
     mixed = budget(0.2, scope="experts", dense=1)
     assert mixed.total == 2 * E * EXPERT
