@@ -46,13 +46,13 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import perplexity
 from gprune.export.hf import to_portable
+from gprune.features import attribute
 from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE
 from gprune.importance.scores import (
     Scores,
     ffn_weights,
     fractional_ranks,
     generator_for,
-    idle_experts,
     score_ffn,
     score_units,
 )
@@ -289,12 +289,9 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Sco
         )
 
     scores = {stage: score_on(*corpora) for stage, corpora in cfg.scored_on.items()}
-    if experts:
-        of_blocks = enumerate(scores[cfg.main_stage].experts)
-        run.folder.write("experts", {f"scores.{b}": of_block for b, of_block in of_blocks})
-        scored = [statistics[corpus] for corpus in cfg.scored_on[cfg.main_stage]]
-        if idle := idle_experts(run.blocks, scored):
-            log.warning("No calibration token reaches these experts, which are removed first: %s", idle)
+    scored = [statistics[corpus] for corpus in cfg.scored_on[cfg.main_stage]]
+    for feature in cfg.features:
+        attribute(feature, "after_scoring")(run, scores[cfg.main_stage], scored)
     return scores
 
 

@@ -190,6 +190,8 @@ def check_chain(chain: str) -> None:
 class Projection(Recovery):
     """A recovery that solves each output projection separately, from statistics of the dense model."""
 
+    needs_narrower = True
+
     def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool, flags: Collection[str] = ("ridge",)):
         self.solver = solver
         self.needs = frozenset(needs)
@@ -198,18 +200,21 @@ class Projection(Recovery):
 
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block, with errors as `solve`."""
+        import torch
+
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:
-            """Correct those output projections of a sliced block that lost channels."""
+            """Correct those output projections of a sliced block that lost channels, beyond those of whole experts."""
             kept_channels = material.masks.channels(dense)
             for kind, part in OUTPUT_PROJECTIONS.items():
                 keep = kept_channels[kind]
-                if bool(keep.all()):
+                experts = dense.experts if kind == "ffn" else 1
+                by_expert = keep.view(experts, -1)
+                if torch.equal(by_expert.any(1), by_expert.all(1)):  # each expert keeps all neurons or none
                     continue
                 moments = getattr(material.statistics, kind)[dense.index].total
                 weight = dense.parts[part].weight.to(device_of(dense.layer))
-                experts = dense.experts if kind == "ffn" else 1
                 new_weight, bias = self.solve(weight, keep, moments, experts=experts, ridge=material.ridge)
                 block.parts[part].set(new_weight, bias)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gprune.importance.scores import Scores
 from gprune.models.blocks import Block
-from gprune.models.experts import least_experts
+from gprune.models.experts import experts_per_token, least_experts
 from gprune.sparsity.budget import BlockUnits, Budget
 from gprune.sparsity.cost import BlockCosts
 
@@ -37,7 +37,13 @@ class RouterRule:
         if not block.has_experts:
             return cls()
         groups, least = least_experts(config, block.experts)
-        why_not = "" if block.family.per_expert else block.family.whole_experts or "its router is unknown"
+        needed, why_not = experts_per_token(config.get_text_config(decoder=True)), ""
+        if not block.family.per_expert:
+            why_not = block.family.whole_experts or "its router is unknown"
+        elif needed is None:
+            why_not = "its configuration does not tell how many experts a token needs"
+        elif needed >= block.experts:
+            why_not = f"its router chooses all {block.experts} experts"
         return cls(block.experts, groups, least, why_not)
 
     def rounds(self, scores: Sequence[float]) -> list[list[int]]:
@@ -111,6 +117,8 @@ class ExpertBudget(Budget):
     def least(self) -> str:
         rule = max(self.rules, key=lambda rule: rule.groups * rule.least)
         of_experts = f"each router needs {rule.groups * rule.least} of {rule.experts} experts"
+        if rule.groups > 1:
+            of_experts += f", {rule.least} in each of {rule.groups} groups"
         return f"{of_experts}, {super().least}" if self.has_other_units else of_experts
 
     @property

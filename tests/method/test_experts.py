@@ -174,6 +174,25 @@ def test_a_global_ranking_exports_with_the_modelling_file(world, tmp_path):
     assert (result.path / "model" / "modeling_pruned.py").exists()
 
 
+def test_whole_blocks_may_take_all_layers_with_experts(world, tmp_path, capsys):
+    folder = tmp_path / "one_mixture"
+    config = SIZES | MIXTURES["qwen2_moe"] | {"num_hidden_layers": 2, "mlp_only_layers": [1]}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen2_moe"](**config))
+    for name, parameter in model.named_parameters():
+        if "layers.0." in name and ("o_proj" in name or "down_proj" in name):
+            parameter.data.zero_()  # the layer with experts changes nothing
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    flags = [f"--model.name={folder}", "--gprune=false", "--sparsity.scope=ffn+experts+blocks"]
+    flags += ["--sparsity.target=0.75", "--sparsity.block_share=1", "--sparsity.block_choice=influence"]
+    assert main(world.args(tmp_path, *flags, "--dry_run=true")) == 0
+    assert "whole blocks take all layers with experts" in capsys.readouterr().out
+    result = world.run(tmp_path, *flags)
+    assert result.masks.blocks == [False, False, True]  # experts and shared experts of layer 0
+    assert "experts" not in result.summary
+    assert result.model is not None
+
+
 def test_a_target_in_quality_and_in_bytes_and_a_resumed_run(world, tmp_path):
     flags = [*ALONE, model_of(world, "mixtral"), "--sparsity.target=+200%", "--evaluation.development_samples=2"]
     result = world.run(tmp_path, *flags, "--recovery=none")
@@ -217,6 +236,9 @@ def test_experts_that_no_token_reaches_are_named_in_one_warning(world, tmp_path,
     assert 3 in result.summary["experts"]["removed"]["1"]
     assert result.summary["experts"]["scores"]["1"][3] is None
     assert (result.path / "report.html").exists()
+    flags = [f"--model.name={idle}", *ALONE, "--sparsity.expert_metric=random"]  # removes any experts first
+    assert main(world.args(tmp_path, *flags, name="random")) == 0
+    assert "No calibration token reaches" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -239,6 +261,23 @@ def test_bad_input_is_refused_in_one_line(world, tmp_path, capsys, model, flags,
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_router_that_chooses_all_experts_is_refused_with_this_reason(world, tmp_path, capsys):
+    folder = tmp_path / "all_experts"
+    config = SIZES | MIXTURES["mixtral"] | {"num_local_experts": 2}
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["mixtral"](**config)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert main(world.args(tmp_path, f"--model.name={folder}", *ALONE)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot remove experts of model type 'mixtral': its router chooses all 2 experts. Use ffn" in error
+
+
+def test_dry_run_says_that_least_squares_changes_nothing_if_all_neurons_remain(world, tmp_path, capsys):
+    recovery = "--recovery=[least_squares,distill]"
+    args = world.args(tmp_path, model_of(world, "mixtral"), *ALONE, recovery, "--dry_run=true")
+    assert main(args) == 0
+    assert "all neurons of these experts remain, so --recovery least_squares changes nothing" in capsys.readouterr().out
 
 
 def test_dry_run_says_how_many_experts_remain_and_what_a_whole_number_overshoots(world, tmp_path, capsys):

@@ -98,7 +98,10 @@ def test_a_share_limits_experts_unless_other_units_cannot_make_up_the_rest():
 def test_with_groups_each_group_loses_its_weakest_expert():
     grouped = budget(0.5, scope="experts", groups=2).ranked_by(scores(DOWN, [1.0, 9, 9, 9, 2, 9, 9, 0]))
     assert grouped.removed_experts == {0: [2, 3, 6, 7], 1: [0, 1, 4, 7]}
-    with pytest.raises(UserError, match=r"at most 0\.5000, because each router needs 4 of 8 experts, .* got 0\.6"):
+    with pytest.raises(
+        UserError,
+        match=r"at most 0\.5000, because each router needs 4 of 8 experts, 2 in each of 2 groups, .* got 0\.6",
+    ):
         budget(0.6, scope="experts", groups=2)
 
 
