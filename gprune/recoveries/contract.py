@@ -200,21 +200,18 @@ class Projection(Recovery):
 
     def revise(self, material: Material) -> Revise:
         """Return a function that corrects the output projections of a sliced block, with errors as `solve`."""
-        import torch
-
         from gprune.models.offload import device_of
 
         def revise(dense: Block, block: Block) -> None:
-            """Correct those output projections of a sliced block that lost channels, beyond those of whole experts."""
+            """Correct those output projections of a sliced block that lost channels."""
             kept_channels = material.masks.channels(dense)
             for kind, part in OUTPUT_PROJECTIONS.items():
                 keep = kept_channels[kind]
-                experts = dense.experts if kind == "ffn" else 1
-                by_expert = keep.view(experts, -1)
-                if torch.equal(by_expert.any(1), by_expert.all(1)):  # each expert keeps all neurons or none
+                if bool(keep.all()):
                     continue
                 moments = getattr(material.statistics, kind)[dense.index].total
                 weight = dense.parts[part].weight.to(device_of(dense.layer))
+                experts = dense.experts if kind == "ffn" else 1
                 new_weight, bias = self.solve(weight, keep, moments, experts=experts, ridge=material.ridge)
                 block.parts[part].set(new_weight, bias)
 
@@ -230,12 +227,13 @@ class Projection(Recovery):
             has_experts = moments.count.dim() > 0  # each expert has its own token count
             if not has_experts:
                 return self._solve_one(weight, keep, moments, ridge)
+            solved: list[tuple[Tensor, Tensor | None]] = []
             by_expert = zip(weight.chunk(experts, 1), keep.chunk(experts), strict=True)
-            solved = [
-                self._solve_one(expert_weight, expert_keep, moments.of_expert(index, experts), ridge)
-                for index, (expert_weight, expert_keep) in enumerate(by_expert)
-                if expert_keep.any()  # others are removed with their row of the router
-            ]
+            for index, (expert_weight, expert_keep) in enumerate(by_expert):
+                if expert_keep.all():  # only other experts are removed
+                    solved.append((expert_weight, None))
+                elif expert_keep.any():  # otherwise it is removed with its row of the router
+                    solved.append(self._solve_one(expert_weight, expert_keep, moments.of_expert(index, experts), ridge))
         if any(bias is not None for _, bias in solved):
             raise UserError(f"Recovery '{self.name}' must return None as the bias of experts, which have no biases.")
         return torch.cat([new_weight for new_weight, _ in solved], 1), None
