@@ -276,7 +276,7 @@ def experts_figure(entry: dict[str, Any]) -> Figure:
     image = axes.imshow(relative, cmap="Blues", aspect="auto", vmin=min(0, np.nanmin(relative)))
     removed = [(expert, row) for row, layer in enumerate(layers) for expert in entry["removed"][layer]]
     if removed:
-        axes.scatter(*zip(*removed, strict=True), marker="x", s=18, lw=1, color="#D55E00", label="removed")
+        axes.scatter(*zip(*removed, strict=True), marker="x", s=36, lw=1.6, color="#D55E00", label="removed")
         figure.legend(loc="outside lower right")
     axes.set_yticks(range(len(layers)), layers)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
