@@ -219,6 +219,9 @@ def test_experts_without_tokens_are_named_and_have_the_lowest_score():
 def test_a_ranking_of_all_layers_removes_experts_without_tokens_first(metric):
     model, ids = make("gpt_oss"), tokens()
     model.model.layers[1].mlp.router.bias[[2, 5]] = -1e4
+    for layer in model.model.layers:  # scores far below 1
+        layer.mlp.experts.down_proj *= 1e-3
+        layer.mlp.experts.down_proj_bias *= 1e-3
     blocks, statistics = blocks_of(model), collect_routing(model, ids)
     idle = {block.index: (statistics.ffn[block.index].routing[0] == 0).nonzero()[:, 0].tolist() for block in blocks}
     idle = {index: experts for index, experts in idle.items() if experts}
@@ -363,7 +366,7 @@ def test_routers_that_choose_all_experts_or_an_unknown_number_are_refused_with_t
     model = make("mixtral", num_experts_per_tok=8)
     (block, *_) = mixtures(model)
     assert RouterRule.of(block, model.config).why_not == "its router chooses all 8 experts"
-    del model.config.num_experts_per_tok
+    model.config.num_experts_per_tok = None
     reason = "its configuration does not tell how many experts a token needs"
     assert RouterRule.of(block, model.config).why_not == reason
 
