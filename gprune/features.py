@@ -9,6 +9,7 @@ features: `export/convert.py` and `registry.py` have their interfaces.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 Tokens = dict[int, tuple[int, int]]  # step of the method -> (forward, forward and backward)
@@ -24,6 +25,7 @@ class Feature:
     # "Ignored flags" if the chosen value does not read them. With `corpora.ROLE` a feature gets the text of that role.
     reads: frozenset[str] = frozenset()
     also_reads: frozenset[str] = frozenset()  # flags that another choice decides about, unless this feature is used
+    needs_narrower = False  # whether it recovers only what became narrower, and not what lost whole experts or blocks
     needs: frozenset[str] = frozenset()  # statistics of the dense model beyond moments, or `text`
 
     def identity(self, cfg: Any) -> dict[str, Any]:
@@ -64,6 +66,9 @@ class Feature:
 
     def store(self, plan: Any, folder: Any) -> None:
         """Write what this feature has measured to the run's folder, from which a resumed run reads it."""
+
+    def after_scoring(self, run: Any, scores: Any, statistics: Sequence[Any]) -> None:
+        """Read the `importance.scores.Scores` of the run's own model, and the statistics by corpus behind them."""
 
     def summary(self, run: Any, masks: Any, pruned: Any) -> dict[str, Any]:
         """Return entries of the summary of a finished run."""

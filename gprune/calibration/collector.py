@@ -116,8 +116,10 @@ class Collector:
 
         def add(x: Tensor, expert: int, tokens: Tensor) -> None:
             chosen, weights = routed
-            router_weight = (weights[tokens] * (chosen[tokens] == expert)).sum(1)
-            counted = self._weight.to(x.device)[tokens // self._length]
+            is_chosen = chosen[tokens] == expert
+            router_weight = (weights[tokens] * is_chosen).sum(1)
+            # Experts of some classes compute all tokens, also those of other experts.
+            counted = self._weight.to(x.device)[tokens // self._length] * is_chosen.any(1)
             metric.update(expert, expert_output(block, expert, x.detach()), router_weight.detach(), counted)
 
         self._handles.append(watch_routing(block, remember))

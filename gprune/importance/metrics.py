@@ -131,7 +131,7 @@ def expert_metric(
     Args:
         name: the value of `--sparsity.expert_metric`.
         activation_free: whether the score ignores `routing`. Otherwise experts that no calibration token reaches get
-            the lowest score.
+            the score -inf.
 
     Raises:
         ValueError: if another metric has this name.

@@ -76,7 +76,7 @@ def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, g
 def score_experts(name: str, block: Block, weights: UnitWeights, routing: Routing, seed: int) -> Tensor:
     """Return scores of a block's experts by the metric `name`, (E,) float64.
 
-    Experts without any routed token have the lowest score, unless the metric ignores activations. This is our choice.
+    Experts without any routed token have the score -inf, unless the metric ignores activations. This is our choice.
     """
     generator = generator_for(seed, block.index, "ffn")
     with EXPERT_IMPORTANCE.unchanged(name, *weights.inputs, weights.output, *vars(routing).values()):
@@ -84,7 +84,7 @@ def score_experts(name: str, block: Block, weights: UnitWeights, routing: Routin
     scores = EXPERT_IMPORTANCE.checked(name, "scores", scores, (block.experts,)).cpu().double()
     if EXPERT_IMPORTANCE[name].activation_free:
         return scores
-    return scores.where(routing.count > 0, scores.min() - 1)
+    return scores.where(routing.count > 0, -torch.inf)
 
 
 def idle_experts(blocks: Sequence[Block], statistics: Sequence[CorpusStatistics]) -> str:

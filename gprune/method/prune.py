@@ -46,13 +46,13 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import perplexity
 from gprune.export.hf import to_portable
+from gprune.features import attribute
 from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE
 from gprune.importance.scores import (
     Scores,
     ffn_weights,
     fractional_ranks,
     generator_for,
-    idle_experts,
     score_ffn,
     score_units,
 )
@@ -289,12 +289,9 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Sco
         )
 
     scores = {stage: score_on(*corpora) for stage, corpora in cfg.scored_on.items()}
-    if experts:
-        of_blocks = enumerate(scores[cfg.main_stage].experts)
-        run.folder.write("experts", {f"scores.{b}": of_block for b, of_block in of_blocks})
-        scored = [statistics[corpus] for corpus in cfg.scored_on[cfg.main_stage]]
-        if idle := idle_experts(run.blocks, scored):
-            log.warning("No calibration token reaches these experts, which are removed first: %s", idle)
+    scored = [statistics[corpus] for corpus in cfg.scored_on[cfg.main_stage]]
+    for feature in cfg.features:
+        attribute(feature, "after_scoring")(run, scores[cfg.main_stage], scored)
     return scores
 
 
@@ -561,7 +558,6 @@ def learn_sparsity(
 ) -> StageMasks:  # fmt: skip
     """Step 7: compute or learn thresholds per module, which give masks for any budget."""
     run = with_learning_budget(run, statistics, masks_of)
-    run = run.with_budget(run.budget.ranked_by(scores))
     name = run.cfg.sparsity.allocation
     learns = ALLOCATION[name].learned
     run.step(7, "Learning sparsity" if learns else "Allocating sparsity")
@@ -570,7 +566,10 @@ def learn_sparsity(
         start = allocated_masks(run, "modules", scores_in_modules, statistics, run.cfg.corpora.drift)
     else:
         start = masks_of["base"]
-    masks = replace(start, modules=modules, module_allocation=name)
+    # `start` may be scored on other corpora; whole experts are those of the final masks.
+    scores = replace(start.scores, experts=scores.experts)
+    masks = replace(start, scores=scores, modules=modules, module_allocation=name)
+    run = run.with_budget(run.budget.ranked_by(masks.scores))
     if not learns:
         return masks
     tensors = run.folder.tensors("thresholds", lambda: fit_thresholds(run, masks).tensors())
@@ -652,7 +651,8 @@ def meet_budget(run: Run, masks_of: Mapping[str, StageMasks]) -> tuple[Threshold
     if "gprune" not in masks_of:
         return None, masks
     of_modules = masks_of["gprune"]
-    tensors = run.folder.tensors("thresholds", lambda: of_modules.module_sparsity(run.budget).tensors())
+    budget = run.budget.ranked_by(of_modules.scores)
+    tensors = run.folder.tensors("thresholds", lambda: of_modules.module_sparsity(budget).tensors())
     log_modules(run.loggers, of_modules.modules, masks["gprune"])
     return ModuleSparsity.from_tensors(tensors).thresholds, masks
 

@@ -224,7 +224,7 @@ def kept_experts(block: Block, keep: Tensor) -> Tensor:
     return keep.view(block.experts, -1).any(1)
 
 
-def removed_experts(blocks: Collection[Block], masks: Collection[Tensor]) -> dict[int, list[int]]:
+def experts_without_neurons(blocks: Collection[Block], masks: Collection[Tensor]) -> dict[int, list[int]]:
     """Return the experts that masks of neurons, (E x N,) per block, remove as a whole, in blocks that keep others."""
     removed = {}
     for block, mask in zip(blocks, masks, strict=True):

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from gprune.models.blocks import Block, blocks_of
-from gprune.models.experts import Watch, removed_experts, watch_experts, without_experts
+from gprune.models.experts import Watch, experts_without_neurons, watch_experts, without_experts
 from gprune.models.offload import device_of
 
 
@@ -226,6 +226,6 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
     attention = [mask.to(device) for mask, device in zip(masks.attention, devices, strict=True)]
     all_groups_kept = bool(torch.stack([mask.all() for mask in masks.attention]).all())
     removed = [index for index, stays in enumerate(masks.blocks) if not stays]
-    experts = without_experts(model, removed_experts(blocks, masks.ffn))
+    experts = without_experts(model, experts_without_neurons(blocks, masks.ffn))
     with bypassed(model, removed), experts, gated(model, ffn, None if all_groups_kept else attention):
         yield model

@@ -190,6 +190,8 @@ def check_chain(chain: str) -> None:
 class Projection(Recovery):
     """A recovery that solves each output projection separately, from statistics of the dense model."""
 
+    needs_narrower = True
+
     def __init__(self, solver: Solver, *, needs: Collection[str], experts: bool, flags: Collection[str] = ("ridge",)):
         self.solver = solver
         self.needs = frozenset(needs)

@@ -262,12 +262,16 @@ def speed_figure(table: dict[str, Any], depth: int) -> Figure:
 
 @style()
 def experts_figure(entry: dict[str, Any]) -> Figure:
-    """Figure of the scores of whole experts by layer, relative to the mean of their layer, and of the removed ones."""
+    """Figure of the scores of whole experts by layer, relative to the mean of their layer, and of the removed ones.
+
+    Experts without a score, which no token reaches, have no colour.
+    """
     layers, scores = list(entry["scores"]), list(entry["scores"].values())
     experts = max(map(len, scores))
     relative = np.full((len(layers), experts), np.nan)
     for row, of_layer in zip(relative, scores, strict=True):
-        row[: len(of_layer)] = np.divide(of_layer, np.mean(of_layer) or 1)
+        values = np.array(of_layer, dtype=float)  # NaN for experts without a score, which no token reaches
+        row[: len(of_layer)] = values / (np.nanmean(np.abs(values)) or 1)
     figure, axes = canvas(9, 1.6 + 0.22 * len(layers))
     image = axes.imshow(relative, cmap="Blues", aspect="auto", vmin=min(0, np.nanmin(relative)))
     removed = [(expert, row) for row, layer in enumerate(layers) for expert in entry["removed"][layer]]

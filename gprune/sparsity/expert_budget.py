@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from gprune.importance.scores import Scores
 from gprune.models.blocks import Block
-from gprune.models.experts import least_experts
+from gprune.models.experts import experts_per_token, least_experts
 from gprune.sparsity.budget import BlockUnits, Budget
 from gprune.sparsity.cost import BlockCosts
 
@@ -36,7 +37,13 @@ class RouterRule:
         if not block.has_experts:
             return cls()
         groups, least = least_experts(config, block.experts)
-        why_not = "" if block.family.per_expert else block.family.whole_experts or "its router is unknown"
+        needed, why_not = experts_per_token(config.get_text_config(decoder=True)), ""
+        if not block.family.per_expert:
+            why_not = block.family.whole_experts or "its router is unknown"
+        elif needed is None:
+            why_not = "its configuration does not tell how many experts a token needs"
+        elif needed >= block.experts:
+            why_not = f"its router chooses all {block.experts} experts"
         return cls(block.experts, groups, least, why_not)
 
     def rounds(self, scores: Sequence[float]) -> list[list[int]]:
@@ -55,7 +62,7 @@ class ExpertBudget(Budget):
 
     If all layers keep the same number, a step is an expert of each layer, or one of each group of its router.
     Otherwise a step is an expert of one layer, and layers compete by the scores of their experts relative to the mean
-    of their layer.
+    absolute score of their layer. Experts with the score -inf, which no token reaches, come first and are not averaged.
 
     Steps are taken as long as they fit into `share` of the target; neurons and KV groups in scope make up the rest.
     Without such units the smallest number of steps is taken that reaches the target, and the target becomes what they
@@ -110,6 +117,8 @@ class ExpertBudget(Budget):
     def least(self) -> str:
         rule = max(self.rules, key=lambda rule: rule.groups * rule.least)
         of_experts = f"each router needs {rule.groups * rule.least} of {rule.experts} experts"
+        if rule.groups > 1:
+            of_experts += f", {rule.least} in each of {rule.groups} groups"
         return f"{of_experts}, {super().least}" if self.has_other_units else of_experts
 
     @property
@@ -126,13 +135,14 @@ class ExpertBudget(Budget):
             b for b in self.kept if self.rules[b].experts and not self.units[b].protected
         ]  # of blocks that are not removed as a whole
         rounds: dict[int, list[Step]] = {}
-        keys: list[tuple[float, int, int]] = []  # (mean score relative to the layer's mean, block, round)
+        keys: list[tuple[float, int, int]] = []  # (mean score relative to the layer, block, round)
         for b in open_blocks:
             scores = self.scores[b] if self.scores else tuple(map(float, range(self.rules[b].experts)))
             rounds[b] = [[(b, expert) for expert in experts] for experts in self.rules[b].rounds(scores)]
-            mean = sum(scores) / len(scores) or 1.0
+            sizes = [abs(score) for score in scores if math.isfinite(score)]
+            scale = sum(sizes) / max(1, len(sizes)) or 1.0
             keys += [
-                (sum(scores[expert] for _, expert in step) / len(step) / mean, b, number)
+                (sum(scores[expert] for _, expert in step) / len(step) / scale, b, number)
                 for number, step in enumerate(rounds[b])
             ]
         if self.equal:

@@ -7,13 +7,18 @@ same number of experts, chosen by their scores, so that the exported folder is a
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from gprune.errors import UserError
-from gprune.features import Feature
+from gprune.features import Feature, attribute
+from gprune.importance.metrics import EXPERT_IMPORTANCE
 from gprune.sparsity.target import HALF_BITS
+
+log = logging.getLogger("gprune")
 
 
 class WholeExperts(Feature):
@@ -61,6 +66,8 @@ class WholeExperts(Feature):
         """Return how many experts remain, how many the router needs, and the overshoot of a whole number."""
         budget = plan.budget
         rules = {b: rule for b, rule in enumerate(budget.rules) if rule.experts and b not in budget.removed}
+        if not rules:
+            return {"experts": "whole blocks take all layers with experts"}
         kept = [rule.experts - len(budget.removed_experts.get(b, ())) for b, rule in rules.items()]
         needed = [rule.groups * rule.least for rule in rules.values()]
         experts, groups = [rule.experts for rule in rules.values()], max(rule.groups for rule in rules.values())
@@ -70,7 +77,21 @@ class WholeExperts(Feature):
         if not budget.equal or len(set(kept)) > 1:
             text += "; layers may differ, so the folder needs its modelling file"
         lines = {"experts": f"{text}{overshoot(plan)}"}
-        return lines if budget.has_other_units else lines | {"widths": "all neurons of these experts remain"}
+        if budget.has_other_units:
+            return lines
+        widths = "all neurons of these experts remain"
+        if without_effect := [feature.name for feature in plan.cfg.features if attribute(feature, "needs_narrower")]:
+            widths += f", so --recovery {'+'.join(without_effect)} changes nothing"
+        return lines | {"widths": widths}
+
+    def after_scoring(self, run: Any, scores: Any, statistics: Sequence[Any]) -> None:
+        """Write the scores of experts, and warn of experts that no token reaches if they are removed first."""
+        from gprune.importance.scores import idle_experts
+
+        run.folder.write("experts", {f"scores.{b}": of_block for b, of_block in enumerate(scores.experts)})
+        is_blind = EXPERT_IMPORTANCE[run.cfg.sparsity.expert_metric].activation_free
+        if not is_blind and (idle := idle_experts(run.blocks, statistics)):
+            log.warning("No calibration token reaches these experts, which are removed first: %s", idle)
 
     def summary(self, run: Any, masks: Any, pruned: Any) -> dict[str, Any]:
         """Return the scores of experts and the removed ones by layer, and the sentence about them."""
@@ -81,7 +102,10 @@ class WholeExperts(Feature):
             if block.has_experts and masks.blocks[block.index]:
                 kept, layer = kept_experts(block, masks.ffn[block.index]), str(block.layer_index)
                 removed[layer] = (~kept).nonzero()[:, 0].tolist()
-                scores[layer] = stored[f"scores.{block.index}"].tolist()
+                of_layer = stored[f"scores.{block.index}"].tolist()
+                scores[layer] = [score if math.isfinite(score) else None for score in of_layer]  # JSON has no -inf
+        if not removed:  # whole blocks have taken all layers with experts
+            return {}
         counts = [len(experts) for experts in removed.values()]
         total = max(block.experts for block in run.blocks)
         said = f"{span(counts)} of {total} experts are removed in each of {len(counts)} layers{overshoot(run.plan)}."

@@ -35,24 +35,25 @@ class StageMasks:
     modules: Modules | None = None
     module_allocation: str = ""  # allocation to modules
     learned: ModuleSparsity | None = None
-    _allocated: dict[int, Masks] = field(default_factory=dict)  # target -> masks
+    # (target, removed experts) -> masks; stages with the same scores of neurons and KV groups share it
+    _allocated: dict[tuple[int, str], Masks] = field(default_factory=dict)
 
     def __call__(self, budget: Budget) -> Masks:
-        """Return the masks for a budget."""
+        """Return the masks for a budget, in which the scores of the stage choose the experts."""
         budget = budget.ranked_by(self.scores)
         if self.modules is None:
             return self.allocated(budget)
         return self.module_sparsity(budget).masks(self.modules.ranks, budget)
 
     def allocated(self, budget: Budget) -> Masks:
-        """Return the masks by scores of blocks, computed once per target."""
-        budget = budget.ranked_by(self.scores)
-        if budget.target not in self._allocated:
+        """Return the masks by scores of blocks for a budget that is ranked by them, computed once per budget."""
+        key = budget.target, str(budget.removed_experts)
+        if key not in self._allocated:
             # Statistics are pooled in each call and not kept, because of the size of their Gram matrices.
             statistics = replace(pool_statistics(self.statistics), errors=self.errors)
             masks = allocate(self.allocation, self.scores, statistics, self.blocks, budget, **self.options)
-            self._allocated[budget.target] = masks
-        return self._allocated[budget.target]
+            self._allocated[key] = masks
+        return self._allocated[key]
 
     @property
     def for_one_budget(self) -> bool:
@@ -60,10 +61,9 @@ class StageMasks:
         return self.learned is not None and self.learned.fixed_masks is not None
 
     def module_sparsity(self, budget: Budget) -> ModuleSparsity:
-        """Return the sparsity of modules: the learned one, or thresholds for the budget."""
+        """Return the sparsity of modules: the learned one, or thresholds for a budget that is ranked by the scores."""
         if self.learned is not None:
             return self.learned
-        budget = budget.ranked_by(self.scores)
         masks, ranks = self.allocated(budget), self.modules.ranks
         masks = replace(masks, ffn=budget.of_kept_experts(masks.ffn))
         ranks = replace(ranks, ffn=budget.of_kept_experts(ranks.ffn), labels=budget.of_kept_experts(ranks.labels))

@@ -16,6 +16,8 @@ import gprune
 from gprune import RunConfig
 from gprune.cli import main
 from gprune.importance.metrics import EXPERT_IMPORTANCE
+from gprune.report.figures import experts_figure
+from gprune.stages.threshold_learning import ThresholdLearning
 from tests.registries import restored
 from tests.tiny_run import World, draw, tiny_tokenizer, world_with_cache
 from tests.wandb_files import find, read
@@ -120,6 +122,33 @@ def test_experts_and_neurons_share_one_budget_with_modules_and_learning(world, t
     assert units == round(result.summary["sparsity_of_scope"] * scope)
 
 
+def test_learning_removes_the_experts_of_the_final_masks_also_if_corpora_are_routed_differently(
+    world, tmp_path, monkeypatch
+):
+    seen, refresh = [], ThresholdLearning.refresh_gates
+
+    def spy(stage: ThresholdLearning) -> None:
+        seen.append(stage.budget.removed_experts)
+        refresh(stage)
+
+    monkeypatch.setattr(ThresholdLearning, "refresh_gates", spy)
+    with restored(EXPERT_IMPORTANCE):
+
+        @gprune.expert_metric("reversed_on_several_corpora")
+        def reversed_on_several(weights, routing, generator):
+            of_one_corpus = 2 * 4 * 32  # top-2, windows, tokens
+            return torch.arange(8.0) if routing.count.sum() <= of_one_corpus else torch.arange(8.0).flip(0)
+
+        flags = ["--sparsity.scope=ffn+experts", "--sparsity.expert_metric=reversed_on_several_corpora"]
+        flags += ["--sparsity.expert_share=0.6", f"--corpora.score={world.names('alpha', 'beta')}"]
+        flags += ["--sparsity.width_multiple=1"]
+        result = world.run(tmp_path, model_of(world, "mixtral"), *flags)
+    assert seen
+    assert all(experts == {0: [6, 7], 1: [6, 7], 2: [6, 7]} for experts in seen)
+    for mask in result.masks.ffn:
+        assert (~mask.view(8, -1).any(1)).nonzero()[:, 0].tolist() == [6, 7]
+
+
 def test_all_layers_keep_the_same_number_in_groups_and_the_shared_experts_are_untouched(world, tmp_path):
     result = world.run(tmp_path, model_of(world, "deepseek_v3"), *ALONE, "--sparsity.target=0.2")
     assert result.summary["experts"]["removed"].keys() == {"1", "2"}  # layer 0 is dense
@@ -144,6 +173,25 @@ def test_a_global_ranking_exports_with_the_modelling_file(world, tmp_path):
     assert removed[0] == [4, 5, 6, 7]  # scores 4, 3, 2 and 1 of a mean of 4.5
     assert scores.keys() == removed.keys()
     assert (result.path / "model" / "modeling_pruned.py").exists()
+
+
+def test_whole_blocks_may_take_all_layers_with_experts(world, tmp_path, capsys):
+    folder = tmp_path / "one_mixture"
+    config = SIZES | MIXTURES["qwen2_moe"] | {"num_hidden_layers": 2, "mlp_only_layers": [1]}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen2_moe"](**config))
+    for name, parameter in model.named_parameters():
+        if "layers.0." in name and ("o_proj" in name or "down_proj" in name):
+            parameter.data.zero_()  # the layer with experts changes nothing
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    flags = [f"--model.name={folder}", "--gprune=false", "--sparsity.scope=ffn+experts+blocks"]
+    flags += ["--sparsity.target=0.75", "--sparsity.block_share=1", "--sparsity.block_choice=influence"]
+    assert main(world.args(tmp_path, *flags, "--dry_run=true")) == 0
+    assert "whole blocks take all layers with experts" in capsys.readouterr().out
+    result = world.run(tmp_path, *flags)
+    assert result.masks.blocks == [False, False, True]  # experts and shared experts of layer 0
+    assert "experts" not in result.summary
+    assert result.model is not None
 
 
 def test_a_target_in_quality_and_in_bytes_and_a_resumed_run(world, tmp_path):
@@ -187,6 +235,13 @@ def test_experts_that_no_token_reaches_are_named_in_one_warning(world, tmp_path,
     assert len(warnings) == 1
     assert re.search(r"layer 1: [0-9, ]*3", warnings[0])
     assert 3 in result.summary["experts"]["removed"]["1"]
+    assert result.summary["experts"]["scores"]["1"][3] is None
+    drawn = experts_figure(result.summary["experts"]).axes[0].images[0].get_array()
+    assert drawn.mask[1, 3]
+    assert not drawn.mask.all(1).any()
+    flags = [f"--model.name={idle}", *ALONE, "--sparsity.expert_metric=random"]  # removes any experts first
+    assert main(world.args(tmp_path, *flags, name="random")) == 0
+    assert "No calibration token reaches" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -209,6 +264,23 @@ def test_bad_input_is_refused_in_one_line(world, tmp_path, capsys, model, flags,
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_router_that_chooses_all_experts_is_refused_with_this_reason(world, tmp_path, capsys):
+    folder = tmp_path / "all_experts"
+    config = SIZES | MIXTURES["mixtral"] | {"num_local_experts": 2}
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["mixtral"](**config)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    assert main(world.args(tmp_path, f"--model.name={folder}", *ALONE)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot remove experts of model type 'mixtral': its router chooses all 2 experts. Use ffn" in error
+
+
+def test_dry_run_says_that_least_squares_changes_nothing_if_all_neurons_remain(world, tmp_path, capsys):
+    recovery = "--recovery=[least_squares,distill]"
+    args = world.args(tmp_path, model_of(world, "mixtral"), *ALONE, recovery, "--dry_run=true")
+    assert main(args) == 0
+    assert "all neurons of these experts remain, so --recovery least_squares changes nothing" in capsys.readouterr().out
 
 
 def test_dry_run_says_how_many_experts_remain_and_what_a_whole_number_overshoots(world, tmp_path, capsys):

@@ -23,6 +23,7 @@ from gprune.models.blocks import Block, blocks_of
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
 from gprune.sparsity.budget import Budget, block_units
+from gprune.sparsity.expert_budget import ExpertBudget, RouterRule
 from tests.conftest import collect, hooks_of
 from tests.registries import restored
 
@@ -116,7 +117,7 @@ def reference_routing(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize("name", TYPES)
 def test_routing_and_reap_equal_a_loop_over_tokens_and_experts_in_float64(name):
     model, ids = make(name, **RENORMALISING.get(name, {})).double(), tokens()
     statistics = collect_routing(model, ids)
@@ -126,7 +127,7 @@ def test_routing_and_reap_equal_a_loop_over_tokens_and_experts_in_float64(name):
         routing = statistics.ffn[block.index].routing
         torch.testing.assert_close(routing, expected, rtol=1e-6, atol=1e-9)
         reap = expected[3] / expected[0].clamp_min(1)
-        torch.testing.assert_close(scores.experts[block.index], reap.where(expected[0] > 0, reap.min() - 1))
+        torch.testing.assert_close(scores.experts[block.index], reap.where(expected[0] > 0, -torch.inf))
 
 
 @pytest.mark.parametrize("norm_topk_prob", [False, True])
@@ -214,6 +215,27 @@ def test_experts_without_tokens_are_named_and_have_the_lowest_score():
             assert set(scores.argsort()[:2].tolist()) == {2, 5}
 
 
+@pytest.mark.parametrize("metric", ["reap", "negative"])
+def test_a_ranking_of_all_layers_removes_experts_without_tokens_first(metric):
+    model, ids = make("gpt_oss"), tokens()
+    model.model.layers[1].mlp.router.bias[[2, 5]] = -1e4
+    for layer in model.model.layers:  # scores far below 1
+        layer.mlp.experts.down_proj *= 1e-3
+        layer.mlp.experts.down_proj_bias *= 1e-3
+    blocks, statistics = blocks_of(model), collect_routing(model, ids)
+    idle = {block.index: (statistics.ffn[block.index].routing[0] == 0).nonzero()[:, 0].tolist() for block in blocks}
+    idle = {index: experts for index, experts in idle.items() if experts}
+    number = sum(map(len, idle.values()))
+    rules = [RouterRule.of(block, model.config) for block in blocks]
+    units = block_units(blocks, scope="experts")
+    budget = ExpertBudget.of_model(units, (number - 0.5) / 24, rules=rules, share=1.0, equal=False)
+    with restored(EXPERT_IMPORTANCE):
+        gprune.expert_metric("negative")(lambda weights, routing, generator: -routing.count)
+        budget = budget.ranked_by(score_units("magnitude", blocks, statistics, experts=metric))
+    assert idle[1] == [2, 5]
+    assert budget.removed_experts == idle
+
+
 # --- masks, slicing and folders
 
 
@@ -239,6 +261,62 @@ def test_half_of_the_experts_is_removed_and_the_folder_loads_in_stock_transforme
     assert not list(tmp_path.glob("*.py"))
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, **AS_TINY)
     assert_same_bits(stock, pruned, ids)
+
+
+def choice_without(router: nn.Module, name: str, logits: Tensor, removed: list[int]) -> tuple[Tensor, Tensor]:
+    """Return weights and numbers of the experts that a router of E = 8 experts chooses without some, each (n, 2).
+
+    Logits (n, E) of removed experts, or their scores behind the sigmoid and the correction bias, are -inf.
+    """
+    if name == "deepseek_v3":
+        scores = logits.sigmoid()
+        of_choice = scores + router.e_score_correction_bias
+        of_choice[:, removed] = -torch.inf
+        best_group = of_choice.view(-1, 2, 4).topk(2).values.sum(2).argmax(1)
+        of_choice[(torch.arange(8) // 4)[None] != best_group[:, None]] = -torch.inf
+        numbers = of_choice.topk(2).indices
+        weights = scores.gather(1, numbers)
+        return weights / weights.sum(1, keepdim=True) * router.routed_scaling_factor, numbers
+    logits = logits.clone()
+    logits[:, removed] = -torch.inf
+    if name == "gpt_oss":
+        best = logits.topk(2)
+        return best.values.softmax(1), best.indices
+    weights, numbers = logits.softmax(1).topk(2)
+    return weights / weights.sum(1, keepdim=True) if router.norm_topk_prob else weights, numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "removed"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": False}, [0, 3, 4]),
+        ("qwen3_moe", {"norm_topk_prob": True}, [0, 3, 4]),
+        ("gpt_oss", {}, [0, 3, 4]),
+        ("deepseek_v3", {"norm_topk_prob": True}, [1, 6]),  # one of each group
+    ],
+)
+def test_masked_and_sliced_models_equal_one_whose_router_logits_of_removed_experts_are_minus_infinity(
+    name, settings, removed
+):
+    model, ids = make(name, **settings), tokens()
+    masks, handles = experts_only(model), []
+    for block in mixtures(model):
+        kept = ~torch.isin(torch.arange(8), torch.tensor(removed))
+        masks.ffn[block.index] = kept.repeat_interleave(block.neurons)
+        router = block.layer.mlp.router if name == "gpt_oss" else block.layer.mlp.gate
+
+        def without(router: nn.Module, _inputs: tuple, output: tuple) -> tuple:
+            return output[0], *choice_without(router, name, output[0], removed)
+
+        handles.append(router.register_forward_hook(without))
+    expected = model(ids, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    assert (expected - model(ids, use_cache=False).logits).abs().max() > 1e-2 * expected.abs().max()
+    with masked(model, masks):
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    sliced = slice_model(model, masks)
+    torch.testing.assert_close(sliced(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe"])
@@ -282,6 +360,15 @@ def test_fewer_experts_than_the_router_chooses_and_types_with_another_router_are
     family_of(model)
     with pytest.raises(UserError, match=r"'llama4_text'\) cannot be removed as a whole: .*not called with numbers"):
         slice_model(model, experts_only(model, kept=4))
+
+
+def test_routers_that_choose_all_experts_or_an_unknown_number_are_refused_with_the_reason():
+    model = make("mixtral", num_experts_per_tok=8)
+    (block, *_) = mixtures(model)
+    assert RouterRule.of(block, model.config).why_not == "its router chooses all 8 experts"
+    vars(model.config)["num_experts_per_tok"] = None  # the class would refuse it
+    reason = "its configuration does not tell how many experts a token needs"
+    assert RouterRule.of(block, model.config).why_not == reason
 
 
 def test_an_exception_in_a_masked_forward_pass_restores_the_router():

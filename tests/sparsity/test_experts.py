@@ -98,7 +98,10 @@ def test_a_share_limits_experts_unless_other_units_cannot_make_up_the_rest():
 def test_with_groups_each_group_loses_its_weakest_expert():
     grouped = budget(0.5, scope="experts", groups=2).ranked_by(scores(DOWN, [1.0, 9, 9, 9, 2, 9, 9, 0]))
     assert grouped.removed_experts == {0: [2, 3, 6, 7], 1: [0, 1, 4, 7]}
-    with pytest.raises(UserError, match=r"at most 0\.5000, because each router needs 4 of 8 experts, .* got 0\.6"):
+    with pytest.raises(
+        UserError,
+        match=r"at most 0\.5000, because each router needs 4 of 8 experts, 2 in each of 2 groups, .* got 0\.6",
+    ):
         budget(0.6, scope="experts", groups=2)
 
 
@@ -118,6 +121,12 @@ def test_a_global_ranking_compares_scores_relative_to_their_layer():
     assert ranked.target == 4 * EXPERT
     few = budget(0.75, scope="experts", equal=False).ranked_by(scores([1.0] * 8, [0.5] * 8))
     assert {b: len(experts) for b, experts in few.removed_experts.items()} == {0: 6, 1: 6}  # never below top-k
+
+
+def test_a_global_ranking_of_negative_scores_removes_the_lowest():
+    ranked = budget(0.25, scope="experts", equal=False)
+    ranked = ranked.ranked_by(scores([-1.0, -1, -1, -1, -1, -1, -1, -9], [-2.0, -2, -2, -2, -2, -8, -8, -8]))
+    assert ranked.removed_experts == {0: [7], 1: [5, 6, 7]}
 
 
 def test_dense_layers_and_protected_ones_keep_what_they_have():
