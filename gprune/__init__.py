@@ -17,7 +17,7 @@ from gprune.config import RunConfig
 from gprune.console import lazy_exports
 from gprune.corpora.load import CORPORA
 from gprune.errors import UserError
-from gprune.importance.metrics import IMPORTANCE, metric
+from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE, expert_metric, metric
 from gprune.models.families import FAMILIES, Family
 from gprune.recoveries import RECOVERY, Recovery, recovery
 from gprune.sparsity.allocation import ALLOCATION, allocation
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "ALLOCATION", "CORPORA", "COST", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks", "PruningResult",
-    "Recovery", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks", "evaluate", "load_run",
-    "load_study", "masked", "metric", "prune", "recover", "recovery", "register",
+    "ALLOCATION", "CORPORA", "COST", "EXPERT_IMPORTANCE", "FAMILIES", "IMPORTANCE", "RECOVERY", "Family", "Masks",
+    "PruningResult", "Recovery", "RunConfig", "StudyResult", "UserError", "allocation", "apply_masks", "evaluate",
+    "expert_metric", "load_run", "load_study", "masked", "metric", "prune", "recover", "recovery", "register",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_exports(__name__, {
     "Masks": "gprune.models.masks", "PruningResult": "gprune.runs.results", "StudyResult": "gprune.studies.study",

@@ -136,8 +136,8 @@ def _exit_on_signals() -> Iterator[None]:
     previous_handlers = {}
 
     def exit_process(number: int, _: object) -> None:
-        if signal.getsignal(number) is not exit_process:  # Lightning, which calls this handler too, is training
-            return
+        if signal.getsignal(number) is not exit_process:
+            return  # Lightning is training: its own handler, which has called this one, stops after the step
         if not _is_ending(sys.exception()):
             raise SystemExit(128 + number)
 

@@ -1,7 +1,9 @@
 """The interface of features: what plan, settings, dry run and command line know about a choice that a run makes.
 
 A feature is a metric, an allocation, the unit of a target, a currency, whole blocks, a recovery or a kind of
-statistics. Plan, settings and command line loop over the features of a run (`RunConfig.features`), and never name one.
+statistics. Settings and command line loop over the features of a run (`RunConfig.features`), plan, dry run and summary
+over these and the statistics that they need (`Plan.features`). They never name one. Export formats and stages are no
+features: `export/convert.py` and `registry.py` have their interfaces.
 `plan` is a `method.plan.Plan`, `cfg` a `RunConfig`, and `run` a `method.run.Run`.
 """
 
@@ -13,7 +15,10 @@ Tokens = dict[int, tuple[int, int]]  # step of the method -> (forward, forward a
 
 
 class Feature:
-    """Base class of features. A function or class that is registered without this base has these defaults."""
+    """Base class of features. A function or class that is registered without this base has these defaults.
+
+    A function overrides a default by an attribute of this name, as `sparsity.allocation.allocation` sets them.
+    """
 
     # Flags that only some values of a choice read, by name: `ridge`, or `distill` for a group. They are listed under
     # "Ignored flags" if the chosen value does not read them. With `corpora.ROLE` a feature gets the text of that role.
@@ -33,6 +38,13 @@ class Feature:
 
         `plan.skeleton` is the dense model without weights; `plan.cfg` and `plan.budget` are set.
         """
+
+    def budget_of(self, pricing: Any) -> Any:
+        """Return the function that makes the budget instead of `Budget.of`, or None; UserError if that is impossible.
+
+        `pricing` is a `method.plan.Pricing`.
+        """
+        return None
 
     def limit_budget(self, budget: Any) -> Any:
         """Return the budget, limited to what this feature can remove. UserError if that is impossible."""

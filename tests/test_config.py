@@ -379,6 +379,11 @@ def test_a_misspelt_configuration_is_refused_with_the_shipped_names():
         parse(["--config", "bset"])
 
 
+def test_the_smoke_configuration_can_be_run_again_with_another_flag():
+    first, second = (parse(["--config=smoke", *flags]) for flags in ([], ["--sparsity.target=0.3"]))
+    assert first.folder != second.folder
+
+
 class Unexpected:
     """An object of an unexpected type."""
 

@@ -63,11 +63,16 @@ def _restore_registries():
         del FAMILIES[added]
 
 
+def recipe(word: str) -> str:
+    """Return the code block of docs/extend.md that contains `word`."""
+    (block,) = [b for b in re.findall(r"^```python\n(.*?)^```", RECIPES, re.M | re.S) if word in b]
+    return block
+
+
 def run_recipe(word: str) -> dict[str, object]:
     """Execute the code block of docs/extend.md that contains `word`, and return its namespace."""
-    (block,) = [b for b in re.findall(r"^```python\n(.*?)^```", RECIPES, re.M | re.S) if word in b]
     namespace = {"__name__": "recipe"}
-    exec(block, namespace)
+    exec(recipe(word), namespace)
     return namespace
 
 
@@ -174,6 +179,10 @@ def test_flags_md_is_the_output_of_its_script():
     assert PAGES["docs/flags.md"] == runpy.run_path(str(ROOT / "docs/flags.py"))["page"]()
 
 
+def test_interfaces_md_is_the_output_of_its_script():
+    assert PAGES["docs/interfaces.md"] == runpy.run_path(str(ROOT / "docs/interfaces.py"))["page"]()
+
+
 def test_families_md_contains_the_table_of_its_script():
     assert runpy.run_path(str(ROOT / "docs/families.py"))["table"]() in PAGES["docs/families.md"]
 
@@ -244,6 +253,33 @@ def test_the_recipe_for_another_optimizer_is_a_learner_with_an_option(tiny_model
     stage = Sgd(tiny_model, default.ranks, default.thresholds, default.budget, learning_rate=0.25, **options)
     (group,) = stage.configure_optimizers().param_groups
     assert (group["momentum"], group["lr"], len(group["params"])) == (0.5, 0.25, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode")  # of Lightning, which the command line keeps quiet
+def test_the_recipe_for_a_plain_learner_reduces_the_loss_at_the_budget(tiny_model):
+    default = make_stage(tiny_model)
+    stage = run_recipe("class Plain(L.LightningModule)")["Plain"](
+        tiny_model, default.ranks, default.thresholds, default.budget, learning_rate=0.5
+    )
+    ids, start = torch.arange(4, 68).view(2, 32), stage.masks(default.budget)
+    trainer_of().fit(stage, batches(ids, 1.0, 1.0, times=8))
+    learned = stage.masks(default.budget)
+    assert default.budget.removed_by(learned) == default.budget.removed_by(start)
+    with torch.no_grad():
+        losses = []
+        for masks in (start, learned):
+            with masked(tiny_model, masks):
+                losses.append(float(tiny_model(ids, labels=ids).loss))
+    assert losses[1] < losses[0]
+
+
+def test_the_recipe_for_a_plain_learner_is_a_learner_of_a_run(world, tmp_path, monkeypatch):
+    (tmp_path / "my_stages.py").write_text(recipe("class Plain(L.LightningModule)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--import=my_stages", "--sparsity.learner=my_stages.Plain", "--sparsity.learning_rate=1"]
+    run = world.run(tmp_path, *flags, "--export=none", "--evaluation.controls=[]")
+    assert run.summary["sparsity_of_scope"] == 0.5
+    assert run.thresholds is None  # the class has no attribute `thresholds`, so its masks are stored
 
 
 def batches(ids, *weights, times=1):

@@ -38,7 +38,7 @@ def windows(output: Path, flags: Sequence[str]) -> str:
     import torch
     from safetensors.torch import save_file
 
-    from gprune.method.run import prepare_text
+    from gprune.method.inputs import prepare_text
     from gprune.models.loading import load_model, locate_model
 
     cfg = parse(flags, "experiments.peers windows")

@@ -57,6 +57,7 @@ class AnswerLM(HFLM):
                 batch = longest_first[start : start + self.batch_size]
                 inputs = [torch.tensor(tokens[-self.max_length :]) for tokens in batch]
                 row_and_request = [(row, i) for row, tokens in enumerate(batch) for i in requests_by_input[tokens]]
+                # The first position whose logits a request of this batch needs
                 first_position = min(len(inputs[row]) - len(requests[i][2]) for row, i in row_and_request)
                 log_p = self._log_probabilities(pad_sequence(inputs, batch_first=True), first_position)
                 for row, i in row_and_request:

@@ -26,12 +26,13 @@ from gprune.calibration.moments import (
     StreamingCosineChange,
     StreamingExpertMoments,
     StreamingMoments,
+    StreamingRouting,
     channel_statistics,
 )
 from gprune.calibration.saliency import StreamingGradients, channel_saliency, salient_parts
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.models.blocks import Block, Part, blocks_of
-from gprune.models.experts import watch_experts
+from gprune.models.experts import expert_output, watch_experts, watch_routing
 from gprune.models.families import decoder_of
 from gprune.models.losses import next_token_losses, require_activation_gradients
 from gprune.models.offload import device_of
@@ -53,6 +54,7 @@ class Collector:
         *,
         gram: bool = False,
         saliency: Collection[str] = (),
+        routing: bool = False,
         blocks: Sequence[Block] | None = None,
     ):
         self.model = model
@@ -62,6 +64,7 @@ class Collector:
         self.cosine_changes: list[StreamingCosineChange] = []
         # scope -> blocks -> name of a part -> gradients of its weight
         self.gradients: dict[str, list[dict[str, StreamingGradients]]] = {scope: [] for scope in saliency}
+        self.routing: dict[int, StreamingRouting] = {}  # by position in `blocks`, of those with experts
         options = {} if blocks is None else {"dist_sync_fn": _sum_of_processes}
         for block in self.blocks:
             # States are on the layer's device. A backward pass writes to them, which inference tensors do not allow.
@@ -73,6 +76,8 @@ class Collector:
                         channels = block.parts[part].in_features if part in block.parts else 0
                         sums = StreamingMoments(channels, gram=gram, **options)
                     self.metrics[scope].append(sums)
+                if routing and block.has_experts:
+                    self.routing[len(self.cosine_changes)] = StreamingRouting(block.experts, **options)
                 self.cosine_changes.append(StreamingCosineChange())
                 for scope, gradients in self.gradients.items():
                     gradients.append({
@@ -96,9 +101,27 @@ class Collector:
             for gradients in self.gradients.values():
                 for name, metric in gradients[index].items():
                     self._watch_gradient(block.parts[name], metric)
+        for index, metric in self.routing.items():
+            self._watch_routing(self.blocks[index], metric)
         if self.gradients:
             self._handles.append(require_activation_gradients(self.model))
         return self
+
+    def _watch_routing(self, block: Block, metric: StreamingRouting) -> None:
+        """Add the hooks that update a metric by the choice of a router and the outputs of its experts."""
+        routed: list[Tensor] = []  # chosen experts and their weights in the current call, each (tokens, k)
+
+        def remember(chosen: Tensor, weights: Tensor) -> None:
+            routed[:] = chosen, weights
+
+        def add(x: Tensor, expert: int, tokens: Tensor) -> None:
+            chosen, weights = routed
+            router_weight = (weights[tokens] * (chosen[tokens] == expert)).sum(1)
+            counted = self._weight.to(x.device)[tokens // self._length]
+            metric.update(expert, expert_output(block, expert, x.detach()), router_weight.detach(), counted)
+
+        self._handles.append(watch_routing(block, remember))
+        self._handles.append(watch_experts(block.down.host, add, block.family.expert_down))
 
     def _watch_projection(self, block: Block, part: str, metric: Metric) -> None:
         """Add the hook that updates a metric by the inputs of an output projection."""
@@ -200,11 +223,13 @@ class Collector:
             for i, (block, metrics) in enumerate(zip(self.blocks, gradients, strict=True)):
                 saliency = channel_saliency(block, scope, metrics)
                 by_scope[scope][i] = replace(by_scope[scope][i], saliency=saliency)
+        for i, metric in self.routing.items():
+            by_scope["ffn"][i] = replace(by_scope["ffn"][i], routing=metric.compute().cpu().clone())
         turned = torch.stack([metric.compute().cpu().clone() for metric in self.cosine_changes])
         return CorpusStatistics(**by_scope, turned=turned)
 
     def release(self) -> None:
         """Free all sums. Otherwise reference cycles in torchmetrics keep them in memory until garbage collection."""
         gradients = [metric for blocks in self.gradients.values() for parts in blocks for metric in parts.values()]
-        for metric in (*self.cosine_changes, *chain(*self.metrics.values()), *gradients):
+        for metric in (*self.cosine_changes, *chain(*self.metrics.values()), *gradients, *self.routing.values()):
             metric.__dict__.clear()

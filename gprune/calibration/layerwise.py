@@ -187,12 +187,12 @@ class Walk:
                 collector.start_batch(call.input_ids.shape[1], call.half, call.weight)
             call.hidden = call.run_layer(layer, index, call.hidden).cpu()
 
-    def statistics(self, *, gram: bool = False, store: Store | None = None) -> CorpusStatistics:
+    def statistics(self, *, gram: bool = False, routing: bool = False, store: Store | None = None) -> CorpusStatistics:
         """Return statistics of all batches, summed over processes, with the same bits as `Collector`."""
         ffn, attention, turned = [], [], []
         for index, blocks in enumerate(by_layer(blocks_of(self.model))):
             layer = blocks[0].layer
-            with resident(layer), Collector(self.model, gram=gram, blocks=blocks) as collector:
+            with resident(layer), Collector(self.model, gram=gram, routing=routing, blocks=blocks) as collector:
                 self._run_layer(layer, index, collector)
             statistics = collector.compute()
             collector.release()

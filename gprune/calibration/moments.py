@@ -111,6 +111,27 @@ class StreamingExpertMoments(_Sums):
         return sums
 
 
+class StreamingRouting(Metric):
+    """Metric of one block: the sums of `statistics.Routing` over the tokens that are routed to each of E experts."""
+
+    full_state_update = False
+
+    def __init__(self, experts: int, **options: Any):
+        super().__init__(compute_with_cache=False, **options)
+        self.add_state("sums", torch.zeros(4, experts, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, expert: int, outputs: Tensor, router_weight: Tensor, weight: Tensor) -> None:
+        """Add outputs (n, H) of an expert with router weights (n,); weights (n,) of 0 ignore tokens."""
+        norm = torch.linalg.vector_norm(outputs, dim=1, dtype=torch.float64)
+        router_weight, weight = router_weight.double(), weight.double()
+        terms = torch.stack([torch.ones_like(norm), router_weight, norm, router_weight * norm])
+        self.sums[:, expert] += terms @ weight
+
+    def compute(self) -> Tensor:
+        """Return the sums, (4, E) float64, in the order of the fields of `Routing`."""
+        return self.sums
+
+
 class StreamingCosineChange(Metric):
     """Metric of one block: the sum over tokens of 1 - cos(input of the block, output of the block)."""
 

@@ -5,7 +5,8 @@ They are collected by one pass per corpus through the frozen decoder, without th
 - count, sum and sum of squares of each channel in each half of the corpus, in float64. The halves are needed for the
   noise floor of rank drift;
 - the mean angle between input and output of each block;
-- on demand, Gram matrices for recovery, and Taylor saliency, which needs a backward pass.
+- on demand, Gram matrices for recovery, Taylor saliency, which needs a backward pass, and sums over the tokens that are
+  routed to each expert.
 """
 
 from __future__ import annotations
@@ -103,8 +104,26 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """Sums over the tokens that a router sends to each of E experts, float64, (E,) each.
+
+    The weight of a token is the factor by which the model multiplies the expert's output y before it adds the outputs
+    of the chosen experts; the norm is the Euclidean norm of y.
+    """
+
+    count: Tensor  # number of tokens
+    weight: Tensor  # sum of weights
+    norm: Tensor  # sum of norms
+    weighted_norm: Tensor  # sum of weight x norm
+
+    def mean(self, name: str) -> Tensor:
+        """Return a sum, such as `norm`, divided by the number of tokens, (E,); 0 for experts without tokens."""
+        return getattr(self, name) / self.count.clamp_min(1)
+
+
+@dataclass(frozen=True)
 class ChannelStatistics:
-    """Moments of both halves of a corpus and, if collected, the Gram matrix and saliency."""
+    """Moments of both halves of a corpus and, if collected, the Gram matrix, saliency and routing."""
 
     halves: tuple[Moments, Moments]
     gram: Tensor | StoredGram | None = None  # of the whole corpus
@@ -114,6 +133,7 @@ class ChannelStatistics:
     # attention channel are the rows of query, key and value and the column of the output projection; terms of a
     # key/value head are divided equally among its query heads.
     saliency: tuple[Tensor, Tensor, Tensor] | None = None
+    routing: Tensor | None = None  # (4, E) float64, the sums of `Routing` over the whole corpus
 
     @property
     def total(self) -> Moments:
@@ -132,6 +152,8 @@ class ChannelStatistics:
             flat["gram"] = self.gram
         if self.saliency is not None:
             flat |= {f"saliency.{part}": saliency for part, saliency in enumerate(self.saliency)}
+        if self.routing is not None:
+            flat["routing"] = self.routing
         return flat
 
     @classmethod
@@ -140,7 +162,7 @@ class ChannelStatistics:
         halves = tuple(Moments(*(flat[f"{half}.{name}"] for name in SUMS)) for half in (0, 1))
         # The parts are half 0, half 1 and the whole corpus.
         saliency = tuple(flat[f"saliency.{part}"] for part in range(3)) if "saliency.0" in flat else None
-        return cls(halves, flat.get("gram"), saliency)
+        return cls(halves, flat.get("gram"), saliency, flat.get("routing"))
 
 
 @dataclass(frozen=True)
@@ -195,8 +217,8 @@ def kind_of(name: str) -> str:
 def pool_statistics(statistics: Iterable[CorpusStatistics]) -> CorpusStatistics:
     """Pool statistics of several corpora, weighted by their numbers of tokens.
 
-    Moments and Gram matrices are exact for the joined text. Saliency is averaged over corpora, because absolute values
-    of gradient sums cannot be added.
+    Moments, Gram matrices and routing are exact for the joined text. Saliency is averaged over corpora, because
+    absolute values of gradient sums cannot be added.
     """
     statistics = list(statistics)
     ffn, attention = (
@@ -209,17 +231,20 @@ def pool_statistics(statistics: Iterable[CorpusStatistics]) -> CorpusStatistics:
 def _pool_channels(corpora: Sequence[ChannelStatistics]) -> ChannelStatistics:
     """Pool the statistics of one block over corpora; see `pool_statistics`.
 
-    A Gram matrix or saliency that one corpus lacks is None.
+    A Gram matrix, saliency or routing that one corpus lacks is None.
     """
     halves = tuple(_sum([corpus.halves[h] for corpus in corpora]) for h in (0, 1))
     grams = [corpus.gram for corpus in corpora]
     saliencies = [corpus.saliency for corpus in corpora]
-    gram = saliency = None
+    routings = [corpus.routing for corpus in corpora]
+    gram = saliency = routing = None
     if all(g is not None for g in grams):
         gram = _sum(grams)
     if all(s is not None for s in saliencies):
         saliency = tuple(_sum(of_part) / len(corpora) for of_part in zip(*saliencies, strict=True))
-    return ChannelStatistics(halves, gram, saliency)
+    if all(r is not None for r in routings):
+        routing = _sum(routings)
+    return ChannelStatistics(halves, gram, saliency, routing)
 
 
 def _sum(terms: Sequence[Any]) -> Any:

@@ -37,10 +37,11 @@ from gprune.checks import (
 )
 from gprune.errors import UserError, closest_name
 from gprune.features import Feature, attribute
-from gprune.importance.metrics import IMPORTANCE
+from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE
 from gprune.registry import Registry
 from gprune.sparsity.allocation import ALLOCATION
 from gprune.sparsity.cost import COST
+from gprune.sparsity.experts import WholeExperts
 from gprune.sparsity.target import Target, TargetSetting
 from gprune.sparsity.whole_blocks import WholeBlocks
 
@@ -92,6 +93,15 @@ class Identity(Enum):
 
 NEVER, IF_CHANGED = Identity
 BLOCK_FLAGS = ("sparsity.block_share", "sparsity.block_choice")
+EXPERT_FLAGS = ("sparsity.expert_metric", "sparsity.expert_share", "sparsity.uniform_experts")
+SCOPES = (  # values of --sparsity.scope, with their parts in this order
+    "ffn", "attention+ffn", "ffn+blocks", "attention+ffn+blocks", "experts", "ffn+experts", "attention+ffn+experts",
+    "experts+blocks", "ffn+experts+blocks", "attention+ffn+experts+blocks",
+)  # fmt: skip
+FLAGS_OF_SCOPES = {
+    scope: (*(BLOCK_FLAGS if "blocks" in scope else ()), *(EXPERT_FLAGS if "experts" in scope else ()))
+    for scope in SCOPES
+}
 REFINEMENT_FLAGS = tuple(
     f"partition.{name}"
     for name in ("steps", "learning_rate", "consistency_weight", "balance_weight", "entropy_weight", "refiner")
@@ -259,8 +269,9 @@ class CorporaConfig(Group, prefix="corpora."):
     """Windows per step, over all devices together."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether every window begins with the BOS token, which is never scored. auto: if the tokenizer adds it."""
-    collect: Annotated[list[Literal["gram", "saliency"]], NEVER] = Field([])
-    """Additional statistics to cache for later runs: gram (for least_squares), saliency (for taylor)."""
+    collect: Annotated[list[Literal["gram", "routing", "saliency"]], NEVER] = Field([])
+    """Additional statistics to cache for later runs: gram (for least_squares), routing (for whole experts), saliency
+    (for taylor)."""
     calibrator: Annotated[Text, IF_CHANGED] = "streaming"
     """Stage that collects statistics. streaming: one pass over each corpus. Or the path of your own class, such as
     my_module.MyCalibrator, with --import my_module."""
@@ -340,7 +351,7 @@ class ReliabilityConfig(Group, prefix="reliability."):
 def _sort_scope(scope: Any) -> str:
     """Put the parts of a scope in the order of the flag's values, so that `ffn+attention` is `attention+ffn`."""
     parts = str(scope).split("+")
-    parts.sort(key="attention+ffn+blocks".find)  # -1 for an unknown part, which the flag's type rejects
+    parts.sort(key="attention+ffn+experts+blocks".find)  # -1 for an unknown part, which the flag's type rejects
     return "+".join(parts)
 
 
@@ -361,19 +372,25 @@ class SparsityConfig(Group, prefix="sparsity."):
     cost: Annotated[Text | None, IF_CHANGED] = None
     """What the target counts, instead of the quantity that its unit implies: parameters, kv_cache (numbers per token),
     bytes (of the export), seconds (in the setting of --speed), or the name of a registered cost."""
-    scope: Annotated[
-        Literal["ffn", "attention+ffn", "ffn+blocks", "attention+ffn+blocks"],
-        BeforeValidator(_sort_scope),
-        Reads(dict.fromkeys(("ffn+blocks", "attention+ffn+blocks"), BLOCK_FLAGS)),
-    ] = "ffn"
-    """What may be removed. ffn: FFN neurons. attention: KV groups too. blocks: whole blocks too. They share one
-    budget."""
+    scope: Annotated[Literal[SCOPES], BeforeValidator(_sort_scope), Reads(FLAGS_OF_SCOPES)] = "ffn"
+    """What may be removed. ffn: FFN neurons. attention: KV groups too. experts: whole experts of mixtures, alone (with
+    --gprune false) or too. blocks: whole blocks too. They share one budget."""
     block_share: Annotated[float, Field(gt=0, le=1), NEVER] = 0.25
     """Largest share of the target that is met by whole blocks; the rest is met by units of the other blocks."""
     block_choice: Annotated[Literal["loss", "influence"], NEVER] = "loss"
     """How whole blocks are chosen. loss: greedily, each time the block whose removal gives the lowest loss on a window
     of each of --corpora.drift. influence: the blocks that change hidden states of the first scoring corpus
     least (ShortGPT)."""
+    expert_metric: Annotated[Text, NEVER] = "reap"
+    """Importance of whole experts. reap: mean over the tokens routed to an expert of router weight times norm of its
+    output (REAP). frequency: number of these tokens. output_norm: mean norm of the output. random: a control. Or the
+    name of a registered one. Several scoring corpora are pooled."""
+    expert_share: Annotated[float, Field(gt=0, le=1), NEVER] = 1.0
+    """Largest share of the target, after whole blocks, that is met by whole experts; neurons and KV groups in scope
+    meet the rest."""
+    uniform_experts: Annotated[bool, NEVER] = True
+    """Remove the same number of experts in every layer, chosen per layer, so that the result can be a stock model.
+    False: rank the experts of all layers together, by scores relative to the mean of their layer."""
     allocation: Annotated[Text, Reads(ALLOCATION)] = "learned"
     """How sparsity is allocated: learned, equal, uniform, global, owl, reconstruction or depth. learned: one threshold
     per module, trained with the model frozen. equal: the same fraction of every module. The others do not learn, and
@@ -445,9 +462,15 @@ class SparsityConfig(Group, prefix="sparsity."):
 
     @property
     def features(self) -> list[Feature]:
-        """Whole blocks, if they are in scope, and the target."""
+        """Whole blocks and experts, if they are in scope, and the target."""
         whole_blocks = [WholeBlocks(self.block_choice)] if "blocks" in self.scope else []
-        return [*whole_blocks, Target.of(self.target)]
+        whole_experts = [WholeExperts()] if "experts" in self.scope else []
+        return [*whole_blocks, *whole_experts, Target.of(self.target)]
+
+    @property
+    def entries(self) -> list[tuple[Registry[Any], str]]:
+        """Registered features of these settings that only some scopes use, as (registry, name)."""
+        return [(EXPERT_IMPORTANCE, self.expert_metric)] if "experts" in self.scope else []
 
     @property
     def currency(self) -> str:

@@ -196,6 +196,7 @@ class RunConfig(Group):
             *((COST, name) for name in dict.fromkeys(currencies)),
             *((ALLOCATION, name) for name in dict.fromkeys([self.base_allocation, self.sparsity.allocation])),
             *((RECOVERY, name) for name in self.recovery.split("+")),
+            *self.sparsity.entries,
         ]  # fmt: skip
 
     @property
@@ -238,7 +239,7 @@ class RunConfig(Group):
         return cfg
 
     @property
-    def final(self) -> str:
+    def main_stage(self) -> str:
         """Stage of the run's main row: `gprune`, or with `--gprune false` `base`, or `averaged` for several corpora."""
         if self.gprune:
             return "gprune"
@@ -247,7 +248,7 @@ class RunConfig(Group):
     @property
     def own_row(self) -> tuple[str, str]:
         """(stage, recovery) of the run's main row; all other rows are controls."""
-        return self.final, self.recovery
+        return self.main_stage, self.recovery
 
     @property
     def processes(self) -> int:
@@ -341,8 +342,8 @@ class RunConfig(Group):
     def rows(self) -> list[tuple[str, str]]:
         """(stage, recovery) of every row of the result table after `dense`."""
         controls = self.evaluation.controls
-        before = {"base": (), "averaged": ("base",), "gprune": ("base", "averaged")}[self.final]
-        stages = [*(name for name in before if name in controls), self.final]
+        before = {"base": (), "averaged": ("base",), "gprune": ("base", "averaged")}[self.main_stage]
+        stages = [*(name for name in before if name in controls), self.main_stage]
         recoveries = [self.recovery]
         if self.recovery != "none" and "unrecovered" in controls:
             recoveries = ["none", self.recovery]
@@ -478,7 +479,7 @@ class RunConfig(Group):
         model = os.path.basename(os.path.normpath(self.model.name))[:100]
         target = self.sparsity.target
         target_text = f"{target:g}" if isinstance(target, float) else target.replace("%", "pct")
-        return f"{model}-{self.final}-{self.importance}-{target_text}-{digest}"
+        return f"{model}-{self.main_stage}-{self.importance}-{target_text}-{digest}"
 
 
 def _identifying(group: Group, settings: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:

@@ -91,6 +91,6 @@ def _size_mismatch(block: Block) -> str | None:
             return f"{columns} attention channels and {rows} value rows do not divide into heads of {block.head_dim}"
     for slice_ in block.slices:
         size = block.parameter(slice_).shape[slice_.dim]
-        if size != len(slice_.units):
+        if size != len(slice_.units) or (slice_.kind == "experts" and size < block.experts):
             return f"'{slice_.path}' has {size} rows, where {len(slice_.units)} belong to its units"
     return None

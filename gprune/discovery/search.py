@@ -41,6 +41,7 @@ from gprune.discovery.probe import (
     separable_norms,
     why_it_stays,
 )
+from gprune.discovery.routers import NotFoundError, router_fields
 from gprune.discovery.tiny import shrunk, stock_config, tiny_model
 from gprune.discovery.units import attention_kinds, ffn_kind
 from gprune.errors import UserError, first_line, quoting
@@ -50,13 +51,14 @@ from gprune.models.experts import watch_experts
 from gprune.models.families import FAMILIES, PRUNED, Family, attach_record, decoder_of
 from gprune.models.losses import LogitTransform, head_input
 from gprune.models.masks import masked
+from gprune.models.parts import is_inside
 from gprune.models.surgery import slice_model
 from gprune.storage.files import Cache, key_of
 
 log = logging.getLogger("gprune")
 Kind = dict[str, Any]  # fields of a record for one kind of FFN or attention
 RECORDS = Cache("structures")  # by class, structure and version of transformers
-FORMAT = 9  # part of their keys; increase it when results of discovery change
+FORMAT = 10  # part of their keys; increase it when results of discovery change
 PATHS = ("gate", "up", "down", "query", "key", "value", "output")  # fields of a record that differ between kinds
 # Both bounds were measured on all types in transformers: masks change logits by 0.07 or more of the largest logit, and
 # masked and sliced models differ by at most 2e-5 of that change.
@@ -125,7 +127,10 @@ def discover_record(model: PreTrainedModel) -> Family:
                 f"different results. {REMEDY}."
             )
     check_untied(probe.model)
-    return record
+    for kind in accepted["ffn"]:
+        if "experts" in kind:
+            kind |= whole_expert_fields(probe, base, accepted, kind)
+    return build_record(probe, base, accepted)
 
 
 def accept_candidates(probe: Probe, base: Family) -> tuple[dict[str, list[Kind]], list[Kind]]:
@@ -189,11 +194,6 @@ def experts_without_units(probe: Probe, ffns: Sequence[Kind]) -> list[Kind]:
             classes = {path: type(module).__name__}
             found[path] = {"experts": path, "classes": classes, "stays": "without units that can be removed"}
     return list(found.values())
-
-
-def is_inside(path: str, other: str) -> bool:
-    """Return whether the module at a path is the module at another path, or in it."""
-    return path == other or path.startswith(f"{other}.")
 
 
 def has_expert_weights(module: nn.Module, hidden_size: int) -> bool:
@@ -400,7 +400,7 @@ def masked_equals_sliced(probe: Probe) -> bool:
 
 
 def agree(masked_logits: Tensor, sliced_logits: Tensor, *, dense: Tensor) -> bool:
-    """Return whether masks have an effect on logits of the dense model, and both models have the same effect."""
+    """Return whether masks change the dense logits, and slicing gives the masked logits within `MAX_SLICING_ERROR`."""
     effect = compare(masked_logits, dense)
     slicing_error = compare(masked_logits, sliced_logits).largest
     return effect.largest > MIN_MASK_EFFECT * effect.peak and slicing_error <= MAX_SLICING_ERROR * effect.largest
@@ -418,6 +418,30 @@ def is_correct(probe: Probe, record: Family) -> bool:
     except Exception as error:
         log.debug("%s: %s", record, first_line(error))
         return False
+
+
+def whole_expert_fields(probe: Probe, base: Family, kinds: Mapping[str, list[Kind]], kind: Kind) -> Kind:
+    """Return the fields of a kind of experts for removing whole experts, or the reason why that is impossible.
+
+    Half of the experts are removed, by masks and by slicing, which must give the same logits.
+    """
+    attach_record(probe.model, with_kinds(base, kinds))
+    try:
+        fields = router_fields(probe, kind)
+        trial = {"ffn": [kind | fields if other is kind else other for other in kinds["ffn"]]}
+        attach_record(probe.model, with_kinds(base, dict(kinds) | trial))
+        masks = random_masks(probe.model, experts=True)
+        with masked(probe.model, masks):
+            masked_logits = probe.logits()
+        sliced_logits = probe.logits(model=slice_model(probe.model, masks))
+    except NotFoundError as error:
+        return {"whole_experts": str(error)}
+    except Exception as error:
+        log.debug("%s: %s", kind, first_line(error))
+        return {"whole_experts": f"a tiny copy cannot be sliced: {first_line(error)}"}
+    if not agree(masked_logits, sliced_logits, dense=probe.dense):
+        return {"whole_experts": "slicing and masking disagree"}
+    return fields
 
 
 def watchers_get_tokens(probe: Probe) -> bool:

@@ -218,7 +218,7 @@ def describe_device(device: torch.device) -> str:
 def time_generation(
     models: Sequence[PreTrainedModel], *, batch: int, prompt: int, generate: int
 ) -> tuple[Times, float]:
-    """Time greedy `model.generate`, and take the minimum over several rounds.
+    """Time greedy `model.generate` of `generate` tokens. Return the minimum over rounds, and the median spread.
 
     Each round times every model once, so that background load affects all of them equally. The time of a decoding step
     is the mean of the first `DECODING_STEPS` steps.

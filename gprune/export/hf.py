@@ -115,11 +115,12 @@ def stock_export(model: PreTrainedModel) -> PreTrainedModel | None:
     if not modeling_pruned.experts_aligned(model):
         return None
     blocks, record = blocks_of(model), record_of(model)
+    text_config = model.config.get_text_config(decoder=True)
     keys_and_sizes = {
         (key, size)
         for block in blocks
         for key, size in block.config_values.items()
-        if not record.found or hasattr(model.config, key)  # keys of discovered types may be those of a nested config
+        if not record.found or hasattr(text_config, key)  # keys of discovered types may be those of a nested config
     }
     sizes = dict(keys_and_sizes)
     if len(sizes) < len(keys_and_sizes):  # a key has several values
@@ -146,9 +147,14 @@ def pruned_export(model: PreTrainedModel) -> PreTrainedModel:
     own: dict[str, dict[str, Any]] = {}
     table: dict[str, dict[str, Any]] = {}
     for layer_blocks, stock_blocks in zip(by_layer(blocks_of(model)), by_layer(blocks_of(stock)), strict=True):
-        sizes, biases = {}, []
+        sizes, experts, biases = {}, {}, []
         for block, stock_block in zip(layer_blocks, stock_blocks, strict=True):
-            sizes |= {place.path: [place.dim, block.parameter(place).shape[place.dim]] for place in block.slices}
+            lengths = {place.path: [place.dim, block.parameter(place).shape[place.dim]] for place in block.slices}
+            if block.experts == stock_block.experts:  # as in folders of earlier versions
+                lengths = {path: size for path, size in lengths.items() if path not in block.family.per_expert}
+            else:
+                experts |= dict.fromkeys(block.stacked, block.experts)
+            sizes |= lengths
             biases += [  # that recovery has added
                 getattr(block.family, part)
                 for part in ("down", "output")
@@ -156,6 +162,8 @@ def pruned_export(model: PreTrainedModel) -> PreTrainedModel:
             ]
         index, (values, attributes) = str(layer_blocks[0].layer_index), sizes_of_layer(layer_blocks)
         own[index] = {"sizes": sizes, "attributes": attributes, "values": values, "added_biases": biases}
+        if experts:
+            own[index]["experts"] = experts
         shown = layer_blocks[0].config_values | {"added_biases": biases}
         different = {key: value for key, value in shown.items() if value != settings.get(key, [])}
         if different:

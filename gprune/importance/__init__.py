@@ -1,5 +1,5 @@
 """Importance of units: one pure function per metric, larger = keep."""
 
-from gprune.importance.metrics import IMPORTANCE, metric
+from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE, expert_metric, metric
 
-__all__ = ["IMPORTANCE", "metric"]
+__all__ = ["EXPERT_IMPORTANCE", "IMPORTANCE", "expert_metric", "metric"]

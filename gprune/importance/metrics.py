@@ -1,4 +1,4 @@
-"""Importance metrics: one pure function each, larger = keep.
+"""Importance metrics of units and of whole experts: one pure function each, larger = keep.
 
 A metric gets weights and moments of the *channels* that enter an output projection (`down_proj` for neurons, `o_proj`
 for attention), and returns one score per channel. The score of a KV group is the sum over its channels (query heads of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # this registry is imported to check flags, which should not 
     import torch
     from torch import Tensor
 
-    from gprune.calibration.statistics import Moments
+    from gprune.calibration.statistics import Moments, Routing
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,84 @@ def metric(
         return IMPORTANCE.register(name)(function)
 
     return decorate
+
+
+# Whole experts
+
+EXPERT_IMPORTANCE: Registry[Callable[..., Tensor]] = Registry("expert metric")
+
+
+def expert_metric(
+    name: str, *, activation_free: bool = False
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register an importance metric of whole experts, as the value `name` of `--sparsity.expert_metric`.
+
+    The metric is called as `function(weights, routing, generator)` for the E experts of a block. It returns their
+    scores, (E,) of any float dtype, finite. Experts with the smallest scores are removed first.
+
+    - weights: `importance.metrics.UnitWeights`, float32, of all E x N neurons: output (H, E x N) and inputs, a tuple of
+      (E x N, H). `weights.of_expert(e, E)` has those of one expert.
+    - routing: `calibration.statistics.Routing`, float64, sums over the tokens that are routed to each expert: count,
+      weight (of the router), norm (of the expert's output) and weighted_norm, (E,) each; `routing.mean("norm")`.
+    - generator: `torch.Generator` of this block, for random metrics.
+
+    The function must not change its arguments in place.
+
+    Example:
+
+        import gprune
+
+        @gprune.expert_metric("load")
+        def load(weights, routing, generator):
+            return routing.weight
+
+    Args:
+        name: the value of `--sparsity.expert_metric`.
+        activation_free: whether the score ignores `routing`. Otherwise experts that no calibration token reaches get
+            the lowest score.
+
+    Raises:
+        ValueError: if another metric has this name.
+        UserError: if the name has characters that are not allowed.
+    """
+
+    def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Register the metric in `EXPERT_IMPORTANCE` with its property, and return it."""
+        function.activation_free = activation_free
+        return EXPERT_IMPORTANCE.register(name)(function)
+
+    return decorate
+
+
+@expert_metric("reap")
+def reap(weights: UnitWeights, routing: Routing, generator: torch.Generator) -> Tensor:
+    """s_e = mean over the tokens routed to e of w_e ||f_e(x)||_2: REAP (arXiv 2510.13999, eq. 9).
+
+    w_e is the weight by which the model multiplies the output f_e(x). For a router with a softmax this is the authors'
+    definition, with their `renormalize_router_weights` as the model does. For other routers, such as those with a
+    sigmoid, their code takes a softmax over the logits instead.
+    """
+    return routing.mean("weighted_norm")
+
+
+@expert_metric("frequency")
+def frequency(weights: UnitWeights, routing: Routing, generator: torch.Generator) -> Tensor:
+    """s_e = the number of tokens that are routed to e."""
+    return routing.count
+
+
+@expert_metric("output_norm")
+def output_norm(weights: UnitWeights, routing: Routing, generator: torch.Generator) -> Tensor:
+    """s_e = mean over the tokens routed to e of ||f_e(x)||_2 (`ean_mean` in REAP's repository)."""
+    return routing.mean("norm")
+
+
+@expert_metric("random", activation_free=True)
+def random_expert(weights: UnitWeights, routing: Routing, generator: torch.Generator) -> Tensor:
+    """s_e ~ Uniform(0, 1) from the seeded generator, as a control."""
+    import torch
+
+    return torch.rand(len(routing.count), generator=generator, dtype=torch.float64)
 
 
 # Activations

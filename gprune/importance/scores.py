@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,8 +11,8 @@ from einops import rearrange, reduce
 from scipy.stats import rankdata
 from torch import Tensor
 
-from gprune.calibration.statistics import CorpusStatistics, Moments
-from gprune.importance.metrics import IMPORTANCE, UnitWeights, magnitude
+from gprune.calibration.statistics import CorpusStatistics, Moments, Routing
+from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE, UnitWeights, magnitude
 from gprune.models.blocks import Block, ExpertPart, Part
 
 SEED_STRIDE = 100_003  # a prime; seeds of the same block in two runs differ by a multiple of it
@@ -24,7 +24,8 @@ class Scores:
 
     ffn: list[Tensor]  # neurons (N,), or (E x N,) with E experts
     attention: list[Tensor]  # KV groups (G,): sums over their channels
-    channels: list[Tensor]  # attention channels (C,)
+    channels: list[Tensor]  # attention channels (C,); (G,) zeros if attention is not in scope
+    experts: list[Tensor] = field(default_factory=list)  # whole experts (E,), if they are in scope
 
 
 def ffn_weights(block: Block, device: torch.device | str = "cpu") -> UnitWeights:
@@ -72,6 +73,31 @@ def score_ffn(name: str, block: Block, weights: UnitWeights, moments: Moments, g
     return scores.flatten()
 
 
+def score_experts(name: str, block: Block, weights: UnitWeights, routing: Routing, seed: int) -> Tensor:
+    """Return scores of a block's experts by the metric `name`, (E,) float64.
+
+    Experts without any routed token have the lowest score, unless the metric ignores activations. This is our choice.
+    """
+    generator = generator_for(seed, block.index, "ffn")
+    with EXPERT_IMPORTANCE.unchanged(name, *weights.inputs, weights.output, *vars(routing).values()):
+        scores = EXPERT_IMPORTANCE[name](weights, routing, generator)
+    scores = EXPERT_IMPORTANCE.checked(name, "scores", scores, (block.experts,)).cpu().double()
+    if EXPERT_IMPORTANCE[name].activation_free:
+        return scores
+    return scores.where(routing.count > 0, scores.min() - 1)
+
+
+def idle_experts(blocks: Sequence[Block], statistics: CorpusStatistics) -> str:
+    """Return the experts without any routed token, such as 'layer 0: 3, 5; layer 2: 1'; empty if there are none."""
+    by_layer = []
+    for block in blocks:
+        if block.has_experts:
+            count = Routing(*statistics.ffn[block.index].routing).count
+            if idle := (count == 0).nonzero()[:, 0].tolist():
+                by_layer.append(f"layer {block.layer_index}: {', '.join(map(str, idle))}")
+    return "; ".join(by_layer)
+
+
 def generator_for(seed: int, block_index: int, kind: str) -> torch.Generator:
     """Return a separate random generator for every block and kind (`ffn`, `attention`)."""
     is_attention = int(kind == "attention")
@@ -80,26 +106,36 @@ def generator_for(seed: int, block_index: int, kind: str) -> torch.Generator:
 
 
 def score_units(
-    name: str, blocks: Sequence[Block], statistics: CorpusStatistics, *, seed: int = 0, attention: bool = True
-) -> Scores:
-    """Return scores of every unit by the metric `name`; attention has the score 0 if it is not in scope."""
-    ffn, groups, channels = [], [], []
+    name: str, blocks: Sequence[Block], statistics: CorpusStatistics, *, seed: int = 0, attention: bool = True,
+    experts: str = "",
+) -> Scores:  # fmt: skip
+    """Return scores of every unit by the metric `name`, and of whole experts by the metric `experts` if it is given.
+
+    Attention has the score 0 if it is not in scope.
+    """
+    ffn, groups, channels, whole_experts = [], [], [], []
     for block in blocks:
         neuron_scores = torch.zeros(0, dtype=torch.float64)  # without an FFN
+        expert_scores = torch.zeros(0, dtype=torch.float64)
         if block.down is not None:
             moments, generator = statistics.ffn[block.index].total, generator_for(seed, block.index, "ffn")
-            neuron_scores = score_ffn(name, block, ffn_weights(block), moments, generator)
+            weights = ffn_weights(block)
+            neuron_scores = score_ffn(name, block, weights, moments, generator)
+            if experts and block.has_experts:
+                routing = Routing(*statistics.ffn[block.index].routing.clone())
+                expert_scores = score_experts(experts, block, weights, routing, seed)
         channel_scores = torch.zeros(block.kv_groups, dtype=torch.float64)
         if attention and block.output is not None:
             moments, generator = statistics.attention[block.index].total, generator_for(seed, block.index, "attention")
             channel_scores = score_channels(name, attention_weights(block), moments, generator)
-        group_scores = channel_scores  # empty
+        group_scores = channel_scores  # (0,) without KV groups
         if block.kv_groups:
             group_scores = reduce(channel_scores, "(g c) -> g", "sum", g=block.kv_groups)
         ffn.append(neuron_scores)
         groups.append(group_scores)
         channels.append(channel_scores)
-    return Scores(ffn, groups, channels)
+        whole_experts.append(expert_scores)
+    return Scores(ffn, groups, channels, whole_experts if experts else [])
 
 
 def fractional_ranks(scores: Tensor, *, groups: int = 1, ties: Literal["average", "ordinal"] = "average") -> Tensor:

@@ -19,9 +19,10 @@ from gprune.calibration.layerwise import needs_walk
 from gprune.calibration.statistics import gram_bytes
 from gprune.corpora import is_local
 from gprune.features import attribute
+from gprune.method.inputs import prepare_text
 from gprune.method.plan import Plan, describe_unpruned, device_memory, forward_equivalents
-from gprune.method.run import prepare_text
 from gprune.models.blocks import PARTS, Block, blocks_of, by_layer
+from gprune.models.experts import experts_per_token
 from gprune.models.loading import locate_model
 from gprune.models.losses import CHUNK
 from gprune.models.products import count_cast_weights
@@ -30,8 +31,6 @@ from gprune.sparsity.budget import Budget
 from gprune.sparsity.cut import uniform_masks
 
 GIB = 2**30
-# Fields of configurations with the number of experts to which each token is routed.
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 MEMORY_SAVERS = {  # step -> flags that lower its peak most
     "calibrate": "--corpora.batch_size 1, --model.dtype bfloat16 or --model.device_map auto",
     "learn": "--corpora.batch_size 1 or --sparsity.allocation uniform",
@@ -182,11 +181,7 @@ def memory_lines(plan: Plan) -> dict[str, str]:
 
 def active_experts(config: PreTrainedConfig, block: Block) -> int:
     """Return how many experts of a block compute each token; 1 without experts, all if the config does not tell."""
-    for name in EXPERTS_PER_TOKEN:
-        if value := getattr(config, name, None):
-            per_token = max(value) if isinstance(value, list | tuple) else value  # some configs have a list by layer
-            return min(per_token, block.experts)
-    return block.experts
+    return min(experts_per_token(config) or block.experts, block.experts)
 
 
 def estimated_peaks(plan: Plan) -> dict[str, Memory]:

@@ -25,9 +25,10 @@ from gprune.errors import UserError, optional_output, quoting
 from gprune.evaluation.perplexity import PerplexityResult, perplexity_from_logits
 from gprune.export.hf import to_portable
 from gprune.method.evaluate import add_row, dense_perplexity, leaks, measure_perplexity
+from gprune.method.inputs import Text, load_dense, window_cutter
 from gprune.method.plan import Plan, device_memory, make_plan
 from gprune.method.recover import fit_once, tune
-from gprune.method.run import Run, Text, in_folder, load_dense, user_loggers, window_cutter
+from gprune.method.run import Run, in_folder, user_loggers
 from gprune.method.save import export_and_reload, is_exported
 from gprune.method.summary import summarise, write_pages
 from gprune.models.loading import SUBJECT, check_elsewhere, fingerprint, load_elsewhere, locate_model

@@ -16,7 +16,7 @@ from gprune.config import RunConfig
 from gprune.corpora.load import identity
 from gprune.corpora.windows import JOIN, Windows
 from gprune.evaluation.perplexity import Forecast, PerplexityResult, perplexity, rank_and_world_size
-from gprune.method.recover import shrink
+from gprune.method.recover import prune_and_recover
 from gprune.method.run import Run
 from gprune.models.copies import sharded_copy
 from gprune.models.embedded import model_label
@@ -68,7 +68,7 @@ def evaluate(
             model = run.model if row == DENSE else pruned  # frees the model of the previous row
             if row not in (DENSE, cfg.own_row):
                 with run.folder.part(row_name(*row)):
-                    model = shrink(run, masks[row[0]], statistics, row=row)
+                    model = prune_and_recover(run, masks[row[0]], statistics, row=row)
             if not rank_evaluates:
                 continue
             measure = measurement_of(run, row, model)

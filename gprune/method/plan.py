@@ -84,8 +84,10 @@ class Pricing:
                 f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
             )
         block_share = s.block_share if "blocks" in s.scope else 0.0
+        makers = [make for feature in self.cfg.features if (make := attribute(feature, "budget_of")(self))]
+        make_budget = makers[0] if makers else Budget.of
         try:
-            return Budget.of(
+            return make_budget(
                 units, s.target, multiple, uniform=s.uniform_width, block_share=block_share, outside=outside
             )
         except UserError as error:

@@ -46,11 +46,19 @@ from gprune.corpora.loaders import CorpusDataModule
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import perplexity
 from gprune.export.hf import to_portable
-from gprune.importance.metrics import IMPORTANCE
-from gprune.importance.scores import Scores, ffn_weights, fractional_ranks, generator_for, score_ffn, score_units
+from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE
+from gprune.importance.scores import (
+    Scores,
+    ffn_weights,
+    fractional_ranks,
+    generator_for,
+    idle_experts,
+    score_ffn,
+    score_units,
+)
 from gprune.method.evaluate import evaluate
 from gprune.method.quality import with_learning_budget, with_quality_budget
-from gprune.method.recover import shrink
+from gprune.method.recover import prune_and_recover
 from gprune.method.run import Run, open_run
 from gprune.method.save import check_discovered_structure, save
 from gprune.method.summary import summarise, write_pages
@@ -134,10 +142,10 @@ def prune(
         thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:
             evaluate(run, statistics, masks)  # all rows without recovery
-        final_masks = masks[cfg.final]
+        final_masks = masks[cfg.main_stage]
         run.step(9, "Pruning" if cfg.recovery == "none" else "Pruning and recovering")
         with run.folder.step("shrink"):
-            pruned = shrink(run, final_masks, statistics)
+            pruned = prune_and_recover(run, final_masks, statistics)
         is_rank_zero, summary = rank_zero_only.rank == 0, {}
         if is_rank_zero:
             save(run, pruned, masks)
@@ -248,10 +256,10 @@ def collect_statistics(
         return cache.store(corpus, block, grams)
 
     with run.folder.step("calibrate"):
-        name = cfg.corpora.calibrator
+        name, extras = cfg.corpora.calibrator, {"routing": True} if "routing" in kinds else {}
         stage = CALIBRATOR[name](
             run.model, corpora, gram="gram" in kinds, saliency=saliency, walk=cache.walked_blocks is not None,
-            store=store, shard=cfg.model.shard, **cfg.options.get(name, {}),
+            store=store, shard=cfg.model.shard, **extras, **cfg.options.get(name, {}),
         )  # fmt: skip
         data = CorpusDataModule(
             test=[run.text.train[corpus] for corpus in corpora], batch_size=cfg.corpora.batch_size, seed=cfg.run.seed
@@ -271,11 +279,16 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Sco
     """Step 2: stage -> importance of every unit by the base metric, on the corpora of `RunConfig.scored_on`."""
     run.step(2, "Scoring")
     cfg = run.cfg
+    experts = next((name for registry, name in cfg.entries if registry is EXPERT_IMPORTANCE), "")  # if in scope
 
     @functools.cache
     def score_on(*corpora: str) -> Scores:
         pooled = pool_statistics(statistics[corpus] for corpus in corpora)
-        return score_units(cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention)
+        if experts and corpora == tuple(cfg.scored_on[cfg.final]) and (idle := idle_experts(run.blocks, pooled)):
+            log.warning("No calibration token reaches these experts, which are removed first: %s", idle)
+        return score_units(
+            cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention, experts=experts
+        )
 
     return {stage: score_on(*corpora) for stage, corpora in cfg.scored_on.items()}
 
@@ -364,7 +377,7 @@ def measure_drift(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list[
     run.step(3, "Measuring drift")
     drift = [drift_of_block(run, block, statistics) for block in run.blocks]
     mean = float(torch.cat([d.drift for d in drift]).mean())
-    noise = float(torch.cat([d.floor for d in drift]).mean())
+    noise = float(torch.cat([d.noise_floor for d in drift]).mean())
     log.info("Mean rank drift %.3f; sampling noise alone gives %.3f", mean, noise)
     return drift
 
@@ -488,7 +501,7 @@ def assess(
         switch = "everywhere" if r.everywhere else "unreliable"
     base_ranks = [fractional_ranks(s, groups=b.experts) for s, b in zip(scores.ffn, run.blocks, strict=True)]
     reliability = assess_reliability(
-        labels, base_ranks, [d.drift for d in drift], [d.floor for d in drift],
+        labels, base_ranks, [d.drift for d in drift], [d.noise_floor for d in drift],
         sensitivity_quantile=r.sensitivity_quantile, score_quantile=r.score_quantile, switch=switch,
     )  # fmt: skip
     switched = [of_block.switched for of_block in reliability]
@@ -543,6 +556,7 @@ def learn_sparsity(
 ) -> StageMasks:  # fmt: skip
     """Step 7: compute or learn thresholds per module, which give masks for any budget."""
     run = with_learning_budget(run, statistics, masks_of)
+    run = run.with_budget(run.budget.ranked_by(scores))
     name = run.cfg.sparsity.allocation
     learns = ALLOCATION[name].learned
     run.step(7, "Learning sparsity" if learns else "Allocating sparsity")

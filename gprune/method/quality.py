@@ -25,7 +25,7 @@ from gprune.errors import UserError
 from gprune.evaluation.intervals import Estimate, Interval, paired_ratio
 from gprune.evaluation.perplexity import PerplexityResult
 from gprune.method.evaluate import dense_perplexity, measure_perplexity, shard_if_requested
-from gprune.method.recover import learned_file, shrink
+from gprune.method.recover import learned_file, prune_and_recover
 from gprune.method.run import Run
 from gprune.models.masks import Masks
 from gprune.recoveries import recovery_learns
@@ -91,7 +91,7 @@ class Trials:
             name = f"{row_name(*row)} less {budget.target:,}"
             with run.folder.step("quality"), run.folder.part(name):
                 trial = list(self.trained).index(key) if learns else None
-                model = shard_if_requested(run, shrink(run, masks, self.statistics, row=row, trial=trial))
+                model = shard_if_requested(run, prune_and_recover(run, masks, self.statistics, row=row, trial=trial))
                 run.meter.watch(model)
                 results = [measure_perplexity(run, model, w, name) for w in run.text.development]
             self.measured[key] = [{n: v for n, v in vars(r).items() if v is not None} for r in results]
@@ -191,12 +191,12 @@ def with_quality_budget(
     if requested_rise(cfg) is None:
         return run
     run.step(8, "Finding the share that keeps the quality")
-    masks_at = masks_of[cfg.final]
+    masks_at = masks_of[cfg.main_stage]
     if masks_at.for_one_budget:
         reason = "the masks of a quality target must follow from its thresholds"
         raise UserError(f"--sparsity.learner {s.learner} needs a share such as 0.3 as target: {reason}.")
     trials = Trials(run, statistics)
-    untrained_row = (cfg.final, cfg.training_free_recovery)
+    untrained_row = (cfg.main_stage, cfg.training_free_recovery)
     search = trials.search(untrained_row, masks_at)
     if untrained_row != cfg.own_row:
         search = trials.search(cfg.own_row, masks_at, after=search)

@@ -34,7 +34,7 @@ from gprune.storage.files import content_hash
 
 
 @torch.no_grad()
-def shrink(
+def prune_and_recover(
     run: Run, masks: Masks, statistics: Mapping[str, CorpusStatistics], *, row: ResultRow | None = None,
     trial: int | None = None,
 ) -> PreTrainedModel:  # fmt: skip

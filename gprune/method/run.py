@@ -1,11 +1,10 @@
-"""An open run: its plan, the frozen model, text by role, its folder, loggers, token counts, and Trainers."""
+"""An open run: its plan, the model, the text, its folder, loggers, token counts, and a Trainer for each stage."""
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,19 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.checks import require
 from gprune.config import RunConfig
-from gprune.corpora.load import load_corpus, read_corpus
 from gprune.corpora.loaders import CorpusDataModule
-from gprune.corpora.windows import Sample, Windows, check_tokens, leading_token, make_windows
-from gprune.discovery import family_of
+from gprune.corpora.windows import Windows
 from gprune.errors import UserError
 from gprune.evaluation.perplexity import Forecast
-from gprune.export.gguf_writer import tokenizer_keys
 from gprune.features import attribute
+from gprune.method.inputs import Text, load_dense, prepare_text
 from gprune.method.plan import Plan, describe_unpruned, forward_equivalents, make_plan
 from gprune.models.blocks import Block, blocks_of
-from gprune.models.loading import fingerprint, load_model
-from gprune.models.offload import is_offloaded
-from gprune.recoveries import recovery_learns
+from gprune.models.loading import fingerprint
 from gprune.runs.checkpoints import Checkpoints
 from gprune.runs.folder import RunFolder
 from gprune.runs.tracking import construct_loggers, row_metrics, tracking
@@ -57,137 +52,6 @@ from gprune.storage.yaml_text import to_yaml
 from gprune.user_code import code_of
 
 log = logging.getLogger("gprune")
-
-
-def check_backward(cfg: RunConfig, model: PreTrainedModel) -> None:
-    """Raise UserError if a step needs gradients but weights of the model are offloaded."""
-    if cfg.backward_flag and not cfg.model.shard and is_offloaded(model):
-        raise UserError(
-            f"{cfg.backward_flag} needs gradients, which offloaded weights do not have. Raise --model.max_memory, or "
-            "use --sparsity.allocation uniform and --importance wanda_sp."
-        )
-
-
-def load_dense(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the frozen model with its structure, and its tokenizer.
-
-    The model is moved to the device of the Trainer, except with a `device_map`, and except a model that will be
-    sharded: it stays on the CPU, and each process copies its part from there.
-    """
-    m = cfg.model
-    log.info("Loading %s", m.name)
-    settings = m.model_dump(include={"device_map", "max_memory", "trust_remote_code"})
-    model, tokenizer = load_model(m.name, dtype=getattr(torch, m.dtype), **settings)
-    family_of(model)
-    check_backward(cfg, model)
-    if cfg.export.format == "gguf":
-        tokenizer_keys(tokenizer, model.get_input_embeddings().num_embeddings)  # raises if GGUF cannot express it
-    if not (m.device_map or m.shard):
-        model = model.to(device)
-    return model, tokenizer
-
-
-@dataclass(frozen=True)
-class Text:
-    """The text of a run: windows by role."""
-
-    train: Mapping[str, Windows]  # for scores, drift and recovery, by corpus
-    # One per learning corpus: `learn_samples` windows, a prefix or an extension of those in `train`.
-    learn: list[Windows]
-    # One per recovery corpus, for recoveries that train: windows for `--distill.tokens`.
-    fresh: list[Windows]
-    development: list[Windows]  # one per corpus of `RunConfig.development_corpora`
-    test: list[Windows]  # one per evaluated corpus, of `evaluation.split`
-
-    @property
-    def used(self) -> list[Windows]:
-        """Text that counts as used in the leak check. Development text that is also evaluated is left out."""
-        evaluated_splits = {w.split for w in self.test}
-        development = [w for w in self.development if w.split not in evaluated_splits]
-        return [*self.train.values(), *self.learn, *self.fresh, *development]
-
-    def hashes(self) -> dict[str, str]:
-        """Content hash by corpus, split and role. The sessions of a run must have the same hashes."""
-        windows_by_suffix = {
-            "": self.train.values(), " learned": self.learn, " recovered": self.fresh, " curve": self.development,
-            " evaluated": self.test,
-        }  # fmt: skip
-        return {
-            f"{w.corpus} {w.split}{suffix}": w.content_hash
-            for suffix, windows in windows_by_suffix.items()
-            for w in windows
-        }
-
-
-def prepare_text(
-    cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int, *, without: Collection[str] = ()
-) -> Text:
-    """Read and tokenize every corpus, and cut the windows of each role.
-
-    The roles are calibration (`Text.train`), mask learning (`learn`), distillation (`fresh`), validation
-    (`development`) and evaluation (`test`).
-    """
-    windows = window_cutter(cfg, tokenizer, embeddings, without=without)
-    calibrated = dict.fromkeys([*cfg.calibration_corpora, *cfg.roles["recover"]])
-    recovered = cfg.roles["recover"] if recovery_learns(cfg.recovery) else []
-    return Text(
-        train={w.corpus: w for w in windows(calibrated, "train", "train")},
-        learn=[*windows(cfg.roles["learn"], "train", "learn")],
-        fresh=[*windows(recovered, "train", "fresh")],
-        development=[*windows(cfg.development_corpora, "development", "development")],
-        test=[*windows(cfg.corpora.evaluate, cfg.evaluation.split, "test")],
-    )
-
-
-def window_cutter(
-    cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int, *, without: Collection[str] = ()
-) -> Callable[[Iterable[str], str, str], Iterator[Windows]]:
-    """Return a function of (corpora, split, role) that yields the windows of each corpus; arguments as `prepare_text`.
-
-    Each corpus is read once, because it may have several roles, be downloaded, and return other text in a second call.
-    """
-    samples = samples_by_role(cfg, leading_token(tokenizer, cfg.corpora.bos))
-    read = functools.cache(read_corpus)
-
-    def windows(corpora: Iterable[str], split: str, role: str) -> Iterator[Windows]:
-        for corpus in corpora:
-            if corpus not in without:
-                documents = load_corpus(corpus, split, read=read)
-                cut = make_windows(documents, tokenizer, samples[role], corpus=corpus, split=split)
-                check_tokens(cut, tokenizer, embeddings)
-                yield cut
-
-    return windows
-
-
-def samples_by_role(cfg: RunConfig, bos: int | None) -> dict[str, Sample]:
-    """Return number, length and random seed of the windows for each role of `Text`.
-
-    Text for evaluation does not depend on `--run.seed`, so that seeds do not change the test set.
-    """
-    c, e, seed = cfg.corpora, cfg.evaluation, cfg.run.seed
-    length_flag = "--corpora.seq_len"
-    learn_flag = "--corpora.learn_samples" if c.learn_samples else "--corpora.num_samples"
-    return {
-        "train": Sample(c.num_samples, c.seq_len, seed, bos=bos, flags=("--corpora.num_samples", length_flag)),
-        "learn": Sample(c.learn_samples or c.num_samples, c.seq_len, seed, bos=bos, flags=(learn_flag, length_flag)),
-        "fresh": Sample(
-            cfg.fresh_windows or 1,
-            c.seq_len,
-            seed,
-            bos=bos,
-            flags=("--distill.tokens", length_flag),
-            repeat=cfg.distill.repeat,
-        ),
-        "development": Sample(
-            cfg.development_windows,
-            c.seq_len,
-            bos=bos,
-            flags=("--evaluation.development_samples", length_flag),
-            at_least=2 if e.development_samples is None else None,
-        ),
-        "test": Sample(e.num_samples, e.seq_len, bos=bos, flags=("--evaluation.num_samples", "--evaluation.seq_len")),
-    }
 
 
 class TokenMeter:
@@ -324,6 +188,20 @@ class Run:
 
         The checkpoint is kept until the learned tensors are written to the folder under the stage's name. Development
         perplexity is measured before the first step, by the validation loop, and after the last step.
+
+        Args:
+            name: of the stage in the folder. A slash in it means that a recovery trains a model.
+            what: line for the log and the progress bar.
+            stage: a LightningModule.
+            text: windows to train on, one entry per corpus.
+            batch_size: windows per batch; `--corpora.batch_size` by default.
+            callbacks: in addition to those of the user and of the run.
+            row: row of the result table, such as `gprune/least_squares+distill`, under which curves are logged.
+            control: whether the row is a control: callbacks of the user then keep no state.
+            trial: whether the model is one of the search for a quality, whose tokens count too.
+            role: prefix of the stage's metrics, such as `learn`, which callbacks of the user may monitor.
+            measured_after: share of an epoch between two measurements of development perplexity.
+            kwargs: of the Trainer.
         """
         cfg, t = self.cfg, self.cfg.trainer
         checkpoints = Checkpoints(self.folder, name, stage, self.meter, seconds=60 * cfg.run.checkpoint_minutes)

@@ -14,7 +14,7 @@ from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
 from gprune.export.convert import FORMATS, export, format_named
 from gprune.export.hf import check_reload, save_pruned
-from gprune.method.recover import placement, shrink
+from gprune.method.recover import placement, prune_and_recover
 from gprune.method.run import Run
 from gprune.models.agreement import LOGIT_LIMIT, compare, random_masks
 from gprune.models.families import record_of
@@ -48,7 +48,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         run.step(9, "Checking the pruned model")
         # The process that reloads the model has this precision of matrix products.
         with run.folder.step("save_and_check"), matmul_precision("highest"):
-            checks = check_slices(run, pruned, masks[cfg.final])
+            checks = check_slices(run, pruned, masks[cfg.main_stage])
             if exports:
                 checks["sliced_minus_reloaded"] = export_and_reload(run, pruned)
         run.folder.update_manifest(logits=checks)
@@ -96,7 +96,7 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
     """Compare logits of the sliced model and of the masked dense model on the first evaluated window."""
     cfg, device, ids = run.cfg, device_of(run.model), checked_tokens(run)
     # Recovery changes weights, so the comparison uses the model before recovery.
-    unrecovered = pruned if cfg.recovery == "none" else shrink(run, masks, {}, row=(cfg.final, "none"))
+    unrecovered = pruned if cfg.recovery == "none" else prune_and_recover(run, masks, {}, row=(cfg.main_stage, "none"))
     sliced_logits = unrecovered(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
     perplexity_logits = next(iter_logits(unrecovered, ids.to(device)))[0].float().to(device)
     del unrecovered  # frees the memory of a third model

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gprune.models.blocks import blocks_of
+from gprune.models.experts import least_experts
 from gprune.models.masks import Masks
 
 # Limits for differences between logits of the masked and the sliced model, in standard deviations of the logits. Both
@@ -62,17 +63,24 @@ def compare(expected: Tensor, logits: Tensor) -> Difference:
     return Difference(expected, expected - logits.detach().float().to(expected.device))
 
 
-def random_masks(model: PreTrainedModel, share: float | None = None, seed: int = 5) -> Masks:
+def random_masks(model: PreTrainedModel, share: float | None = None, seed: int = 5, *, experts: bool = False) -> Masks:
     """Return keep masks, random for neurons, which keep at least one neuron and one KV group of each block.
 
-    They remove a `share` of the units, or else one group and a few neurons of each block.
+    They remove a `share` of the units, or else one group and a few neurons of each block. With `experts` they also
+    remove half of the experts, or as many as routers permit.
     """
     generator = torch.Generator().manual_seed(seed)
     ffn, attention = [], []
     for block in blocks_of(model):
         order = torch.rand(block.experts, block.neurons, generator=generator).argsort(1)
         neurons = 3 + block.index if share is None else int(share * block.neurons)
-        ffn.append((order >= min(block.neurons - 1, neurons)).flatten())
+        keep = order >= min(block.neurons - 1, neurons)
+        if experts and block.has_experts:
+            groups, least = least_experts(model.config, block.experts)
+            of_group = torch.rand(groups, block.experts // groups, generator=generator).argsort(1)
+            kept = of_group < max(least, block.experts // groups // 2)
+            keep &= kept.view(-1, 1)
+        ffn.append(keep.flatten())
         kv_groups = 1 if share is None else int(share * block.kv_groups)
         order = (torch.arange(block.kv_groups) - block.index) % max(1, block.kv_groups)  # other groups in each block
         attention.append(order >= min(block.kv_groups - 1, kv_groups))

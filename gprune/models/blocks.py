@@ -31,8 +31,8 @@ class Slice:
 
     path: str  # of the parameter, relative to the layer
     dim: int
-    kind: str  # `ffn` or `attention`
-    units: Tensor  # (size along dim,) int64; for one expert
+    kind: str  # `ffn`, `attention` or `experts`
+    units: Tensor  # (size along dim,) int64; of `ffn` for one expert; of `experts` numbers after the last one: no unit
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,40 @@ class Block:
         parameters = [self.parameter(slice_) for slice_ in self.slices if slice_.kind == kind]
         return sum(weight(parameter) * (parameter.numel() // units) for parameter in parameters)
 
+    def expert_cost(self, weight: Callable[[Tensor], int] = lambda parameter: 1) -> int:
+        """Return the number of parameters of a whole expert, with its row of the router; 0 without experts."""
+        if not self.has_experts:
+            return 0
+        others = [(self.parameter(slice_), slice_.dim) for slice_ in self.slices if slice_.kind == "experts"]
+        of_router = sum(
+            weight(tensor) * tensor.numel() // tensor.shape[dim]
+            for tensor, dim in others if isinstance(tensor, nn.Parameter)  # buffers are not counted
+        )  # fmt: skip
+        return self.neurons * self.unit_cost("ffn", weight) // self.experts + of_router
+
     def parameter(self, slice_: Slice) -> nn.Parameter:
-        """Return the parameter of a slice."""
+        """Return the parameter of a slice, or the buffer, such as the correction bias of a router."""
         return attrgetter(slice_.path)(self.layer)
 
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
         """All parameters that become smaller by pruning."""
-        return (*self._ffn_slices(), *self._attention_slices())
+        return (*self._expert_slices(), *self._ffn_slices(), *self._attention_slices())
+
+    @property
+    def stacked(self) -> list[str]:
+        """Paths of the tensors with neurons of all experts, which have experts in their first dimension."""
+        family = self.family
+        return [f"{family.experts}.{tensor}" for tensor in (*family.expert_rows, family.expert_down[0])]
+
+    def _expert_slices(self) -> list[Slice]:
+        """Return the tensors without neurons that become smaller if whole experts are removed."""
+        places = self.family.per_expert.items() if self.has_experts else ()
+        tensors = [(path, dim, self._parameter_at(path)) for path, dim in places]
+        return [
+            Slice(path, dim, "experts", torch.arange(tensor.shape[dim]))
+            for path, dim, tensor in tensors if tensor is not None  # a router may lack a bias
+        ]  # fmt: skip
 
     def _ffn_slices(self) -> list[Slice]:
         """Return the parameters that become smaller if neurons are removed."""
@@ -233,6 +259,7 @@ class Block:
         """Sizes of the block, by the names that `Family.attributes` uses."""
         return {
             "neurons": self.neurons,
+            "experts": self.experts,
             "heads": self.heads,
             "kv_groups": self.kv_groups,
             "channels": self.channels,
@@ -247,6 +274,8 @@ class Block:
         is_dense_layer = family.experts is not None and not self.has_experts
         width = "intermediate_size" if is_dense_layer else family.width
         names = {width: "neurons", HEADS: "heads", family.kv_heads: "kv_groups"}
+        if self.has_experts:
+            names[family.expert_count] = "experts"
         return {key: sizes[name] for key, name in names.items() if key and sizes[name]}
 
     @property

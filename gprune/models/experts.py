@@ -1,4 +1,4 @@
-"""Hooks on inputs of the down projections of experts.
+"""Hooks on experts: on inputs of their down projections, and on the choice of their router.
 
 transformers computes all experts of a block in one call, in which hooks are not possible. While experts have a watcher,
 this call is replaced by one that computes expert by expert. Removing the last watcher restores the original call.
@@ -6,7 +6,8 @@ this call is replaced by one that computes expert by expert. Removing the last w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,10 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from gprune.models.blocks import Block, blocks_of
 from gprune.models.modeling_pruned import LayerConfig, find_parent
+from gprune.models.parts import is_inside
 
 Watcher = Callable[[Tensor, int, Tensor], Tensor | None]  # see `watch_experts`
+# Fields of configurations with the number of experts to which each token is routed, and of groups of experts.
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+EXPERT_GROUPS = ("n_group", "num_expert_group")
 
 
 @dataclass
@@ -183,3 +191,137 @@ class _DownProjectionWatch(TorchFunctionMode):
                 tokens = self.selected_rows[self.next_row : end]
                 self.next_row = end
             return _call_watchers(self.watchers, x, expert, tokens) if len(x) else x
+
+
+# Choice of the router
+
+
+def experts_per_token(config: PreTrainedConfig) -> int | None:
+    """Return to how many experts each token is routed; None if the configuration does not tell."""
+    for name in EXPERTS_PER_TOKEN:
+        if value := getattr(config, name, None):
+            return max(value) if isinstance(value, list | tuple) else value  # some configs have a list by layer
+    return None
+
+
+def least_experts(config: PreTrainedConfig, experts: int) -> tuple[int, int]:
+    """Return the number of groups of a router with E experts, and how many experts each group needs at least.
+
+    Without groups there is one. Routers with groups choose groups first, by the two best experts of each, and then
+    experts among them.
+    """
+    text_config = config.get_text_config(decoder=True)
+    needed = experts_per_token(text_config) or experts
+    groups = next((value for name in EXPERT_GROUPS if (value := getattr(text_config, name, None))), None)
+    if groups is None or experts % groups:
+        return 1, min(needed, experts)
+    chosen = getattr(text_config, "topk_group", None) or groups
+    return groups, min(max(2, -(-needed // min(chosen, groups))), experts // groups)
+
+
+def kept_experts(block: Block, keep: Tensor) -> Tensor:
+    """Return which experts of a block keep neurons, (E,) bool, from the keep mask of its neurons, (E x N,)."""
+    return keep.view(block.experts, -1).any(1)
+
+
+def removed_experts(blocks: Collection[Block], masks: Collection[Tensor]) -> dict[int, list[int]]:
+    """Return the experts that masks of neurons, (E x N,) per block, remove as a whole, in blocks that keep others."""
+    removed = {}
+    for block, mask in zip(blocks, masks, strict=True):
+        if block.has_experts and not (kept := kept_experts(block, mask)).all() and kept.any():
+            removed[block.index] = (~kept).nonzero()[:, 0].tolist()
+    return removed
+
+
+def routing_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the numbers of the chosen experts, (n, k) int64, and their weights, (n, k), in a call of experts."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    chosen = next((tensor for tensor in tensors if tensor.dtype == torch.int64 and tensor.dim() == 2), None)
+    if chosen is not None:
+        for tensor in tensors:
+            if tensor.shape == chosen.shape and tensor.is_floating_point():
+                return chosen, tensor
+    raise ValueError("experts are not called with numbers of chosen experts and their weights")
+
+
+def watch_routing(block: Block, watcher: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+    """Call `watcher(chosen, weights)` before the experts of a block compute, with the result of `routing_in`."""
+
+    def pre_hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watcher(*routing_in(args, kwargs))
+
+    return block.down.host.register_forward_pre_hook(pre_hook, with_kwargs=True)
+
+
+def expert_output(block: Block, expert: int, x: Tensor) -> Tensor:
+    """Return the outputs (n, H) of an expert for inputs x (n, N) of its down projection, not weighted by the router."""
+    y = x @ block.down.of_expert(expert).T.to(x)
+    for slice_ in block.slices:
+        is_of_experts = slice_.kind == "experts" and is_inside(slice_.path, block.family.experts)
+        if is_of_experts and block.parameter(slice_).shape == (block.experts, y.shape[1]):  # a bias
+            y = y + block.parameter(slice_)[expert].to(y)
+    return y
+
+
+@contextmanager
+def without_experts(model: PreTrainedModel, removed: Mapping[int, Collection[int]]) -> Iterator[PreTrainedModel]:
+    """Exclude experts, by block, from the choice of their router while the context lasts.
+
+    While a layer computes, the router has the rows of kept experts only, as in the smaller model. The numbers that it
+    chooses are then converted to those of the whole stack.
+    """
+    blocks = blocks_of(model) if removed else []
+    with ExitStack() as hooks:
+        for block in blocks:
+            if removed.get(block.index):
+                hooks.enter_context(_without_experts(block, removed[block.index]))
+        yield model
+
+
+@contextmanager
+def _without_experts(block: Block, removed: Collection[int]) -> Iterator[None]:
+    """Exclude experts of one block; see `without_experts`."""
+    E, stack = block.experts, block.family.experts
+    kept = torch.tensor([expert for expert in range(E) if expert not in removed])
+    numbers = torch.cat([kept, torch.tensor([E])])  # the number after the last expert means none
+    of_router = [s for s in block.slices if s.kind == "experts" and not is_inside(s.path, stack)]
+    counts = [path for path, size in block.family.attributes.items() if size == "experts"]
+    counts = [path for path in counts if not is_inside(path, stack)]
+    originals: list[Callable[[], None]] = []  # restore what the router had before
+
+    def shrink_router(layer: nn.Module, _args: Any) -> None:
+        for slice_ in of_router:
+            module, name = find_parent(layer, slice_.path)
+            tensor, after = getattr(module, name), slice_.units[slice_.units >= E]
+            rows = torch.cat([kept, after]).to(tensor.device)
+            smaller, values = tensor.detach().index_select(slice_.dim, rows), module._parameters
+            if name in module._buffers:
+                values = module._buffers
+            else:
+                smaller = nn.Parameter(smaller, requires_grad=False)
+            originals.append(partial(values.__setitem__, name, tensor))
+            values[name] = smaller
+        for path in counts:
+            module, name = find_parent(layer, path)
+            if hasattr(module, name):
+                originals.append(partial(setattr, module, name, getattr(module, name)))
+                setattr(module, name, len(kept))
+
+    def restore_router(*_: Any) -> None:
+        while originals:
+            originals.pop()()
+
+    def convert_numbers(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        chosen, _ = routing_in(args, kwargs)
+        converted = numbers.to(chosen.device)[chosen]
+        args = tuple(converted if value is chosen else value for value in args)
+        return args, {name: converted if value is chosen else value for name, value in kwargs.items()}
+
+    with ExitStack() as hooks:
+        hooks.callback(restore_router)
+        hooks.callback(block.layer.register_forward_pre_hook(shrink_router).remove)
+        hooks.callback(block.layer.register_forward_hook(restore_router, always_call=True).remove)
+        # First, so that other hooks see the numbers of the whole stack.
+        pre_hook = block.down.host.register_forward_pre_hook(convert_numbers, with_kwargs=True, prepend=True)
+        hooks.callback(pre_hook.remove)
+        yield

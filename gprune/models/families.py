@@ -64,6 +64,11 @@ class Family:
     layout: Mapping[str, str] = field(default_factory=dict)  # fused module -> order of parts: "gate | up" or "gate up"
     expert_rows: Mapping[str, tuple[int, str]] = field(default_factory=lambda: {"gate_up_proj": (1, "gate | up")})
     expert_down: tuple[str, int] = ("down_proj", 2)  # stacked tensor, dimension of neurons
+    # Other tensors with an index per expert, such as rows of the router: path -> dimension. Indices after the last
+    # expert belong to none. Without them experts cannot be removed as a whole; `whole_experts` may have the reason.
+    per_expert: Mapping[str, int] = field(default_factory=dict)
+    expert_count: str = ""  # key of the number of experts; empty: not a whole number, or unknown
+    whole_experts: str = ""
     # Other parameters -> dimension of units, `ffn` or `attention`.
     extras: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     # Kinds of FFN and of attention, largest first, as fields that replace those of the record. A layer has the kinds
@@ -76,7 +81,8 @@ class Family:
     before_head: str | None = None  # path of a module in the model through which hidden states pass before the head
     plain_head: bool = True  # whether logits are head times hidden states, scaled or capped
     logits_multiplier: str | None = None  # key of the factor of logits
-    # Attributes of stock modules with sizes: path -> `heads`, `kv_groups`, `channels` (heads x head_dim), `neurons`
+    # Attributes of stock modules with sizes: path -> `heads`, `kv_groups`, `channels` (heads x head_dim), `neurons`,
+    # `experts`
     attributes: Mapping[str, str] = field(default_factory=dict)
     # Other families with the same computation, whose config allows more shapes -> settings for which they compute it
     same_as: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from gprune.models.blocks import Block, blocks_of
-from gprune.models.experts import Watch, watch_experts
+from gprune.models.experts import Watch, removed_experts, watch_experts, without_experts
 from gprune.models.offload import device_of
 
 
@@ -24,7 +24,9 @@ from gprune.models.offload import device_of
 class Masks:
     """Keep masks, True = keep, one tensor per block."""
 
-    ffn: list[Tensor]  # (neurons,) bool, or (experts x neurons,) with equally many kept in every expert
+    # (neurons,) bool, or (experts x neurons,) with equally many kept in every expert. An expert that keeps none is
+    # removed with its row of the router, if others keep some.
+    ffn: list[Tensor]
     attention: list[Tensor]  # (kv_groups,) bool; all True when attention is out of scope
 
     @property
@@ -207,7 +209,8 @@ def bypassed(model: PreTrainedModel, removed: Iterable[int]) -> Iterator[PreTrai
 
 @contextmanager
 def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
-    """Let the model compute as if it were pruned while the context lasts. Blocks without kept units are skipped.
+    """Let the model compute as if it were pruned while the context lasts. Blocks without kept units are skipped, and
+    routers do not choose experts without kept neurons.
 
     Args:
         model: a supported model.
@@ -223,5 +226,6 @@ def masked(model: PreTrainedModel, masks: Masks) -> Iterator[PreTrainedModel]:
     attention = [mask.to(device) for mask, device in zip(masks.attention, devices, strict=True)]
     all_groups_kept = bool(torch.stack([mask.all() for mask in masks.attention]).all())
     removed = [index for index, stays in enumerate(masks.blocks) if not stays]
-    with bypassed(model, removed), gated(model, ffn, None if all_groups_kept else attention):
+    experts = without_experts(model, removed_experts(blocks, masks.ffn))
+    with bypassed(model, removed), experts, gated(model, ffn, None if all_groups_kept else attention):
         yield model

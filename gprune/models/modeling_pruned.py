@@ -6,9 +6,9 @@ This file needs only transformers, and supports every family. gprune copies it i
 exist for all other names too. All computations are those of transformers. Additional keys in config.json:
 
 pruned_layout     `layers`: path of the layers in the model
-                  `own`: number of a layer -> its `sizes` (parameter -> [dim, size]), `attributes` with sizes in stock
-                  modules (path -> value), `values` (config key -> value) and `added_biases`, the projections to which
-                  recovery has added a bias
+                  `own`: number of a layer -> its `sizes` (parameter or buffer -> [dim, size]), `attributes` with sizes
+                  in stock modules (path -> value), `values` (config key -> value), `added_biases`, the projections to
+                  which recovery has added a bias, and, if whole experts were removed, `experts` (parameter -> number)
 per_layer_config  for types with a record of gprune, the values of layers that differ from the global ones, for readers
                   of config.json; for other types the dense model's own table, or none
 added_biases      an empty list; only beside a table of ours
@@ -185,7 +185,8 @@ def sizes_by_layer(config):
 
 def slice_to_sizes(layer, config, own):
     """Slice a dense layer in place to explicit sizes, `own` of its layout, and add biases that recovery has added."""
-    for path, (dim, length) in own["sizes"].items():
+    of_experts = {path: (0, number) for path, number in own.get("experts", {}).items()}
+    for path, (dim, length) in (*of_experts.items(), *own["sizes"].items()):
         module, name = find_parent(layer, path)
         # Some layers lack parameters, such as dense layers between layers with experts.
         if getattr(module, name, None) is not None:
@@ -198,10 +199,13 @@ def slice_to_sizes(layer, config, own):
 
 
 def narrow_parameter(module, name, dim, length):
-    """Replace a parameter by its first `length` indices along `dim`, and update size attributes of the module."""
+    """Replace a parameter or buffer by its first `length` indices along `dim`, and update sizes of the module."""
     parameter = getattr(module, name)
     smaller = parameter.detach().narrow(dim, 0, length).clone()
-    setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
+    if name in module._buffers:
+        module._buffers[name] = smaller
+    else:
+        setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
     update_linear_sizes(module)
 
 

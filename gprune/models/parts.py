@@ -84,7 +84,7 @@ class ExpertPart:
         return self.dim != default_dim
 
     def _stacked_weight(self) -> Tensor:
-        """Return the tensor as (E, n, H) for gate and up, or (E, H, N) for down; loaded if it is offloaded."""
+        """Return the tensor, loaded if offloaded: (E, H, N) for down, (E, n, H) otherwise, n = 2N for gate and up."""
         module, name = find_parent(self.host, self.tensor)
         tensor = load_parameter(module, name)
         return tensor.transpose(1, 2) if self._is_transposed else tensor
@@ -101,6 +101,10 @@ class ExpertPart:
         sizes = dict.fromkeys(names_in(self.layout), self.neurons)
         rows = part_row_indices(self.layout, sizes, self.neurons)[self.name]
         return rearrange(weight[:, rows.to(weight.device)], "e n h -> (e n) h")
+
+    def of_expert(self, expert: int) -> Tensor:
+        """Columns of down of one expert, (H, N): a view."""
+        return self._stacked_weight()[expert]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -217,6 +221,11 @@ def _expert_parts(experts: nn.Module, family: Family) -> dict[str, ExpertPart]:
         if not tensor.endswith("bias"):
             parts |= {name: ExpertPart(experts, name, tensor, dim, layout) for name in names_in(layout)}
     return parts
+
+
+def is_inside(path: str, other: str) -> bool:
+    """Return whether the module at a path is the module at another path, or in it."""
+    return path == other or path.startswith(f"{other}.")
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -7,8 +7,9 @@ reads it from attributes, which the family's record names and which are updated.
 sizes. The true sizes are read from the weights (`gprune.models.blocks.blocks_of`), and `gprune.export` writes them for
 other programs. Before `save_pretrained`, convert the result with `gprune.export.hf.to_portable`.
 
-Experts of one block are pruned to equal widths, each with its own neurons, because their tensors are stacked. A layer
-whose masks keep nothing is removed from the decoder with its norms.
+Experts of one block are pruned to equal widths, each with its own neurons, because their tensors are stacked. Experts
+whose masks keep nothing are removed from the stack, with their rows of the router. A layer whose masks keep nothing is
+removed from the decoder with its norms.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transformers.cache_utils import CacheLayerMixin
 from gprune.errors import UserError
 from gprune.models.blocks import Block, Slice, blocks_of, by_layer, sizes_of_layer
 from gprune.models.copies import copy_without_hooks, skeleton, turn_off_rescaling
+from gprune.models.experts import kept_experts, least_experts
 from gprune.models.families import decoder_layers, decoder_of, record_of, refuse_quantised
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, find_parent, set_layer_sizes, update_linear_sizes
@@ -130,7 +132,11 @@ def _write_layer(
     weights = {name: parameter.detach() for name, parameter in pruned_layer.named_parameters()}
     saved_names = dense_layer.state_dict().keys()
     stored = StoredWeights(dense_layer)  # a buffer may be offloaded too
-    weights |= {name: stored[name].cpu().contiguous() for name, _ in dense_layer.named_buffers() if name in saved_names}
+    for name, _ in dense_layer.named_buffers():
+        if name in saved_names:
+            block, slice_ = slices.get(name, (None, None))  # such as the correction bias of a router
+            buffer = stored[name] if block is None else _slice_parameter(block, slice_, masks, stored[name])
+            weights[name] = buffer.cpu().contiguous()
     save_file(weights, path)
     pruned_layer.to("meta")
     files = {name: {"safetensors_file": path} for name in weights}
@@ -212,7 +218,7 @@ def _drop_layers_from_config(config: PreTrainedConfig, kept: list[int], depth: i
 
 
 def per_layer_lists(content: Mapping[str, Any], depth: int) -> dict[str, list[Any]]:
-    """Return the fields of a configuration with one value for each of its `depth` layers, such as `layer_types`.
+    """Return the fields that match `PER_LAYER` and have one value for each of `depth` layers, such as `layer_types`.
 
     A list of all layer numbers, such as the `moe_layers` of a model whose layers all have experts, is not one of them.
     """
@@ -308,15 +314,32 @@ def check_masks(model: PreTrainedModel, masks: Masks) -> None:
     for block, ffn, attention in zip(blocks, masks.ffn, masks.attention, strict=True):
         if len(ffn) and len(attention) and ffn.any() != attention.any():
             raise UserError(f"Masks of block {block.index} must keep units of both scopes, or of neither.")
-        counts = set(ffn.view(block.experts, -1).sum(1).tolist())
-        if len(counts) > 1:
-            raise UserError(f"Masks.ffn[{block.index}] must keep equally many neurons of every expert; got {counts}.")
+        if block.has_experts:
+            _check_experts(block, ffn, model.config)
     block_is_kept = masks.blocks
     for layer_blocks in by_layer(blocks):
         first, last = layer_blocks[0], layer_blocks[-1]
         if len({block_is_kept[block.index] for block in layer_blocks}) > 1:
             numbers = f"{first.index} to {last.index}, of layer {first.layer_index}"
             raise UserError(f"Masks of blocks {numbers}, must keep units of all of these blocks, or of none.")
+
+
+def _check_experts(block: Block, keep: Tensor, config: PreTrainedConfig) -> None:
+    """Raise UserError unless the experts of a block that keep neurons keep equally many, and suffice for its router."""
+    counts = set(keep.view(block.experts, -1).sum(1).tolist())
+    if len(counts - {0}) > 1:
+        raise UserError(f"Masks.ffn[{block.index}] must keep equally many neurons of every expert; got {counts}.")
+    if len(counts) < 2:
+        return
+    name = f"Experts of block {block.index} (model type '{config.model_type}')"
+    if not block.family.per_expert:
+        why = block.family.whole_experts or "its router is unknown"
+        raise UserError(f"{name} cannot be removed as a whole: {why}.")
+    groups, least = least_experts(config, block.experts)
+    kept_by_group = kept_experts(block, keep).view(groups, -1).sum(1).tolist()
+    if min(kept_by_group) < least or len(set(kept_by_group)) > 1:
+        of_group = f" in each of {groups} groups, the same number" if groups > 1 else ""
+        raise UserError(f"{name} must be at least {least}{of_group}; got {', '.join(map(str, kept_by_group))}.")
 
 
 def widths(model: PreTrainedModel) -> dict[str, list[int]]:
@@ -335,7 +358,10 @@ def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks
             module_path, _, name = slice_.path.rpartition(".")
             module, parameter = block.module(module_path), block.parameter(slice_)
             smaller = _slice_parameter(block, slice_, masks, load_parameter(module, name).detach())
-            setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
+            if name in module._buffers:
+                module._buffers[name] = smaller
+            else:
+                setattr(module, name, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
             update_linear_sizes(module)
     sliced_blocks = [replace(block) for block in blocks]  # without the cached properties of the dense blocks
     set_layer_sizes(blocks[0].layer, config, *sizes_of_layer(sliced_blocks))
@@ -343,12 +369,16 @@ def _slice_layer(blocks: Sequence[Block], config: PreTrainedConfig, masks: Masks
 
 def _slice_parameter(block: Block, slice_: Slice, masks: Masks, weight: Tensor) -> Tensor:
     """Return the kept part of a weight as a new tensor."""
+    if slice_.kind == "experts":
+        kept = kept_experts(block, masks.ffn[block.index])
+        after = kept.new_ones(len(slice_.units) - len(kept))  # indices after the last expert are kept
+        return _select(weight, slice_.dim, torch.cat([kept, after]))
     keep = getattr(masks, slice_.kind)[block.index]
     if slice_.kind == "ffn" and block.has_experts:
         keep_by_expert = rearrange(keep, "(e n) -> e n", e=block.experts)[:, slice_.units]
         dim = slice_.dim - 1  # without the dimension of experts
-        pairs = zip(weight, keep_by_expert, strict=True)
-        return torch.stack([_select(expert_weight, dim, expert_keep) for expert_weight, expert_keep in pairs])
+        kept = kept_experts(block, keep).nonzero()[:, 0].tolist()
+        return torch.stack([_select(weight[expert], dim, keep_by_expert[expert]) for expert in kept])
     return _select(weight, slice_.dim, keep[slice_.units])
 
 

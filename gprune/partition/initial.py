@@ -41,7 +41,8 @@ def parameter_embedding(weights: UnitWeights, *, dim: int = 8, seed: int = 0) ->
 def _row_lengths(matrix: Tensor) -> Tensor:
     """Return the Euclidean length of each row, (N, H) -> (N,).
 
-    Rows of a transposed matrix are copied 32 at a time, because the elements of a row are in different cache lines.
+    Rows of a transposed matrix are copied 32 at a time to a compact matrix, because in the whole matrix every element
+    of a row is in another cache line.
     """
     if matrix.stride(1) == 1:
         return matrix.norm(dim=1)

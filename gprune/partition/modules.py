@@ -23,8 +23,8 @@ class Drift:
     scores: Tensor  # (D, N) importance per corpus
     ranks: Tensor  # (D, N) in (0, 1)
     drift: Tensor  # (N,) population standard deviation of ranks
-    floor: Tensor  # (N,) noise floor: drift caused by sampling alone
-    halves: Tensor  # () Kendall tau between halves of a corpus, mean over corpora
+    noise_floor: Tensor  # (N,) drift caused by sampling alone
+    half_agreement: Tensor  # () Kendall tau between halves of a corpus, mean over corpora
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ModuleReliability:
     size: Tensor  # (K,) neurons
     score: Tensor  # (K,) mean within-block rank on corpora.score, (0, 1)
     sensitivity: Tensor  # (K,) mean rank drift
-    noise: Tensor  # (K,) mean noise floor
+    noise_floor: Tensor  # (K,) mean noise floor
     switched: Tensor  # (K,) bool: sensitive, weakly activated, and sensitive beyond noise
 
 
@@ -141,7 +141,7 @@ class Modules:
                     "neurons": int(reliability.size[k]),
                     "score": float(reliability.score[k]),
                     "sensitivity": float(reliability.sensitivity[k]),
-                    "noise_floor": float(reliability.noise[k]),
+                    "noise_floor": float(reliability.noise_floor[k]),
                     "agreement": None if agreement[k].isnan() else float(agreement[k]),
                     "switched": bool(reliability.switched[k]),
                 })  # fmt: skip

@@ -115,7 +115,7 @@ class Recovery(Feature):
         return 0, 0
 
     def memory(self, sizes: Any) -> dict[str, float]:
-        """Return the bytes of a recovery by term of `method.memory.Memory`; empty if it needs nothing.
+        """Return the bytes of a recovery by term of `method.dry_run.Memory`; empty if it needs nothing.
 
         Without training these are the equations of the widest block, 12 N^2, in float64.
         """
@@ -229,6 +229,7 @@ class Projection(Recovery):
             solved = [
                 self._solve_one(expert_weight, expert_keep, moments.of_expert(index, experts), ridge)
                 for index, (expert_weight, expert_keep) in enumerate(by_expert)
+                if expert_keep.any()  # others are removed with their row of the router
             ]
         if any(bias is not None for _, bias in solved):
             raise UserError(f"Recovery '{self.name}' must return None as the bias of experts, which have no biases.")

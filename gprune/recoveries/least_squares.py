@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @recovery("least_squares", needs=("moments", "gram"))
 def least_squares(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
-    """W' = argmin_V E ||W x - V x_K||^2 + lambda ||V - W_K||^2 = W_K + W_R G_RK (G_KK + lambda I)^-1.
+    """W' = argmin_V sum ||W x - V x_K||^2 + lambda ||V - W_K||^2 = W_K + W_R G_RK (G_KK + lambda I)^-1.
 
-    G = sum over tokens of x x^T on dense activations, lambda = ridge * mean diagonal of G_KK. For large lambda W'
-    approaches W_K, which is `none`, and not zero. Solved in float64 by Cholesky, on the device of the weight.
+    Sums are over tokens. G = sum x x^T on dense activations, lambda = ridge * mean diagonal of G_KK. For large lambda
+    W' approaches W_K, which is `none`, and not zero. Solved in float64 by Cholesky, on the device of the weight.
     """
     gram = moments.gram  # read once: it may be stored in a file
     assert gram is not None, "least_squares needs Gram matrices"
@@ -36,9 +36,9 @@ def least_squares(weight: Tensor, keep: Tensor, moments: Moments, ridge: float) 
 
 
 def ridge_correction(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Return D = E (G + lambda I)^-1, (H, K) float64, which minimises sum ||(W + D) x - y||^2 + lambda ||D||^2.
+    """Return D = C (G + lambda I)^-1, (H, K) float64, which minimises sum ||(W + D) x - y||^2 + lambda ||D||^2.
 
-    G = sum x x^T is `gram`, (K, K) float64, whose diagonal is changed in place. E = sum (y - W x) x^T is `cross`, (H,
+    G = sum x x^T is `gram`, (K, K) float64, whose diagonal is changed in place. C = sum (y - W x) x^T is `cross`, (H,
     K). Lambda is `ridge` times the mean diagonal of G.
     """
     import torch

@@ -198,9 +198,11 @@ def heterogeneity_figure(modules: Modules) -> Figure:
         axes.scatter(block_indices[switched], values[switched], s=60, **ring)
         axes.set(xlabel="block", ylabel=label)
     blocks = range(len(modules.drift))
-    left.plot(blocks, [float(d.floor.mean()) for d in modules.drift], "--", color="black", lw=1, label="noise floor")
+    left.plot(
+        blocks, [float(d.noise_floor.mean()) for d in modules.drift], "--", color="black", lw=1, label="noise floor"
+    )
     right.plot(blocks, modules.block_agreement, "-", color="black", lw=1, label="whole block")
-    halves = [float(d.halves) for d in modules.drift]
+    halves = [float(d.half_agreement) for d in modules.drift]
     if np.isfinite(halves).any():
         right.plot(blocks, halves, ":", color="black", lw=1, label="whole block, halves of one corpus")
     figure.colorbar(points, ax=right, label="mean importance rank")

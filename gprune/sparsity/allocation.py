@@ -203,7 +203,7 @@ def format_removed(share: float, scope: str, rule: str, digits: int = 2) -> str:
 
 @allocation("learned", modules=True, learned=True)
 def learned(masks: Masks, ranks: ModuleRanks) -> Thresholds:
-    """One threshold per module, learned with frozen weights, starting from the masks of `--sparsity.start`."""
+    """One threshold per module, learned with frozen weights. Returns the start: the masks of `--sparsity.start`."""
     from gprune.sparsity.thresholds import start_thresholds
 
     return start_thresholds(masks, ranks)

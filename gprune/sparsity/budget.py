@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, groupby
+from typing import Any
+
+from torch import Tensor
 
 from gprune.errors import UserError
 from gprune.models.blocks import Block, by_layer
@@ -29,6 +32,7 @@ class BlockUnits:
     experts: int = 1
     attention: bool = False  # whether KV groups may be removed
     protected: bool = False  # whether the block keeps everything
+    ffn: bool = True  # whether neurons may be removed
 
     @property
     def neurons(self) -> int:
@@ -42,7 +46,7 @@ class BlockUnits:
 
     def removable_neurons(self, width_multiple: int) -> int:
         """Number of neurons (or slots) that may be removed; `width_multiple` neurons are kept."""
-        return 0 if self.protected else max(0, self.neurons - width_multiple)
+        return max(0, self.neurons - width_multiple) if self.ffn and not self.protected else 0
 
     @property
     def removable_groups(self) -> int:
@@ -68,14 +72,14 @@ def block_units(
     protected_layers = {index % depth for index in protect}
     parameters = [
         BlockCosts.by_unit(
-            b.unit_cost("ffn"), b.unit_cost("attention"), b.cost, neurons=b.neurons, groups=b.kv_groups
+            b.unit_cost("ffn"), b.unit_cost("attention"), b.cost, b.expert_cost(), neurons=b.neurons, groups=b.kv_groups
         )
         for b in blocks
     ]  # fmt: skip
     return [
         BlockUnits(
             of_block, in_parameters, block.layer_index, block.experts, attention="attention" in scope,
-            protected=block.layer_index in protected_layers,
+            protected=block.layer_index in protected_layers, ffn="ffn" in scope,
         )
         for block, of_block, in_parameters in zip(blocks, costs or parameters, parameters, strict=True)
     ]  # fmt: skip
@@ -144,8 +148,8 @@ class Budget:
         if target > budget.removable:
             protected = sum(block.protected for block in self.units)
             raise UserError(
-                f"{flag} must be {goal.limit(budget.removable, self.total, self.model)}, because each block keeps "
-                f"{self.width_multiple} neurons and a KV group, and {protected} blocks keep everything; got {setting}."
+                f"{flag} must be {goal.limit(budget.removable, self.total, self.model)}, because {self.least}, and "
+                f"{protected} blocks keep everything; got {setting}."
             )
         if target < budget.unavoidable:
             raise UserError(
@@ -173,6 +177,28 @@ class Budget:
             if target <= budget.removable:
                 return replace(budget, target=max(target, budget.unavoidable))
             target = budget.removable
+
+    @property
+    def least(self) -> str:
+        """What every block keeps in any case, in words."""
+        return f"each block keeps {self.width_multiple} neurons and a KV group"
+
+    def ranked_by(self, scores: Any) -> Budget:
+        """Return the budget for a stage with these `importance.scores.Scores`, which choose what is removed whole."""
+        return self
+
+    @property
+    def removed_experts(self) -> dict[int, list[int]]:
+        """Experts that are removed as a whole, by block."""
+        return {}
+
+    def of_kept_experts(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Return values of all neurons, (E x N,) per block, without those of removed experts."""
+        return list(values)
+
+    def with_removed_experts(self, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Return keep masks of the neurons of all experts, from those of kept experts: the inverse of the above."""
+        return list(masks)
 
     @property
     def attention(self) -> bool:
@@ -334,8 +360,10 @@ def removed_cost(costs: Sequence[BlockCosts], masks: Masks) -> int:
             removed += of_block.whole
             continue
         width = len(of_block.neurons) - 1
-        experts = len(neurons) // width if width else 1  # all of them keep equally many neurons
-        removed += cost_beyond(of_block.neurons, int(neurons.sum()) // experts)
+        by_expert = neurons.view(-1, width or 1)  # kept experts keep equally many neurons, and removed ones none
+        experts, kept = len(by_expert) or 1, int(by_expert.any(1).sum()) or 1
+        removed += (experts - kept) * of_block.expert
+        removed += cost_beyond(of_block.neurons, int(neurons.sum()) // kept) * kept // experts
         removed += cost_beyond(of_block.groups, int(groups.sum()))
     return removed
 

@@ -1,7 +1,8 @@
 """Currencies of the budget: parameters, KV cache, bytes, seconds, or a function that is registered in `COST`.
 
 The function is called with the model and its blocks. It returns whole numbers: for each block the cost of a neuron, of
-a KV group and of the whole block; and the cost of the rest of the model. A currency that needs more is a `Currency`.
+a KV group and of the whole block, and optionally of an expert; and the cost of the rest of the model. A currency that
+needs more is a `Currency`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 from gprune.features import Feature
 from gprune.registry import Registry
 
-# Result of a registered function: costs of (a neuron, a KV group, the whole block) for each block, and of the rest.
-Costs = tuple[Sequence[tuple[int, int, int]], int]
+# Result of a registered function: costs of (a neuron, a KV group, the whole block) for each block, and of the rest. A
+# fourth number is the cost of an expert with its row of the router; by default that of its neurons.
+Costs = tuple[Sequence[tuple[int, ...]], int]
 COST: Registry[Callable[..., Costs]] = Registry("cost")
 
 
@@ -26,16 +28,22 @@ class BlockCosts:
     neurons: Sequence[int]  # cost of the FFN if it keeps 0, 1, ..., all neurons (or slots)
     groups: Sequence[int]  # cost of the attention if it keeps 0, 1, ..., all KV groups
     whole: int  # cost of the whole block, norms included
+    expert: int = 0  # cost of an expert with its row of the router, if it keeps all neurons
 
     @classmethod
-    def by_unit(cls, neuron: int, group: int, whole: int, *, neurons: int, groups: int) -> BlockCosts:
-        """Return the costs of a block in which all neurons cost the same, and all KV groups."""
+    def by_unit(
+        cls, neuron: int, group: int, whole: int, expert: int | None = None, *, neurons: int, groups: int,
+        experts: int = 1,
+    ) -> BlockCosts:  # fmt: skip
+        """Return the costs of a block in which all neurons (or slots of experts) cost the same, and all KV groups."""
 
         def table(cost: int, units: int) -> Sequence[int]:
             """Return the costs of 0, 1, ..., all units."""
             return range(0, cost * units + 1, cost) if cost else [0] * (units + 1)
 
-        return cls(table(_whole_number(neuron), neurons), table(_whole_number(group), groups), _whole_number(whole))
+        of_neurons, of_groups = table(_whole_number(neuron), neurons), table(_whole_number(group), groups)
+        of_expert = of_neurons[-1] // experts if expert is None else _whole_number(expert)
+        return cls(of_neurons, of_groups, _whole_number(whole), of_expert)
 
 
 ModelCosts = tuple[list[BlockCosts], int]  # of each block, and of the rest of the model
@@ -45,7 +53,7 @@ def costs_of_blocks(costs: Costs, blocks: Sequence[Any]) -> ModelCosts:
     """Convert the result of a registered function to tables of costs."""
     by_block, rest = costs
     of_blocks = [
-        BlockCosts.by_unit(*of_block, neurons=block.neurons, groups=block.kv_groups)
+        BlockCosts.by_unit(*of_block, neurons=block.neurons, groups=block.kv_groups, experts=block.experts)
         for of_block, block in zip(by_block, blocks, strict=True)
     ]
     return of_blocks, _whole_number(rest)
@@ -60,7 +68,7 @@ class Currency(Feature):
     """A currency whose costs depend on more than the model and its blocks."""
 
     def costs(self, pricing: Any) -> ModelCosts:
-        """Return the costs of the model of a `method.pricing.Pricing`."""
+        """Return the costs of the model of a `method.plan.Pricing`."""
         raise NotImplementedError
 
 
@@ -76,11 +84,14 @@ def _whole_number(cost: Any) -> int:
 def parameter_costs(model: Any, blocks: Sequence[Any], weight: Callable[[Any], int] = lambda parameter: 1) -> Costs:
     """Return numbers of parameters, each multiplied by the weight of its tensor."""
     by_block = [
-        (block.unit_cost("ffn", weight), block.unit_cost("attention", weight), block.whole_cost(weight))
+        (
+            block.unit_cost("ffn", weight), block.unit_cost("attention", weight), block.whole_cost(weight),
+            block.expert_cost(weight),
+        )
         for block in blocks
-    ]
+    ]  # fmt: skip
     total = sum(weight(parameter) * parameter.numel() for parameter in model.parameters())
-    return by_block, total - sum(whole for _, _, whole in by_block)
+    return by_block, total - sum(whole for _, _, whole, _ in by_block)
 
 
 @COST.register("kv_cache")

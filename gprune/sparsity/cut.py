@@ -92,9 +92,9 @@ class Cut:
     """
 
     def __init__(self, budget: Budget, device: torch.device):
-        self.all_units = budget.units
+        self.whole = budget
         self.kept = budget.kept
-        self.budget = budget.rest  # of the blocks that are not removed as a whole
+        self.budget = budget.rest  # of the blocks and experts that are not removed as a whole
         self.slots = Segments([block.neurons for block in self.budget.units], device)
         self.groups = Segments([block.groups for block in self.budget.units], device)
         self._init_neuron_steps(device)
@@ -143,13 +143,14 @@ class Cut:
     def __call__(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None = None) -> Masks:
         """Return masks from margins; see `keep_masks`."""
         of_kept_groups = None if group_margins is None else [group_margins[b] for b in self.kept]
+        neuron_margins = self.whole.of_kept_experts(neuron_margins)
         masks = self._masks([neuron_margins[b] for b in self.kept], of_kept_groups)
         ffn, attention = list(masks.ffn), list(masks.attention)
-        for b, block in enumerate(self.all_units):
+        for b, block in enumerate(self.whole.units):
             if b not in self.kept:
                 ffn.insert(b, masks.ffn[0].new_zeros(block.experts * block.neurons))
                 attention.insert(b, masks.attention[0].new_zeros(block.groups))
-        return Masks(ffn, attention)
+        return Masks(self.whole.with_removed_experts(ffn), attention)
 
     def _masks(self, neuron_margins: Sequence[Tensor], group_margins: Sequence[Tensor] | None) -> Masks:
         """Return masks of blocks that are not removed as a whole, from their margins."""
@@ -281,7 +282,8 @@ def keep_masks(
     and neurons make up the rest. So the overshoot is less than one step of `width_multiple` neurons, and no group is
     removed that exceeds the target by far. Each block keeps at least `width_multiple` neurons and one KV group.
 
-    Blocks in `Budget.removed` are removed as a whole, and units of other blocks make up the rest of the target.
+    Blocks in `Budget.removed` and experts in `Budget.removed_experts` are removed as a whole, and units of other blocks
+    and experts make up the rest of the target.
     Protected blocks keep everything. If all blocks must have the same widths, the overshoot is less than one step in
     every block.
 
@@ -324,7 +326,7 @@ def cut_margin(
 def _slot_mask(keep: Tensor, experts: int) -> Tensor:
     """Return the keep mask of slots in order of their margins, (E x N,) -> (N,), from the keep mask of neurons.
 
-    All experts keep the same number of neurons, and these have the largest margins.
+    All experts keep the same number of neurons, and these have the largest margins. Removed experts are left out.
     """
     if experts == 1:
         return keep

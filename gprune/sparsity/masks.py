@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gprune.calibration.statistics import CorpusStatistics, pool_statistics
 from gprune.importance.scores import Scores
@@ -38,12 +39,14 @@ class StageMasks:
 
     def __call__(self, budget: Budget) -> Masks:
         """Return the masks for a budget."""
+        budget = budget.ranked_by(self.scores)
         if self.modules is None:
             return self.allocated(budget)
         return self.module_sparsity(budget).masks(self.modules.ranks, budget)
 
     def allocated(self, budget: Budget) -> Masks:
         """Return the masks by scores of blocks, computed once per target."""
+        budget = budget.ranked_by(self.scores)
         if budget.target not in self._allocated:
             # Statistics are pooled in each call and not kept, because of the size of their Gram matrices.
             statistics = replace(pool_statistics(self.statistics), errors=self.errors)
@@ -60,4 +63,12 @@ class StageMasks:
         """Return the sparsity of modules: the learned one, or thresholds for the budget."""
         if self.learned is not None:
             return self.learned
-        return ModuleSparsity(module_thresholds(self.module_allocation, self.allocated(budget), self.modules.ranks))
+        budget = budget.ranked_by(self.scores)
+        masks, ranks = self.allocated(budget), self.modules.ranks
+        masks = replace(masks, ffn=budget.of_kept_experts(masks.ffn))
+        ranks = replace(ranks, ffn=budget.of_kept_experts(ranks.ffn), labels=budget.of_kept_experts(ranks.labels))
+        ffn, attention = module_thresholds(self.module_allocation, masks, ranks)
+        # The last modules of a block may have only neurons of removed experts.
+        missing = [K - len(thresholds) for K, thresholds in zip(self.modules.ranks.modules, ffn, strict=True)]
+        ffn = [pad(thresholds, (0, number)) for thresholds, number in zip(ffn, missing, strict=True)]
+        return ModuleSparsity((ffn, attention))

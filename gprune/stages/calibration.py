@@ -40,6 +40,7 @@ class CalibrationStage(FrozenLMStage):
         store: with `walk`, `store(corpus, block, matrices by kind)` writes the Gram matrices of a block and returns
             references to the files.
         shard: whether to shard the model over processes.
+        routing: whether to collect sums over the tokens of each expert.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class CalibrationStage(FrozenLMStage):
         walk: bool = False,
         store: Store | None = None,
         shard: bool = False,
+        routing: bool = False,
     ):
         super().__init__(model, shard=shard)
         assert not (walk and saliency), "gradients cannot be collected block by block"
@@ -58,6 +60,7 @@ class CalibrationStage(FrozenLMStage):
         self.gram = gram
         self.saliency = saliency
         self.walk = walk
+        self.routing = routing
         self.store = store
         self.statistics: dict[str, CorpusStatistics] = {}
         self.hooks = ExitStack()  # hooks on the model for the current corpus
@@ -75,7 +78,7 @@ class CalibrationStage(FrozenLMStage):
             if self.walk:
                 self._sums = Walk(self.lm)
             else:
-                collector = Collector(self.lm, gram=self.gram, saliency=self.saliency)
+                collector = Collector(self.lm, gram=self.gram, saliency=self.saliency, routing=self.routing)
                 self._sums = self.hooks.enter_context(collector)
         add_batch = self._sums.add if self.walk else self._sums.observe
         add_batch(batch["input_ids"], batch["half"], batch["weight"])
@@ -91,7 +94,7 @@ class CalibrationStage(FrozenLMStage):
         self._sums = None
         if isinstance(sums, Walk):
             store = None if self.store is None else partial(self.store, corpus)
-            self.statistics[corpus] = sums.statistics(gram=self.gram, store=store)
+            self.statistics[corpus] = sums.statistics(gram=self.gram, routing=self.routing, store=store)
             self.trainer.strategy.barrier()  # rank 0 writes files that all ranks read
         elif sums is not None:
             self.statistics[corpus] = sums.compute()

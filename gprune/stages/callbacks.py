@@ -80,7 +80,7 @@ class ApplyMasks(L.Callback):
         self._on_model = ExitStack()
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Apply the current masks, of averaged thresholds if a callback such as `WeightAveraging` has set them."""
+        """Apply the masks of the current thresholds, which a callback such as `WeightAveraging` may have replaced."""
         if not hasattr(pl_module, "measured_model"):  # a stage that measures no language model
             return
         self.applied = self.masks()

@@ -22,7 +22,7 @@ class AssignmentRefinement(L.LightningModule):
     2 for a neuron's own module and 0 elsewhere: large enough to keep the structure of the initial partition, small
     enough that gradients can move neurons.
 
-    Validation logs `partition/agreement`, the consistency C of the hard labels, which is 0 for a random partition.
+    Validation logs `partition/hard_consistency`, the consistency C of the hard labels; a random partition has 0.
 
     Args:
         inputs: inputs of the objective for all blocks.
@@ -84,7 +84,7 @@ class AssignmentRefinement(L.LightningModule):
         # With logits of 1e4 the softmax is exactly 0 or 1.
         hard_logits = 1e4 * F.one_hot(self.logits.argmax(-1), self.logits.shape[-1])
         terms = partition_objective(hard_logits, 1.0, self.inputs, self.weights)
-        self.log("partition/agreement", terms["consistency"].mean())
+        self.log("partition/hard_consistency", terms["consistency"].mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam([self.logits], lr=self.learning_rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gprune.models.experts import without_experts
 from gprune.models.losses import final_hidden, next_token_losses
 from gprune.models.masks import Masks, bypassed, gated
 from gprune.partition.modules import ModuleRanks
@@ -156,7 +158,8 @@ class ThresholdLearning(FrozenLMStage):
             blocks = zip(thresholds, margins, masks, strict=True)
             return [t + cut_margin(Masks([keep], []), [margin]).float() for t, margin, keep in blocks]
 
-        ffn = shifted(self.ffn_thresholds, neuron_margins, hard.ffn)
+        of_kept = self.budget.of_kept_experts
+        ffn = shifted(self.ffn_thresholds, of_kept(neuron_margins), of_kept(hard.ffn))
         return ffn, shifted(self.attention_thresholds, group_margins, hard.attention)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -185,7 +188,7 @@ class ThresholdLearning(FrozenLMStage):
                 teacher = final_hidden(self.lm, ids)
         self.refresh_gates()  # the autograd graph of the last step was freed
         gates = gated(self.lm, self.ffn_gates, self.attention_gates)
-        with bypassed(self.lm, self.budget.removed), gates:
+        with bypassed(self.lm, self.budget.removed), without_experts(self.lm, self.budget.removed_experts), gates:
             return next_token_losses(self.lm, ids, teacher=teacher)
 
     def axes(self) -> dict[str, float]:
@@ -237,7 +240,10 @@ class ThresholdLearning(FrozenLMStage):
     def recentre(self, hard: Masks) -> None:
         """Shift all thresholds by the same amount so that the budget cuts at margin 0, without changing `hard`."""
         neuron_margins, group_margins = unit_margins(self.offset_ranks, self.thresholds)
-        shift = cut_margin(hard, neuron_margins, [block.experts for block in self.budget.units], group_margins)
+        budget, removed = self.budget, self.budget.removed_experts
+        experts = [block.experts - len(removed.get(b, ())) for b, block in enumerate(budget.units)]
+        kept = replace(hard, ffn=budget.of_kept_experts(hard.ffn))
+        shift = cut_margin(kept, budget.of_kept_experts(neuron_margins), experts, group_margins)
         for t in (*self.ffn_thresholds, *self.attention_thresholds):
             t += shift.to(t.dtype)
 

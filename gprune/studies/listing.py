@@ -189,13 +189,18 @@ class Listing:
         cls, path: Path | str, *, seeds: Sequence[int] | None = None, flags: Sequence[str] = (),
         records: Path | str | None = None,
     ) -> Listing:  # fmt: skip
-        """Read a list file."""
+        """Read a list file.
+
+        `seeds` replace those of the list, `flags` are set in every row, and `records` is the folder of the records
+        (`experiments/records` for lists in `experiments/`).
+        """
         path = Path(path)
         content = read_content(path)
         is_experiment = path.resolve().is_relative_to(EXPERIMENTS)
         default_folder = EXPERIMENTS / "records" if is_experiment else OTHER_RECORDS
+        keeps_masks = content.masks or not is_experiment  # records of our own lists would become too large
         rows = _rows(
-            path, content, seeds or content.seeds, flags, masks=content.masks or not is_experiment,
+            path, content, seeds or content.seeds, flags, masks=keeps_masks,
             records=default_folder if records is None else Path(records),
         )  # fmt: skip
         return cls(path, content, list(rows))

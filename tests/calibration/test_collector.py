@@ -107,7 +107,7 @@ def test_halves_depend_on_the_window_index_in_the_corpus_not_in_the_batch(tiny_m
 
 
 COLLECTED = pytest.mark.parametrize(
-    ("extras", "rtol"), [({"gram": True}, 1e-6), ({"saliency": ("ffn", "attention")}, 1e-5)], ids=EXTRAS
+    ("extras", "rtol"), [({"gram": True}, 1e-6), ({"saliency": ("ffn", "attention")}, 1e-5)], ids=("gram", "saliency")
 )
 
 
@@ -210,7 +210,7 @@ def test_each_tensor_has_one_kind_and_moments_combine_with_separately_collected_
     assert sum(map(len, by_kind.values())) == len(full)
     plain = collect(tiny_model, batches(token_batch, 6)).tensors()
     assert by_kind["moments"].keys() == plain.keys()  # as cached by a pass without extras
-    for extra in EXTRAS:
+    for extra in extras:
         alone = collect(tiny_model, batches(token_batch, 6), **{extra: extras[extra]}).tensors()
         together = CorpusStatistics.from_tensors(by_kind["moments"] | by_kind[extra]).tensors()
         assert together.keys() == alone.keys()

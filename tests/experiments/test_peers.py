@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from experiments.peers import common, osscar
 from experiments.peers.__main__ import main, table
 from gprune.config import parse
-from gprune.method.run import prepare_text
+from gprune.method.inputs import prepare_text
 from gprune.models.loading import load_model
 from tests import tiny_run
 
@@ -97,7 +97,7 @@ def test_a_missing_clone_or_another_commit_is_refused_with_the_git_commands(clon
 
 
 def test_the_osscar_driver_prunes_to_the_budget_and_saves_a_loadable_model_with_a_record(world, clone, tmp_path):
-    """The expected weights are those of the dense model, pruned here by the rule of the replacement class."""
+    """The expected weights are those of the dense model, pruned by the rule of `STAND_IN`: kept columns are halved."""
     output = tmp_path / "out"
     osscar.main(["--clone", str(clone), "--windows", str(world.windows), "--output", str(output)])
     record = json.loads((output / common.RECORD).read_text())

@@ -356,7 +356,7 @@ def test_the_default_widths_of_a_model_with_512_neurons_fit_q8_0(tmp_path, monke
 
 def test_runs_that_cannot_export_to_gguf_are_refused_before_loading_the_model(world, tmp_path, monkeypatch, capsys):
     args = world("qwen3").args(tmp_path / "runs", "--export=gguf")
-    monkeypatch.setattr("gprune.method.run.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("gprune.method.inputs.load_model", lambda *_, **__: pytest.fail("loaded"))
     assert main(args) == 2
     assert "Cannot export 'qwen3' to GGUF: it must compute like Llama, but has weights" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
@@ -478,11 +478,11 @@ def test_the_check_accepts_rounding_noise_and_refuses_other_log_probabilities(gg
         """Double the logits, so that the most likely tokens are the same."""
         return (2 * x).log_softmax(-1)
 
-    assert 0 < make_plan(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[gguf_type])) <= gguf_check.LIMITS[gguf_type]
+    assert 0 < check(noise({"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}[gguf_type])) <= gguf_check.LIMITS[gguf_type]
     too_much_noise = noise({"f32": 0.01, "f16": 0.1, "q8_0": 1.0}[gguf_type])
     for change in (too_much_noise, sharpen, lambda x: x.roll(1, 0), lambda x: x * np.nan):
         with pytest.raises(UserError, match=r"differ from the model's by KL .* The file was removed"):
-            make_plan(change)
+            check(change)
 
 
 def test_the_check_refuses_a_different_tokenization(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from gprune.cli import main
 from gprune.evaluation.perplexity import perplexity
-from gprune.method.run import prepare_text
+from gprune.method.inputs import prepare_text
 from gprune.models.loading import load_model
 from gprune.runs.trainer import matmul_precision
 from tests import tiny_run

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import gprune.method.run
+import gprune.method.inputs
 from gprune.calibration.collector import Collector
 from gprune.cli import main
 from gprune.runs.results import load_run
@@ -125,7 +125,7 @@ def test_the_default_run_on_two_devices_matches_the_cpu(world, tmp_path, monkeyp
     flags += ("--evaluation.controls=[]", "--evaluation.curve=[]")
     expected = world.run(tmp_path, *flags, name="cpu")
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
-    load = gprune.method.run.load_model
+    load = gprune.method.inputs.load_model
 
     def load_on_devices(name, *, device_map=None, max_memory=None, **options):
         model, tokenizer = load(name, **options)
@@ -136,7 +136,7 @@ def test_the_default_run_on_two_devices_matches_the_cpu(world, tmp_path, monkeyp
         with torch.inference_mode():
             return model(input_ids.to(device), use_cache=False).logits
 
-    monkeypatch.setattr("gprune.method.run.load_model", load_on_devices)
+    monkeypatch.setattr("gprune.method.inputs.load_model", load_on_devices)
     monkeypatch.setattr("gprune.export.hf.reloaded_logits", reload)
     with simulate_devices():
         assert main(world.args(tmp_path, *flags, "--model.device_map=auto", name="simulated")) == 0

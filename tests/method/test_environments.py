@@ -42,6 +42,7 @@ def command(folder: Path, *program: object) -> list[object]:
         "--config",
         "smoke",
         f"--run.dir={folder / 'runs'}",
+        "--run.name=smoke",
     ]
 
 

@@ -224,7 +224,7 @@ def test_a_run_from_python_uses_callback_and_logger_objects(world, tmp_path, mon
 
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     names = events.Tags()["scalars"]
-    assert {"learn/loss", "distill/gprune/loss", "development/perplexity", "partition/agreement"} <= {*names}
+    assert {"learn/loss", "distill/gprune/loss", "development/perplexity", "partition/hard_consistency"} <= {*names}
     points = sorted(event.value for event in events.Scalars("development/perplexity"))
     assert points == pytest.approx(sorted(logged(result.path / "csv", "development/perplexity")))
     assert any(name.startswith("figures/") for name in events.Tags()["images"])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from scipy.stats import rankdata
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import gprune.method.run
+import gprune.method.inputs
 import gprune.storage.files
 from gprune.calibration.statistics import pool_statistics
 from gprune.corpora.load import CORPORA
@@ -534,10 +534,14 @@ def test_kl_is_the_same_with_kept_cached_and_recomputed_dense_predictions(world,
     """The tokens of the dense model are counted in each case. The expected KL is computed here from logits."""
     monkeypatch.setenv("GPRUNE_CACHE", str(tmp_path / "cache"))
     flags, runs = ("--gprune=false", "--export=hf"), []
+    tokens = 2 * 3 * 2 * 32  # of the dense and the pruned model: corpora, windows, tokens
+    # The first run keeps the dense predictions in its memory, the second reads them from its cache.
     for name, max_bytes in (("kept", 2**32), ("cached", 2**32), ("recomputed", 0)):
         monkeypatch.setattr("gprune.method.plan.MAX_CACHED_BYTES", max_bytes)
         runs.append(world.run(tmp_path, *flags, name=name))
-        assert json.loads((runs[-1].path / "manifest.json").read_text())["steps"]["evaluate"]["forward_tokens"] == 384
+        assert (
+            json.loads((runs[-1].path / "manifest.json").read_text())["steps"]["evaluate"]["forward_tokens"] == tokens
+        )
         assert runs[-1].summary["forward_tokens"] <= make_plan(runs[-1].config).forward_tokens
         assert runs[-1].records == runs[0].records
     dense = AutoModelForCausalLM.from_pretrained(world.model)
@@ -561,13 +565,13 @@ def test_prune_refuses_a_dry_run_configuration(tmp_path):
 
 
 def test_dry_run_loads_no_weights_and_writes_nothing(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gprune.method.run.load_model", lambda *_, **__: pytest.fail("loaded"), raising=False)
+    monkeypatch.setattr("gprune.method.inputs.load_model", lambda *_, **__: pytest.fail("loaded"), raising=False)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert tiny_run.main(world.args(tmp_path / "runs", "--dry_run=true")) == 0
     lines = {line[:16].strip(): line[17:] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert not (tmp_path / "runs").exists()
     assert {"model", "scope", "removes", "forward", "results"} <= lines.keys()
-    assert lines["and backward"] == "256 tokens"
+    assert lines["and backward"] == f"{2 * 4 * 32} tokens"  # corpora, windows, tokens
     assert lines["widths"].startswith("80 to 80 of 160 neurons and 2 to 2 of 2 KV groups per block")
     assert lines["evaluates"] == "4 models on 3 corpora"
     number = r"[\d.]+e\+\d+"
@@ -677,7 +681,7 @@ def text_of(world, *flags):
     """Return the configuration of a tiny run, its text, and the tokenizer."""
     cfg = gprune.config.parse([*world.args(world.model.parent), *flags])
     tokenizer = tiny_run.tiny_tokenizer()
-    return cfg, gprune.method.run.prepare_text(cfg, tokenizer, 128), tokenizer
+    return cfg, gprune.method.inputs.prepare_text(cfg, tokenizer, 128), tokenizer
 
 
 def test_training_windows_are_the_calibration_windows_followed_by_new_ones(world):

@@ -275,16 +275,16 @@ def uninterrupted(trained, shared_cache, tmp_path_factory):
 
 def test_a_run_killed_during_the_search_resumes_to_identical_results(uninterrupted, trained, tmp_path, monkeypatch):
     """The run is killed before it recovers a model of the search, after it has recovered four models."""
-    calls, shrink = [], quality.shrink
+    calls, original = [], quality.prune_and_recover
 
-    def shrink_and_kill(*args, **kwargs):
+    def prune_and_kill(*args, **kwargs):
         calls.append(kwargs)
         if len(calls) > 4:
             raise Killed
-        return shrink(*args, **kwargs)
+        return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quality, "shrink", shrink_and_kill)
+        patch.setattr(quality, "prune_and_recover", prune_and_kill)
         with pytest.raises(Killed):
             trained.run(tmp_path, *KILLED)
     with counted_stages() as stages:
@@ -397,7 +397,7 @@ REFUSED = {  # flags -> words of the message
     "--sparsity.target=+1e9%": "got '+1e9%'",
     "--sparsity.target=+1001%": "got '+1001%'",
     "--sparsity.target=+5% --sparsity.target=1.4x": "got both +5% and 1.4x",
-    "--sparsity.target=[+5%,1.4x]": "got",
+    "--sparsity.target=[+5%,1.4x]": "got ['+5%', '1.4x']",
     "--sparsity.target=+5% --evaluation.development_samples=1": "two or more --evaluation.development_samples",
 }
 

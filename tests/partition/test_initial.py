@@ -257,7 +257,7 @@ def test_the_mean_consistency_of_random_partitions_is_zero():
     values = []
     for seed in range(10):
         labels = torch.randint(5, (400,), generator=torch.Generator().manual_seed(seed))
-        logits = 60 * torch.nn.functional.one_hot(labels, 5).float()[None]
+        logits = 60 * torch.nn.functional.one_hot(labels, 5).float()[None]  # their softmax is 0 or 1
         values.append(float(partition_objective(logits, 1.0, inputs, WEIGHTS)["consistency"]))
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(10) + 1e-4
     assert max(map(abs, values)) < 0.02

@@ -392,7 +392,7 @@ def test_a_non_finite_activation_of_the_pruned_model_raises_a_user_error():
     model = make_tiny("llama")
     model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     masks = some_masks(model, (48, 24, 24), attention=False)
-    masks.ffn[1][0] = True
+    masks.ffn[1][0] = True  # the neuron with NaN is kept
     with pytest.raises(UserError, match="non-finite activation came up in block 1 of the pruned model"):
         recovered(model, masks)
 

@@ -175,7 +175,7 @@ def test_stages_share_user_callbacks_and_get_copies_of_callbacks_with_fit_state(
     ("monitor", "stages"),
     [
         ("learn/loss", ["learn"]), ("development/perplexity", ["learn", "distill"]),
-        ("partition/agreement", ["partition"]), ("mine", ["partition", "learn", "distill"]),
+        ("partition/hard_consistency", ["partition"]), ("mine", ["partition", "learn", "distill"]),
     ],
 )  # fmt: skip
 def test_a_callback_is_used_only_in_stages_that_log_its_monitored_metric(monitor, stages):

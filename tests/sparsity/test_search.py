@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gprune.sparsity.search import find_largest_cut
+from gprune.sparsity.search import Point, find_largest_cut
 
 
 def recording(curve):
@@ -78,11 +79,27 @@ def test_the_cut_is_within_the_limit_with_any_number_of_tries():
     assert measured[-1] == result.best.cut, "measurements go on until one is within the limit, and no longer"
 
 
-def test_each_prediction_is_from_the_measurements_before_it():
-    measure, _ = recording((np.arange(1, 1001) / 1000) ** 2)
-    first, *others = find_largest_cut(measure, 0.25, 1000, first=100, expected=0.3, exponent=2.0, unused=0.02).points
+def search_on_a_power_law(*, doubled: int | None = None) -> list[Point]:
+    """Return the points of a search. The measurement of one of them may be doubled."""
+    calls = itertools.count()
+
+    def measure(cut: int) -> float:
+        return (cut / 1000) ** 2 * (2 if next(calls) == doubled else 1)
+
+    return find_largest_cut(measure, 0.25, 1000, first=100, expected=0.3, exponent=2.0, unused=0.02).points
+
+
+def test_predictions_of_a_power_law_are_within_five_percent_and_the_first_is_the_expected_rise():
+    first, *others = search_on_a_power_law()
     assert first.predicted == 0.3
+    assert others
     assert all(point.rise == pytest.approx(point.predicted, rel=0.05) for point in others)
+
+
+def test_a_prediction_does_not_know_its_own_measurement():
+    points = search_on_a_power_law()
+    for k, point in enumerate(points):
+        assert search_on_a_power_law(doubled=k)[k].predicted == point.predicted
 
 
 @pytest.mark.parametrize(("first", "limit", "cut"), [(50, 1e-9, None), (50, 99.0, 100), (1, 99.0, 100)])

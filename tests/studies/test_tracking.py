@@ -58,7 +58,7 @@ def test_rows_are_wandb_runs_in_the_group_of_their_list_with_settings_and_result
     assert any("learn/loss" in point for point in wandb_runs["no"].history)
     _, done = bench.done(path)
     for row, record in done:
-        final = [r["corpus"] for r in record["records"] if r["stage"] == row.config.final]
+        final = [r["corpus"] for r in record["records"] if r["stage"] == row.config.main_stage]
         summary = wandb_runs["base" if row.name == "base" else "no"].summary
         assert {f"final/perplexity/{Path(corpus).name}" for corpus in final} <= summary.keys()
     assert "WANDB_DIR" not in os.environ
