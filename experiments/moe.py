@@ -1,36 +1,46 @@
 """Make a mixture of experts from a dense model: a stock qwen2_moe model with a shared expert, then distil it.
 
-    python -m experiments.moe --output runs/mixture          # writes start/, then distils it into run/model/
+    python -m experiments.moe --output runs/mixture     # writes start/, and after distillation distilled/model/
 
-In each block the neurons with the largest mean size become the shared expert, which every token uses. A neuron's size is
-its absolute activation times the norm of its column in `down_proj`. The other neurons become experts of equal size: neurons that are active for
-the same tokens are in the same expert (balanced k-means). The router starts as a linear classifier of the experts with
-the largest outputs. With all experts chosen by a router of zeros, the mixture computes the same function as the dense
-model. Distillation by `gprune.recover` then trains all weights of the decoder layers.
+In each block the neurons with the largest mean size become the shared expert, which every token uses. The size of a
+neuron is its absolute activation times the norm of its column in `down_proj`. The other neurons become experts of equal
+size: neurons that are active for the same tokens are in the same expert (balanced k-means). The router starts as a
+linear classifier of the experts with the largest outputs. With all experts chosen by a router of zeros, the mixture
+computes the same function as the dense model. Distillation by `gprune.recover` trains all weights of the layers.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 import gprune
+from gprune.config import parse
+from gprune.console import Parser, run_guarded
 from gprune.corpora.load import load_corpus
 from gprune.corpora.windows import Sample, make_windows
+from gprune.errors import UserError
 from gprune.models.loading import load_weights, locate_model
+from gprune.report.tables import result_table
+from gprune.storage.paths import expanded
 
 DENSE = "smollm2-135m"
+CONFIG = "experiments/moe.yaml"
 CHOOSING = ["wikitext2", "c4", "code_github"]  # text that chooses experts and routers
 SHARED, EXPERTS = 512, 16
 TOP_K = 4
@@ -54,14 +64,16 @@ def recorded(mlps: Sequence[nn.Module]) -> Iterator[tuple[list[list[Tensor]], li
     hooks = []
     for block, mlp in enumerate(mlps):
         for module, kept in ((mlp, inputs[block]), (mlp.down_proj, activations[block])):
-            hooks.append(module.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].flatten(0, 1))))
+            hooks.append(
+                module.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].flatten(0, 1)))
+            )
     yield inputs, activations
     for hook in hooks:
         hook.remove()
 
 
 def balanced_groups(features: Tensor, count: int, generator: torch.Generator, rounds: int = 8) -> Tensor:
-    """Group rows of `features` (M, D) by k-means with groups of equal size. Returns rows by group, (count, M / count)."""
+    """Group rows of `features` (M, D) by k-means in groups of equal size. Returns rows by group, (count, M / count)."""
     size = len(features) // count
     rows = F.normalize(features, dim=1)
     centres = rows[torch.randperm(len(rows), generator=generator)[:count]]
@@ -77,9 +89,7 @@ def balanced_groups(features: Tensor, count: int, generator: torch.Generator, ro
     return torch.stack([(groups == group).nonzero().flatten() for group in range(count)])
 
 
-def layout_of(
-    activations: Tensor, down: Tensor, shared: int, experts: int, generator: torch.Generator
-) -> Layout:
+def layout_of(activations: Tensor, down: Tensor, shared: int, experts: int, generator: torch.Generator) -> Layout:
     """Choose the shared neurons and the experts of a block by activations (n, N) and the down projection (H, N)."""
     sizes = activations.abs() * down.norm(dim=0)
     order = sizes.mean(0).argsort(descending=True)
@@ -119,7 +129,9 @@ def fit_router(inputs: Tensor, norms: Tensor, top_k: int, steps: int = 300) -> T
     return weight.detach() / scale
 
 
-def convert(dense: PreTrainedModel, layouts: Sequence[Layout], routers: Sequence[Tensor], top_k: int) -> PreTrainedModel:
+def convert(
+    dense: PreTrainedModel, layouts: Sequence[Layout], routers: Sequence[Tensor], top_k: int
+) -> PreTrainedModel:
     """Return the mixture of a Llama model in float32, for a layout and a router (E, H) of each block.
 
     The router's weights of the chosen experts have sum 1 in the mixture, so down projections of experts are multiplied
@@ -174,27 +186,42 @@ def start(
     return convert(dense, layouts, routers, top_k)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="experiments.moe", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for start/ and, after distillation, run/")
-    parser.add_argument("--top_k", type=int, default=TOP_K, help=f"experts of a token (default: {TOP_K})")
-    parser.add_argument("--config", action="append", default=[], help="settings of gprune.recover; without it, no distillation")
-    args = parser.parse_args(arguments)
-    folder = args.output / "start"
-    if not folder.exists():
+def text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the windows (n, T) of training text that choose experts and routers."""
+    windows = [
+        make_windows(load_corpus(name, "train"), tokenizer, Sample(WINDOWS, LENGTH), corpus=name, split="train").tokens
+        for name in CHOOSING
+    ]
+    return torch.cat(windows)
+
+
+def work(arguments: Sequence[str] | None = None) -> str:
+    """Run the command. Returns the text to print."""
+    parser = Parser("python -m experiments.moe", description=__doc__)
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="folder for start/ and distilled/")
+    parser.add_argument("--top_k", type=int, default=TOP_K, help=f"number of experts of a token (default: {TOP_K})")
+    parser.add_argument(
+        "--config", metavar="FILE", default=CONFIG, help=f"settings of gprune.recover (default: {CONFIG})"
+    )
+    options = parser.parse_args(arguments)
+    folder = expanded(options.output)
+    if not 1 <= options.top_k <= EXPERTS:
+        raise UserError(f"--top_k must be 1 to {EXPERTS}, the number of experts; got {options.top_k}.")
+    cfg = parse(["--config", options.config])
+    cfg.run.dir, cfg.run.name = str(folder), "distilled"
+    if not (folder / "start").exists():
         source = locate_model(DENSE)
         dense, tokenizer = load_weights(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
-        windows = [
-            make_windows(load_corpus(c, "train"), tokenizer, Sample(WINDOWS, LENGTH), corpus=c, split="train").tokens
-            for c in CHOOSING
-        ]
-        start(dense, torch.cat(windows), top_k=args.top_k).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    if args.config:
-        cfg = gprune.config.parse([word for name in args.config for word in ("--config", name)])
-        cfg.run.dir, cfg.run.name = str(args.output), "distilled"
-        print(gprune.recover(folder, DENSE, cfg).table())
-    return 0
+        mixture = start(dense, text(tokenizer), top_k=options.top_k)
+        mixture.save_pretrained(folder / "start")
+        tokenizer.save_pretrained(folder / "start")
+    result = gprune.recover(folder / "start", DENSE, cfg)
+    return f"\n{result_table(result.records).for_stdout()}\n"
+
+
+def main() -> int:
+    """Run the command. A user error is one line on stderr and exit code 2."""
+    return run_guarded("experiments.moe", work)
 
 
 if __name__ == "__main__":
