@@ -62,15 +62,16 @@ def make_tiny_llama(**overrides) -> LlamaForCausalLM:
 
 
 def collect(
-    model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], *, gram: bool = False, saliency=()
-) -> CorpusStatistics:
+    model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], *, gram: bool = False, saliency=(),
+    routing: bool = False,
+) -> CorpusStatistics:  # fmt: skip
     """Return the statistics of a corpus from one pass over its batches.
 
     Args:
         batches: with `input_ids` (B, T), optionally `weight` (B,), and the half of each window in `half` (B,); without
             `half`, windows alternate between halves by their `index` (B,).
     """
-    with Collector(model, gram=gram, saliency=saliency) as collector:
+    with Collector(model, gram=gram, saliency=saliency, routing=routing) as collector:
         for batch in batches:
             half = batch["half"] if "half" in batch else batch["index"] % 2
             collector.observe(batch["input_ids"], half, batch.get("weight"))

@@ -86,6 +86,7 @@ def test_every_flag_on_a_page_exists(page):
     others = "--print_config --help --sparsity.options.power --options.my_stages --work --fetch --small --reference "
     others += "--array --wrap --minutes --check --trust-remote-code --summary --json --name --root --private "
     others += "--write --clock --repeats --threads --width_multiple --batch_sizes --real --expect --stat --clones"
+    others += " --no-deps"
     text = re.sub(r"^#SBATCH.*", "", PAGES[page], flags=re.M)
     assert set(re.findall(flag, text)) <= {*re.findall(flag, PAGES["docs/flags.md"]), *others.split()}
 
@@ -131,8 +132,51 @@ def test_every_link_leads_to_an_existing_file_and_heading(page):
 
 
 def test_the_readme_has_at_most_1400_words_and_180_lines():
-    assert len([word for word in README.split() if re.search("[A-Za-z]", word)]) <= 1400
+    assert len(README.split()) <= 1400
     assert len(README.splitlines()) <= 180
+
+
+CONFIGURATIONS = sorted((ROOT / "gprune/configs").glob("*.yaml"))
+QUALITY = re.compile(r"<!-- python -m experiments.readme -->.*?<!-- end of its output -->", re.DOTALL)
+NUMBER, INTERVAL = r"(\d+\.\d\d+)", r"(\d+\.\d\d+) \[(\d+\.\d\d+), (\d+\.\d\d+)\]"
+
+
+def blocks_with_numbers() -> list[str]:
+    """Return paragraphs, items and rows of tables of the README, and headers of configurations, that have numbers.
+
+    The README's table of quality is left out.
+    """
+    readme = re.split(r"\n\n|\n(?=- |\|)", QUALITY.sub("", README))
+    headers = ["\n".join(re.findall("^# (.*)", path.read_text(), re.M)) for path in CONFIGURATIONS]
+    blocks = [re.sub(r"(arXiv|Python) [\d.]+", "", " ".join(block.split())) for block in [*readme, *headers]]
+    return [block for block in blocks if re.search(NUMBER, block)]
+
+
+@pytest.mark.parametrize("block", blocks_with_numbers())
+def test_every_number_of_quality_in_the_readme_and_configurations_is_on_a_page_that_is_named_beside_it(block):
+    """Numbers may be rounded. Tables of these pages, and the README's table of quality, are compared with records."""
+    pages = re.findall(r"\]\((experiments/[^)#]*\.md)", block)
+    pages += [
+        f"experiments/questions/{name}.md" for name in re.findall(r"experiments/(?:questions/)?(\w+)\.yaml", block)
+    ]
+    source = " ".join([*((ROOT / page).read_text(encoding="utf-8") for page in pages), *QUALITY.findall(README)])
+    for pattern, text in ((INTERVAL, block), (NUMBER, re.sub(INTERVAL, "", block))):
+        published = re.findall(pattern, source)
+        for wanted in re.findall(pattern, text):
+            assert any(is_rounded(given, wanted) for given in published), f"{wanted} is not on {pages}"
+
+
+def test_every_configuration_begins_with_at_most_five_lines_and_its_command():
+    for path in CONFIGURATIONS:
+        header = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))[0]
+        assert len(header.splitlines()) <= 5, path.name
+        assert f"--config {path.stem}" in header, path.name
+
+
+def is_rounded(published: str | tuple[str, ...], wanted: str | tuple[str, ...]) -> bool:
+    """Return whether each wanted number is the published one, or rounds it."""
+    pairs = [(published, wanted)] if isinstance(wanted, str) else zip(published, wanted, strict=True)
+    return all(abs(float(a) - float(b)) <= 0.51 * 10 ** -len(b.partition(".")[2]) for a, b in pairs)
 
 
 def test_every_documented_speed_metric_is_logged():

@@ -122,9 +122,10 @@ def stock_export(model: PreTrainedModel) -> PreTrainedModel | None:
         for key, size in block.config_values.items()
         if not record.found or hasattr(text_config, key)  # keys of discovered types may be those of a nested config
     }
-    sizes = dict(keys_and_sizes)
-    if len(sizes) < len(keys_and_sizes):  # a key has several values
-        return None
+    keys = [key for key, _ in keys_and_sizes]
+    # A key with several values keeps that of the configuration. Several shared experts, for example, are wider than the
+    # size of one. Shapes are compared below.
+    sizes = {key: size for key, size in keys_and_sizes if keys.count(key) == 1}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     head_counts = [(block.heads, block.kv_groups) for block in blocks]
     for model_type, needed_settings in ({record.model_type: {}} | dict(record.same_as)).items():

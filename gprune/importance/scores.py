@@ -87,13 +87,13 @@ def score_experts(name: str, block: Block, weights: UnitWeights, routing: Routin
     return scores.where(routing.count > 0, scores.min() - 1)
 
 
-def idle_experts(blocks: Sequence[Block], statistics: CorpusStatistics) -> str:
-    """Return the experts without any routed token, such as 'layer 0: 3, 5; layer 2: 1'; empty if there are none."""
+def idle_experts(blocks: Sequence[Block], statistics: Sequence[CorpusStatistics]) -> str:
+    """Return the experts without any token of several corpora, such as 'layer 0: 3, 5; layer 2: 1'; empty if none."""
     by_layer = []
     for block in blocks:
         if block.has_experts:
-            count = Routing(*statistics.ffn[block.index].routing).count
-            if idle := (count == 0).nonzero()[:, 0].tolist():
+            count = torch.stack([Routing(*corpus.ffn[block.index].routing).count for corpus in statistics])
+            if idle := (count.sum(0) == 0).nonzero()[:, 0].tolist():
                 by_layer.append(f"layer {block.layer_index}: {', '.join(map(str, idle))}")
     return "; ".join(by_layer)
 

@@ -284,12 +284,13 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Sco
     @functools.cache
     def score_on(*corpora: str) -> Scores:
         pooled = pool_statistics(statistics[corpus] for corpus in corpora)
-        if experts and corpora == tuple(cfg.scored_on[cfg.final]) and (idle := idle_experts(run.blocks, pooled)):
-            log.warning("No calibration token reaches these experts, which are removed first: %s", idle)
         return score_units(
             cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention, experts=experts
         )
 
+    scored = [statistics[corpus] for corpus in cfg.scored_on[cfg.main_stage]]
+    if experts and (idle := idle_experts(run.blocks, scored)):
+        log.warning("No calibration token reaches these experts, which are removed first: %s", idle)
     return {stage: score_on(*corpora) for stage, corpora in cfg.scored_on.items()}
 
 

@@ -1,4 +1,5 @@
-"""Pages of questions: tables are the output of commands on the committed records, and every list has a page.
+"""Pages of questions and the README: tables are the output of commands on the committed records, and every list has a
+page.
 
 `tests/snapshots/test_lists.py` tests the output of `gprune study LIST --table`, which it has printed already.
 """
@@ -9,7 +10,7 @@ import shlex
 import pytest
 import yaml
 
-from experiments import stability, tokens
+from experiments import readme, stability, tokens
 from gprune.__main__ import main
 from tests.tiny_run import ROOT
 
@@ -17,20 +18,23 @@ PAGES = sorted((ROOT / "experiments/questions").glob("*.md"))
 LISTS = [p for p in sorted((ROOT / "experiments").glob("**/*.yaml")) if "rows" in yaml.safe_load(p.read_text())]
 COMMANDS = {
     "gprune": main,
+    "python -m experiments.readme": readme.main,
     "python -m experiments.stability": stability.main,
     "python -m experiments.tokens": tokens.main,
 }
-OUTPUT = re.compile(rf"<!-- ({'|'.join(COMMANDS)}) (.*?) -->\n\n(.*?)\n\n<!-- end of its output -->", re.DOTALL)
+OUTPUT = re.compile(rf"<!-- ({'|'.join(COMMANDS)}) ?(.*?) -->\n\n(.*?)\n\n<!-- end of its output -->", re.DOTALL)
 TABLES = [
     (page, *match.groups())
-    for page in PAGES
+    for page in (*PAGES, ROOT / "README.md")
     for match in OUTPUT.finditer(page.read_text(encoding="utf-8"))
     if not re.fullmatch(r"study \S+ --table", match[2])
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "command", "args", "pasted"), TABLES, ids=[args for *_, args, _ in TABLES])
+@pytest.mark.parametrize(
+    ("page", "command", "args", "pasted"), TABLES, ids=[f"{page.stem} {args}" for page, _, args, _ in TABLES]
+)
 def test_every_table_on_a_page_is_the_output_of_its_command(page, command, args, pasted, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert COMMANDS[command](shlex.split(args)) == 0

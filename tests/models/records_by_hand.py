@@ -18,7 +18,15 @@ GEMMA = {
     "softcap": "final_logit_softcapping",
 }
 HEADS_NORMED_TOGETHER = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
-EXPERTS = {"experts": "mlp.experts", "attributes": {"mlp.experts.intermediate_dim": "neurons"}}
+EXPERTS = {
+    "experts": "mlp.experts",
+    "per_expert": {"mlp.gate.weight": 0},
+    "attributes": {
+        "mlp.experts.intermediate_dim": "neurons",
+        "mlp.experts.num_experts": "experts",
+        "mlp.gate.num_experts": "experts",
+    },
+}
 BY_HAND: dict[str, Family] = dict(FAMILIES) | {
     family.model_type: family
     for family in (
@@ -49,8 +57,8 @@ BY_HAND: dict[str, Family] = dict(FAMILIES) | {
             width="n_inner", kv_heads=None, learned_positions=True,
             attributes={"attn.num_heads": "heads", "attn.split_size": "channels"},
         ),
-        Family("mixtral", **EXPERTS),
-        Family("qwen3_moe", width="moe_intermediate_size", **EXPERTS),
-        Family("olmoe", **EXPERTS, **HEADS_NORMED_TOGETHER),
+        Family("mixtral", expert_count="num_local_experts", **EXPERTS),
+        Family("qwen3_moe", width="moe_intermediate_size", expert_count="num_local_experts", **EXPERTS),
+        Family("olmoe", expert_count="num_experts", **EXPERTS, **HEADS_NORMED_TOGETHER),
     )
 }  # fmt: skip

@@ -1,0 +1,317 @@
+"""Whole experts: statistics against a loop in float64, masks, slicing and folders, on tiny mixtures of many types."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+import gprune
+from gprune.calibration.statistics import CorpusStatistics, Routing, pool_statistics
+from gprune.discovery import family_of
+from gprune.discovery.tiny import tiny_model
+from gprune.errors import UserError
+from gprune.export.reload import align_weights
+from gprune.importance.metrics import EXPERT_IMPORTANCE
+from gprune.importance.scores import idle_experts, score_units
+from gprune.models.agreement import random_masks
+from gprune.models.blocks import Block, blocks_of
+from gprune.models.masks import Masks, masked
+from gprune.models.surgery import slice_model
+from gprune.sparsity.budget import Budget, block_units
+from tests.conftest import collect, hooks_of
+from tests.registries import restored
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "num_experts": 8, "num_local_experts": 8,
+    "moe_num_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 40, "first_k_dense_replace": 1, "num_dense_layers": 1, "q_lora_rank": 16,
+    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "n_shared_experts": 1, "moe_num_shared_experts": 1, "moe_k": 2,
+}  # fmt: skip
+GROUPS = {"n_group": 2, "topk_group": 1}  # a token is sent to experts of one of two groups
+TYPES: dict[str, dict] = {
+    "mixtral": {}, "qwen3_moe": {}, "olmoe": {}, "gpt_oss": {}, "deepseek_v3": GROUPS | {"num_key_value_heads": 4},
+    "qwen2_moe": {}, "glm4_moe": GROUPS, "ernie4_5_moe": {"moe_layer_start_index": 1}, "granitemoe": {}, "phimoe": {},
+    "minimax_m2": {}, "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]}, "afmoe": {},
+}  # fmt: skip
+AS_TINY = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
+RENORMALISING = {"qwen3_moe": {"norm_topk_prob": True}, "olmoe": {"norm_topk_prob": True}}
+
+
+def make(model_type: str, **overrides: object) -> PreTrainedModel:
+    """Return a tiny random mixture, frozen, with biases and correction biases of routers other than zero."""
+    known = CONFIG_MAPPING[model_type]()
+    names = known.to_dict().keys() | known.attribute_map.keys()
+    config = CONFIG_MAPPING[model_type](
+        **{k: v for k, v in SIZES.items() if k in names} | TYPES[model_type] | overrides
+    )
+    model = tiny_model(config, seed=3).requires_grad_(False)
+    generator = torch.Generator().manual_seed(4)
+    for name, buffer in model.named_buffers():
+        if "bias" in name:
+            buffer += torch.randn(buffer.shape, generator=generator) / 8
+    family_of(model)
+    return model
+
+
+def tokens(seed: int = 1) -> Tensor:
+    return torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def experts_only(model: PreTrainedModel, kept: int | None = None) -> Masks:
+    """Return masks that remove half of the experts, or all but the first `kept`, and nothing else."""
+    masks, ffn = random_masks(model, experts=True), []
+    for block, keep in zip(blocks_of(model), masks.ffn, strict=True):
+        by_expert = torch.ones(block.experts, block.neurons, dtype=torch.bool)
+        if block.has_experts:
+            by_expert &= keep.view(block.experts, -1).any(1, keepdim=True)
+            if kept is not None:
+                by_expert = (torch.arange(block.experts) < kept)[:, None].expand(-1, block.neurons)
+        ffn.append(by_expert.flatten())
+    return Masks(ffn, [torch.ones_like(keep) for keep in masks.attention])
+
+
+def assert_same_bits(loaded: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor) -> None:
+    """Compare logits of a loaded and a pruned model, both with aligned weights, on which the last bits depend."""
+    for model in (loaded, pruned):
+        align_weights(model.eval())
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, use_cache=False).logits, pruned(ids, use_cache=False).logits)
+
+
+def mixtures(model: PreTrainedModel) -> list[Block]:
+    return [block for block in blocks_of(model) if block.has_experts]
+
+
+# --- statistics and scores
+
+
+def reference_routing(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """Return the sums of `Routing`, (4, E), of each mixture by a loop over tokens and chosen experts, in float64.
+
+    The inputs of experts come from forward hooks. The output of an expert is that of the stack for one token that is
+    sent to this expert alone, with weight 1.
+    """
+    found = []
+    for block in mixtures(model):
+        stack: nn.Module = block.layer.get_submodule(block.family.experts)
+        calls: list[tuple] = []
+        handle = stack.register_forward_pre_hook(lambda _m, args, calls=calls: calls.append(args))
+        model(ids, use_cache=False)
+        handle.remove()
+        ((hidden, chosen, weights),) = calls
+        sums = torch.zeros(4, block.experts, dtype=torch.float64)
+        for x, experts, of_experts in zip(hidden.flatten(0, -2), chosen, weights, strict=True):
+            for expert, weight in zip(experts, of_experts, strict=True):
+                y = stack(x[None], expert.view(1, 1), torch.ones_like(weight).view(1, 1))
+                norm = y.double().square().sum().sqrt()
+                sums[:, expert] += torch.stack([torch.ones_like(norm), weight.double(), norm, weight.double() * norm])
+        found.append(sums)
+    return found
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "qwen2_moe"])
+def test_routing_and_reap_equal_a_loop_over_tokens_and_experts_in_float64(name):
+    model, ids = make(name, **RENORMALISING.get(name, {})).double(), tokens()
+    statistics = collect_routing(model, ids)
+    scores = score_units("magnitude", blocks_of(model), statistics, experts="reap")
+    assert hooks_of(model) == 0
+    for block, expected in zip(mixtures(model), reference_routing(model, ids), strict=True):
+        routing = statistics.ffn[block.index].routing
+        torch.testing.assert_close(routing, expected, rtol=1e-6, atol=1e-9)
+        reap = expected[3] / expected[0].clamp_min(1)
+        torch.testing.assert_close(scores.experts[block.index], reap.where(expected[0] > 0, reap.min() - 1))
+
+
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+def test_reap_is_the_definition_of_its_authors_for_a_softmax(norm_topk_prob):
+    """Router weight: softmax over all experts, divided by the sum over the chosen ones if the model does so."""
+    model, ids = make("qwen3_moe", norm_topk_prob=norm_topk_prob), tokens()
+    (first, *_), calls = mixtures(model), []
+    moe, stack = first.layer.mlp, first.layer.mlp.experts
+    moe.register_forward_pre_hook(lambda _m, args: calls.append(args[0]))
+    statistics = collect_routing(model, ids)
+    hidden = calls[0].flatten(0, 1).double()
+    probabilities = (hidden @ moe.gate.weight.double().T).softmax(1)
+    chosen = probabilities.topk(2).indices
+    if norm_topk_prob:
+        probabilities /= probabilities.gather(1, chosen).sum(1, keepdim=True)
+    for expert in range(8):
+        routed = (chosen == expert).any(1)
+        gate, up = (hidden[routed] @ stack.gate_up_proj[expert].double().T).chunk(2, 1)
+        outputs = (nn.functional.silu(gate) * up) @ stack.down_proj[expert].double().T
+        expected = (probabilities[routed, expert] * outputs.norm(dim=1)).mean() if routed.any() else 0.0
+        found = Routing(*statistics.ffn[first.index].routing).mean("weighted_norm")[expert]
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def collect_routing(model: PreTrainedModel, ids: Tensor, weight: Tensor | None = None) -> CorpusStatistics:
+    batch = {"input_ids": ids, "index": torch.arange(len(ids))} | ({} if weight is None else {"weight": weight})
+    return collect(model, [batch], routing=True)
+
+
+def test_routing_ignores_padded_windows_is_pooled_and_does_not_change_other_statistics():
+    model, ids = make("mixtral"), tokens()
+    counted = collect_routing(model, ids, torch.tensor([1, 0, 1, 0]))
+    alone = collect_routing(model, ids[[0, 2]])
+    both = pool_statistics([alone, collect_routing(model, ids[[1, 3]])])
+    together = collect_routing(model, ids)
+    for index in range(3):
+        torch.testing.assert_close(counted.ffn[index].routing, alone.ffn[index].routing, rtol=1e-6, atol=0)
+        torch.testing.assert_close(both.ffn[index].routing, together.ffn[index].routing, rtol=1e-6, atol=0)
+        assert float(together.ffn[index].routing[0].sum()) == 2 * ids.numel()  # top-2
+    flat, plain = together.tensors(), collect(model, [{"input_ids": ids, "index": torch.arange(4)}]).tensors()
+    assert all(torch.equal(flat[name], plain[name]) for name in plain)
+    assert flat.keys() - plain.keys() == {f"ffn.{index}.routing" for index in range(3)}
+    assert torch.equal(CorpusStatistics.from_tensors(flat).ffn[2].routing, together.ffn[2].routing)
+
+
+def test_metrics_of_experts_and_one_of_a_user():
+    model, ids = make("mixtral"), tokens()
+    statistics = collect_routing(model, ids)
+    sums = statistics.ffn[1].routing
+    with restored(EXPERT_IMPORTANCE):
+
+        @gprune.expert_metric("energy")
+        def energy(weights, routing, generator):
+            assert weights.output.shape == (32, 8 * 24)
+            assert weights.of_expert(3, 8).output.shape == (32, 24)
+            return routing.weight * weights.output.unflatten(1, (8, 24)).square().sum((0, 2))
+
+        def scores(name: str, seed: int = 0) -> Tensor:
+            return score_units("magnitude", blocks_of(model), statistics, experts=name, seed=seed).experts[1]
+
+        assert torch.equal(scores("frequency"), sums[0])
+        torch.testing.assert_close(scores("output_norm"), sums[2] / sums[0])
+        down = model.model.layers[1].mlp.experts.down_proj
+        torch.testing.assert_close(scores("energy"), sums[1] * down.double().square().sum((1, 2)), rtol=1e-5, atol=0)
+        assert torch.equal(scores("random"), scores("random"))
+        assert not torch.equal(scores("random"), scores("random", seed=1))
+
+        @gprune.expert_metric("wrong")
+        def wrong(weights, routing, generator):
+            return routing.count[:3]
+
+        with pytest.raises(UserError, match=r"Expert metric 'wrong' must give scores \(8,\) .* got \(3,\)"):
+            scores("wrong")
+
+
+def test_experts_without_tokens_are_named_and_have_the_lowest_score():
+    model, ids = make("gpt_oss"), tokens()
+    model.model.layers[1].mlp.router.bias[[2, 5]] = -1e4
+    statistics = collect_routing(model, ids)
+    assert "layer 1: 2, 5" in idle_experts(blocks_of(model), [statistics])
+    with restored(EXPERT_IMPORTANCE):
+        gprune.expert_metric("negative")(lambda weights, routing, generator: -routing.count)
+        for name in ("reap", "negative"):
+            scores = score_units("magnitude", blocks_of(model), statistics, experts=name).experts[1]
+            assert set(scores.argsort()[:2].tolist()) == {2, 5}
+
+
+# --- masks, slicing and folders
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_half_of_the_experts_is_removed_and_the_folder_loads_in_stock_transformers(name, tmp_path):
+    model, ids = make(name), tokens()
+    masks = experts_only(model)
+    dense = model(ids, use_cache=False).logits
+    with masked(model, masks):
+        expected = model(ids, use_cache=False).logits
+    assert (expected - dense).abs().max() > 1e-2 * dense.abs().max()
+    assert torch.equal(model(ids, use_cache=False).logits, dense)  # the router is restored
+    assert hooks_of(model) == 0
+    pruned = gprune.apply_masks(model, masks)
+    assert [block.experts for block in mixtures(pruned)] == [4] * len(mixtures(model))
+    torch.testing.assert_close(pruned(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    removed = model.num_parameters() - pruned.num_parameters()
+    assert removed == Budget(block_units(blocks_of(model), scope="ffn+experts"), 0).removed_by(masks)
+    pruned.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == name
+    assert "auto_map" not in config
+    assert not list(tmp_path.glob("*.py"))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, **AS_TINY)
+    assert_same_bits(stock, pruned, ids)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "qwen2_moe"])
+def test_experts_and_neurons_are_removed_together_also_in_different_numbers_by_layer(name, tmp_path):
+    model, ids = make(name), tokens()
+    masks = random_masks(model, experts=True)  # fewer neurons in later blocks
+    last = mixtures(model)[-1]
+    masks.ffn[last.index] = random_masks(model).ffn[last.index]  # all of its experts
+    with masked(model, masks):
+        expected = model(ids, use_cache=False).logits
+    pruned = gprune.apply_masks(model, masks)
+    assert len({block.experts for block in mixtures(pruned)}) == 2
+    logits = pruned(ids, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    pruned.save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_pruned.py").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, **AS_TINY)
+    assert_same_bits(loaded, pruned, ids)
+    family_of(loaded)
+    again = slice_model(loaded, experts_only(loaded))  # a pruned model can be pruned again
+    assert {block.experts for block in mixtures(again)} == ({4} if name == "deepseek_v3" else {2, 4})
+
+
+def test_experts_of_a_router_with_groups_are_removed_equally_from_each_group():
+    model = make("deepseek_v3")
+    for kept, found in (((0, 1, 2, 3), "4, 0"), ((0, 1, 2, 4), "3, 1"), ((0, 4), "1, 1")):
+        masks = experts_only(model, kept=8)
+        block = mixtures(model)[0]
+        keep = torch.isin(torch.arange(8), torch.tensor(kept))
+        masks.ffn[block.index] = keep.repeat_interleave(block.neurons)
+        with pytest.raises(UserError, match=rf"must be at least 2 in each of 2 groups, the same number; got {found}"):
+            slice_model(model, masks)
+
+
+def test_fewer_experts_than_the_router_chooses_and_types_with_another_router_are_refused():
+    model = make("mixtral")
+    with pytest.raises(UserError, match=r"Experts of block 0 \(model type 'mixtral'\) must be at least 2; got 1"):
+        slice_model(model, experts_only(model, kept=1))
+    llama4 = CONFIG_MAPPING["llama4_text"](**{k: v for k, v in SIZES.items() if k != "num_experts"}, attn_scale=0.1)
+    model = tiny_model(llama4)
+    family_of(model)
+    with pytest.raises(UserError, match=r"'llama4_text'\) cannot be removed as a whole: .*not called with numbers"):
+        slice_model(model, experts_only(model, kept=4))
+
+
+def test_an_exception_in_a_masked_forward_pass_restores_the_router():
+    model, ids = make("deepseek_v3"), tokens()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with masked(model, experts_only(model)), pytest.raises(IndexError):
+        model(torch.full((1, 4), 999))
+    handle = model.model.layers[2].mlp.experts.register_forward_pre_hook(lambda *_: 1 / 0)
+    with masked(model, experts_only(model)), pytest.raises(ZeroDivisionError):
+        model(ids)
+    handle.remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.model.layers[2].mlp.gate.num_experts == 8
+
+
+def test_gradients_pass_routers_without_the_removed_experts():
+    model, ids = make("mixtral"), tokens()
+    pruned, gradients = slice_model(model, experts_only(model)), []
+    for computing in (model, pruned):
+        x = computing.get_input_embeddings()(ids).detach().requires_grad_()
+        with masked(model, experts_only(model)) if computing is model else torch.enable_grad():
+            computing(inputs_embeds=x, use_cache=False).logits.square().mean().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_folders_of_mixtures_that_keep_all_experts_are_those_of_earlier_versions(tmp_path: Path):
+    pruned = gprune.apply_masks(make("deepseek_v3"), random_masks(make("deepseek_v3")))
+    pruned.save_pretrained(tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())["pruned_layout"]["own"]
+    for of_layer in own.values():
+        assert "experts" not in of_layer
+        assert not [path for path in of_layer["sizes"] if "gate.weight" in path or "correction_bias" in path]
