@@ -246,6 +246,12 @@ class RunConfig(Group):
         return "base" if len(self.corpora.scored) == 1 else "averaged"
 
     @property
+    def metrics(self) -> str:
+        """The metrics that rank what is removed: of neurons and KV groups, of whole experts, or both joined by `+`."""
+        of_units = [self.importance] if "ffn" in self.sparsity.scope else []
+        return "+".join([*of_units, *(name for _, name in self.sparsity.entries)])
+
+    @property
     def own_row(self) -> tuple[str, str]:
         """(stage, recovery) of the run's main row; all other rows are controls."""
         return self.main_stage, self.recovery
@@ -479,7 +485,7 @@ class RunConfig(Group):
         model = os.path.basename(os.path.normpath(self.model.name))[:100]
         target = self.sparsity.target
         target_text = f"{target:g}" if isinstance(target, float) else target.replace("%", "pct")
-        return f"{model}-{self.main_stage}-{self.importance}-{target_text}-{digest}"
+        return f"{model}-{self.main_stage}-{self.metrics}-{target_text}-{digest}"
 
 
 def _identifying(group: Group, settings: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
