@@ -1,16 +1,24 @@
 """Execute notebooks and store their outputs: `python .ci/notebooks.py 02 04` (default: all).
 
-Text of a cell is stored as one output. Progress bars, ids of executions and times of cells are not stored, so that the
-files are small and a new execution changes only what a reader sees. An execution that writes to stderr is not stored.
+The files are small, and a new execution changes little else than what a reader sees: text of a cell is one output,
+paths are relative, pictures have a palette, and times of cells and widgets are not stored. An execution that writes to
+stderr is not stored at all.
 """
 
+import base64
+import io
+import re
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "notebooks"
+COLOURS = 128  # of a picture
+PREFIXES = re.compile(rf"{re.escape(str(ROOT))}/|/tmp/tmp\w+/")  # of paths in text
 
 
 def execute(path: Path) -> None:
@@ -21,11 +29,14 @@ def execute(path: Path) -> None:
         cell.metadata.pop("execution", None)  # times
         if cell.cell_type == "code":
             cell.outputs = joined(cell.outputs)
-    written = [
-        output.text for cell in notebook.cells for output in cell.get("outputs", []) if is_text(output, "stderr")
-    ]
-    if written:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    if written := [output.text for output in outputs if is_text(output, "stderr")]:
         raise SystemExit(f"{path.name} wrote to stderr: {written}")
+    for output in outputs:
+        if "text" in output:
+            output.text = PREFIXES.sub("", output.text)
+        if "image/png" in output.get("data", {}):
+            output.data["image/png"] = with_palette(output.data["image/png"])
     notebook.metadata.pop("widgets", None)
     nbformat.write(notebook, path)
 
@@ -44,6 +55,14 @@ def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
         else:
             result.append(output)
     return result
+
+
+def with_palette(picture: str) -> str:
+    """Return a picture (PNG in base64) with few colours."""
+    file = io.BytesIO()
+    opened = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+    opened.quantize(COLOURS, kmeans=4, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 if __name__ == "__main__":

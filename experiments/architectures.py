@@ -1,7 +1,8 @@
 """Prune a tiny random model of each causal language model type of transformers, and print a table of the results.
 
-    python -m experiments.architectures                        # all types; about 15 minutes on one core
+    python -m experiments.architectures                        # all types; about 30 minutes on one core
     python -m experiments.architectures qwen3_next gpt_oss     # some types
+    python -m experiments.architectures --part runs            # only the column *whole run*
     python -m experiments.architectures --write                # all types, written to docs/architectures.md
 
 Tiny models have the default configuration of their type (with the additions in `DEFAULTS`), but other widths and
@@ -15,6 +16,7 @@ stays            FFNs and experts that are not pruned, with their share of the t
 generation       whether greedy generation with a cache gives the same tokens with the masked and the sliced model;
                  *dense fails* if the dense model cannot generate
 reloaded         largest difference of logits of the saved model, loaded in a process without gprune; 0.0 is required
+whole run        scope and recovery with which `train.py` prunes the tiny model in all ten steps (`whole_runs.py`)
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import tempfile
 import textwrap
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from experiments.whole_runs import in_words, whole_run
 from gprune.discovery import family_of
 from gprune.discovery.tiny import EXPERT_NEURONS, NEURONS, SHARED_NEURONS, shrunk, tiny_model
 from gprune.errors import UserError, first_line
@@ -279,25 +283,34 @@ def reloaded(folder: Path) -> dict[str, Any]:
     return dict(rows)
 
 
-def measure(types: Sequence[str], *, vision: bool = False) -> list[dict[str, Any]]:
-    """Make the rows of the table."""
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the context after some seconds."""
 
     def raise_timeout(*_: Any) -> None:
         raise TimeoutError
 
+    signal.signal(signal.SIGALRM, raise_timeout)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def measure(types: Sequence[str], *, vision: bool = False) -> list[dict[str, Any]]:
+    """Make the rows of the table, without whole runs."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="gprune-architectures-") as scratch:
         os.environ["GPRUNE_CACHE"] = f"{scratch}/cache"  # empty, so that each structure is discovered
         folder = Path(scratch) / "models"
         folder.mkdir()
-        signal.signal(signal.SIGALRM, raise_timeout)
         for name in types:
-            signal.alarm(LIMIT)
             try:
-                row = row_of(name, folder, vision=vision)
+                with time_limit(LIMIT):
+                    row = row_of(name, folder, vision=vision)
             except TimeoutError:
                 row = {"type": name, "record": name in FAMILIES, "built": True, "reason": f"not done in {LIMIT} s"}
-            signal.alarm(0)
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
             if not (folder / name / "expected.safetensors").exists():
@@ -307,6 +320,25 @@ def measure(types: Sequence[str], *, vision: bool = False) -> list[dict[str, Any
         if row["type"] in differences:
             row["reloaded"] = differences[row["type"]]
     return rows
+
+
+def runs_of(types: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the results of `whole_run` by type. Types without a tiny model have none."""
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="gprune-runs-") as cache:
+        os.environ["GPRUNE_CACHE"] = cache
+        for name in types:
+            try:
+                model = random_model(name)
+            except Exception:  # the survey has the reason
+                continue
+            try:
+                with time_limit(LIMIT):
+                    results[name] = whole_run(model)
+            except TimeoutError:
+                results[name] = {"scope": None, "recovery": None, "reasons": [], "failed": f"not done in {LIMIT} s"}
+            print(json.dumps({"type": name, "run": results[name]}), file=sys.stderr, flush=True)
+    return results
 
 
 def passed(row: Mapping[str, Any]) -> bool:
@@ -322,8 +354,8 @@ def passed(row: Mapping[str, Any]) -> bool:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format the rows of types that are pruned as Markdown."""
     lines = [
-        "| type | FFN | attention | stays | masked = sliced | budget | generation | reloaded | seconds |",
-        "|" + "---|" * 9,
+        "| type | FFN | attention | stays | masked = sliced | budget | generation | reloaded | whole run | seconds |",
+        "|" + "---|" * 10,
     ]
     for row in rows:
         if not passed(row):
@@ -332,9 +364,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         stays = ", ".join(f"{path} {share:.0%}" for path, share in row["stays"].items())
         lines.append(
             f"| `{row['type']}`{' (record)' if row['record'] else ''} | {row['ffn']} | {row['attention']} | {stays} | "
-            f"{row['agrees']:.0e} | exact | {generation} | same bits | {row['seconds']} |"
+            f"{row['agrees']:.0e} | exact | {generation} | same bits | {in_words(row.get('run'))} | {row['seconds']} |"
         )
     return "\n".join(lines)
+
+
+def run_summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format how many types have a whole run with which scope and recovery, and why others have less, as Markdown."""
+    measured = [row for row in rows if passed(row) and row["run"] is not None]
+    counts = Counter(in_words(row["run"]) for row in measured)
+    numbers = ", ".join(f"*{words}*: {count}" for words, count in counts.most_common())
+    lines = [
+        f"- `{row['type']}`: {(row['run']['failed'] or row['run']['reasons'][0])[:240]}"
+        for row in measured
+        if row["run"]["failed"] or len(row["run"]["reasons"]) > (row["attention"] == "none")
+    ]
+    return "\n".join([textwrap.fill(f"Whole runs of {len(measured)} types: {numbers}.", 120), "", *lines])
 
 
 def reasons(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -395,6 +440,13 @@ def page(
         "parameters.\n"
         "`--dry_run true` and the log print the share of a real model.\n\n"
         f"{table(rows)}\n\n"
+        "*whole run*: scope and recovery (least squares and distillation, unless it says otherwise) of a run of "
+        "`train.py` with all\n"
+        "ten steps on the tiny model. `python -m experiments.architectures --part runs` makes this column. "
+        "Types without heads\n"
+        "or KV groups that can be removed have the scope `ffn`. The others that have less than `attention+ffn` are "
+        "listed with the\n"
+        f"reason.\n\n{run_summary(rows)}\n\n"
         "*dense fails*: `generate` of transformers fails on the tiny model before anything is pruned:\n\n"
         f"{failures(rows)}\n\n## With other settings\n\n"
         "Settings of config.json can change what is pruned. With `qk_layernorm`, each head of StableLM has a norm of "
@@ -413,12 +465,14 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types; by default all, including those with images")
     parser.add_argument("--images", action="store_true", help="only the types with images")
+    parser.add_argument("--part", choices=["survey", "runs"], help="only these columns; the other ones are in --rows")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     parser.add_argument("--rows", type=Path, help="JSON file to add the rows to")
     parser.add_argument("--from-rows", action="store_true", help="make the page from --rows without running models")
     settings = parser.parse_args(args)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("gprune").setLevel(logging.ERROR)
     known = {}
     if settings.rows and settings.rows.exists():
@@ -430,13 +484,17 @@ def main(args: Sequence[str] | None = None) -> int:
     if settings.images:
         known |= {f"{row['type']} (images)": row for row in measure(settings.types or VISION, vision=True)}
     elif not settings.from_rows:
-        known |= {row["type"]: row for row in measure(types)}
-        if not settings.types:
-            known |= {f"{row['type']} (images)": row for row in measure(VISION, vision=True)}
+        if settings.part != "runs":
+            known |= {row["type"]: row for row in measure(types)}
+            if not settings.types:
+                known |= {f"{row['type']} (images)": row for row in measure(VISION, vision=True)}
+        if settings.part != "survey":
+            known |= {f"{name} (run)": run for name, run in runs_of(types).items()}
     if settings.rows:
         settings.rows.write_text(json.dumps(known, indent=1))
-    rows = [known[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in known]
-    variants = [known[name] for name in VARIANTS if name in known]
+    surveyed = [known[name] | {"run": known.get(f"{name} (run)")} for name in types if name in known]
+    rows = [row for row in surveyed if row["type"] not in VARIANTS]
+    variants = [row for row in surveyed if row["type"] in VARIANTS]
     text = page(rows, variants, [row for name, row in known.items() if "(images)" in name])
     if settings.write:
         if missing := [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in known]:

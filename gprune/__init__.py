@@ -10,6 +10,7 @@ gprune.evaluate("path/to/model", "smollm2-135m")  # a model of another tool; gpr
 Names that need PyTorch or transformers are imported at first use, so that `gprune --help` is fast.
 """
 
+import warnings
 from typing import TYPE_CHECKING
 
 from gprune import corpora, stages  # noqa: F401 - they register themselves
@@ -45,3 +46,5 @@ __getattr__, __dir__ = lazy_exports(__name__, {
     "load_study": "gprune.studies.study", "masked": "gprune.discovery", "prune": "gprune.method.prune",
     "recover": "gprune.method.elsewhere", "register": "gprune.models.loading",
 })  # fmt: skip
+# In a notebook without ipywidgets, tqdm would warn when transformers is imported. gprune draws no bars with tqdm there.
+warnings.filterwarnings("ignore", message="IProgress not found")

@@ -117,7 +117,8 @@ class Registry(UserCode, Generic[T]):
         if name not in self._entries:
             closest = closest_name(name, self._entries)
             hint = f" Did you mean '{closest}'?" if closest else ""
-            raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}.")
+            own = "one of your own needs --import MODULE"
+            raise UnregisteredError(f"Unknown {self.kind} '{name}'.{hint} Available: {', '.join(self)}; {own}.")
 
     def __getitem__(self, name: str) -> T:
         """Return the entry. Raise UserError if the name is not registered."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.errors import UserError, require_finite
+from gprune.models.offload import device_of
 
 # (texts, tokens of the context, tokens of the continuation); no texts if lm_eval has only tokens
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -37,6 +38,7 @@ class AnswerLM(HFLM):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         # Copied, because HFLM sets the tokenizer's padding token.
         super().__init__(model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        self._device = device_of(model)  # of an offloaded model, where it computes
         self.cut_prompts: set[str] = set()
         if self.prefix_token_id is None:
             raise UserError("A task needs a tokenizer with BOS or EOS, which replaces an empty prompt.")
@@ -106,11 +108,11 @@ class AnswerLM(HFLM):
         """Compute log-probabilities of next tokens at positions from `first_position` on."""
         self._check_tokens(tokens)
         # Indices make a contiguous copy. torch multiplies strided rows 70 times slower on a CPU in bfloat16.
-        positions = torch.arange(first_position, tokens.shape[1], device=self.model.device)
+        positions = torch.arange(first_position, tokens.shape[1], device=self.device)
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            logits = self.model(tokens.to(self.model.device), logits_to_keep=positions).logits
+            logits = self.model(tokens.to(self.device), logits_to_keep=positions).logits
         else:  # a model with custom code
-            logits = self.model(tokens.to(self.model.device)).logits[:, first_position:]
+            logits = self.model(tokens.to(self.device)).logits[:, first_position:]
         return F.log_softmax(logits, -1, dtype=torch.float32)
 
     def _model_generate(self, context: Tensor, **options: Any) -> Tensor:

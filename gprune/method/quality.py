@@ -8,6 +8,8 @@ scores, or from thresholds learned at a first sparsity. There are up to three se
 2. For the run's main row with the same recovery. If `--recovery` does not train, this is the result.
 3. Starting from that result, for the main row with the complete `--recovery`, in few steps.
 
+With `--sparsity.limit worst` the rise of a model is that of its worst development corpus, otherwise the mean.
+
 Controls are not searched for: they have the budget of the main row. Every model is measured once. Measurements are
 stored in `quality.json` of the run folder, so that a resumed search takes the same steps and gives the same bits.
 """
@@ -22,7 +24,7 @@ from typing import Any
 from gprune.calibration.statistics import CorpusStatistics
 from gprune.config import RunConfig
 from gprune.errors import UserError
-from gprune.evaluation.intervals import Estimate, Interval, paired_ratio
+from gprune.evaluation.intervals import Interval, paired_ratio
 from gprune.evaluation.perplexity import PerplexityResult
 from gprune.method.evaluate import dense_perplexity, measure_perplexity, shard_if_requested
 from gprune.method.recover import learned_file, prune_and_recover
@@ -30,7 +32,7 @@ from gprune.method.run import Run
 from gprune.models.masks import Masks
 from gprune.recoveries import recovery_learns
 from gprune.runs.folder import broadcast
-from gprune.runs.numbers import Record, ResultRow, estimates, row_name
+from gprune.runs.numbers import ResultRow, row_name
 from gprune.sparsity.budget import Budget
 from gprune.sparsity.masks import StageMasks
 from gprune.sparsity.search import SearchResult, find_largest_cut
@@ -41,7 +43,6 @@ log = logging.getLogger("gprune")
 FILE = "quality.json"
 FIRST_SPARSITY = 0.1  # sparsity of the first trial
 LEARNING_RESOLUTION = 0.01  # of the sparsity at which thresholds are learned
-WIDE = 0.5  # share of the requested rise by which a wide interval is above the limit
 EXPONENT = 1.5  # until two models are measured, log perplexity is assumed to rise with this power of the sparsity
 # Tolerance of the search: a share of the requested rise, and of the dense perplexity. The curve of SmolLM2 fluctuates
 # by 0.001 from one neuron to the next.
@@ -61,6 +62,7 @@ class Trials:
     def __init__(self, run: Run, statistics: Mapping[str, CorpusStatistics]):
         self.run, self.statistics = run, statistics
         self.requested_rise = requested_rise(run.cfg)
+        self.limits_worst = run.cfg.sparsity.limit == "worst"
         self.file = run.folder / FILE
         stored = self._stored()
         self.measured: dict[str, list[dict[str, Any]]] = broadcast(stored.get("measured", {}))
@@ -97,8 +99,9 @@ class Trials:
             self.measured[key] = [{n: v for n, v in vars(r).items() if v is not None} for r in results]
             self.write(measured=self.measured)
             rise = math.expm1(self.rise(results))
-            log.info("%s without %.4g%% of %s: %+.2f%% of dense development perplexity",
-                     row_name(*row), 100 * budget.sparsity, run.cfg.sparsity.scope, 100 * rise)  # fmt: skip
+            of_corpus = f" of {self.worst(results)}, the worst corpus" if self.limits_worst else ""
+            log.info("%s without %.4g%% of %s: %+.2f%% of dense development perplexity%s",
+                     row_name(*row), 100 * budget.sparsity, run.cfg.sparsity.scope, 100 * rise, of_corpus)  # fmt: skip
         return [PerplexityResult(**of_text) for of_text in self.measured[key]]
 
     def number(self, masks: Masks, row: ResultRow) -> int | None:
@@ -120,17 +123,28 @@ class Trials:
         """Return the content of `quality.json`; empty if it is missing, invalid, or of another run."""
         return read_json(self.file, run=self.run.folder.key) or {}
 
-    def rise(self, results: Sequence[PerplexityResult]) -> float:
-        """Return the log of the ratio to dense: the mean over corpora of the difference in nats per token."""
-        differences = [result.nll - dense.nll for result, dense in zip(results, self.dense, strict=True)]
-        return sum(differences) / len(self.dense)
+    def rises(self, results: Sequence[PerplexityResult]) -> dict[str, float]:
+        """Return the log of the ratio to dense of each corpus: the difference in nats per token."""
+        pairs = zip(self.run.text.development, results, self.dense, strict=True)
+        return {windows.corpus: result.nll - dense.nll for windows, result, dense in pairs}
 
-    def interval(self, results: Sequence[PerplexityResult]) -> Interval:
-        """Return the ratio to dense with its paired 95 % interval over windows: (ratio, lower, upper)."""
+    def rise(self, results: Sequence[PerplexityResult]) -> float:
+        """Return the rise that the target limits, of log perplexity: the largest, or the mean over corpora."""
+        rises = self.rises(results).values()
+        return max(rises) if self.limits_worst else sum(rises) / len(rises)
+
+    def worst(self, results: Sequence[PerplexityResult]) -> str:
+        """Return the corpus whose perplexity rose most."""
+        rises = self.rises(results)
+        return max(rises, key=rises.__getitem__)
+
+    def interval(self, results: Sequence[PerplexityResult], corpus: str | None = None) -> Interval:
+        """Return the ratio to dense of a corpus, or of all, with its 95 % interval over windows: (ratio, low, high)."""
         text = self.run.text.development
 
         def by_corpus(results: Sequence[PerplexityResult]) -> dict[str, list[float]]:
-            return {w.corpus: result.window_nll for w, result in zip(text, results, strict=True)}
+            pairs = zip(text, results, strict=True)
+            return {w.corpus: result.window_nll for w, result in pairs if corpus in (None, w.corpus)}
 
         predicted_tokens = text[0].tokens.shape[1] - 1  # of a window
         return paired_ratio(by_corpus(results), by_corpus(self.dense), predicted_tokens)
@@ -202,11 +216,14 @@ def with_quality_budget(
         search = trials.search(cfg.own_row, masks_at, after=search)
     if search.best is None:
         smallest = trials.budget(1)
-        ratio, _, _ = trials.interval(trials.results(masks_at(smallest), cfg.own_row, smallest))
+        results = trials.results(masks_at(smallest), cfg.own_row, smallest)
+        worst = trials.worst(results) if trials.limits_worst else None
+        ratio, _, _ = trials.interval(results, worst)
+        of_corpus = "" if worst is None else f" of '{worst}'"
         removed = f"{smallest.removed_by(masks_at(smallest)):,} {s.currency.replace('_', ' ')}"
         raise UserError(
-            f"--sparsity.target must be above {_percent(ratio)}, the change of development perplexity by the smallest "
-            f"cut ({removed}); got {s.target}."
+            f"--sparsity.target must be above {percent(ratio)}, the change of development perplexity{of_corpus} by "
+            f"the smallest cut ({removed}); got {s.target}."
         )
     is_largest = search.best.cut == trials.max_cut
     if is_largest:
@@ -224,7 +241,9 @@ def _size_of_main_row(trials: Trials, search: SearchResult, budget: Budget, mask
     """Return how many parameters the main row needs for the requested quality."""
     run, row = trials.run, trials.run.cfg.own_row
     predicted_rise = search.best.predicted
-    ratio, low, high = trials.interval(trials.results(masks, row, budget))
+    results = trials.results(masks, row, budget)
+    worst = trials.worst(results)
+    ratio, low, high = trials.interval(results, worst if trials.limits_worst else None)
     return {
         "row": row_name(*row),
         "models": len(search.points),
@@ -234,6 +253,7 @@ def _size_of_main_row(trials: Trials, search: SearchResult, budget: Budget, mask
         "got": ratio,
         "low": low,
         "high": high,
+        "worst": {"corpus": worst, "ratio": trials.interval(results, worst)},
     }
 
 
@@ -251,91 +271,11 @@ def _remove_other_trials(trials: Trials, kept_masks: Masks) -> None:
         run.folder.update_manifest(learned_tokens=kept_tokens, replace=True)
 
 
-def quality_reached(run: Run, records: Sequence[Record]) -> dict[str, Any]:
-    """Return the entry `quality` of the summary (see `numbers.entries`); empty unless the target is a quality.
-
-    It has requested, predicted and measured quality, on development and on unseen text. `numbers` are rises of
-    perplexity above dense; the others are ratios to dense.
-    """
-    if requested_rise(run.cfg) is None:
-        return {}
-    reached = read_json(run.folder / FILE, run=run.folder.key)["reached"]
-    main_row = reached["rows"][-1]
-    numbers = {name: main_row[name] for name in ("predicted", "got", "low", "high", "share")}
-    phrases = [f"Quality: asked at most {run.cfg.sparsity.target} of dense perplexity on development text"]
-    if main_row["predicted"]:
-        phrases.append(f"predicted {_percent(main_row['predicted'])}")
-    phrases.append(f"got {_percent_with_interval(main_row['got'], main_row['low'], main_row['high'])}")
-    unseen = estimates(records, run.cfg.own_row, None)["unseen_over_dense"]
-    if unseen is not None:
-        numbers |= {"unseen": unseen.value, "unseen_low": unseen.low, "unseen_high": unseen.high}
-        phrases.append(f"on unseen text {_percent_with_interval(unseen.value, unseen.low, unseen.high)}")
-    limit = "; the largest possible cut" if reached["largest"] else ""
-    phrases.append(f"removed {main_row['share']:.2%} of {run.cfg.sparsity.scope}{limit}")
-    rises = {name: None if numbers[name] is None else numbers[name] - 1 for name in ("predicted", "got", "low", "high")}
-    entry = {
-        "said": f"{', '.join(phrases)}.",
-        "warnings": _warnings(run.cfg, numbers),
-        "numbers": {"asked": reached["asked"], **rises, "unseen": None if unseen is None else unseen.value - 1},
-        "table": _table(reached["asked"], main_row, unseen),
-    }
-    return {"quality": reached | numbers | entry}
-
-
-def _table(asked: float, row: Mapping[str, Any], unseen: Estimate | None) -> dict[str, Any]:
-    """Return the table of the entry, with the run's own row."""
-
-    def percent(*ratios: float | None) -> list[float | None] | None:
-        """Convert a ratio to dense and the ends of its interval to percent above dense."""
-        return None if ratios[0] is None else [None if ratio is None else 100 * (ratio - 1) for ratio in ratios]
-
-    cells = {
-        "row": row["row"],
-        "asked, %": 100 * asked,
-        "parameters kept": row["parameters"],
-        "removed, %": 100 * row["share"],
-        "predicted, %": percent(row["predicted"]),
-        "development, %": percent(row["got"], row["low"], row["high"]),
-        "unseen, %": None if unseen is None else percent(*unseen),
-        "models tried": row["models"],
-    }
-    return {
-        "title": "Parameters at the same quality",
-        "columns": list(cells),
-        "rows": [list(cells.values())],
-        "digits": {"asked, %": 1},
-        "note": "The largest share that was found whose development perplexity, above dense, is at most what was "
-        "asked. In brackets 95 % intervals: Student's t over windows, paired.",
-    }
-
-
-def _warnings(cfg: RunConfig, numbers: Mapping[str, float]) -> list[str]:
-    """Return a line for a wide interval on development text, and one if unseen text is above the limit.
-
-    An interval is wide if its upper end is above the limit by more than half of the requested rise.
-    """
-    target, rise = cfg.sparsity.target, requested_rise(cfg)
-    warnings = []
-    if numbers["high"] > 1 + (1 + WIDE) * rise:
-        warnings.append(
-            f"The interval on development text reaches {_percent(numbers['high'])}, far above the limit {target}: "
-            "development text is too short. Raise --evaluation.development_samples, or use larger corpora."
-        )
-    if numbers.get("unseen", 0) > 1 + rise:
-        interval = _percent_with_interval(numbers["unseen"], numbers["unseen_low"], numbers["unseen_high"])
-        warnings.append(
-            f"Unseen text is above the limit {target}: {interval}. The limit holds on development text of the corpora "
-            "that the run reads. Lower --sparsity.target, or add corpora like the unseen text to --corpora.drift and "
-            "--corpora.recover."
-        )
-    return warnings
-
-
-def _percent(ratio: float) -> str:
+def percent(ratio: float) -> str:
     """Format a ratio to dense as a signed percentage."""
     return f"{100 * (ratio - 1):+.2f}%"
 
 
-def _percent_with_interval(ratio: float, low: float | None, high: float | None) -> str:
+def percent_with_interval(ratio: float, low: float | None, high: float | None) -> str:
     """Format a ratio to dense and, if there is one, its interval as signed percentages: +1.00% [+0.50%, +1.50%]."""
-    return _percent(ratio) if low is None else f"{_percent(ratio)} [{_percent(low)}, {_percent(high)}]"
+    return percent(ratio) if low is None else f"{percent(ratio)} [{percent(low)}, {percent(high)}]"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from gprune.errors import optional_output
 from gprune.evaluation.intervals import geometric_mean
 from gprune.features import attribute
-from gprune.method.quality import quality_reached
+from gprune.method.quality_summary import quality_reached
 from gprune.method.run import Run
 from gprune.models.masks import Masks
 from gprune.models.surgery import widths

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from gprune.report.tables import Estimate, Table
 
 # Names of the tables of a report; `final` is a table of lists.
-TableName = Literal["comparison", "distance", "evaluation", "final", "perplexity", "quality", "settings", "summary"]
+TableName = Literal[
+    "comparison", "distance", "evaluation", "final", "means", "perplexity", "quality", "settings", "summary"
+]
 CLONE = Path(__file__).parents[2]
 
 

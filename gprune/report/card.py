@@ -20,7 +20,8 @@ from gprune.corpora.load import corpus_labels
 from gprune.models.embedded import EMBEDDED_MODELS, model_label
 from gprune.models.families import PRUNED
 from gprune.models.loading import has_processor
-from gprune.report.tables import evaluation_table, in_markdown, result_table
+from gprune.report.tables import in_markdown, result_table
+from gprune.report.task_means import evaluation_tables
 from gprune.runs.folder import RunFolder
 from gprune.runs.numbers import entries
 from gprune.runs.results import read_evaluation
@@ -41,7 +42,8 @@ def write_card(folder: RunFolder, cfg: RunConfig, records: Sequence[dict[str, An
     for entry in entries(manifest.get("summary", {})).values():
         card += "".join(f"\n{line}\n" for line in (entry["said"], *entry.get("warnings", ())))
     if evaluation := read_evaluation(folder / "evaluation.json"):
-        card += f"\n## Benchmarks\n\n{evaluation_table(evaluation).to_text()}\n"
+        tables = "\n\n".join(table.to_text() for table in evaluation_tables(evaluation))
+        card += f"\n## Benchmarks\n\n{tables}\n"
     with replacing(model / "README.md") as new:
         new.write_text(card, encoding="utf-8")
     folder.update_manifest(model=file_hashes(model, "README.md"))

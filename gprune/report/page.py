@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import matplotlib
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -50,19 +51,23 @@ from gprune.report.grouping import (
 from gprune.report.tables import (
     Table,
     caption,
+    compare_records,
     comparison_table,
     cost_table,
     distance_table,
     entry_tables,
-    evaluation_table,
+    format_estimate,
     group_frame,
     in_markdown,
     perplexity_table,
+    ratio_to,
+    run_stages,
     settings_table,
     summary_table,
 )
+from gprune.report.task_means import evaluation_tables
 from gprune.runs.folder import RunFolder
-from gprune.runs.numbers import Record, entries
+from gprune.runs.numbers import Record, entries, row_name
 from gprune.runs.results import FinishedRun, config_of, read_run
 from gprune.sparsity.allocation import format_removed
 from gprune.storage.files import write_text
@@ -281,7 +286,7 @@ def of_runs(
     if 1 < len(runs) <= SIDE_BY_SIDE:
         tables += [comparison_table(groups), settings_table(groups)]
     if evaluated := [r | {"run": run.name} for run in named_runs for r in run.evaluation]:
-        tables.append(evaluation_table(evaluated))
+        tables += evaluation_tables(evaluated)
     bases_by_name = {base.name: base for base in (bases or {}).values()}  # several if rows have different budgets
     (base,) = bases_by_name.values() if len(bases_by_name) == 1 else (None,)
     return Report(list(runs), groups, tables, base)
@@ -366,7 +371,39 @@ def _describe_run(run: FinishedRun) -> tuple[str, list[str]]:
         f"{format_removed(*sparsity, digits=2)} removed by {method}, importance {importance}, recovery {recovery}, "
         f"seed {run.seed}."
     )
-    return f"{format_removed(*sparsity, digits=0)} removed from {label}", [about, cost]
+    lines = [about, cost, _describe_sizes(run), _describe_controls(run)]
+    return f"{format_removed(*sparsity, digits=0)} removed from {label}", [line for line in lines if line]
+
+
+def _describe_sizes(run: FinishedRun) -> str:
+    """Return a sentence on the size of the weights and on measured speed."""
+    summary = run.summary
+    exported = RunFolder(run.path).manifest.get("exported_dtype") if run.path.is_dir() else None
+    dtype = exported or run.settings["model"]["dtype"]
+    megabytes = getattr(torch, dtype).itemsize / 1e6
+    after, before = (summary[f"parameters_{when}"] * megabytes for when in ("after", "before"))
+    sizes = f"Weights in {dtype}: {after:,.1f} MB, dense {before:,.1f} MB."
+    comparisons = compare_records(
+        [r for r in run.evaluation if r["kind"] == "speed" and r["stage"] != "dense"],
+        [r for r in run.evaluation if r["kind"] == "speed" and r["stage"] == "dense"],
+    )
+    if not comparisons:
+        return f"{sizes} Speed was not measured."
+    return f"{sizes} Tokens per second beside dense: {', '.join(f'{task} {by}' for task, by in comparisons.items())}."
+
+
+def _describe_controls(run: FinishedRun) -> str:
+    """Return a sentence that compares the run's own model with each control after the same recovery."""
+    *others, own = run_stages(run)
+    comparisons = []
+    for other in others:
+        ratio = ratio_to(run, own, run, other) if other[1] == own[1] and other[0] != "dense" else None
+        if ratio is not None:
+            verdict = "" if ratio.low > 1 or ratio.high < 1 else ", no clear difference"
+            comparisons.append(f"{format_estimate(ratio, 3)} times that of {row_name(*other)}{verdict}")
+    if not comparisons:
+        return ""
+    return f"Unseen perplexity of {row_name(*own)}: {'; '.join(comparisons)} (95 % intervals over windows)."
 
 
 def render_figures(figures: Mapping[str, Figure], name: str) -> list[tuple[str, Markup, bool]]:

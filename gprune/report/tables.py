@@ -493,19 +493,28 @@ def entry_tables(summaries: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 def evaluation_table(records: Sequence[Record]) -> Table:
     """Table of accuracies, perplexities and speeds, with paired differences from the dense model if it was measured."""
     # Runs may share a dense model. Its first record is shown, and compared with.
-    dense = {_pair_key(r): r for r in reversed(records) if r["stage"] == "dense"}
-    selected = [r for r in records if r["stage"] != "dense" or dense[_pair_key(r)] is r]
+    dense = {pair_key(r): r for r in reversed(records) if r["stage"] == "dense"}
+    selected = [r for r in records if r["stage"] != "dense" or dense[pair_key(r)] is r]
     rows: list[list[Cell]] = []
     for r in sorted(selected, key=_order):
-        reference = dense.get(_pair_key(r)) if r["stage"] != "dense" else None
+        reference = dense.get(pair_key(r)) if r["stage"] != "dense" else None
         rows.append([r["task"], r["run"], row_name(r["stage"], r.get("recovery") or "none"), *_cells(r, reference)])
-    header = ["task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "flips"]
-    note_on_flips = "Flips: answers other than the dense model's; - right there and wrong here, + the reverse. "
-    flips = header.index("flips")
-    if all(row[flips] is None for row in rows):
-        rows = [row[:flips] + row[flips + 1 :] for row in rows]
-        header.remove("flips")
-        note_on_flips = ""
+    header = ["task", "run", "stage", "split", "n", "acc or perplexity", "acc_norm", "against dense", "flips", "greedy"]
+    optional_columns = {  # dropped if empty -> their note
+        "flips": "Flips: answers other than the dense model's; - right there and wrong here, + the reverse. ",
+        "greedy": "Greedy: how often greedy decoding gives the right choice. ",
+    }
+    notes = ""
+    for column, note in optional_columns.items():
+        place = header.index(column)
+        if all(row[place] is None for row in rows):
+            rows = [row[:place] + row[place + 1 :] for row in rows]
+            header.remove(column)
+        else:
+            notes += note
+    note_on_examples = ""
+    if any("own_num_fewshot" in r for r in selected):
+        note_on_examples = " Numbers of examples in prompts are lm_eval's own, or those of most published numbers."
     return Table(
         "evaluation",
         "Tasks and perplexity",
@@ -514,8 +523,9 @@ def evaluation_table(records: Sequence[Record]) -> Table:
         note="Accuracy +- standard error; perplexity with a 95 % interval. n: questions, or predicted tokens. Against "
         "dense, paired over questions or windows: accuracy minus the dense model's +- standard error; perplexity over "
         "the dense model's with a 95 % interval. "
-        f"{note_on_flips}Standard protocol: all questions of the split with lm_eval's own prompts, or all windows; "
-        "other numbers are never to be set beside published figures, nor is any number of a de-quantised model.",
+        f"{notes}Standard protocol: all questions of the split with lm_eval's own prompts, or all windows; "
+        "other numbers are never to be set beside published figures, nor is any number of a de-quantised model."
+        f"{note_on_examples}",
     )
 
 
@@ -530,10 +540,10 @@ def _order(r: Record) -> tuple[Any, ...]:
 
 def compare_records(records: Sequence[Record], references: Sequence[Record]) -> dict[str, str]:
     """Compare the records of two models."""
-    by_key = {_pair_key(r): r for r in references}
+    by_key = {pair_key(r): r for r in references}
     comparisons = {}
     for r in records:
-        reference = by_key.get(_pair_key(r))
+        reference = by_key.get(pair_key(r))
         if reference is None:
             continue
         task = r["task"]
@@ -558,6 +568,8 @@ def _format_comparison(r: Record, reference: Record) -> str:
         return f"x {format_estimate(ratio, 3)}"
     if r["kind"] == "speed":
         return f"x {r['tokens_per_second'] / reference['tokens_per_second']:.3f}"
+    if "scores" in r:  # of a task with a metric of its own
+        return _with_error(*paired_difference(r["scores"], reference["scores"]), sign="+")
     key = "correct" if "correct" in r else "correct_norm"  # some tasks of lm_eval have only acc_norm
     correct = [digit == "1" for digit in r[key]]
     reference_correct = [digit == "1" for digit in reference[key]]
@@ -576,6 +588,15 @@ def _format_flips(r: Record, dense: Record) -> str | None:
     return f"{changed / n:.1%}: -{to_wrong / n:.1%} +{to_right / n:.1%}"
 
 
+def _format_greedy(r: Record, dense: Record | None) -> str | None:
+    """Format how often greedy decoding gives the right choice, and the paired difference from the dense model."""
+    share = _with_error(r.get("greedy"), r.get("greedy_stderr"))
+    if share is None or dense is None or "correct_greedy" not in dense:
+        return share
+    pairs = [[digit == "1" for digit in of["correct_greedy"]] for of in (r, dense)]
+    return f"{share} ({_with_error(*paired_difference(*pairs), sign='+')})"
+
+
 def _with_error(value: float | None, error: float | None, sign: str = "") -> str | None:
     """Format a value with its standard error, if there is one; None for a missing value."""
     if value is None:
@@ -584,7 +605,7 @@ def _with_error(value: float | None, error: float | None, sign: str = "") -> str
     return text if error is None else f"{text} +- {error:.3f}"
 
 
-def _pair_key(r: Record) -> tuple[Cell, ...]:
+def pair_key(r: Record) -> tuple[Cell, ...]:
     """Return a key that is equal for records that can be paired.
 
     Such records have the same base model and dtype, and the same questions, windows, or rounds of timing.
@@ -599,7 +620,7 @@ def _pair_key(r: Record) -> tuple[Cell, ...]:
 def _cells(r: Record, dense: Record | None) -> list[Cell]:
     """Return the cells of a record after its name.
 
-    They are split, n, number, acc_norm, difference from dense, flips, standard protocol, and note.
+    They are split, n, number, acc_norm, difference from dense, flips, greedy, standard protocol, and note.
     """
     description = [r["source"]] if "source" in r else []
     if r["kind"] == "perplexity":
@@ -608,14 +629,17 @@ def _cells(r: Record, dense: Record | None) -> list[Cell]:
     elif r["kind"] == "speed":
         n, number = r["batch"], format_rate(r)
     else:
-        metric = "acc" if r.get("exact_match") is None else "exact_match"
+        metric = next((name for name in ("exact_match", "score") if r.get(name) is not None), "acc")
         n, number = r["questions"], _with_error(r.get(metric), r.get(f"{metric}_stderr"))
     acc_norm = _with_error(r.get("acc_norm"), r.get("acc_norm_stderr"))
     comparison = None if dense is None else _format_comparison(r, dense)
     flips = None if dense is None else _format_flips(r, dense)
     standard = "yes" if r["standard_protocol"] else "no"
+    if r["standard_protocol"] and "own_num_fewshot" in r:
+        whose = "lm_eval's" if r["num_fewshot"] == r["own_num_fewshot"] else "the literature's"
+        standard = f"yes, {whose} {r['num_fewshot']} examples"
     note = f"{', '.join([*description, r['dtype']])}: {r['note']}"
-    return [r["split"], n, number, acc_norm, comparison, flips, standard, note]
+    return [r["split"], n, number, acc_norm, comparison, flips, _format_greedy(r, dense), standard, note]
 
 
 def settings_table(groups: Sequence[SeedGroup]) -> Table:

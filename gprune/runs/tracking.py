@@ -188,10 +188,20 @@ def log_scalars(loggers: Sequence[Logger], values: dict[str, float], *, step: in
         logger.log_metrics(values, step=step)
 
 
+def charts(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Return the numbers of the main row that W&B shows as charts: those over all corpora.
+
+    The runs of a list have such charts side by side. Charts for each corpus would come before them.
+    """
+    return {name: value for name, value in numbers.items() if re.fullmatch("final/[^/]+", name)}
+
+
 @rank_zero_only
 def log_numbers(loggers: Sequence[Logger], numbers: Mapping[str, float]) -> None:
     """Log single numbers to W&B's summary, and those of `final/` as metrics too, which sweeps can optimise."""
-    log_scalars(loggers, {name: value for name, value in numbers.items() if name.startswith("final/")}, step=0)
+    final = {name: value for name, value in numbers.items() if name.startswith("final/")}
+    for logger in loggers:
+        logger.log_metrics(charts(final) if isinstance(logger, _Wandb) else final, step=0)
     for logger in wandb_loggers(loggers):
         logger.try_with_run(lambda run: run.summary.update(dict(numbers)))
 

@@ -158,8 +158,9 @@ class QualityTarget(Target):
         cfg = plan.cfg
         models = " and ".join(f"{number} models after {name}" for name, number in Counter(self.trials(cfg)).items())
         text = f"{cfg.development_tokens:,} tokens of development text ({', '.join(cfg.development_corpora)})"
+        kept = f"{self.setting} on every development corpus" if cfg.sparsity.limit == "worst" else self.setting
         return {
-            "removes": f"at most {plan.removed:,} parameters: the run finds the sparsity that keeps {self.setting}",
+            "removes": f"at most {plan.removed:,} parameters: the run finds the sparsity that keeps {kept}",
             "quality": f"at most {models}, usually less than half, or more if none keeps the quality, each on {text}",
         }
 

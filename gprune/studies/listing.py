@@ -30,7 +30,7 @@ OTHER_RECORDS = Path("runs/records")
 # Defaults of all rows. They do not change results, so they are not part of a row's identity.
 ROW_DEFAULTS = {"export": "none", "run.dir": "runs/experiments"}
 LISTED_PRECISION = "32-true"  # default of rows, so that a row means the same on every machine
-TABLES = ("summary", "perplexity", "distance", "evaluation")
+TABLES = ("summary", "perplexity", "distance", "evaluation", "means")
 
 # YAML reads some names as numbers.
 Name = Annotated[Text, BeforeValidator(lambda name: str(name) if type(name) in (int, float) else name)]
@@ -105,7 +105,7 @@ class Content(StrictModel):
         """Raise UserError if a key names an unknown row, or a task cannot be measured."""
         for key, names in (
             ("reference", [] if self.reference is None else [self.reference]),
-            ("compare", [split_stage(name, self.rows)[0] for pair in self.compare for name in pair]),
+            ("compare", [split_stage(name, self.rows)[0] or name for pair in self.compare for name in pair]),
         ):
             if unknown := [name for name in names if name not in self.rows]:
                 raise UserError(f"The key {key} must name rows ({', '.join(self.rows)}); got '{unknown[0]}'.")

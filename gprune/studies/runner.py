@@ -85,7 +85,8 @@ def run_rows(unfinished: Sequence[Found], num_rows: int) -> None:
             pass
     for row in pending:
         if row.tasks:
-            measurement.check_tasks(benchmarks_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code))
+            benchmarks = benchmarks_of(row.tasks, trust_remote_code=row.config.model.trust_remote_code)
+            measurement.check_tasks(benchmarks, rows=row is pending[0])
             if row.config.processes > 1:  # other processes would wait until torch's timeout
                 raise UserError(f"Row '{row.name}' must have one process for tasks; got {row.config.processes}.")
     if is_rank_0:
@@ -302,7 +303,7 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
 
     The W&B configuration of such a run has `record: true`.
     """
-    from gprune.runs.tracking import wandb_arguments, wandb_id, wandb_run
+    from gprune.runs.tracking import charts, wandb_arguments, wandb_id, wandb_run
 
     cfg = with_wandb_names(row)
     settings = row.identity | {"inputs": record["inputs"]}
@@ -316,7 +317,7 @@ def log_row(folder: Path, row: Row, record: dict[str, Any]) -> None:
             run.config.update({"record": True, "environment": record["environment"]})
         main_row = record["records"][-1]["stage"], record["records"][-1]["recovery"]
         numbers = run_numbers(record["records"], record["summary"], record["steps"], main_row)
-        run.log({name: value for name, value in numbers.items() if name.startswith("final/")})
+        run.log(charts(numbers))
         run.summary.update(numbers | task_numbers(task_results(row, record)))
 
 

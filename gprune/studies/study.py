@@ -30,6 +30,7 @@ from gprune.report.tables import (
     ratio_to,
     run_stages,
 )
+from gprune.report.task_means import compare_means
 from gprune.runs.numbers import Line, Record, ResultRow, by_row, line_frame, number_columns, row_name, stage_lines
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import write_text
@@ -347,12 +348,15 @@ def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
         second_records = {run.seed: select_stage(run.evaluation, second_stage) for run in second_runs}
         for run in first_runs:
             first_records = select_stage(run.evaluation, first_stage)
-            differences = compare_records(first_records, second_records.get(run.seed, []))
+            references = second_records.get(run.seed, [])
+            differences = compare_records(first_records, references) | compare_means(first_records, references)
             if differences:
                 results.append((f"{first} - {second}", run.seed, differences))
     tasks = list(dict.fromkeys(task for *_, differences in results for task in differences))
     note = "Paired: accuracy less accuracy +- standard error; WikiText-2 by its windows' tokens, x perplexity over "
     note += "perplexity with a 95 % interval."
+    if any(task.endswith(", acc") for task in tasks):
+        note += " Means of accuracies over tasks with a 95 % interval."
     rows = [[pair, seed, *(differences.get(task) for task in tasks)] for pair, seed, differences in results]
     return Table("compare_tasks", "Comparisons on tasks", ["first - second", "seed", *tasks], rows, note=note)
 

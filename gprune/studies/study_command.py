@@ -9,19 +9,29 @@ from gprune.console import Parser, quiet
 from gprune.errors import UserError
 from gprune.storage.paths import expanded
 
-ABOUT = """Run a list of configurations, store the results, and print tables. gprune/studies/listing.py has the format.
+ABOUT = """Run a list of configurations, store the results, and print tables.
 
 After each configuration its numbers and costs are written to the folder of records, and its masks too (for lists in
 experiments/ only with the key masks). A configuration with a record is not run again, even for another list.
 Run folders share calibration through the cache."""
 
-EXAMPLES = """Flags of train.py come after --, and override the settings of every row.
+EXAMPLES = """A list is a YAML file such as mine.yaml (docs/experiments.md has all keys):
+  protocol: protocol          # settings of all rows, by file or name: which text is used, and how much
+  common: {importance: taylor}
+  reference: base             # ratios are to this row
+  rows:
+    base: {gprune: false}
+    ours: {}
+    ours, 30 %: {sparsity.target: 0.3}
+  compare: [[ours, base]]     # final models of two rows
+
+Flags of `gprune prune` come after --, and override the settings of every row.
 
 examples:
-  gprune study experiments/questions/parts.yaml             prints token-hours, runs, prints tables
-  gprune study experiments/questions/parts.yaml --table     prints tables from existing records
-  gprune study mine.yaml --table --output t.csv             the same as a file: lines for rows, seeds and means
-  gprune study mine.yaml --records results                  a list of your own
+  gprune study mine.yaml                                    runs rows without a record, and prints tables
+  gprune study mine.yaml --import my_metric.py              rows that use code of your own
+  gprune study mine.yaml --table --output t.csv             only tables, also as a file: rows, seeds and means
+  gprune study experiments/headline.yaml --table            the project's results, in a clone
   gprune study LIST --seeds 0 1 2 --only paper best -- --corpora.num_samples=8
   gprune study LIST -- --logging.mode=online                each row a run of W&B, in the group LIST (default: offline)
   gprune study LIST --part 1/8                              one of eight machines' share (docs/experiments.md)"""

@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from gprune.benchmarks import tasks
+from gprune.benchmarks import task_sources
 from tests.tiny_run import WORDS
 
 
@@ -57,15 +58,22 @@ def write_task(root: Path, name: str, split: str, rows: list[dict]) -> Path:
     return path
 
 
-def fake_hub(monkeypatch, *, reachable: bool, manager: object = None) -> None:
+class NoTasks:
+    """The part of lm_eval's TaskManager that gprune uses, without any task."""
+
+    all_tasks = all_subtasks = ()
+    task_index: ClassVar[dict] = {}
+
+
+def fake_hub(monkeypatch, *, reachable: bool, manager: object = NoTasks) -> None:
     """Replace the check whether the Hugging Face hub is reachable, and lm_eval's TaskManager."""
 
     @contextmanager
     def is_reachable() -> Iterator[bool]:
         yield reachable
 
-    monkeypatch.setattr(tasks, "offline_if_unreachable", is_reachable)
-    monkeypatch.setattr(tasks, "_task_manager", lambda: manager)
+    monkeypatch.setattr(task_sources, "offline_if_unreachable", is_reachable)
+    monkeypatch.setattr(task_sources, "_task_manager", lambda: manager)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,8 +14,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gprune.__main__ import run as command
+from gprune.benchmarks import measurement
+from gprune.benchmarks.placement import placement
+from gprune.benchmarks.settings import Benchmarks
 from gprune.benchmarks.tasks import zero_shot
 from gprune.evaluation.intervals import paired_difference
+from gprune.models.offload import is_offloaded
 from gprune.storage.files import key_of, read_json, write_json
 from tests import tiny_run
 from tests.benchmarks.conftest import fake_hub, needs_lm_eval, questions, sentence, write_task
@@ -72,6 +77,37 @@ def test_the_flag_dense_evaluates_the_dense_model_and_prints_the_paired_differen
     assert f"{difference:+.3f} +- {error:.3f}" in out
     ratio = records["gprune", "wikitext2"]["perplexity"] / records["dense", "wikitext2"]["perplexity"]
     assert f"x {ratio:.3f} [" in out
+
+
+def test_a_task_that_cannot_be_measured_does_not_end_the_others(offline_runs, capsys, tmp_path):
+    needs_lm_eval()
+    write_task(offline_runs.folder, "other", "test", questions(12, seed=1))
+    run = offline_runs.runs / "kept"
+    assert command("evaluate", [str(run), "--tasks", "mine,nowhere,other", "--source", "local", "--dense"]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert "'nowhere' needs the local file $GPRUNE_DATA_DIR/tasks/nowhere/test.jsonl" in line
+    measured = [(r["stage"], r["task"]) for r in records_in(run / "evaluation.json")]
+    assert measured == [(stage, task) for stage in ("dense", "gprune") for task in ("mine", "other")]
+    assert "| mine " in printed.out
+    assert "| all tasks " in printed.out  # the mean of the tasks
+    assert command("evaluate", [str(run), "--tasks", "nowhere,elsewhere", "--source", "local"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gprune evaluate: Cannot measure 2 tasks: Task 'nowhere' needs")
+    assert "Task 'elsewhere' needs" in line
+
+
+def test_the_number_of_examples_is_a_flag(offline_runs, capsys):
+    needs_lm_eval()
+    write_task(offline_runs.folder, "shots", "test", questions(12))
+    write_task(offline_runs.folder, "shots", "train", questions(5, seed=1))
+    run = offline_runs.runs / "kept"
+    assert command("evaluate", [str(run), "--tasks", "shots", "--num_fewshot", "2"]) == 0
+    (record,) = records_in(run / "evaluation.json")
+    assert (record["num_fewshot"], record["own_num_fewshot"]) == (2, 0)
+    assert "2 examples in prompts, lm_eval's own number is 0" in capsys.readouterr().out
+    assert command("evaluate", [str(run), "--tasks", "shots", "--num_fewshot", "-1"]) == 2
+    assert "--num_fewshot must be 0 or more" in capsys.readouterr().err
 
 
 def test_a_record_is_replaced_only_by_a_record_of_the_same_protocol(offline_runs):
@@ -183,3 +219,91 @@ def test_invalid_arguments_end_with_one_line_and_exit_code_2(args, message, offl
     assert command("evaluate", [arg.format(run=offline_runs.runs / "kept", tmp=tmp_path) for arg in args]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+# --- Models larger than one device
+
+TASKS = ["--tasks", "mine,wikitext2", "--seq_len", "32"]
+SCRIPT = """
+import sys
+from gprune.__main__ import run
+
+raise SystemExit(run("evaluate", sys.argv[1:]))
+"""
+
+
+def numbers_of(path: Path) -> dict[str, object]:
+    """Return the answers and the losses of windows in a file of records, by task."""
+    return {r["task"]: r.get("window_nll") or r["correct"] for r in records_in(path)}
+
+
+def test_an_offloaded_model_has_the_results_of_the_model_in_memory(offline_runs, tmp_path, monkeypatch):
+    needs_lm_eval()
+    run, measured = offline_runs.runs / "kept", []
+    measure = measurement._measure_task
+    monkeypatch.setattr(
+        measurement, "_measure_task", lambda loaded, *rest: measured.append(loaded[0]) or measure(loaded, *rest)
+    )
+    in_memory, offloaded = tmp_path / "memory.json", tmp_path / "offloaded.json"
+    assert command("evaluate", [str(run), *TASKS, "--output", str(in_memory)]) == 0
+    placed = ["--device_map", "auto", "--max_memory", "{cpu: 100KB}"]
+    assert command("evaluate", [str(run), *TASKS, *placed, "--output", str(offloaded)]) == 0
+    assert [is_offloaded(model) for model in measured] == [False, False, True, True]
+    assert numbers_of(offloaded) == numbers_of(in_memory)
+
+
+def test_an_evaluation_offloads_as_its_run_did_except_for_speed(offline_runs, tmp_path):
+    run = shutil.copytree(offline_runs.runs / "kept", tmp_path / "run")
+    edit_settings(run, lambda settings: settings["model"].update(device_map="auto"))
+    config = (run / "config.yaml").read_text()
+    assert "device_map: null" in config
+    limits = "device_map: auto\n  max_memory: {cpu: 100KB}"
+    (run / "config.yaml").write_text(re.sub(r"device_map: null\n  max_memory: null", limits, config))
+    with placement(Benchmarks(("wikitext2",)), run) as placed:
+        assert placed.loading == {"device_map": "auto", "max_memory": {"cpu": "100KB"}}
+    with placement(Benchmarks(("wikitext2",), device_map="auto"), run) as placed:
+        assert placed.loading == {"device_map": "auto", "max_memory": None}
+    with placement(Benchmarks(("speed",)), run) as placed:
+        assert placed.loading == {}
+
+
+@pytest.mark.slow
+def test_a_model_sharded_over_two_processes_has_the_results_of_the_whole_model(offline_runs, tmp_path):
+    needs_lm_eval()
+    run, whole, sharded = offline_runs.runs / "kept", tmp_path / "whole.json", tmp_path / "sharded.json"
+    assert command("evaluate", [str(run), *TASKS, "--output", str(whole)]) == 0
+    (tmp_path / "evaluate.py").write_text(SCRIPT)
+    args = [str(run), *TASKS, "--shard", "--output", str(sharded)]
+    folder = {"GPRUNE_DATA_DIR": str(offline_runs.folder)}
+    first, second = tiny_run.train(args, tmp_path, processes=2, script=tmp_path / "evaluate.py", **folder)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "Records: " in first.stdout
+    assert second.stdout == ""
+    assert numbers_of(sharded) == numbers_of(whole)
+
+
+def test_a_missing_folder_is_refused_before_the_hub_is_asked(offline_runs, capsys, monkeypatch):
+    monkeypatch.chdir(offline_runs.folder)
+    assert command("evaluate", ["runs/nothing", "--tasks", "wikitext2"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "'runs/nothing' must be the folder of a run or a model; there is no such folder." in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--shard"], "--shard needs two or more processes. Start them with torchrun"),
+        (["--max_memory", "{cpu: 2GiB}"], "--max_memory needs --device_map auto."),
+        (
+            ["--device_map", "auto", "--max_memory", "lots"],
+            "--max_memory must be a mapping of names to values; got 'lots'",
+        ),
+        (["--device_map", "auto", "--max_memory", "{cpu: x}"], "--max_memory.cpu must be a size such as 2GiB or 500MB"),
+        (["--device_map", "auto", "--shard"], "--shard cannot be combined with --device_map."),
+        (["--device_map", "auto", "--tasks", "speed"], "cannot be combined with --tasks speed"),
+    ],
+)
+def test_invalid_placements_are_refused_in_one_line(flags, line, offline_runs, capsys):
+    assert command("evaluate", [str(offline_runs.runs / "kept"), "--tasks", "wikitext2", *flags]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert line in error

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gprune.benchmarks import tasks
+from gprune.benchmarks import task_sources, tasks
 from gprune.benchmarks.tasks import zero_shot
 from gprune.errors import UserError
 from gprune.report.tables import evaluation_table
@@ -64,7 +64,7 @@ def manager(tmp_path, monkeypatch):
     return task_manager
 
 
-def reference(manager, model, folder: Path, *names: str) -> dict:
+def reference(manager, model, folder: Path, *names: str, num_fewshot: int | None = None) -> dict:
     """Results of lm_eval's evaluator with the local files as data sets."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -78,7 +78,9 @@ def reference(manager, model, folder: Path, *names: str) -> dict:
         specs += [{"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs}]
     lm = HFLM(pretrained=model, tokenizer=tokenizer(), backend="causal", batch_size=3)
     group = {"group": "local", "task": specs}
-    return simple_evaluate(lm, tasks=[group], task_manager=manager, bootstrap_iters=0)["results"]
+    return simple_evaluate(lm, tasks=[group], task_manager=manager, bootstrap_iters=0, num_fewshot=num_fewshot)[
+        "results"
+    ]
 
 
 @pytest.mark.slow
@@ -119,7 +121,7 @@ def test_generated_answers_have_lm_evals_exact_match_and_are_compared_with_the_d
     assert record["correct"] == "1010"
     # The protocol is standard only if all training rows are there too, because they are the examples in the prompts.
     for train_rows, is_standard in ((9, True), (10, False)):
-        monkeypatch.setitem(tasks.COMPLETE_SPLITS, "gsm8k", (4, train_rows))
+        monkeypatch.setitem(task_sources.COMPLETE_SPLITS, "gsm8k", (4, train_rows))
         complete = zero_shot(model, tokenizer(), ["gsm8k"], limit=None, source="local")
         assert {r["standard_protocol"] for r in complete} == {is_standard}
     # One of four answers changes from correct to wrong in the table.
@@ -130,24 +132,86 @@ def test_generated_answers_have_lm_evals_exact_match_and_are_compared_with_the_d
 
 
 def test_a_complete_local_split_counts_as_lm_evals_own_task(manager, monkeypatch):
-    monkeypatch.setitem(tasks.COMPLETE_SPLITS, "hellaswag", 9)  # the number of local rows
+    monkeypatch.setitem(task_sources.COMPLETE_SPLITS, "hellaswag", 9)  # the number of local rows
     assert tasks.load_tasks("hellaswag", "local")[0].note == "lm_eval's own task"
 
 
-def test_the_protocol_is_standard_only_with_the_tasks_own_number_of_examples(tmp_path, monkeypatch):
-    """leaderboard_mmlu_pro has 5 worked examples by default, and choices are scored without examples."""
-    fake_hub(monkeypatch, reachable=False, manager=manager_of("leaderboard/mmlu_pro", "hellaswag"))
+def test_choices_have_the_tasks_own_number_of_examples_and_other_numbers_are_not_standard(tmp_path, monkeypatch):
+    """leaderboard_mmlu_pro has 5 worked examples in lm_eval."""
+    fake_hub(monkeypatch, reachable=False, manager=manager_of("leaderboard/mmlu_pro"))
     monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
     rows = [{"question": f"{WORDS[i]} ?", "options": WORDS[i : i + 3], "answer": "ABC"[i % 3]} for i in range(6)]
     for split in ("test", "validation"):
         write_task(tmp_path, "leaderboard_mmlu_pro", split, rows)
-    write_task(tmp_path, "hellaswag", "validation", rows_of("hellaswag", 6))
-    monkeypatch.setattr(tasks, "COMPLETE_SPLITS", {"leaderboard_mmlu_pro": 6, "hellaswag": 6})
-    mmlu, hellaswag = zero_shot(make_tiny_llama(), tokenizer(), ["leaderboard_mmlu_pro", "hellaswag"], source="local")
-    assert (mmlu["num_fewshot"], mmlu["standard_protocol"]) == (0, False)
-    assert mmlu["note"] == "0 examples in prompts, lm_eval's own number is 5; lm_eval's own task"
-    assert (hellaswag["num_fewshot"], hellaswag["standard_protocol"]) == (0, True)
-    check_evaluation({"records": [mmlu | {"stage": "model"}]})
+    options = {"tasks": ["leaderboard_mmlu_pro"], "source": "local"}
+    monkeypatch.setattr(task_sources, "COMPLETE_SPLITS", {"leaderboard_mmlu_pro": (6, 6)})
+    model = make_tiny_llama(max_position_embeddings=512)
+    (own,), (without,) = (zero_shot(model, tokenizer(), num_fewshot=number, **options) for number in (None, 0))
+    assert (own["num_fewshot"], own["own_num_fewshot"], own["standard_protocol"]) == (5, 5, True)
+    assert (without["num_fewshot"], without["own_num_fewshot"], without["standard_protocol"]) == (0, 5, False)
+    assert without["note"] == "0 examples in prompts, lm_eval's own number is 5; lm_eval's own task"
+    assert own["content_hash"] != without["content_hash"]
+    monkeypatch.setattr(task_sources, "COMPLETE_SPLITS", {"leaderboard_mmlu_pro": (6, 7)})  # of the examples' split
+    (unknown,) = zero_shot(model, tokenizer(), **options)
+    assert (unknown["num_fewshot"], unknown["standard_protocol"]) == (5, False)
+    assert unknown["note"].startswith("examples are not known to be drawn from all of lm_eval's; ")
+    check_evaluation({"records": [own | {"stage": "model"}]})
+
+
+def test_numbers_of_the_literature_are_standard_and_the_table_says_which_number_it_is(manager, tmp_path, monkeypatch):
+    """HellaSwag has no examples in lm_eval, and 10 in most published numbers."""
+    monkeypatch.setitem(task_sources.COMPLETE_SPLITS, "hellaswag", (9, 12))
+    write_task(tmp_path, "hellaswag", "train", rows_of("hellaswag", 12))
+    model, standard = make_tiny_llama(max_position_embeddings=2048), {}
+    for number, is_standard in ((None, True), (10, True), (3, False)):
+        (record,) = zero_shot(model, tokenizer(), ["hellaswag"], source="local", num_fewshot=number)
+        assert record["num_fewshot"] == (number or 0)
+        assert (record["own_num_fewshot"], record["literature_num_fewshot"]) == (0, 10)
+        assert record["standard_protocol"] is is_standard
+        (row,) = evaluation_table([record | {"run": "r", "model": "tiny", "stage": "model"}]).rows
+        standard[number] = row[-2]
+    assert standard == {None: "yes, lm_eval's 0 examples", 10: "yes, the literature's 10 examples", 3: "no"}
+
+
+def test_prompts_have_the_examples_of_lm_evals_evaluator(manager, tmp_path):
+    write_task(tmp_path, "lambada_openai", "train", rows_of("lambada_openai", 12))
+    model = make_tiny_llama(max_position_embeddings=512)
+    theirs = reference(manager, model, tmp_path, "lambada_openai", num_fewshot=3)["lambada_openai"]
+    perplexities = [
+        zero_shot(model, tokenizer(), ["lambada_openai"], source="local", num_fewshot=number)[0]["perplexity"]
+        for number in (3, 0)
+    ]
+    assert perplexities[0] == pytest.approx(theirs["perplexity,none"], rel=1e-5)
+    assert perplexities[1] != pytest.approx(perplexities[0], rel=1e-3)
+
+
+def test_metrics_of_a_tasks_own_are_those_of_lm_eval_and_are_compared_by_question(tmp_path, monkeypatch):
+    """TruthfulQA's mc2 is the share of probability that the model gives to correct answers."""
+    task_manager = manager_of("truthfulqa")
+    fake_hub(monkeypatch, reachable=False, manager=task_manager)
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
+    rng = np.random.default_rng(4)
+    rows = []
+    for _ in range(7):
+        targets = {"choices": [sentence(rng, 3) for _ in range(4)], "labels": [1, 1, 0, 0]}
+        rows.append({"question": sentence(rng, 5), "mc1_targets": targets, "mc2_targets": targets})
+    write_task(tmp_path, "truthfulqa_mc2", "validation", rows)
+    model = make_tiny_llama(max_position_embeddings=512)
+    theirs = reference(task_manager, model, tmp_path, "truthfulqa_mc2")["truthfulqa_mc2"]
+    (ours,) = zero_shot(model, tokenizer(), ["truthfulqa_mc2"], source="local")
+    assert (ours["task"], ours["metric"], ours["acc"]) == ("truthfulqa_mc2/acc", "acc", None)
+    assert ours["score"] == pytest.approx(theirs["acc,none"], abs=1e-6)
+    assert ours["score"] == pytest.approx(np.mean(ours["scores"]), abs=1e-12)
+    assert ours["score_stderr"] == pytest.approx(np.std(ours["scores"], ddof=1) / 7**0.5, abs=1e-12)
+    dense = ours | {"run": "r", "model": "tiny", "stage": "dense"}
+    shifted = [score - 0.1 * (i % 2) for i, score in enumerate(ours["scores"])]
+    pruned = dense | {"stage": "gprune", "scores": shifted, "score": np.mean(shifted)}
+    (_, cells) = evaluation_table([dense, pruned]).rows
+    differences = -0.1 * (np.arange(7) % 2)
+    error = differences.std(ddof=1) / 7**0.5
+    assert cells[5:8] == [f"{np.mean(shifted):.3f} +- {ours['score_stderr']:.3f}", None,
+                          f"{differences.mean():+.3f} +- {error:.3f}"]  # fmt: skip
+    check_evaluation({"records": [pruned]})
 
 
 def test_generation_refuses_non_finite_logits(manager):
@@ -156,6 +220,21 @@ def test_generation_refuses_non_finite_logits(manager):
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(UserError, match="non-finite logit came up in generation"):
         zero_shot(model, tokenizer(), ["gsm8k"], limit=1, source="local")
+
+
+def test_messages_name_the_split_that_a_task_needs(manager, tmp_path):
+    folder = tmp_path / "tasks" / "hellaswag"
+    (folder / "validation.jsonl").rename(folder / "test.jsonl")
+    with pytest.raises(
+        UserError, match=r"needs validation\.jsonl, the split that lm_eval evaluates, .*; got test\.jsonl"
+    ):
+        task_sources.load_tasks("hellaswag", "local")
+    (folder / "test.jsonl").unlink()
+    for source in ("local", "hub"):
+        with pytest.raises(UserError, match=r"\$GPRUNE_DATA_DIR/tasks/hellaswag/validation\.jsonl"):
+            task_sources.load_tasks("hellaswag", source)
+    with pytest.raises(UserError, match=r"It needs 20 examples in train\.jsonl"):
+        zero_shot(make_tiny_llama(), tokenizer(), ["arc_challenge"], source="local", num_fewshot=20)
 
 
 @pytest.mark.parametrize(

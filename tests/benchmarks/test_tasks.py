@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from gprune.benchmarks import tasks
+from gprune.benchmarks import task_sources
 from gprune.errors import UserError
-from tests.benchmarks.conftest import fake_hub, manager_of, needs_lm_eval, pairs, questions, write_task
+from tests.benchmarks.conftest import NoTasks, fake_hub, manager_of, needs_lm_eval, pairs, questions, write_task
 
 # --- local files
 
@@ -26,7 +26,7 @@ def test_an_invalid_line_of_a_task_is_refused_with_its_number(line, data):
     with (data / "tasks" / "mine" / "test.jsonl").open("ab") as file:
         file.write(line + b"\n")
     with pytest.raises(UserError, match=r"mine/test\.jsonl:13: (Cannot read a JSON object|The line must be)"):
-        tasks.load_tasks("mine", "local")
+        task_sources.load_tasks("mine", "local")
 
 
 @pytest.mark.parametrize(
@@ -35,11 +35,11 @@ def test_an_invalid_line_of_a_task_is_refused_with_its_number(line, data):
 def test_empty_and_undecodable_task_files_are_refused(content, message, data):
     (data / "tasks" / "mine" / "test.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        tasks.load_tasks("mine", "local")
+        task_sources.load_tasks("mine", "local")
 
 
 def test_questions_of_blimp_alternate_between_paradigms(data):
-    (task,) = tasks.load_tasks("blimp", "local")
+    (task,) = task_sources.load_tasks("blimp", "local")
     paradigms = {(row["good"], row["bad"]): row["paradigm"] for row in pairs()}
     assert [paradigms[tuple(doc["choices"])] for doc in task.task.eval_docs] == ["island", "binding", "ellipsis"] * 4
 
@@ -47,26 +47,27 @@ def test_questions_of_blimp_alternate_between_paradigms(data):
 def test_task_names_cannot_leave_the_tasks_folder(data):
     write_task(data / "tasks" / "x", "secret", "test", questions(2))
     for name in ("x/tasks/secret", "../tasks/mine", ".", "", "/etc"):
-        assert tasks.local_file(name) is None
+        assert task_sources.local_file(name) is None
 
 
 def test_the_test_split_is_preferred_to_the_validation_split(data):
     write_task(data, "mine", "validation", questions(2))
-    assert tasks.local_file("mine").name == "test.jsonl"
+    assert task_sources.local_file("mine").name == "test.jsonl"
 
 
 def test_only_the_complete_question_set_of_lm_eval_counts_as_standard(data, monkeypatch):
-    assert not any(tasks.load_tasks(name, "local")[0].complete for name in ("piqa", "arc_easy", "sciq", "blimp"))
+    assert not any(task_sources.load_tasks(name, "local")[0].complete for name in ("piqa", "arc_easy", "sciq", "blimp"))
     rows = questions(12)
-    scored = tasks.questions_hash(([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
-    monkeypatch.setitem(tasks.COMPLETE_SPLITS, "piqa", scored)
-    (whole,) = tasks.load_tasks("piqa", "local")
+    scored_texts = (([(row["prompt"], f" {c}") for c in row["choices"]], row["label"]) for row in rows)
+    scored = task_sources.questions_hash(scored_texts)
+    monkeypatch.setitem(task_sources.COMPLETE_SPLITS, "piqa", scored)
+    (whole,) = task_sources.load_tasks("piqa", "local")
     assert (whole.complete, whole.task.VERSION, whole.note) == (True, "1.0", "lm_eval's prompts")
     first, *others = rows
     other_prompt, other_label = first | {"prompt": "Q: other\nA:"}, first | {"label": (first["label"] + 1) % 3}
     for changed in (others, [*others, first], [other_prompt, *others], [other_label, *others]):
         write_task(data, "piqa", "validation", changed)
-        (part,) = tasks.load_tasks("piqa", "local")
+        (part,) = task_sources.load_tasks("piqa", "local")
         assert not part.complete
         assert f"{len(changed)} questions, not known to be all of lm_eval's" in part.note
 
@@ -102,8 +103,8 @@ def requests_of(task) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("task", ["piqa", "arc_easy"])
 def test_local_questions_give_the_requests_and_metrics_of_lm_evals_task(task, data):
     rows = [row | {"choices": row["choices"][:2], "label": row["label"] % 2} for row in questions(12)]
-    write_task(data, task, tasks.local_file(task).stem, rows)
-    (local,) = tasks.load_tasks(task, "local")
+    write_task(data, task, task_sources.local_file(task).stem, rows)
+    (local,) = task_sources.load_tasks(task, "local")
     theirs = lm_evals_task(task, rows)
     assert requests_of(local.task) == requests_of(theirs)  # character for character
     assert requests_of(local.task)[0][1].startswith(" ")
@@ -115,7 +116,7 @@ def test_local_questions_give_the_requests_and_metrics_of_lm_evals_task(task, da
 @pytest.mark.parametrize("task", ["piqa", "arc_easy"])
 def test_questions_of_the_local_mirror_are_the_complete_set_of_lm_eval(task):
     needs_lm_eval()
-    path = tasks.local_file(task)
+    path = task_sources.local_file(task)
     if path is None:
         pytest.skip(f"no $GPRUNE_DATA_DIR/tasks/{task}")
     theirs = lm_evals_task(task, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
@@ -123,15 +124,31 @@ def test_questions_of_the_local_mirror_are_the_complete_set_of_lm_eval(task):
     labels = [theirs.doc_to_target(doc) for doc in theirs.eval_docs]
     requests = iter(requests_of(theirs))  # one per choice
     scored = [([next(requests) for _ in of_doc], label) for of_doc, label in zip(choices, labels, strict=True)]
-    assert tasks.questions_hash(scored) == tasks.COMPLETE_SPLITS[task]
-    assert tasks.local_task(path).complete
+    assert task_sources.questions_hash(scored) == task_sources.COMPLETE_SPLITS[task]
+    assert task_sources.local_task(path).complete
+
+
+# --- groups
+
+
+def test_presets_groups_and_tags_are_replaced_by_their_tasks(data, monkeypatch):
+    assert [*task_sources.with_groups(["zeroshot7"])] == [
+        "boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa",
+    ]  # fmt: skip
+    fake_hub(monkeypatch, reachable=False, manager=manager_of("mmlu/default", "arc"))
+    by_task = task_sources.with_groups(["mmlu", "ai2_arc", "arc_easy", "wikitext2", "mine", "zeroshot7"])
+    mmlu = {"mmlu": {"tasks": 57, "by_size": True}}
+    assert sum(groups == mmlu for groups in by_task.values()) == 57
+    tag, preset = {"ai2_arc": {"tasks": 2, "by_size": False}}, {"zeroshot7": {"tasks": 7, "by_size": False}}
+    assert by_task["arc_challenge"] == by_task["arc_easy"] == tag | preset
+    assert by_task["wikitext2"] == by_task["mine"] == {}
 
 
 # --- hub or local files
 
 
-class Manager:
-    """The part of lm_eval's TaskManager that gprune uses."""
+class Manager(NoTasks):
+    """A TaskManager with two tasks."""
 
     all_tasks = ("piqa", "gsm8k")
 
@@ -156,18 +173,18 @@ def fake_task(
 
 def test_a_reachable_hub_is_preferred_to_local_files(data, monkeypatch):
     fake_hub(monkeypatch, reachable=True, manager=Manager(fake_task()))
-    (task,) = tasks.load_tasks("piqa", "auto")
+    (task,) = task_sources.load_tasks("piqa", "auto")
     assert (task.source, task.note, task.complete) == ("hub", "lm_eval's own task", True)
-    assert tasks.load_tasks("piqa", "local")[0].source == "local"
-    assert tasks.load_tasks("mine", "auto")[0].source == "local"  # lm_eval has no such task
+    assert task_sources.load_tasks("piqa", "local")[0].source == "local"
+    assert task_sources.load_tasks("mine", "auto")[0].source == "local"  # lm_eval has no such task
 
 
 @pytest.mark.parametrize("reachable", [True, False])
 def test_local_files_are_the_fallback_for_an_unreachable_hub(reachable, data, monkeypatch):
     fake_hub(monkeypatch, reachable=reachable, manager=Manager())
-    assert tasks.load_tasks("piqa", "auto")[0].source == "local"
+    assert task_sources.load_tasks("piqa", "auto")[0].source == "local"
     with pytest.raises(UserError, match=r"Cannot download task .* from the Hugging Face hub: Couldn't reach it\."):
-        tasks.load_tasks("piqa", "hub")
+        task_sources.load_tasks("piqa", "hub")
 
 
 @pytest.mark.parametrize(
@@ -187,4 +204,4 @@ def test_local_files_are_the_fallback_for_an_unreachable_hub(reachable, data, mo
 def test_unknown_and_unsupported_tasks_are_refused(name, source, task, message, data, monkeypatch):
     fake_hub(monkeypatch, reachable=True, manager=Manager(fake_task(**task)))
     with pytest.raises(UserError, match=message):
-        tasks.load_tasks(name, source)
+        task_sources.load_tasks(name, source)

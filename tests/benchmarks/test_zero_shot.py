@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gprune.benchmarks import tasks
+from gprune.benchmarks import task_sources, tasks
 from gprune.errors import UserError
 from gprune.models.masks import Masks, masked
 from gprune.models.surgery import slice_model
@@ -49,6 +49,23 @@ def test_accuracies_equal_those_of_float64_loglikelihoods():
         assert record[f"correct{suffix}"] == "".join(map(str, correct))
     assert record["correct"] != record["correct_norm"]
     assert record["answers"] == [int(np.argmax(ll)) for ll in lls]
+
+
+def test_greedy_is_how_often_greedy_decoding_gives_the_right_choice(data):
+    """The choices of every second question have the most likely token as the right one."""
+    model, tokenizer, rows = make_tiny_llama(), tiny_tokenizer(), questions(12)
+    for row in rows[::2]:
+        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+        row["choices"][row["label"]] = tokenizer.decode(model(ids).logits[0, -1].argmax())
+    write_task(data, "mine", "test", rows)
+    (record,) = measured("mine")
+    assert record["correct_greedy"] == "10" * 6
+    assert (record["greedy"], record["greedy_stderr"]) == (0.5, pytest.approx((0.25 / 11) ** 0.5))
+    dense = record | {"run": "r", "model": "tiny", "stage": "dense"}
+    pruned = dense | {"stage": "gprune", "greedy": 5 / 12, "correct_greedy": "00" + "10" * 5}
+    table = evaluation_table([dense, pruned])
+    cells = dict(zip(table.columns, table.rows[1], strict=True))
+    assert cells["greedy"] == "0.417 +- 0.151 (-0.083 +- 0.083)"
 
 
 @pytest.mark.parametrize(("batch_size", "has_logits_to_keep"), [(1, True), (3, True), (8, False)])
@@ -125,13 +142,13 @@ def test_texts_longer_than_the_positions_of_the_model_are_not_generated(lm):
 def test_prompts_that_are_cut_are_counted_and_no_standard_protocol(lm, data, monkeypatch):
     rows = questions(3)
     rows[1]["prompt"] = " ".join(30 * ["Question:"])
-    task = tasks.local_task(write_task(data, "long", "test", rows))
+    task = task_sources.local_task(write_task(data, "long", "test", rows))
     monkeypatch.setattr(tasks, "load_tasks", lambda *_: [replace(task, complete=True)])
     (record,) = tasks.zero_shot(lm.model, tiny_tokenizer(), ["long"])
     assert record["note"].startswith("questions with prompts cut to the positions of the model: 1; ")
     assert record["standard_protocol"] is False
     del rows[1]
-    short = tasks.local_task(write_task(data, "long", "test", rows))
+    short = task_sources.local_task(write_task(data, "long", "test", rows))
     monkeypatch.setattr(tasks, "load_tasks", lambda *_: [replace(short, complete=True)])
     assert tasks.zero_shot(lm.model, tiny_tokenizer(), ["long"])[0]["standard_protocol"] is True
     prompts = ["Question: " * 9, "Answer:"]  # of texts to generate

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -127,3 +129,18 @@ def test_a_dry_run_predicts_the_memory_of_an_8b_model_for_another_machine(plan_o
     fits = plan_of_8b("--trainer.accelerator=gpu", "--plan.memory=80GiB", "--recovery=least_squares")
     assert fits["memory"].endswith(": fits 80.0 GiB")
     assert "not counted" in plan_of_8b("--model.device_map=auto")["memory"]
+
+
+def test_the_recommended_commands_for_8b_have_the_planned_memory_of_the_page(plan_of_8b):
+    page = (tiny_run.ROOT / "docs/large_models.md").read_text(encoding="utf-8")
+    section = page.partition("### 8B on one GPU\n")[2].partition("\n### ")[0]
+    (command,) = re.findall(r"^python train\.py (.*?)^```", section.replace("\\\n", " "), re.M | re.S)
+    flags = shlex.split(command)[4:]  # without the model and its dtype
+    for_80_gib = ("--trainer.accelerator=gpu", "--plan.memory=80GiB")
+    planned = plan_of_8b(*flags, *for_80_gib)["memory"]
+    assert planned == "about 37.5 GiB of each GPU, in the step recover: fits 80.0 GiB"
+    assert planned in " ".join(section.split())
+    chain = ("--recovery=[least_squares,distill]",)
+    for targets in ("lora", "all"):
+        gib = plan_of_8b(*flags, *for_80_gib, *chain, f"--distill.targets={targets}")["memory"].split()[1]
+        assert f"{gib} GiB" in section

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import statistics
 from contextlib import contextmanager
 
@@ -139,6 +140,79 @@ def test_the_removed_share_equals_that_of_an_exhaustive_search(trained, dense, t
     assert removed == max(cut for cut, ratio in ratios.items() if ratio <= 1.2)
     assert result.summary["quality"]["got"] == pytest.approx(ratios[removed], rel=1e-5)
     assert result.summary["sparsity_of_scope"] == result.summary["quality"]["share"] == removed / (3 * tiny_run.NEURONS)
+
+
+def ratios_by_corpus(trained, dense, masks, corpora) -> dict[str, float]:
+    """Return the perplexity of a masked model over that of the dense model for each corpus, in float64."""
+    with masked(dense, masks):
+        pruned = {corpus: log_perplexity(trained, [corpus], dense) for corpus in corpora}
+    return {corpus: math.exp(pruned[corpus] - log_perplexity(trained, [corpus], dense)) for corpus in corpora}
+
+
+def test_the_limit_worst_holds_for_every_corpus_and_not_a_step_further(
+    trained, dense, tmp_path, search_to_the_last_step, monkeypatch, capsys
+):
+    calls = []
+
+    def recorded(run, statistics, masks_of):
+        calls.append(masks_of[run.cfg.own_row[0]])
+        return quality.with_quality_budget(run, statistics, masks_of)
+
+    monkeypatch.setattr("gprune.method.prune.with_quality_budget", recorded)
+    scored = ",".join(str(trained.corpora[corpus]) for corpus in tiny_run.SEEN)
+    flags = with_target("+20%", "--gprune=false", f"--corpora.score=[{scored}]", "--corpora.collect=[gram]")
+    result = trained.run(tmp_path, *flags, "--sparsity.limit=worst", name="worst")
+    texts = output_and_pages(result, capsys)
+    (masks_at,) = calls
+    blocks = blocks_of(dense)
+    budget, neuron_cost = Budget.of(block_units(blocks, scope="ffn"), "+20%"), blocks[0].unit_cost("ffn")
+    removed = sum(int((~keep).sum()) for keep in result.masks.ffn)
+    here, further = (
+        ratios_by_corpus(trained, dense, masks_at(budget.removing(cut * neuron_cost)), tiny_run.SEEN)
+        for cut in (removed, removed + 1)
+    )
+    assert max(here.values()) <= 1.2 < max(further.values())
+    reached = result.summary["quality"]
+    worst = max(here, key=here.__getitem__)
+    assert reached["got"] == pytest.approx(here[worst], rel=1e-5)
+    assert reached["rows"][0]["worst"]["corpus"] == str(trained.corpora[worst])
+    points = 100 * (1.2 - reached["got"])
+    named = f"on {worst}.txt, the worst corpus ({points:.2f} points below the limit)"
+    assert named in reached["said"]
+    assert "+20% of dense perplexity on every development corpus" in reached["said"]
+    assert all(any(named in line for line in text) if isinstance(text, list) else named in text for text in texts)
+    (table,) = (table for table in report.make([result.path]).tables if table.name == "quality")
+    cells = dict(zip(table.columns, table.rows[0], strict=True))
+    assert cells["worst corpus"] == f"{worst}.txt"
+    assert cells["worst, %"].value == pytest.approx(100 * (here[worst] - 1), rel=1e-3)
+    # The mean limit allows a larger cut, and names the corpus that is worse than the mean.
+    mean = trained.run(tmp_path, *flags, name="mean").summary["quality"]
+    assert mean["share"] >= reached["share"]
+    assert mean["rows"][0]["worst"]["ratio"][0] >= mean["got"]
+    assert "the worst corpus (" in mean["said"]
+
+
+def test_a_limit_that_no_mask_meets_on_one_corpus_names_it_with_its_value(trained, dense, tmp_path, capsys):
+    """Widths are 160 or 128, so the smallest cut removes 32 neurons of 96 parameters from each of three blocks."""
+    coarse_grid = ("--gprune=false", "--sparsity.width_multiple=128", "--sparsity.uniform_width=true")
+    scored = ",".join(str(trained.corpora[corpus]) for corpus in tiny_run.SEEN)
+    flags = with_target("+0.0000001%", *coarse_grid, f"--corpora.score=[{scored}]", "--sparsity.limit=worst")
+    args = trained.args(tmp_path, *flags)
+    capsys.readouterr()
+    assert tiny_run.main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    found = re.search(
+        r"must be above \+([0-9.]+)%, the change of development perplexity of '(.*)' by the smallest", line
+    )
+    trials = json.loads((tmp_path / "run/quality.json").read_text())["measured"]
+    (measured,) = trials.values()
+    corpora = dict(zip(tiny_run.SEEN, measured, strict=True))
+    rises = {}
+    for corpus, of_corpus in corpora.items():
+        rises[corpus] = of_corpus["nll"] - log_perplexity(trained, [corpus], dense)
+    worst = max(rises, key=rises.__getitem__)
+    assert found[2] == str(trained.corpora[worst])
+    assert float(found[1]) == pytest.approx(100 * math.expm1(rises[worst]), abs=0.01)
 
 
 def test_the_target_holds_after_training_and_no_model_is_trained_twice(trained, dense, tmp_path):
@@ -429,6 +503,12 @@ def test_a_dry_run_prints_the_cost_of_the_search(trained, tmp_path, capsys):
     assert "the run finds the sparsity that keeps +5%" in output
     assert "at most 24 models after least_squares and 4 models after least_squares+distill" in output
     assert f"each on {3 * DEVELOPMENT * 32:,} tokens of development text" in output
+
+
+def test_a_dry_run_says_that_every_corpus_is_limited(trained, tmp_path, capsys):
+    flags = with_target("+5%", "--sparsity.limit=worst", "--dry_run=true")
+    assert tiny_run.main(trained.args(tmp_path, *flags)) == 0
+    assert "the run finds the sparsity that keeps +5% on every development corpus" in capsys.readouterr().out
 
 
 def test_the_reached_quality_is_in_the_summary_frame_report_and_page(uninterrupted):

@@ -13,6 +13,7 @@ import pytest
 
 from gprune import report
 from gprune.__main__ import run as command
+from gprune.evaluation.intervals import paired_ratio
 from gprune.report.figures import curve_figures, curve_points, learning_figure, read_curves
 from gprune.report.page import write_report
 from gprune.storage.files import write_json
@@ -81,6 +82,26 @@ def test_the_page_of_a_run_has_its_numbers_figures_settings_and_commands(finishe
     assert f'from_pretrained("{finished.path / "model"}", trust_remote_code=True)' in text_of_page
     assert text.count("<svg") == 3 + 3  # figures of the run, and curves of training
     assert f"windows of {finished.records[0]['seq_len']} tokens" in text_of_page
+
+
+def test_the_page_of_a_run_compares_its_model_with_each_control_and_has_the_size_of_its_weights(finished):
+    text_of_page = " ".join(" ".join(parsed(finished.path / "report.html").itertext()).split())
+    predicted = finished.records[0]["seq_len"] - 1
+    for control in ("base", "averaged"):
+        of_stages = [
+            {
+                r["corpus"]: r["window_nll"]
+                for r in finished.records
+                if not r["seen"] and r["stage"] == stage and r["recovery"] != "none"
+            }
+            for stage in ("gprune", control)
+        ]
+        ratio, low, high = paired_ratio(*of_stages, predicted)
+        assert f"{ratio:.3f} [{low:.3f}, {high:.3f}] times that of {control} + least_squares" in text_of_page
+    weights = (finished.path / "model/model.safetensors").stat().st_size
+    (megabytes,) = re.findall(r"Weights in float32: ([\d.]+) MB", text_of_page)
+    assert float(megabytes) == pytest.approx(weights / 1e6, abs=0.06)
+    assert "--dense --tasks speed" in text_of_page
 
 
 def test_figures_use_the_text_colour_of_the_page_and_pages_are_reproducible(finished, tmp_path):

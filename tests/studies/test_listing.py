@@ -137,6 +137,7 @@ def test_row_names_can_be_numbers_and_repeated_seeds_count_once(bench):
         # missing rows
         ("rows: {a: {}}\nreference: b\n", ["reference", "(a)", "'b'"]),
         ("rows: {a: {}}\ncompare: [['a: gprune', 'b: base']]\n", ["compare", "(a)", "'b'"]),
+        ("rows: {a: {}}\ncompare: [[a, b]]\n", ["compare", "(a)", "'b'"]),
         # types
         ("rows: {a: {}}\ncommon: [x]\n", ["common", "['x']"]),
         ("rows: {a: {}}\nseeds: [a]\n", ["seeds[0]", "a valid integer", "'a'"]),

@@ -56,6 +56,10 @@ def test_rows_are_wandb_runs_in_the_group_of_their_list_with_settings_and_result
     assert config["reliability"]["switch"] is False
     assert "record" not in config
     assert any("learn/loss" in point for point in wandb_runs["no"].history)
+    for wandb_run in wandb_runs.values():  # charts of the rows side by side, without one for each corpus
+        charts = {name for point in wandb_run.history for name in point if name.startswith("final/")}
+        assert charts >= {"final/unseen", "final/unseen_kl", "final/gap"}
+        assert all(name.count("/") == 1 for name in charts)
     _, done = bench.done(path)
     for row, record in done:
         final = [r["corpus"] for r in record["records"] if r["stage"] == row.config.main_stage]

@@ -1,0 +1,110 @@
+"""Means of tasks over groups and lists, compared with sums over questions in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gprune.report.task_means import compare_means, evaluation_tables, means_table
+
+SIZES = {"boolq": 40, "piqa": 60, "mmlu_a": 30, "mmlu_b": 90}
+PAIR = {"pair": {"tasks": 2, "by_size": False}}
+MMLU = {"mmlu": {"tasks": 2, "by_size": True}}
+GROUPS = {"boolq": PAIR, "piqa": PAIR, "mmlu_a": MMLU, "mmlu_b": MMLU}
+
+
+def digits(task: str, model: str, metric: str) -> np.ndarray:
+    """Whether the model answers each question correctly."""
+    seed = [*f"{task} {model} {metric}".encode()]
+    return np.random.default_rng(seed).random(SIZES[task]) < (0.6 if model == "dense" else 0.45)
+
+
+def record(task: str, model: str, **entries) -> dict:
+    """A record of a task, in which boolq has no acc_norm."""
+    result = {
+        "kind": "zero_shot", "task": task, "stage": model, "recovery": "none", "run": "r", "model": "tiny",
+        "origin": "o", "dtype": "float32", "limit": None, "split": "test", "source": "local", "note": "",
+        "standard_protocol": True, "questions": SIZES[task], "content_hash": task, "groups": GROUPS[task],
+        "acc_norm": None, "acc_norm_stderr": None,
+    }  # fmt: skip
+    for metric, text in (("acc", "correct"), ("acc_norm", "correct_norm")):
+        if (task, metric) != ("boolq", "acc_norm"):
+            correct = digits(task, model, metric)
+            result[metric] = correct.mean()
+            result[f"{metric}_stderr"] = correct.std(ddof=1) / len(correct) ** 0.5
+            result[text] = "".join(map(str, correct.astype(int)))
+    return result | entries
+
+
+RECORDS = [record(task, model) for model in ("dense", "gprune") for task in SIZES]
+
+
+def rows_by_name(records) -> dict[tuple[str, str], list]:
+    table = means_table(records)
+    return {(row[0], row[2]): dict(zip(table.columns, row, strict=True)) for row in table.rows}
+
+
+def expected(weights: dict[str, float], per_question) -> tuple[float, float, float]:
+    """Weighted mean over tasks of a number per question, and its 95 % interval."""
+    values = {task: per_question(task).astype(float) for task in weights}
+    mean = sum(weight * values[task].mean() for task, weight in weights.items())
+    variance = sum(weight**2 * values[task].var(ddof=1) / len(values[task]) for task, weight in weights.items())
+    return mean, mean - 1.96 * variance**0.5, mean + 1.96 * variance**0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("pair", {"boolq": 1 / 2, "piqa": 1 / 2}),
+        ("mmlu", {"mmlu_a": 30 / 120, "mmlu_b": 90 / 120}),
+        ("all tasks", {"boolq": 1 / 3, "piqa": 1 / 3, "mmlu_a": 30 / 360, "mmlu_b": 90 / 360}),
+    ],
+)
+def test_means_and_differences_equal_sums_over_questions(name, weights):
+    rows = rows_by_name(RECORDS)
+    for metric in ("acc", "acc_norm"):
+
+        def used(task, model, metric=metric):
+            return digits(task, model, "acc" if task == "boolq" else metric)
+
+        for model in ("dense", "gprune"):
+            assert rows[name, model][metric] == pytest.approx(
+                expected(weights, lambda task, m=model: used(task, m)), abs=1e-4
+            )
+        difference = expected(weights, lambda t: used(t, "gprune").astype(float) - used(t, "dense").astype(float))
+        assert rows[name, "gprune"][f"{metric} - dense"] == pytest.approx(difference, abs=1e-4)
+        assert rows[name, "dense"][f"{metric} - dense"] is None
+
+
+def test_a_group_of_which_a_task_is_missing_has_no_mean():
+    without_piqa = [r for r in RECORDS if (r["task"], r["stage"]) != ("piqa", "gprune")]
+    row = rows_by_name(without_piqa)["pair", "gprune"]
+    assert (row["tasks"], row["acc"], row["acc - dense"], row["standard protocol"]) == ("1 of 2", None, None, "no")
+    assert rows_by_name(without_piqa)["pair", "dense"]["acc"] is not None
+    nowhere = [r for r in RECORDS if r["task"] != "piqa"]
+    assert rows_by_name(nowhere)["pair", "dense"]["tasks"] == "1 of 2"
+
+
+def test_differences_need_the_same_questions_of_the_dense_model():
+    other_questions = [r | {"content_hash": "x"} if r["stage"] == "dense" else r for r in RECORDS]
+    assert rows_by_name(other_questions)["pair", "gprune"]["acc - dense"] is None
+
+
+def test_a_single_task_or_a_perplexity_has_no_mean_and_numbers_of_two_protocols_are_not_mixed():
+    assert [table.name for table in evaluation_tables([record("piqa", "dense", groups={})])] == ["evaluation"]
+    with_limits = [record("piqa", "dense", limit=20, groups={}), record("boolq", "dense", groups={})]
+    assert means_table(with_limits).rows == []
+    old = [{k: v for k, v in r.items() if k != "groups"} for r in RECORDS]  # of an earlier version
+    assert {name for name, _ in rows_by_name(old)} == {"all tasks"}
+
+
+def test_two_models_are_compared_on_complete_groups():
+    dense, pruned = RECORDS[:4], RECORDS[4:]
+    compared = compare_means(pruned, dense)
+    names = [f"{name}, {metric}" for name in ("pair", "mmlu", "all tasks") for metric in ("acc", "acc_norm")]
+    assert list(compared) == names
+    value = expected(
+        {"boolq": 0.5, "piqa": 0.5}, lambda t: digits(t, "gprune", "acc") * 1.0 - digits(t, "dense", "acc")
+    )
+    assert compared["pair, acc"] == "{:.3f} [{:.3f}, {:.3f}]".format(*value)
+    assert "pair, acc" not in compare_means(pruned[1:], dense)
