@@ -336,8 +336,9 @@ class RunConfig(Group):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Extra statistics that the run reads."""
-        return frozenset(name for feature in self.features for name in attribute(feature, "needs") if name in EXTRAS)
+        """Extra statistics that the run reads. No projection is solved again if neurons are not in scope."""
+        read = set(EXTRAS) if "ffn" in self.sparsity.scope else set(EXTRAS) - {"gram"}
+        return frozenset(name for feature in self.features for name in attribute(feature, "needs") if name in read)
 
     @property
     def collects(self) -> frozenset[str]:

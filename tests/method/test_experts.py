@@ -226,6 +226,9 @@ def test_flags_of_experts_are_ignored_and_do_not_identify_a_run_without_them(wor
     assert "--sparsity.expert_metric (--sparsity.scope ffn)" in capsys.readouterr().out
     without, changed = (RunConfig(sparsity={"expert_metric": name}).settings() for name in ("reap", "frequency"))
     assert without == changed
+    alone = world.args(tmp_path, model_of(world, "mixtral"), *ALONE, "--importance=wifv", "--dry_run=true")
+    assert main(alone) == 0
+    assert "--importance (--sparsity.scope experts)" in capsys.readouterr().out
     settings = RunConfig(gprune=False, sparsity={"scope": "experts+blocks", "expert_metric": "random"}).settings()
     assert settings["sparsity"]["expert_metric"] == "random"
     assert settings["sparsity"]["scope"] == "experts+blocks"
