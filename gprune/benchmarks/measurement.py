@@ -49,6 +49,7 @@ class Subject:
 
     about: dict[str, Any]  # model, stage, recovery, sparsity, scope
     load: Callable[[], Loaded]
+    weights: str | None = None  # fingerprint of a dense model, which several runs may share
 
 
 class UnmeasuredTasksError(UserError):
@@ -70,6 +71,52 @@ def check_tasks(benchmarks: Benchmarks, *, rows: bool = False) -> None:
             load_tasks(task, benchmarks.source)
 
 
+@dataclass(frozen=True)
+class Target:
+    """A run, or any model: what is evaluated, and the file for its records."""
+
+    folder: Path
+    subjects: list[Subject]  # the dense model first, if it is evaluated too
+    output: Path | None
+    run_key: str | None  # None: not a run
+    output_key: str | None  # None: a file that the caller names, which may have records of several runs
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """The entries of records that name the run or model."""
+        return {"run": self.folder.name, "origin": key_of(of=self.run_key or str(self.folder))[:12]}
+
+    def store(self, records: Sequence[dict[str, Any]]) -> None:
+        """Add records to the file, if there is one."""
+        if self.output is not None:
+            merge_records(self.output, records, run=self.output_key)
+
+    def publish(self, records: Sequence[dict[str, Any]]) -> None:
+        """Add stored records to the model card and to W&B, if this is a run."""
+        if self.run_key is None:
+            return
+        with optional_output("numbers to the model card or to W&B", "evaluation.json has them"):
+            log_evaluation(self.folder, records)
+            run = read_numbers(self.folder)
+            write_card(RunFolder(self.folder), config_of(run), run.records)
+
+
+def find_target(
+    model: str, benchmarks: Benchmarks, *, dense: bool = False, output: Path | None = None,
+    loading: Mapping[str, Any] = NOTHING,
+) -> Target:  # fmt: skip
+    """Find what is evaluated without loading it. Raise UserError for an output file with other content."""
+    subjects, run_output, run_key = find_subjects(
+        model, dense=dense, dtype=benchmarks.dtype, trust_remote_code=benchmarks.trust_remote_code, loading=loading
+    )
+    target = Target(
+        expanded(model).resolve(), subjects, output or run_output, run_key, output_key=None if output else run_key
+    )
+    if target.output is not None:
+        read_evaluation(target.output, run=target.output_key)
+    return target
+
+
 def evaluate(
     model: str, benchmarks: Benchmarks, *, dense: bool = False, pruned: bool = True, output: Path | None = None
 ) -> tuple[list[dict[str, Any]], Path | None]:
@@ -87,18 +134,8 @@ def _evaluate(
     model: str, benchmarks: Benchmarks, placed: Placement, *, dense: bool, pruned: bool, output: Path | None
 ) -> tuple[list[dict[str, Any]], Path | None]:
     """Measure a model, or the models of a run, with a placement."""
-    subjects, run_output, run_key = find_subjects(
-        model, dense=dense, dtype=benchmarks.dtype, trust_remote_code=benchmarks.trust_remote_code,
-        loading=placed.loading,
-    )  # fmt: skip
-    if not pruned:
-        subjects = subjects[:1]
-    folder = expanded(model).resolve()
-    origin = {"run": folder.name, "origin": key_of(of=run_key or str(folder))[:12]}
-    output_key = None if output else run_key  # a file that the caller names may have records of several runs
-    output = output or run_output
-    if output is not None:
-        read_evaluation(output, run=output_key)  # raises for another file, which must not be overwritten
+    target = find_target(model, benchmarks, dense=dense, output=output, loading=placed.loading)
+    subjects = target.subjects if pruned else target.subjects[:1]
     records: list[dict[str, Any]] = []
     tasks = with_groups(task for task in benchmarks.tasks if task != SPEED)
     unmeasured: dict[str, TaskError] = {}
@@ -115,25 +152,22 @@ def _evaluate(
             except TaskError as error:
                 unmeasured[task] = error
                 continue
-            records += [r | subject.about | origin | ({"groups": groups} if groups else {}) for r in measured]
-            if output is not None and placed.writes:
-                merge_records(output, records, run=output_key)
+            about = subject.about | target.origin | ({"groups": groups} if groups else {})
+            records += [r | about for r in measured]
+            if placed.writes:
+                target.store(records)
     if benchmarks.alternates:
         log.info("Evaluating %s", SPEED)
         models = [placed.place(subject.load()[0]) for subject in subjects]  # together, to be timed in alternation
         by_model = measure_throughput(models, batches=benchmarks.speed_batch, prompt=benchmarks.speed_prompt)
         for subject, measured in zip(subjects, by_model, strict=True):
-            records += [r | subject.about | origin for r in measured]
-        if output is not None:
-            merge_records(output, records, run=output_key)
-    if run_key is not None and placed.writes:
-        with optional_output("numbers to the model card or to W&B", "evaluation.json has them"):
-            log_evaluation(folder, records)
-            run = read_numbers(folder)
-            write_card(RunFolder(folder), config_of(run), run.records)
+            records += [r | subject.about | target.origin for r in measured]
+        target.store(records)
+    if placed.writes:
+        target.publish(records)
     if unmeasured:
-        raise UnmeasuredTasksError(unmeasured, records, output)
-    return records, output
+        raise UnmeasuredTasksError(unmeasured, records, target.output)
+    return records, target.output
 
 
 def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dict[str, Any]]:
@@ -225,7 +259,7 @@ def find_subjects(
     subjects = [Subject(about_pruned, lambda: _load_pruned(*load_arguments))]
     if dense:
         about_dense = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
-        subjects.insert(0, Subject(about_dense, lambda: load_dense(*load_arguments)))
+        subjects.insert(0, Subject(about_dense, lambda: load_dense(*load_arguments), settings["inputs"]["model"]))
     return subjects, path / "evaluation.json", run.key
 
 

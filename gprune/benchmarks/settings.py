@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated, Any, Literal
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from gprune.benchmarks.engines import ENGINES
 from gprune.checks import AtLeast0, AtLeast1, AtLeast2, Memory, UpTo4096, validation_message
 from gprune.errors import UserError
 from gprune.storage.yaml_text import load_yaml
@@ -88,3 +92,34 @@ def parse_benchmarks(**settings: Any) -> Benchmarks:
         return Benchmarks(**settings)
     except ValidationError as error:
         raise UserError(f"{validation_message(error, '--')}.".replace("--model.max", "--max")) from error
+
+
+class EngineChoice(NamedTuple):
+    """An engine to time, the form of the models that it loads, and the Python of its environment."""
+
+    name: str
+    form: str
+    python: str
+
+    @property
+    def label(self) -> str:
+        """The name of the engine, with the form unless it is the default."""
+        return self.name if self.form == ENGINES[self.name].forms[0] else f"{self.name}:{self.form}"
+
+
+def parse_engines(texts: Sequence[str]) -> list[EngineChoice]:
+    """Parse `NAME`, `NAME:FORM` and `NAME=PYTHON`. A Python is for all forms of its engine."""
+    pythons: dict[str, str] = {}
+    forms: dict[tuple[str, str], None] = {}  # in order, without repetitions
+    for text in texts:
+        label, _, python = text.partition("=")
+        name, _, form = label.partition(":")
+        if name not in ENGINES:
+            raise UserError(f"Unknown engine '{name}'. Available: {', '.join(ENGINES)}.")
+        known = ENGINES[name].forms
+        if form and form not in known:
+            raise UserError(f"Unknown form '{form}' of models for {name}. Available: {', '.join(known)}.")
+        if python:
+            pythons[name] = os.path.expanduser(python)
+        forms[name, form or known[0]] = None
+    return [EngineChoice(name, form, pythons.get(name, sys.executable)) for name, form in forms]

@@ -92,15 +92,17 @@ class Identity(Enum):
 
 
 NEVER, IF_CHANGED = Identity
-BLOCK_FLAGS = ("sparsity.block_share", "sparsity.block_choice")
-EXPERT_FLAGS = ("sparsity.expert_metric", "sparsity.expert_share", "sparsity.uniform_experts")
 SCOPES = (  # values of --sparsity.scope, with their parts in this order
     "ffn", "attention+ffn", "ffn+blocks", "attention+ffn+blocks", "experts", "ffn+experts", "attention+ffn+experts",
     "experts+blocks", "ffn+experts+blocks", "attention+ffn+experts+blocks",
 )  # fmt: skip
+FLAGS_OF_PARTS = {  # flags that only scopes with a part read
+    "ffn": ("importance", "ridge", "sparsity.width_multiple", "sparsity.uniform_width"),
+    "experts": ("sparsity.expert_metric", "sparsity.expert_share", "sparsity.uniform_experts"),
+    "blocks": ("sparsity.block_share", "sparsity.block_choice"),
+}
 FLAGS_OF_SCOPES = {
-    scope: (*(BLOCK_FLAGS if "blocks" in scope else ()), *(EXPERT_FLAGS if "experts" in scope else ()))
-    for scope in SCOPES
+    scope: [flag for part, flags in FLAGS_OF_PARTS.items() if part in scope for flag in flags] for scope in SCOPES
 }
 REFINEMENT_FLAGS = tuple(
     f"partition.{name}"

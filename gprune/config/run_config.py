@@ -246,6 +246,12 @@ class RunConfig(Group):
         return "base" if len(self.corpora.scored) == 1 else "averaged"
 
     @property
+    def metrics(self) -> str:
+        """The metrics that rank what is removed: of neurons and KV groups, of whole experts, or both joined by `+`."""
+        of_units = [self.importance] if "ffn" in self.sparsity.scope else []
+        return "+".join([*of_units, *(name for _, name in self.sparsity.entries)])
+
+    @property
     def own_row(self) -> tuple[str, str]:
         """(stage, recovery) of the run's main row; all other rows are controls."""
         return self.main_stage, self.recovery
@@ -330,8 +336,9 @@ class RunConfig(Group):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Extra statistics that the run reads."""
-        return frozenset(name for feature in self.features for name in attribute(feature, "needs") if name in EXTRAS)
+        """Extra statistics that the run reads. No projection is solved again if neurons are not in scope."""
+        read = set(EXTRAS) if "ffn" in self.sparsity.scope else set(EXTRAS) - {"gram"}
+        return frozenset(name for feature in self.features for name in attribute(feature, "needs") if name in read)
 
     @property
     def collects(self) -> frozenset[str]:
@@ -479,7 +486,7 @@ class RunConfig(Group):
         model = os.path.basename(os.path.normpath(self.model.name))[:100]
         target = self.sparsity.target
         target_text = f"{target:g}" if isinstance(target, float) else target.replace("%", "pct")
-        return f"{model}-{self.main_stage}-{self.importance}-{target_text}-{digest}"
+        return f"{model}-{self.main_stage}-{self.metrics}-{target_text}-{digest}"
 
 
 def _identifying(group: Group, settings: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:

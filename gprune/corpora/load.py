@@ -30,7 +30,15 @@ SPLITS = ("train", "development", "test")
 DEVELOPMENT_EVERY = 10
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TRAIN_SHARE = 0.7
-DOWNLOADED = ("code_github", "stackexchange")  # corpora of `experiments/protocol.yaml` that are not registered
+# Corpora of lists in `experiments/` that are not registered, by the arguments of the command that makes them.
+MADE_BY = {
+    "experiments.corpora --output data": ("code_github", "stackexchange"),
+    "experiments.kinds --clones clones --output data": (
+        "news", "interviews", "conversation", "fiction", "speeches", "travel", "medicine", "papers", "drama", "law",
+        "rust", "german", "howto", "biography", "essays", "letters", "podcasts", "vlogs", "court", "textbooks", "c",
+        "french",
+    ),
+}  # fmt: skip
 
 Corpus = Callable[[str], list[str]]
 CORPORA: Registry[Corpus] = Registry("corpus")
@@ -72,7 +80,8 @@ def source_of(name: str) -> Corpus:
         return CORPORA[name]
     if path is None:
         mirrors = sorted(folder.name for folder in _mirrors().glob("*") if text_files(folder))
-        remedy = f" In a clone, python -m experiments.corpora downloads {name}." if name in DOWNLOADED else ""
+        command = next((command for command, made in MADE_BY.items() if name in made), None)
+        remedy = f" In a clone of gprune, python -m {command} makes {name}." if command else ""
         raise UserError(
             f"Unknown corpus '{name}'. Available: {', '.join(CORPORA)}; mirrors under $GPRUNE_DATA_DIR/corpora: "
             f"{', '.join(mirrors) or 'none'}; or a path to {', '.join(SUFFIXES)} files.{remedy}"

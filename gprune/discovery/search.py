@@ -438,7 +438,7 @@ def whole_expert_fields(probe: Probe, base: Family, kinds: Mapping[str, list[Kin
         return {"whole_experts": str(error)}
     except Exception as error:
         log.debug("%s: %s", kind, first_line(error))
-        return {"whole_experts": f"a tiny copy cannot be sliced: {first_line(error)}"}
+        return {"whole_experts": f"a tiny copy fails, {first_line(error)}"}
     if not agree(masked_logits, sliced_logits, dense=probe.dense):
         return {"whole_experts": "slicing and masking disagree"}
     return fields

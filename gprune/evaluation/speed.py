@@ -247,6 +247,13 @@ def time_generation(
     return (first_seconds.tolist(), step_seconds.tolist(), (first_seconds + generate * step_seconds).tolist()), spread
 
 
+def check_prompt(model: PreTrainedModel, prompt: int, generate: int) -> None:
+    """Raise UserError if prompts of this length, and the tokens generated after them, exceed the model's positions."""
+    longest = getattr(model.config, "max_position_embeddings", math.inf) - generate
+    if prompt > longest:
+        raise UserError(f"--speed_prompt must be {longest:,} tokens or less; got {prompt:,}.")
+
+
 def measure_throughput(
     models: Sequence[PreTrainedModel], *, batches: Sequence[int], prompt: int
 ) -> list[list[dict[str, Any]]]:
@@ -255,9 +262,8 @@ def measure_throughput(
     Tokens per second are for the whole batch. Only records with the same `rounds` can be compared, because their models
     were timed in alternation.
     """
-    max_prompt = min(getattr(model.config, "max_position_embeddings", math.inf) for model in models) - DECODING_STEPS
-    if prompt > max_prompt:
-        raise UserError(f"--speed_prompt must be {max_prompt:,} tokens or less; got {prompt:,}.")
+    for model in models:
+        check_prompt(model, prompt, DECODING_STEPS)
     device = describe_device(device_of(models[0]))
     records: list[list[dict[str, Any]]] = [[] for _ in models]
     for batch in dict.fromkeys(batches):

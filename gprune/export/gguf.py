@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gprune.errors import UserError
 
@@ -57,7 +57,7 @@ def is_ours(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def refuse(blocks: Sequence[Block], config: PreTrainedConfig, *, type: str, uniform: bool) -> None:
+def refuse(blocks: Sequence[Block], config: PreTrainedConfig, *, type: str, uniform: bool, **_: Any) -> None:
     """Raise UserError if the format cannot express a model without weights."""
     from gprune.export.gguf_writer import check_expressible
 

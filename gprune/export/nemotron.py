@@ -37,8 +37,8 @@ PROJECTIONS = {
 }
 MODEL_TYPE = modeling_decilm.DeciLMConfig.model_type
 CONFIG_KEYS = (
-    "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings",
-    "initializer_range", "rms_norm_eps", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
+    "vocab_size", "hidden_size", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 
 TYPES_OF_FILE, DEFAULT_TYPE, DTYPE = (), "", "auto"  # weights have the dtype of the model folder
@@ -61,12 +61,15 @@ def is_ours(path: Path) -> bool:
     return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
 
 
-def refuse(blocks: Sequence[Block], config: PreTrainedConfig, **_: Any) -> None:
-    """Raise UserError if DeciLM computes something else than the model."""
+def refuse(blocks: Sequence[Block], config: PreTrainedConfig, *, unequal_heads: bool = False, **_: Any) -> None:
+    """Raise UserError if DeciLM computes something else than the model, with heads as they are or `unequal_heads`."""
+    heads = [block.heads for block in blocks]
     for block in blocks:
         reason = difference_from_llama(config, block)
-        if reason is None and block.heads != config.num_attention_heads:
-            reason = f"layer {block.layer_index} has {block.heads} of {config.num_attention_heads} query heads"
+        if reason is None and len(set(heads)) > 1:
+            reason = f"layers have {min(heads)} to {max(heads)} query heads"
+        if reason is None and unequal_heads:
+            reason = "--sparsity.scope includes attention; --sparsity.uniform_width true removes equally many heads"
         if reason is not None:
             raise UserError(
                 f"Cannot export '{config.model_type}' to nemotron-nas: it must compute like Llama with equally many "
@@ -111,6 +114,8 @@ def decilm_config(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[st
             "AutoConfig": f"{module}.DeciLMConfig", "AutoModelForCausalLM": f"{module}.DeciLMForCausalLM",
         },
         "num_hidden_layers": len(blocks),
+        "num_attention_heads": blocks[0].heads,
+        "num_key_value_heads": blocks[0].kv_groups,
         "intermediate_size": max(widths),
         "head_dim": blocks[0].head_dim,
         "attention_bias": any(name.endswith("_proj.bias") and ".self_attn." in name for name in tensors),

@@ -220,7 +220,7 @@ def _pruning_settings(cfg: RunConfig, stage: str) -> dict[str, Any]:
     settings = {"importance": None, "allocation": None, "partition": None, "switch": None, "switch_to": None}
     settings |= {"switch_everywhere": None, "learn": None, "learn_samples": None}
     if stage in STAGES:
-        settings["importance"] = cfg.importance
+        settings["importance"] = cfg.metrics
         settings["allocation"] = cfg.base_allocation
     if stage == "gprune":
         settings["allocation"] = cfg.sparsity.allocation

@@ -316,7 +316,9 @@ def check_blocks(cfg: RunConfig, blocks: Sequence[Block], config: PreTrainedConf
     """Raise UserError if flags do not fit the model's blocks or positions, or this machine."""
     if cfg.export.format in FORMATS:
         target = format_named(cfg.export.format)
-        target.refuse(blocks, config, type=cfg.export.type, uniform=cfg.sparsity.uniform_width)
+        uniform = cfg.sparsity.uniform_width
+        unequal_heads = "attention" in cfg.sparsity.scope and not uniform
+        target.refuse(blocks, config, type=cfg.export.type, uniform=uniform, unequal_heads=unequal_heads)
     if cfg.model.device_map is not None and cfg.export.dtype not in (None, cfg.model.dtype):
         raise UserError(
             f"--export.dtype must be --model.dtype ({cfg.model.dtype}) with --model.device_map, because offloaded "

@@ -288,10 +288,14 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Sco
             cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention, experts=experts
         )
 
-    scored = [statistics[corpus] for corpus in cfg.scored_on[cfg.main_stage]]
-    if experts and (idle := idle_experts(run.blocks, scored)):
-        log.warning("No calibration token reaches these experts, which are removed first: %s", idle)
-    return {stage: score_on(*corpora) for stage, corpora in cfg.scored_on.items()}
+    scores = {stage: score_on(*corpora) for stage, corpora in cfg.scored_on.items()}
+    if experts:
+        of_blocks = enumerate(scores[cfg.main_stage].experts)
+        run.folder.write("experts", {f"scores.{b}": of_block for b, of_block in of_blocks})
+        scored = [statistics[corpus] for corpus in cfg.scored_on[cfg.main_stage]]
+        if idle := idle_experts(run.blocks, scored):
+            log.warning("No calibration token reaches these experts, which are removed first: %s", idle)
+    return scores
 
 
 def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:

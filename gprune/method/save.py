@@ -132,7 +132,7 @@ def check_discovered_structure(run: Run) -> None:
     """
     if not record_of(run.model).found or is_offloaded(run.model) or run.cfg.model.shard:
         return
-    masks = random_masks(run.model, share=0.5)
+    masks = random_masks(run.model, share=0.5, experts="experts" in run.cfg.sparsity.scope)
     if not run.cfg.attention:
         masks = Masks(masks.ffn, [torch.ones_like(keep) for keep in masks.attention])
     ids = checked_tokens(run).to(device_of(run.model))

@@ -377,8 +377,8 @@ def _slice_parameter(block: Block, slice_: Slice, masks: Masks, weight: Tensor) 
     if slice_.kind == "ffn" and block.has_experts:
         keep_by_expert = rearrange(keep, "(e n) -> e n", e=block.experts)[:, slice_.units]
         dim = slice_.dim - 1  # without the dimension of experts
-        kept = kept_experts(block, keep).nonzero()[:, 0].tolist()
-        return torch.stack([_select(weight[expert], dim, keep_by_expert[expert]) for expert in kept])
+        pairs = zip(weight, keep_by_expert, strict=True)
+        return torch.stack([_select(of_expert, dim, of_keep) for of_expert, of_keep in pairs if of_keep.any()])
     return _select(weight, slice_.dim, keep[slice_.units])
 
 

@@ -225,12 +225,13 @@ class Projection(Recovery):
             has_experts = moments.count.dim() > 0  # each expert has its own token count
             if not has_experts:
                 return self._solve_one(weight, keep, moments, ridge)
+            solved: list[tuple[Tensor, Tensor | None]] = []
             by_expert = zip(weight.chunk(experts, 1), keep.chunk(experts), strict=True)
-            solved = [
-                self._solve_one(expert_weight, expert_keep, moments.of_expert(index, experts), ridge)
-                for index, (expert_weight, expert_keep) in enumerate(by_expert)
-                if expert_keep.any()  # others are removed with their row of the router
-            ]
+            for index, (expert_weight, expert_keep) in enumerate(by_expert):
+                if expert_keep.all():  # only other experts are removed
+                    solved.append((expert_weight, None))
+                elif expert_keep.any():  # otherwise it is removed with its row of the router
+                    solved.append(self._solve_one(expert_weight, expert_keep, moments.of_expert(index, experts), ridge))
         if any(bias is not None for _, bias in solved):
             raise UserError(f"Recovery '{self.name}' must return None as the bias of experts, which have no biases.")
         return torch.cat([new_weight for new_weight, _ in solved], 1), None

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from gprune.report.page import Report, make, of_runs
     from gprune.report.tables import Estimate, Table
 
-# Names of the tables of a report; `final` is a table of lists.
+# Names of the tables of a report; `corpora` and `final` are tables of lists.
 TableName = Literal[
-    "comparison", "distance", "evaluation", "final", "means", "perplexity", "quality", "settings", "summary"
+    "comparison", "corpora", "distance", "evaluation", "final", "means", "perplexity", "quality", "settings", "summary"
 ]
 CLONE = Path(__file__).parents[2]
 

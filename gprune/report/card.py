@@ -105,7 +105,7 @@ def _describe_method(cfg: RunConfig, labels: Mapping[str, str], *, sparsity: flo
     allocation = cfg.sparsity.allocation if cfg.gprune else cfg.base_allocation
     return (
         f"{removed} in scope `{cfg.sparsity.scope}` removed by {method}: importance\n"
-        f"`{cfg.importance}` scored on {score_corpora}, {drift}allocation `{allocation}`{_describe_recovery(cfg)}, "
+        f"`{cfg.metrics}` scored on {score_corpora}, {drift}allocation `{allocation}`{_describe_recovery(cfg)}, "
         f"seed {cfg.run.seed}."
     )
 

@@ -260,6 +260,27 @@ def speed_figure(table: dict[str, Any], depth: int) -> Figure:
     return figure
 
 
+@style()
+def experts_figure(entry: dict[str, Any]) -> Figure:
+    """Figure of the scores of whole experts by layer, relative to the mean of their layer, and of the removed ones."""
+    layers, scores = list(entry["scores"]), list(entry["scores"].values())
+    experts = max(map(len, scores))
+    relative = np.full((len(layers), experts), np.nan)
+    for row, of_layer in zip(relative, scores, strict=True):
+        row[: len(of_layer)] = np.divide(of_layer, np.mean(of_layer) or 1)
+    figure, axes = canvas(9, 1.6 + 0.22 * len(layers))
+    image = axes.imshow(relative, cmap="Blues", aspect="auto", vmin=min(0, np.nanmin(relative)))
+    removed = [(expert, row) for row, layer in enumerate(layers) for expert in entry["removed"][layer]]
+    if removed:
+        axes.scatter(*zip(*removed, strict=True), marker="x", s=18, lw=1, color="#D55E00", label="removed")
+        figure.legend(loc="outside lower right")
+    axes.set_yticks(range(len(layers)), layers)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.set(xlabel="expert", ylabel="layer")
+    figure.colorbar(image, ax=axes, label=f"{entry['metric']} / layer mean")
+    return figure
+
+
 def run_figures(
     records: Sequence[Record], modules: Modules | None, masks: Masks | None, summary: dict[str, Any]
 ) -> dict[str, Figure]:
@@ -274,6 +295,8 @@ def run_figures(
         table = summary["speed_table"]
         # Older runs have no number of layers. Their layers have one block each.
         figures["speed"] = speed_figure(table, table.get("layers") or len(masks.ffn))
+    if "experts" in summary:
+        figures["experts"] = experts_figure(summary["experts"])
     title = caption(records)
     return {name: add_title(figure, title) for name, figure in figures.items()}
 

@@ -74,7 +74,7 @@ from gprune.storage.files import write_text
 from gprune.storage.paths import expanded
 from gprune.storage.yaml_text import to_yaml
 
-FIGURES = ("ratios", "learning", "sparsity", "perplexity", "heterogeneity", "speed")
+FIGURES = ("ratios", "learning", "sparsity", "perplexity", "heterogeneity", "experts", "speed")
 MAX_TITLE = 80  # characters
 # Largest number of runs for pairwise comparisons and figures. With more they would take minutes and be unreadable.
 SIDE_BY_SIDE = 40
@@ -82,6 +82,7 @@ SIDE_BY_SIDE = 40
 THEME = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--line)", "#555555": "var(--soft)"}
 CAPTIONS = {
     "perplexity": "Perplexity by corpus and row.",
+    "experts": "Scores of the experts of each layer, and which of them were removed.",
     "heterogeneity": "How far the ranks of each module's neurons drift between corpora, and how far corpora agree.",
     "sparsity": "Share of the neurons that each block, and each of its modules, loses.",
     "speed": "Milliseconds of all blocks by what each keeps, measured on random weights.",
@@ -365,7 +366,7 @@ def _describe_run(run: FinishedRun) -> tuple[str, list[str]]:
         return f"{model_label(other)} beside {label}", [about, cost]
     sparsity = summary["sparsity_of_scope"], settings["sparsity"]["scope"], settings["sparsity"]["allocation"]
     method = "gprune" if settings["gprune"] else "the base metric alone"
-    importance, recovery = settings["importance"], settings["recovery"]
+    importance, recovery = run.records[-1]["importance"], settings["recovery"]
     about = (
         f"{format_removed(*sparsity, digits=2)} removed by {method}, importance {importance}, recovery {recovery}, "
         f"seed {run.seed}."

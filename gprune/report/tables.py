@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +29,7 @@ from gprune.errors import UserError
 from gprune.evaluation.intervals import Estimate, paired_difference, paired_ratio
 from gprune.report.grouping import format_setting, run_flags
 from gprune.runs.numbers import (
+    DENSE,
     Record,
     ResultRow,
     by_row,
@@ -54,6 +55,7 @@ CONTINUED = re.compile(r" *\\?$", re.MULTILINE)  # pandas marks lines that are c
 HEADER = re.compile(r"(?:\A|(?<=\n\n)).+")  # of each part in a terminal
 INTERVAL = re.compile(r" (\[[^\[\]<]*\])</td>")  # in HTML
 Cell = str | int | float | Estimate | None
+MANY_CORPORA = 8  # with more, the table of perplexities has a line per corpus
 # Names of the two ratios to the base metric. They differ only for rows with recovery.
 SAME_RECOVERY = "unseen / base, same recovery"
 UNRECOVERED = "unseen / unrecovered base"
@@ -375,7 +377,8 @@ def comparison_table(groups: Sequence[SeedGroup]) -> Table:
 def perplexity_table(groups: Sequence[SeedGroup], numbers: pd.DataFrame, *, seen: Sequence[str] | None = None) -> Table:
     """Table with a row per group and stage and a column per corpus; seen corpora have a star.
 
-    Intervals are over seeds; a single run has none. Arguments are as for `summary_table`.
+    With more than `MANY_CORPORA` corpora it has a row per corpus. Intervals are over seeds; a single run has none.
+    Arguments are as for `summary_table`.
     """
     records = [r for group in groups for run in group.runs for r in run.records]
     is_seen = {r["corpus"]: r["seen"] for r in records}
@@ -383,15 +386,77 @@ def perplexity_table(groups: Sequence[SeedGroup], numbers: pd.DataFrame, *, seen
     corpora = sorted(is_seen, key=lambda c: (c not in mixed and not is_seen[c], c in mixed))
     labels = corpus_labels(corpora)
     stars = ["(*)" if c in mixed else "*" if is_seen[c] else "" for c in corpora]
-    columns = ["run", "stage", "seeds", *(labels[c] + star for c, star in zip(corpora, stars, strict=True))]
+    headers = [labels[c] + star for c, star in zip(corpora, stars, strict=True)]
     note = "* seen: the corpus, in other documents, was used by the run; (*) by some of the runs."
     if seen is not None:
         note = f"* seen. {_seen_note(seen)}"
     single = [place for place, group in enumerate(groups) if len(group.runs) == 1]
     numbers = numbers.copy()
     numbers.loc[(numbers["row"] == "dense") | numbers["group"].isin(single), ["low", "high"]] = math.nan
+    columns = ["run", "stage", "seeds", *headers]
     rows = _stage_rows(groups, numbers, [("perplexity", c) for c in corpora])
+    if len(corpora) > MANY_CORPORA:
+        columns, rows = _with_a_line_per_corpus(headers, rows)
     return Table("perplexity", "Perplexity by corpus", columns, rows, note=note)
+
+
+def _with_a_line_per_corpus(corpora: list[str], rows: Sequence[list[Cell]]) -> tuple[list[str], list[list[Cell]]]:
+    """Transpose rows of run, stage, seeds and a cell per corpus. Returns columns and rows.
+
+    A column is named after its run, and after its stage too if the run has several. A single dense model is `dense`.
+    """
+    of_run, of_stage = Counter(row[0] for row in rows), Counter(row[1] for row in rows)
+    names = []
+    for run, stage, *_ in rows:
+        if stage == "dense" and of_stage[stage] == 1:
+            names.append("dense")
+        else:
+            names.append(f"{run}: {stage}" if of_run[run] > 1 else str(run))
+    cells = zip(*(row[3:] for row in rows), strict=True)
+    return ["corpus", *names], [[corpus, *line] for corpus, line in zip(corpora, cells, strict=True)]
+
+
+def corpora_table(groups: Sequence[SeedGroup]) -> Table:
+    """Table with a line per group: how its final model does on many corpora, in perplexity divided by dense.
+
+    Ratios of a corpus are geometric means over seeds. Groups whose tokenizer differs from the dense model's are left
+    out.
+    """
+    by_group = {
+        place: pd.concat([_over_dense(run) for run in group.runs]).groupby(level=0).mean()
+        for place, group in enumerate(groups)
+        if not any(run.has_another_tokenizer for run in group.runs)
+    }
+    rows: list[list[Cell]] = []
+    for place, logarithms in by_group.items():
+        group = groups[place]
+        first = group.runs[0]
+        final = run_stages(first)[-1]
+        others = [by_group[other] for other in by_group if groups[other].runs[0].model == first.model]
+        is_seen = pd.Series({r["corpus"]: r["seen"] for r in first.records})
+        seen, unseen = logarithms[is_seen], logarithms[~is_seen]
+        if unseen.empty:
+            continue
+        ahead = (unseen <= pd.concat(others, axis=1).loc[unseen.index].min(axis=1)).sum()
+        ratio = pool_estimates([ratio_to(run, final, run, DENSE) for run in group.runs])
+        seen_ratio = None if seen.empty else math.exp(seen.mean())
+        worst = corpus_labels(unseen.index)[unseen.idxmax()]
+        of_worst = math.exp(unseen.max())
+        name = [group.name, row_name(*final), len(group.runs)]
+        rows.append([*name, seen_ratio, ratio, worst, of_worst, f"{ahead} of {len(unseen)}"])
+    columns = ["run", "stage", "seeds", "seen / dense", "unseen / dense", "worst corpus", "worst / dense", "ahead on"]
+    digits = dict.fromkeys(("seen / dense", "unseen / dense", "worst / dense"), 3)
+    note = (
+        "Perplexity divided by that of the dense model: geometric means over corpora, and the unseen corpus with the "
+        "highest ratio. ahead on: unseen corpora on which no other line of the same dense model has a lower perplexity."
+    )
+    return Table("corpora", "Many corpora", columns, rows, digits, note)
+
+
+def _over_dense(run: FinishedRun) -> pd.Series:
+    """Return log (perplexity of a run's final model / perplexity of its dense model) by corpus."""
+    perplexities = by_row(run.records)
+    return np.log(pd.Series(perplexities[run_stages(run)[-1]]) / pd.Series(perplexities[DENSE]))
 
 
 def _seen_note(seen: Sequence[str] | None) -> str:

@@ -116,7 +116,7 @@ def wandb_arguments(cfg: RunConfig, other: str | None) -> dict[str, Any]:
         "name": cfg.run_name,
         "group": os.path.basename(os.path.normpath(cfg.model.name)),
         "job_type": cfg.main_stage,
-        "tags": [cfg.importance, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"],
+        "tags": [cfg.metrics, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"],
         "config": cfg.resolved(),
     }
     if other is not None:

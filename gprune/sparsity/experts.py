@@ -13,6 +13,7 @@ from typing import Any
 
 from gprune.errors import UserError
 from gprune.features import Feature
+from gprune.sparsity.target import HALF_BITS
 
 
 class WholeExperts(Feature):
@@ -68,23 +69,34 @@ class WholeExperts(Feature):
             text += f", the same number in each of {groups} groups"
         if not budget.equal or len(set(kept)) > 1:
             text += "; layers may differ, so the folder needs its modelling file"
-        if budget.overshoot:
-            text += f"; a whole number of experts is {budget.overshoot:,} more than the target"
-        return {"experts": text}
+        lines = {"experts": f"{text}{overshoot(plan)}"}
+        return lines if budget.has_other_units else lines | {"widths": "all neurons of these experts remain"}
 
     def summary(self, run: Any, masks: Any, pruned: Any) -> dict[str, Any]:
-        """Return the removed experts of each layer, and the sentence about them."""
+        """Return the scores of experts and the removed ones by layer, and the sentence about them."""
         from gprune.models.experts import kept_experts
 
-        removed = {}
+        removed, scores, stored = {}, {}, run.folder.read("experts") or {}
         for block in run.blocks:
             if block.has_experts and masks.blocks[block.index]:
-                kept = kept_experts(block, masks.ffn[block.index])
-                removed[str(block.layer_index)] = (~kept).nonzero()[:, 0].tolist()
+                kept, layer = kept_experts(block, masks.ffn[block.index]), str(block.layer_index)
+                removed[layer] = (~kept).nonzero()[:, 0].tolist()
+                scores[layer] = stored[f"scores.{block.index}"].tolist()
         counts = [len(experts) for experts in removed.values()]
         total = max(block.experts for block in run.blocks)
-        said = f"{span(counts)} of {total} experts are removed in each of {len(counts)} layers."
-        return {"experts": {"said": said, "removed": removed}}
+        said = f"{span(counts)} of {total} experts are removed in each of {len(counts)} layers{overshoot(run.plan)}."
+        numbers = {"removed": sum(counts), "kept": sum(map(len, scores.values())) - sum(counts)}
+        entry = {"said": said, "metric": run.cfg.sparsity.expert_metric, "removed": removed, "scores": scores}
+        return {"experts": entry | {"numbers": numbers}}
+
+
+def overshoot(plan: Any) -> str:
+    """Describe the cost that a whole number of experts removes beyond the target; empty if there is none."""
+    cost, currency = plan.budget.overshoot, plan.cfg.sparsity.currency
+    if not cost:
+        return ""
+    amount = f"{cost // HALF_BITS:,} bytes" if currency == "bytes" else f"{cost:,} {currency}"
+    return f"; a whole number of experts is {amount} more than the target"
 
 
 def span(numbers: Sequence[int]) -> str:

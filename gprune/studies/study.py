@@ -24,6 +24,7 @@ from gprune.report.tables import (
     Table,
     base_records,
     compare_records,
+    corpora_table,
     group_frame,
     in_markdown,
     pool_estimates,
@@ -303,7 +304,7 @@ def _check_text(done: FinishedRows) -> None:
 
 def study_tables(listing: Listing, report: Report) -> list[Table]:
     """Return the tables that have rows: those of the report that the list selects, and comparisons of stages."""
-    tables = [final_table(report), *report.tables]
+    tables = [corpora_table(report.groups), final_table(report), *report.tables]
     tables = [table for table in tables if table.name in listing.content.tables]
     tables += [stage_comparison_table(listing, report.runs), task_table(listing, report.runs)]
     return [table for table in tables if table.rows]

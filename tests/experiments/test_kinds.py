@@ -79,3 +79,10 @@ def test_unseen_text_and_text_for_choosing_share_no_file():
     assert len(unseen) >= 10
     assert len(choosing) >= 8
     assert not unseen & choosing
+
+
+def test_the_error_for_a_missing_corpus_has_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPRUNE_DATA_DIR", str(tmp_path))
+    for name in kinds.KINDS:
+        with pytest.raises(UserError, match=rf"python -m experiments\.kinds .* makes {name}\."):
+            load_corpus(name, "test")

@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from gprune.config.parse import parse
 from gprune.errors import UserError
 from gprune.export.hf import reloaded_logits
 from gprune.export.nemotron import ffn_settings, write
+from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
 from gprune.models.masks import Masks
 from gprune.models.surgery import slice_model
@@ -43,8 +46,7 @@ def test_engines_compute_each_width_from_ffn_mult(hidden_size):
     for width in range(256, 16384 + 1, 256):
         multiplier = ffn_settings(width, hidden_size, by_multiplier=True)["ffn_mult"]
         for read in (multiplier, round(multiplier, 6)):
-            neurons = int(2 * read * hidden_size / 3)
-            assert neurons + -neurons % 256 == width
+            assert published_width(read, hidden_size) == width
 
 
 @pytest.mark.parametrize(
@@ -63,13 +65,26 @@ def test_the_folder_computes_the_same_logits_in_a_fresh_process(family, override
     assert difference_in_a_fresh_process(model, tmp_path / "folder") == 0
 
 
+def published_width(ffn_mult: float, hidden_size: int) -> int:
+    """Return the width that engines compute: 2 / 3 of `ffn_mult` times `hidden_size`, rounded up to 256.
+
+    As `_ffn_mult_to_intermediate_size` and `_find_multiple` of NVIDIA's modeling_decilm.py and of vLLM.
+    """
+    intermediate_size = int(2 * ffn_mult * hidden_size / 3)
+    if intermediate_size % 256 == 0:
+        return intermediate_size
+    return intermediate_size + 256 - (intermediate_size % 256)
+
+
 def test_widths_in_multiples_of_256_are_written_for_all_engines(tmp_path):
     model = make_tiny("llama", neurons=768)
     model = slice_model(model, some_masks(model, kept=(256, 768, 512), attention=False))
     config = written_config(model, tmp_path / "folder")
-    assert [sorted(block["ffn"]) for block in config["block_configs"]] == [
-        ["ffn_mult", "no_op", "replace_with_linear"]
-    ] * 3
+    weights = load_file(tmp_path / "folder" / "model.safetensors")
+    for index, (block, width) in enumerate(zip(config["block_configs"], (256, 768, 512), strict=True)):
+        assert sorted(block["ffn"]) == ["ffn_mult", "no_op", "replace_with_linear"]
+        computed = published_width(block["ffn"]["ffn_mult"], config["hidden_size"])
+        assert computed == width == len(weights[f"model.layers.{index}.mlp.gate_proj.weight"])
     assert config["block_configs"][0]["attention"]["n_heads_in_group"] == 2
     assert difference_in_a_fresh_process(model, tmp_path / "folder") == 0
 
@@ -112,3 +127,18 @@ def test_what_the_format_cannot_express_is_refused_before_anything_is_written(fa
     with pytest.raises(UserError, match=reason):
         write(model, tiny_tokenizer(), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+def test_layers_that_all_lost_a_kv_group_are_written(tmp_path):
+    model = make_tiny("llama")
+    masks = some_masks(model, attention=False)
+    model = slice_model(model, Masks(masks.ffn, [torch.tensor([False, True])] * 3))
+    assert written_config(model, tmp_path / "folder")["num_key_value_heads"] == 1
+    assert difference_in_a_fresh_process(model, tmp_path / "folder") == 0
+
+
+def test_a_run_that_may_remove_different_numbers_of_heads_is_refused_in_the_plan():
+    flags = ["--model.name=tiny-random", "--export=nemotron-nas", "--sparsity.scope=attention+ffn"]
+    with pytest.raises(UserError, match=r"scope includes attention.* Export to hf or gguf"):
+        make_plan(parse(flags))
+    make_plan(parse([*flags, "--sparsity.uniform_width=true", "--gprune=false"]))

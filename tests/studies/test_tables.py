@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,15 @@ import pytest
 from gprune.__main__ import run as command
 from gprune.errors import UserError
 from gprune.evaluation.intervals import paired_ratio
-from gprune.report.tables import Estimate, arithmetic_mean_over_seeds, mean_over_seeds
+from gprune.report.grouping import group_by_seed
+from gprune.report.tables import (
+    Estimate,
+    arithmetic_mean_over_seeds,
+    corpora_table,
+    group_frame,
+    mean_over_seeds,
+    perplexity_table,
+)
 from gprune.studies import study
 from gprune.studies.archive import finished_record
 from gprune.studies.listing import Listing
@@ -208,3 +217,31 @@ def test_lists_that_divide_a_shared_record_by_different_references_are_not_repor
     assert merge_references([first, ([shared], None, None)]) is None
     with pytest.raises(UserError, match="share the record shared must have one reference for it; got one and other"):
         merge_references([first, second])
+
+
+def test_the_table_of_corpora_has_the_worst_corpus_and_counts_where_a_row_is_ahead():
+    """Losses are nats of one window of 10 predicted tokens, so a ratio to dense is exp(difference / 10)."""
+    dense = {"a": [20], "b": [20], "c": [20]}
+    first = {"a": [30], "b": [32], "c": [24]}
+    second = {"a": [28], "b": [33], "c": [24]}
+    runs = []
+    for name, losses in (("first", first), ("second", second)):
+        run = fake_run(name, {"dense": dense, "base": losses})
+        runs.append(replace(run, records=[r | {"seen": r["corpus"] == "c"} for r in run.records]))
+    table = corpora_table(group_by_seed(runs))
+    lines = [[cell.value if isinstance(cell, Estimate) else cell for cell in row] for row in table.rows]
+    first_ratios, second_ratios = ([math.exp(x) for x in logs] for logs in ((0.4, 1.1, 1.2), (0.4, 1.05, 1.3)))
+    for line, name, (seen_ratio, ratio, worst) in zip(
+        lines, ("first", "second"), (first_ratios, second_ratios), strict=True
+    ):
+        assert line == [name, "base", 1, *map(pytest.approx, (seen_ratio, ratio)), "b", pytest.approx(worst), "1 of 2"]
+
+
+def test_the_table_of_perplexities_has_a_line_per_corpus_if_there_are_many():
+    corpora = [f"corpus {number}" for number in range(9)]
+    run = fake_run("mine", {stage: {c: [20 + n] for n, c in enumerate(corpora)} for stage in ("dense", "base")})
+    groups = group_by_seed([run])
+    table = perplexity_table(groups, group_frame(groups))
+    assert table.columns == ["corpus", "dense", "mine"]
+    assert [row[0] for row in table.rows] == corpora
+    assert [row[2].value for row in table.rows] == pytest.approx([math.exp(2 + n / 10) for n in range(9)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,10 @@ def fake_run(
     records = [
         {
             "stage": stage, "recovery": recovery, "seen": False, "corpus": corpus, "seq_len": 11,
-            "content_hash": corpus, "window_nll": list(nll), "perplexity": 1.0,
+            "content_hash": corpus, "seed": seed, "model": "dense model", "window_nll": list(nll),
+            "perplexity": math.exp(sum(nll) / (10 * len(nll))),
         }
         for stage, corpora in stages.items() for corpus, nll in corpora.items()
     ]  # fmt: skip
-    settings = {"recovery": recovery, "run": {"seed": seed}}
+    settings = {"recovery": recovery, "run": {"seed": seed}, "inputs": {"model": "of the tests"}}
     return FinishedRun(Path(f"{name}-{seed}"), name, settings, records, {}, Masks([], []), None, [])

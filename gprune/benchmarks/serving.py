@@ -1,0 +1,257 @@
+"""`gprune evaluate RUN... --tasks speed --engine ...`: the speed of models in the engines that people serve with.
+
+All models of an engine are loaded at the same time, each in a process of its own, and timed in alternation, so that
+other load of the machine affects all of them equally.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gprune.benchmarks import engines
+from gprune.benchmarks.engines import ENGINES
+from gprune.benchmarks.measurement import Subject, find_target
+from gprune.benchmarks.settings import Benchmarks, EngineChoice
+from gprune.errors import UserError, first_line
+from gprune.evaluation.speed import check_prompt, describe_device
+from gprune.export import gguf
+from gprune.export.convert import FORMATS, format_named
+from gprune.export.hf import save_pruned
+from gprune.storage.files import key_of
+
+log = logging.getLogger("gprune")
+NEW_TOKENS = 32  # generated tokens per request
+MIN_ROUNDS, MAX_ROUNDS = 2, 5  # numbers of rounds of a measurement
+MAX_SECONDS = 20.0  # after this time no round begins, except the first ones
+Record = dict[str, Any]
+
+
+def evaluate_engines(
+    models: Sequence[str], choices: Sequence[EngineChoice], benchmarks: Benchmarks, *, dense: bool = False,
+    output: Path | None = None,
+) -> tuple[list[Record], list[Path]]:  # fmt: skip
+    """Time models in engines, and store the records.
+
+    Args:
+        models: runs, model folders or names.
+        choices: engines. The ones that are not installed are skipped.
+        benchmarks: numbers of requests at once (`speed_batch`), tokens of prompts (`speed_prompt`), dtype.
+        dense: time the dense model of each run too. A dense model that runs share is timed once.
+        output: JSON file for records; by default that of each run.
+
+    Returns:
+        The records, and the files that contain them.
+
+    Raises:
+        UserError: before anything is timed, if no engine is installed, a model cannot be written in a form, or prompts
+            are too long; later, if an engine fails.
+    """
+    versions = installed_versions(choices)
+    targets = [find_target(model, benchmarks, dense=dense, output=output) for model in models]
+    subjects = {name_of(subject): subject for target in targets for subject in target.subjects}
+    records: list[Record] = []
+    with tempfile.TemporaryDirectory(prefix="gprune-engines-") as scratch:
+        written: list[Forms] = []
+        for index, subject in enumerate(subjects.values()):
+            log.info("Writing model %d of %d in the forms of the engines", index + 1, len(subjects))
+            forms = [choice.form for choice in versions]
+            written.append(write_forms(subject, forms, Path(scratch) / str(index), benchmarks.speed_prompt))
+        for choice, version in versions.items():
+            log.info("Timing %d models in %s %s", len(subjects), choice.label, version)
+            by_model = time_models(choice, version, written, benchmarks, Path(scratch))
+            of_subject = dict(zip(subjects, by_model, strict=True))
+            for target in targets:
+                new = [
+                    r | subject.about | target.origin
+                    for subject in target.subjects
+                    for r in of_subject[name_of(subject)]
+                ]
+                target.store(new)
+                records += new
+    for target in targets:
+        target.publish([r for r in records if r["origin"] == target.origin["origin"]])
+    return records, list(dict.fromkeys(target.output for target in targets if target.output is not None))
+
+
+def name_of(subject: Subject) -> str:
+    """Return a name that is equal for a dense model of several runs, and unique for other models."""
+    return subject.weights or str(id(subject))
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The files of a model."""
+
+    paths: dict[str, Path]  # by form
+    dtype: str
+
+
+def write_forms(subject: Subject, forms: Sequence[str], folder: Path, prompt: int) -> Forms:
+    """Write a model in several forms."""
+    model, tokenizer = subject.load()
+    check_prompt(model, prompt, NEW_TOKENS)
+    folder.mkdir()
+    paths = {form: folder / form for form in dict.fromkeys(forms)}
+    for form, path in paths.items():
+        if form == "hf":
+            save_pruned(model, tokenizer, path)
+            continue
+        target = format_named(form if form in FORMATS else "gguf")
+        target.write(model, tokenizer, path, type=form, name=subject.about["model"], check=False)
+    return Forms(paths, str(model.dtype).removeprefix("torch."))
+
+
+def installed_versions(choices: Sequence[EngineChoice]) -> dict[EngineChoice, str]:
+    """Return the versions of the engines that are installed, and log how to install the others.
+
+    Raises:
+        UserError: if none is installed, or a Python does not run.
+    """
+    versions: dict[EngineChoice, str] = {}
+    for choice in choices:
+        version = installed_version(choice)
+        if version is None:
+            log.warning(
+                "Skipped %s, which is not installed in the environment of %s. Run `%s`; --engine %s=PYTHON names the "
+                "Python of another environment", choice.label, choice.python, ENGINES[choice.name].install, choice.name,
+            )  # fmt: skip
+        else:
+            versions[choice] = version
+    if not versions:
+        raise UserError("--engine needs an engine that is installed; got none.")
+    return versions
+
+
+def installed_version(choice: EngineChoice) -> str | None:
+    """Return the version of an engine in its environment, or None."""
+    try:
+        process = subprocess.run(command_of(choice), input="", capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"--engine {choice.name}=PYTHON must be the Python of an environment; got '{choice.python}'."
+        ) from error
+    return json.loads(process.stdout)
+
+
+def command_of(choice: EngineChoice) -> list[str]:
+    """Return the command of an engine's process."""
+    return [choice.python, "-P", str(Path(engines.__file__)), choice.name]
+
+
+class Server:
+    """The process of an engine, which has loaded a model."""
+
+    def __init__(self, choice: EngineChoice, errors: Path):
+        environment = ENGINES[choice.name].environment | os.environ
+        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment.pop("PYTHONPATH", None)  # another environment has other packages
+        self.name, self.errors = choice.label, errors
+        with errors.open("w") as file:
+            self.process = subprocess.Popen(
+                command_of(choice), env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=file,
+            )  # fmt: skip
+        self.receive()  # the version
+
+    def send(self, request: dict[str, Any]) -> None:
+        """Send a request."""
+        with contextlib.suppress(BrokenPipeError):  # `receive` reports why the process has ended
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+
+    def receive(self) -> Any:
+        """Wait for an answer. Raise UserError with the engine's error, or its last line if the process has ended."""
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": self.last_line()}
+        if isinstance(answer, dict) and "error" in answer:
+            raise UserError(f"Cannot run the model in {self.name}: {first_line(RuntimeError(answer['error']))}.")
+        return answer
+
+    def last_line(self) -> str:
+        """Return what the process printed last."""
+        lines = self.errors.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit code {self.process.wait()}"
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
+
+
+def time_models(
+    choice: EngineChoice, version: str, models: Sequence[Forms], benchmarks: Benchmarks, scratch: Path
+) -> list[list[Record]]:
+    """Time models in an engine. The result has for each model the records `prefill`, `decode` and `generate`."""
+    batches, prompt = dict.fromkeys(benchmarks.speed_batch), benchmarks.speed_prompt
+    load = {
+        "threads": torch.get_num_threads(), "requests": max(batches), "length": prompt + NEW_TOKENS,
+        "share": 1 / len(models),
+    }  # fmt: skip
+    records: list[list[Record]] = [[] for _ in models]
+    with contextlib.ExitStack() as stack:
+        servers = []
+        for index, model in enumerate(models):
+            server = Server(choice, scratch / f"{index}.log")
+            stack.callback(server.stop)
+            server.send(load | {"path": str(model.paths[choice.form]), "dtype": model.dtype})
+            servers.append(server)
+        classes = [server.receive()["class"] for server in servers]
+        for batch in batches:
+            rounds = list(time_rounds(servers, batch, prompt))
+            same_rounds = key_of(rounds=rounds)[:16]
+            for i, model in enumerate(models):
+                about = {
+                    "engine": choice.name, "engine_version": version, "engine_class": classes[i], "form": choice.form,
+                    "dtype": choice.form if choice.form in gguf.TYPES_OF_FILE else model.dtype, "rounds": same_rounds,
+                }  # fmt: skip
+                times = [of_round[i] for of_round in rounds]
+                records[i] += [about | record for record in records_of(choice.label, about, times, batch, prompt)]
+    return records
+
+
+def time_rounds(servers: Sequence[Server], batch: int, prompt: int) -> Iterator[list[dict[str, float]]]:
+    """Yield the times of all models, which are timed one after another in each round."""
+    request = {"requests": batch, "prompt": prompt, "tokens": NEW_TOKENS}
+    start = time.monotonic()
+    for number in range(MAX_ROUNDS):
+        if number >= MIN_ROUNDS and time.monotonic() - start > MAX_SECONDS:
+            return
+        times = []
+        for server in servers:
+            server.send(request)
+            times.append(server.receive())
+        yield times
+
+
+def records_of(label: str, about: Record, times: Sequence[dict[str, float]], batch: int, prompt: int) -> list[Record]:
+    """Return the records of a model and a number of requests. Of all rounds, the fastest counts."""
+    fastest = {name: min(of_round[name] for of_round in times) for name in times[0]}
+    slowest = max(of_round["total"] for of_round in times)
+    device = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    engine = f"{about['engine']} {about['engine_version']}, {about['engine_class']}"
+    shared = {
+        "kind": "speed", "split": "none", "batch": batch, "prompt": prompt, "spread": slowest / fastest["total"] - 1,
+        "standard_protocol": False, "note": f"{engine}, prompts of {prompt} tokens, {device}",
+        "content_hash": key_of(machine=[device, platform.node()], batch=batch, prompt=prompt, engine=label)[:16],
+    }  # fmt: skip
+    measured = {
+        "prefill": (batch * prompt, fastest["first"]),
+        "decode": (batch, fastest["step"]),
+        "generate": (batch * NEW_TOKENS, fastest["total"]),
+    }
+    return [
+        shared | {"task": f"{label} {task}", "tokens_per_second": tokens / seconds, "seconds": seconds}
+        for task, (tokens, seconds) in measured.items()
+    ]
