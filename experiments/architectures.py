@@ -375,7 +375,7 @@ def run_summary(rows: Sequence[Mapping[str, Any]]) -> str:
     counts = Counter(in_words(row["run"]) for row in measured)
     numbers = ", ".join(f"*{words}*: {count}" for words, count in counts.most_common())
     lines = [
-        f"- `{row['type']}`: {(row['run']['failed'] or row['run']['reasons'][0])[:240]}"
+        f"- `{row['type']}`: {(row['run']['failed'] or row['run']['reasons'][0 if row['run']['scope'] else -1])[:240]}"
         for row in measured
         if row["run"]["failed"] or len(row["run"]["reasons"]) > (row["attention"] == "none")
     ]

@@ -236,6 +236,16 @@ def test_method_svg_is_the_output_of_its_script():
     assert (ROOT / "docs/method.svg").read_text(encoding="utf-8") == picture
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_stored_with_small_outputs_and_without_errors(path):
+    text = path.read_text(encoding="utf-8")
+    outputs = [out for cell in json.loads(text)["cells"] for out in cell.get("outputs", [])]
+    assert any("image/png" in out.get("data", {}) for out in outputs)
+    assert not [out for out in outputs if out["output_type"] == "error" or out.get("name") == "stderr"]
+    assert len(text) < 150_000
+    assert not re.search(r"/(home|root|tmp|work)/", text)
+
+
 def test_the_first_notebook_is_stored_with_its_outputs_and_without_errors():
     text = (ROOT / "notebooks/01_prune_and_look_inside.ipynb").read_text(encoding="utf-8")
     outputs = [out for cell in json.loads(text)["cells"] for out in cell.get("outputs", [])]
