@@ -45,6 +45,11 @@ class Difference:
         return float(self.difference.square().mean().sqrt())
 
     @property
+    def typical(self) -> float:
+        """The root mean square of the differences of a token, median over tokens."""
+        return float(self.difference.square().mean(-1).sqrt().median())
+
+    @property
     def std(self) -> float:
         """The standard deviation of the expected logits."""
         return float(self.expected.std())

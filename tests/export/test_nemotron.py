@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from gprune.config.parse import parse
 from gprune.errors import UserError
-from gprune.export.hf import reloaded_logits
+from gprune.export import export
+from gprune.export.hf import reloaded_logits, save_pruned
 from gprune.export.nemotron import ffn_settings, write
 from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
@@ -142,3 +143,11 @@ def test_a_run_that_may_remove_different_numbers_of_heads_is_refused_in_the_plan
     with pytest.raises(UserError, match=r"scope includes attention.* Export to hf or gguf"):
         make_plan(parse(flags))
     make_plan(parse([*flags, "--sparsity.uniform_width=true", "--gprune=false"]))
+
+
+def test_the_folder_has_the_dtype_of_the_model_folder(tmp_path):
+    folder = save_pruned(pruned("llama"), tiny_tokenizer(), tmp_path / "model", dtype=torch.bfloat16)
+    target = export(folder, tmp_path / "deci", format="nemotron-nas")
+    weights = load_file(target / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert json.loads((target / "config.json").read_text())["torch_dtype"] == "bfloat16"
