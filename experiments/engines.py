@@ -50,7 +50,7 @@ def rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return header, table
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table as Markdown, and the largest spread of repeated measurements."""
     parser = argparse.ArgumentParser(prog="python -m experiments.engines", description=__doc__.splitlines()[0])
     parser.add_argument("records", type=Path, help="JSON file, `--output` of `gprune evaluate`")
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     spreads = sorted(r["spread"] for r in records)
     print(f"\nRepeated measurements differ by {spreads[len(spreads) // 2]:.0%} (median), at most {spreads[-1]:.0%}.")
     print(", ".join(sorted({f"{r['engine']} {r['engine_version']}" for r in records})), "|", records[0]["note"])
+    return 0
 
 
 if __name__ == "__main__":

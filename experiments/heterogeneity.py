@@ -80,10 +80,10 @@ def block_numbers(modules: Modules) -> Tensor:
         modules.drift, modules.labels, modules.reliability, modules.agreement, modules.block_agreement, strict=True
     ):
         # `d.drift` is not used, since a run may have subtracted the floor from it.
-        drift, floor = rank_drift(d.ranks), d.floor
+        drift, floor = rank_drift(d.ranks), d.noise_floor
         sensitivity = module_means(drift, y)
         inside = pair_weighted_mean(agreement, reliability.size)
-        row = [drift.mean(), floor.mean(), share_above(drift, floor), tau, d.halves, inside]
+        row = [drift.mean(), floor.mean(), share_above(drift, floor), tau, d.half_agreement, inside]
         row += [sensitivity.min(), sensitivity.max(), reliability.switched.sum(), len(sensitivity)]
         rows.append(list(map(float, row)))
     return torch.tensor(rows, dtype=torch.float64)

@@ -38,7 +38,7 @@ ROWS: dict[str, tuple[Place, Place, Place, Place]] = {
         (GEMMA, "averaged, least squares"), (GEMMA, "best, 49k"),
     ),
     "gates": (("questions/beyond.yaml", "gates"), None, (GEMMA, "gates"), None),
-    "untrained": (
+    "sequential": (
         (PEERS, "untrained"), (PEERS, "untrained, 49k"), (PEERS_GEMMA, "untrained"),
         ("questions/untrained.yaml", "gemma, act_norm, sequential, distilled"),
     ),
@@ -60,7 +60,7 @@ SMOLLM2_LINES: dict[str, list[Place]] = {
     "base": [("questions/sparsity.yaml", f"wanda_sp {share}", ("base", "none")) for share in SHARES],
     "paper": [("questions/sparsity.yaml", f"wanda_sp {share}") for share in SHARES],
     "averaged": [("questions/sparsity.yaml", f"wanda_sp {share}", AVERAGED) for share in SHARES],
-    "untrained": [(PEERS, "untrained")],
+    "sequential": [(PEERS, "untrained")],
     "best": [
         *(("questions/distill_budgets.yaml", f"{share} %, 98k") for share in (20, 30, 40)),
         ("questions/distill.yaml", "averaged, 98k"), ("questions/distill_budgets.yaml", "60 %, 98k"),
@@ -74,7 +74,7 @@ GEMMA_LINES: dict[str, list[Place]] = {
     "averaged": [
         *(("gemma_budgets.yaml", f"{share} %, paper", AVERAGED) for share in (20, 30)), (GEMMA, "averaged"),
     ],
-    "untrained": [(PEERS_GEMMA, "untrained")],
+    "sequential": [(PEERS_GEMMA, "untrained")],
     "best": [*(("gemma_budgets.yaml", f"{share} %, best, 49k") for share in (20, 30)), (GEMMA, "best, 49k")],
 }  # fmt: skip
 TOKENS = ("98k", "197k", "393k", "786k", "1.57M")
@@ -143,7 +143,7 @@ def drawn() -> Figure:
     return add_title(
         figure,
         "Standard protocol, 95 % intervals over windows, one seed. best in the first two panels: 98k training tokens "
-        "on SmolLM2, 49k on Gemma. untrained was measured at 50 % only.\n"
+        "on SmolLM2, 49k on Gemma. sequential was measured at 50 % only.\n"
         "Weights are in bfloat16, and in float32 for best on SmolLM2 and in the last panel.",
     )
 

@@ -48,7 +48,8 @@ def parser() -> Parser:
     forms = "; ".join(f"{name} ({', '.join(engine.forms)})" for name, engine in ENGINES.items())
     engine_help = (
         "engines to time speed in: NAME, NAME:FORM or NAME=PYTHON, where PYTHON is that of another environment. "
-        f"Engines with the forms of models that they load, the default first: {forms}"
+        f"Engines with the forms of models that they load, the preferred first: {forms}. (default: none; speed is then "
+        "measured in the process of gprune)"
     )
     result.add_argument("--engine", metavar="A,B", type=split_commas, default=[], help=engine_help)
     for name, field in Benchmarks.__pydantic_fields__.items():

@@ -311,9 +311,9 @@ class PartitionConfig(Group, prefix="partition."):
     learning_rate: Positive = 0.05
     """Learning rate of Adam in the refinement."""
     similarity_weight: NonNegative = 1.0
-    """Weight of within-module parameter dispersion, in the initial partition and in the refinement."""
+    """Weight of within-module parameter dispersion in the refinement. The initial k-means multiplies features by it."""
     drift_weight: NonNegative = 1.0
-    """Weight of within-module variance of drift, in the initial partition and in the refinement."""
+    """Weight of within-module variance of drift in the refinement. The initial k-means multiplies drift by it."""
     consistency_weight: NonNegative = 2.0
     """Weight of the reward for rank consistency between corpora inside a module."""
     balance_weight: NonNegative = 0.1
@@ -336,9 +336,10 @@ class ReliabilityConfig(Group, prefix="reliability."):
     """Metric of modules that switch: an activation-free metric; consensus, the base metric's mean rank over the drift
     corpora; or averaged, the base metric computed from their pooled statistics."""
     sensitivity_quantile: Quantile = 0.75
-    """A module is sensitive if its standardised sensitivity is above this quantile."""
+    """A module is sensitive if its standardised sensitivity is at least this quantile, and its mean drift is above its
+    noise floor."""
     score_quantile: Quantile = 0.5
-    """A module is weakly activated if its mean importance rank is below this quantile."""
+    """A module is weakly activated if its mean importance rank is at most this quantile."""
 
     def check(self) -> None:
         """Raise UserError if the metric needs activations of a single corpus, or settings contradict each other."""

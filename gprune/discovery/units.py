@@ -78,7 +78,11 @@ def _dense_kind(probe: Probe, index: int, path: str, row_orders: dict[str, tuple
 
 
 def _experts_kind(probe: Probe, index: int, path: str, row_orders: dict[str, tuple[int, str]]) -> dict[str, Any] | None:
-    """Return the kind of experts with projections stacked in tensors (E, n, H) or (E, H, n), or None."""
+    """Return the kind of experts with projections stacked in tensors (E, n, H) or (E, H, n).
+
+    None if the module of the experts is not called, its output is not linear in the down projection `path`, or gate and
+    up cannot be told apart.
+    """
     layer = probe.layers[index]
     experts = common_module([path, *row_orders])
     if not experts or not probe.is_called(index, experts):
@@ -98,7 +102,8 @@ def _experts_kind(probe: Probe, index: int, path: str, row_orders: dict[str, tup
     fused_order = next((order for order in orders.values() if order not in ("gate", "up")), None)
     expert_rows = {}
     for name, (dim, order) in row_orders.items():
-        default_order = fused_order if " " in order else order  # for a bias, which is not in `orders`
+        # Biases were not tested: a fused one (`gate | up`) has the order of the fused weight, another keeps its own.
+        default_order = fused_order if " " in order else order
         expert_rows[name.removeprefix(f"{experts}.")] = [dim, orders.get(name, default_order)]
     dim = next(d for d in (2, 1) if down.shape[d] != probe.hidden_size)
     kind = {"experts": experts, "expert_rows": expert_rows, "expert_down": [path.removeprefix(f"{experts}."), dim]}

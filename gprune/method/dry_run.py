@@ -272,7 +272,9 @@ class MemoryEstimate:
             activations += 2 * self.L * self.N * tokens
         return Memory(
             weights=self.weight * self.parameters,
-            gradients=8 * self.budget.total_parameters * ("saliency" in cfg.collects),  # sums in float32
+            gradients=8
+            * self.budget.total_parameters
+            * ("saliency" in cfg.collects),  # float32 sums of both halves of a corpus
             gram_matrices=self.grams,
             activations=activations,
         )

@@ -557,7 +557,7 @@ def learn_sparsity(
     masks_of: Mapping[str, StageMasks],
 ) -> StageMasks:  # fmt: skip
     """Step 7: compute or learn thresholds per module, which give masks for any budget."""
-    run = with_learning_budget(run, statistics, masks_of)
+    run = with_learning_budget(run, statistics, masks_of)  # no-op unless the target is a quality
     name = run.cfg.sparsity.allocation
     learns = ALLOCATION[name].learned
     run.step(7, "Learning sparsity" if learns else "Allocating sparsity")
@@ -566,7 +566,8 @@ def learn_sparsity(
         start = allocated_masks(run, "modules", scores_in_modules, statistics, run.cfg.corpora.drift)
     else:
         start = masks_of["base"]
-    # `start` may be scored on other corpora; whole experts are those of the final masks.
+    # Learning starts from the masks of `base`, so it keeps their scores. Only whole experts are chosen by the scores of
+    # gprune.
     scores = replace(start.scores, experts=scores.experts)
     masks = replace(start, scores=scores, modules=modules, module_allocation=name)
     run = run.with_budget(run.budget.ranked_by(masks.scores))

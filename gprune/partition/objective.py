@@ -64,11 +64,11 @@ def partition_objective(
     V in [0, 1]: the same for rank drift.
     C <= 1: rank consistency. delta_i^(d) = r_i^(d) - mean_d r_i^(d); neurons whose ranks move together between
         corpora keep their order. C = 1 - dispersion(P, delta) - (n_eff - 1)/(N - 1): the share of the shifts that
-        modules explain, minus the share that a random partition would explain, with n_eff = exp(entropy of the module
-        sizes), which is K for equal sizes. The mean rank is subtracted in delta, so mixing weak and strong neurons is
-        not rewarded. C = 0 if no rank shifts.
+        modules explain, minus about the share (K - 1)/(N - 1) that a random partition explains. n_eff = exp(entropy of
+        the module sizes) is a smooth count of modules, equal to K for equal sizes. The mean rank is subtracted in
+        delta, so mixing weak and strong neurons is not rewarded. C = 0 if no rank shifts.
     B in [0, 1]: 1 - entropy of the module sizes / log K; 0 if all sizes are equal.
-    H in [0, 1]: mean entropy of P_i / log K; 0 if every neuron is assigned to one module.
+    H in [0, 1]: mean entropy of P_i / log K; 0 if every neuron belongs entirely to a single module.
     For all blocks, K in B and H is the number of modules of the block with most modules. So B of a block with fewer
     modules stays above 0.
     """
@@ -78,13 +78,13 @@ def partition_objective(
     log_k = torch.tensor(float(max(K, 2))).log()
     size_shares = reduce(P, "b n k -> b k", "sum") / rearrange(N, "b -> b 1")
     size_entropy = entropy(size_shares).sum(-1)
-    ranks_shift = inputs.shifts.square().sum((1, 2)) > 0  # with a single corpus no rank shifts
+    any_shift = inputs.shifts.square().sum((1, 2)) > 0  # with a single corpus no rank shifts
     explained_share = 1 - dispersion(P, inputs.shifts)
     random_share = (size_entropy.exp() - 1) / (N - 1).clamp_min(1)  # a random partition would explain it
     terms = {
         "similarity": dispersion(P, inputs.embedding),
         "drift": dispersion(P, inputs.drift),
-        "consistency": ranks_shift * (explained_share - random_share),
+        "consistency": any_shift * (explained_share - random_share),
         "balance": 1 - size_entropy / log_k,
         "entropy": entropy(P).sum((1, 2)) / (N * log_k),
     }

@@ -70,7 +70,7 @@ def on_same_windows(records: Sequence[Record], stage: ResultRow) -> bool:
 
 
 def distance(records: Sequence[Record], stage: ResultRow) -> dict[str, Estimate | None]:
-    """Mean `kl` and `agreement` of a stage with the dense model on unseen text; None if they were not measured."""
+    """Return a row's mean `kl` from the dense model and `agreement` with it on unseen text; None if unknown."""
     unseen = records_of(records, stage, seen=False)
     if not unseen or any(r.get("kl") is None for r in unseen.values()):
         return {"kl": None, "agreement": None}

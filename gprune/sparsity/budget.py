@@ -183,6 +183,8 @@ class Budget:
         """What every block keeps in any case, in words."""
         return f"each block keeps {self.width_multiple} neurons and a KV group"
 
+    # Hooks of `expert_budget.ExpertBudget`. Without whole experts in scope they change nothing.
+
     def ranked_by(self, scores: Any) -> Budget:
         """Return the budget for a stage with these `importance.scores.Scores`, which choose what is removed whole."""
         return self

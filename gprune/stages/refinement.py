@@ -22,7 +22,7 @@ class AssignmentRefinement(L.LightningModule):
     2 for a neuron's own module and 0 elsewhere: large enough to keep the structure of the initial partition, small
     enough that gradients can move neurons.
 
-    Validation logs `partition/hard_consistency`, the consistency C of the hard labels; a random partition has 0.
+    Validation logs `partition/hard_consistency`, the consistency C of the hard labels; a random partition has about 0.
 
     Args:
         inputs: inputs of the objective for all blocks.

@@ -35,7 +35,7 @@ class ThresholdLearning(FrozenLMStage):
         h_i in {0, 1}  the hard keep mask that meets the budget (`cut.keep_masks` on logit p_i - t_m),
         s_i = sigmoid((p_i - sigmoid(t_m)) / T_m)  the soft gate, T_m = max(0.05, 1/n_m),
         p_i in (0, 1)  the unit's rank inside its module, n_m the module's size, stop the gradient stop.
-    So the forward pass is the pruned model at exactly the target sparsity, and the backward pass uses the gradient of
+    So the forward pass is the pruned model on budget, and the backward pass uses the gradient of
     the soft gate (straight-through). Adding a constant to all t_m changes no hard mask, only the distance of the soft
     gates from it. After every update the thresholds are therefore shifted so that the budget cuts at margin 0, where
     s_i = 1/2. So gradients are largest for the units closest to the cut.

@@ -94,7 +94,7 @@ def find_records(row: Row) -> Found:
     The name of a record's file consists of the row's name, for readability, the seed, and a hash of
     `identifying_settings`. Records are found by the hash, so that lists with other names for a row share its record.
     Several lists may have written records with the same settings, but with other tasks or without masks. Records with
-    other tasks are left out, except those that other code has made.
+    other tasks are left out. Those of other code are all kept, because they are only listed as outdated.
     """
     code, settings = row.config.code, identifying_settings(row.identity)
     by_code = {"same": [], "unknown": [], "other": []}

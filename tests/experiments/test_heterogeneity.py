@@ -84,7 +84,7 @@ def test_printed_numbers_match_an_independent_computation(finished, runs, capsys
     cells_by_block = rows(text)
     halves = agreement_of_halves(runs / "run")
     for b, (block_drift, module_labels) in enumerate(zip(finished.modules.drift, finished.modules.labels, strict=True)):
-        labels, floor = module_labels.numpy(), block_drift.floor.numpy()
+        labels, floor = module_labels.numpy(), block_drift.noise_floor.numpy()
         drift = block_drift.ranks.numpy().std(0)
         module_means = [drift[labels == k].mean() for k in range(labels.max() + 1)]
         scores = block_drift.scores  # by corpus

@@ -10,7 +10,7 @@ import shlex
 import pytest
 import yaml
 
-from experiments import readme, stability, tokens
+from experiments import engines, readme, stability, tokens
 from gprune.__main__ import main
 from tests.tiny_run import ROOT
 
@@ -18,6 +18,7 @@ PAGES = sorted((ROOT / "experiments/questions").glob("*.md"))
 LISTS = [p for p in sorted((ROOT / "experiments").glob("**/*.yaml")) if "rows" in yaml.safe_load(p.read_text())]
 COMMANDS = {
     "gprune": main,
+    "python -m experiments.engines": engines.main,
     "python -m experiments.readme": readme.main,
     "python -m experiments.stability": stability.main,
     "python -m experiments.tokens": tokens.main,

@@ -10,9 +10,10 @@ import torch
 from experiments.bench.measure import flops as count_flops
 from gprune.calibration.moments import _panels
 from gprune.config.parse import parse
-from gprune.method.dry_run import EXPERTS_PER_TOKEN, active_experts, estimated_flops, gram_flops
+from gprune.method.dry_run import active_experts, estimated_flops, gram_flops
 from gprune.method.plan import make_plan
 from gprune.models.blocks import blocks_of
+from gprune.models.experts import EXPERTS_PER_TOKEN
 from gprune.models.losses import next_token_losses
 from tests.tiny_families import make_tiny
 

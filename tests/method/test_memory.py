@@ -83,10 +83,12 @@ def test_predicted_memory_peaks_are_within_25_percent_of_measured_ones(flags, tm
     cfg = parse(world.args(tmp_path / "runs", *args, "--distill.tokens=3072", *short, *flags))
     with tiny_run.isolated(tmp_path / "cache"), live:
         gprune.prune(cfg)
-    expected = {"calibrate": measured["calibrate"], "recover": max(measured["shrink"], measured["evaluate"])}
-    expected |= {"learn": measured["thresholds"]} if cfg.learns else {}
+    # Controls are recovered inside the step "evaluate".
+    peaks = {"calibrate": measured["calibrate"], "recover": max(measured["shrink"], measured["evaluate"])}
+    peaks |= {"learn": measured["thresholds"]} if cfg.learns else {}
     predicted = {step: sum(terms) for step, terms in estimated_peaks(make_plan(cfg)).items()}
-    assert {name: predicted[name] for name in expected} == pytest.approx(expected, rel=0.25)
+    assert {name: predicted[name] for name in peaks} == pytest.approx(peaks, rel=0.25)
+    # Perplexity needs less memory than the highest peak, so a dry run never warns of it.
     assert predicted["evaluate"] <= max(measured.values())
 
 

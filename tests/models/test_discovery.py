@@ -404,6 +404,7 @@ def test_a_command_line_run_prunes_and_reloads_a_discovered_type(model_type, cor
     checks = json.loads((tmp_path / "run" / "manifest.json").read_text())["logits"]
     assert checks["sliced_minus_reloaded"] == 0.0
     assert checks["masked_minus_sliced"] <= 1e-4
+    # qwen3_next has a target of 20 % of all parameters; the others lose half of the scope, over 10 % of the model.
     left = result.summary["parameters_after"] / result.summary["parameters_before"]
     assert left <= (0.8 if model_type == "qwen3_next" else 0.9)
 

@@ -59,7 +59,7 @@ def test_only_sensitive_and_weak_modules_switch_unless_all_or_none_are_to_switch
     assert block.switched.tolist() == switched
     # The compared values are part of the result.
     assert block.size.tolist() == [10] * 4
-    for values, recorded in ((score, block.score), (drift, block.sensitivity), (floor, block.noise)):
+    for values, recorded in ((score, block.score), (drift, block.sensitivity), (floor, block.noise_floor)):
         np.testing.assert_allclose(recorded.numpy(), values)
 
 

@@ -422,7 +422,7 @@ def test_a_run_recovers_its_controls_within_the_planned_tokens(world, tmp_path):
     assert changed == {f"model.layers.{i}.{paths[part]}.weight" for i, parts in enumerate(solved) for part in parts}
     assert "recovery `least_squares_sequential`" in (tmp_path / "run/model/README.md").read_text()
     # Tokens of forward passes are counted and planned.
-    plan = preparation.check(result.config)
+    plan = preparation.make_plan(result.config)
     step = read_json(tmp_path / "run/manifest.json")["steps"]["shrink"]
     tokens = 3 * 4 * 32  # of three corpora with four windows of 32 tokens
     # One pass of the dense model, and one pass of a pruned layer (of three) per projection. Another pass gives the
@@ -430,7 +430,7 @@ def test_a_run_recovers_its_controls_within_the_planned_tokens(world, tmp_path):
     outputs_needed = sum("down" not in parts for parts in solved[:-1])
     passed = tokens + tokens * (sum(map(len, solved)) + outputs_needed) // 3
     assert step["forward_tokens"] == passed + SAMPLE_TOKENS  # one short text, with which factors are measured
-    none = preparation.check(parse(world.args(tmp_path, FLAGS[1])))
+    none = preparation.make_plan(parse(world.args(tmp_path, FLAGS[1])))
     assert plan.forward_tokens == none.forward_tokens + 3 * (4 * tokens + 3 * 2 * 32)
     assert result.summary["forward_tokens"] <= plan.forward_tokens
 
