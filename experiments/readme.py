@@ -135,7 +135,7 @@ def drawn() -> Figure:
     for axes, title, place in (
         (smollm2, "SmolLM2-135M", "upper left"),
         (gemma, "Gemma-3-270M", "upper left"),
-        (tokens, "Half removed, then trained (SmolLM2, if not named)", "center left"),
+        (tokens, "Half removed, then trained", "center left"),
     ):
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_ylabel("perplexity on unseen text, times dense")
