@@ -47,7 +47,7 @@ from gprune.errors import UserError, optional_output
 from gprune.evaluation.perplexity import perplexity
 from gprune.export.hf import to_portable
 from gprune.features import attribute
-from gprune.importance.metrics import EXPERT_IMPORTANCE, IMPORTANCE
+from gprune.importance.metrics import IMPORTANCE
 from gprune.importance.scores import (
     Scores,
     ffn_weights,
@@ -279,7 +279,7 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Sco
     """Step 2: stage -> importance of every unit by the base metric, on the corpora of `RunConfig.scored_on`."""
     run.step(2, "Scoring")
     cfg = run.cfg
-    experts = next((name for registry, name in cfg.entries if registry is EXPERT_IMPORTANCE), "")  # if in scope
+    experts = cfg.sparsity.expert_metric if "experts" in cfg.sparsity.scope else ""
 
     @functools.cache
     def score_on(*corpora: str) -> Scores:

@@ -16,7 +16,7 @@ from gprune.export.convert import FORMATS, export, format_named
 from gprune.export.hf import check_reload, save_pruned
 from gprune.method.recover import placement, prune_and_recover
 from gprune.method.run import Run
-from gprune.models.agreement import LOGIT_LIMIT, compare, random_masks
+from gprune.models.agreement import LOGIT_LIMIT, Difference, compare, random_masks
 from gprune.models.families import record_of
 from gprune.models.losses import iter_logits
 from gprune.models.masks import Masks, masked
@@ -113,9 +113,8 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
         raise UserError(
             f"{subject} must differ by {limit:.2e} or less; got {perplexity_difference:.2e}. Please report this model."
         )
-    measured = difference.largest if dtype == torch.float32 else difference.rms
-    if has_routers(run):
-        measured = difference.typical
+    is_exact = dtype == torch.float32 and not has_routers(run)
+    measured = difference.largest if is_exact else size_of(run, difference)
     if not measured <= limit:
         subject = "Logits of the sliced and the masked model"
         raise UserError(f"{subject} must differ by {limit:.2e} or less; got {measured:.2e}. Please report this model.")
@@ -145,7 +144,7 @@ def check_discovered_structure(run: Run) -> None:
     reference = masked_logits(run.model, masks, ids).to(sliced_logits.device)
     difference = compare(reference, sliced_logits)
     limit = LOGIT_LIMIT[getattr(torch, run.cfg.model.dtype)] * difference.std
-    measured = difference.typical if has_routers(run) else difference.rms
+    measured = size_of(run, difference)
     if not measured <= limit:
         raise UserError(
             f"Model type '{run.model.config.model_type}' cannot be pruned: its structure, found on a tiny copy, does "
@@ -165,6 +164,11 @@ def checked_tokens(run: Run) -> Tensor:
     if has_routers(run) and ids.shape[1] >= 16:
         return ids[:, : ids.shape[1] // 16 * 16].view(-1, 16)
     return ids
+
+
+def size_of(run: Run, difference: Difference) -> float:
+    """Return the root mean square of a difference; for mixtures of experts that of a typical token."""
+    return difference.typical if has_routers(run) else difference.rms
 
 
 def has_routers(run: Run) -> bool:

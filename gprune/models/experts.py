@@ -219,6 +219,11 @@ def least_experts(config: PreTrainedConfig, experts: int) -> tuple[int, int]:
     return groups, min(max(2, -(-needed // min(chosen, groups))), experts // groups)
 
 
+def why_experts_stay(block: Block) -> str:
+    """Return why experts of a block cannot be removed as a whole; empty if they can."""
+    return "" if block.family.per_expert else block.family.whole_experts or "its router is unknown"
+
+
 def kept_experts(block: Block, keep: Tensor) -> Tensor:
     """Return which experts of a block keep neurons, (E,) bool, from the keep mask of its neurons, (E x N,)."""
     return keep.view(block.experts, -1).any(1)

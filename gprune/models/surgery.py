@@ -32,7 +32,7 @@ from transformers.cache_utils import CacheLayerMixin
 from gprune.errors import UserError
 from gprune.models.blocks import Block, Slice, blocks_of, by_layer, sizes_of_layer
 from gprune.models.copies import copy_without_hooks, skeleton, turn_off_rescaling
-from gprune.models.experts import kept_experts, least_experts
+from gprune.models.experts import kept_experts, least_experts, why_experts_stay
 from gprune.models.families import decoder_layers, decoder_of, record_of, refuse_quantised
 from gprune.models.masks import Masks
 from gprune.models.modeling_pruned import experts_aligned, find_parent, set_layer_sizes, update_linear_sizes
@@ -332,8 +332,7 @@ def _check_experts(block: Block, keep: Tensor, config: PreTrainedConfig) -> None
     if len(counts) < 2:
         return
     name = f"Experts of block {block.index} (model type '{config.model_type}')"
-    if not block.family.per_expert:
-        why = block.family.whole_experts or "its router is unknown"
+    if why := why_experts_stay(block):
         raise UserError(f"{name} cannot be removed as a whole: {why}.")
     groups, least = least_experts(config, block.experts)
     kept_by_group = kept_experts(block, keep).view(groups, -1).sum(1).tolist()

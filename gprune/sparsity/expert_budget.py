@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gprune.importance.scores import Scores
 from gprune.models.blocks import Block
-from gprune.models.experts import experts_per_token, least_experts
+from gprune.models.experts import experts_per_token, least_experts, why_experts_stay
 from gprune.sparsity.budget import BlockUnits, Budget
 from gprune.sparsity.cost import BlockCosts
 
@@ -37,12 +37,10 @@ class RouterRule:
         if not block.has_experts:
             return cls()
         groups, least = least_experts(config, block.experts)
-        needed, why_not = experts_per_token(config.get_text_config(decoder=True)), ""
-        if not block.family.per_expert:
-            why_not = block.family.whole_experts or "its router is unknown"
-        elif needed is None:
+        needed, why_not = experts_per_token(config.get_text_config(decoder=True)), why_experts_stay(block)
+        if not why_not and needed is None:
             why_not = "its configuration does not tell how many experts a token needs"
-        elif needed >= block.experts:
+        if not why_not and needed >= block.experts:
             why_not = f"its router chooses all {block.experts} experts"
         return cls(block.experts, groups, least, why_not)
 
