@@ -186,7 +186,7 @@ class Budget:
     # Hooks of `expert_budget.ExpertBudget`. Without whole experts in scope they change nothing.
 
     def ranked_by(self, scores: Any) -> Budget:
-        """Return the budget for a stage with these `importance.scores.Scores`, which choose what is removed whole."""
+        """Return the budget for a variant with these `importance.scores.Scores`, which choose what is removed whole."""
         return self
 
     @property
