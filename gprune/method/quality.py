@@ -152,7 +152,7 @@ class Trials:
     def search(
         self, row: ResultRow, masks_of: VariantMasks, *, after: SearchResult | None = None, resolution: int = 1
     ) -> SearchResult:
-        """Search the largest cut of a row of the result table that keeps the quality, from the result of another search.
+        """Search the largest cut of a row of the result table that keeps the quality, from another search.
 
         The search ends within `resolution` cuts of one that does not keep the quality.
         """
