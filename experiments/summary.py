@@ -32,7 +32,7 @@ from gprune.runs.numbers import by_row
 from gprune.runs.results import FinishedRun
 from gprune.studies.archive import finished_record, row_to_run
 from gprune.studies.listing import Listing
-from gprune.studies.study import stage_ratios
+from gprune.studies.study import pair_ratios
 
 HERE = Path(__file__).resolve().parent
 DENSE = ("dense", "none")
@@ -140,7 +140,7 @@ def over_base() -> Lines:
 def parts() -> list[tuple[str, Estimate]]:
     """Perplexity of the headline's rows relative to the unrecovered base, pooled over seeds."""
     runs = runs_of("headline.yaml")
-    by_part = [(label, stage_ratios(runs, stage, "base: base")) for stage, label in PARTS.items()]
+    by_part = [(label, pair_ratios(runs, stage, "base: base")) for stage, label in PARTS.items()]
     return [("the base metric", Estimate(1.0))] + [(label, pool_estimates(of)) for label, of in by_part if of]
 
 

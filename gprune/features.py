@@ -41,12 +41,12 @@ class Feature:
         `plan.skeleton` is the dense model without weights; `plan.cfg` and `plan.budget` are set.
         """
 
-    def budget_of(self, pricing: Any) -> Any:
-        """Return the function that makes the budget instead of `Budget.of`, or None; UserError if that is impossible.
+    def budget_of(self, pricing: Any, make: Any) -> Any:
+        """Return the function that makes the budget with this feature, from `make`. UserError if that is impossible.
 
-        `pricing` is a `method.plan.Pricing`.
+        `make` is a functools.partial of `Budget.of`. `pricing` is a `method.plan.Pricing`.
         """
-        return None
+        return make
 
     def limit_budget(self, budget: Any) -> Any:
         """Return the budget, limited to what this feature can remove. UserError if that is impossible."""

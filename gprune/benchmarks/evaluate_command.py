@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gprune.benchmarks.engines import ENGINES
-from gprune.benchmarks.settings import SPEED, Benchmarks, parse_benchmarks, parse_engines
+from gprune.benchmarks.settings import Benchmarks, parse_benchmarks, parse_engines
 from gprune.console import Parser, process_index, quiet, write_stdout
 from gprune.errors import UserError
 from gprune.storage.paths import expanded
@@ -79,7 +79,7 @@ def run(args: Sequence[str]) -> str:
     options = vars(parser().parse_args(args))
     models, dense, output, engine = (options.pop(name) for name in ("model", "dense", "output", "engine"))
     benchmarks, choices = parse_benchmarks(**options), parse_engines(engine)
-    if choices and SPEED not in benchmarks.tasks:
+    if choices and not benchmarks.alternates:
         raise UserError("--engine needs --tasks speed.")
     quiet()
     from gprune.benchmarks.measurement import UnmeasuredTasksError, evaluate
@@ -93,7 +93,7 @@ def run(args: Sequence[str]) -> str:
         from gprune.benchmarks.serving import evaluate_engines
 
         records, paths = evaluate_engines(models, choices, benchmarks, dense=dense, output=file)
-        tasks = tuple(task for task in tasks if task != SPEED)
+        tasks = benchmarks.tasks_by_model
     for model in models if tasks else ():
         try:
             measured, path = evaluate(model, replace(benchmarks, tasks=tasks), dense=dense, output=file)

@@ -63,7 +63,7 @@ class UnmeasuredTasksError(UserError):
 
 def check_tasks(benchmarks: Benchmarks, *, rows: bool = False) -> None:
     """Raise UserError if the tasks need lm_eval and it is not installed. With `rows`, load each task too."""
-    names = [name for name in benchmarks.tasks if name not in (*TEXTS, SPEED)]
+    names = [name for name in benchmarks.tasks_by_model if name not in TEXTS]
     if names:
         require_lm_eval()
     with quieted("lm_eval", stderr=not sys.stderr.isatty()):
@@ -137,7 +137,7 @@ def _evaluate(
     target = find_target(model, benchmarks, dense=dense, output=output, loading=placed.loading)
     subjects = target.subjects if pruned else target.subjects[:1]
     records: list[dict[str, Any]] = []
-    tasks = with_groups(task for task in benchmarks.tasks if task != SPEED)
+    tasks = with_groups(benchmarks.tasks_by_model)
     unmeasured: dict[str, TaskError] = {}
     for subject in subjects if tasks else ():
         loaded_model, tokenizer = subject.load()
@@ -239,7 +239,7 @@ def find_subjects(
         if path.is_dir() and not (path / "config.json").is_file():
             raise UserError(f"'{name}' must be a run (manifest.json) or a model folder (config.json); got neither.")
         about = {"model": model_label(name), "stage": "model", "recovery": None, "sparsity": None, "scope": None}
-        settings = {"dtype": getattr(torch, dtype or "float32"), "trust_remote_code": trust_remote_code, **loading}
+        settings = {"dtype": dtype or "float32", "trust_remote_code": trust_remote_code, **loading}
         return [Subject(about, lambda: load_model(name, **settings))], None, None
     run = read_numbers(path)
     settings, label = run.settings, model_label(run.settings["model"]["name"])
@@ -281,7 +281,7 @@ def _load_verified(
     dtype: torch.dtype, **options: Any,
 ) -> Loaded:  # fmt: skip
     """Load a model and its tokenizer, and check that the weights are those that a run has used."""
-    model, tokenizer = load(name, dtype=getattr(torch, settings["model"]["dtype"]), **options)
+    model, tokenizer = load(name, dtype=settings["model"]["dtype"], **options)
     if fingerprint(model) != expected:
         raise UserError(f"Cannot evaluate '{name}': it has other weights than {what}. Repeat the run.")
     if model.dtype != dtype:

@@ -85,6 +85,11 @@ class Benchmarks:
         """Whether a task is measured on the pruned and the dense model in alternation."""
         return SPEED in self.tasks
 
+    @property
+    def tasks_by_model(self) -> tuple[str, ...]:
+        """The other tasks, which are measured on one model after another."""
+        return tuple(task for task in self.tasks if task != SPEED)
+
 
 def parse_benchmarks(**settings: Any) -> Benchmarks:
     """Build `Benchmarks` from settings. Numbers may be given as text. Raise UserError for invalid settings."""

@@ -62,13 +62,13 @@ def error_corpora(cfg: Any) -> dict[str, list[str]]:
     """
     if not cfg.measures_errors:
         return {}
-    stages = {stage for stage, _ in cfg.rows}
+    variants = {variant for variant, _ in cfg.rows}
     # Without the control `averaged`, the sparsity at which thresholds are learned is found with masks of `base`.
-    base_starts_learning = cfg.learns and bool(cfg.trials) and "averaged" not in stages
+    base_starts_learning = cfg.learns and bool(cfg.trials) and "averaged" not in variants
     corpora = {}
-    if "base" in stages or base_starts_learning:
+    if "base" in variants or base_starts_learning:
         corpora["base"] = cfg.scored_on["base"]
-    if "averaged" in stages:
+    if "averaged" in variants:
         corpora["averaged"] = cfg.scored_on["averaged"]
     if cfg.gprune:
         corpora["modules"] = cfg.corpora.drift

@@ -239,8 +239,8 @@ class RunConfig(Group):
         return cfg
 
     @property
-    def main_stage(self) -> str:
-        """Stage of the run's main row: `gprune`, or with `--gprune false` `base`, or `averaged` for several corpora."""
+    def main_variant(self) -> str:
+        """Variant of the main row: `gprune`, or with `--gprune false` `base`, or `averaged` for several corpora."""
         if self.gprune:
             return "gprune"
         return "base" if len(self.corpora.scored) == 1 else "averaged"
@@ -253,8 +253,8 @@ class RunConfig(Group):
 
     @property
     def own_row(self) -> tuple[str, str]:
-        """(stage, recovery) of the run's main row; all other rows are controls."""
-        return self.main_stage, self.recovery
+        """(variant, recovery) of the run's main row; all other rows are controls."""
+        return self.main_variant, self.recovery
 
     @property
     def processes(self) -> int:
@@ -347,23 +347,23 @@ class RunConfig(Group):
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """(stage, recovery) of every row of the result table after `dense`."""
+        """(variant, recovery) of every row of the result table after `dense`."""
         controls = self.evaluation.controls
-        before = {"base": (), "averaged": ("base",), "gprune": ("base", "averaged")}[self.main_stage]
-        stages = [*(name for name in before if name in controls), self.main_stage]
+        before = {"base": (), "averaged": ("base",), "gprune": ("base", "averaged")}[self.main_variant]
+        variants = [*(name for name in before if name in controls), self.main_variant]
         recoveries = [self.recovery]
         if self.recovery != "none" and "unrecovered" in controls:
             recoveries = ["none", self.recovery]
-        return [(stage, recovery) for recovery in recoveries for stage in stages]
+        return [(variant, recovery) for recovery in recoveries for variant in variants]
 
     @property
     def scored_on(self) -> dict[str, list[str]]:
-        """Stage -> the corpora on whose pooled statistics its units are scored."""
-        scored, needed = self.corpora.scored, {stage for stage, _ in self.rows}
+        """Variant -> the corpora on whose pooled statistics its units are scored."""
+        scored, needed = self.corpora.scored, {variant for variant, _ in self.rows}
         if self.gprune:
             needed.add("base")  # learning starts from its masks
         corpora = {"base": scored[:1], "averaged": self.corpora.drift if self.gprune else scored, "gprune": scored}
-        return {stage: names for stage, names in corpora.items() if stage in needed}
+        return {variant: names for variant, names in corpora.items() if variant in needed}
 
     @property
     def evaluates_early(self) -> bool:
@@ -476,7 +476,7 @@ class RunConfig(Group):
 
     @property
     def run_name(self) -> str:
-        """`--run.name`, or by default MODEL-STAGE-METRIC-TARGET-HASH.
+        """`--run.name`, or by default MODEL-VARIANT-METRIC-TARGET-HASH.
 
         HASH is the start of the SHA-256 of `settings()`. Names of models are cut to 100 characters.
         """
@@ -486,7 +486,7 @@ class RunConfig(Group):
         model = os.path.basename(os.path.normpath(self.model.name))[:100]
         target = self.sparsity.target
         target_text = f"{target:g}" if isinstance(target, float) else target.replace("%", "pct")
-        return f"{model}-{self.main_stage}-{self.metrics}-{target_text}-{digest}"
+        return f"{model}-{self.main_variant}-{self.metrics}-{target_text}-{digest}"
 
 
 def _identifying(group: Group, settings: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:

@@ -122,14 +122,12 @@ def find_model_folder(run_or_folder: str | Path) -> Path:
 
 def load_folder(folder: Path, *, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in a dtype (auto: that of its files), and its tokenizer, without running code of the folder."""
-    import torch
-
     from gprune.discovery import family_of
     from gprune.models.loading import load_model, read_config
 
     try:
         family_of(read_config(str(folder)))  # refuses an unknown type before its weights are loaded
-        model, tokenizer = load_model(str(folder), dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        model, tokenizer = load_model(str(folder), dtype=dtype)
         family_of(model)
         require_finite("weight was read", *model.parameters())
     except UserError as error:

@@ -27,7 +27,7 @@ from gprune.recoveries import recovery_learns, recovery_needs
 from gprune.report.tables import result_table
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import DENSE, ResultRow, row_name
-from gprune.runs.results import STAGES
+from gprune.runs.results import PRUNED_VARIANTS
 from gprune.storage.environment import model_versions
 from gprune.storage.files import Cache, key_of, write_json
 
@@ -182,18 +182,18 @@ def as_record(
 ) -> dict[str, Any]:
     """Return a perplexity as a record of `metrics.json`, with its evaluation protocol."""
     cfg = run.cfg
-    stage, recovery = row
+    variant, recovery = row
     chain = recovery.split("+")
     recovery_settings = {
         name: dict(options) if name in chain else None for name, options in cfg.recovery_settings.items()
     }
     return {
-        "stage": stage,
-        **_pruning_settings(cfg, stage),
+        "stage": variant,
+        **_pruning_settings(cfg, variant),
         "recovery": recovery,
         "ridge": cfg.ridge if recovery_needs(recovery) else None,
         **recovery_settings,
-        "sparsity": run.budget.sparsity if stage in STAGES else 0.0,
+        "sparsity": run.budget.sparsity if variant in PRUNED_VARIANTS else 0.0,
         "scope": cfg.sparsity.scope,
         **({} if cfg.sparsity.currency == "parameters" else {"cost": cfg.sparsity.currency}),
         "model": model_label(cfg.model.name),
@@ -215,20 +215,20 @@ def as_record(
     }
 
 
-def _pruning_settings(cfg: RunConfig, stage: str) -> dict[str, Any]:
-    """Return the settings by which the masks of a stage were made. Settings that it does not use are None."""
+def _pruning_settings(cfg: RunConfig, variant: str) -> dict[str, Any]:
+    """Return the settings by which the masks of a variant were made. Settings that it does not use are None."""
     settings = {"importance": None, "allocation": None, "partition": None, "switch": None, "switch_to": None}
     settings |= {"switch_everywhere": None, "learn": None, "learn_samples": None}
-    if stage in STAGES:
+    if variant in PRUNED_VARIANTS:
         settings["importance"] = cfg.metrics
         settings["allocation"] = cfg.base_allocation
-    if stage == "gprune":
+    if variant == "gprune":
         settings["allocation"] = cfg.sparsity.allocation
         settings["partition"] = cfg.partition.method
         settings["switch"] = cfg.reliability.switch and len(cfg.corpora.drift) > 1
         settings["switch_to"] = cfg.reliability.metric
         settings["switch_everywhere"] = cfg.reliability.everywhere
-    if stage == "gprune" and cfg.learns:
+    if variant == "gprune" and cfg.learns:
         sparsity_settings = cfg.settings()["sparsity"]
         settings["learn"] = {name: value for name, value in sparsity_settings.items() if name in LEARNING_SETTINGS}
         settings["learn_samples"] = cfg.corpora.learn_samples or cfg.corpora.num_samples

@@ -40,8 +40,8 @@ def load_dense(cfg: RunConfig, device: torch.device) -> tuple[PreTrainedModel, P
     """
     m = cfg.model
     log.info("Loading %s", m.name)
-    settings = m.model_dump(include={"device_map", "max_memory", "trust_remote_code"})
-    model, tokenizer = load_model(m.name, dtype=getattr(torch, m.dtype), **settings)
+    settings = m.model_dump(include={"dtype", "device_map", "max_memory", "trust_remote_code"})
+    model, tokenizer = load_model(m.name, **settings)
     family_of(model)
     check_backward(cfg, model)
     if cfg.export.format == "gguf":

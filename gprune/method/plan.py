@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -83,13 +83,11 @@ class Pricing:
             raise UserError(
                 f"--export.type q8_0 needs --sparsity.width_multiple 32 or a multiple of 32; got {multiple}."
             )
-        block_share = s.block_share if "blocks" in s.scope else 0.0
-        makers = [make for feature in self.cfg.features if (make := attribute(feature, "budget_of")(self))]
-        make_budget = makers[0] if makers else Budget.of
+        make_budget = partial(Budget.of, uniform=s.uniform_width, outside=outside)
+        for feature in self.cfg.features:
+            make_budget = attribute(feature, "budget_of")(self, make_budget)
         try:
-            return make_budget(
-                units, s.target, multiple, uniform=s.uniform_width, block_share=block_share, outside=outside
-            )
+            return make_budget(units, s.target, multiple)
         except UserError as error:
             if s.currency == "bytes" and (narrower := self.narrower_export):
                 raise UserError(f"{error} {narrower}.") from error

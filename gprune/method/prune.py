@@ -85,7 +85,7 @@ from gprune.runs.tracking import log_scalars
 from gprune.runs.trainer import check_trainer, launch_processes
 from gprune.sparsity.allocation import ALLOCATION, checked_masks, checked_pair
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.masks import StageMasks
+from gprune.sparsity.masks import VariantMasks
 from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
 from gprune.sparsity.whole_blocks import choose_blocks, removed_layers
 from gprune.stages.callbacks import ApplyMasks, PerplexityCurve
@@ -132,7 +132,7 @@ def prune(
         statistics = calibrate(run)  # 1
         scores = score(run, statistics)  # 2
         run = remove_blocks(run, statistics)
-        masks_of = base_masks(run, statistics, scores)  # stage -> masks as a function of the budget
+        masks_of = base_masks(run, statistics, scores)  # variant -> masks as a function of the budget
         if cfg.gprune:
             drift = measure_drift(run, statistics)  # 3
             labels = partition(run, drift)  # 4, 5
@@ -142,7 +142,7 @@ def prune(
         thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:
             evaluate(run, statistics, masks)  # all rows without recovery
-        final_masks = masks[cfg.main_stage]
+        final_masks = masks[cfg.main_variant]
         run.step(9, "Pruning" if cfg.recovery == "none" else "Pruning and recovering")
         with run.folder.step("shrink"):
             pruned = prune_and_recover(run, final_masks, statistics)
@@ -276,7 +276,7 @@ def collect_statistics(
 
 
 def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Scores]:
-    """Step 2: stage -> importance of every unit by the base metric, on the corpora of `RunConfig.scored_on`."""
+    """Step 2: variant -> importance of every unit by the base metric, on the corpora of `RunConfig.scored_on`."""
     run.step(2, "Scoring")
     cfg = run.cfg
     experts = cfg.sparsity.expert_metric if "experts" in cfg.sparsity.scope else ""
@@ -288,10 +288,10 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Sco
             cfg.importance, run.blocks, pooled, seed=cfg.run.seed, attention=cfg.attention, experts=experts
         )
 
-    scores = {stage: score_on(*corpora) for stage, corpora in cfg.scored_on.items()}
-    scored = [statistics[corpus] for corpus in cfg.scored_on[cfg.main_stage]]
+    scores = {variant: score_on(*corpora) for variant, corpora in cfg.scored_on.items()}
+    scored = [statistics[corpus] for corpus in cfg.scored_on[cfg.main_variant]]
     for feature in cfg.features:
-        attribute(feature, "after_scoring")(run, scores[cfg.main_stage], scored)
+        attribute(feature, "after_scoring")(run, scores[cfg.main_variant], scored)
     return scores
 
 
@@ -321,22 +321,22 @@ def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
 
 def base_masks(
     run: Run, statistics: Mapping[str, CorpusStatistics], scores: Mapping[str, Scores]
-) -> dict[str, StageMasks]:
-    """Return stage -> masks of the base metric, with sparsity allocated by `--sparsity.allocation` (or `.start`)."""
+) -> dict[str, VariantMasks]:
+    """Return variant -> masks of the base metric, with sparsity allocated by `--sparsity.allocation` (or `.start`)."""
     cfg, masks_of = run.cfg, {}
-    for stage, corpora in cfg.scored_on.items():
-        if stage != "gprune" and (not cfg.measures_errors or stage in error_corpora(cfg)):
-            masks_of[stage] = allocated_masks(run, stage, scores[stage], statistics, corpora)
+    for variant, corpora in cfg.scored_on.items():
+        if variant != "gprune" and (not cfg.measures_errors or variant in error_corpora(cfg)):
+            masks_of[variant] = allocated_masks(run, variant, scores[variant], statistics, corpora)
     return masks_of
 
 
 def allocated_masks(
     run: Run, name: str, scores: Scores, statistics: Mapping[str, CorpusStatistics], corpora: Sequence[str]
-) -> StageMasks:
+) -> VariantMasks:
     """Return masks by scores, with sparsity allocated to blocks by `--sparsity.allocation` (or `.start`)."""
     cfg = run.cfg
     of_corpora = [statistics[corpus] for corpus in corpora]
-    return StageMasks(
+    return VariantMasks(
         allocation=cfg.base_allocation,
         options=typed_options(ALLOCATION[cfg.base_allocation], cfg.sparsity.options),
         blocks=run.blocks,
@@ -554,8 +554,8 @@ def fallback_ranks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> list
 
 def learn_sparsity(
     run: Run, statistics: Mapping[str, CorpusStatistics], scores: Scores, modules: Modules,
-    masks_of: Mapping[str, StageMasks],
-) -> StageMasks:  # fmt: skip
+    masks_of: Mapping[str, VariantMasks],
+) -> VariantMasks:  # fmt: skip
     """Step 7: compute or learn thresholds per module, which give masks for any budget."""
     run = with_learning_budget(run, statistics, masks_of)  # no-op unless the target is a quality
     name = run.cfg.sparsity.allocation
@@ -577,7 +577,7 @@ def learn_sparsity(
     return replace(masks, learned=ModuleSparsity.from_tensors(tensors))
 
 
-def fit_thresholds(run: Run, masks: StageMasks) -> ModuleSparsity:
+def fit_thresholds(run: Run, masks: VariantMasks) -> ModuleSparsity:
     """Fit the learner of step 7, and return what it has learned.
 
     Its masks are applied whenever development perplexity is measured. If there is development text, perplexity is also
@@ -645,10 +645,10 @@ def _learned_sparsity(
 # Step 8: budget
 
 
-def meet_budget(run: Run, masks_of: Mapping[str, StageMasks]) -> tuple[Thresholds | None, dict[str, Masks]]:
-    """Step 8: return the thresholds of modules, if there are any, and masks of all stages that meet the budget."""
+def meet_budget(run: Run, masks_of: Mapping[str, VariantMasks]) -> tuple[Thresholds | None, dict[str, Masks]]:
+    """Step 8: return the thresholds of modules, if there are any, and masks of all variants that meet the budget."""
     run.step(8, "Meeting the budget")
-    masks = {stage: masks_at(run.budget) for stage, masks_at in masks_of.items()}
+    masks = {variant: masks_at(run.budget) for variant, masks_at in masks_of.items()}
     if "gprune" not in masks_of:
         return None, masks
     of_modules = masks_of["gprune"]

@@ -34,7 +34,7 @@ from gprune.recoveries import recovery_learns
 from gprune.runs.folder import broadcast
 from gprune.runs.numbers import ResultRow, row_name
 from gprune.sparsity.budget import Budget
-from gprune.sparsity.masks import StageMasks
+from gprune.sparsity.masks import VariantMasks
 from gprune.sparsity.search import SearchResult, find_largest_cut
 from gprune.sparsity.target import LEARNED_TRIES, TRIES, Target
 from gprune.storage.files import content_hash, read_json, write_json
@@ -150,9 +150,9 @@ class Trials:
         return paired_ratio(by_corpus(results), by_corpus(self.dense), predicted_tokens)
 
     def search(
-        self, row: ResultRow, masks_of: StageMasks, *, after: SearchResult | None = None, resolution: int = 1
+        self, row: ResultRow, masks_of: VariantMasks, *, after: SearchResult | None = None, resolution: int = 1
     ) -> SearchResult:
-        """Search the largest cut of a row (stage, recovery) that keeps the quality, from the result of another search.
+        """Search the largest cut of a row of the result table that keeps the quality, from another search.
 
         The search ends within `resolution` cuts of one that does not keep the quality.
         """
@@ -175,7 +175,7 @@ class Trials:
 
 
 def with_learning_budget(
-    run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, StageMasks]
+    run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, VariantMasks]
 ) -> Run:
     """Return the run with the budget at which thresholds are learned; the same run if the target is not a quality.
 
@@ -194,7 +194,7 @@ def with_learning_budget(
 
 
 def with_quality_budget(
-    run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, StageMasks]
+    run: Run, statistics: Mapping[str, CorpusStatistics], masks_of: Mapping[str, VariantMasks]
 ) -> Run:
     """Return the run with the largest budget that keeps the quality; the same run if the target is not a quality.
 
@@ -205,12 +205,12 @@ def with_quality_budget(
     if requested_rise(cfg) is None:
         return run
     run.step(8, "Finding the share that keeps the quality")
-    masks_at = masks_of[cfg.main_stage]
+    masks_at = masks_of[cfg.main_variant]
     if masks_at.for_one_budget:
         reason = "the masks of a quality target must follow from its thresholds"
         raise UserError(f"--sparsity.learner {s.learner} needs a share such as 0.3 as target: {reason}.")
     trials = Trials(run, statistics)
-    untrained_row = (cfg.main_stage, cfg.training_free_recovery)
+    untrained_row = (cfg.main_variant, cfg.training_free_recovery)
     search = trials.search(untrained_row, masks_at)
     if untrained_row != cfg.own_row:
         search = trials.search(cfg.own_row, masks_at, after=search)

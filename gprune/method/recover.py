@@ -106,7 +106,7 @@ def _slice_to_files(run: Run, masks: Masks, revise: Revise | None, load_argument
         folder = removal.enter_context(offload_folder())
         save_pruned(slice_to_files(run.model, masks, folder / "blocks", revise), None, folder / "model")
         shutil.rmtree(folder / "blocks")
-        pruned = load_weights(folder / "model", dtype=getattr(torch, run.cfg.model.dtype), **load_arguments)
+        pruned = load_weights(folder / "model", dtype=run.cfg.model.dtype, **load_arguments)
         attach_record(pruned, record_of(run.model))
         weakref.finalize(pruned, removal.pop_all().close)
     return pruned
@@ -133,6 +133,7 @@ def fit_once(
     """
     call_numbers, c, t = itertools.count(), run.cfg.corpora, run.cfg.trainer
     logged_row = row[0] if trial is None else f"{row[0]} trial {trial + 1}"
+    of = "trial" if trial is not None else "control" if control else "main"
 
     def fit(
         what: str, stage: L.LightningModule, *, batch_size: int | None = None, clip: float | None = None,
@@ -154,8 +155,8 @@ def fit_once(
             run.fit(
                 name, what, stage, run.text.fresh or [run.text.train[corpus] for corpus in c.recover],
                 batch_size=batch_size, max_epochs=1, gradient_clip_val=clip, accumulate_grad_batches=accumulate,
-                callbacks=[best] if best else [], strategy=strategy, row=logged_row,
-                control=control or trial is not None, trial=trial is not None, measured_after=0.25,
+                callbacks=[best] if best else [], strategy=strategy, row=logged_row, of=of,
+                measured_after=0.25,
             )  # fmt: skip
             if best:
                 best.load_best(stage)

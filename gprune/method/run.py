@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -52,6 +52,9 @@ from gprune.storage.yaml_text import to_yaml
 from gprune.user_code import code_of
 
 log = logging.getLogger("gprune")
+# A trial is a model of the search for a quality. Its tokens count as learned, like those of the run's main row, but
+# callbacks of the user keep the state of main models alone.
+TrainedModel = Literal["main", "control", "trial"]
 
 
 class TokenMeter:
@@ -181,8 +184,8 @@ class Run:
 
     def fit(
         self, name: str, what: str, stage: L.LightningModule, text: Sequence[Windows], *,
-        batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), row: str = "", control: bool = False,
-        trial: bool = False, role: str = "", measured_after: float = 1.0, **kwargs: Any,
+        batch_size: int | None = None, callbacks: Sequence[L.Callback] = (), row: str = "", of: TrainedModel = "main",
+        role: str = "", measured_after: float = 1.0, **kwargs: Any,
     ) -> tuple[L.Trainer, CorpusDataModule]:  # fmt: skip
         """Train a stage on text, from its last checkpoint if an earlier session left one.
 
@@ -197,8 +200,7 @@ class Run:
             batch_size: windows per batch; `--corpora.batch_size` by default.
             callbacks: in addition to those of the user and of the run.
             row: row of the result table, such as `gprune/least_squares+distill`, under which curves are logged.
-            control: whether the row is a control: callbacks of the user then keep no state.
-            trial: whether the model is one of the search for a quality, whose tokens count too.
+            of: the model that is trained, see `TrainedModel`.
             role: prefix of the stage's metrics, such as `learn`, which callbacks of the user may monitor.
             measured_after: share of an epoch between two measurements of development perplexity.
             kwargs: of the Trainer.
@@ -216,10 +218,10 @@ class Run:
             accumulate = kwargs.get("accumulate_grad_batches", 1)
             _, interval = t.validation_interval(windows, data.batch_size, measured_after, accumulate=accumulate)
             kwargs["val_check_interval"] = interval
-        if trial or not control:
+        if of != "control":
             learned = self.folder.manifest.get("learned_tokens", {})
             # Stages whose names have a slash recover a model; those of other trials recover other models.
-            earlier = [other for other in learned if other != name and not (trial and "/" in other)]
+            earlier = [other for other in learned if other != name and not (of == "trial" and "/" in other)]
             stage.tokens_before = sum(learned[other] for other in earlier)
         limit = t.limit_train_batches
         curves = StepCurves()
@@ -232,7 +234,10 @@ class Run:
         checkpoint = checkpoints.usable()
         if checkpoint is not None:
             log.info("Resuming from %s; steps that are repeated are counted once", checkpoint)
-        with self.folder.part(name, shared=True), row_metrics(self.loggers, row, curves_of(stage), control=control):
+        with (
+            self.folder.part(name, shared=True),
+            row_metrics(self.loggers, row, curves_of(stage), control=of != "main"),
+        ):
             if validates and checkpoint is None:
                 trainer.validate(stage, data, verbose=False)
             trainer.fit(stage, data, ckpt_path=checkpoint, weights_only=True)
@@ -240,9 +245,9 @@ class Run:
                 trainer.validate(stage, data, verbose=False)
         if getattr(stage, "in_float32", False):
             self.folder.update_manifest(fallbacks={name: "32-true, because a loss was not finite in bf16-mixed"})
-        if not control:
+        if of == "main":
             self.callbacks.keep_state()
-        if trial or not control:
+        if of != "control":
             self.folder.update_manifest(learned_tokens={name: getattr(stage, "tokens", curves.tokens)})
         return trainer, data
 

@@ -48,7 +48,7 @@ def save(run: Run, pruned: PreTrainedModel, masks: Mapping[str, Masks]) -> None:
         run.step(9, "Checking the pruned model")
         # The process that reloads the model has this precision of matrix products.
         with run.folder.step("save_and_check"), matmul_precision("highest"):
-            checks = check_slices(run, pruned, masks[cfg.main_stage])
+            checks = check_slices(run, pruned, masks[cfg.main_variant])
             if exports:
                 checks["sliced_minus_reloaded"] = export_and_reload(run, pruned)
         run.folder.update_manifest(logits=checks)
@@ -81,12 +81,12 @@ def export_and_reload(run: Run, pruned: PreTrainedModel) -> float:
 
 
 def save_masks(run: Run, masks: Mapping[str, Masks]) -> None:
-    """Write the masks of every stage. Raise UserError if an earlier session has written other masks."""
-    for name, stage_masks in masks.items():
+    """Write the masks of every variant. Raise UserError if an earlier session has written other masks."""
+    for name, of_variant in masks.items():
         earlier = run.folder.read(f"masks/{name}")
         if earlier is None:
-            run.folder.write(f"masks/{name}", stage_masks.tensors())
-        elif Masks.from_tensors(earlier) != stage_masks:
+            run.folder.write(f"masks/{name}", of_variant.tensors())
+        elif Masks.from_tensors(earlier) != of_variant:
             reason = "it has other masks, from another machine, number of threads or version"
             file = run.folder / f"masks/{name}.safetensors"
             raise UserError(f"Cannot resume with {file}: {reason}. Choose another --run.name, or remove the folder.")
@@ -96,7 +96,9 @@ def check_slices(run: Run, pruned: PreTrainedModel, masks: Masks) -> dict[str, f
     """Compare logits of the sliced model and of the masked dense model on the first evaluated window."""
     cfg, device, ids = run.cfg, device_of(run.model), checked_tokens(run)
     # Recovery changes weights, so the comparison uses the model before recovery.
-    unrecovered = pruned if cfg.recovery == "none" else prune_and_recover(run, masks, {}, row=(cfg.main_stage, "none"))
+    unrecovered = (
+        pruned if cfg.recovery == "none" else prune_and_recover(run, masks, {}, row=(cfg.main_variant, "none"))
+    )
     sliced_logits = unrecovered(input_ids=ids.to(device), use_cache=False).logits.float().to(device)
     of_windows = [logits for logits, _, _ in iter_logits(unrecovered, ids.to(device))]
     perplexity_logits = torch.cat(of_windows).float().to(device)

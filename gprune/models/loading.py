@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -165,14 +165,15 @@ def load_model(
 def load_weights(
     location: str | Path,
     *,
-    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device_map: str | None = None,
     max_memory: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a frozen causal language model from a folder or the hub, in eval mode.
 
-    Its structure is not known yet: `gprune.discovery.family_of(model)` finds it.
+    `dtype` may be a name such as bfloat16, or `auto` for that of the files. The model's structure is not known yet:
+    `gprune.discovery.family_of(model)` finds it.
 
     Offloaded weights are read from the files of the model. If weights need conversion, converted files are written to
     the cache, and removed with the model.

@@ -36,10 +36,10 @@ STYLE = matplotlib.rcParamsDefault | {  # ignores the user's matplotlibrc
     "text.parse_math": False,  # names of corpora and runs may have a $
 }  # fmt: skip
 LETTER_WIDTH = 0.08  # largest width of a letter in inches
-# Colour of each stage. base and averaged are equally light, so stages have different markers too.
+# Colour of each variant. base and averaged are equally light, so variants have different markers too.
 COLOURS = {"dense": "#999999", "base": "#E69F00", "averaged": "#56B4E9", "gprune": "#0072B2", "model": "#CC79A7"}
 MARKERS = {"base": "s", "averaged": "^", "gprune": "o", "model": "D"}
-OTHER_COLOUR = "#CC79A7"  # of other stages, and of what is not pruned
+OTHER_COLOUR = "#CC79A7"  # of other variants, and of what is not pruned
 # Colour, dashes and marker. Lightness decreases, so that lines can be distinguished in grey print.
 LINES = (
     ("#0072B2", "-", "o"), ("#E69F00", "--", "s"), ("#009E73", "-.", "^"), ("#D55E00", ":", "D"),
@@ -135,16 +135,16 @@ def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("png
     return paths
 
 
-def _comparable_stages(records: Sequence[Record]) -> list[ResultRow]:
-    """Return the stages other than dense that were measured on the dense model's windows."""
-    return [stage for stage in by_row(records) if stage != DENSE and on_same_windows(records, stage)]
+def _comparable_rows(records: Sequence[Record]) -> list[ResultRow]:
+    """Return the rows of the result table other than dense that were measured on the dense model's windows."""
+    return [row for row in by_row(records) if row != DENSE and on_same_windows(records, row)]
 
 
 @style()
 def perplexity_figure(records: Sequence[Record]) -> Figure:
-    """Figure of perplexity relative to dense by corpus and stage, with paired 95 % intervals; seen corpora first.
+    """Figure of perplexity relative to dense by corpus and row, with paired 95 % intervals; seen corpora first.
 
-    Stages with another tokenizer than the dense model's are left out, because their perplexity is of other tokens.
+    Rows with another tokenizer than the dense model's are left out, because their perplexity is of other tokens.
     """
     nll = by_row(records, "window_nll")
     dense_nll = nll["dense", "none"]
@@ -152,18 +152,18 @@ def perplexity_figure(records: Sequence[Record]) -> Figure:
     predicted_tokens = records[0]["seq_len"] - 1  # per window
     corpora = sorted(is_seen, key=lambda c: not is_seen[c])
     labels = corpus_labels(corpora)
-    stages = _comparable_stages(records)
+    rows = _comparable_rows(records)
     corpus_width = max(1.1, LETTER_WIDTH * max(map(len, labels.values())))  # inches
     figure, axes = canvas(3.2 + corpus_width * len(corpora), 3.4)
-    for i, (stage, recovery) in enumerate(stages):
-        stage_nll = nll[stage, recovery]
-        ratios = [Estimate(*paired_ratio({c: stage_nll[c]}, {c: dense_nll[c]}, predicted_tokens)) for c in corpora]
-        offset = (i - (len(stages) - 1) / 2) * 0.6 / len(stages)  # stages share 0.6 of a corpus' width
+    for i, (variant, recovery) in enumerate(rows):
+        row_nll = nll[variant, recovery]
+        ratios = [Estimate(*paired_ratio({c: row_nll[c]}, {c: dense_nll[c]}, predicted_tokens)) for c in corpora]
+        offset = (i - (len(rows) - 1) / 2) * 0.6 / len(rows)  # rows share 0.6 of a corpus' width
         x = np.arange(len(corpora)) + offset
-        colour = COLOURS.get(stage, OTHER_COLOUR)
+        colour = COLOURS.get(variant, OTHER_COLOUR)
         axes.errorbar(
             x, [ratio.value for ratio in ratios], yerr=interval_lengths(ratios), ls="none", ms=5, capsize=2.5, lw=1.2,
-            color=colour, marker=MARKERS.get(stage, "D"), label=row_name(stage, recovery),
+            color=colour, marker=MARKERS.get(variant, "D"), label=row_name(variant, recovery),
             mfc="white" if recovery == "none" else colour,  # filled markers: with recovery
         )  # fmt: skip
     axes.set_yscale("log")
@@ -290,7 +290,7 @@ def run_figures(
 ) -> dict[str, Figure]:
     """Make all figures for which a run has data, by name."""
     labels = None if modules is None else modules.labels
-    figures = {"perplexity": perplexity_figure(records)} if _comparable_stages(records) else {}
+    figures = {"perplexity": perplexity_figure(records)} if _comparable_rows(records) else {}
     if masks is not None:
         figures["sparsity"] = sparsity_figure(masks, labels)
     if modules is not None and len(modules.drift[0].ranks) > 1:

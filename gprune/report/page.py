@@ -61,7 +61,7 @@ from gprune.report.tables import (
     in_markdown,
     perplexity_table,
     ratio_to,
-    run_stages,
+    result_rows,
     settings_table,
     summary_table,
 )
@@ -100,7 +100,7 @@ class Report:
         runs: all runs, in the order of the report.
         groups: the runs, grouped by all settings except the seed.
         tables: all tables; some may be empty.
-        base: the run whose stage `base` is the denominator of all ratios; None if there is no such run.
+        base: the run whose row `base` is the denominator of all ratios; None if there is no such run.
     """
 
     runs: list[FinishedRun]
@@ -242,9 +242,9 @@ class Report:
         return paths
 
 
-def _label(run: str, stage: str) -> str:
-    """Return the label of a row in a figure: the name of the run and, if it has another name, of the stage."""
-    return run if run == stage else f"{run}: {stage}"
+def _label(run: str, row: str) -> str:
+    """Return the label of a row of a run in a figure: the name of the run and, if it has another name, of the row."""
+    return run if run == row else f"{run}: {row}"
 
 
 def _describe_protocol(r: Record) -> str:
@@ -394,7 +394,7 @@ def _describe_sizes(run: FinishedRun) -> str:
 
 def _describe_controls(run: FinishedRun) -> str:
     """Return a sentence that compares the run's own model with each control after the same recovery."""
-    *others, own = run_stages(run)
+    *others, own = result_rows(run)
     comparisons = []
     for other in others:
         ratio = ratio_to(run, own, run, other) if other[1] == own[1] and other[0] != "dense" else None

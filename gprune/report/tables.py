@@ -193,8 +193,8 @@ def caption(records: Sequence[Record]) -> str:
 def result_table(records: Sequence[Record], labels: Mapping[str, str] | None = None) -> Table:
     """Result table of a run.
 
-    It has a row per stage, and columns of corpora (seen ones have a star), geometric means, gap and ratio. If the
-    distance from the dense model was measured, there are also columns of KL and agreement.
+    It has columns of corpora (seen ones have a star), geometric means, gap and ratio. If the distance from the dense
+    model was measured, there are also columns of KL and agreement.
     """
     is_seen = {r["corpus"]: r["seen"] for r in records}
     corpora = sorted(is_seen, key=lambda c: not is_seen[c])
@@ -274,18 +274,18 @@ def pool_estimates(
     return estimates[0] if len(estimates) == 1 else mean([estimate.value for estimate in estimates])
 
 
-def run_stages(run: FinishedRun) -> list[ResultRow]:
-    """Return (stage, recovery) of the rows of a run's result table, with `dense` first."""
+def result_rows(run: FinishedRun) -> list[ResultRow]:
+    """Return (variant, recovery) of the rows of a run's result table, with `dense` first."""
     return list(by_row(run.records))
 
 
 def ratio_to(
-    run: FinishedRun, stage: ResultRow, other: FinishedRun, reference: ResultRow, number: str = "nll"
+    run: FinishedRun, row: ResultRow, other: FinishedRun, reference: ResultRow, number: str = "nll"
 ) -> Estimate | None:
-    """Compute `unseen_ratio` of stages of two runs."""
-    if run.path.resolve() == other.path.resolve() and stage == reference:
+    """Compute `unseen_ratio` of rows of two runs."""
+    if run.path.resolve() == other.path.resolve() and row == reference:
         return None
-    return unseen_ratio(run.records, stage, other.records, reference, number)
+    return unseen_ratio(run.records, row, other.records, reference, number)
 
 
 def group_frame(groups: Sequence[SeedGroup], bases: Mapping[Path, FinishedRun] | None = None) -> pd.DataFrame:
@@ -312,10 +312,10 @@ def summary_table(
     groups: Sequence[SeedGroup], numbers: pd.DataFrame, bases: Mapping[Path, FinishedRun] | None = None, *,
     seen: Sequence[str] | None = None,
 ) -> Table:  # fmt: skip
-    """Table with a row per group and stage: means over seen and unseen corpora, gap, and ratios to dense and `base`."""
+    """Table with a line per group and row: means over seen and unseen corpora, gap, and ratios to dense and `base`."""
     by_name = {run.name: run for run in (bases or {}).values()}
     for name, run in by_name.items():
-        if ("base", "none") not in run_stages(run):
+        if ("base", "none") not in result_rows(run):
             remedy = "Use a run with --gprune false, or with base in --evaluation.controls"
             raise UserError(f"Cannot divide by run '{name}': it has no stage 'base'. {remedy}.")
     ratio, number = (SAME_RECOVERY, RATIO) if bases is None else (UNRECOVERED, "unseen_over_unrecovered_base")
@@ -332,16 +332,16 @@ def summary_table(
         "summary",
         "Geometric means, gap and ratios",
         ["run", "stage", "seeds", "seen", "unseen", "gap", "unseen / dense", ratio],
-        _stage_rows(groups, numbers, wanted),
+        _lines_of_groups(groups, numbers, wanted),
         {"gap": 3, "unseen / dense": 3, ratio: 3},
         note,
     )
 
 
 def distance_table(groups: Sequence[SeedGroup], numbers: pd.DataFrame) -> Table:
-    """Table with a row per group and pruned stage: KL from the dense model and agreement with it on unseen text."""
-    rows = _stage_rows(groups, numbers, [("unseen_kl", ""), ("unseen_agreement", "")])
-    rows = [row for row in rows if row[-1]]  # stages without a distance have no row
+    """Table with a line per group and pruned row: KL from the dense model and agreement with it on unseen text."""
+    rows = _lines_of_groups(groups, numbers, [("unseen_kl", ""), ("unseen_agreement", "")])
+    rows = [row for row in rows if row[-1]]  # without those that have no distance
     columns, digits = ["run", "stage", "seeds", "KL", "agreement"], {"KL": 3, "agreement": 3}
     note = (
         "Over unseen text: KL(dense || row) in nats per token, and how often both have the same most likely token. "
@@ -363,10 +363,10 @@ def comparison_table(groups: Sequence[SeedGroup]) -> Table:
         pairs = [(run, by_seed[run.seed]) for run in group.runs if run.seed in by_seed]
         if not pairs:
             pairs = [(group.runs[0], other_group.runs[0])]
-        ratios = [ratio_to(run, run_stages(run)[-1], other, run_stages(other)[-1]) for run, other in pairs]
+        ratios = [ratio_to(run, result_rows(run)[-1], other, result_rows(other)[-1]) for run, other in pairs]
         ratio = pool_estimates(ratios)
         if ratio is not None:
-            names = [f"{g.name}: {row_name(*run_stages(g.runs[0])[-1])}" for g in (group, other_group)]
+            names = [f"{g.name}: {row_name(*result_rows(g.runs[0])[-1])}" for g in (group, other_group)]
             rows.append([*names, len(ratios), ratio])
     columns, title = ["unseen perplexity of", "over that of", "seeds", "ratio"], "Pruned models, pair by pair"
     note = "Over text unseen by both. In brackets 95 % intervals: Student's t, paired over the windows of a single "
@@ -375,7 +375,7 @@ def comparison_table(groups: Sequence[SeedGroup]) -> Table:
 
 
 def perplexity_table(groups: Sequence[SeedGroup], numbers: pd.DataFrame, *, seen: Sequence[str] | None = None) -> Table:
-    """Table with a row per group and stage and a column per corpus; seen corpora have a star.
+    """Table with a line per group and row, and a column per corpus; seen corpora have a star.
 
     With more than `MANY_CORPORA` corpora it has a row per corpus. Intervals are over seeds; a single run has none.
     Arguments are as for `summary_table`.
@@ -394,26 +394,26 @@ def perplexity_table(groups: Sequence[SeedGroup], numbers: pd.DataFrame, *, seen
     numbers = numbers.copy()
     numbers.loc[(numbers["row"] == "dense") | numbers["group"].isin(single), ["low", "high"]] = math.nan
     columns = ["run", "stage", "seeds", *headers]
-    rows = _stage_rows(groups, numbers, [("perplexity", c) for c in corpora])
+    rows = _lines_of_groups(groups, numbers, [("perplexity", c) for c in corpora])
     if len(corpora) > MANY_CORPORA:
         columns, rows = _with_a_line_per_corpus(headers, rows)
     return Table("perplexity", "Perplexity by corpus", columns, rows, note=note)
 
 
-def _with_a_line_per_corpus(corpora: list[str], rows: Sequence[list[Cell]]) -> tuple[list[str], list[list[Cell]]]:
-    """Transpose rows of run, stage, seeds and a cell per corpus. Returns columns and rows.
+def _with_a_line_per_corpus(corpora: list[str], lines: Sequence[list[Cell]]) -> tuple[list[str], list[list[Cell]]]:
+    """Transpose lines of run, row, seeds and a cell per corpus. Returns columns and lines.
 
-    A column is named after its run, and after its stage too if the run has several. A single dense model is `dense`.
+    A column is named after its run, and after its row too if the run has several. A single dense model is `dense`.
     """
-    of_run, of_stage = Counter(row[0] for row in rows), Counter(row[1] for row in rows)
+    of_run, of_row = Counter(line[0] for line in lines), Counter(line[1] for line in lines)
     names = []
-    for run, stage, *_ in rows:
-        if stage == "dense" and of_stage[stage] == 1:
+    for run, row, *_ in lines:
+        if row == "dense" and of_row[row] == 1:
             names.append("dense")
         else:
-            names.append(f"{run}: {stage}" if of_run[run] > 1 else str(run))
-    cells = zip(*(row[3:] for row in rows), strict=True)
-    return ["corpus", *names], [[corpus, *line] for corpus, line in zip(corpora, cells, strict=True)]
+            names.append(f"{run}: {row}" if of_run[run] > 1 else str(run))
+    cells = zip(*(line[3:] for line in lines), strict=True)
+    return ["corpus", *names], [[corpus, *of_corpus] for corpus, of_corpus in zip(corpora, cells, strict=True)]
 
 
 def corpora_table(groups: Sequence[SeedGroup]) -> Table:
@@ -431,7 +431,7 @@ def corpora_table(groups: Sequence[SeedGroup]) -> Table:
     for place, logarithms in by_group.items():
         group = groups[place]
         first = group.runs[0]
-        final = run_stages(first)[-1]
+        final = result_rows(first)[-1]
         others = [by_group[other] for other in by_group if groups[other].runs[0].model == first.model]
         is_seen = pd.Series({r["corpus"]: r["seen"] for r in first.records})
         seen, unseen = logarithms[is_seen], logarithms[~is_seen]
@@ -456,7 +456,7 @@ def corpora_table(groups: Sequence[SeedGroup]) -> Table:
 def _over_dense(run: FinishedRun) -> pd.Series:
     """Return log (perplexity of a run's final model / perplexity of its dense model) by corpus."""
     perplexities = by_row(run.records)
-    return np.log(pd.Series(perplexities[run_stages(run)[-1]]) / pd.Series(perplexities[DENSE]))
+    return np.log(pd.Series(perplexities[result_rows(run)[-1]]) / pd.Series(perplexities[DENSE]))
 
 
 def _seen_note(seen: Sequence[str] | None) -> str:
@@ -478,38 +478,39 @@ def base_records(run: FinishedRun, bases: Mapping[Path, FinishedRun] | None) -> 
     return run.records if is_same_run else base.records
 
 
-def _stage_rows(
+def _lines_of_groups(
     groups: Sequence[SeedGroup], numbers: pd.DataFrame, wanted: Sequence[tuple[str, str]]
 ) -> list[list[Cell]]:
-    """Return rows of name, stage, seeds and the wanted (number, corpus) of `group_frame` for every group and stage.
+    """Return lines of name, row, seeds and the wanted (number, corpus) of `group_frame` for every row of every group.
+
 
     Equal rows of several groups are merged. A merged dense row is named after the dense model, and a merged control
     after its groups.
     """
     all_cells = cell_frame(numbers, ["group", "row"], wanted)
-    rows: dict[tuple[Any, ...], list[Cell]] = {}  # equal rows have the same key
+    lines: dict[tuple[Any, ...], list[Cell]] = {}  # equal rows have the same key
     groups_of_row: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for place, group in enumerate(groups):
-        for stage in run_stages(group.runs[0]):
-            is_dense = stage[0] == "dense"
+        for row in result_rows(group.runs[0]):
+            is_dense = row[0] == "dense"
             runs = group.runs[:1] if is_dense else group.runs
-            cells = list(all_cells.loc[place, row_name(*stage)])
-            key = _row_key(group, runs, stage, cells)
+            cells = list(all_cells.loc[place, row_name(*row)])
+            key = _row_key(group, runs, row, cells)
             name = group.name
             if is_dense:
                 name = runs[0].records[0]["model"]
-                if any(other_key[0] == stage for other_key in rows):  # another dense model has a row
+                if any(other_key[0] == row for other_key in lines):  # another dense model has a row
                     name = f"{name} (of {group.name})"
-            rows.setdefault(key, [name, row_name(*stage), None if is_dense else len(runs), *cells])
+            lines.setdefault(key, [name, row_name(*row), None if is_dense else len(runs), *cells])
             groups_of_row[key].append(group.name)
-    for key, row in rows.items():
-        if row[1] != "dense" and len(groups_of_row[key]) > 1:
-            row[0] = "all runs" if len(groups_of_row[key]) == len(groups) else "; ".join(groups_of_row[key])
-    return list(rows.values())
+    for key, line in lines.items():
+        if line[1] != "dense" and len(groups_of_row[key]) > 1:
+            line[0] = "all runs" if len(groups_of_row[key]) == len(groups) else "; ".join(groups_of_row[key])
+    return list(lines.values())
 
 
 def _row_key(
-    group: SeedGroup, runs: Sequence[FinishedRun], stage: ResultRow, cells: Sequence[Estimate | None]
+    group: SeedGroup, runs: Sequence[FinishedRun], row: ResultRow, cells: Sequence[Estimate | None]
 ) -> tuple[Any, ...]:
     """Return a key that is equal for rows of several groups that are merged into one.
 
@@ -517,15 +518,15 @@ def _row_key(
     """
     results = []
     for run in runs:  # rounded to five digits, because sums differ by machine
-        records = records_of(run.records, stage).values()
+        records = records_of(run.records, row).values()
         results.append((run.model, *((r["corpus"], r["seen"], f"{r['perplexity']:.5g}") for r in records)))
-    if stage[0] == "dense":
-        return (stage, *results)
+    if row[0] == "dense":
+        return (row, *results)
     rounded_cells = tuple(cell and f"{cell.value:.5g}" for cell in cells)  # denominators of ratios may differ
-    is_main_row = stage == run_stages(runs[0])[-1]
+    is_main_row = row == result_rows(runs[0])[-1]
     if is_main_row:  # never merged with a row of another group
-        return (group.name, stage, *rounded_cells)
-    return (stage, *results, *rounded_cells)
+        return (group.name, row, *rounded_cells)
+    return (row, *results, *rounded_cells)
 
 
 def entry_tables(summaries: Mapping[str, Mapping[str, Any]]) -> list[Table]:

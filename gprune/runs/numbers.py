@@ -13,7 +13,7 @@ from gprune.corpora.load import corpus_labels
 from gprune.evaluation.intervals import Estimate, mean_per_token, mean_perplexity, paired_gap, paired_ratio
 
 Record = dict[str, Any]  # a perplexity with its evaluation protocol, as in metrics.json
-ResultRow = tuple[str, str]  # (stage, recovery) of a row of the result table
+ResultRow = tuple[str, str]  # (variant, recovery) of a row of the result table; `stage` in records is the variant
 Line = dict[str, Any]  # a line of the frame of a run
 DENSE, BASE = ("dense", "none"), ("base", "none")
 NUMBER_COLUMNS = ["row", "seed", "stage", "recovery", "corpus", "number", "value", "low", "high"]
@@ -36,9 +36,9 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def row_name(stage: str, recovery: str) -> str:
-    """Return the name of a row in tables: the stage and, if there is one, the recovery."""
-    return stage if recovery == "none" else f"{stage} + {recovery}"
+def row_name(variant: str, recovery: str) -> str:
+    """Return the name of a row in tables: the variant and, if there is one, the recovery."""
+    return variant if recovery == "none" else f"{variant} + {recovery}"
 
 
 def key_part(name: str) -> str:
@@ -47,31 +47,31 @@ def key_part(name: str) -> str:
 
 
 def by_row(records: Sequence[Record], number: str = "perplexity") -> dict[ResultRow, dict[str, Any]]:
-    """Return (stage, recovery) -> corpus -> the field `number` of the record, in the order of the records."""
+    """Return (variant, recovery) -> corpus -> the field `number` of the record, in the order of the records."""
     table: dict[ResultRow, dict[str, Any]] = {}
     for r in records:
         table.setdefault((r["stage"], r["recovery"]), {})[r["corpus"]] = r[number]
     return table
 
 
-def records_of(records: Sequence[Record], stage: ResultRow, *, seen: bool | None = None) -> dict[str, Record]:
-    """Return the records of a stage by corpus, optionally of seen or of unseen corpora only."""
-    of_stage = [r for r in records if (r["stage"], r["recovery"]) == stage]
-    return {r["corpus"]: r for r in of_stage if seen is None or r["seen"] == seen}
+def records_of(records: Sequence[Record], row: ResultRow, *, seen: bool | None = None) -> dict[str, Record]:
+    """Return the records of a row by corpus, optionally of seen or of unseen corpora only."""
+    of_row = [r for r in records if (r["stage"], r["recovery"]) == row]
+    return {r["corpus"]: r for r in of_row if seen is None or r["seen"] == seen}
 
 
-def on_same_windows(records: Sequence[Record], stage: ResultRow) -> bool:
-    """Return whether a stage was measured on the dense model's windows. It was not if the tokenizers differ."""
+def on_same_windows(records: Sequence[Record], row: ResultRow) -> bool:
+    """Return whether a row was measured on the dense model's windows. It was not if the tokenizers differ."""
 
-    def content_hashes(stage: ResultRow) -> dict[str, str]:
-        return {corpus: r["content_hash"] for corpus, r in records_of(records, stage).items()}
+    def content_hashes(row: ResultRow) -> dict[str, str]:
+        return {corpus: r["content_hash"] for corpus, r in records_of(records, row).items()}
 
-    return content_hashes(stage) == content_hashes(DENSE)
+    return content_hashes(row) == content_hashes(DENSE)
 
 
-def distance(records: Sequence[Record], stage: ResultRow) -> dict[str, Estimate | None]:
+def distance(records: Sequence[Record], row: ResultRow) -> dict[str, Estimate | None]:
     """Return a row's mean `kl` from the dense model and `agreement` with it on unseen text; None if unknown."""
-    unseen = records_of(records, stage, seen=False)
+    unseen = records_of(records, row, seen=False)
     if not unseen or any(r.get("kl") is None for r in unseen.values()):
         return {"kl": None, "agreement": None}
     predicted_tokens = records[0]["seq_len"] - 1  # of a window
@@ -85,16 +85,16 @@ def distance(records: Sequence[Record], stage: ResultRow) -> dict[str, Estimate 
 
 def unseen_ratio(
     records: Sequence[Record],
-    stage: ResultRow,
+    row: ResultRow,
     other_records: Sequence[Record],
-    other_stage: ResultRow,
+    other_row: ResultRow,
     number: str = "nll",
 ) -> Estimate | None:
-    """Ratio of the geometric-mean perplexities of two stages on unseen text, with a paired 95 % interval."""
-    denominator = records_of(other_records, other_stage)
-    numerator = {  # without corpora that the other stage has seen
+    """Ratio of the geometric-mean perplexities of two rows on unseen text, with a paired 95 % interval."""
+    denominator = records_of(other_records, other_row)
+    numerator = {  # without corpora that the other row has seen
         corpus: r
-        for corpus, r in records_of(records, stage, seen=False).items()
+        for corpus, r in records_of(records, row, seen=False).items()
         if corpus not in denominator or not denominator[corpus]["seen"]
     }
     if not numerator:
@@ -110,35 +110,35 @@ def unseen_ratio(
     return Estimate(*paired_ratio(numerator_sums, denominator_sums, predicted_tokens))
 
 
-def estimates(records: Sequence[Record], stage: ResultRow, base: Sequence[Record] | None) -> dict[str, Estimate | None]:
-    """Means, gap, ratios, KL and agreement of a stage, with intervals over windows; None for undefined numbers."""
+def estimates(records: Sequence[Record], row: ResultRow, base: Sequence[Record] | None) -> dict[str, Estimate | None]:
+    """Means, gap, ratios, KL and agreement of a row, with intervals over windows; None for undefined numbers."""
     predicted_tokens = records[0]["seq_len"] - 1  # of a window
     seen = {r["corpus"]: r["seen"] for r in records}
     window_nll = by_row(records, "window_nll")
-    seen_nll = {corpus: nll for corpus, nll in window_nll[stage].items() if seen[corpus]}
-    unseen_nll = {corpus: nll for corpus, nll in window_nll[stage].items() if not seen[corpus]}
+    seen_nll = {corpus: nll for corpus, nll in window_nll[row].items() if seen[corpus]}
+    unseen_nll = {corpus: nll for corpus, nll in window_nll[row].items() if not seen[corpus]}
     gap = None
-    if seen_nll and unseen_nll and stage != DENSE and on_same_windows(records, stage):
-        gap = Estimate(*paired_gap(window_nll[stage], window_nll[DENSE], seen, predicted_tokens))
+    if seen_nll and unseen_nll and row != DENSE and on_same_windows(records, row):
+        gap = Estimate(*paired_gap(window_nll[row], window_nll[DENSE], seen, predicted_tokens))
 
     def mean(nll: Mapping[str, Sequence[float]]) -> Estimate | None:
         return Estimate(*mean_perplexity(nll, predicted_tokens)) if nll else None
 
-    def ratio_to(other_records: Sequence[Record] | None, other_stage: ResultRow) -> Estimate | None:
-        """Return `unseen_ratio` to a stage; None without records, for the dense model, and for the stage itself."""
-        is_same_row = other_records is records and stage == other_stage
-        if other_records is None or is_same_row or stage == DENSE:
+    def ratio_to(other_records: Sequence[Record] | None, other_row: ResultRow) -> Estimate | None:
+        """Return `unseen_ratio` to a row; None without records, for the dense model, and for the row itself."""
+        is_same_row = other_records is records and row == other_row
+        if other_records is None or is_same_row or row == DENSE:
             return None
-        return unseen_ratio(records, stage, other_records, other_stage)
+        return unseen_ratio(records, row, other_records, other_row)
 
-    distances = {"kl": None, "agreement": None} if stage == DENSE else distance(records, stage)
+    distances = {"kl": None, "agreement": None} if row == DENSE else distance(records, row)
     return {
         "seen": mean(seen_nll),
         "unseen": mean(unseen_nll),
         "gap": gap,
         "unseen_over_dense": ratio_to(records, DENSE),
         "unseen_over_unrecovered_base": ratio_to(base, BASE),
-        "unseen_over_base_same_recovery": ratio_to(records, ("base", stage[1])),
+        "unseen_over_base_same_recovery": ratio_to(records, ("base", row[1])),
         "unseen_kl": distances["kl"],
         "unseen_agreement": distances["agreement"],
     }
@@ -160,12 +160,12 @@ def number_frame(records: Sequence[Record], *, base: Sequence[Record] | None = N
     `estimates`; `base` is as there. Ends of intervals are NaN if there is no interval.
     """
     lines: list[tuple[str, int, str, str, str, str, float, float | None, float | None]] = []
-    for stage in by_row(records):
-        identity = (row_name(*stage), records[0]["seed"], *stage)
-        for corpus, record in records_of(records, stage).items():
+    for row in by_row(records):
+        identity = (row_name(*row), records[0]["seed"], *row)
+        for corpus, record in records_of(records, row).items():
             for name, estimate in _corpus_estimates(record).items():
                 lines.append((*identity, corpus, name, *estimate))
-        for name, estimate in estimates(records, stage, base).items():
+        for name, estimate in estimates(records, row, base).items():
             if estimate is not None:
                 lines.append((*identity, "", name, *estimate))
     frame = pd.DataFrame(lines, columns=NUMBER_COLUMNS)
@@ -211,17 +211,17 @@ def run_numbers(
     return numbers | {f"steps/{step}/{name}": value for step, costs in steps.items() for name, value in costs.items()}
 
 
-def stage_lines(
+def row_lines(
     records: Sequence[Record], settings: Mapping[str, Any], summary: Mapping[str, Any],
     steps: Mapping[str, Mapping[str, float]], *, base: Sequence[Record] | None, labels: Mapping[str, str] | None = None,
 ) -> list[Line]:  # fmt: skip
-    """Return one line per stage of a run, with the main row last. Undefined numbers are missing.
+    """Return one line per row of a run's result table, with the main row last. Undefined numbers are missing.
 
     Only the main row has sizes, tokens, seconds and the numbers of entries of the summary.
     """
     labels = labels or corpus_labels(r["corpus"] for r in records)
     numbers = number_frame(records, base=base)
-    lines = [_stage_line(of_row, records, settings, labels) for _, of_row in numbers.groupby("row", sort=False)]
+    lines = [_row_line(of_row, records, settings, labels) for _, of_row in numbers.groupby("row", sort=False)]
     of_dense = lines[0]
     for line in lines:
         line |= {f"{name}_dense": of_dense[name] for name in ("unseen", "seen") if name in of_dense}
@@ -251,7 +251,7 @@ def number_columns(numbers: pd.DataFrame, labels: Mapping[str, str]) -> Line:
     return columns
 
 
-def _stage_line(
+def _row_line(
     numbers: pd.DataFrame, records: Sequence[Record], settings: Mapping[str, Any], labels: Mapping[str, str]
 ) -> Line:
     """Return the line of one row from its lines of `number_frame`, without the columns that only the main row has."""

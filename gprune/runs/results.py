@@ -28,14 +28,14 @@ from gprune.models.loading import load_weights
 from gprune.models.masks import Masks
 from gprune.partition.modules import Modules
 from gprune.runs.folder import RunFolder, changed_settings, check_evaluation, check_manifest, check_metrics
-from gprune.runs.numbers import Record, by_row, line_frame, number_frame, on_same_windows, stage_lines
+from gprune.runs.numbers import Record, by_row, line_frame, number_frame, on_same_windows, row_lines
 from gprune.sparsity.allocation import format_removed
 from gprune.sparsity.thresholds import ModuleSparsity, Thresholds
 from gprune.storage.files import MISSING, Cache, file_hashes, inspect_json, key_of, read_tensors
 from gprune.storage.paths import expanded
 from gprune.storage.yaml_text import read_yaml
 
-STAGES = ("base", "averaged", "gprune")  # stages of pruned models
+PRUNED_VARIANTS = ("base", "averaged", "gprune")
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,7 +47,7 @@ class FinishedRun:
     settings: dict[str, Any]
     records: list[Record]
     summary: dict[str, Any]
-    masks: Masks | None = None  # masks of the final stage; None if they were not read or not stored
+    masks: Masks | None = None  # masks of the main row; None if they were not read or not stored
     modules: Modules | None = None  # None also for a base run
     evaluation: list[Record] = field(default_factory=list)  # records of `gprune evaluate`
     steps: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # seconds, tokens, memory of each step
@@ -64,13 +64,13 @@ class FinishedRun:
 
     @property
     def final(self) -> str:
-        """Stage of the run's main row, which is measured last."""
+        """Variant of the run's main row, which is measured last."""
         return self.records[-1]["stage"]
 
     @property
     def has_another_tokenizer(self) -> bool:
-        """Whether a stage was measured on other tokens than the dense model. Perplexities are not comparable then."""
-        return any(not on_same_windows(self.records, stage) for stage in by_row(self.records))
+        """Whether a row was measured on other tokens than the dense model. Perplexities are not comparable then."""
+        return any(not on_same_windows(self.records, row) for row in by_row(self.records))
 
     @property
     def model(self) -> str:
@@ -103,14 +103,14 @@ class PruningResult:
     tokenizer: PreTrainedTokenizerBase | None
 
     def to_frame(self) -> pd.DataFrame:
-        """Return all numbers with 95 % intervals as a DataFrame, one line per stage, with the main row last.
+        """Return all numbers with 95 % intervals as a DataFrame, one line per row, with the main row last.
 
         The columns are `COLUMNS` and columns of corpora, as in `StudyResult.to_frame`, so frames of several runs
         can be concatenated. `unseen_over_unrecovered_base` is relative to this run's `base`.
         """
         steps = RunFolder(self.path).manifest.get("steps", {})
         run_columns = {"row": self.path.name, "record": str(self.path / "metrics.json")}
-        lines = stage_lines(self.records, self.config.settings(), self.summary, steps, base=self.records)
+        lines = row_lines(self.records, self.config.settings(), self.summary, steps, base=self.records)
         return line_frame([run_columns | line for line in lines])
 
     def table(self) -> pd.DataFrame:

@@ -115,7 +115,7 @@ def wandb_arguments(cfg: RunConfig, other: str | None) -> dict[str, Any]:
     arguments = {
         "name": cfg.run_name,
         "group": os.path.basename(os.path.normpath(cfg.model.name)),
-        "job_type": cfg.main_stage,
+        "job_type": cfg.main_variant,
         "tags": [cfg.metrics, s.scope, s.allocation, cfg.partition.method, f"target {s.target}"],
         "config": cfg.resolved(),
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -116,16 +116,16 @@ class Budget:
     @classmethod
     def of(
         cls, units: Sequence[BlockUnits], setting: float | str, width_multiple: int = 1, *, uniform: bool = False,
-        block_share: float = 0.0, outside: int = 0,
-    ) -> Budget:  # fmt: skip
+        block_share: float = 0.0, outside: int = 0, **of_class: Any,
+    ) -> Self:  # fmt: skip
         """Return the budget for a `--sparsity.target`, such as a share in (0, 1) of the scope's cost, rounded up.
 
         If whole blocks are in scope, the first ones are removed, until others are chosen (`without`).
         """
-        nothing = cls(units, 0, width_multiple, uniform, block_share, outside)
+        nothing = cls(units, 0, width_multiple, uniform, block_share, outside, **of_class)
         return nothing.meeting(setting, order=range(len(units)) if block_share else ())
 
-    def meeting(self, setting: float | str, *, order: Iterable[int], flag: str = "--sparsity.target") -> Budget:
+    def meeting(self, setting: float | str, *, order: Iterable[int], flag: str = "--sparsity.target") -> Self:
         """Return the budget of the same units for another target. UserError if it cannot be met.
 
         Blocks are removed as a whole in the given order, as far as they fit into `block_share`. For a target whose cost
@@ -158,15 +158,15 @@ class Budget:
             )
         return budget
 
-    def at(self, sparsity: float) -> Budget:
+    def at(self, sparsity: float) -> Self:
         """Return the budget of the same units and grid at a sparsity of `--evaluation.curve`."""
         return self.meeting(sparsity, order=self.removed, flag="--evaluation.curve")
 
-    def without(self, blocks: Iterable[int]) -> Budget:
+    def without(self, blocks: Iterable[int]) -> Self:
         """Return this budget, with blocks removed as a whole: the given ones in order, as many as fit."""
         return self.meeting(self.setting or self.sparsity, order=blocks)
 
-    def removing(self, target: int) -> Budget:
+    def removing(self, target: int) -> Self:
         """Return the budget of the same units and grid that removes this cost, or the nearest possible one.
 
         The removable cost depends on the blocks that are removed as a whole, and these depend on the target. The target
@@ -185,8 +185,8 @@ class Budget:
 
     # Hooks of `expert_budget.ExpertBudget`. Without whole experts in scope they change nothing.
 
-    def ranked_by(self, scores: Any) -> Budget:
-        """Return the budget for a stage with these `importance.scores.Scores`, which choose what is removed whole."""
+    def ranked_by(self, scores: Any) -> Self:
+        """Return the budget for a variant with these `importance.scores.Scores`, which choose what is removed whole."""
         return self
 
     @property
@@ -248,6 +248,10 @@ class Budget:
         """Return the cost of all units in scope, from the costs of all blocks."""
         if self.block_share:
             return sum(of_block.whole for of_block in costs)
+        return self._of_units(costs)
+
+    def _of_units(self, costs: Sequence[BlockCosts]) -> int:
+        """Return the cost of all neurons and of the KV groups in scope, from the costs of all blocks."""
         total = sum(of_block.neurons[-1] for of_block in costs)
         if self.attention:
             total += sum(of_block.groups[-1] for of_block in costs)

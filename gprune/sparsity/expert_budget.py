@@ -16,7 +16,7 @@ from torch import Tensor
 from gprune.importance.scores import Scores
 from gprune.models.blocks import Block
 from gprune.models.experts import experts_per_token, least_experts, why_experts_stay
-from gprune.sparsity.budget import BlockUnits, Budget
+from gprune.sparsity.budget import Budget
 from gprune.sparsity.cost import BlockCosts
 
 Step = list[tuple[int, int]]  # (block, expert): experts that are removed together
@@ -72,17 +72,6 @@ class ExpertBudget(Budget):
     equal: bool = True  # whether all layers lose the same number of experts
     scores: tuple[tuple[float, ...], ...] = ()  # of experts, by block; empty: by their numbers
     goal: int = 0  # the target before it became a whole number of experts
-
-    @classmethod
-    def of_model(
-        cls, units: Sequence[BlockUnits], setting: float | str, width_multiple: int = 1, *, uniform: bool = False,
-        block_share: float = 0.0, outside: int = 0, rules: Sequence[RouterRule], share: float, equal: bool,
-    ) -> ExpertBudget:  # fmt: skip
-        """Return the budget for a target; see `Budget.of`."""
-        nothing = cls(
-            units, 0, width_multiple, uniform, block_share, outside, rules=tuple(rules), share=share, equal=equal
-        )
-        return nothing.meeting(setting, order=range(len(units)) if block_share else ())
 
     def meeting(self, *args: Any, **kwargs: Any) -> ExpertBudget:
         """Return the budget for another target; see `Budget.meeting`."""
@@ -224,11 +213,9 @@ class ExpertBudget(Budget):
         """The smallest difference in cost between masks."""
         return super().step if self.has_other_units else max(1, self.largest_step)
 
-    def _in_scope(self, costs: Sequence[BlockCosts]) -> int:
-        """Return the cost of all units in scope, from the costs of all blocks."""
-        if self.block_share:
-            return super()._in_scope(costs)
-        total = super()._in_scope(costs) if self.has_other_units else 0
+    def _of_units(self, costs: Sequence[BlockCosts]) -> int:
+        """Return the cost of all experts, and of neurons and KV groups in scope, from the costs of all blocks."""
+        total = super()._of_units(costs) if self.has_other_units else 0
         for of_block, rule, block in zip(costs, self.rules, self.units, strict=True):
             if rule.experts:
                 neurons = of_block.neurons[-1] if block.ffn else 0  # already counted

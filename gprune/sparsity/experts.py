@@ -43,8 +43,8 @@ class WholeExperts(Feature):
         if s.currency in ("seconds", "kv_cache"):
             raise UserError(f"{flag} needs a target in parameters or bytes; got {s.target}, which counts {s.currency}.")
 
-    def budget_of(self, pricing: Any) -> Any:
-        """Return the function that makes the budget. UserError if no expert of the model can be removed."""
+    def budget_of(self, pricing: Any, make: Any) -> Any:
+        """Return the function that makes an `ExpertBudget`. UserError if no expert of the model can be removed."""
         from gprune.models.blocks import blocks_of
         from gprune.sparsity.expert_budget import ExpertBudget, RouterRule
 
@@ -60,7 +60,8 @@ class WholeExperts(Feature):
                 f"--sparsity.scope {s.scope} cannot remove experts of model type '{config.model_type}': {why_not}. "
                 "Use ffn, which narrows every expert."
             )
-        return partial(ExpertBudget.of_model, rules=rules, share=s.expert_share, equal=s.uniform_experts)
+        of_experts = {"rules": tuple(rules), "share": s.expert_share, "equal": s.uniform_experts}
+        return partial(ExpertBudget.of, **make.keywords, **of_experts)
 
     def lines(self, plan: Any) -> dict[str, str]:
         """Return how many experts remain, how many the router needs, and the overshoot of a whole number."""

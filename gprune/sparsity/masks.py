@@ -1,4 +1,4 @@
-"""Masks of a stage as a function of the budget."""
+"""Masks of a variant as a function of the budget."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from gprune.sparsity.thresholds import ModuleSparsity
 
 
 @dataclass(frozen=True)
-class StageMasks:
-    """Masks of a stage (`base`, `averaged` or `gprune`) for any budget.
+class VariantMasks:
+    """Masks of a variant (`base`, `averaged` or `gprune`) for any budget.
 
-    Sparsity is allocated to blocks by scores. If the stage has modules, this gives the thresholds of modules, unless
+    Sparsity is allocated to blocks by scores. If the variant has modules, this gives the thresholds of modules, unless
     these are learned.
     """
 
@@ -35,11 +35,11 @@ class StageMasks:
     modules: Modules | None = None
     module_allocation: str = ""  # allocation to modules
     learned: ModuleSparsity | None = None
-    # (target, removed experts) -> masks; stages with the same scores of neurons and KV groups share it
+    # (target, removed experts) -> masks; variants with the same scores of neurons and KV groups share it
     _allocated: dict[tuple[int, str], Masks] = field(default_factory=dict)
 
     def __call__(self, budget: Budget) -> Masks:
-        """Return the masks for a budget, in which the scores of the stage choose the experts."""
+        """Return the masks for a budget, in which the scores of the variant choose the experts."""
         budget = budget.ranked_by(self.scores)
         if self.modules is None:
             return self.allocated(budget)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gprune.errors import UserError
@@ -32,6 +33,10 @@ class WholeBlocks(Feature):
     def identity(self, cfg: Any) -> dict[str, Any]:
         """Return the settings of whole blocks, which identify no run without them."""
         return {"sparsity": {name: getattr(cfg.sparsity, name) for name in ("block_share", "block_choice")}}
+
+    def budget_of(self, pricing: Any, make: Any) -> Any:
+        """Return the function that makes the budget, of which whole blocks are a share."""
+        return partial(make, block_share=pricing.cfg.sparsity.block_share)
 
     def refuse(self, plan: Any) -> None:
         """Raise UserError if a layer cannot be removed, or all layers with attention would be."""

@@ -225,21 +225,21 @@ def learned_tokens(manifest: Mapping[str, Any]) -> int:
 def fold_records(records: Sequence[Record]) -> dict[str, Any]:
     """Factor out common entries: {"all": common entries, "stages": [{"all": ..., "each": [other entries]}, ...]}.
 
-    A stage is a sequence of consecutive records with the same `stage` and `recovery`.
+    `stages` has an entry for each row of the result table, whose records follow each other.
     """
     common, others = _split_common(records)
-    stages = []
+    rows = []
     for _, indices in itertools.groupby(range(len(others)), lambda i: (records[i]["stage"], records[i]["recovery"])):
-        common_of_stage, others_of_stage = _split_common([others[i] for i in indices])
-        stages.append({"all": common_of_stage, "each": others_of_stage})
-    return {"all": common, "stages": stages}
+        common_of_row, others_of_row = _split_common([others[i] for i in indices])
+        rows.append({"all": common_of_row, "each": others_of_row})
+    return {"all": common, "stages": rows}
 
 
 def unfold_records(content: Any) -> Any:
     """Invert `fold_records` in the content of a file. Content in another form is returned unchanged."""
     try:
-        common, stages = content["records"]["all"], content["records"]["stages"]
-        records = [common | stage["all"] | others for stage in stages for others in stage["each"]]
+        common, rows = content["records"]["all"], content["records"]["stages"]
+        records = [common | of_row["all"] | others for of_row in rows for others in of_row["each"]]
         return content | {"records": records}
     except (KeyError, TypeError):
         return content

@@ -69,12 +69,12 @@ class RowContent(BaseModel):
         return self.model_extra | ({} if self.model is None else {"model": self.model})
 
 
-def split_stage(name: str, rows: Collection[str]) -> tuple[str, str | None]:
-    """Split a name of `compare` into a row and its stage. The stage of a row's own name is None: its final model."""
+def split_name(name: str, rows: Collection[str]) -> tuple[str, str | None]:
+    """Split a name of `compare` into a row of the list and a model of it; None stands for its final model."""
     if name in rows:
         return name, None
-    row, _, stage = name.rpartition(": ")
-    return row, stage
+    row, _, model = name.rpartition(": ")
+    return row, model
 
 
 class Content(StrictModel):
@@ -89,7 +89,7 @@ class Content(StrictModel):
     reference: Name | None = None
     """Row whose stage `base` is the denominator of ratios, for all rows with as few parameters."""
     compare: list[Pair] = []
-    """Pairs to compare: a row's name, as in 'a', is its final model; another stage is named as in 'a: base'."""
+    """Pairs to compare: a row's name, as in 'a', is its final model; another model of it is named as in 'a: base'."""
     seeds: list[int] = [0]
     tables: list[TableName] = list(TABLES)
     """Tables of the report to print; `final` is the summary of the final models alone."""
@@ -105,7 +105,7 @@ class Content(StrictModel):
         """Raise UserError if a key names an unknown row, or a task cannot be measured."""
         for key, names in (
             ("reference", [] if self.reference is None else [self.reference]),
-            ("compare", [split_stage(name, self.rows)[0] or name for pair in self.compare for name in pair]),
+            ("compare", [split_name(name, self.rows)[0] or name for pair in self.compare for name in pair]),
         ):
             if unknown := [name for name in names if name not in self.rows]:
                 raise UserError(f"The key {key} must name rows ({', '.join(self.rows)}); got '{unknown[0]}'.")

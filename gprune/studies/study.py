@@ -29,14 +29,14 @@ from gprune.report.tables import (
     in_markdown,
     pool_estimates,
     ratio_to,
-    run_stages,
+    result_rows,
 )
 from gprune.report.task_means import compare_means
-from gprune.runs.numbers import Line, Record, ResultRow, by_row, line_frame, number_columns, row_name, stage_lines
+from gprune.runs.numbers import Line, Record, ResultRow, by_row, line_frame, number_columns, row_lines, row_name
 from gprune.runs.results import FinishedRun
 from gprune.storage.files import write_text
 from gprune.studies.archive import Found, find_records, row_to_run, task_results
-from gprune.studies.listing import Listing, Row, split_stage
+from gprune.studies.listing import Listing, Row, split_name
 
 log = logging.getLogger("gprune")
 FinishedRows = Sequence[tuple[Row, dict[str, Any]]]  # finished rows with their records
@@ -147,7 +147,7 @@ class StudyResult:
         and tasks, the columns do not depend on which rows are finished.
 
         Args:
-            stages: whether to add a line for each other stage of the rows, such as `dense` and controls.
+            stages: whether to add a line for each other row of their result tables, such as `dense` and controls.
             means: whether to add a line for each row with several seeds, whose `seed` is `mean`: means over seeds with
                 intervals over seeds, as in the tables, and other values if all seeds have them.
         """
@@ -157,7 +157,7 @@ class StudyResult:
         differing = self._differing_settings()
         all_lines = []
         for run, (row, record) in zip(runs, self.done, strict=True):
-            lines = stage_lines(
+            lines = row_lines(
                 run.records, run.settings, run.summary, run.steps, base=base_records(run, bases), labels=labels
             )
             tasks = task_numbers(task_results(row, record))
@@ -166,7 +166,7 @@ class StudyResult:
                 line.update({f"tasks/{name.removeprefix(prefix)}": value for name, value in of_line.items()})
             identity = {"row": row.name, "record": str(run.path)}
             selected = lines if stages else lines[-1:]
-            # A line's own recovery and metric are those of its stage.
+            # A line's own recovery and metric are those of its variant.
             of_row = {flag: value for flag, value in differing[row.name].items() if flag not in lines[0]}
             all_lines += [identity | line | of_row for line in selected]
         if means:
@@ -183,13 +183,13 @@ class StudyResult:
         for place, group in enumerate(groups):
             if len(group.runs) == 1:
                 continue
-            name, stage = group.runs[0].name, run_stages(group.runs[0])[-1]
-            of_seeds = [line for line in lines if line["row"] == name and (line["stage"], line["recovery"]) == stage]
+            name, final = group.runs[0].name, result_rows(group.runs[0])[-1]
+            of_seeds = [line for line in lines if line["row"] == name and (line["stage"], line["recovery"]) == final]
             first = of_seeds[0]
             common = {
                 column: first[column] for column in first if len({str(line.get(column)) for line in of_seeds}) == 1
             }
-            of_row = numbers[(numbers["group"] == place) & (numbers["row"] == row_name(*stage))]
+            of_row = numbers[(numbers["group"] == place) & (numbers["row"] == row_name(*final))]
             mean_lines.append(common | number_columns(of_row, labels) | {"seed": "mean"})
         return mean_lines
 
@@ -303,28 +303,28 @@ def _check_text(done: FinishedRows) -> None:
 
 
 def study_tables(listing: Listing, report: Report) -> list[Table]:
-    """Return the tables that have rows: those of the report that the list selects, and comparisons of stages."""
+    """Return the tables that have rows: those of the report that the list selects, and comparisons."""
     tables = [corpora_table(report.groups), final_table(report), *report.tables]
     tables = [table for table in tables if table.name in listing.content.tables]
-    tables += [stage_comparison_table(listing, report.runs), task_table(listing, report.runs)]
+    tables += [compare_table(listing, report.runs), task_table(listing, report.runs)]
     return [table for table in tables if table.rows]
 
 
 def final_table(report: Report) -> Table:
     """Table with the lines of the summary that have the final models of rows, without dense models and controls."""
     summary = report.tables[0]
-    final = {(group.name, row_name(*run_stages(group.runs[0])[-1])) for group in report.groups}
+    final = {(group.name, row_name(*result_rows(group.runs[0])[-1])) for group in report.groups}
     rows = [row for row in summary.rows if (row[0], row[1]) in final]
     return replace(summary, name="final", title="Final models", rows=rows)
 
 
-def stage_comparison_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
-    """Table of ratios: one row per pair of stages that the list compares, if the rows of both are finished."""
+def compare_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
+    """Table of ratios: one line per pair of models that the list compares, if both are finished."""
     rows = []
     for pair in dict.fromkeys(map(tuple, listing.content.compare)):
-        ratios = stage_ratios(runs, *pair)
+        ratios = pair_ratios(runs, *pair)
         if ratios is not None:
-            ratios_of_kl = stage_ratios(runs, *pair, "kl")
+            ratios_of_kl = pair_ratios(runs, *pair, "kl")
             rows.append([" / ".join(pair), len(ratios), pool_estimates(ratios), pool_estimates(ratios_of_kl)])
     columns = ["unseen perplexity of", "seeds", "ratio", "of exp(KL)"]
     notes = []
@@ -344,11 +344,11 @@ def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
     """
     results: list[tuple[str, int, dict[str, str]]] = []  # pair, seed, and task -> formatted difference
     for first, second in listing.content.compare:
-        first_runs, first_stage = _find_stage(runs, first)
-        second_runs, second_stage = _find_stage(runs, second)
-        second_records = {run.seed: select_stage(run.evaluation, second_stage) for run in second_runs}
+        first_runs, first_row = _find_row(runs, first)
+        second_runs, second_row = _find_row(runs, second)
+        second_records = {run.seed: select_row(run.evaluation, second_row) for run in second_runs}
         for run in first_runs:
-            first_records = select_stage(run.evaluation, first_stage)
+            first_records = select_row(run.evaluation, first_row)
             references = second_records.get(run.seed, [])
             differences = compare_records(first_records, references) | compare_means(first_records, references)
             if differences:
@@ -362,36 +362,39 @@ def task_table(listing: Listing, runs: Sequence[FinishedRun]) -> Table:
     return Table("compare_tasks", "Comparisons on tasks", ["first - second", "seed", *tasks], rows, note=note)
 
 
-def select_stage(records: Sequence[Record], stage: ResultRow) -> list[Record]:
-    """Select the records of a (stage, recovery)."""
-    return [r for r in records if (r["stage"], r.get("recovery") or "none") == stage]
+def select_row(records: Sequence[Record], row: ResultRow) -> list[Record]:
+    """Select the records of a row of the result table."""
+    return [r for r in records if (r["stage"], r.get("recovery") or "none") == row]
 
 
-def stage_ratios(runs: Sequence[FinishedRun], first: str, second: str, number: str = "nll") -> list[Estimate] | None:
-    """Compute `unseen_ratio` of two stages for every common seed."""
-    first_runs, first_stage = _find_stage(runs, first)
-    second_runs, second_stage = _find_stage(runs, second)
+def pair_ratios(runs: Sequence[FinishedRun], first: str, second: str, number: str = "nll") -> list[Estimate] | None:
+    """Compute `unseen_ratio` of two rows for every common seed."""
+    first_runs, first_row = _find_row(runs, first)
+    second_runs, second_row = _find_row(runs, second)
     if not first_runs or not second_runs:
         return None
     by_seed = {run.seed: run for run in second_runs}
     ratios = [
-        ratio_to(run, first_stage, by_seed[run.seed], second_stage, number) for run in first_runs if run.seed in by_seed
+        ratio_to(run, first_row, by_seed[run.seed], second_row, number) for run in first_runs if run.seed in by_seed
     ]
     return [] if any(ratio is None for ratio in ratios) else ratios
 
 
-def _find_stage(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], ResultRow]:
-    """Find the runs and the stage that a name such as `ours` (its final model) or `ours: base` refers to."""
-    row, stage = split_stage(name, {run.name for run in runs})
+def _find_row(runs: Sequence[FinishedRun], name: str) -> tuple[list[FinishedRun], ResultRow]:
+    """Find the runs and the row of their result table that a name of `compare` refers to.
+
+    `ours` is the main row of the list's row `ours`, and `ours: base` another one.
+    """
+    row, model = split_name(name, {run.name for run in runs})
     runs_of_row = [run for run in runs if run.name == row]
     if not runs_of_row:
         return [], ("", "")
-    if stage is None:
-        return runs_of_row, run_stages(runs_of_row[0])[-1]
+    if model is None:
+        return runs_of_row, result_rows(runs_of_row[0])[-1]
     keys = {row_name(*key): key for run in runs_of_row for key in by_row(run.records)}
-    if stage not in keys:
-        raise UserError(f"The key compare must name a stage of '{row}' ({', '.join(keys)}); got '{stage}'.")
-    return runs_of_row, keys[stage]
+    if model not in keys:
+        raise UserError(f"The key compare must name a stage of '{row}' ({', '.join(keys)}); got '{model}'.")
+    return runs_of_row, keys[model]
 
 
 def write_results(study: StudyResult, path: Path) -> None:

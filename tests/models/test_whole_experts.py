@@ -228,7 +228,7 @@ def test_a_ranking_of_all_layers_removes_experts_without_tokens_first(metric):
     number = sum(map(len, idle.values()))
     rules = [RouterRule.of(block, model.config) for block in blocks]
     units = block_units(blocks, scope="experts")
-    budget = ExpertBudget.of_model(units, (number - 0.5) / 24, rules=rules, share=1.0, equal=False)
+    budget = ExpertBudget.of(units, (number - 0.5) / 24, rules=rules, share=1.0, equal=False)
     with restored(EXPERT_IMPORTANCE):
         gprune.expert_metric("negative")(lambda weights, routing, generator: -routing.count)
         budget = budget.ranked_by(score_units("magnitude", blocks, statistics, experts=metric))

@@ -35,7 +35,7 @@ def budget(
         for layer, (costs, experts) in enumerate([(mixture, E)] * blocks + [(plain, 1)] * dense)
     ]  # fmt: skip
     rules = [RouterRule(E, groups, least)] * blocks + [RouterRule()] * dense
-    return ExpertBudget.of_model(
+    return ExpertBudget.of(
         units, target, multiple, rules=rules, share=share, equal=equal, block_share=block_share, outside=1000
     )
 

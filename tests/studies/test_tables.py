@@ -41,7 +41,7 @@ def test_comparisons_are_paired_over_windows(bench, first):
             of_gprune = unseen(records["ours"], "gprune", f"window_{number}")
             of_reference = unseen(records[row], stage, f"window_{number}")
             ratio, low, high = paired_ratio(of_gprune, of_reference, 31)
-            assert study.stage_ratios(runs, a, b, number) == [Estimate(ratio, low, high)]
+            assert study.pair_ratios(runs, a, b, number) == [Estimate(ratio, low, high)]
             assert ratio != 1
             expected_cells.append(f"{ratio:.3f} [{low:.3f}, {high:.3f}]")
         assert expected_cells in [cells(line) for line in first[1].splitlines()]
@@ -88,7 +88,7 @@ def test_seeds_are_one_row_with_an_interval_over_them(bench, capsys):
         [paired_ratio(unseen(wifv, "base", number), unseen(plain, "base", number), 31)[0] for plain, wifv in by_seed]
         for number in ("window_nll", "window_kl")
     )
-    (compared,) = study.stage_comparison_table(listing, study.make_report(listing, done).runs).rows
+    (compared,) = study.compare_table(listing, study.make_report(listing, done).runs).rows
     assert compared == ["wifv: base / plain: base", 3, mean_over_seeds(ratios), mean_over_seeds(distances)]
     assert len(set(ratios)) == 3
     # Each seed is divided by the run of the reference with the same seed.
@@ -128,7 +128,7 @@ def test_the_table_final_has_one_line_for_each_row(bench, first, capsys):
 def test_pairs_with_missing_rows_are_omitted_and_pairs_without_common_windows_have_no_ratio(bench, first):
     compare = [["later: gprune", "ours: base"], ["ours: gprune", "plain: base"]]
     listing, done = bench.done(bench.write("apart", ROWS | {"later": {"sparsity.target": 0.1}}, compare=compare))
-    table = study.stage_comparison_table(listing, study.make_report(listing, done).runs)
+    table = study.compare_table(listing, study.make_report(listing, done).runs)
     assert [row[:2] for row in table.rows] == [["ours: gprune / plain: base", 1]]
     assert table.note == "exp(KL): of KL(dense || row) per token on the same windows."
     with_other_windows = []
@@ -137,7 +137,7 @@ def test_pairs_with_missing_rows_are_omitted_and_pairs_without_common_windows_ha
             record = record | {"records": [r | {"content_hash": "other"} for r in record["records"]]}
         with_other_windows.append((row, record))
     runs = study.make_report(listing, with_other_windows).runs
-    table = study.stage_comparison_table(listing, runs)
+    table = study.compare_table(listing, runs)
     assert table.rows == [["ours: gprune / plain: base", 0, None]]
     assert table.note == "No ratio: the two have no seed in common, or were evaluated on other windows."
 
@@ -149,10 +149,10 @@ def test_the_name_of_a_row_compares_its_final_model(bench):
     ours = fake_run("ours", {"gprune": recovered}, recovery="bias")
     ours = replace(ours, records=[*before, *ours.records])
     runs = [ours, fake_run("plain", {"base": {"beta": [21.0, 25.0]}})]
-    final = study.stage_ratios(runs, "ours", "plain")
-    assert final == study.stage_ratios(runs, "ours: gprune + bias", "plain: base")
+    final = study.pair_ratios(runs, "ours", "plain")
+    assert final == study.pair_ratios(runs, "ours: gprune + bias", "plain: base")
     assert final == [Estimate(*paired_ratio(recovered, {"beta": [21.0, 25.0]}, 10))]
-    assert final != study.stage_ratios(runs, "ours: gprune", "plain")
+    assert final != study.pair_ratios(runs, "ours: gprune", "plain")
     rows = {"a": {"gprune": False}, "a: base": {"ridge": 0.5}}
     with pytest.raises(UserError, match=r"one meaning; got 'a: base', a row and a stage of row 'a'"):
         Listing.read(bench.write("shared name", rows, compare=[["a", "a: base"]]))
@@ -161,7 +161,7 @@ def test_the_name_of_a_row_compares_its_final_model(bench):
 def test_comparing_a_stage_that_a_row_does_not_have_is_refused(bench, first):
     runs = study.make_report(*bench.done(first[0])).runs
     with pytest.raises(UserError, match=r"stage of 'ours' \(dense, base, averaged, gprune\); got 'best'"):
-        study.stage_ratios(runs, "ours: best", "ours: base")
+        study.pair_ratios(runs, "ours: best", "ours: base")
 
 
 def test_rows_with_different_text_are_refused_unless_their_models_differ(bench, first):

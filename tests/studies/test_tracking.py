@@ -62,7 +62,7 @@ def test_rows_are_wandb_runs_in_the_group_of_their_list_with_settings_and_result
         assert all(name.count("/") == 1 for name in charts)
     _, done = bench.done(path)
     for row, record in done:
-        final = [r["corpus"] for r in record["records"] if r["stage"] == row.config.main_stage]
+        final = [r["corpus"] for r in record["records"] if r["stage"] == row.config.main_variant]
         summary = wandb_runs["base" if row.name == "base" else "no"].summary
         assert {f"final/perplexity/{Path(corpus).name}" for corpus in final} <= summary.keys()
     assert "WANDB_DIR" not in os.environ
