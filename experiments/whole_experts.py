@@ -49,7 +49,7 @@ def types_with_experts() -> list[str]:
 
 def without_half_of_the_experts(model: PreTrainedModel) -> Masks:
     """Return masks that remove half of the experts and nothing else."""
-    masks, ffn = random_masks(model, experts=True), []
+    masks, ffn = random_masks(model, scope="experts"), []
     for block, keep in zip(blocks_of(model), masks.ffn, strict=True):
         kept = keep.view(block.experts, -1).any(1)
         ffn.append(kept.repeat_interleave(block.neurons))
