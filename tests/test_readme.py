@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import gprune
 from gprune.__main__ import COMMANDS
-from gprune.benchmarks.measurement import task_numbers
+from gprune.benchmarks.subjects import task_numbers
 from gprune.calibration.statistics import Moments
 from gprune.export.hf import save_pruned
 from gprune.method.plan import make_plan

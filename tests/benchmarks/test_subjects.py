@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gprune
-from gprune.benchmarks.measurement import find_subjects, load_dense
+from gprune.benchmarks.subjects import find_subjects, load_dense
 from gprune.config import parse
 from gprune.errors import UserError
 from gprune.models.loading import load_model
