@@ -14,7 +14,7 @@ from gprune.calibration.layerwise import Walk
 from gprune.errors import UserError
 from gprune.export.convert import FORMATS, export, format_named
 from gprune.export.hf import check_reload, save_pruned
-from gprune.method.recover import placement, prune_and_recover
+from gprune.method.recover import loading_arguments, prune_and_recover
 from gprune.method.run import Run
 from gprune.models.agreement import LOGIT_LIMIT, compare, compared_windows, has_routers, random_masks
 from gprune.models.families import record_of
@@ -75,7 +75,8 @@ def export_and_reload(run: Run, pruned: PreTrainedModel) -> float:
     """Write `model/` with the tokenizer, and return the difference of its reloaded logits from those of the model."""
     folder, dtype = run.folder / "model", run.plan.pricing.exported_dtype
     save_pruned(pruned, run.tokenizer, folder, overwrite=True, dtype=getattr(torch, dtype))
-    difference = check_reload(pruned, folder, checked_tokens(run), dtype=getattr(torch, dtype), **placement(run))
+    options = {"dtype": getattr(torch, dtype), **loading_arguments(run)}
+    difference = check_reload(pruned, folder, checked_tokens(run), **options)
     run.folder.update_manifest(model=file_hashes(folder), replace=True, exported_dtype=dtype)
     return difference
 
