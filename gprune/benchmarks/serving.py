@@ -127,9 +127,8 @@ def evaluate_engines(
                 records += new
     for evaluation in evaluations:
         evaluation.publish([r for r in records if r["origin"] == evaluation.origin["origin"]])
-    return records, list(
-        dict.fromkeys(evaluation.output for evaluation in evaluations if evaluation.output is not None)
-    )
+    outputs = dict.fromkeys(evaluation.output for evaluation in evaluations)
+    return records, [path for path in outputs if path is not None]
 
 
 def name_of(subject: Subject) -> str:
