@@ -132,14 +132,16 @@ def prune(
         check_discovered_structure(run)
         statistics = calibrate(run)  # 1
         scores = score(run, statistics)  # 2
-        run = remove_blocks(run, statistics)
+        if "blocks" in cfg.sparsity.scope:
+            run = remove_blocks(run, statistics)
         masks_of = base_masks(run, statistics, scores)  # variant -> masks as a function of the budget
         if cfg.gprune:
             drift = measure_drift(run, statistics)  # 3
             labels = partition(run, drift)  # 4, 5
             modules = assess(run, statistics, scores["gprune"], drift, labels)  # 6
             masks_of["gprune"] = learn_sparsity(run, statistics, scores["gprune"], modules, masks_of)  # 7
-        run = with_quality_budget(run, statistics, masks_of)  # no-op unless the target is a quality
+        if cfg.trials:  # the target is a quality
+            run = with_quality_budget(run, statistics, masks_of)
         thresholds, masks = meet_budget(run, masks_of)  # 8
         if cfg.evaluates_early:
             evaluate(run, statistics, masks)  # all rows without recovery
@@ -297,10 +299,8 @@ def score(run: Run, statistics: Mapping[str, CorpusStatistics]) -> dict[str, Sco
 
 
 def remove_blocks(run: Run, statistics: Mapping[str, CorpusStatistics]) -> Run:
-    """Return the run with a budget in which whole blocks are removed; the same run if blocks are not in scope."""
+    """Return the run with a budget in which whole blocks are removed."""
     cfg, s = run.cfg, run.cfg.sparsity
-    if "blocks" not in s.scope:
-        return run
 
     def loss_without(blocks: list[int]) -> float:
         """Return the loss of the model without these blocks: the sum over drift corpora, on one window each."""
@@ -558,9 +558,9 @@ def learn_sparsity(
     masks_of: Mapping[str, VariantMasks],
 ) -> VariantMasks:  # fmt: skip
     """Step 7: compute or learn thresholds per module, which give masks for any budget."""
-    run = with_learning_budget(run, statistics, masks_of)  # no-op unless the target is a quality
-    name = run.cfg.sparsity.allocation
-    learns = ALLOCATION[name].learned
+    if run.cfg.trials and run.cfg.learns:  # the target is a quality
+        run = with_learning_budget(run, statistics, masks_of)
+    name, learns = run.cfg.sparsity.allocation, run.cfg.learns
     run.step(7, "Learning sparsity" if learns else "Allocating sparsity")
     if run.cfg.measures_errors:
         scores_in_modules = replace(scores, ffn=modules.ranks.ffn)
