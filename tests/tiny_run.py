@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
@@ -248,6 +248,47 @@ def _started(script: Path, args: Sequence[str], variables: dict[str, str], rank:
         sys.stdout.flush()
         sys.stderr.flush()
     return 1
+
+
+class ForkedScript:
+    """Replacement for `subprocess.Popen` that forks this process, which saves seconds of importing."""
+
+    def __init__(self, command: Sequence[str], *, env: dict[str, str], stderr: IO[str], **_: object):
+        (requests, self.stdin), (self.stdout, answers) = (
+            (os.fdopen(read, "r"), os.fdopen(write, "w")) for read, write in (os.pipe(), os.pipe())
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.id = os.fork()
+        if self.id == 0:
+            try:
+                for number, file in enumerate((requests, answers, stderr)):
+                    os.dup2(file.fileno(), number)
+                sys.stdin = os.fdopen(0, "r", closefd=False)
+                sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+                os.environ.clear()
+                os.environ.update(env)
+                script = next(i for i, word in enumerate(command) if word.endswith(".py"))
+                sys.argv = list(command[script:])
+                runpy.run_path(sys.argv[0], run_name="__main__")
+                sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc(file=sys.stderr)
+            finally:  # the child must never return from here
+                sys.stderr.flush()
+                os._exit(1)
+        requests.close()
+        answers.close()
+
+    def kill(self) -> None:
+        """End the process."""
+        os.kill(self.id, signal.SIGKILL)
+
+    def communicate(self) -> None:
+        """Wait for the end of the process."""
+        os.waitpid(self.id, 0)
+        self.stdin.close()
+        self.stdout.close()
 
 
 def train(args: Sequence[str], folder: Path, **options: Any) -> list[CompletedProcess[str]]:

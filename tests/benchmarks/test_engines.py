@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +18,7 @@ from gprune.models.surgery import slice_model
 from tests.export.test_gguf import byte_tokenizer, make_pruned, needs_llama_cpp
 from tests.studies.workbench import cells
 from tests.tiny_families import make_tiny, some_masks
-from tests.tiny_run import tiny_tokenizer
+from tests.tiny_run import ForkedScript, tiny_tokenizer
 
 SIZES = ("--speed_batch", "1,3", "--speed_prompt", "12")
 
@@ -36,12 +38,20 @@ def evaluated(capsys, *args) -> list[list[str]]:
     return [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
 
 
+def start(command, *, stderr, **options):
+    """Replacement for `subprocess.Popen`: a fresh process for the first model of a form, forked ones for the others."""
+    is_first = os.path.basename(stderr.name) == "0.log"
+    return (subprocess.Popen if is_first else ForkedScript)(command, stderr=stderr, **options)
+
+
 def records_in(run) -> dict[tuple, dict]:
     records = json.loads((run / "evaluation.json").read_text())["records"]
     return {(r["task"], r["batch"], r["stage"]): r for r in records}
 
 
-def test_two_runs_and_their_dense_model_are_timed_in_transformers_in_both_forms(world, tmp_path, capsys):
+def test_two_runs_and_their_dense_model_are_timed_in_transformers_in_both_forms(world, tmp_path, capsys, monkeypatch):
+    popen = SimpleNamespace(run=subprocess.run, Popen=start, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(serving, "subprocess", popen)
     runs = [tmp_path / name for name in ("a", "b")]
     for run, target in zip(runs, ("0.5", "0.25"), strict=True):
         world.run(tmp_path, "--gprune=false", f"--sparsity.target={target}", name=run.name)
