@@ -29,7 +29,7 @@ class Feature:
     # "Ignored flags" if the chosen value does not read them. With `corpora.ROLE` a feature gets the text of that role.
     reads: frozenset[str] = frozenset()
     also_reads: frozenset[str] = frozenset()  # flags that another choice decides about, unless this feature is used
-    needs_narrower = False  # whether it recovers only what became narrower, and not what lost whole experts or blocks
+    needs_narrower = False  # whether it recovers only what became narrower, and not what lost larger units
     needs: frozenset[str] = frozenset()  # statistics of the dense model beyond moments, or `text`
 
     def identity(self, cfg: Any) -> dict[str, Any]:
@@ -70,6 +70,10 @@ class Feature:
 
     def store(self, plan: Any, folder: Any) -> None:
         """Write what this feature has measured to the run's folder, from which a resumed run reads it."""
+
+    def add_scores(self, run: Any, scores: Any, statistics: Any) -> Any:
+        """Return the `importance.scores.Scores`, with those of units that only this feature removes."""
+        return scores
 
     def after_scoring(self, run: Any, scores: Any, statistics: Sequence[Any]) -> None:
         """Read the `importance.scores.Scores` of the run's own model, and the statistics by corpus behind them."""

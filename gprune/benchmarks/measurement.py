@@ -14,7 +14,7 @@ from gprune.benchmarks.literature import literature_perplexity
 from gprune.benchmarks.placement import Placement, placement
 from gprune.benchmarks.serving import time_in_alternation
 from gprune.benchmarks.settings import TEXTS, Benchmarks
-from gprune.benchmarks.subjects import Loaded, find_target
+from gprune.benchmarks.subjects import Loaded, find_evaluation
 from gprune.benchmarks.task_sources import TaskError, load_tasks, require_lm_eval, with_groups
 from gprune.benchmarks.tasks import zero_shot
 from gprune.console import quieted
@@ -62,8 +62,8 @@ def _evaluate(
     model: str, benchmarks: Benchmarks, placed: Placement, *, dense: bool, pruned: bool, output: Path | None
 ) -> tuple[list[dict[str, Any]], Path | None]:
     """Measure a model, or the models of a run, with a placement."""
-    target = find_target(model, benchmarks, dense=dense, output=output, loading=placed.loading)
-    subjects = target.subjects if pruned else target.subjects[:1]
+    evaluation = find_evaluation(model, benchmarks, dense=dense, output=output, loading=placed.loading)
+    subjects = evaluation.subjects if pruned else evaluation.subjects[:1]
     records: list[dict[str, Any]] = []
     tasks = with_groups(benchmarks.tasks_by_model)
     unmeasured: dict[str, TaskError] = {}
@@ -80,20 +80,20 @@ def _evaluate(
             except TaskError as error:
                 unmeasured[task] = error
                 continue
-            about = subject.about | target.origin | ({"groups": groups} if groups else {})
+            about = subject.about | evaluation.origin | ({"groups": groups} if groups else {})
             records += [r | about for r in measured]
             if placed.writes:
-                target.store(records)
+                evaluation.store(records)
     if benchmarks.alternates:
         models = [placed.place(subject.load()[0]) for subject in subjects]  # together, to be timed in alternation
         for subject, measured in zip(subjects, time_in_alternation(models, benchmarks), strict=True):
-            records += [r | subject.about | target.origin for r in measured]
-        target.store(records)
+            records += [r | subject.about | evaluation.origin for r in measured]
+        evaluation.store(records)
     if placed.writes:
-        target.publish(records)
+        evaluation.publish(records)
     if unmeasured:
-        raise UnmeasuredTasksError(unmeasured, records, target.output)
-    return records, target.output
+        raise UnmeasuredTasksError(unmeasured, records, evaluation.output)
+    return records, evaluation.output
 
 
 def _measure_task(loaded: Loaded, task: str, benchmarks: Benchmarks) -> list[dict[str, Any]]:

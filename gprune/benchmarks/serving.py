@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from gprune.benchmarks import engines
 from gprune.benchmarks.engines import ENGINES
 from gprune.benchmarks.settings import SPEED, Benchmarks, EngineChoice
-from gprune.benchmarks.subjects import Subject, find_target
+from gprune.benchmarks.subjects import Subject, find_evaluation
 from gprune.errors import UserError, first_line
 from gprune.evaluation import speed
 from gprune.export import gguf
@@ -104,8 +104,8 @@ def evaluate_engines(
             are too long; later, if an engine fails.
     """
     versions = installed_versions(choices)
-    targets = [find_target(model, benchmarks, dense=dense, output=output) for model in models]
-    subjects = {name_of(subject): subject for target in targets for subject in target.subjects}
+    evaluations = [find_evaluation(model, benchmarks, dense=dense, output=output) for model in models]
+    subjects = {name_of(subject): subject for evaluation in evaluations for subject in evaluation.subjects}
     records: list[Record] = []
     with tempfile.TemporaryDirectory(prefix="gprune-engines-") as scratch:
         written: list[Forms] = []
@@ -117,17 +117,18 @@ def evaluate_engines(
             log.info("Timing %d models in %s %s", len(subjects), choice.label, version)
             by_model = time_models(choice, version, written, benchmarks, Path(scratch))
             of_subject = dict(zip(subjects, by_model, strict=True))
-            for target in targets:
+            for evaluation in evaluations:
                 new = [
-                    r | subject.about | target.origin
-                    for subject in target.subjects
+                    r | subject.about | evaluation.origin
+                    for subject in evaluation.subjects
                     for r in of_subject[name_of(subject)]
                 ]
-                target.store(new)
+                evaluation.store(new)
                 records += new
-    for target in targets:
-        target.publish([r for r in records if r["origin"] == target.origin["origin"]])
-    return records, list(dict.fromkeys(target.output for target in targets if target.output is not None))
+    for evaluation in evaluations:
+        evaluation.publish([r for r in records if r["origin"] == evaluation.origin["origin"]])
+    outputs = dict.fromkeys(evaluation.output for evaluation in evaluations)
+    return records, [path for path in outputs if path is not None]
 
 
 def name_of(subject: Subject) -> str:
@@ -166,7 +167,7 @@ def installed_versions(choices: Sequence[EngineChoice]) -> dict[EngineChoice, st
     """
     versions: dict[EngineChoice, str] = {}
     for choice in choices:
-        version = installed_version(choice)
+        version = version_of(choice)
         if version is None:
             log.warning(
                 "Skipped %s, which is not installed in the environment of %s. Run `%s`; --engine %s=PYTHON names the "
@@ -179,7 +180,7 @@ def installed_versions(choices: Sequence[EngineChoice]) -> dict[EngineChoice, st
     return versions
 
 
-def installed_version(choice: EngineChoice) -> str | None:
+def version_of(choice: EngineChoice) -> str | None:
     """Return the version of an engine in its environment, or None."""
     try:
         process = subprocess.run(command_of(choice), input="", capture_output=True, text=True, check=True)
@@ -261,7 +262,7 @@ def time_models(
                     "dtype": choice.form if choice.form in gguf.TYPES_OF_FILE else model.dtype, "rounds": same_rounds,
                 }  # fmt: skip
                 times = [of_round[i] for of_round in rounds]
-                records[i] += [about | record for record in records_of(choice.label, about, times, batch, prompt)]
+                records[i] += [about | record for record in timing_records(choice.label, about, times, batch, prompt)]
     return records
 
 
@@ -279,7 +280,9 @@ def time_rounds(servers: Sequence[Server], batch: int, prompt: int) -> Iterator[
         yield times
 
 
-def records_of(label: str, about: Record, times: Sequence[dict[str, float]], batch: int, prompt: int) -> list[Record]:
+def timing_records(
+    label: str, about: Record, times: Sequence[dict[str, float]], batch: int, prompt: int
+) -> list[Record]:
     """Return the records of a model and a number of requests. Of all rounds, the fastest counts."""
     fastest = {name: min(of_round[name] for of_round in times) for name in times[0]}
     slowest = max(of_round["total"] for of_round in times)

@@ -43,7 +43,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Target:
+class Evaluation:
     """A run, or any model: what is evaluated, and the file for its records."""
 
     folder: Path
@@ -72,20 +72,20 @@ class Target:
             write_card(RunFolder(self.folder), config_of(run), run.records)
 
 
-def find_target(
+def find_evaluation(
     model: str, benchmarks: Benchmarks, *, dense: bool = False, output: Path | None = None,
     loading: Mapping[str, Any] = NOTHING,
-) -> Target:  # fmt: skip
+) -> Evaluation:  # fmt: skip
     """Find what is evaluated without loading it. Raise UserError for an output file with other content."""
     subjects, run_output, run_key = find_subjects(
         model, dense=dense, dtype=benchmarks.dtype, trust_remote_code=benchmarks.trust_remote_code, loading=loading
     )
-    target = Target(
+    evaluation = Evaluation(
         expanded(model).resolve(), subjects, output or run_output, run_key, output_key=None if output else run_key
     )
-    if target.output is not None:
-        read_evaluation(target.output, run=target.output_key)
-    return target
+    if evaluation.output is not None:
+        read_evaluation(evaluation.output, run=evaluation.output_key)
+    return evaluation
 
 
 def find_subjects(
@@ -123,11 +123,12 @@ def find_subjects(
     subjects = [Subject(about_pruned, lambda: _load_pruned(*load_arguments))]
     if dense:
         about_dense = {"model": label, "stage": "dense", "recovery": "none", "sparsity": 0.0, "scope": None}
-        subjects.insert(0, Subject(about_dense, lambda: load_dense(*load_arguments), settings["inputs"]["model"]))
+        of_dense = Subject(about_dense, lambda: load_dense_of_run(*load_arguments), settings["inputs"]["model"])
+        subjects.insert(0, of_dense)
     return subjects, path / "evaluation.json", run.key
 
 
-def load_dense(
+def load_dense_of_run(
     run: Path, settings: Mapping[str, Any], dtype: torch.dtype, trust_remote_code: bool = False,
     loading: Mapping[str, Any] = NOTHING,
 ) -> Loaded:  # fmt: skip
@@ -171,7 +172,7 @@ def _load_pruned(
             **loading,
         )  # fmt: skip
     masks = read_run(run).masks
-    model, tokenizer = load_dense(run, settings, dtype, trust_remote_code, loading)
+    model, tokenizer = load_dense_of_run(run, settings, dtype, trust_remote_code, loading)
     return slice_model(model, masks), tokenizer
 
 

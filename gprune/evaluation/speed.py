@@ -26,7 +26,7 @@ from gprune.models.masks import Masks
 from gprune.models.offload import device_of
 from gprune.models.surgery import slice_model, widths
 from gprune.sparsity.cost import BlockCosts, ModelCosts
-from gprune.sparsity.cut import top_of_experts
+from gprune.sparsity.cut import keep_top_neurons
 from gprune.storage.files import Cache, key_of, read_json
 
 log = logging.getLogger("gprune")
@@ -189,9 +189,7 @@ def narrow_model(model: PreTrainedModel, neurons: int, groups: int) -> PreTraine
     Its weights are arbitrary numbers from the memory of the given model.
     """
     blocks = blocks_of(model)
-    ffn = [
-        top_of_experts(torch.zeros(b.experts * b.neurons), min(neurons, b.neurons), experts=b.experts) for b in blocks
-    ]
+    ffn = [keep_top_neurons(b, torch.zeros(b.all_neurons), min(neurons, b.neurons)) for b in blocks]
     attention = [torch.arange(b.kv_groups) < groups for b in blocks]
     narrow = slice_model(copy_sharing_weights(model), Masks(ffn, attention), inplace=True)
     for parameter, wide_parameter in zip(narrow.parameters(), model.parameters(), strict=True):

@@ -98,9 +98,9 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 @style()
-def add_title(figure: Figure, title: str) -> Figure:
+def add_title(figure: Figure, title: str, size: float = 7) -> Figure:
     """Write a small title above a figure, aligned to the left."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=7, color="#555555")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=size, color="#555555")
     return figure
 
 
@@ -287,11 +287,13 @@ def draw_ratios(axes: Axes, rows: Sequence[tuple[str, Estimate]], *, base: str) 
         [ratio.value for ratio in ratios], range(len(rows)), xerr=interval_lengths(ratios), ls="none", ms=5,
         capsize=2.5, lw=1.2, color="#0072B2", marker="o",
     )  # fmt: skip
+    axes.axvline(1, color="black", lw=0.8)
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # hides the line at 1 behind a number
     for y, (_, ratio) in enumerate(rows):
         axes.annotate(
-            f"{ratio.value:.2f}", (ratio.value, y), (0, 5), textcoords="offset points", ha="center", fontsize=7
-        )
-    axes.axvline(1, color="black", lw=0.8)
+            f"{ratio.value:.2f}", (ratio.value, y), (0, 6), textcoords="offset points", ha="center", fontsize=8,
+            bbox=behind,
+        )  # fmt: skip
     axes.set(xscale="log", xlabel=f"unseen perplexity / {base}; 95 % interval")
     plain_ticks(axes.xaxis)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
@@ -306,7 +308,8 @@ def sparsity_lines(masks: Mapping[str, Masks]) -> Figure:
     for i, (name, run_masks) in enumerate(masks.items()):
         removed = [float((~mask).float().mean()) for mask in run_masks.ffn]
         draw_line(axes, i, range(len(removed)), removed, name)
-    axes.set(ylim=(-0.02, 1.02), xlabel="block", ylabel="fraction of neurons removed")
+    axes.set(ylim=(0, min(1.02, 1.1 * axes.get_ylim()[1])), xlabel="block", ylabel="fraction of neurons removed")
+    axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 

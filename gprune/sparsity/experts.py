@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,13 @@ class WholeExperts(Feature):
         if without_effect := [feature.name for feature in plan.cfg.features if attribute(feature, "needs_narrower")]:
             widths += f", so --recovery {'+'.join(without_effect)} changes nothing"
         return lines | {"widths": widths}
+
+    def add_scores(self, run: Any, scores: Any, statistics: Any) -> Any:
+        """Return the scores with those of experts, from the `CorpusStatistics` of the same corpora."""
+        from gprune.importance.scores import score_experts
+
+        of_experts = score_experts(run.cfg.sparsity.expert_metric, run.blocks, statistics, seed=run.cfg.run.seed)
+        return replace(scores, experts=of_experts)
 
     def after_scoring(self, run: Any, scores: Any, statistics: Sequence[Any]) -> None:
         """Write the scores of experts, and warn of experts that no token reaches if they are removed first."""
