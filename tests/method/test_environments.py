@@ -123,7 +123,7 @@ flags = sys.argv[1:]
 gprune.prune(gprune.config.parse(flags))
 print("silenced", flush=True)
 logging.getLogger("gprune").setLevel("WARNING")
-gprune.prune(gprune.config.parse([*flags, "--run.name=second", "--recovery=none", "--export=none"]))
+gprune.prune(gprune.config.parse([*flags, "--run.name=second", "--recovery=none"]))
 """
 
 
